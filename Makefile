@@ -1,0 +1,40 @@
+# make quickstart    environment, tiny bases, real images, three stages, held-out questions
+# make test          all tests (make test-fast leaves out those that train)
+# make check         lint, format, types
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test test-fast check format clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+quickstart: env
+	$(BIN)/python examples/quickstart/run.py --work-dir work_dirs/quickstart
+
+test: env
+	$(BIN)/python -m pytest
+
+test-fast: env
+	$(BIN)/python -m pytest -m "not slow"
+
+check: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf work_dirs build dist *.egg-info

@@ -1,0 +1,29 @@
+# The mixture, soft-packed. GMAI_MIXTURE and GMAI_CACHE in the environment name the mixture file and the
+# folder for token caches and packing plans.
+
+train_dataloader = dict(
+    num_workers=8,
+    prefetch_factor=4,
+    persistent_workers=True,
+    dataset=dict(
+        type="SoftPackedDataset",
+        mixture="{{$GMAI_MIXTURE:configs/gmai_vl/mixtures/gmai_vl_5_5m.yaml}}",
+        cache_dir="{{$GMAI_CACHE:work_dirs/cache}}",
+        tokenizer=dict(
+            type="gmai_xtuner.models.load_tokenizer",
+            pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
+            padding_side="right",
+        ),
+        vision="{{$GMAI_VISION:openai/clip-vit-large-patch14-336}}",
+        prompt_template="internlm2_chat",
+        max_length=2048,
+        max_images=16,
+        image_mode="pad",  # "resize" for a plain resize without padding
+        seed=0,
+        on_bad_sample="raise",  # "skip" leaves bad samples out, counts them and writes their ids
+        check_images="header",
+    ),
+    sampler=dict(type="PackSampler"),
+    batch_sampler=dict(type="MicroBatchSampler", weighting="token"),
+    collate_fn=dict(type="collate_packs", weighting="token"),
+)

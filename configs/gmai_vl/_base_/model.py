@@ -1,0 +1,30 @@
+# CLIP ViT-L/14-336 -> linear, GELU, linear -> InternLM2.5-7B, which runs as transformers' own Llama.
+# GMAI_LLM and GMAI_VISION in the environment name other bases: folders or hub names.
+
+tokenizer = dict(
+    type="gmai_xtuner.models.load_tokenizer",
+    pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
+    padding_side="right",
+)
+
+image_processor = dict(
+    type="transformers.CLIPImageProcessor.from_pretrained",
+    pretrained_model_name_or_path="{{$GMAI_VISION:openai/clip-vit-large-patch14-336}}",
+)
+
+model = dict(
+    type="GMAILLaVAModel",
+    llm=dict(
+        type="gmai_xtuner.models.load_language_model",
+        pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
+        torch_dtype="bfloat16",
+    ),
+    visual_encoder=dict(
+        type="gmai_xtuner.models.load_vision_tower",
+        pretrained_model_name_or_path="{{$GMAI_VISION:openai/clip-vit-large-patch14-336}}",
+    ),
+    visual_select_layer=-2,
+    projector_depth=2,
+    use_activation_checkpointing=True,
+    attention="auto",  # varlen, sdpa_loop, block_mask
+)

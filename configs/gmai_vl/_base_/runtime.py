@@ -1,0 +1,35 @@
+# Log every 10 micro-batches, to the console, vis_data/scalars.json and TensorBoard.
+
+custom_imports = dict(imports=["gmai_xtuner"], allow_failed_imports=False)
+
+default_hooks = dict(
+    timer=dict(type="IterTimerHook"),
+    logger=dict(type="LoggerHook", log_metric_by_epoch=False, interval=10),
+    param_scheduler=dict(type="ParamSchedulerHook"),
+    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
+    sampler_seed=None,  # the data plan has its own seed and epochs
+)
+
+custom_hooks = [dict(type="ThroughputHook", interval=10)]
+
+visualizer = dict(
+    type="Visualizer",
+    vis_backends=[
+        dict(type="LocalVisBackend"),
+        dict(type="TensorboardVisBackend"),
+        # dict(type="WandbVisBackend", init_kwargs=dict(project="gmai-vl")),
+    ],
+)
+
+log_processor = dict(by_epoch=False)
+
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+    dist_cfg=dict(backend="nccl"),  # gloo where there is no GPU, see gmai_xtuner.compat
+)
+
+randomness = dict(seed=0, deterministic=False)
+log_level = "INFO"
+load_from = None
+resume = False

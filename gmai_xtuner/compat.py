@@ -1,0 +1,113 @@
+"""Every workaround for xtuner 0.2.0, mmengine 0.10.6, DeepSpeed 0.16.2 and torch, in one place.
+
+Each says what goes wrong, and until when it is needed. :func:`apply` is called by ``import gmai_xtuner``:
+a string-style config imports the package before xtuner looks at anything else, and there is no later
+place that all ``xtuner`` commands pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DEEPSPEED_NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+def apply() -> None:
+    """Install all workarounds; calling it again changes nothing."""
+    name_deepspeed_configs()
+    allow_checkpoint_globals()
+    answer_bf16_on_cpu()
+    launch_without_gpu()
+
+
+def name_deepspeed_configs() -> None:
+    """``--deepspeed zero2`` means our bf16 file.
+
+    xtuner looks names up in ``cfgs_name_path``, after the config file has been loaded; it only knows
+    its own ``deepspeed_zero2``, whose ``"auto"`` precision asks the device. Not a defect: permanent.
+    """
+    from xtuner.configs import cfgs_name_path
+
+    folder = Path(__file__).parent / "engine" / "deepspeed"
+    for name in DEEPSPEED_NAMES:
+        cfgs_name_path[name] = str(folder / f"{name}.json")
+
+
+def allow_checkpoint_globals() -> None:
+    """Checkpoints of mmengine load under torch 2.6 and newer.
+
+    ``torch.load`` is ``weights_only`` since 2.6; mmengine's checkpoints hold its own ``HistoryBuffer``
+    and ``ConfigDict``, numpy values and DeepSpeed's loss scaler. They are allow-listed by name, nothing
+    else is. Until mmengine does it (0.10.6 does not).
+    """
+    add = getattr(torch.serialization, "add_safe_globals", None)
+    if add is None:
+        return
+    from collections import defaultdict
+
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    from mmengine.config import ConfigDict
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    numpy_core = getattr(np, "_core", None) or np.core
+    add(
+        [
+            HistoryBuffer,
+            ConfigDict,
+            LossScaler,
+            DynamicLossScaler,
+            ZeroStageEnum,
+            fragment_address,
+            defaultdict,
+            dict,
+            getattr,
+            numpy_core.multiarray._reconstruct,
+            numpy_core.multiarray.scalar,
+            np.ndarray,
+            np.dtype,
+            *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u4", "u8", "bool")},
+        ]
+    )
+
+
+def answer_bf16_on_cpu() -> None:
+    """xtuner asks ``torch.cpu.is_bf16_supported()``, which torch does not have.
+
+    It does when a DeepSpeed file of xtuner's own says bf16 ``"auto"`` on a machine without a GPU. Until
+    xtuner asks differently.
+    """
+    if not hasattr(torch.cpu, "is_bf16_supported"):
+        torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]
+
+
+def launch_without_gpu() -> None:
+    """Several processes on a machine without a GPU talk through gloo.
+
+    mmengine's ``init_dist`` calls ``torch.cuda.set_device`` and takes the config's ``nccl`` whatever the
+    machine has. Until mmengine looks first.
+    """
+    if torch.cuda.is_available():
+        return
+    import mmengine.dist.utils as dist_utils
+
+    original: Callable[..., None] = dist_utils._init_dist_pytorch
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def init_dist_pytorch(backend: str, init_backend: str = "torch", **kwargs: object) -> None:
+        if init_backend == "deepspeed":
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend="gloo", **kwargs)
+        else:
+            torch.distributed.init_process_group(backend="gloo", **kwargs)
+
+    dist_utils._init_dist_pytorch = init_dist_pytorch

@@ -1,0 +1,201 @@
+"""RGB picture -> pixel values of the vision tower; how a file becomes a picture is image_files'.
+
+Shapes: ``S`` side of the square that the vision tower takes (336), ``3`` colour channels in RGB order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from gmai_xtuner.datasets.image_files import MAX_PIXELS, check_image, open_rgb
+from gmai_xtuner.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MAX_PIXELS", "ImageTransform", "check_image", "open_rgb"]
+
+
+class ImageTransform:
+    """RGB picture -> normalised pixel values ``[3, S, S]``.
+
+    Mode ``"pad"`` pads to a square with the mean colour, then resizes; its values are bit for bit
+    those of xtuner 0.2.0 (``expand2square``, then ``CLIPImageProcessor``). Mode ``"resize"``
+    resizes both edges at once, as the paper's sentence says. Both are bicubic.
+
+    Args:
+        image_size: ``S`` in pixels.
+        mean: mean of red, green, blue in 0..1.
+        std: standard deviation of red, green, blue in 0..1.
+        mode: ``"pad"`` or ``"resize"``.
+
+    Raises:
+        ValueError: a size, mean, std or mode that makes no sense.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        mode: str = "pad",
+    ) -> None:
+        if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+            raise ValueError(f"image_size must be a positive number of pixels, got {image_size!r}.")
+        if mode not in ("pad", "resize"):
+            raise ValueError(f'mode must be "pad" or "resize", got {mode!r}.')
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(
+                f"mean and std must have three values and std be positive, got {mean!r} and {std!r}."
+            )
+        self.image_size = image_size
+        self.mean = tuple(float(value) for value in mean)
+        self.std = tuple(float(value) for value in std)
+        self.mode = mode
+        self.mean_colour = tuple(int(value * 255) for value in self.mean)
+        self._table = _normalisation_table(self.mean, self.std)
+
+    def __repr__(self) -> str:
+        return f"ImageTransform({self.image_size}, {self.mean}, {self.std}, mode={self.mode!r})"
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, mode: str = "pad") -> ImageTransform:
+        """The transform that the ``preprocessor_config.json`` of a vision tower describes.
+
+        Args:
+            path: model folder, the JSON file itself, or a name on the hub.
+            mode: see the class.
+
+        Raises:
+            ModelLoadError: the file is missing, or describes what this transform can't do
+                (crop that differs from the resize or is not square, other than bicubic, ...).
+        """
+        file = _find_preprocessor_config(path)
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{file} can't be read as JSON: {error}") from error
+        size = _square_side(config.get("size"), key="size", file=file)
+        if config.get("do_center_crop", True) and config.get("crop_size") is not None:
+            crop = _square_side(config["crop_size"], key="crop_size", file=file)
+            if crop != size:
+                raise ModelLoadError(
+                    f"{file}: size {size} and crop_size {crop} differ, so a part of each image "
+                    "would be cut off. Make them equal."
+                )
+        expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+        for key, value in expected.items():
+            if config.get(key, value) != value:
+                raise ModelLoadError(f"{file}: {key} must be {value}, got {config[key]!r}.")
+        if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+            raise ModelLoadError(
+                f"{file}: rescale_factor must be 1/255, got {config['rescale_factor']!r}."
+            )
+        try:
+            return cls(size, config["image_mean"], config["image_std"], mode=mode)
+        except KeyError as error:
+            raise ModelLoadError(f"{file}: {error} is missing.") from error
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Pixel values of one picture.
+
+        Args:
+            image: any size, mode RGB (see :func:`open_rgb`).
+
+        Returns:
+            float32 ``[3, S, S]``.
+        """
+        import torch
+
+        if image.mode != "RGB":
+            raise ValueError(f"expected a picture of mode RGB, got {image.mode}. Use open_rgb().")
+        side = (self.image_size, self.image_size)
+        if self.mode == "pad":
+            square = _pad_and_resize(image, self.image_size, colour=self.mean_colour)
+        else:
+            square = image.resize(side, Image.Resampling.BICUBIC)
+        pixels = np.asarray(square)
+        values = np.empty((3, *side), dtype=np.float32)
+        for channel in range(3):
+            # mode="clip" only spares the check of an index that a byte can't miss.
+            np.take(self._table[channel], pixels[:, :, channel], out=values[channel], mode="clip")
+        return torch.from_numpy(values)
+
+
+def _normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """float32 ``[3, 256]``: the value that a byte becomes, in transformers' order of operations."""
+    levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    centre = np.array(mean, dtype=np.float32)[:, None]
+    spread = np.array(std, dtype=np.float32)[:, None]
+    return (levels[None, :] - centre) / spread
+
+
+def _pad_and_resize(
+    image: Image.Image, side: int, *, colour: tuple[int, ...], rows_at_once: int = 256
+) -> Image.Image:
+    """Centre on a square of one colour and resize it bicubically, without building the square.
+
+    Pillow resizes first along rows, then along columns, with bytes in between. The two passes are
+    called apart, so that a very long picture never becomes a square of its length:
+    a wide one is padded between them, a tall one is padded some rows at a time.
+    """
+    width, height = image.size
+    bicubic = Image.Resampling.BICUBIC
+    if width == height:
+        return image.resize((side, side), bicubic)
+    length = max(width, height)
+    columns = Image.new("RGB", (side, length), colour)
+    if width > height:
+        columns.paste(image.resize((side, height), bicubic), (0, (length - height) // 2))
+    else:
+        left = (length - width) // 2
+        for top in range(0, height, rows_at_once):
+            bottom = min(top + rows_at_once, height)
+            rows = Image.new("RGB", (length, bottom - top), colour)
+            rows.paste(image.crop((0, top, width, bottom)), (left, 0))
+            columns.paste(rows.resize((side, bottom - top), bicubic), (0, top))
+    return columns.resize((side, side), bicubic)
+
+
+def _find_preprocessor_config(path: str | Path) -> Path:
+    name = "preprocessor_config.json"
+    local = Path(path)
+    if local.is_dir():
+        local = local / name
+    if local.is_file():
+        return local
+    if local.name == name or Path(path).exists():
+        raise ModelLoadError(
+            f"{local} does not exist. Copy the image processor's file beside the vision tower."
+        )
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(str(path), name))
+    except OSError as error:
+        raise ModelLoadError(
+            f"{path} is no folder, and has no {name} on the hub: {error}"
+        ) from error
+
+
+def _square_side(size: Any, *, key: str, file: Path) -> int:
+    """Side in pixels from ``336``, ``{"shortest_edge": 336}`` or ``{"height": 336, "width": 336}``."""
+    found: Any = size
+    if isinstance(size, dict):
+        if set(size) == {"shortest_edge"}:
+            found = size["shortest_edge"]
+        elif set(size) == {"height", "width"} and size["height"] == size["width"]:
+            found = size["height"]
+    if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+        return found
+    raise ModelLoadError(
+        f"{file}: {key} must be a square (a number of pixels, shortest_edge, or equal height and "
+        f"width), got {size!r}."
+    )

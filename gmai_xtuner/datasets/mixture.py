@@ -1,0 +1,363 @@
+"""Mixture file -> datasets with their ratios, and seeded sampling.
+
+A mixture file (YAML or JSON) lists datasets by name::
+
+    defaults: {quality: high}             # optional: fields shared by all datasets
+    datasets:
+      quickstart-train:
+        annotations: train.jsonl          # or a list of files
+        image_root: images                # leave out for text alone; "" is the annotations' folder
+        category: Medical Instruction
+        quality: high                     # or low
+        ratio: {stage1: 1, stage2: 1, stage3: 0.5}   # or one number for all stages; default 1
+        over_length: cut                  # or drop; default cut
+        on_bad_sample: skip               # or raise; default: what the config says
+        size: 1200                        # informative
+
+The authors' form is read too (uni-medical/GMAI-VL, examples/example_list.json, whose trailing comma
+is good YAML)::
+
+    {"NAME": {"image_dir": "", "annotations": "data.json", "sample_ratio": 1.0, "length": 38276,
+              "data_augment": true}}
+
+There ``length`` becomes ``size``; ``data_augment`` must be true or false and changes nothing, as the
+paper trains without augmentation. Relative paths are looked up in the mixture file's folder, then in
+the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from gmai_xtuner.datasets.records import SUFFIXES
+from gmai_xtuner.datasets.yaml_lines import Section, parse
+from gmai_xtuner.errors import MixtureError
+
+STAGES = ("stage1", "stage2", "stage3")
+QUALITIES = ("high", "low")
+
+_SHARED = ("image_root", "category", "quality", "ratio", "over_length", "on_bad_sample")
+_OWN = ("annotations", *_SHARED, "size")
+_AUTHORS = {  # the authors' key -> ours
+    "image_dir": "image_root",
+    "annotations": "annotations",
+    "sample_ratio": "ratio",
+    "length": "size",
+    "data_augment": None,
+}
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One dataset of a mixture.
+
+    Args:
+        name: unique in its mixture.
+        annotations: files that ``datasets.records.iter_raw`` reads.
+        image_root: folder that image paths are relative to; None for text alone.
+        category: free text, such as Table 7's.
+        quality: ``"high"``, ``"low"`` or None.
+        ratios: stage name -> how often each record is seen.
+        over_length: what happens to a conversation longer than a sequence, ``"cut"`` or ``"drop"``.
+        on_bad_sample: ``"raise"``, ``"skip"``, or None for the config's choice.
+        size: number of records that the file states; informative.
+    """
+
+    name: str
+    annotations: tuple[Path, ...]
+    image_root: Path | None
+    category: str | None
+    quality: str | None
+    ratios: Mapping[str, float]
+    over_length: str
+    on_bad_sample: str | None
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The datasets of one mixture file, in its order."""
+
+    path: Path
+    entries: tuple[DatasetEntry, ...]
+
+
+def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
+    """Read and check a mixture file.
+
+    Args:
+        path: ``.yaml``, ``.yml`` or ``.json`` file in our or the authors' form.
+        check_files: whether annotation files and image folders must exist.
+
+    Raises:
+        MixtureError: with file, line, dataset and remedy.
+    """
+    path = Path(path)
+    top = Section(path, parse(path), "the mixture file")
+    if "datasets" in top.values:
+        top.check_keys(("datasets", "defaults"))
+        defaults = top.section("defaults") if "defaults" in top.values else None
+        if defaults is not None:
+            defaults.check_keys(_SHARED)
+        datasets, keys = top.section("datasets"), _OWN
+    else:
+        datasets, defaults, keys = top, None, tuple(_AUTHORS)
+        near = difflib.get_close_matches("datasets", top.values, n=1)
+        if near and "annotations" not in top.section(near[0]).values:
+            top.fail(f"unknown key {near[0]!r}", remedy="Did you mean 'datasets'?", key=near[0])
+    if not datasets.values:
+        datasets.fail("no dataset is listed", remedy="List at least one.")
+    entries = []
+    for name in datasets.values:
+        section = datasets.section(name, title=f"dataset {name!r}")
+        section.check_keys(keys)
+        if keys is not _OWN:
+            section = _from_authors_form(section)
+        if not name.strip():
+            section.fail("the name is empty", remedy="Name the dataset.")
+        entries.append(_read_entry(name, section, defaults, check_files=check_files))
+    return Mixture(path, tuple(entries))
+
+
+def select(
+    mixture: Mixture, *, stage: str, quality: str | None = None
+) -> list[tuple[DatasetEntry, float]]:
+    """Datasets that a stage trains on, with their ratios, in the file's order.
+
+    Args:
+        mixture: see :func:`load_mixture`.
+        stage: ``"stage1"``, ``"stage2"`` or ``"stage3"``.
+        quality: keep the datasets of this quality only; default all.
+
+    Raises:
+        MixtureError: unknown stage or quality, a dataset without the quality that is asked for, or
+            no dataset left.
+    """
+    for what, value, known in (("stage", stage, STAGES), ("quality", quality, QUALITIES)):
+        if value not in known and not (what == "quality" and value is None):
+            raise MixtureError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
+    used = [entry for entry in mixture.entries if entry.ratios[stage] > 0]
+    if quality is not None:
+        unknown = [entry.name for entry in used if entry.quality is None]
+        if unknown:
+            raise MixtureError(
+                f"{mixture.path}: quality {quality!r} was asked for, but {', '.join(unknown)} "
+                "has none. Write quality: high or low for each dataset."
+            )
+        used = [entry for entry in used if entry.quality == quality]
+    if not used:
+        wanted = f" of quality {quality!r}" if quality else ""
+        raise MixtureError(
+            f"{mixture.path}: no dataset{wanted} has a ratio above 0 in {stage}. Raise a ratio."
+        )
+    return [(entry, entry.ratios[stage]) for entry in used]
+
+
+def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarray:
+    """Which records of a dataset are seen: each ``floor(ratio)`` or ``ceil(ratio)`` times.
+
+    2.5 means two whole copies and a random half. The draw depends on seed and name alone, so another
+    dataset in the mixture changes nothing.
+
+    Args:
+        size: number of records.
+        ratio: 0 or more.
+        seed: 0 or more.
+        name: of the dataset.
+
+    Returns:
+        int64 ``[round(size * ratio)]``, sorted.
+    """
+    if size < 0 or seed < 0 or not (math.isfinite(ratio) and ratio >= 0):
+        raise ValueError(
+            f"size, ratio and seed must be finite and not negative, got {size}, {ratio} and {seed}."
+        )
+    whole = math.floor(ratio)
+    times = np.full(size, whole, dtype=np.int64)
+    digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4")
+    generator = np.random.default_rng([seed, *digest.tolist()])
+    rest = round(size * ratio) - whole * size
+    times[generator.choice(size, rest, replace=False, shuffle=False) if rest else []] += 1
+    return np.repeat(np.arange(size, dtype=np.int64), times)
+
+
+# --- fields -------------------------------------------------------------------------------------
+
+
+def _from_authors_form(section: Section) -> Section:
+    if "data_augment" in section.values and not isinstance(section.scalar("data_augment"), bool):
+        section.fail("data_augment must be true or false", remedy="", key="data_augment")
+    renamed = Section(section.path, section.node, section.title)
+    renamed.values = {
+        ours: section.values[theirs]
+        for theirs, ours in _AUTHORS.items()
+        if ours is not None and theirs in section.values
+    }
+    return renamed
+
+
+def _read_entry(
+    name: str, section: Section, defaults: Section | None, *, check_files: bool
+) -> DatasetEntry:
+    def holder(key: str) -> Section | None:
+        """The section that gives a field: the dataset, else the defaults, else none."""
+        return next((part for part in (section, defaults) if part and key in part.values), None)
+
+    annotations = _read_annotations(section, check_files=check_files)
+    root_holder = holder("image_root")
+    return DatasetEntry(
+        name=name,
+        annotations=annotations,
+        image_root=_read_image_root(root_holder, annotations, check_files=check_files)
+        if root_holder
+        else None,
+        category=_read_text(holder("category"), "category"),
+        quality=_read_choice(holder("quality"), "quality", QUALITIES, None),
+        ratios=_read_ratios(holder("ratio")),
+        over_length=_read_choice(holder("over_length"), "over_length", ("cut", "drop"), "cut")
+        or "cut",
+        on_bad_sample=_read_choice(
+            holder("on_bad_sample"), "on_bad_sample", ("raise", "skip"), None
+        ),
+        size=_read_size(section),
+    )
+
+
+def _read_text(section: Section | None, key: str) -> str | None:
+    if section is None:
+        return None
+    value = section.scalar(key)
+    if value is not None and not isinstance(value, str):
+        section.fail(f"{key} must be a text, got {value!r}", remedy="Put it in quotes.", key=key)
+    return value
+
+
+def _read_choice(
+    section: Section | None, key: str, known: tuple[str, ...], default: str | None
+) -> str | None:
+    if section is None:
+        return default
+    value = section.scalar(key)
+    if value not in known:
+        section.fail(
+            f"{key} must be one of {', '.join(known)}, got {value!r}",
+            remedy="Correct it, or leave it out.",
+            key=key,
+        )
+    return value
+
+
+def _read_size(section: Section) -> int | None:
+    if "size" not in section.values:
+        return None
+    value = section.scalar("size")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        section.fail(
+            f"the size (length) must be a number of records, got {value!r}",
+            remedy="Correct it, or leave it out.",
+            key="size",
+        )
+    return value
+
+
+def _read_ratios(section: Section | None) -> dict[str, float]:
+    if section is None:
+        return dict.fromkeys(STAGES, 1.0)
+    node = section.values["ratio"]
+    if not isinstance(node, yaml.MappingNode):
+        return dict.fromkeys(STAGES, _read_ratio(section, section.scalar("ratio")))
+    stages = section.section("ratio", title=f"{section.title}, ratio")
+    stages.check_keys(STAGES)
+    for stage in STAGES:
+        if stage not in stages.values:
+            stages.fail(f"{stage} is missing", remedy="Give all three stages; 0 leaves one out.")
+    return {stage: _read_ratio(stages, stages.scalar(stage), key=stage) for stage in STAGES}
+
+
+def _read_ratio(section: Section, value: object, *, key: str = "ratio") -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type,operator]
+        section.fail(
+            f"a ratio must be a number of 0 or more, got {value!r}",
+            remedy="1 is all records once, 0.05 is 5 %, 2.5 is two and a half times.",
+            key=key,
+        )
+    return float(value)  # type: ignore[arg-type]
+
+
+def _read_annotations(section: Section, *, check_files: bool) -> tuple[Path, ...]:
+    key = "annotations"
+    if key not in section.values:
+        section.fail("annotations are missing", remedy="Name the file(s) with the records.")
+    node = section.values[key]
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    values = [section.plain(item, key) for item in nodes]
+    if not values or not all(isinstance(value, str) and value for value in values):
+        section.fail(
+            f"annotations must be a file or a list of files, got {values!r}",
+            remedy="Name the file(s) with the records.",
+            key=key,
+        )
+    files = []
+    for value in values:
+        if Path(value).suffix.lower() not in SUFFIXES:
+            section.fail(
+                f"annotation file {value!r} has an unknown suffix",
+                remedy=f"Use one of {', '.join(SUFFIXES)}.",
+                key=key,
+            )
+        file = _locate(section, value, key=key, must_exist=check_files)
+        if check_files and not file.is_file():
+            section.fail(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
+        if file in files:
+            section.fail(f"{value!r} is listed twice", remedy="Raise the ratio instead.", key=key)
+        files.append(file)
+    return tuple(files)
+
+
+def _read_image_root(
+    section: Section, annotations: tuple[Path, ...], *, check_files: bool
+) -> Path | None:
+    key = "image_root"
+    value = _read_text(section, key)
+    if value is None:
+        return None
+    if value == "":
+        folders = {file.parent for file in annotations}
+        if len(folders) > 1:
+            section.fail(
+                "an empty image root means the annotations' folder, but they lie in several",
+                remedy="Name the folder.",
+                key=key,
+            )
+        return folders.pop()
+    folder = _locate(section, value, key=key, must_exist=check_files)
+    if check_files and not folder.is_dir():
+        section.fail(
+            f"image root {str(folder)!r} is not a folder", remedy="Name a folder.", key=key
+        )
+    return folder
+
+
+def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path:
+    """A path as it stands, below the mixture file's folder, or below the working directory."""
+    candidates = [section.path.parent / value, Path.cwd() / value]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    if must_exist:
+        looked = " and ".join(dict.fromkeys(repr(str(candidate)) for candidate in candidates))
+        section.fail(
+            f"{key} {value!r} does not exist (looked for {looked})",
+            remedy="Give a path relative to the mixture file.",
+            key=key,
+        )
+    return candidates[0]

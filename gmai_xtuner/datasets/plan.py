@@ -1,0 +1,164 @@
+"""The data plan on disk: which conversations are trained on, and how each epoch packs them.
+
+A plan is a folder ``<cache_dir>/plans/<key>/``::
+
+    samples.npy             uint32 [samples, 2]: dataset, row in its token cache (after sampling by ratio)
+    epoch-<e>-offsets.npy   int64 [packs + 1] into
+    epoch-<e>-items.npy     int64 [samples], indices into samples.npy
+    epoch-<e>-totals.npy    float64 [packs, 5]: tokens, images, conversations, learnt tokens,
+                            sum of the square roots of each conversation's learnt tokens
+
+Everything is a pure function of the token caches, the ratios, the seed and the epoch, made once under a
+file lock and memory-mapped by every rank and worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from gmai_xtuner.datasets.mixture import sample_indices
+from gmai_xtuner.datasets.packing import Packs, pack
+from gmai_xtuner.datasets.token_cache import TokenCache
+
+TOTALS = ("tokens", "images", "conversations", "labels", "sqrt_labels")
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """The packs of one epoch and their totals, see the module."""
+
+    packs: Packs
+    totals: np.ndarray
+
+    def total(self, name: str) -> np.ndarray:
+        """float64 ``[packs]`` of one of :data:`TOTALS`."""
+        return self.totals[:, TOTALS.index(name)]
+
+
+class DataPlan:
+    """Sampling by ratio, then soft packing for each epoch.
+
+    Args:
+        caches: token caches in the order of the mixture.
+        names: their names; each draws its sample by its own name, so that adding a dataset leaves the
+            samples of the others as they are.
+        ratios: how much of each; 2.5 is every conversation twice and a random half once more. The
+            sample is drawn once and holds for all epochs.
+        seed: of the sample and the packing.
+        max_length: tokens of a pack.
+        max_images: images of a pack.
+        cache_dir: where plans are kept.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[TokenCache],
+        *,
+        names: Sequence[str],
+        ratios: Sequence[float],
+        seed: int,
+        max_length: int,
+        max_images: int,
+        cache_dir: str | Path,
+    ) -> None:
+        self.caches = list(caches)
+        self.names = list(names)
+        self.ratios = list(ratios)
+        self.seed = seed
+        self.max_length = max_length
+        self.max_images = max_images
+        ingredients = [
+            1,
+            [cache.folder.name for cache in caches],
+            self.names,
+            self.ratios,
+            seed,
+            max_length,
+            max_images,
+        ]
+        key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
+        self.folder = Path(cache_dir).absolute() / "plans" / key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "samples.npy").is_file():
+            with FileLock(self.folder / ".lock"):
+                if not (self.folder / "samples.npy").is_file():
+                    self._save("samples", self._draw())
+        self.samples: np.ndarray = np.load(self.folder / "samples.npy", mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, object]:
+        state = self.__dict__.copy()
+        del state["samples"]
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.samples = np.load(self.folder / "samples.npy", mmap_mode="r")
+
+    def epoch(self, epoch: int) -> EpochPlan:
+        """The packs of this epoch, made first if no process has made them."""
+        return _open_epoch(self, epoch)
+
+    def _draw(self) -> np.ndarray:
+        parts = []
+        for number, (cache, name, ratio) in enumerate(
+            zip(self.caches, self.names, self.ratios, strict=True)
+        ):
+            rows = sample_indices(len(cache), ratio, seed=self.seed, name=name)
+            parts.append(np.stack([np.full_like(rows, number), rows], axis=1).astype(np.uint32))
+        return np.concatenate(parts)
+
+    def counts(self) -> np.ndarray:
+        """int32 ``[samples, 3]``: tokens, learnt tokens, images of each sample."""
+        dataset, row = self.samples[:, 0], self.samples[:, 1]
+        counts = np.empty((len(self.samples), 3), dtype=np.int32)
+        starts = np.searchsorted(dataset, np.arange(len(self.caches) + 1))
+        for number, cache in enumerate(self.caches):
+            part = slice(starts[number], starts[number + 1])
+            counts[part] = cache.counts[row[part]]
+        return counts
+
+    def _build_epoch(self, epoch: int) -> None:
+        counts = self.counts()
+        packs = pack(
+            counts[:, 0],
+            max_length=self.max_length,
+            images=counts[:, 2],
+            max_images=self.max_images,
+            seed=[self.seed, epoch],
+        )
+        tokens, labels, images = (counts[packs.items, i].astype(np.float64) for i in range(3))
+        columns = [tokens, images, np.ones_like(tokens), labels, np.sqrt(labels)]
+        starts = packs.offsets[:-1]
+        totals = np.stack([np.add.reduceat(column, starts) for column in columns], axis=1)
+        self._save(f"epoch-{epoch}-offsets", packs.offsets)
+        self._save(f"epoch-{epoch}-items", packs.items)
+        self._save(f"epoch-{epoch}-totals", totals)
+
+    def _save(self, name: str, array: np.ndarray) -> None:
+        aside = self.folder / f"{name}.{os.getpid()}.tmp.npy"
+        np.save(aside, array)
+        os.replace(aside, self.folder / f"{name}.npy")
+
+
+@lru_cache(maxsize=4)
+def _open_epoch(plan: DataPlan, epoch: int) -> EpochPlan:
+    # The totals are written last: when they are there, everything is.
+    totals = plan.folder / f"epoch-{epoch}-totals.npy"
+    if not totals.is_file():
+        with FileLock(plan.folder / ".lock"):
+            if not totals.is_file():
+                plan._build_epoch(epoch)
+    offsets, items, sums = (
+        np.load(plan.folder / f"epoch-{epoch}-{name}.npy", mmap_mode="r")
+        for name in ("offsets", "items", "totals")
+    )
+    return EpochPlan(Packs(offsets, items), sums)

@@ -1,0 +1,400 @@
+"""Tokenised conversations of one dataset on disk, made once and memory-mapped by every process.
+
+A cache is a folder ``<cache_dir>/tokens/<dataset>-<key>/``::
+
+    tokens.arrow    Arrow IPC file: id, input_ids, label_spans (flat pairs), images
+    counts.npy      int32 [conversations, 3]: tokens (image tokens counted), learnt tokens, images
+    meta.json       what the key was made of, and how many records were read, kept, cut and skipped
+    skipped.jsonl   each record that was left out or cut: id, reason, problem
+
+The key covers everything that the content depends on: the annotation files' bytes, the tokenizer, the
+template, the options, the image root. A folder is written aside and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from mmengine.logging import print_log
+from tqdm import tqdm
+
+from gmai_xtuner.datasets.conversation import parse_raw
+from gmai_xtuner.datasets.images import check_image
+from gmai_xtuner.datasets.mixture import DatasetEntry
+from gmai_xtuner.datasets.records import RawRecord, iter_raw
+from gmai_xtuner.datasets.tokenization import ConversationTokenizer, TokenizedConversation, fit
+from gmai_xtuner.errors import DataError, GMAIError, ImageError
+
+FORMAT_VERSION = 1
+RECORDS_A_CHUNK = 512
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("label_spans", pa.list_(pa.int32())),
+        ("images", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """What decides which records are kept, and how.
+
+    Args:
+        max_length: tokens of a pack, image tokens counted.
+        num_image_tokens: tokens of one image.
+        max_images: images of a pack.
+        over_length: ``cut`` between turns, or ``drop``.
+        on_bad_sample: ``raise`` stops at the first bad record, ``skip`` leaves it out and counts it.
+        check_images: ``none``, ``exists``, ``header`` (opens the file, looks at size and trailer) or
+            ``decode`` (reads every pixel).
+        max_pixels: an image with more is refused.
+    """
+
+    max_length: int
+    num_image_tokens: int
+    max_images: int
+    over_length: str
+    on_bad_sample: str
+    check_images: str
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("over_length", ("cut", "drop")),
+            ("on_bad_sample", ("raise", "skip")),
+            ("check_images", ("none", "exists", "header", "decode")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise GMAIError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """What a worker makes of some records."""
+
+    batch: pa.RecordBatch | None
+    counts: np.ndarray
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+
+class TokenCache:
+    """A cache folder, opened for reading. Memory-mapped: opening costs nothing, processes share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.counts: np.ndarray = np.load(folder / "counts.npy", mmap_mode="r")
+        self._batches: list[pa.RecordBatch] | None = None
+        self._starts: np.ndarray = np.array(self.meta["batch_starts"], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]
+
+    def __getitem__(self, row: int) -> TokenizedConversation:
+        """Conversation ``row``; ``IndexError`` beyond the end."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} in {self.folder}")
+        if self._batches is None:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.folder / "tokens.arrow")))
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        batch, inner = self._batches[number], row - int(self._starts[number])
+        return TokenizedConversation(
+            id=batch.column(0)[inner].as_py(),
+            input_ids=_list_values(batch.column(1), inner),
+            label_spans=_list_values(batch.column(2), inner).reshape(-1, 2),
+            images=tuple(batch.column(3)[inner].as_py()),
+            turn_ends=(),
+        )
+
+
+def _list_values(column: pa.ListArray, row: int) -> np.ndarray:
+    return column[row].values.to_numpy()
+
+
+def open_cache(
+    entry: DatasetEntry,
+    tokenizer: ConversationTokenizer,
+    options: CacheOptions,
+    *,
+    cache_dir: str | Path,
+    num_workers: int | None = None,
+) -> TokenCache:
+    """The cache of a dataset, built first if it is not there.
+
+    Args:
+        entry: the dataset.
+        tokenizer: batched tokenizer.
+        options: see :class:`CacheOptions`.
+        cache_dir: folder for all caches. Several processes may ask at once; one builds, under a file
+            lock, the others wait (outside of any collective, so that no NCCL time-out runs).
+        num_workers: processes that tokenise; default: the cores that this process may use.
+
+    Raises:
+        DataError: the first bad record, with ``on_bad_sample="raise"``; or a dataset without a usable
+            record.
+    """
+    ingredients = {
+        "format": FORMAT_VERSION,
+        "annotations": [file_sha256(path, cache_dir) for path in entry.annotations],
+        "image_root": str(entry.image_root) if entry.image_root else None,
+        "tokenizer": tokenizer.fingerprint,
+        "options": asdict(options),
+    }
+    key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", entry.name)[:80]
+    folder = Path(cache_dir).absolute() / "tokens" / f"{slug}-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _build(entry, tokenizer, options, folder, ingredients, num_workers)
+    return TokenCache(folder)
+
+
+def file_sha256(path: Path, cache_dir: str | Path) -> str:
+    """SHA-256 of a file, remembered under its size and modification time.
+
+    Reading a corpus of many gigabytes at every start would cost minutes; a file whose path, size and
+    nanosecond time are unchanged is not read again.
+    """
+    stat = path.stat()
+    name = hashlib.sha256(
+        f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}".encode()
+    ).hexdigest()
+    note = Path(cache_dir) / "hashes" / name
+    if note.is_file():
+        return note.read_text()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    aside = note.with_name(f"{name}.{os.getpid()}")
+    aside.write_text(digest)
+    os.replace(aside, note)
+    return digest
+
+
+def _build(
+    entry: DatasetEntry,
+    tokenizer: ConversationTokenizer,
+    options: CacheOptions,
+    folder: Path,
+    ingredients: dict[str, Any],
+    num_workers: int | None,
+) -> None:
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    reasons: Counter[str] = Counter()
+    counts: list[np.ndarray] = []
+    batch_starts: list[int] = []
+    kept = read = 0
+    try:
+        with (
+            pa.OSFile(str(aside / "tokens.arrow"), "wb") as sink,
+            pa.ipc.new_file(sink, SCHEMA) as writer,
+            (aside / "skipped.jsonl").open("w", encoding="utf-8") as skipped,
+            tqdm(desc=f"Tokenising {entry.name}", unit=" records", mininterval=1.0) as progress,
+        ):
+            for size, chunk in _chunks(entry, tokenizer, options, num_workers):
+                read += size
+                for note in chunk.left_out:
+                    reasons[note["reason"]] += 1
+                    skipped.write(json.dumps(note, ensure_ascii=False) + "\n")
+                if chunk.batch is not None and chunk.batch.num_rows:
+                    batch_starts.append(kept)
+                    writer.write_batch(chunk.batch)
+                    counts.append(chunk.counts)
+                    kept += chunk.batch.num_rows
+                progress.update(size)
+        if not kept:
+            raise DataError(
+                f"none of its {read} records can be used ({dict(reasons) or 'it is empty'})",
+                dataset=entry.name,
+                remedy=f"Look at {', '.join(str(path) for path in entry.annotations)}",
+                reason="empty_dataset",
+            )
+        np.save(aside / "counts.npy", np.concatenate(counts).astype(np.int32))
+        meta = {
+            "dataset": entry.name,
+            "ingredients": ingredients,
+            "records": read,
+            "kept": kept,
+            "cut": reasons.pop("cut", 0),
+            "skipped": dict(sorted(reasons.items())),
+            "batch_starts": batch_starts,
+        }
+        (aside / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    os.replace(aside, folder)
+    left_out = ", ".join(f"{number} {reason}" for reason, number in meta["skipped"].items())
+    print_log(
+        f"Tokenised {entry.name}: {kept} of {read} records kept, {meta['cut']} cut between turns, "
+        f"left out: {left_out or 'none'} ({folder})",
+        logger="current",
+        level=logging.INFO,
+    )
+
+
+def _chunks(
+    entry: DatasetEntry,
+    tokenizer: ConversationTokenizer,
+    options: CacheOptions,
+    num_workers: int | None,
+) -> Iterator[tuple[int, _Chunk]]:
+    """Records in chunks, in order, tokenised in this process or, if there are many, in several."""
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0))
+    job = _Job(entry, tokenizer, options)
+    raw = (record for path in entry.annotations for record in iter_raw(path, dataset=entry.name))
+    chunks = iter(lambda: list(islice(raw, RECORDS_A_CHUNK)), [])
+    head = list(islice(chunks, 4))
+    if num_workers < 2 or len(head) < 4:
+        for chunk in (*head, *chunks):
+            yield len(chunk), job(chunk)
+        return
+    # Forked workers inherit the modules; a spawned one would import torch and xtuner first (8 s each).
+    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("fork"))
+    try:
+        waiting: list[tuple[int, Future[_Chunk]]] = []
+        for chunk in _chain(head, chunks):
+            waiting.append((len(chunk), pool.submit(job, chunk)))
+            if len(waiting) >= 4 * num_workers:
+                size, future = waiting.pop(0)
+                yield size, future.result()
+        for size, future in waiting:
+            yield size, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chain(
+    head: list[list[RawRecord]], rest: Iterable[list[RawRecord]]
+) -> Iterator[list[RawRecord]]:
+    yield from head
+    yield from rest
+
+
+@dataclass(slots=True)
+class _Job:
+    """Parse, check, tokenise and fit some records. Runs in a worker."""
+
+    entry: DatasetEntry
+    tokenizer: ConversationTokenizer
+    options: CacheOptions
+
+    def __call__(self, records: Sequence[RawRecord]) -> _Chunk:
+        left_out: list[dict[str, str]] = []
+        conversations = []
+        for record in records:
+            try:
+                conversation = parse_raw(record, dataset=self.entry.name)
+                self._check_images(conversation.id, conversation.images)
+            except DataError as error:
+                if self.options.on_bad_sample == "raise":
+                    raise
+                left_out.append(
+                    {
+                        "id": error.record or record.where,
+                        "reason": error.reason,
+                        "problem": error.problem,
+                    }
+                )
+            else:
+                conversations.append(conversation)
+        kept = []
+        for tokenized in self.tokenizer(conversations):
+            fitted = self._fit(tokenized, left_out)
+            if fitted is not None:
+                kept.append(fitted)
+        return _Chunk(_record_batch(kept), self._counts(kept), left_out)
+
+    def _fit(
+        self, tokenized: TokenizedConversation, left_out: list[dict[str, str]]
+    ) -> TokenizedConversation | None:
+        options = self.options
+        fitted = fit(
+            tokenized,
+            max_length=options.max_length,
+            num_image_tokens=options.num_image_tokens,
+            over_length=options.over_length,
+            max_images=options.max_images,
+        )
+        problem = (
+            f"{tokenized.num_tokens(options.num_image_tokens)} tokens, {len(tokenized.images)} images"
+            f" (a pack holds {options.max_length} and {options.max_images})"
+        )
+        if fitted is None:
+            left_out.append({"id": tokenized.id, "reason": "over_length", "problem": problem})
+        elif fitted is not tokenized:
+            left_out.append({"id": tokenized.id, "reason": "cut", "problem": problem})
+        return fitted
+
+    def _check_images(self, record: str, images: Sequence[str]) -> None:
+        if not images:
+            return
+        root = self.entry.image_root
+        if root is None:
+            raise DataError(
+                f"has {len(images)} images, but the dataset has no image_root",
+                dataset=self.entry.name,
+                record=record,
+                remedy="Add image_root to the dataset in the mixture file",
+                reason="no_image_root",
+            )
+        if self.options.check_images == "none":
+            return
+        for image in images:
+            try:
+                check_image(
+                    root / image,
+                    level=self.options.check_images,
+                    max_pixels=self.options.max_pixels,
+                )
+            except ImageError as error:
+                raise error.at(dataset=self.entry.name, record=record) from error
+
+    def _counts(self, kept: Sequence[TokenizedConversation]) -> np.ndarray:
+        tokens = self.options.num_image_tokens
+        rows = [(item.num_tokens(tokens), item.num_labels, len(item.images)) for item in kept]
+        return np.array(rows, dtype=np.int32).reshape(-1, 3)
+
+
+def _record_batch(kept: Sequence[TokenizedConversation]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array([item.id for item in kept], pa.string()),
+            pa.array([item.input_ids for item in kept], pa.list_(pa.int32())),
+            pa.array([item.label_spans.reshape(-1) for item in kept], pa.list_(pa.int32())),
+            pa.array([list(item.images) for item in kept], pa.list_(pa.string())),
+        ],
+        schema=SCHEMA,
+    )

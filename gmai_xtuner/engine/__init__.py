@@ -1,0 +1,7 @@
+"""What runs around the model: the loop, the learning-rate schedule, what the log shows."""
+
+from gmai_xtuner.engine.hooks import ThroughputHook
+from gmai_xtuner.engine.loop import PackedTrainLoop
+from gmai_xtuner.engine.schedule import WarmupCosineLR
+
+__all__ = ["PackedTrainLoop", "ThroughputHook", "WarmupCosineLR"]

@@ -1,0 +1,56 @@
+"""Linear warm-up, then half a cosine."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mmengine.optim.scheduler import LRSchedulerMixin, _ParamScheduler
+from mmengine.registry import PARAM_SCHEDULERS
+
+
+@PARAM_SCHEDULERS.register_module()
+class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
+    """Learning rate by iteration, from one formula for the whole run.
+
+    One scheduler instead of mmengine's ``LinearLR`` followed by ``CosineAnnealingLR``: that pair raises
+    "end should be larger than begin" in runs so short that the warm-up rounds to no iteration, and its
+    recursive form drifts. Loshchilov and Hutter, "SGDR" (arXiv 1608.03983), without restarts.
+
+    Args:
+        optimizer: optimiser or wrapper.
+        end: iterations of the run; the runner fills it in.
+        warmup_ratio: share of the run in which the rate rises from ``1 / warm-up iterations`` of the
+            base rate to the base rate.
+        eta_min_ratio: last rate as a share of the base rate.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        *args: Any,
+        warmup_ratio: float = 0.03,
+        eta_min_ratio: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 <= warmup_ratio < 1 or not 0 <= eta_min_ratio <= 1:
+            raise ValueError(
+                f"warmup_ratio must be in [0, 1) and eta_min_ratio in [0, 1], got {warmup_ratio}, "
+                f"{eta_min_ratio}"
+            )
+        self.warmup_ratio = warmup_ratio
+        self.eta_min_ratio = eta_min_ratio
+        super().__init__(optimizer, *args, **kwargs)
+
+    def factor(self, step: int, total: int) -> float:
+        """Share of the base rate at iteration ``step`` of ``total``."""
+        warmup = int(self.warmup_ratio * total)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, total - warmup)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.eta_min_ratio + (1.0 - self.eta_min_ratio) * cosine
+
+    def _get_value(self) -> list[float]:
+        share = self.factor(self.last_step, int(self.end - self.begin))
+        return [base * share for base in self.base_values]

@@ -1,0 +1,157 @@
+"""Weights of an earlier stage: which checkpoint is meant, and into which parts of the model they go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gmai_xtuner.errors import ModelLoadError
+
+_ITERATION = re.compile(r"(?:iter|epoch)_(\d+)\.pth$")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if checkpoint.is_dir():
+        return _is_zero_directory(checkpoint)
+    return checkpoint.is_file() and checkpoint.stat().st_size > 0
+
+
+def _is_zero_directory(path: Path) -> bool:
+    return any(path.glob("*_model_states.pt"))
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that ``path`` means.
+
+    Args:
+        path: a ``.pth`` file, a DeepSpeed checkpoint directory, or a work dir, whose newest checkpoint
+            is meant (the one that ``last_checkpoint`` names, otherwise the highest iteration).
+
+    Raises:
+        ModelLoadError: if there is none; says what was looked for.
+    """
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and _is_zero_directory(path)):
+        return path
+    if not path.is_dir():
+        raise ModelLoadError(
+            f"there is no checkpoint or work dir {str(path)!r}. Train the stage before, or say where "
+            "its work dir is (GMAI_STAGE1 for stage 2, GMAI_STAGE2 for stage 3)"
+        )
+    pointer = path / "last_checkpoint"
+    if pointer.is_file():
+        named = Path(pointer.read_text().strip())
+        # A work dir may have been moved since: the name counts more than the path.
+        for candidate in (path / named.name, named):
+            if _is_whole(candidate):
+                return candidate
+    numbered = [
+        (int(match.group(1)), child)
+        for child in path.iterdir()
+        if (match := _ITERATION.search(child.name)) and _is_whole(child)
+    ]
+    if not numbered:
+        raise ModelLoadError(
+            f"work dir {str(path)!r} has no checkpoint (no iter_N.pth). Did that stage finish?"
+        )
+    return max(numbered, key=lambda pair: pair[0])[1]
+
+
+def load_checkpoint_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """State dict of a checkpoint: a ``.pth`` file or a DeepSpeed directory of any ZeRO stage."""
+    from xtuner.model.utils import guess_load_checkpoint
+
+    checkpoint = resolve_checkpoint(path)
+    state = dict(guess_load_checkpoint(str(checkpoint)))
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelLoadError(f"{str(checkpoint)!r} holds no model weights")
+    return state
+
+
+def _listed(names: Iterable[str], limit: int = 8) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def load_parts(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    *,
+    required: Iterable[str],
+    source: str,
+) -> list[str]:
+    """Load whole parts (``llm``, ``visual_encoder``, ``projector``) of a model, strictly.
+
+    A stage saves only what it trained, so a checkpoint may lack a part; but a part that is there must
+    be there whole, and nothing may be left over.
+
+    Args:
+        model: the model; its direct children are the parts.
+        state: keys ``<part>.<name>``.
+        required: parts that the checkpoint must have.
+        source: where ``state`` comes from, for the messages.
+
+    Returns:
+        names of the parts that were loaded.
+
+    Raises:
+        ModelLoadError: names the unexpected, missing or misshapen keys. Nothing is loaded then.
+    """
+    own = {
+        name: tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if name in model_keys(model)
+    }
+    unexpected = set(state) - set(own)
+    if unexpected:
+        raise ModelLoadError(
+            f"{source} has {len(unexpected)} unexpected keys: {_listed(unexpected)}. "
+            "Was it made with another geometry or another config?"
+        )
+    present = {key.split(".", 1)[0] for key in state}
+    absent = set(required) - present
+    if absent:
+        raise ModelLoadError(
+            f"{source} has no weights of {_listed(absent)}, which this stage starts from "
+            f"(it has {_listed(present)}). Is it the checkpoint of the right stage?"
+        )
+    missing = {key for key in own if key.split(".", 1)[0] in present} - set(state)
+    if missing:
+        raise ModelLoadError(f"{source} lacks {len(missing)} keys: {_listed(missing)}")
+    misshapen = [
+        f"{key} ({tuple(state[key].shape)}, the model has {full_shape(own[key])})"
+        for key in state
+        if tuple(state[key].shape) != full_shape(own[key])
+    ]
+    if misshapen:
+        raise ModelLoadError(f"{source} does not fit the model: {_listed(misshapen)}")
+    for key, value in state.items():
+        _copy(own[key], value)
+    return sorted(present)
+
+
+def model_keys(model: nn.Module) -> set[str]:
+    """Names in the full state dict, whatever a stage chooses to save."""
+    return set(nn.Module.state_dict(model, keep_vars=True))
+
+
+def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a tensor; of the whole one where ZeRO-3 has partitioned it."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+@torch.no_grad()
+def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+    if hasattr(target, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+            if torch.distributed.get_rank() == 0:
+                target.copy_(value)
+    else:
+        target.copy_(value)

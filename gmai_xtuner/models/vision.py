@@ -1,0 +1,77 @@
+"""The vision tower: CLIP checkpoints, whole or the vision part alone.
+
+Shapes: ``S`` image size and ``P`` patch size in pixels; an image gives ``(S // P) ** 2`` tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from gmai_xtuner.errors import ModelLoadError
+from gmai_xtuner.models.checkpoint_files import (
+    building_on_meta,
+    read_json,
+    read_state_dict,
+    resolve_directory,
+)
+from gmai_xtuner.models.internlm2 import as_dtype, check_loading_info
+
+#: Weights of a whole CLIP that the vision tower has no use for; ``position_ids`` is a buffer.
+NOT_VISION = (
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+    "vision_model.embeddings.position_ids",
+)
+
+
+def num_image_tokens(vision_config: CLIPVisionConfig) -> int:
+    """Patch tokens of one image, without the class token: 576 for ViT-L/14 at 336 pixels."""
+    return (vision_config.image_size // vision_config.patch_size) ** 2
+
+
+def load_vision_tower(
+    pretrained_model_name_or_path: str, *, torch_dtype: str | torch.dtype | None = None
+) -> CLIPVisionModel:
+    """Load the vision tower of a CLIP checkpoint.
+
+    Under ``accelerate.init_empty_weights`` only the structure is built and no weight is read.
+
+    Args:
+        pretrained_model_name_or_path: a folder in the hub's layout or a hub name; a whole CLIP as
+            ``openai/clip-vit-large-patch14-336``, or its vision part alone.
+        torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
+
+    Raises:
+        ModelLoadError: no CLIP, a missing or damaged file, a weight that is missing, of the wrong
+            shape, or left over though it belongs to the vision part. The message names it.
+    """
+    on_meta = building_on_meta()
+    directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
+    raw = read_json(directory / "config.json")
+    if raw.get("model_type") not in ("clip", "clip_vision_model"):
+        raise ModelLoadError(
+            f"{directory / 'config.json'}: model_type {raw.get('model_type')!r} is not supported "
+            "as the vision tower; supported are 'clip' and 'clip_vision_model'."
+        )
+    dtype = None if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
+    if on_meta:
+        config = CLIPVisionConfig.from_pretrained(directory)
+        return CLIPVisionModel._from_config(config, torch_dtype=dtype or config.torch_dtype)
+    read_state_dict(directory)  # missing and damaged files, with our messages; nothing is copied
+    try:
+        model, info = CLIPVisionModel.from_pretrained(
+            directory, torch_dtype=dtype or "auto", output_loading_info=True
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelLoadError(
+            f"{directory}: the weights don't fit config.json. {error}. "
+            "Take config and weights from the same checkpoint."
+        ) from error
+    check_loading_info(info, where=str(directory), ignored=NOT_VISION)
+    model.name_or_path = str(pretrained_model_name_or_path)
+    return model

@@ -1,0 +1,47 @@
+"""GMAI-VL for XTuner: install with ``pip install -e .`` (training) or ``pip install -e .[dev]``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+QUICKSTART = ["nibabel>=5.3", "pydicom>=3.0", "matplotlib>=3.8"]
+DEVELOPMENT = [
+    *QUICKSTART,
+    "hypothesis>=6.100",
+    "mypy>=1.15",
+    "pytest>=8.3",
+    "ruff>=0.11",
+    "types-PyYAML",
+    "types-tqdm",
+]
+
+setup(
+    name="gmai-xtuner",
+    version="0.1.0",
+    description="GMAI-VL for XTuner: train medical vision-language models in three stages",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["gmai_xtuner", "gmai_xtuner.*"]),
+    package_data={"gmai_xtuner": ["engine/deepspeed/*.json", "*.txt", "py.typed"]},
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        # xtuner 0.2.0 pins transformers 4.48.0, mmengine 0.10.6 and deepspeed 0.16.2.
+        "xtuner[deepspeed]==0.2.0",
+        # 2.11 is tested by default, 2.5.1 is the oldest kept working; torchvision follows torch.
+        "torch>=2.5.1,<2.12",
+        "torchvision>=0.20.1,<0.27",
+        # mmengine 0.10.6 imports pkg_resources, which setuptools 81 dropped.
+        "setuptools<81",
+        "filelock>=3.12",
+        "numpy>=1.26",
+        "pillow>=10.4",
+        "pyarrow>=16",
+        "PyYAML>=6.0",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.16",
+        "tifffile>=2024.5",
+        "tqdm>=4.66",
+    ],
+    extras_require={"quickstart": QUICKSTART, "dev": DEVELOPMENT},
+)
