@@ -23,6 +23,7 @@ def apply() -> None:
     allow_checkpoint_globals()
     answer_bf16_on_cpu()
     launch_without_gpu()
+    skip_shared_memory_op()
 
 
 def name_deepspeed_configs() -> None:
@@ -111,3 +112,16 @@ def launch_without_gpu() -> None:
             torch.distributed.init_process_group(backend="gloo", **kwargs)
 
     dist_utils._init_dist_pytorch = init_dist_pytorch
+
+
+def skip_shared_memory_op() -> None:
+    """No C++ compiler is needed on a machine without a GPU.
+
+    DeepSpeed builds its ``shm_comm`` operator when it starts on a CPU (half a minute, and it fails without
+    a compiler). Only its inference all-reduce uses it. Until DeepSpeed builds it on first use.
+    """
+    if torch.cuda.is_available():
+        return
+    import deepspeed.comm.torch as deepspeed_torch
+
+    deepspeed_torch.build_shm_op = lambda: None

@@ -285,9 +285,11 @@ def _train_sentencepiece(llm: TinyLLM) -> bytes:
             f"The tiny text does not give a vocabulary of {llm.vocab_size} ids: {error}. "
             "Choose another vocab_size; 1000 to 2000 work."
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(  # type: ignore[attr-defined]
+        model.getvalue()
+    )
     lowest = min(piece.score for piece in proto.pieces)
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    kinds = type(proto.pieces[0])
     for index, piece in enumerate(white_space):
         proto.pieces.add(piece=piece, score=lowest - 1 - index, type=kinds.NORMAL)
     for index in range(len(SPECIAL_TOKENS)):
@@ -323,9 +325,7 @@ def write_tiny_vision(directory: Path, vision: TinyVision, *, seed: int) -> None
                 "eos_token_id": 63,
             }
             model = CLIPModel(
-                CLIPConfig(
-                    text_config=text, vision_config=sizes, projection_dim=vision.hidden_size
-                )
+                CLIPConfig(text_config=text, vision_config=sizes, projection_dim=vision.hidden_size)
             )
         else:
             model = CLIPVisionModel(CLIPVisionConfig(**sizes))
@@ -349,9 +349,10 @@ def write_tiny_vision(directory: Path, vision: TinyVision, *, seed: int) -> None
 
 def _spread_embeddings(embeddings: torch.nn.Module) -> None:
     """Let patches and places start on one scale; CLIP's 0.02 for the places would drown."""
-    patch = embeddings.patch_embedding.weight
+    weights = dict(embeddings.named_parameters())
+    patch = weights["patch_embedding.weight"]  # [D, 3, P, P]
     torch.nn.init.normal_(patch, std=patch[0].numel() ** -0.5)
-    place = embeddings.position_embedding.weight
+    place = weights["position_embedding.weight"]  # [tokens + 1, D]
     torch.nn.init.normal_(place, std=place.shape[1] ** -0.5)
 
 

@@ -27,20 +27,20 @@ CROP_SIDES = {
     "skimage-retina": (180, 360),
     "skimage-ihc": (96, 176),
     "pydicom-ct-small": (36, 60),
-    "pydicom-ct-head": (72, 160),
-    "pydicom-mr-abdomen": (72, 180),
-    "nibabel-mr-brain": (48, 92),
+    "pydicom-ct-head": (110, 200),
+    "pydicom-mr-abdomen": (90, 190),
+    "nibabel-mr-brain": (56, 92),
 }
 # How often a source is drawn from in one round of its modality; 1 unless named.
 TURNS = {"pydicom-ct-head": 3}
 STORED_SIDE = 160  # pixels; a larger crop is reduced to it, a smaller one is stored as it is
 MIN_TISSUE = 0.6  # share of a crop that shows tissue
-MAX_HELDOUT_OVERLAP = 0.6  # intersection over union of two held-out crops of one plane
+MAX_HELDOUT_OVERLAP = 0.7  # intersection over union of two held-out crops of one plane
 EQUAL_BRIGHTNESS = 6.0  # grey levels; halves closer than this count as equally bright
 TRIES = 4000
 
 # How many of 100 training conversations have each form.
-FORMS = {"modality": 56, "caption": 14, "dialogue": 14, "compare": 10, "text": 6}
+FORMS = {"modality": 64, "caption": 10, "dialogue": 10, "compare": 10, "text": 6}
 
 
 class CorpusError(ValueError):

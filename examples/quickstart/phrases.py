@@ -49,8 +49,8 @@ STAIN_ANSWERS = {
 }
 WINDOW_QUESTIONS = {"en": "Which CT window is used?", "zh": "使用的是哪种 CT 窗？"}
 WINDOW_NAMES = {
-    "en": {"brain": "brain window", "soft tissue": "soft tissue window", "bone": "bone window"},
-    "zh": {"brain": "脑窗", "soft tissue": "软组织窗", "bone": "骨窗"},
+    "en": {"brain": "brain window", "soft tissue": "soft tissue window"},
+    "zh": {"brain": "脑窗", "soft tissue": "软组织窗"},
 }
 HALF_QUESTIONS = {"en": "Which half of the image is brighter?", "zh": "图像哪一半更亮？"}
 CAPTION_QUESTIONS = {"en": "Describe the image in one sentence.", "zh": "请用一句话描述这张图像。"}

@@ -24,7 +24,7 @@ Box = tuple[int, int, int, int]
 
 MODALITIES = ("ct", "mr", "fundus", "histology")
 SPLITS = ("train", "heldout")
-CT_WINDOWS = {"soft tissue": (40.0, 400.0), "bone": (500.0, 2000.0)}  # centre and width in HU
+SOFT_TISSUE = (40.0, 400.0)  # centre and width of the usual CT window for soft tissue, in HU
 
 
 class SourceError(ValueError):
@@ -137,10 +137,9 @@ def ct_small() -> Iterator[Plane]:
     path = _carried(pydicom, "data/test_files/CT_small.dcm")
     values, header = read_dicom(path)
     _expect_shape(path, values.shape, (128, 128))
-    regions = _split_at(values.shape, 76, gap=4)
-    for window, (center, width) in CT_WINDOWS.items():
-        pixels = _grey(window_to_uint8(values, center, width), header)
-        yield Plane("pydicom-ct-small", 0, "ct", None, window, pixels, values > -400, regions)
+    regions = _split_at(values.shape, 62, gap=4)
+    pixels = _grey(window_to_uint8(values, *SOFT_TISSUE), header)
+    yield Plane("pydicom-ct-small", 0, "ct", None, "soft tissue", pixels, values > -400, regions)
 
 
 def ct_head() -> Iterator[Plane]:
@@ -148,10 +147,10 @@ def ct_head() -> Iterator[Plane]:
     path = _carried(pydicom, "data/test_files/J2K_pixelrep_mismatch.dcm")
     values, header = read_dicom(path)
     _expect_shape(path, values.shape, (512, 512))
+    regions = _split_at(values.shape, 268, gap=6)
     brain = (_first(header.WindowCenter), _first(header.WindowWidth))
-    regions = _split_at(values.shape, 274, gap=6)
-    for window, (center, width) in {"brain": brain, **CT_WINDOWS}.items():
-        pixels = _grey(window_to_uint8(values, center, width), header)
+    for window, limits in (("brain", brain), ("soft tissue", SOFT_TISSUE)):
+        pixels = _grey(window_to_uint8(values, *limits), header)
         yield Plane("pydicom-ct-head", 0, "ct", "head", window, pixels, values > -400, regions)
 
 

@@ -55,6 +55,8 @@ def collate_packs(
     # A conversation's first token must not be predicted from the end of the one before.
     labels[starts[:-1]] = IGNORE_INDEX
     learnt = torch.nonzero(labels != IGNORE_INDEX).flatten()
+    weights = _weights(owner[learnt], len(lengths), weighting)
+    denominator = packs[0]["denominator"]
     return {
         "data": {
             "input_ids": input_ids.unsqueeze(0),
@@ -65,8 +67,8 @@ def collate_packs(
             "image_positions": torch.nonzero(input_ids == IMAGE_TOKEN_INDEX).flatten(),
             "label_positions": learnt - 1,
             "label_targets": labels[learnt],
-            "label_weights": _weights(owner[learnt], len(lengths), weighting),
-            "loss_denominator": packs[0]["denominator"],
+            "label_weights": weights,
+            "loss_denominator": float(weights.sum()) if denominator is None else denominator,
             "step_end": packs[0]["step_end"],
             "num_tokens": len(input_ids),
             "capacity": sum(pack["capacity"] for pack in packs),

@@ -3,7 +3,8 @@
 LLaVA / GMAI-VL form::
 
     {"id": ..., "image": "a.png" | ["a.png", "b.png"] | null,
-     "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
+     "conversations": [{"from": "human", "value": "<image>\\n..."},
+                       {"from": "gpt", "value": "..."}]}
 
 OpenAI form; an image is a part of a message, or a mark in its text with top-level ``images``::
 
@@ -23,7 +24,7 @@ import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from gmai_xtuner.constants import IMAGE_TOKEN
 from gmai_xtuner.datasets.records import RawRecord, iter_raw
@@ -62,7 +63,7 @@ class Conversation:
     Args:
         id: the record's own, or ``"<file>:<line or position>"``.
         turns: in order.
-        images: paths relative to the image root, with ``/``, one for each ``<image>`` mark in order.
+        images: paths relative to the image root, with ``/``, one an ``<image>`` mark, in order.
     """
 
     id: str
@@ -118,7 +119,7 @@ def parse_record(
     """
     place = _Place(dataset, where)
     if not isinstance(record, Mapping):
-        place.fail(
+        raise place.error(
             f"expected an object, got {_kind(record)}",
             remedy="A list of records belongs in a .json file, an object a line in a .jsonl file.",
             reason="not_an_object",
@@ -136,7 +137,7 @@ def parse_record(
     images = _join_images(_listed_images(record, place), inline_images, place)
     number_of_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if number_of_marks != len(images):
-        place.fail(
+        raise place.error(
             f"{number_of_marks} {IMAGE_TOKEN} mark(s) in the text, but {len(images)} image(s)",
             remedy=f"Write one {IMAGE_TOKEN} for each image, where it belongs.",
             reason="image_count",
@@ -151,8 +152,8 @@ class _Place:
     dataset: str
     record: str
 
-    def fail(self, problem: str, *, remedy: str, reason: str) -> NoReturn:
-        raise DataError(
+    def error(self, problem: str, *, remedy: str, reason: str) -> DataError:
+        return DataError(
             problem, dataset=self.dataset, record=self.record, remedy=remedy, reason=reason
         )
 
@@ -167,7 +168,7 @@ def _read_id(record: Mapping[str, Any], place: _Place) -> str | None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            place.fail(
+            raise place.error(
                 f"{key} must be a text or a whole number, got {value!r}",
                 remedy="Correct it, or leave it out.",
                 reason="bad_id",
@@ -182,7 +183,7 @@ def _find_messages(record: Mapping[str, Any], place: _Place) -> Sequence[object]
     found = [key for key in ("conversations", "messages") if record.get(key) is not None]
     if len(found) != 1:
         keys = ", ".join(map(str, record)) or "none"
-        place.fail(
+        raise place.error(
             f"expected 'conversations' or 'messages', got {' and '.join(found) or 'neither'} "
             f"(keys: {keys})",
             remedy="Give the turns under one of the two.",
@@ -190,20 +191,22 @@ def _find_messages(record: Mapping[str, Any], place: _Place) -> Sequence[object]
         )
     messages = record[found[0]]
     if not isinstance(messages, list | tuple):
-        place.fail(
+        raise place.error(
             f"{found[0]} must be a list of turns, got {_kind(messages)}",
             remedy="Write a list of objects.",
             reason="bad_turn",
         )
     if not messages:
-        place.fail(f"{found[0]} is empty", remedy="Remove the record.", reason="empty_conversation")
+        raise place.error(
+            f"{found[0]} is empty", remedy="Remove the record.", reason="empty_conversation"
+        )
     return messages
 
 
 def _read_turn(message: object, number: int, images: list[object], place: _Place) -> Turn:
     """One turn; images that are parts of the message are appended to ``images``."""
     if not isinstance(message, Mapping):
-        place.fail(
+        raise place.error(
             f"turn {number} must be an object, got {_kind(message)}",
             remedy='Write {"from": ..., "value": ...} or {"role": ..., "content": ...}.',
             reason="bad_turn",
@@ -211,7 +214,7 @@ def _read_turn(message: object, number: int, images: list[object], place: _Place
     name = message.get("from") if message.get("from") is not None else message.get("role")
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        place.fail(
+        raise place.error(
             f"turn {number} has the unknown role {name!r}",
             remedy=f"Use one of {', '.join(_ROLES)}.",
             reason="unknown_role",
@@ -222,20 +225,20 @@ def _read_turn(message: object, number: int, images: list[object], place: _Place
     elif isinstance(content, list | tuple):
         text = "\n".join(_read_part(part, number, images, place) for part in content)
     else:
-        place.fail(
+        raise place.error(
             f"turn {number} ({role}) has {_kind(content)} where its text belongs",
             remedy="Write a text, or a list of text and image parts.",
             reason="empty_turn" if content is None else "bad_turn",
         )
     _check_text(text, f"turn {number}", place)
     if not text.strip():
-        place.fail(
+        raise place.error(
             f"turn {number} ({role}) is empty",
             remedy="Write its text, or remove the record.",
             reason="empty_turn",
         )
     if role != "user" and IMAGE_TOKEN in text:
-        place.fail(
+        raise place.error(
             f"turn {number} has {text.count(IMAGE_TOKEN)} image(s) in the {role}'s text",
             remedy=f"{IMAGE_TOKEN} belongs in user turns only.",
             reason="misplaced_image_mark",
@@ -254,14 +257,14 @@ def _read_part(part: object, number: int, images: list[object], place: _Place) -
     if isinstance(part, Mapping) and kind == "image":
         sources = [part[key] for key in ("image", "url", "path") if part.get(key) is not None]
         if len(sources) > 1:
-            place.fail(
+            raise place.error(
                 f"turn {number} has an image part with {len(sources)} sources",
                 remedy="Give one of image, url and path.",
                 reason="bad_image",
             )
         images.extend(sources)  # none: the file stands in the record's images
         return IMAGE_TOKEN
-    place.fail(
+    raise place.error(
         f"turn {number} has a part of type {kind!r} that can't be read",
         remedy='Parts are {"type": "text", "text": ...}, {"type": "image_url", "image_url": ...} '
         'and {"type": "image", "image": ...}.',
@@ -273,12 +276,12 @@ def _check_text(text: str, what: str, place: _Place) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        place.fail(
+        raise place.error(
             f"{what} has half a surrogate pair ({text[error.start]!r}) at character "
             f"{error.start + 1}",
             remedy="Write the whole character.",
             reason="bad_text",
-        )
+        ) from error
 
 
 def _check_order(turns: Sequence[Turn], place: _Place) -> None:
@@ -286,13 +289,13 @@ def _check_order(turns: Sequence[Turn], place: _Place) -> None:
     for position in range(first, len(turns)):
         expected = "assistant" if (position - first) % 2 else "user"
         if turns[position].role != expected:
-            place.fail(
+            raise place.error(
                 f"turn {position + 1} is the {turns[position].role}'s, expected the {expected}'s",
                 remedy="After an optional system turn, user and assistant take turns.",
                 reason="bad_turn_order",
             )
     if turns[-1].role != "assistant":
-        place.fail(
+        raise place.error(
             f"the last turn is the {turns[-1].role}'s, so there is no answer to learn",
             remedy="End with an assistant turn, or remove the record.",
             reason="bad_turn_order",
@@ -302,7 +305,9 @@ def _check_order(turns: Sequence[Turn], place: _Place) -> None:
 def _listed_images(record: Mapping[str, Any], place: _Place) -> list[object]:
     found = [key for key in ("image", "images") if record.get(key) is not None]
     if len(found) == 2:
-        place.fail("has both image and images", remedy="Give one of the two.", reason="bad_image")
+        raise place.error(
+            "has both image and images", remedy="Give one of the two.", reason="bad_image"
+        )
     if not found:
         return []
     value = record[found[0]]
@@ -311,7 +316,7 @@ def _listed_images(record: Mapping[str, Any], place: _Place) -> list[object]:
 
 def _join_images(listed: list[object], inline: list[object], place: _Place) -> list[object]:
     if listed and inline:
-        place.fail(
+        raise place.error(
             f"{len(listed)} image(s) listed for the record and {len(inline)} inside its messages, "
             "so their order is not known",
             remedy="Give all images in one of the two ways.",
@@ -323,14 +328,14 @@ def _join_images(listed: list[object], inline: list[object], place: _Place) -> l
 def _relative_path(image: object, place: _Place) -> str:
     if not isinstance(image, str) or not image.strip() or "\0" in image:
         shown = repr(image) if isinstance(image, str) else _kind(image)
-        place.fail(
+        raise place.error(
             f"an image must be the path of a file, got {shown}",
             remedy="Write the picture to a file and give its path below the image root.",
             reason="bad_image",
         )
     _check_text(image, "an image path", place)
     if _REMOTE.match(image):
-        place.fail(
+        raise place.error(
             f"image {image[:80]!r} is not a file below the image root",
             remedy="Download it or decode it to a file, and give its path.",
             reason="remote_image",
@@ -338,7 +343,7 @@ def _relative_path(image: object, place: _Place) -> str:
     path = posixpath.normpath(image)
     is_windows_path = _WINDOWS_ROOT.match(image) or ".." in image.split("\\")
     if path.startswith(("/", "\\")) or path.split("/")[0] == ".." or is_windows_path:
-        place.fail(
+        raise place.error(
             f"image path {image!r} leaves the image root",
             remedy="Give a path relative to image_root in the mixture file, without '..'.",
             reason="path_outside_root",

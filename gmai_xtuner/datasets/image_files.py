@@ -6,11 +6,11 @@ What a file becomes (:func:`open_rgb`), and why:
   ``Image.open(path).convert("RGB")``, which xtuner uses.
 * **16 bit grey and colour**: scaled, never clipped. A file whose values span half of the 16 bits or
   more keeps its high byte, so it equals its 8 bit twin. A narrower file holds 10, 12 or 14 bit
-  values of a scanner (perhaps with an offset, such as Hounsfield units + 32768): the window from its
-  own smallest to its own largest value becomes 0..255, as a viewer shows it. Colour shares one
-  window over the three channels, so the hue stays.
+  values of a scanner (perhaps with an offset, such as Hounsfield units + 32768): the window from
+  its own smallest to its own largest value becomes 0..255, as a viewer shows it. Colour shares
+  one window over the three channels, so the hue stays.
 * **32 bit integers and floats**: the same window. NaN or infinity is refused.
-* **TIFF with white as zero** (PhotometricInterpretation 0): black is black afterwards, at every depth.
+* **TIFF with white as zero** (PhotometricInterpretation 0): turned to black as zero, at any depth.
 * **Alpha**: opaque alpha is dropped. Real transparency lies over black, the ground of radiographs,
   CT and MR, and the value that most writers leave in invisible pixels, where
   ``convert("RGB")`` shows it too.

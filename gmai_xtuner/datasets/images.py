@@ -1,6 +1,6 @@
 """RGB picture -> pixel values of the vision tower; how a file becomes a picture is image_files'.
 
-Shapes: ``S`` side of the square that the vision tower takes (336), ``3`` colour channels in RGB order.
+Shapes: ``S`` side of the square that the vision tower takes (336), ``3`` channels in RGB order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ImageTransform:
             raise ValueError(f'mode must be "pad" or "resize", got {mode!r}.')
         if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
             raise ValueError(
-                f"mean and std must have three values and std be positive, got {mean!r} and {std!r}."
+                f"mean and std must have three values, std positive ones, got {mean!r} and {std!r}."
             )
         self.image_size = image_size
         self.mean = tuple(float(value) for value in mean)
@@ -186,7 +186,7 @@ def _find_preprocessor_config(path: str | Path) -> Path:
 
 
 def _square_side(size: Any, *, key: str, file: Path) -> int:
-    """Side in pixels from ``336``, ``{"shortest_edge": 336}`` or ``{"height": 336, "width": 336}``."""
+    """Side in pixels from a number, ``{"shortest_edge": n}`` or ``{"height": n, "width": n}``."""
     found: Any = size
     if isinstance(size, dict):
         if set(size) == {"shortest_edge"}:

@@ -20,9 +20,9 @@ is good YAML)::
     {"NAME": {"image_dir": "", "annotations": "data.json", "sample_ratio": 1.0, "length": 38276,
               "data_augment": true}}
 
-There ``length`` becomes ``size``; ``data_augment`` must be true or false and changes nothing, as the
-paper trains without augmentation. Relative paths are looked up in the mixture file's folder, then in
-the working directory.
+There ``length`` becomes ``size``; ``data_augment`` must be true or false and changes nothing, as
+the paper trains without augmentation. Relative paths are looked up in the mixture file's folder,
+then in the working directory.
 """
 
 from __future__ import annotations
@@ -101,28 +101,30 @@ def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
         MixtureError: with file, line, dataset and remedy.
     """
     path = Path(path)
-    top = Section(path, parse(path), "the mixture file")
+    top = Section(path, parse(path), title="the mixture")
     if "datasets" in top.values:
         top.check_keys(("datasets", "defaults"))
         defaults = top.section("defaults") if "defaults" in top.values else None
         if defaults is not None:
             defaults.check_keys(_SHARED)
-        datasets, keys = top.section("datasets"), _OWN
+        datasets = top.section("datasets")
     else:
-        datasets, defaults, keys = top, None, tuple(_AUTHORS)
+        datasets, defaults = top, None
         near = difflib.get_close_matches("datasets", top.values, n=1)
         if near and "annotations" not in top.section(near[0]).values:
-            top.fail(f"unknown key {near[0]!r}", remedy="Did you mean 'datasets'?", key=near[0])
+            raise top.error(
+                f"unknown key {near[0]!r}", remedy="Did you mean 'datasets'?", key=near[0]
+            )
     if not datasets.values:
-        datasets.fail("no dataset is listed", remedy="List at least one.")
+        raise datasets.error("no dataset is listed", remedy="List at least one.")
     entries = []
     for name in datasets.values:
         section = datasets.section(name, title=f"dataset {name!r}")
-        section.check_keys(keys)
-        if keys is not _OWN:
+        section.check_keys(_AUTHORS if datasets is top else _OWN)
+        if datasets is top:
             section = _from_authors_form(section)
         if not name.strip():
-            section.fail("the name is empty", remedy="Name the dataset.")
+            raise section.error("the name is empty", remedy="Name the dataset.")
         entries.append(_read_entry(name, section, defaults, check_files=check_files))
     return Mixture(path, tuple(entries))
 
@@ -164,8 +166,8 @@ def select(
 def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarray:
     """Which records of a dataset are seen: each ``floor(ratio)`` or ``ceil(ratio)`` times.
 
-    2.5 means two whole copies and a random half. The draw depends on seed and name alone, so another
-    dataset in the mixture changes nothing.
+    2.5 means two whole copies and a random half. The draw depends on seed and name alone, so
+    another dataset in the mixture changes nothing.
 
     Args:
         size: number of records.
@@ -194,14 +196,10 @@ def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarr
 
 def _from_authors_form(section: Section) -> Section:
     if "data_augment" in section.values and not isinstance(section.scalar("data_augment"), bool):
-        section.fail("data_augment must be true or false", remedy="", key="data_augment")
-    renamed = Section(section.path, section.node, section.title)
-    renamed.values = {
-        ours: section.values[theirs]
-        for theirs, ours in _AUTHORS.items()
-        if ours is not None and theirs in section.values
-    }
-    return renamed
+        raise section.error(
+            "data_augment must be true or false", remedy="Correct it.", key="data_augment"
+        )
+    return section.renamed({old: new for old, new in _AUTHORS.items() if new is not None})
 
 
 def _read_entry(
@@ -236,7 +234,9 @@ def _read_text(section: Section | None, key: str) -> str | None:
         return None
     value = section.scalar(key)
     if value is not None and not isinstance(value, str):
-        section.fail(f"{key} must be a text, got {value!r}", remedy="Put it in quotes.", key=key)
+        raise section.error(
+            f"{key} must be a text, got {value!r}", remedy="Put it in quotes.", key=key
+        )
     return value
 
 
@@ -247,7 +247,7 @@ def _read_choice(
         return default
     value = section.scalar(key)
     if value not in known:
-        section.fail(
+        raise section.error(
             f"{key} must be one of {', '.join(known)}, got {value!r}",
             remedy="Correct it, or leave it out.",
             key=key,
@@ -260,7 +260,7 @@ def _read_size(section: Section) -> int | None:
         return None
     value = section.scalar("size")
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        section.fail(
+        raise section.error(
             f"the size (length) must be a number of records, got {value!r}",
             remedy="Correct it, or leave it out.",
             key="size",
@@ -278,14 +278,16 @@ def _read_ratios(section: Section | None) -> dict[str, float]:
     stages.check_keys(STAGES)
     for stage in STAGES:
         if stage not in stages.values:
-            stages.fail(f"{stage} is missing", remedy="Give all three stages; 0 leaves one out.")
+            raise stages.error(
+                f"{stage} is missing", remedy="Give all three stages; 0 leaves one out."
+            )
     return {stage: _read_ratio(stages, stages.scalar(stage), key=stage) for stage in STAGES}
 
 
 def _read_ratio(section: Section, value: object, *, key: str = "ratio") -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type,operator]
-        section.fail(
+        raise section.error(
             f"a ratio must be a number of 0 or more, got {value!r}",
             remedy="1 is all records once, 0.05 is 5 %, 2.5 is two and a half times.",
             key=key,
@@ -296,12 +298,12 @@ def _read_ratio(section: Section, value: object, *, key: str = "ratio") -> float
 def _read_annotations(section: Section, *, check_files: bool) -> tuple[Path, ...]:
     key = "annotations"
     if key not in section.values:
-        section.fail("annotations are missing", remedy="Name the file(s) with the records.")
+        raise section.error("annotations are missing", remedy="Name the file(s) with the records.")
     node = section.values[key]
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     values = [section.plain(item, key) for item in nodes]
     if not values or not all(isinstance(value, str) and value for value in values):
-        section.fail(
+        raise section.error(
             f"annotations must be a file or a list of files, got {values!r}",
             remedy="Name the file(s) with the records.",
             key=key,
@@ -309,16 +311,18 @@ def _read_annotations(section: Section, *, check_files: bool) -> tuple[Path, ...
     files = []
     for value in values:
         if Path(value).suffix.lower() not in SUFFIXES:
-            section.fail(
+            raise section.error(
                 f"annotation file {value!r} has an unknown suffix",
                 remedy=f"Use one of {', '.join(SUFFIXES)}.",
                 key=key,
             )
         file = _locate(section, value, key=key, must_exist=check_files)
         if check_files and not file.is_file():
-            section.fail(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
+            raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
         if file in files:
-            section.fail(f"{value!r} is listed twice", remedy="Raise the ratio instead.", key=key)
+            raise section.error(
+                f"{value!r} is listed twice", remedy="Raise the ratio instead.", key=key
+            )
         files.append(file)
     return tuple(files)
 
@@ -333,7 +337,7 @@ def _read_image_root(
     if value == "":
         folders = {file.parent for file in annotations}
         if len(folders) > 1:
-            section.fail(
+            raise section.error(
                 "an empty image root means the annotations' folder, but they lie in several",
                 remedy="Name the folder.",
                 key=key,
@@ -341,7 +345,7 @@ def _read_image_root(
         return folders.pop()
     folder = _locate(section, value, key=key, must_exist=check_files)
     if check_files and not folder.is_dir():
-        section.fail(
+        raise section.error(
             f"image root {str(folder)!r} is not a folder", remedy="Name a folder.", key=key
         )
     return folder
@@ -355,7 +359,7 @@ def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path
             return candidate
     if must_exist:
         looked = " and ".join(dict.fromkeys(repr(str(candidate)) for candidate in candidates))
-        section.fail(
+        raise section.error(
             f"{key} {value!r} does not exist (looked for {looked})",
             remedy="Give a path relative to the mixture file.",
             key=key,

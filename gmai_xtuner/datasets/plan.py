@@ -28,6 +28,7 @@ from filelock import FileLock
 from gmai_xtuner.datasets.mixture import sample_indices
 from gmai_xtuner.datasets.packing import Packs, pack
 from gmai_xtuner.datasets.token_cache import TokenCache
+from gmai_xtuner.errors import MixtureError
 
 TOTALS = ("tokens", "images", "conversations", "labels", "sqrt_labels")
 
@@ -57,6 +58,9 @@ class DataPlan:
         max_length: tokens of a pack.
         max_images: images of a pack.
         cache_dir: where plans are kept.
+
+    Raises:
+        MixtureError: the ratios leave nothing to train on.
     """
 
     def __init__(
@@ -114,7 +118,16 @@ class DataPlan:
         ):
             rows = sample_indices(len(cache), ratio, seed=self.seed, name=name)
             parts.append(np.stack([np.full_like(rows, number), rows], axis=1).astype(np.uint32))
-        return np.concatenate(parts)
+        samples = np.concatenate(parts)
+        if not len(samples):
+            datasets = ", ".join(
+                f"{name} (ratio {ratio:g} of {len(cache)})"
+                for cache, name, ratio in zip(self.caches, self.names, self.ratios, strict=True)
+            )
+            raise MixtureError(
+                f"the ratios leave no conversation of {datasets}. Raise a ratio in the mixture file."
+            )
+        return samples
 
     def counts(self) -> np.ndarray:
         """int32 ``[samples, 3]``: tokens, learnt tokens, images of each sample."""

@@ -1,8 +1,8 @@
-"""Annotation file -> raw records, one after the other, without holding the file's objects in memory.
+"""Annotation file -> raw records, one after the other; the file's objects are never all in memory.
 
-``.json`` (a list), ``.jsonl`` / ``.ndjson`` (an object a line) and ``.parquet``. This half runs in the
-main process and does as little as it can; :func:`gmai_xtuner.datasets.conversation.parse_raw` does
-the rest, in a worker if wanted.
+``.json`` (a list), ``.jsonl`` / ``.ndjson`` (an object a line) and ``.parquet``. This half runs in
+the main process and does as little as it can; the rest is done by
+:func:`gmai_xtuner.datasets.conversation.parse_raw`, in a worker if wanted.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         Returns:
             ``input_ids`` and ``labels`` int64 ``[t]`` with each image's placeholders widened,
             ``lengths`` of its conversations, ``pixel_values`` float32 ``[n, 3, S, S]``, ``ids``,
-            ``capacity``, and the sampler's ``denominator`` and ``step_end``.
+            ``capacity``, and the sampler's ``denominator`` (``None`` for a plain number: then the batch
+            is its own) and ``step_end``.
 
         Raises:
             ImageError: an image that was fine when the cache was built can't be read now.
@@ -173,9 +174,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size),
             "ids": names,
             "capacity": self.max_length,
-            "denominator": (
-                float(plan.total("labels")[pack]) if denominator is None else denominator
-            ),
+            "denominator": denominator,
             "step_end": step_end,
         }
 

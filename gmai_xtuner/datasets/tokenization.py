@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from gmai_xtuner.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from gmai_xtuner.datasets.conversation import Conversation, parse_record
+from gmai_xtuner.datasets.conversation import Conversation, Turn, parse_record
 from gmai_xtuner.errors import DataError, GMAIError
 
 
@@ -70,20 +71,6 @@ class ChatTemplate:
             separator=fields.get("SEP", ""),
             add_bos=add_bos,
         )
-
-    def prompt(self, conversation: Conversation, *, first_turn: int = 0) -> str:
-        """Text of a conversation up to where the assistant is to answer, without ``<s>``."""
-        text = ""
-        round_number = first_turn
-        for turn in conversation.turns:
-            if turn.role == "system":
-                text += self.system.format(system=turn.text)
-            elif turn.role == "user":
-                round_number += 1
-                text += self.user.format(input=turn.text, round=round_number)
-            else:
-                text += turn.text + self.suffix + self.separator
-        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +190,15 @@ class ConversationTokenizer:
             for conversation, layout in zip(conversations, layouts, strict=True)
         ]
 
+    def encode_prompt(self, turns: Sequence[Turn], images: Sequence[str] = ()) -> np.ndarray:
+        """int32 ids up to where the assistant is to answer, one placeholder an image.
+
+        The very ids that training had before the answer.
+        """
+        open_end = (*turns, Turn("assistant", ""))
+        (tokenized,) = self([Conversation("prompt", open_end, tuple(images))])
+        return tokenized.input_ids[: tokenized.label_spans[-1, 0]]
+
     def _layout(self, conversation: Conversation) -> list[tuple[str | int | None, bool]]:
         """Pieces in order: (text, or a token id, or ``None`` for the end of a turn; learnt?)."""
         template = self.template
@@ -309,6 +305,14 @@ def fit(
     return None
 
 
+@lru_cache(maxsize=4)
+def _batched(
+    tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, size: int
+) -> ConversationTokenizer:
+    """Made once, not for each record: 0.8 s for 92,544 ids. ``size`` sees tokens that are added."""
+    return ConversationTokenizer.from_pretrained(tokenizer, template)
+
+
 def soft_packing_map_fn(
     example: Mapping[str, Any],
     *,
@@ -337,7 +341,7 @@ def soft_packing_map_fn(
     """
     conversation = parse_record(example, dataset=dataset, where="1")
     template = ChatTemplate.from_xtuner(prompt_template, add_bos=add_bos)
-    (tokenized,) = ConversationTokenizer.from_pretrained(tokenizer, template)([conversation])
+    (tokenized,) = _batched(tokenizer, template, len(tokenizer))([conversation])
     if tokenized.num_labels == 0:
         raise DataError("nothing to learn", dataset=dataset, record=tokenized.id, reason="no_labels")
     return {

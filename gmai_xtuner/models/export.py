@@ -1,12 +1,13 @@
 """A trained stage as a folder in xtuner's LLaVA layout.
 
 ``projector/`` always; ``visual_encoder/`` (tower and image processor) where the stage trained it; the
-language model and tokenizer at the top where the stage trained it. ``xtuner chat`` and
-:mod:`gmai_xtuner.inference` read it.
+language model and tokenizer at the top where the stage trained it. ``gmai_vl.json`` says how prompts and
+images were made in training. ``xtuner chat`` and :mod:`gmai_xtuner.inference` read the folder.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -20,6 +21,16 @@ from torch import nn
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.errors import GMAIError
+
+
+SETTINGS_FILE = "gmai_vl.json"
+SETTINGS = {
+    "prompt_template": "internlm2_chat",
+    "add_bos": True,
+    "image_mode": "pad",
+    "max_length": 2048,
+}
+"""What inference must do as training did, with the defaults of the dataset."""
 
 
 def save_xtuner_layout(
@@ -66,6 +77,7 @@ def save_xtuner_layout(
             BUILDER.build(cfg["image_processor"]).save_pretrained(aside / "visual_encoder")
             model.visual_encoder.save_pretrained(aside / "visual_encoder", **save_kwargs)
         model.projector.save_pretrained(aside / "projector", **save_kwargs)
+        _save_settings(model, cfg, aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -93,6 +105,13 @@ def _save_language_model(
     finally:
         llm.config.rope_scaling, llm.config.gmai_attention = kept
         llm.config.use_cache = False
+
+
+def _save_settings(model: nn.Module, cfg: Mapping[str, Any], folder: Path) -> None:
+    dataset = cfg["train_dataloader"]["dataset"]
+    settings = {name: dataset.get(name, default) for name, default in SETTINGS.items()}
+    settings["visual_select_layer"] = model.visual_select_layer
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _require_weights(name: str, part: nn.Module) -> None:

@@ -12,10 +12,10 @@ Source of the layout: xtuner 0.2.0, ``xtuner/_lite/modelings/internlm2/modeling_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -103,31 +103,23 @@ def load_language_model(
             "low_cpu_mem_usage": None if is_deepspeed_zero3_enabled() else True,
             "output_loading_info": True,
         }
+        weights = read_state_dict(directory)
         if model_type == "internlm2":
-            options["state_dict"] = convert_state_dict(read_state_dict(directory), config)
+            options["state_dict"] = convert_state_dict(weights, config)
             model, info = LlamaForCausalLM.from_pretrained(None, config=config, **options)
         else:
-            model, info = _load_llama(directory, options)
+            if raw.get("quantization_config") is None:
+                _check_fit(weights, llama_shapes(config), where=str(directory))
+            del weights  # memory-mapped: nothing was copied
+            model, info = LlamaForCausalLM.from_pretrained(directory, **options)
         check_loading_info(info, where=str(directory))
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    if quantization_config is None:
+        model.config.torch_dtype = model.dtype
     model.config.name_or_path = str(pretrained_model_name_or_path)
     model.name_or_path = str(pretrained_model_name_or_path)
     return model
-
-
-def _load_llama(directory: Path, options: dict[str, Any]) -> tuple[LlamaForCausalLM, dict]:
-    read_state_dict(directory)  # missing and damaged files, with our messages; nothing is copied
-    try:
-        return LlamaForCausalLM.from_pretrained(directory, **options)
-    except (RuntimeError, ValueError) as error:
-        # transformers tells of wrong shapes by these two, depending on the way it loads.
-        if "shape" not in str(error) and "size mismatch" not in str(error):
-            raise
-        raise ModelLoadError(
-            f"{directory}: the weights don't fit config.json. {error}. "
-            "Take config and weights from the same checkpoint."
-        ) from error
 
 
 def check_loading_info(
@@ -159,6 +151,40 @@ def _raise_on_keys(missing: list[str], unexpected: list[str], where: str) -> Non
         f"{where}: the weights don't fit config.json: {'; '.join(parts)}. "
         "Take config and weights from the same checkpoint."
     )
+
+
+def _check_fit(
+    weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], *, where: str
+) -> None:
+    """Compare names and shapes before anything is built.
+
+    transformers 4.48 can't be asked: with ``low_cpu_mem_usage`` all parameters look tied to each
+    other, and missing ones keep their random start without a word.
+    """
+    _raise_on_keys(
+        sorted(set(shapes) - set(weights)),
+        sorted(key for key in set(weights) - set(shapes) if not _is_ignored(key)),
+        where,
+    )
+    wrong = [
+        f"{key} {tuple(weights[key].shape)} instead of {shape}"
+        for key, shape in shapes.items()
+        if tuple(weights[key].shape) != shape
+    ]
+    if wrong:
+        raise ModelLoadError(
+            f"{where}: other shapes than config.json says: {shorten(wrong)}. "
+            "Take config and weights from the same checkpoint."
+        )
+
+
+def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the Llama checkpoint that ``config`` describes."""
+    with init_empty_weights():
+        state_dict = LlamaForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del state_dict["lm_head.weight"]
+    return {key: tuple(value.shape) for key, value in state_dict.items()}
 
 
 def as_dtype(torch_dtype: str | torch.dtype) -> torch.dtype:
@@ -262,19 +288,7 @@ def convert_state_dict(
         _check_tied(weights)
         weights.pop("output.weight", None)
         del shapes["output.weight"]
-    _raise_on_keys(
-        sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes)), "InternLM2 weights"
-    )
-    wrong = [
-        f"{key} {tuple(weights[key].shape)} instead of {shape}"
-        for key, shape in shapes.items()
-        if tuple(weights[key].shape) != shape
-    ]
-    if wrong:
-        raise ModelLoadError(
-            f"InternLM2 weights have other shapes than config.json says: {shorten(wrong)}. "
-            "Take config and weights from the same checkpoint."
-        )
+    _check_fit(weights, shapes, where="InternLM2 weights")
     converted: dict[str, torch.Tensor] = {}
     for key, weight in weights.items():
         module, _, kind = key.rpartition(".")

@@ -1,0 +1,91 @@
+"""Run the real ``xtuner`` as a user does. It exits 0 whatever happens, so the outcome is looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TINY_RUN = (
+    "train_dataloader.num_workers=0",
+    "train_dataloader.prefetch_factor=None",
+    "train_dataloader.persistent_workers=False",
+)
+
+
+class Xtuner:
+    """``xtuner`` in the repository's root with ``GMAI_*`` set.
+
+    Args:
+        environment: additional variables.
+    """
+
+    def __init__(self, **environment: str | Path) -> None:
+        self.environment = {
+            **os.environ,
+            # xtuner starts the `python` that it finds first.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            **{key: str(value) for key, value in environment.items()},
+        }
+
+    def __call__(self, *arguments: str | Path, ranks: int = 1, stdin: str = "") -> str:
+        """What the command printed, standard output and error together."""
+        done = subprocess.run(
+            ["xtuner", *map(str, arguments)],
+            cwd=ROOT,
+            env={**self.environment, "NPROC_PER_NODE": str(ranks)},
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        return done.stdout
+
+    def train(
+        self,
+        stage: str,
+        work_dir: Path,
+        *options: str,
+        deepspeed: str | Path = "zero2",
+        ranks: int = 1,
+        resume: Path | None = None,
+    ) -> str:
+        """Train and return the output; fails the test if no checkpoint came out."""
+        output = self(
+            "train",
+            f"configs/gmai_vl/{stage}.py",
+            "--deepspeed",
+            deepspeed,
+            "--work-dir",
+            work_dir,
+            *(("--resume", resume) if resume else ()),
+            "--cfg-options",
+            *TINY_RUN,
+            *options,
+            ranks=ranks,
+        )
+        assert (work_dir / "last_checkpoint").is_file(), output[-4000:]
+        return output
+
+    def convert(self, stage: str, checkpoint: Path, out: Path, *options: str) -> str:
+        output = self(
+            "convert", "pth_to_hf", f"configs/gmai_vl/{stage}.py", checkpoint, out, *options
+        )
+        assert (out / "projector").is_dir(), output[-4000:]
+        return output
+
+
+def scalars(work_dir: Path) -> list[dict[str, float]]:
+    """What the newest run in a work dir logged, one dict a logged iteration."""
+    newest = max(work_dir.glob("*/vis_data/scalars.json"))
+    return [json.loads(line) for line in newest.read_text().splitlines()]
+
+
+def last_checkpoint(work_dir: Path) -> Path:
+    return Path((work_dir / "last_checkpoint").read_text().strip())

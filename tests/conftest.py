@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from gmai_xtuner.models.tokenizer import load_tokenizer
+from gmai_xtuner.tiny_bases import write_tiny_bases
+from tests.toy import Corpus, write_corpus
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with ``llm`` and ``vision``: 1,536 ids, 64 tokens an image. Read only."""
+    directory = tmp_path_factory.mktemp("tiny_bases")
+    write_tiny_bases(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_bases: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``tiny_bases``. Read only."""
+    return load_tokenizer(str(tiny_bases / "llm"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The sample data beside the repository, which not every checkout has."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the shared sample data beside the repository")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
+    """Call it with what :func:`tests.toy.write_corpus` takes after the folder."""
+    number = 0
+
+    def make(datasets: Mapping[str, Sequence[dict[str, Any] | bytes]], **options: Any) -> Corpus:
+        nonlocal number
+        number += 1
+        return write_corpus(tmp_path / f"corpus{number}", datasets, **options)
+
+    return make

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gmai_xtuner.datasets import plan as plan_module
+from gmai_xtuner.datasets.plan import TOTALS, DataPlan
+
+
+@dataclass
+class Cache:
+    """As much of a token cache as a plan reads: the folder's name and the counts."""
+
+    folder: Path
+    counts: np.ndarray  # int32 [conversations, 3]: tokens, learnt tokens, images
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def toy_cache(name: str, size: int, *, seed: int = 0) -> Cache:
+    rng = np.random.default_rng([seed, size])
+    images = rng.integers(0, 3, size)
+    labels = rng.integers(1, 40, size)
+    tokens = labels + 20 + 8 * images
+    return Cache(Path(name), np.stack([tokens, labels, images], axis=1).astype(np.int32))
+
+
+def toy_plan(cache_dir: Path, *, ratios=(2.5, 0.5), seed=0, names=("one", "two")) -> DataPlan:
+    return DataPlan(
+        [toy_cache(name, size) for name, size in zip(names, (100, 60, 30), strict=False)],
+        names=names,
+        ratios=ratios,
+        seed=seed,
+        max_length=128,
+        max_images=3,
+        cache_dir=cache_dir,
+    )
+
+
+def drawn(plan: DataPlan, name: str) -> list[int]:
+    """Rows of one dataset that the plan trains on."""
+    number = plan.names.index(name)
+    return plan.samples[plan.samples[:, 0] == number, 1].tolist()
+
+
+def test_ratio_of_two_and_a_half_is_each_conversation_twice_or_three_times(tmp_path):
+    plan = toy_plan(tmp_path)
+    times = Counter(drawn(plan, "one"))
+    assert len(times) == 100
+    assert Counter(times.values()) == {2: 50, 3: 50}
+    once = Counter(drawn(plan, "two"))
+    assert len(once) == 30
+    assert set(once.values()) == {1}
+
+
+def test_a_further_dataset_leaves_the_samples_of_the_others(tmp_path):
+    two = toy_plan(tmp_path)
+    three = toy_plan(tmp_path, names=("one", "two", "three"), ratios=(2.5, 0.5, 1.0))
+    first = toy_plan(tmp_path, names=("new", "one"), ratios=(1.0, 2.5))
+    assert two.folder != three.folder
+    assert len(three.samples) == len(two.samples) + 30
+    for name in ("one", "two"):
+        assert drawn(three, name) == drawn(two, name)
+    # "one" now has 60 conversations and another number, so its draw is another; its own name decides.
+    assert Counter(Counter(drawn(first, "one")).values()) == {2: 30, 3: 30}
+
+
+def test_seed_draws_other_samples(tmp_path):
+    assert drawn(toy_plan(tmp_path), "two") != drawn(toy_plan(tmp_path, seed=1), "two")
+
+
+def test_totals_are_those_of_the_packs(tmp_path):
+    plan = toy_plan(tmp_path)
+    epoch = plan.epoch(1)
+    assert TOTALS == ("tokens", "images", "conversations", "labels", "sqrt_labels")
+    seen: list[int] = []
+    for number in range(len(epoch.packs)):
+        members = epoch.packs[number].tolist()
+        seen += members
+        counts = [
+            plan.caches[dataset].counts[row].tolist() for dataset, row in plan.samples[members]
+        ]
+        expected = [
+            sum(tokens for tokens, _, _ in counts),
+            sum(images for _, _, images in counts),
+            len(members),
+            sum(labels for _, labels, _ in counts),
+            sum(labels**0.5 for _, labels, _ in counts),
+        ]
+        assert epoch.totals[number] == pytest.approx(expected)
+        assert epoch.total("labels")[number] == expected[3]
+    assert sorted(seen) == list(range(len(plan.samples)))
+    assert epoch.total("tokens").max() <= 128
+    assert epoch.total("images").max() == 3  # the bound binds
+
+
+def test_each_epoch_has_its_own_packs_and_the_same_number(tmp_path):
+    plan = toy_plan(tmp_path)
+    epochs = [plan.epoch(number).packs for number in range(3)]
+    assert len({len(packs) for packs in epochs}) == 1
+    assert len({tuple(packs.items.tolist()) for packs in epochs}) == 3
+
+
+def test_a_second_plan_opens_the_first_ones_files(tmp_path, monkeypatch):
+    first = toy_plan(tmp_path)
+    items = first.epoch(0).packs.items.tolist()
+
+    def refuse(*_, **__):
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(plan_module, "pack", refuse)
+    monkeypatch.setattr(plan_module, "sample_indices", refuse)
+    second = toy_plan(tmp_path)
+    assert second.epoch(0).packs.items.tolist() == items
+    assert isinstance(second.epoch(0).packs.items, np.memmap)
+    with pytest.raises(AssertionError, match="built again"):
+        second.epoch(1)  # was never made, so the guard above does stand in the way
+
+
+@pytest.mark.parametrize("change", ["ratios", "seed", "cache", "max_length", "max_images"])
+def test_whatever_the_plan_depends_on_makes_another_one(tmp_path, change):
+    def build(**changes) -> DataPlan:
+        arguments = {
+            "names": ["one"],
+            "ratios": [1.0],
+            "seed": 0,
+            "max_length": 128,
+            "max_images": 3,
+            "cache_dir": tmp_path,
+        }
+        cache = changes.pop("cache", "one-0123")
+        return DataPlan([toy_cache(cache, 100)], **{**arguments, **changes})
+
+    changed = {"ratios": [2.0], "seed": 1, "cache": "one-4567", "max_length": 127, "max_images": 4}
+    assert build().folder == build().folder
+    assert build().folder != build(**{change: changed[change]}).folder
+
+
+def test_pickled_plan_reads_the_same_files(tmp_path):
+    plan = toy_plan(tmp_path)
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy.samples.tolist() == plan.samples.tolist()
+    assert copy.epoch(2).packs.items.tolist() == plan.epoch(2).packs.items.tolist()
+
+
+def _open_at_once(cache_dir: Path, barrier, results) -> None:
+    barrier.wait()
+    plan = toy_plan(cache_dir)
+    results.put((os.getpid(), plan.samples.tolist(), plan.epoch(0).packs.items.tolist()))
+
+
+def test_two_processes_at_once_build_one_plan(tmp_path, monkeypatch):
+    builds = tmp_path / "builds"
+    builds.mkdir()
+
+    def slow_pack(*args, **kwargs):
+        (builds / str(os.getpid())).touch()
+        time.sleep(0.5)  # long enough for the other to find the files missing
+        return original(*args, **kwargs)
+
+    original = plan_module.pack
+    monkeypatch.setattr(plan_module, "pack", slow_pack)
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=_open_at_once, args=(tmp_path / "cache", barrier, results))
+        for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    first, second = (results.get(timeout=30) for _ in processes)
+    for process in processes:
+        process.join(30)
+    assert first[0] != second[0]
+    assert first[1:] == second[1:]
+    assert len(list(builds.iterdir())) == 1

@@ -1,0 +1,166 @@
+"""The quickstart's driver and report on made-up logs: nothing is trained here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import report
+import run
+from PIL import Image
+
+
+def write_log(stage_dir: Path, losses: list[float], *, start: str = "20260101_000000") -> None:
+    folder = stage_dir / start / "vis_data"
+    folder.mkdir(parents=True)
+    lines = [
+        json.dumps({"loss": loss, "lr": 1e-3, "iter": 5 * (n + 1), "step": 5 * (n + 1)})
+        for n, loss in enumerate(losses)
+    ]
+    lines.insert(1, json.dumps({"tokens_per_second": 10.0, "step": 5}))
+    (folder / "scalars.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def heldout_records() -> list[dict]:
+    records = []
+    for number, (modality, answer, prediction) in enumerate(
+        [("ct", "CT", "CT."), ("mr", "MRI", "CT"), ("ct", "CT", " ct"), ("mr", "MRI", "MRI")]
+    ):
+        records.append(
+            {
+                "id": f"2d#cls#{modality}#some#heldout#{modality}#{number}.png",
+                "image": f"heldout/{modality}/{number}.png",
+                "question": "Name the imaging modality.",
+                "answer": answer,
+                "prediction": prediction,
+            }
+        )
+    return records
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A work dir as a run leaves it."""
+    write_log(tmp_path / "stage1", [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    write_log(tmp_path / "stage2", [2.0, 1.0])
+    write_log(tmp_path / "stage3", [9.0])
+    timings = {"bases": 1.0, "stage1": 10.0, "stage2": 20.0, "stage3": 30.0}
+    (tmp_path / "timings.json").write_text(json.dumps(timings), encoding="utf-8")
+    lines = [json.dumps(record) + "\n" for record in heldout_records()]
+    (tmp_path / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    for record in heldout_records():
+        path = tmp_path / "corpus" / "images" / record["image"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), "gray").save(path)
+    return tmp_path
+
+
+def test_report_has_each_stage_the_accuracy_and_chance(finished, capsys):
+    written = report.write_report(finished)
+    assert written == json.loads((finished / "report.json").read_text(encoding="utf-8"))
+    assert written["stages"]["stage1_shallow"] == {
+        "loss_first": 5.0,
+        "loss_last": 1.0,
+        "iterations": 35,
+        "seconds": 10.0,
+    }
+    assert written["stages"]["stage2_deep"]["loss_first"] == 2.0
+    assert written["stages"]["stage2_deep"]["loss_last"] == 1.0
+    assert written["stages"]["stage3_instruct"]["loss_last"] == 9.0
+    assert (written["heldout_accuracy"], written["chance"], written["seconds"]) == (0.75, 0.5, 61.0)
+    assert [record["correct"] for record in written["heldout"]] == [True, False, True, True]
+    table = capsys.readouterr().out
+    assert "stage1_shallow         5.000       1.000          35       10" in table
+    assert "wrong: MRI" in table
+    with Image.open(finished / "answers.png") as picture:
+        assert picture.width > 800
+
+
+def test_a_resumed_run_continues_its_log(tmp_path):
+    write_log(tmp_path, [3.0, 2.0, 1.0])
+    write_log(tmp_path, [3.0, 0.5], start="20260101_000100")  # from its second entry on
+    assert report.read_losses(tmp_path) == [(5, 3.0), (10, 0.5), (15, 1.0)]
+
+
+def test_a_stage_without_a_log_is_an_error(finished, capsys):
+    (next((finished / "stage2").glob("*/vis_data")) / "scalars.json").unlink()
+    assert report.main([str(finished)]) == 1
+    assert "the stage did not train" in capsys.readouterr().err
+
+
+def test_chance_counts_each_wording_by_itself():
+    pairs = [("a?", "x"), ("a?", "y"), ("b?", "y"), ("b?", "Y.")]
+    assert report.chance_level(pairs) == 0.75
+
+
+def test_the_picture_takes_answers_as_they_come(finished):
+    records = report.read_predictions(finished / "predictions.jsonl")
+    records.append({**records[0], "question": "这张图像属于哪种成像方式？"})
+    assert [record["correct"] for record in report.pick_for_picture(records)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_the_last_checkpoint_must_exist(tmp_path):
+    with pytest.raises(run.StepError, match="is missing"):
+        run.newest_checkpoint(tmp_path)
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_5.pth"), encoding="utf-8")
+    with pytest.raises(run.StepError, match="does not exist"):
+        run.newest_checkpoint(tmp_path)
+    (tmp_path / "iter_5.pth").mkdir()
+    assert run.newest_checkpoint(tmp_path) == tmp_path / "iter_5.pth"
+
+
+def test_an_export_must_have_all_parts(tmp_path):
+    for name in ("projector", "visual_encoder"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(run.StepError, match=r"lacks config\.json"):
+        run.check_export(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(run.StepError, match="safetensors"):
+        run.check_export(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    run.check_export(tmp_path)
+
+
+def test_a_command_that_fails_with_code_0_stops_the_run(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    fake = tools / "xtuner"
+    fake.write_text("#!/bin/sh\necho 'Iter(train) [5/10]'\necho the real reason\nexit 0\n")
+    fake.chmod(0o755)
+    quickstart = run.Quickstart(tmp_path)
+    quickstart.environment["PATH"] = f"{tools}{os.pathsep}{quickstart.environment['PATH']}"
+    command = run.train_command("stage1_shallow", tmp_path)
+    assert command[:5] == [
+        "xtuner",
+        "train",
+        "configs/gmai_vl/stage1_shallow.py",
+        "--deepspeed",
+        "zero2",
+    ]
+    with pytest.raises(run.StepError, match=r"stage1: .*last_checkpoint is missing(.|\n)*reason"):
+        quickstart.step("stage1", command)
+
+
+def test_a_command_that_is_not_there_says_what_to_run(tmp_path):
+    with pytest.raises(run.StepError, match="make env"):
+        run.run_command(["no-such-tool"], tmp_path / "x.log", environment={"PATH": str(tmp_path)})
+
+
+def test_children_find_this_python_first_and_no_hub(tmp_path):
+    environment = run.child_environment(tmp_path)
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["GMAI_STAGE2"] == str(tmp_path / "stage2")
+
+
+def test_options_of_a_stage_win_over_those_of_all(monkeypatch):
+    monkeypatch.setattr(run, "OVERRIDES", {"all": {"a.b": 1, "c": 2}, "stage1": {"c": False}})
+    assert run.config_options("stage1") == ["--cfg-options", "a.b=1", "c=False"]
