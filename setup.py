@@ -11,6 +11,7 @@ DEVELOPMENT = [
     "mypy>=1.15",
     "pytest>=8.3",
     "ruff>=0.11",
+    "tifffile>=2024.5",
     "types-PyYAML",
     "types-tqdm",
 ]
@@ -35,12 +36,13 @@ setup(
         "setuptools<81",
         "filelock>=3.12",
         "numpy>=1.26",
+        # decodes the 16-bit colour images that Pillow would cut to 8 bit; mmengine brings it too
+        "opencv-python",
         "pillow>=10.4",
         "pyarrow>=16",
         "PyYAML>=6.0",
         "sentencepiece>=0.2",
         "tensorboard>=2.16",
-        "tifffile>=2024.5",
         "tqdm>=4.66",
     ],
     extras_require={"quickstart": QUICKSTART, "dev": DEVELOPMENT},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def launch_without_gpu() -> None:
         return
 
     @functools.wraps(original)
-    def init_dist_pytorch(backend: str, init_backend: str = "torch", **kwargs: object) -> None:
+    def init_dist_pytorch(backend: str, init_backend: str = "torch", **kwargs: Any) -> None:
         if init_backend == "deepspeed":
             import deepspeed
 

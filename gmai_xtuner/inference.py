@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,12 +114,16 @@ class Predictor:
         ).to(device)
         size = self.transform.image_size
         pixels = [
-            self.transform(image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image))
+            self.transform(
+                image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
+            )
             for image in images
         ]
         embeds = self.model.embed(
             widened[None],
-            torch.stack(pixels).to(device) if pixels else torch.zeros(0, 3, size, size, device=device),
+            torch.stack(pixels).to(device)
+            if pixels
+            else torch.zeros(0, 3, size, size, device=device),
             torch.nonzero(widened == IMAGE_TOKEN_INDEX).flatten(),
         )
         return {
@@ -168,7 +173,7 @@ def load_export(
         folder / "visual_encoder", folder / "visual_encoder", vision, "vision tower", "vision"
     )
     file = folder / SETTINGS_FILE
-    settings = {**SETTINGS, "visual_select_layer": -2}
+    settings: dict[str, Any] = {**SETTINGS, "visual_select_layer": -2}
     if file.is_file():
         settings.update(json.loads(file.read_text(encoding="utf-8")))
     model = GMAILLaVAModel(
@@ -181,9 +186,7 @@ def load_export(
     return Predictor(
         model.to(device),
         tokenizer=load_tokenizer(llm_path),
-        template=ChatTemplate.from_xtuner(
-            settings["prompt_template"], add_bos=settings["add_bos"]
-        ),
+        template=ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"]),
         transform=ImageTransform.from_pretrained(vision_path, mode=settings["image_mode"]),
     )
 

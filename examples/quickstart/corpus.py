@@ -93,7 +93,11 @@ class Cropper:
     def draw(self, modality: str) -> Crop:
         """A new crop of a modality; no two have the same box, held-out ones overlap little."""
         groups = self.rounds[modality]
-        planes = groups[self.turn[modality] % len(groups)]
+        position = self.turn[modality] % len(groups)
+        if position == 0:  # a new order each round, or a source would always meet one wording
+            groups = [groups[i] for i in self.generator.permutation(len(groups))]
+            self.rounds[modality] = groups
+        planes = groups[position]
         self.turn[modality] += 1
         for _ in range(TRIES):
             plane = planes[int(self.generator.integers(len(planes)))]

@@ -192,7 +192,7 @@ def draw_answers(report: dict[str, Any], images: Path, target: Path) -> None:
     figure, axes = pyplot.subplots(
         rows,
         PICTURE_COLUMNS,
-        figsize=(1.85 * PICTURE_COLUMNS, 2.55 * rows + 0.5),
+        figsize=(1.85 * PICTURE_COLUMNS, 2.4 * rows + 0.4),
         squeeze=False,
         layout="constrained",
     )

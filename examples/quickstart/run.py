@@ -31,7 +31,6 @@ LOG_TAIL = 40  # lines of a log that an error shows
 # Leaf options of the stage configs; "all" holds for each stage.
 OVERRIDES: dict[str, dict[str, object]] = {
     "all": {
-        "model.llm.torch_dtype": "float32",
         "model.use_activation_checkpointing": False,
         "train_dataloader.batch_size": 1,
         "train_dataloader.num_workers": 1,

@@ -125,7 +125,7 @@ class DataPlan:
                 for cache, name, ratio in zip(self.caches, self.names, self.ratios, strict=True)
             )
             raise MixtureError(
-                f"the ratios leave no conversation of {datasets}. Raise a ratio in the mixture file."
+                f"the ratios leave no conversation of {datasets}. Raise one in the mixture file."
             )
         return samples
 

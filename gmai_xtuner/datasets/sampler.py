@@ -147,9 +147,7 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
         across = self.world_size * self.batch_size
         for micro_batch in range(start, len(self)):
             first = micro_batch * across
-            mine = range(
-                first + self.rank, min(first + across, len(self.sampler)), self.world_size
-            )
+            mine = range(first + self.rank, min(first + across, len(self.sampler)), self.world_size)
             step_first = micro_batch // self.accumulative_counts * self.packs_a_step
             step = slice(step_first, min(step_first + self.packs_a_step, len(self.sampler)))
             if self.weighting == "micro_batch":

@@ -156,7 +156,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             (0, ref, None, True, True) if isinstance(ref, (int, np.integer)) else ref
         )
         plan = self.plan.epoch(epoch)
-        ids, labels, lengths, pixels, names = [], [], [], [], []
+        ids, labels, lengths, names = [], [], [], []
+        pixels: list[torch.Tensor] = []
         for sample in plan.packs[pack]:
             dataset, row = (int(value) for value in self.plan.samples[sample])
             conversation = self.caches[dataset][row]
@@ -186,9 +187,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             ids, labels = np.repeat(ids, times), np.repeat(labels, times)
         return ids, labels
 
-    def _pixels(
-        self, dataset: int, conversation: TokenizedConversation, path: str
-    ) -> torch.Tensor:
+    def _pixels(self, dataset: int, conversation: TokenizedConversation, path: str) -> torch.Tensor:
         entry = self.entries[dataset]
         assert entry.image_root is not None, "the cache refuses images without an image root"
         try:
@@ -209,9 +208,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         lines = [
             f"  {entry.name}: {len(cache)} conversations x {ratio:g}"
             + (f" ({entry.category})" if entry.category else "")
-            for entry, cache, ratio in zip(
-                self.entries, self.caches, self.plan.ratios, strict=True
-            )
+            for entry, cache, ratio in zip(self.entries, self.caches, self.plan.ratios, strict=True)
         ]
         for entry, cache in zip(self.entries, self.caches, strict=True):
             if entry.size is not None and entry.size != cache.meta["records"]:
@@ -226,4 +223,3 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             logger="current",
             level=logging.INFO,
         )
-

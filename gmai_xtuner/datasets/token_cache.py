@@ -241,7 +241,7 @@ def _build(
                 reason="empty_dataset",
             )
         np.save(aside / "counts.npy", np.concatenate(counts).astype(np.int32))
-        meta = {
+        meta: dict[str, Any] = {
             "dataset": entry.name,
             "ingredients": ingredients,
             "records": read,
@@ -282,7 +282,7 @@ def _chunks(
             yield len(chunk), job(chunk)
         return
     # Forked workers inherit the modules; a spawned one would import torch and xtuner first (8 s each).
-    # They inherit the job too: a tokenizer of 92,544 ids takes 1 s to pickle and read, a chunk 0.1 s.
+    # They inherit the job too: a tokenizer of 92,544 ids takes 1 s to send, a chunk's work 0.1 s.
     pool = ProcessPoolExecutor(
         num_workers,
         mp_context=multiprocessing.get_context("fork"),

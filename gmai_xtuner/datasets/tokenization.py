@@ -343,7 +343,9 @@ def soft_packing_map_fn(
     template = ChatTemplate.from_xtuner(prompt_template, add_bos=add_bos)
     (tokenized,) = _batched(tokenizer, template, len(tokenizer))([conversation])
     if tokenized.num_labels == 0:
-        raise DataError("nothing to learn", dataset=dataset, record=tokenized.id, reason="no_labels")
+        raise DataError(
+            "nothing to learn", dataset=dataset, record=tokenized.id, reason="no_labels"
+        )
     return {
         "id": tokenized.id,
         "input_ids": tokenized.input_ids.tolist(),

@@ -2,6 +2,6 @@
 
 from gmai_xtuner.engine.hooks import ThroughputHook
 from gmai_xtuner.engine.loop import PackedTrainLoop
-from gmai_xtuner.engine.schedule import WarmupCosineLR
+from gmai_xtuner.engine.schedule import OptimizerStepScheduleHook, WarmupCosineLR
 
-__all__ = ["PackedTrainLoop", "ThroughputHook", "WarmupCosineLR"]
+__all__ = ["OptimizerStepScheduleHook", "PackedTrainLoop", "ThroughputHook", "WarmupCosineLR"]

@@ -49,18 +49,21 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, "
                 "zero2_offload, zero3_offload)"
             )
-        if isinstance(dataloader, dict):
-            dataloader = runner.build_dataloader(dataloader, seed=runner.seed)
-        sampler = dataloader.batch_sampler
+        loader: DataLoader = (
+            runner.build_dataloader(dataloader, seed=runner.seed)
+            if isinstance(dataloader, dict)
+            else dataloader
+        )
+        sampler = loader.batch_sampler
         if not isinstance(sampler, MicroBatchSampler):
             raise GMAIError(
                 f"train_dataloader needs batch_sampler=dict(type='MicroBatchSampler', ...), got "
                 f"{type(sampler).__name__}"
             )
-        if max_iters is None:
+        if max_epochs is not None:
             max_iters = math.ceil(max_epochs * len(sampler))
-        total = _round_up_to_step(max_iters, sampler)
-        super().__init__(runner, dataloader, max_iters=total, **kwargs)
+        total = _round_up_to_step(int(max_iters or 0), sampler)
+        super().__init__(runner, loader, max_iters=total, **kwargs)
         print_log(
             f"{len(sampler)} micro-batches and {sampler.steps} optimiser steps an epoch; "
             f"training {total} micro-batches",
@@ -71,6 +74,13 @@ class PackedTrainLoop(IterBasedTrainLoop):
     @property
     def micro_batches(self) -> MicroBatchSampler:
         return self.dataloader.batch_sampler
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        sampler = self.micro_batches
+        epochs, left = divmod(self._max_iters, len(sampler))
+        return epochs * sampler.steps + sum(sampler.step_ends(i) for i in range(left))
 
     def run(self) -> Any:
         """Train from the current iteration on."""

@@ -1,18 +1,21 @@
-"""Linear warm-up, then half a cosine."""
+"""Linear warm-up, then half a cosine, counted in optimiser steps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.optim import _ParamScheduler
 from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
-from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.hooks import ParamSchedulerHook
+from mmengine.registry import HOOKS, PARAM_SCHEDULERS
+from mmengine.runner import FlexibleRunner
 
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
-    """Learning rate by iteration, from one formula for the whole run.
+    """Learning rate by optimiser step, from one formula for the whole run.
 
     One scheduler instead of mmengine's ``LinearLR`` followed by ``CosineAnnealingLR``: that pair raises
     "end should be larger than begin" in runs so short that the warm-up rounds to no iteration, and its
@@ -20,9 +23,10 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
 
     Args:
         optimizer: optimiser or wrapper.
-        end: iterations of the run; the runner fills it in.
-        warmup_ratio: share of the run in which the rate rises from ``1 / warm-up iterations`` of the
-            base rate to the base rate.
+        end: optimiser steps of the run. The runner first fills in its iterations;
+            :class:`OptimizerStepScheduleHook` puts it right before training.
+        warmup_ratio: share of the run in which the rate rises from ``1 / warm-up steps`` of the base
+            rate to the base rate.
         eta_min_ratio: last rate as a share of the base rate.
     """
 
@@ -44,7 +48,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         super().__init__(optimizer, *args, **kwargs)
 
     def factor(self, step: int, total: int) -> float:
-        """Share of the base rate at iteration ``step`` of ``total``."""
+        """Share of the base rate at optimiser step ``step`` of ``total``."""
         warmup = int(self.warmup_ratio * total)
         if step < warmup:
             return (step + 1) / warmup
@@ -52,6 +56,36 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
         return self.eta_min_ratio + (1.0 - self.eta_min_ratio) * cosine
 
+    def set_total_steps(self, total: int) -> None:
+        """Say how many optimiser steps the run has; takes effect at once."""
+        self.end = self.begin + total
+        for group, value in zip(self.optimizer.param_groups, self._get_value(), strict=True):
+            group[self.param_name] = value
+
     def _get_value(self) -> list[float]:
         share = self.factor(self.last_step, int(self.end - self.begin))
         return [base * share for base in self.base_values]
+
+
+@HOOKS.register_module()
+class OptimizerStepScheduleHook(ParamSchedulerHook):
+    """Moves the schedule on when the optimiser has stepped, not with every micro-batch.
+
+    So the rate of step ``n`` does not depend on how a step is split into micro-batches and ranks.
+    """
+
+    def before_train(self, runner: FlexibleRunner) -> None:
+        for scheduler in runner.param_schedulers:
+            if isinstance(scheduler, WarmupCosineLR):
+                scheduler.set_total_steps(runner.train_loop.total_steps)
+
+    def after_train_iter(
+        self,
+        runner: FlexibleRunner,
+        batch_idx: int,
+        data_batch: Mapping[str, Any] | None = None,
+        outputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if (data_batch or {})["data"]["step_end"]:
+            for scheduler in runner.param_schedulers:
+                scheduler.step()

@@ -15,6 +15,7 @@ import logging
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -194,7 +195,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def boundary_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -22,7 +22,6 @@ from xtuner.registry import BUILDER
 
 from gmai_xtuner.errors import GMAIError
 
-
 SETTINGS_FILE = "gmai_vl.json"
 SETTINGS = {
     "prompt_template": "internlm2_chat",
@@ -34,7 +33,7 @@ SETTINGS = {
 
 
 def save_xtuner_layout(
-    model: nn.Module,
+    model: Any,
     cfg: Mapping[str, Any],
     save_dir: str,
     *,
@@ -90,7 +89,7 @@ def save_xtuner_layout(
 
 
 def _save_language_model(
-    llm: nn.Module, cfg: Mapping[str, Any], folder: Path, save_kwargs: dict[str, Any]
+    llm: Any, cfg: Mapping[str, Any], folder: Path, save_kwargs: dict[str, Any]
 ) -> None:
     BUILDER.build(cfg["tokenizer"]).save_pretrained(folder)
     kept = llm.config.rope_scaling, llm.config.gmai_attention
@@ -107,7 +106,7 @@ def _save_language_model(
         llm.config.use_cache = False
 
 
-def _save_settings(model: nn.Module, cfg: Mapping[str, Any], folder: Path) -> None:
+def _save_settings(model: Any, cfg: Mapping[str, Any], folder: Path) -> None:
     dataset = cfg["train_dataloader"]["dataset"]
     settings = {name: dataset.get(name, default) for name, default in SETTINGS.items()}
     settings["visual_select_layer"] = model.visual_select_layer

@@ -31,7 +31,7 @@ class ImageFeatureMismatch(GMAIError):
     """Image features and their places in the sequence differ in number."""
 
 
-def _keep_frequencies_exact(rotary: nn.Module, args: tuple[object, ...]) -> None:
+def _keep_frequencies_exact(rotary: Any, args: tuple[object, ...]) -> None:
     # DeepSpeed's bf16 engine calls `module.bfloat16()`, which also rounds the rotary frequencies: at
     # position 2,000 the angle of the fastest pair would be off by radians, and differ from inference.
     if rotary.inv_freq.dtype != torch.float32:
@@ -87,9 +87,9 @@ class GMAILLaVAModel(BaseModel):
         self.use_activation_checkpointing = use_activation_checkpointing
         self.loss_chunk_size = loss_chunk_size
 
-        self.llm = _build(llm)
-        self.visual_encoder = _build(visual_encoder)
-        self.projector = ProjectorModel(
+        self.llm: Any = _build(llm)
+        self.visual_encoder: Any = _build(visual_encoder)
+        self.projector: Any = ProjectorModel(
             ProjectorConfig(
                 visual_hidden_size=self.visual_encoder.config.hidden_size,
                 llm_hidden_size=self.llm.config.hidden_size,
@@ -240,5 +240,5 @@ class GMAILLaVAModel(BaseModel):
         )
 
 
-def _build(part: Mapping[str, Any] | nn.Module) -> nn.Module:
+def _build(part: Mapping[str, Any] | nn.Module) -> Any:
     return part if isinstance(part, nn.Module) else BUILDER.build(part)

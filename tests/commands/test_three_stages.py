@@ -61,7 +61,7 @@ def test_every_stage_trains_on_every_dataset(trained):
 
 
 def test_the_cache_is_made_once_and_read_by_the_later_stages(trained):
-    folder, printed, _ = trained
+    _, printed, _ = trained
     assert "Tokenised hannover: 40 of 40 records kept" in printed["stage1_shallow"]
     assert "Tokenised hannover" not in printed["stage2_deep"] + printed["stage3_instruct"]
 

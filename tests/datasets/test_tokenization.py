@@ -395,7 +395,7 @@ def test_fingerprint_changes_with_the_template_and_the_vocabulary(tokenizer, enc
 
 @pytest.fixture
 def two_rounds(by_character):
-    """59 ids with one image in round 1; cut after round 1: 30 ids (see the test counted by hand)."""
+    """59 ids, one image in round 1; 30 after round 1 (see the test counted by hand)."""
     return one(by_character, "<image>\nHi?", "CT.", "Sure?", "Yes", images=("a.png",))
 
 

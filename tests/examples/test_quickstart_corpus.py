@@ -114,6 +114,17 @@ def test_whoever_does_not_look_gets_one_in_four(folder):
     )
 
 
+def test_every_source_meets_several_wordings(folder):
+    met: dict[tuple[str, str], set[str]] = {}
+    for split in sources.SPLITS:
+        for record in read(folder, split):
+            _, form, _, source, *_ = record["id"].split("#")
+            if form == "cls":
+                met.setdefault((split, source), set()).add(record["conversations"][0]["value"])
+    assert len(met) == 12
+    assert min(len(questions) for questions in met.values()) >= 3
+
+
 def test_all_forms_and_both_languages_occur(folder):
     records = read(folder, "train")
     assert len(records) == 300

@@ -74,7 +74,10 @@ def test_loads_the_parts_that_are_there_and_leaves_the_rest():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update({"projector.model.9.weight": torch.zeros(1)}), "projector.model.9.weight"),
+        (
+            lambda s: s.update({"projector.model.9.weight": torch.zeros(1)}),
+            "projector.model.9.weight",
+        ),
         (lambda s: s.pop("projector.model.2.bias"), r"lacks 1 keys: projector\.model\.2\.bias"),
         (lambda s: s.update({"projector.model.2.bias": torch.zeros(3)}), r"\(3,\), the model has"),
         (lambda s: [s.pop(k) for k in list(s)], "no weights of projector"),

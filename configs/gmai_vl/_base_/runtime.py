@@ -5,7 +5,7 @@ custom_imports = dict(imports=["gmai_xtuner"], allow_failed_imports=False)
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", log_metric_by_epoch=False, interval=10),
-    param_scheduler=dict(type="ParamSchedulerHook"),
+    param_scheduler=dict(type="OptimizerStepScheduleHook"),
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
     sampler_seed=None,  # the data plan has its own seed and epochs
 )
