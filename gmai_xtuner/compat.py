@@ -1,6 +1,6 @@
 """Every workaround for xtuner 0.2.0, mmengine 0.10.6, DeepSpeed 0.16.2 and torch, in one place.
 
-Each says what goes wrong, and until when it is needed. :func:`apply` is called by ``import gmai_xtuner``:
+Each says what goes wrong, and until when it is needed. :func:`apply` (all but the last) is called by ``import gmai_xtuner``:
 a string-style config imports the package before xtuner looks at anything else, and there is no later
 place that all ``xtuner`` commands pass.
 """
@@ -8,6 +8,9 @@ place that all ``xtuner`` commands pass.
 from __future__ import annotations
 
 import functools
+import importlib
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +126,23 @@ def skip_shared_memory_op() -> None:
     """
     if torch.cuda.is_available():
         return
-    import deepspeed.comm.torch as deepspeed_torch
+    # Not `import deepspeed.comm.torch`: the attribute of that name is torch itself.
+    module: Any = importlib.import_module("deepspeed.comm.torch")
+    module.build_shm_op = lambda: None
 
-    deepspeed_torch.build_shm_op = lambda: None
+
+def rendezvous_alone() -> None:
+    """Two single-process jobs on one machine do not fight for port 29500.
+
+    Without a launcher DeepSpeed looks for MPI and then listens on its fixed default port, so the second
+    ``xtuner train`` on a machine stops with "address already in use". Called by the training loop, which
+    is built before DeepSpeed starts. Until DeepSpeed takes a free port for a world of one.
+    """
+    if torch.distributed.is_initialized() or "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )

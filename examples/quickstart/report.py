@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -51,14 +52,23 @@ def read_losses(work_dir: Path) -> list[tuple[int, float]]:
     return sorted(losses.items())
 
 
-def summarize_stage(losses: Sequence[tuple[int, float]], *, seconds: float) -> dict[str, Any]:
+def iterations_done(work_dir: Path, *, logged: int) -> int:
+    """Iterations by the name of the last checkpoint, ``iter_<n>.pth``, else those ``logged``."""
+    pointer = work_dir / "last_checkpoint"
+    name = Path(pointer.read_text(encoding="utf-8").strip()).name if pointer.is_file() else ""
+    match = re.fullmatch(r"iter_(\d+)(\.pth)?", name)
+    return int(match.group(1)) if match else logged
+
+
+def summarize_stage(work_dir: Path, *, seconds: float) -> dict[str, Any]:
     """A stage's entry of the report; with few logged values first and last don't overlap."""
+    losses = read_losses(work_dir)
     count = max(1, min(LOSS_ENTRIES, len(losses) // 2))
     values = [loss for _, loss in losses]
     return {
         "loss_first": round(sum(values[:count]) / count, 4),
         "loss_last": round(sum(values[-count:]) / count, 4),
-        "iterations": losses[-1][0],
+        "iterations": iterations_done(work_dir, logged=losses[-1][0]),
         "seconds": round(seconds, 1),
     }
 
@@ -107,7 +117,7 @@ def build_report(work_dir: Path) -> dict[str, Any]:
     pairs = [(record["question"], record["answer"]) for record in heldout]
     return {
         "stages": {
-            name: summarize_stage(read_losses(work_dir / folder), seconds=timings[folder])
+            name: summarize_stage(work_dir / folder, seconds=timings[folder])
             for name, folder in STAGES.items()
         },
         "heldout_accuracy": round(sum(r["correct"] for r in heldout) / len(heldout), 4),

@@ -41,9 +41,9 @@ OVERRIDES: dict[str, dict[str, object]] = {
         "custom_hooks.0.interval": 5,
         "default_hooks.checkpoint.max_keep_ckpts": 1,
     },
-    "stage1": {"optim_wrapper.optimizer.lr": 1e-2, "train_cfg.max_epochs": 1},
-    "stage2": {"optim_wrapper.optimizer.lr": 1e-3, "train_cfg.max_epochs": 1},
-    "stage3": {"optim_wrapper.optimizer.lr": 1e-3, "train_cfg.max_epochs": 4},
+    "stage1": {"optim_wrapper.optimizer.lr": 1e-2, "train_cfg.max_epochs": 0.5},
+    "stage2": {"optim_wrapper.optimizer.lr": 3e-3, "train_cfg.max_epochs": 0.5},
+    "stage3": {"optim_wrapper.optimizer.lr": 1e-3, "train_cfg.max_epochs": 3},
 }
 # Made anew by every run; nothing else in the work dir is touched.
 MADE = ("bases", "corpus", "cache", *STAGES.values(), "export")

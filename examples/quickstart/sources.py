@@ -173,7 +173,7 @@ def mr_brain() -> Iterator[Plane]:
     one window for the whole volume, up to its 99.5th percentile.
     """
     path = _carried(nibabel, "tests/data/example4d.nii.gz")
-    image = nibabel.as_closest_canonical(nibabel.load(path).slicer[..., 0])
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_filename(path).slicer[..., 0])
     volume = np.asarray(image.dataobj, dtype=np.float64)
     _expect_shape(path, volume.shape, (128, 96, 24))
     top = float(np.percentile(volume[volume > 0], 99.5))

@@ -12,6 +12,7 @@ from mmengine.registry import LOOPS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
+from gmai_xtuner import compat
 from gmai_xtuner.datasets.sampler import MicroBatchSampler
 from gmai_xtuner.errors import GMAIError
 
@@ -49,6 +50,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, "
                 "zero2_offload, zero3_offload)"
             )
+        compat.rendezvous_alone()
         loader: DataLoader = (
             runner.build_dataloader(dataloader, seed=runner.seed)
             if isinstance(dataloader, dict)

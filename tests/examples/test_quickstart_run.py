@@ -47,6 +47,7 @@ def finished(tmp_path: Path) -> Path:
     write_log(tmp_path / "stage1", [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     write_log(tmp_path / "stage2", [2.0, 1.0])
     write_log(tmp_path / "stage3", [9.0])
+    (tmp_path / "stage3" / "last_checkpoint").write_text("some/iter_7.pth", encoding="utf-8")
     timings = {"bases": 1.0, "stage1": 10.0, "stage2": 20.0, "stage3": 30.0}
     (tmp_path / "timings.json").write_text(json.dumps(timings), encoding="utf-8")
     lines = [json.dumps(record) + "\n" for record in heldout_records()]
@@ -70,6 +71,7 @@ def test_report_has_each_stage_the_accuracy_and_chance(finished, capsys):
     assert written["stages"]["stage2_deep"]["loss_first"] == 2.0
     assert written["stages"]["stage2_deep"]["loss_last"] == 1.0
     assert written["stages"]["stage3_instruct"]["loss_last"] == 9.0
+    assert written["stages"]["stage3_instruct"]["iterations"] == 7
     assert (written["heldout_accuracy"], written["chance"], written["seconds"]) == (0.75, 0.5, 61.0)
     assert [record["correct"] for record in written["heldout"]] == [True, False, True, True]
     table = capsys.readouterr().out
