@@ -315,7 +315,9 @@ _job_of_worker: _Job | None = None
 def _take_job(job: _Job) -> None:
     global _job_of_worker
     _job_of_worker = job
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of this worker; there is one for each core
+    # The tokenizer's threads did not survive the fork, and importing xtuner sets this to "true", by
+    # which tokenizers does not look whether they did: a worker would wait for them forever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _do_job(records: Sequence[RawRecord]) -> _Chunk:

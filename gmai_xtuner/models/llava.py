@@ -16,7 +16,6 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from xtuner.registry import BUILDER
 
@@ -24,7 +23,8 @@ from gmai_xtuner.errors import GMAIError
 from gmai_xtuner.models.attention import SequenceBoundaries, install_boundary_attention
 from gmai_xtuner.models.checkpoints import load_checkpoint_state, load_parts
 from gmai_xtuner.models.export import save_xtuner_layout
-from gmai_xtuner.models.loss import weighted_cross_entropy
+from gmai_xtuner.models.loss import install_loss_head
+from gmai_xtuner.models.recompute import recompute, use_reentrant
 
 
 class ImageFeatureMismatch(GMAIError):
@@ -98,9 +98,10 @@ class GMAILLaVAModel(BaseModel):
         )
         self.llm.config.use_cache = False
         install_boundary_attention(self.llm, backend=attention)
+        install_loss_head(self.llm.lm_head)
         self.llm.model.rotary_emb.register_forward_pre_hook(_keep_frequencies_exact)
         if use_activation_checkpointing:
-            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.llm.gradient_checkpointing_enable({"use_reentrant": use_reentrant()})
 
         self.llm.requires_grad_(not freeze_llm)
         self.visual_encoder.requires_grad_(not freeze_visual_encoder)
@@ -137,7 +138,7 @@ class GMAILLaVAModel(BaseModel):
             hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self._vision_dtype)))
             for layer in tower.encoder.layers[:depth]:
                 if learns and self.training and self.use_activation_checkpointing:
-                    hidden = checkpoint(layer, hidden, None, None, use_reentrant=False)[0]
+                    hidden = recompute(layer, hidden, None, None)[0]
                 else:
                     hidden = layer(hidden, None, None)[0]
         return self.projector(hidden[:, 1:].to(self._projector_dtype))
@@ -195,12 +196,11 @@ class GMAILLaVAModel(BaseModel):
         """
         hidden = self._hidden_states(data)
         if mode == "loss":
-            total = weighted_cross_entropy(
-                self.llm.lm_head,
+            total = self.llm.lm_head(
                 hidden[0, data["label_positions"]],
                 data["label_targets"],
                 data["label_weights"],
-                chunk_size=self.loss_chunk_size,
+                self.loss_chunk_size,
             )
             return {"loss": total / data["loss_denominator"]}
         if mode == "tensor":

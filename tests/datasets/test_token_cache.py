@@ -17,6 +17,7 @@ from PIL import Image
 from gmai_xtuner.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets import token_cache
 from gmai_xtuner.datasets.conversation import parse_record
+from gmai_xtuner.datasets.records import iter_raw
 from gmai_xtuner.datasets.token_cache import CacheOptions, TokenCache, open_cache
 from gmai_xtuner.datasets.tokenization import ChatTemplate, ConversationTokenizer
 from gmai_xtuner.errors import DataError, GMAIError, ImageError
@@ -222,6 +223,24 @@ def test_parallel_and_serial_builds_are_the_same_bytes(make_corpus, cached, tmp_
     assert files_of(parallel.folder) == files_of(serial.folder)
 
 
+def test_worker_runs_though_its_parent_has_tokenised_in_parallel(corpus, encode, monkeypatch):
+    """A small dataset is tokenised in this process, on the tokenizer's threads; forks lack them."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as importing xtuner.dataset does
+    job = token_cache._Job(corpus.entry("toy"), encode, OPTIONS)
+    records = list(iter_raw(corpus.annotations("toy")))
+    assert job(records).counts.shape == (3, 3)  # those threads are started
+
+    def work() -> None:
+        token_cache._take_job(job)
+        assert token_cache._do_job(records).counts.shape == (3, 3)
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join(20)
+    worker.kill()
+    assert worker.exitcode == 0
+
+
 def test_error_of_a_worker_arrives_whole(make_corpus, cached):
     records = many_records(2300)
     records[2100] = record("broken", "<image>\nWhat?", "A CT scan.", image="gone.png")
@@ -244,7 +263,10 @@ class _DyingTokenizer(ConversationTokenizer):
         return super().__call__(conversations)
 
 
-def test_a_build_that_was_killed_leaves_nothing_that_opens(make_corpus, cached, encode, tmp_path):
+def test_a_build_that_was_killed_leaves_nothing_that_opens(
+    make_corpus, cached, encode, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # for the fork below
     corpus = make_corpus({"toy": many_records(1500)})
     dying = _DyingTokenizer(**vars(encode))
 
@@ -265,6 +287,7 @@ def test_a_build_that_was_killed_leaves_nothing_that_opens(make_corpus, cached, 
 
 
 def test_two_processes_at_once_build_one_cache(corpus, encode, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # for the forks below
     builds = tmp_path / "builds"
     builds.mkdir()
 

@@ -125,7 +125,10 @@ def test_packed_equals_one_by_one_in_loss_and_every_gradient(attention, checkpoi
         )
 
 
-def test_checkpointing_does_not_change_gradients():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_does_not_change_gradients(reentrant, monkeypatch):
+    for module in ("llava", "recompute"):  # re-entrant is what ZeRO-3 gets
+        monkeypatch.setattr(f"gmai_xtuner.models.{module}.use_reentrant", lambda: reentrant)
     pack = collate_packs([make_pack((1, 3, 4), (2, 5, 2), denominator=3.0)])
     plain = loss_and_gradients(build_model(dtype=torch.float64), [pack])
     recomputed = loss_and_gradients(
