@@ -37,7 +37,10 @@ STORED_SIDE = 160  # pixels; a larger crop is reduced to it, a smaller one is st
 MIN_TISSUE = 0.6  # share of a crop that shows tissue
 MAX_HELDOUT_OVERLAP = 0.7  # intersection over union of two held-out crops of one plane
 EQUAL_BRIGHTNESS = 6.0  # grey levels; halves closer than this count as equally bright
+MR_GAINS = (0.75, 1.25)
 TRIES = 4000
+# The modalities of training conversations, in turn: CT and MR, both gray, are the hard ones to tell.
+TRAIN_TURNS = ("ct", "mr", "fundus", "ct", "mr", "histology")
 
 # How many of 100 training conversations have each form.
 FORMS = {"modality": 64, "caption": 10, "dialogue": 10, "compare": 10, "text": 6}
@@ -49,16 +52,27 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """A square cut of one plane: where it lies, and on which side of the split."""
+    """A square cut of one plane: where it lies, on which side of the split, and how it is shown.
+
+    Training crops vary: half are mirrored, and MR grey levels, which have no unit, are multiplied
+    by ``gain``, as with another display window. Held-out crops are shown as they are.
+    """
 
     plane: Plane
     box: Box
     split: str
+    mirrored: bool = False
+    gain: float = 1.0
 
     def image(self) -> Image.Image:
         """The crop as RGB, reduced to at most `STORED_SIDE` pixels a side."""
         left, top, right, bottom = self.box
-        image = Image.fromarray(self.plane.pixels[top:bottom, left:right])
+        pixels = self.plane.pixels[top:bottom, left:right]
+        if self.gain != 1.0:
+            pixels = np.rint(np.clip(pixels * self.gain, 0, 255)).astype(np.uint8)
+        image = Image.fromarray(pixels)
+        if self.mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         side = min(image.width, STORED_SIDE)
         return image.resize((side, side), Image.Resampling.LANCZOS)
 
@@ -112,7 +126,11 @@ class Cropper:
             ):
                 continue
             taken.append(box)
-            return Crop(plane, box, self.split)
+            if self.split == "heldout":
+                return Crop(plane, box, self.split)
+            mirrored = bool(self.generator.integers(2))
+            gain = float(self.generator.uniform(*MR_GAINS)) if modality == "mr" else 1.0
+            return Crop(plane, box, self.split, mirrored=mirrored, gain=gain)
         raise CorpusError(
             f"no room for another {self.split} crop of {planes[0].source} after {TRIES} tries "
             f"({sum(self.turn.values())} crops drawn): ask for fewer --{self.split} conversations"
@@ -265,8 +283,8 @@ def train_records(writer: Writer, count: int) -> Iterator[dict]:
     number = 0
     for form, end in zip(FORMS, edges, strict=True):
         for position in range(int(end) - number):
-            modality = MODALITIES[position % len(MODALITIES)]
-            round_ = position // len(MODALITIES)
+            modality = TRAIN_TURNS[position % len(TRAIN_TURNS)]
+            round_ = position // len(TRAIN_TURNS)
             chinese = round_ % phrases.CHINESE_SHARE == phrases.CHINESE_SHARE - 1
             language = "zh" if chinese else "en"
             if form == "modality":

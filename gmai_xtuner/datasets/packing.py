@@ -5,7 +5,9 @@ algorithms", SIAM J. Comput. 3(4), 1974), exactly, but planned for *kinds* of co
 single ones: all conversations of equal length and equal number of images are one kind, and all packs
 with equal content are one pattern. At 2,048 tokens there are a few thousand kinds whatever the size of
 the corpus, so the plan costs about the same for a thousand and for twenty million conversations; which
-conversation of a kind takes which place is drawn anew for each epoch.
+conversation of a kind takes which place, and the order of the packs, is drawn anew for each epoch. (In a
+small corpus many kinds have one member, so the same conversations share a pack each time; they never see
+each other, and the packs of an optimiser step still change.)
 
 Example, ``max_length`` 10, lengths 6 6 4 4 3: one pattern ``[6, 4] x 2``, one ``[3] x 1``; drawn:
 ``[[0, 3], [1, 2], [4]]`` or ``[[0, 2], [1, 3], [4]]``, ...

@@ -258,7 +258,9 @@ def _build(
     left_out = ", ".join(f"{number} {reason}" for reason, number in meta["skipped"].items())
     print_log(
         f"Tokenised {entry.name}: {kept} of {read} records kept, {meta['cut']} cut between turns, "
-        f"left out: {left_out or 'none'} ({folder})",
+        f"left out: {left_out or 'none'} ({folder})"
+        # Images are not part of the key: the cache would not see that they have been mended.
+        + (f"; after mending images, remove {folder}" if left_out else ""),
         logger="current",
         level=logging.INFO,
     )
@@ -343,9 +345,11 @@ class _Job:
             except DataError as error:
                 if self.options.on_bad_sample == "raise":
                     raise
+                name = (error.record or record.default_id).removesuffix(f" ({record.where})")
                 left_out.append(
                     {
-                        "id": error.record or record.where,
+                        "id": name,
+                        "where": record.where,
                         "reason": error.reason,
                         "problem": error.problem,
                     }
