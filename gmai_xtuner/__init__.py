@@ -15,7 +15,7 @@ from gmai_xtuner.datasets.collate import collate_packs  # noqa: E402
 from gmai_xtuner.datasets.sampler import MicroBatchSampler, PackSampler  # noqa: E402
 from gmai_xtuner.datasets.soft_packed import SoftPackedDataset  # noqa: E402
 from gmai_xtuner.datasets.tokenization import soft_packing_map_fn  # noqa: E402
-from gmai_xtuner.engine import PackedTrainLoop, ThroughputHook, WarmupCosineLR  # noqa: E402
+from gmai_xtuner.engine import PackedTrainLoop, WarmupCosineLR  # noqa: E402
 from gmai_xtuner.models import (  # noqa: E402
     GMAILLaVAModel,
     load_language_model,
@@ -34,7 +34,6 @@ __all__ = [
     "PackSampler",
     "PackedTrainLoop",
     "SoftPackedDataset",
-    "ThroughputHook",
     "WarmupCosineLR",
     "collate_packs",
     "load_language_model",

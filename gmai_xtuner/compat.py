@@ -1,8 +1,8 @@
 """Every workaround for xtuner 0.2.0, mmengine 0.10.6, DeepSpeed 0.16.2 and torch, in one place.
 
-Each says what goes wrong, and until when it is needed. :func:`apply` (all but the last) is called by ``import gmai_xtuner``:
-a string-style config imports the package before xtuner looks at anything else, and there is no later
-place that all ``xtuner`` commands pass.
+Each says what goes wrong, and until when it is needed. :func:`apply` (all but the last) is called by
+``import gmai_xtuner``: a string-style config imports the package before xtuner looks at anything else, and
+there is no later place that all ``xtuner`` commands pass.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def allow_checkpoint_globals() -> None:
     """Checkpoints of mmengine load under torch 2.6 and newer.
 
     ``torch.load`` is ``weights_only`` since 2.6; mmengine's checkpoints hold its own ``HistoryBuffer``
-    and ``ConfigDict``, numpy values and DeepSpeed's loss scaler. They are allow-listed by name, nothing
-    else is. Until mmengine does it (0.10.6 does not).
+    and ``ConfigDict``, numpy values and DeepSpeed's loss scaler. They are allow-listed by name, with the
+    ``getattr`` by which ``HistoryBuffer`` is rebuilt; the list holds for the whole process. Until mmengine
+    does it (0.10.6 does not).
     """
     add = getattr(torch.serialization, "add_safe_globals", None)
     if add is None:

@@ -6,15 +6,14 @@ Shapes: ``T`` tokens of the prompt, image tokens counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModel, PreTrainedTokenizerFast, TextIteratorStreamer
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 from gmai_xtuner.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets.conversation import Turn
@@ -73,7 +72,7 @@ class Predictor:
             max_new_tokens: length of the answer at the most.
 
         Raises:
-            ModelLoadError: never; ValueError: marks and images differ in number.
+            ValueError: marks and images differ in number.
         """
         turns = (Turn("system", system),) if system else ()
         text = question if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * len(images) + question
@@ -87,18 +86,6 @@ class Predictor:
         arguments = self._arguments(turns, images, max_new_tokens)
         output = self.model.llm.generate(**arguments)[0]
         return self.tokenizer.decode(output, skip_special_tokens=True).strip()
-
-    def stream(
-        self, turns: Sequence[Turn], images: Sequence[ImageLike], *, max_new_tokens: int = 256
-    ) -> Iterator[str]:
-        """The same, piece by piece."""
-        streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
-        with torch.inference_mode():
-            arguments = self._arguments(turns, images, max_new_tokens)
-        thread = Thread(target=self.model.llm.generate, kwargs={**arguments, "streamer": streamer})
-        thread.start()
-        yield from streamer
-        thread.join()
 
     def _arguments(
         self, turns: Sequence[Turn], images: Sequence[ImageLike], max_new_tokens: int

@@ -28,7 +28,7 @@ for registry, names in (
     (DATA_SAMPLERS, ("PackSampler", "MicroBatchSampler")),
     (FUNCTIONS, ("collate_packs",)),
     (LOOPS, ("PackedTrainLoop",)),
-    (HOOKS, ("ThroughputHook", "OptimizerStepScheduleHook")),
+    (HOOKS, ("ProgressHook", "StepCheckpointHook", "OptimizerStepScheduleHook")),
     (PARAM_SCHEDULERS, ("WarmupCosineLR",)),
 ):
     for name in names:

@@ -31,8 +31,9 @@ CROP_SIDES = {
     "pydicom-mr-abdomen": (90, 190),
     "nibabel-mr-brain": (56, 92),
 }
-# How often a source is drawn from in one round of its modality; 1 unless named.
-TURNS = {"pydicom-ct-head": 3}
+# How often a source is drawn from in one round of its modality; 1 unless named. The held-out part of
+# the head has room for more crops that differ.
+TURNS: dict[str, dict[str, int]] = {"train": {}, "heldout": {"pydicom-ct-head": 3}}
 STORED_SIDE = 160  # pixels; a larger crop is reduced to it, a smaller one is stored as it is
 MIN_TISSUE = 0.6  # share of a crop that shows tissue
 MAX_HELDOUT_OVERLAP = 0.7  # intersection over union of two held-out crops of one plane
@@ -101,7 +102,7 @@ class Cropper:
                 if plane.modality == modality and split in plane.regions:
                     sources.setdefault(plane.source, []).append(plane)
             self.rounds[modality] = [
-                group for name, group in sources.items() for _ in range(TURNS.get(name, 1))
+                group for name, group in sources.items() for _ in range(TURNS[split].get(name, 1))
             ]
 
     def draw(self, modality: str) -> Crop:

@@ -28,23 +28,24 @@ ROOT = HERE.parents[1]
 ACCURACY_NEEDED = 0.8
 LOG_TAIL = 40  # lines of a log that an error shows
 
-# Leaf options of the stage configs; "all" holds for each stage.
+# Leaf options of the stage configs; "all" holds for each stage. Four short packs and not a long one:
+# packing puts conversations of equal length together, here those with the same question and answer.
 OVERRIDES: dict[str, dict[str, object]] = {
     "all": {
         "model.use_activation_checkpointing": False,
-        "train_dataloader.batch_size": 1,
+        "train_dataloader.batch_size": 4,
         "train_dataloader.num_workers": 1,
-        "train_dataloader.dataset.max_length": 1024,
+        "train_dataloader.dataset.max_length": 320,
         "train_dataloader.batch_sampler.accumulative_counts": 1,
         "optim_wrapper.accumulative_counts": 1,
         "default_hooks.logger.interval": 5,
-        "custom_hooks.0.interval": 5,
         "default_hooks.checkpoint.max_keep_ckpts": 1,
     },
     "stage1": {"optim_wrapper.optimizer.lr": 1e-2, "train_cfg.max_epochs": 0.5},
     "stage2": {"optim_wrapper.optimizer.lr": 3e-3, "train_cfg.max_epochs": 0.5},
     "stage3": {"optim_wrapper.optimizer.lr": 1e-3, "train_cfg.max_epochs": 3},
 }
+MARK = ".quickstart"
 # Made anew by every run; nothing else in the work dir is touched.
 MADE = ("bases", "corpus", "cache", *STAGES.values(), "export")
 
@@ -115,6 +116,18 @@ def check_export(export: Path) -> None:
         missing = ["*.safetensors"]
     if missing:
         raise StepError(f"{export} lacks {', '.join(missing)}: the conversion did not finish")
+
+
+def claim(work_dir: Path) -> None:
+    """Mark a new or empty folder as ours; only in a folder so marked is anything removed.
+
+    Raises:
+        StepError: the folder has something in it and no mark.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    if any(work_dir.iterdir()) and not (work_dir / MARK).is_file():
+        raise StepError(f"{work_dir} is not empty and not a quickstart's; choose a new --work-dir")
+    (work_dir / MARK).touch()
 
 
 def show(command: Sequence[str]) -> None:
@@ -207,9 +220,9 @@ class Quickstart:
 
     def run(self) -> dict:
         """All steps; returns the report."""
+        claim(self.work_dir)
         for name in MADE:
             shutil.rmtree(self.work_dir / name, ignore_errors=True)
-        self.work_dir.mkdir(parents=True, exist_ok=True)
         bases, corpus = str(self.work_dir / "bases"), str(self.work_dir / "corpus")
         self.step("bases", ["python", "-m", "gmai_xtuner.tiny_bases", bases])
         self.step("corpus", ["python", "examples/quickstart/corpus.py", corpus])

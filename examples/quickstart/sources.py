@@ -167,7 +167,7 @@ def mr_abdomen() -> Iterator[Plane]:
 
 
 def mr_brain() -> Iterator[Plane]:
-    """nibabel ``example4d.nii.gz``, first time point: axial brain slices, the upper held out.
+    """nibabel ``example4d.nii.gz``, first time point: axial brain slices, some held out.
 
     Slices are shown as radiologists see them (the patient's right on the left, front on top), in
     one window for the whole volume, up to its 99.5th percentile.
@@ -177,12 +177,13 @@ def mr_brain() -> Iterator[Plane]:
     volume = np.asarray(image.dataobj, dtype=np.float64)
     _expect_shape(path, volume.shape, (128, 96, 24))
     top = float(np.percentile(volume[volume > 0], 99.5))
-    for z in range(1, 23):
+    splits = dict.fromkeys((*range(1, 9), *range(15, 23)), "train")
+    splits |= dict.fromkeys(range(10, 14), "heldout")
+    for z, split in splits.items():
         values = volume[::-1, ::-1, z].T
         levels = window_to_uint8(values, top / 2.0, top)
         height, width = values.shape
-        split = "train" if z < 14 else "heldout" if z > 15 else None
-        regions = {split: (0, 0, width, height)} if split else {}
+        regions = {split: (0, 0, width, height)}
         yield Plane(
             "nibabel-mr-brain", z, "mr", "brain", None, _grey(levels), values > 0.12 * top, regions
         )

@@ -25,15 +25,13 @@ from gmai_xtuner.errors import GMAIError
 
 
 @FUNCTIONS.register_module()
-def collate_packs(
-    packs: Sequence[dict[str, Any]], *, weighting: str = "token"
-) -> dict[str, dict[str, Any]]:
+def collate_packs(packs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Join the packs of a micro-batch.
 
     Args:
-        packs: items of :class:`gmai_xtuner.datasets.soft_packed.SoftPackedDataset`.
-        weighting: what a learnt token counts: ``token`` and ``micro_batch`` 1; ``sample`` 1/n and
-            ``square`` 1/sqrt(n) in a conversation of n learnt tokens. Must be the batch sampler's.
+        packs: items of :class:`gmai_xtuner.datasets.soft_packed.SoftPackedDataset`. Their
+            ``weighting`` says what a learnt token counts: ``token`` and ``micro_batch`` 1; ``sample``
+            1/n and ``square`` 1/sqrt(n) in a conversation of n learnt tokens.
 
     Returns:
         ``{"data": ...}`` as :meth:`gmai_xtuner.models.llava.GMAILLaVAModel.forward` takes it: besides
@@ -55,7 +53,7 @@ def collate_packs(
     # A conversation's first token must not be predicted from the end of the one before.
     labels[starts[:-1]] = IGNORE_INDEX
     learnt = torch.nonzero(labels != IGNORE_INDEX).flatten()
-    weights = _weights(owner[learnt], len(lengths), weighting)
+    weights = _weights(owner[learnt], len(lengths), packs[0]["weighting"])
     denominator = packs[0]["denominator"]
     return {
         "data": {
@@ -70,7 +68,7 @@ def collate_packs(
             "label_weights": weights,
             "loss_denominator": float(weights.sum()) if denominator is None else denominator,
             "step_end": packs[0]["step_end"],
-            "num_tokens": len(input_ids),
+            "num_tokens": sum(pack["num_tokens"] for pack in packs),
             "capacity": sum(pack["capacity"] for pack in packs),
             "ids": [name for pack in packs for name in pack["ids"]],
         }

@@ -23,8 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
+from gmai_xtuner.datasets.locking import aside, locked
 from gmai_xtuner.datasets.mixture import sample_indices
 from gmai_xtuner.datasets.packing import Packs, pack
 from gmai_xtuner.datasets.token_cache import TokenCache
@@ -82,7 +82,7 @@ class DataPlan:
         self.max_images = max_images
         ingredients = [
             1,
-            [cache.folder.name for cache in caches],
+            [(cache.folder.name, cache.meta["content"]) for cache in caches],
             self.names,
             self.ratios,
             seed,
@@ -93,7 +93,7 @@ class DataPlan:
         self.folder = Path(cache_dir).absolute() / "plans" / key
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "samples.npy").is_file():
-            with FileLock(self.folder / ".lock"):
+            with locked(self.folder / ".lock", "draw the samples"):
                 if not (self.folder / "samples.npy").is_file():
                     self._save("samples", self._draw())
         self.samples: np.ndarray = np.load(self.folder / "samples.npy", mmap_mode="r")
@@ -157,9 +157,11 @@ class DataPlan:
         self._save(f"epoch-{epoch}-totals", totals)
 
     def _save(self, name: str, array: np.ndarray) -> None:
-        aside = self.folder / f"{name}.{os.getpid()}.tmp.npy"
-        np.save(aside, array)
-        os.replace(aside, self.folder / f"{name}.npy")
+        target = self.folder / f"{name}.npy"
+        partial = aside(target)
+        with partial.open("wb") as file:
+            np.save(file, array)
+        os.replace(partial, target)
 
 
 @lru_cache(maxsize=4)
@@ -167,7 +169,7 @@ def _open_epoch(plan: DataPlan, epoch: int) -> EpochPlan:
     # The totals are written last: when they are there, everything is.
     totals = plan.folder / f"epoch-{epoch}-totals.npy"
     if not totals.is_file():
-        with FileLock(plan.folder / ".lock"):
+        with locked(plan.folder / ".lock", f"pack epoch {epoch}"):
             if not totals.is_file():
                 plan._build_epoch(epoch)
     offsets, items, sums = (

@@ -38,6 +38,7 @@ class PackRef(NamedTuple):
         epoch: epoch whose plan is meant.
         pack: number of the pack in it.
         denominator: what this micro-batch's weighted sum of losses is divided by.
+        weighting: what a learnt token counts, see :class:`MicroBatchSampler`.
         step_end: the optimiser steps after this micro-batch.
         learns: false for a pack that only fills a place.
     """
@@ -45,6 +46,7 @@ class PackRef(NamedTuple):
     epoch: int
     pack: int
     denominator: float
+    weighting: str
     step_end: bool
     learns: bool
 
@@ -158,6 +160,8 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
                 denominator = total / (self.accumulative_counts * self.world_size)
             ends = self.step_ends(micro_batch)
             if mine:
-                yield [PackRef(epoch, pack, denominator, ends, True) for pack in mine]
+                yield [
+                    PackRef(epoch, pack, denominator, self.weighting, ends, True) for pack in mine
+                ]
             else:
-                yield [PackRef(epoch, step_first, denominator, ends, False)]
+                yield [PackRef(epoch, step_first, denominator, self.weighting, ends, False)]

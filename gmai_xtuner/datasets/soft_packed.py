@@ -12,7 +12,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
-from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -26,7 +26,7 @@ from gmai_xtuner.datasets.tokenization import (
     TokenizedConversation,
 )
 from gmai_xtuner.errors import GMAIError, ImageError
-from gmai_xtuner.models.vision import num_image_tokens
+from gmai_xtuner.models.vision import load_vision_config, num_image_tokens
 
 if TYPE_CHECKING:
     from gmai_xtuner.datasets.sampler import PackRef
@@ -86,7 +86,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.max_length = max_length
         self.max_pixels = max_pixels
-        self.num_image_tokens = num_image_tokens(CLIPVisionConfig.from_pretrained(vision))
+        self.num_image_tokens = num_image_tokens(load_vision_config(vision))
         if max_length <= self.num_image_tokens:
             raise GMAIError(
                 f"max_length {max_length} leaves no room for text beside the {self.num_image_tokens} "
@@ -146,14 +146,14 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         Returns:
             ``input_ids`` and ``labels`` int64 ``[t]`` with each image's placeholders widened,
             ``lengths`` of its conversations, ``pixel_values`` float32 ``[n, 3, S, S]``, ``ids``,
-            ``capacity``, and the sampler's ``denominator`` (``None`` for a plain number: then the batch
-            is its own) and ``step_end``.
+            ``num_tokens`` and ``capacity``, and the sampler's ``weighting``, ``denominator`` (``None``
+            for a plain number: then the batch is its own) and ``step_end``.
 
         Raises:
             ImageError: an image that was fine when the cache was built can't be read now.
         """
-        epoch, pack, denominator, step_end, learns = (
-            (0, ref, None, True, True) if isinstance(ref, (int, np.integer)) else ref
+        epoch, pack, denominator, weighting, step_end, learns = (
+            (0, ref, None, "token", True, True) if isinstance(ref, (int, np.integer)) else ref
         )
         plan = self.plan.epoch(epoch)
         ids, labels, lengths, names = [], [], [], []
@@ -174,8 +174,11 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             "lengths": lengths,
             "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size),
             "ids": names,
-            "capacity": self.max_length,
+            # A pack that only fills a place is no useful work.
+            "num_tokens": sum(lengths) if learns else 0,
+            "capacity": self.max_length if learns else 0,
             "denominator": denominator,
+            "weighting": weighting,
             "step_end": step_end,
         }
 

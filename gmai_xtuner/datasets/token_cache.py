@@ -30,18 +30,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from mmengine.logging import print_log
 from tqdm import tqdm
 
 from gmai_xtuner.datasets.conversation import parse_raw
 from gmai_xtuner.datasets.images import check_image
+from gmai_xtuner.datasets.locking import aside, locked, publish, remove_left_behind
 from gmai_xtuner.datasets.mixture import DatasetEntry
 from gmai_xtuner.datasets.records import RawRecord, iter_raw
 from gmai_xtuner.datasets.tokenization import ConversationTokenizer, TokenizedConversation, fit
 from gmai_xtuner.errors import DataError, GMAIError, ImageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECORDS_A_CHUNK = 512
 SCHEMA = pa.schema(
     [
@@ -163,7 +163,7 @@ def open_cache(
     ingredients = {
         "format": FORMAT_VERSION,
         "annotations": [file_sha256(path, cache_dir) for path in entry.annotations],
-        "image_root": str(entry.image_root) if entry.image_root else None,
+        "image_root": str(entry.image_root.resolve()) if entry.image_root else None,
         "tokenizer": tokenizer.fingerprint,
         "options": asdict(options),
     }
@@ -172,7 +172,7 @@ def open_cache(
     folder = Path(cache_dir).absolute() / "tokens" / f"{slug}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with locked(Path(f"{folder}.lock"), f"tokenise {entry.name}"):
             if not folder.is_dir():
                 _build(entry, tokenizer, options, folder, ingredients, num_workers)
     return TokenCache(folder)
@@ -189,15 +189,16 @@ def file_sha256(path: Path, cache_dir: str | Path) -> str:
         f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}".encode()
     ).hexdigest()
     note = Path(cache_dir) / "hashes" / name
-    if note.is_file():
-        return note.read_text()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     note.parent.mkdir(parents=True, exist_ok=True)
-    aside = note.with_name(f"{name}.{os.getpid()}")
-    aside.write_text(digest)
-    os.replace(aside, note)
-    return digest
+    if not note.is_file():
+        with locked(note.with_suffix(".lock"), f"read {path.name}"):
+            if not note.is_file():
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                partial = aside(note)
+                partial.write_text(digest)
+                os.replace(partial, note)
+    return note.read_text()
 
 
 def _build(
@@ -208,18 +209,18 @@ def _build(
     ingredients: dict[str, Any],
     num_workers: int | None,
 ) -> None:
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    partial = aside(folder)
+    remove_left_behind(folder)
+    partial.mkdir()
     reasons: Counter[str] = Counter()
     counts: list[np.ndarray] = []
     batch_starts: list[int] = []
     kept = read = 0
     try:
         with (
-            pa.OSFile(str(aside / "tokens.arrow"), "wb") as sink,
+            pa.OSFile(str(partial / "tokens.arrow"), "wb") as sink,
             pa.ipc.new_file(sink, SCHEMA) as writer,
-            (aside / "skipped.jsonl").open("w", encoding="utf-8") as skipped,
+            (partial / "skipped.jsonl").open("w", encoding="utf-8") as skipped,
             tqdm(desc=f"Tokenising {entry.name}", unit=" records", mininterval=1.0) as progress,
         ):
             for size, chunk in _chunks(entry, tokenizer, options, num_workers):
@@ -240,7 +241,9 @@ def _build(
                 remedy=f"Look at {', '.join(str(path) for path in entry.annotations)}",
                 reason="empty_dataset",
             )
-        np.save(aside / "counts.npy", np.concatenate(counts).astype(np.int32))
+        table = np.concatenate(counts).astype(np.int32)
+        np.save(partial / "counts.npy", table)
+        notes = (partial / "skipped.jsonl").read_bytes()
         meta: dict[str, Any] = {
             "dataset": entry.name,
             "ingredients": ingredients,
@@ -249,12 +252,14 @@ def _build(
             "cut": reasons.pop("cut", 0),
             "skipped": dict(sorted(reasons.items())),
             "batch_starts": batch_starts,
+            # What came out, for plans: the same key may give other rows once images are mended.
+            "content": hashlib.sha256(table.tobytes() + notes).hexdigest(),
         }
-        (aside / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
-    os.replace(aside, folder)
+    publish(partial, folder)
     left_out = ", ".join(f"{number} {reason}" for reason, number in meta["skipped"].items())
     print_log(
         f"Tokenised {entry.name}: {kept} of {read} records kept, {meta['cut']} cut between turns, "
@@ -337,7 +342,7 @@ class _Job:
 
     def __call__(self, records: Sequence[RawRecord]) -> _Chunk:
         left_out: list[dict[str, str]] = []
-        conversations = []
+        conversations, places = [], []
         for record in records:
             try:
                 conversation = parse_raw(record, dataset=self.entry.name)
@@ -356,15 +361,16 @@ class _Job:
                 )
             else:
                 conversations.append(conversation)
+                places.append(record.where)
         kept = []
-        for tokenized in self.tokenizer(conversations):
-            fitted = self._fit(tokenized, left_out)
+        for tokenized, place in zip(self.tokenizer(conversations), places, strict=True):
+            fitted = self._fit(tokenized, place, left_out)
             if fitted is not None:
                 kept.append(fitted)
         return _Chunk(_record_batch(kept), self._counts(kept), left_out)
 
     def _fit(
-        self, tokenized: TokenizedConversation, left_out: list[dict[str, str]]
+        self, tokenized: TokenizedConversation, place: str, left_out: list[dict[str, str]]
     ) -> TokenizedConversation | None:
         options = self.options
         fitted = fit(
@@ -378,10 +384,10 @@ class _Job:
             f"{tokenized.num_tokens(options.num_image_tokens)} tokens, {len(tokenized.images)} images"
             f" (a pack holds {options.max_length} and {options.max_images})"
         )
-        if fitted is None:
-            left_out.append({"id": tokenized.id, "reason": "over_length", "problem": problem})
-        elif fitted is not tokenized:
-            left_out.append({"id": tokenized.id, "reason": "cut", "problem": problem})
+        if fitted is not tokenized:
+            reason = "cut" if fitted is not None else "over_length"
+            note = {"id": tokenized.id, "where": place, "reason": reason, "problem": problem}
+            left_out.append(note)
         return fitted
 
     def _check_images(self, record: str, images: Sequence[str]) -> None:

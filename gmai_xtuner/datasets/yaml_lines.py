@@ -23,7 +23,10 @@ def parse(path: Path) -> yaml.Node:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise MixtureError(f"mixture file {path} can't be read ({error.strerror}).") from error
+        raise MixtureError(
+            f"mixture file {path} can't be read ({error.strerror}). Name yours in GMAI_MIXTURE; the "
+            "default is found from the repository's root."
+        ) from error
     except UnicodeDecodeError as error:
         raise MixtureError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
     if path.suffix.lower() == ".json":

@@ -7,29 +7,40 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
+from mmengine.runner.base_loop import BaseLoop
+from mmengine.runner.utils import calc_dynamic_intervals
 from torch.utils.data import DataLoader
 
 from gmai_xtuner import compat
 from gmai_xtuner.datasets.sampler import MicroBatchSampler
 from gmai_xtuner.errors import GMAIError
 
+DATA_ORDER = "gmai_data_order"
+"""Where a checkpoint's message hub keeps what decides the order of the data."""
+
 
 @LOOPS.register_module()
 class PackedTrainLoop(IterBasedTrainLoop):
     """Runs micro-batches; iterations in logs and checkpoints count micro-batches, as in xtuner.
 
-    Differs from ``xtuner.engine.runner.TrainLoop`` in three points: the optimiser also steps on the
-    short last window of an epoch; a resumed run reads nothing that it has trained on already; training
-    never ends in the middle of a step.
+    Differs from ``xtuner.engine.runner.TrainLoop`` in four points: the optimiser also steps on the
+    short last window of an epoch; a resumed run reads nothing that it has trained on already; it
+    refuses to go on with other data or another layout than it began with, or if ranks see different
+    data; training never ends in the middle of a step.
 
     Args:
         runner: xtuner's runner; DeepSpeed is required, it keeps the gradients of a step.
         dataloader: with a :class:`MicroBatchSampler`.
         max_iters: micro-batches to train; rounded up to the end of an optimiser step.
         max_epochs: or epochs; may be a fraction.
+        val_begin: as in mmengine.
+        val_interval: as in mmengine.
+        dynamic_intervals: as in mmengine.
 
     Raises:
         GMAIError: no DeepSpeed, another sampler, or not exactly one of the two lengths.
@@ -41,7 +52,10 @@ class PackedTrainLoop(IterBasedTrainLoop):
         dataloader: DataLoader | dict[str, Any],
         max_iters: int | None = None,
         max_epochs: float | None = None,
-        **kwargs: Any,
+        *,
+        val_begin: int = 1,
+        val_interval: int = 1000,
+        dynamic_intervals: list[tuple[int, int]] | None = None,
     ) -> None:
         if (max_iters is None) == (max_epochs is None):
             raise GMAIError("train_cfg needs either max_iters or max_epochs")
@@ -51,12 +65,10 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 "zero2_offload, zero3_offload)"
             )
         compat.rendezvous_alone()
-        loader: DataLoader = (
-            runner.build_dataloader(dataloader, seed=runner.seed)
-            if isinstance(dataloader, dict)
-            else dataloader
-        )
-        sampler = loader.batch_sampler
+        # Not IterBasedTrainLoop's own: it would start the workers on the first batches at once, which a
+        # resumed run does not want.
+        BaseLoop.__init__(self, runner, _with_loader_defaults(dataloader))
+        sampler = self.dataloader.batch_sampler
         if not isinstance(sampler, MicroBatchSampler):
             raise GMAIError(
                 f"train_dataloader needs batch_sampler=dict(type='MicroBatchSampler', ...), got "
@@ -64,11 +76,20 @@ class PackedTrainLoop(IterBasedTrainLoop):
             )
         if max_epochs is not None:
             max_iters = math.ceil(max_epochs * len(sampler))
-        total = _round_up_to_step(int(max_iters or 0), sampler)
-        super().__init__(runner, loader, max_iters=total, **kwargs)
+        self._max_iters = _round_up_to_step(int(max_iters or 0), sampler)
+        self._max_epochs = 1
+        self._epoch = 0
+        self._iter = 0
+        self.val_begin = val_begin
+        self.val_interval = val_interval
+        self.stop_training = False
+        self.dynamic_milestones, self.dynamic_intervals = calc_dynamic_intervals(
+            val_interval, dynamic_intervals
+        )
+        self.runner.visualizer.dataset_meta = self.dataloader.dataset.metainfo
         print_log(
             f"{len(sampler)} micro-batches and {sampler.steps} optimiser steps an epoch; "
-            f"training {total} micro-batches",
+            f"training {self._max_iters} micro-batches, {self.total_steps} steps",
             logger="current",
             level=logging.INFO,
         )
@@ -85,8 +106,14 @@ class PackedTrainLoop(IterBasedTrainLoop):
         return epochs * sampler.steps + sum(sampler.step_ends(i) for i in range(left))
 
     def run(self) -> Any:
-        """Train from the current iteration on."""
+        """Train from the current iteration on.
+
+        Raises:
+            GMAIError: the engine, the ranks or the checkpoint disagree about the data; says how.
+        """
         self._check_accumulation()
+        self._check_ranks_agree()
+        self._check_resumed_order()
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         batches = self._batches()
@@ -121,6 +148,61 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 "train_dataloader.batch_sampler.accumulative_counts is "
                 f"{self.micro_batches.accumulative_counts}; set both"
             )
+
+    def _data_order(self) -> dict[str, Any]:
+        """What decides which conversations an iteration trains on."""
+        sampler, plan = self.micro_batches, self.dataloader.dataset.plan
+        return {
+            "plan": plan.folder.name,
+            "packs": len(sampler.sampler),
+            "world_size": sampler.world_size,
+            "batch_size": sampler.batch_size,
+            "accumulative_counts": sampler.accumulative_counts,
+            "weighting": sampler.weighting,
+        }
+
+    def _check_ranks_agree(self) -> None:
+        orders = all_gather_object(self._data_order())
+        different = [rank for rank, order in enumerate(orders) if order != orders[0]]
+        if different:
+            raise GMAIError(
+                f"ranks {different} see other data than rank 0: {orders[different[0]]} against "
+                f"{orders[0]}. Was an image or a file unreadable on one machine? Let all machines "
+                "share one GMAI_CACHE, or remove the caches and start again"
+            )
+
+    def _check_resumed_order(self) -> None:
+        hub, now = self.runner.message_hub, self._data_order()
+        if self._iter:
+            before = hub.get_info(DATA_ORDER)
+            changed = {
+                key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]
+            }
+            if changed:
+                told = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
+                raise GMAIError(
+                    f"this run can't go on from iteration {self._iter}: {told}. Resume with the data "
+                    "and the layout that it began with, or start a new run from its weights "
+                    "(model.pretrained_pth)"
+                )
+            position = (self._iter - 1) % len(self.micro_batches)
+            if not self.micro_batches.step_ends(position):
+                raise GMAIError(
+                    f"the checkpoint of iteration {self._iter} lies inside an optimiser step, whose "
+                    "gradients it does not hold. Take one that StepCheckpointHook has written"
+                )
+        hub.update_info(DATA_ORDER, now)
+
+
+def _with_loader_defaults(dataloader: DataLoader | dict[str, Any]) -> DataLoader | dict[str, Any]:
+    if not isinstance(dataloader, dict):
+        return dataloader
+    options = {"pin_memory": torch.cuda.is_available(), **dataloader}
+    if not options.get("num_workers"):
+        # torch refuses these without workers.
+        options.pop("persistent_workers", None)
+        options.pop("prefetch_factor", None)
+    return options
 
 
 def _round_up_to_step(iterations: int, sampler: MicroBatchSampler) -> int:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.hooks import ParamSchedulerHook
 from mmengine.optim import _ParamScheduler
 from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
-from mmengine.hooks import ParamSchedulerHook
 from mmengine.registry import HOOKS, PARAM_SCHEDULERS
 from mmengine.runner import FlexibleRunner
 

@@ -11,6 +11,7 @@ also reach the recomputation in the backward pass.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import types
 from collections.abc import Callable, Sequence
@@ -26,6 +27,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gmai_xtuner.errors import GMAIError
+
+
+def _public_varlen() -> Callable[..., Any] | None:
+    """torch 2.11's function; torch 2.10 has one without ``scale`` and ``window_size``, 2.9 has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = set(inspect.signature(varlen_attn).parameters)
+    return varlen_attn if {"scale", "window_size"} <= known else None
+
+
+_varlen_attn = _public_varlen()
 
 ATTENTION_NAME = "gmai_boundaries"
 """Name under which the attention function is registered in transformers."""
@@ -136,8 +150,8 @@ def varlen_attention(
 ) -> torch.Tensor:
     """PyTorch's own variable-length flash kernel (CUDA, fp16 or bf16); no flash-attn build.
 
-    ``torch.nn.attention.varlen.varlen_attn`` where this torch has it (2.10 and newer), otherwise the
-    operator it is made of, ``aten._flash_attention_forward``. Shapes as in
+    ``torch.nn.attention.varlen.varlen_attn`` where this torch has it with a scale and a window (2.11),
+    otherwise the operator it is made of, ``aten._flash_attention_forward``. Shapes as in
     :func:`sdpa_loop_attention`.
     """
     groups = query.shape[1] // key.shape[1]
@@ -147,14 +161,12 @@ def varlen_attention(
     k = key[0].transpose(0, 1).repeat_interleave(groups, dim=1).contiguous()
     v = value[0].transpose(0, 1).repeat_interleave(groups, dim=1).contiguous()
     starts, longest = boundaries.cu_seqlens, boundaries.max_length
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+    if _varlen_attn is None:
         out = torch.ops.aten._flash_attention_forward(
             q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scaling
         )[0]
     else:
-        out = varlen_attn(
+        out = _varlen_attn(
             q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0)
         )
     return out.unsqueeze(0)

@@ -102,10 +102,11 @@ def load_parts(
     Raises:
         ModelLoadError: names the unexpected, missing or misshapen keys. Nothing is loaded then.
     """
+    keys = model_keys(model)
     own = {
         name: tensor
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if name in model_keys(model)
+        if name in keys
     }
     unexpected = set(state) - set(own)
     if unexpected:

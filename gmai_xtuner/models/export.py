@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,9 @@ def save_xtuner_layout(
     if "llm" in trained and not fp32:
         _half(model.llm)
 
-    aside = target.with_name(target.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    aside.chmod(0o755)
     try:
         if "llm" in trained:
             _save_language_model(model.llm, cfg, aside, save_kwargs)
@@ -122,9 +123,19 @@ def _require_weights(name: str, part: nn.Module) -> None:
         )
 
 
-def _half(llm: nn.Module) -> None:
+def _half(llm: Any) -> None:
     limit = torch.finfo(torch.float16).max
+    vanished = 0
     for name, parameter in llm.named_parameters():
-        if parameter.dtype != torch.float16 and parameter.abs().max() > limit:
+        if parameter.dtype == torch.float16:
+            continue
+        if parameter.abs().max() > limit:
             raise GMAIError(f"{name} has values beyond the range of fp16. Convert with --fp32")
+        vanished += int(((parameter != 0) & (parameter.half() == 0)).sum())
+    if vanished:
+        print_log(
+            f"{vanished} weights are too small for fp16 and become 0; --fp32 keeps them",
+            logger="current",
+            level=logging.WARNING,
+        )
     llm.half()

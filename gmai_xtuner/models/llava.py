@@ -38,6 +38,19 @@ def _keep_frequencies_exact(rotary: Any, args: tuple[object, ...]) -> None:
         rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device, torch.float32)
 
 
+def _prepare_rotary(rotary: Any) -> None:
+    rotary.register_forward_pre_hook(_keep_frequencies_exact)
+    update = rotary._dynamic_frequency_update
+
+    def update_if_longer(position_ids: torch.Tensor, device: torch.device) -> None:
+        # Dynamic scaling looks for the largest position, for which the host waits for the device. In
+        # training the batch's own length, known on the host, already shows that there is no need.
+        if not (rotary.training and position_ids.shape[-1] <= rotary.original_max_seq_len):
+            update(position_ids, device=device)
+
+    rotary._dynamic_frequency_update = update_if_longer
+
+
 @MODELS.register_module()
 @BUILDER.register_module()
 class GMAILLaVAModel(BaseModel):
@@ -80,7 +93,7 @@ class GMAILLaVAModel(BaseModel):
         attention: str = "auto",
         loss_chunk_size: int = 2048,
     ) -> None:
-        super().__init__()
+        super().__init__(data_preprocessor={"type": "BaseDataPreprocessor", "non_blocking": True})
         self.freeze_llm = freeze_llm
         self.freeze_visual_encoder = freeze_visual_encoder
         self.visual_select_layer = visual_select_layer
@@ -99,7 +112,7 @@ class GMAILLaVAModel(BaseModel):
         self.llm.config.use_cache = False
         install_boundary_attention(self.llm, backend=attention)
         install_loss_head(self.llm.lm_head)
-        self.llm.model.rotary_emb.register_forward_pre_hook(_keep_frequencies_exact)
+        _prepare_rotary(self.llm.model.rotary_emb)
         if use_activation_checkpointing:
             self.llm.gradient_checkpointing_enable({"use_reentrant": use_reentrant()})
 
@@ -192,7 +205,8 @@ class GMAILLaVAModel(BaseModel):
                 ``lengths`` (S ints), ``pixel_values`` ``[N, 3, S, S]``, ``image_positions``
                 int64 ``[N * P]``, ``label_positions`` and ``label_targets`` int64 ``[M]``,
                 ``label_weights`` float32 ``[M]``, ``loss_denominator`` float.
-            mode: ``loss`` -> ``{"loss": scalar}``; ``tensor`` -> logits ``[1, T, V]``.
+            mode: ``loss`` -> ``{"loss": scalar to learn from, "weighted_sum": sum of weights * CE}``;
+                ``tensor`` -> logits ``[1, T, V]``.
         """
         hidden = self._hidden_states(data)
         if mode == "loss":
@@ -202,7 +216,7 @@ class GMAILLaVAModel(BaseModel):
                 data["label_weights"],
                 self.loss_chunk_size,
             )
-            return {"loss": total / data["loss_denominator"]}
+            return {"loss": total / data["loss_denominator"], "weighted_sum": total.detach()}
         if mode == "tensor":
             return self.llm.lm_head(hidden)
         raise GMAIError(f"mode must be 'loss' or 'tensor', got {mode!r}")

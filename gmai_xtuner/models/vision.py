@@ -5,6 +5,8 @@ Shapes: ``S`` image size and ``P`` patch size in pixels; an image gives ``(S // 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -32,6 +34,25 @@ def num_image_tokens(vision_config: CLIPVisionConfig) -> int:
     return (vision_config.image_size // vision_config.patch_size) ** 2
 
 
+def load_vision_config(pretrained_model_name_or_path: str) -> CLIPVisionConfig:
+    """Configuration of the vision tower of a CLIP checkpoint, without its weights.
+
+    Raises:
+        ModelLoadError: no folder or hub name, or no CLIP.
+    """
+    return _read_config(resolve_directory(pretrained_model_name_or_path, weights=False))
+
+
+def _read_config(directory: Path) -> CLIPVisionConfig:
+    raw = read_json(directory / "config.json")
+    if raw.get("model_type") not in ("clip", "clip_vision_model"):
+        raise ModelLoadError(
+            f"{directory / 'config.json'}: model_type {raw.get('model_type')!r} is not supported "
+            "as the vision tower; supported are 'clip' and 'clip_vision_model'."
+        )
+    return CLIPVisionConfig.from_pretrained(directory)
+
+
 def load_vision_tower(
     pretrained_model_name_or_path: str, *, torch_dtype: str | torch.dtype | None = None
 ) -> CLIPVisionModel:
@@ -50,15 +71,9 @@ def load_vision_tower(
     """
     on_meta = building_on_meta()
     directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
-    raw = read_json(directory / "config.json")
-    if raw.get("model_type") not in ("clip", "clip_vision_model"):
-        raise ModelLoadError(
-            f"{directory / 'config.json'}: model_type {raw.get('model_type')!r} is not supported "
-            "as the vision tower; supported are 'clip' and 'clip_vision_model'."
-        )
+    config = _read_config(directory)
     dtype = None if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
     if on_meta:
-        config = CLIPVisionConfig.from_pretrained(directory)
         return CLIPVisionModel._from_config(config, torch_dtype=dtype or config.torch_dtype)
     read_state_dict(directory)  # missing and damaged files, with our messages; nothing is copied
     try:

@@ -9,11 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TINY_RUN = (
-    "train_dataloader.num_workers=0",
-    "train_dataloader.prefetch_factor=None",
-    "train_dataloader.persistent_workers=False",
-)
+TINY_RUN = ("train_dataloader.num_workers=0",)
 
 
 class Xtuner:

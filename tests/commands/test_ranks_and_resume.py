@@ -16,7 +16,7 @@ from PIL import Image
 from gmai_xtuner.datasets.sampler import MicroBatchSampler, PackSampler
 from gmai_xtuner.datasets.soft_packed import SoftPackedDataset
 from gmai_xtuner.models.checkpoints import load_checkpoint_state
-from tests.commands.runner import Xtuner, scalars
+from tests.commands.runner import TINY_RUN, Xtuner, scalars
 
 pytestmark = pytest.mark.slow
 
@@ -176,3 +176,29 @@ def test_a_resumed_run_equals_one_never_stopped(sparse):
     assert "Advance dataloader" not in printed
     assert resumed == pytest.approx({k: v for k, v in undisturbed.items() if k > 4}, rel=1e-6)
     assert_same(weights(whole), weights(parts), weights(folder / "stage1"))
+
+    # With another layout the same iteration would mean other data.
+    refused = xtuner(
+        "train", "configs/gmai_vl/stage1_shallow.py", "--deepspeed", FP32,
+        "--work-dir", folder / "other", "--resume", parts / "iter_4.pth",
+        "--cfg-options", *TINY_RUN, *options, *layout(2, 2),
+    )  # fmt: skip
+    assert "can't go on from iteration 4: batch_size: 5 -> 2" in refused
+    assert not (folder / "other" / "last_checkpoint").exists()
+
+
+def test_a_checkpoint_waits_for_the_end_of_the_step(sparse):
+    folder, xtuner = sparse
+    work_dir = folder / "waits"
+    options = ("default_hooks.checkpoint.interval=3", "default_hooks.checkpoint.max_keep_ckpts=9")
+    xtuner.train("stage1_shallow", work_dir, *EACH, *layout(3, 2), *options, deepspeed=FP32)
+    # 24 packs in 8 micro-batches, steps of 2: due after 3 and 6, the first waits until 4.
+    assert sorted(path.name for path in work_dir.glob("iter_*.pth")) == [
+        "iter_4.pth",
+        "iter_6.pth",
+        "iter_8.pth",
+    ]
+    # Every learnt token of an epoch counts once in the logged losses: their mean is near ln(1536).
+    assert np.mean([row["loss"] for row in scalars(work_dir) if "loss" in row]) == pytest.approx(
+        np.log(1536), abs=0.3
+    )

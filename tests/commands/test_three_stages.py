@@ -25,7 +25,6 @@ STAGES = {
 SHORT = (
     "train_dataloader.batch_size=2",
     "default_hooks.logger.interval=2",
-    "custom_hooks.0.interval=2",
 )
 LOSS_KEYS = {"loss", "lr", "grad_norm", "tokens_per_second", "pack_fill", "images_per_second"}
 

@@ -26,8 +26,10 @@ def pack(
         "lengths": lengths,
         "pixel_values": torch.full((images, 3, 2, 2), float(input_ids[0])),
         "ids": [f"toy/{length}" for length in lengths],
+        "num_tokens": sum(lengths),
         "capacity": 10,
         "denominator": denominator,
+        "weighting": "token",
         "step_end": step_end,
     }
 
@@ -83,7 +85,7 @@ def test_weights_of_conversations_with_4_1_and_2_learnt_tokens(weighting, expect
         pack([1, 11, 11, 11, 11, 2, 12], [X, 11, 11, 11, 11, X, 12], [5, 2]),
         pack([3, 13, 13], [X, 13, 13], [3]),
     ]
-    data = collate_packs(packs, weighting=weighting)["data"]
+    data = collate_packs([{**pack, "weighting": weighting} for pack in packs])["data"]
     assert data["label_targets"].tolist() == [11, 11, 11, 11, 12, 13, 13]
     assert data["label_weights"].tolist() == pytest.approx(expected)
     assert data["label_weights"].dtype == torch.float32
@@ -133,4 +135,4 @@ def test_boundaries_that_do_not_fit_are_an_error_with_all_numbers(labels, length
 
 def test_unknown_weighting_is_refused():
     with pytest.raises(GMAIError, match="unknown weighting 'tokens'"):
-        collate_packs(drawing(), weighting="tokens")
+        collate_packs([{**pack, "weighting": "tokens"} for pack in drawing()])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -17,10 +18,14 @@ from gmai_xtuner.datasets.plan import TOTALS, DataPlan
 
 @dataclass
 class Cache:
-    """As much of a token cache as a plan reads: the folder's name and the counts."""
+    """As much of a token cache as a plan reads: the folder's name, what it holds, and the counts."""
 
     folder: Path
     counts: np.ndarray  # int32 [conversations, 3]: tokens, learnt tokens, images
+
+    @property
+    def meta(self) -> dict[str, str]:
+        return {"content": hashlib.sha256(self.counts.tobytes()).hexdigest()}
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -185,3 +190,22 @@ def test_two_processes_at_once_build_one_plan(tmp_path, monkeypatch):
     assert first[0] != second[0]
     assert first[1:] == second[1:]
     assert len(list(builds.iterdir())) == 1
+
+
+def test_a_cache_that_was_made_anew_with_other_rows_gets_a_new_plan(tmp_path):
+    """An image was mended and the cache removed, as the log advises: same key, one more row."""
+    plans = []
+    for size in (29, 30):
+        cache = toy_cache("same-folder", size)
+        plan = DataPlan(
+            [cache],
+            names=["one"],
+            ratios=[1.0],
+            seed=0,
+            max_length=128,
+            max_images=8,
+            cache_dir=tmp_path,
+        )
+        assert plan.epoch(0).total("tokens").sum() == cache.counts[:, 0].sum()
+        plans.append(plan.folder)
+    assert plans[0] != plans[1]

@@ -51,8 +51,10 @@ class Dataset:
             "lengths": [number + 1 for number in numbers],
             "pixel_values": torch.zeros(0, 3, 2, 2),
             "ids": [f"{ref.pack}" for _ in numbers],
+            "num_tokens": len(labels),
             "capacity": 100,
             "denominator": ref.denominator,
+            "weighting": ref.weighting,
             "step_end": ref.step_end,
         }
 
@@ -138,7 +140,7 @@ def test_weights_of_a_step_sum_to_one_after_the_engines_means(run, weighting, ep
         sampler.set_position(epoch, 0)
         step = 0
         for refs in sampler:
-            data = collate_packs([dataset.item(ref) for ref in refs], weighting=weighting)["data"]
+            data = collate_packs([dataset.item(ref) for ref in refs])["data"]
             sums[step] += float(data["label_weights"].double().sum()) / data["loss_denominator"]
             step += data["step_end"]
     assert len(sums) == ranks[0].steps
@@ -151,7 +153,7 @@ def test_micro_batch_weighting_is_the_mean_of_each_micro_batch(run):
     dataset, ranks = samplers(**run, weighting="micro_batch")
     for sampler in ranks:
         for refs in sampler:
-            data = collate_packs([dataset.item(ref) for ref in refs], weighting="micro_batch")
+            data = collate_packs([dataset.item(ref) for ref in refs])
             weight = float(data["data"]["label_weights"].sum()) / data["data"]["loss_denominator"]
             assert weight == pytest.approx(1.0 if refs[0].learns else 0.0)
 

@@ -143,8 +143,12 @@ def test_image_mode_reaches_the_transform(build, corpus):
 
 def test_a_pack_that_only_fills_a_place_learns_nothing(build, corpus):
     dataset = build(corpus.mixture)
-    learning = dataset[PackRef(epoch=0, pack=0, denominator=4.0, step_end=False, learns=True)]
-    filling = dataset[PackRef(epoch=0, pack=0, denominator=4.0, step_end=False, learns=False)]
+    learning = dataset[
+        PackRef(epoch=0, pack=0, denominator=4.0, weighting="token", step_end=False, learns=True)
+    ]
+    filling = dataset[
+        PackRef(epoch=0, pack=0, denominator=4.0, weighting="token", step_end=False, learns=False)
+    ]
     assert (learning["labels"] != IGNORE_INDEX).any()
     assert (filling["labels"] == IGNORE_INDEX).all()
     assert filling["labels"].shape == filling["input_ids"].shape
@@ -156,7 +160,7 @@ def test_epochs_have_other_packs_of_the_same_conversations(build, corpus):
     dataset = build(corpus.mixture)
 
     def ids(epoch: int) -> list[str]:
-        refs = [PackRef(epoch, pack, 1.0, True, True) for pack in range(len(dataset))]
+        refs = [PackRef(epoch, pack, 1.0, "token", True, True) for pack in range(len(dataset))]
         return [name for ref in refs for name in dataset[ref]["ids"]]
 
     assert ids(0) != ids(1)
@@ -226,7 +230,7 @@ def test_pickled_dataset_is_small_and_gives_equal_items(build, corpus):
     assert len(pickled) < 100_000  # no token array travels to a worker
     copy = pickle.loads(pickled)
     assert len(copy) == len(dataset)
-    refs = [PackRef(1, pack, 2.0, False, True) for pack in range(len(dataset))]
+    refs = [PackRef(1, pack, 2.0, "token", False, True) for pack in range(len(dataset))]
     assert all(same(copy[ref], dataset[ref]) for ref in refs)
 
 

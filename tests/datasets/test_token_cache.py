@@ -281,7 +281,7 @@ def test_a_build_that_was_killed_leaves_nothing_that_opens(
     assert [path.suffix for path in left] == [".partial"]
     assert (left[0] / "tokens.arrow").stat().st_size > 0  # it had begun to write
     cache = cached(corpus)
-    assert cache.folder == left[0].with_suffix("")  # the same key
+    assert left[0].name.startswith(f".{cache.folder.name}.")  # the same key
     assert len(cache) == 1500
     assert not left[0].exists()
 

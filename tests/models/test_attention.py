@@ -87,10 +87,13 @@ def test_a_conversation_does_not_see_the_one_before(backend):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-def test_varlen_kernel_equals_each_conversation_on_its_own(heads):
+@pytest.mark.parametrize("public", [True, False], ids=["varlen_attn", "aten"])
+@pytest.mark.parametrize(("heads", "width"), [((4, 4), 64), ((32, 8), 128)])
+def test_varlen_kernel_equals_each_conversation_on_its_own(heads, width, public, monkeypatch):
+    if not public:
+        monkeypatch.setattr("gmai_xtuner.models.attention._varlen_attn", None)
     lengths = [1, 130, 64, 700]
-    qkv = random_qkv(sum(lengths), *heads, 64, seed=1, dtype=torch.bfloat16, device="cuda")
+    qkv = random_qkv(sum(lengths), *heads, width, seed=1, dtype=torch.bfloat16, device="cuda")
     reference = [tensor.detach().double().requires_grad_() for tensor in qkv]
     expected = one_by_one(*reference, lengths, 0.125)
     got = varlen_attention(

@@ -42,7 +42,9 @@ def build_model(*, seed=0, dtype=torch.float32, **options) -> GMAILLaVAModel:
     return GMAILLaVAModel(llm, tower, **options).to(dtype).train()
 
 
-def make_pack(*conversations: tuple[int, int, int], seed=0, denominator=None) -> dict:
+def make_pack(
+    *conversations: tuple[int, int, int], seed=0, denominator=None, weighting="token"
+) -> dict:
     """A pack of conversations (images, context tokens, learnt tokens), with random content."""
     generator = torch.Generator().manual_seed(seed)
     ids, labels, lengths, images = [], [], [], 0
@@ -61,8 +63,10 @@ def make_pack(*conversations: tuple[int, int, int], seed=0, denominator=None) ->
         "lengths": lengths,
         "pixel_values": torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
         "ids": [str(index) for index in range(len(conversations))],
+        "num_tokens": sum(lengths),
         "capacity": 2048,
         "denominator": denominator,
+        "weighting": weighting,
         "step_end": True,
     }
 
@@ -108,13 +112,12 @@ def test_packed_equals_one_by_one_in_loss_and_every_gradient(attention, checkpoi
         dtype=torch.float64, attention=attention, use_activation_checkpointing=checkpointing
     )
     assert model.llm.model.gradient_checkpointing is checkpointing
-    pack = make_pack((1, 3, 4), (0, 5, 2), (2, 4, 3), (0, 2, 1), denominator=7.0)
+    conversations = (1, 3, 4), (0, 5, 2), (2, 4, 3), (0, 2, 1)
+    pack = make_pack(*conversations, denominator=7.0, weighting=weighting)
     assert len(pack["lengths"]) == 4
 
-    packed = loss_and_gradients(model, [collate_packs([pack], weighting=weighting)])
-    single = loss_and_gradients(
-        model, [collate_packs([part], weighting=weighting) for part in split_pack(pack)]
-    )
+    packed = loss_and_gradients(model, [collate_packs([pack])])
+    single = loss_and_gradients(model, [collate_packs([part]) for part in split_pack(pack)])
 
     assert packed[0] == pytest.approx(single[0], rel=1e-6)
     assert packed[1].keys() == single[1].keys()

@@ -2,8 +2,7 @@
 # folder for token caches and packing plans.
 
 train_dataloader = dict(
-    num_workers=8,
-    prefetch_factor=4,
+    num_workers=4,
     persistent_workers=True,
     dataset=dict(
         type="SoftPackedDataset",
@@ -25,5 +24,5 @@ train_dataloader = dict(
     ),
     sampler=dict(type="PackSampler"),
     batch_sampler=dict(type="MicroBatchSampler", weighting="token"),
-    collate_fn=dict(type="collate_packs", weighting="token"),
+    collate_fn=dict(type="collate_packs"),
 )

@@ -6,11 +6,11 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", log_metric_by_epoch=False, interval=10),
     param_scheduler=dict(type="OptimizerStepScheduleHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
+    checkpoint=dict(type="StepCheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
     sampler_seed=None,  # the data plan has its own seed and epochs
 )
 
-custom_hooks = [dict(type="ThroughputHook", interval=10)]
+custom_hooks = [dict(type="ProgressHook")]
 
 visualizer = dict(
     type="Visualizer",
@@ -21,7 +21,8 @@ visualizer = dict(
     ],
 )
 
-log_processor = dict(by_epoch=False)
+# Losses and gradient norms are means already.
+log_processor = dict(by_epoch=False, mean_pattern=r".*time.*")
 
 env_cfg = dict(
     cudnn_benchmark=False,

@@ -1,0 +1,29 @@
+"""What the README and the docs point at exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    assert "@@" not in text, "a place that was to be filled in"
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert page.name != "README.md" or links
+    for link in links:
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_architecture_names_the_modules_that_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for module in (ROOT / "gmai_xtuner").rglob("*.py"):
+        if module.name != "__init__.py":
+            assert module.name in text or f"`{module.parent.name}/`" in text, module
