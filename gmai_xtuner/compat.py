@@ -28,6 +28,7 @@ def apply() -> None:
     answer_bf16_on_cpu()
     launch_without_gpu()
     skip_shared_memory_op()
+    read_zero_checkpoints_exactly()
 
 
 def name_deepspeed_configs() -> None:
@@ -130,6 +131,18 @@ def skip_shared_memory_op() -> None:
     # Not `import deepspeed.comm.torch`: the attribute of that name is torch itself.
     module: Any = importlib.import_module("deepspeed.comm.torch")
     module.build_shm_op = lambda: None
+
+
+def read_zero_checkpoints_exactly() -> None:
+    """DeepSpeed checkpoints come back in fp32, as they were saved.
+
+    xtuner's reader, which ``xtuner convert pth_to_hf`` uses even with ``--fp32``, rounds every weight to
+    fp16 by default: each stage would start from rounded weights, and values that bf16 holds but fp16 does
+    not would become 0 or infinite. Until xtuner's default changes.
+    """
+    from xtuner.utils.zero_to_any_dtype import get_state_dict_from_zero_checkpoint
+
+    get_state_dict_from_zero_checkpoint.__defaults__ = (None, False, torch.float32)
 
 
 def rendezvous_alone() -> None:

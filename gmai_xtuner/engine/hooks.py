@@ -52,7 +52,7 @@ class ProgressHook(Hook):
         self._tokens += data["num_tokens"]
         self._capacity += data["capacity"]
         self._images += data["pixel_values"].shape[0] if data["num_tokens"] else 0
-        weighted_sum = torch.as_tensor((outputs or {})["weighted_sum"]).detach().float()
+        weighted_sum = runner.train_loop.weighted_sum
         self._sums.append(torch.stack([weighted_sum, data["label_weights"].sum().to(weighted_sum)]))
         if data["step_end"]:
             norm = runner.model.get_global_grad_norm()

@@ -133,6 +133,17 @@ class PackedTrainLoop(IterBasedTrainLoop):
         self.runner.call_hook("after_train")
         return self.runner.model
 
+    def run_iter(self, data_batch: dict[str, Any]) -> None:
+        """One micro-batch. What it adds to the logged loss stays here (``weighted_sum``, on the device):
+        mmengine would print every output of the model."""
+        self.runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
+        outputs = self.runner.model.train_step(data_batch, optim_wrapper=self.runner.optim_wrapper)
+        self.weighted_sum: torch.Tensor = outputs.pop("weighted_sum")
+        self.runner.call_hook(
+            "after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs
+        )
+        self._iter += 1
+
     def _batches(self) -> Iterator[dict[str, Any]]:
         while True:
             self._epoch, position = divmod(self._iter, len(self.micro_batches))
