@@ -219,6 +219,12 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
                     f"  note: the mixture says {entry.size} records for {entry.name}, its files hold "
                     f"{cache.meta['records']}"
                 )
+            if cache.meta["skipped"] or cache.meta["cut"]:
+                told = ", ".join(f"{n} {reason}" for reason, n in cache.meta["skipped"].items())
+                lines.append(
+                    f"  note: {entry.name} lacks {told or 'none'} of {cache.meta['records']} records, "
+                    f"{cache.meta['cut']} are cut: {cache.folder / 'skipped.jsonl'}"
+                )
         print_log(
             f"{stage}: {len(self.plan.samples)} conversations, {int(plan.total('images').sum())} images,"
             f" {int(tokens)} tokens in {len(plan.packs)} packs of {self.max_length}, "

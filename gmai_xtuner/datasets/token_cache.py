@@ -346,7 +346,7 @@ class _Job:
         for record in records:
             try:
                 conversation = parse_raw(record, dataset=self.entry.name)
-                self._check_images(conversation.id, conversation.images)
+                self._check_images(conversation.id, conversation.images, record.where)
             except DataError as error:
                 if self.options.on_bad_sample == "raise":
                     raise
@@ -390,9 +390,10 @@ class _Job:
             left_out.append(note)
         return fitted
 
-    def _check_images(self, record: str, images: Sequence[str]) -> None:
+    def _check_images(self, name: str, images: Sequence[str], where: str) -> None:
         if not images:
             return
+        record = f"{name} ({where})"
         root = self.entry.image_root
         if root is None:
             raise DataError(

@@ -247,7 +247,7 @@ def test_error_of_a_worker_arrives_whole(make_corpus, cached):
     corpus = make_corpus({"toy": records})
     with pytest.raises(ImageError) as caught:
         cached(corpus, num_workers=2)
-    assert (caught.value.dataset, caught.value.record) == ("toy", "broken")
+    assert (caught.value.dataset, caught.value.record) == ("toy", "broken (toy.jsonl, line 2101)")
     assert caught.value.reason == "missing_image"
 
 
@@ -431,7 +431,7 @@ def test_truncated_and_enormous_images_are_found_by_their_header(
     shutil.rmtree(corpus.folder.parent / "cache")  # pictures are no part of the key
     with pytest.raises(ImageError) as caught:
         cached(corpus)
-    assert (caught.value.reason, caught.value.record) == (reason, "bad")
+    assert (caught.value.reason, caught.value.record) == (reason, "bad (toy.jsonl, line 4)")
     assert caught.value.dataset == "toy"
     assert name in str(caught.value)
     assert caught.value.remedy
