@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gmai_xtuner.errors import ModelLoadError
+from gmai_xtuner.models.checkpoint_files import shorten
 
 _ITERATION = re.compile(r"(?:iter|epoch)_(\d+)\.pth$")
 
@@ -72,12 +73,6 @@ def load_checkpoint_state(path: str | Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _listed(names: Iterable[str], limit: int = 8) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def load_parts(
     model: nn.Module,
     state: Mapping[str, torch.Tensor],
@@ -111,26 +106,26 @@ def load_parts(
     unexpected = set(state) - set(own)
     if unexpected:
         raise ModelLoadError(
-            f"{source} has {len(unexpected)} unexpected keys: {_listed(unexpected)}. "
+            f"{source} has {len(unexpected)} unexpected keys: {shorten(sorted(unexpected))}. "
             "Was it made with another geometry or another config?"
         )
     present = {key.split(".", 1)[0] for key in state}
     absent = set(required) - present
     if absent:
         raise ModelLoadError(
-            f"{source} has no weights of {_listed(absent)}, which this stage starts from "
-            f"(it has {_listed(present)}). Is it the checkpoint of the right stage?"
+            f"{source} has no weights of {shorten(sorted(absent))}, which this stage starts from "
+            f"(it has {shorten(sorted(present))}). Is it the checkpoint of the right stage?"
         )
     missing = {key for key in own if key.split(".", 1)[0] in present} - set(state)
     if missing:
-        raise ModelLoadError(f"{source} lacks {len(missing)} keys: {_listed(missing)}")
+        raise ModelLoadError(f"{source} lacks {len(missing)} keys: {shorten(sorted(missing))}")
     misshapen = [
         f"{key} ({tuple(state[key].shape)}, the model has {full_shape(own[key])})"
         for key in state
         if tuple(state[key].shape) != full_shape(own[key])
     ]
     if misshapen:
-        raise ModelLoadError(f"{source} does not fit the model: {_listed(misshapen)}")
+        raise ModelLoadError(f"{source} does not fit the model: {shorten(sorted(misshapen))}")
     for key, value in state.items():
         _copy(own[key], value)
     return sorted(present)
