@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from gmai_xtuner.models.tokenizer import load_tokenizer
 from gmai_xtuner.tiny_bases import write_tiny_bases
 from tests.toy import Corpus, write_corpus
+
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

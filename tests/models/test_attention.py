@@ -47,7 +47,7 @@ def random_qkv(total, heads, kv_heads, width, *, seed, dtype=torch.float64, devi
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
