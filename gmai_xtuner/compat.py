@@ -7,10 +7,16 @@ there is no later place that all ``xtuner`` commands pass.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
+import inspect
 import os
 import socket
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,28 @@ DEEPSPEED_NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 def apply() -> None:
     """Install all workarounds; calling it again changes nothing."""
+    keep_standard_output_clean()
     name_deepspeed_configs()
     allow_checkpoint_globals()
     answer_bf16_on_cpu()
     launch_without_gpu()
     skip_shared_memory_op()
+    wait_for_gathered_weights()
     read_zero_checkpoints_exactly()
+    read_frozen_weights()
+    resume_from_a_work_dir()
+    import_bitsandbytes_without_triton_ops()
+    accumulate_all_gradients_in_fp32()
+
+
+def keep_standard_output_clean() -> None:
+    """DeepSpeed's log goes to standard error.
+
+    Its logger takes the standard output when it is imported, and at once says which accelerator it has
+    found: no command could print a JSON object alone. Until DeepSpeed logs to standard error.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        importlib.import_module("deepspeed")
 
 
 def name_deepspeed_configs() -> None:
@@ -133,6 +155,30 @@ def skip_shared_memory_op() -> None:
     module.build_shm_op = lambda: None
 
 
+def wait_for_gathered_weights() -> None:
+    """ZeRO-3 on several processes without a GPU reads no weight that is still on its way.
+
+    DeepSpeed gathers the weights of a list one by one and waits for the last alone
+    (``zero/partition_parameters.py``, ``_allgather_params_coalesced``). NCCL keeps the order; gloo does not,
+    and now and then a weight holds what was in memory before. Until DeepSpeed waits for each.
+    """
+    if torch.cuda.is_available():
+        return
+    module: Any = importlib.import_module("deepspeed.comm")
+    original: Callable[..., Any] = module.all_gather_into_tensor
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def all_gather_into_tensor(*args: Any, **kwargs: Any) -> Any:
+        handle = original(*args, **kwargs)
+        if handle is not None:
+            handle.wait()
+        return handle
+
+    module.all_gather_into_tensor = all_gather_into_tensor
+
+
 def read_zero_checkpoints_exactly() -> None:
     """DeepSpeed checkpoints come back in fp32, as they were saved.
 
@@ -140,9 +186,125 @@ def read_zero_checkpoints_exactly() -> None:
     fp16 by default: each stage would start from rounded weights, and values that bf16 holds but fp16 does
     not would become 0 or infinite. Until xtuner's default changes.
     """
-    from xtuner.utils.zero_to_any_dtype import get_state_dict_from_zero_checkpoint
+    from xtuner.utils import zero_to_any_dtype
 
-    get_state_dict_from_zero_checkpoint.__defaults__ = (None, False, torch.float32)
+    read = inspect.unwrap(zero_to_any_dtype.get_state_dict_from_zero_checkpoint)
+    read.__defaults__ = (None, False, torch.float32)
+
+
+def read_frozen_weights() -> None:
+    """Frozen weights that a checkpoint brings along come back as well.
+
+    xtuner's reader takes what has been trained, and buffers. A stage may also keep weights that it found
+    in the checkpoint before it and does not train, see :mod:`gmai_xtuner.models.frozen`. Not a defect:
+    permanent.
+    """
+    from xtuner.utils import zero_to_any_dtype
+
+    original = zero_to_any_dtype.get_state_dict_from_zero_checkpoint
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def with_frozen_weights(checkpoint_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
+        from gmai_xtuner.models.frozen import read_frozen
+
+        state = original(checkpoint_dir, tag, *args, **kwargs)
+        return {**state, **read_frozen(Path(checkpoint_dir) / tag)}
+
+    zero_to_any_dtype.get_state_dict_from_zero_checkpoint = with_frozen_weights
+
+
+def resume_from_a_work_dir() -> None:
+    """``xtuner train ... --resume DIR`` takes a work dir, also one that has no checkpoint yet.
+
+    xtuner reads the seed out of the path that it is given, with all weights around it, on every rank; of a
+    work dir it says "can't find files matching *_model_states.pt". ``xtuner/tools/train.py`` runs as the main
+    module and has its own name for that function. :func:`gmai_xtuner.engine.checkpointing.choose_checkpoint`
+    says what the path means. Until xtuner takes a work dir.
+    """
+    from xtuner.tools import utils
+
+    original: Callable[[str], int | None] = utils.get_seed_from_checkpoint
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def get_seed_from_checkpoint(path: str) -> int | None:
+        from gmai_xtuner.engine.checkpointing import seed_of
+
+        seed = seed_of(Path(path))
+        if seed is not None:
+            return seed
+        # Nothing to resume from: the seed of a first start.
+        arguments = main.parse_args()
+        if arguments.seed is not None:
+            return arguments.seed
+        config = Config.fromfile(arguments.config)
+        config.merge_from_dict(arguments.cfg_options or {})
+        return config.get("randomness", {}).get("seed")
+
+    from mmengine.config import Config
+
+    main: Any = sys.modules["__main__"]
+    utils.get_seed_from_checkpoint = get_seed_from_checkpoint
+    if getattr(main, "get_seed_from_checkpoint", None) is original:
+        main.get_seed_from_checkpoint = get_seed_from_checkpoint
+
+
+def import_bitsandbytes_without_triton_ops() -> None:
+    """``import bitsandbytes`` works beside the Triton of torch 2.6 and newer; peft needs it for any LoRA.
+
+    bitsandbytes 0.45.0 (xtuner pins it) imports ``triton.ops``, which Triton 3.2 dropped. It is told that
+    there is no Triton, which only turns off 8-bit layers that nobody uses here. Until xtuner takes
+    bitsandbytes 0.45.1, which does not import it (its pull request 1413).
+    """
+    installed = importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("triton")
+    if not installed or "bitsandbytes" in sys.modules or importlib.util.find_spec("triton.ops"):
+        return
+    if importlib.metadata.version("bitsandbytes") != "0.45.0":
+        return
+    name = "bitsandbytes.triton.triton_utils"
+    module: Any = types.ModuleType(name)
+    module.is_triton_available = lambda: False
+    sys.modules[name] = module
+
+
+def accumulate_all_gradients_in_fp32() -> None:
+    """Under ZeRO-2 the gradients of a step are summed in fp32, and with offloading all of them.
+
+    DeepSpeed 0.16.2 does not honour ``data_types.grad_accum_dtype`` under ZeRO-2: in bf16 the sum of 128
+    micro-batches is 1 % off, that of 512, as on one GPU, 14 %. And with the optimiser offloaded it drops
+    every micro-batch of a step but the first and the last (its pull request 7967, April 2026). Until xtuner
+    takes a DeepSpeed that does neither.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+
+    original = Zero.get_flat_partition
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def get_flat_partition(self: Any, *args: Any, **kwargs: Any) -> Any:
+        flat = original(self, *args, **kwargs)
+        if isinstance(flat, list):
+            return [part.to(self.gradient_accumulation_dtype) for part in flat]
+        return flat
+
+    def accumulate(self: Any, param: torch.Tensor) -> None:
+        number = self.get_param_id(param)
+        gradient = self.get_param_gradient_attribute(param).data.view(-1)
+        total = self.accumulated_grads_in_cpu.get(number)
+        if total is None:
+            total = torch.empty(param.numel(), dtype=torch.float32, device=self.device)
+            self.accumulated_grads_in_cpu[number] = total
+        here = gradient.to(total.device, torch.float32)
+        total.add_(here) if self.micro_step_id > 0 else total.copy_(here)
+        if self.is_gradient_accumulation_boundary:
+            gradient.copy_(total)  # what norm, overflow check and optimiser read
+
+    Zero.get_flat_partition = get_flat_partition
+    Zero.async_accumulate_grad_in_cpu_via_gpu = accumulate
 
 
 def rendezvous_alone() -> None:

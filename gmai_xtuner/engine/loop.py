@@ -18,6 +18,9 @@ from torch.utils.data import DataLoader
 
 from gmai_xtuner import compat
 from gmai_xtuner.datasets.sampler import MicroBatchSampler
+from gmai_xtuner.engine.checkpointing import choose_checkpoint, restore_rank_state
+from gmai_xtuner.engine.random_state import preserved_random_state
+from gmai_xtuner.engine.signals import guard_workers
 from gmai_xtuner.errors import GMAIError
 
 DATA_ORDER = "gmai_data_order"
@@ -28,10 +31,11 @@ DATA_ORDER = "gmai_data_order"
 class PackedTrainLoop(IterBasedTrainLoop):
     """Runs micro-batches; iterations in logs and checkpoints count micro-batches, as in xtuner.
 
-    Differs from ``xtuner.engine.runner.TrainLoop`` in four points: the optimiser also steps on the
-    short last window of an epoch; a resumed run reads nothing that it has trained on already; it
-    refuses to go on with other data or another layout than it began with, or if ranks see different
-    data; training never ends in the middle of a step.
+    Differs from ``xtuner.engine.runner.TrainLoop`` in five points: the optimiser also steps on the
+    short last window of an epoch; a run finds the newest whole checkpoint by itself where it is asked to
+    resume (:func:`~gmai_xtuner.engine.checkpointing.choose_checkpoint`); a resumed run reads nothing that
+    it has trained on already; it refuses to go on with other data or another layout than it began with,
+    or if ranks see different data; training never ends in the middle of a step.
 
     Args:
         runner: xtuner's runner; DeepSpeed is required, it keeps the gradients of a step.
@@ -39,7 +43,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
         max_iters: micro-batches to train; rounded up to the end of an optimiser step.
         max_epochs: or epochs; may be a fraction.
         val_begin: as in mmengine.
-        val_interval: as in mmengine.
+        val_interval: micro-batches from one validation to the next; each waits for the end of the
+            optimiser step, and the run ends with one.
         dynamic_intervals: as in mmengine.
 
     Raises:
@@ -65,9 +70,10 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 "zero2_offload, zero3_offload)"
             )
         compat.rendezvous_alone()
+        self.resumed_from = choose_checkpoint(runner)
         # Not IterBasedTrainLoop's own: it would start the workers on the first batches at once, which a
         # resumed run does not want.
-        BaseLoop.__init__(self, runner, _with_loader_defaults(dataloader))
+        BaseLoop.__init__(self, runner, with_loader_defaults(dataloader))
         sampler = self.dataloader.batch_sampler
         if not isinstance(sampler, MicroBatchSampler):
             raise GMAIError(
@@ -76,6 +82,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
             )
         if max_epochs is not None:
             max_iters = math.ceil(max_epochs * len(sampler))
+        guard_workers(self.dataloader)
         self._max_iters = _round_up_to_step(int(max_iters or 0), sampler)
         self._max_epochs = 1
         self._epoch = 0
@@ -83,6 +90,9 @@ class PackedTrainLoop(IterBasedTrainLoop):
         self.val_begin = val_begin
         self.val_interval = val_interval
         self.stop_training = False
+        self._validation_due = False
+        self.optim_wrapper: Any = None
+        """Stands in for the runner's where a hook has put something, see ``engine/nonfinite.py``."""
         self.dynamic_milestones, self.dynamic_intervals = calc_dynamic_intervals(
             val_interval, dynamic_intervals
         )
@@ -117,18 +127,27 @@ class PackedTrainLoop(IterBasedTrainLoop):
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         batches = self._batches()
+        if self.resumed_from is not None:
+            restore_rank_state(self.runner, self.resumed_from)
+        if self._iter >= self._max_iters:
+            print_log(
+                f"Nothing to train: iteration {self._iter} of {self._max_iters} is reached",
+                logger="current",
+            )
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             batch = next(batches)
             self.runner.model.set_gradient_accumulation_boundary(batch["data"]["step_end"])
             self.run_iter(batch)
             self._decide_current_val_interval()
-            if (
-                self.runner.val_loop is not None
-                and self._iter >= self.val_begin
-                and (self._iter % self.val_interval == 0 or self._iter == self._max_iters)
-            ):
-                self.runner.val_loop.run()
+            self._validation_due |= self._iter >= self.val_begin and (
+                self._iter % self.val_interval == 0 or self._iter == self._max_iters
+            )
+            if self._validation_due and batch["data"]["step_end"]:
+                self._validation_due = False
+                if self.runner.val_loop is not None and not self.stop_training:
+                    with preserved_random_state():
+                        self.runner.val_loop.run()
         self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
         return self.runner.model
@@ -137,7 +156,9 @@ class PackedTrainLoop(IterBasedTrainLoop):
         """One micro-batch. What it adds to the logged loss stays here (``weighted_sum``, on the device):
         mmengine would print every output of the model."""
         self.runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
-        outputs = self.runner.model.train_step(data_batch, optim_wrapper=self.runner.optim_wrapper)
+        outputs = self.runner.model.train_step(
+            data_batch, optim_wrapper=self.optim_wrapper or self.runner.optim_wrapper
+        )
         self.weighted_sum: torch.Tensor = outputs.pop("weighted_sum")
         self.runner.call_hook(
             "after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs
@@ -205,7 +226,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
         hub.update_info(DATA_ORDER, now)
 
 
-def _with_loader_defaults(dataloader: DataLoader | dict[str, Any]) -> DataLoader | dict[str, Any]:
+def with_loader_defaults(dataloader: DataLoader | dict[str, Any]) -> DataLoader | dict[str, Any]:
     if not isinstance(dataloader, dict):
         return dataloader
     options = {"pin_memory": torch.cuda.is_available(), **dataloader}

@@ -2,64 +2,50 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from mmengine.logging import print_log
 from torch import nn
 
 from gmai_xtuner.errors import ModelLoadError
 from gmai_xtuner.models.checkpoint_files import shorten
-
-_ITERATION = re.compile(r"(?:iter|epoch)_(\d+)\.pth$")
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    if checkpoint.is_dir():
-        return _is_zero_directory(checkpoint)
-    return checkpoint.is_file() and checkpoint.stat().st_size > 0
-
-
-def _is_zero_directory(path: Path) -> bool:
-    return any(path.glob("*_model_states.pt"))
+from gmai_xtuner.models.checkpoint_folder import iteration_of, newest_whole, what_is_wrong
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """The checkpoint that ``path`` means.
 
     Args:
-        path: a ``.pth`` file, a DeepSpeed checkpoint directory, or a work dir, whose newest checkpoint
-            is meant (the one that ``last_checkpoint`` names, otherwise the highest iteration).
+        path: a ``.pth`` file, a DeepSpeed checkpoint directory, or a work dir, whose newest whole
+            checkpoint is meant (:func:`~gmai_xtuner.models.checkpoint_folder.newest_whole`); broken ones
+            that are newer are named in a warning.
 
     Raises:
-        ModelLoadError: if there is none; says what was looked for.
+        ModelLoadError: if there is none, or the one that was named is not whole; says what is wrong.
     """
     path = Path(path)
-    if path.is_file() or (path.is_dir() and _is_zero_directory(path)):
+    if path.is_file() or iteration_of(path) is not None or any(path.glob("*_model_states.pt")):
+        wrong = what_is_wrong(path)
+        if wrong:
+            raise ModelLoadError(f"checkpoint {str(path)!r} {wrong}. Take another one")
         return path
     if not path.is_dir():
         raise ModelLoadError(
             f"there is no checkpoint or work dir {str(path)!r}. Train the stage before, or say where "
             "its work dir is (GMAI_STAGE1 for stage 2, GMAI_STAGE2 for stage 3)"
         )
-    pointer = path / "last_checkpoint"
-    if pointer.is_file():
-        named = Path(pointer.read_text().strip())
-        # A work dir may have been moved since: the name counts more than the path.
-        for candidate in (path / named.name, named):
-            if _is_whole(candidate):
-                return candidate
-    numbered = [
-        (int(match.group(1)), child)
-        for child in path.iterdir()
-        if (match := _ITERATION.search(child.name)) and _is_whole(child)
-    ]
-    if not numbered:
+    newest, passed_over = newest_whole(path)
+    for name, wrong in passed_over.items():
+        print_log(f"{path / name} {wrong}; passed over", logger="current", level=logging.WARNING)
+    if newest is None:
+        broken = f" that is whole: {', '.join(passed_over)} can't be used" if passed_over else ""
         raise ModelLoadError(
-            f"work dir {str(path)!r} has no checkpoint (no iter_N.pth). Did that stage finish?"
+            f"work dir {str(path)!r} has no checkpoint (no iter_N.pth){broken}. Did that stage finish?"
         )
-    return max(numbered, key=lambda pair: pair[0])[1]
+    return newest
 
 
 def load_checkpoint_state(path: str | Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gmai_xtuner.engine import loop as loop_module
-from gmai_xtuner.engine.loop import PackedTrainLoop, _round_up_to_step, _with_loader_defaults
+from gmai_xtuner.engine.loop import PackedTrainLoop, _round_up_to_step, with_loader_defaults
 from gmai_xtuner.errors import GMAIError
 
 
@@ -79,5 +79,5 @@ def test_a_checkpoint_from_inside_a_step_is_refused():
 
 def test_options_that_need_workers_go_when_there_are_none():
     plain = {"num_workers": 0, "persistent_workers": True, "prefetch_factor": 2}
-    assert set(_with_loader_defaults(plain)) == {"num_workers", "pin_memory"}
-    assert "persistent_workers" in _with_loader_defaults({**plain, "num_workers": 2})
+    assert set(with_loader_defaults(plain)) == {"num_workers", "pin_memory"}
+    assert "persistent_workers" in with_loader_defaults({**plain, "num_workers": 2})

@@ -9,43 +9,50 @@ import torch
 
 from gmai_xtuner.errors import ModelLoadError
 from gmai_xtuner.models.checkpoints import load_checkpoint_state, load_parts, resolve_checkpoint
+from tests.models.test_checkpoint_folder import write_checkpoint
 from tests.models.test_llava import build_model
-
-
-def zero_directory(path, state="x"):
-    path.mkdir(parents=True)
-    (path / "mp_rank_00_model_states.pt").write_text(state)
-    return path
 
 
 def test_a_file_and_a_deepspeed_directory_mean_themselves(tmp_path):
     file = tmp_path / "projector.pth"
     torch.save({"state_dict": {"projector.model.0.bias": torch.zeros(2)}}, file)
     assert resolve_checkpoint(file) == file
-    directory = zero_directory(tmp_path / "iter_3.pth")
+    directory = write_checkpoint(tmp_path / "iter_3.pth")
     assert resolve_checkpoint(directory) == directory
 
 
 def test_a_work_dir_means_the_checkpoint_it_calls_last(tmp_path):
     for iteration in (2, 10):
-        zero_directory(tmp_path / f"iter_{iteration}.pth")
+        write_checkpoint(tmp_path / f"iter_{iteration}.pth")
     (tmp_path / "last_checkpoint").write_text("/moved/since/iter_2.pth")
     assert resolve_checkpoint(tmp_path).name == "iter_2.pth"
 
 
 def test_without_that_note_the_highest_iteration_that_is_whole(tmp_path):
     for iteration in (2, 10):
-        zero_directory(tmp_path / f"iter_{iteration}.pth")
+        write_checkpoint(tmp_path / f"iter_{iteration}.pth")
     (tmp_path / "iter_30.pth").mkdir()  # begun, never written
     assert resolve_checkpoint(tmp_path).name == "iter_10.pth"
     (tmp_path / "last_checkpoint").write_text(os.fspath(tmp_path / "iter_30.pth"))
     assert resolve_checkpoint(tmp_path).name == "iter_10.pth"
 
 
+def test_a_checkpoint_that_is_named_is_not_replaced_by_another(tmp_path):
+    write_checkpoint(tmp_path / "iter_2.pth", sequence=1)
+    broken = write_checkpoint(tmp_path / "iter_4.pth", sequence=2)
+    next(broken.glob("*_optim_states.pt")).unlink()
+    with pytest.raises(ModelLoadError, match=r"iter_4\.pth' is incomplete: .*optim_states"):
+        resolve_checkpoint(broken)
+    assert resolve_checkpoint(tmp_path).name == "iter_2.pth"
+
+
 def test_nothing_there_says_what_to_do(tmp_path):
     with pytest.raises(ModelLoadError, match="GMAI_STAGE1"):
         resolve_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ModelLoadError, match="no checkpoint"):
+        resolve_checkpoint(tmp_path)
+    (tmp_path / "iter_30.pth").mkdir()
+    with pytest.raises(ModelLoadError, match=r"whole: iter_30\.pth can't be used"):
         resolve_checkpoint(tmp_path)
 
 

@@ -1,0 +1,157 @@
+"""A request to stop, by whatever way it comes: heard by one rank, obeyed by all at the end of a step.
+
+``SIGTERM`` and ``SIGUSR1`` to any rank, a file ``stop`` in the work dir, the death of the ``xtuner``
+command above, or a call of :meth:`StopRequest.ask`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce
+from torch.utils.data import DataLoader
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "stop"
+
+_FILE, _LAUNCHER, _ASKED = 1001, 1002, 1003
+
+
+class StopRequest:
+    """Hears requests to stop.
+
+    The signal handler only takes a note: what a rank does is interrupted nowhere.
+
+    Args:
+        stop_file: where a user may put an (empty) file instead of sending a signal. Launchers give their
+            processes a fixed time after a signal (torchrun 30 seconds); after a file there is no such end.
+    """
+
+    def __init__(self, stop_file: Path) -> None:
+        self.stop_file = stop_file
+        self._signal = 0
+        self._asked: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._launcher = _find_launcher()
+
+    def install(self) -> None:
+        """Take the signals from now on. Outside the main thread, where Python has none, do nothing."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        """Put back the handlers from before :meth:`install`."""
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def ask(self, reason: str) -> None:
+        """Stop at the end of the step; one rank is enough.
+
+        Args:
+            reason: completes "stopped because ...".
+        """
+        self._asked = reason
+
+    def agreed(self) -> str | None:
+        """Why all ranks are to stop now, or ``None``. Every rank must call it, at the same step."""
+        own = torch.tensor([self._own()], dtype=torch.int32)
+        all_reduce(own, op="max")
+        code = int(own)
+        if not code:
+            return None
+        if code == _ASKED:
+            return self._asked or "another rank asked for it"
+        if code == _FILE:
+            return f"there is a file {self.stop_file}"
+        if code == _LAUNCHER:
+            return "the xtuner command that started this run has gone"
+        return f"{signal.Signals(code).name} came"
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def _own(self) -> int:
+        if self._asked:
+            return _ASKED
+        if self._signal:
+            return self._signal
+        if self._launcher and _parent_of(self._launcher[0]) != self._launcher[1]:
+            return _LAUNCHER
+        # One look at the file system a step, by one process.
+        if int(os.environ.get("RANK", "0")) == 0 and self.stop_file.exists():
+            return _FILE
+        return 0
+
+
+def _parent_of(process: int) -> int | None:
+    try:
+        # The name, in brackets, may itself hold brackets and blanks.
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1])
+
+
+def _find_launcher() -> tuple[int, int] | None:
+    """The ``xtuner`` command above this process, as (its child, itself).
+
+    It runs the trainer (or torchrun) as a child, and dies of a signal without handing it on. When the child
+    has another parent, ``xtuner`` has gone.
+    """
+    process = os.getpid()
+    while parent := _parent_of(process):
+        try:
+            command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return None
+        if any(os.path.basename(part) == b"xtuner" for part in command[:2]):
+            return process, parent
+        process = parent
+    return None
+
+
+def guard_workers(loader: DataLoader) -> None:
+    """Keep a data loader's workers out of what concerns the trainer alone.
+
+    Requests to stop are not for them (:func:`worker_init`). And they are started with a number from the
+    loader's own generator instead of the global one, which dropout draws from: a resumed run starts them in
+    the middle of an epoch, and would go on with other random numbers than a run never stopped.
+    """
+    loader.worker_init_fn = partial(worker_init, then=loader.worker_init_fn)
+    loader.generator = torch.Generator().manual_seed(0)
+
+
+def worker_init(worker_id: int, *, then: Callable[[int], None] | None = None) -> None:
+    """Start of a data-loader worker: requests to stop are none of its business.
+
+    A scheduler signals every process of a job. A worker that died of it would take the trainer along before
+    its checkpoint. So a worker takes ``SIGTERM`` from its trainer alone (that is how the data loader ends
+    workers) and ignores ``SIGUSR1``.
+
+    Args:
+        worker_id: index of the worker.
+        then: what the data loader would have called.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_the_trainer_says, daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
+def _end_when_the_trainer_says() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,0 +1,85 @@
+"""Hooks for runs that are killed at an exact moment, and whose losses depend on random numbers.
+
+A test's config imports this module. ``GMAI_TEST_KILL`` says when, as ``moment:iteration:rank[:signal]``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from gmai_xtuner.engine import checkpointing
+
+
+@HOOKS.register_module()
+class DropoutHook(Hook):
+    """Drops a part of what the projector gives, from torch's global generator, as LoRA's dropout does."""
+
+    def before_train(self, runner) -> None:
+        runner.model.module.projector.register_forward_hook(
+            lambda module, inputs, output: torch.nn.functional.dropout(output, 0.2)
+        )
+
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    """Signals its own process.
+
+    Moments: ``between``: before an iteration, away from any checkpoint; ``writing``: half of this rank's
+    optimiser state is in the file; ``renamed``: the checkpoint has its name, the pointer is the old one.
+    """
+
+    def before_train(self, runner) -> None:
+        moment, iteration, rank, *name = os.environ.get("GMAI_TEST_KILL", "none:0:0").split(":")
+        self.moment, self.iteration, self.number = moment, int(iteration), signal.SIGKILL
+        if name:
+            self.number = signal.Signals[name[0]]
+        if get_rank() != int(rank):
+            self.moment = "none"
+        if self.moment == "writing":
+            self._kill_while_writing(runner)
+        elif self.moment == "renamed":
+            self._kill_before_pointer(runner)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if self.moment == "between" and runner.iter + 1 == self.iteration:
+            self._kill()
+
+    def _kill(self) -> None:
+        if self.number == signal.SIGKILL:
+            os.kill(os.getpid(), self.number)
+        # As a scheduler does it: every process of the job, and from another process.
+        workers = [child.pid for child in psutil.Process().children()]
+        assert workers, "the test is to signal data-loader workers as well"
+        processes = map(str, [*workers, os.getpid()])
+        subprocess.run(["kill", "-s", self.number.name.removeprefix("SIG"), *processes], check=True)
+
+    def _kill_while_writing(self, runner) -> None:
+        save = torch.save
+
+        def half(state, file, *args, **kwargs):
+            save(state, file, *args, **kwargs)
+            if runner.iter + 1 >= self.iteration and str(file).endswith("_optim_states.pt"):
+                path = Path(file)
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                self._kill()
+
+        torch.save = half
+
+    def _kill_before_pointer(self, runner) -> None:
+        replace = checkpointing.replace_text
+
+        def killed(file, text):
+            if runner.iter + 1 >= self.iteration and Path(file).name == "last_checkpoint":
+                self._kill()
+            replace(file, text)
+
+        checkpointing.replace_text = killed
