@@ -1,0 +1,57 @@
+"""DeepSpeed adds up the gradients of a step, all of them, and in fp32, under the files we ship."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import nn
+
+from gmai_xtuner import compat
+
+SIZE = 48
+
+
+def error_of_a_step(name: str, micro_batches: int) -> float:
+    """Relative error of the weights' change after one step of SGD whose gradients are known."""
+    compat.rendezvous_alone()
+    folder = Path(compat.__file__).parent / "engine" / "deepspeed"
+    config = json.loads((folder / f"{name}.json").read_text())
+    config.update(gradient_accumulation_steps=micro_batches, train_micro_batch_size_per_gpu=1)
+    config["gradient_clipping"] = 0.0
+    torch.manual_seed(0)
+    model = nn.Linear(SIZE, SIZE, bias=False)
+    start = model.weight.detach().bfloat16().float()
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=config
+    )
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(SIZE, SIZE, generator=generator)
+    exact = torch.zeros(SIZE, SIZE)
+    for _ in range(2 * micro_batches):
+        noise = torch.randn(SIZE, SIZE, generator=generator)
+        gradient = (common + 0.5 * noise).bfloat16()
+        exact += gradient.float() / micro_batches
+        identity = torch.eye(SIZE, dtype=torch.bfloat16)
+        engine.backward((engine(identity) * gradient.T).sum().float())
+        engine.step()
+    change = start - safe_get_full_fp32_param(engine.module.weight).view(SIZE, SIZE)
+    return ((change - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("name", "micro_batches"),
+    [
+        ("zero2", 256),
+        ("zero2_offload", 4),
+        ("zero2_offload", 256),
+        ("zero3", 128),
+        ("zero3_offload", 128),
+    ],
+)
+def test_the_gradients_of_a_step_add_up(name, micro_batches):
+    assert error_of_a_step(name, micro_batches) < 0.003
