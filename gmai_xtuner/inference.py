@@ -78,22 +78,41 @@ class Predictor:
         text = question if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * len(images) + question
         return self.generate((*turns, Turn("user", text)), images, max_new_tokens=max_new_tokens)
 
-    @torch.inference_mode()
     def generate(
         self, turns: Sequence[Turn], images: Sequence[ImageLike], *, max_new_tokens: int = 256
     ) -> str:
         """The assistant's next turn, greedily."""
-        arguments = self._arguments(turns, images, max_new_tokens)
-        output = self.model.llm.generate(**arguments)[0]
-        return self.tokenizer.decode(output, skip_special_tokens=True).strip()
-
-    def _arguments(
-        self, turns: Sequence[Turn], images: Sequence[ImageLike], max_new_tokens: int
-    ) -> dict[str, object]:
         marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
         if marks != len(images):
             raise ValueError(f"{marks} {IMAGE_TOKEN} marks in the text, but {len(images)} images")
-        ids = self.encoder.encode_prompt(turns).astype(np.int64)
+        ids = self.encoder.encode_prompt(turns)
+        return self.go_on(ids, images, max_new_tokens=max_new_tokens)
+
+    # Not inference_mode: weights that ZeRO-3 gathers inside could not be trained afterwards.
+    @torch.no_grad()
+    def go_on(
+        self,
+        ids: np.ndarray,
+        images: Sequence[ImageLike],
+        *,
+        max_new_tokens: int = 256,
+        synced_gpus: bool = False,
+    ) -> str:
+        """What follows a tokenised prompt, greedily.
+
+        Args:
+            ids: the prompt with one placeholder an image.
+            images: paths or opened images.
+            max_new_tokens: length of the answer at the most.
+            synced_gpus: every rank runs as many passes as the longest of them, as ZeRO-3 needs.
+        """
+        arguments = self._arguments(ids.astype(np.int64), images, max_new_tokens)
+        output = self.model.llm.generate(**arguments, synced_gpus=synced_gpus)[0]
+        return self.tokenizer.decode(output, skip_special_tokens=True).strip()
+
+    def _arguments(
+        self, ids: np.ndarray, images: Sequence[ImageLike], max_new_tokens: int
+    ) -> dict[str, object]:
         device = self.model.llm.device
         tokens = num_image_tokens(self.model.visual_encoder.config)
         widened = torch.from_numpy(
@@ -155,6 +174,12 @@ def load_export(
             f"{str(folder)!r} is not an export in xtuner's layout (it has no projector/). "
             "Make one with: xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"
         )
+    for name in ("llm_adapter", "visual_encoder_adapter"):
+        if (folder / name).exists():
+            raise ModelLoadError(
+                f"{str(folder)!r} has {name}/, which is not merged and would be left out. Merge it with "
+                "xtuner convert merge; exports of this project are merged already"
+            )
     llm_path = _part(folder, folder / "config.json", llm, "language model", "llm")
     vision_path = _part(
         folder / "visual_encoder", folder / "visual_encoder", vision, "vision tower", "vision"

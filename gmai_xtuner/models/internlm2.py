@@ -27,6 +27,7 @@ from gmai_xtuner.models.checkpoint_files import (
     resolve_directory,
     shorten,
 )
+from gmai_xtuner.models.quantization import quantization_that_runs
 
 #: Modules of the model, then of one layer: InternLM2 name -> Llama name.
 MODEL_NAMES = {
@@ -70,15 +71,18 @@ def load_language_model(
         torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
         attn_implementation: a key of transformers' ``ALL_ATTENTION_FUNCTIONS``, ``"eager"`` or
             ``"sdpa"``; None lets transformers choose.
-        quantization_config: e.g. a ``BitsAndBytesConfig`` for QLoRA.
+        quantization_config: 4-bit weights for QLoRA: a ``BitsAndBytesConfig`` or its config
+            ``dict(type="transformers.BitsAndBytesConfig", ...)``. Each weight is quantised as it is read,
+            so the GPU never holds the model in full precision. On meta it is left out of account: what
+            is built there takes full-precision weights.
 
     Raises:
         ModelLoadError: another model type, a missing or damaged file, a weight that is missing,
-            unexpected or of the wrong shape. The message names it.
+            unexpected or of the wrong shape, or 4-bit weights that can't run here. The message names it.
     """
     on_meta = building_on_meta()
-    if on_meta and quantization_config is not None:
-        raise ModelLoadError("A quantised model can't be built on the meta device.")
+    if quantization_config is not None and not on_meta:
+        quantization_config = quantization_that_runs(quantization_config)
     directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
     raw = read_json(directory / "config.json")
     model_type = raw.get("model_type")

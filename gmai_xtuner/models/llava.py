@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.dist import get_rank
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -19,12 +20,16 @@ from torch import nn
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.errors import GMAIError, ModelLoadError
 from gmai_xtuner.models.attention import SequenceBoundaries, install_boundary_attention
+from gmai_xtuner.models.checkpoint_files import building_on_meta
 from gmai_xtuner.models.checkpoints import load_checkpoint_state, load_parts
-from gmai_xtuner.models.export import save_xtuner_layout
+from gmai_xtuner.models.export import is_export, read_export, save_xtuner_layout
+from gmai_xtuner.models.frozen import PREFIX, check_same, without_prefix
+from gmai_xtuner.models.liger import install_liger, require_liger
+from gmai_xtuner.models.lora import add_adapters, load_adapters, plain_key, split_adapters
 from gmai_xtuner.models.loss import install_loss_head
-from gmai_xtuner.models.recompute import recompute, use_reentrant
+from gmai_xtuner.models.recompute import recompute, recompute_first_layers, use_reentrant
 
 
 class ImageFeatureMismatch(GMAIError):
@@ -63,15 +68,22 @@ class GMAILLaVAModel(BaseModel):
         visual_encoder: config of ``gmai_xtuner.models.load_vision_tower`` (or a module).
         freeze_llm: keep the language model as it is (stages 1 and 2).
         freeze_visual_encoder: keep the vision tower as it is (stage 1).
+        llm_lora: config of a ``peft.LoraConfig``: adapters on the language model learn, and its own
+            weights don't, whatever ``freeze_llm`` says. See :mod:`gmai_xtuner.models.lora`.
+        visual_encoder_lora: the same for the vision tower.
         visual_select_layer: hidden state of the tower that is used; -2 is the one before the last.
         projector_depth: linear layers of the projector.
-        pretrained_pth: file, DeepSpeed directory or work dir of the stage before.
+        pretrained_pth: file, DeepSpeed directory or work dir of the stage before, or of a run with the
+            same adapters, which are continued; or what ``xtuner convert pth_to_hf`` made of it.
         pretrained_parts: parts that ``pretrained_pth`` must contain; a checkpoint of an earlier stage
             than the one meant is refused.
         use_activation_checkpointing: recompute activations in the backward pass.
+        recomputed_layers: of the language model's layers, how many are recomputed, the first ones; the
+            others keep their activations, which is faster where memory allows. Default: all.
         attention: ``auto``, ``varlen``, ``sdpa_loop`` or ``block_mask``, see
             :mod:`gmai_xtuner.models.attention`.
         loss_chunk_size: tokens for which logits exist at a time.
+        liger: use Liger's kernels (CUDA), see :mod:`gmai_xtuner.models.liger`.
 
     Raises:
         ModelLoadError: a checkpoint does not fit; names the keys.
@@ -85,17 +97,25 @@ class GMAILLaVAModel(BaseModel):
         *,
         freeze_llm: bool = False,
         freeze_visual_encoder: bool = False,
+        llm_lora: Mapping[str, Any] | None = None,
+        visual_encoder_lora: Mapping[str, Any] | None = None,
         visual_select_layer: int = -2,
         projector_depth: int = 2,
         pretrained_pth: str | None = None,
         pretrained_parts: Sequence[str] = ("projector",),
         use_activation_checkpointing: bool = True,
+        recomputed_layers: int | None = None,
         attention: str = "auto",
         loss_chunk_size: int = 2048,
+        liger: bool = False,
     ) -> None:
         super().__init__(data_preprocessor={"type": "BaseDataPreprocessor", "non_blocking": True})
-        self.freeze_llm = freeze_llm
-        self.freeze_visual_encoder = freeze_visual_encoder
+        if liger := liger and not building_on_meta():
+            require_liger()
+        self.freeze_llm = freeze_llm or llm_lora is not None
+        self.freeze_visual_encoder = freeze_visual_encoder or visual_encoder_lora is not None
+        self.use_llm_lora = llm_lora is not None
+        self.use_visual_encoder_lora = visual_encoder_lora is not None
         self.visual_select_layer = visual_select_layer
         self.use_activation_checkpointing = use_activation_checkpointing
         self.loss_chunk_size = loss_chunk_size
@@ -113,24 +133,88 @@ class GMAILLaVAModel(BaseModel):
         install_boundary_attention(self.llm, backend=attention)
         install_loss_head(self.llm.lm_head)
         _prepare_rotary(self.llm.model.rotary_emb)
+        if liger:
+            install_liger(self.llm)
         if use_activation_checkpointing:
             self.llm.gradient_checkpointing_enable({"use_reentrant": use_reentrant()})
+            if recomputed_layers is not None:
+                recompute_first_layers(self.llm.model, recomputed_layers)
 
-        self.llm.requires_grad_(not freeze_llm)
-        self.visual_encoder.requires_grad_(not freeze_visual_encoder)
+        self.llm.requires_grad_(not self.freeze_llm)
+        self.visual_encoder.requires_grad_(not self.freeze_visual_encoder)
 
+        # First the weights, then the adapters: a checkpoint of a stage without adapters then fits.
+        self.pretrained_pth = pretrained_pth
+        self._kept: dict[str, torch.Tensor] = {}
+        adapters: dict[str, torch.Tensor] = {}
         if pretrained_pth is not None:
-            parts = load_parts(
-                self,
-                load_checkpoint_state(pretrained_pth),
-                required=pretrained_parts,
-                source=str(pretrained_pth),
+            adapters = self._load_weights(pretrained_pth, set(pretrained_parts))
+        if llm_lora is not None:
+            add_adapters(self.llm, llm_lora, option="llm_lora")
+        if visual_encoder_lora is not None:
+            add_adapters(
+                self.visual_encoder,
+                visual_encoder_lora,
+                option="visual_encoder_lora",
+                num_layers=self._vision_depth,
             )
-            print_log(
-                f"Loaded {', '.join(parts)} from {pretrained_pth}",
-                logger="current",
-                level=logging.INFO,
+        load_adapters(self, adapters, source=str(pretrained_pth))
+
+    def _load_weights(self, source: str, required: set[str]) -> dict[str, torch.Tensor]:
+        """Load all but the adapters of a checkpoint, which are returned."""
+        state = (
+            read_export(source, self.llm) if is_export(source) else load_checkpoint_state(source)
+        )
+        base, adapters = split_adapters(state)
+        if self.freeze_llm and any(key.startswith("llm.") for key in base):
+            raise ModelLoadError(
+                f"{source} has a whole language model, but this stage does not train one, and would have "
+                "to copy it into each of its checkpoints. Convert that stage (xtuner convert pth_to_hf) "
+                "and name what it exports as the base (GMAI_LLM)"
             )
+        with_adapters = {key.split(".", 1)[0] for key in adapters}
+        parts = load_parts(self, base, required=required - with_adapters, source=source)
+        print_log(
+            f"Loaded {', '.join(sorted({*parts, *(f'adapters of {p}' for p in with_adapters)}))} "
+            f"from {source}",
+            logger="current",
+            level=logging.INFO,
+        )
+        if self.freeze_visual_encoder and get_rank() == 0:
+            self._kept = {
+                # Copies: what was read may be views of the whole checkpoint.
+                key: value.detach().clone()
+                for key, value in base.items()
+                if key.startswith("visual_encoder.")
+            }
+        return adapters
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What learns, and the frozen weights that no base has (:mod:`gmai_xtuner.models.frozen`)."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        own = dict(self.named_parameters(remove_duplicate=False))
+        learns = {prefix + name for name, parameter in own.items() if parameter.requires_grad}
+        for key in [key for key in state if key.startswith(prefix) and key not in learns]:
+            del state[key]
+        names = {plain_key(name): name for name in own} if self._kept else {}
+        for key, value in self._kept.items():
+            state[prefix + PREFIX + names[key]] = value
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what :meth:`state_dict` gives, as a resumed run does.
+
+        Raises:
+            ModelLoadError: this run stands on other frozen weights.
+        """
+        if get_rank() == 0:
+            frozen = {plain_key(key): value for key, value in without_prefix(state_dict).items()}
+            check_same(self._kept, frozen, source=str(self.pretrained_pth))
+        rest = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
+        return super().load_state_dict(rest, strict=strict, assign=assign)
 
     def init_weights(self) -> None:
         """Weights come from the checkpoints; mmengine must not initialise them again."""
@@ -145,12 +229,18 @@ class GMAILLaVAModel(BaseModel):
         Runs only the layers of the tower that the selected hidden state needs.
         """
         tower = self.visual_encoder.vision_model
-        depth = range(self.visual_encoder.config.num_hidden_layers + 1)[self.visual_select_layer]
-        learns = torch.is_grad_enabled() and not self.freeze_visual_encoder
+        learns = torch.is_grad_enabled() and (
+            self.use_visual_encoder_lora or not self.freeze_visual_encoder
+        )
+        recomputes = learns and self.training and self.use_activation_checkpointing
         with torch.set_grad_enabled(learns):
             hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self._vision_dtype)))
-            for layer in tower.encoder.layers[:depth]:
-                if learns and self.training and self.use_activation_checkpointing:
+            if recomputes and not hidden.requires_grad:
+                # Under adapters nothing before them learns, and re-entrant checkpointing gives no
+                # gradient to a layer whose input needs none.
+                hidden.requires_grad_()
+            for layer in tower.encoder.layers[: self._vision_depth]:
+                if recomputes:
                     hidden = recompute(layer, hidden, None, None)[0]
                 else:
                     hidden = layer(hidden, None, None)[0]
@@ -197,7 +287,7 @@ class GMAILLaVAModel(BaseModel):
 
     def forward(
         self, data: Mapping[str, Any], data_samples: object = None, mode: str = "loss"
-    ) -> dict[str, torch.Tensor] | torch.Tensor:
+    ) -> dict[str, torch.Tensor] | torch.Tensor | list[dict[str, Any]]:
         """One flat batch, as made by :func:`gmai_xtuner.datasets.collate.collate_packs`.
 
         Args:
@@ -206,7 +296,8 @@ class GMAILLaVAModel(BaseModel):
                 int64 ``[N * P]``, ``label_positions`` and ``label_targets`` int64 ``[M]``,
                 ``label_weights`` float32 ``[M]``, ``loss_denominator`` float.
             mode: ``loss`` -> ``{"loss": scalar to learn from, "weighted_sum": sum of weights * CE}``;
-                ``tensor`` -> logits ``[1, T, V]``.
+                ``tensor`` -> logits ``[1, T, V]``; ``predict`` -> for each conversation its ``id``, the
+                sum of ``loss`` over its learnt tokens (CE, unweighted) and their number, ``tokens``.
         """
         hidden = self._hidden_states(data)
         if mode == "loss":
@@ -219,7 +310,25 @@ class GMAILLaVAModel(BaseModel):
             return {"loss": total / data["loss_denominator"], "weighted_sum": total.detach()}
         if mode == "tensor":
             return self.llm.lm_head(hidden)
-        raise GMAIError(f"mode must be 'loss' or 'tensor', got {mode!r}")
+        if mode == "predict":
+            return self._losses_by_conversation(hidden, data)
+        raise GMAIError(f"mode must be 'loss', 'tensor' or 'predict', got {mode!r}")
+
+    def _losses_by_conversation(
+        self, hidden: torch.Tensor, data: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        positions = data["label_positions"]
+        losses = self.llm.lm_head(
+            hidden[0, positions], data["label_targets"], None, self.loss_chunk_size
+        )
+        owner = torch.searchsorted(data["cu_seqlens"][1:].long(), positions, right=True)
+        sums = losses.new_zeros(len(data["ids"]), dtype=torch.float64)
+        sums.index_add_(0, owner, losses.double())
+        tokens = torch.bincount(owner, minlength=len(data["ids"]))
+        return [
+            {"id": name, "loss": loss, "tokens": count}
+            for name, loss, count in zip(data["ids"], sums.tolist(), tokens.tolist(), strict=True)
+        ]
 
     def _hidden_states(self, data: Mapping[str, Any]) -> torch.Tensor:
         embeds = self.embed(data["input_ids"], data["pixel_values"], data["image_positions"])
@@ -229,6 +338,11 @@ class GMAILLaVAModel(BaseModel):
             position_ids=data["position_ids"],
             use_cache=False,
         ).last_hidden_state
+
+    @property
+    def _vision_depth(self) -> int:
+        """Layers of the tower that run."""
+        return range(self.visual_encoder.config.num_hidden_layers + 1)[self.visual_select_layer]
 
     @property
     def _vision_dtype(self) -> torch.dtype:

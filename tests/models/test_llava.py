@@ -265,5 +265,5 @@ def test_bf16_engine_does_not_round_the_rotary_frequencies():
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(GMAIError, match="'predict'"):
-        build_model()(**collate_packs([make_pack((0, 3, 4))]), mode="predict")
+    with pytest.raises(GMAIError, match="'loss', 'tensor' or 'predict', got 'test'"):
+        build_model()(**collate_packs([make_pack((0, 3, 4))]), mode="test")

@@ -1,0 +1,15 @@
+# Stage 2 on one 80 GB card: as Table 8, but for who holds the 512 packs of an optimiser step.
+#
+#   xtuner train configs/gmai_vl/variants/stage2_one_80gb.py --deepspeed zero2
+#
+# 32 GPUs x 4 x 4 = 1 GPU x 4 x 128. Memory, in GB: frozen language model 7.74 G x 2 bytes = 15.5; tower and
+# projector 0.32 G x 22 = 7.1 (see stage 1); reduce buckets 0.8; activations of 8,192 tokens about 6.
+# About 29 of 80.
+_base_ = ["../stage2_deep.py"]
+
+model = dict(pretrained_pth="{{$GMAI_STAGE1:work_dirs/stage1_one_80gb}}")
+train_dataloader = dict(batch_sampler=dict(accumulative_counts=128))
+optim_wrapper = dict(accumulative_counts=128)
+# In micro-batches: a checkpoint after 16 steps, validation and sample answers after 125.
+default_hooks = dict(checkpoint=dict(interval=2048), sample_answer=dict(interval=16000))
+train_cfg = dict(val_interval=16000)

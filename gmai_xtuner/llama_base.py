@@ -1,0 +1,75 @@
+"""Write an InternLM2 or InternLM2.5 base in Llama form, with its tokenizer.
+
+``python -m gmai_xtuner.llama_base internlm/internlm2_5-7b-chat OUT``
+
+Adapters are trained on the Llama form, in which queries, keys and values are separate; the hub's InternLM2.5
+has them in one matrix. What this writes is the base for tools that put such an adapter on a base
+themselves: ``xtuner convert merge``, ``PeftModel``, servers that load adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from mmengine.logging import print_log
+
+from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.models import load_language_model, load_tokenizer
+from gmai_xtuner.models.export import save_language_model
+
+
+def write_llama_base(
+    base: str, out: str | Path, *, torch_dtype: str | None = None, max_shard_size: str = "4GB"
+) -> None:
+    """Write a base in Llama form; all of it or nothing.
+
+    Args:
+        base: an InternLM2, InternLM2.5 or Llama checkpoint: a folder or a hub name.
+        out: a new or empty folder.
+        torch_dtype: e.g. ``"float16"``; None keeps the base's own.
+        max_shard_size: of a weight file.
+
+    Raises:
+        GMAIError: the folder is not empty, or the base can't be read.
+    """
+    target = Path(out)
+    if target.is_dir() and any(target.iterdir()):
+        raise GMAIError(f"{str(out)!r} is not empty. Choose a new folder, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    aside.chmod(0o755)
+    try:
+        llm = load_language_model(base, torch_dtype=torch_dtype)
+        load_tokenizer(base).save_pretrained(aside)
+        save_language_model(llm, aside, {"max_shard_size": max_shard_size})
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if target.is_dir():
+        target.rmdir()
+    os.replace(aside, target)
+    print_log(f"Saved {base} in Llama form to {out}", logger="current", level=logging.INFO)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("base", help="folder or hub name of the InternLM2 base")
+    parser.add_argument("out", help="new or empty folder")
+    parser.add_argument("--torch-dtype", help="e.g. float16; default: the base's own")
+    parser.add_argument("--max-shard-size", default="4GB")
+    arguments = parser.parse_args()
+    write_llama_base(
+        arguments.base,
+        arguments.out,
+        torch_dtype=arguments.torch_dtype,
+        max_shard_size=arguments.max_shard_size,
+    )
+
+
+if __name__ == "__main__":
+    main()
