@@ -5,8 +5,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 QUICKSTART = ["nibabel>=5.3", "pydicom>=3.0", "matplotlib>=3.8"]
+# Triton kernels for `liger=True`; only its operators are used, not its patches for transformers.
+LIGER = ["liger-kernel>=0.5.10,<0.8"]
 DEVELOPMENT = [
     *QUICKSTART,
+    *LIGER,
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest>=8.3",
@@ -40,6 +43,8 @@ setup(
         "numpy>=1.26",
         # decodes the 16-bit colour images that Pillow would cut to 8 bit; mmengine brings it too
         "opencv-python",
+        # LoRA; tried with 0.14, 0.15 and 0.21. xtuner brings it without an upper bound.
+        "peft>=0.14,<0.22",
         "pillow>=10.4",
         "pyarrow>=16",
         "PyYAML>=6.0",
@@ -47,5 +52,5 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
     ],
-    extras_require={"quickstart": QUICKSTART, "dev": DEVELOPMENT},
+    extras_require={"quickstart": QUICKSTART, "dev": DEVELOPMENT, "liger": LIGER},
 )

@@ -30,25 +30,26 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         chunk_size: int,
     ) -> torch.Tensor:
         hidden_learns, weight_learns = ctx.needs_input_grad[:2]
-        hidden_grad = torch.zeros_like(hidden) if hidden_learns else None
+        hidden_grad = torch.empty_like(hidden) if hidden_learns else None
         # Summed over chunks in fp32: in bf16 each addition would round.
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if weight_learns else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], chunk_size):
             piece = slice(start, start + chunk_size)
-            logits = F.linear(hidden[piece], weight).float()
-            losses = F.cross_entropy(logits, targets[piece], reduction="none")
-            total += (losses * weights[piece]).sum()
+            # Of the chunk's logits one fp32 copy is made, which turns into its gradient in place.
+            scores = F.log_softmax(F.linear(hidden[piece], weight), dim=-1, dtype=torch.float32)
+            chosen = targets[piece, None]
+            total -= (scores.gather(1, chosen)[:, 0] * weights[piece]).sum()
             if hidden_grad is None and weight_grad is None:
                 continue
             # d CE / d logits = softmax - one-hot
-            slope = logits.softmax(-1)
-            slope.scatter_add_(1, targets[piece, None], -torch.ones_like(losses)[:, None])
-            slope = (slope * weights[piece, None]).to(hidden.dtype)
+            scores.exp_().scatter_add_(1, chosen, scores.new_full((1, 1), -1.0).expand_as(chosen))
+            slope = scores.mul_(weights[piece, None]).to(hidden.dtype)
+            del scores
             if hidden_grad is not None:
                 hidden_grad[piece] = slope @ weight
             if weight_grad is not None:
-                weight_grad += (slope.T @ hidden[piece]).float()
+                weight_grad += slope.T @ hidden[piece]
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total
@@ -58,7 +59,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         (scale,) = outputs
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
-            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
+            # In fp32: a bf16 scale would make every gradient up to 0.4 % too large or too small.
+            None if hidden_grad is None else (hidden_grad.float() * scale).to(hidden_grad.dtype),
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
             None,
             None,
@@ -86,7 +88,25 @@ def weighted_cross_entropy(
     Returns:
         float32 scalar; zero, and connected to ``hidden``, if ``M`` is 0.
     """
+    if not torch.is_grad_enabled():
+        # A node is told that a parameter needs a gradient even where none is recorded.
+        hidden, weight = hidden.detach(), weight.detach()
     return _FusedLinearCrossEntropy.apply(hidden, weight, targets, weights, chunk_size)
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, chunk_size: int = 2048
+) -> torch.Tensor:
+    """Cross entropy of each token, float32 ``[M]``, to look at and not to learn from.
+
+    Args as in :func:`weighted_cross_entropy`.
+    """
+    pieces = [
+        F.cross_entropy(F.linear(part, weight).float(), target, reduction="none")
+        for part, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+    ]
+    return torch.cat(pieces)
 
 
 def _forward(
@@ -96,13 +116,17 @@ def _forward(
     weights: torch.Tensor | None = None,
     chunk_size: int = 2048,
 ) -> torch.Tensor:
-    if targets is None or weights is None:
+    if targets is None:
         return F.linear(hidden, self.weight, self.bias)
+    if weights is None:
+        return token_losses(hidden, self.weight, targets, chunk_size=chunk_size)
     return weighted_cross_entropy(hidden, self.weight, targets, weights, chunk_size=chunk_size)
 
 
 def install_loss_head(head: nn.Linear) -> None:
     """Let ``head(hidden, targets, weights, chunk_size)`` give the loss; ``head(hidden)`` stays as it is.
+
+    With ``None`` for the weights it gives the loss of each token, without gradients.
 
     The loss is computed inside the module's own call because that is where ZeRO-3 has gathered its
     weight, and in one autograd node, so that the weight's gradient arrives once.

@@ -8,6 +8,8 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from gmai_xtuner.errors import GMAIError
+
 
 def use_reentrant() -> bool:
     """Which of torch's two implementations to take.
@@ -24,3 +26,28 @@ def use_reentrant() -> bool:
 def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call ``function`` now, and again in the backward pass instead of keeping its activations."""
     return checkpoint(function, *arguments, use_reentrant=use_reentrant())
+
+
+def recompute_first_layers(decoder: Any, layers: int) -> None:
+    """Let a Llama decoder with checkpointing recompute its first ``layers`` layers only.
+
+    The last ones keep their activations: the backward pass frees those first, before any layer is
+    recomputed.
+
+    Args:
+        decoder: transformers' ``LlamaModel`` after ``gradient_checkpointing_enable``.
+        layers: 0 to all of its layers.
+
+    Raises:
+        GMAIError: the decoder does not have so many layers.
+    """
+    total = len(decoder.layers)
+    if not 0 <= layers <= total:
+        raise GMAIError(f"recomputed_layers must be 0 to {total}, the model's layers, got {layers}")
+    recomputed = decoder._gradient_checkpointing_func
+
+    def choose(call: Any, *arguments: Any) -> Any:
+        kept = call.__self__.self_attn.layer_idx >= layers
+        return call(*arguments) if kept else recomputed(call, *arguments)
+
+    decoder._gradient_checkpointing_func = choose
