@@ -70,7 +70,7 @@ def test_stage_is_table_8(name):
     assert cfg.optim_wrapper.dtype == "bfloat16"
     assert cfg.param_scheduler.type == "WarmupCosineLR"
     assert cfg.param_scheduler.warmup_ratio == 0.03
-    assert cfg.train_cfg == {"type": "PackedTrainLoop", "max_epochs": 1}
+    assert cfg.train_cfg == {"type": "PackedTrainLoop", "max_epochs": 1, "val_interval": 500}
     assert cfg.train_dataloader.dataset.stage == stage["stage"]
     assert (cfg.model.get("pretrained_pth"), cfg.model.get("pretrained_parts")) == (
         stage["from"] or (None, None)
@@ -131,3 +131,87 @@ def test_deepspeed_names_mean_our_bf16_files(name):
     assert zero["stage"] == int(name[4])
     assert ("offload_optimizer" in zero) is name.endswith("offload")
     assert ("offload_param" in zero) is (name == "zero3_offload")
+
+
+# Variant -> the stage it is a child of, (micro-batch, accumulation), where it starts from, loss chunk.
+VARIANTS = {
+    "stage1_one_80gb": ("stage1_shallow", (8, 64), None, None),
+    "stage2_one_80gb": ("stage2_deep", (4, 128), "stage1_one_80gb", None),
+    "stage3_lora_one_80gb": ("stage3_instruct", (4, 128), "stage2_one_80gb", None),
+    "stage1_one_24gb": ("stage1_shallow", (2, 256), None, 512),
+    "stage2_one_24gb": ("stage2_deep", (2, 256), "stage1_one_24gb", 512),
+    "stage3_qlora_one_24gb": ("stage3_instruct", (2, 256), "stage2_one_24gb", 512),
+}
+ADAPTERS = {
+    "freeze_llm": True,
+    "freeze_visual_encoder": True,
+    "llm_lora": {
+        "type": "peft.LoraConfig",
+        "r": 128,
+        "lora_alpha": 256,
+        "lora_dropout": 0.05,
+        "task_type": "CAUSAL_LM",
+    },
+    "visual_encoder_lora": {
+        "type": "peft.LoraConfig",
+        "r": 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+    },
+}
+FOUR_BIT = {
+    "type": "transformers.BitsAndBytesConfig",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+
+
+def test_every_variant_is_checked():
+    assert {path.stem for path in (FOLDER / "variants").glob("*.py")} == set(VARIANTS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_differs_from_its_stage_in_these_leaves_only(name):
+    parent, (batch_size, accumulation), start, chunk = VARIANTS[name]
+    expected = Config.fromfile(FOLDER / f"{parent}.py").to_dict()
+    expected["train_dataloader"]["batch_size"] = batch_size
+    expected["train_dataloader"]["batch_sampler"]["accumulative_counts"] = accumulation
+    expected["optim_wrapper"]["accumulative_counts"] = accumulation
+    steps = {"80gb": 16, "24gb": 4}[name[-4:]]
+    expected["default_hooks"]["checkpoint"]["interval"] = steps * accumulation
+    expected["default_hooks"]["sample_answer"]["interval"] = 125 * accumulation
+    expected["train_cfg"]["val_interval"] = 125 * accumulation
+    if start:
+        expected["model"]["pretrained_pth"] = f"work_dirs/{start}"
+    if chunk:
+        expected["model"]["loss_chunk_size"] = chunk
+    if parent == "stage3_instruct":
+        expected["model"].update(ADAPTERS)
+        expected["optim_wrapper"]["optimizer"]["lr"] = 1e-4
+    if "qlora" in name:
+        expected["model"]["llm"]["quantization_config"] = FOUR_BIT
+    assert Config.fromfile(FOLDER / "variants" / f"{name}.py").to_dict() == expected
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variants_optimiser_step_holds_the_packs_of_the_papers_32_gpus(name):
+    parent, (batch_size, accumulation), _, _ = VARIANTS[name]
+    paper_batch, paper_accumulation = STAGES[parent]["batch"]
+    assert batch_size * accumulation == 32 * paper_batch * paper_accumulation == 512
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variants_model_arguments_are_the_models(name):
+    import inspect
+
+    from gmai_xtuner.models import GMAILLaVAModel, load_language_model
+    from gmai_xtuner.models.lora import _as_config
+
+    model = Config.fromfile(FOLDER / "variants" / f"{name}.py").model
+    assert set(model) - {"type"} <= set(inspect.signature(GMAILLaVAModel).parameters)
+    assert set(model.llm) - {"type"} <= set(inspect.signature(load_language_model).parameters)
+    for option in ("llm_lora", "visual_encoder_lora"):
+        if option in model:
+            assert _as_config(model[option], option).r == ADAPTERS[option]["r"]

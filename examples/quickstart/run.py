@@ -36,6 +36,9 @@ OVERRIDES: dict[str, dict[str, object]] = {
         "train_dataloader.batch_size": 4,
         "train_dataloader.num_workers": 1,
         "train_dataloader.dataset.max_length": 320,
+        "train_dataloader.dataset.held_out": 0.02,  # a thousandth of this corpus is nothing
+        "train_cfg.val_interval": 100,
+        "default_hooks.sample_answer.interval": 100,
         "train_dataloader.batch_sampler.accumulative_counts": 1,
         "optim_wrapper.accumulative_counts": 1,
         "default_hooks.logger.interval": 5,
@@ -160,8 +163,8 @@ def run_command(command: Sequence[str], log: Path, *, environment: Mapping[str, 
         assert process.stdout is not None
         for line in process.stdout:
             file.write(line)
-            if "Iter(train)" in line:
-                print("  " + line[line.index("Iter(train)") :].rstrip(), flush=True)
+            if "Iter(train)" in line or "Iter(val)" in line:
+                print("  " + line[line.index("Iter(") :].rstrip(), flush=True)
     if process.returncode:
         raise StepError(f"ended with code {process.returncode}")
 

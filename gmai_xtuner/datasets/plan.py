@@ -2,14 +2,15 @@
 
 A plan is a folder ``<cache_dir>/plans/<key>/``::
 
+    held-out.npy            int64 [datasets, 2]: conversations held out, and on neither side
     samples.npy             uint32 [samples, 2]: dataset, row in its token cache (after sampling by ratio)
     epoch-<e>-offsets.npy   int64 [packs + 1] into
     epoch-<e>-items.npy     int64 [samples], indices into samples.npy
     epoch-<e>-totals.npy    float64 [packs, 5]: tokens, images, conversations, learnt tokens,
                             sum of the square roots of each conversation's learnt tokens
 
-Everything is a pure function of the token caches, the ratios, the seed and the epoch, made once under a
-file lock and memory-mapped by every rank and worker.
+Everything is a pure function of the token caches, the ratios, the held-out share, the seed and the epoch,
+made once under a file lock and memory-mapped by every rank and worker.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
+from gmai_xtuner.datasets import held_out as held_out_module
+from gmai_xtuner.datasets.held_out import HELD_OUT, NEITHER, TRAIN
 from gmai_xtuner.datasets.locking import aside, locked
 from gmai_xtuner.datasets.mixture import sample_indices
 from gmai_xtuner.datasets.packing import Packs, pack
 from gmai_xtuner.datasets.token_cache import TokenCache
-from gmai_xtuner.errors import MixtureError
+from gmai_xtuner.errors import GMAIError, MixtureError
 
 TOTALS = ("tokens", "images", "conversations", "labels", "sqrt_labels")
 
@@ -58,9 +61,15 @@ class DataPlan:
         max_length: tokens of a pack.
         max_images: images of a pack.
         cache_dir: where plans are kept.
+        held_out: share of the images (and of the conversations without one) that is kept for
+            validation, see :mod:`gmai_xtuner.datasets.held_out`; it is taken before the sampling by ratio.
+        split: ``train``, or ``held_out`` for a plan of what the other does not train on: each
+            conversation once, whatever the ratios.
+        at_most: conversations of a dataset in the ``held_out`` split; default: all.
 
     Raises:
         MixtureError: the ratios leave nothing to train on.
+        GMAIError: the share is not between 0 and 1.
     """
 
     def __init__(
@@ -73,21 +82,35 @@ class DataPlan:
         max_length: int,
         max_images: int,
         cache_dir: str | Path,
+        held_out: float = 0.0,
+        split: str = "train",
+        at_most: int | None = None,
     ) -> None:
+        if not 0 <= held_out < 1 or split not in ("train", "held_out"):
+            raise GMAIError(
+                "held_out must be a share of at least 0 and below 1, and split 'train' or 'held_out', got "
+                f"{held_out!r} and {split!r}"
+            )
         self.caches = list(caches)
         self.names = list(names)
         self.ratios = list(ratios)
         self.seed = seed
         self.max_length = max_length
         self.max_images = max_images
+        self.held_out = held_out
+        self.split = split
+        self.at_most = at_most
         ingredients = [
-            1,
+            2,
             [(cache.folder.name, cache.meta["content"]) for cache in caches],
             self.names,
             self.ratios,
             seed,
             max_length,
             max_images,
+            held_out,
+            split,
+            at_most,
         ]
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
         self.folder = Path(cache_dir).absolute() / "plans" / key
@@ -111,15 +134,29 @@ class DataPlan:
         """The packs of this epoch, made first if no process has made them."""
         return _open_epoch(self, epoch)
 
+    def held_out_counts(self) -> np.ndarray:
+        """int64 ``[datasets, 2]``: conversations held out, and with images of both sides."""
+        return np.load(self.folder / "held-out.npy")
+
     def _draw(self) -> np.ndarray:
-        parts = []
+        parts, counts = [], np.zeros((len(self.caches), 2), dtype=np.int64)
         for number, (cache, name, ratio) in enumerate(
             zip(self.caches, self.names, self.ratios, strict=True)
         ):
-            rows = sample_indices(len(cache), ratio, seed=self.seed, name=name)
+            rows = np.arange(len(cache))
+            if self.held_out:
+                sides = held_out_module.sides(cache.folder, self.held_out)
+                counts[number] = [(sides.side == side).sum() for side in (HELD_OUT, NEITHER)]
+                rows = sides.rows(TRAIN)
+            if self.split == "train":
+                rows = rows[sample_indices(len(rows), ratio, seed=self.seed, name=name)]
+            else:
+                rows = sides.rows(HELD_OUT, at_most=self.at_most) if self.held_out else rows[:0]
             parts.append(np.stack([np.full_like(rows, number), rows], axis=1).astype(np.uint32))
+        # Before the samples, whose presence says that everything is there.
+        self._save("held-out", counts)
         samples = np.concatenate(parts)
-        if not len(samples):
+        if not len(samples) and self.split == "train":
             datasets = ", ".join(
                 f"{name} (ratio {ratio:g} of {len(cache)})"
                 for cache, name, ratio in zip(self.caches, self.names, self.ratios, strict=True)

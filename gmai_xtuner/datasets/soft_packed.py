@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from functools import partial
@@ -16,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from gmai_xtuner.datasets.images import MAX_PIXELS, ImageTransform, open_rgb
-from gmai_xtuner.datasets.mixture import load_mixture, select
+from gmai_xtuner.datasets.images import MAX_PIXELS, ImageTransform
+from gmai_xtuner.datasets.mixture import DatasetEntry, load_mixture, select
 from gmai_xtuner.datasets.plan import DataPlan
-from gmai_xtuner.datasets.token_cache import CacheOptions, TokenCache, open_cache
+from gmai_xtuner.datasets.token_cache import CacheOptions, TokenCache, open_caches
 from gmai_xtuner.datasets.tokenization import (
     ChatTemplate,
     ConversationTokenizer,
@@ -50,18 +51,22 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         max_images: images of a pack.
         image_mode: ``pad`` to a square with the mean colour (the authors' code), or ``resize`` (the
             paper's sentence).
+        image_decoding: ``full``, or ``scaled``: large JPEG files at a fraction of their size, see
+            :class:`gmai_xtuner.datasets.images.ImageTransform`.
         seed: of sampling and packing.
         quality: take only the mixture's datasets of this quality (``high`` or ``low``).
         on_bad_sample: ``raise`` or ``skip``; a dataset of the mixture may say otherwise.
         check_images: ``none``, ``exists``, ``header`` or ``decode``, when the cache is built.
         max_pixels: an image with more is refused.
         num_workers: processes that tokenise; default: all cores.
+        held_out: share of the images that is kept for validation (see
+            :mod:`gmai_xtuner.datasets.held_out`); default 0. :meth:`held_out_part` is what is left out.
 
     Items are packs of the epoch's plan; see ``__getitem__``.
 
     Raises:
         MixtureError: the mixture file is invalid.
-        DataError: a record or image can't be used; names dataset and record.
+        DataError: records or images can't be used; names dataset and record, of several all.
     """
 
     def __init__(
@@ -77,12 +82,14 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         max_length: int = 2048,
         max_images: int = 16,
         image_mode: str = "pad",
+        image_decoding: str = "full",
         seed: int = 0,
         quality: str | None = None,
         on_bad_sample: str = "raise",
         check_images: str = "header",
         max_pixels: int = MAX_PIXELS,
         num_workers: int | None = None,
+        held_out: float = 0.0,
     ) -> None:
         self.max_length = max_length
         self.max_pixels = max_pixels
@@ -92,13 +99,14 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
                 f"max_length {max_length} leaves no room for text beside the {self.num_image_tokens} "
                 "tokens of one image"
             )
-        self.transform = ImageTransform.from_pretrained(vision, mode=image_mode)
+        self.transform = self._image_transform(vision, image_mode, image_decoding)
         if isinstance(tokenizer, Mapping):
             tokenizer = BUILDER.build(tokenizer)
         template = ChatTemplate.from_xtuner(prompt_template, add_bos=add_bos)
+        self.tokenizer, self.template = tokenizer, template
         batched = ConversationTokenizer.from_pretrained(tokenizer, template)
 
-        chosen = select(load_mixture(mixture), stage=stage, quality=quality)
+        chosen = self._choose(mixture, stage, quality)
         self.entries = [entry for entry, _ in chosen]
         options = partial(
             CacheOptions,
@@ -108,19 +116,21 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             check_images=check_images,
             max_pixels=max_pixels,
         )
-        self.caches: list[TokenCache] = [
-            open_cache(
-                entry,
-                batched,
-                options(
-                    over_length=entry.over_length,
-                    on_bad_sample=entry.on_bad_sample or on_bad_sample,
-                ),
-                cache_dir=cache_dir,
-                num_workers=num_workers,
-            )
-            for entry in self.entries
-        ]
+        self.caches: list[TokenCache] = self._open_caches(
+            [
+                (
+                    entry,
+                    options(
+                        over_length=entry.over_length,
+                        on_bad_sample=entry.on_bad_sample or on_bad_sample,
+                    ),
+                )
+                for entry in self.entries
+            ],
+            batched,
+            cache_dir=cache_dir,
+            num_workers=num_workers,
+        )
         self.plan = DataPlan(
             self.caches,
             names=[entry.name for entry in self.entries],
@@ -129,9 +139,58 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             max_length=max_length,
             max_images=max_images,
             cache_dir=cache_dir,
+            held_out=held_out,
         )
-        self.metainfo = {"datasets": [entry.name for entry in self.entries]}
+        self._cache_dir = cache_dir
+        self.metainfo = {
+            "datasets": [entry.name for entry in self.entries],
+            "categories": [entry.category for entry in self.entries],
+        }
         self._log_summary(stage)
+
+    # The three steps that the preflight takes more patiently: it goes on where training must stop.
+
+    def _image_transform(self, vision: str, mode: str, decoding: str) -> ImageTransform:
+        return ImageTransform.from_pretrained(vision, mode=mode, decoding=decoding)
+
+    def _choose(
+        self, mixture: str, stage: str, quality: str | None
+    ) -> list[tuple[DatasetEntry, float]]:
+        return select(load_mixture(mixture), stage=stage, quality=quality)
+
+    def _open_caches(
+        self,
+        datasets: list[tuple[DatasetEntry, CacheOptions]],
+        tokenizer: ConversationTokenizer,
+        *,
+        cache_dir: str,
+        num_workers: int | None,
+    ) -> list[TokenCache]:
+        return open_caches(datasets, tokenizer, cache_dir=cache_dir, num_workers=num_workers)
+
+    def held_out_part(self, at_most: int | None = None) -> SoftPackedDataset | None:
+        """The conversations that are kept for validation, each once, with the same caches and images.
+
+        Args:
+            at_most: conversations of a dataset; default: all.
+
+        Returns:
+            ``None`` where nothing is held out.
+        """
+        part = copy.copy(self)
+        part.plan = DataPlan(
+            self.caches,
+            names=self.plan.names,
+            ratios=self.plan.ratios,
+            seed=self.plan.seed,
+            max_length=self.plan.max_length,
+            max_images=self.plan.max_images,
+            cache_dir=self._cache_dir,
+            held_out=self.plan.held_out,
+            split="held_out",
+            at_most=at_most,
+        )
+        return part if len(part.plan.samples) else None
 
     def __len__(self) -> int:
         """Packs of an epoch; the same for every epoch."""
@@ -194,7 +253,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         entry = self.entries[dataset]
         assert entry.image_root is not None, "the cache refuses images without an image root"
         try:
-            return self.transform(open_rgb(entry.image_root / path, max_pixels=self.max_pixels))
+            return self.transform.read(entry.image_root / path, max_pixels=self.max_pixels)
         except ImageError as error:
             raise ImageError(
                 error.problem,
@@ -208,11 +267,21 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
     def _log_summary(self, stage: str) -> None:
         plan = self.plan.epoch(0)
         tokens = plan.total("tokens").sum()
+        held = self.plan.held_out_counts()
         lines = [
             f"  {entry.name}: {len(cache)} conversations x {ratio:g}"
             + (f" ({entry.category})" if entry.category else "")
-            for entry, cache, ratio in zip(self.entries, self.caches, self.plan.ratios, strict=True)
+            + (f", {out} of them held out" if out else "")
+            for entry, cache, ratio, out in zip(
+                self.entries, self.caches, self.plan.ratios, held[:, 0], strict=True
+            )
         ]
+        if self.plan.held_out:
+            lines.append(
+                f"  held out for validation: {held[:, 0].sum()} of {sum(map(len, self.caches))} "
+                f"conversations (share {self.plan.held_out:g} of the images)"
+                + (f"; {held[:, 1].sum()} have images of both sides" if held[:, 1].any() else "")
+            )
         for entry, cache in zip(self.entries, self.caches, strict=True):
             if entry.size is not None and entry.size != cache.meta["records"]:
                 lines.append(

@@ -14,6 +14,8 @@ import pytest
 
 from gmai_xtuner.datasets import plan as plan_module
 from gmai_xtuner.datasets.plan import TOTALS, DataPlan
+from gmai_xtuner.errors import GMAIError
+from tests.datasets.test_held_out import write_cache
 
 
 @dataclass
@@ -133,7 +135,9 @@ def test_a_second_plan_opens_the_first_ones_files(tmp_path, monkeypatch):
         second.epoch(1)  # was never made, so the guard above does stand in the way
 
 
-@pytest.mark.parametrize("change", ["ratios", "seed", "cache", "max_length", "max_images"])
+@pytest.mark.parametrize(
+    "change", ["ratios", "seed", "cache", "max_length", "max_images", "at_most"]
+)
 def test_whatever_the_plan_depends_on_makes_another_one(tmp_path, change):
     def build(**changes) -> DataPlan:
         arguments = {
@@ -147,7 +151,14 @@ def test_whatever_the_plan_depends_on_makes_another_one(tmp_path, change):
         cache = changes.pop("cache", "one-0123")
         return DataPlan([toy_cache(cache, 100)], **{**arguments, **changes})
 
-    changed = {"ratios": [2.0], "seed": 1, "cache": "one-4567", "max_length": 127, "max_images": 4}
+    changed = {
+        "ratios": [2.0],
+        "seed": 1,
+        "cache": "one-4567",
+        "max_length": 127,
+        "max_images": 4,
+        "at_most": 9,
+    }
     assert build().folder == build().folder
     assert build().folder != build(**{change: changed[change]}).folder
 
@@ -184,7 +195,7 @@ def test_two_processes_at_once_build_one_plan(tmp_path, monkeypatch):
     ]
     for process in processes:
         process.start()
-    first, second = (results.get(timeout=30) for _ in processes)
+    first, second = (results.get(timeout=300) for _ in processes)
     for process in processes:
         process.join(30)
     assert first[0] != second[0]
@@ -209,3 +220,81 @@ def test_a_cache_that_was_made_anew_with_other_rows_gets_a_new_plan(tmp_path):
         assert plan.epoch(0).total("tokens").sum() == cache.counts[:, 0].sum()
         plans.append(plan.folder)
     assert plans[0] != plans[1]
+
+
+def split_cache(folder: Path, name: str, images: int, *, each: int) -> Cache:
+    """``images * each`` conversations, ``each`` of an image."""
+    rows = [(f"{name}{number}", [f"{number // each}.png"]) for number in range(images * each)]
+    counts = np.tile(np.array([[30, 10, 1]], dtype=np.int32), (len(rows), 1))
+    if not (folder / name).is_dir():
+        write_cache(folder / name, rows)
+    return Cache(folder / name, counts)
+
+
+def split_plan(tmp_path: Path, **changes) -> DataPlan:
+    arguments = {
+        "names": ["one", "two"],
+        "ratios": [2.5, 0.5],
+        "seed": 0,
+        "max_length": 128,
+        "max_images": 3,
+        "cache_dir": tmp_path / "plans",
+        "held_out": 0.1,
+    }
+    caches = [split_cache(tmp_path, "one", 100, each=2), split_cache(tmp_path, "two", 150, each=3)]
+    return DataPlan(caches, **{**arguments, **changes})
+
+
+def images_of(plan: DataPlan) -> set[int]:
+    each = np.array([2, 3])
+    return set((plan.samples[:, 1] // each[plan.samples[:, 0]]).tolist())
+
+
+def test_no_image_is_trained_on_and_held_out(tmp_path):
+    train, held = split_plan(tmp_path), split_plan(tmp_path, split="held_out")
+    assert train.folder != held.folder
+    assert not images_of(train) & images_of(held)
+    assert len(images_of(held)) > 5
+    # Both sides together are everything, in both datasets.
+    for number, size in ((0, 200), (1, 450)):
+        rows = [plan.samples[plan.samples[:, 0] == number, 1] for plan in (train, held)]
+        assert len(set(rows[1].tolist())) == len(rows[1]), "held-out ones are taken once"
+        available = size - len(rows[1])
+        assert len(rows[0]) == round(available * train.ratios[number])
+        if number == 0:
+            assert set(rows[0].tolist()) | set(rows[1].tolist()) == set(range(size))
+    counts = train.held_out_counts()
+    assert counts.tolist() == held.held_out_counts().tolist()
+    assert counts.tolist() == [[(held.samples[:, 0] == number).sum(), 0] for number in (0, 1)]
+
+
+def test_held_out_packs_are_planned_like_others(tmp_path):
+    held = split_plan(tmp_path, split="held_out")
+    assert held.epoch(0).total("labels").sum() == 10 * len(held.samples)
+
+
+def test_at_most_bounds_each_dataset(tmp_path):
+    held = split_plan(tmp_path, split="held_out", at_most=4)
+    assert np.bincount(held.samples[:, 0]).tolist() == [4, 4]
+    everything = split_plan(tmp_path, split="held_out")
+    assert set(map(tuple, held.samples.tolist())) < set(map(tuple, everything.samples.tolist()))
+
+
+def test_held_out_conversations_depend_on_neither_seed_nor_ratios(tmp_path):
+    one = split_plan(tmp_path, split="held_out")
+    two = split_plan(tmp_path, split="held_out", seed=1, ratios=[0.1, 3.0])
+    assert one.folder != two.folder
+    assert one.samples.tolist() == two.samples.tolist()
+
+
+def test_nothing_is_held_out_unless_asked_for(tmp_path):
+    plan = split_plan(tmp_path, held_out=0.0)
+    assert plan.held_out_counts().tolist() == [[0, 0], [0, 0]]
+    assert len(plan.samples) == 500 + 225
+    assert len(split_plan(tmp_path, held_out=0.0, split="held_out").samples) == 0
+
+
+@pytest.mark.parametrize("changes", [{"held_out": 1.0}, {"held_out": -0.1}, {"split": "test"}])
+def test_shares_and_splits_that_make_no_sense_are_refused(tmp_path, changes):
+    with pytest.raises(GMAIError, match="held_out must be a share of at least 0 and below 1"):
+        split_plan(tmp_path, **changes)

@@ -141,6 +141,11 @@ def test_image_mode_reaches_the_transform(build, corpus):
     assert all(not torch.equal(left, right) for left, right in pairs if len(left))
 
 
+def test_image_decoding_reaches_the_transform(build, corpus):
+    assert build(corpus.mixture).transform.decoding == "full"
+    assert build(corpus.mixture, image_decoding="scaled").transform.decoding == "scaled"
+
+
 def test_a_pack_that_only_fills_a_place_learns_nothing(build, corpus):
     dataset = build(corpus.mixture)
     learning = dataset[
@@ -261,7 +266,7 @@ def test_ratios_and_datasets_of_the_stage_make_the_sample(build, make_corpus, lo
         },
     )
     dataset = build(corpus.mixture)
-    assert dataset.metainfo == {"datasets": ["double"]}
+    assert dataset.metainfo == {"datasets": ["double"], "categories": ["General Text"]}
     seen = [name for item in read_all(dataset) for name in item["ids"]]
     assert len(seen) == 22
     assert len(set(seen)) == 11
@@ -313,3 +318,34 @@ def test_the_authors_example_list_is_trained_on(build, shared_data, monkeypatch,
     assert (item["input_ids"] == IMAGE_TOKEN_INDEX).sum() == TOKENS
     assert (item["labels"] != IGNORE_INDEX).sum() > 100  # the caption is learnt
     assert "the mixture says 38276 records for FILE1, its files hold 1" in logged[-1]
+
+
+def test_held_out_part_is_what_training_does_not_see(build, make_corpus, logged):
+    records = [
+        record(f"r{number}", "<image>\nWhat?", "This.", image=f"{number // 3}.png")
+        for number in range(60)
+    ]
+    images = [f"{number}.png" for number in range(20)]
+    corpus = make_corpus({"toy": records}, images=images, fields={"toy": {"ratio": 2.0}})
+    dataset = build(corpus.mixture, held_out=0.2)
+    part = dataset.held_out_part()
+    train = [name for item in read_all(dataset) for name in item["ids"]]
+    held = [name for item in read_all(part) for name in item["ids"]]
+    assert len(held) == len(set(held))
+    assert set(train) | set(held) == {f"toy/r{number}" for number in range(60)}
+
+    def image(name: str) -> int:
+        return int(name.removeprefix("toy/r")) // 3
+
+    assert held
+    assert not {image(name) for name in train} & {image(name) for name in held}
+    assert f"toy: 60 conversations x 2, {len(held)} of them held out" in logged[-1]
+    assert f"held out for validation: {len(held)} of 60 conversations (share 0.2" in logged[-1]
+    assert len(dataset.held_out_part(2).plan.samples) == 2
+    assert pickle.loads(pickle.dumps(part)).plan.samples.tolist() == part.plan.samples.tolist()
+
+
+def test_without_a_share_nothing_is_held_out(build, corpus, logged):
+    dataset = build(corpus.mixture)
+    assert dataset.held_out_part() is None
+    assert "held out" not in logged[-1]

@@ -18,11 +18,24 @@ train_dataloader = dict(
         max_length=2048,
         max_images=16,
         image_mode="pad",  # "resize" for a plain resize without padding
+        image_decoding="full",  # "scaled" decodes large JPEG files at a fraction of their size
         seed=0,
         on_bad_sample="raise",  # "skip" leaves bad samples out, counts them and writes their ids
         check_images="header",
+        held_out=0.001,  # share of the images that is validated on and not trained on; 0: no validation
     ),
     sampler=dict(type="PackSampler"),
     batch_sampler=dict(type="MicroBatchSampler", weighting="token"),
     collate_fn=dict(type="collate_packs"),
 )
+
+# The loss on what train_dataloader holds out; no dataset of its own to keep in step.
+val_dataloader = dict(
+    batch_size=4,
+    num_workers=2,
+    sampler=dict(type="PackSampler"),
+    batch_sampler=dict(type="MicroBatchSampler"),
+    collate_fn=dict(type="collate_packs"),
+)
+val_cfg = dict(type="HeldOutLoop", at_most=100)  # conversations of each dataset
+val_evaluator = dict(type="HeldOutLoss", by="category")

@@ -1,0 +1,137 @@
+"""Validation and sample answers beside a real training on two ranks under ZeRO-3, which does not notice."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.commands.runner import Xtuner, scalars
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = (
+    "train_dataloader.batch_size=2",
+    "train_dataloader.dataset.max_length=160",
+    "train_dataloader.dataset.held_out=0.25",
+    "train_dataloader.batch_sampler.accumulative_counts=2",
+    "optim_wrapper.accumulative_counts=2",
+    "default_hooks.logger.interval=1",
+    "default_hooks.checkpoint.save_optimizer=False",
+    "optim_wrapper.optimizer.lr=1e-3",
+    "model.pretrained_pth=None",
+    "train_cfg.max_epochs=2",
+)
+"""Batches of two packs in steps of two, on two ranks."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_bases):
+    """What a run with validation and sample answers printed and logged, and the same run without."""
+    folder = tmp_path_factory.mktemp("watching")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    records = []
+    for number in range(40):
+        record = {
+            "id": f"r{number}",
+            "conversations": [
+                {"from": "human", "value": f"Is {number} even?"},
+                {"from": "gpt", "value": f"{['Yes', 'No'][number % 2]}, {number}."},
+            ],
+        }
+        if number % 2:
+            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{number // 4}.png")
+            record["image"] = f"{number // 4}.png"
+            record["conversations"][0]["value"] = f"<image>\nIs {number} even?"
+        records.append(record)
+    for name, part in (("text", records[::2]), ("images", records[1::2])):
+        (folder / f"{name}.json").write_text(json.dumps(part))
+    (folder / "mixture.yaml").write_text(
+        "datasets:\n"
+        "  text: {annotations: text.json, ratio: 1.0, category: General Text}\n"
+        "  images: {annotations: images.json, image_root: images, ratio: 1.0, category: Pictures}\n"
+    )
+    xtuner = Xtuner(
+        GMAI_LLM=tiny_bases / "llm",
+        GMAI_VISION=tiny_bases / "vision",
+        GMAI_MIXTURE=folder / "mixture.yaml",
+        GMAI_CACHE=folder / "cache",
+    )
+    watched = ("train_cfg.val_interval=3", "default_hooks.sample_answer.interval=3")
+    alone = (
+        "val_dataloader=None",
+        "val_cfg=None",
+        "val_evaluator=None",
+        "default_hooks.sample_answer.interval=0",
+    )
+    return {
+        name: (
+            folder / name,
+            xtuner.train(
+                "stage3_instruct", folder / name, *OPTIONS, *options, deepspeed="zero3", ranks=2
+            ),
+        )
+        for name, options in (("watched", watched), ("alone", alone))
+    }
+
+
+def trained(work_dir: Path) -> dict[int, tuple[float, float]]:
+    return {
+        row["iter"]: (row["loss"], row.get("grad_norm")) for row in scalars(work_dir) if "lr" in row
+    }
+
+
+def test_training_does_not_notice(runs):
+    watched, alone = (trained(runs[name][0]) for name in ("watched", "alone"))
+    assert len(alone) >= 6
+    assert watched == alone
+
+
+def test_validation_is_logged_where_a_step_ends(runs):
+    work_dir, printed = runs["watched"]
+    rows = {row["step"]: row for row in scalars(work_dir) if "val/loss" in row}
+    last = max(trained(work_dir))
+    # Due at 3, 6, ...: the end of the optimiser step, and the end of the run.
+    assert list(rows) == sorted({*(step + step % 2 for step in range(3, last + 1, 3)), last})
+    first, end = rows[min(rows)], rows[max(rows)]
+    assert set(first) >= {
+        "val/loss",
+        "val/perplexity",
+        "val/loss/General_Text",
+        "val/loss/Pictures",
+    }
+    assert end["val/loss"] < first["val/loss"]
+    assert first["val/perplexity"] == pytest.approx(np.exp(first["val/loss"]), rel=1e-6)
+    assert re.search(r"held out for validation: \d+ of 40 conversations \(share 0\.25", printed)
+    assert printed.count("val/loss: ") == len(rows)
+
+
+def test_sample_answers_are_in_the_log_and_in_tensorboard(runs):
+    work_dir, printed = runs["watched"]
+    last = max(trained(work_dir))
+    told = re.findall(
+        r"Sample answer at iteration (\d+), (images/r\d+):\n  question: (.*)\n  reference: (.*)\n"
+        r"  answer: (.*)",
+        printed,
+    )
+    assert {int(step) for step, *_ in told} == {
+        *(step + step % 2 for step in range(3, last + 1, 3)),
+        last,
+    }
+    ((name, question, reference),) = {sample[1:4] for sample in told}
+    number = name.removeprefix("images/r")
+    assert question == f"Is {number} even?"
+    assert reference == f"No, {number}."
+    events = EventAccumulator(str(next(work_dir.rglob("events.out.tfevents*")).parent))
+    events.Reload()
+    tags = events.Tags()
+    assert "val/loss" in tags["scalars"]
+    assert f"sample_answer/{name}/text_summary" in tags["tensors"]
+    assert f"sample_answer/{name}/0" in tags["images"]
