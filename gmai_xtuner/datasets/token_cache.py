@@ -5,10 +5,16 @@ A cache is a folder ``<cache_dir>/tokens/<dataset>-<key>/``::
     tokens.arrow    Arrow IPC file: id, input_ids, label_spans (flat pairs), images
     counts.npy      int32 [conversations, 3]: tokens (image tokens counted), learnt tokens, images
     meta.json       what the key was made of, and how many records were read, kept, cut and skipped
-    skipped.jsonl   each record that was left out or cut: id, reason, problem
+    skipped.jsonl   each record that was left out or cut: id, where, reason, problem; of a bad one also the
+                    remedy, and its bad images
 
 The key covers everything that the content depends on: the annotation files' bytes, the tokenizer, the
 template, the options, the image root. A folder is written aside and renamed, so it is whole or absent.
+
+Where no record is bad, ``on_bad_sample`` changes nothing, and both policies share one cache. With bad
+records ``skip`` has a cache of its own, and ``raise`` none: all of them are told in one error, and what
+was made, the list of them and the rest of the dataset, stays as ``<dataset>-<key>.bad`` until a build
+succeeds. Training never opens that folder; :mod:`gmai_xtuner.preflight` plans with it.
 """
 
 from __future__ import annotations
@@ -20,10 +26,11 @@ import multiprocessing
 import os
 import re
 import shutil
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +40,15 @@ import pyarrow as pa
 from mmengine.logging import print_log
 from tqdm import tqdm
 
+from gmai_xtuner.datasets.bad_records import (
+    BAD_LIST,
+    BadList,
+    bad_folder,
+    leave_for_inspection,
+    note_of_file,
+    note_of_record,
+    raise_again_if_found_since,
+)
 from gmai_xtuner.datasets.conversation import parse_raw
 from gmai_xtuner.datasets.images import check_image
 from gmai_xtuner.datasets.locking import aside, locked, publish, remove_left_behind
@@ -62,7 +78,8 @@ class CacheOptions:
         num_image_tokens: tokens of one image.
         max_images: images of a pack.
         over_length: ``cut`` between turns, or ``drop``.
-        on_bad_sample: ``raise`` stops at the first bad record, ``skip`` leaves it out and counts it.
+        on_bad_sample: ``raise`` collects the bad records and raises one error, ``skip`` leaves them out
+            and counts them.
         check_images: ``none``, ``exists``, ``header`` (opens the file, looks at size and trailer) or
             ``decode`` (reads every pixel).
         max_pixels: an image with more is refused.
@@ -90,11 +107,12 @@ class CacheOptions:
 
 @dataclass(slots=True)
 class _Chunk:
-    """What a worker makes of some records."""
+    """What a worker makes of some records: rows, and notes on records that are cut, too long or bad."""
 
     batch: pa.RecordBatch | None
     counts: np.ndarray
-    left_out: list[dict[str, str]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
 
 
 class TokenCache:
@@ -157,25 +175,77 @@ def open_cache(
         num_workers: processes that tokenise; default: the cores that this process may use.
 
     Raises:
-        DataError: the first bad record, with ``on_bad_sample="raise"``; or a dataset without a usable
-            record.
+        BadRecords: all bad records, with ``on_bad_sample="raise"``.
+        DataError: an annotation file that can't be read, or a dataset without a usable record.
     """
     ingredients = {
         "format": FORMAT_VERSION,
         "annotations": [file_sha256(path, cache_dir) for path in entry.annotations],
         "image_root": str(entry.image_root.resolve()) if entry.image_root else None,
         "tokenizer": tokenizer.fingerprint,
-        "options": asdict(options),
+        "options": asdict(replace(options, on_bad_sample="raise")),
     }
-    key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", entry.name)[:80]
-    folder = Path(cache_dir).absolute() / "tokens" / f"{slug}-{key}"
-    if not folder.is_dir():
+    folder = Path(cache_dir).absolute() / "tokens" / f"{slug}-{_key(ingredients)}"
+    places = [folder]
+    if options.on_bad_sample == "skip":
+        # Its own first: a run that is resumed keeps its data, even if a record was mended meanwhile.
+        ingredients["options"] = asdict(options)
+        places.insert(0, folder.with_name(f"{slug}-{_key(ingredients)}"))
+    if (found := _first_folder(places)) is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        asked = time.time()
         with locked(Path(f"{folder}.lock"), f"tokenise {entry.name}"):
-            if not folder.is_dir():
-                _build(entry, tokenizer, options, folder, ingredients, num_workers)
-    return TokenCache(folder)
+            if (found := _first_folder(places)) is None:
+                if options.on_bad_sample == "raise":
+                    raise_again_if_found_since(asked, bad_folder(folder))
+                job = _Job(entry, tokenizer, options)
+                found = _build(job, places, ingredients, num_workers)
+    return TokenCache(found)
+
+
+def _key(ingredients: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _first_folder(places: Sequence[Path]) -> Path | None:
+    return next((place for place in places if place.is_dir()), None)
+
+
+def open_caches(
+    entries: Sequence[tuple[DatasetEntry, CacheOptions]],
+    tokenizer: ConversationTokenizer,
+    *,
+    cache_dir: str | Path,
+    num_workers: int | None = None,
+) -> list[TokenCache]:
+    """:func:`open_cache` of several datasets; what is wrong with any of them is told in one error.
+
+    Args:
+        entries: datasets with their options.
+        tokenizer: see :func:`open_cache`; so are the rest.
+
+    Raises:
+        DataError: as :func:`open_cache`; of several datasets, one after the other in one message.
+    """
+    caches, errors = [], []
+    for entry, options in entries:
+        try:
+            caches.append(
+                open_cache(entry, tokenizer, options, cache_dir=cache_dir, num_workers=num_workers)
+            )
+        except DataError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        names = ", ".join(str(error.dataset) for error in errors)
+        told = "\n\n".join(str(error) for error in errors)
+        raise DataError(
+            f"{len(errors)} of {len(entries)} datasets can't be used ({names})\n\n{told}",
+            reason="bad_records",
+        )
+    return caches
 
 
 def file_sha256(path: Path, cache_dir: str | Path) -> str:
@@ -202,16 +272,22 @@ def file_sha256(path: Path, cache_dir: str | Path) -> str:
 
 
 def _build(
-    entry: DatasetEntry,
-    tokenizer: ConversationTokenizer,
-    options: CacheOptions,
-    folder: Path,
-    ingredients: dict[str, Any],
-    num_workers: int | None,
-) -> None:
-    partial = aside(folder)
-    remove_left_behind(folder)
+    job: _Job, places: Sequence[Path], ingredients: dict[str, Any], num_workers: int | None
+) -> Path:
+    """Build aside and publish; the folder that it became.
+
+    Args:
+        job: what is done with the records.
+        places: where it goes: first if records are bad and left out, last if none is bad.
+        ingredients: for ``meta.json``.
+        num_workers: see :func:`open_cache`.
+    """
+    entry, raises = job.entry, job.options.on_bad_sample == "raise"
+    clean = places[-1]
+    partial = aside(clean)
+    remove_left_behind(clean)
     partial.mkdir()
+    bad = BadList()
     reasons: Counter[str] = Counter()
     counts: list[np.ndarray] = []
     batch_starts: list[int] = []
@@ -221,11 +297,13 @@ def _build(
             pa.OSFile(str(partial / "tokens.arrow"), "wb") as sink,
             pa.ipc.new_file(sink, SCHEMA) as writer,
             (partial / "skipped.jsonl").open("w", encoding="utf-8") as skipped,
+            (partial / BAD_LIST).open("w", encoding="utf-8") as listing,
             tqdm(desc=f"Tokenising {entry.name}", unit=" records", mininterval=1.0) as progress,
         ):
-            for size, chunk in _chunks(entry, tokenizer, options, num_workers):
+            for size, chunk in _chunks(job, num_workers, bad.files):
                 read += size
-                for note in chunk.left_out:
+                bad.add(chunk.bad, listing)
+                for note in (*chunk.left_out, *chunk.bad):
                     reasons[note["reason"]] += 1
                     skipped.write(json.dumps(note, ensure_ascii=False) + "\n")
                 if chunk.batch is not None and chunk.batch.num_rows:
@@ -234,14 +312,17 @@ def _build(
                     counts.append(chunk.counts)
                     kept += chunk.batch.num_rows
                 progress.update(size)
-        if not kept:
+            # No policy leaves out a part of a file of which nobody knows how large it is.
+            bad.add([note_of_file(error) for error in bad.files], listing)
+        refused = bool(bad.files) or (raises and bad.count > 0)
+        if not refused and not kept:
             raise DataError(
                 f"none of its {read} records can be used ({dict(reasons) or 'it is empty'})",
                 dataset=entry.name,
                 remedy=f"Look at {', '.join(str(path) for path in entry.annotations)}",
                 reason="empty_dataset",
             )
-        table = np.concatenate(counts).astype(np.int32)
+        table = np.concatenate(counts or [np.zeros((0, 3))]).astype(np.int32)
         np.save(partial / "counts.npy", table)
         notes = (partial / "skipped.jsonl").read_bytes()
         meta: dict[str, Any] = {
@@ -256,32 +337,39 @@ def _build(
             "content": hashlib.sha256(table.tobytes() + notes).hexdigest(),
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if refused:
+            error = bad.error(entry.name, read=read, folder=bad_folder(clean), kept=kept)
+            leave_for_inspection(partial, error)
+            raise error
+        (partial / BAD_LIST).unlink()
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    folder = places[0] if bad.count else clean
     publish(partial, folder)
+    shutil.rmtree(bad_folder(clean), ignore_errors=True)
     left_out = ", ".join(f"{number} {reason}" for reason, number in meta["skipped"].items())
     print_log(
         f"Tokenised {entry.name}: {kept} of {read} records kept, {meta['cut']} cut between turns, "
         f"left out: {left_out or 'none'} ({folder})"
         # Images are not part of the key: the cache would not see that they have been mended.
-        + (f"; after mending images, remove {folder}" if left_out else ""),
+        + (f"; after mending images, remove {folder}" if bad.count else ""),
         logger="current",
         level=logging.INFO,
     )
+    return folder
 
 
 def _chunks(
-    entry: DatasetEntry,
-    tokenizer: ConversationTokenizer,
-    options: CacheOptions,
-    num_workers: int | None,
+    job: _Job, num_workers: int | None, broken_files: list[DataError]
 ) -> Iterator[tuple[int, _Chunk]]:
-    """Records in chunks, in order, tokenised in this process or, if there are many, in several."""
+    """Records in chunks, in order, tokenised in this process or, if there are many, in several.
+
+    What is wrong with a file as a whole goes to ``broken_files``; the next file is read all the same.
+    """
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0))
-    job = _Job(entry, tokenizer, options)
-    raw = (record for path in entry.annotations for record in iter_raw(path, dataset=entry.name))
+    raw = _raw_records(job.entry, broken_files)
     chunks = iter(lambda: list(islice(raw, RECORDS_A_CHUNK)), [])
     head = list(islice(chunks, 4))
     if num_workers < 2 or len(head) < 4:
@@ -307,6 +395,14 @@ def _chunks(
             yield size, future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _raw_records(entry: DatasetEntry, broken_files: list[DataError]) -> Iterator[RawRecord]:
+    for path in entry.annotations:
+        try:
+            yield from iter_raw(path, dataset=entry.name)
+        except DataError as error:
+            broken_files.append(error)
 
 
 def _chain(
@@ -341,24 +437,18 @@ class _Job:
     options: CacheOptions
 
     def __call__(self, records: Sequence[RawRecord]) -> _Chunk:
-        left_out: list[dict[str, str]] = []
+        left_out: list[dict[str, Any]] = []
+        bad: list[dict[str, Any]] = []
         conversations, places = [], []
         for record in records:
             try:
                 conversation = parse_raw(record, dataset=self.entry.name)
-                self._check_images(conversation.id, conversation.images, record.where)
             except DataError as error:
-                if self.options.on_bad_sample == "raise":
-                    raise
-                name = (error.record or record.default_id).removesuffix(f" ({record.where})")
-                left_out.append(
-                    {
-                        "id": name,
-                        "where": record.where,
-                        "reason": error.reason,
-                        "problem": error.problem,
-                    }
-                )
+                name = error.record or record.default_id
+                bad.append(note_of_record(name, record.where, {"": error}))
+                continue
+            if errors := self._check_images(conversation.images):
+                bad.append(note_of_record(conversation.id, record.where, errors))
             else:
                 conversations.append(conversation)
                 places.append(record.where)
@@ -367,10 +457,10 @@ class _Job:
             fitted = self._fit(tokenized, place, left_out)
             if fitted is not None:
                 kept.append(fitted)
-        return _Chunk(_record_batch(kept), self._counts(kept), left_out)
+        return _Chunk(_record_batch(kept), self._counts(kept), left_out, bad)
 
     def _fit(
-        self, tokenized: TokenizedConversation, place: str, left_out: list[dict[str, str]]
+        self, tokenized: TokenizedConversation, place: str, left_out: list[dict[str, Any]]
     ) -> TokenizedConversation | None:
         options = self.options
         fitted = fit(
@@ -390,22 +480,19 @@ class _Job:
             left_out.append(note)
         return fitted
 
-    def _check_images(self, name: str, images: Sequence[str], where: str) -> None:
+    def _check_images(self, images: Sequence[str]) -> dict[str, DataError]:
+        """What is wrong with which image of a record; under ``""``, with all of them."""
         if not images:
-            return
-        record = f"{name} ({where})"
+            return {}
         root = self.entry.image_root
         if root is None:
-            raise DataError(
-                f"has {len(images)} images, but the dataset has no image_root",
-                dataset=self.entry.name,
-                record=record,
-                remedy="Add image_root to the dataset in the mixture file",
-                reason="no_image_root",
-            )
+            problem = f"has {len(images)} images, but the dataset has no image_root"
+            remedy = "Add image_root to the dataset in the mixture file"
+            return {"": DataError(problem, remedy=remedy, reason="no_image_root")}
+        errors: dict[str, DataError] = {}
         if self.options.check_images == "none":
-            return
-        for image in images:
+            return errors
+        for image in dict.fromkeys(images):
             try:
                 check_image(
                     root / image,
@@ -413,7 +500,8 @@ class _Job:
                     max_pixels=self.options.max_pixels,
                 )
             except ImageError as error:
-                raise error.at(dataset=self.entry.name, record=record) from error
+                errors[image] = error
+        return errors
 
     def _counts(self, kept: Sequence[TokenizedConversation]) -> np.ndarray:
         tokens = self.options.num_image_tokens

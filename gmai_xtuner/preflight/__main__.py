@@ -1,0 +1,117 @@
+"""``python -m gmai_xtuner.preflight CONFIG [--gpus N] [--deepspeed zero2] [--json] ...``
+
+Exit status: 0 if the run would start, 1 if it would fail, 2 if the command line can't be understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+from mmengine.config import DictAction
+
+from gmai_xtuner.preflight.report import as_json, as_text
+from gmai_xtuner.preflight.run_config import UsageError, load_run
+from gmai_xtuner.preflight.survey import look_at
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    with _only_the_report_on_stdout() as stdout:
+        try:
+            run = load_run(
+                options.config,
+                deepspeed=options.deepspeed,
+                gpus=options.gpus,
+                options=options.cfg_options,
+                work_dir=options.work_dir,
+            )
+        except UsageError as error:
+            parser.error(str(error))
+        result = look_at(
+            run,
+            gpu_memory=options.gpu_memory,
+            throughput=options.throughput,
+            decode_images=options.images,
+            need_weights=not options.without_weights,
+        )
+        if options.json:
+            json.dump(as_json(result), stdout, ensure_ascii=False, indent=1)
+            stdout.write("\n")
+        else:
+            stdout.write(as_text(result))
+    return int(result.findings.would_fail)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gmai_xtuner.preflight",
+        description="What a run will be, and whether it would fail, before a GPU is queued for.",
+    )
+    parser.add_argument("config", help="configs/gmai_vl/*.py, or a child of one")
+    parser.add_argument(
+        "--gpus", type=_positive(int), default=1, help="of all machines together (default 1)"
+    )
+    parser.add_argument(
+        "--deepspeed", default="zero2", help="as for xtuner train: a name or a file (default zero2)"
+    )
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as for xtuner train")
+    parser.add_argument("--work-dir", help="as for xtuner train")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--images", action="store_true", help="decode every image of the mixture")
+    parser.add_argument(
+        "--throughput",
+        type=_positive(float),
+        metavar="TOKENS",
+        help="tokens a second on one GPU, as the log's tokens_per_second: gives the hours",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=_positive(float),
+        default=80.0,
+        metavar="GIB",
+        help="of one GPU (default 80)",
+    )
+    parser.add_argument(
+        "--without-weights",
+        action="store_true",
+        help="plan on a machine that has neither the bases' weights nor the stage before",
+    )
+    return parser
+
+
+def _positive(kind: type[int] | type[float]):
+    def read(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    read.__name__ = kind.__name__
+    return read
+
+
+@contextmanager
+def _only_the_report_on_stdout() -> Iterator[TextIO]:
+    """Everything else that is printed, by whatever library, goes to standard error."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(real), "w", encoding="utf-8") as stdout:
+            yield stdout
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""What would stop the run though model and data are fine: weights, earlier stages, options, disk space."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gmai_xtuner.errors import GMAIError, ModelLoadError
+from gmai_xtuner.models.checkpoint_files import (
+    has_weights,
+    read_json,
+    read_state_dict,
+    resolve_directory,
+    shorten,
+)
+from gmai_xtuner.models.checkpoints import load_parts, resolve_checkpoint
+from gmai_xtuner.models.export import is_export
+from gmai_xtuner.models.frozen import without_prefix
+from gmai_xtuner.models.internlm2 import convert_state_dict, llama_config
+from gmai_xtuner.models.lora import load_adapters, split_adapters
+from gmai_xtuner.models.vision import NOT_VISION
+from gmai_xtuner.preflight.data import DataSummary
+from gmai_xtuner.preflight.findings import Findings
+from gmai_xtuner.preflight.memory import GIB
+from gmai_xtuner.preflight.parameters import PartCount, build_on_meta
+from gmai_xtuner.preflight.run_config import RunConfig
+
+
+def check_options(run: RunConfig, findings: Findings) -> None:
+    """Numbers that must agree, and the classes that the run relies on."""
+    engine = int(run.cfg.optim_wrapper.get("accumulative_counts", 1))
+    if engine != run.accumulation:
+        findings.fail(
+            "config",
+            f"optim_wrapper.accumulative_counts is {engine}, but train_dataloader.batch_sampler."
+            f"accumulative_counts is {run.accumulation}; set both",
+        )
+    loop = run.cfg.train_cfg.get("type")
+    if loop != "PackedTrainLoop":
+        findings.fail("config", f"train_cfg.type is {loop!r}, not 'PackedTrainLoop'")
+    if run.zero.precision == "fp32":
+        findings.warn(
+            "config",
+            f"--deepspeed {run.zero.name} trains in fp32: twice the memory of bf16, and no "
+            "variable-length attention kernel",
+        )
+
+
+def check_amount(run: RunConfig, data: DataSummary, findings: Findings) -> None:
+    """Whether there is enough data for a step and for all GPUs."""
+    if data.packs < data.packs_per_step:
+        findings.warn(
+            "data",
+            f"{data.packs} packs are fewer than the {data.packs_per_step} of one optimiser step "
+            f"(GPUs x packs x micro-batches: {run.gpus} x {run.batch_size} x {run.accumulation}): an epoch "
+            "is one short step. Lower batch_size or both accumulative_counts, or raise max_epochs",
+        )
+    if data.packs < run.gpus:
+        findings.warn(
+            "data",
+            f"{run.gpus} GPUs share {data.packs} packs: {run.gpus - data.packs} of them learn nothing",
+        )
+
+
+def check_base_weights(run: RunConfig, model: nn.Module, findings: Findings) -> None:
+    """Whether the weights of both bases are there and fit, without reading their values."""
+    for part, load in (("llm", _check_llm), ("visual_encoder", _check_tower)):
+        name = run.cfg.model.get(part, {}).get("pretrained_model_name_or_path")
+        if not isinstance(name, str):
+            continue
+        local = Path(name).expanduser().is_dir()
+        try:
+            folder = resolve_directory(name, weights=False)
+            if has_weights(folder) or local:
+                load(folder, getattr(model, part))
+            else:
+                findings.warn(
+                    part, f"the weights of {name} are not on this machine; training downloads them"
+                )
+        except GMAIError as error:
+            findings.fail(part, str(error))
+
+
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: torch.empty_like(value, device="meta") for name, value in weights.items()}
+
+
+def _check_llm(folder: Path, model: nn.Module) -> None:
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") == "internlm2":
+        shapes = _shapes(read_state_dict(folder))
+        config = llama_config(raw)
+        if config.tie_word_embeddings:
+            shapes.pop("output.weight", None)
+        convert_state_dict(shapes, config)
+    else:
+        read_state_dict(folder)
+
+
+def _check_tower(folder: Path, model: nn.Module) -> None:
+    there = read_state_dict(folder)
+    wanted = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    lost = sorted(name for name in wanted if name not in there and ".lora_" not in name)
+    if lost:
+        raise ModelLoadError(
+            f"{folder}: {len(lost)} weights are missing ({shorten(lost)}). Take config and weights "
+            "from the same checkpoint."
+        )
+    strange = sorted(
+        name for name in there if name not in wanted and not name.startswith(NOT_VISION)
+    )
+    if strange:
+        raise ModelLoadError(
+            f"{folder}: {len(strange)} weights are unexpected ({shorten(strange)}). Take config and "
+            "weights from the same checkpoint."
+        )
+
+
+def check_stage_before(run: RunConfig, model: Any, findings: Findings) -> None:
+    """Whether ``pretrained_pth`` is there, has the parts, and fits; by names and shapes alone."""
+    source = run.cfg.model.get("pretrained_pth")
+    if source is None:
+        return
+    with findings.catch("stage before"):
+        if is_export(source):
+            return
+        base, adapters = split_adapters(checkpoint_shapes(resolve_checkpoint(source)))
+        if model.freeze_llm and any(key.startswith("llm.") for key in base):
+            raise ModelLoadError(
+                f"{source} has a whole language model, which this stage does not train. Convert that "
+                "stage (xtuner convert pth_to_hf) and name what it exports as the base (GMAI_LLM)"
+            )
+        required = set(run.cfg.model.get("pretrained_parts", ("projector",)))
+        plain = {key: v for key, v in run.cfg.model.items() if not key.endswith("_lora")}
+        bare = build_on_meta(plain) if len(plain) < len(run.cfg.model) else model
+        adapted = {key.split(".", 1)[0] for key in adapters}
+        load_parts(bare, base, required=required - adapted, source=str(source))
+        load_adapters(model, adapters, source=str(source))
+
+
+def checkpoint_shapes(path: Path) -> dict[str, torch.Tensor]:
+    """Names and shapes of what a checkpoint trained, on the meta device.
+
+    Args:
+        path: a ``.pth`` file, or a DeepSpeed directory, whose first rank's file has the shapes of all.
+
+    Raises:
+        ModelLoadError: it can't be read.
+    """
+    files = sorted(path.glob("*_model_states.pt")) if path.is_dir() else [path]
+    try:
+        # Memory-mapped: of the tensors nothing but their descriptions is read.
+        content = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, ValueError, IndexError) as error:
+        raise ModelLoadError(
+            f"{files[0] if files else path} can't be read ({type(error).__name__}: {error})"
+        ) from error
+    if path.is_dir():
+        shapes = {k: v for group in content.get("param_shapes", ()) for k, v in group.items()}
+        trained = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        return trained | _shapes(without_prefix(content.get("module", {})))
+    state = content.get("state_dict", content)
+    return _shapes({name: value for name, value in state.items() if torch.is_tensor(value)})
+
+
+def checkpoint_bytes(counts: Mapping[str, PartCount], moment_bytes: int) -> int:
+    """Size of one checkpoint: trained weights in bf16, their fp32 copy and the optimiser's moments."""
+    return sum(part.trainable for part in counts.values()) * (2 + 4 + moment_bytes)
+
+
+def check_disk(
+    run: RunConfig, size: int, iterations: int | None, findings: Findings
+) -> dict[str, Any]:
+    """Whether the work dir has room for the checkpoints that are kept, and for one being written.
+
+    Args:
+        run: the run.
+        size: of one checkpoint, bytes.
+        iterations: of the run; ``None`` if it is not known.
+        findings: take what is wrong.
+
+    Returns:
+        the numbers for the report.
+    """
+    hook = run.cfg.get("default_hooks", {}).get("checkpoint", {}) or {}
+    keep, interval = hook.get("max_keep_ckpts", -1), hook.get("interval", -1)
+    written = 1
+    if iterations is not None and interval > 0:
+        written = max(1, math.ceil(iterations / interval))
+    kept = written if keep < 1 else min(keep + 1, written)
+    existing = next(
+        folder
+        for folder in (run.work_dir.absolute(), *run.work_dir.absolute().parents)
+        if folder.is_dir()
+    )
+    free = shutil.disk_usage(existing).free
+    if kept * size > free:
+        findings.fail(
+            "disk",
+            f"{run.work_dir} has {free / GIB:.1f} GiB free, but holds {kept} x about {size / GIB:.1f} GiB "
+            f"of checkpoints at a time (max_keep_ckpts {keep}, and one being written). "
+            "Choose another --work-dir, or lower default_hooks.checkpoint.max_keep_ckpts",
+        )
+    return {
+        "checkpoint_gib": round(size / GIB, 3),
+        "at_a_time": kept,
+        "free_gib": round(free / GIB, 1),
+    }

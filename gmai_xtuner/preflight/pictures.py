@@ -1,0 +1,202 @@
+"""The images of a plan: which are not there, and, on demand, which can't be decoded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from gmai_xtuner.datasets.images import check_image
+from gmai_xtuner.datasets.soft_packed import SoftPackedDataset
+from gmai_xtuner.datasets.token_cache import TokenCache
+from gmai_xtuner.errors import ImageError
+
+IMAGES_A_CHUNK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BadImage:
+    """An image that training could not read.
+
+    Args:
+        dataset: name in the mixture.
+        image: path as the record gives it, relative to the image root.
+        reason: ``missing_image``, ``damaged_image``, ``enormous_image`` or ``unsupported_image``.
+        problem: what is wrong, in words.
+    """
+
+    dataset: str
+    image: str
+    reason: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Root:
+    """All distinct images below one image root, and whose they are."""
+
+    folder: Path
+    images: pa.Array
+    datasets: list[tuple[str, pa.Array]]
+
+    def owner(self, image: str) -> str:
+        """The dataset that names the image; of several, the first."""
+        wanted = pa.array([image], pa.string())
+        return next(
+            name for name, images in self.datasets if pc.is_in(wanted, value_set=images)[0].as_py()
+        )
+
+
+def list_images(dataset: SoftPackedDataset) -> list[_Root]:
+    """The distinct images of the token caches by image root, as Arrow arrays."""
+    found: dict[Path, list[tuple[str, pa.Array]]] = {}
+    for entry, cache in zip(dataset.entries, dataset.caches, strict=True):
+        if entry.image_root is not None and isinstance(cache, TokenCache):
+            images = _distinct(cache.folder / "tokens.arrow")
+            if len(images):
+                found.setdefault(entry.image_root, []).append((entry.name, images))
+    return [
+        _Root(folder, pa.chunked_array([images for _, images in own]).unique(), own)
+        for folder, own in found.items()
+    ]
+
+
+def _distinct(path: Path) -> pa.Array:
+    with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+        column = [
+            reader.get_batch(number).column("images").flatten()
+            for number in range(reader.num_record_batches)
+        ]
+        return pa.chunked_array(column, pa.string()).unique()
+
+
+def find_missing(roots: Sequence[_Root]) -> list[BadImage]:
+    """Images that are not there. A folder is listed once, which spares a request for each image."""
+    missing = []
+    for root in roots:
+        folders: dict[str, list[str]] = {}
+        for image in root.images.to_pylist():
+            folders.setdefault(os.path.dirname(image), []).append(image)
+        # Threads, because a network file system answers each of them late.
+        with ThreadPoolExecutor(8) as pool:
+            absent = pool.map(
+                lambda item: _absent(root.folder / item[0], item[1]),  # noqa: B023
+                folders.items(),
+            )
+            for image in (image for images in absent for image in images):
+                path = root.folder / image
+                missing.append(
+                    BadImage(
+                        root.owner(image),
+                        image,
+                        "missing_image",
+                        f"{str(path)!r} is not there",
+                    )
+                )
+    return missing
+
+
+def _absent(folder: Path, images: Iterable[str]) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            there = {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        there = set()
+    return [image for image in images if os.path.basename(image) not in there]
+
+
+def decode_all(
+    roots: Sequence[_Root], *, max_pixels: int, num_workers: int | None = None
+) -> list[BadImage]:
+    """Decode every image in several processes; a bar on standard error shows how far it is.
+
+    Args:
+        roots: see :func:`list_images`.
+        max_pixels: an image with more is bad.
+        num_workers: processes; default: the cores that this process may use.
+
+    Returns:
+        those that can't be decoded, missing ones among them, in order.
+    """
+    workers = num_workers or len(os.sched_getaffinity(0))
+    bad: list[BadImage] = []
+    with tqdm(
+        total=sum(len(root.images) for root in roots), desc="Decoding", unit=" images"
+    ) as progress:
+        for root in roots:
+            chunks = _in_chunks(root.images)
+            for size, problems in _in_processes(root.folder, chunks, max_pixels, workers):
+                progress.update(size)
+                bad += [
+                    BadImage(root.owner(image), image, reason, problem)
+                    for image, reason, problem in problems
+                ]
+    return bad
+
+
+_Problem = tuple[str, str, str]
+
+
+def _in_chunks(images: pa.Array) -> Iterator[list[str]]:
+    for start in range(0, len(images), IMAGES_A_CHUNK):
+        yield images.slice(start, IMAGES_A_CHUNK).to_pylist()
+
+
+def _in_processes(
+    folder: Path, chunks: Iterator[list[str]], max_pixels: int, workers: int
+) -> Iterator[tuple[int, list[_Problem]]]:
+    """Results in order, with few chunks under way; a process that dies costs its image only."""
+    while True:
+        waiting: list[tuple[list[str], Future[list[_Problem]]]] = []
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+
+        def submit(chunk: list[str], pool: ProcessPoolExecutor = pool) -> Future[list[_Problem]]:
+            return pool.submit(_decode, folder, chunk, max_pixels)
+
+        try:
+            waiting += [(chunk, submit(chunk)) for chunk in islice(chunks, 4 * workers)]
+            while waiting:
+                chunk, future = waiting[0]
+                problems = future.result()
+                waiting.pop(0)
+                waiting += [(chunk, submit(chunk)) for chunk in islice(chunks, 1)]
+                yield len(chunk), problems
+            return
+        except BrokenProcessPool:
+            # Killed for its memory, or a fault in a decoder: each image of the chunks alone.
+            for chunk, _ in waiting:
+                yield len(chunk), _one_by_one(folder, chunk, max_pixels)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_by_one(folder: Path, chunk: Iterable[str], max_pixels: int) -> list[_Problem]:
+    problems: list[_Problem] = []
+    context = multiprocessing.get_context("fork")
+    for image in chunk:
+        try:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                problems += pool.submit(_decode, folder, [image], max_pixels).result()
+        except BrokenProcessPool:
+            problem = f"{str(folder / image)!r}: the process that decoded it was killed"
+            problems.append((image, "damaged_image", problem))
+    return problems
+
+
+def _decode(folder: Path, images: Sequence[str], max_pixels: int) -> list[_Problem]:
+    problems = []
+    for image in images:
+        try:
+            check_image(folder / image, level="decode", max_pixels=max_pixels)
+        except ImageError as error:
+            problems.append((image, error.reason, error.problem))
+    return problems

@@ -1,0 +1,183 @@
+"""The run that is meant: config, DeepSpeed file, GPUs, work dir; read as ``xtuner train`` reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from gmai_xtuner.errors import GMAIError
+
+
+class UsageError(Exception):
+    """The command line names something that can't be read; exit status 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSettings:
+    """What of a DeepSpeed file decides about memory. Sizes are in elements.
+
+    Args:
+        name: as given on the command line.
+        stage: 0 to 3.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+        offload_optimizer: optimiser states and fp32 weights in host memory.
+        offload_param: weights in host memory too (stage 3).
+        overlap_comm: two buckets for gradients instead of one.
+        contiguous_gradients: gradients are copied to a bucket.
+        reduce_bucket_size: of one bucket.
+        max_live_parameters: stage 3 gathers at the most so many weights at a time.
+        prefetch_bucket_size: and so many ahead.
+        sub_group_size: stage 3 steps so many weights at a time.
+    """
+
+    name: str
+    stage: int
+    precision: str
+    offload_optimizer: bool
+    offload_param: bool
+    overlap_comm: bool
+    contiguous_gradients: bool
+    reduce_bucket_size: int
+    max_live_parameters: int
+    prefetch_bucket_size: int
+    sub_group_size: int
+
+    @classmethod
+    def from_dict(cls, name: str, config: Mapping[str, Any]) -> ZeroSettings:
+        """The defaults are those of DeepSpeed 0.16.2 (``runtime/zero/config.py``).
+
+        Raises:
+            GMAIError: a stage that does not exist.
+        """
+        zero = config.get("zero_optimization", {})
+        stage = zero.get("stage", 0)
+        if stage not in (0, 1, 2, 3):
+            raise GMAIError(f"DeepSpeed file {name!r}: the ZeRO stage is {stage!r}, not 0 to 3")
+
+        def number(key: str, default: float) -> int:
+            value = zero.get(key, default)
+            return int(default if value == "auto" else value)
+
+        def offloads(key: str) -> bool:
+            return (zero.get(key) or {}).get("device", "none") not in ("none", None)
+
+        return cls(
+            name=name,
+            stage=stage,
+            precision=next(
+                (kind for kind in ("bf16", "fp16") if _enabled(config.get(kind))), "fp32"
+            ),
+            offload_optimizer=offloads("offload_optimizer"),
+            offload_param=offloads("offload_param"),
+            overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+            contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
+            reduce_bucket_size=number("reduce_bucket_size", 5e8),
+            max_live_parameters=number("stage3_max_live_parameters", 1e9),
+            prefetch_bucket_size=number("stage3_prefetch_bucket_size", 5e7),
+            sub_group_size=number("sub_group_size", 1e9),
+        )
+
+
+def _enabled(section: Mapping[str, Any] | None) -> bool:
+    # "auto" becomes bf16 or fp16 by the GPU; either takes two bytes.
+    return bool((section or {}).get("enabled", False))
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """See the module.
+
+    Args:
+        path: the config file.
+        cfg: its content, ``--cfg-options`` merged.
+        zero: the DeepSpeed file.
+        gpus: of all machines together.
+        work_dir: where checkpoints go.
+    """
+
+    path: Path
+    cfg: Config
+    zero: ZeroSettings
+    gpus: int
+    work_dir: Path
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        return dict(self.cfg.train_dataloader.dataset)
+
+    @property
+    def batch_size(self) -> int:
+        """Packs of a micro-batch on one GPU."""
+        return int(self.cfg.train_dataloader.get("batch_size", 1))
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of an optimiser step, as the sampler counts them."""
+        return int(self.cfg.train_dataloader.get("batch_sampler", {}).get("accumulative_counts", 1))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a pack."""
+        return int(self.dataset.get("max_length", 2048))
+
+
+def load_run(
+    config: str,
+    *,
+    deepspeed: str,
+    gpus: int,
+    options: Mapping[str, Any] | None = None,
+    work_dir: str | None = None,
+) -> RunConfig:
+    """Read a config and a DeepSpeed file as ``xtuner train`` does.
+
+    Args:
+        config: a file, or a name that xtuner knows.
+        deepspeed: one of our names (``zero2``), one of xtuner's, or a file.
+        gpus: of all machines together.
+        options: ``--cfg-options``.
+        work_dir: as for ``xtuner train``; default: the config's own, else ``work_dirs/<its name>``.
+
+    Raises:
+        UsageError: a file that is not there or can't be read.
+    """
+    from xtuner.configs import cfgs_name_path
+
+    path = Path(config if Path(config).is_file() else cfgs_name_path.get(config, config))
+    if not path.is_file():
+        raise UsageError(f"there is no config {config!r}")
+    try:
+        cfg = Config.fromfile(path)
+        if options:
+            cfg.merge_from_dict(dict(options))
+    # A config is Python code: whatever is wrong with it, that is what the user wants to read.
+    except Exception as error:
+        raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
+    for key in ("model", "train_dataloader", "train_cfg", "optim_wrapper"):
+        if key not in cfg:
+            raise UsageError(f"{path} has no {key!r}. Is it one of configs/gmai_vl/*.py?")
+    zero = load_zero(deepspeed)
+    own = cfg.get("work_dir") or f"work_dirs/{path.stem}"
+    return RunConfig(path, cfg, zero, gpus, Path(work_dir or own))
+
+
+def load_zero(name: str) -> ZeroSettings:
+    """Read a DeepSpeed file, as ``xtuner train --deepspeed NAME`` finds it.
+
+    Raises:
+        UsageError: no such file, or it can't be read.
+    """
+    from xtuner.configs import cfgs_name_path
+
+    file = Path(name if Path(name).is_file() else cfgs_name_path.get(name, ""))
+    if not file.is_file():
+        raise UsageError(f"--deepspeed {name}: no such file, and no name that xtuner knows")
+    try:
+        return ZeroSettings.from_dict(name, json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"--deepspeed {name}: {error}") from error

@@ -1,0 +1,269 @@
+"""The whole preflight: everything that is looked at, in order, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from gmai_xtuner.preflight import checks, data, pictures
+from gmai_xtuner.preflight.activations import Activations, MicroBatch, estimate_activations
+from gmai_xtuner.preflight.findings import Findings
+from gmai_xtuner.preflight.geometry import read_geometry
+from gmai_xtuner.preflight.memory import (
+    GIB,
+    Memory,
+    estimate_memory,
+    moment_bytes,
+    value_bytes,
+)
+from gmai_xtuner.preflight.parameters import (
+    PartCount,
+    build_on_meta,
+    count_parameters,
+    quantises_to_4_bit,
+)
+from gmai_xtuner.preflight.pictures import BadImage
+from gmai_xtuner.preflight.run_config import RunConfig, ZeroSettings, load_zero
+
+ALTERNATIVES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
+"""DeepSpeed files that are tried where the memory does not suffice."""
+
+
+@dataclass(slots=True)
+class Preflight:
+    """What was found. ``None`` where something could not be found out.
+
+    Args:
+        run: the run.
+        gpu_memory: of one GPU, GiB.
+        throughput: useful tokens a second on one GPU.
+        findings: what makes the run fail, and what else to know.
+        counts: parameters by part.
+        summary: the data plan in numbers.
+        survey: datasets that are missing or have bad records.
+        bad_images: images that are missing or, if all were decoded, bad.
+        decoded: images that were decoded; 0 if that was not asked for.
+        memory: of one GPU.
+        disk: checkpoints and free space.
+    """
+
+    run: RunConfig
+    gpu_memory: float
+    throughput: float | None
+    findings: Findings = field(default_factory=Findings)
+    counts: dict[str, PartCount] | None = None
+    summary: data.DataSummary | None = None
+    survey: data.Survey = field(default_factory=data.Survey)
+    bad_images: list[BadImage] = field(default_factory=list)
+    decoded: int = 0
+    memory: Memory | None = None
+    disk: dict[str, Any] | None = None
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole run, at the throughput."""
+        if self.summary is None or not self.throughput:
+            return None
+        epochs = self.summary.iterations / self.summary.iterations_per_epoch
+        return self.summary.tokens * epochs / (self.throughput * self.run.gpus) / 3600
+
+    def missing_images(self) -> Iterator[tuple[str, str]]:
+        """Dataset and path of each image that is not there; those in the lists on disk are read there."""
+        noted = (
+            (bad.name, image)
+            for bad in self.survey.bad.values()
+            for note in bad.notes()
+            for image, reason in note.get("images", {}).items()
+            if reason == "missing_image"
+        )
+        found = (
+            (image.dataset, image.image)
+            for image in self.bad_images
+            if image.reason == "missing_image"
+        )
+        return iter(dict.fromkeys(chain(found, noted)))
+
+
+def look_at(
+    run: RunConfig,
+    *,
+    gpu_memory: float = 80.0,
+    throughput: float | None = None,
+    decode_images: bool = False,
+    need_weights: bool = True,
+) -> Preflight:
+    """Look at everything.
+
+    Args:
+        run: the run.
+        gpu_memory: of one GPU, GiB.
+        throughput: useful tokens a second on one GPU, for the hours.
+        decode_images: decode every image of the mixture.
+        need_weights: whether it is a failure if base weights or the stage before are not here.
+    """
+    result = Preflight(run, gpu_memory, throughput)
+    findings = result.findings
+    checks.check_options(run, findings)
+    model = _look_at_model(result)
+    if model is not None and need_weights:
+        checks.check_base_weights(run, model, findings)
+        checks.check_stage_before(run, model, findings)
+    _look_at_data(result, decode_images)
+    if model is not None and result.counts is not None:
+        _look_at_memory(result, model)
+        optimizer = str(run.cfg.optim_wrapper.get("optimizer", {}).get("type", "AdamW"))
+        size = checks.checkpoint_bytes(result.counts, moment_bytes(optimizer))
+        iterations = result.summary.iterations if result.summary else None
+        result.disk = checks.check_disk(run, size, iterations, findings)
+    return result
+
+
+def _look_at_model(result: Preflight) -> nn.Module | None:
+    config = result.run.cfg.model
+    try:
+        model = build_on_meta(config)
+    # mmengine passes on whatever a builder raises, with the name of the class.
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
+        result.findings.fail("model", str(error))
+        return None
+    in_4_bit = quantises_to_4_bit(config)
+    result.counts = count_parameters(model, llm_in_4_bit=in_4_bit)
+    if not sum(part.trainable for part in result.counts.values()):
+        result.findings.fail("model", "nothing is trainable: everything is frozen")
+    return model
+
+
+def _look_at_data(result: Preflight, decode_images: bool) -> None:
+    run, findings = result.run, result.findings
+    dataset, survey = data.plan_data(run, findings)
+    result.survey = survey
+    if survey.missing:
+        names = ", ".join(dataset.name for dataset in survey.missing[:20])
+        more = len(survey.missing) - 20
+        findings.fail(
+            "data",
+            f"missing datasets ({len(survey.missing)}): {names}"
+            + (f" and {more} more" if more > 0 else "")
+            + ". Put their files where the mixture file says, or set their ratio to 0",
+        )
+    for bad in survey.bad.values():
+        told = ", ".join(f"{count} {reason}" for reason, count in bad.reasons.items())
+        if bad.refused:
+            findings.fail(
+                "data",
+                f"{bad.name} has bad records, {bad.count} ({told}). Mend them, or leave them out with "
+                f"on_bad_sample='skip'. All of them: {bad.listing}",
+            )
+        else:
+            findings.warn(
+                "data",
+                f"{bad.name} goes without its bad records, {bad.count} ({told}): {bad.listing}",
+            )
+    if dataset is None:
+        return
+    with findings.catch("data"):
+        result.summary = data.summarise(run, dataset)
+        checks.check_amount(run, result.summary, findings)
+    if survey.incomplete:
+        data.forget_plan(dataset)
+    roots = pictures.list_images(dataset)
+    if decode_images:
+        workers = run.dataset.get("num_workers")
+        result.bad_images = pictures.decode_all(
+            roots, max_pixels=dataset.max_pixels, num_workers=workers
+        )
+        result.decoded = sum(len(root.images) for root in roots)
+    else:
+        result.bad_images = pictures.find_missing(roots)
+    if result.bad_images:
+        lost = sum(image.reason == "missing_image" for image in result.bad_images)
+        damaged = len(result.bad_images) - lost
+        kinds = [("not there", lost), ("damaged or of a kind that can't be read", damaged)]
+        told = "; ".join(f"images that are {kind}: {count}" for kind, count in kinds if count)
+        findings.fail(
+            "images",
+            f"{told}. Mend them; or let training leave out their records: on_bad_sample='skip', "
+            f"check_images='{'decode' if damaged else 'header'}' and a new cache (remove those of these "
+            "datasets from the cache folder)",
+        )
+
+
+def _look_at_memory(result: Preflight, model: Any) -> None:
+    run = result.run
+    assert result.counts is not None
+    result.memory = _memory(result, model, run.zero, run.batch_size)
+    total = result.memory.total / GIB
+    if total > result.gpu_memory:
+        result.findings.warn(
+            "memory",
+            f"{total:.0f} GiB are more than the {result.gpu_memory:g} GiB of a GPU. "
+            + _what_would_fit(result, model),
+        )
+
+
+def _memory(result: Preflight, model: Any, zero: ZeroSettings, batch_size: int) -> Memory:
+    run = result.run
+    assert result.counts is not None
+    optimizer = str(run.cfg.optim_wrapper.get("optimizer", {}).get("type", "AdamW"))
+    return estimate_memory(
+        result.counts,
+        zero,
+        gpus=run.gpus,
+        accumulation=run.accumulation,
+        moment_bytes=moment_bytes(optimizer),
+        activations=_activations(result, model, zero, batch_size),
+    )
+
+
+def _activations(result: Preflight, model: Any, zero: ZeroSettings, batch_size: int) -> Activations:
+    """Of the fullest micro-batch: the plan's, or, where there is none, what the options allow."""
+    run = result.run
+    recomputed = run.cfg.model.get("recomputed_layers")
+    geometry = read_geometry(model, recomputed_layers=recomputed)
+    tokens = batch_size * run.max_length
+    if result.summary is not None and batch_size == run.batch_size:
+        images = result.summary.images_per_micro_batch_max
+        learnt = result.summary.learnt_per_micro_batch_max
+    else:
+        at_most = min(run.dataset.get("max_images", 16), run.max_length // geometry.vision.patches)
+        images, learnt = batch_size * at_most, tokens
+        if result.summary is not None:  # a smaller micro-batch than the plan's
+            images = min(images, result.summary.images_per_pack_max * batch_size)
+            learnt = min(learnt, result.summary.learnt_per_micro_batch_max)
+    return estimate_activations(
+        geometry,
+        MicroBatch(tokens=tokens, learnt=learnt, images=images, value_bytes=value_bytes(zero)),
+    )
+
+
+def _what_would_fit(result: Preflight, model: Any) -> str:
+    """Other DeepSpeed files and smaller micro-batches, tried with the same estimate."""
+    run = result.run
+    choices = []
+    for name in ALTERNATIVES:
+        zero = load_zero(name)
+        if (zero.stage, zero.offload_optimizer) > (run.zero.stage, run.zero.offload_optimizer):
+            choices.append((f"--deepspeed {name}", zero, run.batch_size))
+    size = run.batch_size // 2
+    while size:
+        factor = run.batch_size // size
+        choices.append((f"batch_size {size} with {factor} x accumulative_counts", run.zero, size))
+        size //= 2
+    fitting = []
+    for told, zero, batch_size in choices:
+        total = _memory(result, model, zero, batch_size).total / GIB
+        if total <= result.gpu_memory:
+            fitting.append(f"{told} ({total:.0f} GiB)")
+    if fitting:
+        texts = ["By the same estimate this would fit: " + "; or ".join(fitting)]
+    else:
+        texts = ["Neither another DeepSpeed file nor a smaller micro-batch alone would do"]
+    assert result.counts is not None
+    llm = result.counts.get("llm")
+    if llm is not None and llm.trainable > llm.total // 2:
+        texts.append("LoRA on the language model (model.llm_lora) needs far less")
+    return ". ".join(texts)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gmai_xtuner.models.llava import GMAILLaVAModel
+from gmai_xtuner.preflight import checks
+from gmai_xtuner.preflight.report import as_json, as_text
+from tests.preflight.test_data import SMALL, problems
+
+
+def test_accumulation_must_agree(preflight, corpus):
+    found = preflight(corpus.mixture, options={**SMALL, "optim_wrapper.accumulative_counts": 4})
+    assert "accumulative_counts is 4, but" in problems(found)
+    assert "is 2; set both" in problems(found)
+
+
+def test_base_without_weights(preflight, corpus, true_bases):
+    found = preflight(corpus.mixture, bases=true_bases)
+    assert "llm: " in problems(found)
+    assert "visual_encoder: " in problems(found)
+    assert problems(found).count("has no weights") == 2
+    assert problems(preflight(corpus.mixture, bases=true_bases, need_weights=False)) == ""
+
+
+def test_base_weights_that_do_not_fit(preflight, corpus, tiny_bases, tmp_path):
+    import shutil
+
+    bases = tmp_path / "bases"
+    shutil.copytree(tiny_bases, bases)
+    config = json.loads((bases / "llm" / "config.json").read_text())
+    (bases / "llm" / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    path = bases / "vision" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "k_proj.weight" in name))
+    save_file(weights, path, metadata={"format": "pt"})
+    told = problems(preflight(corpus.mixture, bases=bases))
+    assert "other shapes than config.json says" in told
+    assert "1 weights are missing" in told
+    assert "k_proj.weight" in told
+
+
+@pytest.fixture
+def stage_1(tiny_bases, tmp_path):
+    """Save parts of a tiny model as a checkpoint of stage 1."""
+
+    def save(*parts: str, change=lambda state: state) -> None:
+        from xtuner.registry import BUILDER
+
+        model = GMAILLaVAModel(
+            BUILDER.build(
+                {
+                    "type": "gmai_xtuner.models.load_language_model",
+                    "pretrained_model_name_or_path": str(tiny_bases / "llm"),
+                }
+            ),
+            BUILDER.build(
+                {
+                    "type": "gmai_xtuner.models.load_vision_tower",
+                    "pretrained_model_name_or_path": str(tiny_bases / "vision"),
+                }
+            ),
+        )
+        state = torch.nn.Module.state_dict(model)
+        kept = {key: value for key, value in state.items() if key.startswith(parts)}
+        folder = tmp_path / "stage1"
+        folder.mkdir()
+        torch.save({"state_dict": change(kept)}, folder / "iter_4.pth")
+
+    return save
+
+
+def test_the_stage_before_fits(preflight, corpus, stage_1):
+    assert "there is no checkpoint or work dir" in problems(
+        preflight(corpus.mixture, "stage2_deep", options=SMALL)
+    )
+    stage_1("projector")
+    assert problems(preflight(corpus.mixture, "stage2_deep", options=SMALL)) == ""
+
+
+@pytest.mark.parametrize(
+    ("parts", "change", "told"),
+    [
+        (("visual_encoder",), dict, "no weights of projector, which this stage starts from"),
+        (("projector",), lambda state: dict(list(state.items())[1:]), "lacks 1 keys"),
+        (
+            ("projector",),
+            lambda state: {key: value.T.contiguous() for key, value in state.items()},
+            "does not fit the model",
+        ),
+        (("projector", "llm"), dict, "has a whole language model"),
+    ],
+    ids=["other-part", "key-lost", "other-shape", "language-model"],
+)
+def test_the_stage_before_that_does_not_fit(preflight, corpus, stage_1, parts, change, told):
+    stage_1(*parts, change=change)
+    assert told in problems(preflight(corpus.mixture, "stage2_deep", options=SMALL))
+
+
+def test_disk_must_hold_the_checkpoints_that_are_kept(preflight, corpus, monkeypatch):
+    usage = namedtuple("usage", "free")
+    found = preflight(corpus.mixture, options=SMALL)
+    trainable = sum(part.trainable for part in found.counts.values())
+    size = trainable * 14
+    many = {**SMALL, "default_hooks.checkpoint.interval": 1}
+    for free, fails in ((3 * size, False), (3 * size - 1, True)):
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda _, free=free: usage(free))
+        found = preflight(corpus.mixture, options=many)
+        assert found.disk["at_a_time"] == 3  # two are kept, one is being written
+        assert ("GiB free, but holds 3 x about" in problems(found)) is fails
+
+
+def test_too_little_gpu_memory_comes_with_what_would_fit(preflight, corpus, true_bases):
+    run = {"bases": true_bases, "need_weights": False, "stage": "stage3_instruct"}
+    found = preflight(corpus.mixture, gpus=8, gpu_memory=30.0, **run)
+    told = problems(found, "warn")
+    assert "are more than the 30 GiB of a GPU" in told
+    assert "--deepspeed zero3 (" in told
+    assert "LoRA on the language model" in told
+    assert not found.findings.of("fail") or "disk" in problems(found)
+    small = preflight(corpus.mixture, gpus=8, gpu_memory=1.0, **run)
+    assert "alone would do" in problems(small, "warn")
+
+
+def test_model_option_that_does_not_exist(preflight, corpus):
+    found = preflight(corpus.mixture, options={**SMALL, "model.freze_llm": True})
+    assert "freze_llm" in problems(found)
+    assert as_json(found)["parameters"] is None
+    assert found.summary is not None  # the data are looked at all the same
+    assert "Model: could not be built" in as_text(found)
+
+
+def test_nothing_trainable(preflight, corpus, monkeypatch):
+    build = checks.build_on_meta
+
+    def frozen(config):
+        return build(config).requires_grad_(False)
+
+    monkeypatch.setattr("gmai_xtuner.preflight.survey.build_on_meta", frozen)
+    assert "nothing is trainable" in problems(preflight(corpus.mixture, options=SMALL))
