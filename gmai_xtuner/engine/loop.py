@@ -21,6 +21,7 @@ from gmai_xtuner.datasets.sampler import MicroBatchSampler
 from gmai_xtuner.engine.checkpointing import choose_checkpoint, restore_rank_state
 from gmai_xtuner.engine.random_state import preserved_random_state
 from gmai_xtuner.engine.signals import guard_workers
+from gmai_xtuner.engine.status import told
 from gmai_xtuner.errors import GMAIError
 
 DATA_ORDER = "gmai_data_order"
@@ -116,11 +117,15 @@ class PackedTrainLoop(IterBasedTrainLoop):
         return epochs * sampler.steps + sum(sampler.step_ends(i) for i in range(left))
 
     def run(self) -> Any:
-        """Train from the current iteration on.
+        """Train from the current iteration on; ``status.json`` in the work dir says how it ended.
 
         Raises:
             GMAIError: the engine, the ranks or the checkpoint disagree about the data; says how.
         """
+        with told(self):
+            return self._run()
+
+    def _run(self) -> Any:
         self._check_accumulation()
         self._check_ranks_agree()
         self._check_resumed_order()
