@@ -1,13 +1,15 @@
 """Soft packing: whole conversations into sequences of ``max_length`` tokens, none split.
 
-Best-fit decreasing (Johnson et al., "Worst-case performance bounds for simple one-dimensional packing
-algorithms", SIAM J. Comput. 3(4), 1974), exactly, but planned for *kinds* of conversations instead of
-single ones: all conversations of equal length and equal number of images are one kind, and all packs
-with equal content are one pattern. At 2,048 tokens there are a few thousand kinds whatever the size of
-the corpus, so the plan costs about the same for a thousand and for twenty million conversations; which
-conversation of a kind takes which place, and the order of the packs, is drawn anew for each epoch. (In a
-small corpus many kinds have one member, so the same conversations share a pack each time; they never see
-each other, and the packs of an optimiser step still change.)
+Packs are planned for *kinds* of conversations instead of single ones: all conversations of equal length
+(and equal number of images, where their number is what limits a pack) are one kind, all packs with equal
+content are one pattern. So a plan costs about the same for a thousand and for twenty million
+conversations; which conversation of a kind takes which place, and the order of the packs, is drawn anew
+for each epoch. (In a small corpus many kinds have one member, so the same conversations share a pack each
+time; they never see each other, and the packs of an optimiser step still change.)
+
+Two plans are made, and the one with fewer packs is taken: best-fit decreasing
+(:mod:`gmai_xtuner.datasets.best_fit`) and, for a larger corpus where that leaves room, a balanced one
+(:mod:`gmai_xtuner.datasets.balanced_fit`).
 
 Example, ``max_length`` 10, lengths 6 6 4 4 3: one pattern ``[6, 4] x 2``, one ``[3] x 1``; drawn:
 ``[[0, 3], [1, 2], [4]]`` or ``[[0, 2], [1, 3], [4]]``, ...
@@ -15,11 +17,17 @@ Example, ``max_length`` 10, lengths 6 6 4 4 3: one pattern ``[6, 4] x 2``, one `
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+
+from gmai_xtuner.datasets.balanced_fit import balanced_fit
+from gmai_xtuner.datasets.best_fit import Pattern, best_fit_decreasing
+
+BALANCED_FROM = 1_000
+"""Conversations from which the balanced plan is tried; below, it gains a pack or two at most."""
+
+_ROOM_WORTH_FILLING = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,73 +43,6 @@ class Packs:
 
     def __getitem__(self, pack: int) -> np.ndarray:
         return self.items[self.offsets[pack] : self.offsets[pack + 1]]
-
-
-@dataclass(slots=True)
-class _Pattern:
-    """``count`` packs with the same content: (kind, how many of it) in the order of packing."""
-
-    content: list[tuple[int, int]]
-    count: int
-
-
-def _plan(
-    kinds: list[tuple[int, int, int]], max_length: int, max_images: int | None
-) -> list[_Pattern]:
-    """Best-fit decreasing over kinds ``(length, images, how many)``, longest first.
-
-    A kind goes to the open packs with the least room that suffices. Such packs take as many of it as
-    fit, because a pack that has just taken one has less room than before and so stays the best fit.
-    """
-    # Open packs by (room in tokens, room in images) -> patterns. `rooms` is sorted for the best fit.
-    open_packs: dict[tuple[int, int], list[_Pattern]] = defaultdict(list)
-    rooms: list[tuple[int, int]] = []
-    unlimited = max_images is None
-    closed: list[_Pattern] = []
-
-    def put(pattern: _Pattern, room: tuple[int, int]) -> None:
-        if room[0] == 0:
-            closed.append(pattern)
-            return
-        if not open_packs[room]:
-            insort(rooms, room)
-        open_packs[room].append(pattern)
-
-    def best(length: int, images: int) -> tuple[int, int] | None:
-        for index in range(bisect_left(rooms, (length, 0)), len(rooms)):
-            if rooms[index][1] >= images:
-                return rooms[index]
-        return None
-
-    for kind, (length, images, number) in enumerate(kinds):
-        while number:
-            room = best(length, images)
-            if room is None:
-                pattern = _Pattern([], number)
-                room = (max_length, 0 if unlimited else int(max_images or 0))
-            else:
-                pattern = open_packs[room].pop()
-                if not open_packs[room]:
-                    del open_packs[room]
-                    rooms.pop(bisect_left(rooms, room))
-            each = room[0] // length
-            if images and not unlimited:
-                each = min(each, room[1] // images)
-            full, rest = divmod(number, each)
-            full = min(full, pattern.count)
-            rest = rest if full < pattern.count else 0
-            used_images = 0 if unlimited else images
-            for packs, take in ((full, each), (1 if rest else 0, rest)):
-                if packs:
-                    filled = _Pattern([*pattern.content, (kind, take)], packs)
-                    put(filled, (room[0] - take * length, room[1] - take * used_images))
-                    number -= packs * take
-            untouched = pattern.count - full - (1 if rest else 0)
-            if untouched and pattern.content:
-                put(_Pattern(pattern.content, untouched), room)
-    for patterns in open_packs.values():
-        closed.extend(patterns)
-    return closed
 
 
 def pack(
@@ -134,30 +75,66 @@ def pack(
     _check(lengths, images, max_length, max_images)
     if len(lengths) == 0:
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
-    if max_images is None:
-        images = np.zeros_like(lengths)
+    if max_images is None or _never_binds(lengths, images, max_length, max_images):
+        images, max_images = np.zeros_like(lengths), None
 
     # Longest first; of equal length, most images first.
     code = (max_length - lengths) * (int(images.max()) + 1) + (images.max() - images)
+    if code.max() < 2**16:
+        code = code.astype(np.uint16)  # which numpy sorts by radix
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(lengths))
     order = shuffled[np.argsort(code[shuffled], kind="stable")]
     sorted_code = code[order]
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(sorted_code)) + 1))
+    starts = np.concatenate(([0], np.flatnonzero(sorted_code[1:] != sorted_code[:-1]) + 1))
     counts = np.diff(np.append(starts, len(order)))
-    kinds = [
-        (int(lengths[order[start]]), int(images[order[start]]), int(count))
-        for start, count in zip(starts, counts, strict=True)
-    ]
-    patterns = _plan(kinds, max_length, max_images)
+    firsts = order[starts]
+    patterns = _plan(lengths[firsts], images[firsts], counts, max_length, max_images)
     return _draw(patterns, starts, order, rng)
 
 
+def _never_binds(lengths: np.ndarray, images: np.ndarray, max_length: int, max_images: int) -> bool:
+    """Whether no pack of ``max_length`` tokens can hold too many images, whatever is in it.
+
+    So it is with 576 tokens an image and 2,048 a pack: at most three images.
+    """
+    return bool((images * max_length < lengths * (max_images + 1)).all())
+
+
+def _plan(
+    lengths: np.ndarray,
+    images: np.ndarray,
+    counts: np.ndarray,
+    max_length: int,
+    max_images: int | None,
+) -> list[Pattern]:
+    """Patterns over kinds, which come longest first; a function of the kinds alone."""
+    kinds = list(zip(lengths.tolist(), images.tolist(), counts.tolist(), strict=True))
+    patterns = best_fit_decreasing(kinds, max_length, max_images)
+    packs = _number_of_packs(patterns)
+    bound = int((lengths * counts).sum()) / max_length
+    enough = int(counts.sum()) >= BALANCED_FROM and packs > bound * (1 + _ROOM_WORTH_FILLING)
+    if max_images is not None or not enough:
+        return patterns
+    balanced = balanced_fit(lengths[::-1], counts[::-1], max_length=max_length)
+    if balanced is None or _number_of_packs(balanced) >= packs:
+        return patterns
+    last = len(kinds) - 1  # balanced_fit counts kinds from the shortest
+    return [
+        Pattern([(last - kind, take) for kind, take in pattern.content], pattern.count)
+        for pattern in balanced
+    ]
+
+
+def _number_of_packs(patterns: list[Pattern]) -> int:
+    return sum(pattern.count for pattern in patterns)
+
+
 def _draw(
-    patterns: list[_Pattern], starts: np.ndarray, order: np.ndarray, rng: np.random.Generator
+    patterns: list[Pattern], starts: np.ndarray, order: np.ndarray, rng: np.random.Generator
 ) -> Packs:
     """Deal the conversations of each kind (a slice of ``order``) to the patterns; shuffle the packs."""
-    number_of_packs = sum(pattern.count for pattern in patterns)
+    number_of_packs = _number_of_packs(patterns)
     sizes = np.empty(number_of_packs, dtype=np.int64)
     first = 0
     for pattern in patterns:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gmai_xtuner.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets.conversation import Conversation, Turn, parse_record
+from gmai_xtuner.datasets.word_cache import WordCache
 from gmai_xtuner.errors import DataError, GMAIError
 
 
@@ -120,6 +121,7 @@ class ConversationTokenizer:
         self, tokenizer: Tokenizer, template: ChatTemplate, *, bos_token_id: int, eos_token_id: int
     ) -> None:
         self.tokenizer = tokenizer
+        self._words = WordCache.of(tokenizer)
         self.template = template
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
@@ -171,24 +173,30 @@ class ConversationTokenizer:
         return hashlib.sha256(state.encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tokenizer": self.tokenizer.to_str()}
+        return {**self.__dict__, "tokenizer": self.tokenizer.to_str(), "_words": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, tokenizer=Tokenizer.from_str(state["tokenizer"]))
+        self._words = WordCache.of(self.tokenizer)
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation]:
         """Tokenise a batch with one call of the fast tokenizer."""
         layouts = [self._layout(conversation) for conversation in conversations]
         texts = list({piece for layout in layouts for piece, _ in layout if isinstance(piece, str)})
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = {
-            text: np.asarray(encoding.ids, dtype=np.int32)
-            for text, encoding in zip(texts, encodings, strict=True)
+            text: np.array(text_ids, dtype=np.int32)
+            for text, text_ids in zip(texts, self._encode(texts), strict=True)
         }
         return [
             self._assemble(conversation, layout, ids)
             for conversation, layout in zip(conversations, layouts, strict=True)
         ]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if self._words is not None:
+            return self._words(texts)
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[str] = ()) -> np.ndarray:
         """int32 ids up to where the assistant is to answer, one placeholder an image.

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageFile
 from transformers import CLIPImageProcessor
 
-from gmai_xtuner.datasets import image_files
+from gmai_xtuner.datasets import image_files, images
+from gmai_xtuner.datasets.image_files import open_reduced
 from gmai_xtuner.datasets.images import ImageTransform, check_image, open_rgb
 from gmai_xtuner.errors import DataError, ImageError, ModelLoadError
 
@@ -204,6 +205,127 @@ def test_from_pretrained_refuses_what_it_cannot_do(tmp_path, change, words):
 def test_from_pretrained_without_file(tmp_path):
     with pytest.raises(ModelLoadError, match="does not exist"):
         ImageTransform.from_pretrained(tmp_path)
+
+
+# --- scaled decoding --------------------------------------------------------------------------
+
+
+def scan(width: int, height: int) -> Image.Image:
+    """Like a photograph or scan: shading, edges of all directions, a little grain."""
+    y, x = np.mgrid[0:height, 0:width]
+    rings = np.hypot(x - 0.4 * width, y - 0.55 * height) // 60 % 2
+    grain = np.random.default_rng(width).normal(0, 3, (height, width))
+    grey = 60 + 80 * rings + 60 * x / width + 30 * np.sin(y / 50) + grain
+    colour = np.stack([grey, 0.9 * grey + 10, 255 - grey], axis=-1)
+    return Image.fromarray(colour.clip(0, 255).astype(np.uint8))
+
+
+def read_both_ways(path, mode: str = "pad") -> tuple[np.ndarray, np.ndarray]:
+    """Levels 0..255 after full and scaled decoding."""
+    full, scaled = (
+        ImageTransform(336, MEAN, STD, mode=mode, decoding=decoding).read(path).numpy()
+        for decoding in ("full", "scaled")
+    )
+    spread = 255 * np.array(STD)[:, None, None]
+    return full * spread, scaled * spread
+
+
+@pytest.mark.parametrize("mode", ["pad", "resize"])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
+@pytest.mark.parametrize(
+    "size", [(1345, 1345), (2048, 1501), (1501, 2049), (2731, 1377), (1350, 2999)]
+)
+def test_scaled_decoding_stays_close_to_full(tmp_path, size, subsampling, mode):
+    """A shift by a quarter of a pixel of the result would be 20 levels at the edges of the rings."""
+    file = tmp_path / "scan.jpg"
+    scan(*size).save(file, quality=92, subsampling=subsampling)
+    full, scaled = read_both_ways(file, mode)
+    assert not (full == scaled).all()  # it was decoded at a fraction
+    assert np.abs(full - scaled).max() <= 8.5
+    assert np.abs(full - scaled).mean() <= 0.5
+
+
+@pytest.mark.parametrize("size", [(2049, 1337), (1337, 2049)])
+def test_scaled_decoding_of_noise_is_bounded(tmp_path, size):
+    """No picture has more of the frequencies that are left out."""
+    file = tmp_path / "noise.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, quality=90)
+    full, scaled = read_both_ways(file)
+    assert np.abs(full - scaled).max() <= 24
+    assert np.abs(full - scaled).mean() <= 3
+
+
+def test_scaled_decoding_puts_padding_where_full_decoding_does(tmp_path):
+    """White on the mean colour: a shift of the border by half a pixel would be 60 levels."""
+    for size in [(2045, 1003), (1003, 2045), (2691, 1363), (2700, 77)]:
+        file = tmp_path / "white.jpg"
+        Image.new("RGB", size, "white").save(file)
+        full, scaled = read_both_ways(file)
+        assert np.abs(full - scaled).max() <= 4, size
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "by"),
+    [
+        ((1343, 1343), "pad", 1),
+        ((1344, 1000), "pad", 2),
+        ((1344, 1343), "resize", 1),
+        ((1344, 1344), "resize", 2),
+        ((2687, 100), "pad", 2),
+        ((2688, 100), "pad", 4),
+        ((5376, 50), "pad", 8),
+        ((9000, 50), "pad", 8),
+    ],
+)
+def test_scaled_decoding_keeps_two_pixels_for_one(tmp_path, monkeypatch, size, mode, by):
+    file = tmp_path / "a.jpg"
+    Image.new("L", size, 90).save(file)
+    seen = []
+    monkeypatch.setattr(
+        images, "open_reduced", lambda *a, **k: seen.append(open_reduced(*a, **k)) or seen[-1]
+    )
+    ImageTransform(336, MEAN, STD, mode=mode, decoding="scaled").read(file)
+    assert seen[0].by == by
+    assert seen[0].size == size
+    assert seen[0].image.size == (-(-size[0] // by), -(-size[1] // by))
+
+
+def test_scaled_decoding_leaves_every_other_kind_whole(tmp_path):
+    picture = scan(1500, 1400)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    deep = (np.asarray(picture.convert("L")).astype(np.uint16) << 8) + 7
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for name in ("a.png", "a.webp", "a.bmp", "a.tif"):
+        picture.save(tmp_path / name)
+    for file in sorted(tmp_path.iterdir()):
+        full, scaled = read_both_ways(file)
+        assert (full == scaled).all(), file.name
+
+
+def test_scaled_decoding_finds_what_full_decoding_finds(tmp_path):
+    transform = ImageTransform(336, MEAN, STD, decoding="scaled")
+    file = tmp_path / "cut.jpg"
+    scan(1500, 1400).save(file)
+    with pytest.raises(ImageError, match="2100000"):
+        transform.read(file, max_pixels=2_000_000)
+    file.write_bytes(file.read_bytes()[:-3000])
+    with pytest.raises(ImageError, match="damaged"):
+        transform.read(file)
+    with pytest.raises(ImageError, match="can't be opened"):
+        transform.read(tmp_path / "none.jpg")
+
+
+def test_full_decoding_is_the_default_and_others_are_refused(tmp_path):
+    file = tmp_path / "a.jpg"
+    scan(1500, 1400).save(file)
+    transform = ImageTransform(336, MEAN, STD)
+    assert (transform.read(file) == transform(open_rgb(file))).all()
+    with pytest.raises(ValueError, match="decoding must be one of full, scaled, got 'fast'"):
+        ImageTransform(336, MEAN, STD, decoding="fast")
 
 
 # --- 8 bit ---------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmai_xtuner.datasets.packing import pack
+from gmai_xtuner.datasets.balanced_fit import balanced_fit
+from gmai_xtuner.datasets.best_fit import best_fit_decreasing
+from gmai_xtuner.datasets.packing import BALANCED_FROM, pack
 
 MAX_LENGTH = 20
 SAMPLES = st.lists(st.tuples(st.integers(1, MAX_LENGTH), st.integers(0, 3)), max_size=60)
@@ -64,15 +66,77 @@ def realistic(number: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(20, 300, number) + 64 * images, images
 
 
-def test_as_many_packs_as_the_textbook_on_a_larger_mix():
+def test_best_fit_needs_as_many_packs_as_the_textbook_on_a_larger_mix():
     lengths, images = realistic(1500)
-    samples = list(zip(lengths.tolist(), images.tolist(), strict=True))
     for max_images in (None, 3, 5):
-        expected = textbook_best_fit_decreasing(
-            samples if max_images else [(length, 0) for length in lengths.tolist()], 512, max_images
-        )
-        packs = pack(lengths, max_length=512, images=images, max_images=max_images)
-        assert len(packs) == expected
+        counted = images if max_images else np.zeros_like(images)
+        samples = list(zip(lengths.tolist(), counted.tolist(), strict=True))
+        kinds = [(*kind, samples.count(kind)) for kind in sorted(set(samples), reverse=True)]
+        patterns = best_fit_decreasing(kinds, 512, max_images)
+        expected = textbook_best_fit_decreasing(samples, 512, max_images)
+        assert sum(pattern.count for pattern in patterns) == expected
+
+
+def long_and_few_short(number: int) -> np.ndarray:
+    """Most conversations have an image (576 tokens) and short text: three nearly fill a pack."""
+    rng = np.random.default_rng(3)
+    text = np.rint(rng.lognormal(np.log(105), 0.7, number)).astype(np.int64) + 12
+    return np.clip(text + 576 * (rng.random(number) < 0.75), 1, 2048)
+
+
+@pytest.mark.parametrize("number", [1_500, 60_000])
+def test_a_balanced_plan_leaves_next_to_nothing_where_best_fit_leaves_more(number):
+    lengths = long_and_few_short(number)
+    fewest = -(-lengths.sum() // 2048)
+    kinds, counts = np.unique(lengths, return_counts=True)
+    triples = [(int(kind), 0, int(n)) for kind, n in zip(kinds[::-1], counts[::-1], strict=True)]
+    best_fit = sum(pattern.count for pattern in best_fit_decreasing(triples, 2048, None))
+    assert best_fit > 1.005 * fewest  # the case occurs
+    packs = pack(lengths, max_length=2048)
+    assert len(packs) <= 1.001 * fewest + 3
+    sums = np.add.reduceat(lengths[packs.items], packs.offsets[:-1])
+    assert sums.max() <= 2048
+    assert (np.sort(packs.items) == np.arange(number)).all()
+
+
+@settings(max_examples=100)
+@given(st.dictionaries(st.integers(1, 40), st.integers(1, 3000), min_size=1, max_size=12))
+def test_a_balanced_plan_holds_each_conversation_once(kinds):
+    lengths = np.array(sorted(kinds))
+    counts = np.array([kinds[length] for length in sorted(kinds)])
+    patterns = balanced_fit(lengths, counts, max_length=40)
+    if patterns is None:
+        return
+    held = np.zeros(len(lengths), dtype=np.int64)
+    for pattern in patterns:
+        assert sum(int(lengths[kind]) * take for kind, take in pattern.content) <= 40
+        for kind, take in pattern.content:
+            held[kind] += take * pattern.count
+    assert (held == counts).all()
+
+
+def test_lengths_that_fill_no_pack_are_packed_all_the_same():
+    """Two of 700 leave 648 tokens that nothing can use."""
+    packs = pack(np.full(5001, 700), max_length=2048)
+    assert len(packs) == 2501
+
+
+def test_packs_too_long_for_a_balanced_plan_are_packed_by_best_fit():
+    assert balanced_fit(np.arange(1, 10_000), np.ones(9_999, int), max_length=10_000) is None
+    lengths = np.arange(1, BALANCED_FROM + 9_000)
+    packs = pack(lengths, max_length=10_000)
+    assert lengths.sum() / (len(packs) * 10_000) > 0.99
+
+
+def test_images_that_can_not_exceed_their_bound_change_nothing():
+    """Three images of 576 tokens fill a pack of 2048; a bound of 3 never binds."""
+    lengths = long_and_few_short(3000)
+    images = (lengths > 576).astype(np.int64)
+    bound = pack(lengths, max_length=2048, images=images, max_images=3, seed=5)
+    free = pack(lengths, max_length=2048, seed=5)
+    assert (bound.items == free.items).all()
+    tight = pack(lengths, max_length=2048, images=images, max_images=2, seed=5)
+    assert len(tight) > len(free)
 
 
 def test_the_bound_on_images_binds():

@@ -267,7 +267,12 @@ def test_a_build_that_was_killed_leaves_nothing_that_opens(
 ):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # for the fork below
     corpus = make_corpus({"toy": many_records(1500)})
-    dying = _DyingTokenizer(**vars(encode))
+    dying = _DyingTokenizer(
+        encode.tokenizer,
+        encode.template,
+        bos_token_id=encode.bos_token_id,
+        eos_token_id=encode.eos_token_id,
+    )
 
     def build() -> None:
         open_cache(corpus.entry("toy"), dying, OPTIONS, cache_dir=tmp_path / "cache", num_workers=1)

@@ -1,0 +1,67 @@
+"""The benchmarks run, at a tiny size, and print what they promise. Their figures mean nothing here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("benchmarks")
+
+
+def run(script: str, work_dir: Path, *arguments: str) -> dict[str, Any]:
+    """The one JSON object that a benchmark prints on stdout."""
+    command = [sys.executable, str(BENCHMARKS / script), "--json", "--work-dir", str(work_dir)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
+
+
+def test_packing(work_dir):
+    result = run("packing.py", work_dir, "--samples", "4000", "--peer-samples", "1000")
+    assert result["samples"] == 4000
+    assert result["seconds"] > 0
+    assert 0.99 < result["fill"] <= result["best_fill"] <= 1
+    assert 0.7 < result["xtuner_fill"] < 0.9
+    assert result["xtuner_seconds"] > 0
+    # None where TRL can't be installed, which stderr says
+    assert result["trl_fill"] is None or 0.9 < result["trl_fill"] < 1
+    assert "trl_seconds" in result
+
+
+def test_tokenizing(work_dir):
+    result = run("tokenizing.py", work_dir, "--samples", "3000", "--peer-samples", "150")
+    assert result["same_ids"] is True
+    assert result["ours_per_second"] > result["xtuner_per_second"] > 0
+    assert result["ratio"] == pytest.approx(result["ours_per_second"] / result["xtuner_per_second"])
+
+
+def test_startup(work_dir):
+    result = run("startup.py", work_dir, "--samples", "2000", "--peer-samples", "150")
+    assert result["conversations"] <= result["samples"] == 2000
+    assert result["seconds"] > 0
+    assert 0 < result["worker_private_gib"] <= result["worker_resident_gib"]
+    assert result["worker_resident_gib"] < result["main_gib"] * 1.5
+    assert result["xtuner_seconds"] > 0
+
+
+def test_images(work_dir):
+    result = run("images.py", work_dir, "--samples", "1", "--seconds", "0.1")
+    assert result["identical"] is True
+    assert result["ratio"] > 0
+    kinds = {row["kind"]: row for row in result["kinds"]}
+    assert kinds["2048x2500 JPEG"]["scaled_ms"] < kinds["2048x2500 JPEG"]["ours_ms"]
+    assert 0 < kinds["2048x2500 JPEG"]["scaled_max_levels"] <= 8.5
+    assert kinds["512x512 PNG"]["scaled_max_levels"] == 0
