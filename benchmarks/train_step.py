@@ -33,6 +33,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
+from printing import quiet_stdout, show
 from random_batches import (
     IMAGE_SIZE,
     Conversation,
@@ -41,7 +42,6 @@ from random_batches import (
     our_batches,
     xtuner_batches,
 )
-from printing import quiet_stdout, show
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from xtuner.dataset.collate_fns import default_collate_fn
