@@ -3,6 +3,8 @@
 # make check         lint, format, types
 PYTHON ?= python3
 VENV ?= .venv
+# Tests run in so many processes, a file in one of them; each may train, with about 2 GiB.
+TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -22,10 +24,10 @@ quickstart: env
 	$(BIN)/python examples/quickstart/run.py --work-dir work_dirs/quickstart
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-fast: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
 
 check: env
 	$(BIN)/ruff format --check .

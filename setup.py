@@ -13,6 +13,7 @@ DEVELOPMENT = [
     "hypothesis>=6.100",
     "mypy>=1.15",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.11",
     "tifffile>=2024.5",
     "types-PyYAML",
