@@ -299,9 +299,14 @@ def accumulate_all_gradients_in_fp32() -> None:
             total = torch.empty(param.numel(), dtype=torch.float32, device=self.device)
             self.accumulated_grads_in_cpu[number] = total
         here = gradient.to(total.device, torch.float32)
-        total.add_(here) if self.micro_step_id > 0 else total.copy_(here)
+        # Not every parameter need have a gradient in the first micro-batch, and ZeRO-1 calls this in the
+        # last one only.
+        begun: set[int] = self.__dict__.setdefault("_begun_in_this_step", set())
+        total.copy_(here) if self.micro_step_id == 0 or number not in begun else total.add_(here)
+        begun.add(number)
         if self.is_gradient_accumulation_boundary:
             gradient.copy_(total)  # what norm, overflow check and optimiser read
+            begun.discard(number)
 
     Zero.get_flat_partition = get_flat_partition
     Zero.async_accumulate_grad_in_cpu_via_gpu = accumulate

@@ -6,6 +6,7 @@ A plan is a folder ``<cache_dir>/plans/<key>/``::
     samples.npy             uint32 [samples, 2]: dataset, row in its token cache (after sampling by ratio)
     epoch-<e>-offsets.npy   int64 [packs + 1] into
     epoch-<e>-items.npy     int64 [samples], indices into samples.npy
+    epoch-<e>-digest.npy    uint8 [32], SHA-256 of samples, offsets and items
     epoch-<e>-totals.npy    float64 [packs, 5]: tokens, images, conversations, learnt tokens,
                             sum of the square roots of each conversation's learnt tokens
 
@@ -33,15 +34,23 @@ from gmai_xtuner.datasets.packing import Packs, pack
 from gmai_xtuner.datasets.token_cache import TokenCache
 from gmai_xtuner.errors import GMAIError, MixtureError
 
+VERSION = 3
+"""Goes up with whatever changes which conversations share a pack."""
+
 TOTALS = ("tokens", "images", "conversations", "labels", "sqrt_labels")
 
 
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
-    """The packs of one epoch and their totals, see the module."""
+    """The packs of one epoch and their totals, see the module.
+
+    ``digest``: of which conversations lie in which pack, hexadecimal; the same on all machines that train
+    on the same.
+    """
 
     packs: Packs
     totals: np.ndarray
+    digest: str
 
     def total(self, name: str) -> np.ndarray:
         """float64 ``[packs]`` of one of :data:`TOTALS`."""
@@ -101,7 +110,7 @@ class DataPlan:
         self.split = split
         self.at_most = at_most
         ingredients = [
-            2,
+            VERSION,
             [(cache.folder.name, cache.meta["content"]) for cache in caches],
             self.names,
             self.ratios,
@@ -191,6 +200,7 @@ class DataPlan:
         totals = np.stack([np.add.reduceat(column, starts) for column in columns], axis=1)
         self._save(f"epoch-{epoch}-offsets", packs.offsets)
         self._save(f"epoch-{epoch}-items", packs.items)
+        self._save(f"epoch-{epoch}-digest", _digest(self.samples, packs.offsets, packs.items))
         self._save(f"epoch-{epoch}-totals", totals)
 
     def _save(self, name: str, array: np.ndarray) -> None:
@@ -213,4 +223,18 @@ def _open_epoch(plan: DataPlan, epoch: int) -> EpochPlan:
         np.load(plan.folder / f"epoch-{epoch}-{name}.npy", mmap_mode="r")
         for name in ("offsets", "items", "totals")
     )
-    return EpochPlan(Packs(offsets, items), sums)
+    if epoch and len(sums) != len(plan.epoch(0).packs):
+        raise GMAIError(
+            f"epoch {epoch} has {len(sums)} packs, epoch 0 {len(plan.epoch(0).packs)}: they were planned by "
+            f"different versions. Remove {plan.folder} and start the run anew"
+        )
+    digest = np.load(plan.folder / f"epoch-{epoch}-digest.npy").tobytes().hex()
+    return EpochPlan(Packs(offsets, items), sums, digest)
+
+
+def _digest(*arrays: np.ndarray) -> np.ndarray:
+    """SHA-256 of the contents, uint8 ``[32]``."""
+    content = hashlib.sha256()
+    for array in arrays:
+        content.update(np.ascontiguousarray(array).data)
+    return np.frombuffer(content.digest(), dtype=np.uint8)

@@ -62,6 +62,9 @@ class WordCache:
         )
         if not replaces_spaces or not plain_model or state["pre_tokenizer"] is not None:
             return None
+        unknown = tokenizer.token_to_id(model["unk_token"] or "")
+        if unknown is None and tokenizer.token_to_id(_MARK) is None:
+            return None  # the mark would vanish, and what it parts would meet
         for token in state["added_tokens"]:
             flags = (token["single_word"], token["lstrip"], token["rstrip"], token["normalized"])
             if any(flags) or " " in token["content"] or _MARK in token["content"]:
@@ -73,25 +76,28 @@ class WordCache:
         if any(_BYTE.search(left) for left in before_mark):
             return None  # its last character can't be told
         glued = "".join(sorted({left[-1] for left in before_mark} - {_MARK}))
-        return cls(tokenizer, glued=glued, unknown=tokenizer.token_to_id(model["unk_token"] or ""))
+        return cls(tokenizer, glued=glued, unknown=unknown)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, as the tokenizer gives them without special tokens."""
         words = [self._split(text) for text in texts]
         whole = [text for text, parts in zip(texts, words, strict=True) if parts is None]
         known = dict(zip(whole, self._encode(whole), strict=True))
-        first, later = self._learn([parts for parts in words if parts])
+        long_words = self._learn([parts for parts in words if parts])
         found = []
         for text, parts in zip(texts, words, strict=True):
             if parts is None:
                 found.append(known[text])
                 continue
-            ids = list(first[parts[0]])
+            ids = list(self._first[parts[0]])
             for word in parts[1:]:
-                ids += later[word]
+                ids += self._later[word]
             if self._unknown is not None and self._unknown in ids:
                 (ids,) = self._encode([text])
             found.append(ids)
+        for word in long_words:
+            self._first.pop(word, None)
+            self._later.pop(word, None)
         return found
 
     def _split(self, text: str) -> list[str] | None:
@@ -102,33 +108,23 @@ class WordCache:
                 return None
         return text.split(" ")
 
-    def _learn(
-        self, texts: Sequence[list[str]]
-    ) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-        """The two caches with every word of these texts; long words, seldom seen again, for now only."""
+    def _learn(self, texts: Sequence[list[str]]) -> list[str]:
+        """Put every word of these texts into the two caches.
+
+        Returns:
+            long ones (a sentence of Chinese is one), seldom seen again, to be forgotten after use.
+        """
         if len(self._first) + len(self._later) > _MOST_WORDS:
             self._first.clear()
             self._later.clear()
-        first, later = self._first, self._later
-        new_first = {parts[0] for parts in texts} - first.keys()
-        new_later = set().union(*(parts[1:] for parts in texts)) - later.keys()
-        if not new_first and not new_later:
-            return first, later
-        words = [*new_first, *new_later]
-        ids = self._encode([*new_first, *(" " + word for word in new_later)])
-        seen_once_first: dict[str, list[int]] = {}
-        seen_once_later: dict[str, list[int]] = {}
-        for number, (word, word_ids) in enumerate(zip(words, ids, strict=True)):
-            is_first = number < len(new_first)
-            if len(word) > _LONGEST_WORD:
-                (seen_once_first if is_first else seen_once_later)[word] = word_ids
-            else:
-                (first if is_first else later)[word] = word_ids
-        if seen_once_first:
-            first = {**first, **seen_once_first}
-        if seen_once_later:
-            later = {**later, **seen_once_later}
-        return first, later
+        first = list({parts[0] for parts in texts} - self._first.keys())
+        later = list(set().union(*(parts[1:] for parts in texts)) - self._later.keys())
+        if not first and not later:
+            return []
+        ids = self._encode([*first, *(" " + word for word in later)])
+        self._first.update(zip(first, ids[: len(first)], strict=True))
+        self._later.update(zip(later, ids[len(first) :], strict=True))
+        return [word for word in (*first, *later) if len(word) > _LONGEST_WORD]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         encodings: list[Any] = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)

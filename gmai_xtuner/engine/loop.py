@@ -191,6 +191,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
         sampler, plan = self.micro_batches, self.dataloader.dataset.plan
         return {
             "plan": plan.folder.name,
+            # The draw depends on numpy's version too, which the plan's name does not know.
+            "content": plan.epoch(0).digest[:16],
             "packs": len(sampler.sampler),
             "world_size": sampler.world_size,
             "batch_size": sampler.batch_size,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner
@@ -140,6 +140,9 @@ class SampleAnswerHook(Hook):
 
 
 def _tell(runner: FlexibleRunner, sample: Sample, answer: str) -> None:
+    if not is_main_process():
+        # mmengine opens a visual backend at its first use, on whatever rank that is.
+        return
     known = f"\n  reference: {sample.reference}" if sample.reference is not None else ""
     text = f"  question: {sample.question}{known}\n  answer: {answer}"
     step = runner.iter + 1

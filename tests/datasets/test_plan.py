@@ -119,6 +119,26 @@ def test_each_epoch_has_its_own_packs_and_the_same_number(tmp_path):
     assert len({tuple(packs.items.tolist()) for packs in epochs}) == 3
 
 
+def test_digest_tells_which_conversations_share_a_pack(tmp_path):
+    first = toy_plan(tmp_path / "a").epoch(0)
+    same, other = toy_plan(tmp_path / "b").epoch(0), toy_plan(tmp_path / "a").epoch(1)
+    assert first.digest == same.digest != other.digest
+    assert len(first.digest) == 64
+
+
+def test_an_epoch_of_another_version_is_refused(tmp_path, monkeypatch):
+    plan = toy_plan(tmp_path)
+    plan.epoch(0)
+    original = plan_module.pack
+    monkeypatch.setattr(
+        plan_module,
+        "pack",
+        lambda lengths, **options: original(lengths, **{**options, "max_length": 100}),
+    )
+    with pytest.raises(GMAIError, match=r"epoch 1 has \d+ packs, epoch 0 \d+.*Remove .*plans"):
+        plan.epoch(1)
+
+
 def test_a_second_plan_opens_the_first_ones_files(tmp_path, monkeypatch):
     first = toy_plan(tmp_path)
     items = first.epoch(0).packs.items.tolist()

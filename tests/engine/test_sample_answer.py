@@ -99,6 +99,16 @@ def test_registered_where_mmengine_looks():
     assert HOOKS.get("SampleAnswerHook") is SampleAnswerHook
 
 
+def test_only_the_first_rank_opens_a_visual_backend(runner, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Predictor, "go_on", lambda self, *args, **kwargs: asked.append(args) or "x")
+    monkeypatch.setattr(sample_answer, "is_main_process", lambda: False)
+    runner.visualizer._vis_backends = None  # looking into it raises
+    go(SampleAnswerHook(interval=3, max_new_tokens=4), runner)
+    assert len(asked) == 2  # the other ranks take part in answering
+    assert runner.shown.log == []
+
+
 def test_first_held_out_conversations_with_an_image_are_asked(runner):
     hook = SampleAnswerHook(interval=3, count=2, max_new_tokens=4)
     go(hook, runner)
