@@ -19,6 +19,7 @@ from gmai_xtuner.models.checkpoint_files import (
     resolve_directory,
     shorten,
 )
+from gmai_xtuner.models.checkpoint_folder import checkpoints_in, what_is_wrong
 from gmai_xtuner.models.checkpoints import load_parts, resolve_checkpoint
 from gmai_xtuner.models.export import is_export
 from gmai_xtuner.models.frozen import without_prefix
@@ -179,6 +180,9 @@ def check_disk(
 ) -> dict[str, Any]:
     """Whether the work dir has room for the checkpoints that are kept, and for one being written.
 
+    Whole checkpoints in the work dir count as some of those that are kept, which they are when the run is
+    resumed; the one being written needs its room in any case.
+
     Args:
         run: the run.
         size: of one checkpoint, bytes.
@@ -200,15 +204,25 @@ def check_disk(
         if folder.is_dir()
     )
     free = shutil.disk_usage(existing).free
-    if kept * size > free:
+    there = [path for path in checkpoints_in(run.work_dir) if what_is_wrong(path) is None]
+    taken = sum(_bytes_below(path) for path in there)
+    if max(size, kept * size - taken) > free:
+        already = f", and has {taken / GIB:.1f} GiB of them" if there else ""
         findings.fail(
             "disk",
             f"{run.work_dir} has {free / GIB:.1f} GiB free, but holds {kept} x about {size / GIB:.1f} GiB "
-            f"of checkpoints at a time (max_keep_ckpts {keep}, and one being written). "
+            f"of checkpoints at a time (max_keep_ckpts {keep}, and one being written){already}. "
             "Choose another --work-dir, or lower default_hooks.checkpoint.max_keep_ckpts",
         )
     return {
         "checkpoint_gib": round(size / GIB, 3),
         "at_a_time": kept,
+        "already_there_gib": round(taken / GIB, 3),
         "free_gib": round(free / GIB, 1),
     }
+
+
+def _bytes_below(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -70,6 +70,7 @@ class Survey:
         unusable: datasets of which no record can be used.
         built: those whose token cache was not there and now is.
         opened: the caches, by name.
+        plans_before: names of the plan folders that were there before this process made one.
     """
 
     missing: list[MissingDataset] = field(default_factory=list)
@@ -77,6 +78,7 @@ class Survey:
     unusable: set[str] = field(default_factory=set)
     built: list[str] = field(default_factory=list)
     opened: dict[str, TokenCache] = field(default_factory=dict)
+    plans_before: set[str] = field(default_factory=set)
 
     @property
     def incomplete(self) -> bool:
@@ -215,7 +217,7 @@ class SurveyedDataset(SoftPackedDataset):
         cache_dir: str,
         num_workers: int | None,
     ) -> list[TokenCache]:
-        survey, before = self._survey, _folders(cache_dir)
+        survey, before = self._survey, _folders(cache_dir, "tokens")
         unusable = len(survey.unusable)
         for entry, options in datasets:
             if entry.name in survey.opened:
@@ -242,6 +244,8 @@ class SurveyedDataset(SoftPackedDataset):
                     survey.built.append(entry.name)
         if len(survey.unusable) > unusable:
             raise _TryAgain
+        # Only now: caches take long to build, and a job may have begun in the meantime.
+        survey.plans_before = _folders(cache_dir, "plans")
         return [survey.opened[entry.name] for entry, _ in datasets]
 
     def _note_left_out(self, name: str, cache: TokenCache) -> None:
@@ -256,9 +260,9 @@ class SurveyedDataset(SoftPackedDataset):
         """The report says it."""
 
 
-def _folders(cache_dir: str) -> set[str]:
-    tokens = Path(cache_dir) / "tokens"
-    return {path.name for path in tokens.iterdir()} if tokens.is_dir() else set()
+def _folders(cache_dir: str, kind: str) -> set[str]:
+    folder = Path(cache_dir) / kind
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def plan_data(run: RunConfig, findings: Findings) -> tuple[SurveyedDataset | None, Survey]:
@@ -300,9 +304,13 @@ def _build(arguments: dict[str, Any], survey: Survey, findings: Findings) -> Sur
             return None
 
 
-def forget_plan(dataset: SoftPackedDataset) -> None:
-    """Remove a plan that training will never ask for, because a part of the data was missing."""
-    shutil.rmtree(dataset.plan.folder, ignore_errors=True)
+def forget_plan(dataset: SoftPackedDataset, survey: Survey) -> None:
+    """Remove a plan that this run will never ask for, because a part of the data was missing.
+
+    One that was there before stays: a running job, whose mixture has no more than that part, reads it.
+    """
+    if dataset.plan.folder.name not in survey.plans_before:
+        shutil.rmtree(dataset.plan.folder, ignore_errors=True)
 
 
 def summarise(run: RunConfig, dataset: SoftPackedDataset) -> DataSummary:

@@ -1,21 +1,28 @@
 """Memory of one GPU by part: what DeepSpeed keeps there, and what a micro-batch adds. An estimate.
 
-With ``W`` weights, ``t`` of them trainable, ``n`` GPUs and ``b`` = 2 bytes (bf16, fp16)::
+With ``W`` weights, ``t`` of them trainable, ``n`` GPUs, ``b`` = 2 bytes (bf16, fp16) and ``a`` bytes for a
+value of the step's gradient (``grad_accum_dtype``; ``b`` without it)::
 
     ZeRO stage   weights   gradients            optimiser (fp32 weights and AdamW's two moments)
     0            b W       b t + 4 t            12 t
-    1            b W       b t + b t/n          12 t/n
-    2            b W       b t/n, twice (*)     12 t/n
-    3            b W/n     b t/n                12 t/n
+    1            b W       b t + b t/n (*)      12 t/n
+    2            b W       b t/n + a t/n (**)   12 t/n
+    3            b W/n     a t/n                12 t/n
 
-(*) where a step has several micro-batches: the sum so far, and this micro-batch's.
+(*) where ``a`` is larger than ``b``: b t + a t, for the sum is not shared.
+(**) this micro-batch's, and, where a step has several, the sum so far.
 
-Offloading moves the optimiser, and with ``offload_param`` the weights, to host memory. While the optimiser
-steps, no activation is alive; it needs 8 bytes (gradient in fp32, AdamW's temporary) for each weight that
-it steps at a time. The larger of the two moments counts.
+Offloading moves the optimiser, and with ``offload_param`` the weights, to host memory, where the gradient in
+fp32 that the optimiser reads lies as well, and beside it the sum of the micro-batches.
 
-Source: DeepSpeed 0.16.2, ``runtime/zero/stage_1_and_2.py`` and ``stage3.py``; Rajbhandari et al. 2020,
-arXiv 1910.02054, figure 1.
+Three moments; the largest counts. In the backward pass there are activations. At its end, under ZeRO-2, the
+micro-batch's gradients are there once more, as ``a``, before they are added to the sum
+(``independent_gradient_partition_epilogue``). The optimiser's step needs 8 bytes (gradient in fp32, AdamW's
+temporary) for each weight that it steps at a time.
+
+Source: DeepSpeed 0.16.2, ``runtime/zero/stage_1_and_2.py``, ``stage3.py`` and ``bf16_optimizer.py``, with
+:func:`gmai_xtuner.compat.accumulate_all_gradients_in_fp32`; Rajbhandari et al. 2020, arXiv 1910.02054,
+figure 1.
 """
 
 from __future__ import annotations
@@ -40,10 +47,11 @@ class Memory:
 
     Args:
         weights: of the whole model, or this GPU's share.
-        gradients: that stay from micro-batch to micro-batch.
+        gradients: at the end of a backward pass: of the micro-batch, and the step's sum so far.
         optimizer: fp32 weights and moments.
         buffers: of DeepSpeed: buckets for gradients, gathered weights.
         activations: see :mod:`gmai_xtuner.preflight.activations`; ``None`` if they can't be estimated.
+        summing: what is added in the place of activations while gradients are summed.
         step: what the optimiser's step needs in the place of activations and buckets.
         allowance: :data:`ALLOWANCE`.
         host: in host memory, for each GPU.
@@ -54,22 +62,30 @@ class Memory:
     optimizer: int
     buffers: int
     activations: Activations | None
+    summing: int
     step: int
     allowance: int
     host: int
 
     @property
     def total(self) -> int:
-        """At the larger of the two moments."""
-        passing = self.buffers + (self.activations.total if self.activations else 0)
+        """At the largest of the three moments."""
         lasting = self.weights + self.gradients + self.optimizer + self.allowance
-        return lasting + max(passing, self.step)
+        return lasting + max(self._passing, self.buffers + self.summing, self.step)
+
+    @property
+    def _passing(self) -> int:
+        return self.buffers + (self.activations.total if self.activations else 0)
 
     @property
     def moment(self) -> str:
-        """When that is: ``optimiser step``, or the moment of the activations."""
-        passing = self.buffers + (self.activations.total if self.activations else 0)
-        if self.step > passing or self.activations is None:
+        """When that is: ``optimiser step``, ``gradient sum``, or the moment of the activations."""
+        summing = self.buffers + self.summing
+        if self.step > max(self._passing, summing):
+            return "optimiser step"
+        if summing > self._passing:
+            return "gradient sum"
+        if self.activations is None:
             return "optimiser step"
         return self.activations.moment
 
@@ -81,6 +97,7 @@ class Memory:
             "optimizer": self.optimizer,
             "deepspeed_buffers": self.buffers,
             "activations": self.activations.total if self.activations else 0,
+            "gradient_sum": self.summing,
             "optimizer_step": self.step,
             "allowance": self.allowance,
             "total": self.total,
@@ -116,32 +133,51 @@ def estimate_memory(
     # fp32 gradients and AdamW's temporary; stage 3 steps a sub-group at a time.
     at_a_time = min(share, zero.sub_group_size) if zero.stage == 3 else share
     step = 8 * (at_a_time if zero.stage else trainable)
+    gradients, summing = _gradients(zero, trainable, share, several=accumulation > 1)
+    if zero.stage == 2 and summing:
+        step -= gradients  # they are gone by then, but for the sum, which becomes one of the two
     host = 0
     if zero.offload_optimizer:
-        host += states + 4 * share
+        host += states + 4 * share + _summed_on_host(zero, share, several=accumulation > 1)
         states, step = 0, 4 * at_a_time
+        if zero.stage > 1:
+            gradients = summing = 0
     if zero.stage == 3:
         weights = _shard(weights, gpus)
         if zero.offload_param:
             host, weights = host + weights, 0
-    gradients = {
-        0: (b + (4 if b < 4 else 0)) * trainable,
-        1: b * (trainable + share),
-        2: b * share * (2 if accumulation > 1 else 1),
-        3: b * share,
-    }[zero.stage]
-    if zero.offload_optimizer and zero.stage > 1:
-        gradients = 0
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=states,
         buffers=_buffers(counts, zero, trainable, b),
         activations=activations,
+        summing=summing,
         step=step,
         allowance=ALLOWANCE,
         host=host,
     )
+
+
+def _gradients(zero: ZeroSettings, trainable: int, share: int, *, several: bool) -> tuple[int, int]:
+    """On the GPU at the end of a backward pass, and what is added while they are summed."""
+    a, b = zero.grad_accum_bytes, value_bytes(zero)
+    if zero.stage == 0:
+        return (b + (4 if b < 4 else 0)) * trainable, 0
+    if zero.stage == 1:
+        return (b + a) * trainable if a > b else b * (trainable + share), 0
+    if zero.stage == 3:
+        return a * share, 0
+    # Where no value changes its type, the sum is made of the gradients themselves.
+    return (b + (a if several else 0)) * share, a * share if a > b else 0
+
+
+def _summed_on_host(zero: ZeroSettings, share: int, *, several: bool) -> int:
+    """The sum of the micro-batches, beside the fp32 gradient that the optimiser reads."""
+    if zero.stage == 3:
+        return zero.grad_accum_bytes * share
+    # fp32 whatever the file says, see accumulate_all_gradients_in_fp32.
+    return 4 * share if several else 0
 
 
 def value_bytes(zero: ZeroSettings) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
@@ -48,12 +49,16 @@ class _Root:
     images: pa.Array
     datasets: list[tuple[str, pa.Array]]
 
-    def owner(self, image: str) -> str:
-        """The dataset that names the image; of several, the first."""
-        wanted = pa.array([image], pa.string())
-        return next(
-            name for name, images in self.datasets if pc.is_in(wanted, value_set=images)[0].as_py()
-        )
+    def owners(self, images: Sequence[str]) -> list[str]:
+        """The dataset that names each image; of several, the first.
+
+        To be asked for many at once: each call hashes all images of the datasets.
+        """
+        wanted = pa.array(images, pa.string())
+        names = np.full(len(images), "", dtype=object)
+        for name, own in reversed(self.datasets):
+            names[pc.is_in(wanted, value_set=own).to_numpy(zero_copy_only=False)] = name
+        return names.tolist()
 
 
 def list_images(dataset: SoftPackedDataset) -> list[_Root]:
@@ -81,7 +86,7 @@ def _distinct(path: Path) -> pa.Array:
 
 def find_missing(roots: Sequence[_Root]) -> list[BadImage]:
     """Images that are not there. A folder is listed once, which spares a request for each image."""
-    missing = []
+    missing: list[BadImage] = []
     for root in roots:
         folders: dict[str, list[str]] = {}
         for image in root.images.to_pylist():
@@ -92,16 +97,11 @@ def find_missing(roots: Sequence[_Root]) -> list[BadImage]:
                 lambda item: _absent(root.folder / item[0], item[1]),  # noqa: B023
                 folders.items(),
             )
-            for image in (image for images in absent for image in images):
-                path = root.folder / image
-                missing.append(
-                    BadImage(
-                        root.owner(image),
-                        image,
-                        "missing_image",
-                        f"{str(path)!r} is not there",
-                    )
-                )
+            lost = [image for images in absent for image in images]
+        missing += [
+            BadImage(name, image, "missing_image", f"{str(root.folder / image)!r} is not there")
+            for name, image in zip(root.owners(lost), lost, strict=True)
+        ]
     return missing
 
 
@@ -133,13 +133,13 @@ def decode_all(
         total=sum(len(root.images) for root in roots), desc="Decoding", unit=" images"
     ) as progress:
         for root in roots:
+            found: list[_Problem] = []
             chunks = _in_chunks(root.images)
             for size, problems in _in_processes(root.folder, chunks, max_pixels, workers):
                 progress.update(size)
-                bad += [
-                    BadImage(root.owner(image), image, reason, problem)
-                    for image, reason, problem in problems
-                ]
+                found += problems
+            owners = root.owners([image for image, _, _ in found])
+            bad += [BadImage(name, *problem) for name, problem in zip(owners, found, strict=True)]
     return bad
 
 

@@ -275,6 +275,12 @@ def _memory(result: Preflight) -> str:
     if memory.moment == "optimiser step" or activations is None:
         told = "its temporaries; activations and buffers are free then"
         rows.append(("optimiser step", memory.step, told))
+    elif memory.moment == "gradient sum":
+        told = "a micro-batch's, on the way to the sum; activations are free then"
+        rows += [
+            ("DeepSpeed's buffers", memory.buffers, "buckets"),
+            ("gradient sum", memory.summing, told),
+        ]
     else:
         kept = activations.language_kept + activations.vision_kept
         rows += [

@@ -25,6 +25,8 @@ class ZeroSettings:
         name: as given on the command line.
         stage: 0 to 3.
         precision: ``bf16``, ``fp16`` or ``fp32``.
+        grad_accum_bytes: of one value of a step's summed gradient (``data_types.grad_accum_dtype``;
+            without the key that of ``precision``).
         offload_optimizer: optimiser states and fp32 weights in host memory.
         offload_param: weights in host memory too (stage 3).
         overlap_comm: two buckets for gradients instead of one.
@@ -38,6 +40,7 @@ class ZeroSettings:
     name: str
     stage: int
     precision: str
+    grad_accum_bytes: int
     offload_optimizer: bool
     offload_param: bool
     overlap_comm: bool
@@ -53,11 +56,17 @@ class ZeroSettings:
 
         Raises:
             GMAIError: a stage that does not exist.
+            ValueError: a ``grad_accum_dtype`` that DeepSpeed does not know.
         """
+        from deepspeed.runtime.config import DtypeEnum
+
         zero = config.get("zero_optimization", {})
         stage = zero.get("stage", 0)
         if stage not in (0, 1, 2, 3):
             raise GMAIError(f"DeepSpeed file {name!r}: the ZeRO stage is {stage!r}, not 0 to 3")
+
+        precision = next((kind for kind in ("bf16", "fp16") if _enabled(config.get(kind))), "fp32")
+        summed = (config.get("data_types") or {}).get("grad_accum_dtype") or precision
 
         def number(key: str, default: float) -> int:
             value = zero.get(key, default)
@@ -69,9 +78,8 @@ class ZeroSettings:
         return cls(
             name=name,
             stage=stage,
-            precision=next(
-                (kind for kind in ("bf16", "fp16") if _enabled(config.get(kind))), "fp32"
-            ),
+            precision=precision,
+            grad_accum_bytes=DtypeEnum(summed).value.itemsize,
             offload_optimizer=offloads("offload_optimizer"),
             offload_param=offloads("offload_param"),
             overlap_comm=bool(zero.get("overlap_comm", stage == 3)),

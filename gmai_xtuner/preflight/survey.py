@@ -169,7 +169,7 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
         result.summary = data.summarise(run, dataset)
         checks.check_amount(run, result.summary, findings)
     if survey.incomplete:
-        data.forget_plan(dataset)
+        data.forget_plan(dataset, survey)
     roots = pictures.list_images(dataset)
     if decode_images:
         workers = run.dataset.get("num_workers")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gmai_xtuner.models.checkpoint_folder import Manifest
 from gmai_xtuner.models.llava import GMAILLaVAModel
 from gmai_xtuner.preflight import checks
 from gmai_xtuner.preflight.report import as_json, as_text
@@ -112,6 +113,39 @@ def test_disk_must_hold_the_checkpoints_that_are_kept(preflight, corpus, monkeyp
         found = preflight(corpus.mixture, options=many)
         assert found.disk["at_a_time"] == 3  # two are kept, one is being written
         assert ("GiB free, but holds 3 x about" in problems(found)) is fails
+
+
+def test_checkpoints_that_are_there_need_no_more_room(preflight, corpus, monkeypatch, tmp_path):
+    usage = namedtuple("usage", "free")
+    many = {**SMALL, "default_hooks.checkpoint.interval": 1}
+    trainable = sum(
+        part.trainable for part in preflight(corpus.mixture, options=many).counts.values()
+    )
+    size = trainable * 14
+    (tmp_path / "work").mkdir()
+
+    def least(*, taken: int) -> None:
+        need = max(size, 3 * size - taken)
+        for free, fails in ((need, False), (need - 1, True)):
+            monkeypatch.setattr(checks.shutil, "disk_usage", lambda _, free=free: usage(free))
+            found = preflight(corpus.mixture, options=many)
+            assert ("GiB free, but holds 3 x about" in problems(found)) is fails
+
+    def write(name: str, number: int, *, manifest_says: int) -> None:
+        folder = tmp_path / "work" / name
+        folder.mkdir()
+        with (folder / "states.pt").open("wb") as file:
+            file.truncate(number)
+        manifest = Manifest(1, 1, 1, None, {"states.pt": manifest_says})
+        (folder / "manifest.json").write_text(manifest.to_json().ljust(200))
+
+    least(taken=0)
+    write("iter_1.pth", size, manifest_says=size)
+    write("iter_2.pth", size - 5, manifest_says=size)  # not whole: it is not one of those kept
+    least(taken=size + 200)
+    write("iter_3.pth", size, manifest_says=size)
+    write("iter_4.pth", size, manifest_says=size)
+    least(taken=3 * size)  # the one being written still needs its room
 
 
 def test_too_little_gpu_memory_comes_with_what_would_fit(preflight, corpus, true_bases):

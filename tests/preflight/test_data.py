@@ -108,6 +108,18 @@ def test_every_missing_dataset_is_named_and_the_rest_planned(preflight, corpus):
     assert not list((Path(found.run.dataset["cache_dir"]) / "plans").iterdir())
 
 
+def test_the_plan_of_a_running_job_stays(preflight, corpus):
+    """A job that trains on ``a`` alone has the plan that is left when ``b`` is missing."""
+    edit_mixture(corpus, "b", ratio=0)
+    job = BUILDER.build(preflight(corpus.mixture, options=SMALL).run.dataset)
+    files = sorted(path.name for path in job.plan.folder.iterdir())
+    edit_mixture(corpus, "b", ratio=1, annotations="gone.jsonl")
+    found = preflight(corpus.mixture, options=SMALL)
+    assert found.survey.incomplete
+    assert sorted(path.name for path in job.plan.folder.iterdir()) == files
+    job.plan.epoch(1)
+
+
 def test_nothing_there_at_all(preflight, corpus):
     for name in ("a", "b"):
         edit_mixture(corpus, name, annotations="gone.jsonl")

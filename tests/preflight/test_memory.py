@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 import gmai_xtuner
+from gmai_xtuner import compat
 from gmai_xtuner.preflight.activations import Activations
 from gmai_xtuner.preflight.memory import ALLOWANCE, estimate_memory, moment_bytes
 from gmai_xtuner.preflight.parameters import PartCount
-from gmai_xtuner.preflight.run_config import ZeroSettings, load_zero
+from gmai_xtuner.preflight.run_config import UsageError, ZeroSettings, load_zero
 
 W, T = 8_000_000_000, 4_000_000_000
 COUNTS = {"llm": PartCount(W, T, 0, 2 * W, 100_000_000)}
@@ -27,14 +30,28 @@ def zero_0() -> ZeroSettings:
     return ZeroSettings.from_dict("zero0", {"bf16": {"enabled": True}})
 
 
+def summed_in(dtype: str | None, stage: int) -> ZeroSettings:
+    content = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    if dtype:
+        content["data_types"] = {"grad_accum_dtype": dtype}
+    return ZeroSettings.from_dict("own", content)
+
+
+def gradients(zero: ZeroSettings, *, accumulation: int) -> tuple[int, int, int]:
+    memory = estimate_memory(
+        COUNTS, zero, gpus=8, accumulation=accumulation, moment_bytes=8, activations=NOTHING
+    )
+    return memory.gradients, memory.summing, memory.step
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "gradients", "optimizer", "host"),
     [
         ("zero1", 2 * W, 2 * T + 2 * T // 8, 12 * T // 8, 0),
         ("zero2", 2 * W, 2 * T // 8, 12 * T // 8, 0),
-        ("zero3", 2 * W // 8, 2 * T // 8, 12 * T // 8, 0),
+        ("zero3", 2 * W // 8, 4 * T // 8, 12 * T // 8, 0),
         ("zero2_offload", 2 * W, 0, 0, 16 * T // 8),
-        ("zero3_offload", 0, 0, 0, 16 * T // 8 + 2 * W // 8),
+        ("zero3_offload", 0, 0, 0, 20 * T // 8 + 2 * W // 8),
     ],
 )
 def test_states_under_each_shipped_file(name, weights, gradients, optimizer, host):
@@ -55,8 +72,71 @@ def test_without_zero_nothing_is_shared():
     assert memory.buffers == 0
 
 
-def test_several_micro_batches_a_step_keep_two_shares_of_gradients():
-    assert estimate("zero2", accumulation=4).gradients == 2 * (2 * T // 8)
+@pytest.mark.parametrize(
+    ("dtype", "stage", "accumulation", "bytes_of_a_share"),
+    [
+        # gradients at the end of the backward pass; added while they are summed; added at the step
+        (None, 2, 1, (2, 0, 8)),
+        (None, 2, 4, (2 + 2, 0, 8)),
+        ("bf16", 2, 4, (2 + 2, 0, 8)),
+        ("fp32", 2, 1, (2, 4, 8 - 2)),
+        ("fp32", 2, 4, (2 + 4, 4, 8 - 6)),
+        (None, 3, 4, (2, 0, 8)),
+        ("fp32", 3, 1, (4, 0, 8)),
+        ("fp32", 3, 4, (4, 0, 8)),
+        # of all weights, not of a share
+        ("fp32", 1, 4, (8 * (2 + 4), 0, 8)),
+    ],
+)
+def test_gradients_take_the_bytes_in_which_they_are_summed(
+    dtype, stage, accumulation, bytes_of_a_share
+):
+    share = T // 8
+    expected = tuple(number * share for number in bytes_of_a_share)
+    assert gradients(summed_in(dtype, stage), accumulation=accumulation) == expected
+
+
+def test_shipped_files_sum_in_fp32():
+    bytes_each = {name: load_zero(name).grad_accum_bytes for name in compat.DEEPSPEED_NAMES}
+    assert bytes_each.pop("zero1") == 2
+    assert set(bytes_each.values()) == {4}
+
+
+def test_a_type_that_deepspeed_does_not_know(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text('{"data_types": {"grad_accum_dtype": "fp64"}}')
+    with pytest.raises(UsageError, match="fp64"):
+        load_zero(str(path))
+
+
+def test_offloaded_sums_are_on_the_host():
+    states_and_gradient = 16 * T // 8
+    assert estimate("zero2_offload", accumulation=4).host == states_and_gradient + 4 * T // 8
+    assert estimate("zero3_offload", accumulation=4).host == (
+        states_and_gradient + 4 * T // 8 + 2 * W // 8
+    )
+
+
+def test_bytes_of_a_sum_are_those_of_the_workaround():
+    """What stands in memory at the end of each backward pass, of a real ZeRO-2 partition."""
+    numel, seen = 1000, []
+    weight = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16))
+    zero = object.__new__(DeepSpeedZeroOptimizer)
+    zero.gradient_accumulation_dtype, zero.use_grad_accum_attribute = torch.float32, False
+    compat.accumulate_all_gradients_in_fp32()
+    total = None
+    for _ in range(2):
+        weight.grad = torch.ones(numel, dtype=torch.bfloat16)
+        (part,) = zero.get_flat_partition(
+            [weight], 0, numel, dtype=torch.float32, device="cpu", return_tensor_list=True
+        )
+        alive = {tensor.data_ptr(): tensor.nbytes for tensor in (weight.grad, part)}
+        if total is not None:
+            alive[total.data_ptr()] = total.nbytes
+        seen.append(sum(alive.values()) // numel)
+        total = part if total is None else total.add_(part)
+    counted = [sum(gradients(summed_in("fp32", 2), accumulation=n)[:2]) // (T // 8) for n in (1, 2)]
+    assert seen == counted == [6, 10]
 
 
 def test_buffers_are_two_buckets_and_the_largest_gradient():
@@ -72,11 +152,24 @@ def test_frozen_weights_cost_only_themselves():
 
 
 def test_the_larger_moment_counts():
-    small = estimate("zero2", activations=Activations(10**9, 0, 0, "loss"))
-    large = estimate("zero2", activations=Activations(10**9, 10**9, 50 * 10**9, "decoder layer"))
-    lasting = 2 * W + 2 * T // 8 + 12 * T // 8 + ALLOWANCE
+    lasting = 2 * W // 8 + 4 * T // 8 + 12 * T // 8 + ALLOWANCE
+    small = estimate("zero3", activations=Activations(10**8, 0, 0, "loss"))
+    large = estimate("zero3", activations=Activations(10**9, 10**9, 50 * 10**9, "decoder layer"))
+    assert small.buffers < 8 * T // 8
     assert (small.total, small.moment) == (lasting + 8 * T // 8, "optimiser step")
     assert (large.total, large.moment) == (lasting + 52 * 10**9 + large.buffers, "decoder layer")
+
+
+def test_gradients_may_need_most_while_they_are_summed():
+    lasting = 2 * W + 6 * T // 8 + 12 * T // 8 + ALLOWANCE
+    for activations, moment, extra in (
+        (10**9, "gradient sum", 4 * T // 8),
+        (3 * 10**9, "loss", 3 * 10**9),
+    ):
+        memory = estimate(
+            "zero2", accumulation=4, activations=Activations(activations, 0, 0, "loss")
+        )
+        assert (memory.total, memory.moment) == (lasting + memory.buffers + extra, moment)
 
 
 @pytest.mark.parametrize("name", gmai_xtuner.compat.DEEPSPEED_NAMES)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -35,6 +38,27 @@ def test_missing_files_and_folders_are_found(root: _Root):
     assert found == sorted([30, *range(1, 40, 3)])
     assert {image.dataset for image in missing} == {"first", "second"}
     assert {image.reason for image in missing} == {"missing_image"}
+
+
+def test_an_image_of_two_datasets_is_the_firsts(root: _Root):
+    assert root.owners(["d0/30.png", "d0/21.png", "d0/0.png"]) == ["second", "first", "first"]
+    assert root.owners([]) == []
+
+
+@pytest.mark.parametrize("look", [find_missing, partial(decode_all, max_pixels=2000)])
+def test_datasets_are_searched_once_however_much_is_missing(root: _Root, monkeypatch, look):
+    searches = []
+    is_in = pictures.pc.is_in
+
+    def counted(*arguments, **options):
+        searches.append(options)
+        return is_in(*arguments, **options)
+
+    monkeypatch.setattr(pictures, "pc", SimpleNamespace(is_in=counted))
+    shutil.rmtree(root.folder)
+    bad = look([root])
+    assert sorted(image.dataset for image in bad) == ["first"] * 25 + ["second"] * 15
+    assert len(searches) == 2  # one a dataset
 
 
 def test_a_folder_or_a_dead_link_is_no_image(root: _Root):

@@ -3,9 +3,10 @@
 #   xtuner train configs/gmai_vl/variants/stage1_one_80gb.py --deepspeed zero2
 #
 # 32 GPUs x 8 x 2 = 1 GPU x 8 x 64. Memory, in GB: frozen weights 8.04 G x 2 bytes = 16.1; the projector
-# 0.02 G x 22 = 0.5 (bf16 weights, fp32 gradients, fp32 master weights, two Adam moments, and the flat copy
-# of the gradients at the step); DeepSpeed's reduce buckets 0.8; activations of 16,384 tokens about 9
-# (inputs of 32 layers 4.3, one layer recomputed 3, logits of 2,048 tokens 1.9). About 26 of 80.
+# 0.02 G x 20 = 0.4 (bf16 weights, bf16 gradients, their fp32 sum, fp32 master weights, two Adam moments; x 24
+# when they are summed, x 22 at the step, both without activations); DeepSpeed's reduce buckets 0.8;
+# activations of 16,384 tokens about 9 (inputs of 32 layers 4.3, one layer recomputed 3, logits of 2,048
+# tokens 1.9). About 26 of 80.
 _base_ = ["../stage1_shallow.py"]
 
 train_dataloader = dict(batch_sampler=dict(accumulative_counts=64))
