@@ -95,6 +95,7 @@ def test_what_all_stages_share(name):
     assert cfg.model.visual_encoder.pretrained_model_name_or_path == vision
     assert cfg.image_processor.pretrained_model_name_or_path == vision
     assert cfg.train_dataloader.batch_sampler.weighting == "token"
+    assert cfg.env_cfg.dist_cfg == {"backend": "nccl", "timeout": 3600}
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -143,6 +143,17 @@ class DataPlan:
         """The packs of this epoch, made first if no process has made them."""
         return _open_epoch(self, epoch)
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the user has set of it, to be named where two plans differ."""
+        return {
+            "ratios": dict(zip(self.names, self.ratios, strict=True)),
+            "seed": self.seed,
+            "max_length": self.max_length,
+            "max_images": self.max_images,
+            "held_out": self.held_out,
+        }
+
     def held_out_counts(self) -> np.ndarray:
         """int64 ``[datasets, 2]``: conversations held out, and with images of both sides."""
         return np.load(self.folder / "held-out.npy")

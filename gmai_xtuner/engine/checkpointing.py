@@ -8,12 +8,12 @@ checkpoint where it was.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,16 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner
 
+from gmai_xtuner.engine.on_disk import (
+    REMOVING,
+    WRITING,
+    is_write_error,
+    put_in_place,
+    raised_on_all_ranks,
+    remove,
+    replace_text,
+    to_disk,
+)
 from gmai_xtuner.engine.random_state import random_state, set_random_state
 from gmai_xtuner.engine.signals import STOP_FILE, StopRequest
 from gmai_xtuner.errors import GMAIError
@@ -34,6 +44,7 @@ from gmai_xtuner.models.checkpoint_folder import (
     POINTER,
     Manifest,
     checkpoints_in,
+    files_of_ranks_that_are_wrong,
     iteration_of,
     newest_whole,
     read_manifest,
@@ -41,11 +52,7 @@ from gmai_xtuner.models.checkpoint_folder import (
     what_is_wrong,
 )
 
-WRITING = ".writing"
-REMOVING = ".removing"
-
-TORCH_WRITE_ERRORS = r"inline_container\.cc|iostream error"
-"""torch.save on a full disk raises a RuntimeError with one of these, seen with torch 2.11."""
+PROBE = ".shared-"
 
 
 @HOOKS.register_module()
@@ -64,13 +71,19 @@ class StepCheckpointHook(CheckpointHook):
     stop: StopRequest
     _due = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._not_removed: list[int] = []
+
     def before_train(self, runner: FlexibleRunner) -> None:
+        outdated = self._outdated_at_start(runner)
         super().before_train(runner)
         if not isinstance(self.file_backend, LocalBackend):
             raise GMAIError(
                 f"checkpoints are written aside and renamed; that needs a file system, not {self.out_dir}"
             )
         check_work_dir_is_shared(Path(self.out_dir))
+        self._remove(outdated)
         self.stop = StopRequest(Path(runner.work_dir) / STOP_FILE)
         if get_rank() == 0 and self.stop.stop_file.exists():
             self.stop.stop_file.unlink()
@@ -97,6 +110,7 @@ class StepCheckpointHook(CheckpointHook):
             self.stop.stop_file.unlink(missing_ok=True)
         if reason and not last:
             runner.train_loop.stop_training = True
+            runner.train_loop.stop_reason = reason
             runner.logger.warning(
                 f"Stopped after iteration {runner.iter + 1} of {runner.max_iters}, because {reason}. To go "
                 f"on, give the same command with --resume {runner.work_dir}"
@@ -115,42 +129,62 @@ class StepCheckpointHook(CheckpointHook):
         self.last_ckpt = str(final)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         outdated = self._count_in(runner, step)
-        with _write_errors_told(final):
-            runner.save_checkpoint(
-                self.out_dir,
-                aside.name,
-                self.file_client_args,
-                save_optimizer=self.save_optimizer,
-                save_param_scheduler=self.save_param_scheduler,
-                meta=meta,
-                by_epoch=self.by_epoch,
-                backend_args=self.backend_args,
-                **self.args,
-            )
+        with raised_on_all_ranks(functools.partial(_could_not_be_written, final)):
+            with _raised_after_barriers(runner):
+                runner.save_checkpoint(
+                    self.out_dir,
+                    aside.name,
+                    self.file_client_args,
+                    save_optimizer=self.save_optimizer,
+                    save_param_scheduler=self.save_param_scheduler,
+                    meta=meta,
+                    by_epoch=self.by_epoch,
+                    backend_args=self.backend_args,
+                    **self.args,
+                )
             if aside.is_dir():
                 torch.save(rank_state(runner), aside / rank_file(get_rank()))
-            publish(aside, final, iteration=meta["iter"], seed=runner.seed)
-            if get_rank() == 0:
-                replace_text(Path(runner.work_dir) / POINTER, self.last_ckpt)
-                for old in outdated:
-                    remove(final.with_name(self.filename_tmpl.format(old)))
+        publish(aside, final, iteration=meta["iter"], seed=runner.seed)
+        if get_rank() == 0:
+            _point_to(final, Path(runner.work_dir) / POINTER)
+        self._remove(outdated)
+
+    def _remove(self, outdated: list[int]) -> None:
+        """Remove old checkpoints; the list of kept ones goes on naming those that can't be renamed."""
+        if get_rank() == 0:
+            self._not_removed = [
+                old
+                for old in outdated
+                if not remove(Path(self.out_dir) / self.filename_tmpl.format(old))
+            ]
+
+    def _outdated_at_start(self, runner: FlexibleRunner) -> list[int]:
+        """Take out of the list of kept checkpoints what is too many; mmengine's removal may raise."""
+        if self.max_keep_ckpts <= 0 or "keep_ckpt_ids" not in runner.message_hub.runtime_info:
+            return []
+        kept = runner.message_hub.get_info("keep_ckpt_ids")
+        runner.message_hub.update_info("keep_ckpt_ids", kept[-self.max_keep_ckpts :])
+        return kept[: -self.max_keep_ckpts]
 
     def _count_in(self, runner: FlexibleRunner, step: int) -> list[int]:
         """Enter ``step`` in the list of kept checkpoints and say which are now too many.
 
-        The checkpoint itself still lists those: should the run die before they are removed, mmengine does it
-        when the run goes on (``CheckpointHook.before_train``).
+        The checkpoint itself still lists those: should the run die before they are removed, they are when
+        the run goes on (:meth:`before_train`).
         """
         if self.max_keep_ckpts <= 0:
             return []
-        kept = [number for number in self.keep_ckpt_ids if number != step] + [step]
+        listed = [*self._not_removed, *self.keep_ckpt_ids]
+        kept = [number for number in dict.fromkeys(listed) if number != step] + [step]
         runner.message_hub.update_info("keep_ckpt_ids", list(kept))
         self.keep_ckpt_ids.clear()
         self.keep_ckpt_ids.extend(kept)  # holds max_keep_ckpts, the newest
         return kept[: -self.max_keep_ckpts]
 
 
-def publish(aside: Path, final: Path, *, iteration: int, seed: int | None) -> None:
+def publish(
+    aside: Path, final: Path, *, iteration: int, seed: int | None, patience: float = 60.0
+) -> None:
     """Give what all ranks have written its name. To be called by all ranks.
 
     Args:
@@ -158,45 +192,89 @@ def publish(aside: Path, final: Path, *, iteration: int, seed: int | None) -> No
         final: its name from now on. An older checkpoint of that name goes.
         iteration: micro-batches trained.
         seed: seed of the run.
+        patience: seconds that a network file system may take to show rank 0 what the others wrote.
 
     Raises:
-        OSError: if the file system refuses; ``aside`` stays, and whatever ``final`` was.
+        GMAIError: on all ranks, if the file system refuses or a rank's file is not there; ``aside`` stays,
+            and whatever ``final`` was.
     """
+    explain = functools.partial(_could_not_be_written, final)
     barrier()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        # Every node has written pages in its memory, of a shared file system too.
-        _to_disk(aside)
-    barrier()
-    if get_rank() == 0:
-        if aside.is_dir():
-            sequence = 1 + max(map(sequence_of, checkpoints_in(final.parent)), default=0)
-            files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-            manifest = Manifest(iteration, sequence, get_world_size(), seed, files)
-            replace_text(aside / MANIFEST, manifest.to_json())
-        remove(final)
-        aside.rename(final)
-        _directory_to_disk(final.parent)
-    barrier()
+    with raised_on_all_ranks(explain):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            # Every node has written pages in its memory, of a shared file system too.
+            to_disk(aside)
+    with raised_on_all_ranks(explain):
+        if get_rank() == 0:
+            if aside.is_dir():
+                _wait_for_all_files(aside, patience)
+                sequence = 1 + max(map(sequence_of, checkpoints_in(final.parent)), default=0)
+                # Hidden are what NFS keeps of a deleted file, and a manifest that was never finished.
+                written = [file for file in aside.iterdir() if not file.name.startswith(".")]
+                files = {file.name: file.stat().st_size for file in sorted(written)}
+                manifest = Manifest(iteration, sequence, get_world_size(), seed, files)
+                replace_text(aside / MANIFEST, manifest.to_json())
+            put_in_place(aside, final)
+
+
+def _wait_for_all_files(aside: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        found = [file.name for file in aside.iterdir()]
+        wrong = files_of_ranks_that_are_wrong(found, get_world_size())
+        if wrong is None:
+            return
+        if time.monotonic() >= deadline:
+            raise GMAIError(f"{aside.name} {wrong}, {patience:g} s after all ranks had written")
+        time.sleep(1.0)
+
+
+def _point_to(checkpoint: Path, pointer: Path) -> None:
+    """Write mmengine's ``last_checkpoint``; the manifests say which is the newest, so it is no error."""
+    try:
+        replace_text(pointer, str(checkpoint))
+    except OSError as error:
+        print_log(
+            f"{checkpoint} is whole, but {pointer} could not be written: {error}",
+            logger="current",
+            level=logging.WARNING,
+        )
 
 
 def tidy_up(work_dir: Path) -> None:
     """Finish or remove what a killed run has left half done in its work dir. To be called by all ranks.
 
-    A folder that was written to the end, manifest and all, gets its name; any other goes.
+    A folder that was written to the end, manifest and all, gets its name; any other goes, or is warned of.
+
+    Raises:
+        GMAIError: on all ranks, if the folder can't be read or a whole checkpoint can't be given its name.
     """
-    if get_rank() == 0 and work_dir.is_dir():
-        for left in sorted((*work_dir.glob(f"*{WRITING}"), *work_dir.glob(f"*{REMOVING}"))):
-            final = left.with_suffix("")
-            if iteration_of(final) is None:
-                continue
-            if left.suffix == WRITING and (left / MANIFEST).is_file() and not what_is_wrong(left):
-                remove(final)
-                left.rename(final)
-                print_log(f"{left.name} was whole: it is {final.name} now", logger="current")
-            else:
-                _delete(left)
-                print_log(f"Removed {left.name}, which a stopped run has left", logger="current")
-    barrier()
+
+    def explain(problem: str) -> str:
+        return f"can't tidy up {work_dir} after a stopped run: {problem}"
+
+    with raised_on_all_ranks(explain):
+        if get_rank() == 0 and work_dir.is_dir():
+            # What is whole first: an older one of its name may be among those to go.
+            for left in (
+                *sorted(work_dir.glob(f"*{WRITING}")),
+                *sorted(work_dir.glob(f"*{REMOVING}")),
+            ):
+                _tidy_up_one(left)
+            for probe in work_dir.glob(f"{PROBE}*"):
+                remove(probe)
+
+
+def _tidy_up_one(left: Path) -> None:
+    final = left.with_name(left.name.partition(".pth")[0] + ".pth")
+    if iteration_of(final) is None:
+        return
+    whole = left.suffix == WRITING and (left / MANIFEST).is_file() and not what_is_wrong(left)
+    if whole:
+        put_in_place(left, final)
+        print_log(f"{left.name} was whole: it is {final.name} now", logger="current")
+    elif remove(left):
+        print_log(f"Removed {left.name}, which a stopped run has left", logger="current")
 
 
 def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
@@ -307,7 +385,7 @@ def restore_rank_state(runner: FlexibleRunner, checkpoint: Path) -> None:
 
 
 def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
-    """Make sure that all ranks write into one folder. To be called by all ranks.
+    """Make sure that all ranks write into one folder that suits checkpoints. To be called by all ranks.
 
     Every rank writes its shard; a checkpoint is whole where all of them are, and DeepSpeed reads all of them.
 
@@ -316,20 +394,30 @@ def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
         patience: seconds that a network file system may take to show a new file.
 
     Raises:
-        GMAIError: names the ranks that do not see what rank 0 writes.
+        GMAIError: names the ranks that do not see what rank 0 writes, or what the file system refuses.
     """
-    token = all_gather_object(f".shared-{os.getpid()}-{time.time_ns()}")[0]
+
+    def explain(problem: str) -> str:
+        return (
+            f"checkpoints can't be written to {folder}: {problem}. They are written aside, forced to disk "
+            "and renamed. Give a --work-dir where that can be done"
+        )
+
+    token = all_gather_object(f"{PROBE}{os.getpid()}-{time.time_ns()}")[0]
     probe = folder / token
-    if get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-    barrier()
+    with raised_on_all_ranks(explain):
+        if get_rank() == 0:
+            aside = probe.with_name(probe.name + WRITING)
+            aside.mkdir(parents=True)
+            replace_text(aside / MANIFEST, "{}")
+            to_disk(aside)
+            put_in_place(aside, probe)
     deadline = time.monotonic() + patience
     while not (seen := probe.exists()) and time.monotonic() < deadline:
         time.sleep(1.0)
     blind = [rank for rank, sees in enumerate(all_gather_object(seen)) if not sees]
     if get_rank() == 0:
-        probe.unlink()
+        remove(probe)
     if blind:
         raise GMAIError(
             f"ranks {blind} do not see what rank 0 writes to {folder}: a checkpoint there would be in "
@@ -337,61 +425,52 @@ def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
         )
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never a part."""
-    aside = file.with_name(f".{file.name}{WRITING}")
-    with aside.open("w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(file)
-    _directory_to_disk(file.parent)
-
-
-def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; one that is half removed is never taken for a checkpoint."""
-    going = checkpoint.with_name(checkpoint.name + REMOVING)
-    try:
-        checkpoint.rename(going)
-    except FileNotFoundError:
-        return
-    _delete(going)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _to_disk(path: Path) -> None:
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if path.is_dir():
-        _directory_to_disk(path)
-
-
-def _directory_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
-def _write_errors_told(final: Path) -> Iterator[None]:
-    """A full disk says so, instead of the name of a C++ file in torch."""
+def _raised_after_barriers(runner: FlexibleRunner) -> Iterator[None]:
+    """A rank that can't write takes part in DeepSpeed's barriers all the same, and raises after them.
+
+    ``DeepSpeedEngine.save_checkpoint`` has barriers between its files and at its end, where the other ranks
+    would wait for this one.
+
+    Args:
+        runner: one without DeepSpeed has no such barriers.
+    """
+    model = getattr(getattr(runner, "strategy", None), "model", None)
+    engine = getattr(model, "checkpoint_engine", None)
+    kept: list[Exception] = []
+
+    def keeping(write: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(write)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                if not is_write_error(error):
+                    raise
+                kept.append(error)
+
+        return wrapper
+
+    writers = [(engine, "makedirs"), (engine, "save"), (model, "_copy_recovery_script")]
+    for owner, name in writers if engine is not None else ():
+        setattr(owner, name, keeping(getattr(owner, name)))
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if not (isinstance(error, OSError) or re.search(TORCH_WRITE_ERRORS, str(error))):
-            raise
-        free = shutil.disk_usage(final.parent).free / 2**30
-        raise GMAIError(
-            f"the checkpoint {final} could not be written, {free:.2f} GiB are free there: {error}. The older "
-            "checkpoints are as they were. Make room (quota, max_keep_ckpts) and give the same command with "
-            f"--resume {final.parent}"
-        ) from error
+    finally:
+        for owner, name in writers if engine is not None else ():
+            delattr(owner, name)
+    if kept:
+        raise kept[0]
+
+
+def _could_not_be_written(final: Path, problem: str) -> str:
+    """A full disk says so, instead of the name of a C++ file in torch."""
+    try:
+        room = f"{shutil.disk_usage(final.parent).free / 2**30:.2f} GiB are free there"
+    except OSError as error:
+        room = f"how much is free there can't be told ({error})"
+    return (
+        f"the checkpoint {final} could not be written, {room}: {problem}. The older checkpoints are as they "
+        "were. Make room (quota, max_keep_ckpts) and give the same command with "
+        f"--resume {final.parent}"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ from gmai_xtuner.datasets.sampler import MicroBatchSampler
 from gmai_xtuner.engine.checkpointing import choose_checkpoint, restore_rank_state
 from gmai_xtuner.engine.random_state import preserved_random_state
 from gmai_xtuner.engine.signals import guard_workers
-from gmai_xtuner.engine.status import told
+from gmai_xtuner.engine.status import failure_told, told
 from gmai_xtuner.errors import GMAIError
 
 DATA_ORDER = "gmai_data_order"
 """Where a checkpoint's message hub keeps what decides the order of the data."""
+
+LENGTH = "gmai_length"
+"""Where it keeps the length of the run in micro-batches."""
 
 
 @LOOPS.register_module()
@@ -71,10 +75,11 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 "zero2_offload, zero3_offload)"
             )
         compat.rendezvous_alone()
-        self.resumed_from = choose_checkpoint(runner)
-        # Not IterBasedTrainLoop's own: it would start the workers on the first batches at once, which a
-        # resumed run does not want.
-        BaseLoop.__init__(self, runner, with_loader_defaults(dataloader))
+        with failure_told(Path(runner.work_dir)):
+            self.resumed_from = choose_checkpoint(runner)
+            # Not IterBasedTrainLoop's own: it would start the workers on the first batches at once, which
+            # a resumed run does not want.
+            BaseLoop.__init__(self, runner, with_loader_defaults(dataloader))
         sampler = self.dataloader.batch_sampler
         if not isinstance(sampler, MicroBatchSampler):
             raise GMAIError(
@@ -91,6 +96,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
         self.val_begin = val_begin
         self.val_interval = val_interval
         self.stop_training = False
+        self.stop_reason = ""
         self._validation_due = False
         self.optim_wrapper: Any = None
         """Stands in for the runner's where a hook has put something, see ``engine/nonfinite.py``."""
@@ -190,6 +196,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
         """What decides which conversations an iteration trains on."""
         sampler, plan = self.micro_batches, self.dataloader.dataset.plan
         return {
+            **plan.settings,
             "plan": plan.folder.name,
             # The draw depends on numpy's version too, which the plan's name does not know.
             "content": plan.epoch(0).digest[:16],
@@ -230,7 +237,16 @@ class PackedTrainLoop(IterBasedTrainLoop):
                     f"the checkpoint of iteration {self._iter} lies inside an optimiser step, whose "
                     "gradients it does not hold. Take one that StepCheckpointHook has written"
                 )
+            length = hub.get_info(LENGTH, self._max_iters)
+            if length != self._max_iters:
+                print_log(
+                    f"The run was {length} micro-batches long when it was stopped, and is {self._max_iters} "
+                    "now: the learning rate follows the new length from here on",
+                    logger="current",
+                    level=logging.WARNING,
+                )
         hub.update_info(DATA_ORDER, now)
+        hub.update_info(LENGTH, self._max_iters)
 
 
 def with_loader_defaults(dataloader: DataLoader | dict[str, Any]) -> DataLoader | dict[str, Any]:

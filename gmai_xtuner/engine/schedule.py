@@ -78,6 +78,7 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
         for scheduler in runner.param_schedulers:
             if isinstance(scheduler, WarmupCosineLR):
                 scheduler.set_total_steps(runner.train_loop.total_steps)
+                _tell_if_the_rate_is_another(runner, scheduler.base_values[0])
 
     def after_train_iter(
         self,
@@ -89,3 +90,14 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
         if (data_batch or {})["data"]["step_end"]:
             for scheduler in runner.param_schedulers:
                 scheduler.step()
+
+
+def _tell_if_the_rate_is_another(runner: FlexibleRunner, base: float) -> None:
+    """A resumed run goes on with the rate that it began with, whatever the config says by now."""
+    configured = runner.cfg.get("optim_wrapper", {}).get("optimizer", {}).get("lr", base)
+    if configured != base:
+        runner.logger.warning(
+            f"The learning rate goes on from the {base:g} that this run began with; the config's "
+            f"{configured:g} is not used. For another rate start a new run from its weights "
+            "(model.pretrained_pth)"
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ POINTER = "last_checkpoint"
 
 _NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 _OPTIMIZER_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
+_WEIGHTS_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt$")
+_RANK_FILE = re.compile(r"^rank_(\d+)\.pt$")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,35 @@ def _what_is_wrong_without_manifest(checkpoint: Path) -> str | None:
         # torch.save writes a zip file, whose directory comes last.
         if not zipfile.is_zipfile(file):
             return f"is damaged: {file.name} is cut off"
+    return None
+
+
+def files_of_ranks_that_are_wrong(names: Collection[str], world_size: int) -> str | None:
+    """What is wrong with the files that every rank writes, in words that go after the folder's name.
+
+    Each rank writes ``rank_<r>.pt``, under ZeRO (all stages, offloaded or not, and bf16 without ZeRO) its
+    shard of the optimiser, and under ZeRO-3 its shard of the weights.
+
+    Args:
+        names: of the files in the folder.
+        world_size: ranks that wrote.
+
+    Returns:
+        ``None`` if each has one file of every kind that is there at all, and no other rank has.
+    """
+    if not any(name.endswith("_model_states.pt") for name in names):
+        return "is incomplete: it has no *_model_states.pt"
+    kinds = (
+        ("random states (rank_*.pt)", _RANK_FILE, True),
+        ("the optimiser's shards (*_optim_states.pt)", _OPTIMIZER_SHARD, False),
+        ("the weights' shards (zero_pp_rank_*_model_states.pt)", _WEIGHTS_SHARD, False),
+    )
+    for what, pattern, always in kinds:
+        ranks = sorted(int(match[1]) for name in names if (match := pattern.search(name)))
+        if ranks != list(range(world_size)) and (ranks or always):
+            return (
+                f"is incomplete: it has {what} of ranks {ranks}, not of the {world_size} that wrote"
+            )
     return None
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
+import stat
 import sys
+import time
 from collections import deque
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from mmengine.logging import MessageHub
 from xtuner.tools import utils as xtuner_tools
 
-from gmai_xtuner.engine import checkpointing
+from gmai_xtuner.engine import checkpointing, on_disk
 from gmai_xtuner.engine.checkpointing import (
     StepCheckpointHook,
     check_work_dir_is_shared,
@@ -34,9 +41,8 @@ from tests.models.test_checkpoint_folder import write_checkpoint
 @pytest.fixture
 def told(monkeypatch):
     lines: list[str] = []
-    monkeypatch.setattr(
-        checkpointing, "print_log", lambda text, *args, **kwargs: lines.append(text)
-    )
+    for module in (checkpointing, on_disk):
+        monkeypatch.setattr(module, "print_log", lambda text, *args, **kwargs: lines.append(text))
     return lines
 
 
@@ -44,9 +50,30 @@ def runner(work_dir, *, resume=False, load_from=None):
     return SimpleNamespace(work_dir=str(work_dir), _resume=resume, _load_from=load_from)
 
 
-def write_aside(work_dir, iteration):
+def write_aside(work_dir, iteration, *, ranks=1):
     aside = work_dir / f"iter_{iteration}.pth.writing"
-    return write_checkpoint(aside), work_dir / f"iter_{iteration}.pth"
+    write_checkpoint(aside, ranks=ranks)
+    for rank in range(ranks):
+        torch.save({}, aside / f"rank_{rank:05d}.pt")
+    return aside, work_dir / f"iter_{iteration}.pth"
+
+
+def refuse(monkeypatch, function, name, code=errno.ENOTEMPTY):
+    """Let a function of the file system refuse the paths named ``name*``."""
+    owner, attribute = function
+    original = getattr(owner, attribute)
+
+    def refusing(path, *args, **kwargs):
+        if not os.path.basename(path).startswith(name):
+            original(path, *args, **kwargs)
+        elif not kwargs.get("ignore_errors"):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(owner, attribute, refusing)
+
+
+RMTREE = (shutil, "rmtree")
+RENAME = (Path, "rename")
 
 
 def names(work_dir):
@@ -87,8 +114,8 @@ def test_the_next_start_removes_what_was_half_written_or_half_removed(tmp_path, 
     tidy_up(tmp_path)
     assert names(tmp_path) == ["iter_4.pth", "notes.writing"]
     assert [line.split(",")[0] for line in told] == [
-        "Removed iter_2.pth.removing",
         "Removed iter_8.pth.writing",
+        "Removed iter_2.pth.removing",
     ]
 
 
@@ -132,14 +159,14 @@ class Runner(SimpleNamespace):
 
     def save_checkpoint(self, out_dir, filename, *args, **kwargs):
         assert self.hooks == []
-        write_checkpoint(self.folder / filename)
+        write_checkpoint(self.folder / filename, ranks=1)
         self.seen.append((names(self.folder), self.message_hub["keep_ckpt_ids"]))
         if self.fails:
             raise self.fails
 
 
-def write(folder, iterations, *, fails=None):
-    """A hook that has written ``iterations``, keeping two; the last one fails with ``fails``."""
+def hook_and_runner(folder):
+    """A hook that keeps two checkpoints, and has written none."""
     hook = StepCheckpointHook(by_epoch=False, interval=4, max_keep_ckpts=2)
     hook.out_dir = str(folder)
     hook.keep_ckpt_ids = deque(maxlen=2)
@@ -152,6 +179,12 @@ def write(folder, iterations, *, fails=None):
         seed=0,
         fails=None,
     )
+    return hook, run
+
+
+def write(folder, iterations, *, fails=None):
+    """Write ``iterations``, keeping two; the last one fails with ``fails``."""
+    hook, run = hook_and_runner(folder)
     for iteration in iterations:
         run.fails = fails if iteration == iterations[-1] else None
         hook._save_checkpoint_with_step(run, iteration, {"iter": iteration})
@@ -282,7 +315,283 @@ def test_each_rank_gets_its_own_counters_back(tmp_path, told):
 def test_machines_that_do_not_share_the_work_dir_are_told_before_training(tmp_path, monkeypatch):
     check_work_dir_is_shared(tmp_path / "new", patience=0)
     assert names(tmp_path / "new") == []
-    answers = iter([["token"], [True, False, False]])
+    answers = iter([[".shared-token"], [True, False, False]])
     monkeypatch.setattr(checkpointing, "all_gather_object", lambda mine: next(answers))
     with pytest.raises(GMAIError, match=r"ranks \[1, 2\] do not see .* all machines share"):
         check_work_dir_is_shared(tmp_path, patience=0)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("function", [RENAME, (os, "fsync"), (Path, "mkdir")])
+def test_a_file_system_that_does_not_suit_is_told_before_training(
+    tmp_path, monkeypatch, function, code
+):
+    def refusing(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(*function, refusing)
+    with pytest.raises(GMAIError, match=r"can't be written to .*: rank 0: \[Errno .* --work-dir"):
+        check_work_dir_is_shared(tmp_path, patience=0)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_without_fsync_of_directories_will_do(tmp_path, monkeypatch, code):
+    original = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(code, os.strerror(code))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    check_work_dir_is_shared(tmp_path, patience=0)
+    publish(*write_aside(tmp_path, 8), iteration=8, seed=0)
+    assert names(tmp_path) == ["iter_8.pth"]
+
+
+def test_a_disk_that_fails_to_sync_a_directory_is_not_ignored(tmp_path, monkeypatch):
+    def fsync(handle):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        on_disk.directory_to_disk(tmp_path)
+
+
+def test_training_goes_on_when_an_old_checkpoint_cannot_be_deleted(tmp_path, monkeypatch, told):
+    refuse(monkeypatch, RMTREE, "iter_4.pth")
+    write(tmp_path, [4, 8, 12, 16])
+    assert names(tmp_path) == [
+        "iter_12.pth",
+        "iter_16.pth",
+        "iter_4.pth.removing",
+        "last_checkpoint",
+    ]
+    assert told == [
+        f"{tmp_path / 'iter_4.pth.removing'} is no longer needed and can't be removed: [Errno 39] "
+        "Directory not empty. The next start tries again"
+    ]
+    tidy_up(tmp_path)  # still refused
+    assert "iter_4.pth.removing" in names(tmp_path)
+    monkeypatch.undo()
+    tidy_up(tmp_path)
+    assert "iter_4.pth.removing" not in names(tmp_path)
+
+
+def test_what_can_be_deleted_of_an_old_checkpoint_is(tmp_path, monkeypatch, told):
+    checkpoint = write_checkpoint(tmp_path / "iter_4.pth", ranks=2)
+    refused = checkpoint / ".nfs01"
+    refused.touch()
+    original = os.unlink
+
+    def unlink(path, *args, **kwargs):
+        if os.path.basename(path) == ".nfs01":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    remove(checkpoint)
+    assert names(tmp_path / "iter_4.pth.removing") == [".nfs01"]
+    assert "Device or resource busy" in told[0]
+
+
+def test_an_old_checkpoint_that_cannot_be_renamed_is_tried_again_each_time(
+    tmp_path, monkeypatch, told
+):
+    with monkeypatch.context() as patched:
+        refuse(patched, RENAME, "iter_4.pth", errno.EACCES)
+        hook, run = hook_and_runner(tmp_path)
+        publish(*write_aside(tmp_path, 8), iteration=8, seed=0)
+        write_checkpoint(tmp_path / "iter_4.pth", sequence=1)
+        hook.keep_ckpt_ids.extend([4, 8])
+        for iteration in (12, 16):
+            hook._save_checkpoint_with_step(run, iteration, {"iter": iteration})
+            assert 4 in run.message_hub["keep_ckpt_ids"]
+        assert names(tmp_path) == ["iter_12.pth", "iter_16.pth", "iter_4.pth", "last_checkpoint"]
+        assert [line.split(" is no")[0] for line in told] == [str(tmp_path / "iter_4.pth")] * 2
+    hook._save_checkpoint_with_step(run, 20, {"iter": 20})
+    assert names(tmp_path) == ["iter_16.pth", "iter_20.pth", "last_checkpoint"]
+    hook._save_checkpoint_with_step(run, 24, {"iter": 24})
+    assert run.message_hub["keep_ckpt_ids"] == [16, 20, 24]
+
+
+def test_a_start_removes_what_the_checkpoint_lists_as_too_many_and_survives_a_refusal(
+    tmp_path, monkeypatch, told
+):
+    for number, iteration in enumerate((4, 8, 12)):
+        write_checkpoint(tmp_path / f"iter_{iteration}.pth", sequence=number + 1)
+    hub = MessageHub("outdated_at_start")
+    run = SimpleNamespace(work_dir=str(tmp_path), message_hub=hub, logger=logging.getLogger())
+    refuse(monkeypatch, RMTREE, "iter_4.pth")
+    for left in ([".removing"], []):
+        hub.update_info("keep_ckpt_ids", [4, 8, 12])
+        hook = StepCheckpointHook(by_epoch=False, interval=4, max_keep_ckpts=2)
+        hook.before_train(run)
+        hook.stop.restore()
+        assert list(hook.keep_ckpt_ids) == [8, 12]
+        expected = ["iter_12.pth", *[f"iter_4.pth{suffix}" for suffix in left], "iter_8.pth"]
+        assert names(tmp_path) == sorted(expected)
+        monkeypatch.undo()
+        tidy_up(tmp_path)
+
+
+def test_a_checkpoint_written_again_stands_even_if_the_older_one_cannot_be_deleted(
+    tmp_path, monkeypatch, told
+):
+    publish(*write_aside(tmp_path, 8), iteration=8, seed=0)
+    refuse(monkeypatch, RMTREE, "iter_8.pth")
+    publish(*write_aside(tmp_path, 8), iteration=8, seed=1)
+    publish(*write_aside(tmp_path, 8), iteration=8, seed=2)
+    assert names(tmp_path) == ["iter_8.pth", "iter_8.pth.1.removing", "iter_8.pth.removing"]
+    assert seed_of(tmp_path) == 2
+    monkeypatch.undo()
+    tidy_up(tmp_path)
+    assert names(tmp_path) == ["iter_8.pth"]
+
+
+def test_a_checkpoint_that_cannot_get_its_name_leaves_the_older_one_there(tmp_path, monkeypatch):
+    publish(*write_aside(tmp_path, 8), iteration=8, seed=3)
+    aside, final = write_aside(tmp_path, 8)
+    refuse(monkeypatch, RENAME, "iter_8.pth.writing", errno.EACCES)
+    with pytest.raises(GMAIError, match=r"iter_8\.pth could not be written.*Permission denied"):
+        publish(aside, final, iteration=8, seed=4)
+    assert names(tmp_path) == ["iter_8.pth", "iter_8.pth.writing"]
+    assert seed_of(final) == 3
+
+
+def test_a_pointer_that_cannot_be_written_is_no_failed_checkpoint(tmp_path, monkeypatch, told):
+    original = checkpointing.replace_text
+
+    def refusing(file, text):
+        if file.name == "last_checkpoint":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(file, text)
+
+    monkeypatch.setattr(checkpointing, "replace_text", refusing)
+    write(tmp_path, [4])
+    assert newest_whole(tmp_path)[0] == tmp_path / "iter_4.pth"
+    assert "iter_4.pth is whole, but" in told[0]
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "rank_00001.pt",
+        "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "mp_rank_00_model_states.pt",
+    ],
+)
+def test_a_checkpoint_that_lacks_a_rank_is_not_published(tmp_path, monkeypatch, missing):
+    aside, final = write_aside(tmp_path, 8, ranks=2)
+    monkeypatch.setattr(checkpointing, "get_world_size", lambda: 2)
+    (aside / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(GMAIError, match=r"rank 0: iter_8\.pth\.writing is incomplete: it has"):
+        publish(aside, final, iteration=8, seed=0, patience=0)
+    assert not final.exists()
+    assert not (aside / MANIFEST).exists()
+
+
+def test_a_network_file_system_is_given_time_to_show_the_files_of_other_ranks(
+    tmp_path, monkeypatch
+):
+    aside, final = write_aside(tmp_path, 8, ranks=2)
+    monkeypatch.setattr(checkpointing, "get_world_size", lambda: 2)
+    late = (aside / "rank_00001.pt").rename(tmp_path / "late")
+    monkeypatch.setattr(time, "sleep", lambda seconds: late.rename(aside / "rank_00001.pt"))
+    publish(aside, final, iteration=8, seed=0, patience=60)
+    assert "rank_00001.pt" in json.loads((final / MANIFEST).read_text())["files"]
+
+
+def test_the_manifest_does_not_vouch_for_hidden_files_that_vanish(tmp_path):
+    aside, final = write_aside(tmp_path, 8)
+    (aside / ".nfs0001").touch()
+    publish(aside, final, iteration=8, seed=0)
+    (final / ".nfs0001").unlink()
+    assert what_is_wrong(final) is None
+
+
+class Engine:
+    """DeepSpeed's, as far as its barriers and files go."""
+
+    def __init__(self, folder, fails_on):
+        self.folder, self.fails_on = folder, fails_on
+        self.checkpoint_engine = self
+
+    def makedirs(self, path, exist_ok=False):
+        path.mkdir(exist_ok=exist_ok)
+
+    def save(self, state, path):
+        if dist.get_rank() == self.fails_on:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        torch.save(state, path)
+
+    def _copy_recovery_script(self, folder):
+        pass
+
+    def save_checkpoint(self, folder, filename, *args, **kwargs):
+        rank = dist.get_rank()
+        if rank == 0:
+            self.makedirs(self.folder / filename, exist_ok=True)
+        dist.barrier()
+        if rank == 0:
+            self.save({}, self.folder / filename / "mp_rank_00_model_states.pt")
+        dist.barrier()
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        self.save({}, self.folder / filename / name)
+        dist.barrier()
+
+
+def write_as_rank(rank, folder, fails_on, full_at, answers):
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(str(folder.with_suffix(".store")), 2),
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=20),
+    )
+    engine = Engine(folder, fails_on if full_at == "save" else None)
+    if full_at == "rename" and rank == fails_on:
+        on_disk._move_away = refuse_to_move
+    hook, run = hook_and_runner(folder)
+    run.save_checkpoint = engine.save_checkpoint
+    run.strategy = SimpleNamespace(model=engine)
+    try:
+        hook._save_checkpoint_with_step(run, 4, {"iter": 4})
+        answers.put((rank, "written"))
+    except Exception as error:
+        answers.put((rank, f"{type(error).__name__} {error}"))
+
+
+def refuse_to_move(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("fails_on", "full_at"), [(None, "save"), (0, "save"), (1, "save"), (0, "rename")]
+)
+def test_when_one_rank_cannot_write_all_ranks_say_so_at_once(tmp_path, fails_on, full_at):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    context = torch.multiprocessing.get_context("fork")
+    answers = context.Queue()
+    processes = [
+        context.Process(target=write_as_rank, args=(rank, folder, fails_on, full_at, answers))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        said = dict(answers.get(timeout=60) for _ in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    if fails_on is None:
+        assert said == {0: "written", 1: "written"}
+        assert what_is_wrong(folder / "iter_4.pth") is None
+        return
+    for rank in range(2):
+        assert said[rank].startswith(f"GMAIError the checkpoint {folder / 'iter_4.pth'} could not")
+        assert f"rank {fails_on}: [Errno 28] No space left on device" in said[rank]
+    assert names(folder) == ["iter_4.pth.writing"]

@@ -62,19 +62,46 @@ def test_accumulation_must_be_set_in_both_places():
         loop._check_accumulation()
 
 
-def test_a_checkpoint_from_inside_a_step_is_refused():
-    order = {"plan": "a"}
-    hub = SimpleNamespace(get_info=lambda name: order, update_info=lambda name, value: None)
-    loop = bare_loop(
+def resumed_loop(
+    order: dict[str, object], info: dict[str, object], **attributes
+) -> PackedTrainLoop:
+    hub = SimpleNamespace(get_info=info.get, update_info=info.__setitem__)
+    return bare_loop(
         _runner=SimpleNamespace(message_hub=hub),
         dataloader=SimpleNamespace(batch_sampler=Sampler()),
         _data_order=lambda: order,
-        _iter=3,
+        _max_iters=10,
+        **attributes,
     )
+
+
+def test_a_checkpoint_from_inside_a_step_is_refused():
+    order = {"plan": "a"}
+    loop = resumed_loop(order, {loop_module.DATA_ORDER: order}, _iter=3)
     with pytest.raises(GMAIError, match="inside an optimiser step"):
         loop._check_resumed_order()
     loop._iter = 4
     loop._check_resumed_order()
+
+
+def test_a_resumed_run_with_another_setting_is_refused_and_the_setting_named():
+    before = {"held_out": 0.2, "plan": "a"}
+    loop = resumed_loop({"held_out": 0.1, "plan": "b"}, {loop_module.DATA_ORDER: before}, _iter=4)
+    with pytest.raises(GMAIError, match=r"iteration 4: held_out: 0\.2 -> 0\.1, plan: a -> b"):
+        loop._check_resumed_order()
+
+
+def test_a_resumed_run_of_another_length_says_so(monkeypatch):
+    told = []
+    monkeypatch.setattr(loop_module, "print_log", lambda text, **_: told.append(text))
+    order = {"plan": "a"}
+    info = {loop_module.DATA_ORDER: order, loop_module.LENGTH: 10}
+    resumed_loop(order, info, _iter=4)._check_resumed_order()
+    assert told == []
+    info[loop_module.LENGTH] = 20
+    resumed_loop(order, info, _iter=4)._check_resumed_order()
+    assert "was 20 micro-batches long when it was stopped, and is 10 now" in told[0]
+    assert info[loop_module.LENGTH] == 10
 
 
 def test_options_that_need_workers_go_when_there_are_none():

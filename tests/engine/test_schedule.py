@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gmai_xtuner.engine.schedule import WarmupCosineLR
+from gmai_xtuner.engine.schedule import OptimizerStepScheduleHook, WarmupCosineLR
 
 
 def rates(total, **options):
@@ -45,3 +46,18 @@ def test_lowest_rate():
 def test_impossible_shares_are_refused(options):
     with pytest.raises(ValueError, match="must be in"):
         rates(4, **options)
+
+
+@pytest.mark.parametrize(("configured", "told"), [(2.0, False), (0.5, True)])
+def test_a_rate_of_the_config_that_a_resumed_run_does_not_take_is_told(configured, told):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    warnings: list[str] = []
+    runner = SimpleNamespace(
+        param_schedulers=[WarmupCosineLR(optimizer, by_epoch=False, begin=0, end=4)],
+        train_loop=SimpleNamespace(total_steps=4),
+        cfg={"optim_wrapper": {"optimizer": {"lr": configured}}},
+        logger=SimpleNamespace(warning=warnings.append),
+    )
+    OptimizerStepScheduleHook().before_train(runner)
+    assert bool(warnings) is told
+    assert not told or "goes on from the 2 that this run began with" in warnings[0]

@@ -11,6 +11,7 @@ import torch
 from gmai_xtuner.models.checkpoint_folder import (
     Manifest,
     checkpoints_in,
+    files_of_ranks_that_are_wrong,
     iteration_of,
     newest_whole,
     what_is_wrong,
@@ -116,3 +117,31 @@ def test_other_things_in_a_work_dir_are_no_checkpoints(tmp_path):
         (tmp_path / name).mkdir()
     assert checkpoints_in(tmp_path) == []
     assert newest_whole(tmp_path / "nowhere") == (None, {})
+
+
+def of_two_ranks(*kinds: str) -> list[str]:
+    return ["mp_rank_00_model_states.pt", *(kind.format(rank) for kind in kinds for rank in (0, 1))]
+
+
+RANDOM = "rank_{:05d}.pt"
+SHARD = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+WEIGHTS = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+
+
+@pytest.mark.parametrize(
+    "kinds", [(RANDOM,), (RANDOM, f"bf16_{SHARD}"), (RANDOM, SHARD), (RANDOM, SHARD, WEIGHTS)]
+)
+def test_what_deepspeed_writes_is_complete_with_every_rank_and_with_no_other(kinds):
+    names = of_two_ranks(*kinds)
+    assert files_of_ranks_that_are_wrong(names, 2) is None
+    for name in names[1:]:
+        rest = [other for other in names if other != name]
+        assert "is incomplete: it has " in files_of_ranks_that_are_wrong(rest, 2)
+    assert "of ranks [0, 1], not of the 3 that" in files_of_ranks_that_are_wrong(names, 3)
+    assert "of ranks [0, 1], not of the 1 that" in files_of_ranks_that_are_wrong(names, 1)
+
+
+def test_a_checkpoint_without_weights_is_incomplete():
+    names = ["rank_00000.pt", SHARD.format(0)]
+    wrong = files_of_ranks_that_are_wrong(names, 1)
+    assert wrong == "is incomplete: it has no *_model_states.pt"

@@ -30,7 +30,9 @@ log_processor = dict(by_epoch=False, mean_pattern=r".*time.*")
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
-    dist_cfg=dict(backend="nccl"),  # gloo where there is no GPU, see gmai_xtuner.compat
+    # gloo where there is no GPU, see gmai_xtuner.compat. All ranks wait for a checkpoint to be on disk: an
+    # hour (in seconds).
+    dist_cfg=dict(backend="nccl", timeout=3600),
 )
 
 randomness = dict(seed=0, deterministic=False)
