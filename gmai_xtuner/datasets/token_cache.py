@@ -19,6 +19,7 @@ succeeds. Training never opens that folder; :mod:`gmai_xtuner.preflight` plans w
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -418,6 +419,9 @@ _job_of_worker: _Job | None = None
 def _take_job(job: _Job) -> None:
     global _job_of_worker
     _job_of_worker = job
+    # What was inherited stays until the end; looking through all of torch's objects for garbage again and
+    # again would also copy their pages.
+    gc.freeze()
     # The tokenizer's threads did not survive the fork, and importing xtuner sets this to "true", by
     # which tokenizers does not look whether they did: a worker would wait for them forever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

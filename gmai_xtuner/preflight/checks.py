@@ -53,6 +53,23 @@ def check_options(run: RunConfig, findings: Findings) -> None:
         )
 
 
+def _some(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def check_held_out(run: RunConfig, data: DataSummary, findings: Findings) -> None:
+    """Whether there will be a validation, where one is asked for."""
+    share = float(run.dataset.get("held_out", 0.0))
+    if share > 0 and not any(row.held_out for row in data.datasets):
+        records = sum(row.records for row in data.datasets)
+        findings.note(
+            "data",
+            f"nothing is held out of {_some(records, 'record')} (held_out is {share:g}, a share of the "
+            "images): there will be no validation. For one, raise train_dataloader.dataset.held_out, e.g. "
+            f"--cfg-options train_dataloader.dataset.held_out={max(0.05, min(0.5, 10 * share)):g}",
+        )
+
+
 def check_amount(run: RunConfig, data: DataSummary, findings: Findings) -> None:
     """Whether there is enough data for a step and for all GPUs."""
     if data.packs < data.packs_per_step:
@@ -65,7 +82,8 @@ def check_amount(run: RunConfig, data: DataSummary, findings: Findings) -> None:
     if data.packs < run.gpus:
         findings.warn(
             "data",
-            f"{run.gpus} GPUs share {data.packs} packs: {run.gpus - data.packs} of them learn nothing",
+            f"{run.gpus} GPUs share {_some(data.packs, 'pack')}: {_some(run.gpus - data.packs, 'GPU')} "
+            f"would have nothing to learn. The run starts all the same; {_some(data.packs, 'GPU')} would do",
         )
 
 
@@ -176,7 +194,12 @@ def checkpoint_bytes(counts: Mapping[str, PartCount], moment_bytes: int) -> int:
 
 
 def check_disk(
-    run: RunConfig, size: int, iterations: int | None, findings: Findings
+    run: RunConfig,
+    size: int,
+    iterations: int | None,
+    findings: Findings,
+    *,
+    elsewhere: bool = False,
 ) -> dict[str, Any]:
     """Whether the work dir has room for the checkpoints that are kept, and for one being written.
 
@@ -188,6 +211,7 @@ def check_disk(
         size: of one checkpoint, bytes.
         iterations: of the run; ``None`` if it is not known.
         findings: take what is wrong.
+        elsewhere: the run is planned for another machine: too little room here is a warning.
 
     Returns:
         the numbers for the report.
@@ -197,7 +221,7 @@ def check_disk(
     written = 1
     if iterations is not None and interval > 0:
         written = max(1, math.ceil(iterations / interval))
-    kept = written if keep < 1 else min(keep + 1, written)
+    kept = _at_a_time(keep, written)
     existing = next(
         folder
         for folder in (run.work_dir.absolute(), *run.work_dir.absolute().parents)
@@ -208,11 +232,31 @@ def check_disk(
     taken = sum(_bytes_below(path) for path in there)
     if max(size, kept * size - taken) > free:
         already = f", and has {taken / GIB:.1f} GiB of them" if there else ""
-        findings.fail(
+        if iterations is None:
+            why = "at least: how many the run writes is not known"
+        elif keep >= 1 and kept > keep:
+            why = f"max_keep_ckpts {keep}, and one being written"
+        else:
+            why = f"all that the run writes; max_keep_ckpts {keep}"
+        fewer = [
+            number
+            for number in range(1, kept)
+            if _at_a_time(number, written) < kept
+            and max(size, _at_a_time(number, written) * size - taken) <= free
+        ]
+        option = "default_hooks.checkpoint.max_keep_ckpts"
+        remedy = f", or --cfg-options {option}={fewer[-1]}" if fewer else ""
+        tell = findings.warn if elsewhere else findings.fail
+        tell(
             "disk",
             f"{run.work_dir} has {free / GIB:.1f} GiB free, but holds {kept} x about {size / GIB:.1f} GiB "
-            f"of checkpoints at a time (max_keep_ckpts {keep}, and one being written){already}. "
-            "Choose another --work-dir, or lower default_hooks.checkpoint.max_keep_ckpts",
+            f"of checkpoints at a time ({why}){already}. "
+            + (
+                "On the machine that trains, this room is needed; else choose"
+                if elsewhere
+                else "Choose"
+            )
+            + f" another --work-dir{remedy}",
         )
     return {
         "checkpoint_gib": round(size / GIB, 3),
@@ -220,6 +264,11 @@ def check_disk(
         "already_there_gib": round(taken / GIB, 3),
         "free_gib": round(free / GIB, 1),
     }
+
+
+def _at_a_time(keep: int, written: int) -> int:
+    """Checkpoints on disk at a time, if ``written`` are written and ``keep`` kept (below 1: all)."""
+    return written if keep < 1 else min(keep + 1, written)
 
 
 def _bytes_below(path: Path) -> int:

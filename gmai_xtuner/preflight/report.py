@@ -10,7 +10,7 @@ from typing import Any
 
 from gmai_xtuner.preflight.findings import FAIL, NOTE, WARN
 from gmai_xtuner.preflight.memory import GIB
-from gmai_xtuner.preflight.survey import Preflight
+from gmai_xtuner.preflight.survey import SKIP, Preflight
 
 IN_JSON = 10_000
 """Entries of one list in JSON; how many are left out is said beside it."""
@@ -309,12 +309,24 @@ def _missing(result: Preflight) -> str:
             more = f" and {len(dataset.paths) - 1} more" if len(dataset.paths) > 1 else ""
             lines.append(f"  {dataset.name:<{width}}  {dataset.paths[0]}{more}")
         lines += _and_more(len(datasets) - IN_TEXT)
+    remedies: dict[str, None] = {}
     for bad in result.survey.bad.values():
         word = "Bad records" if bad.refused else "Records left out"
         lines += ["", f"{word} of {bad.name}: {bad.count}, listed in {bad.listing}"]
         notes, left_out = _shorten(bad.notes(), IN_TEXT)
-        lines += [f"  {note['where'] or 'the file'}: {note['problem']}" for note in notes]
+        lines += [
+            f"  {note['where'] or 'the file'}: {note['problem']} ({note['reason']})"
+            for note in notes
+        ]
         lines += _and_more(left_out)
+        told = (note["remedy"] for note in islice(bad.notes(), IN_JSON))
+        remedies |= dict.fromkeys(" ".join(text.split()).rstrip(".") for text in told if text)
+    if any(bad.refused for bad in result.survey.bad.values()):
+        remedies[f"Or leave them out of the training: {SKIP}"] = None
+    if remedies:
+        lines += ["", "What to do about bad records"]
+        for text in list(remedies)[: IN_TEXT - 1] + list(remedies)[IN_TEXT - 1 :][-1:]:
+            lines += _wrap(text)
     if result.bad_images:
         lines += ["", f"Bad images: {len(result.bad_images)}"]
         lines += [
@@ -342,15 +354,19 @@ def _problems(result: Preflight) -> str:
             continue
         lines += ["", word]
         for finding in found:
-            lines += textwrap.wrap(
-                f"{finding.about}: {' '.join(finding.text.split())}",
-                WIDTH,
-                initial_indent="  ",
-                subsequent_indent="    ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            lines += _wrap(f"{finding.about}: {' '.join(finding.text.split())}")
     return "\n".join(lines).strip()
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _verdict(result: Preflight) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gmai_xtuner.preflight import checks, data, pictures
+from gmai_xtuner.preflight import checks, data, option_names, pictures
 from gmai_xtuner.preflight.activations import Activations, MicroBatch, estimate_activations
 from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.geometry import read_geometry
@@ -31,6 +31,8 @@ from gmai_xtuner.preflight.run_config import RunConfig, ZeroSettings, load_zero
 
 ALTERNATIVES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 """DeepSpeed files that are tried where the memory does not suffice."""
+SKIP = "--cfg-options train_dataloader.dataset.on_bad_sample=skip"
+"""Leaves bad records out of the training."""
 
 
 @dataclass(slots=True)
@@ -108,6 +110,7 @@ def look_at(
     result = Preflight(run, gpu_memory, throughput)
     findings = result.findings
     checks.check_options(run, findings)
+    option_names.check_names(run, findings)
     model = _look_at_model(result)
     if model is not None and need_weights:
         checks.check_base_weights(run, model, findings)
@@ -118,7 +121,7 @@ def look_at(
         optimizer = str(run.cfg.optim_wrapper.get("optimizer", {}).get("type", "AdamW"))
         size = checks.checkpoint_bytes(result.counts, moment_bytes(optimizer))
         iterations = result.summary.iterations if result.summary else None
-        result.disk = checks.check_disk(run, size, iterations, findings)
+        result.disk = checks.check_disk(run, size, iterations, findings, elsewhere=not need_weights)
     return result
 
 
@@ -156,7 +159,7 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
             findings.fail(
                 "data",
                 f"{bad.name} has bad records, {bad.count} ({told}). Mend them, or leave them out with "
-                f"on_bad_sample='skip'. All of them: {bad.listing}",
+                f"{SKIP}. All of them: {bad.listing}",
             )
         else:
             findings.warn(
@@ -168,6 +171,7 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
     with findings.catch("data"):
         result.summary = data.summarise(run, dataset)
         checks.check_amount(run, result.summary, findings)
+        checks.check_held_out(run, result.summary, findings)
     if survey.incomplete:
         data.forget_plan(dataset, survey)
     roots = pictures.list_images(dataset)
@@ -186,9 +190,9 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
         told = "; ".join(f"images that are {kind}: {count}" for kind, count in kinds if count)
         findings.fail(
             "images",
-            f"{told}. Mend them; or let training leave out their records: on_bad_sample='skip', "
-            f"check_images='{'decode' if damaged else 'header'}' and a new cache (remove those of these "
-            "datasets from the cache folder)",
+            f"{told}. Mend them; or let training leave out their records: {SKIP} "
+            f"train_dataloader.dataset.check_images={'decode' if damaged else 'header'} "
+            "and a new cache (remove those of these datasets from the cache folder)",
         )
 
 

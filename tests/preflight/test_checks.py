@@ -115,6 +115,34 @@ def test_disk_must_hold_the_checkpoints_that_are_kept(preflight, corpus, monkeyp
         assert ("GiB free, but holds 3 x about" in problems(found)) is fails
 
 
+@pytest.mark.parametrize(
+    ("interval", "keep", "room", "number", "why", "lower"),
+    [
+        (1, 4, 2, 5, "max_keep_ckpts 4, and one being written", 1),
+        (1, 2, 1, 3, "max_keep_ckpts 2, and one being written", None),
+        (1, -1, 4, 5, "all that the run writes; max_keep_ckpts -1", 3),
+        (10**6, 2, 0, 1, "all that the run writes; max_keep_ckpts 2", None),
+    ],
+    ids=["lower", "no-lower-helps", "all-are-kept", "one-alone"],
+)
+def test_too_little_disk_says_why_and_what_would_help(
+    preflight, corpus, monkeypatch, interval, keep, room, number, why, lower
+):
+    usage = namedtuple("usage", "free")
+    hook = "default_hooks.checkpoint"
+    options = {**SMALL, f"{hook}.interval": interval, f"{hook}.max_keep_ckpts": keep}
+    size = sum(p.trainable for p in preflight(corpus.mixture, options=options).counts.values()) * 14
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage(room * size))
+    told = problems(preflight(corpus.mixture, options=options))
+    assert f"holds {number} x" in told
+    assert f"({why})" in told
+    assert (f"or --cfg-options {hook}.max_keep_ckpts={lower}" in told) is (lower is not None)
+    assert ("max_keep_ckpts=" in told) is (lower is not None)
+    elsewhere = preflight(corpus.mixture, options=options, need_weights=False)
+    assert problems(elsewhere) == ""
+    assert "On the machine that trains, this room is needed" in problems(elsewhere, "warn")
+
+
 def test_checkpoints_that_are_there_need_no_more_room(preflight, corpus, monkeypatch, tmp_path):
     usage = namedtuple("usage", "free")
     many = {**SMALL, "default_hooks.checkpoint.interval": 1}

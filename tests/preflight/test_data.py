@@ -145,6 +145,13 @@ def test_bad_records_are_all_told_and_the_rest_planned(preflight, corpus):
     assert len(report["bad_records"][0]["records"]) == 31
     assert {"dataset": "a", "image": "gone29.png"} in report["missing"]["images"]
     assert len(report["missing"]["images"]) == 30
+    text = as_text(found)
+    assert "(missing_image)" in text
+    assert "(not_an_object)" in text  # of b
+    _, remedies = text.split("What to do about bad records\n")
+    assert remedies.count("drop the record") == 1  # for 30 records
+    option = "--cfg-options train_dataloader.dataset.on_bad_sample=skip"
+    assert remedies.split("\n\n")[0].count(option) == 1
 
 
 def test_what_skip_leaves_out_is_no_failure(preflight, corpus):
@@ -197,7 +204,11 @@ def test_fewer_packs_than_a_step(preflight, corpus):
     assert problems(found) == ""
     told = problems(found, "warn")
     assert "10 packs are fewer than the 64 of one optimiser step" in told
-    assert "16 GPUs share 10 packs: 6 of them learn nothing" in told
+    assert "16 GPUs share 10 packs: 6 GPUs would have nothing to learn" in told
+    assert "The run starts all the same; 10 GPUs would do" in told
+    assert "1 GPU would have nothing" in problems(
+        preflight(corpus.mixture, options=SMALL, gpus=11), "warn"
+    )
 
 
 def test_lists_in_json_say_what_they_leave_out(preflight, corpus, monkeypatch):
@@ -208,3 +219,13 @@ def test_lists_in_json_say_what_they_leave_out(preflight, corpus, monkeypatch):
     report = as_json(found)
     assert len(report["missing"]["images"]) == 3
     assert report["missing"]["images_left_out"] == 17
+
+
+def test_nothing_held_out_is_told_with_the_option_to_raise(preflight, corpus):
+    option = "train_dataloader.dataset.held_out"
+    told = problems(preflight(corpus.mixture, options={**SMALL, option: 1e-6}), "note")
+    assert "nothing is held out of 30 records (held_out is 1e-06" in told
+    assert f"--cfg-options {option}=0.05" in told
+    for share in (0.0, 0.5):  # not asked for; asked for and there
+        found = preflight(corpus.mixture, options={**SMALL, option: share})
+        assert "held out" not in problems(found, "note")
