@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
-import socket
 import sys
 import types
 from collections.abc import Callable
@@ -321,9 +320,8 @@ def rendezvous_alone() -> None:
     """
     if torch.distributed.is_initialized() or "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Port 0: the store listens on a free port that the system gives it. A port looked up beforehand can be
+    # taken by another program before the store listens.
     os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
     )

@@ -50,8 +50,8 @@ class ImageTransform:
         decoding: how :meth:`read` opens a file. ``"full"`` decodes every pixel. ``"scaled"`` decodes a
             large JPEG at 1/2, 1/4 or 1/8, such that its longer edge (mode ``"resize"``: its shorter one)
             keeps at least two pixels for one of the result: from 4 S on. That is several times as fast;
-            levels (0..255) of photographs and scans differ by 0.1 to 0.2 in the mean and by at most 5,
-            see ``benchmarks/README.md``.
+            levels (0..255) of photographs and scans differ by about 0.2 in the mean and 3 at the most,
+            those of noise by more, see ``benchmarks/README.md``.
 
     Raises:
         ValueError: a size, mean, std, mode or decoding that makes no sense.

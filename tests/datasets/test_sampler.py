@@ -39,7 +39,9 @@ class Dataset:
             (0, 0, len(pack), sum(pack), sum(number**0.5 for number in pack))
             for pack in np.roll(np.array(self.labels, dtype=object), epoch)
         ]
-        return EpochPlan(Packs(np.zeros(len(self) + 1), np.zeros(0)), np.array(rows, dtype=float))
+        return EpochPlan(
+            Packs(np.zeros(len(self) + 1), np.zeros(0)), np.array(rows, dtype=float), str(epoch)
+        )
 
     def item(self, ref: PackRef) -> dict:
         """The pack as the packed dataset gives it, without text: one context token each."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,15 +137,16 @@ def _train(rank: int, engine, guard: StepGuard, *, leave_out: bool) -> dict:
     return {"state": _state(engine), "said": said, "counts": (guard.total, guard.in_a_row)}
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
+def _worker(rank: int, folder: str) -> None:
     import os
 
     import deepspeed
 
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
+    # A file, since a free port that is looked up first may be taken before the ranks meet there.
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD
+    )
     torch.set_num_threads(1)
     import gmai_xtuner  # noqa: F401  (no C++ compiler for DeepSpeed's shared memory)
 
@@ -166,10 +166,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, str(folder)), nprocs=WORLD)
+    torch.multiprocessing.spawn(_worker, (str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -319,7 +319,7 @@ def test_zero3_partitions_the_same_weights(checkpoint, monkeypatch):
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     expected = {k: v.clone() for k, v in load_language_model(str(checkpoint)).state_dict().items()}
-    address = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 29743}
+    address = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}
     for key, value in {**address, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(key, str(value))
     deepspeed.init_distributed("gloo", verbose=False)
