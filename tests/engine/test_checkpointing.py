@@ -573,7 +573,9 @@ def refuse_to_move(path):
 def test_when_one_rank_cannot_write_all_ranks_say_so_at_once(tmp_path, fails_on, full_at):
     folder = tmp_path / "work"
     folder.mkdir()
-    context = torch.multiprocessing.get_context("fork")
+    # Not "fork": this process may have threads of OpenMP, without which its fork waits for ever.
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     answers = context.Queue()
     processes = [
         context.Process(target=write_as_rank, args=(rank, folder, fails_on, full_at, answers))
