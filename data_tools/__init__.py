@@ -1,0 +1,4 @@
+"""From labelled medical image sets to an image-text corpus; ``python data_tools/generate.py JOB.yaml``.
+
+Imports nothing that needs torch, and nothing of ``gmai_xtuner``: the two meet in files only.
+"""

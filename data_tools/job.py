@@ -1,0 +1,471 @@
+"""The job file: YAML -> `Job`, or one error with every mistake of the file and its line."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.resources
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from data_tools import readers
+from data_tools.checks import CheckOptions
+from data_tools.engine import ENGINES
+from data_tools.errors import CorpusError, JobError
+from data_tools.forms.options import MakeOptions
+from data_tools.options import Options
+from data_tools.output.options import OutputOptions
+from data_tools.readers.source import SourceOptions
+from data_tools.taxonomy import Taxonomy
+from data_tools.taxonomy import load as load_taxonomy
+from data_tools.writers.options import TemplateOptions, WriterOptions
+
+MAX_BYTES = 16 * 2**20
+MAX_NODES = 1_000_000
+
+Place = tuple[str | int, ...]
+"""Where a value is in the file: ``("sources", 0, "root")``."""
+
+
+class Job(Options):
+    """A whole job.
+
+    Args:
+        path: of the file.
+        output: folder of the corpus.
+        title: of the corpus, for its card.
+        seed: of every random choice.
+        taxonomy: file that extends the built-in vocabulary.
+        engine: ``processes`` of this machine or ``ray``.
+        workers: default: the cores of this machine, or of the cluster.
+        sources: in the order in which they are in the corpus.
+        make: how many conversations of which form.
+        writer: who writes them.
+        checks: what an answer must pass.
+        corpus: what the output folder holds.
+    """
+
+    path: Path
+    output: Path
+    title: str = "Corpus"
+    seed: int = Field(default=0, ge=0)
+    taxonomy: Path | None = None
+    engine: str = "processes"
+    workers: int | None = Field(default=None, ge=1)
+    sources: tuple[SourceOptions, ...]
+    make: MakeOptions = MakeOptions.model_validate({})
+    writer: WriterOptions = Field(default_factory=TemplateOptions)
+    checks: CheckOptions = CheckOptions.model_validate({})
+    corpus: OutputOptions = Field(default_factory=OutputOptions)
+
+
+def load(path: Path, *, output: Path | None = None) -> Job:
+    """Read and check a job file.
+
+    Args:
+        path: of the file. Relative paths in it are relative to its folder.
+        output: stands for the file's ``output``; relative to the current folder.
+
+    Raises:
+        JobError: the file can't be read or has mistakes; one line each, ``file:line: where: what``.
+    """
+    document = _Document(path)
+    data = document.data
+    if output is not None:
+        data["output"] = str(output.absolute())
+    problems = _Problems(path, document.lines)
+    sources = _sources(data, problems, path.parent)
+    extended = _below(data, "taxonomy", path.parent)
+    _below(data, "output", path.parent)
+    if isinstance(data.get("writer"), dict):
+        data["writer"] = dict(data["writer"])
+        _below(data["writer"], "cache", path.parent)
+    if "path" in data:
+        problems.add(("path",), _unknown("path", Job))
+    job = _validated(Job, data | {"path": path.absolute(), "sources": sources}, (), problems)
+    if job is not None and job.engine not in ENGINES:
+        problems.add(("engine",), f"expected {' or '.join(ENGINES)}, got {job.engine!r}")
+    if extended is None or extended.is_file():
+        _check_terms(sources, data, load_taxonomy(extended), problems)
+    else:
+        problems.add(("taxonomy",), f"there is no file {extended}")
+    problems.stop()
+    assert job is not None
+    return job
+
+
+def fingerprint(options: BaseModel, *, without: Sequence[str] = ()) -> str:
+    """A hash of options; the same for the same values."""
+    values = options.model_dump(mode="json", exclude=set(without))
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+
+_PLAIN_TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
+
+
+class _Document:
+    """A YAML file as plain values, and the line of each.
+
+    Keys are text as it is written, so that ``1: neutrophil`` and ``no: absent`` mean the codes ``1`` and
+    ``no``. A key that is there twice is an error: YAML's own rule would silently take the last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: dict[Place, int] = {(): 1}
+        self._nodes = 0
+        self._loader: Any = None
+        try:
+            size = path.stat().st_size
+            if size > MAX_BYTES:
+                raise JobError(
+                    f"{path}: {size} bytes are no job file; at most {MAX_BYTES} are read."
+                )
+            text = path.read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise JobError(
+                f"{path}: the job file can't be read ({error.strerror or error})."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise JobError(f"{path}: the job file must be UTF-8 text ({error}).") from error
+        try:
+            loader = self._loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            if node is None:
+                raise JobError(f"{path}:1: the job file is empty; it needs output and sources.")
+            data = self._value(node, (), ())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            raise JobError(
+                f"{path}:{line}: not valid YAML: {error.problem or error.context}"
+            ) from error
+        except yaml.YAMLError as error:
+            raise JobError(f"{path}: not valid YAML: {error}") from error
+        except RecursionError as error:
+            raise JobError(f"{path}: not a job file: nested too deep.") from error
+        if not isinstance(data, dict):
+            raise JobError(
+                f"{path}:1: expected keys such as output and sources, got {_kind(data)}."
+            )
+        self.data: dict[str, Any] = data
+
+    def _value(self, node: yaml.Node, place: Place, above: tuple[int, ...]) -> Any:
+        self._nodes += 1
+        if id(node) in above:
+            self._stop(node, "an alias that contains itself")
+        if self._nodes > MAX_NODES:
+            self._stop(node, f"more than {MAX_NODES} values (aliases count where they are used)")
+        self.lines.setdefault(place, node.start_mark.line + 1)
+        above = (*above, id(node))
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+            self._stop(node, f"not valid YAML: the tag {node.tag!r} is of no use in a job file")
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(item, (*place, i), above) for i, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            try:
+                return self._loader.construct_object(node)
+            except ValueError as error:  # a date such as 2024-13-45
+                return self._stop(node, str(error))
+        values: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._stop(key, "a key must be plain text")
+            if key.tag == "tag:yaml.org,2002:merge":
+                self._stop(key, "merge keys (<<) are not supported; write the keys out")
+            name = key.value
+            line = key.start_mark.line + 1
+            if name in values:
+                first = self.lines[(*place, name)]
+                self._stop(key, f"the key {name!r} is there twice, first in line {first}")
+            self.lines[(*place, name)] = line
+            values[name] = self._value(value, (*place, name), above)
+        return values
+
+    def _stop(self, node: yaml.Node, text: str) -> typing.NoReturn:
+        raise JobError(f"{self.path}:{node.start_mark.line + 1}: {text}.")
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+class _Problems:
+    """Mistakes, in the order of the file's lines at the end."""
+
+    def __init__(self, path: Path, lines: Mapping[Place, int]) -> None:
+        self._path = path
+        self._lines = lines
+        self._found: list[tuple[int, str]] = []
+
+    def add(self, place: Place, text: str) -> None:
+        known = tuple(part for part in place if part != "[key]")
+        while known not in self._lines:
+            known = known[:-1]
+        where = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}"
+            for part in place
+            if part != "[key]"
+        )
+        where = f"{where.removeprefix('.')}: " if where else ""
+        self._found.append((self._lines[known], f"{where}{text}"))
+
+    def stop(self) -> None:
+        if self._found:
+            raise JobError(
+                "\n".join(
+                    f"{self._path}:{line}: {text}{'' if text.endswith('?') else '.'}"
+                    for line, text in sorted(set(self._found))
+                )
+            )
+
+
+def _validated(
+    model: type[BaseModel], data: Mapping[str, Any], place: Place, problems: _Problems
+) -> Any:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        for mistake in error.errors(include_url=False):
+            where, owner = _walk(model, data, mistake["loc"])
+            problems.add((*place, *where), _text(mistake, owner))
+        return None
+
+
+def _walk(
+    model: type[BaseModel], data: Any, location: tuple[str | int, ...]
+) -> tuple[Place, type[BaseModel]]:
+    """Pydantic's location -> place in the file and the section that it is in.
+
+    Pydantic puts the names of the tried alternatives between the keys, which are not in the file.
+    """
+    place: list[str | int] = []
+    owner, candidates = model, [model]
+    for index, part in enumerate(location):
+        last = index == len(location) - 1
+        is_there = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)
+        )
+        fields = [made for made in candidates if part in made.model_fields]
+        if fields:
+            owner = fields[0]
+        elif candidates:
+            tagged = [made for made in candidates if _has_tag(made, part)]
+            candidates = tagged or candidates
+            owner = candidates[0]
+        if not is_there and not (last and fields):
+            continue
+        place.append(part)
+        data = data[part] if is_there else None
+        if fields:
+            candidates = list(_models(fields[0].model_fields[str(part)].annotation))
+        elif isinstance(part, str):
+            candidates = []
+    return tuple(place), owner
+
+
+def _has_tag(model: type[BaseModel], tag: str | int) -> bool:
+    field = model.model_fields.get("name")
+    return field is not None and tag in typing.get_args(field.annotation)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for part in typing.get_args(annotation):
+        yield from _models(part)
+
+
+def _text(mistake: Mapping[str, Any], owner: type[BaseModel]) -> str:
+    kind, got = mistake["type"], mistake.get("input")
+    if kind == "extra_forbidden":
+        return _unknown(str(mistake["loc"][-1]), owner)
+    if kind == "missing":
+        return "this key is missing"
+    text = mistake["msg"].removeprefix("Value error, ").rstrip(".")
+    text = text[:1].lower() + text[1:] if text[:6] == "Input " else text
+    if kind == "value_error":
+        return text
+    if kind == "string_type" and isinstance(got, bool | int | float):
+        return f"{text}, got {got!r}; put it in quotes"
+    shown = repr(got) if got is None or isinstance(got, str | int | float) else _kind(got)
+    return f"{text}, got {shown[:120]}"
+
+
+def _unknown(key: str, owner: type[BaseModel]) -> str:
+    known = [field.alias or name for name, field in owner.model_fields.items() if name != "path"]
+    return f"unknown key{nearest(key, known)}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``; did you mean 'licence'?``, or the names there are."""
+    lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {lower[close[0]]!r}?"
+    return f"; there are {', '.join(sorted(known))}"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "keys", list: "a list", str: "a text", type(None): "nothing"}
+    return names.get(type(value), repr(value)[:120])
+
+
+# --- sources --------------------------------------------------------------------------------------
+
+
+def _sources(data: Mapping[str, Any], problems: _Problems, folder: Path) -> list[SourceOptions]:
+    entries = data.get("sources")
+    if not isinstance(entries, list) or not entries:
+        text = "expected a list of at least one source, each with name, reader, root and licence"
+        problems.add(("sources",), f"{text}, got {_kind(entries)}")
+        return []
+    made: list[SourceOptions] = []
+    names: dict[str, str] = {}
+    for number, entry in enumerate(entries):
+        place: Place = ("sources", number)
+        if not isinstance(entry, dict):
+            problems.add(place, f"expected the keys of a source, got {_kind(entry)}")
+            continue
+        source = _source(dict(entry), place, problems, folder)
+        if source is not None:
+            made.append(source)
+        name = entry.get("name")
+        if isinstance(name, str):
+            # Case doesn't tell names apart: some file systems don't.
+            if name.lower() in names:
+                problems.add((*place, "name"), f"{name!r} is the name of another source as well")
+            names[name.lower()] = name
+    return made
+
+
+def _source(
+    entry: dict[str, Any], place: Place, problems: _Problems, folder: Path
+) -> SourceOptions | None:
+    reader = entry.get("reader")
+    if not isinstance(reader, str) or reader not in readers.READERS:
+        known = list(readers.READERS)
+        if reader is None:
+            problems.add(place, f"reader is missing; there are {', '.join(known)}")
+        else:
+            problems.add((*place, "reader"), f"no reader {reader!r}{nearest(str(reader), known)}")
+        return None
+    try:
+        options = readers.load(reader).Options
+    except ImportError as error:
+        problems.add(
+            (*place, "reader"),
+            f"the reader {reader} needs a library that is not installed ({error}); "
+            "pip install 'gmai-xtuner[data]'",
+        )
+        return None
+    root = entry.get("root")
+    if isinstance(root, str):
+        try:
+            entry["root"] = str(_root(root, folder))
+        except ValueError as error:
+            problems.add((*place, "root"), str(error))
+        else:
+            _table(entry, Path(entry["root"]), folder)
+    source = _validated(options, entry, place, problems)
+    if source is not None and source.group is not None:
+        try:
+            re.compile(source.group)
+        except re.error as error:
+            problems.add((*place, "group"), f"not a regular expression: {error}")
+    return source
+
+
+def _root(text: str, folder: Path) -> Path:
+    if text.startswith("package:"):
+        root = _package_folder(text)
+    else:
+        root = folder.absolute() / Path(text).expanduser()
+    if not root.exists():
+        raise ValueError(f"there is no folder {root}")
+    return root
+
+
+def _table(entry: dict[str, Any], root: Path, folder: Path) -> None:
+    """A table of labels often lies beside the job: below the root it goes first, else it is made absolute."""
+    table = entry.get("table")
+    if isinstance(table, str) and table and not (root / table).exists():
+        beside = folder.absolute() / Path(table).expanduser()
+        if beside.is_file():
+            entry["table"] = str(beside)
+
+
+def _package_folder(text: str) -> Path:
+    """``package:NAME/FOLDER`` -> the folder of an installed Python package."""
+    name, _, below = text.removeprefix("package:").partition("/")
+    if ".." in PurePosixPath(below).parts or below.startswith("/"):
+        raise ValueError(f"{text!r} leaves the package")
+    try:
+        found = importlib.resources.files(name)
+    except (ImportError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"there is no installed Python package {name!r}") from error
+    root = found.joinpath(below) if below else found
+    if not isinstance(root, Path):
+        raise ValueError(f"the package {name} is not installed as plain files")
+    return root
+
+
+def _below(data: dict[str, Any], key: str, folder: Path) -> Path | None:
+    """Makes a relative path absolute."""
+    value = data.get(key)
+    if not isinstance(value, str) or not value:
+        return None
+    path = folder.absolute() / Path(value).expanduser()
+    data[key] = str(path)
+    return path
+
+
+def _check_terms(
+    sources: Sequence[SourceOptions],
+    data: Mapping[str, Any],
+    taxonomy: Taxonomy,
+    problems: _Problems,
+) -> None:
+    numbers = {
+        entry.get("name"): i
+        for i, entry in enumerate(data.get("sources") or ())
+        if isinstance(entry, dict)
+    }
+    for source in sources:
+        place: Place = ("sources", numbers[source.name])
+        if source.department is None:
+            names = ", ".join(taxonomy.departments)
+            problems.add(
+                place,
+                f"department is missing; name one, or None for a set of no department ({names})",
+            )
+        checks = {
+            "modality": taxonomy.modality,
+            "department": taxonomy.department,
+            "clinical_task": taxonomy.task,
+        }
+        for key, check in checks.items():
+            value = getattr(source, key)
+            if value is not None:
+                try:
+                    check(value)
+                except CorpusError as error:
+                    problems.add((*place, key), str(error).rstrip("."))
+        task = source.source_task
+        if task is not None and task not in taxonomy.source_tasks:
+            problems.add(
+                (*place, "source_task"), f"no task {task!r}{nearest(task, taxonomy.source_tasks)}"
+            )

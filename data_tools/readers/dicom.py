@@ -1,0 +1,373 @@
+"""DICOM: single pictures, cine loops, series as volumes, with labels from a table, from SEG or from RTSTRUCT.
+
+A series whose files are slices becomes a volume, which is cut into pictures as NIfTI is; every other file
+gives one picture a frame. Segmentations are found by the series that they refer to.
+
+Nothing that says who the patient is leaves this reader: see `dicom_headers` for what does. Files are often
+named by patients, so the path is shown as a keyed hash too unless the job says ``anonymous_names: false``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from data_tools.preprocess.rules import resolve
+from data_tools.preprocess.volumes import LPS_TO_RAS, Volume, pack, to_ras
+from data_tools.preprocess.windows import Scale, scale_for
+from data_tools.readers import dicom_series, dicom_structures
+from data_tools.readers.dicom_headers import (
+    ATTRIBUTES,
+    DIRECTORY,
+    ENHANCED,
+    NO_PICTURE,
+    NO_PICTURES,
+    SEGMENTATION,
+    STRUCTURE_SET,
+    Attribute,
+    Header,
+    Pseudonyms,
+    attributes_of,
+    modality_of,
+    open_dataset,
+    quiet,
+    read_header,
+    sha256_of,
+)
+from data_tools.readers.dicom_pixels import BadPixels, FileWindow, picture
+from data_tools.readers.named_rows import Row, RowColumns, read_rows
+from data_tools.readers.paths import file_of, files, folder_of
+from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+
+ORPHAN = "segmentation without its series"
+BURNED_IN = "text burned into the picture"
+Key = Literal["file", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"]
+
+
+class Options(VolumeOptions):
+    """Keys of ``reader: dicom``.
+
+    Args:
+        files: which files below ``root``, with ``*`` for any text.
+        table: CSV, TSV, JSON lines or Excel with labels, below ``root`` or beside the job.
+        columns: its columns, see `named_rows.RowColumns`; ``file`` is the column of the key.
+        match: what the key is: the path, or a UID or the patient's number, which stay in this reader.
+        label: ``folder``: the folder that a file lies in is its label.
+        volumes: whether series of slices become volumes; else each file is a picture.
+        segmentations: whether SEG and RTSTRUCT objects are read.
+        window: as for volumes, or ``file``: the file's own VOI LUT or window.
+        voi: which of the file's windows, by index or by its explanation.
+        every: take each Nth frame of a file of several.
+        at_most: frames of a file, spread evenly over those.
+        keep: attributes that leave; ``PatientSex`` only if it is named here.
+        burned_in: ``keep`` takes pictures too whose header says that text is burned in.
+        anonymous_names: show a keyed hash in place of the path.
+        salt: key of the hashes. Without it one is made of all patients and pictures of the source, which
+            changes when files are added.
+    """
+
+    default_source_task: ClassVar[str] = "2D classification"
+
+    reader: Literal["dicom"]
+    files: str = "*"
+    table: str | None = None
+    columns: RowColumns = RowColumns()
+    match: Key = "file"
+    label: Literal["folder"] | None = None
+    volumes: bool = True
+    segmentations: bool = True
+    window: FileWindow = "file"  # type: ignore[assignment]
+    voi: int | str = 0
+    every: int = Field(1, ge=1)
+    at_most: int | None = Field(None, ge=1)
+    keep: tuple[Attribute, ...] = ATTRIBUTES
+    burned_in: Literal["drop", "keep"] = "drop"
+    anonymous_names: bool = True
+    salt: str | None = None
+
+    @model_validator(mode="after")
+    def _group_of_the_header(self) -> Options:
+        if self.group is not None and self.anonymous_names:
+            raise ValueError(
+                "`group` looks at the path, which `anonymous_names` hides; leave one of them out (the "
+                "patient of the header is the group by itself)"
+            )
+        return self
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """A unit for each series of slices, and for every other file; files that can't be used as well.
+
+    Only headers are read. They are held meanwhile, about a kilobyte a file.
+
+    Raises:
+        SourceError: there is no such folder or table.
+    """
+    folder_of(options.root, "", source=options.name, key="root")
+    rows = _rows(options)
+    headers: list[Header] = []
+    bad: list[Dropped] = []
+    for name in files(options.root):
+        if not fnmatch.fnmatch(name, options.files):
+            continue
+        found = read_header(options.root / name, name)
+        if isinstance(found, Dropped):
+            bad.append(found)
+        elif found.sop_class != DIRECTORY:
+            headers.append(found)
+    names = Pseudonyms.for_source(options.salt, headers)
+
+    def shown(path: str) -> str:
+        return f"{names.of('file', path)}.dcm" if options.anonymous_names else path
+
+    for drop in bad:
+        name = shown(drop.where)
+        yield Unit(name, {"drop": (drop.reason, drop.detail), "path": drop.where})
+    drawn: dict[str, list[str]] = defaultdict(list)
+    series: dict[tuple[object, ...], list[Header]] = defaultdict(list)
+    known = {header.series for header in headers}
+    for header in headers:
+        if header.sop_class in (SEGMENTATION, STRUCTURE_SET):
+            if not options.segmentations:
+                continue
+            target = next((other for other in header.references if other in known), None)
+            if target is None:
+                drop_of = (ORPHAN, "the series that it was drawn on is not below the root")
+                yield Unit(shown(header.path), {"drop": drop_of, "path": header.path})
+            else:
+                drawn[target].append(header.path)
+        elif header.modality in NO_PICTURES:
+            drop_of = (NO_PICTURE, header.modality)
+            yield Unit(shown(header.path), {"drop": drop_of, "path": header.path})
+        else:
+            series[_stack_key(header)].append(header)
+    for (uid, *_), members in series.items():
+        if options.volumes and dicom_series.is_stack(members):
+            parts = [members]
+        else:
+            parts = [[member] for member in members]
+        for part in parts:
+            first = part[0]
+            labels = [row for header in part for row in rows.get(_key(header, options.match), ())]
+            patient = first.patient or first.study or first.series or first.path
+            yield Unit(
+                shown(first.path),
+                {
+                    "paths": tuple(header.path for header in part),
+                    "drawn": tuple(drawn.get(str(uid), ())),
+                    "rows": tuple(dict.fromkeys((row.label, row.box) for row in labels)),
+                    "problems": tuple(row.problem for row in labels if row.problem),
+                    "group": names.of("patient", patient),
+                },
+            )
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """The pictures of a file or of a series."""
+    payload = unit.payload
+    if "drop" in payload:
+        reason, detail = payload["drop"]
+        yield Dropped(reason, unit.key, detail)
+        return
+    for problem in payload["problems"]:
+        yield Dropped("row of the table that can't be used", unit.key, problem)
+    paths = [options.root / path for path in payload["paths"]]
+    said = [Annotation(label, box) for label, box in payload["rows"] if label]
+    if options.label == "folder":
+        said.append(Annotation(paths[0].parent.name))
+    try:
+        data = open_dataset(paths[0])
+    except (OSError, ValueError) as error:
+        yield Dropped("file can't be read", unit.key, type(error).__name__)
+        return
+    if options.burned_in == "drop" and str(data.get("BurnedInAnnotation", "")).upper() == "YES":
+        yield Dropped(BURNED_IN, unit.key)
+        return
+    origin = Origin(
+        unit.key,
+        group=payload["group"],
+        modality=modality_of(str(data.get("Modality", ""))),
+        attributes=attributes_of(data, options.keep),
+        sha256=sha256_of([*paths, *(options.root / path for path in payload["drawn"])]),
+        whole=tuple(said),
+    )
+    try:
+        if len(paths) > 1 or (options.volumes and str(data.get("SOPClassUID", "")) in ENHANCED):
+            yield from _volume(options, payload, data, origin)
+        else:
+            yield from _frames(options, data, paths[0], origin)
+    except BadVolume as bad:
+        yield Dropped(bad.reason, unit.key, bad.detail)
+
+
+def read_picture(path: Path, *, source_file: str) -> Sample | Dropped:
+    """The picture of a DICOM file of one frame, for tables of labels; without annotations.
+
+    Args:
+        path: of the file.
+        source_file: what the sample calls it.
+    """
+    try:
+        data = open_dataset(path)
+        if str(data.get("Modality", "")) in NO_PICTURES:
+            return Dropped(NO_PICTURE, source_file, str(data.Modality))
+        if int(data.get("NumberOfFrames") or 1) > 1:
+            frames = f"{data.NumberOfFrames} frames; the reader dicom takes them"
+            return Dropped("DICOM file of several frames", source_file, frames)
+        if str(data.get("BurnedInAnnotation", "")).upper() == "YES":
+            return Dropped(BURNED_IN, source_file)
+        pixels, text = picture(data, path, 0, window="file", voi=0)
+    except BadPixels as bad:
+        return Dropped(bad.reason, source_file, bad.detail)
+    except (OSError, ValueError) as error:
+        return Dropped("file can't be read", source_file, type(error).__name__)
+    return Sample(
+        pixels,
+        source_file,
+        modality=modality_of(str(data.get("Modality", ""))),
+        attributes=attributes_of(data, ATTRIBUTES),
+        preprocessing={"window": text},
+    )
+
+
+def _rows(options: Options) -> dict[str, list[Row]]:
+    if options.table is None:
+        return {}
+    path = Path(options.table)
+    if not path.is_absolute():
+        path = file_of(options.root, options.table, source=options.name, key="table")
+    return read_rows(options.name, path, options.columns)
+
+
+def _stack_key(header: Header) -> tuple[object, ...]:
+    """Equal for the slices of one stack; a series may hold several, such as the planes of a scout."""
+    direction = tuple(round(value, 3) + 0.0 for value in header.orientation or ())
+    echo, time, _ = header.order
+    size = (header.rows, header.columns)
+    return header.series or header.path, direction, size, echo, time
+
+
+def _key(header: Header, match: Key) -> str:
+    return {
+        "file": header.path,
+        "StudyInstanceUID": header.study,
+        "SeriesInstanceUID": header.series,
+        "SOPInstanceUID": header.instance,
+        "PatientID": header.patient,
+    }[match]
+
+
+def _frames(options: Options, data: Any, path: Path, origin: Origin) -> Iterator[Sample | Dropped]:
+    """One picture a frame."""
+    count = int(data.get("NumberOfFrames") or 1)
+    taken = list(range(0, count, options.every))
+    if options.at_most is not None and len(taken) > options.at_most:
+        places = np.linspace(0, len(taken) - 1, options.at_most).round().astype(int)
+        taken = [taken[place] for place in places]
+    edge = resolve(options.clean).min_edge_ratio
+    for frame in taken:
+        where = origin.source_file if count == 1 else f"{origin.source_file}#{frame}"
+        try:
+            pixels, text = picture(data, path, frame, window=options.window, voi=options.voi)
+        except BadPixels as bad:
+            yield Dropped(bad.reason, where, bad.detail)
+            continue
+        height, width = pixels.shape[:2]
+        if count > 1 and min(height, width) < edge * max(height, width):
+            yield Dropped("frame with a short edge", where, f"{width} x {height}")
+            continue
+        yield Sample(
+            pixels,
+            origin.source_file,
+            origin.whole,
+            part={} if count == 1 else {"frame": frame},
+            group=origin.group,
+            modality=origin.modality,
+            attributes=origin.attributes,
+            preprocessing={"window": text},
+            sha256=origin.sha256,
+        )
+
+
+def _volume(
+    options: Options, payload: dict[str, Any], data: Any, origin: Origin
+) -> Iterator[Sample | Dropped]:
+    if len(payload["paths"]) > 1:
+        headers = [
+            header
+            for path in payload["paths"]
+            if isinstance(header := read_header(options.root / path, path), Header)
+        ]
+        headers, even = dicom_series.in_order(headers)
+        volume, affine, shape, scale = dicom_series.stack(
+            headers,
+            options.root,
+            window=options.window,
+            voi=options.voi,
+            max_voxels=options.max_voxels,
+        )
+        instances = [header.instance for header in headers]
+        if not even:
+            options, origin = _along_its_slices(options, origin, affine)
+    else:
+        volume, affine, shape, scale = _enhanced(options, data)
+        instances = []
+    drawn: list[dicom_structures.Mask] = []
+    for path in payload["drawn"]:
+        try:
+            name = f"{origin.source_file}, what was drawn into it"
+            drawn += dicom_structures.masks_of(
+                options.root / path, name, affine=affine, shape=shape, instances=instances
+            )
+        except BadVolume as bad:
+            yield Dropped(bad.reason, origin.where, bad.detail)
+    turned = [
+        (label, to_ras(mask, LPS_TO_RAS @ affine)[0], attributes)
+        for label, mask, attributes in drawn
+    ]
+    layers, structures = pack(turned, volume.voxels.shape)
+    yield from samples(
+        Volume(volume.voxels, volume.affine, layers, structures), origin, options, scale=scale
+    )
+
+
+def _along_its_slices(
+    options: Options, origin: Origin, affine: np.ndarray
+) -> tuple[Options, Origin]:
+    """Slices with gaps between them are pictures, but nothing can be cut across them."""
+    axis = dicom_series.own_axis(affine)
+    if axis not in options.slices.axes:
+        raise BadVolume(dicom_series.UNEVEN_CUT, f"its slices lie along {axis}; see `slices.axes`")
+    slicing = options.slices.model_copy(update={"axes": (axis,)})
+    notes = {**origin.preprocessing, "slices": "uneven distances"}
+    return options.model_copy(update={"slices": slicing}), replace(origin, preprocessing=notes)
+
+
+def _enhanced(
+    options: Options, data: Any
+) -> tuple[Volume, np.ndarray, tuple[int, int, int], Scale]:
+    """An enhanced multi-frame object, whose frames each have their place."""
+    import highdicom
+
+    voxels = int(data.NumberOfFrames) * int(data.Rows) * int(data.Columns)
+    if voxels > options.max_voxels:
+        raise BadVolume("volume is too large", f"{voxels} voxels, {options.max_voxels} allowed")
+    try:
+        with quiet():
+            found = highdicom.Image.from_dataset(data).get_volume(apply_voi_transform=False)
+    except Exception as error:  # damaged objects make the library stumble over anything
+        raise BadVolume("frames that make no volume", type(error).__name__) from error
+    array = np.asarray(found.array, dtype=np.float32)
+    turned, ras = to_ras(array, LPS_TO_RAS @ found.affine)
+    modality = modality_of(str(data.get("Modality", "")))
+    window = "auto" if options.window == "file" else options.window
+    shape = (array.shape[0], array.shape[1], array.shape[2])
+    return Volume(turned, ras), found.affine, shape, scale_for(window, array, modality=modality)

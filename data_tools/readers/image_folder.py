@@ -1,0 +1,69 @@
+"""A folder for each class, pictures or DICOM files in it; subfolders belong to the class they lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from data_tools.errors import SourceError
+from data_tools.readers.paths import files, folder_of, is_image
+from data_tools.readers.pictures import BadPicture, picture
+from data_tools.readers.source import SourceOptions
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+
+
+class Options(SourceOptions):
+    """Keys of ``reader: image_folder``.
+
+    Args:
+        folders: folders below the root that hold the class folders, such as ``[train, val]``; default the
+            root itself.
+        label_from: the folder that names the class: ``first``, right below ``folders``, or ``last``, the one
+            that the picture lies in.
+    """
+
+    default_source_task: ClassVar[str] = "2D classification"
+
+    reader: Literal["image_folder"]
+    folders: tuple[str, ...] = ("",)
+    label_from: Literal["first", "last"] = "first"
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """A unit for each file below the folders.
+
+    Raises:
+        SourceError: a folder is missing, or there is no class folder in any.
+    """
+    for folder in options.folders:
+        folder_of(options.root, folder, source=options.name, key="folders")
+    if not any(
+        entry.is_dir() and not entry.name.startswith((".", "__"))
+        for folder in options.folders
+        for entry in (options.root / folder).iterdir()
+    ):
+        raise SourceError(
+            f"Source {options.name}: {str(options.root)!r} holds no folder, where one for each class is "
+            "expected. Correct `root` or `folders`, or use another reader."
+        )
+    for number, folder in enumerate(options.folders):
+        for name in files(options.root, folder.strip("/")):
+            yield Unit(name, number)
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """The picture of one file with its folder's name as label."""
+    inside = unit.key[len(options.folders[unit.payload].strip("/")) :].strip("/").split("/")
+    if len(inside) < 2:
+        yield Dropped("file in no class folder", unit.key)
+        return
+    if not is_image(unit.key) and "." in inside[-1]:
+        yield Dropped("not an image file", unit.key, f"suffix {inside[-1].rsplit('.')[-1]!r}")
+        return
+    label = inside[0] if options.label_from == "first" else inside[-2]
+    try:
+        found = picture(options.root, unit.key)
+    except BadPicture as error:
+        yield Dropped(error.reason, unit.key, error.detail)
+        return
+    yield found.with_findings((Annotation(label),))

@@ -1,0 +1,324 @@
+"""Pictures with mask images: binary, numbered, in colours, one file or several for each picture.
+
+Masks are found by a pattern over the picture's path,
+
+    images: "{place:path}/{name}_SEM.png"
+    masks: "derivatives/labels/{place}/{name}_SEM_seg-{label}-manual.png"
+
+or by a JSON map from picture to masks, as SA-Med2D-20M has it. ``{label}`` is the label's code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, model_validator
+
+from data_tools.errors import SourceError
+from data_tools.readers.paths import (
+    OUTSIDE,
+    below,
+    file_of,
+    files,
+    folder_of,
+    matching,
+    place_names,
+    template_regex,
+)
+from data_tools.readers.pictures import BadPicture, image_size, picture
+from data_tools.readers.source import SourceOptions
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+
+_RANGE = re.compile(r"([<>])\s*(-?\d+)")
+_COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
+
+
+class Options(SourceOptions):
+    """Keys of ``reader: masks``.
+
+    Args:
+        images: pattern of the pictures' paths. ``{name}`` holds no ``/``, ``{name:path}`` may;
+            ``{group}`` is patient, case or slide.
+        masks: pattern or patterns of the masks' paths, with the picture's pieces and further ones. With
+            ``map`` it is matched to the paths in the map, to find ``{label}``.
+        map: JSON file ``{picture: [masks]}``, instead of ``images``.
+        classes: JSON file ``{class: id}`` or ``{dataset: {class: id}}``: ``{label}`` is an id, ``{dataset}``
+            a piece of the mask's path.
+        kind: ``binary``; ``indexed``: the value is the label's code; ``colours``: see there.
+        label: of binary masks without ``{label}``.
+        foreground: of binary masks: values, or ``">127"``. Default: the one value besides 0.
+        background: values of indexed masks that are no label.
+        colours: ``#rrggbb`` -> label; null is background. A colour that is not listed drops the picture.
+    """
+
+    default_source_task: ClassVar[str] = "2D segmentation"
+
+    reader: Literal["masks"]
+    images: str | None = None
+    masks: str | tuple[str, ...] = ()
+    map: str | None = None
+    classes: str | None = None
+    kind: Literal["binary", "indexed", "colours"] = "binary"
+    label: str | None = None
+    foreground: int | tuple[int, ...] | str | None = None
+    background: tuple[int, ...] = (0,)
+    colours: dict[str, str | None] = Field(default={})
+
+    @model_validator(mode="after")
+    def _fits(self) -> Options:
+        if (self.images is None) == (self.map is None):
+            raise ValueError("either `images` and `masks`, or `map`")
+        if self.images is not None and not self.masks:
+            raise ValueError("`masks`, the pattern of the masks' paths, is missing")
+        for template in (self.images or "", *self.templates):
+            if template.startswith("/") or ".." in template.split("/"):
+                raise ValueError(f"the pattern {template!r} leads out of the root")
+        named = all("label" in place_names(template) for template in self.templates)
+        if self.kind == "binary" and self.label is None and not (self.templates and named):
+            raise ValueError("binary masks need `label`, or {label} in the pattern `masks`")
+        if self.kind != "binary" and (self.label is not None or self.foreground is not None):
+            raise ValueError("`label` and `foreground` are of `kind: binary`")
+        if isinstance(self.foreground, str) and not _RANGE.fullmatch(self.foreground):
+            raise ValueError(
+                f"`foreground` is values or a range such as '>127', got {self.foreground!r}"
+            )
+        if (self.kind == "colours") != bool(self.colours):
+            raise ValueError("`colours` is the map of `kind: colours`")
+        for colour in self.colours:
+            if not _COLOUR.fullmatch(colour):
+                raise ValueError(f"a colour is written #rrggbb, got {colour!r}")
+        return self
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The patterns of masks."""
+        return (self.masks,) if isinstance(self.masks, str) else self.masks
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """A unit for each picture, with its masks' paths if a map has them.
+
+    Raises:
+        SourceError: no picture fits the pattern, or the map can't be read.
+    """
+    folder_of(options.root, "", source=options.name, key="root")
+    if options.classes is not None:
+        _classes(file_of(options.root, options.classes, source=options.name, key="classes"))
+    if options.map is not None:
+        yield from _mapped(options, options.map)
+        return
+    template = options.images or ""
+    pattern = template_regex(template)
+    no_images = [template_regex(other) for other in options.templates]
+    folder = "/".join(template.split("{")[0].split("/")[:-1])
+    folder_of(options.root, folder, source=options.name, key="images")
+    count = 0
+    for name in files(options.root, folder):
+        if pattern.fullmatch(name) and not any(other.fullmatch(name) for other in no_images):
+            count += 1
+            yield Unit(name)
+    if count == 0:
+        raise SourceError(
+            f"Source {options.name}: no file below {str(options.root / folder)!r} fits `images: {template}`."
+        )
+
+
+def _mapped(options: Options, name: str) -> Iterator[Unit]:
+    """The map's entries one after the other: that of SA-Med2D-20M has gigabytes."""
+    import ijson
+
+    path = file_of(options.root, name, source=options.name, key="map")
+    count = 0
+    with path.open("rb") as file:
+        try:
+            for image, masks in ijson.kvitems(file, ""):
+                count += 1
+                yield Unit(image, masks)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            raise SourceError(
+                f"Source {options.name}: {path} is no JSON ({str(error).splitlines()[0]})."
+            ) from error
+    if count == 0:
+        raise SourceError(
+            f"Source {options.name}: {path} is no map from pictures to their masks, or it is empty."
+        )
+
+
+@lru_cache(maxsize=8)
+def _classes(path: Path) -> dict[str, Any]:
+    """``{dataset: {id: class}}``; with one table for all, ``{"": {id: class}}``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        nested = all(isinstance(value, dict) for value in content.values())
+        tables = content if nested else {"": content}
+        return {
+            dataset: {int(number): str(name) for name, number in table.items()}
+            for dataset, table in tables.items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(
+            f"{path} is no map {{class: id}} or {{dataset: {{class: id}}}} ({error})."
+        ) from error
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """One picture with its masks. A picture of which one mask is no good is dropped as a whole: what the
+    mask would have shown can't be told from what isn't there."""
+    try:
+        found = picture(options.root, unit.key)
+        size = found.size()
+        places, masks = _masks(options, unit)
+        annotations: list[Annotation] = []
+        empty: list[str] = []
+        for name, texts in masks:
+            shown = _annotations(options, name, texts, size)
+            annotations += shown
+            if not shown:
+                empty.append(name)
+    except BadPicture as error:
+        yield Dropped(error.reason, unit.key, error.detail)
+        return
+    for name in empty:
+        yield Dropped("empty mask", unit.key, name)
+    yield found.with_findings(tuple(annotations), group=places.get("group"))
+
+
+def _masks(options: Options, unit: Unit) -> tuple[dict[str, str], list[tuple[str, dict[str, str]]]]:
+    """Pieces of the picture's path; path and pieces of each mask."""
+    if options.map is None:
+        match = template_regex(options.images or "").fullmatch(unit.key)
+        places = match.groupdict() if match else {}
+        found = [
+            mask
+            for template in options.templates
+            for mask in matching(options.root, template, places)
+            if mask[0] != unit.key
+        ]
+    else:
+        places, found = {}, []
+        names = [unit.payload] if isinstance(unit.payload, str) else unit.payload
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise BadPicture("masks that are no list of paths", repr(unit.payload)[:200])
+        for name in dict.fromkeys(names):
+            texts: dict[str, str] = {}
+            if options.templates:
+                matches = (template_regex(t).fullmatch(name) for t in options.templates)
+                fits = next((match for match in matches if match), None)
+                if fits is None:
+                    raise BadPicture("mask whose path doesn't fit the pattern", name)
+                texts = fits.groupdict()
+                places = {"group": texts["group"]} if "group" in texts else places
+            found.append((name, texts))
+    if not found:
+        raise BadPicture("image without a mask")
+    return places, found
+
+
+def _annotations(
+    options: Options, name: str, texts: dict[str, str], size: tuple[int, int]
+) -> list[Annotation]:
+    try:
+        path = below(options.root, name)
+    except ValueError as error:
+        raise BadPicture(OUTSIDE, str(error)) from error
+    if not path.is_file():
+        raise BadPicture("no such mask file", name)
+    stated = image_size(path)
+    if stated != size:
+        raise BadPicture(
+            "mask of another size than its image",
+            f"{name}: {stated[0]} x {stated[1]}, the image {size[0]} x {size[1]}",
+        )
+    values = _values(path, name, colours=options.kind == "colours")
+    if options.kind == "binary":
+        mask = _foreground(values, options.foreground, name)
+        label = options.label or _label(options, texts, name)
+        return [Annotation(label, mask=mask)] if mask.any() else []
+    present = [int(value) for value in np.unique(values)]
+    if options.kind == "indexed":
+        codes = {value: str(value) for value in present if value not in options.background}
+        if options.classes is not None:
+            codes = {
+                value: _label(options, texts | {"label": code}, name)
+                for value, code in codes.items()
+            }
+    else:
+        named = {int(colour[1:], 16): label for colour, label in options.colours.items()}
+        unknown = [f"#{value:06x}" for value in present if value not in named]
+        if unknown:
+            raise BadPicture(
+                "mask with an unknown colour",
+                f"{name}: {', '.join(unknown[:8])}, {len(unknown)} in all",
+            )
+        kept = {value: named[value] for value in present}
+        codes = {value: kind for value, kind in kept.items() if kind is not None}
+    return [Annotation(label, mask=values == value) for value, label in codes.items()]
+
+
+def _label(options: Options, texts: dict[str, str], name: str) -> str:
+    code = texts["label"]
+    if options.classes is None:
+        return code
+    tables = _classes(below(options.root, options.classes))
+    table = tables.get(texts.get("dataset", ""), tables.get(""))
+    if table is None:
+        raise BadPicture("unknown dataset of a mask", f"{name}: {texts.get('dataset')!r}")
+    if not code.isascii() or not code.isdigit() or int(code) not in table:
+        raise BadPicture("unknown class id", f"{name}: {code!r}")
+    return table[int(code)]
+
+
+def _values(path: Path, name: str, *, colours: bool) -> np.ndarray:
+    """Integers ``[H, W]``: palette numbers or grey levels as stored, or ``0xrrggbb``."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if colours:
+                rgb = np.asarray(image.convert("RGB")).astype(np.int32)
+                return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+            if image.mode in ("RGB", "RGBA", "LA"):
+                levels = np.asarray(image)[..., : 3 if image.mode != "LA" else 1]
+                if (levels != levels[..., :1]).any():
+                    raise BadPicture("mask in colours where grey levels are expected", name)
+                return levels[..., 0]
+            if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):
+                values = np.asarray(image)
+                return values.astype(np.uint8) if values.dtype == bool else values
+            raise BadPicture("mask of an unsupported kind", f"{name}: colour mode {image.mode}")
+    except BadPicture:
+        raise
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise BadPicture(
+            "mask that can't be read", f"{name}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _foreground(
+    values: np.ndarray, foreground: int | tuple[int, ...] | str | None, name: str
+) -> np.ndarray:
+    if isinstance(foreground, str):
+        match = _RANGE.fullmatch(foreground)
+        assert match is not None
+        edge = int(match[2])
+        return values > edge if match[1] == ">" else values < edge
+    if foreground is not None:
+        wanted = (foreground,) if isinstance(foreground, int) else foreground
+        return np.isin(values, wanted)
+    present = np.unique(values)
+    if len(present) > 2 or (len(present) == 2 and present[0] != 0):
+        shown = ", ".join(str(value) for value in present[:8])
+        raise BadPicture(
+            "binary mask with several values",
+            f"{name}: {shown}{', ...' if len(present) > 8 else ''}; say `foreground` or `kind: indexed`",
+        )
+    return values != 0

@@ -1,0 +1,118 @@
+"""Polygons and COCO's run-length codes -> masks, by pycocotools, never trusting the numbers.
+
+pycocotools is C: it allocates what the length of a polygon asks for, and takes four numbers for a box.
+``H`` and ``W`` are the picture's height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+class BadShape(ValueError):
+    """A shape that is left out; ``reason`` is the same words for all of the kind."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) -> np.ndarray:
+    """Bool ``[H, W]``: the union of polygons.
+
+    Args:
+        polygons: each ``[x, y, x, y, ...]`` in pixels.
+        size: width and height.
+        clip: whether a polygon may reach over the edge.
+
+    Raises:
+        BadShape: fewer than three corners, no number, or outside the image.
+    """
+    from pycocotools import mask as codes
+
+    width, height = size
+    for polygon in polygons:
+        try:
+            values = np.asarray(polygon, dtype=np.float64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadShape("polygon that can't be read", str(error)) from error
+        if values.ndim != 1 or len(values) < 6 or len(values) % 2 or not np.isfinite(values).all():
+            raise BadShape(
+                "polygon that can't be read",
+                f"{values.size} values, where at least three pairs of numbers are expected",
+            )
+        x, y = values[::2], values[1::2]
+        room = (width, height) if clip else (1, 1)  # labelling tools overshoot by a pixel
+        if (
+            min(x.min() + room[0], y.min() + room[1]) < 0
+            or x.max() > width + room[0]
+            or y.max() > height + room[1]
+        ):
+            raise BadShape(
+                "polygon outside the image",
+                f"x {x.min():g} to {x.max():g}, y {y.min():g} to {y.max():g} in {width} x {height}",
+            )
+    if not polygons:
+        raise BadShape("polygon that can't be read", "no polygon at all")
+    plain = [[float(value) for value in polygon] for polygon in polygons]
+    return codes.decode(codes.merge(codes.frPyObjects(plain, height, width))).astype(bool)
+
+
+def run_length_mask(code: Any, size: tuple[int, int]) -> np.ndarray:
+    """Bool ``[H, W]`` of COCO's ``{"size": [H, W], "counts": ...}``, compressed or not.
+
+    Raises:
+        BadShape: of another size, or its runs are not as long as the picture.
+    """
+    from pycocotools import mask as codes
+
+    width, height = size
+    if not isinstance(code, dict) or list(code.get("size") or ()) != [height, width]:
+        stated = code.get("size") if isinstance(code, dict) else code
+        raise BadShape("mask of another size than its image", f"{stated}, not [{height}, {width}]")
+    counts = code.get("counts")
+    try:
+        if isinstance(counts, list):
+            runs = [int(run) for run in counts]
+            if min(runs, default=0) < 0 or sum(runs) != width * height:
+                raise BadShape("run-length code of a wrong length", f"{sum(runs)} pixels")
+            flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+            return flat.reshape(width, height).T
+        if not isinstance(counts, str | bytes):
+            raise BadShape("run-length code that can't be read", type(counts).__name__)
+        data = counts.encode("ascii") if isinstance(counts, str) else counts
+        if _length(data) != width * height:
+            raise BadShape("run-length code of a wrong length", f"{_length(data)} pixels")
+        return codes.decode({"size": [height, width], "counts": data}).astype(bool)
+    except BadShape:
+        raise
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        raise BadShape("run-length code that can't be read", str(error)) from error
+
+
+def _length(data: bytes) -> int:
+    """Pixels that a compressed code stands for (rleFrString of cocoapi's maskApi.c); -1 for a broken one."""
+    runs: list[int] = []
+    position = 0
+    while position < len(data):
+        value, shift = 0, 0
+        while True:
+            if position >= len(data) or not 48 <= data[position] < 112 or shift > 30:
+                return -1
+            digit = data[position] - 48
+            value |= (digit & 0x1F) << shift
+            position, shift = position + 1, shift + 5
+            if not digit & 0x20:
+                if digit & 0x10:
+                    value -= 1 << shift
+                break
+        if len(runs) > 2:
+            value += runs[-2]
+        if value < 0:
+            return -1
+        runs.append(value)
+    return sum(runs)

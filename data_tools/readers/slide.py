@@ -1,0 +1,355 @@
+"""Tiles of whole-slide images and other large TIFFs, at a level, a magnification or microns a pixel.
+
+Which tiles: a grid over the tissue, or those that a table names. Their labels: the slide's class (of its
+folder or of a table), the table's rows, outlines drawn on the slide, or a mask of the slide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, model_validator
+
+from data_tools.errors import SourceError
+from data_tools.readers.named_rows import Row, RowColumns, beside, match_files, read_rows
+from data_tools.readers.paths import OUTSIDE, below
+from data_tools.readers.source import SourceOptions
+from data_tools.samples import Dropped, Sample, Unit
+
+if TYPE_CHECKING:
+    from data_tools.readers.slide_files import Scale, SlideFile
+    from data_tools.readers.slide_labels import Labeller
+
+SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".tif", ".tiff", ".qptiff")
+OVERVIEW_SIDE = (
+    2048  # pixels of the longer side of the picture in which tissue is looked for, at most
+)
+BLOCK = 2048  # pixels of the blocks in which a level is read for the overview
+
+
+class SlideColumns(RowColumns):
+    """Which column holds what; those of `RowColumns`, and:
+
+    Args:
+        x, y: full-resolution pixels of the tile's upper left corner; without them a row is of the slide.
+    """
+
+    x: str | None = None
+    y: str | None = None
+
+    @model_validator(mode="after")
+    def _both(self) -> SlideColumns:
+        if bool(self.x) != bool(self.y):
+            raise ValueError("name both columns, x and y, or none")
+        if self.box and not self.x:
+            raise ValueError("boxes are of tiles: name the columns x and y of the tile's corner")
+        return self
+
+
+class Options(SourceOptions):
+    """Keys of ``reader: slide``.
+
+    Args:
+        files: pattern of the slides below ``root``.
+        tile: side of a tile in pixels of the corpus' picture.
+        stride: pixels between two tiles' corners; default ``tile``.
+        level: of the pyramid, 0 is the full resolution. Or
+        microns_per_pixel: of the corpus' picture. Or
+        magnification: of the objective, such as 20. The nearest finer level is read and made smaller; a
+            slide that is coarser than asked for is left out.
+        slide_microns_per_pixel, slide_magnification: of the full resolution, for files that don't say.
+        min_tissue: share of a tile that must be tissue.
+        background: ``light`` (stained sections) or ``dark`` (fluorescence).
+        tissue_level: of 0..255; pixels of a higher saturation (on light) or brightness (on dark) are tissue.
+        max_tiles: at most so many a slide, drawn evenly at random; the choice depends on the slide's path.
+        table: CSV, TSV, JSONL or Excel, relative to the job file or below the root, with labels of slides
+            or, with ``x`` and ``y``, of tiles; then those tiles are read, whatever tissue they hold. Without
+            table, regions and mask the folder that a slide lies in is its label.
+        columns: see `SlideColumns`.
+        regions: file of outlines, from the slide's folder, ``{stem}.geojson`` or ``{stem}.xml``.
+        exclude: classes of outlines that are cut out of all others.
+        mask: label map of the same field, ``{stem}_mask.tif``; its values are the labels. Its size may
+            differ if the shape is the same.
+        mask_background: value of the mask that is no label.
+        regions_as: ``boxes``: each region in a tile is one finding with its box. ``tile``: the label of the
+            whole tile, where one class covers ``min_region`` of it; a tile with less of it is left out.
+        min_region: see ``regions_as``.
+        outside: label of tiles without any region; null leaves them out.
+    """
+
+    default_source_task: ClassVar[str] = "2D classification"
+
+    reader: Literal["slide"]
+    files: str = "**/*"
+    tile: int = Field(default=512, ge=16, le=8192)
+    stride: int | None = Field(default=None, ge=1)
+    level: int | None = Field(default=None, ge=0)
+    microns_per_pixel: float | None = Field(default=None, gt=0)
+    magnification: float | None = Field(default=None, gt=0)
+    slide_microns_per_pixel: float | None = Field(default=None, gt=0)
+    slide_magnification: float | None = Field(default=None, gt=0)
+    min_tissue: float = Field(default=0.5, ge=0, le=1)
+    background: Literal["light", "dark"] = "light"
+    tissue_level: int = Field(default=15, ge=0, le=254)
+    max_tiles: int | None = Field(default=None, gt=0)
+    table: Path | None = None
+    columns: SlideColumns = SlideColumns()
+    regions: str | None = None
+    exclude: tuple[str, ...] = ()
+    mask: str | None = None
+    mask_background: int = 0
+    regions_as: Literal["boxes", "tile"] = "boxes"
+    min_region: float = Field(default=0.5, gt=0, le=1)
+    outside: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Options:
+        if sum(v is not None for v in (self.level, self.microns_per_pixel, self.magnification)) > 1:
+            raise ValueError("give one of level, microns_per_pixel and magnification")
+        if sum(v is not None for v in (self.table, self.regions, self.mask)) > 1:
+            raise ValueError("labels come from one of table, regions and mask; give one of them")
+        for pattern in (self.regions, self.mask):
+            if pattern is not None and "{stem}" not in pattern:
+                raise ValueError(
+                    f"{pattern!r} is the same for every slide; write {{stem}} for its name"
+                )
+        if self.exclude and not self.regions:
+            raise ValueError("'exclude' names classes of 'regions'; there are none")
+        return self
+
+    @property
+    def step(self) -> int:
+        """Pixels of the corpus' picture between two tiles."""
+        return self.stride or self.tile
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """One unit a slide; the payload are its rows of the table, or None without a table.
+
+    Raises:
+        SourceError: no slide, or a table that can't be read.
+    """
+    root = options.root
+    slides = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.glob(options.files)
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    if options.mask is not None:
+        masks = {beside(slide, options.mask) for slide in slides}
+        slides = [slide for slide in slides if slide not in masks]
+    if not slides:
+        raise SourceError(
+            f"source {options.name!r}: no slide below {root} fits {options.files!r}; looked for "
+            f"{', '.join(SUFFIXES)}"
+        )
+    if options.table is None:
+        yield from (Unit(name) for name in slides)
+        return
+    extra = [name for name in (options.columns.x, options.columns.y) if name]
+    rows = read_rows(options.name, options.root / options.table, options.columns, extra=extra)
+    yield from match_files(rows, slides)
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """The tiles of one slide."""
+    from data_tools.readers import slide_files, slide_labels, slide_regions
+
+    if options.table is not None and unit.payload is None:
+        yield Dropped("slide of the table not found", unit.key)
+        return
+    try:
+        path = below(options.root, unit.key)
+    except ValueError as error:
+        yield Dropped(OUTSIDE, unit.key, str(error))
+        return
+    rows: tuple[Row, ...] = unit.payload or ()
+    if options.table is not None and not rows:
+        yield Dropped("slide without a row in the table", unit.key)
+        return
+    slide = mask = None
+    try:
+        slide = slide_files.open_slide(path)
+        scale = scale_of(options, slide)
+        labeller: Labeller = slide_labels.OfSlide(options, unit.key, rows)
+        if options.mask is not None:
+            mask = slide_labels.open_mask(options, unit.key, slide)
+            labeller = slide_labels.OfMask(options, slide, mask)
+        elif options.regions is not None:
+            outlines = slide_labels.outlines_of(options, unit.key)
+            labeller = slide_labels.OfOutlines(options, outlines)
+        if options.columns.x:
+            places = _listed(options, unit.key, rows)
+        else:
+            places = _grid(options, unit.key, slide, scale)
+        yield from _tiles(options, unit.key, slide, scale, labeller, places)
+    except slide_files.BadSlide as error:
+        yield Dropped(error.reason, unit.key, error.detail)
+    except slide_regions.BadRegions as error:
+        yield Dropped("regions of the slide can't be read", unit.key, str(error))
+    finally:
+        for opened in (slide, mask):
+            if opened is not None:
+                opened.close()
+
+
+Place = tuple[int, int, "tuple[Row, ...]"]
+"""Full-resolution x and y of a tile's corner, and its own rows of the table."""
+
+
+def _tiles(
+    options: Options,
+    key: str,
+    slide: SlideFile,
+    scale: Scale,
+    labeller: Labeller,
+    places: Iterator[Place | Dropped],
+) -> Iterator[Sample | Dropped]:
+    from data_tools.readers.slide_files import BadSlide
+
+    level = slide.levels[scale.level]
+    for place in places:
+        if isinstance(place, Dropped):
+            yield place
+            continue
+        x, y, rows = place
+        where = f"{key} x {x} y {y}"
+        left, top = round(x / level.downsample), round(y / level.downsample)
+        if left + scale.read > level.width or top + scale.read > level.height or min(left, top) < 0:
+            size = f"{slide.levels[0].width} x {slide.levels[0].height}"
+            yield Dropped("tile outside the slide", where, f"the slide has {size} pixels")
+            continue
+        found = labeller.annotations(x, y, scale, rows)
+        if isinstance(found, str):
+            yield Dropped(found, where)
+            continue
+        try:
+            pixels = slide.read(scale.level, left, top, scale.read, scale.read)
+        except BadSlide as error:
+            yield Dropped(error.reason, where, error.detail)
+            continue
+        notes = {"level": str(scale.level), "full-resolution pixels a pixel": f"{scale.full:g}"}
+        if slide.microns_per_pixel:
+            notes["microns a pixel"] = f"{slide.microns_per_pixel * scale.full:.4g}"
+        yield Sample(
+            _resized(pixels, options.tile),
+            key,
+            tuple(found),
+            part={"x": x, "y": y},
+            group=key,
+            preprocessing=notes,
+        )
+
+
+# --- scale and places -----------------------------------------------------------------------------
+
+
+def scale_of(options: Options, slide: SlideFile) -> Scale:
+    from data_tools.readers.slide_files import BadSlide, Scale
+
+    levels = slide.levels
+    if options.microns_per_pixel is not None:
+        own = options.slide_microns_per_pixel or slide.microns_per_pixel
+        if own is None:
+            raise BadSlide(
+                "slide doesn't say its microns a pixel", "set slide_microns_per_pixel or level"
+            )
+        full = options.microns_per_pixel / own
+    elif options.magnification is not None:
+        own = options.slide_magnification or slide.magnification
+        if own is None:
+            raise BadSlide(
+                "slide doesn't say its magnification", "set slide_magnification or level"
+            )
+        full = own / options.magnification
+    else:
+        number = options.level or 0
+        if number >= len(levels):
+            raise BadSlide("slide without this level", f"{len(levels)} levels, {number} asked for")
+        return Scale(number, options.tile, levels[number].downsample)
+    if full < 0.99:
+        raise BadSlide(
+            "slide is coarser than asked for", f"it would be enlarged {1 / full:.3g} times"
+        )
+    # One percent of slack: pyramids' scales are rounded to whole pixels.
+    level = max(i for i, entry in enumerate(levels) if i == 0 or entry.downsample <= full * 1.01)
+    return Scale(level, max(1, round(options.tile * full / levels[level].downsample)), full)
+
+
+def _grid(options: Options, key: str, slide: SlideFile, scale: Scale) -> Iterator[Place | Dropped]:
+    """Tiles with enough tissue, row by row; the others as drops."""
+    side, step = options.tile * scale.full, options.step * scale.full
+    width, height = slide.levels[0].width, slide.levels[0].height
+    columns = [
+        round(i * step) for i in range(int((width - side) // step) + 1 if width >= side else 0)
+    ]
+    rows = [
+        round(i * step) for i in range(int((height - side) // step) + 1 if height >= side else 0)
+    ]
+    if not rows or not columns:
+        yield Dropped("slide smaller than a tile", key, f"{width} x {height} pixels, tile {side:g}")
+        return
+    corners = [(x, y) for y in rows for x in columns]
+    if options.min_tissue > 0:
+        from data_tools.readers.slide_tissue import tissue_map
+
+        tissue, factor = tissue_map(
+            slide, background=options.background, level_above=options.tissue_level
+        )
+        # summed[y, x]: tissue pixels above and to the left
+        summed = np.pad(tissue.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
+        kept = []
+        for x, y in corners:
+            x1, y1 = int(x / factor), int(y / factor)
+            x2 = max(x1 + 1, min(tissue.shape[1], round((x + side) / factor)))
+            y2 = max(y1 + 1, min(tissue.shape[0], round((y + side) / factor)))
+            share = summed[y2, x2] - summed[y1, x2] - summed[y2, x1] + summed[y1, x1]
+            if share / ((x2 - x1) * (y2 - y1)) >= options.min_tissue:
+                kept.append((x, y))
+            else:
+                yield Dropped("tile with too little tissue", f"{key} x {x} y {y}")
+        corners = kept
+    if options.max_tiles is not None and len(corners) > options.max_tiles:
+        seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
+        chosen = np.random.default_rng(seed).permutation(len(corners))[: options.max_tiles]
+        corners = [corners[i] for i in sorted(chosen.tolist())]
+    yield from ((x, y, ()) for x, y in corners)
+
+
+def _listed(options: Options, key: str, rows: Sequence[Row]) -> Iterator[Place | Dropped]:
+    """The table's tiles, each once with all of its rows."""
+    assert options.columns.x
+    assert options.columns.y
+    tiles: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        where = f"line {row.line} of the table"
+        texts = row.cells[options.columns.x], row.cells[options.columns.y]
+        try:
+            corner = int(float(texts[0])), int(float(texts[1]))
+        except (ValueError, OverflowError):
+            detail = f"{where}: x, y are {texts[0]!r}, {texts[1]!r}, not two numbers"
+            yield Dropped("row of the table can't be read", key, detail)
+            continue
+        if row.problem:
+            yield Dropped("row of the table can't be read", key, f"{where}: {row.problem}")
+            continue
+        tiles.setdefault(corner, []).append(row)
+    yield from ((x, y, tuple(own)) for (x, y), own in tiles.items())
+
+
+# --- pixels ---------------------------------------------------------------------------------------
+
+
+def _resized(pixels: np.ndarray, side: int) -> np.ndarray:
+    from data_tools.readers.slide_files import to_uint8
+
+    pixels = to_uint8(pixels)
+    if pixels.shape[:2] == (side, side):
+        return np.ascontiguousarray(pixels)
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))

@@ -1,0 +1,293 @@
+"""Parts of large TIFFs and whole-slide images, without reading the rest.
+
+OpenSlide reads the formats of scanner makers that it knows (SVS, NDPI, MRXS, SCN, BIF, ...), tifffile every
+other TIFF: plain or BigTIFF, tiled or striped, OME-TIFF, 8 or 16 bit, with or without a pyramid.
+
+Shapes: ``H`` and ``W`` in pixels of the level that is read; a level's ``downsample`` is the number of
+full-resolution pixels along one of its pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tifffile
+
+MAX_READ = 2**28  # pixels that one call reads at most: 16384 x 16384
+KEPT_BYTES = 2**26  # of decoded tiles and strips
+
+
+class BadSlide(ValueError):
+    """A slide of which nothing can be taken; ``reason`` is the same for all of the kind."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """``width`` and ``height`` in its own pixels."""
+
+    width: int
+    height: int
+    downsample: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How tiles are read: ``level`` of the file, ``read`` pixels of it along a tile's side.
+
+    ``full``: full-resolution pixels along one pixel of the tile.
+    """
+
+    level: int
+    read: int
+    full: float
+
+
+class SlideFile(Protocol):
+    """An open slide. ``levels`` begin with the full resolution.
+
+    ``microns_per_pixel`` and ``magnification`` are of the full resolution, None if the file doesn't say.
+    """
+
+    levels: tuple[Level, ...]
+    microns_per_pixel: float | None
+    magnification: float | None
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """``[H, W]`` or ``[H, W, 3]``; ``x`` and ``y`` in pixels of the level; all of it inside the level."""
+
+    def close(self) -> None: ...
+
+
+def open_slide(path: Path) -> SlideFile:
+    """The file by whichever library knows it.
+
+    Raises:
+        BadSlide: neither does, or the file is damaged.
+    """
+    import openslide
+
+    try:
+        vendor = openslide.OpenSlide.detect_format(str(path))
+    except openslide.OpenSlideError as error:
+        raise BadSlide("slide can't be read", str(error)) from error
+    if vendor is not None and vendor != "generic-tiff":
+        return _Scanner(path)
+    return TiffSlide(path)
+
+
+class _Scanner:
+    """A scanner maker's format."""
+
+    def __init__(self, path: Path) -> None:
+        import openslide
+
+        self._error = openslide.OpenSlideError
+        try:
+            self._slide = openslide.OpenSlide(str(path))
+        except (openslide.OpenSlideError, OSError) as error:
+            raise BadSlide("slide can't be read", str(error)) from error
+        sizes = zip(self._slide.level_dimensions, self._slide.level_downsamples, strict=True)
+        self.levels = tuple(Level(width, height, float(scale)) for (width, height), scale in sizes)
+        properties = self._slide.properties
+        self.microns_per_pixel = _positive(properties.get(openslide.PROPERTY_NAME_MPP_X))
+        self.magnification = _positive(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        _check_read(self.levels[level], x, y, width, height)
+        scale = self.levels[level].downsample
+        corner = (round(x * scale), round(y * scale))
+        try:
+            region = self._slide.read_region(corner, level, (width, height))
+        except self._error as error:
+            raise BadSlide("part of the slide can't be read", str(error)) from error
+        pixels = np.asarray(region)
+        # Where the scanner saw nothing the pixels are transparent: shown on white, as glass is.
+        alpha = pixels[:, :, 3:].astype(np.uint16)
+        # OpenSlide's colours are multiplied by alpha already.
+        return (pixels[:, :, :3] + (255 - alpha)).clip(0, 255).astype(np.uint8)
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+class TiffSlide:
+    """A TIFF; only the tiles or strips that a part touches are read and decoded.
+
+    ``values``: pixels are the numbers in the file, not the colours or grey levels that they stand for.
+    """
+
+    def __init__(self, path: Path, *, values: bool = False) -> None:
+        self._values = values
+        try:
+            self._tiff = tifffile.TiffFile(path)
+            series = self._tiff.series[0]
+            self._pages = [level.keyframe for level in series.levels]
+        except (tifffile.TiffFileError, OSError, IndexError, ValueError, KeyError) as error:
+            raise BadSlide("slide can't be read", str(error)) from error
+        first = self._pages[0]
+        if first.imagedepth != 1 or (
+            len(series.pages) > 1 and series.axes not in ("YX", "YXS", "SYX")
+        ):
+            self._tiff.close()
+            raise BadSlide(
+                "slide is a stack", f"axes {series.axes} of {series.shape}; one plane is read"
+            )
+        self.levels = tuple(
+            Level(page.imagewidth, page.imagelength, first.imagewidth / page.imagewidth)
+            for page in self._pages
+        )
+        self.microns_per_pixel = _ome_microns(self._tiff) or _tiff_microns(first)
+        self.magnification: float | None = None
+        self._decoded: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        _check_read(self.levels[level], x, y, width, height)
+        page = self._pages[level]
+        planes = page.samplesperpixel if page.planarconfig == 2 else 1
+        samples = page.samplesperpixel // planes
+        out = np.zeros((planes, height, width, samples), dtype=page.dtype)
+        rows = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+        columns = page.tilewidth if page.is_tiled else page.imagewidth
+        if rows * columns > MAX_READ:
+            raise BadSlide("part of the slide is too large", f"tiles of {columns} x {rows} pixels")
+        across = math.ceil(page.imagewidth / columns)
+        down = math.ceil(page.imagelength / rows)
+        for plane in range(planes):
+            for row in range(y // rows, (y + height - 1) // rows + 1):
+                for column in range(x // columns, (x + width - 1) // columns + 1):
+                    index = (plane * down + row) * across + column
+                    tile = self._tile(level, index)
+                    if tile is None:
+                        continue  # a sparse file leaves out empty tiles
+                    _paste(out[plane], tile, x - column * columns, y - row * rows)
+        pixels = np.concatenate(list(out), axis=-1) if planes > 1 else out[0]
+        return pixels[:, :, 0] if self._values else self._shown(pixels, page)
+
+    def _tile(self, level: int, index: int) -> np.ndarray | None:
+        """``[h, w, samples]``; the last ones stay, since neighbours share strips and tiles."""
+        if (level, index) in self._decoded:
+            self._decoded.move_to_end((level, index))
+            return self._decoded[level, index]
+        page = self._pages[level]
+        count = page.databytecounts[index]
+        if count == 0:
+            return None
+        handle = self._tiff.filehandle
+        try:
+            handle.seek(page.dataoffsets[index])
+            data = handle.read(count)
+            if len(data) < count:
+                raise ValueError(f"the file ends inside of tile {index}")
+            tile, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
+        except (ValueError, OSError, RuntimeError, IndexError, KeyError) as error:
+            raise BadSlide("part of the slide can't be read", str(error)) from error
+        if tile is None:
+            return None
+        pixels: np.ndarray = tile[0, : shape[1], : shape[2]]
+        self._decoded[level, index] = pixels
+        while len(self._decoded) > 1 and sum(t.nbytes for t in self._decoded.values()) > KEPT_BYTES:
+            self._decoded.popitem(last=False)
+        return pixels
+
+    @staticmethod
+    def _shown(pixels: np.ndarray, page: Any) -> np.ndarray:
+        """As ``[H, W]`` or ``[H, W, 3]`` with black as zero."""
+        if page.colormap is not None:
+            return (page.colormap[:, pixels[:, :, 0]].transpose(1, 2, 0) >> 8).astype(np.uint8)
+        if pixels.dtype == bool:
+            pixels = pixels.astype(np.uint8) * 255
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            pixels = np.iinfo(pixels.dtype).max - pixels
+        return pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, 0]
+
+    def values_problem(self) -> str:
+        """Why the pixels can't be the values of a label map, or ""."""
+        page = self._pages[0]
+        if page.colormap is None and page.samplesperpixel > 1:
+            return f"{page.samplesperpixel} channels; expected one value a pixel"
+        if page.dtype is None or page.dtype.kind not in "bui":
+            return f"{page.dtype} values; expected whole numbers"
+        return ""
+
+    def close(self) -> None:
+        self._tiff.close()
+
+
+def _paste(out: np.ndarray, tile: np.ndarray, left: int, top: int) -> None:
+    """Copy the part of a tile that lies in ``out``, whose corner is at (left, top) of the tile."""
+    y1, x1 = max(top, 0), max(left, 0)
+    part = tile[y1 : top + out.shape[0], x1 : left + out.shape[1]]
+    out[y1 - top : y1 - top + part.shape[0], x1 - left : x1 - left + part.shape[1]] = part
+
+
+def blocks(level: Level, side: int) -> Iterator[tuple[int, int, int, int]]:
+    """``(x, y, width, height)`` of blocks that cover a level, row by row."""
+    for y in range(0, level.height, side):
+        for x in range(0, level.width, side):
+            yield x, y, min(side, level.width - x), min(side, level.height - y)
+
+
+def _check_read(level: Level, x: int, y: int, width: int, height: int) -> None:
+    if width * height > MAX_READ:
+        raise BadSlide("part of the slide is too large", f"{width} x {height} pixels at once")
+    assert 0 <= x <= level.width - width, (x, width, level)
+    assert 0 <= y <= level.height - height, (y, height, level)
+
+
+def _positive(text: object) -> float | None:
+    try:
+        value = float(str(text))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _ome_microns(tiff: Any) -> float | None:
+    """``PhysicalSizeX`` of the first picture of OME-XML."""
+    if not tiff.ome_metadata:
+        return None
+    from xml.etree import ElementTree
+
+    try:
+        root = ElementTree.fromstring(tiff.ome_metadata)
+    except ElementTree.ParseError:
+        return None
+    for element in root.iter():
+        if element.tag.rpartition("}")[2] == "Pixels":
+            size = _positive(element.get("PhysicalSizeX"))
+            scale = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3}.get(
+                element.get("PhysicalSizeXUnit", "µm")
+            )
+            return size * scale if size and scale else None
+    return None
+
+
+def _tiff_microns(page: Any) -> float | None:
+    """From XResolution; dots an inch under 1000 are what a program writes that knows nothing (25 microns)."""
+    unit = page.tags.valueof("ResolutionUnit", 1)
+    length = {2: 25_400.0, 3: 10_000.0}.get(int(unit))
+    value = page.tags.valueof("XResolution")
+    if length is None or not value or not value[0] or not value[1]:
+        return None
+    microns = length * value[1] / value[0]
+    return microns if microns < 25.0 else None
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """16 bit by its high byte: one scale for the whole slide, so that tiles stay comparable."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.uint16:
+        return (pixels >> 8).astype(np.uint8)
+    raise BadSlide("slide of an unsupported kind", f"{pixels.dtype}; 8 and 16 bit are read")

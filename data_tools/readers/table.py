@@ -1,0 +1,439 @@
+"""A table of labels: CSV, TSV, JSONL or Excel. The job says which column holds what.
+
+    reader: table
+    table: labels.csv
+    image: png/{image_id}.png      # a pattern of columns, or a column's name
+    label: finding
+    box: {x1: xmin, y1: ymin, x2: xmax, y2: ymax}
+    group_column: patient_id
+
+Rows of one picture are one sample, wherever in the table they are (see `table_rows`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from data_tools.errors import SourceError
+from data_tools.options import Options as Section
+from data_tools.readers.paths import file_of, fill, listed, place_names
+from data_tools.readers.pictures import BadPicture, Picture, numbers, picture
+from data_tools.readers.source import SourceOptions
+from data_tools.readers.table_rows import Format, Row, grouped, open_table
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+
+Part = Literal["x1", "y1", "x2", "y2", "cx", "cy", "width", "height"]
+IMAGES_A_UNIT = 32
+_PAIRS = {
+    "x": ({"x1", "x2"}, {"x1", "width"}, {"cx", "width"}, {"x2", "width"}),
+    "y": ({"y1", "y2"}, {"y1", "height"}, {"cy", "height"}, {"y2", "height"}),
+}
+
+
+class BoxColumns(Section):
+    """Where a row has its box: a column for each number, or one column with four.
+
+    Args:
+        x1, y1, x2, y2: left, upper, right and lower edge.
+        cx, cy: centre.
+        width, height: size.
+        column: the one column; a list, or a text of numbers with anything between them.
+        order: what the four numbers of ``column`` are.
+        unit: ``pixels``, or ``fractions`` of the picture's width and height.
+        last_pixel_inside: ``x2`` and ``y2`` name the last pixel of the box, so that its width is
+            ``x2 - x1 + 1``.
+    """
+
+    x1: str | None = None
+    y1: str | None = None
+    x2: str | None = None
+    y2: str | None = None
+    cx: str | None = None
+    cy: str | None = None
+    width: str | None = None
+    height: str | None = None
+    column: str | None = None
+    order: tuple[Part, Part, Part, Part] | None = None
+    unit: Literal["pixels", "fractions"] = "pixels"
+    last_pixel_inside: bool = False
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> BoxColumns:
+        if (self.column is None) != (self.order is None):
+            raise ValueError("`column` and `order` belong together")
+        if self.column is not None and self.columns:
+            raise ValueError("either `column` and `order`, or a column for each number")
+        given = set(self.order or self.columns)
+        for axis, pairs in _PAIRS.items():
+            here = {name for name in given if name in set().union(*pairs)}
+            if here not in pairs:
+                raise ValueError(
+                    f"a box needs two of {'x1, x2, cx, width' if axis == 'x' else 'y1, y2, cy, height'} "
+                    f"that fix it, got {', '.join(sorted(here)) or 'none'}"
+                )
+        if self.last_pixel_inside and not {"x2", "y2"} <= given:
+            raise ValueError("`last_pixel_inside` is about x2 and y2")
+        return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Part of the box -> its column."""
+        parts = ("x1", "y1", "x2", "y2", "cx", "cy", "width", "height")
+        return {part: getattr(self, part) for part in parts if getattr(self, part) is not None}
+
+    @property
+    def used(self) -> list[str]:
+        """Every column that is needed."""
+        return [self.column] if self.column is not None else list(self.columns.values())
+
+
+class Options(SourceOptions):
+    """Keys of ``reader: table``.
+
+    Args:
+        table: the file, relative to the job file or below the root.
+        format: default by suffix.
+        encoding: of a text table.
+        delimiter: default a comma, of a TSV a tab.
+        sheet: of an Excel file; default the first.
+        image: column with the picture's path, or a pattern of columns such as ``png/{image_id}.png``.
+        image_folder, image_suffix: put before and behind it.
+        label: column or columns with a label each.
+        label_separator: between the labels of one cell, such as ``|``.
+        one_hot: columns that say whether a label applies; a list, or a map from column to label.
+        positive, negative: cells of such a column. Any other cell is unclear and drops the picture.
+        nothing: label of a picture to which no ``one_hot`` column applies; default: it has none.
+        missing: cells that stand for nothing.
+        box: where a row has its box; a row whose cells of it are all missing speaks of the whole picture.
+        row_is: ``picture``: one row a picture, two that differ drop it; ``finding``: each row adds to the
+            picture. Default: ``finding`` with ``box``, else ``picture``.
+        attribute_columns: column -> name of the picture's attribute.
+        finding_columns: column -> name of the finding's attribute.
+        group_column: patient, case or slide.
+        modality_column: of the taxonomy, or a DICOM code.
+        split_column, splits: only rows with one of these values are read.
+    """
+
+    default_source_task: ClassVar[str] = "2D classification"
+
+    reader: Literal["table"]
+    table: str
+    format: Format | None = None
+    encoding: str = "utf-8"
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    sheet: str | None = None
+    image: str = Field(min_length=1)
+    image_folder: str = ""
+    image_suffix: str = ""
+    label: str | tuple[str, ...] = ()
+    label_separator: str | None = Field(default=None, min_length=1)
+    one_hot: dict[str, str] | tuple[str, ...] = ()
+    positive: tuple[str, ...] = ("1", "1.0", "true", "True", "TRUE", "yes")
+    negative: tuple[str, ...] = ("0", "0.0", "false", "False", "FALSE", "no")
+    nothing: str | None = None
+    missing: tuple[str, ...] = ("", "nan", "NaN", "NA", "N/A", "null", "#N/A")
+    box: BoxColumns | None = None
+    row_is: Literal["picture", "finding"] | None = None
+    attribute_columns: dict[str, str] = Field(default={})
+    finding_columns: dict[str, str] = Field(default={})
+    group_column: str | None = None
+    modality_column: str | None = None
+    split_column: str | None = None
+    splits: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _says_what_is_needed(self) -> Options:
+        if not self.label and not self.one_hot:
+            raise ValueError("the table's `label` or `one_hot` columns are missing")
+        if (self.split_column is None) != (not self.splits):
+            raise ValueError("`split_column` and `splits` belong together")
+        if self.nothing is not None and not self.one_hot:
+            raise ValueError("`nothing` is about `one_hot` columns")
+        return self
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        return (self.label,) if isinstance(self.label, str) else self.label
+
+    @property
+    def one_hot_labels(self) -> dict[str, str]:
+        """Column -> label."""
+        if isinstance(self.one_hot, dict):
+            return self.one_hot
+        return {column: column for column in self.one_hot}
+
+    @property
+    def used(self) -> list[str]:
+        """Every column that is needed, each once."""
+        columns = [
+            *(place_names(self.image) or [self.image]),
+            *self.label_columns,
+            *self.one_hot_labels,
+            *(self.box.used if self.box else ()),
+            *self.attribute_columns,
+            *self.finding_columns,
+            self.group_column,
+            self.modality_column,
+            self.split_column,
+        ]
+        return list(dict.fromkeys(name for name in columns if name is not None))
+
+
+class _BadRow(ValueError):
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+# --- units --------------------------------------------------------------------------------------
+
+
+def _table(options: Options) -> Path:
+    """Of the table: `job.load` makes a path absolute that is relative to the job file."""
+    if Path(options.table).is_absolute():
+        return Path(options.table)
+    return file_of(options.root, options.table, source=options.name, key="table")
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """A unit for every few pictures, with their rows.
+
+    Raises:
+        SourceError: the table can't be read, lacks a column, or has no row of the splits.
+    """
+    path = _table(options)
+    splits: dict[str, None] = {}
+
+    def wanted(row: Row) -> bool:
+        if options.split_column is None:
+            return True
+        split = _text(row.cells[options.split_column])
+        if len(splits) < 100:
+            splits[split] = None
+        return split in options.splits
+
+    with open_table(
+        path,
+        source=options.name,
+        form=options.format,
+        encoding=options.encoding,
+        delimiter=options.delimiter,
+        sheet=options.sheet,
+    ) as table:
+        batch: list[list[Row]] = []
+        found = grouped(
+            table, options.used, key=lambda row: _image_name(options, row), wanted=wanted
+        )
+        for rows in found:
+            if not batch:
+                for split in options.splits:
+                    if split not in splits and len(splits) < 100:
+                        raise SourceError(
+                            f"{table.shown}: no row has {split!r} in column {options.split_column!r}; there "
+                            f"are {listed(list(splits))}."
+                        )
+            batch.append(rows)
+            if len(batch) == IMAGES_A_UNIT:
+                yield _unit(options, batch)
+                batch = []
+        if batch:
+            yield _unit(options, batch)
+        elif options.splits and not set(options.splits) & set(splits):
+            raise SourceError(
+                f"{table.shown}: no row has one of {listed(options.splits)} in column "
+                f"{options.split_column!r}; there are {listed(list(splits))}."
+            )
+
+
+def _unit(options: Options, batch: list[list[Row]]) -> Unit:
+    payload = tuple((row.line, row.cells, row.problem) for rows in batch for row in rows)
+    return Unit(f"{options.table}#{payload[0][0]}", payload)
+
+
+def _image_name(options: Options, row: Row) -> str:
+    """The picture's path below the root; "" if a cell that it needs is missing."""
+    columns = place_names(options.image)
+    cells = {column: _text(row.cells[column]) for column in columns or [options.image]}
+    if any(cell in options.missing for cell in cells.values()):
+        return ""
+    name = fill(options.image, cells) if columns else cells[options.image]
+    folder = options.image_folder.rstrip("/")
+    # A hostile absolute name stays one: it isn't made harmless by the folder before it.
+    name = f"{folder}/{name}" if folder and not name.startswith(("/", "\\")) else name
+    return name + options.image_suffix
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, bool):
+        return "true" if cell else "false"
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    return str(cell).strip()
+
+
+# --- samples ------------------------------------------------------------------------------------
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """The pictures of a unit, each with what its rows say."""
+    by_image: dict[str, list[Row]] = {}
+    for line, cells, problem in unit.payload:
+        row = Row(line, cells, problem)
+        name = "" if problem else _image_name(options, row)
+        if problem or not name:
+            yield Dropped(problem or "no image name", f"{options.table} line {line}")
+        else:
+            by_image.setdefault(name, []).append(row)
+    for name, rows in by_image.items():
+        yield from _picture(options, name, rows)
+
+
+def _picture(options: Options, name: str, rows: Sequence[Row]) -> Iterator[Sample | Dropped]:
+    try:
+        found = picture(options.root, name)
+    except BadPicture as error:
+        yield Dropped(error.reason, f"{options.table} line {rows[0].line}", error.detail)
+        return
+    mode = options.row_is or ("finding" if options.box else "picture")
+    annotations: list[Annotation] = []
+    seen: list[tuple[Annotation, ...]] = []
+    about: tuple[Any, ...] | None = None
+    for row in rows:
+        where = f"{found.name}, {options.table} line {row.line}"
+        try:
+            findings = _findings(options, row, found)
+            facts = _facts(options, row)
+        except BadPicture as error:
+            yield Dropped(error.reason, where, error.detail)
+            return
+        except _BadRow as error:
+            yield Dropped(error.reason, where, error.detail)
+            if error.reason.startswith("unclear"):
+                return
+            continue
+        if about is not None and facts != about:
+            yield Dropped("image listed twice with different values", where, f"{about} and {facts}")
+            return
+        about = facts
+        if findings in seen:
+            yield Dropped("duplicate row", where)
+            continue
+        if seen and mode == "picture":
+            labels = [[finding.label for finding in row] for row in (seen[0], findings)]
+            yield Dropped(
+                "image listed twice with different labels", where, f"{labels[0]} and {labels[1]}"
+            )
+            return
+        seen.append(findings)
+        annotations += findings
+    if about is None:
+        return  # every row was dropped with its reason
+    group, modality, attributes = about
+    yield found.with_findings(
+        tuple(annotations), group=group, modality=modality, attributes=dict(attributes)
+    )
+
+
+def _facts(
+    options: Options, row: Row
+) -> tuple[str | None, str | None, tuple[tuple[str, str], ...]]:
+    """Group, modality and attributes of the picture."""
+
+    def cell(column: str | None) -> str | None:
+        text = _text(row.cells[column]) if column else ""
+        return None if text in options.missing else text
+
+    if options.group_column and cell(options.group_column) is None:
+        raise _BadRow("no group", f"column {options.group_column!r} is empty")
+    attributes = tuple(_attributes(options, row, options.attribute_columns).items())
+    return cell(options.group_column), cell(options.modality_column), attributes
+
+
+def _attributes(options: Options, row: Row, columns: Mapping[str, str]) -> dict[str, str]:
+    cells = {name: _text(row.cells[column]) for column, name in columns.items()}
+    return {name: text for name, text in cells.items() if text not in options.missing}
+
+
+def _findings(options: Options, row: Row, found: Picture) -> tuple[Annotation, ...]:
+    labels = list(dict.fromkeys(_labels(options, row)))
+    box = _box(options, row, found) if options.box else None
+    if not labels:
+        raise _BadRow("no label")
+    attributes = _attributes(options, row, options.finding_columns)
+    return tuple(Annotation(label, box, attributes=attributes) for label in labels)
+
+
+def _labels(options: Options, row: Row) -> Iterator[str]:
+    for column in options.label_columns:
+        cell = row.cells[column]
+        parts = cell if isinstance(cell, list) else [cell]
+        if options.label_separator and isinstance(cell, str):
+            parts = cell.split(options.label_separator)
+        yield from (text for part in parts if (text := _text(part)) not in options.missing)
+    applies = False
+    for column, label in options.one_hot_labels.items():
+        text = _text(row.cells[column])
+        if text in options.positive:
+            applies = True
+            yield label
+        elif text not in options.negative:
+            raise _BadRow("unclear cell of a label's column", f"{column} is {text!r}")
+    if options.nothing is not None and not applies:
+        yield options.nothing
+
+
+def _box(options: Options, row: Row, found: Picture) -> tuple[float, float, float, float] | None:
+    columns = options.box
+    assert columns is not None
+    texts = {name: row.cells[name] for name in columns.used}
+    empty = [name for name, cell in texts.items() if _text(cell) in options.missing]
+    if len(empty) == len(texts):
+        return None
+    if empty:
+        raise _BadRow("incomplete box", f"column {', '.join(empty)} is empty")
+    try:
+        parts = numbers(_parts(columns, row))
+    except ValueError as error:
+        raise _BadRow("box that can't be read", str(error)) from error
+    if columns.unit == "fractions":
+        if any(abs(value) > 1 + 1e-4 for value in parts.values()):
+            raise _BadRow("fraction below 0 or above 1", str(parts))
+        width, height = found.size()
+        parts = {
+            part: value * (width if part in ("x1", "x2", "cx", "width") else height)
+            for part, value in parts.items()
+        }
+    x1, x2 = _edges(parts, "x1", "x2", "cx", "width")
+    y1, y2 = _edges(parts, "y1", "y2", "cy", "height")
+    last = int(columns.last_pixel_inside)
+    return (x1, y1, x2 + last, y2 + last)
+
+
+def _parts(columns: BoxColumns, row: Row) -> dict[str, object]:
+    if columns.column is None:
+        return {part: row.cells[column] for part, column in columns.columns.items()}
+    cell = row.cells[columns.column]
+    values = cell if isinstance(cell, list) else re.findall(r"[^\s,;|()\[\]]+", str(cell))
+    if len(values) != 4:
+        raise ValueError(f"column {columns.column} is {cell!r}, where four numbers are expected")
+    return dict(zip(columns.order or (), values, strict=True))
+
+
+def _edges(
+    parts: Mapping[str, float], first: str, second: str, centre: str, extent: str
+) -> tuple[float, float]:
+    if extent not in parts:
+        return parts[first], parts[second]
+    if centre in parts:
+        return parts[centre] - parts[extent] / 2, parts[centre] + parts[extent] / 2
+    if first in parts:
+        return parts[first], parts[first] + parts[extent]
+    return parts[second] - parts[extent], parts[second]

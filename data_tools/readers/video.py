@@ -1,0 +1,329 @@
+"""Frames of ultrasound, endoscopy and surgery videos: mp4, mov, avi, mkv, webm, mpg, wmv and animated GIF.
+
+Which frames: by time, evenly, by scene, or those that a table names. Their labels: of the folder, of the
+video's row in a table, or of the rows of that table that name the frame, a time or an interval.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, model_validator
+
+from data_tools.errors import SourceError
+from data_tools.readers.named_rows import Row, RowColumns, folder_of, match_files, read_rows
+from data_tools.readers.paths import OUTSIDE, below
+from data_tools.readers.source import SourceOptions
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+
+if TYPE_CHECKING:
+    from data_tools.readers.video_frames import Timeline
+
+SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts", ".gif")
+THUMBNAIL_SIDE = 32  # pixels of the grey thumbnail by which frames are told apart
+
+
+class VideoColumns(RowColumns):
+    """Which column holds what; those of `RowColumns`, and:
+
+    Args:
+        frame: the frame's number, the first is 0 (`first_frame` says otherwise).
+        seconds: the frame's time instead, ``83.5`` or ``1:23.5``; the frame that is on the screen then.
+        until: end of the interval that begins at ``frame`` or ``seconds``, in the same unit, exclusive.
+    """
+
+    frame: str | None = None
+    seconds: str | None = None
+    until: str | None = None
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> VideoColumns:
+        if self.frame and self.seconds:
+            raise ValueError("name the column of the frame's number or that of its time, not both")
+        if self.until and not (self.frame or self.seconds):
+            raise ValueError("'until' ends an interval that 'frame' or 'seconds' begins: name one")
+        return self
+
+    @property
+    def of_frames(self) -> bool:
+        """Whether a row speaks of a frame or an interval, and not of the video as a whole."""
+        return bool(self.frame or self.seconds)
+
+
+class Options(SourceOptions):
+    """Keys of ``reader: video``.
+
+    Args:
+        files: pattern of the videos below ``root``.
+        pick: ``every`` so many seconds; ``evenly`` so many a video, each in the middle of its share;
+            ``scenes``, the middle frame of every scene; ``table``, the frames that the table names.
+        seconds: between two frames of ``every``.
+        count: frames a video of ``evenly``.
+        scene_change: score of a new scene, 0 to 1; FFmpeg's documentation advises 0.3 to 0.4.
+        max_frames: at most so many frames a video, spread evenly over those picked.
+        skip_start, skip_end: seconds left out at both ends, for title pictures.
+        crop: ``[x1, y1, x2, y2]`` in pixels of the frame, half-open: what is left is thrown away, as
+            names and times that the device burns into the picture's edge. Boxes move along.
+        min_difference: a frame whose grey thumbnail (32 x 32) differs from one that was kept by fewer grey
+            levels on average is left out; frames that a table names are all kept. 0 keeps everything.
+        table: CSV, TSV, JSONL or Excel with labels, relative to the job file or below the root; without it,
+            the folder that a video lies in is its label.
+        columns: see `VideoColumns`.
+        first_frame: number of the first frame in the table, 0 or 1.
+    """
+
+    default_source_task: ClassVar[str] = "2D classification"
+
+    reader: Literal["video"]
+    files: str = "**/*"
+    pick: Literal["every", "evenly", "scenes", "table"] = "evenly"
+    seconds: float = Field(default=1.0, gt=0)
+    count: int = Field(default=8, gt=0)
+    scene_change: float = Field(default=0.3, gt=0, lt=1)
+    max_frames: int | None = Field(default=None, gt=0)
+    skip_start: float = Field(default=0.0, ge=0)
+    skip_end: float = Field(default=0.0, ge=0)
+    crop: tuple[int, int, int, int] | None = None
+    min_difference: float = Field(default=1.0, ge=0)
+    table: Path | None = None
+    columns: VideoColumns = VideoColumns()
+    first_frame: Literal[0, 1] = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Options:
+        if self.pick == "table" and not (self.table and self.columns.of_frames):
+            raise ValueError(
+                "'pick: table' takes the frames that a table names: give 'table', and in 'columns' the "
+                "column 'frame' or 'seconds'"
+            )
+        if self.pick == "table" and self.columns.until:
+            raise ValueError(
+                "'until' gives intervals, and 'pick: table' single frames: pick 'every'"
+            )
+        if self.crop and not (
+            0 <= self.crop[0] < self.crop[2] and 0 <= self.crop[1] < self.crop[3]
+        ):
+            raise ValueError(f"crop is [x1, y1, x2, y2] with x1 < x2 and y1 < y2, got {self.crop}")
+        return self
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """One unit a video; the payload are its rows of the table, or None without a table.
+
+    Raises:
+        SourceError: no video, or a table that can't be read.
+    """
+    root = options.root
+    videos = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.glob(options.files)
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    if not videos:
+        raise SourceError(
+            f"source {options.name!r}: no video below {root} fits {options.files!r}; looked for "
+            f"{', '.join(SUFFIXES)}"
+        )
+    if options.table is None:
+        yield from (Unit(name) for name in videos)
+        return
+    columns = options.columns
+    extra = [name for name in (columns.frame, columns.seconds, columns.until) if name]
+    rows = read_rows(options.name, options.root / options.table, columns, extra=extra)
+    yield from match_files(rows, videos)
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """The picked frames of one video."""
+    from data_tools.readers import video_frames
+
+    if options.table is not None and unit.payload is None:
+        yield Dropped("video of the table not found", unit.key)
+        return
+    try:
+        path = below(options.root, unit.key)
+    except ValueError as error:
+        yield Dropped(OUTSIDE, unit.key, str(error))
+        return
+    try:
+        line = video_frames.timeline(path)
+        spans: list[_Span] = []
+        for row in unit.payload or ():
+            made = _span(row, options, line)
+            if isinstance(made, Dropped):
+                yield Dropped(made.reason, unit.key, made.detail)
+            else:
+                spans.append(made)
+        if options.table is not None and not spans:
+            yield Dropped("video without a row in the table", unit.key)
+            return
+        numbers = _picked(options, path, line, spans)
+    except video_frames.BadVideo as error:
+        yield Dropped(error.reason, unit.key, error.detail)
+        return
+    if not numbers:
+        yield Dropped("video without a frame to pick", unit.key, f"{line.end:.2f} s long")
+    seen: list[np.ndarray] = []
+    for frame in video_frames.frames_at(path, line, numbers):
+        where = f"{unit.key} frame {frame.number}"
+        if frame.pixels is None:
+            yield Dropped("frame can't be decoded", where)
+            continue
+        pixels = _cropped(frame.pixels, options.crop)
+        if pixels is None:
+            height, width = frame.pixels.shape[:2]
+            yield Dropped(
+                "crop outside the frame", where, f"the frame has {width} x {height} pixels"
+            )
+            continue
+        if options.pick != "table" and options.min_difference:
+            thumbnail = _thumbnail(pixels)
+            if any(np.abs(thumbnail - other).mean() < options.min_difference for other in seen):
+                yield Dropped("frame nearly the same as another", where)
+                continue
+            seen.append(thumbnail)
+        notes = {"time": f"{line.seconds[frame.number]:.2f} s"} | frame.notes
+        if options.crop:
+            notes["crop"] = " ".join(map(str, options.crop))
+        yield Sample(
+            pixels,
+            unit.key,
+            _annotations(options, unit.key, spans, frame.number),
+            part={"frame": frame.number},
+            group=unit.key,
+            preprocessing=notes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The frames that a row of the table speaks of: ``first <= number < end``."""
+
+    first: int
+    end: int
+    row: Row
+
+
+def _span(row: Row, options: Options, line: Timeline) -> _Span | Dropped:
+    columns = options.columns
+    where = f"line {row.line} of the table"
+    if row.problem:
+        return Dropped("row of the table can't be read", where, f"{where}: {row.problem}")
+    count = len(line.pts)
+    if not columns.of_frames:
+        return _Span(0, count, row)
+    column = columns.frame or columns.seconds
+    assert column is not None
+    texts = [row.cells[column]] + ([row.cells[columns.until]] if columns.until else [])
+    try:
+        if columns.frame:
+            numbers = [int(text) - options.first_frame for text in texts]
+        else:
+            numbers = [_number_at(_seconds(text), line, end=i == 1) for i, text in enumerate(texts)]
+    except ValueError as error:
+        return Dropped("row of the table can't be read", where, f"{where}: {error}")
+    first = numbers[0]
+    end = numbers[1] if columns.until else first + 1
+    if not 0 <= first < count:
+        detail = f"{where}: {texts[0]}; the video has {count} frames in {line.end:.2f} s"
+        return Dropped("frame of the table outside the video", where, detail)
+    if end <= first:
+        return Dropped("interval of no length", where, f"{where}: {texts[0]} to {texts[1]}")
+    return _Span(first, min(end, count), row)
+
+
+def _seconds(text: str) -> float:
+    """``83.5``, ``1:23.5`` or ``0:01:23.5`` in seconds."""
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = seconds * 60 + float(part)
+    return seconds
+
+
+def _number_at(seconds: float, line: Timeline, *, end: bool) -> int:
+    """The frame on the screen at a time; for an interval's end, the first that comes at it or later.
+
+    Half a unit of the file's clock is allowed for, because tables round.
+    """
+    if not np.isfinite(seconds):
+        raise ValueError(f"{seconds} is no time")
+    slack = max(float(line.time_base) / 2, 1e-6)
+    if end:
+        return int(np.searchsorted(line.seconds, seconds - slack))
+    if seconds >= line.end + slack:
+        return len(line.pts)
+    return int(np.searchsorted(line.seconds, seconds + slack)) - 1
+
+
+def _picked(options: Options, path: Path, line: Timeline, spans: Sequence[_Span]) -> list[int]:
+    """Numbers of the frames to take, ascending."""
+    from data_tools.readers import video_frames
+
+    seconds = line.seconds
+    first = int(np.searchsorted(seconds, options.skip_start))
+    end = int(np.searchsorted(seconds, line.end - options.skip_end, side="left"))
+    if options.pick == "table":
+        numbers = sorted({span.first for span in spans})
+    elif options.pick == "every":
+        times = np.arange(options.skip_start, line.end - options.skip_end, options.seconds)
+        numbers = sorted(set(np.searchsorted(seconds, times - 1e-6).tolist()))
+    elif options.pick == "evenly":
+        numbers = _evenly(range(first, end), options.count)
+    else:
+        starts = [first, *video_frames.scene_starts(path, line, options.scene_change), end]
+        starts = sorted({start for start in starts if first <= start <= end})
+        numbers = [(a + b - 1) // 2 for a, b in itertools.pairwise(starts)]
+    numbers = [number for number in numbers if first <= number < end]
+    return _evenly(numbers, options.max_frames) if options.max_frames else numbers
+
+
+def _evenly(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of them, each in the middle of its share; all of them if they are fewer."""
+    if len(numbers) <= count:
+        return list(numbers)
+    return [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
+
+
+def _annotations(
+    options: Options, key: str, spans: Sequence[_Span], number: int
+) -> tuple[Annotation, ...]:
+    """What the table says of the frame; without a table, the name of the folder."""
+    if options.table is None:
+        folder = folder_of(key)
+        return (Annotation(folder),) if folder else ()
+    left, top = options.crop[:2] if options.crop else (0, 0)
+    found = []
+    for span in spans:
+        row = span.row
+        if span.first <= number < span.end and row.label:
+            box = row.box
+            if box is not None:
+                box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+            found.append(Annotation(row.label, box, attributes=row.attributes))
+    return tuple(found)
+
+
+def _cropped(pixels: np.ndarray, crop: tuple[int, int, int, int] | None) -> np.ndarray | None:
+    """What lies in the crop; None if a part of the crop lies outside the frame."""
+    if crop is None:
+        return pixels
+    x1, y1, x2, y2 = crop
+    if x2 > pixels.shape[1] or y2 > pixels.shape[0]:
+        return None
+    return np.ascontiguousarray(pixels[y1:y2, x1:x2])
+
+
+def _thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """float32 ``[32, 32]`` of grey levels."""
+    small = (
+        Image.fromarray(pixels)
+        .convert("L")
+        .resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+    )
+    return np.asarray(small, dtype=np.float32)

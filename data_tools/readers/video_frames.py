@@ -1,0 +1,267 @@
+"""Which frames a video has, and decoding some of them, by PyAV (the FFmpeg libraries in a wheel).
+
+A frame's number counts frames in the order in which they are shown, from 0; its time is in seconds from the
+first frame. Both come from the packets' time stamps, so they hold for variable frame rates as well. Decoding
+starts at the key frame before the frame that is wanted; one frame is held at a time.
+
+``H`` and ``W`` are a frame's height and width in pixels as it is shown (a phone's rotation is applied).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+MAX_PIXELS = 2**26  # of a frame; 8K video has 2**25
+# Packets of these don't all have a time stamp; FFmpeg guesses the others, wrongly after a seek.
+GUESSED_AFTER_SEEKING = ("mpeg", "mpegts")
+SCENE_SIDE = 64  # pixels of the thumbnail by which scenes are told apart
+
+
+class BadVideo(ValueError):
+    """A video of which nothing can be taken; ``reason`` is the same for all of the kind."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The frames of a video in the order in which they are shown.
+
+    Args:
+        pts: int64 ``[frames]``, strictly ascending, in units of ``time_base``.
+        keyframes: int64, sorted: the ``pts`` at which decoding can start.
+        time_base: seconds of one unit.
+        by_counting: the file has no usable time stamps; ``pts`` are the frames' numbers, and a frame is
+            found by decoding all before it.
+    """
+
+    pts: np.ndarray
+    keyframes: np.ndarray
+    time_base: Fraction
+    by_counting: bool = False
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """float64 ``[frames]``: from the first frame."""
+        return (self.pts - self.pts[0]) * float(self.time_base)
+
+    @property
+    def end(self) -> float:
+        """Seconds from the first frame to the end of the last, taken to last as long as the one before."""
+        seconds = self.seconds
+        last = float(self.time_base) if len(seconds) < 2 else seconds[-1] - seconds[-2]
+        return float(seconds[-1] + last)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """``pixels``: uint8 ``[H, W, 3]``, None if it could not be decoded; ``notes``: of its geometry."""
+
+    number: int
+    pixels: np.ndarray | None
+    notes: dict[str, str]
+
+
+def timeline(path: Path) -> Timeline:
+    """The packets' time stamps; reads the file once and decodes nothing.
+
+    Raises:
+        BadVideo: the file isn't a video, is cut off before its first frame, or its frames are too large.
+    """
+    with _open(path) as container:
+        stream = _stream(container, path)
+        pts: list[int] = []
+        keyframes: list[int] = []
+        ascending, usable = True, True
+        for packet in _packets(container, stream):
+            stamp = packet.pts
+            if stamp is None:
+                usable = False
+            ascending = ascending and (stamp is None or not pts or stamp > pts[-1])
+            pts.append(-1 if stamp is None else stamp)
+            if packet.is_keyframe and stamp is not None:
+                keyframes.append(stamp)
+        if not pts:
+            raise BadVideo("video without frames", "no packet of a picture in the file")
+        # AVI has no room for the order in which frames are shown: a codec that reorders them there comes
+        # with the order of decoding as its time stamps.
+        reordered = ascending and bool(stream.codec_context.has_b_frames)
+        usable = usable and len(set(pts)) == len(pts) and bool(keyframes) and not reordered
+        if usable and stream.time_base is not None:
+            stamps = np.sort(np.array(pts, dtype=np.int64))
+            starts = np.sort(np.array(keyframes, dtype=np.int64))
+            if container.format.name in GUESSED_AFTER_SEEKING:
+                starts = stamps[:1]
+            return Timeline(stamps, starts, stream.time_base)
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate:
+            raise BadVideo(
+                "video without times", "neither time stamps nor a frame rate in the file"
+            )
+        numbers = np.arange(len(pts), dtype=np.int64)
+        return Timeline(numbers, numbers[:1], 1 / Fraction(rate), by_counting=True)
+
+
+def frames_at(path: Path, line: Timeline, numbers: Sequence[int]) -> Iterator[Frame]:
+    """The frames of these numbers, ascending and without repetition, in their order.
+
+    A frame that is damaged or missing in the stream comes without pixels; the others still come.
+    """
+    with _open(path) as container:
+        stream = _stream(container, path)
+        position = -1  # pts of the frame decoded last
+        decoded = iter(_decode(container, stream, line))
+        for number in numbers:
+            target = int(line.pts[number])
+            start = int(np.searchsorted(line.keyframes, target, side="right")) - 1
+            if not line.by_counting and start > 0 and int(line.keyframes[start]) > position:
+                decoded = _seek(container, stream, line, start, target)
+            found = None
+            for stamp, frame in decoded:
+                position = stamp
+                if stamp >= target:
+                    found = frame if stamp == target else None
+                    break
+            if found is None or found.is_corrupt:
+                yield Frame(number, None, {})
+                if position > target:  # the frame just decoded may be the next one that is wanted
+                    decoded = _seek(container, stream, line, max(start, 0), target)
+                continue
+            yield Frame(number, _pixels(found), _notes(found, stream))
+
+
+def scene_starts(path: Path, line: Timeline, threshold: float) -> list[int]:
+    """Numbers of the frames at which a scene begins, 0 among them; decodes every frame, small.
+
+    The score is that of FFmpeg's ``select`` filter (libavfilter/f_select.c, ``get_scene_score``): the mean
+    absolute difference to the frame before, or its change if that is smaller, of 100; here of grey
+    thumbnails. So a steady pan is no change of scene, and a cut is one.
+    """
+    starts = [0]
+    before: np.ndarray | None = None
+    before_difference = 0.0
+    with _open(path) as container:
+        stream = _stream(container, path)
+        for stamp, frame in _decode(container, stream, line):
+            small = frame.reformat(width=SCENE_SIDE, height=SCENE_SIDE, format="gray").to_ndarray()
+            grey = small.astype(np.float32)
+            if before is not None:
+                difference = float(np.abs(grey - before).mean()) * 100.0 / 256.0
+                score = min(difference, abs(difference - before_difference)) / 100.0
+                before_difference = difference
+                number = int(np.searchsorted(line.pts, stamp))
+                if score > threshold and starts[-1] < number < len(line.pts):
+                    starts.append(number)
+            before = grey
+    return starts
+
+
+def _open(path: Path) -> Any:
+    try:
+        return av.open(str(path), metadata_errors="replace")
+    except (av.error.FFmpegError, OSError) as error:
+        raise BadVideo("video can't be read", _text(error)) from error
+
+
+def _stream(container: Any, path: Path) -> Any:
+    """The first stream of moving pictures; one thread, because every video has its own process."""
+    streams = [s for s in container.streams.video if s.codec_context is not None]
+    if not streams:
+        raise BadVideo("video without frames", f"no stream of pictures in {path.name}")
+    stream = streams[0]
+    context = stream.codec_context
+    if context.width * context.height > MAX_PIXELS:
+        raise BadVideo("image is too large", f"{context.width} x {context.height} pixels")
+    context.thread_count = 1
+    return stream
+
+
+def _packets(container: Any, stream: Any) -> Iterator[Any]:
+    """Packets that become a frame; a file that is cut off ends where it was cut."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.error.FFmpegError:
+            return
+        if packet is None:
+            return
+        if packet.size and not packet.is_discard:
+            yield packet
+
+
+def _decode(container: Any, stream: Any, line: Timeline) -> Iterator[tuple[int, Any]]:
+    """``(pts, frame)`` from where the container stands; a damaged packet costs its own frames only."""
+    count = 0
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.error.FFmpegError:
+            packet = None
+        if packet is None:
+            return
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            continue
+        for frame in frames:
+            if line.by_counting:
+                yield count, frame
+                count += 1
+            elif frame.pts is not None:
+                yield frame.pts, frame
+
+
+def _seek(
+    container: Any, stream: Any, line: Timeline, start: int, target: int
+) -> Iterator[tuple[int, Any]]:
+    """Frames from a key frame at or before ``target``; an earlier one where the file leads too far."""
+    while True:
+        container.seek(int(line.keyframes[start]), stream=stream, backward=True, any_frame=False)
+        decoded = _decode(container, stream, line)
+        first = next(decoded, None)
+        if first is not None and (first[0] <= target or start == 0):
+            return _chain(first, decoded)
+        if start == 0:
+            return decoded
+        start -= 1
+
+
+def _chain(first: tuple[int, Any], rest: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    yield first
+    yield from rest
+
+
+def _pixels(frame: Any) -> np.ndarray:
+    pixels = frame.to_ndarray(format="rgb24")
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+
+
+def _notes(frame: Any, stream: Any) -> dict[str, str]:
+    """What is particular to the geometry, for the provenance."""
+    notes = {}
+    if turns := round(getattr(frame, "rotation", 0) / 90) % 4:
+        notes["rotated"] = f"{90 * turns} degrees counterclockwise"
+    aspect = stream.sample_aspect_ratio
+    if aspect and aspect != 1:
+        notes["pixel aspect"] = f"{aspect.numerator}:{aspect.denominator}"
+    if frame.interlaced_frame:
+        notes["interlaced"] = "yes"
+    return notes
+
+
+def _text(error: Exception) -> str:
+    """FFmpeg's own words, without the path that it repeats."""
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__

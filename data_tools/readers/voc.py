@@ -1,0 +1,183 @@
+"""Pascal VOC: an XML file for each picture (Everingham et al., IJCV 88, 303, 2010).
+
+The VOC sets count pixels from 1 and name the last one inside the box; labelling tools write the edges of the
+rectangle that was drawn. ``corners`` says which: a file can't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+from xml.etree.ElementTree import Element, ParseError
+
+from data_tools.errors import SourceError
+from data_tools.readers.paths import IMAGE_SUFFIXES, OUTSIDE, below, file_of, files, folder_of
+from data_tools.readers.pictures import BadPicture, numbers, picture
+from data_tools.readers.source import SourceOptions
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+
+MAX_BYTES = 64 * 2**20
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+class Options(SourceOptions):
+    """Keys of ``reader: voc``.
+
+    Args:
+        annotations: folder of the XML files.
+        images: folder of the pictures.
+        splits: lists below ``split_folder`` of the pictures to read, without ``.txt``; default all.
+        split_folder: of the lists.
+        image_by: ``filename``, the element of that name, or ``stem``, the XML file's own name.
+        corners: ``edges``: ``xmax - xmin`` is the width; ``pixels``: counted from 1, the last pixel
+            belongs to the box, as in the VOC sets themselves.
+        difficult: whether objects marked so are kept; they are counted else.
+    """
+
+    default_source_task: ClassVar[str] = "2D detection"
+
+    reader: Literal["voc"]
+    annotations: str = "Annotations"
+    images: str = "JPEGImages"
+    splits: tuple[str, ...] = ()
+    split_folder: str = "ImageSets/Main"
+    image_by: Literal["filename", "stem"] = "filename"
+    corners: Literal["edges", "pixels"] = "edges"
+    difficult: bool = True
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """A unit for each XML file, or for each line of the split lists.
+
+    Raises:
+        SourceError: a folder or a list is missing, or there is no XML file.
+    """
+    folder_of(options.root, options.annotations, source=options.name, key="annotations")
+    folder_of(options.root, options.images, source=options.name, key="images")
+    names = (
+        _names_of_splits(options) if options.splits else files(options.root, options.annotations)
+    )
+    number = 0
+    for name in names:
+        if name.lower().endswith(".xml"):
+            number += 1
+            yield Unit(name)
+    if number == 0:
+        raise SourceError(
+            f"Source {options.name}: no XML file in {options.annotations!r} below {str(options.root)!r}."
+        )
+
+
+def _names_of_splits(options: Options) -> Iterator[str]:
+    seen = set()
+    for split in options.splits:
+        path = file_of(
+            options.root,
+            f"{options.split_folder}/{split}.txt",
+            source=options.name,
+            key="splits",
+        )
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise SourceError(
+                f"Source {options.name}: {path} is no UTF-8 text ({error})."
+            ) from error
+        for line in lines:
+            # Lists of a class have a second column, 1 or -1.
+            stem = line.split()[0] if line.split() else ""
+            if stem and stem not in seen:
+                seen.add(stem)
+                yield f"{options.annotations}/{stem}.xml"
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """The picture of one XML file with its objects as boxes."""
+    try:
+        tree = _parse(options, unit.key)
+        by_stem = options.image_by == "stem"
+        name = _by_stem(options, unit.key) if by_stem else _text(tree, "filename")
+        found = picture(options.root, f"{options.images}/{name}")
+        _check_size(tree, found.size())
+    except BadPicture as error:
+        yield Dropped(error.reason, unit.key, error.detail)
+        return
+    annotations = []
+    for number, thing in enumerate(tree.findall("object")):
+        read_object = _object(options, thing)
+        if isinstance(read_object, Annotation):
+            annotations.append(read_object)
+        else:
+            yield Dropped(read_object[0], f"{unit.key} object {number}", read_object[1])
+    yield found.with_findings(tuple(annotations))
+
+
+def _parse(options: Options, name: str) -> Element:
+    import defusedxml
+    from defusedxml import ElementTree
+
+    try:
+        path = below(options.root, name)
+    except ValueError as error:
+        raise BadPicture(OUTSIDE, str(error)) from error
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadPicture("XML can't be read", f"larger than {MAX_BYTES} bytes")
+        tree: Any = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
+    except FileNotFoundError as error:
+        raise BadPicture("no such annotation file", name) from error
+    except defusedxml.DefusedXmlException as error:
+        raise BadPicture("XML that declares entities or a document type", str(error)) from error
+    except (ParseError, OSError, ValueError, LookupError, RecursionError) as error:
+        raise BadPicture("XML can't be read", f"{type(error).__name__}: {error}") from error
+    if tree.tag != "annotation":
+        raise BadPicture("XML of another kind", f"<{tree.tag}> where <annotation> is expected")
+    return tree
+
+
+def _text(element: Element, path: str) -> str:
+    text = (element.findtext(path) or "").strip()
+    if not text:
+        raise BadPicture("XML without a needed element", f"<{path}> is missing or empty")
+    return text
+
+
+def _by_stem(options: Options, name: str) -> str:
+    stem = name[len(options.annotations) :].strip("/")[: -len(".xml")]
+    for suffix in IMAGE_SUFFIXES:
+        for spelt in (suffix, suffix.upper()):
+            if (options.root / options.images / (stem + spelt)).is_file():
+                return stem + spelt
+    return stem
+
+
+def _check_size(tree: Element, size: tuple[int, int]) -> None:
+    stated = (tree.findtext("size/width"), tree.findtext("size/height"))
+    if None in stated or "0" in stated:  # some tools write 0 for "not known"
+        return
+    if tuple(str(text).strip() for text in stated) != tuple(str(side) for side in size):
+        raise BadPicture(
+            "image of another size than its annotation says",
+            f"{size[0]} x {size[1]}, said {stated[0]} x {stated[1]}",
+        )
+
+
+def _object(options: Options, thing: Element) -> Annotation | tuple[str, str]:
+    label = (thing.findtext("name") or "").strip()
+    if not label:
+        return "no label", "<object> without <name>"
+    marks = {
+        mark: "yes"
+        for mark in ("difficult", "truncated", "occluded")
+        if (thing.findtext(mark) or "0").strip() == "1"
+    }
+    if "difficult" in marks and not options.difficult:
+        return "object marked difficult", label
+    try:
+        corners = numbers({key: thing.findtext(f"bndbox/{key}") for key in _CORNERS})
+    except ValueError as error:
+        return "box that can't be read", f"{label}: {error}"
+    x1, y1, x2, y2 = (corners[key] for key in _CORNERS)
+    if options.corners == "pixels":
+        x1, y1 = x1 - 1, y1 - 1
+    return Annotation(label, (x1, y1, x2, y2), attributes=marks)

@@ -1,0 +1,182 @@
+"""Volumes with label maps: NIfTI, NRRD and MetaImage, one of them paired with the other by patterns.
+
+    images: "{case}/ct.nii.gz"
+    masks: "{case}/segmentation.nii.gz"            # the value is the label's code
+    masks: "{case}/segmentations/{label}.nii.gz"   # or a binary file for each label, as TotalSegmentator has
+
+The volume is turned to RAS+, cleaned by the three-dimensional rules, and cut into pictures. A label map must
+lie on the volume's grid: another shape, or corners more than a tenth of a voxel away, drop the case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from data_tools.errors import SourceError
+from data_tools.preprocess.volumes import Structure, Volume, pack, same_grid, structures_of
+from data_tools.readers.paths import (
+    MISSING,
+    OUTSIDE,
+    below,
+    files,
+    folder_of,
+    matching,
+    place_names,
+    template_regex,
+)
+from data_tools.readers.volume_files import SUFFIXES, Grid, load, load_labels
+from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+
+OTHER_GRID = "mask on another grid than its volume"
+
+
+class Options(VolumeOptions):
+    """Keys of ``reader: volume``.
+
+    Args:
+        images: pattern of the volumes' paths. ``{name}`` holds no ``/``, ``{name:path}`` may; ``{group}``
+            is the patient; ``{label}`` is said of the volume's pictures as a whole.
+        masks: pattern or patterns of the label maps' paths, with the volume's pieces. With ``{label}`` a
+            file is one structure, whatever its values are; without it the value is the label's code.
+        channel: index along the fourth axis (time, sequence). A volume of four axes without it is dropped.
+    """
+
+    reader: Literal["volume"]
+    images: str
+    masks: str | tuple[str, ...] = ()
+    channel: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _patterns(self) -> Options:
+        for template in (self.images, *self.templates):
+            if template.startswith("/") or ".." in template.split("/"):
+                raise ValueError(f"the pattern {template!r} leads out of the root")
+            if not template.lower().endswith((*SUFFIXES, "}")):
+                raise ValueError(f"the pattern {template!r} ends in none of {', '.join(SUFFIXES)}")
+        return self
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The patterns of label maps."""
+        return (self.masks,) if isinstance(self.masks, str) else self.masks
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """A unit for each volume: its path and those of its label maps.
+
+    Raises:
+        SourceError: no file fits ``images``.
+    """
+    pattern = template_regex(options.images)
+    others = [template_regex(template) for template in options.templates]
+    folder = "/".join(options.images.split("{")[0].split("/")[:-1])
+    folder_of(options.root, folder, source=options.name, key="images")
+    found = False
+    for name in files(options.root, folder):
+        match = pattern.fullmatch(name)
+        if match is None or any(other.fullmatch(name) for other in others):
+            continue
+        found = True
+        places = match.groupdict()
+        known = {key: text for key, text in places.items() if key != "label"}
+        masks = [
+            [path, texts.get("label", "") if "label" in place_names(template) else ""]
+            for template in options.templates
+            for path, texts in matching(options.root, template, known)
+        ]
+        yield Unit(
+            name,
+            {
+                "masks": masks,
+                "group": places.get("group"),
+                "label": places.get("label"),
+            },
+        )
+    if not found:
+        raise SourceError(
+            f"Source {options.name}: no file below {str(options.root / folder)!r} fits "
+            f"`images: {options.images}`."
+        )
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """One volume's slices."""
+    try:
+        if options.templates and not unit.payload["masks"]:
+            raise BadVolume("image without a mask")
+        grid = load(
+            path_of(options.root, unit.key), channel=options.channel, max_voxels=options.max_voxels
+        )
+        volume = _labelled(options, grid, unit.payload["masks"])
+    except BadVolume as bad:
+        yield Dropped(bad.reason, unit.key, bad.detail)
+        return
+    label = unit.payload["label"]
+    part = {} if options.channel is None else {"channel": options.channel}
+    origin = Origin(
+        unit.key,
+        part=part,
+        group=unit.payload["group"],
+        preprocessing=grid.notes,
+        whole=(Annotation(label),) if label else (),
+    )
+    yield from samples(volume, origin, options)
+
+
+def path_of(root: Path, name: str) -> Path:
+    """An existing file of the source.
+
+    Raises:
+        BadVolume: the name leads out of the root, or there is no such file.
+    """
+    try:
+        path = below(root, name)
+    except ValueError as error:
+        raise BadVolume(OUTSIDE, str(error)) from error
+    if not path.is_file():
+        raise BadVolume(MISSING, name)
+    return path
+
+
+def map_on(grid: Grid, path: Path, name: str, *, max_voxels: int) -> np.ndarray:
+    """A label map on the volume's grid.
+
+    Raises:
+        BadVolume: it can't be read, or lies on another grid.
+    """
+    try:
+        labels = load_labels(path, max_voxels=max_voxels)
+    except BadVolume as bad:
+        raise BadVolume(bad.reason.replace("volume", "mask", 1), f"{name}: {bad.detail}") from bad
+    difference = same_grid(labels.array.shape, labels.affine, grid.array.shape, grid.affine)
+    if difference:
+        raise BadVolume(OTHER_GRID, f"{name}: {difference}")
+    return labels.array
+
+
+def _labelled(options: Options, grid: Grid, masks: list[list[str]]) -> Volume:
+    layers: list[np.ndarray] = []
+    structures: list[Structure] = []
+    binary: list[tuple[str, np.ndarray, dict[str, str]]] = []
+    for name, label in masks:
+        path = path_of(options.root, name)
+        values = map_on(grid, path, name, max_voxels=options.max_voxels)
+        if label:
+            binary.append((label, values > 0, {}))
+        else:
+            structures += structures_of(values, len(layers))
+            layers.append(values)
+    packed, named = pack(binary, grid.array.shape)
+    structures += [
+        Structure(item.label, item.layer + len(layers), item.value, item.attributes)
+        for item in named
+    ]
+    if masks and not structures:
+        raise BadVolume("empty label map", f"{len(masks)} files")
+    return Volume(grid.array, grid.affine, (*layers, *packed), tuple(structures))

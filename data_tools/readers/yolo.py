@@ -1,0 +1,210 @@
+"""YOLO's label files: a text file for each picture, a line for each object, coordinates as fractions.
+
+``images/train/a.jpg`` has its lines in ``labels/train/a.txt``; the last folder named ``images`` is exchanged,
+as Ultralytics does (ultralytics/data/utils.py, `img2label_paths`). What the numbers of a line mean depends on
+the task and can't be seen from them (nine are four corners or an oriented box): ``format`` says it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from data_tools.errors import SourceError
+from data_tools.preprocess.rules import resolve
+from data_tools.readers.paths import OUTSIDE, below, file_of, files, folder_of, is_image
+from data_tools.readers.pictures import BadPicture, numbers, picture
+from data_tools.readers.polygons import BadShape, polygon_mask
+from data_tools.readers.source import SourceOptions
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+
+MAX_BYTES = 64 * 2**20
+_EDGE = 1e-4  # fractions are written with five or six digits
+
+
+class Options(SourceOptions):
+    """Keys of ``reader: yolo``.
+
+    Args:
+        names: class names in the order of their numbers, or the file that has them: a ``data.yaml`` with
+            ``names``, or a text file of one name a line.
+        format: ``boxes`` (class, centre, size), ``polygons`` (class, corners) or ``oriented`` (class, four
+            corners of a turned box; its upright box is taken).
+        folders: folders to read, such as ``[images/train]``; default the root.
+        images, annotations: names of the two folders that stand for each other. ``images: ""``: a label file
+            lies beside its picture.
+    """
+
+    default_source_task: ClassVar[str] = "2D detection"
+
+    reader: Literal["yolo"]
+    names: tuple[str, ...] | str
+    format: Literal["boxes", "polygons", "oriented"] = "boxes"
+    folders: tuple[str, ...] = ("",)
+    images: str = "images"
+    annotations: str = "labels"
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """A unit for each picture, with the class names; further ones for label files that have no picture.
+
+    Raises:
+        SourceError: a folder or the names are missing, or there is no picture.
+    """
+    names = _names(options)
+    count = 0
+    for folder in options.folders:
+        folder_of(options.root, folder, source=options.name, key="folders")
+        for name in files(options.root, folder.strip("/")):
+            if is_image(name) and _label_file(options, name) is not None:
+                count += 1
+                yield Unit(name, names)
+        yield from _lonely_labels(options, folder.strip("/"))
+    if count == 0:
+        raise SourceError(
+            f"Source {options.name}: no picture in a folder {options.images!r} below {str(options.root)!r}. "
+            "Correct `folders` and `images`."
+        )
+
+
+def _lonely_labels(options: Options, folder: str) -> Iterator[Unit]:
+    """Units for label files without a picture, which tell of a set that was copied in part."""
+    if not options.images:
+        return
+    parts = folder.split("/")
+    where = [number for number, part in enumerate(parts) if part == options.images]
+    if where:
+        parts[where[-1]] = options.annotations
+        folder = "/".join(parts)
+        if not (options.root / folder).is_dir():
+            return
+    for name in files(options.root, folder):
+        place = name.split("/")
+        where = [n for n, part in enumerate(place[:-1]) if part == options.annotations]
+        if not name.endswith(".txt") or not where:
+            continue
+        place[where[-1]] = options.images
+        if place[-1][: -len(".txt")] not in _stems(str(options.root / "/".join(place[:-1]))):
+            yield Unit(name)
+
+
+@lru_cache(maxsize=2)
+def _stems(folder: str) -> frozenset[str]:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return frozenset(name.rsplit(".", 1)[0] for name in names if is_image(name))
+
+
+def _names(options: Options) -> tuple[str, ...]:
+    if not isinstance(options.names, str):
+        return options.names
+    path = file_of(options.root, options.names, source=options.name, key="names")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() not in (".yaml", ".yml"):
+            return tuple(line.strip() for line in text.splitlines() if line.strip())
+        content: Any = yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise SourceError(f"Source {options.name}: {path} can't be read: {error}.") from error
+    found = content.get("names") if isinstance(content, dict) else None
+    if isinstance(found, list):
+        return tuple(str(name) for name in found)
+    if isinstance(found, dict) and sorted(found, key=str) == sorted(range(len(found)), key=str):
+        return tuple(str(found[number]) for number in range(len(found)))
+    raise SourceError(
+        f"Source {options.name}: {path} has no `names`, a list or a map from 0, 1, 2 ... to names."
+    )
+
+
+def _label_file(options: Options, image: str) -> str | None:
+    """The label file that belongs to a picture; None if the picture is in no folder of pictures."""
+    stem = image.rsplit(".", 1)[0] + ".txt"
+    if not options.images:
+        return stem
+    parts = stem.split("/")
+    where = [number for number, part in enumerate(parts[:-1]) if part == options.images]
+    if not where:
+        return None
+    parts[where[-1]] = options.annotations
+    return "/".join(parts)
+
+
+def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+    """One picture with the lines of its label file. An empty file says that nothing is to be seen."""
+    if unit.payload is None:
+        yield Dropped("label file without an image", unit.key)
+        return
+    try:
+        lines = _lines(options.root, str(_label_file(options, unit.key)))
+        found = picture(options.root, unit.key)
+        size = found.size()
+    except BadPicture as error:
+        yield Dropped(error.reason, unit.key, error.detail)
+        return
+    annotations: list[Annotation] = []
+    seen: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        where = f"{unit.key} line {number}"
+        text = " ".join(line.split())
+        if not text:
+            continue
+        if text in seen:
+            yield Dropped("duplicate row", where, text[:200])
+            continue
+        seen.add(text)
+        try:
+            annotations.append(_annotation(options, text.split(" "), unit.payload, size))
+        except BadShape as error:
+            yield Dropped(error.reason, where, error.detail)
+    yield found.with_findings(tuple(annotations))
+
+
+def _lines(root: Path, name: str) -> list[str]:
+    try:
+        path = below(root, name)
+    except ValueError as error:
+        raise BadPicture(OUTSIDE, str(error)) from error
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadPicture("label file that can't be read", f"larger than {MAX_BYTES} bytes")
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise BadPicture("no such annotation file", name) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadPicture(
+            "label file that can't be read", f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _annotation(
+    options: Options, parts: list[str], names: tuple[str, ...], size: tuple[int, int]
+) -> Annotation:
+    count = len(parts) - 1
+    fits = {"boxes": count == 4, "polygons": count >= 6 and count % 2 == 0, "oriented": count == 8}
+    if not fits[options.format]:
+        raise BadShape(
+            "line of another format", f"{len(parts)} values in a file of {options.format}"
+        )
+    if not parts[0].isascii() or not parts[0].isdigit() or int(parts[0]) >= len(names):
+        raise BadShape("unknown class id", f"{parts[0]!r}, there are {len(names)} classes")
+    label = names[int(parts[0])]
+    try:
+        values = list(numbers({f"value {n}": part for n, part in enumerate(parts[1:], 1)}).values())
+    except ValueError as error:
+        raise BadShape("box that can't be read", str(error)) from error
+    if min(values) < -_EDGE or max(values) > 1 + _EDGE:
+        raise BadShape("fraction below 0 or above 1", f"{label} {' '.join(parts[1:])}"[:200])
+    width, height = size
+    if options.format == "boxes":
+        cx, cy, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
+        return Annotation(label, (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+    corners = [value * size[number % 2] for number, value in enumerate(values)]
+    if options.format == "oriented":
+        x, y = corners[::2], corners[1::2]
+        return Annotation(label, (min(x), min(y), max(x), max(y)))
+    clip = resolve(options.clean).clip_boxes
+    return Annotation(label, mask=polygon_mask([corners], size, clip=clip))

@@ -1,0 +1,316 @@
+"""One unit of a source -> standard records, with every sample that is left out under its reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from data_tools import readers
+from data_tools.errors import CorpusError
+from data_tools.preprocess.images import BadImage, StoredImage, store_image
+from data_tools.preprocess.regions import regions
+from data_tools.preprocess.rules import Rules, preset
+from data_tools.readers.source import SourceOptions
+from data_tools.records import Label, Provenance, Record
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+from data_tools.taxonomy import Taxonomy
+
+VERSION = 1
+"""A new number makes finished jobs read their sources again."""
+
+IMAGES = "images"
+_DIMENSION_AND_TASK = {
+    "2D classification": ("2d", "cls"),
+    "2D detection": ("2d", "det"),
+    "2D segmentation": ("2d", "seg"),
+    "3D segmentation": ("3d", "seg"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Something left out.
+
+    Args:
+        stage: ``read`` (by the reader), ``clean`` (a region, by the rules) or ``record``.
+        reason: the same words for all of the kind.
+        where: file below the root and part.
+        detail: what is particular to this one.
+    """
+
+    stage: str
+    reason: str
+    where: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRecord:
+    """A record, and ``twin``: the same for records of the same pixels and the same labels."""
+
+    record: Record
+    twin: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResult:
+    """What became of a unit.
+
+    Args:
+        records, drops: in the order in which they were read.
+        samples: how many the reader gave, dropped or not.
+        files: below the root, that samples come from; a change of one makes the unit be read again.
+    """
+
+    records: tuple[ReadRecord, ...]
+    drops: tuple[Drop, ...]
+    samples: int = 0
+    files: tuple[str, ...] = ()
+
+
+class _Refused(Exception):
+    """A sample is left out."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxonomy) -> UnitResult:
+    """Read a unit, clean its annotations, store its pictures, make its records.
+
+    Args:
+        source: its entry of the job.
+        unit: of the source's reader.
+        folder: of the corpus; pictures go to ``images`` below it.
+        taxonomy: of the job.
+    """
+    reader = readers.load(source.reader)  # type: ignore[attr-defined]
+    records: list[ReadRecord] = []
+    drops: list[Drop] = []
+    samples = 0
+    files: dict[str, None] = {}
+    for sample in reader.read(source, unit):
+        samples += 1
+        if isinstance(sample, Dropped):
+            drops.append(Drop("read", sample.reason, sample.where, sample.detail))
+            continue
+        where = _where(sample)
+        if not _is_unicode(sample.source_file):
+            drops.append(Drop("record", "file name is not valid Unicode", where))
+            continue
+        files[sample.source_file] = None
+        try:
+            made, cleaned = _record(source, sample, folder=folder, taxonomy=taxonomy)
+        except _Refused as refused:
+            drops.append(Drop("record", refused.reason, where, refused.detail))
+        except BadImage as bad:
+            drops.append(Drop("record", bad.reason, where, bad.detail))
+        else:
+            drops.extend(Drop("clean", reason, where, detail) for reason, detail in cleaned)
+            if made is None:
+                drops.append(Drop("record", "no label left by the rules", where))
+            else:
+                records.append(made)
+    return UnitResult(tuple(records), tuple(drops), samples, tuple(files))
+
+
+def _record(
+    source: SourceOptions, sample: Sample, *, folder: Path, taxonomy: Taxonomy
+) -> tuple[ReadRecord | None, list[tuple[str, str]]]:
+    annotations = _named(source, sample)
+    modality = _modality(source, sample, taxonomy)
+    group = _group(source, sample)
+    stored = store_image(sample.image, folder / IMAGES)
+    if stored.turned and any(a.box is not None or a.mask is not None for a in annotations):
+        raise _Refused(
+            "picture with regions is rotated by EXIF",
+            "whether boxes and masks are those of the upright picture can't be known",
+        )
+    labels, cleaned = _labels(source, annotations, stored)
+    if not labels:
+        return None, cleaned
+    task = source.source_task or source.default_source_task
+    record = Record(
+        id=_id(source, sample, modality, task),
+        image=f"{IMAGES}/{stored.path}",
+        width=stored.width,
+        height=stored.height,
+        modality=modality,
+        department=taxonomy.department(source.department or "None"),
+        clinical_task=taxonomy.task(source.clinical_task) if source.clinical_task else None,
+        source_task=task,
+        labels=tuple(labels),
+        attributes=dict(sample.attributes) | dict(source.attributes),
+        provenance=Provenance(
+            source=source.name,
+            dataset=source.dataset or source.name,
+            licence=source.licence,
+            url=source.url,
+            file=sample.source_file,
+            sha256=_sha256(source, sample),
+            part=dict(sample.part),
+            group=f"{source.name}/{group}",
+            preprocessing=dict(sample.preprocessing),
+        ),
+    )
+    return ReadRecord(record, _twin(record, stored)), cleaned
+
+
+def _named(source: SourceOptions, sample: Sample) -> list[Annotation]:
+    """The annotations with the corpus' names for labels."""
+    if not sample.annotations:
+        raise _Refused("no label")
+    named = []
+    for annotation in sample.annotations:
+        label: str | None = annotation.label.strip()
+        if source.labels is not None:
+            if annotation.label not in source.labels and label not in source.labels:
+                raise _Refused(
+                    "unknown label", f"{annotation.label!r} is not in the job's `labels`"
+                )
+            label = source.labels.get(annotation.label, source.labels.get(label or ""))
+            if label is None:
+                raise _Refused(
+                    "unclear label", f"{annotation.label!r} is null in the job's `labels`"
+                )
+            label = label.strip()
+        if not label:
+            raise _Refused("no label", "its name is empty")
+        named.append(replace(annotation, label=label))
+    return named
+
+
+def _modality(source: SourceOptions, sample: Sample, taxonomy: Taxonomy) -> str:
+    """The job's word goes before the file's."""
+    modality = source.modality or sample.modality
+    if not modality:
+        raise _Refused("no modality", "neither the job nor the file names it")
+    try:
+        return taxonomy.modality(modality)
+    except CorpusError as error:
+        raise _Refused("unknown modality", str(error)) from error
+
+
+def _group(source: SourceOptions, sample: Sample) -> str:
+    # A reader that hides the path has used it for the group; a pattern has nothing to look at.
+    if source.group is not None and not sample.sha256:
+        match = _pattern(source.group).search(sample.source_file)
+        found = match and (match.group(1) if match.re.groups else match.group(0))
+        if not found:
+            raise _Refused("path without the job's `group`", f"{source.group!r} doesn't match")
+        return found
+    # Slices and frames of one file belong together whether or not the reader says so.
+    return sample.group or sample.source_file
+
+
+@lru_cache(maxsize=256)
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(text)
+
+
+def _labels(
+    source: SourceOptions, annotations: list[Annotation], stored: StoredImage
+) -> tuple[list[Label], list[tuple[str, str]]]:
+    rules = source.clean if isinstance(source.clean, Rules) else preset(source.clean)
+    found, cleaned = regions(annotations, size=(stored.width, stored.height), rules=rules)
+    labels = [
+        Label(region.label, region.box, region.area, dict(region.attributes)) for region in found
+    ]
+    return _distinct(labels), cleaned
+
+
+def _distinct(labels: list[Label]) -> list[Label]:
+    """Without repetitions of the very same finding, in their order."""
+    kept: list[Label] = []
+    seen = set()
+    for label in labels:
+        key = (label.name, label.box, label.area, tuple(sorted(label.attributes.items())))
+        if key not in seen:
+            seen.add(key)
+            kept.append(label)
+    return kept
+
+
+# --- names and hashes -----------------------------------------------------------------------------
+
+
+def slug(text: str) -> str:
+    """Lower case, runs of anything but letters and digits as one ``_``: ``X-ray`` -> ``x_ray``."""
+    return re.sub(r"[^\w]+", "_", text.lower()).strip("_") or "_"
+
+
+def part_slug(part: Mapping[str, int | str]) -> str:
+    """``{"axis": "z", "slice": 40}`` -> ``z_0040``; empty without parts."""
+    return "_".join(f"{v:04d}" if isinstance(v, int) else slug(v) for v in part.values())
+
+
+def _id(source: SourceOptions, sample: Sample, modality: str, task: str) -> str:
+    """Unique if a file's part is; the store makes the rest unique."""
+    dimension, kind = _DIMENSION_AND_TASK[task]
+    path = [part.replace("%", "%25").replace("#", "%23") for part in sample.source_file.split("/")]
+    names = [dimension, kind, slug(modality), source.name, *path]
+    if sample.part:
+        names.append(part_slug(sample.part))
+    return "#".join(names)
+
+
+def _where(sample: Sample) -> str:
+    return f"{sample.source_file}#{part_slug(sample.part)}" if sample.part else sample.source_file
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _twin(record: Record, stored: StoredImage) -> bytes:
+    labels = sorted(
+        json.dumps([label.name, label.box, label.area, sorted(label.attributes.items())])
+        for label in record.labels
+    )
+    text = json.dumps([stored.pixels, labels, record.modality, record.attributes], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _sha256(source: SourceOptions, sample: Sample) -> str:
+    if sample.sha256:
+        return sample.sha256
+    path = source.root / sample.source_file
+    try:
+        state = path.stat()
+    except (OSError, ValueError) as error:
+        raise _Refused("source file can't be read", str(error)) from error
+    if path.is_dir():
+        return _folder_sha256(str(path), state.st_mtime_ns)
+    return _file_sha256(str(path), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _folder_sha256(path: str, mtime_ns: int) -> str:
+    """Of a series that lies in a folder: its files' names and hashes, sorted."""
+    digest = hashlib.sha256()
+    for file in _files(Path(path)):
+        digest.update(f"{file.name}\0".encode("utf-8", "surrogatepass"))
+        state = file.stat()
+        digest.update(_file_sha256(str(file), state.st_size, state.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield from sorted(path for path in folder.iterdir() if path.is_file())

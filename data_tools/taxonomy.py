@@ -1,0 +1,232 @@
+"""The vocabulary of records: modalities, departments, clinical tasks, original tasks, each with its names.
+
+The built-in one is ``taxonomy.yaml`` beside this module; a job may name a file of the same form that adds
+terms, or adds synonyms, codes and Chinese names to terms that are there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_tools.errors import CorpusError
+
+KINDS = ("modalities", "departments", "clinical_tasks", "source_tasks")
+_SINGULAR = {
+    "modalities": "modality",
+    "departments": "department",
+    "clinical_tasks": "clinical task",
+    "source_tasks": "source task",
+}
+_LISTS = ("synonyms", "chinese_synonyms", "codes")
+_FIELDS = (*_LISTS, "chinese")
+_BUILT_IN = Path(__file__).with_name("taxonomy.yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """One term and what else it is called.
+
+    Args:
+        name: as it stands in records.
+        synonyms: further English names.
+        chinese: its Chinese name; empty if none is known.
+        chinese_synonyms: further Chinese names.
+        codes: of DICOM, (0008,0060) for modalities.
+    """
+
+    name: str
+    synonyms: tuple[str, ...] = ()
+    chinese: str = ""
+    chinese_synonyms: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """All terms by kind, in their order; immutable, small, can be pickled."""
+
+    kinds: Mapping[str, tuple[Terms, ...]]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of all modalities."""
+        return self._names("modalities")
+
+    @property
+    def departments(self) -> tuple[str, ...]:
+        """Names of all departments, ``"None"`` last unless a job's file adds to them."""
+        return self._names("departments")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of all clinical tasks."""
+        return self._names("clinical_tasks")
+
+    @property
+    def source_tasks(self) -> tuple[str, ...]:
+        """What a set was annotated for: ``"2D classification"`` and the like."""
+        return self._names("source_tasks")
+
+    def modality(self, text: str) -> str:
+        """The modality with this name, synonym or DICOM code, in any case.
+
+        Raises:
+            CorpusError: there is none; with the nearest names.
+        """
+        return self._find("modalities", text)
+
+    def department(self, text: str) -> str:
+        """The department with this name or synonym. Raises as `modality` does."""
+        return self._find("departments", text)
+
+    def task(self, text: str) -> str:
+        """The clinical task with this name or abbreviation. Raises as `modality` does."""
+        return self._find("clinical_tasks", text)
+
+    def terms(self, name: str) -> Terms:
+        """What a modality, department or task of this very name is called.
+
+        Raises:
+            KeyError: no term has this name.
+        """
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Terms]:
+        return {terms.name: terms for kind in KINDS for terms in self.kinds[kind]}
+
+    @cached_property
+    def _by_any_name(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for kind in KINDS:
+            names = found[kind] = {}
+            for terms in self.kinds[kind]:
+                for name in _all_names(terms):
+                    names[_key(name)] = terms.name
+        return found
+
+    def _names(self, kind: str) -> tuple[str, ...]:
+        return tuple(terms.name for terms in self.kinds[kind])
+
+    def _find(self, kind: str, text: str) -> str:
+        names = self._by_any_name[kind]
+        name = names.get(_key(text))
+        if name is not None:
+            return name
+        near = difflib.get_close_matches(_key(text), names, n=3)
+        candidates = list(dict.fromkeys(names[key] for key in near)) or list(self._names(kind))
+        hint = "Did you mean" if near else "Known are"
+        raise CorpusError(
+            f"there is no {_SINGULAR[kind]} {text!r}. {hint} {', '.join(candidates)}? "
+            "A file named under 'taxonomy' in the job can add terms."
+        )
+
+
+def load(extra: Path | None = None) -> Taxonomy:
+    """The built-in vocabulary, extended by a job's file.
+
+    Args:
+        extra: YAML in the form of ``taxonomy.yaml``. A name that is there already gains synonyms, codes
+            and Chinese names (its ``chinese`` is replaced); any other is a new term.
+
+    Raises:
+        CorpusError: the file can't be read, has another form, or gives one name to two terms of a kind;
+            with file and line.
+    """
+    kinds: dict[str, dict[str, Terms]] = {kind: {} for kind in KINDS}
+    taken: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+    for path in (_BUILT_IN, *([extra] if extra else [])):
+        for kind, name, values, line in _entries(path):
+            before = kinds[kind].get(name, Terms(name))
+            terms = kinds[kind][name] = _merged(before, values, f"{path}, line {line}")
+            for other in _all_names(terms):
+                owner = taken[kind].setdefault(_key(other), name)
+                if owner != name:
+                    raise CorpusError(
+                        f"{path}, line {line}: {other!r} already names the {_SINGULAR[kind]} "
+                        f"{owner!r}. Leave it out of {name!r}."
+                    )
+    return Taxonomy({kind: tuple(terms.values()) for kind, terms in kinds.items()})
+
+
+def _entries(path: Path) -> Iterable[tuple[str, str, dict[str, Any], int]]:
+    """(kind, name, fields, line) of each term in a file."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise CorpusError(f"taxonomy {path} can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"taxonomy {path} is not UTF-8. Save it as UTF-8.") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise CorpusError(f"{path}, line {line}: not valid YAML: {error.problem}.") from error
+    if node is None:
+        return
+    for kind, terms in _pairs(path, node, "the taxonomy"):
+        if kind.value not in KINDS:
+            raise CorpusError(
+                f"{path}, line {kind.start_mark.line + 1}: unknown key {kind.value!r}. "
+                f"Known: {', '.join(KINDS)}."
+            )
+        for name, values in _pairs(path, terms, kind.value):
+            line = name.start_mark.line + 1
+            fields = yaml.SafeLoader("").construct_document(values)
+            if not isinstance(fields, dict | None):
+                raise CorpusError(
+                    f"{path}, line {line}: {name.value!r}: a mapping of {', '.join(_FIELDS)} was "
+                    "expected. Write {} for none."
+                )
+            yield kind.value, name.value, fields or {}, line
+
+
+def _pairs(path: Path, node: yaml.Node, title: str) -> Iterable[tuple[yaml.Node, yaml.Node]]:
+    if not isinstance(node, yaml.MappingNode):
+        raise CorpusError(
+            f"{path}, line {node.start_mark.line + 1}: {title}: a mapping was expected. Write name: value."
+        )
+    seen: set[str] = set()
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode) or not key.value.strip():
+            raise CorpusError(f"{path}, line {line}: {title}: a name was expected.")
+        if key.value in seen:
+            raise CorpusError(f"{path}, line {line}: {title}: {key.value!r} is given twice.")
+        seen.add(key.value)
+        yield key, value
+
+
+def _merged(before: Terms, values: Mapping[str, Any], where: str) -> Terms:
+    for key, value in values.items():
+        if key not in _FIELDS:
+            raise CorpusError(
+                f"{where}: {before.name!r}: unknown key {key!r}. Known: {', '.join(_FIELDS)}."
+            )
+        texts = value if key in _LISTS else [value]
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            form = "a list of texts" if key in _LISTS else "a text"
+            raise CorpusError(f"{where}: {before.name!r}: {key} must be {form}.")
+    lists = {
+        key: tuple(dict.fromkeys([*getattr(before, key), *values.get(key, [])])) for key in _LISTS
+    }
+    return Terms(before.name, chinese=values.get("chinese", before.chinese), **lists)
+
+
+def _all_names(terms: Terms) -> tuple[str, ...]:
+    chinese = (terms.chinese,) if terms.chinese else ()
+    return tuple(
+        dict.fromkeys(
+            [terms.name, *terms.synonyms, *terms.codes, *chinese, *terms.chinese_synonyms]
+        )
+    )
+
+
+def _key(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())

@@ -1,0 +1,289 @@
+"""DICOM files made here and real ones: grey levels, order, segmentations, contours, and nobody's name."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from data_tools.readers import dicom, volume
+from data_tools.samples import Dropped, Sample
+
+CT = "1.2.840.10008.5.1.4.1.1.2"
+RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
+NAME, NUMBER, BIRTH = "Muster^Erika", "PAT-4711", "19610203"
+SPACING, THICKNESS = (0.5, 0.75), 2.0
+
+
+def options(root: Path, **keys) -> dicom.Options:
+    values = {
+        "name": "d",
+        "reader": "dicom",
+        "root": root,
+        "licence": "MIT",
+        "clean": "none",
+    } | keys
+    return dicom.Options(**values)
+
+
+def read(of: dicom.Options) -> list[Sample | Dropped]:
+    return [sample for unit in dicom.units(of) for sample in dicom.read(of, unit)]
+
+
+def only(found: list) -> Sample:
+    (sample,) = found
+    assert isinstance(sample, Sample), sample
+    return sample
+
+
+def dataset(pixels: np.ndarray, **values) -> Dataset:
+    """A CT image; ``values`` are set last."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID, data.SOPInstanceUID = CT, generate_uid()
+    data.file_meta.MediaStorageSOPClassUID = CT
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
+    data.StudyInstanceUID, data.SeriesInstanceUID = "1.2.3", "1.2.3.4"
+    data.FrameOfReferenceUID = "1.2.3.9"
+    data.PatientName, data.PatientID, data.PatientBirthDate = NAME, NUMBER, BIRTH
+    data.PatientSex, data.Modality, data.BodyPartExamined = "F", "CT", "CHEST"
+    data.InstitutionName, data.StudyDate, data.PatientComments = "Klinik Nord", "20200101", NAME
+    data.Rows, data.Columns = pixels.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = 16
+    data.HighBit, data.PixelRepresentation = 15, 1
+    data.RescaleSlope, data.RescaleIntercept = 2, -1000
+    data.PixelData = pixels.astype("<i2").tobytes()
+    for key, value in values.items():
+        setattr(data, key, value)
+    return data
+
+
+def save(path: Path, data: Dataset) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+def stack() -> np.ndarray:
+    """Stored values ``[slice, row, column]`` without any symmetry."""
+    return np.random.default_rng(1).integers(0, 1500, (6, 12, 10))
+
+
+def series(root: Path, stored: np.ndarray, *, leave_out: tuple[int, ...] = ()) -> list[Dataset]:
+    """An axial series, from the feet upwards, whose files' order says nothing."""
+    made = []
+    for index in np.random.default_rng(0).permutation(len(stored)):
+        if index in leave_out:
+            continue
+        data = dataset(
+            stored[index],
+            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            ImagePositionPatient=[-10, -20, 30 + THICKNESS * int(index)],
+            PixelSpacing=list(SPACING),
+            InstanceNumber=99 - int(index),
+        )
+        save(root / f"{NAME}_{len(made)}.dcm", data)
+        made.append(data)
+    return made
+
+
+def test_a_series_is_its_nifti_twin(tmp_path):
+    stored = stack()
+    series(tmp_path / "dicom", stored)
+    # Columns run to the left, rows to the back: minus in RAS+.
+    affine = np.diag([-SPACING[1], -SPACING[0], THICKNESS, 1.0])
+    affine[:3, 3] = (10, 20, 30)
+    hounsfield = (stored * 2 - 1000).astype(np.float32).transpose(2, 1, 0)
+    (tmp_path / "nifti").mkdir()
+    nibabel.Nifti1Image(hounsfield, affine).to_filename(tmp_path / "nifti" / "a.nii.gz")
+    window = {"level": 40, "width": 400}
+    one = read(options(tmp_path / "dicom", window=window))
+    twin = volume.Options(
+        name="v", reader="volume", root=tmp_path / "nifti", licence="MIT", images="{case}.nii.gz",
+        clean="none", window=window, modality="CT",
+    )  # fmt: skip
+    other = [sample for unit in volume.units(twin) for sample in volume.read(twin, unit)]
+    assert len(one) == len(other) == 6 + 12 + 10
+    for a, b in zip(one, other, strict=True):
+        assert a.part == b.part
+        assert np.array_equal(a.image, b.image)
+
+
+def test_grey_levels_by_hand(tmp_path):
+    # Hounsfield = 2 * stored - 1000; the window of PS3.3 C.11.2.1.2.1: 255 * ((x - 39.5) / 399 + 0.5)
+    data = dataset(
+        np.array([[420, 422, 520, 620, 0]]),
+        WindowCenter=["40", "-600"],
+        WindowWidth=["400", "1500"],
+    )
+    save(tmp_path / "a.dcm", data)
+    hounsfield = np.array([-160, -156, 40, 240, -1000])
+    for voi, center, width in ((0, 40, 400), (1, -600, 1500)):
+        share = (hounsfield - (center - 0.5)) / (width - 1) + 0.5
+        expected = np.floor(np.clip(share, 0, 1) * 255 + 0.5).astype(np.uint8)
+        assert only(read(options(tmp_path, voi=voi))).image.tolist() == [expected.tolist()]
+    data.PhotometricInterpretation = "MONOCHROME1"
+    save(tmp_path / "a.dcm", data)
+    turned = only(read(options(tmp_path)))
+    share = (hounsfield - 39.5) / 399 + 0.5
+    expected = 255 - np.floor(np.clip(share, 0, 1) * 255 + 0.5).astype(int)
+    assert turned.image.tolist() == [expected.tolist()]
+
+
+def test_nothing_that_says_who_it_is_leaves(tmp_path):
+    series(tmp_path, stack())
+    (tmp_path / "labels.csv").write_text(f"file,label\n{NUMBER},pneumonia\n")
+    of = options(tmp_path, table="labels.csv", match="PatientID", files="*.dcm")
+    found = read(of)
+    assert {item.label for sample in found for item in sample.annotations} == {"pneumonia"}
+    assert dict(found[0].attributes) == {"body part": "chest"}
+    said = repr([(s.source_file, s.part, s.group, s.attributes, s.preprocessing) for s in found])
+    keys = repr([unit.key for unit in dicom.units(of)])
+    for secret in ("Muster", "Erika", NUMBER, BIRTH, "Klinik", "2020", "1.2.3"):
+        assert secret.lower() not in (said + keys).lower()
+    assert len({sample.group for sample in found}) == 1
+
+
+def test_the_sex_leaves_only_if_it_is_named(tmp_path):
+    save(tmp_path / "a.dcm", dataset(stack()[0]))
+    assert "sex" not in only(read(options(tmp_path))).attributes
+    assert only(read(options(tmp_path, keep=["PatientSex"]))).attributes == {"sex": "female"}
+
+
+def test_a_name_in_a_harmless_element_stays(tmp_path):
+    save(tmp_path / "a.dcm", dataset(stack()[0], BodyPartExamined="ERIKA CHEST"))
+    assert not only(read(options(tmp_path))).attributes
+
+
+def test_paths_are_shown_if_the_job_says_so(tmp_path):
+    save(tmp_path / "x" / "a.dcm", dataset(stack()[0]))
+    assert only(read(options(tmp_path, anonymous_names=False))).source_file == "x/a.dcm"
+    with pytest.raises(ValueError, match="anonymous_names"):
+        options(tmp_path, group="x")
+
+
+def test_a_series_with_a_gap_is_cut_along_its_slices_alone(tmp_path):
+    stored = stack()
+    series(tmp_path, stored, leave_out=(3,))
+    found = read(options(tmp_path, window="slice"))
+    assert [sample.part["axis"] for sample in found] == ["z"] * 5
+    assert found[0].preprocessing["slices"] == "uneven distances"
+    dropped = read(options(tmp_path, slices={"axes": ["x"]}))
+    assert [item.reason for item in dropped] == ["uneven series cut across its slices"]
+
+
+def test_pictures_instead_of_a_volume(tmp_path):
+    series(tmp_path, stack())
+    assert len(read(options(tmp_path, volumes=False))) == 6
+
+
+def test_burned_in_text_drops_the_picture(tmp_path):
+    save(tmp_path / "a.dcm", dataset(stack()[0], BurnedInAnnotation="YES"))
+    assert [item.reason for item in read(options(tmp_path))] == ["text burned into the picture"]
+    assert only(read(options(tmp_path, burned_in="keep")))
+
+
+def test_contours_become_masks(tmp_path):
+    slices = sorted(series(tmp_path, stack()), key=lambda data: data.ImagePositionPatient[2])
+    structures = Dataset()
+    structures.file_meta = FileMetaDataset()
+    structures.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    structures.SOPClassUID, structures.SOPInstanceUID = RTSTRUCT, generate_uid()
+    structures.Modality, structures.SeriesInstanceUID = "RTSTRUCT", "1.2.3.5"
+    named, frame, study, of_series = (Dataset() for _ in range(4))
+    named.ROINumber, named.ROIName = 1, "liver"
+    structures.StructureSetROISequence = [named]
+    of_series.SeriesInstanceUID = "1.2.3.4"
+    study.RTReferencedSeriesSequence = [of_series]
+    frame.RTReferencedStudySequence = [study]
+    structures.ReferencedFrameOfReferenceSequence = [frame]
+
+    def contour(index: int, x1: int, y1: int, x2: int, y2: int) -> Dataset:
+        """Through the centres of the corner pixels of slice ``index``."""
+        left, top, height = slices[index].ImagePositionPatient
+        points = [
+            (left + x * SPACING[1], top + y * SPACING[0], height)
+            for x, y in ((x1, y1), (x2, y1), (x2, y2), (x1, y2))
+        ]
+        made = Dataset()
+        made.ContourGeometricType = "CLOSED_PLANAR"
+        made.ContourData = [float(value) for point in points for value in point]
+        return made
+
+    roi = Dataset()
+    roi.ReferencedROINumber = 1
+    roi.ContourSequence = [contour(2, 1, 2, 7, 9), contour(2, 3, 4, 5, 6), contour(4, 0, 0, 1, 1)]
+    structures.ROIContourSequence = [roi]
+    save(tmp_path / "rt.dcm", structures)
+    found = read(options(tmp_path, slices={"axes": ["z"]}))
+    masks = {sample.part["slice"]: sample.annotations[0].mask for sample in found}
+    assert {item.label for sample in found for item in sample.annotations} == {"liver"}
+    ring = np.zeros((12, 10), dtype=bool)
+    ring[2:10, 1:8] = True
+    ring[4:7, 3:6] = False
+    square = np.zeros((12, 10), dtype=bool)
+    square[:2, :2] = True
+    assert masks.keys() == {2, 4}
+    assert np.array_equal(masks[2], ring)
+    assert np.array_equal(masks[4], square)
+
+
+def test_segmentation_objects_of_the_shared_series(shared_data, tmp_path):
+    for path in (shared_data / "dicom_samples/dicomdirtests/77654033/CT2").iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    shutil.copy(shared_data / "dicom_seg_highdicom/seg_image_ct_binary_overlap.dcm", tmp_path)
+    found = read(options(tmp_path))
+    raw = pydicom.dcmread(tmp_path / "seg_image_ct_binary_overlap.dcm")
+    # Pixels of each segment, frame by frame, as they are stored.
+    frames = raw.pixel_array
+    counts: Counter[str] = Counter()
+    for frame, described in zip(frames, raw.PerFrameFunctionalGroupsSequence, strict=True):
+        number = described.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        counts[str(raw.SegmentSequence[number - 1].SegmentLabel)] += int(frame.sum())
+    got: Counter[str] = Counter()
+    for sample in found:
+        for item in sample.annotations:
+            got[item.label] += int(item.mask.sum())
+    assert got == counts
+    assert len(counts) == 2
+
+
+def test_a_segmentation_without_its_series(shared_data):
+    found = read(options(shared_data / "dicom_seg_highdicom", files="*.dcm"))
+    assert [item.reason for item in found] == ["segmentation without its series"] * 2
+
+
+def test_all_shared_files_give_a_picture_or_a_reason(shared_data):
+    found = read(options(shared_data / "dicom_samples", clean="sa-med2d"))
+    reasons = Counter(item.reason for item in found if isinstance(item, Dropped))
+    pictures = [item for item in found if isinstance(item, Sample)]
+    slices = [sample for sample in pictures if "axis" in sample.part]
+    # 4 of CT2, which has a gap, and 5 of CT5N; the rest are single frames and a cine loop of 30.
+    assert len(slices) == 9
+    assert sum("frame" in sample.part for sample in pictures) == 30
+    # 13 single files with a picture, 7 of MR700, whose directions all differ.
+    assert len(pictures) == 9 + 30 + 13 + 7
+    assert reasons["pixel data can't be read"] == 1  # MR_truncated
+    assert reasons["DICOM object without a picture"] == 1  # rtdose
+    for name in ("Doe", "Archibald", "CompressedSamples", "Lastname", "Firstname"):
+        assert name not in repr(
+            [(s.source_file, s.group, s.attributes, s.preprocessing) for s in pictures]
+        )
+
+
+def test_what_is_no_picture_is_counted(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    huge = dataset(stack()[0])
+    huge.Rows = huge.Columns = 65535
+    save(tmp_path / "huge.dcm", huge)
+    save(tmp_path / "short.dcm", dataset(stack()[0], PixelData=b"\0\0"))
+    reasons = sorted(item.reason for item in read(options(tmp_path)))
+    assert reasons == ["not a DICOM file", "pixel data can't be read", "pixel data can't be read"]

@@ -1,0 +1,270 @@
+"""Volumes with label maps: boxes against scikit-image on the raw array, orientation, pairing, bad files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+from skimage.measure import label as components
+from skimage.measure import regionprops
+
+from data_tools.preprocess.regions import regions
+from data_tools.preprocess.rules import resolve
+from data_tools.readers import decathlon, nnunet, volume
+from data_tools.samples import Dropped, Sample
+
+KEYS = {"name": "v", "licence": "MIT", "modality": "CT", "clean": "none"}
+
+
+def head(seed: int = 0, shape=(20, 24, 12)) -> tuple[np.ndarray, np.ndarray]:
+    """A volume without any symmetry and a label map of two structures in several pieces."""
+    random = np.random.default_rng(seed)
+    voxels = random.normal(0, 300, shape).astype(np.float32)
+    labels = np.zeros(shape, dtype=np.uint8)
+    labels[2:7, 3:9, 2:10] = 1
+    labels[7:9, 9:12, 4:6] = (
+        1  # touches the first by an edge: one component in RAS+ slices of 8 neighbours
+    )
+    labels[12:18, 5:20, 3:8] = 2
+    labels[14:15, 22:24, 3] = 2
+    return voxels, labels
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.Nifti1Image(array, affine).to_filename(path)
+
+
+def options(root: Path, **keys) -> volume.Options:
+    values = KEYS | {"images": "{case}_ct.nii.gz", "masks": "{case}_seg.nii.gz"} | keys
+    return volume.Options(reader="volume", root=root, **values)
+
+
+def read(of, module=volume) -> list[Sample | Dropped]:
+    return [sample for unit in module.units(of) for sample in module.read(of, unit)]
+
+
+def samples_of(found) -> list[Sample]:
+    assert [item for item in found if isinstance(item, Dropped)] == []
+    return list(found)
+
+
+def expected_boxes(plane: np.ndarray, value: int) -> list[tuple[int, ...]]:
+    """Half-open (x1, y1, x2, y2) of each 8-connected piece, by scikit-image alone."""
+    found = regionprops(components(plane == value, connectivity=2))
+    return sorted((c1, r1, c2, r2) for r1, c1, r2, c2 in (item.bbox for item in found))
+
+
+def boxes_of(sample: Sample, name: str) -> list[tuple[int, ...]]:
+    height, width = sample.image.shape
+    found, dropped = regions(sample.annotations, size=(width, height), rules=resolve("none"))
+    assert not dropped
+    return sorted(tuple(item.box) for item in found if item.label == name)
+
+
+def shown(array: np.ndarray, axis: str, index: int) -> np.ndarray:
+    """A slice of a RAS+ array the way radiologists look at it, written down here once more."""
+    if axis == "z":  # front on top, the patient's right on the left
+        return np.flipud(np.fliplr(array[:, :, index].T))
+    if axis == "y":  # head on top, the patient's right on the left
+        return np.flipud(np.fliplr(array[:, index, :].T))
+    return np.flipud(np.fliplr(array[index, :, :].T))  # head on top, front on the left
+
+
+def test_boxes_are_those_of_the_array(tmp_path):
+    voxels, labels = head()
+    affine = np.diag([1.0, 1.0, 2.0, 1.0])
+    save(tmp_path / "a_ct.nii.gz", voxels, affine)
+    save(tmp_path / "a_seg.nii.gz", labels, affine)
+    found = samples_of(read(options(tmp_path)))
+    assert {sample.part["axis"] for sample in found} == {"x", "y", "z"}
+    checked = 0
+    for sample in found:
+        plane = shown(labels, sample.part["axis"], sample.part["slice"])
+        assert sample.image.shape == plane.shape
+        for value in (1, 2):
+            expected = expected_boxes(plane, value)
+            assert boxes_of(sample, str(value)) == expected
+            checked += len(expected)
+    held = [np.flatnonzero(labels.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    assert len(found) == sum(map(len, held))
+    assert checked > 50
+
+
+@pytest.mark.parametrize("axes", ["LPS", "PIR", "SAL", "RAS"])
+def test_the_same_pictures_whatever_the_order_of_the_axes(tmp_path, axes):
+    voxels, labels = head()
+    affine = np.array([[0.8, 0, 0, -5], [0, 0.8, 0, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(axes)
+    )
+    for folder, codes in (("ras", None), ("other", turn)):
+        for name, array in (("ct", voxels), ("seg", labels)):
+            image = nibabel.Nifti1Image(array, affine)
+            image = image if codes is None else image.as_reoriented(codes)
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image.to_filename(tmp_path / folder / f"a_{name}.nii.gz")
+    one, other = (samples_of(read(options(tmp_path / name))) for name in ("ras", "other"))
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.part == b.part
+        assert np.array_equal(a.image, b.image)
+        for left, right in zip(a.annotations, b.annotations, strict=True):
+            assert left.label == right.label
+            assert np.array_equal(left.mask, right.mask)
+    assert other[0].preprocessing["stored as"] == axes
+
+
+def test_nrrd_is_its_nifti_twin(tmp_path):
+    voxels, labels = head()
+    affine = np.diag([0.8, 0.9, 3.0, 1.0])
+    save(tmp_path / "nii" / "a_ct.nii.gz", voxels, affine)
+    save(tmp_path / "nii" / "a_seg.nii.gz", labels, affine)
+    (tmp_path / "nrrd").mkdir()
+    for name, array in (("ct", voxels), ("seg", labels)):
+        image = SimpleITK.GetImageFromArray(array.transpose(2, 1, 0))
+        image.SetSpacing((0.8, 0.9, 3.0))
+        image.SetDirection(
+            (-1, 0, 0, 0, -1, 0, 0, 0, 1)
+        )  # LPS axes that run to the right and to the front
+        SimpleITK.WriteImage(image, str(tmp_path / "nrrd" / f"a_{name}.nrrd"))
+    one = samples_of(read(options(tmp_path / "nii")))
+    keys = {"images": "{case}_ct.nrrd", "masks": "{case}_seg.nrrd"}
+    other = samples_of(read(options(tmp_path / "nrrd", **keys)))
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert np.array_equal(a.image, b.image)
+        assert [item.label for item in a.annotations] == [item.label for item in b.annotations]
+        for left, right in zip(a.annotations, b.annotations, strict=True):
+            assert np.array_equal(left.mask, right.mask)
+
+
+def test_the_spleen_of_the_shared_volume(shared_data):
+    root = shared_data / "spleen_ct_nifti"
+    images = [path for path in root.rglob("*.nii.gz") if "derivatives" not in path.as_posix()]
+    masks = [path for path in root.rglob("*.nii.gz") if "derivatives" in path.as_posix()]
+    (image,), (mask,) = images, masks
+    keys = {
+        "images": image.relative_to(root).as_posix(),
+        "masks": mask.relative_to(root).as_posix(),
+    }
+    found = samples_of(read(options(root, slices={"axes": ["z"]}, **keys)))
+    labels = np.asarray(nibabel.as_closest_canonical(nibabel.load(mask)).dataobj)
+    assert len(found) == np.count_nonzero(labels.any(axis=(0, 1))) > 5
+    for sample in found:
+        plane = shown(labels, "z", sample.part["slice"])
+        assert boxes_of(sample, "1") == expected_boxes(plane, 1)
+        assert sample.preprocessing["window"] == "soft tissue window, -160 to 240"
+
+
+def bad(tmp_path: Path, **keys) -> tuple[str, str]:
+    (found,) = read(options(tmp_path, **keys))
+    assert isinstance(found, Dropped)
+    return found.reason, found.detail
+
+
+def test_files_that_are_left_out(tmp_path):
+    voxels, labels = head()
+    affine = np.eye(4)
+    path = tmp_path / "a_ct.nii.gz"
+    save(path, voxels, affine)
+    assert bad(tmp_path)[0] == "image without a mask"
+    moved = affine.copy()
+    moved[0, 3] = 0.5
+    save(tmp_path / "a_seg.nii.gz", labels, moved)
+    assert bad(tmp_path)[0] == "mask on another grid than its volume"
+    save(tmp_path / "a_seg.nii.gz", labels[:-1], affine)
+    assert bad(tmp_path)[0] == "mask on another grid than its volume"
+    save(tmp_path / "a_seg.nii.gz", np.zeros_like(labels), affine)
+    assert bad(tmp_path)[0] == "empty label map"
+    save(tmp_path / "a_seg.nii.gz", labels / np.float32(2), affine)
+    assert bad(tmp_path)[0] == "label map with fractions"
+    save(tmp_path / "a_seg.nii.gz", labels, affine)
+    assert bad(tmp_path, max_voxels=100)[0] == "volume is too large"
+    save(path, np.stack([voxels, voxels], axis=-1), affine)
+    assert bad(tmp_path)[0] == "volume of several channels"
+    save(path, np.full_like(voxels, np.nan), affine)
+    assert bad(tmp_path)[0] == "volume without a finite voxel"
+    path.write_bytes(path.read_bytes()[:200])
+    assert bad(tmp_path)[0] == "volume can't be read"
+
+
+def test_a_few_infinite_voxels_are_set_and_said(tmp_path):
+    voxels, labels = head()
+    voxels[0, 0, 0] = np.inf
+    save(tmp_path / "a_ct.nii.gz", voxels, np.eye(4))
+    save(tmp_path / "a_seg.nii.gz", labels, np.eye(4))
+    found = samples_of(read(options(tmp_path)))
+    assert found[0].preprocessing["not finite"] == "1 voxels set to the smallest value"
+
+
+def test_a_channel_is_chosen(tmp_path):
+    voxels, labels = head()
+    save(tmp_path / "a_seg.nii.gz", labels, np.eye(4))
+    save(tmp_path / "a_ct.nii.gz", np.stack([np.zeros_like(voxels), voxels], axis=-1), np.eye(4))
+    four = samples_of(read(options(tmp_path, channel=1)))
+    save(tmp_path / "a_ct.nii.gz", voxels, np.eye(4))
+    three = samples_of(read(options(tmp_path)))
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(four, three, strict=True))
+
+
+def test_a_binary_file_for_each_label(tmp_path):
+    voxels, labels = head()
+    save(tmp_path / "a" / "ct.nii.gz", voxels, np.eye(4))
+    save(tmp_path / "a" / "seg" / "liver.nii.gz", (labels == 1).astype(np.uint8), np.eye(4))
+    save(tmp_path / "a" / "seg" / "spleen.nii.gz", (labels > 0).astype(np.uint8), np.eye(4))
+    keys = {"images": "{case}/ct.nii.gz", "masks": "{case}/seg/{label}.nii.gz"}
+    found = samples_of(read(options(tmp_path, slices={"axes": ["z"]}, **keys)))
+    for sample in found:
+        masks = {item.label: item.mask for item in sample.annotations}
+        plane = shown(labels, "z", sample.part["slice"])
+        for name, expected in (("liver", plane == 1), ("spleen", plane > 0)):
+            assert np.array_equal(masks.get(name, np.zeros_like(expected)), expected)
+
+
+def set_of_cases(root: Path, folder: str, suffix: str) -> np.ndarray:
+    voxels, labels = head()
+    save(root / "imagesTr" / f"case1{suffix}.nii.gz", voxels, np.eye(4))
+    save(root / folder / "case1.nii.gz", labels, np.eye(4))
+    return labels
+
+
+def test_decathlon(tmp_path):
+    labels = set_of_cases(tmp_path, "labelsTr", "")
+    content = {
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "liver", "2": "cancer"},
+        "training": [{"image": "./imagesTr/case1.nii.gz", "label": "./labelsTr/case1.nii.gz"}],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    of = decathlon.Options(reader="decathlon", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
+    for sample in samples_of(read(of, decathlon)):
+        plane = shown(labels, "z", sample.part["slice"])
+        assert boxes_of(sample, "liver") == expected_boxes(plane, 1)
+        assert boxes_of(sample, "cancer") == expected_boxes(plane, 2)
+
+
+def test_nnunet_regions_overlap_and_ignored_voxels_drop_their_slices(tmp_path):
+    labels = set_of_cases(tmp_path, "labelsTr", "_0000")
+    labels[0, 0, 9] = 3
+    save(tmp_path / "labelsTr" / "case1.nii.gz", labels, np.eye(4))
+    content = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
+        "numTraining": 1,
+        "file_ending": ".nii.gz",
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    of = nnunet.Options(reader="nnunet", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
+    found = read(of, nnunet)
+    dropped = [item for item in found if isinstance(item, Dropped)]
+    assert [item.reason for item in dropped] == ["slice with voxels marked as ignored"]
+    for sample in (item for item in found if isinstance(item, Sample)):
+        plane = shown(labels, "z", sample.part["slice"])
+        masks = {item.label: item.mask for item in sample.annotations}
+        assert np.array_equal(masks["whole"], np.isin(plane, (1, 2)))
+        assert np.array_equal(masks.get("core", np.zeros_like(plane, bool)), plane == 2)

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_tools import job as jobs
+from data_tools.errors import JobError
+
+HEAD = """\
+output: out
+sources:
+  - name: tissue
+    reader: image_folder
+    root: classes
+    licence: MIT
+    modality: Microscopy
+    department: Hematology
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path, classes: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "job.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def errors(path: Path) -> list[str]:
+    """``line: text`` of each mistake."""
+    with pytest.raises(JobError) as caught:
+        jobs.load(path)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(f"{path}:") for line in lines), lines
+    return [line.removeprefix(f"{path}:") for line in lines]
+
+
+def test_relative_paths_are_those_of_the_job_file(write, classes, monkeypatch):
+    monkeypatch.chdir("/")
+    path = write(HEAD + "writer: {name: openai, model: m, cache: answers.sqlite}\n")
+    job = jobs.load(path)
+    assert job.output == path.parent / "out"
+    assert job.sources[0].root == classes
+    assert job.writer.cache == path.parent / "answers.sqlite"
+    assert job.path == path
+
+
+def test_an_output_given_beside_the_job_is_relative_to_the_current_folder(
+    write, tmp_path, monkeypatch
+):
+    path = write(HEAD)
+    monkeypatch.chdir(tmp_path.parent)
+    assert jobs.load(path, output=Path("else")).output == tmp_path.parent / "else"
+
+
+def test_all_mistakes_are_told_at_once_with_their_lines(write):
+    text = (
+        HEAD.replace("licence: MIT", "licnce: MIT") + "sed: 3\nmake:\n  capton: 2\n  dialogue: -1\n"
+    )
+    assert errors(write(text)) == [
+        "3: sources[0].licence: this key is missing.",
+        "6: sources[0].licnce: unknown key; did you mean 'licence'?",
+        "9: sed: unknown key; did you mean 'seed'?",
+        "11: make.capton: unknown key; did you mean 'caption'?",
+        "12: make.dialogue: input should be greater than or equal to 0, got -1.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "part"),
+    [
+        (("reader: image_folder", "reader: image_foldr"), 4, "did you mean 'image_folder'?"),
+        (("    reader: image_folder\n", ""), 3, "reader is missing; there are image_folder, table"),
+        (("root: classes", "root: clases"), 5, "there is no folder"),
+        (("root: classes", "root: package:no_such_package/data"), 5, "no installed Python package"),
+        (("root: classes", "root: package:yaml/../numpy"), 5, "leaves the package"),
+        (("Microscopy", "Microscopie"), 7, "Microscopie"),
+        (("    department: Hematology\n", ""), 3, "department is missing"),
+        (("licence: MIT", "licence: MIT\n    group: '('"), 7, "not a regular expression"),
+        (("licence: MIT", "licence: MIT\n    source_task: 2D detektion"), 7, "'2D detection'"),
+        (("licence: MIT", "licence: 2024"), 6, "got 2024; put it in quotes"),
+        (("output: out", "output: out\nwriter: {name: opena}"), 2, "template"),
+        (("output: out", "output: out\nwriter: {name: openai, modle: m}"), 2, "'model'"),
+        (("output: out", "output: out\nengine: threads"), 2, "expected processes or ray"),
+        (("output: out", "output: out\ntaxonomy: none.yaml"), 2, "there is no file"),
+        (("output: out", "output: out\nworkers: 0"), 2, "workers"),
+        (("output: out", "path: x\noutput: out"), 1, "path: unknown key"),
+        (("output: out\n", ""), 1, "output: this key is missing"),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(write, change, line, part):
+    found = errors(write(HEAD.replace(*change)))
+    assert any(text.startswith(f"{line}: ") and part in text for text in found), found
+
+
+def test_a_key_that_is_there_twice_is_refused(write):
+    (found,) = errors(write(HEAD + "seed: 1\ntitle: x\nseed: 2\n"))
+    assert found == "11: the key 'seed' is there twice, first in line 9."
+
+
+def test_two_sources_of_one_name_are_refused_whatever_the_case(write):
+    again = HEAD.partition("sources:\n")[2].replace("tissue", "Tissue")
+    (found,) = errors(write(HEAD + again))
+    assert found == "9: sources[1].name: 'Tissue' is the name of another source as well."
+
+
+def test_keys_are_text_as_written_so_codes_need_no_quotes(write):
+    labels = "    labels: {1: neutrophil, no: absent, 007: rod, ~: none, x: null}\n"
+    job = jobs.load(write(HEAD + labels))
+    assert job.sources[0].labels == {
+        "1": "neutrophil",
+        "no": "absent",
+        "007": "rod",
+        "~": "none",
+        "x": None,
+    }
+
+
+def test_a_root_in_an_installed_package(write):
+    import pydantic
+
+    job = jobs.load(write(HEAD.replace("root: classes", "root: package:pydantic/plugin")))
+    assert job.sources[0].root == Path(pydantic.__file__).parent / "plugin"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "expected keys"),
+        ("output: [\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.system [echo]\n", "not valid YAML"),
+        ("a: &a [*a]\n", "contains itself"),
+        ("[" * 20_000, "nested too deep"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n", "merge keys"),
+        ("a: 2024-13-45\n", "month must be in 1..12"),
+        ("? [a]\n: b\n", "a key must be plain text"),
+        ("output: out\nsources: {}\n", "a list of at least one source"),
+        ("output: out\nsources: [7]\n", "expected the keys of a source"),
+        (
+            "\n".join(
+                [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10) if i else '1'}]" for i in range(9)]
+            ),
+            "more than 1000000 values",
+        ),
+    ],
+)
+def test_what_is_no_job_file_is_one_clear_error(write, text, part):
+    with pytest.raises(JobError, match=part):
+        jobs.load(write(text))
+
+
+@pytest.mark.parametrize(
+    ("data", "part"), [(b"\xff\xfe\x00", "UTF-8"), (b"a: \x00\n", "not valid YAML")]
+)
+def test_a_binary_file_is_one_clear_error(tmp_path, data, part):
+    path = tmp_path / "job.yaml"
+    path.write_bytes(data)
+    with pytest.raises(JobError, match=part):
+        jobs.load(path)
+
+
+def test_a_missing_file_is_one_clear_error(tmp_path):
+    with pytest.raises(JobError, match="can't be read"):
+        jobs.load(tmp_path / "none.yaml")
+
+
+def test_a_table_lies_below_the_root_or_beside_the_job(write, classes, tmp_path):
+    text = HEAD.replace("image_folder", "table").replace(
+        "licence", "table: t.csv\n    image: file\n    label: class\n    licence"
+    )
+    (tmp_path / "t.csv").write_text("file,class\n")
+    assert str(jobs.load(write(text)).sources[0].table) == str(tmp_path / "t.csv")
+    (classes / "t.csv").write_text("file,class\n")
+    assert str(jobs.load(write(text)).sources[0].table) == "t.csv"

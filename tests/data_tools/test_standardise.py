@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from data_tools import readers
+from data_tools.readers.source import SourceOptions
+from data_tools.samples import Annotation, Dropped, Sample, Unit
+from data_tools.standardise import Drop, UnitResult, part_slug, read_unit, slug
+from data_tools.taxonomy import load
+
+NOISE = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)
+
+
+class Options(SourceOptions):
+    reader: Literal["given"] = "given"
+
+
+@pytest.fixture
+def read(tmp_path: Path, monkeypatch):
+    """Reads samples that are given, of the file ``a/b.png``, as a source with these options."""
+
+    def read(*samples: Sample | Dropped, **options: Any) -> UnitResult:
+        def given(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+            yield from samples
+
+        module = ModuleType("given")
+        module.read = given  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "given", module)
+        monkeypatch.setitem(readers.READERS, "given", "given")
+        (tmp_path / "root" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / "a" / "b.png").write_bytes(b"source")
+        values = {"licence": "MIT", "modality": "CT", "department": "None"} | options
+        source = Options(name="set", root=tmp_path / "root", **values)
+        return read_unit(source, Unit("u"), folder=tmp_path / "out", taxonomy=load())
+
+    return read
+
+
+def sample(*annotations: Annotation, **values: Any) -> Sample:
+    return Sample(**{"image": NOISE, "source_file": "a/b.png", "annotations": annotations} | values)
+
+
+def reasons(result: UnitResult) -> list[tuple[str, str]]:
+    return [(drop.stage, drop.reason) for drop in result.drops]
+
+
+CAT = Annotation("cat")
+
+
+def test_a_record_has_everything_that_is_known(read):
+    box = Annotation("1", (10, 20, 30, 40), attributes={"side": "left"})
+    given = sample(
+        CAT,
+        box,
+        part={"axis": "z", "slice": 40},
+        group="p7",
+        attributes={"view": "PA", "sex": "f"},
+        preprocessing={"window": "W 400 L 40"},
+    )
+    result = read(
+        given,
+        labels={"1": "nodule", "cat": "cat"},
+        dataset="The Set",
+        url="https://example.org",
+        attributes={"view": "AP"},
+        source_task="2D detection",
+        clinical_task="Disease Diagnosis",
+    )
+    assert result.drops == ()
+    assert (result.samples, result.files) == (1, ("a/b.png",))
+    ((read_record,),) = (result.records,)
+    record = read_record.record
+    assert record.id == "2d#det#ct#set#a#b.png#z_0040"
+    assert (record.width, record.height) == (80, 60)
+    assert [(x.name, x.box, dict(x.attributes)) for x in record.labels] == [
+        ("cat", None, {}),
+        ("nodule", (10, 20, 30, 40), {"side": "left"}),
+    ]
+    assert record.attributes == {"view": "AP", "sex": "f"}
+    origin = record.provenance
+    assert origin.group == "set/p7"
+    assert origin.part == {"axis": "z", "slice": 40}
+    assert (origin.dataset, origin.url) == ("The Set", "https://example.org")
+    assert origin.preprocessing == {"window": "W 400 L 40"}
+    # sha256 of b"source"
+    assert origin.sha256.startswith(
+        "41cf6794ba4200b839c53531555f0f3998df4cbb01a4d5cb0b94e3ca5e23947d"
+    )
+
+
+def test_the_jobs_modality_goes_before_the_files(read):
+    of = [
+        read(sample(CAT, modality="MR"), modality=modality).records[0].record.modality
+        for modality in ("CT", None)
+    ]
+    assert of == [load().modality("CT"), load().modality("MR")]
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "stage", "reason"),
+    [
+        (Dropped("odd", "x"), {}, "read", "odd"),
+        (sample(), {}, "record", "no label"),
+        (sample(Annotation(" ")), {}, "record", "no label"),
+        (sample(CAT), {"labels": {"dog": "dog"}}, "record", "unknown label"),
+        (sample(CAT), {"labels": {"cat": None}}, "record", "unclear label"),
+        (
+            sample(CAT, Annotation("x", (1, 1, 9, 9))),
+            {"labels": {"cat": "a"}},
+            "record",
+            "unknown label",
+        ),
+        (sample(CAT), {"modality": None}, "record", "no modality"),
+        (sample(CAT, modality="QQ"), {"modality": None}, "record", "unknown modality"),
+        (sample(CAT, source_file="a/none.png"), {}, "record", "source file can't be read"),
+        (sample(CAT, source_file="a/\udcff.png"), {}, "record", "file name is not valid Unicode"),
+        (sample(CAT, image=Path("/none.png")), {}, "record", "image can't be read"),
+        (sample(CAT), {"group": "zz"}, "record", "path without the job's `group`"),
+        (
+            sample(CAT, image=np.zeros((60, 80), dtype=np.uint8)),
+            {},
+            "record",
+            "picture of one grey level",
+        ),
+    ],
+)
+def test_what_is_left_out_has_a_reason(read, given, options, stage, reason):
+    result = read(given, **options)
+    assert result.records == ()
+    assert reasons(result) == [(stage, reason)]
+
+
+def test_a_record_of_which_the_rules_leave_nothing_is_dropped_with_both_reasons(read):
+    mask = np.zeros((60, 80), dtype=bool)
+    mask[5, 5] = True
+    result = read(sample(Annotation("cat", mask=mask)))
+    assert [stage for stage, _ in reasons(result)] == ["clean", "record"]
+    assert result.drops[-1] == Drop("record", "no label left by the rules", "a/b.png")
+
+
+def test_boxes_of_a_picture_rotated_by_exif_are_not_guessed(read, tmp_path):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(NOISE).save(tmp_path / "turned.png", exif=exif)
+    boxed = read(sample(Annotation("cat", (1, 2, 30, 40)), image=tmp_path / "turned.png"))
+    assert reasons(boxed) == [("record", "picture with regions is rotated by EXIF")]
+    whole = read(sample(CAT, image=tmp_path / "turned.png"))
+    assert (whole.records[0].record.width, whole.records[0].record.height) == (60, 80)
+
+
+def test_twins_are_records_of_the_same_pixels_and_labels(read):
+    box = Annotation("cat", (10, 20, 30, 40))
+    result = read(
+        sample(CAT),
+        sample(CAT, part={"frame": 2}, image=np.stack([NOISE] * 3, axis=-1)[:, :, 0].copy()),
+        sample(CAT, box),
+        sample(box, CAT),
+        sample(Annotation("dog")),
+        sample(CAT, image=255 - NOISE),
+        sample(CAT, attributes={"side": "left"}),
+    )
+    names = [read.twin for read in result.records]
+    assert [names.index(name) for name in names] == [0, 0, 2, 2, 4, 5, 6]
+
+
+def test_slugs():
+    assert slug("X-ray") == "x_ray"
+    assert slug("Fundus Photography (colour)") == "fundus_photography_colour"
+    assert part_slug({"axis": "z", "slice": 40}) == "z_0040"
+    assert part_slug({"frame": 12}) == "0012"
+    assert part_slug({}) == ""

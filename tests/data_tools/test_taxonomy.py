@@ -1,0 +1,88 @@
+"""The vocabulary and its extension by a user."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from data_tools.errors import CorpusError
+from data_tools.taxonomy import load
+
+
+def test_counts_of_gmai_mmbench():
+    taxonomy = load()
+    assert len(taxonomy.departments) == 19
+    assert taxonomy.departments[-1] == "None"
+    assert len(taxonomy.tasks) == 18
+    assert taxonomy.source_tasks == (
+        "2D classification", "2D detection", "2D segmentation", "3D segmentation",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("ct", "CT"), ("DX", "X-ray"), ("x ray", "X-ray"), ("magnetic  resonance", "MR"),
+     ("OP", "Fundus photography"), ("超声", "Ultrasound"), ("H&E", "Pathology")],
+)  # fmt: skip
+def test_a_modality_goes_by_any_of_its_names(text, name):
+    assert load().modality(text) == name
+
+
+def test_the_same_abbreviation_may_name_terms_of_two_kinds():
+    taxonomy = load()
+    assert taxonomy.modality("MR") == "MR"
+    assert taxonomy.task("MR") == "Microorganism Recognition"
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(CorpusError, match=r"no modality 'ultrasond'\. Did you mean Ultrasound"):
+        load().modality("ultrasond")
+    with pytest.raises(CorpusError, match="Known are Cardiovascular Surgery, Dermatology"):
+        load().department("xyz")
+
+
+def test_every_term_has_a_chinese_name_except_where_it_is_the_same():
+    taxonomy = load()
+    for name in (*taxonomy.modalities, *taxonomy.departments, *taxonomy.tasks):
+        assert taxonomy.terms(name).chinese, name
+
+
+def test_a_file_adds_terms_and_names(tmp_path):
+    extra = tmp_path / "terms.yaml"
+    extra.write_text(
+        "modalities:\n  Thermography: {chinese: 热成像, synonyms: [thermogram]}\n"
+        "  CT: {synonyms: [cone beam]}\n",
+        encoding="utf-8",
+    )
+    taxonomy = load(extra)
+    assert taxonomy.modality("Thermogram") == "Thermography"
+    assert taxonomy.modality("cone beam") == "CT"
+    assert "CAT scan" in taxonomy.terms("CT").synonyms
+    assert "Thermography" not in load().modalities
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("modalities:\n  Thermography:\n    synonyms: [MRI]\n", "line 2: 'MRI' already names"),
+        ("modality: {}\n", "line 1: unknown key 'modality'"),
+        ("modalities:\n  A: {synonym: [b]}\n", "line 2: 'A': unknown key 'synonym'"),
+        ("modalities:\n  A: {synonyms: b}\n", "line 2: 'A': synonyms must be a list of texts"),
+        ("modalities:\n  A: text\n", "line 2: 'A': a mapping of"),
+        ("modalities: [A]\n", "line 1: modalities: a mapping was expected"),
+        ("modalities:\n  A: {}\n  A: {}\n", "line 3: modalities: 'A' is given twice"),
+        ("modalities: {\n", "line 2: not valid YAML"),
+    ],
+)  # fmt: skip
+def test_errors_of_a_file_say_where(tmp_path, text, problem):
+    extra = tmp_path / "terms.yaml"
+    extra.write_text(text, encoding="utf-8")
+    with pytest.raises(CorpusError) as raised:
+        load(extra)
+    assert problem in str(raised.value)
+    assert str(extra) in str(raised.value)
+
+
+def test_a_worker_gets_a_copy():
+    assert pickle.loads(pickle.dumps(load())).modality("mri") == "MR"
