@@ -1,0 +1,57 @@
+"""How a box is written in a conversation: ``[x1, y1, x2, y2]`` in thousandths.
+
+The numbers are whole thousandths of the width and height of the stored image itself, 0 to 1000, left and
+upper edge first. They are neither pixels nor refer to the square that training pads an image to:
+the same text is right for images that are padded and for images that are stretched, at any resolution, and
+whoever holds the image can draw the box. A box of the record is half-open: ``x2 = 1000`` is the right edge.
+
+Boxes are rounded outwards: the written box holds the whole region and never has a size of zero. For sides
+of up to 1000 pixels the way back gives exactly the same box, for longer ones the smallest difference is a
+thousandth.
+"""
+
+from __future__ import annotations
+
+import re
+
+from data_tools.records import Box
+
+SCALE = 1000
+_BOX = re.compile(r"\[\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\]")
+
+
+def write_box(box: Box, *, width: int, height: int) -> str:
+    """``(x1, y1, x2, y2)`` in pixels of a ``width`` x ``height`` image, as text.
+
+    >>> write_box((0, 10, 320, 480), width=640, height=480)
+    '[0, 20, 500, 1000]'
+    """
+    x1, y1, x2, y2 = box
+    return (
+        f"[{x1 * SCALE // width}, {y1 * SCALE // height}, "
+        f"{-(-x2 * SCALE // width)}, {-(-y2 * SCALE // height)}]"
+    )
+
+
+def read_boxes(text: str, *, width: int, height: int) -> list[Box]:
+    """All boxes of a text, in pixels and in their order. The inverse of `write_box`.
+
+    Raises:
+        ValueError: four numbers in brackets that are no box: beyond 1000, or not in ascending order.
+    """
+    boxes = []
+    for match in _BOX.finditer(text):
+        x1, y1, x2, y2 = map(int, match.groups())
+        if not (x1 < x2 <= SCALE and y1 < y2 <= SCALE):
+            raise ValueError(
+                f"{match[0]} is no box: expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2, 0 to {SCALE}"
+            )
+        boxes.append(
+            (
+                -(-x1 * width // SCALE),
+                -(-y1 * height // SCALE),
+                x2 * width // SCALE,
+                y2 * height // SCALE,
+            )
+        )
+    return boxes

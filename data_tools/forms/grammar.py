@@ -1,0 +1,81 @@
+"""Words around labels: articles, lists, counts, places; English and Chinese.
+
+Labels come from anywhere and may be nouns that count (`platelet`), nouns that don't (`edema`), organs
+(`spleen`), adjectives (`normal`) or codes. So sentences put them where all of these are right: `classified as
+normal`, `3 regions of edema`, `spleen is visible`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data_tools.records import Box
+
+# Modality -> what a picture of it is called; any other is "<name> image".
+_PICTURES = {
+    "Pathology": "histopathology image",
+    "Microscopy": "light microscopy image",
+    "Electron microscopy": "electron micrograph",
+    "Dermoscopy": "dermoscopic image",
+    "Endoscopy": "endoscopic image",
+    "Fundus photography": "fundus photograph",
+    "Ultrasound": "ultrasound image",
+    "Mammography": "mammogram",
+    "Clinical photography": "clinical photograph",
+    "Fluorescein angiography": "fluorescein angiography image",
+}
+_VOWELS_OF_LETTERS = frozenset("AEFHILMNORSX")
+_CONSONANTS_THAT_LOOK_LIKE_VOWELS = ("uni", "uter", "ure", "uri", "eu", "one", "use")
+_DOWN = ("upper", "", "lower")
+_ACROSS = ("left", "middle", "right")
+_PLACES_ZH = (("左上部", "上部", "右上部"), ("左侧", "中央", "右侧"), ("左下部", "下部", "右下部"))
+
+
+def with_article(words: str) -> str:
+    """`a` or `an` before words, by sound: an MR image, an X-ray, a uterus, an ulcer."""
+    first = words.split(" ", 1)[0].split("-", 1)[0]
+    if first.isupper():
+        vowel = first[0] in _VOWELS_OF_LETTERS
+    else:
+        lower = first.lower()
+        vowel = lower[:1] in "aeiou" and not lower.startswith(_CONSONANTS_THAT_LOOK_LIKE_VOWELS)
+    return f"{'an' if vowel else 'a'} {words}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """One, `one and two`, `one, two and three`."""
+    if len(words) < 2:
+        return words[0] if words else ""
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def sentence(words: str) -> str:
+    """With a capital first letter, unless the first word has capitals of its own, and a full stop."""
+    return f"{words[:1].upper()}{words[1:]}."
+
+
+def picture_of(modality: str) -> str:
+    """What a picture of a modality is called in English."""
+    return _PICTURES.get(modality) or f"{modality} image"
+
+
+def thirds(box: Box, width: int, height: int) -> tuple[int, int]:
+    """In which third across and down the centre of a box lies, 0 to 2."""
+    across = (box[0] + box[2]) * 3 // (2 * width)
+    down = (box[1] + box[3]) * 3 // (2 * height)
+    return min(across, 2), min(down, 2)
+
+
+def place(box: Box, width: int, height: int) -> str:
+    """Where a box lies in the picture. Of the picture, never of the body: sides may be mirrored."""
+    across, down = thirds(box, width, height)
+    if across == 1 and down == 1:
+        return "the centre of the picture"
+    row = _DOWN[down]
+    return f"the {row + ' ' if row else ''}{_ACROSS[across]} part of the picture"
+
+
+def place_zh(box: Box, width: int, height: int) -> str:
+    """`place` in Chinese."""
+    across, down = thirds(box, width, height)
+    return f"图像{_PLACES_ZH[down][across]}"

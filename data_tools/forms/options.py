@@ -1,0 +1,98 @@
+"""What a job makes of its records: the section ``make``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from data_tools.options import Options
+
+# Kind of visual perception -> weight in the draw. Modality and department are the same for all of a source
+# and soon learnt, so they come less often.
+PERCEPTION_KINDS: Mapping[str, float] = {
+    "classification": 1.0,
+    "detection": 1.0,
+    "localisation": 1.0,
+    "region": 1.0,
+    "yes_no": 1.0,
+    "multiple_choice": 1.0,
+    "counting": 0.5,
+    "modality": 0.25,
+    "department": 0.25,
+}
+
+
+class MakeOptions(Options):
+    """How many conversations are made of a record.
+
+    A number with a fraction means as many for every record and one more for that share of the records:
+    ``0.5`` is every second record, ``2.25`` two for each and a third for every fourth. Which records these
+    are follows from the job's seed and the record's id.
+
+    Args:
+        caption: captions of the image as a whole.
+        region_caption: captions of one region each; a record without regions has none.
+        instruction: free instructions with their answers.
+        dialogue: conversations of several turns about the image.
+        perception: questions that the labels alone answer; a record has at most one of each kind.
+        text_single: a question without an image.
+        text_multi: a conversation of several turns without an image.
+        chinese: share of the conversations that are in Chinese, 0 to 1. Conversations about labels
+            without a Chinese name are in English whatever the share is.
+        perception_kinds: kinds that may be drawn, or kinds with their weights; default `PERCEPTION_KINDS`.
+        dialogue_turns: fewest and most questions in a conversation of several turns; a record of which
+            less is known has fewer.
+        negatives: whether a label of the set that a picture doesn't have counts as absent. Questions
+            that need it (``yes_no``, ``multiple_choice``) are left out without it. Set it to false for
+            a set that names only some of what its pictures show.
+        max_regions: region captions of one record at most.
+        max_boxes: boxes that an answer lists at most. A question with more boxes in its answer isn't made.
+    """
+
+    caption: float = Field(1.0, ge=0, le=10)
+    region_caption: float = Field(1.0, ge=0, le=100)
+    instruction: float = Field(0.5, ge=0, le=10)
+    dialogue: float = Field(0.5, ge=0, le=10)
+    perception: float = Field(2.0, ge=0, le=10)
+    text_single: float = Field(0.2, ge=0, le=10)
+    text_multi: float = Field(0.2, ge=0, le=10)
+    chinese: float = Field(0.2, ge=0, le=1)
+    perception_kinds: dict[str, float] = Field(default_factory=lambda: dict(PERCEPTION_KINDS))
+    dialogue_turns: tuple[int, int] = (2, 4)
+    negatives: bool = True
+    max_regions: int = Field(4, ge=1)
+    max_boxes: int = Field(20, ge=1)
+
+    @field_validator("perception_kinds", mode="before")
+    @classmethod
+    def _weights(cls, value: Any) -> Any:
+        """A list of kinds stands for equal weights."""
+        return dict.fromkeys(value, 1.0) if isinstance(value, list | tuple) else value
+
+    @field_validator("perception_kinds")
+    @classmethod
+    def _known(cls, value: dict[str, float]) -> dict[str, float]:
+        for kind, weight in value.items():
+            if kind not in PERCEPTION_KINDS:
+                raise ValueError(
+                    f"{kind!r} is no kind of perception; known are {', '.join(PERCEPTION_KINDS)}"
+                )
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"the weight of {kind} must be 0 or more, got {weight}")
+        return value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> MakeOptions:
+        fewest, most = self.dialogue_turns
+        if not 2 <= fewest <= most <= 10:
+            raise ValueError(
+                "dialogue_turns must be the fewest and the most questions, from 2 to 10, "
+                f"got [{fewest}, {most}]"
+            )
+        if self.perception and not any(self.perception_kinds.values()):
+            raise ValueError(
+                "perception_kinds leaves nothing to draw: name a kind, or set perception: 0"
+            )
+        return self

@@ -1,0 +1,158 @@
+"""What a record says, in the words of one language: the stock of sentences that all forms draw from."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from data_tools.forms.coordinates import write_box
+from data_tools.forms.dice import Dice
+from data_tools.forms.grammar import listed, picture_of, place, place_zh, sentence, with_article
+from data_tools.items import IMAGE, Item, SourceContext, Turn
+from data_tools.records import Box, Label, Record
+from data_tools.taxonomy import Taxonomy
+
+# Attributes that a caption tells; more would be a table.
+MAX_ATTRIBUTES = 3
+# Regions of one label whose places are told one by one.
+MAX_PLACES = 3
+
+
+class Teller:
+    """A record in one language.
+
+    Args:
+        item: gives language and seed.
+        record, context, taxonomy: what is known and what it is called.
+    """
+
+    __slots__ = ("chinese", "context", "dice", "item", "record", "taxonomy")
+
+    def __init__(
+        self, item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
+    ) -> None:
+        self.item, self.record, self.context, self.taxonomy = item, record, context, taxonomy
+        self.chinese = item.language == "zh"
+        self.dice = Dice(item.seed)
+
+    def pick(self, english: tuple[str, ...], chinese: tuple[str, ...]) -> str:
+        """One of the wordings of the item's language."""
+        return self.dice.pick(chinese if self.chinese else english)
+
+    def name(self, label: str) -> str:
+        """A label in the item's language."""
+        return self.context.chinese[label] if self.chinese else label
+
+    def names(self, labels: tuple[str, ...]) -> str:
+        """Labels as a list."""
+        if self.chinese:
+            return "、".join(self.context.chinese[label] for label in labels)
+        return listed(labels)
+
+    def modality(self) -> str:
+        """The modality's name."""
+        return self._term(self.record.modality)
+
+    def department(self) -> str:
+        """The department's name."""
+        return self._term(self.record.department)
+
+    def picture(self) -> str:
+        """`a CT image`, `CT图像`."""
+        if self.chinese:
+            return f"{self.modality()}图像"
+        return with_article(picture_of(self.record.modality))
+
+    def place(self, box: Box) -> str:
+        """`the upper left part of the picture`."""
+        return (place_zh if self.chinese else place)(box, self.record.width, self.record.height)
+
+    def box(self, box: Box) -> str:
+        """Its coordinates as text."""
+        return write_box(box, width=self.record.width, height=self.record.height)
+
+    def whole(self) -> tuple[str, ...]:
+        """Labels of the picture as a whole, each once."""
+        return tuple(dict.fromkeys(label.name for label in self.record.labels if label.box is None))
+
+    def regions(self) -> dict[str, list[Label]]:
+        """Regions by label, each in reading order: by thirds downwards, then across."""
+        found: dict[str, list[Label]] = {}
+        for label in self.record.labels:
+            if label.box is not None:
+                found.setdefault(label.name, []).append(label)
+        return found
+
+    def what(self) -> str:
+        """A sentence on what kind of picture it is."""
+        return self.pick(
+            ("This is {}.", "The image is {}.", "Shown is {}."), ("这是一幅{}。", "该图为{}。")
+        ).format(self.picture())
+
+    def classified(self) -> str:
+        """A sentence on the labels of the picture as a whole; empty without any."""
+        names = self.whole()
+        if not names:
+            return ""
+        said = self.names(names)
+        if self.chinese:
+            return self.dice.pick(("其类别为{}。", "图像归类为{}。", "所见为{}。")).format(said)
+        if len(names) > 1:
+            return self.dice.pick(("The findings are {}.", "It is classified as {}.")).format(said)
+        return self.dice.pick(
+            ("It is classified as {}.", "The finding is {}.", "Its class is {}.")
+        ).format(said)
+
+    def located(self) -> list[str]:
+        """Sentences on the regions, one for each label; empty without any."""
+        return [self.located_one(name, found) for name, found in self.regions().items()]
+
+    def located_one(self, label: str, found: list[Label]) -> str:
+        """A sentence on the regions of one label: how many and where."""
+        name = self.name(label)
+        places = [self.place(region.box) for region in found if region.box]
+        counted = Counter(places)
+        if self.chinese:
+            where = "、".join(list(counted)[:MAX_PLACES])
+            if len(found) == 1:
+                return f"{where}可见{name}。"
+            if len(counted) <= MAX_PLACES:
+                return f"可见{len(found)}处{name}，位于{where}。"
+            return f"可见{len(found)}处{name}，分布于图像多处。"
+        if len(found) == 1:
+            return self.dice.pick(("{0} is visible in {1}.", "In {1} lies {2}.")).format(
+                sentence(name)[:-1], places[0], name
+            )
+        if len(counted) <= MAX_PLACES:
+            return f"{len(found)} regions of {name} are visible, in {listed(list(counted))}."
+        return f"{len(found)} regions of {name} are visible, spread over the picture."
+
+    def attributes(self) -> list[str]:
+        """Sentences on the attributes of the picture; in English, as their words are."""
+        if self.chinese:
+            return []
+        values = list(self.record.attributes.items())[:MAX_ATTRIBUTES]
+        return [f"The {name} is {value}." for name, value in values]
+
+    def findings(self) -> str:
+        """All of it, without what kind of picture it is."""
+        parts = [part for part in (self.classified(), *self.located()) if part]
+        return ("" if self.chinese else " ").join(parts)
+
+    def joined(self, *parts: str) -> str:
+        """Sentences side by side."""
+        return ("" if self.chinese else " ").join(part for part in parts if part)
+
+    def _term(self, name: str) -> str:
+        if self.chinese:
+            return self.taxonomy.terms(name).chinese or name
+        return name
+
+
+def about_image(question: str, answer: str) -> tuple[Turn, Turn]:
+    """A question on the picture with its answer."""
+    return Turn("human", f"{IMAGE}\n{question}"), Turn("gpt", answer)
+
+
+def without_image(question: str, answer: str) -> tuple[Turn, Turn]:
+    """A question that goes on, or one without a picture."""
+    return Turn("human", question), Turn("gpt", answer)

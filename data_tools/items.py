@@ -1,0 +1,87 @@
+"""One conversation to be made of a record, and the conversation that was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# Form -> the corpus file that it goes to. The paper's sub-datasets: GMAI-MM-Caption, -Instruct, -Percept,
+# GMAI-Text-Single, -Multi (arXiv 2411.14522, table 1).
+FILES = {
+    "caption": "caption.jsonl",
+    "region_caption": "caption.jsonl",
+    "instruction": "instruct.jsonl",
+    "dialogue": "instruct.jsonl",
+    "perception": "percept.jsonl",
+    "text_single": "text_single.jsonl",
+    "text_multi": "text_multi.jsonl",
+}
+FORMS = tuple(FILES)
+TEXT_FORMS = ("text_single", "text_multi")
+LANGUAGES = ("en", "zh")
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A conversation to be made.
+
+    Args:
+        id: the record's id and what is made of it: ``<record id>#caption``; unique.
+        form: one of `FORMS`.
+        language: ``"en"`` or ``"zh"``.
+        kind: of perception: ``classification``, ``detection``, ``yes_no``, ``multiple_choice``, ...;
+            of ``dialogue`` and ``text_multi``: the number of questions; else "".
+        focus: index into the record's labels of the region that it is about; None: the whole picture.
+        seed: of every random choice in writing it; depends on the job's seed and on ``id`` alone.
+    """
+
+    id: str
+    form: str
+    language: str
+    kind: str = ""
+    focus: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SourceContext:
+    """What is known of the set that a record comes from; the same for all of its records.
+
+    Args:
+        source: its name in the job.
+        dataset: its title.
+        vocabulary: every label name that the set uses, sorted: what a wrong answer could claim.
+        synonyms: label name -> further names that mean the same.
+        chinese: label name -> its Chinese name, as far as known.
+    """
+
+    source: str
+    dataset: str
+    vocabulary: tuple[str, ...]
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    chinese: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """``speaker`` is ``"human"`` or ``"gpt"``, as in LLaVA's files."""
+
+    speaker: str
+    text: str
+
+
+Conversation = tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a conversation is not accepted.
+
+    Args:
+        reason: the same words for all of the kind, counted in the report.
+        detail: what is particular to this one; handed to the model when it is asked again.
+    """
+
+    reason: str
+    detail: str = ""

@@ -1,0 +1,161 @@
+"""The job's ``writer`` section: who writes the conversations, under which limits and for how much money."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from data_tools.options import Options
+from data_tools.writers.prices import Budget, ImageTokens, Price
+
+
+class TemplateOptions(Options):
+    """Sentences made from the annotation alone: no model, no key, no network."""
+
+    name: Literal["template"] = "template"
+
+
+class ImageOptions(Options):
+    """How a picture is attached.
+
+    Args:
+        longest_side: pixels. A larger picture is scaled down to it; one that fits and is a PNG or JPEG
+            goes as its file's bytes.
+        quality: of JPEG, for pictures that are scaled or have the box drawn in; 0: PNG, without loss.
+        detail: as the API names it; None: not sent, for servers that don't know it.
+        tokens: what a picture is counted at before the server's own count is known.
+    """
+
+    longest_side: int = Field(default=1024, ge=32)
+    quality: int = Field(default=90, ge=0, le=95)
+    detail: Literal["auto", "low", "high"] | None = None
+    tokens: ImageTokens = ImageTokens()
+
+
+class OpenAIOptions(Options):
+    """Any server that speaks the Chat Completions API, asked one conversation at a time.
+
+    Args:
+        model: as the server names it.
+        base_url: of the API, such as ``http://localhost:8000/v1``; default OpenAI's.
+        key_variable: environment variable that holds the key. The key itself is never in the job, the
+            ledger or a message. null: the server needs none.
+        temperature, top_p: sent if given.
+        parameters: further keys of the request's body, such as ``{reasoning_effort: low}``.
+        max_tokens_name: what the server calls the bound on the answer's length; ``auto`` begins with
+            ``max_completion_tokens`` and remembers a server that refuses it.
+        structured: how the answer's form is asked for; ``auto`` begins with a JSON schema and remembers
+            a server that refuses it.
+        seeded: send each item's seed. Without it two items with the same question and picture share
+            one answer.
+        chinese: ``direct`` asks for Chinese at once, ``translate`` for English and then its translation.
+        image: see `ImageOptions`.
+        retries: how often an answer that fails a check is asked for again, with the reason.
+        in_flight: requests under way at once, at most. Fewer after a 429, more again after answers.
+        requests_a_minute, tokens_a_minute: of the account.
+        timeout: seconds that one request may take from its first byte to its last.
+        server_retries: how often a request is sent again that the server failed; then its item is kept for
+            the next run. A 429 doesn't count: it is waited for.
+        patience: seconds without any answer after which the job stops, and the longest wait that a server
+            may ask for.
+        price: dollars a million tokens; required for a budget in dollars.
+        budget: see `prices.Budget`.
+        cache: SQLite file of answers and expenses, shared between jobs; default in the user's cache folder.
+    """
+
+    name: Literal["openai"] = "openai"
+    model: str = Field(min_length=1)
+    base_url: str = "https://api.openai.com/v1"
+    key_variable: str | None = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    max_tokens_name: Literal["auto", "max_completion_tokens", "max_tokens"] = "auto"
+    structured: Literal["auto", "json_schema", "json_object", "text"] = "auto"
+    seeded: bool = False
+    chinese: Literal["direct", "translate"] = "direct"
+    image: ImageOptions = ImageOptions()
+    retries: int = Field(default=2, ge=0, le=10)
+    in_flight: int = Field(default=16, ge=1, le=1024)
+    requests_a_minute: float | None = Field(default=None, gt=0)
+    tokens_a_minute: float | None = Field(default=None, gt=0)
+    timeout: float = Field(default=180, gt=0)
+    server_retries: int = Field(default=6, ge=0, le=50)
+    patience: float = Field(default=900, gt=0)
+    price: Price | None = None
+    budget: Budget = Budget()
+    cache: Path | None = None
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"expected an address such as http://localhost:8000/v1, got {value!r}")
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                "the address must not hold a key: name an environment variable in key_variable"
+            )
+        return value.rstrip("/")
+
+    @field_validator("parameters")
+    @classmethod
+    def _are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
+        own = {
+            "model": "model",
+            "messages": "",
+            "temperature": "temperature",
+            "top_p": "top_p",
+            "seed": "seeded",
+            "max_tokens": "max_tokens_name",
+            "max_completion_tokens": "max_tokens_name",
+            "response_format": "structured",
+            "stream": "",
+            "n": "",
+        }
+        for name in value:
+            if name in own:
+                instead = f"; its option is {own[name]}" if own[name] else ""
+                raise ValueError(f"{name} is set by the writer and can't be a parameter{instead}")
+            if "key" in name.lower() or "authorization" in name.lower():
+                raise ValueError(
+                    f"{name} looks like a key: name an environment variable in key_variable"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _money_has_a_price(self) -> OpenAIOptions:
+        if self.budget.dollars is not None and self.price is None:
+            raise ValueError(
+                "a budget in dollars needs the price: add price: {input: ..., output: ...}, dollars a "
+                "million tokens"
+            )
+        return self
+
+
+class OpenAIBatchOptions(OpenAIOptions):
+    """The Batch API: submitted, polled and collected, if need be across several runs of the command.
+
+    Args:
+        discount: share of the price that a batch costs.
+        max_requests, max_bytes: of one batch file. The API's bounds are 50,000 and 200 MB.
+        max_batches: under way at once; None: as many as there are.
+        wait: minutes that a run waits for batches before it stops; the next run goes on from there.
+        poll: seconds between two looks at the batches.
+    """
+
+    name: Literal["openai_batch"] = "openai_batch"  # type: ignore[assignment]
+    discount: float = Field(default=0.5, gt=0, le=1)
+    max_requests: int = Field(default=50_000, ge=1, le=50_000)
+    max_bytes: int = Field(default=200_000_000, ge=1_000, le=200_000_000)
+    max_batches: int | None = Field(default=None, ge=1)
+    wait: float = Field(default=0, ge=0)
+    poll: float = Field(default=30, gt=0)
+
+
+WriterOptions = Annotated[
+    TemplateOptions | OpenAIOptions | OpenAIBatchOptions, Field(discriminator="name")
+]

@@ -1,0 +1,176 @@
+"""Each check by itself, on the smallest conversation that shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from data_tools import taxonomy
+from data_tools.checks import CheckOptions, check, check_translation
+from data_tools.checks.terms import TermFinder, words_of
+from data_tools.items import Item, SourceContext, Turn
+from data_tools.records import Label, Provenance, Record
+
+TAXONOMY = taxonomy.load()
+CONTEXT = SourceContext(
+    "blood", "Blood", ("platelet", "red blood cell", "white blood cell"),
+    {"white blood cell": ("leukocyte",)}, {"platelet": "血小板", "red blood cell": "红细胞"},
+)  # fmt: skip
+RECORD = Record(
+    "2d#det#x", "images/x.png", 1000, 500, "Microscopy", "Hematology", None, "2D detection",
+    (Label("platelet", (100, 50, 200, 100)), Label("red blood cell", (500, 250, 1000, 500))), {},
+    Provenance("blood", "Blood", "MIT", "", "x.png", "0" * 64, {}, "blood/x"),
+)  # fmt: skip
+ASKED = "<image>\nDescribe this image."
+GOOD = "A platelet lies near red blood cells under the microscope."
+
+
+def reasons(
+    *texts, form="caption", language="en", focus=None, options=None, grounded=True, record=RECORD
+):
+    turns = tuple(Turn(("human", "gpt")[at % 2], text) for at, text in enumerate(texts))
+    item = Item(f"{RECORD.id}#{form}", form, language, focus=focus)
+    options = options or CheckOptions()
+    problems = check(turns, item, record, CONTEXT, TAXONOMY, options, grounded=grounded)
+    return [problem.reason for problem in problems]
+
+
+def test_a_good_caption_is_accepted():
+    assert reasons(ASKED, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        ((), "turns don't alternate"),
+        ((ASKED,), "turns don't alternate"),
+        ((ASKED, GOOD, "And?"), "turns don't alternate"),
+        ((ASKED, "  "), "empty turn"),
+        (("<image>", GOOD), "empty turn"),
+        (("Describe this image.", GOOD), "wrong number of image marks"),
+        (("<image>\n<image>\nDescribe.", GOOD), "wrong number of image marks"),
+        (("Describe\n<image>", GOOD), "image mark isn't first"),
+        ((ASKED, "A platelet."), "answer too short"),
+        ((ASKED, GOOD + " word" * 400), "answer too long"),
+        ((ASKED, "图像中可见血小板和红细胞，染色清晰。"), "wrong language"),
+        ((ASKED, f"{GOOD} {GOOD}"), "sentence repeated"),
+        ((ASKED, f"{GOOD} The bounding box is small."), "speaks of the annotation"),
+        ((ASKED, f"According to the annotation, {GOOD}"), "speaks of the annotation"),
+        ((ASKED, f"{GOOD} I’m sorry, no more."), "the model refused"),
+        ((ASKED, "Nothing of note is in this field."), "label not named"),
+        ((ASKED, f"{GOOD} A leukocyte is near."), "another label claimed"),
+        ((ASKED, f"{GOOD} It is an ultrasound."), "another modality claimed"),
+        ((ASKED, f"{GOOD} It lies at [1, 2, 3, 4]."), "coordinates are not the region's"),
+        ((ASKED, f"{GOOD} It lies at [10, 2, 3, 4]."), "coordinates make no box"),
+    ],
+)
+def test_reason(texts, reason):
+    assert reason in reasons(*texts)
+
+
+def test_coordinates_of_the_record_are_right_and_of_another_region_wrong():
+    assert reasons(ASKED, f"{GOOD} It lies at [100, 100, 200, 200].") == []
+    text = "The platelet lies at [500, 500, 1000, 1000] in this field."
+    form = "region_caption"
+    assert reasons(ASKED, text, form=form, focus=0) == ["coordinates are not the region's"]
+    assert (
+        reasons(
+            ASKED, text.replace("500, 500, 1000, 1000", "100, 100, 200, 200"), form=form, focus=0
+        )
+        == []
+    )
+
+
+def test_a_region_has_to_be_named_itself():
+    text = "Red blood cells fill this part of the field."
+    assert reasons(ASKED, text, form="region_caption", focus=0) == ["label not named"]
+    assert reasons(ASKED, text, form="region_caption", focus=1) == []
+
+
+def test_an_option_letter_is_enough_for_perception_and_a_wrong_one_claims():
+    assert reasons("<image>\nWhich? A. platelet B. white blood cell", "A", form="perception") == []
+    assert reasons("<image>\nIs there a white blood cell?", "No.", form="perception") == []
+    assert reasons("<image>\nWhich cell?", "white blood cell", form="perception") == [
+        "another label claimed"
+    ]
+
+
+def test_text_forms_have_no_image_mark():
+    assert (
+        reasons("What is a platelet?", "A platelet is a small cell fragment.", form="text_single")
+        == []
+    )
+    assert reasons("<image>\nWhat?", GOOD, form="text_single") == ["wrong number of image marks"]
+
+
+def test_without_the_annotation_only_the_wording_decides():
+    text = "An ultrasound of a leukocyte at [1, 2, 3, 4] is shown."
+    assert reasons(ASKED, text, grounded=False) == []
+    assert reasons(ASKED, f"{text} The bounding box is small.", grounded=False) == [
+        "speaks of the annotation"
+    ]
+
+
+@pytest.mark.parametrize("name", ["agreement", "modality", "boxes", "leaks"])
+def test_each_check_can_be_switched_off(name):
+    text = "The bounding box in this ultrasound at [1, 2, 3, 4] holds a leukocyte."
+    everything = reasons(ASKED, text)
+    assert len(reasons(ASKED, text, options=CheckOptions(**{name: False}))) < len(everything)
+
+
+def test_a_record_of_both_sides_is_not_held_to_one():
+    sides = {"side": "left"}, {"side": "right"}
+    labels = tuple(Label("platelet", None, None, side) for side in sides)
+    record = dataclasses.replace(RECORD, labels=labels)
+    assert reasons(ASKED, "A platelet of the right side is shown.", record=record) == []
+    record = dataclasses.replace(RECORD, labels=labels[:1])
+    assert reasons(ASKED, "A platelet of the right side is shown.", record=record) == [
+        "side contradicted"
+    ]
+
+
+def test_a_term_within_another_english_word_is_none():
+    finder = TermFinder({"CT": "CT", "X光": "X-ray"})
+    assert [hit.meaning for hit in finder.find_chinese("行ECT治疗，CTA，CT与X光。")] == [
+        "CT",
+        "X-ray",
+    ]
+    assert [hit.meaning for hit in finder.find(words_of("An ECT, a CTA, and a CT."))] == ["CT"]
+
+
+def test_phrases_can_be_allowed_and_added():
+    text = f"{GOOD} The bounding box is small."
+    assert reasons(ASKED, text, options=CheckOptions(allowed_phrases=("Bounding box",))) == []
+    assert reasons(ASKED, GOOD, options=CheckOptions(further_leaks=("Under the microscope",))) == [
+        "speaks of the annotation"
+    ]
+
+
+ENGLISH = (
+    Turn("human", "<image>\nHow many?"),
+    Turn("gpt", "Yes, three platelets at [1, 2, 30, 40]; no red blood cell."),
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("是的，3个血小板位于[1, 2, 30, 40]；未见红细胞。", None),
+        ("是的，三个血小板位于[1, 2, 30, 40]；未见红细胞。", None),
+        ("是的，4个血小板位于[1, 2, 30, 40]；未见红细胞。", "translation changes a number"),
+        ("是的，3个血小板位于[1, 2, 30, 41]；未见红细胞。", "translation changes a number"),
+        ("是的，3个血小板位于[1, 2, 30, 40]；可见红细胞。", "translation changes a finding"),
+        ("是的，3个位于[1, 2, 30, 40]；未见红细胞。", "translation changes a finding"),
+        ("不，3个血小板位于[1, 2, 30, 40]；未见红细胞。", "translation turns yes into no"),
+    ],
+)
+def test_what_a_translation_may_not_lose(answer, reason):
+    chinese = (Turn("human", "<image>\n有多少？"), Turn("gpt", answer))
+    problems = [problem.reason for problem in check_translation(chinese, ENGLISH, CONTEXT)]
+    assert problems == ([reason] if reason else [])
+
+
+def test_a_translation_has_the_same_turns():
+    problems = check_translation(ENGLISH[:1], ENGLISH, CONTEXT)
+    assert [problem.reason for problem in problems] == ["translation has other turns"]

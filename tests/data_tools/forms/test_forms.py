@@ -1,0 +1,262 @@
+"""What the template writer makes: true to the record, accepted by the checks, the same every time."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools import taxonomy
+from data_tools.checks import CheckOptions, check
+from data_tools.forms import MakeOptions, plan
+from data_tools.forms.coordinates import read_boxes, write_box
+from data_tools.forms.grammar import listed, place, place_zh, with_article
+from data_tools.forms.perception import absent
+from data_tools.items import FORMS, IMAGE, TEXT_FORMS, SourceContext
+from data_tools.records import Label, Provenance, Record
+from data_tools.writers import template
+
+TAXONOMY = taxonomy.load()
+VOCABULARY = ("COVID-19", "edema", "nodule", "normal", "platelet", "red blood cell", "spleen")
+CHINESE = dict(
+    zip(VOCABULARY, ("新冠肺炎", "水肿", "结节", "正常", "血小板", "红细胞", "脾脏"), strict=True)
+)
+CONTEXT = SourceContext("toy", "Toy", VOCABULARY, {}, CHINESE)
+EVERYTHING = MakeOptions(
+    caption=2, region_caption=3, instruction=3, dialogue=2, perception=9, text_single=2, text_multi=2,
+    chinese=0.5,
+)  # fmt: skip
+
+
+def record(*labels, name="2d#cls#x", modality="CT", department="Hematology", attributes=None):
+    return Record(
+        name, "images/x.png", 640, 480, modality, department, None, "2D classification", tuple(labels),
+        attributes or {}, Provenance("toy", "Toy", "MIT", "", "x.png", "0" * 64, {}, "toy/x"),
+    )  # fmt: skip
+
+
+def conversations(of, make=EVERYTHING, context=CONTEXT, seed=0):
+    for item in plan(of, context, make, seed=seed):
+        yield item, template.write(item, of, context, TAXONOMY)
+
+
+boxes = st.builds(
+    lambda x, y, w, h: (x, y, min(640, x + w), min(480, y + h)),
+    st.integers(0, 639), st.integers(0, 479), st.integers(1, 640), st.integers(1, 480),
+)  # fmt: skip
+labels = st.builds(
+    Label, st.sampled_from([name for name in VOCABULARY if name != "normal"]), st.none() | boxes
+)
+records = st.builds(
+    lambda labels, name, modality, department, side: record(
+        *labels, name=f"2d#cls#{name}", modality=modality, department=department,
+        attributes={"side": side, "view": "AP"} if side else {},
+    ),
+    st.lists(labels, min_size=1, max_size=8),
+    st.integers(0, 10**9),
+    st.sampled_from(TAXONOMY.modalities),
+    st.sampled_from([name for name in TAXONOMY.departments if "Pathology" not in name]),
+    st.sampled_from(["", "left", "right"]),
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(records, st.integers(0, 5))
+def test_the_checks_accept_every_template(of, seed):
+    for item, made in conversations(of, seed=seed):
+        problems = check(made, item, of, CONTEXT, TAXONOMY, CheckOptions())
+        assert not problems, (item, made, problems)
+
+
+@settings(max_examples=100)
+@given(records)
+def test_the_form_of_a_conversation(of):
+    ids = [item.id for item, _ in conversations(of)]
+    assert len(set(ids)) == len(ids)
+    for item, made in conversations(of):
+        assert item.id.startswith(f"{of.id}#{item.form}")
+        assert [turn.speaker for turn in made] == ["human", "gpt"] * (len(made) // 2)
+        marks = [turn.text.count(IMAGE) for turn in made]
+        assert marks == (
+            [0] * len(made) if item.form in TEXT_FORMS else [1] + [0] * (len(made) - 1)
+        )
+        assert not any("{" in turn.text for turn in made)
+
+
+@settings(max_examples=50)
+@given(records, st.integers(0, 9))
+def test_the_same_seed_makes_the_same_text(of, seed):
+    assert list(conversations(of, seed=seed)) == list(conversations(of, seed=seed))
+
+
+def test_another_seed_makes_another_text():
+    of = record(Label("edema"))
+    texts = {tuple(made for _, made in conversations(of, seed=seed)) for seed in range(5)}
+    assert len(texts) == 5
+
+
+@settings(max_examples=200)
+@given(boxes, st.integers(1, 3000), st.integers(1, 3000))
+def test_a_written_box_holds_the_box(box, more, further):
+    size = {"width": 640 + more, "height": 480 + further}
+    (read,) = read_boxes(write_box(box, **size), **size)
+    sides = (*size.values(),) * 2
+    assert all(abs(a - b) * 1000 <= side for a, b, side in zip(read, box, sides, strict=True))
+
+
+def test_numbers_of_each_form():
+    make = MakeOptions(
+        caption=1, region_caption=0, instruction=0.5, dialogue=0.25, perception=2, text_single=0,
+        text_multi=0.1, chinese=0.3,
+    )  # fmt: skip
+    forms, languages = Counter(), Counter()
+    for number in range(4000):
+        for item in plan(record(Label("edema"), name=str(number)), CONTEXT, make, seed=3):
+            forms[item.form] += 1
+            languages[item.language] += 1
+    assert forms["caption"] == 4000
+    assert forms["perception"] == 8000
+    assert "region_caption" not in forms
+    assert "text_single" not in forms
+    # four standard deviations
+    assert abs(forms["instruction"] - 2000) < 127
+    assert abs(forms["dialogue"] - 1000) < 110
+    assert abs(forms["text_multi"] - 400) < 76
+    total = languages.total()
+    assert abs(languages["zh"] - 0.3 * total) < 4 * (0.21 * total) ** 0.5
+
+
+def test_a_record_whose_label_has_no_chinese_name_is_told_in_english():
+    context = SourceContext("toy", "Toy", VOCABULARY, {}, {"edema": "水肿"})
+    make = MakeOptions(chinese=1)
+    assert {item.language for item in plan(record(Label("edema")), context, make, seed=0)} == {"zh"}
+    assert {item.language for item in plan(record(Label("nodule")), context, make, seed=0)} == {
+        "en"
+    }
+
+
+def perceptions(kind, *labels, context=CONTEXT, count=400, **options):
+    make = MakeOptions(
+        caption=0, region_caption=0, instruction=0, dialogue=0, perception=1, text_single=0, text_multi=0,
+        chinese=0, perception_kinds=[kind], **options,
+    )  # fmt: skip
+    for number in range(count):
+        for item, made in conversations(record(*labels, name=str(number)), make, context):
+            yield item, made[0].text.removeprefix("<image>\n"), made[1].text
+
+
+def test_right_letters_are_spread_evenly_and_right():
+    letters = Counter()
+    for _, question, answer in perceptions("multiple_choice", Label("edema"), count=2000):
+        lines = dict(line.split(". ", 1) for line in question.splitlines()[1:-1])
+        assert lines[answer] == "edema"
+        assert len(set(lines.values())) == len(lines) == 4
+        letters[answer] += 1
+    assert set(letters) == set("ABCD")
+    assert all(abs(count - 500) < 78 for count in letters.values())
+
+
+def test_yes_and_no_are_balanced_and_right():
+    said = Counter()
+    for _, question, answer in perceptions("yes_no", Label("edema"), count=2000):
+        assert ("edema" in question) == (answer == "Yes")
+        said[answer] += 1
+    assert abs(said["Yes"] - 1000) < 90
+
+
+def test_what_a_picture_lacks_is_never_a_part_of_what_it_has():
+    context = SourceContext("toy", "Toy", ("lung nodule", "mass", "nodule"))
+    assert absent(record(Label("nodule")), context, chinese=False) == ["mass"]
+    assert absent(record(Label("lung nodule")), context, chinese=False) == ["mass"]
+
+
+def test_nothing_is_denied_of_a_set_that_names_only_some():
+    make = MakeOptions(perception=9, negatives=False)
+    kinds = {item.kind for item in plan(record(Label("edema")), CONTEXT, make, seed=0)}
+    assert not kinds & {"yes_no", "multiple_choice"}
+    lonely = SourceContext("toy", "Toy", ("edema",))
+    make = MakeOptions(perception=9)
+    kinds = {item.kind for item in plan(record(Label("edema")), lonely, make, seed=0)}
+    assert not kinds & {"yes_no", "multiple_choice"}
+
+
+def test_a_detection_lists_every_box_in_reading_order():
+    found = [
+        Label("platelet", (320, 240, 640, 480)),
+        Label("edema", (0, 0, 10, 10)),
+        Label("platelet", (0, 0, 64, 48)),
+    ]
+    answers = {}
+    for _, question, answer in perceptions("detection", *found):
+        answers["platelet" if "platelet" in question else "edema"] = answer
+    assert answers == {
+        "platelet": "[0, 0, 100, 100], [500, 500, 1000, 1000]",
+        "edema": "[0, 0, 16, 21]",
+    }
+
+
+def test_too_many_boxes_are_not_asked_for():
+    many = [Label("platelet", (at, 0, at + 1, 1)) for at in range(5)]
+    assert not list(perceptions("detection", *many, max_boxes=4, count=20))
+    assert len(list(perceptions("detection", *many, max_boxes=5, count=20))) == 20
+    mixed = list(
+        perceptions("detection", *many, Label("edema", (0, 0, 9, 9)), max_boxes=4, count=20)
+    )
+    assert len(mixed) == 20
+    assert all("edema" in question for _, question, _ in mixed)
+
+
+def test_counts_and_places():
+    found = [
+        Label("platelet", (0, 0, 10, 10)),
+        Label("platelet", (0, 0, 9, 9)),
+        Label("edema", (0, 330, 10, 470)),
+    ]
+    counted = {
+        question.split("of ")[1].split(" ")[0]: answer
+        for _, question, answer in perceptions("counting", *found)
+    }
+    assert counted == {"platelet": "2", "edema": "1"}
+    places = {answer for _, _, answer in perceptions("localisation", *found)}
+    assert places == {"In the lower left part of the picture"}
+
+
+def test_a_caption_word_for_word():
+    of = record(Label("normal"), Label("nodule", (0, 0, 10, 10)), attributes={"view": "AP"})
+    texts = {
+        made[1].text
+        for number in range(60)
+        for item, made in conversations(of, MakeOptions(chinese=0), seed=number)
+        if item.form == "caption"
+    }
+    assert (
+        "This is a CT image. The view is AP. It is classified as normal. "
+        "Nodule is visible in the upper left part of the picture."
+    ) in texts
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("CT image", "a CT image"), ("MR image", "an MR image"), ("X-ray image", "an X-ray image"),
+     ("OCT image", "an OCT image"), ("ultrasound image", "an ultrasound image"), ("uterus", "a uterus"),
+     ("electron micrograph", "an electron micrograph"), ("PET image", "a PET image"),
+     ("unilateral x", "a unilateral x")],
+)  # fmt: skip
+def test_articles(words, expected):
+    assert with_article(words) == expected
+
+
+def test_lists_and_places():
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b"]) == "a and b"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+    assert place((0, 0, 640, 480), 640, 480) == "the centre of the picture"
+    assert place((600, 200, 640, 280), 640, 480) == "the right part of the picture"
+    assert place_zh((0, 470, 10, 480), 640, 480) == "图像左下部"
+
+
+def test_every_form_is_made():
+    of = record(Label("edema"), Label("nodule", (0, 0, 10, 10)))
+    assert {item.form for item in plan(of, CONTEXT, EVERYTHING, seed=0)} == set(FORMS)

@@ -1,0 +1,125 @@
+"""Prompts, checks, records and tasks as small as they can be, for tests of the request loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_tools.items import Conversation, Item, Problem, SourceContext, Turn
+from data_tools.records import Label, Provenance, Record
+from data_tools.writers.openai_writer import OpenAIWriter
+from data_tools.writers.options import OpenAIOptions
+from data_tools.writers.outcome import Task
+
+CONTEXT = SourceContext("toy", "Toy", ("cell",))
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "string"}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    system: str
+    user: str
+    image: str | None = None
+    box_image: bool = False
+    schema: dict[str, Any] | None = field(default_factory=lambda: SCHEMA)
+    max_tokens: int = 50
+
+
+class Prompts:
+    """The user's text is the item's id, then the reason of the attempt before. ``wrong`` answers fail."""
+
+    def __init__(self, *, images: bool = False, box: bool = False, max_tokens: int = 50) -> None:
+        self.images, self.box, self.max_tokens = images, box, max_tokens
+
+    def build(
+        self,
+        item: Item,
+        record: Record,
+        context: SourceContext,
+        *,
+        problems: Sequence[Problem] = (),
+    ) -> Prompt:
+        reasons = "".join(f" Not again: {problem.reason}." for problem in problems)
+        image = record.image if self.images else None
+        return Prompt(
+            "Be exact.", f"{item.id}{reasons}", image, self.box, max_tokens=self.max_tokens
+        )
+
+    def translate(
+        self,
+        conversation: Conversation,
+        item: Item,
+        record: Record,
+        context: SourceContext,
+        *,
+        problems: Sequence[Problem] = (),
+    ) -> Prompt:
+        return Prompt("Translate.", f"zh {conversation[-1].text}")
+
+    def read_answer(self, text: str, item: Item, record: Record) -> Conversation | Problem:
+        try:
+            return (Turn("human", "What is it?"), Turn("gpt", json.loads(text)["answer"]))
+        except (ValueError, KeyError, TypeError) as error:
+            return Problem("not the JSON that was asked for", str(error))
+
+    def check(
+        self, conversation: Conversation, item: Item, record: Record, context: SourceContext
+    ) -> list[Problem]:
+        return [Problem("bad label")] if "wrong" in conversation[-1].text else []
+
+    def check_translation(
+        self, conversation: Conversation, original: Conversation, item: Item, context: SourceContext
+    ) -> list[Problem]:
+        return [] if conversation != original else [Problem("not translated")]
+
+
+def record(name: str = "r", image: str = "images/0.png", size: tuple[int, int] = (8, 6)) -> Record:
+    provenance = Provenance("toy", "Toy", "MIT", "", f"{name}.png", "0" * 64, {}, f"toy/{name}")
+    labels = (Label("cell", (1, 1, 5, 4)),)
+    return Record(
+        name, image, *size, "Microscopy", "Hematology", None, "2D detection", labels, {}, provenance
+    )
+
+
+def tasks(count: int, *, language: str = "en", images: int = 1, start: int = 0) -> Iterator[Task]:
+    for number in range(start, start + count):
+        image = f"images/{number % images}.png"
+        item = Item(f"item{number}", "caption", language, focus=0, seed=number)
+        yield Task(item, record(f"r{number}", image), CONTEXT)
+
+
+def write_images(folder: Path, count: int = 1, size: tuple[int, int] = (8, 6)) -> None:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+
+
+def options(folder: Path, url: str, **more: Any) -> OpenAIOptions:
+    values: dict[str, Any] = {
+        "model": "m",
+        "base_url": url,
+        "key_variable": None,
+        "cache": folder / "cache" / "answers.sqlite",
+        "timeout": 5,
+        "server_retries": 2,
+        "in_flight": 8,
+    }
+    return OpenAIOptions(**values | more)
+
+
+def writer(folder: Path, url: str, *, prompts: Any = None, **more: Any) -> OpenAIWriter:
+    job = more.pop("job", "job")
+    return OpenAIWriter(options(folder, url, **more), prompts or Prompts(), folder=folder, job=job)

@@ -1,0 +1,174 @@
+"""What a model is told, and what is made of its answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data_tools import taxonomy
+from data_tools.items import FORMS, Item, Problem, SourceContext, Turn
+from data_tools.records import Label, Provenance, Record
+from data_tools.writers.prompts import (
+    AnswerError,
+    build,
+    position,
+    read_answer,
+    translate,
+)
+
+TAXONOMY = taxonomy.load()
+CONTEXT = SourceContext(
+    "hospital-a", "Hospital A blood", ("platelet", "red blood cell"), chinese={"platelet": "血小板"}
+)
+RECORD = Record(
+    "2d#det#microscopy#hospital-a#Doe_John.png", "images/ab/ab.png", 1000, 500, "Microscopy",
+    "Hematology", None, "2D detection",
+    (Label("platelet", (100, 50, 200, 100)), Label("red blood cell", (500, 250, 1000, 500))),
+    {"stain": "Giemsa"},
+    Provenance(
+        "hospital-a", "Hospital A blood", "MIT", "http://a", "Doe_John.png", "0" * 64, {}, "hospital-a/Doe"
+    ),
+)  # fmt: skip
+ASKED_OF_A_MODEL = [form for form in FORMS if form != "perception"]
+
+
+def item(form, language="en", focus=None, seed=0):
+    focus = 0 if form == "region_caption" else focus
+    return Item(f"{RECORD.id}#{form}", form, language, focus=focus, seed=seed)
+
+
+def prompt(form, *, grounded=True, language="en", problems=()):
+    return build(
+        item(form, language), RECORD, CONTEXT, TAXONOMY, grounded=grounded, problems=problems
+    )
+
+
+@pytest.mark.parametrize("form", ASKED_OF_A_MODEL)
+@pytest.mark.parametrize("grounded", [True, False])
+def test_nothing_that_tells_whose_picture_it_is(form, grounded):
+    asked = prompt(form, grounded=grounded)
+    for secret in ("Doe", "Hospital A", "hospital-a", "http://a", "2d#"):
+        assert secret not in asked.system + asked.user
+
+
+@pytest.mark.parametrize("form", ASKED_OF_A_MODEL)
+def test_facts_are_in_it_only_when_grounded(form):
+    assert "platelet" in prompt(form).user
+    assert "Hematology" in prompt(form).user
+    blind = prompt(form, grounded=False).user
+    assert "platelet" not in blind
+    assert "Hematology" not in blind
+    assert "Giemsa" not in blind
+
+
+def test_the_region_is_given_by_words_and_coordinates():
+    user = prompt("region_caption").user
+    assert "platelet, in the upper left part of the picture, at [100, 100, 200, 200]" in user
+    assert "red blood cell" not in user
+    assert "[100, 100, 200, 200]" in prompt("region_caption", grounded=False).user
+
+
+def test_only_a_region_may_be_drawn_in_and_text_forms_send_no_picture():
+    assert [form for form in ASKED_OF_A_MODEL if prompt(form).box_image] == ["region_caption"]
+    assert prompt("caption").image == RECORD.image
+    assert prompt("text_single").image is None
+    assert "[" not in prompt("text_single").user.split("Write")[0]
+
+
+def test_chinese_names_are_given():
+    assert "platelet (血小板)" in prompt("caption", language="zh").user
+    assert "Simplified Chinese" in prompt("caption", language="zh").user
+
+
+def test_earlier_problems_are_told():
+    user = prompt("caption", problems=[Problem("label not named", "it has to name platelet")]).user
+    assert "- label not named: it has to name platelet" in user
+
+
+def test_many_regions_are_counted():
+    labels = tuple(Label("platelet", (i, 0, i + 1, 1)) for i in range(30))
+    record = Record(
+        **{name: getattr(RECORD, name) for name in RECORD.__slots__} | {"labels": labels}
+    )
+    user = build(item("caption"), record, CONTEXT, TAXONOMY, grounded=True).user
+    assert user.count("- region: ") == 12
+    assert "30 of platelet" in user
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        ((0, 0, 10, 10), "in the upper left part of the picture"),
+        ((140, 0, 160, 10), "in the upper middle part of the picture"),
+        ((290, 140, 300, 160), "in the right part of the picture"),
+        ((140, 140, 160, 160), "in the centre of the picture"),
+        ((290, 290, 300, 300), "in the lower right part of the picture"),
+        ((0, 0, 300, 300), "in the centre of the picture"),
+    ],
+)
+def test_position_in_words(box, words):
+    assert position(box, 300, 300) == words
+
+
+def test_a_caption_is_read_bare_and_fenced():
+    text = json.dumps({"caption": "A platelet."})
+    for answer in (text, f"```json\n{text}\n```"):
+        conversation = read_answer(answer, item("caption"), RECORD)
+        assert conversation == (
+            Turn("human", "<image>\nDescribe this image."),
+            Turn("gpt", "A platelet."),
+        )
+
+
+def test_a_dialogue_is_read_in_its_order():
+    turns = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+    conversation = read_answer(json.dumps({"turns": turns}), item("dialogue"), RECORD)
+    assert [turn.text for turn in conversation] == ["<image>\nq0", "a0", "q1", "a1", "q2", "a2"]
+    assert read_answer(json.dumps({"turns": turns}), item("text_multi"), RECORD)[0].text == "q0"
+
+
+def test_the_region_comes_into_the_question():
+    conversation = read_answer('{"caption": "A platelet."}', item("region_caption"), RECORD)
+    asked = "<image>\nDescribe the region [100, 100, 200, 200] of this image."
+    assert conversation == (Turn("human", asked), Turn("gpt", "A platelet."))
+
+
+def test_as_many_turns_as_the_item_says():
+    five = Item(f"{RECORD.id}#dialogue", "dialogue", "en", kind="5")
+    assert "of 5 questions" in build(five, RECORD, CONTEXT, TAXONOMY, grounded=True).user
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "reason"),
+    [
+        ("caption", "A platelet.", "answer isn't JSON"),
+        ("caption", '{"caption": "A pl', "answer isn't JSON"),
+        ("caption", "[1]", "answer has another form"),
+        ("caption", "{}", "answer has another form"),
+        ("caption", '{"caption": 3}', "answer has another form"),
+        ("caption", '{"caption": " "}', "answer has an empty text"),
+        ("caption", '{"caption": "<image> x"}', "answer has an image mark"),
+        ("instruction", '{"question": "x"}', "answer has another form"),
+        ("dialogue", '{"question": "x", "answer": "y"}', "answer has another form"),
+        ("dialogue", '{"turns": []}', "answer has another form"),
+        ("dialogue", '{"turns": {"question": "x", "answer": "y"}}', "answer has another form"),
+        ("dialogue", '{"turns": ["x"]}', "answer has another form"),
+    ],
+)
+def test_nothing_is_guessed(form, answer, reason):
+    with pytest.raises(AnswerError) as raised:
+        read_answer(answer, item(form), RECORD)
+    assert raised.value.reason == reason
+
+
+def test_a_translation_is_asked_with_the_terms_and_read_as_turns():
+    english = (Turn("human", "<image>\nDescribe."), Turn("gpt", "A platelet."))
+    asked = translate(english, item("caption", "zh"), RECORD, CONTEXT, TAXONOMY)
+    assert "- platelet: 血小板" in asked.user
+    assert "- Microscopy: 显微镜" in asked.user
+    assert '{"turns": [{"question": "Describe.", "answer": "A platelet."}]}' in asked.user
+    made = read_answer(
+        '{"turns": [{"question": "描述。", "answer": "血小板。"}]}', item("caption", "zh"), RECORD
+    )
+    assert made == (Turn("human", "<image>\n描述。"), Turn("gpt", "血小板。"))
