@@ -1,0 +1,303 @@
+"""Where the work is done: processes of this machine, or a Ray cluster. The same results in the same order.
+
+`Engine.map` is lazy: no more than a few tasks a worker are in flight, so neither a slow reader of the results
+nor a long input takes memory. A worker that dies (a decoder that crashes, a process killed for memory) costs
+the one task that kills it, not the run: the tasks that were in flight are done again one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import connection, get_context, parent_process, resource_tracker
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from data_tools.errors import CorpusError
+
+ENGINES = ("processes", "ray")
+IN_FLIGHT = 4
+"""Tasks a worker that are under way or wait for their turn to be handed on."""
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+class Engine(Protocol):
+    """Runs a function over many inputs."""
+
+    workers: int
+
+    def map(
+        self,
+        function: Callable[[Input], Output],
+        inputs: Iterable[Input],
+        *,
+        died: Callable[[Input], Output] | None = None,
+    ) -> Iterator[Output]:
+        """The function's results in the order of the inputs.
+
+        Args:
+            function: of a module, or a `functools.partial` of one: it is pickled.
+            inputs: read as results are taken.
+            died: what stands for the result of an input whose worker dies; default is an error.
+        """
+        ...
+
+
+@contextmanager
+def open_engine(name: str, workers: int | None = None) -> Iterator[Engine]:
+    """Start an engine and end it.
+
+    Args:
+        name: of `ENGINES`.
+        workers: processes; default: the cores that this process may use, or the cluster's. One worker of
+            ``processes`` is this process itself.
+
+    Raises:
+        CorpusError: Ray is not installed, or its cluster can't be reached.
+    """
+    if name == "ray":
+        with _ray(workers) as engine:
+            yield engine
+        return
+    if name != "processes":
+        raise CorpusError(f"engine {name!r} is unknown; there are {' and '.join(ENGINES)}.")
+    workers = workers or cores()
+    if workers == 1:
+        yield Here()
+        return
+    engine = Processes(workers)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Here:
+    """No processes at all."""
+
+    workers = 1
+
+    def map(
+        self,
+        function: Callable[[Input], Output],
+        inputs: Iterable[Input],
+        *,
+        died: Callable[[Input], Output] | None = None,
+    ) -> Iterator[Output]:
+        return map(function, inputs)
+
+
+class Processes:
+    """A pool of processes. They are spawned, not forked: libraries with threads don't survive a fork."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def map(
+        self,
+        function: Callable[[Input], Output],
+        inputs: Iterable[Input],
+        *,
+        died: Callable[[Input], Output] | None = None,
+    ) -> Iterator[Output]:
+        iterator = iter(inputs)
+        flight: deque[tuple[Input, Future[Output]]] = deque()
+        try:
+            while True:
+                while len(flight) < IN_FLIGHT * self.workers:
+                    try:
+                        task = next(iterator)
+                    except StopIteration:
+                        break
+                    flight.append((task, self._submit(function, task)))
+                if not flight:
+                    return
+                task, future = flight[0]
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    yield from self._one_by_one(function, [task for task, _ in flight], died)
+                    flight.clear()
+                    continue
+                flight.popleft()
+                yield result
+        finally:
+            for _, future in flight:
+                future.cancel()
+
+    def _submit(self, function: Callable[[Input], Output], task: Input) -> Future[Output]:
+        try:
+            with _blocked_ctrl_c():
+                return self._running().submit(function, task)
+        except BrokenProcessPool as error:  # found when the one before it is waited for
+            future: Future[Output] = Future()
+            future.set_exception(error)
+            return future
+
+    def _one_by_one(
+        self,
+        function: Callable[[Input], Output],
+        tasks: list[Input],
+        died: Callable[[Input], Output] | None,
+    ) -> Iterator[Output]:
+        self.close()
+        for task in tasks:
+            try:
+                with _blocked_ctrl_c():
+                    future = self._running().submit(function, task)
+                yield future.result()
+            except BrokenProcessPool as error:
+                self.close()
+                if died is None:
+                    raise CorpusError(
+                        "a worker process died, twice in the same task. It was killed for memory (see "
+                        "the system's log; fewer `workers` need less) or a library crashed. "
+                        "The same command goes on where it stopped."
+                    ) from error
+                yield died(task)
+
+    def _running(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.workers, mp_context=get_context("spawn"), initializer=_start_worker
+            )
+        return self._pool
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+@contextmanager
+def _blocked_ctrl_c() -> Iterator[None]:
+    """A process that is started meanwhile never sees Ctrl-C, which is its parent's to handle."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Started with the first process otherwise, when it lets the signal through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker() -> None:
+    """No worker outlives a parent that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def _ray(workers: int | None) -> Iterator[Engine]:
+    # Read by Ray when it is imported: no usage statistics leave a hospital, no web server is opened.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise CorpusError("engine `ray` needs Ray: pip install ray") from error
+    address = os.environ.get("RAY_ADDRESS")
+    started_here = not ray.is_initialized()
+    if started_here:
+        # On a cluster the code has to be installed, or at the same place on every machine.
+        places = [str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)]
+        local: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={
+                    "env_vars": {
+                        "PYTHONPATH": os.pathsep.join(dict.fromkeys(places)),
+                        "RAY_USAGE_STATS_ENABLED": "0",
+                    }
+                },
+                **({} if address else local),
+            )
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f"at {address} (RAY_ADDRESS)" if address else "on this machine"
+            raise CorpusError(f"no Ray cluster {where}: {error}") from error
+    try:
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        yield Ray(ray, workers or max(cores, 1))
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+class Ray:
+    """Tasks of a Ray cluster. Sources and output have to lie on storage that all machines share."""
+
+    def __init__(self, ray: Any, workers: int) -> None:
+        self._ray = ray
+        self.workers = workers
+
+    def map(
+        self,
+        function: Callable[[Input], Output],
+        inputs: Iterable[Input],
+        *,
+        died: Callable[[Input], Output] | None = None,
+    ) -> Iterator[Output]:
+        # Ray itself does a task again whose worker died, `max_retries` times.
+        remote = self._ray.remote(num_cpus=1, max_retries=1)(_call)
+        held = self._ray.put(function)
+        flight: deque[tuple[Input, Any]] = deque()
+        iterator = iter(inputs)
+        try:
+            while True:
+                while len(flight) < IN_FLIGHT * self.workers:
+                    try:
+                        task = next(iterator)
+                    except StopIteration:
+                        break
+                    flight.append((task, remote.remote(held, task)))
+                if not flight:
+                    return
+                task, reference = flight[0]
+                try:
+                    result = self._ray.get(reference)
+                except self._ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except self._ray.exceptions.RayError as error:
+                    if died is None:
+                        raise CorpusError(f"a task of the Ray cluster was lost: {error}") from error
+                    result = died(task)
+                flight.popleft()
+                yield result
+        finally:
+            for _, reference in flight:
+                self._ray.cancel(reference, force=False)
+
+
+def _call(function: Callable[[Input], Output], task: Input) -> Output:
+    return function(task)

@@ -1,0 +1,120 @@
+"""``python data_tools/generate.py JOB.yaml``: from labelled medical images to an image-text corpus."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Run as a script, Python looks for modules in this folder first, where `checks` or `records` would stand in
+# for whatever else has that name.
+_HERE = str(Path(__file__).resolve().parent)
+if sys.path and sys.path[0] and str(Path(sys.path[0]).resolve()) == _HERE:
+    sys.path[0] = str(Path(_HERE).parent)
+
+from data_tools.errors import CorpusError  # noqa: E402
+
+DONE, FAILED, STOPPED, INTERRUPTED = 0, 1, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    0: done. 1: an error, said in one message. 3: stopped cleanly before the end, by the budget or because
+    batches are under way; the same command goes on. 130: Ctrl-C; the same command goes on.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except CorpusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # of `| head`
+        sys.stderr.close()
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description="From labelled medical image sets to an image-text corpus, as a job file says.",
+        epilog="Stopped at any moment, the same command goes on where it was. Exit status: 0 done, 1 error, "
+        "3 stopped by the budget or waiting for batches, 130 stopped by Ctrl-C.",
+    )
+    parser.add_argument("job", type=Path, metavar="JOB.yaml")
+    verbs = parser.add_mutually_exclusive_group()
+    verbs.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="count, estimate the cost and show three examples; asks nothing, writes nothing",
+    )
+    verbs.add_argument("--stats", action="store_true", help="show what the output holds so far")
+    parser.add_argument(
+        "--limit", type=_count, metavar="N", help="at most N records of each source"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="SOURCE", help="this source; can be repeated"
+    )
+    parser.add_argument(
+        "--without-annotations",
+        action="store_true",
+        help="nothing of the annotation goes into a prompt, to measure what annotations are worth",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="instead of the job's output")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Not at the top: --help must not wait for them.
+    from data_tools import job as jobs
+    from data_tools import overview, pipeline
+    from data_tools.progress import Bar
+
+    job = jobs.load(options.job, output=options.output)
+    selection = pipeline.Selection(
+        limit=options.limit, only=tuple(options.only), grounded=not options.without_annotations
+    )
+    if options.dry_run:
+        found = overview.dry_run(job, selection)
+        _print(found, overview.dry_run_text(found), options)
+        return DONE
+    if options.stats:
+        found = overview.stats(job, selection)
+        _print(found, overview.stats_text(found), options)
+        return DONE
+    with Bar() as bar:
+        result = pipeline.run(job, selection, progress=bar)
+    _print(result.summary, overview.summary_text(result, job), options)
+    if result.stopped is not None:
+        print(f"stopped: {result.stopped}", file=sys.stderr)
+        return STOPPED
+    if result.pending:
+        print(
+            f"{result.pending} conversations could not be written for faults of the server; the same command "
+            "tries them again",
+            file=sys.stderr,
+        )
+        return STOPPED
+    return DONE
+
+
+def _print(values: Mapping[str, Any], text: str, options: argparse.Namespace) -> None:
+    print(json.dumps(values, ensure_ascii=False) if options.json else text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

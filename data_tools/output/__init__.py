@@ -1,0 +1,1 @@
+"""Conversations and records -> the corpus folder: files, split, mixture, card, figures, report."""

@@ -1,0 +1,111 @@
+"""What a licence asks for, read off its name, and which sources a job keeps because of it.
+
+Only the name is looked at, as the job states it. Nothing here is legal advice: a licence that isn't
+recognised is called unknown, never free.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from data_tools.output.options import OutputOptions
+
+DEMANDS = {
+    "attribution": "name the authors and the licence with every copy",
+    "share-alike": "pass on what is made from it under the same licence only",
+    "non-commercial": "no commercial use",
+    "no-derivatives": "what is made from it may not be passed on",
+    "agreement": "granted to a person who has signed an agreement; may not be passed on",
+    "unknown": "the terms are not known to this tool; read them before the corpus is used or passed on",
+}
+
+# Licences without parts: pattern of the simplified name -> (name on huggingface.co, demands).
+_FIXED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (r"(cc|creative commons)( ?0| zero)( universal| public domain dedication)*", "cc0-1.0", ()),
+    (r"public domain( mark| dedication)?|pddl|us government work", "pddl", ()),
+    (r"mit", "mit", ("attribution",)),
+    (r"apache", "apache-2.0", ("attribution",)),
+    (r"bsd 2( clause)?", "bsd-2-clause", ("attribution",)),
+    (r"bsd( 3( clause)?)?", "bsd-3-clause", ("attribution",)),
+    (r"odc by|open data commons attribution", "odc-by", ("attribution",)),
+    (r"(odc )?odbl|open database", "odbl", ("attribution", "share-alike")),
+    (r"(gnu )?(a|l)?gpl( ?v)?", "gpl", ("attribution", "share-alike")),
+    (r"cdla permissive", "cdla-permissive-2.0", ("attribution",)),
+    (r"cdla sharing", "cdla-sharing-1.0", ("attribution", "share-alike")),
+    (r".*\b(credentialed|restricted|data use agreement|dua)\b.*", "other", ("agreement",)),
+)
+_VERSION = r"( licen[cs]e)?( v| version)?( \d+)*( universal| licen[cs]e)?"
+_PARTS = {"by": "attribution", "sa": "share-alike", "nc": "non-commercial", "nd": "no-derivatives"}
+_WORDS = {
+    "attribution": "by",
+    "sharealike": "sa",
+    "share alike": "sa",
+    "noncommercial": "nc",
+    "non commercial": "nc",
+    "noderivatives": "nd",
+    "noderivs": "nd",
+    "no derivatives": "nd",
+    "creative commons": "cc",
+}
+_CREATIVE_COMMONS = re.compile(
+    r"cc((?: (?:by|sa|nc|nd))+)(?: ([1-4])(?: ([05]))?)?"
+    r"(?: (?:international|unported|generic|igo|public|licen[cs]e|deed))*"
+)
+# Versions that have a name on huggingface.co; another version of a licence is "cc" there.
+_HUB_NAMES = {
+    "cc-by-2.0",
+    "cc-by-2.5",
+    "cc-by-3.0",
+    "cc-by-4.0",
+    "cc-by-sa-3.0",
+    "cc-by-sa-4.0",
+} | {
+    f"cc-by-{parts}-{version}"
+    for parts in ("nc", "nd", "nc-nd", "nc-sa")
+    for version in ("2.0", "3.0", "4.0")
+    if (parts, version) not in (("nc", "2.0"), ("nd", "2.0"), ("nd", "3.0"), ("nc-nd", "2.0"))
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """``name`` as the job states it, ``hub_name`` in a dataset card, ``demands`` keys of `DEMANDS`."""
+
+    name: str
+    hub_name: str
+    demands: tuple[str, ...]
+
+
+def read(name: str) -> Licence:
+    """What is known of a licence by its name, such as ``"CC BY-NC-SA 4.0"``."""
+    simple = _simplified(name)
+    for words, part in _WORDS.items():
+        simple = re.sub(rf"\b{words}\b", part, simple)
+    if match := _CREATIVE_COMMONS.fullmatch(simple):
+        parts = match[1].split()
+        hub_name = f"cc-{'-'.join(parts)}-{match[2]}.{match[3] or 0}" if match[2] else "cc"
+        return Licence(
+            name,
+            hub_name if hub_name in _HUB_NAMES else "cc",
+            tuple(demand for part, demand in _PARTS.items() if part in parts),
+        )
+    simple = _simplified(name)
+    for pattern, hub_name, demands in _FIXED:
+        if re.fullmatch(f"(?:{pattern}){_VERSION}", simple):
+            return Licence(name, hub_name, demands)
+    return Licence(name, "other", ("unknown",))
+
+
+def refusal(name: str, options: OutputOptions) -> str | None:
+    """Why the job leaves out a source under this licence, or None if it is kept."""
+    allowed = options.licences
+    if allowed is not None and _simplified(name) not in {_simplified(one) for one in allowed}:
+        return "licence is not in the job's list"
+    refused = [demand for demand in read(name).demands if demand in options.refuse]
+    return f"licence is refused: {', '.join(refused)}" if refused else None
+
+
+def _simplified(name: str) -> str:
+    """Lower case words and numbers: "CC-BY-NC 4.0" and "cc by nc 4.0" are the same."""
+    return " ".join(re.findall(r"[a-z]+|\d+", name.casefold()))

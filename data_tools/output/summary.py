@@ -1,0 +1,313 @@
+"""``summary.json``: the numbers of a corpus, from the source files to the conversations.
+
+========================  ==========================================================================
+key                       what it holds
+========================  ==========================================================================
+``title``, ``seed``       of the job
+``writer``                ``name``; ``model`` if there is one
+``records``               ``count``, ``pictures`` (distinct), ``held_out``, and the number of records by
+                          ``modality``, ``source_task``, ``department``, ``clinical_task``
+``conversations``         ``count``, ``held_out``, ``rejected``, ``acceptance`` (accepted by accepted and
+                          rejected; null without either), and the number by ``form``, ``kind`` (of
+                          perception), ``language``
+``sources``               source of this run -> ``dataset``, ``licence``, ``url``, ``records``, ``held_out``,
+                          ``conversations``, ``rejected``, ``acceptance``, ``reasons`` (of rejection ->
+                          count), ``labels`` (the commonest: name -> records), ``funnel``
+``sources.*.funnel``      rows of ``stage``, ``reason``, ``count``; reason ``""`` is what came through
+``left_out``              source -> ``reason``, ``records``: not in the corpus because of its licence
+``licences``              rows of ``licence``, ``demands``, ``sources``, ``records``
+``files``                 file -> ``lines``, ``bytes``, ``sha256``
+``split``                 ``share`` asked for, ``groups``, ``linked`` and ``largest`` (see `splits.Split`),
+                          ``near_duplicates`` (pairs; null if they weren't looked for)
+``usage``                 ``requests``, ``cached``, ``prompt_tokens``, ``completion_tokens``, ``dollars``,
+                          ``seconds``
+``versions``              of this tool, Python and the libraries that decide on what is written
+``warnings``              sentences: what someone should look at before using the corpus
+========================  ==========================================================================
+
+``usage`` and ``versions`` are in no other file than this one and ``report.html``: the rest of the folder is
+the same, byte for byte, whenever it is made.
+"""
+
+from __future__ import annotations
+
+import platform
+from array import array
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_tools.output import licences
+from data_tools.output.corpus_files import reason
+from data_tools.output.splits import Split
+from data_tools.records import Record
+
+if TYPE_CHECKING:
+    from data_tools.job import Job
+    from data_tools.store import Kept, Store
+
+STAGES = ("read", "clean", "record", "write", "check")
+PENDING = "pending"  # the store's reason for conversations that a later run writes
+NONE = "None"  # how a record without a clinical task is counted
+_LIBRARIES = ("gmai-xtuner", "numpy", "msgspec", "pillow", "pyarrow", "matplotlib")
+_MOST_LABELS = 20
+_DISTINCT_LABELS = 20_000  # a source with free text for labels must not fill the memory
+_FEW = 0.5  # acceptance below it is worth a look
+_LARGE_SET = 0.1  # share of the groups in one linked set that is worth a look
+
+
+class Tally:
+    """Counts while the corpus is written."""
+
+    def __init__(self) -> None:
+        self._records: Counter[tuple[str, ...]] = Counter()
+        self._conversations: Counter[tuple[str, str, str, str, bool]] = Counter()
+        self._rejected: Counter[tuple[str, str]] = Counter()
+        self._labels: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._licences: Counter[tuple[str, str]] = Counter()
+        self._sources: dict[str, int] = {}
+        self._source_of = array("I")  # of each record
+        self._held_out: Counter[str] = Counter()
+        self._left_out: Counter[tuple[str, str]] = Counter()
+
+    def left_out(self, record: Record, refusal: str) -> None:
+        self._left_out[record.provenance.source, refusal] += 1
+
+    def record(self, record: Record) -> None:
+        source = record.provenance.source
+        self._records[
+            source,
+            record.modality,
+            record.source_task,
+            record.department,
+            record.clinical_task or NONE,
+        ] += 1
+        self._source_of.append(self._sources.setdefault(source, len(self._sources)))
+        self._licences[record.provenance.licence, source] += 1
+        labels = self._labels[source]
+        for name in {label.name for label in record.labels}:
+            if name in labels or len(labels) < _DISTINCT_LABELS:
+                labels[name] += 1
+
+    def held_out(self, rows: np.ndarray) -> None:
+        """bool ``[records]``, in the order of `record`: which are held out."""
+        counts = np.bincount(np.frombuffer(self._source_of, dtype=np.uint32)[rows])
+        for source, count in zip(self._sources, counts.tolist(), strict=False):
+            self._held_out[source] = count
+
+    def conversation(self, kept: Kept, *, held_out: bool) -> None:
+        item = kept.item
+        key = (kept.record.provenance.source, item.form, item.kind, item.language, held_out)
+        self._conversations[key] += 1
+
+    def rejected(self, kept: Kept) -> None:
+        self._rejected[kept.record.provenance.source, reason(kept)] += 1
+
+    def summary(
+        self,
+        store: Store,
+        job: Job,
+        *,
+        split: Split,
+        pictures: int,
+        near_duplicates: int | None,
+        files: dict[str, dict[str, int | str]],
+    ) -> dict[str, Any]:
+        """The values of ``summary.json``, see the module."""
+        values: dict[str, Any] = {
+            "title": job.title,
+            "seed": job.seed,
+            "writer": _writer(job.writer),
+            "records": {
+                "count": self._records.total(),
+                "pictures": pictures,
+                "held_out": self._held_out.total(),
+                **{
+                    name: _by(self._records, place)
+                    for place, name in enumerate(
+                        ("modality", "source_task", "department", "clinical_task"), start=1
+                    )
+                },
+            },
+            "conversations": {
+                **self._accepted_and_rejected(None),
+                "form": _by(self._conversations, 1),
+                "kind": {kind: n for kind, n in _by(self._conversations, 2).items() if kind},
+                "language": _by(self._conversations, 3),
+            },
+            "sources": self._source_rows(store, job),
+            "left_out": {
+                source: {"reason": refusal, "records": count}
+                for (source, refusal), count in sorted(self._left_out.items())
+            },
+            "licences": self._licence_rows(),
+            "files": files,
+            "split": {
+                "share": job.corpus.held_out,
+                "groups": split.groups,
+                "linked": split.linked,
+                "largest": split.largest,
+                "near_duplicates": near_duplicates,
+            },
+            "usage": asdict(store.usage()),
+            "versions": versions(),
+        }
+        values["warnings"] = warnings(values)
+        return values
+
+    def _accepted_and_rejected(self, source: str | None) -> dict[str, Any]:
+        """Of one source, or of all."""
+        accepted = held_out = 0
+        for (name, _, _, _, is_held_out), count in self._conversations.items():
+            if source in (None, name):
+                accepted += count
+                held_out += count * is_held_out
+        rejected = sum(n for (name, _), n in self._rejected.items() if source in (None, name))
+        tried = accepted + rejected
+        return {
+            "count": accepted,
+            "held_out": held_out,
+            "rejected": rejected,
+            "acceptance": round(accepted / tried, 4) if tried else None,
+        }
+
+    def _source_rows(self, store: Store, job: Job) -> dict[str, dict[str, Any]]:
+        funnel = defaultdict(list)
+        for row in store.funnel():
+            funnel[row.source].append(
+                {"stage": row.stage, "reason": row.reason, "count": row.count}
+            )
+        by_source = _by(self._records, 0)
+        sources = {}
+        left_out = {name for name, _ in self._left_out}
+        for source in job.sources:
+            if source.name not in funnel.keys() | by_source.keys() | left_out:
+                continue  # not asked for in this run
+            accepted = self._accepted_and_rejected(source.name)
+            reasons = Counter(
+                {r: n for (name, r), n in self._rejected.items() if name == source.name}
+            )
+            sources[source.name] = {
+                "dataset": source.dataset or source.name,
+                "licence": source.licence,
+                "url": source.url,
+                "records": by_source.get(source.name, 0),
+                "held_out": self._held_out[source.name],
+                "conversations": accepted["count"],
+                "rejected": accepted["rejected"],
+                "acceptance": accepted["acceptance"],
+                "reasons": _ordered(reasons),
+                "labels": dict(
+                    list(_ordered(self._labels.get(source.name, Counter())).items())[:_MOST_LABELS]
+                ),
+                "funnel": sorted(funnel[source.name], key=_funnel_order),
+            }
+        return sources
+
+    def _licence_rows(self) -> list[dict[str, Any]]:
+        rows: dict[str, dict[str, Any]] = {}
+        for (name, source), count in sorted(self._licences.items()):
+            row = rows.setdefault(
+                name,
+                {
+                    "licence": name,
+                    "demands": list(licences.read(name).demands),
+                    "sources": [],
+                    "records": 0,
+                },
+            )
+            row["sources"].append(source)
+            row["records"] += count
+        return list(rows.values())
+
+
+def warnings(summary: dict[str, Any]) -> list[str]:
+    """What someone should look at before using the corpus; each sentence says what to do."""
+    found = []
+    conversations, records, split = summary["conversations"], summary["records"], summary["split"]
+    if not conversations["count"]:
+        found.append(
+            "No conversation was accepted, so there is no mixture.yaml. The funnel of each source says where "
+            "they were lost."
+        )
+    elif conversations["held_out"] == conversations["count"]:
+        found.append(
+            f"Every conversation is held out: the {split['groups']} group(s) of patients, cases or pictures "
+            "are too few for a split or hang together, so there is no mixture.yaml. Set corpus.held_out: 0 "
+            "or give the sources a finer group."
+        )
+    elif split["share"] and not records["held_out"]:
+        found.append(
+            f"Nothing is held out: none of the {split['groups']} group(s) fell into the share of "
+            f"{split['share']:g}. Raise corpus.held_out, or hold out a source of its own."
+        )
+    if split["largest"] > 10 and split["largest"] > _LARGE_SET * split["groups"]:
+        found.append(
+            f"{split['largest']:,} of {split['groups']:,} groups hang together by shared or near-identical "
+            "pictures and are all on one side. Look for a picture that stands in for a missing one, or "
+            "lower corpus.near_duplicates."
+        )
+    pending = sum(
+        row["count"]
+        for source in summary["sources"].values()
+        for row in source["funnel"]
+        if row["reason"] == PENDING
+    )
+    if pending:
+        found.append(
+            f"{pending:,} conversations are still to be written. Run the command again to go on."
+        )
+    for name, source in summary["sources"].items():
+        if not source["records"] and name not in summary["left_out"]:
+            found.append(f"Source {name} gave no record. Its funnel says why.")
+        if source["acceptance"] is not None and source["acceptance"] < _FEW:
+            commonest = next(iter(source["reasons"]))
+            found.append(
+                f"Source {name}: {source['acceptance']:.0%} of the answers were accepted; the commonest "
+                f"reason of rejection is: {commonest}."
+            )
+    for row in summary["licences"]:
+        asks = [demand for demand in row["demands"] if demand != "attribution"]
+        if asks:
+            found.append(
+                f"Licence {row['licence']} ({', '.join(row['sources'])}): "
+                f"{'; '.join(licences.DEMANDS[demand] for demand in asks)}."
+            )
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of this tool, Python and the libraries that decide on what is written, as far as installed."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _writer(options: Any) -> dict[str, str]:
+    """Name and model alone: the other settings may hold addresses that are nobody's business."""
+    model = getattr(options, "model", None)
+    return {"name": options.name, **({"model": str(model)} if model else {})}
+
+
+def _by(counts: Counter[Any], place: int) -> dict[str, int]:
+    """Sums over all but one place of the keys, largest first."""
+    sums: Counter[str] = Counter()
+    for key, count in counts.items():
+        sums[key[place]] += count
+    return _ordered(sums)
+
+
+def _ordered(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _funnel_order(row: dict[str, Any]) -> tuple[int, int, str]:
+    stage = STAGES.index(row["stage"]) if row["stage"] in STAGES else len(STAGES)
+    return (stage, -row["count"] if row["reason"] else -(2**63), row["reason"])

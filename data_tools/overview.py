@@ -1,0 +1,287 @@
+"""What the command says without making anything: a dry run, the state of a job, the end of a run."""
+
+from __future__ import annotations
+
+import heapq
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_tools import forms, readers
+from data_tools.errors import CorpusError
+from data_tools.job import Job
+from data_tools.making import BY_TEMPLATE, worker_taxonomy
+from data_tools.output.stats import lines as lines_of
+from data_tools.pipeline import STATE, WORK, Result, Selection, check_writer, source_context
+from data_tools.readers.source import SourceOptions
+from data_tools.records import Record
+from data_tools.samples import Unit
+from data_tools.standardise import Drop, read_unit
+from data_tools.store import FunnelRow, Store
+from data_tools.taxonomy import Taxonomy
+from data_tools.writers import template
+from data_tools.writers.outcome import Estimate, Task
+
+UNITS_READ = 8
+"""Of each source in a dry run, spread over the source."""
+_RECORDS_OF_A_UNIT = 50
+EXAMPLES = 3
+
+
+def dry_run(job: Job, selection: Selection) -> dict[str, Any]:
+    """Read a few units of each source, away from the output; count and estimate the rest from them.
+
+    Returns:
+        ``sources`` (units, units_read, records, conversations: the last two estimated for the whole source
+        or the limit), ``drops`` of what was read, ``estimate`` of the cost or None, ``examples``.
+
+    Raises:
+        CorpusError: a source can't be read.
+    """
+    check_writer(job, selection)
+    taxonomy = worker_taxonomy(job.taxonomy)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources, tasks, examples = [], [], []
+        for source in selection.sources(job):
+            row, found = _look(job, source, selection, folder, taxonomy)
+            sources.append(row)
+            tasks.append((row, found))
+        estimate = None
+        if job.writer.name != "template":
+            estimate = _estimate(job, selection, folder, tasks)
+        pool = [task for _, found in tasks for task in _for_writer(job, found)]
+        for task in _spread(pool, EXAMPLES):
+            examples.append(_example(job, task, selection, taxonomy))
+    return {
+        "job": str(job.path),
+        "output": str(job.output),
+        "writer": job.writer.name,
+        "sources": sources,
+        "records": sum(row["records"] for row in sources),
+        "conversations": sum(row["conversations"] for row in sources),
+        "estimate": estimate,
+        "examples": examples,
+    }
+
+
+def _look(
+    job: Job, source: SourceOptions, selection: Selection, folder: Path, taxonomy: Taxonomy
+) -> tuple[dict[str, Any], list[Task]]:
+    module = readers.load(source.reader)  # type: ignore[attr-defined]
+    units, chosen = _sample(module.units(source), job.seed)
+    records: list[Record] = []
+    drops: list[Drop] = []
+    count = 0
+    for unit in chosen:
+        result = read_unit(source, unit, folder=folder, taxonomy=taxonomy)
+        count += len(result.records)
+        records += [read.record for read in result.records[:_RECORDS_OF_A_UNIT]]
+        drops += result.drops
+    vocabulary = sorted({name for record in records for name in record.names})
+    context = source_context(source, vocabulary)
+    items = [
+        Task(item, record, context)
+        for record in records
+        for item in forms.plan(record, context, job.make, seed=job.seed)
+    ]
+    expected = count * units / len(chosen) if chosen else 0
+    if selection.limit is not None:
+        expected = min(expected, selection.limit)
+    for_each = len(items) / len(records) if records else 0
+    row = {
+        "name": source.name,
+        "reader": source.reader,  # type: ignore[attr-defined]
+        "units": units,
+        "units_read": len(chosen),
+        "records_read": count,
+        "records": round(expected),
+        "conversations": round(expected * for_each),
+        "labels": vocabulary[:50],
+        "drops": [
+            {"stage": stage, "reason": reason, "count": number, "example": example}
+            for (stage, reason), (number, example) in _reasons(drops).items()
+        ],
+    }
+    return row, items
+
+
+def _sample(units: Iterable[Unit], seed: int) -> tuple[int, list[Unit]]:
+    """How many units there are, and a few of them in their order, drawn evenly."""
+    dice = random.Random(seed)
+    drawn: list[tuple[float, int, Unit]] = []
+    count = 0
+    for place, unit in enumerate(units):
+        count += 1
+        entry = (dice.random(), place, unit)
+        if len(drawn) < UNITS_READ:
+            heapq.heappush(drawn, entry)
+        elif entry[0] > drawn[0][0]:
+            heapq.heapreplace(drawn, entry)
+    return count, [unit for _, _, unit in sorted(drawn, key=lambda entry: entry[1])]
+
+
+def _reasons(drops: Iterable[Drop]) -> dict[tuple[str, str], tuple[int, str]]:
+    found: dict[tuple[str, str], tuple[int, str]] = {}
+    for drop in drops:
+        number, example = found.get((drop.stage, drop.reason), (0, f"{drop.where}: {drop.detail}"))
+        found[drop.stage, drop.reason] = number + 1, example
+    return found
+
+
+def _for_writer(job: Job, tasks: list[Task]) -> list[Task]:
+    if job.writer.name == "template":
+        return tasks
+    return [task for task in tasks if task.item.form not in BY_TEMPLATE]
+
+
+def _spread(tasks: list[Task], count: int) -> list[Task]:
+    """Of different forms as far as there are."""
+    by_form: dict[str, Task] = {}
+    for task in tasks:
+        by_form.setdefault(task.item.form, task)
+    chosen = list(by_form.values())[:count]
+    rest = [task for task in tasks if task not in chosen]
+    return chosen + rest[: count - len(chosen)]
+
+
+def _estimate(
+    job: Job, selection: Selection, folder: Path, tasks: list[tuple[dict[str, Any], list[Task]]]
+) -> dict[str, float]:
+    """Of each source by itself, scaled from what was read to the whole."""
+    from data_tools.writers.models import model_writer  # needs the libraries of the API
+
+    total: Counter[str] = Counter()
+    writer = model_writer(job, grounded=selection.grounded, folder=folder)
+    for row, found in tasks:
+        if not found:
+            continue
+        estimate: Estimate = writer.estimate(_for_writer(job, found))
+        scale = row["conversations"] / len(found)
+        for name, value in asdict(estimate).items():
+            total[name] += value * scale
+    return {
+        name: round(value, 2) if name.startswith("dollars") else round(value)
+        for name, value in total.items()
+    }
+
+
+def _example(job: Job, task: Task, selection: Selection, taxonomy: Taxonomy) -> dict[str, Any]:
+    item = task.item
+    shown: dict[str, Any] = {"id": item.id, "form": item.form, "language": item.language}
+    if job.writer.name == "template":
+        made = template.write(item, task.record, task.context, taxonomy)
+        shown["conversation"] = [{"from": turn.speaker, "value": turn.text} for turn in made]
+        return shown
+    from data_tools.writers.models import question
+
+    prompt = question(job, task, grounded=selection.grounded)
+    shown |= {"system": prompt.system, "user": prompt.user, "image": prompt.image}
+    return shown
+
+
+def dry_run_text(found: Mapping[str, Any]) -> str:
+    """For a reader."""
+    lines = []
+    for row in found["sources"]:
+        lines.append(
+            f"{row['name']} ({row['reader']}): {row['units']:,} units, {row['units_read']} read: "
+            f"about {row['records']:,} records, {row['conversations']:,} conversations"
+        )
+        if row["labels"]:
+            lines.append(f"  labels seen: {', '.join(row['labels'])}")
+        lines += [
+            f"  left out, {drop['stage']}: {drop['count']} x {drop['reason']} (such as {drop['example']})"
+            for drop in row["drops"]
+        ]
+    lines.append(
+        f"in all about {found['records']:,} records, {found['conversations']:,} conversations, "
+        f"by the writer {found['writer']}"
+    )
+    estimate = found["estimate"]
+    if estimate is not None:
+        lines.append(
+            f"about {estimate['requests']:,} requests ({estimate['cached']:,} answers are in the cache), "
+            f"{estimate['prompt_tokens']:,} + {estimate['completion_tokens']:,} tokens, "
+            f"${estimate['dollars']:,.2f}, at most ${estimate['dollars_at_most']:,.2f} without retries"
+        )
+    for example in found["examples"]:
+        lines += ["", f"--- {example['form']}, {example['language']}: {example['id']}"]
+        if "conversation" in example:
+            lines += [f"{turn['from']}: {turn['value']}" for turn in example["conversation"]]
+        else:
+            lines += [f"system: {example['system']}", f"user: {example['user']}"]
+            if example["image"]:
+                lines.append(f"image: {example['image']}")
+    return "\n".join(lines)
+
+
+def stats(job: Job, selection: Selection) -> dict[str, Any]:
+    """What there is of a job's corpus: ``funnel``, ``forms``, ``usage``, ``pending``.
+
+    Raises:
+        CorpusError: nothing was made yet.
+    """
+    selection.sources(job)
+    path = job.output / WORK / STATE
+    if not path.is_file():
+        raise CorpusError(f"there is nothing in {job.output} yet; run the job first.")
+    with Store(path) as store:
+        store.choose(selection.only)
+        return {
+            "output": str(job.output),
+            "funnel": [asdict(row) for row in store.funnel()],
+            "forms": store.forms(),
+            "usage": asdict(store.usage()),
+            "pending": store.count_pending(),
+        }
+
+
+def stats_text(found: Mapping[str, Any]) -> str:
+    """For a reader."""
+    lines = funnel_lines([FunnelRow(**row) for row in found["funnel"]])
+    lines.append("")
+    for row in found["forms"]:
+        lines.append(
+            f"{row['form']} ({row['language']}): {row['accepted']:,} accepted, {row['rejected']:,} rejected, "
+            f"{row['pending']:,} to be written"
+        )
+    usage = found["usage"]
+    lines.append(
+        f"{usage['requests']:,} requests, {usage['cached']:,} answers from the cache, "
+        f"{usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens, ${usage['dollars']:,.2f}, "
+        f"{usage['seconds']:,.0f} seconds in all runs"
+    )
+    return "\n".join(lines)
+
+
+def funnel_lines(rows: Iterable[FunnelRow]) -> list[str]:
+    """One line a source and stage, the reasons below it."""
+    words = {
+        "read": "samples read",
+        "clean": "regions kept",
+        "record": "records",
+        "write": "conversations written",
+        "check": "conversations accepted",
+    }
+    lines = []
+    source = None
+    for row in rows:
+        if row.source != source:
+            source = row.source
+            lines.append(f"{source}:")
+        if row.reason:
+            lines.append(f"    {row.count:,} left out: {row.reason}")
+        else:
+            lines.append(f"  {row.count:,} {words[row.stage]}")
+    return lines
+
+
+def summary_text(result: Result, job: Job) -> str:
+    """The end of a run."""
+    places = [f"corpus: {job.output}", f"report: {job.output / 'report.html'}"]
+    return "\n".join([*lines_of(result.summary), "", *places])

@@ -1,0 +1,64 @@
+"""How far a run is, as a line on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Bar:
+    """One bar for each stage, with the cost where there is one. In a log file: a line in ten seconds."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._sums: dict[str, float] = {}
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def stage(self, name: str, *, total: int | None = None) -> None:
+        """Begin a stage of ``total`` steps; None: unknown."""
+        self._close()
+        self._sums = {}
+        interval = 0.2 if _is_terminal() else 10.0
+        self._bar = tqdm(
+            desc=name, total=total, unit="", mininterval=interval, dynamic_ncols=True, leave=True
+        )
+
+    def advance(self, count: int = 1, **facts: Any) -> None:
+        """So many steps are done. Facts are summed up; ``dollars`` come with what the stage will cost."""
+        bar = self._bar
+        if bar is None:
+            return
+        for name, value in facts.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+        if self._sums and bar.n + count >= bar.last_print_n + max(bar.miniters or 1, 1):
+            bar.set_postfix_str(self._facts(bar.n + count), refresh=False)
+        bar.update(count)
+
+    def _facts(self, done: float) -> str:
+        shown = []
+        for name, value in self._sums.items():
+            if name == "dollars":
+                total = self._bar.total if self._bar is not None else None
+                of = f" of about ${value / done * total:.2f}" if total and done else ""
+                shown.append(f"${value:.2f}{of}")
+            else:
+                shown.append(f"{value:,} {name}")
+        return ", ".join(shown)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            if self._sums:
+                self._bar.set_postfix_str(self._facts(self._bar.n), refresh=False)
+            self._bar.close()
+            self._bar = None
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty()

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_tools.errors import CorpusError
+from data_tools.output.build import build
+from data_tools.store import DropRow, FunnelRow, Usage
+from tests.data_tools.output.fake_store import FakeStore, corpus, draw, job, kept, record, rejected
+
+ROOT = Path(__file__).parents[3]
+ALWAYS = {
+    "mixture.yaml",
+    "held_out.yaml",
+    "README.md",
+    "report.html",
+    "summary.json",
+    "records.jsonl",
+}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every file but those that hold time and money, and the pictures."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name not in ("summary.json", "report.html")
+        and not {".work", "images"} & set(path.relative_to(folder).parts)
+    }
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_the_same_store_gives_the_same_bytes(tmp_path):
+    for name, seconds in (("a", 1.5), ("b", 77.0)):
+        store = corpus(tmp_path / name)
+        store.used = Usage(seconds=seconds, dollars=seconds)
+        build(store, job(held_out=0.2, parquet=True), tmp_path / name, taxonomy=None)
+    one, other = digests(tmp_path / "a"), digests(tmp_path / "b")
+    assert one == other
+    assert len([name for name in one if name.endswith(".parquet")]) == 10
+    assert {"README.md", "figures/modality.png", "held_out/caption.jsonl"} < set(one)
+
+
+def test_everything_is_there_and_the_summary_is_the_file(tmp_path):
+    store = corpus(tmp_path, 60)
+    store.all_rejected = [rejected(one, "a refusal") for one in store.all_records[:7]]
+    store.left_out = [DropRow("blood", "read", "picture can't be read", "x.png", "truncated")]
+    summary = build(store, job(held_out=0.2), tmp_path, taxonomy=None)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= ALWAYS | {"figures", "held_out", "images", "rejected.jsonl", "dropped.jsonl"}
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
+    assert lines(tmp_path / "dropped.jsonl") == [
+        {
+            "source": "blood",
+            "stage": "read",
+            "reason": "picture can't be read",
+            "where": "x.png",
+            "detail": "truncated",
+        }
+    ]
+    assert [line["id"] for line in lines(tmp_path / "records.jsonl")] == [
+        one.id for one in store.all_records
+    ]
+    assert len(lines(tmp_path / "rejected.jsonl")) == 7
+    for name, file in summary["files"].items():
+        data = (tmp_path / name).read_bytes()
+        assert (data.count(b"\n"), len(data)) == (file["lines"], file["bytes"])
+        assert hashlib.sha256(data).hexdigest() == file["sha256"]
+
+
+def test_records_that_share_a_stored_picture_are_on_one_side(tmp_path):
+    """Two patients with the same file: the one takes the other along."""
+    records = [record(n, group=f"blood/patient{n}") for n in range(80)]
+    twins = [
+        record(100 + n, group=f"blood/other{n}", image=one.image) for n, one in enumerate(records)
+    ]
+    for one in records:
+        draw(tmp_path, one)
+    store = FakeStore([*records, *twins], [kept(one) for one in (*records, *twins)])
+    summary = build(store, job(held_out=0.3), tmp_path, taxonomy=None)
+    images = [
+        {line["image"] for line in lines(tmp_path / side / "caption.jsonl")}
+        for side in ("", "held_out")
+    ]
+    assert all(images)
+    assert not images[0] & images[1]
+    assert summary["records"]["pictures"] == 80
+    assert summary["split"]["linked"] == 160
+
+
+def test_near_identical_pictures_are_on_one_side_if_asked_for(tmp_path):
+    records = [record(n) for n in range(60)]
+    for n, one in enumerate(records):
+        draw(tmp_path, one, seed=n // 2)  # stored under two names: they differ in a few pixels
+        with open(tmp_path / one.image, "ab") as file:
+            file.write(bytes(n % 2))
+    store = FakeStore(records, [kept(one) for one in records])
+
+    def sides(**options) -> list[bool]:
+        build(store, job(held_out=0.3, **options), tmp_path, taxonomy=None)
+        held = {line["image"] for line in lines(tmp_path / "held_out" / "caption.jsonl")}
+        return [one.image in held for one in records]
+
+    apart, together = sides(), sides(near_duplicates=2)
+    assert any(apart[n] != apart[n + 1] for n in range(0, 60, 2))
+    assert all(together[n] == together[n + 1] for n in range(0, 60, 2))
+    assert {True, False} == set(together)
+    assert json.loads((tmp_path / "summary.json").read_text())["split"]["near_duplicates"] == 30
+
+
+def test_a_refused_licence_is_nowhere_but_in_the_summary(tmp_path):
+    store = corpus(tmp_path, 10)
+    other = corpus(tmp_path, 10, source="private", licence="CC BY-NC 4.0")
+    store.all_records += other.all_records
+    store.all_accepted += other.all_accepted
+    store.all_rejected = [rejected(one, "a refusal") for one in other.all_records]
+    sources = {"blood": {}, "private": {"licence": "CC BY-NC 4.0"}}
+    summary = build(store, job(sources, refuse=["non-commercial"]), tmp_path, taxonomy=None)
+    for path in tmp_path.rglob("*.jsonl"):
+        assert b"private" not in path.read_bytes()
+    assert not (tmp_path / "rejected.jsonl").exists()
+    assert summary["records"]["count"] == 10
+    assert summary["sources"]["private"]["records"] == 0
+    assert summary["left_out"] == {
+        "private": {"reason": "licence is refused: non-commercial", "records": 10}
+    }
+    assert [row["licence"] for row in summary["licences"]] == ["MIT"]
+
+
+def test_prompts_are_written_if_asked_for(tmp_path):
+    store = corpus(tmp_path, 3)
+    asked = store.all_accepted[0]
+    store.all_accepted[0] = type(asked)(
+        asked.item, asked.record, asked.conversation, (), "the prompt", "the answer"
+    )
+    build(store, job(prompts=True), tmp_path, taxonomy=None)
+    assert lines(tmp_path / "prompts.jsonl") == [
+        {"id": asked.item.id, "prompt": "the prompt", "answer": "the answer"}
+    ]
+    build(store, job(), tmp_path, taxonomy=None)
+    assert not (tmp_path / "prompts.jsonl").exists()
+
+
+def test_nothing_accepted_is_a_corpus_without_a_mixture_that_says_so(tmp_path):
+    store = corpus(tmp_path, 5)
+    store.all_rejected = [rejected(one, "a refusal") for one in store.all_records]
+    store.all_accepted = []
+    summary = build(store, job(), tmp_path, taxonomy=None)
+    assert not (tmp_path / "mixture.yaml").exists()
+    assert summary["warnings"][0].startswith("No conversation was accepted")
+    assert "a refusal" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_record_at_all_still_makes_a_report(tmp_path):
+    store = FakeStore([], [], rows=[FunnelRow("blood", "read", "picture can't be read", 3)])
+    summary = build(store, job(near_duplicates=1, parquet=True), tmp_path, taxonomy=None)
+    assert summary["files"] == {}
+    assert "Source blood gave no record. Its funnel says why." in summary["warnings"]
+    assert not (tmp_path / "figures").exists()
+    assert "picture can&#39;t be read" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_stored_picture_that_is_gone_stops_and_leaves_the_old_corpus(tmp_path):
+    store = corpus(tmp_path, 3)
+    build(store, job(), tmp_path, taxonomy=None)
+    before = digests(tmp_path)
+    for one in store.all_records:
+        (tmp_path / one.image).unlink()
+    with pytest.raises(CorpusError, match=r"blood_\d\.png: the stored picture of .* can't be read"):
+        build(store, job(), tmp_path, taxonomy=None)
+    assert digests(tmp_path) == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.data_tools.output.fake_store import FakeStore, corpus, job
+from data_tools.output.build import build
+folder, stop = Path(sys.argv[1]), int(sys.argv[2])
+
+class Stops(FakeStore):
+    def accepted(self):
+        for number, kept in enumerate(self.all_accepted):
+            if number == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield kept
+
+store = corpus(folder, 30)
+build(Stops(store.all_records, store.all_accepted[:150]), job(held_out=0.3), folder, taxonomy=None)
+"""
+
+
+def test_kill_9_while_writing_leaves_the_old_corpus_whole(tmp_path):
+    build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path, taxonomy=None)
+    before = digests(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), "100"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert digests(tmp_path) == before
+    assert (tmp_path / ".work" / "corpus.new").is_dir()
+    build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path, taxonomy=None)
+    assert digests(tmp_path) == before
+    assert not (tmp_path / ".work" / "corpus.new").exists()

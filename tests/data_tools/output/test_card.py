@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_tools.output import card
+from data_tools.output.build import build
+from tests.data_tools.output.fake_store import corpus, job
+
+HOSTILE = "a | b `c` <script>alert(1)</script> [x](http://evil) $\\alpha$ # **d**\n\n## e"
+
+
+def read(folder: Path) -> tuple[dict, str]:
+    """Front matter and body."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    store = corpus(tmp_path, 60)
+    other = corpus(tmp_path, 5, source="nc", licence="CC BY-NC-SA 4.0")
+    store.all_records += other.all_records
+    store.all_accepted += other.all_accepted
+    sources = {"blood": {}, "nc": {"licence": "CC BY-NC-SA 4.0", "url": "javascript:alert(1)"}}
+    build(store, job(sources, held_out=0.2), tmp_path, taxonomy=None)
+    return tmp_path
+
+
+def test_front_matter_is_what_the_hub_reads(built):
+    front, _ = read(built)
+    assert front["license"] == ["cc-by-nc-sa-4.0", "mit"]
+    assert front["pretty_name"] == "Demo corpus"
+    assert set(front["language"]) == {"en", "zh"}
+    assert front["size_categories"] == ["n<1K"]
+    assert front["tags"] == ["medical"]
+    assert [config["config_name"] for config in front["configs"]] == [
+        "caption",
+        "instruct",
+        "percept",
+        "text_single",
+        "text_multi",
+    ]
+    for config in front["configs"]:
+        for part in config["data_files"]:
+            assert (built / part["path"]).is_file()
+            assert (part["split"] == "test") == part["path"].startswith("held_out/")
+
+
+def test_the_hubs_own_library_reads_the_card(built):
+    hub = pytest.importorskip("huggingface_hub")
+    loaded = hub.DatasetCard.load(built / "README.md")
+    assert loaded.data.license == ["cc-by-nc-sa-4.0", "mit"]
+    assert loaded.data.pretty_name == "Demo corpus"
+
+
+def test_the_datasets_library_loads_both_splits(built, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    front, _ = read(built)
+    files = {part["split"]: str(built / part["path"]) for part in front["configs"][0]["data_files"]}
+    loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache"))
+    assert loaded["train"].num_rows + loaded["test"].num_rows == 130
+    assert set(loaded["train"].column_names) == {"id", "image", "width", "height", "conversations"}
+
+
+def test_the_card_says_what_someone_must_know(built):
+    _, body = read(built)
+    assert "Not for clinical use" in body
+    assert "**Share-alike:**" in body
+    assert "**Restricted:**" in body
+    assert "no commercial use" in body
+    assert "python data_tools/generate.py demo.yaml" in body
+    assert "| blood | [Blood Cells](https://example.org/blood) | MIT | 60 | 420 | 100.0% |" in body
+    for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", body):
+        assert (built / figure).is_file()
+
+
+def test_one_licence_is_one_name(tmp_path):
+    build(corpus(tmp_path, 3), job(), tmp_path, taxonomy=None)
+    assert read(tmp_path)[0]["license"] == "mit"
+    assert "Share-alike" not in read(tmp_path)[1]
+
+
+def test_a_javascript_address_is_no_link(built):
+    assert "javascript" not in read(built)[1]
+
+
+def test_hostile_names_stay_text(tmp_path):
+    store = corpus(tmp_path, 3, modality=HOSTILE)
+    demo = job({"blood": {"dataset": HOSTILE, "licence": HOSTILE}})
+    demo.title = HOSTILE
+    build(store, demo, tmp_path, taxonomy=None)
+    front, body = read(tmp_path)
+    assert front["pretty_name"] == HOSTILE
+    assert "<script>" not in body
+    assert "\n## e" not in body
+    assert "](http://evil" not in body
+    row = next(line for line in body.splitlines() if line.startswith("| blood "))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 7
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("https://example.org/a_b?c=d", "[x](https://example.org/a_b?c=d)"),
+        ("", "x"),
+        ("ftp://example.org", "x"),
+        ("https://example.org/) [y](http://evil", "x"),
+        ("https://a b", "x"),
+    ],
+)
+def test_links(url, text):
+    assert card.link("x", url) == text

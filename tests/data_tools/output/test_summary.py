@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from data_tools.output import stats, summary
+from data_tools.output.build import build
+from data_tools.records import Label
+from data_tools.store import FunnelRow, Usage
+from tests.data_tools.output.fake_store import FakeStore, draw, job, kept, record, rejected
+
+SOURCES = {
+    "blood": {},
+    "chest": {"dataset": "Chests", "licence": "CC BY-SA 4.0", "url": ""},
+    "nothing": {"dataset": ""},
+    "not asked for": {},
+}
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> dict:
+    """Four blood records and two chest records, the two of one patient; counted by hand below."""
+    folder = tmp_path_factory.mktemp("corpus")
+    blood = [record(n) for n in range(4)]
+    chest = [
+        record(
+            10 + n,
+            source="chest",
+            licence="CC BY-SA 4.0",
+            modality="X-ray",
+            department="Pulmonary Medicine",
+            clinical_task=None,
+            source_task="2D classification",
+            labels=(Label("pneumonia"),),
+            group="chest/patient1",
+        )
+        for n in range(2)
+    ]
+    for one in (*blood, *chest):
+        draw(folder, one)
+    accepted = [
+        *(kept(one, "caption") for one in blood),
+        kept(blood[0], "perception", kind="yes_no"),
+        kept(blood[1], "perception", kind="detection", language="zh"),
+        kept(chest[0], "dialogue"),
+    ]
+    refused = [rejected(one, "a refusal") for one in chest] + [rejected(chest[0], "too short")]
+    store = FakeStore(
+        [*blood, *chest],
+        accepted,
+        refused,
+        rows=[
+            FunnelRow("blood", "check", "", 6),
+            FunnelRow("blood", "read", "picture can't be read", 1),
+            FunnelRow("blood", "read", "", 4),
+            FunnelRow("blood", "read", "no annotation", 2),
+            FunnelRow("blood", "write", "pending", 5),
+            FunnelRow("nothing", "read", "", 0),
+        ],
+        used=Usage(12, 3, 4_000, 500, 0.25, 65.4),
+    )
+    return build(store, job(SOURCES, held_out=0), folder, taxonomy=None)
+
+
+def test_records_are_counted_by_what_the_paper_shows(counted):
+    assert counted["records"] == {
+        "count": 6,
+        "pictures": 6,
+        "held_out": 0,
+        "modality": {"Microscopy": 4, "X-ray": 2},
+        "source_task": {"2D detection": 4, "2D classification": 2},
+        "department": {"Hematology": 4, "Pulmonary Medicine": 2},
+        "clinical_task": {"Cell Recognition": 4, "None": 2},
+    }
+
+
+def test_conversations_are_counted(counted):
+    assert counted["conversations"] == {
+        "count": 7,
+        "held_out": 0,
+        "rejected": 3,
+        "acceptance": 0.7,
+        "form": {"caption": 4, "perception": 2, "dialogue": 1},
+        "kind": {"detection": 1, "yes_no": 1},
+        "language": {"en": 6, "zh": 1},
+    }
+
+
+def test_each_source_has_its_own_counts(counted):
+    assert counted["sources"]["chest"] == {
+        "dataset": "Chests",
+        "licence": "CC BY-SA 4.0",
+        "url": "",
+        "records": 2,
+        "held_out": 0,
+        "conversations": 1,
+        "rejected": 3,
+        "acceptance": 0.25,
+        "reasons": {"a refusal": 2, "too short": 1},
+        "labels": {"pneumonia": 2},
+        "funnel": [],
+    }
+    blood = counted["sources"]["blood"]
+    assert (blood["records"], blood["conversations"], blood["acceptance"]) == (4, 6, 1.0)
+    assert blood["labels"] == {"platelet": 4, "red blood cell": 4}
+    assert list(counted["sources"]) == ["blood", "chest", "nothing"]
+    assert counted["sources"]["nothing"]["acceptance"] is None
+    assert counted["sources"]["nothing"]["dataset"] == "nothing"
+
+
+def test_the_funnel_is_in_the_order_of_the_stages_and_largest_drops_first(counted):
+    assert [
+        (row["stage"], row["reason"], row["count"]) for row in counted["sources"]["blood"]["funnel"]
+    ] == [
+        ("read", "", 4),
+        ("read", "no annotation", 2),
+        ("read", "picture can't be read", 1),
+        ("write", "pending", 5),
+        ("check", "", 6),
+    ]
+
+
+def test_licences_say_what_they_ask_for(counted):
+    assert counted["licences"] == [
+        {
+            "licence": "CC BY-SA 4.0",
+            "demands": ["attribution", "share-alike"],
+            "sources": ["chest"],
+            "records": 2,
+        },
+        {"licence": "MIT", "demands": ["attribution"], "sources": ["blood"], "records": 4},
+    ]
+
+
+def test_warnings_name_what_to_look_at(counted):
+    assert counted["warnings"] == [
+        "5 conversations are still to be written. Run the command again to go on.",
+        "Source chest: 25% of the answers were accepted; the commonest reason of rejection is: a refusal.",
+        "Source nothing gave no record. Its funnel says why.",
+        "Licence CC BY-SA 4.0 (chest): pass on what is made from it under the same licence only.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"held_out": 6}, "Every conversation is held out: the 3 group"),
+        ({"records_held_out": 0}, "Nothing is held out: none of the 3 group"),
+        ({"largest": 40, "groups": 100}, "40 of 100 groups hang together"),
+    ],
+)
+def test_a_split_that_went_wrong_is_a_warning(counted, changes, message):
+    values = {
+        "conversations": {"count": 6, "held_out": changes.get("held_out", 1)},
+        "records": {"held_out": changes.get("records_held_out", 1)},
+        "split": {
+            "share": 0.05,
+            "groups": changes.get("groups", 3),
+            "largest": changes.get("largest", 1),
+        },
+        "sources": {},
+        "licences": [],
+        "left_out": {},
+    }
+    (found,) = summary.warnings(values)
+    assert found.startswith(message)
+
+
+def test_every_key_is_documented(counted):
+    documented = set(re.findall(r"``(\w+)``", summary.__doc__))
+    assert set(counted) <= documented
+    for key in ("records", "conversations", "split", "usage"):
+        assert set(counted[key]) <= documented
+    assert set(counted["sources"]["blood"]) <= documented
+
+
+def test_labels_are_bounded(tmp_path):
+    records = [record(n, labels=(Label(f"free text {n}"),)) for n in range(300)]
+    tally = summary.Tally()
+    for _ in range(80):
+        for one in records:
+            tally.record(one)
+    assert len(tally._labels["blood"]) == 300
+    summary_limit, summary._DISTINCT_LABELS = summary._DISTINCT_LABELS, 100
+    try:
+        few = summary.Tally()
+        for one in records:
+            few.record(one)
+        assert len(few._labels["blood"]) == 100
+    finally:
+        summary._DISTINCT_LABELS = summary_limit
+
+
+def test_lines_for_a_terminal(counted):
+    found = stats.lines(counted)
+    assert found[:5] == [
+        "Demo corpus",
+        "  6 records of 6 pictures, 0 records held out",
+        "  7 conversations, 0 held out; 3 rejected (70.0% accepted)",
+        "  written by template",
+        "  12 requests, 3 answered from the cache, $0.25, 1 min 5 s",
+    ]
+    assert (
+        "chest                                      2              1         3     25.0%" in found
+    )
+    assert f"  {'read: no annotation':<62}{2:>12}" in found
+    assert f"  Microscopy                                 4   66.7%  {'#' * 30}" in found
+    assert found[-4:] == [f"  - {text}" for text in counted["warnings"]]
+
+
+def test_a_hostile_name_cannot_move_the_terminals_cursor(counted):
+    counted = counted | {"title": "a\x1b[2Jb", "warnings": ["c\rd\x9be"]}
+    text = "\n".join(stats.lines(counted))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3_599.7, "1 h 0 min"),
+        (7_500, "2 h 5 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert stats.duration(seconds) == text

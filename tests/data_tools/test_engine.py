@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_tools.engine import IN_FLIGHT, open_engine
+from data_tools.errors import CorpusError
+from tests.data_tools.conftest import draw, files_of, generate
+
+
+def slower_at_first(number: int) -> int:
+    time.sleep(0.02 if number < 2 else 0)
+    return number * number
+
+
+def die(name: Path, number: int) -> int:
+    """Ends its process at 5; at 7 the first time only."""
+    if number == 5 or (number == 7 and not name.exists()):
+        name.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def fail(number: int) -> int:
+    if number == 3:
+        raise CorpusError("three")
+    return number
+
+
+def test_results_come_in_the_order_of_the_inputs():
+    with open_engine("processes", 2) as engine:
+        assert list(engine.map(slower_at_first, range(50))) == [i * i for i in range(50)]
+
+
+def test_inputs_are_read_no_further_than_the_window():
+    read = []
+
+    def inputs():
+        for number in range(1000):
+            read.append(number)
+            yield number
+
+    with open_engine("processes", 2) as engine:
+        results = engine.map(slower_at_first, inputs())
+        for taken in range(1, 20):
+            next(results)
+            assert taken <= len(read) <= taken + 2 * IN_FLIGHT
+        results.close()
+
+
+def test_one_worker_is_this_process():
+    with open_engine("processes", 1) as engine:
+        assert list(engine.map(lambda _: os.getpid(), range(2))) == [os.getpid()] * 2
+
+
+def test_a_worker_that_dies_costs_the_one_task_that_kills_it(tmp_path):
+    died = []
+
+    def instead(number: int) -> int:
+        died.append(number)
+        return -number
+
+    with open_engine("processes", 2) as engine:
+        results = list(engine.map(partial(die, tmp_path / "once"), range(12), died=instead))
+    assert died == [5]
+    assert results == [0, 1, 2, 3, 4, -5, 6, 7, 8, 9, 10, 11]
+
+
+def test_a_worker_that_dies_is_an_error_if_nothing_stands_for_its_result(tmp_path):
+    with (
+        open_engine("processes", 2) as engine,
+        pytest.raises(CorpusError, match="a worker process died"),
+    ):
+        list(engine.map(partial(die, tmp_path / "once"), range(12)))
+
+
+def test_an_error_of_the_function_is_raised():
+    with open_engine("processes", 2) as engine:
+        results = engine.map(fail, range(10))
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(CorpusError, match="three"):
+            next(results)
+
+
+def test_an_unknown_engine():
+    with pytest.raises(CorpusError, match="processes and ray"), open_engine("threads", 1):
+        pass
+
+
+def test_no_worker_outlives_a_parent_that_is_killed():
+    code = (
+        "import time\n"
+        "from data_tools.engine import open_engine\n"
+        "if __name__ == '__main__':\n"
+        "    with open_engine('processes', 2) as engine:\n"
+        "        results = engine.map(time.sleep, [0, 0, 60, 60])\n"
+        "        next(results); next(results)\n"
+        "        print('working', flush=True)\n"
+        "        next(results)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "working\n"
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_and_reports_to_nobody(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with open_engine("ray", 2) as engine:
+        assert engine.workers == 2
+        assert list(engine.map(slower_at_first, range(50))) == [i * i for i in range(50)]
+        died: list[int] = []
+        results = list(
+            engine.map(
+                partial(die, tmp_path / "once"), range(8), died=lambda n: died.append(n) or -n
+            )
+        )
+        assert results == [0, 1, 2, 3, 4, -5, 6, 7]
+        assert died == [5]
+        with pytest.raises(CorpusError, match="three"):
+            list(engine.map(fail, range(10)))
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+        commands = [
+            " ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)
+        ]
+        assert any("gcs_server" in line for line in commands)
+        assert not any(
+            "dashboard/dashboard.py" in line and "--minimal" not in line for line in commands
+        )
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_job_on_ray_gives_the_same_corpus(classes, make_job, tmp_path):
+    pytest.importorskip("ray")
+    for number in range(6, 60):
+        draw(classes / "TUM" / f"image {number}.png", number)
+    job = make_job({}, workers=2)
+    made = generate(job)
+    assert made.returncode == 0, made.stderr
+    job.write_text(job.read_text().replace("workers: 2", "workers: 2\nengine: ray"))
+    made = generate(job, "--output", tmp_path / "ray")
+    assert made.returncode == 0, made.stderr
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "ray")

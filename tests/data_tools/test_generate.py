@@ -1,0 +1,315 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.data_tools.conftest import COMMAND, command, draw, files_of, generate
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def funnel(folder: Path, source: str = "tissue") -> dict[tuple[str, str], int]:
+    rows = json.loads((folder / "summary.json").read_text())["sources"][source]["funnel"]
+    return {(row["stage"], row["reason"]): row["count"] for row in rows}
+
+
+def done(*arguments) -> subprocess.CompletedProcess[str]:
+    made = generate(*arguments)
+    assert made.returncode == 0, made.stderr
+    return made
+
+
+def test_a_job_becomes_a_corpus(classes, make_job, tmp_path):
+    made = done(make_job({}))
+    assert "6 records of 6 pictures" in made.stdout
+    found = records(tmp_path / "out")
+    assert [record["id"] for record in found] == [
+        f"2d#cls#microscopy#tissue#{name}"
+        for name in (
+            "NORM#image 1.png",
+            "NORM#image 3.png",
+            "NORM#image 5.png",
+            "TUM#image 0.png",
+            "TUM#image 2.png",
+            "TUM#image 4.png",
+        )
+    ]
+    first = found[0]
+    assert first["label"] == ["NORM"]
+    assert first["provenance"]["file"] == "NORM/image 1.png"
+    assert first["provenance"]["group"] == "tissue/NORM/image 1.png"
+    source = classes / "NORM" / "image 1.png"
+    assert first["provenance"]["sha256"] == _sha256(source)
+    assert (tmp_path / "out" / first["image"]).read_bytes() == source.read_bytes()
+    assert funnel(tmp_path / "out")["read", ""] == 6
+
+
+def _sha256(path: Path) -> str:
+    return subprocess.run(
+        ["sha256sum", path], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
+
+
+def test_it_runs_from_anywhere_and_its_modules_shadow_none(classes, make_job, tmp_path):
+    job = make_job({})
+    made = generate(job, "--dry-run", "--json", cwd="/")
+    assert made.returncode == 0, made.stderr
+    code = (
+        "import runpy, sys; sys.argv = ['generate.py', '--help']\n"
+        f"sys.path[0] = {str(COMMAND.parent)!r}\n"
+        f"try: runpy.run_path({str(COMMAND)!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "import importlib.util\n"
+        "print([n for n in ('records', 'checks', 'job', 'items') if importlib.util.find_spec(n)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_second_run_changes_nothing_and_reads_nothing(classes, make_job, tmp_path):
+    job = make_job({})
+    done(job)
+    before = files_of(tmp_path / "out")
+    # Were a file read again, it would be found to be no picture; size and time are as they were.
+    for path in classes.rglob("*.png"):
+        state = path.stat()
+        path.write_bytes(b"\0" * state.st_size)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    done(job)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_order_and_bytes_do_not_depend_on_the_number_of_workers(classes, make_job, tmp_path):
+    for number in range(6, 40):
+        draw(classes / "TUM" / f"image {number}.png", number)
+    done(make_job({}))
+    done(make_job({}, name="b.yaml", output="two", workers=2))
+    one, two = files_of(tmp_path / "out"), files_of(tmp_path / "two")
+    one = {name: data.replace(b"job.yaml", b"b.yaml") for name, data in one.items()}
+    assert one == two
+    assert len(records(tmp_path / "out")) == 40
+
+
+def test_changed_vanished_and_new_files_are_noticed(classes, make_job, tmp_path):
+    job = make_job({})
+    done(job)
+    draw(classes / "NORM" / "image 1.png", 100)
+    (classes / "NORM" / "image 3.png").unlink()
+    draw(classes / "NORM" / "image 2.png", 101)
+    done(job)
+    again = files_of(tmp_path / "out")
+    done(job, "--output", tmp_path / "fresh")
+    assert again == files_of(tmp_path / "fresh")
+    assert [record["provenance"]["file"] for record in records(tmp_path / "out")][:3] == [
+        "NORM/image 1.png",
+        "NORM/image 2.png",
+        "NORM/image 5.png",
+    ]
+
+
+def test_other_options_of_one_source_leave_the_other_source_as_it_was(classes, make_job, tmp_path):
+    second = tmp_path / "second"
+    shutil.copytree(classes, second)
+    for path in second.rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"\0")
+    other = {"name": "other", "root": str(second)}
+    done(make_job({}, other))
+    # Only what is read again can become a dropped record.
+    for path in [*classes.rglob("*.png"), *second.rglob("*.png")]:
+        state = path.stat()
+        path.write_bytes(b"\0" * state.st_size)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    done(make_job({}, other | {"licence": "MIT"}))
+    assert funnel(tmp_path / "out")["record", ""] == 6
+    assert funnel(tmp_path / "out", "other")["record", ""] == 0
+
+
+def test_a_picture_that_was_taken_away_is_made_again_and_a_stray_one_deleted(
+    classes, make_job, tmp_path
+):
+    job = make_job({})
+    done(job)
+    before = files_of(tmp_path / "out")
+    pictures = sorted((tmp_path / "out" / "images").rglob("*.png"))
+    pictures[0].unlink()
+    pictures[-1].with_name("zzz.png").write_bytes(b"stray")
+    (tmp_path / "out" / "images" / "00").mkdir(exist_ok=True)
+    (tmp_path / "out" / "images" / "00" / ".half.png.17.part").write_bytes(b"half")
+    done(job)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_bad_files_duplicates_and_unclear_labels_are_counted(classes, make_job, tmp_path):
+    shutil.copy(classes / "TUM" / "image 0.png", classes / "TUM" / "image 9.png")
+    shutil.copy(classes / "TUM" / "image 0.png", classes / "NORM" / "image 8.png")  # another label
+    whole = (classes / "TUM" / "image 2.png").read_bytes()
+    (classes / "TUM" / "image 2.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (9, 9), 7).save(classes / "TUM" / "image 4.png")
+    draw(classes / "ODD" / "a.png", 50)
+    draw(classes / "DEB" / "a.png", 51)
+    labels = {"NORM": "normal mucosa", "TUM": "tumour", "DEB": None}
+    done(make_job({"labels": labels}))
+    found = funnel(tmp_path / "out")
+    assert {key: count for key, count in found.items() if key[0] == "record"} == {
+        ("record", ""): 5,
+        ("record", "duplicate picture"): 1,
+        ("record", "image is truncated"): 1,
+        ("record", "picture of one grey level"): 1,
+        ("record", "unclear label"): 1,
+        ("record", "unknown label"): 1,
+    }
+    assert found["read", ""] == 10
+    assert [r["label"] for r in records(tmp_path / "out")] == [["normal mucosa"]] * 4 + [["tumour"]]
+
+
+def test_a_group_is_the_expressions_first_group_and_a_path_without_it_is_dropped(
+    classes, make_job, tmp_path
+):
+    done(make_job({"group": r"NORM/image (\d)"}))
+    groups = [record["provenance"]["group"] for record in records(tmp_path / "out")]
+    assert groups == ["tissue/1", "tissue/3", "tissue/5"]
+    assert funnel(tmp_path / "out")["record", "path without the job's `group`"] == 3
+
+
+def test_limit_and_only(classes, make_job, tmp_path):
+    shutil.copytree(classes, tmp_path / "second")
+    job = make_job({}, {"name": "other", "root": str(tmp_path / "second")})
+    done(job, "--limit", "2")
+    assert [r["id"].split("#")[3:] for r in records(tmp_path / "out")] == [
+        ["tissue", "NORM", "image 1.png"],
+        ["tissue", "NORM", "image 3.png"],
+        ["other", "NORM", "image 1.png"],
+        ["other", "NORM", "image 3.png"],
+    ]
+    done(job, "--only", "other")
+    assert {r["provenance"]["source"] for r in records(tmp_path / "out")} == {"other"}
+    done(job)
+    resumed = files_of(tmp_path / "out")
+    done(job, "--output", tmp_path / "fresh")
+    assert resumed == files_of(tmp_path / "fresh")
+
+
+def test_a_dry_run_writes_nothing_and_shows_three_examples(classes, make_job, tmp_path):
+    made = done(make_job({}), "--dry-run", "--json")
+    found = json.loads(made.stdout)
+    assert not (tmp_path / "out").exists()
+    (source,) = found["sources"]
+    assert (source["units"], source["records"]) == (6, 6)
+    assert found["conversations"] > 0
+    assert len(found["examples"]) == 3
+    assert all(len(example["conversation"]) >= 2 for example in found["examples"])
+    text = done(make_job({}), "--dry-run").stdout
+    assert "tissue (image_folder): 6 units" in text
+
+
+def test_stats(classes, make_job, tmp_path):
+    job = make_job({})
+    made = generate(job, "--stats")
+    assert (made.returncode, made.stdout) == (1, "")
+    assert made.stderr.startswith("error: there is nothing in ")
+    done(job)
+    found = json.loads(done(job, "--stats", "--json").stdout)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert sum(row["accepted"] for row in found["forms"]) == summary["conversations"]["count"] > 6
+    assert "6 samples read" in done(job, "--stats").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--only", "none"], "there is no source 'none'; there are tissue"),
+        (["--without-annotations"], "needs a model"),
+    ],
+)
+def test_an_error_is_one_message(classes, make_job, tmp_path, arguments, part):
+    made = generate(make_job({}), *arguments)
+    assert made.returncode == 1
+    assert made.stdout == ""
+    assert part in made.stderr
+    assert "Traceback" not in made.stderr
+    assert made.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_an_output_that_cannot_be_written_to_is_one_message(classes, make_job, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    made = generate(make_job({}))
+    assert made.returncode == 1
+    assert made.stderr.startswith("error: the output folder ")
+    assert made.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "data", [b"no database at all, but long enough", b"SQLite format 3\0" + b"x" * 500]
+)
+def test_a_damaged_state_is_one_message(classes, make_job, tmp_path, data):
+    state = tmp_path / "out" / ".work" / "state.sqlite"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(data)
+    made = generate(make_job({}))
+    assert made.returncode == 1
+    assert "state.sqlite" in made.stderr
+    assert "Traceback" not in made.stderr
+    assert state.read_bytes() == data
+
+
+def test_two_runs_on_one_output(classes, make_job, tmp_path):
+    from data_tools.pipeline import lock
+
+    job = make_job({})
+    with lock(tmp_path / "out"):
+        made = generate(job)
+    assert made.returncode == 1
+    assert made.stderr.startswith("error: another run is writing to ")
+    done(job)
+
+
+def test_hostile_names_in_a_source(classes, make_job, tmp_path):
+    draw(classes / "TUM" / "a#b%\n.png", 60)
+    (classes / "TUM" / "out.png").symlink_to("/etc/hostname")
+    (classes / "TUM" / "loop.png").symlink_to("loop.png")
+    os.mkfifo(classes / "TUM" / "pipe.png")
+    bad = os.fsencode(classes / "TUM") + b"/\xff.png"
+    shutil.copy(classes / "TUM" / "image 0.png", bad)
+    made = done(make_job({}))
+    ids = [record["id"] for record in records(tmp_path / "out")]
+    assert "2d#cls#microscopy#tissue#TUM#a%23b%25\n.png" in ids
+    assert len(ids) == 7, made.stdout
+
+
+def test_ctrl_c_stops_and_the_same_command_goes_on(classes, make_job, tmp_path):
+    for number in range(6, 300):
+        draw(classes / "TUM" / f"image {number:03}.png", number)
+    job = make_job({}, workers=2)
+    process = subprocess.Popen(
+        command(job), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(tmp_path / "out" / ".work" / "state.sqlite", process)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "out" / "summary.json").exists()
+    done(job)
+    done(job, "--output", tmp_path / "fresh")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.005)

@@ -1,0 +1,163 @@
+"""The whole command against a server on loopback: prompts, checks, retries, budget, ablation, batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.data_tools.api_server import ApiServer, error
+from tests.data_tools.conftest import generate
+
+MAKE = {
+    "caption": 1, "region_caption": 0, "instruction": 1, "dialogue": 1, "perception": 1,
+    "text_single": 1, "text_multi": 0, "chinese": 0, "perception_kinds": ["modality"],
+}  # fmt: skip
+ASKED = 4 * 6  # forms that a model writes, six pictures
+
+
+def answer(text: str) -> str:
+    """What a careful model says: the finding that it was told, in the form that was asked for."""
+    found = re.search(r"- finding: (\w+)", text)
+    said = f"The image shows {found[1] if found else 'nothing'} in the whole field."
+    turns = [{"question": f"Question {n}?", "answer": f"{said} Part {n}."} for n in range(2)]
+    if '"turns"' in text:
+        return json.dumps({"turns": turns})
+    return json.dumps({"caption": said} if '"caption"' in text else turns[0])
+
+
+@pytest.fixture
+def job(classes, make_job, tmp_path):
+    def make(server: ApiServer, **writer) -> Path:
+        settings = {
+            "name": "openai", "model": "m", "base_url": server.url, "key_variable": "KEY_OF_THE_TEST",
+            "cache": str(tmp_path / "answers.sqlite"), "structured": "json_object",
+            "seeded": True,
+        }  # fmt: skip
+        corpus = {"held_out": 0, "prompts": True}
+        return make_job({}, make=MAKE, writer=settings | writer, corpus=corpus)
+
+    return make
+
+
+def run(path: Path, *options: str):
+    environment = os.environ | {"KEY_OF_THE_TEST": "secret", "PYTHONDONTWRITEBYTECODE": "1"}
+    return generate(path, *options, env=environment)
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def made(folder: Path) -> int:
+    return sum(len(lines(folder, name)) for name in ("caption", "instruct", "text_single"))
+
+
+def test_a_corpus_by_a_model(job, tmp_path):
+    with ApiServer(answer=answer, key="secret") as server:
+        path = job(server, price={"input": 1, "output": 2})
+        done = run(path)
+        assert done.returncode == 0, done.stderr
+        assert len(server.requests) == ASKED
+        out = tmp_path / "out"
+        assert made(out) == ASKED
+        captions = lines(out, "caption")
+        assert {turn["value"] for line in captions for turn in line["conversations"][1:]} == {
+            "The image shows NORM in the whole field.",
+            "The image shows TUM in the whole field.",
+        }
+        for line in captions:
+            name = "NORM" if "#NORM#" in line["id"] else "TUM"
+            assert name in line["conversations"][1]["value"]
+        usage = json.loads((out / "summary.json").read_text())["usage"]
+        assert usage["requests"] == ASKED
+        assert usage["dollars"] == pytest.approx(ASKED * (100 * 1 + 20 * 2) / 1e6)
+        again = run(path)
+        assert again.returncode == 0
+        assert len(server.requests) == ASKED
+    everything = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert b"secret" not in everything
+
+
+def test_a_wrong_answer_is_asked_again_with_the_reason_and_then_set_aside(job, tmp_path):
+    def stubborn(text: str) -> str:
+        if "- finding: TUM" in text and '"caption"' in text:
+            return json.dumps({"caption": "The image shows NORM in the whole field."})
+        return answer(text)
+
+    with ApiServer(answer=stubborn) as server:
+        done = run(job(server, retries=1))
+        assert done.returncode == 0, done.stderr
+        again = [body for body in server.requests if "not accepted" in json.dumps(body)]
+        assert len(again) == 3
+        assert "it has to name TUM" in json.dumps(again[0])
+    out = tmp_path / "out"
+    rejected = lines(out, "rejected")
+    assert [line["reason"] for line in rejected] == ["label not named"] * 3
+    assert "The image shows NORM" in rejected[0]["answer"]
+    assert rejected[0]["record"]["label"] == ["TUM"]
+    assert made(out) == ASKED - 3
+
+
+def test_without_annotations_nothing_of_them_is_sent_and_anything_is_taken(job, tmp_path):
+    with ApiServer(answer=answer) as server:
+        done = run(job(server), "--without-annotations")
+        assert done.returncode == 0, done.stderr
+        sent = json.dumps(server.requests)
+    assert len(server.requests) == ASKED
+    assert "TUM" not in sent
+    assert "NORM" not in sent
+    assert made(tmp_path / "out") == ASKED
+
+
+def test_a_wrong_key_is_one_error(job, tmp_path):
+    with ApiServer(lambda body, n: error(401, "Incorrect API key provided")) as server:
+        done = run(job(server))
+        assert done.returncode == 1
+        assert len(server.requests) <= 16
+    assert done.stderr.count("Incorrect API key") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_budget_stops_cleanly_and_more_of_it_goes_on(job, tmp_path):
+    with ApiServer(answer=answer) as server:
+        done = run(job(server, budget={"tokens": 2_500}, in_flight=1))
+        assert done.returncode == 3, done.stderr
+        first = len(server.requests)
+        assert 0 < first < ASKED
+        assert "budget" in done.stderr
+        assert made(tmp_path / "out") == first
+        done = run(job(server))
+        assert done.returncode == 0, done.stderr
+        assert len(server.requests) == ASKED
+        assert max(server.payloads.values()) == 1
+    assert made(tmp_path / "out") == ASKED
+
+
+def test_a_dry_run_asks_nothing_and_says_what_it_would_cost(job, tmp_path):
+    with ApiServer(answer=answer) as server:
+        done = run(job(server, price={"input": 1, "output": 2}), "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert not server.requests
+    assert "$" in done.stdout
+    assert "- finding: " in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_are_submitted_by_one_run_and_collected_by_another(job, tmp_path):
+    with ApiServer(answer=answer) as server:
+        path = job(server, name="openai_batch", wait=0)
+        assert run(path).returncode == 3
+        assert len(server.batches) == 1
+        for _ in range(4):
+            done = run(path)
+            if done.returncode == 0:
+                break
+        assert done.returncode == 0, done.stderr
+        assert len(server.batches) == 1
+        assert not server.requests
+    assert made(tmp_path / "out") == ASKED

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_tools.errors import CorpusError
+from data_tools.items import Item, Problem, Turn
+from data_tools.records import Label, Provenance, Record
+from data_tools.standardise import Drop, ReadRecord, UnitResult
+from data_tools.store import (
+    ACCEPTED,
+    PENDING,
+    REJECTED,
+    FunnelRow,
+    Kept,
+    Store,
+    Usage,
+    encode,
+    rows_of,
+)
+
+
+def record(name: str, *, label: str = "cat") -> Record:
+    provenance = Provenance(
+        "set", "Set", "MIT", "", f"{name}.png", "0" * 64, {"slice": 3}, f"set/{name}"
+    )
+    labels = (Label(label, (1, 2, 3, 4), 5, {"side": "left"}),)
+    return Record(
+        name, f"images/{name}.png", 8, 9, "CT", "None", None, "2D detection", labels, {}, provenance
+    )
+
+
+def read(*records: Record, drops: tuple[Drop, ...] = (), twins: str = ""):
+    """A unit's rows; ``twins``: a letter each, the same letter for duplicates."""
+    marks = [letter.encode() for letter in twins] or [r.id.encode() for r in records]
+    made = tuple(ReadRecord(r, mark) for r, mark in zip(records, marks, strict=True))
+    return rows_of(UnitResult(made, drops, len(records) + len(drops)))
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    with Store(tmp_path / "state.sqlite") as store:
+        store.open_sources([("set", "1")])
+        yield store
+
+
+def number(store: Store, name: str = "set") -> int:
+    return next(number for number, its in store.sources() if its == name)
+
+
+def fill(store: Store, *units, source: str = "set", limit: int | None = None) -> None:
+    """Adds units named u0, u1, ... in their order and arranges them."""
+    store.begin_order()
+    its = number(store, source)
+    for place, unit in enumerate(units):
+        store.order([(store.add_unit(its, f"u{place}", b"stamp", unit), place)])
+    store.arrange(its, limit=limit)
+
+
+def write(store: Store, made: str, *states: int, answers: tuple[bytes, ...] = ()) -> None:
+    """For every record an item of each state."""
+    for source, _ in store.sources():
+        for raws in store.to_make(source, made):
+            items = [
+                (
+                    state,
+                    f"#{place}",
+                    "caption",
+                    "en",
+                    "",
+                    None,
+                    7,
+                    answers[place] if answers else None,
+                    None if state == PENDING else encode((Turn("human", "?"), Turn("gpt", "!"))),
+                    encode((Problem("too short", "1"),)) if state == REJECTED else None,
+                )
+                for place, state in enumerate(states)
+            ]
+            store.add_made(made, [(raw, items) for raw in raws])
+
+
+def test_records_come_back_as_they_were_in_the_order_of_units_not_of_arrival(store):
+    a, b, c = record("a"), record("b"), record("c")
+    its = number(store)
+    late = store.add_unit(its, "late", b"", read(b, c))
+    early = store.add_unit(its, "early", b"", read(a))
+    store.begin_order()
+    store.order([(early, 0), (late, 1)])
+    store.arrange(its)
+    assert list(store.records()) == [a, b, c]
+
+
+def test_sources_come_in_the_order_of_the_job_whatever_it_was(store):
+    store.open_sources([("set", "1"), ("other", "1")])
+    fill(store, read(record("a")))
+    fill(store, read(record("b")), source="other")
+    assert [r.id for r in store.records()] == ["a", "b"]
+    store.open_sources([("other", "1"), ("set", "1")])
+    assert [r.id for r in store.records()] == ["b", "a"]
+    store.open_sources([("other", "1"), ("set", "1")], only=["set"])
+    assert [r.id for r in store.records()] == ["a"]
+
+
+def test_of_duplicates_the_first_is_kept_and_the_others_are_counted(store):
+    fill(
+        store,
+        read(record("a"), record("b"), twins="xy"),
+        read(record("c"), record("d"), twins="zx"),
+    )
+    assert [r.id for r in store.records()] == ["a", "b", "c"]
+    assert FunnelRow("set", "record", "duplicate picture", 1) in store.funnel()
+    (drop,) = store.drops()
+    assert (drop.reason, drop.where, drop.detail) == ("duplicate picture", "d.png", "d")
+
+
+def test_equal_ids_are_made_unique_the_same_way_every_time(store):
+    names = ["a", "a", "a~2", "b", "a"]
+    fill(store, read(*(record(name) for name in names), twins="12345"))
+    assert [r.id for r in store.records()] == ["a", "a~3", "a~2", "b", "a~4"]
+
+
+def test_a_limit_puts_the_rest_aside(store):
+    units = [read(record("a"), record("b")), read(record("c"))]
+    fill(store, *units, limit=1)
+    assert [r.id for r in store.records()] == ["a"]
+    fill(store, *units)
+    assert [r.id for r in store.records()] == ["a", "b", "c"]
+
+
+def test_units_without_a_place_are_forgotten_with_all_that_belongs_to_them(store):
+    fill(store, read(record("a"), drops=(Drop("read", "bad", "x"),)), read(record("b")))
+    write(store, "m", ACCEPTED)
+    its = number(store)
+    unit, _, _ = store.known_unit(its, "u1")
+    store.begin_order()
+    store.order([(unit, 0)])
+    store.arrange(its)
+    assert [kept.record.id for kept in store.accepted()] == ["b"]
+    assert list(store.drops()) == []
+    assert store.known_unit(its, "u0") is None
+
+
+def test_a_source_that_depends_on_something_else_is_forgotten_and_others_stay(store):
+    store.open_sources([("set", "1"), ("other", "1")])
+    fill(store, read(record("a")))
+    fill(store, read(record("b")), source="other")
+    store.open_sources([("set", "2"), ("other", "1")])
+    assert [r.id for r in store.records()] == ["b"]
+    assert store.known_unit(number(store), "u0") is None
+    assert store.known_unit(number(store, "other"), "u0") is not None
+
+
+def test_conversations_come_in_the_corpus_order_with_their_records(store):
+    fill(store, read(record("a"), record("b")))
+    write(store, "m", ACCEPTED, REJECTED, ACCEPTED)
+    turns = (Turn("human", "?"), Turn("gpt", "!"))
+    accepted = list(store.accepted())
+    assert [kept.item.id for kept in accepted] == ["a#0", "a#2", "b#0", "b#2"]
+    assert accepted[0] == Kept(Item("a#0", "caption", "en", "", None, 7), record("a"), turns)
+    assert [kept.problems for kept in store.rejected()] == [(Problem("too short", "1"),)] * 2
+
+
+def test_only_records_made_with_something_else_are_made_again(store):
+    fill(store, read(record("a"), record("b")))
+    write(store, "m", ACCEPTED)
+    its = number(store)
+    assert list(store.to_make(its, "m")) == []
+    assert [raw.has_items for raws in store.to_make(its, "n") for raw in raws] == [True, True]
+
+
+def test_a_record_that_was_read_again_is_made_again(store):
+    """Even though nothing but the time of its file may have changed; it must not be taken for the old one."""
+    fill(store, read(record("a"), record("b")))
+    write(store, "m", ACCEPTED)
+    fill(store, read(record("a", label="dog"), record("b")), read(record("c")))
+    chunks = store.to_make(number(store), "m")
+    assert [raw.decode().id for raws in chunks for raw in raws] == ["a", "b", "c"]
+    assert list(store.accepted()) == []
+
+
+def test_a_record_that_was_not_read_again_keeps_its_items_when_others_come(store):
+    fill(store, read(record("a")))
+    write(store, "m", ACCEPTED)
+    its = number(store)
+    unit, _, _ = store.known_unit(its, "u0")
+    new = store.add_unit(its, "new", b"", read(record("0")))
+    store.begin_order()
+    store.order([(new, 0), (unit, 1)])
+    store.arrange(its)
+    assert [raw.decode().id for raws in store.to_make(its, "m") for raw in raws] == ["0"]
+
+
+def test_answers_survive_changes_that_do_not_concern_them(store):
+    fill(store, read(record("a")))
+    write(store, "m", PENDING, PENDING, answers=(b"k0", b"k1"))
+    turns = (Turn("human", "q"), Turn("gpt", "a"))
+    for row, item, its in store.pending():
+        assert its == record("a")
+        problems = [] if item.id == "a#0" else [Problem("refusal")]
+        store.set_outcome(row, conversation=turns, problems=problems, prompt="p", answer="r")
+    assert store.count_pending() == 0
+    # planned anew: the second answer's key stays at another place, the first one's changes
+    write(store, "n", PENDING, PENDING, answers=(b"k1", b"k9"))
+    assert [(kept.item.id, kept.prompt, kept.answer) for kept in store.rejected()] == [
+        ("a#0", "p", "r")
+    ]
+    assert [item.id for _, item, _ in store.pending()] == ["a#1"]
+    assert list(store.accepted()) == []
+
+
+def test_pending_items_are_read_while_outcomes_are_written(store):
+    fill(store, read(*(record(f"{i:03}") for i in range(150))))
+    write(store, "m", PENDING, ACCEPTED, PENDING, answers=(b"0", b"1", b"2"))
+    assert store.count_pending() == 300
+    seen = []
+    for row, item, _ in store.pending():
+        seen.append(item.id)
+        with store.transaction():
+            store.set_outcome(row, conversation=None, problems=[Problem("x")], prompt="", answer="")
+            store.add_usage(requests=1, dollars=0.5)
+    assert seen == [f"{i:03}#{place}" for i in range(150) for place in (0, 2)]
+    assert replace(store.usage(), seconds=0) == Usage(requests=300, dollars=150.0)
+
+
+def test_the_funnel(store):
+    drops = (
+        Drop("read", "bad file", "x"),
+        Drop("read", "bad file", "y"),
+        Drop("clean", "small", "z"),
+    )
+    fill(store, read(record("a"), record("b"), record("c"), twins="xxy", drops=drops[:2]))
+    its = number(store)
+    store.begin_order()
+    store.order([(store.add_unit(its, "u0", b"", read(record("a"), record("c"), drops=drops)), 0)])
+    store.arrange(its)
+    write(store, "m", ACCEPTED, REJECTED, PENDING)
+    assert store.funnel() == [
+        FunnelRow("set", "read", "", 3),
+        FunnelRow("set", "read", "bad file", 2),
+        FunnelRow("set", "clean", "", 2),
+        FunnelRow("set", "clean", "small", 1),
+        FunnelRow("set", "record", "", 2),
+        FunnelRow("set", "write", "", 4),
+        FunnelRow("set", "write", "pending", 2),
+        FunnelRow("set", "check", "", 2),
+        FunnelRow("set", "check", "too short", 2),
+    ]
+
+
+def test_what_is_not_committed_is_not_there(store, tmp_path):
+    def half() -> None:
+        with store.transaction():
+            store.add_unit(number(store), "u", b"", read(record("a")))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert store.known_unit(number(store), "u") is None
+    store.add_unit(number(store), "u", b"", read(record("a")))
+    with sqlite3.connect(tmp_path / "state.sqlite") as other:
+        assert other.execute("SELECT count(*) FROM units").fetchone() == (1,)
+
+
+def test_reading_in_order_needs_no_sorting(store):
+    """Else a million conversations would be sorted, in memory or on disk, each time they are read."""
+    plans = []
+    store._db.set_trace_callback(plans.append)
+    list(store.accepted()), list(store.records()), list(store.pending())
+    store._db.set_trace_callback(None)
+    queries = [sql for sql in plans if sql.startswith("SELECT") and "corpus" in sql]
+    assert len(queries) >= 3
+    for sql in queries:
+        for row in store._db.execute(f"EXPLAIN QUERY PLAN {sql}"):
+            assert "TEMP B-TREE" not in row[-1], (sql, row)
+
+
+def test_a_state_of_another_version_or_of_another_tool(tmp_path):
+    with sqlite3.connect(tmp_path / "a.sqlite") as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(CorpusError, match="another version"):
+        Store(tmp_path / "a.sqlite")
+    with sqlite3.connect(tmp_path / "b.sqlite") as db:
+        db.execute("CREATE TABLE t (x)")
+    with pytest.raises(CorpusError, match="not a database of this tool"):
+        Store(tmp_path / "b.sqlite")
