@@ -5,9 +5,43 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 QUICKSTART = ["nibabel>=5.3", "pydicom>=3.0", "matplotlib>=3.8"]
+# What `python data_tools/generate.py` reads and writes with; nothing of it is needed for training.
+CORPUS = [
+    "defusedxml>=0.7",
+    "ijson>=3.3",
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "msgspec>=0.19",
+    "platformdirs>=4",
+    "pydantic>=2.9",
+    # requests to a model; 3.0 is the first with httpx2
+    "openai>=3.0",
+    "aiohttp>=3.10",
+    # readers
+    "av>=13",
+    "connected-components-3d>=3.21",
+    "highdicom>=0.27",
+    "imagecodecs>=2024.9",
+    "nibabel>=5.3",
+    "openpyxl>=3.1",
+    "openslide-bin>=4",
+    "openslide-python>=1.4",
+    "pycocotools>=2.0.8",
+    "pydicom>=3.0",
+    "pylibjpeg>=2.0",
+    "pylibjpeg-openjpeg>=2.3",
+    "pylibjpeg-rle>=2.0",
+    # JPEG lossless of older scanners; pylibjpeg's own decoder of it is under the GPL
+    "python-gdcm>=3.0.24",
+    "SimpleITK>=2.4",
+    "tifffile>=2024.5",
+]
+RAY = ["ray>=2.40"]
 # Triton kernels for `liger=True`; only its operators are used, not its patches for transformers.
 LIGER = ["liger-kernel>=0.5.10,<0.8"]
 DEVELOPMENT = [
+    *CORPUS,
+    *RAY,
     *QUICKSTART,
     *LIGER,
     "hypothesis>=6.100",
@@ -15,7 +49,10 @@ DEVELOPMENT = [
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.11",
-    "tifffile>=2024.5",
+    "psutil>=5.9",
+    "scikit-image>=0.24",
+    "types-defusedxml",
+    "types-openpyxl",
     "types-PyYAML",
     "types-tqdm",
 ]
@@ -27,8 +64,11 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["gmai_xtuner", "gmai_xtuner.*"]),
-    package_data={"gmai_xtuner": ["engine/deepspeed/*.json", "*.txt", "py.typed"]},
+    packages=find_packages(include=["gmai_xtuner", "gmai_xtuner.*", "data_tools", "data_tools.*"]),
+    package_data={
+        "gmai_xtuner": ["engine/deepspeed/*.json", "*.txt", "py.typed"],
+        "data_tools": ["*.yaml", "output/*.j2"],
+    },
     python_requires=">=3.11,<3.13",
     install_requires=[
         # xtuner 0.2.0 pins transformers 4.48.0 and mmengine 0.10.6. Its extra "deepspeed" pins this
@@ -53,5 +93,11 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
     ],
-    extras_require={"quickstart": QUICKSTART, "dev": DEVELOPMENT, "liger": LIGER},
+    extras_require={
+        "data": CORPUS,
+        "ray": RAY,
+        "quickstart": QUICKSTART,
+        "liger": LIGER,
+        "dev": DEVELOPMENT,
+    },
 )
