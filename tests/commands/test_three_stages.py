@@ -24,7 +24,7 @@ STAGES = {
 }
 SHORT = (
     "train_dataloader.batch_size=2",
-    "default_hooks.logger.interval=2",
+    "default_hooks.logger.interval=1",
 )
 LOSS_KEYS = {"loss", "lr", "grad_norm", "tokens_per_second", "pack_fill", "images_per_second"}
 
