@@ -1,36 +1,85 @@
 """Ask a trained model.
 
-Shapes: ``T`` tokens of the prompt, image tokens counted.
+Shapes: ``B`` prompts asked together, ``T`` tokens of a prompt, image tokens counted, ``D`` width.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import queue
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from gmai_xtuner.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.datasets.images import ImageTransform, open_rgb
 from gmai_xtuner.datasets.tokenization import ChatTemplate, ConversationTokenizer
-from gmai_xtuner.errors import ModelLoadError
-from gmai_xtuner.models.export import SETTINGS, SETTINGS_FILE
-from gmai_xtuner.models.internlm2 import load_language_model
 from gmai_xtuner.models.llava import GMAILLaVAModel
-from gmai_xtuner.models.tokenizer import load_tokenizer
-from gmai_xtuner.models.vision import load_vision_tower, num_image_tokens
+from gmai_xtuner.models.vision import num_image_tokens
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""A token of sentencepiece that stands for a byte of a character that has no token."""
 
 ImageLike = str | Path | Image.Image
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Turns up to where the assistant is to answer, and the images of their ``<image>`` marks, in order."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[ImageLike, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0, the default, takes the likeliest token.
+        top_p: share of the probability that is drawn from; with a temperature only.
+        seed: of the draw; None: another one each time.
+        repetition_penalty: over 1 makes tokens that came already less likely.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ValueError(
+                "temperature must be at least 0, top_p in (0, 1] and repetition_penalty above 0, got "
+                f"{self.temperature}, {self.top_p} and {self.repetition_penalty}"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``generate`` takes."""
+        draws = self.temperature > 0
+        return {
+            "do_sample": draws,
+            "temperature": self.temperature if draws else None,
+            "top_p": self.top_p if draws else None,
+            "top_k": None,
+            "repetition_penalty": self.repetition_penalty,
+        }
+
+
+GREEDY = Sampling()
+
+
 class Predictor:
-    """Answers questions about images, greedily.
+    """Answers questions about images.
 
     Args:
         model: the model, in evaluation mode on its device.
@@ -61,6 +110,7 @@ class Predictor:
         *,
         system: str | None = None,
         max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
     ) -> str:
         """Answer one question.
 
@@ -70,23 +120,135 @@ class Predictor:
             images: paths or opened images.
             system: system turn.
             max_new_tokens: length of the answer at the most.
+            sampling: how tokens are chosen; default: the likeliest.
 
         Raises:
             ValueError: marks and images differ in number.
         """
         turns = (Turn("system", system),) if system else ()
-        text = question if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * len(images) + question
-        return self.generate((*turns, Turn("user", text)), images, max_new_tokens=max_new_tokens)
+        return self.generate(
+            (*turns, user_turn(question, len(images))),
+            images,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
 
     def generate(
-        self, turns: Sequence[Turn], images: Sequence[ImageLike], *, max_new_tokens: int = 256
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[ImageLike],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
     ) -> str:
-        """The assistant's next turn, greedily."""
-        marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-        if marks != len(images):
-            raise ValueError(f"{marks} {IMAGE_TOKEN} marks in the text, but {len(images)} images")
-        ids = self.encoder.encode_prompt(turns)
-        return self.go_on(ids, images, max_new_tokens=max_new_tokens)
+        """The assistant's next turn.
+
+        Raises:
+            ValueError: marks and images differ in number.
+        """
+        (answer,) = self.generate_batch(
+            [Prompt(tuple(turns), tuple(images))], max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        return answer
+
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:
+        """The assistant's next turn for each of ``B`` prompts, computed together.
+
+        Shorter prompts are padded on the left, masked, and keep their own positions, so that an answer
+        does not depend on its neighbours (but for rounding, which in low precision can turn a tie).
+
+        Raises:
+            ValueError: marks and images of a prompt differ in number.
+        """
+        if not prompts:
+            return []
+        arguments = self._arguments(
+            [self.encode(prompt) for prompt in prompts],
+            [prompt.images for prompt in prompts],
+            max_new_tokens,
+        )
+        _seed(sampling)
+        output = self.model.llm.generate(**arguments, **sampling.arguments())
+        return [self._decode(ids) for ids in output]
+
+    def stream(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[ImageLike],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[str]:
+        """The assistant's next turn in pieces, as they come; joined, what :meth:`generate` returns.
+
+        Closing the iterator stops the model after the token that it is at.
+
+        Raises:
+            ValueError: marks and images differ in number; before anything is computed.
+        """
+        prompt = Prompt(tuple(turns), tuple(images))
+        arguments = self._arguments([self.encode(prompt)], [prompt.images], max_new_tokens)
+        arguments |= sampling.arguments()
+        return self._pieces(arguments, sampling)
+
+    def _pieces(self, arguments: dict[str, Any], sampling: Sampling) -> Iterator[str]:
+        tokens = _TokenQueue()
+        stop = threading.Event()
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with torch.no_grad():
+                    _seed(sampling)
+                    self.model.llm.generate(
+                        **arguments,
+                        streamer=tokens,
+                        stopping_criteria=StoppingCriteriaList([_StopWhen(stop)]),
+                    )
+            except BaseException as error:
+                failure.append(error)
+                tokens.end()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        told, ids = "", []
+        try:
+            for token in tokens:
+                ids.append(token)
+                if _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token)):
+                    continue  # what bytes mean is known when all that follow each other are there
+                text = self._decode(ids)
+                if len(text) > len(told) and text.startswith(told):
+                    yield text[len(told) :]
+                    told = text
+            if failure:
+                raise failure[0]
+            whole = self._decode(ids)
+            if len(whole) > len(told):
+                yield whole[len(told) :]
+        finally:
+            stop.set()
+            thread.join()
+
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """int32 ids of a prompt, one placeholder an image.
+
+        Raises:
+            ValueError: marks and images differ in number.
+        """
+        marks = sum(turn.text.count(IMAGE_TOKEN) for turn in prompt.turns)
+        if marks != len(prompt.images):
+            raise ValueError(
+                f"{marks} {IMAGE_TOKEN} marks in the text, but {len(prompt.images)} images"
+            )
+        return self.encoder.encode_prompt(prompt.turns)
 
     # Not inference_mode: weights that ZeRO-3 gathers inside could not be trained afterwards.
     @torch.no_grad()
@@ -106,110 +268,95 @@ class Predictor:
             max_new_tokens: length of the answer at the most.
             synced_gpus: every rank runs as many passes as the longest of them, as ZeRO-3 needs.
         """
-        arguments = self._arguments(ids.astype(np.int64), images, max_new_tokens)
-        output = self.model.llm.generate(**arguments, synced_gpus=synced_gpus)[0]
-        return self.tokenizer.decode(output, skip_special_tokens=True).strip()
+        arguments = self._arguments([ids], [images], max_new_tokens)
+        output = self.model.llm.generate(
+            **arguments, **GREEDY.arguments(), synced_gpus=synced_gpus
+        )[0]
+        return self._decode(output)
+
+    def _decode(self, ids: Any) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _arguments(
-        self, ids: np.ndarray, images: Sequence[ImageLike], max_new_tokens: int
-    ) -> dict[str, object]:
+        self,
+        prompts: Sequence[np.ndarray],
+        images: Sequence[Sequence[ImageLike]],
+        max_new_tokens: int,
+    ) -> dict[str, Any]:
+        embeds = [
+            self._embed(ids.astype(np.int64), own) for ids, own in zip(prompts, images, strict=True)
+        ]
+        longest = max(len(rows) for rows in embeds)
+        padded = embeds[0].new_zeros((len(embeds), longest, embeds[0].shape[1]))
+        mask = torch.zeros(padded.shape[:2], dtype=torch.long, device=padded.device)
+        for number, rows in enumerate(embeds):
+            padded[number, longest - len(rows) :] = rows
+            mask[number, longest - len(rows) :] = 1
+        return {
+            "inputs_embeds": padded,
+            "attention_mask": mask,
+            "max_new_tokens": max_new_tokens,
+            "use_cache": True,
+            "eos_token_id": self.stop_ids,
+            "pad_token_id": self.stop_ids[-1],
+        }
+
+    @torch.no_grad()
+    def _embed(self, ids: np.ndarray, images: Sequence[ImageLike]) -> torch.Tensor:
+        """``[T, D]`` of one prompt."""
         device = self.model.llm.device
         tokens = num_image_tokens(self.model.visual_encoder.config)
         widened = torch.from_numpy(
             np.repeat(ids, np.where(ids == IMAGE_TOKEN_INDEX, tokens, 1))
         ).to(device)
         size = self.transform.image_size
-        pixels = [
-            self.transform(
-                image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
-            )
-            for image in images
-        ]
-        embeds = self.model.embed(
+        pixels = [self.transform(as_rgb(image)) for image in images]
+        return self.model.embed(
             widened[None],
             torch.stack(pixels).to(device)
             if pixels
             else torch.zeros(0, 3, size, size, device=device),
             torch.nonzero(widened == IMAGE_TOKEN_INDEX).flatten(),
-        )
-        return {
-            "inputs_embeds": embeds,
-            "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=device),
-            "max_new_tokens": max_new_tokens,
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-            "use_cache": True,
-            "eos_token_id": self.stop_ids,
-            "pad_token_id": self.stop_ids[-1],
-        }
+        )[0]
 
 
-def load_export(
-    folder: str | Path,
-    *,
-    llm: str | None = None,
-    vision: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-) -> Predictor:
-    """Load what ``xtuner convert pth_to_hf`` wrote.
-
-    Args:
-        folder: the export. Stage 3 has all parts; stages 1 and 2 lack those they did not train.
-        llm: the language model's base, where the export has none.
-        vision: the vision tower's base, where the export has none.
-        dtype: default: bf16 on a GPU, fp32 on the CPU.
-        device: default: the GPU if there is one.
-
-    Raises:
-        ModelLoadError: a part is missing; says which base to name.
-    """
-    folder = Path(folder)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if not (folder / "projector").is_dir():
-        raise ModelLoadError(
-            f"{str(folder)!r} is not an export in xtuner's layout (it has no projector/). "
-            "Make one with: xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"
-        )
-    for name in ("llm_adapter", "visual_encoder_adapter"):
-        if (folder / name).exists():
-            raise ModelLoadError(
-                f"{str(folder)!r} has {name}/, which is not merged and would be left out. Merge it with "
-                "xtuner convert merge; exports of this project are merged already"
-            )
-    llm_path = _part(folder, folder / "config.json", llm, "language model", "llm")
-    vision_path = _part(
-        folder / "visual_encoder", folder / "visual_encoder", vision, "vision tower", "vision"
-    )
-    file = folder / SETTINGS_FILE
-    settings: dict[str, Any] = {**SETTINGS, "visual_select_layer": -2}
-    if file.is_file():
-        settings.update(json.loads(file.read_text(encoding="utf-8")))
-    model = GMAILLaVAModel(
-        llm=load_language_model(llm_path, torch_dtype=dtype),
-        visual_encoder=load_vision_tower(vision_path, torch_dtype=dtype),
-        visual_select_layer=settings["visual_select_layer"],
-        use_activation_checkpointing=False,
-    )
-    model.projector = AutoModel.from_pretrained(folder / "projector", torch_dtype=dtype)
-    return Predictor(
-        model.to(device),
-        tokenizer=load_tokenizer(llm_path),
-        template=ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"]),
-        transform=ImageTransform.from_pretrained(vision_path, mode=settings["image_mode"]),
-    )
+def user_turn(question: str, num_images: int) -> Turn:
+    """A user's turn; without ``<image>`` marks the images come first, each on a line, as in training."""
+    marks = "" if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * num_images
+    return Turn("user", marks + question)
 
 
-def _part(inside: Path, proof: Path, base: str | None, what: str, option: str) -> str:
-    if proof.exists():
-        if base is not None:
-            raise ModelLoadError(f"the export has its own {what}; leave {option} out")
-        return str(inside)
-    if base is None:
-        raise ModelLoadError(
-            f"the export has no {what} (its stage did not train it); name the base with {option}=..."
-        )
-    return base
+def as_rgb(image: ImageLike) -> Image.Image:
+    """The picture of a path, read as in training, or an opened one."""
+    return image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
+
+
+def _seed(sampling: Sampling) -> None:
+    if sampling.temperature > 0 and sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+
+
+class _TokenQueue(BaseStreamer):
+    """Hands tokens from the generating thread to the one that reads."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[int | None] = queue.Queue()
+
+    def put(self, value: torch.Tensor) -> None:
+        for token in value.flatten().tolist():
+            self._queue.put(token)
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        while (token := self._queue.get()) is not None:
+            yield token
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)

@@ -179,9 +179,9 @@ def log_tail(log: Path) -> str:
 
 def ask_heldout(work_dir: Path) -> None:
     """Ask the converted model every held-out question; write ``predictions.jsonl``."""
-    from gmai_xtuner.inference import load_export
+    from gmai_xtuner.loading import load_model
 
-    predictor = load_export(work_dir / "export")
+    predictor = load_model(work_dir / "export")
     corpus = work_dir / "corpus"
     lines = []
     for line in (corpus / "heldout.jsonl").read_text(encoding="utf-8").splitlines():

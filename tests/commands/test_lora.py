@@ -14,8 +14,9 @@ from xtuner.registry import BUILDER
 
 from gmai_xtuner.datasets.images import ImageTransform
 from gmai_xtuner.datasets.tokenization import ChatTemplate
-from gmai_xtuner.inference import Predictor, load_export
+from gmai_xtuner.inference import Predictor
 from gmai_xtuner.llama_base import write_llama_base
+from gmai_xtuner.loading import load_model
 from gmai_xtuner.models import load_tokenizer
 from gmai_xtuner.models.checkpoints import load_checkpoint_state
 from gmai_xtuner.models.lora import adapter_layers, is_adapter_key
@@ -115,7 +116,7 @@ def test_same_greedy_answer_unmerged_and_from_the_export_and_in_chat(run, tiny_b
     )
     answer = unmerged.answer(QUESTION, [image], max_new_tokens=12)
     assert answer
-    assert load_export(export).answer(QUESTION, [image], max_new_tokens=12) == answer
+    assert load_model(export).answer(QUESTION, [image], max_new_tokens=12) == answer
     printed = xtuner(
         "chat", export, "--llava", export, "--image", image, "--torch-dtype", "fp32",
         "--prompt-template", "internlm2_chat", "--temperature", "0", "--max-new-tokens", "12",

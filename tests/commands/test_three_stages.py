@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from gmai_xtuner.inference import load_export
+from gmai_xtuner.loading import load_model
 from gmai_xtuner.models.checkpoints import load_checkpoint_state
 from tests.commands.runner import Xtuner, last_checkpoint, scalars
 from tests.real_corpus import write_mixture
@@ -109,7 +109,7 @@ def test_convert_every_stage_and_chat_with_the_last(trained, tiny_bases, shared_
     assert llm.config.vocab_size >= len(tokenizer)
 
     image = shared_data / "gmai_vl_samples" / "examples" / "example.tif"
-    predictor = load_export(final)
+    predictor = load_model(final)
     answer = predictor.answer("What is shown?", [image], max_new_tokens=12)
     printed = xtuner(
         "chat", final, "--llava", final, "--image", image, "--torch-dtype", "fp32",
@@ -120,7 +120,7 @@ def test_convert_every_stage_and_chat_with_the_last(trained, tiny_bases, shared_
     assert answer in printed
 
     # Stages 1 and 2 need the bases that they did not train.
-    early = load_export(
+    early = load_model(
         exports["stage1_shallow"], llm=str(tiny_bases / "llm"), vision=str(tiny_bases / "vision")
     )
     assert isinstance(early.answer("What is shown?", [image], max_new_tokens=4), str)

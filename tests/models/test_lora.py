@@ -14,7 +14,7 @@ from xtuner.registry import BUILDER
 
 from gmai_xtuner.datasets.collate import collate_packs
 from gmai_xtuner.errors import GMAIError, ModelLoadError
-from gmai_xtuner.inference import load_export
+from gmai_xtuner.loading import load_model
 from gmai_xtuner.models import frozen, load_language_model
 from gmai_xtuner.models.llava import GMAILLaVAModel
 from gmai_xtuner.models.lora import adapter_layers, is_adapter_key, plain_key
@@ -384,7 +384,7 @@ def lora_run(tiny_bases, tmp_path_factory):
 def test_merged_equals_unmerged(lora_run, tmp_path):
     cfg, model, state = lora_run
     convert(cfg, state, tmp_path / "export")
-    merged = load_export(tmp_path / "export").model
+    merged = load_model(tmp_path / "export").model
     assert type(merged.llm) is LlamaForCausalLM
     assert not adapter_layers(merged)
     torch.testing.assert_close(answers(merged), answers(model), rtol=1e-4, atol=2e-5)
@@ -471,7 +471,7 @@ def test_inference_refuses_adapters_that_it_would_leave_out(lora_run, tmp_path):
     convert(cfg, state, tmp_path / "export")
     (tmp_path / "export" / "llm_adapter").mkdir()
     with pytest.raises(ModelLoadError, match="llm_adapter"):
-        load_export(tmp_path / "export")
+        load_model(tmp_path / "export")
 
 
 # --- 4 bit -----------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Questions of a benchmark -> answers of a model -> scores by a named protocol -> tables."""

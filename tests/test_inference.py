@@ -1,0 +1,133 @@
+"""One answer, several together, and an answer in pieces are the same answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gmai_xtuner.datasets.conversation import Turn
+from gmai_xtuner.datasets.images import ImageTransform
+from gmai_xtuner.datasets.tokenization import ChatTemplate
+from gmai_xtuner.inference import Predictor, Prompt, Sampling, user_turn
+from gmai_xtuner.models.internlm2 import load_language_model
+from gmai_xtuner.models.llava import GMAILLaVAModel
+from gmai_xtuner.models.vision import load_vision_tower
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_bases: Path, tokenizer) -> Predictor:
+    torch.manual_seed(0)
+    llm = load_language_model(str(tiny_bases / "llm"), torch_dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.mul_(4)  # else it says the same whatever it sees
+    return Predictor(
+        GMAILLaVAModel(
+            llm=llm,
+            visual_encoder=load_vision_tower(str(tiny_bases / "vision"), torch_dtype=torch.float32),
+            use_activation_checkpointing=False,
+        ),
+        tokenizer=tokenizer,
+        template=ChatTemplate.from_xtuner("internlm2_chat"),
+        transform=ImageTransform.from_pretrained(tiny_bases / "vision"),
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    """Of different lengths: without image, with one, with two, with several turns, in Chinese."""
+    pictures = [
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+        for n in range(3)
+    ]
+    return [
+        Prompt((user_turn("What is shown?", 1),), (pictures[0],)),
+        Prompt((user_turn("Is it CT?", 0),)),
+        Prompt((user_turn("Compare <image> with <image>, please.", 2),), tuple(pictures[1:])),
+        Prompt(
+            (
+                Turn("system", "You are a radiologist."),
+                user_turn("图中显示什么？", 1),
+                Turn("assistant", "胸部X光片。"),
+                user_turn("有气胸吗？", 0),
+            ),
+            (pictures[2],),
+        ),
+    ]
+
+
+def test_a_batch_gives_the_answers_of_one_prompt_at_a_time(predictor, prompts):
+    alone = [
+        predictor.generate(prompt.turns, prompt.images, max_new_tokens=LENGTH) for prompt in prompts
+    ]
+    assert len(set(alone)) > 1, "the model must tell the prompts apart, or this shows nothing"
+    assert predictor.generate_batch(prompts, max_new_tokens=LENGTH) == alone
+    assert predictor.generate_batch(prompts[::-1], max_new_tokens=LENGTH) == alone[::-1]
+
+
+def test_an_answer_in_pieces_is_the_whole_answer(predictor, prompts):
+    for prompt in prompts:
+        pieces = list(predictor.stream(prompt.turns, prompt.images, max_new_tokens=LENGTH))
+        whole = predictor.generate(prompt.turns, prompt.images, max_new_tokens=LENGTH)
+        assert "".join(pieces) == whole
+        assert len(pieces) > 1
+
+
+def test_a_closed_stream_stops_the_model(predictor, prompts, monkeypatch):
+    steps = []
+    original = predictor.model.llm.forward
+    monkeypatch.setattr(
+        predictor.model.llm, "forward", lambda *a, **k: steps.append(1) or original(*a, **k)
+    )
+    pieces = predictor.stream(prompts[0].turns, prompts[0].images, max_new_tokens=10_000)
+    next(pieces)
+    pieces.close()
+    made = len(steps)
+    assert made < 1_000
+    list(predictor.stream(prompts[1].turns, (), max_new_tokens=1))
+    assert len(steps) == made + 1, "the closed stream went on"
+
+
+def test_an_error_while_streaming_is_raised_where_it_is_read(predictor, prompts, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(predictor.model.llm, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(predictor.stream(prompts[0].turns, prompts[0].images, max_new_tokens=2))
+
+
+def test_sampling_repeats_with_a_seed(predictor, prompts):
+    def ask(seed):
+        return predictor.generate(
+            prompts[0].turns,
+            prompts[0].images,
+            max_new_tokens=LENGTH,
+            sampling=Sampling(temperature=1.5, seed=seed),
+        )
+
+    assert ask(1) == ask(1)
+    assert ask(1) != ask(2)
+
+
+def test_marks_and_images_must_agree(predictor):
+    with pytest.raises(ValueError, match="2 <image> marks in the text, but 1 images"):
+        predictor.answer("<image> or <image>?", [Image.new("RGB", (8, 8))])
+    with pytest.raises(ValueError, match="0 <image> marks in the text, but 1 images"):
+        predictor.stream((Turn("user", "x"),), [Image.new("RGB", (8, 8))])
+
+
+def test_no_prompt_gives_no_answer(predictor):
+    assert predictor.generate_batch([]) == []
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"repetition_penalty": 0}])
+def test_sampling_that_makes_no_sense_is_refused(options):
+    with pytest.raises(ValueError, match="must be at least 0"):
+        Sampling(**options)
