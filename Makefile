@@ -8,7 +8,7 @@ TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-fast check format clean
+.PHONY: help env env-newest quickstart test test-fast check format clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -20,13 +20,17 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# The newest transformers beside the main environment, for the tests of what is exported.
+env-newest: env
+	$(BIN)/python -m tests.newest_transformers
+
 quickstart: env
 	$(BIN)/python examples/quickstart/run.py --work-dir work_dirs/quickstart
 
-test: env
+test: env env-newest
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-test-fast: env
+test-fast: env env-newest
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
 
 check: env
