@@ -43,6 +43,19 @@ def perceptual_hash(path: Path) -> int:
             f"{path}: a stored picture can't be read ({error}). Pictures of a corpus must not be changed by "
             "hand; remove its .work folder and run the job again."
         ) from error
+    return _signs(small)
+
+
+def perceptual_hash_of(pixels: np.ndarray) -> int:
+    """:func:`perceptual_hash` of pixels, uint8 ``[H, W]`` or ``[H, W, 3]``.
+
+    A JPEG's hash may differ by a bit or two from the file's: that one is decoded at a fraction of its size.
+    """
+    grey = Image.fromarray(pixels).convert("L")
+    return _signs(grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
+
+
+def _signs(small: Image.Image) -> int:
     low = cv2.dct(np.asarray(small, dtype=np.float32))[:_LOW, :_LOW].ravel()
     bits = low > np.median(low[1:])
     bits[0] = False  # the mean grey level, which tells brightness only
@@ -104,12 +117,12 @@ def _close(values: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.n
     for row in range(0, len(values), _BLOCK):
         for column in range(row, len(values), _BLOCK):
             apart = values[row : row + _BLOCK, None] ^ values[None, column : column + _BLOCK]
-            left, right = np.nonzero(_bits(apart) <= distance)
+            left, right = np.nonzero(bits_set(apart) <= distance)
             left, right = left + row, right + column
             yield left[left < right], right[left < right]
 
 
-def _bits(values: np.ndarray) -> np.ndarray:
+def bits_set(values: np.ndarray) -> np.ndarray:
     """How many bits are set, uint8."""
     if hasattr(np, "bitwise_count"):  # numpy 2
         return np.bitwise_count(values)

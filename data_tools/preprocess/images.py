@@ -114,16 +114,44 @@ def store_image(
     if pixels[0, 0].tobytes() == pixels[-1, -1].tobytes() and (pixels == first).all():
         raise BadImage("picture of one grey level", f"every pixel is {first.ravel().tolist()}")
     height, width = pixels.shape[:2]
-    shape = f"{width}x{height}x{1 if pixels.ndim == 2 else 3}".encode()
-    name = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16)
-    name.update(shape)
+    name = pixel_hash(pixels)
     # Two files of the same pixels may differ in their bytes: which of them is kept must not be a race.
     kept = f"-{hashlib.blake2b(data, digest_size=4).hexdigest()}" if data is not None else ""
-    path = f"{name.hexdigest()[:2]}/{name.hexdigest()}{kept}{suffix}"
+    path = f"{name[:2]}/{name}{kept}{suffix}"
     target = folder / path
     if not target.exists():
         _write(target, data if data is not None else _png(pixels))
-    return StoredImage(path, name.hexdigest(), width, height, turned)
+    return StoredImage(path, name, width, height, turned)
+
+
+def read_pixels(image: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The pixels of a picture as the corpus shows them: 8 bit, upright, nothing see-through.
+
+    Args:
+        image: picture file, or the bytes of one.
+        max_pixels: largest width x height.
+
+    Returns:
+        uint8 ``[H, W]`` or ``[H, W, 3]``.
+
+    Raises:
+        BadImage: with the reasons of :func:`store_image`, but a picture of one grey level is a picture.
+    """
+    if isinstance(image, bytes):
+        return _from_bytes(image, max_pixels)[0]
+    return _from_file(image, max_pixels)[0]
+
+
+def pixel_hash(pixels: np.ndarray) -> str:
+    """32 hexadecimal digits that say which pixels these are, and in which shape.
+
+    Args:
+        pixels: uint8 ``[H, W]`` or ``[H, W, 3]``.
+    """
+    height, width = pixels.shape[:2]
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16)
+    digest.update(f"{width}x{height}x{1 if pixels.ndim == 2 else 3}".encode())
+    return digest.hexdigest()
 
 
 def _write(target: Path, data: bytes) -> None:
@@ -155,6 +183,10 @@ def _from_file(path: Path, max_pixels: int) -> tuple[np.ndarray, bytes | None, s
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadImage("image can't be read", _short(error)) from error
+    return _from_bytes(data, max_pixels)
+
+
+def _from_bytes(data: bytes, max_pixels: int) -> tuple[np.ndarray, bytes | None, str, bool]:
     if not data:
         raise BadImage("image is truncated", "0 bytes")
     try:
