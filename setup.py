@@ -36,16 +36,30 @@ CORPUS = [
     "SimpleITK>=2.4",
     "tifffile>=2024.5",
 ]
+# The page `python -m gmai_xtuner.demo`: NiceGUI brings all of its scripts and fonts along (gradio caps Pillow
+# below 13, and its 6.x needs a huggingface_hub that transformers 4.48 does not take). The rest opens DICOM and NIfTI.
+DEMO = [
+    "nicegui>=3.15,<4",
+    "nibabel>=5.3",
+    "pydicom>=3.0",
+    "pylibjpeg>=2.0",
+    "pylibjpeg-openjpeg>=2.3",
+    "pylibjpeg-rle>=2.0",
+    "python-gdcm>=3.0.24",
+]
 RAY = ["ray>=2.40"]
 # Triton kernels for `liger=True`; only its operators are used, not its patches for transformers.
 LIGER = ["liger-kernel>=0.5.10,<0.8"]
 DEVELOPMENT = [
     *CORPUS,
+    *DEMO,
     *RAY,
     *QUICKSTART,
     *LIGER,
     "hypothesis>=6.100",
     "mypy>=1.15",
+    # drives an installed Chromium in the tests of the page; downloads no browser of its own
+    "playwright>=1.50",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.11",
@@ -95,6 +109,7 @@ setup(
     ],
     extras_require={
         "data": CORPUS,
+        "demo": DEMO,
         "ray": RAY,
         "quickstart": QUICKSTART,
         "liger": LIGER,
