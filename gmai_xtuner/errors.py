@@ -82,3 +82,7 @@ class MixtureError(GMAIError):
 
 class ModelLoadError(GMAIError):
     """A checkpoint does not fit the model that is to take it; the message names the keys."""
+
+
+class EvaluationError(GMAIError):
+    """An evaluation can't begin, go on or be scored; the message says what to do."""

@@ -23,6 +23,7 @@ What a file becomes (:func:`open_rgb`), and why:
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -83,6 +84,21 @@ def open_rgb(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> I
     """
     with _opened(path, max_pixels=max_pixels) as image:
         return _to_rgb(image, path)
+
+
+def decode_rgb(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """As :func:`open_rgb`, for the bytes of a file that stands inside another.
+
+    Args:
+        content: the file.
+        name: what errors call it.
+        max_pixels: largest width x height.
+
+    Raises:
+        ImageError: as :func:`open_rgb`.
+    """
+    with _decoded(io.BytesIO(content), name, max_pixels=max_pixels) as image:
+        return _to_rgb(image, name)
 
 
 class ReducedPicture(NamedTuple):
@@ -160,26 +176,33 @@ def check_image(path: str | os.PathLike[str], *, level: str, max_pixels: int = M
 @contextmanager
 def _opened(path: str | os.PathLike[str], *, max_pixels: int) -> Iterator[Image.Image]:
     """Open a file, check what its header says, and turn decoding errors into ImageError."""
-    with _open_file(path) as file:
-        try:
-            image = _read_header(file, path)
-            _check_header(image, path, max_pixels=max_pixels)
-            yield image
-        except ImageError:
-            raise
-        except Image.DecompressionBombError as error:  # a GIF frame larger than its screen
-            raise ImageError(
-                f"image {str(path)!r}: {error}",
-                remedy="Cut it into tiles or shrink it.",
-                reason="enormous_image",
-            ) from error
-        except _DECODE_ERRORS as error:
-            raise ImageError(
-                f"image {str(path)!r} is damaged, or of a kind that can't be decoded "
-                f"({type(error).__name__}: {error})",
-                remedy="Copy the file again from its source, or save it anew as PNG or JPEG.",
-                reason="damaged_image",
-            ) from error
+    with _open_file(path) as file, _decoded(file, path, max_pixels=max_pixels) as image:
+        yield image
+
+
+@contextmanager
+def _decoded(
+    file: BinaryIO, path: str | os.PathLike[str], *, max_pixels: int
+) -> Iterator[Image.Image]:
+    try:
+        image = _read_header(file, path)
+        _check_header(image, path, max_pixels=max_pixels)
+        yield image
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:  # a GIF frame larger than its screen
+        raise ImageError(
+            f"image {str(path)!r}: {error}",
+            remedy="Cut it into tiles or shrink it.",
+            reason="enormous_image",
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise ImageError(
+            f"image {str(path)!r} is damaged, or of a kind that can't be decoded "
+            f"({type(error).__name__}: {error})",
+            remedy="Copy the file again from its source, or save it anew as PNG or JPEG.",
+            reason="damaged_image",
+        ) from error
 
 
 def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
