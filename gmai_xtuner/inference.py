@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from gmai_xtuner.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.datasets.images import ImageTransform, open_rgb
 from gmai_xtuner.datasets.tokenization import ChatTemplate, ConversationTokenizer
+from gmai_xtuner.errors import GMAIError
 from gmai_xtuner.models.llava import GMAILLaVAModel
 from gmai_xtuner.models.vision import num_image_tokens
 
@@ -78,6 +79,48 @@ class Sampling:
 GREEDY = Sampling()
 
 
+class PromptTooLong(GMAIError):
+    """A prompt leaves the model no position to answer at.
+
+    Args:
+        length: tokens of the prompt, image tokens counted.
+        limit: positions that the model has.
+    """
+
+    def __init__(self, length: int, limit: int) -> None:
+        self.length, self.limit = length, limit
+        super().__init__(
+            f"the prompt has {length} tokens, images included, but the model has {limit} positions, for "
+            "prompt and answer together. Give fewer images or a shorter conversation"
+        )
+
+
+class AnswerStream(Iterator[str]):
+    """An answer in pieces, as they come; closing it stops the model after the token that it is at.
+
+    Args:
+        prompt_tokens: length of the prompt, image tokens counted.
+
+    ``new_tokens`` counts what the model has made so far. ``is_cut`` says, when all is read, that the
+    answer ended because it had reached its greatest length, and not by itself.
+    """
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = 0
+        self.is_cut = False
+        self._pieces: Generator[str, None, None] | None = None
+
+    def __next__(self) -> str:
+        assert self._pieces is not None
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop; what was handed out stays valid."""
+        assert self._pieces is not None
+        self._pieces.close()
+
+
 class Predictor:
     """Answers questions about images.
 
@@ -103,6 +146,19 @@ class Predictor:
         stop = tokenizer.convert_tokens_to_ids(template.suffix) if template.suffix_is_eos else None
         self.stop_ids = [i for i in (stop, tokenizer.eos_token_id) if i is not None]
 
+    @property
+    def context_length(self) -> int:
+        """Positions of the model, for prompt and answer together."""
+        return self.model.llm.config.max_position_embeddings
+
+    def num_tokens(self, prompt: Prompt) -> int:
+        """Length of a prompt, image tokens counted.
+
+        Raises:
+            ValueError: marks and images differ in number.
+        """
+        return self._length(self.encode(prompt))
+
     def answer(
         self,
         question: str,
@@ -124,6 +180,7 @@ class Predictor:
 
         Raises:
             ValueError: marks and images differ in number.
+            PromptTooLong: there is no position left to answer at.
         """
         turns = (Turn("system", system),) if system else ()
         return self.generate(
@@ -145,6 +202,7 @@ class Predictor:
 
         Raises:
             ValueError: marks and images differ in number.
+            PromptTooLong: there is no position left to answer at.
         """
         (answer,) = self.generate_batch(
             [Prompt(tuple(turns), tuple(images))], max_new_tokens=max_new_tokens, sampling=sampling
@@ -164,8 +222,11 @@ class Predictor:
         Shorter prompts are padded on the left, masked, and keep their own positions, so that an answer
         does not depend on its neighbours (but for rounding, which in low precision can turn a tie).
 
+        An answer ends at the model's last position, if it comes there before ``max_new_tokens``.
+
         Raises:
             ValueError: marks and images of a prompt differ in number.
+            PromptTooLong: a prompt leaves no position to answer at.
         """
         if not prompts:
             return []
@@ -185,20 +246,25 @@ class Predictor:
         *,
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
-    ) -> Iterator[str]:
+    ) -> AnswerStream:
         """The assistant's next turn in pieces, as they come; joined, what :meth:`generate` returns.
 
         Closing the iterator stops the model after the token that it is at.
 
         Raises:
             ValueError: marks and images differ in number; before anything is computed.
+            PromptTooLong: there is no position left to answer at; likewise.
         """
         prompt = Prompt(tuple(turns), tuple(images))
         arguments = self._arguments([self.encode(prompt)], [prompt.images], max_new_tokens)
         arguments |= sampling.arguments()
-        return self._pieces(arguments, sampling)
+        stream = AnswerStream(arguments["inputs_embeds"].shape[1])
+        stream._pieces = self._pieces(arguments, sampling, stream)
+        return stream
 
-    def _pieces(self, arguments: dict[str, Any], sampling: Sampling) -> Iterator[str]:
+    def _pieces(
+        self, arguments: dict[str, Any], sampling: Sampling, stream: AnswerStream
+    ) -> Generator[str, None, None]:
         tokens = _TokenQueue()
         stop = threading.Event()
         failure: list[BaseException] = []
@@ -222,6 +288,7 @@ class Predictor:
         try:
             for token in tokens:
                 ids.append(token)
+                stream.new_tokens = len(ids)
                 if _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token)):
                     continue  # what bytes mean is known when all that follow each other are there
                 text = self._decode(ids)
@@ -230,6 +297,7 @@ class Predictor:
                     told = text
             if failure:
                 raise failure[0]
+            stream.is_cut = not ids or ids[-1] not in self.stop_ids
             whole = self._decode(ids)
             if len(whole) > len(told):
                 yield whole[len(told) :]
@@ -283,6 +351,10 @@ class Predictor:
         images: Sequence[Sequence[ImageLike]],
         max_new_tokens: int,
     ) -> dict[str, Any]:
+        limit = self.context_length
+        for ids in prompts:
+            if self._length(ids) >= limit:
+                raise PromptTooLong(self._length(ids), limit)
         embeds = [
             self._embed(ids.astype(np.int64), own) for ids, own in zip(prompts, images, strict=True)
         ]
@@ -295,11 +367,15 @@ class Predictor:
         return {
             "inputs_embeds": padded,
             "attention_mask": mask,
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": min(max_new_tokens, limit - longest),
             "use_cache": True,
             "eos_token_id": self.stop_ids,
             "pad_token_id": self.stop_ids[-1],
         }
+
+    def _length(self, ids: np.ndarray) -> int:
+        tokens = num_image_tokens(self.model.visual_encoder.config)
+        return len(ids) + int((ids == IMAGE_TOKEN_INDEX).sum()) * (tokens - 1)
 
     @torch.no_grad()
     def _embed(self, ids: np.ndarray, images: Sequence[ImageLike]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.datasets.images import ImageTransform
 from gmai_xtuner.datasets.tokenization import ChatTemplate
-from gmai_xtuner.inference import Predictor, Prompt, Sampling, user_turn
+from gmai_xtuner.inference import Predictor, Prompt, PromptTooLong, Sampling, user_turn
 from gmai_xtuner.models.internlm2 import load_language_model
 from gmai_xtuner.models.llava import GMAILLaVAModel
 from gmai_xtuner.models.vision import load_vision_tower
@@ -131,3 +131,33 @@ def test_no_prompt_gives_no_answer(predictor):
 def test_sampling_that_makes_no_sense_is_refused(options):
     with pytest.raises(ValueError, match="must be at least 0"):
         Sampling(**options)
+
+
+def test_a_stream_counts_tokens_and_says_whether_it_was_cut(predictor, prompts, monkeypatch):
+    stream = predictor.stream(prompts[0].turns, prompts[0].images, max_new_tokens=5)
+    assert stream.prompt_tokens == predictor.num_tokens(prompts[0])
+    list(stream)
+    assert (stream.new_tokens, stream.is_cut) == (5, True)
+    ids = predictor.tokenizer(
+        predictor.answer("Is it CT?", max_new_tokens=1), add_special_tokens=False
+    )
+    monkeypatch.setattr(predictor, "stop_ids", [ids.input_ids[0]])
+    stream = predictor.stream((Turn("user", "Is it CT?"),), (), max_new_tokens=5)
+    list(stream)
+    assert (stream.new_tokens, stream.is_cut) == (1, False)
+
+
+def test_a_prompt_fits_into_the_positions_of_the_model(predictor, prompts, monkeypatch):
+    text, picture = prompts[1], prompts[0]
+    assert predictor.context_length == 32768
+    length = predictor.num_tokens(text)
+    assert predictor.num_tokens(picture) > 64, "image tokens are counted"
+    monkeypatch.setattr(predictor.model.llm.config, "max_position_embeddings", length + 2)
+    stream = predictor.stream(text.turns, (), max_new_tokens=10)
+    list(stream)
+    assert (stream.new_tokens, stream.is_cut) == (2, True)
+    monkeypatch.setattr(predictor.model.llm.config, "max_position_embeddings", length)
+    with pytest.raises(PromptTooLong, match=rf"{length} tokens.*{length} positions"):
+        predictor.stream(text.turns, (), max_new_tokens=10)
+    with pytest.raises(PromptTooLong):
+        predictor.generate_batch([text])
