@@ -20,9 +20,9 @@ from gmai_xtuner.errors import GMAIError
 
 WORLD = 2
 ACCUMULATION = 2
-STEPS = 6
-# Step -> where rank 1 meets the NaN.
-BAD_STEPS = {0: "early micro-batch", 2: "last micro-batch", 4: "gradient alone"}
+STEPS = 8
+# Step -> where rank 1 meets the NaN; "loss alone" is infinite, and every gradient finite.
+BAD_STEPS = {0: "early micro-batch", 2: "last micro-batch", 4: "gradient alone", 6: "loss alone"}
 # ZeRO stage, precision, optimiser offloaded.
 ENGINES = [
     (1, "fp32", False),
@@ -131,7 +131,10 @@ def _train(rank: int, engine, guard: StepGuard, *, leave_out: bool) -> dict:
                 inputs[0, 0] = float("nan")
             nan_gradient = rank == 1 and micro == 0 and poison == "gradient alone"
             engine.set_gradient_accumulation_boundary(micro == ACCUMULATION - 1)
-            guard.update_params(engine(inputs, nan_gradient=nan_gradient))
+            loss = engine(inputs, nan_gradient=nan_gradient)
+            if rank == 1 and micro == 0 and poison == "loss alone":
+                loss = loss + float("inf")
+            guard.update_params(loss)
         moved = not torch.equal(before, _state(engine))
         said.append((guard.skipped, moved, guard.bad_losses, engine.optimizer.overflow))
     return {"state": _state(engine), "said": said, "counts": (guard.total, guard.in_a_row)}
@@ -180,13 +183,15 @@ def test_a_bad_step_is_as_if_it_had_never_been(results, engine, rank):
     )
     assert all(step[1] for step in clean["said"]), "the comparison would be empty"
     # Both ranks leave out the same steps, in which nothing moves; the flag does not stay.
-    assert skipped == [True, False, True, False, True, False]
+    assert skipped == [True, False] * 4
     assert moved == [not step for step in skipped]
     assert not any(overflow)
-    assert poisoned["counts"] == (3, 0)
+    assert poisoned["counts"] == (4, 0)
     # The steps after them start from clean gradients and moments: bit by bit the run without them.
     assert torch.equal(poisoned["state"], clean["state"])
-    expected = [[True, False], [False, True], [False, False]] if rank == 1 else [[False, False]] * 3
+    expected = [[False, False]] * 4
+    if rank == 1:
+        expected = [[True, False], [False, True], [False, False], [True, False]]
     assert [bad_losses[step] for step in BAD_STEPS] == expected
 
 
