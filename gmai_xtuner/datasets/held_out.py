@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 TRAIN, HELD_OUT, NEITHER = 0, 1, 2
+EXCLUDED = 3
+"""A side that :func:`sides` never gives: a plan puts there what an exclude list leaves out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,14 @@ A mixture file (YAML or JSON) lists datasets by name::
         over_length: cut                  # or drop; default cut
         on_bad_sample: skip               # or raise; default: what the config says
         size: 1200                        # informative
+        exclude: leaks.txt                # or a list of files; see ``datasets.exclusion``
+    exclude: overlap/exclude.txt          # optional: for all datasets, beside their own
+
+A variant of another mixture names it, what it lacks, and what it has besides::
+
+    base: gmai_vl_5_5m.yaml               # in either form; its paths are relative to it
+    without: [GMAI-MM-*]                  # its datasets that are left out, by name or pattern
+    datasets: {}                          # further ones, as above; may be left out
 
 The authors' form is read too (uni-medical/GMAI-VL, examples/example_list.json, whose trailing comma
 is good YAML)::
@@ -31,7 +39,8 @@ import difflib
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +54,7 @@ STAGES = ("stage1", "stage2", "stage3")
 QUALITIES = ("high", "low")
 
 _SHARED = ("image_root", "category", "quality", "ratio", "over_length", "on_bad_sample")
-_OWN = ("annotations", *_SHARED, "size")
+_OWN = ("annotations", *_SHARED, "size", "exclude")
 _AUTHORS = {  # the authors' key -> ours
     "image_dir": "image_root",
     "annotations": "annotations",
@@ -69,6 +78,7 @@ class DatasetEntry:
         over_length: what happens to a conversation longer than a sequence, ``"cut"`` or ``"drop"``.
         on_bad_sample: ``"raise"``, ``"skip"``, or None for the config's choice.
         size: number of records that the file states; informative.
+        exclude: lists of what is left out, the whole mixture's first; see ``datasets.exclusion``.
     """
 
     name: str
@@ -80,14 +90,21 @@ class DatasetEntry:
     over_length: str
     on_bad_sample: str | None
     size: int | None
+    exclude: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The datasets of one mixture file, in its order."""
+    """The datasets of one mixture file, in its order; ``without`` names those of a base that it lacks."""
 
     path: Path
     entries: tuple[DatasetEntry, ...]
+    without: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Names that an exclude list may speak of."""
+        return frozenset(self.without) | {entry.name for entry in self.entries}
 
 
 def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
@@ -95,19 +112,30 @@ def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
 
     Args:
         path: ``.yaml``, ``.yml`` or ``.json`` file in our or the authors' form.
-        check_files: whether annotation files and image folders must exist.
+        check_files: whether annotation files, image folders and exclude lists must exist.
 
     Raises:
         MixtureError: with file, line, dataset and remedy.
     """
-    path = Path(path)
+    return _load(Path(path), (), check_files=check_files)
+
+
+def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
+    """``variants``: the files that this one is a base of, itself not among them."""
     top = Section(path, parse(path), title="the mixture")
-    if "datasets" in top.values:
-        top.check_keys(("datasets", "defaults"))
+    # In the authors' form the top level is the datasets, and each of them a mapping.
+    is_variant = isinstance(top.values.get("base"), yaml.ScalarNode)
+    base = Mixture(path, ())
+    exclude: tuple[Path, ...] = ()
+    if is_variant or "datasets" in top.values:
+        top.check_keys(("datasets", "defaults", "exclude", *(("base", "without") * is_variant)))
         defaults = top.section("defaults") if "defaults" in top.values else None
         if defaults is not None:
             defaults.check_keys(_SHARED)
-        datasets = top.section("datasets")
+        if is_variant:
+            base = _read_base(top, variants, check_files=check_files)
+        exclude = _read_exclude(top, check_files=check_files)
+        datasets = top.section("datasets") if "datasets" in top.values else None
     else:
         datasets, defaults = top, None
         near = difflib.get_close_matches("datasets", top.values, n=1)
@@ -115,18 +143,59 @@ def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
             raise top.error(
                 f"unknown key {near[0]!r}", remedy="Did you mean 'datasets'?", key=near[0]
             )
-    if not datasets.values:
+    if datasets is not None and not datasets.values and not base.entries:
         raise datasets.error("no dataset is listed", remedy="List at least one.")
-    entries = []
-    for name in datasets.values:
+    entries = list(base.entries)
+    for name in datasets.values if datasets is not None else ():
+        assert datasets is not None
         section = datasets.section(name, title=f"dataset {name!r}")
         section.check_keys(_AUTHORS if datasets is top else _OWN)
         if datasets is top:
             section = _from_authors_form(section)
         if not name.strip():
             raise section.error("the name is empty", remedy="Name the dataset.")
+        if any(entry.name == name for entry in base.entries):
+            raise section.error(
+                "the base has a dataset of this name", remedy="Rename it, or name it in `without`."
+            )
         entries.append(_read_entry(name, section, defaults, check_files=check_files))
-    return Mixture(path, tuple(entries))
+    own = (replace(entry, exclude=_joined(exclude, entry.exclude)) for entry in entries)
+    return Mixture(path, tuple(own), base.without)
+
+
+def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
+    """The mixture that this one is a variant of, without what it leaves out."""
+    value = top.scalar("base")
+    if not isinstance(value, str) or not value:
+        raise top.error("base must name a mixture file", remedy="Name one.", key="base")
+    file = _locate(top, value, key="base", must_exist=True)
+    family = (*variants, top.path.resolve())
+    if file.resolve() in family:
+        raise top.error(
+            f"base {value!r} is based on this file itself", remedy="Name another.", key="base"
+        )
+    base = _load(file, family, check_files=check_files)
+    if "without" not in top.values:
+        return base
+    patterns = _read_texts(top, "without", what="a dataset of the base, or a pattern")
+    left_out: set[str] = set()
+    for pattern in patterns:
+        matching = {entry.name for entry in base.entries if fnmatchcase(entry.name, pattern)}
+        if not matching:
+            near = difflib.get_close_matches(pattern, [entry.name for entry in base.entries], n=1)
+            raise top.error(
+                f"without: {pattern!r} is no dataset of {file}",
+                remedy=f"Did you mean {near[0]!r}?" if near else "`*` stands for any characters.",
+                key="without",
+            )
+        left_out |= matching
+    kept = tuple(entry for entry in base.entries if entry.name not in left_out)
+    names = (entry.name for entry in base.entries if entry.name in left_out)
+    return Mixture(file, kept, (*base.without, *names))
+
+
+def _joined(*parts: tuple[Path, ...]) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(path for part in parts for path in part))
 
 
 def select(
@@ -226,6 +295,7 @@ def _read_entry(
             holder("on_bad_sample"), "on_bad_sample", ("raise", "skip"), None
         ),
         size=_read_size(section),
+        exclude=_read_exclude(section, check_files=check_files),
     )
 
 
@@ -299,17 +369,8 @@ def _read_annotations(section: Section, *, check_files: bool) -> tuple[Path, ...
     key = "annotations"
     if key not in section.values:
         raise section.error("annotations are missing", remedy="Name the file(s) with the records.")
-    node = section.values[key]
-    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    values = [section.plain(item, key) for item in nodes]
-    if not values or not all(isinstance(value, str) and value for value in values):
-        raise section.error(
-            f"annotations must be a file or a list of files, got {values!r}",
-            remedy="Name the file(s) with the records.",
-            key=key,
-        )
-    files = []
-    for value in values:
+    files: list[Path] = []
+    for value in _read_texts(section, key, what="a file"):
         if Path(value).suffix.lower() not in SUFFIXES:
             raise section.error(
                 f"annotation file {value!r} has an unknown suffix",
@@ -325,6 +386,33 @@ def _read_annotations(section: Section, *, check_files: bool) -> tuple[Path, ...
             )
         files.append(file)
     return tuple(files)
+
+
+def _read_exclude(section: Section, *, check_files: bool) -> tuple[Path, ...]:
+    key = "exclude"
+    if key not in section.values:
+        return ()
+    files = []
+    for value in _read_texts(section, key, what="a file"):
+        file = _locate(section, value, key=key, must_exist=check_files)
+        if check_files and not file.is_file():
+            raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
+        files.append(file)
+    return tuple(files)
+
+
+def _read_texts(section: Section, key: str, *, what: str) -> list[str]:
+    """A text or a list of texts."""
+    node = section.values[key]
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    values = [section.plain(item, key) for item in nodes]
+    if not values or not all(isinstance(value, str) and value for value in values):
+        raise section.error(
+            f"{key} must be {what} or a list of such, got {values!r}",
+            remedy="Write a name, or several in brackets.",
+            key=key,
+        )
+    return values
 
 
 def _read_image_root(

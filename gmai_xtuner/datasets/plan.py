@@ -3,6 +3,8 @@
 A plan is a folder ``<cache_dir>/plans/<key>/``::
 
     held-out.npy            int64 [datasets, 2]: conversations held out, and on neither side
+    excluded.json           conversations of each dataset that a list leaves out, and lines of the lists of
+                            which no conversation is
     samples.npy             uint32 [samples, 2]: dataset, row in its token cache (after sampling by ratio)
     epoch-<e>-offsets.npy   int64 [packs + 1] into
     epoch-<e>-items.npy     int64 [samples], indices into samples.npy
@@ -10,8 +12,8 @@ A plan is a folder ``<cache_dir>/plans/<key>/``::
     epoch-<e>-totals.npy    float64 [packs, 5]: tokens, images, conversations, learnt tokens,
                             sum of the square roots of each conversation's learnt tokens
 
-Everything is a pure function of the token caches, the ratios, the held-out share, the seed and the epoch,
-made once under a file lock and memory-mapped by every rank and worker.
+Everything is a pure function of the token caches, the ratios, the exclude lists, the held-out share, the
+seed and the epoch, made once under a file lock and memory-mapped by every rank and worker.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from gmai_xtuner.datasets import held_out as held_out_module
-from gmai_xtuner.datasets.held_out import HELD_OUT, NEITHER, TRAIN
+from gmai_xtuner.datasets.exclusion import SHOWN, Exclusions
+from gmai_xtuner.datasets.held_out import EXCLUDED, HELD_OUT, NEITHER, TRAIN
 from gmai_xtuner.datasets.locking import aside, locked
 from gmai_xtuner.datasets.mixture import sample_indices
 from gmai_xtuner.datasets.packing import Packs, pack
@@ -57,6 +60,31 @@ class EpochPlan:
         return self.totals[:, TOTALS.index(name)]
 
 
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """What the exclude lists leave out of a plan.
+
+    Args:
+        conversations: of each dataset's token cache.
+        unknown: lines of the lists of which the stage has no conversation.
+        examples: some of these lines.
+    """
+
+    conversations: tuple[int, ...]
+    unknown: int
+    examples: tuple[str, ...]
+
+
+def unknown_lines(excluded: Excluded) -> str:
+    """What is to be said of lines of which no conversation is."""
+    more = excluded.unknown - len(excluded.examples[:5])
+    told = "; ".join(excluded.examples[:5]) + (f"; and {more} more" if more else "")
+    return (
+        f"{excluded.unknown} line(s) of the exclude lists name nothing that this stage has: {told}. They are "
+        "misspelt, of another version of the data, or already left out as bad or too long"
+    )
+
+
 class DataPlan:
     """Sampling by ratio, then soft packing for each epoch.
 
@@ -75,6 +103,8 @@ class DataPlan:
         split: ``train``, or ``held_out`` for a plan of what the other does not train on: each
             conversation once, whatever the ratios.
         at_most: conversations of a dataset in the ``held_out`` split; default: all.
+        exclusions: conversations that are left out on both sides. The sample of the others is the same as
+            without: what is left out falls out of it, so the ratio holds for all, not for what remains.
 
     Raises:
         MixtureError: the ratios leave nothing to train on.
@@ -94,6 +124,7 @@ class DataPlan:
         held_out: float = 0.0,
         split: str = "train",
         at_most: int | None = None,
+        exclusions: Exclusions | None = None,
     ) -> None:
         if not 0 <= held_out < 1 or split not in ("train", "held_out"):
             raise GMAIError(
@@ -109,7 +140,8 @@ class DataPlan:
         self.held_out = held_out
         self.split = split
         self.at_most = at_most
-        ingredients = [
+        self.exclusions = exclusions or None
+        ingredients: list[object] = [
             VERSION,
             [(cache.folder.name, cache.meta["content"]) for cache in caches],
             self.names,
@@ -121,6 +153,8 @@ class DataPlan:
             split,
             at_most,
         ]
+        if self.exclusions:
+            ingredients.append(self.exclusions.digest)
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
         self.folder = Path(cache_dir).absolute() / "plans" / key
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,14 +186,45 @@ class DataPlan:
             "max_length": self.max_length,
             "max_images": self.max_images,
             "held_out": self.held_out,
+            # Not named where there is none: a run from before there were lists goes on.
+            **({"exclude": self.exclusions.digest} if self.exclusions else {}),
         }
 
     def held_out_counts(self) -> np.ndarray:
         """int64 ``[datasets, 2]``: conversations held out, and with images of both sides."""
         return np.load(self.folder / "held-out.npy")
 
+    def excluded(self) -> Excluded:
+        """What the lists leave out."""
+        if not self.exclusions:
+            return Excluded((0,) * len(self.caches), 0, ())
+        told = json.loads((self.folder / "excluded.json").read_text(encoding="utf-8"))
+        return Excluded(tuple(told["conversations"]), told["unknown"], tuple(told["examples"]))
+
+    def _exclude(self) -> list[np.ndarray | None]:
+        """bool ``[conversations]`` of each dataset: left out; ``None`` where nothing is."""
+        if not self.exclusions:
+            return [None] * len(self.caches)
+        masks, found = [], []
+        for cache, exclusion in zip(self.caches, self.exclusions.datasets, strict=True):
+            mask, there = exclusion.rows(cache.folder) if exclusion else (None, exclusion)
+            masks.append(mask)
+            found.append(there)
+        unknown = self.exclusions.unknown(self.names, found)
+        told = {
+            "conversations": [0 if mask is None else int(mask.sum()) for mask in masks],
+            "unknown": len(unknown),
+            "examples": unknown[:SHOWN],
+        }
+        target = self.folder / "excluded.json"
+        partial = aside(target)
+        partial.write_text(json.dumps(told), encoding="utf-8")
+        os.replace(partial, target)
+        return masks
+
     def _draw(self) -> np.ndarray:
         parts, counts = [], np.zeros((len(self.caches), 2), dtype=np.int64)
+        excluded = self._exclude()
         for number, (cache, name, ratio) in enumerate(
             zip(self.caches, self.names, self.ratios, strict=True)
         ):
@@ -168,8 +233,13 @@ class DataPlan:
                 sides = held_out_module.sides(cache.folder, self.held_out)
                 counts[number] = [(sides.side == side).sum() for side in (HELD_OUT, NEITHER)]
                 rows = sides.rows(TRAIN)
+            mask = excluded[number]
+            if mask is not None and self.held_out:
+                counts[number] -= [(sides.side[mask] == side).sum() for side in (HELD_OUT, NEITHER)]
+                sides.side[mask] = EXCLUDED
             if self.split == "train":
                 rows = rows[sample_indices(len(rows), ratio, seed=self.seed, name=name)]
+                rows = rows if mask is None else rows[~mask[rows]]
             else:
                 rows = sides.rows(HELD_OUT, at_most=self.at_most) if self.held_out else rows[:0]
             parts.append(np.stack([np.full_like(rows, number), rows], axis=1).astype(np.uint32))
@@ -181,8 +251,9 @@ class DataPlan:
                 f"{name} (ratio {ratio:g} of {len(cache)})"
                 for cache, name, ratio in zip(self.caches, self.names, self.ratios, strict=True)
             )
+            lists = " and the exclude lists" if self.exclusions else ""
             raise MixtureError(
-                f"the ratios leave no conversation of {datasets}. Raise one in the mixture file."
+                f"the ratios{lists} leave no conversation of {datasets}. Raise one in the mixture file."
             )
         return samples
 

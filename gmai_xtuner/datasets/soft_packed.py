@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from gmai_xtuner.datasets.exclusion import read_exclusions
 from gmai_xtuner.datasets.images import MAX_PIXELS, ImageTransform
 from gmai_xtuner.datasets.mixture import DatasetEntry, load_mixture, select
-from gmai_xtuner.datasets.plan import DataPlan
+from gmai_xtuner.datasets.plan import DataPlan, unknown_lines
 from gmai_xtuner.datasets.token_cache import CacheOptions, TokenCache, open_caches
 from gmai_xtuner.datasets.tokenization import (
     ChatTemplate,
@@ -140,6 +141,11 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             max_images=max_images,
             cache_dir=cache_dir,
             held_out=held_out,
+            exclusions=read_exclusions(
+                [entry.exclude for entry in self.entries],
+                [entry.name for entry in self.entries],
+                known=load_mixture(mixture, check_files=False).known,
+            ),
         )
         self._cache_dir = cache_dir
         self.metainfo = {
@@ -189,6 +195,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             held_out=self.plan.held_out,
             split="held_out",
             at_most=at_most,
+            exclusions=self.plan.exclusions,
         )
         return part if len(part.plan.samples) else None
 
@@ -268,14 +275,28 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         plan = self.plan.epoch(0)
         tokens = plan.total("tokens").sum()
         held = self.plan.held_out_counts()
+        excluded = self.plan.excluded()
         lines = [
             f"  {entry.name}: {len(cache)} conversations x {ratio:g}"
             + (f" ({entry.category})" if entry.category else "")
-            + (f", {out} of them held out" if out else "")
-            for entry, cache, ratio, out in zip(
-                self.entries, self.caches, self.plan.ratios, held[:, 0], strict=True
+            + (f", {gone} of them excluded" if gone else "")
+            + (f", {out} {'' if gone else 'of them '}held out" if out else "")
+            for entry, cache, ratio, out, gone in zip(
+                self.entries,
+                self.caches,
+                self.plan.ratios,
+                held[:, 0],
+                excluded.conversations,
+                strict=True,
             )
         ]
+        if self.plan.exclusions:
+            lines.append(
+                f"  excluded by the mixture's lists: {sum(excluded.conversations)} of "
+                f"{sum(map(len, self.caches))} conversations"
+            )
+        if excluded.unknown:
+            lines.append(f"  warning: {unknown_lines(excluded)}")
         if self.plan.held_out:
             lines.append(
                 f"  held out for validation: {held[:, 0].sum()} of {sum(map(len, self.caches))} "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gmai_xtuner.datasets.plan import DataPlan, unknown_lines
 from gmai_xtuner.errors import GMAIError, ModelLoadError
 from gmai_xtuner.models.checkpoint_files import (
     has_weights,
@@ -68,6 +69,13 @@ def check_held_out(run: RunConfig, data: DataSummary, findings: Findings) -> Non
             "images): there will be no validation. For one, raise train_dataloader.dataset.held_out, e.g. "
             f"--cfg-options train_dataloader.dataset.held_out={max(0.05, min(0.5, 10 * share)):g}",
         )
+
+
+def check_excluded(plan: DataPlan, findings: Findings) -> None:
+    """Whether the mixture's exclude lists fit its data."""
+    excluded = plan.excluded()
+    if excluded.unknown:
+        findings.warn("data", unknown_lines(excluded))
 
 
 def check_amount(run: RunConfig, data: DataSummary, findings: Findings) -> None:

@@ -101,6 +101,7 @@ class DatasetRow:
         cut: records of which only the first turns fit.
         held_out: records that are validated on.
         neither: records with images of both sides, which are left out.
+        excluded: records that the mixture's exclude lists leave out.
         conversations: after sampling by ratio, in one epoch.
         images: of these.
         tokens: of these, image tokens counted.
@@ -116,6 +117,7 @@ class DatasetRow:
     cut: int
     held_out: int
     neither: int
+    excluded: int
     conversations: int
     images: int
     tokens: int
@@ -376,7 +378,7 @@ def _most_in_a_micro_batch(values: np.ndarray, run: RunConfig) -> int:
 
 def _rows(dataset: SoftPackedDataset) -> list[DatasetRow]:
     plan = dataset.plan
-    counts, kept_apart = plan.counts(), plan.held_out_counts()
+    counts, kept_apart, excluded = plan.counts(), plan.held_out_counts(), plan.excluded()
     starts = np.searchsorted(plan.samples[:, 0], np.arange(len(plan.caches) + 1))
     rows = []
     for number, (entry, cache) in enumerate(zip(dataset.entries, plan.caches, strict=True)):
@@ -394,6 +396,7 @@ def _rows(dataset: SoftPackedDataset) -> list[DatasetRow]:
                 cut=cache.meta["cut"],
                 held_out=int(kept_apart[number, 0]),
                 neither=int(kept_apart[number, 1]),
+                excluded=excluded.conversations[number],
                 conversations=len(part),
                 images=int(part[:, 2].sum()),
                 tokens=int(part[:, 0].sum(dtype=np.int64)),

@@ -172,6 +172,7 @@ def _data(result: Preflight) -> str:
         "cut": [row.cut for row in data.datasets],
         "held out": [row.held_out for row in data.datasets],
         "neither": [row.neither for row in data.datasets],
+        "excluded": [row.excluded for row in data.datasets],
     }
     # What concerns no dataset of this mixture only takes room.
     columns = {name: n for name, n in columns.items() if name == "records" or any(n)}

@@ -172,6 +172,7 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
         result.summary = data.summarise(run, dataset)
         checks.check_amount(run, result.summary, findings)
         checks.check_held_out(run, result.summary, findings)
+        checks.check_excluded(dataset.plan, findings)
     if survey.incomplete:
         data.forget_plan(dataset, survey)
     roots = pictures.list_images(dataset)

@@ -410,3 +410,78 @@ def test_template_sums_are_those_printed_in_its_header():
     assert total("stage3") == 10_625_670
     header = TEMPLATE.read_text().split("datasets:")[0]
     assert all(number in header for number in ("14,528,900", "11,682,700", "10,625,670"))
+
+
+# --- variants -----------------------------------------------------------------------------------
+
+
+def variant(folder: Path, text: str) -> Path:
+    """A base of three datasets in a folder of its own, and a mixture that names it."""
+    (folder / "base").mkdir()
+    for name in ("a", "b", "c"):
+        (folder / "base" / f"{name}.jsonl").write_text("{}\n")
+    rows = "".join(
+        f"  gen-{name}: {{annotations: {name}.jsonl, ratio: {number}}}\n"
+        for number, name in enumerate(("a", "b"), 1)
+    )
+    base = f"datasets:\n{rows}  real: {{annotations: c.jsonl}}\n"
+    (folder / "base" / "mixture.yaml").write_text(base)
+    (folder / "own.jsonl").write_text("{}\n")
+    (folder / "leaks.txt").write_text("id: 1\n")
+    (folder / "variant.yaml").write_text(text)
+    return folder / "variant.yaml"
+
+
+def test_a_variant_lacks_what_its_patterns_match_and_keeps_the_rest_as_it_is(tmp_path):
+    path = variant(tmp_path, "base: base/mixture.yaml\nwithout: ['gen-*']\n")
+    mixture = load_mixture(path)
+    assert [entry.name for entry in mixture.entries] == ["real"]
+    assert mixture.entries == load_mixture(tmp_path / "base" / "mixture.yaml").entries[2:]
+    assert mixture.without == ("gen-a", "gen-b")
+    assert mixture.known == {"gen-a", "gen-b", "real"}
+
+
+def test_a_variant_may_add_datasets_and_exclude_from_all(tmp_path):
+    path = variant(
+        tmp_path,
+        "base: base/mixture.yaml\nwithout: gen-a\nexclude: leaks.txt\n"
+        "datasets: {own: {annotations: own.jsonl}}\n",
+    )
+    entries = load_mixture(path).entries
+    assert [entry.name for entry in entries] == ["gen-b", "real", "own"]
+    assert {entry.exclude for entry in entries} == {(tmp_path / "leaks.txt",)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: base/mixture.yaml\nwithout: [gen-x]\n", r"line 2: .*'gen-x' is no dataset of .*Did you"),
+        ("base: base/mixture.yaml\nwithout: [x*]\n", r"`\*` stands for any characters"),
+        ("base: variant.yaml\n", r"line 1: .*is based on this file itself"),
+        ("base: nothing.yaml\n", r"base 'nothing.yaml' does not exist"),
+        ("base: base/mixture.yaml\ndatasets: {real: {annotations: own.jsonl}}\n", "the base has a dataset"),
+        ("base: base/mixture.yaml\nwithut: [real]\n", "Did you mean 'without'"),
+        ("datasets: {own: {annotations: own.jsonl}}\nwithout: [own]\n", "unknown key 'without'"),
+    ],
+)  # fmt: skip
+def test_variants_that_cannot_be_are_refused(tmp_path, text, message):
+    with pytest.raises(MixtureError, match=message):
+        load_mixture(variant(tmp_path, text))
+
+
+def test_a_variant_without_any_dataset_left_is_refused_by_the_stage(tmp_path):
+    mixture = load_mixture(variant(tmp_path, "base: base/mixture.yaml\nwithout: ['*']\n"))
+    with pytest.raises(MixtureError, match="no dataset has a ratio above 0"):
+        select(mixture, stage="stage1")
+
+
+def test_the_paper_mixture_without_the_generated_corpus_is_table_7_without_five_rows():
+    path = TEMPLATE.with_name("gmai_vl_5_5m_without_generated.yaml")
+    without = load_mixture(path, check_files=False)
+    assert without.without == (
+        "GMAI-MM-Caption-1.7M", "GMAI-MM-Percept-1.3M", "GMAI-MM-Instruct-0.9M",
+        "GMAI-Text-Single-1M", "GMAI-Text-Multi-0.6M",
+    )  # fmt: skip
+    whole = load_mixture(TEMPLATE, check_files=False)
+    assert [*without.entries] == [e for e in whole.entries if e.name not in without.without]
+    assert len(without.entries) == 42

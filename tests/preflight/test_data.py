@@ -229,3 +229,25 @@ def test_nothing_held_out_is_told_with_the_option_to_raise(preflight, corpus):
     for share in (0.0, 0.5):  # not asked for; asked for and there
         found = preflight(corpus.mixture, options={**SMALL, option: share})
         assert "held out" not in problems(found, "note")
+
+
+def test_excluded_records_are_counted_and_lines_that_name_nothing_are_told(preflight, corpus):
+    (corpus.folder / "leaks.txt").write_text("id: a1\nimage: 12.png\nid: nobody\n")
+    corpus.mixture.write_text(corpus.mixture.read_text() + "exclude: leaks.txt\n")
+    found = preflight(corpus.mixture, options=SMALL)
+    rows = {row.name: row for row in found.summary.datasets}
+    assert {name: (row.excluded, row.conversations) for name, row in rows.items()} == {
+        "a": (1, 14),
+        "b": (1, 14),
+    }
+    assert (
+        "1 line(s) of the exclude lists name nothing that this stage has: id: nobody"
+        in problems(found, "warn")
+    )
+    assert "excluded" in as_text(found)
+    assert [row["excluded"] for row in as_json(found)["datasets"]] == [1, 1]
+
+
+def test_an_exclude_list_that_is_not_there_would_stop_the_run(preflight, corpus):
+    corpus.mixture.write_text(corpus.mixture.read_text() + "exclude: gone.txt\n")
+    assert "gone.txt can't be read" in problems(preflight(corpus.mixture, options=SMALL))
