@@ -311,7 +311,10 @@ class Predictor:
         Raises:
             ValueError: marks and images differ in number.
         """
-        marks = sum(turn.text.count(IMAGE_TOKEN) for turn in prompt.turns)
+        # In an answer the mark is text, as a model may say anything.
+        marks = sum(
+            turn.text.count(IMAGE_TOKEN) for turn in prompt.turns if turn.role != "assistant"
+        )
         if marks != len(prompt.images):
             raise ValueError(
                 f"{marks} {IMAGE_TOKEN} marks in the text, but {len(prompt.images)} images"

@@ -1,0 +1,163 @@
+"""``python -m gmai_xtuner.chat MODEL [--image X ...] [--question TEXT] ...``
+
+Answers go to standard output, everything else to standard error. Exit status: 0 when all went well, 1 after
+an error, 2 if the command line can't be understood, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from gmai_xtuner.model_arguments import (
+    add_model_arguments,
+    load_from_arguments,
+    only_answers_on_stdout,
+    what_was_loaded,
+)
+
+if TYPE_CHECKING:
+    from gmai_xtuner.chat.dialogue import Dialogue
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.json and options.question is None:
+        parser.error("--json is for --question")
+    try:
+        with only_answers_on_stdout() as stdout:
+            return _run(options, stdout)
+    except BrokenPipeError:  # whoever read the answers has gone
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(options: argparse.Namespace, stdout: TextIO) -> int:
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(
+            encoding="utf-8", errors="surrogateescape"
+        )  # checked with the question
+    try:
+        from gmai_xtuner.chat.dialogue import Dialogue, open_picture
+        from gmai_xtuner.inference import Sampling
+
+        sampling = Sampling(
+            options.temperature, options.top_p, options.seed, options.repetition_penalty
+        )
+        pictures = [open_picture(path) for path in options.image]  # before a large model is read
+        predictor = load_from_arguments(options)
+        print(what_was_loaded(predictor, options.model), file=sys.stderr, flush=True)
+        dialogue = Dialogue(
+            predictor,
+            system=options.system,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            waiting=pictures,
+        )
+        if options.question is not None:
+            _answer_once(dialogue, options, stdout)
+        else:
+            _talk(dialogue, stdout)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # torch's, such as too little memory or no such device
+        print(f"error: the model failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _answer_once(dialogue: Dialogue, options: argparse.Namespace, stdout: TextIO) -> None:
+    question = sys.stdin.read().rstrip("\n") if options.question == "-" else options.question
+    began = time.monotonic()
+    said = ""
+    for piece in dialogue.ask(question):
+        said += piece
+        if not options.json:
+            stdout.write(piece)
+            stdout.flush()
+    stream = dialogue.last
+    assert stream is not None
+    if options.json:
+        result = {
+            "model": options.model,
+            "question": question,
+            "images": options.image,
+            "answer": said,
+            "prompt_tokens": stream.prompt_tokens,
+            "new_tokens": stream.new_tokens,
+            "cut": stream.is_cut,
+            "seconds": round(time.monotonic() - began, 3),
+        }
+        json.dump(result, stdout, ensure_ascii=False)
+    stdout.write("\n")
+    stdout.flush()
+    if stream.is_cut and not options.json:
+        print(f"(cut after {stream.new_tokens} tokens)", file=sys.stderr)
+
+
+def _talk(dialogue: Dialogue, stdout: TextIO) -> None:
+    from gmai_xtuner.chat.terminal import Terminal
+
+    terminal = Terminal(dialogue, stdout)
+    if sys.stdin.isatty():
+        terminal.say("Not for clinical use. /help has the commands.")
+    for picture in dialogue.waiting:
+        terminal.say(f"image {picture.path} waits for the first question")
+    terminal.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gmai_xtuner.chat",
+        description="Talk to a trained model about images, in English or Chinese. Not for clinical use.",
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="X",
+        help="PNG, JPEG, TIFF, ...; shown with the first question; may be given several times",
+    )
+    parser.add_argument(
+        "--question", metavar="TEXT", help="answer this and leave; - reads it from standard input"
+    )
+    parser.add_argument("--json", action="store_true", help="with --question: one JSON object")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--max-new-tokens", type=_positive, default=512, metavar="N", help="at most (default 512)"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default: the likeliest token"
+    )
+    group.add_argument("--top-p", type=float, default=1.0, help="with a temperature (default 1)")
+    group.add_argument("--seed", type=int, help="of the draw; the same one gives the same answer")
+    group.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="over 1: fewer repetitions (default 1)",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

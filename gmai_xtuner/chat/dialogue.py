@@ -1,0 +1,241 @@
+"""A conversation with a model: what was said, which images were shown, and what comes next."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from gmai_xtuner.constants import IMAGE_TOKEN
+from gmai_xtuner.datasets.conversation import Turn, parse_record
+from gmai_xtuner.datasets.images import open_rgb
+from gmai_xtuner.errors import GMAIError, ImageError
+from gmai_xtuner.inference import GREEDY, AnswerStream, Predictor, Sampling, user_turn
+
+VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
+_NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+class DialogueError(GMAIError):
+    """A question, an image or a file can't be used; the conversation is as it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image of the conversation; decoded once, so that a file which changes later changes nothing."""
+
+    path: Path
+    image: Image.Image
+
+
+@dataclass
+class Dialogue:
+    """Questions and answers in turn.
+
+    Args:
+        predictor: who answers.
+        system: system turn, if any.
+        max_new_tokens: length of an answer at the most.
+        sampling: how tokens are chosen; default: the likeliest.
+
+    ``waiting`` are the images that go with the next question. A question that fails, whatever the reason,
+    leaves everything as it was.
+    """
+
+    predictor: Predictor
+    system: str | None = None
+    max_new_tokens: int = 512
+    sampling: Sampling = GREEDY
+    turns: list[Turn] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    waiting: list[Picture] = field(default_factory=list)
+    last: AnswerStream | None = None
+    _saved: set[Path] = field(default_factory=set)
+
+    def add_image(self, path: str | Path) -> Picture:
+        """Open an image for the next question.
+
+        Raises:
+            DialogueError: it can't be opened; says what to do.
+        """
+        picture = open_picture(path)
+        self.waiting.append(picture)
+        return picture
+
+    def ask(self, question: str) -> Iterator[str]:
+        """The answer in pieces, as they come.
+
+        Closing the iterator, or Ctrl-C, stops the model; what was said till then stays in the
+        conversation. Without ``<image>`` marks in the question, waiting images come before it, in order.
+
+        Raises:
+            DialogueError: no question, or marks and waiting images differ in number.
+            PromptTooLong: the conversation fills the model's positions.
+        """
+        turn = self._turn(question)
+        pictures = [*self.pictures, *self.waiting]
+        turns = [*self._system(), *self.turns, turn]
+        self.last = stream = self.predictor.stream(
+            turns,
+            [picture.image for picture in pictures],
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        return self._pieces(stream, turn)
+
+    def _pieces(self, stream: AnswerStream, turn: Turn) -> Iterator[str]:
+        said = ""
+        try:
+            for piece in stream:
+                said += piece
+                yield piece
+        except (KeyboardInterrupt, GeneratorExit):
+            self._keep(turn, said)
+            raise
+        finally:
+            stream.close()
+        self._keep(turn, said)
+
+    def _keep(self, turn: Turn, said: str) -> None:
+        if said.strip():  # without an answer the question was not asked
+            self.turns += [turn, Turn("assistant", said.strip())]
+            self.pictures += self.waiting
+            self.waiting = []
+
+    def _turn(self, question: str) -> Turn:
+        try:
+            question.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DialogueError(
+                "the question is not UTF-8. Set the terminal, or LANG, to UTF-8"
+            ) from error
+        if not question.strip():
+            raise DialogueError("the question is empty. Write what you want to know")
+        marks, images = question.count(IMAGE_TOKEN), len(self.waiting)
+        if marks and marks != images:
+            raise DialogueError(
+                f"{marks} {IMAGE_TOKEN} mark(s) in the question, but {images} image(s) wait for it. Give one "
+                "image for each mark, or leave the marks out: then all images come first"
+            )
+        return user_turn(question, images)
+
+    def _system(self) -> tuple[Turn, ...]:
+        return (Turn("system", self.system),) if self.system else ()
+
+    def reset(self) -> None:
+        """Forget what was said and shown; the system turn stays."""
+        self.turns, self.pictures, self.waiting = [], [], []
+
+    def undo(self) -> str:
+        """Take the last question and answer back; the question. Its images wait again.
+
+        Raises:
+            DialogueError: nothing was said yet.
+        """
+        if not self.turns:
+            raise DialogueError("nothing was asked yet")
+        question = self.turns[-2].text
+        del self.turns[-2:]
+        kept = len(self.pictures) - question.count(IMAGE_TOKEN)
+        self.waiting = [*self.pictures[kept:], *self.waiting]
+        del self.pictures[kept:]
+        return question
+
+    def record(self) -> dict[str, Any]:
+        """The conversation in the form of a training record, see :mod:`gmai_xtuner.datasets.conversation`.
+
+        ``image_root`` is the folder below which all images lie, for the mixture file.
+
+        Raises:
+            DialogueError: there is no answer yet, or it can't be a record.
+        """
+        if not self.turns:
+            raise DialogueError("there is no answer to save yet")
+        record: dict[str, Any] = {"id": "chat"}
+        if self.pictures:
+            paths = [picture.path for picture in self.pictures]
+            root = os.path.commonpath([path.parent for path in paths])
+            record["image"] = [Path(os.path.relpath(path, root)).as_posix() for path in paths]
+            record["image_root"] = root
+        record["conversations"] = [
+            {"from": _NAMES[turn.role], "value": turn.text}
+            for turn in (*self._system(), *self.turns)
+        ]
+        try:
+            parse_record(record, dataset="chat", where="this conversation")
+        except GMAIError as error:
+            raise DialogueError(f"the conversation can't be a record: {error}") from error
+        return record
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`record`: a list with one record (.json), or a line (.jsonl). The whole path.
+
+        A file that this conversation wrote earlier is replaced, any other never.
+
+        Raises:
+            DialogueError: the name, or the place, can't be used.
+        """
+        target = Path(path).expanduser().absolute()
+        if target.suffix not in (".json", ".jsonl"):
+            raise DialogueError(f"{str(target)!r}: give a name that ends in .json or .jsonl")
+        if target.exists() and target not in self._saved:
+            raise DialogueError(f"{str(target)!r} exists already. Give another name")
+        record = self.record()
+        if target.suffix == ".json":
+            text = json.dumps([record], ensure_ascii=False, indent=1) + "\n"
+        else:
+            text = json.dumps(record, ensure_ascii=False) + "\n"
+        try:
+            _write_whole(target, text)
+        except OSError as error:
+            raise DialogueError(f"{str(target)!r} can't be written: {error.strerror}") from error
+        self._saved.add(target)
+        return target
+
+
+def open_picture(path: str | Path) -> Picture:
+    """An image file, read as in training.
+
+    Raises:
+        DialogueError: it can't be opened; says what to do.
+    """
+    whole = Path(path).expanduser().absolute()
+    if whole.name.lower().endswith(VOLUMES) or _is_dicom(whole):
+        raise DialogueError(
+            f"{str(path)!r} is DICOM or a volume, from which a slice and a window have to be chosen first: "
+            "open it in the page (python -m gmai_xtuner.demo MODEL), or make PNG files of it with the "
+            "corpus builder (python data_tools/generate.py JOB)"
+        )
+    try:
+        return Picture(whole, open_rgb(whole))
+    except ImageError as error:
+        if error.reason == "missing_image":
+            raise DialogueError(f"image {str(whole)!r} can't be opened. Check the path") from error
+        raise DialogueError(str(error)) from error
+
+
+def _is_dicom(path: Path) -> bool:
+    """Whether a file has DICOM's mark, which follows 128 free bytes; many have no suffix."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False  # open_rgb says why
+
+
+def _write_whole(target: Path, text: str) -> None:
+    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(aside, 0o600)  # it may speak of a patient
+        os.replace(aside, target)
+    except BaseException:
+        os.unlink(aside)
+        raise

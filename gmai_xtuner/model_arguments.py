@@ -1,0 +1,88 @@
+"""What every command that asks a model has in common: which model, in which form, and what goes where."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from gmai_xtuner.inference import Predictor
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """``MODEL``, ``--llm``, ``--vision``, ``--dtype`` and ``--device``."""
+    parser.add_argument("model", metavar="MODEL", help="folder with the weights of a trained model")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--llm", help="the language model's base, for an export of stage 1 or 2, which has none"
+    )
+    group.add_argument("--vision", help="the vision tower's base, for an export of stage 1")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on the CPU)"
+    )
+    group.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
+
+
+def load_from_arguments(options: argparse.Namespace) -> Predictor:
+    """The model that :func:`add_model_arguments` was told of.
+
+    Raises:
+        ModelLoadError: as :func:`gmai_xtuner.loading.load_model`.
+    """
+    import torch
+
+    from gmai_xtuner.loading import load_model
+
+    return load_model(
+        options.model,
+        llm=options.llm,
+        vision=options.vision,
+        dtype=getattr(torch, DTYPES[options.dtype]) if options.dtype else None,
+        device=options.device,
+    )
+
+
+def what_was_loaded(predictor: Predictor, name: str) -> str:
+    """One line: parameters of each part, dtype, device, and the memory that the weights take."""
+    model = predictor.model
+    parts = {
+        "language model": model.llm,
+        "vision tower": model.visual_encoder,
+        "projector": model.projector,
+    }
+    counts = {
+        part: sum(weight.numel() for weight in module.parameters())
+        for part, module in parts.items()
+    }
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    memory = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    shown = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    return (
+        f"{name}: {sum(counts.values()):,} parameters ({shown}), {str(model.llm.dtype)[6:]} on "
+        f"{model.llm.device}, {memory} of weights, {predictor.context_length:,} positions"
+    )
+
+
+@contextmanager
+def only_answers_on_stdout() -> Iterator[TextIO]:
+    """Standard output, in UTF-8; everything else that is printed goes to standard error.
+
+    Importing DeepSpeed prints, and libraries written in C print past ``sys.stdout``; a script that reads
+    an answer must not read that.
+    """
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(real), "w", encoding="utf-8") as stdout:
+            yield stdout
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
