@@ -1,0 +1,168 @@
+"""Closed questions without options: yes or no, and the alternatives that a question itself names."""
+
+from __future__ import annotations
+
+import re
+
+from gmai_xtuner.evaluation.questions import Question, Score
+from gmai_xtuner.evaluation.scoring.scorer import Scorer
+from gmai_xtuner.evaluation.scoring.text import Mentions, clean, normalised, words
+
+YES = "yes"
+NO = "no"
+
+_CHINESE = {
+    YES: ("是", "是的", "对", "对的", "有", "有的", "包含", "可以", "能", "存在", "会", "正确"),
+    NO: ("否", "不", "不是", "不是的", "不对", "没有", "无", "不包含", "不可以", "不能", "不存在", "不会", "错误"),
+}  # fmt: skip
+_POLARITY = {
+    **{word: answer for answer, all_words in _CHINESE.items() for word in all_words},
+    "yes": YES,
+    "no": NO,
+}
+_FIRST = re.compile(r"\W*(yes|no)\b(?!\s*(?:,?\s*(?:and|or)\s+(?:yes|no))|/)", re.IGNORECASE)
+_DECLARED = re.compile(
+    r"\banswer(?:\s+(?:is|would\s+be|should\s+be)|\s*:)\s*(?:that\s+)?[\"'(\[]*(yes|no)\b(?!/)",
+    re.IGNORECASE,
+)
+_CHINESE_FIRST = re.compile(
+    r"(不是的|不是|不包含|不可以|不存在|没有|是的|对的|包含|可以|存在|是|否|对|有|不)(?:[,，。.;；!！\s]|$)"
+)
+_CHINESE_DECLARED = re.compile(r"答案(?:是|为|[:：])+[\"'“]?(不是|没有|是的|是|否|对|有)")
+_QUESTION_WORD = re.compile(r"^(?:which|what|where|who|how)\b", re.IGNORECASE)
+_SMALL = frozenset(
+    {"a", "an", "the", "this", "that", "is", "are", "in", "of", "it", "its", "on", "to", "image"}
+)
+
+
+def yes_or_no(answer: str) -> str | None:
+    """``yes`` or ``no``; None where an answer says neither, or both.
+
+    It counts if it is the answer's first word or is declared ("the answer is no"), and the other does not
+    come first elsewhere ("Yes. ... The answer is no."). "There is no effusion" is no answer: whether it
+    means yes depends on the question.
+    """
+    text = clean(answer)
+    said = {match[1].lower() for match in (_FIRST.match(text), *_DECLARED.finditer(text)) if match}
+    said |= {
+        _POLARITY[match[1]]
+        for match in (_CHINESE_FIRST.match(text), *_CHINESE_DECLARED.finditer(text))
+        if match
+    }
+    if len(said) == 1:
+        return said.pop()
+    return None
+
+
+def polarity(gold: str) -> str | None:
+    """``yes`` or ``no`` of a gold answer, in English or Chinese; None for any other."""
+    return _POLARITY.get(gold.strip().strip(".。").lower())
+
+
+def is_closed(question: Question) -> bool:
+    """As its authors say, and by the gold answer where they don't: yes or no."""
+    kind = question.groups.get("answer_type", "").upper()
+    if kind:
+        return kind == "CLOSED"
+    return question.answer is not None and polarity(question.answer) is not None
+
+
+def has_polar_gold(question: Question) -> bool:
+    """Whether the gold answer is yes or no, or is kept by the authors."""
+    return question.answer is None or polarity(question.answer) is not None
+
+
+def alternatives(question: str) -> list[tuple[str, ...]]:
+    """What a question offers: "Which is bigger, kidney or liver?" -> kidney, liver; empty without an "or"."""
+    sentence = question.strip().rstrip("?？ ")
+    head, found, last = sentence.rpartition(" or ")
+    if not found:
+        return []
+    parts = [part for part in re.split(r"\s*,\s*", head) if part.strip()]
+    final = _content(last)
+    listed = [_content(part) for part in parts]
+    # a first part that asks ("which organ is abnormal") offers nothing; another ends in an alternative
+    if len(listed) > 1 and _QUESTION_WORD.match(parts[0]):
+        listed = listed[1:]
+    elif listed:
+        listed[0] = listed[0][-max(len(final), 1) :]
+    return [offer for offer in (*listed, final) if offer]
+
+
+def _content(text: str) -> tuple[str, ...]:
+    return tuple(word for word in normalised(text) if word not in _SMALL)
+
+
+def _score_yes_no(question: Question, answer: str) -> Score:
+    said = yes_or_no(answer)
+    if question.answer is None:
+        return Score(None, said)
+    return Score(float(said is not None and said == polarity(question.answer)), said)
+
+
+def score_closed(question: Question, answer: str) -> Score:
+    """Yes or no where the gold answer is that; otherwise what the answer chooses of what the question offers."""
+    gold = question.answer
+    if gold is None:
+        return Score(None, " ".join(normalised(clean(answer))) or None)
+    if polarity(gold) is not None:
+        return _score_yes_no(question, answer)
+    text = clean(answer)
+    said = normalised(text)
+    if not said:
+        return Score(0.0, None)
+    if said == normalised(gold):
+        return Score(1.0, " ".join(said))
+    offers = alternatives(question.text)
+    gold_words = set(normalised(gold))
+    meant = [offer for offer in offers if gold_words <= set(offer) or set(offer) <= gold_words]
+    if (
+        len(meant) != 1
+    ):  # the question does not offer the gold answer: only the same words are right
+        return Score(0.0, " ".join(said))
+    chosen = _chosen(text, offers)
+    if len(chosen) != 1:
+        return Score(0.0, None)
+    offer = chosen.pop()
+    return Score(float(offer == meant[0]), " ".join(offer))
+
+
+def _chosen(text: str, offers: list[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Offers that an answer names, by all their words or by one that no other has; negated ones do not count."""
+    mentions = Mentions(text)
+    places = []
+    for offer in offers:
+        others = {word for other in offers if other != offer for word in other}
+        places += [(start, end, negated, offer) for start, end, negated in mentions.of(offer)]
+        for word in set(offer) - others:
+            places += [(start, end, negated, offer) for start, end, negated in mentions.of((word,))]
+    named = {
+        offer
+        for start, end, negated, offer in places
+        if not negated
+        and not any(
+            first <= start and end <= last and last - first > end - start
+            for first, last, _, _ in places
+        )
+    }
+    if not named:  # "kidney" for "right kidney", where no other offer has the word
+        said = set(words(text)) - _SMALL
+        within = [offer for offer in offers if said and said <= set(offer)]
+        named = set(within) if len(within) == 1 else set()
+    return named
+
+
+YES_NO = Scorer(
+    "yes_no",
+    1,
+    "yes or no as the answer's first word or declared",
+    _score_yes_no,
+    lambda question: not question.options and has_polar_gold(question),
+)
+CLOSED = Scorer(
+    "closed",
+    1,
+    "yes or no, or the alternative of the question that the answer names",
+    score_closed,
+    lambda question: not question.options and is_closed(question),
+)
