@@ -80,7 +80,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["gmai_xtuner", "gmai_xtuner.*", "data_tools", "data_tools.*"]),
     package_data={
-        "gmai_xtuner": ["engine/deepspeed/*.json", "*.txt", "py.typed"],
+        "gmai_xtuner": ["demo/*.css", "engine/deepspeed/*.json", "*.txt", "py.typed"],
         "data_tools": ["*.yaml", "output/*.j2"],
     },
     python_requires=">=3.11,<3.13",

@@ -1,0 +1,211 @@
+"""``python -m gmai_xtuner.demo MODEL [MODEL_B] [--port 7860] ...``
+
+Exit status: 0 ended by a signal, 1 the model or the address can't be used, 2 the command line can't be
+understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gmai_xtuner.errors import GMAIError
+
+PORT = 7860
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except GMAIError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    credentials = _credentials(options.auth)
+    try:
+        import nicegui  # noqa: F401
+    except ImportError as error:
+        raise GMAIError(
+            f'the page needs the extra "demo" ({error}). Install it: pip install -e ".[demo]"'
+        ) from error
+    from gmai_xtuner.demo.answering import Desk
+    from gmai_xtuner.demo.examples import examples_of, installed_examples
+    from gmai_xtuner.demo.guard import is_loopback
+    from gmai_xtuner.demo.limits import MEBIBYTE, Limits
+    from gmai_xtuner.demo.page import Demo
+    from gmai_xtuner.demo.server import reserved, serve
+
+    examples = installed_examples() if options.examples is None else examples_of(options.examples)
+    limits = Limits(
+        upload_bytes=int(options.max_upload_mb * MEBIBYTE),
+        pixels=options.max_pixels,
+        voxels=options.max_voxels,
+        memory_bytes=int(options.max_memory_mb * MEBIBYTE),
+    )
+    with reserved(options.host, options.port) as own:
+        models = _models(options)
+        for model in models:
+            print(f"{model.name}: {model.facts}")
+        host, port = own.getsockname()[:2]
+        if not is_loopback(str(host)) and credentials is None:
+            print(
+                "warning: everyone who reaches this machine can use the page; --auth asks for a password",
+                file=sys.stderr,
+            )
+        shown = f"[{host}]" if ":" in str(host) else host
+        print(f"open http://{shown}:{port}/  (Ctrl-C ends it)", flush=True)
+        demo = Demo(
+            Desk(models, longest=limits.waiting),
+            limits=limits,
+            examples=examples,
+            language=options.language,
+        )
+        serve(demo, own=own, credentials=credentials)
+    return 0
+
+
+def _models(options: argparse.Namespace):
+    import torch
+
+    from gmai_xtuner.demo.answering import LoadedModel
+    from gmai_xtuner.loading import load_model
+
+    folders = [Path(options.model)] + ([Path(options.model_b)] if options.model_b else [])
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.resolve().parent.name}/{folder.resolve().name}" for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)]
+    bases = [(options.llm, options.vision), (options.llm_b, options.vision_b)]
+    loaded = []
+    for folder, name, (llm, vision) in zip(folders, names, bases, strict=False):
+        if not folder.exists():
+            raise GMAIError(
+                f"model {str(folder)!r} does not exist. Give the folder of an exported model"
+            )
+        print(f"loading {folder}", file=sys.stderr, flush=True)
+        try:
+            predictor = load_model(
+                folder,
+                llm=llm,
+                vision=vision,
+                dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
+                device=options.device,
+            )
+        except GMAIError as error:
+            raise GMAIError(f"model {str(folder)!r} can't be loaded: {error}") from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            # What transformers, safetensors and torch say of a folder that is no model, or a damaged one.
+            words = " ".join(str(error).split())[:500]
+            raise GMAIError(
+                f"model {str(folder)!r} can't be loaded ({type(error).__name__}: {words})"
+            ) from error
+        loaded.append(LoadedModel(name, predictor))
+    return loaded
+
+
+def _credentials(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    said = os.environ.get(variable, "")
+    user, colon, password = said.partition(":")
+    if not (user and colon and password):
+        raise GMAIError(
+            f"--auth takes name and password from the environment variable {variable}, which "
+            f"{'has no user:password' if said else 'is not set'}. Set it: export {variable}=user:password"
+        )
+    return said
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gmai_xtuner.demo",
+        description="A page to try one model, or two side by side. Not for clinical use.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of an exported model")
+    parser.add_argument(
+        "model_b",
+        metavar="MODEL_B",
+        nargs="?",
+        help="a second one, which answers the same questions",
+    )
+    for letter, which in (("", "MODEL"), ("-b", "MODEL_B")):
+        parser.add_argument(
+            f"--llm{letter}", metavar="BASE", help=f"language model of {which}, if that has none"
+        )
+        parser.add_argument(
+            f"--vision{letter}", metavar="BASE", help=f"vision tower of {which}, if that has none"
+        )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="default: bfloat16 on a GPU, float32 on the CPU",
+    )
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve (default: this machine only)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=PORT, help=f"0 takes a free one (default {PORT})"
+    )
+    parser.add_argument(
+        "--auth", metavar="VARIABLE", help="environment variable that holds user:password"
+    )
+    parser.add_argument(
+        "--max-upload-mb",
+        type=_positive,
+        default=256.0,
+        metavar="MB",
+        help="one upload (default 256)",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=50_000_000,
+        metavar="N",
+        help="one picture (default 50000000)",
+    )
+    parser.add_argument(
+        "--max-voxels",
+        type=int,
+        default=300_000_000,
+        metavar="N",
+        help="one volume (default 300000000)",
+    )
+    parser.add_argument(
+        "--max-memory-mb",
+        type=_positive,
+        default=4096.0,
+        metavar="MB",
+        help="opened images of all visitors (default 4096)",
+    )
+    parser.add_argument(
+        "--examples",
+        metavar="FOLDER",
+        help="image files to pick from, in place of the built-in ones",
+    )
+    parser.add_argument(
+        "--language", choices=("en", "zh"), default="en", help="the page begins with"
+    )
+    return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

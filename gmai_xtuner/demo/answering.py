@@ -1,0 +1,253 @@
+"""Models that answer one question at a time, in the order in which questions came."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from gmai_xtuner.constants import IMAGE_TOKEN_INDEX
+from gmai_xtuner.datasets.conversation import Turn
+from gmai_xtuner.demo.conversation import Answer, Exchange, Session
+from gmai_xtuner.demo.limits import MEBIBYTE
+from gmai_xtuner.demo.words import PageError
+from gmai_xtuner.inference import Predictor, Prompt, Sampling
+from gmai_xtuner.models.vision import num_image_tokens
+
+_LOG = logging.getLogger(__name__)
+_LOOK = 0.1
+"""Seconds between two looks at the queue; a question waits so long at the most after it could go on."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with the name that people see."""
+
+    name: str
+    predictor: Predictor
+
+    @property
+    def facts(self) -> str:
+        """Parameters, dtype, device and the memory of its weights."""
+        model = self.predictor.model
+        tensors = [*model.parameters(), *model.buffers()]
+        parameters = sum(one.numel() for one in model.parameters())
+        memory = sum(one.numel() * one.element_size() for one in tensors)
+        dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()})
+        return (
+            f"{counted(parameters)} parameters, {'/'.join(dtypes)}, {memory / MEBIBYTE:,.0f} MiB of weights "
+            f"on {self.predictor.model.llm.device}"
+        )
+
+    @property
+    def limit(self) -> int:
+        """Tokens of prompt and answer together."""
+        return int(self.predictor.model.llm.config.max_position_embeddings)
+
+    def tokens(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> int:
+        """Length of a prompt with its images.
+
+        Raises:
+            PageError: marks and images differ in number.
+        """
+        try:
+            ids = self.predictor.encode(Prompt(tuple(turns), tuple(images)))
+        except ValueError as error:
+            marks = sum(turn.text.count("<image>") for turn in turns)
+            raise PageError("marks", marks=marks, images=len(images)) from error
+        each = num_image_tokens(self.predictor.model.visual_encoder.config)
+        return len(ids) + int((ids == IMAGE_TOKEN_INDEX).sum()) * (each - 1)
+
+
+def counted(number: int) -> str:
+    """``7.76 B``, ``303.5 M``, ``1.2 M``, ``914 k``."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return (
+                f"{number / size:.2f} {letter}"
+                if size == 10**9
+                else f"{number / size:.1f} {letter}"
+            )
+    return str(number)
+
+
+class Queue:
+    """Lets one question through at a time; the others wait in the order in which they came.
+
+    Args:
+        longest: questions that may wait.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._tickets: list[object] = []
+
+    @asynccontextmanager
+    async def turn(
+        self, told: Callable[[int], None], give_up: threading.Event
+    ) -> AsyncIterator[bool]:
+        """Wait for one's turn and hold it.
+
+        Args:
+            told: called with the number of questions ahead, whenever it changes.
+            give_up: ends the waiting.
+
+        Yields:
+            Whether it is one's turn; False: the visitor gave up.
+
+        Raises:
+            PageError: too many are waiting.
+        """
+        if len(self._tickets) > self._longest:
+            raise PageError("busy")
+        ticket = object()
+        self._tickets.append(ticket)
+        try:
+            ahead = None
+            while (place := self._tickets.index(ticket)) and not give_up.is_set():
+                if place != ahead:
+                    ahead = place
+                    told(place)
+                await asyncio.sleep(_LOOK)
+            yield not place
+        finally:
+            self._tickets.remove(ticket)
+
+
+class Desk:
+    """Answers exchanges with all models, one after the other.
+
+    Args:
+        models: one or two.
+        longest: questions that may wait.
+    """
+
+    def __init__(self, models: Sequence[LoadedModel], *, longest: int) -> None:
+        self.models = tuple(models)
+        self._queue = Queue(longest)
+
+    def check(self, session: Session, exchange: Exchange) -> None:
+        """Whether every model can take the exchange.
+
+        Raises:
+            PageError: it is too long, or a setting is out of its range.
+        """
+        session.settings.checked()
+        for number, model in enumerate(self.models):
+            count = model.tokens(*session.history(number, exchange))
+            room = model.limit - int(session.settings.max_new_tokens)
+            if count > room:
+                raise PageError("too_long", count=count, room=max(0, room), limit=model.limit)
+
+    async def answer(
+        self, session: Session, exchange: Exchange, changed: Callable[[int], None]
+    ) -> None:
+        """Fill in the exchange's answers.
+
+        Args:
+            session: with the exchange already in it; its ``stop`` ends waiting and writing.
+            exchange: which.
+            changed: called with a model's number whenever its answer has changed.
+        """
+        sampling = session.settings.checked()
+        longest = int(session.settings.max_new_tokens)
+
+        def told(ahead: int) -> None:
+            for number, answer in enumerate(exchange.answers):
+                answer.ahead = ahead
+                changed(number)
+
+        try:
+            async with self._queue.turn(told, session.stop) as mine:
+                for number, answer in enumerate(exchange.answers):
+                    if not mine or session.stop.is_set():
+                        answer.state = "stopped"
+                    else:
+                        await self._write(session, exchange, number, sampling, longest, changed)
+                    changed(number)
+        except PageError as error:
+            for number, answer in enumerate(exchange.answers):
+                answer.state, answer.failure = "failed", error
+                changed(number)
+
+    async def _write(
+        self,
+        session: Session,
+        exchange: Exchange,
+        number: int,
+        sampling: Sampling,
+        longest: int,
+        changed: Callable[[int], None],
+    ) -> None:
+        answer: Answer = exchange.answers[number]
+        answer.ahead, answer.state = 0, "writing"
+        changed(number)
+        turns, images = session.history(number, exchange)
+        predictor = self.models[number].predictor
+        begin = time.monotonic()
+        try:
+            pieces = in_thread(
+                lambda: predictor.stream(turns, images, max_new_tokens=longest, sampling=sampling),
+                session.stop,
+            )
+            async for piece in pieces:
+                answer.text += piece
+                changed(number)
+            answer.state = "stopped" if session.stop.is_set() else "done"
+        except torch.cuda.OutOfMemoryError:
+            _LOG.exception("out of memory while answering")
+            answer.state, answer.failure = "failed", PageError("out_of_memory")
+        except Exception as error:  # whatever it was, the next visitor's question is to be answered
+            _LOG.exception("the model failed")
+            answer.state = "failed"
+            answer.failure = PageError("model_failed", kind=type(error).__name__)
+        finally:
+            answer.seconds = time.monotonic() - begin
+
+
+async def in_thread(
+    start: Callable[[], Iterator[str]], stop: threading.Event
+) -> AsyncIterator[str]:
+    """What a blocking iterator yields, from a thread of its own.
+
+    It ends early when ``stop`` is set, and is closed in any case before this returns, so that nothing
+    computes on.
+    """
+    loop = asyncio.get_running_loop()
+    pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+    abandoned = threading.Event()
+
+    def hand_on(item: str | BaseException | None) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, item)
+
+    def run() -> None:
+        try:
+            iterator = start()
+            try:
+                for piece in iterator:
+                    if stop.is_set() or abandoned.is_set():
+                        break
+                    hand_on(piece)
+            finally:
+                if hasattr(iterator, "close"):
+                    iterator.close()
+            hand_on(None)
+        except BaseException as error:  # raised again where it is read
+            hand_on(error)
+
+    worker = loop.run_in_executor(None, run)
+    try:
+        while (item := await pieces.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        abandoned.set()
+        await asyncio.shield(worker)

@@ -1,0 +1,162 @@
+"""Boxes in an answer -> rectangles on a copy of the image.
+
+The corpus builder writes ``[x1, y1, x2, y2]`` in whole thousandths of width and height; that is what
+numbers without a decimal point up to 1000 mean here. Others write fractions (numbers up to 1) or pixels
+(anything else); the unit is found from all boxes of an answer together, or chosen. Read are ``[x1, y1, x2,
+y2]``, ``(x1, y1, x2, y2)`` and ``(x1, y1), (x2, y2)``, with Chinese punctuation too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image, ImageDraw, ImageFont
+
+Unit = Literal["thousandths", "pixels", "fractions"]
+UNITS: tuple[Unit, ...] = ("thousandths", "pixels", "fractions")
+COLOURS = ("#ffd400", "#00e5ff", "#ff5dd1", "#7dff5a", "#ff9a3c", "#b59bff")
+
+MAX_BOXES = 50
+"""Drawn on one picture; a model that repeats itself writes hundreds."""
+
+_NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
+_FOUR = ",".join([_NUMBER] * 4)
+_BOX = re.compile(
+    rf"\[{_FOUR}\]|\({_FOUR}\)|[(\[]{_NUMBER},{_NUMBER}[)\]]\s*,?\s*[(\[]{_NUMBER},{_NUMBER}[)\]]"
+)
+_ASCII = str.maketrans("，、（）【】［］－", ",,()[][]-")
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box that can be drawn.
+
+    Args:
+        corners: x1, y1, x2, y2 in pixels of the image, within it.
+        text: as the answer has it.
+        clipped: whether a part lay outside the image.
+    """
+
+    corners: tuple[float, float, float, float]
+    text: str
+    clipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BadBox:
+    """Four numbers that are no box.
+
+    Args:
+        text: as the answer has it.
+        reason: a key of `words`: ``box_order``, ``box_outside`` or ``box_too_many``.
+    """
+
+    text: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """All boxes of an answer.
+
+    Args:
+        drawn: in the answer's order.
+        ignored: with their reasons.
+        unit: what the numbers were taken for; None if there are none.
+    """
+
+    drawn: tuple[Box, ...]
+    ignored: tuple[BadBox, ...]
+    unit: Unit | None
+
+
+def read_boxes(text: str, *, width: int, height: int, unit: Unit | None = None) -> Boxes:
+    """The boxes of an answer on an image.
+
+    Args:
+        text: the answer.
+        width, height: of the image, in pixels.
+        unit: of the numbers; None finds it out.
+    """
+    found = []
+    for match in _BOX.finditer(text.translate(_ASCII)):
+        numbers = [group for group in match.groups() if group is not None]
+        found.append((text[match.start() : match.end()], numbers))
+    if not found:
+        return Boxes((), (), None)
+    unit = unit or _unit_of([number for _, numbers in found for number in numbers])
+    across, down = {
+        "thousandths": (width / 1000, height / 1000),
+        "fractions": (float(width), float(height)),
+        "pixels": (1.0, 1.0),
+    }[unit]
+    drawn: list[Box] = []
+    ignored: list[BadBox] = []
+    for written, numbers in found:
+        x1, y1, x2, y2 = (float(number) for number in numbers)
+        if not (x1 < x2 and y1 < y2):
+            ignored.append(BadBox(written, "box_order"))
+            continue
+        corners = (x1 * across, y1 * down, x2 * across, y2 * down)
+        inside = (
+            max(0.0, corners[0]),
+            max(0.0, corners[1]),
+            min(float(width), corners[2]),
+            min(float(height), corners[3]),
+        )
+        if not (inside[0] < inside[2] and inside[1] < inside[3]):
+            ignored.append(BadBox(written, "box_outside"))
+        elif len(drawn) == MAX_BOXES:
+            ignored.append(BadBox(written, "box_too_many"))
+        else:
+            drawn.append(Box(inside, written, inside != corners))
+    return Boxes(tuple(drawn), tuple(ignored), unit)
+
+
+def _unit_of(numbers: Sequence[str]) -> Unit:
+    sizes = [abs(float(number)) for number in numbers]
+    if max(sizes) <= 1:
+        return "fractions"
+    if max(sizes) <= 1000 and not any("." in number for number in numbers):
+        return "thousandths"
+    return "pixels"
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[Box], *, least_side: int = 512) -> Image.Image:
+    """A copy of the image with numbered boxes.
+
+    Args:
+        image: RGB.
+        boxes: in its pixels.
+        least_side: smaller images are enlarged by a whole factor, as far as it fits into so many pixels, else
+            a line hides what it is drawn around.
+    """
+    factor = max(1, least_side // max(image.size))
+    copy = image.resize(
+        (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+    ).convert("RGB")
+    pen = ImageDraw.Draw(copy)
+    line = max(2, round(max(copy.size) / 256))
+    font = ImageFont.load_default(size=max(12, round(max(copy.size) / 36)))
+    for number, box in enumerate(boxes):
+        colour = COLOURS[number % len(COLOURS)]
+        x1, y1, x2, y2 = (value * factor for value in box.corners)
+        # Corners are the edges of a half-open box: the last pixel inside is one less.
+        corners = (
+            round(x1),
+            round(y1),
+            max(round(x1), round(x2) - 1),
+            max(round(y1), round(y2) - 1),
+        )
+        pen.rectangle(corners, outline=colour, width=line)
+        label = str(number + 1)
+        left, top, right, bottom = pen.textbbox((0, 0), label, font=font)
+        tag = (right - left + 2 * line + 4, bottom - top + 2 * line + 4)
+        at_x = min(corners[0], copy.width - tag[0])
+        at_y = corners[1] - tag[1] if corners[1] >= tag[1] else corners[1]
+        pen.rectangle((at_x, at_y, at_x + tag[0], at_y + tag[1]), fill=colour)
+        pen.text((at_x + line + 2 - left, at_y + line + 2 - top), label, fill="black", font=font)
+    return copy

@@ -1,0 +1,250 @@
+"""One visitor's images and what was said about them; nothing of it is written anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from PIL import Image
+
+from gmai_xtuner.constants import IMAGE_TOKEN
+from gmai_xtuner.datasets.conversation import Turn
+from gmai_xtuner.demo.boxes import Unit
+from gmai_xtuner.demo.limits import Limits
+from gmai_xtuner.demo.studies import Study, View, first_view
+from gmai_xtuner.demo.words import Language, PageError
+from gmai_xtuner.inference import Sampling, user_turn
+
+State = Literal["waiting", "writing", "done", "stopped", "failed"]
+
+
+@dataclass
+class Attached:
+    """An image in the tray.
+
+    Args:
+        number: as people count it, from 1, never given twice in a session.
+        study: what it is.
+        view: what of it is shown, and goes with the next question.
+        send: whether it goes with the next question.
+    """
+
+    number: int
+    study: Study
+    view: View
+    send: bool = True
+
+    def turn_to(self, view: View) -> None:
+        """Show something else, which the model has not seen."""
+        if view != self.view:
+            self.view = view
+            self.send = True
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture as the model got it.
+
+    Args:
+        number: of the tray's image.
+        picture: RGB; kept as it was, however the image is turned later.
+    """
+
+    number: int
+    picture: Image.Image
+
+
+@dataclass
+class Answer:
+    """What one model says.
+
+    Args:
+        text: so far.
+        state: ``failed``: the text is not part of the conversation.
+        ahead: questions before this one while it waits.
+        failure: why it failed.
+        seconds: that the model took.
+    """
+
+    text: str = ""
+    state: State = "waiting"
+    ahead: int = 0
+    failure: PageError | None = None
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is part of the conversation."""
+        return self.state in ("done", "stopped")
+
+
+@dataclass
+class Exchange:
+    """A question and each model's answer."""
+
+    turn: Turn
+    images: tuple[Shown, ...]
+    answers: list[Answer]
+    made_with: dict[str, Any] = field(default_factory=dict)
+    """The settings of the moment it was asked."""
+    box_image: int | None = None
+    """Number of the image that boxes are drawn on; None: the last that was sent so far."""
+
+
+@dataclass
+class Settings:
+    """How answers are made; fields as in `Sampling`."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    system: str = ""
+    unit: Unit | None = None
+
+    RANGES = {  # noqa: RUF012 - not a field
+        "max_new_tokens": (1, 4096),
+        "temperature": (0, 2),
+        "top_p": (0.01, 1),
+        "repetition_penalty": (0.5, 2),
+        "seed": (0, 2**31 - 1),
+    }
+
+    def checked(self) -> Sampling:
+        """As the model takes it.
+
+        Raises:
+            PageError: a value that is missing or out of its range.
+        """
+        for name, (low, high) in self.RANGES.items():
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
+            if value is None or not low <= value <= high:
+                raise PageError("setting", name=name, low=low, high=high)
+        return Sampling(
+            temperature=float(self.temperature),
+            top_p=float(self.top_p),
+            seed=None if self.seed is None else int(self.seed),
+            repetition_penalty=float(self.repetition_penalty),
+        )
+
+
+@dataclass
+class Session:
+    """All of one visitor.
+
+    Args:
+        models: how many answer.
+        limits: what may be brought.
+        language: of the interface.
+    """
+
+    models: int
+    limits: Limits
+    language: Language = "en"
+    settings: Settings = field(default_factory=Settings)
+    tray: list[Attached] = field(default_factory=list)
+    chosen: int | None = None
+    exchanges: list[Exchange] = field(default_factory=list)
+    draft: str = ""
+    stop: threading.Event = field(default_factory=threading.Event)
+    busy: bool = False
+    closed: bool = False
+    _numbers: itertools.count = field(default_factory=lambda: itertools.count(1))
+
+    def attach(self, study: Study) -> Attached:
+        """Put an image into the tray and choose it.
+
+        Raises:
+            PageError: the tray is full.
+        """
+        if len(self.tray) >= self.limits.images:
+            raise PageError("too_many_images", limit=self.limits.images)
+        attached = Attached(next(self._numbers), study, first_view(study))
+        self.tray.append(attached)
+        self.chosen = attached.number
+        return attached
+
+    def remove(self, number: int) -> Attached:
+        """Take an image out of the tray; what was sent of it stays in the conversation."""
+        attached = self.image(number)
+        self.tray.remove(attached)
+        if self.chosen == number:
+            self.chosen = self.tray[-1].number if self.tray else None
+        return attached
+
+    def image(self, number: int) -> Attached:
+        """The tray's image of a number."""
+        return next(one for one in self.tray if one.number == number)
+
+    def ask(self, question: str) -> Exchange:
+        """A new exchange with the images that go with it; added by the caller when it is accepted.
+
+        Raises:
+            PageError: no question, a long one, or marks and images that differ in number.
+        """
+        question = question.strip()
+        if not question:
+            raise PageError("no_question")
+        limit = self.limits.question_characters
+        if len(question) > limit:
+            raise PageError("long_question", count=len(question), limit=limit)
+        sent = [one for one in self.tray if one.send]
+        marks = question.count(IMAGE_TOKEN)
+        if marks and marks != len(sent):
+            raise PageError("marks", marks=marks, images=len(sent))
+        images = tuple(Shown(one.number, one.study.render(one.view)) for one in sent)
+        return Exchange(
+            user_turn(question, len(sent)),
+            images,
+            [Answer() for _ in range(self.models)],
+            {name: getattr(self.settings, name) for name in Settings.RANGES},
+        )
+
+    def history(self, model: int, exchange: Exchange) -> tuple[tuple[Turn, ...], list[Image.Image]]:
+        """Turns and images that a model gets for an exchange: with its own answers, up to the question."""
+        turns: list[Turn] = []
+        images: list[Image.Image] = []
+        system = self.settings.system.strip()
+        if system:
+            turns.append(Turn("system", system))
+        for one in self.exchanges:
+            if one is exchange:
+                break
+            if one.answers[model].counts:
+                turns += [one.turn, Turn("assistant", one.answers[model].text)]
+                images += [shown.picture for shown in one.images]
+        turns.append(exchange.turn)
+        images += [shown.picture for shown in exchange.images]
+        return tuple(turns), images
+
+    def finish(self, exchange: Exchange) -> None:
+        """After the answers: images of a question that a model could not answer go along once more."""
+        if all(answer.counts for answer in exchange.answers):
+            return
+        numbers = {shown.number for shown in exchange.images}
+        for one in self.tray:
+            if one.number in numbers:
+                one.send = True
+
+    def seen(self, exchange: Exchange) -> Sequence[Shown]:
+        """Every picture that was sent up to and with an exchange, the newest of each number last."""
+        newest: dict[int, Shown] = {}
+        for one in self.exchanges:
+            for shown in one.images:
+                newest.pop(shown.number, None)
+                newest[shown.number] = shown
+            if one is exchange:
+                break
+        return list(newest.values())
+
+    def restart(self) -> None:
+        """A new conversation about the same images."""
+        self.exchanges.clear()
+        for one in self.tray:
+            one.send = True

@@ -1,0 +1,181 @@
+"""Who may come in, and with how much: an ASGI layer around the whole application.
+
+* Requests that another web site makes through a visitor's browser are refused: the ``Origin`` must be the
+  page's own, and on a loopback address the ``Host`` must be one too (else any site could point its name at
+  127.0.0.1).
+* With a password, nothing is served without it. The browser asks for it once (HTTP Basic) and gets a cookie
+  for the rest, since not every browser sends the password along when it opens a web socket.
+* A body that is too large is refused by what it says of its length, or cut off where it exceeds it.
+* The browser is told to load and connect to nothing but this server (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ipaddress
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import urlsplit
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+COOKIE = "gmai_demo"
+MULTIPART_OVERHEAD = 64 * 2**10
+"""Bytes that boundaries and headers of an upload may add to its files."""
+
+_HEADERS = {
+    # NiceGUI compiles templates and sets styles in the browser, hence unsafe-*; all of it comes from here.
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+        "style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-robots-tag": "noindex",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """See the module.
+
+    Args:
+        application: what is guarded.
+        upload_bytes: files of one request.
+        loopback: whether only this machine is served.
+        credentials: ``user:password``, or None.
+    """
+
+    def __init__(
+        self,
+        application: Application,
+        *,
+        upload_bytes: int,
+        loopback: bool,
+        credentials: str | None = None,
+    ) -> None:
+        self._application = application
+        self._limit = upload_bytes + MULTIPART_OVERHEAD
+        self._loopback = loopback
+        self._credentials = None if credentials is None else credentials.encode()
+        self._token = secrets.token_urlsafe(32)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._application(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        signed_in, cookie = self._signed_in(headers)
+        if not self._is_at_home(headers):
+            await _refuse(scope, receive, send, 403, "This address serves its own page only.")
+        elif not signed_in:
+            ask = {"www-authenticate": 'Basic realm="GMAI-VL", charset="UTF-8"'}
+            await _refuse(scope, receive, send, 401, "Name and password are needed.", ask)
+        elif scope["type"] == "websocket":
+            await self._application(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send, headers, cookie)
+
+    def _is_at_home(self, headers: dict[str, str]) -> bool:
+        host = headers.get("host", "")
+        if self._loopback and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            return False
+        origin = headers.get("origin")
+        return origin is None or urlsplit(origin).netloc == host
+
+    def _signed_in(self, headers: dict[str, str]) -> tuple[bool, bool]:
+        """Whether the visitor may come in, and whether he is to get the cookie."""
+        if self._credentials is None:
+            return True, False
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        except CookieError:
+            cookie = None
+        if cookie is not None and hmac.compare_digest(cookie.value.encode(), self._token.encode()):
+            return True, False
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        try:
+            said = base64.b64decode(given, validate=True)
+        except (binascii.Error, ValueError):
+            return False, False
+        right = kind.lower() == "basic" and hmac.compare_digest(said, self._credentials)
+        return right, right
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], cookie: bool
+    ) -> None:
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._limit:
+            await _refuse(scope, receive, send, 413, "The upload is too large.")
+            return
+        arrived = 0
+        began = False
+
+        async def counted() -> Message:
+            nonlocal arrived
+            message = await receive()
+            arrived += len(message.get("body", b""))
+            # Who reads on learns that nobody is there, and gives up.
+            return {"type": "http.disconnect"} if arrived > self._limit else message
+
+        async def with_headers(message: Message) -> None:
+            nonlocal began
+            if arrived > self._limit:
+                return
+            if message["type"] == "http.response.start":
+                began = True
+                added = dict(_HEADERS)
+                if cookie:
+                    added["set-cookie"] = (
+                        f"{COOKIE}={self._token}; HttpOnly; SameSite=Strict; Path=/"
+                    )
+                encoded = [(name.encode(), value.encode()) for name, value in added.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *encoded]}
+            await send(message)
+
+        try:
+            await self._application(scope, counted, with_headers)
+        except Exception:
+            if arrived <= self._limit:
+                raise
+        if arrived > self._limit and not began:
+            await _refuse(scope, receive, send, 413, "The upload is too large.")
+
+
+async def _refuse(
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    status: int,
+    words: str,
+    headers: dict[str, str] | None = None,
+) -> None:
+    if scope["type"] == "websocket":
+        await receive()  # the request to connect
+        await send({"type": "websocket.close", "code": 1008, "reason": words})
+        return
+    listed = {"content-type": "text/plain; charset=utf-8", "connection": "close", **(headers or {})}
+    encoded = [(name.encode(), value.encode()) for name, value in listed.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": words.encode()})
