@@ -36,9 +36,9 @@ def bootstrap(
 ) -> Interval | None:
     """Percentile interval of the mean over the means of groups, drawn over questions.
 
-    The questions of each group are drawn with replacement, so many as there are. One group gives the interval of
-    a plain mean. How often each different value is drawn is multinomial, so it is that what is drawn: the same
-    distribution, and 89,000 questions of two values cost as much as ten.
+    The questions of each group are drawn with replacement, so many as there are. One group gives the
+    interval of a plain mean. How often each different value is drawn is multinomial, so it is that what
+    is drawn: the same distribution, and 89,000 questions of two values cost as much as ten.
 
     Args:
         groups: the scores of each group; none empty.

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
 from gmai_xtuner.preflight.report import as_json, as_text
 from gmai_xtuner.preflight.run_config import UsageError, load_run
 from gmai_xtuner.preflight.survey import look_at
+from gmai_xtuner.standard_output import only_the_report_on_stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    with _only_the_report_on_stdout() as stdout:
+    with only_the_report_on_stdout() as stdout:
         try:
             run = load_run(
                 options.config,
@@ -96,21 +94,6 @@ def _positive(kind: type[int] | type[float]):
 
     read.__name__ = kind.__name__
     return read
-
-
-@contextmanager
-def _only_the_report_on_stdout() -> Iterator[TextIO]:
-    """Everything else that is printed, by whatever library, goes to standard error."""
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with os.fdopen(os.dup(real), "w", encoding="utf-8") as stdout:
-            yield stdout
-    finally:
-        sys.stdout.flush()
-        os.dup2(real, 1)
-        os.close(real)
 
 
 if __name__ == "__main__":
