@@ -81,7 +81,7 @@ setup(
     packages=find_packages(include=["gmai_xtuner", "gmai_xtuner.*", "data_tools", "data_tools.*"]),
     package_data={
         "gmai_xtuner": ["demo/*.css", "engine/deepspeed/*.json", "*.txt", "py.typed"],
-        "data_tools": ["*.yaml", "output/*.j2"],
+        "data_tools": ["*.yaml", "output/*.j2", "leakage/*.j2"],
     },
     python_requires=">=3.11,<3.13",
     install_requires=[

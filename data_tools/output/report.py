@@ -47,22 +47,7 @@ def write(
         accepted, rejected: conversations to show, in this order.
         job: name of the job file.
     """
-    environment = Environment(
-        loader=PackageLoader("data_tools.output", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: value.translate(_VISIBLE) if type(value) is str else value,
-    )
-    environment.filters |= {
-        "number": "{:,}".format,
-        "share": lambda value: "–" if value is None else f"{value:.1%}",
-        "duration": stats.duration,
-        "size": size,
-        "web": lambda url: url if re.match(r"https?://", url) else "",
-    }
-    page = environment.get_template("report.html.j2").render(
+    page = environment().get_template("output/report.html.j2").render(
         summary=summary,
         accepted=accepted,
         rejected=rejected,
@@ -73,6 +58,26 @@ def write(
         demands=licences.DEMANDS,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def environment() -> Environment:
+    """For pages of this package: everything is escaped, nothing of a text is invisible."""
+    made = Environment(
+        loader=PackageLoader("data_tools", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value.translate(_VISIBLE) if type(value) is str else value,
+    )
+    made.filters |= {
+        "number": "{:,}".format,
+        "share": lambda value: "–" if value is None else f"{value:.1%}",
+        "duration": stats.duration,
+        "size": size,
+        "web": lambda url: url if re.match(r"https?://", url) else "",
+    }
+    return made
 
 
 def funnel(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
