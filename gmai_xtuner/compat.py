@@ -40,6 +40,7 @@ def apply() -> None:
     resume_from_a_work_dir()
     import_bitsandbytes_without_triton_ops()
     accumulate_all_gradients_in_fp32()
+    convert_checked_and_exact()
 
 
 def keep_standard_output_clean() -> None:
@@ -249,6 +250,45 @@ def resume_from_a_work_dir() -> None:
     utils.get_seed_from_checkpoint = get_seed_from_checkpoint
     if getattr(main, "get_seed_from_checkpoint", None) is original:
         main.get_seed_from_checkpoint = get_seed_from_checkpoint
+
+
+def convert_checked_and_exact() -> None:
+    """``xtuner convert pth_to_hf`` keeps a checkpoint's precision, and refuses one that does not fit.
+
+    It puts weights into the model one by one, each rounded to the dtype of the config, so that ``--fp32``
+    wrote bf16. What the checkpoint lacks keeps the base's weights without a word, and another geometry is
+    an error about one tensor without its name. A work dir is taken as its newest whole checkpoint.
+    ``pth_to_hf.py`` runs as the main module and has its own names for what it calls. Until xtuner checks.
+    """
+    main: Any = sys.modules["__main__"]
+    if not str(getattr(main, "__file__", "")).endswith(os.path.join("", "pth_to_hf.py")):
+        return
+    put = main.set_module_tensor_to_device
+    if hasattr(put, "__wrapped__"):
+        return
+    state: dict[str, torch.Tensor] = {}
+    checked: list[object] = []
+
+    @functools.wraps(main.guess_load_checkpoint)
+    def guess_load_checkpoint(path: str) -> dict[str, torch.Tensor]:
+        from gmai_xtuner.models.checkpoints import load_checkpoint_state
+
+        state.update(load_checkpoint_state(path))
+        return state
+
+    @functools.wraps(put)
+    def set_module_tensor_to_device(
+        model: Any, name: str, device: str, value: torch.Tensor, **kwargs: Any
+    ) -> None:
+        from gmai_xtuner.models.checkpoints import check_trained_state
+
+        if not checked:
+            check_trained_state(model, state, source="the checkpoint")
+            checked.append(model)
+        put(model, name, device, value, **{"dtype": value.dtype, **kwargs})
+
+    main.guess_load_checkpoint = guess_load_checkpoint
+    main.set_module_tensor_to_device = set_module_tensor_to_device
 
 
 def import_bitsandbytes_without_triton_ops() -> None:

@@ -117,6 +117,44 @@ def load_parts(
     return sorted(present)
 
 
+def check_trained_state(
+    model: nn.Module, state: Mapping[str, torch.Tensor], *, source: str
+) -> None:
+    """Whether a checkpoint is one of the config that a model was built from; by names and shapes.
+
+    Args:
+        model: on any device; what its stage trains requires gradients.
+        state: the checkpoint, names as in the model; it may have more than what the stage trains.
+        source: where it comes from, for the messages.
+
+    Raises:
+        ModelLoadError: names the missing, unexpected or misshapen keys.
+    """
+    own = dict(model.named_parameters())
+    remedy = "Use the config of the stage that made the checkpoint, with the same bases"
+    learnt = sorted(name for name, value in own.items() if value.requires_grad)
+    if missing := [name for name in learnt if name not in state]:
+        raise ModelLoadError(
+            f"{source} has no weights for {len(missing)} of {len(learnt)} parameters that this config "
+            f"trains: {shorten(missing, limit=4)}. {remedy}"
+        )
+    if unexpected := sorted(set(state) - set(own)):
+        raise ModelLoadError(
+            f"{source} has {len(unexpected)} weights that this config's model does not have: "
+            f"{shorten(unexpected, limit=4)}. {remedy}"
+        )
+    misshapen = [
+        f"{name} {tuple(value.shape)} instead of {full_shape(own[name])}"
+        for name, value in sorted(state.items())
+        if tuple(value.shape) != full_shape(own[name]) and not hasattr(own[name], "quant_state")
+    ]
+    if misshapen:
+        raise ModelLoadError(
+            f"{source} is of another geometry in {len(misshapen)} weights: "
+            f"{shorten(misshapen, limit=4)}. {remedy}"
+        )
+
+
 def model_keys(model: nn.Module) -> set[str]:
     """Names in the full state dict, whatever a stage chooses to save."""
     return set(nn.Module.state_dict(model, keep_vars=True))

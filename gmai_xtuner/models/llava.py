@@ -25,6 +25,7 @@ from gmai_xtuner.models.attention import SequenceBoundaries, install_boundary_at
 from gmai_xtuner.models.checkpoint_files import building_on_meta
 from gmai_xtuner.models.checkpoints import load_checkpoint_state, load_parts
 from gmai_xtuner.models.export import is_export, read_export, save_xtuner_layout
+from gmai_xtuner.models.export_huggingface import save_huggingface_layout
 from gmai_xtuner.models.frozen import PREFIX, check_same, without_prefix
 from gmai_xtuner.models.liger import install_liger, require_liger
 from gmai_xtuner.models.lora import add_adapters, load_adapters, plain_key, split_adapters
@@ -360,12 +361,29 @@ class GMAILLaVAModel(BaseModel):
         save_pretrained_kwargs: Mapping[str, Any] | None = None,
         save_format: str = "xtuner",
     ) -> None:
-        """What ``xtuner convert pth_to_hf`` calls. See :mod:`gmai_xtuner.models.export`."""
-        if save_format != "xtuner":
-            raise GMAIError(f"--save-format {save_format} is not supported; use xtuner")
-        save_xtuner_layout(
+        """What ``xtuner convert pth_to_hf`` calls.
+
+        Args:
+            cfg: the stage's config.
+            save_dir: a new or empty folder.
+            fp32: write fp32; otherwise fp16, or ``export_dtype`` of the config.
+            save_pretrained_kwargs: ``max_shard_size`` and ``safe_serialization``.
+            save_format: ``xtuner`` (:mod:`gmai_xtuner.models.export`) or ``huggingface``
+                (:mod:`gmai_xtuner.models.export_huggingface`).
+        """
+        if save_format not in SAVE_FORMATS:
+            raise GMAIError(
+                f"--save-format {save_format} is not supported; use {' or '.join(SAVE_FORMATS)}"
+            )
+        SAVE_FORMATS[save_format](
             self, cfg, save_dir, fp32=fp32, save_kwargs=dict(save_pretrained_kwargs or {})
         )
+
+
+SAVE_FORMATS: dict[str, Any] = {
+    "xtuner": save_xtuner_layout,
+    "huggingface": save_huggingface_layout,
+}
 
 
 def _build(part: Mapping[str, Any] | nn.Module) -> Any:
