@@ -10,8 +10,9 @@ from pathlib import Path
 
 from data_tools import forms
 from data_tools.checks import CheckOptions, check
+from data_tools.forms.dice import seed_of
 from data_tools.forms.options import MakeOptions
-from data_tools.items import Item, SourceContext
+from data_tools.items import Conversation, Item, SourceContext
 from data_tools.records import Record
 from data_tools.store import (
     ACCEPTED,
@@ -27,6 +28,8 @@ from data_tools.writers import template
 
 BY_TEMPLATE = ("perception",)
 """Forms that follow from the labels alone and are never a model's to write."""
+
+_ATTEMPTS = 8  # to word a conversation otherwise than those that the record has already
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +80,31 @@ def _unpacked(packed: bytes) -> Making:
 def _make_one(making: Making, raw: Raw, taxonomy: Taxonomy) -> list[WrittenItem]:
     record = raw.decode()
     made = []
+    said: set[Conversation] = set()
     for item in forms.plan(record, making.context, making.make, seed=making.seed):
         if making.answers is None or item.form in BY_TEMPLATE:
-            made.append(_by_template(making, item, record, taxonomy))
+            written = _by_template(making, item, record, taxonomy, said)
+            if written is not None:
+                made.append(written)
         else:
             key = _key(making.answers, item, record)
             made.append((PENDING, *_own(item, record), key, None, None))
     return made
 
 
-def _by_template(making: Making, item: Item, record: Record, taxonomy: Taxonomy) -> WrittenItem:
+def _by_template(
+    making: Making, item: Item, record: Record, taxonomy: Taxonomy, said: set[Conversation]
+) -> WrittenItem | None:
+    """The item in words that the record's other conversations don't have; None if there are no others."""
     conversation = template.write(item, record, making.context, taxonomy)
+    for attempt in range(1, _ATTEMPTS):
+        if conversation not in said:
+            break
+        item = replace(item, seed=seed_of(f"{item.id} {attempt}", making.seed))
+        conversation = template.write(item, record, making.context, taxonomy)
+    if conversation in said:
+        return None
+    said.add(conversation)
     problems = check(conversation, item, record, making.context, taxonomy, making.checks)
     return (
         REJECTED if problems else ACCEPTED,

@@ -72,6 +72,8 @@ class Record:
         labels: at least one.
         attributes: of the picture as a whole, such as ``{"body part": "chest", "view": "AP"}``.
         provenance: see `Provenance`.
+        incomplete: labels of which the source has more in this picture than ``labels``: regions that the
+            rules or a fault left out. So they can't be counted, and none of them is absent.
     """
 
     id: str
@@ -85,6 +87,7 @@ class Record:
     labels: tuple[Label, ...]
     attributes: Mapping[str, str]
     provenance: Provenance
+    incomplete: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The record as in ``records.jsonl``: ``label`` are the distinct names, ``bbox`` the boxes."""
@@ -112,6 +115,7 @@ class Record:
         own = {
             key: value for key, value in values.items() if key not in ("label", "bbox", "labels")
         }
+        own["incomplete"] = tuple(values.get("incomplete", ()))
         return cls(**own | {"labels": labels, "provenance": Provenance(**values["provenance"])})
 
     @property

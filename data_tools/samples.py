@@ -60,6 +60,8 @@ class Sample:
         attributes: of the picture as a whole, whitelisted: never who the patient is.
         preprocessing: what was done to the grey levels and geometry, such as
             ``{"window": "W 400 L 40", "orientation": "RAS"}``; kept with the record.
+        incomplete: labels of objects of the picture that the source names and the reader left out, such as a
+            box that can't be read: how many of them there are, or that there is none, can't be said.
         sha256: of what the picture was read from, where ``source_file`` is no path because the path would
             say who the patient is; ``group`` is final then, too. Else empty: it is computed from the file.
     """
@@ -73,6 +75,7 @@ class Sample:
     attributes: Mapping[str, str] = field(default_factory=dict)
     preprocessing: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
+    incomplete: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

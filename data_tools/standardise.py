@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,10 +20,11 @@ from data_tools.records import Label, Provenance, Record
 from data_tools.samples import Annotation, Dropped, Sample, Unit
 from data_tools.taxonomy import Taxonomy
 
-VERSION = 1
+VERSION = 2
 """A new number makes finished jobs read their sources again."""
 
 IMAGES = "images"
+CLASSIFICATION = "2D classification"
 _DIMENSION_AND_TASK = {
     "2D classification": ("2d", "cls"),
     "2D detection": ("2d", "det"),
@@ -133,10 +134,11 @@ def _record(
             "picture with regions is rotated by EXIF",
             "whether boxes and masks are those of the upright picture can't be known",
         )
-    labels, cleaned = _labels(source, annotations, stored)
+    labels, cleaned, incomplete = _labels(source, annotations, stored)
     if not labels:
         return None, cleaned
-    task = source.source_task or source.default_source_task
+    incomplete |= _names(source, sample.incomplete)
+    task = source.source_task or _task(source, sample, labels)
     record = Record(
         id=_id(source, sample, modality, task),
         image=f"{IMAGES}/{stored.path}",
@@ -159,6 +161,7 @@ def _record(
             group=f"{source.name}/{group}",
             preprocessing=dict(sample.preprocessing),
         ),
+        incomplete=tuple(sorted(incomplete)),
     )
     return ReadRecord(record, _twin(record, stored)), cleaned
 
@@ -217,13 +220,33 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 def _labels(
     source: SourceOptions, annotations: list[Annotation], stored: StoredImage
-) -> tuple[list[Label], list[tuple[str, str]]]:
+) -> tuple[list[Label], list[tuple[str, str]], set[str]]:
     rules = source.clean if isinstance(source.clean, Rules) else preset(source.clean)
-    found, cleaned = regions(annotations, size=(stored.width, stored.height), rules=rules)
+    size = (stored.width, stored.height)
+    found, cleaned, incomplete = regions(annotations, size=size, rules=rules)
     labels = [
         Label(region.label, region.box, region.area, dict(region.attributes)) for region in found
     ]
-    return _distinct(labels), cleaned
+    return _distinct(labels), cleaned, incomplete
+
+
+def _names(source: SourceOptions, labels: Iterable[str]) -> set[str]:
+    """The corpus' names for labels of the source, as far as it has one."""
+    own = source.labels
+    named = (label.strip() if own is None else own.get(label.strip()) for label in labels)
+    return {name.strip() for name in named if name and name.strip()}
+
+
+def _task(source: SourceOptions, sample: Sample, labels: list[Label]) -> str:
+    """What the source was made for, by what it says of this picture: a table may hold classes or boxes."""
+    default = source.default_source_task
+    if all(label.box is None for label in labels):
+        return CLASSIFICATION
+    if default != CLASSIFICATION:
+        return default
+    if all(label.area is None for label in labels):
+        return "2D detection"
+    return "3D segmentation" if "axis" in sample.part else "2D segmentation"
 
 
 def _distinct(labels: list[Label]) -> list[Label]:

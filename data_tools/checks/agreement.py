@@ -78,7 +78,10 @@ def agreement(what: Said, item: Item, record: Record, finder: LabelFinder) -> It
         else:
             yield Problem("label not named", f"it has to name {' or '.join(named)}")
     foreign = sorted(
-        name for name in claimed - own if not any(finder.covers(label, name) for label in own)
+        name
+        # What was left out of the record is in the picture all the same.
+        for name in claimed - own - set(record.incomplete)
+        if not any(finder.covers(label, name) for label in own)
     )
     if foreign:
         yield Problem(

@@ -11,7 +11,7 @@ _WHAT = ("What kind of image is this?", "Which modality was used for this image?
 _WHAT_ZH = ("这是什么类型的图像？", "这张图像采用了哪种成像方式？")
 _FINDINGS = ("What does it show?", "What is seen in it?", "And what are the findings?")
 _FINDINGS_ZH = ("图像显示了什么？", "有哪些所见？")
-_WHERE = ("Where in the picture is {}?", "Where does {} lie?")
+_WHERE = ("Where in the picture {}?", "And where {}?")
 _WHERE_ZH = ("{}位于图像的什么位置？", "{}在图像的何处？")
 _MANY = ("How many regions of {} are there?", "And how many regions of {} can be counted?")
 _MANY_ZH = ("{}有几处？", "可以数出几处{}？")
@@ -34,11 +34,13 @@ def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
         spoken = teller.name(name)
         more.append(
             (
-                teller.pick(_WHERE, _WHERE_ZH).format(spoken),
+                teller.pick(_WHERE, _WHERE_ZH).format(
+                    spoken if teller.chinese else teller.where(name)
+                ),
                 teller.located_one(name, regions),
             )
         )
-        if len(regions) > 1:
+        if len(regions) > 1 and name not in record.incomplete:
             number = len(regions)
             counted = (
                 f"共有{number}处{spoken}。"

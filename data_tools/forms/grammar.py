@@ -2,11 +2,13 @@
 
 Labels come from anywhere and may be nouns that count (`platelet`), nouns that don't (`edema`), organs
 (`spleen`), adjectives (`normal`) or codes. So sentences put them where all of these are right: `classified as
-normal`, `3 regions of edema`, `spleen is visible`.
+normal`, `3 regions of edema`, `the spleen is visible`, `is any platelet present`. A region is of a thing,
+never of an adjective, so that it can take an article.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from data_tools.records import Box
@@ -26,6 +28,7 @@ _PICTURES = {
 }
 _VOWELS_OF_LETTERS = frozenset("AEFHILMNORSX")
 _CONSONANTS_THAT_LOOK_LIKE_VOWELS = ("uni", "uter", "ure", "uri", "eu", "one", "use")
+_DETERMINERS = frozenset(("the", "a", "an", "no", "any", "this", "other", "unspecified"))
 _DOWN = ("upper", "", "lower")
 _ACROSS = ("left", "middle", "right")
 _PLACES_ZH = (("左上部", "上部", "右上部"), ("左侧", "中央", "右侧"), ("左下部", "下部", "右下部"))
@@ -42,6 +45,30 @@ def with_article(words: str) -> str:
     return f"{'an' if vowel else 'a'} {words}"
 
 
+def definite(words: str) -> str:
+    """`the` before the name of a region; not before one that has a determiner of its own."""
+    first = words.split(" ", 1)[0].lower()
+    return words if first in _DETERMINERS else f"the {words}"
+
+
+def within(modality: str) -> str:
+    """A modality inside a sentence: lower case unless its first word is an abbreviation.
+
+    >>> within("Electron microscopy"), within("X-ray"), within("MR")
+    ('electron microscopy', 'X-ray', 'MR')
+    """
+    first = re.split(r"[\s-]", modality, maxsplit=1)[0]
+    plain = len(first) > 1 and first[1:].islower()
+    return modality[:1].lower() + modality[1:] if plain else modality
+
+
+def attribute(name: str, value: str) -> str:
+    """A sentence on an attribute; a yes or no is none of its values."""
+    if value.strip().lower() in ("yes", "no", "true", "false"):
+        return f"{name[:1].upper()}{name[1:]}: {value}."
+    return f"The {name} is {value}."
+
+
 def listed(words: Sequence[str]) -> str:
     """One, `one and two`, `one, two and three`."""
     if len(words) < 2:
@@ -56,7 +83,7 @@ def sentence(words: str) -> str:
 
 def picture_of(modality: str) -> str:
     """What a picture of a modality is called in English."""
-    return _PICTURES.get(modality) or f"{modality} image"
+    return _PICTURES.get(modality) or f"{within(modality)} image"
 
 
 def thirds(box: Box, width: int, height: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ _LIST = (
     "Which findings does this image hold?",
 )
 _LIST_ZH = ("请列出这张图像中的所见。", "这张图像中有哪些所见？")
-_WHERE = ("Say where in this image {} is to be found.", "Point out where {} lies in this image.")
+_WHERE = ("Where in this image {}?", "Look at this image: where {}?")
 _WHERE_ZH = ("请说明{}位于图像的何处。", "{}在图像的什么位置？")
 _WHO = (
     "Which department deals with this image, and what does it show?",
@@ -50,7 +50,9 @@ def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
             )
         case "where":
             name = teller.dice.pick(list(regions))
-            question = teller.pick(_WHERE, _WHERE_ZH).format(teller.name(name))
+            question = teller.pick(_WHERE, _WHERE_ZH).format(
+                teller.name(name) if teller.chinese else teller.where(name)
+            )
             answer = teller.located_one(name, regions[name])
         case _:
             question = teller.pick(_WHO, _WHO_ZH)

@@ -7,7 +7,7 @@ GMAI-MM-Percept of GMAI-VL (arXiv 2411.14522, table 1). `kinds` says which quest
 from __future__ import annotations
 
 from data_tools.forms.dice import Dice
-from data_tools.forms.grammar import thirds
+from data_tools.forms.grammar import definite, thirds
 from data_tools.forms.options import MakeOptions
 from data_tools.forms.teller import Teller, about_image
 from data_tools.items import Conversation, Item, SourceContext
@@ -15,6 +15,8 @@ from data_tools.records import Label, Record
 from data_tools.taxonomy import Taxonomy
 
 LETTERS = "ABCD"
+# Labels that begin so are about the picture as a whole.
+_OF_ALL = frozenset(("no", "normal", "without", "negative", "healthy"))
 # Kinds about one region, which `Item.focus` names.
 OF_A_REGION = ("region", "localisation")
 
@@ -26,18 +28,18 @@ _CLASS = (
 _CLASS_ZH = ("这张图像属于哪一类？", "这张图像的所见是什么？")
 _BOXES = (
     "Locate every region of {} in this image.",
-    "Give the coordinates of {} in this image.",
-    "Detect {} in this image.",
+    "Give the coordinates of every region of {} in this image.",
+    "Detect all regions of {} in this image.",
 )
 _BOXES_ZH = ("请给出图像中{}的坐标。", "请检测图像中的{}。")
-_WHERE = ("In which part of the picture is {}?", "Where in the picture does {} lie?")
+_WHERE = ("In which part of the picture is {}?", "Where in the picture is {}?")
 _WHERE_ZH = ("{}位于图像的哪个部位？", "{}在图像的何处？")
 _REGION = ("What is in the region {}?", "Name what lies at {}.")
 _REGION_ZH = ("{}区域内是什么？", "请说出{}处的内容。")
-_IS_THERE = ("Does this image show {}?", "Is {} present in this image?")
+_IS_THERE = ("Does this image show any {}?", "Is any {} present in this image?")
 _IS_THERE_ZH = ("这张图像中有{}吗？", "图像中是否可见{}？")
 _IS_CLASS = ("Is this image classified as {}?", "Is {} the finding in this image?")
-_IS_CLASS_ZH = ("这张图像是否属于{}？", "这张图像的类别是{}吗？")
+_IS_CLASS_ZH = ("这张图像是否归类为{}？", "这张图像的类别是{}吗？")
 _CHOOSE = ("Which of these does this image show?", "Which answer is right for this image?")
 _CHOOSE_ZH = ("下列哪一项符合这张图像？", "这张图像显示的是哪一项？")
 _LETTER = "Answer with the option's letter from the given choices directly."
@@ -66,10 +68,14 @@ def kinds(
     if whole:
         able.append("classification")
     if counts:
-        able += ["region", "counting"]
-        if any(count <= options.max_boxes for count in counts.values()):
+        able.append("region")
+        # "Every", "how many" and "where" ask for all regions of a label.
+        whole_counts = [n for name, n in counts.items() if name not in record.incomplete]
+        if whole_counts:
+            able.append("counting")
+        if any(count <= options.max_boxes for count in whole_counts):
             able.append("detection")
-        if 1 in counts.values():
+        if 1 in whole_counts:
             able.append("localisation")
     if options.negatives and absent(record, context, chinese=chinese):
         able += ["yes_no", "multiple_choice"]
@@ -81,7 +87,7 @@ def kinds(
 
 def absent(record: Record, context: SourceContext, *, chinese: bool) -> list[str]:
     """Labels of the set that this picture doesn't have, and that can't be taken for one that it has."""
-    own = record.names
+    own = (*record.names, *record.incomplete)
     words = [set(name.lower().split()) for name in own]
     return [
         name
@@ -107,6 +113,7 @@ def focus_of(kind: str, record: Record, options: MakeOptions, dice: Dice) -> int
         at
         for at, label in enumerate(record.labels)
         if label.box is not None
+        and (kind == "region" or label.name not in record.incomplete)
         and (kind != "localisation" or counts[label.name] == 1)
         and (kind != "detection" or counts[label.name] <= options.max_boxes)
     ]
@@ -139,7 +146,9 @@ def _localisation(teller: Teller) -> tuple[str, str]:
     label = _focus(teller)
     assert label.box is not None
     where = teller.place(label.box)
-    return teller.pick(_WHERE, _WHERE_ZH).format(teller.name(label.name)), (
+    name = teller.name(label.name)
+    asked = name if teller.chinese else definite(name)
+    return teller.pick(_WHERE, _WHERE_ZH).format(asked), (
         where if teller.chinese else f"In {where}"
     )
 
@@ -162,9 +171,12 @@ def _yes_no(teller: Teller) -> tuple[str, str]:
     yes = teller.dice.below(2) == 0
     own = whole or teller.record.names
     others = absent(teller.record, teller.context, chinese=teller.chinese)
-    asked = teller.name(teller.dice.pick(own if yes else others))
+    label = teller.dice.pick(own if yes else others)
+    asked = teller.name(label)
+    # Of a set of regions with pictures of none: "any no finding" is no question.
+    of_all = whole or label.lower().split(" ", 1)[0] in _OF_ALL
     question = (
-        teller.pick(_IS_CLASS, _IS_CLASS_ZH) if whole else teller.pick(_IS_THERE, _IS_THERE_ZH)
+        teller.pick(_IS_CLASS, _IS_CLASS_ZH) if of_all else teller.pick(_IS_THERE, _IS_THERE_ZH)
     )
     if teller.chinese:
         return question.format(asked), "是" if yes else "否"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from data_tools.forms.grammar import attribute
 from data_tools.forms.teller import Teller, about_image
 from data_tools.items import Conversation, Item, SourceContext
 from data_tools.records import Record
@@ -14,6 +15,8 @@ _ASKED = (
     "What does the region {} of this image show?",
 )
 _ASKED_ZH = ("请描述图像中{}区域的内容。", "{}区域内是什么？", "请为{}区域写一段说明。")
+# Of the annotator's work, not of what is seen.
+_NOTES = ("difficult",)
 
 
 def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy) -> Conversation:
@@ -25,7 +28,8 @@ def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
     x1, y1, x2, y2 = label.box
     across, down = _percent(x2 - x1, record.width), _percent(y2 - y1, record.height)
     question = teller.pick(_ASKED, _ASKED_ZH).format(teller.box(label.box))
-    name, place = teller.name(label.name), teller.place(label.box)
+    place = teller.place(label.box)
+    name = teller.name(label.name) if teller.chinese else teller.one_region(label.name)
     shows = teller.pick(
         ("This region, in {0}, shows {1}.", "The region lies in {0} and shows {1}."),
         ("该区域位于{0}，显示{1}。", "此区域在{0}，为{1}。"),
@@ -38,7 +42,7 @@ def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
     attributes = (
         []
         if teller.chinese
-        else [f"The {key} is {value}." for key, value in label.attributes.items()]
+        else [attribute(key, value) for key, value in label.attributes.items() if key not in _NOTES]
     )
     return about_image(question, teller.joined(shows, *attributes, spans))
 

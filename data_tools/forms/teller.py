@@ -6,7 +6,17 @@ from collections import Counter
 
 from data_tools.forms.coordinates import write_box
 from data_tools.forms.dice import Dice
-from data_tools.forms.grammar import listed, picture_of, place, place_zh, sentence, with_article
+from data_tools.forms.grammar import (
+    attribute,
+    definite,
+    listed,
+    picture_of,
+    place,
+    place_zh,
+    sentence,
+    with_article,
+    within,
+)
 from data_tools.items import IMAGE, Item, SourceContext, Turn
 from data_tools.records import Box, Label, Record
 from data_tools.taxonomy import Taxonomy
@@ -51,6 +61,10 @@ class Teller:
     def modality(self) -> str:
         """The modality's name."""
         return self._term(self.record.modality)
+
+    def modality_within(self) -> str:
+        """The modality's name inside a sentence."""
+        return self.modality() if self.chinese else within(self.record.modality)
 
     def department(self) -> str:
         """The department's name."""
@@ -111,6 +125,8 @@ class Teller:
         name = self.name(label)
         places = [self.place(region.box) for region in found if region.box]
         counted = Counter(places)
+        if label in self.record.incomplete:
+            return self._some(name, list(counted))
         if self.chinese:
             where = "、".join(list(counted)[:MAX_PLACES])
             if len(found) == 1:
@@ -120,18 +136,44 @@ class Teller:
             return f"可见{len(found)}处{name}，分布于图像多处。"
         if len(found) == 1:
             return self.dice.pick(("{0} is visible in {1}.", "In {1} lies {2}.")).format(
-                sentence(name)[:-1], places[0], name
+                sentence(definite(name))[:-1], places[0], definite(name)
             )
         if len(counted) <= MAX_PLACES:
             return f"{len(found)} regions of {name} are visible, in {listed(list(counted))}."
         return f"{len(found)} regions of {name} are visible, spread over the picture."
 
+    def _some(self, name: str, places: list[str]) -> str:
+        """Of regions that aren't all known: neither how many there are nor that there is no other."""
+        if self.chinese:
+            if len(places) <= MAX_PLACES:
+                return f"{'、'.join(places)}可见{name}。"
+            return f"图像多处可见{name}。"
+        if len(places) <= MAX_PLACES:
+            return sentence(f"{name} is seen in {listed(places)}")
+        return sentence(f"{name} is seen in many parts of the picture")
+
+    def where(self, label: str) -> str:
+        """The subject and verb of an English question on where a label's regions lie."""
+        if label in self.record.incomplete:
+            return f"is {label} seen"
+        if len(self.regions()[label]) == 1:
+            return f"is {definite(label)}"
+        return f"are the regions of {label}"
+
+    def one_region(self, label: str) -> str:
+        """What one region shows, in English: `the spleen`, `one of the 3 regions of colonic gland`."""
+        if label in self.record.incomplete:
+            return f"a region of {label}"
+        count = len(self.regions()[label])
+        return definite(label) if count == 1 else f"one of the {count} regions of {label}"
+
     def attributes(self) -> list[str]:
         """Sentences on the attributes of the picture; in English, as their words are."""
         if self.chinese:
             return []
-        values = list(self.record.attributes.items())[:MAX_ATTRIBUTES]
-        return [f"The {name} is {value}." for name, value in values]
+        own = {name.lower() for name in self.record.names}
+        values = [(n, v) for n, v in self.record.attributes.items() if v.lower() not in own]
+        return [attribute(name, value) for name, value in values[:MAX_ATTRIBUTES]]
 
     def findings(self) -> str:
         """All of it, without what kind of picture it is."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import blake2b
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools.items import TEXT_FORMS
 from data_tools.output import card, figures, licences, mixture, report
 from data_tools.output.corpus_files import (
     CorpusFiles,
@@ -25,7 +27,7 @@ from data_tools.records import Record
 
 if TYPE_CHECKING:
     from data_tools.job import Job
-    from data_tools.store import Store
+    from data_tools.store import Kept, Store
     from data_tools.taxonomy import Taxonomy
 
 
@@ -129,11 +131,19 @@ def _write_conversations(
 ) -> Chosen:
     """Write what was accepted; the conversations that the report may show come back."""
     chosen, keeps = Chosen(), _Keeps(options)
+    texts: set[int] = set()  # some 70 bytes a different text
     group, held_out = None, False
     for kept in store.accepted():
         provenance = kept.record.provenance
         if keeps.refusal(kept.record):
             continue
+        if kept.item.form in TEXT_FORMS:
+            # Without its picture a text is the same for many records: on one side, and once.
+            text = _fingerprint(kept)
+            if text in texts:
+                tally.repeated(kept)
+                continue
+            texts.add(text)
         if provenance.group != group:
             group, held_out = provenance.group, split.held_out(provenance.group)
         files.write(kept, held_out=held_out)
@@ -142,6 +152,11 @@ def _write_conversations(
         if options.prompts and kept.prompt:
             files.prompts.write({"id": kept.item.id, "prompt": kept.prompt, "answer": kept.answer})
     return chosen
+
+
+def _fingerprint(kept: Kept) -> int:
+    said = "\0".join(turn.text for turn in kept.conversation or ())
+    return int.from_bytes(blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _write_rejected(

@@ -68,6 +68,7 @@ def record_line(record: Record) -> dict[str, Any]:
         "provenance": record.provenance,
         "label": list(dict.fromkeys(label.name for label in record.labels)),
         "bbox": [label.box for label in record.labels if label.box] or None,
+        "incomplete": record.incomplete,
     }
 
 

@@ -8,8 +8,9 @@ key                       what it holds
 ``records``               ``count``, ``pictures`` (distinct), ``held_out``, and the number of records by
                           ``modality``, ``source_task``, ``department``, ``clinical_task``
 ``conversations``         ``count``, ``held_out``, ``rejected``, ``acceptance`` (accepted by accepted and
-                          rejected; null without either), and the number by ``form``, ``kind`` (of
-                          perception), ``language``
+                          rejected; null without either), ``repeated`` (texts without a picture that were
+                          there already), and the number by ``form``, ``kind`` (of perception),
+                          ``turns`` (questions asked of dialogues), ``language``
 ``sources``               source of this run -> ``dataset``, ``licence``, ``url``, ``records``, ``held_out``,
                           ``conversations``, ``rejected``, ``acceptance``, ``reasons`` (of rejection ->
                           count), ``labels`` (the commonest: name -> records), ``funnel``
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from data_tools.store import Kept, Store
 
 STAGES = ("read", "clean", "record", "write", "check")
+REPEATED = "text that is in the corpus already"
 PENDING = "pending"  # the store's reason for conversations that a later run writes
 NONE = "None"  # how a record without a clinical task is counted
 _LIBRARIES = ("gmai-xtuner", "numpy", "msgspec", "pillow", "pyarrow", "matplotlib")
@@ -72,6 +74,7 @@ class Tally:
         self._source_of = array("I")  # of each record
         self._held_out: Counter[str] = Counter()
         self._left_out: Counter[tuple[str, str]] = Counter()
+        self._repeated: Counter[str] = Counter()
 
     def left_out(self, record: Record, refusal: str) -> None:
         self._left_out[record.provenance.source, refusal] += 1
@@ -103,6 +106,10 @@ class Tally:
         key = (kept.record.provenance.source, item.form, item.kind, item.language, held_out)
         self._conversations[key] += 1
 
+    def repeated(self, kept: Kept) -> None:
+        """A text without a picture that is in the corpus already."""
+        self._repeated[kept.record.provenance.source] += 1
+
     def rejected(self, kept: Kept) -> None:
         self._rejected[kept.record.provenance.source, reason(kept)] += 1
 
@@ -117,6 +124,7 @@ class Tally:
         files: dict[str, dict[str, int | str]],
     ) -> dict[str, Any]:
         """The values of ``summary.json``, see the module."""
+        kinds = _by(self._conversations, 2)
         values: dict[str, Any] = {
             "title": job.title,
             "seed": job.seed,
@@ -134,8 +142,10 @@ class Tally:
             },
             "conversations": {
                 **self._accepted_and_rejected(None),
+                "repeated": self._repeated.total(),
                 "form": _by(self._conversations, 1),
-                "kind": {kind: n for kind, n in _by(self._conversations, 2).items() if kind},
+                "kind": {k: n for k, n in kinds.items() if k and not k.isdigit()},
+                "turns": {k: n for k, n in kinds.items() if k.isdigit()},
                 "language": _by(self._conversations, 3),
             },
             "sources": self._source_rows(store, job),
@@ -177,9 +187,12 @@ class Tally:
     def _source_rows(self, store: Store, job: Job) -> dict[str, dict[str, Any]]:
         funnel = defaultdict(list)
         for row in store.funnel():
-            funnel[row.source].append(
-                {"stage": row.stage, "reason": row.reason, "count": row.count}
-            )
+            count = row.count
+            if row.stage == "check" and not row.reason:
+                count -= self._repeated[row.source]
+            funnel[row.source].append({"stage": row.stage, "reason": row.reason, "count": count})
+        for name, count in self._repeated.items():
+            funnel[name].append({"stage": "check", "reason": REPEATED, "count": count})
         by_source = _by(self._records, 0)
         sources = {}
         left_out = {name for name, _ in self._left_out}

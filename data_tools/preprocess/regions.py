@@ -46,9 +46,13 @@ class Region:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
+# Dropped under these, an object isn't one that the picture shows and the corpus lacks.
+_NOTHING_LOST = (CLIPPED, EMPTY)
+
+
 def regions(
     annotations: Sequence[Annotation], *, size: tuple[int, int], rules: Rules
-) -> tuple[list[Region], list[tuple[str, str]]]:
+) -> tuple[list[Region], list[tuple[str, str]], set[str]]:
     """Check boxes and turn masks into boxes.
 
     An annotation with both box and mask is one object: its box is checked, its mask gives the area and is
@@ -60,12 +64,14 @@ def regions(
         rules: what is kept.
 
     Returns:
-        The regions in the order of their annotations, components of a mask from top to bottom; and what was
-        dropped, as reason and detail.
+        The regions in the order of their annotations, components of a mask from top to bottom; what was
+        dropped, as reason and detail; and the labels of which something was.
     """
     kept: list[Region] = []
     drops: list[tuple[str, str]] = []
+    incomplete: set[str] = set()
     for annotation in annotations:
+        before = len(drops)
         if annotation.mask is not None and annotation.mask.shape != size[::-1]:
             height, width = annotation.mask.shape[:2]
             drops.append(
@@ -80,7 +86,9 @@ def regions(
             kept += _of_mask(annotation, annotation.mask, size, rules, drops)
         else:
             kept.append(Region(annotation.label, attributes=annotation.attributes))
-    return kept, drops
+        if any(reason not in _NOTHING_LOST for reason, _ in drops[before:]):
+            incomplete.add(annotation.label)
+    return kept, drops, incomplete
 
 
 def _of_box(

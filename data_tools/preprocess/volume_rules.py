@@ -28,7 +28,7 @@ class _Component:
     last: tuple[int, ...]
 
 
-def clean(volume: Volume, rules: Rules) -> tuple[Volume | None, list[Drop]]:
+def clean(volume: Volume, rules: Rules) -> tuple[Volume | None, list[Drop], frozenset[str]]:
     """The volume with what the rules leave of its structures.
 
     Args:
@@ -38,24 +38,27 @@ def clean(volume: Volume, rules: Rules) -> tuple[Volume | None, list[Drop]]:
             taken away; `split_left_right` to what is left.
 
     Returns:
-        The volume, or None if it is left out as a whole, and a drop for each component (or the volume).
+        The volume, or None if it is left out as a whole; a drop for each component (or the volume); and the
+        labels that lost one.
     """
     if rules.max_background < 1.0 and volume.structures:
         share = _background(volume)
         if share > rules.max_background:
             reason = f"volume of more than {100 * rules.max_background:g} % background"
-            return None, [(reason, f"{100 * share:.3f} %")]
+            return None, [(reason, f"{100 * share:.3f} %")], frozenset()
     if not _any(rules):
-        return volume, []
+        return volume, [], frozenset()
     drops: list[Drop] = []
+    lost: set[str] = set()
     layers: list[np.ndarray] = []
     structures: list[Structure] = []
     for number, layer in enumerate(volume.layers):
         own = [item for item in volume.structures if item.layer == number]
-        cleaned, left = _clean_layer(layer, own, volume.spacing, rules, drops)
+        cleaned, left = _clean_layer(layer, own, volume.spacing, rules, drops, lost)
         layers.append(cleaned)
         structures += left
-    return replace(volume, layers=tuple(layers), structures=tuple(structures)), drops
+    cleaned_volume = replace(volume, layers=tuple(layers), structures=tuple(structures))
+    return cleaned_volume, drops, frozenset(lost)
 
 
 def _any(rules: Rules) -> bool:
@@ -83,6 +86,7 @@ def _clean_layer(
     spacing: tuple[float, float, float],
     rules: Rules,
     drops: list[Drop],
+    lost: set[str],
 ) -> tuple[np.ndarray, list[Structure]]:
     import cc3d
 
@@ -102,6 +106,8 @@ def _clean_layer(
     offset = box[0].start
     for value, components in sorted(by_value.items()):
         kept = _kept(names[value].label, components, spacing, rules, drops)
+        if len(kept) < len(components):
+            lost.add(names[value].label)
         middle = (layer.shape[0] - 1) / 2 - offset
         sides = _sides(kept, middle) if rules.split_left_right else {}
         if sides:

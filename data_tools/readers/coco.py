@@ -162,14 +162,18 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
         yield Dropped(error.reason, unit.key, error.detail)
         return
     annotations = []
+    left_out = []
     for entry in payload["annotations"]:
         where = f"{unit.key} annotation {entry.get('id')}"
         try:
             annotations.append(_annotation(options, entry, payload["categories"], size))
         except BadShape as error:
+            left_out.append(payload["categories"].get(_hashable(entry.get("category_id")), ""))
             yield Dropped(error.reason, where, error.detail)
     group = image.get(options.group_key) if options.group_key else None
-    yield found.with_findings(tuple(annotations), group=None if group is None else str(group))
+    yield found.with_findings(
+        tuple(annotations), group=None if group is None else str(group), incomplete=left_out
+    )
 
 
 def _annotation(

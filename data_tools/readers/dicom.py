@@ -48,8 +48,11 @@ from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, 
 from data_tools.samples import Annotation, Dropped, Sample, Unit
 
 ORPHAN = "segmentation without its series"
+ONE_BY_ONE = "segmentation of a series whose pictures the table labels one by one"
 BURNED_IN = "text burned into the picture"
+BOX_OF_SERIES = "box of the table for a whole series"
 Key = Literal["file", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"]
+_OF_A_PICTURE = ("file", "SOPInstanceUID")
 
 
 class Options(VolumeOptions):
@@ -59,7 +62,9 @@ class Options(VolumeOptions):
         files: which files below ``root``, with ``*`` for any text.
         table: CSV, TSV, JSON lines or Excel with labels, below ``root`` or beside the job.
         columns: its columns, see `named_rows.RowColumns`; ``file`` is the column of the key.
-        match: what the key is: the path, or a UID or the patient's number, which stay in this reader.
+        match: what the key is: the path, or a UID or the patient's number, which stay in this reader. With
+            ``file`` and ``SOPInstanceUID`` a row is about one picture, and slices of a series that has
+            such rows are pictures by themselves, not a volume; with the others it is about every slice.
         label: ``folder``: the folder that a file lies in is its label.
         volumes: whether series of slices become volumes; else each file is a picture.
         segmentations: whether SEG and RTSTRUCT objects are read.
@@ -150,7 +155,16 @@ def units(options: Options) -> Iterator[Unit]:
         else:
             series[_stack_key(header)].append(header)
     for (uid, *_), members in series.items():
-        if options.volumes and dicom_series.is_stack(members):
+        # A table of pictures says nothing of their neighbours: their series isn't taken as one.
+        one_by_one = options.match in _OF_A_PICTURE and any(
+            _key(header, options.match) in rows for header in members
+        )
+        on_the_series = tuple(drawn.get(str(uid), ()))
+        if one_by_one and on_the_series:
+            for path in on_the_series:
+                yield Unit(shown(path), {"drop": (ONE_BY_ONE, ""), "path": path})
+            on_the_series = ()
+        if options.volumes and not one_by_one and dicom_series.is_stack(members):
             parts = [members]
         else:
             parts = [[member] for member in members]
@@ -162,8 +176,11 @@ def units(options: Options) -> Iterator[Unit]:
                 shown(first.path),
                 {
                     "paths": tuple(header.path for header in part),
-                    "drawn": tuple(drawn.get(str(uid), ())),
-                    "rows": tuple(dict.fromkeys((row.label, row.box) for row in labels)),
+                    "drawn": on_the_series,
+                    "rows": tuple(
+                        dict.fromkeys((row.label, row.box) for row in labels if not row.problem)
+                    ),
+                    "incomplete": tuple(row.label for row in labels if row.problem and row.label),
                     "problems": tuple(row.problem for row in labels if row.problem),
                     "group": names.of("patient", patient),
                 },
@@ -181,6 +198,12 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
         yield Dropped("row of the table that can't be used", unit.key, problem)
     paths = [options.root / path for path in payload["paths"]]
     said = [Annotation(label, box) for label, box in payload["rows"] if label]
+    incomplete = list(payload["incomplete"])
+    if len(paths) > 1 and (boxed := [item for item in said if item.box is not None]):
+        # Its slices are turned and perhaps cut another way: the box isn't where it was.
+        yield Dropped(BOX_OF_SERIES, unit.key, ", ".join(item.label for item in boxed))
+        said = [item for item in said if item.box is None]
+        incomplete += [item.label for item in boxed]
     if options.label == "folder":
         said.append(Annotation(paths[0].parent.name))
     try:
@@ -198,6 +221,7 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
         attributes=attributes_of(data, options.keep),
         sha256=sha256_of([*paths, *(options.root / path for path in payload["drawn"])]),
         whole=tuple(said),
+        incomplete=tuple(incomplete),
     )
     try:
         if len(paths) > 1 or (options.volumes and str(data.get("SOPClassUID", "")) in ENHANCED):
@@ -294,6 +318,7 @@ def _frames(options: Options, data: Any, path: Path, origin: Origin) -> Iterator
             attributes=origin.attributes,
             preprocessing={"window": text},
             sha256=origin.sha256,
+            incomplete=origin.incomplete,
         )
 
 

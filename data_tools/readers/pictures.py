@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,6 +60,7 @@ class Picture:
         group: str | None = None,
         modality: str | None = None,
         attributes: Mapping[str, str] | None = None,
+        incomplete: Iterable[str] = (),
     ) -> Sample:
         """The sample; what a table says goes before what the file says."""
         return replace(
@@ -68,6 +69,7 @@ class Picture:
             group=group or self.sample.group,
             modality=modality or self.sample.modality,
             attributes={**self.sample.attributes, **(attributes or {})},
+            incomplete=tuple(sorted(set(incomplete))),
         )
 
 

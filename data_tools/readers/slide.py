@@ -243,6 +243,7 @@ def _tiles(
             part={"x": x, "y": y},
             group=key,
             preprocessing=notes,
+            incomplete=labeller.incomplete,
         )
 
 

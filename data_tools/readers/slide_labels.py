@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 
 class Labeller:
-    """What is known of a tile: annotations, or the reason why it is left out."""
+    """What is known of a tile: annotations, or the reason why it is left out.
+
+    ``incomplete`` names, of the tile asked for last, labels that it has too little of: they are neither said
+    of it nor absent.
+    """
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.incomplete: tuple[str, ...] = ()
 
     def annotations(
         self, x: int, y: int, scale: Scale, rows: Sequence[Row]
@@ -32,6 +37,7 @@ class Labeller:
     def of_masks(self, masks: Sequence[tuple[str, np.ndarray]]) -> list[Annotation] | str:
         """Regions of a tile as the job wants them."""
         options = self.options
+        self.incomplete = ()
         if not masks:
             return [Annotation(options.outside)] if options.outside else "tile without a region"
         if options.regions_as == "boxes":
@@ -42,6 +48,7 @@ class Labeller:
         names = [name for name, mask in covered.items() if mask.mean() >= options.min_region]
         if not names:
             return "tile with too little of a region"
+        self.incomplete = tuple(name for name in covered if name not in names)
         return [Annotation(name) for name in names]
 
 

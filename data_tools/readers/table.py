@@ -306,6 +306,7 @@ def _picture(options: Options, name: str, rows: Sequence[Row]) -> Iterator[Sampl
     annotations: list[Annotation] = []
     seen: list[tuple[Annotation, ...]] = []
     about: tuple[Any, ...] | None = None
+    left_out: list[str] = []
     for row in rows:
         where = f"{found.name}, {options.table} line {row.line}"
         try:
@@ -318,6 +319,7 @@ def _picture(options: Options, name: str, rows: Sequence[Row]) -> Iterator[Sampl
             yield Dropped(error.reason, where, error.detail)
             if error.reason.startswith("unclear"):
                 return
+            left_out += _labels(options, row)
             continue
         if about is not None and facts != about:
             yield Dropped("image listed twice with different values", where, f"{about} and {facts}")
@@ -338,7 +340,11 @@ def _picture(options: Options, name: str, rows: Sequence[Row]) -> Iterator[Sampl
         return  # every row was dropped with its reason
     group, modality, attributes = about
     yield found.with_findings(
-        tuple(annotations), group=group, modality=modality, attributes=dict(attributes)
+        tuple(annotations),
+        group=group,
+        modality=modality,
+        attributes=dict(attributes),
+        incomplete=left_out,
     )
 
 

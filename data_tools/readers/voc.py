@@ -103,13 +103,15 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
         yield Dropped(error.reason, unit.key, error.detail)
         return
     annotations = []
+    left_out = []
     for number, thing in enumerate(tree.findall("object")):
         read_object = _object(options, thing)
         if isinstance(read_object, Annotation):
             annotations.append(read_object)
         else:
+            left_out.append((thing.findtext("name") or "").strip())
             yield Dropped(read_object[0], f"{unit.key} object {number}", read_object[1])
-    yield found.with_findings(tuple(annotations))
+    yield found.with_findings(tuple(annotations), incomplete=left_out)
 
 
 def _parse(options: Options, name: str) -> Element:

@@ -62,6 +62,7 @@ class Origin:
     preprocessing: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
     whole: tuple[Annotation, ...] = ()
+    incomplete: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -84,7 +85,7 @@ def samples(
     if volume.layers and not volume.structures:
         yield Dropped(EMPTY, origin.where)
         return
-    cleaned, drops = clean(volume, rules)
+    cleaned, drops, incomplete = clean(volume, rules)
     for reason, detail in drops:
         yield Dropped(reason, origin.where, detail)
     if cleaned is None or (volume.structures and not cleaned.structures):
@@ -100,10 +101,10 @@ def samples(
             reason = f"slice with a short edge under {rules.min_edge_ratio:g} of the long one"
             yield Dropped(reason, where, f"{width} x {height}")
         else:
-            yield _sample(cut, origin, scale)
+            yield _sample(cut, origin, scale, incomplete)
 
 
-def _sample(cut: Slice, origin: Origin, scale: Scale) -> Sample:
+def _sample(cut: Slice, origin: Origin, scale: Scale, incomplete: frozenset[str]) -> Sample:
     done = {"window": scale.text, "orientation": f"{PLANES[cut.axis]}, from RAS+"}
     if cut.stretched is not None:
         done["pixels"] = f"square, {cut.stretched:g} mm"
@@ -117,6 +118,8 @@ def _sample(cut: Slice, origin: Origin, scale: Scale) -> Sample:
         attributes=origin.attributes,
         preprocessing={**origin.preprocessing, **done},
         sha256=origin.sha256,
+        # Which slices a component that was left out reaches isn't kept: it may be any.
+        incomplete=tuple(sorted(incomplete | set(origin.incomplete))),
     )
 
 

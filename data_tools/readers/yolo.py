@@ -146,6 +146,7 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
         yield Dropped(error.reason, unit.key, error.detail)
         return
     annotations: list[Annotation] = []
+    left_out: list[str] = []
     seen: set[str] = set()
     for number, line in enumerate(lines, start=1):
         where = f"{unit.key} line {number}"
@@ -159,8 +160,17 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
         try:
             annotations.append(_annotation(options, text.split(" "), unit.payload, size))
         except BadShape as error:
+            left_out += _classes_of(text, unit.payload)
             yield Dropped(error.reason, where, error.detail)
-    yield found.with_findings(tuple(annotations))
+    yield found.with_findings(tuple(annotations), incomplete=left_out)
+
+
+def _classes_of(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The class of a line that can't be used; all of them if its number says nothing."""
+    number = text.split(" ", 1)[0]
+    if number.isascii() and number.isdigit() and int(number) < len(names):
+        return (names[int(number)],)
+    return names
 
 
 def _lines(root: Path, name: str) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -357,10 +357,21 @@ def _facts(item: Item, record: Record, context: SourceContext, taxonomy: Taxonom
         counts: dict[str, int] = {}
         for label in regions:
             counts[label.name] = counts.get(label.name, 0) + 1
+        lines.append("- regions in all: " + ", ".join(_counted(counts, record)))
+    elif uncounted := [name for name in record.names if name in record.incomplete]:
         lines.append(
-            "- regions in all: " + ", ".join(f"{count} of {name}" for name, count in counts.items())
+            f"- there is more of this than is listed, so never say how many: {', '.join(uncounted)}"
         )
     return lines
+
+
+def _counted(counts: dict[str, int], record: Record) -> Iterator[str]:
+    for name, count in counts.items():
+        yield (
+            f"many of {name} (never say how many)"
+            if name in record.incomplete
+            else f"{count} of {name}"
+        )
 
 
 def _finding(label: Label, context: SourceContext, item: Item) -> str:

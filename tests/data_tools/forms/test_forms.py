@@ -12,7 +12,7 @@ from data_tools import taxonomy
 from data_tools.checks import CheckOptions, check
 from data_tools.forms import MakeOptions, plan
 from data_tools.forms.coordinates import read_boxes, write_box
-from data_tools.forms.grammar import listed, place, place_zh, with_article
+from data_tools.forms.grammar import listed, place, place_zh, with_article, within
 from data_tools.forms.perception import absent
 from data_tools.items import FORMS, IMAGE, TEXT_FORMS, SourceContext
 from data_tools.records import Label, Provenance, Record
@@ -30,10 +30,14 @@ EVERYTHING = MakeOptions(
 )  # fmt: skip
 
 
-def record(*labels, name="2d#cls#x", modality="CT", department="Hematology", attributes=None):
+def record(
+    *labels, name="2d#cls#x", modality="CT", department="Hematology", attributes=None, task=None,
+    incomplete=(),
+):  # fmt: skip
     return Record(
-        name, "images/x.png", 640, 480, modality, department, None, "2D classification", tuple(labels),
+        name, "images/x.png", 640, 480, modality, department, task, "2D classification", tuple(labels),
         attributes or {}, Provenance("toy", "Toy", "MIT", "", "x.png", "0" * 64, {}, "toy/x"),
+        tuple(incomplete),
     )  # fmt: skip
 
 
@@ -50,15 +54,17 @@ labels = st.builds(
     Label, st.sampled_from([name for name in VOCABULARY if name != "normal"]), st.none() | boxes
 )
 records = st.builds(
-    lambda labels, name, modality, department, side: record(
-        *labels, name=f"2d#cls#{name}", modality=modality, department=department,
-        attributes={"side": side, "view": "AP"} if side else {},
+    lambda labels, name, modality, department, side, incomplete, task: record(
+        *labels, name=f"2d#cls#{name}", modality=modality, department=department, task=task,
+        attributes={"side": side, "view": "AP"} if side else {}, incomplete=incomplete,
     ),
     st.lists(labels, min_size=1, max_size=8),
     st.integers(0, 10**9),
     st.sampled_from(TAXONOMY.modalities),
     st.sampled_from([name for name in TAXONOMY.departments if "Pathology" not in name]),
     st.sampled_from(["", "left", "right"]),
+    st.lists(st.sampled_from(VOCABULARY), max_size=2, unique=True),
+    st.none() | st.sampled_from(TAXONOMY.tasks),
 )  # fmt: skip
 
 
@@ -233,7 +239,7 @@ def test_a_caption_word_for_word():
     }
     assert (
         "This is a CT image. The view is AP. It is classified as normal. "
-        "Nodule is visible in the upper left part of the picture."
+        "The nodule is visible in the upper left part of the picture."
     ) in texts
 
 
@@ -260,3 +266,94 @@ def test_lists_and_places():
 def test_every_form_is_made():
     of = record(Label("edema"), Label("nodule", (0, 0, 10, 10)))
     assert {item.form for item in plan(of, CONTEXT, EVERYTHING, seed=0)} == set(FORMS)
+
+
+def test_what_was_left_out_is_neither_counted_nor_denied():
+    """A speck that the rules drop, or a box that can't be read, is in the picture all the same."""
+    found = [Label("platelet", (0, 0, 10, 10)), Label("platelet", (600, 0, 640, 9))]
+    one = [Label("edema", (0, 330, 10, 470))]
+    full = record(*found, *one)
+    cut = record(*found, *one, incomplete=("platelet", "spleen"))
+    ours = MakeOptions(
+        caption=4, region_caption=9, instruction=8, dialogue=6, perception=9, chinese=0.4,
+        dialogue_turns=(4, 8),
+    )  # fmt: skip
+
+    def texts(of):
+        for seed in range(60):
+            for item, made in conversations(of, ours, seed=seed):
+                yield item, " ".join(turn.text for turn in made)
+
+    counts = ("2 regions of platelet", "2处血小板", "regions of platelet are there")
+    assert any(words in text for _, text in texts(full) for words in counts)
+    for item, text in texts(cut):
+        assert not any(words in text for words in counts), text
+        if item.kind in ("detection", "counting", "localisation"):
+            assert "edema" in text or "水肿" in text
+        if item.kind in ("yes_no", "multiple_choice"):
+            assert "spleen" not in text
+            assert "脾脏" not in text
+    assert any("a region of platelet" in text for _, text in texts(cut))
+    assert absent(cut, CONTEXT, chinese=False) == absent(full, CONTEXT, chinese=False)[:-1]
+
+
+def test_articles_of_regions():
+    def said(of, **make):
+        none = dict.fromkeys(FORMS, 0) | {"chinese": 0} | make
+        return {
+            turn.text
+            for seed in range(40)
+            for _, made in conversations(of, MakeOptions(**none), seed=seed)
+            for turn in made
+        }
+
+    one = said(record(Label("spleen", (0, 0, 64, 48))), region_caption=1)
+    assert (
+        "This region, in the upper left part of the picture, shows the spleen. It spans about 10% of "
+        "the picture's width and 10% of its height."
+    ) in one
+    several = said(
+        record(*[Label("platelet", (at, 0, at + 9, 9)) for at in (0, 20)]), region_caption=1
+    )
+    assert any("shows one of the 2 regions of platelet." in text for text in several)
+    asked = said(
+        record(Label("spleen", (0, 0, 64, 48))), perception=1,
+    )  # fmt: skip
+    assert {"Is any spleen present in this image?", "Where in the picture is the spleen?"} <= {
+        text.removeprefix("<image>\n") for text in asked
+    }
+    marks = {"truncated": "yes", "difficult": "yes", "side": "left"}
+    marked = said(record(Label("spleen", (0, 0, 64, 48), None, marks)), region_caption=1)
+    assert any("Truncated: yes. The side is left." in text for text in marked)
+    assert not any("ifficult" in text for text in marked)
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [("Scintigraphy", "scintigraphy"), ("Fundus photography", "fundus photography"), ("X-ray", "X-ray"),
+     ("OCT", "OCT"), ("PET", "PET"), ("Slit-lamp photography", "slit-lamp photography"), ("MR", "MR")],
+)  # fmt: skip
+def test_modalities_inside_a_sentence(name, inside):
+    assert within(name) == inside
+
+
+def test_an_organ_is_shown_and_a_class_is_a_result():
+    def report(of):
+        (line,) = {
+            made[1].text
+            for _, made in conversations(
+                of,
+                MakeOptions(**dict.fromkeys(FORMS, 0), chinese=0).model_copy(
+                    update={"text_single": 1}
+                ),
+            )
+            if "department" not in made[1].text
+        } or {""}
+        return line
+
+    organ = record(Label("spleen"), task="Organ Recognition - Abdomen", department="None")
+    assert report(organ) == "The CT image shows the following: spleen."
+    grade = record(Label("edema"), task="Disease Diagnosis", department="None")
+    assert report(grade) == "The result of the CT image is edema."
+    cell = record(Label("platelet", (0, 0, 9, 9)), department="None")
+    assert report(cell) == "The CT image shows the following: platelet."

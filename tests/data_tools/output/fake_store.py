@@ -91,7 +91,8 @@ def item(of: Record, form: str = "caption", *, language: str = "en", **changes: 
 def kept(of: Record, form: str = "caption", *, answer: str | None = None, **changes: Any) -> Kept:
     """An accepted conversation of a record."""
     mark = "" if form in TEXT_FORMS else "<image>\n"
-    text = answer or f"A {of.modality} picture that shows {', '.join(of.names)}."
+    own = "" if mark else f" Of {of.provenance.file}."  # a text that others have too is left out
+    text = answer or f"A {of.modality} picture that shows {', '.join(of.names)}.{own}"
     turns = [Turn("human", f"{mark}What is seen?"), Turn("gpt", text)]
     if form in ("dialogue", "text_multi"):
         turns += [Turn("human", "And how many?"), Turn("gpt", f"{len(of.labels)}.")]

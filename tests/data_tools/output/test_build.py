@@ -219,3 +219,25 @@ def test_kill_9_while_writing_leaves_the_old_corpus_whole(tmp_path):
     build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path, taxonomy=None)
     assert digests(tmp_path) == before
     assert not (tmp_path / ".work" / "corpus.new").exists()
+
+
+def test_a_text_without_a_picture_is_in_the_corpus_once(tmp_path):
+    """The same words on both sides of the split would be learnt and then examined."""
+    store = corpus(tmp_path, 40)
+    same = "The result is a platelet."
+    records = store.all_records
+    store.all_accepted = [
+        kept(one, form, answer=same) for one in records for form in ("caption", "text_single")
+    ]
+    store.rows.append(FunnelRow("blood", "check", "", 80))
+    summary = build(store, job(held_out=0.3), tmp_path, taxonomy=None)
+    found = [*tmp_path.rglob("text_single.jsonl")]
+    assert sum(len(lines(path)) for path in found) == 1
+    captions = [*tmp_path.rglob("caption.jsonl")]
+    assert sum(len(lines(path)) for path in captions) == 40
+    assert summary["conversations"]["count"] == 41
+    assert summary["conversations"]["repeated"] == 39
+    checks = [row for row in summary["sources"]["blood"]["funnel"] if row["stage"] == "check"]
+    assert [(row["reason"], row["count"]) for row in checks] == [
+        ("", 41), ("text that is in the corpus already", 39)
+    ]  # fmt: skip

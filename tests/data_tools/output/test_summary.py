@@ -81,8 +81,10 @@ def test_conversations_are_counted(counted):
         "held_out": 0,
         "rejected": 3,
         "acceptance": 0.7,
+        "repeated": 0,
         "form": {"caption": 4, "perception": 2, "dialogue": 1},
         "kind": {"detection": 1, "yes_no": 1},
+        "turns": {},
         "language": {"en": 6, "zh": 1},
     }
 

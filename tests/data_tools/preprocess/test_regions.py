@@ -50,7 +50,7 @@ def test_components_of_em_membranes_are_those_of_skimage(shared_data):
     mask = np.asarray(Image.open(shared_data / "em_membrane_masks/label/0.png")) == 255
     expected = of_skimage(mask, 8)
     assert len(expected) > 50
-    kept, drops = regions(
+    kept, drops, _ = regions(
         [Annotation("cell", mask=mask)], size=(512, 512), rules=PRESETS["sa-med2d"]
     )
     # 512 * 512 * 100 / 256**2 = 400 pixels
@@ -65,7 +65,9 @@ def test_components_of_em_membranes_are_those_of_skimage(shared_data):
 def test_sa_med2d_keeps_what_has_100_of_65536_pixels(side, kept):
     mask = np.zeros((256, 256), dtype=bool)
     mask[3 : 3 + side, 5 : 5 + 10] = True
-    found, drops = regions([Annotation("a", mask=mask)], size=(256, 256), rules=PRESETS["sa-med2d"])
+    found, drops, _ = regions(
+        [Annotation("a", mask=mask)], size=(256, 256), rules=PRESETS["sa-med2d"]
+    )
     assert (len(found), len(drops)) == (kept, 1 - kept)
 
 
@@ -85,7 +87,7 @@ def test_sa_med2d_keeps_what_has_100_of_65536_pixels(side, kept):
     ],
 )
 def test_a_box_that_is_none_is_dropped_with_its_reason(box, reason):
-    kept, drops = regions([Annotation("a", box)], size=(40, 30), rules=NONE)
+    kept, drops, _ = regions([Annotation("a", box)], size=(40, 30), rules=NONE)
     assert kept == []
     assert [drop for drop, _ in drops] == [reason]
     assert "40 x 30" in drops[0][1]
@@ -93,7 +95,7 @@ def test_a_box_that_is_none_is_dropped_with_its_reason(box, reason):
 
 def test_boxes_are_rounded_to_whole_pixels_and_may_touch_the_edge():
     annotations = [Annotation("a", (-0.4, 0.5, 40.3, 30.0)), Annotation("b", (1.6, 2.4, 3.5, 4.4))]
-    kept, drops = regions(annotations, size=(40, 30), rules=NONE)
+    kept, drops, _ = regions(annotations, size=(40, 30), rules=NONE)
     assert [(region.box, region.area) for region in kept] == [
         ((0, 1, 40, 30), None),
         ((2, 2, 4, 4), None),
@@ -104,7 +106,7 @@ def test_boxes_are_rounded_to_whole_pixels_and_may_touch_the_edge():
 def test_boxes_are_cut_only_if_the_rules_say_so_and_are_counted():
     rules = Rules(clip_boxes=True)
     annotations = [Annotation("a", (-5, 10, 20, 50)), Annotation("b", (41, 0, 50, 9))]
-    kept, drops = regions(annotations, size=(40, 30), rules=rules)
+    kept, drops, _ = regions(annotations, size=(40, 30), rules=rules)
     assert [region.box for region in kept] == [(0, 10, 20, 30)]
     assert [reason for reason, _ in drops] == [
         "box cut at the image's edge",
@@ -115,7 +117,9 @@ def test_boxes_are_cut_only_if_the_rules_say_so_and_are_counted():
 def test_the_largest_components_stay_in_their_place():
     mask = np.zeros((10, 30), dtype=bool)
     mask[1:3, 1:3], mask[1:6, 6:11], mask[1:5, 20:24], mask[8, 0] = True, True, True, True
-    kept, drops = regions([Annotation("a", mask=mask)], size=(30, 10), rules=Rules(keep_largest=2))
+    kept, drops, _ = regions(
+        [Annotation("a", mask=mask)], size=(30, 10), rules=Rules(keep_largest=2)
+    )
     assert [(region.box, region.area) for region in kept] == [
         ((6, 1, 11, 6), 25),
         ((20, 1, 24, 5), 16),
@@ -126,7 +130,7 @@ def test_the_largest_components_stay_in_their_place():
 def test_a_mask_that_is_not_split_is_one_region():
     mask = np.zeros((10, 30), dtype=bool)
     mask[1:3, 1:3] = mask[5:9, 20:24] = True
-    kept, _ = regions([Annotation("a", mask=mask)], size=(30, 10), rules=Rules(split=False))
+    kept, _, _ = regions([Annotation("a", mask=mask)], size=(30, 10), rules=Rules(split=False))
     assert [(region.box, region.area) for region in kept] == [((1, 1, 24, 9), 20)]
 
 
@@ -136,6 +140,23 @@ def test_empty_masks_and_masks_of_another_size_are_counted():
         Annotation("b", mask=np.ones((40, 30), dtype=bool)),
         Annotation("c"),
     ]
-    kept, drops = regions(annotations, size=(40, 30), rules=NONE)
+    kept, drops, _ = regions(annotations, size=(40, 30), rules=NONE)
     assert [(region.label, region.box) for region in kept] == [("c", None)]
     assert [reason for reason, _ in drops] == ["empty mask", "mask of another size than its image"]
+
+
+def test_labels_of_what_is_dropped_are_named():
+    """A speck under the cut is in the picture: nobody may count its label, or say that it is absent."""
+    speck, large = np.zeros((256, 256), bool), np.zeros((256, 256), bool)
+    speck[0, 0] = True
+    large[10:90, 10:90] = True
+    annotations = [
+        Annotation("speck", mask=speck), Annotation("large", mask=large), Annotation("whole"),
+        Annotation("outside", (900, 0, 950, 9)), Annotation("empty", mask=np.zeros((256, 256), bool)),
+    ]  # fmt: skip
+    kept, _, incomplete = regions(annotations, size=(256, 256), rules=PRESETS["sa-med2d"])
+    assert [region.label for region in kept] == ["large", "whole"]
+    assert incomplete == {"speck", "outside"}
+    clipped = [Annotation("cut", (250, 0, 260, 9))]
+    kept, drops, incomplete = regions(clipped, size=(256, 256), rules=Rules(clip_boxes=True))
+    assert (len(kept), len(drops), incomplete) == (1, 1, set())

@@ -20,14 +20,14 @@ def volume(spacing=(1.0, 1.0, 1.0)) -> Volume:
 
 
 def left(of: Volume, **rules) -> tuple[int, list[str]]:
-    cleaned, drops = clean(of, Rules(**rules))
+    cleaned, drops, _ = clean(of, Rules(**rules))
     reasons = [reason for reason, _ in drops]
     return (0 if cleaned is None else int(np.count_nonzero(cleaned.layers[0]))), reasons
 
 
 def test_no_rule_changes_nothing():
     of = volume()
-    assert clean(of, preset("none")) == (of, [])
+    assert clean(of, preset("none")) == (of, [], frozenset())
 
 
 def test_few_voxels():
@@ -47,6 +47,8 @@ def test_volume_and_side_in_millimetres():
 
 def test_the_largest_stay():
     assert left(volume(), keep_largest=1)[0] == 64
+    assert clean(volume(), Rules(keep_largest=1))[2] == {"kidney"}
+    assert clean(volume(), Rules(keep_largest=2))[2] == frozenset()
 
 
 def test_mostly_background():
@@ -58,7 +60,7 @@ def test_mostly_background():
 
 
 def test_sides_are_told_apart():
-    cleaned, _ = clean(volume(), Rules(split_left_right=True))
+    cleaned, _, _ = clean(volume(), Rules(split_left_right=True))
     sides = {
         item.attributes["side"]: int(np.count_nonzero(cleaned.layers[item.layer] == item.value))
         for item in cleaned.structures

@@ -168,3 +168,10 @@ def test_a_file_that_is_no_coco_file(tmp_path, content, message):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(SourceError, match=message):
         read(tmp_path)
+
+
+def test_what_is_left_out_is_named(tmp_path):
+    write(tmp_path, entry(), entry(id=6, category_id=7, iscrowd=1))
+    (sample,), drops = read(tmp_path)
+    assert reasons(drops) == {"crowd annotation": 1}
+    assert sample.incomplete == ("nucleus",)

@@ -152,6 +152,53 @@ def test_nothing_that_says_who_it_is_leaves(tmp_path):
     assert len({sample.group for sample in found}) == 1
 
 
+def test_a_table_of_pictures_says_nothing_of_their_neighbours(tmp_path):
+    """A bleeding in one slice is told of that slice, not of the series."""
+    made = series(tmp_path, stack())
+    uid = made[2].SOPInstanceUID
+    (tmp_path / "labels.csv").write_text(f"file,label\n{uid},bleeding\n")
+    found = read(options(tmp_path, table="labels.csv", match="SOPInstanceUID", files="*.dcm"))
+    assert len(found) == 6
+    assert [[item.label for item in sample.annotations] for sample in found].count(
+        ["bleeding"]
+    ) == 1
+    (told,) = [sample for sample in found if sample.annotations]
+    assert told.image.shape == (12, 10)
+    assert not told.part
+    (tmp_path / "labels.csv").write_text("file,label\n1.2.3.4,bleeding\n")
+    whole = read(options(tmp_path, table="labels.csv", match="SeriesInstanceUID", files="*.dcm"))
+    axes = Counter(sample.part["axis"] for sample in whole if sample.annotations)
+    assert axes == {"x": 10, "y": 12, "z": 6}
+
+
+def test_a_row_that_cannot_be_read_is_no_label_of_the_whole_picture(tmp_path):
+    save(tmp_path / "a.dcm", dataset(stack()[0]))
+    (tmp_path / "labels.csv").write_text(
+        "file,label,x1,y1,x2,y2\na.dcm,nodule,1,2,x,4\na.dcm,heart,1,2,3,4\n"
+    )
+    box = {"x1": "x1", "y1": "y1", "x2": "x2", "y2": "y2"}
+    dropped, sample = read(
+        options(tmp_path, table="labels.csv", columns={"box": box}, files="*.dcm")
+    )
+    assert dropped.reason == "row of the table that can't be used"
+    assert [(item.label, item.box) for item in sample.annotations] == [("heart", (1, 2, 3, 4))]
+    assert sample.incomplete == ("nodule",)
+
+
+def test_a_box_of_a_whole_series_is_left_out(tmp_path):
+    """Slices are turned to the radiologist's view: the box isn't where it was."""
+    series(tmp_path, stack())
+    (tmp_path / "labels.csv").write_text(
+        "file,label,x1,y1,x2,y2\n1.2.3.4,nodule,1,2,3,4\n1.2.3.4,thorax,,,,\n"
+    )
+    box = {"x1": "x1", "y1": "y1", "x2": "x2", "y2": "y2"}
+    keys = {"table": "labels.csv", "match": "SeriesInstanceUID", "columns": {"box": box}}
+    dropped, *found = read(options(tmp_path, files="*.dcm", **keys))
+    assert dropped.reason == "box of the table for a whole series"
+    assert {tuple(item.label for item in sample.annotations) for sample in found} == {("thorax",)}
+    assert {sample.incomplete for sample in found} == {("nodule",)}
+
+
 def test_the_sex_leaves_only_if_it_is_named(tmp_path):
     save(tmp_path / "a.dcm", dataset(stack()[0]))
     assert "sex" not in only(read(options(tmp_path))).attributes

@@ -241,6 +241,6 @@ def test_axons_and_myelin(shared_data):
         if part.area >= least
     ]
     axons = next(sample for sample in samples if "data5" in sample.source_file).annotations[:1]
-    kept, _ = regions(axons, size=levels.shape[::-1], rules=PRESETS["sa-med2d"])
+    kept, _, _ = regions(axons, size=levels.shape[::-1], rules=PRESETS["sa-med2d"])
     assert sorted(region.box for region in kept) == sorted(expected)
     assert len(expected) > 5

@@ -342,3 +342,14 @@ def test_memory_does_not_grow_with_cells(tmp_path):
     tracemalloc.stop()
     assert count == 3000
     assert peak < 1_500_000  # the cells have 6 MB
+
+
+def test_a_finding_whose_box_cannot_be_read_is_named(tmp_path):
+    write_rows(
+        tmp_path, "file,l,x1,y1,x2,y2\na.png,nodule,2,3,x,25\na.png,heart,2,3,20,25\n", images="a"
+    )
+    keys = {"table": "t.csv", "image": "file", "label": "l", "box": CORNERS}
+    (sample,), drops = read_all(table, tmp_path, **keys)
+    assert reasons(drops) == {"box that can't be read": 1}
+    assert [label for label, _ in boxes(sample)] == ["heart"]
+    assert sample.incomplete == ("nodule",)

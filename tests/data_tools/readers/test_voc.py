@@ -51,6 +51,7 @@ def test_corners_and_marks(tmp_path):
     assert edges.annotations[0].attributes == {"difficult": "yes"}
     (sample,), drops = read_all(voc, tmp_path, difficult=False)
     assert (sample.annotations, reasons(drops)) == ((), {"object marked difficult": 1})
+    assert (edges.incomplete, sample.incomplete) == ((), ("cell",))
 
 
 BOMB = """<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;&b;">]><annotation>&c;</annotation>"""

@@ -61,7 +61,7 @@ def expected_boxes(plane: np.ndarray, value: int) -> list[tuple[int, ...]]:
 
 def boxes_of(sample: Sample, name: str) -> list[tuple[int, ...]]:
     height, width = sample.image.shape
-    found, dropped = regions(sample.annotations, size=(width, height), rules=resolve("none"))
+    found, dropped, _ = regions(sample.annotations, size=(width, height), rules=resolve("none"))
     assert not dropped
     return sorted(tuple(item.box) for item in found if item.label == name)
 

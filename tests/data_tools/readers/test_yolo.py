@@ -74,6 +74,10 @@ def test_a_bad_line_is_counted_and_the_others_stay(tmp_path, line, reason):
     assert boxes(sample) == [("platelet", (0, 7.5, 20, 22.5))]
     assert reasons(drops) == {reason: 1}
     assert drops[0].where == "images/train/a.png line 3"
+    lost = {"duplicate row": (), "unknown class id": ("platelet", "red cell")}
+    assert sample.incomplete == lost.get(
+        reason, ("platelet", "red cell") if line[0] not in "01" else ("red cell",)
+    )
 
 
 def test_polygons_and_oriented_boxes(tmp_path):
