@@ -50,9 +50,12 @@ DEMO = [
 RAY = ["ray>=2.40"]
 # Triton kernels for `liger=True`; only its operators are used, not its patches for transformers.
 LIGER = ["liger-kernel>=0.5.10,<0.8"]
+# `python -m gmai_xtuner.serve`; openai is the client that tests ask with, pydantic checks requests.
+SERVE = ["pydantic>=2.9", "starlette>=0.40", "uvicorn>=0.30"]
 DEVELOPMENT = [
     *CORPUS,
     *DEMO,
+    *SERVE,
     *RAY,
     *QUICKSTART,
     *LIGER,
@@ -110,6 +113,7 @@ setup(
     extras_require={
         "data": CORPUS,
         "demo": DEMO,
+        "serve": SERVE,
         "ray": RAY,
         "quickstart": QUICKSTART,
         "liger": LIGER,

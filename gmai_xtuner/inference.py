@@ -30,7 +30,8 @@ from gmai_xtuner.models.vision import num_image_tokens
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 """A token of sentencepiece that stands for a byte of a character that has no token."""
 
-ImageLike = str | Path | Image.Image
+ImageLike = str | Path | Image.Image | torch.Tensor
+"""A file, a picture, or what :meth:`Predictor.pixels` made of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class Predictor:
         Args:
             question: text; may hold ``<image>`` marks. Without any, the images come first, each on a
                 line, as in training.
-            images: paths or opened images.
+            images: paths, opened images, or their pixel values.
             system: system turn.
             max_new_tokens: length of the answer at the most.
             sampling: how tokens are chosen; default: the likeliest.
@@ -305,6 +306,10 @@ class Predictor:
             stop.set()
             thread.join()
 
+    def pixels(self, image: ImageLike) -> torch.Tensor:
+        """float32 ``[3, S, S]`` on the CPU: what the model sees of an image, however large that is."""
+        return image if isinstance(image, torch.Tensor) else self.transform(as_rgb(image))
+
     def encode(self, prompt: Prompt) -> np.ndarray:
         """int32 ids of a prompt, one placeholder an image.
 
@@ -389,7 +394,7 @@ class Predictor:
             np.repeat(ids, np.where(ids == IMAGE_TOKEN_INDEX, tokens, 1))
         ).to(device)
         size = self.transform.image_size
-        pixels = [self.transform(as_rgb(image)) for image in images]
+        pixels = [self.pixels(image) for image in images]
         return self.model.embed(
             widened[None],
             torch.stack(pixels).to(device)
@@ -405,7 +410,7 @@ def user_turn(question: str, num_images: int) -> Turn:
     return Turn("user", marks + question)
 
 
-def as_rgb(image: ImageLike) -> Image.Image:
+def as_rgb(image: str | Path | Image.Image) -> Image.Image:
     """The picture of a path, read as in training, or an opened one."""
     return image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
 

@@ -1,0 +1,139 @@
+"""``python -m gmai_xtuner.serve MODEL [--port 8000] [--key-variable NAME] ...``
+
+Exit status: 0 after a request to stop, 1 after an error, 2 if the command line can't be understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gmai_xtuner.model_arguments import add_model_arguments, load_from_arguments, what_was_loaded
+
+MIB = 2**20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        import uvicorn
+
+        from gmai_xtuner.serve.app import Server
+        from gmai_xtuner.serve.data_urls import Limits
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed. Install what serving needs: "
+            'pip install -e ".[serve]"',
+            file=sys.stderr,
+        )
+        return 1
+    key = os.environ.get(options.key_variable, "").strip() if options.key_variable else None
+    if options.key_variable and not key:
+        parser.error(f"the environment variable {options.key_variable} has no key")
+    if key is None and not options.without_key and not _is_loopback(options.host):
+        parser.error(
+            f"{options.host} can be reached from other machines: name the variable that holds a key with "
+            "--key-variable, or allow everyone with --without-key"
+        )
+    try:
+        predictor = load_from_arguments(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    name = options.name or Path(options.model).resolve().name
+    server = Server(
+        predictor,
+        name=name,
+        key=key,
+        limits=Limits(
+            body_bytes=options.max_request_mib * MIB,
+            images=options.max_images,
+            image_bytes=options.max_image_mib * MIB,
+            pixels=options.max_pixels,
+        ),
+        max_new_tokens=options.max_new_tokens,
+        max_waiting=options.max_waiting,
+    )
+    print(what_was_loaded(predictor, options.model), file=sys.stderr)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(
+        f"serving {name!r} at http://{host}:{options.port}/v1, "
+        f"{'with a key' if key else 'without a key'}; not for clinical use",
+        file=sys.stderr,
+        flush=True,
+    )
+    config = uvicorn.Config(
+        server.app,
+        host=options.host,
+        port=options.port,
+        log_level="info",
+        timeout_graceful_shutdown=5,
+    )
+    running = uvicorn.Server(config)
+    try:
+        running.run()
+    except SystemExit as left:  # uvicorn's, when the port is taken; it has said so
+        return int(bool(left.code))
+    except KeyboardInterrupt:
+        pass
+    return 0 if running.started else 1
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gmai_xtuner.serve",
+        description="Serve a trained model by the OpenAI API (/v1/chat/completions, with images as data "
+        "URLs). Images are read as in training. Not for clinical use.",
+    )
+    add_model_arguments(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
+    )
+    group.add_argument("--port", type=int, default=8000, help="default 8000")
+    group.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    group.add_argument(
+        "--key-variable",
+        metavar="NAME",
+        help="environment variable with the key that clients must show",
+    )
+    group.add_argument(
+        "--without-key", action="store_true", help="let other machines ask without a key"
+    )
+    group = parser.add_argument_group("limits")
+    for option, default, what in (
+        ("--max-new-tokens", 4096, "tokens that a request may ask for"),
+        ("--max-waiting", 32, "requests that may wait for the one that is computed"),
+        ("--max-images", 16, "images of a request, all turns together"),
+        ("--max-image-mib", 20, "size of an image's file"),
+        ("--max-request-mib", 64, "size of a request"),
+        ("--max-pixels", 100_000_000, "width x height of an image"),
+    ):
+        group.add_argument(
+            option, type=_positive, default=default, metavar="N", help=f"{what} (default {default})"
+        )
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
