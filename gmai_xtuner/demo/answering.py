@@ -16,9 +16,9 @@ from PIL import Image
 from gmai_xtuner.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
-from gmai_xtuner.demo.limits import MEBIBYTE
 from gmai_xtuner.demo.words import PageError
 from gmai_xtuner.inference import Predictor, Prompt, Sampling
+from gmai_xtuner.models.costs import part_cost, size
 from gmai_xtuner.models.vision import num_image_tokens
 
 _LOG = logging.getLogger(__name__)
@@ -36,14 +36,10 @@ class LoadedModel:
     @property
     def facts(self) -> str:
         """Parameters, dtype, device and the memory of its weights."""
-        model = self.predictor.model
-        tensors = [*model.parameters(), *model.buffers()]
-        parameters = sum(one.numel() for one in model.parameters())
-        memory = sum(one.numel() * one.element_size() for one in tensors)
-        dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in model.parameters()})
+        cost = part_cost(self.predictor.model)
         return (
-            f"{counted(parameters)} parameters, {'/'.join(dtypes)}, {memory / MEBIBYTE:,.0f} MiB of weights "
-            f"on {self.predictor.model.llm.device}"
+            f"{counted(cost.parameters)} parameters · {'/'.join(cost.dtypes)} · {size(cost.bytes)} of weights"
+            f" on {self.predictor.model.llm.device}"
         )
 
     @property
@@ -68,13 +64,9 @@ class LoadedModel:
 
 def counted(number: int) -> str:
     """``7.76 B``, ``303.5 M``, ``1.2 M``, ``914 k``."""
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return (
-                f"{number / size:.2f} {letter}"
-                if size == 10**9
-                else f"{number / size:.1f} {letter}"
-            )
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.{2 if letter == 'B' else 1}f} {letter}"
     return str(number)
 
 

@@ -41,6 +41,7 @@ class ChatPanel:
         self.desk = desk
         self._images_sent = images_sent
         self._answers: dict[tuple[int, int], _AnswerView] = {}
+        self.notices = Notices(lambda: session.language, name="chat-notice")
 
     def draw(self) -> None:
         """Everything, in the language of now."""
@@ -58,7 +59,7 @@ class ChatPanel:
         self._talk = named(ui.element("div").classes("talk"), "talk")
         self.draw_talk()
         with ui.element("div").classes("composer"):
-            self.notices = Notices(lambda: self.session.language, name="chat-notice")
+            self.notices.place()
             with ui.element("div").classes("chips"):
                 ui.label(say("tasks", language)).classes("hint")
                 for preset in PRESETS:
@@ -216,7 +217,7 @@ class ChatPanel:
         session.exchanges.append(exchange)
         for one in session.tray:
             if any(one.number == shown.number for shown in exchange.images):
-                one.send = False
+                one.send, one.sent = False, True
         self._images_sent()
         self._question.value = ""
         if len(session.exchanges) == 1:

@@ -30,18 +30,20 @@ class Attached:
         study: what it is.
         view: what of it is shown, and goes with the next question.
         send: whether it goes with the next question.
+        sent: whether the models have this view.
     """
 
     number: int
     study: Study
     view: View
     send: bool = True
+    sent: bool = False
 
     def turn_to(self, view: View) -> None:
         """Show something else, which the model has not seen."""
         if view != self.view:
             self.view = view
-            self.send = True
+            self.send, self.sent = True, False
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ class Session:
         numbers = {shown.number for shown in exchange.images}
         for one in self.tray:
             if one.number in numbers:
-                one.send = True
+                one.send, one.sent = True, False
 
     def seen(self, exchange: Exchange) -> Sequence[Shown]:
         """Every picture that was sent up to and with an exchange, the newest of each number last."""
@@ -247,4 +249,4 @@ class Session:
         """A new conversation about the same images."""
         self.exchanges.clear()
         for one in self.tray:
-            one.send = True
+            one.send, one.sent = True, False

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,11 @@ def open_dicom(paths: Sequence[Path], limits: Limits) -> list[Study | PageError]
                 opened.append(_volume(group, limits))
                 continue
             except _NoStack:
-                pass  # each picture for itself
+                try:
+                    opened.append(_pages(group, limits))
+                    continue
+                except _NoStack:
+                    pass  # each picture for itself
             except PageError as error:
                 opened.append(error)
                 continue
@@ -164,6 +168,7 @@ def _frames(data: Any, limits: Limits) -> Frames:
     values = np.stack([_intensities(data, frame) for frame in range(shape.frames)])
     own = [_window_of(data, frame) for frame in range(shape.frames)]
     known = [window for window in own if window is not None]
+    lookup = _lookup(data)
     if len(known) == shape.frames:
         windows = known if len(set(known)) > 1 else known[:1]
     else:
@@ -173,9 +178,40 @@ def _frames(data: Any, limits: Limits) -> Frames:
         facts,
         windows,
         inverted=photometric == "MONOCHROME1",
-        lookup=_lookup(data),
+        lookup=lookup,
+        own_window=len(known) == shape.frames or lookup is not None,
         hounsfield=facts.modality == "CT",
     )
+
+
+def _pages(group: Sequence[Any], limits: Limits) -> Frames:
+    """Pictures of one series that are no stack, such as radial slices, one after the other by their number.
+
+    Raises:
+        _NoStack: they differ in size or kind.
+        PageError: one of them can't be read, or there are too many pixels.
+    """
+    shape = _shape(group[0], limits)
+    limits.check_voxels(len(group) * shape.rows * shape.columns)
+    group = sorted(group, key=lambda data: _number(data.get("InstanceNumber")))
+    kinds = {str(data.get("PhotometricInterpretation", "")) for data in group}
+    if len(kinds) > 1 or not kinds <= set(GREY) or any(_shape(d, limits) != shape for d in group):
+        raise _NoStack
+    pages = [_frames(data, limits) for data in group]
+    if any(page.lookup for page in pages):
+        raise _NoStack
+    first = pages[0]
+    facts = Facts("DICOM", first.facts.modality, f"{shape.columns} × {shape.rows} × {len(pages)}")
+    windows = [page.window for page in pages if page.window is not None]
+    values = np.concatenate([page.values for page in pages])
+    return replace(first, values=values, facts=facts, windows=windows, known_extent=[])
+
+
+def _number(value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return 0
 
 
 def _decode(data: Any, frame: int) -> np.ndarray:
@@ -330,10 +366,10 @@ def _volume(group: Sequence[Any], limits: Limits) -> Volume:
     shape = _shape(first, limits)
     axes = np.array(first.ImageOrientationPatient, dtype=float)
     for data in group:
-        own = _shape(data, limits)
+        this = _shape(data, limits)
         same = np.allclose(np.array(data.ImageOrientationPatient, dtype=float), axes, atol=1e-3)
         grey = str(data.get("PhotometricInterpretation", "")) in GREY
-        if own != shape or not same or not grey or _series(data) is None:
+        if this != shape or not same or not grey or _series(data) is None:
             raise _NoStack
     normal = np.cross(axes[:3], axes[3:])
     places = [float(np.dot(normal, np.array(d.ImagePositionPatient, dtype=float))) for d in group]
@@ -360,13 +396,15 @@ def _volume(group: Sequence[Any], limits: Limits) -> Volume:
     even = bool(np.abs(distances - spacing).max() <= _UNEVEN * spacing)
     others = tuple(axis for axis in ("z", "y", "x") if axis != own_axis)
     middle = slices[len(slices) // 2]
+    own = _window_of(middle)
     size = f"{shape.columns} × {shape.rows} × {len(slices)}"
     return Volume(
         turned,
         Facts("DICOM", _modality(first), size, () if even else ("uneven",)),
         millimetres,
         (own_axis, *others) if even else (own_axis,),  # type: ignore[arg-type]
-        _window_of(middle) or _fallback(middle, values),
+        own or _fallback(middle, values),
+        own_window=own is not None,
         inverted=str(middle.PhotometricInterpretation) == "MONOCHROME1",
         hounsfield=_modality(first) == "CT",
     )

@@ -46,6 +46,7 @@ class ImagePanel:
         self.memory = memory
         self.examples = examples
         self.opening = opening
+        self.notices = Notices(lambda: session.language, name="image-notice")
         self._picture: Any = None
         self._wanted: View | None = None
         self._rendering = False
@@ -79,7 +80,7 @@ class ImagePanel:
                         example.name[language], on_click=lambda _, one=example: self._example(one)
                     ).props("outline no-caps dense size=sm")
                     named(button, f"example-{number}")
-        self.notices = Notices(lambda: self.session.language, name="image-notice")
+        self.notices.place()
         self._tray = ui.element("div").classes("tray")
         self._viewer = ui.element("div").classes("viewer")
         self.draw_images()
@@ -143,7 +144,8 @@ class ImagePanel:
         named(send, "send")
 
         def tell() -> None:
-            send.text = say("will_send" if one.send else "was_sent", self.session.language)
+            key = "will_send" if one.send else "was_sent" if one.sent else "not_sent"
+            send.text = say(key, self.session.language)
             send.value = one.send
 
         tell()
@@ -233,7 +235,10 @@ class ImagePanel:
             self._show(one, window="file" if event.value == "file" else window)
 
         choice = ui.select(
-            {key: say(key, language) for key in keys},
+            {
+                key: say("default" if key == "file" and not study.own_window else key, language)
+                for key in keys
+            },
             value=preset_of(one.view.window),
             label=say("window", language),
             on_change=by_name,

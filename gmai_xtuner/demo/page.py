@@ -52,6 +52,7 @@ class Demo:
         session = Session(len(self.desk.models), self.limits, language=self.language)
         self._open[id(session)] = session
         client.on_delete(lambda: self._leave(session))
+        ui.colors(primary="#0b6e75", negative="#b3261e")
         ui.add_css(STYLE.read_text(encoding="utf-8"))
         _Page(self, session).draw()
 

@@ -60,7 +60,12 @@ class Notices:
         self._language = language
         self._name = name
         self._said: list[tuple[str, PageError]] = []
+        self._holder: Any = None
+
+    def place(self) -> None:
+        """Here, on a page that is drawn anew."""
         self._holder = ui.element("div").classes("notices")
+        self.draw()
 
     def say(self, errors: Sequence[tuple[str, PageError]]) -> None:
         """Show messages in the place of those before.

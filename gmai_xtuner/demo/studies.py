@@ -87,6 +87,11 @@ class Study(Protocol):
         ...
 
     @property
+    def own_window(self) -> bool:
+        """Whether the default is the file's own window or look-up table."""
+        ...
+
+    @property
     def hounsfield(self) -> bool:
         """Whether windows in Hounsfield units make sense."""
         ...
@@ -119,6 +124,7 @@ class Picture:
     axes: tuple[Axis, ...] = ()
     channels: int = 1
     window: Window | None = None
+    own_window: bool = False
     hounsfield: bool = False
     extent: tuple[float, float] = (0.0, 255.0)
 
@@ -142,6 +148,7 @@ class Frames:
         windows: of each frame by the file; one for all, or None without intensities.
         inverted: MONOCHROME1: the smallest value is white.
         lookup: VOI LUT of the file, intensities -> uint8, in the place of its window.
+        own_window: see `Study`.
         hounsfield: see `Study`.
     """
 
@@ -150,9 +157,10 @@ class Frames:
     windows: Sequence[Window] | None = None
     inverted: bool = False
     lookup: Callable[[np.ndarray], np.ndarray] | None = None
+    own_window: bool = False
     hounsfield: bool = False
     channels: int = 1
-    _extent: list[tuple[float, float]] = field(default_factory=list)
+    known_extent: list[tuple[float, float]] = field(default_factory=list, repr=False)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -164,7 +172,7 @@ class Frames:
 
     @property
     def extent(self) -> tuple[float, float]:
-        return _extent(self.values, self._extent)
+        return _extent(self.values, self.known_extent)
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +206,7 @@ class Volume:
         axes: along which it may be cut, the one of acquisition first.
         default: window of the file, or by what is known of it.
         inverted: as in `Frames`.
-        hounsfield: see `Study`.
+        own_window, hounsfield: see `Study`.
     """
 
     values: np.ndarray
@@ -207,8 +215,9 @@ class Volume:
     axes: tuple[Axis, ...]
     default: Window
     inverted: bool = False
+    own_window: bool = False
     hounsfield: bool = False
-    _extent: list[tuple[float, float]] = field(default_factory=list)
+    known_extent: list[tuple[float, float]] = field(default_factory=list, repr=False)
 
     @property
     def channels(self) -> int:
@@ -220,7 +229,7 @@ class Volume:
 
     @property
     def extent(self) -> tuple[float, float]:
-        return _extent(self.values, self._extent)
+        return _extent(self.values, self.known_extent)
 
     @property
     def nbytes(self) -> int:

@@ -70,6 +70,8 @@ PRESETS: dict[str, Window] = {
 def foreground_window(values: np.ndarray) -> Window:
     """From the 0.5th to the 99.5th percentile of what lies above the smallest value.
 
+    Where all of that is one value, as in a mask, the window reaches down to the smallest one.
+
     Args:
         values: all intensities of a picture or a volume, finite.
     """
@@ -81,5 +83,5 @@ def foreground_window(values: np.ndarray) -> Window:
         return Window(float(flat[0]), 1.0)
     low, high = (float(value) for value in np.percentile(foreground, FOREGROUND))
     if not high > low:
-        high = low + max(1e-6, abs(low) * 1e-6)
+        low = float(flat.min())
     return Window((low + high) / 2, high - low)

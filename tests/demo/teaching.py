@@ -1,0 +1,99 @@
+"""Models that know a few answers by heart, as exports: what the page shows must come from somewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gmai_xtuner.constants import IMAGE_TOKEN_INDEX
+from gmai_xtuner.datasets.images import ImageTransform
+from gmai_xtuner.datasets.tokenization import ChatTemplate
+from gmai_xtuner.inference import Predictor, Prompt, user_turn
+from gmai_xtuner.models.export import save_xtuner_layout
+from gmai_xtuner.models.internlm2 import load_language_model
+from gmai_xtuner.models.llava import GMAILLaVAModel
+from gmai_xtuner.models.tokenizer import load_tokenizer
+from gmai_xtuner.models.vision import load_vision_tower, num_image_tokens
+
+Lesson = tuple[str, Image.Image | None, str]
+"""A question, the picture that goes with it, and the answer."""
+
+
+def write_export(
+    folder: Path, bases: Path, *, seed: int, lessons: Sequence[Lesson], steps: int = 60
+) -> Path:
+    """A stage-3 export with its own language model and vision tower.
+
+    Args:
+        folder: new.
+        bases: of :func:`gmai_xtuner.tiny_bases.write_tiny_bases`.
+        seed: of what is random.
+        lessons: learnt by heart; any other question gives random words.
+        steps: of the optimiser, each with all lessons.
+    """
+    torch.manual_seed(seed)
+    model = GMAILLaVAModel(
+        llm=load_language_model(str(bases / "llm"), torch_dtype=torch.float32),
+        visual_encoder=load_vision_tower(str(bases / "vision"), torch_dtype=torch.float32),
+        use_activation_checkpointing=False,
+    )
+    _teach(model, bases, lessons, steps)
+    cfg = {
+        "model": {},
+        "tokenizer": {
+            "type": "gmai_xtuner.models.load_tokenizer",
+            "pretrained_model_name_or_path": str(bases / "llm"),
+        },
+        "image_processor": {
+            "type": "transformers.CLIPImageProcessor.from_pretrained",
+            "pretrained_model_name_or_path": str(bases / "vision"),
+        },
+        "train_dataloader": {"dataset": {}},
+    }
+    save_xtuner_layout(model, cfg, str(folder), fp32=True, save_kwargs={"safe_serialization": True})
+    return folder
+
+
+def _teach(model: GMAILLaVAModel, bases: Path, lessons: Sequence[Lesson], steps: int) -> None:
+    predictor = Predictor(
+        model,
+        tokenizer=load_tokenizer(str(bases / "llm")),
+        template=ChatTemplate.from_xtuner("internlm2_chat"),
+        transform=ImageTransform.from_pretrained(bases / "vision"),
+    )
+    taught = []
+    for question, picture, answer in lessons:
+        images = () if picture is None else (picture,)
+        prompt = predictor.encode(Prompt((user_turn(question, len(images)),), images))
+        text = predictor.encoder.tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False)
+        ids = np.concatenate([prompt, np.array(text.ids)]).astype(np.int64)
+        taught.append((*_widened(predictor, ids, images), len(text.ids)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(steps):
+        loss = torch.zeros(())
+        for ids, pixels, learnt in taught:
+            places = torch.nonzero(ids == IMAGE_TOKEN_INDEX).flatten()
+            embeds = model.embed(ids[None], pixels, places)
+            logits = model.llm(inputs_embeds=embeds).logits[0, -learnt - 1 : -1]
+            loss = loss + torch.nn.functional.cross_entropy(logits, ids[-learnt:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * len(lessons), f"not learnt: {loss.item()}"
+
+
+def _widened(
+    predictor: Predictor, ids: np.ndarray, images: Sequence[Image.Image]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids with a place for each image token, and the pixel values."""
+    tokens = num_image_tokens(predictor.model.visual_encoder.config)
+    size = predictor.transform.image_size
+    pixels = [predictor.transform(image) for image in images]
+    return (
+        torch.from_numpy(np.repeat(ids, np.where(ids == IMAGE_TOKEN_INDEX, tokens, 1))),
+        torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size),
+    )
