@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,14 @@ from mmengine.runner import FlexibleRunner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
 
 from gmai_xtuner.datasets.sampler import MicroBatchSampler
+from gmai_xtuner.engine.benchmarks import (
+    BenchmarkQuestions,
+    BenchmarkScore,
+    RankedPredictor,
+    ask,
+    bare_model,
+    question_loader,
+)
 from gmai_xtuner.engine.loop import with_loader_defaults
 from gmai_xtuner.engine.signals import worker_init
 from gmai_xtuner.errors import GMAIError
@@ -40,9 +48,15 @@ class HeldOutLoop(ValLoop):
         evaluator: with :class:`HeldOutLoss`.
         at_most: conversations of one dataset; default 100. What is held out is not trained on whether it
             is validated on or not.
+        benchmarks: also asked, see :class:`~gmai_xtuner.engine.benchmarks.BenchmarkQuestions`; default: none.
+            ``val/<benchmark>/accuracy`` is their protocol's score.
+        benchmark_interval: micro-batches from one asking to the next, at the validation that follows; the run
+            ends with one. Default: at every validation.
+        benchmark_batch_size: questions that a rank asks together.
+        benchmark_workers: processes of each rank that read their pictures.
 
     Raises:
-        GMAIError: a batch sampler that would repeat packs or leave some out.
+        GMAIError: a batch sampler that would repeat packs or leave some out; a benchmark that can't be read.
     """
 
     def __init__(
@@ -51,7 +65,20 @@ class HeldOutLoop(ValLoop):
         dataloader: dict[str, Any],
         evaluator: Evaluator | dict[str, Any] | list[Any],
         at_most: int | None = 100,
+        benchmarks: str | Mapping[str, Mapping[str, Any]] | None = None,
+        benchmark_interval: int | None = None,
+        benchmark_batch_size: int = 8,
+        benchmark_workers: int = 2,
     ) -> None:
+        self.benchmark_interval = benchmark_interval
+        self.benchmarks: _Benchmarks | None = None
+        if benchmarks:
+            self.benchmarks = _Benchmarks(
+                runner,
+                benchmarks,
+                batch_size=benchmark_batch_size,
+                num_workers=benchmark_workers,
+            )
         dataset = dataloader.get("dataset")
         training = runner.train_loop.dataloader.dataset
         if dataset is None:
@@ -86,13 +113,70 @@ class HeldOutLoop(ValLoop):
         )
 
     def run(self) -> dict[str, float]:
-        return {} if self.nothing else super().run()
+        asked = self.benchmarks is not None and self._benchmarks_due()
+        if self.nothing and not asked:
+            return {}
+        if not asked:
+            return super().run()
+        self.runner.call_hook("before_val")
+        self.runner.call_hook("before_val_epoch")
+        self.runner.model.eval()
+        metrics: dict[str, float] = {}
+        if not self.nothing:
+            for idx, batch in enumerate(self.dataloader):
+                self.run_iter(idx, batch)
+            metrics |= self.evaluator.evaluate(len(self.dataloader.dataset))
+        if self.benchmarks is not None:
+            metrics |= self.benchmarks.ask()
+        self.runner.call_hook("after_val_epoch", metrics=metrics)
+        self.runner.call_hook("after_val")
+        return metrics
+
+    def _benchmarks_due(self) -> bool:
+        """Whether a multiple of the interval came since the validation before: no state to resume."""
+        loop = self.runner.train_loop
+        if self.benchmark_interval is None or loop.iter >= loop.max_iters:
+            return True
+        before = loop.iter - loop.val_interval
+        return loop.iter // self.benchmark_interval > before // self.benchmark_interval
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: dict[str, Any]) -> None:
         """One batch; without mmengine's hooks of an iteration, which log the validation before."""
         outputs = self.runner.model.val_step(data_batch)
         self.evaluator.process(data_samples=outputs, data_batch=data_batch)
+
+
+class _Benchmarks:
+    """Benchmarks of a training run, asked with its own tokenizer, template and image path."""
+
+    def __init__(
+        self,
+        runner: FlexibleRunner,
+        benchmarks: str | Mapping[str, Mapping[str, Any]],
+        *,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        questions = BenchmarkQuestions(benchmarks)
+        self._runner = runner
+        self._loader = question_loader(
+            runner.build_dataloader, questions, batch_size=batch_size, num_workers=num_workers
+        )
+        self._loader.worker_init_fn = partial(worker_init, then=self._loader.worker_init_fn)
+        self._evaluator = Evaluator(BenchmarkScore(prefix="val"))
+        self._evaluator.dataset_meta = questions.metainfo
+
+    def ask(self) -> dict[str, float]:
+        """All ranks take part."""
+        training = self._runner.train_loop.dataloader.dataset
+        predictor = RankedPredictor(
+            bare_model(self._runner.model),
+            tokenizer=training.tokenizer,
+            template=training.template,
+            transform=training.transform,
+        )
+        return ask(self._loader, predictor, self._evaluator)
 
 
 @METRICS.register_module()

@@ -37,5 +37,16 @@ val_dataloader = dict(
     batch_sampler=dict(type="MicroBatchSampler"),
     collate_fn=dict(type="collate_packs"),
 )
-val_cfg = dict(type="HeldOutLoop", at_most=100)  # conversations of each dataset
+# at_most: conversations of each dataset. benchmarks: a folder of them, or name -> dict(data=..., protocol=...,
+# limit=...), asked every benchmark_interval micro-batches (None: at every validation); docs/evaluation.md.
+val_cfg = dict(type="HeldOutLoop", at_most=100, benchmarks=dict(), benchmark_interval=None)
 val_evaluator = dict(type="HeldOutLoss", by="category")
+
+# xtuner test CONFIG --checkpoint CHECKPOINT: every benchmark in the folder that GMAI_BENCHMARKS names.
+test_dataloader = dict(
+    batch_size=8,
+    num_workers=2,
+    dataset=dict(type="BenchmarkQuestions", benchmarks="{{$GMAI_BENCHMARKS:}}"),
+)
+test_cfg = dict(type="BenchmarkLoop")
+test_evaluator = dict(type="BenchmarkScore")
