@@ -1,0 +1,1 @@
+"""What a training corpus and a benchmark have in common: ``python data_tools/overlap.py``."""

@@ -1,0 +1,158 @@
+"""``python data_tools/overlap.py CORPUS BENCHMARK``: is a benchmark in the training data?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# As in generate.py: this folder must not stand in for other modules.
+_HERE = str(Path(__file__).resolve().parent)
+if sys.path and sys.path[0] and str(Path(sys.path[0]).resolve()) == _HERE:
+    sys.path[0] = str(Path(_HERE).parent)
+
+from data_tools.errors import CorpusError  # noqa: E402
+
+DONE, FAILED, LEAKS, INTERRUPTED = 0, 1, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
+
+    0: done. 1: an error, said in one message. 3: with ``--check``, something of the exclude list is not left
+    out by the mixture. 130: Ctrl-C; the same command goes on with the pictures that it has not hashed.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except CorpusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # of `| head`
+        sys.stderr.close()
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="overlap.py",
+        description="Pictures and questions that a training corpus shares with a benchmark: a report to look "
+        "at, and a list that the mixture's `exclude` takes.",
+        epilog="Exit status: 0 done, 1 error, 3 leaks with --check, 130 stopped by Ctrl-C. Hashes are kept: "
+        "the same command goes on where it was.",
+    )
+    parser.add_argument(
+        "corpus",
+        type=Path,
+        help="corpus folder, mixture file, or records (.json, .jsonl, .parquet)",
+    )
+    parser.add_argument("benchmark", type=Path, help="folder, or question file")
+    parser.add_argument("--output", type=Path, default=Path("overlap"), metavar="DIR")
+    parser.add_argument(
+        "--distance", type=_distance, default=8, metavar="BITS", help="0 to 16; default 8"
+    )
+    parser.add_argument(
+        "--jaccard",
+        type=_share,
+        default=0.5,
+        metavar="J",
+        help="questions are near from here on; 0.5",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="question files; can be repeated",
+    )
+    parser.add_argument(
+        "--where", action="append", default=[], type=_condition, metavar="COLUMN=PATTERN",
+        help="rows of the question files, such as split=test*; can be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--image-root", type=Path, metavar="DIR", help="of records without a mixture"
+    )
+    parser.add_argument(
+        "--benchmark-images",
+        type=Path,
+        metavar="DIR",
+        help="where its pictures are, if not beside it",
+    )
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="of hashes, for all comparisons")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: all cores")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="exit status 3 if the mixture doesn't leave all of it out",
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    return parser
+
+
+def _distance(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 16:
+        raise argparse.ArgumentTypeError(f"expected 0 to 16, got {number}")
+    return number
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected more than 0, at most 1, got {share}")
+    return share
+
+
+def _condition(text: str) -> tuple[str, str]:
+    column, equals, pattern = text.partition("=")
+    if not equals or not column:
+        raise argparse.ArgumentTypeError(f"expected COLUMN=PATTERN, got {text!r}")
+    return column, pattern
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Not at the top: --help must not wait for them.
+    import platformdirs
+
+    from data_tools.leakage import compare, report
+    from data_tools.leakage.benchmark import Benchmark
+    from data_tools.leakage.corpus import open_corpus
+    from data_tools.leakage.hashing import open_cache
+    from data_tools.progress import Bar
+
+    if options.workers is not None and options.workers < 1:
+        raise CorpusError(f"--workers must be 1 or more, got {options.workers}.")
+    corpus = open_corpus(options.corpus, image_root=options.image_root)
+    benchmark = Benchmark(
+        options.benchmark,
+        image_root=options.benchmark_images,
+        only=options.only,
+        where=dict(options.where),
+    )
+    cache_file = options.cache or platformdirs.user_cache_path("gmai_xtuner") / "pictures.sqlite"
+    with open_cache(cache_file) as cache:
+        with Bar() as bar:
+            overlap = compare.run(
+                corpus,
+                benchmark,
+                cache,
+                distance=options.distance,
+                threshold=options.jaccard,
+                workers=options.workers,
+                progress=bar,
+            )
+        numbers = report.write(options.output, overlap, cache)
+    if options.json:
+        print(json.dumps(numbers, ensure_ascii=False), flush=True)
+    else:
+        print(report.as_text(numbers, options.output), flush=True)
+    return LEAKS if options.check and numbers["exclude"]["not_in_the_mixture_yet"] else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
