@@ -44,6 +44,7 @@ VARIABLES = (
     "GMAI_CACHE",
     "GMAI_STAGE1",
     "GMAI_STAGE2",
+    "GMAI_BENCHMARKS",
 )
 
 
@@ -96,6 +97,18 @@ def test_what_all_stages_share(name):
     assert cfg.image_processor.pretrained_model_name_or_path == vision
     assert cfg.train_dataloader.batch_sampler.weighting == "token"
     assert cfg.env_cfg.dist_cfg == {"backend": "nccl", "timeout": 3600}
+    assert cfg.val_cfg == {
+        "type": "HeldOutLoop",
+        "at_most": 100,
+        "benchmarks": {},
+        "benchmark_interval": None,
+    }
+    assert cfg.test_cfg == {"type": "BenchmarkLoop"}
+    assert cfg.test_evaluator == {"type": "BenchmarkScore"}
+    assert cfg.test_dataloader.dataset == {
+        "type": "BenchmarkQuestions",
+        "benchmarks": "data/benchmarks",
+    }
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -108,6 +121,7 @@ def test_the_environment_points_at_other_bases_and_data(name, monkeypatch):
     assert data.tokenizer.pretrained_model_name_or_path == "/elsewhere/GMAI_LLM"
     assert data.vision == "/elsewhere/GMAI_VISION"
     assert (data.mixture, data.cache_dir) == ("/elsewhere/GMAI_MIXTURE", "/elsewhere/GMAI_CACHE")
+    assert cfg.test_dataloader.dataset.benchmarks == "/elsewhere/GMAI_BENCHMARKS"
     started = {"stage2_deep": "/elsewhere/GMAI_STAGE1", "stage3_instruct": "/elsewhere/GMAI_STAGE2"}
     assert cfg.model.get("pretrained_pth") == started.get(name)
 

@@ -117,10 +117,10 @@ def _specified(
                 "no benchmark is named: give name -> dict(data=...), or a folder of them"
             )
         return benchmarks
-    if not benchmarks:
+    if not Path(benchmarks).is_dir():
         raise GMAIError(
-            "no benchmarks to ask: name their folder in the environment variable GMAI_BENCHMARKS, or with "
-            "--cfg-options test_dataloader.dataset.benchmarks=FOLDER"
+            f"no folder of benchmarks at {benchmarks!r}: name it in the environment variable "
+            "GMAI_BENCHMARKS, or with --cfg-options test_dataloader.dataset.benchmarks=FOLDER"
         )
     found = find_benchmarks(Path(benchmarks))
     if not found:

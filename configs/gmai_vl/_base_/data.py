@@ -46,7 +46,7 @@ val_evaluator = dict(type="HeldOutLoss", by="category")
 test_dataloader = dict(
     batch_size=8,
     num_workers=2,
-    dataset=dict(type="BenchmarkQuestions", benchmarks="{{$GMAI_BENCHMARKS:}}"),
+    dataset=dict(type="BenchmarkQuestions", benchmarks="{{$GMAI_BENCHMARKS:data/benchmarks}}"),
 )
 test_cfg = dict(type="BenchmarkLoop")
 test_evaluator = dict(type="BenchmarkScore")
