@@ -1,22 +1,36 @@
-"""Exports of a tiny model that tells its prompts apart, without training."""
+"""Exports of a tiny model that tells its prompts apart, without training: by the code of ``convert``."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from transformers import CLIPImageProcessor
+from mmengine.config import ConfigDict
 
-from gmai_xtuner.models.export import SETTINGS, SETTINGS_FILE, save_language_model
 from gmai_xtuner.models.internlm2 import load_language_model
 from gmai_xtuner.models.llava import GMAILLaVAModel
-from gmai_xtuner.models.tokenizer import load_tokenizer
 from gmai_xtuner.models.vision import load_vision_tower
 
 
-def write_export(bases: Path, folder: Path) -> Path:
-    """All parts in xtuner's layout, as stage 3 has them; ``bases`` are the tiny ones."""
+def write_export(bases: Path, *folders: Path, save_formats: tuple[str, ...] = ("xtuner",)) -> Path:
+    """The same weights in each format, as ``xtuner convert pth_to_hf --fp32`` of stage 3 writes them.
+
+    Args:
+        bases: the tiny ones.
+        folders: one a format.
+        save_formats: ``xtuner`` or ``huggingface``.
+
+    Returns:
+        the first folder.
+    """
+    llm_base = {"pretrained_model_name_or_path": str(bases / "llm")}
+    vision_base = {"pretrained_model_name_or_path": str(bases / "vision")}
+    cfg = ConfigDict(
+        tokenizer={"type": "gmai_xtuner.models.load_tokenizer", **llm_base},
+        image_processor={"type": "transformers.CLIPImageProcessor.from_pretrained", **vision_base},
+        model={"llm": llm_base, "visual_encoder": vision_base},
+        train_dataloader={"dataset": {"stage": "stage3"}},
+    )
     torch.manual_seed(0)
     llm = load_language_model(str(bases / "llm"), torch_dtype=torch.float32)
     with torch.no_grad():
@@ -27,11 +41,12 @@ def write_export(bases: Path, folder: Path) -> Path:
         visual_encoder=load_vision_tower(str(bases / "vision"), torch_dtype=torch.float32),
         use_activation_checkpointing=False,
     )
-    load_tokenizer(str(bases / "llm")).save_pretrained(folder)
-    save_language_model(model.llm, folder, {})
-    model.visual_encoder.save_pretrained(folder / "visual_encoder")
-    CLIPImageProcessor.from_pretrained(bases / "vision").save_pretrained(folder / "visual_encoder")
-    model.projector.save_pretrained(folder / "projector")
-    settings = {**SETTINGS, "visual_select_layer": -2}
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings))
-    return folder
+    for folder, save_format in zip(folders, save_formats, strict=True):
+        model.to_hf(
+            cfg=cfg,
+            save_dir=str(folder),
+            fp32=True,
+            save_pretrained_kwargs={"safe_serialization": True},
+            save_format=save_format,
+        )
+    return folders[0]
