@@ -1,8 +1,8 @@
 """The request loop against a local server of fixed latency: how much of the ideal rate is reached.
 
 The server runs in a process of its own, reads each request whole and answers after ``--latency``. With N
-requests in flight nothing can be faster than N / latency. Each request carries a picture; ledger and budget
-are as in a job.
+requests in flight nothing can be faster than N / latency. Each request carries a picture; prompts, checks,
+ledger and budget are as in a job.
 """
 
 from __future__ import annotations
@@ -15,64 +15,33 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from printing import parser, quiet_stdout, show
 
-from data_tools.items import Conversation, Item, Problem, SourceContext, Turn
+from data_tools.checks import CheckOptions
+from data_tools.items import Item, SourceContext
 from data_tools.records import Label, Provenance, Record
+from data_tools.writers.models import JobPrompts
 from data_tools.writers.openai_writer import OpenAIWriter
 from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.outcome import Task
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"answer": {"type": "string"}},
-    "required": ["answer"],
-    "additionalProperties": False,
-}
-SYSTEM = "You describe medical pictures. " * 20
-
-
-@dataclass(frozen=True)
-class Prompt:
-    system: str
-    user: str
-    image: str | None
-    schema: dict[str, Any] | None
-    box_image: bool = False
-    max_tokens: int = 300
-
-
-class Prompts:
-    """As short as prompts and checks can be: the loop is measured, not they."""
-
-    def build(self, item: Item, record: Record, context: SourceContext, *, problems: Any) -> Prompt:
-        return Prompt(SYSTEM, f"Describe {item.id}.", record.image, SCHEMA)
-
-    def translate(self, *arguments: Any, **keywords: Any) -> Prompt:
-        raise NotImplementedError
-
-    def read_answer(self, text: str, item: Item) -> Conversation | Problem:
-        return (Turn("human", "<image>\nDescribe it."), Turn("gpt", json.loads(text)["answer"]))
-
-    def check(self, *arguments: Any) -> list[Problem]:
-        return []
-
-    def check_translation(self, *arguments: Any) -> list[Problem]:
-        return []
+CAPTION = (
+    "A light microscopy image of one cell with a round nucleus. The cytoplasm is pale and finely granular, "
+    "its border is sharp. The background is even and free of debris."
+)
 
 
 def serve(latency: float, pipe: Connection) -> None:
     """Send the port, then serve; on any word send the processor time and end."""
     from aiohttp import web
 
-    words = "A cell with a round nucleus and pale cytoplasm. " * 8
     reply = json.dumps(
         {
             "id": "chatcmpl-1",
@@ -83,7 +52,7 @@ def serve(latency: float, pipe: Connection) -> None:
                 {
                     "index": 0,
                     "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": json.dumps({"answer": words})},
+                    "message": {"role": "assistant", "content": json.dumps({"caption": CAPTION})},
                 }
             ],
             "usage": {"prompt_tokens": 500, "completion_tokens": 90, "total_tokens": 590},
@@ -142,7 +111,7 @@ def tasks(count: int, images: int, side: int) -> Iterator[Task]:
             None,
             "2D classification",
             (Label("cell"),),
-            {},
+            {"field": str(number)},  # a request of its own for each
             provenance,
         )
         yield Task(Item(f"record{number}#caption", "caption", "en"), record, context)
@@ -165,6 +134,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     server = context.Process(target=serve, args=(arguments.latency, there), daemon=True)
     server.start()
+    # Prompts and checks are those of a job; neither reads anything else of it.
+    job: Any = SimpleNamespace(taxonomy=None, checks=CheckOptions(), writer=None)
     with quiet_stdout():
         port = here.recv()
         writer = OpenAIWriter(
@@ -176,7 +147,7 @@ def main() -> None:
                 cache=folder / "answers.sqlite",
                 budget={"tokens": 10**12},
             ),
-            Prompts(),
+            JobPrompts(job, grounded=True),
             folder=folder,
             job="benchmark",
         )

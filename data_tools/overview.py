@@ -283,5 +283,6 @@ def funnel_lines(rows: Iterable[FunnelRow]) -> list[str]:
 
 def summary_text(result: Result, job: Job) -> str:
     """The end of a run."""
-    places = [f"corpus: {job.output}", f"report: {job.output / 'report.html'}"]
+    output = job.output.resolve()  # without the `..` of a path relative to the job
+    places = [f"corpus: {output}", f"report: {output / 'report.html'}"]
     return "\n".join([*lines_of(result.summary), "", *places])

@@ -28,6 +28,8 @@ def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int
     items = []
     for form in FORMS:
         number = dice.number(getattr(make, form))
+        if not number:
+            continue
         if form == "region_caption":
             boxed = [at for at, label in enumerate(record.labels) if label.box is not None]
             focuses: list[int | None] = list(dice.sample(boxed, min(number, make.max_regions)))

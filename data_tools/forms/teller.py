@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from data_tools.forms.coordinates import write_box
 from data_tools.forms.dice import Dice
 from data_tools.forms.grammar import (
@@ -124,23 +122,23 @@ class Teller:
         """A sentence on the regions of one label: how many and where."""
         name = self.name(label)
         places = [self.place(region.box) for region in found if region.box]
-        counted = Counter(places)
         if label in self.record.incomplete:
-            return self._some(name, list(counted))
-        if self.chinese:
-            where = "、".join(list(counted)[:MAX_PLACES])
-            if len(found) == 1:
-                return f"{where}可见{name}。"
-            if len(counted) <= MAX_PLACES:
-                return f"可见{len(found)}处{name}，位于{where}。"
-            return f"可见{len(found)}处{name}，分布于图像多处。"
+            return self._some(name, list(dict.fromkeys(places)))
         if len(found) == 1:
+            if self.chinese:
+                return f"{places[0]}可见{name}。"
             return self.dice.pick(("{0} is visible in {1}.", "In {1} lies {2}.")).format(
                 sentence(definite(name))[:-1], places[0], definite(name)
             )
-        if len(counted) <= MAX_PLACES:
-            return f"{len(found)} regions of {name} are visible, in {listed(list(counted))}."
-        return f"{len(found)} regions of {name} are visible, spread over the picture."
+        where = list(dict.fromkeys(places))
+        many = len(where) > MAX_PLACES
+        if self.chinese:
+            if many:
+                return f"可见{len(found)}处{name}，分布于图像多处。"
+            return f"可见{len(found)}处{name}，位于{'、'.join(where)}。"
+        if many:
+            return f"{len(found)} regions of {name} are visible, spread over the picture."
+        return f"{len(found)} regions of {name} are visible, in {listed(where)}."
 
     def _some(self, name: str, places: list[str]) -> str:
         """Of regions that aren't all known: neither how many there are nor that there is no other."""
@@ -170,6 +168,8 @@ class Teller:
     def attributes(self) -> list[str]:
         """Sentences on the attributes of the picture; in English, as their words are."""
         if self.chinese:
+            return []
+        if not self.record.attributes:
             return []
         own = {name.lower() for name in self.record.names}
         values = [(n, v) for n, v in self.record.attributes.items() if v.lower() not in own]
