@@ -140,6 +140,6 @@ def _is_content(entry: zipfile.ZipInfo) -> bool:
     return (
         bool(parts)
         and not entry.is_dir()
-        and not any(part.startswith((".", "__MACOSX")) for part in parts)
+        and not any(part.startswith((".", "__MACOSX")) and part != ".." for part in parts)
         and parts[-1].upper() != "DICOMDIR"
     )

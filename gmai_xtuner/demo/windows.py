@@ -54,7 +54,7 @@ class Window:
             else:
                 share = (exact - (self.center - 0.5)) / (self.width - 1.0) + 0.5
         else:
-            share = (exact - self.center) / self.width + 0.5
+            share = (exact - (self.center - self.width / 2)) / self.width
         return np.floor(np.clip(share, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
