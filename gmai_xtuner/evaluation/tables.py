@@ -147,7 +147,7 @@ def tables_like_the_papers(results: Sequence[Result]) -> list[Table]:
             rows += _rows_over_benchmarks(paper, fitting, notes)
         else:
             for result in fitting:
-                rows += _rows_over_groups(paper, result, notes)
+                rows += _rows_over_groups(paper, result, notes, several=len(fitting) > 1)
         tables.append(
             Table(
                 f"paper_{paper.key}",
@@ -212,7 +212,9 @@ def _rows_over_benchmarks(
     ]
 
 
-def _rows_over_groups(paper: PaperTable, result: Result, notes: list[str]) -> list[Row]:
+def _rows_over_groups(
+    paper: PaperTable, result: Result, notes: list[str], *, several: bool
+) -> list[Row]:
     groups = {_same(name): cell for name, cell in result.groups.get(str(paper.group), {}).items()}
     cells = [_cell(column, result, groups) for column in paper.columns]
     known = {_same(column.name) for column in paper.columns if column.name}
@@ -225,6 +227,8 @@ def _rows_over_groups(paper: PaperTable, result: Result, notes: list[str]) -> li
     )
     shown = [percent(cell.value, paper.decimals) if cell else NONE for cell in cells]
     label = f"{result.model_name}, {result.protocol}"
+    if several:
+        label += f", {result.scorer}"
     return _below(label, shown, cells, paper.decimals)
 
 

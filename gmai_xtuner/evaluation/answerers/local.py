@@ -72,11 +72,25 @@ class LocalAnswerer(ABC):
                 given.append(Given(job, None, 0.0, pictures.reason, str(pictures)))
             else:
                 ready.append((job, pictures))
-        texts = self._generate(ready) if ready else []
-        share = (time.monotonic() - start) / max(1, len(ready))
+        texts = self._texts(ready)
+        share = round((time.monotonic() - start) / max(1, len(ready)), 4)
         return given + [
-            Given(job, text, round(share, 4)) for (job, _), text in zip(ready, texts, strict=True)
+            Given(job, None, 0.0, "cannot_be_asked", str(text))
+            if isinstance(text, ValueError)
+            else Given(job, text, share)
+            for (job, _), text in zip(ready, texts, strict=True)
         ]
+
+    def _texts(self, ready: Sequence[tuple[Job, Pictures]]) -> Sequence[str | ValueError]:
+        """Answers; where one question can't be asked, e.g. since it is too long, the others still are."""
+        if not ready:
+            return []
+        try:
+            return self._generate(ready)
+        except ValueError as error:
+            if len(ready) == 1:
+                return [error]
+            return [text for one in ready for text in self._texts([one])]
 
     def _generate(self, ready: Sequence[tuple[Job, Pictures]]) -> list[str]:
         texts: list[str] = []

@@ -1,0 +1,59 @@
+"""The hash of a model changes with its weights, and with nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from gmai_xtuner.errors import EvaluationError
+from gmai_xtuner.evaluation import fingerprint
+from gmai_xtuner.evaluation.fingerprint import hash_files
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "projector").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "projector" / "config.json").write_text("{}")
+    (folder / "README.md").write_text("notes")
+    return folder
+
+
+def test_a_copy_has_the_same_hash_and_changed_weights_another(model, tmp_path):
+    first = hash_files({"model": model})
+    assert first.startswith("sha256:")
+    copy = shutil.copytree(model, tmp_path / "copy")
+    (copy / "README.md").write_text("other notes")
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "x.json").write_text("1")
+    assert hash_files({"model": copy}) == first
+    (copy / "projector" / "config.json").write_text('{"depth": 3}')
+    assert hash_files({"model": copy}) != first
+
+
+def test_parts_do_not_change_places(model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    (other / "model.safetensors").write_bytes(b"others")
+    one, two = {"llm": model, "vision": other}, {"llm": other, "vision": model}
+    assert hash_files(one) != hash_files(two)
+
+
+def test_files_are_read_again_only_when_size_or_time_change(model, tmp_path, monkeypatch):
+    cache, file = tmp_path / "cache", model / "model.safetensors"
+    first = hash_files({"model": model}, cache=cache)
+    stamp = os.stat(file)
+    file.write_bytes(b"WEIGHTS")
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert hash_files({"model": model}, cache=cache) == first  # it was not read: nothing tells
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert hash_files({"model": model}, cache=cache) != first
+    (cache / fingerprint.CACHE_FILE).write_text("damaged")
+    assert hash_files({"model": model}, cache=cache) == hash_files({"model": model})
+
+
+def test_nothing_to_hash_is_an_error(tmp_path):
+    with pytest.raises(EvaluationError, match="no model files"):
+        hash_files({"model": tmp_path})
