@@ -1,7 +1,7 @@
 """Named, versioned ways to ask and score each benchmark.
 
-A score is comparable only with scores of the same protocol: the same questions, the same words around them, the
-same rules of scoring. Published numbers mix protocols; ``docs/benchmarks.md`` says whose is which.
+A score is comparable only with scores of the same protocol: the same questions, the same words around them,
+the same rules of scoring. Published numbers mix protocols; ``docs/benchmarks.md`` says whose is which.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Average:
 MICRO = Average("micro")
 
 Questions = Literal["all", "yes_no", "closed", "open", "options"]
-"""Which questions of a benchmark count: all; those answered by yes or no; those that its authors call closed, or
-open; those with options."""
+"""Which questions count: all; those answered by yes or no; those that the authors call closed, or open; those
+with options."""
 
 Words = Literal["llava", "vlmevalkit", "short", "short_zh"]
 """The words of a prompt: see :meth:`Protocol.prompt`."""
@@ -103,8 +103,8 @@ class Protocol:
 
         ``llava`` (LLaVA-1.5, MMMU and HuatuoGPT-Vision): question, lines "A. ...", then
         :data:`LETTER_INSTRUCTION`; without options :data:`SHORT_INSTRUCTION`. ``vlmevalkit``: its default for
-        multiple choice, "Question: ...", "Options:", lines, :data:`VLMEVALKIT_INSTRUCTION`. ``short``: without
-        options, in English or Chinese (``short_zh``).
+        multiple choice, "Question: ...", "Options:", lines,
+        :data:`VLMEVALKIT_INSTRUCTION`. ``short``: without options, in English or Chinese (``short_zh``).
         """
         if not question.options:
             instruction = SHORT_INSTRUCTION_ZH if self.words == "short_zh" else SHORT_INSTRUCTION
@@ -127,8 +127,8 @@ class Protocol:
         rule = SCORERS[name]
         if not rule.applies(question):
             raise ProtocolError(
-                f"the scorer {name} can't score question {question.id} of {self.benchmark} {self.name}: it is for "
-                f"other questions ({rule.description}). Take one of {', '.join((self.scorer, *self.also))}."
+                f"the scorer {name} can't score question {question.id} of {self.benchmark} "
+                f"{self.name}: it is for other questions ({rule.description}). Take one of {', '.join((self.scorer, *self.also))}."
             )
         return rule.score(question, answer_text)
 
@@ -164,7 +164,7 @@ def _vqa(
     told: Mapping[Questions, str] = {
         "yes_no": "questions answered by yes or no, as HuatuoGPT-Vision counts them",
         "closed": "questions that the authors call CLOSED, as LLaVA-Med counts them",
-        "open": "questions that are not closed: share of the gold answer's words that were said, after LLaVA-Med",
+        "open": "questions that are not closed: share of the gold answer's words that were said",
         "all": "all questions: closed ones right or wrong, open ones by token recall",
     }
     scorers: Mapping[Questions, tuple[str, tuple[str, ...]]] = {

@@ -10,7 +10,8 @@ different options ends with "not understood":
 4. it declares a letter, or the text of an option: ``the answer is (B)``, ``Answer: liver``, ``option B is
    correct``, ``答案是B``, ``选B``. What is negated ("the answer is not A") does not count;
 5. it names the letter of an option in brackets or after "option";
-6. it is short (:data:`SHORT` words) and names the text of exactly one option as whole words, the longest first:
+6. it is short (:data:`SHORT` words) and names the text of exactly one option as whole words, the longest
+first:
    "MR angiography" names that option and not MR, "12" does not name 2, "not the liver" does not name liver.
 
 A letter that stands before the text of another option ("A. Lung" where A is liver) contradicts itself and is
@@ -20,11 +21,14 @@ not understood.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from gmai_xtuner.evaluation.questions import Question, Score
 from gmai_xtuner.evaluation.scoring.scorer import Scorer
 from gmai_xtuner.evaluation.scoring.text import Mentions, clean, normalised
+
+Key = TypeVar("Key", bound=Hashable)
 
 SHORT = 40
 """Words of an answer up to which the mere mention of an option counts as choosing it."""
@@ -34,20 +38,29 @@ _LEADING = re.compile(
     r"(?:[\[(]\s*([A-Za-z])\s*[\])][.,:、]?|([A-Za-z])\s*(?:[.:)、。：]|,(?=\s)|\n|\s-\s))\s*(.*)",
     re.DOTALL,
 )
-_LETTER = r"[\[({\"'“‘]*\b([A-Za-z])\b(?![-'’])"
+_LETTER = r"[\[({\"'“‘]*(?<![A-Za-z0-9])([A-Za-z])(?![A-Za-z0-9'’-])"
 _CUE = (
     r"(?:\b(?:answer|choice|option|response|diagnosis)(?:\s+(?:to\s+(?:this|the)\s+question|here))?"
     r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be|was)|\s*:|\s*=)"
-    r"|\b(?:i\s+(?:would\s+)?(?:choose|select|pick|say)|(?:i\s+)?(?:go|going)\s+with|therefore|thus|so)\b,?"
+    r"|\b(?:i(?:\s+would|'d)?\s+(?:choose|select|pick|say)"
+    r"|(?:i\s+)?(?:go|going)\s+with|therefore|thus|so)\b,?"
     r"|(?:答案|选项|选择|正确(?:答案|选项)|应)(?:应该|应当|应)?(?:是|为|选)?\s*:?"
     r"|(?:应选|故选|选))"
 )
 _DECLARED_LETTER = re.compile(
-    rf"{_CUE}\s*(?:that\s+)?(?:most\s+likely\s+|probably\s+)?(?:the\s+)?(?:option|choice|letter|answer|选项)?\s*:?\s*{_LETTER}",
+    rf"{_CUE}\s*(?:that\s+)?(?:most\s+likely\s+|probably\s+)?(?:the\s+)?"
+    rf"(?:option|choice|letter|answer|选项)?\s*:?\s*{_LETTER}",
     re.IGNORECASE,
 )
+# "it is B", "是B": weaker words, so nothing may follow
+_IT_IS_LETTER = re.compile(
+    r"(?:\b(?:[Ii]t|[Tt]his|[Tt]hat)(?:\s+is|'s)|(?<!不)是)\s*"
+    r"(?:option\s+)?[\[(\"]*([A-Z])[\])\"]*(?=\s*(?:[.,;:!。]|$))"
+)
+# at the beginning of a sentence or behind a word that announces it: not "hepatitis B is most likely"
 _CORRECT_LETTER = re.compile(
-    r"[\[(]?\b([A-Z])\b[\])]?\s*(?:is|would\s+be|seems|appears\s+to\s+be)\s+(?:the\s+)?(?:most\s+)?"
+    r"(?:^|[.,;:!?\n\[(\"]\s*|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|that|so|therefore|think|believe)\s+)[\[(\"]*"
+    r"([A-Z])[\])\"]*\s*(?:is|would\s+be|seems|appears\s+to\s+be)\s+(?:the\s+)?(?:most\s+)?"
     r"(?:correct|right|best|likely|appropriate|accurate|answer)",
 )
 _CORRECT_CHINESE = re.compile(r"(?<![A-Za-z])([A-Z])\s*(?:是|为)?(?:选项)?(?:正确|对的|是答案)")
@@ -58,15 +71,18 @@ _DECLARED_TEXT = re.compile(
 _NAMED_LETTER = re.compile(
     r"[\[(]([A-Z])[\])]|\b(?:[Oo]ption|[Cc]hoice|选项)\s*[\[(]?([A-Z])\b(?![-'’])"
 )
+_LETTER_ENDS = re.compile(r"[\])}\"'’”.,;:!]|\s*$")
+# "the answer is A or B", "答案是A和B"
+_JOINED = re.compile(r"[\])}]*\s*(?:,|and|or|/|&|和|或|、)\s*[\[(]*([A-Z])\b(?!\s+[a-z])")
 _LAST_LINE = re.compile(r"\n\s*([^\n]+?)\s*$")
 _NEGATED_BEFORE = re.compile(
-    r"(?:\b(?:not|isn't|isnt|never|no|cannot\s+be|can't\s+be|excludes?|excluding|rules?\s+out|ruled\s+out|nor|neither"
-    r"|rather\s+than|instead\s+of)|不(?:是|选|为|会是)?|并非|排除|非)\s*(?:the\s+)?(?:option|choice|选项)?\s*[\[(\"']*$",
+    r"(?:\b(?:not|isn't|isnt|never|no|cannot\s+be|can't\s+be|excludes?|excluding|rules?\s+out|ruled\s+out|nor"
+    r"|neither|rather\s+than|instead\s+of)|不(?:是|选|为|会是)?|并非|排除|非)\s*(?:the\s+)?(?:option|choice|选项)?\s*[\[(\"']*$",
     re.IGNORECASE,
 )
 _NEGATED_AFTER = re.compile(
-    r"^[\])}\"'.]*\s*(?:is|are|was|would\s+be|seems?)?\s*(?:not|n't|incorrect|wrong|false|unlikely|excluded|ruled\s+out|"
-    r"isn't|不(?:正确|对|是)|错)",
+    r"^[\])}\"'.]*\s*(?:is|are|was|would\s+be|seems?)?\s*(?:not|n't|incorrect|wrong|false|unlikely|excluded|"
+    r"ruled\s+out|isn't|不(?:正确|对|是)|错)",
     re.IGNORECASE,
 )
 # "A 45-year-old", "a large mass": an article, not a letter
@@ -90,12 +106,14 @@ def choose(
         return None
     if letters and (alone := _ALONE.fullmatch(text)):
         letter = _known(alone[1], options)
-        if letter or len(words_of(options, text)) == 0:
+        if letter or not words_of(options, text):
             return letter
-    if texts and (whole := words_of(options, text)):
+    if texts and (whole := _verbatim(options, text)):
         return _only(whole)
     if letters and (leading := _leading(text, options, texts=texts)) is not _NOTHING:
         return leading
+    if texts and (whole := words_of(options, text)):
+        return _only(whole)
     if letters and (found := _declared_letters(text, options)):
         return _only(found)
     if texts and (found := _declared_texts(text, options)):
@@ -108,18 +126,28 @@ def choose(
 
 
 def words_of(options: Mapping[str, str], text: str) -> set[str]:
-    """Letters of the options whose text an answer is; case decides between two that differ in nothing else."""
-    stripped = text.strip().rstrip(".。")
-    exact = {
-        letter for letter, option in options.items() if option.strip().rstrip(".。") == stripped
-    }
-    if exact:
-        return _same(exact, options)
+    """Letters of the options whose words a text is; case decides between two that differ in nothing else."""
+    if exact := _verbatim(options, text):
+        return exact
     said = normalised(text)
     return _same(
         {letter for letter, option in options.items() if said and normalised(option) == said},
         options,
     )
+
+
+def _verbatim(options: Mapping[str, str], text: str) -> set[str]:
+    """Letters of the options that a text is, but for outer spaces, a last full stop, and case."""
+    for same in (str.strip, str.casefold):
+        said = same(text.strip().rstrip(".。"))
+        found = {
+            letter
+            for letter, option in options.items()
+            if said and same(option.strip().rstrip(".。")) == said
+        }
+        if found:
+            return _same(found, options)
+    return set()
 
 
 def mentioned(text: str, names: Mapping[str, Iterable[str]]) -> set[str]:
@@ -130,20 +158,35 @@ def mentioned(text: str, names: Mapping[str, Iterable[str]]) -> set[str]:
         names: key -> the texts that it goes by.
     """
     mentions = Mentions(text)
-    places = [
-        (start, end, negated, key)
-        for key, texts in names.items()
-        for name in texts
-        for start, end, negated in mentions.of(normalised(name))
-    ]
+    return unnegated(
+        [
+            (start, end, negator, key)
+            for key, texts in names.items()
+            for name in texts
+            for start, end, negator in mentions.of(normalised(name))
+        ]
+    )
+
+
+def unnegated(places: Sequence[tuple[int, int, int | None, Key]]) -> set[Key]:
+    """Keys of the places that are neither negated nor part of a longer one.
+
+    A negation that belongs to a longer place ("No abnormality" as an option) negates nothing else.
+
+    Args:
+        places: (start, end, place of the word that negates, key).
+    """
+
+    def within(first: int, last: int, length: int) -> bool:
+        return any(
+            start <= first and last <= end and end - start > length for start, end, _, _ in places
+        )
+
     return {
         key
-        for start, end, negated, key in places
-        if not negated
-        and not any(
-            other_start <= start and end <= other_end and other_end - other_start > end - start
-            for other_start, other_end, _, _ in places
-        )
+        for start, end, negator, key in places
+        if (negator is None or within(negator, negator + 1, 1))
+        and not within(start, end, end - start)
     }
 
 
@@ -186,44 +229,37 @@ def _leading_letters(rest: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _declared_letters(text: str, options: Mapping[str, str]) -> set[str]:
-    found = set()
-    for pattern in (_DECLARED_LETTER, _CORRECT_LETTER, _CORRECT_CHINESE):
+    found: set[str] = set()
+    for pattern in (_DECLARED_LETTER, _IT_IS_LETTER, _CORRECT_LETTER, _CORRECT_CHINESE):
         for match in pattern.finditer(text):
-            before, after = text[: match.start(1)], text[match.end(1) :]
-            if (
-                match[1] in "aA"
-                and _ARTICLE_AFTER.match(after)
-                and not _followed_by_own_text(after, options, "A")
-            ):
-                continue
-            if match[1].islower() and not re.match(r"[\])}\"'’”.,;:!]|\s*$", after):
-                continue
-            letter = _known(match[1], options)
-            if letter is None or _NEGATED_BEFORE.search(before) or _NEGATED_AFTER.match(after):
-                continue
-            if _contradicted(letter, after, options):
-                return {letter, *_named_after(after, options)}
-            found.add(letter)
-            # "the answer is A or B", "答案是A和B"
-            joined = re.match(
-                r"[\])}]*\s*(?:,|and|or|/|&|和|或|、)\s*[\[(]*([A-Z])\b(?!\s+[a-z])", after
-            )
-            if joined and joined[1] in options:
-                found.add(joined[1])
+            found |= _declared(match[1], text[: match.start(1)], text[match.end(1) :], options)
     if not found and (last := _LAST_LINE.search(text)) and (alone := _ALONE.fullmatch(last[1])):
         letter = _known(alone[1], options)
-        if letter:
-            found.add(letter)
+        return {letter} if letter else set()
     return found
 
 
-def _followed_by_own_text(after: str, options: Mapping[str, str], letter: str) -> bool:
-    return bool(_named_after(after, options) & {letter})
+def _declared(said: str, before: str, after: str, options: Mapping[str, str]) -> set[str]:
+    """Letters that one declaration means: none, one, or several where it contradicts itself.
 
-
-def _contradicted(letter: str, after: str, options: Mapping[str, str]) -> bool:
-    named = _named_after(after, options)
-    return bool(named) and letter not in named
+    Args:
+        said: the letter.
+        before: the text before it.
+        after: the text behind it.
+        options: letter -> text.
+    """
+    letter = _known(said, options)
+    if letter is None or _NEGATED_BEFORE.search(before) or _NEGATED_AFTER.match(after):
+        return set()
+    if said.islower() and not _LETTER_ENDS.match(after):
+        return set()  # "the answer is a liver"
+    if named := _named_after(after, options) - {letter}:
+        # "the answer is B (liver)" where B is lung
+        return named | {letter} if letter not in _named_after(after, options) else {letter}
+    if said == "A" and _ARTICLE_AFTER.match(after) and letter not in _named_after(after, options):
+        return set()  # "the answer is A large mass"
+    joined = _JOINED.match(after)
+    return {letter, joined[1]} if joined and joined[1] in options else {letter}
 
 
 def _named_after(after: str, options: Mapping[str, str]) -> set[str]:

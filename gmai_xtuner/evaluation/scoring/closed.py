@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from gmai_xtuner.evaluation.questions import Question, Score
+from gmai_xtuner.evaluation.scoring.choice import unnegated
 from gmai_xtuner.evaluation.scoring.scorer import Scorer
 from gmai_xtuner.evaluation.scoring.text import Mentions, clean, normalised, words
 
@@ -13,7 +14,10 @@ NO = "no"
 
 _CHINESE = {
     YES: ("是", "是的", "对", "对的", "有", "有的", "包含", "可以", "能", "存在", "会", "正确"),
-    NO: ("否", "不", "不是", "不是的", "不对", "没有", "无", "不包含", "不可以", "不能", "不存在", "不会", "错误"),
+    NO: (
+        "否", "不", "不是", "不是的", "不对", "没有", "无", "不包含", "不可以", "不能", "不存在", "不会",
+        "错误",
+    ),
 }  # fmt: skip
 _POLARITY = {
     **{word: answer for answer, all_words in _CHINESE.items() for word in all_words},
@@ -101,7 +105,7 @@ def _score_yes_no(question: Question, answer: str) -> Score:
 
 
 def score_closed(question: Question, answer: str) -> Score:
-    """Yes or no where the gold answer is that; otherwise what the answer chooses of what the question offers."""
+    """Yes or no where that is the gold answer; otherwise which of the offers of the question is named."""
     gold = question.answer
     if gold is None:
         return Score(None, " ".join(normalised(clean(answer))) or None)
@@ -128,23 +132,14 @@ def score_closed(question: Question, answer: str) -> Score:
 
 
 def _chosen(text: str, offers: list[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """Offers that an answer names, by all their words or by one that no other has; negated ones do not count."""
+    """Offers that an answer names, by all their words or one that no other has; not the negated."""
     mentions = Mentions(text)
     places = []
     for offer in offers:
         others = {word for other in offers if other != offer for word in other}
-        places += [(start, end, negated, offer) for start, end, negated in mentions.of(offer)]
-        for word in set(offer) - others:
-            places += [(start, end, negated, offer) for start, end, negated in mentions.of((word,))]
-    named = {
-        offer
-        for start, end, negated, offer in places
-        if not negated
-        and not any(
-            first <= start and end <= last and last - first > end - start
-            for first, last, _, _ in places
-        )
-    }
+        for needle in (offer, *((word,) for word in set(offer) - others)):
+            places += [(*place, offer) for place in mentions.of(needle)]
+    named = unnegated(places)
     if not named:  # "kidney" for "right kidney", where no other offer has the word
         said = set(words(text)) - _SMALL
         within = [offer for offer in offers if said and said <= set(offer)]

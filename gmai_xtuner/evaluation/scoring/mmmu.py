@@ -3,9 +3,9 @@
 Written anew from what ``parse_multi_choice_response``, ``parse_open_response`` and ``eval_open`` do:
 https://github.com/MMMU-Benchmark/MMMU/blob/bb0b95a945998d91dfef37e969e07d49d1139438/mmmu/utils/eval_utils.py
 
-Multiple choice: "(B)" anywhere, else " B " between spaces, else, in an answer of more than five words, an option
-text as a substring; of several the last in the text. Open: a gold text within the part of the answer behind "is",
-"so", "answer" and the like, or an equal number. What is not understood becomes a random option there; here it
+Multiple choice: "(B)" anywhere, else " B " between spaces, else, in an answer of more than five words, an
+option text as a substring; of several the last in the text. Open: a gold text within the part of the answer
+behind "is", "so", "answer" and the like, or an equal number. What is not understood becomes a random option there; here it
 is not understood.
 """
 
@@ -62,7 +62,7 @@ def parse_open(answer: str) -> set[str | float]:
 
 
 def normalise(text: str) -> tuple[str | float, ...]:
-    """A number rounded to two decimals, or the text in lower case; one sign alone with a space at either side."""
+    """A number rounded to two decimals, or the text in lower case; one sign alone twice, beside a space."""
     text = text.strip()
     try:
         return (round(float(text.replace(",", "")), 2),)

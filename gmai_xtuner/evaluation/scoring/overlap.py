@@ -24,14 +24,14 @@ def golds(question: Question) -> tuple[tuple[str, ...], ...]:
 
 
 def same_words(question: Question, answer: str) -> bool:
-    """Whether an answer, or what it declares ("the answer is X"), has a gold answer's words in their order."""
+    """Whether an answer, or what it declares ("the answer is X"), is a gold answer, word by word."""
     text = clean(answer)
     said = [text, *(match[1].rstrip(".。") for match in _DECLARED.finditer(text))]
     return any(normalised(one) == gold for one in said for gold in golds(question) if gold)
 
 
 def recall(said: tuple[str, ...], gold: tuple[str, ...]) -> float:
-    """Share of the gold words that were said; a word said twice counts once more only if gold has it twice."""
+    """Share of the gold words that were said; a repeated word counts as often as gold has it."""
     common = (Counter(said) & Counter(gold)).total()
     return common / len(gold) if gold else 0.0
 

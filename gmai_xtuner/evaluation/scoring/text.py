@@ -11,13 +11,13 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNOREC
 _BOXED = re.compile(r"\$?\\boxed\{(?:\\text\{)?([^{}]*)\}?\}\$?")
 _EMPHASIS = re.compile(r"\*\*|__|`|^#+\s*|^>\s*", re.MULTILINE)
 
-# A number keeps its point, comma and minus; a word its apostrophe and inner hyphen; a Chinese sign is a word.
+_CHINESE = "㐀-鿿豈-﫿"
+# A number keeps its point, comma, minus and what is written onto it (2.5e3, 3mm); a word its apostrophe and
+# inner
+# hyphen; a Chinese sign is a word.
 _WORD = re.compile(
-    r"(?<![\w.])-?\d+(?:,\d{3})+(?:\.\d+)?(?![\w])"
-    r"|(?<![\w.])-?\d+(?:\.\d+)?(?![\w])"
-    r"|[㐀-鿿豈-﫿]"
-    r"|[^\W㐀-鿿豈-﫿_]+(?:['-][^\W㐀-鿿豈-﫿_]+)*"
-    r"|%"
+    rf"(?<![\w.])-?\d+(?:,\d{{3}})+(?:\.\d+)?(?!\w)|(?<![\w.])-?\d+(?:\.\d+)?[^\W_{_CHINESE}]*|[{_CHINESE}]"
+    rf"|[^\W_{_CHINESE}]+(?:['-][^\W_{_CHINESE}]+)*|%"
 )
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -31,8 +31,8 @@ NUMBER_WORDS = {
 _NEGATIONS = frozenset(
     {
         "no", "not", "never", "without", "isn't", "aren't", "wasn't", "weren't", "doesn't", "don't", "didn't",
-        "cannot", "can't", "neither", "nor", "excluding", "excludes", "excluded", "except", "unlikely", "isnt",
-        "doesnt", "dont", "cant",
+        "cannot", "can't", "neither", "nor", "excluding", "excludes", "excluded", "except", "unlikely",
+        "isnt", "doesnt", "dont", "cant",
     }
 )  # fmt: skip
 _NEGATING_PHRASES = (
@@ -43,7 +43,10 @@ _NEGATING_PHRASES = (
     ("ruled", "out"),
 )
 _CHINESE_NEGATIONS = frozenset("不没非无未否")
-_BREAKS = re.compile(r"[.;:!?。；：！？\n]|,\s*(?:but|and|it|this|there)\b|，")
+_BREAKS = re.compile(
+    r"\.(?!\d)|[;:!?。\n]|\b(?:but|however|although)\b"
+    r"|,\s*(?:but|and|it|this|there|the|rather|instead|so)\b|,(?=\s*[㐀-鿿])"
+)
 _REACH = 4
 """A negation reaches so many words ahead in its own part of a sentence: "is not a type of liver"."""
 
@@ -59,7 +62,7 @@ def clean(answer: str) -> str:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words in lower case. "T2" is one, "2.5" is one, each Chinese sign is one; 1,000 is 1000 and 2.0 is 2."""
+    """Words in lower case: "T2" and "2.5" are one, so is each Chinese sign; 2.0 is 2."""
     return tuple(
         _plain_number(match[0])
         for match in _WORD.finditer(unicodedata.normalize("NFKC", text).lower())
@@ -67,7 +70,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def normalised(text: str) -> tuple[str, ...]:
-    """Words without articles, number words as digits; where only articles stand they stay ("A" is an answer)."""
+    """Words without articles, number words as digits; articles alone stay, for "A" is an answer."""
     found = tuple(NUMBER_WORDS.get(word, word) for word in words(text))
     return tuple(word for word in found if word not in _ARTICLES) or found
 
@@ -86,57 +89,59 @@ def find(needle: Sequence[str], haystack: Sequence[str]) -> list[int]:
 
 
 class Mentions:
-    """An answer's words, and which of them stand under a negation.
+    """An answer's words without articles, and which of them stand under a negation.
 
     Args:
         text: the answer, cleaned.
     """
 
     def __init__(self, text: str) -> None:
-        self.words: list[str] = []
-        self.negated: list[bool] = []
-        for part in _BREAKS.split(text):
-            found = [NUMBER_WORDS.get(word, word) for word in words(part)]
-            self.words += found
-            self.negated += _negated(found)
-            # nothing matches across the end of a part
-            self.words.append("\n")
-            self.negated.append(False)
+        self._words: list[str] = []
+        self._negator: list[int | None] = []
+        self._part: list[int] = []
+        for number, part in enumerate(_BREAKS.split(text)):
+            found = [NUMBER_WORDS.get(word, word) for word in words(part) if word not in _ARTICLES]
+            self._negator += _negators(found, len(self._words))
+            self._words += found
+            self._part += [number] * len(found)
 
-    def of(self, needle: Sequence[str]) -> list[tuple[int, int, bool]]:
-        """(start, end, negated) of every time that the words stand in the answer; Chinese ones as a whole word."""
-        needle = tuple(needle)
+    def of(self, needle: Sequence[str]) -> list[tuple[int, int, int | None]]:
+        """(start, end, place of what negates them) wherever the words stand; Chinese ones as a whole word."""
+        length = len(needle)
         return [
-            (start, start + len(needle), self.negated[start])
-            for start in find(needle, self.words)
-            if self._whole(start, start + len(needle))
+            (start, start + length, self._negator[start])
+            for start in find(needle, self._words)
+            if self._whole(start, start + length)
         ]
 
     def _whole(self, start: int, end: int) -> bool:
-        """Chinese has no spaces: a term must not go on in a neighbouring sign, but for the small words."""
-        before = self.words[start - 1] if start else "\n"
-        after = self.words[end] if end < len(self.words) else "\n"
-        left = not (_is_chinese(self.words[start]) and _is_chinese(before)) or before in _BEFORE
-        right = not (_is_chinese(self.words[end - 1]) and _is_chinese(after)) or after in _AFTER
-        return left and right
+        """Chinese has no spaces: a term must not go on in a neighbouring sign, but for small words."""
+        return self._ends(start, start - 1, _BEFORE) and self._ends(end - 1, end, _AFTER)
+
+    def _ends(self, inside: int, outside: int, small: frozenset[str]) -> bool:
+        if not 0 <= outside < len(self._words) or self._part[inside] != self._part[outside]:
+            return True
+        neighbour = self._words[outside]
+        both = _is_chinese(self._words[inside]) and _is_chinese(neighbour)
+        return not both or neighbour in small
 
 
 _BEFORE = frozenset("是为在有选和或与不没非无的了")
 _AFTER = frozenset("的了吗吧呢和或与是在里中上内")
 
 
-def _negated(found: Sequence[str]) -> list[bool]:
-    """Which words of one part of a sentence a negation reaches."""
-    under = [False] * len(found)
+def _negators(found: Sequence[str], offset: int) -> list[int | None]:
+    """Where the negation stands, counted from offset, that reaches each word of a part of a sentence."""
+    by: list[int | None] = [None] * len(found)
     for place, word in enumerate(found):
         end = place + 1
-        if any(tuple(found[place : place + 2]) == phrase for phrase in _NEGATING_PHRASES):
+        if tuple(found[place : place + 2]) in _NEGATING_PHRASES:
             end = place + 2
         elif word not in _NEGATIONS and word not in _CHINESE_NEGATIONS:
             continue
         for reached in range(end, min(end + _REACH, len(found))):
-            under[reached] = True
-    return under
+            by[reached] = offset + place
+    return by
 
 
 def _is_chinese(word: str) -> bool:
