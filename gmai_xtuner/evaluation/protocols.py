@@ -102,9 +102,9 @@ class Protocol:
         """What is asked: question, options and instruction; ``<image>`` where the authors name an image.
 
         ``llava`` (LLaVA-1.5, MMMU and HuatuoGPT-Vision): question, lines "A. ...", then
-        :data:`LETTER_INSTRUCTION`; without options :data:`SHORT_INSTRUCTION`. ``vlmevalkit``: its default for
-        multiple choice, "Question: ...", "Options:", lines,
-        :data:`VLMEVALKIT_INSTRUCTION`. ``short``: without options, in English or Chinese (``short_zh``).
+        :data:`LETTER_INSTRUCTION`; without options :data:`SHORT_INSTRUCTION`. ``vlmevalkit``: its default
+        for multiple choice, "Question: ...", "Options:", lines, :data:`VLMEVALKIT_INSTRUCTION`. ``short``:
+        without options, in English or Chinese (``short_zh``).
         """
         if not question.options:
             instruction = SHORT_INSTRUCTION_ZH if self.words == "short_zh" else SHORT_INSTRUCTION

@@ -18,6 +18,7 @@ from gmai_xtuner.evaluation.benchmarks.loading import (
     find_benchmarks,
     load_benchmark,
 )
+from gmai_xtuner.evaluation.benchmarks.submission import write_submission
 
 __all__ = [
     "NAMES",
@@ -29,4 +30,5 @@ __all__ = [
     "SourceFile",
     "find_benchmarks",
     "load_benchmark",
+    "write_submission",
 ]

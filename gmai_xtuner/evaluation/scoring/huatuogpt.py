@@ -3,10 +3,10 @@
 Written anew from what ``match_choice3`` and ``test_mmlu`` do:
 https://github.com/FreedomIntelligence/HuatuoGPT-Vision/blob/f699d88d4d1eeb9f3e62fdb2da4e297bdacb67f0/scorer.py
 
-The first letter from A to N, of either case, that stands alone is the answer, but for an "a" before a space
-(taken for an article). It is compared with the upper-case gold letter, so a lower-case letter is wrong, and
-so is the "I" of "I think it is B". An answer without such a letter makes their scorer raise and abort the run;
-here it is not understood.
+The first letter from A to N, of either case, that stands alone is the answer, but for an "a" before a
+space (taken for an article). It is compared with the upper-case gold letter, so a lower-case letter is
+wrong, and so is the "I" of "I think it is B". An answer without such a letter makes their scorer raise
+and abort the run; here it is not understood.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Written anew from what ``parse_multi_choice_response``, ``parse_open_response`` 
 https://github.com/MMMU-Benchmark/MMMU/blob/bb0b95a945998d91dfef37e969e07d49d1139438/mmmu/utils/eval_utils.py
 
 Multiple choice: "(B)" anywhere, else " B " between spaces, else, in an answer of more than five words, an
-option text as a substring; of several the last in the text. Open: a gold text within the part of the answer
-behind "is", "so", "answer" and the like, or an equal number. What is not understood becomes a random option there; here it
-is not understood.
+option text as a substring; of several the last in the text. Open: a gold text within the part of the
+answer behind "is", "so", "answer" and the like, or an equal number. What is not understood becomes a
+random option there; here it is not understood.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 Written anew from what the function does:
 https://github.com/open-compass/VLMEvalKit/blob/e8e78f05f3080fe28154f2130321f17951c3be94/vlmeval/utils/matching_util.py
 
-Where it differs from a reader's view, and from our ``choice``: a lower-case letter is none; a letter counts
-only among the last four words; an option text counts as a substring, so "12" names 2 and "MR angiography"
-names both MR and MR angiography; a letter of the options as a word anywhere ("A large mass") is a choice if
-it is the only one; refusals are "Z", which is no option and wrong. What it does not understand goes to a judge
-there and, after three failures, to a random choice; here it is not understood.
+Where it differs from a reader's view, and from our ``choice``: a lower-case letter is none; a letter
+counts only among the last four words; an option text counts as a substring, so "12" names 2 and "MR
+angiography" names both MR and MR angiography; a letter of the options as a word anywhere ("A large mass")
+is a choice if it is the only one; refusals are "Z", which is no option and wrong. What it does not
+understand goes to a judge there and, after three failures, to a random choice; here it is not understood.
 """
 
 from __future__ import annotations
