@@ -1,0 +1,245 @@
+"""Who else serves: transformers' own server with the plain export, and the corpus builder as a client.
+
+``transformers serve`` runs in the environment of the newest transformers, without a line of our code. A test
+of what it does that a hospital should know (docs/serving.md) tells when it no longer does.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import yaml
+from PIL import Image
+
+from gmai_xtuner.datasets.conversation import Turn
+from gmai_xtuner.inference import Predictor, user_turn
+from gmai_xtuner.loading import load_model
+from tests.data_tools.conftest import draw, generate, source_of
+from tests.exports import write_export
+from tests.newest_transformers import newest_python, newest_variables
+from tests.test_serve import serving
+
+pytestmark = pytest.mark.slow
+
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def exports(tiny_bases, tmp_path_factory) -> tuple[Path, Path]:
+    """The same model in xtuner's layout and as a plain LLaVA."""
+    folder = tmp_path_factory.mktemp("serving")
+    ours, plain = folder / "ours", folder / "plain"
+    write_export(tiny_bases, ours, plain, save_formats=("xtuner", "huggingface"))
+    return ours, plain
+
+
+@pytest.fixture(scope="module")
+def predictor(exports) -> Predictor:
+    return load_model(exports[0])
+
+
+@pytest.fixture(scope="module")
+def client(exports) -> Iterator[openai.OpenAI]:
+    """Of ``transformers serve PLAIN``, which calls the model by its path."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [newest_python().parent / "transformers", "serve", exports[1], "--device", "cpu"]
+    process = subprocess.Popen(
+        [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
+        cwd=exports[1].parent,
+        env=newest_variables(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline, "transformers serve did not start"
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        # It closes the connection after an error, which a retry mends.
+        yield openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=1, timeout=60
+        )
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def picture(number: int, size: tuple[int, int] = (30, 40)) -> Image.Image:
+    noise = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def part(image: Image.Image) -> dict:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+CASES = {
+    "text": ([{"role": "user", "content": "Is it CT?"}], [user_turn("Is it CT?", 0)], []),
+    "image": (
+        [{"role": "user", "content": [part(picture(0)), text("What is shown?")]}],
+        [user_turn("What is shown?", 1)],
+        [picture(0)],
+    ),
+    "two images, not square": (
+        [
+            {
+                "role": "user",
+                "content": [part(picture(1, (50, 20))), part(picture(2)), text("比较。")],
+            }
+        ],
+        [user_turn("比较。", 2)],
+        [picture(1, (50, 20)), picture(2)],
+    ),
+    "several turns": (
+        [
+            {"role": "system", "content": "You are a radiologist."},
+            {"role": "user", "content": [part(picture(0)), text("图中显示什么？")]},
+            {"role": "assistant", "content": "胸部X光片。"},
+            {"role": "user", "content": "有气胸吗？"},
+        ],
+        [
+            Turn("system", "You are a radiologist."),
+            user_turn("图中显示什么？", 1),
+            Turn("assistant", "胸部X光片。"),
+            Turn("user", "有气胸吗？"),
+        ],
+        [picture(0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_serve_gives_the_greedy_answer_of_ours(client, exports, predictor, case):
+    messages, turns, images = CASES[case]
+    expected = predictor.generate(turns, images, max_new_tokens=LENGTH)
+    asked = {"model": str(exports[1]), "messages": messages, "max_tokens": LENGTH, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    assert expected
+    assert whole.choices[0].message.content.strip() == expected
+    assert whole.usage.completion_tokens == LENGTH
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert len([piece for piece in pieces if piece]) > 1
+    # Its streams decode half a character otherwise, which only a model without training ends in.
+    assert readable("".join(pieces)) == readable(expected)
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def readable(answer: str) -> str:
+    return answer.split("\ufffd")[0].strip()
+
+
+def test_what_a_hospital_should_know_of_transformers_serve(client, exports, tmp_path):
+    """docs/serving.md says these; where one fails, the page has to change."""
+
+    def post(**fields) -> httpx.Response:
+        body = {"model": str(exports[1]), "max_tokens": 1, "temperature": 0} | fields
+        with httpx.Client(timeout=60) as connection:
+            return connection.post(f"{client.base_url}chat/completions", json=body)
+
+    path = tmp_path / "of_the_server.png"
+    picture(0).save(path)
+    local = [{"type": "image_url", "image_url": {"url": str(path)}}, text("x")]
+    assert post(messages=[{"role": "user", "content": local}]).status_code == 200, "opens files"
+    broken = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
+    answer = post(messages=[{"role": "user", "content": broken}])
+    assert (answer.status_code, answer.text) == (500, "Internal Server Error")
+    tiff = io.BytesIO()
+    picture(0).save(tiff, "TIFF")
+    url = f"data:image/tiff;base64,{base64.b64encode(tiff.getvalue()).decode()}"
+    sent = [{"type": "image_url", "image_url": {"url": url}}, text("x")]
+    assert post(messages=[{"role": "user", "content": sent}]).status_code == 500, "reads no TIFF"
+    other = post(model="other", messages=[{"role": "user", "content": "x"}])
+    assert (other.status_code, "error" in other.json()) == (400, False)
+
+
+def test_16_bit_images_are_not_scaled_by_transformers_serve(client, exports, predictor, tmp_path):
+    """Its model sees values of up to 65,535 where it knows 0 to 255; ours sees what training saw."""
+    path = tmp_path / "16_bits.png"
+    values = np.random.default_rng(0).integers(0, 4096, (40, 40), dtype=np.uint16)
+    Image.fromarray(values).save(path)
+    url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, text("What is shown?")]
+    answer = client.chat.completions.create(
+        model=str(exports[1]),
+        messages=[{"role": "user", "content": content}],
+        max_tokens=LENGTH,
+        temperature=0,
+    )
+    said = answer.choices[0].message.content.strip()
+
+    def ours(image) -> str:
+        return predictor.answer("What is shown?", [image], max_new_tokens=LENGTH)
+
+    assert ours(path) == ours(Image.fromarray(np.round(values * (255 / 4095)).astype(np.uint8)))
+    white, high_byte = (
+        Image.open(path).convert("RGB"),
+        Image.fromarray((values >> 8).astype("uint8")),
+    )
+    assert said not in (ours(path), ours(white), ours(high_byte))
+
+
+def test_the_corpus_builder_asks_our_server(predictor, tmp_path):
+    """It asks for a form that the server refuses, learns that, and gets an answer for every request."""
+    for number in range(2):
+        draw(tmp_path / "classes" / ("NORM", "TUM")[number] / f"{number}.png", number)
+    with serving(predictor) as served:
+        writer = {
+            "name": "openai", "model": "my-model", "base_url": str(served.base_url),
+            "key_variable": None, "cache": str(tmp_path / "answers.sqlite"), "retries": 0,
+            "seeded": True, "parameters": {"repetition_penalty": 1.1},
+        }  # fmt: skip
+        make = {
+            "caption": 1, "region_caption": 0, "instruction": 1, "dialogue": 0, "perception": 0,
+            "text_single": 0, "text_multi": 0, "chinese": 0,
+        }  # fmt: skip
+        job = tmp_path / "job.yaml"
+        job.write_text(
+            yaml.safe_dump(
+                {
+                    "output": "out",
+                    "workers": 1,
+                    "sources": [source_of(tmp_path / "classes")],
+                    "make": make,
+                    "writer": writer,
+                    "corpus": {"held_out": 0},
+                }
+            )
+        )
+        done = generate(job, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    usage = json.loads((tmp_path / "out" / "summary.json").read_text())["usage"]
+    assert usage["requests"] == 4
+    assert usage["prompt_tokens"] > 4 * 64, "no image arrived"
+    # A model without training writes no JSON; each of its answers is kept with the reason.
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    assert len(reasons) == 4
+    assert set(reasons) <= {"answer cut at its greatest length", "answer isn't JSON"}
