@@ -127,8 +127,9 @@ class Protocol:
         rule = SCORERS[name]
         if not rule.applies(question):
             raise ProtocolError(
-                f"the scorer {name} can't score question {question.id} of {self.benchmark} "
-                f"{self.name}: it is for other questions ({rule.description}). Take one of {', '.join((self.scorer, *self.also))}."
+                f"the scorer {name} can't score question {question.id} of {self.benchmark} {self.name}: "
+                f"it is for other questions ({rule.description}). Take one of "
+                f"{', '.join((self.scorer, *self.also))}."
             )
         return rule.score(question, answer_text)
 
