@@ -34,7 +34,7 @@ def draw(file: Path, seed: int) -> None:
 
 
 def write_vqa_rad(folder: Path, *, questions: int = 6) -> Path:
-    """``questions`` of the test part, every second one closed, and one of the training part."""
+    """``questions`` of the test part, every second closed, and one of the training part."""
     records = []
     for number in range(questions):
         closed = number % 2 == 0
@@ -97,8 +97,13 @@ def write_pmc_vqa(folder: Path, *, questions: int = 4) -> Path:
             choices = [f"{letter}:thing {number}{letter}" for letter in "ABCD"]
             label = "ABCD"[number % 4]
             writer.writerow(
-                [f"PMC{number}.jpg", f"What is figure {number}?", f"thing {number}{label}"]
-                + [*choices, label]
+                [
+                    f"PMC{number}.jpg",
+                    f"What is figure {number}?",
+                    f"thing {number}{label}",
+                    *choices,
+                    label,
+                ]
             )
     return folder
 
