@@ -1,23 +1,67 @@
-"""A folder of weights -> a :class:`~gmai_xtuner.inference.Predictor`, whatever its layout."""
+"""A folder of weights -> a :class:`~gmai_xtuner.inference.Predictor`, whatever its layout.
+
+Read are xtuner's LLaVA layout (our export and xtuner's own, with adapters or without) and whole LLaVA
+folders (our ``--save-format huggingface``, transformers' LLaVA, the authors' release with InternLM2 inside,
+the LLaVA repository's own form). No remote code is run. What a folder does not say, prompts above all, is
+told in the log and can be said by ``prompt_template`` and ``add_bos``.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel
+from mmengine.logging import print_log
+from transformers import PreTrainedTokenizerFast
+from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 from gmai_xtuner.datasets.images import ImageTransform
 from gmai_xtuner.datasets.tokenization import ChatTemplate
 from gmai_xtuner.errors import ModelLoadError
 from gmai_xtuner.inference import Predictor
+from gmai_xtuner.models.adapter_files import adapter_base
+from gmai_xtuner.models.checkpoint_files import read_json, read_state_dict, shorten
+from gmai_xtuner.models.costs import cache_bytes, describe_parts, size
 from gmai_xtuner.models.export import SETTINGS, SETTINGS_FILE
 from gmai_xtuner.models.internlm2 import load_language_model
+from gmai_xtuner.models.layouts import (
+    Projector,
+    is_llava,
+    layout_of,
+    projector_model,
+    select_layer,
+    tower_weights,
+)
 from gmai_xtuner.models.llava import GMAILLaVAModel
+from gmai_xtuner.models.starting_points import is_xtuner_layout
 from gmai_xtuner.models.tokenizer import load_tokenizer
-from gmai_xtuner.models.vision import load_vision_tower
+from gmai_xtuner.models.vision import load_vision_tower, num_image_tokens
+
+TEMPLATES = {
+    "<|im_end|>": "internlm2_chat",
+    "<|eot_id|>": "llama3_chat",
+    "<|end|>": "phi3_chat",
+}
+"""A special token of the tokenizer, and the template that it speaks for."""
+OTHERWISE = "vicuna"
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Where each part comes from: folders or hub names, adapters on top, weights that replace a base's."""
+
+    llm: str
+    vision: str
+    projector: Projector
+    projector_weights: dict[str, torch.Tensor]
+    select_layer: int
+    llm_adapter: Path | None = None
+    vision_adapter: Path | None = None
+    tower: dict[str, torch.Tensor] | None = None
 
 
 def load_model(
@@ -27,54 +71,140 @@ def load_model(
     vision: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    prompt_template: str | None = None,
+    add_bos: bool | None = None,
 ) -> Predictor:
-    """Load what ``xtuner convert pth_to_hf`` wrote.
+    """Load exported or released weights.
 
     Args:
-        folder: the export. Stage 3 has all parts; stages 1 and 2 lack those they did not train.
-        llm: the language model's base, where the export has none.
-        vision: the vision tower's base, where the export has none.
+        folder: a folder in one of the layouts above.
+        llm: the language model's base, where the folder has none (stages 1 and 2 in xtuner's layout), or
+            has an adapter that does not say its base.
+        vision: the same for the vision tower.
         dtype: default: bf16 on a GPU, fp32 on the CPU.
         device: default: the GPU if there is one.
+        prompt_template: name in xtuner's ``PROMPT_TEMPLATE``; default: what the folder says (our exports
+            do), else by the tokenizer's special tokens, told in the log.
+        add_bos: whether prompts begin with ``<s>``; default: what the folder says, else yes, and no for the
+            authors' release, whose training code has none.
 
     Raises:
-        ModelLoadError: a part is missing; says which base to name.
+        ModelLoadError: no layout that is known; a part is missing, which base to name; weights that do not
+            fit their configuration.
     """
     folder = Path(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if not (folder / "projector").is_dir():
-        raise ModelLoadError(
-            f"{str(folder)!r} is not an export in xtuner's layout (it has no projector/). "
-            "Make one with: xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"
-        )
-    for name in ("llm_adapter", "visual_encoder_adapter"):
-        if (folder / name).exists():
-            raise ModelLoadError(
-                f"{str(folder)!r} has {name}/, which is not merged and would be left out. Merge it with "
-                "xtuner convert merge; exports of this project are merged already"
-            )
-    llm_path = _part(folder, folder / "config.json", llm, "language model", "llm")
-    vision_path = _part(
-        folder / "visual_encoder", folder / "visual_encoder", vision, "vision tower", "vision"
-    )
-    file = folder / SETTINGS_FILE
-    settings: dict[str, Any] = {**SETTINGS, "visual_select_layer": -2}
-    if file.is_file():
-        settings.update(json.loads(file.read_text(encoding="utf-8")))
+    if is_xtuner_layout(folder):
+        sources = _xtuner_sources(folder, llm, vision)
+    elif is_llava(folder):
+        sources = _llava_sources(folder, llm, vision)
+    else:
+        raise ModelLoadError(_what_it_is_instead(folder))
+    tokenizer = load_tokenizer(_tokenizer_folder(folder, sources.llm))
+    settings = _settings(folder, tokenizer)
+    if prompt_template is not None:
+        settings["prompt_template"] = prompt_template
+    if add_bos is not None:
+        settings["add_bos"] = add_bos
     model = GMAILLaVAModel(
-        llm=load_language_model(llm_path, torch_dtype=dtype),
-        visual_encoder=load_vision_tower(vision_path, torch_dtype=dtype),
-        visual_select_layer=settings["visual_select_layer"],
+        llm=load_language_model(sources.llm, torch_dtype=dtype, adapter=sources.llm_adapter),
+        visual_encoder=load_vision_tower(
+            sources.vision, torch_dtype=dtype, adapter=sources.vision_adapter, trained=sources.tower
+        ),
+        visual_select_layer=sources.select_layer,
         use_activation_checkpointing=False,
     )
-    model.projector = AutoModel.from_pretrained(folder / "projector", torch_dtype=dtype)
+    model.projector = _projector(model, sources, folder).to(dtype)
     return Predictor(
         model.to(device),
-        tokenizer=load_tokenizer(llm_path),
+        tokenizer=tokenizer,
         template=ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"]),
-        transform=ImageTransform.from_pretrained(vision_path, mode=settings["image_mode"]),
+        transform=ImageTransform.from_pretrained(sources.vision, mode=settings["image_mode"]),
     )
+
+
+def describe(predictor: Predictor) -> str:
+    """What a loaded model takes: parameters, dtype and memory of its parts, and how it is asked."""
+    model = predictor.model
+    parts = {name: getattr(model, name) for name in ("visual_encoder", "projector", "llm")}
+    config, template = model.llm.config, predictor.encoder.template
+    tokens = 2048
+    cache = cache_bytes(config, tokens=tokens, dtype=model.llm.dtype)
+    pads = "padded to a square" if predictor.transform.mode == "pad" else "resized"
+    return (
+        f"{describe_parts(parts)}\n"
+        f"on {model.llm.device}; a conversation of {tokens:,} tokens adds {size(cache)}\n"
+        f"an image: {num_image_tokens(model.visual_encoder.config)} tokens, {model.image_size} x "
+        f"{model.image_size} pixels, {pads}; at most {config.max_position_embeddings:,} tokens; "
+        f"prompts {'begin with' if template.add_bos else 'have no'} <s>"
+    )
+
+
+def _llava_sources(folder: Path, llm: str | None, vision: str | None) -> _Sources:
+    raw = read_json(folder / "config.json")
+    if llm is not None:
+        raise ModelLoadError(f"{str(folder)!r} has its own language model; leave llm out")
+    form, weights = projector_model(folder)
+    tower: dict[str, torch.Tensor] | None = None
+    if layout_of(raw) == "plain":
+        if vision is not None:
+            raise ModelLoadError(f"{str(folder)!r} has its own vision tower; leave vision out")
+        vision = str(folder)
+    else:
+        # Its config does not describe the tower: the base does, also where the weights were trained.
+        vision = vision or raw.get("mm_vision_tower")
+        if not vision:
+            raise ModelLoadError(
+                f"{str(folder)!r} does not say which vision tower it was trained with; name it with "
+                "vision=..."
+            )
+        tower = tower_weights(folder) or None
+    return _Sources(
+        llm=str(folder),
+        vision=vision,
+        projector=form,
+        projector_weights=weights,
+        select_layer=select_layer(raw, source=str(folder)),
+        tower=tower,
+    )
+
+
+def _xtuner_sources(folder: Path, llm: str | None, vision: str | None) -> _Sources:
+    adapters = {
+        name: folder / name if (folder / name).is_dir() else None
+        for name in ("llm_adapter", "visual_encoder_adapter")
+    }
+    llm = _base_of(adapters["llm_adapter"], llm, option="llm")
+    vision = _base_of(adapters["visual_encoder_adapter"], vision, option="vision")
+    own = read_json(folder / "projector" / "config.json")
+    return _Sources(
+        llm=_part(folder, folder / "config.json", llm, "language model", "llm"),
+        vision=_part(
+            folder / "visual_encoder", folder / "visual_encoder", vision, "vision tower", "vision"
+        ),
+        projector=Projector(
+            depth=own.get("depth", 2),
+            hidden_act=own.get("hidden_act", "gelu"),
+            bias=own.get("bias", True),
+        ),
+        projector_weights=read_state_dict(folder / "projector"),
+        select_layer=_xtuner_select_layer(folder),
+        llm_adapter=adapters["llm_adapter"],
+        vision_adapter=adapters["visual_encoder_adapter"],
+    )
+
+
+def _base_of(adapter: Path | None, base: str | None, *, option: str) -> str | None:
+    if adapter is None or base is not None:
+        return base
+    named = adapter_base(adapter)
+    if not named:
+        raise ModelLoadError(
+            f"{adapter} does not say which base it was trained on; name it with {option}=..."
+        )
+    print_log(f"{adapter} goes on {named}, as it says", logger="current", level=logging.INFO)
+    return named
 
 
 def _part(inside: Path, proof: Path, base: str | None, what: str, option: str) -> str:
@@ -87,3 +217,96 @@ def _part(inside: Path, proof: Path, base: str | None, what: str, option: str) -
             f"the export has no {what} (its stage did not train it); name the base with {option}=..."
         )
     return base
+
+
+def _what_it_is_instead(folder: Path) -> str:
+    if not folder.is_dir():
+        return (
+            f"there is no folder {str(folder)!r}. Give an export or a released model; a checkpoint becomes "
+            "one with: xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"
+        )
+    if (folder / "last_checkpoint").is_file() or any(folder.glob("*_model_states.pt")):
+        return (
+            f"{str(folder)!r} holds checkpoints of training. Export one first: "
+            "xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"
+        )
+    kind = ""
+    if (folder / "config.json").is_file():
+        kind = f"; its config.json says model_type {read_json(folder / 'config.json').get('model_type')!r}"
+    return (
+        f"{str(folder)!r} is neither in xtuner's layout (it has no projector/) nor a whole LLaVA "
+        f"(config.json with text_config and vision_config, or with mm_hidden_size){kind}. "
+        "Make an export with: xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"
+    )
+
+
+def _projector(model: GMAILLaVAModel, sources: _Sources, folder: Path) -> ProjectorModel:
+    form = sources.projector
+    config = ProjectorConfig(
+        visual_hidden_size=model.visual_encoder.config.hidden_size,
+        llm_hidden_size=model.llm.config.hidden_size,
+        depth=form.depth,
+        hidden_act=form.hidden_act,
+        bias=form.bias,
+    )
+    projector = ProjectorModel(config)
+    own, weights = projector.state_dict(), sources.projector_weights
+    wrong = sorted(set(own) ^ set(weights))
+    wrong += [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise ModelLoadError(
+            f"the projector of {str(folder)!r} does not fit between this vision tower and this language "
+            f"model: {shorten(wrong, limit=4)}. Are these the bases that it was trained with?"
+        )
+    projector.load_state_dict(weights)
+    return projector
+
+
+def _tokenizer_folder(folder: Path, llm: str) -> str:
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return str(folder) if has_own else llm
+
+
+def _settings(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    file = folder / SETTINGS_FILE
+    if file.is_file():
+        return {**SETTINGS, **read_json(file)}
+    settings: dict[str, Any] = dict(SETTINGS)
+    told = _xtuner_config(folder)
+    named = re.search(r"^prompt_template\s*=\s*PROMPT_TEMPLATE\.(\w+)", told, re.MULTILINE)
+    if named:
+        settings["prompt_template"] = named[1]
+        return settings
+    vocabulary = tokenizer.get_vocab()
+    settings["prompt_template"] = next(
+        (name for token, name in TEMPLATES.items() if token in vocabulary), OTHERWISE
+    )
+    if is_llava(folder):
+        raw = read_json(folder / "config.json")
+        # The authors' code trains on messages without <s>.
+        settings["add_bos"] = raw.get("text_config", {}).get("model_type") != "internlm2"
+    print_log(
+        f"{folder} does not say how prompts were written; taken are prompt_template="
+        f"{settings['prompt_template']!r} and add_bos={settings['add_bos']}",
+        logger="current",
+        level=logging.WARNING,
+    )
+    return settings
+
+
+def _xtuner_select_layer(folder: Path) -> int:
+    file = folder / SETTINGS_FILE
+    if file.is_file():
+        return int(read_json(file).get("visual_select_layer", -2))
+    named = re.search(r"\bvisual_select_layer\s*=\s*(-?\d+)", _xtuner_config(folder))
+    return int(named[1]) if named else -2
+
+
+def _xtuner_config(folder: Path) -> str:
+    """The config that xtuner's converter puts beside an export, as text: it is code, and not run."""
+    file = folder / "xtuner_config.py"
+    return file.read_text(encoding="utf-8") if file.is_file() else ""

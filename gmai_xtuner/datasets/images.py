@@ -31,6 +31,8 @@ __all__ = ["MAX_PIXELS", "ImageTransform", "check_image", "open_rgb"]
 
 DECODINGS = ("full", "scaled")
 
+_PROCESSOR_FILE = "processor_config.json"
+
 _KEPT = 2
 """A JPEG that is decoded at a fraction keeps this many pixels for one pixel of the result."""
 
@@ -110,6 +112,8 @@ class ImageTransform:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ModelLoadError(f"{file} can't be read as JSON: {error}") from error
+        if file.name == _PROCESSOR_FILE:
+            config = config.get("image_processor") or {}
         size = _square_side(config.get("size"), key="size", file=file)
         if config.get("do_center_crop", True) and config.get("crop_size") is not None:
             crop = _square_side(config["crop_size"], key="crop_size", file=file)
@@ -264,7 +268,11 @@ def _find_preprocessor_config(path: str | Path) -> Path:
     name = "preprocessor_config.json"
     local = Path(path)
     if local.is_dir():
+        # transformers 5 writes all processors of a model into one file.
+        together = local / _PROCESSOR_FILE
         local = local / name
+        if not local.is_file() and together.is_file():
+            return together
     if local.is_file():
         return local
     if local.name == name or Path(path).exists():

@@ -102,7 +102,7 @@ def read_state_dict(directory: Path) -> dict[str, torch.Tensor]:
         if (directory / index_name).is_file():
             return _read_shards(directory, directory / index_name)
         if (directory / single_name).is_file():
-            return _read_file(directory / single_name)
+            return read_weights_file(directory / single_name)
     expected = ", ".join(name for pair in WEIGHT_FILES for name in pair)
     raise ModelLoadError(f"{directory} has no weights. Expected one of {expected}.")
 
@@ -119,7 +119,7 @@ def _read_shards(directory: Path, index: Path) -> dict[str, torch.Tensor]:
         )
     state_dict: dict[str, torch.Tensor] = {}
     for name in names:
-        state_dict.update(_read_file(directory / name))
+        state_dict.update(read_weights_file(directory / name))
     if lost := sorted(set(weight_map) - set(state_dict)):
         raise ModelLoadError(
             f"{directory}: {index.name} names weights that no file holds: {shorten(lost)}."
@@ -127,7 +127,12 @@ def _read_shards(directory: Path, index: Path) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def _read_file(path: Path) -> dict[str, torch.Tensor]:
+def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read one file of weights, memory-mapped.
+
+    Raises:
+        ModelLoadError: it is cut short or damaged.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

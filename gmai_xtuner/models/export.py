@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.logging import print_log
 from xtuner.registry import BUILDER
 
@@ -107,28 +106,3 @@ def export_settings(model: Any, cfg: Mapping[str, Any]) -> dict[str, Any]:
     dataset = cfg["train_dataloader"]["dataset"]
     settings = {name: dataset.get(name, default) for name, default in SETTINGS.items()}
     return {**settings, "visual_select_layer": model.visual_select_layer}
-
-
-def is_export(folder: str | Path) -> bool:
-    """Whether a folder is what this module writes."""
-    return (Path(folder) / "projector" / "config.json").is_file()
-
-
-def read_export(folder: str | Path, llm: Any) -> dict[str, torch.Tensor]:
-    from gmai_xtuner.errors import ModelLoadError
-    from gmai_xtuner.models.checkpoint_files import read_state_dict
-
-    folder = Path(folder)
-    if (folder / "config.json").is_file() and (
-        Path(llm.name_or_path).resolve() != folder.resolve()
-    ):
-        raise ModelLoadError(
-            f"{folder} is an export with its own language model, but the config takes the one of "
-            f"{llm.name_or_path!r}. Name the export as the base too: GMAI_LLM={folder}"
-        )
-    state: dict[str, torch.Tensor] = {}
-    for part in ("projector", "visual_encoder"):
-        if (folder / part).is_dir():
-            weights = read_state_dict(folder / part)
-            state.update({f"{part}.{key}": value for key, value in weights.items()})
-    return state

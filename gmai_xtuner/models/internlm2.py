@@ -12,6 +12,7 @@ Source of the layout: xtuner 0.2.0, ``xtuner/_lite/modelings/internlm2/modeling_
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from gmai_xtuner.errors import ModelLoadError
-from gmai_xtuner.models.checkpoint_files import (
-    building_on_meta,
-    read_json,
-    read_state_dict,
-    resolve_directory,
-    shorten,
-)
+from gmai_xtuner.models.adapter_files import add_adapter
+from gmai_xtuner.models.checkpoint_files import building_on_meta, resolve_directory, shorten
+from gmai_xtuner.models.layouts import is_llava, text_model
 from gmai_xtuner.models.quantization import quantization_that_runs
 
 #: Modules of the model, then of one layer: InternLM2 name -> Llama name.
@@ -60,8 +57,11 @@ def load_language_model(
     torch_dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     quantization_config: Any = None,
+    adapter: Path | None = None,
 ) -> LlamaForCausalLM:
     """Load an InternLM2, InternLM2.5 or Llama checkpoint as a ``LlamaForCausalLM``.
+
+    Of a folder with a whole LLaVA (:mod:`gmai_xtuner.models.layouts`) the language model is taken.
 
     Under ``accelerate.init_empty_weights`` only the structure is built and no weight is read.
     Under DeepSpeed ZeRO-3 (``HfDeepSpeedConfig``) the parameters are partitioned as they load.
@@ -75,6 +75,7 @@ def load_language_model(
             ``dict(type="transformers.BitsAndBytesConfig", ...)``. Each weight is quantised as it is read,
             so the GPU never holds the model in full precision. On meta it is left out of account: what
             is built there takes full-precision weights.
+        adapter: folder of a LoRA adapter of peft on this checkpoint, which is merged.
 
     Raises:
         ModelLoadError: another model type, a missing or damaged file, a weight that is missing,
@@ -84,7 +85,7 @@ def load_language_model(
     if quantization_config is not None and not on_meta:
         quantization_config = quantization_that_runs(quantization_config)
     directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
-    raw = read_json(directory / "config.json")
+    raw, weights = text_model(directory, weights=not on_meta)
     model_type = raw.get("model_type")
     if model_type not in ("internlm2", "llama"):
         raise ModelLoadError(
@@ -107,15 +108,19 @@ def load_language_model(
             "low_cpu_mem_usage": None if is_deepspeed_zero3_enabled() else True,
             "output_loading_info": True,
         }
-        weights = read_state_dict(directory)
+        own_folder = adapter is None and not is_llava(directory)
+        if adapter is not None:
+            weights = add_adapter(weights, adapter)
         if model_type == "internlm2":
-            options["state_dict"] = convert_state_dict(weights, config)
-            model, info = LlamaForCausalLM.from_pretrained(None, config=config, **options)
-        else:
-            if raw.get("quantization_config") is None:
-                _check_fit(weights, llama_shapes(config), where=str(directory))
+            weights = convert_state_dict(weights, config)
+        elif raw.get("quantization_config") is None:
+            _check_fit(weights, llama_shapes(config), where=str(directory))
+        if model_type == "llama" and own_folder:
             del weights  # memory-mapped: nothing was copied
-            model, info = LlamaForCausalLM.from_pretrained(directory, **options)
+            model, info = LlamaForCausalLM.from_pretrained(directory, config=config, **options)
+        else:
+            options["state_dict"] = weights
+            model, info = LlamaForCausalLM.from_pretrained(None, config=config, **options)
         check_loading_info(info, where=str(directory))
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)

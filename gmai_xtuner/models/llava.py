@@ -24,13 +24,14 @@ from gmai_xtuner.errors import GMAIError, ModelLoadError
 from gmai_xtuner.models.attention import SequenceBoundaries, install_boundary_attention
 from gmai_xtuner.models.checkpoint_files import building_on_meta
 from gmai_xtuner.models.checkpoints import load_checkpoint_state, load_parts
-from gmai_xtuner.models.export import is_export, read_export, save_xtuner_layout
+from gmai_xtuner.models.export import save_xtuner_layout
 from gmai_xtuner.models.export_huggingface import save_huggingface_layout
 from gmai_xtuner.models.frozen import PREFIX, check_same, without_prefix
 from gmai_xtuner.models.liger import install_liger, require_liger
 from gmai_xtuner.models.lora import add_adapters, load_adapters, plain_key, split_adapters
 from gmai_xtuner.models.loss import install_loss_head
 from gmai_xtuner.models.recompute import recompute, recompute_first_layers, use_reentrant
+from gmai_xtuner.models.starting_points import is_export, read_export
 
 
 class ImageFeatureMismatch(GMAIError):
@@ -75,7 +76,8 @@ class GMAILLaVAModel(BaseModel):
         visual_select_layer: hidden state of the tower that is used; -2 is the one before the last.
         projector_depth: linear layers of the projector.
         pretrained_pth: file, DeepSpeed directory or work dir of the stage before, or of a run with the
-            same adapters, which are continued; or what ``xtuner convert pth_to_hf`` made of it.
+            same adapters, which are continued; or a folder of exported weights, in xtuner's layout or a
+            whole LLaVA (:mod:`gmai_xtuner.models.starting_points`).
         pretrained_parts: parts that ``pretrained_pth`` must contain; a checkpoint of an earlier stage
             than the one meant is refused.
         use_activation_checkpointing: recompute activations in the backward pass.
@@ -163,9 +165,7 @@ class GMAILLaVAModel(BaseModel):
 
     def _load_weights(self, source: str, required: set[str]) -> dict[str, torch.Tensor]:
         """Load all but the adapters of a checkpoint, which are returned."""
-        state = (
-            read_export(source, self.llm) if is_export(source) else load_checkpoint_state(source)
-        )
+        state = read_export(source, self) if is_export(source) else load_checkpoint_state(source)
         base, adapters = split_adapters(state)
         if self.freeze_llm and any(key.startswith("llm.") for key in base):
             raise ModelLoadError(

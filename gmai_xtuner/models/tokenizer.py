@@ -58,6 +58,14 @@ def load_tokenizer(
     directory = resolve_directory(pretrained_model_name_or_path, weights=False)
     settings = {**_read_settings(directory), "padding_side": padding_side, **kwargs}
     settings.setdefault("clean_up_tokenization_spaces", False)
+    if isinstance(settings.get("extra_special_tokens"), list):
+        # transformers 5 writes a list under the name that 4.48 has for named ones.
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        kwargs = {
+            "extra_special_tokens": {},
+            "additional_special_tokens": settings["additional_special_tokens"],
+            **kwargs,
+        }
     if (directory / "tokenizer.json").is_file():
         tokenizer = _load_fast(directory, settings, kwargs)
     elif (directory / "tokenizer.model").is_file():

@@ -5,12 +5,15 @@ Shapes: ``S`` image size and ``P`` patch size in pixels; an image gives ``(S // 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from gmai_xtuner.errors import ModelLoadError
+from gmai_xtuner.models.adapter_files import add_adapter
 from gmai_xtuner.models.checkpoint_files import (
     building_on_meta,
     read_json,
@@ -18,6 +21,7 @@ from gmai_xtuner.models.checkpoint_files import (
     resolve_directory,
 )
 from gmai_xtuner.models.internlm2 import as_dtype, check_loading_info
+from gmai_xtuner.models.layouts import is_llava, layout_of, vision_model
 
 #: Weights of a whole CLIP that the vision tower has no use for; ``position_ids`` is a buffer.
 NOT_VISION = (
@@ -45,6 +49,10 @@ def load_vision_config(pretrained_model_name_or_path: str) -> CLIPVisionConfig:
 
 def _read_config(directory: Path) -> CLIPVisionConfig:
     raw = read_json(directory / "config.json")
+    if layout_of(raw) is not None:
+        raw, _ = vision_model(directory, weights=False)
+        if raw["model_type"] == "clip_vision_model":
+            return CLIPVisionConfig.from_dict(raw)
     if raw.get("model_type") not in ("clip", "clip_vision_model"):
         raise ModelLoadError(
             f"{directory / 'config.json'}: model_type {raw.get('model_type')!r} is not supported "
@@ -54,9 +62,13 @@ def _read_config(directory: Path) -> CLIPVisionConfig:
 
 
 def load_vision_tower(
-    pretrained_model_name_or_path: str, *, torch_dtype: str | torch.dtype | None = None
+    pretrained_model_name_or_path: str,
+    *,
+    torch_dtype: str | torch.dtype | None = None,
+    adapter: Path | None = None,
+    trained: Mapping[str, torch.Tensor] | None = None,
 ) -> CLIPVisionModel:
-    """Load the vision tower of a CLIP checkpoint.
+    """Load the vision tower of a CLIP checkpoint, or of a whole LLaVA (:mod:`gmai_xtuner.models.layouts`).
 
     Under ``accelerate.init_empty_weights`` only the structure is built and no weight is read.
 
@@ -64,6 +76,8 @@ def load_vision_tower(
         pretrained_model_name_or_path: a folder in the hub's layout or a hub name; a whole CLIP as
             ``openai/clip-vit-large-patch14-336``, or its vision part alone.
         torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
+        adapter: folder of a LoRA adapter of peft on this tower, which is merged.
+        trained: weights that replace the checkpoint's, all of them.
 
     Raises:
         ModelLoadError: no CLIP, a missing or damaged file, a weight that is missing, of the wrong
@@ -75,11 +89,18 @@ def load_vision_tower(
     dtype = None if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
     if on_meta:
         return CLIPVisionModel._from_config(config, torch_dtype=dtype or config.torch_dtype)
-    read_state_dict(directory)  # missing and damaged files, with our messages; nothing is copied
+    # Missing and damaged files, with our messages; nothing is copied.
+    weights = vision_model(directory)[1] if is_llava(directory) else read_state_dict(directory)
+    options: dict[str, Any] = {"torch_dtype": dtype or "auto", "output_loading_info": True}
+    source: Path | None = directory
+    if adapter is not None or trained is not None or is_llava(directory):
+        weights = dict(weights if trained is None else trained)
+        source, options["config"] = None, config
+        options["state_dict"] = weights if adapter is None else add_adapter(weights, adapter)
+        if dtype is None:
+            options["torch_dtype"] = next(iter(weights.values())).dtype
     try:
-        model, info = CLIPVisionModel.from_pretrained(
-            directory, torch_dtype=dtype or "auto", output_loading_info=True
-        )
+        model, info = CLIPVisionModel.from_pretrained(source, **options)
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise

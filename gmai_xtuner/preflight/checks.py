@@ -15,17 +15,17 @@ from gmai_xtuner.datasets.plan import DataPlan, unknown_lines
 from gmai_xtuner.errors import GMAIError, ModelLoadError
 from gmai_xtuner.models.checkpoint_files import (
     has_weights,
-    read_json,
     read_state_dict,
     resolve_directory,
     shorten,
 )
 from gmai_xtuner.models.checkpoint_folder import checkpoints_in, what_is_wrong
 from gmai_xtuner.models.checkpoints import load_parts, resolve_checkpoint
-from gmai_xtuner.models.export import is_export
 from gmai_xtuner.models.frozen import without_prefix
 from gmai_xtuner.models.internlm2 import convert_state_dict, llama_config
+from gmai_xtuner.models.layouts import is_llava, text_model, vision_model
 from gmai_xtuner.models.lora import load_adapters, split_adapters
+from gmai_xtuner.models.starting_points import is_export
 from gmai_xtuner.models.vision import NOT_VISION
 from gmai_xtuner.preflight.data import DataSummary
 from gmai_xtuner.preflight.findings import Findings
@@ -119,19 +119,17 @@ def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _check_llm(folder: Path, model: nn.Module) -> None:
-    raw = read_json(folder / "config.json")
+    raw, weights = text_model(folder)
     if raw.get("model_type") == "internlm2":
-        shapes = _shapes(read_state_dict(folder))
+        shapes = _shapes(weights)
         config = llama_config(raw)
         if config.tie_word_embeddings:
             shapes.pop("output.weight", None)
         convert_state_dict(shapes, config)
-    else:
-        read_state_dict(folder)
 
 
 def _check_tower(folder: Path, model: nn.Module) -> None:
-    there = read_state_dict(folder)
+    there = vision_model(folder)[1] if is_llava(folder) else read_state_dict(folder)
     wanted = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
     lost = sorted(name for name in wanted if name not in there and ".lora_" not in name)
     if lost:
