@@ -17,7 +17,7 @@ from gmai_xtuner.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
 from gmai_xtuner.demo.words import PageError
-from gmai_xtuner.inference import Predictor, Prompt, Sampling
+from gmai_xtuner.inference import AnswerStream, Predictor, Prompt, Sampling
 from gmai_xtuner.models.costs import part_cost, size
 from gmai_xtuner.models.vision import num_image_tokens
 
@@ -184,15 +184,20 @@ class Desk:
         turns, images = session.history(number, exchange)
         predictor = self.models[number].predictor
         begin = time.monotonic()
-        try:
-            pieces = in_thread(
-                lambda: predictor.stream(turns, images, max_new_tokens=longest, sampling=sampling),
-                session.stop,
+        streams: list[AnswerStream] = []
+
+        def start() -> AnswerStream:
+            streams.append(
+                predictor.stream(turns, images, max_new_tokens=longest, sampling=sampling)
             )
-            async for piece in pieces:
+            return streams[0]
+
+        try:
+            async for piece in in_thread(start, session.stop):
                 answer.text += piece
                 changed(number)
             answer.state = "stopped" if session.stop.is_set() else "done"
+            answer.is_cut = answer.state == "done" and streams[0].is_cut
         except torch.cuda.OutOfMemoryError:
             _LOG.exception("out of memory while answering")
             answer.state, answer.failure = "failed", PageError("out_of_memory")

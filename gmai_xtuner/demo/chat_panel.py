@@ -335,6 +335,8 @@ class _AnswerView:
         )
         if answer.state == "stopped":
             notes.append(say("stopped", language))
+        if answer.is_cut:
+            notes.append(say("cut", language))
         ui.label(" · ".join(notes)).classes("hint")
 
     def _draw_boxes(self, answer: Answer) -> None:

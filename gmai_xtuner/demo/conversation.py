@@ -69,6 +69,7 @@ class Answer:
         ahead: questions before this one while it waits.
         failure: why it failed.
         seconds: that the model took.
+        is_cut: whether it ended because it had reached its greatest length.
     """
 
     text: str = ""
@@ -76,6 +77,7 @@ class Answer:
     ahead: int = 0
     failure: PageError | None = None
     seconds: float = 0.0
+    is_cut: bool = False
 
     @property
     def counts(self) -> bool:

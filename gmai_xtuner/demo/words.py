@@ -81,6 +81,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "waiting": ("Waiting: {ahead} ahead of you …", "排队中：前面还有 {ahead} 个 …"),
     "thinking": ("The model is reading …", "模型正在读取 …"),
     "stopped": ("Stopped by you", "已由您停止"),
+    "cut": ("Cut off at the longest answer of the settings", "已达到设置中的最大回答长度，被截断"),
     "failed": ("No answer: {why}", "没有回答：{why}"),
     "empty_answer": ("(The model gave an empty answer.)", "（模型给出了空回答。）"),
     "seconds": ("{seconds} s", "{seconds} 秒"),

@@ -1,53 +1,45 @@
-"""Two small models as exports, and a page served by the real command."""
+"""Two small models that know some answers by heart, and the picture they know them for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
+from PIL import Image
 
-from gmai_xtuner.models.export import save_xtuner_layout
-from gmai_xtuner.models.internlm2 import load_language_model
-from gmai_xtuner.models.llava import GMAILLaVAModel
-from gmai_xtuner.models.vision import load_vision_tower
+from gmai_xtuner.demo.dicom import open_dicom
+from gmai_xtuner.demo.examples import installed_examples
+from gmai_xtuner.demo.limits import Limits
+from gmai_xtuner.demo.studies import first_view
+from tests.demo.teaching import write_export
 
-
-def write_export(folder: Path, bases: Path, *, seed: int) -> Path:
-    """A model that nobody trained, as a stage-3 export: with its own language model and vision tower."""
-    torch.manual_seed(seed)
-    llm = load_language_model(str(bases / "llm"), torch_dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in llm.parameters():
-            # else it says the same whatever it sees, and so would another seed
-            parameter.mul_(4).add_(torch.randn_like(parameter) * 0.02)
-    model = GMAILLaVAModel(
-        llm=llm,
-        visual_encoder=load_vision_tower(str(bases / "vision"), torch_dtype=torch.float32),
-        use_activation_checkpointing=False,
-    )
-    cfg = {
-        "model": {},
-        "tokenizer": {
-            "type": "gmai_xtuner.models.tokenizer.load_tokenizer",
-            "pretrained_model_name_or_path": str(bases / "llm"),
-        },
-        "image_processor": {
-            "type": "transformers.CLIPImageProcessor.from_pretrained",
-            "pretrained_model_name_or_path": str(bases / "vision"),
-        },
-        "train_dataloader": {"dataset": {}},
-    }
-    model.freeze_llm = model.freeze_visual_encoder = False
-    save_xtuner_layout(model, cfg, str(folder), fp32=True, save_kwargs={"safe_serialization": True})
-    return folder
+CT_EXAMPLE = 2
+"""Its place among the examples."""
+WHERE = "Give the coordinates of the lesion in this image."
+BOX = "The lesion lies at [101, 39, 665, 649], another at [900, 500, 1200, 700]."
+ENDLESS = "Is it over?"
+"""What the first model answers for ever."""
+NO_BOX = "There is no lesion in this image."
 
 
 @pytest.fixture(scope="session")
-def models(tiny_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two exports that answer differently. Read only."""
+def ct() -> Image.Image:
+    """The CT example as the page shows it first."""
+    example = installed_examples()[CT_EXAMPLE]
+    assert example.path.name == "CT_small.dcm"
+    (study,) = open_dicom([example.path], Limits())
+    return study.render(first_view(study))
+
+
+@pytest.fixture(scope="session")
+def models(
+    tiny_bases: Path, ct: Image.Image, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Exports of two models: one finds a lesion and says where, one finds none. Read only."""
     root = tmp_path_factory.mktemp("demo_models")
+    found = [(WHERE, ct, BOX), (ENDLESS, None, "no " * 24 + "…")]
+    none = [(WHERE, ct, NO_BOX)]
     return (
-        write_export(root / "model_a", tiny_bases, seed=1),
-        write_export(root / "model_b", tiny_bases, seed=2),
+        write_export(root / "model_a", tiny_bases, seed=1, lessons=found),
+        write_export(root / "model_b", tiny_bases, seed=2, lessons=none),
     )

@@ -1,0 +1,215 @@
+"""Answers in pieces, one question at a time, stopped, failed, too long; with a real small model."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+
+from gmai_xtuner.demo.answering import Desk, LoadedModel, Queue, counted, in_thread
+from gmai_xtuner.demo.conversation import Session
+from gmai_xtuner.demo.limits import Limits
+from gmai_xtuner.demo.studies import Facts, Picture
+from gmai_xtuner.demo.words import PageError
+from gmai_xtuner.loading import load_model
+from tests.demo.conftest import BOX, ENDLESS, NO_BOX, WHERE
+
+
+@pytest.fixture(scope="module")
+def loaded(models) -> list[LoadedModel]:
+    return [LoadedModel(folder.name, load_model(folder, device="cpu")) for folder in models]
+
+
+def visitor(desk: Desk, ct=None, *, question: str = WHERE, tokens: int = 64):
+    session = Session(len(desk.models), Limits())
+    session.settings.max_new_tokens = tokens
+    if ct is not None:
+        session.attach(Picture(ct, Facts("picture", "", "")))
+    exchange = session.ask(question)
+    session.exchanges.append(exchange)
+    return session, exchange
+
+
+def test_both_models_answer_in_pieces_what_they_answer_alone(loaded, ct):
+    desk = Desk(loaded, longest=4)
+    session, exchange = visitor(desk, ct)
+    seen: list[tuple[int, str]] = []
+
+    def changed(model: int) -> None:
+        seen.append((model, exchange.answers[model].text))
+
+    desk.check(session, exchange)
+    asyncio.run(desk.answer(session, exchange, changed))
+    assert [answer.text for answer in exchange.answers] == [BOX, NO_BOX]
+    for model, answer in zip(loaded, exchange.answers, strict=True):
+        assert answer.text == model.predictor.answer(WHERE, [ct], max_new_tokens=64)
+        assert answer.state == "done"
+        assert not answer.is_cut
+    parts = [text for model, text in seen if model == 0 and text]
+    assert len(parts) > 5
+    assert all(BOX.startswith(part) for part in parts)
+
+
+def test_visitors_wait_for_each_other(loaded, ct):
+    desk = Desk(loaded[:1], longest=4)
+    visitors = [visitor(desk, ct, tokens=64) for _ in range(3)]
+    order: list[int] = []
+    ahead: list[set[int]] = [set() for _ in visitors]
+
+    async def one(number: int) -> None:
+        session, exchange = visitors[number]
+
+        def changed(_: int) -> None:
+            order.append(number)
+            ahead[number].add(exchange.answers[0].ahead)
+
+        await desk.answer(session, exchange, changed)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(one(number) for number in range(3)))
+
+    asyncio.run(all_of_them())
+    assert [exchange.answers[0].text for _, exchange in visitors] == [BOX] * 3
+    assert [max(places) for places in ahead] == [0, 1, 2]
+    writing = [number for number in order if order.count(number) > 3]
+    last = {number: len(writing) - writing[::-1].index(number) for number in range(3)}
+    assert last[0] < last[1] < last[2]
+
+
+def test_a_full_queue_says_so(loaded, ct):
+    desk = Desk(loaded[:1], longest=0)
+    visitors = [visitor(desk, ct, tokens=5) for _ in range(3)]
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(desk.answer(*one, lambda _: None) for one in visitors))
+
+    asyncio.run(all_of_them())
+    states = [exchange.answers[0].state for _, exchange in visitors]
+    assert visitors[0][1].answers[0].is_cut
+    assert states == ["done", "failed", "failed"]
+    assert visitors[1][1].answers[0].failure.key == "busy"
+
+
+def test_stopping_ends_the_model_and_lets_the_next_one_in(loaded, ct):
+    desk = Desk(loaded, longest=4)
+    session, exchange = visitor(desk, question=ENDLESS, tokens=4000)
+    waiting = visitor(desk, ct)
+
+    def changed(model: int) -> None:
+        if len(exchange.answers[0].text) > 20:
+            session.stop.set()
+
+    async def both() -> None:
+        await asyncio.gather(
+            desk.answer(session, exchange, changed), desk.answer(*waiting, lambda _: None)
+        )
+
+    begin = time.monotonic()
+    asyncio.run(both())
+    assert time.monotonic() - begin < 20
+    assert [answer.state for answer in exchange.answers] == ["stopped", "stopped"]
+    assert len(exchange.answers[0].text) > 20
+    assert exchange.answers[1].text == ""
+    assert waiting[1].answers[0].text == BOX
+
+
+def test_who_gives_up_while_waiting_is_not_answered():
+    async def run() -> list[bool]:
+        queue, given_up, mine = Queue(5), threading.Event(), []
+        async with queue.turn(lambda _: None, threading.Event()) as first:
+            mine.append(first)
+
+            async def second() -> None:
+                async with queue.turn(lambda _: None, given_up) as turn:
+                    mine.append(turn)
+
+            task = asyncio.create_task(second())
+            await asyncio.sleep(0.15)
+            given_up.set()
+            await task
+        return mine
+
+    assert asyncio.run(run()) == [True, False]
+
+
+def test_a_failure_is_said_without_its_details_and_the_next_question_is_answered(
+    loaded, ct, monkeypatch
+):
+    desk = Desk(loaded[:1], longest=4)
+    session, exchange = visitor(desk, ct)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("secret path")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loaded[0].predictor.model.llm, "forward", fail)
+        asyncio.run(desk.answer(session, exchange, lambda _: None))
+    answer = exchange.answers[0]
+    assert (answer.state, answer.failure.key) == ("failed", "model_failed")
+    assert "secret" not in answer.failure.said("en")
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loaded[0].predictor.model.llm, "forward", out_of_memory)
+        asyncio.run(desk.answer(session, exchange, lambda _: None))
+    assert exchange.answers[0].failure.key == "out_of_memory"
+    session, exchange = visitor(desk, ct)
+    asyncio.run(desk.answer(session, exchange, lambda _: None))
+    assert exchange.answers[0].text == BOX
+
+
+def test_a_conversation_that_does_not_fit_is_refused_before_it_is_asked(loaded, ct):
+    desk = Desk(loaded, longest=4)
+    session, exchange = visitor(desk, ct)
+    # <s>, the template and the question, and 64 tokens of the image
+    prompt = len(loaded[0].predictor.encoder.encode_prompt((exchange.turn,))) + 63
+    assert loaded[0].tokens(*session.history(0, exchange)) == prompt
+    limit = loaded[0].limit
+    session.settings.max_new_tokens = 4096
+    desk.check(session, exchange)
+    session.settings.system = "word " * limit
+    with pytest.raises(PageError) as error:
+        desk.check(session, exchange)
+    assert error.value.key == "too_long"
+    assert error.value.values["limit"] == limit
+
+
+def test_an_iterator_in_a_thread_is_closed_when_nobody_reads_on():
+    closed = threading.Event()
+
+    def pieces():
+        try:
+            for number in range(1000):
+                yield str(number)
+                time.sleep(0.01)
+        finally:
+            closed.set()
+
+    async def read_two() -> list[str]:
+        read = []
+        reader = in_thread(pieces, threading.Event())
+        async for piece in reader:
+            read.append(piece)
+            if len(read) == 2:
+                break
+        await reader.aclose()
+        return read
+
+    assert asyncio.run(read_two()) == ["0", "1"]
+    assert closed.is_set()
+
+
+def test_shapes_are_told(loaded):
+    assert loaded[0].facts == "1.3 M parameters · float32 · 4.8 MiB of weights on cpu"
+    assert [counted(n) for n in (7_757_000_000, 303_500_000, 20_979_712, 914_000, 12)] == [
+        "7.76 B",
+        "303.5 M",
+        "21.0 M",
+        "914.0 k",
+        "12",
+    ]

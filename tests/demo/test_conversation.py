@@ -1,0 +1,219 @@
+"""Which turns and images each model gets, and what is saved of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gmai_xtuner.datasets.conversation import Turn, parse_record
+from gmai_xtuner.demo.conversation import Session
+from gmai_xtuner.demo.dicom import open_dicom
+from gmai_xtuner.demo.limits import Limits
+from gmai_xtuner.demo.saving import RECORDS, as_zip
+from gmai_xtuner.demo.studies import Facts, Picture, View
+from gmai_xtuner.demo.words import PageError
+from tests.demo import made
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def photo(level: int) -> Picture:
+    return Picture(Image.new("RGB", (4, 4), (level, 0, 0)), Facts("picture", "", "4 × 4"))
+
+
+def session(models=1, **limits) -> Session:
+    return Session(models, Limits(**limits))
+
+
+def ask(one: Session, question: str, *answers: str | None):
+    """As the page does it; None is an answer that failed."""
+    exchange = one.ask(question)
+    one.exchanges.append(exchange)
+    for attached in one.tray:
+        attached.send = False
+    for answer, text in zip(exchange.answers, answers, strict=True):
+        answer.text, answer.state = text or "", "failed" if text is None else "done"
+    one.finish(exchange)
+    return exchange
+
+
+def levels(images) -> list[int]:
+    return [image.getpixel((0, 0))[0] for image in images]
+
+
+def test_images_go_along_once_and_again_when_they_are_turned():
+    one = session()
+    volume = one.attach(photo(10))
+    one.attach(photo(20))
+    ask(one, "What is shown?", "A chest.")
+    second = ask(one, "And the heart?", "Normal.")
+    assert second.turn.text == "And the heart?"
+    volume.turn_to(View(index=3))
+    third = ask(one, "And here?", "The same.")
+    turns, images = one.history(0, third)
+    assert [turn.text for turn in turns] == [
+        "<image>\n<image>\nWhat is shown?",
+        "A chest.",
+        "And the heart?",
+        "Normal.",
+        "<image>\nAnd here?",
+    ]
+    assert levels(images) == [10, 20, 10]
+    assert [shown.number for shown in one.seen(third)] == [2, 1]
+
+
+def test_marks_say_where_images_belong():
+    one = session()
+    one.attach(photo(10))
+    one.attach(photo(20))
+    assert one.ask("Is <image> newer than <image>?").turn.text == "Is <image> newer than <image>?"
+    with pytest.raises(PageError) as error:
+        one.ask("What does <image> show?")
+    assert (error.value.key, error.value.values) == ("marks", {"marks": 1, "images": 2})
+
+
+def test_each_model_hears_its_own_answers():
+    one = session(models=2)
+    one.attach(photo(10))
+    ask(one, "What?", "CT", "MR")
+    last = one.ask("Sure?")
+    assert [turn.text for turn in one.history(0, last)[0]] == ["<image>\nWhat?", "CT", "Sure?"]
+    assert [turn.text for turn in one.history(1, last)[0]] == ["<image>\nWhat?", "MR", "Sure?"]
+
+
+def test_a_failed_answer_is_no_part_of_it_and_its_image_goes_along_again():
+    one = session(models=2)
+    attached = one.attach(photo(10))
+    ask(one, "What?", "CT", None)
+    assert attached.send
+    last = one.ask("Again?")
+    assert [turn.text for turn in one.history(1, last)[0]] == ["<image>\nAgain?"]
+    assert levels(one.history(1, last)[1]) == [10]
+    assert levels(one.history(0, last)[1]) == [10, 10]
+
+
+def test_a_system_text_comes_first():
+    one = session()
+    one.settings.system = "You are a radiologist."
+    assert one.history(0, one.ask("Hello"))[0] == (
+        Turn("system", "You are a radiologist."),
+        Turn("user", "Hello"),
+    )
+
+
+def test_the_tray_and_the_question_have_limits():
+    one = session(images=2, question_characters=10)
+    one.attach(photo(1))
+    removed = one.attach(photo(2))
+    with pytest.raises(PageError, match="At most 2 images"):
+        one.attach(photo(3))
+    one.remove(removed.number)
+    assert one.attach(photo(3)).number == 3, "numbers are never given twice"
+    with pytest.raises(PageError, match="11 characters; at most 10"):
+        one.ask("x" * 11)
+    with pytest.raises(PageError, match="Write a question"):
+        one.ask("  \n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("temperature", None), ("top_p", 0), ("max_new_tokens", 0), ("seed", -1)],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    one = session()
+    setattr(one.settings, name, value)
+    with pytest.raises(PageError, match=name):
+        one.settings.checked()
+
+
+def unpacked(data: bytes):
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    records = json.loads(archive.read(RECORDS))
+    return archive, records
+
+
+def test_what_is_saved_is_a_record_with_its_images():
+    one = session(models=2)
+    one.settings.system = "Be brief."
+    one.attach(photo(10))
+    ask(one, "What?", "CT", "MR")
+    one.attach(photo(20))
+    ask(one, "And <image>?", "X-ray", None)
+    archive, records = unpacked(as_zip(one, ["a", "b"], now=NOW))
+    first, second = (
+        parse_record(record, dataset="saved", where=f"record {n}")
+        for n, record in enumerate(records)
+    )
+    assert first.turns == (
+        Turn("system", "Be brief."),
+        Turn("user", "<image>\nWhat?"),
+        Turn("assistant", "CT"),
+        Turn("user", "And <image>?"),
+        Turn("assistant", "X-ray"),
+    )
+    assert first.images == ("images/1.png", "images/2.png")
+    assert [turn.text for turn in second.turns] == ["Be brief.", "<image>\nWhat?", "MR"]
+    assert second.images == ("images/1.png",)
+    assert [record["exchanges_left_out"] for record in records] == [0, 1]
+    pictures = [np.asarray(Image.open(archive.open(name))) for name in first.images]
+    assert [int(pixels[0, 0, 0]) for pixels in pictures] == [10, 20]
+    assert records[0]["model"] == "a"
+    assert records[0]["settings"][0]["temperature"] == 0.0
+    assert "not for clinical use" in archive.read("README.txt").decode()
+    assert "不得用于临床" in archive.read("README.txt").decode()
+
+
+@pytest.mark.parametrize("answer", ["", " \n", "see <image>"])
+def test_a_record_ends_before_an_answer_that_it_can_not_hold(answer):
+    one = session()
+    one.attach(photo(10))
+    ask(one, "What?", "CT")
+    ask(one, "More?", answer)
+    ask(one, "Really?", "Yes")
+    _, (record,) = unpacked(as_zip(one, ["a"], now=NOW))
+    assert [turn["value"] for turn in record["conversations"]] == ["<image>\nWhat?", "CT"]
+    assert record["exchanges_left_out"] == 2
+    parse_record(record, dataset="saved", where="1")
+
+
+def test_an_answer_that_was_stopped_is_marked():
+    one = session()
+    ask(one, "What?", "Half an ans").answers[0].state = "stopped"
+    _, (record,) = unpacked(as_zip(one, ["a"], now=NOW))
+    assert record["stopped_turns"] == [1]
+
+
+def test_nothing_said_is_nothing_saved():
+    with pytest.raises(PageError, match="no answer to save"):
+        as_zip(session(), ["a"])
+
+
+def test_no_patient_in_what_is_saved(tmp_path):
+    one = session()
+    path = made.save(
+        made.dicom(np.arange(16, dtype=np.int16).reshape(4, 4)), tmp_path / "Erika.dcm"
+    )
+    (study,) = open_dicom([path], Limits())
+    one.attach(study)
+    ask(one, "What?", "CT")
+    archive, _ = unpacked(as_zip(one, ["a"], now=NOW))
+    everything = b"".join(archive.read(name) for name in archive.namelist())
+    everything += " ".join(archive.namelist()).encode()
+    for trace in (b"Erika", b"Musterfrau", b"4711", b"1950", b"1.2.3"):
+        assert trace not in everything
+    assert list(Image.open(archive.open("images/1.png")).info) == []
+
+
+def test_a_new_conversation_is_about_the_same_images():
+    one = session()
+    one.attach(photo(10))
+    ask(one, "What?", "CT")
+    one.restart()
+    assert one.ask("What?").images[0].number == 1
+    assert not one.exchanges

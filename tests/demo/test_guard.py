@@ -1,0 +1,146 @@
+"""Who may come in, and with how much; spoken to as a web server does."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+
+import pytest
+
+from gmai_xtuner.demo.guard import COOKIE, MULTIPART_OVERHEAD, Guard, is_loopback
+
+
+async def application(scope, receive, send):
+    """Reads the whole body and says how long it was; gives up where the visitor has left."""
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.accept"})
+        return
+    length = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionError("gone")
+        length += len(message["body"])
+        if not message.get("more_body"):
+            break
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(length).encode()})
+
+
+def talk(guard: Guard, *, kind="http", body: tuple[bytes, ...] = (b"",), **headers: str):
+    """What the guard sends: status, headers, body; or the web socket's answer."""
+    given = {"host": "127.0.0.1:7860", **{name.replace("_", "-"): v for name, v in headers.items()}}
+    scope = {
+        "type": kind,
+        "method": "POST",
+        "path": "/",
+        "headers": [(n.encode(), v.encode()) for n, v in given.items()],
+    }
+    sent: list[dict] = []
+    left = list(body)
+
+    async def receive():
+        if kind == "websocket":
+            return {"type": "websocket.connect"}
+        chunk = left.pop(0)
+        return {"type": "http.request", "body": chunk, "more_body": bool(left)}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    if kind == "websocket":
+        return sent[0]["type"]
+    names = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], names, sent[1]["body"].decode()
+
+
+def open_guard(**options) -> Guard:
+    return Guard(application, **{"upload_bytes": 1000, "loopback": True, **options})
+
+
+def test_a_visitor_is_served_and_told_to_load_nothing_from_elsewhere():
+    status, headers, body = talk(open_guard(), body=(b"12", b"345"))
+    assert (status, body) == (200, "5")
+    policy = headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "connect-src 'self'" in policy
+    assert "http" not in policy
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(
+    ("headers", "served"),
+    [
+        ({"origin": "http://127.0.0.1:7860"}, True),
+        ({"host": "localhost:7860", "origin": "http://localhost:7860"}, True),
+        ({"host": "[::1]:7860"}, True),
+        ({"origin": "http://evil.example"}, False),
+        ({"origin": "http://127.0.0.1:8888"}, False),
+        ({"origin": "null"}, False),
+        ({"host": "evil.example:7860", "origin": "http://evil.example:7860"}, False),
+        ({"host": ""}, False),
+    ],
+)
+def test_other_sites_do_not_come_in(kind, headers, served):
+    answer = talk(open_guard(), kind=kind, **headers)
+    if kind == "websocket":
+        assert answer == ("websocket.accept" if served else "websocket.close")
+    else:
+        assert answer[0] == (200 if served else 403)
+
+
+def test_on_a_network_any_name_of_the_machine_is_right_but_not_another_origin():
+    guard = open_guard(loopback=False)
+    assert talk(guard, host="gpu7.hospital.lan", origin="http://gpu7.hospital.lan")[0] == 200
+    assert talk(guard, host="gpu7.hospital.lan", origin="http://evil.example")[0] == 403
+
+
+def basic(text: str) -> str:
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+def test_a_password_is_asked_for_and_a_cookie_takes_its_place():
+    guard = open_guard(credentials="ann:geh:eim")
+    status, headers, _ = talk(guard)
+    assert (status, headers["www-authenticate"].split()[0]) == (401, "Basic")
+    for wrong in (basic("ann:nein"), basic("geh:eim"), "Basic !!", "Bearer x", basic("")):
+        assert talk(guard, authorization=wrong)[0] == 401
+    status, headers, _ = talk(guard, authorization=basic("ann:geh:eim"))
+    assert status == 200
+    cookie, *flags = headers["set-cookie"].split("; ")
+    assert {"HttpOnly", "SameSite=Strict"} <= set(flags)
+    assert talk(guard, cookie=cookie)[0] == 200
+    assert talk(guard, kind="websocket", cookie=cookie) == "websocket.accept"
+    assert talk(guard, kind="websocket") == "websocket.close"
+    assert talk(guard, cookie=f"{COOKIE}=x")[0] == 401
+    other = open_guard(credentials="ann:geh:eim")
+    assert talk(other, cookie=cookie)[0] == 401, "a cookie is good for one run of the server"
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read():
+    most = 1000 + MULTIPART_OVERHEAD
+    assert talk(open_guard(), content_length=str(most))[0] == 200
+    assert talk(open_guard(), content_length=str(most + 1))[0] == 413
+
+
+def test_a_body_that_does_not_say_so_is_cut_off():
+    chunk = b"x" * 30_000
+    assert talk(open_guard(), body=(chunk,) * 2)[2] == "60000"
+    status, _, body = talk(open_guard(), body=(chunk,) * 9)
+    assert (status, body) == (413, "The upload is too large.")
+
+
+def test_errors_of_the_application_are_not_swallowed():
+    async def broken(scope, receive, send):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        talk(Guard(broken, upload_bytes=10, loopback=True))
+
+
+def test_loopback_addresses():
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
