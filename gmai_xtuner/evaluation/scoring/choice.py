@@ -86,7 +86,9 @@ _NEGATED_AFTER = re.compile(
     re.IGNORECASE,
 )
 # "A 45-year-old", "a large mass": an article, not a letter
-_ARTICLE_AFTER = re.compile(r"^\s+[a-z0-9]")
+_ARTICLE_AFTER = re.compile(
+    r"^\s+(?!(?:is|was|because|since|as|and|or|which|for|due|with|not|seems)\b)[a-z0-9]"
+)
 
 
 def choose(

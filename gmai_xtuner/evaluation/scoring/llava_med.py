@@ -3,10 +3,10 @@
 Written anew from what ``run_eval.py`` and ``eval_metrics`` do:
 https://github.com/microsoft/LLaVA-Med/blob/b9a98a736d2ef05bcf5ff345be6403fb3a664eaf/llava/eval/run_eval.py
 
-Closed: right if the answer has "yes" or "no" anywhere, even within a word ("normal" has none, "knows" has
-"no"), and has the gold answer as a substring; a closed question with another gold answer ("Lung") is
-right only if the answer has "yes" or "no" as well. Open: recall in which a repeated word counts each
-time, so that "lung lung lung" has 3/4 of "left lung"; our ``token_recall`` counts it once.
+Closed: right if the answer has "yes" or "no" anywhere, even within a word ("normal"), and has the gold
+answer as a substring; a closed question with another gold answer ("Lung") is right only if the answer has
+"yes" or "no" as well. Open: recall in which a repeated word counts each time, so that "lung lung lung"
+has 3/4 of "left lung"; our ``token_recall`` counts it once.
 """
 
 from __future__ import annotations

@@ -76,6 +76,8 @@ def test_a_letter_before_text(answer: str, letter: str | None) -> None:
         ("The answer is B. Lung", "B"),
         ("The answer is lung", "B"),
         ("Option C is correct", "C"),
+        ("A is right", "A"),
+        ("The answer is A because it is large", "A"),
         ("C is the correct answer.", "C"),
         ("I would choose option B", "B"),
         ("I'd say A", "A"),
