@@ -175,6 +175,7 @@ def measure(
     picture = folder / "images" / "00" / "picture.png"
     picture.parent.mkdir(parents=True)
     Image.effect_noise((SIDE, SIDE), 60).save(picture)
+    (folder / pipeline.WORK).mkdir()  # the picture is of an earlier run, as it were
     forms = (
         "caption",
         "region_caption",

@@ -93,6 +93,7 @@ def load(path: Path, *, output: Path | None = None) -> Job:
     job = _validated(Job, data | {"path": path.absolute(), "sources": sources}, (), problems)
     if job is not None and job.engine not in ENGINES:
         problems.add(("engine",), f"expected {' or '.join(ENGINES)}, got {job.engine!r}")
+    _check_output(job, sources, data, problems)
     if extended is None or extended.is_file():
         _check_terms(sources, data, load_taxonomy(extended), problems)
     else:
@@ -387,6 +388,36 @@ def _source(
         except re.error as error:
             problems.add((*place, "group"), f"not a regular expression: {error}")
     return source
+
+
+# Readers that take whatever lies below the root: they would read the corpus' own pictures.
+_WALKING = ("image_folder", "dicom", "video", "slide", "masks", "volume", "yolo")
+
+
+def _check_output(
+    job: Job | None,
+    sources: Sequence[SourceOptions],
+    data: Mapping[str, Any],
+    problems: _Problems,
+) -> None:
+    """The output folder is the tool's own: what is in it is replaced, and what no record needs deleted."""
+    if job is None:
+        return
+    output = job.output.resolve()
+    for source in sources:
+        root = source.root.resolve()
+        if root.is_relative_to(output):
+            problems.add(
+                ("output",),
+                f"{output} holds the data of the source {source.name!r} ({root}), and a run deletes what "
+                "isn't its own in the output; name another folder",
+            )
+        elif output.is_relative_to(root) and getattr(source, "reader", "") in _WALKING:
+            problems.add(
+                ("output",),
+                f"{output} lies below the root of the source {source.name!r} ({root}), so the next run would "
+                "read its own pictures as data; name a folder outside it",
+            )
 
 
 def _root(text: str, folder: Path) -> Path:

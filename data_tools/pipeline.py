@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -179,6 +180,7 @@ def lock(output: Path) -> Iterator[None]:
         CorpusError: another run has it, or the folder can't be written to.
     """
     file = output / WORK / "lock"
+    _check_is_ours(output)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(file, timeout=0)
@@ -194,6 +196,25 @@ def lock(output: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def _check_is_ours(output: Path) -> None:
+    """A run replaces and deletes in its output folder: it must be empty or an earlier run's."""
+    if (output / WORK).is_dir():
+        return
+    try:
+        found = sorted(entry.name for entry in os.scandir(output))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CorpusError(f"the output folder {output} can't be read ({error}).") from error
+    if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise CorpusError(
+            f"the output folder {output.resolve()} is not empty ({shown}) and isn't an earlier run's (there is "
+            f"no {WORK} in it). A run would replace files in it: name a new or an empty folder in `output` or "
+            "with --output."
+        )
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -346,6 +367,10 @@ def _each(
             close()
 
 
+# What `store_image` writes, whole or aside; anything else in the folder is somebody's and stays.
+_STORED = re.compile(r"/[0-9a-f]{2}/\.?[0-9a-f]{32}")
+
+
 def _compare(store: Store, folder: Path, *, delete: bool = False) -> bool:
     """Whether pictures of records were missing, whose units are now unread.
 
@@ -363,7 +388,7 @@ def _compare(store: Store, folder: Path, *, delete: bool = False) -> bool:
             name = next(wanted, None)
         if name == found:
             name = next(wanted, None)
-        elif delete:
+        elif delete and _STORED.search(found):
             (folder.parent / found).unlink(missing_ok=True)
     while name is not None:
         missing.append(name)

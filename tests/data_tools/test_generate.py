@@ -143,9 +143,9 @@ def test_a_picture_that_was_taken_away_is_made_again_and_a_stray_one_deleted(
     before = files_of(tmp_path / "out")
     pictures = sorted((tmp_path / "out" / "images").rglob("*.png"))
     pictures[0].unlink()
-    pictures[-1].with_name("zzz.png").write_bytes(b"stray")
+    pictures[-1].with_name("f" * 32 + ".png").write_bytes(b"stray")
     (tmp_path / "out" / "images" / "00").mkdir(exist_ok=True)
-    (tmp_path / "out" / "images" / "00" / ".half.png.17.part").write_bytes(b"half")
+    (tmp_path / "out" / "images" / "00" / f".{'0' * 32}.png.17.part").write_bytes(b"half")
     done(job)
     assert files_of(tmp_path / "out") == before
 
@@ -313,3 +313,27 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.005)
+
+
+def test_a_folder_that_holds_anything_else_is_left_alone(classes, make_job, tmp_path):
+    job = make_job({})
+    mine = tmp_path / "out" / "images" / "ab" / "scan.png"
+    draw(mine, 99)
+    before = files_of(tmp_path / "out")
+    made = generate(job)
+    assert made.returncode == 1
+    (line,) = made.stderr.splitlines()
+    assert line.startswith(f"error: the output folder {tmp_path / 'out'} is not empty (images)")
+    assert files_of(tmp_path / "out") == before
+
+
+def test_a_strange_file_among_the_pictures_stays(classes, make_job, tmp_path):
+    job = make_job({})
+    done(job)
+    mine = tmp_path / "out" / "images" / "mine" / "scan.png"
+    stray = tmp_path / "out" / "images" / "ab" / ("0" * 32 + ".png")
+    draw(mine, 99)
+    draw(stray, 98)
+    done(job)
+    assert mine.is_file()
+    assert not stray.exists()

@@ -176,3 +176,19 @@ def test_a_table_lies_below_the_root_or_beside_the_job(write, classes, tmp_path)
     assert str(jobs.load(write(text)).sources[0].table) == str(tmp_path / "t.csv")
     (classes / "t.csv").write_text("file,class\n")
     assert str(jobs.load(write(text)).sources[0].table) == "t.csv"
+
+
+@pytest.mark.parametrize(
+    ("output", "part"),
+    [
+        (".", "holds the data of the source 'tissue'"),
+        ("classes", "holds the data of the source 'tissue'"),
+        ("classes/corpus", "lies below the root of the source 'tissue'"),
+        ("out/../classes", "holds the data of the source 'tissue'"),
+    ],
+)
+def test_the_output_and_the_data_are_apart(write, output, part):
+    """What isn't a run's own in its output is deleted; its pictures are nobody's data."""
+    (mistake,) = errors(write(HEAD.replace("output: out", f"output: {output}")))
+    assert mistake.startswith("1: output: ")
+    assert part in mistake
