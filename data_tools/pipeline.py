@@ -211,9 +211,9 @@ def _check_is_ours(output: Path) -> None:
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise CorpusError(
-            f"the output folder {output.resolve()} is not empty ({shown}) and isn't an earlier run's (there is "
-            f"no {WORK} in it). A run would replace files in it: name a new or an empty folder in `output` or "
-            "with --output."
+            f"the output folder {output.resolve()} is not empty ({shown}) and isn't an earlier run's "
+            f"(there is no {WORK} in it). A run would replace files in it: name a new or an empty folder in "
+            "`output` or with --output."
         )
 
 
