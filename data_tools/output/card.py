@@ -109,9 +109,9 @@ def _files(summary: dict[str, Any]) -> list[str]:
         *_table(("file", "lines", "what it holds"), rows, right=(1,)),
         "",
         "Conversations are in LLaVA's form: `id`, `image` (below this folder), `width`, `height`, "
-        "`conversations`. Boxes in the text are written as the question asks for them; in `records.jsonl` "
-        "they are `[x1, y1, x2, y2]` in pixels of the stored picture, half-open. Pictures are stored clean: "
-        "no box is drawn into them.",
+        "`conversations`. Boxes in the text are `[x1, y1, x2, y2]` in thousandths of the picture's width and "
+        "height; in `records.jsonl` they are in pixels of the stored picture, half-open. Pictures are stored "
+        "clean: no box is drawn into them.",
         "",
         f"Held out are {split['share']:.1%} of the {split['groups']:,} patients, cases, videos, slides or "
         "single pictures, by a hash of their name; groups that share a picture are on one side. "
