@@ -16,7 +16,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """``MODEL``, ``--llm``, ``--vision``, ``--dtype`` and ``--device``."""
+    """``MODEL``, ``--llm``, ``--vision``, ``--dtype``, ``--device``, ``--prompt-template``, ``--add-bos``."""
     parser.add_argument("model", metavar="MODEL", help="folder with the weights of a trained model")
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -27,6 +27,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, help="of the weights (default: bf16 on a GPU, fp32 on the CPU)"
     )
     group.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
+    group.add_argument(
+        "--prompt-template",
+        metavar="NAME",
+        help="xtuner's, such as internlm2_chat (default: what the folder says)",
+    )
+    group.add_argument(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin prompts with <s> (default: what the folder says)",
+    )
 
 
 def load_from_arguments(options: argparse.Namespace) -> Predictor:
@@ -45,27 +55,8 @@ def load_from_arguments(options: argparse.Namespace) -> Predictor:
         vision=options.vision,
         dtype=getattr(torch, DTYPES[options.dtype]) if options.dtype else None,
         device=options.device,
-    )
-
-
-def what_was_loaded(predictor: Predictor, name: str) -> str:
-    """One line: parameters of each part, dtype, device, and the memory that the weights take."""
-    model = predictor.model
-    parts = {
-        "language model": model.llm,
-        "vision tower": model.visual_encoder,
-        "projector": model.projector,
-    }
-    counts = {
-        part: sum(weight.numel() for weight in module.parameters())
-        for part, module in parts.items()
-    }
-    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    memory = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-    shown = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    return (
-        f"{name}: {sum(counts.values()):,} parameters ({shown}), {str(model.llm.dtype)[6:]} on "
-        f"{model.llm.device}, {memory} of weights, {predictor.context_length:,} positions"
+        prompt_template=options.prompt_template,
+        add_bos=options.add_bos,
     )
 
 

@@ -402,7 +402,7 @@ def test_the_command_serves_until_ctrl_c(export, predictor):
     finally:
         process.kill()
     assert process.returncode == 0, log
-    assert "1,256,704 parameters" in log
+    assert "1,256,704" in log, "parameters and memory"
     assert f"serving 'hospital' at http://127.0.0.1:{port}/v1, with a key" in log
     assert "secret" not in log
 

@@ -17,7 +17,6 @@ from gmai_xtuner.model_arguments import (
     add_model_arguments,
     load_from_arguments,
     only_answers_on_stdout,
-    what_was_loaded,
 )
 
 if TYPE_CHECKING:
@@ -47,13 +46,14 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
     try:
         from gmai_xtuner.chat.dialogue import Dialogue, open_picture
         from gmai_xtuner.inference import Sampling
+        from gmai_xtuner.loading import describe
 
         sampling = Sampling(
             options.temperature, options.top_p, options.seed, options.repetition_penalty
         )
         pictures = [open_picture(path) for path in options.image]  # before a large model is read
         predictor = load_from_arguments(options)
-        print(what_was_loaded(predictor, options.model), file=sys.stderr, flush=True)
+        print(f"{options.model}\n{describe(predictor)}", file=sys.stderr, flush=True)
         dialogue = Dialogue(
             predictor,
             system=options.system,

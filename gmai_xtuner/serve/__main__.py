@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmai_xtuner.model_arguments import add_model_arguments, load_from_arguments, what_was_loaded
+from gmai_xtuner.model_arguments import add_model_arguments, load_from_arguments
 
 MIB = 2**20
 
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import uvicorn
 
+        from gmai_xtuner.loading import describe
         from gmai_xtuner.serve.app import Server
         from gmai_xtuner.serve.data_urls import Limits
     except ModuleNotFoundError as error:
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max_new_tokens=options.max_new_tokens,
         max_waiting=options.max_waiting,
     )
-    print(what_was_loaded(predictor, options.model), file=sys.stderr)
+    print(f"{options.model}\n{describe(predictor)}", file=sys.stderr)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(
         f"serving {name!r} at http://{host}:{options.port}/v1, "

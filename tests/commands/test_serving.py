@@ -23,6 +23,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from gmai_xtuner.chat.__main__ import main as chat
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.inference import Predictor, user_turn
 from gmai_xtuner.loading import load_model
@@ -154,6 +155,18 @@ def test_transformers_serve_gives_the_greedy_answer_of_ours(client, exports, pre
 
 def readable(answer: str) -> str:
     return answer.split("\ufffd")[0].strip()
+
+
+@pytest.mark.parametrize("layout", [0, 1])
+def test_chat_gives_the_same_answer_from_both_layouts(exports, predictor, capfd, tmp_path, layout):
+    paths = [tmp_path / "wide.png", tmp_path / "b.png"]
+    picture(1, (20, 50)).save(paths[0])
+    picture(2).save(paths[1])
+    images = [argument for path in paths for argument in ("--image", str(path))]
+    options = ["--question", "比较。", "--max-new-tokens", str(LENGTH)]
+    assert chat([str(exports[layout]), *images, *options]) == 0
+    expected = predictor.answer("比较。", paths, max_new_tokens=LENGTH)
+    assert capfd.readouterr().out == expected + "\n"
 
 
 def test_what_a_hospital_should_know_of_transformers_serve(client, exports, tmp_path):
