@@ -17,6 +17,7 @@ from tests.data_tools.readers.test_dicom import dataset, save
 NAME, NUMBER, BIRTH, STUDY = "Zwetschgenbaum^Ottilie", "PID-83562917", "19430217", "20190823"
 INSTITUTION, PHYSICIAN, ACCESSION = "Kreisspital Hinterwald", "Dr^Quendolin", "ACC83625"
 PRIVATE, COMMENT, UID = "Geheimtag77", "Nachbarin von Xaver", "1.2.826.0.1.3680043.9.7777"
+CORNERS = ("x1", "y1", "x2", "y2")
 SECRETS = (
     "zwetschgenbaum", "ottilie", "83562917", BIRTH, STUDY, "hinterwald", "quendolin", "acc83625",
     "geheimtag77", "xaver", "3680043.9.7777", "1943-02-17", "2019-08-23",
@@ -64,7 +65,7 @@ def test_nobody_is_in_any_file(make_job, tmp_path, volumes):
     source = {
         "name": "scans", "reader": "dicom", "root": str(root), "modality": "CT", "table": "labels.csv",
         "match": "PatientID", "volumes": volumes, "department": "Pulmonary Medicine",
-        "columns": {"file": "key", "label": "finding", "box": {name: name for name in ("x1", "y1", "x2", "y2")}},
+        "columns": {"file": "key", "label": "finding", "box": dict(zip(CORNERS, CORNERS, strict=True))},
     }  # fmt: skip
     made = generate(make_job(source, make={"caption": 2, "text_multi": 1, "perception": 3}))
     assert made.returncode == 0, made.stderr
