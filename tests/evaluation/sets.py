@@ -57,7 +57,7 @@ def write_vqa_rad(folder: Path, *, questions: int = 6) -> Path:
 
 
 def write_omnimedvqa(folder: Path, *, each: int = 2) -> Path:
-    """``each`` questions of each of the five types, in two files; the gold option is the first, second, ..."""
+    """``each`` questions of each of the five types, in two files; the gold option goes round."""
     for part, modality in enumerate(("CT", "X-Ray")):
         records = []
         for number in range(each * len(TYPES)):

@@ -143,12 +143,13 @@ class _Run:
                 for _ in range(min(self.options.in_flight, max(1, len(jobs))))
             ]
             watch = asyncio.create_task(self._watch())
-            done, pending = await _all_or_first_error(tasks, watch)
-            for task in pending:
+            await _all_or_first_error(tasks, watch)
+            for task in (*tasks, watch):
                 task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-            for task in done:
-                task.result()
+            ended = await asyncio.gather(*tasks, watch, return_exceptions=True)
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error
 
     async def _watch(self) -> None:
         while not self.stopping.is_set():
@@ -237,16 +238,13 @@ class _Run:
 
 async def _all_or_first_error(
     tasks: Sequence[asyncio.Task[None]], watch: asyncio.Task[None]
-) -> tuple[set[asyncio.Task[None]], set[asyncio.Task[None]]]:
+) -> None:
     """Wait until all workers are done, one has failed, or the run is being stopped."""
     pending: set[asyncio.Task[None]] = {*tasks, watch}
-    done: set[asyncio.Task[None]] = set()
     while pending - {watch}:
         new, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        done |= new
         if watch in new or any(task.exception() is not None for task in new):
-            break
-    return done, pending
+            return
 
 
 class _NoAnswer(Exception):
@@ -259,7 +257,8 @@ def _wants_the_new_name(error: Any) -> bool:
 
 
 def _told(error: Any) -> str:
-    return " ".join(f"HTTP {error.status_code}: {error.message}".split())[:400]
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return " ".join(f"HTTP {error.status_code}: {said or error.message}".split())[:400]
 
 
 def _retry_after(headers: Any) -> float | None:

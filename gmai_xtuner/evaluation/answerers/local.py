@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gmai_xtuner.errors import ImageError
+from gmai_xtuner.errors import EvaluationError, ImageError
 from gmai_xtuner.evaluation.answerers.answerer import Given, Job, batches_of, open_picture
 
 log = logging.getLogger(__name__)
 _READERS = 4
+_FIRST_FAILED = 8
 Pictures = list[Image.Image]
 
 
@@ -36,6 +37,7 @@ class LocalAnswerer(ABC):
         self.model = model
         self.generation = generation
         self.batch_size = batch_size
+        self._asked = self._failed = 0
 
     @abstractmethod
     def generate(
@@ -73,6 +75,7 @@ class LocalAnswerer(ABC):
             else:
                 ready.append((job, pictures))
         texts = self._texts(ready)
+        self._check(texts)
         share = round((time.monotonic() - start) / max(1, len(ready)), 4)
         return given + [
             Given(job, None, 0.0, "cannot_be_asked", str(text))
@@ -80,6 +83,16 @@ class LocalAnswerer(ABC):
             else Given(job, text, share)
             for (job, _), text in zip(ready, texts, strict=True)
         ]
+
+    def _check(self, texts: Sequence[str | ValueError]) -> None:
+        """Where no question at all can be asked, it is not the questions that are wrong."""
+        errors = [text for text in texts if isinstance(text, ValueError)]
+        self._asked += len(texts) - len(errors)
+        self._failed += len(errors)
+        if errors and not self._asked and self._failed >= _FIRST_FAILED:
+            raise EvaluationError(
+                f"{self.name} could be asked none of the first {self._failed} questions: {errors[-1]}"
+            ) from errors[-1]
 
     def _texts(self, ready: Sequence[tuple[Job, Pictures]]) -> Sequence[str | ValueError]:
         """Answers; where one question can't be asked, e.g. since it is too long, the others still are."""
