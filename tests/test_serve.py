@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -369,6 +372,21 @@ def test_a_model_that_fails_is_an_error_and_the_server_lives(client, predictor, 
         with pytest.raises(openai.APIError, match="the model failed: out of memory"):
             list(ask(client, *TEXT, stream=True))
     assert ask(client, *TEXT).choices[0].message.content
+
+
+@pytest.mark.parametrize("name", ["chat", "serve"])
+def test_the_commands_of_the_page_can_be_understood(name):
+    """docs/serving.md; whether they do what it says, the other tests show."""
+    parser = importlib.import_module(f"gmai_xtuner.{name}.__main__")._parser()
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    lines = re.findall(rf"python -m gmai_xtuner\.{name} (my_model[^`#<\n]*)", page)
+    assert len(lines) >= 2
+    for line in lines:
+        assert parser.parse_args(shlex.split(line)).model == "my_model"
+    for option in parser._option_string_actions:
+        needs_no_word = ("-h", "--help", "--add-bos", "--no-add-bos", "--prompt-template")
+        limits = ("--max-images", "--max-image-mib", "--max-request-mib", "--max-pixels")
+        assert option in page or option in needs_no_word + limits, f"the page lacks {option}"
 
 
 def command(*arguments: object) -> list[str]:
