@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ PORT = 7860
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     options = _parser().parse_args(arguments)
+    # uvicorn ends well on SIGTERM and then raises it again
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(options)
     except GMAIError as error:
@@ -62,14 +65,18 @@ def _run(options: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         shown = f"[{host}]" if ":" in str(host) else host
-        print(f"open http://{shown}:{port}/  (Ctrl-C ends it)", flush=True)
         demo = Demo(
             Desk(models, longest=limits.waiting),
             limits=limits,
             examples=examples,
             language=options.language,
         )
-        serve(demo, own=own, credentials=credentials)
+        serve(
+            demo,
+            own=own,
+            credentials=credentials,
+            ready=lambda: print(f"open http://{shown}:{port}/  (Ctrl-C ends it)", flush=True),
+        )
     return 0
 
 

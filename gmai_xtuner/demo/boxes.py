@@ -1,9 +1,9 @@
 """Boxes in an answer -> rectangles on a copy of the image.
 
-The corpus builder writes ``[x1, y1, x2, y2]`` in whole thousandths of width and height; that is what
-numbers without a decimal point up to 1000 mean here. Others write fractions (numbers up to 1) or pixels
-(anything else); the unit is found from all boxes of an answer together, or chosen. Read are ``[x1, y1, x2,
-y2]``, ``(x1, y1, x2, y2)`` and ``(x1, y1), (x2, y2)``, with Chinese punctuation too.
+The corpus builder writes ``[x1, y1, x2, y2]`` in whole thousandths of width and height; that is what whole
+numbers mean here, unless one is over 1000 and all lie within the image: those are pixels. Numbers up to 1 are
+fractions, other decimals pixels. The unit is found from all boxes of an answer together, or chosen. Read are
+``[x1, y1, x2, y2]``, ``(x1, y1, x2, y2)`` and ``(x1, y1), (x2, y2)``, with Chinese punctuation too.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def read_boxes(text: str, *, width: int, height: int, unit: Unit | None = None) 
         found.append((text[match.start() : match.end()], numbers))
     if not found:
         return Boxes((), (), None)
-    unit = unit or _unit_of([number for _, numbers in found for number in numbers])
+    unit = unit or _unit_of(
+        [number for _, numbers in found for number in numbers], longest=max(width, height)
+    )
     across, down = {
         "thousandths": (width / 1000, height / 1000),
         "fractions": (float(width), float(height)),
@@ -116,11 +118,12 @@ def read_boxes(text: str, *, width: int, height: int, unit: Unit | None = None) 
     return Boxes(tuple(drawn), tuple(ignored), unit)
 
 
-def _unit_of(numbers: Sequence[str]) -> Unit:
-    sizes = [abs(float(number)) for number in numbers]
-    if max(sizes) <= 1:
+def _unit_of(numbers: Sequence[str], *, longest: int) -> Unit:
+    largest = max(abs(float(number)) for number in numbers)
+    if largest <= 1:
         return "fractions"
-    if max(sizes) <= 1000 and not any("." in number for number in numbers):
+    whole = not any("." in number for number in numbers)
+    if whole and (largest <= 1000 or largest > longest):
         return "thousandths"
     return "pixels"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -45,13 +45,29 @@ def reserved(host: str, port: int) -> Iterator[socket.socket]:
         yield own
 
 
-def serve(demo: Demo, *, own: socket.socket, credentials: str | None) -> None:
+class _Server(uvicorn.Server):
+    """Tells when it can be visited."""
+
+    def __init__(self, config: uvicorn.Config, *, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def serve(
+    demo: Demo, *, own: socket.socket, credentials: str | None, ready: Callable[[], None]
+) -> None:
     """Serve until a signal ends it.
 
     Args:
         demo: what is served.
         own: see `reserved`.
         credentials: ``user:password``, or None.
+        ready: called when the page can be visited.
     """
     host = str(own.getsockname()[0])
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -82,4 +98,4 @@ def serve(demo: Demo, *, own: socket.socket, credentials: str | None) -> None:
         timeout_graceful_shutdown=3,
         lifespan="on",
     )
-    uvicorn.Server(config).run(sockets=[own])
+    _Server(config, ready=ready).run(sockets=[own])

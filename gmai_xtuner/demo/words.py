@@ -253,7 +253,10 @@ class PageError(GMAIError):
 
     def said(self, language: Language) -> str:
         """In a language."""
-        return ERRORS[self.key][language == "zh"].format(**self.values)
+        values = dict(self.values)
+        if values.get("name") in WORDS:  # of a field of the page
+            values["name"] = say(values["name"], language)
+        return ERRORS[self.key][language == "zh"].format(**values)
 
 
 def say(key: str, language: Language, **values: Any) -> str:

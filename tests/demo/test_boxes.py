@@ -56,6 +56,12 @@ def test_all_boxes_of_an_answer_have_one_unit():
     assert [box.corners for box in found.drawn] == [(10, 10, 50, 50), (1200, 10, 1900, 500)]
 
 
+def test_numbers_beyond_the_image_are_no_pixels():
+    found = read_boxes("[900, 500, 1200, 700]", width=200, height=100)
+    assert found.unit == "thousandths"
+    assert found.drawn == (Box((180, 50, 200, 70), "[900, 500, 1200, 700]", True),)
+
+
 def test_the_unit_can_be_chosen():
     assert corners("[10, 10, 50, 50]", unit="pixels") == [(10, 10, 50, 50)]
     assert corners("[10, 10, 50, 50]") == [(2, 1, 10, 5)]

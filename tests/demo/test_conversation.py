@@ -128,8 +128,9 @@ def test_the_tray_and_the_question_have_limits():
 def test_settings_out_of_range_are_refused(name, value):
     one = session()
     setattr(one.settings, name, value)
-    with pytest.raises(PageError, match=name):
+    with pytest.raises(PageError, match="is expected") as error:
         one.settings.checked()
+    assert error.value.values["name"] == name
 
 
 def unpacked(data: bytes):
