@@ -31,6 +31,9 @@ class StoredImage(Protocol):
         ...
 
 
+IMAGE_MARK = "<image>"
+"""Where an image belongs in a text."""
+
 ImageSource = Path | bytes | StoredImage
 """A file, the bytes of one, or one inside the benchmark's own file."""
 
@@ -58,6 +61,7 @@ class Question:
         answers: what counts as right as well, where the authors give several answers.
         letters: the options' letters where they are not A, B, C ..., e.g. ``"ABD"`` of a file that leaves
             out C.
+        gold_letter: letter of the right option, needed only where it is an image: such options read the same.
     """
 
     id: str
@@ -68,6 +72,7 @@ class Question:
     groups: Mapping[str, str] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
     letters: str = ""
+    gold_letter: str = ""
 
     def lettered(self) -> dict[str, str]:
         """Letter -> text of each option."""
@@ -76,9 +81,9 @@ class Question:
 
     def gold_letters(self) -> frozenset[str]:
         """Letters of the options that are the gold answer; several where two options read the same."""
-        return frozenset(
-            letter for letter, text in self.lettered().items() if text == self.answer
-        )
+        if self.gold_letter and self.answer is not None and IMAGE_MARK in self.answer:
+            return frozenset(self.gold_letter)
+        return frozenset(letter for letter, text in self.lettered().items() if text == self.answer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ dataset, subset, question_type. Ids are the positions from 1, as in the authors'
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,19 +68,20 @@ def _add(record: Mapping[str, Any], identifier: str, folder: Path, collector: Co
         collector.problem("missing_image", identifier, f"the text names image {error.args[0]}")
         return
     raw_answer = text_of(record, "answer")
-    # the marks of a gold option change with those of the options
-    marked = dict(zip(raw_options, options, strict=True))
+    # of options that read the same the first is right, as in the authors' scorer
+    place = raw_options.index(raw_answer) if raw_answer in raw_options else None
     collector.add(
         Question(
             id=identifier,
             text=text,
             images=sources,
             options=tuple(options),
-            answer=marked.get(raw_answer, raw_answer),
+            answer=raw_answer if place is None else options[place],
             groups={
                 "dataset": text_of(record, "dataset"),
                 "subset": text_of(record, "subset"),
                 "question_type": text_of(record, "question_type"),
             },
+            gold_letter="" if place is None else string.ascii_uppercase[place],
         )
     )

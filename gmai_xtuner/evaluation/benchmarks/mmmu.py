@@ -119,6 +119,7 @@ def _add(
     except UnreadableOptions as error:
         collector.problem("bad_answer", identifier, str(error))
         return
+    letter = ""
     if not is_open and answers:
         letter = answers[0].strip()
         if letter not in string.ascii_uppercase[: len(options)]:
@@ -143,6 +144,7 @@ def _add(
                 "subfield": text_of(row, "subfield"),
                 "topic_difficulty": text_of(row, "topic_difficulty"),
             },
+            gold_letter=letter,
         )
     )
 

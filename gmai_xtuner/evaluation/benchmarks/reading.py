@@ -24,10 +24,7 @@ from gmai_xtuner.evaluation.benchmarks.benchmark import (
     Problem,
     SourceFile,
 )
-from gmai_xtuner.evaluation.questions import ImageSource, Question
-
-MARK = "<image>"
-"""Where an image belongs in the text, for the model."""
+from gmai_xtuner.evaluation.questions import IMAGE_MARK, ImageSource, Question
 
 _NUMBERED_MARK = re.compile(r"<image (\d+)>")
 _MAX_FIELD = 1 << 30
@@ -163,12 +160,12 @@ def mark_images(
         number = int(match[1])
         named.append(images[number])
         numbers.add(number)
-        return MARK
+        return IMAGE_MARK
 
     marked = [_NUMBERED_MARK.sub(marked_as, text) for text in texts]
     unnamed = [images[number] for number in sorted(images) if number not in numbers]
     if named and unnamed:
-        marked[0] = f"{MARK}\n" * len(unnamed) + marked[0]
+        marked[0] = f"{IMAGE_MARK}\n" * len(unnamed) + marked[0]
     return tuple(marked), (*unnamed, *named)
 
 
@@ -230,12 +227,12 @@ class Collector:
             if not question.images:
                 self.problem("no_image", question.id, "the record names no image")
                 return
-        marks = sum(text.count(MARK) for text in (question.text, *question.options))
+        marks = sum(text.count(IMAGE_MARK) for text in (question.text, *question.options))
         if marks and marks != len(question.images):
             self.problem(
                 "image_marks",
                 question.id,
-                f"{marks} marks {MARK} in the text, {len(question.images)} images",
+                f"{marks} marks {IMAGE_MARK} in the text, {len(question.images)} images",
             )
             return
         if question.id in self._questions:

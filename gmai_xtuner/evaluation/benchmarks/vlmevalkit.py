@@ -100,6 +100,7 @@ def _add(
         letters = dict(zip(lettered, options, strict=True))
         answer = letters.get(raw.strip()) or gold_option(tuple(options), raw)
     letters_in_order = "".join(lettered)
+    named = values.get("answer", "").strip()
     collector.add(
         Question(
             id=index,
@@ -113,5 +114,6 @@ def _add(
             letters=""
             if letters_in_order == string.ascii_uppercase[: len(lettered)]
             else letters_in_order,
+            gold_letter=named if answer is not None and named in lettered else "",
         )
     )

@@ -24,7 +24,7 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from gmai_xtuner.evaluation.questions import Question, Score
+from gmai_xtuner.evaluation.questions import IMAGE_MARK, Question, Score
 from gmai_xtuner.evaluation.scoring.scorer import Scorer
 from gmai_xtuner.evaluation.scoring.text import Mentions, clean, normalised
 
@@ -102,7 +102,11 @@ def choose(
         letters: read letters.
         texts: read the texts of options.
     """
-    options = question.lettered()
+    # an option that is an image can be named by its letter alone
+    options = {
+        letter: "" if IMAGE_MARK in option else option
+        for letter, option in question.lettered().items()
+    }
     text = clean(answer)
     if not text:
         return None
