@@ -47,15 +47,19 @@ def write(
         accepted, rejected: conversations to show, in this order.
         job: name of the job file.
     """
-    page = environment().get_template("output/report.html.j2").render(
-        summary=summary,
-        accepted=accepted,
-        rejected=rejected,
-        job=job,
-        writer=stats.writer(summary),
-        funnels={name: funnel(source["funnel"]) for name, source in summary["sources"].items()},
-        distributions=distributions(summary),
-        demands=licences.DEMANDS,
+    page = (
+        environment()
+        .get_template("output/report.html.j2")
+        .render(
+            summary=summary,
+            accepted=accepted,
+            rejected=rejected,
+            job=job,
+            writer=stats.writer(summary),
+            funnels={name: funnel(source["funnel"]) for name, source in summary["sources"].items()},
+            distributions=distributions(summary),
+            demands=licences.DEMANDS,
+        )
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
