@@ -16,7 +16,8 @@ from gmai_xtuner.evaluation.benchmarks.gmai_mmbench import TASK
 from gmai_xtuner.evaluation.benchmarks.huatuo import COUNTS
 from gmai_xtuner.evaluation.questions import Question, Score
 from gmai_xtuner.evaluation.scoring import SCORERS
-from gmai_xtuner.evaluation.scoring.closed import is_closed, polarity
+from gmai_xtuner.evaluation.scoring.closed import is_closed
+from gmai_xtuner.evaluation.scoring.polarity import polarity
 
 
 class ProtocolError(GMAIError):

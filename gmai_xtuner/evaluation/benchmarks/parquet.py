@@ -25,6 +25,24 @@ def column_names(path: Path) -> tuple[str, ...]:
         raise _unreadable(path, error) from error
 
 
+def column_texts(path: Path, column: str) -> list[str]:
+    """One column as texts; none where the file has no such column.
+
+    Raises:
+        BenchmarkError: it is no readable Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if column not in column_names(path):
+        return []
+    try:
+        values = pq.read_table(path, columns=[column]).column(0).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+    return [str(value) for value in values if value is not None]
+
+
 def rows_of(
     path: Path, image_columns: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, ParquetImage]]]:

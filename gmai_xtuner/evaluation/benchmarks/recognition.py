@@ -12,7 +12,7 @@ from pathlib import Path
 from gmai_xtuner.evaluation.benchmarks import mmmu, omnimedvqa, pmc_vqa
 from gmai_xtuner.evaluation.benchmarks.benchmark import BenchmarkError
 from gmai_xtuner.evaluation.benchmarks.gmai_mmbench import part_of
-from gmai_xtuner.evaluation.benchmarks.parquet import column_names
+from gmai_xtuner.evaluation.benchmarks.parquet import column_names, column_texts
 from gmai_xtuner.evaluation.benchmarks.table import read_header
 
 _BEGINNING = 1 << 20
@@ -129,7 +129,8 @@ def _parquet(path: Path) -> Recognised:
     part = re.match(r"(dev|validation|val|test|train)\b", path.name)
     found = part[1] if part else ""
     if {"options", "question", "answer", "image_1"} <= has:
-        if mmmu.subject_of(path.parent.name) is None:
+        in_folder = mmmu.subject_of(path.parent.name)
+        if in_folder is None and not any(map(mmmu.subject_of, column_texts(path, "id"))):
             return Recognised(None, (), "mmmu of another subject", columns)
         variants = (found,) if found in ("dev", "validation", "test") else ()
         return Recognised("mmmu_health", variants, "mmmu", columns)

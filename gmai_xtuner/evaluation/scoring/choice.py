@@ -12,7 +12,8 @@ different options ends with "not understood":
 5. it names the letter of an option in brackets or after "option";
 6. it is short (:data:`SHORT` words) and names the text of exactly one option as whole words, the longest
 first:
-   "MR angiography" names that option and not MR, "12" does not name 2, "not the liver" does not name liver.
+   "MR angiography" names that option and not MR, "12" does not name 2, "not the liver" does not name liver;
+   where the options are yes and no, by the rules of ``yes_no``.
 
 A letter that stands before the text of another option ("A. Lung" where A is liver) contradicts itself and is
 not understood.
@@ -25,6 +26,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from gmai_xtuner.evaluation.questions import IMAGE_MARK, Question, Score
+from gmai_xtuner.evaluation.scoring.polarity import NO, YES, yes_or_no
 from gmai_xtuner.evaluation.scoring.scorer import Scorer
 from gmai_xtuner.evaluation.scoring.text import Mentions, clean, normalised
 
@@ -126,6 +128,9 @@ def choose(
         return _only(found)
     if letters and (found := _named_letters(text, options)):
         return _only(found)
+    if texts and (polar := _polar(options)):
+        said = yes_or_no(text)
+        return polar[said] if said else None
     if texts and len(text.split()) <= SHORT:
         return _only(mentioned(text, {letter: (option,) for letter, option in options.items()}))
     return None
@@ -194,6 +199,12 @@ def unnegated(places: Sequence[tuple[int, int, int | None, Key]]) -> set[Key]:
         if (negator is None or within(negator, negator + 1, 1))
         and not within(start, end, end - start)
     }
+
+
+def _polar(options: Mapping[str, str]) -> dict[str, str] | None:
+    """``yes`` and ``no`` -> their letters, where those are the options: "No mass is seen" chooses neither."""
+    letters = {option.strip().casefold(): letter for letter, option in options.items()}
+    return letters if len(options) == 2 and set(letters) == {YES, NO} else None
 
 
 _NOTHING = "nothing"

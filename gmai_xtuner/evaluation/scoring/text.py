@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 
 _THOUGHTS = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_UNFINISHED = re.compile(r"<think(?:ing)?>.*$", re.DOTALL | re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _BOXED = re.compile(r"\$?\\boxed\{(?:\\text\{)?([^{}]*)\}?\}\$?")
 _EMPHASIS = re.compile(r"\*\*|__|`|^#+\s*|^>\s*", re.MULTILINE)
@@ -52,9 +53,12 @@ _REACH = 4
 
 
 def clean(answer: str) -> str:
-    """An answer without thoughts, tags, boxes and emphasis; full-width letters as plain ones."""
+    """An answer without thoughts, tags, boxes and emphasis; full-width letters as plain ones.
+
+    Thoughts that have no end are no answer: the model was stopped while it thought.
+    """
     text = unicodedata.normalize("NFKC", answer)
-    text = _THOUGHTS.sub("", text)
+    text = _UNFINISHED.sub("", _THOUGHTS.sub("", text))
     if tagged := _ANSWER_TAG.findall(text):
         text = tagged[-1]
     text = _BOXED.sub(r"\1", text)

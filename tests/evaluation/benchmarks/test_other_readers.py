@@ -207,6 +207,16 @@ def test_unnamed_images_come_first(tmp_path: Path) -> None:
     assert [load_image(image) for image in dev.images] == [png(1), png(2)]
 
 
+def test_subjects_may_share_a_file(tmp_path: Path) -> None:
+    rows = [
+        mmmu_row("validation", subject, number, image_1=stored(number))
+        for subject in (*SUBJECTS, "Art")
+        for number in (1, 2)
+    ]
+    parquet_file(tmp_path / "data" / "validation-00000-of-00001.parquet", rows)
+    assert len(load_benchmark("mmmu_health", tmp_path).questions) == 10
+
+
 def test_a_missing_subject_is_told(tmp_path: Path) -> None:
     parquet_file(
         tmp_path / "Pharmacy" / "validation-0.parquet",

@@ -6,7 +6,8 @@ import pytest
 
 from gmai_xtuner.evaluation.questions import Question, Score
 from gmai_xtuner.evaluation.scoring import SCORERS
-from gmai_xtuner.evaluation.scoring.closed import alternatives, yes_or_no
+from gmai_xtuner.evaluation.scoring.closed import alternatives
+from gmai_xtuner.evaluation.scoring.polarity import yes_or_no
 
 BIGGEST = "Which is the biggest in this image,lung,liver or heart?"
 PLANE = "Which plane is the image scanned, transverse plane or coronal plane?"
@@ -34,6 +35,9 @@ SIDE = "Which side of lung is abnormal in this image,left or right?"
         ("yes/no", None),
         ("No. The answer is yes.", None),
         ("There is no effusion", None),  # no, if the question was whether there is one; who knows
+        ("No abnormality is seen", None),
+        ("The answer is no evidence", None),
+        ("No it is not", "no"),
         ("normal", None),
         ("I know", None),
         ("Nope", None),
