@@ -92,6 +92,29 @@ def load_model(
         ModelLoadError: no layout that is known; a part is missing, which base to name; weights that do not
             fit their configuration.
     """
+    predictor, _ = load_with_settings(
+        folder,
+        llm=llm,
+        vision=vision,
+        dtype=dtype,
+        device=device,
+        prompt_template=prompt_template,
+        add_bos=add_bos,
+    )
+    return predictor
+
+
+def load_with_settings(
+    folder: str | Path,
+    *,
+    llm: str | None = None,
+    vision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    prompt_template: str | None = None,
+    add_bos: bool | None = None,
+) -> tuple[Predictor, dict[str, Any]]:
+    """:func:`load_model`, and what ``gmai_vl.json`` says or would say."""
     folder = Path(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -116,12 +139,14 @@ def load_model(
         use_activation_checkpointing=False,
     )
     model.projector = _projector(model, sources, folder).to(dtype)
-    return Predictor(
+    settings["visual_select_layer"] = sources.select_layer
+    predictor = Predictor(
         model.to(device),
         tokenizer=tokenizer,
         template=ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"]),
         transform=ImageTransform.from_pretrained(sources.vision, mode=settings["image_mode"]),
     )
+    return predictor, settings
 
 
 def describe(predictor: Predictor) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ from gmai_xtuner.constants import IMAGE_TOKEN
 from gmai_xtuner.datasets.images import ImageTransform
 from gmai_xtuner.datasets.tokenization import ChatTemplate
 from gmai_xtuner.errors import GMAIError
-from gmai_xtuner.models.costs import describe_parts
+from gmai_xtuner.models.costs import describe_parts, folder_bytes, size
 from gmai_xtuner.models.export import SETTINGS_FILE, export_settings
 from gmai_xtuner.models.export_parts import all_parts, convert_dtype, export_dtype, new_folder
 from gmai_xtuner.models.export_tokenizer import plain_tokenizer
-from gmai_xtuner.models.model_card import write_model_card
+from gmai_xtuner.models.model_card import Provenance, provenance_of, write_model_card
 from gmai_xtuner.models.vision import num_image_tokens
 
 VOCABULARY_MULTIPLE = 64
@@ -74,48 +74,94 @@ def save_huggingface_layout(
             LLaVA has no place for something, or the folder is not empty. Nothing is written then.
     """
     dtype = export_dtype(cfg, fp32=fp32)
-    _check_form(model)
     with new_folder(save_dir) as aside:
         settings = export_settings(model, cfg)
-        template = ChatTemplate.from_xtuner(
-            settings["prompt_template"], add_bos=settings["add_bos"]
+        write_llava(
+            aside,
+            lambda: all_parts(model, cfg, dtype=dtype),
+            projector_depth=model.projector.config.depth,
+            base_tokenizer=BUILDER.build(cfg["tokenizer"]),
+            transform=ImageTransform.from_pretrained(
+                cfg["image_processor"]["pretrained_model_name_or_path"], mode=settings["image_mode"]
+            ),
+            settings=settings,
+            provenance=provenance_of(model, cfg),
+            dtype=dtype,
+            max_shard_size=save_kwargs.get("max_shard_size", "2GB"),
         )
-        base_tokenizer = BUILDER.build(cfg["tokenizer"])
-        tokenizer = plain_tokenizer(
-            base_tokenizer, template, max_length=model.llm.config.max_position_embeddings
+
+
+def write_llava(
+    folder: Path,
+    parts_of: Callable[[], Mapping[str, Any]],
+    *,
+    projector_depth: int,
+    base_tokenizer: PreTrainedTokenizerFast,
+    transform: ImageTransform,
+    settings: Mapping[str, Any],
+    provenance: Provenance,
+    dtype: torch.dtype,
+    max_shard_size: str,
+) -> None:
+    """Write every file of the folder.
+
+    Args:
+        folder: an empty folder; see :func:`gmai_xtuner.models.export_parts.new_folder`.
+        parts_of: gives ``llm``, ``visual_encoder`` and ``projector`` as plain models, once all else is known
+            to fit. They are turned into ``dtype``.
+        projector_depth: linear layers of the projector.
+        base_tokenizer: the language model's tokenizer.
+        transform: image to pixels, as in training.
+        settings: as in ``gmai_vl.json``.
+        provenance: for the model card.
+        dtype: of the weights.
+        max_shard_size: of a file of weights, e.g. ``"2GB"``.
+
+    Raises:
+        GMAIError: LLaVA has no place for something.
+    """
+    if projector_depth != 2:
+        raise GMAIError(
+            f"LLaVA's projector has two linear layers, this model's has {projector_depth}; export in "
+            "xtuner's layout (--save-format xtuner)"
         )
-        parts = all_parts(model, cfg, dtype=dtype)
-        for part in parts.values():
-            convert_dtype(part, dtype)
-        config = llava_config(parts["llm"].config, parts["visual_encoder"].config, tokenizer, dtype)
-        config.vision_feature_layer = model.visual_select_layer
-        state = llava_state(parts, config)
-        llava = _assembled(config, state)
-        llava.generation_config = _generation(parts["llm"], tokenizer, template, config)
-        llava.save_pretrained(
-            aside, safe_serialization=True, max_shard_size=save_kwargs.get("max_shard_size", "2GB")
+    template = ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"])
+    plain_tokenizer(base_tokenizer, template)  # before weights are read, merged and converted
+    parts = parts_of()
+    text, vision = parts["llm"].config, parts["visual_encoder"].config
+    if transform.image_size != vision.image_size:
+        raise GMAIError(
+            f"the image processor makes images of {transform.image_size} pixels, the vision tower takes "
+            f"{vision.image_size}. Take both from the same checkpoint"
         )
-        _write_config(aside, config)
-        tokenizer.save_pretrained(aside)
-        _write_processor(aside, cfg, settings, tokenizer, config)
-        _write_json(aside / SETTINGS_FILE, settings)
-        write_model_card(
-            aside, model=model, cfg=cfg, parts=parts, settings=settings, dtype=dtype, config=config
-        )
+    tokenizer = plain_tokenizer(base_tokenizer, template, max_length=text.max_position_embeddings)
+    for part in parts.values():
+        convert_dtype(part, dtype)
+    config = llava_config(text, vision, tokenizer, dtype)
+    config.vision_feature_layer = settings["visual_select_layer"]
+    llava = _assembled(config, llava_state(parts, config))
+    llava.generation_config = _generation(parts["llm"], tokenizer, template, config)
+    llava.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+    _write_config(folder, config)
+    tokenizer.save_pretrained(folder)
+    _write_processor(folder, transform, tokenizer, config)
+    _write_json(folder / SETTINGS_FILE, settings)
+    costs = describe_parts(parts)
+    write_model_card(
+        folder,
+        provenance=provenance,
+        costs=costs,
+        settings=settings,
+        dtype=dtype,
+        config=config,
+        mean_colour=transform.mean_colour,
+    )
     print_log(
-        f"Saved the whole model to {save_dir}\n{describe_parts(parts, folder=Path(save_dir))}",
+        f"The whole model as {type(llava).__name__}, vocabulary {config.text_config.vocab_size:,}:\n{costs}\n"
+        f"{size(folder_bytes(folder))} on disk",
         logger="current",
         level=logging.INFO,
     )
-
-
-def _check_form(model: Any) -> None:
-    projector = model.projector.config
-    if projector.depth != 2:
-        raise GMAIError(
-            f"LLaVA's projector has two linear layers, this model's has {projector.depth}; export in "
-            "xtuner's layout (--save-format xtuner)"
-        )
 
 
 def llava_config(
@@ -209,14 +255,12 @@ def _generation(
     theirs = llm.generation_config.eos_token_id
     stop += theirs if isinstance(theirs, list) else [theirs]
     ids = sorted({token for token in stop if token is not None})
-    rows = llm.get_input_embeddings().weight.shape[0]
-    image = config.image_token_index
-    never = sorted({image, *range(rows, config.text_config.vocab_size)})
+    never = {config.image_token_index, *range(len(tokenizer), config.text_config.vocab_size)}
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ids,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=never,
+        suppress_tokens=sorted(never),
         do_sample=False,
     )
 
@@ -265,19 +309,8 @@ def _write_config(folder: Path, config: LlavaConfig) -> None:
 
 
 def _write_processor(
-    folder: Path,
-    cfg: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    config: LlavaConfig,
+    folder: Path, transform: ImageTransform, tokenizer: PreTrainedTokenizerFast, config: LlavaConfig
 ) -> None:
-    source = cfg["image_processor"]["pretrained_model_name_or_path"]
-    transform = ImageTransform.from_pretrained(source, mode=settings["image_mode"])
-    if transform.image_size != config.vision_config.image_size:
-        raise GMAIError(
-            f"the image processor of {source!r} makes images of {transform.image_size} pixels, the vision "
-            f"tower takes {config.vision_config.image_size}. Take both from the same checkpoint"
-        )
     square = {"height": transform.image_size, "width": transform.image_size}
     _write_json(
         folder / "preprocessor_config.json",

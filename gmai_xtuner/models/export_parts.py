@@ -49,6 +49,20 @@ def export_dtype(cfg: Mapping[str, Any], *, fp32: bool) -> torch.dtype:
     return dtype
 
 
+def check_new(target: str | Path) -> Path:
+    """``target`` as a path.
+
+    Raises:
+        GMAIError: it is a file, or a folder that is not empty.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise GMAIError(f"{str(target)!r} is a file. Choose a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise GMAIError(f"{str(target)!r} is not empty. Choose a new folder, or remove it first")
+    return target
+
+
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
     """A folder to write into, renamed to ``target`` when all is there; removed if anything fails.
@@ -56,11 +70,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     Raises:
         GMAIError: ``target`` is a file, or a folder that is not empty.
     """
-    target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise GMAIError(f"{str(target)!r} is a file. Choose a new folder")
-    if target.is_dir() and any(target.iterdir()):
-        raise GMAIError(f"{str(target)!r} is not empty. Choose a new folder, or remove it first")
+    target = check_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     aside.chmod(0o755)

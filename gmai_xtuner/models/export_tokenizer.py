@@ -131,7 +131,7 @@ def _with_round(text: str) -> str:
 
 
 def plain_tokenizer(
-    base: PreTrainedTokenizerFast, template: ChatTemplate, *, max_length: int
+    base: PreTrainedTokenizerFast, template: ChatTemplate, *, max_length: int = 2048
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of the folder; ``base`` is not changed.
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlavaConfig
 
-from gmai_xtuner.models.costs import cache_bytes, describe_parts, folder_bytes, size
+from gmai_xtuner.models.costs import cache_bytes, folder_bytes, size
 from gmai_xtuner.models.lora import adapter_layers
 
 USAGE = """```python
@@ -111,43 +111,65 @@ before you pass it on. The code that made it is under Apache-2.0.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a model comes from.
+
+    Args:
+        stage: name of the stage, for the title.
+        trained: what that stage trained.
+        llm: folder or hub name of the language model's base.
+        vision: the same of the vision tower.
+    """
+
+    stage: str
+    trained: str
+    llm: str
+    vision: str
+
+
+def provenance_of(model: Any, cfg: Mapping[str, Any]) -> Provenance:
+    """By a stage's config and its ``GMAILLaVAModel``."""
+    return Provenance(
+        stage=str(cfg["train_dataloader"]["dataset"].get("stage", "stage unknown")),
+        trained=_trained(model),
+        llm=str(cfg["model"]["llm"]["pretrained_model_name_or_path"]),
+        vision=str(cfg["model"]["visual_encoder"]["pretrained_model_name_or_path"]),
+    )
+
+
 def write_model_card(
     folder: Path,
     *,
-    model: Any,
-    cfg: Mapping[str, Any],
-    parts: Mapping[str, Any],
+    provenance: Provenance,
+    costs: str,
     settings: Mapping[str, Any],
     dtype: torch.dtype,
     config: LlavaConfig,
+    mean_colour: tuple[int, ...],
 ) -> None:
     """Write ``README.md``.
 
     Args:
         folder: the export, its weights already written.
-        model: the ``GMAILLaVAModel`` of the stage.
-        cfg: the stage's config.
-        parts: the whole parts that were written.
+        provenance: where the model comes from.
+        costs: the table of parameters, dtype and memory.
         settings: what inference must do as training did.
         dtype: of the weights.
         config: of the whole.
+        mean_colour: with which pictures are padded, 0 to 255.
     """
-    llm, vision = (
-        str(cfg["model"][part]["pretrained_model_name_or_path"])
-        for part in ("llm", "visual_encoder")
-    )
     side = config.vision_config.image_size
-    transform_mean = _mean_colour(folder)
     pixels = PADDING if settings["image_mode"] == "pad" else RESIZING
     name = str(dtype).removeprefix("torch.")
     tokens = settings["max_length"]
     cache = cache_bytes(config.text_config, tokens=tokens, dtype=dtype)
     text = CARD.format(
-        bases_yaml=_bases_yaml(llm, vision),
-        stage=_stage(cfg),
-        trained=_trained(model),
-        llm=_shown(llm),
-        vision=_shown(vision),
+        bases_yaml=_bases_yaml(provenance.llm, provenance.vision),
+        stage=provenance.stage,
+        trained=provenance.trained,
+        llm=_shown(provenance.llm),
+        vision=_shown(provenance.vision),
         dtype=name,
         image_tokens=config.image_seq_length,
         side=side,
@@ -156,25 +178,15 @@ def write_model_card(
         max_length=tokens,
         template=settings["prompt_template"],
         bos="`<s>` at the beginning" if settings["add_bos"] else "no `<s>`",
-        costs=describe_parts(parts),
+        costs=costs,
         memory=(
             f"Weights take {size(folder_bytes(folder))} on disk. A conversation of {tokens:,} tokens adds "
             f"{size(cache)} of keys and values."
         ),
         usage=USAGE.format(dtype=name),
-        pixels=pixels.format(side=side, colour=transform_mean),
+        pixels=pixels.format(side=side, colour=mean_colour),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _mean_colour(folder: Path) -> tuple[int, ...]:
-    mean = json.loads((folder / "preprocessor_config.json").read_text())["image_mean"]
-    return tuple(int(value * 255) for value in mean)
-
-
-def _stage(cfg: Mapping[str, Any]) -> str:
-    dataset = cfg["train_dataloader"]["dataset"]
-    return str(dataset.get("stage", "stage unknown"))
 
 
 def _trained(model: Any) -> str:

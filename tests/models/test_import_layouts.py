@@ -19,6 +19,7 @@ from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from gmai_xtuner.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.errors import ModelLoadError
+from gmai_xtuner.import_model import main
 from gmai_xtuner.loading import describe, load_model
 from gmai_xtuner.models.checkpoint_files import read_state_dict
 from gmai_xtuner.models.llava import GMAILLaVAModel
@@ -398,6 +399,45 @@ def test_adapters_must_be_merged_before_training(xtuners, tiny_bases):
     folder, base, *_ = xtuners
     with pytest.raises(ModelLoadError, match=f"import_model {folder} OUT"):
         start(folder, llm=base, vision=tiny_bases / "vision")
+
+
+def test_an_import_with_everything_merged_is_a_starting_point_and_a_plain_llava(
+    xtuners, tiny_bases, tmp_path, capsys
+):
+    folder, base, *_ = xtuners
+    bases = ["--llm", str(base), "--vision", str(tiny_bases / "vision"), "--dtype", "float32"]
+    expected = our_logits(load_model(folder, llm=str(base), vision=str(tiny_bases / "vision")))
+    assert main([str(folder), str(tmp_path / "ours"), *bases]) == 0
+    printed = capsys.readouterr().out
+    assert f"on disk in {tmp_path / 'ours'}" in printed
+    assert "language model         688,768" in printed
+    torch.testing.assert_close(
+        our_logits(load_model(tmp_path / "ours")), expected, rtol=0, atol=1e-5
+    )
+    started = start(
+        tmp_path / "ours", vision=tmp_path / "ours" / "visual_encoder", visual_select_layer=-1
+    )
+    assert torch.equal(
+        started.llm.lm_head.weight, load_model(tmp_path / "ours").model.llm.lm_head.weight
+    )
+
+    plain_form = ["--save-format", "huggingface"]
+    assert main([str(tmp_path / "ours"), str(tmp_path / "plain"), *bases[4:], *plain_form]) == 0
+    llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "plain").eval()
+    predictor = load_model(tmp_path / "plain")
+    torch.testing.assert_close(
+        logits_of_llava(llava, predictor)[:, :1536], expected, rtol=0, atol=1e-4
+    )
+    # Exported once more, the vocabulary stays, and so does the template.
+    assert main([str(tmp_path / "plain"), str(tmp_path / "twice"), *bases[4:], *plain_form]) == 0
+    for name in ("config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "twice" / name).read_text() == (tmp_path / "plain" / name).read_text()
+
+    assert main([str(folder), str(tmp_path / "ours"), *bases]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert main([str(folder), str(tmp_path / "none")]) == 1
+    assert "does not say which base it was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 # --- what is refused -------------------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""Write a released or foreign model as an export of ours, whole and with adapters merged.
+
+``python -m gmai_xtuner.import_model RELEASE OUT`` reads every layout that :mod:`gmai_xtuner.loading` does and
+writes xtuner's layout, from which every stage starts and which ``xtuner chat`` reads; with ``--save-format
+huggingface`` a plain LLaVA for transformers and servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPImageProcessor
+
+from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.inference import Predictor
+from gmai_xtuner.loading import describe, load_with_settings
+from gmai_xtuner.models.costs import folder_bytes, size
+from gmai_xtuner.models.export import SETTINGS_FILE, save_language_model
+from gmai_xtuner.models.export_huggingface import write_llava
+from gmai_xtuner.models.export_parts import DTYPES, check_new, new_folder
+from gmai_xtuner.models.internlm2 import as_dtype
+from gmai_xtuner.models.llava import SAVE_FORMATS
+from gmai_xtuner.models.model_card import Provenance
+
+
+def import_model(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    llm: str | None = None,
+    vision: str | None = None,
+    dtype: torch.dtype = torch.float16,
+    save_format: str = "xtuner",
+    max_shard_size: str = "2GB",
+    prompt_template: str | None = None,
+    add_bos: bool | None = None,
+) -> Predictor:
+    """Read a model and write it; all of it or nothing.
+
+    Args:
+        folder: see :func:`gmai_xtuner.loading.load_model`, also for ``llm``, ``vision``,
+            ``prompt_template`` and ``add_bos``.
+        out: a new or empty folder.
+        llm: base of the language model, where the folder has none.
+        vision: base of the vision tower, where the folder has none.
+        dtype: what is written.
+        save_format: ``xtuner`` or ``huggingface``.
+        max_shard_size: of a file of weights.
+        prompt_template: what the folder does not say.
+        add_bos: what the folder does not say.
+
+    Returns:
+        the model that was written.
+
+    Raises:
+        GMAIError: it can't be read, or ``out`` is not empty. Nothing is written then.
+    """
+    check_new(out)  # before anything is read
+    predictor, settings = load_with_settings(
+        folder,
+        llm=llm,
+        vision=vision,
+        dtype=dtype,
+        device="cpu",
+        prompt_template=prompt_template,
+        add_bos=add_bos,
+    )
+    with new_folder(out) as aside:
+        if save_format == "huggingface":
+            _write_llava(predictor, settings, aside, Path(folder), dtype, max_shard_size)
+        else:
+            _write_xtuner(predictor, settings, aside, max_shard_size)
+    return predictor
+
+
+def _write_llava(
+    predictor: Predictor,
+    settings: dict[str, Any],
+    aside: Path,
+    source: Path,
+    dtype: torch.dtype,
+    max_shard_size: str,
+) -> None:
+    model = predictor.model
+    write_llava(
+        aside,
+        lambda: {name: getattr(model, name) for name in ("llm", "visual_encoder", "projector")},
+        projector_depth=model.projector.config.depth,
+        base_tokenizer=predictor.tokenizer,
+        transform=predictor.transform,
+        settings=settings,
+        provenance=Provenance(
+            stage=f"imported from {source.name}",
+            trained="not known",
+            llm=source.name,
+            vision=source.name,
+        ),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+
+
+def _write_xtuner(
+    predictor: Predictor, settings: dict[str, Any], aside: Path, max_shard_size: str
+) -> None:
+    model, transform = predictor.model, predictor.transform
+    predictor.tokenizer.save_pretrained(aside)
+    save_language_model(model.llm, aside, {"max_shard_size": max_shard_size})
+    CLIPImageProcessor(
+        size={"shortest_edge": transform.image_size},
+        crop_size={"height": transform.image_size, "width": transform.image_size},
+        image_mean=list(transform.mean),
+        image_std=list(transform.std),
+    ).save_pretrained(aside / "visual_encoder")
+    model.visual_encoder.save_pretrained(aside / "visual_encoder", max_shard_size=max_shard_size)
+    model.projector.save_pretrained(aside / "projector", max_shard_size=max_shard_size)
+    text = json.dumps(settings, indent=2)
+    (aside / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m gmai_xtuner.import_model",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+    )
+    parser.add_argument("folder", help="the released model, or an export of xtuner")
+    parser.add_argument("out", help="new or empty folder")
+    parser.add_argument("--llm", help="the language model's base, where the folder has none")
+    parser.add_argument("--vision", help="the vision tower's base, where the folder has none")
+    parser.add_argument("--save-format", choices=tuple(SAVE_FORMATS), default="xtuner")
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtype", choices=names, default="float16")
+    parser.add_argument("--max-shard-size", default="2GB")
+    parser.add_argument("--prompt-template", help="name in xtuner's PROMPT_TEMPLATE")
+    parser.add_argument("--add-bos", action=argparse.BooleanOptionalAction, default=None)
+    options = parser.parse_args(arguments)
+    try:
+        predictor = import_model(
+            options.folder,
+            options.out,
+            llm=options.llm,
+            vision=options.vision,
+            dtype=as_dtype(options.dtype),
+            save_format=options.save_format,
+            max_shard_size=options.max_shard_size,
+            prompt_template=options.prompt_template,
+            add_bos=options.add_bos,
+        )
+    except GMAIError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"{describe(predictor)}\n{size(folder_bytes(Path(options.out)))} on disk in {options.out}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
