@@ -2,9 +2,9 @@
 
 Pictures are drawn as in images.py; imagehash makes its perceptual hash alone, ours both hashes by the rules
 of training. Hashes are drawn at random, a part of them close to a query. Questions are made of clinical words
-in templates. Seconds of pictures are of processor time, so that a busy machine doesn't count. Peers:
-imagehash 4.3 (pictures), FAISS (hashes: comparing all, and its multi-index), datasketch
-(MinHash LSH). They are installed beside the environment; without a package index their figures are null.
+in templates. Seconds are of processor time, all threads together, so that a busy machine doesn't count.
+Peers: imagehash 4.3 (pictures), FAISS (hashes: comparing all, and its multi-index), datasketch (MinHash LSH).
+They are installed beside the environment; without a package index their figures are null.
 """
 
 from __future__ import annotations
@@ -149,13 +149,13 @@ def measure_search(values: int, queries: int, brute: int, seed: int, faiss: Any)
     there, asked = draw_hashes(values, queries, seed)
 
     def ours(some: np.ndarray, **options: Any) -> tuple[float, set[tuple[int, int]]]:
-        begun = time.perf_counter()
+        begun = time.process_time()
         found = [
             pair
             for part in search(some, there, distance=DISTANCE, **options)
             for pair in zip(part.query.tolist(), part.value.tolist(), strict=True)
         ]
-        return time.perf_counter() - begun, set(found)
+        return time.process_time() - begun, set(found)
 
     seconds, found = ours(asked)
     part = asked[:brute]
@@ -178,18 +178,18 @@ def measure_search(values: int, queries: int, brute: int, seed: int, faiss: Any)
         as_bytes, some = there.view(np.uint8).reshape(-1, 8), part.view(np.uint8).reshape(-1, 8)
         flat = faiss.IndexBinaryFlat(64)
         flat.add(as_bytes)
-        begun = time.perf_counter()
+        begun = time.process_time()
         limits, _, labels = flat.range_search(some, DISTANCE + 1)
-        result["faiss_flat_seconds"] = (time.perf_counter() - begun) * queries / len(part)
+        result["faiss_flat_seconds"] = (time.process_time() - begun) * queries / len(part)
         left = np.repeat(np.arange(len(part)), np.diff(limits.astype(np.int64)))
         told = set(zip(left.tolist(), labels.tolist(), strict=True))
         result["same_as_faiss"] = {pair for pair in found if pair[0] < len(part)} == told
-        begun = time.perf_counter()
+        begun = time.process_time()
         index = faiss.IndexBinaryMultiHash(64, 3, 21)
         index.nflip = DISTANCE // 3
         index.add(as_bytes)
         index.range_search(some, DISTANCE + 1)
-        result["faiss_multihash_seconds"] = (time.perf_counter() - begun) * queries / len(part)
+        result["faiss_multihash_seconds"] = (time.process_time() - begun) * queries / len(part)
     return result
 
 
@@ -220,12 +220,12 @@ def measure_questions(known: int, asked: int, seed: int, datasketch: Any) -> dic
     from data_tools.leakage.texts import TextIndex, grams
 
     texts, queries = draw_questions(known, seed), draw_questions(asked, seed + 1)
-    begun = time.perf_counter()
+    begun = time.process_time()
     index = TextIndex(texts, threshold=0.5)
-    built = time.perf_counter() - begun
-    begun = time.perf_counter()
+    built = time.process_time() - begun
+    begun = time.process_time()
     found = {(q, number) for q, text in enumerate(queries) for number, _ in index.near(text)}
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     result: dict[str, Any] = {
         "benchmark_questions": known,
         "corpus_questions": asked,
@@ -246,11 +246,11 @@ def measure_questions(known: int, asked: int, seed: int, datasketch: Any) -> dic
         index_of = datasketch.MinHashLSH(threshold=0.5, num_perm=128)
         for number, text in enumerate(texts):
             index_of.insert(number, sketch(text))
-        begun = time.perf_counter()
+        begun = time.process_time()
         told = {
             (q, number) for q, text in enumerate(queries) for number in index_of.query(sketch(text))
         }
-        result["datasketch_per_second"] = asked / (time.perf_counter() - begun)
+        result["datasketch_per_second"] = asked / (time.process_time() - begun)
         result["datasketch_recall"] = len(told & found) / len(found) if found else None
         result["datasketch_false"] = len(told - found)
     return result

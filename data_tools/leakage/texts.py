@@ -17,6 +17,9 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import TypeVar
+
+import numpy as np
 
 GRAM = 3
 _ONE_BY_ONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -49,6 +52,9 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
     return len(one & other) / together if together else 0.0
 
 
+_Size = TypeVar("_Size", int, np.ndarray)
+
+
 class TextIndex:
     """Finds the texts that a text is near to.
 
@@ -65,24 +71,28 @@ class TextIndex:
         self._exact = {text: number for number, text in enumerate(self.texts)}
         self._sets = [grams(text) for text in self.texts]
         self._often = Counter(gram for one in self._sets for gram in one)
-        self._having: defaultdict[str, list[int]] = defaultdict(list)
+        self._sizes = np.array([len(one) for one in self._sets], dtype=np.int64)
+        having: defaultdict[str, list[int]] = defaultdict(list)
         for number, one in enumerate(self._sets):
             for gram in self._first(one):
-                self._having[gram].append(number)
+                having[gram].append(number)
+        self._having = {gram: np.array(numbers) for gram, numbers in having.items()}
 
     def near(self, text: str) -> list[tuple[int, float]]:
         """Numbers of the texts that are near a normalised text, with the index, nearest first."""
         own = grams(text)
-        if not own:
+        first = self._first(own) if own else []
+        lists = [self._having[gram] for gram in first if gram in self._having]
+        if not lists:
             return []
-        candidates = {
-            number
-            for gram in self._first(own)
-            if gram in self._having
-            for number in self._having[gram]
-        }
+        candidates, shared = np.unique(np.concatenate(lists), return_counts=True)
+        # So many grams must be in both sets. Those among the first of both are counted; of the others no
+        # more can be shared than are left of one of them.
+        sizes = self._sizes[candidates]
+        needed = -(-self._above * (len(own) + sizes) // (self._above + self._below))
+        left = np.maximum(len(own) - len(first), sizes - self._count_of_first(sizes))
         found = []
-        for number in candidates:
+        for number in candidates[shared + left >= needed].tolist():
             other = self._sets[number]
             both = len(own & other)
             together = len(own) + len(other) - both
@@ -97,5 +107,7 @@ class TextIndex:
     def _first(self, own: Iterable[str]) -> list[str]:
         """The rarest grams, of which one at least is shared with every near text."""
         ordered = sorted(own, key=lambda gram: (self._often[gram], gram))
-        needed = -(-self._above * len(ordered) // self._below)  # rounded up
-        return ordered[: len(ordered) - needed + 1]
+        return ordered[: self._count_of_first(len(ordered))]
+
+    def _count_of_first(self, size: _Size) -> _Size:
+        return size + 1 - -(-self._above * size // self._below)  # the share needed, rounded up

@@ -82,10 +82,19 @@ class Ablation:
             )
             quickstart.check_export(export)
             self._step(f"evaluate-{name}", self.evaluate_command(name))
-        folders = [str(self.work_dir / "evaluation" / name) for name in RUNS]
-        compare = ["python", "-m", "gmai_xtuner.evaluate", "compare", *folders, "--json"]
-        self._step("compare", compare)
-        found = _comparisons(self.work_dir / "compare.log")
+        return self._compare()
+
+    def _compare(self) -> list[dict]:
+        """What the command that is shown prints with ``--json``; in this process, to import torch once."""
+        from gmai_xtuner.errors import EvaluationError
+        from gmai_xtuner.evaluation.compare import as_json, compare_runs
+
+        folders = [self.work_dir / "evaluation" / name for name in RUNS]
+        quickstart.show(["python", "-m", "gmai_xtuner.evaluate", "compare", *map(str, folders)])
+        try:
+            found = as_json(compare_runs(*folders))
+        except EvaluationError as error:
+            raise StepError(f"compare: {error}") from error
         text = json.dumps(found, indent=2) + "\n"
         (self.work_dir / "comparison.json").write_text(text, encoding="utf-8")
         return found
@@ -144,17 +153,6 @@ class Ablation:
                 quickstart.newest_checkpoint(self.work_dir / name)
         except StepError as error:
             raise StepError(f"{name}: {error}{quickstart.log_tail(log)}") from error
-
-
-def _comparisons(log: Path) -> list[dict]:
-    """What ``compare --json`` printed, behind whatever libraries say when they are imported."""
-    for line in reversed(log.read_text(encoding="utf-8").splitlines()):
-        if line.startswith("["):
-            try:
-                return json.loads(line)
-            except json.JSONDecodeError:
-                continue
-    raise StepError(f"compare: {log} holds no result")
 
 
 def as_text(comparison: dict) -> str:

@@ -65,3 +65,17 @@ def test_images(work_dir):
     assert kinds["2048x2500 JPEG"]["scaled_ms"] < kinds["2048x2500 JPEG"]["ours_ms"]
     assert 0 < kinds["2048x2500 JPEG"]["scaled_max_levels"] <= 8.5
     assert kinds["512x512 PNG"]["scaled_max_levels"] == 0
+
+
+def test_overlap(work_dir):
+    result = run(
+        "overlap.py", work_dir, "--pictures", "2", "--values", "20000", "--queries", "500",
+        "--brute-queries", "200", "--questions", "300", "--asked", "300",
+    )  # fmt: skip
+    assert result["same_as_brute"] is True
+    assert result["pairs"] >= 15  # a thousandth of the values lies within 8 bits of a query
+    # None where FAISS, datasketch or imagehash can't be installed, which stderr says
+    assert result["same_as_faiss"] in (True, None)
+    assert result["datasketch_recall"] is None or result["datasketch_recall"] <= 1
+    assert all(row["ours_per_second"] > 0 for row in result["pictures"])
+    assert result["from_cache_per_second"] > result["all_cores_per_second"] > 0

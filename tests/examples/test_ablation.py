@@ -50,16 +50,6 @@ def test_a_folder_of_others_is_left_alone(ablation: ModuleType, tmp_path: Path) 
     assert (tmp_path / "data" / "precious.txt").read_text() == "mine"
 
 
-def test_the_comparison_is_found_behind_what_libraries_print(
-    ablation: ModuleType, tmp_path: Path
-) -> None:
-    (tmp_path / "log").write_text('[2026-01-01] [INFO] x\n[{"n": 3}]\n[a warning\n')
-    assert ablation._comparisons(tmp_path / "log") == [{"n": 3}]
-    (tmp_path / "log").write_text("[2026-01-01] [INFO] x\n")
-    with pytest.raises(StepError, match="holds no result"):
-        ablation._comparisons(tmp_path / "log")
-
-
 @pytest.mark.slow
 def test_from_pictures_to_the_paired_test(
     ablation: ModuleType,
