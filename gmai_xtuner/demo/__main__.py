@@ -74,6 +74,7 @@ def _run(options: argparse.Namespace) -> int:
         serve(
             demo,
             own=own,
+            names=options.allow_host,
             credentials=credentials,
             ready=lambda: print(f"open http://{shown}:{port}/  (Ctrl-C ends it)", flush=True),
         )
@@ -166,6 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         "--port", type=int, default=PORT, help=f"0 takes a free one (default {PORT})"
     )
     parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which a proxy on this machine is visited; can be repeated",
+    )
+    parser.add_argument(
         "--auth", metavar="VARIABLE", help="environment variable that holds user:password"
     )
     parser.add_argument(
@@ -177,14 +185,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-pixels",
-        type=int,
+        type=_count,
         default=50_000_000,
         metavar="N",
         help="one picture (default 50000000)",
     )
     parser.add_argument(
         "--max-voxels",
-        type=int,
+        type=_count,
         default=300_000_000,
         metavar="N",
         help="one volume (default 300000000)",
@@ -205,6 +213,13 @@ def _parser() -> argparse.ArgumentParser:
         "--language", choices=("en", "zh"), default="en", help="the page begins with"
     )
     return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
 
 
 def _positive(text: str) -> float:

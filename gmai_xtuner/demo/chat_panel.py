@@ -13,6 +13,7 @@ from gmai_xtuner.constants import IMAGE_TOKEN
 from gmai_xtuner.demo.answering import Desk
 from gmai_xtuner.demo.boxes import UNITS, draw_boxes, read_boxes
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
+from gmai_xtuner.demo.limits import Memory
 from gmai_xtuner.demo.parts import Notices, data_url, named, picture_element
 from gmai_xtuner.demo.presets import PRESETS
 from gmai_xtuner.demo.saving import as_zip
@@ -33,12 +34,16 @@ class ChatPanel:
     Args:
         session: of the visitor.
         desk: who answers.
+        memory: of all visitors.
         images_sent: called when images went along, or are to go again.
     """
 
-    def __init__(self, session: Session, desk: Desk, *, images_sent: Callable[[], None]) -> None:
+    def __init__(
+        self, session: Session, desk: Desk, *, memory: Memory, images_sent: Callable[[], None]
+    ) -> None:
         self.session = session
         self.desk = desk
+        self.memory = memory
         self._images_sent = images_sent
         self._answers: dict[tuple[int, int], _AnswerView] = {}
         self.notices = Notices(lambda: session.language, name="chat-notice")
@@ -201,6 +206,7 @@ class ChatPanel:
         try:
             exchange = await asyncio.to_thread(session.ask, session.draft)
             await asyncio.to_thread(self.desk.check, session, exchange)
+            self.memory.take(exchange.nbytes)
         except PageError as error:
             self._set_busy(False)
             self.notices.say([("", error)])
@@ -213,6 +219,7 @@ class ChatPanel:
         self.notices.say([])
         session.stop.clear()
         if session.closed:
+            self.memory.give_back(exchange.nbytes)
             return
         session.exchanges.append(exchange)
         for one in session.tray:
@@ -253,6 +260,7 @@ class ChatPanel:
         )
 
     def _restart(self) -> None:
+        self.memory.give_back(sum(one.nbytes for one in self.session.exchanges))
         self.session.restart()
         self._images_sent()
         self.notices.say([])
@@ -312,7 +320,8 @@ class _AnswerView:
                 )
             match answer.state:
                 case "waiting":
-                    ui.label(say("waiting", language, ahead=answer.ahead)).classes("hint")
+                    key = "waiting" if answer.ahead else "next"
+                    ui.label(say(key, language, ahead=answer.ahead)).classes("hint")
                 case "writing" if not answer.text:
                     ui.label(say("thinking", language)).classes("hint pulse")
                 case "failed" if answer.failure is not None:

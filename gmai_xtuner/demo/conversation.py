@@ -97,6 +97,11 @@ class Exchange:
     box_image: int | None = None
     """Number of the image that boxes are drawn on; None: the last that was sent so far."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its pictures."""
+        return sum(3 * shown.picture.width * shown.picture.height for shown in self.images)
+
 
 @dataclass
 class Settings:

@@ -39,7 +39,7 @@ def open_files(files: Sequence[tuple[str, Path]], limits: Limits) -> list[Opened
     """Open what came in one upload; DICOM files of one series become one volume.
 
     Args:
-        files: names, and where their bytes lie; may be moved.
+        files: names, and where their bytes lie; they stay as they are.
         limits: what is refused.
     """
     opened: list[Opened] = []

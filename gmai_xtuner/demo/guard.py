@@ -16,7 +16,7 @@ import binascii
 import hmac
 import ipaddress
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,6 +55,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # such as an IPv6 address without its bracket
+        return ""
+
+
 class Guard:
     """See the module.
 
@@ -62,6 +69,7 @@ class Guard:
         application: what is guarded.
         upload_bytes: files of one request.
         loopback: whether only this machine is served.
+        names: by which a proxy on this machine is visited; taken as if they were its own.
         credentials: ``user:password``, or None.
     """
 
@@ -71,11 +79,13 @@ class Guard:
         *,
         upload_bytes: int,
         loopback: bool,
+        names: Sequence[str] = (),
         credentials: str | None = None,
     ) -> None:
         self._application = application
         self._limit = upload_bytes + MULTIPART_OVERHEAD
         self._loopback = loopback
+        self._names = frozenset(name.lower() for name in names)
         self._credentials = None if credentials is None else credentials.encode()
         self._token = secrets.token_urlsafe(32)
 
@@ -99,10 +109,13 @@ class Guard:
 
     def _is_at_home(self, headers: dict[str, str]) -> bool:
         host = headers.get("host", "")
-        if self._loopback and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        name = _name(f"//{host}")
+        if self._loopback and name not in self._names and not is_loopback(name):
             return False
         origin = headers.get("origin")
-        return origin is None or urlsplit(origin).netloc == host
+        if origin is None or _name(origin) in self._names:
+            return True
+        return origin in (f"http://{host}", f"https://{host}")
 
     def _signed_in(self, headers: dict[str, str]) -> tuple[bool, bool]:
         """Whether the visitor may come in, and whether he is to get the cookie."""

@@ -338,11 +338,7 @@ class ImagePanel:
         self.draw_images()
 
     async def _example(self, example: Example) -> None:
-        # Opening a file may move it: a link is enough, and the original stays.
-        with tempfile.TemporaryDirectory(prefix="gmai_demo_") as folder:
-            link = Path(folder) / f"example{example.path.suffix}"
-            link.symlink_to(example.path.resolve())
-            await self._open([(example.name[self.session.language], link)])
+        await self._open([(example.name[self.session.language], example.path)])
 
     async def _uploaded(self, event: events.MultiUploadEventArguments) -> None:
         with tempfile.TemporaryDirectory(prefix="gmai_demo_") as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ def open_nifti(path: Path, limits: Limits) -> Volume:
     Raises:
         PageError: it is damaged, too large, or holds no grey levels.
     """
-    import nibabel
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
     from nibabel.wrapstruct import WrapStructError
@@ -47,31 +47,13 @@ def open_nifti(path: Path, limits: Limits) -> Volume:
         *(ValueError, RuntimeError, OverflowError, KeyError, TypeError),
         MemoryError,  # a header that promises more than there is
     )
-    named = path.with_name("volume.nii.gz" if _gzipped(path) else "volume.nii")
-    path.rename(named)  # nibabel goes by names
     try:
-        image: Any = nibabel.load(named)
-        shape = tuple(int(length) for length in image.shape)
-        while len(shape) > 3 and shape[-1] == 1:
-            shape = shape[:-1]
-        if len(shape) == 2:
-            shape = (*shape, 1)
-        if not 3 <= len(shape) <= 5 or (len(shape) == 5 and shape[3] != 1) or 0 in shape:
-            raise PageError("nifti_axes", shape=" × ".join(map(str, image.shape)))
-        limits.check_pixels(shape[0], shape[1])
-        limits.check_voxels(int(np.prod(shape, dtype=object)))
-        stored = image.header.get_data_dtype()
-        if stored.fields is not None or stored.kind == "c":
-            raise PageError("nifti_type", type=str(stored)[:60])
-        proxy = image.dataobj
-        values = np.asarray(proxy.get_unscaled() if _unscaled(proxy) else proxy)
-        values = values.reshape((*shape[:3], -1))
-        affine = np.asarray(image.affine, dtype=np.float64)
-        oriented = int(image.header["sform_code"]) or int(image.header["qform_code"])
+        values, affine, oriented = _read(path, limits)
     except PageError:
         raise
     except bad as error:
         raise PageError("damaged") from error
+    shape = values.shape if values.shape[3] > 1 else values.shape[:3]
     notes: list[str] = [] if oriented else ["no_orientation"]
     if values.dtype.kind == "f":
         values = values.astype(np.float32, copy=False)
@@ -116,9 +98,34 @@ def to_ras(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[fl
     return orientations.apply_orientation(values, turn), (x, y, z)
 
 
-def _gzipped(path: Path) -> bool:
+def _read(path: Path, limits: Limits) -> tuple[np.ndarray, np.ndarray, bool]:
+    """``[I, J, K, C]`` as stored, the affine to RAS+, and whether the file names an orientation."""
+    import nibabel
+
     with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        suffix = ".nii.gz" if file.read(2) == b"\x1f\x8b" else ".nii"
+    with tempfile.TemporaryDirectory(prefix="gmai_demo_") as folder:
+        # nibabel goes by names, so the file gets one more
+        link = Path(folder) / f"volume{suffix}"
+        link.symlink_to(path.resolve())
+        image: Any = nibabel.load(link, mmap=False)
+        shape = tuple(int(length) for length in image.shape)
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) == 2:
+            shape = (*shape, 1)
+        if not 3 <= len(shape) <= 5 or (len(shape) == 5 and shape[3] != 1) or 0 in shape:
+            raise PageError("nifti_axes", shape=" × ".join(map(str, image.shape)))
+        limits.check_pixels(shape[0], shape[1])
+        limits.check_voxels(int(np.prod(shape, dtype=object)))
+        stored = image.header.get_data_dtype()
+        if stored.fields is not None or stored.kind == "c":
+            raise PageError("nifti_type", type=str(stored)[:60])
+        proxy = image.dataobj
+        values = np.asarray(proxy.get_unscaled() if _unscaled(proxy) else proxy)
+        affine = np.asarray(image.affine, dtype=np.float64)
+        oriented = int(image.header["sform_code"]) or int(image.header["qform_code"])
+        return values.reshape((*shape[:3], -1)), affine, bool(oriented)
 
 
 def _unscaled(proxy: Any) -> bool:

@@ -44,7 +44,6 @@ class Demo:
         self.language = language
         self.memory = Memory(limits.memory_bytes)
         self.opening = asyncio.Semaphore(2)
-        self.sessions: set[int] = set()
         self._open: dict[int, Session] = {}
 
     def page(self, client: Client) -> None:
@@ -66,9 +65,12 @@ class Demo:
         self._open.pop(id(session), None)
         session.closed = True
         session.stop.set()
-        for one in session.tray:
-            self.memory.give_back(one.study.nbytes)
+        self.memory.give_back(
+            sum(one.study.nbytes for one in session.tray)
+            + sum(one.nbytes for one in session.exchanges)
+        )
         session.tray.clear()
+        session.exchanges.clear()
 
 
 class _Page:
@@ -76,7 +78,9 @@ class _Page:
         self.demo = demo
         self.session = session
         self.images = ImagePanel(session, demo.memory, examples=demo.examples, opening=demo.opening)
-        self.chat = ChatPanel(session, demo.desk, images_sent=self.images.told_sent)
+        self.chat = ChatPanel(
+            session, demo.desk, memory=demo.memory, images_sent=self.images.told_sent
+        )
 
     def draw(self) -> None:
         self._body = ui.element("div").classes("demo")
@@ -114,4 +118,5 @@ class _Page:
 
     def _speak(self, language: Language) -> None:
         self.session.language = language
+        ui.run_javascript(f"document.documentElement.lang = '{language}'")
         self._fill()

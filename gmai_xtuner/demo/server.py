@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -59,13 +59,19 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    demo: Demo, *, own: socket.socket, credentials: str | None, ready: Callable[[], None]
+    demo: Demo,
+    *,
+    own: socket.socket,
+    names: Sequence[str],
+    credentials: str | None,
+    ready: Callable[[], None],
 ) -> None:
     """Serve until a signal ends it.
 
     Args:
         demo: what is served.
         own: see `reserved`.
+        names: see `Guard`.
         credentials: ``user:password``, or None.
         ready: called when the page can be visited.
     """
@@ -87,6 +93,7 @@ def serve(
         application,
         upload_bytes=demo.limits.upload_bytes,
         loopback=is_loopback(host),
+        names=names,
         credentials=credentials,
     )
     config = uvicorn.Config(

@@ -79,6 +79,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "请选择图像和任务，或输入问题。",
     ),
     "waiting": ("Waiting: {ahead} ahead of you …", "排队中：前面还有 {ahead} 个 …"),
+    "next": ("Comes next …", "即将回答 …"),
     "thinking": ("The model is reading …", "模型正在读取 …"),
     "stopped": ("Stopped by you", "已由您停止"),
     "cut": ("Cut off at the longest answer of the settings", "已达到设置中的最大回答长度，被截断"),

@@ -65,6 +65,8 @@ def _teach(model: GMAILLaVAModel, bases: Path, lessons: Sequence[Lesson], steps:
         template=ChatTemplate.from_xtuner("internlm2_chat"),
         transform=ImageTransform.from_pretrained(bases / "vision"),
     )
+    if not lessons:
+        return
     taught = []
     for question, picture, answer in lessons:
         images = () if picture is None else (picture,)

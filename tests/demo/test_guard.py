@@ -80,6 +80,8 @@ def test_a_visitor_is_served_and_told_to_load_nothing_from_elsewhere():
         ({"origin": "http://evil.example"}, False),
         ({"origin": "http://127.0.0.1:8888"}, False),
         ({"origin": "null"}, False),
+        ({"origin": "http://[::1"}, False),
+        ({"host": "[::1"}, False),
         ({"host": "evil.example:7860", "origin": "http://evil.example:7860"}, False),
         ({"host": ""}, False),
     ],
@@ -96,6 +98,15 @@ def test_on_a_network_any_name_of_the_machine_is_right_but_not_another_origin():
     guard = open_guard(loopback=False)
     assert talk(guard, host="gpu7.hospital.lan", origin="http://gpu7.hospital.lan")[0] == 200
     assert talk(guard, host="gpu7.hospital.lan", origin="http://evil.example")[0] == 403
+
+
+def test_the_name_of_a_proxy_is_taken_as_its_own():
+    guard = open_guard(names=["Demo.Hospital.lan"])
+    assert talk(guard, origin="https://demo.hospital.lan")[0] == 200
+    assert talk(guard, host="demo.hospital.lan", origin="https://demo.hospital.lan")[0] == 200
+    assert talk(guard, kind="websocket", origin="https://demo.hospital.lan") == "websocket.accept"
+    assert talk(guard, origin="https://evil.example")[0] == 403
+    assert talk(guard, host="evil.example")[0] == 403
 
 
 def basic(text: str) -> str:
