@@ -16,7 +16,15 @@ from data_tools.errors import CorpusError
 from data_tools.job import Job
 from data_tools.making import BY_TEMPLATE, worker_taxonomy
 from data_tools.output.stats import lines as lines_of
-from data_tools.pipeline import STATE, WORK, Result, Selection, check_writer, source_context
+from data_tools.pipeline import (
+    STATE,
+    WORK,
+    Result,
+    Selection,
+    check_writer,
+    make_of,
+    source_context,
+)
 from data_tools.readers.source import SourceOptions
 from data_tools.records import Record
 from data_tools.samples import Unit
@@ -87,7 +95,7 @@ def _look(
     items = [
         Task(item, record, context)
         for record in records
-        for item in forms.plan(record, context, job.make, seed=job.seed)
+        for item in forms.plan(record, context, make_of(job, source.name), seed=job.seed)
     ]
     expected = count * units / len(chosen) if chosen else 0
     if selection.limit is not None:

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from data_tools import readers, standardise
 from data_tools.engine import Engine, open_engine
 from data_tools.errors import CorpusError, JobError
+from data_tools.forms.options import MakeOptions
 from data_tools.items import SourceContext
 from data_tools.job import Job, fingerprint
 from data_tools.making import Making, make, worker_taxonomy
@@ -51,7 +52,7 @@ _TASK_SECONDS = 0.1
 _MOST_UNITS = 64
 
 # What neither the records nor the answers depend on.
-_NOT_OF_RECORDS = ("root", "synonyms", "chinese")
+_NOT_OF_RECORDS = ("root", "synonyms", "chinese", "negatives")
 _NOT_OF_ANSWERS = (
     "name",
     "key_variable",
@@ -433,7 +434,14 @@ def making_of(job: Job, context: SourceContext, *, grounded: bool) -> Making:
             _taxonomy_digest(job),
             _code(_CODE_OF_TEXT + _CODE_OF_PROMPTS),
         )
-    return Making(job.make, job.checks, job.seed, job.taxonomy, context, answers)
+    make = make_of(job, context.source)
+    return Making(make, job.checks, job.seed, job.taxonomy, context, answers)
+
+
+def make_of(job: Job, source: str) -> MakeOptions:
+    """The section ``make`` as it holds for a source."""
+    (own,) = {one.negatives for one in job.sources if one.name == source}
+    return job.make if own is None else job.make.model_copy(update={"negatives": own})
 
 
 def _hash(*parts: Any) -> bytes:
@@ -464,7 +472,7 @@ def _make(
     context = source_context(source, store.vocabulary(number))
     making = making_of(job, context, grounded=selection.grounded)
     made = _hash(
-        fingerprint(job.make),
+        fingerprint(make_of(job, source.name)),
         fingerprint(job.checks),
         job.seed,
         context,

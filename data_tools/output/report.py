@@ -7,7 +7,7 @@ all, and the page's content policy forbids scripts and requests, should somethin
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,11 @@ def environment() -> Environment:
     return made
 
 
+def all_of(stage: Mapping[str, Any]) -> int:
+    """What came to a stage."""
+    return int(stage["count"] + stage["dropped"])
+
+
 def funnel(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stages of a source in their order: ``stage``, ``title``, ``count`` that came through, ``drops``.
 
@@ -107,10 +112,11 @@ def funnel(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             stage["count"] += row["count"]
     for stage in stages.values():
         stage["dropped"] = sum(drop["count"] for drop in stage["drops"])
-        all_of_it = stage["count"] + stage["dropped"]
+        all_of_it = all_of(stage)
         stage["width"] = 100 * stage["count"] / all_of_it if all_of_it else 0
         stage["lost"] = 100 * stage["dropped"] / all_of_it if all_of_it else 0
-    return list(stages.values())
+    # Sets of classes have no regions: a nought would look like a loss.
+    return [stage for stage in stages.values() if stage["stage"] != "clean" or all_of(stage)]
 
 
 def distributions(summary: dict[str, Any]) -> list[dict[str, Any]]:

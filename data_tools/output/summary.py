@@ -263,6 +263,13 @@ def warnings(summary: dict[str, Any]) -> list[str]:
             "pictures and are all on one side. Look for a picture that stands in for a missing one, or "
             "lower corpus.near_duplicates."
         )
+    shared = records["count"] - records["pictures"]
+    if shared:
+        found.append(
+            f"{shared:,} record(s) show the same picture as another record, with other labels or "
+            "attributes (a file that lies in two class folders, say). Their answers may contradict each "
+            "other: look at them."
+        )
     pending = sum(
         row["count"]
         for source in summary["sources"].values()

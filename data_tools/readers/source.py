@@ -31,6 +31,7 @@ class SourceOptions(Options):
         synonyms: label name -> further names of the same thing.
         chinese: label name -> Chinese name.
         attributes: constants of every picture of the set.
+        negatives: stands for the job's ``make.negatives`` in this source.
         group: regular expression on the path below ``root``; its first group (or the whole match) is
             the patient, case or slide. Default: what the reader finds, else each picture alone.
         clean: rules for masks and slices, a preset of `preprocess.rules` by name, or rules in full.
@@ -51,6 +52,7 @@ class SourceOptions(Options):
     synonyms: dict[str, tuple[str, ...]] = Field(default={})
     chinese: dict[str, str] = Field(default={})
     attributes: dict[str, str] = Field(default={})
+    negatives: bool | None = None
     group: str | None = None
     clean: str | Rules = "sa-med2d"
 

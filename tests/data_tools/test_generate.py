@@ -337,3 +337,23 @@ def test_a_strange_file_among_the_pictures_stays(classes, make_job, tmp_path):
     done(job)
     assert mine.is_file()
     assert not stray.exists()
+
+
+def test_a_source_says_for_itself_that_it_names_only_some(classes, make_job, tmp_path):
+    make = {
+        "caption": 0,
+        "instruction": 0,
+        "dialogue": 0,
+        "text_single": 0,
+        "text_multi": 0,
+        "perception": 9,
+    }
+    other = {"name": "partial", "negatives": False, "root": str(tmp_path / "other")}
+    for number in range(4):
+        draw(tmp_path / "other" / ("NORM" if number % 2 else "TUM") / f"{number}.png", number + 50)
+    done(make_job({}, other, make=make, corpus={"held_out": 0}))
+    asked = {"tissue": set(), "partial": set()}
+    for line in (tmp_path / "out" / "percept.jsonl").read_text().splitlines():
+        name = json.loads(line)["id"]
+        asked[name.split("#")[3]].add(name.rsplit("-", 1)[1])
+    assert asked["tissue"] - asked["partial"] == {"yes_no", "multiple_choice"}

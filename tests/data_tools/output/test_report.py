@@ -222,3 +222,13 @@ def test_a_stage_shows_what_came_through_and_what_did_not():
 )
 def test_sizes(count, text):
     assert report.size(count) == text
+
+
+def test_a_set_of_classes_has_no_stage_of_regions():
+    rows = [{"stage": stage, "reason": "", "count": n} for stage, n in (("read", 4), ("clean", 0))]
+    assert [stage["stage"] for stage in report.funnel(rows)] == ["read"]
+    rows.append({"stage": "clean", "reason": "empty mask", "count": 2})
+    assert [(stage["stage"], stage["lost"]) for stage in report.funnel(rows)] == [
+        ("read", 0),
+        ("clean", 100),
+    ]

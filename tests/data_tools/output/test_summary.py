@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -155,7 +156,7 @@ def test_warnings_name_what_to_look_at(counted):
 def test_a_split_that_went_wrong_is_a_warning(counted, changes, message):
     values = {
         "conversations": {"count": 6, "held_out": changes.get("held_out", 1)},
-        "records": {"held_out": changes.get("records_held_out", 1)},
+        "records": {"count": 6, "pictures": 6, "held_out": changes.get("records_held_out", 1)},
         "split": {
             "share": 0.05,
             "groups": changes.get("groups", 3),
@@ -229,3 +230,16 @@ def test_a_hostile_name_cannot_move_the_terminals_cursor(counted):
 )
 def test_durations(seconds, text):
     assert stats.duration(seconds) == text
+
+
+def test_a_picture_of_two_classes_is_told(tmp_path):
+    records = [record(number) for number in range(3)]
+    other = replace(records[0], id="other", labels=(Label("platelet"),))
+    store = FakeStore([*records, other], [kept(one) for one in (*records, other)])
+    for one in records:
+        draw(tmp_path, one)
+    found = build(store, job(held_out=0), tmp_path, taxonomy=None)["warnings"]
+    assert [line for line in found if "same picture" in line] == [
+        "1 record(s) show the same picture as another record, with other labels or attributes (a file that "
+        "lies in two class folders, say). Their answers may contradict each other: look at them."
+    ]
