@@ -178,3 +178,42 @@ def test_slugs():
     assert part_slug({"axis": "z", "slice": 40}) == "z_0040"
     assert part_slug({"frame": 12}) == "0012"
     assert part_slug({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("annotations", "part", "default", "task", "prefix"),
+    [
+        ([CAT], {}, "2D classification", "2D classification", "2d#cls"),
+        ([CAT, Annotation("a", (1, 2, 30, 40))], {}, "2D classification", "2D detection", "2d#det"),
+        ([Annotation("a", mask=NOISE > 9)], {}, "2D classification", "2D segmentation", "2d#seg"),
+        ([Annotation("a", mask=NOISE > 9)], {"axis": "z", "slice": 3}, "2D classification",
+         "3D segmentation", "3d#seg"),
+        ([CAT], {"axis": "z", "slice": 3}, "3D segmentation", "2D classification", "2d#cls"),
+        ([Annotation("a", (1, 2, 30, 40))], {}, "2D segmentation", "2D segmentation", "2d#seg"),
+    ],
+)  # fmt: skip
+def test_the_task_is_that_of_what_the_picture_has(
+    read, monkeypatch, annotations, part, default, task, prefix
+):
+    """A table or a DICOM folder may hold classes, boxes or masks."""
+    monkeypatch.setattr(SourceOptions, "default_source_task", default)
+    (found,) = read(sample(*annotations, part=part)).records
+    assert found.record.source_task == task
+    assert found.record.id.startswith(f"{prefix}#ct#set#")
+    (named,) = read(sample(*annotations, part=part), source_task="2D detection").records
+    assert named.record.source_task == "2D detection"
+
+
+def test_labels_of_what_was_left_out_have_the_names_of_the_corpus(read):
+    speck = NOISE < 0
+    speck[0, 0] = True
+    given = sample(
+        Annotation("1", (1, 2, 30, 40)),
+        Annotation("2", mask=speck),
+        incomplete=("3", "unknown", " 1 "),
+    )
+    (found,) = read(given, labels={"1": "cat", "2": "dog", "3": "owl"}).records
+    assert found.record.incomplete == ("cat", "dog", "owl")
+    assert found.record.names == ("cat",)
+    again = type(found.record).from_json(found.record.to_json())
+    assert again == found.record
