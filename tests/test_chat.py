@@ -20,6 +20,7 @@ from gmai_xtuner.chat.terminal import Terminal
 from gmai_xtuner.datasets.conversation import Turn, parse_record
 from gmai_xtuner.inference import PromptTooLong, user_turn
 from gmai_xtuner.loading import load_model
+from gmai_xtuner.model_arguments import only_answers_on_stdout
 from tests.commands.runner import ROOT
 from tests.exports import write_export
 
@@ -115,12 +116,18 @@ def test_a_full_context_is_said_and_undo_makes_room(dialogue, predictor, monkeyp
 def test_a_model_that_fails_leaves_the_conversation(dialogue, pictures, predictor, monkeypatch):
     dialogue.add_image(pictures[0])
 
+    original, calls = predictor.model.llm.forward, []
+
     def fail(*args, **kwargs):
-        raise RuntimeError("out of memory")
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(predictor.model.llm, "forward", fail)
-        _, log = say(dialogue, "What is it?")
+        out, log = say(dialogue, "What is it?")
+    assert out.strip(), "it fails in the middle of an answer"
     assert "the model failed, and the conversation is as it was: out of memory" in log
     assert (dialogue.turns, len(dialogue.waiting)) == ([], 1)
     assert say(dialogue, "What is it?")[0].strip() == dialogue.turns[1].text
@@ -288,6 +295,14 @@ def test_one_question_as_json_from_standard_input(export, pictures, predictor):
     assert (result["new_tokens"], result["cut"]) == (5, True)
     assert result["answer"]
     assert result["prompt_tokens"] > 2 * 64
+
+
+def test_what_libraries_print_is_no_answer(capfd):
+    with only_answers_on_stdout() as stdout:
+        os.write(1, b"printed")
+        stdout.write("胸部")
+    os.write(1, b" afterwards")
+    assert capfd.readouterr() == ("胸部 afterwards", "printed")
 
 
 @pytest.mark.parametrize(
