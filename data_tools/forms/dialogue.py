@@ -26,8 +26,10 @@ def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
     teller = Teller(item, record, context, taxonomy)
     what = teller.what()
     pairs = [(teller.pick(_WHAT, _WHAT_ZH), what)]
-    names = teller.names(record.names)
-    found = f"图像显示{names}。" if teller.chinese else f"The findings in it: {names}."
+    if teller.chinese:
+        found = f"图像显示{teller.names(record.names)}。"
+    else:
+        found = teller.identified("The findings in it: {}.")
     pairs.append((teller.pick(_FINDINGS, _FINDINGS_ZH), found))
     more = []
     for name, regions in teller.regions().items():

@@ -51,6 +51,11 @@ def definite(words: str) -> str:
     return words if first in _DETERMINERS else f"the {words}"
 
 
+def denies(words: str) -> bool:
+    """Whether a label says that there is nothing, as `no finding` does: it is no finding itself."""
+    return words.split(" ", 1)[0].lower() in ("no", "without")
+
+
 def within(modality: str) -> str:
     """A modality inside a sentence: lower case unless its first word is an abbreviation.
 

@@ -42,11 +42,10 @@ def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
             answer = teller.joined(teller.what(), *teller.attributes(), teller.findings())
         case "list":
             question = teller.pick(_LIST, _LIST_ZH)
-            names = teller.names(record.names)
             answer = (
-                f"图像中的所见为：{names}。"
+                f"图像中的所见为：{teller.names(record.names)}。"
                 if teller.chinese
-                else f"The following is identified in this image: {names}."
+                else teller.identified("The following is identified in this image: {}.")
             )
         case "where":
             name = teller.dice.pick(list(regions))

@@ -7,7 +7,7 @@ GMAI-MM-Percept of GMAI-VL (arXiv 2411.14522, table 1). `kinds` says which quest
 from __future__ import annotations
 
 from data_tools.forms.dice import Dice
-from data_tools.forms.grammar import definite, thirds
+from data_tools.forms.grammar import definite, denies, thirds
 from data_tools.forms.options import MakeOptions
 from data_tools.forms.teller import Teller, about_image
 from data_tools.items import Conversation, Item, SourceContext
@@ -176,7 +176,9 @@ def _yes_no(teller: Teller) -> tuple[str, str]:
     # Of a set of regions with pictures of none: "any no finding" is no question.
     of_all = whole or label.lower().split(" ", 1)[0] in _OF_ALL
     question = (
-        teller.pick(_IS_CLASS, _IS_CLASS_ZH) if of_all else teller.pick(_IS_THERE, _IS_THERE_ZH)
+        teller.pick(_IS_CLASS[:1] if denies(label) else _IS_CLASS, _IS_CLASS_ZH)
+        if of_all
+        else teller.pick(_IS_THERE, _IS_THERE_ZH)
     )
     if teller.chinese:
         return question.format(asked), "是" if yes else "否"

@@ -7,6 +7,7 @@ from data_tools.forms.dice import Dice
 from data_tools.forms.grammar import (
     attribute,
     definite,
+    denies,
     listed,
     picture_of,
     place,
@@ -110,9 +111,18 @@ class Teller:
             return self.dice.pick(("其类别为{}。", "图像归类为{}。", "所见为{}。")).format(said)
         if len(names) > 1:
             return self.dice.pick(("The findings are {}.", "It is classified as {}.")).format(said)
+        if denies(said):
+            return self.dice.pick(("It shows {}.", "It is classified as {}.")).format(said)
         return self.dice.pick(
             ("It is classified as {}.", "The finding is {}.", "Its class is {}.")
         ).format(said)
+
+    def identified(self, several: str) -> str:
+        """An English sentence that lists the labels: ``several`` with them, or what shows none."""
+        names = self.names(self.record.names)
+        if len(self.record.names) == 1 and denies(names):
+            return f"It shows {names}."
+        return several.format(names)
 
     def located(self) -> list[str]:
         """Sentences on the regions, one for each label; empty without any."""

@@ -357,3 +357,23 @@ def test_an_organ_is_shown_and_a_class_is_a_result():
     assert report(grade) == "The result of the CT image is edema."
     cell = record(Label("platelet", (0, 0, 9, 9)), department="None")
     assert report(cell) == "The CT image shows the following: platelet."
+
+
+def test_no_finding_is_no_finding():
+    """And the checks take it for the label that it is."""
+    context = SourceContext("toy", "Toy", ("no finding", "pneumothorax"), {}, {})
+    texts = set()
+    for seed in range(60):
+        for item, made in conversations(record(Label("no finding")), context=context, seed=seed):
+            texts |= {turn.text for turn in made}
+            of = record(Label("no finding"))
+            assert not check(made, item, of, context, TAXONOMY, CheckOptions())
+    told = " ".join(texts)
+    assert "It shows no finding." in told
+    for words in (
+        "finding is no finding",
+        "Is no finding",
+        "findings in it: no",
+        "identified in this image: no",
+    ):
+        assert words not in told
