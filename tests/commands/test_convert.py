@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,15 +69,6 @@ def refused(xtuner, out, match, *arguments):
     assert not list(out.parent.glob(f".{out.name}.*"))
 
 
-def test_the_config_of_another_stage_is_refused(xtuner, checkpoints, tmp_path):
-    out = tmp_path / "out"
-    refused(
-        xtuner, out,
-        "has no weights for 92 of 96 parameters that this config trains",
-        STAGE3, checkpoints / "stage1_shallow.pth", out,
-    )  # fmt: skip
-
-
 def test_another_geometry_is_refused(checkpoints, tiny_bases, tmp_path):
     write_tiny_vision(tmp_path / "vision", TinyVision(hidden_size=32), seed=0)
     other = Xtuner(GMAI_LLM=tiny_bases / "llm", GMAI_VISION=tmp_path / "vision")
@@ -89,18 +76,5 @@ def test_another_geometry_is_refused(checkpoints, tiny_bases, tmp_path):
     refused(
         other, out,
         "is of another geometry in 1 weights: projector.model.0.weight (128, 64) instead of (128, 32)",
-        STAGE1, checkpoints / "stage1_shallow.pth", out,
-    )  # fmt: skip
-
-
-def test_a_missing_shard_of_a_base_is_refused(checkpoints, tiny_bases, tmp_path):
-    shutil.copytree(tiny_bases / "llm", tmp_path / "llm")
-    index = json.loads((tmp_path / "llm" / "model.safetensors.index.json").read_text())
-    lost = sorted(set(index["weight_map"].values()))[1]
-    (tmp_path / "llm" / lost).unlink()
-    other = Xtuner(GMAI_LLM=tmp_path / "llm", GMAI_VISION=tiny_bases / "vision")
-    out: Path = tmp_path / "out"
-    refused(
-        other, out, f"weight files named in model.safetensors.index.json are missing: {lost}",
         STAGE1, checkpoints / "stage1_shallow.pth", out,
     )  # fmt: skip

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from gmai_xtuner.errors import ModelLoadError
-from gmai_xtuner.models.checkpoints import load_checkpoint_state, load_parts, resolve_checkpoint
+from gmai_xtuner.models.checkpoints import (
+    check_trained_state,
+    load_checkpoint_state,
+    load_parts,
+    resolve_checkpoint,
+)
 from tests.models.test_checkpoint_folder import write_checkpoint
 from tests.models.test_llava import build_model
 
@@ -116,3 +121,24 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "empty.pth")
     with pytest.raises(ModelLoadError, match="no model weights"):
         load_checkpoint_state(tmp_path / "empty.pth")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_checkpoint_that_is_not_of_the_config_is_refused_by_names_and_shapes(device):
+    """What ``xtuner convert pth_to_hf`` asks before it puts anything into the model."""
+    model = build_model(freeze_llm=True).to(device)
+    right = {key: torch.zeros(value.shape) for key, value in model.state_dict().items()}
+    check_trained_state(model, right, source="s")
+    # More than the stage trains may be there: a tower that no base has.
+    check_trained_state(model, right | {"llm.model.norm.weight": torch.zeros(32)}, source="s")
+
+    first = "projector.model.0.weight"
+    stage1 = {key: value for key, value in right.items() if key.startswith("projector.")}
+    with pytest.raises(ModelLoadError, match=r"s has no weights for \d+ of \d+ .*visual_encoder\."):
+        check_trained_state(model, stage1, source="s")
+    with pytest.raises(
+        ModelLoadError, match=r"1 weights that this config's model does not have: x\.y"
+    ):
+        check_trained_state(model, right | {"x.y": torch.zeros(1)}, source="s")
+    with pytest.raises(ModelLoadError, match=r"model\.0\.weight \(3, 3\) instead of \("):
+        check_trained_state(model, right | {first: torch.zeros(3, 3)}, source="s")
