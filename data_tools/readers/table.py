@@ -114,6 +114,8 @@ class Options(SourceOptions):
             picture. Default: ``finding`` with ``box``, else ``picture``.
         attribute_columns: column -> name of the picture's attribute.
         finding_columns: column -> name of the finding's attribute.
+        attribute_values: name of an attribute -> its codes -> words, ``{sex: {m: male, f: female}}``. A code
+            that isn't among them drops the row.
         group_column: patient, case or slide.
         modality_column: of the taxonomy, or a DICOM code.
         split_column, splits: only rows with one of these values are read.
@@ -141,6 +143,7 @@ class Options(SourceOptions):
     row_is: Literal["picture", "finding"] | None = None
     attribute_columns: dict[str, str] = Field(default={})
     finding_columns: dict[str, str] = Field(default={})
+    attribute_values: dict[str, dict[str, str]] = Field(default={})
     group_column: str | None = None
     modality_column: str | None = None
     split_column: str | None = None
@@ -152,6 +155,12 @@ class Options(SourceOptions):
             raise ValueError("the table's `label` or `one_hot` columns are missing")
         if (self.split_column is None) != (not self.splits):
             raise ValueError("`split_column` and `splits` belong together")
+        names = {*self.attribute_columns.values(), *self.finding_columns.values()}
+        if strange := sorted(set(self.attribute_values) - names):
+            raise ValueError(
+                f"`attribute_values` is about attributes that no column gives: {', '.join(strange)}; "
+                f"there are {', '.join(sorted(names)) or 'none'}"
+            )
         if self.nothing is not None and not self.one_hot:
             raise ValueError("`nothing` is about `one_hot` columns")
         return self
@@ -365,7 +374,20 @@ def _facts(
 
 def _attributes(options: Options, row: Row, columns: Mapping[str, str]) -> dict[str, str]:
     cells = {name: _text(row.cells[column]) for column, name in columns.items()}
-    return {name: text for name, text in cells.items() if text not in options.missing}
+    return {
+        name: _in_words(options, name, text)
+        for name, text in cells.items()
+        if text not in options.missing
+    }
+
+
+def _in_words(options: Options, name: str, text: str) -> str:
+    words = options.attribute_values.get(name)
+    if words is None:
+        return text
+    if text not in words:
+        raise _BadRow("unknown value of an attribute", f"{name} is {text!r}")
+    return words[text]
 
 
 def _findings(options: Options, row: Row, found: Picture) -> tuple[Annotation, ...]:

@@ -353,3 +353,15 @@ def test_a_finding_whose_box_cannot_be_read_is_named(tmp_path):
     assert reasons(drops) == {"box that can't be read": 1}
     assert [label for label, _ in boxes(sample)] == ["heart"]
     assert sample.incomplete == ("nodule",)
+
+
+def test_codes_of_attributes_become_words(tmp_path):
+    write_rows(tmp_path, "file,l,s\na.png,nodule,m\nb.png,nodule,x\n")
+    keys = {"table": "t.csv", "image": "file", "label": "l", "attribute_columns": {"s": "sex"}}
+    (sample,), drops = read_all(
+        table, tmp_path, **keys, attribute_values={"sex": {"m": "male", "f": "female"}}
+    )
+    assert sample.attributes == {"sex": "male"}
+    assert reasons(drops) == {"unknown value of an attribute": 1}
+    with pytest.raises(ValidationError, match="no column gives: gender; there are sex"):
+        options(table, tmp_path, **keys, attribute_values={"gender": {"m": "male"}})

@@ -96,6 +96,18 @@ def test_many_regions_are_counted():
     assert "30 of platelet" in user
 
 
+@pytest.mark.parametrize("count", [2, 30])
+def test_a_model_is_told_of_what_was_left_out(count):
+    labels = tuple(Label("platelet", (i, 0, i + 1, 1)) for i in range(count))
+    fields = {name: getattr(RECORD, name) for name in RECORD.__slots__}
+    record = Record(**fields | {"labels": labels, "incomplete": ("platelet",)})
+    user = build(item("caption"), record, CONTEXT, TAXONOMY, grounded=True).user
+    assert "never say how many" in user
+    assert "30 of platelet" not in user
+    region = build(item("region_caption"), record, CONTEXT, TAXONOMY, grounded=True).user
+    assert "how many" not in region
+
+
 @pytest.mark.parametrize(
     ("box", "words"),
     [
