@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from gmai_xtuner.errors import EvaluationError
 
@@ -28,6 +31,14 @@ def hash_files(folders: Mapping[str, Path], *, cache: Path | None = None) -> str
     Raises:
         EvaluationError: no file there.
     """
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+    # Of several processes one reads the weights, the others its hashes.
+    with nullcontext() if cache is None else FileLock(cache / f".{CACHE_FILE}.lock"):
+        return _hash_files(folders, cache)
+
+
+def _hash_files(folders: Mapping[str, Path], cache: Path | None) -> str:
     known = _read_cache(cache)
     total = hashlib.sha256()
     for part, folder in sorted(folders.items()):
@@ -87,5 +98,4 @@ def _read_cache(folder: Path | None) -> dict[str, Any]:
 def _write_cache(folder: Path, known: dict[str, Any]) -> None:
     from gmai_xtuner.engine.on_disk import replace_text
 
-    folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / CACHE_FILE, json.dumps(known, indent=1) + "\n")
