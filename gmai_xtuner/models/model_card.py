@@ -103,6 +103,9 @@ serve FOLDER`, `transformers serve`, and others that load LLaVA.
 
 {pixels}
 
+Send 8-bit pictures. Of 16-bit PNG and TIFF files, as scanners write them, `convert("RGB")` makes white ones:
+map the window that matters to 0..255 first.
+
 ## Licence and data
 
 This folder has no licence of its own: what may be done with it follows from the licences of the bases named

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,8 +24,12 @@ from gmai_xtuner.errors import ModelLoadError
 from gmai_xtuner.import_model import main
 from gmai_xtuner.loading import describe, load_model
 from gmai_xtuner.models.checkpoint_files import read_state_dict
+from gmai_xtuner.models.internlm2 import load_language_model
 from gmai_xtuner.models.llava import GMAILLaVAModel
 from gmai_xtuner.models.tokenizer import load_tokenizer
+from gmai_xtuner.models.vision import load_vision_tower
+from gmai_xtuner.preflight.checks import check_base_weights
+from gmai_xtuner.preflight.findings import Findings
 
 TURNS = (Turn("user", "<image>\nCompare with <image>."),)
 BOTH = ("llm", "visual_encoder")
@@ -393,6 +399,23 @@ def test_a_plain_llava_is_a_starting_point_under_its_own_layer(plain, tiny_bases
         start(folder, llm=tiny_bases / "llm", visual_select_layer=-1)
     with pytest.raises(ModelLoadError, match="depth 2, gelu, bias True"):
         start(folder, visual_select_layer=-1, projector_depth=3)
+
+
+def test_preflight_knows_the_parts_of_a_llava(authors, plain, tiny_bases, tmp_path):
+    for folder in (authors[0], plain[0]):
+        part = {"pretrained_model_name_or_path": str(folder)}
+        run = SimpleNamespace(cfg=SimpleNamespace(model={"llm": part, "visual_encoder": part}))
+        findings = Findings()
+        with init_empty_weights():
+            model = GMAILLaVAModel(
+                llm=load_language_model(str(folder)), visual_encoder=load_vision_tower(str(folder))
+            )
+        check_base_weights(run, model, findings)
+        assert not findings.would_fail
+        broken = spoilt(folder, tmp_path / folder.name, without("vision_tower.vision_model.post"))
+        part["pretrained_model_name_or_path"] = str(broken)
+        check_base_weights(run, model, findings)
+        assert findings.would_fail
 
 
 def test_adapters_must_be_merged_before_training(xtuners, tiny_bases):
