@@ -289,7 +289,7 @@ def test_a_key_is_wanted_where_one_is_set(predictor):
 
 @pytest.fixture
 def steps(predictor, monkeypatch) -> list[int]:
-    """One entry a step of the language model: how many threads are in it."""
+    """One entry a step of the language model, which never ends by itself: how many threads are in it."""
     made: list[int] = []
     inside = 0
     original = predictor.model.llm.forward
@@ -305,6 +305,7 @@ def steps(predictor, monkeypatch) -> list[int]:
             inside -= 1
 
     monkeypatch.setattr(predictor.model.llm, "forward", forward)
+    monkeypatch.setattr(predictor, "stop_ids", [1_000_000])
     return made
 
 
