@@ -19,7 +19,12 @@ from pathlib import Path
 from gmai_xtuner.engine.on_disk import replace_text
 from gmai_xtuner.errors import EvaluationError
 from gmai_xtuner.evaluation.answerers import Answerer
-from gmai_xtuner.evaluation.benchmarks import Benchmark, load_benchmark
+from gmai_xtuner.evaluation.benchmarks import (
+    Benchmark,
+    BenchmarkError,
+    load_benchmark,
+    write_submission,
+)
 from gmai_xtuner.evaluation.judge import judge_answers, judge_name
 from gmai_xtuner.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from gmai_xtuner.evaluation.report import SHOWN, write_report
@@ -34,7 +39,6 @@ from gmai_xtuner.evaluation.run import (
     store_folder,
 )
 from gmai_xtuner.evaluation.store import AnswerStore, read_identity
-from gmai_xtuner.evaluation.submission import write_submission
 from gmai_xtuner.evaluation.tables import (
     Table,
     group_tables,
@@ -181,6 +185,8 @@ def _score(
         _write(store.folder / _file_name(name), made, scored, options)
         return made
 
+    if (benchmark.name, benchmark.variant) == ("gmai_mmbench", "test"):
+        _submit(store, benchmark, scored)
     yield result(own, scored)
     others = asked.protocol.also if ALL in options.scorers else options.scorers
     for scorer in dict.fromkeys(others):
@@ -201,6 +207,19 @@ def _file_name(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text)
 
 
+def _submit(store: AnswerStore, benchmark: Benchmark, scored: Sequence[Scored]) -> None:
+    """The file that the authors of GMAI-MMBench evaluate, once every question of TEST has an answer."""
+    answers = {one.question.id: one.answer.answer for one in scored}
+    try:
+        file = write_submission(
+            store.folder, store.identity.model_name, benchmark=benchmark, answers=answers
+        )
+    except BenchmarkError as error:
+        log.warning("No submission file: %s", error)
+    else:
+        log.warning("To send to the authors of GMAI-MMBench: %s", file)
+
+
 def _scored_by(scorer: str, asked: Asked, scored: Sequence[Scored]) -> list[Scored]:
     return [
         replace(one, score=asked.protocol.score(one.question, one.answer.answer, scorer=scorer))
@@ -214,8 +233,6 @@ def _write(folder: Path, result: Result, scored: Sequence[Scored], options: Opti
     write_tables(folder, [summary_table([result]), *tables])
     if options.report_questions:
         write_report(folder / "report.html", result, tables, scored, shown=options.report_questions)
-    if result.headline.value is None:
-        write_submission(folder, scored)
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> None:

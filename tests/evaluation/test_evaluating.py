@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -276,66 +277,46 @@ def test_nothing_in_common_and_no_run_are_errors(rad, pmc, tmp_path):
 # GMAI-MMBench TEST
 
 
-def test_the_test_set_gives_the_authors_submission_file(tmp_path):
-    import base64
-
-    image = tmp_path / "x.png"
+def write_test_parts(folder, parts):
+    image = folder / "x.png"
     draw(image, 0)
-    head = [
-        "index",
-        "image",
-        "question",
-        "A",
-        "B",
-        "C",
-        "D",
-        "E",
-        "category",
-        "department",
-        "modality",
-    ]
+    head = ["index", "image", "question", *"ABCDE", "category", "department", "modality"]
     head += ["clinical VQA task", "perceptual granularity"]
     encoded = base64.b64encode(image.read_bytes()).decode()
-    for part in (1, 2):
-        rows = [
-            [
-                str(number),
-                encoded,
-                f"Question {number}?",
-                "cat",
-                "dog",
-                "cow",
-                "",
-                "",
-                "cat",
-                "Urology",
-                "CT",
-                "Bone",
-                "Mask level",
-            ]
-            for number in range(2 * part - 2, 2 * part)
-        ]
-        with (tmp_path / f"GMAI_mm_bench_TEST_part_{part}.tsv").open("w", newline="") as out:
-            csv.writer(out, delimiter="\t").writerows([head, *rows])
-    answers = {"0": "B", "1": "(C) cow", "2": "no idea", "3": "a"}
-    answerer = FakeAnswerer(lambda job: answers[job.id])
+    for part in parts:
+        row = [str(part), encoded, f"Question {part}?", "cat", "dog", "cow", "", "", "cat"]
+        row += ["Urology", "CT", "Bone", "Mask level"]
+        with (folder / f"GMAI_mm_bench_TEST_part_{part}.tsv").open("w", newline="") as out:
+            csv.writer(out, delimiter="\t").writerows([head, row])
+
+
+def test_the_test_set_gives_the_authors_submission_file_and_no_score(tmp_path):
+    write_test_parts(tmp_path, range(1, 12))
+    answerer = FakeAnswerer(lambda job: "no idea" if "3" in job.prompt else "(C) cow")
     target = Target("gmai_mmbench", tmp_path, "test")
     (result,) = run(target, answerer, tmp_path / "out")
-    assert (result.headline.value, result.n) == (None, 4)
-    folder = tmp_path / "out" / "gmai_mmbench-test" / "test-21281"
-    with (folder / "submission.tsv").open(newline="") as file:
-        rows = list(csv.reader(file, delimiter="\t"))
-    assert rows[0][:5] == ["index", "question", "A", "B", "C"]
-    assert rows[0][-1] == "prediction"
-    assert "category" not in rows[0]  # it is the gold answer
-    assert [(row[0], row[-1]) for row in rows[1:]] == [
-        ("0", "B"),
-        ("1", "C"),
-        ("2", "no idea"),
-        ("3", "A"),
+    assert (result.headline.value, result.n, result.complete) == (None, 11, True)
+    assert result.headline.unparsed == pytest.approx(1 / 11)
+    folder = tmp_path / "out" / "gmai_mmbench-test"
+    sheet = load_workbook(folder / "fake_GMAI-MMBench_TEST.xlsx").active
+    rows = [[cell.value for cell in row] for row in sheet]
+    assert (rows[0][0], rows[0][-1]) == ("index", "prediction")
+    assert [(row[0], row[-1]) for row in rows[1:4]] == [
+        ("1", "(C) cow"),
+        ("2", "(C) cow"),
+        ("3", "no idea"),
     ]
-    sheet = load_workbook(folder / "submission.xlsx").active
-    assert [cell.value for cell in sheet["A"]] == ["index", "0", "1", "2", "3"]
+    page = (folder / "test-21281" / "report.html").read_text()
+    assert page.count('data-verdict="unscored"') == 12  # eleven questions and a box to tick
+
+
+def test_without_all_parts_there_is_no_submission_file_and_it_is_said(tmp_path, caplog):
+    write_test_parts(tmp_path, [1, 2])
+    target = Target("gmai_mmbench", tmp_path, "test")
+    (result,) = run(target, FakeAnswerer(always("A")), tmp_path / "out")
+    assert not result.complete
+    assert "No submission file: the submission needs every question of the 11 parts" in caplog.text
+    assert not list((tmp_path / "out").rglob("*.xlsx"))
 
 
 def test_scores_of_every_question_are_kept(rad, tmp_path):
