@@ -72,7 +72,7 @@ class ChatPanel:
                         ui.button(
                             preset.name[language],
                             on_click=lambda _, one=preset: self._set_draft(one.question[language]),
-                        ).props("outline no-caps dense size=sm"),
+                        ).props("outline no-caps dense size=12px"),
                         f"preset-{preset.key}",
                     )
             with ui.element("div").classes("ask"):

@@ -21,6 +21,9 @@ from gmai_xtuner.demo.studies import Axis, Study, View
 from gmai_xtuner.demo.windows import PRESETS, Window
 from gmai_xtuner.demo.words import PageError, say
 
+_LEFT_SIDE: dict[Axis, str] = {"x": "A", "y": "R", "z": "R"}
+"""What lies on the left of a volume's picture, as viewers mark it: anterior, or the patient's right."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -78,7 +81,7 @@ class ImagePanel:
                 for number, example in enumerate(self.examples):
                     button = ui.button(
                         example.name[language], on_click=lambda _, one=example: self._example(one)
-                    ).props("outline no-caps dense size=sm")
+                    ).props("outline no-caps dense size=12px")
                     named(button, f"example-{number}")
         self.notices.place()
         self._tray = ui.element("div").classes("tray")
@@ -132,11 +135,14 @@ class ImagePanel:
             remove.props("flat dense round size=sm")
             remove.props["aria-label"] = say("remove", language)
             named(remove, "remove")
-        self._picture = picture_element(
-            data_url(one.study.render(one.view)),
-            about=say("image_number", language, number=one.number),
-            name="picture",
-        ).classes("picture")
+        with ui.element("div").classes("framed"):
+            self._picture = picture_element(
+                data_url(one.study.render(one.view)),
+                about=say("image_number", language, number=one.number),
+                name="picture",
+            ).classes("picture")
+            if one.view.axis in _LEFT_SIDE and "no_orientation" not in facts.notes:
+                named(ui.label(_LEFT_SIDE[one.view.axis]).classes("side"), "left-side")
         for note in facts.notes:
             ui.label(say(note, language)).classes("warning")
         self._draw_sliders(one, study)

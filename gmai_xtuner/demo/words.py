@@ -100,8 +100,8 @@ WORDS: dict[str, tuple[str, str]] = {
     "fractions": ("fractions of the sides", "边长的比例"),
     # boxes
     "boxes_drawn": (
-        "{count} box(es) on image {number}, numbers read as {unit}",
-        "图像 {number} 上有 {count} 个框，坐标按{unit}解读",
+        "Boxes drawn on image {number}: {count}. Numbers are read as {unit}.",
+        "图像 {number} 上绘制了 {count} 个框，坐标按{unit}解读。",
     ),
     "boxes_on": ("Draw on image", "绘制于图像"),
     "box_clipped": ("{text}: a part lies outside the image", "{text}：部分超出图像"),

@@ -178,7 +178,9 @@ def test_two_models_answer_an_example_in_pieces_with_the_box_drawn(page, models,
     # on the picture the model got; the second box lies partly outside
     expect(at(page, "boxes")).to_have_count(1)
     caption = first.get_by_test_id("boxes-caption")
-    expect(caption).to_have_text("2 box(es) on image 1, numbers read as thousandths of the sides")
+    expect(caption).to_have_text(
+        "Boxes drawn on image 1: 2. Numbers are read as thousandths of the sides."
+    )
     drawn = [
         Box((0.101 * 128, 0.039 * 128, 0.665 * 128, 0.649 * 128), "", False),
         Box((0.9 * 128, 0.5 * 128, 128, 0.7 * 128), "", True),
@@ -190,7 +192,7 @@ def test_two_models_answer_an_example_in_pieces_with_the_box_drawn(page, models,
     at(page, "settings").click()
     at(page, "setting-unit").click()
     page.get_by_role("option", name="pixels").click()
-    expect(caption).to_have_text("1 box(es) on image 1, numbers read as pixels")
+    expect(caption).to_have_text("Boxes drawn on image 1: 1. Numbers are read as pixels.")
     expect(first.get_by_test_id("box-note").last).to_have_text(
         "[900, 500, 1200, 700]: not drawn, outside the image"
     )
@@ -247,6 +249,9 @@ def test_a_series_has_sliders_for_slice_direction_and_window(page, tmp_path):
     slide(page, "center", "ArrowLeft", 10)
     shows(86)  # 100 of -510 to 1290
     expect(at(page, "window").locator("xpath=ancestor-or-self::label")).to_contain_text("by hand")
+    expect(at(page, "left-side")).to_have_text("R")
+    at(page, "axis").get_by_text("sagittal").click()
+    expect(at(page, "left-side")).to_have_text("A")
     at(page, "axis").get_by_text("coronal").click()
     page.wait_for_function(
         "() => document.querySelector('[data-testid=picture]').naturalHeight === 10"
