@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_tools.readers.paths import LINK
 from data_tools.samples import Dropped
 
 Attribute = Literal["BodyPartExamined", "ViewPosition", "Laterality", "PatientSex"]
@@ -174,6 +175,8 @@ def read_header(path: Path, name: str) -> Header | Dropped:
 
     A file that can't be read, and a value that is no number where one is expected, give a drop.
     """
+    if path.is_dir():
+        return Dropped(LINK, name)
     try:
         data = open_dataset(path, tags=_HEADER_TAGS)
     except ValueError:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from data_tools.errors import SourceError
-from data_tools.readers.paths import files, folder_of, is_image
+from data_tools.readers.paths import LINK, files, folder_of, is_image
 from data_tools.readers.pictures import BadPicture, picture
 from data_tools.readers.source import SourceOptions
 from data_tools.samples import Annotation, Dropped, Sample, Unit
@@ -54,6 +54,11 @@ def units(options: Options) -> Iterator[Unit]:
 def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
     """The picture of one file with its folder's name as label."""
     inside = unit.key[len(options.folders[unit.payload].strip("/")) :].strip("/").split("/")
+    if (options.root / unit.key).is_dir():
+        yield Dropped(
+            LINK, unit.key, "put the folder itself there, or name it as a root of its own"
+        )
+        return
     if len(inside) < 2:
         yield Dropped("file in no class folder", unit.key)
         return

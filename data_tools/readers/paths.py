@@ -19,6 +19,7 @@ IMAGE_SUFFIXES = (
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 OUTSIDE = "path outside the source"
 MISSING = "no such image file"
+LINK = "link to a folder, which isn't followed"
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -58,8 +59,8 @@ def _real(root: Path) -> str:
 def files(root: Path, folder: str = "") -> Iterator[str]:
     """Paths below ``root`` with ``/`` of all files in ``folder`` and its subfolders, in a fixed order.
 
-    One folder is held at a time. Hidden names and macOS' ``__MACOSX`` are passed over, links to folders are
-    not followed.
+    One folder is held at a time. Hidden names and macOS' ``__MACOSX`` are passed over. Links to folders are
+    not followed but come as paths of their own, so that readers of everything can tell of them.
     """
     here = root / folder
     with os.scandir(here) as entries:
@@ -72,7 +73,7 @@ def files(root: Path, folder: str = "") -> Iterator[str]:
         path = f"{folder}/{name}" if folder else name
         if is_folder:
             yield from files(root, path)
-        elif not (root / path).is_dir():
+        else:
             yield path
 
 

@@ -154,9 +154,12 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
     try:
         line = video_frames.timeline(path)
         spans: list[_Span] = []
+        lost: set[str] = set()
         for row in unit.payload or ():
             made = _span(row, options, line)
             if isinstance(made, Dropped):
+                # Which frames it was about can't be known: it may be any.
+                lost.add(row.label)
                 yield Dropped(made.reason, unit.key, made.detail)
             else:
                 spans.append(made)
@@ -198,6 +201,7 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
             part={"frame": frame.number},
             group=unit.key,
             preprocessing=notes,
+            incomplete=tuple(sorted(lost - {""})),
         )
 
 

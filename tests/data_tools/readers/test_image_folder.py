@@ -33,9 +33,11 @@ def test_what_is_no_picture_of_a_class_is_counted(tmp_path):
     (tmp_path / "NORM/.DS_Store").write_text("x")
     write_image(tmp_path / "NORM/b.png").rename(tmp_path.parent / "elsewhere.png")
     (tmp_path / "NORM/b.png").symlink_to(tmp_path.parent / "elsewhere.png")
+    (tmp_path / "TUM").symlink_to(tmp_path / "NORM")
     samples, drops = read_all(image_folder, tmp_path)
     assert [sample.source_file for sample in samples] == ["NORM/a.png"]
     assert reasons(drops) == {
+        "link to a folder, which isn't followed": 1,
         "file in no class folder": 1,
         "not an image file": 1,
         "path outside the source": 1,

@@ -48,7 +48,7 @@ def test_files_come_sorted_without_hidden_ones_and_without_following_links(tmp_p
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "again").symlink_to(tmp_path)
-    assert list(files(tmp_path)) == ["a.png", "b/1.png", "b/2.png"]
+    assert list(files(tmp_path)) == ["a.png", "again", "b/1.png", "b/2.png"]
     assert list(files(tmp_path, "b")) == ["b/1.png", "b/2.png"]
 
 

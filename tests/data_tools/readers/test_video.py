@@ -212,6 +212,7 @@ def test_the_table_names_frames_with_labels_and_boxes(clip: Callable[[str], Path
         ("forceps", (1, 2, 3, 4)),
     ]
     assert first.annotations[0].attributes == {"Paris class": "0-IIa"}
+    assert second.incomplete == ("polyp",)  # of the rows that can't be read
     assert [(a.label, a.box) for a in second.annotations] == [("normal", None)]
     assert sorted(drop.reason for drop in drops) == [
         "frame of the table outside the video",
