@@ -10,10 +10,10 @@ different options ends with "not understood":
 4. it declares a letter, or the text of an option: ``the answer is (B)``, ``Answer: liver``, ``option B is
    correct``, ``答案是B``, ``选B``. What is negated ("the answer is not A") does not count;
 5. it names the letter of an option in brackets or after "option";
-6. it is short (:data:`SHORT` words) and names the text of exactly one option as whole words, the longest
-first:
-   "MR angiography" names that option and not MR, "12" does not name 2, "not the liver" does not name liver;
-   where the options are yes and no, by the rules of ``yes_no``.
+6. its first sentence is the text of an option: ``False. The scale ...``;
+7. it is short (:data:`SHORT` words) and names the text of exactly one option as whole words, the longest
+   first: "MR angiography" names that option and not MR, "12" does not name 2, "not the liver" does not name
+   liver; where the options are yes and no, by the rules of ``yes_no``.
 
 A letter that stands before the text of another option ("A. Lung" where A is liver) contradicts itself and is
 not understood.
@@ -42,10 +42,11 @@ _LEADING = re.compile(
 )
 _LETTER = r"[\[({\"'“‘]*(?<![A-Za-z0-9])([A-Za-z])(?![A-Za-z0-9'’-])"
 _CUE = (
-    r"(?:\b(?:answer|choice|option|response|diagnosis)(?:\s+(?:to\s+(?:this|the)\s+question|here))?"
-    r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be|was)|\s*:|\s*=)"
-    r"|\b(?:i(?:\s+would|'d)?\s+(?:choose|select|pick|say)"
-    r"|(?:i\s+)?(?:go|going)\s+with|therefore|thus|so)\b,?"
+    r"(?:\b(?:answer|choice|option)(?:\s+(?:to\s+(?:this|the)\s+question|here))?"
+    r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be|was)|\s*=)"
+    # "each option:\n\nA. ..." announces a list
+    r"|\b(?:answer|(?:correct|right|best|final|chosen|my)\s+(?:choice|option))\s*:"
+    r"|\b(?:i(?:\s+would|'d)?\s+(?:choose|select|pick|say)|(?:i\s+)?(?:go|going)\s+with)\b,?"
     r"|(?:答案|选项|选择|正确(?:答案|选项)|应)(?:应该|应当|应)?(?:是|为|选)?\s*:?"
     r"|(?:应选|故选|选))"
 )
@@ -56,14 +57,15 @@ _DECLARED_LETTER = re.compile(
 )
 # "it is B", "是B": weaker words, so nothing may follow
 _IT_IS_LETTER = re.compile(
-    r"(?:\b(?:[Ii]t|[Tt]his|[Tt]hat)(?:\s+is|'s)|(?<!不)是)\s*"
+    r"(?:\b(?:[Ii]t|[Tt]his|[Tt]hat)(?:\s+is|'s)|\b(?:[Tt]herefore|[Tt]hus|[Hh]ence|[Ss]o),?|(?<!不)是)\s*"
     r"(?:option\s+)?[\[(\"]*([A-Z])[\])\"]*(?=\s*(?:[.,;:!。]|$))"
 )
 # at the beginning of a sentence or behind a word that announces it: not "hepatitis B is most likely"
 _CORRECT_LETTER = re.compile(
     r"(?:^|[.,;:!?\n\[(\"]\s*|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|that|so|therefore|think|believe)\s+)[\[(\"]*"
-    r"([A-Z])[\])\"]*\s*(?:is|would\s+be|seems|appears\s+to\s+be)\s+(?:the\s+)?(?:most\s+)?"
-    r"(?:correct|right|best|likely|appropriate|accurate|answer)",
+    r"([A-Z])[\])\"]*\s*(?:is|would\s+be|seems(?:\s+to\s+be)?|appears\s+to\s+be)\s+(?:the\s+)?"
+    r"(?:correct|right|best|answer|most\s+(?:likely|appropriate|accurate|plausible))"
+    r"\s*(?:answer|option|choice|one\b|because|since|as\b|[.,;:!\n]|$)",
 )
 _CORRECT_CHINESE = re.compile(r"(?<![A-Za-z])([A-Z])\s*(?:是|为)?(?:选项)?(?:正确|对的|是答案)")
 _DECLARED_TEXT = re.compile(
@@ -73,6 +75,8 @@ _DECLARED_TEXT = re.compile(
 _NAMED_LETTER = re.compile(
     r"[\[(]([A-Z])[\])]|\b(?:[Oo]ption|[Cc]hoice|选项)\s*[\[(]?([A-Z])\b(?![-'’])"
 )
+_FIRST_SENTENCE = re.compile(r"\n|(?<=\D)[.。!](?:\s|$)")
+_LIST_LETTER = re.compile(r"[\[(]([a-z])[\])]")
 _LETTER_ENDS = re.compile(r"[\])}\"'’”.,;:!]|\s*$")
 # "the answer is A or B", "答案是A和B"
 _JOINED = re.compile(r"[\])}]*\s*(?:,|and|or|/|&|和|或|、)\s*[\[(]*([A-Z])\b(?!\s+[a-z])")
@@ -128,6 +132,8 @@ def choose(
         return _only(found)
     if letters and (found := _named_letters(text, options)):
         return _only(found)
+    if texts and (first := words_of(options, _FIRST_SENTENCE.split(text, maxsplit=1)[0])):
+        return _only(first)
     if texts and (polar := _polar(options)):
         said = yes_or_no(text)
         return polar[said] if said else None
@@ -224,9 +230,16 @@ def _leading(text: str, options: Mapping[str, str], *, texts: bool) -> str | Non
             letter = None
     if letter is None:
         return _NOTHING
-    if texts and (named := words_of(options, rest.split("\n")[0])) and letter not in named:
-        return None
+    line, _, below = rest.partition("\n")
+    if texts and (named := words_of(options, line)):
+        if letter not in named:
+            return None
+        rest = below  # letters within the option's own text choose nothing
     others = _declared_letters(rest, options) | _leading_letters(rest, options)
+    if match and (match[1] or match[2]).islower():  # "(a) The force is 5 N. (b) ...": a list
+        others |= {
+            found.upper() for found in _LIST_LETTER.findall(rest) if found.upper() in options
+        }
     return letter if others <= {letter} else None
 
 
@@ -273,8 +286,12 @@ def _declared(said: str, before: str, after: str, options: Mapping[str, str]) ->
     if named := _named_after(after, options) - {letter}:
         # "the answer is B (liver)" where B is lung
         return named | {letter} if letter not in _named_after(after, options) else {letter}
-    if said == "A" and _ARTICLE_AFTER.match(after) and letter not in _named_after(after, options):
-        return set()  # "the answer is A large mass"
+    if (
+        said in ("A", "I")
+        and _ARTICLE_AFTER.match(after)
+        and letter not in _named_after(after, options)
+    ):
+        return set()  # "the answer is A large mass", "so I think"
     joined = _JOINED.match(after)
     return {letter, joined[1]} if joined and joined[1] in options else {letter}
 

@@ -10,6 +10,7 @@ _THOUGHTS = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _UNFINISHED = re.compile(r"<think(?:ing)?>.*$", re.DOTALL | re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _BOXED = re.compile(r"\$?\\boxed\{(?:\\text\{)?([^{}]*)\}?\}\$?")
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|‘[^‘’]*’|“[^“”]*”|「[^「」]*」")
 _EMPHASIS = re.compile(r"\*\*|__|`|^#+\s*|^>\s*", re.MULTILINE)
 
 _CHINESE = "㐀-鿿豈-﫿"
@@ -62,7 +63,8 @@ def clean(answer: str) -> str:
     if tagged := _ANSWER_TAG.findall(text):
         text = tagged[-1]
     text = _BOXED.sub(r"\1", text)
-    return _EMPHASIS.sub("", text).strip()
+    text = _EMPHASIS.sub("", text).strip()
+    return text[1:-1].strip() if _QUOTED.fullmatch(text) else text
 
 
 def words(text: str) -> tuple[str, ...]:

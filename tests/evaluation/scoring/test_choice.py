@@ -37,6 +37,9 @@ def parsed(options: tuple[str, ...], answer: str, scorer: str = "choice") -> str
         ("<think>A looks right, or C?</think>\nB", "B"),
         ("<think>So the answer is B", None),
         ("<answer>B</answer>", "B"),
+        ('"B"', "B"),
+        ("'b'", "B"),
+        ("e.g. B", None),
         ("E", None),
         ("", None),
         ("  \n", None),
@@ -108,6 +111,33 @@ def test_a_letter_before_text(answer: str, letter: str | None) -> None:
 )
 def test_a_declared_letter(answer: str, letter: str | None) -> None:
     assert parsed(ORGANS, answer) == letter
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
+    [
+        # answers of real models, from MMMU's and MMMU-Pro's own repository
+        (("B", "C", "D", "A"), "C. D", "C"),
+        (("(A) = 1 D, (B) = 2 D", "(A) = 2 D, (B) = 1 D"), "B. (A) = 2 D, (B) = 1 D", "B"),
+        (ORGANS, "(a) The preload is 7522 lb. (b) The force is 1643 lb.", None),
+        (
+            ORGANS,
+            "Let's examine each option:\n\nA. Liver - No.\n\nB. Lung - Yes.\n\nAnswer: B",
+            "B",
+        ),
+        (ORGANS, "so I think it is hard.\n\nAnswer: D", "D"),
+        (ORGANS, "D is most likely extinct. The answer is (C).", "C"),
+        (ORGANS, "The correct choice is C.\n\nAnswer: A", None),
+        (("True", "False"), "False. \n\nThe chromatic scale beginning on B is wrong.", "B"),
+        (
+            ("A", "B", "C", "D", "E", "F", "G", "H", "I"),
+            "We have it way too stressed, so I don't know.\nAnswer: E",
+            "E",
+        ),
+    ],
+)
+def test_what_real_models_say(options: tuple[str, ...], answer: str, letter: str | None) -> None:
+    assert parsed(options, answer) == letter
 
 
 @pytest.mark.parametrize(
