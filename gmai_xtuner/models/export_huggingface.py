@@ -89,6 +89,7 @@ def save_huggingface_layout(
             dtype=dtype,
             max_shard_size=save_kwargs.get("max_shard_size", "2GB"),
         )
+    print_log(f"Saved the whole model to {save_dir}", logger="current", level=logging.INFO)
 
 
 def write_llava(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from gmai_xtuner.loading import load_model
 from gmai_xtuner.models.checkpoint_files import read_state_dict
 from gmai_xtuner.models.export_tokenizer import plain_tokenizer, prompt_text
 from gmai_xtuner.models.internlm2 import load_language_model
+from gmai_xtuner.tiny_bases import TinyLLM, write_tiny_llm
 from tests.models.exporting import export, predictor_of, stage_config, trained_model
 from tests.models.plain_llava import ask
 from tests.newest_transformers import newest_python, newest_variables
@@ -265,6 +267,21 @@ def test_lora_is_merged(tiny_bases, tmp_path, images, requests):
         "vision tower (LoRA, merged), language model (LoRA, merged)"
         in (folder / "README.md").read_text()
     )
+
+
+def test_a_head_that_is_tied_to_the_embedding_stays_tied(tiny_bases, tmp_path, requests):
+    write_tiny_llm(tmp_path / "llm", TinyLLM(tie_word_embeddings=True), seed=0)
+    shutil.copytree(tiny_bases / "vision", tmp_path / "vision")
+    cfg = stage_config(tmp_path, "stage3_instruct")
+    model = trained_model(cfg)
+    folder = export(model, cfg, tmp_path / "export")
+    assert "language_model.lm_head.weight" not in read_state_dict(folder)
+    (answer,) = ask(str(folder), requests[2:3])
+    predictor = predictor_of(model, tmp_path)
+    _, logits, _ = logits_of_training(predictor, PROMPTS[2][0], [])
+    torch.testing.assert_close(answer["logits"][:, :1536], logits, rtol=0, atol=1e-4)
+    again = load_model(folder).generate(PROMPTS[2][0], [], max_new_tokens=LENGTH)
+    assert again == answer["answer"]
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,23 @@ def test_xtuners_adapters_on_internlm2s_own_names_are_merged(xtuners, tiny_bases
     torch.testing.assert_close(our_logits(predictor), expected, rtol=0, atol=1e-4)
 
 
+def test_xtuners_own_layout_without_adapters(xtuners, tiny_bases, internlm2, tower, tmp_path):
+    """The language model on top as InternLM2, which xtuner saves under its own names."""
+    _, base, _, _, projector = xtuners
+    folder = tmp_path / "export"
+    shutil.copytree(base, folder)
+    shutil.copytree(tiny_bases / "vision", folder / "visual_encoder")
+    projector.save_pretrained(folder / "projector")
+    predictor = load_model(folder)
+    expected = reference_logits(predictor, internlm2, tower, projector)
+    torch.testing.assert_close(our_logits(predictor), expected, rtol=0, atol=1e-4)
+    started = start(folder, vision=tiny_bases / "vision", freeze_llm=True)
+    assert torch.equal(started.llm.lm_head.weight, internlm2.output.weight)
+    assert torch.equal(started.projector.model[0].weight, projector.model[0].weight)
+    with pytest.raises(ModelLoadError, match=f"GMAI_LLM={folder}"):
+        start(folder, llm=base, vision=tiny_bases / "vision")
+
+
 def test_an_adapter_that_says_its_base_needs_no_other(xtuners, tiny_bases, tmp_path):
     folder, base, *_ = xtuners
     shutil.copytree(folder, tmp_path / "export")
