@@ -35,8 +35,8 @@ class Row:
     Args:
         label: its first cell.
         cells: the others, as shown.
-        kind: ``quoted`` from a paper, ``score`` of ours, or what stands below it: ``interval``, ``n``,
-            ``unparsed``.
+        kind: ``quoted`` from a paper, ``score`` of ours, ``group`` for one of many, or what stands below a
+            score: ``interval``, ``n``, ``unparsed``.
     """
 
     label: str
@@ -111,7 +111,7 @@ def group_tables(result: Result) -> list[Table]:
     """One table for each group that the protocol names."""
     tables = []
     for key, cells in result.groups.items():
-        rows = [_long_row(name or "(none given)", cell) for name, cell in cells.items()]
+        rows = [_long_row(name or "(none given)", cell, "group") for name, cell in cells.items()]
         rows += [_long_row(name, cell) for name, cell in result.averages.items()]
         tables.append(
             Table(
@@ -126,8 +126,9 @@ def group_tables(result: Result) -> list[Table]:
     return tables
 
 
-def _long_row(name: str, cell: Cell) -> Row:
-    return Row(name, (str(cell.n), percent(cell.value), interval(cell), percent(cell.unparsed)))
+def _long_row(name: str, cell: Cell, kind: str = "score") -> Row:
+    cells = (str(cell.n), percent(cell.value), interval(cell), percent(cell.unparsed))
+    return Row(name, cells, kind)
 
 
 def tables_like_the_papers(results: Sequence[Result]) -> list[Table]:

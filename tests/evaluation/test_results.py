@@ -287,5 +287,5 @@ def test_each_table_has_n_and_unparsed_share():
     for table in tables_like_the_papers([made]):
         assert {"n", "unparsed"} <= {row.kind for row in table.rows}
     by_type = group_tables(made)[0]
-    assert by_type.rows[0] == Row(TYPES[0], ("4", "50.00", "0.00 to 100.00", "25.00"))
+    assert by_type.rows[0] == Row(TYPES[0], ("4", "50.00", "0.00 to 100.00", "25.00"), "group")
     assert by_type.rows[-3].label == "micro"
