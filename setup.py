@@ -52,8 +52,11 @@ RAY = ["ray>=2.40"]
 LIGER = ["liger-kernel>=0.5.10,<0.8"]
 # `python -m gmai_xtuner.serve`; openai is the client that tests ask with, pydantic checks requests.
 SERVE = ["pydantic>=2.9", "starlette>=0.40", "uvicorn>=0.30"]
+# `python -m gmai_xtuner.evaluate`: models behind a server and judges, pages, GMAI-MMBench's submission file.
+EVALUATE = ["jinja2>=3.1", "openai>=3.0", "openpyxl>=3.1"]
 DEVELOPMENT = [
     *CORPUS,
+    *EVALUATE,
     *DEMO,
     *SERVE,
     *RAY,
@@ -83,7 +86,15 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["gmai_xtuner", "gmai_xtuner.*", "data_tools", "data_tools.*"]),
     package_data={
-        "gmai_xtuner": ["demo/*.css", "engine/deepspeed/*.json", "*.txt", "py.typed"],
+        "gmai_xtuner": [
+            "demo/*.css",
+            "engine/deepspeed/*.json",
+            "evaluation/*.j2",
+            "evaluation/*.js",
+            "evaluation/*.yaml",
+            "*.txt",
+            "py.typed",
+        ],
         "data_tools": ["*.yaml", "output/*.j2", "leakage/*.j2"],
     },
     python_requires=">=3.11,<3.13",
@@ -112,6 +123,7 @@ setup(
     ],
     extras_require={
         "data": CORPUS,
+        "evaluate": EVALUATE,
         "demo": DEMO,
         "serve": SERVE,
         "ray": RAY,

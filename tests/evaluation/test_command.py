@@ -88,12 +88,12 @@ def test_all_benchmarks_of_a_folder_end_in_the_tables(whole):
     assert re.search(r"omnimedvqa \(open-access\): 40 of 40 asked, [\d.]+ a second", done.stderr)
 
 
-def test_the_same_command_again_asks_nothing(whole, data, export):
+def test_the_same_command_again_asks_nothing(whole, data, export, capfd):
     out, done = whole
-    again = evaluate(export, "--benchmark", "all", "--data", data, "--out", out, "--json")
-    assert again.returncode == 0
-    assert json.loads(again.stdout) == json.loads(done.stdout)
-    assert "all 40 answers are stored already" in again.stderr
+    assert run(export, "--benchmark", "all", "--data", data, "--out", out, "--json") == 0
+    again = capfd.readouterr()
+    assert json.loads(again.out) == json.loads(done.stdout)
+    assert "all 40 answers are stored already" in again.err
 
 
 def test_a_killed_run_goes_on_where_it_was(whole, data, export, tmp_path):
