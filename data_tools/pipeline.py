@@ -144,6 +144,10 @@ def run(job: Job, selection: Selection, *, progress: Progress | None = None) -> 
     progress = progress or Silent()
     chosen = selection.sources(job)
     check_writer(job, selection)
+    if job.writer.name != "template" and not (job.output / WORK / STATE).exists():
+        from data_tools.writers.models import check_key
+
+        check_key(job)  # before hours of reading; a later run may have nothing left to ask
     taxonomy = worker_taxonomy(job.taxonomy)
     with lock(job.output), Store(job.output / WORK / STATE) as store:
         publish.recover(job.output)

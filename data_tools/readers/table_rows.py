@@ -355,10 +355,15 @@ def _jump(
 
 
 def _check_columns(table: TableFile, used: Sequence[str], there: Sequence[str]) -> None:
-    for name in used:
-        if name not in there:
+    missing = [name for name in used if name not in there]
+    if missing:
+        hints = []
+        for name in missing:
             alike = near(name, there)
-            hint = f"Did you mean {listed(alike)}?" if alike else f"There are {listed(there)}."
-            raise SourceError(f"{table.shown} has no column {name!r}. {hint}")
+            hints.append(f"{name!r}" + (f" (did you mean {listed(alike)}?)" if alike else ""))
+        raise SourceError(
+            f"{table.shown} has no column {', '.join(hints)}. There are {listed(there)}."
+        )
+    for name in used:
         if list(there).count(name) > 1:
             raise SourceError(f"{table.shown} has {list(there).count(name)} columns {name!r}.")

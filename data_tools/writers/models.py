@@ -11,6 +11,7 @@ from data_tools.items import Conversation, Item, Problem, SourceContext
 from data_tools.making import worker_taxonomy
 from data_tools.records import Record
 from data_tools.writers import prompts
+from data_tools.writers.endpoint import key_of
 from data_tools.writers.openai_batch import OpenAIBatchWriter
 from data_tools.writers.openai_writer import OpenAIWriter
 from data_tools.writers.options import OpenAIBatchOptions, OpenAIOptions
@@ -95,6 +96,14 @@ def model_writer(
     if isinstance(options, OpenAIBatchOptions):
         return OpenAIBatchWriter(options, asked, folder=folder, job=str(job.output))
     return OpenAIWriter(options, asked, folder=folder, job=str(job.output))
+
+
+def check_key(job: Job) -> None:
+    """Raises:
+    EndpointError: the environment has no key for the job's server.
+    """
+    assert isinstance(job.writer, OpenAIOptions)
+    key_of(job.writer)
 
 
 def question(job: Job, task: Task, *, grounded: bool) -> prompts.Prompt:

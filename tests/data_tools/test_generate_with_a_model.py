@@ -166,3 +166,17 @@ def test_batches_are_submitted_by_one_run_and_collected_by_another(job, tmp_path
         assert len(server.batches) == 1
         assert not server.requests
     assert made(tmp_path / "out") == ASKED
+
+
+def test_a_missing_key_is_told_before_anything_is_read(job, tmp_path):
+    with ApiServer(answer=answer, key="secret") as server:
+        made = generate(
+            job(server), env={k: v for k, v in os.environ.items() if k != "KEY_OF_THE_TEST"}
+        )
+        assert made.returncode == 1
+        (line,) = made.stderr.splitlines()
+        assert line.startswith(
+            "error: the environment variable KEY_OF_THE_TEST is empty or not set"
+        )
+        assert not server.requests
+    assert not (tmp_path / "out").exists()

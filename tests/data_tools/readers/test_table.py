@@ -261,7 +261,7 @@ def test_lists_and_broken_lines_of_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("content", "keys", "message"),
     [
-        (b"file,label\na.png,n\n", {"image": "File"}, r"no column 'File'. Did you mean 'file'\?"),
+        (b"file,label\na.png,n\n", {"image": "File"}, r"no column 'File' \(did you mean 'file'\?"),
         (b"file,label\na.png,n\n", {"image": "q"}, "There are 'file', 'label'"),
         (b"file,label,label\na.png,n,m\n", {}, "has 2 columns 'label'"),
         (b"", {}, "is empty"),
@@ -365,3 +365,14 @@ def test_codes_of_attributes_become_words(tmp_path):
     assert reasons(drops) == {"unknown value of an attribute": 1}
     with pytest.raises(ValidationError, match="no column gives: gender; there are sex"):
         options(table, tmp_path, **keys, attribute_values={"gender": {"m": "male"}})
+
+
+def test_all_missing_columns_are_told_at_once(tmp_path):
+    write_rows(tmp_path, "image_id,projection,sex\na,ap,m\n", images="a")
+    keys = {"table": "t.csv", "image": "{id}.png", "label": "projetion", "group_column": "patient"}
+    with pytest.raises(SourceError) as told:
+        list(table.units(options(table, tmp_path, **keys)))
+    assert str(told.value).endswith(
+        "has no column 'id', 'projetion' (did you mean 'projection'?), 'patient'. "
+        "There are 'image_id', 'projection', 'sex'."
+    )
