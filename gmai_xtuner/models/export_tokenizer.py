@@ -13,12 +13,14 @@ Three things differ from the base's tokenizer:
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers, processors
+from mmengine.logging import print_log
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from gmai_xtuner.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -141,7 +143,8 @@ def plain_tokenizer(
         max_length: positions of the language model.
 
     Raises:
-        GMAIError: prompts by its chat template have other ids than in training.
+        GMAIError: questions by its chat template have other ids than in training. For earlier answers of a
+            conversation that is a warning: some templates have no mark behind which to split.
     """
     backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
     backend.no_padding()
@@ -170,7 +173,7 @@ def plain_tokenizer(
         model_input_names=["input_ids", "attention_mask"],  # LLaVA takes no token types
         chat_template=chat_template(template),
     )
-    check_ids(tokenizer, ConversationTokenizer.from_pretrained(base, template))
+    _check_ids(tokenizer, ConversationTokenizer.from_pretrained(base, template))
     return tokenizer
 
 
@@ -185,8 +188,14 @@ def _split_before_answers(backend: Tokenizer, template: ChatTemplate) -> None:
     tail = opening[max(ends, default=0) :]
     if not tail:
         return
-    if backend.normalizer is not None:
-        tail = backend.normalizer.normalize_str(tail)
+    normalizer = backend.normalizer
+    if normalizer is not None:
+        tail = normalizer.normalize_str(tail)
+        # Encoded apart, an answer begins with what the normaliser puts before a text ("▁" in Llama 2).
+        prefix = normalizer.normalize_str("x").removesuffix("x")
+        if prefix:
+            opened = normalizers.Replace(Regex(rf"\A{_escaped(tail)}(?=[\s\S])"), tail + prefix)
+            backend.normalizer = normalizers.Sequence([normalizer, opened])
     split = pre_tokenizers.Split(Regex(rf"\A{_escaped(tail)}"), "isolated")
     before = backend.pre_tokenizer
     backend.pre_tokenizer = split if before is None else pre_tokenizers.Sequence([split, before])
@@ -196,13 +205,12 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\^$.|?*+()\[\]{}/#&~-])", r"\\\1", text)
 
 
-def check_ids(tokenizer: PreTrainedTokenizerFast, training: ConversationTokenizer) -> None:
-    """Raise unless prompts by the chat template have the very ids of training.
-
-    Raises:
-        GMAIError: says where they part.
-    """
+def differing_prompts(
+    tokenizer: PreTrainedTokenizerFast, training: ConversationTokenizer
+) -> dict[tuple[Turn, ...], str]:
+    """Prompts whose ids by the chat template differ from training's, and where they part."""
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    differ = {}
     for turns in PROBES:
         expected = training.encode_prompt(turns)
         expected = np.where(expected == IMAGE_TOKEN_INDEX, image, expected).tolist()
@@ -210,19 +218,32 @@ def check_ids(tokenizer: PreTrainedTokenizerFast, training: ConversationTokenize
         found = tokenizer(text).input_ids
         if found != expected:
             place = next(
-                (
-                    n
-                    for n, pair in enumerate(zip(found, expected, strict=False))
-                    if pair[0] != pair[1]
-                ),
+                (n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
                 min(len(found), len(expected)),
             )
-            raise GMAIError(
+            differ[turns] = (
                 f"the prompt {text!r} has other ids than in training from token {place} on: "
                 f"{tokenizer.convert_ids_to_tokens(found[place : place + 4])} instead of "
-                f"{tokenizer.convert_ids_to_tokens(expected[place : place + 4])}. This tokenizer can't be "
-                "exported with this prompt_template; export in xtuner's layout (--save-format xtuner)"
+                f"{tokenizer.convert_ids_to_tokens(expected[place : place + 4])}"
             )
+    return differ
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, training: ConversationTokenizer) -> None:
+    differ = differing_prompts(tokenizer, training)
+    for turns, where in differ.items():
+        if not any(turn.role == "assistant" for turn in turns):
+            raise GMAIError(
+                f"{where}. This tokenizer can't be exported with this prompt_template; export in xtuner's "
+                "layout (--save-format xtuner)"
+            )
+    if differ:
+        print_log(
+            "with this tokenizer and prompt_template, earlier answers of a conversation have other ids at "
+            f"their border than in training; single questions have the same. E.g. {min(differ.values())}",
+            logger="current",
+            level=logging.WARNING,
+        )
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> str:

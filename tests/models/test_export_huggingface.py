@@ -21,8 +21,14 @@ from gmai_xtuner.datasets.tokenization import ChatTemplate, ConversationTokenize
 from gmai_xtuner.errors import GMAIError
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.models.checkpoint_files import read_state_dict
-from gmai_xtuner.models.export_tokenizer import plain_tokenizer, prompt_text
+from gmai_xtuner.models.export_tokenizer import (
+    chat_template,
+    differing_prompts,
+    plain_tokenizer,
+    prompt_text,
+)
 from gmai_xtuner.models.internlm2 import load_language_model
+from gmai_xtuner.models.tokenizer import load_tokenizer
 from gmai_xtuner.tiny_bases import TinyLLM, write_tiny_llm
 from tests.models.exporting import export, predictor_of, stage_config, trained_model
 from tests.models.plain_llava import ask
@@ -377,6 +383,34 @@ def test_an_answer_is_split_from_what_opens_it(tokenizer):
     assert expected.tolist().count(number) == 1, "in the question it is one piece"
     plain = plain_tokenizer(changed, template, max_length=100)
     assert plain(prompt_text(plain, turns)).input_ids == expected.tolist()
+
+
+@pytest.mark.parametrize(("name", "differ"), [("internlm2_chat", False), ("vicuna", True)])
+def test_a_tokenizer_that_puts_a_mark_before_each_text(tmp_path, name, differ, monkeypatch):
+    """Llama 2's way: an answer encoded apart begins with the mark, within one text it would not."""
+    write_tiny_llm(tmp_path / "llm", TinyLLM(add_dummy_prefix=True), seed=0)
+    base = load_tokenizer(str(tmp_path / "llm"))
+    template = ChatTemplate.from_xtuner(name)
+    told = []
+    monkeypatch.setattr(
+        "gmai_xtuner.models.export_tokenizer.print_log", lambda text, **options: told.append(text)
+    )
+    plain = plain_tokenizer(base, template)
+    training = ConversationTokenizer.from_pretrained(base, template)
+    assert bool(differing_prompts(plain, training)) is differ
+    # vicuna's turns begin with no token, so its earlier answers can't be told from questions.
+    assert [text for text in told if "earlier answers" in text] == told
+    assert bool(told) is differ
+
+
+def test_a_tokenizer_that_would_change_questions_is_refused(tokenizer, monkeypatch):
+    template = ChatTemplate.from_xtuner("internlm2_chat")
+    monkeypatch.setattr(
+        "gmai_xtuner.models.export_tokenizer.chat_template",
+        lambda template: chat_template(template).replace("|>user", "|>User"),
+    )
+    with pytest.raises(GMAIError, match="has other ids than in training from token 2 on"):
+        plain_tokenizer(tokenizer, template)
 
 
 def test_a_tokenizer_without_pad_gets_one_and_unknown_roles_are_refused(tokenizer, tmp_path):
