@@ -334,16 +334,16 @@ def ask(
     dataloader: DataLoader, predictor: RankedPredictor, evaluator: Evaluator
 ) -> dict[str, float]:
     """Ask all questions and score the answers; all ranks take part."""
-    entries = dataloader.dataset.entries
+    questions: BenchmarkQuestions = dataloader.dataset  # type: ignore[assignment]
     _, world_size = get_dist_info()
     for batch in dataloader:
         answers = predictor.answers(
             [asked.prompt for asked in batch],
-            max_new_tokens=entries[batch[0].entry].protocol.max_new_tokens,
+            max_new_tokens=questions.entries[batch[0].entry].protocol.max_new_tokens,
             synced=world_size > 1,
         )
         evaluator.process(data_samples=answers, data_batch=batch)
-    return evaluator.evaluate(len(dataloader.dataset))
+    return evaluator.evaluate(len(questions))
 
 
 def as_list(batch: list[AskedQuestion]) -> list[AskedQuestion]:
