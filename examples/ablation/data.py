@@ -1,6 +1,6 @@
 """Data of the ablation: real pictures, a public part, a generated part, held-out questions.
 
-    python examples/ablation/data.py OUT [--pictures 480] [--public 240] [--questions 64]
+    python examples/ablation/data.py OUT [--pictures 160] [--public 80] [--questions 48]
 
 Pictures and the public part are the quickstart's (see `examples/quickstart/corpus.py`): real crops; training
 and held-out ones come from different regions. From the training pictures and what they show
@@ -198,9 +198,9 @@ def write(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the data of the ablation.")
     parser.add_argument("out", type=Path, help="folder, absent or empty")
-    parser.add_argument("--pictures", type=int, default=480)
-    parser.add_argument("--public", type=int, default=240)
-    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=160)
+    parser.add_argument("--public", type=int, default=80)
+    parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:

@@ -56,7 +56,7 @@ class Ablation:
         work_dir: Path,
         *,
         iterations: int | None = None,
-        epochs: float = 2,
+        epochs: float = 4,
         data: Sequence[str] = (),
         limit: int | None = None,
     ) -> None:
@@ -171,10 +171,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--iterations", type=int, help="micro-batches of each run, instead of epochs"
     )
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--pictures", type=int, default=480)
-    parser.add_argument("--public", type=int, default=240)
-    parser.add_argument("--questions", type=int, default=64, help="held out, 16 x n")
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--pictures", type=int, default=160)
+    parser.add_argument("--public", type=int, default=80)
+    parser.add_argument("--questions", type=int, default=48, help="held out, 16 x n")
     parser.add_argument("--limit", type=int, help="questions asked")
     options = parser.parse_args(arguments)
     work_dir = options.work_dir.resolve()
