@@ -249,7 +249,7 @@ def chat(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "LANG": "C", "PYTHONUTF8": "0"},
         capture_output=True,
-        timeout=120,
+        timeout=300,
         check=False,
         **options,
     )
@@ -344,7 +344,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(export, tmp_path):
         assert said, process.stderr.read().decode()
         process.send_signal(signal.SIGINT)
         rest = f"/save {target}\n"
-        out, log = process.communicate(rest.encode(), timeout=60)
+        out, log = process.communicate(rest.encode(), timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0, log.decode()

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -261,12 +261,12 @@ def test_what_cant_be_answered_is_an_error_of_the_api(client, options, status, c
 
 def test_requests_that_are_none(client):
     address = f"{client.base_url}chat/completions"
-    broken = httpx.post(address, content=b"{", headers={"content-type": "application/json"})
+    broken = httpx2.post(address, content=b"{", headers={"content-type": "application/json"})
     assert (broken.status_code, "not JSON" in broken.text) == (400, True)
-    form = httpx.post(address, content=json.dumps({"model": "my-model", "messages": TEXT}))
+    form = httpx2.post(address, content=json.dumps({"model": "my-model", "messages": TEXT}))
     assert (form.status_code, "must be application/json" in form.text) == (415, True)
-    assert httpx.get(address).json()["error"]["message"].endswith("Method Not Allowed")
-    assert httpx.get(f"{client.base_url}nothing").status_code == 404
+    assert httpx2.get(address).json()["error"]["message"].endswith("Method Not Allowed")
+    assert httpx2.get(f"{client.base_url}nothing").status_code == 404
 
 
 def test_the_model_is_listed(client):
@@ -283,8 +283,10 @@ def test_a_key_is_wanted_where_one_is_set(predictor):
         for call in (other.models.list, lambda: ask(other, *TEXT)):
             with pytest.raises(openai.AuthenticationError, match="Bearer KEY"):
                 call()
-        assert httpx.get(f"{client.base_url}models").status_code == 401
-        assert httpx.get(str(client.base_url).replace("/v1/", "/health")).json() == {"status": "ok"}
+        assert httpx2.get(f"{client.base_url}models").status_code == 401
+        assert httpx2.get(str(client.base_url).replace("/v1/", "/health")).json() == {
+            "status": "ok"
+        }
 
 
 @pytest.fixture
@@ -319,14 +321,14 @@ def test_a_stream_that_is_closed_stops_the_model(client, steps):
 
 def test_a_client_that_leaves_stops_the_model(client, steps):
     with pytest.raises(openai.APITimeoutError):
-        ask(client.with_options(timeout=0.5), *TEXT, max_tokens=5_000)
+        ask(client.with_options(timeout=2), *TEXT, max_tokens=5_000)
     assert_stops(client, steps)
 
 
 def assert_stops(client, steps):
     ask(client, *TEXT, max_tokens=1)  # waits for its turn, so the other one has ended
     made = len(steps)
-    assert 1 < made < 1_000
+    assert 1 < made < 2_500
     time.sleep(0.1)
     assert len(steps) == made
 
@@ -417,7 +419,7 @@ def test_the_command_serves_until_ctrl_c(export, predictor):
             "What is shown?", [picture(0)], max_new_tokens=LENGTH
         )
         process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, log
@@ -427,13 +429,13 @@ def test_the_command_serves_until_ctrl_c(export, predictor):
 
 
 def wait_for(port: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+            if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             time.sleep(0.1)
     raise AssertionError("the server did not start")
 

@@ -1,4 +1,4 @@
-"""Who else serves: transformers' own server with the plain export, and the corpus builder as a client.
+"""Who else serves, transformers' own server with the plain export; and our clients with our server.
 
 ``transformers serve`` runs in the environment of the newest transformers, without a line of our code. A test
 of what it does that a hospital should know (docs/serving.md) tells when it no longer does.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -25,6 +25,9 @@ from PIL import Image
 
 from gmai_xtuner.chat.__main__ import main as chat
 from gmai_xtuner.datasets.conversation import Turn
+from gmai_xtuner.evaluation.answerers.answerer import Job
+from gmai_xtuner.evaluation.answerers.choose import ModelOptions
+from gmai_xtuner.evaluation.answerers.endpoint import EndpointAnswerer
 from gmai_xtuner.inference import Predictor, user_turn
 from gmai_xtuner.loading import load_model
 from tests.data_tools.conftest import draw, generate, source_of
@@ -67,14 +70,14 @@ def client(exports) -> Iterator[openai.OpenAI]:
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while True:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline, "transformers serve did not start"
             try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                     break
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 time.sleep(0.2)
         # It closes the connection after an error, which a retry mends.
         yield openai.OpenAI(
@@ -172,9 +175,9 @@ def test_chat_gives_the_same_answer_from_both_layouts(exports, predictor, capfd,
 def test_what_a_hospital_should_know_of_transformers_serve(client, exports, tmp_path):
     """docs/serving.md says these; where one fails, the page has to change."""
 
-    def post(**fields) -> httpx.Response:
+    def post(**fields) -> httpx2.Response:
         body = {"model": str(exports[1]), "max_tokens": 1, "temperature": 0} | fields
-        with httpx.Client(timeout=60) as connection:
+        with httpx2.Client(timeout=60) as connection:
             return connection.post(f"{client.base_url}chat/completions", json=body)
 
     path = tmp_path / "of_the_server.png"
@@ -217,6 +220,22 @@ def test_16_bit_images_are_not_scaled_by_transformers_serve(client, exports, pre
         Image.fromarray((values >> 8).astype("uint8")),
     )
     assert said not in (ours(path), ours(white), ours(high_byte))
+
+
+def test_the_evaluator_gets_the_answers_of_the_model_from_our_server(predictor, tmp_path):
+    for number in range(3):
+        picture(number, (30, 20 + 20 * number)).save(tmp_path / f"{number}.png")
+    jobs = [
+        Job("one", "What is shown? 图中显示什么？", (tmp_path / "0.png",), LENGTH, "test/1"),
+        Job("two", "Compare.", (tmp_path / "1.png", tmp_path / "2.png"), LENGTH, "test/1"),
+        Job("none", "Is it CT?", (), LENGTH, "test/1"),
+    ]
+    with serving(predictor) as served:
+        options = ModelOptions("my-model", endpoint=str(served.base_url), in_flight=2)
+        given = [one for some in EndpointAnswerer(options).answers(jobs) for one in some]
+    assert {one.job.id: one.text for one in given} == {
+        job.id: predictor.answer(job.prompt, job.images, max_new_tokens=LENGTH) for job in jobs
+    }
 
 
 def test_the_corpus_builder_asks_our_server(predictor, tmp_path):
