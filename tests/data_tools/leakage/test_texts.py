@@ -87,3 +87,10 @@ def test_a_paraphrase_in_a_benchmark_of_many_is_found() -> None:
     for text in known[:50]:
         number, near = index.near(f"please {text}")[0]
         assert (index.texts[number], near) == (text, 6 / 7)
+
+
+def test_a_text_within_a_longer_one_of_unknown_words_is_found() -> None:
+    """All 6 3-grams of 10: the rarest of the longer text, which are looked up first, are in no other."""
+    index = TextIndex(["is there a mass in the left lung"])
+    assert index.near("is there a mass in the left lung or elsewhere says who") == [(0, 0.6)]
+    assert index.near("please doctor tell us is there a mass in the left lung") == [(0, 0.6)]
