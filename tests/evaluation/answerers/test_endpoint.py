@@ -80,7 +80,7 @@ def test_a_jpeg_goes_as_it_is_unless_it_must_be_turned(tmp_path):
 
 def test_a_busy_or_broken_server_is_asked_again():
     trouble = {
-        "Question 0?": Reply(429, "slow down", (("Retry-After", "0.4"),)),
+        "Question 0?": Reply(429, "slow down", (("Retry-After", "0.9"),)),
         "Question 1?": Reply(500, "oops"),
         "Question 2?": Reply(cut=True),
         "Question 3?": Reply(body={"choices": []}),
@@ -102,7 +102,9 @@ def test_a_busy_or_broken_server_is_asked_again():
         for moment, text in zip(server.times, server.texts(), strict=True)
         if text == "Question 0?"
     )
-    assert second - first >= 0.39  # as long as the server asked for
+    assert (
+        second - first >= 0.88
+    )  # as the server asked; our own first wait is half a second at most
 
 
 def test_a_question_that_the_server_refuses_is_counted_and_the_others_asked():
