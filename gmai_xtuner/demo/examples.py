@@ -25,7 +25,7 @@ class Example:
     path: Path
 
 
-# Package, file below it, name. pydicom (MIT), nibabel (MIT; PDDL data), scikit-image (CC0 and public domain).
+# Package, file below it, name. pydicom (MIT), nibabel (MIT), scikit-image (CC0 and public domain).
 _INSTALLED = (
     ("skimage", "data/retina.jpg", "Fundus photograph", "眼底照片"),
     ("skimage", "data/ihc.png", "Histology", "组织切片"),

@@ -374,3 +374,7 @@ def test_a_cut_or_boasting_file_is_refused(tmp_path):
     with pytest.raises(PageError) as error:
         open_nifti(tmp_path / "boast", LIMITS)
     assert error.value.key == "too_many_pixels"
+    whole_path = made.nifti(tmp_path / "w.nii", marked(), RAS)
+    with pytest.raises(PageError) as error:
+        open_nifti(whole_path, Limits(voxels=23))
+    assert error.value.key == "too_many_voxels"
