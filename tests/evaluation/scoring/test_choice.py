@@ -97,6 +97,8 @@ def test_a_letter_before_text(answer: str, letter: str | None) -> None:
         ("B是正确的", "B"),
         ("The answer is not A, it is B", "B"),
         ("不是A，是B", "B"),
+        ("不选A，选B", "B"),
+        ("选A错误，选C", "C"),
         ("A is incorrect. The answer is D.", "D"),
         ("The answer is not A", None),
         ("It is not A", None),
