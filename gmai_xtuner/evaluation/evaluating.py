@@ -36,6 +36,7 @@ from gmai_xtuner.evaluation.run import (
     ask_for,
     counted,
     identity_of,
+    source_of,
     store_folder,
 )
 from gmai_xtuner.evaluation.store import AnswerStore, read_identity
@@ -107,6 +108,16 @@ def ask_and_score(
     benchmark = load_benchmark(
         target.name, target.data, variant=target.variant, require_images=answerer is not None
     )
+    if benchmark.problems and world.rank == 0:
+        first = benchmark.problems[0]
+        log.warning(
+            "%s (%s): %s; the first is %s: %s",
+            benchmark.name,
+            benchmark.variant,
+            dict(benchmark.counted_problems()),
+            first.record,
+            first.detail,
+        )
     asked = [ask_for(benchmark, one, limit=options.limit) for one in _protocols(benchmark, options)]
     folder = store_folder(options.out, benchmark.name, benchmark.variant)
     if answerer is not None:
@@ -116,15 +127,15 @@ def ask_and_score(
         store, failed = _stored(folder, benchmark), {}
     results = []
     if world.rank == 0:
-        reasons = {name: given.problem for name, given in failed.items()}
+        reasons = {name: one.problem for name, one in failed.items()}
         if failed:
-            first = next(iter(failed.values()))
+            given = next(iter(failed.values()))
             log.warning(
                 "%s: %s; the first is question %s: %s",
                 benchmark.name,
                 counted(failed),
-                first.job.id,
-                first.detail,
+                given.job.id,
+                given.detail,
             )
         for part in asked:
             results += list(_score(part, benchmark, store, reasons, options, judge))
@@ -145,8 +156,7 @@ def _stored(folder: Path, benchmark: Benchmark) -> AnswerStore:
         raise EvaluationError(
             f"no answers are stored in {folder}. Leave --score-only out to ask, or give the --out of a run"
         )
-    source = {file.path.name: file.sha256 for file in benchmark.source}
-    return AnswerStore(folder, replace(identity, source=source))
+    return AnswerStore(folder, replace(identity, source=source_of(benchmark)))
 
 
 def _score(

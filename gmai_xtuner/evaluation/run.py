@@ -130,8 +130,20 @@ def identity_of(benchmark: Benchmark, answerer: Answerer) -> Identity:
         model=answerer.model,
         model_name=answerer.name,
         generation=dict(answerer.generation),
-        source={file.path.name: file.sha256 for file in benchmark.source},
+        source=source_of(benchmark),
     )
+
+
+def source_of(benchmark: Benchmark) -> dict[str, str]:
+    """sha256 of each annotation file by its name; files of one name (MMMU has them) are numbered."""
+    source: dict[str, str] = {}
+    for file in sorted(benchmark.source, key=lambda one: (one.path.name, one.sha256)):
+        name, number = file.path.name, 1
+        while name in source:
+            number += 1
+            name = f"{file.path.name} ({number})"
+        source[name] = file.sha256
+    return source
 
 
 def store_folder(out: Path, name: str, variant: str) -> Path:

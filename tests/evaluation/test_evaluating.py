@@ -142,10 +142,23 @@ def test_a_question_without_an_answer_is_counted_and_asked_the_next_time(pmc, tm
     assert (result.n, result.headline.value, result.complete) == (4, 0.25, True)
 
 
-def test_a_missing_image_is_counted(pmc, tmp_path):
+def test_files_of_one_name_in_two_folders_both_count():
+    from pathlib import Path
+
+    from gmai_xtuner.evaluation.benchmarks import Benchmark, SourceFile
+    from gmai_xtuner.evaluation.run import source_of
+
+    files = [SourceFile(Path(part) / "test.parquet", part, 1) for part in ("b", "a")]
+    same = Benchmark("mmmu_health", "validation", (), tuple(files))
+    assert source_of(same) == {"test.parquet": "a", "test.parquet (2)": "b"}
+
+
+def test_a_missing_image_is_counted_and_named(pmc, tmp_path, caplog):
     (pmc.data / "images" / "PMC1.jpg").unlink()
     (result,) = run(pmc, FakeAnswerer(always("A")), tmp_path)
     assert (result.n, dict(result.left_out), result.complete) == (3, {"missing_image": 1}, False)
+    assert "pmc_vqa (test_clean): {'missing_image': 1}; the first is " in caplog.text
+    assert "PMC1.jpg" in caplog.text
     draw(pmc.data / "images" / "PMC1.jpg", 1)
     later = FakeAnswerer(always("A"))
     (result,) = run(pmc, later, tmp_path)
