@@ -117,6 +117,12 @@ def test_gmai_mmbench_test_has_parts_and_no_answers(tmp_path: Path) -> None:
     )
 
 
+def test_answers_of_the_test_set_are_not_read_even_if_a_file_has_them(tmp_path: Path) -> None:
+    tsv_file(tmp_path / "GMAI_mm_bench_TEST_part_1.tsv", GMAI_HEADER, [gmai_row(1)])
+    (question,) = load_benchmark("gmai_mmbench", tmp_path, variant="test").questions
+    assert question.answer is None
+
+
 def write_test_parts(folder: Path) -> None:
     for part in range(1, 12):
         tsv_file(
