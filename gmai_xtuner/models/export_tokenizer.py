@@ -27,6 +27,7 @@ from gmai_xtuner.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.datasets.tokenization import ChatTemplate, ConversationTokenizer
 from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.models.tokenizer import ANSWER_GOES_ON, ANSWER_START
 
 PAD_TOKEN = "<pad>"
 _HEADERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|assistant|>")
@@ -194,9 +195,11 @@ def _split_before_answers(backend: Tokenizer, template: ChatTemplate) -> None:
         # Encoded apart, an answer begins with what the normaliser puts before a text ("▁" in Llama 2).
         prefix = normalizer.normalize_str("x").removesuffix("x")
         if prefix:
-            opened = normalizers.Replace(Regex(rf"\A{_escaped(tail)}(?=[\s\S])"), tail + prefix)
+            opened = normalizers.Replace(
+                Regex(f"{ANSWER_START}{_escaped(tail)}{ANSWER_GOES_ON}"), tail + prefix
+            )
             backend.normalizer = normalizers.Sequence([normalizer, opened])
-    split = pre_tokenizers.Split(Regex(rf"\A{_escaped(tail)}"), "isolated")
+    split = pre_tokenizers.Split(Regex(f"{ANSWER_START}{_escaped(tail)}"), "isolated")
     before = backend.pre_tokenizer
     backend.pre_tokenizer = split if before is None else pre_tokenizers.Sequence([split, before])
 

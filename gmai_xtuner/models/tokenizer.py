@@ -16,6 +16,7 @@ has 2,353 such pairs, each of an English and a Chinese piece that can't overlap.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Values of ModelProto.SentencePiece.Type and TrainerSpec.ModelType in sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE_MODEL = 2
+ANSWER_START, ANSWER_GOES_ON = r"\A", r"(?=[\s\S])"
+"""Between these an export's tokenizer has what opens an answer."""
 
 
 def load_tokenizer(
@@ -102,9 +105,45 @@ def _load_fast(
     }
     tokenizer = cls.from_pretrained(str(directory), **options, **_without(overrides, options))
     tokenizer.init_kwargs.pop("auto_map", None)
+    _join_answers(tokenizer)
     if cls is PreTrainedTokenizerFast and {"add_bos_token", "add_eos_token"} & set(settings):
         _add_bos_and_eos(tokenizer, settings)
     return tokenizer
+
+
+def _join_answers(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Take out what a plain LLaVA export put in (:mod:`gmai_xtuner.models.export_tokenizer`).
+
+    There it splits what opens an answer from the answer. Our code encodes the two apart by itself, and
+    without the split it can remember words.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    normalizer, before = state["normalizer"], state["pre_tokenizer"]
+    steps = before.get("pretokenizers", [before]) if before else []
+    if not steps or not _is_answer_split(steps[0]):
+        return
+    while steps and _is_answer_split(steps[0]):
+        steps = steps[1:]
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps} if steps else None
+    if len(steps) == 1:
+        state["pre_tokenizer"] = steps[0]
+    if normalizer and normalizer["type"] == "Sequence":
+        kept = [step for step in normalizer["normalizers"] if not _is_answer_mark(step)]
+        state["normalizer"] = kept[0] if len(kept) == 1 else {**normalizer, "normalizers": kept}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def _is_answer_mark(step: Mapping[str, Any]) -> bool:
+    pattern = step["pattern"].get("Regex", "") if step["type"] == "Replace" else ""
+    return pattern.startswith(ANSWER_START) and pattern.endswith(ANSWER_GOES_ON)
+
+
+def _is_answer_split(step: Mapping[str, Any]) -> bool:
+    return (
+        step["type"] == "Split"
+        and step["behavior"] == "Isolated"
+        and str(step["pattern"].get("Regex", "")).startswith(ANSWER_START)
+    )
 
 
 def _without(values: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:

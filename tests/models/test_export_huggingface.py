@@ -403,6 +403,26 @@ def test_a_tokenizer_that_puts_a_mark_before_each_text(tmp_path, name, differ, m
     assert bool(told) is differ
 
 
+@pytest.mark.parametrize("dummy_prefix", [False, True])
+def test_a_stage_that_starts_from_an_export_tokenises_as_the_base_does(tmp_path, dummy_prefix):
+    write_tiny_llm(tmp_path / "llm", TinyLLM(add_dummy_prefix=dummy_prefix), seed=0)
+    base = load_tokenizer(str(tmp_path / "llm"))
+    template = ChatTemplate.from_xtuner("internlm2_chat")
+    plain = plain_tokenizer(base, template)
+    assert plain.backend_tokenizer.pre_tokenizer is not None
+    plain.save_pretrained(tmp_path / "once")
+    twice = plain_tokenizer(load_tokenizer(str(tmp_path / "once")), template)
+    twice.save_pretrained(tmp_path / "export")
+    again = load_tokenizer(str(tmp_path / "export"))
+    assert again.backend_tokenizer.pre_tokenizer is None
+    ours = ConversationTokenizer.from_pretrained(again, template)
+    theirs = ConversationTokenizer.from_pretrained(base, template)
+    assert (ours._words is None) == (theirs._words is None), "words are remembered as before"
+    turns = (Turn("user", "<image>assistant\nCT 中"), Turn("assistant", "No."), Turn("user", " x"))
+    assert ours.encode_prompt(turns).tolist() == theirs.encode_prompt(turns).tolist()
+    assert not differing_prompts(AutoTokenizer.from_pretrained(tmp_path / "export"), theirs)
+
+
 def test_a_tokenizer_that_would_change_questions_is_refused(tokenizer, monkeypatch):
     template = ChatTemplate.from_xtuner("internlm2_chat")
     monkeypatch.setattr(
