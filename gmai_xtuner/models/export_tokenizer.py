@@ -33,7 +33,7 @@ PAD_TOKEN = "<pad>"
 _HEADERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|assistant|>")
 """What a turn begins with in templates that say so; the assistant's is the last in the user's text."""
 
-PROBES = (
+PROBES: tuple[tuple[Turn, ...], ...] = (
     (Turn("user", f"{IMAGE_TOKEN}\nWhat is shown?"),),
     (Turn("user", "1 + 1 ="),),
     (
@@ -213,7 +213,7 @@ def differing_prompts(
 ) -> dict[tuple[Turn, ...], str]:
     """Prompts whose ids by the chat template differ from training's, and where they part."""
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    differ = {}
+    differ: dict[tuple[Turn, ...], str] = {}
     for turns in PROBES:
         expected = training.encode_prompt(turns)
         expected = np.where(expected == IMAGE_TOKEN_INDEX, image, expected).tolist()
