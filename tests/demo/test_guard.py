@@ -144,6 +144,18 @@ def test_a_body_that_does_not_say_so_is_cut_off():
     assert (status, body) == (413, "The upload is too large.")
 
 
+def test_what_is_cut_off_is_not_handed_on():
+    read = []
+
+    async def reader(scope, receive, send):
+        while (message := await receive())["type"] != "http.disconnect":
+            read.append(len(message["body"]))
+
+    chunk = b"x" * 30_000
+    status, _, _ = talk(Guard(reader, upload_bytes=1000, loopback=True), body=(chunk,) * 9)
+    assert (status, read) == (413, [30_000, 30_000])
+
+
 def test_errors_of_the_application_are_not_swallowed():
     async def broken(scope, receive, send):
         raise RuntimeError("broken")
