@@ -36,8 +36,9 @@ CORPUS = [
     "SimpleITK>=2.4",
     "tifffile>=2024.5",
 ]
-# The page `python -m gmai_xtuner.demo`: NiceGUI brings all of its scripts and fonts along (gradio caps Pillow
-# below 13, and its 6.x needs a huggingface_hub that transformers 4.48 does not take). The rest opens DICOM and NIfTI.
+# The page `python -m gmai_xtuner.demo`: NiceGUI brings all of its scripts and fonts along (gradio 6 caps
+# Pillow below 13, and needs a huggingface_hub that transformers 4.48 does not take). The rest opens DICOM and
+# NIfTI.
 DEMO = [
     "nicegui>=3.15,<4",
     "nibabel>=5.3",

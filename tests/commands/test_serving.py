@@ -10,9 +10,6 @@ import base64
 import io
 import json
 import os
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,9 +27,9 @@ from gmai_xtuner.evaluation.answerers.choose import ModelOptions
 from gmai_xtuner.evaluation.answerers.endpoint import EndpointAnswerer
 from gmai_xtuner.inference import Predictor, user_turn
 from gmai_xtuner.loading import load_model
+from tests.commands.serving import transformers_serve
 from tests.data_tools.conftest import draw, generate, source_of
 from tests.exports import write_export
-from tests.newest_transformers import newest_python, newest_variables
 from tests.test_serve import serving
 
 pytestmark = pytest.mark.slow
@@ -57,35 +54,8 @@ def predictor(exports) -> Predictor:
 @pytest.fixture(scope="module")
 def client(exports) -> Iterator[openai.OpenAI]:
     """Of ``transformers serve PLAIN``, which calls the model by its path."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [newest_python().parent / "transformers", "serve", exports[1], "--device", "cpu"]
-    process = subprocess.Popen(
-        [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],
-        cwd=exports[1].parent,
-        env=newest_variables(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline, "transformers serve did not start"
-            try:
-                if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            except httpx2.TransportError:
-                time.sleep(0.2)
-        # It closes the connection after an error, which a retry mends.
-        yield openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=1, timeout=60
-        )
-    finally:
-        process.kill()
-        process.communicate()
+    with transformers_serve(exports[1]) as made:
+        yield made
 
 
 def picture(number: int, size: tuple[int, int] = (30, 40)) -> Image.Image:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from PIL import Image
 from transformers import AutoTokenizer, LlamaForCausalLM
+from xtuner.registry import BUILDER
 
+from gmai_xtuner.datasets.images import ImageTransform
+from gmai_xtuner.datasets.tokenization import ChatTemplate
+from gmai_xtuner.inference import Predictor
 from gmai_xtuner.loading import load_model
+from gmai_xtuner.models import load_tokenizer
 from gmai_xtuner.models.checkpoints import load_checkpoint_state
 from tests.commands.runner import Xtuner, last_checkpoint, scalars
+from tests.commands.serving import gmai_demo, gmai_serve, transformers_serve
+from tests.demo.browsing import ask, chromium, upload
+from tests.demo.browsing import done as done_answer
 from tests.real_corpus import write_mixture
 
 pytestmark = pytest.mark.slow
@@ -124,6 +137,87 @@ def test_convert_every_stage_and_chat_with_the_last(trained, tiny_bases, shared_
         exports["stage1_shallow"], llm=str(tiny_bases / "llm"), vision=str(tiny_bases / "vision")
     )
     assert isinstance(early.answer("What is shown?", [image], max_new_tokens=4), str)
+
+
+def test_the_same_greedy_answer_wherever_the_model_is_asked(trained, tiny_bases, shared_data):
+    folder, _, xtuner = trained
+    stage = "stage3_instruct"
+    ours, plain = folder / "ours", folder / "plain"
+    for out, form in ((ours, "xtuner"), (plain, "huggingface")):
+        xtuner(
+            "convert", "pth_to_hf", f"configs/gmai_vl/{stage}.py", last_checkpoint(folder / stage),
+            out, "--fp32", "--safe-serialization", "--save-format", form,
+        )  # fmt: skip
+    # Eight bits of grey and not square: what every reader of files sees alike, and must pad alike.
+    image = sorted((shared_data / "hannover_cxr" / "png").glob("*.png"))[0]
+    assert (Image.open(image).mode, len(set(Image.open(image).size))) == ("L", 2)
+    question, length = "Is this chest radiograph AP or PA?", 16
+
+    cfg = Config.fromfile(folder / stage / f"{stage}.py")
+    cfg.model.pretrained_pth = str(folder / stage)
+    cfg.model.pretrained_parts = ["projector", "visual_encoder", "llm"]
+    cfg.model.llm.torch_dtype = "float32"
+    training = Predictor(
+        BUILDER.build(cfg.model),
+        tokenizer=load_tokenizer(str(tiny_bases / "llm")),
+        template=ChatTemplate.from_xtuner("internlm2_chat", add_bos=True),
+        transform=ImageTransform.from_pretrained(str(tiny_bases / "vision"), mode="pad"),
+    )
+    answer = training.answer(question, [image], max_new_tokens=length)
+    assert len(answer) > 4
+    answers = {
+        "xtuner export": load_model(ours).answer(question, [image], max_new_tokens=length),
+        "plain export": load_model(plain).answer(question, [image], max_new_tokens=length),
+    }
+
+    for name, model in (("chat", ours), ("chat, plain export", plain)):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "gmai_xtuner.chat", model, "--image", image),
+                *("--question", question, "--max-new-tokens", str(length), "--device", "cpu"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        answers[name] = done.stdout.strip()
+    said = xtuner(
+        "chat", ours, "--llava", ours, "--image", image, "--torch-dtype", "fp32",
+        "--prompt-template", "internlm2_chat", "--temperature", "0",
+        "--max-new-tokens", str(length), stdin=f"{question}\n\nEXIT\n\n",
+    )  # fmt: skip
+    assert answer in said
+
+    url = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    parts = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": question},
+    ]
+    servers = (
+        ("our server", gmai_serve, ours, ours.name),
+        ("transformers serve", transformers_serve, plain, str(plain)),
+    )
+    for name, serve, model, called in servers:
+        with serve(model) as client:
+            reply = client.chat.completions.create(
+                model=called,
+                messages=[{"role": "user", "content": parts}],
+                temperature=0,
+                max_tokens=length,
+            )
+            answers[name] = reply.choices[0].message.content.strip()
+
+    with gmai_demo(ours) as address, chromium() as browser:
+        page = browser.new_page()
+        page.goto(address)
+        upload(page, image)
+        ask(page, question)
+        whole = done_answer(page, 0).get_by_test_id("text").inner_text()
+    longest = training.answer(question, [image], max_new_tokens=256)
+    assert whole.split() == longest.split()
+    assert longest.startswith(answer)
+    assert answers == dict.fromkeys(answers, answer)
 
 
 def test_convert_refuses_a_checkpoint_of_another_stage_and_writes_nothing(trained):

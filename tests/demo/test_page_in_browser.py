@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,25 +19,17 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from gmai_xtuner.datasets.conversation import parse_record
 from gmai_xtuner.demo.boxes import Box, draw_boxes
 from gmai_xtuner.demo.presets import PRESETS
 from gmai_xtuner.loading import load_model
 from tests.demo import made
+from tests.demo.browsing import WAIT, ask, at, chromium, done, upload
 from tests.demo.conftest import BOX, CT_EXAMPLE, ENDLESS, NO_BOX, WHERE
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    # no name but this machine's is looked up, so that nothing could be loaded from elsewhere
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
 UPLOAD_MB = 2
-WAIT = 60_000
-"""Milliseconds for what takes a moment on two busy cores."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +75,8 @@ def served(models, tmp_path_factory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is installed")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+    with chromium() as running:
         yield running
-        running.close()
 
 
 @pytest.fixture
@@ -117,26 +103,6 @@ def page(browser, served) -> Iterator[Page]:
     assert outside == []
     assert {urlsplit(url).scheme for url in asked} <= {"http", "ws", "data", "blob"}
     assert complaints == []
-
-
-def at(page: Page, name: str) -> Locator:
-    return page.get_by_test_id(name)
-
-
-def upload(page: Page, *files: Path) -> None:
-    at(page, "upload").locator("input[type=file]").set_input_files([str(file) for file in files])
-
-
-def ask(page: Page, question: str) -> None:
-    at(page, "question").fill(question)
-    at(page, "ask").click()
-
-
-def done(page: Page, model: int, *, nth: int = -1, state: str = "done") -> Locator:
-    """The answer of a model, when it has come to its end."""
-    answer = at(page, f"answer-{model}").nth(nth)
-    expect(answer).to_have_attribute("data-state", state, timeout=WAIT)
-    return answer
 
 
 def pixels(picture: Locator) -> np.ndarray:
