@@ -81,8 +81,8 @@ class Answer:
 
     @property
     def counts(self) -> bool:
-        """Whether it is part of the conversation."""
-        return self.state in ("done", "stopped")
+        """Whether it is part of the conversation: not failed, and not stopped before anything was said."""
+        return self.state in ("done", "stopped") and bool(self.text.strip())
 
 
 @dataclass

@@ -58,7 +58,8 @@ def record(
 ) -> dict[str, Any]:
     """One model's side of the conversation.
 
-    It ends before the first answer that no record can hold: an empty one, or one with an ``<image>`` mark.
+    Questions that were not answered are left out, as they were for the model. It ends before the first
+    answer that no record can hold: one with an ``<image>`` mark.
 
     Args:
         session: see `as_zip`.
@@ -78,7 +79,7 @@ def record(
         if not answer.counts:
             left_out += 1
             continue
-        ended = ended or not answer.text.strip() or IMAGE_TOKEN in answer.text
+        ended = ended or IMAGE_TOKEN in answer.text
         if ended:
             left_out += 1
             continue

@@ -98,6 +98,38 @@ def test_a_failed_answer_is_no_part_of_it_and_its_image_goes_along_again():
     assert levels(one.history(0, last)[1]) == [10, 10]
 
 
+@pytest.mark.parametrize(
+    ("state", "text"), [("stopped", ""), ("stopped", " \n"), ("done", ""), ("failed", "CT")]
+)
+def test_a_question_without_an_answer_was_not_asked(state, text):
+    """Such as one that was stopped in the queue: no empty turn of the assistant goes to the model."""
+    one = session()
+    attached = one.attach(photo(10))
+    exchange = one.ask("What?")
+    one.exchanges.append(exchange)
+    attached.send, attached.sent = False, True
+    exchange.answers[0].state, exchange.answers[0].text = state, text
+    one.finish(exchange)
+    assert (attached.send, attached.sent) == (True, False)
+    turns, images = one.history(0, one.ask("Again?"))
+    assert turns == (Turn("user", "<image>\nAgain?"),)
+    assert levels(images) == [10]
+
+
+def test_what_was_said_before_a_stop_stays():
+    one = session()
+    attached = one.attach(photo(10))
+    exchange = ask(one, "What?", "A che")
+    exchange.answers[0].state = "stopped"
+    one.finish(exchange)
+    assert not attached.send
+    assert [turn.text for turn in one.history(0, one.ask("Go on"))[0]] == [
+        "<image>\nWhat?",
+        "A che",
+        "Go on",
+    ]
+
+
 def test_a_system_text_comes_first():
     one = session()
     one.settings.system = "You are a radiologist."
@@ -170,12 +202,23 @@ def test_what_is_saved_is_a_record_with_its_images():
     assert "不得用于临床" in archive.read("README.txt").decode()
 
 
-@pytest.mark.parametrize("answer", ["", " \n", "see <image>"])
-def test_a_record_ends_before_an_answer_that_it_can_not_hold(answer):
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_is_left_out_of_the_record_as_it_was_of_the_model(answer):
+    one = session()
+    one.attach(photo(10))
+    ask(one, "What?", answer)
+    ask(one, "Really?", "Yes")
+    _, (record,) = unpacked(as_zip(one, ["a"], now=NOW))
+    assert [turn["value"] for turn in record["conversations"]] == ["<image>\nReally?", "Yes"]
+    assert record["exchanges_left_out"] == 1
+    parse_record(record, dataset="saved", where="1")
+
+
+def test_a_record_ends_before_an_answer_that_it_can_not_hold():
     one = session()
     one.attach(photo(10))
     ask(one, "What?", "CT")
-    ask(one, "More?", answer)
+    ask(one, "More?", "see <image>")
     ask(one, "Really?", "Yes")
     _, (record,) = unpacked(as_zip(one, ["a"], now=NOW))
     assert [turn["value"] for turn in record["conversations"]] == ["<image>\nWhat?", "CT"]
