@@ -223,7 +223,8 @@ class Predictor:
         Shorter prompts are padded on the left, masked, and keep their own positions, so that an answer
         does not depend on its neighbours (but for rounding, which in low precision can turn a tie).
 
-        An answer ends at the model's last position, if it comes there before ``max_new_tokens``.
+        An answer ends at the model's last position, if it comes there before ``max_new_tokens``. A prompt
+        that leaves less room than that is computed apart: its end is not that of the others.
 
         Raises:
             ValueError: marks and images of a prompt differ in number.
@@ -231,14 +232,18 @@ class Predictor:
         """
         if not prompts:
             return []
-        arguments = self._arguments(
-            [self.encode(prompt) for prompt in prompts],
-            [prompt.images for prompt in prompts],
-            max_new_tokens,
+        embeds = self._embed_all(
+            [self.encode(prompt) for prompt in prompts], [prompt.images for prompt in prompts]
         )
+        answers = [""] * len(prompts)
         _seed(sampling)
-        output = self.model.llm.generate(**arguments, **sampling.arguments())
-        return [self._decode(ids) for ids in output]
+        for room, numbers in self._by_room(embeds, max_new_tokens).items():
+            output = self.model.llm.generate(
+                **self._padded([embeds[number] for number in numbers], room), **sampling.arguments()
+            )
+            for number, ids in zip(numbers, output, strict=True):
+                answers[number] = self._decode(ids)
+        return answers
 
     def stream(
         self,
@@ -257,7 +262,7 @@ class Predictor:
             PromptTooLong: there is no position left to answer at; likewise.
         """
         prompt = Prompt(tuple(turns), tuple(images))
-        arguments = self._arguments([self.encode(prompt)], [prompt.images], max_new_tokens)
+        arguments = self._arguments(self.encode(prompt), prompt.images, max_new_tokens)
         arguments |= sampling.arguments()
         stream = AnswerStream(arguments["inputs_embeds"].shape[1])
         stream._pieces = self._pieces(arguments, sampling, stream)
@@ -290,7 +295,7 @@ class Predictor:
             for token in tokens:
                 ids.append(token)
                 stream.new_tokens = len(ids)
-                if _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token)):
+                if _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
                     continue  # what bytes mean is known when all that follow each other are there
                 text = self._decode(ids)
                 if len(text) > len(told) and text.startswith(told):
@@ -344,7 +349,7 @@ class Predictor:
             max_new_tokens: length of the answer at the most.
             synced_gpus: every rank runs as many passes as the longest of them, as ZeRO-3 needs.
         """
-        arguments = self._arguments([ids], [images], max_new_tokens)
+        arguments = self._arguments(ids, images, max_new_tokens)
         output = self.model.llm.generate(
             **arguments, **GREEDY.arguments(), synced_gpus=synced_gpus
         )[0]
@@ -354,18 +359,39 @@ class Predictor:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _arguments(
-        self,
-        prompts: Sequence[np.ndarray],
-        images: Sequence[Sequence[ImageLike]],
-        max_new_tokens: int,
+        self, ids: np.ndarray, images: Sequence[ImageLike], max_new_tokens: int
     ) -> dict[str, Any]:
+        """What ``generate`` takes for one prompt."""
+        embeds = self._embed_all([ids], [images])
+        ((room, _),) = self._by_room(embeds, max_new_tokens).items()
+        return self._padded(embeds, room)
+
+    def _embed_all(
+        self, prompts: Sequence[np.ndarray], images: Sequence[Sequence[ImageLike]]
+    ) -> list[torch.Tensor]:
+        """``[T, D]`` of each prompt, every one of which leaves a position to answer at."""
         limit = self.context_length
         for ids in prompts:
             if self._length(ids) >= limit:
                 raise PromptTooLong(self._length(ids), limit)
-        embeds = [
+        return [
             self._embed(ids.astype(np.int64), own) for ids, own in zip(prompts, images, strict=True)
         ]
+
+    def _by_room(self, embeds: Sequence[torch.Tensor], max_new_tokens: int) -> dict[int, list[int]]:
+        """Longest answer -> numbers of the prompts that may have it, to be computed together.
+
+        In one batch all answers end together, and positions beyond the model's last would change the rotary
+        base of every prompt in it.
+        """
+        groups: dict[int, list[int]] = {}
+        for number, rows in enumerate(embeds):
+            room = min(max_new_tokens, self.context_length - len(rows))
+            groups.setdefault(room, []).append(number)
+        return groups
+
+    def _padded(self, embeds: Sequence[torch.Tensor], room: int) -> dict[str, Any]:
+        """What ``generate`` takes for prompts that all have room for so many new tokens."""
         longest = max(len(rows) for rows in embeds)
         padded = embeds[0].new_zeros((len(embeds), longest, embeds[0].shape[1]))
         mask = torch.zeros(padded.shape[:2], dtype=torch.long, device=padded.device)
@@ -375,7 +401,7 @@ class Predictor:
         return {
             "inputs_embeds": padded,
             "attention_mask": mask,
-            "max_new_tokens": min(max_new_tokens, limit - longest),
+            "max_new_tokens": room,
             "use_cache": True,
             "eos_token_id": self.stop_ids,
             "pad_token_id": self.stop_ids[-1],

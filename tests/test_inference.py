@@ -161,3 +161,24 @@ def test_a_prompt_fits_into_the_positions_of_the_model(predictor, prompts, monke
         predictor.stream(text.turns, (), max_new_tokens=10)
     with pytest.raises(PromptTooLong):
         predictor.generate_batch([text])
+
+
+def test_a_long_neighbour_cuts_no_answer(predictor, prompts, monkeypatch):
+    """Of two prompts in a batch the longer has room for two tokens, the other for all of them."""
+    short, long = prompts[1], prompts[2]
+    alone = predictor.generate(short.turns, short.images, max_new_tokens=LENGTH)
+    limit = predictor.num_tokens(long) + 2
+    monkeypatch.setattr(predictor.model.llm.config, "max_position_embeddings", limit)
+    two_tokens = predictor.generate(long.turns, long.images, max_new_tokens=LENGTH)
+    assert two_tokens == predictor.generate(long.turns, long.images, max_new_tokens=2)
+    asked = predictor.generate_batch([short, long, short], max_new_tokens=LENGTH)
+    assert asked == [alone, two_tokens, alone]
+
+
+def test_a_token_that_has_no_text_does_not_end_a_stream(predictor, prompts, monkeypatch):
+    """The model's vocabulary may be larger than the tokenizer's."""
+    monkeypatch.setattr(type(predictor.tokenizer), "convert_ids_to_tokens", lambda *_: None)
+    pieces = list(predictor.stream(prompts[0].turns, prompts[0].images, max_new_tokens=4))
+    assert "".join(pieces) == predictor.generate(
+        prompts[0].turns, prompts[0].images, max_new_tokens=4
+    )

@@ -322,12 +322,22 @@ class RankedPredictor(Predictor):
         # A rank that raised alone would leave the others waiting.
         for number in (number for number, long in enumerate(too_long) if long):
             filled[number], encoded[number] = _IN_STEP, self.encode(_IN_STEP)
-        arguments = self._arguments(encoded, [prompt.images for prompt in filled], max_new_tokens)
-        output = self.model.llm.generate(**arguments, **GREEDY.arguments(), synced_gpus=synced)
-        return [
-            None if prompt is None or long else self._decode(ids)
-            for prompt, long, ids in zip(prompts, too_long, output, strict=True)
-        ]
+        embeds = self._embed_all(encoded, [prompt.images for prompt in filled])
+        groups = list(self._by_room(embeds, max_new_tokens).items())
+        if synced:
+            # Ranks generate equally often; one with fewer groups makes a token that nobody reads.
+            most = max(all_gather_object(len(groups)))
+            groups += [(1, [])] * (most - len(groups))
+        answers: list[str | None] = [None] * len(prompts)
+        for room, numbers in groups:
+            rows = [embeds[number] for number in numbers] or embeds[:1]
+            output = self.model.llm.generate(
+                **self._padded(rows, room), **GREEDY.arguments(), synced_gpus=synced
+            )
+            for number, ids in zip(numbers, output, strict=False):
+                if prompts[number] is not None and not too_long[number]:
+                    answers[number] = self._decode(ids)
+        return answers
 
 
 def ask(
