@@ -185,6 +185,9 @@ class _Run:
             else:
                 self.answered += 1
                 self.given_up = 0
+                if not _is_text(text):
+                    said = text[:200].encode("ascii", "backslashreplace").decode()
+                    return Given(job, None, 0.0, "not_text", f"no UTF-8 can hold the reply {said}")
                 return Given(job, text, round(time.monotonic() - start, 4))
             failures += 1
             if failures > self.options.retries:
@@ -258,7 +261,17 @@ def _wants_the_new_name(error: Any) -> bool:
 
 def _told(error: Any) -> str:
     said = error.body.get("message") if isinstance(error.body, dict) else None
-    return " ".join(f"HTTP {error.status_code}: {said or error.message}".split())[:400]
+    told = " ".join(f"HTTP {error.status_code}: {said or error.message}".split())[:400]
+    return told if _is_text(told) else told.encode("ascii", "backslashreplace").decode()
+
+
+def _is_text(text: str) -> bool:
+    """JSON can carry half a surrogate pair, which no file and no request can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -227,3 +227,22 @@ def test_the_address_and_the_name_are_what_stands_for_the_model():
         )
         == 3
     )
+
+
+def test_half_a_surrogate_pair_is_a_failed_reply():
+    def behave(text, before, request):
+        return Reply(text="left \ud800 lung" if "1?" in text else "yes")
+
+    with serve(behave) as server:
+        found = ask(server, jobs(3))
+    assert [found[f"q{n}"].text for n in range(3)] == ["yes", None, "yes"]
+    assert found["q1"].problem == "not_text"
+    assert found["q1"].detail == r"no UTF-8 can hold the reply left \ud800 lung"
+
+
+def test_half_a_surrogate_pair_in_an_error_is_told_readably():
+    with (
+        serve(lambda text, before, request: Reply(400, "bad \ud800")) as server,
+        pytest.raises(EvaluationError, match=r"HTTP 400: bad \\ud800"),
+    ):
+        ask(server, jobs(6), in_flight=1)
