@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,6 +86,20 @@ class Question:
         if self.gold_letter and self.answer is not None and IMAGE_MARK in self.answer:
             return frozenset(self.gold_letter)
         return frozenset(letter for letter, text in self.lettered().items() if text == self.answer)
+
+    def digest(self) -> str:
+        """Hash of words, lettered options and gold answers: an id may stand for another question elsewhere.
+
+        Images do not count.
+        """
+        content = [
+            self.text,
+            list(self.lettered().items()),
+            self.answer,
+            list(self.answers),
+            self.gold_letter,
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,10 +59,12 @@ class Result:
         selected: questions that the protocol has in the files that were read.
         expected: and in the authors' files; None where unknown.
         limited: ``--limit`` was given.
-        left_out: reason -> questions that the reader left out.
+        left_out: reason -> questions of the variant that the reader left out; of which protocol
+            they would be can't be told.
         unanswered: reason -> questions without an answer.
         averages: ``micro`` or ``macro over <group>`` -> number, the headline first.
         groups: key of a group -> its value -> number, in the order of the file.
+        source: sha256 of each annotation file by name.
     """
 
     benchmark: str
@@ -82,6 +84,7 @@ class Result:
     unanswered: Mapping[str, int]
     averages: Mapping[str, Cell]
     groups: Mapping[str, Mapping[str, Cell]] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def headline(self) -> Cell:
@@ -94,7 +97,10 @@ class Result:
         if self.limited:
             told.append(f"limited to {self.n} of {self.selected} questions")
         if self.left_out:
-            told.append(f"{_counts(self.left_out)} left out when the files were read")
+            told.append(
+                f"{_counts(self.left_out)} left out when the files of the variant "
+                f"{self.variant} were read, whatever protocol they belong to"
+            )
         if self.unanswered:
             told.append(f"{_counts(self.unanswered)} without an answer")
         if self.expected is not None and self.selected != self.expected:
@@ -149,6 +155,7 @@ def summarise(
     generation: Mapping[str, Any],
     left_out: Mapping[str, int],
     unanswered: Mapping[str, int],
+    source: Mapping[str, str] | None = None,
 ) -> Result:
     """The numbers of scored questions; arguments as in :class:`Result`."""
     protocol = asked.protocol
@@ -175,6 +182,7 @@ def summarise(
             key: {name: cell_of([part]) for name, part in grouped(scored, key).items()}
             for key in protocol.table
         },
+        source=dict(source or {}),
     )
 
 
@@ -227,6 +235,7 @@ def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None
         json.dumps(
             {
                 "id": one.question.id,
+                "question": one.question.digest(),
                 "value": one.score.value,
                 "parsed": one.score.parsed,
                 "answer": one.answer.answer,
@@ -262,8 +271,9 @@ def read_result(folder: Path) -> tuple[Result, dict[str, dict[str, Any]]]:
             key: {name: _cell(value) for name, value in part.items()}
             for key, part in content["groups"].items()
         }
-        lines = (folder / SCORES_FILE).read_text(encoding="utf-8").splitlines()
-        scores = {line["id"]: line for line in map(json.loads, lines)}
+        # Not splitlines: an answer may hold U+2028, U+2029 or U+0085, which end no line of JSON.
+        lines = (folder / SCORES_FILE).read_text(encoding="utf-8").split("\n")
+        scores = {line["id"]: line for line in map(json.loads, filter(None, lines))}
         return Result(**content), scores
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EvaluationError(f"the result in {folder} can't be read: {error}") from error

@@ -261,7 +261,9 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
     assert test.difference == 0.75
     text = as_text([found])
     assert "| 20 | 100.00 | 25.00 | +75.00 |" in text
+    assert "| first less second |" in text
     assert "First: good (sha256:fake)" in text
+    assert "every answer of the" not in text
     (same,) = compare_runs(tmp_path / "a", tmp_path / "a")
     assert (same.test.p_value, same.test.difference) == (1.0, 0.0)
 
@@ -276,6 +278,35 @@ def test_runs_of_different_questions_are_compared_only_on_request(rad, tmp_path)
     (found,) = compare_runs(tmp_path / "a", tmp_path / "b", common=True)
     assert (found.test.n, found.only_first) == (2, 1)
     assert "1 questions that only one run has are left out." in as_text([found])
+
+
+def test_a_run_of_wrong_and_unparsed_answers_is_told(rad, tmp_path):
+    """Gold: yes, no, yes."""
+    run(rad, FakeAnswerer(always("Yes")), tmp_path / "a")
+    run(rad, FakeAnswerer(always("hm")), tmp_path / "b")
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert (found[0].means, found[0].unparsed) == ((2 / 3, 0.0), (0.0, 1.0))
+    assert as_text(found).splitlines()[-1] == (
+        "vqa_rad closed-251 yes_no: every answer of the second counts as wrong, 100.00 % of them since "
+        "they were not understood."
+    )
+
+
+def test_questions_of_one_id_that_are_others_are_not_compared(rad, tmp_path):
+    run(rad, FakeAnswerer(always("Yes")), tmp_path / "a")
+    file = next(rad.data.glob("*.json"))
+    file.write_text(file.read_text().replace("finding 2", "another finding"))
+    run(rad, FakeAnswerer(always("Yes")), tmp_path / "b")
+    for common in (False, True):
+        with pytest.raises(
+            EvaluationError, match="1 of 3 that have one id differ in words"
+        ) as told:
+            compare_runs(tmp_path / "a", tmp_path / "b", common=common)
+        assert "the first is 2." in str(told.value)
+    scores = tmp_path / "b" / "vqa_rad-test" / "closed-251" / "scores.jsonl"
+    scores.write_text(re.sub('"question": "[0-9a-f]{16}", ', "", scores.read_text()))
+    with pytest.raises(EvaluationError, match="Score its answers again"):
+        compare_runs(tmp_path / "a", tmp_path / "b")
 
 
 def test_nothing_in_common_and_no_run_are_errors(rad, pmc, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 
 import pytest
 
@@ -115,7 +116,8 @@ def test_what_makes_a_number_another_than_the_protocols_is_told():
         unanswered={"server_failed": 1},
     )
     assert made.problems == [
-        "2 questions (missing_image 2) left out when the files were read",
+        "2 questions (missing_image 2) left out when the files of the variant test were read, "
+        "whatever protocol they belong to",
         "1 questions (server_failed 1) without an answer",
         "the files have 1 questions of this protocol, the authors' have 251",
     ]
@@ -131,6 +133,15 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     assert scores["q0"]["groups"] == {"modality": "CT"}
     assert (scores["q1"]["value"], scores["q1"]["parsed"]) == (0.0, None)
     assert as_json(read)["complete"] is True
+
+
+def test_an_answer_may_hold_what_python_calls_the_end_of_a_line(tmp_path):
+    odd = "left\u2028right\u2029up\u0085down\x1c\r\n."
+    answers = [scored(0, 1.0), scored(1, 0.0)]
+    answers[0] = replace(answers[0], answer=replace(answers[0].answer, answer=odd))
+    write_result(tmp_path, omnimedvqa(), answers)
+    _, scores = read_result(tmp_path)
+    assert [line["answer"] for line in scores.values()] == [odd, "A"]
 
 
 def test_the_papers_table_of_question_types_with_ours_below():
