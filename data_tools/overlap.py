@@ -52,7 +52,12 @@ def _parser() -> argparse.ArgumentParser:
         help="corpus folder, mixture file, or records (.json, .jsonl, .parquet)",
     )
     parser.add_argument("benchmark", type=Path, help="folder, or question file")
-    parser.add_argument("--output", type=Path, default=Path("overlap"), metavar="DIR")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="a folder of its own; default overlap/NAME-OF-BENCHMARK",
+    )
     parser.add_argument(
         "--distance", type=_distance, default=8, metavar="BITS", help="0 to 16; default 8"
     )
@@ -122,12 +127,15 @@ def _run(options: argparse.Namespace) -> int:
     from data_tools.leakage import compare, report
     from data_tools.leakage.benchmark import Benchmark
     from data_tools.leakage.corpus import open_corpus
+    from data_tools.leakage.folder import check_folder, default_folder
     from data_tools.leakage.hashing import open_cache
     from data_tools.progress import Bar
 
     if options.workers is not None and options.workers < 1:
         raise CorpusError(f"--workers must be 1 or more, got {options.workers}.")
     corpus = open_corpus(options.corpus, image_root=options.image_root)
+    folder = options.output or default_folder(options.benchmark)
+    check_folder(folder, options.corpus, options.benchmark)
     benchmark = Benchmark(
         options.benchmark,
         image_root=options.benchmark_images,
@@ -146,11 +154,11 @@ def _run(options: argparse.Namespace) -> int:
                 workers=options.workers,
                 progress=bar,
             )
-        numbers = report.write(options.output, overlap, cache)
+        numbers = report.write(folder, overlap, cache)
     if options.json:
         print(json.dumps(numbers, ensure_ascii=False), flush=True)
     else:
-        print(report.as_text(numbers, options.output), flush=True)
+        print(report.as_text(numbers, folder), flush=True)
     return LEAKS if options.check and numbers["exclude"]["not_in_the_mixture_yet"] else DONE
 
 

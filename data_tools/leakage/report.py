@@ -13,6 +13,7 @@ from typing import Any
 from data_tools.leakage import findings
 from data_tools.leakage.compare import Overlap
 from data_tools.leakage.findings import ExcludeList, Pair
+from data_tools.leakage.folder import MARK, seen_from
 from data_tools.leakage.hashing import HashCache, thumbnail
 from data_tools.output.report import environment
 from data_tools.preprocess.images import BadImage
@@ -65,15 +66,17 @@ def write(folder: Path, overlap: Overlap, cache: HashCache) -> dict[str, Any]:
         f"What {overlap.corpus.path.name} shares with {overlap.benchmark.path.name}; "
         "`exclude` of a mixture takes this file. Written by data_tools/overlap.py."
     )
+    for side, path in (("corpus", overlap.corpus.path), ("benchmark", overlap.benchmark.path)):
+        numbers[side]["seen_from_here"] = seen_from(folder, path)
     whole = {
         **numbers,
         "pairs": [_pair(overlap, pair) for pair in listed[:LISTED]],
         "question_hits": questions,
         "unreadable": overlap.problems,
     }
+    _write(folder / MARK, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
     _write(folder / "near.tsv", findings.near_table(overlap, listed, decisions))
     _write(folder / "exclude.txt", exclude.text(title=title))
-    _write(folder / "overlap.json", json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
     _write(folder / "report.md", as_markdown(overlap, numbers, listed, questions))
     _write(folder / "report.html", _page(overlap, numbers, listed, questions, exclude, cache))
     return numbers
