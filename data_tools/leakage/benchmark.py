@@ -86,6 +86,7 @@ class Benchmark:
     left_out: int = 0
     notes: list[str] = field(default_factory=list)
     _numbers: dict[str, int] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
     _below: dict[str, list[str]] | None = None
 
     def pictures(self) -> Iterator[Picture]:
@@ -236,7 +237,7 @@ class Benchmark:
             if key in self._numbers:
                 return self._numbers[key], []
             number = self._numbers[key] = len(self.shown)
-            self.shown.append(Shown(f"{file.name}, row {row}", None, key))
+            self.shown.append(Shown(self._unique(f"{file.name}, row {row}"), None, key))
             return number, [Picture(number, data=one)]
         path, problem = self._find(one, file)
         if path is None:
@@ -251,8 +252,17 @@ class Benchmark:
         if key in self._numbers:
             return self._numbers[key], []
         number = self._numbers[key] = len(self.shown)
-        self.shown.append(Shown(name, path))
+        self.shown.append(Shown(self._unique(name), path))
         return number, [Picture(number, path=path)]
+
+    def _unique(self, name: str) -> str:
+        """Of several pictures that go by one name the second is ``name (2)``: people decide by names."""
+        found, number = name, 1
+        while found in self._taken:
+            number += 1
+            found = f"{name} ({number})"
+        self._taken.add(found)
+        return found
 
     def _find(self, name: str, file: Path) -> tuple[Path | None, str]:
         folder = self.path if self.path.is_dir() else self.path.parent

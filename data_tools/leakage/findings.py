@@ -28,6 +28,10 @@ NEAR_COLUMNS = (
     "excluded_by_mixture",
 )
 EXCLUDE, KEEP = "exclude", "keep"
+SAME_PIXELS = "same pixels"
+
+Decisions = dict[tuple[str, str, str], str]
+"""What a person says of a pair: (benchmark's picture, dataset, image) -> ``exclude`` or ``keep``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ def pairs(overlap: Overlap) -> list[Pair]:
     """All pairs, the surest first: same pixels, then those of one case, then by distance."""
     cases = {(s, i) for s, images in overlap.same_case.items() for i in images}
     found = [
-        Pair(shown, image, "same pixels", 0)
+        Pair(shown, image, SAME_PIXELS, 0)
         for shown, images in sorted(overlap.looks.exact.items())
         for image in images
     ]
@@ -129,7 +133,8 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
             "question": len(with_question - with_picture),
             "neither": items - len(with_picture | with_question),
         },
-        "to_look_at": sum(pair.relation != "same pixels" for pair in listed),
+        "to_look_at": sum(pair.relation != SAME_PIXELS for pair in listed),
+        "undecided": exclude.undecided,
         "exclude": {
             "images": len(exclude.images),
             "conversations": len(exclude.ids),
@@ -211,13 +216,15 @@ class ExcludeList:
     """Names to leave out: ``(dataset, name)``, the dataset "" where the corpus is no mixture.
 
     ``decided`` of the images are there by decision of a person; ``fresh`` of all names are not in a list of
-    the mixture yet.
+    the mixture yet. ``undecided`` pairs wait for a person: nobody said what they are, and their image is left
+    out by no other pair and no list.
     """
 
     images: tuple[tuple[str, str], ...]
     ids: tuple[tuple[str, str], ...]
     decided: int
     fresh: int
+    undecided: int
 
     def text(self, *, title: str) -> str:
         """As ``exclude`` of a mixture takes it."""
@@ -240,19 +247,32 @@ def _quoted(name: str) -> str:
     return name
 
 
-def exclude_list(
-    overlap: Overlap, listed: Sequence[Pair], decisions: dict[tuple[str, str], str]
-) -> ExcludeList:
+def _key(overlap: Overlap, pair: Pair) -> tuple[str, str, str]:
+    image = overlap.images[pair.image]
+    return overlap.benchmark.shown[pair.shown].name, image.dataset, image.name
+
+
+def exclude_list(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -> ExcludeList:
     """The same pixels; conversations that are a question without a picture, word for word with its answer;
-    and whatever a person has decided on. Nothing else: what only looks alike is for eyes."""
-    images = {
-        (overlap.images[pair.image].dataset, overlap.images[pair.image].name)
-        for pair in listed
-        if pair.relation == "same pixels"
+    and whatever a person has decided on. Nothing else: what only looks alike is for eyes.
+
+    One ``exclude`` is enough to leave an image out. An image of the same pixels is taken back if all its
+    pairs are ``keep``: that it is no copy of one picture says nothing of another."""
+    keys = [_key(overlap, pair) for pair in listed]
+    certain = {
+        key[1:] for pair, key in zip(listed, keys, strict=True) if pair.relation == SAME_PIXELS
     }
-    excluded = {key for key, decision in decisions.items() if decision == EXCLUDE}
-    decided = len(excluded - images)
-    images = (images | excluded) - {key for key, decision in decisions.items() if decision == KEEP}
+    not_all_kept = {key[1:] for key in keys if decisions.get(key) != KEEP}
+    excluded = {key[1:] for key, decision in decisions.items() if decision == EXCLUDE}
+    decided = len(excluded - certain)
+    images = (certain & not_all_kept) | excluded
+    undecided = sum(
+        pair.relation != SAME_PIXELS
+        and key not in decisions
+        and key[1:] not in images
+        and not overlap.images[pair.image].left
+        for pair, key in zip(listed, keys, strict=True)
+    )
     datasets = overlap.corpus.datasets
     ids = {(datasets[number].name, name) for number, name in overlap.questions.whole}
     left_images = {(dataset.name, name) for dataset in datasets for name in dataset.left.images}
@@ -262,21 +282,30 @@ def exclude_list(
         not overlap.corpus.is_mixture
     ):  # its datasets are called after files, which a mixture doesn't know
         images, ids = ({("", name) for _, name in names} for names in (images, ids))
-    return ExcludeList(tuple(sorted(images)), tuple(sorted(ids)), decided, fresh)
+    return ExcludeList(tuple(sorted(images)), tuple(sorted(ids)), decided, fresh, undecided)
 
 
-def read_decisions(path: Path) -> dict[tuple[str, str], str]:
-    """What a person has written into ``near.tsv``: (dataset, image) -> ``exclude`` or ``keep``.
+def read_decisions(path: Path) -> Decisions:
+    """What a person has written into ``near.tsv``; of two rows of one pair ``exclude`` wins.
 
     Raises:
-        CorpusError: another word stands there, or a column is missing.
+        CorpusError: another word stands there, a column or cell is missing, or it isn't UTF-8.
     """
-    if not path.is_file():
-        return {}
-    found: dict[tuple[str, str], str] = {}
+    try:
+        return _read_decisions(path) if path.is_file() else {}
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{path} is not UTF-8 ({error}); it holds your decisions. Save it as UTF-8 with tabs."
+        ) from error
+
+
+def _read_decisions(path: Path) -> Decisions:
+    found: Decisions = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
-        missing = {"decision", "dataset", "image"} - set(reader.fieldnames or ())
+        missing = {"decision", "benchmark_picture", "dataset", "image"} - set(
+            reader.fieldnames or ()
+        )
         if missing:
             raise CorpusError(
                 f"{path} lacks the column(s) {', '.join(sorted(missing))}; it holds your decisions. Restore "
@@ -289,40 +318,43 @@ def read_decisions(path: Path) -> dict[tuple[str, str], str]:
                     f"{path}, line {number}: the decision must be {EXCLUDE}, {KEEP} or empty, got "
                     f"{row['decision']!r}."
                 )
-            if decision:
-                found[(row["dataset"], row["image"])] = decision
+            key = (row["benchmark_picture"], row["dataset"], row["image"])
+            if decision and None in key:
+                raise CorpusError(
+                    f"{path}, line {number}: {decision} of what? Cells are missing; columns are separated by "
+                    "tabs."
+                )
+            if decision and found.get(key) != EXCLUDE:
+                found[key] = decision
     return found
 
 
-def near_table(
-    overlap: Overlap, listed: Sequence[Pair], decisions: dict[tuple[str, str], str]
-) -> str:
-    """``near.tsv``: pairs to look at, with the decisions made so far, also those on pairs no longer there."""
+def near_table(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -> str:
+    """``near.tsv``: pairs to look at, then those of the same pixels; with the decisions made so far, also
+    those on pairs no longer there."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
     writer.writerow(NEAR_COLUMNS)
     asked = Counter(number for item in overlap.benchmark.items for number in item.images)
     written = set()
-    for pair in listed:
-        if pair.relation == "same pixels":
-            continue
+    for pair in sorted(listed, key=lambda one: one.relation == SAME_PIXELS):
         image = overlap.images[pair.image]
-        key = (image.dataset, image.name)
+        key = _key(overlap, pair)
         written.add(key)
         writer.writerow(
             [
                 decisions.get(key, ""),
                 pair.relation,
                 "" if pair.bits is None else pair.bits,
-                overlap.benchmark.shown[pair.shown].name,
+                key[0],
                 asked[pair.shown],
-                *key,
+                *key[1:],
                 "yes" if image.left else "",
             ]
         )
     for key, decision in decisions.items():
         if key not in written:
-            writer.writerow([decision, "not found this time", "", "", "", *key, ""])
+            writer.writerow([decision, "not found this time", "", key[0], "", *key[1:], ""])
     return buffer.getvalue()
 
 

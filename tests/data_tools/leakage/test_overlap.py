@@ -122,9 +122,12 @@ def test_decisions_on_near_pictures_are_obeyed_and_kept(
         ("recoded.jpg", "looks the same", ""),
         ("smaller.png", "looks the same", ""),
         ("synpic54610.png", "same case", ""),
+        ("copy.png", "same pixels", ""),
+        ("copy_as_rgb.tif", "same pixels", ""),
+        ("deep.png", "same pixels", ""),
     ]
     text = table.read_text(encoding="utf-8").splitlines()
-    table.write_text("\n".join([text[0], "exclude" + text[1], "keep" + text[2], text[3]]) + "\n")
+    table.write_text("\n".join([text[0], "exclude" + text[1], "keep" + text[2], *text[3:]]) + "\n")
     found = compare(*sides)
     listed = (tmp_path / "overlap" / "exclude.txt").read_text(encoding="utf-8")
     assert "image: recoded.jpg\n" in listed
