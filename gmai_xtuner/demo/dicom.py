@@ -360,7 +360,7 @@ def _volume(group: Sequence[Any], limits: Limits) -> Volume:
 
     Raises:
         _NoStack: they differ in size or direction, or two lie at one place.
-        PageError: a slice can't be read, or there are too many voxels.
+        PageError: a slice can't be read, there are too many voxels, or a slice is too large with square pixels.
     """
     first = group[0]
     shape = _shape(first, limits)
@@ -407,4 +407,4 @@ def _volume(group: Sequence[Any], limits: Limits) -> Volume:
         own_window=own is not None,
         inverted=str(middle.PhotometricInterpretation) == "MONOCHROME1",
         hounsfield=_modality(first) == "CT",
-    )
+    ).checked(limits)

@@ -36,7 +36,7 @@ def open_nifti(path: Path, limits: Limits) -> Volume:
     """The volume of a file; a fourth axis becomes channels.
 
     Raises:
-        PageError: it is damaged, too large, or holds no grey levels.
+        PageError: it is damaged, too large, too large with square pixels, or holds no grey levels.
     """
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
@@ -73,7 +73,7 @@ def open_nifti(path: Path, limits: Limits) -> Volume:
         ("z", "y", "x"),
         foreground_window(values),
         hounsfield=True,  # the format does not say; the presets are there for who knows
-    )
+    ).checked(limits)
 
 
 def to_ras(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:

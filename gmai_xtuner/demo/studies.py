@@ -20,7 +20,9 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.windows import Window
+from gmai_xtuner.demo.words import PageError
 
 Axis = Literal["frame", "x", "y", "z"]
 SPATIAL: tuple[Axis, ...] = ("x", "y", "z")
@@ -244,16 +246,39 @@ class Volume:
         window = self.default if view.window == "file" else view.window
         grey = window.apply(plane)
         picture = _rgb(255 - grey if self.inverted else grey)
-        x, y, z = self.spacing
-        rows, columns = {"x": (z, y), "y": (z, x), "z": (y, x)}[axis]
+        width, height = self._stretched(axis)
+        if (width, height) == picture.size:
+            return picture
+        size = (max(1, round(width)), max(1, round(height)))
+        return picture.resize(size, Image.Resampling.BILINEAR)
+
+    def checked(self, limits: Limits) -> Volume:
+        """Itself, if every slice can be shown: a wrong spacing asks for pictures of any size.
+
+        Raises:
+            PageError: with square pixels, slices along an axis would be too large.
+        """
+        for axis in self.axes:
+            width, height = self._stretched(axis)
+            if width * height > limits.pixels:
+                raise PageError(
+                    "too_stretched",
+                    spacing=" × ".join(f"{length:.4g}" for length in self.spacing),
+                    width=f"{width:,.0f}",
+                    height=f"{height:,.0f}",
+                    limit=f"{limits.pixels:,}",
+                )
+        return self
+
+    def _stretched(self, axis: Axis) -> tuple[float, float]:
+        """Width and height of a slice with square pixels; those of its voxels if they are nearly square."""
+        across, up = {"x": (1, 2), "y": (0, 2), "z": (0, 1)}[axis]
+        columns, rows = self.spacing[across], self.spacing[up]
+        width, height = self.values.shape[across], self.values.shape[up]
         fine = min(rows, columns)
         if max(rows, columns) <= fine * 1.01:
-            return picture
-        size = (
-            max(1, round(picture.width * columns / fine)),
-            max(1, round(picture.height * rows / fine)),
-        )
-        return picture.resize(size, Image.Resampling.BILINEAR)
+            return width, height
+        return width * columns / fine, height * rows / fine
 
 
 def _plane(array: np.ndarray, axis: Axis, index: int) -> np.ndarray:

@@ -142,6 +142,12 @@ ERRORS: dict[str, tuple[str, str]] = {
         "{count} voxels; at most {limit} are taken. Give a part of the series.",
         "共 {count} 个体素，超过上限 {limit}。请只提供部分序列。",
     ),
+    "too_stretched": (
+        "Its voxels are {spacing} mm, so a slice with square pixels has {width} × {height} of them; at most "
+        "{limit} are taken. Correct the spacing in the file.",
+        "体素大小为 {spacing} mm，按方形像素显示的切面为 {width} × {height} 像素，超过上限 {limit}。"
+        "请更正文件中的体素间距。",
+    ),
     "upload_too_large": (
         "More than {limit} MB at once. Give fewer or smaller files.",
         "一次上传超过 {limit} MB。请减少文件或使用较小的文件。",
@@ -184,16 +190,16 @@ ERRORS: dict[str, tuple[str, str]] = {
     ),
     "empty_zip": ("The ZIP holds no file.", "ZIP 中没有文件。"),
     "zip_entries": (
-        "The ZIP holds {count} files; at most {limit} are taken.",
-        "ZIP 中有 {count} 个文件，最多接受 {limit} 个。",
+        "The ZIPs of this upload hold {count} files; at most {limit} are taken. Give fewer at once.",
+        "本次上传的 ZIP 共有 {count} 个文件，最多接受 {limit} 个。请减少文件。",
     ),
     "zip_encrypted": (
         "The ZIP is locked by a password. Give it unlocked.",
         "ZIP 已加密。请提供未加密的文件。",
     ),
     "zip_too_large": (
-        "What the ZIP holds is too large once unpacked.",
-        "ZIP 解压后过大。",
+        "What the ZIPs of this upload hold is too large once unpacked. Give fewer at once.",
+        "本次上传的 ZIP 解压后过大。请减少文件。",
     ),
     "zip_nested": (
         "The ZIP holds another ZIP. Unpack that first.",

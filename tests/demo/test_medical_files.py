@@ -361,6 +361,38 @@ def test_other_volumes_are_refused(tmp_path, values, key):
     assert error.value.key == key
 
 
+@pytest.mark.parametrize("spacing", [(0.001, 1000, 1), (1e-30, 1e20, 1)])
+def test_a_spacing_that_asks_for_an_endless_picture_is_refused_when_it_is_opened(tmp_path, spacing):
+    affine = np.diag([*spacing, 1.0])
+    path = made.nifti(tmp_path / "v.nii", np.zeros((64, 64, 8), np.int16), affine)
+    with pytest.raises(PageError) as error:
+        open_nifti(path, LIMITS)
+    assert error.value.key == "too_stretched"
+    if spacing[0] == 0.001:
+        assert "0.001 × 1000 × 1 mm" in error.value.said("en")
+        assert "at most 50,000,000" in error.value.said("en")
+
+
+def test_the_stretched_slice_is_what_is_limited(tmp_path):
+    """8 x 6 x 4 voxels: sagittal 6 x 8, coronal 8 x 8, axial 8 x 6 pixels."""
+    path = made.nifti(tmp_path / "v.nii", np.zeros((8, 6, 4), np.int16), np.diag([1, 1, 2, 1.0]))
+    study = open_nifti(path, Limits(pixels=64))
+    sizes = [study.render(View(axis, 1)).size for axis in ("x", "y", "z")]
+    assert sizes == [(6, 8), (8, 8), (8, 6)]
+    with pytest.raises(PageError, match="8 × 8"):
+        open_nifti(path, Limits(pixels=63))
+
+
+def test_a_series_with_such_a_spacing_is_refused(tmp_path):
+    paths = []
+    for number, data in enumerate(made.series()):
+        data.PixelSpacing = [1000, 0.00001]
+        paths.append(tmp_path / str(number))
+        data.save_as(paths[-1], enforce_file_format=True)
+    (study,) = open_dicom(paths, LIMITS)
+    assert study.key == "too_stretched"
+
+
 def test_a_cut_or_boasting_file_is_refused(tmp_path):
     whole = made.nifti(tmp_path / "v.nii", np.zeros((20, 20, 20), np.int16), RAS).read_bytes()
     cut = tmp_path / "cut"
