@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import tempfile
 import zipfile
@@ -80,6 +81,7 @@ def _unpacked(
     """The files, those inside ZIPs in the place of the ZIPs; and what is refused."""
     plain: list[tuple[str, Path]] = []
     refused: list[Opened] = []
+    budget = _Budget(limits)
     for number, (name, path) in enumerate(files):
         if not zipfile.is_zipfile(path) or is_dicom(path):
             plain.append((name, path))
@@ -87,7 +89,7 @@ def _unpacked(
         folder = scratch / str(number)
         folder.mkdir()
         try:
-            inside = list(_members(path, folder, limits))
+            inside = list(_members(path, folder, budget))
             if not inside:
                 raise PageError("empty_zip")
             plain += inside
@@ -96,14 +98,31 @@ def _unpacked(
     return plain, refused
 
 
-def _members(path: Path, folder: Path, limits: Limits) -> Iterator[tuple[str, Path]]:
+class _Budget:
+    """What all ZIPs of one upload may still unpack; what came out of one that is refused counts."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._bytes = limits.upload_bytes * limits.unpacked
+        self._entries, self._limit = 0, limits.zip_entries
+
+    def take_entries(self, count: int) -> None:
+        total = self._entries + count
+        if total > self._limit:
+            raise PageError("zip_entries", count=total, limit=self._limit)
+        self._entries = total
+
+    def take_bytes(self, count: int) -> None:
+        self._bytes -= count
+        if self._bytes < 0:
+            raise PageError("zip_too_large")
+
+
+def _members(path: Path, folder: Path, budget: _Budget) -> Iterator[tuple[str, Path]]:
     """Files of a ZIP, written under numbers: no name inside it decides where anything goes."""
-    left = limits.upload_bytes * limits.unpacked
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if _is_content(entry)]
-            if len(entries) > limits.zip_entries:
-                raise PageError("zip_entries", count=len(entries), limit=limits.zip_entries)
+            budget.take_entries(len(entries))
             for number, entry in enumerate(entries):
                 if entry.flag_bits & 1:
                     raise PageError("zip_encrypted")
@@ -111,9 +130,7 @@ def _members(path: Path, folder: Path, limits: Limits) -> Iterator[tuple[str, Pa
                 # The sizes in its directory are claims; what comes out is counted.
                 with archive.open(entry) as source, target.open("wb") as file:
                     while chunk := source.read(_CHUNK):
-                        left -= len(chunk)
-                        if left < 0:
-                            raise PageError("zip_too_large")
+                        budget.take_bytes(len(chunk))
                         file.write(chunk)
                 if zipfile.is_zipfile(target) and not is_dicom(target):
                     raise PageError("zip_nested")
@@ -124,6 +141,7 @@ def _members(path: Path, folder: Path, limits: Limits) -> Iterator[tuple[str, Pa
     except (
         zipfile.BadZipFile,
         zlib.error,
+        lzma.LZMAError,
         OSError,
         EOFError,
         ValueError,

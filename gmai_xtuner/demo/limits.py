@@ -20,8 +20,8 @@ class Limits:
         voxels: of a volume, a series, or all frames of a file.
         memory_bytes: opened images of all visitors together.
         images: in one visitor's tray.
-        unpacked: how many times ``upload_bytes`` the files of a ZIP may be.
-        zip_entries: files in a ZIP.
+        unpacked: how many times ``upload_bytes`` the files in all ZIPs of an upload may be.
+        zip_entries: files in all ZIPs of an upload.
         question_characters: of one question.
         waiting: questions in the queue.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,32 @@ def test_a_zip_never_writes_where_its_names_say(tmp_path):
 def test_zips_that_are_refused(tmp_path, content, limits, key):
     (one,) = opened(tmp_path, limits, upload=content)
     assert one.study.key == key
+
+
+def test_all_zips_of_an_upload_share_what_they_may_unpack(tmp_path):
+    """4 x 1,000 bytes and 3 files in all: two ZIPs of 2,000 bytes fit, a third does not."""
+    limits = Limits(upload_bytes=1000, unpacked=4)
+    pair = made.zipped({"x": bytes(2000)})
+    found = opened(tmp_path, limits, a=pair, b=pair, c=pair)
+    assert sorted((one.name, one.study.key) for one in found) == [
+        ("c", "zip_too_large"),
+        ("x", "unsupported"),
+        ("x", "unsupported"),
+    ]
+    two = made.zipped({"x": b"1", "y": b"2"})
+    found = opened(tmp_path, Limits(zip_entries=3), a=two, b=two)
+    assert [one.study.key for one in found if one.name == "b"] == ["zip_entries"]
+    assert "4" in next(one.study.said("en") for one in found if one.name == "b")
+
+
+def test_a_zip_with_damaged_lzma(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a", bytes(range(256)) * 8)
+    damaged = bytearray(buffer.getvalue())
+    damaged[35:40] = b"\xff" * 5  # behind the name: the properties of the filter
+    (one,) = opened(tmp_path, damaged=bytes(damaged))
+    assert (one.name, one.study.key) == ("damaged", "damaged")
 
 
 def test_a_locked_and_a_damaged_zip(tmp_path):
