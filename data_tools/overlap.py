@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # As in generate.py: this folder must not stand in for other modules.
 _HERE = str(Path(__file__).resolve().parent)
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
     0: done. 1: an error, said in one message. 3: with ``--check``, something of the exclude list is not left
-    out by the mixture. 130: Ctrl-C; the same command goes on with the pictures that it has not hashed.
+    out by the mixture, or with ``--strict`` a pair is undecided.
+    130: Ctrl-C; the same command goes on with the pictures that it has not hashed.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -43,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="overlap.py",
         description="Pictures and questions that a training corpus shares with a benchmark: a report to look "
         "at, and a list that the mixture's `exclude` takes.",
-        epilog="Exit status: 0 done, 1 error, 3 leaks with --check, 130 stopped by Ctrl-C. Hashes are kept: "
-        "the same command goes on where it was.",
+        epilog="Exit status: 0 done, 1 error, 3 leaks with --check or undecided pairs with --strict, 130 "
+        "stopped by Ctrl-C. Hashes are kept: the same command goes on where it was.",
     )
     parser.add_argument(
         "corpus",
@@ -93,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit status 3 if the mixture doesn't leave all of it out",
+        help="exit status 3 if the mixture doesn't leave all of exclude.txt out",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="as --check, and exit status 3 while pairs of near.tsv are undecided",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
     return parser
@@ -159,7 +166,27 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps(numbers, ensure_ascii=False), flush=True)
     else:
         print(report.as_text(numbers, folder), flush=True)
-    return LEAKS if options.check and numbers["exclude"]["not_in_the_mixture_yet"] else DONE
+    return (
+        _check(numbers, folder, strict=options.strict) if options.check or options.strict else DONE
+    )
+
+
+def _check(numbers: dict[str, Any], folder: Path, *, strict: bool) -> int:
+    """Say what keeps the mixture from being clean, and return the exit status."""
+    fresh, undecided = numbers["exclude"]["not_in_the_mixture_yet"], numbers["undecided"]
+    if fresh:
+        print(
+            f"check: {fresh:,} of {folder / 'exclude.txt'} not left out by the mixture; name it in `exclude`",
+            file=sys.stderr,
+        )
+    if undecided:
+        print(
+            f"check: {undecided:,} pair{'s' if undecided != 1 else ''} undecided; look at them and write "
+            f"exclude or keep into {folder / 'near.tsv'}"
+            + ("" if strict else " (--strict fails on them)"),
+            file=sys.stderr,
+        )
+    return LEAKS if fresh or (strict and undecided) else DONE
 
 
 if __name__ == "__main__":

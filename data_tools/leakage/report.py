@@ -193,7 +193,7 @@ def as_text(numbers: dict[str, Any], folder: Path) -> str:
     lines += [
         f"exclude    {exclude['images']:,} images and {exclude['conversations']:,} conversations; "
         f"{exclude['not_in_the_mixture_yet']:,} of them not yet left out by the mixture",
-        f"to look at {numbers['to_look_at']:,} pairs",
+        f"to look at {numbers['to_look_at']:,} pairs, {numbers['undecided']:,} of them undecided",
     ]
     lines += [f"warning: {text}" for text in numbers["warnings"]]
     lines += [

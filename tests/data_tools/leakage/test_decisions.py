@@ -93,3 +93,22 @@ def test_rows_of_one_pair_that_disagree_and_rows_without_cells(tmp_path: Path) -
     table.write_bytes(f"{head}keep\tp\td\t\xe4\n".encode("latin-1"))
     with pytest.raises(CorpusError, match=r"is not UTF-8 .* Save it as UTF-8"):
         read_decisions(table)
+
+
+def test_undecided_pairs_are_said_and_fail_a_strict_check(run: Any, tmp_path: Path) -> None:
+    run({})
+    mixture = tmp_path / "corpus" / "mixture.yaml"
+    mixture.write_text(mixture.read_text() + "exclude: ../out/exclude.txt\n")
+    # Two pairs of near.jpg; the third that looks the same is of copy.png, which is left out anyway.
+    _, told, found = run({}, "--check")
+    assert found["undecided"] == 2
+    assert "check: 2 pairs undecided; look at them and write exclude or keep into" in told
+    assert "near.tsv (--strict fails on them)" in told
+    assert "2 pairs undecided" in run({}, "--strict", status=3)[1]
+    one, other = ("alike.jpg", "near.jpg"), ("same.png", "near.jpg")
+    assert "1 pair undecided" in run({one: "keep"}, "--strict", status=3)[1]
+    assert "check:" not in run({one: "keep", other: "keep"}, "--strict")[1]
+    told = run({one: "exclude"}, "--strict", status=3)[1]
+    assert "check: 1 of " in told  # decided, but the mixture's list was read before
+    assert " undecided;" not in told
+    assert "check:" not in run({}, "--strict")[1]
