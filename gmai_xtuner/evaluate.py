@@ -1,5 +1,7 @@
 """``python -m gmai_xtuner.evaluate MODEL --benchmark NAME --data PATH``, and ``... compare RUN_A RUN_B``.
 
+A benchmark that can't be read, asked or scored does not stop the others.
+
 Exit status: 0 if every question that was to be asked has an answer and a score; 1 if not, or if it
 failed; 2 if the command line can't be understood; 130 after Ctrl-C.
 """
@@ -24,9 +26,12 @@ from gmai_xtuner.evaluation.compare import compare_runs
 from gmai_xtuner.evaluation.evaluating import (
     ALL,
     Options,
+    Prepared,
     Target,
     all_tables,
-    ask_and_score,
+    ask,
+    prepare,
+    score,
     write_tables,
 )
 from gmai_xtuner.evaluation.protocols import PROTOCOLS
@@ -75,42 +80,81 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
         report_questions=options.report_questions,
     )
     with world() as processes:
-        targets = _targets(options)
+        prepared, failures = _prepare(_targets(options), how, processes, not options.score_only)
+        if not prepared:
+            return _report(options, out, [], failures, processes, stdout)
         answerer = None
         if not options.score_only:
             answerer = make_answerer(model, cache=out, local_rank=processes.local_rank)
         judge = _judge(options, out)
-        results, failures = _all(targets, answerer, how, processes, judge)
-        if processes.rank:
-            return 0
-        tables = all_tables(results) if results else []
-        if results:
-            write_tables(out, tables)
-        complete = not failures and all(result.complete for result in results)
-        if options.json:
-            json.dump(_summary(out, results, failures, complete), stdout, ensure_ascii=False)
-            stdout.write("\n")
-        else:
-            stdout.write(to_markdown(tables) + f"\nAnswers, tables and pages: {out}\n")
-        for failure in failures:
-            print(f"{PROGRAM}: {failure}", file=sys.stderr)
-        return 0 if complete else 1
+        results, more = _all(prepared, answerer, how, processes, judge)
+        return _report(options, out, results, failures + more, processes, stdout)
+
+
+def _report(
+    options: argparse.Namespace,
+    out: Path,
+    results: Sequence[Result],
+    failures: Sequence[str],
+    processes: World,
+    stdout: TextIO,
+) -> int:
+    """Tables of what there is, what failed on standard error, and the exit status: of the first process."""
+    if processes.rank:
+        return 0
+    tables = all_tables(results) if results else []
+    if results:
+        write_tables(out, tables)
+    complete = not failures and all(result.complete for result in results)
+    if options.json:
+        json.dump(_summary(out, results, failures, complete), stdout, ensure_ascii=False)
+        stdout.write("\n")
+    elif results:
+        stdout.write(to_markdown(tables) + f"\nAnswers, tables and pages: {out}\n")
+    for failure in failures:
+        print(f"{PROGRAM}: {failure}", file=sys.stderr)
+    return 0 if complete else 1
+
+
+def _prepare(
+    targets: Sequence[Target], options: Options, processes: World, require_images: bool
+) -> tuple[list[Prepared], list[str]]:
+    """Benchmarks that can be asked and scored, and why others can't: before a model is loaded."""
+    prepared: list[Prepared] = []
+    failures: list[str] = []
+    for target in targets:
+        try:
+            prepared.append(
+                prepare(target, options, require_images=require_images, world=processes)
+            )
+        except GMAIError as error:
+            failures.append(str(error))
+    return prepared, failures
 
 
 def _all(
-    targets: Sequence[Target],
+    prepared: Sequence[Prepared],
     answerer: Answerer | None,
     options: Options,
     processes: World,
     judge: Answerer | None,
 ) -> tuple[list[Result], list[str]]:
-    """Results, and why a benchmark has none: one that can't be read does not stop the others."""
+    """Results, and why a benchmark has none: one that can't be asked or scored does not stop the others."""
     results: list[Result] = []
     failures: list[str] = []
-    for target in targets:
+    for one in prepared:
         try:
-            results += ask_and_score(target, answerer, options, world=processes, judge=judge)
-        except BenchmarkError as error:
+            answers = ask(one, answerer, options, world=processes)
+        except GMAIError as error:
+            if processes.rank:
+                raise
+            failures.append(str(error))
+            if processes.size > 1:
+                break  # the others may wait within this benchmark: they end with this process
+            continue
+        try:
+            results += score(one, answers, options, world=processes, judge=judge)
+        except GMAIError as error:
             failures.append(str(error))
     return results, failures
 

@@ -18,14 +18,14 @@ from pathlib import Path
 
 from gmai_xtuner.engine.on_disk import replace_text
 from gmai_xtuner.errors import EvaluationError
-from gmai_xtuner.evaluation.answerers import Answerer
+from gmai_xtuner.evaluation.answerers import Answerer, Given
 from gmai_xtuner.evaluation.benchmarks import (
     Benchmark,
     BenchmarkError,
     load_benchmark,
     write_submission,
 )
-from gmai_xtuner.evaluation.judge import judge_answers, judge_name
+from gmai_xtuner.evaluation.judge import PROMPT_VERSION, judge_answers, judge_name
 from gmai_xtuner.evaluation.protocols import PROTOCOLS, Protocol, protocol
 from gmai_xtuner.evaluation.report import SHOWN, write_report
 from gmai_xtuner.evaluation.results import Result, Scored, score_all, summarise, write_result
@@ -82,6 +82,50 @@ class Options:
     report_questions: int = SHOWN
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A benchmark that has been read, and what is to be asked of it."""
+
+    benchmark: Benchmark
+    asked: tuple[Asked, ...]
+
+
+def prepare(
+    target: Target, options: Options, *, require_images: bool, world: World | None = None
+) -> Prepared:
+    """Read a benchmark and find out, before anything is asked, whether it can be asked and scored so.
+
+    Args:
+        target: the benchmark.
+        options: protocols, scorers and limit.
+        require_images: leave questions out whose image is missing.
+        world: this process among the others; the first tells what is left out.
+
+    Raises:
+        GMAIError: the benchmark can't be read, or has no such protocol or scorer; the same in all processes.
+    """
+    benchmark = load_benchmark(
+        target.name, target.data, variant=target.variant, require_images=require_images
+    )
+    if benchmark.problems and (world is None or world.rank == 0):
+        first = benchmark.problems[0]
+        log.warning(
+            "%s (%s): %s; the first is %s: %s",
+            benchmark.name,
+            benchmark.variant,
+            _told(benchmark.counted_problems()),
+            first.record,
+            first.detail,
+        )
+    asked = tuple(
+        ask_for(benchmark, one, limit=options.limit) for one in _protocols(benchmark, options)
+    )
+    for part in asked:
+        for scorer in _other_scorers(part.protocol, options):
+            part.protocol.check_scorer(scorer, part.questions)
+    return Prepared(benchmark, asked)
+
+
 def ask_and_score(
     target: Target,
     answerer: Answerer | None,
@@ -105,42 +149,90 @@ def ask_and_score(
     Raises:
         GMAIError: the benchmark can't be read, asked or scored.
     """
-    benchmark = load_benchmark(
-        target.name, target.data, variant=target.variant, require_images=answerer is not None
-    )
-    if benchmark.problems and world.rank == 0:
-        first = benchmark.problems[0]
-        log.warning(
-            "%s (%s): %s; the first is %s: %s",
-            benchmark.name,
-            benchmark.variant,
-            dict(benchmark.counted_problems()),
-            first.record,
-            first.detail,
-        )
-    asked = [ask_for(benchmark, one, limit=options.limit) for one in _protocols(benchmark, options)]
+    prepared = prepare(target, options, require_images=answerer is not None, world=world)
+    answers = ask(prepared, answerer, options, world=world)
+    return score(prepared, answers, options, world=world, judge=judge)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a benchmark's questions were answered.
+
+    Args:
+        store: the answers.
+        failed: questions that got none, by id.
+    """
+
+    store: AnswerStore
+    failed: Mapping[str, Given]
+
+
+def ask(
+    prepared: Prepared, answerer: Answerer | None, options: Options, *, world: World
+) -> Answers:
+    """Ask what has no answer yet, all processes together.
+
+    Raises:
+        GMAIError: it can't go on. In one process alone, maybe: the others then wait for it.
+    """
+    benchmark = prepared.benchmark
     folder = store_folder(options.out, benchmark.name, benchmark.variant)
     if answerer is not None:
         store = AnswerStore(folder, identity_of(benchmark, answerer))
-        failed = answer_all(asked, answerer, store, world=world)
-    else:
-        store, failed = _stored(folder, benchmark), {}
-    results = []
+        return Answers(store, answer_all(prepared.asked, answerer, store, world=world))
+    store = _stored(folder, benchmark)
     if world.rank == 0:
-        reasons = {name: one.problem for name, one in failed.items()}
-        if failed:
-            given = next(iter(failed.values()))
-            log.warning(
-                "%s: %s; the first is question %s: %s",
-                benchmark.name,
-                counted(failed),
-                given.job.id,
-                given.detail,
-            )
-        for part in asked:
-            results += list(_score(part, benchmark, store, reasons, options, judge))
-    world.barrier()
+        log.warning(
+            "%s (%s): the stored answers of %s (%s) are scored",
+            benchmark.name,
+            benchmark.variant,
+            store.identity.model_name,
+            store.identity.model,
+        )
+    return Answers(store, {})
+
+
+def score(
+    prepared: Prepared,
+    answers: Answers,
+    options: Options,
+    *,
+    world: World,
+    judge: Answerer | None = None,
+) -> list[Result]:
+    """Score and write, in the first process; the others wait, also where it fails.
+
+    Raises:
+        GMAIError: it can't be scored; in the first process alone.
+    """
+    benchmark, failed, results = prepared.benchmark, answers.failed, []
+    try:
+        if world.rank == 0:
+            reasons = {name: one.problem for name, one in failed.items()}
+            if failed:
+                given = next(iter(failed.values()))
+                log.warning(
+                    "%s: %s; the first is question %s: %s",
+                    benchmark.name,
+                    _told(counted(failed)),
+                    given.job.id,
+                    given.detail,
+                )
+            for part in prepared.asked:
+                results += list(_score(part, benchmark, answers.store, reasons, options, judge))
+    finally:
+        world.barrier()
     return results
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _other_scorers(protocol: Protocol, options: Options) -> list[str]:
+    """Scorers besides the protocol's own, each once."""
+    others = protocol.also if ALL in options.scorers else options.scorers
+    return [scorer for scorer in dict.fromkeys(others) if scorer != protocol.scorer]
 
 
 def _protocols(benchmark: Benchmark, options: Options) -> list[Protocol]:
@@ -174,8 +266,8 @@ def _score(
         prompts = Counter(answer.protocol for answer in answers.values())
         raise EvaluationError(
             f"{store.folder} has no answer to a prompt of the protocol {asked.name}"
-            + (f"; its answers were asked by {dict(prompts)}" if prompts else "")
-            + (f". Nothing was answered: {dict(Counter(reasons.values()))}" if reasons else "")
+            + (f"; it has answers to those of {_told(prompts)}" if prompts else "")
+            + (f". Nothing was answered: {_told(Counter(reasons.values()))}" if reasons else "")
         )
     unanswered = Counter(reasons.get(question.id, "not_asked") for question in missing)
     left_out = Counter(problem.reason for problem in benchmark.problems if problem.left_out)
@@ -190,6 +282,7 @@ def _score(
             generation=store.identity.generation,
             left_out=left_out,
             unanswered=unanswered,
+            source=store.identity.source,
         )
         name = asked.protocol.name if scorer == own else f"{asked.protocol.name}.{scorer}"
         _write(store.folder / _file_name(name), made, scored, options)
@@ -198,12 +291,10 @@ def _score(
     if (benchmark.name, benchmark.variant) == ("gmai_mmbench", "test"):
         _submit(store, benchmark, scored)
     yield result(own, scored)
-    others = asked.protocol.also if ALL in options.scorers else options.scorers
-    for scorer in dict.fromkeys(others):
-        if scorer != own:
-            yield result(scorer, _scored_by(scorer, asked, scored))
+    for scorer in _other_scorers(asked.protocol, options):
+        yield result(scorer, _scored_by(scorer, asked, scored))
     if judge is not None:
-        judged = judge_answers(scored, judge, cache=options.out / f"judge-{_file_name(judge.name)}")
+        judged = judge_answers(scored, judge, cache=options.out / _judge_folder(judge))
         log.warning(
             "%s: the judge was asked about %d answers, %d of its replies are no verdict",
             asked.name,
@@ -211,6 +302,10 @@ def _score(
             judged.unclear,
         )
         yield result(f"{own}+{judge_name(judge)}", judged.scored)
+
+
+def _judge_folder(judge: Answerer) -> str:
+    return _file_name(f"judge-{judge.name}-{PROMPT_VERSION}")
 
 
 def _file_name(text: str) -> str:

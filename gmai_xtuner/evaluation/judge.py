@@ -18,7 +18,7 @@ from gmai_xtuner.evaluation.questions import Question, Score
 from gmai_xtuner.evaluation.results import Scored
 from gmai_xtuner.evaluation.store import Answer, AnswerStore, Identity, key_of
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 _LONGEST = 16
 _VERDICT = re.compile(r"\b(CORRECT|WRONG)\b", re.IGNORECASE)
 _PROMPT = """You grade an answer to a question about a medical image. You don't see the image; the reference \
@@ -28,8 +28,8 @@ Question: {question}
 {options}Reference answer: {gold}
 Answer to grade: {answer}
 
-Does the answer to grade mean the same as the reference answer? An answer that says more is correct if
-nothing in \ it contradicts the reference. Reply with one word, CORRECT or WRONG."""
+Does the answer to grade mean the same as the reference answer? An answer that says more is correct if \
+nothing in it contradicts the reference. Reply with one word, CORRECT or WRONG."""
 
 
 @dataclass(frozen=True, slots=True)

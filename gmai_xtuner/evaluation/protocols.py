@@ -15,7 +15,7 @@ from gmai_xtuner.evaluation.benchmarks import NAMES, VARIANTS
 from gmai_xtuner.evaluation.benchmarks.gmai_mmbench import TASK
 from gmai_xtuner.evaluation.benchmarks.huatuo import COUNTS
 from gmai_xtuner.evaluation.questions import Question, Score
-from gmai_xtuner.evaluation.scoring import SCORERS
+from gmai_xtuner.evaluation.scoring import SCORERS, Scorer
 from gmai_xtuner.evaluation.scoring.closed import is_closed
 from gmai_xtuner.evaluation.scoring.polarity import polarity
 
@@ -90,15 +90,6 @@ class Protocol:
         """The questions that count, in their order."""
         return tuple(question for question in questions if self._counts(question))
 
-    def count_finding(self, selected: int) -> str | None:
-        """What is to be told of the number of questions; None where it is the authors'."""
-        if self.expected is None or selected == self.expected:
-            return None
-        return (
-            f"{self.benchmark} {self.name}: {selected} questions, the authors' files give {self.expected}; "
-            "the score is not comparable with published ones"
-        )
-
     def prompt(self, question: Question) -> str:
         """What is asked: question, options and instruction; ``<image>`` where the authors name an image.
 
@@ -122,17 +113,28 @@ class Protocol:
             ProtocolError: there is no such scorer, or it can't score this question, e.g. one of letters a
                 question without options.
         """
-        name = scorer or self.scorer
+        return self._rule(scorer or self.scorer, [question]).score(question, answer_text)
+
+    def check_scorer(self, scorer: str, questions: Iterable[Question]) -> None:
+        """Before questions are asked: whether their answers can be scored so.
+
+        Raises:
+            ProtocolError: as :meth:`score`, with the first question that can't be.
+        """
+        self._rule(scorer, questions)
+
+    def _rule(self, name: str, questions: Iterable[Question]) -> Scorer:
         if name not in SCORERS:
             raise ProtocolError(f"no scorer is called {name!r}. There are {', '.join(SCORERS)}.")
         rule = SCORERS[name]
-        if not rule.applies(question):
-            raise ProtocolError(
-                f"the scorer {name} can't score question {question.id} of {self.benchmark} {self.name}: "
-                f"it is for other questions ({rule.description}). Take one of "
-                f"{', '.join((self.scorer, *self.also))}."
-            )
-        return rule.score(question, answer_text)
+        for question in questions:
+            if not rule.applies(question):
+                raise ProtocolError(
+                    f"the scorer {name} can't score question {question.id} of {self.benchmark} {self.name}: "
+                    f"it is for other questions ({rule.description}). Take one of "
+                    f"{', '.join((self.scorer, *self.also))}."
+                )
+        return rule
 
     def _counts(self, question: Question) -> bool:
         match self.questions:

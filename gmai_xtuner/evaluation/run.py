@@ -117,7 +117,7 @@ def ask_for(benchmark: Benchmark, protocol: Protocol, *, limit: int | None = Non
     if not selected:
         raise EvaluationError(
             f"{benchmark.name} ({benchmark.variant}) has no question for the protocol {protocol.name!r}: "
-            f"{len(benchmark.questions)} were read, {dict(benchmark.counted_problems())} left out"
+            f"{len(benchmark.questions)} were read, {len(benchmark.problems)} had problems"
         )
     return Asked(protocol, selected[:limit], len(selected))
 

@@ -262,6 +262,40 @@ def test_a_benchmark_that_cannot_be_read_does_not_stop_the_others(data, tmp_path
     assert "X-Ray.json" in summary["failures"][0]
 
 
+def test_a_scorer_for_some_benchmarks_does_not_stop_those(data, tmp_path, capfd):
+    with serve(lambda text, before, request: Reply(text="A")) as server:
+        status = run(
+            *("m", "--endpoint", server.url, "--benchmark", "all", "--data", data),
+            *("--out", tmp_path / "out", "--scorer", "huatuogpt", "--json"),
+        )
+        assert not any("finding" in text for text in server.texts()), "VQA-RAD was asked"
+    told = capfd.readouterr()
+    summary = json.loads(told.out)
+    assert status == 1
+    assert {one["benchmark"] for one in summary["results"]} == {"pmc_vqa", "omnimedvqa"}
+    assert "the scorer huatuogpt can't score question 0 of vqa_rad" in told.err
+    assert "omnimedvqa" in (tmp_path / "out" / "tables.csv").read_text()
+
+
+def test_answers_of_another_run_for_one_benchmark_do_not_stop_the_others(data, tmp_path, capfd):
+    with serve(lambda text, before, request: Reply(text="A")) as server:
+        common = ["--endpoint", server.url, "--data", data, "--out", tmp_path]
+        assert run("first", "--benchmark", "vqa_rad", *common) == 0
+        capfd.readouterr()
+        assert run("second", "--benchmark", "all", *common) == 1
+    told = capfd.readouterr()
+    assert "vqa_rad-test holds answers of another run" in told.err
+    assert "**second, open-88996**" in told.out
+
+
+def test_the_benchmark_is_read_before_a_model_is_loaded(tmp_path, capfd):
+    assert run("no/such/model", "--benchmark", "vqa_rad", "--data", tmp_path / "nowhere") == 1
+    told = capfd.readouterr()
+    assert "nowhere' does not exist" in told.err
+    assert "no/such/model" not in told.err
+    assert told.out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

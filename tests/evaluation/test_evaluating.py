@@ -14,6 +14,7 @@ from gmai_xtuner.errors import EvaluationError
 from gmai_xtuner.evaluation.compare import as_text, compare_runs
 from gmai_xtuner.evaluation.evaluating import ALL, Options, Target, ask_and_score
 from gmai_xtuner.evaluation.judge import verdict_of
+from gmai_xtuner.evaluation.protocols import ProtocolError
 from gmai_xtuner.evaluation.results import read_result
 from gmai_xtuner.evaluation.run import World
 from tests.evaluation.sets import FakeAnswerer, draw, write_omnimedvqa, write_pmc_vqa, write_vqa_rad
@@ -102,6 +103,21 @@ def test_stored_answers_are_scored_by_several_scorers_without_asking(pmc, tmp_pa
     assert (tmp_path / "pmc_vqa-test_clean" / "clean-2000.vlmevalkit" / "result.json").is_file()
 
 
+def test_a_scorer_that_does_not_fit_is_told_before_anything_is_asked(rad, tmp_path):
+    for scorer, told in (("huatuogpt", "can't score question 0"), ("nope", "no scorer is called")):
+        answerer = FakeAnswerer(always("Yes"))
+        with pytest.raises(ProtocolError, match=told):
+            run(rad, answerer, tmp_path, scorers=(scorer,))
+        assert answerer.asked == []
+
+
+def test_whose_stored_answers_are_scored_is_told(rad, tmp_path, caplog):
+    run(rad, FakeAnswerer(always("Yes"), name="mine"), tmp_path)
+    assert "stored answers" not in caplog.text
+    run(rad, None, tmp_path)
+    assert "vqa_rad (test): the stored answers of mine (sha256:fake) are scored" in caplog.text
+
+
 def test_scoring_again_does_not_need_the_images(pmc, tmp_path):
     run(pmc, FakeAnswerer(always("B")), tmp_path)
     for image in (pmc.data / "images").iterdir():
@@ -117,7 +133,7 @@ def test_scoring_what_was_never_asked_is_refused(rad, pmc, tmp_path):
     with pytest.raises(EvaluationError) as caught:
         run(rad, None, tmp_path, protocols=("open-179",))
     assert "no answer to a prompt of the protocol open-179/1" in str(caught.value)
-    assert "{'closed-251/1': 3}" in str(caught.value)
+    assert "it has answers to those of closed-251/1 3" in str(caught.value)
 
 
 def test_other_files_than_those_that_were_asked_are_refused(rad, tmp_path):
@@ -157,7 +173,7 @@ def test_a_missing_image_is_counted_and_named(pmc, tmp_path, caplog):
     (pmc.data / "images" / "PMC1.jpg").unlink()
     (result,) = run(pmc, FakeAnswerer(always("A")), tmp_path)
     assert (result.n, dict(result.left_out), result.complete) == (3, {"missing_image": 1}, False)
-    assert "pmc_vqa (test_clean): {'missing_image': 1}; the first is " in caplog.text
+    assert "pmc_vqa (test_clean): missing_image 1; the first is " in caplog.text
     assert "PMC1.jpg" in caplog.text
     draw(pmc.data / "images" / "PMC1.jpg", 1)
     later = FakeAnswerer(always("A"))
@@ -197,7 +213,8 @@ def test_only_what_the_rules_leave_open_is_judged_once_and_named(rad, tmp_path):
         model="sha256:judge",
     )
     rules, judged = run(rad, answerer, tmp_path, protocols=("full-451",), judge=judge)
-    assert judged.scorer == f"{rules.scorer}+judge:judge-7b/1"
+    assert judged.scorer == f"{rules.scorer}+judge:judge-7b/2"
+
     assert len(judge.asked) == 6
     assert judged.headline.value == 0.5
     assert rules.headline.value == pytest.approx(3 * 0.5 / 6)  # "left" of "left lung"
@@ -205,6 +222,16 @@ def test_only_what_the_rules_leave_open_is_judged_once_and_named(rad, tmp_path):
     again = FakeAnswerer(always("CORRECT"), name="judge-7b", model="sha256:judge")
     assert run(rad, None, tmp_path, protocols=("full-451",), judge=again)[1] == judged
     assert again.asked == []
+
+
+def test_the_judge_is_asked_in_whole_sentences(rad, tmp_path):
+    prompts = []
+    judge = FakeAnswerer(lambda job: prompts.append(job.prompt) or "WRONG", name="j", model="s:j")
+    run(rad, FakeAnswerer(always("x")), tmp_path, protocols=("open-179",), judge=judge)
+    assert prompts[0].endswith(
+        "Does the answer to grade mean the same as the reference answer? An answer that says more is "
+        "correct if nothing in it contradicts the reference. Reply with one word, CORRECT or WRONG."
+    )
 
 
 def test_a_right_answer_and_an_understood_letter_are_not_judged(pmc, tmp_path):

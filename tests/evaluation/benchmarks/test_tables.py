@@ -111,10 +111,6 @@ def test_gmai_mmbench_test_has_parts_and_no_answers(tmp_path: Path) -> None:
     assert benchmark.counted_problems() == {"missing_part": 8}
     asked = protocol("gmai_mmbench", variant="test")
     assert asked.score(benchmark.questions[0], "B").value is None
-    assert asked.count_finding(3) == (
-        "gmai_mmbench test-21281: 3 questions, the authors' files give 21281; the score is not comparable "
-        "with published ones"
-    )
 
 
 def test_answers_of_the_test_set_are_not_read_even_if_a_file_has_them(tmp_path: Path) -> None:
