@@ -13,7 +13,7 @@ from gmai_xtuner.errors import EvaluationError
 from gmai_xtuner.evaluation.protocols import Average, Protocol
 from gmai_xtuner.evaluation.questions import Question, Score
 from gmai_xtuner.evaluation.run import Asked
-from gmai_xtuner.evaluation.statistics import Interval, bootstrap
+from gmai_xtuner.evaluation.statistics import Interval, interval_of
 from gmai_xtuner.evaluation.store import Answer, key_of
 
 SCORES_FILE = "scores.jsonl"
@@ -37,7 +37,7 @@ class Cell:
         n: questions in it.
         value: mean score, 0 to 1; None where no question has a gold answer.
         unparsed: share of answers that the scorer did not understand; each counts as wrong.
-        interval: bootstrap interval of ``value``; None where there are too few questions.
+        interval: interval of ``value``, by :func:`interval_of`; None where there are too few questions.
     """
 
     n: int
@@ -224,7 +224,7 @@ def cell_of(groups: Sequence[Sequence[Scored]]) -> Cell:
         n=len(everyone),
         value=sum(sum(part) / len(part) for part in values) / len(values) if values else None,
         unparsed=unparsed / len(everyone) if everyone else 0.0,
-        interval=bootstrap(values) if values else None,
+        interval=interval_of(values) if values else None,
     )
 
 

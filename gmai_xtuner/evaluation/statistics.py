@@ -27,6 +27,33 @@ class Interval:
     high: float
 
 
+def interval_of(groups: Sequence[Sequence[float] | np.ndarray]) -> Interval | None:
+    """Interval of the mean over the means of groups: :func:`bootstrap`, and where it is blind the exact one.
+
+    Where all scores are 1, or all 0, every resample is the same and the bootstrap gives a point, as if the
+    score were certain. There Clopper and Pearson's interval is taken: after ``n`` right answers of ``n`` it
+    reaches from (alpha / 2)^(1 / n) to 1, after none from 0 to 1 - (alpha / 2)^(1 / n). Over several groups
+    it is the mean of theirs, which is wider than it must be.
+
+    Args:
+        groups: the scores of each group; none empty.
+
+    Returns:
+        None where a group has fewer than two questions.
+    """
+    found = bootstrap(groups)
+    values = {float(value) for group in groups for value in group}
+    if found is None or values not in ({0.0}, {1.0}):
+        return found
+    missed = sum(_unseen(len(group)) for group in groups) / len(groups)
+    return Interval(0.0, missed) if values == {0.0} else Interval(1 - missed, 1.0)
+
+
+def _unseen(n: int) -> float:
+    """Clopper and Pearson's upper end for what was seen in none of ``n`` questions."""
+    return 1 - ((1 - CONFIDENCE) / 2) ** (1 / n)
+
+
 def bootstrap(
     groups: Sequence[Sequence[float] | np.ndarray],
     *,
@@ -83,7 +110,8 @@ class PairedTest:
         method: ``mcnemar`` (exact) where all scores are 0 or 1, else ``permutation``.
         n: questions that both have answered.
         difference: mean of the first less that of the second.
-        interval: of the difference, by :func:`bootstrap`.
+        interval: of the difference, by :func:`bootstrap`; where right and wrong answers differ in no
+            question, or in all of them the same way, by Clopper and Pearson's bound on the others.
         p_value: two-sided.
         first_better: questions that the first scores higher.
         second_better: and the second.
@@ -121,11 +149,17 @@ def paired_test(
     differences = one - two
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     binary = bool(np.isin(np.concatenate([one, two]), (0.0, 1.0)).all())
+    interval = bootstrap([differences], resamples=resamples, seed=seed)
+    if binary and interval is not None and len(np.unique(differences)) == 1:
+        # A share of questions may differ from all of these, by 1 from no difference, by up to 2 from 1.
+        seen = float(differences[0])
+        reach = _unseen(len(one)) * (2 if seen else 1)
+        interval = Interval(max(-1.0, seen - reach), min(1.0, seen + reach))
     return PairedTest(
         method="mcnemar" if binary else "permutation",
         n=len(one),
         difference=float(differences.mean()),
-        interval=bootstrap([differences], resamples=resamples, seed=seed),
+        interval=interval,
         p_value=mcnemar(better, worse)
         if binary
         else permutation(differences, resamples=resamples, seed=seed),

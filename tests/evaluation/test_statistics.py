@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gmai_xtuner.evaluation.statistics import bootstrap, mcnemar, paired_test, permutation
+from gmai_xtuner.evaluation.statistics import (
+    bootstrap,
+    interval_of,
+    mcnemar,
+    paired_test,
+    permutation,
+)
 
 
 def test_the_interval_of_right_and_wrong_answers_is_the_binomials():
@@ -53,6 +59,30 @@ def test_nothing_is_said_of_one_question_and_all_right_is_a_point():
     assert bootstrap([]) is None
     found = bootstrap([[1.0] * 20])
     assert (found.low, found.high) == (1.0, 1.0)
+
+
+def test_all_right_or_all_wrong_is_not_certain():
+    # 0.025^(1/2) = 0.158114; of 20, exp(ln(0.025) / 20) = exp(-0.184444) = 0.831566.
+    two = interval_of([[1.0, 1.0]])
+    assert (two.low, two.high) == (pytest.approx(0.158114, abs=1e-6), 1.0)
+    twenty = interval_of([[0.0] * 20])
+    assert (twenty.low, twenty.high) == (0.0, pytest.approx(0.168434, abs=1e-6))
+    theirs = stats.binomtest(20, 20).proportion_ci(0.95, "exact")
+    assert interval_of([[1.0] * 20]).low == pytest.approx(theirs.low, rel=1e-9)
+    # Over groups the mean of theirs: (0.158114 + 0.831566) / 2.
+    assert interval_of([[1.0] * 2, [1.0] * 20]).low == pytest.approx(0.494840, abs=1e-6)
+
+
+def test_any_other_scores_have_the_bootstraps_interval():
+    for groups in ([[1.0, 0.0, 1.0]], [[0.5] * 9], [[1.0] * 5, [0.0] * 5], [[1.0]], []):
+        assert interval_of(groups) == bootstrap(groups)
+
+
+def test_the_difference_of_runs_that_agree_everywhere_is_not_certain():
+    same = paired_test([1, 0] * 10, [1, 0] * 10).interval
+    assert (same.low, same.high) == pytest.approx((-0.168434, 0.168434), abs=1e-6)
+    apart = paired_test([1] * 20, [0] * 20).interval
+    assert (apart.low, apart.high) == (pytest.approx(0.663133, abs=1e-6), 1.0)  # 1 - 2 * 0.1684335
 
 
 def test_a_benchmark_of_89_000_questions_takes_no_time():
