@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 
 from gmai_xtuner.errors import EvaluationError
 from gmai_xtuner.evaluation import fingerprint
+from gmai_xtuner.evaluation.answerers.ours import bases_of
 from gmai_xtuner.evaluation.fingerprint import hash_files
 
 
@@ -57,3 +59,23 @@ def test_files_are_read_again_only_when_size_or_time_change(model, tmp_path, mon
 def test_nothing_to_hash_is_an_error(tmp_path):
     with pytest.raises(EvaluationError, match="no model files"):
         hash_files({"model": tmp_path})
+
+
+def test_bases_that_an_exports_own_files_name_count(tmp_path):
+    def write(file, **content):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(content))
+        return tmp_path / file.split("/")[0]
+
+    whole = write("whole/projector/config.json", depth=2)
+    assert bases_of(whole, None, None) == {}
+    adapted = write("adapted/projector/config.json", depth=2)
+    write("adapted/llm_adapter/adapter_config.json", base_model_name_or_path="base/llm")
+    write("adapted/visual_encoder_adapter/adapter_config.json", base_model_name_or_path="base/clip")
+    assert bases_of(adapted, None, None) == {"llm": "base/llm", "vision": "base/clip"}
+    assert bases_of(adapted, "other", None) == {"llm": "other", "vision": "base/clip"}
+    original = {"mm_hidden_size": 8, "mm_projector_type": "linear", "mm_vision_tower": "base/clip"}
+    release = write("release/config.json", **original)
+    assert bases_of(release, None, None) == {"vision": "base/clip"}
+    plain = write("plain/config.json", model_type="llava", text_config={}, vision_config={})
+    assert bases_of(plain, None, None) == {}

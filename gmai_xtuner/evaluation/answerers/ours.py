@@ -10,6 +10,10 @@ import torch
 from gmai_xtuner.evaluation.answerers.local import LocalAnswerer, Pictures
 from gmai_xtuner.evaluation.fingerprint import hash_files
 from gmai_xtuner.inference import Predictor, Prompt, user_turn
+from gmai_xtuner.models.adapter_files import adapter_base
+from gmai_xtuner.models.checkpoint_files import read_json
+from gmai_xtuner.models.layouts import layout_of
+from gmai_xtuner.models.starting_points import is_xtuner_layout
 
 
 class OurAnswerer(LocalAnswerer):
@@ -74,11 +78,33 @@ def load_ours(
     from gmai_xtuner.loading import load_model
 
     predictor = load_model(folder, llm=llm, vision=vision, dtype=dtype, device=device)
-    bases = {"llm": llm, "vision": vision}
-    parts = {"model": folder, **{key: local_folder(base) for key, base in bases.items() if base}}
+    parts = {"model": folder} | {
+        key: local_folder(base) for key, base in bases_of(folder, llm, vision).items()
+    }
     return OurAnswerer(
         predictor, name=name, model=hash_files(parts, cache=cache), batch_size=batch_size
     )
+
+
+def bases_of(folder: Path, llm: str | None, vision: str | None) -> dict[str, str]:
+    """Part -> base outside an export that it is loaded from: named by the caller, or by its own files.
+
+    An adapter names its base, a folder in LLaVA's layout its vision tower.
+
+    Args:
+        folder: an export that has just been loaded.
+        llm, vision: bases as the caller named them.
+    """
+    found = {"llm": llm, "vision": vision}
+    if is_xtuner_layout(folder):
+        for part, name in (("llm", "llm_adapter"), ("vision", "visual_encoder_adapter")):
+            if found[part] is None and (folder / name).is_dir():
+                found[part] = adapter_base(folder / name)
+    else:
+        config = read_json(folder / "config.json")
+        if layout_of(config) != "plain":
+            found["vision"] = vision or config.get("mm_vision_tower")
+    return {part: base for part, base in found.items() if base}
 
 
 def local_folder(name: str) -> Path:
