@@ -21,7 +21,14 @@ from mmengine.logging import print_log
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.models.costs import describe_parts
-from gmai_xtuner.models.export_parts import convert_dtype, export_dtype, new_folder, trained_parts
+from gmai_xtuner.models.export_parts import (
+    check_shard_size,
+    convert_dtype,
+    export_dtype,
+    new_folder,
+    own_storage,
+    trained_parts,
+)
 from gmai_xtuner.models.lora import adapter_layers, save_adapter
 
 SETTINGS_FILE = "gmai_vl.json"
@@ -54,13 +61,18 @@ def save_xtuner_layout(
 
     Raises:
         GMAIError: the checkpoint lacks weights of a part that the config trains, a weight does not fit
-            into fp16, or the folder is not empty. Nothing is written then.
+            into fp16, ``max_shard_size`` is no size, or the folder is not empty. Nothing is written then.
     """
     dtype = export_dtype(cfg, fp32=fp32)
+    if "max_shard_size" in save_kwargs:
+        check_shard_size(save_kwargs["max_shard_size"])
     with new_folder(save_dir) as aside:
         parts = trained_parts(model, cfg, dtype=dtype)
         if "llm" in parts:
             convert_dtype(parts["llm"], dtype)
+        for part in parts.values():
+            own_storage(part)
+        if "llm" in parts:
             BUILDER.build(cfg["tokenizer"]).save_pretrained(aside)
             save_language_model(parts["llm"], aside, save_kwargs)
         if "visual_encoder" in parts:

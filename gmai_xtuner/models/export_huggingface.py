@@ -42,7 +42,13 @@ from gmai_xtuner.datasets.tokenization import ChatTemplate
 from gmai_xtuner.errors import GMAIError
 from gmai_xtuner.models.costs import describe_parts, folder_bytes, size
 from gmai_xtuner.models.export import SETTINGS_FILE, export_settings
-from gmai_xtuner.models.export_parts import all_parts, convert_dtype, export_dtype, new_folder
+from gmai_xtuner.models.export_parts import (
+    all_parts,
+    check_shard_size,
+    convert_dtype,
+    export_dtype,
+    new_folder,
+)
 from gmai_xtuner.models.export_tokenizer import plain_tokenizer
 from gmai_xtuner.models.model_card import Provenance, provenance_of, write_model_card
 from gmai_xtuner.models.vision import num_image_tokens
@@ -71,9 +77,11 @@ def save_huggingface_layout(
 
     Raises:
         GMAIError: the checkpoint lacks weights that the config trains, a weight does not fit into fp16,
-            LLaVA has no place for something, or the folder is not empty. Nothing is written then.
+            LLaVA has no place for something, ``max_shard_size`` is no size, or the folder is not empty.
+            Nothing is written then.
     """
     dtype = export_dtype(cfg, fp32=fp32)
+    check_shard_size(save_kwargs.get("max_shard_size", "2GB"))
     with new_folder(save_dir) as aside:
         settings = export_settings(model, cfg)
         write_llava(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.serialization._base import parse_size_to_int
 from mmengine.logging import print_log
 from torch import nn
 from xtuner.registry import BUILDER
@@ -187,7 +188,9 @@ def require_weights(name: str, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def convert_dtype(part: Any, dtype: torch.dtype) -> None:
-    """Turn all weights of a part into ``dtype``.
+    """Turn all weights of a part into ``dtype``; none is a view of something larger then.
+
+    Buffers stay as they are: those of Llama and CLIP are not written, and rotary frequencies need fp32.
 
     Raises:
         GMAIError: a weight is beyond the range of fp16.
@@ -198,13 +201,47 @@ def convert_dtype(part: Any, dtype: torch.dtype) -> None:
             parameter.data, lost = as_written(name, parameter.data, dtype)
             vanished += lost
     warn_of(vanished)
-    part.to(dtype)
+    own_storage(part)
+
+
+def own_storage(part: nn.Module) -> None:
+    """Give each weight that is a view of a larger tensor memory of its own.
+
+    What DeepSpeed gives back of a checkpoint are views of one flat buffer. ``torch.save`` writes a view's
+    whole buffer, and weights that share one are never divided over shards.
+    """
+    for parameter in part.parameters():
+        if parameter.is_meta:
+            continue
+        if parameter.data.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def check_shard_size(max_shard_size: str | int) -> None:
+    """Whether ``save_pretrained`` can take a size, asked before anything is read or written.
+
+    Raises:
+        GMAIError: it is not a number above 0 with its unit.
+    """
+    if isinstance(max_shard_size, int):
+        size = max_shard_size
+    else:
+        try:
+            size = parse_size_to_int(max_shard_size)
+        except ValueError:
+            size = 0
+    if size <= 0:
+        raise GMAIError(
+            f"--max-shard-size must be a number above 0 with its unit (KB, MB, GB or TB), such as 2GB; "
+            f"got {max_shard_size!r}"
+        )
 
 
 def warn_of(vanished: int) -> None:
     if vanished:
         print_log(
-            f"{vanished} weights are too small for fp16 and become 0; --fp32 keeps them",
+            f"{vanished} weights are too small for fp16 and become 0; --fp32 keeps them (import_model: "
+            "--dtype float32)",
             logger="current",
             level=logging.WARNING,
         )
@@ -225,7 +262,7 @@ def as_written(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[tor
     if weight.abs().max() > torch.finfo(torch.float16).max:
         raise GMAIError(
             f"{name} has values beyond the range of fp16. Convert with --fp32, or with "
-            "--cfg-options export_dtype=bfloat16"
+            "--cfg-options export_dtype=bfloat16; import_model with --dtype float32 or bfloat16"
         )
     half = weight.half()
     return half, int(((weight != 0) & (half == 0)).sum())
