@@ -37,7 +37,12 @@ from gmai_xtuner.models.layouts import (
     tower_weights,
 )
 from gmai_xtuner.models.llava import GMAILLaVAModel
-from gmai_xtuner.models.starting_points import is_xtuner_layout
+from gmai_xtuner.models.starting_points import (
+    is_xtuner_layout,
+    xtuner_config,
+    xtuner_projector,
+    xtuner_select_layer,
+)
 from gmai_xtuner.models.tokenizer import load_tokenizer
 from gmai_xtuner.models.vision import load_vision_tower, num_image_tokens
 
@@ -48,6 +53,8 @@ TEMPLATES = {
 }
 """A special token of the tokenizer, and the template that it speaks for."""
 OTHERWISE = "vicuna"
+XTUNERS_LAYER = -2
+"""What the projector reads in xtuner where its config does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,19 +209,15 @@ def _xtuner_sources(folder: Path, llm: str | None, vision: str | None) -> _Sourc
     }
     llm = _base_of(adapters["llm_adapter"], llm, option="llm")
     vision = _base_of(adapters["visual_encoder_adapter"], vision, option="vision")
-    own = read_json(folder / "projector" / "config.json")
+    layer = xtuner_select_layer(folder)
     return _Sources(
         llm=_part(folder, folder / "config.json", llm, "language model", "llm"),
         vision=_part(
             folder / "visual_encoder", folder / "visual_encoder", vision, "vision tower", "vision"
         ),
-        projector=Projector(
-            depth=own.get("depth", 2),
-            hidden_act=own.get("hidden_act", "gelu"),
-            bias=own.get("bias", True),
-        ),
+        projector=xtuner_projector(folder),
         projector_weights=read_state_dict(folder / "projector"),
-        select_layer=_xtuner_select_layer(folder),
+        select_layer=XTUNERS_LAYER if layer is None else layer,
         llm_adapter=adapters["llm_adapter"],
         vision_adapter=adapters["visual_encoder_adapter"],
     )
@@ -301,7 +304,7 @@ def _settings(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any
     if file.is_file():
         return {**SETTINGS, **read_json(file)}
     settings: dict[str, Any] = dict(SETTINGS)
-    told = _xtuner_config(folder)
+    told = xtuner_config(folder)
     named = re.search(r"^prompt_template\s*=\s*PROMPT_TEMPLATE\.(\w+)", told, re.MULTILINE)
     if named:
         settings["prompt_template"] = named[1]
@@ -321,17 +324,3 @@ def _settings(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any
         level=logging.WARNING,
     )
     return settings
-
-
-def _xtuner_select_layer(folder: Path) -> int:
-    file = folder / SETTINGS_FILE
-    if file.is_file():
-        return int(read_json(file).get("visual_select_layer", -2))
-    named = re.search(r"\bvisual_select_layer\s*=\s*(-?\d+)", _xtuner_config(folder))
-    return int(named[1]) if named else -2
-
-
-def _xtuner_config(folder: Path) -> str:
-    """The config that xtuner's converter puts beside an export, as text: it is code, and not run."""
-    file = folder / "xtuner_config.py"
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
