@@ -360,7 +360,7 @@ def _volume(group: Sequence[Any], limits: Limits) -> Volume:
 
     Raises:
         _NoStack: they differ in size or direction, or two lie at one place.
-        PageError: a slice can't be read, there are too many voxels, or a slice is too large with square pixels.
+        PageError: a slice can't be read or is too large with square pixels, or there are too many voxels.
     """
     first = group[0]
     shape = _shape(first, limits)
