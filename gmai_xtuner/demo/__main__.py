@@ -40,12 +40,12 @@ def _run(options: argparse.Namespace) -> int:
         raise GMAIError(
             f'the page needs the extra "demo" ({error}). Install it: pip install -e ".[demo]"'
         ) from error
+    from gmai_xtuner.addresses import is_loopback, reserved
     from gmai_xtuner.demo.answering import Desk
     from gmai_xtuner.demo.examples import examples_of, installed_examples
-    from gmai_xtuner.demo.guard import is_loopback
     from gmai_xtuner.demo.limits import MEBIBYTE, Limits
     from gmai_xtuner.demo.page import Demo
-    from gmai_xtuner.demo.server import reserved, serve
+    from gmai_xtuner.demo.server import serve
 
     examples = installed_examples() if options.examples is None else examples_of(options.examples)
     limits = Limits(

@@ -14,12 +14,12 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
-import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import urlsplit
+
+from gmai_xtuner.addresses import is_loopback, name_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -43,23 +43,6 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "x-robots-tag": "noindex",
 }
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _name(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:  # such as an IPv6 address without its bracket
-        return ""
 
 
 class Guard:
@@ -109,11 +92,11 @@ class Guard:
 
     def _is_at_home(self, headers: dict[str, str]) -> bool:
         host = headers.get("host", "")
-        name = _name(f"//{host}")
+        name = name_of(f"//{host}")
         if self._loopback and name not in self._names and not is_loopback(name):
             return False
         origin = headers.get("origin")
-        if origin is None or _name(origin) in self._names:
+        if origin is None or name_of(origin) in self._names:
             return True
         return origin in (f"http://{host}", f"https://{host}")
 
@@ -139,7 +122,8 @@ class Guard:
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], cookie: bool
     ) -> None:
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._limit:
+        # int() refuses some of what isdigit() takes, such as superscripts
+        if length.isascii() and length.isdigit() and int(length) > self._limit:
             await _refuse(scope, receive, send, 413, "The upload is too large.")
             return
         arrived = 0

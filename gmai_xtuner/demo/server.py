@@ -4,45 +4,19 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from fastapi import FastAPI
 from nicegui import app as nicegui_app
 from nicegui import ui
 
-from gmai_xtuner.demo.guard import Guard, is_loopback
+from gmai_xtuner.addresses import is_loopback
+from gmai_xtuner.demo.guard import Guard
 from gmai_xtuner.demo.page import Demo
-from gmai_xtuner.errors import GMAIError
 
 RECONNECT = 60.0
 """Seconds for which a page whose connection broke keeps its images and conversation."""
-
-
-@contextmanager
-def reserved(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that has the address, and does not listen yet.
-
-    Raises:
-        GMAIError: the address can't be had.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        own = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise GMAIError(
-            f"--host {host!r} is no address of this machine ({error.strerror})"
-        ) from error
-    with own:
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            own.bind(address)
-        except OSError as error:
-            raise GMAIError(
-                f"port {port} of {host} can't be had ({error.strerror}). Choose another with --port"
-            ) from error
-        yield own
 
 
 class _Server(uvicorn.Server):
@@ -70,7 +44,7 @@ def serve(
 
     Args:
         demo: what is served.
-        own: see `reserved`.
+        own: see `gmai_xtuner.addresses.reserved`.
         names: see `Guard`.
         credentials: ``user:password``, or None.
         ready: called when the page can be visited.

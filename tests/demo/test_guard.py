@@ -7,7 +7,8 @@ import base64
 
 import pytest
 
-from gmai_xtuner.demo.guard import COOKIE, MULTIPART_OVERHEAD, Guard, is_loopback
+from gmai_xtuner.addresses import is_loopback
+from gmai_xtuner.demo.guard import COOKIE, MULTIPART_OVERHEAD, Guard
 
 
 async def application(scope, receive, send):
@@ -135,6 +136,21 @@ def test_a_body_that_says_it_is_too_large_is_not_read():
     most = 1000 + MULTIPART_OVERHEAD
     assert talk(open_guard(), content_length=str(most))[0] == 200
     assert talk(open_guard(), content_length=str(most + 1))[0] == 413
+
+
+def test_a_length_that_is_no_number_is_not_believed():
+    scope = {"type": "http", "method": "POST", "path": "/"}
+    scope["headers"] = [(b"host", b"localhost"), (b"content-length", "\u00b2".encode("latin-1"))]
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"abc", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(open_guard()(scope, receive, send))
+    assert (sent[0]["status"], sent[1]["body"]) == (200, b"3")
 
 
 def test_a_body_that_does_not_say_so_is_cut_off():
