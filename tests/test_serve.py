@@ -26,6 +26,7 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
+from starlette.testclient import TestClient
 
 from gmai_xtuner.datasets.conversation import Turn
 from gmai_xtuner.inference import Predictor, user_turn
@@ -276,6 +277,45 @@ def test_the_model_is_listed(client):
         client.models.retrieve("other")
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *(("127.0.0.1:8000", 200), ("localhost", 200), ("LocalHost:1", 200), ("[::1]:8000", 200)),
+        *(("evil.example", 403), ("127.0.0.1.evil.example:8000", 403), ("[::1", 403)),
+    ],
+)
+def test_without_a_key_no_other_site_can_point_its_name_here(predictor, host, status):
+    application = Server(predictor, name="my-model", only_loopback_names=True).app
+    with TestClient(application) as visitor:
+        for path in ("/health", "/v1/models"):
+            answer = visitor.get(path, headers={"host": host})
+            assert answer.status_code == status
+            if status == 403:
+                assert answer.json()["error"]["code"] == "host_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "checked"),
+    [((), True), (("--without-key",), False), (("--key-variable", "K"), False)],
+)
+def test_the_command_checks_names_where_it_has_no_key(export, monkeypatch, arguments, checked):
+    from gmai_xtuner.serve import __main__ as served
+    from gmai_xtuner.serve import app
+
+    class Made(Exception):
+        pass
+
+    def made(*_, only_loopback_names, **__):
+        raise Made(only_loopback_names)
+
+    monkeypatch.setenv("K", "secret")
+    monkeypatch.setattr(served, "load_from_arguments", lambda _: None)
+    monkeypatch.setattr(app, "Server", made)
+    with pytest.raises(Made) as found:
+        served.main([str(export), "--port", "0", *arguments])
+    assert found.value.args == (checked,)
+
+
 def test_a_key_is_wanted_where_one_is_set(predictor):
     with serving(predictor, key="secret") as client:
         assert ask(client, *TEXT).choices[0].message.content
@@ -460,11 +500,16 @@ def test_a_command_that_cant_serve_says_why(export, capsys, arguments, status, s
     assert said in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_an_error(export, capfd):
-    from gmai_xtuner.serve.__main__ import main
+def test_a_port_that_is_taken_is_an_error_before_the_model_is_loaded(export, capfd, monkeypatch):
+    from gmai_xtuner.serve import __main__ as served
 
+    monkeypatch.setattr(served, "load_from_arguments", lambda _: pytest.fail("loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert main([str(export), "--port", str(taken.getsockname()[1])]) == 1
-    assert "address already in use" in capfd.readouterr().err
+        port = taken.getsockname()[1]
+        assert served.main([str(export), "--port", str(port)]) == 1
+    assert capfd.readouterr().err == (
+        f"error: port {port} of 127.0.0.1 can't be had (Address already in use). "
+        "Choose another with --port\n"
+    )

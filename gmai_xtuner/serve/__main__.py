@@ -6,12 +6,15 @@ Exit status: 0 after a request to stop, 1 after an error, 2 if the command line 
 from __future__ import annotations
 
 import argparse
-import ipaddress
+import contextlib
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gmai_xtuner.addresses import is_loopback, reserved
+from gmai_xtuner.errors import GMAIError
 from gmai_xtuner.model_arguments import add_model_arguments, load_from_arguments
 
 MIB = 2**20
@@ -22,11 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
-        from gmai_xtuner.loading import describe
-        from gmai_xtuner.serve.app import Server
-        from gmai_xtuner.serve.data_urls import Limits
+        from gmai_xtuner.serve.app import Server  # noqa: F401
     except ModuleNotFoundError as error:
         print(
             f"error: {error.name} is not installed. Install what serving needs: "
@@ -37,11 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     key = os.environ.get(options.key_variable, "").strip() if options.key_variable else None
     if options.key_variable and not key:
         parser.error(f"the environment variable {options.key_variable} has no key")
-    if key is None and not options.without_key and not _is_loopback(options.host):
+    if key is None and not options.without_key and not is_loopback(options.host):
         parser.error(
             f"{options.host} can be reached from other machines: name the variable that holds a key with "
             "--key-variable, or allow everyone with --without-key"
         )
+    try:
+        with reserved(options.host, options.port) as own:  # before a large model is read
+            return _serve(options, key, own)
+    except GMAIError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(options: argparse.Namespace, key: str | None, own: socket.socket) -> int:
+    import uvicorn
+
+    from gmai_xtuner.loading import describe
+    from gmai_xtuner.serve.app import Server
+    from gmai_xtuner.serve.data_urls import Limits
+
     try:
         predictor = load_from_arguments(options)
     except (ValueError, OSError, RuntimeError) as error:
@@ -52,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predictor,
         name=name,
         key=key,
+        only_loopback_names=key is None and not options.without_key,
         limits=Limits(
             body_bytes=options.max_request_mib * MIB,
             images=options.max_images,
@@ -64,33 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{options.model}\n{describe(predictor)}", file=sys.stderr)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(
-        f"serving {name!r} at http://{host}:{options.port}/v1, "
+        f"serving {name!r} at http://{host}:{own.getsockname()[1]}/v1, "
         f"{'with a key' if key else 'without a key'}; not for clinical use",
         file=sys.stderr,
         flush=True,
     )
-    config = uvicorn.Config(
-        server.app,
-        host=options.host,
-        port=options.port,
-        log_level="info",
-        timeout_graceful_shutdown=5,
-    )
+    config = uvicorn.Config(server.app, log_level="info", timeout_graceful_shutdown=5)
     running = uvicorn.Server(config)
-    try:
-        running.run()
-    except SystemExit as left:  # uvicorn's, when the port is taken; it has said so
-        return int(bool(left.code))
-    except KeyboardInterrupt:
-        pass
+    with contextlib.suppress(KeyboardInterrupt):
+        running.run(sockets=[own])
     return 0 if running.started else 1
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
     )
-    group.add_argument("--port", type=int, default=8000, help="default 8000")
+    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     group.add_argument("--name", help="what clients call the model (default: the folder's name)")
     group.add_argument(
         "--key-variable",

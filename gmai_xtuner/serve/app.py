@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -22,6 +23,7 @@ from gmai_xtuner.inference import Predictor
 from gmai_xtuner.serve.data_urls import Limits
 from gmai_xtuner.serve.errors import ApiError
 from gmai_xtuner.serve.model_queue import End, Job, ModelQueue, Piece
+from gmai_xtuner.serve.names import OnlyLoopbackNames
 from gmai_xtuner.serve.protocol import ChatRequest, read_request
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class Server:
         predictor: the model.
         name: what clients call it.
         key: what clients must show, if anything.
+        only_loopback_names: whether requests under any other name are refused: for a server without a key
+            that only this machine reaches.
         limits: of a request.
         default_new_tokens: length of an answer whose request doesn't say.
         max_new_tokens: what a request may ask for.
@@ -46,6 +50,7 @@ class Server:
         *,
         name: str,
         key: str | None = None,
+        only_loopback_names: bool = False,
         limits: Limits | None = None,
         default_new_tokens: int = 512,
         max_new_tokens: int = 4096,
@@ -70,6 +75,7 @@ class Server:
                 HTTPException: _http_error,
                 Exception: _unexpected,
             },
+            middleware=[Middleware(OnlyLoopbackNames)] if only_loopback_names else [],
             lifespan=self._lifespan,
         )
 
