@@ -8,6 +8,8 @@ validates on nothing that stage 1 has learnt, and more data leaves what was held
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +73,76 @@ def sides(cache: Path, share: float) -> Sides:
     if not side:
         return Sides(np.zeros(0, dtype=np.uint8), np.zeros(0, dtype=np.uint64))
     return Sides(np.concatenate(side), np.concatenate(order))
+
+
+def nothing_held_out(
+    share: float, caches: Sequence[Path], excluded: Sequence[np.ndarray | None]
+) -> str:
+    """Of how many images a share holds none out, and the smallest share that does, for people.
+
+    Args:
+        share: that holds nothing out.
+        caches: folders of the token caches.
+        excluded: bool ``[conversations]`` of each cache, what its list leaves out, or ``None``.
+    """
+    images, texts, least = _least_share(caches, excluded)
+    of = [f"{images} image{'' if images == 1 else 's'}"] if images or not texts else []
+    of += [f"{texts} conversation{'' if texts == 1 else 's'} without an image"] if texts else []
+    told = f"{share:g} of {' and '.join(of)}; hashes of the names decide, see datasets.held_out"
+    if least is None:
+        return f"{told}. No share holds something out and leaves something to train on"
+    return f"{told}. The smallest share that holds something out is {least:g}"
+
+
+def _least_share(
+    caches: Sequence[Path], excluded: Sequence[np.ndarray | None]
+) -> tuple[int, int, float | None]:
+    """Images, conversations without one, and the smallest share of two digits that holds something out."""
+    names = np.zeros(0, dtype=np.uint64)
+    texts, first, last = 0, None, 0
+    for cache, mask in zip(caches, excluded, strict=True):
+        for ids, images, offsets in _batches(cache, mask):
+            names = np.union1d(names, images)
+            count = np.diff(offsets)
+            texts += int((count == 0).sum())
+            owner = np.repeat(np.arange(len(ids)), count)
+            low, high = ids.copy(), ids.copy()
+            low[count > 0], high[count > 0] = np.uint64(2**64 - 1), np.uint64(0)
+            np.minimum.at(low, owner, images)
+            np.maximum.at(high, owner, images)
+            if len(ids):
+                first = min(int(high.min()), 2**64 if first is None else first)
+                last = max(int(low.max()), last)
+    if first is None:
+        return 0, 0, None
+    exact = (first + 1) / 2**64
+    step = 10.0 ** (math.floor(math.log10(exact)) - 1)
+    digits = math.ceil(exact / step)
+    share = float(f"{digits * step:.2g}")
+    if int(share * 2**64) <= first:  # rounding of the quotient
+        share = float(f"{(digits + 1) * step:.2g}")
+    return len(names), texts, share if share < 1 and last >= int(share * 2**64) else None
+
+
+def _batches(
+    cache: Path, mask: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Hashes of the ids, of the images, and where each conversation's begin; without what is masked."""
+    reader = pa.ipc.open_file(pa.memory_map(str(cache / "tokens.arrow")))
+    begin = 0
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number).select(["id", "images"])
+        if mask is not None:
+            kept = ~mask[begin : begin + len(batch)]
+            begin += len(batch)
+            batch = batch.filter(pa.array(kept))
+        images = batch.column(1)
+        offsets = images.offsets.to_numpy().astype(np.int64)
+        yield (
+            hashes(batch.column(0)),
+            hashes(images.values)[offsets[0] : offsets[-1]],
+            offsets - offsets[0],
+        )
 
 
 def hashes(strings: pa.StringArray) -> np.ndarray:

@@ -190,6 +190,17 @@ class DataPlan:
             **({"exclude": self.exclusions.digest} if self.exclusions else {}),
         }
 
+    def why_nothing_held_out(self) -> str:
+        """Of how many images the share holds nothing out, and the smallest that does; reads all names."""
+        excluded: list[np.ndarray | None] = [None] * len(self.caches)
+        if self.exclusions:
+            excluded = [
+                part.rows(cache.folder)[0] if part else None
+                for cache, part in zip(self.caches, self.exclusions.datasets, strict=True)
+            ]
+        folders = [cache.folder for cache in self.caches]
+        return held_out_module.nothing_held_out(self.held_out, folders, excluded)
+
     def held_out_counts(self) -> np.ndarray:
         """int64 ``[datasets, 2]``: conversations held out, and with images of both sides."""
         return np.load(self.folder / "held-out.npy")

@@ -86,9 +86,9 @@ class HeldOutLoop(ValLoop):
         self.nothing = dataset is None
         if self.nothing:
             BaseLoop.__init__(self, runner, runner.train_loop.dataloader)
+            told = training.plan.why_nothing_held_out() if training.plan.held_out else "0"
             print_log(
-                f"No validation: nothing is held out (train_dataloader.dataset.held_out="
-                f"{training.plan.held_out:g} of {sum(map(len, training.caches))} conversations)",
+                f"No validation: nothing is held out (train_dataloader.dataset.held_out={told})",
                 logger="current",
                 level=logging.WARNING,
             )

@@ -58,16 +58,15 @@ def _some(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def check_held_out(run: RunConfig, data: DataSummary, findings: Findings) -> None:
+def check_held_out(plan: DataPlan, data: DataSummary, findings: Findings) -> None:
     """Whether there will be a validation, where one is asked for."""
-    share = float(run.dataset.get("held_out", 0.0))
-    if share > 0 and not any(row.held_out for row in data.datasets):
+    if plan.held_out > 0 and not any(row.held_out for row in data.datasets):
         records = sum(row.records for row in data.datasets)
         findings.note(
             "data",
-            f"nothing is held out of {_some(records, 'record')} (held_out is {share:g}, a share of the "
-            "images): there will be no validation. For one, raise train_dataloader.dataset.held_out, e.g. "
-            f"--cfg-options train_dataloader.dataset.held_out={max(0.05, min(0.5, 10 * share)):g}",
+            f"nothing is held out of {_some(records, 'record')}, so there will be no validation: "
+            f"train_dataloader.dataset.held_out={plan.why_nothing_held_out()} (--cfg-options "
+            "train_dataloader.dataset.held_out=...)",
         )
 
 

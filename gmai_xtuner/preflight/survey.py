@@ -171,7 +171,7 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
     with findings.catch("data"):
         result.summary = data.summarise(run, dataset)
         checks.check_amount(run, result.summary, findings)
-        checks.check_held_out(run, result.summary, findings)
+        checks.check_held_out(dataset.plan, result.summary, findings)
         checks.check_excluded(dataset.plan, findings)
     if survey.incomplete:
         data.forget_plan(dataset, survey)

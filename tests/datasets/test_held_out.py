@@ -6,7 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gmai_xtuner.datasets.held_out import HELD_OUT, NEITHER, TRAIN, hashes, sides
+from gmai_xtuner.datasets.held_out import (
+    HELD_OUT,
+    NEITHER,
+    TRAIN,
+    hashes,
+    nothing_held_out,
+    sides,
+)
 
 MASK = 2**64 - 1
 
@@ -114,3 +121,36 @@ def test_at_most_takes_the_same_ones_whatever_else_is_held_out(tmp_path):
 
 def test_an_empty_cache_has_no_sides(tmp_path):
     assert sides(write_cache(tmp_path / "cache", []), 0.5).side.tolist() == []
+
+
+def test_the_smallest_share_that_holds_something_out_is_said_and_does(tmp_path):
+    def least(told: str) -> float:
+        return float(told.rpartition(" is ")[2])
+
+    # 95 conversations of ten images, as a small hospital's first set.
+    rows = [(f"q{number}", [f"scan{number % 10}.png"]) for number in range(95)]
+    cache = write_cache(tmp_path / "few", rows, rows_a_batch=40)
+    told = nothing_held_out(0.05, [cache], [None])
+    assert told.startswith("0.05 of 10 images; hashes of the names decide")
+    lowest = min(slow_hash(f"scan{number}.png") for number in range(10)) / 2**64
+    assert lowest < least(told) < 1.11 * lowest  # two digits, rounded up
+    assert (sides(cache, least(told)).side == HELD_OUT).any()
+    assert not (sides(cache, lowest).side == HELD_OUT).any()
+
+    # Without the image that would be held out first; with one of two images, and one without any.
+    first = min(range(10), key=lambda number: slow_hash(f"scan{number}.png"))
+    mask = np.array([number % 10 == first for number in range(95)])
+    other = nothing_held_out(0.05, [cache], [mask])
+    assert other.startswith("0.05 of 9 images;")
+    assert (sides(cache, least(other)).side[~mask] == HELD_OUT).any()
+    assert least(other) > least(told)
+    pair = write_cache(tmp_path / "pair", [("both", ["a.png", "scan1.png"]), ("text", [])])
+    told = nothing_held_out(0.01, [pair], [None])
+    assert told.startswith("0.01 of 2 images and 1 conversation without an image;")
+    ends = max(slow_hash("a.png"), slow_hash("scan1.png")), slow_hash("text")
+    assert min(ends) / 2**64 < least(told) < 1.11 * min(ends) / 2**64
+
+    one = write_cache(tmp_path / "one", [("q1", ["a.png"]), ("q2", ["a.png"])])
+    assert nothing_held_out(0.05, [one], [None]).endswith(
+        "No share holds something out and leaves something to train on"
+    )

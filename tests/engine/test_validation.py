@@ -224,6 +224,15 @@ def test_loop_without_anything_held_out_says_so_and_does_nothing(dataset, said):
     )
 
 
+def test_a_share_that_holds_nothing_out_names_the_images_and_a_share_that_does(dataset, said):
+    dataset.plan.held_out = 1e-9
+    dataset.held_out_part = lambda at_most: None
+    build_loop(dataset)
+    (message,) = said
+    assert "(train_dataloader.dataset.held_out=1e-09 of " in message
+    assert "The smallest share that holds something out is 0." in message
+
+
 def test_a_sampler_that_repeats_packs_is_refused(dataset):
     with pytest.raises(GMAIError, match=r"needs batch_sampler=.*'MicroBatchSampler'"):
         build_loop(dataset, batched=False)
