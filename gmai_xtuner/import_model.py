@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessor
 
-from gmai_xtuner.errors import GMAIError
 from gmai_xtuner.inference import Predictor
-from gmai_xtuner.loading import describe, load_with_settings
+from gmai_xtuner.loading import AS_STORED, describe, load_with_settings
 from gmai_xtuner.models.costs import folder_bytes, size
 from gmai_xtuner.models.export import SETTINGS_FILE, save_language_model
 from gmai_xtuner.models.export_huggingface import write_llava
-from gmai_xtuner.models.export_parts import DTYPES, check_new, new_folder
+from gmai_xtuner.models.export_parts import (
+    DTYPES,
+    check_new,
+    check_shard_size,
+    convert_dtype,
+    new_folder,
+)
 from gmai_xtuner.models.internlm2 import as_dtype
 from gmai_xtuner.models.llava import SAVE_FORMATS
 from gmai_xtuner.models.model_card import Provenance
@@ -58,14 +63,17 @@ def import_model(
         the model that was written.
 
     Raises:
-        GMAIError: it can't be read, or ``out`` is not empty. Nothing is written then.
+        GMAIError: it can't be read, a weight does not fit into fp16, ``max_shard_size`` is no size, or
+            ``out`` is not empty. Nothing is written then.
     """
     check_new(out)  # before anything is read
+    check_shard_size(max_shard_size)
     predictor, settings = load_with_settings(
         folder,
         llm=llm,
         vision=vision,
-        dtype=dtype,
+        # Not yet ``dtype``: what does not fit into fp16 would be infinite, or 0, without a word.
+        dtype=AS_STORED,
         device="cpu",
         prompt_template=prompt_template,
         add_bos=add_bos,
@@ -74,7 +82,7 @@ def import_model(
         if save_format == "huggingface":
             _write_llava(predictor, settings, aside, Path(folder), dtype, max_shard_size)
         else:
-            _write_xtuner(predictor, settings, aside, max_shard_size)
+            _write_xtuner(predictor, settings, aside, dtype, max_shard_size)
     return predictor
 
 
@@ -106,9 +114,15 @@ def _write_llava(
 
 
 def _write_xtuner(
-    predictor: Predictor, settings: dict[str, Any], aside: Path, max_shard_size: str
+    predictor: Predictor,
+    settings: dict[str, Any],
+    aside: Path,
+    dtype: torch.dtype,
+    max_shard_size: str,
 ) -> None:
     model, transform = predictor.model, predictor.transform
+    for part in (model.llm, model.visual_encoder, model.projector):
+        convert_dtype(part, dtype)
     predictor.tokenizer.save_pretrained(aside)
     save_language_model(model.llm, aside, {"max_shard_size": max_shard_size})
     CLIPImageProcessor(
@@ -151,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
             prompt_template=options.prompt_template,
             add_bos=options.add_bos,
         )
-    except GMAIError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(

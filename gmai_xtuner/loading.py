@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from mmengine.logging import print_log
@@ -24,9 +25,15 @@ from gmai_xtuner.datasets.tokenization import ChatTemplate
 from gmai_xtuner.errors import ModelLoadError
 from gmai_xtuner.inference import Predictor
 from gmai_xtuner.models.adapter_files import adapter_base
-from gmai_xtuner.models.checkpoint_files import read_json, read_state_dict, shorten
+from gmai_xtuner.models.checkpoint_files import (
+    read_json,
+    read_state_dict,
+    resolve_directory,
+    shorten,
+)
 from gmai_xtuner.models.costs import cache_bytes, describe_parts, size
 from gmai_xtuner.models.export import SETTINGS, SETTINGS_FILE
+from gmai_xtuner.models.export_parts import DTYPES
 from gmai_xtuner.models.internlm2 import load_language_model
 from gmai_xtuner.models.layouts import (
     Projector,
@@ -34,7 +41,9 @@ from gmai_xtuner.models.layouts import (
     layout_of,
     projector_model,
     select_layer,
+    text_model,
     tower_weights,
+    vision_model,
 )
 from gmai_xtuner.models.llava import GMAILLaVAModel
 from gmai_xtuner.models.starting_points import (
@@ -53,6 +62,8 @@ TEMPLATES = {
 }
 """A special token of the tokenizer, and the template that it speaks for."""
 OTHERWISE = "vicuna"
+AS_STORED: Final = "as stored"
+"""As a dtype: each part in what its files have, so that loading rounds nothing."""
 XTUNERS_LAYER = -2
 """What the projector reads in xtuner where its config does not say."""
 
@@ -116,12 +127,15 @@ def load_with_settings(
     *,
     llm: str | None = None,
     vision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["as stored"] | None = None,
     device: str | torch.device | None = None,
     prompt_template: str | None = None,
     add_bos: bool | None = None,
 ) -> tuple[Predictor, dict[str, Any]]:
-    """:func:`load_model`, and what ``gmai_vl.json`` says or would say."""
+    """:func:`load_model`, and what ``gmai_vl.json`` says or would say.
+
+    ``dtype`` may be :data:`AS_STORED` as well.
+    """
     folder = Path(folder)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -138,14 +152,23 @@ def load_with_settings(
     if add_bos is not None:
         settings["add_bos"] = add_bos
     model = GMAILLaVAModel(
-        llm=load_language_model(sources.llm, torch_dtype=dtype, adapter=sources.llm_adapter),
+        llm=load_language_model(
+            sources.llm,
+            torch_dtype=_stored(_llm_weights(sources)) if dtype == AS_STORED else dtype,
+            adapter=sources.llm_adapter,
+        ),
         visual_encoder=load_vision_tower(
-            sources.vision, torch_dtype=dtype, adapter=sources.vision_adapter, trained=sources.tower
+            sources.vision,
+            torch_dtype=_stored(_tower_weights(sources)) if dtype == AS_STORED else dtype,
+            adapter=sources.vision_adapter,
+            trained=sources.tower,
         ),
         visual_select_layer=sources.select_layer,
         use_activation_checkpointing=False,
     )
-    model.projector = _projector(model, sources, folder).to(dtype)
+    model.projector = _projector(model, sources, folder).to(
+        _stored(sources.projector_weights) if dtype == AS_STORED else dtype
+    )
     settings["visual_select_layer"] = sources.select_layer
     predictor = Predictor(
         model.to(device),
@@ -173,6 +196,23 @@ def describe(predictor: Predictor) -> str:
     )
 
 
+def _stored(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """A dtype that holds all weights exactly; what a config says of them may be another."""
+    dtypes = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes < set(DTYPES) else torch.float32
+
+
+def _llm_weights(sources: _Sources) -> dict[str, torch.Tensor]:
+    return text_model(resolve_directory(sources.llm, weights=True))[1]
+
+
+def _tower_weights(sources: _Sources) -> Mapping[str, torch.Tensor]:
+    if sources.tower is not None:
+        return sources.tower
+    folder = resolve_directory(sources.vision, weights=True)
+    return vision_model(folder)[1] if is_llava(folder) else read_state_dict(folder)
+
+
 def _llava_sources(folder: Path, llm: str | None, vision: str | None) -> _Sources:
     raw = read_json(folder / "config.json")
     if llm is not None:
@@ -189,7 +229,7 @@ def _llava_sources(folder: Path, llm: str | None, vision: str | None) -> _Source
         if not vision:
             raise ModelLoadError(
                 f"{str(folder)!r} does not say which vision tower it was trained with; name it with "
-                "vision=..."
+                "--vision in the shell, vision=... in Python"
             )
         tower = tower_weights(folder) or None
     return _Sources(
@@ -209,12 +249,15 @@ def _xtuner_sources(folder: Path, llm: str | None, vision: str | None) -> _Sourc
     }
     llm = _base_of(adapters["llm_adapter"], llm, option="llm")
     vision = _base_of(adapters["visual_encoder_adapter"], vision, option="vision")
+    llm = _part(folder, folder / "config.json", llm, "language model", "llm")
+    tower = folder / "visual_encoder"
+    vision = _part(tower, tower, vision, "vision tower", "vision")
+    if llm is None or vision is None:
+        raise ModelLoadError(_name_the_bases(folder, llm, vision))
     layer = xtuner_select_layer(folder)
     return _Sources(
-        llm=_part(folder, folder / "config.json", llm, "language model", "llm"),
-        vision=_part(
-            folder / "visual_encoder", folder / "visual_encoder", vision, "vision tower", "vision"
-        ),
+        llm=llm,
+        vision=vision,
         projector=xtuner_projector(folder),
         projector_weights=read_state_dict(folder / "projector"),
         select_layer=XTUNERS_LAYER if layer is None else layer,
@@ -229,22 +272,30 @@ def _base_of(adapter: Path | None, base: str | None, *, option: str) -> str | No
     named = adapter_base(adapter)
     if not named:
         raise ModelLoadError(
-            f"{adapter} does not say which base it was trained on; name it with {option}=..."
+            f"{adapter} does not say which base it was trained on; name it with --{option} in "
+            f"the shell, {option}=... in Python"
         )
     print_log(f"{adapter} goes on {named}, as it says", logger="current", level=logging.INFO)
     return named
 
 
-def _part(inside: Path, proof: Path, base: str | None, what: str, option: str) -> str:
-    if proof.exists():
-        if base is not None:
-            raise ModelLoadError(f"the export has its own {what}; leave {option} out")
-        return str(inside)
-    if base is None:
-        raise ModelLoadError(
-            f"the export has no {what} (its stage did not train it); name the base with {option}=..."
-        )
-    return base
+def _part(inside: Path, proof: Path, base: str | None, what: str, option: str) -> str | None:
+    """Where a part is: in the export, or its base; None: it must be named."""
+    if proof.exists() and base is not None:
+        raise ModelLoadError(f"the export has its own {what}; leave {option} out")
+    return str(inside) if proof.exists() else base
+
+
+def _name_the_bases(folder: Path, llm: str | None, vision: str | None) -> str:
+    parts = (("language model", "llm", llm), ("vision tower", "vision", vision))
+    missing = [(what, option) for what, option, base in parts if base is None]
+    shell = " ".join(f"--{option} BASE" for _, option in missing)
+    python = ", ".join(f"{option}=..." for _, option in missing)
+    return (
+        f"the export {str(folder)!r} has no {' and no '.join(what for what, _ in missing)}: its stage did "
+        f"not train {'it' if len(missing) == 1 else 'them'}. Name what it was trained on, a folder or a "
+        f"hub name: {shell} in the shell, {python} in Python"
+    )
 
 
 def _what_it_is_instead(folder: Path) -> str:

@@ -193,13 +193,13 @@ def convert_dtype(part: Any, dtype: torch.dtype) -> None:
     Buffers stay as they are: those of Llama and CLIP are not written, and rotary frequencies need fp32.
 
     Raises:
-        GMAIError: a weight is beyond the range of fp16.
+        GMAIError: a weight is beyond the range of fp16, or not a number.
     """
     vanished = 0
     for name, parameter in part.named_parameters():
-        if parameter.dtype != dtype:
-            parameter.data, lost = as_written(name, parameter.data, dtype)
-            vanished += lost
+        # Also what has that dtype already: a merge may have gone beyond its range.
+        parameter.data, lost = as_written(name, parameter.data, dtype)
+        vanished += lost
     warn_of(vanished)
     own_storage(part)
 

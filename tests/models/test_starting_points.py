@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from gmai_xtuner.errors import ModelLoadError
+from gmai_xtuner.loading import load_model
 from gmai_xtuner.models.starting_points import read_export
 from tests.models.exporting import export, stage_config, trained_model
 
@@ -67,3 +69,14 @@ def test_xtuners_own_config_says_the_layer_and_silence_is_no_contradiction(stage
     finally:
         (folder / "xtuner_config.py").unlink(missing_ok=True)
         (folder / "kept.json").rename(folder / "gmai_vl.json")
+
+
+def test_all_bases_that_are_missing_are_named_at_once_for_shell_and_python(
+    stage1, tiny_bases, tmp_path
+):
+    shutil.copytree(stage1[1] / "projector", tmp_path / "projector")
+    both = "no language model and no vision tower: .*--llm BASE --vision BASE .*llm=.*, vision="
+    with pytest.raises(ModelLoadError, match=both):
+        load_model(tmp_path)
+    with pytest.raises(ModelLoadError, match=r"no vision tower: .* it\. .*: --vision BASE in the"):
+        load_model(tmp_path, llm=str(tiny_bases / "llm"))
