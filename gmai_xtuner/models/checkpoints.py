@@ -34,8 +34,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise ModelLoadError(
-            f"there is no checkpoint or work dir {str(path)!r}. Train the stage before, or say where "
-            "its work dir is (GMAI_STAGE1 for stage 2, GMAI_STAGE2 for stage 3)"
+            f"there is no checkpoint or work dir {str(path)!r}. Name a work dir, or an iter_N.pth in it: to "
+            "convert, as the command's CHECKPOINT; to train, as GMAI_STAGE1 (stage 2) or GMAI_STAGE2 "
+            "(stage 3), once the stage before is trained"
         )
     newest, passed_over = newest_whole(path)
     for name, wrong in passed_over.items():

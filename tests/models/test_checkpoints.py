@@ -52,7 +52,9 @@ def test_a_checkpoint_that_is_named_is_not_replaced_by_another(tmp_path):
 
 
 def test_nothing_there_says_what_to_do(tmp_path):
-    with pytest.raises(ModelLoadError, match="GMAI_STAGE1"):
+    with pytest.raises(
+        ModelLoadError, match=r"to convert, .* CHECKPOINT; to train, as GMAI_STAGE1"
+    ):
         resolve_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ModelLoadError, match="no checkpoint"):
         resolve_checkpoint(tmp_path)
