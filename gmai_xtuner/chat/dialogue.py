@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,17 @@ class Dialogue:
         Raises:
             DialogueError: it can't be opened; says what to do.
         """
-        picture = open_picture(path)
-        self.waiting.append(picture)
-        return picture
+        return self.add_images([path])[0]
+
+    def add_images(self, paths: Sequence[str | Path]) -> list[Picture]:
+        """Open images for the next question, all or none.
+
+        Raises:
+            DialogueError: one can't be opened; says what to do.
+        """
+        pictures = [open_picture(path) for path in paths]
+        self.waiting += pictures
+        return pictures
 
     def ask(self, question: str) -> Iterator[str]:
         """The answer in pieces, as they come.

@@ -120,10 +120,9 @@ class Terminal:
         return text
 
     def _image(self, rest: str) -> None:
-        for path in _paths(rest):
-            picture = self.dialogue.add_image(path)
+        before = len(self.dialogue.waiting)
+        for waiting, picture in enumerate(self.dialogue.add_images(_paths(rest)), before + 1):
             width, height = picture.image.size
-            waiting = len(self.dialogue.waiting)
             self.say(f"image {picture.path} ({width} x {height}) waits, {waiting} in all")
 
     def _images(self, rest: str) -> None:
