@@ -1,13 +1,9 @@
-"""What every command that asks a model has in common: which model, in which form, and what goes where."""
+"""What every command that asks a model has in common: which model, and in which form."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gmai_xtuner.inference import Predictor
@@ -60,20 +56,16 @@ def load_from_arguments(options: argparse.Namespace) -> Predictor:
     )
 
 
-@contextmanager
-def only_answers_on_stdout() -> Iterator[TextIO]:
-    """Standard output, in UTF-8; everything else that is printed goes to standard error.
+def positive(text: str) -> int:
+    """A whole number above 0, for ``type`` of an argument.
 
-    Importing DeepSpeed prints, and libraries written in C print past ``sys.stdout``; a script that reads
-    an answer must not read that.
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
     """
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(2, 1)
     try:
-        with os.fdopen(os.dup(real), "w", encoding="utf-8") as stdout:
-            yield stdout
-    finally:
-        sys.stdout.flush()
-        os.dup2(real, 1)
-        os.close(real)
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, a whole number, got {text!r}")
+    return value

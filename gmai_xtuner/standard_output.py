@@ -1,4 +1,4 @@
-"""The standard output belongs to the report that was asked for."""
+"""The standard output belongs to the report, or the answers, that were asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from typing import TextIO
 
 @contextmanager
 def only_the_report_on_stdout() -> Iterator[TextIO]:
-    """Everything else that is printed, by whatever library, goes to standard error."""
+    """Standard output, in UTF-8; everything else that is printed goes to standard error.
+
+    Importing DeepSpeed prints, and libraries written in C print past ``sys.stdout``; a script that reads
+    a report or an answer must not read that.
+    """
     sys.stdout.flush()
     real = os.dup(1)
     os.dup2(2, 1)

@@ -20,7 +20,7 @@ from gmai_xtuner.chat.terminal import Terminal
 from gmai_xtuner.datasets.conversation import Turn, parse_record
 from gmai_xtuner.inference import PromptTooLong, user_turn
 from gmai_xtuner.loading import load_model
-from gmai_xtuner.model_arguments import only_answers_on_stdout
+from gmai_xtuner.standard_output import only_the_report_on_stdout
 from tests.commands.runner import ROOT
 from tests.exports import write_export
 
@@ -192,6 +192,13 @@ def test_commands(dialogue, pictures):
     assert (dialogue.turns, dialogue.pictures, dialogue.waiting) == ([], [], [])
 
 
+def test_images_of_one_command_wait_all_or_none(dialogue, pictures):
+    _, log = say(dialogue, f"/image '{pictures[1]}' missing.png", "/quit")
+    assert "missing.png' can't be opened" in log
+    assert "waits" not in log
+    assert dialogue.waiting == []
+
+
 def test_a_saved_conversation_is_a_training_record(dialogue, pictures, tmp_path):
     dialogue.system = "Be brief."
     dialogue.add_image(pictures[0])
@@ -298,7 +305,7 @@ def test_one_question_as_json_from_standard_input(export, pictures, predictor):
 
 
 def test_what_libraries_print_is_no_answer(capfd):
-    with only_answers_on_stdout() as stdout:
+    with only_the_report_on_stdout() as stdout:
         os.write(1, b"printed")
         stdout.write("胸部")
     os.write(1, b" afterwards")

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, TextIO
 from gmai_xtuner.model_arguments import (
     add_model_arguments,
     load_from_arguments,
-    only_answers_on_stdout,
+    positive,
 )
+from gmai_xtuner.standard_output import only_the_report_on_stdout
 
 if TYPE_CHECKING:
     from gmai_xtuner.chat.dialogue import Dialogue
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json and options.question is None:
         parser.error("--json is for --question")
     try:
-        with only_answers_on_stdout() as stdout:
+        with only_the_report_on_stdout() as stdout:
             return _run(options, stdout)
     except BrokenPipeError:  # whoever read the answers has gone
         return 1
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     group = parser.add_argument_group("answers")
     group.add_argument(
-        "--max-new-tokens", type=_positive, default=512, metavar="N", help="at most (default 512)"
+        "--max-new-tokens", type=positive, default=512, metavar="N", help="at most (default 512)"
     )
     group.add_argument(
         "--temperature", type=float, default=0.0, help="0, the default: the likeliest token"
@@ -150,13 +151,6 @@ def _parser() -> argparse.ArgumentParser:
         help="over 1: fewer repetitions (default 1)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.model_arguments import positive
 
 PORT = 7860
 
@@ -185,14 +186,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-pixels",
-        type=_count,
+        type=positive,
         default=50_000_000,
         metavar="N",
         help="one picture (default 50000000)",
     )
     parser.add_argument(
         "--max-voxels",
-        type=_count,
+        type=positive,
         default=300_000_000,
         metavar="N",
         help="one volume (default 300000000)",
@@ -213,13 +214,6 @@ def _parser() -> argparse.ArgumentParser:
         "--language", choices=("en", "zh"), default="en", help="the page begins with"
     )
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
 
 
 def _positive(text: str) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gmai_xtuner.addresses import is_loopback, reserved
 from gmai_xtuner.errors import GMAIError
-from gmai_xtuner.model_arguments import add_model_arguments, load_from_arguments
+from gmai_xtuner.model_arguments import add_model_arguments, load_from_arguments, positive
 
 MIB = 2**20
 
@@ -124,16 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         ("--max-pixels", 100_000_000, "width x height of an image"),
     ):
         group.add_argument(
-            option, type=_positive, default=default, metavar="N", help=f"{what} (default {default})"
+            option, type=positive, default=default, metavar="N", help=f"{what} (default {default})"
         )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
 
 
 if __name__ == "__main__":
