@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class Benchmark:
         name = file.relative_to(self.path).as_posix() if self.path.is_dir() else file.name
         count, splits, seen = 0, Counter[str](), 0
         named: set[str] = set()
+        split_column = ""
         by_index: dict[str, tuple[int, ...]] = {}
         waiting: list[tuple[int, str]] = []
         try:
@@ -145,6 +147,7 @@ class Benchmark:
                     continue
                 count += 1
                 splits[columns.first(cells, columns.SPLITS)] += 1
+                split_column = split_column or columns.spelt(row.cells, columns.SPLITS)
                 index = columns.first(cells, columns.IDS)
                 numbers: list[int] = []
                 for one in shown:
@@ -176,7 +179,7 @@ class Benchmark:
                 self.not_found.append((index, f"{name}: no row has this index"))
         if count:
             self.files[name] = count
-            self._look_for_training(name, splits)
+            self._look_for_training(name, splits, split_column)
         else:
             told = f"columns: {', '.join(sorted(named)[:12]) or 'none'}"
             self.passed_over.append((name, f"no column of questions or pictures is known ({told})"))
@@ -215,7 +218,7 @@ class Benchmark:
             )
         )
 
-    def _look_for_training(self, name: str, splits: Counter[str]) -> None:
+    def _look_for_training(self, name: str, splits: Counter[str], column: str) -> None:
         if re.search(r"train", Path(name).stem, re.IGNORECASE):
             self.notes.append(
                 f"{name} looks like the benchmark's training part, which may be trained on. Name the test "
@@ -223,9 +226,15 @@ class Benchmark:
             )
         training = [value for value in splits if re.match(r"train", value, re.IGNORECASE)]
         if training or {"freeform", "test_freeform"} <= set(splits):
+            others = sorted(value for value in splits if value and value not in training)
+            tested = [value for value in others if value.lower().startswith("test")] or others
+            pattern = (
+                "test*" if len(tested) > 1 and "test_freeform" in tested else "".join(tested[:1])
+            )
+            told = shlex.quote(f"{column}={pattern or 'test'}")
             self.notes.append(
                 f"{name} holds several parts ({', '.join(sorted(splits))}). Choose the one that is tested on "
-                "with --where, such as --where split=test."
+                f"with --where, such as --where {told}."
             )
 
     # --- pictures -------------------------------------------------------------------------------

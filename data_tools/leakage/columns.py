@@ -79,6 +79,16 @@ def first(cells: Mapping[str, Any], names: tuple[str, ...]) -> str:
     return ""
 
 
+def spelt(cells: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The column of a row whose compared name is the first of these that has something in it, as it is spelt
+    there; or ""."""
+    for name in names:
+        for own, value in cells.items():
+            if plain(own) == name and value not in (None, ""):
+                return own
+    return ""
+
+
 def questions(cells: Mapping[str, Any]) -> list[str]:
     """The texts of a row's question: as it is, and rephrased if the benchmark does."""
     found = [cells[name] for name in QUESTIONS if isinstance(cells.get(name), str)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import tempfile
 import time
@@ -37,6 +38,7 @@ class Overlap:
 
     Args:
         corpus, benchmark: the sides, read.
+        corpus_images: of all datasets, a file that two of them name twice; ``distinct_images``: once.
         conversations: of the corpus; ``left`` of them are left out by the mixture's lists already.
         inside: pictures inside of the corpus' records, which weren't compared.
         corpus_states, benchmark_states: pictures by what could be read.
@@ -58,6 +60,7 @@ class Overlap:
     left: int = 0
     inside: int = 0
     corpus_images: int = 0
+    distinct_images: int = 0
     corpus_states: dict[str, int] = field(default_factory=dict)
     benchmark_states: dict[str, int] = field(default_factory=dict)
     same_case: dict[int, list[int]] = field(default_factory=dict)
@@ -123,6 +126,7 @@ def run(
         progress.stage("records")
         _read_names(result, names, progress)
         result.corpus_images = names.count()
+        result.distinct_images = names.count_distinct(corpus)
 
         progress.stage("pictures", total=result.corpus_images)
         ours = Hashes(result.corpus_images)
@@ -217,6 +221,22 @@ class _Names:
 
     def count(self) -> int:
         return int(self._connection.execute("SELECT COUNT(*) FROM images").fetchone()[0])
+
+    def count_distinct(self, corpus: Corpus) -> int:
+        """Files, by their paths: datasets with one folder of images may name the same ones."""
+        roots: defaultdict[Path, list[int]] = defaultdict(list)
+        for number, dataset in enumerate(corpus.datasets):
+            roots[(dataset.image_root or Path()).absolute()].append(number)
+        return sum(
+            int(
+                self._connection.execute(
+                    "SELECT COUNT(DISTINCT name) FROM images WHERE dataset IN "
+                    "(SELECT value FROM json_each(?))",
+                    (json.dumps(numbers),),
+                ).fetchone()[0]
+            )
+            for numbers in roots.values()
+        )
 
     def pictures(self, corpus: Corpus) -> Iterator[Picture]:
         for number, dataset, name in self._rows():

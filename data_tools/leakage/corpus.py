@@ -234,6 +234,8 @@ def read_list(path: Path) -> list[tuple[str, str, str | None]]:
             continue
         kind, colon, value = line.strip().partition(":")
         value = value.strip()
+        if not value:  # refused by training as well
+            colon = ""
         try:
             value = json.loads(value) if value.startswith('"') else value
         except ValueError:

@@ -96,6 +96,7 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
             "left_out_by_the_mixture": overlap.left,
             "no_conversation": corpus.no_conversation,
             "pictures": overlap.corpus_images,
+            "distinct_pictures": overlap.distinct_images,
             "pictures_by_state": overlap.corpus_states,
             "pictures_inside_records": overlap.inside,
             "files_passed_over": corpus.passed_over,

@@ -164,7 +164,8 @@ def as_text(numbers: dict[str, Any], folder: Path) -> str:
     corpus, benchmark = numbers["corpus"], numbers["benchmark"]
     pictures, questions, items = numbers["pictures"], numbers["questions"], numbers["items"]
     lines = [
-        f"corpus     {corpus['conversations']:,} conversations, {corpus['pictures']:,} pictures "
+        f"corpus     {corpus['conversations']:,} conversations, "
+        f"{corpus['distinct_pictures']:,} distinct pictures "
         f"({corpus['taken_for']}, {len(corpus['datasets'])} dataset(s))",
         f"benchmark  {benchmark['questions']:,} questions, {benchmark['pictures']:,} pictures "
         f"({len(benchmark['files'])} file(s))",
@@ -217,7 +218,7 @@ def as_markdown(
         "| | |",
         "|---|---|",
         f"| conversations of the corpus | {numbers['corpus']['conversations']:,} |",
-        f"| pictures of the corpus | {numbers['corpus']['pictures']:,} |",
+        f"| distinct pictures of the corpus | {numbers['corpus']['distinct_pictures']:,} |",
         f"| questions of the benchmark | {numbers['benchmark']['questions']:,} |",
         f"| pictures of the benchmark | {numbers['benchmark']['pictures']:,} |",
     ]

@@ -129,6 +129,10 @@ def test_pmc_vqa_omnimedvqa_huatuo_and_vqa_rad(tmp_path: Path) -> None:
     assert any(
         "rad.json holds several parts (freeform, test_freeform)" in note for note in benchmark.notes
     )
+    assert any(
+        note.endswith("--where, such as --where phrase_type=test_freeform.")
+        for note in benchmark.notes
+    )
     tested, _ = read(tmp_path, where={"phrase_type": "test_*"}, only=["rad.json"])
     assert [item.id for item in tested.items] == ["2"]
     assert tested.left_out == 1

@@ -11,6 +11,7 @@ import pytest
 
 from data_tools import overlap
 from data_tools.errors import CorpusError
+from data_tools.leakage.corpus import read_list
 from data_tools.leakage.findings import read_decisions
 from tests.data_tools.leakage.sides import picture, record, write_lines
 
@@ -112,3 +113,20 @@ def test_undecided_pairs_are_said_and_fail_a_strict_check(run: Any, tmp_path: Pa
     assert "check: 1 of " in told  # decided, but the mixture's list was read before
     assert " undecided;" not in told
     assert "check:" not in run({}, "--strict")[1]
+
+
+def test_a_file_that_two_datasets_name_is_one_picture(run: Any, tmp_path: Path) -> None:
+    run({})
+    mixture = tmp_path / "corpus" / "mixture.yaml"
+    own = "annotations: records.jsonl, image_root: images"
+    mixture.write_text(f"datasets: {{a: {{{own}}}, b: {{{own}}}}}\n")
+    _, _, found = run({})
+    assert (found["corpus"]["pictures"], found["corpus"]["distinct_pictures"]) == (4, 2)
+    assert "| distinct pictures of the corpus | 2 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_empty_name_in_a_list_is_refused_as_training_does(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text("id: 1\nid:\n")
+    with pytest.raises(CorpusError, match=r"list\.txt, line 2: expected 'id: \.\.\.'"):
+        read_list(path)
