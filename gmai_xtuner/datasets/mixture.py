@@ -14,7 +14,7 @@ A mixture file (YAML or JSON) lists datasets by name::
         on_bad_sample: skip               # or raise; default: what the config says
         size: 1200                        # informative
         exclude: leaks.txt                # or a list of files; see ``datasets.exclusion``
-    exclude: overlap/exclude.txt          # optional: for all datasets, beside their own
+    exclude: overlap/slake/exclude.txt          # optional: for all datasets, beside their own
 
 A variant of another mixture names it, what it lacks, and what it has besides::
 
