@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-import shutil
 import sqlite3
 import subprocess
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ import pytest
 from tests.data_tools.conftest import command, draw, files_of, generate
 from tests.data_tools.test_generate import wait_for
 
-KILLS = 20
+CORPORA = 4
 KILLS_OF_A_CORPUS = 5
+PICTURES = 400
 
 
 @pytest.mark.slow
 def test_twenty_kills(make_job, tmp_path):
     classes = tmp_path / "classes"
-    for number in range(400):
+    for number in range(PICTURES):
         draw(classes / f"class {number % 7}" / f"{number}.png", number % 390, side=96)
     (classes / "class 0" / "cut.png").write_bytes(
         (classes / "class 0" / "0.png").read_bytes()[:900]
@@ -32,37 +34,64 @@ def test_twenty_kills(make_job, tmp_path):
     assert made.returncode == 0, made.stderr
     seconds = time.monotonic() - started
     expected = files_of(tmp_path / "undisturbed")
+    units, items = progress(tmp_path / "undisturbed")
+    assert units == PICTURES + 1
 
     dice = random.Random(4)
     moments = []
-    for kill in range(KILLS):
-        output = tmp_path / f"killed {kill // KILLS_OF_A_CORPUS}"
-        if kill % KILLS_OF_A_CORPUS == 0:
-            shutil.rmtree(output, ignore_errors=True)
-        process = subprocess.Popen(
-            command(job, "--output", output),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_for(output / ".work" / "state.sqlite", process)
-        time.sleep(dice.uniform(0, seconds))
-        process.kill()
-        process.wait()
-        moments.append(progress(output))
-        if kill % KILLS_OF_A_CORPUS == KILLS_OF_A_CORPUS - 1:
-            made = generate(job, "--output", output)
-            assert made.returncode == 0, made.stderr
-            found = files_of(output)
-            assert found.keys() == expected.keys()
-            assert [name for name in found if found[name] != expected[name]] == []
-    # The interesting moments occurred: while reading and afterwards.
-    assert any(0 < units < 401 for units, _ in moments), moments
-    assert any(items > 0 for _, items in moments), moments
+    for number in range(CORPORA):
+        output = tmp_path / f"killed {number}"
+        first, second = sorted(dice.sample(range(1, units * 3 // 4), 2))
+        # Whatever it does first, while it reads, while it makes, and at any moment.
+        for until in (
+            after(dice.uniform(0, seconds / 4)),
+            kept(output, units=first),
+            kept(output, units=second),
+            kept(output, items=1 + dice.randrange(items // 2)),
+            after(dice.uniform(0, seconds)),
+        ):
+            process = subprocess.Popen(
+                command(job, "--output", output),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            wait_for(output / ".work" / "state.sqlite", process)
+            until(process)
+            process.kill()
+            process.wait()
+            moments.append(progress(output))
+        made = generate(job, "--output", output)
+        assert made.returncode == 0, made.stderr
+        found = files_of(output)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if found[name] != expected[name]] == []
+    assert len(moments) == 20
+    # The interesting moments occurred: while reading and while making.
+    assert any(0 < done < units for done, _ in moments), moments
+    assert any(0 < done < items for _, done in moments), moments
+
+
+def after(seconds: float) -> Callable[[subprocess.Popen], None]:
+    """Wait for a time."""
+    return lambda process: time.sleep(seconds)
+
+
+def kept(output: Path, *, units: int = 0, items: int = 0) -> Callable[[subprocess.Popen], None]:
+    """Wait until so much is kept, or the run is over."""
+
+    def wait(process: subprocess.Popen) -> None:
+        while process.poll() is None:
+            found = progress(output)
+            if found[0] >= units and found[1] >= items:
+                return
+            time.sleep(0.001)
+
+    return wait
 
 
 def progress(output: Path) -> tuple[int, int]:
     """Units and items that are kept."""
-    with sqlite3.connect(output / ".work" / "state.sqlite") as state:
+    with closing(sqlite3.connect(output / ".work" / "state.sqlite", timeout=60)) as state:
         try:
             return tuple(
                 state.execute(f"SELECT count(*) FROM {name}").fetchone()[0]
