@@ -172,8 +172,7 @@ def rows_of(result: UnitResult) -> UnitRows:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
+class Raw(NamedTuple):
     """A record that is to be made something of, as it is in the database.
 
     Args:
@@ -224,6 +223,7 @@ class Store:
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA cache_size = -65536")
             self._db.execute("PRAGMA temp_store = FILE")
+            self._db.execute("PRAGMA wal_autocheckpoint = 8192")
             self._db.execute("PRAGMA journal_size_limit = 67108864")
             if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
                 tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -544,7 +544,7 @@ class Store:
             "SELECT count(*) FROM corpus WHERE source = ? AND made IS NOT ?", source, made
         )
 
-    def to_make(self, source: int, made: str, *, chunk: int = 250) -> Iterator[list[Raw]]:
+    def to_make(self, source: int, made: str, *, chunk: int = 1000) -> Iterator[list[Raw]]:
         """Records whose items were made with something else than ``made``, some at a time."""
         last = 0
         while True:

@@ -29,25 +29,34 @@ REFUSALS = (
     "我无法", "我不能", "无法提供医疗", "没有看到图像", "未提供图像",
 )  # fmt: skip
 
+# A text without Chinese has none of the Chinese phrases; most texts have none.
+_ENGLISH_LEAKS = tuple(filter(str.isascii, LEAKS))
+_ENGLISH_REFUSALS = tuple(filter(str.isascii, REFUSALS))
+
 
 def leaks(what: Said, options: CheckOptions) -> Iterator[Problem]:
     """Phrases that speak of the annotation."""
-    text = what.plain
-    further = tuple(map(str.lower, options.further_leaks))
-    for phrase in LEAKS + further:
-        if phrase in text and not _is_allowed(phrase, options):
-            yield Problem("speaks of the annotation", f"it says {phrase!r}; don't mention it")
-            return
+    phrases = _ENGLISH_LEAKS if what.plain.isascii() else LEAKS
+    if options.further_leaks:
+        phrases += tuple(map(str.lower, options.further_leaks))
+    phrase = _said(phrases, what.plain, options)
+    if phrase is not None:
+        yield Problem("speaks of the annotation", f"it says {phrase!r}; don't mention it")
 
 
 def refusal(what: Said, options: CheckOptions) -> Iterator[Problem]:
     """Phrases of a model that won't."""
-    text = what.plain
-    for phrase in REFUSALS:
-        if phrase in text and not _is_allowed(phrase, options):
-            yield Problem("the model refused", f"it says {phrase!r}")
-            return
+    phrases = _ENGLISH_REFUSALS if what.plain.isascii() else REFUSALS
+    phrase = _said(phrases, what.plain, options)
+    if phrase is not None:
+        yield Problem("the model refused", f"it says {phrase!r}")
 
 
-def _is_allowed(phrase: str, options: CheckOptions) -> bool:
-    return any(phrase in allowed.lower() for allowed in options.allowed_phrases)
+def _said(phrases: tuple[str, ...], text: str, options: CheckOptions) -> str | None:
+    """The first phrase that is in a text and not in one that is allowed."""
+    for phrase in phrases:
+        if phrase in text and not any(
+            phrase in allowed.lower() for allowed in options.allowed_phrases
+        ):
+            return phrase
+    return None
