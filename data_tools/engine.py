@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -122,11 +123,7 @@ class Processes:
         flight: deque[tuple[Input, Future[Output]]] = deque()
         try:
             while True:
-                while len(flight) < IN_FLIGHT * self.workers:
-                    try:
-                        task = next(iterator)
-                    except StopIteration:
-                        break
+                for task in islice(iterator, IN_FLIGHT * self.workers - len(flight)):
                     flight.append((task, self._submit(function, task)))
                 if not flight:
                     return
@@ -275,11 +272,7 @@ class Ray:
         iterator = iter(inputs)
         try:
             while True:
-                while len(flight) < IN_FLIGHT * self.workers:
-                    try:
-                        task = next(iterator)
-                    except StopIteration:
-                        break
+                for task in islice(iterator, IN_FLIGHT * self.workers - len(flight)):
                     flight.append((task, remote.remote(held, task)))
                 if not flight:
                     return

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ _HERE = str(Path(__file__).resolve().parent)
 if sys.path and sys.path[0] and str(Path(sys.path[0]).resolve()) == _HERE:
     sys.path[0] = str(Path(_HERE).parent)
 
+from data_tools.command import DONE, exit_status  # noqa: E402
 from data_tools.errors import CorpusError  # noqa: E402
 
-DONE, FAILED, LEAKS, INTERRUPTED = 0, 1, 3, 130
+LEAKS = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,17 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: Ctrl-C; the same command goes on with the pictures that it has not hashed.
     """
     options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except CorpusError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # of `| head`
-        sys.stderr.close()
-        return FAILED
+    return exit_status(partial(_run, options))
 
 
 def _parser() -> argparse.ArgumentParser:

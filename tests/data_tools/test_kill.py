@@ -17,14 +17,14 @@ from tests.data_tools.test_generate import wait_for
 
 CORPORA = 4
 KILLS_OF_A_CORPUS = 5
-PICTURES = 400
+PICTURES = 2100  # made of 1,000 at a time
 
 
 @pytest.mark.slow
 def test_twenty_kills(make_job, tmp_path):
     classes = tmp_path / "classes"
     for number in range(PICTURES):
-        draw(classes / f"class {number % 7}" / f"{number}.png", number % 390, side=96)
+        draw(classes / f"class {number % 7}" / f"{number}.png", number % 2070, side=64)
     (classes / "class 0" / "cut.png").write_bytes(
         (classes / "class 0" / "0.png").read_bytes()[:900]
     )

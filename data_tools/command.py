@@ -1,0 +1,29 @@
+"""What the commands have in common: their exit status, and every error as one message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from data_tools.errors import CorpusError
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """What ``run`` returns; `FAILED` after an error, which is told; `INTERRUPTED` after Ctrl-C.
+
+    Args:
+        run: the command, which keeps what it has done.
+    """
+    try:
+        return run()
+    except CorpusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # of `| head`
+        sys.stderr.close()
+        return FAILED
