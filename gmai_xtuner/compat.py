@@ -23,11 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from gmai_xtuner.errors import GMAIError
+
 DEEPSPEED_NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
 def apply() -> None:
     """Install all workarounds; calling it again changes nothing."""
+    tell_own_errors_plainly()
     keep_standard_output_clean()
     name_deepspeed_configs()
     allow_checkpoint_globals()
@@ -41,6 +44,27 @@ def apply() -> None:
     import_bitsandbytes_without_triton_ops()
     accumulate_all_gradients_in_fp32()
     convert_checked_and_exact()
+
+
+def tell_own_errors_plainly() -> None:
+    """``xtuner``'s commands end with the text of our errors, which says what to do, and without a traceback.
+
+    ``GMAI_TRACEBACK=1`` shows it; other programs that import this package are left alone. xtuner has no
+    errors of its own that could be told so: permanent.
+    """
+    tools = Path(importlib.util.find_spec("xtuner").submodule_search_locations[0], "tools")  # type: ignore[union-attr, index]
+    if not Path(sys.argv[0]).resolve().is_relative_to(tools.resolve()):
+        return
+    if os.environ.get("GMAI_TRACEBACK", "0") != "0" or sys.excepthook is not sys.__excepthook__:
+        return
+
+    def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, GMAIError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = tell
 
 
 def keep_standard_output_clean() -> None:
