@@ -43,7 +43,17 @@ def upload(page: Page, *files: Path) -> None:
 
 def ask(page: Page, question: str) -> None:
     at(page, "question").fill(question)
+    settled(page)
     at(page, "ask").click()
+
+
+def settled(page: Page) -> None:
+    """Wait until nothing moves: a button that slides away between press and release isn't clicked."""
+    page.wait_for_function(
+        "document.getAnimations().every("
+        "one => !(one instanceof CSSTransition) || one.playState !== 'running')",
+        timeout=WAIT,
+    )
 
 
 def done(page: Page, model: int, *, nth: int = -1, state: str = "done") -> Locator:
