@@ -223,6 +223,7 @@ class Store:
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA cache_size = -65536")
             self._db.execute("PRAGMA temp_store = FILE")
+            # Pages that change with every chunk are copied out of the log seldom: every 32 MiB of it.
             self._db.execute("PRAGMA wal_autocheckpoint = 8192")
             self._db.execute("PRAGMA journal_size_limit = 67108864")
             if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:

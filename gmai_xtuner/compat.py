@@ -52,8 +52,10 @@ def tell_own_errors_plainly() -> None:
     ``GMAI_TRACEBACK=1`` shows it; other programs that import this package are left alone. xtuner has no
     errors of its own that could be told so: permanent.
     """
-    tools = Path(importlib.util.find_spec("xtuner").submodule_search_locations[0], "tools")  # type: ignore[union-attr, index]
-    if not Path(sys.argv[0]).resolve().is_relative_to(tools.resolve()):
+    main: Any = sys.modules["__main__"]
+    (xtuner,) = importlib.util.find_spec("xtuner").submodule_search_locations  # type: ignore[union-attr, misc]
+    tools = Path(xtuner, "tools").resolve()
+    if not Path(getattr(main, "__file__", None) or "").resolve().is_relative_to(tools):
         return
     if os.environ.get("GMAI_TRACEBACK", "0") != "0" or sys.excepthook is not sys.__excepthook__:
         return
