@@ -9,6 +9,7 @@ import pytest
 from data_tools import taxonomy
 from data_tools.checks import CheckOptions, check, check_translation
 from data_tools.checks.terms import TermFinder, words_of
+from data_tools.checks.wording import LEAKS, REFUSALS
 from data_tools.items import Item, SourceContext, Turn
 from data_tools.records import Label, Provenance, Record
 
@@ -137,6 +138,13 @@ def test_a_term_within_another_english_word_is_none():
         "X-ray",
     ]
     assert [hit.meaning for hit in finder.find(words_of("An ECT, a CTA, and a CT."))] == ["CT"]
+
+
+@pytest.mark.parametrize("phrase", LEAKS + REFUSALS)
+def test_every_phrase_is_found_in_its_language(phrase):
+    expected = "speaks of the annotation" if phrase in LEAKS else "the model refused"
+    text = f"{GOOD} {phrase.upper()}." if phrase.isascii() else f"{GOOD}{phrase}。"
+    assert expected in reasons(ASKED, text)
 
 
 def test_phrases_can_be_allowed_and_added():
