@@ -89,14 +89,14 @@ setup(
     package_data={
         "gmai_xtuner": [
             "demo/*.css",
-            "engine/deepspeed/*.json",
-            "evaluation/*.j2",
-            "evaluation/*.js",
-            "evaluation/*.yaml",
+            "train/deepspeed/*.json",
+            "evaluate/*.j2",
+            "evaluate/*.js",
+            "evaluate/*.yaml",
             "*.txt",
             "py.typed",
         ],
-        "data_tools": ["*.yaml", "output/*.j2", "leakage/*.j2"],
+        "data_tools": ["*.yaml", "output/*.j2", "contamination/*.j2"],
     },
     python_requires=">=3.11,<3.13",
     install_requires=[

@@ -114,7 +114,7 @@ def measure(kind: str, files: list[Path], seconds: float) -> dict[str, Any]:
     """One row of the table: mean milliseconds of a picture."""
     import torch
 
-    from gmai_xtuner.datasets.images import ImageTransform
+    from gmai_xtuner.data.images import ImageTransform
 
     full = ImageTransform(SIZE, MEAN, STD)
     scaled = ImageTransform(SIZE, MEAN, STD, decoding="scaled")
@@ -155,8 +155,8 @@ def measure(kind: str, files: list[Path], seconds: float) -> dict[str, Any]:
 
 def readable(files: list[Path]) -> list[Path]:
     """Those that both sides can read; the others are told on stderr."""
-    from gmai_xtuner.datasets.images import ImageTransform
-    from gmai_xtuner.errors import ImageError
+    from gmai_xtuner.core.errors import ImageError
+    from gmai_xtuner.data.images import ImageTransform
 
     ours, theirs = ImageTransform(SIZE, MEAN, STD), xtuner_reader()
     kept = []

@@ -81,8 +81,8 @@ def write_pictures(folder: Path, count: int, seed: int) -> dict[str, list[Path]]
 def measure_pictures(folder: Path, count: int, seed: int, imagehash: Any) -> dict[str, Any]:
     from PIL import Image
 
+    from data_tools.contamination.hashing import Picture, hash_picture, open_cache
     from data_tools.engine import cores, open_engine
-    from data_tools.leakage.hashing import Picture, hash_picture, open_cache
 
     files = write_pictures(folder, count, seed)
     rows = []
@@ -144,7 +144,7 @@ def draw_hashes(values: int, queries: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def measure_search(values: int, queries: int, brute: int, seed: int, faiss: Any) -> dict[str, Any]:
-    from data_tools.leakage.hamming import cheapest, search
+    from data_tools.contamination.hamming import cheapest, search
 
     there, asked = draw_hashes(values, queries, seed)
 
@@ -217,7 +217,7 @@ def draw_questions(count: int, seed: int) -> list[str]:
 
 
 def measure_questions(known: int, asked: int, seed: int, datasketch: Any) -> dict[str, Any]:
-    from data_tools.leakage.texts import TextIndex, grams
+    from data_tools.contamination.texts import TextIndex, grams
 
     texts, queries = draw_questions(known, seed), draw_questions(asked, seed + 1)
     begun = time.process_time()

@@ -51,7 +51,7 @@ TWO_IMAGES = ("Medical-Diff-VQA",)  # a study and the one before it
 
 def draw_lengths(samples: int, *, stage: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """int64 ``[samples]`` tokens and images, in the order of the mixture."""
-    from gmai_xtuner.datasets.mixture import load_mixture, select
+    from gmai_xtuner.core.mixture import load_mixture, select
 
     chosen = select(load_mixture(TEMPLATE, check_files=False), stage=stage)
     weights = np.array([(entry.size or 0) * ratio for entry, ratio in chosen])
@@ -76,7 +76,7 @@ def fill(tokens: np.ndarray, packs: int) -> float:
 
 
 def measure_ours(tokens: np.ndarray, images: np.ndarray, seed: int) -> dict[str, Any]:
-    from gmai_xtuner.datasets.packing import pack
+    from gmai_xtuner.data.packing import pack
 
     wall, processor = time.perf_counter(), time.process_time()
     packs = pack(
@@ -100,7 +100,7 @@ def measure_ours(tokens: np.ndarray, images: np.ndarray, seed: int) -> dict[str,
 
 def measure_plan(tokens: np.ndarray, images: np.ndarray, seed: int) -> float:
     """Seconds for a whole epoch's plan as training makes it: sample, packs, totals, files."""
-    from gmai_xtuner.datasets.plan import DataPlan
+    from gmai_xtuner.data.plan import DataPlan
 
     counts = np.stack([tokens, tokens // 4, images], axis=1).astype(np.int32)
 

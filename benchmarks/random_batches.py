@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from xtuner.dataset.samplers.length_grouped import get_length_grouped_indices
 
-from gmai_xtuner.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from gmai_xtuner.datasets.collate import collate_packs
-from gmai_xtuner.datasets.packing import pack
+from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.packing import pack
 
 IMAGE_SIZE, IMAGE_TOKENS = 336, 576
 PICTURES = 8

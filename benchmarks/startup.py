@@ -80,9 +80,9 @@ def open_ours(folder: Path, work_dir: Path) -> dict[str, Any]:
     import torch  # noqa: F401
     from torch.utils.data import DataLoader
 
-    from gmai_xtuner.datasets.collate import collate_packs
-    from gmai_xtuner.datasets.sampler import MicroBatchSampler, PackSampler
-    from gmai_xtuner.datasets.soft_packed import SoftPackedDataset
+    from gmai_xtuner.data.collate import collate_packs
+    from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
+    from gmai_xtuner.data.soft_packed import SoftPackedDataset
 
     tokenizer = load_tokenizer(None, work_dir)
     imported = time.perf_counter()

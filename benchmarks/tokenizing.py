@@ -164,10 +164,10 @@ def _installed_text() -> Iterator[str]:
 
 def measure_ours(path: Path, tokenizer: Any, folder: Path) -> tuple[float, Any]:
     """Seconds, and the cache."""
-    from gmai_xtuner.datasets.images import MAX_PIXELS
-    from gmai_xtuner.datasets.mixture import DatasetEntry
-    from gmai_xtuner.datasets.token_cache import CacheOptions, open_cache
-    from gmai_xtuner.datasets.tokenization import ChatTemplate, ConversationTokenizer
+    from gmai_xtuner.core.mixture import DatasetEntry
+    from gmai_xtuner.data.images import MAX_PIXELS
+    from gmai_xtuner.data.token_cache import CacheOptions, open_cache
+    from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
 
     entry = DatasetEntry(
         name="benchmark",

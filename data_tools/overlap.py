@@ -123,11 +123,11 @@ def _run(options: argparse.Namespace) -> int:
     # Not at the top: --help must not wait for them.
     import platformdirs
 
-    from data_tools.leakage import compare, report
-    from data_tools.leakage.benchmark import Benchmark
-    from data_tools.leakage.corpus import open_corpus
-    from data_tools.leakage.folder import check_folder, default_folder
-    from data_tools.leakage.hashing import open_cache
+    from data_tools.contamination import compare, report
+    from data_tools.contamination.benchmark import Benchmark
+    from data_tools.contamination.corpus import open_corpus
+    from data_tools.contamination.folder import check_folder, default_folder
+    from data_tools.contamination.hashing import open_cache
     from data_tools.progress import Bar
 
     if options.workers is not None and options.workers < 1:

@@ -1,43 +1,31 @@
 """GMAI-VL for XTuner.
 
-Importing this package registers its datasets, samplers, model, loop and hooks in xtuner's ``BUILDER``
-and ``MAP_FUNC`` and in mmengine's registries, and makes xtuner 0.2.0 work where it does not
-(:mod:`gmai_xtuner.compat`). A config does it by ``custom_imports = dict(imports=["gmai_xtuner"])``.
+Importing this package loads nothing else. Configs import :mod:`gmai_xtuner.plugin`, which registers the
+classes; the names below are loaded when they are first used.
 """
 
-from gmai_xtuner import compat
+from __future__ import annotations
 
-compat.apply()
-
-from xtuner.registry import MAP_FUNC  # noqa: E402
-
-from gmai_xtuner.datasets.collate import collate_packs  # noqa: E402
-from gmai_xtuner.datasets.sampler import MicroBatchSampler, PackSampler  # noqa: E402
-from gmai_xtuner.datasets.soft_packed import SoftPackedDataset  # noqa: E402
-from gmai_xtuner.datasets.tokenization import soft_packing_map_fn  # noqa: E402
-from gmai_xtuner.engine import PackedTrainLoop, WarmupCosineLR  # noqa: E402
-from gmai_xtuner.models import (  # noqa: E402
-    GMAILLaVAModel,
-    load_language_model,
-    load_tokenizer,
-    load_vision_tower,
-)
-
-if "soft_packing_map_fn" not in MAP_FUNC:
-    MAP_FUNC.register_module(module=soft_packing_map_fn, name="soft_packing_map_fn")
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GMAILLaVAModel",
-    "MicroBatchSampler",
-    "PackSampler",
-    "PackedTrainLoop",
-    "SoftPackedDataset",
-    "WarmupCosineLR",
-    "collate_packs",
-    "load_language_model",
-    "load_tokenizer",
-    "load_vision_tower",
-    "soft_packing_map_fn",
-]
+_MODULES = {
+    "GMAILLaVAModel": "gmai_xtuner.model.llava",
+    "SoftPackedDataset": "gmai_xtuner.data.soft_packed",
+    "load_model": "gmai_xtuner.loading",
+}
+__all__ = ["GMAILLaVAModel", "SoftPackedDataset", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for (PEP 562).
+
+    Raises:
+        AttributeError: this package has no such name.
+    """
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("gmai_xtuner.plugin")
+    return getattr(importlib.import_module(_MODULES[name]), name)

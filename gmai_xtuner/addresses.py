@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.core.errors import GMAIError
 
 
 def is_loopback(host: str) -> bool:

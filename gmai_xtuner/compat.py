@@ -1,8 +1,8 @@
 """Every workaround for xtuner 0.2.0, mmengine 0.10.6, DeepSpeed 0.16.2 and torch, in one place.
 
 Each says what goes wrong, and until when it is needed. :func:`apply` (all but the last) is called by
-``import gmai_xtuner``: a string-style config imports the package before xtuner looks at anything else, and
-there is no later place that all ``xtuner`` commands pass.
+``import gmai_xtuner.plugin``: a string-style config imports it before xtuner looks at anything else,
+and there is no later place that all ``xtuner`` commands pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.core.errors import GMAIError
 
 DEEPSPEED_NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
@@ -87,7 +87,7 @@ def name_deepspeed_configs() -> None:
     """
     from xtuner.configs import cfgs_name_path
 
-    folder = Path(__file__).parent / "engine" / "deepspeed"
+    folder = Path(__file__).parent / "train" / "deepspeed"
     for name in DEEPSPEED_NAMES:
         cfgs_name_path[name] = str(folder / f"{name}.json")
 
@@ -222,7 +222,7 @@ def read_frozen_weights() -> None:
     """Frozen weights that a checkpoint brings along come back as well.
 
     xtuner's reader takes what has been trained, and buffers. A stage may also keep weights that it found
-    in the checkpoint before it and does not train, see :mod:`gmai_xtuner.models.frozen`. Not a defect:
+    in the checkpoint before it and does not train, see :mod:`gmai_xtuner.checkpoint.frozen`. Not a defect:
     permanent.
     """
     from xtuner.utils import zero_to_any_dtype
@@ -233,7 +233,7 @@ def read_frozen_weights() -> None:
 
     @functools.wraps(original)
     def with_frozen_weights(checkpoint_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-        from gmai_xtuner.models.frozen import read_frozen
+        from gmai_xtuner.checkpoint.frozen import read_frozen
 
         state = original(checkpoint_dir, tag, *args, **kwargs)
         return {**state, **read_frozen(Path(checkpoint_dir) / tag)}
@@ -246,7 +246,7 @@ def resume_from_a_work_dir() -> None:
 
     xtuner reads the seed out of the path that it is given, with all weights around it, on every rank; of a
     work dir it says "can't find files matching *_model_states.pt". ``xtuner/tools/train.py`` runs as the main
-    module and has its own name for that function. :func:`gmai_xtuner.engine.checkpointing.choose_checkpoint`
+    module and has its own name for that function. :func:`gmai_xtuner.train.checkpointing.choose_checkpoint`
     says what the path means. Until xtuner takes a work dir.
     """
     from xtuner.tools import utils
@@ -257,7 +257,7 @@ def resume_from_a_work_dir() -> None:
 
     @functools.wraps(original)
     def get_seed_from_checkpoint(path: str) -> int | None:
-        from gmai_xtuner.engine.checkpointing import seed_of
+        from gmai_xtuner.train.checkpointing import seed_of
 
         seed = seed_of(Path(path))
         if seed is not None:
@@ -297,7 +297,7 @@ def convert_checked_and_exact() -> None:
 
     @functools.wraps(main.guess_load_checkpoint)
     def guess_load_checkpoint(path: str) -> dict[str, torch.Tensor]:
-        from gmai_xtuner.models.checkpoints import load_checkpoint_state
+        from gmai_xtuner.checkpoint.load import load_checkpoint_state
 
         state.update(load_checkpoint_state(path))
         return state
@@ -306,7 +306,7 @@ def convert_checked_and_exact() -> None:
     def set_module_tensor_to_device(
         model: Any, name: str, device: str, value: torch.Tensor, **kwargs: Any
     ) -> None:
-        from gmai_xtuner.models.checkpoints import check_trained_state
+        from gmai_xtuner.checkpoint.load import check_trained_state
 
         if not checked:
             check_trained_state(model, state, source="the checkpoint")

@@ -16,21 +16,22 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessor
 
-from gmai_xtuner.inference import Predictor
-from gmai_xtuner.loading import AS_STORED, describe, load_with_settings
-from gmai_xtuner.models.costs import folder_bytes, size
-from gmai_xtuner.models.export import SETTINGS_FILE, save_language_model
-from gmai_xtuner.models.export_huggingface import write_llava
-from gmai_xtuner.models.export_parts import (
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+from gmai_xtuner.checkpoint.card import Provenance
+from gmai_xtuner.checkpoint.export_huggingface import write_llava
+from gmai_xtuner.checkpoint.export_parts import (
     DTYPES,
     check_new,
     check_shard_size,
     convert_dtype,
     new_folder,
 )
-from gmai_xtuner.models.internlm2 import as_dtype
-from gmai_xtuner.models.llava import SAVE_FORMATS
-from gmai_xtuner.models.model_card import Provenance
+from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE, save_language_model
+from gmai_xtuner.generate import Predictor
+from gmai_xtuner.loading import AS_STORED, describe, load_with_settings
+from gmai_xtuner.model.costs import folder_bytes, size
+from gmai_xtuner.model.internlm2 import as_dtype
+from gmai_xtuner.model.llava import SAVE_FORMATS
 
 
 def import_model(

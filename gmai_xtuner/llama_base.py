@@ -18,9 +18,10 @@ from pathlib import Path
 
 from mmengine.logging import print_log
 
-from gmai_xtuner.errors import GMAIError
-from gmai_xtuner.models import load_language_model, load_tokenizer
-from gmai_xtuner.models.export import save_language_model
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+from gmai_xtuner.checkpoint.export_xtuner import save_language_model
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.model import load_language_model, load_tokenizer
 
 
 def write_llama_base(

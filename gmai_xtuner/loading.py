@@ -1,4 +1,4 @@
-"""A folder of weights -> a :class:`~gmai_xtuner.inference.Predictor`, whatever its layout.
+"""A folder of weights -> a :class:`~gmai_xtuner.generate.Predictor`, whatever its layout.
 
 Read are xtuner's LLaVA layout (our export and xtuner's own, with adapters or without) and whole LLaVA
 folders (our ``--save-format huggingface``, transformers' LLaVA, the authors' release with InternLM2 inside,
@@ -20,22 +20,11 @@ from mmengine.logging import print_log
 from transformers import PreTrainedTokenizerFast
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
-from gmai_xtuner.datasets.images import ImageTransform
-from gmai_xtuner.datasets.tokenization import ChatTemplate
-from gmai_xtuner.errors import ModelLoadError
-from gmai_xtuner.inference import Predictor
-from gmai_xtuner.models.adapter_files import adapter_base
-from gmai_xtuner.models.checkpoint_files import (
-    read_json,
-    read_state_dict,
-    resolve_directory,
-    shorten,
-)
-from gmai_xtuner.models.costs import cache_bytes, describe_parts, size
-from gmai_xtuner.models.export import SETTINGS, SETTINGS_FILE
-from gmai_xtuner.models.export_parts import DTYPES
-from gmai_xtuner.models.internlm2 import load_language_model
-from gmai_xtuner.models.layouts import (
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+from gmai_xtuner.checkpoint.adapters import adapter_base
+from gmai_xtuner.checkpoint.export_parts import DTYPES
+from gmai_xtuner.checkpoint.export_xtuner import SETTINGS, SETTINGS_FILE
+from gmai_xtuner.checkpoint.layouts import (
     Projector,
     is_llava,
     layout_of,
@@ -45,15 +34,27 @@ from gmai_xtuner.models.layouts import (
     tower_weights,
     vision_model,
 )
-from gmai_xtuner.models.llava import GMAILLaVAModel
-from gmai_xtuner.models.starting_points import (
+from gmai_xtuner.checkpoint.starting_points import (
     is_xtuner_layout,
     xtuner_config,
     xtuner_projector,
     xtuner_select_layer,
 )
-from gmai_xtuner.models.tokenizer import load_tokenizer
-from gmai_xtuner.models.vision import load_vision_tower, num_image_tokens
+from gmai_xtuner.checkpoint.weight_files import (
+    read_json,
+    read_state_dict,
+    resolve_directory,
+    shorten,
+)
+from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.tokenization import ChatTemplate
+from gmai_xtuner.generate import Predictor
+from gmai_xtuner.model.costs import cache_bytes, describe_parts, size
+from gmai_xtuner.model.internlm2 import load_language_model
+from gmai_xtuner.model.llava import GMAILLaVAModel
+from gmai_xtuner.model.tokenizer import load_tokenizer
+from gmai_xtuner.model.vision import load_vision_tower, num_image_tokens
 
 TEMPLATES = {
     "<|im_end|>": "internlm2_chat",

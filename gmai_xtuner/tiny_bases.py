@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from gmai_xtuner.errors import GMAIError
-from gmai_xtuner.models.internlm2 import as_dtype, internlm2_shapes, llama_config
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.model.internlm2 import as_dtype, internlm2_shapes, llama_config
 from gmai_xtuner.tiny_text import sentences
 
 #: InternLM2.5's special tokens in the order of their ids, the last six of the vocabulary.

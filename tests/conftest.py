@@ -9,7 +9,8 @@ import pytest
 from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
-from gmai_xtuner.models.tokenizer import load_tokenizer
+import gmai_xtuner.plugin  # noqa: F401
+from gmai_xtuner.model.tokenizer import load_tokenizer
 from gmai_xtuner.tiny_bases import write_tiny_bases
 from tests.toy import Corpus, write_corpus
 

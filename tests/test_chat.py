@@ -17,8 +17,8 @@ from PIL import Image
 
 from gmai_xtuner.chat.dialogue import Dialogue, DialogueError, open_picture
 from gmai_xtuner.chat.terminal import Terminal
-from gmai_xtuner.datasets.conversation import Turn, parse_record
-from gmai_xtuner.inference import PromptTooLong, user_turn
+from gmai_xtuner.core.conversation import Turn, parse_record
+from gmai_xtuner.generate import PromptTooLong, user_turn
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.standard_output import only_the_report_on_stdout
 from tests.commands.runner import ROOT

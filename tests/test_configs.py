@@ -9,7 +9,8 @@ import pytest
 from mmengine.config import Config
 
 import gmai_xtuner
-from gmai_xtuner.datasets.mixture import load_mixture, select
+from gmai_xtuner import compat
+from gmai_xtuner.core.mixture import load_mixture, select
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "gmai_vl"
@@ -133,12 +134,12 @@ def test_the_default_mixture_is_table_7():
     assert len(select(mixture, stage="stage1")) == 33
 
 
-@pytest.mark.parametrize("name", gmai_xtuner.compat.DEEPSPEED_NAMES)
+@pytest.mark.parametrize("name", compat.DEEPSPEED_NAMES)
 def test_deepspeed_names_mean_our_bf16_files(name):
     from xtuner.configs import cfgs_name_path
 
     path = Path(cfgs_name_path[name])
-    assert path.parent == Path(gmai_xtuner.__file__).parent / "engine" / "deepspeed"
+    assert path.parent == Path(gmai_xtuner.__file__).parent / "train" / "deepspeed"
     config = json.loads(path.read_text())
     zero = config["zero_optimization"]
     assert config["bf16"] == {"enabled": True}
@@ -221,8 +222,8 @@ def test_a_variants_optimiser_step_holds_the_packs_of_the_papers_32_gpus(name):
 def test_a_variants_model_arguments_are_the_models(name):
     import inspect
 
-    from gmai_xtuner.models import GMAILLaVAModel, load_language_model
-    from gmai_xtuner.models.lora import _as_config
+    from gmai_xtuner.model import GMAILLaVAModel, load_language_model
+    from gmai_xtuner.model.lora import _as_config
 
     model = Config.fromfile(FOLDER / "variants" / f"{name}.py").model
     assert set(model) - {"type"} <= set(inspect.signature(GMAILLaVAModel).parameters)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from gmai_xtuner.datasets.conversation import Turn
-from gmai_xtuner.datasets.images import ImageTransform
-from gmai_xtuner.datasets.tokenization import ChatTemplate
-from gmai_xtuner.inference import Predictor, Prompt, PromptTooLong, Sampling, user_turn
-from gmai_xtuner.models.internlm2 import load_language_model
-from gmai_xtuner.models.llava import GMAILLaVAModel
-from gmai_xtuner.models.vision import load_vision_tower
+from gmai_xtuner.core.conversation import Turn
+from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.tokenization import ChatTemplate
+from gmai_xtuner.generate import Predictor, Prompt, PromptTooLong, Sampling, user_turn
+from gmai_xtuner.model.internlm2 import load_language_model
+from gmai_xtuner.model.llava import GMAILLaVAModel
+from gmai_xtuner.model.vision import load_vision_tower
 
 LENGTH = 24
 

@@ -1,4 +1,4 @@
-"""``import gmai_xtuner`` registers, and changes nothing else."""
+"""``import gmai_xtuner.plugin`` registers, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ state = lambda: (
 )
 import xtuner.tools.train, deepspeed  # what xtuner itself changes is not ours
 before = state()
-import gmai_xtuner
+import gmai_xtuner.plugin
 assert state() == before, "importing changed the environment, a seed or a switch"
 
 from mmengine.registry import DATASETS, DATA_SAMPLERS, FUNCTIONS, HOOKS, LOOPS, MODELS, PARAM_SCHEDULERS
@@ -34,7 +34,7 @@ for registry, names in (
     for name in names:
         assert registry.get(name).__name__ == name, (registry, name)
 import importlib
-importlib.reload(gmai_xtuner)  # a second import must not fail on names that are taken
+importlib.reload(gmai_xtuner.plugin)  # a second import must not fail on names that are taken
 print("registered")
 """
 

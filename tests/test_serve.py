@@ -28,8 +28,8 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
-from gmai_xtuner.datasets.conversation import Turn
-from gmai_xtuner.inference import Predictor, user_turn
+from gmai_xtuner.core.conversation import Turn
+from gmai_xtuner.generate import Predictor, user_turn
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.serve.app import Server
 from gmai_xtuner.serve.data_urls import Limits

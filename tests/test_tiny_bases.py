@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
-from gmai_xtuner.errors import GMAIError
-from gmai_xtuner.models.internlm2 import load_language_model
-from gmai_xtuner.models.tokenizer import load_tokenizer
-from gmai_xtuner.models.vision import load_vision_tower, num_image_tokens
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.model.internlm2 import load_language_model
+from gmai_xtuner.model.tokenizer import load_tokenizer
+from gmai_xtuner.model.vision import load_vision_tower, num_image_tokens
 from gmai_xtuner.tiny_bases import SPECIAL_TOKENS, TinyLLM, TinyVision, main, write_tiny_bases
 
 

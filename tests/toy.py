@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from gmai_xtuner.datasets.mixture import DatasetEntry, load_mixture
+from gmai_xtuner.core.mixture import DatasetEntry, load_mixture
 
 
 def record(identifier: str, *texts: str, image: str | list[str] | None = None) -> dict[str, Any]:

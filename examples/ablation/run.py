@@ -86,8 +86,8 @@ class Ablation:
 
     def _compare(self) -> list[dict]:
         """What the command that is shown prints with ``--json``; in this process, to import torch once."""
-        from gmai_xtuner.errors import EvaluationError
-        from gmai_xtuner.evaluation.compare import as_json, compare_runs
+        from gmai_xtuner.core.errors import EvaluationError
+        from gmai_xtuner.evaluate.compare import as_json, compare_runs
 
         folders = [self.work_dir / "evaluation" / name for name in RUNS]
         quickstart.show(["python", "-m", "gmai_xtuner.evaluate", "compare", *map(str, folders)])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.model_arguments import (
     add_model_arguments,
     load_from_arguments,
@@ -46,7 +47,7 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
         )  # checked with the question
     try:
         from gmai_xtuner.chat.dialogue import Dialogue, open_picture
-        from gmai_xtuner.inference import Sampling
+        from gmai_xtuner.generate import Sampling
         from gmai_xtuner.loading import describe
 
         sampling = Sampling(

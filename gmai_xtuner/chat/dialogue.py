@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from gmai_xtuner.constants import IMAGE_TOKEN
-from gmai_xtuner.datasets.conversation import Turn, parse_record
-from gmai_xtuner.datasets.images import open_rgb
-from gmai_xtuner.errors import GMAIError, ImageError
-from gmai_xtuner.inference import GREEDY, AnswerStream, Predictor, Sampling, user_turn
+from gmai_xtuner.core.constants import IMAGE_TOKEN
+from gmai_xtuner.core.conversation import Turn, parse_record
+from gmai_xtuner.core.errors import GMAIError, ImageError
+from gmai_xtuner.data.images import open_rgb
+from gmai_xtuner.generate import GREEDY, AnswerStream, Predictor, Sampling, user_turn
 
 VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
 _NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -156,7 +156,7 @@ class Dialogue:
         return question
 
     def record(self) -> dict[str, Any]:
-        """The conversation in the form of a training record, see :mod:`gmai_xtuner.datasets.conversation`.
+        """The conversation in the form of a training record, see :mod:`gmai_xtuner.core.conversation`.
 
         ``image_root`` is the folder below which all images lie, for the mixture file.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gmai_xtuner.chat.dialogue import Dialogue, DialogueError
-from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.core.errors import GMAIError
 
 HELP = """\
   /image PATH ...  add an image to the next question, or several

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmai_xtuner.errors import GMAIError
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.model_arguments import positive
 
 PORT = 7860

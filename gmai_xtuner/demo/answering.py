@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from gmai_xtuner.constants import IMAGE_TOKEN_INDEX
-from gmai_xtuner.datasets.conversation import Turn
+from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
 from gmai_xtuner.demo.words import PageError
-from gmai_xtuner.inference import AnswerStream, Predictor, Prompt, Sampling
-from gmai_xtuner.models.costs import part_cost, size
-from gmai_xtuner.models.vision import num_image_tokens
+from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, Sampling
+from gmai_xtuner.model.costs import part_cost, size
+from gmai_xtuner.model.vision import num_image_tokens
 
 _LOG = logging.getLogger(__name__)
 _LOOK = 0.1

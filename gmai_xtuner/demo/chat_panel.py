@@ -9,7 +9,7 @@ from typing import Any
 
 from nicegui import background_tasks, ui
 
-from gmai_xtuner.constants import IMAGE_TOKEN
+from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.demo.answering import Desk
 from gmai_xtuner.demo.boxes import UNITS, draw_boxes, read_boxes
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session

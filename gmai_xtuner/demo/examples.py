@@ -6,8 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.demo.words import Language
-from gmai_xtuner.errors import GMAIError
 
 MOST = 24
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gmai_xtuner.datasets.images import open_rgb
+from gmai_xtuner.core.errors import ImageError
+from gmai_xtuner.data.images import open_rgb
 from gmai_xtuner.demo.dicom import is_dicom, open_dicom
 from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.nifti import is_nifti, open_nifti
 from gmai_xtuner.demo.studies import Facts, Picture, Study
 from gmai_xtuner.demo.words import PageError
-from gmai_xtuner.errors import ImageError
 
 _REASONS = {"enormous_image": "too_large_image", "unsupported_image": "unsupported"}
 _CHUNK = 2**20

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from gmai_xtuner.constants import IMAGE_TOKEN
+from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.demo.conversation import Session
 from gmai_xtuner.demo.words import BANNER, PageError
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.preflight.report import as_json, as_text
 from gmai_xtuner.preflight.run_config import UsageError, load_run
 from gmai_xtuner.preflight.survey import look_at

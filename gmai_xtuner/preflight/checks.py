@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from gmai_xtuner.datasets.plan import DataPlan, unknown_lines
-from gmai_xtuner.errors import GMAIError, ModelLoadError
-from gmai_xtuner.models.checkpoint_files import (
+from gmai_xtuner.checkpoint.folder import checkpoints_in, what_is_wrong
+from gmai_xtuner.checkpoint.frozen import without_prefix
+from gmai_xtuner.checkpoint.layouts import is_llava, text_model, vision_model
+from gmai_xtuner.checkpoint.load import load_parts, resolve_checkpoint
+from gmai_xtuner.checkpoint.starting_points import is_export
+from gmai_xtuner.checkpoint.weight_files import (
     has_weights,
     read_state_dict,
     resolve_directory,
     shorten,
 )
-from gmai_xtuner.models.checkpoint_folder import checkpoints_in, what_is_wrong
-from gmai_xtuner.models.checkpoints import load_parts, resolve_checkpoint
-from gmai_xtuner.models.frozen import without_prefix
-from gmai_xtuner.models.internlm2 import convert_state_dict, llama_config
-from gmai_xtuner.models.layouts import is_llava, text_model, vision_model
-from gmai_xtuner.models.lora import load_adapters, split_adapters
-from gmai_xtuner.models.starting_points import is_export
-from gmai_xtuner.models.vision import NOT_VISION
+from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+from gmai_xtuner.data.plan import DataPlan, unknown_lines
+from gmai_xtuner.model.internlm2 import convert_state_dict, llama_config
+from gmai_xtuner.model.lora import load_adapters, split_adapters
+from gmai_xtuner.model.vision import NOT_VISION
 from gmai_xtuner.preflight.data import DataSummary
 from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.memory import GIB

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from gmai_xtuner.datasets.bad_records import BadRecords
-from gmai_xtuner.datasets.images import ImageTransform
-from gmai_xtuner.datasets.mixture import DatasetEntry, load_mixture, select
-from gmai_xtuner.datasets.sampler import MicroBatchSampler, PackSampler
-from gmai_xtuner.datasets.soft_packed import SoftPackedDataset
-from gmai_xtuner.datasets.token_cache import CacheOptions, TokenCache, open_cache
-from gmai_xtuner.datasets.tokenization import ConversationTokenizer
-from gmai_xtuner.errors import DataError, GMAIError, ModelLoadError
+from gmai_xtuner.core.errors import DataError, GMAIError, ModelLoadError
+from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
+from gmai_xtuner.data.bad_records import BadRecords
+from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
+from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_cache
+from gmai_xtuner.data.tokenization import ConversationTokenizer
 from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.run_config import RunConfig
 

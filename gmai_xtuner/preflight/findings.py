@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.core.errors import GMAIError
 
 FAIL, WARN, NOTE = "fail", "warn", "note"
 

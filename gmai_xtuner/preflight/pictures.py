@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from gmai_xtuner.datasets.images import check_image
-from gmai_xtuner.datasets.soft_packed import SoftPackedDataset
-from gmai_xtuner.datasets.token_cache import TokenCache
-from gmai_xtuner.errors import ImageError
+from gmai_xtuner.core.errors import ImageError
+from gmai_xtuner.data.images import check_image
+from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.data.token_cache import TokenCache
 
 IMAGES_A_CHUNK = 16
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.core.errors import GMAIError
 
 
 class UsageError(Exception):

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.addresses import is_loopback, reserved
-from gmai_xtuner.errors import GMAIError
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.model_arguments import add_model_arguments, load_from_arguments, positive
 
 MIB = 2**20

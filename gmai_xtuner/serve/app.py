@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gmai_xtuner.inference import Predictor
+from gmai_xtuner.generate import Predictor
 from gmai_xtuner.serve.data_urls import Limits
 from gmai_xtuner.serve.errors import ApiError
 from gmai_xtuner.serve.model_queue import End, Job, ModelQueue, Piece

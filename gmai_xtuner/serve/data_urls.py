@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from gmai_xtuner.datasets.image_files import decode_rgb
-from gmai_xtuner.errors import ImageError
+from gmai_xtuner.core.errors import ImageError
+from gmai_xtuner.core.imaging.images import decode_rgb
 from gmai_xtuner.serve.errors import ApiError
 
 _DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)

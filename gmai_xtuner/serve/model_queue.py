@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from gmai_xtuner.inference import Predictor, Prompt, PromptTooLong, Sampling
+from gmai_xtuner.generate import Predictor, Prompt, PromptTooLong, Sampling
 from gmai_xtuner.serve.errors import ApiError
 from gmai_xtuner.serve.stops import StopTexts
 

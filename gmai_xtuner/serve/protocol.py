@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gmai_xtuner.constants import IMAGE_TOKEN
-from gmai_xtuner.datasets.conversation import Turn
-from gmai_xtuner.inference import Prompt, Sampling
+from gmai_xtuner.core.constants import IMAGE_TOKEN
+from gmai_xtuner.core.conversation import Turn
+from gmai_xtuner.generate import Prompt, Sampling
 from gmai_xtuner.serve.data_urls import Limits, picture_of
 from gmai_xtuner.serve.errors import ApiError
 

@@ -16,7 +16,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from gmai_xtuner.engine import checkpointing
+from gmai_xtuner.train import checkpointing
 
 
 @HOOKS.register_module()

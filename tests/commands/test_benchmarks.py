@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands.runner import Xtuner, last_checkpoint, scalars
-from tests.evaluation.sets import write_pmc_vqa, write_vqa_rad
+from tests.evaluate.sets import write_pmc_vqa, write_vqa_rad
 from tests.toy import record, write_corpus
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.tiny_bases import TinyVision, write_tiny_vision
 from tests.commands.runner import Xtuner
-from tests.models.exporting import stage_config, trained_model
+from tests.model.exporting import stage_config, trained_model
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gmai_xtuner.datasets.mixture import load_mixture
+from gmai_xtuner.core.mixture import load_mixture
 from tests.commands.runner import ROOT, Xtuner, last_checkpoint, scalars
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gmai_xtuner.models.checkpoints import load_checkpoint_state
+from gmai_xtuner.checkpoint.load import load_checkpoint_state
 from tests.commands.runner import ROOT, Xtuner
 from tests.toy import record, write_corpus
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 CONFIG = f"""
 _base_ = [{str(ROOT / "configs/gmai_vl/stage1_shallow.py")!r}]
 custom_imports = dict(
-    imports=["gmai_xtuner", "tests.commands.killing"], allow_failed_imports=False
+    imports=["gmai_xtuner.plugin", "tests.commands.killing"], allow_failed_imports=False
 )
 custom_hooks = [dict(type="ProgressHook"), dict(type="DropoutHook"), dict(type="KillHook")]
 """

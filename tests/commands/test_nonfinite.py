@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gmai_xtuner.models.checkpoints import load_checkpoint_state
+from gmai_xtuner.checkpoint.load import load_checkpoint_state
 from tests.commands.runner import ROOT, TINY_RUN, Xtuner, scalars
 from tests.commands.test_ranks_and_resume import EACH, FP32
 
@@ -31,7 +31,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, LOOPS
 
-from gmai_xtuner.engine import PackedTrainLoop
+from gmai_xtuner.train import PackedTrainLoop
 
 BAD = {int(number) for number in os.environ["BAD_ITERATIONS"].split(",")}
 
@@ -93,7 +93,7 @@ def runs(tmp_path_factory, tiny_bases):
     )
     (folder / "poison.py").write_text(POISON)
     base = ROOT / "configs" / "gmai_vl" / "stage2_deep.py"
-    imports = 'custom_imports = dict(imports=["gmai_xtuner", "poison"])\n'
+    imports = 'custom_imports = dict(imports=["gmai_xtuner.plugin", "poison"])\n'
     (folder / "poisoned.py").write_text(
         f'_base_ = ["{base}"]\n{imports}custom_hooks = [dict(type="ProgressHook"), dict(type="Poison")]\n'
     )

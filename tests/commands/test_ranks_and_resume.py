@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gmai_xtuner.datasets.sampler import MicroBatchSampler, PackSampler
-from gmai_xtuner.datasets.soft_packed import SoftPackedDataset
-from gmai_xtuner.models.checkpoints import load_checkpoint_state
+from gmai_xtuner.checkpoint.load import load_checkpoint_state
+from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
+from gmai_xtuner.data.soft_packed import SoftPackedDataset
 from tests.commands.runner import TINY_RUN, Xtuner, scalars
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def packs_of_ranks(folder: Path, tiny_bases: Path, stage: str) -> list[list[list
         str(folder / "mixture.yaml"),
         stage,
         tokenizer={
-            "type": "gmai_xtuner.models.load_tokenizer",
+            "type": "gmai_xtuner.model.load_tokenizer",
             "pretrained_model_name_or_path": str(tiny_bases / "llm"),
             "padding_side": "right",
         },

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gmai_xtuner.constants import IMAGE_TOKEN_INDEX
-from gmai_xtuner.datasets.images import ImageTransform
-from gmai_xtuner.datasets.tokenization import ChatTemplate
-from gmai_xtuner.inference import Predictor, Prompt, user_turn
-from gmai_xtuner.models.export import save_xtuner_layout
-from gmai_xtuner.models.internlm2 import load_language_model
-from gmai_xtuner.models.llava import GMAILLaVAModel
-from gmai_xtuner.models.tokenizer import load_tokenizer
-from gmai_xtuner.models.vision import load_vision_tower, num_image_tokens
+from gmai_xtuner.checkpoint.export_xtuner import save_xtuner_layout
+from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
+from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.tokenization import ChatTemplate
+from gmai_xtuner.generate import Predictor, Prompt, user_turn
+from gmai_xtuner.model.internlm2 import load_language_model
+from gmai_xtuner.model.llava import GMAILLaVAModel
+from gmai_xtuner.model.tokenizer import load_tokenizer
+from gmai_xtuner.model.vision import load_vision_tower, num_image_tokens
 
 Lesson = tuple[str, Image.Image | None, str]
 """A question, the picture that goes with it, and the answer; one that ends with … is taught to go on."""
@@ -45,7 +45,7 @@ def write_export(
     cfg = {
         "model": {},
         "tokenizer": {
-            "type": "gmai_xtuner.models.load_tokenizer",
+            "type": "gmai_xtuner.model.load_tokenizer",
             "pretrained_model_name_or_path": str(bases / "llm"),
         },
         "image_processor": {

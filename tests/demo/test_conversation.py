@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gmai_xtuner.datasets.conversation import Turn, parse_record
+from gmai_xtuner.core.conversation import Turn, parse_record
 from gmai_xtuner.demo.conversation import Session
 from gmai_xtuner.demo.dicom import open_dicom
 from gmai_xtuner.demo.limits import Limits

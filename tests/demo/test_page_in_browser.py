@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from gmai_xtuner.datasets.conversation import parse_record
+from gmai_xtuner.core.conversation import parse_record
 from gmai_xtuner.demo.boxes import Box, draw_boxes
 from gmai_xtuner.demo.presets import PRESETS
 from gmai_xtuner.loading import load_model

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from run import StepError
 
-from gmai_xtuner.datasets.mixture import load_mixture
+from gmai_xtuner.core.mixture import load_mixture
 
 ABLATION = Path(__file__).resolve().parents[2] / "examples" / "ablation"
 

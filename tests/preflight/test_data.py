@@ -8,8 +8,8 @@ import pytest
 import yaml
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.datasets import plan, token_cache
-from gmai_xtuner.datasets.sampler import MicroBatchSampler, PackSampler
+from gmai_xtuner.data import plan, token_cache
+from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 from gmai_xtuner.preflight.report import as_json, as_text
 from tests.toy import Corpus, record
 

@@ -172,7 +172,7 @@ def test_gradients_may_need_most_while_they_are_summed():
         assert (memory.total, memory.moment) == (lasting + memory.buffers + extra, moment)
 
 
-@pytest.mark.parametrize("name", gmai_xtuner.compat.DEEPSPEED_NAMES)
+@pytest.mark.parametrize("name", compat.DEEPSPEED_NAMES)
 def test_more_gpus_never_need_more(name):
     totals = [estimate(name, gpus=gpus).total for gpus in (1, 2, 8, 64)]
     assert totals == sorted(totals, reverse=True)
@@ -194,8 +194,8 @@ def test_moments_of_optimisers(name, expected):
 def test_defaults_of_the_deepspeed_file_are_deepspeeds():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    for name in gmai_xtuner.compat.DEEPSPEED_NAMES:
-        path = Path(gmai_xtuner.__file__).parent / "engine" / "deepspeed" / f"{name}.json"
+    for name in compat.DEEPSPEED_NAMES:
+        path = Path(gmai_xtuner.__file__).parent / "train" / "deepspeed" / f"{name}.json"
         theirs = DeepSpeedZeroConfig(**json.loads(path.read_text())["zero_optimization"])
         ours = load_zero(name)
         assert ours.reduce_bucket_size == theirs.reduce_bucket_size

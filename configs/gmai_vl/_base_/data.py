@@ -9,7 +9,7 @@ train_dataloader = dict(
         mixture="{{$GMAI_MIXTURE:configs/gmai_vl/mixtures/gmai_vl_5_5m.yaml}}",
         cache_dir="{{$GMAI_CACHE:work_dirs/cache}}",
         tokenizer=dict(
-            type="gmai_xtuner.models.load_tokenizer",
+            type="gmai_xtuner.model.load_tokenizer",
             pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
             padding_side="right",
         ),

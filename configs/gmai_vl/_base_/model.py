@@ -2,7 +2,7 @@
 # GMAI_LLM and GMAI_VISION in the environment name other bases: folders or hub names.
 
 tokenizer = dict(
-    type="gmai_xtuner.models.load_tokenizer",
+    type="gmai_xtuner.model.load_tokenizer",
     pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
     padding_side="right",
 )
@@ -15,12 +15,12 @@ image_processor = dict(
 model = dict(
     type="GMAILLaVAModel",
     llm=dict(
-        type="gmai_xtuner.models.load_language_model",
+        type="gmai_xtuner.model.load_language_model",
         pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
         torch_dtype="bfloat16",
     ),
     visual_encoder=dict(
-        type="gmai_xtuner.models.load_vision_tower",
+        type="gmai_xtuner.model.load_vision_tower",
         pretrained_model_name_or_path="{{$GMAI_VISION:openai/clip-vit-large-patch14-336}}",
     ),
     visual_select_layer=-2,

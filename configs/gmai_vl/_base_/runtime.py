@@ -1,6 +1,6 @@
 # Log every 10 micro-batches, to the console, vis_data/scalars.json and TensorBoard.
 
-custom_imports = dict(imports=["gmai_xtuner"], allow_failed_imports=False)
+custom_imports = dict(imports=["gmai_xtuner.plugin"], allow_failed_imports=False)
 
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),

@@ -6,9 +6,9 @@ import pytest
 
 from data_tools.output import build as builder
 from data_tools.output import mixture
-from gmai_xtuner.datasets.conversation import parse_raw
-from gmai_xtuner.datasets.mixture import load_mixture, select
-from gmai_xtuner.datasets.records import iter_raw
+from gmai_xtuner.core.conversation import parse_raw
+from gmai_xtuner.core.mixture import load_mixture, select
+from gmai_xtuner.core.records import iter_raw
 from tests.data_tools.output.fake_store import FakeStore, corpus, job
 
 CAPTION, INSTRUCTION, TEXT = "Medical Captioning", "Medical Instruction", "Medical Text"

@@ -1,0 +1,382 @@
+"""What was found, in numbers and lists, and what of it a training should leave out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.contamination.compare import Overlap
+from data_tools.contamination.looking import LEVELS
+from data_tools.errors import CorpusError
+
+NEAR_COLUMNS = (
+    "decision",
+    "relation",
+    "bits",
+    "benchmark_picture",
+    "questions",
+    "dataset",
+    "image",
+    "excluded_by_mixture",
+)
+EXCLUDE, KEEP = "exclude", "keep"
+SAME_PIXELS = "same pixels"
+
+Decisions = dict[tuple[str, str, str], str]
+"""What a person says of a pair: (benchmark's picture, dataset, image) -> ``exclude`` or ``keep``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two pictures that are to be looked at.
+
+    Args:
+        shown, image: of the benchmark and of the corpus, by number.
+        relation: ``same pixels``, ``looks the same``, or ``same case`` if only the names are alike;
+            ``looks the same, same case`` for both.
+        bits: by which the perceptual hashes differ; None: not known to be near.
+    """
+
+    shown: int
+    image: int
+    relation: str
+    bits: int | None
+
+
+def pairs(overlap: Overlap) -> list[Pair]:
+    """All pairs, the surest first: same pixels, then those of one case, then by distance."""
+    cases = {(s, i) for s, images in overlap.same_case.items() for i in images}
+    found = [
+        Pair(shown, image, SAME_PIXELS, 0)
+        for shown, images in sorted(overlap.looks.exact.items())
+        for image in images
+    ]
+    there = {(pair.shown, pair.image) for pair in found}
+    near = [
+        Pair(
+            one.shown,
+            one.image,
+            "looks the same, same case" if (one.shown, one.image) in cases else "looks the same",
+            one.distance,
+        )
+        for one in overlap.looks.near
+    ]
+    near.sort(key=lambda pair: ("case" not in pair.relation, pair.bits))
+    there |= {(pair.shown, pair.image) for pair in near}
+    named = [Pair(s, i, "same case", None) for s, i in sorted(cases - there)]
+    return [*found, *near, *named]
+
+
+def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> dict[str, Any]:
+    """All numbers, as JSON."""
+    corpus, benchmark = overlap.corpus, overlap.benchmark
+    looks, questions = overlap.looks, overlap.questions
+    items = len(benchmark.items)
+    hit_pictures = set(looks.exact) | set(np.flatnonzero(looks.nearest < 255).tolist())
+    with_picture = {
+        n for n, item in enumerate(benchmark.items) if hit_pictures.intersection(item.images)
+    }
+    with_question = set(questions.asked_items())
+    levels = [level for level in LEVELS if level < overlap.distance] + [overlap.distance]
+    why = pictures_not_compared(overlap)
+    return {
+        "corpus": {
+            "path": str(corpus.path),
+            "taken_for": corpus.kind,
+            "datasets": [dataset.name for dataset in corpus.datasets],
+            "conversations": overlap.conversations,
+            "left_out_by_the_mixture": overlap.left,
+            "no_conversation": corpus.no_conversation,
+            "pictures": overlap.corpus_images,
+            "distinct_pictures": overlap.distinct_images,
+            "pictures_by_state": overlap.corpus_states,
+            "pictures_inside_records": overlap.inside,
+            "files_passed_over": corpus.passed_over,
+        },
+        "benchmark": {
+            "path": str(benchmark.path),
+            "files": benchmark.files,
+            "questions": items,
+            "rows_left_out": benchmark.left_out,
+            "pictures": len(benchmark.shown),
+            "pictures_by_state": overlap.benchmark_states,
+            "pictures_not_found": len(benchmark.not_found),
+            "picture_files_unnamed": benchmark.unnamed,
+            "files_passed_over": benchmark.passed_over,
+        },
+        "pictures": {
+            "compared": not why,
+            "not_compared_because": why,
+            "same_pixels": len(looks.exact),
+            "same_pixels_in_corpus": len({i for images in looks.exact.values() for i in images}),
+            "within_bits": {str(level): looks.within(level) for level in levels},
+            "same_case": len(overlap.same_case),
+        },
+        "questions": {
+            "compared": bool(questions.texts) and overlap.conversations > 0,
+            "texts": len(questions.texts),
+            "equal": sum(hits.equal > 0 for hits in questions.hits.values()),
+            "near": sum(hits.equal == 0 and hits.near > 0 for hits in questions.hits.values()),
+            "jaccard": overlap.threshold,
+        },
+        "items": {
+            "all": items,
+            "picture_and_question": len(questions.both),
+            "picture": len(with_picture - set(questions.both)),
+            "question": len(with_question - with_picture),
+            "neither": items - len(with_picture | with_question),
+        },
+        "to_look_at": sum(pair.relation != SAME_PIXELS for pair in listed),
+        "undecided": exclude.undecided,
+        "exclude": {
+            "images": len(exclude.images),
+            "conversations": len(exclude.ids),
+            "by_decision": exclude.decided,
+            "not_in_the_mixture_yet": exclude.fresh,
+        },
+        "warnings": warnings(overlap),
+        "seconds": round(overlap.seconds, 1),
+    }
+
+
+def pictures_not_compared(overlap: Overlap) -> str:
+    """Why no picture could be compared, or ""."""
+    if not overlap.benchmark.shown:
+        named = len(overlap.benchmark.not_found)
+        return (
+            f"none of the {named} pictures that the benchmark names was found; give --benchmark-images"
+            if named
+            else "no picture of the benchmark was recognised"
+        )
+    if not overlap.benchmark_states.get("read"):
+        return "no picture of the benchmark could be read"
+    if not overlap.corpus_images:
+        return "the corpus names no picture"
+    if not overlap.corpus_states.get("read"):
+        return "no picture of the corpus could be read; is image_root right?"
+    return ""
+
+
+def warnings(overlap: Overlap) -> list[str]:
+    """What keeps the result from being the whole truth."""
+    found = list(overlap.benchmark.notes)
+    if why := pictures_not_compared(overlap):
+        found.append(f"Pictures were not compared: {why}.")
+    if not overlap.questions.texts:
+        found.append("Questions were not compared: no column of questions was recognised.")
+    elif not overlap.conversations:
+        found.append("Questions were not compared: the corpus has no conversation.")
+    for side, states in (
+        ("corpus", overlap.corpus_states),
+        ("benchmark", overlap.benchmark_states),
+    ):
+        for state in ("missing", "unreadable", "plain"):
+            if number := states.get(state, 0):
+                told = "of one grey level" if state == "plain" else state
+                found.append(f"{_some(number, 'picture')} of the {side}, {told}: not compared.")
+    if overlap.benchmark.not_found:
+        found.append(
+            f"{_some(len(overlap.benchmark.not_found), 'picture')} that the benchmark names: not found."
+        )
+    if overlap.benchmark.unnamed:
+        found.append(
+            f"{_some(overlap.benchmark.unnamed, 'picture file')} of the benchmark, named by no question: not "
+            "compared."
+        )
+    if overlap.inside:
+        found.append(
+            f"{_some(overlap.inside, 'picture')} inside of the corpus' records: not compared; training does "
+            "not read them either."
+        )
+    if overlap.corpus.no_conversation:
+        found.append(
+            f"{_some(overlap.corpus.no_conversation, 'record')} of the corpus without a conversation."
+        )
+    if overlap.corpus.passed_over:
+        found.append(f"{_some(len(overlap.corpus.passed_over), 'file')} of the corpus passed over.")
+    return found
+
+
+def _some(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+# --- what to leave out ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ExcludeList:
+    """Names to leave out: ``(dataset, name)``, the dataset "" where the corpus is no mixture.
+
+    ``decided`` of the images are there by decision of a person; ``fresh`` of all names are not in a list of
+    the mixture yet. ``undecided`` pairs wait for a person: nobody said what they are, and their image is left
+    out by no other pair and no list.
+    """
+
+    images: tuple[tuple[str, str], ...]
+    ids: tuple[tuple[str, str], ...]
+    decided: int
+    fresh: int
+    undecided: int
+
+    def text(self, *, title: str) -> str:
+        """As ``exclude`` of a mixture takes it."""
+        lines = [f"# {title}"]
+        now = ""
+        entries = [(dataset, "image", name) for dataset, name in self.images]
+        entries += [(dataset, "id", name) for dataset, name in self.ids]
+        for dataset, kind, name in sorted(entries):
+            if dataset != now:
+                lines.append(f"dataset: {_quoted(dataset)}")
+                now = dataset
+            lines.append(f"{kind}: {_quoted(name)}")
+        return "\n".join(lines) + "\n"
+
+
+def _quoted(name: str) -> str:
+    """As it is, or as JSON where it would be read otherwise."""
+    if name != name.strip() or name[:1] in ('"', "") or "\n" in name or "\r" in name or name == "*":
+        return json.dumps(name, ensure_ascii=False)
+    return name
+
+
+def _key(overlap: Overlap, pair: Pair) -> tuple[str, str, str]:
+    image = overlap.images[pair.image]
+    return overlap.benchmark.shown[pair.shown].name, image.dataset, image.name
+
+
+def exclude_list(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -> ExcludeList:
+    """The same pixels; conversations that are a question without a picture, word for word with its answer;
+    and whatever a person has decided on. Nothing else: what only looks alike is for eyes.
+
+    One ``exclude`` is enough to leave an image out. An image of the same pixels is taken back if all its
+    pairs are ``keep``: that it is no copy of one picture says nothing of another."""
+    keys = [_key(overlap, pair) for pair in listed]
+    certain = {
+        key[1:] for pair, key in zip(listed, keys, strict=True) if pair.relation == SAME_PIXELS
+    }
+    not_all_kept = {key[1:] for key in keys if decisions.get(key) != KEEP}
+    excluded = {key[1:] for key, decision in decisions.items() if decision == EXCLUDE}
+    decided = len(excluded - certain)
+    images = (certain & not_all_kept) | excluded
+    undecided = sum(
+        pair.relation != SAME_PIXELS
+        and key not in decisions
+        and key[1:] not in images
+        and not overlap.images[pair.image].left
+        for pair, key in zip(listed, keys, strict=True)
+    )
+    datasets = overlap.corpus.datasets
+    ids = {(datasets[number].name, name) for number, name in overlap.questions.whole}
+    left_images = {(dataset.name, name) for dataset in datasets for name in dataset.left.images}
+    left_ids = {(dataset.name, name) for dataset in datasets for name in dataset.left.ids}
+    fresh = len(images - left_images) + len(ids - left_ids)
+    if (
+        not overlap.corpus.is_mixture
+    ):  # its datasets are called after files, which a mixture doesn't know
+        images, ids = ({("", name) for _, name in names} for names in (images, ids))
+    return ExcludeList(tuple(sorted(images)), tuple(sorted(ids)), decided, fresh, undecided)
+
+
+def read_decisions(path: Path) -> Decisions:
+    """What a person has written into ``near.tsv``; of two rows of one pair ``exclude`` wins.
+
+    Raises:
+        CorpusError: another word stands there, a column or cell is missing, or it isn't UTF-8.
+    """
+    try:
+        return _read_decisions(path) if path.is_file() else {}
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{path} is not UTF-8 ({error}); it holds your decisions. Save it as UTF-8 with tabs."
+        ) from error
+
+
+def _read_decisions(path: Path) -> Decisions:
+    found: Decisions = {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        missing = {"decision", "benchmark_picture", "dataset", "image"} - set(
+            reader.fieldnames or ()
+        )
+        if missing:
+            raise CorpusError(
+                f"{path} lacks the column(s) {', '.join(sorted(missing))}; it holds your decisions. Restore "
+                "it, or move it away to begin anew."
+            )
+        for number, row in enumerate(reader, 2):
+            decision = (row["decision"] or "").strip().lower()
+            if decision not in ("", EXCLUDE, KEEP):
+                raise CorpusError(
+                    f"{path}, line {number}: the decision must be {EXCLUDE}, {KEEP} or empty, got "
+                    f"{row['decision']!r}."
+                )
+            key = (row["benchmark_picture"], row["dataset"], row["image"])
+            if decision and None in key:
+                raise CorpusError(
+                    f"{path}, line {number}: {decision} of what? Cells are missing; columns are separated by "
+                    "tabs."
+                )
+            if decision and found.get(key) != EXCLUDE:
+                found[key] = decision
+    return found
+
+
+def near_table(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -> str:
+    """``near.tsv``: pairs to look at, then those of the same pixels; with the decisions made so far, also
+    those on pairs no longer there."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
+    writer.writerow(NEAR_COLUMNS)
+    asked = Counter(number for item in overlap.benchmark.items for number in item.images)
+    written = set()
+    for pair in sorted(listed, key=lambda one: one.relation == SAME_PIXELS):
+        image = overlap.images[pair.image]
+        key = _key(overlap, pair)
+        written.add(key)
+        writer.writerow(
+            [
+                decisions.get(key, ""),
+                pair.relation,
+                "" if pair.bits is None else pair.bits,
+                key[0],
+                asked[pair.shown],
+                *key[1:],
+                "yes" if image.left else "",
+            ]
+        )
+    for key, decision in decisions.items():
+        if key not in written:
+            writer.writerow([decision, "not found this time", "", key[0], "", *key[1:], ""])
+    return buffer.getvalue()
+
+
+def question_hits(overlap: Overlap, *, at_most: int) -> list[dict[str, Any]]:
+    """Questions that the corpus asks as well, the surest first."""
+    questions = overlap.questions
+    found: list[tuple[tuple[float, ...], dict[str, Any]]] = []
+    for number, hits in questions.hits.items():
+        items = questions.of_text[number]
+        first = overlap.benchmark.items[items[0]]
+        best = hits.examples[0]
+        order = (-best.same_picture, -best.same_answer, -best.jaccard, -len(items), number)
+        told = {
+            "question": first.texts[0],
+            "answer": first.answer,
+            "items": len(items),
+            "first_item": first.name,
+            "equal": hits.equal,
+            "near": hits.near,
+            "examples": [asdict(one) for one in hits.examples],
+        }
+        found.append((order, told))
+    found.sort(key=lambda one: one[0])
+    return [told for _, told in found[:at_most]]

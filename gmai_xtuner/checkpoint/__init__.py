@@ -1,0 +1,1 @@
+"""Folders of weights: which layout they have, how they are read, and how a model is exported."""

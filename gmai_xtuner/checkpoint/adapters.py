@@ -1,0 +1,97 @@
+"""LoRA adapters on disk, in peft's format, added to the weights of their base without building it.
+
+xtuner's own ``llm_adapter`` and ``visual_encoder_adapter`` stand on the base's own names, for InternLM2 with
+queries, keys and values in one matrix (``attention.wqkv``). So they are added before anything is renamed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gmai_xtuner.checkpoint.weight_files import read_json, read_weights_file, shorten
+from gmai_xtuner.core.errors import ModelLoadError
+
+_PREFIX = "base_model.model."
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_OTHER_FORMS = ("use_dora", "fan_in_fan_out", "modules_to_save", "alora_invocation_tokens")
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base that an adapter names."""
+    return read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+
+
+@torch.no_grad()
+def add_adapter(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """``W + alpha / r * B A`` for every matrix that the adapter has; in fp32, rounded once.
+
+    Args:
+        weights: of the base, under its own names; not changed.
+        folder: ``adapter_config.json`` and ``adapter_model``.
+
+    Raises:
+        ModelLoadError: another kind of adapter, or one of another base; names the weights.
+    """
+    config = read_json(folder / "adapter_config.json")
+    others = [key for key in _OTHER_FORMS if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or others:
+        raise ModelLoadError(
+            f"{folder}: only LoRA without biases can be merged, got peft_type "
+            f"{config.get('peft_type')!r}, bias {config.get('bias')!r}"
+            + (f", {', '.join(others)}" if others else "")
+        )
+    adapter = _read(folder)
+    layers = sorted({key.split(".lora_")[0] for key in adapter})
+    result = dict(weights)
+    strange = [layer for layer in layers if f"{layer}.weight" not in weights]
+    if strange:
+        raise ModelLoadError(
+            f"{folder} has adapters for {len(strange)} layers that the base does not have: "
+            f"{shorten(strange, limit=4)}. Name the base that it was trained on"
+        )
+    for layer in layers:
+        down, up = (
+            adapter[f"{layer}.lora_A.weight"].float(),
+            adapter[f"{layer}.lora_B.weight"].float(),
+        )
+        base = weights[f"{layer}.weight"]
+        if (up.shape[0], down.shape[1]) != tuple(base.shape):
+            raise ModelLoadError(
+                f"{folder}: the adapter of {layer} is for a matrix of {up.shape[0]} x {down.shape[1]}, the "
+                f"base has {tuple(base.shape)}. Name the base that it was trained on"
+            )
+        scale = _scale(config, layer, down.shape[0])
+        result[f"{layer}.weight"] = (base.float() + scale * (up @ down)).to(base.dtype)
+    return result
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    for name in _FILES:
+        if (folder / name).is_file():
+            found = read_weights_file(folder / name)
+            break
+    else:
+        raise ModelLoadError(f"{folder} has neither {' nor '.join(_FILES)}. Finish the copy")
+    weights = {
+        key.removeprefix(_PREFIX).replace(".default.", "."): value for key, value in found.items()
+    }
+    layers = {key.split(".lora_")[0] for key in weights}
+    wanted = {f"{layer}.lora_{half}.weight" for layer in layers for half in "AB"}
+    if wrong := sorted(set(weights) ^ wanted):
+        raise ModelLoadError(
+            f"{folder} is no whole LoRA adapter: {shorten(wrong, limit=4)} missing or unexpected"
+        )
+    return weights
+
+
+def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if layer.endswith(pattern):
+            alpha = value
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,362 @@
+"""A trained stage as a plain ``LlavaForConditionalGeneration`` folder: no code of ours is needed to use it.
+
+Parts that the stage did not train come from their bases, so that the folder is whole after every stage.
+Weights are named as in transformers up to 4.51 and on the hub (``language_model.model.``,
+``vision_tower.``, ``multi_modal_projector.``), which newer transformers and servers read as well.
+
+``<image>`` has no place in a vocabulary such as InternLM2's 92,544 ids. It gets the next one, and the
+matrices grow to a multiple of 64 (92,608), which tensor cores and tensor parallelism like. The new rows are
+the mean of the old ones: the logit of a new id is the mean of all logits, never the largest, so
+greedy answers are those of the model that was trained; ``generation_config.json`` suppresses those ids too.
+
+Of the image processor the files say what training did: pad to a square with the mean colour, then
+resize. They name no class, so that each transformers takes its own for LLaVA: from 4.49 on
+``LlavaImageProcessor``, which pads; 4.48 ``CLIPImageProcessor``, which can't, and resizes both edges at
+once (nothing is cut off, but the picture is stretched unless it is square).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from mmengine.logging import print_log
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+from xtuner.registry import BUILDER
+
+from gmai_xtuner.checkpoint.card import Provenance, provenance_of, write_model_card
+from gmai_xtuner.checkpoint.export_parts import (
+    all_parts,
+    check_shard_size,
+    convert_dtype,
+    export_dtype,
+    new_folder,
+)
+from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE, export_settings
+from gmai_xtuner.checkpoint.tokenizer_files import plain_tokenizer
+from gmai_xtuner.core.constants import IMAGE_TOKEN
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.tokenization import ChatTemplate
+from gmai_xtuner.model.costs import describe_parts, folder_bytes, size
+from gmai_xtuner.model.vision import num_image_tokens
+
+VOCABULARY_MULTIPLE = 64
+PROJECTOR_NAMES = {"model.0.": "linear_1.", "model.2.": "linear_2."}
+
+
+def save_huggingface_layout(
+    model: Any,
+    cfg: Mapping[str, Any],
+    save_dir: str,
+    *,
+    fp32: bool,
+    save_kwargs: Mapping[str, Any],
+) -> None:
+    """Write the whole model; all of it or nothing.
+
+    Args:
+        model: a ``GMAILLaVAModel``; what its stage trained has weights, other parts have them or are read
+            from their bases.
+        cfg: the stage's config.
+        save_dir: a new or empty folder.
+        fp32: write fp32; otherwise fp16, as xtuner does, or ``export_dtype`` of the config.
+        save_kwargs: ``max_shard_size``; weights are always safetensors.
+
+    Raises:
+        GMAIError: the checkpoint lacks weights that the config trains, a weight does not fit into fp16,
+            LLaVA has no place for something, ``max_shard_size`` is no size, or the folder is not empty.
+            Nothing is written then.
+    """
+    dtype = export_dtype(cfg, fp32=fp32)
+    check_shard_size(save_kwargs.get("max_shard_size", "2GB"))
+    with new_folder(save_dir) as aside:
+        settings = export_settings(model, cfg)
+        write_llava(
+            aside,
+            lambda: all_parts(model, cfg, dtype=dtype),
+            projector_depth=model.projector.config.depth,
+            base_tokenizer=BUILDER.build(cfg["tokenizer"]),
+            transform=ImageTransform.from_pretrained(
+                cfg["image_processor"]["pretrained_model_name_or_path"], mode=settings["image_mode"]
+            ),
+            settings=settings,
+            provenance=provenance_of(model, cfg),
+            dtype=dtype,
+            max_shard_size=save_kwargs.get("max_shard_size", "2GB"),
+        )
+    print_log(f"Saved the whole model to {save_dir}", logger="current", level=logging.INFO)
+
+
+def write_llava(
+    folder: Path,
+    parts_of: Callable[[], Mapping[str, Any]],
+    *,
+    projector_depth: int,
+    base_tokenizer: PreTrainedTokenizerFast,
+    transform: ImageTransform,
+    settings: Mapping[str, Any],
+    provenance: Provenance,
+    dtype: torch.dtype,
+    max_shard_size: str,
+) -> None:
+    """Write every file of the folder.
+
+    Args:
+        folder: an empty folder; see :func:`gmai_xtuner.checkpoint.export_parts.new_folder`.
+        parts_of: gives ``llm``, ``visual_encoder`` and ``projector`` as plain models, once all else is known
+            to fit. They are turned into ``dtype``.
+        projector_depth: linear layers of the projector.
+        base_tokenizer: the language model's tokenizer.
+        transform: image to pixels, as in training.
+        settings: as in ``gmai_vl.json``.
+        provenance: for the model card.
+        dtype: of the weights.
+        max_shard_size: of a file of weights, e.g. ``"2GB"``.
+
+    Raises:
+        GMAIError: LLaVA has no place for something.
+    """
+    if projector_depth != 2:
+        raise GMAIError(
+            f"LLaVA's projector has two linear layers, this model's has {projector_depth}; export in "
+            "xtuner's layout (--save-format xtuner)"
+        )
+    template = ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"])
+    plain_tokenizer(base_tokenizer, template)  # before weights are read, merged and converted
+    parts = parts_of()
+    text, vision = parts["llm"].config, parts["visual_encoder"].config
+    if transform.image_size != vision.image_size:
+        raise GMAIError(
+            f"the image processor makes images of {transform.image_size} pixels, the vision tower takes "
+            f"{vision.image_size}. Take both from the same checkpoint"
+        )
+    tokenizer = plain_tokenizer(base_tokenizer, template, max_length=text.max_position_embeddings)
+    for part in parts.values():
+        convert_dtype(part, dtype)
+    config = llava_config(text, vision, tokenizer, dtype)
+    config.vision_feature_layer = settings["visual_select_layer"]
+    llava = _assembled(config, llava_state(parts, config))
+    llava.generation_config = _generation(parts["llm"], tokenizer, template, config)
+    llava.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+    _write_config(folder, config)
+    tokenizer.save_pretrained(folder)
+    _write_processor(folder, transform, tokenizer, config)
+    _write_json(folder / SETTINGS_FILE, settings)
+    costs = describe_parts(parts)
+    write_model_card(
+        folder,
+        provenance=provenance,
+        costs=costs,
+        settings=settings,
+        dtype=dtype,
+        config=config,
+        mean_colour=transform.mean_colour,
+    )
+    print_log(
+        f"The whole model as {type(llava).__name__}, vocabulary {config.text_config.vocab_size:,}:\n{costs}\n"
+        f"{size(folder_bytes(folder))} on disk",
+        logger="current",
+        level=logging.INFO,
+    )
+
+
+def llava_config(
+    text: LlamaConfig,
+    vision: CLIPVisionConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: torch.dtype,
+) -> LlavaConfig:
+    """The configuration of the whole, with a vocabulary that has a place for ``<image>``."""
+    text_values = text.to_dict()
+    vision_values = vision.to_dict()
+    for values in (text_values, vision_values):
+        for key in (
+            "_name_or_path",
+            "name_or_path",
+            "gmai_attention",
+            "auto_map",
+            "transformers_version",
+        ):
+            values.pop(key, None)
+        values["torch_dtype"] = dtype
+    scaling = text_values.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type")) == "dynamic":
+        # The identity up to the positions of the config, but some servers apply it at every length.
+        text_values["rope_scaling"] = None
+    vocabulary = max(text.vocab_size, len(tokenizer))
+    if vocabulary > text.vocab_size:
+        vocabulary = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text_values |= {
+        "vocab_size": vocabulary,
+        "use_cache": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "architectures": ["LlamaForCausalLM"],
+    }
+    return LlavaConfig(
+        vision_config=vision_values,
+        text_config=text_values,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=num_image_tokens(vision),
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        multimodal_projector_bias=True,
+        tie_word_embeddings=text.tie_word_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        torch_dtype=dtype,
+    )
+
+
+def llava_state(parts: Mapping[str, Any], config: LlavaConfig) -> dict[str, torch.Tensor]:
+    """The weights under LLaVA's names, embedding and head grown to the vocabulary."""
+    state: dict[str, torch.Tensor] = {}
+    for key, value in parts["llm"].state_dict().items():
+        if key in ("model.embed_tokens.weight", "lm_head.weight"):
+            value = grown(value, config.text_config.vocab_size)
+        state[f"language_model.{key}"] = value
+    for key, value in parts["visual_encoder"].state_dict().items():
+        state[f"vision_tower.{key}"] = value
+    for key, value in parts["projector"].state_dict().items():
+        old = next(name for name in PROJECTOR_NAMES if key.startswith(name))
+        state[f"multi_modal_projector.{PROJECTOR_NAMES[old]}{key.removeprefix(old)}"] = value
+    return state
+
+
+def grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[V, D]`` with further rows, each the mean of the old ones."""
+    if rows == matrix.shape[0]:
+        return matrix
+    mean = matrix.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
+    return torch.cat([matrix, mean.expand(rows - matrix.shape[0], -1)])
+
+
+def _assembled(
+    config: LlavaConfig, state: Mapping[str, torch.Tensor]
+) -> LlavaForConditionalGeneration:
+    with init_empty_weights():
+        llava = LlavaForConditionalGeneration(config)
+    llava.load_state_dict(state, strict=True, assign=True)
+    llava.tie_weights()
+    return llava
+
+
+def _generation(
+    llm: Any, tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, config: LlavaConfig
+) -> GenerationConfig:
+    stop = [tokenizer.eos_token_id]
+    if template.suffix_is_eos:
+        stop.append(tokenizer.convert_tokens_to_ids(template.suffix))
+    theirs = llm.generation_config.eos_token_id
+    stop += theirs if isinstance(theirs, list) else [theirs]
+    ids = sorted({token for token in stop if token is not None})
+    never = {config.image_token_index, *range(len(tokenizer), config.text_config.vocab_size)}
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ids,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=sorted(never),
+        do_sample=False,
+    )
+
+
+def _write_config(folder: Path, config: LlavaConfig) -> None:
+    """Say each field; versions and servers differ in their defaults."""
+    file = folder / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    for key in (
+        "image_token_index",
+        "image_seq_length",
+        "projector_hidden_act",
+        "vision_feature_select_strategy",
+        "vision_feature_layer",
+        "multimodal_projector_bias",
+        "tie_word_embeddings",
+    ):
+        written[key] = getattr(config, key)
+    text, vision = config.text_config, config.vision_config
+    for part in (written["text_config"], written["vision_config"]):
+        part.pop("_attn_implementation_autoset", None)
+    written["text_config"] |= {
+        "model_type": "llama",
+        **{
+            key: getattr(text, key)
+            for key in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+                "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+                "attention_bias", "mlp_bias", "tie_word_embeddings",
+            )
+        },
+    }  # fmt: skip
+    written["vision_config"] |= {
+        "model_type": "clip_vision_model",
+        **{
+            key: getattr(vision, key)
+            for key in (
+                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "image_size", "patch_size", "projection_dim", "hidden_act", "layer_norm_eps",
+                "num_channels",
+            )
+        },
+    }  # fmt: skip
+    _write_json(file, written)
+
+
+def _write_processor(
+    folder: Path, transform: ImageTransform, tokenizer: PreTrainedTokenizerFast, config: LlavaConfig
+) -> None:
+    square = {"height": transform.image_size, "width": transform.image_size}
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            # No image_processor_type: see the module's text.
+            "processor_class": "LlavaProcessor",
+            "do_convert_rgb": True,
+            "do_pad": transform.mode == "pad",
+            "do_resize": True,
+            "size": square,
+            "resample": 3,
+            "do_center_crop": False,
+            "crop_size": square,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(transform.mean),
+            "image_std": list(transform.std),
+        },
+    )
+    _write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "patch_size": config.vision_config.patch_size,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+            "image_token": IMAGE_TOKEN,
+        },
+    )
+    template = tokenizer.chat_template
+    assert isinstance(template, str)
+    # The processor of 4.48 reads the first, newer ones the second, tokenizers their own config.
+    _write_json(folder / "chat_template.json", {"chat_template": template})
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

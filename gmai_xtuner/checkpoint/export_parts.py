@@ -1,0 +1,268 @@
+"""What every export does: the parts whole, adapters merged, in one dtype; all written or nothing."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.serialization._base import parse_size_to_int
+from mmengine.logging import print_log
+from torch import nn
+from xtuner.registry import BUILDER
+
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.model.internlm2 import as_dtype
+from gmai_xtuner.model.lora import (
+    adapter_layers,
+    is_adapter_key,
+    merged_weights,
+    remove_adapters,
+)
+from gmai_xtuner.model.quantization import is_quantized
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def export_dtype(cfg: Mapping[str, Any], *, fp32: bool) -> torch.dtype:
+    """What weights are written in: fp32 with ``--fp32``, else ``export_dtype`` of the config, else fp16.
+
+    Raises:
+        GMAIError: another dtype, or both.
+    """
+    named = cfg.get("export_dtype")
+    if named is None:
+        return torch.float32 if fp32 else torch.float16
+    dtype = as_dtype(named)
+    if dtype not in DTYPES:
+        raise GMAIError(f"export_dtype must be float32, float16 or bfloat16, got {named!r}")
+    if fp32 and dtype != torch.float32:
+        raise GMAIError(
+            f"--fp32 and export_dtype={named!r} contradict each other; give one of them"
+        )
+    return dtype
+
+
+def check_new(target: str | Path) -> Path:
+    """``target`` as a path.
+
+    Raises:
+        GMAIError: it is a file, or a folder that is not empty.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise GMAIError(f"{str(target)!r} is a file. Choose a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise GMAIError(f"{str(target)!r} is not empty. Choose a new folder, or remove it first")
+    return target
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder to write into, renamed to ``target`` when all is there; removed if anything fails.
+
+    Raises:
+        GMAIError: ``target`` is a file, or a folder that is not empty.
+    """
+    target = check_new(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    aside.chmod(0o755)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _readable(aside)
+    if target.is_dir():
+        target.rmdir()
+    os.replace(aside, target)
+
+
+def _readable(folder: Path) -> None:
+    """Give files the permissions that new files have here; safetensors makes its own for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+
+
+def trained_parts(model: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
+    """Whole models, adapters merged, of the parts that differ from their bases.
+
+    Args:
+        model: a ``GMAILLaVAModel`` whose trained parts have weights (frozen ones may be on meta).
+        cfg: the stage's config.
+        dtype: what the language model will be written in; merging rounds only once.
+
+    Raises:
+        GMAIError: the checkpoint lacks weights of a part that the config trains.
+    """
+    learnt = {
+        "llm": not model.freeze_llm,
+        # A frozen tower that has weights here came out of the checkpoint, so no base has it.
+        "visual_encoder": not model.freeze_visual_encoder or has_weights(model.visual_encoder),
+    }
+    parts: dict[str, Any] = {"projector": model.projector}
+    for name, whole in learnt.items():
+        part = getattr(model, name)
+        if adapter_layers(part):
+            parts[name] = merged(name, part, cfg, dtype=dtype if name == "llm" else torch.float32)
+        elif whole:
+            parts[name] = part
+    for name, part in parts.items():
+        require_weights(name, dict(part.named_parameters()))
+    return parts
+
+
+def all_parts(model: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
+    """:func:`trained_parts`, and from their bases those that the stage did not train."""
+    parts = trained_parts(model, cfg, dtype=dtype)
+    for name in ("llm", "visual_encoder"):
+        if name in parts:
+            continue
+        part = getattr(model, name)
+        parts[name] = part if _is_as_exact(part, dtype) else _base(name, cfg, dtype)
+    return parts
+
+
+def _is_as_exact(part: Any, dtype: torch.dtype) -> bool:
+    """Whether a part has weights, and not coarser ones than its base may have."""
+    rounded = is_quantized(part) or (dtype == torch.float32 and part.dtype != torch.float32)
+    return has_weights(part) and not rounded
+
+
+def _base(name: str, cfg: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    base = dict(cfg["model"][name])
+    base.pop("quantization_config", None)
+    if dtype == torch.float32:
+        base["torch_dtype"] = "float32"
+    return BUILDER.build(base)
+
+
+@torch.no_grad()
+def merged(name: str, part: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) -> Any:
+    """The part as a plain model with its adapters merged; ``part`` keeps them.
+
+    The base's weights are read where ``part`` has none (``xtuner convert pth_to_hf`` builds on meta), or
+    only rounded ones.
+    """
+    own = dict(part.named_parameters())
+    require_weights(name, {key: own[key] for key in own if is_adapter_key(key)})
+    if _is_as_exact(part, dtype):
+        whole = copy.deepcopy(part)
+        remove_adapters(whole)
+    else:
+        whole = _base(name, cfg, dtype)
+    vanished = 0
+    for layer, weight in merged_weights(part, whole):
+        # At once: all of them in fp32 would need twice the memory.
+        weight, lost = as_written(f"{layer}.weight", weight, dtype)
+        vanished += lost
+        whole.get_submodule(layer).weight = nn.Parameter(weight, requires_grad=False)
+    warn_of(vanished)
+    return whole
+
+
+def has_weights(part: nn.Module) -> bool:
+    """Whether nothing but adapters, if at all, is on the meta device."""
+    return not any(
+        value.is_meta for key, value in part.named_parameters() if not is_adapter_key(key)
+    )
+
+
+def require_weights(name: str, weights: Mapping[str, torch.Tensor]) -> None:
+    missing = [key for key, value in weights.items() if value.is_meta]
+    if missing:
+        raise GMAIError(
+            f"the checkpoint has no weights for {len(missing)} parameters of {name}, e.g. "
+            f"{missing[0]}. Use the config of the stage that made the checkpoint"
+        )
+
+
+def convert_dtype(part: Any, dtype: torch.dtype) -> None:
+    """Turn all weights of a part into ``dtype``; none is a view of something larger then.
+
+    Buffers stay as they are: those of Llama and CLIP are not written, and rotary frequencies need fp32.
+
+    Raises:
+        GMAIError: a weight is beyond the range of fp16, or not a number.
+    """
+    vanished = 0
+    for name, parameter in part.named_parameters():
+        # Also what has that dtype already: a merge may have gone beyond its range.
+        parameter.data, lost = as_written(name, parameter.data, dtype)
+        vanished += lost
+    warn_of(vanished)
+    own_storage(part)
+
+
+def own_storage(part: nn.Module) -> None:
+    """Give each weight that is a view of a larger tensor memory of its own.
+
+    What DeepSpeed gives back of a checkpoint are views of one flat buffer. ``torch.save`` writes a view's
+    whole buffer, and weights that share one are never divided over shards.
+    """
+    for parameter in part.parameters():
+        if parameter.is_meta:
+            continue
+        if parameter.data.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def check_shard_size(max_shard_size: str | int) -> None:
+    """Whether ``save_pretrained`` can take a size, asked before anything is read or written.
+
+    Raises:
+        GMAIError: it is not a number above 0 with its unit.
+    """
+    if isinstance(max_shard_size, int):
+        size = max_shard_size
+    else:
+        try:
+            size = parse_size_to_int(max_shard_size)
+        except ValueError:
+            size = 0
+    if size <= 0:
+        raise GMAIError(
+            f"--max-shard-size must be a number above 0 with its unit (KB, MB, GB or TB), such as 2GB; "
+            f"got {max_shard_size!r}"
+        )
+
+
+def warn_of(vanished: int) -> None:
+    if vanished:
+        print_log(
+            f"{vanished} weights are too small for fp16 and become 0; --fp32 keeps them (import_model: "
+            "--dtype float32)",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+def as_written(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """A weight in ``dtype``, and how many of its values became 0.
+
+    Raises:
+        GMAIError: it is beyond the range of fp16, or not a number.
+    """
+    if not torch.isfinite(weight).all():
+        raise GMAIError(
+            f"{name} has values that are no numbers (NaN or infinite). Take another checkpoint"
+        )
+    if dtype != torch.float16:
+        return weight.to(dtype), 0
+    if weight.abs().max() > torch.finfo(torch.float16).max:
+        raise GMAIError(
+            f"{name} has values beyond the range of fp16. Convert with --fp32, or with "
+            "--cfg-options export_dtype=bfloat16; import_model with --dtype float32 or bfloat16"
+        )
+    half = weight.half()
+    return half, int(((weight != 0) & (half == 0)).sum())

@@ -1,0 +1,195 @@
+"""Which checkpoints of a work dir are whole, and which of them is the newest.
+
+A work dir holds DeepSpeed folders ``iter_<N>.pth`` (or ``epoch_<N>.pth``, or a single file of that name).
+One that :class:`~gmai_xtuner.train.checkpointing.StepCheckpointHook` wrote has a ``manifest.json``, made
+when everything else was on disk. One written by xtuner alone has none; it is judged by its files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+POINTER = "last_checkpoint"
+
+_NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
+_OPTIMIZER_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
+_WEIGHTS_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt$")
+_RANK_FILE = re.compile(r"^rank_(\d+)\.pt$")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint folder holds.
+
+    Args:
+        iteration: micro-batches trained.
+        sequence: how many checkpoints the work dir had been given before, plus one. Iterations repeat
+            when a run goes back to an earlier checkpoint; this number never does.
+        world_size: ranks, each with its own shard of the optimiser.
+        seed: seed of the run.
+        files: name -> size in bytes of every other file.
+    """
+
+    iteration: int
+    sequence: int
+    world_size: int
+    seed: int | None
+    files: Mapping[str, int]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+
+def read_manifest(checkpoint: Path) -> Manifest | None:
+    """The manifest of a checkpoint; ``None`` where there is none.
+
+    Raises:
+        ValueError: if there is one that can't be read.
+    """
+    try:
+        text = (checkpoint / MANIFEST).read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return Manifest(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"its {MANIFEST} can't be read ({error})") from error
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Why a checkpoint can't be used, in words that go after its name; ``None`` if it is whole.
+
+    Looks at names and sizes, and at the end of files that no manifest vouches for; reads no weights.
+    """
+    if checkpoint.is_file():
+        return None if checkpoint.stat().st_size else "is an empty file"
+    if not checkpoint.is_dir():
+        return "is not there"
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError as error:
+        return f"is damaged: {error}"
+    if manifest is None:
+        return _what_is_wrong_without_manifest(checkpoint)
+    for name, size in manifest.files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"is incomplete: {name} is not there"
+        if file.stat().st_size != size:
+            return f"is damaged: {name} has {file.stat().st_size} bytes, not {size}"
+    return None
+
+
+def _what_is_wrong_without_manifest(checkpoint: Path) -> str | None:
+    states = sorted(checkpoint.glob("*_states.pt"))
+    if not any(file.name.endswith("_model_states.pt") for file in states):
+        return "is incomplete: it has no *_model_states.pt"
+    ranks = sorted(
+        int(match[1]) for file in states if (match := _OPTIMIZER_SHARD.search(file.name))
+    )
+    if ranks != list(range(len(ranks))):
+        return f"is incomplete: it has the optimiser's shards of ranks {ranks} only"
+    for file in states:
+        # torch.save writes a zip file, whose directory comes last.
+        if not zipfile.is_zipfile(file):
+            return f"is damaged: {file.name} is cut off"
+    return None
+
+
+def files_of_ranks_that_are_wrong(names: Collection[str], world_size: int) -> str | None:
+    """What is wrong with the files that every rank writes, in words that go after the folder's name.
+
+    Each rank writes ``rank_<r>.pt``, under ZeRO (all stages, offloaded or not, and bf16 without ZeRO) its
+    shard of the optimiser, and under ZeRO-3 its shard of the weights.
+
+    Args:
+        names: of the files in the folder.
+        world_size: ranks that wrote.
+
+    Returns:
+        ``None`` if each has one file of every kind that is there at all, and no other rank has.
+    """
+    if not any(name.endswith("_model_states.pt") for name in names):
+        return "is incomplete: it has no *_model_states.pt"
+    kinds = (
+        ("random states (rank_*.pt)", _RANK_FILE, True),
+        ("the optimiser's shards (*_optim_states.pt)", _OPTIMIZER_SHARD, False),
+        ("the weights' shards (zero_pp_rank_*_model_states.pt)", _WEIGHTS_SHARD, False),
+    )
+    for what, pattern, always in kinds:
+        ranks = sorted(int(match[1]) for name in names if (match := pattern.search(name)))
+        if ranks != list(range(world_size)) and (ranks or always):
+            return (
+                f"is incomplete: it has {what} of ranks {ranks}, not of the {world_size} that wrote"
+            )
+    return None
+
+
+def iteration_of(checkpoint: Path) -> int | None:
+    """``8`` for ``iter_8.pth``; ``None`` for what is not named like a checkpoint."""
+    match = _NUMBERED.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_in(work_dir: Path) -> list[Path]:
+    """Everything in a work dir that is named like a checkpoint, the newest first.
+
+    The newest is the one written last (:attr:`Manifest.sequence`). Among those without manifest it is the
+    one that ``last_checkpoint`` names, then the one of the highest iteration.
+    """
+    if not work_dir.is_dir():
+        return []
+    pointed = pointed_name(work_dir)
+
+    def age(checkpoint: Path) -> tuple[int, bool, int]:
+        return sequence_of(checkpoint), checkpoint.name == pointed, iteration_of(checkpoint) or 0
+
+    return sorted(
+        (child for child in work_dir.iterdir() if iteration_of(child) is not None),
+        key=age,
+        reverse=True,
+    )
+
+
+def sequence_of(checkpoint: Path) -> int:
+    """:attr:`Manifest.sequence`; 0 without a readable manifest."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError:
+        return 0
+    return manifest.sequence if manifest else 0
+
+
+def pointed_name(work_dir: Path) -> str | None:
+    """Name of the checkpoint in ``last_checkpoint``. The work dir may have been moved since: the name counts,
+    not the path."""
+    try:
+        return Path((work_dir / POINTER).read_text().strip()).name
+    except FileNotFoundError:
+        return None
+
+
+def newest_whole(work_dir: Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest whole checkpoint of a work dir.
+
+    Returns:
+        the checkpoint or ``None``, and those that were passed over, newer ones or of a higher iteration:
+        name -> what is wrong.
+    """
+    found: Path | None = None
+    passed_over: dict[str, str] = {}
+    for checkpoint in checkpoints_in(work_dir):
+        if found is not None and (iteration_of(checkpoint) or 0) < (iteration_of(found) or 0):
+            continue
+        wrong = what_is_wrong(checkpoint)
+        if wrong is not None:
+            passed_over[checkpoint.name] = wrong
+        elif found is None:
+            found = checkpoint
+    return found, passed_over

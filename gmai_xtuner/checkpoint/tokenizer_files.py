@@ -1,0 +1,255 @@
+"""Tokenizer and chat template of a plain LLaVA folder: the ids of training, without our code.
+
+Three things differ from the base's tokenizer:
+
+- ``<image>`` is a token (and ``<pad>``, where the base has none); they follow after the last id.
+- It adds no ``<s>`` by itself. The chat template writes it where training had it, so that
+  ``processor(text=...)``, ``apply_chat_template(tokenize=True)`` and servers, which differ in whether they
+  ask for special tokens, all get the same ids.
+- What opens the assistant's turn is split from the answer. Training encodes an answer apart from its prompt;
+  in a conversation so far, read as one text, a merge might reach over that border.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mmengine.logging import print_log
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.conversation import Turn
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
+from gmai_xtuner.model.tokenizer import ANSWER_GOES_ON, ANSWER_START
+
+PAD_TOKEN = "<pad>"
+_HEADERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|assistant|>")
+"""What a turn begins with in templates that say so; the assistant's is the last in the user's text."""
+
+PROBES: tuple[tuple[Turn, ...], ...] = (
+    (Turn("user", f"{IMAGE_TOKEN}\nWhat is shown?"),),
+    (Turn("user", "1 + 1 ="),),
+    (
+        Turn("system", "You are a radiologist."),
+        Turn("user", f"{IMAGE_TOKEN}\n{IMAGE_TOKEN}\nCompare  the two: {IMAGE_TOKEN}?"),
+    ),
+    (
+        Turn("user", f"图中显示什么？{IMAGE_TOKEN}"),
+        Turn("assistant", "胸部X光片。"),
+        Turn("user", "Any pneumothorax?"),
+        Turn("assistant", "\nNo.\n\n- left: none\n"),
+        Turn("user", " why "),
+    ),
+)
+"""Prompts that must have the ids of training: with a system turn, images in places, several turns."""
+
+
+def chat_template(template: ChatTemplate) -> str:
+    """The Jinja template that writes a conversation as training did.
+
+    Content is a text, whose ``<image>`` marks are images, or a list of parts (``text``, ``image``,
+    ``image_url``), joined by line breaks as in training.
+    """
+    before, after = _around(template.user, "{input}")
+    end_of_user, opening = split_opening(after)
+    system_before, system_after = _around(template.system, "{system}")
+    end = template.suffix
+    bos_again = template.add_bos and not template.suffix_is_eos
+    if not template.suffix_is_eos:
+        end_tokens = " + eos_token"
+    else:
+        end_tokens = ""
+    lines = [
+        "{%- set ns = namespace(rounds=0" + (", bos=true" if bos_again else "") + ") -%}",
+        *(["{{- bos_token -}}"] if template.add_bos else []),
+        "{%- for message in messages -%}",
+        "{%- set parts = namespace(text='') -%}",
+        "{%- if message['content'] is string -%}",
+        "{%- set parts.text = message['content'] -%}",
+        "{%- else -%}",
+        "{%- for part in message['content'] -%}",
+        "{%- if not loop.first -%}{%- set parts.text = parts.text + '\\n' -%}{%- endif -%}",
+        "{%- if part['type'] == 'text' -%}",
+        "{%- set parts.text = parts.text + part['text'] -%}",
+        "{%- elif part['type'] in ['image', 'image_url'] -%}",
+        f"{{%- set parts.text = parts.text + {_quoted(IMAGE_TOKEN)} -%}}",
+        "{%- else -%}",
+        "{{- raise_exception('content parts must be text or image, got ' + part['type']) -}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+        "{%- endif -%}",
+        "{%- if message['role'] == 'system' -%}",
+        f"{{{{- {_quoted(system_before)} + parts.text + {_quoted(system_after)} -}}}}",
+        "{%- elif message['role'] == 'user' -%}",
+        *(
+            ["{%- if not ns.bos -%}{{- bos_token -}}{%- endif -%}{%- set ns.bos = true -%}"]
+            if bos_again
+            else []
+        ),
+        "{%- set ns.rounds = ns.rounds + 1 -%}",
+        f"{{{{- {_with_round(before)} + parts.text + {_with_round(end_of_user)} -}}}}",
+        "{%- elif message['role'] == 'assistant' -%}",
+        f"{{{{- {_quoted(opening)} + parts.text + {_quoted(end)}{end_tokens} "
+        f"+ {_quoted(template.separator)} -}}}}",
+        *(["{%- set ns.bos = false -%}"] if bos_again else []),
+        "{%- else -%}",
+        "{{- raise_exception('roles are system, user and assistant, got ' + message['role']) -}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+        "{%- if add_generation_prompt -%}",
+        f"{{{{- {_quoted(opening)} -}}}}",
+        "{%- endif -%}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _around(text: str, mark: str) -> tuple[str, str]:
+    before, found, after = text.partition(mark)
+    if not found:
+        raise GMAIError(f"the prompt template has no {mark}: {text!r}")
+    return before, after
+
+
+def split_opening(after: str) -> tuple[str, str]:
+    """What follows a user's text: (the end of that turn, the beginning of the assistant's)."""
+    places = [after.rfind(header) for header in _HEADERS]
+    place = max(places)
+    return (after[:place], after[place:]) if place >= 0 else ("", after)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _with_round(text: str) -> str:
+    parts = [_quoted(part) for part in text.split("{round}")]
+    return " + (ns.rounds | string) + ".join(parts)
+
+
+def plain_tokenizer(
+    base: PreTrainedTokenizerFast, template: ChatTemplate, *, max_length: int = 2048
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of the folder; ``base`` is not changed.
+
+    Args:
+        base: the language model's tokenizer.
+        template: how turns become text.
+        max_length: positions of the language model.
+
+    Raises:
+        GMAIError: questions by its chat template have other ids than in training. For earlier answers of a
+            conversation that is a warning: some templates have no mark behind which to split.
+    """
+    backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.add_special_tokens([_special(IMAGE_TOKEN)])
+    pad = base.pad_token
+    if pad is None:
+        pad = PAD_TOKEN
+        backend.add_special_tokens([_special(PAD_TOKEN)])
+    _split_before_answers(backend, template)
+    backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
+    named = {
+        name: value
+        for name in ("bos_token", "eos_token", "unk_token")
+        if (value := getattr(base, name)) is not None
+    }
+    further = [token for token in base.additional_special_tokens if token != IMAGE_TOKEN]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **named,
+        pad_token=pad,
+        additional_special_tokens=[*further, IMAGE_TOKEN],
+        model_max_length=max_length,
+        padding_side="left",  # to generate for several prompts at once
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # LLaVA takes no token types
+        chat_template=chat_template(template),
+    )
+    _check_ids(tokenizer, ConversationTokenizer.from_pretrained(base, template))
+    return tokenizer
+
+
+def _special(text: str) -> AddedToken:
+    return AddedToken(text, special=True, normalized=False)
+
+
+def _split_before_answers(backend: Tokenizer, template: ChatTemplate) -> None:
+    _, opening = split_opening(_around(template.user, "{input}")[1])
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    ends = [opening.rfind(text) + len(text) for text in added if text in opening]
+    tail = opening[max(ends, default=0) :]
+    if not tail:
+        return
+    normalizer = backend.normalizer
+    if normalizer is not None:
+        tail = normalizer.normalize_str(tail)
+        # Encoded apart, an answer begins with what the normaliser puts before a text ("▁" in Llama 2).
+        prefix = normalizer.normalize_str("x").removesuffix("x")
+        if prefix:
+            opened = normalizers.Replace(
+                Regex(f"{ANSWER_START}{_escaped(tail)}{ANSWER_GOES_ON}"), tail + prefix
+            )
+            backend.normalizer = normalizers.Sequence([normalizer, opened])
+    split = pre_tokenizers.Split(Regex(f"{ANSWER_START}{_escaped(tail)}"), "isolated")
+    before = backend.pre_tokenizer
+    backend.pre_tokenizer = split if before is None else pre_tokenizers.Sequence([split, before])
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\^$.|?*+()\[\]{}/#&~-])", r"\\\1", text)
+
+
+def differing_prompts(
+    tokenizer: PreTrainedTokenizerFast, training: ConversationTokenizer
+) -> dict[tuple[Turn, ...], str]:
+    """Prompts whose ids by the chat template differ from training's, and where they part."""
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    differ: dict[tuple[Turn, ...], str] = {}
+    for turns in PROBES:
+        expected = training.encode_prompt(turns)
+        expected = np.where(expected == IMAGE_TOKEN_INDEX, image, expected).tolist()
+        text = prompt_text(tokenizer, turns)
+        found = tokenizer(text).input_ids
+        if found != expected:
+            place = next(
+                (n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+                min(len(found), len(expected)),
+            )
+            differ[turns] = (
+                f"the prompt {text!r} has other ids than in training from token {place} on: "
+                f"{tokenizer.convert_ids_to_tokens(found[place : place + 4])} instead of "
+                f"{tokenizer.convert_ids_to_tokens(expected[place : place + 4])}"
+            )
+    return differ
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerFast, training: ConversationTokenizer) -> None:
+    differ = differing_prompts(tokenizer, training)
+    for turns, where in differ.items():
+        if not any(turn.role == "assistant" for turn in turns):
+            raise GMAIError(
+                f"{where}. This tokenizer can't be exported with this prompt_template; export in xtuner's "
+                "layout (--save-format xtuner)"
+            )
+    if differ:
+        print_log(
+            "with this tokenizer and prompt_template, earlier answers of a conversation have other ids at "
+            f"their border than in training; single questions have the same. E.g. {min(differ.values())}",
+            logger="current",
+            level=logging.WARNING,
+        )
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> str:
+    """A prompt as the chat template writes it."""
+    messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

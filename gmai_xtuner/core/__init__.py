@@ -1,0 +1,1 @@
+"""The shared ground of both products: everything that needs no torch."""

@@ -1,0 +1,351 @@
+"""Record -> Conversation: two spellings of the same thing become one, checked.
+
+LLaVA / GMAI-VL form::
+
+    {"id": ..., "image": "a.png" | ["a.png", "b.png"] | null,
+     "conversations": [{"from": "human", "value": "<image>\\n..."},
+                       {"from": "gpt", "value": "..."}]}
+
+OpenAI form; an image is a part of a message, or a mark in its text with top-level ``images``::
+
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}},
+                                               {"type": "text", "text": "..."}]},
+                  {"role": "assistant", "content": "..."}]}
+
+The parts of one message are joined with a line break, an image being ``<image>``, as the authors'
+code does (uni-medical/GMAI-VL, chat messages). Other keys of a record are not read. Nothing is
+mended: a record is right, or a DataError says what is wrong, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gmai_xtuner.core.constants import IMAGE_TOKEN
+from gmai_xtuner.core.errors import DataError
+from gmai_xtuner.core.records import RawRecord, iter_raw
+
+__all__ = ["Conversation", "RawRecord", "Turn", "iter_raw", "parse_raw", "parse_record"]
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+_REMOTE = re.compile(r"(data:|[A-Za-z][A-Za-z0-9+.-]*://)")
+_WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says.
+
+    Args:
+        role: ``"system"``, ``"user"`` or ``"assistant"``.
+        text: as written; ``<image>`` marks, in user turns only, stand at the images' places.
+    """
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A checked conversation: ``[system] (user assistant)+``.
+
+    Args:
+        id: the record's own, or ``"<file>:<line or position>"``.
+        turns: in order.
+        images: paths relative to the image root, with ``/``, one an ``<image>`` mark, in order.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...]
+
+
+def parse_raw(raw: RawRecord, *, dataset: str) -> Conversation:
+    """Read and check one raw record (see :func:`gmai_xtuner.core.records.iter_raw`).
+
+    Raises:
+        DataError: as :func:`parse_record`; also reasons ``not_utf8`` and ``not_json``.
+    """
+    record: object = raw.payload
+    if isinstance(record, bytes):
+        try:
+            record = json.loads(record.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"not UTF-8 ({error.reason} at byte {error.start + 1} of the record)",
+                dataset=dataset,
+                record=raw.where,
+                remedy="Save the file as UTF-8.",
+                reason="not_utf8",
+            ) from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"not valid JSON ({error})",
+                dataset=dataset,
+                record=raw.where,
+                remedy="Each line must be one whole JSON object.",
+                reason="not_json",
+            ) from error
+    return parse_record(record, dataset=dataset, where=raw.where, default_id=raw.default_id)
+
+
+def parse_record(
+    record: object, *, dataset: str, where: str, default_id: str | None = None
+) -> Conversation:
+    """Check one record of either form.
+
+    Args:
+        record: the decoded object.
+        dataset: name of the dataset, for errors.
+        where: place for people, e.g. ``"line 12"``.
+        default_id: id of a record without ``id`` and ``question_id``; default ``where``.
+
+    Raises:
+        DataError: reasons ``not_an_object``, ``bad_id``, ``bad_turn``, ``unknown_role``,
+            ``empty_conversation``, ``empty_turn``, ``bad_turn_order``, ``bad_text``,
+            ``misplaced_image_mark``, ``image_count``, ``bad_image``, ``remote_image``,
+            ``path_outside_root``.
+    """
+    place = _Place(dataset, where)
+    if not isinstance(record, Mapping):
+        raise place.error(
+            f"expected an object, got {_kind(record)}",
+            remedy="A list of records belongs in a .json file, an object a line in a .jsonl file.",
+            reason="not_an_object",
+        )
+    identifier = _read_id(record, place) or default_id or where
+    if record.get("id") is not None or record.get("question_id") is not None:
+        place = _Place(dataset, f"{identifier} ({where})")
+
+    messages = _find_messages(record, place)
+    turns: list[Turn] = []
+    inline_images: list[object] = []
+    for number, message in enumerate(messages, start=1):
+        turns.append(_read_turn(message, number, inline_images, place))
+    _check_order(turns, place)
+    images = _join_images(_listed_images(record, place), inline_images, place)
+    number_of_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    if number_of_marks != len(images):
+        raise place.error(
+            f"{number_of_marks} {IMAGE_TOKEN} mark(s) in the text, but {len(images)} image(s)",
+            remedy=f"Write one {IMAGE_TOKEN} for each image, where it belongs.",
+            reason="image_count",
+        )
+    return Conversation(
+        identifier, tuple(turns), tuple(_relative_path(image, place) for image in images)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    dataset: str
+    record: str
+
+    def error(self, problem: str, *, remedy: str, reason: str) -> DataError:
+        return DataError(
+            problem, dataset=self.dataset, record=self.record, remedy=remedy, reason=reason
+        )
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _read_id(record: Mapping[str, Any], place: _Place) -> str | None:
+    for key in ("id", "question_id"):
+        value = record.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            raise place.error(
+                f"{key} must be a text or a whole number, got {value!r}",
+                remedy="Correct it, or leave it out.",
+                reason="bad_id",
+            )
+        identifier = str(value)
+        _check_text(identifier, key, place)
+        return identifier
+    return None
+
+
+def _find_messages(record: Mapping[str, Any], place: _Place) -> Sequence[object]:
+    found = [key for key in ("conversations", "messages") if record.get(key) is not None]
+    if len(found) != 1:
+        keys = ", ".join(map(str, record)) or "none"
+        raise place.error(
+            f"expected 'conversations' or 'messages', got {' and '.join(found) or 'neither'} "
+            f"(keys: {keys})",
+            remedy="Give the turns under one of the two.",
+            reason="empty_conversation" if not found else "bad_turn",
+        )
+    messages = record[found[0]]
+    if not isinstance(messages, list | tuple):
+        raise place.error(
+            f"{found[0]} must be a list of turns, got {_kind(messages)}",
+            remedy="Write a list of objects.",
+            reason="bad_turn",
+        )
+    if not messages:
+        raise place.error(
+            f"{found[0]} is empty", remedy="Remove the record.", reason="empty_conversation"
+        )
+    return messages
+
+
+def _read_turn(message: object, number: int, images: list[object], place: _Place) -> Turn:
+    """One turn; images that are parts of the message are appended to ``images``."""
+    if not isinstance(message, Mapping):
+        raise place.error(
+            f"turn {number} must be an object, got {_kind(message)}",
+            remedy='Write {"from": ..., "value": ...} or {"role": ..., "content": ...}.',
+            reason="bad_turn",
+        )
+    name = message.get("from") if message.get("from") is not None else message.get("role")
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise place.error(
+            f"turn {number} has the unknown role {name!r}",
+            remedy=f"Use one of {', '.join(_ROLES)}.",
+            reason="unknown_role",
+        )
+    content = message.get("value") if message.get("value") is not None else message.get("content")
+    if isinstance(content, str):
+        text = content
+    elif isinstance(content, list | tuple):
+        text = "\n".join(_read_part(part, number, images, place) for part in content)
+    else:
+        raise place.error(
+            f"turn {number} ({role}) has {_kind(content)} where its text belongs",
+            remedy="Write a text, or a list of text and image parts.",
+            reason="empty_turn" if content is None else "bad_turn",
+        )
+    _check_text(text, f"turn {number}", place)
+    if not text.strip():
+        raise place.error(
+            f"turn {number} ({role}) is empty",
+            remedy="Write its text, or remove the record.",
+            reason="empty_turn",
+        )
+    if role != "user" and IMAGE_TOKEN in text:
+        raise place.error(
+            f"turn {number} has {text.count(IMAGE_TOKEN)} image(s) in the {role}'s text",
+            remedy=f"{IMAGE_TOKEN} belongs in user turns only.",
+            reason="misplaced_image_mark",
+        )
+    return Turn(role, text)
+
+
+def _read_part(part: object, number: int, images: list[object], place: _Place) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if isinstance(part, Mapping) and kind == "image_url":
+        url = part.get("image_url")
+        images.append(url.get("url") if isinstance(url, Mapping) else url)
+        return IMAGE_TOKEN
+    if isinstance(part, Mapping) and kind == "image":
+        sources = [part[key] for key in ("image", "url", "path") if part.get(key) is not None]
+        if len(sources) > 1:
+            raise place.error(
+                f"turn {number} has an image part with {len(sources)} sources",
+                remedy="Give one of image, url and path.",
+                reason="bad_image",
+            )
+        images.extend(sources)  # none: the file stands in the record's images
+        return IMAGE_TOKEN
+    raise place.error(
+        f"turn {number} has a part of type {kind!r} that can't be read",
+        remedy='Parts are {"type": "text", "text": ...}, {"type": "image_url", "image_url": ...} '
+        'and {"type": "image", "image": ...}.',
+        reason="bad_turn",
+    )
+
+
+def _check_text(text: str, what: str, place: _Place) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise place.error(
+            f"{what} has half a surrogate pair ({text[error.start]!r}) at character "
+            f"{error.start + 1}",
+            remedy="Write the whole character.",
+            reason="bad_text",
+        ) from error
+
+
+def _check_order(turns: Sequence[Turn], place: _Place) -> None:
+    first = 1 if turns[0].role == "system" else 0
+    for position in range(first, len(turns)):
+        expected = "assistant" if (position - first) % 2 else "user"
+        if turns[position].role != expected:
+            raise place.error(
+                f"turn {position + 1} is the {turns[position].role}'s, expected the {expected}'s",
+                remedy="After an optional system turn, user and assistant take turns.",
+                reason="bad_turn_order",
+            )
+    if turns[-1].role != "assistant":
+        raise place.error(
+            f"the last turn is the {turns[-1].role}'s, so there is no answer to learn",
+            remedy="End with an assistant turn, or remove the record.",
+            reason="bad_turn_order",
+        )
+
+
+def _listed_images(record: Mapping[str, Any], place: _Place) -> list[object]:
+    found = [key for key in ("image", "images") if record.get(key) is not None]
+    if len(found) == 2:
+        raise place.error(
+            "has both image and images", remedy="Give one of the two.", reason="bad_image"
+        )
+    if not found:
+        return []
+    value = record[found[0]]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _join_images(listed: list[object], inline: list[object], place: _Place) -> list[object]:
+    if listed and inline:
+        raise place.error(
+            f"{len(listed)} image(s) listed for the record and {len(inline)} inside its messages, "
+            "so their order is not known",
+            remedy="Give all images in one of the two ways.",
+            reason="bad_image",
+        )
+    return listed or inline
+
+
+def _relative_path(image: object, place: _Place) -> str:
+    if not isinstance(image, str) or not image.strip() or "\0" in image:
+        shown = repr(image) if isinstance(image, str) else _kind(image)
+        raise place.error(
+            f"an image must be the path of a file, got {shown}",
+            remedy="Write the picture to a file and give its path below the image root.",
+            reason="bad_image",
+        )
+    _check_text(image, "an image path", place)
+    if _REMOTE.match(image):
+        raise place.error(
+            f"image {image[:80]!r} is not a file below the image root",
+            remedy="Download it or decode it to a file, and give its path.",
+            reason="remote_image",
+        )
+    path = posixpath.normpath(image)
+    is_windows_path = _WINDOWS_ROOT.match(image) or ".." in image.split("\\")
+    if path.startswith(("/", "\\")) or path.split("/")[0] == ".." or is_windows_path:
+        raise place.error(
+            f"image path {image!r} leaves the image root",
+            remedy="Give a path relative to image_root in the mixture file, without '..'.",
+            reason="path_outside_root",
+        )
+    return path

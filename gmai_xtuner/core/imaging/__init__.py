@@ -1,0 +1,1 @@
+"""Images, volumes and windows, as training, the corpus builder and the page read them."""

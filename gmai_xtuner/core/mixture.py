@@ -1,0 +1,455 @@
+"""Mixture file -> datasets with their ratios, and seeded sampling.
+
+A mixture file (YAML or JSON) lists datasets by name::
+
+    defaults: {quality: high}             # optional: fields shared by all datasets
+    datasets:
+      quickstart-train:
+        annotations: train.jsonl          # or a list of files
+        image_root: images                # leave out for text alone; "" is the annotations' folder
+        category: Medical Instruction
+        quality: high                     # or low
+        ratio: {stage1: 1, stage2: 1, stage3: 0.5}   # or one number for all stages; default 1
+        over_length: cut                  # or drop; default cut
+        on_bad_sample: skip               # or raise; default: what the config says
+        size: 1200                        # informative
+        exclude: leaks.txt                # or a list of files; see ``datasets.exclusion``
+    exclude: overlap/slake/exclude.txt          # optional: for all datasets, beside their own
+
+A variant of another mixture names it, what it lacks, and what it has besides::
+
+    base: gmai_vl_5_5m.yaml               # in either form; its paths are relative to it
+    without: [GMAI-MM-*]                  # its datasets that are left out, by name or pattern
+    datasets: {}                          # further ones, as above; may be left out
+
+The authors' form is read too (uni-medical/GMAI-VL, examples/example_list.json, whose trailing comma
+is good YAML)::
+
+    {"NAME": {"image_dir": "", "annotations": "data.json", "sample_ratio": 1.0, "length": 38276,
+              "data_augment": true}}
+
+There ``length`` becomes ``size``; ``data_augment`` must be true or false and changes nothing, as
+the paper trains without augmentation. Relative paths are looked up in the mixture file's folder,
+then in the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from gmai_xtuner.core.errors import MixtureError
+from gmai_xtuner.core.records import SUFFIXES
+from gmai_xtuner.core.yaml_lines import Section, parse
+
+STAGES = ("stage1", "stage2", "stage3")
+QUALITIES = ("high", "low")
+
+_SHARED = ("image_root", "category", "quality", "ratio", "over_length", "on_bad_sample")
+_OWN = ("annotations", *_SHARED, "size", "exclude")
+_AUTHORS = {  # the authors' key -> ours
+    "image_dir": "image_root",
+    "annotations": "annotations",
+    "sample_ratio": "ratio",
+    "length": "size",
+    "data_augment": None,
+}
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One dataset of a mixture.
+
+    Args:
+        name: unique in its mixture.
+        annotations: files that ``datasets.records.iter_raw`` reads.
+        image_root: folder that image paths are relative to; None for text alone.
+        category: free text, such as Table 7's.
+        quality: ``"high"``, ``"low"`` or None.
+        ratios: stage name -> how often each record is seen.
+        over_length: what happens to a conversation longer than a sequence, ``"cut"`` or ``"drop"``.
+        on_bad_sample: ``"raise"``, ``"skip"``, or None for the config's choice.
+        size: number of records that the file states; informative.
+        exclude: lists of what is left out, the whole mixture's first; see ``datasets.exclusion``.
+    """
+
+    name: str
+    annotations: tuple[Path, ...]
+    image_root: Path | None
+    category: str | None
+    quality: str | None
+    ratios: Mapping[str, float]
+    over_length: str
+    on_bad_sample: str | None
+    size: int | None
+    exclude: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The datasets of one mixture file, in its order; ``without`` names those of a base that it lacks."""
+
+    path: Path
+    entries: tuple[DatasetEntry, ...]
+    without: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Names that an exclude list may speak of."""
+        return frozenset(self.without) | {entry.name for entry in self.entries}
+
+
+def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
+    """Read and check a mixture file.
+
+    Args:
+        path: ``.yaml``, ``.yml`` or ``.json`` file in our or the authors' form.
+        check_files: whether annotation files, image folders and exclude lists must exist.
+
+    Raises:
+        MixtureError: with file, line, dataset and remedy.
+    """
+    return _load(Path(path), (), check_files=check_files)
+
+
+def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
+    """``variants``: the files that this one is a base of, itself not among them."""
+    top = Section(path, parse(path), title="the mixture")
+    # In the authors' form the top level is the datasets, and each of them a mapping.
+    is_variant = isinstance(top.values.get("base"), yaml.ScalarNode)
+    base = Mixture(path, ())
+    exclude: tuple[Path, ...] = ()
+    if is_variant or "datasets" in top.values:
+        top.check_keys(("datasets", "defaults", "exclude", *(("base", "without") * is_variant)))
+        defaults = top.section("defaults") if "defaults" in top.values else None
+        if defaults is not None:
+            defaults.check_keys(_SHARED)
+        if is_variant:
+            base = _read_base(top, variants, check_files=check_files)
+        exclude = _read_exclude(top, check_files=check_files)
+        datasets = top.section("datasets") if "datasets" in top.values else None
+    else:
+        datasets, defaults = top, None
+        near = difflib.get_close_matches("datasets", top.values, n=1)
+        if near and "annotations" not in top.section(near[0]).values:
+            raise top.error(
+                f"unknown key {near[0]!r}", remedy="Did you mean 'datasets'?", key=near[0]
+            )
+    if datasets is not None and not datasets.values and not base.entries:
+        raise datasets.error("no dataset is listed", remedy="List at least one.")
+    entries = list(base.entries)
+    for name in datasets.values if datasets is not None else ():
+        assert datasets is not None
+        section = datasets.section(name, title=f"dataset {name!r}")
+        section.check_keys(_AUTHORS if datasets is top else _OWN)
+        if datasets is top:
+            section = _from_authors_form(section)
+        if not name.strip():
+            raise section.error("the name is empty", remedy="Name the dataset.")
+        if any(entry.name == name for entry in base.entries):
+            raise section.error(
+                "the base has a dataset of this name", remedy="Rename it, or name it in `without`."
+            )
+        entries.append(_read_entry(name, section, defaults, check_files=check_files))
+    own = (replace(entry, exclude=_joined(exclude, entry.exclude)) for entry in entries)
+    return Mixture(path, tuple(own), base.without)
+
+
+def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
+    """The mixture that this one is a variant of, without what it leaves out."""
+    value = top.scalar("base")
+    if not isinstance(value, str) or not value:
+        raise top.error("base must name a mixture file", remedy="Name one.", key="base")
+    file = _locate(top, value, key="base", must_exist=True)
+    family = (*variants, top.path.resolve())
+    if file.resolve() in family:
+        raise top.error(
+            f"base {value!r} is based on this file itself", remedy="Name another.", key="base"
+        )
+    base = _load(file, family, check_files=check_files)
+    if "without" not in top.values:
+        return base
+    patterns = _read_texts(top, "without", what="a dataset of the base, or a pattern")
+    left_out: set[str] = set()
+    for pattern in patterns:
+        matching = {entry.name for entry in base.entries if fnmatchcase(entry.name, pattern)}
+        if not matching:
+            near = difflib.get_close_matches(pattern, [entry.name for entry in base.entries], n=1)
+            raise top.error(
+                f"without: {pattern!r} is no dataset of {file}",
+                remedy=f"Did you mean {near[0]!r}?" if near else "`*` stands for any characters.",
+                key="without",
+            )
+        left_out |= matching
+    kept = tuple(entry for entry in base.entries if entry.name not in left_out)
+    names = (entry.name for entry in base.entries if entry.name in left_out)
+    return Mixture(file, kept, (*base.without, *names))
+
+
+def _joined(*parts: tuple[Path, ...]) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(path for part in parts for path in part))
+
+
+def select(
+    mixture: Mixture, *, stage: str, quality: str | None = None
+) -> list[tuple[DatasetEntry, float]]:
+    """Datasets that a stage trains on, with their ratios, in the file's order.
+
+    Args:
+        mixture: see :func:`load_mixture`.
+        stage: ``"stage1"``, ``"stage2"`` or ``"stage3"``.
+        quality: keep the datasets of this quality only; default all.
+
+    Raises:
+        MixtureError: unknown stage or quality, a dataset without the quality that is asked for, or
+            no dataset left.
+    """
+    for what, value, known in (("stage", stage, STAGES), ("quality", quality, QUALITIES)):
+        if value not in known and not (what == "quality" and value is None):
+            raise MixtureError(f"{what} must be one of {', '.join(known)}, got {value!r}.")
+    used = [entry for entry in mixture.entries if entry.ratios[stage] > 0]
+    if quality is not None:
+        unknown = [entry.name for entry in used if entry.quality is None]
+        if unknown:
+            raise MixtureError(
+                f"{mixture.path}: quality {quality!r} was asked for, but {', '.join(unknown)} "
+                "has none. Write quality: high or low for each dataset."
+            )
+        used = [entry for entry in used if entry.quality == quality]
+    if not used:
+        wanted = f" of quality {quality!r}" if quality else ""
+        raise MixtureError(
+            f"{mixture.path}: no dataset{wanted} has a ratio above 0 in {stage}. Raise a ratio."
+        )
+    return [(entry, entry.ratios[stage]) for entry in used]
+
+
+def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarray:
+    """Which records of a dataset are seen: each ``floor(ratio)`` or ``ceil(ratio)`` times.
+
+    2.5 means two whole copies and a random half. The draw depends on seed and name alone, so
+    another dataset in the mixture changes nothing.
+
+    Args:
+        size: number of records.
+        ratio: 0 or more.
+        seed: 0 or more.
+        name: of the dataset.
+
+    Returns:
+        int64 ``[round(size * ratio)]``, sorted.
+    """
+    if size < 0 or seed < 0 or not (math.isfinite(ratio) and ratio >= 0):
+        raise ValueError(
+            f"size, ratio and seed must be finite and not negative, got {size}, {ratio} and {seed}."
+        )
+    whole = math.floor(ratio)
+    times = np.full(size, whole, dtype=np.int64)
+    digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4")
+    generator = np.random.default_rng([seed, *digest.tolist()])
+    rest = round(size * ratio) - whole * size
+    times[generator.choice(size, rest, replace=False, shuffle=False) if rest else []] += 1
+    return np.repeat(np.arange(size, dtype=np.int64), times)
+
+
+# --- fields -------------------------------------------------------------------------------------
+
+
+def _from_authors_form(section: Section) -> Section:
+    if "data_augment" in section.values and not isinstance(section.scalar("data_augment"), bool):
+        raise section.error(
+            "data_augment must be true or false", remedy="Correct it.", key="data_augment"
+        )
+    return section.renamed({old: new for old, new in _AUTHORS.items() if new is not None})
+
+
+def _read_entry(
+    name: str, section: Section, defaults: Section | None, *, check_files: bool
+) -> DatasetEntry:
+    def holder(key: str) -> Section | None:
+        """The section that gives a field: the dataset, else the defaults, else none."""
+        return next((part for part in (section, defaults) if part and key in part.values), None)
+
+    annotations = _read_annotations(section, check_files=check_files)
+    root_holder = holder("image_root")
+    return DatasetEntry(
+        name=name,
+        annotations=annotations,
+        image_root=_read_image_root(root_holder, annotations, check_files=check_files)
+        if root_holder
+        else None,
+        category=_read_text(holder("category"), "category"),
+        quality=_read_choice(holder("quality"), "quality", QUALITIES, None),
+        ratios=_read_ratios(holder("ratio")),
+        over_length=_read_choice(holder("over_length"), "over_length", ("cut", "drop"), "cut")
+        or "cut",
+        on_bad_sample=_read_choice(
+            holder("on_bad_sample"), "on_bad_sample", ("raise", "skip"), None
+        ),
+        size=_read_size(section),
+        exclude=_read_exclude(section, check_files=check_files),
+    )
+
+
+def _read_text(section: Section | None, key: str) -> str | None:
+    if section is None:
+        return None
+    value = section.scalar(key)
+    if value is not None and not isinstance(value, str):
+        raise section.error(
+            f"{key} must be a text, got {value!r}", remedy="Put it in quotes.", key=key
+        )
+    return value
+
+
+def _read_choice(
+    section: Section | None, key: str, known: tuple[str, ...], default: str | None
+) -> str | None:
+    if section is None:
+        return default
+    value = section.scalar(key)
+    if value not in known:
+        raise section.error(
+            f"{key} must be one of {', '.join(known)}, got {value!r}",
+            remedy="Correct it, or leave it out.",
+            key=key,
+        )
+    return value
+
+
+def _read_size(section: Section) -> int | None:
+    if "size" not in section.values:
+        return None
+    value = section.scalar("size")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise section.error(
+            f"the size (length) must be a number of records, got {value!r}",
+            remedy="Correct it, or leave it out.",
+            key="size",
+        )
+    return value
+
+
+def _read_ratios(section: Section | None) -> dict[str, float]:
+    if section is None:
+        return dict.fromkeys(STAGES, 1.0)
+    node = section.values["ratio"]
+    if not isinstance(node, yaml.MappingNode):
+        return dict.fromkeys(STAGES, _read_ratio(section, section.scalar("ratio")))
+    stages = section.section("ratio", title=f"{section.title}, ratio")
+    stages.check_keys(STAGES)
+    for stage in STAGES:
+        if stage not in stages.values:
+            raise stages.error(
+                f"{stage} is missing", remedy="Give all three stages; 0 leaves one out."
+            )
+    return {stage: _read_ratio(stages, stages.scalar(stage), key=stage) for stage in STAGES}
+
+
+def _read_ratio(section: Section, value: object, *, key: str = "ratio") -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type,operator]
+        raise section.error(
+            f"a ratio must be a number of 0 or more, got {value!r}",
+            remedy="1 is all records once, 0.05 is 5 %, 2.5 is two and a half times.",
+            key=key,
+        )
+    return float(value)  # type: ignore[arg-type]
+
+
+def _read_annotations(section: Section, *, check_files: bool) -> tuple[Path, ...]:
+    key = "annotations"
+    if key not in section.values:
+        raise section.error("annotations are missing", remedy="Name the file(s) with the records.")
+    files: list[Path] = []
+    for value in _read_texts(section, key, what="a file"):
+        if Path(value).suffix.lower() not in SUFFIXES:
+            raise section.error(
+                f"annotation file {value!r} has an unknown suffix",
+                remedy=f"Use one of {', '.join(SUFFIXES)}.",
+                key=key,
+            )
+        file = _locate(section, value, key=key, must_exist=check_files)
+        if check_files and not file.is_file():
+            raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
+        if file in files:
+            raise section.error(
+                f"{value!r} is listed twice", remedy="Raise the ratio instead.", key=key
+            )
+        files.append(file)
+    return tuple(files)
+
+
+def _read_exclude(section: Section, *, check_files: bool) -> tuple[Path, ...]:
+    key = "exclude"
+    if key not in section.values:
+        return ()
+    files = []
+    for value in _read_texts(section, key, what="a file"):
+        file = _locate(section, value, key=key, must_exist=check_files)
+        if check_files and not file.is_file():
+            raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
+        files.append(file)
+    return tuple(files)
+
+
+def _read_texts(section: Section, key: str, *, what: str) -> list[str]:
+    """A text or a list of texts."""
+    node = section.values[key]
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    values = [section.plain(item, key) for item in nodes]
+    if not values or not all(isinstance(value, str) and value for value in values):
+        raise section.error(
+            f"{key} must be {what} or a list of such, got {values!r}",
+            remedy="Write a name, or several in brackets.",
+            key=key,
+        )
+    return values
+
+
+def _read_image_root(
+    section: Section, annotations: tuple[Path, ...], *, check_files: bool
+) -> Path | None:
+    key = "image_root"
+    value = _read_text(section, key)
+    if value is None:
+        return None
+    if value == "":
+        folders = {file.parent for file in annotations}
+        if len(folders) > 1:
+            raise section.error(
+                "an empty image root means the annotations' folder, but they lie in several",
+                remedy="Name the folder.",
+                key=key,
+            )
+        return folders.pop()
+    folder = _locate(section, value, key=key, must_exist=check_files)
+    if check_files and not folder.is_dir():
+        raise section.error(
+            f"image root {str(folder)!r} is not a folder", remedy="Name a folder.", key=key
+        )
+    return folder
+
+
+def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path:
+    """A path as it stands, below the mixture file's folder, or below the working directory."""
+    candidates = [section.path.parent / value, Path.cwd() / value]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    if must_exist:
+        looked = " and ".join(dict.fromkeys(repr(str(candidate)) for candidate in candidates))
+        raise section.error(
+            f"{key} {value!r} does not exist (looked for {looked})",
+            remedy="Give a path relative to the mixture file.",
+            key=key,
+        )
+    return candidates[0]

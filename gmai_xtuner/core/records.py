@@ -1,0 +1,193 @@
+"""Annotation file -> raw records, one after the other; the file's objects are never all in memory.
+
+``.json`` (a list), ``.jsonl`` / ``.ndjson`` (an object a line) and ``.parquet``. This half runs in
+the main process and does as little as it can; the rest is done by
+:func:`gmai_xtuner.core.conversation.parse_raw`, in a worker if wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gmai_xtuner.core.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+"""File names that :func:`iter_raw` reads."""
+
+_COLUMNS = ("id", "question_id", "image", "images", "conversations", "messages")
+_PARQUET_ROWS = 512
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """One record as it lies in its file; cheap to send to another process.
+
+    Args:
+        where: place for people, e.g. ``"train.jsonl, line 12"``.
+        default_id: id of a record that has none, e.g. ``"train.jsonl:12"``.
+        payload: the line's bytes (JSONL), or the decoded object (JSON list, Parquet).
+    """
+
+    where: str
+    default_id: str
+    payload: bytes | object
+
+
+def iter_raw(path: str | Path, *, dataset: str | None = None) -> Iterator[RawRecord]:
+    """Records of one annotation file in their order; blank lines are passed over.
+
+    Args:
+        path: ``.json``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file.
+        dataset: name of the dataset, for errors.
+
+    Raises:
+        DataError: the file as a whole can't be read (reason ``bad_annotation_file``). What is wrong
+            with a single line or object is found by ``parse_raw``, except for a JSON list, whose
+            next record can't be found behind a broken one.
+    """
+    path = Path(path)
+    readers = {
+        ".json": _iter_json_list,
+        ".jsonl": _iter_lines,
+        ".ndjson": _iter_lines,
+        ".parquet": _iter_parquet,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise _file_error(
+            path, f"has the suffix {path.suffix!r}", f"Use one of {', '.join(SUFFIXES)}.", dataset
+        )
+    number_of_records = 0
+    try:
+        for raw in reader(path, dataset):
+            number_of_records += 1
+            yield raw
+    except OSError as error:
+        raise _file_error(path, f"can't be read ({error})", "Check the path.", dataset) from error
+    if not number_of_records:
+        raise _file_error(path, "has no record", "Remove it from the mixture file.", dataset)
+
+
+def _iter_lines(path: Path, dataset: str | None) -> Iterator[RawRecord]:
+    with open(path, "rb") as file:  # bytes: a line that is not UTF-8 costs that line only
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if line := line.strip(b" \t\r\n"):
+                yield RawRecord(f"{path.name}, line {number}", f"{path.name}:{number}", line)
+
+
+def _iter_json_list(path: Path, dataset: str | None) -> Iterator[RawRecord]:
+    """Decode the text once and scan one item after the other; no tree of the whole file."""
+    text = _read_text(path, dataset)
+    decoder = json.JSONDecoder()
+
+    def skip_space(position: int) -> int:
+        match = _JSON_SPACE.match(text, position)
+        return position if match is None else match.end()
+
+    def broken(what: str, position: int) -> DataError:
+        line = text.count("\n", 0, position) + 1
+        return _file_error(
+            path,
+            f"is not valid JSON: {what} at line {line}, record {number}",
+            "Correct it there; everything behind that place is unread.",
+            dataset,
+            reason="not_json",
+        )
+
+    number = 1
+    position = skip_space(0)
+    if position == len(text):
+        return
+    if text[position] == "{":
+        raise _file_error(
+            path,
+            "holds an object where a list of records was expected",
+            "Wrap the records in [ ], or name the file .jsonl if it has one record a line.",
+            dataset,
+        )
+    if text[position] != "[":
+        raise broken("a list was expected", position)
+    position = skip_space(position + 1)
+    line, counted = 1, 0
+    while text[position : position + 1] != "]" or number > 1:
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            item, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise broken(error.msg, error.pos) from error
+        except RecursionError as error:
+            raise broken("objects nested too deeply", position) from error
+        yield RawRecord(
+            f"{path.name}, record {number} (line {line})", f"{path.name}:{number}", item
+        )
+        number += 1
+        position = skip_space(position)
+        if text[position : position + 1] == "]":
+            break
+        if text[position : position + 1] != ",":
+            raise broken("',' or ']' was expected", position)
+        position = skip_space(position + 1)
+    if (end := skip_space(position + 1)) != len(text):
+        raise broken("text behind the end of the list", end)
+
+
+def _read_text(path: Path, dataset: str | None) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _file_error(
+            path,
+            f"is not UTF-8 at line {line} ({error.reason}, byte {data[error.start]:#04x})",
+            "Save it as UTF-8.",
+            dataset,
+            reason="not_utf8",
+        ) from error
+
+
+def _iter_parquet(path: Path, dataset: str | None) -> Iterator[RawRecord]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in _COLUMNS if name in names]
+            if not {"conversations", "messages"} & set(columns):
+                raise _file_error(
+                    path,
+                    f"has no column 'conversations' or 'messages' (it has {', '.join(names)})",
+                    "Rename the column that holds the turns.",
+                    dataset,
+                )
+            number = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRecord(f"{path.name}, record {number}", f"{path.name}:{number}", row)
+    except pa.ArrowException as error:
+        raise _file_error(
+            path, f"is not a readable Parquet file ({error})", "Write it again.", dataset
+        ) from error
+
+
+def _file_error(
+    path: Path,
+    problem: str,
+    remedy: str,
+    dataset: str | None,
+    *,
+    reason: str = "bad_annotation_file",
+) -> DataError:
+    return DataError(
+        f"annotation file {str(path)!r} {problem}", dataset=dataset, remedy=remedy, reason=reason
+    )

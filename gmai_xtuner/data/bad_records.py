@@ -1,0 +1,213 @@
+"""Bad records of a dataset, told all at once: as an error for people, as a list for tools.
+
+A build that is refused leaves ``<dataset>-<key>.bad/`` beside the caches::
+
+    bad.jsonl       each bad record: id, where, reason, problem, remedy; its bad images, with a reason each
+    error.json      the error, for processes that waited for the same build
+    ...             a token cache of the good records, for looking at
+
+Memory does not grow with their number: the error shows the first, the list on disk has all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from gmai_xtuner.core.errors import DataError, ImageError
+
+BAD_LIST = "bad.jsonl"
+ERRORS_SHOWN = 20
+
+
+class BadRecords(DataError):
+    """The bad records of one dataset.
+
+    Args:
+        problem: the only one, or the first of them with their places and where the list of all is.
+        count: how many.
+        reasons: short key of a reason -> how many.
+        listing: JSON Lines file with all of them.
+        rest: folder of a ``TokenCache`` of the good records, for looking at, not for training; ``None``
+            if there is none.
+        dataset: its name.
+        record: the only one.
+        remedy: what the user can do.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        count: int,
+        reasons: Mapping[str, int],
+        listing: Path,
+        rest: Path | None,
+        dataset: str,
+        record: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        reason = next(iter(reasons)) if len(reasons) == 1 else "bad_records"
+        super().__init__(problem, dataset=dataset, record=record, remedy=remedy, reason=reason)
+        if count > 1:  # a list: what to do stands below it, not behind its last line
+            self.args = (f"dataset {dataset!r}: {problem}\n{remedy}",)
+        self.count = count
+        self.reasons = dict(reasons)
+        self.listing = listing
+        self.rest = rest
+
+    def fields(self) -> dict[str, Any]:
+        """The arguments that make it again, fit for JSON."""
+        return {
+            "problem": self.problem,
+            "count": self.count,
+            "reasons": self.reasons,
+            "listing": str(self.listing),
+            "rest": None if self.rest is None else str(self.rest),
+            "dataset": self.dataset,
+            "record": self.record,
+            "remedy": self.remedy,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> BadRecords:
+        """The error that :meth:`fields` describes."""
+        rest = fields["rest"]
+        return cls(
+            **{
+                **fields,
+                "listing": Path(fields["listing"]),
+                "rest": None if rest is None else Path(rest),
+            }
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BadRecords.from_fields, (self.fields(),)
+
+
+class BadList:
+    """Counts the bad records of a build and keeps the first of them; the file has all.
+
+    ``files``: what is wrong with annotation files as a whole.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.reasons: Counter[str] = Counter()
+        self.first: list[dict[str, Any]] = []
+        self.remedies: dict[str, None] = {}
+        self.files: list[DataError] = []
+
+    def add(self, notes: Iterable[dict[str, Any]], listing: TextIO) -> None:
+        """Count notes and write them to the list."""
+        for note in notes:
+            self.count += 1
+            self.reasons[note["reason"]] += 1
+            if len(self.first) < ERRORS_SHOWN:
+                self.first.append(note)
+            if note["remedy"] and len(self.remedies) < ERRORS_SHOWN:
+                self.remedies[note["remedy"].rstrip(".")] = None
+            listing.write(json.dumps(note, ensure_ascii=False) + "\n")
+
+    def error(self, dataset: str, *, read: int, folder: Path, kept: int) -> BadRecords:
+        """One error for all of them.
+
+        Args:
+            dataset: its name.
+            read: records that were read.
+            folder: where the list and the rest will lie.
+            kept: records of the rest.
+        """
+        facts: dict[str, Any] = {
+            "count": self.count,
+            "reasons": dict(self.reasons.most_common()),
+            "listing": folder / BAD_LIST,
+            "rest": folder if kept else None,
+            "dataset": dataset,
+            "remedy": ". ".join(self.remedies),
+        }
+        if self.count == 1:
+            (note,) = self.first
+            return BadRecords(note["problem"], record=_place(note) or None, **facts)
+        told = ", ".join(f"{number} {reason}" for reason, number in facts["reasons"].items())
+        lines = [
+            f"{self.count} of {read} records are bad ({told}); all of them: {facts['listing']}"
+        ]
+        lines += [
+            f"  {_place(note)}: {note['problem']}".replace("  : ", "  ") for note in self.first
+        ]
+        if self.count > len(self.first):
+            lines.append(f"  ... and {self.count - len(self.first)} more")
+        if not self.files:
+            facts["remedy"] += ". Or leave them out: on_bad_sample='skip' counts and lists them"
+        return BadRecords("\n".join(lines), **facts)
+
+
+def note_of_record(record: str, where: str, errors: Mapping[str, DataError]) -> dict[str, Any]:
+    """What the lists say of a bad record.
+
+    Args:
+        record: its id, with its place behind it or not.
+        where: its place in its file.
+        errors: what is wrong, by image, or under ``""`` with the record itself.
+    """
+    first = next(iter(errors.values()))
+    note: dict[str, Any] = {
+        "id": record.removesuffix(f" ({where})"),
+        "where": where,
+        "reason": first.reason,
+        "problem": "; ".join(error.problem for error in errors.values()),
+        "remedy": first.remedy,
+    }
+    if isinstance(first, ImageError):
+        note["images"] = {image: error.reason for image, error in errors.items()}
+    return note
+
+
+def note_of_file(error: DataError) -> dict[str, Any]:
+    """The same for an annotation file that can't be read, or not to its end."""
+    return {
+        "id": "",
+        "where": "",
+        "reason": error.reason,
+        "problem": error.problem,
+        "remedy": error.remedy,
+    }
+
+
+def _place(note: Mapping[str, Any]) -> str:
+    """``id (file, line)``, or the place alone where the record has no id."""
+    return f"{note['id']} ({note['where']})" if note["id"] != note["where"] else note["where"]
+
+
+def bad_folder(cache: Path) -> Path:
+    """Where a refused build of this cache is left."""
+    return cache.with_name(f"{cache.name}.bad")
+
+
+def leave_for_inspection(partial: Path, error: BadRecords) -> None:
+    """Put a refused build where its error says that it lies."""
+    (partial / "error.json").write_text(json.dumps(error.fields()), encoding="utf-8")
+    folder = error.listing.parent
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def raise_again_if_found_since(asked: float, folder: Path) -> None:
+    """Spare the ranks that waited for a build to find the same bad records again, one after the other.
+
+    Args:
+        asked: when this process began to wait, seconds since the epoch.
+        folder: see :func:`bad_folder`.
+
+    Raises:
+        BadRecords: another process has found them since.
+    """
+    note = folder / "error.json"
+    if note.is_file() and note.stat().st_mtime >= asked:
+        raise BadRecords.from_fields(json.loads(note.read_text(encoding="utf-8")))

@@ -1,0 +1,305 @@
+"""RGB picture -> pixel values of the vision tower; how a file becomes a picture is image_files'.
+
+Shapes: ``S`` side of the square that the vision tower takes (336), ``3`` channels in RGB order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.imaging.images import (
+    MAX_PIXELS,
+    ReducedPicture,
+    check_image,
+    open_reduced,
+    open_rgb,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MAX_PIXELS", "ImageTransform", "check_image", "open_rgb"]
+
+DECODINGS = ("full", "scaled")
+
+_PROCESSOR_FILE = "processor_config.json"
+
+_KEPT = 2
+"""A JPEG that is decoded at a fraction keeps this many pixels for one pixel of the result."""
+
+
+class ImageTransform:
+    """RGB picture -> normalised pixel values ``[3, S, S]``.
+
+    Mode ``"pad"`` pads to a square with the mean colour, then resizes; its values are bit for bit
+    those of xtuner 0.2.0 (``expand2square``, then ``CLIPImageProcessor``). Mode ``"resize"``
+    resizes both edges at once, as the paper's sentence says. Both are bicubic.
+
+    Args:
+        image_size: ``S`` in pixels.
+        mean: mean of red, green, blue in 0..1.
+        std: standard deviation of red, green, blue in 0..1.
+        mode: ``"pad"`` or ``"resize"``.
+        decoding: how :meth:`read` opens a file. ``"full"`` decodes every pixel. ``"scaled"`` decodes a
+            large JPEG at 1/2, 1/4 or 1/8, such that its longer edge (mode ``"resize"``: its shorter one)
+            keeps at least two pixels for one of the result: from 4 S on. That is several times as fast;
+            levels (0..255) of photographs and scans differ by about 0.2 in the mean and 3 at the most,
+            those of noise by more, see ``benchmarks/README.md``.
+
+    Raises:
+        ValueError: a size, mean, std, mode or decoding that makes no sense.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        mode: str = "pad",
+        decoding: str = "full",
+    ) -> None:
+        if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+            raise ValueError(f"image_size must be a positive number of pixels, got {image_size!r}.")
+        if mode not in ("pad", "resize"):
+            raise ValueError(f'mode must be "pad" or "resize", got {mode!r}.')
+        if decoding not in DECODINGS:
+            raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}.")
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(
+                f"mean and std must have three values, std positive ones, got {mean!r} and {std!r}."
+            )
+        self.image_size = image_size
+        self.mean = tuple(float(value) for value in mean)
+        self.std = tuple(float(value) for value in std)
+        self.mode = mode
+        self.decoding = decoding
+        self.mean_colour = tuple(int(value * 255) for value in self.mean)
+        self._table = _normalisation_table(self.mean, self.std)
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageTransform({self.image_size}, {self.mean}, {self.std}, mode={self.mode!r}, "
+            f"decoding={self.decoding!r})"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, mode: str = "pad", decoding: str = "full"
+    ) -> ImageTransform:
+        """The transform that the ``preprocessor_config.json`` of a vision tower describes.
+
+        Args:
+            path: model folder, the JSON file itself, or a name on the hub.
+            mode: see the class.
+            decoding: see the class.
+
+        Raises:
+            ModelLoadError: the file is missing, or describes what this transform can't do
+                (crop that differs from the resize or is not square, other than bicubic, ...).
+        """
+        file = _find_preprocessor_config(path)
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"{file} can't be read as JSON: {error}") from error
+        if file.name == _PROCESSOR_FILE:
+            config = config.get("image_processor") or {}
+        size = _square_side(config.get("size"), key="size", file=file)
+        if config.get("do_center_crop", True) and config.get("crop_size") is not None:
+            crop = _square_side(config["crop_size"], key="crop_size", file=file)
+            if crop != size:
+                raise ModelLoadError(
+                    f"{file}: size {size} and crop_size {crop} differ, so a part of each image "
+                    "would be cut off. Make them equal."
+                )
+        expected = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+        for key, value in expected.items():
+            if config.get(key, value) != value:
+                raise ModelLoadError(f"{file}: {key} must be {value}, got {config[key]!r}.")
+        if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+            raise ModelLoadError(
+                f"{file}: rescale_factor must be 1/255, got {config['rescale_factor']!r}."
+            )
+        try:
+            return cls(
+                size, config["image_mean"], config["image_std"], mode=mode, decoding=decoding
+            )
+        except KeyError as error:
+            raise ModelLoadError(f"{file}: {error} is missing.") from error
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Pixel values of one picture.
+
+        Args:
+            image: any size, mode RGB (see :func:`open_rgb`).
+
+        Returns:
+            float32 ``[3, S, S]``.
+        """
+        if image.mode != "RGB":
+            raise ValueError(f"expected a picture of mode RGB, got {image.mode}. Use open_rgb().")
+        side = (self.image_size, self.image_size)
+        if self.mode == "pad":
+            square = _pad_and_resize(image, self.image_size, colour=self.mean_colour)
+        else:
+            square = image.resize(side, Image.Resampling.BICUBIC)
+        return self._normalised(square)
+
+    def read(self, path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+        """Pixel values of a file, decoded as :attr:`decoding` says.
+
+        Args:
+            path: see :func:`open_rgb`.
+            max_pixels: see :func:`open_rgb`.
+
+        Returns:
+            float32 ``[3, S, S]``.
+
+        Raises:
+            ImageError: as :func:`open_rgb`.
+        """
+        if self.decoding == "full":
+            return self(open_rgb(path, max_pixels=max_pixels))
+        longer = _KEPT * self.image_size
+        enough = (longer, 1 if self.mode == "pad" else longer)
+        picture = open_reduced(path, enough=enough, max_pixels=max_pixels)
+        if picture.by == 1:
+            return self(picture.image)
+        if self.mode == "pad":
+            square = _pad_and_resize_reduced(picture, self.image_size, colour=self.mean_colour)
+        else:
+            width, height = picture.size
+            square = picture.image.resize(
+                (self.image_size, self.image_size),
+                Image.Resampling.BICUBIC,
+                box=(0, 0, width / picture.by, height / picture.by),
+            )
+        return self._normalised(square)
+
+    def _normalised(self, square: Image.Image) -> torch.Tensor:
+        import torch
+
+        pixels = np.asarray(square)
+        values = np.empty((3, self.image_size, self.image_size), dtype=np.float32)
+        for channel in range(3):
+            # mode="clip" only spares the check of an index that a byte can't miss.
+            np.take(self._table[channel], pixels[:, :, channel], out=values[channel], mode="clip")
+        return torch.from_numpy(values)
+
+
+def _normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """float32 ``[3, 256]``: the value that a byte becomes, in transformers' order of operations."""
+    levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    centre = np.array(mean, dtype=np.float32)[:, None]
+    spread = np.array(std, dtype=np.float32)[:, None]
+    return (levels[None, :] - centre) / spread
+
+
+def _pad_and_resize(
+    image: Image.Image, side: int, *, colour: tuple[int, ...], rows_at_once: int = 256
+) -> Image.Image:
+    """Centre on a square of one colour and resize it bicubically, without building the square.
+
+    Pillow resizes first along rows, then along columns, with bytes in between. The two passes are
+    called apart, so that a very long picture never becomes a square of its length:
+    a wide one is padded between them, a tall one is padded some rows at a time.
+    """
+    width, height = image.size
+    bicubic = Image.Resampling.BICUBIC
+    if width == height:
+        return image.resize((side, side), bicubic)
+    length = max(width, height)
+    columns = Image.new("RGB", (side, length), colour)
+    if width > height:
+        columns.paste(image.resize((side, height), bicubic), (0, (length - height) // 2))
+    else:
+        left = (length - width) // 2
+        for top in range(0, height, rows_at_once):
+            bottom = min(top + rows_at_once, height)
+            rows = Image.new("RGB", (length, bottom - top), colour)
+            rows.paste(image.crop((0, top, width, bottom)), (left, 0))
+            columns.paste(rows.resize((side, bottom - top), bicubic), (0, top))
+    return columns.resize((side, side), bicubic)
+
+
+def _pad_and_resize_reduced(
+    picture: ReducedPicture, side: int, *, colour: tuple[int, ...]
+) -> Image.Image:
+    """As :func:`_pad_and_resize`, of a picture that was decoded at a fraction of its size.
+
+    The edges of picture and square lie where they lie at full size, between two pixels if need be.
+    """
+    width, height = picture.size
+    if width < height:
+        turned = picture.image.transpose(Image.Transpose.TRANSPOSE)
+        square = _pad_and_resize_reduced(
+            ReducedPicture(turned, (height, width), picture.by), side, colour=colour
+        )
+        return square.transpose(Image.Transpose.TRANSPOSE)
+    by, image, bicubic = picture.by, picture.image, Image.Resampling.BICUBIC
+    exact = width / by
+    rows = image.resize((side, image.height), bicubic, box=(0, 0, exact, image.height))
+    above = ((width - height) // 2) / by
+    top = math.ceil(above)
+    begin = top - above
+    columns = Image.new("RGB", (side, max(math.ceil(begin + exact), top + image.height)), colour)
+    columns.paste(rows, (0, top))
+    if height % by and width > height:
+        # The last row stands for fewer pixels: mix it with the ground.
+        last = (0, image.height - 1, side, image.height)
+        ground = Image.new("RGB", (side, 1), colour)
+        columns.paste(
+            Image.blend(ground, rows.crop(last), (height % by) / by), (0, top + image.height - 1)
+        )
+    return columns.resize((side, side), bicubic, box=(0, begin, side, begin + exact))
+
+
+def _find_preprocessor_config(path: str | Path) -> Path:
+    name = "preprocessor_config.json"
+    local = Path(path)
+    if local.is_dir():
+        # transformers 5 writes all processors of a model into one file.
+        together = local / _PROCESSOR_FILE
+        local = local / name
+        if not local.is_file() and together.is_file():
+            return together
+    if local.is_file():
+        return local
+    if local.name == name or Path(path).exists():
+        raise ModelLoadError(
+            f"{local} does not exist. Copy the image processor's file beside the vision tower."
+        )
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(str(path), name))
+    except OSError as error:
+        raise ModelLoadError(
+            f"{path} is no folder, and has no {name} on the hub: {error}"
+        ) from error
+
+
+def _square_side(size: Any, *, key: str, file: Path) -> int:
+    """Side in pixels from a number, ``{"shortest_edge": n}`` or ``{"height": n, "width": n}``."""
+    found: Any = size
+    if isinstance(size, dict):
+        if set(size) == {"shortest_edge"}:
+            found = size["shortest_edge"]
+        elif set(size) == {"height", "width"} and size["height"] == size["width"]:
+            found = size["height"]
+    if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+        return found
+    raise ModelLoadError(
+        f"{file}: {key} must be a square (a number of pixels, shortest_edge, or equal height and "
+        f"width), got {size!r}."
+    )

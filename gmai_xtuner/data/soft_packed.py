@@ -1,0 +1,324 @@
+"""The training dataset: a mixture file in, packs of whole conversations with their images out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+from xtuner.registry import BUILDER
+
+from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.errors import GMAIError, ImageError
+from gmai_xtuner.core.exclusion import read_exclusions
+from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
+from gmai_xtuner.data.images import MAX_PIXELS, ImageTransform
+from gmai_xtuner.data.plan import DataPlan, unknown_lines
+from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_caches
+from gmai_xtuner.data.tokenization import (
+    ChatTemplate,
+    ConversationTokenizer,
+    TokenizedConversation,
+)
+from gmai_xtuner.model.vision import load_vision_config, num_image_tokens
+
+if TYPE_CHECKING:
+    from gmai_xtuner.data.sampler import PackRef
+
+
+@DATASETS.register_module()
+@BUILDER.register_module()
+class SoftPackedDataset(Dataset[dict[str, Any]]):
+    """Soft-packed conversations of a mixture.
+
+    Args:
+        mixture: mixture file (YAML or JSON, or the authors' ``example_list.json``).
+        stage: whose ratios to take: ``stage1``, ``stage2``, ``stage3``.
+        tokenizer: config of ``gmai_xtuner.model.load_tokenizer``, or a fast tokenizer.
+        vision: the vision tower's folder or hub name: size, mean and deviation of its images, and how
+            many tokens an image takes (576 for CLIP ViT-L/14-336).
+        cache_dir: for token caches and plans.
+        prompt_template: name in ``xtuner.utils.PROMPT_TEMPLATE``.
+        add_bos: see :class:`gmai_xtuner.data.tokenization.ChatTemplate`.
+        max_length: tokens of a pack, image tokens counted.
+        max_images: images of a pack.
+        image_mode: ``pad`` to a square with the mean colour (the authors' code), or ``resize`` (the
+            paper's sentence).
+        image_decoding: ``full``, or ``scaled``: large JPEG files at a fraction of their size, see
+            :class:`gmai_xtuner.data.images.ImageTransform`.
+        seed: of sampling and packing.
+        quality: take only the mixture's datasets of this quality (``high`` or ``low``).
+        on_bad_sample: ``raise`` or ``skip``; a dataset of the mixture may say otherwise.
+        check_images: ``none``, ``exists``, ``header`` or ``decode``, when the cache is built.
+        max_pixels: an image with more is refused.
+        num_workers: processes that tokenise; default: all cores.
+        held_out: share of the images that is kept for validation (see
+            :mod:`gmai_xtuner.data.held_out`); default 0. :meth:`held_out_part` is what is left out.
+
+    Items are packs of the epoch's plan; see ``__getitem__``.
+
+    Raises:
+        MixtureError: the mixture file is invalid.
+        DataError: records or images can't be used; names dataset and record, of several all.
+    """
+
+    def __init__(
+        self,
+        mixture: str,
+        stage: str,
+        *,
+        tokenizer: Mapping[str, Any] | PreTrainedTokenizerFast,
+        vision: str,
+        cache_dir: str,
+        prompt_template: str = "internlm2_chat",
+        add_bos: bool = True,
+        max_length: int = 2048,
+        max_images: int = 16,
+        image_mode: str = "pad",
+        image_decoding: str = "full",
+        seed: int = 0,
+        quality: str | None = None,
+        on_bad_sample: str = "raise",
+        check_images: str = "header",
+        max_pixels: int = MAX_PIXELS,
+        num_workers: int | None = None,
+        held_out: float = 0.0,
+    ) -> None:
+        self.max_length = max_length
+        self.max_pixels = max_pixels
+        self.num_image_tokens = num_image_tokens(load_vision_config(vision))
+        if max_length <= self.num_image_tokens:
+            raise GMAIError(
+                f"max_length {max_length} leaves no room for text beside the {self.num_image_tokens} "
+                "tokens of one image"
+            )
+        self.transform = self._image_transform(vision, image_mode, image_decoding)
+        if isinstance(tokenizer, Mapping):
+            tokenizer = BUILDER.build(tokenizer)
+        template = ChatTemplate.from_xtuner(prompt_template, add_bos=add_bos)
+        self.tokenizer, self.template = tokenizer, template
+        batched = ConversationTokenizer.from_pretrained(tokenizer, template)
+
+        chosen = self._choose(mixture, stage, quality)
+        self.entries = [entry for entry, _ in chosen]
+        options = partial(
+            CacheOptions,
+            max_length=max_length,
+            num_image_tokens=self.num_image_tokens,
+            max_images=max_images,
+            check_images=check_images,
+            max_pixels=max_pixels,
+        )
+        self.caches: list[TokenCache] = self._open_caches(
+            [
+                (
+                    entry,
+                    options(
+                        over_length=entry.over_length,
+                        on_bad_sample=entry.on_bad_sample or on_bad_sample,
+                    ),
+                )
+                for entry in self.entries
+            ],
+            batched,
+            cache_dir=cache_dir,
+            num_workers=num_workers,
+        )
+        self.plan = DataPlan(
+            self.caches,
+            names=[entry.name for entry in self.entries],
+            ratios=[ratio for _, ratio in chosen],
+            seed=seed,
+            max_length=max_length,
+            max_images=max_images,
+            cache_dir=cache_dir,
+            held_out=held_out,
+            exclusions=read_exclusions(
+                [entry.exclude for entry in self.entries],
+                [entry.name for entry in self.entries],
+                known=load_mixture(mixture, check_files=False).known,
+            ),
+        )
+        self._cache_dir = cache_dir
+        self.metainfo = {
+            "datasets": [entry.name for entry in self.entries],
+            "categories": [entry.category for entry in self.entries],
+        }
+        self._log_summary(stage)
+
+    # The three steps that the preflight takes more patiently: it goes on where training must stop.
+
+    def _image_transform(self, vision: str, mode: str, decoding: str) -> ImageTransform:
+        return ImageTransform.from_pretrained(vision, mode=mode, decoding=decoding)
+
+    def _choose(
+        self, mixture: str, stage: str, quality: str | None
+    ) -> list[tuple[DatasetEntry, float]]:
+        return select(load_mixture(mixture), stage=stage, quality=quality)
+
+    def _open_caches(
+        self,
+        datasets: list[tuple[DatasetEntry, CacheOptions]],
+        tokenizer: ConversationTokenizer,
+        *,
+        cache_dir: str,
+        num_workers: int | None,
+    ) -> list[TokenCache]:
+        return open_caches(datasets, tokenizer, cache_dir=cache_dir, num_workers=num_workers)
+
+    def held_out_part(self, at_most: int | None = None) -> SoftPackedDataset | None:
+        """The conversations that are kept for validation, each once, with the same caches and images.
+
+        Args:
+            at_most: conversations of a dataset; default: all.
+
+        Returns:
+            ``None`` where nothing is held out.
+        """
+        part = copy.copy(self)
+        part.plan = DataPlan(
+            self.caches,
+            names=self.plan.names,
+            ratios=self.plan.ratios,
+            seed=self.plan.seed,
+            max_length=self.plan.max_length,
+            max_images=self.plan.max_images,
+            cache_dir=self._cache_dir,
+            held_out=self.plan.held_out,
+            split="held_out",
+            at_most=at_most,
+            exclusions=self.plan.exclusions,
+        )
+        return part if len(part.plan.samples) else None
+
+    def __len__(self) -> int:
+        """Packs of an epoch; the same for every epoch."""
+        return len(self.plan.epoch(0).packs)
+
+    def __getitem__(self, ref: PackRef | int) -> dict[str, Any]:
+        """One pack.
+
+        Args:
+            ref: what the batch sampler asks for; a plain number means that pack of epoch 0.
+
+        Returns:
+            ``input_ids`` and ``labels`` int64 ``[t]`` with each image's placeholders widened,
+            ``lengths`` of its conversations, ``pixel_values`` float32 ``[n, 3, S, S]``, ``ids``,
+            ``num_tokens`` and ``capacity``, and the sampler's ``weighting``, ``denominator`` (``None``
+            for a plain number: then the batch is its own) and ``step_end``.
+
+        Raises:
+            ImageError: an image that was fine when the cache was built can't be read now.
+        """
+        epoch, pack, denominator, weighting, step_end, learns = (
+            (0, ref, None, "token", True, True) if isinstance(ref, (int, np.integer)) else ref
+        )
+        plan = self.plan.epoch(epoch)
+        ids, labels, lengths, names = [], [], [], []
+        pixels: list[torch.Tensor] = []
+        for sample in plan.packs[pack]:
+            dataset, row = (int(value) for value in self.plan.samples[sample])
+            conversation = self.caches[dataset][row]
+            widened_ids, widened_labels = self._widen(conversation)
+            ids.append(widened_ids)
+            labels.append(widened_labels if learns else np.full_like(widened_labels, IGNORE_INDEX))
+            lengths.append(len(widened_ids))
+            names.append(f"{self.entries[dataset].name}/{conversation.id}")
+            pixels.extend(self._pixels(dataset, conversation, path) for path in conversation.images)
+        size = self.transform.image_size
+        return {
+            "input_ids": torch.from_numpy(np.concatenate(ids)),
+            "labels": torch.from_numpy(np.concatenate(labels)),
+            "lengths": lengths,
+            "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size),
+            "ids": names,
+            # A pack that only fills a place is no useful work.
+            "num_tokens": sum(lengths) if learns else 0,
+            "capacity": self.max_length if learns else 0,
+            "denominator": denominator,
+            "weighting": weighting,
+            "step_end": step_end,
+        }
+
+    def _widen(self, conversation: TokenizedConversation) -> tuple[np.ndarray, np.ndarray]:
+        ids = conversation.input_ids.astype(np.int64)
+        labels = conversation.labels.astype(np.int64)
+        if conversation.images:
+            times = np.where(ids == IMAGE_TOKEN_INDEX, self.num_image_tokens, 1)
+            ids, labels = np.repeat(ids, times), np.repeat(labels, times)
+        return ids, labels
+
+    def _pixels(self, dataset: int, conversation: TokenizedConversation, path: str) -> torch.Tensor:
+        entry = self.entries[dataset]
+        assert entry.image_root is not None, "the cache refuses images without an image root"
+        try:
+            return self.transform.read(entry.image_root / path, max_pixels=self.max_pixels)
+        except ImageError as error:
+            raise ImageError(
+                error.problem,
+                dataset=entry.name,
+                record=conversation.id,
+                remedy=f"{error.remedy or ''} To find and skip every such image before training, set "
+                "check_images='decode' and on_bad_sample='skip'".strip(),
+                reason=error.reason,
+            ) from error
+
+    def _log_summary(self, stage: str) -> None:
+        plan = self.plan.epoch(0)
+        tokens = plan.total("tokens").sum()
+        held = self.plan.held_out_counts()
+        excluded = self.plan.excluded()
+        lines = [
+            f"  {entry.name}: {len(cache)} conversations x {ratio:g}"
+            + (f" ({entry.category})" if entry.category else "")
+            + (f", {gone} of them excluded" if gone else "")
+            + (f", {out} {'' if gone else 'of them '}held out" if out else "")
+            for entry, cache, ratio, out, gone in zip(
+                self.entries,
+                self.caches,
+                self.plan.ratios,
+                held[:, 0],
+                excluded.conversations,
+                strict=True,
+            )
+        ]
+        if self.plan.exclusions:
+            lines.append(
+                f"  excluded by the mixture's lists: {sum(excluded.conversations)} of "
+                f"{sum(map(len, self.caches))} conversations"
+            )
+        if excluded.unknown:
+            lines.append(f"  warning: {unknown_lines(excluded)}")
+        if self.plan.held_out:
+            lines.append(
+                f"  held out for validation: {held[:, 0].sum()} of {sum(map(len, self.caches))} "
+                f"conversations (share {self.plan.held_out:g} of the images)"
+                + (f"; {held[:, 1].sum()} have images of both sides" if held[:, 1].any() else "")
+            )
+        for entry, cache in zip(self.entries, self.caches, strict=True):
+            if entry.size is not None and entry.size != cache.meta["records"]:
+                lines.append(
+                    f"  note: the mixture says {entry.size} records for {entry.name}, its files hold "
+                    f"{cache.meta['records']}"
+                )
+            if cache.meta["skipped"] or cache.meta["cut"]:
+                told = ", ".join(f"{n} {reason}" for reason, n in cache.meta["skipped"].items())
+                lines.append(
+                    f"  note: {entry.name} lacks {told or 'none'} of {cache.meta['records']} records, "
+                    f"{cache.meta['cut']} are cut: {cache.folder / 'skipped.jsonl'}"
+                )
+        print_log(
+            f"{stage}: {len(self.plan.samples)} conversations, {int(plan.total('images').sum())} images,"
+            f" {int(tokens)} tokens in {len(plan.packs)} packs of {self.max_length}, "
+            f"{tokens / (len(plan.packs) * self.max_length):.1%} full\n" + "\n".join(lines),
+            logger="current",
+            level=logging.INFO,
+        )

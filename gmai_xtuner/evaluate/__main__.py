@@ -1,0 +1,368 @@
+"""``python -m gmai_xtuner.evaluate MODEL --benchmark NAME --data PATH``, and ``... compare RUN_A RUN_B``.
+
+A benchmark that can't be read, asked or scored does not stop the others.
+
+Exit status: 0 if every question that was to be asked has an answer and a score; 1 if not, or if it
+failed; 2 if the command line can't be understood; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, make_answerer
+from gmai_xtuner.evaluate.benchmarks import NAMES, VARIANTS, BenchmarkError, find_benchmarks
+from gmai_xtuner.evaluate.compare import as_json as comparison_as_json
+from gmai_xtuner.evaluate.compare import as_text as comparison_as_text
+from gmai_xtuner.evaluate.compare import compare_runs
+from gmai_xtuner.evaluate.evaluating import (
+    ALL,
+    Options,
+    Prepared,
+    Target,
+    all_tables,
+    ask,
+    prepare,
+    score,
+    write_tables,
+)
+from gmai_xtuner.evaluate.protocols import PROTOCOLS
+from gmai_xtuner.evaluate.report import SHOWN
+from gmai_xtuner.evaluate.results import Result, as_json
+from gmai_xtuner.evaluate.run import World, world
+from gmai_xtuner.evaluate.tables import to_markdown
+from gmai_xtuner.standard_output import only_the_report_on_stdout
+
+PROGRAM = "python -m gmai_xtuner.evaluate"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    with only_the_report_on_stdout() as stdout:
+        try:
+            if arguments[:1] == ["compare"]:
+                return _compare(arguments[1:], stdout)
+            if arguments[:1] == ["protocols"]:
+                return _list_protocols(stdout)
+            return _evaluate(arguments, stdout)
+        except GMAIError as error:
+            print(f"{PROGRAM}: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(
+                "\nStopped. Answers given so far are kept: the same command goes on.",
+                file=sys.stderr,
+            )
+            return 130
+
+
+def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
+    model = _model_options(options)
+    out = options.out or Path("work_dirs") / "evaluation" / model.shown
+    how = Options(
+        out=out,
+        protocols=tuple(options.protocol),
+        scorers=tuple(options.scorer),
+        limit=options.limit,
+        report_questions=options.report_questions,
+    )
+    with world() as processes:
+        prepared, failures = _prepare(_targets(options), how, processes, not options.score_only)
+        if not prepared:
+            return _report(options, out, [], failures, processes, stdout)
+        answerer = None
+        if not options.score_only:
+            answerer = make_answerer(model, cache=out, local_rank=processes.local_rank)
+        judge = _judge(options, out)
+        results, more = _all(prepared, answerer, how, processes, judge)
+        return _report(options, out, results, failures + more, processes, stdout)
+
+
+def _report(
+    options: argparse.Namespace,
+    out: Path,
+    results: Sequence[Result],
+    failures: Sequence[str],
+    processes: World,
+    stdout: TextIO,
+) -> int:
+    """Tables of what there is, what failed on standard error, and the exit status: of the first process."""
+    if processes.rank:
+        return 0
+    tables = all_tables(results) if results else []
+    if results:
+        write_tables(out, tables)
+    complete = not failures and all(result.complete for result in results)
+    if options.json:
+        json.dump(_summary(out, results, failures, complete), stdout, ensure_ascii=False)
+        stdout.write("\n")
+    elif results:
+        stdout.write(to_markdown(tables) + f"\nAnswers, tables and pages: {out}\n")
+    for failure in failures:
+        print(f"{PROGRAM}: {failure}", file=sys.stderr)
+    return 0 if complete else 1
+
+
+def _prepare(
+    targets: Sequence[Target], options: Options, processes: World, require_images: bool
+) -> tuple[list[Prepared], list[str]]:
+    """Benchmarks that can be asked and scored, and why others can't: before a model is loaded."""
+    prepared: list[Prepared] = []
+    failures: list[str] = []
+    for target in targets:
+        try:
+            prepared.append(
+                prepare(target, options, require_images=require_images, world=processes)
+            )
+        except GMAIError as error:
+            failures.append(str(error))
+    return prepared, failures
+
+
+def _all(
+    prepared: Sequence[Prepared],
+    answerer: Answerer | None,
+    options: Options,
+    processes: World,
+    judge: Answerer | None,
+) -> tuple[list[Result], list[str]]:
+    """Results, and why a benchmark has none: one that can't be asked or scored does not stop the others."""
+    results: list[Result] = []
+    failures: list[str] = []
+    for one in prepared:
+        try:
+            answers = ask(one, answerer, options, world=processes)
+        except GMAIError as error:
+            if processes.rank:
+                raise
+            failures.append(str(error))
+            if processes.size > 1:
+                break  # the others may wait within this benchmark: they end with this process
+            continue
+        try:
+            results += score(one, answers, options, world=processes, judge=judge)
+        except GMAIError as error:
+            failures.append(str(error))
+    return results, failures
+
+
+def _targets(options: argparse.Namespace) -> list[Target]:
+    if options.benchmark != ALL:
+        return [Target(options.benchmark, options.data, options.variant)]
+    found = find_benchmarks(options.data)
+    if not found:
+        raise BenchmarkError(
+            f"no benchmark found under {options.data}. Known are {', '.join(NAMES)}, in the files their "
+            "authors ship"
+        )
+    return [Target(one.name, one.data, one.variant) for one in found]
+
+
+def _judge(options: argparse.Namespace, out: Path) -> Answerer | None:
+    if options.judge is None:
+        return None
+    judge = ModelOptions(
+        model=options.judge_model,
+        endpoint=options.judge,
+        key_variable=options.judge_key_variable,
+        in_flight=options.in_flight,
+        retries=options.retries,
+        timeout=options.timeout,
+    )
+    return make_answerer(replace(judge, name=options.judge_model), cache=out)
+
+
+def _model_options(options: argparse.Namespace) -> ModelOptions:
+    return ModelOptions(
+        model=options.model,
+        name=options.name,
+        loader=options.loader,
+        llm=options.llm,
+        vision=options.vision,
+        precision=options.precision,
+        device=options.device,
+        batch_size=options.batch_size,
+        endpoint=options.endpoint,
+        key_variable=options.key_variable,
+        in_flight=options.in_flight,
+        retries=options.retries,
+        timeout=options.timeout,
+        temperature=options.temperature,
+    )
+
+
+def _summary(
+    out: Path, results: Sequence[Result], failures: Sequence[str], complete: bool
+) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "complete": complete,
+        "failures": list(failures),
+        "results": [as_json(result) for result in results],
+    }
+
+
+def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} compare",
+        description="Is one run better than another on the same questions, or is it chance?",
+    )
+    parser.add_argument(
+        "first", type=Path, metavar="RUN_A", help="the --out of a run, or a result in it"
+    )
+    parser.add_argument("second", type=Path, metavar="RUN_B")
+    parser.add_argument(
+        "--common", action="store_true", help="compare the questions that both have scored"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
+    options = parser.parse_args(arguments)
+    found = compare_runs(options.first, options.second, common=options.common)
+    if options.json:
+        json.dump(comparison_as_json(found), stdout, ensure_ascii=False)
+        stdout.write("\n")
+    else:
+        stdout.write(comparison_as_text(found))
+    return 0
+
+
+def _list_protocols(stdout: TextIO) -> int:
+    for name in NAMES:
+        for one in PROTOCOLS[name]:
+            n = "" if one.expected is None else f", n = {one.expected:,}"
+            stdout.write(
+                f"{name} {one.variant}: {one.name}/{one.version}{n}, scorer {one.scorer}"
+                + (f" (also {', '.join(one.also)})" if one.also else "")
+                + f". {one.description}\n"
+            )
+    return 0
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.variant is not None:
+        if options.benchmark == ALL:
+            parser.error("--variant needs one --benchmark")
+        if options.variant not in VARIANTS[options.benchmark]:
+            known = ", ".join(VARIANTS[options.benchmark])
+            parser.error(f"--variant {options.variant}: {options.benchmark} has {known}")
+    if options.benchmark == ALL and options.protocol and options.protocol != [ALL]:
+        parser.error("--benchmark all takes each benchmark's default protocols, or --protocol all")
+    if (options.judge is None) != (options.judge_model is None):
+        parser.error("--judge and --judge-model belong together")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Ask a model the questions of a benchmark and score its answers by a written protocol. "
+        "Other verbs: compare RUN_A RUN_B; protocols.",
+    )
+    parser.add_argument(
+        "model",
+        help="an export, a transformers model (folder or hub name), or a name at --endpoint",
+    )
+    add = parser.add_argument
+    add(
+        "--benchmark",
+        required=True,
+        choices=(*NAMES, ALL),
+        metavar="NAME",
+        help=f"{', '.join(NAMES)} or all",
+    )
+    add(
+        "--data",
+        required=True,
+        type=Path,
+        help="the authors' files: a folder, or the annotation file",
+    )
+    add("--variant", help="part or language, e.g. zh of slake; default: the benchmark's first")
+    add(
+        "--protocol",
+        nargs="+",
+        default=[],
+        metavar="P",
+        help="one or several, or all; see the verb protocols",
+    )
+    add(
+        "--scorer",
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="further scorers of the same answers, or all",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="folder of answers and results (default work_dirs/evaluation/<model>)",
+    )
+    add("--limit", type=_positive, metavar="N", help="the first N questions of each protocol")
+    add(
+        "--score-only", action="store_true", help="score stored answers; nothing is asked or loaded"
+    )
+    add("--json", action="store_true", help="one JSON object on standard output")
+    add(
+        "--report-questions",
+        type=int,
+        default=SHOWN,
+        metavar="N",
+        help=f"questions on the HTML page (default {SHOWN}; 0: no page)",
+    )
+    local = parser.add_argument_group("a model in this process").add_argument
+    local("--batch-size", type=_positive, default=16, help="questions asked together (default 16)")
+    local("--name", help="what tables call the model (default: its folder's name)")
+    local("--loader", choices=("auto", "ours", "transformers"), default="auto")
+    local("--llm", help="base language model of an export that has none")
+    local("--vision", help="base vision tower of an export that has none")
+    local(
+        "--precision",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16 on a GPU, float32 on the CPU",
+    )
+    local("--device", help="e.g. cpu or cuda:1 (default: the GPU of this process)")
+    remote = parser.add_argument_group("a model behind an OpenAI-compatible server").add_argument
+    remote("--endpoint", metavar="URL", help="base URL, e.g. http://localhost:8000/v1")
+    remote(
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable of the key",
+    )
+    remote(
+        "--in-flight", type=_positive, default=16, help="requests under way at once (default 16)"
+    )
+    remote("--retries", type=int, default=6, help="of one request (default 6)")
+    remote("--timeout", type=float, default=300.0, help="seconds for one answer (default 300)")
+    remote("--temperature", type=_temperature, default=0.0, help="default 0; none: not sent")
+    judge = parser.add_argument_group("a judge of free answers").add_argument
+    judge("--judge", metavar="URL", help="base URL of an OpenAI-compatible server")
+    judge("--judge-model", metavar="NAME")
+    judge("--judge-key-variable", default="OPENAI_API_KEY", metavar="NAME")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _temperature(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

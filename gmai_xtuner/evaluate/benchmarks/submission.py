@@ -1,0 +1,121 @@
+"""The answers to GMAI-MMBench TEST in the file that its authors ask for.
+
+They evaluate the Excel file that VLMEvalKit leaves: the table's own columns without the image, and
+``prediction``, the model's words. It goes to them by mail with the model's name, the team's and a link to the
+paper (README of github.com/uni-medical/GMAI-MMBench, commit df685478).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from gmai_xtuner.evaluate.benchmarks.benchmark import Benchmark, BenchmarkError
+from gmai_xtuner.evaluate.benchmarks.gmai_mmbench import TEST_PARTS
+from gmai_xtuner.evaluate.benchmarks.table import IMAGE, read_table
+
+PREDICTION = "prediction"
+_CELL_LIMIT = 32_767
+_UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_UNSAFE_NAME = re.compile(r"[^\w.-]+")
+
+
+def write_submission(
+    folder: Path, model: str, *, benchmark: Benchmark, answers: Mapping[str, str]
+) -> Path:
+    """Write ``<model>_GMAI-MMBench_TEST.xlsx``.
+
+    Args:
+        folder: takes the file; it is made.
+        model: its name, as it is to stand on the leaderboard; other signs than letters, digits, dots and
+            hyphens become a hyphen in the file's name.
+        benchmark: what :func:`load_benchmark` gave for the variant test; its files are read once more.
+        answers: id of a question -> the model's words.
+
+    Raises:
+        BenchmarkError: it is another benchmark, a part of TEST or an answer is missing, an answer can't stand
+            in an Excel cell, or the files have changed.
+    """
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell import WriteOnlyCell
+    except ImportError as error:
+        raise BenchmarkError(
+            "an Excel file is written by openpyxl, which is not installed: pip install openpyxl."
+        ) from error
+    _check(benchmark, answers)
+    workbook = Workbook(write_only=True)
+    sheet = workbook.create_sheet("Sheet1")
+    ids = iter(question.id for question in benchmark.questions)
+    header: tuple[str, ...] = ()
+    for source in benchmark.source:
+        columns, rows, now = read_table(source.path)
+        if now.sha256 != source.sha256:
+            raise BenchmarkError(
+                f"{str(source.path)!r} has changed since it was read. Load it and answer it again."
+            )
+        kept = tuple(name for name in columns if name not in (IMAGE, PREDICTION))
+        if not header:
+            header = kept
+            sheet.append([*header, PREDICTION])
+        elif set(kept) != set(header):
+            raise BenchmarkError(
+                f"{str(source.path)!r} has the columns {', '.join(kept)}, the first part {', '.join(header)}."
+            )
+        for row in rows:
+            values = [*(row.values[name] for name in header), answers[next(ids)]]
+            cells = []
+            for value in values:
+                cell = WriteOnlyCell(sheet, value=_cell(value, row.values["index"]))
+                cell.data_type = "s"  # "=A" is an answer, no formula
+                cells.append(cell)
+            sheet.append(cells)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{_UNSAFE_NAME.sub('-', model).strip('-')}_GMAI-MMBench_TEST.xlsx"
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        workbook.save(aside)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return target
+
+
+def _check(benchmark: Benchmark, answers: Mapping[str, str]) -> None:
+    if (benchmark.name, benchmark.variant) != ("gmai_mmbench", "test"):
+        raise BenchmarkError(
+            f"only GMAI-MMBench TEST is submitted, this is {benchmark.name} {benchmark.variant}."
+        )
+    left_out = [problem for problem in benchmark.problems if problem.left_out]
+    if left_out:
+        counts = ", ".join(f"{n} {reason}" for reason, n in benchmark.counted_problems().items())
+        raise BenchmarkError(
+            f"the submission needs every question of the {TEST_PARTS} parts, some can't be asked ({counts}); "
+            f"the first: {left_out[0].record}, {left_out[0].detail}."
+        )
+    missing = [question.id for question in benchmark.questions if question.id not in answers]
+    if missing:
+        raise BenchmarkError(
+            f"{len(missing)} of {len(benchmark.questions)} questions have no answer, the first is "
+            f"{missing[0]}. Go on with the run until all are answered."
+        )
+
+
+def _cell(value: str, index: str) -> str:
+    """A text that Excel can hold, unchanged.
+
+    Raises:
+        BenchmarkError: it can't.
+    """
+    if len(value) > _CELL_LIMIT:
+        raise BenchmarkError(
+            f"index {index}: {len(value)} signs, an Excel cell holds {_CELL_LIMIT}. Answer with fewer tokens."
+        )
+    if found := _UNWRITABLE.search(value):
+        raise BenchmarkError(
+            f"index {index}: the control character {found[0]!r} can't stand in an Excel file."
+        )
+    return value

@@ -1,0 +1,188 @@
+"""Two runs on the same questions: which is better, and is it chance?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.evaluate.results import RESULT_FILE, SCORES_FILE, Result, read_result
+from gmai_xtuner.evaluate.statistics import PairedTest, paired_test
+
+ResultKey = tuple[str, str, str, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One protocol and scorer that both runs have.
+
+    Args:
+        first, second: the results.
+        test: over the questions that both have scored.
+        only_first, only_second: questions that the other lacks.
+        means: mean scores over the questions compared, of the first and the second.
+        unparsed: shares of their answers that were not understood.
+    """
+
+    first: Result
+    second: Result
+    test: PairedTest
+    only_first: int
+    only_second: int
+    means: tuple[float, float]
+    unparsed: tuple[float, float]
+
+
+def compare_runs(first: Path, second: Path, *, common: bool = False) -> list[Comparison]:
+    """Compare what two runs have in common.
+
+    Args:
+        first, second: folders of ``--out``, or of one result in it.
+        common: compare the questions that both have, where they are not the same.
+
+    Raises:
+        EvaluationError: nothing in common, or different questions, or questions of one id that differ in
+            words, options or gold answer.
+    """
+    one, two = results_in(first), results_in(second)
+    shared = [key for key in one if key in two]
+    if not shared:
+        raise EvaluationError(
+            f"{first} and {second} have no protocol and scorer in common: {_names(one)} against {_names(two)}"
+        )
+    return [_compare(one[key], two[key], common=common) for key in shared]
+
+
+def results_in(folder: Path) -> dict[ResultKey, Path]:
+    """Every result under a folder by benchmark, variant, protocol, version and scorer.
+
+    Raises:
+        EvaluationError: there is none.
+    """
+    found: dict[ResultKey, Path] = {}
+    for file in sorted(folder.rglob(RESULT_FILE)):
+        result, _ = read_result(file.parent)
+        key = (
+            result.benchmark,
+            result.variant,
+            result.protocol,
+            result.version,
+            result.scorer,
+        )
+        found[key] = file.parent
+    if not found:
+        raise EvaluationError(f"no {RESULT_FILE} in or under {folder}: is it the --out of a run?")
+    return found
+
+
+def _compare(first: Path, second: Path, *, common: bool) -> Comparison:
+    (one, scores_one), (two, scores_two) = read_result(first), read_result(second)
+    both = [name for name in scores_one if name in scores_two]
+    only_first, only_second = len(scores_one) - len(both), len(scores_two) - len(both)
+    if (only_first or only_second) and not common:
+        raise EvaluationError(
+            f"{first} and {second} are not about the same questions: {only_first} are only in the first, "
+            f"{only_second} only in the second, {len(both)} in both. --common compares those in both"
+        )
+    for folder, scores in ((first, scores_one), (second, scores_two)):
+        if any("question" not in scores[name] for name in both):
+            raise EvaluationError(
+                f"{folder / SCORES_FILE} does not say which questions its ids stand for: an earlier version "
+                "has written it. Score its answers again (--score-only)"
+            )
+    others = [name for name in both if scores_one[name]["question"] != scores_two[name]["question"]]
+    if others:
+        raise EvaluationError(
+            f"{first} and {second} are not about the same questions: {len(others)} of {len(both)} that have "
+            f"one id differ in words, options or gold answer, the first is {others[0]}. Were the runs made "
+            f"on different files? {dict(one.source)} against {dict(two.source)}"
+        )
+    pairs = [
+        (scores_one[name], scores_two[name])
+        for name in both
+        if scores_one[name]["value"] is not None and scores_two[name]["value"] is not None
+    ]
+    if not pairs:
+        raise EvaluationError(f"{first} and {second} have no scored question in common")
+    values = [[pair[side]["value"] for pair in pairs] for side in (0, 1)]
+    unparsed = [sum(pair[side]["parsed"] is None for pair in pairs) for side in (0, 1)]
+    n = len(pairs)
+    return Comparison(
+        one,
+        two,
+        paired_test(values[0], values[1]),
+        only_first,
+        only_second,
+        means=(sum(values[0]) / n, sum(values[1]) / n),
+        unparsed=(unparsed[0] / n, unparsed[1] / n),
+    )
+
+
+def as_text(comparisons: list[Comparison]) -> str:
+    """Markdown."""
+    lines = [
+        "| benchmark | protocol | scorer | n | first | second | first less second | 95 % interval | "
+        "first better | second better | p | test | unparsed %, first | second |",
+        "|---|---|---|---:|---:|---:|---:|---|---:|---:|---:|---|---:|---:|",
+    ]
+    for one in comparisons:
+        test, interval = one.test, one.test.interval
+        first, second = (f"{100 * mean:.2f}" for mean in one.means)
+        unparsed = " | ".join(f"{100 * share:.2f}" for share in one.unparsed)
+        lines.append(
+            f"| {one.first.benchmark} {one.first.variant} | {one.first.protocol}/{one.first.version} | "
+            f"{one.first.scorer} | {test.n} | {first} | {second} | {100 * test.difference:+.2f} | "
+            + (f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}" if interval else "")
+            + f" | {test.first_better} | {test.second_better} | {_p(test.p_value)} | {test.method} | "
+            f"{unparsed} |"
+        )
+    names = comparisons[0]
+    told = [
+        f"First: {names.first.model_name} ({names.first.model})",
+        f"Second: {names.second.model_name} ({names.second.model})",
+        "A difference above 0 says that the first scores higher.",
+    ]
+    for one in comparisons:
+        sides = zip(("first", "second"), one.means, one.unparsed, strict=True)
+        told += [
+            f"{one.first.benchmark} {one.first.protocol} {one.first.scorer}: every answer of the {side} "
+            f"counts as wrong, {100 * share:.2f} % of them since they were not understood."
+            for side, mean, share in sides
+            if mean == 0
+        ]
+    left = sum(one.only_first + one.only_second for one in comparisons)
+    if left:
+        told.append(f"{left} questions that only one run has are left out.")
+    return "\n".join(lines) + "\n\n" + "\n".join(told) + "\n"
+
+
+def as_json(comparisons: list[Comparison]) -> list[dict[str, Any]]:
+    return [
+        {
+            "benchmark": one.first.benchmark,
+            "variant": one.first.variant,
+            "protocol": one.first.protocol,
+            "version": one.first.version,
+            "scorer": one.first.scorer,
+            "first": one.first.model_name,
+            "second": one.second.model_name,
+            "only_first": one.only_first,
+            "only_second": one.only_second,
+            "mean_first": one.means[0],
+            "mean_second": one.means[1],
+            "unparsed_first": one.unparsed[0],
+            "unparsed_second": one.unparsed[1],
+            **asdict(one.test),
+        }
+        for one in comparisons
+    ]
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.0001 else f"{value:.1e}"
+
+
+def _names(results: Mapping[ResultKey, Path]) -> str:
+    return ", ".join(f"{key[0]}-{key[1]} {key[2]}/{key[3]} {key[4]}" for key in results)

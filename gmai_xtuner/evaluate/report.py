@@ -1,0 +1,164 @@
+"""A page to look at: tables, and questions with their images and answers, wrong ones first.
+
+One file that asks nothing of any other: pictures are in it, small, and its script is named by its hash in the
+page's own policy, which allows no other script and no request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from gmai_xtuner.core.errors import ImageError
+from gmai_xtuner.evaluate.answerers.answerer import open_picture
+from gmai_xtuner.evaluate.questions import Question
+from gmai_xtuner.evaluate.results import Result, Scored
+from gmai_xtuner.evaluate.tables import Table
+from gmai_xtuner.train.on_disk import replace_text
+
+TEMPLATE = "report.html.j2"
+SCRIPT = "report.js"
+SHOWN = 300
+"""Questions on a page: with their pictures about 6 MB."""
+_SIDE = 360
+_MANY = 60
+"""A group with more values than that has no menu."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A question on the page."""
+
+    id: str
+    verdict: str
+    """``wrong``, ``unparsed``, ``partly``, ``right`` or ``unscored``."""
+    value: float | None
+    question: str
+    options: tuple[tuple[str, str, bool], ...]
+    """Letter, text, whether it is the gold answer."""
+    gold: str | None
+    answer: str
+    parsed: str | None
+    pictures: tuple[tuple[str, int, int], ...]
+    """Data URL, width, height."""
+    problems: tuple[str, ...]
+    groups: dict[str, str]
+
+
+def write_report(
+    file: Path,
+    result: Result,
+    tables: Sequence[Table],
+    scored: Sequence[Scored],
+    *,
+    shown: int = SHOWN,
+) -> None:
+    """Write the page.
+
+    Args:
+        file: where to.
+        result: what it is about.
+        tables: shown in their order.
+        scored: all questions.
+        shown: how many of them are on the page, wrong ones first, then those not understood.
+    """
+    ordered = sorted(scored, key=lambda one: _RANK[verdict_of(one)])
+    items = [_shown(one) for one in ordered[:shown]]
+    counts = dict.fromkeys(_RANK, 0)
+    for one in scored:
+        counts[verdict_of(one)] += 1
+    folder = Path(__file__).parent
+    script = (folder / SCRIPT).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(TEMPLATE).render(
+        result=result,
+        tables=tables,
+        items=items,
+        counts={name: count for name, count in counts.items() if count},
+        total=len(scored),
+        menus=_menus(items),
+        # The file is part of this package, and its hash stands in the policy.
+        script=jinja2.filters.Markup(script),
+        digest=digest,
+    )
+    replace_text(file, page)
+
+
+_RANK = {"wrong": 0, "unparsed": 1, "partly": 2, "right": 3, "unscored": 4}
+
+
+def verdict_of(one: Scored) -> str:
+    """What became of a question, in a word."""
+    if one.score.value is None:
+        return "unscored"
+    if one.score.parsed is None:
+        return "unparsed"
+    if one.score.value >= 1:
+        return "right"
+    return "partly" if one.score.value > 0 else "wrong"
+
+
+def _shown(one: Scored) -> Shown:
+    question = one.question
+    pictures, problems = [], []
+    for number, source in enumerate(question.images, 1):
+        try:
+            picture = open_picture(source, f"image {number} of question {question.id}")
+        except ImageError as error:
+            problems.append(str(error))
+        else:
+            pictures.append(_small(picture))
+    return Shown(
+        id=question.id,
+        verdict=verdict_of(one),
+        value=one.score.value,
+        question=question.text,
+        options=_options(question),
+        gold=question.answer,
+        answer=one.answer.answer,
+        parsed=one.score.parsed,
+        pictures=tuple(pictures),
+        problems=tuple(problems),
+        groups={key: value for key, value in question.groups.items() if value},
+    )
+
+
+def _options(question: Question) -> tuple[tuple[str, str, bool], ...]:
+    gold = question.gold_letters()
+    return tuple((letter, text, letter in gold) for letter, text in question.lettered().items())
+
+
+def _small(picture: Image.Image) -> tuple[str, int, int]:
+    picture.thumbnail((_SIDE, _SIDE))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=82)
+    url = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return url, *picture.size
+
+
+def _menus(items: Sequence[Shown]) -> list[dict[str, Any]]:
+    """Groups that the questions on the page can be chosen by."""
+    values: dict[str, set[str]] = {}
+    for item in items:
+        for key, value in item.groups.items():
+            values.setdefault(key, set()).add(value)
+    return [
+        {"key": key, "values": sorted(found)}
+        for key, found in values.items()
+        if 1 < len(found) <= _MANY
+    ]

@@ -1,0 +1,289 @@
+"""Stored answers -> scores -> the numbers of a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.evaluate.protocols import Average, Protocol
+from gmai_xtuner.evaluate.questions import Question, Score
+from gmai_xtuner.evaluate.run import Asked
+from gmai_xtuner.evaluate.statistics import Interval, interval_of
+from gmai_xtuner.evaluate.store import Answer, key_of
+from gmai_xtuner.train.on_disk import replace_text
+
+SCORES_FILE = "scores.jsonl"
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A question with its answer and what it is worth."""
+
+    question: Question
+    answer: Answer
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A number of a table.
+
+    Args:
+        n: questions in it.
+        value: mean score, 0 to 1; None where no question has a gold answer.
+        unparsed: share of answers that the scorer did not understand; each counts as wrong.
+        interval: interval of ``value``, by :func:`interval_of`; None where there are too few questions.
+    """
+
+    n: int
+    value: float | None
+    unparsed: float
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model, one benchmark, one protocol, one scorer.
+
+    Args:
+        benchmark, variant, protocol, version, description: what was asked.
+        scorer: what scored; with a judge its model and the version of its prompt.
+        model_name, model: who answered: name and hash.
+        generation: how.
+        n: questions scored.
+        selected: questions that the protocol has in the files that were read.
+        expected: and in the authors' files; None where unknown.
+        limited: ``--limit`` was given.
+        left_out: reason -> questions of the variant that the reader left out; of which protocol
+            they would be can't be told.
+        unanswered: reason -> questions without an answer.
+        averages: ``micro`` or ``macro over <group>`` -> number, the headline first.
+        groups: key of a group -> its value -> number, in the order of the file.
+        source: sha256 of each annotation file by name.
+    """
+
+    benchmark: str
+    variant: str
+    protocol: str
+    version: int
+    description: str
+    scorer: str
+    model_name: str
+    model: str
+    generation: Mapping[str, Any]
+    n: int
+    selected: int
+    expected: int | None
+    limited: bool
+    left_out: Mapping[str, int]
+    unanswered: Mapping[str, int]
+    averages: Mapping[str, Cell]
+    groups: Mapping[str, Mapping[str, Cell]] = field(default_factory=dict)
+    source: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> Cell:
+        return next(iter(self.averages.values()))
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the number is not the protocol's, one sentence each; none for a whole run."""
+        told = []
+        if self.limited:
+            told.append(f"limited to {self.n} of {self.selected} questions")
+        if self.left_out:
+            told.append(
+                f"{_counts(self.left_out)} left out when the files of the variant "
+                f"{self.variant} were read, whatever protocol they belong to"
+            )
+        if self.unanswered:
+            told.append(f"{_counts(self.unanswered)} without an answer")
+        if self.expected is not None and self.selected != self.expected:
+            told.append(
+                f"the files have {self.selected} questions of this protocol, "
+                f"the authors' have {self.expected}"
+            )
+        return told
+
+    @property
+    def complete(self) -> bool:
+        """Every question that was to be asked has an answer."""
+        return not (self.left_out or self.unanswered)
+
+
+Scoring = Callable[[Question, str], Score]
+
+
+def score_all(
+    asked: Asked, answers: Mapping[tuple[str, str], Answer], scoring: Scoring | None = None
+) -> tuple[list[Scored], list[Question]]:
+    """Score what has an answer to exactly the protocol's prompt.
+
+    Args:
+        asked: protocol and questions.
+        answers: stored ones.
+        scoring: default: the protocol's own.
+
+    Returns:
+        scored questions in their order, and questions without an answer.
+    """
+    scoring = scoring or asked.protocol.score
+    scored: list[Scored] = []
+    missing: list[Question] = []
+    for question in asked.questions:
+        prompt = asked.protocol.prompt(question)
+        answer = answers.get(key_of(question.id, prompt, asked.protocol.max_new_tokens))
+        if answer is None:
+            missing.append(question)
+        else:
+            scored.append(Scored(question, answer, scoring(question, answer.answer)))
+    return scored, missing
+
+
+def summarise(
+    asked: Asked,
+    scored: Sequence[Scored],
+    *,
+    scorer: str,
+    model_name: str,
+    model: str,
+    generation: Mapping[str, Any],
+    left_out: Mapping[str, int],
+    unanswered: Mapping[str, int],
+    source: Mapping[str, str] | None = None,
+) -> Result:
+    """The numbers of scored questions; arguments as in :class:`Result`."""
+    protocol = asked.protocol
+    return Result(
+        benchmark=protocol.benchmark,
+        variant=protocol.variant,
+        protocol=protocol.name,
+        version=protocol.version,
+        description=protocol.description,
+        scorer=scorer,
+        model_name=model_name,
+        model=model,
+        generation={**generation, "max_new_tokens": protocol.max_new_tokens},
+        n=len(scored),
+        selected=asked.selected,
+        expected=protocol.expected,
+        limited=len(asked.questions) < asked.selected,
+        left_out=dict(left_out),
+        unanswered=dict(unanswered),
+        averages={
+            average_name(average): average_of(scored, average) for average in _averages(protocol)
+        },
+        groups={
+            key: {name: cell_of([part]) for name, part in grouped(scored, key).items()}
+            for key in protocol.table
+        },
+        source=dict(source or {}),
+    )
+
+
+def _averages(protocol: Protocol) -> Iterable[Average]:
+    return protocol.averages or (Average("micro"),)
+
+
+def average_name(average: Average) -> str:
+    return "micro" if average.over is None else f"macro over {average.over}"
+
+
+def average_of(scored: Sequence[Scored], average: Average) -> Cell:
+    """A micro or macro average of scored questions."""
+    if average.over is None:
+        return cell_of([scored])
+    return cell_of(list(grouped(scored, average.over).values()))
+
+
+def grouped(scored: Iterable[Scored], key: str) -> dict[str, list[Scored]]:
+    """Value of a group -> its questions, both as they come; questions without it are left out."""
+    groups: dict[str, list[Scored]] = {}
+    for one in scored:
+        name = one.question.groups.get(key)
+        if name is not None:
+            groups.setdefault(name, []).append(one)
+    return groups
+
+
+def cell_of(groups: Sequence[Sequence[Scored]]) -> Cell:
+    """The mean over the means of groups; of one group, its mean."""
+    values = [
+        part
+        for group in groups
+        if (part := [one.score.value for one in group if one.score.value is not None])
+    ]
+    everyone = [one for group in groups for one in group]
+    unparsed = sum(one.score.parsed is None for one in everyone)
+    return Cell(
+        n=len(everyone),
+        value=sum(sum(part) / len(part) for part in values) / len(values) if values else None,
+        unparsed=unparsed / len(everyone) if everyone else 0.0,
+        interval=interval_of(values) if values else None,
+    )
+
+
+def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None:
+    """``result.json`` and ``scores.jsonl``, which :mod:`gmai_xtuner.evaluate.compare` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps(
+            {
+                "id": one.question.id,
+                "question": one.question.digest(),
+                "value": one.score.value,
+                "parsed": one.score.parsed,
+                "answer": one.answer.answer,
+                "gold": one.question.answer,
+                "groups": dict(one.question.groups),
+            },
+            ensure_ascii=False,
+        )
+        for one in scored
+    ]
+    replace_text(folder / SCORES_FILE, "".join(f"{line}\n" for line in lines))
+    replace_text(
+        folder / RESULT_FILE, json.dumps(as_json(result), indent=1, ensure_ascii=False) + "\n"
+    )
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    return {**asdict(result), "problems": result.problems, "complete": result.complete}
+
+
+def read_result(folder: Path) -> tuple[Result, dict[str, dict[str, Any]]]:
+    """What :func:`write_result` wrote: the result, and the scores by question.
+
+    Raises:
+        EvaluationError: it can't be read.
+    """
+    try:
+        content = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        for name in ("problems", "complete"):
+            content.pop(name)
+        content["averages"] = {key: _cell(value) for key, value in content["averages"].items()}
+        content["groups"] = {
+            key: {name: _cell(value) for name, value in part.items()}
+            for key, part in content["groups"].items()
+        }
+        # Not splitlines: an answer may hold U+2028, U+2029 or U+0085, which end no line of JSON.
+        lines = (folder / SCORES_FILE).read_text(encoding="utf-8").split("\n")
+        scores = {line["id"]: line for line in map(json.loads, filter(None, lines))}
+        return Result(**content), scores
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise EvaluationError(f"the result in {folder} can't be read: {error}") from error
+
+
+def _cell(value: dict[str, Any]) -> Cell:
+    interval = value.pop("interval")
+    return Cell(**value, interval=None if interval is None else Interval(**interval))
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    total = sum(reasons.values())
+    return f"{total} questions ({', '.join(f'{name} {count}' for name, count in reasons.items())})"

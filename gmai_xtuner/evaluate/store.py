@@ -1,0 +1,259 @@
+"""Answers on disk: appended as they come, each with everything that it depends on, read again after a stop.
+
+```
+STORE/run.json          whose answers these are; another model or other settings are refused
+STORE/answers-0.jsonl   one line an answer, of process 0, 1, ...
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.train.on_disk import replace_text
+
+log = logging.getLogger(__name__)
+RUN_FILE = "run.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What all answers of a store have in common.
+
+    Args:
+        benchmark: name.
+        variant: of the benchmark.
+        model: its hash.
+        model_name: as it was given; for people.
+        generation: what decides an answer besides the prompt, e.g. the longest answer and the precision.
+        source: sha256 of each annotation file by name.
+    """
+
+    benchmark: str
+    variant: str
+    model: str
+    model_name: str
+    generation: Mapping[str, Any]
+    source: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer as it was given.
+
+    Args:
+        id: of the question.
+        prompt: what was asked, in full.
+        answer: what the model said, in full.
+        seconds: its share of the batch it was made in.
+        model: hash of the model.
+        protocol: ``name/version`` of the protocol whose prompt it was.
+        generation: settings, with ``max_new_tokens``.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    seconds: float
+    model: str
+    protocol: str
+    generation: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return key_of(self.id, self.prompt, int(self.generation["max_new_tokens"]))
+
+
+def key_of(question: str, prompt: str, max_new_tokens: int) -> tuple[str, str]:
+    """What an answer is looked up by: the same words asked by another protocol need no new answer."""
+    return question, hashlib.sha256(f"{max_new_tokens}\0{prompt}".encode()).hexdigest()[:16]
+
+
+class AnswerStore:
+    """Stored answers of one model to one benchmark.
+
+    Args:
+        folder: is made where it does not exist.
+        identity: whose answers; must be those in it.
+
+    Raises:
+        EvaluationError: the folder holds answers of another model, benchmark or other settings, or a line in
+            it is damaged; says what differs.
+    """
+
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        self.folder = folder
+        self.identity = identity
+        stored = read_identity(folder)
+        if stored is not None:
+            _check_same(folder, stored, identity)
+
+    def create(self) -> None:
+        """Write down whose answers these are; before the first of them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if read_identity(self.folder) is None:
+            content = {"format": FORMAT, **asdict(self.identity)}
+            replace_text(
+                self.folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            )
+
+    def read(self) -> dict[tuple[str, str], Answer]:
+        """Every whole answer by :func:`key_of`."""
+        found: dict[tuple[str, str], Answer] = {}
+        for file in sorted(self.folder.glob("answers-*.jsonl")):
+            for number, line in enumerate(_whole_lines(file), 1):
+                try:
+                    answer = Answer(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise EvaluationError(
+                        f"{file}, line {number} is not an answer ({error}). Remove the line, and the same "
+                        "command asks that question again"
+                    ) from error
+                if answer.model != self.identity.model:
+                    raise EvaluationError(
+                        f"{file}, line {number} is of the model {answer.model}, the store of "
+                        f"{self.identity.model}. Answers of several models were put together"
+                    )
+                found[answer.key] = answer
+        return found
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else may write here meanwhile.
+
+        Raises:
+            EvaluationError: another run does.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout as error:
+            raise EvaluationError(
+                f"another evaluation writes to {self.folder}. Wait for it, or give another --out"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def writer(self, rank: int = 0) -> Iterator[AnswerWriter]:
+        """Appends to this process's file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        writer = AnswerWriter(self.folder / f"answers-{rank}.jsonl")
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+class AnswerWriter:
+    """Appends answers; what :meth:`add` has returned from is on disk.
+
+    Args:
+        file: may end in a line that a stop has cut off: it is cut away.
+    """
+
+    def __init__(self, file: Path) -> None:
+        cut_torn_line(file)
+        self._file = file.open("a", encoding="utf-8")
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        self._file.writelines(
+            json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers
+        )
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_identity(folder: Path) -> Identity | None:
+    """Whose answers a folder holds; None where there are none.
+
+    Raises:
+        EvaluationError: the file that says so can't be read.
+    """
+    file = folder / RUN_FILE
+    if not file.exists():
+        if any(folder.glob("answers-*.jsonl")):
+            raise EvaluationError(
+                f"{folder} has answers but no {RUN_FILE}: whose they are is not known. Give another --out"
+            )
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content.pop("format")
+        if version != FORMAT:
+            raise ValueError(f"its format is {version}, this version reads {FORMAT}")
+        return Identity(**content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EvaluationError(
+            f"{file} can't be read: {error}. Give another --out, or remove {folder}"
+        ) from error
+
+
+def cut_torn_line(file: Path) -> None:
+    """Cut off what follows the last line's end: the part of a line that a killed process has written."""
+    if not file.exists():
+        return
+    with file.open("rb+") as handle:
+        whole = _end_of_last_line(handle)
+        torn = handle.seek(0, os.SEEK_END) - whole
+        if torn:
+            log.warning("%s: %d bytes of an answer cut off by a stop are left out", file, torn)
+            handle.truncate(whole)
+
+
+def _end_of_last_line(handle: Any) -> int:
+    end = handle.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65_536)
+        handle.seek(start)
+        found = handle.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
+def _whole_lines(file: Path) -> Iterator[str]:
+    with file.open("rb") as handle:
+        for line in handle:
+            if line.endswith(b"\n"):
+                yield line.decode("utf-8")
+
+
+def _check_same(folder: Path, stored: Identity, now: Identity) -> None:
+    before, after = asdict(stored), asdict(now)
+    if stored.model == now.model:
+        after["model_name"] = before["model_name"]  # the same weights at another place
+    different = [
+        f"{name}: {_short(before[name])} there, {_short(after[name])} now"
+        for name in before
+        if before[name] != after[name]
+    ]
+    if different:
+        raise EvaluationError(
+            f"{folder} holds answers of another run ({'; '.join(different)}). Give another --out, or the "
+            "model, files and settings of those answers"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return text if len(text) <= 160 else text[:157] + "..."

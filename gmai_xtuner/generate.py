@@ -1,0 +1,472 @@
+"""Ask a trained model.
+
+Shapes: ``B`` prompts asked together, ``T`` tokens of a prompt, image tokens counted, ``D`` width.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.conversation import Turn
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.images import ImageTransform, open_rgb
+from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
+from gmai_xtuner.model.llava import GMAILLaVAModel
+from gmai_xtuner.model.vision import num_image_tokens
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""A token of sentencepiece that stands for a byte of a character that has no token."""
+
+ImageLike = str | Path | Image.Image | torch.Tensor
+"""A file, a picture, or what :meth:`Predictor.pixels` made of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Turns up to where the assistant is to answer, and the images of their ``<image>`` marks, in order."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[ImageLike, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0, the default, takes the likeliest token.
+        top_p: share of the probability that is drawn from; with a temperature only.
+        seed: of the draw; None: another one each time.
+        repetition_penalty: over 1 makes tokens that came already less likely.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ValueError(
+                "temperature must be at least 0, top_p in (0, 1] and repetition_penalty above 0, got "
+                f"{self.temperature}, {self.top_p} and {self.repetition_penalty}"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``generate`` takes."""
+        draws = self.temperature > 0
+        return {
+            "do_sample": draws,
+            "temperature": self.temperature if draws else None,
+            "top_p": self.top_p if draws else None,
+            "top_k": None,
+            "repetition_penalty": self.repetition_penalty,
+        }
+
+
+GREEDY = Sampling()
+
+
+class PromptTooLong(GMAIError):
+    """A prompt leaves the model no position to answer at.
+
+    Args:
+        length: tokens of the prompt, image tokens counted.
+        limit: positions that the model has.
+    """
+
+    def __init__(self, length: int, limit: int) -> None:
+        self.length, self.limit = length, limit
+        super().__init__(
+            f"the prompt has {length} tokens, images included, but the model has {limit} positions, for "
+            "prompt and answer together. Give fewer images or a shorter conversation"
+        )
+
+
+class AnswerStream(Iterator[str]):
+    """An answer in pieces, as they come; closing it stops the model after the token that it is at.
+
+    Args:
+        prompt_tokens: length of the prompt, image tokens counted.
+
+    ``new_tokens`` counts what the model has made so far. ``is_cut`` says, when all is read, that the
+    answer ended because it had reached its greatest length, and not by itself.
+    """
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = 0
+        self.is_cut = False
+        self._pieces: Generator[str, None, None] | None = None
+
+    def __next__(self) -> str:
+        assert self._pieces is not None
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop; what was handed out stays valid."""
+        assert self._pieces is not None
+        self._pieces.close()
+
+
+class Predictor:
+    """Answers questions about images.
+
+    Args:
+        model: the model, in evaluation mode on its device.
+        tokenizer: its tokenizer.
+        template: how turns become text; the one of training.
+        transform: image to pixels; the one of training.
+    """
+
+    def __init__(
+        self,
+        model: GMAILLaVAModel,
+        *,
+        tokenizer: PreTrainedTokenizerFast,
+        template: ChatTemplate,
+        transform: ImageTransform,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.encoder = ConversationTokenizer.from_pretrained(tokenizer, template)
+        stop = tokenizer.convert_tokens_to_ids(template.suffix) if template.suffix_is_eos else None
+        self.stop_ids = [i for i in (stop, tokenizer.eos_token_id) if i is not None]
+
+    @property
+    def context_length(self) -> int:
+        """Positions of the model, for prompt and answer together."""
+        return self.model.llm.config.max_position_embeddings
+
+    def num_tokens(self, prompt: Prompt) -> int:
+        """Length of a prompt, image tokens counted.
+
+        Raises:
+            ValueError: marks and images differ in number.
+        """
+        return self._length(self.encode(prompt))
+
+    def answer(
+        self,
+        question: str,
+        images: Sequence[ImageLike] = (),
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> str:
+        """Answer one question.
+
+        Args:
+            question: text; may hold ``<image>`` marks. Without any, the images come first, each on a
+                line, as in training.
+            images: paths, opened images, or their pixel values.
+            system: system turn.
+            max_new_tokens: length of the answer at the most.
+            sampling: how tokens are chosen; default: the likeliest.
+
+        Raises:
+            ValueError: marks and images differ in number.
+            PromptTooLong: there is no position left to answer at.
+        """
+        turns = (Turn("system", system),) if system else ()
+        return self.generate(
+            (*turns, user_turn(question, len(images))),
+            images,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
+
+    def generate(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[ImageLike],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> str:
+        """The assistant's next turn.
+
+        Raises:
+            ValueError: marks and images differ in number.
+            PromptTooLong: there is no position left to answer at.
+        """
+        (answer,) = self.generate_batch(
+            [Prompt(tuple(turns), tuple(images))], max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        return answer
+
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> list[str]:
+        """The assistant's next turn for each of ``B`` prompts, computed together.
+
+        Shorter prompts are padded on the left, masked, and keep their own positions, so that an answer
+        does not depend on its neighbours (but for rounding, which in low precision can turn a tie).
+
+        An answer ends at the model's last position, if it comes there before ``max_new_tokens``. A prompt
+        that leaves less room than that is computed apart: its end is not that of the others.
+
+        Raises:
+            ValueError: marks and images of a prompt differ in number.
+            PromptTooLong: a prompt leaves no position to answer at.
+        """
+        if not prompts:
+            return []
+        embeds = self._embed_all(
+            [self.encode(prompt) for prompt in prompts], [prompt.images for prompt in prompts]
+        )
+        answers = [""] * len(prompts)
+        _seed(sampling)
+        for room, numbers in self._by_room(embeds, max_new_tokens).items():
+            output = self.model.llm.generate(
+                **self._padded([embeds[number] for number in numbers], room), **sampling.arguments()
+            )
+            for number, ids in zip(numbers, output, strict=True):
+                answers[number] = self._decode(ids)
+        return answers
+
+    def stream(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[ImageLike],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> AnswerStream:
+        """The assistant's next turn in pieces, as they come; joined, what :meth:`generate` returns.
+
+        Closing the iterator stops the model after the token that it is at.
+
+        Raises:
+            ValueError: marks and images differ in number; before anything is computed.
+            PromptTooLong: there is no position left to answer at; likewise.
+        """
+        prompt = Prompt(tuple(turns), tuple(images))
+        arguments = self._arguments(self.encode(prompt), prompt.images, max_new_tokens)
+        arguments |= sampling.arguments()
+        stream = AnswerStream(arguments["inputs_embeds"].shape[1])
+        stream._pieces = self._pieces(arguments, sampling, stream)
+        return stream
+
+    def _pieces(
+        self, arguments: dict[str, Any], sampling: Sampling, stream: AnswerStream
+    ) -> Generator[str, None, None]:
+        tokens = _TokenQueue()
+        stop = threading.Event()
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                with torch.no_grad():
+                    _seed(sampling)
+                    self.model.llm.generate(
+                        **arguments,
+                        streamer=tokens,
+                        stopping_criteria=StoppingCriteriaList([_StopWhen(stop)]),
+                    )
+            except BaseException as error:
+                failure.append(error)
+                tokens.end()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        told, ids = "", []
+        try:
+            for token in tokens:
+                ids.append(token)
+                stream.new_tokens = len(ids)
+                if _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
+                    continue  # what bytes mean is known when all that follow each other are there
+                text = self._decode(ids)
+                if len(text) > len(told) and text.startswith(told):
+                    yield text[len(told) :]
+                    told = text
+            if failure:
+                raise failure[0]
+            stream.is_cut = not ids or ids[-1] not in self.stop_ids
+            whole = self._decode(ids)
+            if len(whole) > len(told):
+                yield whole[len(told) :]
+        finally:
+            stop.set()
+            thread.join()
+
+    def pixels(self, image: ImageLike) -> torch.Tensor:
+        """float32 ``[3, S, S]`` on the CPU: what the model sees of an image, however large that is."""
+        return image if isinstance(image, torch.Tensor) else self.transform(as_rgb(image))
+
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """int32 ids of a prompt, one placeholder an image.
+
+        Raises:
+            ValueError: marks and images differ in number.
+        """
+        # In an answer the mark is text, as a model may say anything.
+        marks = sum(
+            turn.text.count(IMAGE_TOKEN) for turn in prompt.turns if turn.role != "assistant"
+        )
+        if marks != len(prompt.images):
+            raise ValueError(
+                f"{marks} {IMAGE_TOKEN} marks in the text, but {len(prompt.images)} images"
+            )
+        return self.encoder.encode_prompt(prompt.turns)
+
+    # Not inference_mode: weights that ZeRO-3 gathers inside could not be trained afterwards.
+    @torch.no_grad()
+    def go_on(
+        self,
+        ids: np.ndarray,
+        images: Sequence[ImageLike],
+        *,
+        max_new_tokens: int = 256,
+        synced_gpus: bool = False,
+    ) -> str:
+        """What follows a tokenised prompt, greedily.
+
+        Args:
+            ids: the prompt with one placeholder an image.
+            images: paths or opened images.
+            max_new_tokens: length of the answer at the most.
+            synced_gpus: every rank runs as many passes as the longest of them, as ZeRO-3 needs.
+        """
+        arguments = self._arguments(ids, images, max_new_tokens)
+        output = self.model.llm.generate(
+            **arguments, **GREEDY.arguments(), synced_gpus=synced_gpus
+        )[0]
+        return self._decode(output)
+
+    def _decode(self, ids: Any) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _arguments(
+        self, ids: np.ndarray, images: Sequence[ImageLike], max_new_tokens: int
+    ) -> dict[str, Any]:
+        """What ``generate`` takes for one prompt."""
+        embeds = self._embed_all([ids], [images])
+        ((room, _),) = self._by_room(embeds, max_new_tokens).items()
+        return self._padded(embeds, room)
+
+    def _embed_all(
+        self, prompts: Sequence[np.ndarray], images: Sequence[Sequence[ImageLike]]
+    ) -> list[torch.Tensor]:
+        """``[T, D]`` of each prompt, every one of which leaves a position to answer at."""
+        limit = self.context_length
+        for ids in prompts:
+            if self._length(ids) >= limit:
+                raise PromptTooLong(self._length(ids), limit)
+        return [
+            self._embed(ids.astype(np.int64), own) for ids, own in zip(prompts, images, strict=True)
+        ]
+
+    def _by_room(self, embeds: Sequence[torch.Tensor], max_new_tokens: int) -> dict[int, list[int]]:
+        """Longest answer -> numbers of the prompts that may have it, to be computed together.
+
+        In one batch all answers end together, and positions beyond the model's last would change the rotary
+        base of every prompt in it.
+        """
+        groups: dict[int, list[int]] = {}
+        for number, rows in enumerate(embeds):
+            room = min(max_new_tokens, self.context_length - len(rows))
+            groups.setdefault(room, []).append(number)
+        return groups
+
+    def _padded(self, embeds: Sequence[torch.Tensor], room: int) -> dict[str, Any]:
+        """What ``generate`` takes for prompts that all have room for so many new tokens."""
+        longest = max(len(rows) for rows in embeds)
+        padded = embeds[0].new_zeros((len(embeds), longest, embeds[0].shape[1]))
+        mask = torch.zeros(padded.shape[:2], dtype=torch.long, device=padded.device)
+        for number, rows in enumerate(embeds):
+            padded[number, longest - len(rows) :] = rows
+            mask[number, longest - len(rows) :] = 1
+        return {
+            "inputs_embeds": padded,
+            "attention_mask": mask,
+            "max_new_tokens": room,
+            "use_cache": True,
+            "eos_token_id": self.stop_ids,
+            "pad_token_id": self.stop_ids[-1],
+        }
+
+    def _length(self, ids: np.ndarray) -> int:
+        tokens = num_image_tokens(self.model.visual_encoder.config)
+        return len(ids) + int((ids == IMAGE_TOKEN_INDEX).sum()) * (tokens - 1)
+
+    @torch.no_grad()
+    def _embed(self, ids: np.ndarray, images: Sequence[ImageLike]) -> torch.Tensor:
+        """``[T, D]`` of one prompt."""
+        device = self.model.llm.device
+        tokens = num_image_tokens(self.model.visual_encoder.config)
+        widened = torch.from_numpy(
+            np.repeat(ids, np.where(ids == IMAGE_TOKEN_INDEX, tokens, 1))
+        ).to(device)
+        size = self.transform.image_size
+        pixels = [self.pixels(image) for image in images]
+        return self.model.embed(
+            widened[None],
+            torch.stack(pixels).to(device)
+            if pixels
+            else torch.zeros(0, 3, size, size, device=device),
+            torch.nonzero(widened == IMAGE_TOKEN_INDEX).flatten(),
+        )[0]
+
+
+def user_turn(question: str, num_images: int) -> Turn:
+    """A user's turn; without ``<image>`` marks the images come first, each on a line, as in training."""
+    marks = "" if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * num_images
+    return Turn("user", marks + question)
+
+
+def as_rgb(image: str | Path | Image.Image) -> Image.Image:
+    """The picture of a path, read as in training, or an opened one."""
+    return image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
+
+
+def _seed(sampling: Sampling) -> None:
+    if sampling.temperature > 0 and sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+
+
+class _TokenQueue(BaseStreamer):
+    """Hands tokens from the generating thread to the one that reads."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[int | None] = queue.Queue()
+
+    def put(self, value: torch.Tensor) -> None:
+        for token in value.flatten().tolist():
+            self._queue.put(token)
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        while (token := self._queue.get()) is not None:
+            yield token
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)

@@ -1,0 +1,281 @@
+"""Attention that knows where one conversation ends and the next begins.
+
+Shapes: ``T`` tokens of the flat batch, ``S`` conversations in it, ``H`` query heads, ``K`` key/value
+heads, ``D`` width of a head.
+
+A micro-batch is one flat sequence ``[1, T]`` without padding. Which tokens belong together is said by
+:class:`SequenceBoundaries`, which travels in the place of the attention mask: transformers 4.48 drops
+``flash_attn_kwargs`` under gradient checkpointing, but always hands the mask on, so the boundaries
+also reach the recomputation in the backward pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gmai_xtuner.core.errors import GMAIError
+
+
+def _public_varlen() -> Callable[..., Any] | None:
+    """torch 2.11's function; torch 2.10 has one without ``scale`` and ``window_size``, 2.9 has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = set(inspect.signature(varlen_attn).parameters)
+    return varlen_attn if {"scale", "window_size"} <= known else None
+
+
+_varlen_attn = _public_varlen()
+
+ATTENTION_NAME = "gmai_boundaries"
+"""Name under which the attention function is registered in transformers."""
+
+BACKENDS = ("auto", "varlen", "sdpa_loop", "block_mask")
+
+AttentionFunction = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, "SequenceBoundaries", float], torch.Tensor
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceBoundaries:
+    """Where each conversation of a flat batch begins and ends.
+
+    Args:
+        cu_seqlens: int32 ``[S + 1]`` on the device of the batch; ``0 ... T``, strictly increasing.
+        lengths: the ``S`` lengths on the host, so that no kernel launch has to wait for the device.
+    """
+
+    cu_seqlens: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def total_length(self) -> int:
+        return sum(self.lengths)
+
+    @classmethod
+    def from_lengths(
+        cls, lengths: Sequence[int], *, device: torch.device | str = "cpu"
+    ) -> SequenceBoundaries:
+        """Raises:
+        ValueError: if there is no conversation or one without a token.
+        """
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"every conversation needs at least one token, got lengths {lengths}")
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        starts[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+        return cls(starts.to(device), tuple(int(length) for length in lengths))
+
+
+def sdpa_loop_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: SequenceBoundaries,
+    scaling: float,
+) -> torch.Tensor:
+    """One causal ``scaled_dot_product_attention`` for each conversation. Works on every device.
+
+    Args:
+        query: ``[1, H, T, D]``.
+        key: ``[1, K, T, D]`` with ``K`` dividing ``H``.
+        value: ``[1, K, T, D]``.
+
+    Returns:
+        ``[1, T, H, D]``.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    pieces = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        for q, k, v in zip(
+            query.split(boundaries.lengths, dim=2),
+            key.split(boundaries.lengths, dim=2),
+            value.split(boundaries.lengths, dim=2),
+            strict=True,
+        )
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def block_mask_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: SequenceBoundaries,
+    scaling: float,
+) -> torch.Tensor:
+    """The same with one dense block-diagonal causal mask ``[T, T]``: the plain definition.
+
+    Memory grows with ``T`` squared; meant for comparison. Shapes as in :func:`sdpa_loop_attention`.
+    """
+    total = boundaries.total_length
+    lengths = torch.tensor(boundaries.lengths, device=query.device)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
+    positions = torch.arange(total, device=query.device)
+    mask = (owner[:, None] == owner[None, :]) & (positions[:, None] >= positions[None, :])
+    groups = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2)
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: SequenceBoundaries,
+    scaling: float,
+) -> torch.Tensor:
+    """PyTorch's own variable-length flash kernel (CUDA, fp16 or bf16); no flash-attn build.
+
+    ``torch.nn.attention.varlen.varlen_attn`` where this torch has it with a scale and a window (2.11),
+    otherwise the operator it is made of, ``aten._flash_attention_forward``. Shapes as in
+    :func:`sdpa_loop_attention`.
+    """
+    groups = query.shape[1] // key.shape[1]
+    # [1, heads, T, D] -> [T, heads, D]; the key/value heads are repeated so that one contract holds
+    # for every torch (native grouped heads are a later addition to the public function).
+    q = query[0].transpose(0, 1).contiguous()
+    k = key[0].transpose(0, 1).repeat_interleave(groups, dim=1).contiguous()
+    v = value[0].transpose(0, 1).repeat_interleave(groups, dim=1).contiguous()
+    starts, longest = boundaries.cu_seqlens, boundaries.max_length
+    if _varlen_attn is None:
+        out = torch.ops.aten._flash_attention_forward(
+            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scaling
+        )[0]
+    else:
+        out = _varlen_attn(
+            q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0)
+        )
+    return out.unsqueeze(0)
+
+
+_FUNCTIONS: dict[str, AttentionFunction] = {
+    "varlen": varlen_attention,
+    "sdpa_loop": sdpa_loop_attention,
+    "block_mask": block_mask_attention,
+}
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for this device and dtype.
+
+    Args:
+        name: one of :data:`BACKENDS`; ``auto`` takes the variable-length kernel where it runs and the
+            loop of SDPA calls everywhere else. Both keep conversations apart exactly.
+
+    Raises:
+        GMAIError: if the name is unknown, or ``varlen`` is asked for where it can't run.
+    """
+    if name not in BACKENDS:
+        raise GMAIError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
+    runs = (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    if name == "varlen" and not runs:
+        raise GMAIError(
+            "attention='varlen' needs an NVIDIA GPU of compute capability 8.0 or newer and fp16 or "
+            f"bf16, got {device.type} and {dtype}. Use attention='auto'"
+        )
+    if name == "auto":
+        return "varlen" if runs else "sdpa_loop"
+    return name
+
+
+def boundary_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: SequenceBoundaries | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface; with a plain mask (generation) it is transformers' SDPA."""
+    if not isinstance(attention_mask, SequenceBoundaries):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise GMAIError(f"GMAI-VL trains without attention dropout, got {dropout}")
+    if attention_mask.total_length != query.shape[2] or query.shape[0] != 1:
+        raise GMAIError(
+            f"boundaries cover {attention_mask.total_length} tokens of one flat sequence, the "
+            f"batch has shape {tuple(query.shape)}"
+        )
+    backend = choose_backend(module.config.gmai_attention, query.device, query.dtype)
+    _announce(backend, query.device)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    return _FUNCTIONS[backend](query, key, value, attention_mask, scaling), None
+
+
+_announced: set[str] = set()
+
+
+def _announce(backend: str, device: torch.device) -> None:
+    if backend not in _announced:
+        _announced.add(backend)
+        names = {
+            "varlen": "PyTorch's variable-length flash kernel",
+            "sdpa_loop": "one causal SDPA call for each conversation",
+            "block_mask": "one dense block-diagonal mask",
+        }
+        print_log(
+            f"Attention on {device.type}: {names[backend]} ({backend}); "
+            "conversations of a pack never see each other",
+            logger="current",
+            level=logging.INFO,
+        )
+
+
+def _update_causal_mask(self: LlamaModel, attention_mask, *args, **kwargs):
+    if isinstance(attention_mask, SequenceBoundaries):
+        return attention_mask
+    return LlamaModel._update_causal_mask(self, attention_mask, *args, **kwargs)
+
+
+def install_boundary_attention(llm: nn.Module, *, backend: str = "auto") -> None:
+    """Make a Llama model take :class:`SequenceBoundaries` as its attention mask.
+
+    Raises:
+        GMAIError: if the model is not a ``LlamaForCausalLM`` of the pinned transformers; then nothing
+            would keep the conversations of a pack apart, and training must not start.
+    """
+    if backend not in BACKENDS:
+        raise GMAIError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if not isinstance(llm, LlamaForCausalLM) or not hasattr(LlamaModel, "_update_causal_mask"):
+        raise GMAIError(
+            f"packed training needs transformers' LlamaForCausalLM (transformers 4.48), got "
+            f"{type(llm).__name__}: its attention can't be told where a conversation ends. "
+            "Load the language model with gmai_xtuner.model.load_language_model"
+        )
+    ALL_ATTENTION_FUNCTIONS.update({ATTENTION_NAME: boundary_attention_forward})
+    llm.config._attn_implementation = ATTENTION_NAME
+    llm.config.gmai_attention = backend
+    llm.model._update_causal_mask = types.MethodType(_update_causal_mask, llm.model)

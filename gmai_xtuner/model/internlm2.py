@@ -1,0 +1,343 @@
+"""InternLM2 and InternLM2.5 checkpoints as transformers' own ``LlamaForCausalLM``.
+
+InternLM2 computes what Llama computes; its checkpoints differ in names and in one layout. With
+``K`` key-value heads, ``G`` query heads for each of them and ``H`` the width of a head,
+``attention.wqkv`` holds rows ``[K, G + 2, H]``: per key-value head its ``G`` queries, its key and
+its value. Nothing is permuted for the rotary embedding, so the conversion is exact and no remote
+code is run.
+
+Source of the layout: xtuner 0.2.0, ``xtuner/_lite/modelings/internlm2/modeling_internlm2.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from gmai_xtuner.checkpoint.adapters import add_adapter
+from gmai_xtuner.checkpoint.layouts import is_llava, text_model
+from gmai_xtuner.checkpoint.weight_files import building_on_meta, resolve_directory, shorten
+from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.model.quantization import quantization_that_runs
+
+#: Modules of the model, then of one layer: InternLM2 name -> Llama name.
+MODEL_NAMES = {
+    "model.tok_embeddings": "model.embed_tokens",
+    "model.norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_NAMES = {
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+#: Buffers that early checkpoints carry and the model computes anew.
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+REQUIRED_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def load_language_model(
+    pretrained_model_name_or_path: str,
+    *,
+    torch_dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    adapter: Path | None = None,
+) -> LlamaForCausalLM:
+    """Load an InternLM2, InternLM2.5 or Llama checkpoint as a ``LlamaForCausalLM``.
+
+    Of a folder with a whole LLaVA (:mod:`gmai_xtuner.checkpoint.layouts`) the language model is taken.
+
+    Under ``accelerate.init_empty_weights`` only the structure is built and no weight is read.
+    Under DeepSpeed ZeRO-3 (``HfDeepSpeedConfig``) the parameters are partitioned as they load.
+
+    Args:
+        pretrained_model_name_or_path: a folder in the hub's layout, or a hub name.
+        torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
+        attn_implementation: a key of transformers' ``ALL_ATTENTION_FUNCTIONS``, ``"eager"`` or
+            ``"sdpa"``; None lets transformers choose.
+        quantization_config: 4-bit weights for QLoRA: a ``BitsAndBytesConfig`` or its config
+            ``dict(type="transformers.BitsAndBytesConfig", ...)``. Each weight is quantised as it is read,
+            so the GPU never holds the model in full precision. On meta it is left out of account: what
+            is built there takes full-precision weights.
+        adapter: folder of a LoRA adapter of peft on this checkpoint, which is merged.
+
+    Raises:
+        ModelLoadError: another model type, a missing or damaged file, a weight that is missing,
+            unexpected or of the wrong shape, or 4-bit weights that can't run here. The message names it.
+    """
+    on_meta = building_on_meta()
+    if quantization_config is not None and not on_meta:
+        quantization_config = quantization_that_runs(quantization_config)
+    directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
+    raw, weights = text_model(directory, weights=not on_meta)
+    model_type = raw.get("model_type")
+    if model_type not in ("internlm2", "llama"):
+        raise ModelLoadError(
+            f"{directory / 'config.json'}: model_type {model_type!r} is not supported as the "
+            "language model; supported are 'internlm2' (InternLM2, InternLM2.5) and 'llama'."
+        )
+    config = llama_config(raw) if model_type == "internlm2" else LlamaConfig.from_dict(raw)
+    dtype = _own_dtype(raw) if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
+    if on_meta:
+        model = LlamaForCausalLM._from_config(
+            config, torch_dtype=dtype or torch.float32, attn_implementation=attn_implementation
+        )
+    else:
+        options = {
+            "torch_dtype": dtype or "auto",
+            "attn_implementation": attn_implementation,
+            "quantization_config": quantization_config,
+            # Parameters take the memory-mapped tensors instead of a second copy; ZeRO-3 has its
+            # own way of not holding the whole model.
+            "low_cpu_mem_usage": None if is_deepspeed_zero3_enabled() else True,
+            "output_loading_info": True,
+        }
+        own_folder = adapter is None and not is_llava(directory)
+        if adapter is not None:
+            weights = add_adapter(weights, adapter)
+        if model_type == "internlm2":
+            weights = convert_state_dict(weights, config)
+        elif raw.get("quantization_config") is None:
+            _check_fit(weights, llama_shapes(config), where=str(directory))
+        if model_type == "llama" and own_folder:
+            del weights  # memory-mapped: nothing was copied
+            model, info = LlamaForCausalLM.from_pretrained(directory, config=config, **options)
+        else:
+            options["state_dict"] = weights
+            model, info = LlamaForCausalLM.from_pretrained(None, config=config, **options)
+        check_loading_info(info, where=str(directory))
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if quantization_config is None:
+        model.config.torch_dtype = model.dtype
+    model.config.name_or_path = str(pretrained_model_name_or_path)
+    model.name_or_path = str(pretrained_model_name_or_path)
+    return model
+
+
+def check_loading_info(
+    info: Mapping[str, Any], *, where: str, ignored: tuple[str, ...] = (IGNORED_SUFFIX,)
+) -> None:
+    """Raise ``ModelLoadError`` unless every weight found its place.
+
+    Args:
+        info: what transformers returns for ``output_loading_info=True``.
+        where: the checkpoint, for the message.
+        ignored: parts of names; a left-over weight whose name has one of them is allowed.
+    """
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(
+        key for key in info["unexpected_keys"] if not any(part in key for part in ignored)
+    )
+    _raise_on_keys(missing, unexpected, where)
+
+
+def _raise_on_keys(missing: list[str], unexpected: list[str], where: str) -> None:
+    if not missing and not unexpected:
+        return
+    parts = [
+        f"{len(keys)} {kind} ({shorten(keys)})"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    raise ModelLoadError(
+        f"{where}: the weights don't fit config.json: {'; '.join(parts)}. "
+        "Take config and weights from the same checkpoint."
+    )
+
+
+def _check_fit(
+    weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], *, where: str
+) -> None:
+    """Compare names and shapes before anything is built.
+
+    transformers 4.48 can't be asked: with ``low_cpu_mem_usage`` all parameters look tied to each
+    other, and missing ones keep their random start without a word.
+    """
+    _raise_on_keys(
+        sorted(set(shapes) - set(weights)),
+        sorted(key for key in set(weights) - set(shapes) if not _is_ignored(key)),
+        where,
+    )
+    wrong = [
+        f"{key} {tuple(weights[key].shape)} instead of {shape}"
+        for key, shape in shapes.items()
+        if tuple(weights[key].shape) != shape
+    ]
+    if wrong:
+        raise ModelLoadError(
+            f"{where}: other shapes than config.json says: {shorten(wrong)}. "
+            "Take config and weights from the same checkpoint."
+        )
+
+
+def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the Llama checkpoint that ``config`` describes."""
+    with init_empty_weights():
+        state_dict = LlamaForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        del state_dict["lm_head.weight"]
+    return {key: tuple(value.shape) for key, value in state_dict.items()}
+
+
+def as_dtype(torch_dtype: str | torch.dtype) -> torch.dtype:
+    """``"bfloat16"`` or ``"torch.bfloat16"`` as a dtype; a dtype is returned as it is."""
+    if isinstance(torch_dtype, torch.dtype):
+        return torch_dtype
+    dtype = getattr(torch, torch_dtype.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelLoadError(
+            f"torch_dtype {torch_dtype!r} is unknown; write e.g. 'bfloat16', 'float16', 'float32'."
+        )
+    return dtype
+
+
+def _own_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
+    own = raw.get("torch_dtype") or raw.get("dtype")
+    return None if own is None else as_dtype(own)
+
+
+def llama_config(internlm2_config: Mapping[str, Any]) -> LlamaConfig:
+    """Translate InternLM2's ``config.json``.
+
+    Keys that the file leaves out take InternLM2's defaults (``bias`` is true there), not Llama's.
+
+    Raises:
+        ModelLoadError: a size is missing, or the heads don't divide.
+    """
+    raw = internlm2_config
+    if absent := [key for key in REQUIRED_KEYS if raw.get(key) is None]:
+        raise ModelLoadError(f"InternLM2 config.json lacks {', '.join(absent)}.")
+    heads = raw["num_attention_heads"]
+    key_value_heads = raw.get("num_key_value_heads") or heads
+    if raw["hidden_size"] % heads or heads % key_value_heads:
+        raise ModelLoadError(
+            f"InternLM2 config.json: hidden_size {raw['hidden_size']}, num_attention_heads {heads} "
+            f"and num_key_value_heads {key_value_heads} don't divide."
+        )
+    scaling = raw.get("rope_scaling")
+    if scaling is not None and scaling.get("type") not in ("linear", "dynamic"):
+        raise ModelLoadError(
+            f"InternLM2 config.json: rope_scaling {scaling!r} should be null or have the type "
+            "'linear' or 'dynamic'."
+        )
+    return LlamaConfig(
+        **{key: raw[key] for key in REQUIRED_KEYS},
+        num_key_value_heads=key_value_heads,
+        hidden_act=raw.get("hidden_act", "silu"),
+        max_position_embeddings=raw.get("max_position_embeddings", 2048),
+        initializer_range=raw.get("initializer_range", 0.02),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        use_cache=raw.get("use_cache", True),
+        pad_token_id=raw.get("pad_token_id", 0),
+        bos_token_id=raw.get("bos_token_id", 1),
+        eos_token_id=raw.get("eos_token_id", 2),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        attention_bias=raw.get("bias", True),
+        rope_theta=float(raw.get("rope_theta", 10000)),
+        rope_scaling=None if scaling is None else dict(scaling),
+        torch_dtype=_own_dtype(raw),
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def internlm2_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an InternLM2 checkpoint, the reverse of what the conversion makes."""
+    width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    head = width // config.num_attention_heads
+    wqkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * head
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.tok_embeddings.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+        "output.weight": (vocabulary, width),
+    }
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        shapes[f"{layer}.attention.wqkv.weight"] = (wqkv, width)
+        shapes[f"{layer}.attention.wo.weight"] = (width, width)
+        if config.attention_bias:
+            shapes[f"{layer}.attention.wqkv.bias"] = (wqkv,)
+            shapes[f"{layer}.attention.wo.bias"] = (width,)
+        shapes[f"{layer}.feed_forward.w1.weight"] = (inner, width)
+        shapes[f"{layer}.feed_forward.w3.weight"] = (inner, width)
+        shapes[f"{layer}.feed_forward.w2.weight"] = (width, inner)
+        shapes[f"{layer}.attention_norm.weight"] = (width,)
+        shapes[f"{layer}.ffn_norm.weight"] = (width,)
+    return shapes
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, torch.Tensor], config: LlamaConfig
+) -> dict[str, torch.Tensor]:
+    """Rename InternLM2 weights to Llama's and split ``wqkv``; the argument is not changed.
+
+    Raises:
+        ModelLoadError: a weight is missing, unexpected or of the wrong shape, or an output matrix
+            differs from the embedding it is said to be tied to.
+    """
+    weights = {key: value for key, value in state_dict.items() if not _is_ignored(key)}
+    shapes = internlm2_shapes(config)
+    if config.tie_word_embeddings:
+        _check_tied(weights)
+        weights.pop("output.weight", None)
+        del shapes["output.weight"]
+    _check_fit(weights, shapes, where="InternLM2 weights")
+    converted: dict[str, torch.Tensor] = {}
+    for key, weight in weights.items():
+        module, _, kind = key.rpartition(".")
+        if module in MODEL_NAMES:
+            converted[f"{MODEL_NAMES[module]}.{kind}"] = weight
+            continue
+        _, _, index, name = module.split(".", 3)
+        layer = f"model.layers.{index}"
+        if name == "attention.wqkv":
+            for part, value in zip("qkv", _split_wqkv(weight, config), strict=True):
+                converted[f"{layer}.self_attn.{part}_proj.{kind}"] = value
+        else:
+            converted[f"{layer}.{LAYER_NAMES[name]}.{kind}"] = weight
+    return converted
+
+
+def _is_ignored(key: str) -> bool:
+    return key.endswith(IGNORED_SUFFIX)
+
+
+def _check_tied(weights: Mapping[str, torch.Tensor]) -> None:
+    output, embedding = weights.get("output.weight"), weights.get("model.tok_embeddings.weight")
+    if output is not None and embedding is not None and not torch.equal(output, embedding):
+        raise ModelLoadError(
+            "config.json ties the output matrix to the embedding, but output.weight differs from "
+            "model.tok_embeddings.weight. Set tie_word_embeddings to false."
+        )
+
+
+def _split_wqkv(
+    wqkv: torch.Tensor, config: LlamaConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight ``[K * (G + 2) * H, D]`` or bias ``[K * (G + 2) * H]`` to q, k and v."""
+    key_value_heads = config.num_key_value_heads
+    queries = config.num_attention_heads // key_value_heads
+    head = config.hidden_size // config.num_attention_heads
+    rest = wqkv.shape[1:]
+    grouped = wqkv.reshape(key_value_heads, queries + 2, head, *rest)
+    return (
+        grouped[:, :queries].reshape(-1, *rest).contiguous(),
+        grouped[:, queries].reshape(-1, *rest).contiguous(),
+        grouped[:, queries + 1].reshape(-1, *rest).contiguous(),
+    )

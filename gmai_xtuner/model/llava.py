@@ -1,0 +1,390 @@
+"""The GMAI-VL model: CLIP vision tower, MLP projector, InternLM2.5 as Llama.
+
+Shapes: ``N`` images, ``P`` patch tokens of an image (576 at 336 px and patch 14), ``C`` width of the
+vision tower, ``T`` tokens of the flat batch, ``M`` learnt tokens, ``D`` width of the language model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.dist import get_rank
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from torch import nn
+from xtuner.model.modules import ProjectorConfig, ProjectorModel
+from xtuner.registry import BUILDER
+
+from gmai_xtuner.checkpoint.export_huggingface import save_huggingface_layout
+from gmai_xtuner.checkpoint.export_xtuner import save_xtuner_layout
+from gmai_xtuner.checkpoint.frozen import PREFIX, check_same, without_prefix
+from gmai_xtuner.checkpoint.load import load_checkpoint_state, load_parts
+from gmai_xtuner.checkpoint.starting_points import is_export, read_export
+from gmai_xtuner.checkpoint.weight_files import building_on_meta
+from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+from gmai_xtuner.model.attention import SequenceBoundaries, install_boundary_attention
+from gmai_xtuner.model.liger import install_liger, require_liger
+from gmai_xtuner.model.lora import add_adapters, load_adapters, plain_key, split_adapters
+from gmai_xtuner.model.loss import install_loss_head
+from gmai_xtuner.model.recompute import recompute, recompute_first_layers, use_reentrant
+
+
+class ImageFeatureMismatch(GMAIError):
+    """Image features and their places in the sequence differ in number."""
+
+
+def _keep_frequencies_exact(rotary: Any, args: tuple[object, ...]) -> None:
+    # DeepSpeed's bf16 engine calls `module.bfloat16()`, which also rounds the rotary frequencies: at
+    # position 2,000 the angle of the fastest pair would be off by radians, and differ from inference.
+    if rotary.inv_freq.dtype != torch.float32:
+        rotary.inv_freq = rotary.original_inv_freq.to(rotary.inv_freq.device, torch.float32)
+
+
+def _prepare_rotary(rotary: Any) -> None:
+    rotary.register_forward_pre_hook(_keep_frequencies_exact)
+    update = rotary._dynamic_frequency_update
+
+    def update_if_longer(position_ids: torch.Tensor, device: torch.device) -> None:
+        # Dynamic scaling looks for the largest position, for which the host waits for the device. In
+        # training the batch's own length, known on the host, already shows that there is no need.
+        if not (rotary.training and position_ids.shape[-1] <= rotary.original_max_seq_len):
+            update(position_ids, device=device)
+
+    rotary._dynamic_frequency_update = update_if_longer
+
+
+@MODELS.register_module()
+@BUILDER.register_module()
+class GMAILLaVAModel(BaseModel):
+    """Vision tower (layer -2, patch tokens) -> linear, GELU, linear -> language model.
+
+    Paper: section "GMAI-VL: A General Medical Vision-Language Model" and Table 8 (which parts learn).
+
+    Args:
+        llm: config of ``gmai_xtuner.model.load_language_model`` (or a module).
+        visual_encoder: config of ``gmai_xtuner.model.load_vision_tower`` (or a module).
+        freeze_llm: keep the language model as it is (stages 1 and 2).
+        freeze_visual_encoder: keep the vision tower as it is (stage 1).
+        llm_lora: config of a ``peft.LoraConfig``: adapters on the language model learn, and its own
+            weights don't, whatever ``freeze_llm`` says. See :mod:`gmai_xtuner.model.lora`.
+        visual_encoder_lora: the same for the vision tower.
+        visual_select_layer: hidden state of the tower that is used; -2 is the one before the last.
+        projector_depth: linear layers of the projector.
+        pretrained_pth: file, DeepSpeed directory or work dir of the stage before, or of a run with the
+            same adapters, which are continued; or a folder of exported weights, in xtuner's layout or a
+            whole LLaVA (:mod:`gmai_xtuner.checkpoint.starting_points`).
+        pretrained_parts: parts that ``pretrained_pth`` must contain; a checkpoint of an earlier stage
+            than the one meant is refused.
+        use_activation_checkpointing: recompute activations in the backward pass.
+        recomputed_layers: of the language model's layers, how many are recomputed, the first ones; the
+            others keep their activations, which is faster where memory allows. Default: all.
+        attention: ``auto``, ``varlen``, ``sdpa_loop`` or ``block_mask``, see
+            :mod:`gmai_xtuner.model.attention`.
+        loss_chunk_size: tokens for which logits exist at a time.
+        liger: use Liger's kernels (CUDA), see :mod:`gmai_xtuner.model.liger`.
+
+    Raises:
+        ModelLoadError: a checkpoint does not fit; names the keys.
+        GMAIError: isolation of the conversations of a pack can't be had.
+    """
+
+    def __init__(
+        self,
+        llm: Mapping[str, Any] | nn.Module,
+        visual_encoder: Mapping[str, Any] | nn.Module,
+        *,
+        freeze_llm: bool = False,
+        freeze_visual_encoder: bool = False,
+        llm_lora: Mapping[str, Any] | None = None,
+        visual_encoder_lora: Mapping[str, Any] | None = None,
+        visual_select_layer: int = -2,
+        projector_depth: int = 2,
+        pretrained_pth: str | None = None,
+        pretrained_parts: Sequence[str] = ("projector",),
+        use_activation_checkpointing: bool = True,
+        recomputed_layers: int | None = None,
+        attention: str = "auto",
+        loss_chunk_size: int = 2048,
+        liger: bool = False,
+    ) -> None:
+        super().__init__(data_preprocessor={"type": "BaseDataPreprocessor", "non_blocking": True})
+        if liger := liger and not building_on_meta():
+            require_liger()
+        self.freeze_llm = freeze_llm or llm_lora is not None
+        self.freeze_visual_encoder = freeze_visual_encoder or visual_encoder_lora is not None
+        self.use_llm_lora = llm_lora is not None
+        self.use_visual_encoder_lora = visual_encoder_lora is not None
+        self.visual_select_layer = visual_select_layer
+        self.use_activation_checkpointing = use_activation_checkpointing
+        self.loss_chunk_size = loss_chunk_size
+
+        self.llm: Any = _build(llm)
+        self.visual_encoder: Any = _build(visual_encoder)
+        self.projector: Any = ProjectorModel(
+            ProjectorConfig(
+                visual_hidden_size=self.visual_encoder.config.hidden_size,
+                llm_hidden_size=self.llm.config.hidden_size,
+                depth=projector_depth,
+            )
+        )
+        self.llm.config.use_cache = False
+        install_boundary_attention(self.llm, backend=attention)
+        install_loss_head(self.llm.lm_head)
+        _prepare_rotary(self.llm.model.rotary_emb)
+        if liger:
+            install_liger(self.llm)
+        if use_activation_checkpointing:
+            self.llm.gradient_checkpointing_enable({"use_reentrant": use_reentrant()})
+            if recomputed_layers is not None:
+                recompute_first_layers(self.llm.model, recomputed_layers)
+
+        self.llm.requires_grad_(not self.freeze_llm)
+        self.visual_encoder.requires_grad_(not self.freeze_visual_encoder)
+
+        # First the weights, then the adapters: a checkpoint of a stage without adapters then fits.
+        self.pretrained_pth = pretrained_pth
+        self._kept: dict[str, torch.Tensor] = {}
+        adapters: dict[str, torch.Tensor] = {}
+        if pretrained_pth is not None:
+            adapters = self._load_weights(pretrained_pth, set(pretrained_parts))
+        if llm_lora is not None:
+            add_adapters(self.llm, llm_lora, option="llm_lora")
+        if visual_encoder_lora is not None:
+            add_adapters(
+                self.visual_encoder,
+                visual_encoder_lora,
+                option="visual_encoder_lora",
+                num_layers=self._vision_depth,
+            )
+        load_adapters(self, adapters, source=str(pretrained_pth))
+
+    def _load_weights(self, source: str, required: set[str]) -> dict[str, torch.Tensor]:
+        """Load all but the adapters of a checkpoint, which are returned."""
+        state = read_export(source, self) if is_export(source) else load_checkpoint_state(source)
+        base, adapters = split_adapters(state)
+        if self.freeze_llm and any(key.startswith("llm.") for key in base):
+            raise ModelLoadError(
+                f"{source} has a whole language model, but this stage does not train one, and would have "
+                "to copy it into each of its checkpoints. Convert that stage (xtuner convert pth_to_hf) "
+                "and name what it exports as the base (GMAI_LLM)"
+            )
+        with_adapters = {key.split(".", 1)[0] for key in adapters}
+        parts = load_parts(self, base, required=required - with_adapters, source=source)
+        print_log(
+            f"Loaded {', '.join(sorted({*parts, *(f'adapters of {p}' for p in with_adapters)}))} "
+            f"from {source}",
+            logger="current",
+            level=logging.INFO,
+        )
+        if self.freeze_visual_encoder and get_rank() == 0:
+            self._kept = {
+                # Copies: what was read may be views of the whole checkpoint.
+                key: value.detach().clone()
+                for key, value in base.items()
+                if key.startswith("visual_encoder.")
+            }
+        return adapters
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What learns, and the frozen weights that no base has (:mod:`gmai_xtuner.checkpoint.frozen`)."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        own = dict(self.named_parameters(remove_duplicate=False))
+        learns = {prefix + name for name, parameter in own.items() if parameter.requires_grad}
+        for key in [key for key in state if key.startswith(prefix) and key not in learns]:
+            del state[key]
+        names = {plain_key(name): name for name in own} if self._kept else {}
+        for key, value in self._kept.items():
+            state[prefix + PREFIX + names[key]] = value
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what :meth:`state_dict` gives, as a resumed run does.
+
+        Raises:
+            ModelLoadError: this run stands on other frozen weights.
+        """
+        if get_rank() == 0:
+            frozen = {plain_key(key): value for key, value in without_prefix(state_dict).items()}
+            check_same(self._kept, frozen, source=str(self.pretrained_pth))
+        rest = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
+        return super().load_state_dict(rest, strict=strict, assign=assign)
+
+    def init_weights(self) -> None:
+        """Weights come from the checkpoints; mmengine must not initialise them again."""
+
+    @property
+    def image_size(self) -> int:
+        return self.visual_encoder.config.image_size
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """``[N, 3, S, S]`` -> projected patch features ``[N, P, D]``.
+
+        Runs only the layers of the tower that the selected hidden state needs.
+        """
+        tower = self.visual_encoder.vision_model
+        learns = torch.is_grad_enabled() and (
+            self.use_visual_encoder_lora or not self.freeze_visual_encoder
+        )
+        recomputes = learns and self.training and self.use_activation_checkpointing
+        with torch.set_grad_enabled(learns):
+            hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self._vision_dtype)))
+            if recomputes and not hidden.requires_grad:
+                # Under adapters nothing before them learns, and re-entrant checkpointing gives no
+                # gradient to a layer whose input needs none.
+                hidden.requires_grad_()
+            for layer in tower.encoder.layers[: self._vision_depth]:
+                if recomputes:
+                    hidden = recompute(layer, hidden, None, None)[0]
+                else:
+                    hidden = layer(hidden, None, None)[0]
+        return self.projector(hidden[:, 1:].to(self._projector_dtype))
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        image_positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Token embeddings with the image features written into their places.
+
+        Args:
+            input_ids: int64 ``[1, T]``; any id at the places of image tokens.
+            pixel_values: ``[N, 3, S, S]``; ``N`` may be 0.
+            image_positions: int64 ``[N * P]``, places of the image tokens, in order.
+
+        Returns:
+            ``[1, T, D]``.
+
+        Raises:
+            ImageFeatureMismatch: says how many features and how many places there are. A feature is
+                never dropped or repeated.
+        """
+        embeds = self.llm.get_input_embeddings()(input_ids.clamp(min=0))
+        if pixel_values.shape[0] == 0:
+            if image_positions.numel():
+                raise ImageFeatureMismatch(
+                    f"the batch has no image, but {image_positions.numel()} places for image tokens"
+                )
+            # Every rank must touch the same parameters: an image of zeros, counted zero times.
+            blank = pixel_values.new_zeros((1, 3, self.image_size, self.image_size))
+            return embeds + (self.encode_images(blank).to(embeds.dtype) * 0.0).sum()
+        features = self.encode_images(pixel_values).flatten(0, 1)
+        if features.shape[0] != image_positions.numel():
+            raise ImageFeatureMismatch(
+                f"{pixel_values.shape[0]} images give {features.shape[0]} image features, but the "
+                f"batch has {image_positions.numel()} places for them. The dataset must be built with "
+                "the same vision tower as the model (GMAI_VISION)"
+            )
+        flat = embeds.flatten(0, 1).index_copy(0, image_positions, features.to(embeds.dtype))
+        return flat.unsqueeze(0)
+
+    def forward(
+        self, data: Mapping[str, Any], data_samples: object = None, mode: str = "loss"
+    ) -> dict[str, torch.Tensor] | torch.Tensor | list[dict[str, Any]]:
+        """One flat batch, as made by :func:`gmai_xtuner.data.collate.collate_packs`.
+
+        Args:
+            data: ``input_ids`` and ``position_ids`` int64 ``[1, T]``, ``cu_seqlens`` int32 ``[S + 1]``,
+                ``lengths`` (S ints), ``pixel_values`` ``[N, 3, S, S]``, ``image_positions``
+                int64 ``[N * P]``, ``label_positions`` and ``label_targets`` int64 ``[M]``,
+                ``label_weights`` float32 ``[M]``, ``loss_denominator`` float.
+            mode: ``loss`` -> ``{"loss": scalar to learn from, "weighted_sum": sum of weights * CE}``;
+                ``tensor`` -> logits ``[1, T, V]``; ``predict`` -> for each conversation its ``id``, the
+                sum of ``loss`` over its learnt tokens (CE, unweighted) and their number, ``tokens``.
+        """
+        hidden = self._hidden_states(data)
+        if mode == "loss":
+            total = self.llm.lm_head(
+                hidden[0, data["label_positions"]],
+                data["label_targets"],
+                data["label_weights"],
+                self.loss_chunk_size,
+            )
+            return {"loss": total / data["loss_denominator"], "weighted_sum": total.detach()}
+        if mode == "tensor":
+            return self.llm.lm_head(hidden)
+        if mode == "predict":
+            return self._losses_by_conversation(hidden, data)
+        raise GMAIError(f"mode must be 'loss', 'tensor' or 'predict', got {mode!r}")
+
+    def _losses_by_conversation(
+        self, hidden: torch.Tensor, data: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        positions = data["label_positions"]
+        losses = self.llm.lm_head(
+            hidden[0, positions], data["label_targets"], None, self.loss_chunk_size
+        )
+        owner = torch.searchsorted(data["cu_seqlens"][1:].long(), positions, right=True)
+        sums = losses.new_zeros(len(data["ids"]), dtype=torch.float64)
+        sums.index_add_(0, owner, losses.double())
+        tokens = torch.bincount(owner, minlength=len(data["ids"]))
+        return [
+            {"id": name, "loss": loss, "tokens": count}
+            for name, loss, count in zip(data["ids"], sums.tolist(), tokens.tolist(), strict=True)
+        ]
+
+    def _hidden_states(self, data: Mapping[str, Any]) -> torch.Tensor:
+        embeds = self.embed(data["input_ids"], data["pixel_values"], data["image_positions"])
+        return self.llm.model(
+            inputs_embeds=embeds,
+            attention_mask=SequenceBoundaries(data["cu_seqlens"], tuple(data["lengths"])),
+            position_ids=data["position_ids"],
+            use_cache=False,
+        ).last_hidden_state
+
+    @property
+    def _vision_depth(self) -> int:
+        """Layers of the tower that run."""
+        return range(self.visual_encoder.config.num_hidden_layers + 1)[self.visual_select_layer]
+
+    @property
+    def _vision_dtype(self) -> torch.dtype:
+        return self.visual_encoder.dtype
+
+    @property
+    def _projector_dtype(self) -> torch.dtype:
+        return next(self.projector.parameters()).dtype
+
+    def to_hf(
+        self,
+        cfg: ConfigDict,
+        save_dir: str,
+        fp32: bool = False,
+        save_pretrained_kwargs: Mapping[str, Any] | None = None,
+        save_format: str = "xtuner",
+    ) -> None:
+        """What ``xtuner convert pth_to_hf`` calls.
+
+        Args:
+            cfg: the stage's config.
+            save_dir: a new or empty folder.
+            fp32: write fp32; otherwise fp16, or ``export_dtype`` of the config.
+            save_pretrained_kwargs: ``max_shard_size`` and ``safe_serialization``.
+            save_format: ``xtuner`` (:mod:`gmai_xtuner.checkpoint.export_xtuner`) or ``huggingface``
+                (:mod:`gmai_xtuner.checkpoint.export_huggingface`).
+        """
+        if save_format not in SAVE_FORMATS:
+            raise GMAIError(
+                f"--save-format {save_format} is not supported; use {' or '.join(SAVE_FORMATS)}"
+            )
+        SAVE_FORMATS[save_format](
+            self, cfg, save_dir, fp32=fp32, save_kwargs=dict(save_pretrained_kwargs or {})
+        )
+
+
+SAVE_FORMATS: dict[str, Any] = {
+    "xtuner": save_xtuner_layout,
+    "huggingface": save_huggingface_layout,
+}
+
+
+def _build(part: Mapping[str, Any] | nn.Module) -> Any:
+    return part if isinstance(part, nn.Module) else BUILDER.build(part)

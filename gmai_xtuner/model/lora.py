@@ -1,0 +1,257 @@
+"""LoRA on the language model and on the vision tower, by peft.
+
+Adapters are injected: the model stays a ``LlamaForCausalLM`` or ``CLIPVisionModel`` whose linear layers
+are peft's, so that attention, loss head, DeepSpeed and generation see no difference. (``PeftModel``, which
+xtuner's ``LLaVAModel`` wraps around it, would move every attribute.) A weight ``...q_proj.weight`` becomes
+``...q_proj.base_layer.weight``, beside ``...q_proj.lora_A.default.weight`` and ``lora_B``.
+
+LoRA: Hu et al. 2021, arXiv 2106.09685: ``W x + (alpha / r) B A x`` with ``B = 0`` at the start.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+from xtuner.registry import BUILDER
+
+from gmai_xtuner.checkpoint.weight_files import shorten
+from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+
+ADAPTER = "default"
+"""peft's name of the only adapter, a part of its keys."""
+
+#: What may be set in a ``LoraConfig``; the rest must keep its default.
+SUPPORTED = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "init_lora_weights",
+        "task_type",
+        # what peft writes itself
+        "peft_type",
+        "peft_version",
+        "base_model_name_or_path",
+        "inference_mode",
+        "runtime_config",
+    }
+)
+#: Starts that leave the base weights as they are; others (pissa, olora, ...) rewrite them.
+SUPPORTED_STARTS = (True, False, "gaussian")
+
+
+def add_adapters(
+    part: nn.Module,
+    config: Mapping[str, Any] | LoraConfig,
+    *,
+    option: str,
+    num_layers: int | None = None,
+) -> None:
+    """Put LoRA on linear layers of a model and freeze everything else of it.
+
+    Args:
+        part: a ``LlamaForCausalLM`` or ``CLIPVisionModel``, also quantised or on the meta device; it is
+            changed.
+        config: a ``LoraConfig`` or its config ``dict(type="peft.LoraConfig", r=..., ...)``; it is not
+            changed. Without ``target_modules`` (or with ``"all-linear"``): all linear layers of the
+            decoder or encoder layers, as in xtuner; so never the language model's head.
+        option: name of the option in the model's config, for messages.
+        num_layers: layers that run, where the last ones don't; by default adapters go there only.
+
+    Raises:
+        GMAIError: an option that is not supported, or a target that is no linear layer of a decoder or
+            encoder layer.
+    """
+    lora = _as_config(config, option)
+    linear = linear_layers(part)
+    if lora.target_modules is None or lora.target_modules == "all-linear":
+        lora.target_modules = sorted({name.rpartition(".")[2] for name in linear})
+        if num_layers is not None and lora.layers_to_transform is None:
+            lora.layers_to_transform = list(range(num_layers))
+    elif not isinstance(lora.target_modules, str):
+        _check_targets(lora.target_modules, linear, option)
+    inject_adapter_in_model(lora, part, adapter_name=ADAPTER)
+    adapted = adapter_layers(part)
+    if strange := sorted(set(adapted) - linear):
+        raise GMAIError(
+            f"{option}: {shorten(strange)} can't have an adapter; only the linear layers inside decoder "
+            f"or encoder layers can: {shorten(sorted({name.rpartition('.')[2] for name in linear}))}"
+        )
+    for name, parameter in part.named_parameters():
+        parameter.requires_grad_(is_adapter_key(name))
+        if parameter.requires_grad:
+            # peft gives them the base's dtype; DeepSpeed takes its fp32 master copy from here.
+            parameter.data = parameter.data.float()
+
+
+def linear_layers(part: nn.Module) -> set[str]:
+    """Names of the linear layers inside the decoder or encoder layers."""
+    return {
+        name
+        for name, module in part.named_modules()
+        if isinstance(getattr(module, "base_layer", module), nn.Linear)
+        and ".layers." in f".{name}"
+        and ".base_layer" not in name
+        and ".lora_" not in name
+    }
+
+
+def adapter_layers(part: nn.Module) -> dict[str, Any]:
+    """Layers with an adapter, under the names that they have without."""
+    return {name: module for name, module in part.named_modules() if isinstance(module, LoraLayer)}
+
+
+def is_adapter_key(key: str) -> bool:
+    return ".lora_" in key
+
+
+def plain_key(key: str) -> str:
+    """Name of a base weight in the model without adapters."""
+    return key.replace(".base_layer.", ".")
+
+
+def _as_config(config: Mapping[str, Any] | LoraConfig, option: str) -> LoraConfig:
+    if isinstance(config, Mapping):
+        lora = BUILDER.build(copy.deepcopy(config))
+    else:
+        lora = copy.deepcopy(config)
+    if type(lora) is not LoraConfig:
+        raise GMAIError(f"{option} must be a peft.LoraConfig, got {type(lora).__name__}")
+    if lora.init_lora_weights not in SUPPORTED_STARTS:
+        raise GMAIError(
+            f"{option}: init_lora_weights={lora.init_lora_weights!r} rewrites the base weights, so that "
+            f"adapters and base would no longer fit; take one of {SUPPORTED_STARTS}"
+        )
+    plain = LoraConfig()
+    changed = sorted(
+        field.name
+        for field in dataclasses.fields(lora)
+        if field.name not in SUPPORTED and getattr(lora, field.name) != getattr(plain, field.name)
+    )
+    if changed:
+        raise GMAIError(
+            f"{option} sets {', '.join(changed)}, which is not supported: only adapters may learn, in "
+            f"the form W + scale * B A. Supported are {', '.join(sorted(SUPPORTED))}"
+        )
+    return lora
+
+
+def _check_targets(targets: Any, linear: set[str], option: str) -> None:
+    # peft is content if one of them exists: a misspelt layer would go without an adapter, silently.
+    lost = sorted(t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear))
+    if lost:
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise GMAIError(
+            f"{option}: target_modules {shorten(lost)} can't have an adapter; the linear layers inside "
+            f"decoder or encoder layers are {shorten(known)}"
+        )
+
+
+def split_adapters(
+    state: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A checkpoint's weights of the model without adapters, and those of its adapters."""
+    adapters = {key: value for key, value in state.items() if is_adapter_key(key)}
+    base = {plain_key(key): value for key, value in state.items() if not is_adapter_key(key)}
+    return base, adapters
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, adapters: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Continue with the adapters of a checkpoint: all of a part, or none.
+
+    Args:
+        model: its direct children are the parts; adapters are in place.
+        adapters: keys ``<part>.<layer>.lora_A.default.weight``; may be empty.
+        source: where they come from, for messages.
+
+    Raises:
+        ModelLoadError: another rank, other layers, or a part that has no adapters here. Nothing is
+            loaded then.
+    """
+    own = {name: value for name, value in model.named_parameters() if is_adapter_key(name)}
+    for part in sorted({key.split(".", 1)[0] for key in adapters}):
+        theirs = {key: value for key, value in adapters.items() if key.startswith(f"{part}.")}
+        ours = {key: value for key, value in own.items() if key.startswith(f"{part}.")}
+        if not ours:
+            raise ModelLoadError(
+                f"{source} has LoRA adapters of {part} ({_describe(theirs)}), but the config has no "
+                f"{part}_lora. Add it, or convert that stage and start from what it exports, in which "
+                "they are merged"
+            )
+        wrong = set(theirs) ^ set(ours) or {
+            key for key in theirs if theirs[key].shape != ours[key].shape
+        }
+        if wrong:
+            raise ModelLoadError(
+                f"{source} has other LoRA adapters of {part} than {part}_lora says: "
+                f"{_describe(theirs)} instead of {_describe(ours)}, e.g. {shorten(sorted(wrong), limit=2)}. "
+                "Take r and target_modules of that run, or start from what it exports"
+            )
+    for key, value in adapters.items():
+        own[key].copy_(value)
+
+
+def _describe(adapters: Mapping[str, torch.Tensor]) -> str:
+    ranks = sorted({value.shape[0] for key, value in adapters.items() if ".lora_A." in key})
+    layers = {key.split(".lora_")[0] for key in adapters}
+    kinds = sorted({layer.rpartition(".")[2] for layer in layers})
+    return f"r {'/'.join(map(str, ranks))} on {len(layers)} layers, {shorten(kinds)}"
+
+
+@torch.no_grad()
+def merged_weights(part: nn.Module, base: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """``W + scale * B A`` of every layer with an adapter, in fp32, one after the other.
+
+    Args:
+        part: the model with adapters.
+        base: the same model without, from which ``W`` is taken.
+
+    Yields:
+        name of the layer and its merged weight.
+    """
+    for name, layer in adapter_layers(part).items():
+        weight: Any = base.get_submodule(name).weight
+        # fp32: a bf16 sum would round most of what the adapter says away.
+        yield name, weight.float() + layer.get_delta_weight(ADAPTER).float().to(weight.device)
+
+
+def remove_adapters(part: nn.Module) -> None:
+    """Put the base layers back in the place of peft's; what the adapters say is lost unless merged."""
+    for name, layer in adapter_layers(part).items():
+        parent, _, child = name.rpartition(".")
+        setattr(part.get_submodule(parent), child, layer.base_layer)
+    if hasattr(part, "peft_config"):
+        del part.peft_config
+
+
+def save_adapter(part: Any, folder: Path) -> None:
+    """Write a part's adapter in peft's format, in fp32.
+
+    ``PeftModel.from_pretrained`` and ``xtuner convert merge`` put it on the same model without adapters.
+    """
+    config = copy.deepcopy(part.peft_config[ADAPTER])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    weights = {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": value.detach().float().contiguous()
+        for name, value in part.named_parameters()
+        if is_adapter_key(name)
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,8 +1,0 @@
-"""The model and its parts: flat batch in, loss out; checkpoints in and out."""
-
-from gmai_xtuner.models.internlm2 import load_language_model
-from gmai_xtuner.models.llava import GMAILLaVAModel
-from gmai_xtuner.models.tokenizer import load_tokenizer
-from gmai_xtuner.models.vision import load_vision_tower
-
-__all__ = ["GMAILLaVAModel", "load_language_model", "load_tokenizer", "load_vision_tower"]

@@ -1,0 +1,116 @@
+"""What the log and TensorBoard show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.registry import HOOKS
+from mmengine.runner import FlexibleRunner
+
+from gmai_xtuner.model.flops import ModelFlops, device_peak_flops
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """Loss, useful tokens a second, pack fill, images a second and gradient norm.
+
+    ``loss``: weighted mean over the learnt tokens of all ranks since the last value. (What the model
+    returns to learn from is scaled for the optimiser step and would jump with every micro-batch.) A
+    micro-batch whose loss is not finite is left out, and told by :class:`NonFiniteHook`; NaN means that
+    nothing else came since the last value.
+    ``tokens_per_second``: tokens of conversations (there is no padding) that this rank trained, over
+    wall time including data loading; multiply by the number of GPUs for the run. ``pack_fill``: tokens
+    over what the packs could hold. ``grad_norm``: global norm before clipping, of the last step. ``mfu``:
+    share of the device's peak that the model's work takes, on devices whose peak is known, see
+    :mod:`gmai_xtuner.model.flops`.
+
+    Values are made as often as the logger shows them; in between nothing waits for the device.
+    """
+
+    priority = "ABOVE_NORMAL"
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._started = time.perf_counter()
+        self._tokens = self._capacity = self._images = self._flops = 0
+        self._sums: list[torch.Tensor] = []
+
+    def before_train(self, runner: FlexibleRunner) -> None:
+        loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)]
+        self._interval = loggers[0].interval if loggers else 10
+        self._model_flops = ModelFlops.of(runner.model.module)
+        self._peak_flops = device_peak_flops()
+        self._reset()
+
+    def after_train_iter(
+        self,
+        runner: FlexibleRunner,
+        batch_idx: int,
+        data_batch: Mapping[str, Any] | None = None,
+        outputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        data = (data_batch or {})["data"]
+        self._tokens += data["num_tokens"]
+        self._capacity += data["capacity"]
+        self._images += data["pixel_values"].shape[0] if data["num_tokens"] else 0
+        self._flops += self._model_flops.of_batch(data)
+        weighted_sum = runner.train_loop.weighted_sum
+        pair = torch.stack([weighted_sum, data["label_weights"].sum().to(weighted_sum)])
+        self._sums.append(torch.where(weighted_sum.isfinite(), pair, torch.zeros_like(pair)))
+        if data["step_end"]:
+            norm = runner.model.get_global_grad_norm()
+            if norm is not None:
+                runner.message_hub.update_scalar("train/grad_norm", float(norm))
+        if self.every_n_train_iters(runner, self._interval) or self.is_last_train_iter(runner):
+            self._publish(runner)
+
+    def before_val(self, runner: FlexibleRunner) -> None:
+        self.pause()
+
+    def after_val(self, runner: FlexibleRunner) -> None:
+        self.go_on()
+
+    def pause(self) -> None:
+        """What comes is no training time: validation, sample answers."""
+        self._paused = time.perf_counter()
+
+    def go_on(self) -> None:
+        self._started += time.perf_counter() - self._paused
+
+    def _publish(self, runner: FlexibleRunner) -> None:
+        sums = torch.stack(self._sums).sum(0)
+        all_reduce(sums)
+        seconds = time.perf_counter() - self._started
+        hub = runner.message_hub
+        hub.update_scalar("train/loss", float(sums[0] / sums[1]))
+        hub.update_scalar("train/tokens_per_second", self._tokens / seconds)
+        hub.update_scalar("train/pack_fill", self._tokens / max(1, self._capacity))
+        hub.update_scalar("train/images_per_second", self._images / seconds)
+        if self._peak_flops is not None:
+            hub.update_scalar("train/mfu", self._flops / seconds / self._peak_flops)
+        self._reset()
+
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What has been counted since the last value, so that a resumed run shows the same next value."""
+        return {
+            "seconds": time.perf_counter() - self._started,
+            "tokens": int(self._tokens),
+            "capacity": int(self._capacity),
+            "images": int(self._images),
+            "flops": int(self._flops),
+            "sums": torch.stack(self._sums).cpu() if self._sums else None,
+        }
+
+    def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._started = time.perf_counter() - state["seconds"]
+        self._tokens, self._capacity = state["tokens"], state["capacity"]
+        self._images, self._flops = state["images"], state["flops"]
+        self._sums = [] if state["sums"] is None else list(state["sums"].to(get_device()))

@@ -1,0 +1,175 @@
+"""Writing, renaming and deleting that survives a kill, and whose errors all ranks learn of."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.dist import all_gather_object
+from mmengine.logging import print_log
+
+from gmai_xtuner.core.errors import GMAIError
+
+WRITING = ".writing"
+REMOVING = ".removing"
+
+TORCH_WRITE_ERRORS = r"inline_container\.cc|iostream error|Parent directory .* does not exist"
+"""torch.save on a full disk, or without its folder, raises a RuntimeError with one of these, seen with torch
+2.11."""
+
+NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What some network file systems (FUSE, CIFS) answer to fsync of a directory; they have no such thing."""
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether an error is the file system's, told by Python or by torch."""
+    return isinstance(error, OSError) or (
+        isinstance(error, RuntimeError) and bool(re.search(TORCH_WRITE_ERRORS, str(error)))
+    )
+
+
+@contextmanager
+def raised_on_all_ranks(explain: Callable[[str], str]) -> Iterator[None]:
+    """If a rank can't write in the block, every rank raises at its end. To be entered by all ranks.
+
+    A rank that raises alone would leave the others in their next collective until that times out. In the
+    block no rank may wait for another.
+
+    Args:
+        explain: makes the message out of ``"rank 3: [Errno 28] No space left on device"``.
+
+    Raises:
+        GMAIError: a rank had a ``GMAIError`` or one that :func:`is_write_error` knows; any other is raised
+            as it is, at once.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except (OSError, RuntimeError, GMAIError) as error:
+        if not (is_write_error(error) or isinstance(error, GMAIError)):
+            raise
+        mine = error
+    told = all_gather_object(None if mine is None else str(mine))
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]
+    if problems:
+        others = f" (and {len(problems) - 1} more ranks)" if problems[1:] else ""
+        raise GMAIError(explain(problems[0] + others)) from mine
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never a part."""
+    aside = file.with_name(f".{file.name}{WRITING}")
+    with aside.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(file)
+    directory_to_disk(file.parent)
+
+
+def put_in_place(aside: Path, final: Path) -> None:
+    """Give ``aside`` its name; what had that name goes, but only when ``aside`` has it.
+
+    Raises:
+        OSError: if the file system refuses; both are where they were.
+    """
+    old = _move_away(final)
+    try:
+        aside.rename(final)
+    except OSError:
+        if old is not None:
+            old.rename(final)
+        raise
+    directory_to_disk(final.parent)
+    if old is not None:
+        _delete_or_warn(old)
+
+
+def remove(path: Path) -> bool:
+    """Remove a checkpoint; one that is half removed is never taken for a checkpoint.
+
+    What the file system does not let go is warned of and stays, as ``*.removing`` if it can be renamed.
+
+    Returns:
+        whether nothing of that name is left.
+    """
+    if path.name.endswith(REMOVING):
+        return _delete_or_warn(path)
+    try:
+        going = _move_away(path)
+    except OSError as error:
+        _warn_of(path, error)
+        return False
+    if going is not None:
+        _delete_or_warn(going)
+    return True
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or every file of a folder, is on disk."""
+    for file in [path] if path.is_file() else sorted(path.iterdir()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if path.is_dir():
+        directory_to_disk(path)
+
+
+def directory_to_disk(path: Path) -> None:
+    """Wait until the names in a folder are on disk, where the file system knows how to."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def _move_away(path: Path) -> Path | None:
+    """Rename to a free ``*.removing``; ``None`` if nothing is there."""
+    for number in itertools.count():
+        going = path.with_name(f"{path.name}{f'.{number}' if number else ''}{REMOVING}")
+        if not os.path.lexists(going):
+            break
+    try:
+        path.rename(going)
+    except FileNotFoundError:
+        return None
+    return going
+
+
+def _delete_or_warn(path: Path) -> bool:
+    try:
+        _delete(path)
+    except OSError as error:
+        _warn_of(path, error)
+        return False
+    return True
+
+
+def _delete(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)  # it stopped at the first; what else can go goes
+        if path.exists():
+            raise
+
+
+def _warn_of(path: Path, error: OSError) -> None:
+    print_log(
+        f"{path} is no longer needed and can't be removed: {error}. The next start tries again",
+        logger="current",
+        level=logging.WARNING,
+    )

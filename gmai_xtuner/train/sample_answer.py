@@ -1,0 +1,230 @@
+"""The model's answer to a fixed question about a fixed image, every so many iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import FlexibleRunner
+from PIL import Image
+
+from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.conversation import Turn
+from gmai_xtuner.core.errors import GMAIError, ImageError
+from gmai_xtuner.data.images import open_rgb
+from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.generate import Predictor
+from gmai_xtuner.train.hooks import ProgressHook
+from gmai_xtuner.train.random_state import preserved_random_state
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A question, ready to ask: ``ids`` is the prompt with one placeholder an image."""
+
+    name: str
+    ids: np.ndarray
+    images: tuple[Image.Image, ...]
+    question: str
+    reference: str | None
+
+
+@HOOKS.register_module()
+class SampleAnswerHook(Hook):
+    """Writes questions, reference answers and the model's greedy answers to the log and to TensorBoard.
+
+    The image goes there once. All ranks take part (under ZeRO-3 each holds a part of the weights); training
+    does not notice: random state, gradients and mode stay. Images are opened when training starts, so a
+    wrong path is found then.
+
+    Args:
+        interval: micro-batches from one answer to the next, each at the end of its optimiser step; the run
+            ends with one. Default 500; 0 for never.
+        samples: each a dict with ``question``, ``image`` (a path, or several; may be left out) and,
+            if known, ``answer``. Default: the first held-out conversations with an image, of different
+            datasets, up to their first answer.
+        count: how many of those; default 1.
+        max_new_tokens: length of an answer at the most; default 64.
+
+    Raises:
+        GMAIError: a sample without a question, or with an image that can't be opened; names it.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(
+        self,
+        interval: int = 500,
+        *,
+        samples: Sequence[Mapping[str, Any]] | None = None,
+        count: int = 1,
+        max_new_tokens: int = 64,
+    ) -> None:
+        if interval < 0 or max_new_tokens < 1:
+            raise GMAIError(
+                "interval must be at least 0 and max_new_tokens at least 1, got "
+                f"{interval} and {max_new_tokens}"
+            )
+        self.interval = interval
+        self.samples = samples
+        self.count = count
+        self.max_new_tokens = max_new_tokens
+        self._due = False
+
+    def before_train(self, runner: FlexibleRunner) -> None:
+        if not self.interval:
+            return
+        dataset: SoftPackedDataset = runner.train_loop.dataloader.dataset
+        with preserved_random_state():
+            self._predictor = Predictor(
+                runner.model.module,
+                tokenizer=dataset.tokenizer,
+                template=dataset.template,
+                transform=dataset.transform,
+            )
+        runner.model.train()
+        self._ready = (
+            _held_out_samples(dataset, self.count)
+            if self.samples is None
+            else [_given_sample(self._predictor, sample) for sample in self.samples]
+        )
+        if not self._ready:
+            runner.logger.info(
+                "No sample answers: no held-out conversation has an image. Name samples in "
+                "default_hooks.sample_answer.samples"
+            )
+        for sample in self._ready:
+            for number, image in enumerate(sample.images):
+                runner.visualizer.add_image(
+                    f"sample_answer/{sample.name}/{number}", np.asarray(image), step=runner.iter
+                )
+
+    def after_train_iter(
+        self,
+        runner: FlexibleRunner,
+        batch_idx: int,
+        data_batch: Mapping[str, Any] | None = None,
+        outputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._due |= self.every_n_train_iters(runner, self.interval) or (
+            self.is_last_train_iter(runner)
+        )
+        if self.interval and self._due and (data_batch or {})["data"]["step_end"]:
+            self._due = False
+            if not runner.train_loop.stop_training:  # no time for it when asked to stop
+                self._answer(runner)
+
+    def _answer(self, runner: FlexibleRunner) -> None:
+        progress = [hook for hook in runner.hooks if isinstance(hook, ProgressHook)]
+        for hook in progress:
+            hook.pause()
+        runner.model.eval()
+        with preserved_random_state():
+            for sample in self._ready:
+                answer = self._predictor.go_on(
+                    sample.ids,
+                    sample.images,
+                    max_new_tokens=self.max_new_tokens,
+                    synced_gpus=get_world_size() > 1,
+                )
+                _tell(runner, sample, answer)
+        runner.model.train()
+        for hook in progress:
+            hook.go_on()
+
+
+def _tell(runner: FlexibleRunner, sample: Sample, answer: str) -> None:
+    if not is_main_process():
+        # mmengine opens a visual backend at its first use, on whatever rank that is.
+        return
+    known = f"\n  reference: {sample.reference}" if sample.reference is not None else ""
+    text = f"  question: {sample.question}{known}\n  answer: {answer}"
+    step = runner.iter + 1
+    runner.logger.info(f"Sample answer at iteration {step}, {sample.name}:\n{text}")
+    for backend in runner.visualizer._vis_backends.values():
+        # TensorBoard's writer has it; mmengine's interface of backends knows no text.
+        add_text = getattr(backend.experiment, "add_text", None)
+        if add_text is not None:
+            markdown = "\n\n".join(line.strip() for line in text.splitlines())
+            add_text(f"sample_answer/{sample.name}", markdown, global_step=step)
+
+
+def _held_out_samples(dataset: SoftPackedDataset, count: int) -> list[Sample]:
+    """The first held-out conversation with an image of each of the first ``count`` datasets that have one."""
+    part = dataset.held_out_part()
+    samples: dict[int, Sample] = {}
+    if part is None:
+        return []
+    images = part.plan.counts()[:, 2]
+    for number, row in part.plan.samples[images > 0].tolist():
+        if number in samples or len(samples) == count:
+            continue
+        entry, conversation = part.entries[number], part.caches[number][row]
+        start, end = conversation.label_spans[0]
+        name = f"{entry.name}/{conversation.id}"
+        samples[number] = Sample(
+            name=name,
+            ids=conversation.input_ids[:start],
+            images=tuple(
+                _open(name, Path(entry.image_root or ".") / image)
+                for image in conversation.images[: _marks(conversation.input_ids[:start])]
+            ),
+            question=_question(dataset, conversation.input_ids[:start]),
+            reference=_text(dataset, conversation.input_ids[start:end]),
+        )
+    return list(samples.values())
+
+
+def _given_sample(predictor: Predictor, sample: Mapping[str, Any]) -> Sample:
+    unknown = set(sample) - {"image", "question", "answer"}
+    if unknown or not sample.get("question"):
+        raise GMAIError(
+            "each of default_hooks.sample_answer.samples needs a question, and may have image and answer; "
+            f"got {dict(sample)}"
+        )
+    paths = sample.get("image") or ()
+    paths = (paths,) if isinstance(paths, str) else tuple(paths)
+    question = str(sample["question"])
+    text = question if IMAGE_TOKEN in question else f"{IMAGE_TOKEN}\n" * len(paths) + question
+    if text.count(IMAGE_TOKEN) != len(paths):
+        raise GMAIError(
+            f"{text.count(IMAGE_TOKEN)} {IMAGE_TOKEN} marks, but {len(paths)} images in the sample "
+            f"{dict(sample)}"
+        )
+    name = Path(paths[0]).name if paths else question[:40]
+    return Sample(
+        name=name,
+        ids=predictor.encoder.encode_prompt((Turn("user", text),)),
+        images=tuple(_open(name, Path(path)) for path in paths),
+        question=question,
+        reference=sample.get("answer"),
+    )
+
+
+def _open(name: str, path: Path) -> Image.Image:
+    try:
+        return open_rgb(path)
+    except ImageError as error:
+        raise GMAIError(f"sample answer {name}: {error}") from error
+
+
+def _marks(ids: np.ndarray) -> int:
+    return int((ids == IMAGE_TOKEN_INDEX).sum())
+
+
+def _question(dataset: SoftPackedDataset, ids: np.ndarray) -> str:
+    """The words of a prompt, without what the template puts around them."""
+    text = dataset.tokenizer.decode(ids[ids != IMAGE_TOKEN_INDEX])
+    for around in (*dataset.template.user.split("{input}"), *dataset.tokenizer.all_special_tokens):
+        text = text.replace(around.strip() or " ", " ")
+    return " ".join(text.split())
+
+
+def _text(dataset: SoftPackedDataset, ids: np.ndarray) -> str:
+    return " ".join(dataset.tokenizer.decode(ids, skip_special_tokens=True).split())

@@ -1,0 +1,210 @@
+"""Exclude lists: what a line means, and that a plan leaves out exactly what is listed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gmai_xtuner.core.errors import MixtureError
+from gmai_xtuner.core.exclusion import Exclusion, Named, read_exclusions, read_list
+from gmai_xtuner.core.mixture import load_mixture
+from gmai_xtuner.data import soft_packed
+from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from tests.data.test_held_out import write_cache
+from tests.toy import Corpus, record
+
+IMAGES = [f"{number}.png" for number in range(8)]
+CHEST = [
+    *(record(f"c{n}", "<image>\nWhat is shown?", f"Lung {n}.", image=IMAGES[n]) for n in range(6)),
+    record("c6", "<image><image>\nSame?", "No.", image=["6.png", "1.png"]),
+    record("7", "Why?", "Because."),
+]
+BRAIN = [
+    *(record(f"b{n}", "<image>\nWhat is shown?", f"Brain {n}.", image=IMAGES[n]) for n in range(6)),
+    record("7", "How?", "So."),
+]
+
+
+def test_lines_of_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text(
+        "\ufeff# a comment\n\n  id: 2d#cls#ct: a b.png \nimage: ./scans//a.png\r\ndataset: x: y\n"
+        'id: "two\\nlines"\ndataset: *\nimage: ä.png\n',
+        encoding="utf-8",
+    )
+    assert read_list(path) == [
+        Named("id", "2d#cls#ct: a b.png", None),
+        Named("image", "scans/a.png", None),
+        Named("id", "two\nlines", "x: y"),
+        Named("image", "ä.png", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id: 1\n4711\n", r"list\.txt, line 2: expected 'id: \.\.\.', .* got '4711'"),
+        ("ids: 1", r"line 1: expected"),
+        ("image:", r"line 1: expected"),
+        ('id: "open', r"line 1: .* is no JSON text"),
+    ],
+)
+def test_a_line_that_means_nothing_is_refused_with_its_number(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(MixtureError, match=message):
+        read_list(tmp_path / "list.txt")
+
+
+def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(MixtureError, match=r"exclude list .*none\.txt can't be read"):
+        read_list(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes("id: ä".encode("latin-1"))
+    with pytest.raises(MixtureError, match=r"latin\.txt is not UTF-8"):
+        read_list(tmp_path / "latin.txt")
+
+
+def test_rows_by_id_and_by_any_of_their_images(tmp_path: Path) -> None:
+    rows = [("a", ["1"]), ("b", []), ("c", ["2", "3"]), ("d", ["3", "1"]), ("1", ["4"]), ("e", [])]
+    cache = write_cache(tmp_path / "cache", rows)
+    exclusion = Exclusion(frozenset({"b", "x"}), frozenset({"1", "9"}))
+    mask, found = exclusion.rows(cache)
+    assert mask.tolist() == [True, True, False, True, False, False]
+    assert found == Exclusion(frozenset({"b"}), frozenset({"1"}))
+    assert write_cache(tmp_path / "empty", []).is_dir()
+    assert Exclusion(frozenset({"b"})).rows(tmp_path / "empty")[0].tolist() == []
+
+
+def test_a_name_for_all_is_known_if_one_dataset_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text(
+        "id: a\nid: z\ndataset: two\nid: a\nid: b\ndataset: off\nid: 1\ndataset: no\nid: 2\n"
+    )
+    read = read_exclusions([(path,), (path,)], ["one", "two"], known={"one", "two", "off"})
+    assert [sorted(part.ids) for part in read.datasets] == [["a", "z"], ["a", "b", "z"]]
+    found = [Exclusion(frozenset({"a"})), Exclusion()]
+    assert read.unknown(["one", "two"], found) == ["id: 2 (no)", "id: b (two)", "id: z"]
+
+
+@pytest.fixture
+def build(tiny_bases, tmp_path, tokenizer):
+    def build_it(corpus: Corpus, **changes) -> SoftPackedDataset:
+        arguments = {
+            "tokenizer": tokenizer,
+            "vision": str(tiny_bases / "vision"),
+            "cache_dir": str(tmp_path / "cache"),
+            "max_length": 256,
+            "num_workers": 1,
+        }
+        return SoftPackedDataset(str(corpus.mixture), "stage1", **{**arguments, **changes})
+
+    return build_it
+
+
+@pytest.fixture
+def corpus(make_corpus) -> Corpus:
+    return make_corpus({"chest": CHEST, "brain": BRAIN}, images=IMAGES)
+
+
+def exclude(corpus: Corpus, text: str) -> None:
+    """Give the whole mixture a list."""
+    (corpus.folder / "exclude.txt").write_text(text)
+    mixture = corpus.mixture.read_text().replace("exclude: exclude.txt\n", "")
+    corpus.mixture.write_text(mixture + "exclude: exclude.txt\n")
+
+
+def trained_on(dataset: SoftPackedDataset) -> list[str]:
+    """Names of the conversations in the packs of an epoch, each as often as it is there."""
+    return sorted(name for number in range(len(dataset)) for name in dataset[number]["ids"])
+
+
+ALL = sorted([f"chest/{one['id']}" for one in CHEST] + [f"brain/{one['id']}" for one in BRAIN])
+
+
+def test_exactly_the_listed_conversations_are_left_out_and_nothing_is_tokenised_again(
+    build, corpus: Corpus, tmp_path: Path, monkeypatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(soft_packed, "print_log", lambda message, **_: lines.append(message))
+    before = build(corpus)
+    assert trained_on(before) == ALL
+    assert "exclude" not in lines[-1]
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tokens").rglob("*")}
+    exclude(corpus, "dataset: chest\nid: c3\nimage: 1.png\ndataset: *\nid: 7\nid: nobody\n")
+    after = build(corpus)
+    gone = {"chest/c3", "chest/c1", "chest/c6", "chest/7", "brain/7"}
+    assert trained_on(after) == [name for name in ALL if name not in gone]
+    assert made == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tokens").rglob("*")
+    }
+    assert after.plan.folder != before.plan.folder
+    assert after.plan.excluded().conversations == (4, 1)
+    assert "chest: 8 conversations x 1, 4 of them excluded" in lines[-1]
+    assert "excluded by the mixture's lists: 5 of 15 conversations" in lines[-1]
+    assert (
+        "warning: 1 line(s) of the exclude lists name nothing that this stage has: id: nobody"
+        in lines[-1]
+    )
+    assert build(corpus).plan.folder == after.plan.folder
+
+
+def test_the_draw_of_all_others_stays(build, corpus: Corpus) -> None:
+    text = corpus.mixture.read_text().replace(
+        "image_root: images", "image_root: images\n    ratio: 1.5"
+    )
+    corpus.mixture.write_text(text)
+    before = trained_on(build(corpus, seed=3))
+    exclude(corpus, "id: c2\nid: b4\n")
+    after = trained_on(build(corpus, seed=3))
+    assert after == [name for name in before if name not in ("chest/c2", "brain/b4")]
+    assert len(after) < len(before)
+
+
+def test_what_is_excluded_is_not_validated_on_either(build, corpus: Corpus) -> None:
+    whole = build(corpus, held_out=0.4)
+    held = whole.held_out_part()
+    assert held is not None
+    one = next(name for name in trained_on(held) if "/c" in name)
+    exclude(corpus, f"dataset: chest\nid: {one.removeprefix('chest/')}\n")
+    rest = build(corpus, held_out=0.4)
+    assert trained_on(rest) == trained_on(whole)
+    part = rest.held_out_part()
+    assert part is not None
+    assert trained_on(part) == [name for name in trained_on(held) if name != one]
+    assert rest.plan.held_out_counts().sum() == whole.plan.held_out_counts().sum() - 1
+
+
+def test_a_list_of_one_dataset_concerns_no_other(build, corpus: Corpus) -> None:
+    (corpus.folder / "own.txt").write_text("id: 7\nimage: 0.png\n")
+    text = corpus.mixture.read_text().replace("brain.jsonl", "brain.jsonl\n    exclude: [own.txt]")
+    corpus.mixture.write_text(text)
+    assert trained_on(build(corpus)) == [n for n in ALL if n not in ("brain/7", "brain/b0")]
+
+
+def test_lists_are_part_of_the_mixture_and_an_absent_one_is_an_error(corpus: Corpus) -> None:
+    corpus.mixture.write_text(corpus.mixture.read_text() + "exclude: gone.txt\n")
+    with pytest.raises(
+        MixtureError, match=r"mixture\.yaml, line 8: .*exclude 'gone.txt' does not exist"
+    ):
+        load_mixture(corpus.mixture)
+    assert load_mixture(corpus.mixture, check_files=False).entries[0].exclude == (
+        corpus.folder / "gone.txt",
+    )
+
+
+def test_a_list_that_leaves_nothing_is_said(build, corpus: Corpus) -> None:
+    exclude(corpus, "".join(f"image: {name}\n" for name in IMAGES) + "id: 7\n")
+    with pytest.raises(
+        MixtureError, match="the ratios and the exclude lists leave no conversation"
+    ):
+        build(corpus)
+
+
+def test_order_and_repetition_of_lines_make_no_other_plan(build, corpus: Corpus) -> None:
+    exclude(corpus, "id: c2\nid: b4\n")
+    one = build(corpus).plan
+    exclude(corpus, "# again\nid: b4\nid: c2\nid: b4\n")
+    assert build(corpus).plan.folder == one.folder
+    assert one.settings["exclude"]

@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import DATASETS
+from PIL import Image
+from torch.utils.data import DataLoader
+from xtuner.registry import BUILDER
+
+from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.errors import DataError, GMAIError, ImageError, MixtureError
+from gmai_xtuner.data import soft_packed
+from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.images import ImageTransform, open_rgb
+from gmai_xtuner.data.sampler import MicroBatchSampler, PackRef, PackSampler
+from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from tests.toy import record
+
+TOKENS = 64  # of one image of the tiny vision tower
+
+RECORDS = [
+    record("one", "<image>\nWhat is shown?", "A CT scan.", image="a.png"),
+    record("two", "<image>\n<image>\nSame?", "No.", image=["b.png", "a.png"]),
+    record("none", "图中显示什么？", "肝脏。", "Sure?", "Yes."),
+    *(record(f"text{number}", "Why? " * number, "No. " * number) for number in range(1, 12)),
+]
+
+
+@pytest.fixture
+def build(tiny_bases, tmp_path, tokenizer):
+    def build_it(mixture, **changes) -> SoftPackedDataset:
+        arguments = {
+            "tokenizer": tokenizer,
+            "vision": str(tiny_bases / "vision"),
+            "cache_dir": str(tmp_path / "cache"),
+            "max_length": 256,
+            "max_images": 3,
+            "num_workers": 1,
+        }
+        return SoftPackedDataset(str(mixture), "stage1", **{**arguments, **changes})
+
+    return build_it
+
+
+@pytest.fixture
+def corpus(make_corpus):
+    return make_corpus({"toy": RECORDS}, images=("a.png", "b.png"))
+
+
+@pytest.fixture
+def logged(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(soft_packed, "print_log", lambda message, **_: lines.append(message))
+    return lines
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(left[key], right[key])
+        if isinstance(left[key], torch.Tensor)
+        else left[key] == right[key]
+        for key in left
+    )
+
+
+def read_all(dataset: SoftPackedDataset) -> list[dict]:
+    return [dataset[number] for number in range(len(dataset))]
+
+
+def test_registered_where_xtuner_and_mmengine_look():
+    assert BUILDER.get("SoftPackedDataset") is SoftPackedDataset
+    assert DATASETS.get("SoftPackedDataset") is SoftPackedDataset
+
+
+def test_items_are_the_cached_conversations_with_widened_images(build, corpus):
+    dataset = build(corpus.mixture)
+    items = read_all(dataset)
+    assert any(len(item["lengths"]) > 1 for item in items)  # several in one pack
+    assert any(len(item["pixel_values"]) for item in items)
+    seen = []
+    for item in items:
+        start = 0
+        assert sum(item["lengths"]) == len(item["input_ids"]) == len(item["labels"]) <= 256
+        for name, length in zip(item["ids"], item["lengths"], strict=True):
+            ids = item["input_ids"][start : start + length]
+            labels = item["labels"][start : start + length]
+            start += length
+            row = [RECORDS[row]["id"] for row in range(len(RECORDS))].index(name.split("/")[1])
+            expected = dataset.caches[0][row]
+            marks = expected.input_ids == IMAGE_TOKEN_INDEX
+            assert (ids == IMAGE_TOKEN_INDEX).sum() == TOKENS * marks.sum()
+            text = ids != IMAGE_TOKEN_INDEX
+            assert ids[text].tolist() == expected.input_ids[~marks].tolist()
+            assert labels[text].tolist() == expected.labels[~marks].tolist()
+            assert (labels[~text] == IGNORE_INDEX).all()
+            seen.append(name)
+        assert (item["input_ids"] == IMAGE_TOKEN_INDEX).sum() == TOKENS * len(item["pixel_values"])
+        assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
+        assert (item["capacity"], item["denominator"], item["step_end"]) == (256, None, True)
+    assert sorted(seen) == sorted(f"toy/{item['id']}" for item in RECORDS)
+
+
+def test_placeholders_of_an_image_lie_together_at_its_mark(build, make_corpus):
+    corpus = make_corpus(
+        {"toy": [record("r", "Left <image> right <image>", "Yes.", image=["a.png", "b.png"])]},
+        images=("a.png", "b.png"),
+    )
+    dataset = build(corpus.mixture)
+    marks = np.flatnonzero(dataset.caches[0][0].input_ids == IMAGE_TOKEN_INDEX)
+    places = torch.nonzero(dataset[0]["input_ids"] == IMAGE_TOKEN_INDEX).flatten().tolist()
+    first, second = marks[0], marks[1] + TOKENS - 1
+    assert places == [*range(first, first + TOKENS), *range(second, second + TOKENS)]
+
+
+def test_pixels_are_the_transformed_images_in_the_order_of_the_marks(build, corpus, tiny_bases):
+    dataset = build(corpus.mixture)
+    transform = ImageTransform.from_pretrained(tiny_bases / "vision")
+    item = next(item for item in read_all(dataset) if "toy/two" in item["ids"])
+    paths = []
+    for name in item["ids"]:
+        image = next(record["image"] for record in RECORDS if f"toy/{record['id']}" == name)
+        paths += [image] if isinstance(image, str) else image or []
+    assert "b.png" in paths
+    expected = torch.stack([transform(open_rgb(corpus.images / path)) for path in paths])
+    assert torch.equal(item["pixel_values"], expected)
+
+
+def test_a_pack_without_images_has_none(build, make_corpus):
+    dataset = build(make_corpus({"toy": RECORDS[3:]}).mixture)
+    assert dataset[0]["pixel_values"].shape == (0, 3, 336, 336)
+
+
+def test_image_mode_reaches_the_transform(build, corpus):
+    refs = range(len(build(corpus.mixture)))
+    padded, resized = build(corpus.mixture), build(corpus.mixture, image_mode="resize")
+    pairs = [(padded[ref]["pixel_values"], resized[ref]["pixel_values"]) for ref in refs]
+    assert any(len(left) for left, _ in pairs)
+    assert all(not torch.equal(left, right) for left, right in pairs if len(left))
+
+
+def test_image_decoding_reaches_the_transform(build, corpus):
+    assert build(corpus.mixture).transform.decoding == "full"
+    assert build(corpus.mixture, image_decoding="scaled").transform.decoding == "scaled"
+
+
+def test_a_pack_that_only_fills_a_place_learns_nothing(build, corpus):
+    dataset = build(corpus.mixture)
+    learning = dataset[
+        PackRef(epoch=0, pack=0, denominator=4.0, weighting="token", step_end=False, learns=True)
+    ]
+    filling = dataset[
+        PackRef(epoch=0, pack=0, denominator=4.0, weighting="token", step_end=False, learns=False)
+    ]
+    assert (learning["labels"] != IGNORE_INDEX).any()
+    assert (filling["labels"] == IGNORE_INDEX).all()
+    assert filling["labels"].shape == filling["input_ids"].shape
+    assert torch.equal(filling["input_ids"], learning["input_ids"])
+    assert (filling["denominator"], filling["step_end"]) == (4.0, False)
+
+
+def test_epochs_have_other_packs_of_the_same_conversations(build, corpus):
+    dataset = build(corpus.mixture)
+
+    def ids(epoch: int) -> list[str]:
+        refs = [PackRef(epoch, pack, 1.0, "token", True, True) for pack in range(len(dataset))]
+        return [name for ref in refs for name in dataset[ref]["ids"]]
+
+    assert ids(0) != ids(1)
+    assert sorted(ids(0)) == sorted(ids(1))
+
+
+KINDS = {
+    "grey.png": lambda rgb: Image.fromarray(rgb[:, :, 0]),
+    "grey16.png": lambda rgb: Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257),
+    "palette.png": lambda rgb: Image.fromarray(rgb).quantize(64),
+    "alpha.png": lambda rgb: Image.fromarray(np.dstack([rgb, rgb[:, :, :1]])),
+    "rgb.jpg": Image.fromarray,
+    "rgb.bmp": Image.fromarray,
+    "rgb.webp": Image.fromarray,
+    "rgb.tif": Image.fromarray,
+    "grey16.tif": lambda rgb: Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257),
+}
+
+
+def test_every_kind_of_image_becomes_pixels(build, make_corpus):
+    corpus = make_corpus(
+        {"toy": [record(name, "<image>\nWhat?", "A cell.", image=name) for name in KINDS]}
+    )
+    rgb = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    for name, make in KINDS.items():
+        make(rgb).save(corpus.images / name)
+    dataset = build(corpus.mixture, check_images="decode")
+    values = {}
+    for item in read_all(dataset):
+        values |= dict(zip(item["ids"], item["pixel_values"], strict=True))
+    assert values.keys() == {f"toy/{name}" for name in KINDS}
+    assert all(value.isfinite().all() and value.std() > 0.1 for value in values.values())
+    assert torch.equal(values["toy/rgb.bmp"], values["toy/rgb.tif"])
+    assert torch.equal(values["toy/grey16.png"], values["toy/grey.png"])
+    assert torch.equal(values["toy/grey16.tif"], values["toy/grey.png"])
+
+
+def test_image_that_vanishes_after_the_cache_was_built_is_named(build, corpus):
+    dataset = build(corpus.mixture)
+    (corpus.images / "b.png").unlink()
+    with pytest.raises(ImageError) as caught:
+        read_all(dataset)
+    assert (caught.value.dataset, caught.value.record) == ("toy", "two")
+    assert caught.value.reason == "missing_image"
+    message = str(caught.value)
+    assert "b.png" in message
+    assert "check_images='decode' and on_bad_sample='skip'" in message
+
+
+def test_image_that_is_damaged_behind_its_header_is_named_and_can_be_skipped(build, corpus):
+    path = corpus.images / "b.png"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+    dataset = build(corpus.mixture)  # its header and its end are whole
+    with pytest.raises(ImageError, match=r"b\.png") as caught:
+        read_all(dataset)
+    assert (caught.value.record, caught.value.reason) == ("two", "damaged_image")
+    rest = build(corpus.mixture, check_images="decode", on_bad_sample="skip")
+    assert sum(len(item["ids"]) for item in read_all(rest)) == len(RECORDS) - 1
+
+
+def test_pickled_dataset_is_small_and_gives_equal_items(build, corpus):
+    """What a spawned data-loader worker gets."""
+    dataset = build(corpus.mixture)
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 100_000  # no token array travels to a worker
+    copy = pickle.loads(pickled)
+    assert len(copy) == len(dataset)
+    refs = [PackRef(1, pack, 2.0, "token", False, True) for pack in range(len(dataset))]
+    assert all(same(copy[ref], dataset[ref]) for ref in refs)
+
+
+def test_a_data_loader_with_workers_gives_the_batches_of_this_process(build, corpus):
+    dataset = build(corpus.mixture)
+    batches = [
+        list(
+            DataLoader(
+                dataset,
+                batch_sampler=MicroBatchSampler(PackSampler(dataset), 2, rank=0, world_size=1),
+                collate_fn=collate_packs,
+                num_workers=workers,
+            )
+        )
+        for workers in (0, 2)
+    ]
+    assert len(batches[0]) == -(-len(dataset) // 2)
+    for here, there in zip(*batches, strict=True):
+        assert same(here["data"], there["data"])
+
+
+def test_ratios_and_datasets_of_the_stage_make_the_sample(build, make_corpus, logged):
+    corpus = make_corpus(
+        {"double": RECORDS[3:], "stage3-only": RECORDS[3:5]},
+        fields={
+            "double": {"ratio": 2.0, "category": "General Text"},
+            "stage3-only": {"ratio": {"stage1": 0, "stage2": 0, "stage3": 1}},
+        },
+    )
+    dataset = build(corpus.mixture)
+    assert dataset.metainfo == {"datasets": ["double"], "categories": ["General Text"]}
+    seen = [name for item in read_all(dataset) for name in item["ids"]]
+    assert len(seen) == 22
+    assert len(set(seen)) == 11
+    assert "double: 11 conversations x 2 (General Text)" in logged[-1]
+    assert logged[-1].startswith("stage1: 22 conversations, 0 images, ")
+
+
+def test_mixture_decides_over_the_config_about_bad_samples(build, make_corpus):
+    bad = record("bad", "<image>?", "Yes.", image="gone.png")
+    lenient = {"toy": {"on_bad_sample": "skip"}}
+    corpus = make_corpus({"toy": [*RECORDS[3:], bad]}, fields=lenient)
+    assert build(corpus.mixture, on_bad_sample="raise").caches[0].meta["skipped"] == {
+        "missing_image": 1
+    }
+    corpus = make_corpus({"toy": [*RECORDS[3:], bad]}, fields={"toy": {"on_bad_sample": "raise"}})
+    with pytest.raises(DataError, match="record bad"):
+        build(corpus.mixture, on_bad_sample="skip")
+
+
+def test_max_length_must_leave_room_beside_an_image(build, corpus):
+    with pytest.raises(GMAIError, match="max_length 64 leaves no room for text beside the 64"):
+        build(corpus.mixture, max_length=64)
+
+
+def test_unknown_stage_is_an_error(corpus, tokenizer, tiny_bases, tmp_path):
+    with pytest.raises(MixtureError, match="stage must be one of"):
+        SoftPackedDataset(
+            str(corpus.mixture),
+            "stage4",
+            tokenizer=tokenizer,
+            vision=str(tiny_bases / "vision"),
+            cache_dir=str(tmp_path),
+        )
+
+
+def test_a_ratio_that_samples_nothing_is_an_error(build, make_corpus):
+    corpus = make_corpus({"toy": RECORDS[3:5]}, fields={"toy": {"ratio": 0.05}})
+    with pytest.raises(MixtureError, match=r"no conversation of toy \(ratio 0.05 of 2\)"):
+        build(corpus.mixture)
+
+
+def test_the_authors_example_list_is_trained_on(build, shared_data, monkeypatch, logged):
+    monkeypatch.chdir(shared_data / "gmai_vl_samples")
+    dataset = build("examples/example_list.json", max_length=2048)
+    assert len(dataset) == 1
+    item = dataset[0]
+    assert item["ids"] == ["FILE1/2d#cls#histopathology#crc100k#images#NORM#example.tif"]
+    assert item["pixel_values"].shape == (1, 3, 336, 336)
+    assert (item["input_ids"] == IMAGE_TOKEN_INDEX).sum() == TOKENS
+    assert (item["labels"] != IGNORE_INDEX).sum() > 100  # the caption is learnt
+    assert "the mixture says 38276 records for FILE1, its files hold 1" in logged[-1]
+
+
+def test_held_out_part_is_what_training_does_not_see(build, make_corpus, logged):
+    records = [
+        record(f"r{number}", "<image>\nWhat?", "This.", image=f"{number // 3}.png")
+        for number in range(60)
+    ]
+    images = [f"{number}.png" for number in range(20)]
+    corpus = make_corpus({"toy": records}, images=images, fields={"toy": {"ratio": 2.0}})
+    dataset = build(corpus.mixture, held_out=0.2)
+    part = dataset.held_out_part()
+    train = [name for item in read_all(dataset) for name in item["ids"]]
+    held = [name for item in read_all(part) for name in item["ids"]]
+    assert len(held) == len(set(held))
+    assert set(train) | set(held) == {f"toy/r{number}" for number in range(60)}
+
+    def image(name: str) -> int:
+        return int(name.removeprefix("toy/r")) // 3
+
+    assert held
+    assert not {image(name) for name in train} & {image(name) for name in held}
+    assert f"toy: 60 conversations x 2, {len(held)} of them held out" in logged[-1]
+    assert f"held out for validation: {len(held)} of 60 conversations (share 0.2" in logged[-1]
+    assert len(dataset.held_out_part(2).plan.samples) == 2
+    assert pickle.loads(pickle.dumps(part)).plan.samples.tolist() == part.plan.samples.tolist()
+
+
+def test_without_a_share_nothing_is_held_out(build, corpus, logged):
+    dataset = build(corpus.mixture)
+    assert dataset.held_out_part() is None
+    assert "held out" not in logged[-1]

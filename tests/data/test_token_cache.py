@@ -1,0 +1,495 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.conversation import parse_record
+from gmai_xtuner.core.errors import DataError, GMAIError
+from gmai_xtuner.core.records import iter_raw
+from gmai_xtuner.data import token_cache
+from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_cache
+from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
+from tests.toy import Corpus, record
+
+OPTIONS = CacheOptions(
+    max_length=256,
+    num_image_tokens=64,
+    max_images=3,
+    over_length="cut",
+    on_bad_sample="raise",
+    check_images="header",
+    max_pixels=10_000,
+)
+GOOD = [
+    record("r0", "<image>\nWhat is shown?", "A CT scan.", image="a.png"),
+    record("r1", "图中显示什么？", "肝脏。", "Sure?", "Yes."),
+    record("r2", "<image>\n<image>\nSame?", "No.", image=["a.png", "b.jpg"]),
+]
+IMAGES = ("a.png", "b.jpg")
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer) -> ConversationTokenizer:
+    template = ChatTemplate.from_xtuner("internlm2_chat")
+    return ConversationTokenizer.from_pretrained(tokenizer, template)
+
+
+@pytest.fixture
+def cached(tmp_path, encode):
+    """Open the cache of a corpus' dataset ``toy``."""
+
+    def open_it(corpus: Corpus, options: CacheOptions = OPTIONS, **changes) -> TokenCache:
+        arguments = {"cache_dir": tmp_path / "cache", "num_workers": 1, **changes}
+        return open_cache(corpus.entry("toy"), encode, options, **arguments)
+
+    return open_it
+
+
+@pytest.fixture
+def corpus(make_corpus) -> Corpus:
+    return make_corpus({"toy": GOOD}, images=IMAGES)
+
+
+def refuse_to_tokenise(monkeypatch) -> None:
+    def refuse(*_):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(ConversationTokenizer, "__call__", refuse)
+
+
+def skipped(cache: TokenCache) -> list[dict[str, str]]:
+    lines = (cache.folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- what is in it --------------------------------------------------------------------------------
+
+
+def test_rows_are_the_tokenised_records(corpus, cached, encode):
+    cache = cached(corpus)
+    assert len(cache) == 3
+    for row, item in enumerate(GOOD):
+        (expected,) = encode([parse_record(item, dataset="toy", where=str(row))])
+        assert cache[row].id == expected.id
+        assert cache[row].images == expected.images
+        assert cache[row].input_ids.tolist() == expected.input_ids.tolist()
+        assert cache[row].labels.tolist() == expected.labels.tolist()
+        assert cache.counts[row].tolist() == [
+            expected.num_tokens(64),
+            expected.num_labels,
+            len(expected.images),
+        ]
+    assert cache.counts[2, 0] == len(cache[2].input_ids) + 2 * 63
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        cache[3]
+
+
+def test_a_second_start_reads_the_cache_only(corpus, cached, monkeypatch):
+    first = cached(corpus)
+    refuse_to_tokenise(monkeypatch)
+    second = cached(corpus)
+    assert second.folder == first.folder
+    assert second[1].input_ids.tolist() == first[1].input_ids.tolist()
+    with pytest.raises(AssertionError, match="tokenised again"):
+        cached(corpus, replace(OPTIONS, max_length=255))  # the guard does stand in the way
+
+
+def test_arrays_are_views_into_the_mapped_file(corpus, cached):
+    cache = cached(corpus)
+    assert isinstance(cache.counts, np.memmap)
+    assert not cache[0].input_ids.flags.owndata
+    assert len(pickle.dumps(cache)) < 1000
+    assert pickle.loads(pickle.dumps(cache))[2].id == "r2"
+
+
+# --- its key --------------------------------------------------------------------------------------
+
+
+def test_key_holds_when_only_the_time_of_the_file_changes(corpus, cached, monkeypatch):
+    first = cached(corpus)
+    refuse_to_tokenise(monkeypatch)
+    before = corpus.annotations("toy").stat().st_mtime_ns
+    os.utime(corpus.annotations("toy"), ns=(before + 10**9, before + 10**9))
+    assert corpus.annotations("toy").stat().st_mtime_ns != before
+    assert cached(corpus).folder == first.folder
+
+
+def test_key_changes_with_a_byte_of_the_file(corpus, cached):
+    first = cached(corpus)
+    path = corpus.annotations("toy")
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes().replace(b"A CT scan.", b"A CT-scan."))
+    assert path.stat().st_size == size
+    second = cached(corpus)
+    assert second.folder != first.folder
+    assert second[0].input_ids.tolist() != first[0].input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 255},
+        {"num_image_tokens": 32},
+        {"max_images": 2},
+        {"over_length": "drop"},
+        {"check_images": "decode"},
+        {"max_pixels": 9_999},
+    ],
+)
+def test_key_changes_with_every_option(corpus, cached, change):
+    assert cached(corpus).folder != cached(corpus, replace(OPTIONS, **change)).folder
+
+
+def test_key_changes_with_template_and_tokenizer(corpus, cached, encode, tokenizer, tmp_path):
+    larger = pickle.loads(pickle.dumps(tokenizer))
+    larger.add_tokens(["CT scan"])
+    folders = {cached(corpus).folder}
+    for fast, template in (
+        (tokenizer, ChatTemplate.from_xtuner("vicuna")),
+        (tokenizer, ChatTemplate.from_xtuner("internlm2_chat", add_bos=False)),
+        (larger, ChatTemplate.from_xtuner("internlm2_chat")),
+    ):
+        other = ConversationTokenizer.from_pretrained(fast, template)
+        cache = open_cache(
+            corpus.entry("toy"), other, OPTIONS, cache_dir=tmp_path / "cache", num_workers=1
+        )
+        folders.add(cache.folder)
+    assert len(folders) == 4
+
+
+def test_key_changes_with_the_image_root(corpus, cached):
+    first = cached(corpus)
+    corpus.images.rename(corpus.folder / "pictures")
+    text = corpus.mixture.read_text()
+    corpus.mixture.write_text(text.replace("image_root: images", "image_root: pictures"))
+    assert cached(corpus).folder != first.folder
+
+
+def test_name_of_a_dataset_becomes_a_safe_folder_name(corpus, cached, encode, tmp_path):
+    entry = replace(corpus.entry("toy"), name="PubMedVision (captioning) / 医学 ../x")
+    cache = open_cache(entry, encode, OPTIONS, cache_dir=tmp_path / "cache", num_workers=1)
+    assert cache.folder.parent == tmp_path / "cache" / "tokens"
+    assert cache.folder.name.startswith("PubMedVision-captioning-")
+
+
+# --- many records, several processes --------------------------------------------------------------
+
+
+def many_records(number: int) -> list[dict]:
+    return [
+        record(f"r{index}", f"Number {index}?", "Yes. " * (1 + index % 7))
+        for index in range(number)
+    ]
+
+
+def refuse_to_be_sent(_):
+    raise AssertionError("the tokenizer was sent to a worker")
+
+
+def test_parallel_and_serial_builds_are_the_same_bytes(make_corpus, cached, tmp_path, monkeypatch):
+    corpus = make_corpus({"toy": many_records(2300)})
+    serial = cached(corpus, cache_dir=tmp_path / "serial")
+    pools = []
+    original = token_cache.ProcessPoolExecutor
+    monkeypatch.setattr(
+        token_cache,
+        "ProcessPoolExecutor",
+        lambda *args, **kwargs: pools.append(original(*args, **kwargs)) or pools[-1],
+    )
+    # Sending the tokenizer with each chunk would cost ten times the chunk itself.
+    monkeypatch.setattr(ConversationTokenizer, "__getstate__", refuse_to_be_sent)
+    parallel = cached(corpus, cache_dir=tmp_path / "parallel", num_workers=2)
+    assert len(pools) == 1  # several processes were used
+    assert len(parallel) == 2300
+    assert parallel[2299].id == "r2299"
+    assert parallel[700].id == "r700"
+    assert files_of(parallel.folder) == files_of(serial.folder)
+
+
+def test_worker_runs_though_its_parent_has_tokenised_in_parallel(corpus, encode, monkeypatch):
+    """A small dataset is tokenised in this process, on the tokenizer's threads; forks lack them."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as importing xtuner.dataset does
+    job = token_cache._Job(corpus.entry("toy"), encode, OPTIONS)
+    records = list(iter_raw(corpus.annotations("toy")))
+    assert job(records).counts.shape == (3, 3)  # those threads are started
+
+    def work() -> None:
+        token_cache._take_job(job)
+        assert token_cache._do_job(records).counts.shape == (3, 3)
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join(20)
+    worker.kill()
+    assert worker.exitcode == 0
+
+
+def test_error_of_a_worker_arrives_whole(make_corpus, cached):
+    records = many_records(2300)
+    records[2100] = record("broken", "<image>\nWhat?", "A CT scan.", image="gone.png")
+    corpus = make_corpus({"toy": records})
+    with pytest.raises(DataError) as caught:
+        cached(corpus, num_workers=2)
+    assert (caught.value.dataset, caught.value.record) == ("toy", "broken (toy.jsonl, line 2101)")
+    assert caught.value.reason == "missing_image"
+
+
+class _DyingTokenizer(ConversationTokenizer):
+    """Is killed, as by the system for its memory, when half of the records are written."""
+
+    calls = 0
+
+    def __call__(self, conversations):
+        type(self).calls += 1
+        if type(self).calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(conversations)
+
+
+def test_a_build_that_was_killed_leaves_nothing_that_opens(
+    make_corpus, cached, encode, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # for the fork below
+    corpus = make_corpus({"toy": many_records(1500)})
+    dying = _DyingTokenizer(
+        encode.tokenizer,
+        encode.template,
+        bos_token_id=encode.bos_token_id,
+        eos_token_id=encode.eos_token_id,
+    )
+
+    def build() -> None:
+        open_cache(corpus.entry("toy"), dying, OPTIONS, cache_dir=tmp_path / "cache", num_workers=1)
+
+    process = multiprocessing.get_context("fork").Process(target=build)
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    left = [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]
+    assert [path.suffix for path in left] == [".partial"]
+    assert (left[0] / "tokens.arrow").stat().st_size > 0  # it had begun to write
+    cache = cached(corpus)
+    assert left[0].name.startswith(f".{cache.folder.name}.")  # the same key
+    assert len(cache) == 1500
+    assert not left[0].exists()
+
+
+def test_two_processes_at_once_build_one_cache(corpus, encode, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # for the forks below
+    builds = tmp_path / "builds"
+    builds.mkdir()
+
+    def slow_build(*args) -> Path:
+        (builds / str(os.getpid())).touch()
+        time.sleep(0.5)  # long enough for the other to find the folder missing
+        return original(*args)
+
+    original = token_cache._build
+    monkeypatch.setattr(token_cache, "_build", slow_build)
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+
+    def open_at_once() -> None:
+        barrier.wait()
+        cache = open_cache(
+            corpus.entry("toy"), encode, OPTIONS, cache_dir=tmp_path / "cache", num_workers=1
+        )
+        results.put((os.getpid(), str(cache.folder), cache[2].input_ids.tolist()))
+
+    processes = [context.Process(target=open_at_once) for _ in range(2)]
+    for process in processes:
+        process.start()
+    first, second = (results.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join(30)
+    assert first[0] != second[0]
+    assert first[1:] == second[1:]
+    assert len(list(builds.iterdir())) == 1
+
+
+# --- too long -------------------------------------------------------------------------------------
+
+LONG = [
+    *GOOD[:2],
+    record("two-rounds", "What?", "Yes. " * 20, "Why?", "No. " * 200),
+    record("one-round", "What?", "No. " * 300),
+]
+
+
+def test_cut_and_over_length_are_counted_apart_with_their_ids(make_corpus, cached):
+    cache = cached(make_corpus({"toy": LONG}, images=IMAGES))
+    assert [cache[row].id for row in range(len(cache))] == ["r0", "r1", "two-rounds"]
+    assert len(cache[2].label_spans) == 1
+    assert cache.meta["records"] == 4
+    assert (cache.meta["kept"], cache.meta["cut"]) == (3, 1)
+    assert cache.meta["skipped"] == {"over_length": 1}
+    assert [(note["id"], note["reason"]) for note in skipped(cache)] == [
+        ("two-rounds", "cut"),
+        ("one-round", "over_length"),
+    ]
+    assert "a pack holds 256 and 3" in skipped(cache)[1]["problem"]
+    assert cache.counts[:, 0].max() <= 256
+
+
+def test_drop_leaves_both_out(make_corpus, cached):
+    cache = cached(make_corpus({"toy": LONG}, images=IMAGES), replace(OPTIONS, over_length="drop"))
+    assert len(cache) == 2
+    assert (cache.meta["cut"], cache.meta["skipped"]) == (0, {"over_length": 2})
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def broken_image(corpus: Corpus, name: str, kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    path = corpus.images / name
+    Image.fromarray(noise).save(path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif kind == "enormous":
+        Image.fromarray(np.zeros((200, 60, 3), np.uint8)).save(path)
+
+
+BAD = {
+    "missing_image": record("bad", "<image>?", "Yes.", image="gone.png"),
+    "image_count": record("bad", "<image> or <image>?", "Yes.", image="a.png"),
+    "empty_conversation": record("bad"),
+    "empty_turn": record("bad", "What?", " "),
+    "path_outside_root": record("bad", "<image>?", "Yes.", image="../a.png"),
+    "unknown_role": {"id": "bad", "conversations": [{"from": "doctor", "value": "What?"}]},
+    "not_utf8": b'{"id": "bad", "conversations": "\xff"}',
+    "not_json": b'{"id": "bad", "conversations": [',
+    "not_an_object": b'["bad"]',
+}
+REMEDIES = {
+    "missing_image": "Check image_root",
+    "image_count": "Write one <image> for each image",
+    "empty_conversation": "Remove the record",
+    "empty_turn": "Write its text",
+    "path_outside_root": "Give a path relative to image_root",
+    "unknown_role": "Use one of system, user, human, assistant, gpt",
+    "not_utf8": "Save the file as UTF-8",
+    "not_json": "Each line must be one whole JSON object",
+    "not_an_object": "an object a line",
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_raise_names_dataset_record_and_remedy(make_corpus, cached, reason):
+    corpus = make_corpus({"toy": [*GOOD, BAD[reason]]}, images=IMAGES)
+    with pytest.raises(DataError) as caught:
+        cached(corpus)
+    assert caught.value.reason == reason
+    assert caught.value.dataset == "toy"
+    parsed = not isinstance(BAD[reason], bytes)
+    assert ("bad" if parsed else "toy.jsonl, line 4") in (caught.value.record or "")
+    message = str(caught.value)
+    assert "'toy'" in message
+    assert REMEDIES[reason] in message
+    # What is left is not where training would look.
+    left = [path for path in corpus.folder.parent.glob("cache/tokens/*") if path.is_dir()]
+    assert [path.suffix for path in left] == [".bad"]
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_skip_counts_the_record_and_trains_on_the_rest(make_corpus, cached, reason):
+    corpus = make_corpus({"toy": [GOOD[0], BAD[reason], *GOOD[1:]]}, images=IMAGES)
+    cache = cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
+    assert [cache[row].id for row in range(len(cache))] == ["r0", "r1", "r2"]
+    assert (cache.meta["records"], cache.meta["kept"]) == (4, 3)
+    assert cache.meta["skipped"] == {reason: 1}
+    (note,) = skipped(cache)
+    assert note["reason"] == reason
+    assert ("bad" if isinstance(BAD[reason], dict) else "line 2") in note["id"]
+    assert note["problem"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("truncated", "damaged_image"), ("enormous", "enormous_image")]
+)
+def test_truncated_and_enormous_images_are_found_by_their_header(
+    make_corpus, cached, suffix, kind, reason
+):
+    name = f"x.{suffix}"
+    bad = record("bad", "<image>?", "Yes.", image=name)
+    corpus = make_corpus({"toy": [*GOOD, bad]}, images=IMAGES)
+    broken_image(corpus, name, "whole")
+    assert len(cached(corpus)) == 4
+    broken_image(corpus, name, kind)
+    assert OPTIONS.check_images == "header"
+    shutil.rmtree(corpus.folder.parent / "cache")  # pictures are no part of the key
+    with pytest.raises(DataError) as caught:
+        cached(corpus)
+    assert (caught.value.reason, caught.value.record) == (reason, "bad (toy.jsonl, line 4)")
+    assert caught.value.dataset == "toy"
+    assert name in str(caught.value)
+    assert caught.value.remedy
+    cache = cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
+    assert cache.meta["skipped"] == {reason: 1}
+
+
+def test_image_without_an_image_root_is_found(make_corpus, cached):
+    corpus = make_corpus({"toy": GOOD}, images=IMAGES, fields={"toy": {"image_root": None}})
+    with pytest.raises(DataError, match=r"(?s)r0 \(toy.jsonl, line 1\).*Add image_root") as caught:
+        cached(corpus)
+    assert caught.value.reason == "no_image_root"
+    cache = cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
+    assert [cache[row].id for row in range(len(cache))] == ["r1"]
+
+
+def test_unchecked_images_may_come_later(make_corpus, cached):
+    corpus = make_corpus({"toy": [BAD["missing_image"]]})
+    cache = cached(corpus, replace(OPTIONS, check_images="none"))
+    assert (cache[0].input_ids == IMAGE_TOKEN_INDEX).sum() == 1
+
+
+def test_a_whole_chunk_of_bad_records_is_skipped(make_corpus, cached):
+    records = many_records(600)
+    assert token_cache.RECORDS_A_CHUNK == 512
+    corpus = make_corpus({"toy": [BAD["empty_turn"]] * 512 + records})
+    cache = cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
+    assert cache.meta["skipped"] == {"empty_turn": 512}
+    assert [cache[row].id for row in (0, 511, 512, 599)] == ["r0", "r511", "r512", "r599"]
+
+
+def test_a_dataset_without_a_usable_record_is_an_error(make_corpus, cached):
+    corpus = make_corpus({"toy": [BAD["empty_turn"], BAD["not_json"]]})
+    with pytest.raises(DataError, match=r"none of its 2 records can be used.*toy\.jsonl") as caught:
+        cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
+    assert "empty_turn" in str(caught.value)
+
+
+def test_several_annotation_files_follow_each_other(make_corpus, cached):
+    corpus = make_corpus(
+        {"toy": GOOD[:1], "more": GOOD[1:]},
+        images=IMAGES,
+        fields={"toy": {"annotations": ["more.jsonl", "toy.jsonl"]}},
+    )
+    cache = cached(corpus)
+    assert [cache[row].id for row in range(len(cache))] == ["r1", "r2", "r0"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"over_length": "trim"}, {"on_bad_sample": "replace"}, {"check_images": "all"}]
+)
+def test_unknown_options_are_refused(change):
+    (name,) = change
+    with pytest.raises(GMAIError, match=f"{name} must be one of"):
+        replace(OPTIONS, **change)

@@ -1,0 +1,438 @@
+from __future__ import annotations
+
+import json
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from xtuner.dataset import llava as xtuner_llava
+from xtuner.dataset.huggingface import process_hf_dataset
+from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
+from xtuner.dataset.utils import encode_fn
+from xtuner.registry import MAP_FUNC
+from xtuner.utils import PROMPT_TEMPLATE
+
+from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.conversation import Conversation, Turn, parse_record
+from gmai_xtuner.core.errors import DataError, GMAIError
+from gmai_xtuner.data.tokenization import (
+    ChatTemplate,
+    ConversationTokenizer,
+    fit,
+    soft_packing_map_fn,
+)
+from tests.toy import record, write_corpus
+
+INTERNLM2 = ChatTemplate.from_xtuner("internlm2_chat")
+
+
+def conversation(*texts: str, images: tuple[str, ...] = (), system: str | None = None):
+    turns = [Turn(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)]
+    if system is not None:
+        turns.insert(0, Turn("system", system))
+    return Conversation("c", tuple(turns), images)
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, so that a reader can count: <s> is 0, </s> 1, the marks 2 and 3."""
+    characters = "\n" + "".join(map(chr, range(32, 127)))
+    names = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *characters]
+    backend = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, "~"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
+@pytest.fixture(scope="module")
+def by_character() -> ConversationTokenizer:
+    return ConversationTokenizer.from_pretrained(character_tokenizer(), INTERNLM2)
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer) -> ConversationTokenizer:
+    return ConversationTokenizer.from_pretrained(tokenizer, INTERNLM2)
+
+
+def one(encode: ConversationTokenizer, *texts: str, **options):
+    (tokenized,) = encode([conversation(*texts, **options)])
+    return tokenized
+
+
+# --- layout and labels, counted by hand -----------------------------------------------------------
+
+
+def test_ids_and_labels_of_two_rounds_counted_by_hand(by_character):
+    tokenized = one(by_character, "<image>\nHi?", "CT.", "Sure?", "Yes", images=("a.png",))
+    text = by_character.tokenizer.decode(
+        [token for token in tokenized.input_ids if token >= 0], skip_special_tokens=False
+    )
+    assert text.replace(" ", "") == (
+        "<s><|im_start|>user\n\nHi?<|im_end|>\n<|im_start|>assistant\nCT.<|im_end|>\n"
+        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+    )
+    # <s> 1, im_start 1, "user\n" 5: the image is token 7.
+    assert np.flatnonzero(tokenized.input_ids == IMAGE_TOKEN_INDEX).tolist() == [7]
+    # image 1, "\nHi?" 4, im_end 1, "\n" 1, im_start 1, "assistant\n" 10: the answer begins at 25.
+    # "CT." and im_end are learnt, "\n" is not. 6 + 5 + 13 later the second answer begins.
+    assert tokenized.label_spans.tolist() == [[25, 29], [54, 58]]
+    assert tokenized.turn_ends == ((30, 1, 1), (59, 2, 1))
+    assert len(tokenized.input_ids) == 59
+    assert tokenized.num_labels == 8
+    assert tokenized.num_tokens(576) == 59 + 575
+    labels = tokenized.labels
+    assert labels[24:30].tolist() == [IGNORE_INDEX, *tokenized.input_ids[25:29], IGNORE_INDEX]
+    assert (labels != IGNORE_INDEX).sum() == 8
+
+
+def test_system_turn_comes_first_and_is_not_learnt(by_character):
+    with_system = one(by_character, "Hi?", "CT.", system="Be brief.")
+    without = one(by_character, "Hi?", "CT.")
+    # im_start 1, "system\n" 7, "Be brief." 9, im_end 1, "\n" 1, between <s> and the user.
+    assert len(with_system.input_ids) == len(without.input_ids) + 19
+    assert with_system.input_ids[20:].tolist() == without.input_ids[1:].tolist()
+    assert (with_system.label_spans == without.label_spans + 19).all()
+
+
+def test_marks_keep_their_places_and_order(by_character):
+    tokenized = one(by_character, "a<image>bc<image>", "Two.", images=("a.png", "b.png"))
+    assert np.flatnonzero(tokenized.input_ids == IMAGE_TOKEN_INDEX).tolist() == [8, 11]
+    assert tokenized.images == ("a.png", "b.png")
+
+
+def test_without_bos_everything_else_is_the_same(tokenizer, encode):
+    bare = ConversationTokenizer.from_pretrained(
+        tokenizer, ChatTemplate.from_xtuner("internlm2_chat", add_bos=False)
+    )
+    texts = ("What is shown?", "A chest X-ray.", "Is it normal?", "Yes.")
+    with_bos, without = one(encode, *texts), one(bare, *texts)
+    assert with_bos.input_ids[0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in without.input_ids
+    assert with_bos.input_ids[1:].tolist() == without.input_ids.tolist()
+    assert (with_bos.label_spans - 1 == without.label_spans).all()
+
+
+def test_the_first_token_of_a_conversation_never_learns():
+    # A template without any context: the answer itself begins the conversation.
+    bare = ChatTemplate("", "", "<|im_end|>", suffix_is_eos=True, separator="", add_bos=False)
+    encode = ConversationTokenizer.from_pretrained(character_tokenizer(), bare)
+    tokenized = one(encode, "Hi?", "CT.")
+    assert len(tokenized.input_ids) == 4  # the case occurs: "CT." and im_end alone
+    assert tokenized.label_spans.tolist() == [[1, 4]]
+
+
+def test_answer_and_its_end_are_learnt_with_an_eos_template():
+    template = ChatTemplate.from_xtuner("vicuna")
+    assert not template.suffix_is_eos
+    encode = ConversationTokenizer.from_pretrained(character_tokenizer(), template)
+    tokenized = one(encode, "Hi?", "CT.", "Sure?", "Yes")
+    # <s> 1 + "USER: Hi? ASSISTANT:" 20; "CT." </s>; "\n"; then again with <s> of its own.
+    assert tokenized.label_spans.tolist() == [[21, 25], [49, 53]]
+    assert tokenized.input_ids[[0, 24, 26, 52]].tolist() == [0, 1, 0, 1]
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("ab<> \n中", min_size=1), st.text("ab. \n影", min_size=1)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.booleans(),
+)
+def test_learnt_tokens_decode_to_the_answers_and_their_ends(by_character, rounds, with_system):
+    texts = [text for pair in rounds for text in pair]
+    assert not any("<image>" in text for text in texts)
+    tokenized = one(by_character, *texts, system="S" if with_system else None)
+    assert len(tokenized.label_spans) == len(rounds)
+    for (start, end), (_, answer) in zip(tokenized.label_spans, rounds, strict=True):
+        expected = by_character.tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False)
+        assert tokenized.input_ids[start:end].tolist() == expected.ids
+    assert tokenized.labels[0] == IGNORE_INDEX
+
+
+def test_a_batch_equals_one_by_one(encode):
+    batch = [
+        conversation("What is shown?", "A CT scan."),
+        conversation("<image>\n图中显示什么？", "胸部X光片。", images=("a.png",)),
+        conversation("What is shown?", "A CT scan.", "Sure?", "Yes.", system="Be brief."),
+    ]
+    together = encode(batch)
+    for item, alone in zip(batch, together, strict=True):
+        (expected,) = encode([item])
+        assert alone.input_ids.tolist() == expected.input_ids.tolist()
+        assert alone.label_spans.tolist() == expected.label_spans.tolist()
+        assert alone.turn_ends == expected.turn_ends
+    assert encode([]) == []
+
+
+@pytest.mark.parametrize("template", ["internlm2_chat", "vicuna", "chatglm2"])
+@pytest.mark.parametrize(
+    ("texts", "images"),
+    [
+        (("What is shown?", "A CT scan."), ()),
+        (("<image>\nWhat is shown?", "A CT scan.", "Sure?", "Yes."), ("a.png",)),
+        (("Compare <image> and <image>.", "They differ.", "<image>", "New."), ("a", "b", "c")),
+    ],
+)
+def test_prompt_is_what_training_had_before_the_answer(tokenizer, template, texts, images):
+    encode = ConversationTokenizer.from_pretrained(tokenizer, ChatTemplate.from_xtuner(template))
+    item = conversation(*texts, images=images, system="Be brief.")
+    (tokenized,) = encode([item])
+    prompt = encode.encode_prompt(item.turns[:-1], images)
+    assert prompt.tolist() == tokenized.input_ids[: tokenized.label_spans[-1, 0]].tolist()
+    assert (prompt == IMAGE_TOKEN_INDEX).sum() == len(images)
+
+
+# --- parity with xtuner ---------------------------------------------------------------------------
+
+PARITY_RECORDS = [
+    record("single", "<image>\nWhat is shown?", "A chest X-ray.", image="a.png"),
+    record("mark-alone", "<image>", "A CT scan of the liver.", image="a.png"),
+    record(
+        "multi",
+        "<image>\nWhat is shown?",
+        "An MR image of the brain.",
+        "Is there a  mass?",
+        "No.\n\nThe brain is normal.",
+        "Thanks",
+        "You're welcome!",
+        image="b.png",
+    ),
+    record("chinese", "<image>\n图中显示的是什么器官？", "这是肝脏的CT，未见异常。", image="a.png"),
+    record("text", "What is glaucoma?", "A disease of the optic nerve: 视神经 🙂 µm ±2 %."),
+    record("text-multi", "你好", "你好！", "Dose in mg/kg?", " 0.25 {x} to 1e-3 "),
+]
+
+
+@pytest.mark.parametrize("template", ["internlm2_chat", "vicuna", "chatglm2"])
+def test_ids_and_labels_equal_xtuners_llava_dataset(
+    tmp_path, monkeypatch, tokenizer, tiny_bases, template
+):
+    # Only the number of its worker processes is changed.
+    monkeypatch.setattr(
+        xtuner_llava, "process_hf_dataset", partial(process_hf_dataset, map_num_proc=None)
+    )
+    corpus = write_corpus(tmp_path / "corpus", {"toy": PARITY_RECORDS}, images=("a.png", "b.png"))
+    theirs = xtuner_llava.LLaVADataset(
+        image_folder=str(corpus.images),
+        image_processor=CLIPImageProcessor.from_pretrained(tiny_bases / "vision"),
+        data_path=str(corpus.annotations("toy")),
+        tokenizer=tokenizer,
+        dataset_map_fn=llava_map_fn,
+        template_map_fn=template_map_fn_factory(PROMPT_TEMPLATE[template]),
+        max_length=2048,
+        pad_image_to_square=True,
+    )
+    assert len(theirs) == len(PARITY_RECORDS)  # it drops none
+    encode = ConversationTokenizer.from_pretrained(tokenizer, ChatTemplate.from_xtuner(template))
+    for index, item in enumerate(PARITY_RECORDS):
+        (ours,) = encode([parse_record(item, dataset="toy", where=str(index))])
+        assert ours.id == theirs[index]["id"]
+        assert ours.input_ids.tolist() == theirs[index]["input_ids"], ours.id
+        assert ours.labels.tolist() == theirs[index]["labels"], ours.id
+
+
+def xtuners(item, tokenizer, *, max_length=2048) -> dict[str, list[int]]:
+    """What xtuner's ``LLaVADataset`` maps over its records, one after the other."""
+    mapped = llava_map_fn(json.loads(json.dumps(item)))
+    mapped = template_map_fn_factory(PROMPT_TEMPLATE.internlm2_chat)(mapped)
+    return encode_fn(mapped, tokenizer, max_length, with_image_token=True)
+
+
+def ours(item, encode: ConversationTokenizer):
+    (tokenized,) = encode([parse_record(item, dataset="toy", where="1")])
+    return tokenized
+
+
+def test_xtuner_moves_a_mark_to_the_front_and_we_leave_it(tokenizer, encode):
+    # Ours is right: "left of <image>" and "<image> left of" are not the same, and at inference the
+    # image stands where the user puts it.
+    item = record("r", "Is this <image> a CT scan?", "Yes.", image="a.png")
+    opening = len(tokenizer.encode("<s><|im_start|>user\n", add_special_tokens=False))
+    assert xtuners(item, tokenizer)["input_ids"].index(IMAGE_TOKEN_INDEX) == opening
+    before = len(tokenizer.encode("Is this ", add_special_tokens=False))
+    assert ours(item, encode).input_ids.tolist().index(IMAGE_TOKEN_INDEX) > opening
+    (place,) = np.flatnonzero(ours(item, encode).input_ids == IMAGE_TOKEN_INDEX)
+    assert abs(place - opening - before) <= 1  # the text before it is encoded with "user\n"
+
+
+def test_xtuner_loses_or_refuses_a_second_image_of_a_turn_and_we_keep_it(tokenizer, encode):
+    # Ours is right: multi-image records (VQA on pairs, follow-up studies) are valid training data.
+    item = record("r", "<image>\n<image>\nSame?", "No.", image=["a.png", "b.png"])
+    assert xtuners(item, tokenizer)["input_ids"].count(IMAGE_TOKEN_INDEX) == 1  # silently
+    assert (ours(item, encode).input_ids == IMAGE_TOKEN_INDEX).sum() == 2
+    encoded = {"input": "<image>\n<image>\nSame?", "output": "No."}
+    with pytest.raises(AssertionError):
+        encode_fn({"conversation": [encoded]}, tokenizer, 2048, with_image_token=True)
+
+
+def test_xtuner_refuses_a_system_turn_and_we_write_it(tokenizer, encode):
+    # Ours is right: PROMPT_TEMPLATE has a SYSTEM field, and chat uses it.
+    item = record("r", "What is shown?", "A CT scan.")
+    item["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    with pytest.raises(NotImplementedError):
+        xtuners(item, tokenizer)
+    text = tokenizer.decode(ours(item, encode).input_ids)
+    assert text.startswith("<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+
+
+def test_xtuner_cuts_inside_an_answer_and_we_cut_between_turns(tokenizer, encode):
+    # Ours is right: a cut answer teaches the model to stop without the end token, or never to.
+    item = record("r", "What is shown?", "A CT scan.", "Is there a mass?", "No. " * 40)
+    whole = ours(item, encode)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    limit = len(whole.input_ids) - 20
+    assert limit > whole.turn_ends[0][0]  # the case occurs: the second answer does not fit
+    cut = [label for label in xtuners(item, tokenizer, max_length=limit)["labels"] if label >= 0]
+    assert cut[-1] != end_of_turn
+    fitted = fit(whole, max_length=limit, num_image_tokens=64, over_length="cut")
+    assert fitted is not None
+    assert [label for label in fitted.labels if label >= 0][-1] == end_of_turn
+
+
+def test_xtuner_drops_a_leading_answer_and_we_say_so(tokenizer, encode):
+    # Ours is right: what is wrong with a record is said, not mended.
+    item = record("r", "What is shown?", "A CT scan.")
+    item["conversations"].insert(0, {"from": "gpt", "value": "Hello"})
+    hello = tokenizer.encode("Hello", add_special_tokens=False)
+    assert hello[0] not in xtuners(item, tokenizer)["input_ids"]
+    with pytest.raises(DataError, match="turn 1 is the assistant's, expected the user's"):
+        ours(item, encode)
+
+
+# --- the registered map function ------------------------------------------------------------------
+
+
+def test_map_function_is_registered_and_equals_the_batch_path(tokenizer, encode):
+    function = MAP_FUNC.get("soft_packing_map_fn")
+    assert function is soft_packing_map_fn
+    for item in PARITY_RECORDS:
+        mapped = function(item, tokenizer=tokenizer, num_image_tokens=64)
+        batched = ours(item, encode)
+        assert mapped == {
+            "id": item["id"],
+            "input_ids": batched.input_ids.tolist(),
+            "labels": batched.labels.tolist(),
+            "num_tokens": batched.num_tokens(64),
+            "num_labels": batched.num_labels,
+            "images": [item["image"]] if item["image"] else [],
+        }
+
+
+def test_map_function_sees_tokens_that_are_added_later(tokenizer):
+    fast = pickle.loads(pickle.dumps(tokenizer))
+    item = record("r", "What is glioblastoma?", "A tumour.")
+    before = soft_packing_map_fn(item, tokenizer=fast, num_image_tokens=64)["input_ids"]
+    fast.add_tokens(["glioblastoma"])
+    after = soft_packing_map_fn(item, tokenizer=fast, num_image_tokens=64)["input_ids"]
+    assert len(after) < len(before)
+
+
+def test_map_function_names_what_is_wrong_with_a_record(tokenizer):
+    with pytest.raises(DataError, match=r"dataset 'mine'.* 1 <image> mark.* but 0 image"):
+        soft_packing_map_fn(
+            record("r", "<image>\nWhat?", "A CT scan."),
+            tokenizer=tokenizer,
+            num_image_tokens=64,
+            dataset="mine",
+        )
+
+
+# --- construction ---------------------------------------------------------------------------------
+
+
+def test_unknown_template_is_refused_with_the_known_names():
+    with pytest.raises(GMAIError, match=r"'internlm3_chat'.*internlm2_chat"):
+        ChatTemplate.from_xtuner("internlm3_chat")
+
+
+def test_tokenizer_without_the_end_of_turn_token_is_refused():
+    base = character_tokenizer()
+    template = ChatTemplate("", "{input}", "<end>", suffix_is_eos=True, separator="")
+    with pytest.raises(GMAIError, match=r"no token '<end>' \(it becomes 5 tokens\)"):
+        ConversationTokenizer.from_pretrained(base, template)
+
+
+def test_tokenizer_without_bos_is_refused_unless_add_bos_is_off():
+    base = character_tokenizer()
+    base.bos_token = None
+    with pytest.raises(GMAIError, match="add_bos=False"):
+        ConversationTokenizer.from_pretrained(base, INTERNLM2)
+    bare = ChatTemplate.from_xtuner("internlm2_chat", add_bos=False)
+    assert len(one(ConversationTokenizer.from_pretrained(base, bare), "Hi?", "CT.").input_ids)
+
+
+def test_pickled_tokenizer_gives_the_same_ids_and_fingerprint(encode):
+    copy = pickle.loads(pickle.dumps(encode))
+    assert copy.fingerprint == encode.fingerprint
+    texts = ("<image>\n图中显示什么？", "Chest X-ray.")
+    assert (one(copy, *texts).input_ids == one(encode, *texts).input_ids).all()
+
+
+def test_fingerprint_changes_with_the_template_and_the_vocabulary(tokenizer, encode, tiny_bases):
+    vicuna = ConversationTokenizer.from_pretrained(tokenizer, ChatTemplate.from_xtuner("vicuna"))
+    bare = ChatTemplate.from_xtuner("internlm2_chat", add_bos=False)
+    larger = pickle.loads(pickle.dumps(tokenizer))
+    larger.add_tokens(["glioblastoma"])
+    others = [
+        vicuna,
+        ConversationTokenizer.from_pretrained(tokenizer, bare),
+        ConversationTokenizer.from_pretrained(larger, INTERNLM2),
+    ]
+    assert len({encode.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+# --- fit ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_rounds(by_character):
+    """59 ids, one image in round 1; 30 after round 1 (see the test counted by hand)."""
+    return one(by_character, "<image>\nHi?", "CT.", "Sure?", "Yes", images=("a.png",))
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected_ids"),
+    [(62, 59), (61, 30), (33, 30), (32, None)],  # an image takes 4 tokens: 3 more than its mark
+)
+def test_cut_keeps_the_whole_turns_that_fit(two_rounds, max_length, expected_ids):
+    fitted = fit(two_rounds, max_length=max_length, num_image_tokens=4, over_length="cut")
+    assert (None if fitted is None else len(fitted.input_ids)) == expected_ids
+    if fitted is not None:
+        assert fitted.num_tokens(4) <= max_length
+
+
+def test_cut_conversation_equals_the_shorter_one(by_character, two_rounds):
+    fitted = fit(two_rounds, max_length=40, num_image_tokens=4, over_length="cut")
+    shorter = one(by_character, "<image>\nHi?", "CT.", images=("a.png",))
+    assert fitted is not None
+    assert fitted.input_ids.tolist() == shorter.input_ids.tolist()
+    assert fitted.label_spans.tolist() == shorter.label_spans.tolist()
+    assert (fitted.images, fitted.turn_ends) == (shorter.images, shorter.turn_ends)
+
+
+def test_drop_gives_a_conversation_up_that_cut_would_shorten(two_rounds):
+    assert fit(two_rounds, max_length=61, num_image_tokens=4, over_length="cut") is not None
+    assert fit(two_rounds, max_length=61, num_image_tokens=4, over_length="drop") is None
+    whole = fit(two_rounds, max_length=62, num_image_tokens=4, over_length="drop")
+    assert whole is two_rounds
+
+
+def test_too_many_images_are_cut_with_their_turns(by_character):
+    tokenized = one(by_character, "<image>", "CT.", "<image><image>", "Yes", images=("a", "b", "c"))
+    options = {"max_length": 10_000, "num_image_tokens": 4}
+    fitted = fit(tokenized, **options, over_length="cut", max_images=2)
+    assert fitted is not None
+    assert fitted.images == ("a",)
+    assert (fitted.input_ids == IMAGE_TOKEN_INDEX).sum() == 1
+    assert fit(tokenized, **options, over_length="drop", max_images=2) is None
+    assert fit(tokenized, **options, over_length="cut", max_images=3) is tokenized
+    assert fit(tokenized, **options, over_length="cut", max_images=0) is None

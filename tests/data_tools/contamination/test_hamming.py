@@ -1,0 +1,95 @@
+"""The search against comparing all with all, by Python's own integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.contamination import hamming
+from data_tools.contamination.hamming import cheapest, search
+
+
+def found(queries: np.ndarray, values: np.ndarray, **options) -> list[tuple[int, int, int]]:
+    return sorted(
+        pair
+        for part in search(queries, values, **options)
+        for pair in zip(
+            part.query.tolist(), part.value.tolist(), part.distance.tolist(), strict=True
+        )
+    )
+
+
+def expected(queries: np.ndarray, values: np.ndarray, distance: int) -> list[tuple[int, int, int]]:
+    return [
+        (q, v, (one ^ other).bit_count())
+        for q, one in enumerate(queries.tolist())
+        for v, other in enumerate(values.tolist())
+        if (one ^ other).bit_count() <= distance
+    ]
+
+
+def near_values(rng: np.random.Generator, centres: np.ndarray, count: int) -> np.ndarray:
+    """Hashes 0 to 20 bits from one of the centres."""
+    picked = rng.choice(centres, count)
+    for number in range(count):
+        bits = rng.choice(64, rng.integers(0, 21), replace=False)
+        picked[number] ^= np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64), initial=0)
+    return picked
+
+
+@pytest.mark.parametrize("pieces", [0, 3, 4, 5, 9])
+@pytest.mark.parametrize("distance", [0, 4, 8])
+def test_every_way_finds_what_comparing_all_finds(pieces: int, distance: int) -> None:
+    rng = np.random.default_rng([pieces, distance])
+    queries = rng.integers(0, 2**64, 60, dtype=np.uint64)
+    values = np.concatenate(
+        [near_values(rng, queries, 900), rng.integers(0, 2**64, 300, dtype=np.uint64)]
+    )
+    told = expected(queries, values, distance)
+    assert len(told) > 30 * (distance + 1)
+    assert found(queries, values, distance=distance, pieces=pieces) == told
+
+
+def test_distance_16_as_the_cheapest_way_finds_it() -> None:
+    rng = np.random.default_rng(16)
+    queries = rng.integers(0, 2**64, 40, dtype=np.uint64)
+    values = near_values(rng, queries, 700)
+    assert found(queries, values, distance=16) == expected(queries, values, 16)
+
+
+@given(
+    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8),
+    st.lists(st.lists(st.integers(0, 63), max_size=12, unique=True), max_size=12),
+    st.integers(0, 12),
+    st.sampled_from([0, 3, 4, 7, 16]),
+)
+def test_hashes_of_any_kind(queries, flips, distance, pieces) -> None:
+    values = [
+        queries[n % len(queries)] ^ sum(1 << bit for bit in bits) for n, bits in enumerate(flips)
+    ]
+    asked, there = (np.array(side, dtype=np.uint64) for side in (queries, values))
+    assert found(asked, there, distance=distance, pieces=pieces) == expected(asked, there, distance)
+
+
+def test_candidates_beyond_what_is_held_at_once_are_all_looked_at(monkeypatch) -> None:
+    monkeypatch.setattr(hamming, "_CANDIDATES_AT_ONCE", 7)
+    monkeypatch.setattr(hamming, "_ROWS", 3)
+    monkeypatch.setattr(hamming, "_COLUMNS", 5)
+    rng = np.random.default_rng(1)
+    queries = rng.integers(0, 4, 9, dtype=np.uint64)
+    values = rng.integers(0, 4, 40, dtype=np.uint64)
+    for pieces in (0, 3):
+        assert found(queries, values, distance=1, pieces=pieces) == expected(queries, values, 1)
+
+
+def test_nothing_to_compare() -> None:
+    none, one = np.zeros(0, dtype=np.uint64), np.ones(1, dtype=np.uint64)
+    assert found(none, one, distance=8) == found(one, none, distance=8) == []
+
+
+def test_the_way_depends_on_the_sizes() -> None:
+    assert cheapest(10, 100, 8) == 0
+    assert cheapest(100_000, 1_000_000, 8) == 3
+    assert cheapest(100_000, 1_000_000, 16) == 0

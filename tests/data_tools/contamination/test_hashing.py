@@ -1,0 +1,192 @@
+"""Hashes of pictures, and what is kept of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.contamination import hashing
+from data_tools.contamination.hashing import (
+    MISSING,
+    OK,
+    PLAIN,
+    UNREADABLE,
+    Hashed,
+    Picture,
+    hash_picture,
+    open_cache,
+)
+from data_tools.engine import open_engine
+from data_tools.errors import CorpusError
+from data_tools.preprocess.images import read_pixels
+from tests.data_tools.contamination.sides import picture
+
+
+def as_bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bits(one: Hashed, other: Hashed) -> int:
+    return (one.look ^ other.look).bit_count()
+
+
+def test_the_same_pixels_in_other_files_are_the_same() -> None:
+    one = hash_picture(as_bytes(picture(0)))
+    deep = Image.fromarray(np.asarray(picture(0), dtype=np.uint16) * 257)
+    for other in (
+        as_bytes(picture(0), "TIFF"),
+        as_bytes(picture(0).convert("RGB")),
+        as_bytes(picture(0).convert("RGBA")),
+        as_bytes(picture(0), "BMP"),
+        as_bytes(deep),
+    ):
+        assert hash_picture(other) == one
+    assert one.state == OK
+
+
+def test_changed_pixels_are_not_the_same_but_near() -> None:
+    one = hash_picture(as_bytes(picture(0)))
+    for other in (
+        as_bytes(picture(0), "JPEG", quality=60),
+        as_bytes(picture(0).resize((200, 200))),
+        as_bytes(picture(0).point(lambda level: level // 2 + 40)),
+    ):
+        near = hash_picture(other)
+        assert near.pixels != one.pixels
+        assert bits(one, near) <= 4
+    colour = np.stack([np.asarray(picture(seed)) for seed in (0, 1, 2)], axis=-1)
+    turned = colour.copy()
+    turned[0, 0, 2] ^= 1  # one bit of one pixel
+    first, second = (hash_picture(as_bytes(Image.fromarray(one))) for one in (colour, turned))
+    assert first.pixels != second.pixels
+
+
+def test_mirrored_turned_and_other_pictures_are_far() -> None:
+    """So a mirrored copy is no hit: the documentation says so."""
+    one = hash_picture(as_bytes(picture(0)))
+    for other in (
+        picture(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        picture(0).transpose(Image.Transpose.ROTATE_90),
+        *(picture(seed) for seed in range(1, 12)),
+    ):
+        assert bits(one, hash_picture(as_bytes(other))) > 16
+
+
+def test_a_low_contrast_16_bit_scan_is_windowed_before_it_is_hashed() -> None:
+    narrow = Image.fromarray(np.asarray(picture(5), dtype=np.uint16) * 4 + 1000)
+    one, other = hash_picture(as_bytes(picture(5))), hash_picture(as_bytes(narrow))
+    assert bits(one, other) <= 2
+
+
+def test_what_cannot_be_compared_has_a_state() -> None:
+    assert hash_picture(as_bytes(Image.new("RGB", (9, 9), (3, 4, 5)))).state == PLAIN
+    striped = np.zeros((64, 64), dtype=np.uint8)
+    striped[5] = 200  # among the rows that are looked at first all are alike
+    assert hash_picture(as_bytes(Image.fromarray(striped))).state == OK
+    broken = hash_picture(as_bytes(picture(0))[:200])
+    assert (broken.state, bool(broken.problem)) == (UNREADABLE, True)
+    assert hash_picture(b"").problem == "image is truncated: 0 bytes"
+
+
+def hashes(cache_file: Path, pictures: Sequence[Picture], *, workers: int = 1) -> dict[int, Hashed]:
+    with open_cache(cache_file) as cache, open_engine("processes", workers) as engine:
+        return dict(cache.hashes(pictures, engine))
+
+
+def test_a_run_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
+    for seed in range(40):
+        paths.append(tmp_path / f"{seed}.png")
+        picture(seed, side=24).save(paths[-1])
+    pictures = [Picture(number, path=path) for number, path in enumerate(paths)]
+    monkeypatch.setattr(hashing, "_AT_ONCE", 16)
+    opened: list[Path] = []
+
+    def stop_at_25(source: Path) -> Hashed:
+        opened.append(source)
+        if len(opened) == 25:
+            raise KeyboardInterrupt
+        return hash_picture(source)
+
+    monkeypatch.setattr(hashing, "hash_picture", stop_at_25)
+    with pytest.raises(KeyboardInterrupt):
+        hashes(tmp_path / "c.sqlite", pictures)
+    found = hashes(tmp_path / "c.sqlite", pictures)
+    assert len(opened) == 25 + 40 - 16  # the first 16 were on disk
+    assert found == {number: hash_picture(path) for number, path in enumerate(paths)}
+    assert found == hashes(tmp_path / "other.sqlite", pictures, workers=2)
+
+
+def test_a_missing_file_is_not_remembered(tmp_path: Path) -> None:
+    pictures = [Picture(0, path=tmp_path / "a.png")]
+    assert hashes(tmp_path / "c.sqlite", pictures)[0].state == MISSING
+    picture(0).save(tmp_path / "a.png")
+    assert hashes(tmp_path / "c.sqlite", pictures)[0].state == OK
+
+
+def test_a_cache_that_is_none_is_said(tmp_path: Path) -> None:
+    (tmp_path / "c.sqlite").write_bytes(b"no database, but long enough for one" * 50)
+    with pytest.raises(CorpusError, match=r"cache of hashes .*c\.sqlite can't be used .* --cache"):
+        hashes(tmp_path / "c.sqlite", [])
+    (tmp_path / "file").touch()
+    with pytest.raises(CorpusError, match="can't be opened"):
+        hashes(tmp_path / "file" / "c.sqlite", [])
+
+
+def test_hashes_of_another_version_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(0).save(tmp_path / "a.png")
+    pictures = [Picture(0, path=tmp_path / "a.png")]
+    hashes(tmp_path / "c.sqlite", pictures)
+    with sqlite3.connect(tmp_path / "c.sqlite") as connection:
+        connection.execute(f"UPDATE pictures_{hashing.VERSION} SET look = 7")
+    assert hashes(tmp_path / "c.sqlite", pictures)[0].look == 7
+    monkeypatch.setattr(hashing, "VERSION", hashing.VERSION + 1)
+    assert hashes(tmp_path / "c.sqlite", pictures)[0].look != 7
+
+
+def test_x_rays_of_real_patients_saved_again(shared_data: Path) -> None:
+    paths = sorted((shared_data / "hannover_cxr" / "png").rglob("*.png"))
+    ours, theirs = [], []
+    for path in paths:
+        ours.append(hash_picture(path))
+        small = Image.fromarray(read_pixels(path))
+        small.thumbnail((300, 300))
+        theirs.append(hash_picture(as_bytes(small, "JPEG", quality=70)))
+    apart = np.array([[bits(one, other) for other in theirs] for one in ours])
+    copies = np.eye(len(paths), dtype=bool)
+    assert len(paths) == 40
+    assert apart[copies].max() <= 4
+    assert apart[~copies].min() > 8
+    assert (apart[~copies] <= 16).mean() < 0.1
+
+
+def crashing(sources: Sequence[Path | bytes]) -> list[tuple[Hashed, bytes]]:
+    """Ends its process at one picture, as a decoder with a fault does."""
+    if any(isinstance(source, Path) and source.name == "3.png" for source in sources):
+        os._exit(1)
+    return [(hash_picture(source), b"") for source in sources]
+
+
+def test_a_picture_that_crashes_its_decoder_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(6):
+        picture(seed, side=24).save(tmp_path / f"{seed}.png")
+    pictures = [Picture(seed, path=tmp_path / f"{seed}.png") for seed in range(6)]
+    monkeypatch.setattr(hashing, "_task", crashing)
+    found = hashes(tmp_path / "c.sqlite", pictures, workers=2)
+    assert {number: one.state for number, one in found.items()} == {
+        number: UNREADABLE if number == 3 else OK for number in range(6)
+    }
+    assert found[3].problem == "image can't be read: its decoder crashed"

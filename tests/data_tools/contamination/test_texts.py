@@ -1,0 +1,96 @@
+"""Normalisation and nearness of questions, with values computed by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_tools.contamination.texts import TextIndex, grams, jaccard, normalised
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("Is there a  Pleural effusion?", "is there a pleural effusion"),
+        ("<image>\nIs it <image 2> left-sided?", "is it left sided"),
+        ("Ｔ２ weighted: ﬁne", "t2 weighted fine"),
+        ("肝脏在哪里？", "肝 脏 在 哪 里"),
+        ("CT显示T2高信号吗", "ct 显 示 t2 高 信 号 吗"),
+        ("3.5 cm", "3 5 cm"),
+        ("?!", ""),
+    ],
+)
+def test_what_counts_of_a_text(text: str, same: str) -> None:
+    assert normalised(text) == same
+
+
+def test_grams_are_of_three_words_or_the_whole() -> None:
+    assert grams("is there a pleural effusion") == {
+        "is there a", "there a pleural", "a pleural effusion",
+    }  # fmt: skip
+    assert grams("肝 脏 在 哪 里") == {"肝 脏 在", "脏 在 哪", "在 哪 里"}
+    assert grams("why not") == {"why not"}
+    assert grams("") == frozenset()
+
+
+def test_jaccard_by_hand() -> None:
+    # Of 4 and 3 3-grams the first 2 are common: 2 / (4 + 3 - 2).
+    one = grams(normalised("Is there a pleural effusion here?"))
+    other = grams(normalised("Is there a pleural tumour?"))
+    assert jaccard(one, other) == pytest.approx(2 / 5)
+    # 气 胸 在 左 侧 吗 (4) and 气 胸 在 左 边 (3) have 气胸在 and 胸在左: 2 / 5
+    assert jaccard(
+        grams(normalised("气胸在左侧吗？")), grams(normalised("气胸在左边"))
+    ) == pytest.approx(2 / 5)
+    assert jaccard(frozenset(), frozenset()) == 0
+
+
+def test_near_from_the_threshold_on() -> None:
+    texts = [
+        normalised(text) for text in ("Is there a pleural effusion here?", "Where is the heart?")
+    ]
+    asked = normalised("Is there a pleural effusion?")  # 3 of 4: 0.75
+    assert TextIndex(texts).near(asked) == [(0, 0.75)]
+    assert TextIndex(texts, threshold=0.75).near(asked) == [(0, 0.75)]
+    assert TextIndex(texts, threshold=0.76).near(asked) == []
+    assert TextIndex(texts).equal(normalised("WHERE is the heart")) == 1
+    assert TextIndex(texts).equal(asked) is None
+    assert TextIndex(texts).near("") == []
+
+
+WORDS = ("is", "there", "a", "the", "left", "right", "lung", "mass", "in", "of")
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=9), min_size=1, max_size=25),
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=9),
+    st.sampled_from([0.2, 0.3, 0.5, 0.7, 0.9, 1.0]),
+)
+def test_the_index_finds_what_comparing_with_all_finds(texts, asked, threshold) -> None:
+    known = list(dict.fromkeys(" ".join(text) for text in texts))
+    text = " ".join(asked)
+    told = {
+        number: jaccard(grams(text), grams(other))
+        for number, other in enumerate(known)
+        if jaccard(grams(text), grams(other)) >= threshold - 1e-12
+    }
+    assert dict(TextIndex(known, threshold=threshold).near(text)) == pytest.approx(told)
+
+
+def test_a_paraphrase_in_a_benchmark_of_many_is_found() -> None:
+    rng = random.Random(0)
+    known = [" ".join(rng.sample(WORDS, 8)) for _ in range(2000)]
+    index = TextIndex(list(dict.fromkeys(known)))
+    for text in known[:50]:
+        number, near = index.near(f"please {text}")[0]
+        assert (index.texts[number], near) == (text, 6 / 7)
+
+
+def test_a_text_within_a_longer_one_of_unknown_words_is_found() -> None:
+    """All 6 3-grams of 10: the rarest of the longer text, which are looked up first, are in no other."""
+    index = TextIndex(["is there a mass in the left lung"])
+    assert index.near("is there a mass in the left lung or elsewhere says who") == [(0, 0.6)]
+    assert index.near("please doctor tell us is there a mass in the left lung") == [(0, 0.6)]

@@ -1,0 +1,170 @@
+"""Which benchmark a file is, and what is said of the wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gmai_xtuner.evaluate.benchmarks import (
+    NAMES,
+    VARIANTS,
+    BenchmarkError,
+    FoundBenchmark,
+    find_benchmarks,
+    load_benchmark,
+)
+from gmai_xtuner.evaluate.benchmarks.mmmu import SUBJECTS
+from gmai_xtuner.evaluate.protocols import PROTOCOLS
+from tests.evaluate.benchmarks.files import (
+    GMAI_HEADER,
+    base64_png,
+    csv_file,
+    gmai_row,
+    huatuo_record,
+    image_file,
+    json_file,
+    mmmu_row,
+    omnimedvqa_record,
+    parquet_file,
+    slake_record,
+    stored,
+    tsv_file,
+    vqa_rad_record,
+)
+from tests.evaluate.benchmarks.test_other_readers import CLEAN
+
+
+def write_all(folder: Path) -> None:
+    """One question or two of each benchmark, as somebody's folder of downloads has them."""
+    json_file(folder / "VQA-RAD" / "VQA_RAD Dataset Public.json", [vqa_rad_record(0)])
+    image_file(folder / "VQA-RAD" / "VQA_RAD Image Folder" / "synpic54610.jpg")
+    json_file(folder / "Slake1.0" / "test.json", [slake_record(1), slake_record(2, "zh")])
+    image_file(folder / "Slake1.0" / "imgs" / "xmlab1" / "source.jpg")
+    csv_file(
+        folder / "PMC-VQA" / "test_clean.csv",
+        CLEAN,
+        [["f.jpg", "What?", "x", " A:x", " B:y", " C:z", " D:w", "A"]],
+    )
+    image_file(folder / "PMC-VQA" / "images" / "f.jpg")
+    omni = folder / "OmniMedVQA"
+    json_file(omni / "QA_information" / "Open-access" / "ACRIMA.json", [omnimedvqa_record("A_0")])
+    json_file(omni / "QA_information" / "Open-access" / "OCT.json", [omnimedvqa_record("O_0")])
+    image_file(omni / "Images" / "ACRIMA" / "Im553_g_ACRIMA.png")
+    tsv_file(folder / "GMAI" / "GMAI_mm_bench_VAL.tsv", GMAI_HEADER, [gmai_row(1)])
+    for part in (1, 2):
+        tsv_file(
+            folder / "GMAI" / f"GMAI_mm_bench_TEST_part_{part}.tsv",
+            [name for name in GMAI_HEADER if name != "answer"],
+            [[v for n, v in zip(GMAI_HEADER, gmai_row(part), strict=True) if n != "answer"]],
+        )
+    for subject in (*SUBJECTS, "Art"):
+        rows = [mmmu_row("validation", subject, n, image_1=stored(1)) for n in (1, 2)]
+        parquet_file(folder / "MMMU" / subject / "validation-00000-of-00001.parquet", rows)
+    pair = {"image": stored(1), "question": "is it?", "answer": "no"}
+    parquet_file(folder / "path-vqa" / "data" / "test-00000-of-00001.parquet", [pair])
+    json_file(folder / "huatuo" / "medical_multimodel_evaluation_data.json", [huatuo_record()])
+    image_file(folder / "huatuo" / "images" / "synpic1.jpg")
+    tsv_file(
+        folder / "LMUData" / "SLAKE.tsv",
+        ("index", "image", "question", "answer"),
+        [["0", base64_png(1), "Is it?", "Yes"]],
+    )
+    json_file(folder / "notes.json", {"not": "a list"})
+    (folder / "readme.csv").write_text("a,b\n")
+    (folder / "broken.parquet").write_bytes(b"no")
+
+
+def test_everything_in_one_folder(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    found = find_benchmarks(tmp_path)
+    assert found == (
+        FoundBenchmark("vqa_rad", "test", tmp_path / "VQA-RAD" / "VQA_RAD Dataset Public.json"),
+        FoundBenchmark("slake", "en", tmp_path / "Slake1.0" / "test.json"),
+        FoundBenchmark("slake", "zh", tmp_path / "Slake1.0" / "test.json"),
+        FoundBenchmark("pmc_vqa", "test_clean", tmp_path / "PMC-VQA" / "test_clean.csv"),
+        FoundBenchmark("omnimedvqa", "open-access", tmp_path / "OmniMedVQA"),
+        FoundBenchmark("gmai_mmbench", "val", tmp_path / "GMAI" / "GMAI_mm_bench_VAL.tsv"),
+        FoundBenchmark("gmai_mmbench", "test", tmp_path / "GMAI"),
+        FoundBenchmark("mmmu_health", "validation", tmp_path / "MMMU"),
+        FoundBenchmark("path_vqa", "test", tmp_path / "path-vqa" / "data"),
+        FoundBenchmark(
+            "huatuo", "all", tmp_path / "huatuo" / "medical_multimodel_evaluation_data.json"
+        ),
+    )
+    counts = [
+        len(load_benchmark(one.name, one.data, variant=one.variant).questions) for one in found
+    ]
+    assert counts == [1, 1, 1, 1, 2, 1, 2, 10, 1, 1]
+    # each is found in the whole folder as well
+    assert len(load_benchmark("omnimedvqa", tmp_path / "OmniMedVQA").questions) == 2
+    assert len(load_benchmark("mmmu_health", tmp_path).questions) == 10
+
+
+def test_every_variant_has_a_protocol() -> None:
+    assert set(PROTOCOLS) == set(NAMES)
+    for name, protocols in PROTOCOLS.items():
+        assert {protocol.variant for protocol in protocols} == set(VARIANTS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("slake", "VQA-RAD/VQA_RAD Dataset Public.json", "is a file of vqa_rad test .*phrase_type"),
+        ("vqa_rad", "Slake1.0/test.json", "is a file of slake en/zh"),
+        ("slake", "PMC-VQA/test_clean.csv", "is a file of pmc_vqa test_clean"),
+        ("omnimedvqa", "GMAI/GMAI_mm_bench_VAL.tsv", "is a file of gmai_mmbench val"),
+        ("gmai_mmbench", "LMUData/SLAKE.tsv", "is a file of slake en"),
+        ("path_vqa", "MMMU/Pharmacy/validation-00000-of-00001.parquet", "is a file of mmmu_health"),
+        (
+            "mmmu_health",
+            "MMMU/Art/validation-00000-of-00001.parquet",
+            "is no file of a benchmark that is",
+        ),
+        ("huatuo", "notes.json", "is no file of a benchmark"),
+        ("path_vqa", "broken.parquet", "is no file of a benchmark"),
+        ("pmc_vqa", "readme.csv", r"no file of a benchmark that is known \(its fields are a, b\)"),
+        ("slake", "absent.json", "does not exist"),
+    ],
+)
+def test_a_file_of_another_benchmark(tmp_path: Path, name: str, file: str, message: str) -> None:
+    write_all(tmp_path)
+    with pytest.raises(BenchmarkError, match=message):
+        load_benchmark(name, tmp_path / file)
+
+
+def test_a_folder_of_another_benchmark(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    with pytest.raises(
+        BenchmarkError,
+        match=r"nothing of vqa_rad test in .* There is: .*test.json' is a file of slake",
+    ):
+        load_benchmark("vqa_rad", tmp_path / "Slake1.0")
+    with pytest.raises(BenchmarkError, match="nothing of pmc_vqa test_2"):
+        load_benchmark("pmc_vqa", tmp_path, variant="test_2")
+
+
+def test_wrong_names() -> None:
+    with pytest.raises(
+        BenchmarkError, match=r"no benchmark is called 'mnist'\. There are vqa_rad, slake"
+    ):
+        load_benchmark("mnist", Path())
+    with pytest.raises(BenchmarkError, match=r"slake has no variant 'de'\. There are en, zh"):
+        load_benchmark("slake", Path(), variant="de")
+    with pytest.raises(BenchmarkError, match="is no folder"):
+        find_benchmarks(Path("absent"))
+
+
+def test_two_copies_are_not_chosen_between(tmp_path: Path) -> None:
+    for copy in ("a", "b"):
+        json_file(tmp_path / copy / "test.json", [slake_record(1)])
+    with pytest.raises(
+        BenchmarkError, match=r"more than once: .*a/test.json'.*b/test.json'. Name the"
+    ):
+        load_benchmark("slake", tmp_path)
+
+
+def test_a_language_that_the_file_lacks(tmp_path: Path) -> None:
+    json_file(tmp_path / "test.json", [slake_record(1)])
+    with pytest.raises(BenchmarkError, match=r"slake \(zh\): .* has no question of this variant"):
+        load_benchmark("slake", tmp_path, variant="zh")

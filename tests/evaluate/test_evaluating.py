@@ -1,0 +1,400 @@
+"""Asking, resuming, scoring again, judging and comparing, with a stand-in that answers by a rule."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+
+import pytest
+from openpyxl import load_workbook
+
+from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.evaluate.compare import as_text, compare_runs
+from gmai_xtuner.evaluate.evaluating import ALL, Options, Target, ask_and_score
+from gmai_xtuner.evaluate.judge import verdict_of
+from gmai_xtuner.evaluate.protocols import ProtocolError
+from gmai_xtuner.evaluate.results import read_result
+from gmai_xtuner.evaluate.run import World
+from tests.evaluate.sets import FakeAnswerer, draw, write_omnimedvqa, write_pmc_vqa, write_vqa_rad
+
+ALONE = World()
+
+
+def always(text: str):
+    return lambda job: text
+
+
+@pytest.fixture
+def rad(tmp_path):
+    return Target("vqa_rad", write_vqa_rad(tmp_path / "VQA-RAD"))
+
+
+@pytest.fixture
+def pmc(tmp_path):
+    return Target("pmc_vqa", write_pmc_vqa(tmp_path / "PMC-VQA"))
+
+
+def run(target, answerer, out, **options):
+    judge = options.pop("judge", None)
+    return ask_and_score(
+        target, answerer, Options(out, **options), world=options.pop("world", ALONE), judge=judge
+    )
+
+
+def test_a_letter_scores_what_the_protocol_says(pmc, tmp_path):
+    (result,) = run(pmc, FakeAnswerer(always("The answer is B.")), tmp_path / "out")
+    assert (result.n, result.headline.value, result.headline.unparsed) == (4, 0.25, 0.0)
+    folder = tmp_path / "out" / "pmc_vqa-test_clean" / "clean-2000"
+    assert {file.name for file in folder.iterdir()} == {
+        "result.json",
+        "scores.jsonl",
+        "tables.md",
+        "tables.csv",
+        "tables.tex",
+        "report.html",
+    }
+    assert "| **fake** | – | – | 25.0 | – |" in (folder / "tables.md").read_text()
+
+
+def test_what_is_stored_is_not_asked_again_and_a_stop_loses_nothing(rad, tmp_path):
+    stopped = FakeAnswerer(always("Yes"), stop_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(rad, stopped, tmp_path, protocols=("full-451",))
+    second = FakeAnswerer(always("Yes"))
+    (result,) = run(rad, second, tmp_path, protocols=("full-451",))
+    assert len(stopped.asked) == 2
+    assert set(stopped.asked) | set(second.asked) == {str(number) for number in range(6)}
+    assert len(second.asked) == 4
+    whole = FakeAnswerer(always("Yes"))
+    assert run(rad, whole, tmp_path, protocols=("full-451",)) == [result]
+    assert whole.asked == []
+
+
+def test_protocols_that_ask_in_the_same_words_share_answers(rad, tmp_path):
+    answerer = FakeAnswerer(always("Yes"))
+    results = run(rad, answerer, tmp_path, protocols=(ALL,))
+    assert [(one.protocol, one.n) for one in results] == [
+        ("closed-251", 3),
+        ("closed-272", 3),
+        ("open-179", 3),
+        ("full-451", 6),
+    ]
+    assert sorted(answerer.asked) == [str(number) for number in range(6)]
+
+
+def test_a_limit_is_told(rad, tmp_path):
+    answerer = FakeAnswerer(always("Yes"))
+    (result,) = run(rad, answerer, tmp_path, limit=2)
+    assert answerer.asked == ["0", "2"]
+    assert result.problems[0] == "limited to 2 of 3 questions"
+    assert result.complete
+
+
+def test_stored_answers_are_scored_by_several_scorers_without_asking(pmc, tmp_path):
+    run(pmc, FakeAnswerer(always("b")), tmp_path)
+    results = run(pmc, None, tmp_path, scorers=(ALL,))
+    by = {one.scorer: one.headline for one in results}
+    assert set(by) == {"choice", "option_letter", "option_text", "vlmevalkit", "huatuogpt"}
+    # A lower-case letter: VLMEvalKit's rule does not understand it, HuatuoGPT-Vision's calls it wrong.
+    assert (by["choice"].value, by["vlmevalkit"].unparsed) == (0.25, 1)
+    assert (by["huatuogpt"].value, by["huatuogpt"].unparsed) == (0.0, 0.0)
+    assert (tmp_path / "pmc_vqa-test_clean" / "clean-2000.vlmevalkit" / "result.json").is_file()
+
+
+def test_a_scorer_that_does_not_fit_is_told_before_anything_is_asked(rad, tmp_path):
+    for scorer, told in (("huatuogpt", "can't score question 0"), ("nope", "no scorer is called")):
+        answerer = FakeAnswerer(always("Yes"))
+        with pytest.raises(ProtocolError, match=told):
+            run(rad, answerer, tmp_path, scorers=(scorer,))
+        assert answerer.asked == []
+
+
+def test_whose_stored_answers_are_scored_is_told(rad, tmp_path, caplog):
+    run(rad, FakeAnswerer(always("Yes"), name="mine"), tmp_path)
+    assert "stored answers" not in caplog.text
+    run(rad, None, tmp_path)
+    assert "vqa_rad (test): the stored answers of mine (sha256:fake) are scored" in caplog.text
+
+
+def test_scoring_again_does_not_need_the_images(pmc, tmp_path):
+    run(pmc, FakeAnswerer(always("B")), tmp_path)
+    for image in (pmc.data / "images").iterdir():
+        image.unlink()
+    (result,) = run(pmc, None, tmp_path)
+    assert (result.n, result.headline.value, result.complete) == (4, 0.25, True)
+
+
+def test_scoring_what_was_never_asked_is_refused(rad, pmc, tmp_path):
+    with pytest.raises(EvaluationError, match="no answers are stored in"):
+        run(rad, None, tmp_path)
+    run(rad, FakeAnswerer(always("Yes")), tmp_path, protocols=("closed-251",))
+    with pytest.raises(EvaluationError) as caught:
+        run(rad, None, tmp_path, protocols=("open-179",))
+    assert "no answer to a prompt of the protocol open-179/1" in str(caught.value)
+    assert "it has answers to those of closed-251/1 3" in str(caught.value)
+
+
+def test_other_files_than_those_that_were_asked_are_refused(rad, tmp_path):
+    run(rad, FakeAnswerer(always("Yes")), tmp_path)
+    write_vqa_rad(rad.data, questions=8)
+    with pytest.raises(EvaluationError, match="source: "):
+        run(rad, None, tmp_path)
+    with pytest.raises(EvaluationError, match="source: "):
+        run(rad, FakeAnswerer(always("Yes")), tmp_path)
+
+
+def test_a_question_without_an_answer_is_counted_and_asked_the_next_time(pmc, tmp_path):
+    def not_the_third(job):
+        return None if "figure 2" in job.prompt else "C"
+
+    (result,) = run(pmc, FakeAnswerer(not_the_third), tmp_path)
+    assert (result.n, dict(result.unanswered), result.complete) == (3, {"refused": 1}, False)
+    assert result.headline.value == 0.0
+    second = FakeAnswerer(always("C"))
+    (result,) = run(pmc, second, tmp_path)
+    assert len(second.asked) == 1
+    assert (result.n, result.headline.value, result.complete) == (4, 0.25, True)
+
+
+def test_files_of_one_name_in_two_folders_both_count():
+    from pathlib import Path
+
+    from gmai_xtuner.evaluate.benchmarks import Benchmark, SourceFile
+    from gmai_xtuner.evaluate.run import source_of
+
+    files = [SourceFile(Path(part) / "test.parquet", part, 1) for part in ("b", "a")]
+    same = Benchmark("mmmu_health", "validation", (), tuple(files))
+    assert source_of(same) == {"test.parquet": "a", "test.parquet (2)": "b"}
+
+
+def test_a_missing_image_is_counted_and_named(pmc, tmp_path, caplog):
+    (pmc.data / "images" / "PMC1.jpg").unlink()
+    (result,) = run(pmc, FakeAnswerer(always("A")), tmp_path)
+    assert (result.n, dict(result.left_out), result.complete) == (3, {"missing_image": 1}, False)
+    assert "pmc_vqa (test_clean): missing_image 1; the first is " in caplog.text
+    assert "PMC1.jpg" in caplog.text
+    draw(pmc.data / "images" / "PMC1.jpg", 1)
+    later = FakeAnswerer(always("A"))
+    (result,) = run(pmc, later, tmp_path)
+    assert (len(later.asked), result.n, result.complete) == (1, 4, True)
+
+
+def test_shards_of_two_processes_are_one_store(pmc, tmp_path):
+    """What the second process writes stands in a file of its own; the first scores both."""
+    from gmai_xtuner.evaluate.benchmarks import load_benchmark
+    from gmai_xtuner.evaluate.protocols import protocol
+    from gmai_xtuner.evaluate.run import ask_for, identity_of
+    from gmai_xtuner.evaluate.store import Answer, AnswerStore
+
+    answerer = FakeAnswerer(always("A"))
+    benchmark = load_benchmark("pmc_vqa", pmc.data)
+    asked = ask_for(benchmark, protocol("pmc_vqa"))
+    store = AnswerStore(tmp_path / "pmc_vqa-test_clean", identity_of(benchmark, answerer))
+    store.create()
+    job = asked.jobs()[1]
+    with store.writer(1) as writer:
+        generation = {"decoding": "greedy", "max_new_tokens": job.max_new_tokens}
+        writer.add([Answer(job.id, job.prompt, "B", 0.1, answerer.model, job.protocol, generation)])
+    (result,) = run(pmc, answerer, tmp_path)
+    assert len(answerer.asked) == 3
+    assert result.headline.value == 0.5
+
+
+# The judge
+
+
+def test_only_what_the_rules_leave_open_is_judged_once_and_named(rad, tmp_path):
+    answerer = FakeAnswerer(lambda job: "Maybe so" if "there" in job.prompt else "in the left one")
+    judge = FakeAnswerer(
+        lambda job: "CORRECT" if "in the left one" in job.prompt else "It is wrong.",
+        name="judge-7b",
+        model="sha256:judge",
+    )
+    rules, judged = run(rad, answerer, tmp_path, protocols=("full-451",), judge=judge)
+    assert judged.scorer == f"{rules.scorer}+judge:judge-7b/2"
+
+    assert len(judge.asked) == 6
+    assert judged.headline.value == 0.5
+    assert rules.headline.value == pytest.approx(3 * 0.5 / 6)  # "left" of "left lung"
+    assert judged.headline.unparsed == 0.0
+    again = FakeAnswerer(always("CORRECT"), name="judge-7b", model="sha256:judge")
+    assert run(rad, None, tmp_path, protocols=("full-451",), judge=again)[1] == judged
+    assert again.asked == []
+
+
+def test_the_judge_is_asked_in_whole_sentences(rad, tmp_path):
+    prompts = []
+    judge = FakeAnswerer(lambda job: prompts.append(job.prompt) or "WRONG", name="j", model="s:j")
+    run(rad, FakeAnswerer(always("x")), tmp_path, protocols=("open-179",), judge=judge)
+    assert prompts[0].endswith(
+        "Does the answer to grade mean the same as the reference answer? An answer that says more is "
+        "correct if nothing in it contradicts the reference. Reply with one word, CORRECT or WRONG."
+    )
+
+
+def test_a_right_answer_and_an_understood_letter_are_not_judged(pmc, tmp_path):
+    judge = FakeAnswerer(always("CORRECT"), name="j", model="sha256:j")
+    _, judged = run(pmc, FakeAnswerer(always("B")), tmp_path, judge=judge)
+    assert (judge.asked, judged.headline.value) == ([], 0.25)
+
+
+def test_a_reply_that_is_no_verdict_counts_as_wrong_and_unparsed(rad, tmp_path):
+    judge = FakeAnswerer(always("CORRECT or WRONG, who knows"), name="j", model="sha256:j")
+    _, judged = run(rad, FakeAnswerer(always("hm")), tmp_path, protocols=("open-179",), judge=judge)
+    assert (judged.headline.value, judged.headline.unparsed) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("CORRECT", "CORRECT"),
+        ("**Wrong.**", "WRONG"),
+        ("correct, yes: CORRECT", "CORRECT"),
+        ("INCORRECT", None),
+        ("not WRONG but CORRECT", None),
+        ("", None),
+    ],
+)
+def test_verdicts(reply, verdict):
+    assert verdict_of(reply) == verdict
+
+
+def test_a_judge_that_refuses_stops_the_judging_and_keeps_verdicts(rad, tmp_path):
+    judge = FakeAnswerer(
+        lambda job: None if "at 3" in job.prompt else "WRONG", name="j", model="sha256:j"
+    )
+    with pytest.raises(EvaluationError, match="gave no verdict on 1 of 3 answers"):
+        run(rad, FakeAnswerer(always("x")), tmp_path, protocols=("open-179",), judge=judge)
+    second = FakeAnswerer(always("WRONG"), name="j", model="sha256:j")
+    run(rad, None, tmp_path, protocols=("open-179",), judge=second)
+    assert second.asked == ["3"]
+
+
+# Two runs
+
+
+def test_two_runs_are_compared_question_by_question(tmp_path):
+    target = Target("omnimedvqa", write_omnimedvqa(tmp_path / "Omni", each=4))
+    # Of 20 questions the gold letters are A, B, C, D, A, ...: five each.
+    right = lambda job: "ABCD"[int(re.search(r"number (\d+)", job.prompt)[1]) % 4]  # noqa: E731
+    run(target, FakeAnswerer(right, name="good"), tmp_path / "a")
+    run(target, FakeAnswerer(always("A"), name="bad", model="sha256:b"), tmp_path / "b")
+    (found,) = compare_runs(tmp_path / "a", tmp_path / "b")
+    test = found.test
+    assert (test.method, test.n, test.first_better, test.second_better) == ("mcnemar", 20, 15, 0)
+    assert test.p_value == pytest.approx(2 / 2**15)
+    assert test.difference == 0.75
+    text = as_text([found])
+    assert "| 20 | 100.00 | 25.00 | +75.00 |" in text
+    assert "| first less second |" in text
+    assert "First: good (sha256:fake)" in text
+    assert "every answer of the" not in text
+    (same,) = compare_runs(tmp_path / "a", tmp_path / "a")
+    assert (same.test.p_value, same.test.difference) == (1.0, 0.0)
+
+
+def test_runs_of_different_questions_are_compared_only_on_request(rad, tmp_path):
+    run(rad, FakeAnswerer(always("Yes")), tmp_path / "a")
+    run(rad, FakeAnswerer(always("No")), tmp_path / "b", limit=2)
+    with pytest.raises(
+        EvaluationError, match="1 are only in the first, 0 only in the second, 2 in"
+    ):
+        compare_runs(tmp_path / "a", tmp_path / "b")
+    (found,) = compare_runs(tmp_path / "a", tmp_path / "b", common=True)
+    assert (found.test.n, found.only_first) == (2, 1)
+    assert "1 questions that only one run has are left out." in as_text([found])
+
+
+def test_a_run_of_wrong_and_unparsed_answers_is_told(rad, tmp_path):
+    """Gold: yes, no, yes."""
+    run(rad, FakeAnswerer(always("Yes")), tmp_path / "a")
+    run(rad, FakeAnswerer(always("hm")), tmp_path / "b")
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert (found[0].means, found[0].unparsed) == ((2 / 3, 0.0), (0.0, 1.0))
+    assert as_text(found).splitlines()[-1] == (
+        "vqa_rad closed-251 yes_no: every answer of the second counts as wrong, 100.00 % of them since "
+        "they were not understood."
+    )
+
+
+def test_questions_of_one_id_that_are_others_are_not_compared(rad, tmp_path):
+    run(rad, FakeAnswerer(always("Yes")), tmp_path / "a")
+    file = next(rad.data.glob("*.json"))
+    file.write_text(file.read_text().replace("finding 2", "another finding"))
+    run(rad, FakeAnswerer(always("Yes")), tmp_path / "b")
+    for common in (False, True):
+        with pytest.raises(
+            EvaluationError, match="1 of 3 that have one id differ in words"
+        ) as told:
+            compare_runs(tmp_path / "a", tmp_path / "b", common=common)
+        assert "the first is 2." in str(told.value)
+    scores = tmp_path / "b" / "vqa_rad-test" / "closed-251" / "scores.jsonl"
+    scores.write_text(re.sub('"question": "[0-9a-f]{16}", ', "", scores.read_text()))
+    with pytest.raises(EvaluationError, match="Score its answers again"):
+        compare_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_nothing_in_common_and_no_run_are_errors(rad, pmc, tmp_path):
+    run(rad, FakeAnswerer(always("Yes")), tmp_path / "a")
+    run(pmc, FakeAnswerer(always("A")), tmp_path / "b")
+    with pytest.raises(EvaluationError, match="no protocol and scorer in common"):
+        compare_runs(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(EvaluationError, match=r"no result\.json in or under"):
+        compare_runs(tmp_path / "a", tmp_path / "VQA-RAD")
+
+
+# GMAI-MMBench TEST
+
+
+def write_test_parts(folder, parts):
+    image = folder / "x.png"
+    draw(image, 0)
+    head = ["index", "image", "question", *"ABCDE", "category", "department", "modality"]
+    head += ["clinical VQA task", "perceptual granularity"]
+    encoded = base64.b64encode(image.read_bytes()).decode()
+    for part in parts:
+        row = [str(part), encoded, f"Question {part}?", "cat", "dog", "cow", "", "", "cat"]
+        row += ["Urology", "CT", "Bone", "Mask level"]
+        with (folder / f"GMAI_mm_bench_TEST_part_{part}.tsv").open("w", newline="") as out:
+            csv.writer(out, delimiter="\t").writerows([head, row])
+
+
+def test_the_test_set_gives_the_authors_submission_file_and_no_score(tmp_path):
+    write_test_parts(tmp_path, range(1, 12))
+    answerer = FakeAnswerer(lambda job: "no idea" if "3" in job.prompt else "(C) cow")
+    target = Target("gmai_mmbench", tmp_path, "test")
+    (result,) = run(target, answerer, tmp_path / "out")
+    assert (result.headline.value, result.n, result.complete) == (None, 11, True)
+    assert result.headline.unparsed == pytest.approx(1 / 11)
+    folder = tmp_path / "out" / "gmai_mmbench-test"
+    sheet = load_workbook(folder / "fake_GMAI-MMBench_TEST.xlsx").active
+    rows = [[cell.value for cell in row] for row in sheet]
+    assert (rows[0][0], rows[0][-1]) == ("index", "prediction")
+    assert [(row[0], row[-1]) for row in rows[1:4]] == [
+        ("1", "(C) cow"),
+        ("2", "(C) cow"),
+        ("3", "no idea"),
+    ]
+    page = (folder / "test-21281" / "report.html").read_text()
+    assert page.count('data-verdict="unscored"') == 12  # eleven questions and a box to tick
+
+
+def test_without_all_parts_there_is_no_submission_file_and_it_is_said(tmp_path, caplog):
+    write_test_parts(tmp_path, [1, 2])
+    target = Target("gmai_mmbench", tmp_path, "test")
+    (result,) = run(target, FakeAnswerer(always("A")), tmp_path / "out")
+    assert not result.complete
+    assert "No submission file: the submission needs every question of the 11 parts" in caplog.text
+    assert not list((tmp_path / "out").rglob("*.xlsx"))
+
+
+def test_scores_of_every_question_are_kept(rad, tmp_path):
+    run(rad, FakeAnswerer(always("Yes")), tmp_path)
+    _, scores = read_result(tmp_path / "vqa_rad-test" / "closed-251")
+    assert {name: line["value"] for name, line in scores.items()} == {"0": 1.0, "2": 0.0, "4": 1.0}
+    stored = (tmp_path / "vqa_rad-test" / "answers-0.jsonl").read_text().splitlines()
+    first = json.loads(stored[0])
+    assert first["prompt"].startswith("Is finding 0 there?")
+    assert (first["protocol"], first["model"]) == ("closed-251/1", "sha256:fake")

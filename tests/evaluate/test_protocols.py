@@ -1,0 +1,129 @@
+"""What each protocol asks, of which questions, and how it scores."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gmai_xtuner.evaluate.protocols import PROTOCOLS, Average, ProtocolError, protocol
+from gmai_xtuner.evaluate.questions import Question, Score
+from gmai_xtuner.evaluate.scoring import SCORERS
+
+CHOICE = Question("1", "What is <image>?", options=("Liver", "Lung"), answer="Lung")
+CLOSED = Question("2", "Is it?", answer="No", groups={"answer_type": "CLOSED"})
+WHICH = Question("3", "Lung or liver?", answer="Lung", groups={"answer_type": "CLOSED"})
+OPEN = Question("4", "Where?", answer="left lung", groups={"answer_type": "OPEN"})
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"),
+    [
+        ("closed-416", [CLOSED, WHICH]),
+        ("closed-355", [CLOSED]),
+        ("open-645", [OPEN]),
+        ("full-1061", [CLOSED, WHICH, OPEN]),
+    ],
+)
+def test_which_questions_count(name: str, chosen: list[Question]) -> None:
+    assert protocol("slake", name).select([CLOSED, WHICH, OPEN]) == tuple(chosen)
+
+
+def test_open_questions_of_mmmu_do_not_count_in_closed_145() -> None:
+    assert protocol("mmmu_health", "closed-145").select([CHOICE, OPEN]) == (CHOICE,)
+    assert protocol("mmmu_health", "full-150").select([CHOICE, OPEN]) == (CHOICE, OPEN)
+
+
+def test_the_words() -> None:
+    assert protocol("gmai_mmbench").prompt(CHOICE) == (
+        "What is <image>?\nA. Liver\nB. Lung\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert protocol("gmai_mmbench", "val-4550-vlmevalkit").prompt(CHOICE) == (
+        "Question: What is <image>?\nOptions:\nA. Liver\nB. Lung\n"
+        "Please select the correct answer from the options above. "
+    )
+    assert protocol("vqa_rad").prompt(CLOSED) == (
+        "Is it?\nAnswer the question using a single word or phrase."
+    )
+    assert protocol("slake", variant="zh").prompt(OPEN) == "Where?\n请用一个词或短语回答问题。"
+    gap = Question("1", "Which?", options=("Liver", "Lung"), letters="AD")
+    assert "A. Liver\nD. Lung\n" in protocol("omnimedvqa").prompt(gap)
+
+
+def test_defaults_and_names() -> None:
+    assert protocol("vqa_rad").name == "closed-251"
+    assert protocol("slake").name == "closed-416"
+    assert protocol("slake", variant="zh").name == "full-1033"
+    assert protocol("slake", "full-1033").variant == "zh"
+    assert protocol("omnimedvqa").averages == (
+        Average("micro"),
+        Average("macro", "question_type"),
+        Average("macro", "modality"),
+    )
+    assert protocol("huatuo").name == "collection-17298"
+    assert [one.expected for one in PROTOCOLS["huatuo"]] == [
+        17298,
+        251,
+        416,
+        3362,
+        2000,
+        11124,
+        145,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "name", "variant", "message"),
+    [
+        ("mnist", None, None, "no benchmark is called 'mnist'"),
+        (
+            "slake",
+            "closed-1",
+            None,
+            r"slake has no protocol 'closed-1'. There are closed-416 \(en\)",
+        ),
+        ("slake", "full-1061", "zh", "no protocol 'full-1061' for the variant 'zh'"),
+    ],
+)
+def test_unknown(benchmark: str, name: str | None, variant: str | None, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        protocol(benchmark, name, variant=variant)
+
+
+def test_several_scorers_on_one_answer() -> None:
+    asked = protocol("huatuo")
+    assert asked.score(CHOICE, "lung") == Score(1.0, "B")
+    assert asked.score(CHOICE, "lung", scorer="vlmevalkit") == Score(1.0, "B")
+    assert asked.score(CHOICE, "lung", scorer="huatuogpt") == Score(0.0, None)
+    assert asked.score(CHOICE, "lung", scorer="option_letter") == Score(0.0, None)
+    with pytest.raises(ProtocolError, match=r"no scorer is called 'best'\. There are choice"):
+        asked.score(CHOICE, "lung", scorer="best")
+    with pytest.raises(
+        ProtocolError, match=r"yes_no can't score question 1 of huatuo collection-17298"
+    ):
+        asked.score(CHOICE, "lung", scorer="yes_no")
+    with pytest.raises(ProtocolError, match="the scorer choice can't score question 4"):
+        asked.score(OPEN, "lung")
+
+
+def test_every_protocol_is_whole() -> None:
+    for benchmark, protocols in PROTOCOLS.items():
+        assert len({one.name for one in protocols}) == len(protocols)
+        for one in protocols:
+            assert one.benchmark == benchmark
+            assert {one.scorer, *one.also} <= set(SCORERS)
+            assert one.averages[0] == Average("micro")
+            # the number in the name is the number of questions
+            if one.expected is not None:
+                assert re.search(rf"-{one.expected}\b", one.name)
+
+
+def test_the_page_names_every_protocol_and_scorer() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    for protocols in PROTOCOLS.values():
+        for one in protocols:
+            assert f"`{one.name}`" in page, one.name
+    for name in SCORERS:
+        assert f"`{name}`" in page, name

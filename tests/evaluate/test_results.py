@@ -1,0 +1,302 @@
+"""Numbers of tables worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+
+import pytest
+
+from gmai_xtuner.evaluate.paper_rows import paper_tables
+from gmai_xtuner.evaluate.protocols import Average, Protocol, protocol
+from gmai_xtuner.evaluate.questions import Question, Score
+from gmai_xtuner.evaluate.results import (
+    Scored,
+    as_json,
+    average_of,
+    read_result,
+    summarise,
+    write_result,
+)
+from gmai_xtuner.evaluate.run import Asked
+from gmai_xtuner.evaluate.store import Answer
+from gmai_xtuner.evaluate.tables import (
+    Row,
+    Table,
+    group_tables,
+    latex,
+    summary_table,
+    tables_like_the_papers,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+from tests.evaluate.sets import TYPES
+
+
+def scored(number: int, value: float | None, *, parsed: str | None = "A", **groups: str) -> Scored:
+    question = Question(f"q{number}", "?", options=("x", "y"), answer="x", groups=groups)
+    answer = Answer(question.id, "?", "A", 0.0, "sha256:m", "p/1", {"max_new_tokens": 8})
+    return Scored(question, answer, Score(value, parsed))
+
+
+def result(
+    chosen: Protocol,
+    answers: list[Scored],
+    *,
+    name: str = "ours",
+    scorer: str | None = None,
+    **more,
+):
+    asked = Asked(chosen, tuple(one.question for one in answers), len(answers))
+    return summarise(
+        asked,
+        answers,
+        scorer=scorer or chosen.scorer,
+        model_name=name,
+        model="sha256:m",
+        generation={"decoding": "greedy"},
+        left_out=more.get("left_out", {}),
+        unanswered=more.get("unanswered", {}),
+    )
+
+
+def omnimedvqa():
+    """Two right of four in the first type, one of one in each other; one of the wrong not understood."""
+    first = [
+        scored(
+            number, float(number < 2), parsed=None if number == 3 else "A", question_type=TYPES[0]
+        )
+        for number in range(4)
+    ]
+    others = [scored(4 + n, 1.0, question_type=name) for n, name in enumerate(TYPES[1:])]
+    modalities = ("CT", "MR")
+    every = [
+        scored(
+            int(one.question.id[1:]),
+            one.score.value,
+            parsed=one.score.parsed,
+            modality=modalities[number % 2],
+            dataset="d",
+            **one.question.groups,
+        )
+        for number, one in enumerate([*first, *others])
+    ]
+    return result(protocol("omnimedvqa"), every)
+
+
+def test_micro_and_macro_averages_and_groups():
+    made = omnimedvqa()
+    assert made.averages["micro"].value == 6 / 8
+    assert made.averages["macro over question_type"].value == (0.5 + 4) / 5 == 0.9
+    # CT: 1, 1(q2 is 0)... questions 0, 2, 4, 6 and 1, 3, 5, 7: three of four each.
+    assert made.averages["macro over modality"].value == 0.75
+    assert made.headline.unparsed == 1 / 8
+    types = made.groups["question_type"]
+    assert [(cell.n, cell.value) for cell in types.values()] == [(4, 0.5), *[(1, 1.0)] * 4]
+    assert types[TYPES[0]].unparsed == 0.25
+    assert types[TYPES[1]].interval is None  # one question
+    assert (types[TYPES[0]].interval.low, types[TYPES[0]].interval.high) == (0.0, 1.0)
+
+
+def test_questions_without_gold_have_no_score_and_are_not_wrong():
+    chosen = protocol("gmai_mmbench", variant="test")
+    made = result(chosen, [scored(0, None), scored(1, None, parsed=None)])
+    assert made.headline.value is None
+    assert (made.headline.n, made.headline.unparsed) == (2, 0.5)
+    assert average_of([scored(0, None), scored(1, 1.0)], Average("micro")).value == 1.0
+
+
+def test_what_makes_a_number_another_than_the_protocols_is_told():
+    made = result(
+        protocol("vqa_rad"),
+        [scored(0, 1.0)],
+        left_out={"missing_image": 2},
+        unanswered={"server_failed": 1},
+    )
+    assert made.problems == [
+        "2 questions (missing_image 2) left out when the files of the variant test were read, "
+        "whatever protocol they belong to",
+        "1 questions (server_failed 1) without an answer",
+        "the files have 1 questions of this protocol, the authors' have 251",
+    ]
+    assert not made.complete
+    assert result(protocol("vqa_rad"), [scored(0, 1.0)]).complete
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    made = omnimedvqa()
+    write_result(tmp_path, made, [scored(0, 1.0, modality="CT"), scored(1, 0.0, parsed=None)])
+    read, scores = read_result(tmp_path)
+    assert read == made
+    assert scores["q0"]["groups"] == {"modality": "CT"}
+    assert (scores["q1"]["value"], scores["q1"]["parsed"]) == (0.0, None)
+    assert as_json(read)["complete"] is True
+
+
+def test_an_answer_may_hold_what_python_calls_the_end_of_a_line(tmp_path):
+    odd = "left\u2028right\u2029up\u0085down\x1c\r\n."
+    answers = [scored(0, 1.0), scored(1, 0.0)]
+    answers[0] = replace(answers[0], answer=replace(answers[0].answer, answer=odd))
+    write_result(tmp_path, omnimedvqa(), answers)
+    _, scores = read_result(tmp_path)
+    assert [line["answer"] for line in scores.values()] == [odd, "A"]
+
+
+def test_the_papers_table_of_question_types_with_ours_below():
+    (table,) = tables_like_the_papers([omnimedvqa()])
+    assert table.head == ("model", "MR", "AI", "DD", "LG", "OBA", "Overall", "micro", "macro")
+    quoted = [row for row in table.rows if row.kind == "quoted"]
+    assert len(quoted) == 20
+    assert quoted[-1] == Row(
+        "GMAI-VL (quoted)",
+        ("98.64", "92.95", "88.7", "87.21", "82.95", "88.48", "–", "–"),
+        "quoted",
+    )
+    score, interval, n, unparsed = table.rows[-4:]
+    assert score.label == "ours, open-88996"
+    assert score.cells == ("50.00", *["100.00"] * 4, "–", "75.00", "90.00")
+    assert interval.cells[0] == "0.00 to 100.00"
+    assert n.cells == ("4", "1", "1", "1", "1", "–", "8", "8")
+    assert unparsed.cells == ("25.00", *["0.00"] * 4, "–", "12.50", "12.50")
+    assert "not measured here" in table.notes[0]
+
+
+def test_all_18_columns_of_gmai_mmbench_in_the_papers_order():
+    names = [column.name for column in paper_tables()["gmai_mmbench"].columns if column.name]
+    answers = [
+        scored(number, float(number % 3 == 0), **{"clinical VQA task": name.replace("-", "_")})
+        for number, name in enumerate(reversed(names))
+    ]
+    (table,) = tables_like_the_papers([result(protocol("gmai_mmbench"), answers)])
+    assert table.head[1:] == (
+        "Overall (val)",
+        "Overall (test)",
+        "AR",
+        "BVR",
+        "B",
+        "CR",
+        "C",
+        "DD",
+        "IQG",
+        "MR",
+        "M",
+        "NT",
+        "OR-A",
+        "OR-HN",
+        "OR-P",
+        "OR-T",
+        "SG",
+        "SAR",
+        "SIR",
+        "SWR",
+    )
+    score = table.rows[-4]
+    assert score.cells[:2] == ("33.33", "–")  # VAL says nothing of TEST
+    expected = ["100.00" if (17 - place) % 3 == 0 else "0.00" for place in range(18)]
+    assert list(score.cells[2:]) == expected
+    gpt = next(row for row in table.rows if row.label == "GPT-4o (quoted)")
+    assert gpt.cells[:3] == ("53.53", "53.96", "38.32")
+
+
+def test_a_group_that_the_paper_does_not_have_is_told():
+    answers = [scored(0, 1.0, **{"clinical VQA task": "Teeth"})]
+    (table,) = tables_like_the_papers([result(protocol("gmai_mmbench"), answers)])
+    assert "Not among the paper's columns, but in the averages: Teeth." in table.notes
+
+
+def test_the_table_over_benchmarks_takes_the_mean_only_of_all():
+    rad = result(protocol("vqa_rad", "full-451"), [scored(0, 1.0), scored(1, 0.0)])
+    slake = result(protocol("slake"), [scored(0, 1.0)])
+    pmc = result(protocol("pmc_vqa"), [scored(n, float(n == 0)) for n in range(4)])
+    (table,) = tables_like_the_papers([rad, slake])
+    assert table.rows[-4].cells == ("50.0", "100.0", "–", "–")
+    (table,) = tables_like_the_papers([rad, slake, pmc])
+    assert table.rows[-4].cells == ("50.0", "100.0", "25.0", "58.3")
+    assert table.rows[-2].cells == ("2", "1", "4", "–")
+    assert any(
+        "VQA-RAD of ours: full-451/1, scorer closed_or_recall" in note for note in table.notes
+    )
+    zh = result(protocol("slake", variant="zh"), [scored(0, 1.0)])
+    assert tables_like_the_papers([zh]) == []
+
+
+def test_mmmu_by_subject():
+    subjects = [column.name for column in paper_tables()["mmmu"].columns if column.name]
+    answers = [scored(n, float(n < 2), subject=name) for n, name in enumerate(subjects)]
+    (table,) = tables_like_the_papers([result(protocol("mmmu_health"), answers)])
+    assert table.rows[-4].cells == ("100.0", "100.0", "0.0", "0.0", "0.0", "40.0")
+
+
+@pytest.mark.parametrize("key", ["vqa", "omnimedvqa", "gmai_mmbench", "mmmu"])
+def test_quoted_rows_name_their_source_and_are_numbers(key):
+    table = paper_tables()[key]
+    assert table.source == "arXiv 2411.14522v2"
+    cells = [cell for row in table.rows.values() for cell in row if cell is not None]
+    assert all(0 <= float(cell) <= 100 for cell in cells)
+    assert list(table.rows)[-2:] == ["GMAI-VL (w/o our data)", "GMAI-VL"]
+
+
+def test_facts_about_the_quoted_numbers():
+    omni = paper_tables()["omnimedvqa"].rows["GMAI-VL"]
+    five = [98.64, 92.95, 88.71, 87.21, 82.95]
+    counts = [11_565, 16_448, 55_387, 2_098, 3_498]
+    micro = sum(a * b for a, b in zip(five, counts, strict=True)) / sum(counts)
+    assert (round(micro, 2), round(sum(five) / 5, 2), omni[5]) == (90.52, 90.09, "88.48")
+    ours = paper_tables()["mmmu"].rows["GMAI-VL"]
+    assert round(sum(map(float, ours[:5])) / 5, 1) == float(ours[5]) == 51.3
+
+
+TRICKY = Table(
+    "tricky",
+    "50% of A|B & C_d",
+    ("group", "score %"),
+    (Row("q (quoted)", ("1",), "quoted"), Row("x|y\nz", ("2",))),
+    ("a note.",),
+)
+
+
+def test_markdown_csv_and_latex_of_a_tricky_table():
+    assert to_markdown([TRICKY]) == (
+        "## 50% of A|B & C_d\n\n| group | score % |\n| :--- | ---: |\n| *q (quoted)* | 1 |\n"
+        "| **x\\|y z** | 2 |\n\n- a note.\n"
+    )
+    assert list(csv.reader(io.StringIO(to_csv([TRICKY])))) == [
+        ["table", "kind", "group", "score %"],
+        ["tricky", "quoted", "q (quoted)", "1"],
+        ["tricky", "score", "x|y\nz", "2"],
+    ]
+    assert to_latex([TRICKY]) == "\n".join(
+        [
+            r"% Needs \usepackage{booktabs}.",
+            "",
+            r"\begin{table}",
+            r"\caption{50\% of A|B \& C\_d}",
+            r"\label{tab:tricky}",
+            r"\begin{tabular}{lr}",
+            r"\toprule",
+            r"group & score \% \\",
+            r"\midrule",
+            r"\textit{q (quoted)} & 1 \\",
+            r"\midrule",
+            r"x|y z & 2 \\",
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "% a note.",
+            "",
+        ]
+    )
+    assert latex("a\\b~c^d{e}") == r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{e\}"
+
+
+def test_each_table_has_n_and_unparsed_share():
+    made = omnimedvqa()
+    for table in [summary_table([made]), *group_tables(made)]:
+        assert {"n", "unparsed %"} <= set(table.head)
+    for table in tables_like_the_papers([made]):
+        assert {"n", "unparsed"} <= {row.kind for row in table.rows}
+    by_type = group_tables(made)[0]
+    assert by_type.rows[0] == Row(TYPES[0], ("4", "50.00", "0.00 to 100.00", "25.00"), "group")
+    assert by_type.rows[-3].label == "micro"

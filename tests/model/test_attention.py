@@ -1,0 +1,134 @@
+"""Every backend against the plain definition: each conversation on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.model.attention import (
+    SequenceBoundaries,
+    block_mask_attention,
+    choose_backend,
+    install_boundary_attention,
+    sdpa_loop_attention,
+    varlen_attention,
+)
+
+CPU_BACKENDS = [sdpa_loop_attention, block_mask_attention]
+
+
+def one_by_one(query, key, value, lengths, scaling):
+    """Causal softmax attention written out, for each conversation separately; [1, T, H, D]."""
+    groups = query.shape[1] // key.shape[1]
+    outputs, start = [], 0
+    for length in lengths:
+        q = query[0, :, start : start + length]
+        k = key[0, :, start : start + length].repeat_interleave(groups, dim=0)
+        v = value[0, :, start : start + length].repeat_interleave(groups, dim=0)
+        scores = q @ k.transpose(1, 2) * scaling
+        future = torch.ones(length, length, dtype=torch.bool).triu(1).to(scores.device)
+        outputs.append(scores.masked_fill(future, float("-inf")).softmax(-1) @ v)
+        start += length
+    return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
+
+
+def random_qkv(total, heads, kv_heads, width, *, seed, dtype=torch.float64, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n):
+        values = torch.randn(1, n, total, width, generator=generator, dtype=torch.float64)
+        return values.to(device, dtype).requires_grad_()
+
+    return draw(heads), draw(kv_heads), draw(kv_heads)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    seed=st.integers(0, 10),
+)
+def test_backend_equals_each_conversation_on_its_own(backend, lengths, heads, seed):
+    qkv = random_qkv(sum(lengths), *heads, 8, seed=seed)
+    expected = one_by_one(*qkv, lengths, 0.25)
+    weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), qkv)
+
+    got = backend(*qkv, SequenceBoundaries.from_lengths(lengths), 0.25)
+    grads = torch.autograd.grad((got * weight).sum(), qkv)
+
+    torch.testing.assert_close(got, expected)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, reference)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_conversation_does_not_see_the_one_before(backend):
+    lengths = [5, 7]
+    query, key, value = random_qkv(12, 2, 2, 4, seed=0)
+    # Without boundaries the second conversation would change with the first: the case is not empty.
+    plain = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    other = value.detach().clone()
+    other[:, :, :5] += 1.0
+    changed = F.scaled_dot_product_attention(query, key, other, is_causal=True)
+    assert not torch.allclose(plain[:, :, 5:], changed[:, :, 5:])
+
+    boundaries = SequenceBoundaries.from_lengths(lengths)
+    before = backend(query, key, value, boundaries, 0.5)
+    after = backend(query, key, other, boundaries, 0.5)
+    assert torch.equal(before[:, 5:], after[:, 5:])
+    assert not torch.allclose(before[:, :5], after[:, :5])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("public", [True, False], ids=["varlen_attn", "aten"])
+@pytest.mark.parametrize(("heads", "width"), [((4, 4), 64), ((32, 8), 128)])
+def test_varlen_kernel_equals_each_conversation_on_its_own(heads, width, public, monkeypatch):
+    if not public:
+        monkeypatch.setattr("gmai_xtuner.model.attention._varlen_attn", None)
+    lengths = [1, 130, 64, 700]
+    qkv = random_qkv(sum(lengths), *heads, width, seed=1, dtype=torch.bfloat16, device="cuda")
+    reference = [tensor.detach().double().requires_grad_() for tensor in qkv]
+    expected = one_by_one(*reference, lengths, 0.125)
+    got = varlen_attention(
+        *qkv, SequenceBoundaries.from_lengths(lengths, device="cuda"), 0.125
+    ).double()
+    assert (got - expected).norm() / expected.norm() < 1e-2
+    grads = torch.autograd.grad(got.square().sum(), qkv)
+    expected_grads = torch.autograd.grad(expected.square().sum(), reference)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad.double() - expected_grad).norm() / expected_grad.norm() < 2e-2
+
+
+def test_boundaries_from_lengths():
+    boundaries = SequenceBoundaries.from_lengths([3, 1, 4])
+    assert boundaries.cu_seqlens.tolist() == [0, 3, 4, 8]
+    assert boundaries.cu_seqlens.dtype == torch.int32
+    assert (boundaries.max_length, boundaries.total_length) == (4, 8)
+
+
+@pytest.mark.parametrize("lengths", [[], [3, 0]])
+def test_a_conversation_without_tokens_is_refused(lengths):
+    with pytest.raises(ValueError, match="at least one token"):
+        SequenceBoundaries.from_lengths(lengths)
+
+
+def test_choice_of_the_backend():
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu, torch.float32) == "sdpa_loop"
+    assert choose_backend("block_mask", cpu, torch.bfloat16) == "block_mask"
+    with pytest.raises(GMAIError, match=r"needs an NVIDIA GPU.*got cpu"):
+        choose_backend("varlen", cpu, torch.bfloat16)
+    with pytest.raises(GMAIError, match="'flash'"):
+        choose_backend("flash", cpu, torch.bfloat16)
+
+
+def test_refuses_a_model_whose_attention_can_not_be_told():
+    with pytest.raises(GMAIError, match="Linear"):
+        install_boundary_attention(torch.nn.Linear(2, 2))

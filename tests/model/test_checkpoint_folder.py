@@ -1,0 +1,147 @@
+"""Which checkpoint is whole, and which is the newest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from gmai_xtuner.checkpoint.folder import (
+    Manifest,
+    checkpoints_in,
+    files_of_ranks_that_are_wrong,
+    iteration_of,
+    newest_whole,
+    what_is_wrong,
+)
+
+
+def write_checkpoint(path: Path, *, ranks: int = 2, sequence: int | None = None) -> Path:
+    """A DeepSpeed folder; with a manifest if ``sequence`` is given."""
+    path.mkdir(parents=True)
+    torch.save({"module": {}, "meta": {"seed": 5}}, path / "mp_rank_00_model_states.pt")
+    for rank in range(ranks):
+        file = path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": torch.arange(100)}, file)
+    if sequence is not None:
+        files = {file.name: file.stat().st_size for file in path.iterdir()}
+        manifest = Manifest(iteration_of(path) or 0, sequence, ranks, 5, files)
+        (path / "manifest.json").write_text(manifest.to_json())
+    return path
+
+
+@pytest.mark.parametrize("sequence", [None, 1])
+def test_a_checkpoint_with_all_its_files_is_whole(tmp_path, sequence):
+    assert what_is_wrong(write_checkpoint(tmp_path / "iter_3.pth", sequence=sequence)) is None
+
+
+@pytest.mark.parametrize("sequence", [None, 1])
+def test_a_file_that_is_cut_off_is_named(tmp_path, sequence):
+    checkpoint = write_checkpoint(tmp_path / "iter_3.pth", sequence=sequence)
+    file = checkpoint / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    os.truncate(file, file.stat().st_size // 2)
+    assert what_is_wrong(checkpoint).startswith(f"is damaged: {file.name} ")
+
+
+@pytest.mark.parametrize("sequence", [None, 1])
+def test_a_missing_shard_is_named(tmp_path, sequence):
+    checkpoint = write_checkpoint(tmp_path / "iter_3.pth", sequence=sequence)
+    (checkpoint / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    assert "is incomplete: " in what_is_wrong(checkpoint)
+
+
+def test_the_manifest_knows_of_a_last_rank_that_names_alone_do_not_tell(tmp_path):
+    last = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    checkpoint = write_checkpoint(tmp_path / "iter_3.pth", sequence=1)
+    (checkpoint / last).unlink()
+    assert what_is_wrong(checkpoint) == f"is incomplete: {last} is not there"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"iteration": 3}'])
+def test_a_manifest_that_can_not_be_read_is_damage(tmp_path, text):
+    checkpoint = write_checkpoint(tmp_path / "iter_3.pth", sequence=1)
+    (checkpoint / "manifest.json").write_text(text)
+    assert what_is_wrong(checkpoint).startswith("is damaged: its manifest.json can't be read")
+    assert newest_whole(tmp_path)[0] is None
+
+
+def test_an_empty_folder_an_empty_file_and_nothing_are_no_checkpoints(tmp_path):
+    (tmp_path / "iter_1.pth").mkdir()
+    (tmp_path / "iter_2.pth").touch()
+    assert "no *_model_states.pt" in what_is_wrong(tmp_path / "iter_1.pth")
+    assert what_is_wrong(tmp_path / "iter_2.pth") == "is an empty file"
+    assert what_is_wrong(tmp_path / "iter_3.pth") == "is not there"
+
+
+def test_the_newest_is_the_one_written_last_not_the_one_of_the_highest_iteration(tmp_path):
+    """A run that went back from iteration 8 to 4 and wrote 6 goes on from 6."""
+    for sequence, iteration in enumerate((4, 8, 6), start=1):
+        write_checkpoint(tmp_path / f"iter_{iteration}.pth", sequence=sequence)
+    (tmp_path / "last_checkpoint").write_text("iter_8.pth")  # killed before it was replaced
+    assert [path.name for path in checkpoints_in(tmp_path)] == [
+        "iter_6.pth",
+        "iter_8.pth",
+        "iter_4.pth",
+    ]
+
+
+def test_without_manifests_the_pointer_counts_then_the_iteration(tmp_path):
+    for iteration in (2, 10, 9):
+        write_checkpoint(tmp_path / f"iter_{iteration}.pth")
+    assert newest_whole(tmp_path)[0].name == "iter_10.pth"
+    (tmp_path / "last_checkpoint").write_text("/moved/since/iter_2.pth")
+    assert newest_whole(tmp_path)[0].name == "iter_2.pth"
+
+
+def test_broken_ones_that_are_newer_are_passed_over_and_named(tmp_path):
+    for sequence, iteration in enumerate((4, 8, 12), start=1):
+        write_checkpoint(tmp_path / f"iter_{iteration}.pth", sequence=sequence)
+    (tmp_path / "iter_12.pth" / "mp_rank_00_model_states.pt").unlink()
+    found, passed_over = newest_whole(tmp_path)
+    assert found == tmp_path / "iter_8.pth"
+    assert passed_over == {"iter_12.pth": "is incomplete: mp_rank_00_model_states.pt is not there"}
+
+
+def test_a_folder_copied_in_part_is_named_though_nothing_says_that_it_is_newer(tmp_path):
+    write_checkpoint(tmp_path / "iter_4.pth", sequence=1)
+    (tmp_path / "iter_2.pth").mkdir()
+    (tmp_path / "iter_6.pth").mkdir()
+    found, passed_over = newest_whole(tmp_path)
+    assert (found.name, list(passed_over)) == ("iter_4.pth", ["iter_6.pth"])
+
+
+def test_other_things_in_a_work_dir_are_no_checkpoints(tmp_path):
+    for name in ("20261124_022728", "iter_4.pth.writing", "iter_4.pth.removing", "best_iter_4.pth"):
+        (tmp_path / name).mkdir()
+    assert checkpoints_in(tmp_path) == []
+    assert newest_whole(tmp_path / "nowhere") == (None, {})
+
+
+def of_two_ranks(*kinds: str) -> list[str]:
+    return ["mp_rank_00_model_states.pt", *(kind.format(rank) for kind in kinds for rank in (0, 1))]
+
+
+RANDOM = "rank_{:05d}.pt"
+SHARD = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+WEIGHTS = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+
+
+@pytest.mark.parametrize(
+    "kinds", [(RANDOM,), (RANDOM, f"bf16_{SHARD}"), (RANDOM, SHARD), (RANDOM, SHARD, WEIGHTS)]
+)
+def test_what_deepspeed_writes_is_complete_with_every_rank_and_with_no_other(kinds):
+    names = of_two_ranks(*kinds)
+    assert files_of_ranks_that_are_wrong(names, 2) is None
+    for name in names[1:]:
+        rest = [other for other in names if other != name]
+        assert "is incomplete: it has " in files_of_ranks_that_are_wrong(rest, 2)
+    assert "of ranks [0, 1], not of the 3 that" in files_of_ranks_that_are_wrong(names, 3)
+    assert "of ranks [0, 1], not of the 1 that" in files_of_ranks_that_are_wrong(names, 1)
+
+
+def test_a_checkpoint_without_weights_is_incomplete():
+    names = ["rank_00000.pt", SHARD.format(0)]
+    wrong = files_of_ranks_that_are_wrong(names, 1)
+    assert wrong == "is incomplete: it has no *_model_states.pt"

@@ -1,0 +1,269 @@
+"""The model: what it computes, what learns, and that conversations of a pack never touch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.model.llava import GMAILLaVAModel, ImageFeatureMismatch
+
+IMAGE_SIZE, PATCHES, VOCABULARY = 28, 4, 50
+
+
+def build_model(*, seed=0, dtype=torch.float32, **options) -> GMAILLaVAModel:
+    torch.manual_seed(seed)
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            rope_theta=1e6,
+        )
+    )
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=IMAGE_SIZE,
+            patch_size=14,
+        )
+    )
+    options.setdefault("use_activation_checkpointing", False)
+    return GMAILLaVAModel(llm, tower, **options).to(dtype).train()
+
+
+def make_pack(
+    *conversations: tuple[int, int, int], seed=0, denominator=None, weighting="token"
+) -> dict:
+    """A pack of conversations (images, context tokens, learnt tokens), with random content."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels, lengths, images = [], [], [], 0
+    for pictures, context, learnt in conversations:
+        text = torch.randint(1, VOCABULARY, (context + learnt,), generator=generator)
+        picture = torch.full((pictures * PATCHES,), IMAGE_TOKEN_INDEX)
+        ids.append(torch.cat([text[:1], picture, text[1:]]))
+        label = torch.full_like(ids[-1], IGNORE_INDEX)
+        label[-learnt:] = ids[-1][-learnt:]
+        labels.append(label)
+        lengths.append(len(ids[-1]))
+        images += pictures
+    return {
+        "input_ids": torch.cat(ids),
+        "labels": torch.cat(labels),
+        "lengths": lengths,
+        "pixel_values": torch.randn(images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        "ids": [str(index) for index in range(len(conversations))],
+        "num_tokens": sum(lengths),
+        "capacity": 2048,
+        "denominator": denominator,
+        "weighting": weighting,
+        "step_end": True,
+    }
+
+
+def split_pack(pack: dict) -> list[dict]:
+    """The conversations of a pack, each as a pack of its own."""
+    parts, start, image = [], 0, 0
+    for length in pack["lengths"]:
+        piece = slice(start, start + length)
+        images = int((pack["input_ids"][piece] == IMAGE_TOKEN_INDEX).sum()) // PATCHES
+        parts.append(
+            {
+                **pack,
+                "input_ids": pack["input_ids"][piece],
+                "labels": pack["labels"][piece].clone(),
+                "lengths": [length],
+                "pixel_values": pack["pixel_values"][image : image + images],
+            }
+        )
+        start, image = start + length, image + images
+    return parts
+
+
+def loss_and_gradients(model, batches) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        loss = model(**batch)["loss"]
+        loss.backward()
+        total += loss.item()
+    return total, {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("attention", ["sdpa_loop", "block_mask"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("weighting", ["token", "sample", "square"])
+def test_packed_equals_one_by_one_in_loss_and_every_gradient(attention, checkpointing, weighting):
+    model = build_model(
+        dtype=torch.float64, attention=attention, use_activation_checkpointing=checkpointing
+    )
+    assert model.llm.model.gradient_checkpointing is checkpointing
+    conversations = (1, 3, 4), (0, 5, 2), (2, 4, 3), (0, 2, 1)
+    pack = make_pack(*conversations, denominator=7.0, weighting=weighting)
+    assert len(pack["lengths"]) == 4
+
+    packed = loss_and_gradients(model, [collate_packs([pack])])
+    single = loss_and_gradients(model, [collate_packs([part]) for part in split_pack(pack)])
+
+    assert packed[0] == pytest.approx(single[0], rel=1e-6)
+    assert packed[1].keys() == single[1].keys()
+    assert len(packed[1]) > 40
+    for name, gradient in packed[1].items():
+        torch.testing.assert_close(
+            gradient, single[1][name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_does_not_change_gradients(reentrant, monkeypatch):
+    for module in ("llava", "recompute"):  # re-entrant is what ZeRO-3 gets
+        monkeypatch.setattr(f"gmai_xtuner.model.{module}.use_reentrant", lambda: reentrant)
+    pack = collate_packs([make_pack((1, 3, 4), (2, 5, 2), denominator=3.0)])
+    plain = loss_and_gradients(build_model(dtype=torch.float64), [pack])
+    recomputed = loss_and_gradients(
+        build_model(dtype=torch.float64, use_activation_checkpointing=True, loss_chunk_size=2),
+        [pack],
+    )
+    assert plain[0] == pytest.approx(recomputed[0], rel=1e-6)
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(gradient, recomputed[1][name], rtol=1e-5, atol=1e-8)
+
+
+def test_pixels_of_one_conversation_do_not_reach_another():
+    model = build_model()
+    pack = make_pack((1, 3, 4), (1, 3, 4))
+    batch = collate_packs([pack])
+    pixels = batch["data"]["pixel_values"].requires_grad_()
+    second = batch["data"]["label_positions"] >= pack["lengths"][0]
+    assert second.any()
+    assert not second.all()
+    batch["data"]["label_weights"] = second.float()  # only the second conversation's loss
+    model(**batch)["loss"].backward()
+    assert pixels.grad[0].abs().max() == 0
+    assert pixels.grad[1].abs().max() > 0
+
+
+def test_same_loss_as_xtuner_with_the_same_weights_and_batch():
+    from xtuner.dataset.collate_fns import default_collate_fn
+    from xtuner.model import LLaVAModel
+
+    ours = build_model()
+    reference = build_model()
+    reference.llm.config._attn_implementation = "eager"
+    del reference.llm.model._update_causal_mask
+    theirs = LLaVAModel(
+        reference.llm, reference.visual_encoder, use_activation_checkpointing=False
+    ).eval()
+    theirs.projector.load_state_dict(ours.projector.state_dict())
+
+    pack = make_pack((1, 3, 4), (1, 5, 2), (1, 2, 6))
+    instances = []
+    for part in split_pack(pack):
+        ids, labels = part["input_ids"], part["labels"]
+        # xtuner has one placeholder an image and widens it in the model.
+        keep = ~((ids == IMAGE_TOKEN_INDEX) & (ids.roll(1) == IMAGE_TOKEN_INDEX))
+        instances.append(
+            {
+                "input_ids": ids[keep].tolist(),
+                "labels": labels[keep].tolist(),
+                "pixel_values": part["pixel_values"][0],
+            }
+        )
+    expected = theirs(**default_collate_fn(instances))["loss"]
+    got = ours(**collate_packs([pack]))["loss"]
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_features_are_those_of_the_hidden_state_before_the_last():
+    model = build_model().eval()
+    pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    states = model.visual_encoder(pixels, output_hidden_states=True).hidden_states
+    for layer in (-2, -1, 1):
+        model.visual_select_layer = layer
+        torch.testing.assert_close(
+            model.encode_images(pixels), model.projector(states[layer][:, 1:])
+        )
+
+
+def test_a_batch_without_image_touches_every_parameter_and_changes_no_gradient():
+    model = build_model(dtype=torch.float64)
+    text = collate_packs([make_pack((0, 4, 3), (0, 2, 2))])
+    _, gradients = loss_and_gradients(model, [text])
+    with_image = collate_packs([make_pack((1, 4, 3))])
+    _, reference = loss_and_gradients(model, [with_image])
+    assert gradients.keys() == reference.keys()
+    for name, gradient in gradients.items():
+        if not name.startswith("llm."):
+            assert gradient.abs().max() == 0, name
+    # Against the language model alone, without any vision path.
+    model.zero_grad()
+    data = text["data"]
+    logits = torch.cat(
+        [
+            model.llm(ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0]
+            for ids in data["input_ids"][0].split(data["lengths"])
+        ]
+    )
+    losses = torch.nn.functional.cross_entropy(
+        logits[data["label_positions"]], data["label_targets"]
+    )
+    losses.backward()
+    for name, parameter in model.llm.named_parameters():
+        torch.testing.assert_close(
+            gradients[f"llm.{name}"], parameter.grad, rtol=1e-5, atol=1e-7, msg=name
+        )
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_counts_that_differ_raise_with_both_numbers(images):
+    model = build_model()
+    batch = collate_packs([make_pack((2, 3, 4))])
+    batch["data"]["pixel_values"] = torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE)
+    with pytest.raises(ImageFeatureMismatch, match=rf"{images * PATCHES or 'no image'}.* 8 places"):
+        model(**batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "learning"),
+    [
+        ({"freeze_llm": True, "freeze_visual_encoder": True}, {"projector"}),
+        ({"freeze_llm": True}, {"projector", "visual_encoder"}),
+        ({}, {"projector", "visual_encoder", "llm"}),
+    ],
+)
+def test_what_learns_in_each_stage(options, learning):
+    model = build_model(**options)
+    trainable = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == learning
+    _, gradients = loss_and_gradients(model, [collate_packs([make_pack((1, 3, 4))])])
+    assert {name.split(".")[0] for name in gradients} == learning
+    assert gradients["projector.model.0.weight"].abs().max() > 0
+
+
+def test_bf16_engine_does_not_round_the_rotary_frequencies():
+    model = build_model()
+    exact = model.llm.model.rotary_emb.inv_freq.clone()
+    model.bfloat16()
+    assert model.llm.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    with torch.no_grad():
+        model(**collate_packs([make_pack((1, 3, 4))]))
+    assert torch.equal(model.llm.model.rotary_emb.inv_freq, exact)
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(GMAIError, match="'loss', 'tensor' or 'predict', got 'test'"):
+        build_model()(**collate_packs([make_pack((0, 3, 4))]), mode="test")

@@ -1,0 +1,61 @@
+"""Random generators come back to where they were."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from gmai_xtuner.train.random_state import (
+    preserved_random_state,
+    random_state,
+    set_random_state,
+)
+
+
+def draw() -> tuple:
+    dropped = torch.nn.functional.dropout(torch.ones(64), 0.5)
+    return random.random(), np.random.rand(), np.random.randn(), tuple(dropped.tolist())
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with preserved_random_state():
+        random.seed(1)
+        np.random.seed(2)
+        torch.manual_seed(3)
+        np.random.randn()  # leaves a second normal number in numpy's store
+        yield
+
+
+def test_every_generator_draws_the_same_again_after_a_round_through_a_file(tmp_path):
+    torch.save(random_state(), tmp_path / "state.pt")
+    first = draw()
+    assert draw() != first
+    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == first
+
+
+def test_what_validation_draws_is_not_noticed():
+    state = random_state()
+    first = draw()
+    set_random_state(state)
+    with preserved_random_state():
+        draw()
+    assert draw() == first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_draws_the_same_again():
+    state = random_state()
+    first = torch.rand(8, device="cuda")
+    set_random_state(state)
+    assert torch.equal(torch.rand(8, device="cuda"), first)
+
+
+def test_a_state_with_cuda_is_taken_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    set_random_state({**random_state(), "cuda": torch.zeros(16, dtype=torch.uint8)})
