@@ -22,7 +22,10 @@ from data_tools.items import Conversation, Item, Problem, SourceContext
 from data_tools.records import Record
 from data_tools.taxonomy import Taxonomy
 
-__all__ = ["CheckOptions", "check", "check_translation"]
+__all__ = ["CHECK_VERSION", "CheckOptions", "check", "check_translation"]
+
+CHECK_VERSION = 1
+"""Raise it with any change of what the checks accept: conversations are then checked anew."""
 
 
 def check(

@@ -8,7 +8,21 @@ from data_tools.forms.options import MakeOptions
 from data_tools.items import FORMS, Item, SourceContext
 from data_tools.records import Record
 
-__all__ = ["MakeOptions", "plan"]
+__all__ = ["FORM_VERSIONS", "MakeOptions", "plan"]
+
+FORM_VERSIONS = {
+    "caption": 1,
+    "region_caption": 1,
+    "instruction": 1,
+    "dialogue": 1,
+    "perception": 1,
+    "text_single": 1,
+    "text_multi": 1,
+}
+"""Version of each form: raise it with any change of its sentences or of what they say.
+
+Conversations of an older version are written anew by the next run of a job; those of the same version stay.
+"""
 
 
 def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int) -> list[Item]:

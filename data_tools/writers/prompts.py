@@ -22,6 +22,8 @@ from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Item, Problem, Sou
 from data_tools.records import Box, Label, Record
 from data_tools.taxonomy import Taxonomy
 
+PROMPT_VERSION = 1
+"""Raise it with any change of a prompt or of how answers are read: models are then asked anew."""
 # Regions of a record that a prompt about the whole picture lists; the rest is counted.
 MAX_REGIONS = 12
 MAX_TOKENS = {
