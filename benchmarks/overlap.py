@@ -82,7 +82,7 @@ def measure_pictures(folder: Path, count: int, seed: int, imagehash: Any) -> dic
     from PIL import Image
 
     from data_tools.contamination.hashing import Picture, hash_picture, open_cache
-    from data_tools.engine import cores, open_engine
+    from data_tools.executor import cores, open_executor
 
     files = write_pictures(folder, count, seed)
     rows = []
@@ -110,7 +110,7 @@ def measure_pictures(folder: Path, count: int, seed: int, imagehash: Any) -> dic
     everything = [path for paths in files.values() for path in paths]
     pictures = [Picture(number, path=path) for number, path in enumerate(everything)]
     seconds = []
-    with open_cache(folder / "hashes.sqlite") as cache, open_engine("processes") as engine:
+    with open_cache(folder / "hashes.sqlite") as cache, open_executor("processes") as engine:
         list(engine.map(len, ["", ""] * engine.workers))  # started before it is timed
         for _ in range(2):
             begun = time.perf_counter()

@@ -18,8 +18,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from data_tools import readers
 from data_tools.checks import CheckOptions
-from data_tools.engine import ENGINES
 from data_tools.errors import CorpusError, JobError
+from data_tools.executor import ENGINES
 from data_tools.forms.options import MakeOptions
 from data_tools.options import Options
 from data_tools.output.options import OutputOptions

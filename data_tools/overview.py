@@ -14,7 +14,6 @@ from typing import Any
 from data_tools import forms, readers
 from data_tools.errors import CorpusError
 from data_tools.job import Job
-from data_tools.making import BY_TEMPLATE, worker_taxonomy
 from data_tools.output.stats import lines as lines_of
 from data_tools.pipeline import (
     STATE,
@@ -31,6 +30,7 @@ from data_tools.samples import Unit
 from data_tools.standardise import Drop, read_unit
 from data_tools.store import FunnelRow, Store
 from data_tools.taxonomy import Taxonomy
+from data_tools.worker import BY_TEMPLATE, worker_taxonomy
 from data_tools.writers import template
 from data_tools.writers.outcome import Estimate, Task
 

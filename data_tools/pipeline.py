@@ -28,12 +28,11 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from data_tools import readers, standardise
-from data_tools.engine import Engine, open_engine
 from data_tools.errors import CorpusError, JobError
+from data_tools.executor import Executor, open_executor
 from data_tools.forms.options import MakeOptions
 from data_tools.items import SourceContext
 from data_tools.job import Job, fingerprint
-from data_tools.making import Making, make, worker_taxonomy
 from data_tools.output import publish
 from data_tools.output.build import build
 from data_tools.output.licences import refusal
@@ -42,6 +41,7 @@ from data_tools.samples import Unit
 from data_tools.stamps import stamp
 from data_tools.standardise import IMAGES, Drop, read_unit
 from data_tools.store import Store, UnitRows, rows_of
+from data_tools.worker import Making, make, worker_taxonomy
 from data_tools.writers.outcome import CleanStop, Outcome, Task
 
 WORK = ".work"
@@ -155,7 +155,7 @@ def run(job: Job, selection: Selection, *, progress: Progress | None = None) -> 
             [(source.name, _depends(source, job)) for source in job.sources],
             only=[source.name for source in chosen],
         )
-        with open_engine(job.engine, job.workers) as engine:
+        with open_executor(job.engine, job.workers) as engine:
             for _ in range(2):
                 for source in chosen:
                     _read(job, source, store, engine, selection.limit, progress)
@@ -307,7 +307,7 @@ def _read(
     job: Job,
     source: SourceOptions,
     store: Store,
-    engine: Engine,
+    engine: Executor,
     limit: int | None,
     progress: Progress,
 ) -> None:
@@ -349,7 +349,7 @@ def _read(
 
 
 def _each(
-    results: Iterator[_Read], function: Callable[[list[_ReadUnit]], _Read], engine: Engine
+    results: Iterator[_Read], function: Callable[[list[_ReadUnit]], _Read], engine: Executor
 ) -> Generator[tuple[_ReadUnit, tuple[UnitRows, bytes], float, int], None, None]:
     """Unit by unit. Where a worker died over several, each is tried alone to find the one."""
     try:
@@ -469,7 +469,7 @@ def _make(
     source: SourceOptions,
     number: int,
     store: Store,
-    engine: Engine,
+    engine: Executor,
     selection: Selection,
     progress: Progress,
 ) -> None:

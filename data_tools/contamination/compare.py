@@ -17,8 +17,8 @@ from data_tools.contamination.benchmark import RECOGNISED, Benchmark
 from data_tools.contamination.corpus import Corpus
 from data_tools.contamination.hashing import HashCache, Hashed, Picture
 from data_tools.contamination.looking import Hashes, Looks, by_case, case_of, compare
-from data_tools.engine import open_engine
 from data_tools.errors import CorpusError
+from data_tools.executor import open_executor
 from data_tools.progress import Bar
 
 
@@ -101,7 +101,7 @@ def run(
     """
     begun = time.monotonic()
     problems: list[tuple[str, str, str]] = []
-    with open_engine("processes", workers) as engine, _names() as names:
+    with open_executor("processes", workers) as engine, _names() as names:
         progress.stage("benchmark")
         theirs: dict[int, Hashed] = {}
         for number, hashed in cache.hashes(benchmark.pictures(), engine):

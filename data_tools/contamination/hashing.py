@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.engine import Engine
 from data_tools.errors import CorpusError
+from data_tools.executor import Executor
 from data_tools.output.near_duplicates import perceptual_hash_of
 from data_tools.preprocess.images import BadImage, pixel_hash, read_pixels
 
@@ -129,7 +129,7 @@ class HashCache:
         )
         self._table = f"pictures_{VERSION}"
 
-    def hashes(self, pictures: Iterable[Picture], engine: Engine) -> Iterator[tuple[int, Hashed]]:
+    def hashes(self, pictures: Iterable[Picture], engine: Executor) -> Iterator[tuple[int, Hashed]]:
         """Numbers and hashes of pictures, in no particular order.
 
         Args:
@@ -145,7 +145,7 @@ class HashCache:
             self._connection.commit()
 
     def _made(
-        self, unknown: Sequence[tuple[Picture, str, int, int]], engine: Engine
+        self, unknown: Sequence[tuple[Picture, str, int, int]], engine: Executor
     ) -> Iterator[tuple[int, Hashed]]:
         chunks = [unknown[at : at + _IN_A_TASK] for at in range(0, len(unknown), _IN_A_TASK)]
         tasks = [[_source(picture) for picture, *_ in chunk] for chunk in chunks]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from data_tools.forms import perception
-from data_tools.forms.dice import Dice, seed_of
 from data_tools.forms.options import MakeOptions
 from data_tools.items import FORMS, Item, SourceContext
 from data_tools.records import Record
+from gmai_xtuner.core.rng import Rng, seed_of
 
 __all__ = ["FORM_VERSIONS", "MakeOptions", "plan"]
 
@@ -37,7 +37,7 @@ def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int
         make: how many of each form.
         seed: of the job.
     """
-    dice = Dice(seed_of(record.id, seed))
+    dice = Rng(seed_of(record.id, seed))
     can_be_chinese = all(name in context.chinese for name in record.names)
     items = []
     for form in FORMS:
@@ -70,7 +70,7 @@ def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int
     return items
 
 
-def _weighted(kinds: list[str], make: MakeOptions, dice: Dice) -> str:
+def _weighted(kinds: list[str], make: MakeOptions, dice: Rng) -> str:
     weights = [make.perception_kinds[kind] for kind in kinds]
     left = dice.share() * sum(weights)
     for kind, weight in zip(kinds, weights, strict=True):

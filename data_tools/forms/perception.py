@@ -6,13 +6,13 @@ GMAI-MM-Percept of GMAI-VL (arXiv 2411.14522, table 1). `kinds` says which quest
 
 from __future__ import annotations
 
-from data_tools.forms.dice import Dice
 from data_tools.forms.grammar import definite, denies, thirds
 from data_tools.forms.options import MakeOptions
 from data_tools.forms.teller import Teller, about_image
 from data_tools.items import Conversation, Item, SourceContext
 from data_tools.records import Label, Record
 from data_tools.taxonomy import Taxonomy
+from gmai_xtuner.core.rng import Rng
 
 LETTERS = "ABCD"
 # Labels that begin so are about the picture as a whole.
@@ -101,7 +101,7 @@ def absent(record: Record, context: SourceContext, *, chinese: bool) -> list[str
     ]
 
 
-def focus_of(kind: str, record: Record, options: MakeOptions, dice: Dice) -> int | None:
+def focus_of(kind: str, record: Record, options: MakeOptions, dice: Rng) -> int | None:
     """The label that a question of this kind is about, for kinds that need one."""
     if kind not in (*OF_A_REGION, "detection", "counting"):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from data_tools.forms.coordinates import write_box
-from data_tools.forms.dice import Dice
 from data_tools.forms.grammar import (
     attribute,
     definite,
@@ -19,6 +18,7 @@ from data_tools.forms.grammar import (
 from data_tools.items import IMAGE, Item, SourceContext, Turn
 from data_tools.records import Box, Label, Record
 from data_tools.taxonomy import Taxonomy
+from gmai_xtuner.core.rng import Rng
 
 # Attributes that a caption tells; more would be a table.
 MAX_ATTRIBUTES = 3
@@ -41,7 +41,7 @@ class Teller:
     ) -> None:
         self.item, self.record, self.context, self.taxonomy = item, record, context, taxonomy
         self.chinese = item.language == "zh"
-        self.dice = Dice(item.seed)
+        self.dice = Rng(item.seed)
 
     def pick(self, english: tuple[str, ...], chinese: tuple[str, ...]) -> str:
         """One of the wordings of the item's language."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from data_tools.checks import check, check_translation
 from data_tools.items import Conversation, Item, Problem, SourceContext
-from data_tools.making import worker_taxonomy
 from data_tools.records import Record
+from data_tools.worker import worker_taxonomy
 from data_tools.writers import prompts
 from data_tools.writers.endpoint import key_of
 from data_tools.writers.openai_batch import OpenAIBatchWriter

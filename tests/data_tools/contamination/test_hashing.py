@@ -23,8 +23,8 @@ from data_tools.contamination.hashing import (
     hash_picture,
     open_cache,
 )
-from data_tools.engine import open_engine
 from data_tools.errors import CorpusError
+from data_tools.executor import open_executor
 from data_tools.preprocess.images import read_pixels
 from tests.data_tools.contamination.sides import picture
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_compared_has_a_state() -> None:
 
 
 def hashes(cache_file: Path, pictures: Sequence[Picture], *, workers: int = 1) -> dict[int, Hashed]:
-    with open_cache(cache_file) as cache, open_engine("processes", workers) as engine:
+    with open_cache(cache_file) as cache, open_executor("processes", workers) as engine:
         return dict(cache.hashes(pictures, engine))
 
 

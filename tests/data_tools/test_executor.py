@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_tools.engine import IN_FLIGHT, open_engine
 from data_tools.errors import CorpusError
+from data_tools.executor import IN_FLIGHT, open_executor
 from tests.data_tools.conftest import draw, files_of, generate
 
 
@@ -36,7 +36,7 @@ def fail(number: int) -> int:
 
 
 def test_results_come_in_the_order_of_the_inputs():
-    with open_engine("processes", 2) as engine:
+    with open_executor("processes", 2) as engine:
         assert list(engine.map(slower_at_first, range(50))) == [i * i for i in range(50)]
 
 
@@ -48,7 +48,7 @@ def test_inputs_are_read_no_further_than_the_window():
             read.append(number)
             yield number
 
-    with open_engine("processes", 2) as engine:
+    with open_executor("processes", 2) as engine:
         results = engine.map(slower_at_first, inputs())
         for taken in range(1, 20):
             next(results)
@@ -57,7 +57,7 @@ def test_inputs_are_read_no_further_than_the_window():
 
 
 def test_one_worker_is_this_process():
-    with open_engine("processes", 1) as engine:
+    with open_executor("processes", 1) as engine:
         assert list(engine.map(lambda _: os.getpid(), range(2))) == [os.getpid()] * 2
 
 
@@ -68,7 +68,7 @@ def test_a_worker_that_dies_costs_the_one_task_that_kills_it(tmp_path):
         died.append(number)
         return -number
 
-    with open_engine("processes", 2) as engine:
+    with open_executor("processes", 2) as engine:
         results = list(engine.map(partial(die, tmp_path / "once"), range(12), died=instead))
     assert died == [5]
     assert results == [0, 1, 2, 3, 4, -5, 6, 7, 8, 9, 10, 11]
@@ -76,14 +76,14 @@ def test_a_worker_that_dies_costs_the_one_task_that_kills_it(tmp_path):
 
 def test_a_worker_that_dies_is_an_error_if_nothing_stands_for_its_result(tmp_path):
     with (
-        open_engine("processes", 2) as engine,
+        open_executor("processes", 2) as engine,
         pytest.raises(CorpusError, match="a worker process died"),
     ):
         list(engine.map(partial(die, tmp_path / "once"), range(12)))
 
 
 def test_an_error_of_the_function_is_raised():
-    with open_engine("processes", 2) as engine:
+    with open_executor("processes", 2) as engine:
         results = engine.map(fail, range(10))
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(CorpusError, match="three"):
@@ -91,16 +91,16 @@ def test_an_error_of_the_function_is_raised():
 
 
 def test_an_unknown_engine():
-    with pytest.raises(CorpusError, match="processes and ray"), open_engine("threads", 1):
+    with pytest.raises(CorpusError, match="processes and ray"), open_executor("threads", 1):
         pass
 
 
 def test_no_worker_outlives_a_parent_that_is_killed():
     code = (
         "import time\n"
-        "from data_tools.engine import open_engine\n"
+        "from data_tools.executor import open_executor\n"
         "if __name__ == '__main__':\n"
-        "    with open_engine('processes', 2) as engine:\n"
+        "    with open_executor('processes', 2) as engine:\n"
         "        results = engine.map(time.sleep, [0, 0, 60, 60])\n"
         "        next(results); next(results)\n"
         "        print('working', flush=True)\n"
@@ -124,7 +124,7 @@ def test_no_worker_outlives_a_parent_that_is_killed():
 def test_ray_gives_the_same_and_reports_to_nobody(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with open_engine("ray", 2) as engine:
+    with open_executor("ray", 2) as engine:
         assert engine.workers == 2
         assert list(engine.map(slower_at_first, range(50))) == [i * i for i in range(50)]
         died: list[int] = []

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from data_tools import forms
 from data_tools.checks import CheckOptions, check
-from data_tools.forms.dice import seed_of
 from data_tools.forms.options import MakeOptions
 from data_tools.items import Conversation, Item, SourceContext
 from data_tools.records import Record
@@ -25,6 +24,7 @@ from data_tools.store import (
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
 from data_tools.writers import template
+from gmai_xtuner.core.rng import seed_of
 
 BY_TEMPLATE = ("perception",)
 """Forms that follow from the labels alone and are never a model's to write."""

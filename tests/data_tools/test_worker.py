@@ -9,8 +9,8 @@ import msgspec
 from data_tools.checks import CheckOptions
 from data_tools.forms import MakeOptions
 from data_tools.items import Conversation, SourceContext
-from data_tools.making import Making, make
 from data_tools.store import Raw, encode
+from data_tools.worker import Making, make
 from tests.data_tools.forms.test_forms import Label, record
 
 

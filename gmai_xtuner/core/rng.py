@@ -12,13 +12,13 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def seed_of(text: str, seed: int) -> int:
-    """63 bits that depend on ``text`` and the job's ``seed``, the same on every machine."""
+    """Return 63 bits that depend on ``text`` and the job's ``seed``, the same on every machine."""
     digest = blake2b(text.encode(), digest_size=8, salt=(seed & MASK).to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-class Dice:
-    """splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+class Rng:
+    """Splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 
     Constructing `random.Random` alone takes longer than all choices of a conversation.
     """

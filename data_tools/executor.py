@@ -1,0 +1,298 @@
+"""Where the work is done: processes of this machine, or a Ray cluster. The same results in the same order.
+
+`Executor.map` is lazy: no more than a few tasks per worker are in flight, so neither a slow reader of the
+results nor a long input takes memory. A worker that dies (a decoder that crashes, a process killed for
+memory) costs the one task that kills it, not the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import connection, get_context, parent_process, resource_tracker
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_tools.errors import CorpusError
+
+ENGINES = ("processes", "ray")
+IN_FLIGHT = 4
+"""Tasks per worker that are under way or wait for their turn to be handed on."""
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+Function = Callable[[Any], Any]
+Flight = deque[tuple[Any, Any]]  # inputs with the handles of their tasks
+
+
+class Executor:
+    """Runs a function over many inputs; this one does it in its own process.
+
+    Args:
+        workers: how many inputs are worked on at a time.
+    """
+
+    def __init__(self, workers: int = 1) -> None:
+        self.workers = workers
+
+    def map(
+        self,
+        function: Callable[[Input], Output],
+        inputs: Iterable[Input],
+        *,
+        died: Callable[[Input], Output] | None = None,
+    ) -> Iterator[Output]:
+        """Yield the function's results in the order of the inputs.
+
+        Args:
+            function: a module's function, or a `functools.partial` of one: it is pickled.
+            inputs: read as results are taken.
+            died: gives the result of an input whose worker dies; default is an error.
+        """
+        return map(function, inputs)
+
+
+class _Windowed(Executor):
+    """Keeps `IN_FLIGHT` tasks per worker in flight; a subclass submits, awaits and cancels one."""
+
+    def map(
+        self,
+        function: Callable[[Input], Output],
+        inputs: Iterable[Input],
+        *,
+        died: Callable[[Input], Output] | None = None,
+    ) -> Iterator[Output]:
+        iterator = iter(inputs)
+        flight: deque[tuple[Input, Any]] = deque()
+        submit = self._submitter(function)
+        try:
+            while True:
+                for task in islice(iterator, IN_FLIGHT * self.workers - len(flight)):
+                    flight.append((task, submit(task)))
+                if not flight:
+                    return
+                yield from self._next(function, flight, died)
+        finally:
+            for _, handle in flight:
+                self._cancel(handle)
+
+    def _submitter(self, function: Function) -> Function:
+        raise NotImplementedError
+
+    def _next(self, function: Function, flight: Flight, died: Function | None) -> Iterator[Any]:
+        """Take tasks off the front of ``flight`` and yield their results."""
+        raise NotImplementedError
+
+    def _cancel(self, handle: Any) -> None:
+        raise NotImplementedError
+
+
+@contextmanager
+def open_executor(name: str, workers: int | None = None) -> Iterator[Executor]:
+    """Start an executor and end it.
+
+    Args:
+        name: one of `ENGINES`.
+        workers: processes; default: the cores that this process may use, or the cluster's. One worker of
+            ``processes`` is this process itself.
+
+    Raises:
+        CorpusError: Ray is not installed, or its cluster can't be reached.
+    """
+    if name == "ray":
+        with _ray(workers) as cluster:
+            yield cluster
+        return
+    if name != "processes":
+        raise CorpusError(f"engine {name!r} is unknown; there are {' and '.join(ENGINES)}.")
+    workers = workers or cores()
+    if workers == 1:
+        yield Executor()
+        return
+    pool = Processes(workers)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Processes(_Windowed):
+    """A pool of processes. They are spawned, not forked: libraries with threads don't survive a fork.
+
+    When a worker dies, all tasks in flight are lost with the pool, and are done again one by one.
+    """
+
+    _pool: ProcessPoolExecutor | None = None
+
+    def _submitter(self, function: Function) -> Function:
+        def submit(task: Any) -> Future[Any]:
+            try:
+                return self._start(function, task)
+            except BrokenProcessPool as error:  # found when the one before it is waited for
+                future: Future[Any] = Future()
+                future.set_exception(error)
+                return future
+
+        return submit
+
+    def _start(self, function: Function, task: Any) -> Future[Any]:
+        with _blocked_ctrl_c():
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(
+                    self.workers, mp_context=get_context("spawn"), initializer=_start_worker
+                )
+            return self._pool.submit(function, task)
+
+    def _next(self, function: Function, flight: Flight, died: Function | None) -> Iterator[Any]:
+        try:
+            result = flight[0][1].result()
+        except BrokenProcessPool:
+            yield from self._one_by_one(function, [task for task, _ in flight], died)
+            flight.clear()
+        else:
+            flight.popleft()
+            yield result
+
+    def _one_by_one(
+        self, function: Function, tasks: list[Any], died: Function | None
+    ) -> Iterator[Any]:
+        self.close()
+        for task in tasks:
+            try:
+                yield self._start(function, task).result()
+            except BrokenProcessPool as error:
+                self.close()
+                if died is None:
+                    raise CorpusError(
+                        "a worker process died, twice in the same task. It was killed for memory (see "
+                        "the system's log; fewer `workers` need less) or a library crashed. "
+                        "The same command goes on where it stopped."
+                    ) from error
+                yield died(task)
+
+    def _cancel(self, handle: Future[Any]) -> None:
+        handle.cancel()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+@contextmanager
+def _blocked_ctrl_c() -> Iterator[None]:
+    """Keep Ctrl-C, which is the parent's to handle, from processes that are started meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Started with the first process otherwise, when it lets the signal through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker() -> None:
+    """End this worker when its parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+
+        def follow() -> None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def _ray(workers: int | None) -> Iterator[Executor]:
+    # Read by Ray when it is imported: no usage statistics leave a hospital, no web server is opened.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise CorpusError("engine `ray` needs Ray: pip install ray") from error
+    address = os.environ.get("RAY_ADDRESS")
+    started_here = not ray.is_initialized()
+    if started_here:
+        # On a cluster the code has to be installed, or at the same place on every machine.
+        places = [str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)]
+        local: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={
+                    "env_vars": {
+                        "PYTHONPATH": os.pathsep.join(dict.fromkeys(places)),
+                        "RAY_USAGE_STATS_ENABLED": "0",
+                    }
+                },
+                **({} if address else local),
+            )
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            where = f"at {address} (RAY_ADDRESS)" if address else "on this machine"
+            raise CorpusError(f"no Ray cluster {where}: {error}") from error
+    try:
+        in_cluster = int(ray.cluster_resources().get("CPU", 1))
+        yield Ray(ray, workers or max(in_cluster, 1))
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+class Ray(_Windowed):
+    """Tasks of a Ray cluster. Sources and output have to lie on storage that all machines share.
+
+    Ray itself does a task again whose worker died, `max_retries` times.
+    """
+
+    def __init__(self, ray: Any, workers: int) -> None:
+        super().__init__(workers)
+        self._ray = ray
+
+    def _submitter(self, function: Function) -> Function:
+        remote = self._ray.remote(num_cpus=1, max_retries=1)(_call)
+        held = self._ray.put(function)
+        return lambda task: remote.remote(held, task)
+
+    def _next(self, function: Function, flight: Flight, died: Function | None) -> Iterator[Any]:
+        task, reference = flight[0]
+        try:
+            result = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self._ray.exceptions.RayError as error:
+            if died is None:
+                raise CorpusError(f"a task of the Ray cluster was lost: {error}") from error
+            result = died(task)
+        flight.popleft()
+        yield result
+
+    def _cancel(self, handle: Any) -> None:
+        self._ray.cancel(handle, force=False)
+
+
+def _call(function: Function, task: Any) -> Any:
+    return function(task)
