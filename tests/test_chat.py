@@ -17,10 +17,10 @@ from PIL import Image
 
 from gmai_xtuner.chat.dialogue import Dialogue, DialogueError, open_picture
 from gmai_xtuner.chat.terminal import Terminal
+from gmai_xtuner.cli import only_the_report_on_stdout
 from gmai_xtuner.core.conversation import Turn, parse_record
 from gmai_xtuner.generate import PromptTooLong, user_turn
 from gmai_xtuner.loading import load_model
-from gmai_xtuner.standard_output import only_the_report_on_stdout
 from tests.commands.runner import ROOT
 from tests.exports import write_export
 

@@ -296,7 +296,7 @@ def test_without_a_key_no_other_site_can_point_its_name_here(predictor, host, st
 
 @pytest.mark.parametrize(
     ("arguments", "checked"),
-    [((), True), (("--without-key",), False), (("--key-variable", "K"), False)],
+    [((), True), (("--without-key",), False), (("--api-key-env", "K"), False)],
 )
 def test_the_command_checks_names_where_it_has_no_key(export, monkeypatch, arguments, checked):
     from gmai_xtuner.serve import __main__ as served
@@ -445,7 +445,7 @@ def free_port() -> int:
 def test_the_command_serves_until_ctrl_c(export, predictor):
     port = free_port()
     process = subprocess.Popen(
-        command(export, "--port", port, "--name", "hospital", "--key-variable", "KEY_OF_THE_TEST"),
+        command(export, "--port", port, "--name", "hospital", "--api-key-env", "KEY_OF_THE_TEST"),
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "KEY_OF_THE_TEST": "secret"},
         stderr=subprocess.PIPE,
@@ -484,7 +484,7 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
     ("arguments", "status", "said"),
     [
         (("--host", "0.0.0.0"), 2, "can be reached from other machines"),
-        (("--key-variable", "NOT_SET_BY_ANYONE"), 2, "NOT_SET_BY_ANYONE has no key"),
+        (("--api-key-env", "NOT_SET_BY_ANYONE"), 2, "NOT_SET_BY_ANYONE has no key"),
         (("--max-images", "0"), 2, "must be above 0"),
         (("--llm", "base"), 1, "leave llm out"),
     ],

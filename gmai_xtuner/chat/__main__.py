@@ -13,13 +13,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
-from gmai_xtuner.model_arguments import (
+from gmai_xtuner.cli import (
     add_model_arguments,
     load_from_arguments,
-    positive,
+    only_the_report_on_stdout,
+    positive_int,
 )
-from gmai_xtuner.standard_output import only_the_report_on_stdout
 
 if TYPE_CHECKING:
     from gmai_xtuner.chat.dialogue import Dialogue
@@ -138,7 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     group = parser.add_argument_group("answers")
     group.add_argument(
-        "--max-new-tokens", type=positive, default=512, metavar="N", help="at most (default 512)"
+        "--max-new-tokens",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="at most (default 512)",
     )
     group.add_argument(
         "--temperature", type=float, default=0.0, help="0, the default: the likeliest token"

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+from gmai_xtuner.cli import add_dtype_argument, positive_int, positive_number
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.model_arguments import positive
 
 PORT = 7860
 
@@ -42,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
         raise GMAIError(
             f'the page needs the extra "demo" ({error}). Install it: pip install -e ".[demo]"'
         ) from error
-    from gmai_xtuner.addresses import is_loopback, reserved
+    from gmai_xtuner.core.addresses import is_loopback, reserved
     from gmai_xtuner.demo.answering import Desk
     from gmai_xtuner.demo.examples import examples_of, installed_examples
     from gmai_xtuner.demo.limits import MEBIBYTE, Limits
@@ -108,7 +107,7 @@ def _models(options: argparse.Namespace):
                 folder,
                 llm=llm,
                 vision=vision,
-                dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
+                dtype=getattr(torch, options.dtype) if options.dtype else None,
                 device=options.device,
             )
         except GMAIError as error:
@@ -155,12 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--vision{letter}", metavar="BASE", help=f"vision tower of {which}, if that has none"
         )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: bfloat16 on a GPU, float32 on the CPU",
-    )
+    add_dtype_argument(parser)
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to serve (default: this machine only)"
@@ -180,28 +174,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-upload-mb",
-        type=_positive,
+        type=positive_number,
         default=256.0,
         metavar="MB",
         help="one upload (default 256)",
     )
     parser.add_argument(
         "--max-pixels",
-        type=positive,
+        type=positive_int,
         default=50_000_000,
         metavar="N",
         help="one picture (default 50000000)",
     )
     parser.add_argument(
         "--max-voxels",
-        type=positive,
+        type=positive_int,
         default=300_000_000,
         metavar="N",
         help="one volume (default 300000000)",
     )
     parser.add_argument(
         "--max-memory-mb",
-        type=_positive,
+        type=positive_number,
         default=4096.0,
         metavar="MB",
         help="opened images of all visitors (default 4096)",
@@ -215,13 +209,6 @@ def _parser() -> argparse.ArgumentParser:
         "--language", choices=("en", "zh"), default="en", help="the page begins with"
     )
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
 
 
 if __name__ == "__main__":

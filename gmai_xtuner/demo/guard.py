@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
-from gmai_xtuner.addresses import is_loopback, name_of
+from gmai_xtuner.core.addresses import is_loopback, name_of
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

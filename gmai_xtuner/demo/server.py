@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from nicegui import app as nicegui_app
 from nicegui import ui
 
-from gmai_xtuner.addresses import is_loopback
+from gmai_xtuner.core.addresses import is_loopback
 from gmai_xtuner.demo.guard import Guard
 from gmai_xtuner.demo.page import Demo
 
@@ -44,7 +44,7 @@ def serve(
 
     Args:
         demo: what is served.
-        own: see `gmai_xtuner.addresses.reserved`.
+        own: see `gmai_xtuner.core.addresses.reserved`.
         names: see `Guard`.
         credentials: ``user:password``, or None.
         ready: called when the page can be visited.

@@ -18,6 +18,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+from gmai_xtuner.cli import (
+    add_api_key_argument,
+    add_dtype_argument,
+    only_the_report_on_stdout,
+    positive_int,
+)
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, make_answerer
 from gmai_xtuner.evaluate.benchmarks import NAMES, VARIANTS, BenchmarkError, find_benchmarks
@@ -40,7 +46,6 @@ from gmai_xtuner.evaluate.report import SHOWN
 from gmai_xtuner.evaluate.results import Result, as_json
 from gmai_xtuner.evaluate.run import World, world
 from gmai_xtuner.evaluate.tables import to_markdown
-from gmai_xtuner.standard_output import only_the_report_on_stdout
 
 PROGRAM = "python -m gmai_xtuner.evaluate"
 
@@ -178,7 +183,7 @@ def _judge(options: argparse.Namespace, out: Path) -> Answerer | None:
     judge = ModelOptions(
         model=options.judge_model,
         endpoint=options.judge,
-        key_variable=options.judge_key_variable,
+        key_variable=options.judge_api_key_env,
         in_flight=options.in_flight,
         retries=options.retries,
         timeout=options.timeout,
@@ -193,11 +198,11 @@ def _model_options(options: argparse.Namespace) -> ModelOptions:
         loader=options.loader,
         llm=options.llm,
         vision=options.vision,
-        precision=options.precision,
+        precision=options.dtype,
         device=options.device,
         batch_size=options.batch_size,
         endpoint=options.endpoint,
-        key_variable=options.key_variable,
+        key_variable=options.api_key_env,
         in_flight=options.in_flight,
         retries=options.retries,
         timeout=options.timeout,
@@ -308,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder of answers and results (default work_dirs/evaluation/<model>)",
     )
-    add("--limit", type=_positive, metavar="N", help="the first N questions of each protocol")
+    add("--limit", type=positive_int, metavar="N", help="the first N questions of each protocol")
     add(
         "--score-only", action="store_true", help="score stored answers; nothing is asked or loaded"
     )
@@ -320,44 +325,38 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"questions on the HTML page (default {SHOWN}; 0: no page)",
     )
-    local = parser.add_argument_group("a model in this process").add_argument
-    local("--batch-size", type=_positive, default=16, help="questions asked together (default 16)")
+    group = parser.add_argument_group("a model in this process")
+    local = group.add_argument
+    local(
+        "--batch-size", type=positive_int, default=16, help="questions asked together (default 16)"
+    )
     local("--name", help="what tables call the model (default: its folder's name)")
     local("--loader", choices=("auto", "ours", "transformers"), default="auto")
     local("--llm", help="base language model of an export that has none")
     local("--vision", help="base vision tower of an export that has none")
-    local(
-        "--precision",
-        choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16 on a GPU, float32 on the CPU",
-    )
+    add_dtype_argument(group)
     local("--device", help="e.g. cpu or cuda:1 (default: the GPU of this process)")
-    remote = parser.add_argument_group("a model behind an OpenAI-compatible server").add_argument
+    group = parser.add_argument_group("a model behind an OpenAI-compatible server")
+    remote = group.add_argument
     remote("--endpoint", metavar="URL", help="base URL, e.g. http://localhost:8000/v1")
+    add_api_key_argument(group, "environment variable of the key", default="OPENAI_API_KEY")
     remote(
-        "--key-variable",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable of the key",
-    )
-    remote(
-        "--in-flight", type=_positive, default=16, help="requests under way at once (default 16)"
+        "--in-flight", type=positive_int, default=16, help="requests under way at once (default 16)"
     )
     remote("--retries", type=int, default=6, help="of one request (default 6)")
     remote("--timeout", type=float, default=300.0, help="seconds for one answer (default 300)")
     remote("--temperature", type=_temperature, default=0.0, help="default 0; none: not sent")
-    judge = parser.add_argument_group("a judge of free answers").add_argument
+    group = parser.add_argument_group("a judge of free answers")
+    judge = group.add_argument
     judge("--judge", metavar="URL", help="base URL of an OpenAI-compatible server")
     judge("--judge-model", metavar="NAME")
-    judge("--judge-key-variable", default="OPENAI_API_KEY", metavar="NAME")
+    add_api_key_argument(
+        group,
+        "environment variable of its key",
+        option="--judge-api-key-env",
+        default="OPENAI_API_KEY",
+    )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
 
 
 def _temperature(text: str) -> float | None:

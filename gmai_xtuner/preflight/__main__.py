@@ -9,14 +9,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from mmengine.config import DictAction
-
-import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
-from gmai_xtuner.preflight.report import as_json, as_text
-from gmai_xtuner.preflight.run_config import UsageError, load_run
-from gmai_xtuner.preflight.survey import look_at
-from gmai_xtuner.standard_output import only_the_report_on_stdout
+from gmai_xtuner.cli import only_the_report_on_stdout, positive_int, positive_number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,12 +19,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     with only_the_report_on_stdout() as stdout:
+        import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+        from gmai_xtuner.preflight.report import as_json, as_text
+        from gmai_xtuner.preflight.run_config import UsageError, load_run
+        from gmai_xtuner.preflight.survey import look_at
+
         try:
             run = load_run(
                 options.config,
                 deepspeed=options.deepspeed,
                 gpus=options.gpus,
-                options=options.cfg_options,
+                options=_overrides(parser, options.cfg_options),
                 work_dir=options.work_dir,
             )
         except UsageError as error:
@@ -49,6 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(result.findings.would_fail)
 
 
+def _overrides(parser: argparse.ArgumentParser, pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Read ``key=value`` pairs as ``xtuner train`` does."""
+    from mmengine.config import DictAction
+
+    read = argparse.Namespace(values={})
+    for pair in pairs or ():
+        if "=" not in pair:
+            parser.error(f"--cfg-options takes KEY=VALUE, got {pair!r}")
+    DictAction(["--cfg-options"], "values")(parser, read, pairs or [])
+    return dict(read.values)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gmai_xtuner.preflight",
@@ -56,24 +68,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="configs/gmai_vl/*.py, or a child of one")
     parser.add_argument(
-        "--gpus", type=_positive(int), default=1, help="of all machines together (default 1)"
+        "--gpus", type=positive_int, default=1, help="of all machines together (default 1)"
     )
     parser.add_argument(
         "--deepspeed", default="zero2", help="as for xtuner train: a name or a file (default zero2)"
     )
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as for xtuner train")
+    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="as for xtuner train")
     parser.add_argument("--work-dir", help="as for xtuner train")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--images", action="store_true", help="decode every image of the mixture")
     parser.add_argument(
         "--throughput",
-        type=_positive(float),
+        type=positive_number,
         metavar="TOKENS",
         help="tokens a second on one GPU, as the log's tokens_per_second: gives the hours",
     )
     parser.add_argument(
         "--gpu-memory",
-        type=_positive(float),
+        type=positive_number,
         default=80.0,
         metavar="GIB",
         help="of one GPU (default 80)",
@@ -84,17 +96,6 @@ def _parser() -> argparse.ArgumentParser:
         help="plan on a machine that has neither the bases' weights nor the stage before",
     )
     return parser
-
-
-def _positive(kind: type[int] | type[float]):
-    def read(text: str) -> float:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    read.__name__ = kind.__name__
-    return read
 
 
 if __name__ == "__main__":

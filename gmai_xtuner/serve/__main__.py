@@ -1,4 +1,4 @@
-"""``python -m gmai_xtuner.serve MODEL [--port 8000] [--key-variable NAME] ...``
+"""``python -m gmai_xtuner.serve MODEL [--port 8000] [--api-key-env NAME] ...``
 
 Exit status: 0 after a request to stop, 1 after an error, 2 if the command line can't be understood.
 """
@@ -13,10 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
-from gmai_xtuner.addresses import is_loopback, reserved
+from gmai_xtuner.cli import (
+    add_api_key_argument,
+    add_model_arguments,
+    load_from_arguments,
+    positive_int,
+)
+from gmai_xtuner.core.addresses import is_loopback, reserved
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.model_arguments import add_model_arguments, load_from_arguments, positive
 
 MIB = 2**20
 
@@ -36,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    key = os.environ.get(options.key_variable, "").strip() if options.key_variable else None
-    if options.key_variable and not key:
-        parser.error(f"the environment variable {options.key_variable} has no key")
+    key = os.environ.get(options.api_key_env, "").strip() if options.api_key_env else None
+    if options.api_key_env and not key:
+        parser.error(f"the environment variable {options.api_key_env} has no key")
     if key is None and not options.without_key and not is_loopback(options.host):
         parser.error(
             f"{options.host} can be reached from other machines: name the variable that holds a key with "
-            "--key-variable, or allow everyone with --without-key"
+            "--api-key-env, or allow everyone with --without-key"
         )
     try:
         with reserved(options.host, options.port) as own:  # before a large model is read
@@ -107,11 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     group.add_argument("--name", help="what clients call the model (default: the folder's name)")
-    group.add_argument(
-        "--key-variable",
-        metavar="NAME",
-        help="environment variable with the key that clients must show",
-    )
+    add_api_key_argument(group, "environment variable with the key that clients must show")
     group.add_argument(
         "--without-key", action="store_true", help="let other machines ask without a key"
     )
@@ -125,7 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         ("--max-pixels", 100_000_000, "width x height of an image"),
     ):
         group.add_argument(
-            option, type=positive, default=default, metavar="N", help=f"{what} (default {default})"
+            option,
+            type=positive_int,
+            default=default,
+            metavar="N",
+            help=f"{what} (default {default})",
         )
     return parser
 

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gmai_xtuner.addresses import is_loopback, name_of
+from gmai_xtuner.core.addresses import is_loopback, name_of
 from gmai_xtuner.serve.errors import ApiError
 
 
@@ -30,7 +30,7 @@ class OnlyLoopbackNames:
             return
         error = ApiError(
             f"without a key this server is asked as 127.0.0.1 or localhost, not as {host[:100]!r}. Start it "
-            "with --key-variable, or with --without-key if everyone may ask",
+            "with --api-key-env, or with --without-key if everyone may ask",
             status=403,
             code="host_not_allowed",
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.addresses import reserved
+from gmai_xtuner.core.addresses import reserved
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.demo.__main__ import main
 from gmai_xtuner.demo.examples import examples_of, installed_examples

@@ -7,7 +7,7 @@ import base64
 
 import pytest
 
-from gmai_xtuner.addresses import is_loopback
+from gmai_xtuner.core.addresses import is_loopback
 from gmai_xtuner.demo.guard import COOKIE, MULTIPART_OVERHEAD, Guard
 
 

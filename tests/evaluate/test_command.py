@@ -310,7 +310,7 @@ def test_the_benchmark_is_read_before_a_model_is_loaded(tmp_path, capfd):
             "--judge and --judge-model belong together",
         ),
         (["--benchmark", "imagenet"], "invalid choice: 'imagenet'"),
-        (["--benchmark", "vqa_rad", "--limit", "0"], "must be at least 1, got 0"),
+        (["--benchmark", "vqa_rad", "--limit", "0"], "must be above 0"),
     ],
 )
 def test_a_command_line_that_cannot_be_understood(arguments, told, capfd):

@@ -1,0 +1,145 @@
+"""Options and habits that all commands share: which model, how precise, where the report goes.
+
+Nothing heavy is imported here, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from gmai_xtuner.generate import Predictor
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number above 0, as ``type`` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is something else.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, a whole number, got {text!r}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Parse a finite number above 0, as ``type`` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is something else.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def dtype_name(text: str) -> str:
+    """Parse ``bf16``, ``fp16``, ``fp32`` or torch's long name of one of them; return the long name.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is something else.
+    """
+    name = DTYPES.get(text, text)
+    if name not in DTYPES.values():
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, got {text!r}")
+    return name
+
+
+def add_dtype_argument(parser: argparse._ActionsContainer, default: str | None = None) -> None:
+    """Add ``--dtype``, the precision of the weights; ``options.dtype`` is torch's name of it or ``None``."""
+    unset = "bf16 on a GPU, fp32 on the CPU"
+    parser.add_argument(
+        "--dtype",
+        type=dtype_name,
+        default=default and DTYPES[default],
+        metavar="|".join(DTYPES),
+        help=f"precision of the weights (default: {default or unset})",
+    )
+
+
+def add_api_key_argument(
+    parser: argparse._ActionsContainer,
+    help: str,
+    *,
+    option: str = "--api-key-env",
+    default: str | None = None,
+) -> None:
+    """Add ``--api-key-env NAME``: the environment variable that holds a key, never the key itself."""
+    parser.add_argument(option, metavar="NAME", default=default, help=help)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """``MODEL``, ``--llm``, ``--vision``, ``--dtype``, ``--device``, ``--prompt-template``, ``--add-bos``."""
+    parser.add_argument("model", metavar="MODEL", help="folder with the weights of a trained model")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--llm", help="the language model's base, for an export of stage 1 or 2, which has none"
+    )
+    group.add_argument("--vision", help="the vision tower's base, for an export of stage 1")
+    add_dtype_argument(group)
+    group.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
+    group.add_argument(
+        "--prompt-template",
+        metavar="NAME",
+        help="xtuner's, such as internlm2_chat (default: what the folder says)",
+    )
+    group.add_argument(
+        "--add-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin prompts with <s> (default: what the folder says)",
+    )
+
+
+def load_from_arguments(options: argparse.Namespace) -> Predictor:
+    """Load the model that the options of :func:`add_model_arguments` name.
+
+    Raises:
+        ModelLoadError: as :func:`gmai_xtuner.loading.load_model`.
+    """
+    import torch
+
+    from gmai_xtuner.loading import load_model
+
+    return load_model(
+        options.model,
+        llm=options.llm,
+        vision=options.vision,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        device=options.device,
+        prompt_template=options.prompt_template,
+        add_bos=options.add_bos,
+    )
+
+
+@contextmanager
+def only_the_report_on_stdout() -> Iterator[TextIO]:
+    """Give the real standard output, in UTF-8; everything else that is printed goes to standard error.
+
+    Importing DeepSpeed prints, and libraries written in C print past ``sys.stdout``; a script that reads
+    a report or an answer must not read that.
+    """
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(real), "w", encoding="utf-8") as stdout:
+            yield stdout
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
