@@ -164,8 +164,8 @@ def _installed_text() -> Iterator[str]:
 
 def measure_ours(path: Path, tokenizer: Any, folder: Path) -> tuple[float, Any]:
     """Seconds, and the cache."""
+    from gmai_xtuner.core.imaging.images import MAX_PIXELS
     from gmai_xtuner.core.mixture import DatasetEntry
-    from gmai_xtuner.data.images import MAX_PIXELS
     from gmai_xtuner.data.token_cache import CacheOptions, open_cache
     from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
 

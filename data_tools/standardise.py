@@ -12,13 +12,14 @@ from pathlib import Path
 
 from data_tools import readers
 from data_tools.errors import CorpusError
-from data_tools.preprocess.images import BadImage, StoredImage, store_image
+from data_tools.preprocess.images import StoredImage, store_image
 from data_tools.preprocess.regions import regions
 from data_tools.preprocess.rules import Rules, preset
 from data_tools.readers.source import SourceOptions
 from data_tools.records import Label, Provenance, Record
 from data_tools.samples import Annotation, Dropped, Sample, Unit
 from data_tools.taxonomy import Taxonomy
+from gmai_xtuner.core.errors import UnusableImage
 
 VERSION = 2
 """A new number makes finished jobs read their sources again."""
@@ -111,7 +112,7 @@ def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxo
             made, cleaned = _record(source, sample, folder=folder, taxonomy=taxonomy)
         except _Refused as refused:
             drops.append(Drop("record", refused.reason, where, refused.detail))
-        except BadImage as bad:
+        except UnusableImage as bad:
             drops.append(Drop("record", bad.reason, where, bad.detail))
         else:
             drops.extend(Drop("clean", reason, where, detail) for reason, detail in cleaned)

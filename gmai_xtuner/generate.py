@@ -22,7 +22,8 @@ from transformers.generation.streamers import BaseStreamer
 from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.data.images import ImageTransform, open_rgb
+from gmai_xtuner.core.imaging.images import open_rgb
+from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
 from gmai_xtuner.model.llava import GMAILLaVAModel
 from gmai_xtuner.model.vision import num_image_tokens

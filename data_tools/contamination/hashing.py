@@ -23,7 +23,8 @@ from PIL import Image
 from data_tools.errors import CorpusError
 from data_tools.executor import Executor
 from data_tools.output.near_duplicates import perceptual_hash_of
-from data_tools.preprocess.images import BadImage, pixel_hash, read_pixels
+from data_tools.preprocess.images import pixel_hash, read_pixels
+from gmai_xtuner.core.errors import UnusableImage
 
 VERSION = 1
 """Goes up with whatever changes a hash; hashes of another version are made anew."""
@@ -68,7 +69,7 @@ def hash_picture(source: Path | bytes) -> Hashed:
     """Read and hash one picture; what is wrong with it is in the result."""
     try:
         pixels = read_pixels(source)
-    except BadImage as error:
+    except UnusableImage as error:
         return Hashed(UNREADABLE, problem=str(error))
     if pixels.ndim == 3 and _is_grey(pixels):
         pixels = np.ascontiguousarray(pixels[..., 0])
@@ -93,7 +94,7 @@ def thumbnail(source: Path | bytes, *, side: int = THUMBNAIL) -> bytes:
     """A small JPEG to look at.
 
     Raises:
-        BadImage: it can't be read.
+        UnusableImage: it can't be read.
     """
     image = Image.fromarray(read_pixels(source))
     image.thumbnail((side, side), Image.Resampling.BICUBIC)

@@ -16,7 +16,7 @@ from data_tools.contamination.findings import ExcludeList, Pair
 from data_tools.contamination.folder import MARK, seen_from
 from data_tools.contamination.hashing import HashCache, thumbnail
 from data_tools.output.report import environment
-from data_tools.preprocess.images import BadImage
+from gmai_xtuner.core.errors import UnusableImage
 
 PAIRS, QUESTIONS = 120, 60
 """How many the page shows."""
@@ -148,7 +148,7 @@ def _small(path: Path | None) -> bytes:
         return b""
     try:
         return thumbnail(path)
-    except BadImage:
+    except UnusableImage:
         return b""  # it was readable when it was hashed; the page says that it can't be shown
 
 

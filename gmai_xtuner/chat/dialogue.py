@@ -15,7 +15,7 @@ from PIL import Image
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.conversation import Turn, parse_record
 from gmai_xtuner.core.errors import GMAIError, ImageError
-from gmai_xtuner.data.images import open_rgb
+from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.generate import GREEDY, AnswerStream, Predictor, Sampling, user_turn
 
 VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")

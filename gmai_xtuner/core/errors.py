@@ -76,6 +76,23 @@ class ImageError(DataError):
     """An image can't be opened, is too large, or is damaged."""
 
 
+class UnusableImage(GMAIError):
+    """An image, a DICOM object or a volume that is left out.
+
+    Args:
+        reason: the same words for all of a kind, under which it is counted.
+        detail: what is particular to this one; never who the patient is.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
 class MixtureError(GMAIError):
     """The mixture file is invalid; the message has the file, the line and the remedy."""
 

@@ -1,4 +1,4 @@
-"""RGB picture -> pixel values of the vision tower; how a file becomes a picture is image_files'.
+"""RGB image -> pixel values of the vision tower; `core.imaging.images` decodes the file.
 
 Shapes: ``S`` side of the square that the vision tower takes (336), ``3`` channels in RGB order.
 """
@@ -16,29 +16,21 @@ import numpy as np
 from PIL import Image
 
 from gmai_xtuner.core.errors import ModelLoadError
-from gmai_xtuner.core.imaging.images import (
-    MAX_PIXELS,
-    ReducedPicture,
-    check_image,
-    open_reduced,
-    open_rgb,
-)
+from gmai_xtuner.core.imaging.images import MAX_PIXELS, ReducedImage, open_reduced, open_rgb
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["MAX_PIXELS", "ImageTransform", "check_image", "open_rgb"]
 
 DECODINGS = ("full", "scaled")
 
 _PROCESSOR_FILE = "processor_config.json"
 
 _KEPT = 2
-"""A JPEG that is decoded at a fraction keeps this many pixels for one pixel of the result."""
+"""Pixels that a JPEG decoded at a fraction keeps for one pixel of the result."""
 
 
 class ImageTransform:
-    """RGB picture -> normalised pixel values ``[3, S, S]``.
+    """RGB image -> normalised pixel values ``[3, S, S]``.
 
     Mode ``"pad"`` pads to a square with the mean colour, then resizes; its values are bit for bit
     those of xtuner 0.2.0 (``expand2square``, then ``CLIPImageProcessor``). Mode ``"resize"``
@@ -96,7 +88,7 @@ class ImageTransform:
     def from_pretrained(
         cls, path: str | Path, *, mode: str = "pad", decoding: str = "full"
     ) -> ImageTransform:
-        """The transform that the ``preprocessor_config.json`` of a vision tower describes.
+        """Make the transform that the ``preprocessor_config.json`` of a vision tower describes.
 
         Args:
             path: model folder, the JSON file itself, or a name on the hub.
@@ -138,16 +130,9 @@ class ImageTransform:
             raise ModelLoadError(f"{file}: {error} is missing.") from error
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Pixel values of one picture.
-
-        Args:
-            image: any size, mode RGB (see :func:`open_rgb`).
-
-        Returns:
-            float32 ``[3, S, S]``.
-        """
+        """Return float32 ``[3, S, S]`` of an RGB image of any size (see :func:`open_rgb`)."""
         if image.mode != "RGB":
-            raise ValueError(f"expected a picture of mode RGB, got {image.mode}. Use open_rgb().")
+            raise ValueError(f"expected an image of mode RGB, got {image.mode}. Use open_rgb().")
         side = (self.image_size, self.image_size)
         if self.mode == "pad":
             square = _pad_and_resize(image, self.image_size, colour=self.mean_colour)
@@ -156,34 +141,20 @@ class ImageTransform:
         return self._normalised(square)
 
     def read(self, path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-        """Pixel values of a file, decoded as :attr:`decoding` says.
-
-        Args:
-            path: see :func:`open_rgb`.
-            max_pixels: see :func:`open_rgb`.
-
-        Returns:
-            float32 ``[3, S, S]``.
-
-        Raises:
-            ImageError: as :func:`open_rgb`.
-        """
+        """Return float32 ``[3, S, S]`` of a file, decoded as ``decoding`` says; see :func:`open_rgb`."""
         if self.decoding == "full":
             return self(open_rgb(path, max_pixels=max_pixels))
         longer = _KEPT * self.image_size
         enough = (longer, 1 if self.mode == "pad" else longer)
-        picture = open_reduced(path, enough=enough, max_pixels=max_pixels)
-        if picture.by == 1:
-            return self(picture.image)
+        reduced = open_reduced(path, enough=enough, max_pixels=max_pixels)
+        if reduced.by == 1:
+            return self(reduced.image)
         if self.mode == "pad":
-            square = _pad_and_resize_reduced(picture, self.image_size, colour=self.mean_colour)
+            square = _pad_and_resize_reduced(reduced, self.image_size, colour=self.mean_colour)
         else:
-            width, height = picture.size
-            square = picture.image.resize(
-                (self.image_size, self.image_size),
-                Image.Resampling.BICUBIC,
-                box=(0, 0, width / picture.by, height / picture.by),
-            )
+            side, (width, height) = self.image_size, reduced.size
+            box = (0, 0, width / reduced.by, height / reduced.by)
+            square = reduced.image.resize((side, side), Image.Resampling.BICUBIC, box=box)
         return self._normalised(square)
 
     def _normalised(self, square: Image.Image) -> torch.Tensor:
@@ -198,7 +169,7 @@ class ImageTransform:
 
 
 def _normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """float32 ``[3, 256]``: the value that a byte becomes, in transformers' order of operations."""
+    """Return float32 ``[3, 256]``: what a byte becomes, in transformers' order of operations."""
     levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     centre = np.array(mean, dtype=np.float32)[:, None]
     spread = np.array(std, dtype=np.float32)[:, None]
@@ -211,7 +182,7 @@ def _pad_and_resize(
     """Centre on a square of one colour and resize it bicubically, without building the square.
 
     Pillow resizes first along rows, then along columns, with bytes in between. The two passes are
-    called apart, so that a very long picture never becomes a square of its length:
+    called apart, so that a very long image never becomes a square of its length:
     a wide one is padded between them, a tall one is padded some rows at a time.
     """
     width, height = image.size
@@ -233,20 +204,20 @@ def _pad_and_resize(
 
 
 def _pad_and_resize_reduced(
-    picture: ReducedPicture, side: int, *, colour: tuple[int, ...]
+    reduced: ReducedImage, side: int, *, colour: tuple[int, ...]
 ) -> Image.Image:
-    """As :func:`_pad_and_resize`, of a picture that was decoded at a fraction of its size.
+    """Pad and resize an image that was decoded at a fraction of its size.
 
-    The edges of picture and square lie where they lie at full size, between two pixels if need be.
+    The edges of image and square lie where they lie at full size, between two pixels if need be.
     """
-    width, height = picture.size
+    width, height = reduced.size
     if width < height:
-        turned = picture.image.transpose(Image.Transpose.TRANSPOSE)
+        turned = reduced.image.transpose(Image.Transpose.TRANSPOSE)
         square = _pad_and_resize_reduced(
-            ReducedPicture(turned, (height, width), picture.by), side, colour=colour
+            ReducedImage(turned, (height, width), reduced.by), side, colour=colour
         )
         return square.transpose(Image.Transpose.TRANSPOSE)
-    by, image, bicubic = picture.by, picture.image, Image.Resampling.BICUBIC
+    by, image, bicubic = reduced.by, reduced.image, Image.Resampling.BICUBIC
     exact = width / by
     rows = image.resize((side, image.height), bicubic, box=(0, 0, exact, image.height))
     above = ((width - height) // 2) / by
@@ -284,13 +255,12 @@ def _find_preprocessor_config(path: str | Path) -> Path:
     try:
         return Path(cached_file(str(path), name))
     except OSError as error:
-        raise ModelLoadError(
-            f"{path} is no folder, and has no {name} on the hub: {error}"
-        ) from error
+        problem = f"{path} is no folder, and has no {name} on the hub: {error}"
+        raise ModelLoadError(problem) from error
 
 
 def _square_side(size: Any, *, key: str, file: Path) -> int:
-    """Side in pixels from a number, ``{"shortest_edge": n}`` or ``{"height": n, "width": n}``."""
+    """Return the side in pixels from a number, ``{"shortest_edge": n}`` or ``{"height": n, "width": n}``."""
     found: Any = size
     if isinstance(size, dict):
         if set(size) == {"shortest_edge"}:

@@ -19,8 +19,9 @@ from xtuner.registry import BUILDER
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.exclusion import read_exclusions
+from gmai_xtuner.core.imaging.images import MAX_PIXELS
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
-from gmai_xtuner.data.images import MAX_PIXELS, ImageTransform
+from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.plan import DataPlan, unknown_lines
 from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_caches
 from gmai_xtuner.data.tokenization import (

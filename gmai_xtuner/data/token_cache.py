@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from gmai_xtuner.core.conversation import parse_raw
 from gmai_xtuner.core.errors import DataError, GMAIError, ImageError
+from gmai_xtuner.core.imaging.images import check_image
 from gmai_xtuner.core.locks import aside, locked, publish, remove_left_behind
 from gmai_xtuner.core.mixture import DatasetEntry
 from gmai_xtuner.core.records import RawRecord, iter_raw
@@ -55,7 +56,6 @@ from gmai_xtuner.data.bad_records import (
     note_of_record,
     raise_again_if_found_since,
 )
-from gmai_xtuner.data.images import check_image
 from gmai_xtuner.data.tokenization import ConversationTokenizer, TokenizedConversation, fit
 
 FORMAT_VERSION = 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.data.images import open_rgb
+from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.demo.dicom import is_dicom, open_dicom
 from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.nifti import is_nifti, open_nifti

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.data.images import check_image
+from gmai_xtuner.core.imaging.images import check_image
 from gmai_xtuner.data.soft_packed import SoftPackedDataset
 from gmai_xtuner.data.token_cache import TokenCache
 

@@ -17,7 +17,7 @@ from PIL import Image
 from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError, ImageError
-from gmai_xtuner.data.images import open_rgb
+from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.data.soft_packed import SoftPackedDataset
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.train.hooks import ProgressHook

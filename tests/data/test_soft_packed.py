@@ -12,9 +12,10 @@ from xtuner.registry import BUILDER
 
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import DataError, GMAIError, ImageError, MixtureError
+from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.data import soft_packed
 from gmai_xtuner.data.collate import collate_packs
-from gmai_xtuner.data.images import ImageTransform, open_rgb
+from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackRef, PackSampler
 from gmai_xtuner.data.soft_packed import SoftPackedDataset
 from tests.toy import record

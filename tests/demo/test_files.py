@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gmai_xtuner.data.images import open_rgb
+from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.demo import files
 from gmai_xtuner.demo.files import open_files
 from gmai_xtuner.demo.limits import Limits, Memory

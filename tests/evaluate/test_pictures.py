@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.core.imaging.images import decode_rgb
-from gmai_xtuner.data.images import open_rgb
+from gmai_xtuner.core.imaging.images import decode_rgb, open_rgb
 from gmai_xtuner.evaluate.answerers.answerer import open_picture
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
-from gmai_xtuner.core.imaging.images import decode_rgb
-from gmai_xtuner.data.images import open_rgb
+from gmai_xtuner.core.imaging.images import decode_rgb, open_rgb
 from gmai_xtuner.evaluate.questions import ImageSource, load_image
 
 
@@ -101,7 +100,7 @@ def open_picture(source: ImageSource, name: str) -> Image.Image:
     """A question's picture as training reads one.
 
     Raises:
-        ImageError: as :func:`gmai_xtuner.data.images.open_rgb`.
+        ImageError: as :func:`gmai_xtuner.core.imaging.images.open_rgb`.
     """
     content = load_image(source)
     return decode_rgb(content, name) if isinstance(content, bytes) else open_rgb(content)

@@ -94,7 +94,7 @@ def test_what_cannot_be_compared_has_a_state() -> None:
     assert hash_picture(as_bytes(Image.fromarray(striped))).state == OK
     broken = hash_picture(as_bytes(picture(0))[:200])
     assert (broken.state, bool(broken.problem)) == (UNREADABLE, True)
-    assert hash_picture(b"").problem == "image is truncated: 0 bytes"
+    assert hash_picture(b"").problem == "image is truncated: is empty (0 bytes)"
 
 
 def hashes(cache_file: Path, pictures: Sequence[Picture], *, workers: int = 1) -> dict[int, Hashed]:
