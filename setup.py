@@ -96,7 +96,7 @@ setup(
             "*.txt",
             "py.typed",
         ],
-        "data_tools": ["*.yaml", "output/*.j2", "contamination/*.j2"],
+        "data_tools": ["*.yaml", "forms/*.yaml", "output/*.j2", "contamination/*.j2"],
     },
     python_requires=">=3.11,<3.13",
     install_requires=[

@@ -31,7 +31,6 @@ from data_tools.standardise import Drop, read_unit
 from data_tools.store import FunnelRow, Store
 from data_tools.taxonomy import Taxonomy
 from data_tools.worker import BY_TEMPLATE, worker_taxonomy
-from data_tools.writers import template
 from data_tools.writers.outcome import Estimate, Task
 
 UNITS_READ = 8
@@ -182,7 +181,7 @@ def _example(job: Job, task: Task, selection: Selection, taxonomy: Taxonomy) -> 
     item = task.item
     shown: dict[str, Any] = {"id": item.id, "form": item.form, "language": item.language}
     if job.writer.name == "template":
-        made = template.write(item, task.record, task.context, taxonomy)
+        made = forms.write(item, task.record, task.context, taxonomy)
         shown["conversation"] = [{"from": turn.speaker, "value": turn.text} for turn in made]
         return shown
     from data_tools.writers.models import question

@@ -74,7 +74,7 @@ _NOT_OF_ANSWERS = (
 )
 _PACKAGE = Path(__file__).parent
 # What a conversation depends on besides the job: a new release writes anew what it would write differently.
-_CODE_OF_TEXT = ("forms", "writers/template.py", "checks*", "taxonomy*", "making.py", "items.py")
+_CODE_OF_TEXT = ("forms", "checks*", "taxonomy*", "making.py", "items.py")
 _CODE_OF_PROMPTS = ("writers/prompts*",)
 
 

@@ -23,7 +23,6 @@ from data_tools.store import (
 )
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
-from data_tools.writers import template
 from gmai_xtuner.core.rng import seed_of
 
 BY_TEMPLATE = ("perception",)
@@ -96,12 +95,12 @@ def _by_template(
     making: Making, item: Item, record: Record, taxonomy: Taxonomy, said: set[Conversation]
 ) -> WrittenItem | None:
     """The item in words that the record's other conversations don't have; None if there are no others."""
-    conversation = template.write(item, record, making.context, taxonomy)
+    conversation = forms.write(item, record, making.context, taxonomy)
     for attempt in range(1, _ATTEMPTS):
         if conversation not in said:
             break
         item = replace(item, seed=seed_of(f"{item.id} {attempt}", making.seed))
-        conversation = template.write(item, record, making.context, taxonomy)
+        conversation = forms.write(item, record, making.context, taxonomy)
     if conversation in said:
         return None
     said.add(conversation)

@@ -1,14 +1,19 @@
-"""Which conversations are made of a record; one file for each form says how they are worded."""
+"""Conversations of a record: which ones are made, and the template writer that words them.
+
+The template writer asks no model: its sentences come from the annotation alone, without key or network.
+"""
 
 from __future__ import annotations
 
-from data_tools.forms import perception
+from data_tools.forms import conversations, perception
+from data_tools.forms.language import Teller, language
 from data_tools.forms.options import MakeOptions
-from data_tools.items import FORMS, Item, SourceContext
+from data_tools.items import FORMS, Conversation, Item, SourceContext
 from data_tools.records import Record
+from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.rng import Rng, seed_of
 
-__all__ = ["FORM_VERSIONS", "MakeOptions", "plan"]
+__all__ = ["FORM_VERSIONS", "MakeOptions", "plan", "write"]
 
 FORM_VERSIONS = {
     "caption": 1,
@@ -23,13 +28,27 @@ FORM_VERSIONS = {
 
 Conversations of an older version are written anew by the next run of a job; those of the same version stay.
 """
+_WRITERS = {
+    "caption": conversations.caption,
+    "region_caption": conversations.region_caption,
+    "instruction": conversations.instruction,
+    "dialogue": conversations.dialogue,
+    "perception": perception.perception,
+    "text_single": conversations.text,
+    "text_multi": conversations.text,
+}
+
+
+def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy) -> Conversation:
+    """Write the conversation that an item asks for from the annotation; always the same one."""
+    return _WRITERS[item.form](Teller(item, record, context, taxonomy))
 
 
 def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int) -> list[Item]:
-    """The items of a record, in the order of `items.FORMS`.
+    """Return the items of a record, in the order of `items.FORMS`.
 
-    They depend on ``record``, ``context``, ``make`` and ``seed`` alone, and each item's own seed on its
-    id and ``seed``: a record more or less elsewhere changes nothing here.
+    They depend on the arguments alone, and each item's own seed on its id and ``seed``: a record more or less
+    elsewhere changes nothing here.
 
     Args:
         record: what they are made of.
@@ -37,42 +56,42 @@ def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int
         make: how many of each form.
         seed: of the job.
     """
-    dice = Rng(seed_of(record.id, seed))
+    rng = Rng(seed_of(record.id, seed))
     can_be_chinese = all(name in context.chinese for name in record.names)
     items = []
     for form in FORMS:
-        number = dice.number(getattr(make, form))
+        number = rng.number(getattr(make, form))
         if not number:
             continue
         if form == "region_caption":
             boxed = [at for at, label in enumerate(record.labels) if label.box is not None]
-            focuses: list[int | None] = list(dice.sample(boxed, min(number, make.max_regions)))
+            focuses: list[int | None] = list(rng.sample(boxed, min(number, make.max_regions)))
         else:
             focuses = [None] * number
         drawn: set[str] = set()
         for at, focus in enumerate(focuses):
-            language = "zh" if dice.share() < make.chinese and can_be_chinese else "en"
+            code = "zh" if rng.share() < make.chinese and can_be_chinese else "en"
             kind = ""
             if form in ("dialogue", "text_multi"):
                 fewest, most = make.dialogue_turns
-                kind = str(fewest + dice.below(most - fewest + 1))
+                kind = str(fewest + rng.below(most - fewest + 1))
             elif form == "perception":
-                able = perception.kinds(record, context, make, chinese=language == "zh")
+                able = perception.kinds(record, context, make, language(code))
                 able = [name for name in able if name not in drawn]
                 if not able:
                     break
-                kind = _weighted(able, make, dice)
+                kind = _weighted(able, make, rng)
                 drawn.add(kind)
-                focus = perception.focus_of(kind, record, make, dice)
+                focus = perception.focus_of(kind, record, make, rng)
             suffix = kind if form == "perception" else str(at) if at else ""
             item_id = f"{record.id}#{form}{'-' + suffix if suffix else ''}"
-            items.append(Item(item_id, form, language, kind, focus, seed_of(item_id, seed)))
+            items.append(Item(item_id, form, code, kind, focus, seed_of(item_id, seed)))
     return items
 
 
-def _weighted(kinds: list[str], make: MakeOptions, dice: Rng) -> str:
+def _weighted(kinds: list[str], make: MakeOptions, rng: Rng) -> str:
     weights = [make.perception_kinds[kind] for kind in kinds]
-    left = dice.share() * sum(weights)
+    left = rng.share() * sum(weights)
     for kind, weight in zip(kinds, weights, strict=True):
         left -= weight
         if left < 0:

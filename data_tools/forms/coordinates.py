@@ -21,7 +21,7 @@ _BOX = re.compile(r"\[\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4
 
 
 def write_box(box: Box, *, width: int, height: int) -> str:
-    """``(x1, y1, x2, y2)`` in pixels of a ``width`` x ``height`` image, as text.
+    """Return ``(x1, y1, x2, y2)``, pixels of a ``width`` x ``height`` image, as text.
 
     >>> write_box((0, 10, 320, 480), width=640, height=480)
     '[0, 20, 500, 1000]'
@@ -33,8 +33,15 @@ def write_box(box: Box, *, width: int, height: int) -> str:
     )
 
 
+def thirds(box: Box, width: int, height: int) -> tuple[int, int]:
+    """Return in which third across and down the centre of a box lies, 0 to 2."""
+    across = (box[0] + box[2]) * 3 // (2 * width)
+    down = (box[1] + box[3]) * 3 // (2 * height)
+    return min(across, 2), min(down, 2)
+
+
 def read_boxes(text: str, *, width: int, height: int) -> list[Box]:
-    """All boxes of a text, in pixels and in their order. The inverse of `write_box`.
+    """Return all boxes of a text in their order, in pixels. The inverse of `write_box`.
 
     Raises:
         ValueError: four numbers in brackets that are no box: beyond 1000, or not in ascending order.

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from data_tools import taxonomy
 from data_tools.checks import CheckOptions, check
-from data_tools.forms import MakeOptions, plan
+from data_tools.forms import MakeOptions, plan, write
 from data_tools.forms.coordinates import read_boxes, write_box
-from data_tools.forms.grammar import listed, place, place_zh, with_article, within
+from data_tools.forms.language import inside, language, with_article
 from data_tools.forms.perception import absent
 from data_tools.items import FORMS, IMAGE, TEXT_FORMS, SourceContext
 from data_tools.records import Label, Provenance, Record
-from data_tools.writers import template
 
 TAXONOMY = taxonomy.load()
+EN, ZH = language("en"), language("zh")
 VOCABULARY = ("COVID-19", "edema", "nodule", "normal", "platelet", "red blood cell", "spleen")
 CHINESE = dict(
     zip(VOCABULARY, ("新冠肺炎", "水肿", "结节", "正常", "血小板", "红细胞", "脾脏"), strict=True)
@@ -43,7 +43,7 @@ def record(
 
 def conversations(of, make=EVERYTHING, context=CONTEXT, seed=0):
     for item in plan(of, context, make, seed=seed):
-        yield item, template.write(item, of, context, TAXONOMY)
+        yield item, write(item, of, context, TAXONOMY)
 
 
 boxes = st.builds(
@@ -174,8 +174,8 @@ def test_yes_and_no_are_balanced_and_right():
 
 def test_what_a_picture_lacks_is_never_a_part_of_what_it_has():
     context = SourceContext("toy", "Toy", ("lung nodule", "mass", "nodule"))
-    assert absent(record(Label("nodule")), context, chinese=False) == ["mass"]
-    assert absent(record(Label("lung nodule")), context, chinese=False) == ["mass"]
+    assert absent(record(Label("nodule")), context, EN) == ["mass"]
+    assert absent(record(Label("lung nodule")), context, EN) == ["mass"]
 
 
 def test_nothing_is_denied_of_a_set_that_names_only_some():
@@ -255,12 +255,12 @@ def test_articles(words, expected):
 
 
 def test_lists_and_places():
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b"]) == "a and b"
-    assert listed(["a", "b", "c"]) == "a, b and c"
-    assert place((0, 0, 640, 480), 640, 480) == "the centre of the picture"
-    assert place((600, 200, 640, 280), 640, 480) == "the right part of the picture"
-    assert place_zh((0, 470, 10, 480), 640, 480) == "图像左下部"
+    assert EN.listed(["a"]) == "a"
+    assert EN.listed(["a", "b"]) == "a and b"
+    assert EN.listed(["a", "b", "c"]) == "a, b and c"
+    assert EN.place((0, 0, 640, 480), 640, 480) == "the centre of the picture"
+    assert EN.place((600, 200, 640, 280), 640, 480) == "the right part of the picture"
+    assert ZH.place((0, 470, 10, 480), 640, 480) == "图像左下部"
 
 
 def test_every_form_is_made():
@@ -294,7 +294,7 @@ def test_what_was_left_out_is_neither_counted_nor_denied():
             assert "spleen" not in text
             assert "脾脏" not in text
     assert any("a region of platelet" in text for _, text in texts(cut))
-    assert absent(cut, CONTEXT, chinese=False) == absent(full, CONTEXT, chinese=False)[:-1]
+    assert absent(cut, CONTEXT, EN) == absent(full, CONTEXT, EN)[:-1]
 
 
 def test_articles_of_regions():
@@ -334,7 +334,7 @@ def test_articles_of_regions():
      ("OCT", "OCT"), ("PET", "PET"), ("Slit-lamp photography", "slit-lamp photography"), ("MR", "MR")],
 )  # fmt: skip
 def test_modalities_inside_a_sentence(name, inside):
-    assert within(name) == inside
+    assert inside(name) == inside
 
 
 def test_an_organ_is_shown_and_a_class_is_a_result():
