@@ -30,7 +30,9 @@ def region_caption(teller: Teller) -> Conversation:
         place=teller.place(box),
         region=teller.counted("region_of", label.name),
     )
-    attributes = [teller.attribute(*each) for each in label.attributes.items() if each[0] not in _NOTES]
+    attributes = [
+        teller.attribute(*each) for each in label.attributes.items() if each[0] not in _NOTES
+    ]
     spans = teller.say(
         "region_caption.spans",
         across=_percent(box[2] - box[0], teller.record.width),

@@ -190,7 +190,7 @@ class Teller:
         return write_box(box, width=self.record.width, height=self.record.height)
 
     def _term(self, name: str) -> str:
-        return self.language.translated and self.taxonomy.terms(name).chinese or name
+        return (self.language.translated and self.taxonomy.terms(name).chinese) or name
 
     # Labels
 
@@ -214,7 +214,10 @@ class Teller:
         return found
 
     def counted(self, key: str, label: str, **values: object) -> str:
-        """Say something of a label's regions: ``key`` with ``.one``, ``.several`` or, if not all are known, ``.some``."""
+        """Say something of a label's regions.
+
+        Three wordings stand under ``key``: ``one``, ``several``, and ``some`` if not all regions are known.
+        """
         if label in self.record.incomplete:
             return self.say(f"{key}.some", name=self.name(label), **values)
         count = len(self.regions()[label])
@@ -270,7 +273,9 @@ class Teller:
     def attribute(self, name: str, value: str) -> str:
         """Say an attribute; yes or no is none of its values but a flag."""
         flag = value.strip().lower() in ("yes", "no", "true", "false")
-        return self.say(f"attribute.{'flag' if flag else 'value'}", attribute=Word(name), value=value)
+        return self.say(
+            f"attribute.{'flag' if flag else 'value'}", attribute=Word(name), value=value
+        )
 
 
 def about_image(question: str, answer: str) -> tuple[Turn, Turn]:

@@ -85,7 +85,7 @@ def perception(teller: Teller) -> Conversation:
         case "classification":
             pair = teller.say("perception.classification"), teller.names(teller.whole())
         case "modality":
-            pair = teller.say("perception.modality"), teller.modality()
+            pair = teller.say("perception.modality"), str(teller.modality())
         case "department":
             pair = teller.say("perception.department"), teller.department()
         case "yes_no":
@@ -113,7 +113,7 @@ def _about_region(teller: Teller) -> tuple[str, str]:
         case "counting":
             answer = str(len(same))
         case _:
-            answer = name
+            answer = str(name)
     return question, answer
 
 
