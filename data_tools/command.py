@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import GMAIError
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -18,7 +18,7 @@ def exit_status(run: Callable[[], int]) -> int:
     """
     try:
         return run()
-    except CorpusError as error:
+    except GMAIError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

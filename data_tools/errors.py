@@ -1,19 +1,5 @@
-"""Errors that stop a job. They say where, what was expected, what came, and what to do."""
+"""Moved to :mod:`gmai_xtuner.core.errors`; goes as soon as nothing imports it from here."""
 
-from __future__ import annotations
+from gmai_xtuner.core.errors import CorpusError, EndpointError, JobError, SourceError
 
-
-class CorpusError(ValueError):
-    """Whatever makes a job stop; the command prints its text and exits with status 1."""
-
-
-class JobError(CorpusError):
-    """The job file is wrong; the text begins with file and line."""
-
-
-class SourceError(CorpusError):
-    """A source can't be read as a whole: a missing folder, a table without the column that the job names."""
-
-
-class EndpointError(CorpusError):
-    """The endpoint refuses every request: a wrong key, an unknown model."""
+__all__ = ["CorpusError", "EndpointError", "JobError", "SourceError"]

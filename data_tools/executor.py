@@ -22,7 +22,7 @@ from multiprocessing import connection, get_context, parent_process, resource_tr
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
 
 ENGINES = ("processes", "ray")
 IN_FLIGHT = 4

@@ -18,7 +18,6 @@ from pydantic import BaseModel, Field, ValidationError
 
 from data_tools import readers
 from data_tools.checks import CheckOptions
-from data_tools.errors import CorpusError, JobError
 from data_tools.executor import ENGINES
 from data_tools.forms.options import MakeOptions
 from data_tools.options import Options
@@ -27,6 +26,7 @@ from data_tools.readers.source import SourceOptions
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
 from data_tools.writers.options import TemplateOptions, WriterOptions
+from gmai_xtuner.core.errors import CorpusError, JobError
 
 MAX_BYTES = 16 * 2**20
 MAX_NODES = 1_000_000

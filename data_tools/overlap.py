@@ -16,7 +16,7 @@ if sys.path and sys.path[0] and str(Path(sys.path[0]).resolve()) == _HERE:
     sys.path[0] = str(Path(_HERE).parent)
 
 from data_tools.command import DONE, exit_status  # noqa: E402
-from data_tools.errors import CorpusError  # noqa: E402
+from gmai_xtuner.core.errors import CorpusError  # noqa: E402
 
 LEAKS = 3
 

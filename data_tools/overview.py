@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import forms, readers
-from data_tools.errors import CorpusError
 from data_tools.job import Job
 from data_tools.output.stats import lines as lines_of
 from data_tools.pipeline import (
@@ -32,6 +31,7 @@ from data_tools.store import FunnelRow, Store
 from data_tools.taxonomy import Taxonomy
 from data_tools.worker import BY_TEMPLATE, worker_taxonomy
 from data_tools.writers.outcome import Estimate, Task
+from gmai_xtuner.core.errors import CorpusError
 
 UNITS_READ = 8
 """Of each source in a dry run, spread over the source."""

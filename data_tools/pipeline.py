@@ -28,7 +28,6 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from data_tools import readers, standardise
-from data_tools.errors import CorpusError, JobError
 from data_tools.executor import Executor, open_executor
 from data_tools.forms.options import MakeOptions
 from data_tools.items import SourceContext
@@ -43,6 +42,7 @@ from data_tools.standardise import IMAGES, Drop, read_unit
 from data_tools.store import Store, UnitRows, rows_of
 from data_tools.worker import Making, make, worker_taxonomy
 from data_tools.writers.outcome import CleanStop, Outcome, Task
+from gmai_xtuner.core.errors import CorpusError, JobError
 
 WORK = ".work"
 STATE = "state.sqlite"

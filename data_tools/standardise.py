@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from data_tools import readers
-from data_tools.errors import CorpusError
 from data_tools.preprocess.images import StoredImage, store_image
 from data_tools.preprocess.regions import regions
 from data_tools.preprocess.rules import Rules, preset
@@ -19,7 +18,7 @@ from data_tools.readers.source import SourceOptions
 from data_tools.records import Label, Provenance, Record
 from data_tools.samples import Annotation, Dropped, Sample, Unit
 from data_tools.taxonomy import Taxonomy
-from gmai_xtuner.core.errors import UnusableImage
+from gmai_xtuner.core.errors import CorpusError, UnusableImage
 
 VERSION = 2
 """A new number makes finished jobs read their sources again."""

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from data_tools.errors import CorpusError
 from data_tools.items import Conversation, Item, Problem
 from data_tools.records import Record
 from data_tools.standardise import Drop, UnitResult
+from gmai_xtuner.core.errors import CorpusError
 
 VERSION = 1
 MAX_ITEMS = 4096

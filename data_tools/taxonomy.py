@@ -13,9 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.yaml_lines import Document, Section
 
 KINDS = ("modalities", "departments", "clinical_tasks", "source_tasks")
 _SINGULAR = {
@@ -145,12 +144,12 @@ def load(extra: Path | None = None) -> Taxonomy:
     for path in (_BUILT_IN, *([extra] if extra else [])):
         for kind, name, values, line in _entries(path):
             before = kinds[kind].get(name, Terms(name))
-            terms = kinds[kind][name] = _merged(before, values, f"{path}, line {line}")
+            terms = kinds[kind][name] = _merged(before, values, f"{path}:{line}")
             for other in _all_names(terms):
                 owner = taken[kind].setdefault(_key(other), name)
                 if owner != name:
                     raise CorpusError(
-                        f"{path}, line {line}: {other!r} already names the {_SINGULAR[kind]} "
+                        f"{path}:{line}: {other!r} already names the {_SINGULAR[kind]} "
                         f"{owner!r}. Leave it out of {name!r}."
                     )
     return Taxonomy({kind: tuple(terms.values()) for kind, terms in kinds.items()})
@@ -158,49 +157,22 @@ def load(extra: Path | None = None) -> Taxonomy:
 
 def _entries(path: Path) -> Iterable[tuple[str, str, dict[str, Any], int]]:
     """(kind, name, fields, line) of each term in a file."""
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise CorpusError(f"taxonomy {path} can't be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"taxonomy {path} is not UTF-8. Save it as UTF-8.") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise CorpusError(f"{path}, line {line}: not valid YAML: {error.problem}.") from error
-    if node is None:
+    document = Document(path, what="taxonomy", error=CorpusError)
+    if document.data is None:
         return
-    for kind, terms in _pairs(path, node, "the taxonomy"):
-        if kind.value not in KINDS:
-            raise CorpusError(
-                f"{path}, line {kind.start_mark.line + 1}: unknown key {kind.value!r}. "
-                f"Known: {', '.join(KINDS)}."
-            )
-        for name, values in _pairs(path, terms, kind.value):
-            line = name.start_mark.line + 1
-            fields = yaml.SafeLoader("").construct_document(values)
+    top = Section(document, title="the taxonomy")
+    top.check_keys(KINDS)
+    for kind in top.values:
+        terms = top.section(kind, title=kind)
+        for name, fields in terms.values.items():
+            if not name.strip():
+                raise terms.error("a name is empty", remedy="Write name: value.", key=name)
             if not isinstance(fields, dict | None):
-                raise CorpusError(
-                    f"{path}, line {line}: {name.value!r}: a mapping of {', '.join(_FIELDS)} was "
-                    "expected. Write {} for none."
+                raise document.fault(
+                    (kind, name),
+                    f"{name!r}: a mapping of {', '.join(_FIELDS)} was expected. Write {{}} for none.",
                 )
-            yield kind.value, name.value, fields or {}, line
-
-
-def _pairs(path: Path, node: yaml.Node, title: str) -> Iterable[tuple[yaml.Node, yaml.Node]]:
-    if not isinstance(node, yaml.MappingNode):
-        raise CorpusError(
-            f"{path}, line {node.start_mark.line + 1}: {title}: a mapping was expected. Write name: value."
-        )
-    seen: set[str] = set()
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode) or not key.value.strip():
-            raise CorpusError(f"{path}, line {line}: {title}: a name was expected.")
-        if key.value in seen:
-            raise CorpusError(f"{path}, line {line}: {title}: {key.value!r} is given twice.")
-        seen.add(key.value)
-        yield key, value
+            yield kind, name, fields or {}, document.line((kind, name))
 
 
 def _merged(before: Terms, values: Mapping[str, Any], where: str) -> Terms:

@@ -33,15 +33,28 @@ for registry, names in (
 ):
     for name in names:
         assert registry.get(name).__name__ == name, (registry, name)
+
+import logging
+from mmengine.logging import MMLogger
+log = logging.getLogger("gmai_xtuner.core.files")
+log.info("before a run")
+MMLogger.get_instance("run", logger_name="run", log_file=sys.argv[1])
 import importlib
 importlib.reload(gmai_xtuner.plugin)  # a second import must not fail on names that are taken
+log.info("Waiting for %s", "a lock")
 print("registered")
 """
 
 
-def test_import_registers_and_does_nothing_else():
+def test_import_registers_sends_the_log_on_and_does_nothing_else(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", CODE, str(tmp_path / "run.log")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("registered")
+    assert "before a run" in done.stdout + done.stderr
+    assert (tmp_path / "run.log").read_text().count("INFO - Waiting for a lock") == 1

@@ -15,7 +15,7 @@ from typing import Any
 from data_tools.contamination import columns
 from data_tools.contamination.hashing import Picture, content_key
 from data_tools.contamination.records import SUFFIXES, Row, conversation, rows
-from data_tools.errors import CorpusError, SourceError
+from gmai_xtuner.core.errors import CorpusError, SourceError
 
 RECOGNISED = (
     "Question files: .json, .jsonl, .ndjson, .csv, .tsv or .parquet with a column question, query, problem, "

@@ -17,9 +17,9 @@ from data_tools.contamination.benchmark import RECOGNISED, Benchmark
 from data_tools.contamination.corpus import Corpus
 from data_tools.contamination.hashing import HashCache, Hashed, Picture
 from data_tools.contamination.looking import Hashes, Looks, by_case, case_of, compare
-from data_tools.errors import CorpusError
 from data_tools.executor import open_executor
 from data_tools.progress import Bar
+from gmai_xtuner.core.errors import CorpusError
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from data_tools.contamination.records import CONVERSATIONS, Conversation, conversation, rows
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
 
 _COLUMNS = ("id", "question_id", "image", "images", "conversations", "messages")
 _AUTHORS = {"image_dir": "image_root"}

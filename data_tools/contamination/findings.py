@@ -15,7 +15,7 @@ import numpy as np
 
 from data_tools.contamination.compare import Overlap
 from data_tools.contamination.looking import LEVELS
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
 
 NEAR_COLUMNS = (
     "decision",

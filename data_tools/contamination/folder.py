@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
 
 MARK = "overlap.json"
 """Written first of all files: a folder with it is a comparison's."""

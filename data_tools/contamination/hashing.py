@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.errors import CorpusError
 from data_tools.executor import Executor
 from data_tools.output.near_duplicates import perceptual_hash_of
 from data_tools.preprocess.images import pixel_hash, read_pixels
-from gmai_xtuner.core.errors import UnusableImage
+from gmai_xtuner.core.errors import CorpusError, UnusableImage
 
 VERSION = 1
 """Goes up with whatever changes a hash; hashes of another version are made anew."""

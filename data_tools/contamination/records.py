@@ -14,7 +14,7 @@ import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.errors import SourceError
+from gmai_xtuner.core.errors import SourceError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 CONVERSATIONS = (".json", ".jsonl", ".ndjson", ".parquet")

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from data_tools.errors import CorpusError
 from data_tools.items import FILES, TEXT_FORMS
 from data_tools.records import Label, Record
+from gmai_xtuner.core.errors import CorpusError
 
 if TYPE_CHECKING:
     from data_tools.store import DropRow, Kept

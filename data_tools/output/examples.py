@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from data_tools.errors import CorpusError
 from data_tools.items import TEXT_FORMS
 from data_tools.records import Record
+from gmai_xtuner.core.errors import CorpusError
 
 if TYPE_CHECKING:
     from data_tools.store import Kept

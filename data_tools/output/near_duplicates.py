@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
 
 _SIDE = 32
 _LOW = 8

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_tools.errors import SourceError
 from data_tools.preprocess.rules import resolve
 from data_tools.readers.paths import file_of, folder_of
 from data_tools.readers.pictures import BadPicture, picture
 from data_tools.readers.polygons import BadShape, polygon_mask, run_length_mask
 from data_tools.readers.source import SourceOptions
 from data_tools.samples import Annotation, Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 STRAYS = "annotations without an image"
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from data_tools.errors import SourceError
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.readers.paths import file_of
 from data_tools.readers.volume import map_on, path_of
 from data_tools.readers.volume_files import Grid, load
 from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
 from data_tools.samples import Dropped, Sample
+from gmai_xtuner.core.errors import SourceError
 
 UNKNOWN_VALUE = "label map with a value that dataset.json doesn't name"
 

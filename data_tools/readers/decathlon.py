@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from data_tools.errors import SourceError
 from data_tools.readers.dataset_json import (
     ChannelOptions,
     chosen_channels,
@@ -21,6 +20,7 @@ from data_tools.readers.dataset_json import (
     wrong,
 )
 from data_tools.samples import Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 
 class Options(ChannelOptions):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from data_tools.errors import SourceError
 from data_tools.readers.paths import LINK, files, folder_of, is_image
 from data_tools.readers.pictures import BadPicture, picture
 from data_tools.readers.source import SourceOptions
 from data_tools.samples import Annotation, Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 
 class Options(SourceOptions):

@@ -21,7 +21,6 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from data_tools.errors import SourceError
 from data_tools.readers.paths import (
     OUTSIDE,
     below,
@@ -35,6 +34,7 @@ from data_tools.readers.paths import (
 from data_tools.readers.pictures import BadPicture, image_size, picture
 from data_tools.readers.source import SourceOptions
 from data_tools.samples import Annotation, Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 _RANGE = re.compile(r"([<>])\s*(-?\d+)")
 _COLOUR = re.compile(r"#([0-9a-fA-F]{6})")

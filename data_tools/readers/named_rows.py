@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import Field
 
-from data_tools.errors import SourceError
 from data_tools.options import Options
 from data_tools.samples import Unit
+from gmai_xtuner.core.errors import SourceError
 
 
 class CornerColumns(Options):

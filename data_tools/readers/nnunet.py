@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from data_tools.errors import SourceError
 from data_tools.readers.dataset_json import (
     ChannelOptions,
     chosen_channels,
@@ -24,6 +23,7 @@ from data_tools.readers.dataset_json import (
 from data_tools.readers.paths import folder_of
 from data_tools.readers.volume_files import SUFFIXES
 from data_tools.samples import Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 
 class Options(ChannelOptions):

@@ -19,13 +19,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from data_tools.errors import SourceError
 from data_tools.options import Options as Section
 from data_tools.readers.paths import file_of, fill, listed, place_names
 from data_tools.readers.pictures import BadPicture, Picture, numbers, picture
 from data_tools.readers.source import SourceOptions
 from data_tools.readers.table_rows import Format, Row, grouped, open_table
 from data_tools.samples import Annotation, Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 Part = Literal["x1", "y1", "x2", "y2", "cx", "cy", "width", "height"]
 IMAGES_A_UNIT = 32

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from data_tools.errors import SourceError
 from data_tools.readers.paths import listed, near
+from gmai_xtuner.core.errors import SourceError
 
 Format = Literal["csv", "tsv", "jsonl", "excel"]
 FORMATS: dict[str, Format] = {

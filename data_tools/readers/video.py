@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from data_tools.errors import SourceError
 from data_tools.readers.named_rows import Row, RowColumns, folder_of, match_files, read_rows
 from data_tools.readers.paths import OUTSIDE, below
 from data_tools.readers.source import SourceOptions
 from data_tools.samples import Annotation, Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 if TYPE_CHECKING:
     from data_tools.readers.video_frames import Timeline

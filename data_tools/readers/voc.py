@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 from xml.etree.ElementTree import Element, ParseError
 
-from data_tools.errors import SourceError
 from data_tools.readers.paths import IMAGE_SUFFIXES, OUTSIDE, below, file_of, files, folder_of
 from data_tools.readers.pictures import BadPicture, numbers, picture
 from data_tools.readers.source import SourceOptions
 from data_tools.samples import Annotation, Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 MAX_BYTES = 64 * 2**20
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")

@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_tools.errors import SourceError
 from data_tools.preprocess.volumes import Structure, Volume, pack, same_grid, structures_of
 from data_tools.readers.paths import (
     MISSING,
@@ -32,6 +31,7 @@ from data_tools.readers.paths import (
 from data_tools.readers.volume_files import SUFFIXES, Grid, load, load_labels
 from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
 from data_tools.samples import Annotation, Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 OTHER_GRID = "mask on another grid than its volume"
 

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
-from data_tools.errors import SourceError
 from data_tools.preprocess.rules import resolve
 from data_tools.readers.paths import OUTSIDE, below, file_of, files, folder_of, is_image
 from data_tools.readers.pictures import BadPicture, numbers, picture
 from data_tools.readers.polygons import BadShape, polygon_mask
 from data_tools.readers.source import SourceOptions
 from data_tools.samples import Annotation, Dropped, Sample, Unit
+from gmai_xtuner.core.errors import SourceError
 
 MAX_BYTES = 64 * 2**20
 _EDGE = 1e-4  # fractions are written with five or six digits

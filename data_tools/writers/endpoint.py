@@ -12,12 +12,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from data_tools.errors import EndpointError
 from data_tools.writers.limits import retry_after
 from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.outcome import Reply
 from data_tools.writers.payload import MAX_TOKENS_NAMES, STRUCTURES, Traits
 from data_tools.writers.prices import expense
+from gmai_xtuner.core.errors import EndpointError
 
 if TYPE_CHECKING:
     import httpx2

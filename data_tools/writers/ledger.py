@@ -28,9 +28,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from data_tools.errors import CorpusError
 from data_tools.writers.outcome import Reply
 from data_tools.writers.prices import Expense
+from gmai_xtuner.core.errors import CorpusError
 
 VERSION = 1
 SCHEMA = """

@@ -22,7 +22,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from data_tools.errors import CorpusError, EndpointError
 from data_tools.writers import asking
 from data_tools.writers.asking import Prompts
 from data_tools.writers.endpoint import (
@@ -39,6 +38,7 @@ from data_tools.writers.options import OpenAIBatchOptions
 from data_tools.writers.outcome import BatchesPending, BudgetReached, Estimate, Outcome, Reply, Task
 from data_tools.writers.payload import Payload, Traits, payload
 from data_tools.writers.prices import Account, Expense
+from gmai_xtuner.core.errors import CorpusError, EndpointError
 
 if TYPE_CHECKING:
     import openai

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 import platformdirs
 
-from data_tools.errors import CorpusError, EndpointError
 from data_tools.items import Problem
 from data_tools.writers import asking
 from data_tools.writers.asking import Ask, Prompts
@@ -35,6 +34,7 @@ from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.outcome import BudgetReached, Estimate, Outcome, Reply, Task
 from data_tools.writers.payload import Payload, Traits, payload
 from data_tools.writers.prices import Account, Expense, expense
+from gmai_xtuner.core.errors import CorpusError, EndpointError
 
 REFUSED_AT_FIRST = (
     5  # requests without a single answer after which the job, not the item, is at fault

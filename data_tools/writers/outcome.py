@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data_tools.errors import CorpusError
 from data_tools.items import Conversation, Item, Problem, SourceContext
 from data_tools.records import Record
+from gmai_xtuner.core.errors import CorpusError
 
 
 class CleanStop(CorpusError):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from data_tools.errors import CorpusError
 from data_tools.records import Box
 from data_tools.writers.options import ImageOptions
+from gmai_xtuner.core.errors import CorpusError
 
 # Signature of the file -> its media type. What else the corpus may hold is encoded anew.
 AS_IT_IS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}

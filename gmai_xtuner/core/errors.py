@@ -1,4 +1,4 @@
-"""Errors that say what is wrong, where, and what to do about it."""
+"""Errors of both products: each says what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class DataError(GMAIError):
         super().__init__(message)
 
     def at(self, *, dataset: str | None = None, record: str | None = None) -> DataError:
-        """The same error, of the same kind, with the place that its raiser could not know.
+        """Return the same error with the place that its raiser could not know.
 
         Args:
             dataset: name of the dataset; what is already known stays.
@@ -103,3 +103,19 @@ class ModelLoadError(GMAIError):
 
 class EvaluationError(GMAIError):
     """An evaluation can't begin, go on or be scored; the message says what to do."""
+
+
+class CorpusError(GMAIError):
+    """A job of the corpus builder stops; its command prints the text and exits with status 1."""
+
+
+class JobError(CorpusError):
+    """The job file is wrong; the text begins with file and line."""
+
+
+class SourceError(CorpusError):
+    """A source can't be read as a whole: no folder, a table without the column that the job names."""
+
+
+class EndpointError(CorpusError):
+    """The endpoint refuses every request: a wrong key, an unknown model."""

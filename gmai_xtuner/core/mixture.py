@@ -13,8 +13,8 @@ A mixture file (YAML or JSON) lists datasets by name::
         over_length: cut                  # or drop; default cut
         on_bad_sample: skip               # or raise; default: what the config says
         size: 1200                        # informative
-        exclude: leaks.txt                # or a list of files; see ``datasets.exclusion``
-    exclude: overlap/slake/exclude.txt          # optional: for all datasets, beside their own
+        exclude: overlap/slake/exclude.txt   # or a list of files; see ``core.exclusion``
+    exclude: other.txt                    # optional: for all datasets, beside their own
 
 A variant of another mixture names it, what it lacks, and what it has besides::
 
@@ -38,29 +38,30 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import yaml
 
 from gmai_xtuner.core.errors import MixtureError
 from gmai_xtuner.core.records import SUFFIXES
-from gmai_xtuner.core.yaml_lines import Section, parse
+from gmai_xtuner.core.yaml_lines import Document, Section
 
 STAGES = ("stage1", "stage2", "stage3")
 QUALITIES = ("high", "low")
 
 _SHARED = ("image_root", "category", "quality", "ratio", "over_length", "on_bad_sample")
 _OWN = ("annotations", *_SHARED, "size", "exclude")
-_AUTHORS = {  # the authors' key -> ours
-    "image_dir": "image_root",
+_AUTHORS = {  # our key -> the authors'
+    "image_root": "image_dir",
     "annotations": "annotations",
-    "sample_ratio": "ratio",
-    "length": "size",
-    "data_augment": None,
+    "ratio": "sample_ratio",
+    "size": "length",
+    "": "data_augment",
 }
 
 
@@ -70,7 +71,7 @@ class DatasetEntry:
 
     Args:
         name: unique in its mixture.
-        annotations: files that ``datasets.records.iter_raw`` reads.
+        annotations: files that ``core.records.iter_raw`` reads.
         image_root: folder that image paths are relative to; None for text alone.
         category: free text, such as Table 7's.
         quality: ``"high"``, ``"low"`` or None.
@@ -78,7 +79,7 @@ class DatasetEntry:
         over_length: what happens to a conversation longer than a sequence, ``"cut"`` or ``"drop"``.
         on_bad_sample: ``"raise"``, ``"skip"``, or None for the config's choice.
         size: number of records that the file states; informative.
-        exclude: lists of what is left out, the whole mixture's first; see ``datasets.exclusion``.
+        exclude: lists of what is left out, the whole mixture's first; see ``core.exclusion``.
     """
 
     name: str
@@ -122,24 +123,26 @@ def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
 
 def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
     """``variants``: the files that this one is a base of, itself not among them."""
-    top = Section(path, parse(path), title="the mixture")
+    top = Section(_document(path), title="the mixture")
     # In the authors' form the top level is the datasets, and each of them a mapping.
-    is_variant = isinstance(top.values.get("base"), yaml.ScalarNode)
+    is_variant = "base" in top and not isinstance(top.values["base"], dict | list)
     base = Mixture(path, ())
     exclude: tuple[Path, ...] = ()
-    if is_variant or "datasets" in top.values:
+    is_ours = is_variant or "datasets" in top
+    if is_ours:
         top.check_keys(("datasets", "defaults", "exclude", *(("base", "without") * is_variant)))
-        defaults = top.section("defaults") if "defaults" in top.values else None
+        defaults = top.section("defaults") if "defaults" in top else None
         if defaults is not None:
             defaults.check_keys(_SHARED)
         if is_variant:
             base = _read_base(top, variants, check_files=check_files)
-        exclude = _read_exclude(top, check_files=check_files)
-        datasets = top.section("datasets") if "datasets" in top.values else None
+        if "exclude" in top:
+            exclude = tuple(_files(top, "exclude", check_files=check_files))
+        datasets = top.section("datasets") if "datasets" in top else None
     else:
         datasets, defaults = top, None
         near = difflib.get_close_matches("datasets", top.values, n=1)
-        if near and "annotations" not in top.section(near[0]).values:
+        if near and "annotations" not in top.section(near[0]):
             raise top.error(
                 f"unknown key {near[0]!r}", remedy="Did you mean 'datasets'?", key=near[0]
             )
@@ -149,9 +152,9 @@ def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixtu
     for name in datasets.values if datasets is not None else ():
         assert datasets is not None
         section = datasets.section(name, title=f"dataset {name!r}")
-        section.check_keys(_AUTHORS if datasets is top else _OWN)
-        if datasets is top:
-            section = _from_authors_form(section)
+        section.check_keys(_OWN if is_ours else _AUTHORS.values())
+        if not is_ours:
+            section = _from_authors_form(section, datasets)
         if not name.strip():
             raise section.error("the name is empty", remedy="Name the dataset.")
         if any(entry.name == name for entry in base.entries):
@@ -163,21 +166,35 @@ def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixtu
     return Mixture(path, tuple(own), base.without)
 
 
+def _document(path: Path) -> Document:
+    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
+        raise MixtureError(f"{path}: a mixture file ends in .yaml, .yml or .json.")
+    document = Document(
+        path,
+        what="mixture file",
+        error=MixtureError,
+        remedy="Name yours in GMAI_MIXTURE; the default is found from the repository's root.",
+    )
+    if document.data is None:
+        raise MixtureError(f"{path} is empty. List at least one dataset under 'datasets'.")
+    return document
+
+
 def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
     """The mixture that this one is a variant of, without what it leaves out."""
     value = top.scalar("base")
     if not isinstance(value, str) or not value:
         raise top.error("base must name a mixture file", remedy="Name one.", key="base")
     file = _locate(top, value, key="base", must_exist=True)
-    family = (*variants, top.path.resolve())
+    family = (*variants, top.document.path.resolve())
     if file.resolve() in family:
         raise top.error(
             f"base {value!r} is based on this file itself", remedy="Name another.", key="base"
         )
     base = _load(file, family, check_files=check_files)
-    if "without" not in top.values:
+    if "without" not in top:
         return base
-    patterns = _read_texts(top, "without", what="a dataset of the base, or a pattern")
+    patterns = top.texts("without", what="a dataset of the base, or a pattern")
     left_out: set[str] = set()
     for pattern in patterns:
         matching = {entry.name for entry in base.entries if fnmatchcase(entry.name, pattern)}
@@ -263,45 +280,43 @@ def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarr
 # --- fields -------------------------------------------------------------------------------------
 
 
-def _from_authors_form(section: Section) -> Section:
-    if "data_augment" in section.values and not isinstance(section.scalar("data_augment"), bool):
-        raise section.error(
-            "data_augment must be true or false", remedy="Correct it.", key="data_augment"
-        )
-    return section.renamed({old: new for old, new in _AUTHORS.items() if new is not None})
+def _from_authors_form(section: Section, datasets: Section) -> Section:
+    key = "data_augment"
+    if key in section and not isinstance(section.values[key], bool):
+        raise section.error("data_augment must be true or false", remedy="Correct it.", key=key)
+    name = str(section.place[-1])
+    return datasets.section(name, title=section.title, names=_AUTHORS)
 
 
 def _read_entry(
     name: str, section: Section, defaults: Section | None, *, check_files: bool
 ) -> DatasetEntry:
-    def holder(key: str) -> Section | None:
-        """The section that gives a field: the dataset, else the defaults, else none."""
-        return next((part for part in (section, defaults) if part and key in part.values), None)
+    def field(key: str, read: Callable[[Section, str], Any], default: Any = None) -> Any:
+        """Read a field of the dataset, else of the defaults."""
+        holder = next((part for part in (section, defaults) if part and key in part), None)
+        return default if holder is None else read(holder, key)
 
     annotations = _read_annotations(section, check_files=check_files)
-    root_holder = holder("image_root")
     return DatasetEntry(
         name=name,
         annotations=annotations,
-        image_root=_read_image_root(root_holder, annotations, check_files=check_files)
-        if root_holder
-        else None,
-        category=_read_text(holder("category"), "category"),
-        quality=_read_choice(holder("quality"), "quality", QUALITIES, None),
-        ratios=_read_ratios(holder("ratio")),
-        over_length=_read_choice(holder("over_length"), "over_length", ("cut", "drop"), "cut")
-        or "cut",
-        on_bad_sample=_read_choice(
-            holder("on_bad_sample"), "on_bad_sample", ("raise", "skip"), None
+        image_root=field(
+            "image_root",
+            partial(_read_image_root, annotations=annotations, check_files=check_files),
         ),
-        size=_read_size(section),
-        exclude=_read_exclude(section, check_files=check_files),
+        category=field("category", _read_text),
+        quality=field("quality", partial(_read_choice, known=QUALITIES)),
+        ratios=field("ratio", _read_ratios, dict.fromkeys(STAGES, 1.0)),
+        over_length=field("over_length", partial(_read_choice, known=("cut", "drop")), "cut"),
+        on_bad_sample=field("on_bad_sample", partial(_read_choice, known=("raise", "skip"))),
+        size=_read_size(section, "size") if "size" in section else None,
+        exclude=tuple(_files(section, "exclude", check_files=check_files))
+        if "exclude" in section
+        else (),
     )
 
 
-def _read_text(section: Section | None, key: str) -> str | None:
-    if section is None:
-        return None
+def _read_text(section: Section, key: str) -> str | None:
     value = section.scalar(key)
     if value is not None and not isinstance(value, str):
         raise section.error(
@@ -310,11 +325,7 @@ def _read_text(section: Section | None, key: str) -> str | None:
     return value
 
 
-def _read_choice(
-    section: Section | None, key: str, known: tuple[str, ...], default: str | None
-) -> str | None:
-    if section is None:
-        return default
+def _read_choice(section: Section, key: str, *, known: tuple[str, ...]) -> str:
     value = section.scalar(key)
     if value not in known:
         raise section.error(
@@ -325,100 +336,76 @@ def _read_choice(
     return value
 
 
-def _read_size(section: Section) -> int | None:
-    if "size" not in section.values:
-        return None
-    value = section.scalar("size")
+def _read_size(section: Section, key: str) -> int:
+    value = section.scalar(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise section.error(
             f"the size (length) must be a number of records, got {value!r}",
             remedy="Correct it, or leave it out.",
-            key="size",
+            key=key,
         )
     return value
 
 
-def _read_ratios(section: Section | None) -> dict[str, float]:
-    if section is None:
-        return dict.fromkeys(STAGES, 1.0)
-    node = section.values["ratio"]
-    if not isinstance(node, yaml.MappingNode):
-        return dict.fromkeys(STAGES, _read_ratio(section, section.scalar("ratio")))
-    stages = section.section("ratio", title=f"{section.title}, ratio")
+def _read_ratios(section: Section, key: str) -> dict[str, float]:
+    if not isinstance(section.values[key], dict):
+        return dict.fromkeys(STAGES, _read_ratio(section, key))
+    stages = section.section(key, title=f"{section.title}, ratio")
     stages.check_keys(STAGES)
     for stage in STAGES:
-        if stage not in stages.values:
+        if stage not in stages:
             raise stages.error(
                 f"{stage} is missing", remedy="Give all three stages; 0 leaves one out."
             )
-    return {stage: _read_ratio(stages, stages.scalar(stage), key=stage) for stage in STAGES}
+    return {stage: _read_ratio(stages, stage) for stage in STAGES}
 
 
-def _read_ratio(section: Section, value: object, *, key: str = "ratio") -> float:
+def _read_ratio(section: Section, key: str) -> float:
+    value = section.scalar(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type,operator]
+    if not is_number or not math.isfinite(value) or value < 0:
         raise section.error(
             f"a ratio must be a number of 0 or more, got {value!r}",
             remedy="1 is all records once, 0.05 is 5 %, 2.5 is two and a half times.",
             key=key,
         )
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _read_annotations(section: Section, *, check_files: bool) -> tuple[Path, ...]:
     key = "annotations"
-    if key not in section.values:
+    if key not in section:
         raise section.error("annotations are missing", remedy="Name the file(s) with the records.")
-    files: list[Path] = []
-    for value in _read_texts(section, key, what="a file"):
-        if Path(value).suffix.lower() not in SUFFIXES:
+    files = _files(section, key, check_files=check_files, suffixes=SUFFIXES)
+    for file in files:
+        if files.count(file) > 1:
             raise section.error(
-                f"annotation file {value!r} has an unknown suffix",
-                remedy=f"Use one of {', '.join(SUFFIXES)}.",
+                f"{file.name!r} is listed twice", remedy="Raise the ratio instead.", key=key
+            )
+    return tuple(files)
+
+
+def _files(
+    section: Section, key: str, *, check_files: bool, suffixes: tuple[str, ...] = ()
+) -> list[Path]:
+    files = []
+    for value in section.texts(key, what="a file"):
+        if suffixes and Path(value).suffix.lower() not in suffixes:
+            raise section.error(
+                f"the file {value!r} has an unknown suffix",
+                remedy=f"Use one of {', '.join(suffixes)}.",
                 key=key,
             )
         file = _locate(section, value, key=key, must_exist=check_files)
         if check_files and not file.is_file():
             raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
-        if file in files:
-            raise section.error(
-                f"{value!r} is listed twice", remedy="Raise the ratio instead.", key=key
-            )
         files.append(file)
-    return tuple(files)
-
-
-def _read_exclude(section: Section, *, check_files: bool) -> tuple[Path, ...]:
-    key = "exclude"
-    if key not in section.values:
-        return ()
-    files = []
-    for value in _read_texts(section, key, what="a file"):
-        file = _locate(section, value, key=key, must_exist=check_files)
-        if check_files and not file.is_file():
-            raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
-        files.append(file)
-    return tuple(files)
-
-
-def _read_texts(section: Section, key: str, *, what: str) -> list[str]:
-    """A text or a list of texts."""
-    node = section.values[key]
-    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
-    values = [section.plain(item, key) for item in nodes]
-    if not values or not all(isinstance(value, str) and value for value in values):
-        raise section.error(
-            f"{key} must be {what} or a list of such, got {values!r}",
-            remedy="Write a name, or several in brackets.",
-            key=key,
-        )
-    return values
+    return files
 
 
 def _read_image_root(
-    section: Section, annotations: tuple[Path, ...], *, check_files: bool
+    section: Section, key: str, *, annotations: tuple[Path, ...], check_files: bool
 ) -> Path | None:
-    key = "image_root"
     value = _read_text(section, key)
     if value is None:
         return None
@@ -441,7 +428,7 @@ def _read_image_root(
 
 def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path:
     """A path as it stands, below the mixture file's folder, or below the working directory."""
-    candidates = [section.path.parent / value, Path.cwd() / value]
+    candidates = [section.document.path.parent / value, Path.cwd() / value]
     for candidate in candidates:
         if candidate.exists():
             return candidate

@@ -1,99 +1,179 @@
-"""YAML and JSON whose every key knows its line, and in which no key is given twice."""
+"""YAML and JSON files as plain values that know their lines.
+
+Keys are text as it is written, so that ``1: neutrophil`` and ``no: absent`` mean the keys ``"1"`` and
+``"no"``. A key that is there twice is an error: YAML's own rule would silently take the last.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from gmai_xtuner.core.errors import MixtureError
+from gmai_xtuner.core.errors import GMAIError
+
+MAX_BYTES = 16 * 2**20
+MAX_NODES = 1_000_000
+
+Place = tuple[str | int, ...]
+"""Keys and positions that lead to a value: ``("sources", 0, "root")``."""
+
+_PLAIN_TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 
-def parse(path: Path) -> yaml.Node:
-    """The file's tree of nodes, not yet values.
+class Document:
+    """A file's values: dictionaries, lists and scalars as YAML types them; ``data`` is None if it is empty.
+
+    Args:
+        path: of the file; of a ``.json`` file tabs are read as spaces, which YAML wants.
+        what: name of such files in messages, e.g. ``"job file"``.
+        error: class of the errors.
+        remedy: what to do if the file can't be opened.
 
     Raises:
-        MixtureError: it can't be read, is not UTF-8, not YAML, or empty.
+        GMAIError: of the class ``error``: the file can't be read, is too large, or isn't YAML; tags, merge
+            keys and aliases of themselves are refused.
     """
-    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
-        raise MixtureError(f"{path}: a mixture file ends in .yaml, .yml or .json.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise MixtureError(
-            f"mixture file {path} can't be read ({error.strerror}). Name yours in GMAI_MIXTURE; the "
-            "default is found from the repository's root."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise MixtureError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-    if path.suffix.lower() == ".json":
-        text = text.replace("\t", " ")  # YAML knows no tabs; in JSON they can only be spacing
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise MixtureError(f"{path}, line {line}: not valid YAML: {error.problem}.") from error
-    except yaml.YAMLError as error:
-        raise MixtureError(f"{path}: not valid YAML: {error}.") from error
-    if node is None:
-        raise MixtureError(f"{path} is empty. List at least one dataset under 'datasets'.")
-    return node
+
+    def __init__(
+        self, path: Path, *, what: str, error: type[GMAIError] = GMAIError, remedy: str = ""
+    ) -> None:
+        self.path, self.what = path, what
+        self.data: Any = None
+        self._error = error
+        self._lines: dict[Place, int] = {(): 1}
+        self._nodes = 0
+        text = self._text(remedy)
+        try:
+            self._loader = yaml.SafeLoader(text)
+            node = self._loader.get_single_node()
+            if node is not None:
+                self.data = self._value(node, (), ())
+        except yaml.MarkedYAMLError as problem:
+            mark = problem.problem_mark or problem.context_mark
+            line = mark.line + 1 if mark else 1
+            reason = problem.problem or problem.context
+            raise error(f"{path}:{line}: not valid YAML: {reason}.") from problem
+        except yaml.YAMLError as problem:
+            raise error(f"{path}: not valid YAML: {problem}.") from problem
+        except RecursionError as problem:
+            raise error(f"{path}: nested too deep for a {what}.") from problem
+
+    def line(self, place: Place) -> int:
+        """Return the line of a value's key, or of the nearest section around it."""
+        while place not in self._lines:
+            place = place[:-1]
+        return self._lines[place]
+
+    def fault(self, place: Place, text: str) -> GMAIError:
+        """Return an error that begins with file and line."""
+        return self._error(f"{self.path}:{self.line(place)}: {text}")
+
+    def _text(self, remedy: str) -> str:
+        path, what = self.path, self.what
+        try:
+            size = path.stat().st_size
+            if size > MAX_BYTES:
+                raise self._error(
+                    f"{path}: {size} bytes are no {what}; at most {MAX_BYTES} are read."
+                )
+            text = path.read_text(encoding="utf-8-sig")
+        except OSError as problem:
+            reason = problem.strerror or problem
+            raise self._error(
+                f"{path}: the {what} can't be read ({reason}). {remedy}".rstrip()
+            ) from problem
+        except UnicodeDecodeError as problem:
+            raise self._error(
+                f"{path}: the {what} is not UTF-8 ({problem}). Save it as UTF-8."
+            ) from problem
+        return text.replace("\t", " ") if path.suffix.lower() == ".json" else text
+
+    def _value(self, node: yaml.Node, place: Place, above: tuple[int, ...]) -> Any:
+        self._nodes += 1
+        if id(node) in above:
+            self._stop(node, "an alias that contains itself")
+        if self._nodes > MAX_NODES:
+            self._stop(node, f"more than {MAX_NODES} values (aliases count where they are used)")
+        self._lines.setdefault(place, node.start_mark.line + 1)
+        above = (*above, id(node))
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+            self._stop(node, f"not valid YAML: the tag {node.tag!r} is of no use in a {self.what}")
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(item, (*place, i), above) for i, item in enumerate(node.value)]
+        if not isinstance(node, yaml.MappingNode):
+            try:
+                return self._loader.construct_object(node)
+            except ValueError as error:  # a date such as 2024-13-45
+                return self._stop(node, f"{error}; put it in quotes")
+        values: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._stop(key, "a key must be plain text")
+            if key.tag == "tag:yaml.org,2002:merge":
+                self._stop(key, "merge keys (<<) are not supported; write the keys out")
+            below = (*place, key.value)
+            if key.value in values:
+                first = self._lines[below]
+                self._stop(key, f"the key {key.value!r} is there twice, first in line {first}")
+            self._lines[below] = key.start_mark.line + 1
+            values[key.value] = self._value(value, below, above)
+        return values
+
+    def _stop(self, node: yaml.Node, text: str) -> NoReturn:
+        raise self._error(f"{self.path}:{node.start_mark.line + 1}: {text}.")
 
 
 class Section:
-    """A mapping of the file that knows its lines.
+    """A mapping of a document, whose errors name its lines.
 
     Args:
-        path: the file.
-        node: what should be a mapping.
-        title: how errors call it.
-        line: where it begins, from 1; default the node's own first line.
+        document: the file.
+        place: of the mapping.
+        title: its name in messages.
+        names: own name of each key that is read -> its name in the file; default: the keys as they are.
 
     Raises:
-        MixtureError: it is no mapping, or a key is given twice.
+        GMAIError: there is no mapping, or a value behind the own names isn't known.
     """
 
-    def __init__(self, path: Path, node: yaml.Node, *, title: str, line: int | None = None) -> None:
-        self.path, self.node, self.title = path, node, title
-        self.line = node.start_mark.line + 1 if line is None else line
-        self.values: dict[str, yaml.Node] = {}
-        self._lines: dict[str, int] = {}
-        if not isinstance(node, yaml.MappingNode):
-            raise self.error("a mapping (key: value) was expected", remedy="Write key: value.")
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise self.error("a key must be a text", remedy="Write key: value.")
-            if key.value in self.values:
-                raise MixtureError(
-                    f"{path}, line {key.start_mark.line + 1}: {title}: {key.value!r} is given "
-                    f"twice (first on line {self._lines[key.value]}). Rename or remove one."
-                )
-            self.values[key.value] = value
-            self._lines[key.value] = key.start_mark.line + 1
+    def __init__(
+        self,
+        document: Document,
+        place: Place = (),
+        *,
+        title: str,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.document, self.place, self.title = document, place, title
+        content = document.data
+        for part in place:
+            content = content[part]
+        if not isinstance(content, dict):
+            raise self.error("a mapping was expected", remedy="Write key: value.")
+        self._names = names or {key: key for key in content}
+        self.values = {own: content[key] for own, key in self._names.items() if key in content}
 
-    def error(self, problem: str, *, remedy: str, key: str | None = None) -> MixtureError:
-        """An error that names file, line (of the key, if given) and section."""
-        line = self.line if key is None else self._lines[key]
-        return MixtureError(f"{self.path}, line {line}: {self.title}: {problem}. {remedy}")
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
 
-    def section(self, key: str, *, title: str | None = None) -> Section:
-        """The mapping under a key."""
-        return Section(self.path, self.values[key], title=title or repr(key), line=self._lines[key])
+    def error(self, problem: str, *, remedy: str, key: str | None = None) -> GMAIError:
+        """Return an error that names the file, the line (of the key, if given) and the section."""
+        place = self.place if key is None else (*self.place, self._names.get(key, key))
+        return self.document.fault(place, f"{self.title}: {problem}. {remedy}")
 
-    def renamed(self, names: Mapping[str, str]) -> Section:
-        """The same lines under other names; keys that have no new name are left out."""
-        copy = Section(self.path, self.node, title=self.title, line=self.line)
-        present = {old: new for old, new in names.items() if old in self.values}
-        copy.values = {new: self.values[old] for old, new in present.items()}
-        copy._lines = {new: self._lines[old] for old, new in present.items()}
-        return copy
+    def section(
+        self, key: str, *, title: str | None = None, names: Mapping[str, str] | None = None
+    ) -> Section:
+        """Return the mapping under a key."""
+        place = (*self.place, self._names[key])
+        return Section(self.document, place, title=title or repr(key), names=names)
 
     def check_keys(self, known: Iterable[str]) -> None:
-        """Refuse any other key, with the nearest known one."""
+        """Refuse any other key, naming the nearest known one."""
         known = tuple(known)
         for key in self.values:
             if key not in known:
@@ -102,16 +182,25 @@ class Section:
                 raise self.error(f"unknown key {key!r}", remedy=remedy, key=key)
 
     def scalar(self, key: str) -> Any:
-        """Value of a key as YAML types it; a mapping or list is an error."""
-        return self.plain(self.values[key], key)
-
-    def plain(self, node: yaml.Node, key: str) -> Any:
-        """Value of one node below a key."""
-        if not isinstance(node, yaml.ScalarNode):
+        """Return the value of a key, which must be neither mapping nor list."""
+        value = self.values[key]
+        if isinstance(value, dict | list):
             raise self.error(f"{key} must be one value", remedy="Write key: value.", key=key)
-        try:
-            return yaml.SafeLoader("").construct_object(node)
-        except (ValueError, yaml.YAMLError) as error:
+        return value
+
+    def texts(self, key: str, *, what: str) -> list[str]:
+        """Return a text, or a list of texts, that are not empty.
+
+        Args:
+            key: of the value.
+            what: one of them, for messages.
+        """
+        value = self.values[key]
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(one, str) and one for one in values):
             raise self.error(
-                f"{key} can't be read ({error})", remedy="Put it in quotes.", key=key
-            ) from error
+                f"{key} must be {what} or a list of such, got {values!r}",
+                remedy="Write a name, or several in brackets.",
+                key=key,
+            )
+        return values

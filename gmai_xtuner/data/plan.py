@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +29,7 @@ import numpy as np
 
 from gmai_xtuner.core.errors import GMAIError, MixtureError
 from gmai_xtuner.core.exclusion import SHOWN, Exclusions
-from gmai_xtuner.core.locks import aside, locked
+from gmai_xtuner.core.files import locked, replace_text, staged
 from gmai_xtuner.core.mixture import sample_indices
 from gmai_xtuner.data import held_out as held_out_module
 from gmai_xtuner.data.held_out import EXCLUDED, HELD_OUT, NEITHER, TRAIN
@@ -227,10 +226,7 @@ class DataPlan:
             "unknown": len(unknown),
             "examples": unknown[:SHOWN],
         }
-        target = self.folder / "excluded.json"
-        partial = aside(target)
-        partial.write_text(json.dumps(told), encoding="utf-8")
-        os.replace(partial, target)
+        replace_text(self.folder / "excluded.json", json.dumps(told))
         return masks
 
     def _draw(self) -> np.ndarray:
@@ -297,11 +293,8 @@ class DataPlan:
         self._save(f"epoch-{epoch}-totals", totals)
 
     def _save(self, name: str, array: np.ndarray) -> None:
-        target = self.folder / f"{name}.npy"
-        partial = aside(target)
-        with partial.open("wb") as file:
+        with staged(self.folder / f"{name}.npy") as partial, partial.open("wb") as file:
             np.save(file, array)
-        os.replace(partial, target)
 
 
 @lru_cache(maxsize=4)

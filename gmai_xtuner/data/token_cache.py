@@ -43,8 +43,8 @@ from tqdm import tqdm
 
 from gmai_xtuner.core.conversation import parse_raw
 from gmai_xtuner.core.errors import DataError, GMAIError, ImageError
+from gmai_xtuner.core.files import locked, publish, remove_left_behind, replace_text, staging
 from gmai_xtuner.core.imaging.images import check_image
-from gmai_xtuner.core.locks import aside, locked, publish, remove_left_behind
 from gmai_xtuner.core.mixture import DatasetEntry
 from gmai_xtuner.core.records import RawRecord, iter_raw
 from gmai_xtuner.data.bad_records import (
@@ -266,9 +266,7 @@ def file_sha256(path: Path, cache_dir: str | Path) -> str:
             if not note.is_file():
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                partial = aside(note)
-                partial.write_text(digest)
-                os.replace(partial, note)
+                replace_text(note, digest)
     return note.read_text()
 
 
@@ -285,7 +283,7 @@ def _build(
     """
     entry, raises = job.entry, job.options.on_bad_sample == "raise"
     clean = places[-1]
-    partial = aside(clean)
+    partial = staging(clean)
     remove_left_behind(clean)
     partial.mkdir()
     bad = BadList()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.evaluate.answerers import Answerer, Given
 from gmai_xtuner.evaluate.benchmarks import (
     Benchmark,
@@ -48,7 +49,6 @@ from gmai_xtuner.evaluate.tables import (
     to_latex,
     to_markdown,
 )
-from gmai_xtuner.train.on_disk import replace_text
 
 log = logging.getLogger(__name__)
 ALL = "all"

@@ -96,6 +96,6 @@ def _read_cache(folder: Path | None) -> dict[str, Any]:
 
 
 def _write_cache(folder: Path, known: dict[str, Any]) -> None:
-    from gmai_xtuner.train.on_disk import replace_text
+    from gmai_xtuner.core.files import replace_text
 
     replace_text(folder / CACHE_FILE, json.dumps(known, indent=1) + "\n")

@@ -18,11 +18,11 @@ import jinja2
 from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.evaluate.answerers.answerer import open_picture
 from gmai_xtuner.evaluate.questions import Question
 from gmai_xtuner.evaluate.results import Result, Scored
 from gmai_xtuner.evaluate.tables import Table
-from gmai_xtuner.train.on_disk import replace_text
 
 TEMPLATE = "report.html.j2"
 SCRIPT = "report.js"

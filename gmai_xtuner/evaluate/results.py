@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.evaluate.protocols import Average, Protocol
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.run import Asked
 from gmai_xtuner.evaluate.statistics import Interval, interval_of
 from gmai_xtuner.evaluate.store import Answer, key_of
-from gmai_xtuner.train.on_disk import replace_text
 
 SCORES_FILE = "scores.jsonl"
 RESULT_FILE = "result.json"

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gmai_xtuner.core.errors import EvaluationError
-from gmai_xtuner.train.on_disk import replace_text
+from gmai_xtuner.core.files import replace_text
 
 log = logging.getLogger(__name__)
 RUN_FILE = "run.json"

@@ -287,7 +287,7 @@ def _numbers(entry: Entry, scored: Sequence[Scored], unanswered: int) -> dict[st
 
 
 def _write(file: Path, scored: Sequence[Scored]) -> None:
-    from gmai_xtuner.train.on_disk import replace_text
+    from gmai_xtuner.core.files import replace_text
 
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [

@@ -39,6 +39,7 @@ from gmai_xtuner.checkpoint.folder import (
     what_is_wrong,
 )
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.files import replace_text, to_disk
 from gmai_xtuner.train.on_disk import (
     REMOVING,
     WRITING,
@@ -46,8 +47,6 @@ from gmai_xtuner.train.on_disk import (
     put_in_place,
     raised_on_all_ranks,
     remove,
-    replace_text,
-    to_disk,
 )
 from gmai_xtuner.train.random_state import random_state, set_random_state
 from gmai_xtuner.train.signals import STOP_FILE, StopRequest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import logging
 import os
@@ -16,6 +15,7 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.files import directory_to_disk
 
 WRITING = ".writing"
 REMOVING = ".removing"
@@ -23,9 +23,6 @@ REMOVING = ".removing"
 TORCH_WRITE_ERRORS = r"inline_container\.cc|iostream error|Parent directory .* does not exist"
 """torch.save on a full disk, or without its folder, raises a RuntimeError with one of these, seen with torch
 2.11."""
-
-NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What some network file systems (FUSE, CIFS) answer to fsync of a directory; they have no such thing."""
 
 
 def is_write_error(error: Exception) -> bool:
@@ -61,17 +58,6 @@ def raised_on_all_ranks(explain: Callable[[str], str]) -> Iterator[None]:
     if problems:
         others = f" (and {len(problems) - 1} more ranks)" if problems[1:] else ""
         raise GMAIError(explain(problems[0] + others)) from mine
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never a part."""
-    aside = file.with_name(f".{file.name}{WRITING}")
-    with aside.open("w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(file)
-    directory_to_disk(file.parent)
 
 
 def put_in_place(aside: Path, final: Path) -> None:
@@ -110,27 +96,6 @@ def remove(path: Path) -> bool:
     if going is not None:
         _delete_or_warn(going)
     return True
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or every file of a folder, is on disk."""
-    for file in [path] if path.is_file() else sorted(path.iterdir()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if path.is_dir():
-        directory_to_disk(path)
-
-
-def directory_to_disk(path: Path) -> None:
-    """Wait until the names in a folder are on disk, where the file system knows how to."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in NO_DIRECTORY_SYNC:
-            raise
-    finally:
-        os.close(handle)
 
 
 def _move_away(path: Path) -> Path | None:

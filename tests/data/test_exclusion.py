@@ -185,9 +185,7 @@ def test_a_list_of_one_dataset_concerns_no_other(build, corpus: Corpus) -> None:
 
 def test_lists_are_part_of_the_mixture_and_an_absent_one_is_an_error(corpus: Corpus) -> None:
     corpus.mixture.write_text(corpus.mixture.read_text() + "exclude: gone.txt\n")
-    with pytest.raises(
-        MixtureError, match=r"mixture\.yaml, line 8: .*exclude 'gone.txt' does not exist"
-    ):
+    with pytest.raises(MixtureError, match=r"mixture\.yaml:8: .*exclude 'gone.txt' does not exist"):
         load_mixture(corpus.mixture)
     assert load_mixture(corpus.mixture, check_files=False).entries[0].exclude == (
         corpus.folder / "gone.txt",

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_tools.errors import CorpusError
 from data_tools.executor import IN_FLIGHT, open_executor
+from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.conftest import draw, files_of, generate
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import job as jobs
-from data_tools.errors import JobError
+from gmai_xtuner.core.errors import JobError
 
 HEAD = """\
 output: out

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.errors import CorpusError
 from data_tools.items import Item, Problem, Turn
 from data_tools.records import Label, Provenance, Record
 from data_tools.standardise import Drop, ReadRecord, UnitResult
@@ -21,6 +20,7 @@ from data_tools.store import (
     encode,
     rows_of,
 )
+from gmai_xtuner.core.errors import CorpusError
 
 
 def record(name: str, *, label: str = "cat") -> Record:

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 
-from data_tools.errors import CorpusError
 from data_tools.taxonomy import load
+from gmai_xtuner.core.errors import CorpusError
 
 
 def test_counts_of_gmai_mmbench():
@@ -65,14 +65,14 @@ def test_a_file_adds_terms_and_names(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("modalities:\n  Thermography:\n    synonyms: [MRI]\n", "line 2: 'MRI' already names"),
-        ("modality: {}\n", "line 1: unknown key 'modality'"),
-        ("modalities:\n  A: {synonym: [b]}\n", "line 2: 'A': unknown key 'synonym'"),
-        ("modalities:\n  A: {synonyms: b}\n", "line 2: 'A': synonyms must be a list of texts"),
-        ("modalities:\n  A: text\n", "line 2: 'A': a mapping of"),
-        ("modalities: [A]\n", "line 1: modalities: a mapping was expected"),
-        ("modalities:\n  A: {}\n  A: {}\n", "line 3: modalities: 'A' is given twice"),
-        ("modalities: {\n", "line 2: not valid YAML"),
+        ("modalities:\n  Thermography:\n    synonyms: [MRI]\n", ":2: 'MRI' already names"),
+        ("modality: {}\n", ":1: the taxonomy: unknown key 'modality'"),
+        ("modalities:\n  A: {synonym: [b]}\n", ":2: 'A': unknown key 'synonym'"),
+        ("modalities:\n  A: {synonyms: b}\n", ":2: 'A': synonyms must be a list of texts"),
+        ("modalities:\n  A: text\n", ":2: 'A': a mapping of"),
+        ("modalities: [A]\n", ":1: modalities: a mapping was expected"),
+        ("modalities:\n  A: {}\n  A: {}\n", ":3: the key 'A' is there twice"),
+        ("modalities: {\n", ":2: not valid YAML"),
     ],
 )  # fmt: skip
 def test_errors_of_a_file_say_where(tmp_path, text, problem):

@@ -22,6 +22,7 @@ from mmengine.logging import MessageHub
 from xtuner.tools import utils as xtuner_tools
 
 from gmai_xtuner.checkpoint.folder import MANIFEST, newest_whole, what_is_wrong
+from gmai_xtuner.core import files
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train import checkpointing, on_disk
 from gmai_xtuner.train.checkpointing import (
@@ -355,7 +356,7 @@ def test_a_disk_that_fails_to_sync_a_directory_is_not_ignored(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output error"):
-        on_disk.directory_to_disk(tmp_path)
+        files.directory_to_disk(tmp_path)
 
 
 def test_training_goes_on_when_an_old_checkpoint_cannot_be_deleted(tmp_path, monkeypatch, told):

@@ -13,7 +13,7 @@ import pytest
 from data_tools.contamination import columns
 from data_tools.contamination.benchmark import Benchmark
 from data_tools.contamination.hashing import Picture
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.contamination.sides import as_base64, picture, write_lines, write_tsv
 
 

@@ -12,7 +12,7 @@ import pytest
 from data_tools import overlap
 from data_tools.contamination.corpus import read_list
 from data_tools.contamination.findings import read_decisions
-from data_tools.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.contamination.sides import picture, record, write_lines
 
 

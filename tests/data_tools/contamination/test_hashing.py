@@ -23,9 +23,9 @@ from data_tools.contamination.hashing import (
     hash_picture,
     open_cache,
 )
-from data_tools.errors import CorpusError
 from data_tools.executor import open_executor
 from data_tools.preprocess.images import read_pixels
+from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.contamination.sides import picture
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.errors import CorpusError
 from data_tools.output.build import build
 from data_tools.store import DropRow, FunnelRow, Usage
+from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.output.fake_store import FakeStore, corpus, draw, job, kept, record, rejected
 
 ROOT = Path(__file__).parents[3]

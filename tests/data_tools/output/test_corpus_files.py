@@ -6,7 +6,6 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.errors import CorpusError
 from data_tools.items import FORMS, Problem
 from data_tools.output.corpus_files import (
     CorpusFiles,
@@ -17,6 +16,7 @@ from data_tools.output.corpus_files import (
 )
 from data_tools.records import Label, Record
 from data_tools.store import Kept
+from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.output.fake_store import item, kept, record, rejected
 
 ODD = 'quote " slash \\ line\nbreak tab\t 中文 \u202e\u2028 é \x00 𝄞'

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.errors import CorpusError
 from data_tools.output.near_duplicates import hashes, pairs, perceptual_hash
+from gmai_xtuner.core.errors import CorpusError
 
 
 def picture(seed: int, side: int = 160) -> Image.Image:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from skimage.draw import polygon2mask
 
-from data_tools.errors import SourceError
 from data_tools.readers import coco
+from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import boxes, read_all, reasons, write_image
 
 CATEGORIES = [{"id": 1, "name": "cell"}, {"id": 7, "name": "nucleus"}]

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_tools.errors import SourceError
 from data_tools.readers import image_folder
+from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import boxes, options, read_all, reasons, write_image
 
 

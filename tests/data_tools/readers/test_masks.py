@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
-from data_tools.errors import SourceError
 from data_tools.preprocess.regions import regions
 from data_tools.preprocess.rules import PRESETS
 from data_tools.readers import masks
+from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import options, read_all, reasons, write_image, write_mask
 
 PAIR = {"images": "i/{n}.png", "masks": "m/{n}.png"}

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_tools.errors import SourceError
 from data_tools.readers.paths import below, file_of, files, folder_of, matching
+from gmai_xtuner.core.errors import SourceError
 
 
 @pytest.mark.parametrize(

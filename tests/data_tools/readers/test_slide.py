@@ -13,10 +13,10 @@ import tifffile
 from PIL import Image
 from pydantic import ValidationError
 
-from data_tools.errors import SourceError
 from data_tools.readers import slide, slide_files
 from data_tools.readers.slide_regions import BadRegions, read_outlines
 from data_tools.samples import Dropped, Sample
+from gmai_xtuner.core.errors import SourceError
 
 
 def field(width: int, height: int) -> np.ndarray:

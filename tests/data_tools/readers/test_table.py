@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_tools.errors import SourceError
 from data_tools.readers import table
 from data_tools.readers.table_rows import grouped, open_table
 from data_tools.samples import Sample
+from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import boxes, options, read_all, reasons, write_image
 
 CORNERS = {"x1": "x1", "y1": "y1", "x2": "x2", "y2": "y2"}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from data_tools.errors import SourceError
 from data_tools.readers import video, video_frames
 from data_tools.samples import Dropped, Sample
+from gmai_xtuner.core.errors import SourceError
 
 WIDTH, HEIGHT = 128, 96
 

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from data_tools.errors import SourceError
 from data_tools.preprocess.regions import regions
 from data_tools.preprocess.rules import PRESETS
 from data_tools.readers import voc
+from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import boxes, read_all, reasons, write_image
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin>

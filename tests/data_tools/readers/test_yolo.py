@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_tools.errors import SourceError
 from data_tools.readers import yolo
+from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import boxes, read_all, reasons, write_image
 
 NAMES = ("red cell", "platelet")

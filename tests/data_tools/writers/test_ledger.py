@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from data_tools.errors import CorpusError
 from data_tools.writers.ledger import Ledger
 from data_tools.writers.outcome import Reply
 from data_tools.writers.prices import Expense
+from gmai_xtuner.core.errors import CorpusError
 
 COST = Expense(100, 50, 0.5)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from data_tools.errors import CorpusError, EndpointError
 from data_tools.items import Problem
 from data_tools.writers import limits, openai_writer
 from data_tools.writers.outcome import BudgetReached, Outcome
+from gmai_xtuner.core.errors import CorpusError, EndpointError
 from tests.data_tools.api_server import Act, ApiServer, completion, error, user_text
 from tests.data_tools.writers.stand_ins import Prompts, options, tasks, write_images, writer
 

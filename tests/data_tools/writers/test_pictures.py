@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.errors import CorpusError
 from data_tools.writers.options import ImageOptions
 from data_tools.writers.payload import Traits, payload
 from data_tools.writers.pictures import Picture
+from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.writers.stand_ins import Prompts, options, record, tasks, write_images
 
 

@@ -149,7 +149,7 @@ def test_paths_fall_back_on_the_working_directory(folder, monkeypatch):
     message = refused(inner, "datasets:\n  d:\n    annotations: none.jsonl\n")
     assert str(inner / "none.jsonl") in message
     assert str(folder / "none.jsonl") in message
-    assert "line 3" in message
+    assert ":3: " in message
 
 
 def test_missing_files_may_be_left_unchecked(folder):
@@ -185,14 +185,12 @@ def test_missing_files_may_be_left_unchecked(folder):
         ("annotations: none.jsonl", "does not exist"),
         ("annotations: a.jsonl, image_root: none", "does not exist"),
         ("annotations: a.jsonl, image_root: b.json", "is not a folder"),
-        ("annotations: a.jsonl, annotations: b.json", "'annotations' is given twice"),
-        ("annotations: a.jsonl, ratio: !!python/none 1", "can't be read"),
     ],
 )
 def test_bad_field_names_line_and_dataset(folder, fields, words):
     message = refused(folder, f"datasets:\n  d: {{{fields}}}\n")
     assert words in message
-    assert "line 2" in message
+    assert ":2: " in message
     assert "dataset 'd'" in message
 
 
@@ -200,30 +198,25 @@ def test_bad_field_names_line_and_dataset(folder, fields, words):
     ("text", "words"),
     [
         ("", "is empty"),
-        ("- a\n", "line 1: the mixture: a mapping (key: value) was expected"),
+        ("- a\n", ":1: the mixture: a mapping was expected"),
         ("datasets: {}\n", "no dataset is listed"),
-        ("datasets:\n", "a mapping (key: value) was expected"),
-        ("datasets:\n  d: a.jsonl\n", "line 2: dataset 'd': a mapping"),
-        ("datasets:\n  d: {annotations: a.jsonl}\n  d: {annotations: b.json}\n", "line 3"),
+        ("datasets:\n", "a mapping was expected"),
+        ("datasets:\n  d: a.jsonl\n", ":2: dataset 'd': a mapping"),
+        (
+            "datasets:\n  d: {}\n  e: {}\n  d: {}\n",
+            ":4: the key 'd' is there twice, first in line 2.",
+        ),
         ("datasets:\n  '': {annotations: a.jsonl}\n", "name is empty"),
         ("dataset:\n  d: {annotations: a.jsonl}\n", "Did you mean 'datasets'?"),
-        ("datasets:\n  d: {annotations: a.jsonl}\nseed: 1\n", "line 3: the mixture: unknown key"),
+        ("datasets:\n  d: {annotations: a.jsonl}\nseed: 1\n", ":3: the mixture: unknown key"),
         ("defaults: {size: 3}\ndatasets:\n  d: {annotations: a.jsonl}\n", "unknown key 'size'"),
-        ("defaults: {ratio: -1}\ndatasets:\n  d: {annotations: a.jsonl}\n", "line 1"),
+        ("defaults: {ratio: -1}\ndatasets:\n  d: {annotations: a.jsonl}\n", ":1: "),
         ("datasets:\n  d: [\n", "not valid YAML"),
-        ("datasets:\n\td: 1\n", "line 2: not valid YAML"),
-        ("datasets: &a\n  d: *a\n", "unknown key 'd'"),
+        ("datasets:\n\td: 1\n", ":2: not valid YAML"),
     ],
 )
 def test_bad_mixture_is_one_clear_error(folder, text, words):
     assert words in refused(folder, text)
-
-
-def test_duplicate_name_says_where_it_was_first(folder):
-    entry = "  d:\n    annotations: a.jsonl\n"
-    message = refused(folder, "datasets:\n" + entry + entry)
-    assert "line 4" in message
-    assert "first on line 2" in message
 
 
 def test_unreadable_mixture(tmp_path):
@@ -272,10 +265,10 @@ def test_empty_image_root_is_the_annotations_folder(folder):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("sample_ratio", "sample_ration", "line 5: dataset 'FILE1': unknown key"),
-        ("1.5", "-1", "line 5: dataset 'FILE1': a ratio must be"),
-        ("38276", '"x"', "line 6: dataset 'FILE1': the size (length)"),
-        ("true", "3", "line 7: dataset 'FILE1': data_augment must be"),
+        ("sample_ratio", "sample_ration", ":5: dataset 'FILE1': unknown key"),
+        ("1.5", "-1", ":5: dataset 'FILE1': a ratio must be"),
+        ("38276", '"x"', ":6: dataset 'FILE1': the size (length)"),
+        ("true", "3", ":7: dataset 'FILE1': data_augment must be"),
         ('"annotations"', '"annotation"', "Did you mean 'annotations'?"),
     ],
 )
@@ -455,9 +448,9 @@ def test_a_variant_may_add_datasets_and_exclude_from_all(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base: base/mixture.yaml\nwithout: [gen-x]\n", r"line 2: .*'gen-x' is no dataset of .*Did you"),
+        ("base: base/mixture.yaml\nwithout: [gen-x]\n", r":2: .*'gen-x' is no dataset of .*Did you"),
         ("base: base/mixture.yaml\nwithout: [x*]\n", r"`\*` stands for any characters"),
-        ("base: variant.yaml\n", r"line 1: .*is based on this file itself"),
+        ("base: variant.yaml\n", r":1: .*is based on this file itself"),
         ("base: nothing.yaml\n", r"base 'nothing.yaml' does not exist"),
         ("base: base/mixture.yaml\ndatasets: {real: {annotations: own.jsonl}}\n", "the base has a dataset"),
         ("base: base/mixture.yaml\nwithut: [real]\n", "Did you mean 'without'"),

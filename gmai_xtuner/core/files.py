@@ -1,0 +1,161 @@
+"""Files and folders that are whole or not there, whenever a process is killed; locks between processes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+MINUTES_BETWEEN_NOTES = 1.0
+
+NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Answers of some network file systems (FUSE, CIFS) to fsync of a directory; they have no such thing."""
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the file lock ``path``; while another process has it, say each minute what is waited for.
+
+    Args:
+        path: of the lock file.
+        what: the other process's work, for the log: ``"tokenise train.jsonl"``.
+    """
+    lock = FileLock(path)
+    while True:
+        try:
+            lock.acquire(timeout=60 * MINUTES_BETWEEN_NOTES)
+            break
+        except Timeout:
+            log.info("Waiting for another process to %s", what)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --- whole or not there -------------------------------------------------------------------------
+
+
+@contextmanager
+def staged(target: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Give a path beside ``target`` to write a file or folder to; it becomes ``target`` at the block's end.
+
+    A file that is there is replaced; so is an empty folder. If the block or the renaming fails, nothing is
+    left of it.
+
+    Args:
+        target: the final name, in a folder that exists.
+        durable: wait until everything is on disk, so that a power cut undoes nothing, and remove what killed
+            processes have left of earlier attempts. A false value serves many small files that can be made
+            anew.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    if durable:
+        remove_left_behind(target)
+    partial = staging(target)
+    try:
+        yield partial
+        if durable:
+            to_disk(partial)
+        os.replace(partial, target)
+    except BaseException:
+        delete(partial)
+        raise
+    if durable:
+        directory_to_disk(target.parent)
+
+
+def replace_text(file: Path, text: str | bytes, *, durable: bool = True) -> None:
+    """Write a file, UTF-8, so that a reader sees the old or the new one, never a part.
+
+    Args:
+        file, durable: see :func:`staged`.
+        text: the whole content.
+    """
+    with staged(file, durable=durable) as partial:
+        partial.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+
+
+def staging(path: Path) -> Path:
+    """Return a name beside ``path`` that no other process on any machine uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def remove_left_behind(path: Path) -> None:
+    """Remove what killed processes of this machine left under :func:`staging` names of ``path``."""
+    start = f".{path.name}.{socket.gethostname()}."
+    for name in os.listdir(path.parent):
+        process = name.removeprefix(start).removesuffix(".partial")
+        is_ours = name == f"{start}{process}.partial" and process.isdecimal()
+        if is_ours and not _is_alive(int(process)):
+            delete(path.with_name(name))
+
+
+def publish(made: Path, target: Path) -> None:
+    """Rename a finished folder into its place.
+
+    On a file system whose locks do not reach other machines a second process may have built the same
+    content meanwhile; whole is whole, the first one stays.
+    """
+    try:
+        os.replace(made, target)
+    except OSError:
+        if not (target / "meta.json").is_file():
+            raise
+        delete(made)
+
+
+def delete(path: Path) -> None:
+    """Remove a file or folder as far as the file system lets it go; errors are passed over."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+# --- on disk ------------------------------------------------------------------------------------
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or every file below a folder, is on disk."""
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            to_disk(entry)
+        directory_to_disk(path)
+        return
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def directory_to_disk(path: Path) -> None:
+    """Wait until the names in a folder are on disk, where the file system knows how to."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(handle)
