@@ -6,6 +6,8 @@ VENV ?= .venv
 # Tests run in so many processes, a file in one of them; each may train, with about 2 GiB.
 TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
+# Two processes with two threads each would wait for each other on two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-newest quickstart test test-fast check format clean
@@ -28,10 +30,10 @@ quickstart: env
 	$(BIN)/python examples/quickstart/run.py --work-dir work_dirs/quickstart
 
 test: env env-newest
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(PYTEST)
 
 test-fast: env env-newest
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: env
 	$(BIN)/ruff format --check .

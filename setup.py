@@ -98,6 +98,17 @@ setup(
         ],
         "data_tools": ["*.yaml", "forms/*.yaml", "output/*.j2", "contamination/*.j2"],
     },
+    entry_points={
+        "console_scripts": [
+            "gmai-generate = data_tools.generate:main",
+            "gmai-overlap = data_tools.overlap:main",
+            "gmai-preflight = gmai_xtuner.preflight.__main__:main",
+            "gmai-evaluate = gmai_xtuner.evaluate.__main__:main",
+            "gmai-chat = gmai_xtuner.chat.__main__:main",
+            "gmai-serve = gmai_xtuner.serve.__main__:main",
+            "gmai-demo = gmai_xtuner.demo.__main__:main",
+        ]
+    },
     python_requires=">=3.11,<3.13",
     install_requires=[
         # xtuner 0.2.0 pins transformers 4.48.0 and mmengine 0.10.6. Its extra "deepspeed" pins this
@@ -111,8 +122,8 @@ setup(
         "setuptools<81",
         "filelock>=3.12",
         "numpy>=1.26",
-        # decodes the 16-bit colour images that Pillow would cut to 8 bit; mmengine brings it too
-        "opencv-python",
+        # decodes the 16-bit colour images that Pillow would cut to 8 bit; the build that needs no display
+        "opencv-python-headless",
         # LoRA; tried with 0.14, 0.15 and 0.21. xtuner brings it without an upper bound.
         "peft>=0.14,<0.22",
         "pillow>=10.4",

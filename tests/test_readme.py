@@ -20,10 +20,3 @@ def test_links_lead_somewhere(page):
     for link in links:
         if not link.startswith("http"):
             assert (page.parent / link).exists(), link
-
-
-def test_architecture_names_the_modules_that_exist():
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for module in (ROOT / "gmai_xtuner").rglob("*.py"):
-        if module.name not in ("__init__.py", "__main__.py"):
-            assert module.name in text or f"{module.parent.name}/`" in text, module
