@@ -24,8 +24,7 @@ from printing import parser, quiet_stdout, show
 
 from data_tools import readers, standardise
 from data_tools.readers.source import SourceOptions
-from data_tools.records import Label, Provenance, Record
-from data_tools.samples import Dropped, Sample, Unit
+from data_tools.records import Drops, Label, Provenance, Record, Sample, Unit
 
 UNIT = 500
 """Records of a unit, as a table's or a volume's."""
@@ -47,7 +46,7 @@ def units(options: Options) -> Iterator[Unit]:
         yield Unit(f"{first:08d}", (first, min(UNIT, options.records - first)))
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     raise NotImplementedError("`read_unit` below stands for reading pictures")
 
 
@@ -73,7 +72,7 @@ def read_unit(source: Options, unit: Unit, *, folder: Path, taxonomy: Any) -> An
         )
         record = Record(
             name,
-            "images/00/picture.png",
+            f"images/00/{number:032x}.png",
             SIDE,
             SIDE,
             str(source.modality),
@@ -84,7 +83,7 @@ def read_unit(source: Options, unit: Unit, *, folder: Path, taxonomy: Any) -> An
             {"view": "PA"},
             provenance,
         )
-        made.append(standardise.ReadRecord(record, number.to_bytes(16, "big")))
+        made.append(record)
     return standardise.UnitResult(tuple(made), (), count)
 
 

@@ -24,9 +24,8 @@ from data_tools.pipeline import (
     source_context,
 )
 from data_tools.readers.source import SourceOptions
-from data_tools.records import Record
-from data_tools.samples import Unit
-from data_tools.standardise import Drop, read_unit
+from data_tools.records import Drop, Record, Unit
+from data_tools.standardise import read_unit
 from data_tools.store import FunnelRow, Store
 from data_tools.taxonomy import Taxonomy
 from data_tools.worker import BY_TEMPLATE, worker_taxonomy
@@ -87,7 +86,7 @@ def _look(
     for unit in chosen:
         result = read_unit(source, unit, folder=folder, taxonomy=taxonomy)
         count += len(result.records)
-        records += [read.record for read in result.records[:_RECORDS_OF_A_UNIT]]
+        records += result.records[:_RECORDS_OF_A_UNIT]
         drops += result.drops
     vocabulary = sorted({name for record in records for name in record.names})
     context = source_context(source, vocabulary)

@@ -36,9 +36,9 @@ from data_tools.output import publish
 from data_tools.output.build import build
 from data_tools.output.licences import refusal
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Unit
+from data_tools.records import Drop, Unit
 from data_tools.stamps import stamp
-from data_tools.standardise import IMAGES, Drop, read_unit
+from data_tools.standardise import IMAGES, read_unit
 from data_tools.store import Store, UnitRows, rows_of
 from data_tools.worker import Making, make, worker_taxonomy
 from data_tools.writers.outcome import CleanStop, Outcome, Task

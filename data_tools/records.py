@@ -1,16 +1,187 @@
-"""The standard record ``<image, modality, label, department, bbox [optional]>`` with its provenance.
+"""The shapes on the way from a source to the corpus: `Unit` -> `Sample` -> `Record`, and `Drop` for the rest.
 
-GMAI-VL (arXiv 2411.14522), section 3.1: every picture of the corpus is described in this one form before any
-text is written, and every statement of the text is held against it.
+A `Record` is GMAI-VL's ``<image, modality, label, department, bbox [optional]>`` (arXiv 2411.14522, section
+3.1) with its provenance: every image of the corpus is described in this one form before any text is written,
+and every statement of the text is checked against it.
+
+``H`` and ``W`` are an image's height and width in pixels; ``x`` runs along ``W``, ``y`` along ``H``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gmai_xtuner.core.errors import Unusable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Box = tuple[int, int, int, int]
+
+
+# --- what a reader gives --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The piece of a source that one process reads at once: an image file, a series, a volume, a video.
+
+    Args:
+        key: unique in its source and the same in every run, such as the file's path below the root.
+        payload: what the reader needs to read it; small, and can be pickled.
+    """
+
+    key: str
+    payload: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One expert statement about an image or a region of it.
+
+    Args:
+        label: name or code as the source has it; the job's ``labels`` turn it into a name.
+        box: ``(x1, y1, x2, y2)`` in pixels, half-open, as the source has it (it may be wrong), or None.
+        mask: bool ``[H, W]`` of the region or None. `preprocess.clean` makes boxes of it.
+        attributes: further findings in the source's words, such as ``{"side": "left", "severity": "mild"}``.
+    """
+
+    label: str
+    box: tuple[float, float, float, float] | None = None
+    mask: np.ndarray | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its annotations, not yet cleaned.
+
+    Args:
+        image: path of an ordinary image file, kept as it is if it can be, or uint8 ``[H, W]`` or
+            ``[H, W, 3]``.
+        source_file: path below the source's root, with ``/``, of the file that the image comes from.
+        annotations: those of the image as a whole have neither box nor mask. Without any the image is
+            dropped with that reason.
+        part: position in the file, such as ``{"axis": "z", "slice": 40}``, ``{"frame": 12}``; in the order
+            in which it is to appear in ids.
+        group: patient, case, video or slide: never on both sides of a split. None: the image alone.
+        modality: when the file knows it better than the job; a name of the taxonomy or a DICOM code.
+        attributes: of the image as a whole, from an allow-list: never who the patient is.
+        preprocessing: what was done to the grey levels and geometry, such as
+            ``{"window": "W 400 L 40", "orientation": "RAS"}``; kept with the record.
+        sha256: of what the image was read from, where ``source_file`` is no path because the path would
+            say who the patient is; ``group`` is final then, too. Else empty: it is computed from the file.
+    """
+
+    image: Path | np.ndarray
+    source_file: str
+    annotations: tuple[Annotation, ...] = ()
+    part: Mapping[str, int | str] = field(default_factory=dict)
+    group: str | None = None
+    modality: str | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    preprocessing: Mapping[str, str] = field(default_factory=dict)
+    sha256: str = ""
+
+
+# --- what is left out -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """An image or annotation that was left out, counted under its reason.
+
+    Args:
+        stage: ``read`` (by the reader), ``clean`` (a region, by the rules) or ``record``.
+        reason: same text for all of the kind, such as ``"mask smaller than 0.153 % of the image"``.
+        where: file below the root and part.
+        detail: what is particular to this one.
+    """
+
+    stage: str
+    reason: str
+    where: str
+    detail: str = ""
+
+
+class Drops:
+    """Everything that is left out of a unit, and the labels that its images therefore lack.
+
+    A reader is handed one and has no other way to leave something out. It raises `Unusable`, and the
+    nearest scope decides what falls::
+
+        with drops.image(name):                             # the image
+            for line, entry in enumerate(entries):
+                with drops.annotation(f"{name} line {line}", entry.label):   # or only this annotation
+                    annotations.append(parse(entry))
+            yield Sample(...)
+
+    Outside of any scope the rest of the unit falls. Labels of annotations that fall make the images of
+    their scope incomplete: nobody may count these labels there, or say that there is none. Outside of
+    `image` that is every image of the unit from then on.
+
+    Attributes:
+        found: the drops in their order.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Drop] = []
+        self._lost: list[set[str]] = [set()]
+
+    @property
+    def incomplete(self) -> set[str]:
+        """Labels that the image of the current scope lacks, as the source names them."""
+        return set().union(*self._lost)
+
+    def add(
+        self,
+        reason: str,
+        where: str,
+        detail: str = "",
+        *,
+        lost: Iterable[str] = (),
+        stage: str = "read",
+    ) -> None:
+        """Count a drop.
+
+        Args:
+            reason, where, detail, stage: see `Drop`.
+            lost: labels of the annotations that are left out by it and that are to be seen in the image;
+                none for a whole image, a repetition, or an annotation of nothing.
+        """
+        self.found.append(Drop(stage, reason, where, detail))
+        self._lost[-1].update(label for label in lost if label)
+
+    @contextmanager
+    def image(self, where: str, *, stage: str = "read") -> Iterator[set[str]]:
+        """Scope of one image (or of several that share a file): `Unusable` drops it.
+
+        Yields:
+            The labels that are lost in it.
+        """
+        lost: set[str] = set()
+        self._lost.append(lost)
+        try:
+            yield lost
+        except Unusable as error:
+            self.add(error.reason, where, error.detail, stage=stage)
+        finally:
+            self._lost.pop()
+
+    @contextmanager
+    def annotation(self, where: str, *labels: str) -> Iterator[None]:
+        """Scope of one annotation: `Unusable` drops it, and its labels are lost."""
+        try:
+            yield
+        except Unusable as error:
+            self.add(error.reason, where, error.detail, lost=labels)
+
+
+# --- what the corpus holds ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +189,9 @@ class Label:
     """One finding.
 
     Args:
-        name: what it is, in English, lower case unless a name or an abbreviation.
+        name: in English, lower case unless a name or an abbreviation.
         box: ``(x1, y1, x2, y2)`` in pixels of the stored image, half-open (``x2 - x1`` is the width), or
-            None if it is said of the picture as a whole.
+            None if it is said of the image as a whole.
         area: pixels of the region's mask; None without a mask.
         attributes: such as ``{"side": "left"}``.
     """
@@ -33,7 +204,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a record comes from.
+    """Origin of a record.
 
     Args:
         source: name of the source in the job.
@@ -42,9 +213,9 @@ class Provenance:
         url: where the set can be had; may be empty.
         file: path below the source's root.
         sha256: of that file's bytes, hexadecimal.
-        part: slice, frame or tile, see `samples.Sample`.
+        part: slice, frame or tile, see `Sample`.
         group: unit of the split; unique over all sources, begins with ``source/``.
-        preprocessing: see `samples.Sample`.
+        preprocessing: see `Sample`.
     """
 
     source: str
@@ -60,19 +231,19 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture with everything that is known of it.
+    """One image with everything that is known of it.
 
     Args:
         id: in the authors' form ``2d#cls#histopathology#crc100k#images#NORM#example.tif``; unique.
-        image: path of the stored picture below the corpus folder, ``images/...``.
-        width, height: of the stored picture, pixels.
+        image: path of the stored image below the corpus folder, ``images/...``.
+        width, height: of the stored image, pixels.
         modality, department, clinical_task: names of the taxonomy; the task may be None.
         source_task: ``"2D classification"``, ``"2D detection"``, ``"2D segmentation"`` or
             ``"3D segmentation"``.
         labels: at least one.
-        attributes: of the picture as a whole, such as ``{"body part": "chest", "view": "AP"}``.
+        attributes: of the image as a whole, such as ``{"body part": "chest", "view": "AP"}``.
         provenance: see `Provenance`.
-        incomplete: labels of which the source has more in this picture than ``labels``: regions that the
+        incomplete: labels of which the source has more in this image than ``labels``: regions that the
             rules or a fault left out. So they can't be counted, and none of them is absent.
     """
 
@@ -90,19 +261,19 @@ class Record:
     incomplete: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The record as in ``records.jsonl``: ``label`` are the distinct names, ``bbox`` the boxes."""
+        """Return the line of ``records.jsonl``: ``label`` are the distinct names, ``bbox`` the boxes."""
         values = asdict(self)
         values["labels"] = [
             {key: value for key, value in label.items() if value not in (None, {})}
             for label in values["labels"]
         ]
-        values["label"] = list(dict.fromkeys(label.name for label in self.labels))
+        values["label"] = list(self.names)
         values["bbox"] = [list(label.box) for label in self.labels if label.box] or None
         return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Record:
-        """The inverse of `to_json`; ``label`` and ``bbox`` are derived and not read."""
+        """Invert `to_json`; ``label`` and ``bbox`` are derived and not read."""
         labels = tuple(
             Label(
                 label["name"],

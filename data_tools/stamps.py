@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from data_tools.samples import Unit
+from data_tools.records import Unit
 
 _LONGEST_NAME = 4096
 

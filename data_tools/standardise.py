@@ -8,17 +8,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_tools import readers
-from data_tools.preprocess.images import StoredImage, store_image
+from data_tools.preprocess.images import store_image
 from data_tools.preprocess.regions import regions
-from data_tools.preprocess.rules import Rules, preset
+from data_tools.preprocess.rules import resolve
 from data_tools.readers.source import SourceOptions
-from data_tools.records import Label, Provenance, Record
-from data_tools.samples import Annotation, Dropped, Sample, Unit
+from data_tools.records import Annotation, Drop, Drops, Label, Provenance, Record, Sample, Unit
 from data_tools.taxonomy import Taxonomy
-from gmai_xtuner.core.errors import CorpusError, UnusableImage
+from gmai_xtuner.core.errors import CorpusError, Unusable
 
 VERSION = 2
 """A new number makes finished jobs read their sources again."""
@@ -34,112 +33,77 @@ _DIMENSION_AND_TASK = {
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
-    """Something left out.
-
-    Args:
-        stage: ``read`` (by the reader), ``clean`` (a region, by the rules) or ``record``.
-        reason: the same words for all of the kind.
-        where: file below the root and part.
-        detail: what is particular to this one.
-    """
-
-    stage: str
-    reason: str
-    where: str
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadRecord:
-    """A record, and ``twin``: the same for records of the same pixels and the same labels."""
-
-    record: Record
-    twin: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class UnitResult:
-    """What became of a unit.
+    """The outcome of reading a unit.
 
     Args:
         records, drops: in the order in which they were read.
-        samples: how many the reader gave, dropped or not.
+        samples: how many images and annotations the reader gave or dropped.
         files: below the root, that samples come from; a change of one makes the unit be read again.
     """
 
-    records: tuple[ReadRecord, ...]
+    records: tuple[Record, ...]
     drops: tuple[Drop, ...]
     samples: int = 0
     files: tuple[str, ...] = ()
 
 
-class _Refused(Exception):
-    """A sample is left out."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-
-
 def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxonomy) -> UnitResult:
-    """Read a unit, clean its annotations, store its pictures, make its records.
+    """Read a unit, clean its annotations, store its images, make its records.
 
     Args:
         source: its entry of the job.
         unit: of the source's reader.
-        folder: of the corpus; pictures go to ``images`` below it.
+        folder: of the corpus; images go to ``images`` below it.
         taxonomy: of the job.
     """
     reader = readers.load(source.reader)  # type: ignore[attr-defined]
-    records: list[ReadRecord] = []
-    drops: list[Drop] = []
+    records: list[Record] = []
+    drops = Drops()
     samples = 0
     files: dict[str, None] = {}
-    for sample in reader.read(source, unit):
-        samples += 1
-        if isinstance(sample, Dropped):
-            drops.append(Drop("read", sample.reason, sample.where, sample.detail))
-            continue
-        where = _where(sample)
-        if not _is_unicode(sample.source_file):
-            drops.append(Drop("record", "file name is not valid Unicode", where))
-            continue
-        files[sample.source_file] = None
-        try:
-            made, cleaned = _record(source, sample, folder=folder, taxonomy=taxonomy)
-        except _Refused as refused:
-            drops.append(Drop("record", refused.reason, where, refused.detail))
-        except UnusableImage as bad:
-            drops.append(Drop("record", bad.reason, where, bad.detail))
-        else:
-            drops.extend(Drop("clean", reason, where, detail) for reason, detail in cleaned)
-            if made is None:
-                drops.append(Drop("record", "no label left by the rules", where))
-            else:
-                records.append(made)
-    return UnitResult(tuple(records), tuple(drops), samples, tuple(files))
+    with drops.image(unit.key):
+        for sample in reader.read(source, unit, drops):
+            samples += 1
+            where = _where(sample)
+            with drops.image(where, stage="record"):
+                if not _is_unicode(sample.source_file):
+                    raise Unusable("file name is not valid Unicode")
+                files[sample.source_file] = None
+                records.append(_record(source, sample, drops, where, folder, taxonomy))
+    samples += sum(drop.stage == "read" for drop in drops.found)
+    return UnitResult(tuple(records), tuple(drops.found), samples, tuple(files))
 
 
 def _record(
-    source: SourceOptions, sample: Sample, *, folder: Path, taxonomy: Taxonomy
-) -> tuple[ReadRecord | None, list[tuple[str, str]]]:
+    source: SourceOptions,
+    sample: Sample,
+    drops: Drops,
+    where: str,
+    folder: Path,
+    taxonomy: Taxonomy,
+) -> Record:
     annotations = _named(source, sample)
     modality = _modality(source, sample, taxonomy)
     group = _group(source, sample)
     stored = store_image(sample.image, folder / IMAGES)
     if stored.turned and any(a.box is not None or a.mask is not None for a in annotations):
-        raise _Refused(
+        raise Unusable(
             "picture with regions is rotated by EXIF",
             "whether boxes and masks are those of the upright picture can't be known",
         )
-    labels, cleaned, incomplete = _labels(source, annotations, stored)
+    sha256 = _sha256(source, sample)
+    incomplete = _names(source, drops.incomplete)
+    with drops.image(where) as lost:
+        size = (stored.width, stored.height)
+        rules = resolve(source.clean)
+        found = regions(annotations, size=size, rules=rules, drops=drops, where=where)
+        labels = _distinct(found)
+        incomplete |= lost
     if not labels:
-        return None, cleaned
-    incomplete |= _names(source, sample.incomplete)
+        raise Unusable("no label left by the rules")
     task = source.source_task or _task(source, sample, labels)
-    record = Record(
+    return Record(
         id=_id(source, sample, modality, task),
         image=f"{IMAGES}/{stored.path}",
         width=stored.width,
@@ -156,36 +120,35 @@ def _record(
             licence=source.licence,
             url=source.url,
             file=sample.source_file,
-            sha256=_sha256(source, sample),
+            sha256=sha256,
             part=dict(sample.part),
             group=f"{source.name}/{group}",
             preprocessing=dict(sample.preprocessing),
         ),
         incomplete=tuple(sorted(incomplete)),
     )
-    return ReadRecord(record, _twin(record, stored)), cleaned
 
 
 def _named(source: SourceOptions, sample: Sample) -> list[Annotation]:
     """The annotations with the corpus' names for labels."""
     if not sample.annotations:
-        raise _Refused("no label")
+        raise Unusable("no label")
     named = []
     for annotation in sample.annotations:
         label: str | None = annotation.label.strip()
         if source.labels is not None:
             if annotation.label not in source.labels and label not in source.labels:
-                raise _Refused(
+                raise Unusable(
                     "unknown label", f"{annotation.label!r} is not in the job's `labels`"
                 )
             label = source.labels.get(annotation.label, source.labels.get(label or ""))
             if label is None:
-                raise _Refused(
+                raise Unusable(
                     "unclear label", f"{annotation.label!r} is null in the job's `labels`"
                 )
             label = label.strip()
         if not label:
-            raise _Refused("no label", "its name is empty")
+            raise Unusable("no label", "its name is empty")
         named.append(replace(annotation, label=label))
     return named
 
@@ -194,11 +157,11 @@ def _modality(source: SourceOptions, sample: Sample, taxonomy: Taxonomy) -> str:
     """The job's word goes before the file's."""
     modality = source.modality or sample.modality
     if not modality:
-        raise _Refused("no modality", "neither the job nor the file names it")
+        raise Unusable("no modality", "neither the job nor the file names it")
     try:
         return taxonomy.modality(modality)
     except CorpusError as error:
-        raise _Refused("unknown modality", str(error)) from error
+        raise Unusable("unknown modality", str(error)) from error
 
 
 def _group(source: SourceOptions, sample: Sample) -> str:
@@ -207,7 +170,7 @@ def _group(source: SourceOptions, sample: Sample) -> str:
         match = _pattern(source.group).search(sample.source_file)
         found = match and (match.group(1) if match.re.groups else match.group(0))
         if not found:
-            raise _Refused("path without the job's `group`", f"{source.group!r} doesn't match")
+            raise Unusable("path without the job's `group`", f"{source.group!r} doesn't match")
         return found
     # Slices and frames of one file belong together whether or not the reader says so.
     return sample.group or sample.source_file
@@ -216,18 +179,6 @@ def _group(source: SourceOptions, sample: Sample) -> str:
 @lru_cache(maxsize=256)
 def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(text)
-
-
-def _labels(
-    source: SourceOptions, annotations: list[Annotation], stored: StoredImage
-) -> tuple[list[Label], list[tuple[str, str]], set[str]]:
-    rules = source.clean if isinstance(source.clean, Rules) else preset(source.clean)
-    size = (stored.width, stored.height)
-    found, cleaned, incomplete = regions(annotations, size=size, rules=rules)
-    labels = [
-        Label(region.label, region.box, region.area, dict(region.attributes)) for region in found
-    ]
-    return _distinct(labels), cleaned, incomplete
 
 
 def _names(source: SourceOptions, labels: Iterable[str]) -> set[str]:
@@ -296,12 +247,14 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _twin(record: Record, stored: StoredImage) -> bytes:
+def duplicate_key(record: Record) -> bytes:
+    """Return 16 bytes that are the same for records of the same pixels, labels, modality and attributes."""
+    pixels = PurePosixPath(record.image).stem.partition("-")[0]  # see `preprocess.images`
     labels = sorted(
         json.dumps([label.name, label.box, label.area, sorted(label.attributes.items())])
         for label in record.labels
     )
-    text = json.dumps([stored.pixels, labels, record.modality, record.attributes], sort_keys=True)
+    text = json.dumps([pixels, labels, record.modality, record.attributes], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -312,7 +265,7 @@ def _sha256(source: SourceOptions, sample: Sample) -> str:
     try:
         state = path.stat()
     except (OSError, ValueError) as error:
-        raise _Refused("source file can't be read", str(error)) from error
+        raise Unusable("source file can't be read", str(error)) from error
     if path.is_dir():
         return _folder_sha256(str(path), state.st_mtime_ns)
     return _file_sha256(str(path), state.st_size, state.st_mtime_ns)

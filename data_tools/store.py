@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from data_tools.items import Conversation, Item, Problem
-from data_tools.records import Record
-from data_tools.standardise import Drop, UnitResult
+from data_tools.records import Drop, Record
+from data_tools.standardise import UnitResult, duplicate_key
 from gmai_xtuner.core.errors import CorpusError
 
 VERSION = 1
@@ -164,10 +164,10 @@ class UnitRows(NamedTuple):
 def rows_of(result: UnitResult) -> UnitRows:
     """The result of `standardise.read_unit` as it is stored."""
     return UnitRows(
-        [Row(r.record.id, r.twin, r.record.image, encode(r.record)) for r in result.records],
+        [Row(r.id, duplicate_key(r), r.image, encode(r)) for r in result.records],
         result.drops,
         result.samples,
-        sum(label.box is not None for r in result.records for label in r.record.labels),
+        sum(label.box is not None for r in result.records for label in r.labels),
         result.files,
     )
 

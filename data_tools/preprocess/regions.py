@@ -1,22 +1,21 @@
-"""Annotations of a picture -> regions with checked boxes.
+"""Clean the annotations of an image: check boxes, and turn masks into boxes of their components.
 
 Boxes are half-open, ``x2 - x1`` is the width, as `skimage.measure.regionprops` gives them. A mask becomes one
-region for each connected component, as SA-Med2D-20M does (arXiv 2311.11969), a box is taken as the source has
-it if it is one. ``H`` and ``W`` are the picture's height and width in pixels.
+region for each connected component, as SA-Med2D-20M does (arXiv 2311.11969). ``H`` and ``W`` are the image's
+height and width in pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from data_tools.preprocess.rules import Rules
-from data_tools.records import Box
-from data_tools.samples import Annotation
+from data_tools.records import Annotation, Box, Drops, Label
 
 OUTSIDE = "box outside the image"
 NO_SIZE = "box of no size"
@@ -28,144 +27,121 @@ EMPTY = "empty mask"
 OTHER_SIZE = "mask of another size than its image"
 BEYOND_LARGEST = "component beyond the largest that are kept"
 
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """An annotation whose geometry was checked.
-
-    Args:
-        label: as in the annotation.
-        box: ``(x1, y1, x2, y2)`` in pixels, half-open, inside the picture; None: the picture as a whole.
-        area: pixels of the region's mask; None without a mask.
-        attributes: as in the annotation.
-    """
-
-    label: str
-    box: Box | None = None
-    area: int | None = None
-    attributes: Mapping[str, str] = field(default_factory=dict)
-
-
-# Dropped under these, an object isn't one that the picture shows and the corpus lacks.
+# Dropped under these, an object isn't one that the image shows and the corpus lacks.
 _NOTHING_LOST = (CLIPPED, EMPTY)
 
 
 def regions(
-    annotations: Sequence[Annotation], *, size: tuple[int, int], rules: Rules
-) -> tuple[list[Region], list[tuple[str, str]], set[str]]:
+    annotations: Sequence[Annotation],
+    *,
+    size: tuple[int, int],
+    rules: Rules,
+    drops: Drops,
+    where: str,
+) -> list[Label]:
     """Check boxes and turn masks into boxes.
 
     An annotation with both box and mask is one object: its box is checked, its mask gives the area and is
     not split.
 
     Args:
-        annotations: of one picture.
+        annotations: of one image.
         size: its width and height, pixels.
         rules: what is kept.
+        drops: takes what is left out, of stage ``clean``.
+        where: the image, for the drops.
 
     Returns:
-        The regions in the order of their annotations, components of a mask from top to bottom; what was
-        dropped, as reason and detail; and the labels of which something was.
+        The regions in the order of their annotations, components of a mask from top to bottom.
     """
-    kept: list[Region] = []
-    drops: list[tuple[str, str]] = []
-    incomplete: set[str] = set()
+    kept: list[Label] = []
     for annotation in annotations:
-        before = len(drops)
+        cleaning = _Cleaning(annotation, size, rules, drops, where)
         if annotation.mask is not None and annotation.mask.shape != size[::-1]:
             height, width = annotation.mask.shape[:2]
-            drops.append(
-                (
-                    OTHER_SIZE,
-                    f"{annotation.label}: {width} x {height}, the image {size[0]} x {size[1]}",
-                )
-            )
+            cleaning.drop(OTHER_SIZE, f": {width} x {height}, the image {size[0]} x {size[1]}")
         elif annotation.box is not None:
-            kept += _of_box(annotation, annotation.box, size, rules, drops)
+            kept += cleaning.box(annotation.box)
         elif annotation.mask is not None:
-            kept += _of_mask(annotation, annotation.mask, size, rules, drops)
+            kept += cleaning.components(annotation.mask)
         else:
-            kept.append(Region(annotation.label, attributes=annotation.attributes))
-        if any(reason not in _NOTHING_LOST for reason, _ in drops[before:]):
-            incomplete.add(annotation.label)
-    return kept, drops, incomplete
+            kept.append(Label(annotation.label, attributes=dict(annotation.attributes)))
+    return kept
 
 
-def _of_box(
-    annotation: Annotation,
-    box: tuple[float, float, float, float],
-    size: tuple[int, int],
-    rules: Rules,
-    drops: list[tuple[str, str]],
-) -> Iterator[Region]:
-    shown = f"{annotation.label} {tuple(box)} in {size[0]} x {size[1]}"
-    if not all(math.isfinite(value) for value in box):
-        drops.append((NOT_FINITE, shown))
-        return
-    x1, y1, x2, y2 = (math.floor(value + 0.5) for value in box)
-    if x2 < x1 or y2 < y1:
-        drops.append((SWAPPED, shown))
-        return
-    if x2 == x1 or y2 == y1:
-        drops.append((NO_SIZE, shown))
-        return
-    inside = (max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1]))
-    if inside != (x1, y1, x2, y2):
-        wholly_outside = inside[2] <= inside[0] or inside[3] <= inside[1]
-        drops.append((OUTSIDE if wholly_outside or not rules.clip_boxes else CLIPPED, shown))
-        if drops[-1][0] == OUTSIDE:
-            return
-    area = None
-    if annotation.mask is not None:
-        area = int(np.count_nonzero(annotation.mask))
-        if area == 0:
-            drops.append((EMPTY, annotation.label))
-            return
-        if reason := _too_small(area, size, rules):
-            drops.append((reason, f"{annotation.label}: {area} pixels"))
-            return
-    yield Region(annotation.label, inside, area, annotation.attributes)
+@dataclass(frozen=True, slots=True)
+class _Cleaning:
+    """One annotation with what it is held against."""
 
+    annotation: Annotation
+    size: tuple[int, int]
+    rules: Rules
+    drops: Drops
+    where: str
 
-def _of_mask(
-    annotation: Annotation,
-    mask: np.ndarray,
-    size: tuple[int, int],
-    rules: Rules,
-    drops: list[tuple[str, str]],
-) -> Iterator[Region]:
-    found = components(mask, connectivity=rules.connectivity) if rules.split else whole(mask)
-    if not found:
-        drops.append((EMPTY, annotation.label))
-        return
-    large = []
-    for box, area in found:
-        if reason := _too_small(area, size, rules):
-            drops.append((reason, f"{annotation.label}: {area} of {size[0] * size[1]} pixels"))
-        else:
-            large.append((box, area))
-    if rules.keep_largest is not None and len(large) > rules.keep_largest:
-        by_area = sorted(range(len(large)), key=lambda number: (-large[number][1], number))
-        stay = set(by_area[: rules.keep_largest])
-        drops += [
-            (BEYOND_LARGEST, f"{annotation.label}: {large[number][1]} pixels")
-            for number in sorted(by_area[rules.keep_largest :])
-        ]
-        large = [part for number, part in enumerate(large) if number in stay]
-    for box, area in large:
-        yield Region(annotation.label, box, area, annotation.attributes)
+    def drop(self, reason: str, detail: str = "") -> list[Label]:
+        """Count a drop; return no region."""
+        label = self.annotation.label
+        lost = () if reason in _NOTHING_LOST else (label,)
+        self.drops.add(reason, self.where, label + detail, lost=lost, stage="clean")
+        return []
 
+    def kept(self, box: Box, area: int | None) -> Label:
+        return Label(self.annotation.label, box, area, dict(self.annotation.attributes))
 
-def _too_small(area: int, size: tuple[int, int], rules: Rules) -> str | None:
-    if area < rules.min_area_share * size[0] * size[1]:
-        return f"mask smaller than {rules.min_area_share:.3%} of the image".replace("%", " %")
-    if area < rules.min_area_pixels:
-        return f"mask smaller than {rules.min_area_pixels} pixels"
-    return None
+    def box(self, box: tuple[float, float, float, float]) -> list[Label]:
+        shown = f" {tuple(box)} in {self.size[0]} x {self.size[1]}"
+        if not all(math.isfinite(value) for value in box):
+            return self.drop(NOT_FINITE, shown)
+        x1, y1, x2, y2 = (math.floor(value + 0.5) for value in box)
+        if x2 < x1 or y2 < y1:
+            return self.drop(SWAPPED, shown)
+        if x2 == x1 or y2 == y1:
+            return self.drop(NO_SIZE, shown)
+        inside = (max(x1, 0), max(y1, 0), min(x2, self.size[0]), min(y2, self.size[1]))
+        if inside != (x1, y1, x2, y2):
+            wholly_outside = inside[2] <= inside[0] or inside[3] <= inside[1]
+            if wholly_outside or not self.rules.clip_boxes:
+                return self.drop(OUTSIDE, shown)
+            self.drop(CLIPPED, shown)
+        area = None
+        if self.annotation.mask is not None:
+            area = int(np.count_nonzero(self.annotation.mask))
+            if area == 0:
+                return self.drop(EMPTY)
+            if reason := self.too_small(area):
+                return self.drop(reason, f": {area} pixels")
+        return [self.kept(inside, area)]
+
+    def components(self, mask: np.ndarray) -> list[Label]:
+        rules, pixels = self.rules, self.size[0] * self.size[1]
+        found = components(mask, connectivity=rules.connectivity) if rules.split else whole(mask)
+        if not found:
+            return self.drop(EMPTY)
+        large = []
+        for box, area in found:
+            if reason := self.too_small(area):
+                self.drop(reason, f": {area} of {pixels} pixels")
+            else:
+                large.append((box, area))
+        by_area = sorted(range(len(large)), key=lambda index: (-large[index][1], index))
+        beyond = set() if rules.keep_largest is None else set(by_area[rules.keep_largest :])
+        for index in sorted(beyond):
+            self.drop(BEYOND_LARGEST, f": {large[index][1]} pixels")
+        return [self.kept(*part) for index, part in enumerate(large) if index not in beyond]
+
+    def too_small(self, area: int) -> str | None:
+        rules = self.rules
+        if area < rules.min_area_share * self.size[0] * self.size[1]:
+            share = f"{rules.min_area_share:.3%}".replace("%", " %")
+            return f"mask smaller than {share} of the image"
+        if area < rules.min_area_pixels:
+            return f"mask smaller than {rules.min_area_pixels} pixels"
+        return None
 
 
 def components(mask: np.ndarray, *, connectivity: Literal[4, 8] = 8) -> list[tuple[Box, int]]:
-    """Half-open box and number of pixels of each connected component, from top to bottom, then from the left.
+    """Return half-open box and number of pixels of each connected component, from top to bottom, then left.
 
     Args:
         mask: bool ``[H, W]``.
@@ -176,7 +152,7 @@ def components(mask: np.ndarray, *, connectivity: Literal[4, 8] = 8) -> list[tup
     if not mask.any():
         return []
     (y1, y2), (x1, x2) = _extent(mask, axis=1), _extent(mask, axis=0)
-    # Only the part of the picture in which something is: masks are mostly background.
+    # Only the part of the image in which something is: masks are mostly background.
     part = np.ascontiguousarray(mask[y1:y2, x1:x2]).view(np.uint8)
     _, _, statistics, _ = cv2.connectedComponentsWithStats(part, connectivity=connectivity)
     found: list[tuple[Box, int]] = []
@@ -187,7 +163,7 @@ def components(mask: np.ndarray, *, connectivity: Literal[4, 8] = 8) -> list[tup
 
 
 def whole(mask: np.ndarray) -> list[tuple[Box, int]]:
-    """Half-open box and number of pixels of the mask as a whole; empty for an empty mask."""
+    """Return half-open box and number of pixels of the mask as a whole; nothing for an empty mask."""
     if not mask.any():
         return []
     (y1, y2), (x1, x2) = _extent(mask, axis=1), _extent(mask, axis=0)

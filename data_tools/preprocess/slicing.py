@@ -27,7 +27,7 @@ from pydantic import Field
 from data_tools.options import Options
 from data_tools.preprocess.volumes import Volume, present
 from data_tools.preprocess.windows import Scale
-from data_tools.samples import Annotation
+from data_tools.records import Annotation
 
 Axis = Literal["x", "y", "z"]
 AXES: tuple[Axis, ...] = ("x", "y", "z")

@@ -12,9 +12,8 @@ import numpy as np
 
 from data_tools.preprocess.rules import Rules
 from data_tools.preprocess.volumes import Structure, Volume
-
-Drop = tuple[str, str]
-"""Reason and detail."""
+from data_tools.records import Drops
+from gmai_xtuner.core.errors import Unusable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,37 +27,35 @@ class _Component:
     last: tuple[int, ...]
 
 
-def clean(volume: Volume, rules: Rules) -> tuple[Volume | None, list[Drop], frozenset[str]]:
-    """The volume with what the rules leave of its structures.
+def clean(volume: Volume, rules: Rules, *, drops: Drops, where: str) -> Volume:
+    """Return the volume with what the rules leave of its structures.
 
     Args:
         volume: in RAS+; its arrays are not changed.
         rules: `min_voxels`, `min_volume_mm3`, `min_side_mm` and `keep_largest` apply to each 26-connected
             (or as `connectivity_3d` says) component; `max_background` to the volume, before anything is
             taken away; `split_left_right` to what is left.
+        drops: takes each component that is left out.
+        where: the volume, for the drops.
 
-    Returns:
-        The volume, or None if it is left out as a whole; a drop for each component (or the volume); and the
-        labels that lost one.
+    Raises:
+        Unusable: the volume is left out as a whole.
     """
     if rules.max_background < 1.0 and volume.structures:
         share = _background(volume)
         if share > rules.max_background:
             reason = f"volume of more than {100 * rules.max_background:g} % background"
-            return None, [(reason, f"{100 * share:.3f} %")], frozenset()
+            raise Unusable(reason, f"{100 * share:.3f} %")
     if not _any(rules):
-        return volume, [], frozenset()
-    drops: list[Drop] = []
-    lost: set[str] = set()
+        return volume
     layers: list[np.ndarray] = []
     structures: list[Structure] = []
     for number, layer in enumerate(volume.layers):
         own = [item for item in volume.structures if item.layer == number]
-        cleaned, left = _clean_layer(layer, own, volume.spacing, rules, drops, lost)
+        cleaned, left = _clean_layer(layer, own, volume.spacing, rules, drops, where)
         layers.append(cleaned)
         structures += left
-    cleaned_volume = replace(volume, layers=tuple(layers), structures=tuple(structures))
-    return cleaned_volume, drops, frozenset(lost)
+    return replace(volume, layers=tuple(layers), structures=tuple(structures))
 
 
 def _any(rules: Rules) -> bool:
@@ -85,8 +82,8 @@ def _clean_layer(
     structures: list[Structure],
     spacing: tuple[float, float, float],
     rules: Rules,
-    drops: list[Drop],
-    lost: set[str],
+    drops: Drops,
+    where: str,
 ) -> tuple[np.ndarray, list[Structure]]:
     import cc3d
 
@@ -105,9 +102,7 @@ def _clean_layer(
     left: list[Structure] = []
     offset = box[0].start
     for value, components in sorted(by_value.items()):
-        kept = _kept(names[value].label, components, spacing, rules, drops)
-        if len(kept) < len(components):
-            lost.add(names[value].label)
+        kept = _kept(names[value].label, components, spacing, rules, drops, where)
         middle = (layer.shape[0] - 1) / 2 - offset
         sides = _sides(kept, middle) if rules.split_left_right else {}
         if sides:
@@ -148,7 +143,8 @@ def _kept(
     components: list[_Component],
     spacing: tuple[float, float, float],
     rules: Rules,
-    drops: list[Drop],
+    drops: Drops,
+    where: str,
 ) -> list[_Component]:
     """Those large enough, largest first."""
     volume = float(np.prod(spacing))
@@ -158,20 +154,20 @@ def _kept(
             (stop - start) * length
             for start, stop, length in zip(component.first, component.last, spacing, strict=True)
         ]
+        size = component.voxels * volume
         if component.voxels < rules.min_voxels:
-            reason = f"component smaller than {rules.min_voxels} voxels"
-            drops.append((reason, f"{label}: {component.voxels} voxels"))
-        elif component.voxels * volume < rules.min_volume_mm3:
-            reason = f"component smaller than {rules.min_volume_mm3:g} mm3"
-            drops.append((reason, f"{label}: {component.voxels * volume:.1f} mm3"))
+            reason, had = f"smaller than {rules.min_voxels} voxels", f"{component.voxels} voxels"
+        elif size < rules.min_volume_mm3:
+            reason, had = f"smaller than {rules.min_volume_mm3:g} mm3", f"{size:.1f} mm3"
         elif min(sides) < rules.min_side_mm:
-            reason = f"component with a side under {rules.min_side_mm:g} mm"
-            drops.append((reason, f"{label}: {min(sides):.1f} mm"))
+            reason, had = f"with a side under {rules.min_side_mm:g} mm", f"{min(sides):.1f} mm"
         elif rules.keep_largest and len(kept) >= rules.keep_largest:
-            reason = f"component beyond the {rules.keep_largest} largest"
-            drops.append((reason, f"{label}: {component.voxels} voxels"))
+            reason = f"beyond the {rules.keep_largest} largest"
+            had = f"{component.voxels} voxels"
         else:
             kept.append(component)
+            continue
+        drops.add(f"component {reason}", where, f"{label}: {had}", lost=[label])
     return kept
 
 

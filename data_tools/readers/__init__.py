@@ -1,8 +1,9 @@
 """Readers by name. A module is imported when a job uses it: one that reads DICOM needs pydicom, others don't.
 
 A reader is a module with ``Options`` (its keys in the job), ``units(options)`` (what there is to read, in a
-fixed order) and ``read(options, unit)`` (samples and drops of one unit). Where a module has a ``VERSION``, a
-new number makes finished jobs read their sources again.
+fixed order) and ``read(options, unit, drops)`` (the samples of one unit; it raises `Unusable` or calls
+``drops`` for all that it leaves out). Where a module has a ``VERSION``, a new number makes finished jobs read
+their sources again. A new format is one such file, its line in `READERS` and its test.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from data_tools.samples import Dropped, Sample, Unit
+from data_tools.records import Drops, Sample, Unit
 
 READERS = {
     "image_folder": "data_tools.readers.image_folder",
@@ -36,7 +37,7 @@ class Reader(Protocol):
 
     def units(self, options: Any) -> Iterator[Unit]: ...
 
-    def read(self, options: Any, unit: Unit) -> Iterator[Sample | Dropped]: ...
+    def read(self, options: Any, unit: Unit, drops: Drops) -> Iterator[Sample]: ...
 
 
 def load(name: str) -> Reader:

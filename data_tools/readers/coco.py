@@ -10,16 +10,17 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data_tools.preprocess.rules import resolve
 from data_tools.readers.paths import file_of, folder_of
-from data_tools.readers.pictures import BadPicture, picture
-from data_tools.readers.polygons import BadShape, polygon_mask, run_length_mask
+from data_tools.readers.pictures import check_size, open_image, size_of
+from data_tools.readers.polygons import polygon_mask, run_length_mask
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Annotation, Dropped, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import SourceError, Unusable
 
 STRAYS = "annotations without an image"
 
@@ -130,49 +131,32 @@ def _slim(entry: Any, options: Options) -> dict[str, Any]:
     return {key: entry[key] for key in keys if key in entry} if isinstance(entry, dict) else {}
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """The picture of one entry with its annotations."""
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the image of one entry with its annotations."""
     payload = unit.payload
     if "strays" in payload:
         for image in payload["strays"]:
-            yield Dropped("annotation of an image that isn't listed", STRAYS, f"image_id {image}")
-        return
-    if "problem" in payload:
-        yield Dropped("image without an id of its own", unit.key, f"id {payload['problem']}")
+            drops.add("annotation of an image that isn't listed", STRAYS, f"image_id {image}")
         return
     image = payload["image"]
+    if "problem" in payload:
+        raise Unusable("image without an id of its own", f"id {payload['problem']}")
     if "twice" in payload:
-        yield Dropped(
-            "image listed twice", unit.key, f"{image.get('file_name')} has another id too"
-        )
-        return
-    try:
-        name = image.get("file_name")
-        if not isinstance(name, str):
-            raise BadPicture("image without a file name", repr(name))
-        found = picture(options.root, f"{options.images}/{name}" if options.images else name)
-        size = found.size()
-        stated = (image.get("width"), image.get("height"))
-        if None not in stated and stated != size:
-            raise BadPicture(
-                "image of another size than its annotation says",
-                f"{size[0]} x {size[1]}, said {stated[0]} x {stated[1]}",
-            )
-    except BadPicture as error:
-        yield Dropped(error.reason, unit.key, error.detail)
-        return
+        raise Unusable("image listed twice", f"{image.get('file_name')} has another id too")
+    name = image.get("file_name")
+    if not isinstance(name, str):
+        raise Unusable("image without a file name", repr(name))
+    found = open_image(options.root, f"{options.images}/{name}" if options.images else name)
+    size = size_of(found)
+    check_size(size, (image.get("width"), image.get("height")))
     annotations = []
-    left_out = []
     for entry in payload["annotations"]:
-        where = f"{unit.key} annotation {entry.get('id')}"
-        try:
+        label = payload["categories"].get(_hashable(entry.get("category_id")), "")
+        with drops.annotation(f"{unit.key} annotation {entry.get('id')}", label):
             annotations.append(_annotation(options, entry, payload["categories"], size))
-        except BadShape as error:
-            left_out.append(payload["categories"].get(_hashable(entry.get("category_id")), ""))
-            yield Dropped(error.reason, where, error.detail)
     group = image.get(options.group_key) if options.group_key else None
-    yield found.with_findings(
-        tuple(annotations), group=None if group is None else str(group), incomplete=left_out
+    yield replace(
+        found, annotations=tuple(annotations), group=None if group is None else str(group)
     )
 
 
@@ -181,9 +165,9 @@ def _annotation(
 ) -> Annotation:
     category = _hashable(entry.get("category_id"))
     if category not in categories:
-        raise BadShape("unknown class id", f"category_id {entry.get('category_id')!r}")
+        raise Unusable("unknown class id", f"category_id {entry.get('category_id')!r}")
     if entry.get("iscrowd"):
-        raise BadShape("crowd annotation", categories[category])
+        raise Unusable("crowd annotation", categories[category])
     if options.regions == "boxes":
         return Annotation(categories[category], _box(entry.get("bbox")))
     shape = entry.get("segmentation")
@@ -200,6 +184,6 @@ def _box(values: Any) -> tuple[float, float, float, float]:
         if isinstance(value, int | float) and abs(value) < 2**53
     ]
     if len(numbers) != 4 or len(values) != 4 or not all(map(math.isfinite, numbers)):
-        raise BadShape("box that can't be read", f"bbox {values!r}"[:200])
+        raise Unusable("box that can't be read", f"bbox {values!r}"[:200])
     x, y, width, height = numbers
     return (x, y, x + width, y + height)

@@ -15,7 +15,7 @@ from data_tools.readers.paths import file_of
 from data_tools.readers.volume import map_on, path_of
 from data_tools.readers.volume_files import Grid, load
 from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
-from data_tools.samples import Dropped, Sample
+from data_tools.records import Drops, Sample
 from gmai_xtuner.core.errors import SourceError
 
 UNKNOWN_VALUE = "label map with a value that dataset.json doesn't name"
@@ -88,8 +88,9 @@ def read_case(
     *,
     channel_names: Mapping[int, str],
     labels: Mapping[str, tuple[int, ...]],
+    drops: Drops,
     ignored: int | None = None,
-) -> Iterator[Sample | Dropped]:
+) -> Iterator[Sample]:
     """The pictures of each wanted channel of a case.
 
     Args:
@@ -102,27 +103,22 @@ def read_case(
         ignored: value of voxels that nobody decided on.
     """
     for channel, (name, index) in images.items():
-        try:
-            path = path_of(options.root, name)
-            grid = load(path, channel=index, max_voxels=options.max_voxels)
+        with drops.image(name):
+            grid = load(path_of(options.root, name), channel=index, max_voxels=options.max_voxels)
             mask = path_of(options.root, label_file)
             values = map_on(grid, mask, label_file, max_voxels=options.max_voxels)
-            volume = _volume(grid, values, labels, ignored)
-        except BadVolume as bad:
-            yield Dropped(bad.reason, name, bad.detail)
-            continue
-        shown = channel_names[channel]
-        modality = CHANNEL_MODALITIES.get(shown.casefold())
-        sequence = {"sequence": shown} if modality == "MR" and shown.casefold() not in _MR else {}
-        origin = Origin(
-            name,
-            part={"channel": shown} if index is not None else {},
-            group=key,
-            modality=modality,
-            attributes=sequence,
-            preprocessing=grid.notes,
-        )
-        yield from samples(volume, origin, options)
+            shown = channel_names[channel]
+            modality = CHANNEL_MODALITIES.get(shown.casefold())
+            named = modality == "MR" and shown.casefold() not in _MR
+            origin = Origin(
+                name,
+                part={"channel": shown} if index is not None else {},
+                group=key,
+                modality=modality,
+                attributes={"sequence": shown} if named else {},
+                preprocessing=grid.notes,
+            )
+            yield from samples(_volume(grid, values, labels, ignored), origin, options, drops)
 
 
 _MR = ("mr", "mri")

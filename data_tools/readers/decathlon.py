@@ -19,7 +19,7 @@ from data_tools.readers.dataset_json import (
     read_json,
     wrong,
 )
-from data_tools.samples import Dropped, Sample, Unit
+from data_tools.records import Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError
 
 
@@ -63,7 +63,7 @@ def units(options: Options) -> Iterator[Unit]:
         )
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """One case."""
     names = {int(key): name for key, name in unit.payload["names"].items()}
     several = len(names) > 1
@@ -72,7 +72,13 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
     }
     labels = {name: (value,) for name, value in unit.payload["labels"].items()}
     yield from read_case(
-        options, unit.key, images, unit.payload["label"], channel_names=names, labels=labels
+        options,
+        unit.key,
+        images,
+        unit.payload["label"],
+        channel_names=names,
+        labels=labels,
+        drops=drops,
     )
 
 

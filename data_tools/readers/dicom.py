@@ -41,11 +41,12 @@ from data_tools.readers.dicom_headers import (
     read_header,
     sha256_of,
 )
-from data_tools.readers.dicom_pixels import BadPixels, FileWindow, picture
+from data_tools.readers.dicom_pixels import FileWindow, picture
 from data_tools.readers.named_rows import Row, RowColumns, read_rows
 from data_tools.readers.paths import file_of, files, folder_of
 from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
-from data_tools.samples import Annotation, Dropped, Sample, Unit
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import Unusable
 
 ORPHAN = "segmentation without its series"
 ONE_BY_ONE = "segmentation of a series whose pictures the table labels one by one"
@@ -119,23 +120,24 @@ def units(options: Options) -> Iterator[Unit]:
     folder_of(options.root, "", source=options.name, key="root")
     rows = _rows(options)
     headers: list[Header] = []
-    bad: list[Dropped] = []
+    bad: list[tuple[str, Unusable]] = []
     for name in files(options.root):
         if not fnmatch.fnmatch(name, options.files):
             continue
-        found = read_header(options.root / name, name)
-        if isinstance(found, Dropped):
-            bad.append(found)
-        elif found.sop_class != DIRECTORY:
-            headers.append(found)
+        try:
+            found = read_header(options.root / name, name)
+        except Unusable as error:
+            bad.append((name, error))
+        else:
+            if found.sop_class != DIRECTORY:
+                headers.append(found)
     names = Pseudonyms.for_source(options.salt, headers)
 
     def shown(path: str) -> str:
         return f"{names.of('file', path)}.dcm" if options.anonymous_names else path
 
-    for drop in bad:
-        name = shown(drop.where)
-        yield Unit(name, {"drop": (drop.reason, drop.detail), "path": drop.where})
+    for path, error in bad:
+        yield Unit(shown(path), {"drop": (error.reason, error.detail), "path": path})
     drawn: dict[str, list[str]] = defaultdict(list)
     series: dict[tuple[object, ...], list[Header]] = defaultdict(list)
     known = {header.series for header in headers}
@@ -180,40 +182,33 @@ def units(options: Options) -> Iterator[Unit]:
                     "rows": tuple(
                         dict.fromkeys((row.label, row.box) for row in labels if not row.problem)
                     ),
-                    "incomplete": tuple(row.label for row in labels if row.problem and row.label),
-                    "problems": tuple(row.problem for row in labels if row.problem),
+                    "problems": tuple((row.label, row.problem) for row in labels if row.problem),
                     "group": names.of("patient", patient),
                 },
             )
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """The pictures of a file or of a series."""
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the images of a file or of a series."""
     payload = unit.payload
     if "drop" in payload:
-        reason, detail = payload["drop"]
-        yield Dropped(reason, unit.key, detail)
-        return
-    for problem in payload["problems"]:
-        yield Dropped("row of the table that can't be used", unit.key, problem)
+        raise Unusable(*payload["drop"])
+    for label, problem in payload["problems"]:
+        drops.add("row of the table that can't be used", unit.key, problem, lost=[label])
     paths = [options.root / path for path in payload["paths"]]
     said = [Annotation(label, box) for label, box in payload["rows"] if label]
-    incomplete = list(payload["incomplete"])
-    if len(paths) > 1 and (boxed := [item for item in said if item.box is not None]):
+    if len(paths) > 1 and (boxed := [item.label for item in said if item.box is not None]):
         # Its slices are turned and perhaps cut another way: the box isn't where it was.
-        yield Dropped(BOX_OF_SERIES, unit.key, ", ".join(item.label for item in boxed))
+        drops.add(BOX_OF_SERIES, unit.key, ", ".join(boxed), lost=boxed)
         said = [item for item in said if item.box is None]
-        incomplete += [item.label for item in boxed]
     if options.label == "folder":
         said.append(Annotation(paths[0].parent.name))
     try:
         data = open_dataset(paths[0])
     except (OSError, ValueError) as error:
-        yield Dropped("file can't be read", unit.key, type(error).__name__)
-        return
+        raise Unusable("file can't be read", type(error).__name__) from error
     if options.burned_in == "drop" and str(data.get("BurnedInAnnotation", "")).upper() == "YES":
-        yield Dropped(BURNED_IN, unit.key)
-        return
+        raise Unusable(BURNED_IN)
     origin = Origin(
         unit.key,
         group=payload["group"],
@@ -221,38 +216,37 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
         attributes=attributes_of(data, options.keep),
         sha256=sha256_of([*paths, *(options.root / path for path in payload["drawn"])]),
         whole=tuple(said),
-        incomplete=tuple(incomplete),
     )
-    try:
-        if len(paths) > 1 or (options.volumes and str(data.get("SOPClassUID", "")) in ENHANCED):
-            yield from _volume(options, payload, data, origin)
-        else:
-            yield from _frames(options, data, paths[0], origin)
-    except BadVolume as bad:
-        yield Dropped(bad.reason, unit.key, bad.detail)
+    if len(paths) > 1 or (options.volumes and str(data.get("SOPClassUID", "")) in ENHANCED):
+        yield from _volume(options, payload, data, origin, drops)
+    else:
+        yield from _frames(options, data, paths[0], origin, drops)
 
 
-def read_picture(path: Path, *, source_file: str) -> Sample | Dropped:
-    """The picture of a DICOM file of one frame, for tables of labels; without annotations.
+def read_picture(path: Path, *, source_file: str) -> Sample:
+    """Return the image of a DICOM file of one frame, without annotations, for tables of labels.
 
     Args:
         path: of the file.
         source_file: what the sample calls it.
+
+    Raises:
+        Unusable: it holds no image or several, or can't be read.
     """
     try:
         data = open_dataset(path)
         if str(data.get("Modality", "")) in NO_PICTURES:
-            return Dropped(NO_PICTURE, source_file, str(data.Modality))
+            raise Unusable(NO_PICTURE, str(data.Modality))
         if int(data.get("NumberOfFrames") or 1) > 1:
             frames = f"{data.NumberOfFrames} frames; the reader dicom takes them"
-            return Dropped("DICOM file of several frames", source_file, frames)
+            raise Unusable("DICOM file of several frames", frames)
         if str(data.get("BurnedInAnnotation", "")).upper() == "YES":
-            return Dropped(BURNED_IN, source_file)
+            raise Unusable(BURNED_IN)
         pixels, text = picture(data, path, 0, window="file", voi=0)
-    except BadPixels as bad:
-        return Dropped(bad.reason, source_file, bad.detail)
+    except Unusable:
+        raise
     except (OSError, ValueError) as error:
-        return Dropped("file can't be read", source_file, type(error).__name__)
+        raise Unusable("file can't be read", type(error).__name__) from error
     return Sample(
         pixels,
         source_file,
@@ -289,8 +283,10 @@ def _key(header: Header, match: Key) -> str:
     }[match]
 
 
-def _frames(options: Options, data: Any, path: Path, origin: Origin) -> Iterator[Sample | Dropped]:
-    """One picture a frame."""
+def _frames(
+    options: Options, data: Any, path: Path, origin: Origin, drops: Drops
+) -> Iterator[Sample]:
+    """Yield an image for each frame."""
     count = int(data.get("NumberOfFrames") or 1)
     taken = list(range(0, count, options.every))
     if options.at_most is not None and len(taken) > options.at_most:
@@ -298,39 +294,29 @@ def _frames(options: Options, data: Any, path: Path, origin: Origin) -> Iterator
         taken = [taken[place] for place in places]
     edge = resolve(options.clean).min_edge_ratio
     for frame in taken:
-        where = origin.source_file if count == 1 else f"{origin.source_file}#{frame}"
-        try:
+        with drops.image(origin.source_file if count == 1 else f"{origin.source_file}#{frame}"):
             pixels, text = picture(data, path, frame, window=options.window, voi=options.voi)
-        except BadPixels as bad:
-            yield Dropped(bad.reason, where, bad.detail)
-            continue
-        height, width = pixels.shape[:2]
-        if count > 1 and min(height, width) < edge * max(height, width):
-            yield Dropped("frame with a short edge", where, f"{width} x {height}")
-            continue
-        yield Sample(
-            pixels,
-            origin.source_file,
-            origin.whole,
-            part={} if count == 1 else {"frame": frame},
-            group=origin.group,
-            modality=origin.modality,
-            attributes=origin.attributes,
-            preprocessing={"window": text},
-            sha256=origin.sha256,
-            incomplete=origin.incomplete,
-        )
+            height, width = pixels.shape[:2]
+            if count > 1 and min(height, width) < edge * max(height, width):
+                raise Unusable("frame with a short edge", f"{width} x {height}")
+            yield Sample(
+                pixels,
+                origin.source_file,
+                origin.whole,
+                part={} if count == 1 else {"frame": frame},
+                group=origin.group,
+                modality=origin.modality,
+                attributes=origin.attributes,
+                preprocessing={"window": text},
+                sha256=origin.sha256,
+            )
 
 
 def _volume(
-    options: Options, payload: dict[str, Any], data: Any, origin: Origin
-) -> Iterator[Sample | Dropped]:
+    options: Options, payload: dict[str, Any], data: Any, origin: Origin, drops: Drops
+) -> Iterator[Sample]:
     if len(payload["paths"]) > 1:
-        headers = [
-            header
-            for path in payload["paths"]
-            if isinstance(header := read_header(options.root / path, path), Header)
-        ]
+        headers = [read_header(options.root / path, path) for path in payload["paths"]]
         headers, even = dicom_series.in_order(headers)
         volume, affine, shape, scale = dicom_series.stack(
             headers,
@@ -347,20 +333,22 @@ def _volume(
         instances = []
     drawn: list[dicom_structures.Mask] = []
     for path in payload["drawn"]:
-        try:
-            name = f"{origin.source_file}, what was drawn into it"
+        name = f"{origin.source_file}, what was drawn into it"
+        with drops.annotation(origin.where):
             drawn += dicom_structures.masks_of(
                 options.root / path, name, affine=affine, shape=shape, instances=instances
             )
-        except BadVolume as bad:
-            yield Dropped(bad.reason, origin.where, bad.detail)
     turned = [
         (label, to_ras(mask, LPS_TO_RAS @ affine)[0], attributes)
         for label, mask, attributes in drawn
     ]
     layers, structures = pack(turned, volume.voxels.shape)
     yield from samples(
-        Volume(volume.voxels, volume.affine, layers, structures), origin, options, scale=scale
+        Volume(volume.voxels, volume.affine, layers, structures),
+        origin,
+        options,
+        drops,
+        scale=scale,
     )
 
 

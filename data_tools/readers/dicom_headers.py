@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.readers.paths import LINK
-from data_tools.samples import Dropped
+from gmai_xtuner.core.errors import Unusable
 
 Attribute = Literal["BodyPartExamined", "ViewPosition", "Laterality", "PatientSex"]
 ATTRIBUTES: tuple[Attribute, ...] = ("BodyPartExamined", "ViewPosition", "Laterality")
@@ -170,24 +170,32 @@ def _read(pydicom: Any, path: Path, tags: tuple[str, ...] | None, *, force: bool
         raise ValueError(NOT_DICOM) from error
 
 
-def read_header(path: Path, name: str) -> Header | Dropped:
-    """The header of the file ``path``, which is called ``name`` below the root.
+def read_header(path: Path, name: str) -> Header:
+    """Return the header of the file ``path``, which is called ``name`` below the root.
 
-    A file that can't be read, and a value that is no number where one is expected, give a drop.
+    Raises:
+        Unusable: the file can't be read, or a value is no number where one is expected.
     """
     if path.is_dir():
-        return Dropped(LINK, name)
+        raise Unusable(LINK)
     try:
         data = open_dataset(path, tags=_HEADER_TAGS)
-    except ValueError:
-        return Dropped(NOT_DICOM, name)
+    except ValueError as error:
+        raise Unusable(NOT_DICOM) from error
     except OSError as error:
-        return Dropped("file can't be read", name, error.strerror or type(error).__name__)
+        raise Unusable("file can't be read", error.strerror or type(error).__name__) from error
     try:
         with quiet():
             return _header(data, name)
-    except (ValueError, TypeError, AttributeError, OverflowError, NotImplementedError, KeyError):
-        return Dropped("DICOM header with wrong values", name)
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        NotImplementedError,
+        KeyError,
+    ) as error:
+        raise Unusable("DICOM header with wrong values") from error
 
 
 def _header(data: Any, name: str) -> Header:

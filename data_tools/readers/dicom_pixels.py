@@ -15,6 +15,7 @@ import numpy as np
 
 from data_tools.preprocess.windows import Scale, Window, scale_for
 from data_tools.readers.dicom_headers import modality_of, quiet, words_of
+from gmai_xtuner.core.errors import Unusable
 
 FileWindow = Literal["file"] | Window
 """As `windows.Window`; ``file`` is the file's own VOI LUT or window, without one ``auto``."""
@@ -25,13 +26,8 @@ GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
 
 
-class BadPixels(ValueError):
-    """A picture that is left out, with the reason and what is particular to it."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+class BadPixels(Unusable):
+    """An image whose pixels can't be shown."""
 
 
 def intensities(data: Any, path: Path, frame: int = 0) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from data_tools.readers.paths import LINK, files, folder_of, is_image
-from data_tools.readers.pictures import BadPicture, picture
+from data_tools.readers.pictures import open_image
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Annotation, Dropped, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import SourceError, Unusable
 
 
 class Options(SourceOptions):
@@ -51,24 +52,14 @@ def units(options: Options) -> Iterator[Unit]:
             yield Unit(name, number)
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """The picture of one file with its folder's name as label."""
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the image of one file with its folder's name as label."""
     inside = unit.key[len(options.folders[unit.payload].strip("/")) :].strip("/").split("/")
     if (options.root / unit.key).is_dir():
-        yield Dropped(
-            LINK, unit.key, "put the folder itself there, or name it as a root of its own"
-        )
-        return
+        raise Unusable(LINK, "put the folder itself there, or name it as a root of its own")
     if len(inside) < 2:
-        yield Dropped("file in no class folder", unit.key)
-        return
+        raise Unusable("file in no class folder")
     if not is_image(unit.key) and "." in inside[-1]:
-        yield Dropped("not an image file", unit.key, f"suffix {inside[-1].rsplit('.')[-1]!r}")
-        return
+        raise Unusable("not an image file", f"suffix {inside[-1].rsplit('.')[-1]!r}")
     label = inside[0] if options.label_from == "first" else inside[-2]
-    try:
-        found = picture(options.root, unit.key)
-    except BadPicture as error:
-        yield Dropped(error.reason, unit.key, error.detail)
-        return
-    yield found.with_findings((Annotation(label),))
+    yield replace(open_image(options.root, unit.key), annotations=(Annotation(label),))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,7 +23,6 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.readers.paths import (
-    OUTSIDE,
     below,
     file_of,
     files,
@@ -31,10 +31,10 @@ from data_tools.readers.paths import (
     place_names,
     template_regex,
 )
-from data_tools.readers.pictures import BadPicture, image_size, picture
+from data_tools.readers.pictures import file_below, image_size, open_image, size_of
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Annotation, Dropped, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import SourceError, Unusable
 
 _RANGE = re.compile(r"([<>])\s*(-?\d+)")
 _COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
@@ -171,26 +171,26 @@ def _classes(path: Path) -> dict[str, Any]:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """One picture with its masks. A picture of which one mask is no good is dropped as a whole: what the
-    mask would have shown can't be told from what isn't there."""
-    try:
-        found = picture(options.root, unit.key)
-        size = found.size()
-        places, masks = _masks(options, unit)
-        annotations: list[Annotation] = []
-        empty: list[str] = []
-        for name, texts in masks:
-            shown = _annotations(options, name, texts, size)
-            annotations += shown
-            if not shown:
-                empty.append(name)
-    except BadPicture as error:
-        yield Dropped(error.reason, unit.key, error.detail)
-        return
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield one image with its masks.
+
+    An image of which one mask is no good is dropped as a whole: what the mask would have shown can't be told
+    from what isn't there.
+    """
+    found = open_image(options.root, unit.key)
+    size = size_of(found)
+    places, masks = _masks(options, unit)
+    shown: list[Annotation] = []
+    empty: list[str] = []
+    for name, texts in masks:
+        of_mask = _annotations(options, name, texts, size)
+        shown += of_mask
+        if not of_mask:
+            empty.append(name)
     for name in empty:
-        yield Dropped("empty mask", unit.key, name)
-    yield found.with_findings(tuple(annotations), group=places.get("group"))
+        drops.add("empty mask", unit.key, name)
+    group = places.get("group") or found.group
+    yield replace(found, annotations=tuple(shown), group=group)
 
 
 def _masks(options: Options, unit: Unit) -> tuple[dict[str, str], list[tuple[str, dict[str, str]]]]:
@@ -208,34 +208,29 @@ def _masks(options: Options, unit: Unit) -> tuple[dict[str, str], list[tuple[str
         places, found = {}, []
         names = [unit.payload] if isinstance(unit.payload, str) else unit.payload
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise BadPicture("masks that are no list of paths", repr(unit.payload)[:200])
+            raise Unusable("masks that are no list of paths", repr(unit.payload)[:200])
         for name in dict.fromkeys(names):
             texts: dict[str, str] = {}
             if options.templates:
                 matches = (template_regex(t).fullmatch(name) for t in options.templates)
                 fits = next((match for match in matches if match), None)
                 if fits is None:
-                    raise BadPicture("mask whose path doesn't fit the pattern", name)
+                    raise Unusable("mask whose path doesn't fit the pattern", name)
                 texts = fits.groupdict()
                 places = {"group": texts["group"]} if "group" in texts else places
             found.append((name, texts))
     if not found:
-        raise BadPicture("image without a mask")
+        raise Unusable("image without a mask")
     return places, found
 
 
 def _annotations(
     options: Options, name: str, texts: dict[str, str], size: tuple[int, int]
 ) -> list[Annotation]:
-    try:
-        path = below(options.root, name)
-    except ValueError as error:
-        raise BadPicture(OUTSIDE, str(error)) from error
-    if not path.is_file():
-        raise BadPicture("no such mask file", name)
+    path = file_below(options.root, name, "no such mask file")
     stated = image_size(path)
     if stated != size:
-        raise BadPicture(
+        raise Unusable(
             "mask of another size than its image",
             f"{name}: {stated[0]} x {stated[1]}, the image {size[0]} x {size[1]}",
         )
@@ -256,7 +251,7 @@ def _annotations(
         named = {int(colour[1:], 16): label for colour, label in options.colours.items()}
         unknown = [f"#{value:06x}" for value in present if value not in named]
         if unknown:
-            raise BadPicture(
+            raise Unusable(
                 "mask with an unknown colour",
                 f"{name}: {', '.join(unknown[:8])}, {len(unknown)} in all",
             )
@@ -272,9 +267,9 @@ def _label(options: Options, texts: dict[str, str], name: str) -> str:
     tables = _classes(below(options.root, options.classes))
     table = tables.get(texts.get("dataset", ""), tables.get(""))
     if table is None:
-        raise BadPicture("unknown dataset of a mask", f"{name}: {texts.get('dataset')!r}")
+        raise Unusable("unknown dataset of a mask", f"{name}: {texts.get('dataset')!r}")
     if not code.isascii() or not code.isdigit() or int(code) not in table:
-        raise BadPicture("unknown class id", f"{name}: {code!r}")
+        raise Unusable("unknown class id", f"{name}: {code!r}")
     return table[int(code)]
 
 
@@ -289,16 +284,16 @@ def _values(path: Path, name: str, *, colours: bool) -> np.ndarray:
             if image.mode in ("RGB", "RGBA", "LA"):
                 levels = np.asarray(image)[..., : 3 if image.mode != "LA" else 1]
                 if (levels != levels[..., :1]).any():
-                    raise BadPicture("mask in colours where grey levels are expected", name)
+                    raise Unusable("mask in colours where grey levels are expected", name)
                 return levels[..., 0]
             if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):
                 values = np.asarray(image)
                 return values.astype(np.uint8) if values.dtype == bool else values
-            raise BadPicture("mask of an unsupported kind", f"{name}: colour mode {image.mode}")
-    except BadPicture:
+            raise Unusable("mask of an unsupported kind", f"{name}: colour mode {image.mode}")
+    except Unusable:
         raise
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise BadPicture(
+        raise Unusable(
             "mask that can't be read", f"{name}: {type(error).__name__}: {error}"
         ) from error
 
@@ -317,7 +312,7 @@ def _foreground(
     present = np.unique(values)
     if len(present) > 2 or (len(present) == 2 and present[0] != 0):
         shown = ", ".join(str(value) for value in present[:8])
-        raise BadPicture(
+        raise Unusable(
             "binary mask with several values",
             f"{name}: {shown}{', ...' if len(present) > 8 else ''}; say `foreground` or `kind: indexed`",
         )

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import Field
 
 from data_tools.options import Options
-from data_tools.samples import Unit
+from data_tools.records import Unit
 from gmai_xtuner.core.errors import SourceError
 
 

@@ -22,7 +22,7 @@ from data_tools.readers.dataset_json import (
 )
 from data_tools.readers.paths import folder_of
 from data_tools.readers.volume_files import SUFFIXES
-from data_tools.samples import Dropped, Sample, Unit
+from data_tools.records import Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError
 
 
@@ -60,7 +60,7 @@ def units(options: Options) -> Iterator[Unit]:
         yield Unit(case, {"images": chosen, "label": label, **common})
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """One case."""
     payload = unit.payload
     images = {int(channel): (name, None) for channel, name in payload["images"].items()}
@@ -71,6 +71,7 @@ def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
         payload["label"],
         channel_names={int(key): name for key, name in payload["names"].items()},
         labels={name: tuple(values) for name, values in payload["labels"].items()},
+        drops=drops,
         ignored=payload["ignored"],
     )
 

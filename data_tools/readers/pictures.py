@@ -3,97 +3,97 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data_tools.readers.paths import DICOM_SUFFIXES, MISSING, OUTSIDE, below
-from data_tools.samples import Annotation, Sample
+from data_tools.records import Sample
+from gmai_xtuner.core.errors import Unusable
+
+MAX_BYTES = 64 * 2**20  # of an annotation file
 
 
-class BadPicture(ValueError):
-    """A picture that is left out.
-
-    Args:
-        reason: the same words for all of the kind.
-        detail: what is particular to this one.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture before anything is said of it.
-
-    Args:
-        name: path below the root, with ``/``.
-        sample: without annotations; of a DICOM file with what the file itself knows.
-        path: of the file.
-    """
-
-    name: str
-    path: Path
-    sample: Sample = field(repr=False)
-
-    def size(self) -> tuple[int, int]:
-        """Width and height as the file stores them; of an image file only the header is read.
-
-        Raises:
-            BadPicture: the header can't be read.
-        """
-        if isinstance(self.sample.image, np.ndarray):
-            height, width = self.sample.image.shape[:2]
-            return width, height
-        return image_size(self.path)
-
-    def with_findings(
-        self,
-        annotations: tuple[Annotation, ...],
-        *,
-        group: str | None = None,
-        modality: str | None = None,
-        attributes: Mapping[str, str] | None = None,
-        incomplete: Iterable[str] = (),
-    ) -> Sample:
-        """The sample; what a table says goes before what the file says."""
-        return replace(
-            self.sample,
-            annotations=annotations,
-            group=group or self.sample.group,
-            modality=modality or self.sample.modality,
-            attributes={**self.sample.attributes, **(attributes or {})},
-            incomplete=tuple(sorted(set(incomplete))),
-        )
-
-
-def picture(root: Path, name: str) -> Picture:
-    """The picture that a source names.
+def open_image(root: Path, name: str) -> Sample:
+    """Return the image that a source names, without annotations; of a DICOM file with what it says itself.
 
     Raises:
-        BadPicture: a hostile path, no such file, or a DICOM file that is no picture.
+        Unusable: a hostile path, no such file, or a DICOM file that holds no image.
+    """
+    path = file_below(root, name, MISSING)
+    name = path.relative_to(root).as_posix()
+    if not _is_dicom(path):
+        return Sample(path, name)
+    from data_tools.readers import dicom
+
+    return dicom.read_picture(path, source_file=name)
+
+
+def file_below(root: Path, name: str, missing: str) -> Path:
+    """Return the path of an existing file of the source.
+
+    Args:
+        root: of the source.
+        name: as the source has it.
+        missing: reason if there is no such file.
+
+    Raises:
+        Unusable: the name leads out of the root, or there is no such file.
     """
     try:
         path = below(root, name)
     except ValueError as error:
-        raise BadPicture(OUTSIDE, str(error)) from error
+        raise Unusable(OUTSIDE, str(error)) from error
     if not path.is_file():
-        raise BadPicture(MISSING, name)
-    name = path.relative_to(root).as_posix()
-    if not _is_dicom(path):
-        return Picture(name, path, Sample(path, name))
-    from data_tools.readers import dicom
+        raise Unusable(missing, name)
+    return path
 
-    found = dicom.read_picture(path, source_file=name)
-    if not isinstance(found, Sample):
-        raise BadPicture(found.reason, found.detail)
-    return Picture(name, path, found)
+
+def read_bytes(root: Path, name: str, unreadable: str) -> bytes:
+    """Return the content of an annotation file.
+
+    Args:
+        root: of the source.
+        name: as the source has it.
+        unreadable: reason if the file can't be read or is larger than `MAX_BYTES`.
+
+    Raises:
+        Unusable: with that reason, or because there is no such file.
+    """
+    path = file_below(root, name, "no such annotation file")
+    try:
+        if path.stat().st_size <= MAX_BYTES:
+            return path.read_bytes()
+    except OSError as error:
+        raise Unusable(unreadable, f"{type(error).__name__}: {error}") from error
+    raise Unusable(unreadable, f"larger than {MAX_BYTES} bytes")
+
+
+def size_of(sample: Sample) -> tuple[int, int]:
+    """Return width and height as the file stores them; of an image file only the header is read.
+
+    Raises:
+        Unusable: the header can't be read.
+    """
+    if isinstance(sample.image, Path):
+        return image_size(sample.image)
+    height, width = sample.image.shape[:2]
+    return width, height
+
+
+def check_size(size: tuple[int, int], stated: tuple[object, object]) -> None:
+    """Compare width and height with those that an annotation states, if it states both.
+
+    Raises:
+        Unusable: they differ.
+    """
+    if None not in stated and stated != size:
+        raise Unusable(
+            "image of another size than its annotation says",
+            f"{size[0]} x {size[1]}, said {stated[0]} x {stated[1]}",
+        )
 
 
 def _is_dicom(path: Path) -> bool:
@@ -109,7 +109,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height as stored, from the header; EXIF orientation is not applied.
 
     Raises:
-        BadPicture: the header can't be read, or promises more pixels than Pillow opens.
+        Unusable: the header can't be read, or promises more pixels than Pillow opens.
     """
     try:
         with warnings.catch_warnings():
@@ -117,9 +117,9 @@ def image_size(path: Path) -> tuple[int, int]:
             with Image.open(path) as image:
                 return image.size
     except Image.DecompressionBombError as error:
-        raise BadPicture("image is too large", str(error)) from error
+        raise Unusable("image is too large", str(error)) from error
     except (OSError, SyntaxError, ValueError, TypeError) as error:
-        raise BadPicture("image can't be read", f"{type(error).__name__}: {error}") from error
+        raise Unusable("image can't be read", f"{type(error).__name__}: {error}") from error
 
 
 def numbers(texts: Mapping[str, object]) -> dict[str, float]:

@@ -11,14 +11,7 @@ from typing import Any
 
 import numpy as np
 
-
-class BadShape(ValueError):
-    """A shape that is left out; ``reason`` is the same words for all of the kind."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+from gmai_xtuner.core.errors import Unusable
 
 
 def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) -> np.ndarray:
@@ -30,7 +23,7 @@ def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) 
         clip: whether a polygon may reach over the edge.
 
     Raises:
-        BadShape: fewer than three corners, no number, or outside the image.
+        Unusable: fewer than three corners, no number, or outside the image.
     """
     from pycocotools import mask as codes
 
@@ -39,9 +32,9 @@ def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) 
         try:
             values = np.asarray(polygon, dtype=np.float64)
         except (TypeError, ValueError, OverflowError) as error:
-            raise BadShape("polygon that can't be read", str(error)) from error
+            raise Unusable("polygon that can't be read", str(error)) from error
         if values.ndim != 1 or len(values) < 6 or len(values) % 2 or not np.isfinite(values).all():
-            raise BadShape(
+            raise Unusable(
                 "polygon that can't be read",
                 f"{values.size} values, where at least three pairs of numbers are expected",
             )
@@ -52,12 +45,12 @@ def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) 
             or x.max() > width + room[0]
             or y.max() > height + room[1]
         ):
-            raise BadShape(
+            raise Unusable(
                 "polygon outside the image",
                 f"x {x.min():g} to {x.max():g}, y {y.min():g} to {y.max():g} in {width} x {height}",
             )
     if not polygons:
-        raise BadShape("polygon that can't be read", "no polygon at all")
+        raise Unusable("polygon that can't be read", "no polygon at all")
     plain = [[float(value) for value in polygon] for polygon in polygons]
     return codes.decode(codes.merge(codes.frPyObjects(plain, height, width))).astype(bool)
 
@@ -66,32 +59,32 @@ def run_length_mask(code: Any, size: tuple[int, int]) -> np.ndarray:
     """Bool ``[H, W]`` of COCO's ``{"size": [H, W], "counts": ...}``, compressed or not.
 
     Raises:
-        BadShape: of another size, or its runs are not as long as the picture.
+        Unusable: of another size, or its runs are not as long as the picture.
     """
     from pycocotools import mask as codes
 
     width, height = size
     if not isinstance(code, dict) or list(code.get("size") or ()) != [height, width]:
         stated = code.get("size") if isinstance(code, dict) else code
-        raise BadShape("mask of another size than its image", f"{stated}, not [{height}, {width}]")
+        raise Unusable("mask of another size than its image", f"{stated}, not [{height}, {width}]")
     counts = code.get("counts")
     try:
         if isinstance(counts, list):
             runs = [int(run) for run in counts]
             if min(runs, default=0) < 0 or sum(runs) != width * height:
-                raise BadShape("run-length code of a wrong length", f"{sum(runs)} pixels")
+                raise Unusable("run-length code of a wrong length", f"{sum(runs)} pixels")
             flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
             return flat.reshape(width, height).T
         if not isinstance(counts, str | bytes):
-            raise BadShape("run-length code that can't be read", type(counts).__name__)
+            raise Unusable("run-length code that can't be read", type(counts).__name__)
         data = counts.encode("ascii") if isinstance(counts, str) else counts
         if _length(data) != width * height:
-            raise BadShape("run-length code of a wrong length", f"{_length(data)} pixels")
+            raise Unusable("run-length code of a wrong length", f"{_length(data)} pixels")
         return codes.decode({"size": [height, width], "counts": data}).astype(bool)
-    except BadShape:
+    except Unusable:
         raise
     except (ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise BadShape("run-length code that can't be read", str(error)) from error
+        raise Unusable("run-length code that can't be read", str(error)) from error
 
 
 def _length(data: bytes) -> int:

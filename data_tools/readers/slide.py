@@ -6,6 +6,7 @@ folder or of a table), the table's rows, outlines drawn on the slide, or a mask 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,20 +17,16 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.readers.named_rows import Row, RowColumns, beside, match_files, read_rows
-from data_tools.readers.paths import OUTSIDE, below
+from data_tools.readers.pictures import file_below
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Dropped, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from data_tools.records import Drops, Sample, Unit
+from gmai_xtuner.core.errors import SourceError, Unusable
 
 if TYPE_CHECKING:
     from data_tools.readers.slide_files import Scale, SlideFile
-    from data_tools.readers.slide_labels import Labeller
+    from data_tools.readers.slide_labels import Labeller, Tile
 
 SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".tif", ".tiff", ".qptiff")
-OVERVIEW_SIDE = (
-    2048  # pixels of the longer side of the picture in which tissue is looked for, at most
-)
-BLOCK = 2048  # pixels of the blocks in which a level is read for the overview
 
 
 class SlideColumns(RowColumns):
@@ -156,125 +153,95 @@ def units(options: Options) -> Iterator[Unit]:
     yield from match_files(rows, slides)
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """The tiles of one slide."""
-    from data_tools.readers import slide_files, slide_labels, slide_regions
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the tiles of one slide."""
+    from data_tools.readers import slide_files, slide_labels
 
-    if options.table is not None and unit.payload is None:
-        yield Dropped("slide of the table not found", unit.key)
-        return
-    try:
-        path = below(options.root, unit.key)
-    except ValueError as error:
-        yield Dropped(OUTSIDE, unit.key, str(error))
-        return
     rows: tuple[Row, ...] = unit.payload or ()
+    if options.table is not None and unit.payload is None:
+        raise Unusable("slide of the table not found")
+    path = file_below(options.root, unit.key, "slide can't be read")
     if options.table is not None and not rows:
-        yield Dropped("slide without a row in the table", unit.key)
-        return
-    slide = mask = None
-    try:
-        slide = slide_files.open_slide(path)
+        raise Unusable("slide without a row in the table")
+    with contextlib.ExitStack() as stack:
+        slide = stack.enter_context(contextlib.closing(slide_files.open_slide(path)))
         scale = scale_of(options, slide)
-        labeller: Labeller = slide_labels.OfSlide(options, unit.key, rows)
+        labeller: slide_labels.Labeller = slide_labels.OfSlide(options, unit.key, rows)
         if options.mask is not None:
             mask = slide_labels.open_mask(options, unit.key, slide)
+            stack.enter_context(contextlib.closing(mask))
             labeller = slide_labels.OfMask(options, slide, mask)
         elif options.regions is not None:
             outlines = slide_labels.outlines_of(options, unit.key)
             labeller = slide_labels.OfOutlines(options, outlines)
-        if options.columns.x:
-            places = _listed(options, unit.key, rows)
-        else:
-            places = _grid(options, unit.key, slide, scale)
-        yield from _tiles(options, unit.key, slide, scale, labeller, places)
-    except slide_files.BadSlide as error:
-        yield Dropped(error.reason, unit.key, error.detail)
-    except slide_regions.BadRegions as error:
-        yield Dropped("regions of the slide can't be read", unit.key, str(error))
-    finally:
-        for opened in (slide, mask):
-            if opened is not None:
-                opened.close()
-
-
-Place = tuple[int, int, "tuple[Row, ...]"]
-"""Full-resolution x and y of a tile's corner, and its own rows of the table."""
-
-
-def _tiles(
-    options: Options,
-    key: str,
-    slide: SlideFile,
-    scale: Scale,
-    labeller: Labeller,
-    places: Iterator[Place | Dropped],
-) -> Iterator[Sample | Dropped]:
-    from data_tools.readers.slide_files import BadSlide
-
-    level = slide.levels[scale.level]
-    for place in places:
-        if isinstance(place, Dropped):
-            yield place
-            continue
-        x, y, rows = place
-        where = f"{key} x {x} y {y}"
-        left, top = round(x / level.downsample), round(y / level.downsample)
-        if left + scale.read > level.width or top + scale.read > level.height or min(left, top) < 0:
-            size = f"{slide.levels[0].width} x {slide.levels[0].height}"
-            yield Dropped("tile outside the slide", where, f"the slide has {size} pixels")
-            continue
-        found = labeller.annotations(x, y, scale, rows)
-        if isinstance(found, str):
-            yield Dropped(found, where)
-            continue
-        try:
-            pixels = slide.read(scale.level, left, top, scale.read, scale.read)
-        except BadSlide as error:
-            yield Dropped(error.reason, where, error.detail)
-            continue
-        notes = {"level": str(scale.level), "full-resolution pixels a pixel": f"{scale.full:g}"}
-        if slide.microns_per_pixel:
-            notes["microns a pixel"] = f"{slide.microns_per_pixel * scale.full:.4g}"
-        yield Sample(
-            _resized(pixels, options.tile),
-            key,
-            tuple(found),
-            part={"x": x, "y": y},
-            group=key,
-            preprocessing=notes,
-            incomplete=labeller.incomplete,
+        tiles: dict[tuple[int, int], list[Row]] = (
+            _listed(options, unit.key, rows, drops)
+            if options.columns.x
+            else {corner: [] for corner in _grid(options, unit.key, slide, scale, drops)}
         )
+        for (x, y), own in tiles.items():
+            tile = slide_labels.Tile(f"{unit.key} x {x} y {y}", x, y, scale, tuple(own))
+            with drops.image(tile.where):
+                yield _sample(options, unit.key, slide, tile, labeller, drops)
+
+
+def _sample(
+    options: Options, key: str, slide: SlideFile, tile: Tile, labeller: Labeller, drops: Drops
+) -> Sample:
+    scale = tile.scale
+    level = slide.levels[scale.level]
+    left, top = round(tile.x / level.downsample), round(tile.y / level.downsample)
+    if left + scale.read > level.width or top + scale.read > level.height or min(left, top) < 0:
+        size = f"{slide.levels[0].width} x {slide.levels[0].height}"
+        raise Unusable("tile outside the slide", f"the slide has {size} pixels")
+    annotations = labeller.annotations(tile, drops)
+    pixels = slide.read(scale.level, left, top, scale.read, scale.read)
+    notes = {"level": str(scale.level), "full-resolution pixels a pixel": f"{scale.full:g}"}
+    if slide.microns_per_pixel:
+        notes["microns a pixel"] = f"{slide.microns_per_pixel * scale.full:.4g}"
+    return Sample(
+        _resized(pixels, options.tile),
+        key,
+        tuple(annotations),
+        part={"x": tile.x, "y": tile.y},
+        group=key,
+        preprocessing=notes,
+    )
 
 
 # --- scale and places -----------------------------------------------------------------------------
 
 
 def scale_of(options: Options, slide: SlideFile) -> Scale:
-    from data_tools.readers.slide_files import BadSlide, Scale
+    """Return how tiles of a slide are read.
+
+    Raises:
+        Unusable: the slide doesn't say its scale, or is too coarse.
+    """
+    from data_tools.readers.slide_files import Scale
 
     levels = slide.levels
     if options.microns_per_pixel is not None:
         own = options.slide_microns_per_pixel or slide.microns_per_pixel
         if own is None:
-            raise BadSlide(
+            raise Unusable(
                 "slide doesn't say its microns a pixel", "set slide_microns_per_pixel or level"
             )
         full = options.microns_per_pixel / own
     elif options.magnification is not None:
         own = options.slide_magnification or slide.magnification
         if own is None:
-            raise BadSlide(
+            raise Unusable(
                 "slide doesn't say its magnification", "set slide_magnification or level"
             )
         full = own / options.magnification
     else:
         number = options.level or 0
         if number >= len(levels):
-            raise BadSlide("slide without this level", f"{len(levels)} levels, {number} asked for")
+            raise Unusable("slide without this level", f"{len(levels)} levels, {number} asked for")
         return Scale(number, options.tile, levels[number].downsample)
     if full < 0.99:
-        raise BadSlide(
+        raise Unusable(
             "slide is coarser than asked for", f"it would be enlarged {1 / full:.3g} times"
         )
     # One percent of slack: pyramids' scales are rounded to whole pixels.
@@ -282,65 +249,78 @@ def scale_of(options: Options, slide: SlideFile) -> Scale:
     return Scale(level, max(1, round(options.tile * full / levels[level].downsample)), full)
 
 
-def _grid(options: Options, key: str, slide: SlideFile, scale: Scale) -> Iterator[Place | Dropped]:
-    """Tiles with enough tissue, row by row; the others as drops."""
+def _grid(
+    options: Options, key: str, slide: SlideFile, scale: Scale, drops: Drops
+) -> list[tuple[int, int]]:
+    """Return the corners of tiles with enough tissue, row by row; the others are dropped."""
     side, step = options.tile * scale.full, options.step * scale.full
     width, height = slide.levels[0].width, slide.levels[0].height
-    columns = [
-        round(i * step) for i in range(int((width - side) // step) + 1 if width >= side else 0)
-    ]
-    rows = [
-        round(i * step) for i in range(int((height - side) // step) + 1 if height >= side else 0)
-    ]
-    if not rows or not columns:
-        yield Dropped("slide smaller than a tile", key, f"{width} x {height} pixels, tile {side:g}")
-        return
+    if width < side or height < side:
+        detail = f"{width} x {height} pixels, tile {side:g}"
+        raise Unusable("slide smaller than a tile", detail)
+    columns, rows = (
+        [round(index * step) for index in range(int((length - side) // step) + 1)]
+        for length in (width, height)
+    )
     corners = [(x, y) for y in rows for x in columns]
     if options.min_tissue > 0:
-        from data_tools.readers.slide_tissue import tissue_map
-
-        tissue, factor = tissue_map(
-            slide, background=options.background, level_above=options.tissue_level
-        )
-        # summed[y, x]: tissue pixels above and to the left
-        summed = np.pad(tissue.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
+        shares = _tissue_shares(options, slide, corners, side)
         kept = []
-        for x, y in corners:
-            x1, y1 = int(x / factor), int(y / factor)
-            x2 = max(x1 + 1, min(tissue.shape[1], round((x + side) / factor)))
-            y2 = max(y1 + 1, min(tissue.shape[0], round((y + side) / factor)))
-            share = summed[y2, x2] - summed[y1, x2] - summed[y2, x1] + summed[y1, x1]
-            if share / ((x2 - x1) * (y2 - y1)) >= options.min_tissue:
-                kept.append((x, y))
+        for corner, share in zip(corners, shares, strict=True):
+            if share >= options.min_tissue:
+                kept.append(corner)
             else:
-                yield Dropped("tile with too little tissue", f"{key} x {x} y {y}")
+                drops.add("tile with too little tissue", f"{key} x {corner[0]} y {corner[1]}")
         corners = kept
     if options.max_tiles is not None and len(corners) > options.max_tiles:
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
         chosen = np.random.default_rng(seed).permutation(len(corners))[: options.max_tiles]
-        corners = [corners[i] for i in sorted(chosen.tolist())]
-    yield from ((x, y, ()) for x, y in corners)
+        corners = [corners[index] for index in sorted(chosen.tolist())]
+    return corners
 
 
-def _listed(options: Options, key: str, rows: Sequence[Row]) -> Iterator[Place | Dropped]:
-    """The table's tiles, each once with all of its rows."""
-    assert options.columns.x
-    assert options.columns.y
+def _tissue_shares(
+    options: Options, slide: SlideFile, corners: Sequence[tuple[int, int]], side: float
+) -> list[float]:
+    """Return for each tile the share of it that is tissue."""
+    from data_tools.readers.slide_files import tissue_map
+
+    tissue, factor = tissue_map(
+        slide, background=options.background, level_above=options.tissue_level
+    )
+    # summed[y, x]: tissue pixels above and to the left
+    summed = np.pad(tissue.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
+    shares = []
+    for x, y in corners:
+        x1, y1 = int(x / factor), int(y / factor)
+        x2 = max(x1 + 1, min(tissue.shape[1], round((x + side) / factor)))
+        y2 = max(y1 + 1, min(tissue.shape[0], round((y + side) / factor)))
+        count = summed[y2, x2] - summed[y1, x2] - summed[y2, x1] + summed[y1, x1]
+        shares.append(count / ((x2 - x1) * (y2 - y1)))
+    return shares
+
+
+def _listed(
+    options: Options, key: str, rows: Sequence[Row], drops: Drops
+) -> dict[tuple[int, int], list[Row]]:
+    """Return the table's tiles, each once with all of its rows.
+
+    A row that can't be read may be about any tile of the slide: its label is lost in all of them.
+    """
     tiles: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
-        where = f"line {row.line} of the table"
-        texts = row.cells[options.columns.x], row.cells[options.columns.y]
+        x, y = (row.cells[str(column)] for column in (options.columns.x, options.columns.y))
+        problem = row.problem
         try:
-            corner = int(float(texts[0])), int(float(texts[1]))
+            corner = int(float(x)), int(float(y))
         except (ValueError, OverflowError):
-            detail = f"{where}: x, y are {texts[0]!r}, {texts[1]!r}, not two numbers"
-            yield Dropped("row of the table can't be read", key, detail)
-            continue
-        if row.problem:
-            yield Dropped("row of the table can't be read", key, f"{where}: {row.problem}")
-            continue
-        tiles.setdefault(corner, []).append(row)
-    yield from ((x, y, tuple(own)) for (x, y), own in tiles.items())
+            problem = f"x, y are {x!r}, {y!r}, not two numbers"
+        if problem:
+            detail = f"line {row.line} of the table: {problem}"
+            drops.add("row of the table can't be read", key, detail, lost=[row.label])
+        else:
+            tiles.setdefault(corner, []).append(row)
+    return tiles
 
 
 # --- pixels ---------------------------------------------------------------------------------------

@@ -9,27 +9,21 @@ full-resolution pixels along one of its pixels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import tifffile
 
+from gmai_xtuner.core.errors import Unusable
+
 MAX_READ = 2**28  # pixels that one call reads at most: 16384 x 16384
 KEPT_BYTES = 2**26  # of decoded tiles and strips
-
-
-class BadSlide(ValueError):
-    """A slide of which nothing can be taken; ``reason`` is the same for all of the kind."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
+_SHOWN_TYPES = (np.dtype(bool), np.dtype(np.uint8), np.dtype(np.uint16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +67,14 @@ def open_slide(path: Path) -> SlideFile:
     """The file by whichever library knows it.
 
     Raises:
-        BadSlide: neither does, or the file is damaged.
+        Unusable: neither does, or the file is damaged.
     """
     import openslide
 
     try:
         vendor = openslide.OpenSlide.detect_format(str(path))
     except openslide.OpenSlideError as error:
-        raise BadSlide("slide can't be read", str(error)) from error
+        raise Unusable("slide can't be read", str(error)) from error
     if vendor is not None and vendor != "generic-tiff":
         return _Scanner(path)
     return TiffSlide(path)
@@ -96,7 +90,7 @@ class _Scanner:
         try:
             self._slide = openslide.OpenSlide(str(path))
         except (openslide.OpenSlideError, OSError) as error:
-            raise BadSlide("slide can't be read", str(error)) from error
+            raise Unusable("slide can't be read", str(error)) from error
         sizes = zip(self._slide.level_dimensions, self._slide.level_downsamples, strict=True)
         self.levels = tuple(Level(width, height, float(scale)) for (width, height), scale in sizes)
         properties = self._slide.properties
@@ -110,7 +104,7 @@ class _Scanner:
         try:
             region = self._slide.read_region(corner, level, (width, height))
         except self._error as error:
-            raise BadSlide("part of the slide can't be read", str(error)) from error
+            raise Unusable("part of the slide can't be read", str(error)) from error
         pixels = np.asarray(region)
         # Where the scanner saw nothing the pixels are transparent: shown on white, as glass is.
         alpha = pixels[:, :, 3:].astype(np.uint16)
@@ -134,15 +128,18 @@ class TiffSlide:
             series = self._tiff.series[0]
             self._pages = [level.keyframe for level in series.levels]
         except (tifffile.TiffFileError, OSError, IndexError, ValueError, KeyError) as error:
-            raise BadSlide("slide can't be read", str(error)) from error
+            raise Unusable("slide can't be read", str(error)) from error
         first = self._pages[0]
         if first.imagedepth != 1 or (
             len(series.pages) > 1 and series.axes not in ("YX", "YXS", "SYX")
         ):
             self._tiff.close()
-            raise BadSlide(
+            raise Unusable(
                 "slide is a stack", f"axes {series.axes} of {series.shape}; one plane is read"
             )
+        if not values and first.colormap is None and first.dtype not in _SHOWN_TYPES:
+            self._tiff.close()
+            raise Unusable("slide of an unsupported kind", f"{first.dtype}; 8 and 16 bit are read")
         self.levels = tuple(
             Level(page.imagewidth, page.imagelength, first.imagewidth / page.imagewidth)
             for page in self._pages
@@ -160,7 +157,7 @@ class TiffSlide:
         rows = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
         columns = page.tilewidth if page.is_tiled else page.imagewidth
         if rows * columns > MAX_READ:
-            raise BadSlide("part of the slide is too large", f"tiles of {columns} x {rows} pixels")
+            raise Unusable("part of the slide is too large", f"tiles of {columns} x {rows} pixels")
         across = math.ceil(page.imagewidth / columns)
         down = math.ceil(page.imagelength / rows)
         for plane in range(planes):
@@ -191,7 +188,7 @@ class TiffSlide:
                 raise ValueError(f"the file ends inside of tile {index}")
             tile, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
         except (ValueError, OSError, RuntimeError, IndexError, KeyError) as error:
-            raise BadSlide("part of the slide can't be read", str(error)) from error
+            raise Unusable("part of the slide can't be read", str(error)) from error
         if tile is None:
             return None
         pixels: np.ndarray = tile[0, : shape[1], : shape[2]]
@@ -231,16 +228,9 @@ def _paste(out: np.ndarray, tile: np.ndarray, left: int, top: int) -> None:
     out[y1 - top : y1 - top + part.shape[0], x1 - left : x1 - left + part.shape[1]] = part
 
 
-def blocks(level: Level, side: int) -> Iterator[tuple[int, int, int, int]]:
-    """``(x, y, width, height)`` of blocks that cover a level, row by row."""
-    for y in range(0, level.height, side):
-        for x in range(0, level.width, side):
-            yield x, y, min(side, level.width - x), min(side, level.height - y)
-
-
 def _check_read(level: Level, x: int, y: int, width: int, height: int) -> None:
     if width * height > MAX_READ:
-        raise BadSlide("part of the slide is too large", f"{width} x {height} pixels at once")
+        raise Unusable("part of the slide is too large", f"{width} x {height} pixels at once")
     assert 0 <= x <= level.width - width, (x, width, level)
     assert 0 <= y <= level.height - height, (y, height, level)
 
@@ -285,9 +275,54 @@ def _tiff_microns(page: Any) -> float | None:
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """16 bit by its high byte: one scale for the whole slide, so that tiles stay comparable."""
-    if pixels.dtype == np.uint8:
-        return pixels
-    if pixels.dtype == np.uint16:
-        return (pixels >> 8).astype(np.uint8)
-    raise BadSlide("slide of an unsupported kind", f"{pixels.dtype}; 8 and 16 bit are read")
+    """Return 16 bit by its high byte: one scale for the whole slide, so that tiles stay comparable."""
+    return pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
+
+
+# --- tissue ---------------------------------------------------------------------------------------
+
+OVERVIEW_SIDE = 2048  # pixels of the longer side of the overview, at most
+BLOCK = 2048  # pixels of the blocks in which a level is read for it
+
+
+def tissue_map(
+    slide: SlideFile, *, background: Literal["light", "dark"], level_above: int
+) -> tuple[np.ndarray, float]:
+    """Return the tissue of an overview, bool ``[H, W]``, and full-resolution pixels along one of its pixels.
+
+    The coarsest level that is large enough is read block by block and averaged; with blocks of whole
+    multiples of the factor no pixel is counted twice.
+    """
+    longer = max(slide.levels[0].width, slide.levels[0].height)
+    wanted = max(1.0, longer / OVERVIEW_SIDE)
+    number = max(i for i, level in enumerate(slide.levels) if i == 0 or level.downsample <= wanted)
+    level = slide.levels[number]
+    factor = max(1, math.ceil(wanted / level.downsample))
+    tissue = np.zeros(
+        (math.ceil(level.height / factor), math.ceil(level.width / factor)), dtype=bool
+    )
+    side = BLOCK // factor * factor or factor
+    for y, x in itertools.product(range(0, level.height, side), range(0, level.width, side)):
+        width, height = min(side, level.width - x), min(side, level.height - y)
+        pixels = to_uint8(slide.read(number, x, y, width, height))
+        small = _averaged(pixels, factor)
+        high = small.max(axis=2)
+        if background == "light":
+            # Saturation as in HSV: the measure of CLAM's tissue segmentation (Lu et al. 2021).
+            low = small.min(axis=2)
+            value = np.where(high > 0, (high - low) / np.maximum(high, 1.0) * 255.0, 0.0)
+        else:
+            value = high
+        top, left = y // factor, x // factor
+        tissue[top : top + len(value), left : left + value.shape[1]] = value > level_above
+    return tissue, level.downsample * factor
+
+
+def _averaged(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """float32 ``[h, w, channels]``: means of ``factor`` x ``factor`` pixels, of fewer at the edges."""
+    values = pixels if pixels.ndim == 3 else pixels[:, :, None]
+    rows = np.arange(0, values.shape[0], factor)
+    columns = np.arange(0, values.shape[1], factor)
+    sums = np.add.reduceat(np.add.reduceat(values.astype(np.float32), rows, 0), columns, 1)
+    counts = np.diff([*rows, values.shape[0]])[:, None] * np.diff([*columns, values.shape[1]])
+    return sums / counts[:, :, None].astype(np.float32)

@@ -1,45 +1,57 @@
-"""What is known of a slide's tile: the slide's class, rows of a table, outlines or a label map."""
+"""Labels of a slide's tiles: the slide's class, rows of a table, outlines or a label map.
+
+Outlines are what a pathologist drew on the slide: GeoJSON (QuPath) and XML (ASAP, Aperio ImageScope). Their
+coordinates are full-resolution pixels; an outline becomes a mask ``[H, W]`` of the tile.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from defusedxml import ElementTree
 
 from data_tools.readers.named_rows import Row, beside, folder_of
-from data_tools.readers.paths import OUTSIDE, below
-from data_tools.readers.slide_files import BadSlide, Scale, SlideFile, TiffSlide
-from data_tools.readers.slide_regions import Outline, read_outlines
-from data_tools.samples import Annotation
+from data_tools.readers.pictures import file_below
+from data_tools.readers.slide_files import Scale, SlideFile, TiffSlide
+from data_tools.records import Annotation, Drops
+from gmai_xtuner.core.errors import Unusable
 
 if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
     from data_tools.readers.slide import Options
+
+BAD_REGIONS = "regions of the slide can't be read"
 
 
 class Labeller:
-    """What is known of a tile: annotations, or the reason why it is left out.
-
-    ``incomplete`` names, of the tile asked for last, labels that it has too little of: they are neither said
-    of it nor absent.
-    """
+    """The labels of a slide's tiles."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.incomplete: tuple[str, ...] = ()
 
-    def annotations(
-        self, x: int, y: int, scale: Scale, rows: Sequence[Row]
-    ) -> list[Annotation] | str:
+    def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
+        """Return the annotations of a tile; labels of which it has too little go to ``drops``.
+
+        Raises:
+            Unusable: the tile is left out.
+        """
         raise NotImplementedError
 
-    def of_masks(self, masks: Sequence[tuple[str, np.ndarray]]) -> list[Annotation] | str:
-        """Regions of a tile as the job wants them."""
+    def of_masks(
+        self, masks: Sequence[tuple[str, np.ndarray]], tile: Tile, drops: Drops
+    ) -> list[Annotation]:
+        """Return the regions of a tile as the job wants them."""
         options = self.options
-        self.incomplete = ()
         if not masks:
-            return [Annotation(options.outside)] if options.outside else "tile without a region"
+            if not options.outside:
+                raise Unusable("tile without a region")
+            return [Annotation(options.outside)]
         if options.regions_as == "boxes":
             return [Annotation(label, mask=mask) for label, mask in masks]
         covered: dict[str, np.ndarray] = {}
@@ -47,8 +59,9 @@ class Labeller:
             covered[label] = covered[label] | mask if label in covered else mask
         names = [name for name, mask in covered.items() if mask.mean() >= options.min_region]
         if not names:
-            return "tile with too little of a region"
-        self.incomplete = tuple(name for name in covered if name not in names)
+            raise Unusable("tile with too little of a region")
+        if lost := [name for name in covered if name not in names]:
+            drops.add("region that covers too little of its tile", tile.where, lost=lost)
         return [Annotation(name) for name in names]
 
 
@@ -57,18 +70,12 @@ class OfSlide(Labeller):
 
     def __init__(self, options: Options, key: str, rows: Sequence[Row]) -> None:
         super().__init__(options)
-        self._whole = [
-            Annotation(row.label, attributes=row.attributes) for row in rows if row.label
-        ]
+        self._whole = annotations_of(rows)
         if options.table is None and (folder := folder_of(key)):
             self._whole = [Annotation(folder)]
 
-    def annotations(
-        self, x: int, y: int, scale: Scale, rows: Sequence[Row]
-    ) -> list[Annotation] | str:
-        if not self.options.columns.x:
-            return self._whole
-        return [Annotation(r.label, r.box, attributes=r.attributes) for r in rows if r.label]
+    def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
+        return annotations_of(tile.rows) if self.options.columns.x else self._whole
 
 
 class OfOutlines(Labeller):
@@ -79,22 +86,18 @@ class OfOutlines(Labeller):
         self._outlines = [o for o in outlines if o.label not in options.exclude]
         self._excluded = [o for o in outlines if o.label in options.exclude]
 
-    def annotations(
-        self, x: int, y: int, scale: Scale, rows: Sequence[Row]
-    ) -> list[Annotation] | str:
+    def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
         size = (self.options.tile, self.options.tile)
-        excluded = [o.mask(x, y, scale.full, size) for o in self._excluded]
-        masks = []
-        for outline in self._outlines:
-            mask = outline.mask(x, y, scale.full, size)
-            if mask is None:
-                continue
-            for other in excluded:
-                if other is not None:
-                    mask = mask & ~other
-            if mask.any():
-                masks.append((outline.label, mask))
-        return self.of_masks(masks)
+
+        def drawn(outlines: Sequence[Outline]) -> list[tuple[str, np.ndarray]]:
+            found = [(o.label, o.mask(tile.x, tile.y, tile.scale.full, size)) for o in outlines]
+            return [(label, mask) for label, mask in found if mask is not None]
+
+        excluded = np.zeros(size, dtype=bool)
+        for _, mask in drawn(self._excluded):
+            excluded |= mask
+        left = [(label, mask & ~excluded) for label, mask in drawn(self._outlines)]
+        return self.of_masks([(label, mask) for label, mask in left if mask.any()], tile, drops)
 
 
 class OfMask(Labeller):
@@ -105,32 +108,45 @@ class OfMask(Labeller):
         self._mask = mask
         self._factor = slide.levels[0].width / mask.levels[0].width
 
-    def annotations(
-        self, x: int, y: int, scale: Scale, rows: Sequence[Row]
-    ) -> list[Annotation] | str:
-        side = self.options.tile
+    def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
         level = self._mask.levels[0]
         # The mask's pixel under the middle of every pixel of the tile.
-        along = (np.arange(side) + 0.5) * scale.full
-        columns = np.minimum(((x + along) / self._factor).astype(np.int64), level.width - 1)
-        lines = np.minimum(((y + along) / self._factor).astype(np.int64), level.height - 1)
+        along = (np.arange(self.options.tile) + 0.5) * tile.scale.full
+        columns = np.minimum(((tile.x + along) / self._factor).astype(np.int64), level.width - 1)
+        lines = np.minimum(((tile.y + along) / self._factor).astype(np.int64), level.height - 1)
         left, top = int(columns[0]), int(lines[0])
         part = self._mask.read(0, left, top, int(columns[-1]) - left + 1, int(lines[-1]) - top + 1)
         values = part[lines - top][:, columns - left]
-        numbers = [int(value) for value in np.unique(values)]
-        return self.of_masks(
-            [(str(n), values == n) for n in numbers if n != self.options.mask_background]
-        )
+        present = [int(value) for value in np.unique(values)]
+        masks = [(str(n), values == n) for n in present if n != self.options.mask_background]
+        return self.of_masks(masks, tile, drops)
+
+
+def annotations_of(rows: Sequence[Row]) -> list[Annotation]:
+    """Return what rows of a table say, without those whose label is empty."""
+    return [Annotation(r.label, r.box, attributes=r.attributes) for r in rows if r.label]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A tile that is to be read.
+
+    Args:
+        where: for drops.
+        x, y: full-resolution pixels of its upper left corner.
+        scale: of the slide.
+        rows: of the table, its own.
+    """
+
+    where: str
+    x: int
+    y: int
+    scale: Scale
+    rows: tuple[Row, ...] = ()
 
 
 def _existing(options: Options, key: str, pattern: str) -> Path:
-    try:
-        path = below(options.root, beside(key, pattern))
-    except ValueError as error:
-        raise BadSlide(OUTSIDE, str(error)) from error
-    if not path.is_file():
-        raise BadSlide("slide without its regions", f"there is no {beside(key, pattern)}")
-    return path
+    return file_below(options.root, beside(key, pattern), "slide without its regions")
 
 
 def outlines_of(options: Options, key: str) -> list[Outline]:
@@ -149,10 +165,135 @@ def open_mask(options: Options, key: str, slide: SlideFile) -> SlideFile:
     if problem or not fits:
         mask.close()
     if problem:
-        raise BadSlide("mask of the slide isn't a label map", problem)
+        raise Unusable("mask of the slide isn't a label map", problem)
     if not fits:
         sizes = f"{own.width} x {own.height} for {full.width} x {full.height}"
-        raise BadSlide(
+        raise Unusable(
             "mask doesn't fit the slide", f"{sizes}: factors {across:.4g} and {down:.4g}"
         )
     return mask
+
+
+# --- outlines -------------------------------------------------------------------------------------
+
+Ring = np.ndarray
+"""float64 ``[points, 2]``: x, y."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """One closed region.
+
+    Args:
+        label: class, group or name that it was given; "" without one.
+        rings: the outer ring, then the holes in it.
+    """
+
+    label: str
+    rings: tuple[Ring, ...]
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """x1, y1, x2, y2 of the outer ring."""
+        low, high = self.rings[0].min(axis=0), self.rings[0].max(axis=0)
+        return float(low[0]), float(low[1]), float(high[0]), float(high[1])
+
+    def mask(self, x: float, y: float, scale: float, size: tuple[int, int]) -> np.ndarray | None:
+        """bool ``[H, W]`` of the part in a tile, None where it doesn't touch it.
+
+        Args:
+            x, y: the tile's corner in full-resolution pixels.
+            scale: full-resolution pixels along one of the tile's.
+            size: ``(width, height)`` of the tile.
+        """
+        x1, y1, x2, y2 = self.box
+        if x2 < x or y2 < y or x1 > x + size[0] * scale or y1 > y + size[1] * scale:
+            return None
+        rings = [(ring - (x, y)) / scale for ring in self.rings]
+        mask = _filled(rings, size)
+        return mask if mask.any() else None
+
+
+def _filled(rings: Sequence[Ring], size: tuple[int, int]) -> np.ndarray:
+    """bool ``[H, W]``: pixels whose middle lies inside of an odd number of rings.
+
+    Every edge that crosses the middle of a pixel row flips what lies to the right of the crossing; edges
+    outside of the tile cost next to nothing, however long they are.
+    """
+    width, height = size
+    flips = np.zeros((height, width + 1), dtype=np.uint8)
+    for ring in rings:
+        x1, y1 = ring.T
+        x2, y2 = np.roll(ring, -1, axis=0).T
+        # Rows whose middle y + 0.5 lies in [low, high) of the edge.
+        first = np.clip(np.ceil(np.minimum(y1, y2) - 0.5), 0, height).astype(np.int64)
+        count = np.clip(np.ceil(np.maximum(y1, y2) - 0.5), 0, height).astype(np.int64) - first
+        edge = np.repeat(np.arange(len(ring)), count)
+        row = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
+        share = (row + 0.5 - y1[edge]) / (y2 - y1)[edge]
+        crossing = x1[edge] + share * (x2 - x1)[edge]
+        column = np.clip(np.ceil(crossing - 0.5), 0, width).astype(np.int64)
+        np.add.at(flips, (row, column), 1)
+    return (np.cumsum(flips, axis=1, dtype=np.uint8)[:, :width] & 1).astype(bool)
+
+
+def read_outlines(path: Path) -> list[Outline]:
+    """Every outline of a file, in its order.
+
+    Raises:
+        Unusable: not such a file, or an outline that is none.
+    """
+    try:
+        if path.suffix.lower() == ".xml":
+            root = ElementTree.parse(path).getroot()
+            if root is None:
+                raise ValueError("no element at all")
+            return list(_xml(root))
+        return list(_geojson(json.loads(path.read_text(encoding="utf-8"))))
+    except (
+        *(OSError, ElementTree.ParseError, ValueError),
+        *(KeyError, TypeError, AttributeError, RecursionError),
+    ) as error:
+        raise Unusable(BAD_REGIONS, f"{type(error).__name__}: {error}") from error
+
+
+def _geojson(document: Any) -> Iterator[Outline]:
+    features = document if isinstance(document, list) else document.get("features", [document])
+    for feature in features:
+        properties = feature.get("properties") or {}
+        label = (properties.get("classification") or {}).get("name") or properties.get("name") or ""
+        geometry = feature["geometry"]
+        kind, coordinates = geometry["type"], geometry["coordinates"]
+        if kind == "Polygon":
+            coordinates = [coordinates]
+        elif kind != "MultiPolygon":
+            raise ValueError(f"a {kind} encloses nothing; expected Polygon or MultiPolygon")
+        for rings in coordinates:
+            yield Outline(str(label), tuple(_ring(ring) for ring in rings))
+
+
+def _xml(root: Element) -> Iterator[Outline]:
+    if root.tag == "ASAP_Annotations":
+        for annotation in root.iter("Annotation"):
+            if annotation.get("Type") in ("Polygon", "Rectangle", "Spline"):
+                group = annotation.get("PartOfGroup", "None")
+                label = annotation.get("Name", "") if group == "None" else group
+                points = sorted(
+                    annotation.iter("Coordinate"), key=lambda c: float(c.get("Order", 0))
+                )
+                yield Outline(label, (_ring([(c.get("X"), c.get("Y")) for c in points]),))
+    elif root.tag == "Annotations":
+        for annotation in root.iter("Annotation"):
+            label = annotation.get("Name", "")
+            for region in annotation.iter("Region"):
+                ring = _ring([(v.get("X"), v.get("Y")) for v in region.iter("Vertex")])
+                yield Outline(region.get("Text") or label, (ring,))
+    else:
+        raise ValueError(f"<{root.tag}> is neither <ASAP_Annotations> nor Aperio's <Annotations>")
+
+
+def _ring(points: Sequence[Sequence[Any]]) -> Ring:
+    ring = np.array([[float(value) for value in point[:2]] for point in points], dtype=np.float64)
+    if ring.ndim != 2 or len(ring) < 3 or not np.isfinite(ring).all():
+        raise ValueError(f"an outline needs three points or more, got {len(ring)}")
+    return ring

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,11 +22,11 @@ from pydantic import Field, model_validator
 
 from data_tools.options import Options as Section
 from data_tools.readers.paths import file_of, fill, listed, place_names
-from data_tools.readers.pictures import BadPicture, Picture, numbers, picture
+from data_tools.readers.pictures import numbers, open_image, size_of
 from data_tools.readers.source import SourceOptions
 from data_tools.readers.table_rows import Format, Row, grouped, open_table
-from data_tools.samples import Annotation, Dropped, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import SourceError, Unusable
 
 Part = Literal["x1", "y1", "x2", "y2", "cx", "cy", "width", "height"]
 IMAGES_A_UNIT = 32
@@ -193,13 +194,6 @@ class Options(SourceOptions):
         return list(dict.fromkeys(name for name in columns if name is not None))
 
 
-class _BadRow(ValueError):
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.detail = detail
-
-
 # --- units --------------------------------------------------------------------------------------
 
 
@@ -291,83 +285,93 @@ def _text(cell: Any) -> str:
 # --- samples ------------------------------------------------------------------------------------
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """The pictures of a unit, each with what its rows say."""
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the images of a unit, each with what its rows say."""
     by_image: dict[str, list[Row]] = {}
     for line, cells, problem in unit.payload:
         row = Row(line, cells, problem)
         name = "" if problem else _image_name(options, row)
         if problem or not name:
-            yield Dropped(problem or "no image name", f"{options.table} line {line}")
+            drops.add(problem or "no image name", f"{options.table} line {line}")
         else:
             by_image.setdefault(name, []).append(row)
     for name, rows in by_image.items():
-        yield from _picture(options, name, rows)
+        with drops.image(f"{options.table} line {rows[0].line}"):
+            yield from _image(options, open_image(options.root, name), rows, drops)
 
 
-def _picture(options: Options, name: str, rows: Sequence[Row]) -> Iterator[Sample | Dropped]:
-    try:
-        found = picture(options.root, name)
-    except BadPicture as error:
-        yield Dropped(error.reason, f"{options.table} line {rows[0].line}", error.detail)
-        return
+def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -> Iterator[Sample]:
+    """Yield the image with what its rows say; nothing if one of them is unclear or contradicts another."""
+    fractions = options.box is not None and options.box.unit == "fractions"
+    size = size_of(found) if fractions else (1, 1)
     mode = options.row_is or ("finding" if options.box else "picture")
-    annotations: list[Annotation] = []
     seen: list[tuple[Annotation, ...]] = []
-    about: tuple[Any, ...] | None = None
-    left_out: list[str] = []
+    about: _Facts | None = None
     for row in rows:
-        where = f"{found.name}, {options.table} line {row.line}"
+        where = f"{found.source_file}, {options.table} line {row.line}"
         try:
-            findings = _findings(options, row, found)
-            facts = _facts(options, row)
-        except BadPicture as error:
-            yield Dropped(error.reason, where, error.detail)
+            parsed = _parsed(options, row, size, drops, where)
+            if parsed is None:
+                continue
+            findings, facts = parsed
+            if about not in (None, facts):
+                detail = f"{about} and {facts}"
+                raise Unusable("image listed twice with different values", detail)
+            about = facts
+            if findings in seen:
+                drops.add("duplicate row", where)
+                continue
+            if seen and mode == "picture":
+                labels = [[finding.label for finding in row] for row in (seen[0], findings)]
+                detail = f"{labels[0]} and {labels[1]}"
+                raise Unusable("image listed twice with different labels", detail)
+            seen.append(findings)
+        except Unusable as error:
+            drops.add(error.reason, where, error.detail)
             return
-        except _BadRow as error:
-            yield Dropped(error.reason, where, error.detail)
-            if error.reason.startswith("unclear"):
-                return
-            left_out += _labels(options, row)
-            continue
-        if about is not None and facts != about:
-            yield Dropped("image listed twice with different values", where, f"{about} and {facts}")
-            return
-        about = facts
-        if findings in seen:
-            yield Dropped("duplicate row", where)
-            continue
-        if seen and mode == "picture":
-            labels = [[finding.label for finding in row] for row in (seen[0], findings)]
-            yield Dropped(
-                "image listed twice with different labels", where, f"{labels[0]} and {labels[1]}"
-            )
-            return
-        seen.append(findings)
-        annotations += findings
     if about is None:
         return  # every row was dropped with its reason
     group, modality, attributes = about
-    yield found.with_findings(
-        tuple(annotations),
-        group=group,
-        modality=modality,
-        attributes=dict(attributes),
-        incomplete=left_out,
+    yield replace(
+        found,
+        annotations=tuple(finding for findings in seen for finding in findings),
+        group=group or found.group,
+        modality=modality or found.modality,
+        attributes={**found.attributes, **dict(attributes)},
     )
 
 
-def _facts(
-    options: Options, row: Row
-) -> tuple[str | None, str | None, tuple[tuple[str, str], ...]]:
-    """Group, modality and attributes of the picture."""
+def _parsed(
+    options: Options, row: Row, size: tuple[int, int], drops: Drops, where: str
+) -> tuple[tuple[Annotation, ...], _Facts] | None:
+    """Return findings and facts of a row; None if it was dropped.
+
+    Raises:
+        Unusable: a cell may mean anything, so that the image as a whole is of no use.
+    """
+    labels = list(dict.fromkeys(_labels(options, row)))
+    with drops.annotation(where, *labels):
+        box = _box(options.box, options, row, size) if options.box else None
+        if not labels:
+            raise Unusable("no label")
+        attributes = _attributes(options, row, options.finding_columns)
+        findings = tuple(Annotation(label, box, attributes=attributes) for label in labels)
+        return findings, _facts(options, row)
+    return None
+
+
+_Facts = tuple[str | None, str | None, tuple[tuple[str, str], ...]]
+"""Group, modality and attributes of the image."""
+
+
+def _facts(options: Options, row: Row) -> _Facts:
 
     def cell(column: str | None) -> str | None:
         text = _text(row.cells[column]) if column else ""
         return None if text in options.missing else text
 
     if options.group_column and cell(options.group_column) is None:
-        raise _BadRow("no group", f"column {options.group_column!r} is empty")
+        raise Unusable("no group", f"column {options.group_column!r} is empty")
     attributes = tuple(_attributes(options, row, options.attribute_columns).items())
     return cell(options.group_column), cell(options.modality_column), attributes
 
@@ -386,17 +390,8 @@ def _in_words(options: Options, name: str, text: str) -> str:
     if words is None:
         return text
     if text not in words:
-        raise _BadRow("unknown value of an attribute", f"{name} is {text!r}")
+        raise Unusable("unknown value of an attribute", f"{name} is {text!r}")
     return words[text]
-
-
-def _findings(options: Options, row: Row, found: Picture) -> tuple[Annotation, ...]:
-    labels = list(dict.fromkeys(_labels(options, row)))
-    box = _box(options, row, found) if options.box else None
-    if not labels:
-        raise _BadRow("no label")
-    attributes = _attributes(options, row, options.finding_columns)
-    return tuple(Annotation(label, box, attributes=attributes) for label in labels)
 
 
 def _labels(options: Options, row: Row) -> Iterator[str]:
@@ -413,30 +408,29 @@ def _labels(options: Options, row: Row) -> Iterator[str]:
             applies = True
             yield label
         elif text not in options.negative:
-            raise _BadRow("unclear cell of a label's column", f"{column} is {text!r}")
+            raise Unusable("unclear cell of a label's column", f"{column} is {text!r}")
     if options.nothing is not None and not applies:
         yield options.nothing
 
 
-def _box(options: Options, row: Row, found: Picture) -> tuple[float, float, float, float] | None:
-    columns = options.box
-    assert columns is not None
+def _box(
+    columns: BoxColumns, options: Options, row: Row, size: tuple[int, int]
+) -> tuple[float, float, float, float] | None:
     texts = {name: row.cells[name] for name in columns.used}
     empty = [name for name, cell in texts.items() if _text(cell) in options.missing]
     if len(empty) == len(texts):
         return None
     if empty:
-        raise _BadRow("incomplete box", f"column {', '.join(empty)} is empty")
+        raise Unusable("incomplete box", f"column {', '.join(empty)} is empty")
     try:
         parts = numbers(_parts(columns, row))
     except ValueError as error:
-        raise _BadRow("box that can't be read", str(error)) from error
+        raise Unusable("box that can't be read", str(error)) from error
     if columns.unit == "fractions":
         if any(abs(value) > 1 + 1e-4 for value in parts.values()):
-            raise _BadRow("fraction below 0 or above 1", str(parts))
-        width, height = found.size()
+            raise Unusable("fraction below 0 or above 1", str(parts))
         parts = {
-            part: value * (width if part in ("x1", "x2", "cx", "width") else height)
+            part: value * size[part in ("y1", "y2", "cy", "height")]
             for part, value in parts.items()
         }
     x1, x2 = _edges(parts, "x1", "x2", "cx", "width")

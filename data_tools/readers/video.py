@@ -17,10 +17,10 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.readers.named_rows import Row, RowColumns, folder_of, match_files, read_rows
-from data_tools.readers.paths import OUTSIDE, below
+from data_tools.readers.pictures import file_below
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Annotation, Dropped, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import SourceError, Unusable
 
 if TYPE_CHECKING:
     from data_tools.readers.video_frames import Timeline
@@ -139,70 +139,46 @@ def units(options: Options) -> Iterator[Unit]:
     yield from match_files(rows, videos)
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """The picked frames of one video."""
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the picked frames of one video."""
     from data_tools.readers import video_frames
 
     if options.table is not None and unit.payload is None:
-        yield Dropped("video of the table not found", unit.key)
-        return
-    try:
-        path = below(options.root, unit.key)
-    except ValueError as error:
-        yield Dropped(OUTSIDE, unit.key, str(error))
-        return
-    try:
-        line = video_frames.timeline(path)
-        spans: list[_Span] = []
-        lost: set[str] = set()
-        for row in unit.payload or ():
-            made = _span(row, options, line)
-            if isinstance(made, Dropped):
-                # Which frames it was about can't be known: it may be any.
-                lost.add(row.label)
-                yield Dropped(made.reason, unit.key, made.detail)
-            else:
-                spans.append(made)
-        if options.table is not None and not spans:
-            yield Dropped("video without a row in the table", unit.key)
-            return
-        numbers = _picked(options, path, line, spans)
-    except video_frames.BadVideo as error:
-        yield Dropped(error.reason, unit.key, error.detail)
-        return
+        raise Unusable("video of the table not found")
+    path = file_below(options.root, unit.key, "video can't be read")
+    line = video_frames.timeline(path)
+    spans: list[_Span] = []
+    for row in unit.payload or ():
+        # Which frames a row that can't be read was about can't be known: it may be any.
+        with drops.annotation(unit.key, row.label):
+            spans.append(_span(row, options, line))
+    if options.table is not None and not spans:
+        raise Unusable("video without a row in the table")
+    numbers = _picked(options, path, line, spans)
     if not numbers:
-        yield Dropped("video without a frame to pick", unit.key, f"{line.end:.2f} s long")
+        raise Unusable("video without a frame to pick", f"{line.end:.2f} s long")
     seen: list[np.ndarray] = []
     for frame in video_frames.frames_at(path, line, numbers):
-        where = f"{unit.key} frame {frame.number}"
-        if frame.pixels is None:
-            yield Dropped("frame can't be decoded", where)
-            continue
-        pixels = _cropped(frame.pixels, options.crop)
-        if pixels is None:
-            height, width = frame.pixels.shape[:2]
-            yield Dropped(
-                "crop outside the frame", where, f"the frame has {width} x {height} pixels"
+        with drops.image(f"{unit.key} frame {frame.number}"):
+            if frame.pixels is None:
+                raise Unusable("frame can't be decoded")
+            pixels = _cropped(frame.pixels, options.crop)
+            if options.pick != "table" and options.min_difference:
+                thumbnail = _thumbnail(pixels)
+                if any(np.abs(thumbnail - other).mean() < options.min_difference for other in seen):
+                    raise Unusable("frame nearly the same as another")
+                seen.append(thumbnail)
+            notes = {"time": f"{line.seconds[frame.number]:.2f} s"} | frame.notes
+            if options.crop:
+                notes["crop"] = " ".join(map(str, options.crop))
+            yield Sample(
+                pixels,
+                unit.key,
+                _annotations(options, unit.key, spans, frame.number),
+                part={"frame": frame.number},
+                group=unit.key,
+                preprocessing=notes,
             )
-            continue
-        if options.pick != "table" and options.min_difference:
-            thumbnail = _thumbnail(pixels)
-            if any(np.abs(thumbnail - other).mean() < options.min_difference for other in seen):
-                yield Dropped("frame nearly the same as another", where)
-                continue
-            seen.append(thumbnail)
-        notes = {"time": f"{line.seconds[frame.number]:.2f} s"} | frame.notes
-        if options.crop:
-            notes["crop"] = " ".join(map(str, options.crop))
-        yield Sample(
-            pixels,
-            unit.key,
-            _annotations(options, unit.key, spans, frame.number),
-            part={"frame": frame.number},
-            group=unit.key,
-            preprocessing=notes,
-            incomplete=tuple(sorted(lost - {""})),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,31 +190,32 @@ class _Span:
     row: Row
 
 
-def _span(row: Row, options: Options, line: Timeline) -> _Span | Dropped:
-    columns = options.columns
-    where = f"line {row.line} of the table"
+def _span(row: Row, options: Options, line: Timeline) -> _Span:
+    """Return the frames of a row of the table.
+
+    Raises:
+        Unusable: the row can't be read, or names none.
+    """
+    columns, where, count = options.columns, f"line {row.line} of the table", len(line.pts)
     if row.problem:
-        return Dropped("row of the table can't be read", where, f"{where}: {row.problem}")
-    count = len(line.pts)
+        raise Unusable("row of the table can't be read", f"{where}: {row.problem}")
     if not columns.of_frames:
         return _Span(0, count, row)
-    column = columns.frame or columns.seconds
-    assert column is not None
-    texts = [row.cells[column]] + ([row.cells[columns.until]] if columns.until else [])
+    texts = [row.cells[name] for name in (columns.frame or columns.seconds, columns.until) if name]
     try:
         if columns.frame:
             numbers = [int(text) - options.first_frame for text in texts]
         else:
             numbers = [_number_at(_seconds(text), line, end=i == 1) for i, text in enumerate(texts)]
     except ValueError as error:
-        return Dropped("row of the table can't be read", where, f"{where}: {error}")
+        raise Unusable("row of the table can't be read", f"{where}: {error}") from error
     first = numbers[0]
     end = numbers[1] if columns.until else first + 1
     if not 0 <= first < count:
         detail = f"{where}: {texts[0]}; the video has {count} frames in {line.end:.2f} s"
-        return Dropped("frame of the table outside the video", where, detail)
+        raise Unusable("frame of the table outside the video", detail)
     if end <= first:
-        return Dropped("interval of no length", where, f"{where}: {texts[0]} to {texts[1]}")
+        raise Unusable("interval of no length", f"{where}: {texts[0]} to {texts[1]}")
     return _Span(first, min(end, count), row)
 
 
@@ -313,13 +290,18 @@ def _annotations(
     return tuple(found)
 
 
-def _cropped(pixels: np.ndarray, crop: tuple[int, int, int, int] | None) -> np.ndarray | None:
-    """What lies in the crop; None if a part of the crop lies outside the frame."""
+def _cropped(pixels: np.ndarray, crop: tuple[int, int, int, int] | None) -> np.ndarray:
+    """Return what lies in the crop.
+
+    Raises:
+        Unusable: a part of the crop lies outside the frame.
+    """
     if crop is None:
         return pixels
     x1, y1, x2, y2 = crop
-    if x2 > pixels.shape[1] or y2 > pixels.shape[0]:
-        return None
+    height, width = pixels.shape[:2]
+    if x2 > width or y2 > height:
+        raise Unusable("crop outside the frame", f"the frame has {width} x {height} pixels")
     return np.ascontiguousarray(pixels[y1:y2, x1:x2])
 
 

@@ -9,6 +9,7 @@ starts at the key frame before the frame that is wanted; one frame is held at a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,19 +19,12 @@ from typing import Any
 import av
 import numpy as np
 
+from gmai_xtuner.core.errors import Unusable
+
 MAX_PIXELS = 2**26  # of a frame; 8K video has 2**25
 # Packets of these don't all have a time stamp; FFmpeg guesses the others, wrongly after a seek.
 GUESSED_AFTER_SEEKING = ("mpeg", "mpegts")
 SCENE_SIDE = 64  # pixels of the thumbnail by which scenes are told apart
-
-
-class BadVideo(ValueError):
-    """A video of which nothing can be taken; ``reason`` is the same for all of the kind."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +70,7 @@ def timeline(path: Path) -> Timeline:
     """The packets' time stamps; reads the file once and decodes nothing.
 
     Raises:
-        BadVideo: the file isn't a video, is cut off before its first frame, or its frames are too large.
+        Unusable: the file isn't a video, is cut off before its first frame, or its frames are too large.
     """
     with _open(path) as container:
         stream = _stream(container, path)
@@ -92,7 +86,7 @@ def timeline(path: Path) -> Timeline:
             if packet.is_keyframe and stamp is not None:
                 keyframes.append(stamp)
         if not pts:
-            raise BadVideo("video without frames", "no packet of a picture in the file")
+            raise Unusable("video without frames", "no packet of a picture in the file")
         # AVI has no room for the order in which frames are shown: a codec that reorders them there comes
         # with the order of decoding as its time stamps.
         reordered = ascending and bool(stream.codec_context.has_b_frames)
@@ -105,7 +99,7 @@ def timeline(path: Path) -> Timeline:
             return Timeline(stamps, starts, stream.time_base)
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
-            raise BadVideo(
+            raise Unusable(
                 "video without times", "neither time stamps nor a frame rate in the file"
             )
         numbers = np.arange(len(pts), dtype=np.int64)
@@ -170,18 +164,18 @@ def _open(path: Path) -> Any:
     try:
         return av.open(str(path), metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
-        raise BadVideo("video can't be read", _text(error)) from error
+        raise Unusable("video can't be read", _text(error)) from error
 
 
 def _stream(container: Any, path: Path) -> Any:
     """The first stream of moving pictures; one thread, because every video has its own process."""
     streams = [s for s in container.streams.video if s.codec_context is not None]
     if not streams:
-        raise BadVideo("video without frames", f"no stream of pictures in {path.name}")
+        raise Unusable("video without frames", f"no stream of pictures in {path.name}")
     stream = streams[0]
     context = stream.codec_context
     if context.width * context.height > MAX_PIXELS:
-        raise BadVideo("image is too large", f"{context.width} x {context.height} pixels")
+        raise Unusable("image is too large", f"{context.width} x {context.height} pixels")
     context.thread_count = 1
     return stream
 
@@ -232,15 +226,10 @@ def _seek(
         decoded = _decode(container, stream, line)
         first = next(decoded, None)
         if first is not None and (first[0] <= target or start == 0):
-            return _chain(first, decoded)
+            return itertools.chain([first], decoded)
         if start == 0:
             return decoded
         start -= 1
-
-
-def _chain(first: tuple[int, Any], rest: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    yield first
-    yield from rest
 
 
 def _pixels(frame: Any) -> np.ndarray:

@@ -7,16 +7,16 @@ rectangle that was drawn. ``corners`` says which: a file can't.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 from xml.etree.ElementTree import Element, ParseError
 
-from data_tools.readers.paths import IMAGE_SUFFIXES, OUTSIDE, below, file_of, files, folder_of
-from data_tools.readers.pictures import BadPicture, numbers, picture
+from data_tools.readers.paths import IMAGE_SUFFIXES, file_of, files, folder_of
+from data_tools.readers.pictures import check_size, numbers, open_image, read_bytes, size_of
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Annotation, Dropped, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import SourceError, Unusable
 
-MAX_BYTES = 64 * 2**20
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -91,56 +91,41 @@ def _names_of_splits(options: Options) -> Iterator[str]:
                 yield f"{options.annotations}/{stem}.xml"
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """The picture of one XML file with its objects as boxes."""
-    try:
-        tree = _parse(options, unit.key)
-        by_stem = options.image_by == "stem"
-        name = _by_stem(options, unit.key) if by_stem else _text(tree, "filename")
-        found = picture(options.root, f"{options.images}/{name}")
-        _check_size(tree, found.size())
-    except BadPicture as error:
-        yield Dropped(error.reason, unit.key, error.detail)
-        return
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the image of one XML file with its objects as boxes."""
+    tree = _parse(options, unit.key)
+    by_stem = options.image_by == "stem"
+    name = _by_stem(options, unit.key) if by_stem else _text(tree, "filename")
+    found = open_image(options.root, f"{options.images}/{name}")
+    _check_size(tree, size_of(found))
     annotations = []
-    left_out = []
     for number, thing in enumerate(tree.findall("object")):
-        read_object = _object(options, thing)
-        if isinstance(read_object, Annotation):
-            annotations.append(read_object)
-        else:
-            left_out.append((thing.findtext("name") or "").strip())
-            yield Dropped(read_object[0], f"{unit.key} object {number}", read_object[1])
-    yield found.with_findings(tuple(annotations), incomplete=left_out)
+        label = (thing.findtext("name") or "").strip()
+        with drops.annotation(f"{unit.key} object {number}", label):
+            annotations.append(_object(options, thing, label))
+    yield replace(found, annotations=tuple(annotations))
 
 
 def _parse(options: Options, name: str) -> Element:
     import defusedxml
     from defusedxml import ElementTree
 
+    data = read_bytes(options.root, name, "XML can't be read")
     try:
-        path = below(options.root, name)
-    except ValueError as error:
-        raise BadPicture(OUTSIDE, str(error)) from error
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadPicture("XML can't be read", f"larger than {MAX_BYTES} bytes")
-        tree: Any = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
-    except FileNotFoundError as error:
-        raise BadPicture("no such annotation file", name) from error
+        tree: Any = ElementTree.fromstring(data, forbid_dtd=True)
     except defusedxml.DefusedXmlException as error:
-        raise BadPicture("XML that declares entities or a document type", str(error)) from error
-    except (ParseError, OSError, ValueError, LookupError, RecursionError) as error:
-        raise BadPicture("XML can't be read", f"{type(error).__name__}: {error}") from error
+        raise Unusable("XML that declares entities or a document type", str(error)) from error
+    except (ParseError, ValueError, LookupError, RecursionError) as error:
+        raise Unusable("XML can't be read", f"{type(error).__name__}: {error}") from error
     if tree.tag != "annotation":
-        raise BadPicture("XML of another kind", f"<{tree.tag}> where <annotation> is expected")
+        raise Unusable("XML of another kind", f"<{tree.tag}> where <annotation> is expected")
     return tree
 
 
 def _text(element: Element, path: str) -> str:
     text = (element.findtext(path) or "").strip()
     if not text:
-        raise BadPicture("XML without a needed element", f"<{path}> is missing or empty")
+        raise Unusable("XML without a needed element", f"<{path}> is missing or empty")
     return text
 
 
@@ -154,31 +139,28 @@ def _by_stem(options: Options, name: str) -> str:
 
 
 def _check_size(tree: Element, size: tuple[int, int]) -> None:
-    stated = (tree.findtext("size/width"), tree.findtext("size/height"))
+    stated = [tree.findtext(f"size/{side}") for side in ("width", "height")]
     if None in stated or "0" in stated:  # some tools write 0 for "not known"
         return
-    if tuple(str(text).strip() for text in stated) != tuple(str(side) for side in size):
-        raise BadPicture(
-            "image of another size than its annotation says",
-            f"{size[0]} x {size[1]}, said {stated[0]} x {stated[1]}",
-        )
+    texts = [str(text).strip() for text in stated]
+    same = texts == [str(side) for side in size]
+    check_size(size, size if same else (texts[0], texts[1]))
 
 
-def _object(options: Options, thing: Element) -> Annotation | tuple[str, str]:
-    label = (thing.findtext("name") or "").strip()
+def _object(options: Options, thing: Element, label: str) -> Annotation:
     if not label:
-        return "no label", "<object> without <name>"
+        raise Unusable("no label", "<object> without <name>")
     marks = {
         mark: "yes"
         for mark in ("difficult", "truncated", "occluded")
         if (thing.findtext(mark) or "0").strip() == "1"
     }
     if "difficult" in marks and not options.difficult:
-        return "object marked difficult", label
+        raise Unusable("object marked difficult", label)
     try:
         corners = numbers({key: thing.findtext(f"bndbox/{key}") for key in _CORNERS})
     except ValueError as error:
-        return "box that can't be read", f"{label}: {error}"
+        raise Unusable("box that can't be read", f"{label}: {error}") from error
     x1, y1, x2, y2 = (corners[key] for key in _CORNERS)
     if options.corners == "pixels":
         x1, y1 = x1 - 1, y1 - 1

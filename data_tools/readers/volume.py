@@ -30,7 +30,7 @@ from data_tools.readers.paths import (
 )
 from data_tools.readers.volume_files import SUFFIXES, Grid, load, load_labels
 from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
-from data_tools.samples import Annotation, Dropped, Sample, Unit
+from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError
 
 OTHER_GRID = "mask on another grid than its volume"
@@ -105,28 +105,22 @@ def units(options: Options) -> Iterator[Unit]:
         )
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """One volume's slices."""
-    try:
-        if options.templates and not unit.payload["masks"]:
-            raise BadVolume("image without a mask")
-        grid = load(
-            path_of(options.root, unit.key), channel=options.channel, max_voxels=options.max_voxels
-        )
-        volume = _labelled(options, grid, unit.payload["masks"])
-    except BadVolume as bad:
-        yield Dropped(bad.reason, unit.key, bad.detail)
-        return
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the slices of one volume."""
+    if options.templates and not unit.payload["masks"]:
+        raise BadVolume("image without a mask")
+    path = path_of(options.root, unit.key)
+    grid = load(path, channel=options.channel, max_voxels=options.max_voxels)
+    volume = _labelled(options, grid, unit.payload["masks"])
     label = unit.payload["label"]
-    part = {} if options.channel is None else {"channel": options.channel}
     origin = Origin(
         unit.key,
-        part=part,
+        part={} if options.channel is None else {"channel": options.channel},
         group=unit.payload["group"],
         preprocessing=grid.notes,
         whole=(Annotation(label),) if label else (),
     )
-    yield from samples(volume, origin, options)
+    yield from samples(volume, origin, options, drops)
 
 
 def path_of(root: Path, name: str) -> Path:

@@ -14,7 +14,8 @@ from data_tools.preprocess.volume_rules import clean
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.preprocess.windows import Scale, Window, scale_for
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Annotation, Dropped, Sample
+from data_tools.records import Annotation, Drops, Sample
+from gmai_xtuner.core.errors import Unusable
 
 UNCLEAR = "slice with voxels marked as ignored"
 EMPTY = "empty label map"
@@ -36,18 +37,8 @@ class VolumeOptions(SourceOptions):
     max_voxels: int = Field(2**30, ge=1)
 
 
-class BadVolume(ValueError):
-    """A volume that is left out.
-
-    Args:
-        reason: the same words for all of the kind.
-        detail: what is particular to this one.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+class BadVolume(Unusable):
+    """A volume that is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +53,6 @@ class Origin:
     preprocessing: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
     whole: tuple[Annotation, ...] = ()
-    incomplete: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -71,40 +61,45 @@ class Origin:
 
 
 def samples(
-    volume: Volume, origin: Origin, options: VolumeOptions, *, scale: Scale | None = None
-) -> Iterator[Sample | Dropped]:
+    volume: Volume,
+    origin: Origin,
+    options: VolumeOptions,
+    drops: Drops,
+    *,
+    scale: Scale | None = None,
+) -> Iterator[Sample]:
     """The volume's slices after the three-dimensional rules; one picture in memory at a time.
 
     Args:
         volume: with its label maps.
         origin: of all of its samples; ``origin.whole`` is said of each picture as a whole.
         options: of the source.
+        drops: takes what is left out. Which slices a component that is left out reaches isn't known: its
+            label is lost in all of them.
         scale: instead of what ``options.window`` says.
     """
     rules = resolve(options.clean)
-    if volume.layers and not volume.structures:
-        yield Dropped(EMPTY, origin.where)
-        return
-    cleaned, drops, incomplete = clean(volume, rules)
-    for reason, detail in drops:
-        yield Dropped(reason, origin.where, detail)
-    if cleaned is None or (volume.structures and not cleaned.structures):
-        return
-    modality = options.modality or origin.modality
-    scale = scale or scale_for(options.window, cleaned.voxels, modality=modality)
-    for cut in slices(cleaned, scale, options.slices):
-        height, width = cut.image.shape
-        where = f"{origin.where}#{cut.axis}{cut.index}"
-        if cut.unclear:
-            yield Dropped(UNCLEAR, where)
-        elif min(height, width) < rules.min_edge_ratio * max(height, width):
-            reason = f"slice with a short edge under {rules.min_edge_ratio:g} of the long one"
-            yield Dropped(reason, where, f"{width} x {height}")
-        else:
-            yield _sample(cut, origin, scale, incomplete)
+    with drops.image(origin.where):
+        if volume.layers and not volume.structures:
+            raise BadVolume(EMPTY)
+        cleaned = clean(volume, rules, drops=drops, where=origin.where)
+        if volume.structures and not cleaned.structures:
+            return
+        modality = options.modality or origin.modality
+        scale = scale or scale_for(options.window, cleaned.voxels, modality=modality)
+        for cut in slices(cleaned, scale, options.slices):
+            with drops.image(f"{origin.where}#{cut.axis}{cut.index}"):
+                height, width = cut.image.shape
+                if cut.unclear:
+                    raise BadVolume(UNCLEAR)
+                if min(height, width) < rules.min_edge_ratio * max(height, width):
+                    share = f"{rules.min_edge_ratio:g} of the long one"
+                    reason = f"slice with a short edge under {share}"
+                    raise BadVolume(reason, f"{width} x {height}")
+                yield _sample(cut, origin, scale)
 
 
-def _sample(cut: Slice, origin: Origin, scale: Scale, incomplete: frozenset[str]) -> Sample:
+def _sample(cut: Slice, origin: Origin, scale: Scale) -> Sample:
     done = {"window": scale.text, "orientation": f"{PLANES[cut.axis]}, from RAS+"}
     if cut.stretched is not None:
         done["pixels"] = f"square, {cut.stretched:g} mm"
@@ -118,8 +113,6 @@ def _sample(cut: Slice, origin: Origin, scale: Scale, incomplete: frozenset[str]
         attributes=origin.attributes,
         preprocessing={**origin.preprocessing, **done},
         sha256=origin.sha256,
-        # Which slices a component that was left out reaches isn't kept: it may be any.
-        incomplete=tuple(sorted(incomplete | set(origin.incomplete))),
     )
 
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
 
 from data_tools.preprocess.rules import resolve
-from data_tools.readers.paths import OUTSIDE, below, file_of, files, folder_of, is_image
-from data_tools.readers.pictures import BadPicture, numbers, picture
-from data_tools.readers.polygons import BadShape, polygon_mask
+from data_tools.readers.paths import file_of, files, folder_of, is_image
+from data_tools.readers.pictures import numbers, open_image, read_bytes, size_of
+from data_tools.readers.polygons import polygon_mask
 from data_tools.readers.source import SourceOptions
-from data_tools.samples import Annotation, Dropped, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import SourceError, Unusable
 
-MAX_BYTES = 64 * 2**20
 _EDGE = 1e-4  # fractions are written with five or six digits
 
 
@@ -133,61 +132,39 @@ def _label_file(options: Options, image: str) -> str | None:
     return "/".join(parts)
 
 
-def read(options: Options, unit: Unit) -> Iterator[Sample | Dropped]:
-    """One picture with the lines of its label file. An empty file says that nothing is to be seen."""
-    if unit.payload is None:
-        yield Dropped("label file without an image", unit.key)
-        return
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield one image with the lines of its label file. An empty file says that nothing is to be seen."""
+    names: tuple[str, ...] | None = unit.payload
+    if names is None:
+        raise Unusable("label file without an image")
+    unreadable = "label file that can't be read"
+    data = read_bytes(options.root, str(_label_file(options, unit.key)), unreadable)
     try:
-        lines = _lines(options.root, str(_label_file(options, unit.key)))
-        found = picture(options.root, unit.key)
-        size = found.size()
-    except BadPicture as error:
-        yield Dropped(error.reason, unit.key, error.detail)
-        return
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise Unusable(unreadable, f"{type(error).__name__}: {error}") from error
+    found = open_image(options.root, unit.key)
+    size = size_of(found)
     annotations: list[Annotation] = []
-    left_out: list[str] = []
     seen: set[str] = set()
     for number, line in enumerate(lines, start=1):
         where = f"{unit.key} line {number}"
         text = " ".join(line.split())
-        if not text:
-            continue
         if text in seen:
-            yield Dropped("duplicate row", where, text[:200])
-            continue
-        seen.add(text)
-        try:
-            annotations.append(_annotation(options, text.split(" "), unit.payload, size))
-        except BadShape as error:
-            left_out += _classes_of(text, unit.payload)
-            yield Dropped(error.reason, where, error.detail)
-    yield found.with_findings(tuple(annotations), incomplete=left_out)
+            drops.add("duplicate row", where, text[:200])
+        elif text:
+            seen.add(text)
+            with drops.annotation(where, *_classes_of(text, names)):
+                annotations.append(_annotation(options, text.split(" "), names, size))
+    yield replace(found, annotations=tuple(annotations))
 
 
 def _classes_of(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The class of a line that can't be used; all of them if its number says nothing."""
+    """Return the class of a line; all of them if its number says nothing."""
     number = text.split(" ", 1)[0]
     if number.isascii() and number.isdigit() and int(number) < len(names):
         return (names[int(number)],)
     return names
-
-
-def _lines(root: Path, name: str) -> list[str]:
-    try:
-        path = below(root, name)
-    except ValueError as error:
-        raise BadPicture(OUTSIDE, str(error)) from error
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadPicture("label file that can't be read", f"larger than {MAX_BYTES} bytes")
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise BadPicture("no such annotation file", name) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadPicture(
-            "label file that can't be read", f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _annotation(
@@ -196,18 +173,18 @@ def _annotation(
     count = len(parts) - 1
     fits = {"boxes": count == 4, "polygons": count >= 6 and count % 2 == 0, "oriented": count == 8}
     if not fits[options.format]:
-        raise BadShape(
+        raise Unusable(
             "line of another format", f"{len(parts)} values in a file of {options.format}"
         )
     if not parts[0].isascii() or not parts[0].isdigit() or int(parts[0]) >= len(names):
-        raise BadShape("unknown class id", f"{parts[0]!r}, there are {len(names)} classes")
+        raise Unusable("unknown class id", f"{parts[0]!r}, there are {len(names)} classes")
     label = names[int(parts[0])]
     try:
         values = list(numbers({f"value {n}": part for n, part in enumerate(parts[1:], 1)}).values())
     except ValueError as error:
-        raise BadShape("box that can't be read", str(error)) from error
+        raise Unusable("box that can't be read", str(error)) from error
     if min(values) < -_EDGE or max(values) > 1 + _EDGE:
-        raise BadShape("fraction below 0 or above 1", f"{label} {' '.join(parts[1:])}"[:200])
+        raise Unusable("fraction below 0 or above 1", f"{label} {' '.join(parts[1:])}"[:200])
     width, height = size
     if options.format == "boxes":
         cx, cy, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height

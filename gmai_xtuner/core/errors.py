@@ -76,11 +76,11 @@ class ImageError(DataError):
     """An image can't be opened, is too large, or is damaged."""
 
 
-class UnusableImage(GMAIError):
-    """An image, a DICOM object or a volume that is left out.
+class Unusable(GMAIError):
+    """An image, a volume or an annotation that can't be used; whoever reads many of them leaves it out.
 
     Args:
-        reason: the same words for all of a kind, under which it is counted.
+        reason: same text for all of a kind, under which it is counted.
         detail: what is particular to this one; never who the patient is.
     """
 
@@ -91,6 +91,10 @@ class UnusableImage(GMAIError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+class UnusableImage(Unusable):
+    """An image, a DICOM object or a volume that is left out."""
 
 
 class MixtureError(GMAIError):

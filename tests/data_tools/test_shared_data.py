@@ -33,7 +33,7 @@ def read(root: Path, folder: Path, reader: str, **keys: Any) -> tuple[list[Recor
     reasons: Counter[str] = Counter()
     for unit in module.units(options):
         result = read_unit(options, unit, folder=folder, taxonomy=terms)
-        records += [found.record for found in result.records]
+        records += result.records
         reasons.update(drop.reason for drop in result.drops)
     return records, reasons
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.samples import Unit
+from data_tools.records import Unit
 from data_tools.stamps import stamp
 
 
@@ -34,7 +34,7 @@ def touch(path: Path) -> None:
 
 def test_it_is_the_same_in_every_process(tmp_path, unit):
     code = (
-        "import sys; from pathlib import Path; from data_tools.samples import Unit;"
+        "import sys; from pathlib import Path; from data_tools.records import Unit;"
         "from data_tools.stamps import stamp; p = Path(sys.argv[1]);"
         "print(stamp(p, Unit('a.png', {'x': {'b', 'a'}, 'f': ('mask.png', 1.5, None)})).hex())"
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.items import Item, Problem, Turn
-from data_tools.records import Label, Provenance, Record
-from data_tools.standardise import Drop, ReadRecord, UnitResult
+from data_tools.records import Drop, Label, Provenance, Record
+from data_tools.standardise import UnitResult
 from data_tools.store import (
     ACCEPTED,
     PENDING,
@@ -35,8 +35,10 @@ def record(name: str, *, label: str = "cat") -> Record:
 
 def read(*records: Record, drops: tuple[Drop, ...] = (), twins: str = ""):
     """A unit's rows; ``twins``: a letter each, the same letter for duplicates."""
-    marks = [letter.encode() for letter in twins] or [r.id.encode() for r in records]
-    made = tuple(ReadRecord(r, mark) for r, mark in zip(records, marks, strict=True))
+    marks = twins or [r.id for r in records]
+    made = tuple(
+        replace(r, image=f"images/{mark}.png") for r, mark in zip(records, marks, strict=True)
+    )
     return rows_of(UnitResult(made, drops, len(records) + len(drops)))
 
 

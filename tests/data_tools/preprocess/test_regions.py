@@ -8,11 +8,21 @@ from hypothesis.extra.numpy import arrays
 from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
-from data_tools.preprocess.regions import components, regions
+from data_tools.preprocess.regions import components
+from data_tools.preprocess.regions import regions as clean
 from data_tools.preprocess.rules import PRESETS, Rules
-from data_tools.samples import Annotation
+from data_tools.records import Annotation, Drops, Label
 
 NONE = PRESETS["none"]
+
+
+def regions(
+    annotations: list[Annotation], *, size: tuple[int, int], rules: Rules
+) -> tuple[list[Label], list[tuple[str, str]], set[str]]:
+    """What is kept, reason and detail of what is dropped, and the labels that are lost."""
+    drops = Drops()
+    kept = clean(annotations, size=size, rules=rules, drops=drops, where="")
+    return kept, [(drop.reason, drop.detail) for drop in drops.found], drops.incomplete
 
 
 def of_skimage(mask: np.ndarray, connectivity: int) -> list[tuple[tuple[int, ...], int]]:
@@ -141,7 +151,7 @@ def test_empty_masks_and_masks_of_another_size_are_counted():
         Annotation("c"),
     ]
     kept, drops, _ = regions(annotations, size=(40, 30), rules=NONE)
-    assert [(region.label, region.box) for region in kept] == [("c", None)]
+    assert [(region.name, region.box) for region in kept] == [("c", None)]
     assert [reason for reason, _ in drops] == ["empty mask", "mask of another size than its image"]
 
 
@@ -155,7 +165,7 @@ def test_labels_of_what_is_dropped_are_named():
         Annotation("outside", (900, 0, 950, 9)), Annotation("empty", mask=np.zeros((256, 256), bool)),
     ]  # fmt: skip
     kept, _, incomplete = regions(annotations, size=(256, 256), rules=PRESETS["sa-med2d"])
-    assert [region.label for region in kept] == ["large", "whole"]
+    assert [region.name for region in kept] == ["large", "whole"]
     assert incomplete == {"speck", "outside"}
     clipped = [Annotation("cut", (250, 0, 260, 9))]
     kept, drops, incomplete = regions(clipped, size=(256, 256), rules=Rules(clip_boxes=True))

@@ -7,6 +7,7 @@ import numpy as np
 from data_tools.preprocess.rules import Rules, preset
 from data_tools.preprocess.volume_rules import clean
 from data_tools.preprocess.volumes import Structure, Volume
+from data_tools.records import Drops
 
 
 def volume(spacing=(1.0, 1.0, 1.0)) -> Volume:
@@ -19,15 +20,24 @@ def volume(spacing=(1.0, 1.0, 1.0)) -> Volume:
     return Volume(np.zeros(layer.shape), affine, (layer,), (Structure("kidney", 0, 1),))
 
 
+def cleaned(of: Volume, rules: Rules) -> tuple[Volume | None, list[str], set[str]]:
+    """The volume or None, the reasons for what was dropped, and the labels that are lost."""
+    drops = Drops()
+    found = None
+    with drops.image("v"):
+        found = clean(of, rules, drops=drops, where="v")
+        lost = drops.incomplete
+    return found, [drop.reason for drop in drops.found], lost if found else set()
+
+
 def left(of: Volume, **rules) -> tuple[int, list[str]]:
-    cleaned, drops, _ = clean(of, Rules(**rules))
-    reasons = [reason for reason, _ in drops]
-    return (0 if cleaned is None else int(np.count_nonzero(cleaned.layers[0]))), reasons
+    found, reasons, _ = cleaned(of, Rules(**rules))
+    return (0 if found is None else int(np.count_nonzero(found.layers[0]))), reasons
 
 
 def test_no_rule_changes_nothing():
     of = volume()
-    assert clean(of, preset("none")) == (of, [], frozenset())
+    assert cleaned(of, preset("none")) == (of, [], set())
 
 
 def test_few_voxels():
@@ -47,8 +57,8 @@ def test_volume_and_side_in_millimetres():
 
 def test_the_largest_stay():
     assert left(volume(), keep_largest=1)[0] == 64
-    assert clean(volume(), Rules(keep_largest=1))[2] == {"kidney"}
-    assert clean(volume(), Rules(keep_largest=2))[2] == frozenset()
+    assert cleaned(volume(), Rules(keep_largest=1))[2] == {"kidney"}
+    assert cleaned(volume(), Rules(keep_largest=2))[2] == set()
 
 
 def test_mostly_background():
@@ -60,10 +70,10 @@ def test_mostly_background():
 
 
 def test_sides_are_told_apart():
-    cleaned, _, _ = clean(volume(), Rules(split_left_right=True))
+    found, _, _ = cleaned(volume(), Rules(split_left_right=True))
     sides = {
-        item.attributes["side"]: int(np.count_nonzero(cleaned.layers[item.layer] == item.value))
-        for item in cleaned.structures
+        item.attributes["side"]: int(np.count_nonzero(found.layers[item.layer] == item.value))
+        for item in found.structures
     }
     # RAS+ grows to the right: the large block at low x lies on the left.
     assert sides == {"left": 64, "right": 8}

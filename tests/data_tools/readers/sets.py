@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_tools.samples import Dropped, Sample
+from data_tools.preprocess.regions import regions
+from data_tools.preprocess.rules import resolve
+from data_tools.records import Drop, Drops, Label, Sample
 
 
 def write_image(path: Path, *, width: int = 40, height: int = 30) -> Path:
@@ -37,17 +39,41 @@ def options(reader: ModuleType, root: Path, **keys: Any) -> Any:
     return reader.Options(name="set", licence="CC0", reader=name, root=root, **keys)
 
 
-def read_all(reader: ModuleType, root: Path, **keys: Any) -> tuple[list[Sample], list[Dropped]]:
+def read_units(reader: Any, chosen: Any) -> tuple[list[Sample], list[Drop], list[tuple[str, ...]]]:
+    """Samples and drops of all units, and for each sample the labels that it lacks."""
+    samples, drops, incomplete = [], [], []
+    for unit in reader.units(chosen):
+        of_unit = Drops()
+        with of_unit.image(unit.key):
+            for sample in reader.read(chosen, unit, of_unit):
+                samples.append(sample)
+                incomplete.append(tuple(sorted(of_unit.incomplete)))
+        drops += of_unit.found
+    return samples, drops, incomplete
+
+
+def read_all(reader: ModuleType, root: Path, **keys: Any) -> tuple[list[Sample], list[Drop]]:
     """Samples and drops of all units."""
-    chosen = options(reader, root, **keys)
-    found = [thing for unit in reader.units(chosen) for thing in reader.read(chosen, unit)]
-    return (
-        [thing for thing in found if isinstance(thing, Sample)],
-        [thing for thing in found if isinstance(thing, Dropped)],
-    )
+    samples, drops, _ = read_units(reader, options(reader, root, **keys))
+    return samples, drops
 
 
-def reasons(drops: list[Dropped]) -> dict[str, int]:
+def incomplete(reader: ModuleType, root: Path, **keys: Any) -> list[tuple[str, ...]]:
+    """For each sample the labels that it lacks."""
+    return read_units(reader, options(reader, root, **keys))[2]
+
+
+def regions_of(
+    sample: Sample, size: tuple[int, int], rules: str = "none"
+) -> tuple[list[Label], list[str]]:
+    """Regions of a sample, and the reasons for those that the rules drop."""
+    drops = Drops()
+    chosen = resolve(rules)
+    found = regions(sample.annotations, size=size, rules=chosen, drops=drops, where="")
+    return found, [drop.reason for drop in drops.found]
+
+
+def reasons(drops: list[Drop]) -> dict[str, int]:
     return dict(Counter(drop.reason for drop in drops))
 
 

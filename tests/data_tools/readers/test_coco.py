@@ -9,7 +9,7 @@ from skimage.draw import polygon2mask
 
 from data_tools.readers import coco
 from gmai_xtuner.core.errors import SourceError
-from tests.data_tools.readers.sets import boxes, read_all, reasons, write_image
+from tests.data_tools.readers.sets import boxes, incomplete, read_all, reasons, write_image
 
 CATEGORIES = [{"id": 1, "name": "cell"}, {"id": 7, "name": "nucleus"}]
 IMAGE = {"id": 3, "file_name": "a.png", "width": 40, "height": 30}
@@ -172,6 +172,6 @@ def test_a_file_that_is_no_coco_file(tmp_path, content, message):
 
 def test_what_is_left_out_is_named(tmp_path):
     write(tmp_path, entry(), entry(id=6, category_id=7, iscrowd=1))
-    (sample,), drops = read(tmp_path)
+    _, drops = read(tmp_path)
     assert reasons(drops) == {"crowd annotation": 1}
-    assert sample.incomplete == ("nucleus",)
+    assert incomplete(coco, tmp_path, annotations="c.json") == [("nucleus",)]

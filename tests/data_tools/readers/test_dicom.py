@@ -14,7 +14,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from data_tools.readers import dicom, volume
-from data_tools.samples import Dropped, Sample
+from data_tools.records import Drop, Sample
+from tests.data_tools.readers.sets import read_units
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
@@ -33,8 +34,9 @@ def options(root: Path, **keys) -> dicom.Options:
     return dicom.Options(**values)
 
 
-def read(of: dicom.Options) -> list[Sample | Dropped]:
-    return [sample for unit in dicom.units(of) for sample in dicom.read(of, unit)]
+def read(of: dicom.Options) -> list[Sample | Drop]:
+    samples, drops, _ = read_units(dicom, of)
+    return [*drops, *samples]
 
 
 def only(found: list) -> Sample:
@@ -110,7 +112,7 @@ def test_a_series_is_its_nifti_twin(tmp_path):
         name="v", reader="volume", root=tmp_path / "nifti", licence="MIT", images="{case}.nii.gz",
         clean="none", window=window, modality="CT",
     )  # fmt: skip
-    other = [sample for unit in volume.units(twin) for sample in volume.read(twin, unit)]
+    other, _, _ = read_units(volume, twin)
     assert len(one) == len(other) == 6 + 12 + 10
     for a, b in zip(one, other, strict=True):
         assert a.part == b.part
@@ -177,12 +179,11 @@ def test_a_row_that_cannot_be_read_is_no_label_of_the_whole_picture(tmp_path):
         "file,label,x1,y1,x2,y2\na.dcm,nodule,1,2,x,4\na.dcm,heart,1,2,3,4\n"
     )
     box = {"x1": "x1", "y1": "y1", "x2": "x2", "y2": "y2"}
-    dropped, sample = read(
-        options(tmp_path, table="labels.csv", columns={"box": box}, files="*.dcm")
-    )
+    chosen = options(tmp_path, table="labels.csv", columns={"box": box}, files="*.dcm")
+    (sample,), (dropped,), lacking = read_units(dicom, chosen)
     assert dropped.reason == "row of the table that can't be used"
     assert [(item.label, item.box) for item in sample.annotations] == [("heart", (1, 2, 3, 4))]
-    assert sample.incomplete == ("nodule",)
+    assert lacking == [("nodule",)]
 
 
 def test_a_box_of_a_whole_series_is_left_out(tmp_path):
@@ -196,7 +197,8 @@ def test_a_box_of_a_whole_series_is_left_out(tmp_path):
     dropped, *found = read(options(tmp_path, files="*.dcm", **keys))
     assert dropped.reason == "box of the table for a whole series"
     assert {tuple(item.label for item in sample.annotations) for sample in found} == {("thorax",)}
-    assert {sample.incomplete for sample in found} == {("nodule",)}
+    lacking = read_units(dicom, options(tmp_path, files="*.dcm", **keys))[2]
+    assert set(lacking) == {("nodule",)}
 
 
 def test_the_sex_leaves_only_if_it_is_named(tmp_path):
@@ -310,7 +312,7 @@ def test_a_segmentation_without_its_series(shared_data):
 
 def test_all_shared_files_give_a_picture_or_a_reason(shared_data):
     found = read(options(shared_data / "dicom_samples", clean="sa-med2d"))
-    reasons = Counter(item.reason for item in found if isinstance(item, Dropped))
+    reasons = Counter(item.reason for item in found if isinstance(item, Drop))
     pictures = [item for item in found if isinstance(item, Sample)]
     slices = [sample for sample in pictures if "axis" in sample.part]
     # 4 of CT2, which has a gap, and 5 of CT5N; the rest are single frames and a cine loop of 30.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,16 @@ from pydantic import ValidationError
 from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
-from data_tools.preprocess.regions import regions
-from data_tools.preprocess.rules import PRESETS
 from data_tools.readers import masks
 from gmai_xtuner.core.errors import SourceError
-from tests.data_tools.readers.sets import options, read_all, reasons, write_image, write_mask
+from tests.data_tools.readers.sets import (
+    options,
+    read_all,
+    reasons,
+    regions_of,
+    write_image,
+    write_mask,
+)
 
 PAIR = {"images": "i/{n}.png", "masks": "m/{n}.png"}
 
@@ -240,7 +246,8 @@ def test_axons_and_myelin(shared_data):
         for part in parts
         if part.area >= least
     ]
-    axons = next(sample for sample in samples if "data5" in sample.source_file).annotations[:1]
-    kept, _, _ = regions(axons, size=levels.shape[::-1], rules=PRESETS["sa-med2d"])
+    sample = next(sample for sample in samples if "data5" in sample.source_file)
+    axons = replace(sample, annotations=sample.annotations[:1])
+    kept, _ = regions_of(axons, levels.shape[::-1], "sa-med2d")
     assert sorted(region.box for region in kept) == sorted(expected)
     assert len(expected) > 5

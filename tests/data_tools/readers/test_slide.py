@@ -14,9 +14,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from data_tools.readers import slide, slide_files
-from data_tools.readers.slide_regions import BadRegions, read_outlines
-from data_tools.samples import Dropped, Sample
-from gmai_xtuner.core.errors import SourceError
+from data_tools.readers.slide_labels import Outline, read_outlines
+from data_tools.records import Drop, Sample
+from gmai_xtuner.core.errors import SourceError, Unusable
+from tests.data_tools.readers.sets import read_units
 
 
 def field(width: int, height: int) -> np.ndarray:
@@ -51,13 +52,9 @@ def options(root: Path, **keys: Any) -> slide.Options:
     return slide.Options.model_validate(base | keys)
 
 
-def read(root: Path, **keys: Any) -> tuple[list[Sample], list[Dropped]]:
-    made = options(root, **keys)
-    results = [result for unit in slide.units(made) for result in slide.read(made, unit)]
-    return (
-        [result for result in results if isinstance(result, Sample)],
-        [result for result in results if isinstance(result, Dropped)],
-    )
+def read(root: Path, **keys: Any) -> tuple[list[Sample], list[Drop]]:
+    samples, drops, _ = read_units(slide, options(root, **keys))
+    return samples, drops
 
 
 def corners(samples: Sequence[Sample]) -> list[tuple[int, int]]:
@@ -327,8 +324,6 @@ def test_outlines_become_masks_of_the_tiles(tmp_path: Path, suffix: str) -> None
 def test_outlines_are_filled_like_an_independent_library_does() -> None:
     from skimage.draw import polygon2mask
 
-    from data_tools.readers.slide_regions import Outline
-
     generator = np.random.default_rng(0)
     touched = 0
     for _ in range(50):
@@ -442,7 +437,7 @@ def test_files_of_outlines_that_are_none(tmp_path: Path) -> None:
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(BadRegions):
+        with pytest.raises(Unusable):
             read_outlines(tmp_path / name)
     write_pyramid(tmp_path / "a.tif", field(64, 64))
     samples, drops = read(tmp_path, regions="{stem}.geojson")

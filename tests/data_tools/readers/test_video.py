@@ -13,8 +13,9 @@ import pytest
 from pydantic import ValidationError
 
 from data_tools.readers import video, video_frames
-from data_tools.samples import Dropped, Sample
+from data_tools.records import Drop, Sample
 from gmai_xtuner.core.errors import SourceError
+from tests.data_tools.readers.sets import read_units
 
 WIDTH, HEIGHT = 128, 96
 
@@ -69,13 +70,9 @@ def options(root: Path, **keys: Any) -> video.Options:
     return video.Options.model_validate(base | keys)
 
 
-def read(root: Path, **keys: Any) -> tuple[list[Sample], list[Dropped]]:
-    made = options(root, **keys)
-    results = [result for unit in video.units(made) for result in video.read(made, unit)]
-    return (
-        [result for result in results if isinstance(result, Sample)],
-        [result for result in results if isinstance(result, Dropped)],
-    )
+def read(root: Path, **keys: Any) -> tuple[list[Sample], list[Drop]]:
+    samples, drops, _ = read_units(video, options(root, **keys))
+    return samples, drops
 
 
 def frames(samples: Sequence[Sample]) -> list[int]:
@@ -212,7 +209,8 @@ def test_the_table_names_frames_with_labels_and_boxes(clip: Callable[[str], Path
         ("forceps", (1, 2, 3, 4)),
     ]
     assert first.annotations[0].attributes == {"Paris class": "0-IIa"}
-    assert second.incomplete == ("polyp",)  # of the rows that can't be read
+    lacking = read_units(video, options(root, **keys))[2]
+    assert lacking == [("polyp",)] * 2  # of the rows that can't be read
     assert [(a.label, a.box) for a in second.annotations] == [("normal", None)]
     assert sorted(drop.reason for drop in drops) == [
         "frame of the table outside the video",

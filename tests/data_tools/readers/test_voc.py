@@ -4,11 +4,16 @@ from collections import Counter
 
 import pytest
 
-from data_tools.preprocess.regions import regions
-from data_tools.preprocess.rules import PRESETS
 from data_tools.readers import voc
 from gmai_xtuner.core.errors import SourceError
-from tests.data_tools.readers.sets import boxes, read_all, reasons, write_image
+from tests.data_tools.readers.sets import (
+    boxes,
+    incomplete,
+    read_all,
+    reasons,
+    regions_of,
+    write_image,
+)
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin>
 <ymin>3</ymin><xmax>20</xmax><ymax>25</ymax></bndbox></object>"""
@@ -30,11 +35,11 @@ def test_bccd_as_published(shared_data):
     assert labels == {"RBC": 323, "Platelets": 31, "WBC": 22}
     assert (len(samples), drops) == (25, [])
     bad = [
-        (sample.source_file, drop)
+        (sample.source_file, reason)
         for sample in samples
-        for drop in regions(sample.annotations, size=(640, 480), rules=PRESETS["sa-med2d"])[1]
+        for reason in regions_of(sample, (640, 480), "sa-med2d")[1]
     ]
-    assert [(name, reason) for name, (reason, _) in bad] == [
+    assert bad == [
         ("JPEGImages/BloodImage_00338.jpg", "box of no size"),
         ("JPEGImages/BloodImage_00343.jpg", "box of no size"),
     ]
@@ -51,7 +56,8 @@ def test_corners_and_marks(tmp_path):
     assert edges.annotations[0].attributes == {"difficult": "yes"}
     (sample,), drops = read_all(voc, tmp_path, difficult=False)
     assert (sample.annotations, reasons(drops)) == ((), {"object marked difficult": 1})
-    assert (edges.incomplete, sample.incomplete) == ((), ("cell",))
+    assert incomplete(voc, tmp_path) == [()]
+    assert incomplete(voc, tmp_path, difficult=False) == [("cell",)]
 
 
 BOMB = """<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;&b;">]><annotation>&c;</annotation>"""

@@ -12,10 +12,9 @@ import SimpleITK
 from skimage.measure import label as components
 from skimage.measure import regionprops
 
-from data_tools.preprocess.regions import regions
-from data_tools.preprocess.rules import resolve
 from data_tools.readers import decathlon, nnunet, volume
-from data_tools.samples import Dropped, Sample
+from data_tools.records import Drop, Sample
+from tests.data_tools.readers.sets import read_units, regions_of
 
 KEYS = {"name": "v", "licence": "MIT", "modality": "CT", "clean": "none"}
 
@@ -44,13 +43,15 @@ def options(root: Path, **keys) -> volume.Options:
     return volume.Options(reader="volume", root=root, **values)
 
 
-def read(of, module=volume) -> list[Sample | Dropped]:
-    return [sample for unit in module.units(of) for sample in module.read(of, unit)]
+def read(of, module=volume) -> tuple[list[Sample], list[Drop]]:
+    samples, drops, _ = read_units(module, of)
+    return samples, drops
 
 
 def samples_of(found) -> list[Sample]:
-    assert [item for item in found if isinstance(item, Dropped)] == []
-    return list(found)
+    samples, drops = found
+    assert drops == []
+    return samples
 
 
 def expected_boxes(plane: np.ndarray, value: int) -> list[tuple[int, ...]]:
@@ -61,9 +62,9 @@ def expected_boxes(plane: np.ndarray, value: int) -> list[tuple[int, ...]]:
 
 def boxes_of(sample: Sample, name: str) -> list[tuple[int, ...]]:
     height, width = sample.image.shape
-    found, dropped, _ = regions(sample.annotations, size=(width, height), rules=resolve("none"))
+    found, dropped = regions_of(sample, (width, height))
     assert not dropped
-    return sorted(tuple(item.box) for item in found if item.label == name)
+    return sorted(tuple(item.box) for item in found if item.name == name)
 
 
 def shown(array: np.ndarray, axis: str, index: int) -> np.ndarray:
@@ -162,8 +163,8 @@ def test_the_spleen_of_the_shared_volume(shared_data):
 
 
 def bad(tmp_path: Path, **keys) -> tuple[str, str]:
-    (found,) = read(options(tmp_path, **keys))
-    assert isinstance(found, Dropped)
+    samples, (found,) = read(options(tmp_path, **keys))
+    assert samples == []
     return found.reason, found.detail
 
 
@@ -260,10 +261,9 @@ def test_nnunet_regions_overlap_and_ignored_voxels_drop_their_slices(tmp_path):
     }
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     of = nnunet.Options(reader="nnunet", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
-    found = read(of, nnunet)
-    dropped = [item for item in found if isinstance(item, Dropped)]
+    samples, dropped = read(of, nnunet)
     assert [item.reason for item in dropped] == ["slice with voxels marked as ignored"]
-    for sample in (item for item in found if isinstance(item, Sample)):
+    for sample in samples:
         plane = shown(labels, "z", sample.part["slice"])
         masks = {item.label: item.mask for item in sample.annotations}
         assert np.array_equal(masks["whole"], np.isin(plane, (1, 2)))

@@ -4,7 +4,7 @@ import pytest
 
 from data_tools.readers import yolo
 from gmai_xtuner.core.errors import SourceError
-from tests.data_tools.readers.sets import boxes, read_all, reasons, write_image
+from tests.data_tools.readers.sets import boxes, incomplete, read_all, reasons, write_image
 
 NAMES = ("red cell", "platelet")
 
@@ -75,9 +75,8 @@ def test_a_bad_line_is_counted_and_the_others_stay(tmp_path, line, reason):
     assert reasons(drops) == {reason: 1}
     assert drops[0].where == "images/train/a.png line 3"
     lost = {"duplicate row": (), "unknown class id": ("platelet", "red cell")}
-    assert sample.incomplete == lost.get(
-        reason, ("platelet", "red cell") if line[0] not in "01" else ("red cell",)
-    )
+    all_or_one = ("platelet", "red cell") if line[0] not in "01" else ("red cell",)
+    assert incomplete(yolo, tmp_path, names=NAMES) == [lost.get(reason, all_or_one)]
 
 
 def test_polygons_and_oriented_boxes(tmp_path):
