@@ -31,9 +31,9 @@ from starlette.testclient import TestClient
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.generate import Predictor, user_turn
 from gmai_xtuner.loading import load_model
+from gmai_xtuner.serve.answers import StopTexts
 from gmai_xtuner.serve.app import Server
-from gmai_xtuner.serve.data_urls import Limits
-from gmai_xtuner.serve.stops import StopTexts
+from gmai_xtuner.serve.protocol import Limits
 from tests.commands.runner import ROOT
 from tests.exports import write_export
 

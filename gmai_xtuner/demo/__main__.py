@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
             f'the page needs the extra "demo" ({error}). Install it: pip install -e ".[demo]"'
         ) from error
     from gmai_xtuner.core.addresses import is_loopback, reserved
-    from gmai_xtuner.demo.answering import Desk
+    from gmai_xtuner.demo.answering import Answering
     from gmai_xtuner.demo.examples import examples_of, installed_examples
     from gmai_xtuner.demo.limits import MEBIBYTE, Limits
     from gmai_xtuner.demo.page import Demo
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
             )
         shown = f"[{host}]" if ":" in str(host) else host
         demo = Demo(
-            Desk(models, longest=limits.waiting),
+            Answering(models, max_waiting=limits.waiting),
             limits=limits,
             examples=examples,
             language=options.language,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +15,11 @@ from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
 from gmai_xtuner.demo.words import PageError
 from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, Sampling
+from gmai_xtuner.inference_queue import InferenceQueue, QueueFull
 from gmai_xtuner.model.costs import part_cost, size
 from gmai_xtuner.model.vision import num_image_tokens
 
 _LOG = logging.getLogger(__name__)
-_LOOK = 0.1
-"""Seconds between two looks at the queue; a question waits so long at the most after it could go on."""
 
 
 @dataclass(frozen=True)
@@ -70,60 +66,17 @@ def counted(number: int) -> str:
     return str(number)
 
 
-class Queue:
-    """Lets one question through at a time; the others wait in the order in which they came.
-
-    Args:
-        longest: questions that may wait.
-    """
-
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
-        self._tickets: list[object] = []
-
-    @asynccontextmanager
-    async def turn(
-        self, told: Callable[[int], None], give_up: threading.Event
-    ) -> AsyncIterator[bool]:
-        """Wait for one's turn and hold it.
-
-        Args:
-            told: called with the number of questions ahead, whenever it changes.
-            give_up: ends the waiting.
-
-        Yields:
-            Whether it is one's turn; False: the visitor gave up.
-
-        Raises:
-            PageError: too many are waiting.
-        """
-        if len(self._tickets) > self._longest:
-            raise PageError("busy")
-        ticket = object()
-        self._tickets.append(ticket)
-        try:
-            ahead = None
-            while (place := self._tickets.index(ticket)) and not give_up.is_set():
-                if place != ahead:
-                    ahead = place
-                    told(place)
-                await asyncio.sleep(_LOOK)
-            yield not place
-        finally:
-            self._tickets.remove(ticket)
-
-
-class Desk:
-    """Answers exchanges with all models, one after the other.
+class Answering:
+    """Answer exchanges with all models, one after the other.
 
     Args:
         models: one or two.
-        longest: questions that may wait.
+        max_waiting: questions that may wait.
     """
 
-    def __init__(self, models: Sequence[LoadedModel], *, longest: int) -> None:
+    def __init__(self, models: Sequence[LoadedModel], *, max_waiting: int) -> None:
         self.models = tuple(models)
-        self._queue = Queue(longest)
+        self._queue = InferenceQueue(max_waiting=max_waiting)
 
     def check(self, session: Session, exchange: Exchange) -> None:
         """Whether every model can take the exchange.
@@ -151,22 +104,22 @@ class Desk:
         sampling = session.settings.checked()
         longest = int(session.settings.max_new_tokens)
 
-        def told(ahead: int) -> None:
+        def log_position(ahead: int) -> None:
             for number, answer in enumerate(exchange.answers):
                 answer.ahead = ahead
                 changed(number)
 
         try:
-            async with self._queue.turn(told, session.stop) as mine:
+            async with self._queue.turn(on_position=log_position, give_up=session.stop) as mine:
                 for number, answer in enumerate(exchange.answers):
                     if not mine or session.stop.is_set():
                         answer.state = "stopped"
                     else:
                         await self._write(session, exchange, number, sampling, longest, changed)
                     changed(number)
-        except PageError as error:
+        except QueueFull:
             for number, answer in enumerate(exchange.answers):
-                answer.state, answer.failure = "failed", error
+                answer.state, answer.failure = "failed", PageError("busy")
                 changed(number)
 
     async def _write(
@@ -193,7 +146,7 @@ class Desk:
             return streams[0]
 
         try:
-            async for piece in in_thread(start, session.stop):
+            async for piece in self._queue.pieces(start, session.stop):
                 answer.text += piece
                 changed(number)
             answer.state = "stopped" if session.stop.is_set() else "done"
@@ -207,44 +160,3 @@ class Desk:
             answer.failure = PageError("model_failed", kind=type(error).__name__)
         finally:
             answer.seconds = time.monotonic() - begin
-
-
-async def in_thread(
-    start: Callable[[], Iterator[str]], stop: threading.Event
-) -> AsyncIterator[str]:
-    """What a blocking iterator yields, from a thread of its own.
-
-    It ends early when ``stop`` is set, and is closed in any case before this returns, so that nothing
-    computes on.
-    """
-    loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
-    abandoned = threading.Event()
-
-    def hand_on(item: str | BaseException | None) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, item)
-
-    def run() -> None:
-        try:
-            iterator = start()
-            try:
-                for piece in iterator:
-                    if stop.is_set() or abandoned.is_set():
-                        break
-                    hand_on(piece)
-            finally:
-                if hasattr(iterator, "close"):
-                    iterator.close()
-            hand_on(None)
-        except BaseException as error:  # raised again where it is read
-            hand_on(error)
-
-    worker = loop.run_in_executor(None, run)
-    try:
-        while (item := await pieces.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        abandoned.set()
-        await asyncio.shield(worker)

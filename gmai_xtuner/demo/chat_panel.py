@@ -10,7 +10,7 @@ from typing import Any
 from nicegui import background_tasks, ui
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
-from gmai_xtuner.demo.answering import Desk
+from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.boxes import UNITS, draw_boxes, read_boxes
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
 from gmai_xtuner.demo.limits import Memory
@@ -33,16 +33,21 @@ class ChatPanel:
 
     Args:
         session: of the visitor.
-        desk: who answers.
+        answering: who answers.
         memory: of all visitors.
         images_sent: called when images went along, or are to go again.
     """
 
     def __init__(
-        self, session: Session, desk: Desk, *, memory: Memory, images_sent: Callable[[], None]
+        self,
+        session: Session,
+        answering: Answering,
+        *,
+        memory: Memory,
+        images_sent: Callable[[], None],
     ) -> None:
         self.session = session
-        self.desk = desk
+        self.answering = answering
         self.memory = memory
         self._images_sent = images_sent
         self._answers: dict[tuple[int, int], _AnswerView] = {}
@@ -125,15 +130,15 @@ class ChatPanel:
             if exchange.images and text.startswith(f"{IMAGE_TOKEN}\n" * len(exchange.images)):
                 text = text.removeprefix(f"{IMAGE_TOKEN}\n" * len(exchange.images))
             named(ui.label(text).classes("text"), "asked")
-        columns = "answers two" if len(self.desk.models) > 1 else "answers"
+        columns = "answers two" if len(self.answering.models) > 1 else "answers"
         with ui.element("div").classes(columns):
-            for model in range(len(self.desk.models)):
+            for model in range(len(self.answering.models)):
                 view = _AnswerView(self.session, exchange, model, self._name(model))
                 view.draw()
                 self._answers[number, model] = view
 
     def _name(self, model: int) -> str:
-        return self.desk.models[model].name if len(self.desk.models) > 1 else ""
+        return self.answering.models[model].name if len(self.answering.models) > 1 else ""
 
     def _draw_settings(self) -> None:
         settings, language = self.session.settings, self.session.language
@@ -205,7 +210,7 @@ class ChatPanel:
         session.busy = True  # before anything is waited for: two presses are one question
         try:
             exchange = await asyncio.to_thread(session.ask, session.draft)
-            await asyncio.to_thread(self.desk.check, session, exchange)
+            await asyncio.to_thread(self.answering.check, session, exchange)
             self.memory.take(exchange.nbytes)
         except PageError as error:
             self._set_busy(False)
@@ -244,7 +249,7 @@ class ChatPanel:
                 self._answers[number, model].update()
 
         try:
-            await self.desk.answer(self.session, exchange, changed)
+            await self.answering.answer(self.session, exchange, changed)
         finally:
             self.session.finish(exchange)
             if self.session.closed:
@@ -267,7 +272,7 @@ class ChatPanel:
         self.draw_talk()
 
     async def _download(self) -> None:
-        names = [model.name for model in self.desk.models]
+        names = [model.name for model in self.answering.models]
         try:
             data = await asyncio.to_thread(as_zip, self.session, names)
         except PageError as error:

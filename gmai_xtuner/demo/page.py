@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nicegui import Client, ui
 
-from gmai_xtuner.demo.answering import Desk
+from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.chat_panel import ChatPanel
 from gmai_xtuner.demo.conversation import Session
 from gmai_xtuner.demo.examples import Example
@@ -24,7 +24,7 @@ class Demo:
     """What all visitors share.
 
     Args:
-        desk: the models.
+        answering: the models.
         limits: of uploads.
         examples: to pick from.
         language: that a page begins with.
@@ -32,13 +32,13 @@ class Demo:
 
     def __init__(
         self,
-        desk: Desk,
+        answering: Answering,
         *,
         limits: Limits,
         examples: Sequence[Example] = (),
         language: Language = "en",
     ) -> None:
-        self.desk = desk
+        self.answering = answering
         self.limits = limits
         self.examples = tuple(examples)
         self.language = language
@@ -48,7 +48,7 @@ class Demo:
 
     def page(self, client: Client) -> None:
         """Build the page of one visitor, who has a session of his own."""
-        session = Session(len(self.desk.models), self.limits, language=self.language)
+        session = Session(len(self.answering.models), self.limits, language=self.language)
         self._open[id(session)] = session
         client.on_delete(lambda: self._leave(session))
         ui.colors(primary="#0b6e75", negative="#b3261e")
@@ -79,7 +79,7 @@ class _Page:
         self.session = session
         self.images = ImagePanel(session, demo.memory, examples=demo.examples, opening=demo.opening)
         self.chat = ChatPanel(
-            session, demo.desk, memory=demo.memory, images_sent=self.images.told_sent
+            session, demo.answering, memory=demo.memory, images_sent=self.images.told_sent
         )
 
     def draw(self) -> None:
@@ -108,7 +108,7 @@ class _Page:
                     for language, words in BANNER.items():
                         ui.label(words).props(f"lang={language}")
                 with ui.element("div").classes("models"):
-                    for model in self.demo.desk.models:
+                    for model in self.demo.answering.models:
                         named(ui.label(f"{model.name}: {model.facts}"), "model-facts")
             with ui.element("main"):
                 with ui.element("section").classes("panel images"):

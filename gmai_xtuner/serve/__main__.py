@@ -61,7 +61,7 @@ def _serve(options: argparse.Namespace, key: str | None, own: socket.socket) -> 
 
     from gmai_xtuner.loading import describe
     from gmai_xtuner.serve.app import Server
-    from gmai_xtuner.serve.data_urls import Limits
+    from gmai_xtuner.serve.protocol import Limits
 
     try:
         predictor = load_from_arguments(options)

@@ -13,18 +13,19 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gmai_xtuner.core.addresses import is_loopback, name_of
 from gmai_xtuner.generate import Predictor
-from gmai_xtuner.serve.data_urls import Limits
+from gmai_xtuner.serve.answers import Answers, End, Job, Piece
 from gmai_xtuner.serve.errors import ApiError
-from gmai_xtuner.serve.model_queue import End, Job, ModelQueue, Piece
-from gmai_xtuner.serve.names import OnlyLoopbackNames
-from gmai_xtuner.serve.protocol import ChatRequest, read_request
+from gmai_xtuner.serve.protocol import ChatRequest, Limits, read_request
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Server:
         self.name, self._key = name, key
         self.limits = limits or Limits()
         self.default_new_tokens, self.max_new_tokens = default_new_tokens, max_new_tokens
-        self.queue = ModelQueue(predictor, max_waiting=max_waiting)
+        self.answers = Answers(predictor, max_waiting=max_waiting)
         self.started = int(time.time())
         # A decoded picture may take hundreds of MiB; what waits for the model is small.
         self._decoding = asyncio.Semaphore(2)
@@ -84,7 +85,7 @@ class Server:
         try:
             yield
         finally:
-            self.queue.close()
+            self.answers.close()
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -104,7 +105,7 @@ class Server:
             "object": "model",
             "created": self.started,
             "owned_by": "gmai_xtuner",
-            "max_model_len": self.queue.predictor.context_length,
+            "max_model_len": self.answers.predictor.context_length,
         }
 
     async def _chat(self, request: Request) -> Response:
@@ -114,10 +115,10 @@ class Server:
             raise ApiError(f"the content type must be application/json, got {kind!r}", status=415)
         asked = read_request(await self._body(request))
         self._check_name(asked.model)
-        self.queue.check_room()
+        self.answers.check_room()
         async with self._decoding:
             job = await asyncio.to_thread(self._job, asked)
-        self.queue.check_room()
+        self.answers.check_room()
         frame = _Frame(self.name)
         if not asked.stream:
             return await self._whole(request, job, frame)
@@ -129,8 +130,8 @@ class Server:
         )
 
     def _job(self, asked: ChatRequest) -> Job:
-        prompt = asked.prompt(self.limits, self.queue.predictor.pixels)
-        self.queue.check_length(prompt)
+        prompt = asked.prompt(self.limits, self.answers.predictor.pixels)
+        self.answers.check_length(prompt)
         return Job(
             prompt=prompt,
             max_new_tokens=asked.new_tokens(
@@ -157,7 +158,7 @@ class Server:
 
     async def _collect(self, job: Job) -> tuple[str, End]:
         text = ""
-        async with aclosing(self.queue.events(job)) as events:  # type: ignore[type-var]
+        async with aclosing(self.answers.events(job)) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, End):
                     return text, event
@@ -167,7 +168,7 @@ class Server:
     async def _stream(self, job: Job, frame: _Frame, *, with_usage: bool) -> AsyncIterator[str]:
         yield _sent(frame.chunk({"role": "assistant", "content": ""}))
         try:
-            async with aclosing(self.queue.events(job)) as events:  # type: ignore[type-var]
+            async with aclosing(self.answers.events(job)) as events:  # type: ignore[type-var]
                 async for event in events:
                     if isinstance(event, Piece):
                         yield _sent(frame.chunk({"content": event.text}))
@@ -286,3 +287,30 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     return await _told(request, ApiError("an error of the server; its log has more", status=500))
+
+
+class OnlyLoopbackNames:
+    """Refuses a request whose ``Host`` is no name of this machine's loopback.
+
+    Any web site could point its own name at 127.0.0.1; its pages, open in a browser on this machine, could
+    then ask the model and read the answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        host = Headers(scope=scope).get("host", "")
+        if is_loopback(name_of(f"//{host}")):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            f"without a key this server is asked as 127.0.0.1 or localhost, not as {host[:100]!r}. Start it "
+            "with --api-key-env, or with --without-key if everyone may ask",
+            status=403,
+            code="host_not_allowed",
+        )
+        await JSONResponse(error.body(), status_code=error.status)(scope, receive, send)

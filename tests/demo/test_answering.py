@@ -9,11 +9,12 @@ import time
 import pytest
 import torch
 
-from gmai_xtuner.demo.answering import Desk, LoadedModel, Queue, counted, in_thread
+from gmai_xtuner.demo.answering import Answering, LoadedModel, counted
 from gmai_xtuner.demo.conversation import Session
 from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.studies import Facts, Picture
 from gmai_xtuner.demo.words import PageError
+from gmai_xtuner.inference_queue import InferenceQueue
 from gmai_xtuner.loading import load_model
 from tests.demo.conftest import BOX, ENDLESS, NO_BOX, WHERE
 
@@ -23,8 +24,8 @@ def loaded(models) -> list[LoadedModel]:
     return [LoadedModel(folder.name, load_model(folder, device="cpu")) for folder in models]
 
 
-def visitor(desk: Desk, ct=None, *, question: str = WHERE, tokens: int = 64):
-    session = Session(len(desk.models), Limits())
+def visitor(answering: Answering, ct=None, *, question: str = WHERE, tokens: int = 64):
+    session = Session(len(answering.models), Limits())
     session.settings.max_new_tokens = tokens
     if ct is not None:
         session.attach(Picture(ct, Facts("picture", "", "")))
@@ -34,15 +35,15 @@ def visitor(desk: Desk, ct=None, *, question: str = WHERE, tokens: int = 64):
 
 
 def test_both_models_answer_in_pieces_what_they_answer_alone(loaded, ct):
-    desk = Desk(loaded, longest=4)
-    session, exchange = visitor(desk, ct)
+    answering = Answering(loaded, max_waiting=4)
+    session, exchange = visitor(answering, ct)
     seen: list[tuple[int, str]] = []
 
     def changed(model: int) -> None:
         seen.append((model, exchange.answers[model].text))
 
-    desk.check(session, exchange)
-    asyncio.run(desk.answer(session, exchange, changed))
+    answering.check(session, exchange)
+    asyncio.run(answering.answer(session, exchange, changed))
     assert [answer.text for answer in exchange.answers] == [BOX, NO_BOX]
     for model, answer in zip(loaded, exchange.answers, strict=True):
         assert answer.text == model.predictor.answer(WHERE, [ct], max_new_tokens=64)
@@ -54,8 +55,8 @@ def test_both_models_answer_in_pieces_what_they_answer_alone(loaded, ct):
 
 
 def test_visitors_wait_for_each_other(loaded, ct):
-    desk = Desk(loaded[:1], longest=4)
-    visitors = [visitor(desk, ct, tokens=64) for _ in range(3)]
+    answering = Answering(loaded[:1], max_waiting=4)
+    visitors = [visitor(answering, ct, tokens=64) for _ in range(3)]
     order: list[int] = []
     ahead: list[set[int]] = [set() for _ in visitors]
 
@@ -66,7 +67,7 @@ def test_visitors_wait_for_each_other(loaded, ct):
             order.append(number)
             ahead[number].add(exchange.answers[0].ahead)
 
-        await desk.answer(session, exchange, changed)
+        await answering.answer(session, exchange, changed)
 
     async def all_of_them() -> None:
         await asyncio.gather(*(one(number) for number in range(3)))
@@ -80,11 +81,11 @@ def test_visitors_wait_for_each_other(loaded, ct):
 
 
 def test_a_full_queue_says_so(loaded, ct):
-    desk = Desk(loaded[:1], longest=0)
-    visitors = [visitor(desk, ct, tokens=5) for _ in range(3)]
+    answering = Answering(loaded[:1], max_waiting=0)
+    visitors = [visitor(answering, ct, tokens=5) for _ in range(3)]
 
     async def all_of_them() -> None:
-        await asyncio.gather(*(desk.answer(*one, lambda _: None) for one in visitors))
+        await asyncio.gather(*(answering.answer(*one, lambda _: None) for one in visitors))
 
     asyncio.run(all_of_them())
     states = [exchange.answers[0].state for _, exchange in visitors]
@@ -94,9 +95,9 @@ def test_a_full_queue_says_so(loaded, ct):
 
 
 def test_stopping_ends_the_model_and_lets_the_next_one_in(loaded, ct):
-    desk = Desk(loaded, longest=4)
-    session, exchange = visitor(desk, question=ENDLESS, tokens=4000)
-    waiting = visitor(desk, ct)
+    answering = Answering(loaded, max_waiting=4)
+    session, exchange = visitor(answering, question=ENDLESS, tokens=4000)
+    waiting = visitor(answering, ct)
 
     def changed(model: int) -> None:
         if len(exchange.answers[0].text) > 20:
@@ -104,7 +105,7 @@ def test_stopping_ends_the_model_and_lets_the_next_one_in(loaded, ct):
 
     async def both() -> None:
         await asyncio.gather(
-            desk.answer(session, exchange, changed), desk.answer(*waiting, lambda _: None)
+            answering.answer(session, exchange, changed), answering.answer(*waiting, lambda _: None)
         )
 
     begin = time.monotonic()
@@ -118,12 +119,12 @@ def test_stopping_ends_the_model_and_lets_the_next_one_in(loaded, ct):
 
 def test_who_gives_up_while_waiting_is_not_answered():
     async def run() -> list[bool]:
-        queue, given_up, mine = Queue(5), threading.Event(), []
-        async with queue.turn(lambda _: None, threading.Event()) as first:
+        queue, given_up, mine = InferenceQueue(max_waiting=5), threading.Event(), []
+        async with queue.turn(give_up=threading.Event()) as first:
             mine.append(first)
 
             async def second() -> None:
-                async with queue.turn(lambda _: None, given_up) as turn:
+                async with queue.turn(give_up=given_up) as turn:
                     mine.append(turn)
 
             task = asyncio.create_task(second())
@@ -138,15 +139,15 @@ def test_who_gives_up_while_waiting_is_not_answered():
 def test_a_failure_is_said_without_its_details_and_the_next_question_is_answered(
     loaded, ct, monkeypatch
 ):
-    desk = Desk(loaded[:1], longest=4)
-    session, exchange = visitor(desk, ct)
+    answering = Answering(loaded[:1], max_waiting=4)
+    session, exchange = visitor(answering, ct)
 
     def fail(*args, **kwargs):
         raise RuntimeError("secret path")
 
     with monkeypatch.context() as patched:
         patched.setattr(loaded[0].predictor.model.llm, "forward", fail)
-        asyncio.run(desk.answer(session, exchange, lambda _: None))
+        asyncio.run(answering.answer(session, exchange, lambda _: None))
     answer = exchange.answers[0]
     assert (answer.state, answer.failure.key) == ("failed", "model_failed")
     assert "secret" not in answer.failure.said("en")
@@ -156,25 +157,25 @@ def test_a_failure_is_said_without_its_details_and_the_next_question_is_answered
 
     with monkeypatch.context() as patched:
         patched.setattr(loaded[0].predictor.model.llm, "forward", out_of_memory)
-        asyncio.run(desk.answer(session, exchange, lambda _: None))
+        asyncio.run(answering.answer(session, exchange, lambda _: None))
     assert exchange.answers[0].failure.key == "out_of_memory"
-    session, exchange = visitor(desk, ct)
-    asyncio.run(desk.answer(session, exchange, lambda _: None))
+    session, exchange = visitor(answering, ct)
+    asyncio.run(answering.answer(session, exchange, lambda _: None))
     assert exchange.answers[0].text == BOX
 
 
 def test_a_conversation_that_does_not_fit_is_refused_before_it_is_asked(loaded, ct):
-    desk = Desk(loaded, longest=4)
-    session, exchange = visitor(desk, ct)
+    answering = Answering(loaded, max_waiting=4)
+    session, exchange = visitor(answering, ct)
     # <s>, the template and the question, and 64 tokens of the image
     prompt = len(loaded[0].predictor.encoder.encode_prompt((exchange.turn,))) + 63
     assert loaded[0].tokens(*session.history(0, exchange)) == prompt
     limit = loaded[0].limit
     session.settings.max_new_tokens = 4096
-    desk.check(session, exchange)
+    answering.check(session, exchange)
     session.settings.system = "word " * limit
     with pytest.raises(PageError) as error:
-        desk.check(session, exchange)
+        answering.check(session, exchange)
     assert error.value.key == "too_long"
     assert error.value.values["limit"] == limit
 
@@ -192,7 +193,7 @@ def test_an_iterator_in_a_thread_is_closed_when_nobody_reads_on():
 
     async def read_two() -> list[str]:
         read = []
-        reader = in_thread(pieces, threading.Event())
+        reader = InferenceQueue(max_waiting=0).pieces(pieces)
         async for piece in reader:
             read.append(piece)
             if len(read) == 2:
