@@ -23,6 +23,7 @@ from mmengine.runner import TestLoop
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
@@ -433,14 +434,14 @@ class BenchmarkLoop(TestLoop):
     def _predictor(self) -> RankedPredictor:
         from xtuner.registry import BUILDER
 
-        data = self.runner.cfg.train_dataloader.dataset
+        data = dataset_config(self.runner.cfg)
         return RankedPredictor(
             bare_model(self.runner.model),
-            tokenizer=BUILDER.build(data.tokenizer),
+            tokenizer=BUILDER.build(data["tokenizer"]),
             template=ChatTemplate.from_xtuner(
                 data.get("prompt_template", "internlm2_chat"), add_bos=data.get("add_bos", True)
             ),
             transform=ImageTransform.from_pretrained(
-                data.vision, mode=data.get("image_mode", "pad")
+                data["vision"], mode=data.get("image_mode", "pad")
             ),
         )
