@@ -120,7 +120,7 @@ class TokenizedConversation:
 
 
 class _Piece(NamedTuple):
-    """A part of a conversation that is encoded apart: a text, a token id, or ``None`` for the end of a turn."""
+    """A part that is encoded apart: a text, a token id, or ``None`` for the end of a turn."""
 
     content: str | int | None
     supervised: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
 from mmengine.runner.base_loop import BaseLoop
 from torch.utils.data import DataLoader
 
-from gmai_xtuner import compat
 from gmai_xtuner.core.config import train_dataloader_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.sampler import MicroBatchSampler
@@ -74,7 +74,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, "
                 "zero2_offload, zero3_offload)"
             )
-        compat.rendezvous_alone()
+        rendezvous_alone()
         with log_failure(Path(runner.work_dir)):
             self.resumed_from = choose_checkpoint(runner)
             if isinstance(dataloader, dict):
@@ -265,3 +265,18 @@ def with_loader_defaults(dataloader: dict[str, Any]) -> dict[str, Any]:
         options.pop("persistent_workers", None)
         options.pop("prefetch_factor", None)
     return options
+
+
+def rendezvous_alone() -> None:
+    """Let single-process jobs on one machine run side by side. To be called before DeepSpeed starts.
+
+    Without a launcher DeepSpeed looks for MPI and then listens on its fixed default port, so the second
+    ``xtuner train`` on a machine would stop with "address already in use".
+    """
+    if torch.distributed.is_initialized() or "RANK" in os.environ:
+        return
+    # Port 0: the store listens on a free port that the system gives it. A port looked up beforehand can be
+    # taken by another program before the store listens.
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    )
