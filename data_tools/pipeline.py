@@ -35,7 +35,7 @@ from data_tools.job import Job, fingerprint
 from data_tools.output import publish
 from data_tools.output.build import build
 from data_tools.output.licences import refusal
-from data_tools.readers import SourceOptions
+from data_tools.readers.source import SourceOptions
 from data_tools.records import Drop, Unit
 from data_tools.stamps import stamp
 from data_tools.standardise import IMAGES, read_unit

@@ -46,6 +46,14 @@ def tokenizer(tiny_bases: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def export(tiny_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny export that tells its prompts apart. Read only."""
+    from tests.exports import write_export
+
+    return write_export(tiny_bases, tmp_path_factory.mktemp("exports") / "tiny-export")
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The sample data beside the repository, which not every checkout has."""
     if not SHARED_DATA.is_dir():

@@ -13,11 +13,10 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.cli import (
     add_api_key_argument,
     add_dtype_argument,
@@ -25,13 +24,14 @@ from gmai_xtuner.cli import (
     positive_int,
 )
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.evaluate import compare
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, make_answerer
-from gmai_xtuner.evaluate.benchmarks import NAMES, VARIANTS, BenchmarkError, find_benchmarks
-from gmai_xtuner.evaluate.compare import as_json as comparison_as_json
-from gmai_xtuner.evaluate.compare import as_text as comparison_as_text
-from gmai_xtuner.evaluate.compare import compare_runs
-from gmai_xtuner.evaluate.evaluating import (
+from gmai_xtuner.evaluate.benchmarks import DEFINITIONS, NAMES, BenchmarkError, find_benchmarks
+from gmai_xtuner.evaluate.processes import World, world
+from gmai_xtuner.evaluate.results import Result, as_json
+from gmai_xtuner.evaluate.runner import (
     ALL,
+    SHOWN,
     Options,
     Prepared,
     Target,
@@ -39,19 +39,14 @@ from gmai_xtuner.evaluate.evaluating import (
     ask,
     prepare,
     score,
-    write_tables,
 )
-from gmai_xtuner.evaluate.protocols import PROTOCOLS
-from gmai_xtuner.evaluate.report import SHOWN
-from gmai_xtuner.evaluate.results import Result, as_json
-from gmai_xtuner.evaluate.run import World, world
-from gmai_xtuner.evaluate.tables import to_markdown
+from gmai_xtuner.evaluate.tables import to_markdown, write_tables
 
 PROGRAM = "python -m gmai_xtuner.evaluate"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status."""
+    """Run the command; return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with only_the_report_on_stdout() as stdout:
@@ -76,7 +71,7 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     _check(parser, options)
-    model = _model_options(options)
+    model = ModelOptions(**{one.name: getattr(options, one.name) for one in fields(ModelOptions)})
     out = options.out or Path("work_dirs") / "evaluation" / model.shown
     how = Options(
         out=out,
@@ -85,69 +80,37 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
         limit=options.limit,
         report_questions=options.report_questions,
     )
-    with world() as processes:
-        prepared, failures = _prepare(_targets(options), how, processes, not options.score_only)
-        if not prepared:
-            return _report(options, out, [], failures, processes, stdout)
-        answerer = None
-        if not options.score_only:
-            answerer = make_answerer(model, cache=out, local_rank=processes.local_rank)
-        judge = _judge(options, out)
-        results, more = _all(prepared, answerer, how, processes, judge)
-        return _report(options, out, results, failures + more, processes, stdout)
-
-
-def _report(
-    options: argparse.Namespace,
-    out: Path,
-    results: Sequence[Result],
-    failures: Sequence[str],
-    processes: World,
-    stdout: TextIO,
-) -> int:
-    """Tables of what there is, what failed on standard error, and the exit status: of the first process."""
-    if processes.rank:
-        return 0
-    tables = all_tables(results) if results else []
-    if results:
-        write_tables(out, tables)
-    complete = not failures and all(result.complete for result in results)
-    if options.json:
-        json.dump(_summary(out, results, failures, complete), stdout, ensure_ascii=False)
-        stdout.write("\n")
-    elif results:
-        stdout.write(to_markdown(tables) + f"\nAnswers, tables and pages: {out}\n")
-    for failure in failures:
-        print(f"{PROGRAM}: {failure}", file=sys.stderr)
-    return 0 if complete else 1
-
-
-def _prepare(
-    targets: Sequence[Target], options: Options, processes: World, require_images: bool
-) -> tuple[list[Prepared], list[str]]:
-    """Benchmarks that can be asked and scored, and why others can't: before a model is loaded."""
-    prepared: list[Prepared] = []
+    results: list[Result] = []
     failures: list[str] = []
-    for target in targets:
-        try:
-            prepared.append(
-                prepare(target, options, require_images=require_images, world=processes)
-            )
-        except GMAIError as error:
-            failures.append(str(error))
-    return prepared, failures
+    with world() as processes:
+        # Every benchmark that can be asked and scored, before a model is loaded.
+        prepared: list[Prepared] = []
+        for target in _targets(options):
+            try:
+                found = prepare(
+                    target, how, require_images=not options.score_only, rank=processes.rank
+                )
+                prepared.append(found)
+            except GMAIError as error:
+                failures.append(str(error))
+        if prepared:
+            answerer = None
+            if not options.score_only:
+                answerer = make_answerer(model, cache=out, local_rank=processes.local_rank)
+            results = _run(prepared, answerer, how, processes, _judge(options, out), failures)
+        return _report(options, out, results, failures, processes, stdout)
 
 
-def _all(
+def _run(
     prepared: Sequence[Prepared],
     answerer: Answerer | None,
     options: Options,
     processes: World,
     judge: Answerer | None,
-) -> tuple[list[Result], list[str]]:
-    """Results, and why a benchmark has none: one that can't be asked or scored does not stop the others."""
+    failures: list[str],
+) -> list[Result]:
+    """Ask and score; a benchmark that can't be is added to the failures and does not stop the others."""
     results: list[Result] = []
-    failures: list[str] = []
     for one in prepared:
         try:
             answers = ask(one, answerer, options, world=processes)
@@ -162,7 +125,38 @@ def _all(
             results += score(one, answers, options, world=processes, judge=judge)
         except GMAIError as error:
             failures.append(str(error))
-    return results, failures
+    return results
+
+
+def _report(
+    options: argparse.Namespace,
+    out: Path,
+    results: Sequence[Result],
+    failures: Sequence[str],
+    processes: World,
+    stdout: TextIO,
+) -> int:
+    """Write the tables, and failures to standard error, in the first process; return the exit status."""
+    if processes.rank:
+        return 0
+    tables = all_tables(results) if results else []
+    if results:
+        write_tables(out, tables)
+    complete = not failures and all(result.complete for result in results)
+    if options.json:
+        summary = {
+            "out": str(out),
+            "complete": complete,
+            "failures": list(failures),
+            "results": [as_json(result) for result in results],
+        }
+        json.dump(summary, stdout, ensure_ascii=False)
+        stdout.write("\n")
+    elif results:
+        stdout.write(to_markdown(tables) + f"\nAnswers, tables and pages: {out}\n")
+    for failure in failures:
+        print(f"{PROGRAM}: {failure}", file=sys.stderr)
+    return 0 if complete else 1
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
@@ -182,43 +176,14 @@ def _judge(options: argparse.Namespace, out: Path) -> Answerer | None:
         return None
     judge = ModelOptions(
         model=options.judge_model,
+        name=options.judge_model,
         endpoint=options.judge,
-        key_variable=options.judge_api_key_env,
+        api_key_env=options.judge_api_key_env,
         in_flight=options.in_flight,
         retries=options.retries,
         timeout=options.timeout,
     )
-    return make_answerer(replace(judge, name=options.judge_model), cache=out)
-
-
-def _model_options(options: argparse.Namespace) -> ModelOptions:
-    return ModelOptions(
-        model=options.model,
-        name=options.name,
-        loader=options.loader,
-        llm=options.llm,
-        vision=options.vision,
-        precision=options.dtype,
-        device=options.device,
-        batch_size=options.batch_size,
-        endpoint=options.endpoint,
-        key_variable=options.api_key_env,
-        in_flight=options.in_flight,
-        retries=options.retries,
-        timeout=options.timeout,
-        temperature=options.temperature,
-    )
-
-
-def _summary(
-    out: Path, results: Sequence[Result], failures: Sequence[str], complete: bool
-) -> dict[str, Any]:
-    return {
-        "out": str(out),
-        "complete": complete,
-        "failures": list(failures),
-        "results": [as_json(result) for result in results],
-    }
+    return make_answerer(judge, cache=out)
 
 
 def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
@@ -226,33 +191,29 @@ def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
         prog=f"{PROGRAM} compare",
         description="Is one run better than another on the same questions, or is it chance?",
     )
-    parser.add_argument(
-        "first", type=Path, metavar="RUN_A", help="the --out of a run, or a result in it"
-    )
-    parser.add_argument("second", type=Path, metavar="RUN_B")
-    parser.add_argument(
-        "--common", action="store_true", help="compare the questions that both have scored"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
+    add = parser.add_argument
+    add("first", type=Path, metavar="RUN_A", help="the --out of a run, or a result in it")
+    add("second", type=Path, metavar="RUN_B")
+    add("--common", action="store_true", help="compare the questions that both have scored")
+    add("--json", action="store_true", help="one JSON list on standard output")
     options = parser.parse_args(arguments)
-    found = compare_runs(options.first, options.second, common=options.common)
+    found = compare.compare_runs(options.first, options.second, common=options.common)
     if options.json:
-        json.dump(comparison_as_json(found), stdout, ensure_ascii=False)
+        json.dump(compare.as_json(found), stdout, ensure_ascii=False)
         stdout.write("\n")
     else:
-        stdout.write(comparison_as_text(found))
+        stdout.write(compare.as_text(found))
     return 0
 
 
 def _list_protocols(stdout: TextIO) -> int:
-    for name in NAMES:
-        for one in PROTOCOLS[name]:
-            n = "" if one.expected is None else f", n = {one.expected:,}"
-            stdout.write(
-                f"{name} {one.variant}: {one.name}/{one.version}{n}, scorer {one.scorer}"
-                + (f" (also {', '.join(one.also)})" if one.also else "")
-                + f". {one.description}\n"
-            )
+    for one in (one for definition in DEFINITIONS.values() for one in definition.protocols):
+        n = "" if one.expected is None else f", n = {one.expected:,}"
+        also = f" (also {', '.join(one.also)})" if one.also else ""
+        stdout.write(
+            f"{one.benchmark} {one.variant}: {one.name}/{one.version}{n}, scorer {one.scorer}{also}. "
+            f"{one.description}\n"
+        )
     return 0
 
 
@@ -260,8 +221,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.variant is not None:
         if options.benchmark == ALL:
             parser.error("--variant needs one --benchmark")
-        if options.variant not in VARIANTS[options.benchmark]:
-            known = ", ".join(VARIANTS[options.benchmark])
+        if options.variant not in DEFINITIONS[options.benchmark].variants:
+            known = ", ".join(DEFINITIONS[options.benchmark].variants)
             parser.error(f"--variant {options.variant}: {options.benchmark} has {known}")
     if options.benchmark == ALL and options.protocol and options.protocol != [ALL]:
         parser.error("--benchmark all takes each benchmark's default protocols, or --protocol all")

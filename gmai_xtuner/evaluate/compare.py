@@ -56,7 +56,7 @@ def compare_runs(first: Path, second: Path, *, common: bool = False) -> list[Com
 
 
 def results_in(folder: Path) -> dict[ResultKey, Path]:
-    """Every result under a folder by benchmark, variant, protocol, version and scorer.
+    """Return every result under a folder by benchmark, variant, protocol, version and scorer.
 
     Raises:
         EvaluationError: there is none.
@@ -121,7 +121,7 @@ def _compare(first: Path, second: Path, *, common: bool) -> Comparison:
 
 
 def as_text(comparisons: list[Comparison]) -> str:
-    """Markdown."""
+    """Return a Markdown table and what must be said with it."""
     lines = [
         "| benchmark | protocol | scorer | n | first | second | first less second | 95 % interval | "
         "first better | second better | p | test | unparsed %, first | second |",
@@ -159,6 +159,7 @@ def as_text(comparisons: list[Comparison]) -> str:
 
 
 def as_json(comparisons: list[Comparison]) -> list[dict[str, Any]]:
+    """Return what ``--json`` prints."""
     return [
         {
             "benchmark": one.first.benchmark,

@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE_MARK = "<image>"
+"""Where an image belongs in a text."""
 
 
 @runtime_checkable
@@ -21,11 +27,11 @@ class StoredImage(Protocol):
 
     @property
     def name(self) -> str:
-        """For people: the file and the place in it."""
+        """The file and the place in it, for people."""
         ...
 
     def read(self) -> bytes:
-        """The encoded image, e.g. a PNG file's bytes.
+        """Return the encoded image, e.g. a PNG file's bytes.
 
         Raises:
             ImageError: the file is gone or changed, or no image stands at that place.
@@ -33,16 +39,29 @@ class StoredImage(Protocol):
         ...
 
 
-IMAGE_MARK = "<image>"
-"""Where an image belongs in a text."""
-
 ImageSource = Path | bytes | StoredImage
 """A file, the bytes of one, or one inside the benchmark's own file."""
 
 
 def load_image(source: ImageSource) -> Path | bytes:
-    """What :mod:`gmai_xtuner.core.imaging.images` reads: a path or an encoded image."""
+    """Return what :mod:`gmai_xtuner.core.imaging.images` reads: a path or an encoded image."""
     return source.read() if isinstance(source, StoredImage) else source
+
+
+def open_image(source: ImageSource, name: str) -> Image.Image:
+    """Open a question's image as training does.
+
+    Args:
+        source: the image.
+        name: what errors call it where it has no file of its own.
+
+    Raises:
+        ImageError: as :func:`gmai_xtuner.core.imaging.images.open_rgb`.
+    """
+    from gmai_xtuner.core.imaging.images import decode_rgb, open_rgb
+
+    content = load_image(source)
+    return decode_rgb(content, name) if isinstance(content, bytes) else open_rgb(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +96,18 @@ class Question:
     gold_letter: str = ""
 
     def lettered(self) -> dict[str, str]:
-        """Letter -> text of each option."""
+        """Return letter -> text of each option."""
         letters = self.letters or string.ascii_uppercase[: len(self.options)]
         return dict(zip(letters, self.options, strict=True))
 
     def gold_letters(self) -> frozenset[str]:
-        """Letters of the options that are the gold answer; several where two options read the same."""
+        """Return the letters of the gold answer; several where two options read the same."""
         if self.gold_letter and self.answer is not None and IMAGE_MARK in self.answer:
             return frozenset(self.gold_letter)
         return frozenset(letter for letter, text in self.lettered().items() if text == self.answer)
 
     def digest(self) -> str:
-        """Hash of words, lettered options and gold answers: an id may stand for another question elsewhere.
+        """Hash words, lettered options and gold answers: an id may stand for another question elsewhere.
 
         Images do not count.
         """
@@ -114,3 +133,27 @@ class Score:
 
     value: float | None
     parsed: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """A named, versioned rule.
+
+    Args:
+        name: as results name it.
+        version: grows when any answer's score changes.
+        description: one line for tables.
+        rule: gives the score of an answer; its value is dropped where a question has no gold answer.
+        applies: tells whether a question can be scored by it, e.g. only one with options.
+    """
+
+    name: str
+    version: int
+    description: str
+    rule: Callable[[Question, str], Score]
+    applies: Callable[[Question], bool] = lambda _: True
+
+    def score(self, question: Question, answer: str) -> Score:
+        """Score an answer."""
+        score = self.rule(question, answer)
+        return Score(None, score.parsed) if question.answer is None else score

@@ -1,6 +1,6 @@
 """A page to look at: tables, and questions with their images and answers, wrong ones first.
 
-One file that asks nothing of any other: pictures are in it, small, and its script is named by its hash in the
+One file that asks nothing of any other: images are in it, small, and its script is named by its hash in the
 page's own policy, which allows no other script and no request.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +19,15 @@ from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.core.files import replace_text
-from gmai_xtuner.evaluate.answerers.answerer import open_picture
-from gmai_xtuner.evaluate.questions import Question
+from gmai_xtuner.evaluate.questions import open_image
 from gmai_xtuner.evaluate.results import Result, Scored
 from gmai_xtuner.evaluate.tables import Table
 
 TEMPLATE = "report.html.j2"
 SCRIPT = "report.js"
-SHOWN = 300
-"""Questions on a page: with their pictures about 6 MB."""
 _SIDE = 360
 _MANY = 60
 """A group with more values than that has no menu."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A question on the page."""
-
-    id: str
-    verdict: str
-    """``wrong``, ``unparsed``, ``partly``, ``right`` or ``unscored``."""
-    value: float | None
-    question: str
-    options: tuple[tuple[str, str, bool], ...]
-    """Letter, text, whether it is the gold answer."""
-    gold: str | None
-    answer: str
-    parsed: str | None
-    pictures: tuple[tuple[str, int, int], ...]
-    """Data URL, width, height."""
-    problems: tuple[str, ...]
-    groups: dict[str, str]
 
 
 def write_report(
@@ -59,7 +36,7 @@ def write_report(
     tables: Sequence[Table],
     scored: Sequence[Scored],
     *,
-    shown: int = SHOWN,
+    shown: int,
 ) -> None:
     """Write the page.
 
@@ -72,9 +49,7 @@ def write_report(
     """
     ordered = sorted(scored, key=lambda one: _RANK[verdict_of(one)])
     items = [_shown(one) for one in ordered[:shown]]
-    counts = dict.fromkeys(_RANK, 0)
-    for one in scored:
-        counts[verdict_of(one)] += 1
+    counts = Counter(verdict_of(one) for one in scored)
     folder = Path(__file__).parent
     script = (folder / SCRIPT).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -89,7 +64,7 @@ def write_report(
         result=result,
         tables=tables,
         items=items,
-        counts={name: count for name, count in counts.items() if count},
+        counts={name: counts[name] for name in _RANK if counts[name]},
         total=len(scored),
         menus=_menus(items),
         # The file is part of this package, and its hash stands in the policy.
@@ -103,7 +78,7 @@ _RANK = {"wrong": 0, "unparsed": 1, "partly": 2, "right": 3, "unscored": 4}
 
 
 def verdict_of(one: Scored) -> str:
-    """What became of a question, in a word."""
+    """Return what became of a question, in a word."""
     if one.score.value is None:
         return "unscored"
     if one.score.parsed is None:
@@ -113,49 +88,45 @@ def verdict_of(one: Scored) -> str:
     return "partly" if one.score.value > 0 else "wrong"
 
 
-def _shown(one: Scored) -> Shown:
-    question = one.question
-    pictures, problems = [], []
+def _shown(one: Scored) -> dict[str, Any]:
+    """Return what the template shows of a question; an image is (data URL, width, height)."""
+    question, gold = one.question, one.question.gold_letters()
+    images, problems = [], []
     for number, source in enumerate(question.images, 1):
         try:
-            picture = open_picture(source, f"image {number} of question {question.id}")
+            image = open_image(source, f"image {number} of question {question.id}")
         except ImageError as error:
             problems.append(str(error))
         else:
-            pictures.append(_small(picture))
-    return Shown(
-        id=question.id,
-        verdict=verdict_of(one),
-        value=one.score.value,
-        question=question.text,
-        options=_options(question),
-        gold=question.answer,
-        answer=one.answer.answer,
-        parsed=one.score.parsed,
-        pictures=tuple(pictures),
-        problems=tuple(problems),
-        groups={key: value for key, value in question.groups.items() if value},
-    )
+            images.append(_thumbnail(image))
+    return {
+        "id": question.id,
+        "verdict": verdict_of(one),
+        "value": one.score.value,
+        "question": question.text,
+        "options": [(letter, text, letter in gold) for letter, text in question.lettered().items()],
+        "gold": question.answer,
+        "answer": one.answer.answer,
+        "parsed": one.score.parsed,
+        "pictures": images,
+        "problems": problems,
+        "groups": {key: value for key, value in question.groups.items() if value},
+    }
 
 
-def _options(question: Question) -> tuple[tuple[str, str, bool], ...]:
-    gold = question.gold_letters()
-    return tuple((letter, text, letter in gold) for letter, text in question.lettered().items())
-
-
-def _small(picture: Image.Image) -> tuple[str, int, int]:
-    picture.thumbnail((_SIDE, _SIDE))
+def _thumbnail(image: Image.Image) -> tuple[str, int, int]:
+    image.thumbnail((_SIDE, _SIDE))
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=82)
+    image.save(out, "JPEG", quality=82)
     url = f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
-    return url, *picture.size
+    return url, *image.size
 
 
-def _menus(items: Sequence[Shown]) -> list[dict[str, Any]]:
-    """Groups that the questions on the page can be chosen by."""
+def _menus(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups that the questions on the page can be chosen by."""
     values: dict[str, set[str]] = {}
     for item in items:
-        for key, value in item.groups.items():
+        for key, value in item["groups"].items():
             values.setdefault(key, set()).add(value)
     return [
         {"key": key, "values": sorted(found)}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.core.files import replace_text
-from gmai_xtuner.evaluate.protocols import Average, Protocol
+from gmai_xtuner.evaluate.protocols import Asked, Average
 from gmai_xtuner.evaluate.questions import Question, Score
-from gmai_xtuner.evaluate.run import Asked
 from gmai_xtuner.evaluate.statistics import Interval, interval_of
-from gmai_xtuner.evaluate.store import Answer, key_of
+from gmai_xtuner.evaluate.store import Answer, AnswerKey, Identity
 
 SCORES_FILE = "scores.jsonl"
 RESULT_FILE = "result.json"
@@ -92,56 +91,47 @@ class Result:
 
     @property
     def problems(self) -> list[str]:
-        """Why the number is not the protocol's, one sentence each; none for a whole run."""
-        told = []
+        """Say why the number is not the protocol's, one sentence each; nothing for a whole run."""
+        problems = []
         if self.limited:
-            told.append(f"limited to {self.n} of {self.selected} questions")
+            problems.append(f"limited to {self.n} of {self.selected} questions")
         if self.left_out:
-            told.append(
+            problems.append(
                 f"{_counts(self.left_out)} left out when the files of the variant "
                 f"{self.variant} were read, whatever protocol they belong to"
             )
         if self.unanswered:
-            told.append(f"{_counts(self.unanswered)} without an answer")
+            problems.append(f"{_counts(self.unanswered)} without an answer")
         if self.expected is not None and self.selected != self.expected:
-            told.append(
+            problems.append(
                 f"the files have {self.selected} questions of this protocol, "
                 f"the authors' have {self.expected}"
             )
-        return told
+        return problems
 
     @property
     def complete(self) -> bool:
-        """Every question that was to be asked has an answer."""
+        """Tell whether every question that was to be asked has an answer."""
         return not (self.left_out or self.unanswered)
 
 
-Scoring = Callable[[Question, str], Score]
-
-
 def score_all(
-    asked: Asked, answers: Mapping[tuple[str, str], Answer], scoring: Scoring | None = None
+    asked: Asked, answers: Mapping[AnswerKey, Answer]
 ) -> tuple[list[Scored], list[Question]]:
     """Score what has an answer to exactly the protocol's prompt.
-
-    Args:
-        asked: protocol and questions.
-        answers: stored ones.
-        scoring: default: the protocol's own.
 
     Returns:
         scored questions in their order, and questions without an answer.
     """
-    scoring = scoring or asked.protocol.score
     scored: list[Scored] = []
     missing: list[Question] = []
-    for question in asked.questions:
-        prompt = asked.protocol.prompt(question)
-        answer = answers.get(key_of(question.id, prompt, asked.protocol.max_new_tokens))
+    for question, job in asked.jobs():
+        answer = answers.get(job.key)
         if answer is None:
             missing.append(question)
         else:
-            scored.append(Scored(question, answer, scoring(question, answer.answer)))
+            score = asked.protocol.score(question, answer.answer)
+            scored.append(Scored(question, answer, score))
     return scored, missing
 
 
@@ -150,14 +140,15 @@ def summarise(
     scored: Sequence[Scored],
     *,
     scorer: str,
-    model_name: str,
-    model: str,
-    generation: Mapping[str, Any],
+    identity: Identity,
     left_out: Mapping[str, int],
     unanswered: Mapping[str, int],
-    source: Mapping[str, str] | None = None,
 ) -> Result:
-    """The numbers of scored questions; arguments as in :class:`Result`."""
+    """Return the numbers of scored questions; arguments as in :class:`Result`.
+
+    Args:
+        identity: whose answers they are.
+    """
     protocol = asked.protocol
     return Result(
         benchmark=protocol.benchmark,
@@ -166,43 +157,33 @@ def summarise(
         version=protocol.version,
         description=protocol.description,
         scorer=scorer,
-        model_name=model_name,
-        model=model,
-        generation={**generation, "max_new_tokens": protocol.max_new_tokens},
+        model_name=identity.model_name,
+        model=identity.model,
+        generation={**identity.generation, "max_new_tokens": protocol.max_new_tokens},
         n=len(scored),
         selected=asked.selected,
         expected=protocol.expected,
         limited=len(asked.questions) < asked.selected,
         left_out=dict(left_out),
         unanswered=dict(unanswered),
-        averages={
-            average_name(average): average_of(scored, average) for average in _averages(protocol)
-        },
+        averages={average.name: average_of(scored, average) for average in protocol.averages},
         groups={
             key: {name: cell_of([part]) for name, part in grouped(scored, key).items()}
             for key in protocol.table
         },
-        source=dict(source or {}),
+        source=dict(identity.source),
     )
 
 
-def _averages(protocol: Protocol) -> Iterable[Average]:
-    return protocol.averages or (Average("micro"),)
-
-
-def average_name(average: Average) -> str:
-    return "micro" if average.over is None else f"macro over {average.over}"
-
-
 def average_of(scored: Sequence[Scored], average: Average) -> Cell:
-    """A micro or macro average of scored questions."""
+    """Return a micro or macro average of scored questions."""
     if average.over is None:
         return cell_of([scored])
     return cell_of(list(grouped(scored, average.over).values()))
 
 
 def grouped(scored: Iterable[Scored], key: str) -> dict[str, list[Scored]]:
-    """Value of a group -> its questions, both as they come; questions without it are left out."""
+    """Return value of a group -> its questions, both as they come; questions without it are left out."""
     groups: dict[str, list[Scored]] = {}
     for one in scored:
         name = one.question.groups.get(key)
@@ -212,7 +193,7 @@ def grouped(scored: Iterable[Scored], key: str) -> dict[str, list[Scored]]:
 
 
 def cell_of(groups: Sequence[Sequence[Scored]]) -> Cell:
-    """The mean over the means of groups; of one group, its mean."""
+    """Return the mean over the means of groups; of one group, its mean."""
     values = [
         part
         for group in groups
@@ -229,7 +210,7 @@ def cell_of(groups: Sequence[Sequence[Scored]]) -> Cell:
 
 
 def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None:
-    """``result.json`` and ``scores.jsonl``, which :mod:`gmai_xtuner.evaluate.compare` reads."""
+    """Write ``result.json`` and ``scores.jsonl``, which :mod:`gmai_xtuner.evaluate.compare` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         json.dumps(
@@ -253,11 +234,12 @@ def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None
 
 
 def as_json(result: Result) -> dict[str, Any]:
+    """Return a result as it is written and printed."""
     return {**asdict(result), "problems": result.problems, "complete": result.complete}
 
 
 def read_result(folder: Path) -> tuple[Result, dict[str, dict[str, Any]]]:
-    """What :func:`write_result` wrote: the result, and the scores by question.
+    """Read what :func:`write_result` wrote: the result, and the scores by question.
 
     Raises:
         EvaluationError: it can't be read.

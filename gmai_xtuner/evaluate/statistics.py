@@ -1,11 +1,13 @@
 """How sure a score is: bootstrap intervals, and the paired test between two runs on the same questions.
 
+The exact test is scipy's binomial distribution. Bootstrap and permutation test are our own: 10,000 draws over
+89,000 questions take scipy minutes and gigabytes; drawn by the counts of equal scores they take 0.1 s.
+
 Shapes: ``n`` questions, ``R`` resamples, ``U`` different values.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +30,7 @@ class Interval:
 
 
 def interval_of(groups: Sequence[Sequence[float] | np.ndarray]) -> Interval | None:
-    """Interval of the mean over the means of groups: :func:`bootstrap`, and where it is blind the exact one.
+    """Return the interval of the mean over the means of groups: the bootstrap's, or the exact one.
 
     Where all scores are 1, or all 0, every resample is the same and the bootstrap gives a point, as if the
     score were certain. There Clopper and Pearson's interval is taken: after ``n`` right answers of ``n`` it
@@ -50,7 +52,7 @@ def interval_of(groups: Sequence[Sequence[float] | np.ndarray]) -> Interval | No
 
 
 def _unseen(n: int) -> float:
-    """Clopper and Pearson's upper end for what was seen in none of ``n`` questions."""
+    """Return Clopper and Pearson's upper end for what was seen in none of ``n`` questions."""
     return 1 - ((1 - CONFIDENCE) / 2) ** (1 / n)
 
 
@@ -61,11 +63,11 @@ def bootstrap(
     confidence: float = CONFIDENCE,
     seed: int = SEED,
 ) -> Interval | None:
-    """Percentile interval of the mean over the means of groups, drawn over questions.
+    """Return the percentile interval of the mean over the means of groups, drawn over questions.
 
-    The questions of each group are drawn with replacement, so many as there are. One group gives the
-    interval of a plain mean. How often each different value is drawn is multinomial, so it is that what
-    is drawn: the same distribution, and 89,000 questions of two values cost as much as ten.
+    The questions of each group are drawn with replacement, so many as there are. How often each different
+    value is drawn is multinomial, so it is that what is drawn: the same distribution, and 89,000 questions of
+    two values cost as much as ten.
 
     Args:
         groups: the scores of each group; none empty.
@@ -91,7 +93,7 @@ def bootstrap(
 def _resampled_means(
     values: np.ndarray, resamples: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """``[R]`` means of ``n`` values drawn with replacement."""
+    """Return ``[R]`` means of ``n`` values drawn with replacement."""
     unique, counts = np.unique(values, return_counts=True)
     shares = counts / len(values)
     block = max(1, _CELLS // len(unique))
@@ -169,25 +171,20 @@ def paired_test(
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """Exact two-sided p-value of McNemar's test.
+    """Return the exact two-sided p-value of McNemar's test, which is a binomial test.
 
     Args:
         first_only: questions that only the first run has right.
         second_only: only the second.
     """
+    from scipy.special import bdtr  # scipy.stats alone takes a second to import
+
     total, fewer = first_only + second_only, min(first_only, second_only)
-    if 2 * fewer == total:
-        return 1.0
-    k = np.arange(fewer + 1)
-    # Binomial(total, 1/2), summed as logarithms: 2^-total is 0 for a float at 1,100 questions.
-    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, total + 1)))])
-    logs = factorials[total] - factorials[k] - factorials[total - k] - total * math.log(2)
-    top = logs.max()
-    return min(1.0, float(2 * np.exp(top) * np.exp(logs - top).sum()))
+    return min(1.0, 2 * float(bdtr(fewer, total, 0.5)))
 
 
 def permutation(differences: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED) -> float:
-    """Two-sided p-value of the paired permutation test: signs of the differences are drawn at random.
+    """Return the two-sided p-value of the paired permutation test: random signs of the differences.
 
     Of each different size the number of positive signs is binomial, so it is that what is drawn. The outcome
     itself counts as one of the draws, so that p is never 0.

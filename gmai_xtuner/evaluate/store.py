@@ -20,12 +20,92 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.evaluate.questions import ImageSource
 
 log = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 FORMAT = 1
+
+AnswerKey = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One question that is to be asked.
+
+    Args:
+        id: of the question.
+        prompt: what is asked; without ``<image>`` marks the images come first.
+        images: files, bytes of files, or images inside another file.
+        max_new_tokens: length of the answer at the most.
+        protocol: ``name/version`` of the protocol that asks.
+    """
+
+    id: str
+    prompt: str
+    images: tuple[ImageSource, ...]
+    max_new_tokens: int
+    protocol: str
+
+    @property
+    def key(self) -> AnswerKey:
+        """What its answer is looked up by: the same words asked by another protocol need no new answer."""
+        return _key(self.id, self.prompt, self.max_new_tokens)
+
+    def parts(self) -> list[str | None]:
+        """Split the prompt into texts and, as None, images in their order.
+
+        Raises:
+            ValueError: marks and images differ in number.
+        """
+        return split_at_images(self.prompt, len(self.images))
+
+
+def split_at_images(prompt: str, number: int) -> list[str | None]:
+    """Split a prompt into texts and, as None, images in their order; without marks the images come first.
+
+    Raises:
+        ValueError: marks and images differ in number.
+    """
+    marks = prompt.count(IMAGE_TOKEN)
+    if not marks:
+        return [*[None] * number, prompt]
+    if marks != number:
+        raise ValueError(f"{marks} {IMAGE_TOKEN} marks in the prompt, but {number} images")
+    parts: list[str | None] = []
+    for position, text in enumerate(prompt.split(IMAGE_TOKEN)):
+        if position:
+            parts.append(None)
+        if text.strip():
+            parts.append(text.strip("\n"))
+    return parts
+
+
+def sorted_jobs(jobs: Sequence[Job]) -> list[Job]:
+    """Sort the longest first: jobs of one batch are alike, and what doesn't fit into memory shows at once."""
+    return sorted(jobs, key=lambda job: (-len(job.images), -len(job.prompt), job.id))
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What became of a job.
+
+    Args:
+        job: the job.
+        text: the answer in full; None if there is none.
+        seconds: the job's share of the time of its batch, or of its request.
+        problem: short stable key where there is no answer, e.g. ``"damaged_image"``.
+        detail: what went wrong, with the file or the server's words.
+    """
+
+    job: Job
+    text: str | None
+    seconds: float = 0.0
+    problem: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +151,21 @@ class Answer:
     protocol: str
     generation: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, given: Given, *, model: str, generation: Mapping[str, Any]) -> Answer:
+        """Record the answer that a model gave to a job."""
+        job = given.job
+        generation = {**generation, "max_new_tokens": job.max_new_tokens}
+        return cls(
+            job.id, job.prompt, given.text or "", given.seconds, model, job.protocol, generation
+        )
+
     @property
-    def key(self) -> tuple[str, str]:
-        return key_of(self.id, self.prompt, int(self.generation["max_new_tokens"]))
+    def key(self) -> AnswerKey:
+        return _key(self.id, self.prompt, int(self.generation["max_new_tokens"]))
 
 
-def key_of(question: str, prompt: str, max_new_tokens: int) -> tuple[str, str]:
-    """What an answer is looked up by: the same words asked by another protocol need no new answer."""
+def _key(question: str, prompt: str, max_new_tokens: int) -> AnswerKey:
     return question, hashlib.sha256(f"{max_new_tokens}\0{prompt}".encode()).hexdigest()[:16]
 
 
@@ -109,9 +197,9 @@ class AnswerStore:
                 self.folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             )
 
-    def read(self) -> dict[tuple[str, str], Answer]:
-        """Every whole answer by :func:`key_of`."""
-        found: dict[tuple[str, str], Answer] = {}
+    def read(self) -> dict[AnswerKey, Answer]:
+        """Return every whole answer by its key."""
+        found: dict[AnswerKey, Answer] = {}
         for file in sorted(self.folder.glob("answers-*.jsonl")):
             for number, line in enumerate(_whole_lines(file), 1):
                 try:
@@ -131,7 +219,7 @@ class AnswerStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else may write here meanwhile.
+        """Keep every other run from writing here.
 
         Raises:
             EvaluationError: another run does.
@@ -151,7 +239,7 @@ class AnswerStore:
 
     @contextmanager
     def writer(self, rank: int = 0) -> Iterator[AnswerWriter]:
-        """Appends to this process's file."""
+        """Append to this process's file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         writer = AnswerWriter(self.folder / f"answers-{rank}.jsonl")
         try:
@@ -168,7 +256,7 @@ class AnswerWriter:
     """
 
     def __init__(self, file: Path) -> None:
-        cut_torn_line(file)
+        _cut_torn_line(file)
         self._file = file.open("a", encoding="utf-8")
 
     def add(self, answers: Sequence[Answer]) -> None:
@@ -183,7 +271,7 @@ class AnswerWriter:
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """Whose answers a folder holds; None where there are none.
+    """Return whose answers a folder holds; None where there are none.
 
     Raises:
         EvaluationError: the file that says so can't be read.
@@ -207,28 +295,16 @@ def read_identity(folder: Path) -> Identity | None:
         ) from error
 
 
-def cut_torn_line(file: Path) -> None:
+def _cut_torn_line(file: Path) -> None:
     """Cut off what follows the last line's end: the part of a line that a killed process has written."""
     if not file.exists():
         return
-    with file.open("rb+") as handle:
-        whole = _end_of_last_line(handle)
-        torn = handle.seek(0, os.SEEK_END) - whole
-        if torn:
-            log.warning("%s: %d bytes of an answer cut off by a stop are left out", file, torn)
-            handle.truncate(whole)
-
-
-def _end_of_last_line(handle: Any) -> int:
-    end = handle.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 65_536)
-        handle.seek(start)
-        found = handle.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        torn = len(content) - whole
+        log.warning("%s: %d bytes of an answer cut off by a stop are left out", file, torn)
+        os.truncate(file, whole)
 
 
 def _whole_lines(file: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Results -> tables: in the shape of the paper's, with its rows quoted; by each group; in short."""
+"""Results -> tables: in short, and by each group; as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from gmai_xtuner.evaluate.paper_rows import Column, PaperTable, paper_tables
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.evaluate.results import Cell, Result
 
 NONE = "–"
@@ -64,7 +65,7 @@ class Table:
 
 
 def summary_table(results: Sequence[Result]) -> Table:
-    """One line a result."""
+    """Return a table with one line a result."""
     rows = []
     for result in results:
         cell = result.headline
@@ -108,7 +109,7 @@ def summary_table(results: Sequence[Result]) -> Table:
 
 
 def group_tables(result: Result) -> list[Table]:
-    """One table for each group that the protocol names."""
+    """Return a table for each group that the protocol names."""
     tables = []
     for key, cells in result.groups.items():
         rows = [_long_row(name or "(none given)", cell, "group") for name, cell in cells.items()]
@@ -131,139 +132,6 @@ def _long_row(name: str, cell: Cell, kind: str = "score") -> Row:
     return Row(name, cells, kind)
 
 
-def tables_like_the_papers(results: Sequence[Result]) -> list[Table]:
-    """The paper's tables that the results have something to put in.
-
-    Args:
-        results: of one model; of several protocols of a benchmark that fit a table each gives its own rows,
-            in the table over benchmarks the first counts.
-    """
-    tables = []
-    for paper in paper_tables().values():
-        fitting = [result for result in results if _fits(paper, result)]
-        if not fitting:
-            continue
-        rows, notes = _quoted(paper), list(paper.notes)
-        if paper.benchmark is None:
-            rows += _rows_over_benchmarks(paper, fitting, notes)
-        else:
-            for result in fitting:
-                rows += _rows_over_groups(paper, result, notes, several=len(fitting) > 1)
-        tables.append(
-            Table(
-                f"paper_{paper.key}",
-                f"{paper.title}, in the shape of {paper.printed_as} of the GMAI-VL paper",
-                ("model", *(column.short for column in paper.columns)),
-                tuple(rows),
-                (
-                    f"Rows marked {QUOTED} are the paper's ({paper.source}), not measured here.",
-                    *dict.fromkeys(notes),
-                ),
-            )
-        )
-    return tables
-
-
-def _fits(paper: PaperTable, result: Result) -> bool:
-    if paper.benchmark is None:
-        return any(
-            (column.benchmark, column.variant) == (result.benchmark, result.variant)
-            for column in paper.columns
-        )
-    return paper.benchmark == result.benchmark and paper.variant in (None, result.variant)
-
-
-def _quoted(paper: PaperTable) -> list[Row]:
-    return [
-        Row(f"{name} ({QUOTED})", tuple(cell or NONE for cell in cells), QUOTED)
-        for name, cells in paper.rows.items()
-    ]
-
-
-def _rows_over_benchmarks(
-    paper: PaperTable, results: Sequence[Result], notes: list[str]
-) -> list[Row]:
-    cells: list[Cell | None] = []
-    for column in paper.columns:
-        if column.mean:
-            continue
-        result = next(
-            (
-                one
-                for one in results
-                if (one.benchmark, one.variant) == (column.benchmark, column.variant)
-            ),
-            None,
-        )
-        cells.append(result.headline if result else None)
-        if result:
-            notes.append(
-                f"{column.short} of {result.model_name}: {result.protocol}/{result.version}, scorer "
-                f"{result.scorer}, {next(iter(result.averages))} average"
-                + "".join(f"; {problem}" for problem in result.problems)
-                + "."
-            )
-    values = [cell.value for cell in cells if cell is not None and cell.value is not None]
-    mean = sum(values) / len(values) if len(values) == len(cells) else None
-    shown = [percent(cell.value, paper.decimals) if cell else NONE for cell in cells]
-    rows = _below(results[0].model_name, shown, cells, paper.decimals)
-    ends = [percent(mean, paper.decimals), *[NONE] * (len(rows) - 1)]
-    return [
-        Row(row.label, (*row.cells, end), row.kind) for row, end in zip(rows, ends, strict=True)
-    ]
-
-
-def _rows_over_groups(
-    paper: PaperTable, result: Result, notes: list[str], *, several: bool
-) -> list[Row]:
-    groups = {_same(name): cell for name, cell in result.groups.get(str(paper.group), {}).items()}
-    cells = [_cell(column, result, groups) for column in paper.columns]
-    known = {_same(column.name) for column in paper.columns if column.name}
-    other = [name for name in result.groups.get(str(paper.group), {}) if _same(name) not in known]
-    if other:
-        notes.append(f"Not among the paper's columns, but in the averages: {', '.join(other)}.")
-    notes.append(
-        f"{result.model_name}: {result.variant}, protocol {result.protocol}/{result.version}, scorer "
-        f"{result.scorer}" + "".join(f"; {problem}" for problem in result.problems) + "."
-    )
-    shown = [percent(cell.value, paper.decimals) if cell else NONE for cell in cells]
-    label = f"{result.model_name}, {result.protocol}"
-    if several:
-        label += f", {result.scorer}"
-    return _below(label, shown, cells, paper.decimals)
-
-
-def _cell(column: Column, result: Result, groups: dict[str, Cell]) -> Cell | None:
-    if column.variant is not None and column.variant != result.variant:
-        return None
-    if column.name is not None:
-        return groups.get(_same(column.name))
-    for name, cell in result.averages.items():
-        if name.split()[0] == column.average:
-            return cell
-    return None
-
-
-def _below(
-    label: str, shown: Sequence[str], cells: Sequence[Cell | None], decimals: int
-) -> list[Row]:
-    """Our score with its interval, n and unparsed share."""
-    return [
-        Row(label, tuple(shown)),
-        Row(
-            "95 % interval",
-            tuple(interval(cell, decimals) if cell else NONE for cell in cells),
-            "interval",
-        ),
-        Row("n", tuple(str(cell.n) if cell else NONE for cell in cells), "n"),
-        Row(
-            "unparsed %",
-            tuple(percent(cell.unparsed, decimals) if cell else NONE for cell in cells),
-            "unparsed",
-        ),
-    ]
-
-
 def percent(value: float | None, decimals: int = 2) -> str:
     return NONE if value is None else f"{100 * value:.{decimals}f}"
 
@@ -280,17 +148,19 @@ def _n(result: Result) -> str:
     return str(result.n) if result.n == wanted else f"{result.n} of {wanted}"
 
 
-def _same(name: str | None) -> str:
-    """The authors' files and papers write the same name with blanks, underscores or dashes."""
-    return re.sub(r"[\W_]+", "", name or "").casefold()
-
-
 def _key(name: str) -> str:
     return re.sub(r"[\W_]+", "_", name).strip("_").lower()
 
 
+def write_tables(folder: Path, tables: Sequence[Table]) -> None:
+    """Write ``tables.md``, ``tables.csv`` and ``tables.tex``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
+        replace_text(folder / f"tables.{suffix}", text(tables))
+
+
 def to_markdown(tables: Iterable[Table]) -> str:
-    """Tables one below the other."""
+    """Return tables one below the other."""
     parts = []
     for table in tables:
         lines = [f"## {table.title}", "", _line(table.head)]
@@ -310,7 +180,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def to_csv(tables: Iterable[Table]) -> str:
-    """All tables in one file; the first two columns say which table and which kind of line."""
+    """Return all tables in one file; the first two columns say which table and which kind of line."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for table in tables:
@@ -321,7 +191,7 @@ def to_csv(tables: Iterable[Table]) -> str:
 
 
 def to_latex(tables: Iterable[Table]) -> str:
-    """``tabular`` environments for ``\\input``; they need the package booktabs."""
+    """Return ``tabular`` environments for ``\\input``; they need the package booktabs."""
     parts = ["% Needs \\usepackage{booktabs}.\n"]
     for table in tables:
         lines = [
@@ -352,5 +222,5 @@ def _latex_line(cells: Sequence[str], *, italic: bool = False) -> str:
 
 
 def latex(text: str) -> str:
-    """Text with LaTeX's own characters escaped."""
+    """Escape LaTeX's own characters."""
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))

@@ -1,14 +1,13 @@
-"""Benchmarks in mmengine's terms: questions as a dataset, the protocols' scores as a metric, and a loop.
+"""Benchmarks in training and ``xtuner test``: a dataset, a loop and a metric over the evaluation's runner.
 
-``xtuner test CONFIG --checkpoint CHECKPOINT`` and the validation of a training run ask with them;
-reading, prompts and scores are those of ``python -m gmai_xtuner.evaluate``.
+Reading, asking, prompts and scores are those of ``python -m gmai_xtuner.evaluate``; only who answers differs:
+the model in training, whose ranks must generate in step, and whose answers are kept in memory.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,53 +17,28 @@ import torch
 from mmengine.dist import all_gather_object, get_dist_info, is_main_process
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.logging import print_log
-from mmengine.registry import DATA_SAMPLERS, DATASETS, LOOPS, METRICS
-from mmengine.runner import TestLoop
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from mmengine.registry import DATASETS, LOOPS, METRICS
+from mmengine.runner.base_loop import BaseLoop
 
-from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError, ImageError
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
-from gmai_xtuner.evaluate.answerers.answerer import open_picture
-from gmai_xtuner.evaluate.benchmarks import NAMES, find_benchmarks, load_benchmark
-from gmai_xtuner.evaluate.protocols import Protocol, protocol
-from gmai_xtuner.evaluate.questions import Question, Score
-from gmai_xtuner.evaluate.results import Scored, average_name, average_of
-from gmai_xtuner.evaluate.store import Answer
+from gmai_xtuner.evaluate.answerers.local import read_ahead
+from gmai_xtuner.evaluate.benchmarks import NAMES, find_benchmarks
+from gmai_xtuner.evaluate.processes import World
+from gmai_xtuner.evaluate.protocols import Asked
+from gmai_xtuner.evaluate.results import Scored, average_of, score_all
+from gmai_xtuner.evaluate.runner import Options, Target, answer_all, prepare
+from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
 from gmai_xtuner.generate import GREEDY, Predictor, Prompt, user_turn
 from gmai_xtuner.model.llava import GMAILLaVAModel
 
 OPTIONS = ("benchmark", "data", "variant", "protocol", "limit")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A benchmark that is asked, under the name that its numbers get."""
-
-    name: str
-    protocol: Protocol
-    questions: tuple[Question, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AskedQuestion:
-    """An item of the dataset.
-
-    Args:
-        entry: number of the benchmark.
-        number: of the question in it.
-        prompt: what is asked; None if a picture can't be read.
-    """
-
-    entry: int
-    number: int
-    prompt: Prompt | None
-
-
 @DATASETS.register_module()
-class BenchmarkQuestions(Dataset):
+class BenchmarkQuestions:
     """The questions of one or several benchmarks.
 
     Args:
@@ -73,6 +47,9 @@ class BenchmarkQuestions(Dataset):
             ``limit``.
         limit: questions of each at the most; default: all.
 
+    Attributes:
+        asked: name of a benchmark, as its numbers get it -> what is asked.
+
     Raises:
         GMAIError: an unknown option, nothing to ask, or a benchmark that can't be read.
     """
@@ -80,36 +57,16 @@ class BenchmarkQuestions(Dataset):
     def __init__(
         self, benchmarks: str | Mapping[str, Mapping[str, Any]], limit: int | None = None
     ) -> None:
-        self.entries = [
-            _entry(name, options, limit) for name, options in _specified(benchmarks).items()
-        ]
-        self.rows = [
-            (entry, number)
-            for entry, one in enumerate(self.entries)
-            for number in range(len(one.questions))
-        ]
-        self.metainfo = {"benchmarks": self.entries}
+        self.asked = {
+            name: _prepare(name, options, limit)
+            for name, options in _benchmarks(benchmarks).items()
+        }
 
     def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> AskedQuestion:
-        entry, number = self.rows[index]
-        one = self.entries[entry]
-        question = one.questions[number]
-        try:
-            pictures: list[Image.Image] = [
-                open_picture(source, f"image of question {question.id}")
-                for source in question.images
-            ]
-        except ImageError as error:
-            print_log(f"{one.name}, question {question.id}: {error}", "current", logging.WARNING)
-            return AskedQuestion(entry, number, None)
-        turn = user_turn(one.protocol.prompt(question), len(pictures))
-        return AskedQuestion(entry, number, Prompt((turn,), tuple(pictures)))
+        return sum(len(asked.questions) for asked in self.asked.values())
 
 
-def _specified(
+def _benchmarks(
     benchmarks: str | Mapping[str, Mapping[str, Any]],
 ) -> Mapping[str, Mapping[str, Any]]:
     if isinstance(benchmarks, Mapping):
@@ -136,77 +93,48 @@ def _specified(
     }
 
 
-def _entry(name: str, options: Mapping[str, Any], limit: int | None) -> Entry:
-    unknown = set(options) - set(OPTIONS)
-    if unknown or "data" not in options:
+def _prepare(name: str, options: Mapping[str, Any], limit: int | None) -> Asked:
+    if set(options) - set(OPTIONS) or "data" not in options:
         raise GMAIError(
             f"benchmark {name!r} takes {', '.join(OPTIONS)} and needs data, got {dict(options)}"
         )
-    benchmark = load_benchmark(
-        options.get("benchmark", name), Path(options["data"]), variant=options.get("variant")
-    )
-    chosen = protocol(benchmark.name, options.get("protocol"), variant=benchmark.variant)
-    selected = chosen.select(benchmark.questions)
-    if not selected:
-        raise GMAIError(f"benchmark {name!r} has no question for the protocol {chosen.name!r}")
     limits = [number for number in (limit, options.get("limit")) if number is not None]
-    questions = selected[: min(limits)] if limits else selected
-    told = f", {dict(benchmark.counted_problems())}" if benchmark.problems else ""
-    print_log(
-        f"Benchmark {name}: {len(questions)} of {len(selected)} questions of the protocol "
-        f"{chosen.name}/{chosen.version}{told}",
-        logger="current",
-        level=logging.WARNING if benchmark.problems else logging.INFO,
+    protocol = options.get("protocol")
+    prepared = prepare(
+        Target(options.get("benchmark", name), Path(options["data"]), options.get("variant")),
+        Options(Path(), (protocol,) if protocol else (), limit=min(limits, default=None)),
+        rank=get_dist_info()[0],
     )
-    return Entry(name, chosen, questions)
+    (asked,) = prepared.asked
+    print_log(
+        f"Benchmark {name}: {len(asked.questions)} of {asked.selected} questions of the protocol "
+        f"{asked.name}",
+        logger="current",
+        level=logging.INFO,
+    )
+    return asked
 
 
-@DATA_SAMPLERS.register_module()
-class QuestionBatches:
-    """Batches of one benchmark each; every rank has equally many, of equal sizes.
-
-    Under ZeRO-3 all ranks must ask as often. Where the questions don't come out even, some are asked
-    twice; the metric counts each once.
+@dataclass(frozen=True)
+class BenchmarkAnswers:
+    """What one benchmark came to, on every rank.
 
     Args:
-        sampler: mmengine's; its dataset is a :class:`BenchmarkQuestions`.
-        batch_size: questions that a rank asks together.
+        name: of the benchmark, as its numbers get it.
+        asked: protocol and questions.
+        scored: questions with answers.
+        unanswered: how many could not be asked.
     """
 
-    def __init__(self, sampler: Any, batch_size: int) -> None:
-        self.dataset: BenchmarkQuestions = sampler.dataset
-        self.batch_size = batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rank, world_size = get_dist_info()
-        for indices in self._by_entry():
-            again = (indices * world_size)[: -len(indices) % world_size]
-            mine = [*indices, *again][rank::world_size]
-            for start in range(0, len(mine), self.batch_size):
-                yield mine[start : start + self.batch_size]
-
-    def __len__(self) -> int:
-        _, world_size = get_dist_info()
-        of_a_rank = [math.ceil(len(indices) / world_size) for indices in self._by_entry()]
-        return sum(math.ceil(number / self.batch_size) for number in of_a_rank)
-
-    def _by_entry(self) -> list[list[int]]:
-        """Indices of each benchmark, the longest questions first."""
-        parts: list[list[int]] = [[] for _ in self.dataset.entries]
-        for index, (entry, _) in enumerate(self.dataset.rows):
-            parts[entry].append(index)
-
-        def length(index: int) -> tuple[int, int]:
-            entry, number = self.dataset.rows[index]
-            question = self.dataset.entries[entry].questions[number]
-            return -len(question.images), -len(question.text) - sum(map(len, question.options))
-
-        return [sorted(part, key=length) for part in parts]
+    name: str
+    asked: Asked
+    scored: list[Scored]
+    unanswered: int
 
 
 @METRICS.register_module()
 class BenchmarkScore(BaseMetric):
-    """Scores of the protocols, of all ranks together.
+    """Scores of the protocols.
 
     ``<benchmark>/accuracy`` is the protocol's headline average, ``<benchmark>/unparsed`` the share of
     answers that the scorer did not understand, ``<benchmark>/unanswered`` how many questions could not
@@ -223,73 +151,38 @@ class BenchmarkScore(BaseMetric):
         super().__init__(prefix=prefix)
         self.save = save
 
-    def process(
-        self, data_batch: Sequence[AskedQuestion], data_samples: Sequence[str | None]
-    ) -> None:
-        entries: list[Entry] = (self.dataset_meta or {})["benchmarks"]
-        for asked, text in zip(data_batch, data_samples, strict=True):
-            entry = entries[asked.entry]
-            question = entry.questions[asked.number]
-            score = None if text is None else entry.protocol.score(question, text)
-            self.results.append((asked.entry, asked.number, text, score))
+    def process(self, data_batch: Any, data_samples: Sequence[BenchmarkAnswers]) -> None:
+        self.results += data_samples
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """The numbers over all ranks; a question that was asked twice counts once."""
-        answers: dict[tuple[int, int], tuple[str | None, Score | None]] = {}
-        for part in all_gather_object(self.results):
-            for entry, number, text, score in part:
-                answers.setdefault((entry, number), (text, score))
+        """Return the numbers; every rank has all answers already."""
+        metrics = self.compute_metrics(self.results)
         self.results.clear()
-        metrics = self.compute_metrics([answers])
         return {f"{self.prefix}/{name}": value for name, value in metrics.items()}
 
-    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        (answers,) = results
+    def compute_metrics(self, results: list[BenchmarkAnswers]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for place, entry in enumerate((self.dataset_meta or {})["benchmarks"]):
-            scored, unanswered = [], 0
-            for number, question in enumerate(entry.questions):
-                text, score = answers.get((place, number), (None, None))
-                if text is None or score is None:
-                    unanswered += 1
-                    continue
-                scored.append(Scored(question, _answer(entry, question, text), score))
-            metrics |= _numbers(entry, scored, unanswered)
+        for one in results:
+            metrics |= _numbers(one)
             if self.save is not None and is_main_process():
-                _write(Path(self.save) / f"{entry.name}.jsonl", scored)
+                _write(Path(self.save) / f"{one.name}.jsonl", one.scored)
         return metrics
 
 
-def _answer(entry: Entry, question: Question, text: str) -> Answer:
-    chosen = entry.protocol
-    return Answer(
-        question.id,
-        chosen.prompt(question),
-        text,
-        0.0,
-        "",
-        f"{chosen.name}/{chosen.version}",
-        {"max_new_tokens": chosen.max_new_tokens},
-    )
-
-
-def _numbers(entry: Entry, scored: Sequence[Scored], unanswered: int) -> dict[str, float]:
+def _numbers(answers: BenchmarkAnswers) -> dict[str, float]:
     numbers: dict[str, float] = {}
-    for place, average in enumerate(entry.protocol.averages):
-        cell = average_of(scored, average)
-        name = "accuracy" if place == 0 else average_name(average).replace(" ", "_")
+    for place, average in enumerate(answers.asked.protocol.averages):
+        cell = average_of(answers.scored, average)
         if cell.value is not None:
-            numbers[f"{entry.name}/{name}"] = cell.value
+            numbers["accuracy" if place == 0 else average.name.replace(" ", "_")] = cell.value
         if place == 0:
-            numbers[f"{entry.name}/unparsed"] = cell.unparsed
-    if unanswered:
-        numbers[f"{entry.name}/unanswered"] = float(unanswered)
-    return numbers
+            numbers["unparsed"] = cell.unparsed
+    if answers.unanswered:
+        numbers["unanswered"] = float(answers.unanswered)
+    return {f"{answers.name}/{name}": value for name, value in numbers.items()}
 
 
 def _write(file: Path, scored: Sequence[Scored]) -> None:
-    from gmai_xtuner.core.files import replace_text
-
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         {"id": one.question.id, "gold": one.question.answer, **asdict(one.score)}
@@ -341,64 +234,79 @@ class RankedPredictor(Predictor):
         return answers
 
 
-def ask(
-    dataloader: DataLoader, predictor: RankedPredictor, evaluator: Evaluator
+class RankedAnswerer:
+    """Asks the model in training; every rank asks equally often, in batches of equal sizes.
+
+    Under ZeRO-3 all ranks must generate as often. Where the questions don't come out even, some are asked
+    twice, and count once.
+
+    Args:
+        predictor: the model.
+        batch_size: questions that a rank asks together.
+        readers: threads that read images; the next batch's are read meanwhile.
+    """
+
+    name = model = "model in training"
+    generation: Mapping[str, Any] = {"decoding": "greedy"}
+
+    def __init__(self, predictor: RankedPredictor, *, batch_size: int, readers: int) -> None:
+        self.predictor, self.batch_size, self.readers = predictor, batch_size, max(1, readers)
+
+    def answers(
+        self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[list[Given]]:
+        mine = jobs_in_step(jobs, rank, world_size)
+        batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        for batch, images in read_ahead(batches, readers=self.readers):
+            prompts = [
+                None
+                if isinstance(own, ImageError)
+                else Prompt((user_turn(job.prompt, len(own)),), tuple(own))
+                for job, own in zip(batch, images, strict=True)
+            ]
+            texts = self.predictor.answers(
+                prompts, max_new_tokens=batch[0].max_new_tokens, synced=world_size > 1
+            )
+            for own in images:
+                if isinstance(own, ImageError):
+                    print_log(str(own), "current", logging.WARNING)
+            yield [
+                Given(job, text, problem="" if text is not None else "cannot_be_asked")
+                for job, text in zip(batch, texts, strict=True)
+            ]
+
+
+def jobs_in_step(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
+    """Return a rank's share of the jobs, the longest first; the shares of all ranks are equally long."""
+    ordered = sorted_jobs(jobs)
+    again = (ordered * world_size)[: -len(ordered) % world_size]
+    return [*ordered, *again][rank::world_size]
+
+
+def ask_benchmarks(
+    questions: BenchmarkQuestions, answerer: RankedAnswerer, evaluator: Evaluator
 ) -> dict[str, float]:
     """Ask all questions and score the answers; all ranks take part."""
-    questions: BenchmarkQuestions = dataloader.dataset  # type: ignore[assignment]
-    _, world_size = get_dist_info()
-    for batch in dataloader:
-        answers = predictor.answers(
-            [asked.prompt for asked in batch],
-            max_new_tokens=questions.entries[batch[0].entry].protocol.max_new_tokens,
-            synced=world_size > 1,
-        )
-        evaluator.process(data_samples=answers, data_batch=batch)
+    rank, size = get_dist_info()
+    for name, asked in questions.asked.items():
+        jobs = (job for _, job in asked.jobs())
+        answers, _ = answer_all(jobs, answerer, world=World(rank, size=size))
+        scored, missing = score_all(asked, answers)
+        found = BenchmarkAnswers(name, asked, scored, len(missing))
+        evaluator.process(data_samples=[found])
     return evaluator.evaluate(len(questions))
 
 
-def as_list(batch: list[AskedQuestion]) -> list[AskedQuestion]:
-    """Collates questions: they stay what they are."""
-    return batch
-
-
-def question_loader(
-    build: Any,
-    dataset: BenchmarkQuestions | Mapping[str, Any],
-    *,
-    batch_size: int,
-    num_workers: int,
-) -> DataLoader:
-    """A loader of questions for all ranks.
-
-    Args:
-        build: the runner's ``build_dataloader``.
-        dataset: the questions, or what they are built from.
-        batch_size: questions that a rank asks together.
-        num_workers: processes that read pictures.
-    """
-    return build(
-        {
-            "dataset": dataset,
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "sampler": {"type": "DefaultSampler", "shuffle": False},
-            "batch_sampler": {"type": "QuestionBatches"},
-            "collate_fn": {"type": as_list},
-        }
-    )
-
-
 def bare_model(model: Any) -> GMAILLaVAModel:
-    """The model within what DeepSpeed or DDP have put around it."""
+    """Return the model within what DeepSpeed or DDP have put around it."""
     while not isinstance(model, GMAILLaVAModel):
         model = model.module
     return model
 
 
 @LOOPS.register_module()
-class BenchmarkLoop(TestLoop):
-    """What ``xtuner test`` runs: benchmarks, asked as the model was trained.
+class BenchmarkLoop(BaseLoop):
+    """The loop of ``xtuner test``: benchmarks, asked as the model was trained.
 
     Tokenizer, template and image path are those of ``train_dataloader.dataset`` in the config.
 
@@ -414,19 +322,20 @@ class BenchmarkLoop(TestLoop):
         dataloader: dict[str, Any],
         evaluator: Evaluator | dict[str, Any] | list[Any],
     ) -> None:
-        loader = question_loader(
-            runner.build_dataloader,
-            dataloader["dataset"],
-            batch_size=dataloader["batch_size"],
-            num_workers=dataloader.get("num_workers", 0),
+        super().__init__(runner, DATASETS.build(dataloader["dataset"]))
+        self.batch_size, self.readers = dataloader["batch_size"], dataloader.get("num_workers", 0)
+        self.evaluator = (
+            evaluator if isinstance(evaluator, Evaluator) else runner.build_evaluator(evaluator)
         )
-        super().__init__(runner, loader, evaluator)
 
     def run(self) -> dict[str, float]:
         self.runner.call_hook("before_test")
         self.runner.call_hook("before_test_epoch")
         self.runner.model.eval()
-        metrics = ask(self.dataloader, self._predictor(), self.evaluator)
+        answerer = RankedAnswerer(
+            self._predictor(), batch_size=self.batch_size, readers=self.readers
+        )
+        metrics = ask_benchmarks(self.dataloader, answerer, self.evaluator)
         self.runner.call_hook("after_test_epoch", metrics=metrics)
         self.runner.call_hook("after_test")
         return metrics
@@ -434,14 +343,14 @@ class BenchmarkLoop(TestLoop):
     def _predictor(self) -> RankedPredictor:
         from xtuner.registry import BUILDER
 
-        data = dataset_config(self.runner.cfg)
+        data = self.runner.cfg.train_dataloader.dataset
         return RankedPredictor(
             bare_model(self.runner.model),
-            tokenizer=BUILDER.build(data["tokenizer"]),
+            tokenizer=BUILDER.build(data.tokenizer),
             template=ChatTemplate.from_xtuner(
                 data.get("prompt_template", "internlm2_chat"), add_bos=data.get("add_bos", True)
             ),
             transform=ImageTransform.from_pretrained(
-                data["vision"], mode=data.get("image_mode", "pad")
+                data.vision, mode=data.get("image_mode", "pad")
             ),
         )

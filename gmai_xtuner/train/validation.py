@@ -25,10 +25,10 @@ from gmai_xtuner.data.sampler import MicroBatchSampler
 from gmai_xtuner.train.benchmarks import (
     BenchmarkQuestions,
     BenchmarkScore,
+    RankedAnswerer,
     RankedPredictor,
-    ask,
+    ask_benchmarks,
     bare_model,
-    question_loader,
 )
 from gmai_xtuner.train.loop import with_loader_defaults
 from gmai_xtuner.train.signals import worker_init
@@ -50,10 +50,10 @@ class HeldOutLoop(ValLoop):
             is validated on or not.
         benchmarks: also asked, see :class:`~gmai_xtuner.train.benchmarks.BenchmarkQuestions`; default: none.
             ``val/<benchmark>/accuracy`` is their protocol's score.
-        benchmark_interval: optimiser steps from one asking to the next, at the validation that follows; the
-            run ends with one. Default: at every validation.
+        benchmark_interval: micro-batches from one asking to the next, at the validation that follows; the run
+            ends with one. Default: at every validation.
         benchmark_batch_size: questions that a rank asks together.
-        benchmark_workers: processes of each rank that read their pictures.
+        benchmark_workers: threads of each rank that read their images.
 
     Raises:
         GMAIError: a batch sampler that would repeat packs or leave some out; a benchmark that can't be read.
@@ -86,9 +86,9 @@ class HeldOutLoop(ValLoop):
         self.nothing = dataset is None
         if self.nothing:
             BaseLoop.__init__(self, runner, runner.train_loop.dataloader)
-            share = training.plan.why_nothing_held_out() if training.plan.held_out else "0"
+            told = training.plan.why_nothing_held_out() if training.plan.held_out else "0"
             print_log(
-                f"No validation: nothing is held out (train_dataloader.dataset.held_out={share})",
+                f"No validation: nothing is held out (train_dataloader.dataset.held_out={told})",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -137,8 +137,8 @@ class HeldOutLoop(ValLoop):
         loop = self.runner.train_loop
         if self.benchmark_interval is None or loop.iter >= loop.max_iters:
             return True
-        before = loop.step - loop.val_interval
-        return loop.step // self.benchmark_interval > before // self.benchmark_interval
+        before = loop.iter - loop.val_interval
+        return loop.iter // self.benchmark_interval > before // self.benchmark_interval
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: dict[str, Any]) -> None:
@@ -158,14 +158,10 @@ class _Benchmarks:
         batch_size: int,
         num_workers: int,
     ) -> None:
-        questions = BenchmarkQuestions(benchmarks)
         self._runner = runner
-        self._loader = question_loader(
-            runner.build_dataloader, questions, batch_size=batch_size, num_workers=num_workers
-        )
-        self._loader.worker_init_fn = partial(worker_init, then=self._loader.worker_init_fn)
+        self._questions = BenchmarkQuestions(benchmarks)
+        self._options = {"batch_size": batch_size, "readers": num_workers}
         self._evaluator = Evaluator(BenchmarkScore(prefix="val"))
-        self._evaluator.dataset_meta = questions.metainfo
 
     def ask(self) -> dict[str, float]:
         """All ranks take part."""
@@ -176,12 +172,13 @@ class _Benchmarks:
             template=training.template,
             transform=training.transform,
         )
-        return ask(self._loader, predictor, self._evaluator)
+        answerer = RankedAnswerer(predictor, **self._options)
+        return ask_benchmarks(self._questions, answerer, self._evaluator)
 
 
 @METRICS.register_module()
 class HeldOutLoss(BaseMetric):
-    """Mean loss over the supervised tokens of all conversations, and ``perplexity``, its exponential.
+    """Mean loss over the learnt tokens of all conversations, and ``perplexity``, its exponential.
 
     Every token counts once and the same, whatever the training's ``weighting``, and however conversations are
     packed, batched and dealt to ranks; a pack that only fills a rank's place counts nothing.

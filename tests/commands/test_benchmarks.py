@@ -17,13 +17,14 @@ pytestmark = pytest.mark.slow
 OPTIONS = (
     "train_dataloader.batch_size=2",
     "train_dataloader.dataset.max_length=160",
+    "train_dataloader.batch_sampler.accumulative_counts=2",
     "optim_wrapper.accumulative_counts=2",
     "default_hooks.logger.interval=1",
     "default_hooks.sample_answer.interval=0",
     "default_hooks.checkpoint.save_optimizer=False",
     "model.pretrained_pth=None",
-    "train_cfg.val_interval=1",
-    "val_cfg.benchmark_interval=2",
+    "train_cfg.val_interval=2",
+    "val_cfg.benchmark_interval=4",
 )
 
 
@@ -68,7 +69,7 @@ def test_benchmarks_in_training_and_xtuner_test(tmp_path, tiny_bases):
         *("test_dataloader.num_workers=0", f"test_evaluator.save={tmp_path / 'answers'}"),
     )
     assert re.search(
-        r"Iter\(test\) \[2/2\].*test/vqa_rad_test/accuracy: [\d.]+ .*"
+        r"Iter\(test\) \[7/7\].*test/vqa_rad_test/accuracy: [\d.]+ .*"
         r"test/pmc_vqa_test_clean/accuracy: [\d.]+",
         told,
     ), told[-3000:]

@@ -22,9 +22,9 @@ from PIL import Image
 
 from gmai_xtuner.chat.__main__ import main as chat
 from gmai_xtuner.core.conversation import Turn
-from gmai_xtuner.evaluate.answerers.answerer import Job
-from gmai_xtuner.evaluate.answerers.choose import ModelOptions
+from gmai_xtuner.evaluate.answerers import ModelOptions
 from gmai_xtuner.evaluate.answerers.endpoint import EndpointAnswerer
+from gmai_xtuner.evaluate.store import Job
 from gmai_xtuner.generate import Predictor, user_turn
 from gmai_xtuner.loading import load_model
 from tests.commands.serving import transformers_serve

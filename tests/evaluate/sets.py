@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gmai_xtuner.evaluate.answerers import Given, Job
+from gmai_xtuner.evaluate.store import Given, Job
 
 TYPES = (
     "Modality Recognition",

@@ -10,7 +10,7 @@ import pytest
 
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.evaluate import fingerprint
-from gmai_xtuner.evaluate.answerers.ours import bases_of
+from gmai_xtuner.evaluate.answerers.local import bases_of
 from gmai_xtuner.evaluate.fingerprint import hash_files
 
 

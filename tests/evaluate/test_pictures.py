@@ -8,7 +8,7 @@ from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.core.imaging.images import decode_rgb, open_rgb
-from gmai_xtuner.evaluate.answerers.answerer import open_picture
+from gmai_xtuner.evaluate.questions import open_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
 
@@ -19,8 +19,8 @@ def test_bytes_give_the_picture_of_the_file(tmp_path, name):
     content = (tmp_path / name).read_bytes()
     expected = np.asarray(open_rgb(tmp_path / name))
     assert (np.asarray(decode_rgb(content, "x")) == expected).all()
-    assert (np.asarray(open_picture(content, "x")) == expected).all()
-    assert (np.asarray(open_picture(tmp_path / name, "x")) == expected).all()
+    assert (np.asarray(open_image(content, "x")) == expected).all()
+    assert (np.asarray(open_image(tmp_path / name, "x")) == expected).all()
 
 
 def test_16_bits_and_a_rotation_too(tmp_path):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.protocols import PROTOCOLS, Average, ProtocolError, protocol
+from gmai_xtuner.evaluate.benchmarks import DEFINITIONS, find_protocol
+from gmai_xtuner.evaluate.protocols import Average, ProtocolError
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.scoring import SCORERS
 
@@ -27,43 +28,43 @@ OPEN = Question("4", "Where?", answer="left lung", groups={"answer_type": "OPEN"
     ],
 )
 def test_which_questions_count(name: str, chosen: list[Question]) -> None:
-    assert protocol("slake", name).select([CLOSED, WHICH, OPEN]) == tuple(chosen)
+    assert find_protocol("slake", name).select([CLOSED, WHICH, OPEN]) == tuple(chosen)
 
 
 def test_open_questions_of_mmmu_do_not_count_in_closed_145() -> None:
-    assert protocol("mmmu_health", "closed-145").select([CHOICE, OPEN]) == (CHOICE,)
-    assert protocol("mmmu_health", "full-150").select([CHOICE, OPEN]) == (CHOICE, OPEN)
+    assert find_protocol("mmmu_health", "closed-145").select([CHOICE, OPEN]) == (CHOICE,)
+    assert find_protocol("mmmu_health", "full-150").select([CHOICE, OPEN]) == (CHOICE, OPEN)
 
 
 def test_the_words() -> None:
-    assert protocol("gmai_mmbench").prompt(CHOICE) == (
+    assert find_protocol("gmai_mmbench").prompt(CHOICE) == (
         "What is <image>?\nA. Liver\nB. Lung\n"
         "Answer with the option's letter from the given choices directly."
     )
-    assert protocol("gmai_mmbench", "val-4550-vlmevalkit").prompt(CHOICE) == (
+    assert find_protocol("gmai_mmbench", "val-4550-vlmevalkit").prompt(CHOICE) == (
         "Question: What is <image>?\nOptions:\nA. Liver\nB. Lung\n"
         "Please select the correct answer from the options above. "
     )
-    assert protocol("vqa_rad").prompt(CLOSED) == (
+    assert find_protocol("vqa_rad").prompt(CLOSED) == (
         "Is it?\nAnswer the question using a single word or phrase."
     )
-    assert protocol("slake", variant="zh").prompt(OPEN) == "Where?\n请用一个词或短语回答问题。"
+    assert find_protocol("slake", variant="zh").prompt(OPEN) == "Where?\n请用一个词或短语回答问题。"
     gap = Question("1", "Which?", options=("Liver", "Lung"), letters="AD")
-    assert "A. Liver\nD. Lung\n" in protocol("omnimedvqa").prompt(gap)
+    assert "A. Liver\nD. Lung\n" in find_protocol("omnimedvqa").prompt(gap)
 
 
 def test_defaults_and_names() -> None:
-    assert protocol("vqa_rad").name == "closed-251"
-    assert protocol("slake").name == "closed-416"
-    assert protocol("slake", variant="zh").name == "full-1033"
-    assert protocol("slake", "full-1033").variant == "zh"
-    assert protocol("omnimedvqa").averages == (
+    assert find_protocol("vqa_rad").name == "closed-251"
+    assert find_protocol("slake").name == "closed-416"
+    assert find_protocol("slake", variant="zh").name == "full-1033"
+    assert find_protocol("slake", "full-1033").variant == "zh"
+    assert find_protocol("omnimedvqa").averages == (
         Average("micro"),
         Average("macro", "question_type"),
         Average("macro", "modality"),
     )
-    assert protocol("huatuo").name == "collection-17298"
-    assert [one.expected for one in PROTOCOLS["huatuo"]] == [
+    assert find_protocol("huatuo").name == "collection-17298"
+    assert [one.expected for one in DEFINITIONS["huatuo"].protocols] == [
         17298,
         251,
         416,
@@ -89,11 +90,11 @@ def test_defaults_and_names() -> None:
 )
 def test_unknown(benchmark: str, name: str | None, variant: str | None, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
-        protocol(benchmark, name, variant=variant)
+        find_protocol(benchmark, name, variant=variant)
 
 
 def test_several_scorers_on_one_answer() -> None:
-    asked = protocol("huatuo")
+    asked = find_protocol("huatuo")
     assert asked.score(CHOICE, "lung") == Score(1.0, "B")
     assert asked.score(CHOICE, "lung", scorer="vlmevalkit") == Score(1.0, "B")
     assert asked.score(CHOICE, "lung", scorer="huatuogpt") == Score(0.0, None)
@@ -109,7 +110,8 @@ def test_several_scorers_on_one_answer() -> None:
 
 
 def test_every_protocol_is_whole() -> None:
-    for benchmark, protocols in PROTOCOLS.items():
+    for benchmark, definition in DEFINITIONS.items():
+        protocols = definition.protocols
         assert len({one.name for one in protocols}) == len(protocols)
         for one in protocols:
             assert one.benchmark == benchmark
@@ -122,8 +124,8 @@ def test_every_protocol_is_whole() -> None:
 
 def test_the_page_names_every_protocol_and_scorer() -> None:
     page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for protocols in PROTOCOLS.values():
-        for one in protocols:
+    for definition in DEFINITIONS.values():
+        for one in definition.protocols:
             assert f"`{one.name}`" in page, one.name
     for name in SCORERS:
         assert f"`{name}`" in page, name

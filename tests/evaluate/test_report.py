@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.protocols import protocol
+from gmai_xtuner.evaluate.benchmarks import find_protocol
+from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.report import verdict_of, write_report
 from gmai_xtuner.evaluate.results import Scored
 from gmai_xtuner.evaluate.store import Answer
-from gmai_xtuner.evaluate.tables import group_tables, tables_like_the_papers
+from gmai_xtuner.evaluate.tables import group_tables
 from tests.data_tools.output.test_report_in_browser import BROWSERS, FLAGS
 from tests.evaluate.sets import TYPES, draw
 from tests.evaluate.test_results import result
@@ -50,9 +51,9 @@ def answers(folder: Path, number: int = 12) -> list[Scored]:
 
 def write(folder: Path, **options) -> tuple[Path, list[Scored]]:
     scored = answers(folder)
-    made = result(protocol("omnimedvqa"), scored, name="tiny")
+    made = result(find_protocol("omnimedvqa"), scored, name="tiny")
     tables = [*tables_like_the_papers([made]), *group_tables(made)]
-    write_report(folder / "report.html", made, tables, scored, **options)
+    write_report(folder / "report.html", made, tables, scored, **{"shown": 300, **options})
     return folder / "report.html", scored
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from gmai_xtuner.evaluate.paper_rows import paper_tables
-from gmai_xtuner.evaluate.protocols import Average, Protocol, protocol
+from gmai_xtuner.evaluate.benchmarks import find_protocol
+from gmai_xtuner.evaluate.paper_tables import paper_tables, tables_like_the_papers
+from gmai_xtuner.evaluate.protocols import Asked, Average, Protocol
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.results import (
     Scored,
@@ -19,15 +20,13 @@ from gmai_xtuner.evaluate.results import (
     summarise,
     write_result,
 )
-from gmai_xtuner.evaluate.run import Asked
-from gmai_xtuner.evaluate.store import Answer
+from gmai_xtuner.evaluate.store import Answer, Identity
 from gmai_xtuner.evaluate.tables import (
     Row,
     Table,
     group_tables,
     latex,
     summary_table,
-    tables_like_the_papers,
     to_csv,
     to_latex,
     to_markdown,
@@ -54,9 +53,7 @@ def result(
         asked,
         answers,
         scorer=scorer or chosen.scorer,
-        model_name=name,
-        model="sha256:m",
-        generation={"decoding": "greedy"},
+        identity=Identity("b", "v", "sha256:m", name, {"decoding": "greedy"}),
         left_out=more.get("left_out", {}),
         unanswered=more.get("unanswered", {}),
     )
@@ -83,7 +80,7 @@ def omnimedvqa():
         )
         for number, one in enumerate([*first, *others])
     ]
-    return result(protocol("omnimedvqa"), every)
+    return result(find_protocol("omnimedvqa"), every)
 
 
 def test_micro_and_macro_averages_and_groups():
@@ -101,7 +98,7 @@ def test_micro_and_macro_averages_and_groups():
 
 
 def test_questions_without_gold_have_no_score_and_are_not_wrong():
-    chosen = protocol("gmai_mmbench", variant="test")
+    chosen = find_protocol("gmai_mmbench", variant="test")
     made = result(chosen, [scored(0, None), scored(1, None, parsed=None)])
     assert made.headline.value is None
     assert (made.headline.n, made.headline.unparsed) == (2, 0.5)
@@ -110,7 +107,7 @@ def test_questions_without_gold_have_no_score_and_are_not_wrong():
 
 def test_what_makes_a_number_another_than_the_protocols_is_told():
     made = result(
-        protocol("vqa_rad"),
+        find_protocol("vqa_rad"),
         [scored(0, 1.0)],
         left_out={"missing_image": 2},
         unanswered={"server_failed": 1},
@@ -122,7 +119,7 @@ def test_what_makes_a_number_another_than_the_protocols_is_told():
         "the files have 1 questions of this protocol, the authors' have 251",
     ]
     assert not made.complete
-    assert result(protocol("vqa_rad"), [scored(0, 1.0)]).complete
+    assert result(find_protocol("vqa_rad"), [scored(0, 1.0)]).complete
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
@@ -169,7 +166,7 @@ def test_all_18_columns_of_gmai_mmbench_in_the_papers_order():
         scored(number, float(number % 3 == 0), **{"clinical VQA task": name.replace("-", "_")})
         for number, name in enumerate(reversed(names))
     ]
-    (table,) = tables_like_the_papers([result(protocol("gmai_mmbench"), answers)])
+    (table,) = tables_like_the_papers([result(find_protocol("gmai_mmbench"), answers)])
     assert table.head[1:] == (
         "Overall (val)",
         "Overall (test)",
@@ -202,14 +199,14 @@ def test_all_18_columns_of_gmai_mmbench_in_the_papers_order():
 
 def test_a_group_that_the_paper_does_not_have_is_told():
     answers = [scored(0, 1.0, **{"clinical VQA task": "Teeth"})]
-    (table,) = tables_like_the_papers([result(protocol("gmai_mmbench"), answers)])
+    (table,) = tables_like_the_papers([result(find_protocol("gmai_mmbench"), answers)])
     assert "Not among the paper's columns, but in the averages: Teeth." in table.notes
 
 
 def test_the_table_over_benchmarks_takes_the_mean_only_of_all():
-    rad = result(protocol("vqa_rad", "full-451"), [scored(0, 1.0), scored(1, 0.0)])
-    slake = result(protocol("slake"), [scored(0, 1.0)])
-    pmc = result(protocol("pmc_vqa"), [scored(n, float(n == 0)) for n in range(4)])
+    rad = result(find_protocol("vqa_rad", "full-451"), [scored(0, 1.0), scored(1, 0.0)])
+    slake = result(find_protocol("slake"), [scored(0, 1.0)])
+    pmc = result(find_protocol("pmc_vqa"), [scored(n, float(n == 0)) for n in range(4)])
     (table,) = tables_like_the_papers([rad, slake])
     assert table.rows[-4].cells == ("50.0", "100.0", "–", "–")
     (table,) = tables_like_the_papers([rad, slake, pmc])
@@ -218,14 +215,14 @@ def test_the_table_over_benchmarks_takes_the_mean_only_of_all():
     assert any(
         "VQA-RAD of ours: full-451/1, scorer closed_or_recall" in note for note in table.notes
     )
-    zh = result(protocol("slake", variant="zh"), [scored(0, 1.0)])
+    zh = result(find_protocol("slake", variant="zh"), [scored(0, 1.0)])
     assert tables_like_the_papers([zh]) == []
 
 
 def test_mmmu_by_subject():
     subjects = [column.name for column in paper_tables()["mmmu"].columns if column.name]
     answers = [scored(n, float(n < 2), subject=name) for n, name in enumerate(subjects)]
-    (table,) = tables_like_the_papers([result(protocol("mmmu_health"), answers)])
+    (table,) = tables_like_the_papers([result(find_protocol("mmmu_health"), answers)])
     assert table.rows[-4].cells == ("100.0", "100.0", "0.0", "0.0", "0.0", "40.0")
 
 

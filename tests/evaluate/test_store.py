@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from gmai_xtuner.core.errors import EvaluationError
-from gmai_xtuner.evaluate.store import Answer, AnswerStore, Identity, key_of
+from gmai_xtuner.evaluate.store import Answer, AnswerStore, Identity, Job
 
 IDENTITY = Identity(
     "slake", "en", "sha256:one", "one", {"decoding": "greedy"}, {"test.json": "ab" * 32}
@@ -36,7 +36,7 @@ def test_what_was_added_is_read_with_all_it_depends_on(tmp_path):
         second.add([answer(2)])
     found = AnswerStore(tmp_path, IDENTITY).read()
     assert list(found.values()) == [answer(0), answer(1), answer(2)]
-    assert found[key_of("q1", answer(1).prompt, 8)].answer == "answer 1\nmore ☃"
+    assert found[Job("q1", answer(1).prompt, (), 8, "p/1").key].answer == "answer 1\nmore ☃"
     line = json.loads((tmp_path / "answers-1.jsonl").read_text())
     assert set(line) == {
         "id",
@@ -50,8 +50,8 @@ def test_what_was_added_is_read_with_all_it_depends_on(tmp_path):
 
 
 def test_the_same_question_in_other_words_or_of_another_length_is_another(tmp_path):
-    assert key_of("q", "a", 8) != key_of("q", "b", 8)
-    assert key_of("q", "a", 8) != key_of("q", "a", 16)
+    keys = [Job("q", *one, "p/1").key for one in (("a", (), 8), ("b", (), 8), ("a", (), 16))]
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.parametrize("cut", [1, 7, 60])

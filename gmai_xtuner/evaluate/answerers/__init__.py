@@ -1,6 +1,96 @@
 """Who answers: an export of ours, any transformers image-text model, any OpenAI-compatible endpoint."""
 
-from gmai_xtuner.evaluate.answerers.answerer import Answerer, Given, Job
-from gmai_xtuner.evaluate.answerers.choose import ModelOptions, make_answerer
+from __future__ import annotations
 
-__all__ = ["Answerer", "Given", "Job", "ModelOptions", "make_answerer"]
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from gmai_xtuner.evaluate.store import Given, Job
+
+
+class Answerer(Protocol):
+    """Something that answers.
+
+    Attributes:
+        name: as tables call it.
+        model: its hash.
+        generation: what decides an answer besides prompt and ``max_new_tokens``.
+    """
+
+    name: str
+    model: str
+    generation: Mapping[str, Any]
+
+    def answers(
+        self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[list[Given]]:
+        """Yield answers as they come, in any order, each once; of this process's share of the jobs.
+
+        Raises:
+            EvaluationError: it can't go on; what was yielded before stands.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and how it runs.
+
+    Args:
+        model: folder or hub name; of an endpoint the model's name there.
+        name: as tables call it; default: the last part of ``model``.
+        loader: ``ours`` or ``transformers``; ``auto`` looks for what our exports have.
+        llm, vision: bases of an export of stage 1 or 2.
+        dtype: ``bfloat16``, ``float16`` or ``float32``; None: bf16 on a GPU, fp32 on the CPU.
+        device: e.g. ``cuda:1``; None: the GPU of this process if there is one.
+        batch_size: questions asked together.
+        endpoint: base URL of an OpenAI-compatible server.
+        api_key_env: name of the environment variable that holds its key.
+        in_flight: requests under way at once.
+        retries: of one request.
+        timeout: seconds that an answer may take.
+        temperature: sent to the server; None: not sent, for models that refuse it.
+    """
+
+    model: str
+    name: str | None = None
+    loader: Literal["auto", "ours", "transformers"] = "auto"
+    llm: str | None = None
+    vision: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    batch_size: int = 16
+    endpoint: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    in_flight: int = 16
+    retries: int = 6
+    timeout: float = 300.0
+    temperature: float | None = 0.0
+
+    @property
+    def shown(self) -> str:
+        """The name in tables."""
+        return self.name or Path(self.model.rstrip("/")).name or self.model
+
+
+def make_answerer(options: ModelOptions, *, cache: Path, local_rank: int = 0) -> Answerer:
+    """Load the model, or get ready to ask the endpoint.
+
+    Args:
+        options: which.
+        cache: folder where hashes of weights are remembered.
+        local_rank: this process's GPU.
+
+    Raises:
+        GMAIError: it can't be loaded; says why.
+    """
+    if options.endpoint is not None:
+        from gmai_xtuner.evaluate.answerers.endpoint import EndpointAnswerer
+
+        return EndpointAnswerer(options)
+    import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+    from gmai_xtuner.evaluate.answerers.local import load_local
+
+    return load_local(options, cache=cache, local_rank=local_rank)

@@ -22,18 +22,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from gmai_xtuner.core.errors import EvaluationError, ImageError
-from gmai_xtuner.evaluate.answerers.answerer import (
-    Given,
-    Job,
-    open_picture,
-    sorted_jobs,
-    split_at_images,
-)
 from gmai_xtuner.evaluate.fingerprint import hash_text
-from gmai_xtuner.evaluate.questions import ImageSource, load_image
+from gmai_xtuner.evaluate.questions import ImageSource, load_image, open_image
+from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
 
 if TYPE_CHECKING:
-    from gmai_xtuner.evaluate.answerers.choose import ModelOptions
+    from gmai_xtuner.evaluate.answerers import ModelOptions
 
 NO_KEY = "EMPTY"
 """What servers of one's own expect where they check nothing."""
@@ -126,7 +120,7 @@ class _Run:
         waiting = iter(jobs)
         client = self.openai.AsyncOpenAI(
             base_url=self.url,
-            api_key=os.environ.get(self.options.key_variable) or NO_KEY,
+            api_key=os.environ.get(self.options.api_key_env) or NO_KEY,
             max_retries=0,
             timeout=self.options.timeout,
         )
@@ -231,8 +225,8 @@ class _Run:
 
     def _why_stopped(self, error: Any) -> str:
         advice = {
-            401: f"Is the key in the environment variable {self.options.key_variable} right?",
-            403: f"May the key in {self.options.key_variable} use this model?",
+            401: f"Is the key in the environment variable {self.options.api_key_env} right?",
+            403: f"May the key in {self.options.api_key_env} use this model?",
             404: f"Is there a model {self.options.model!r}? Does the URL end as the server wants it, "
             "e.g. in /v1?",
         }[error.status_code]
@@ -305,7 +299,7 @@ def _content(job: Job) -> list[dict[str, Any]]:
         {"type": "image_url", "image_url": {"url": next(coming)}}
         if part is None
         else {"type": "text", "text": part}
-        for part in split_at_images(job.prompt, len(urls))
+        for part in job.parts()
     ]
 
 
@@ -316,7 +310,7 @@ def data_url(source: ImageSource, name: str) -> str:
         ImageError: it can't be read.
     """
     content = load_image(source)
-    picture = open_picture(content, name)
+    picture = open_image(content, name)
     content = content if isinstance(content, bytes) else content.read_bytes()
     if _is_plain_jpeg(content):
         return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"

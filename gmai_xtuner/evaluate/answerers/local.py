@@ -1,4 +1,4 @@
-"""Batched answers of a model in this process."""
+"""Models in this process: batched answers of our own exports and of transformers' image-text models."""
 
 from __future__ import annotations
 
@@ -7,26 +7,67 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from gmai_xtuner.core.errors import EvaluationError, ImageError
-from gmai_xtuner.evaluate.answerers.answerer import Given, Job, batches_of, open_picture
+from gmai_xtuner.checkpoint.adapters import adapter_base
+from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE
+from gmai_xtuner.checkpoint.layouts import layout_of
+from gmai_xtuner.checkpoint.starting_points import is_xtuner_layout
+from gmai_xtuner.checkpoint.weight_files import read_json
+from gmai_xtuner.core.errors import EvaluationError, ImageError, ModelLoadError
+from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions
+from gmai_xtuner.evaluate.fingerprint import hash_files
+from gmai_xtuner.evaluate.questions import open_image
+from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs, split_at_images
+from gmai_xtuner.generate import Predictor, Prompt, user_turn
 
 log = logging.getLogger(__name__)
+Images = list[Image.Image]
+
 _READERS = 4
 _FIRST_FAILED = 8
-Pictures = list[Image.Image]
+NESTED = ("Idefics", "SmolVLM", "Mllama", "Pixtral", "Gemma3", "Aya", "Llama4")
+"""Beginnings of the processors that take a list of images for each text; others take one list for all."""
+
+
+def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    """Group jobs into batches with equally many images and the same longest answer."""
+    batches: list[list[Job]] = []
+    for job in sorted(sorted_jobs(jobs), key=lambda job: (-len(job.images), -job.max_new_tokens)):
+        last = batches[-1] if batches else []
+        alike = last and (len(last[0].images), last[0].max_new_tokens) == (
+            len(job.images),
+            job.max_new_tokens,
+        )
+        if alike and len(last) < size:
+            last.append(job)
+        else:
+            batches.append([job])
+    return batches
+
+
+def read_ahead(
+    batches: Sequence[Sequence[Job]], *, readers: int = _READERS
+) -> Iterator[tuple[Sequence[Job], list[Images | ImageError]]]:
+    """Yield each batch with its images, or why they can't be read; the next batch's are read meanwhile."""
+    with ThreadPoolExecutor(readers, "images") as pool:
+        coming = [[pool.submit(_open_images, job) for job in batch] for batch in batches[:1]]
+        for batch, later in itertools.zip_longest(batches, batches[1:], fillvalue=()):
+            futures = coming.pop()
+            coming.append([pool.submit(_open_images, job) for job in later])
+            yield batch, [future.result() for future in futures]
 
 
 class LocalAnswerer(ABC):
-    """Asks in batches of jobs of like length; reads the next batch's pictures meanwhile.
+    """Asks in batches of jobs of like length; reads the next batch's images meanwhile.
 
     Args:
-        name, model, generation: see :class:`~gmai_xtuner.evaluate.answerers.answerer.Answerer`.
+        name, model, generation: see :class:`~gmai_xtuner.evaluate.answerers.Answerer`.
         batch_size: jobs asked together; halved for good where a batch does not fit into the GPU.
     """
 
@@ -41,39 +82,26 @@ class LocalAnswerer(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[str], pictures: Sequence[Pictures], max_new_tokens: int
+        self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
     ) -> list[str]:
-        """Greedy answers to prompts with equally many pictures."""
+        """Greedy answers to prompts with equally many images."""
 
     def answers(
         self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
     ) -> Iterator[list[Given]]:
         mine = batches_of(jobs, self.batch_size)[rank::world_size]
-        with ThreadPoolExecutor(_READERS, "pictures") as readers:
-            coming = [self._read(readers, batch) for batch in mine[:1]]
-            for batch, later in itertools.zip_longest(mine, mine[1:]):
-                pictures = coming.pop()
-                if later is not None:
-                    coming.append(self._read(readers, later))
-                yield self._answer(batch, pictures)
+        for batch, images in read_ahead(mine):
+            yield self._answer(batch, images)
 
-    def _read(
-        self, readers: ThreadPoolExecutor, batch: Sequence[Job]
-    ) -> list[Future[Pictures | ImageError]]:
-        return [readers.submit(_pictures, job) for job in batch]
-
-    def _answer(
-        self, batch: Sequence[Job], futures: Sequence[Future[Pictures | ImageError]]
-    ) -> list[Given]:
+    def _answer(self, batch: Sequence[Job], images: Sequence[Images | ImageError]) -> list[Given]:
         start = time.monotonic()
         given: list[Given] = []
-        ready: list[tuple[Job, Pictures]] = []
-        for job, future in zip(batch, futures, strict=True):
-            pictures = future.result()
-            if isinstance(pictures, ImageError):
-                given.append(Given(job, None, 0.0, pictures.reason, str(pictures)))
+        ready: list[tuple[Job, Images]] = []
+        for job, own in zip(batch, images, strict=True):
+            if isinstance(own, ImageError):
+                given.append(Given(job, None, 0.0, own.reason, str(own)))
             else:
-                ready.append((job, pictures))
+                ready.append((job, own))
         texts = self._texts(ready)
         self._check(texts)
         share = round((time.monotonic() - start) / max(1, len(ready)), 4)
@@ -94,7 +122,7 @@ class LocalAnswerer(ABC):
                 f"{self.name} could be asked none of the first {self._failed} questions: {errors[-1]}"
             ) from errors[-1]
 
-    def _texts(self, ready: Sequence[tuple[Job, Pictures]]) -> Sequence[str | ValueError]:
+    def _texts(self, ready: Sequence[tuple[Job, Images]]) -> Sequence[str | ValueError]:
         """Answers; where one question can't be asked, e.g. since it is too long, the others still are."""
         if not ready:
             return []
@@ -105,7 +133,7 @@ class LocalAnswerer(ABC):
                 return [error]
             return [text for one in ready for text in self._texts([one])]
 
-    def _generate(self, ready: Sequence[tuple[Job, Pictures]]) -> list[str]:
+    def _generate(self, ready: Sequence[tuple[Job, Images]]) -> list[str]:
         texts: list[str] = []
         position = 0
         while position < len(ready):
@@ -113,7 +141,7 @@ class LocalAnswerer(ABC):
             try:
                 texts += self.generate(
                     [job.prompt for job, _ in part],
-                    [pictures for _, pictures in part],
+                    [images for _, images in part],
                     part[0][0].max_new_tokens,
                 )
             except torch.cuda.OutOfMemoryError:
@@ -131,11 +159,230 @@ class LocalAnswerer(ABC):
         return texts
 
 
-def _pictures(job: Job) -> Pictures | ImageError:
+def _open_images(job: Job) -> Images | ImageError:
     try:
         return [
-            open_picture(source, f"image {number} of question {job.id}")
+            open_image(source, f"image {number} of question {job.id}")
             for number, source in enumerate(job.images, 1)
         ]
     except ImageError as error:
         return error
+
+
+class ExportAnswerer(LocalAnswerer):
+    """Asks an export of this project with the template and the image path of training.
+
+    Args:
+        predictor: the model.
+        name: as tables call it.
+        model: its hash.
+        batch_size: questions asked together.
+    """
+
+    def __init__(self, predictor: Predictor, *, name: str, model: str, batch_size: int) -> None:
+        dtype = next(predictor.model.parameters()).dtype
+        generation = {"decoding": "greedy", "precision": str(dtype).removeprefix("torch.")}
+        super().__init__(name=name, model=model, generation=generation, batch_size=batch_size)
+        self.predictor = predictor
+
+    def generate(
+        self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
+    ) -> list[str]:
+        return self.predictor.generate_batch(
+            [
+                Prompt((user_turn(prompt, len(own)),), tuple(own))
+                for prompt, own in zip(prompts, images, strict=True)
+            ],
+            max_new_tokens=max_new_tokens,
+        )
+
+
+class HubAnswerer(LocalAnswerer):
+    """Asks a transformers model by its own processor and chat template.
+
+    It pads on the left, so that a batch answers as its questions do alone.
+
+    Args:
+        model: in evaluation mode on its device.
+        processor: the model's own, with a chat template.
+        name: as tables call it.
+        digest: the model's hash.
+        batch_size: questions asked together.
+
+    Raises:
+        ModelLoadError: no chat template.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, *, name: str, digest: str, batch_size: int
+    ) -> None:
+        tokenizer = processor.tokenizer
+        if not (processor.chat_template or tokenizer.chat_template):
+            raise ModelLoadError(
+                f"{name!r} has no chat template, so how it wants to be asked is not known. Put one into "
+                "chat_template.json beside its processor"
+            )
+        generation = {
+            "decoding": "greedy",
+            "precision": str(model.dtype).removeprefix("torch."),
+            "processor": type(processor).__name__,
+        }
+        super().__init__(name=name, model=digest, generation=generation, batch_size=batch_size)
+        self._model = model.eval()
+        self._processor = processor
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self._nested = type(processor).__name__.startswith(NESTED)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
+    ) -> list[str]:
+        texts = [
+            self._processor.apply_chat_template(
+                [{"role": "user", "content": _content(prompt, len(own))}],
+                add_generation_prompt=True,
+            )
+            for prompt, own in zip(prompts, images, strict=True)
+        ]
+        inputs = self._processor(
+            text=texts, images=self._arrange(images), padding=True, return_tensors="pt"
+        ).to(self._model.device)
+        for key, value in inputs.items():
+            if torch.is_floating_point(value):
+                inputs[key] = value.to(self._model.dtype)
+        output = self._model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=self._processor.tokenizer.pad_token_id,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [
+            text.strip()
+            for text in self._processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        ]
+
+    def _arrange(self, images: Sequence[Images]) -> list[Any] | None:
+        if not images[0]:
+            return None
+        if self._nested:
+            return [list(own) for own in images]
+        return [image for own in images for image in own]
+
+
+def _content(prompt: str, number: int) -> list[dict[str, str]]:
+    return [
+        {"type": "image"} if part is None else {"type": "text", "text": part}
+        for part in split_at_images(prompt, number)
+    ]
+
+
+def load_local(options: ModelOptions, *, cache: Path, local_rank: int = 0) -> Answerer:
+    """Load an export of ours, or a model of transformers; no code that comes with either is run.
+
+    Args:
+        options: which model.
+        cache: folder where hashes of weights are remembered.
+        local_rank: this process's GPU.
+
+    Raises:
+        EvaluationError: bases are named for a model that is no export.
+        ModelLoadError: it can't be loaded; names the model and the reason.
+    """
+    default = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(options.device or default)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    if _is_ours(options):
+        return _load_export(options, dtype, device, cache)
+    if options.llm or options.vision:
+        raise EvaluationError(
+            f"--llm and --vision belong to exports of this project; {options.model!r} is none"
+        )
+    return _load_from_hub(options, dtype, device, cache)
+
+
+def _is_ours(options: ModelOptions) -> bool:
+    if options.loader != "auto":
+        return options.loader == "ours"
+    folder = Path(options.model)
+    return (folder / "projector").is_dir() or (folder / SETTINGS_FILE).is_file()
+
+
+def _load_export(
+    options: ModelOptions, dtype: torch.dtype | None, device: torch.device, cache: Path
+) -> ExportAnswerer:
+    """Load an export, and hash everything that it was loaded from."""
+    from gmai_xtuner.loading import load_model
+
+    folder, llm, vision = Path(options.model), options.llm, options.vision
+    predictor = load_model(folder, llm=llm, vision=vision, dtype=dtype, device=device)
+    parts = {"model": folder} | {
+        part: local_folder(base) for part, base in bases_of(folder, llm, vision).items()
+    }
+    return ExportAnswerer(
+        predictor,
+        name=options.shown,
+        model=hash_files(parts, cache=cache),
+        batch_size=options.batch_size,
+    )
+
+
+def _load_from_hub(
+    options: ModelOptions, dtype: torch.dtype | None, device: torch.device, cache: Path
+) -> HubAnswerer:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    name = options.model
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(
+            f"{name!r} is neither an export of this project nor an image-text model that transformers loads "
+            f"here: {error}"
+        ) from error
+    return HubAnswerer(
+        model.to(device),
+        processor,
+        name=options.shown,
+        digest=hash_files({"model": local_folder(name)}, cache=cache),
+        batch_size=options.batch_size,
+    )
+
+
+def bases_of(folder: Path, llm: str | None, vision: str | None) -> dict[str, str]:
+    """Part -> base outside an export that it is loaded from: named by the caller, or by its own files.
+
+    An adapter names its base, a folder in LLaVA's layout its vision tower.
+
+    Args:
+        folder: an export that has just been loaded.
+        llm, vision: bases as the caller named them.
+    """
+    found = {"llm": llm, "vision": vision}
+    if is_xtuner_layout(folder):
+        for part, name in (("llm", "llm_adapter"), ("vision", "visual_encoder_adapter")):
+            if found[part] is None and (folder / name).is_dir():
+                found[part] = adapter_base(folder / name)
+    else:
+        config = read_json(folder / "config.json")
+        if layout_of(config) != "plain":
+            found["vision"] = vision or config.get("mm_vision_tower")
+    return {part: base for part, base in found.items() if base}
+
+
+def local_folder(name: str) -> Path:
+    """Where the files of a folder or of a hub name lie that has just been loaded."""
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, local_files_only=True))

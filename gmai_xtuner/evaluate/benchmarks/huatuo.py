@@ -8,12 +8,13 @@ dataset, subset, question_type. Ids are the positions from 1, as in the authors'
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmai_xtuner.evaluate.benchmarks.benchmark import Benchmark
+from gmai_xtuner.evaluate.benchmarks.definition import Definition, Form, Found, Header
 from gmai_xtuner.evaluate.benchmarks.reading import (
+    Benchmark,
     Collector,
     UnreadableOptions,
     mark_images,
@@ -21,6 +22,8 @@ from gmai_xtuner.evaluate.benchmarks.reading import (
     read_records,
     text_of,
 )
+from gmai_xtuner.evaluate.benchmarks.table import read_tables
+from gmai_xtuner.evaluate.protocols import choice_protocol
 from gmai_xtuner.evaluate.questions import ImageSource, Question
 
 COUNTS: Mapping[str, int] = {
@@ -34,12 +37,12 @@ COUNTS: Mapping[str, int] = {
 """Field ``dataset`` -> number of questions."""
 
 
-def read(path: Path, variant: str, *, require_images: bool) -> Benchmark:
-    """The whole collection (``variant`` all), or one of its datasets."""
+def read(paths: Sequence[Path], collector: Collector) -> Benchmark:
+    """Read the whole collection (variant ``all``), or one of its datasets."""
+    (path,) = paths
     records, source = read_records(path)
-    collector = Collector("huatuo", variant, require_images=require_images)
     for number, record in enumerate(records, start=1):
-        if variant in ("all", text_of(record, "dataset")):
+        if collector.variant in ("all", text_of(record, "dataset")):
             _add(record, str(number), path.parent, collector)
     return collector.benchmark([source])
 
@@ -85,3 +88,52 @@ def _add(record: Mapping[str, Any], identifier: str, folder: Path, collector: Co
             gold_letter="" if place is None else string.ascii_uppercase[place],
         )
     )
+
+
+def _read_table(paths: Sequence[Path], collector: Collector) -> Benchmark:
+    def keep(row: Mapping[str, str]) -> bool:
+        return collector.variant in ("all", row.get("dataset", row.get("category")))
+
+    return read_tables(paths, collector, keep=keep)
+
+
+def _recognise(header: Header) -> Found | None:
+    if header.suffix == ".json" and header.has("options", "dataset", "image", "answer", "question"):
+        return Found(("all",), "json", parts=tuple(COUNTS))
+    return None
+
+
+_HOW = "as HuatuoGPT-Vision's eval.py asks: letters, greedy, at most 256 tokens"
+_TOTAL = sum(COUNTS.values())
+
+HUATUO = Definition(
+    name="huatuo",
+    variants=("all", *COUNTS),
+    files="'medical_multimodel_evaluation_data.json' and 'images'",
+    forms={"json": Form(read), "table": Form(_read_table, parts=True)},
+    recognise=_recognise,
+    protocols=(
+        choice_protocol(
+            "huatuo",
+            "all",
+            f"collection-{_TOTAL}",
+            _TOTAL,
+            f"the whole collection, {_HOW}",
+            macro=("dataset",),
+            table=("dataset", "subset"),
+            max_new_tokens=256,
+        ),
+        *(
+            choice_protocol(
+                "huatuo",
+                dataset,
+                f"{dataset}-{count}",
+                count,
+                f"its part {dataset}, {_HOW}",
+                table=("subset",),
+                max_new_tokens=256,
+            )
+            for dataset, count in COUNTS.items()
+        ),
+    ),
+)

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmai_xtuner.evaluate.benchmarks.benchmark import Benchmark, SourceFile
-from gmai_xtuner.evaluate.benchmarks.parquet import rows_of
+from gmai_xtuner.evaluate.benchmarks.definition import Definition, Form, Found, Header
+from gmai_xtuner.evaluate.benchmarks.parquet import ParquetImage, column_texts, part_of, rows_of
 from gmai_xtuner.evaluate.benchmarks.reading import (
+    Benchmark,
     Collector,
     UnreadableOptions,
     hashed,
@@ -25,8 +26,8 @@ from gmai_xtuner.evaluate.benchmarks.reading import (
     parse_list,
     text_of,
 )
-from gmai_xtuner.evaluate.benchmarks.stored_images import ParquetImage
-from gmai_xtuner.evaluate.benchmarks.vlmevalkit import read_tables
+from gmai_xtuner.evaluate.benchmarks.table import read_tables
+from gmai_xtuner.evaluate.protocols import CHOICE_ALSO, MICRO, Average, Protocol, Questions
 from gmai_xtuner.evaluate.questions import Question
 
 SUBJECTS = (
@@ -44,14 +45,14 @@ _MULTIPLE_CHOICE = "multiple-choice"
 
 
 def subject_of(text: str) -> str | None:
-    """The subject that an id or a path names; None if it is another."""
+    """Return the subject that an id or a path names; None if it is another."""
     return next((subject for subject in SUBJECTS if subject in text), None)
 
 
-def read(paths: Sequence[Path], variant: str, *, require_images: bool) -> Benchmark:
-    """The Parquet files of one part; questions of other subjects are passed over."""
-    collector = Collector("mmmu_health", variant, require_images=require_images)
-    sources: list[SourceFile] = []
+def read(paths: Sequence[Path], collector: Collector) -> Benchmark:
+    """Read the Parquet files of one part; questions of other subjects are passed over."""
+    variant = collector.variant
+    sources = []
     by_subject = dict.fromkeys(SUBJECTS, 0)
     for path in paths:
         sources.append(hashed(path))
@@ -68,21 +69,21 @@ def read(paths: Sequence[Path], variant: str, *, require_images: bool) -> Benchm
     return collector.benchmark(sources)
 
 
-def read_tsv(paths: Sequence[Path], variant: str, *, require_images: bool) -> Benchmark:
-    """The rows of the five subjects in VLMEvalKit's table, where ``split`` names the part."""
+def _read_table(paths: Sequence[Path], collector: Collector) -> Benchmark:
+    """Read the rows of the five subjects in VLMEvalKit's table, where ``split`` names the part."""
     return read_tables(
         paths,
-        Collector("mmmu_health", variant, require_images=require_images),
+        collector,
         groups={"category": "subject", "split": "split"},
         keep=lambda values: (
             subject_of(values.get("category", "").replace(" ", "_")) is not None
-            and values.get("split", variant) in (variant, "")
+            and values.get("split", "") in (collector.variant, "")
         ),
     )
 
 
 def _of_part(identifier: str, variant: str) -> bool:
-    """Ids begin with the part; one file may hold several."""
+    """Tell the part by the id, which begins with it; one file may hold several."""
     match = re.match(r"(dev|validation|test)_", identifier)
     return match is None or match[1] == variant
 
@@ -150,8 +151,60 @@ def _add(
 
 
 def _answers(value: object) -> tuple[str, ...]:
-    """The gold answer, or several where the field is a stringified list of them."""
+    """Return the gold answer, or several where the field is a stringified list of them."""
     text = "" if value is None else str(value).strip()
     if text in ("", "?"):
         return ()
     return parse_list(text) if text.startswith("[") else (text,)
+
+
+def _recognise(header: Header) -> Found | None:
+    if header.suffix != ".parquet" or not header.has("options", "question", "answer", "image_1"):
+        return None
+    if subject_of(header.path.parent.name) is None and not any(
+        map(subject_of, column_texts(header.path, "id"))
+    ):
+        return None
+    part = part_of(header.path)
+    return Found((part,) if part in ("dev", "validation", "test") else (), "parquet")
+
+
+def _protocol(
+    variant: str, name: str, expected: int | None, description: str, questions: Questions = "all"
+) -> Protocol:
+    has_open = questions == "all"
+    return Protocol(
+        name=name,
+        version=1,
+        benchmark="mmmu_health",
+        variant=variant,
+        description=description,
+        expected=expected,
+        scorer="closed_or_exact" if has_open else "choice",
+        also=("mmmu",) if has_open else (*CHOICE_ALSO, "mmmu"),
+        averages=(MICRO, Average("macro", "subject")),
+        table=("subject", "topic_difficulty"),
+        questions=questions,
+    )
+
+
+MMMU_HEALTH = Definition(
+    name="mmmu_health",
+    variants=("validation", "dev", "test"),
+    files="'<subject>/validation-*.parquet' of five subjects",
+    forms={"parquet": Form(read, levels=2), "table": Form(_read_table, parts=True)},
+    recognise=_recognise,
+    table_names={r"mmmu": ("validation", "dev")},
+    protocols=(
+        _protocol(
+            "validation",
+            "closed-145",
+            145,
+            "multiple-choice questions alone, as HuatuoGPT-Vision counts them (28, 30, 30, 27, 30)",
+            "options",
+        ),
+        _protocol("validation", "full-150", 150, "all questions, as the paper counts them"),
+        _protocol("dev", "dev-25", 25, "the five worked examples of each subject"),
+        _protocol("test", "test", None, "the test part, whose answers the authors keep"),
+    ),
+)

@@ -8,17 +8,21 @@ of ``Chest CT Scan.json`` has ``modality`` instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmai_xtuner.evaluate.benchmarks.benchmark import Benchmark, BenchmarkError
+from gmai_xtuner.evaluate.benchmarks.definition import Definition, Form, Found, Header
 from gmai_xtuner.evaluate.benchmarks.reading import (
+    Benchmark,
+    BenchmarkError,
     Collector,
     gold_option,
     read_records,
     text_of,
 )
+from gmai_xtuner.evaluate.benchmarks.table import read_tables
+from gmai_xtuner.evaluate.protocols import choice_protocol
 from gmai_xtuner.evaluate.questions import Question
 
 FOLDERS: Mapping[str, str] = {
@@ -28,15 +32,11 @@ FOLDERS: Mapping[str, str] = {
 """Variant -> its folder in ``QA_information``."""
 
 
-def read(path: Path, variant: str, *, require_images: bool) -> Benchmark:
-    """All files of the folder ``path``, which is ``QA_information/<variant>``, or one file of it."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not files:
-        raise BenchmarkError(f"{str(path)!r} has no .json file. Fetch OmniMedVQA again.")
-    root = (path if path.is_dir() else path.parent).parent.parent
-    collector = Collector("omnimedvqa", variant, require_images=require_images)
+def read(paths: Sequence[Path], collector: Collector) -> Benchmark:
+    """Read files of ``QA_information/<variant>``."""
     sources = []
-    for file in files:
+    for file in paths:
+        root = file.parent.parent.parent
         records, source = read_records(file)
         sources.append(source)
         if records and "gt_answer" not in records[0]:
@@ -80,3 +80,56 @@ def _add(record: Mapping[str, Any], place: str, root: Path, collector: Collector
             letters="" if letters == "ABCD"[: len(letters)] else letters,
         )
     )
+
+
+def _recognise(header: Header) -> Found | None:
+    if header.suffix != ".json" or not header.has("gt_answer", "image_path", "option_A"):
+        return None
+    parent = header.path.parent.name
+    variant = next((name for name, folder in FOLDERS.items() if folder == parent), "open-access")
+    return Found((variant,), "json")
+
+
+def _locate(folder: Path, variant: str) -> Sequence[Path] | None:
+    """Return all files of a variant, also those that are something else: :func:`read` refuses them."""
+    for root in (folder, folder / "OmniMedVQA"):
+        questions = root / "QA_information" / FOLDERS[variant]
+        if questions.is_dir():
+            if files := sorted(questions.glob("*.json")):
+                return files
+            raise BenchmarkError(f"{str(questions)!r} has no .json file. Fetch OmniMedVQA again.")
+    return None
+
+
+_GROUPS = {
+    "macro": ("question_type", "modality"),
+    "table": ("question_type", "modality", "dataset"),
+}
+
+OMNIMEDVQA = Definition(
+    name="omnimedvqa",
+    variants=tuple(FOLDERS),
+    files="'QA_information/Open-access/*.json' and 'Images'",
+    forms={"json": Form(read, levels=3), "table": Form(read_tables, parts=True)},
+    recognise=_recognise,
+    locate=_locate,
+    table_names={r"omni[-_ ]?med": ("open-access",)},
+    protocols=(
+        choice_protocol(
+            "omnimedvqa",
+            "open-access",
+            "open-88996",
+            88996,
+            "all open-access questions; mean over questions (micro) and over the five types (macro)",
+            **_GROUPS,
+        ),
+        choice_protocol(
+            "omnimedvqa",
+            "restricted-access",
+            "restricted",
+            None,
+            "the questions whose images each dataset's owner must permit",
+            **_GROUPS,
+        ),
+    ),
+)

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from gmai_xtuner.evaluate.benchmarks.benchmark import Benchmark, BenchmarkError, SourceFile
-from gmai_xtuner.evaluate.benchmarks.parquet import rows_of
-from gmai_xtuner.evaluate.benchmarks.reading import Collector, hashed, text_of
-from gmai_xtuner.evaluate.questions import ImageSource, Question
+from gmai_xtuner.evaluate.benchmarks.definition import Definition, Form, Found, Header
+from gmai_xtuner.evaluate.benchmarks.parquet import add_pair, is_pairs, part_of, read_pairs
+from gmai_xtuner.evaluate.benchmarks.reading import (
+    Benchmark,
+    BenchmarkError,
+    Collector,
+    hashed,
+    text_of,
+)
+from gmai_xtuner.evaluate.benchmarks.table import read_tables
+from gmai_xtuner.evaluate.protocols import vqa_protocols
 
 
 class _OnlyContainers(pickle.Unpickler):
@@ -27,8 +35,9 @@ class _OnlyContainers(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
 
 
-def read_pickle(path: Path, variant: str, *, require_images: bool) -> Benchmark:
-    """The authors' file of one part."""
+def read_pickle(paths: Sequence[Path], collector: Collector) -> Benchmark:
+    """Read the authors' file of one part."""
+    (path,) = paths
     try:
         source = hashed(path)
         records = _OnlyContainers(io.BytesIO(path.read_bytes())).load()
@@ -41,50 +50,47 @@ def read_pickle(path: Path, variant: str, *, require_images: bool) -> Benchmark:
         ) from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise BenchmarkError(f"{str(path)!r} holds no list of records. Fetch it again.")
-    collector = Collector("path_vqa", variant, require_images=require_images)
-    images = path.parent.parent.parent / "images" / variant
+    images = path.parent.parent.parent / "images" / collector.variant
     for number, record in enumerate(records):
         name = text_of(record, "image")
-        _add(record, str(number), (images / f"{name}.jpg",) if name else (), collector)
+        add_pair(record, str(number), (images / f"{name}.jpg",) if name else (), collector)
     return collector.benchmark([source])
 
 
-def read_parquet(
-    name: str, paths: Sequence[Path], variant: str, *, require_images: bool
-) -> Benchmark:
-    """Files of the hub with image, question and answer, as PathVQA and VQA-RAD (``name``) come there."""
-    collector = Collector(name, variant, require_images=require_images)
-    sources: list[SourceFile] = []
-    number = 0
-    for path in paths:
-        sources.append(hashed(path))
-        for row, images in rows_of(path, ("image",)):
-            _add(row, str(number), tuple(images.values()), collector)
-            number += 1
-    return collector.benchmark(sources)
+def _recognise(header: Header) -> Found | None:
+    if match := re.match(r"(train|val|test)_qa\.pkl$", header.path.name):
+        return Found((match[1],), "pickle")
+    if not is_pairs(header) or re.search(r"vqa[-_ ]?rad", str(header.path), re.IGNORECASE):
+        return None
+    part = part_of(header.path)
+    variants = ({"validation": "val"}.get(part, part),) if part else ()
+    named = re.search(r"path[-_ ]?vqa", str(header.path), re.IGNORECASE)
+    return Found(variants, "pairs", needs="nothing" if named else "benchmark")
 
 
-def answer_type(answer: str) -> str:
-    """CLOSED for yes and no, as users of PathVQA divide it; OPEN otherwise."""
-    return "CLOSED" if answer.strip().lower() in ("yes", "no") else "OPEN"
-
-
-def _add(
-    record: Mapping[str, Any],
-    identifier: str,
-    images: tuple[ImageSource, ...],
-    collector: Collector,
-) -> None:
-    answer = text_of(record, "answer").strip()
-    if not answer:
-        collector.problem("no_answer", identifier, "the gold answer is empty")
-        return
-    collector.add(
-        Question(
-            id=identifier,
-            text=text_of(record, "question").strip(),
-            images=images,
-            answer=answer,
-            groups={"answer_type": answer_type(answer)},
-        )
-    )
+PATH_VQA = Definition(
+    name="path_vqa",
+    variants=("test", "val", "train"),
+    files="'qas/test/test_qa.pkl' and 'images/test', or 'test-*.parquet'",
+    forms={
+        "pickle": Form(read_pickle),
+        "pairs": Form(read_pairs, levels=1),
+        "table": Form(read_tables, parts=True),
+    },
+    recognise=_recognise,
+    table_names={r"path[-_ ]?vqa.*val": ("val",), r"path[-_ ]?vqa": ("test",)},
+    protocols=(
+        *vqa_protocols(
+            "path_vqa",
+            "test",
+            ("answer_type",),
+            {
+                "yes_no": ("closed-3362", 3362),
+                "open": ("open-3357", 3357),
+                "all": ("full-6719", 6719),
+            },
+        ),
+        *vqa_protocols("path_vqa", "val", ("answer_type",), {"all": ("val-6259", 6259)}),
+        *vqa_protocols("path_vqa", "train", ("answer_type",), {"all": ("train-19654", 19654)}),
+    ),
+)

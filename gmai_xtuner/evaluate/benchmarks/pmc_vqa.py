@@ -9,33 +9,31 @@ Images lie in ``images`` (``figures`` for test_2) beside the file.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from gmai_xtuner.evaluate.benchmarks.benchmark import Benchmark, BenchmarkError
-from gmai_xtuner.evaluate.benchmarks.reading import Collector, read_csv
-from gmai_xtuner.evaluate.benchmarks.table import find_file
+from gmai_xtuner.evaluate.benchmarks.definition import Definition, Form, Found, Header
+from gmai_xtuner.evaluate.benchmarks.reading import (
+    Benchmark,
+    BenchmarkError,
+    Collector,
+    find_file,
+    read_csv,
+)
+from gmai_xtuner.evaluate.benchmarks.table import read_tables
+from gmai_xtuner.evaluate.protocols import choice_protocol
 from gmai_xtuner.evaluate.questions import Question
 
 _LETTERS = "ABCD"
 
 
-def variant_of(columns: set[str]) -> str | None:
-    """Which of the two files has these columns; None if neither."""
-    if not {"Figure_path", "Question", "Answer", *(f"Choice {x}" for x in _LETTERS)} <= columns:
-        return None
-    return "test_clean" if "Answer_label" in columns else "test_2"
-
-
-def read(path: Path, variant: str, *, require_images: bool) -> Benchmark:
-    """One of the two files; ``variant`` says which."""
+def read(paths: Sequence[Path], collector: Collector) -> Benchmark:
+    """Read one of the two files; the variant says which."""
+    (path,) = paths
     rows, source = read_csv(path)
     if not rows:
         raise BenchmarkError(f"{str(path)!r} has no row. Fetch it again.")
-    if (found := variant_of(set(rows[0]))) != variant:
-        raise BenchmarkError(
-            f"{str(path)!r} has the columns of {found or 'another file'}, those of {variant} were expected."
-        )
-    collector = Collector("pmc_vqa", variant, require_images=require_images)
+    variant = collector.variant
     folders = tuple(
         path.parent / name for name in ("images", "figures", "images_2", "images/images", ".")
     )
@@ -74,3 +72,28 @@ def read(path: Path, variant: str, *, require_images: bool) -> Benchmark:
 
 def _without_letter(text: str, letter: str) -> str:
     return re.sub(rf"^\s*{letter}\s*:", "", text).strip()
+
+
+def _recognise(header: Header) -> Found | None:
+    choices = (f"Choice {letter}" for letter in _LETTERS)
+    if header.suffix != ".csv" or not header.has("Figure_path", "Question", "Answer", *choices):
+        return None
+    return Found(("test_clean" if header.has("Answer_label") else "test_2",), "csv")
+
+
+PMC_VQA = Definition(
+    name="pmc_vqa",
+    variants=("test_clean", "test_2"),
+    files="'test_clean.csv' or 'test_2.csv' and 'images'",
+    forms={"csv": Form(read), "table": Form(read_tables, parts=True)},
+    recognise=_recognise,
+    table_names={r"pmc[-_ ]?vqa.*test_2": ("test_2",), r"pmc[-_ ]?vqa": ("test_clean",)},
+    protocols=(
+        choice_protocol(
+            "pmc_vqa", "test_clean", "clean-2000", 2000, "the 2,000 questions checked by people"
+        ),
+        choice_protocol(
+            "pmc_vqa", "test_2", "test_2", None, "the second, larger test file, not checked by hand"
+        ),
+    ),
+)

@@ -1,4 +1,4 @@
-"""What every reader needs: files with their hashes, option lists, and questions collected with what is wrong.
+"""What a reader gives, and what every reader needs: files with their hashes, option lists, and a collector.
 
 Nothing here repairs: what can't be read becomes a :class:`Problem` with a reason, what can't be a benchmark
 at all a :class:`BenchmarkError`.
@@ -13,36 +13,98 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gmai_xtuner.evaluate.benchmarks.benchmark import (
-    Benchmark,
-    BenchmarkError,
-    Problem,
-    SourceFile,
-)
+from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.evaluate.questions import IMAGE_MARK, ImageSource, Question
 
 _NUMBERED_MARK = re.compile(r"<image (\d+)>")
 _MAX_FIELD = 1 << 30
-_BLOCK = 1 << 20
+
+
+class BenchmarkError(GMAIError):
+    """A benchmark's file can't be read as a whole, or is another benchmark's."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that was read.
+
+    Args:
+        path: where it lies.
+        sha256: of its bytes, in hexadecimal.
+        size: bytes.
+    """
+
+    path: Path
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question that can't be asked, or not as its authors meant it.
+
+    Args:
+        reason: short stable key under which problems are counted, e.g. ``"missing_image"``.
+        record: id of the question, or its line or position in the file.
+        detail: what was expected and what came, e.g. the name of the missing image.
+        left_out: the question is not among ``Benchmark.questions``.
+    """
+
+    reason: str
+    record: str
+    detail: str
+    left_out: bool = True
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark that has been read.
+
+    Args:
+        name: one of ``NAMES``.
+        variant: part or language, e.g. ``"en"`` of SLAKE, ``"test_clean"`` of PMC-VQA.
+        questions: in the order of the file.
+        source: every annotation file that was read; image files are not hashed.
+        problems: what could not be used, in the order of the file.
+    """
+
+    name: str
+    variant: str
+    questions: tuple[Question, ...]
+    source: tuple[SourceFile, ...]
+    problems: tuple[Problem, ...] = ()
+
+    def counted_problems(self) -> Mapping[str, int]:
+        """Return reason -> number of problems, the most frequent first."""
+        return dict(Counter(problem.reason for problem in self.problems).most_common())
+
+    def hashes(self) -> dict[str, str]:
+        """Return the sha256 of each annotation file by its name; files of one name (MMMU's) are numbered."""
+        found: dict[str, str] = {}
+        for file in sorted(self.source, key=lambda one: (one.path.name, one.sha256)):
+            name, number = file.path.name, 1
+            while name in found:
+                number += 1
+                name = f"{file.path.name} ({number})"
+            found[name] = file.sha256
+        return found
 
 
 def hashed(path: Path) -> SourceFile:
-    """A file with its SHA-256."""
-    digest = hashlib.sha256()
+    """Return a file with its SHA-256."""
     with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-        size = file.tell()
-    return SourceFile(path, digest.hexdigest(), size)
+        digest = hashlib.file_digest(file, "sha256")
+        return SourceFile(path, digest.hexdigest(), file.tell())
 
 
 def read_text(path: Path) -> tuple[str, SourceFile]:
-    """A UTF-8 file's text (a byte order mark is dropped), and the file with its hash.
+    """Return a UTF-8 file's text (a byte order mark is dropped), and the file with its hash.
 
     Raises:
         BenchmarkError: it can't be read, or is not UTF-8.
@@ -62,7 +124,7 @@ def read_text(path: Path) -> tuple[str, SourceFile]:
 
 
 def read_records(path: Path) -> tuple[list[Mapping[str, Any]], SourceFile]:
-    """The objects of a JSON list, and the file with its hash.
+    """Return the objects of a JSON list, and the file with its hash.
 
     Raises:
         BenchmarkError: no JSON, no list, or a list with something else than objects.
@@ -80,7 +142,7 @@ def read_records(path: Path) -> tuple[list[Mapping[str, Any]], SourceFile]:
 
 
 def read_csv(path: Path) -> tuple[list[dict[str, str]], SourceFile]:
-    """Rows of a CSV file by column name, and the file with its hash.
+    """Return the rows of a CSV file by column name, and the file with its hash.
 
     Values stay text: "None" and "NA" are answers here, which pandas would read as missing.
 
@@ -116,7 +178,7 @@ class UnreadableOptions(ValueError):
 
 
 def parse_list(value: object) -> tuple[str, ...]:
-    """A list, or the text of one as Python writes it, as texts; an empty text is an empty list.
+    """Return a list, or the text of one as Python writes it, as texts; an empty text is an empty list.
 
     Only literals are read, nothing is evaluated.
 
@@ -141,7 +203,7 @@ def parse_list(value: object) -> tuple[str, ...]:
 def mark_images(
     texts: Sequence[str], images: Mapping[int, ImageSource]
 ) -> tuple[tuple[str, ...], tuple[ImageSource, ...]]:
-    """Texts with ``<image 2>`` -> the same with ``<image>``, and the images in the order of the marks.
+    """Turn texts with ``<image 2>`` into the same with ``<image>``, and order the images as the marks.
 
     Without any mark the images stand in their own order, for before the text; an image that no mark
     names comes before the text's own, as it would without marks.
@@ -169,22 +231,6 @@ def mark_images(
     return tuple(marked), (*unnamed, *named)
 
 
-class Folders:
-    """Whether files exist, by one listing of each folder rather than one look at each file."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, frozenset[str]] = {}
-
-    def has(self, path: Path) -> bool:
-        folder = str(path.parent)
-        if folder not in self._names:
-            try:
-                self._names[folder] = frozenset(os.listdir(folder))
-            except OSError:
-                self._names[folder] = frozenset()
-        return path.name in self._names[folder]
-
-
 class Collector:
     """Gathers questions and what is wrong with others.
 
@@ -201,7 +247,7 @@ class Collector:
         self._questions: dict[str, Question] = {}
         self._problems: list[Problem] = []
         self._repeated: dict[str, int] = {}
-        self._folders = Folders()
+        self._folders: dict[Path, frozenset[str]] = {}
 
     def problem(self, reason: str, record: str, detail: str, *, left_out: bool = True) -> None:
         """Note what is wrong with a record."""
@@ -219,7 +265,7 @@ class Collector:
             missing = [
                 str(image)
                 for image in question.images
-                if isinstance(image, Path) and not self._folders.has(image)
+                if isinstance(image, Path) and not self._exists(image)
             ]
             if missing:
                 self.problem("missing_image", question.id, ", ".join(dict.fromkeys(missing)))
@@ -255,8 +301,18 @@ class Collector:
             )
         self._questions[question.id] = question
 
+    def _exists(self, path: Path) -> bool:
+        """Look a file up in one listing of its folder: a look at each of 89,000 files takes longer."""
+        if path.parent not in self._folders:
+            try:
+                names = frozenset(os.listdir(path.parent))
+            except OSError:
+                names = frozenset()
+            self._folders[path.parent] = names
+        return path.name in self._folders[path.parent]
+
     def benchmark(self, source: Sequence[SourceFile]) -> Benchmark:
-        """What was gathered.
+        """Return what was gathered.
 
         Raises:
             BenchmarkError: not one question can be asked; the message has the reasons with counts.
@@ -287,9 +343,9 @@ class Collector:
 
 
 def gold_option(options: Sequence[str], answer: str) -> str:
-    """The option that a gold text means: equal, or equal but for case and outer spaces; else the text itself.
+    """Return the option that a gold text means; the text itself where that is none.
 
-    The second holds only if exactly one option is meant.
+    An option is meant if it is equal, or the only one that is but for case and outer spaces.
     """
     if answer in options:
         return answer
@@ -297,34 +353,22 @@ def gold_option(options: Sequence[str], answer: str) -> str:
     return meant.pop() if len(meant) == 1 else answer
 
 
+def find_file(name: str, folders: Sequence[Path]) -> Path:
+    """Return the first that exists of a name in several folders; in the first folder where none does."""
+    candidates = [folder / name for folder in folders]
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
 def text_of(record: Mapping[str, Any], name: str) -> str:
-    """A field as text; absent and null are empty. Numbers are written as JSON has them."""
+    """Return a field as text; absent and null are empty. Numbers are written as JSON has them."""
     value = record.get(name)
     return "" if value is None else str(value)
 
 
-def walk(folder: Path, *, depth: int = 4) -> Iterator[Path]:
-    """Annotation files under a folder, in the order of their names; folders of images are not entered.
-
-    Raises:
-        BenchmarkError: the folder can't be listed.
-    """
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise BenchmarkError(f"{str(folder)!r} can't be listed ({error}).") from error
-    for entry in entries:
-        if entry.is_dir():
-            if depth and not _IMAGE_FOLDER.search(entry.name) and not entry.name.startswith("."):
-                yield from walk(Path(entry.path), depth=depth - 1)
-        elif entry.name.lower().endswith(ANNOTATION_SUFFIXES):
-            yield Path(entry.path)
-
-
-ANNOTATION_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".pkl")
-"""Endings of the files that benchmarks ship their questions in."""
-
-_IMAGE_FOLDER = re.compile(r"^(?:imgs?|images?|figures?)(?:_\d+)?$|image[_ ]folder$", re.IGNORECASE)
+def image_error(name: str, problem: str, reason: str = "missing_image") -> ImageError:
+    """Return the error of an image that stands inside a benchmark's file."""
+    remedy = "Load the benchmark again; if that does not help, fetch its file again."
+    return ImageError(f"image {name}: {problem}", remedy=remedy, reason=reason)
 
 
 def _short(value: object) -> str:

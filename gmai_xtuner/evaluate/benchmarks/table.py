@@ -1,30 +1,99 @@
-"""A tab-separated table with images in it -> rows without, and where the images stand.
+"""Tables of VLMEvalKit, in which any of the benchmarks may come, with their images inside.
 
-The tables of VLMEvalKit and of GMAI-MMBench hold every image as base64 text; twenty thousand rows are
-6 GB. One pass over the file gives the texts, the SHA-256, and the places of the images, which
-:class:`~gmai_xtuner.evaluate.benchmarks.stored_images.Base64Image` reads when they are asked for.
-Fields are quoted as pandas writes them: a field that begins with a quote ends at the next single one, and
-may hold tabs, line ends and doubled quotes.
+Format as `vlmeval/dataset/image_base.py` loads it (github.com/open-compass/VLMEvalKit, commit e8e78f05f3):
+``index``, ``image`` (base64, a list of them, or the index of another row) or ``image_path``, ``question``,
+``hint``, ``A``, ``B``, ..., ``answer`` (letter of an option, or the answer's text), ``category``,
+``l2-category``, ``split``.
+
+Every image is base64 text; twenty thousand rows are 6 GB. One pass over the file gives the texts, the
+SHA-256, and the places of the images, which :class:`Base64Image` reads when they are asked for: readers of
+CSV (pandas, pyarrow) hold the images or give no places. Fields are quoted as pandas writes them: a field that
+begins with a quote ends at the next single one, and may hold tabs, line ends and doubled quotes.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
+import os
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gmai_xtuner.evaluate.benchmarks.benchmark import BenchmarkError, SourceFile
-from gmai_xtuner.evaluate.benchmarks.reading import UnreadableOptions, parse_list
-from gmai_xtuner.evaluate.benchmarks.stored_images import Base64Image
-from gmai_xtuner.evaluate.questions import ImageSource
+from gmai_xtuner.evaluate.benchmarks.reading import (
+    Benchmark,
+    BenchmarkError,
+    Collector,
+    SourceFile,
+    UnreadableOptions,
+    find_file,
+    gold_option,
+    image_error,
+    mark_images,
+    parse_list,
+)
+from gmai_xtuner.evaluate.questions import ImageSource, Question
 
 IMAGE = "image"
 """Name of the column with the images."""
 
+GROUPS: Mapping[str, str] = {
+    "answer_type": "answer_type",
+    "category": "category",
+    "content_type": "content_type",
+    "dataset": "dataset",
+    "l2-category": "l2-category",
+    "modality": "modality",
+    "modality_type": "modality",
+    "question_type": "question_type",
+    "split": "split",
+    "subset": "subset",
+}
+"""Column -> name of the group, of tables that have them."""
+
 _SHORT = 64
 """VLMEvalKit: an image text of at most so many characters is the index of the row that has the image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base64Image:
+    """An image as base64 text in a file.
+
+    Args:
+        path: the file.
+        offset: of the first character, in bytes.
+        length: of the text, in bytes.
+        file_size: of the file when it was indexed, in bytes; another size now means another file.
+    """
+
+    path: Path
+    offset: int
+    length: int
+    file_size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.name}, byte {self.offset}"
+
+    def read(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(self.offset)
+                text = file.read(self.length)
+        except OSError as error:
+            raise image_error(self.name, f"{str(self.path)!r} can't be read ({error})") from error
+        if size != self.file_size:
+            raise image_error(
+                self.name,
+                f"{str(self.path)!r} had {self.file_size} bytes when it was read, it has {size} now",
+            )
+        try:
+            return base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise image_error(self.name, f"not base64 ({error})", "bad_image") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,20 +289,97 @@ def paths_of(text: str, folders: tuple[Path, ...]) -> tuple[Path, ...]:
     return tuple(find_file(name, folders) for name in names if name)
 
 
-def find_file(name: str, folders: tuple[Path, ...]) -> Path:
-    """The first that exists of a name in several folders; in the first folder where none does."""
-    candidates = [folder / name for folder in folders]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+def read_tables(
+    paths: Sequence[Path],
+    collector: Collector,
+    *,
+    groups: Mapping[str, str] = GROUPS,
+    keep: Callable[[Mapping[str, str]], bool] | None = None,
+    answers_hidden: bool = False,
+) -> Benchmark:
+    """Questions of one or several tables.
+
+    Args:
+        paths: the tables, in their order.
+        collector: takes the questions.
+        groups: column of the table, in lower case -> name of the group.
+        keep: which rows belong to the variant; all where None.
+        answers_hidden: the authors keep the answers; a column ``answer`` is not looked at.
+
+    Raises:
+        BenchmarkError: a table without ``index``, ``question`` or images, or one that can't be read.
+    """
+    sources = []
+    for path in paths:
+        columns, rows, source = read_table(path)
+        missing = {"index", "question"} - set(columns)
+        if missing or not {IMAGE, "image_path"} & set(columns):
+            raise BenchmarkError(
+                f"{str(path)!r} is no table of VLMEvalKit: columns index, question, and image or image_path "
+                f"were expected, it has {', '.join(columns) or 'none'}."
+            )
+        sources.append(source)
+        by_index = {row.values["index"]: row for row in rows}
+        folders = (path.parent, path.parent / "images", path.parent / "images" / path.stem)
+        for row in rows:
+            if keep is None or keep(row.values):
+                _add(row, by_index, folders, collector, groups, answers_hidden)
+    return collector.benchmark(sources)
 
 
-__all__ = [
-    "IMAGE",
-    "Row",
-    "UnreadableOptions",
-    "column_name",
-    "find_file",
-    "images_of",
-    "paths_of",
-    "read_header",
-    "read_table",
-]
+def _add(
+    row: Row,
+    by_index: dict[str, Row],
+    folders: tuple[Path, ...],
+    collector: Collector,
+    groups: Mapping[str, str],
+    answers_hidden: bool,
+) -> None:
+    values = row.values
+    index = values["index"].strip() or f"line {row.line}"
+    images: tuple[ImageSource, ...]
+    try:
+        images = images_of(row, by_index)
+        if not images:
+            images = paths_of(values.get("image_path", ""), folders)
+    except KeyError as error:
+        collector.problem("missing_image", index, str(error.args[0]))
+        return
+    except UnreadableOptions as error:
+        collector.problem("bad_image_path", index, str(error))
+        return
+    lettered = {
+        letter: values[letter] for letter in string.ascii_uppercase if values.get(letter, "")
+    }
+    question = values["question"]
+    if hint := values.get("hint", ""):
+        question = f"Hint: {hint}\n{question}"
+    try:
+        (text, *options), images = mark_images(
+            (question, *lettered.values()), dict(enumerate(images, start=1))
+        )
+    except KeyError as error:
+        collector.problem("missing_image", index, f"the text names image {error.args[0]}")
+        return
+    answer: str | None = None
+    if not answers_hidden and (raw := values.get("answer", "")):
+        letters = dict(zip(lettered, options, strict=True))
+        answer = letters.get(raw.strip()) or gold_option(tuple(options), raw)
+    letters_in_order = "".join(lettered)
+    named = values.get("answer", "").strip()
+    collector.add(
+        Question(
+            id=index,
+            text=text,
+            images=images,
+            options=tuple(options),
+            answer=answer,
+            groups={
+                group: values[column] for column, group in groups.items() if values.get(column, "")
+            },
+            letters=""
+            if letters_in_order == string.ascii_uppercase[: len(lettered)]
+            else letters_in_order,
+            gold_letter=named if answer is not None and named in lettered else "",
+        )
+    )

@@ -8,18 +8,28 @@ are answered by yes or no; ``answer_type`` calls 272 CLOSED.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from gmai_xtuner.evaluate.benchmarks.benchmark import Benchmark
-from gmai_xtuner.evaluate.benchmarks.reading import Collector, read_records, text_of
-from gmai_xtuner.evaluate.benchmarks.table import find_file
+from gmai_xtuner.evaluate.benchmarks.definition import Definition, Form, Found, Header
+from gmai_xtuner.evaluate.benchmarks.parquet import is_pairs, part_of, read_pairs
+from gmai_xtuner.evaluate.benchmarks.reading import (
+    Benchmark,
+    Collector,
+    find_file,
+    read_records,
+    text_of,
+)
+from gmai_xtuner.evaluate.benchmarks.table import read_tables
+from gmai_xtuner.evaluate.protocols import vqa_protocols
 from gmai_xtuner.evaluate.questions import Question
 
 
-def read(path: Path, variant: str, *, require_images: bool) -> Benchmark:
-    """The test part of the authors' JSON file."""
+def read(paths: Sequence[Path], collector: Collector) -> Benchmark:
+    """Read the test part of the authors' JSON file."""
+    (path,) = paths
     records, source = read_records(path)
-    collector = Collector("vqa_rad", variant, require_images=require_images)
     folders = tuple(
         path.parent / name
         for name in ("VQA_RAD Image Folder", "VQA_RAD_Image_Folder", "images", "Images", ".")
@@ -50,3 +60,38 @@ def read(path: Path, variant: str, *, require_images: bool) -> Benchmark:
             )
         )
     return collector.benchmark([source])
+
+
+def _recognise(header: Header) -> Found | None:
+    if header.suffix == ".json" and header.has("phrase_type", "image_name", "answer"):
+        return Found(("test",), "json")
+    if not is_pairs(header) or re.search(r"path[-_ ]?vqa", str(header.path), re.IGNORECASE):
+        return None
+    if re.search(r"vqa[-_ ]?rad", str(header.path), re.IGNORECASE):
+        return Found(("test",) if part_of(header.path) == "test" else (), "pairs")
+    return Found((), "pairs", needs="file")
+
+
+VQA_RAD = Definition(
+    name="vqa_rad",
+    variants=("test",),
+    files="'VQA_RAD Dataset Public.json' and 'VQA_RAD Image Folder'",
+    forms={
+        "json": Form(read),
+        "pairs": Form(read_pairs, levels=1),
+        "table": Form(read_tables, parts=True),
+    },
+    recognise=_recognise,
+    table_names={r"vqa[-_ ]?rad": ("test",)},
+    protocols=vqa_protocols(
+        "vqa_rad",
+        "test",
+        ("answer_type", "phrase_type", "question_type", "image_organ"),
+        {
+            "yes_no": ("closed-251", 251),
+            "closed": ("closed-272", 272),
+            "open": ("open-179", 179),
+            "all": ("full-451", 451),
+        },
+    ),
+)

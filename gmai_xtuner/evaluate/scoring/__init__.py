@@ -7,15 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring.choice import CHOICE, OPTION_LETTER, OPTION_TEXT
-from gmai_xtuner.evaluate.scoring.closed import CLOSED, YES_NO
-from gmai_xtuner.evaluate.scoring.huatuogpt import HUATUOGPT
-from gmai_xtuner.evaluate.scoring.llava_med import LLAVA_MED
-from gmai_xtuner.evaluate.scoring.mixed import CLOSED_OR_EXACT, CLOSED_OR_F1, CLOSED_OR_RECALL
-from gmai_xtuner.evaluate.scoring.mmmu import MMMU
-from gmai_xtuner.evaluate.scoring.overlap import EXACT_MATCH, TOKEN_F1, TOKEN_RECALL
-from gmai_xtuner.evaluate.scoring.scorer import Scorer
-from gmai_xtuner.evaluate.scoring.vlmevalkit import VLMEVALKIT
+from gmai_xtuner.evaluate.scoring.free_text import (
+    CLOSED,
+    EXACT_MATCH,
+    TOKEN_F1,
+    TOKEN_RECALL,
+    YES_NO,
+)
+from gmai_xtuner.evaluate.scoring.peers import HUATUOGPT, LLAVA_MED, MMMU, VLMEVALKIT
+
+
+def _closed_or(name: str, words: str, open_scorer: Scorer) -> Scorer:
+    """Score sets with several kinds of questions, each kind by its own scorer."""
+
+    def score(question: Question, answer: str) -> Score:
+        scorers = (CHOICE, CLOSED, open_scorer)
+        return next(one for one in scorers if one.applies(question)).score(question, answer)
+
+    description = f"choice or closed where the question is that, {words} otherwise"
+    return Scorer(f"closed_or_{name}", 1, description, score)
+
 
 SCORERS: Mapping[str, Scorer] = {
     scorer.name: scorer
@@ -28,9 +41,9 @@ SCORERS: Mapping[str, Scorer] = {
         EXACT_MATCH,
         TOKEN_RECALL,
         TOKEN_F1,
-        CLOSED_OR_RECALL,
-        CLOSED_OR_F1,
-        CLOSED_OR_EXACT,
+        _closed_or("recall", "token recall", TOKEN_RECALL),
+        _closed_or("f1", "token F1", TOKEN_F1),
+        _closed_or("exact", "exact match", EXACT_MATCH),
         VLMEVALKIT,
         HUATUOGPT,
         LLAVA_MED,
@@ -38,5 +51,3 @@ SCORERS: Mapping[str, Scorer] = {
     )
 }
 """Scorers by name."""
-
-__all__ = ["SCORERS", "Scorer"]

@@ -25,10 +25,8 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from gmai_xtuner.evaluate.questions import IMAGE_MARK, Question, Score
-from gmai_xtuner.evaluate.scoring.polarity import NO, YES, yes_or_no
-from gmai_xtuner.evaluate.scoring.scorer import Scorer
-from gmai_xtuner.evaluate.scoring.text import Mentions, clean, normalised
+from gmai_xtuner.evaluate.questions import IMAGE_MARK, Question, Score, Scorer
+from gmai_xtuner.evaluate.scoring.text import NO, YES, Mentions, clean, normalised, yes_or_no
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -342,36 +340,21 @@ def _only(letters: set[str]) -> str | None:
     return next(iter(letters)) if len(letters) == 1 else None
 
 
-def score_letter(question: Question, letter: str | None) -> Score:
-    """What the choice of an option is worth."""
-    if question.answer is None:
-        return Score(None, letter)
-    return Score(float(letter is not None and letter in question.gold_letters()), letter)
-
-
 def has_options(question: Question) -> bool:
-    """Whether a question has options."""
+    """Tell whether a question has options."""
     return bool(question.options)
 
 
-CHOICE = Scorer(
-    "choice",
-    1,
-    "the option that the answer's letter or text names; none where two are named",
-    lambda question, answer: score_letter(question, choose(question, answer)),
-    has_options,
+def _scorer(name: str, description: str, **read: bool) -> Scorer:
+    def score(question: Question, answer: str) -> Score:
+        letter = choose(question, answer, **read)
+        return Score(float(letter is not None and letter in question.gold_letters()), letter)
+
+    return Scorer(name, 1, description, score, has_options)
+
+
+CHOICE = _scorer(
+    "choice", "the option that the answer's letter or text names; none where two are named"
 )
-OPTION_LETTER = Scorer(
-    "option_letter",
-    1,
-    "the option that the answer's letter names",
-    lambda question, answer: score_letter(question, choose(question, answer, texts=False)),
-    has_options,
-)
-OPTION_TEXT = Scorer(
-    "option_text",
-    1,
-    "the option that the answer's text names",
-    lambda question, answer: score_letter(question, choose(question, answer, letters=False)),
-    has_options,
-)
+OPTION_LETTER = _scorer("option_letter", "the option that the answer's letter names", texts=False)
+OPTION_TEXT = _scorer("option_text", "the option that the answer's text names", letters=False)

@@ -1,4 +1,4 @@
-"""Answer text -> what is compared: without markup, as words, and where one text stands in another."""
+"""Answer text -> what is compared: plain text, words, where words are mentioned, and yes or no."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _EMPHASIS = re.compile(r"\*\*|__|`|^#+\s*|^>\s*", re.MULTILINE)
 
 _CHINESE = "㐀-鿿豈-﫿"
 # A number keeps its point, comma, minus and what is written onto it (2.5e3, 3mm); a word its apostrophe and
-# inner
-# hyphen; a Chinese sign is a word.
+# inner hyphen; a Chinese sign is a word.
 _WORD = re.compile(
     rf"(?<![\w.])-?\d+(?:,\d{{3}})+(?:\.\d+)?(?!\w)|(?<![\w.])-?\d+(?:\.\d+)?[^\W_{_CHINESE}]*|[{_CHINESE}]"
     rf"|[^\W_{_CHINESE}]+(?:['-][^\W_{_CHINESE}]+)*|%"
@@ -159,3 +158,60 @@ def _plain_number(word: str) -> str:
     if _NUMBER.fullmatch(plain):
         return plain.rstrip("0").rstrip(".") if "." in plain else plain
     return word
+
+
+# Yes and no, in English and Chinese
+
+YES = "yes"
+NO = "no"
+
+_CHINESE_YES_NO = {
+    YES: ("是", "是的", "对", "对的", "有", "有的", "包含", "可以", "能", "存在", "会", "正确"),
+    NO: (
+        "否", "不", "不是", "不是的", "不对", "没有", "无", "不包含", "不可以", "不能", "不存在", "不会",
+        "错误",
+    ),
+}  # fmt: skip
+_POLARITY = {
+    **{word: answer for answer, all_words in _CHINESE_YES_NO.items() for word in all_words},
+    "yes": YES,
+    "no": NO,
+}
+_CHINESE_FIRST = re.compile(
+    r"(不是的|不是|不包含|不可以|不存在|没有|是的|对的|包含|可以|存在|是|否|对|有|不)(?:[,，。.;；!！\s]|$)"
+)
+_CHINESE_DECLARED = re.compile(r"答案(?:是|为|[:：])+[\"'“]?(不是|没有|是的|是|否|对|有)")
+# "No abnormality is seen" is a finding; whether it means no depends on the question
+_SAID = (
+    r"(yes\b|no\b(?=\W*$|\s*[.,;:!?\n)\]\"']|\s+(?:it|this|there|the|that|they|these|those|not)\b))"
+    r"(?!\s*(?:,?\s*(?:and|or)\s+(?:yes|no))|/)"
+)
+_FIRST = re.compile(rf"\W*{_SAID}", re.IGNORECASE)
+_DECLARED = re.compile(
+    rf"\banswer(?:\s+(?:is|would\s+be|should\s+be)|\s*:)\s*(?:that\s+)?[\"'(\[]*{_SAID}",
+    re.IGNORECASE,
+)
+
+
+def yes_or_no(answer: str) -> str | None:
+    """``yes`` or ``no``; None where an answer says neither, or both.
+
+    It counts if it is the answer's first word or is declared ("the answer is no"), and the other does not
+    come first elsewhere ("Yes. ... The answer is no."). "There is no effusion" is no answer: whether it
+    means yes depends on the question; so does "No effusion is seen".
+    """
+    text = clean(answer)
+    said = {match[1].lower() for match in (_FIRST.match(text), *_DECLARED.finditer(text)) if match}
+    said |= {
+        _POLARITY[match[1]]
+        for match in (_CHINESE_FIRST.match(text), *_CHINESE_DECLARED.finditer(text))
+        if match
+    }
+    if len(said) == 1:
+        return said.pop()
+    return None
+
+
+def polarity(gold: str) -> str | None:
+    """``yes`` or ``no`` of a gold answer, in English or Chinese; None for any other."""
+    return _POLARITY.get(gold.strip().strip(".。").lower())

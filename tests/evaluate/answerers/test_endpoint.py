@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from gmai_xtuner.core.errors import EvaluationError
-from gmai_xtuner.evaluate.answerers import Job, ModelOptions
+from gmai_xtuner.evaluate.answerers import ModelOptions
 from gmai_xtuner.evaluate.answerers.endpoint import EndpointAnswerer, data_url
+from gmai_xtuner.evaluate.store import Job
 from tests.evaluate.api_server import Reply, pictures_of, serve
 
 
@@ -45,7 +46,7 @@ def test_texts_images_and_settings_arrive(tmp_path, monkeypatch):
         Job("bytes", "None of a file", ((tmp_path / "a.png").read_bytes(),), 16, "p/1"),
     ]
     with serve(lambda text, before, request: Reply(text=f"  to {text}\n")) as server:
-        found = ask(server, asked, key_variable="SOME_KEY")
+        found = ask(server, asked, api_key_env="SOME_KEY")
     assert found["first"].text == "to What?"
     assert found["first"].seconds > 0
     by_text = dict(zip(server.texts(), server.requests, strict=True))

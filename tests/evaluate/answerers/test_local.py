@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from gmai_xtuner.core.errors import EvaluationError, GMAIError, ModelLoadError
-from gmai_xtuner.evaluate.answerers import Job, ModelOptions, make_answerer
-from gmai_xtuner.evaluate.answerers.answerer import batches_of, split_at_images
-from gmai_xtuner.evaluate.answerers.local import LocalAnswerer
+from gmai_xtuner.evaluate.answerers import ModelOptions, make_answerer
+from gmai_xtuner.evaluate.answerers.local import LocalAnswerer, batches_of
+from gmai_xtuner.evaluate.store import Job, split_at_images
 
 
 @pytest.fixture(scope="module")

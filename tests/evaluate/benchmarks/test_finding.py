@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.evaluate.benchmarks import (
-    NAMES,
-    VARIANTS,
+    DEFINITIONS,
     BenchmarkError,
     FoundBenchmark,
     find_benchmarks,
     load_benchmark,
 )
 from gmai_xtuner.evaluate.benchmarks.mmmu import SUBJECTS
-from gmai_xtuner.evaluate.protocols import PROTOCOLS
 from tests.evaluate.benchmarks.files import (
     GMAI_HEADER,
     base64_png,
@@ -102,9 +100,8 @@ def test_everything_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_every_variant_has_a_protocol() -> None:
-    assert set(PROTOCOLS) == set(NAMES)
-    for name, protocols in PROTOCOLS.items():
-        assert {protocol.variant for protocol in protocols} == set(VARIANTS[name])
+    for one in DEFINITIONS.values():
+        assert {protocol.variant for protocol in one.protocols} == set(one.variants)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.benchmarks import BenchmarkError, Problem, load_benchmark
-from gmai_xtuner.evaluate.protocols import protocol
+from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_benchmark
+from gmai_xtuner.evaluate.benchmarks.reading import Problem
 from gmai_xtuner.evaluate.questions import Question
 from tests.evaluate.benchmarks.files import (
     huatuo_record,
@@ -56,7 +56,7 @@ def test_vqa_rad_is_the_test_part(tmp_path: Path) -> None:
     assert benchmark.source[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert benchmark.source[0].size == path.stat().st_size
     counts = {
-        name: len(protocol("vqa_rad", name).select(benchmark.questions))
+        name: len(find_protocol("vqa_rad", name).select(benchmark.questions))
         for name in ("closed-251", "closed-272", "open-179", "full-451")
     }
     assert counts == {"closed-251": 1, "closed-272": 2, "open-179": 1, "full-451": 3}
@@ -96,9 +96,9 @@ def test_the_real_slake_has_the_counts_of_its_protocols(shared_data: Path) -> No
         ("closed-416", 416),
         ("closed-355", 355),
     ):
-        chosen = protocol("slake", name)
+        chosen = find_protocol("slake", name)
         assert len(chosen.select(english.questions)) == count == chosen.expected
-    assert len(protocol("slake", "full-1033").select(chinese.questions)) == 1033
+    assert len(find_protocol("slake", "full-1033").select(chinese.questions)) == 1033
     assert not english.problems
     assert not chinese.problems
     with pytest.raises(
@@ -209,7 +209,7 @@ def test_the_huatuogpt_collection(tmp_path: Path) -> None:
     ]
     part = load_benchmark("huatuo", tmp_path, variant="MMMU_Medical_Validation")
     assert part.questions == (mmmu,)
-    assert protocol("huatuo").prompt(rad) == (
+    assert find_protocol("huatuo").prompt(rad) == (
         "Is there a fracture?\nA. yes\nB. no\n"
         "Answer with the option's letter from the given choices directly."
     )

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.evaluate.benchmarks import BenchmarkError, load_benchmark
+from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_benchmark
 from gmai_xtuner.evaluate.benchmarks.mmmu import SUBJECTS
-from gmai_xtuner.evaluate.benchmarks.stored_images import ParquetImage
-from gmai_xtuner.evaluate.protocols import protocol
+from gmai_xtuner.evaluate.benchmarks.parquet import ParquetImage
 from gmai_xtuner.evaluate.questions import load_image
 from tests.evaluate.benchmarks.files import (
     csv_file,
@@ -179,7 +178,10 @@ def test_mmmu(tmp_path: Path) -> None:
         ("missing_image", "8"),
         ("bad_answer", "9"),
     ]
-    closed, full = protocol("mmmu_health", "closed-145"), protocol("mmmu_health", "full-150")
+    closed, full = (
+        find_protocol("mmmu_health", "closed-145"),
+        find_protocol("mmmu_health", "full-150"),
+    )
     assert len(closed.select(benchmark.questions)) == 11
     assert len(full.select(benchmark.questions)) == 13
     assert full.score(by_id["Pharmacy_4"], "The answer is 2.").value == 1
@@ -195,7 +197,7 @@ def test_options_that_are_only_images_keep_their_letters(tmp_path: Path) -> None
         for question in load_benchmark("mmmu_health", tmp_path).questions
         if question.id == "validation_Pharmacy_3"
     )
-    asked = protocol("mmmu_health", "closed-145")
+    asked = find_protocol("mmmu_health", "closed-145")
     assert asked.score(question, "B").value == 1
     assert asked.score(question, "A").value == 0
 
@@ -265,7 +267,7 @@ def test_vqa_rad_on_the_hub(tmp_path: Path) -> None:
     rows = [{"image": stored(1), "question": "is it?", "answer": "no"}] * 2
     parquet_file(tmp_path / "vqa-rad" / "data" / "test-00000-of-00001.parquet", rows)
     benchmark = load_benchmark("vqa_rad", tmp_path)
-    assert len(protocol("vqa_rad").select(benchmark.questions)) == 2
+    assert len(find_protocol("vqa_rad").select(benchmark.questions)) == 2
 
 
 def test_path_vqa_of_its_authors(tmp_path: Path) -> None:

@@ -13,13 +13,9 @@ from openpyxl import load_workbook
 from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.evaluate.benchmarks import (
-    BenchmarkError,
-    load_benchmark,
-    write_submission,
-)
-from gmai_xtuner.evaluate.benchmarks.stored_images import Base64Image
-from gmai_xtuner.evaluate.protocols import protocol
+from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_benchmark
+from gmai_xtuner.evaluate.benchmarks.gmai_mmbench import write_submission
+from gmai_xtuner.evaluate.benchmarks.table import Base64Image
 from gmai_xtuner.evaluate.questions import StoredImage, load_image
 from tests.evaluate.benchmarks.files import (
     GMAI_HEADER,
@@ -109,7 +105,7 @@ def test_gmai_mmbench_test_has_parts_and_no_answers(tmp_path: Path) -> None:
     # `category` is the gold answer's text and must not reach anyone
     assert "category" not in benchmark.questions[0].groups
     assert benchmark.counted_problems() == {"missing_part": 8}
-    asked = protocol("gmai_mmbench", variant="test")
+    asked = find_protocol("gmai_mmbench", variant="test")
     assert asked.score(benchmark.questions[0], "B").value is None
 
 
@@ -233,7 +229,7 @@ def test_image_paths_of_a_table(tmp_path: Path) -> None:
     assert [question.images for question in benchmark.questions] == [(a,), (b, a)]
     assert benchmark.counted_problems() == {"bad_image_path": 1, "missing_image": 1}
     # a table without answer_type: yes and no are closed
-    assert len(protocol("path_vqa", "closed-3362").select(benchmark.questions)) == 1
+    assert len(find_protocol("path_vqa", "closed-3362").select(benchmark.questions)) == 1
 
 
 def test_mmmu_in_a_table(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.scoring import SCORERS
-from gmai_xtuner.evaluate.scoring.closed import alternatives
-from gmai_xtuner.evaluate.scoring.polarity import yes_or_no
+from gmai_xtuner.evaluate.scoring.free_text import alternatives
+from gmai_xtuner.evaluate.scoring.text import yes_or_no
 
 BIGGEST = "Which is the biggest in this image,lung,liver or heart?"
 PLANE = "Which plane is the image scanned, transverse plane or coronal plane?"

@@ -14,10 +14,7 @@ import pytest
 
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.scoring import SCORERS
-from gmai_xtuner.evaluate.scoring.huatuogpt import first_letter
-from gmai_xtuner.evaluate.scoring.llava_med import open_recall
-from gmai_xtuner.evaluate.scoring.mmmu import parse_choice
-from gmai_xtuner.evaluate.scoring.vlmevalkit import infer
+from gmai_xtuner.evaluate.scoring.peers import first_letter, infer, open_recall, parse_choice
 
 ORGANS = ("Liver", "Lung", "Kidney", "Spleen")
 SCANS = ("MR", "MR angiography", "CT", "Ultrasound")

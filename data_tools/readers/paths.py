@@ -1,7 +1,4 @@
-"""Names that a source gives -> files below its root, and their images.
-
-A source is somebody else's: its names prove nothing. ``{name}`` in a pattern is a placeholder.
-"""
+"""Names that a source gives -> files below its root. A source is somebody else's: its names prove nothing."""
 
 from __future__ import annotations
 
@@ -9,15 +6,11 @@ import bisect
 import difflib
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image
-
-from data_tools.records import Sample
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import SourceError
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
@@ -27,13 +20,12 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 OUTSIDE = "path outside the source"
 MISSING = "no such image file"
 LINK = "link to a folder, which isn't followed"
-MAX_BYTES = 64 * 2**20  # of an annotation file
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def below(root: Path, name: str) -> Path:
-    """Return the path of ``name`` below ``root``; the file need not exist.
+    """The path of ``name`` below ``root``; the file need not exist.
 
     A backslash separates folders as ``/`` does, for tables that were made on Windows. A link may lead to
     another place below the root, but not out of it.
@@ -65,10 +57,10 @@ def _real(root: Path) -> str:
 
 
 def files(root: Path, folder: str = "") -> Iterator[str]:
-    """Yield paths below ``root`` with ``/`` of all files in ``folder`` and its subfolders, in a fixed order.
+    """Paths below ``root`` with ``/`` of all files in ``folder`` and its subfolders, in a fixed order.
 
     One folder is held at a time. Hidden names and macOS' ``__MACOSX`` are passed over. Links to folders are
-    not followed but come as paths of their own, so that readers can report them.
+    not followed but come as paths of their own, so that readers of everything can tell of them.
     """
     here = root / folder
     with os.scandir(here) as entries:
@@ -86,60 +78,22 @@ def files(root: Path, folder: str = "") -> Iterator[str]:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file's suffix is that of an image, DICOM included."""
+    """Whether a file's suffix is that of a picture, DICOM included."""
     return name.lower().endswith(IMAGE_SUFFIXES + DICOM_SUFFIXES)
 
 
-def file_below(root: Path, name: str, missing: str = MISSING) -> Path:
-    """Return the path of an existing file of the source.
-
-    Args:
-        root: of the source.
-        name: as the source has it.
-        missing: reason if there is no such file.
-
-    Raises:
-        Unusable: the name leads out of the root, or there is no such file.
-    """
-    try:
-        path = below(root, name)
-    except ValueError as error:
-        raise Unusable(OUTSIDE, str(error)) from error
-    if not path.is_file():
-        raise Unusable(missing, name)
-    return path
-
-
-def read_annotation_file(root: Path, name: str, unreadable: str) -> bytes:
-    """Return the content of an annotation file.
-
-    Args:
-        root: of the source.
-        name: as the source has it.
-        unreadable: reason if the file can't be read or is larger than `MAX_BYTES`.
-
-    Raises:
-        Unusable: with that reason, or because there is no such file.
-    """
-    path = file_below(root, name, "no such annotation file")
-    try:
-        if path.stat().st_size <= MAX_BYTES:
-            return path.read_bytes()
-    except OSError as error:
-        raise Unusable(unreadable, f"{type(error).__name__}: {error}") from error
-    raise Unusable(unreadable, f"larger than {MAX_BYTES} bytes")
-
-
-# --- files that the job names ---------------------------------------------------------------------
-
-
 def folder_of(root: Path, folder: str, *, source: str, key: str) -> Path:
-    """Return the folder ``root / folder`` that the job's ``key`` names.
+    """The folder ``root / folder`` that the job's ``key`` names.
 
     Raises:
         SourceError: there is no such folder below the root.
     """
-    path = _in_job(root, folder, source, key) if folder else _existing_root(root, source)
+    if not root.is_dir():
+        raise SourceError(f"Source {source}: root {str(root)!r} is no folder. Correct `root`.")
+    try:
+        path = below(root, folder) if folder else root
+    except ValueError as error:
+        raise SourceError(f"Source {source}: `{key}`: {error}.") from error
     if not path.is_dir():
         here = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         raise SourceError(
@@ -150,12 +104,17 @@ def folder_of(root: Path, folder: str, *, source: str, key: str) -> Path:
 
 
 def file_of(root: Path, name: str, *, source: str, key: str) -> Path:
-    """Return the file ``root / name`` that the job's ``key`` names.
+    """The file ``root / name`` that the job's ``key`` names.
 
     Raises:
         SourceError: there is no such file below the root.
     """
-    path = _in_job(root, name, source, key)
+    if not root.is_dir():
+        raise SourceError(f"Source {source}: root {str(root)!r} is no folder. Correct `root`.")
+    try:
+        path = below(root, name)
+    except ValueError as error:
+        raise SourceError(f"Source {source}: `{key}`: {error}.") from error
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else root
         here = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
@@ -166,23 +125,8 @@ def file_of(root: Path, name: str, *, source: str, key: str) -> Path:
     return path
 
 
-def _existing_root(root: Path, source: str) -> Path:
-    if not root.is_dir():
-        raise SourceError(f"Source {source}: root {str(root)!r} is no folder. Correct `root`.")
-    return root
-
-
-def _in_job(root: Path, name: str, source: str, key: str) -> Path:
-    try:
-        return below(_existing_root(root, source), name)
-    except ValueError as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"Source {source}: `{key}`: {error}.") from error
-
-
 def near(name: str, names: Iterable[str]) -> list[str]:
-    """Return the names that look most like ``name``, best first, whatever their case."""
+    """The names that look most like ``name``, best first, whatever their case."""
     by_folded: dict[str, str] = {}
     for other in names:
         by_folded.setdefault(other.casefold(), other)
@@ -190,91 +134,30 @@ def near(name: str, names: Iterable[str]) -> list[str]:
 
 
 def listed(names: Sequence[str], *, at_most: int = 12) -> str:
-    """Return ``'a', 'b', ... (40 in all)`` for error texts."""
+    """``'a', 'b', ... (40 in all)`` for error texts."""
     text = ", ".join(repr(name) for name in names[:at_most])
     return f"{text}, ... ({len(names)} in all)" if len(names) > at_most else (text or "none at all")
 
 
-# --- images ---------------------------------------------------------------------------------------
-
-
-def open_image(root: Path, name: str) -> Sample:
-    """Return the image that a source names, without annotations; of a DICOM file with what it says itself.
-
-    Raises:
-        Unusable: a hostile path, no such file, or a DICOM file that holds no image.
-    """
-    path = file_below(root, name)
-    name = path.relative_to(root).as_posix()
-    if not _is_dicom(path):
-        return Sample(path, name)
-    from data_tools.readers import dicom
-
-    return dicom.read_picture(path, source_file=name)
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in DICOM_SUFFIXES:
-        return True
-    if path.suffix and not path.suffix[1:].isdigit():  # parts of a UID look like suffixes
-        return False
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def size_of(image: Sample | Path) -> tuple[int, int]:
-    """Return width and height as stored; of an image file only the header is read, EXIF is not applied.
-
-    Raises:
-        Unusable: the header can't be read, or promises more pixels than Pillow opens.
-    """
-    path = image.image if isinstance(image, Sample) else image
-    if not isinstance(path, Path):
-        height, width = path.shape[:2]
-        return width, height
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return opened.size
-    except Image.DecompressionBombError as error:
-        raise Unusable("image is too large", str(error)) from error
-    except (OSError, SyntaxError, ValueError, TypeError) as error:
-        raise Unusable("image can't be read", f"{type(error).__name__}: {error}") from error
-
-
-def check_size(size: tuple[int, int], stated: tuple[object, object]) -> None:
-    """Compare width and height with those that an annotation states, if it states both.
-
-    Raises:
-        Unusable: they differ.
-    """
-    if None not in stated and stated != size:
-        raise Unusable(
-            "image of another size than its annotation says",
-            f"{size[0]} x {size[1]}, said {stated[0]} x {stated[1]}",
-        )
-
-
-# --- patterns -------------------------------------------------------------------------------------
+# --- templates ----------------------------------------------------------------------------------
 
 _PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(:path)?\}")
 
 
 def place_names(template: str) -> list[str]:
-    """Return the placeholders ``{name}`` and ``{name:path}`` in their order, each once."""
+    """Names of the places ``{name}`` and ``{name:path}`` in their order, each once."""
     return list(dict.fromkeys(match[1] for match in _PLACE.finditer(template)))
 
 
 def template_regex(template: str, known: dict[str, str] | None = None) -> re.Pattern[str]:
-    """Return the regular expression of a pattern.
+    """A pattern that matches what the template can stand for.
 
-    ``{name}`` is one or more characters without ``/``, ``{name:path}`` may hold ``/``. A placeholder that
-    occurs twice holds the same text both times.
+    ``{name}`` is one or more characters without ``/``, ``{name:path}`` may hold ``/``. A place that occurs
+    twice holds the same text both times.
 
     Args:
         template: ``"label/{case}_seg-{label}.png"``.
-        known: texts of placeholders that are already known.
+        known: texts of places that are already known.
     """
     parts, end, seen = [], 0, set()
     for match in _PLACE.finditer(template):
@@ -292,12 +175,12 @@ def template_regex(template: str, known: dict[str, str] | None = None) -> re.Pat
 
 
 def fill(template: str, known: dict[str, str]) -> str:
-    """Return the pattern with the known placeholders filled in."""
+    """The template with the known places filled in."""
     return _PLACE.sub(lambda match: known.get(match[1], match[0]), template)
 
 
 def matching(root: Path, template: str, known: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
-    """Return the files below ``root`` that fit a pattern, with the texts of its placeholders, sorted.
+    """Files below ``root`` that the template stands for, with the texts of all its places, sorted.
 
     A part of the path that is wholly known is looked up, only the others are listed, and a listing is kept
     for the next call; so a folder of a million masks is read once.
@@ -306,17 +189,24 @@ def matching(root: Path, template: str, known: dict[str, str]) -> list[tuple[str
 
     def walk(folder: str, parts: list[str], places: dict[str, str]) -> None:
         part = fill(parts[0], places)
+        last = len(parts) == 1
+        if "{" not in part or not place_names(part):
+            path = f"{folder}/{part}" if folder else part
+            if last and (root / path).is_file():
+                found.append((path, places))
+            elif not last and (root / path).is_dir():
+                walk(path, parts[1:], places)
+            return
         pattern = template_regex(part)
-        names = _listing(root / folder, part[: part.index("{")]) if place_names(part) else [part]
-        for name in names:
+        for name in _listing(root / folder, part[: part.index("{")]):
             match = pattern.fullmatch(name)
             path = f"{folder}/{name}" if folder else name
             if match is None:
                 continue
-            if len(parts) > 1 and (root / path).is_dir():
-                walk(path, parts[1:], places | match.groupdict())
-            elif len(parts) == 1 and (root / path).is_file():
+            if last and (root / path).is_file():
                 found.append((path, places | match.groupdict()))
+            elif not last and (root / path).is_dir():
+                walk(path, parts[1:], places | match.groupdict())
 
     walk("", fill(template, known).split("/"), dict(known))
     return sorted(found, key=lambda pair: pair[0])

@@ -6,17 +6,19 @@ import base64
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 from openpyxl import load_workbook
 
 from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, SourceFile
 from gmai_xtuner.evaluate.compare import as_text, compare_runs
-from gmai_xtuner.evaluate.evaluating import ALL, Options, Target, ask_and_score
 from gmai_xtuner.evaluate.judge import verdict_of
+from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import ProtocolError
 from gmai_xtuner.evaluate.results import read_result
-from gmai_xtuner.evaluate.run import World
+from gmai_xtuner.evaluate.runner import ALL, Options, Target, ask, prepare, score
 from tests.evaluate.sets import FakeAnswerer, draw, write_omnimedvqa, write_pmc_vqa, write_vqa_rad
 
 ALONE = World()
@@ -36,11 +38,12 @@ def pmc(tmp_path):
     return Target("pmc_vqa", write_pmc_vqa(tmp_path / "PMC-VQA"))
 
 
-def run(target, answerer, out, **options):
-    judge = options.pop("judge", None)
-    return ask_and_score(
-        target, answerer, Options(out, **options), world=options.pop("world", ALONE), judge=judge
-    )
+def run(target, answerer, out, *, judge=None, **options):
+    """Do what the command does with one benchmark."""
+    how = Options(out, **options)
+    prepared = prepare(target, how, require_images=answerer is not None)
+    answers = ask(prepared, answerer, how, world=ALONE)
+    return score(prepared, answers, how, world=ALONE, judge=judge)
 
 
 def test_a_letter_scores_what_the_protocol_says(pmc, tmp_path):
@@ -159,14 +162,9 @@ def test_a_question_without_an_answer_is_counted_and_asked_the_next_time(pmc, tm
 
 
 def test_files_of_one_name_in_two_folders_both_count():
-    from pathlib import Path
-
-    from gmai_xtuner.evaluate.benchmarks import Benchmark, SourceFile
-    from gmai_xtuner.evaluate.run import source_of
-
     files = [SourceFile(Path(part) / "test.parquet", part, 1) for part in ("b", "a")]
     same = Benchmark("mmmu_health", "validation", (), tuple(files))
-    assert source_of(same) == {"test.parquet": "a", "test.parquet (2)": "b"}
+    assert same.hashes() == {"test.parquet": "a", "test.parquet (2)": "b"}
 
 
 def test_a_missing_image_is_counted_and_named(pmc, tmp_path, caplog):
@@ -182,23 +180,17 @@ def test_a_missing_image_is_counted_and_named(pmc, tmp_path, caplog):
 
 
 def test_shards_of_two_processes_are_one_store(pmc, tmp_path):
-    """What the second process writes stands in a file of its own; the first scores both."""
-    from gmai_xtuner.evaluate.benchmarks import load_benchmark
-    from gmai_xtuner.evaluate.protocols import protocol
-    from gmai_xtuner.evaluate.run import ask_for, identity_of
-    from gmai_xtuner.evaluate.store import Answer, AnswerStore
-
-    answerer = FakeAnswerer(always("A"))
-    benchmark = load_benchmark("pmc_vqa", pmc.data)
-    asked = ask_for(benchmark, protocol("pmc_vqa"))
-    store = AnswerStore(tmp_path / "pmc_vqa-test_clean", identity_of(benchmark, answerer))
-    store.create()
-    job = asked.jobs()[1]
-    with store.writer(1) as writer:
-        generation = {"decoding": "greedy", "max_new_tokens": job.max_new_tokens}
-        writer.add([Answer(job.id, job.prompt, "B", 0.1, answerer.model, job.protocol, generation)])
+    """A second process writes to a file of its own; the first scores both."""
+    answerer = FakeAnswerer(lambda job: None if "figure 1" in job.prompt else "A")
+    run(pmc, answerer, tmp_path)
+    folder = tmp_path / "pmc_vqa-test_clean"
+    line = json.loads((folder / "answers-0.jsonl").read_text().splitlines()[0])
+    prompt = line["prompt"].replace("figure 0", "figure 1").replace("thing 0", "thing 1")
+    other = {**line, "id": "1", "prompt": prompt, "answer": "B"}
+    (folder / "answers-1.jsonl").write_text(json.dumps(other) + "\n")
+    answerer.asked.clear()
     (result,) = run(pmc, answerer, tmp_path)
-    assert len(answerer.asked) == 3
+    assert (answerer.asked, result.n) == ([], 4)
     assert result.headline.value == 0.5
 
 

@@ -1,0 +1,440 @@
+"""Benchmarks and a model -> stored answers -> results; also in training, which keeps its answers in memory.
+
+```
+OUT/<benchmark>-<variant>/answers-*.jsonl, run.json       every raw answer
+OUT/<benchmark>-<variant>/<protocol>[.<scorer>]/          result.json, scores.jsonl, tables.*, report.html
+OUT/tables.md, .csv, .tex                                 all results, in the shape of the paper's tables too
+```
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.evaluate import judge as judging
+from gmai_xtuner.evaluate.answerers import Answerer
+from gmai_xtuner.evaluate.benchmarks import (
+    DEFINITIONS,
+    Benchmark,
+    BenchmarkError,
+    find_protocol,
+    load_benchmark,
+)
+from gmai_xtuner.evaluate.processes import World
+from gmai_xtuner.evaluate.protocols import Asked, Protocol, ask_for
+from gmai_xtuner.evaluate.results import Result, Scored, score_all, summarise, write_result
+from gmai_xtuner.evaluate.store import (
+    Answer,
+    AnswerKey,
+    AnswerStore,
+    Given,
+    Identity,
+    Job,
+    read_identity,
+)
+from gmai_xtuner.evaluate.tables import Table, group_tables, summary_table, write_tables
+
+log = logging.getLogger(__name__)
+ALL = "all"
+SHOWN = 300
+"""Questions on a page: with their images about 6 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A benchmark and where its files are."""
+
+    name: str
+    data: Path
+    variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How benchmarks are asked and scored.
+
+    Args:
+        out: folder of answers and results.
+        protocols: names; none: the default of each variant; ``all``: every one of the variant.
+        scorers: further scorers of the same answers; ``all``: those that the protocol names.
+        limit: questions of each protocol at the most; None for all.
+        report_questions: questions on each page; 0: no page.
+    """
+
+    out: Path
+    protocols: tuple[str, ...] = ()
+    scorers: tuple[str, ...] = ()
+    limit: int | None = None
+    report_questions: int = SHOWN
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A benchmark that has been read, and what is to be asked of it."""
+
+    benchmark: Benchmark
+    asked: tuple[Asked, ...]
+
+
+def prepare(
+    target: Target, options: Options, *, require_images: bool = True, rank: int = 0
+) -> Prepared:
+    """Read a benchmark and find out, before anything is asked, whether it can be asked and scored so.
+
+    Args:
+        target: the benchmark.
+        options: protocols, scorers and limit.
+        require_images: leave questions out whose image is missing.
+        rank: of this process; the first logs what is left out.
+
+    Raises:
+        GMAIError: the benchmark can't be read, or has no such protocol or scorer; the same in all processes.
+    """
+    benchmark = load_benchmark(
+        target.name, target.data, variant=target.variant, require_images=require_images
+    )
+    if benchmark.problems and rank == 0:
+        first = benchmark.problems[0]
+        log.warning(
+            "%s (%s): %s; the first is %s: %s",
+            benchmark.name,
+            benchmark.variant,
+            _listed(benchmark.counted_problems()),
+            first.record,
+            first.detail,
+        )
+    asked = tuple(
+        ask_for(protocol, benchmark.questions, limit=options.limit)
+        for protocol in _protocols(benchmark, options)
+    )
+    for part in asked:
+        for scorer in _other_scorers(part.protocol, options):
+            part.protocol.check_scorer(scorer, part.questions)
+    return Prepared(benchmark, asked)
+
+
+def _protocols(benchmark: Benchmark, options: Options) -> list[Protocol]:
+    if ALL in options.protocols:
+        protocols = DEFINITIONS[benchmark.name].protocols
+        return [one for one in protocols if one.variant == benchmark.variant]
+    names: tuple[str | None, ...] = options.protocols or (None,)
+    return [find_protocol(benchmark.name, name, variant=benchmark.variant) for name in names]
+
+
+def _other_scorers(protocol: Protocol, options: Options) -> list[str]:
+    """Return the scorers besides the protocol's own, each once."""
+    others = protocol.also if ALL in options.scorers else options.scorers
+    return [scorer for scorer in dict.fromkeys(others) if scorer != protocol.scorer]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a benchmark's questions were answered.
+
+    Args:
+        store: where the answers lie.
+        by_key: the answers, in the first process.
+        failed: questions that got none, by id.
+    """
+
+    store: AnswerStore
+    by_key: Mapping[AnswerKey, Answer]
+    failed: Mapping[str, Given] = field(default_factory=dict)
+
+
+def ask(
+    prepared: Prepared, answerer: Answerer | None, options: Options, *, world: World
+) -> Answers:
+    """Ask what has no answer yet, all processes together.
+
+    Args:
+        prepared: the benchmark.
+        answerer: who is asked; None: nothing is, stored answers are read.
+        options: how.
+        world: this process among the others.
+
+    Raises:
+        GMAIError: it can't go on. In one process alone, maybe: the others then wait for it.
+    """
+    benchmark = prepared.benchmark
+    folder = options.out / f"{benchmark.name}-{benchmark.variant}"
+    if answerer is not None:
+        store = AnswerStore(folder, _identity(benchmark, answerer))
+        jobs = (job for asked in prepared.asked for _, job in asked.jobs())
+        return Answers(store, *answer_all(jobs, answerer, store, world=world))
+    stored = read_identity(folder)
+    if stored is None:
+        raise EvaluationError(
+            f"no answers are stored in {folder}. Leave --score-only out to ask, or give the --out of a run"
+        )
+    store = AnswerStore(folder, replace(stored, source=benchmark.hashes()))
+    if world.rank:
+        return Answers(store, {})
+    log.warning(
+        "%s (%s): the stored answers of %s (%s) are scored",
+        benchmark.name,
+        benchmark.variant,
+        stored.model_name,
+        stored.model,
+    )
+    return Answers(store, store.read())
+
+
+def answer_all(
+    jobs: Iterable[Job], answerer: Answerer, store: AnswerStore | None = None, *, world: World
+) -> tuple[dict[AnswerKey, Answer], dict[str, Given]]:
+    """Ask what has no answer yet.
+
+    All processes take part. What a process has yielded is on disk; a stop loses the batches under way.
+
+    Args:
+        jobs: what is asked; of jobs of the same words one is asked.
+        answerer: who answers.
+        store: takes the answers; None: they are kept in memory alone.
+        world: this process among the others.
+
+    Returns:
+        answers by their keys, those stored before among them; of a store in the first process alone. And
+        the jobs that got none, by the id of their question, in all processes.
+
+    Raises:
+        EvaluationError: another run writes to the store, or the answerer can't go on.
+    """
+    wanted: dict[AnswerKey, Job] = {}
+    for job in jobs:
+        wanted.setdefault(job.key, job)
+    known: dict[AnswerKey, Answer] = {}
+    found: list[Answer] = []
+    failed: dict[str, Given] = {}
+    with ExitStack() as stack:
+        if store is not None and world.rank == 0:
+            # Only one process looks and locks, and all ask what it has found missing.
+            stack.enter_context(store.locked())
+            store.create()
+            known = store.read()
+        pending = [job for key, job in wanted.items() if key not in known]
+        if store is not None:
+            pending = world.from_first(pending)
+        progress = stack.enter_context(_progress(store, len(pending), len(wanted), world))
+        writer = stack.enter_context(store.writer(world.rank)) if store is not None else None
+        for batch in answerer.answers(pending, rank=world.rank, world_size=world.size):
+            new = [
+                Answer.of(one, model=answerer.model, generation=answerer.generation)
+                for one in batch
+                if one.text is not None
+            ]
+            if writer is not None:
+                writer.add(new)
+            found += new
+            failed |= {one.job.id: one for one in batch if one.text is None}
+            if failed:
+                progress.set_postfix(without_answer=len(failed), refresh=False)
+            progress.update(min(len(batch) * world.size, len(pending) - progress.n))
+        if store is None:
+            found = [one for part in world.gather(found) for one in part]
+        failed = {name: one for part in world.gather(failed) for name, one in part.items()}
+        if store is not None and world.size > 1:
+            known = store.read() if world.rank == 0 else {}
+    return known | {one.key: one for one in found}, failed
+
+
+def _progress(store: AnswerStore | None, pending: int, wanted: int, world: World) -> Any:
+    """Show a bar on a terminal, a line now and then in a file; the other processes are as fast."""
+    from tqdm import tqdm
+
+    if store is None or world.rank:
+        return tqdm(disable=True)
+    name = f"{store.identity.benchmark} ({store.identity.variant})"
+    if not pending:
+        log.warning("%s: all %d answers are stored already", name, wanted)
+    return tqdm(
+        desc=name,
+        total=pending,
+        unit=" questions",
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        disable=not pending,
+    )
+
+
+def score(
+    prepared: Prepared,
+    answers: Answers,
+    options: Options,
+    *,
+    world: World,
+    judge: Answerer | None = None,
+) -> list[Result]:
+    """Score and write, in the first process; the others wait, also where it fails.
+
+    Args:
+        prepared: the benchmark.
+        answers: what was answered.
+        options: how.
+        world: this process among the others.
+        judge: judges what rules leave open, see :mod:`gmai_xtuner.evaluate.judge`.
+
+    Returns:
+        a result for each protocol and scorer; none in other processes than the first.
+
+    Raises:
+        GMAIError: it can't be scored; in the first process alone.
+    """
+    benchmark, failed = prepared.benchmark, answers.failed
+    results: list[Result] = []
+    try:
+        if world.rank == 0:
+            if failed:
+                first = next(iter(failed.values()))
+                log.warning(
+                    "%s: %s; the first is question %s: %s",
+                    benchmark.name,
+                    _listed(Counter(one.problem for one in failed.values())),
+                    first.job.id,
+                    first.detail,
+                )
+            for asked in prepared.asked:
+                results += _score(asked, benchmark, answers, options, judge)
+    finally:
+        world.barrier()
+    return results
+
+
+def _identity(benchmark: Benchmark, answerer: Answerer) -> Identity:
+    """Say whose answers a store of this model and benchmark holds."""
+    return Identity(
+        benchmark=benchmark.name,
+        variant=benchmark.variant,
+        model=answerer.model,
+        model_name=answerer.name,
+        generation=dict(answerer.generation),
+        source=benchmark.hashes(),
+    )
+
+
+def _score(
+    asked: Asked,
+    benchmark: Benchmark,
+    answers: Answers,
+    options: Options,
+    judge: Answerer | None,
+) -> Iterator[Result]:
+    """Score by the protocol's scorer, by others, and by a judge; write each result."""
+    own, store, failed = asked.protocol.scorer, answers.store, answers.failed
+    scored, missing = score_all(asked, answers.by_key)
+    if not scored:
+        prompts = Counter(answer.protocol for answer in answers.by_key.values())
+        reasons = Counter(one.problem for one in failed.values())
+        raise EvaluationError(
+            f"{store.folder} has no answer to a prompt of the protocol {asked.name}"
+            + (f"; it has answers to those of {_listed(prompts)}" if prompts else "")
+            + (f". Nothing was answered: {_listed(reasons)}" if reasons else "")
+        )
+    unanswered = Counter(
+        failed[one.id].problem if one.id in failed else "not_asked" for one in missing
+    )
+    left_out = Counter(problem.reason for problem in benchmark.problems if problem.left_out)
+
+    def result(scorer: str, scored: Sequence[Scored]) -> Result:
+        made = summarise(
+            asked,
+            scored,
+            scorer=scorer,
+            identity=store.identity,
+            left_out=left_out,
+            unanswered=unanswered,
+        )
+        name = asked.protocol.name if scorer == own else f"{asked.protocol.name}.{scorer}"
+        _write(store.folder / _file_name(name), made, scored, options)
+        return made
+
+    if (benchmark.name, benchmark.variant) == ("gmai_mmbench", "test"):
+        _submit(store, benchmark, scored)
+    yield result(own, scored)
+    for scorer in _other_scorers(asked.protocol, options):
+        rescored = [
+            replace(one, score=asked.protocol.score(one.question, one.answer.answer, scorer=scorer))
+            for one in scored
+        ]
+        yield result(scorer, rescored)
+    if judge is not None:
+        yield result(f"{own}+{judging.judge_name(judge)}", _judge(asked, scored, judge, options))
+
+
+def _judge(
+    asked: Asked, scored: Sequence[Scored], judge: Answerer, options: Options
+) -> list[Scored]:
+    """Let a model judge what the rules leave open; replies are kept.
+
+    Raises:
+        EvaluationError: the judge can't be asked, or has refused some of the answers.
+    """
+    version = judging.PROMPT_VERSION
+    folder = options.out / _file_name(f"judge-{judge.name}-{version}")
+    store = AnswerStore(folder, Identity("judge", f"prompt {version}", judge.model, judge.name, {}))
+    jobs = judging.judge_jobs(scored)
+    replies, failed = answer_all(jobs.values(), judge, store, world=World())
+    if failed:
+        first = next(iter(failed.values()))
+        raise EvaluationError(
+            f"the judge {judge.name} gave no verdict on {len(failed)} of {len(jobs)} answers, the first on "
+            f"question {first.job.id}: {first.detail}. Verdicts are kept: the same command goes on"
+        )
+    judged, unclear = judging.apply_verdicts(scored, jobs, replies)
+    log.warning(
+        "%s: the judge was asked about %d answers, %d of its replies are no verdict",
+        asked.name,
+        len(jobs),
+        unclear,
+    )
+    return judged
+
+
+def _submit(store: AnswerStore, benchmark: Benchmark, scored: Sequence[Scored]) -> None:
+    """Write the file that the authors of GMAI-MMBench evaluate, once all of TEST has an answer."""
+    from gmai_xtuner.evaluate.benchmarks.gmai_mmbench import write_submission
+
+    answers = {one.question.id: one.answer.answer for one in scored}
+    try:
+        file = write_submission(
+            store.folder, store.identity.model_name, benchmark=benchmark, answers=answers
+        )
+    except BenchmarkError as error:
+        log.warning("No submission file: %s", error)
+    else:
+        log.warning("To send to the authors of GMAI-MMBench: %s", file)
+
+
+def _write(folder: Path, result: Result, scored: Sequence[Scored], options: Options) -> None:
+    from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
+    from gmai_xtuner.evaluate.report import write_report
+
+    write_result(folder, result, scored)
+    tables = [*tables_like_the_papers([result]), *group_tables(result)]
+    write_tables(folder, [summary_table([result]), *tables])
+    if options.report_questions:
+        write_report(folder / "report.html", result, tables, scored, shown=options.report_questions)
+
+
+def all_tables(results: Sequence[Result]) -> list[Table]:
+    """Return the summary and the tables in the paper's shape, of all results of a run."""
+    from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
+
+    return [summary_table(results), *tables_like_the_papers(results)]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {count}" for name, count in ordered)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text)

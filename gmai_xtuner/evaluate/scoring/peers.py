@@ -1,0 +1,265 @@
+"""The rules of other evaluation kits, for comparison with the scores that they publish.
+
+Each is written anew from what the kit's code does at one commit. What a kit gives to a judge, to a random
+choice or to an exception is "not understood" here.
+
+``vlmevalkit``, ``can_infer`` without judge and random choice:
+https://github.com/open-compass/VLMEvalKit/blob/e8e78f05f3080fe28154f2130321f17951c3be94/vlmeval/utils/matching_util.py
+A lower-case letter is none; a letter counts only among the last four words; an option text counts as a
+substring, so "12" names 2 and "MR angiography" names both MR and MR angiography; a letter of the options as a
+word anywhere ("A large mass") is a choice if it is the only one; refusals are "Z", no option and wrong.
+
+``huatuogpt``, ``match_choice3`` and ``test_mmlu``:
+https://github.com/FreedomIntelligence/HuatuoGPT-Vision/blob/f699d88d4d1eeb9f3e62fdb2da4e297bdacb67f0/scorer.py
+The first letter from A to N, of either case, that stands alone is the answer, but for an "a" before a space
+(an article). It is compared with the upper-case gold letter, so a lower-case letter is wrong, and so is the
+"I" of "I think it is B". Without such a letter their scorer raises and aborts the run.
+
+``mmmu``, ``parse_multi_choice_response``, ``parse_open_response`` and ``eval_open``:
+https://github.com/MMMU-Benchmark/MMMU/blob/bb0b95a945998d91dfef37e969e07d49d1139438/mmmu/utils/eval_utils.py
+Multiple choice: "(B)" anywhere, else " B " between spaces, else, in an answer of more than five words, an
+option text as a substring; of several the last. Open: a gold text within the part of the answer behind "is",
+"so", "answer" and the like, or an equal number.
+
+``llava_med``, ``run_eval.py`` and ``eval_metrics``:
+https://github.com/microsoft/LLaVA-Med/blob/b9a98a736d2ef05bcf5ff345be6403fb3a664eaf/llava/eval/run_eval.py
+Closed: right if the answer has "yes" or "no" anywhere, even within a word ("normal"), and has the gold answer
+as a substring, so that "Lung" is right only beside a "yes" or "no". Open: recall in which a repeated word
+counts each time, so that "lung lung lung" has 3/4 of "left lung"; our ``token_recall`` counts it once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from gmai_xtuner.evaluate.questions import Question, Score, Scorer
+from gmai_xtuner.evaluate.scoring.choice import has_options
+from gmai_xtuner.evaluate.scoring.free_text import is_closed
+
+
+def _score_first(question: Question, letter: str | None) -> Score:
+    """Compare with the one letter that the kits know: the first of gold options that read the same."""
+    right = letter is not None and letter == min(question.gold_letters(), default="")
+    return Score(float(right), letter)
+
+
+# VLMEvalKit
+
+REFUSED = "Z"
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_API_FAILED = "Failed to obtain answer via API"
+_PUNCTUATION_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+_FROM_THE_END = 5
+
+
+def infer(answer: str, options: dict[str, str]) -> str | None:
+    """Return what ``can_infer`` does: a letter, ``Z`` for a refusal, None where it says False."""
+    return _inferred_letter(answer, options) or _inferred_text(answer, options)
+
+
+def _inferred_letter(answer: str, options: dict[str, str]) -> str | None:
+    if _API_FAILED in answer:
+        return None
+    if any(refusal in answer for refusal in _REFUSALS):
+        return REFUSED
+    words = answer.translate(_PUNCTUATION_SPACES).split()
+    present = [letter for letter in options if letter in words]
+    if len(present) == 1:
+        if words.index(present[0]) > len(words) - _FROM_THE_END:
+            return present[0]
+    elif not present and REFUSED in words:
+        return REFUSED
+    match = _ANSWER_IS.search(answer)
+    if match and match[1].upper() in options:
+        return match[1].upper()
+    return None
+
+
+def _inferred_text(answer: str, options: dict[str, str]) -> str | None:
+    answer = answer.lower()
+    if len(answer) > 2 * sum(len(option) for option in options.values()):
+        return None
+    present = [letter for letter, option in options.items() if option.lower() in answer]
+    return present[0] if len(present) == 1 else None
+
+
+VLMEVALKIT = Scorer(
+    "vlmevalkit",
+    1,
+    "the rules of VLMEvalKit's can_infer, without judge and random choice",
+    lambda question, answer: _score_first(question, infer(answer, question.lettered())),
+    has_options,
+)
+
+
+# HuatuoGPT-Vision
+
+_FIRST_LETTER = re.compile(r"(?:is |[是为]|\W|^)(?![aA] )([a-nA-N])(?:\W|$)")
+
+
+def first_letter(answer: str) -> str | None:
+    """Return the letter that their scorer takes, in its case; None where it raises."""
+    match = _FIRST_LETTER.search(answer)
+    return match[1] if match else None
+
+
+HUATUOGPT = Scorer(
+    "huatuogpt",
+    1,
+    "the rule of HuatuoGPT-Vision's scorer: the first letter that stands alone",
+    lambda question, answer: _score_first(question, first_letter(answer)),
+    has_options,
+)
+
+
+# MMMU
+
+_KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_TRIVIAL = (":", ",", ".", "!", "?", ";", "'")
+_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+)
+
+
+def parse_choice(answer: str, options: dict[str, str]) -> str | None:
+    """Return the letter that their parser takes; None where it takes a random one."""
+    text = answer
+    for sign in (",", ".", "!", "?", ";", ":", "'"):
+        text = text.strip(sign)
+    text = f" {text} "
+    found = [
+        {letter: text.rfind(form.format(letter)) for letter in options} for form in ("({})", " {} ")
+    ]
+    if len(text.split()) > 5:
+        found.append(
+            {letter: text.lower().rfind(option.lower()) for letter, option in options.items()}
+        )
+    for places in found:
+        if any(place >= 0 for place in places.values()):
+            return max(places, key=lambda letter: places[letter])
+    return None
+
+
+def parse_open(answer: str) -> set[str | float]:
+    """Return the texts and numbers that their parser finds in an answer to an open question."""
+    # the answer is in lower case by then, so their split before a capital never happens
+    parts = answer.strip().strip(".").lower().split("\n")
+    found: list[str] = []
+    keys = list(_KEYS)
+    for number, part in enumerate(parts):
+        if number == len(parts) - 1:
+            keys.append("=")
+        behind = [part.split(key)[-1].strip() for key in keys if key in part]
+        shortest = min(behind, key=len, default="")
+        if shortest and shortest not in _TRIVIAL:
+            found.append(shortest)
+    found = found or [answer.strip().strip(".").lower()]
+    numbers = [number for text in found for form in _NUMBERS for number in form.findall(text)]
+    return {one for text in (*found, *numbers) for one in _as_number_or_text(text)}
+
+
+def _as_number_or_text(text: str) -> tuple[str | float, ...]:
+    """Round a number to two decimals; lower a text, one sign alone twice, beside a space."""
+    text = text.strip()
+    try:
+        return (round(float(text.replace(",", "")), 2),)
+    except ValueError:
+        pass
+    text = text.lower()
+    return (f" {text}", f"{text} ") if len(text) == 1 else (text,)
+
+
+def _score_mmmu(question: Question, answer: str) -> Score:
+    if question.options:
+        return _score_first(question, parse_choice(answer, question.lettered()))
+    said = parse_open(answer)
+    golds = [
+        one
+        for text in (question.answer or "", *question.answers)
+        for one in _as_number_or_text(text)
+    ]
+    right = any(
+        any(isinstance(gold, str) and gold in one for gold in golds)
+        if isinstance(one, str)
+        else one in golds
+        for one in said
+    )
+    return Score(float(right), " | ".join(sorted(str(one) for one in said)) or None)
+
+
+MMMU = Scorer(
+    "mmmu",
+    1,
+    "the rules of MMMU's own evaluation, without its random choice",
+    _score_mmmu,
+)
+
+
+# LLaVA-Med
+
+_PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")
+_NUMBER_WORDS = {
+    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+    "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
+}  # fmt: skip
+_CONTRACTED = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
+how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't o'clock oughtn't
+shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd
+something'll that's there'd there're there's they'd they'll they're they've wasn't we've weren't
+what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll
+why're why's won't would've wouldn't you'd you'll you're you've
+"""
+_CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
+_PERIODS_AT_ONCE = re.UNICODE.value  # they pass the flag as the count of `sub`
+
+
+def _normalise_word(text: str) -> str:
+    """Do as their ``normalize_word``, but for contractions of three words."""
+    stripped = text
+    for sign in _PUNCTUATION:
+        beside_space = f"{sign} " in text or f" {sign}" in text or _COMMA_IN_NUMBER.search(text)
+        stripped = stripped.replace(sign, "" if beside_space else " ")
+    stripped = _PERIOD.sub("", stripped, count=_PERIODS_AT_ONCE)
+    kept = (_NUMBER_WORDS.get(word, word) for word in stripped.lower().split())
+    kept = (_CONTRACTIONS.get(word, word) for word in kept if word not in ("a", "an", "the"))
+    return " ".join(kept).replace(",", "")
+
+
+def open_recall(answer: str, gold: str) -> float:
+    """Do as their ``recall``: hits of gold words in the answer, over these and the gold words it lacks."""
+    said, expected = (
+        Counter(_normalise_word(_normalise_word(text.lower())).split()) for text in (answer, gold)
+    )
+    hit = sum(said[word] for word in said if word in expected)
+    missed = sum(count for word, count in expected.items() if word not in said)
+    return hit / (hit + missed) if said and expected and hit else 0.0
+
+
+def _score_llava_med(question: Question, answer: str) -> Score:
+    said, gold = _normalise_word(answer.lower()), question.answer
+    if gold is None or not is_closed(question):
+        return Score(None if gold is None else open_recall(answer, gold), said or None)
+    answers = "yes" in said or "no" in said
+    right = answers and _normalise_word(gold.lower()) in said
+    return Score(float(right), said if answers else None)
+
+
+LLAVA_MED = Scorer(
+    "llava_med",
+    1,
+    "the rules of LLaVA-Med: substring for closed questions, recall with repetitions for open ones",
+    _score_llava_med,
+    lambda question: not question.options,
+)
