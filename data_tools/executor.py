@@ -58,7 +58,7 @@ class Executor:
             inputs: read as results are taken.
             died: gives the result of an input whose worker dies; default is an error.
         """
-        return map(function, inputs)
+        yield from map(function, inputs)
 
 
 class _Windowed(Executor):

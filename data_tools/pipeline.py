@@ -11,36 +11,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import heapq
 import os
 import pickle
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from data_tools import readers, standardise
+from data_tools.checks import CHECK_VERSION
 from data_tools.executor import Executor, open_executor
+from data_tools.forms import FORM_VERSIONS
 from data_tools.forms.options import MakeOptions
-from data_tools.items import SourceContext
+from data_tools.items import FORMS, SourceContext
 from data_tools.job import Job, fingerprint
 from data_tools.output import publish
 from data_tools.output.build import build
 from data_tools.output.licences import refusal
+from data_tools.progress import Bar
 from data_tools.readers.source import SourceOptions
 from data_tools.records import Drop, Unit
 from data_tools.stamps import stamp
-from data_tools.standardise import IMAGES, read_unit
-from data_tools.store import Store, UnitRows, rows_of
-from data_tools.worker import Making, make, worker_taxonomy
+from data_tools.standardise import IMAGES
+from data_tools.store import Store, StoredRecord, StoredUnit
+from data_tools.worker import Recipe, make, read_units, worker_taxonomy
 from data_tools.writers.outcome import CleanStop, Outcome, Task
 from gmai_xtuner.core.errors import CorpusError, JobError
 
@@ -72,33 +76,11 @@ _NOT_OF_ANSWERS = (
     "wait",
     "poll",
 )
-_PACKAGE = Path(__file__).parent
-# What a conversation depends on besides the job: a new release writes anew what it would write differently.
-_CODE_OF_TEXT = ("forms", "checks*", "taxonomy*", "making.py", "items.py")
-_CODE_OF_PROMPTS = ("writers/prompts*",)
-
-
-class Progress(Protocol):
-    """Is told how far a run is."""
-
-    def stage(self, name: str, *, total: int | None = None) -> None: ...
-
-    def advance(self, count: int = 1, **facts: Any) -> None: ...
-
-
-class Silent:
-    """Tells nobody."""
-
-    def stage(self, name: str, *, total: int | None = None) -> None:
-        pass
-
-    def advance(self, count: int = 1, **facts: Any) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What of a job is run.
+    """The part of a job that is run.
 
     Args:
         limit: records of each source at most.
@@ -132,46 +114,45 @@ class Result:
 
     summary: dict[str, Any]
     pending: int = 0
-    stopped: CorpusError | None = field(default=None)
+    stopped: CorpusError | None = None
 
 
-def run(job: Job, selection: Selection, *, progress: Progress | None = None) -> Result:
+def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Result:
     """Do what is left to do of a job, and build its corpus.
 
     Raises:
         CorpusError: it can't be done; what was done is kept.
     """
-    progress = progress or Silent()
+    progress = progress or Bar(quiet=True)
     chosen = selection.sources(job)
     check_writer(job, selection)
     if job.writer.name != "template" and not (job.output / WORK / STATE).exists():
         from data_tools.writers.models import check_key
 
         check_key(job)  # before hours of reading; a later run may have nothing left to ask
-    taxonomy = worker_taxonomy(job.taxonomy)
     with lock(job.output), Store(job.output / WORK / STATE) as store:
         publish.recover(job.output)
         store.open_sources(
             [(source.name, _depends(source, job)) for source in job.sources],
             only=[source.name for source in chosen],
         )
-        with open_executor(job.engine, job.workers) as engine:
+        ids = {name: source for source, name in store.sources()}
+        with open_executor(job.engine, job.workers) as executor:
             for _ in range(2):
                 for source in chosen:
-                    _read(job, source, store, engine, selection.limit, progress)
+                    reading = _Reading(job, source, ids[source.name], store, executor, progress)
+                    reading.run(selection.limit)
                 # A picture that somebody took away is made again by reading its unit again.
-                if not _compare(store, job.output / IMAGES):
+                if not _compare_images(store, job.output / IMAGES):
                     break
-            for number, name in store.sources():
-                source = next(source for source in chosen if source.name == name)
-                if refusal(source.licence, job.corpus) is not None:
-                    continue  # nothing is paid for what the corpus leaves out
-                _make(job, source, number, store, engine, selection, progress)
+            for source in chosen:
+                if refusal(source.licence, job.corpus) is None:  # else nothing is paid for it
+                    _make(job, source, ids[source.name], store, executor, selection, progress)
         stopped = _write(job, store, selection, progress)
         progress.stage("building the corpus")
-        summary = build(store, job, job.output, taxonomy=taxonomy)
+        summary = build(store, job, job.output)
         # Only now: until here the corpus of the run before was the one that is there.
-        _compare(store, job.output / IMAGES, delete=True)
+        _compare_images(store, job.output / IMAGES, delete=True)
         with store.transaction():
             pass  # keeps the seconds
         return Result(summary, store.count_pending(), stopped)
@@ -226,185 +207,149 @@ def _check_is_ours(output: Path) -> None:
 
 
 def _depends(source: SourceOptions, job: Job) -> str:
-    """Everything that a source's records depend on, but for its files."""
+    """Return everything that a source's records depend on, but for its files."""
     module = readers.load(source.reader)  # type: ignore[attr-defined]
     versions = (standardise.VERSION, getattr(module, "VERSION", 1))
-    taxonomy = "" if job.taxonomy is None else _digest([job.taxonomy])
-    return f"{fingerprint(source, without=_NOT_OF_RECORDS)} {versions} {taxonomy}"
+    terms = "" if job.taxonomy is None else _hash(worker_taxonomy(job.taxonomy).kinds).hex()
+    return f"{fingerprint(source, without=_NOT_OF_RECORDS)} {versions} {terms}"
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    """Of the contents of files."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        data = path.read_bytes()
-        digest.update(f"{path.name} {len(data)}\0".encode() + data)
-    return digest.hexdigest()
+class _Placed(NamedTuple):
+    """A unit and its place in the source."""
 
-
-@dataclass(frozen=True, slots=True)
-class _ReadUnit:
     place: int
     unit: Unit
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    units: list[_ReadUnit]
-    results: list[tuple[UnitRows, bytes]] | None
-    seconds: float = 0.0
-
-
-def _read_units(
-    source: SourceOptions, folder: Path, taxonomy: Path | None, units: list[_ReadUnit]
-) -> _Read:
-    """In a worker."""
-    started = time.perf_counter()
-    terms = worker_taxonomy(taxonomy)
-    results = []
-    for task in units:
-        result = read_unit(source, task.unit, folder=folder, taxonomy=terms)
-        results.append((rows_of(result), stamp(source.root, task.unit, result.files)))
-    return _Read(units, results, time.perf_counter() - started)
-
-
-def _worker_died(units: list[_ReadUnit]) -> _Read:
-    return _Read(units, None)
-
-
 class _Reading:
-    """The units of a source, those that are done and those that are read, in their order."""
+    """Reads those units of a source that are new or have changed."""
 
-    def __init__(self, source: SourceOptions, number: int, store: Store) -> None:
-        self.source = source
-        self.number = number
-        self.store = store
-        self.size = 1
-        self.done: deque[tuple[int, int]] = deque()
+    def __init__(
+        self,
+        job: Job,
+        source: SourceOptions,
+        number: int,
+        store: Store,
+        executor: Executor,
+        progress: Bar,
+    ) -> None:
+        self.source, self.number, self.store = source, number, store
+        self.executor, self.progress = executor, progress
+        self.function = partial(read_units, source, job.output, job.taxonomy)
+        self.size = 1  # units of a task
+        self.known: deque[tuple[int, int]] = deque()  # id and place of units that are read already
 
-    def tasks(self) -> Iterator[list[_ReadUnit]]:
-        """What is to be read, some units together; those that are done go to ``done``."""
-        waiting: list[_ReadUnit] = []
+    def run(self, limit: int | None) -> None:
+        """Read until the limit of records is reached, and arrange what is there in the corpus."""
+        self.progress.stage(f"reading {self.source.name}")
+        self.store.begin_order()
+        found: set[bytes] = set()
+        with closing(self._units()) as units:
+            for unit, place in units:
+                self.store.order([(unit, place)])
+                if limit is not None:
+                    found.update(self.store.duplicate_keys(unit))
+                    if len(found) >= limit:
+                        break
+        self.store.arrange(self.number, limit=limit)
+
+    def _units(self) -> Iterator[tuple[int, int]]:
+        """Yield id and place of each unit, in their order; those that are new are read."""
+        with closing(self._read(self._batches())) as results:
+            for (place, unit), result in results:
+                yield from self._known_before(place)
+                row = self.store.add_unit(self.number, unit.key, result)
+                self.progress.advance(records=len(result.records))
+                yield row, place
+        yield from self._known_before(float("inf"))
+
+    def _known_before(self, place: float) -> Iterator[tuple[int, int]]:
+        while self.known and self.known[0][1] < place:
+            yield self.known.popleft()
+
+    def _batches(self) -> Iterator[list[_Placed]]:
+        """Yield what is to be read, some units together; those that are read already go to ``known``."""
+        waiting: list[_Placed] = []
         module = readers.load(self.source.reader)  # type: ignore[attr-defined]
         for place, unit in enumerate(module.units(self.source)):
             known = self.store.known_unit(self.number, unit.key)
             if known is not None and known[1] == stamp(self.source.root, unit, known[2]):
-                self.done.append((known[0], place))
+                self.known.append((known[0], place))
                 continue
-            waiting.append(_ReadUnit(place, unit))
+            waiting.append(_Placed(place, unit))
             if len(waiting) >= self.size:
                 yield waiting
                 waiting = []
         if waiting:
             yield waiting
 
-    def done_before(self, place: float) -> Iterator[tuple[int, int]]:
-        while self.done and self.done[0][1] < place:
-            yield self.done.popleft()
+    def _read(self, batches: Iterable[list[_Placed]]) -> Iterator[tuple[_Placed, StoredUnit]]:
+        """Yield unit by unit. Where a worker dies over several, each is tried alone to find the one."""
+        flight: deque[list[_Placed]] = deque()
 
+        def tasks() -> Iterator[list[Unit]]:
+            for batch in batches:
+                flight.append(batch)
+                yield [placed.unit for placed in batch]
 
-def _read(
-    job: Job,
-    source: SourceOptions,
-    store: Store,
-    engine: Executor,
-    limit: int | None,
-    progress: Progress,
-) -> None:
-    number = next(number for number, name in store.sources() if name == source.name)
-    reading = _Reading(source, number, store)
-    function = partial(_read_units, source, job.output, job.taxonomy)
-    progress.stage(f"reading {source.name}")
-    store.begin_order()
-    twins: set[bytes] = set()
+        results = self.executor.map(self.function, tasks(), died=lambda _: None)
+        with closing(results):
+            for read in results:
+                batch = flight.popleft()
+                if read is not None:
+                    units, seconds = read
+                    self._adapt_size(seconds, len(batch))
+                    yield from zip(batch, units, strict=True)
+                elif len(batch) > 1:
+                    yield from self._read([placed] for placed in batch)
+                else:
+                    detail = "a library crashed, or the system ended the process for its memory"
+                    drop = Drop("read", "the reading process died", batch[0].unit.key, detail)
+                    yield batch[0], StoredUnit(b"died", drops=(drop,), samples=1)
 
-    def enough(units: Iterable[tuple[int, int]]) -> bool:
-        """Whether the limit is reached with these units, which get their places."""
-        for unit, place in units:
-            store.order([(unit, place)])
-            if limit is not None:
-                twins.update(store.twins(unit))
-                if len(twins) >= limit:
-                    return True
-        return False
-
-    results = engine.map(function, reading.tasks(), died=_worker_died)
-    full = limit is not None and limit < 1
-    with contextlib.closing(_each(results, function, engine)) as units:
-        for task, (result, mark), seconds, count in units:
-            if full or (full := enough(reading.done_before(task.place))):
-                break
-            unit = store.add_unit(number, task.unit.key, mark, result)
-            progress.advance(records=len(result.rows))
-            if full := enough([(unit, task.place)]):
-                break
-            # A task grows until it takes long enough; that changes no result.
-            if seconds < _TASK_SECONDS / 2:
-                reading.size = min(max(reading.size, 2 * count), _MOST_UNITS)
-            elif seconds > 2 * _TASK_SECONDS:
-                reading.size = max(1, count // 2)
-    if not full:
-        enough(reading.done_before(float("inf")))
-    store.arrange(number, limit=limit)
-
-
-def _each(
-    results: Iterator[_Read], function: Callable[[list[_ReadUnit]], _Read], engine: Executor
-) -> Generator[tuple[_ReadUnit, tuple[UnitRows, bytes], float, int], None, None]:
-    """Unit by unit. Where a worker died over several, each is tried alone to find the one."""
-    try:
-        for read in results:
-            if read.results is None and len(read.units) > 1:
-                alone = engine.map(function, ([task] for task in read.units), died=_worker_died)
-                yield from _each(alone, function, engine)
-            elif read.results is None:
-                (task,) = read.units
-                detail = "a library crashed, or the system ended the process for its memory"
-                drop = Drop("read", "the reading process died", task.unit.key, detail)
-                yield task, (UnitRows([], (drop,), 1), b"died"), 0.0, 1
-            else:
-                count = len(read.units)
-                for task, result in zip(read.units, read.results, strict=True):
-                    yield task, result, read.seconds, count
-    finally:
-        close = getattr(results, "close", None)
-        if close is not None:
-            close()
+    def _adapt_size(self, seconds: float, count: int) -> None:
+        """Let a task grow until it takes long enough; that changes no result."""
+        if seconds < _TASK_SECONDS / 2:
+            self.size = min(max(self.size, 2 * count), _MOST_UNITS)
+        elif seconds > 2 * _TASK_SECONDS:
+            self.size = max(1, count // 2)
 
 
 # What `store_image` writes, whole or aside; anything else in the folder is somebody's and stays.
 _STORED = re.compile(r"/[0-9a-f]{2}/\.?[0-9a-f]{32}")
 
 
-def _compare(store: Store, folder: Path, *, delete: bool = False) -> bool:
-    """Whether pictures of records were missing, whose units are now unread.
+def _compare_images(store: Store, folder: Path, *, delete: bool = False) -> bool:
+    """Compare the images of records with those that are stored.
+
+    Units whose images are missing become unread.
 
     Args:
         store: of the job.
-        folder: of the pictures.
-        delete: those that no record refers to.
+        folder: of the images.
+        delete: remove those that no record refers to.
+
+    Returns:
+        True if images were missing.
     """
-    wanted = iter(store.images())
+    both = heapq.merge(
+        ((name, "wanted") for name in store.images()),
+        ((name, "stored") for name in _stored_images(folder)),
+    )
     missing: list[str] = []
-    name = next(wanted, None)
-    for found in _pictures(folder):
-        while name is not None and name < found:
+    for name, pairs in groupby(both, key=lambda pair: pair[0]):
+        sides = {side for _, side in pairs}
+        if sides == {"wanted"}:
             missing.append(name)
-            name = next(wanted, None)
-        if name == found:
-            name = next(wanted, None)
-        elif delete and _STORED.search(found):
-            (folder.parent / found).unlink(missing_ok=True)
-    while name is not None:
-        missing.append(name)
-        name = next(wanted, None)
+        elif sides == {"stored"} and delete and _STORED.search(name):
+            (folder.parent / name).unlink(missing_ok=True)
     for name in missing:
         store.forget_image(name)
     return bool(missing)
 
 
-def _pictures(folder: Path) -> Iterator[str]:
-    """Path below the corpus of every file in its folder of pictures, sorted as text."""
+def _stored_images(folder: Path) -> Iterator[str]:
+    """Yield the path below the corpus of every file in its folder of images, sorted as text."""
     if not folder.is_dir():
         return
     for shard in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
@@ -416,7 +361,7 @@ def _pictures(folder: Path) -> Iterator[str]:
 
 
 def source_context(source: SourceOptions, vocabulary: Sequence[str]) -> SourceContext:
-    """What is known of a source whose records have these labels."""
+    """Return what is known of a source whose records have these labels."""
     return SourceContext(
         source=source.name,
         dataset=source.dataset or source.name,
@@ -426,42 +371,39 @@ def source_context(source: SourceOptions, vocabulary: Sequence[str]) -> SourceCo
     )
 
 
-def making_of(job: Job, context: SourceContext, *, grounded: bool) -> Making:
-    """How a source's conversations are made."""
+def make_of(job: Job, source: str) -> MakeOptions:
+    """Return the section ``make`` as it holds for a source."""
+    (own,) = {one.negatives for one in job.sources if one.name == source}
+    return job.make if own is None else job.make.model_copy(update={"negatives": own})
+
+
+def versions_of_text(make: MakeOptions) -> dict[str, int]:
+    """Return the versions of everything that decides on the text of the forms that are made."""
+    versions = {form: FORM_VERSIONS[form] for form in FORMS if getattr(make, form)}
+    return versions | {"checks": CHECK_VERSION}
+
+
+def recipe_of(job: Job, context: SourceContext, *, grounded: bool) -> Recipe:
+    """Return how a source's conversations are made."""
+    make = make_of(job, context.source)
     answers = None
     if job.writer.name != "template":
+        from data_tools.writers.prompts import PROMPT_VERSION
+
         answers = _hash(
             fingerprint(job.writer, without=_NOT_OF_ANSWERS),
             fingerprint(job.checks),
             grounded,
             context,
-            _taxonomy_digest(job),
-            _code(_CODE_OF_TEXT + _CODE_OF_PROMPTS),
+            worker_taxonomy(job.taxonomy).kinds,
+            CHECK_VERSION,
+            PROMPT_VERSION,
         )
-    make = make_of(job, context.source)
-    return Making(make, job.checks, job.seed, job.taxonomy, context, answers)
-
-
-def make_of(job: Job, source: str) -> MakeOptions:
-    """The section ``make`` as it holds for a source."""
-    (own,) = {one.negatives for one in job.sources if one.name == source}
-    return job.make if own is None else job.make.model_copy(update={"negatives": own})
+    return Recipe(make, job.checks, job.seed, job.taxonomy, context, answers)
 
 
 def _hash(*parts: Any) -> bytes:
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _taxonomy_digest(job: Job) -> str:
-    return "" if job.taxonomy is None else _digest([job.taxonomy])
-
-
-def _code(patterns: Sequence[str]) -> str:
-    files: set[Path] = set()
-    for pattern in patterns:
-        for path in _PACKAGE.glob(pattern):
-            files.update(path.rglob("*.*") if path.is_dir() else [path])
-    return _digest(sorted(path for path in files if path.suffix in (".py", ".yaml", ".json")))
 
 
 def _make(
@@ -469,33 +411,34 @@ def _make(
     source: SourceOptions,
     number: int,
     store: Store,
-    engine: Executor,
+    executor: Executor,
     selection: Selection,
-    progress: Progress,
+    progress: Bar,
 ) -> None:
+    """Make the conversations of a source's records that were not made in this very way."""
     context = source_context(source, store.vocabulary(number))
-    making = making_of(job, context, grounded=selection.grounded)
+    recipe = recipe_of(job, context, grounded=selection.grounded)
     made = _hash(
-        fingerprint(make_of(job, source.name)),
+        fingerprint(recipe.make),
         fingerprint(job.checks),
         job.seed,
         context,
-        making.answers,
-        _taxonomy_digest(job),
-        _code(_CODE_OF_TEXT),
+        recipe.answers,
+        worker_taxonomy(job.taxonomy).kinds,
+        versions_of_text(recipe.make),
     ).hex()
     progress.stage(f"making {source.name}", total=store.count_to_make(number, made))
-    flight: deque[list[Any]] = deque()
+    flight: deque[list[StoredRecord]] = deque()
 
-    def chunks() -> Iterator[list[Any]]:
-        for raws in store.to_make(number, made):
-            flight.append(raws)
-            yield raws
+    def chunks() -> Iterator[list[StoredRecord]]:
+        for records in store.to_make(number, made):
+            flight.append(records)
+            yield records
 
-    for items in engine.map(partial(make, pickle.dumps(making)), chunks()):
-        raws = flight.popleft()
-        store.add_made(made, zip(raws, items, strict=True))
-        progress.advance(len(raws))
+    for items in executor.map(partial(make, pickle.dumps(recipe)), chunks()):
+        records = flight.popleft()
+        store.add_made(number, made, zip(records, items, strict=True))
+        progress.advance(len(records))
 
 
 # --- a model's answers ----------------------------------------------------------------------------
@@ -516,7 +459,7 @@ def check_writer(job: Job, selection: Selection) -> None:
         )
 
 
-def _write(job: Job, store: Store, selection: Selection, progress: Progress) -> CorpusError | None:
+def _write(job: Job, store: Store, selection: Selection, progress: Bar) -> CorpusError | None:
     """Have pending items written. What stops the writer cleanly is returned."""
     total = store.count_pending()
     if not total or job.writer.name == "template":
@@ -524,28 +467,31 @@ def _write(job: Job, store: Store, selection: Selection, progress: Progress) -> 
     # They need the libraries of the API.
     from data_tools.writers.models import model_writer
 
-    contexts = contexts_of(job, store)
+    options = {source.name: source for source in job.sources}
+    contexts = {
+        name: source_context(options[name], store.vocabulary(number))
+        for number, name in store.sources()
+    }
     writer = model_writer(job, grounded=selection.grounded)
     rows: dict[str, int] = {}
     answered: list[tuple[int, Outcome]] = []
 
     def tasks() -> Iterator[Task]:
-        for row, item, record in store.pending():
-            rows[item.id] = row
-            yield Task(item, record, contexts[record.provenance.source])
+        for kept in store.pending():
+            rows[kept.item.id] = kept.row
+            yield Task(kept.item, kept.record, contexts[kept.record.provenance.source])
 
     def keep() -> None:
         with store.transaction():
             for row, outcome in answered:
-                _keep(store, row, outcome)
+                store.add_outcome(row, outcome)
         answered.clear()
 
     progress.stage("asking the model", total=total)
     last = time.monotonic()
     try:
         for outcome in writer.write(tasks()):
-            row = rows.pop(outcome.item.id)
-            answered.append((row, outcome))
+            answered.append((rows.pop(outcome.item.id), outcome))
             progress.advance(dollars=outcome.dollars)
             if time.monotonic() - last > _COMMIT_SECONDS:
                 keep()
@@ -555,30 +501,3 @@ def _write(job: Job, store: Store, selection: Selection, progress: Progress) -> 
     finally:
         keep()
     return None
-
-
-def contexts_of(job: Job, store: Store) -> dict[str, SourceContext]:
-    """By the name of the source."""
-    options = {source.name: source for source in job.sources}
-    return {
-        name: source_context(options[name], store.vocabulary(number))
-        for number, name in store.sources()
-    }
-
-
-def _keep(store: Store, row: int, outcome: Outcome) -> None:
-    if not outcome.pending:
-        store.set_outcome(
-            row,
-            conversation=outcome.conversation,
-            problems=outcome.problems,
-            prompt=outcome.prompt,
-            answer=outcome.answer,
-        )
-    store.add_usage(
-        requests=outcome.requests,
-        cached=outcome.cached,
-        prompt_tokens=outcome.prompt_tokens,
-        completion_tokens=outcome.completion_tokens,
-        dollars=outcome.dollars,
-    )

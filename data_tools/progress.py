@@ -1,4 +1,4 @@
-"""How far a run is, as a line on stderr."""
+"""The progress of a run as a line on stderr."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from tqdm import tqdm
 
 
 class Bar:
-    """One bar for each stage, with the cost where there is one. In a log file: a line in ten seconds."""
+    """Shows one bar for each stage, with the cost where there is one; in a log file, a line in ten seconds.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._bar: tqdm[Any] | None = None
         self._sums: dict[str, float] = {}
 
@@ -25,13 +30,14 @@ class Bar:
         """Begin a stage of ``total`` steps; None: unknown."""
         self._close()
         self._sums = {}
-        interval = 0.2 if _is_terminal() else 10.0
-        self._bar = tqdm(
-            desc=name, total=total, unit="", mininterval=interval, dynamic_ncols=True, leave=True
-        )
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        if not self._quiet:
+            self._bar = tqdm(
+                desc=name, total=total, unit="", mininterval=interval, dynamic_ncols=True
+            )
 
     def advance(self, count: int = 1, **facts: Any) -> None:
-        """So many steps are done. Facts are summed up; ``dollars`` come with what the stage will cost."""
+        """Count steps that are done. Facts are summed up; ``dollars`` come with what the stage will cost."""
         bar = self._bar
         if bar is None:
             return
@@ -58,7 +64,3 @@ class Bar:
                 self._bar.set_postfix_str(self._facts(self._bar.n), refresh=False)
             self._bar.close()
             self._bar = None
-
-
-def _is_terminal() -> bool:
-    return sys.stderr.isatty()

@@ -1,17 +1,17 @@
-"""The state of a job: one SQLite database, written by one process, after any stop as good as before it.
+"""The state of a job: one SQLite database, written by one process, consistent after any stop.
 
 ::
 
     sources   name, what its records depend on              a changed source is read again
-    units     key, place in the source, stamp of its files  committed with its records and drops
+    units     key, place in the source, fingerprint         committed with its records and drops
     records   as they were read
     corpus    which records are in it, under which number   follows from the order of job, source and unit,
               and id; what their items were made with       never from the order in which work came in
-    items     a conversation: accepted, rejected, pending   row number = record x 4096 + place in the record
-    drops     what was left out: stage, reason
+    items     a conversation: accepted, rejected, pending   id = record x 4096 + place in the record
+    drops     what was left out: stage, reason              unit: of the unit, or minus the source
 
-The number of a forgotten row is never given again (AUTOINCREMENT): items would pass to another record.
-A unit is done if its row is there, a record's items are if ``made`` names what they were made with.
+The id of a forgotten row is never given again (AUTOINCREMENT): items would pass to another record.
+A unit is done if its row is there; a record's items are done if ``made`` names what they were made with.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from data_tools.items import Conversation, Item, Problem
 from data_tools.records import Drop, Record
-from data_tools.standardise import UnitResult, duplicate_key
 from gmai_xtuner.core.errors import CorpusError
 
-VERSION = 1
+if TYPE_CHECKING:
+    from data_tools.writers.outcome import Outcome
+
+VERSION = 2
 MAX_ITEMS = 4096
-"""Of one record."""
+"""Conversations of one record."""
 
 ACCEPTED, REJECTED, PENDING = 0, 1, 2
-_BATCH = 500  # rows read at once
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -45,11 +46,11 @@ CREATE TABLE sources (
     depends TEXT NOT NULL, arranged TEXT);
 CREATE TABLE units (
     id INTEGER PRIMARY KEY AUTOINCREMENT, source INTEGER NOT NULL, place INTEGER, key TEXT NOT NULL,
-    stamp BLOB NOT NULL, files BLOB NOT NULL, samples INTEGER NOT NULL,
+    fingerprint BLOB NOT NULL, files BLOB NOT NULL, samples INTEGER NOT NULL,
     regions INTEGER NOT NULL, UNIQUE (source, key));
 CREATE TABLE records (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, unit INTEGER NOT NULL, name TEXT NOT NULL, twin BLOB NOT NULL,
-    image TEXT NOT NULL, body BLOB NOT NULL);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, unit INTEGER NOT NULL, name TEXT NOT NULL,
+    duplicate_key BLOB NOT NULL, image TEXT NOT NULL, body BLOB NOT NULL);
 CREATE INDEX records_unit ON records (unit);
 CREATE TABLE corpus (
     source INTEGER NOT NULL, number INTEGER NOT NULL, record INTEGER NOT NULL, final TEXT, made TEXT,
@@ -62,8 +63,35 @@ CREATE TABLE items (
 CREATE INDEX items_rejected ON items (id) WHERE state = 1;
 CREATE INDEX items_pending ON items (id) WHERE state = 2;
 CREATE TABLE drops (unit INTEGER NOT NULL, stage TEXT NOT NULL, reason TEXT NOT NULL,
-    place TEXT NOT NULL, detail TEXT NOT NULL);
+    "where" TEXT NOT NULL, detail TEXT NOT NULL);
 CREATE INDEX drops_unit ON drops (unit);
+
+CREATE TRIGGER forget_source AFTER DELETE ON sources BEGIN
+    DELETE FROM units WHERE source = old.id;
+    DELETE FROM corpus WHERE source = old.id;
+    DELETE FROM drops WHERE unit = -old.id;
+END;
+CREATE TRIGGER forget_unit AFTER DELETE ON units BEGIN
+    DELETE FROM records WHERE unit = old.id;
+    DELETE FROM drops WHERE unit = old.id;
+    UPDATE sources SET arranged = NULL WHERE id = old.source;
+END;
+CREATE TRIGGER forget_record AFTER DELETE ON records BEGIN
+    DELETE FROM items WHERE id BETWEEN old.id * 4096 AND old.id * 4096 + 4095;
+END;
+
+CREATE VIEW corpus_records AS
+    SELECT c.source, c.number, c.made, r.id AS row, coalesce(c.final, r.name) AS id, r.body
+    FROM corpus c CROSS JOIN records r ON r.id = c.record;
+CREATE VIEW corpus_items AS
+    SELECT c.source, c.number, c.record, c.final, i.*
+    FROM corpus c CROSS JOIN items i ON i.id BETWEEN c.record * 4096 AND c.record * 4096 + 4095;
+CREATE VIEW conversations AS
+    SELECT i.*, coalesce(i.final, r.name) AS record_id, r.body
+    FROM corpus_items i CROSS JOIN records r ON r.id = i.record;
+CREATE VIEW corpus_drops AS
+    SELECT u.source, u.place, d.rowid AS number, d.* FROM units u CROSS JOIN drops d ON d.unit = u.id
+    WHERE u.place IS NOT NULL;
 """
 
 
@@ -75,14 +103,91 @@ class _Names(msgspec.Struct):
     labels: list[_Name]
 
 
-_record_decoder = msgspec.json.Decoder(Record)
-_conversation_decoder = msgspec.json.Decoder(Conversation)
-_problems_decoder = msgspec.json.Decoder(tuple[Problem, ...])
-_labels_decoder: msgspec.json.Decoder[_Names] = msgspec.json.Decoder(_Names)
-_encoder = msgspec.json.Encoder()
-encode = _encoder.encode
-decode_names = msgspec.json.Decoder(list[str]).decode
-decode_record = _record_decoder.decode
+encode = msgspec.json.Encoder().encode
+_decode_record = msgspec.json.Decoder(Record).decode
+_decode_conversation = msgspec.json.Decoder(Conversation).decode
+_decode_problems = msgspec.json.Decoder(tuple[Problem, ...]).decode
+_decode_labels = msgspec.json.Decoder(_Names).decode
+_decode_files = msgspec.json.Decoder(list[str]).decode
+
+
+def decode_record(body: bytes, id: str) -> Record:
+    """Return the record of a JSON body under this id."""
+    record = _decode_record(body)
+    return record if record.id == id else replace(record, id=id)
+
+
+class StoredRecord(msgspec.Struct):
+    """A record on its way between the workers and the store.
+
+    Args:
+        id: the record's, which may differ from the one in ``body`` where two had the same.
+        body: JSON of the `Record`.
+        duplicate_key: the same for records of the same pixels and the same labels.
+        image: the record's.
+        row: of the store; 0 before it is stored.
+        number: in its source, counted from 1 over the records that are in the corpus.
+        has_items: conversations of it were made before, with something else.
+    """
+
+    id: str
+    body: bytes
+    duplicate_key: bytes = b""
+    image: str = ""
+    row: int = 0
+    number: int = 0
+    has_items: bool = False
+
+    @property
+    def record(self) -> Record:
+        return decode_record(self.body, self.id)
+
+
+class StoredUnit(msgspec.Struct):
+    """The outcome of reading a unit, on its way from a worker to the store.
+
+    Args:
+        fingerprint: changes if a file of the unit changes.
+        records, drops: in the order in which they were read.
+        samples: how many the reader gave, dropped or not.
+        regions: how many labels of the records have a box.
+        files: below the root, that samples come from.
+    """
+
+    fingerprint: bytes
+    records: list[StoredRecord] = []
+    drops: tuple[Drop, ...] = ()
+    samples: int = 0
+    regions: int = 0
+    files: tuple[str, ...] = ()
+
+
+class ItemRow(msgspec.Struct):
+    """A planned conversation as a row of ``items``; but for one that a model is to write, it is written.
+
+    Args:
+        id: the record's row x `MAX_ITEMS` + its place among the record's conversations.
+        state: `ACCEPTED`, `REJECTED` or `PENDING`.
+        suffix: the item's id without the record's.
+        form, language, kind, focus, seed: of the `Item`.
+        key: hash of everything that a model's answer depends on; None for the template writer.
+        conversation, problems: JSON.
+        prompt, answer: of a model.
+    """
+
+    id: int
+    state: int
+    suffix: str
+    form: str
+    language: str
+    kind: str
+    focus: int | None
+    seed: int
+    key: bytes | None = None
+    conversation: bytes | None = None
+    problems: bytes | None = None
+    prompt: str | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +200,7 @@ class Kept:
         conversation: None if the writer gave none that can be read.
         problems: why it was set aside; empty if it was accepted.
         prompt, answer: of a model; empty for a template's.
+        row: of the store.
     """
 
     item: Item
@@ -103,6 +209,7 @@ class Kept:
     problems: tuple[Problem, ...] = ()
     prompt: str = ""
     answer: str = ""
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +227,8 @@ class FunnelRow:
 
 
 @dataclass(frozen=True, slots=True)
-class DropRow:
-    """One thing left out."""
-
-    source: str
-    stage: str
-    reason: str
-    where: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
 class Usage:
-    """Of all runs of the job together; ``seconds`` of wall clock."""
+    """What all runs of the job together have used; ``seconds`` of wall clock."""
 
     requests: int = 0
     cached: int = 0
@@ -140,66 +236,6 @@ class Usage:
     completion_tokens: int = 0
     dollars: float = 0.0
     seconds: float = 0.0
-
-
-class Row(NamedTuple):
-    """A record on its way from a worker."""
-
-    id: str
-    twin: bytes
-    image: str
-    body: bytes
-
-
-class UnitRows(NamedTuple):
-    """What became of a unit, as it is stored; `rows_of` makes it, in the worker."""
-
-    rows: list[Row]
-    drops: tuple[Drop, ...] = ()
-    samples: int = 0
-    regions: int = 0
-    files: tuple[str, ...] = ()
-
-
-def rows_of(result: UnitResult) -> UnitRows:
-    """The result of `standardise.read_unit` as it is stored."""
-    return UnitRows(
-        [Row(r.id, duplicate_key(r), r.image, encode(r)) for r in result.records],
-        result.drops,
-        result.samples,
-        sum(label.box is not None for r in result.records for label in r.labels),
-        result.files,
-    )
-
-
-class Raw(NamedTuple):
-    """A record that is to be made something of, as it is in the database.
-
-    Args:
-        source, number: where it is in the corpus.
-        record: its row.
-        final: its id, if it isn't the one in ``body``.
-        body: JSON of the `Record`.
-        has_items: whether there are items of it, made with something else.
-    """
-
-    source: int
-    number: int
-    record: int
-    final: str | None
-    body: bytes
-    has_items: bool
-
-    def decode(self) -> Record:
-        record = decode_record(self.body)
-        return record if self.final is None else replace(record, id=self.final)
-
-
-# (state, id without the record's, form, language, kind, focus, seed, key, conversation, problems): of an item
-# that was planned and, but for one of a model, written. A tuple, because processes exchange millions of it.
-WrittenItem = tuple[
-    int, str, str, str, str, int | None, int, bytes | None, bytes | None, bytes | None
-]
 
 
 class Store:
@@ -213,12 +249,13 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._since = time.monotonic()
         self._depth = 0
+        self._chosen: set[str] = set()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA cache_size = -65536")
@@ -226,12 +263,12 @@ class Store:
             # Pages that change with every chunk are copied out of the log seldom: every 32 MiB of it.
             self._db.execute("PRAGMA wal_autocheckpoint = 8192")
             self._db.execute("PRAGMA journal_size_limit = 67108864")
-            if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
-                tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-                if tables:
+            version = self._value("PRAGMA user_version")
+            if version == 0:
+                if self._value("SELECT count(*) FROM sqlite_master"):
                     raise CorpusError(f"{path} is not a database of this tool; move it away.")
                 self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+                version = VERSION
         except sqlite3.DatabaseError as error:
             raise CorpusError(
                 f"{path}, the state of this job, can't be opened ({error}). Free disk space and check the "
@@ -242,20 +279,16 @@ class Store:
                 f"{path} was written by another version of this tool (state {version}, expected {VERSION}). "
                 "Delete it to begin anew: answers stay in the writer's cache."
             )
-        self._wanted: list[int] | None = None
-
-    def close(self) -> None:
-        self._db.close()
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._db.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing; one inside another belongs to it."""
+        """Commit all or nothing; a transaction inside another belongs to it."""
         if self._depth:
             yield
             return
@@ -274,19 +307,19 @@ class Store:
             self._depth = 0
 
     def _add(self, key: str, amount: float) -> None:
-        self._db.execute(
+        self._rows(
             "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = value + excluded.value",
-            (key, amount),
+            key,
+            amount,
         )
 
-    def _rows(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Rows of a cursor of its own, some at a time."""
-        cursor = self._db.execute(query, values)
-        try:
-            while rows := cursor.fetchmany(_BATCH):
-                yield from rows
-        finally:
-            cursor.close()
+    def _rows(self, query: str, *values: Any) -> sqlite3.Cursor:
+        """Execute a statement; rows come as they are taken, and their columns have names."""
+        return self._db.execute(query, values)
+
+    def _value(self, query: str, *values: Any) -> Any:
+        """Return the first column of the first row."""
+        return self._rows(query, *values).fetchone()[0]
 
     # --- sources and units ------------------------------------------------------------------------
 
@@ -299,120 +332,76 @@ class Store:
             depends: name and hash of everything that a source's records depend on, but for its files.
             only: names of the sources that the corpus is to hold; default all.
         """
+        new = dict(depends)
         with self.transaction():
-            known = {
-                name: (number, old)
-                for number, name, old in self._db.execute("SELECT id, name, depends FROM sources")
-            }
-            for name in set(known) - {name for name, _ in depends}:
-                self._forget_source(known[name][0])
-            for place, (name, new) in enumerate(depends):
-                if name in known and known[name][1] != new:
-                    self._forget_source(known[name][0])
-                self._db.execute(
-                    "INSERT INTO sources (name, place, depends) VALUES (?, ?, ?) "
-                    "ON CONFLICT (name) DO UPDATE SET place = excluded.place",
-                    (name, place, new),
-                )
+            for row in self._rows("SELECT id, name, depends FROM sources").fetchall():
+                if new.get(row["name"]) != row["depends"]:
+                    self._rows("DELETE FROM sources WHERE id = ?", row["id"])
+            self._db.executemany(
+                "INSERT INTO sources (name, place, depends) VALUES (?, ?, ?) "
+                "ON CONFLICT (name) DO UPDATE SET place = excluded.place",
+                [(name, place, hashed) for place, (name, hashed) in enumerate(depends)],
+            )
         self.choose(only)
 
     def choose(self, names: Iterable[str]) -> None:
-        """Look at these sources only; none: at all."""
-        wanted = set(names)
-        self._wanted = [
-            number for number, name in self._all_sources() if not wanted or name in wanted
-        ]
+        """Restrict the corpus to these sources; without a name, to all."""
+        self._chosen = set(names)
 
     def sources(self) -> list[tuple[int, str]]:
-        """Number and name of the sources that the corpus is to hold, in their order."""
-        return [
-            row for row in self._all_sources() if self._wanted is None or row[0] in self._wanted
-        ]
-
-    def _all_sources(self) -> list[tuple[int, str]]:
-        return self._db.execute("SELECT id, name FROM sources ORDER BY place").fetchall()
-
-    def _forget_source(self, source: int) -> None:
-        self._forget_units(
-            row for (row,) in self._all("SELECT id FROM units WHERE source = ?", source)
-        )
-        self._db.execute("DELETE FROM corpus WHERE source = ?", (source,))
-        self._db.execute("DELETE FROM drops WHERE unit = ?", (-source,))
-        self._db.execute("DELETE FROM sources WHERE id = ?", (source,))
-
-    def _forget_units(self, units: Iterable[int]) -> None:
-        for unit in units:
-            for (record,) in self._all("SELECT id FROM records WHERE unit = ?", unit):
-                self._forget_items(record)
-            self._db.execute("DELETE FROM records WHERE unit = ?", (unit,))
-            self._db.execute("DELETE FROM drops WHERE unit = ?", (unit,))
-            self._db.execute(
-                "UPDATE sources SET arranged = NULL WHERE id = (SELECT source FROM units WHERE id = ?)",
-                (unit,),
-            )
-            self._db.execute("DELETE FROM units WHERE id = ?", (unit,))
-
-    def _forget_items(self, record: int) -> None:
-        self._db.execute(
-            "DELETE FROM items WHERE id BETWEEN ? AND ?",
-            (record * MAX_ITEMS, record * MAX_ITEMS + MAX_ITEMS - 1),
-        )
-
-    def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._db.execute(query, values).fetchall()
+        """Return id and name of the sources that the corpus is to hold, in their order."""
+        rows = self._rows("SELECT id, name FROM sources ORDER BY place")
+        return [(id, name) for id, name in rows if not self._chosen or name in self._chosen]
 
     def known_unit(self, source: int, key: str) -> tuple[int, bytes, list[str]] | None:
-        """Number, stamp and source files of a unit that was read."""
-        row = self._db.execute(
-            "SELECT id, stamp, files FROM units WHERE source = ? AND key = ?", (source, _valid(key))
+        """Return id, fingerprint and source files of a unit that was read."""
+        row = self._rows(
+            "SELECT id, fingerprint, files FROM units WHERE source = ? AND key = ?",
+            source,
+            _valid(key),
         ).fetchone()
-        return None if row is None else (row[0], row[1], decode_names(row[2]))
+        return row and (row["id"], row["fingerprint"], _decode_files(row["files"]))
 
-    def add_unit(self, source: int, key: str, stamp: bytes, result: UnitRows) -> int:
-        """Keep what became of a unit and return its number; an older reading of it is forgotten."""
+    def add_unit(self, source: int, key: str, result: StoredUnit) -> int:
+        """Keep what became of a unit and return its id; an older reading of it is forgotten."""
         key = _valid(key)
         with self.transaction():
-            self._forget_units(
-                row
-                for (row,) in self._all(
-                    "SELECT id FROM units WHERE source = ? AND key = ?", source, key
-                )
-            )
-            unit = self._db.execute(
-                "INSERT INTO units (source, key, stamp, files, samples, regions) VALUES (?, ?, ?, ?, ?, ?)",
-                (source, key, stamp, encode(result.files), result.samples, result.regions),
+            self._rows("DELETE FROM units WHERE source = ? AND key = ?", source, key)
+            unit = self._rows(
+                "INSERT INTO units (source, key, fingerprint, files, samples, regions) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                source,
+                key,
+                result.fingerprint,
+                encode(result.files),
+                result.samples,
+                result.regions,
             ).lastrowid
             assert unit is not None
             self._db.executemany(
-                "INSERT INTO records (unit, name, twin, image, body) VALUES (?, ?, ?, ?, ?)",
-                ((unit, row.id, row.twin, row.image, row.body) for row in result.rows),
+                "INSERT INTO records (unit, name, duplicate_key, image, body) VALUES (?, ?, ?, ?, ?)",
+                [(unit, r.id, r.duplicate_key, r.image, r.body) for r in result.records],
             )
-            self._add_drops(unit, result.drops)
-            self._db.execute("UPDATE sources SET arranged = NULL WHERE id = ?", (source,))
+            self._db.executemany(
+                'INSERT INTO drops (unit, stage, reason, "where", detail) VALUES (?, ?, ?, ?, ?)',
+                [
+                    (unit, *map(_valid, (drop.stage, drop.reason, drop.where, drop.detail)))
+                    for drop in result.drops
+                ],
+            )
+            self._rows("UPDATE sources SET arranged = NULL WHERE id = ?", source)
         return unit
 
-    def _add_drops(self, unit: int, drops: Iterable[Drop]) -> None:
-        self._db.executemany(
-            "INSERT INTO drops VALUES (?, ?, ?, ?, ?)",
-            (
-                (
-                    unit,
-                    *(_valid(text) for text in (drop.stage, drop.reason, drop.where, drop.detail)),
-                )
-                for drop in drops
-            ),
-        )
-
-    def twins(self, unit: int) -> list[bytes]:
-        """Of a unit's records."""
-        return [twin for (twin,) in self._all("SELECT twin FROM records WHERE unit = ?", unit)]
+    def duplicate_keys(self, unit: int) -> list[bytes]:
+        """Return the key of each record of a unit; duplicates have the same."""
+        return [
+            key for (key,) in self._rows("SELECT duplicate_key FROM records WHERE unit = ?", unit)
+        ]
 
     def begin_order(self) -> None:
-        """Forget the order of units that `order` has been told."""
-        self._db.execute(
-            "CREATE TEMP TABLE IF NOT EXISTS seen (unit INTEGER PRIMARY KEY, place INTEGER)"
-        )
-        self._db.execute("DELETE FROM seen")
+        """Forget the order of units that `order` has been given."""
+        self._rows("CREATE TEMP TABLE IF NOT EXISTS seen (unit INTEGER PRIMARY KEY, place INTEGER)")
+        self._rows("DELETE FROM seen")
 
     def order(self, units: Iterable[tuple[int, int]]) -> None:
         """Say the place of units in their source."""
@@ -425,92 +414,85 @@ class Store:
         labels the first is kept. Ids that are there twice get a ``~2``.
 
         Args:
-            source: its number.
+            source: its id.
             limit: records at most.
         """
         with self.transaction():
             if limit is None:
-                self._forget_units(
-                    unit
-                    for (unit,) in self._all(
-                        "SELECT id FROM units WHERE source = ? AND id NOT IN (SELECT unit FROM seen)",
-                        source,
-                    )
+                self._rows(
+                    "DELETE FROM units WHERE source = ? AND id NOT IN (SELECT unit FROM seen)",
+                    source,
                 )
-            moved = self._db.execute(
+            moved = self._rows(
                 "UPDATE units SET place = (SELECT place FROM seen WHERE unit = id) "
                 "WHERE source = ? AND place IS NOT (SELECT place FROM seen WHERE unit = id)",
-                (source,),
+                source,
             ).rowcount
-            ((arranged,),) = self._all("SELECT arranged FROM sources WHERE id = ?", source)
+            arranged = self._value("SELECT arranged FROM sources WHERE id = ?", source)
             if moved == 0 and arranged == str(limit):
                 return
-            self._db.execute("DROP TABLE IF EXISTS temp.before")
-            self._db.execute(
+            self._rows(
                 "CREATE TEMP TABLE before AS SELECT record, final, made, items FROM corpus "
                 "WHERE source = ? AND made IS NOT NULL",
-                (source,),
+                source,
             )
-            self._db.execute("CREATE INDEX temp.before_record ON before (record)")
-            self._db.execute("DELETE FROM corpus WHERE source = ?", (source,))
-            self._db.execute("DELETE FROM drops WHERE unit = ?", (-source,))
-            self._db.execute("DROP TABLE IF EXISTS temp.ranked")
-            self._db.execute(
-                "CREATE TEMP TABLE ranked AS SELECT record, copy, "
-                "sum(copy = 1) OVER (ORDER BY place, record ROWS UNBOUNDED PRECEDING) AS number FROM ("
-                "SELECT r.id AS record, u.place AS place, "
-                "row_number() OVER (PARTITION BY r.twin ORDER BY u.place, r.id) AS copy "
-                "FROM records r JOIN units u ON u.id = r.unit WHERE u.source = ? AND u.place IS NOT NULL)",
-                (source,),
+            self._rows("CREATE INDEX temp.before_record ON before (record)")
+            self._rows("DELETE FROM corpus WHERE source = ?", source)
+            self._rows("DELETE FROM drops WHERE unit = ?", -source)
+            self._number_records(source, limit)
+            self._make_ids_unique(source)
+            self._rows(
+                "UPDATE corpus SET made = b.made, items = b.items FROM before b "
+                "WHERE corpus.source = ? AND b.record = corpus.record AND b.final IS corpus.final",
+                source,
             )
-            at_most = -1 if limit is None else limit
-            self._db.execute(
-                "INSERT INTO corpus (source, number, record) SELECT ?, number, record FROM ranked "
-                "WHERE copy = 1 AND (? < 0 OR number <= ?) ORDER BY number",
-                (source, at_most, at_most),
-            )
-            self._db.execute(
-                "INSERT INTO drops SELECT ?, 'record', 'duplicate picture', "
-                "json_extract(CAST(r.body AS TEXT), '$.provenance.file'), r.name "
-                "FROM ranked k JOIN records r ON r.id = k.record "
-                "WHERE k.copy > 1 AND (? < 0 OR k.number <= ?) ORDER BY k.number, k.record",
-                (-source, at_most, at_most),
-            )
-            self._db.execute(
-                "INSERT INTO drops SELECT ?, 'record', 'beyond the limit of this run', "
-                "json_extract(CAST(r.body AS TEXT), '$.provenance.file'), r.name "
-                "FROM ranked k JOIN records r ON r.id = k.record "
-                "WHERE k.copy = 1 AND ? >= 0 AND k.number > ? ORDER BY k.number",
-                (-source, at_most, at_most),
-            )
-            self._make_unique(source)
-            self._db.execute(
-                "UPDATE corpus SET (made, items) = (SELECT b.made, b.items FROM before b "
-                "WHERE b.record = corpus.record AND b.final IS corpus.final) WHERE source = ? "
-                "AND EXISTS (SELECT 1 FROM before b WHERE b.record = corpus.record "
-                "AND b.final IS corpus.final)",
-                (source,),
-            )
-            self._db.execute("DROP TABLE temp.before")
-            self._db.execute("DROP TABLE temp.ranked")
-            self._db.execute("UPDATE sources SET arranged = ? WHERE id = ?", (str(limit), source))
+            self._rows("DROP TABLE temp.before")
+            self._rows("UPDATE sources SET arranged = ? WHERE id = ?", str(limit), source)
 
-    def _make_unique(self, source: int) -> None:
-        rows = self._all(
+    def _number_records(self, source: int, limit: int | None) -> None:
+        self._rows(
+            "CREATE TEMP TABLE ranked AS SELECT record, copy, "
+            "sum(copy = 1) OVER (ORDER BY place, record ROWS UNBOUNDED PRECEDING) AS number FROM ("
+            "SELECT r.id AS record, u.place AS place, "
+            "row_number() OVER (PARTITION BY r.duplicate_key ORDER BY u.place, r.id) AS copy "
+            "FROM records r JOIN units u ON u.id = r.unit WHERE u.source = ? AND u.place IS NOT NULL)",
+            source,
+        )
+        most = 2**62 if limit is None else limit
+        self._rows(
+            "INSERT INTO corpus (source, number, record) SELECT ?, number, record FROM ranked "
+            "WHERE copy = 1 AND number <= ? ORDER BY number",
+            source,
+            most,
+        )
+        for reason, which in (
+            ("duplicate picture", "copy > 1 AND number <= ?"),
+            ("beyond the limit of this run", "copy = 1 AND number > ?"),
+        ):
+            self._rows(
+                "INSERT INTO drops SELECT ?, 'record', ?, "
+                "json_extract(CAST(r.body AS TEXT), '$.provenance.file'), r.name "
+                f"FROM ranked k JOIN records r ON r.id = k.record WHERE {which} ORDER BY number, record",
+                -source,
+                reason,
+                most,
+            )
+        self._rows("DROP TABLE temp.ranked")
+
+    def _make_ids_unique(self, source: int) -> None:
+        rows = self._rows(
             "SELECT number, name FROM (SELECT c.number AS number, r.name AS name, "
             "row_number() OVER (PARTITION BY r.name ORDER BY c.number) AS copy "
             "FROM corpus c JOIN records r ON r.id = c.record WHERE c.source = ?) WHERE copy > 1 "
             "ORDER BY number",
             source,
-        )
+        ).fetchall()
         if not rows:
             return
         taken = {
             name
-            for (name,) in self._all(
-                "SELECT r.name FROM corpus c JOIN records r ON r.id = c.record "
-                "WHERE c.source = ? AND r.name LIKE '%~%'",
-                source,
+            for (name,) in self._rows(
+                "SELECT id FROM corpus_records WHERE source = ? AND id LIKE '%~%'", source
             )
         }
         last: dict[str, int] = {}
@@ -520,266 +502,229 @@ class Store:
                 copy += 1
             last[name] = copy
             taken.add(f"{name}~{copy}")
-            self._db.execute(
+            self._rows(
                 "UPDATE corpus SET final = ? WHERE source = ? AND number = ?",
-                (f"{name}~{copy}", source, number),
+                f"{name}~{copy}",
+                source,
+                number,
             )
 
     def images(self) -> Iterator[str]:
-        """Every picture that a record of any source refers to, sorted, once each."""
+        """Yield every picture that a record of any source refers to, sorted, once each."""
         for (image,) in self._rows("SELECT DISTINCT image FROM records ORDER BY image"):
             yield image
 
     def forget_image(self, image: str) -> None:
         """Forget the units whose records refer to a picture that is no longer there."""
         with self.transaction():
-            self._forget_units(
-                row
-                for (row,) in self._all("SELECT DISTINCT unit FROM records WHERE image = ?", image)
+            self._rows(
+                "DELETE FROM units WHERE id IN (SELECT unit FROM records WHERE image = ?)", image
             )
 
     # --- conversations ----------------------------------------------------------------------------
 
     def count_to_make(self, source: int, made: str) -> int:
-        return self._count(
-            "SELECT count(*) FROM corpus WHERE source = ? AND made IS NOT ?", source, made
+        """Count the records whose items were made with something else than ``made``."""
+        return int(
+            self._value(
+                "SELECT count(*) FROM corpus WHERE source = ? AND made IS NOT ?", source, made
+            )
         )
 
-    def to_make(self, source: int, made: str, *, chunk: int = 1000) -> Iterator[list[Raw]]:
-        """Records whose items were made with something else than ``made``, some at a time."""
+    def to_make(self, source: int, made: str, *, chunk: int = 1000) -> Iterator[list[StoredRecord]]:
+        """Yield the records whose items were made with something else than ``made``, some at a time."""
         last = 0
-        while True:
-            rows = self._all(
-                "SELECT c.number, c.record, c.final, r.body, EXISTS (SELECT 1 FROM items i WHERE i.id "
-                "BETWEEN c.record * 4096 AND c.record * 4096 + 4095) "
-                "FROM corpus c CROSS JOIN records r ON r.id = c.record "
-                "WHERE c.source = ? AND c.number > ? AND c.made IS NOT ? ORDER BY c.number LIMIT ?",
-                source,
-                last,
-                made,
-                chunk,
-            )
-            if not rows:
-                return
-            last = rows[-1][0]
-            yield [
-                Raw(source, number, record, final, body, bool(has_items))
-                for number, record, final, body, has_items in rows
-            ]
+        while rows := self._rows(
+            "SELECT id, body, row, number, EXISTS (SELECT 1 FROM items i WHERE i.id "
+            "BETWEEN row * 4096 AND row * 4096 + 4095) AS has_items FROM corpus_records "
+            "WHERE source = ? AND number > ? AND made IS NOT ? ORDER BY number LIMIT ?",
+            source,
+            last,
+            made,
+            chunk,
+        ).fetchall():
+            last = rows[-1]["number"]
+            yield [StoredRecord(**dict(row)) for row in rows]
 
-    def add_made(self, made: str, records: Iterable[tuple[Raw, Sequence[WrittenItem]]]) -> None:
+    def add_made(
+        self, source: int, made: str, records: Iterable[tuple[StoredRecord, Sequence[ItemRow]]]
+    ) -> None:
         """Keep the items of records. A model's answer stays if its key is the same as before."""
         with self.transaction():
-            rows: list[tuple[Any, ...]] = []
+            rows: list[ItemRow] = []
             marks = []
-            for raw, items in records:
+            for record, items in records:
                 if len(items) > MAX_ITEMS:
                     raise CorpusError(
                         f"more than {MAX_ITEMS} conversations of one record; make fewer."
                     )
-                known = self._take_answers(raw.record) if raw.has_items else {}
-                for place, item in enumerate(items):
-                    answer = known.get(item[7]) if known and item[0] == PENDING else None
-                    if answer is None:
-                        rows.append((raw.record * MAX_ITEMS + place, *item, None, None))
-                    else:
-                        state, *found = answer
-                        rows.append((raw.record * MAX_ITEMS + place, state, *item[1:8], *found))
-                marks.append((made, len(items), raw.source, raw.number))
+                if record.has_items:
+                    answers = self._take_answers(record.row)
+                    for item in items:
+                        found = answers.get(item.key) if item.state == PENDING else None
+                        for name, value in (found or {}).items():
+                            setattr(item, name, value)
+                rows += items
+                marks.append((made, len(items), source, record.number))
+            names = ItemRow.__struct_fields__
             self._db.executemany(
-                "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+                f"INSERT INTO items ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
+                map(msgspec.structs.astuple, rows),
             )
             self._db.executemany(
                 "UPDATE corpus SET made = ?, items = ? WHERE source = ? AND number = ?", marks
             )
 
-    def _take_answers(self, record: int) -> dict[bytes | None, tuple[Any, ...]]:
-        first = record * MAX_ITEMS
-        rows = self._all(
+    def _take_answers(self, record: int) -> dict[bytes | None, dict[str, Any]]:
+        """Remove the items of a record and return the answers among them by their key."""
+        first, last = record * MAX_ITEMS, record * MAX_ITEMS + MAX_ITEMS - 1
+        rows = self._rows(
             "SELECT key, state, conversation, problems, prompt, answer FROM items "
             "WHERE id BETWEEN ? AND ? AND key IS NOT NULL AND state != 2",
             first,
-            first + MAX_ITEMS - 1,
-        )
-        self._forget_items(record)
-        return {row[0]: row[1:] for row in rows}
+            last,
+        ).fetchall()
+        self._rows("DELETE FROM items WHERE id BETWEEN ? AND ?", first, last)
+        return {row["key"]: dict(row) for row in rows}
 
-    def pending(self) -> Iterator[tuple[int, Item, Record]]:
-        """Items that a model is to write: row, item, record. May be written to while it is read."""
+    def pending(self) -> Iterator[Kept]:
+        """Yield the items that a model is to write. The store may be written to while they are read."""
         for source, _ in self.sources():
-            number, row = 0, -1
-            while True:
-                rows = self._all(
-                    f"SELECT c.number, {_KEPT} FROM corpus c CROSS JOIN items i CROSS JOIN records r "
-                    "WHERE c.source = ? AND r.id = c.record AND (c.number > ? OR c.number = ?) "
-                    "AND i.state = 2 AND i.id BETWEEN c.record * 4096 AND c.record * 4096 + 4095 "
-                    "AND (c.number > ? OR i.id > ?) ORDER BY c.number, i.id LIMIT 100",
-                    source,
-                    number,
-                    number,
-                    number,
-                    row,
-                )
-                if not rows:
-                    break
-                for found in rows:
-                    number, row = found[0], found[1]
-                    kept = next(iter(_kept([found[1:]])))
-                    yield row, kept.item, kept.record
+            number, last = 0, -1
+            while rows := self._rows(
+                "SELECT * FROM conversations WHERE source = ? AND state = 2 AND number >= ? "
+                "AND (number > ? OR id > ?) ORDER BY number, id LIMIT 100",
+                source,
+                number,
+                number,
+                last,
+            ).fetchall():
+                number, last = rows[-1]["number"], rows[-1]["id"]
+                yield from _kept(rows)
 
     def count_pending(self) -> int:
-        """Conversations of the corpus that a model is to write."""
-        return sum(self._in_state(source, PENDING) for source, _ in self.sources())
+        """Count the conversations of the corpus that a model is to write."""
+        return sum(self._count_pending(source) for source, _ in self.sources())
 
-    def _in_state(self, source: int, state: int) -> int:
-        """For `REJECTED` and `PENDING`, which have an index."""
-        return self._count(
-            f"SELECT count(*) FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 "
-            f"WHERE i.state = {state} AND c.source = ?",
-            source,
+    def _count_pending(self, source: int) -> int:
+        return int(
+            self._value(
+                "SELECT count(*) FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 "
+                "WHERE i.state = 2 AND c.source = ?",
+                source,
+            )
         )
 
-    def _count(self, query: str, *values: Any) -> int:
-        return int(self._all(query, *values)[0][0] or 0)
-
-    def set_outcome(
-        self,
-        row: int,
-        *,
-        conversation: Conversation | None,
-        problems: Sequence[Problem],
-        prompt: str,
-        answer: str,
-    ) -> None:
-        """What came back for a pending item."""
-        accepted = conversation is not None and not problems
-        self._db.execute(
-            "UPDATE items SET state = ?, conversation = ?, problems = ?, prompt = ?, answer = ? WHERE id = ?",
-            (
-                ACCEPTED if accepted else REJECTED,
+    def add_outcome(self, row: int, outcome: Outcome) -> None:
+        """Keep what came back for a pending item, and what it cost."""
+        if not outcome.pending:
+            conversation, problems = outcome.conversation, outcome.problems
+            self._rows(
+                "UPDATE items SET state = ?, conversation = ?, problems = ?, prompt = ?, answer = ? "
+                "WHERE id = ?",
+                REJECTED if conversation is None or problems else ACCEPTED,
                 None if conversation is None else encode(conversation),
-                encode(tuple(problems)) if problems else None,
-                _valid(prompt),
-                _valid(answer),
+                encode(problems) if problems else None,
+                _valid(outcome.prompt),
+                _valid(outcome.answer),
                 row,
-            ),
-        )
-
-    def add_usage(
-        self,
-        *,
-        requests: int = 0,
-        cached: int = 0,
-        prompt_tokens: int = 0,
-        completion_tokens: int = 0,
-        dollars: float = 0.0,
-    ) -> None:
-        """What outcomes cost; in the same transaction as they."""
-        for key, value in locals().items():
-            if key != "self" and value:
-                self._add(key, value)
+            )
+        for field in fields(Usage):
+            if amount := getattr(outcome, field.name, 0):
+                self._add(field.name, amount)
 
     # --- what the output is built from ------------------------------------------------------------
 
     def records(self) -> Iterator[Record]:
-        """In the corpus' order."""
+        """Yield the records in the corpus' order."""
         for source, _ in self.sources():
-            for final, body in self._rows(
-                "SELECT c.final, r.body FROM corpus c CROSS JOIN records r ON r.id = c.record "
-                "WHERE c.source = ? ORDER BY c.number",
-                source,
+            for id, body in self._rows(
+                "SELECT id, body FROM corpus_records WHERE source = ? ORDER BY number", source
             ):
-                record = decode_record(body)
-                yield record if final is None else replace(record, id=final)
+                yield decode_record(body, id)
 
     def accepted(self) -> Iterator[Kept]:
-        """Conversations of the corpus, in its order."""
-        return self._with_state(ACCEPTED)
+        """Yield the accepted conversations in the corpus' order."""
+        return self._in_state(ACCEPTED)
 
     def rejected(self) -> Iterator[Kept]:
-        """Conversations that were set aside, in the corpus' order."""
-        return self._with_state(REJECTED)
+        """Yield the conversations that were set aside, in the corpus' order."""
+        return self._in_state(REJECTED)
 
-    def _with_state(self, state: int) -> Iterator[Kept]:
+    def _in_state(self, state: int) -> Iterator[Kept]:
         for source, _ in self.sources():
             yield from _kept(
                 self._rows(
-                    f"SELECT {_KEPT} FROM corpus c CROSS JOIN items i CROSS JOIN records r "
-                    f"WHERE c.source = ? AND r.id = c.record AND i.state = {state} "
-                    "AND i.id BETWEEN c.record * 4096 AND c.record * 4096 + 4095 "
-                    "ORDER BY c.number, i.id",
+                    f"SELECT * FROM conversations WHERE source = ? AND state = {state} "
+                    "ORDER BY number, id",
                     source,
                 )
             )
 
-    def drops(self) -> Iterator[DropRow]:
-        """Everything that was left out before a conversation was to be made of it, in the corpus' order."""
+    def drops(self) -> Iterator[tuple[str, Drop]]:
+        """Yield name of the source and what was left out before a conversation was to be made of it."""
         for source, name in self.sources():
-            for row in self._rows(
-                "SELECT d.stage, d.reason, d.place, d.detail FROM units u CROSS JOIN drops d "
-                "ON d.unit = u.id WHERE u.source = ? AND u.place IS NOT NULL ORDER BY u.place, d.rowid",
-                source,
+            for query, key in (
+                ("corpus_drops WHERE source = ? ORDER BY place, number", source),
+                ("drops WHERE unit = ? ORDER BY rowid", -source),
             ):
-                yield DropRow(name, *row)
-            for row in self._rows(
-                "SELECT stage, reason, place, detail FROM drops WHERE unit = ? ORDER BY rowid",
-                -source,
-            ):
-                yield DropRow(name, *row)
+                for row in self._rows(f'SELECT stage, reason, "where", detail FROM {query}', key):
+                    yield name, Drop(*row)
 
     def funnel(self) -> list[FunnelRow]:
-        """Counts of every stage of every source; reasons by their number."""
+        """Count what came through every stage of every source, and what was lost by its reason."""
         return [row for source, name in self.sources() for row in self._funnel(source, name)]
 
     def _funnel(self, source: int, name: str) -> Iterator[FunnelRow]:
-        ((samples, regions),) = self._all(
-            "SELECT total(samples), total(regions) FROM units WHERE source = ? AND place IS NOT NULL",
+        units = self._rows(
+            "SELECT total(samples) AS samples, total(regions) AS regions FROM units "
+            "WHERE source = ? AND place IS NOT NULL",
             source,
-        )
-        ((records, items),) = self._all(
-            "SELECT count(*), total(items) FROM corpus WHERE source = ?", source
-        )
-        dropped = self._all(
-            "SELECT d.stage, d.reason, count(*) FROM units u JOIN drops d ON d.unit = u.id "
-            "WHERE u.source = ? AND u.place IS NOT NULL GROUP BY 1, 2 UNION ALL "
-            "SELECT stage, reason, count(*) FROM drops WHERE unit = ? GROUP BY 1, 2 "
-            "ORDER BY 3 DESC, 2",
-            source,
-            -source,
-        )
-        rejected = self._all(
-            "SELECT 'check', coalesce(json_extract(CAST(i.problems AS TEXT), '$[0].reason'), "
+        ).fetchone()
+        made = self._rows(
+            "SELECT count(*) AS records, total(items) AS items FROM corpus WHERE source = ?", source
+        ).fetchone()
+        lost = self._rows(
+            "SELECT stage, reason, count(*) AS count FROM corpus_drops WHERE source = ? GROUP BY 1, 2 "
+            "UNION ALL SELECT stage, reason, count(*) FROM drops WHERE unit = ? GROUP BY 1, 2 "
+            "UNION ALL SELECT 'check', coalesce(json_extract(CAST(i.problems AS TEXT), '$[0].reason'), "
             "'no conversation'), count(*) FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 "
             "WHERE i.state = 1 AND c.source = ? GROUP BY 2 ORDER BY 3 DESC, 2",
             source,
-        )
-        pending = self._in_state(source, PENDING)
-        read_drops = sum(count for stage, _, count in dropped if stage == "read")
-        through = {
-            "read": samples - read_drops,
-            "clean": regions,
-            "record": records,
-            "write": items - pending,
-            "check": items - pending - sum(count for *_, count in rejected),
-        }
-        lost = [*dropped, *rejected, *([("write", "pending", pending)] if pending else [])]
-        for stage, count in through.items():
+            -source,
+            source,
+        ).fetchall()
+        reasons = [(row["stage"], row["reason"], row["count"]) for row in lost]
+        if pending := self._count_pending(source):
+            reasons.append(("write", "pending", pending))
+
+        def lost_in(stage: str) -> int:
+            return sum(count for its, _, count in reasons if its == stage)
+
+        written = made["items"] - pending
+        for stage, count in (
+            ("read", units["samples"] - lost_in("read")),
+            ("clean", units["regions"]),
+            ("record", made["records"]),
+            ("write", written),
+            ("check", written - lost_in("check")),
+        ):
             yield FunnelRow(name, stage, "", int(count))
-            for its, reason, number in lost:
+            for its, reason, number in reasons:
                 if its == stage:
                     yield FunnelRow(name, stage, reason, number)
 
     def forms(self) -> list[dict[str, Any]]:
-        """``form``, ``language`` and how many are ``accepted``, ``rejected`` and ``pending``."""
+        """Return rows of ``form``, ``language``, and how many are ``accepted``, ``rejected``, ``pending``."""
         counts: dict[tuple[str, str], list[int]] = {}
         for source, _ in self.sources():
-            for form, language, state, count in self._all(
-                "SELECT i.form, i.language, i.state, count(*) FROM corpus c CROSS JOIN items i "
-                "WHERE c.source = ? AND i.id BETWEEN c.record * 4096 AND c.record * 4096 + 4095 "
+            for row in self._rows(
+                "SELECT form, language, state, count(*) AS count FROM corpus_items WHERE source = ? "
                 "GROUP BY 1, 2, 3",
                 source,
             ):
-                counts.setdefault((form, language), [0, 0, 0])[state] += count
+                found = counts.setdefault((row["form"], row["language"]), [0, 0, 0])
+                found[row["state"]] += row["count"]
         return [
             {
                 "form": form,
@@ -792,58 +737,45 @@ class Store:
         ]
 
     def usage(self) -> Usage:
-        """Of all runs so far."""
-        names = Usage.__dataclass_fields__
-        values = dict(self._all("SELECT key, value FROM meta"))
-        return Usage(**{key: value for key, value in values.items() if key in names})
+        """Return what all runs so far have used."""
+        names = {field.name for field in fields(Usage)}
+        return Usage(
+            **{key: value for key, value in self._rows("SELECT * FROM meta") if key in names}
+        )
 
     def vocabulary(self, source: int) -> tuple[str, ...]:
-        """Label names of a source's records in the corpus, sorted."""
+        """Return the label names of a source's records in the corpus, sorted."""
         names: set[str] = set()
-        for (body,) in self._rows(
-            "SELECT r.body FROM corpus c CROSS JOIN records r ON r.id = c.record WHERE c.source = ?",
-            source,
-        ):
-            names.update(label.name for label in _labels_decoder.decode(body).labels)
+        for (body,) in self._rows("SELECT body FROM corpus_records WHERE source = ?", source):
+            names.update(label.name for label in _decode_labels(body).labels)
         return tuple(sorted(names))
 
 
-_KEPT = (
-    "i.id, c.final, r.body, i.suffix, i.form, i.language, i.kind, i.focus, i.seed, i.conversation, "
-    "i.problems, i.prompt, i.answer"
-)
-
-
-def _kept(rows: Iterable[tuple[Any, ...]]) -> Iterator[Kept]:
+def _kept(rows: Iterable[sqlite3.Row]) -> Iterator[Kept]:
+    """Decode rows of the view ``conversations``; a record's rows follow each other."""
     last, record = None, None
-    for (
-        row,
-        final,
-        body,
-        suffix,
-        form,
-        language,
-        kind,
-        focus,
-        seed,
-        conversation,
-        problems,
-        *texts,
-    ) in rows:
-        number = row // MAX_ITEMS
-        if number != last or record is None:
-            last, record = number, decode_record(body)
-            if final is not None:
-                record = replace(record, id=final)
+    for row in rows:
+        if record is None or row["record"] != last:
+            last, record = row["record"], decode_record(row["body"], row["record_id"])
+        conversation, problems = row["conversation"], row["problems"]
         yield Kept(
-            Item(record.id + suffix, form, language, kind, focus, seed),
+            Item(
+                id=record.id + row["suffix"],
+                form=row["form"],
+                language=row["language"],
+                kind=row["kind"],
+                focus=row["focus"],
+                seed=row["seed"],
+            ),
             record,
-            None if conversation is None else _conversation_decoder.decode(conversation),
-            () if problems is None else _problems_decoder.decode(problems),
-            *(text or "" for text in texts),
+            None if conversation is None else _decode_conversation(conversation),
+            () if problems is None else _decode_problems(problems),
+            prompt=row["prompt"] or "",
+            answer=row["answer"] or "",
+            row=row["id"],
         )
 
 
 def _valid(text: str) -> str:
-    """Text that SQLite takes: a file name that is not valid Unicode is shown with escapes."""
+    """Return text that SQLite takes: a file name that is not valid Unicode is shown with escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from hashlib import blake2b
 from itertools import compress
 from pathlib import Path
@@ -13,7 +14,6 @@ from data_tools.items import TEXT_FORMS
 from data_tools.output import card, figures, licences, mixture, report
 from data_tools.output.corpus_files import (
     CorpusFiles,
-    dropped_line,
     reason,
     record_line,
     rejected_line,
@@ -28,17 +28,15 @@ from data_tools.records import Record
 if TYPE_CHECKING:
     from data_tools.job import Job
     from data_tools.store import Kept, Store
-    from data_tools.taxonomy import Taxonomy
 
 
-def build(store: Store, job: Job, folder: Path, *, taxonomy: Taxonomy) -> dict[str, Any]:
+def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
     """Make the corpus folder of what the store holds; an older corpus in it is replaced as a whole.
 
     Args:
         store: records and conversations of a finished job.
         job: its title, seed, sources and section ``corpus``.
         folder: the corpus folder, where the pictures already are.
-        taxonomy: unused so far; the card names its terms as the records have them.
 
     Returns:
         The values of ``summary.json``, see `summary`.
@@ -68,8 +66,8 @@ def build(store: Store, job: Job, folder: Path, *, taxonomy: Taxonomy) -> dict[s
             tally.held_out(groups.held_out(split))
             accepted = _write_conversations(store, options, files, split, tally)
             rejected = _write_rejected(store, options, files, tally)
-            for row in store.drops():
-                files.dropped.write(dropped_line(row))
+            for source, drop in store.drops():
+                files.dropped.write({"source": source, **asdict(drop)})
         contents = files.contents()
         summary = tally.summary(
             store,

@@ -24,7 +24,7 @@ from data_tools.records import Label, Record
 from gmai_xtuner.core.errors import CorpusError
 
 if TYPE_CHECKING:
-    from data_tools.store import DropRow, Kept
+    from data_tools.store import Kept
 
 CONVERSATION_FILES = tuple(dict.fromkeys(FILES.values()))
 HELD_OUT = "held_out"
@@ -96,17 +96,6 @@ def rejected_line(kept: Kept) -> dict[str, Any]:
 def reason(kept: Kept) -> str:
     """The first reason why a conversation was set aside."""
     return kept.problems[0].reason if kept.problems else NO_CONVERSATION
-
-
-def dropped_line(row: DropRow) -> dict[str, str]:
-    """Something that was left out on the way to a record."""
-    return {
-        "source": row.source,
-        "stage": row.stage,
-        "reason": row.reason,
-        "where": row.where,
-        "detail": row.detail,
-    }
 
 
 def _label(label: Label) -> dict[str, Any]:

@@ -8,18 +8,21 @@ import pytest
 
 from data_tools.items import Item, Problem, Turn
 from data_tools.records import Drop, Label, Provenance, Record
-from data_tools.standardise import UnitResult
 from data_tools.store import (
     ACCEPTED,
+    MAX_ITEMS,
     PENDING,
     REJECTED,
     FunnelRow,
+    ItemRow,
     Kept,
     Store,
+    StoredRecord,
+    StoredUnit,
     Usage,
     encode,
-    rows_of,
 )
+from data_tools.writers.outcome import Outcome
 from gmai_xtuner.core.errors import CorpusError
 
 
@@ -33,13 +36,11 @@ def record(name: str, *, label: str = "cat") -> Record:
     )
 
 
-def read(*records: Record, drops: tuple[Drop, ...] = (), twins: str = ""):
-    """A unit's rows; ``twins``: a letter each, the same letter for duplicates."""
-    marks = twins or [r.id for r in records]
-    made = tuple(
-        replace(r, image=f"images/{mark}.png") for r, mark in zip(records, marks, strict=True)
-    )
-    return rows_of(UnitResult(made, drops, len(records) + len(drops)))
+def read(*records: Record, drops: tuple[Drop, ...] = (), duplicates: str = "") -> StoredUnit:
+    """What became of a unit; ``duplicates``: a letter each, the same letter for duplicates."""
+    keys = [letter.encode() for letter in duplicates] or [r.id.encode() for r in records]
+    made = [StoredRecord(r.id, encode(r), k, r.image) for r, k in zip(records, keys, strict=True)]
+    return StoredUnit(b"fingerprint", made, drops, len(records) + len(drops), len(records))
 
 
 @pytest.fixture
@@ -58,37 +59,37 @@ def fill(store: Store, *units, source: str = "set", limit: int | None = None) ->
     store.begin_order()
     its = number(store, source)
     for place, unit in enumerate(units):
-        store.order([(store.add_unit(its, f"u{place}", b"stamp", unit), place)])
+        store.order([(store.add_unit(its, f"u{place}", unit), place)])
     store.arrange(its, limit=limit)
 
 
 def write(store: Store, made: str, *states: int, answers: tuple[bytes, ...] = ()) -> None:
     """For every record an item of each state."""
     for source, _ in store.sources():
-        for raws in store.to_make(source, made):
-            items = [
-                (
-                    state,
-                    f"#{place}",
-                    "caption",
-                    "en",
-                    "",
-                    None,
-                    7,
-                    answers[place] if answers else None,
-                    None if state == PENDING else encode((Turn("human", "?"), Turn("gpt", "!"))),
-                    encode((Problem("too short", "1"),)) if state == REJECTED else None,
-                )
-                for place, state in enumerate(states)
-            ]
-            store.add_made(made, [(raw, items) for raw in raws])
+        for records in store.to_make(source, made):
+            store.add_made(
+                source,
+                made,
+                [
+                    (stored, [row(stored, at, state, answers) for at, state in enumerate(states)])
+                    for stored in records
+                ],
+            )
+
+
+def row(stored: StoredRecord, place: int, state: int, answers: tuple[bytes, ...]) -> ItemRow:
+    made = ItemRow(stored.row * MAX_ITEMS + place, state, f"#{place}", "caption", "en", "", None, 7)
+    made.key = answers[place] if answers else None
+    made.conversation = None if state == PENDING else encode((Turn("human", "?"), Turn("gpt", "!")))
+    made.problems = encode((Problem("too short", "1"),)) if state == REJECTED else None
+    return made
 
 
 def test_records_come_back_as_they_were_in_the_order_of_units_not_of_arrival(store):
     a, b, c = record("a"), record("b"), record("c")
     its = number(store)
-    late = store.add_unit(its, "late", b"", read(b, c))
-    early = store.add_unit(its, "early", b"", read(a))
+    late = store.add_unit(its, "late", read(b, c))
+    early = store.add_unit(its, "early", read(a))
     store.begin_order()
     store.order([(early, 0), (late, 1)])
     store.arrange(its)
@@ -109,18 +110,19 @@ def test_sources_come_in_the_order_of_the_job_whatever_it_was(store):
 def test_of_duplicates_the_first_is_kept_and_the_others_are_counted(store):
     fill(
         store,
-        read(record("a"), record("b"), twins="xy"),
-        read(record("c"), record("d"), twins="zx"),
+        read(record("a"), record("b"), duplicates="xy"),
+        read(record("c"), record("d"), duplicates="zx"),
     )
     assert [r.id for r in store.records()] == ["a", "b", "c"]
     assert FunnelRow("set", "record", "duplicate picture", 1) in store.funnel()
-    (drop,) = store.drops()
+    ((source, drop),) = store.drops()
+    assert source == "set"
     assert (drop.reason, drop.where, drop.detail) == ("duplicate picture", "d.png", "d")
 
 
 def test_equal_ids_are_made_unique_the_same_way_every_time(store):
     names = ["a", "a", "a~2", "b", "a"]
-    fill(store, read(*(record(name) for name in names), twins="12345"))
+    fill(store, read(*(record(name) for name in names), duplicates="12345"))
     assert [r.id for r in store.records()] == ["a", "a~3", "a~2", "b", "a~4"]
 
 
@@ -161,7 +163,8 @@ def test_conversations_come_in_the_corpus_order_with_their_records(store):
     turns = (Turn("human", "?"), Turn("gpt", "!"))
     accepted = list(store.accepted())
     assert [kept.item.id for kept in accepted] == ["a#0", "a#2", "b#0", "b#2"]
-    assert accepted[0] == Kept(Item("a#0", "caption", "en", "", None, 7), record("a"), turns)
+    made = Kept(Item("a#0", "caption", "en", "", None, 7), record("a"), turns)
+    assert replace(accepted[0], row=0) == made
     assert [kept.problems for kept in store.rejected()] == [(Problem("too short", "1"),)] * 2
 
 
@@ -170,7 +173,10 @@ def test_only_records_made_with_something_else_are_made_again(store):
     write(store, "m", ACCEPTED)
     its = number(store)
     assert list(store.to_make(its, "m")) == []
-    assert [raw.has_items for raws in store.to_make(its, "n") for raw in raws] == [True, True]
+    assert [stored.has_items for records in store.to_make(its, "n") for stored in records] == [
+        True,
+        True,
+    ]
 
 
 def test_a_record_that_was_read_again_is_made_again(store):
@@ -179,7 +185,7 @@ def test_a_record_that_was_read_again_is_made_again(store):
     write(store, "m", ACCEPTED)
     fill(store, read(record("a", label="dog"), record("b")), read(record("c")))
     chunks = store.to_make(number(store), "m")
-    assert [raw.decode().id for raws in chunks for raw in raws] == ["a", "b", "c"]
+    assert [stored.record.id for records in chunks for stored in records] == ["a", "b", "c"]
     assert list(store.accepted()) == []
 
 
@@ -188,28 +194,28 @@ def test_a_record_that_was_not_read_again_keeps_its_items_when_others_come(store
     write(store, "m", ACCEPTED)
     its = number(store)
     unit, _, _ = store.known_unit(its, "u0")
-    new = store.add_unit(its, "new", b"", read(record("0")))
+    new = store.add_unit(its, "new", read(record("0")))
     store.begin_order()
     store.order([(new, 0), (unit, 1)])
     store.arrange(its)
-    assert [raw.decode().id for raws in store.to_make(its, "m") for raw in raws] == ["0"]
+    assert [stored.id for records in store.to_make(its, "m") for stored in records] == ["0"]
 
 
 def test_answers_survive_changes_that_do_not_concern_them(store):
     fill(store, read(record("a")))
     write(store, "m", PENDING, PENDING, answers=(b"k0", b"k1"))
     turns = (Turn("human", "q"), Turn("gpt", "a"))
-    for row, item, its in store.pending():
-        assert its == record("a")
-        problems = [] if item.id == "a#0" else [Problem("refusal")]
-        store.set_outcome(row, conversation=turns, problems=problems, prompt="p", answer="r")
+    for kept in store.pending():
+        assert kept.record == record("a")
+        problems = () if kept.item.id == "a#0" else (Problem("refusal"),)
+        store.add_outcome(kept.row, Outcome(kept.item, turns, problems, prompt="p", answer="r"))
     assert store.count_pending() == 0
     # planned anew: the second answer's key stays at another place, the first one's changes
     write(store, "n", PENDING, PENDING, answers=(b"k1", b"k9"))
     assert [(kept.item.id, kept.prompt, kept.answer) for kept in store.rejected()] == [
         ("a#0", "p", "r")
     ]
-    assert [item.id for _, item, _ in store.pending()] == ["a#1"]
+    assert [kept.item.id for kept in store.pending()] == ["a#1"]
     assert list(store.accepted()) == []
 
 
@@ -218,11 +224,11 @@ def test_pending_items_are_read_while_outcomes_are_written(store):
     write(store, "m", PENDING, ACCEPTED, PENDING, answers=(b"0", b"1", b"2"))
     assert store.count_pending() == 300
     seen = []
-    for row, item, _ in store.pending():
-        seen.append(item.id)
+    for kept in store.pending():
+        seen.append(kept.item.id)
         with store.transaction():
-            store.set_outcome(row, conversation=None, problems=[Problem("x")], prompt="", answer="")
-            store.add_usage(requests=1, dollars=0.5)
+            outcome = Outcome(kept.item, None, (Problem("x"),), requests=1, dollars=0.5)
+            store.add_outcome(kept.row, outcome)
     assert seen == [f"{i:03}#{place}" for i in range(150) for place in (0, 2)]
     assert replace(store.usage(), seconds=0) == Usage(requests=300, dollars=150.0)
 
@@ -233,10 +239,10 @@ def test_the_funnel(store):
         Drop("read", "bad file", "y"),
         Drop("clean", "small", "z"),
     )
-    fill(store, read(record("a"), record("b"), record("c"), twins="xxy", drops=drops[:2]))
+    fill(store, read(record("a"), record("b"), record("c"), duplicates="xxy", drops=drops[:2]))
     its = number(store)
     store.begin_order()
-    store.order([(store.add_unit(its, "u0", b"", read(record("a"), record("c"), drops=drops)), 0)])
+    store.order([(store.add_unit(its, "u0", read(record("a"), record("c"), drops=drops)), 0)])
     store.arrange(its)
     write(store, "m", ACCEPTED, REJECTED, PENDING)
     assert store.funnel() == [
@@ -255,13 +261,13 @@ def test_the_funnel(store):
 def test_what_is_not_committed_is_not_there(store, tmp_path):
     def half() -> None:
         with store.transaction():
-            store.add_unit(number(store), "u", b"", read(record("a")))
+            store.add_unit(number(store), "u", read(record("a")))
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         half()
     assert store.known_unit(number(store), "u") is None
-    store.add_unit(number(store), "u", b"", read(record("a")))
+    store.add_unit(number(store), "u", read(record("a")))
     with sqlite3.connect(tmp_path / "state.sqlite") as other:
         assert other.execute("SELECT count(*) FROM units").fetchone() == (1,)
 
@@ -272,7 +278,7 @@ def test_reading_in_order_needs_no_sorting(store):
     store._db.set_trace_callback(plans.append)
     list(store.accepted()), list(store.records()), list(store.pending())
     store._db.set_trace_callback(None)
-    queries = [sql for sql in plans if sql.startswith("SELECT") and "corpus" in sql]
+    queries = [sql for sql in plans if sql.startswith("SELECT") and "source =" in sql]
     assert len(queries) >= 3
     for sql in queries:
         for row in store._db.execute(f"EXPLAIN QUERY PLAN {sql}"):

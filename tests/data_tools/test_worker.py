@@ -9,8 +9,8 @@ import msgspec
 from data_tools.checks import CheckOptions
 from data_tools.forms import MakeOptions
 from data_tools.items import Conversation, SourceContext
-from data_tools.store import Raw, encode
-from data_tools.worker import Making, make
+from data_tools.store import StoredRecord, encode
+from data_tools.worker import Recipe, make
 from tests.data_tools.forms.test_forms import Label, record
 
 
@@ -19,11 +19,13 @@ def written(of, seed: int, **forms: float) -> list[tuple[str, Conversation]]:
         ("caption", "region_caption", "instruction", "dialogue", "perception", "text_single", "text_multi"), 0
     )  # fmt: skip
     context = SourceContext("toy", "Toy", ("edema", "nodule"))
-    making = Making(
+    recipe = Recipe(
         MakeOptions(**none | {"chinese": 0} | forms), CheckOptions(), seed, None, context, None
     )
-    (items,) = make(pickle.dumps(making), [Raw(1, 1, 1, None, encode(of), False)])
-    return [(item[1], msgspec.json.decode(item[8], type=Conversation)) for item in items]
+    (items,) = make(pickle.dumps(recipe), [StoredRecord(of.id, encode(of))])
+    return [
+        (item.suffix, msgspec.json.decode(item.conversation, type=Conversation)) for item in items
+    ]
 
 
 def test_no_two_conversations_of_a_record_are_the_same():

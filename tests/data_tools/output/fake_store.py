@@ -15,8 +15,8 @@ from PIL import Image
 
 from data_tools.items import FORMS, TEXT_FORMS, Item, Problem, Turn
 from data_tools.output.options import OutputOptions
-from data_tools.records import Label, Provenance, Record
-from data_tools.store import DropRow, FunnelRow, Kept, Usage
+from data_tools.records import Drop, Label, Provenance, Record
+from data_tools.store import FunnelRow, Kept, Usage
 
 
 @dataclass
@@ -25,7 +25,7 @@ class FakeStore:
     all_accepted: list[Kept]
     all_rejected: list[Kept] = field(default_factory=list)
     rows: list[FunnelRow] = field(default_factory=list)
-    left_out: list[DropRow] = field(default_factory=list)
+    left_out: list[tuple[str, Drop]] = field(default_factory=list)
     used: Usage = field(default_factory=Usage)
 
     def records(self) -> Iterator[Record]:
@@ -37,7 +37,7 @@ class FakeStore:
     def rejected(self) -> Iterator[Kept]:
         return iter(self.all_rejected)
 
-    def drops(self) -> Iterator[DropRow]:
+    def drops(self) -> Iterator[tuple[str, Drop]]:
         return iter(self.left_out)
 
     def funnel(self) -> list[FunnelRow]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.output.build import build
-from data_tools.store import DropRow, FunnelRow, Usage
+from data_tools.records import Drop
+from data_tools.store import FunnelRow, Usage
 from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.output.fake_store import FakeStore, corpus, draw, job, kept, record, rejected
 
@@ -45,7 +46,7 @@ def test_the_same_store_gives_the_same_bytes(tmp_path):
     for name, seconds in (("a", 1.5), ("b", 77.0)):
         store = corpus(tmp_path / name)
         store.used = Usage(seconds=seconds, dollars=seconds)
-        build(store, job(held_out=0.2, parquet=True), tmp_path / name, taxonomy=None)
+        build(store, job(held_out=0.2, parquet=True), tmp_path / name)
     one, other = digests(tmp_path / "a"), digests(tmp_path / "b")
     assert one == other
     assert len([name for name in one if name.endswith(".parquet")]) == 10
@@ -55,8 +56,8 @@ def test_the_same_store_gives_the_same_bytes(tmp_path):
 def test_everything_is_there_and_the_summary_is_the_file(tmp_path):
     store = corpus(tmp_path, 60)
     store.all_rejected = [rejected(one, "a refusal") for one in store.all_records[:7]]
-    store.left_out = [DropRow("blood", "read", "picture can't be read", "x.png", "truncated")]
-    summary = build(store, job(held_out=0.2), tmp_path, taxonomy=None)
+    store.left_out = [("blood", Drop("read", "picture can't be read", "x.png", "truncated"))]
+    summary = build(store, job(held_out=0.2), tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= ALWAYS | {"figures", "held_out", "images", "rejected.jsonl", "dropped.jsonl"}
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
@@ -88,7 +89,7 @@ def test_records_that_share_a_stored_picture_are_on_one_side(tmp_path):
     for one in records:
         draw(tmp_path, one)
     store = FakeStore([*records, *twins], [kept(one) for one in (*records, *twins)])
-    summary = build(store, job(held_out=0.3), tmp_path, taxonomy=None)
+    summary = build(store, job(held_out=0.3), tmp_path)
     images = [
         {line["image"] for line in lines(tmp_path / side / "caption.jsonl")}
         for side in ("", "held_out")
@@ -108,7 +109,7 @@ def test_near_identical_pictures_are_on_one_side_if_asked_for(tmp_path):
     store = FakeStore(records, [kept(one) for one in records])
 
     def sides(**options) -> list[bool]:
-        build(store, job(held_out=0.3, **options), tmp_path, taxonomy=None)
+        build(store, job(held_out=0.3, **options), tmp_path)
         held = {line["image"] for line in lines(tmp_path / "held_out" / "caption.jsonl")}
         return [one.image in held for one in records]
 
@@ -126,7 +127,7 @@ def test_a_refused_licence_is_nowhere_but_in_the_summary(tmp_path):
     store.all_accepted += other.all_accepted
     store.all_rejected = [rejected(one, "a refusal") for one in other.all_records]
     sources = {"blood": {}, "private": {"licence": "CC BY-NC 4.0"}}
-    summary = build(store, job(sources, refuse=["non-commercial"]), tmp_path, taxonomy=None)
+    summary = build(store, job(sources, refuse=["non-commercial"]), tmp_path)
     for path in tmp_path.rglob("*.jsonl"):
         assert b"private" not in path.read_bytes()
     assert not (tmp_path / "rejected.jsonl").exists()
@@ -144,11 +145,11 @@ def test_prompts_are_written_if_asked_for(tmp_path):
     store.all_accepted[0] = type(asked)(
         asked.item, asked.record, asked.conversation, (), "the prompt", "the answer"
     )
-    build(store, job(prompts=True), tmp_path, taxonomy=None)
+    build(store, job(prompts=True), tmp_path)
     assert lines(tmp_path / "prompts.jsonl") == [
         {"id": asked.item.id, "prompt": "the prompt", "answer": "the answer"}
     ]
-    build(store, job(), tmp_path, taxonomy=None)
+    build(store, job(), tmp_path)
     assert not (tmp_path / "prompts.jsonl").exists()
 
 
@@ -156,7 +157,7 @@ def test_nothing_accepted_is_a_corpus_without_a_mixture_that_says_so(tmp_path):
     store = corpus(tmp_path, 5)
     store.all_rejected = [rejected(one, "a refusal") for one in store.all_records]
     store.all_accepted = []
-    summary = build(store, job(), tmp_path, taxonomy=None)
+    summary = build(store, job(), tmp_path)
     assert not (tmp_path / "mixture.yaml").exists()
     assert summary["warnings"][0].startswith("No conversation was accepted")
     assert "a refusal" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -164,7 +165,7 @@ def test_nothing_accepted_is_a_corpus_without_a_mixture_that_says_so(tmp_path):
 
 def test_no_record_at_all_still_makes_a_report(tmp_path):
     store = FakeStore([], [], rows=[FunnelRow("blood", "read", "picture can't be read", 3)])
-    summary = build(store, job(near_duplicates=1, parquet=True), tmp_path, taxonomy=None)
+    summary = build(store, job(near_duplicates=1, parquet=True), tmp_path)
     assert summary["files"] == {}
     assert "Source blood gave no record. Its funnel says why." in summary["warnings"]
     assert not (tmp_path / "figures").exists()
@@ -173,12 +174,12 @@ def test_no_record_at_all_still_makes_a_report(tmp_path):
 
 def test_a_stored_picture_that_is_gone_stops_and_leaves_the_old_corpus(tmp_path):
     store = corpus(tmp_path, 3)
-    build(store, job(), tmp_path, taxonomy=None)
+    build(store, job(), tmp_path)
     before = digests(tmp_path)
     for one in store.all_records:
         (tmp_path / one.image).unlink()
     with pytest.raises(CorpusError, match=r"blood_\d\.png: the stored picture of .* can't be read"):
-        build(store, job(), tmp_path, taxonomy=None)
+        build(store, job(), tmp_path)
     assert digests(tmp_path) == before
 
 
@@ -187,6 +188,8 @@ import os, signal, sys
 from pathlib import Path
 from tests.data_tools.output.fake_store import FakeStore, corpus, job
 from data_tools.output.build import build
+from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError
 folder, stop = Path(sys.argv[1]), int(sys.argv[2])
 
 class Stops(FakeStore):
@@ -197,12 +200,12 @@ class Stops(FakeStore):
             yield kept
 
 store = corpus(folder, 30)
-build(Stops(store.all_records, store.all_accepted[:150]), job(held_out=0.3), folder, taxonomy=None)
+build(Stops(store.all_records, store.all_accepted[:150]), job(held_out=0.3), folder)
 """
 
 
 def test_kill_9_while_writing_leaves_the_old_corpus_whole(tmp_path):
-    build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path, taxonomy=None)
+    build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path)
     before = digests(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), "100"],
@@ -216,7 +219,7 @@ def test_kill_9_while_writing_leaves_the_old_corpus_whole(tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert digests(tmp_path) == before
     assert (tmp_path / ".work" / "corpus.new").is_dir()
-    build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path, taxonomy=None)
+    build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path)
     assert digests(tmp_path) == before
     assert not (tmp_path / ".work" / "corpus.new").exists()
 
@@ -230,7 +233,7 @@ def test_a_text_without_a_picture_is_in_the_corpus_once(tmp_path):
         kept(one, form, answer=same) for one in records for form in ("caption", "text_single")
     ]
     store.rows.append(FunnelRow("blood", "check", "", 80))
-    summary = build(store, job(held_out=0.3), tmp_path, taxonomy=None)
+    summary = build(store, job(held_out=0.3), tmp_path)
     found = [*tmp_path.rglob("text_single.jsonl")]
     assert sum(len(lines(path)) for path in found) == 1
     captions = [*tmp_path.rglob("caption.jsonl")]

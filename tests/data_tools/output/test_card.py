@@ -27,7 +27,7 @@ def built(tmp_path: Path) -> Path:
     store.all_records += other.all_records
     store.all_accepted += other.all_accepted
     sources = {"blood": {}, "nc": {"licence": "CC BY-NC-SA 4.0", "url": "javascript:alert(1)"}}
-    build(store, job(sources, held_out=0.2), tmp_path, taxonomy=None)
+    build(store, job(sources, held_out=0.2), tmp_path)
     return tmp_path
 
 
@@ -80,7 +80,7 @@ def test_the_card_says_what_someone_must_know(built):
 
 
 def test_one_licence_is_one_name(tmp_path):
-    build(corpus(tmp_path, 3), job(), tmp_path, taxonomy=None)
+    build(corpus(tmp_path, 3), job(), tmp_path)
     assert read(tmp_path)[0]["license"] == "mit"
     assert "Share-alike" not in read(tmp_path)[1]
 
@@ -93,7 +93,7 @@ def test_hostile_names_stay_text(tmp_path):
     store = corpus(tmp_path, 3, modality=HOSTILE)
     demo = job({"blood": {"dataset": HOSTILE, "licence": HOSTILE}})
     demo.title = HOSTILE
-    build(store, demo, tmp_path, taxonomy=None)
+    build(store, demo, tmp_path)
     front, body = read(tmp_path)
     assert front["pretty_name"] == HOSTILE
     assert "<script>" not in body

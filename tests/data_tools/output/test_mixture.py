@@ -34,7 +34,7 @@ def read(file: Path) -> dict[str, list]:
 @pytest.fixture
 def built(tmp_path: Path) -> tuple[Path, FakeStore]:
     store = corpus(tmp_path, 60)
-    builder.build(store, job(held_out=0.3), tmp_path, taxonomy=None)
+    builder.build(store, job(held_out=0.3), tmp_path)
     return tmp_path, store
 
 

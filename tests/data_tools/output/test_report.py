@@ -84,7 +84,7 @@ def hostile_corpus(folder: Path) -> tuple[FakeStore, object]:
 
 
 def test_hostile_text_is_shown_and_does_nothing(tmp_path):
-    build(*hostile_corpus(tmp_path), tmp_path, taxonomy=None)
+    build(*hostile_corpus(tmp_path), tmp_path)
     found = page(tmp_path)
     assert not found.all("script")
     assert all(
@@ -100,7 +100,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path):
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
-    build(corpus(tmp_path, 5), job(), tmp_path, taxonomy=None)
+    build(corpus(tmp_path, 5), job(), tmp_path)
     found = page(tmp_path)
     (policy,) = [m["content"] for m in found.all("meta") if m.get("http-equiv")]
     assert str(policy).startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
@@ -114,7 +114,7 @@ def test_boxes_lie_over_a_clean_picture(tmp_path):
     draw(tmp_path, one)
     stored = np.asarray(Image.open(tmp_path / one.image)).astype(int)
     store = FakeStore([one], [kept(one, "region_caption", focus=1)])
-    build(store, job(held_out=0), tmp_path, taxonomy=None)
+    build(store, job(held_out=0), tmp_path)
     found = page(tmp_path)
     assert found.all("svg")[0]["viewbox"] == "0 0 64 48"
     shapes = [(r["x"], r["y"], r["width"], r["height"], r.get("class")) for r in found.all("rect")]
@@ -138,7 +138,7 @@ def test_the_page_stays_small_with_large_pictures(tmp_path):
         for form in ("caption", "dialogue")
     ]
     store = FakeStore([*records], [*accepted, kept(many[0], "perception")])
-    build(store, job(), tmp_path, taxonomy=None)
+    build(store, job(), tmp_path)
     assert (tmp_path / "report.html").stat().st_size < 1_000_000
     assert "the first 40 drawn" in page(tmp_path).text
 
@@ -198,7 +198,7 @@ def test_rejected_answers_are_shown_with_reason_and_prompt(tmp_path):
     store.all_rejected = [
         rejected(store.all_records[0], "a refusal", detail="'I can't'", answer="I can't.")
     ]
-    build(store, job(), tmp_path, taxonomy=None)
+    build(store, job(), tmp_path)
     text = page(tmp_path).text
     for part in ("a refusal", "'I can't'", "answer as it came", "Describe it."):
         assert part in text

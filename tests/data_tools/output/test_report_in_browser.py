@@ -120,7 +120,7 @@ def test_a_report_on_wide_and_narrow_screens(browser, tmp_path, dark):
     store.all_rejected = [
         rejected(one, "another label of the set is claimed") for one in store.all_records
     ]
-    build(store, job(held_out=0.2), tmp_path, taxonomy=None)
+    build(store, job(held_out=0.2), tmp_path)
     wide, narrow = look(browser, tmp_path, dark=dark)
     assert (wide["width"] > 1_200, narrow["width"] < 400) == (True, True)
     for found in (wide, narrow):
@@ -139,7 +139,7 @@ def test_a_report_on_wide_and_narrow_screens(browser, tmp_path, dark):
 
 
 def test_a_hostile_report_breaks_neither_the_page_nor_its_layout(browser, tmp_path):
-    build(*hostile_corpus(tmp_path), tmp_path, taxonomy=None)
+    build(*hostile_corpus(tmp_path), tmp_path)
     for found in look(browser, tmp_path, dark=False):
         assert (found["overflow"], found["outside"], found["strange"]) == (0, 0, 0)
         assert found["attacked"] == "look"

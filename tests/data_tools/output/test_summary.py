@@ -61,7 +61,7 @@ def counted(tmp_path_factory) -> dict:
         ],
         used=Usage(12, 3, 4_000, 500, 0.25, 65.4),
     )
-    return build(store, job(SOURCES, held_out=0), folder, taxonomy=None)
+    return build(store, job(SOURCES, held_out=0), folder)
 
 
 def test_records_are_counted_by_what_the_paper_shows(counted):
@@ -238,7 +238,7 @@ def test_a_picture_of_two_classes_is_told(tmp_path):
     store = FakeStore([*records, other], [kept(one) for one in (*records, other)])
     for one in records:
         draw(tmp_path, one)
-    found = build(store, job(held_out=0), tmp_path, taxonomy=None)["warnings"]
+    found = build(store, job(held_out=0), tmp_path)["warnings"]
     assert [line for line in found if "same picture" in line] == [
         "1 record(s) show the same picture as another record, with other labels or attributes (a file that "
         "lies in two class folders, say). Their answers may contradict each other: look at them."
