@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import psutil
 from printing import parser, quiet_stdout, show
 

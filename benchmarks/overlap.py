@@ -23,9 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from images import draw
-from printing import REPOSITORY, parser, peak_gib, quiet_stdout, show
-
-sys.path.insert(0, str(REPOSITORY))
+from printing import parser, peak_gib, quiet_stdout, show
 
 PEERS = {
     "imagehash": ("ImageHash==4.3.2", "PyWavelets"),
