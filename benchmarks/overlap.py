@@ -142,7 +142,7 @@ def draw_hashes(values: int, queries: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def measure_search(values: int, queries: int, brute: int, seed: int, faiss: Any) -> dict[str, Any]:
-    from data_tools.contamination.hamming import cheapest, search
+    from gmai_xtuner.core.hamming import cheapest, search
 
     there, asked = draw_hashes(values, queries, seed)
 

@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from data_tools.contamination.hamming import Pairs, search
 from data_tools.contamination.hashing import MISSING, OK, PLAIN, UNREADABLE, Hashed
+from gmai_xtuner.core.hamming import Pairs, search
 
 LEVELS = (0, 4, 8, 16)
 CLOSEST = 5

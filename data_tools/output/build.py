@@ -111,6 +111,7 @@ class _Keeps:
 def _alike(store: Store, job: Job, folder: Path, first: Any) -> list[tuple[int, int]]:
     """Pairs of record numbers whose pictures are near-identical; each picture is decoded once."""
     from data_tools.output import near_duplicates
+    from gmai_xtuner.core.hamming import close_pairs
 
     rows = first.nonzero()[0]
     keeps = _Keeps(job.corpus)
@@ -119,8 +120,7 @@ def _alike(store: Store, job: Job, folder: Path, first: Any) -> list[tuple[int, 
     values = near_duplicates.hashes(paths, threads=job.workers or os.cpu_count() or 1)
     distance = job.corpus.near_duplicates or 0
     return [
-        (int(rows[one]), int(rows[other]))
-        for one, other in near_duplicates.pairs(values, distance=distance)
+        (int(rows[one]), int(rows[other])) for one, other in close_pairs(values, distance=distance)
     ]
 
 

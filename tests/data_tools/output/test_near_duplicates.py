@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.output.near_duplicates import hashes, pairs, perceptual_hash
+from data_tools.output.near_duplicates import hashes, perceptual_hash
 from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.hamming import close_pairs
 
 
 def picture(seed: int, side: int = 160) -> Image.Image:
@@ -49,7 +48,7 @@ def test_a_picture_without_anything_in_it_has_the_hash_zero(tmp_path):
 
 def test_a_picture_that_cannot_be_read_stops_with_its_name(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(CorpusError, match=r"a\.png: a stored picture can't be read"):
+    with pytest.raises(CorpusError, match=r"a\.png: a stored image can't be read"):
         hashes([tmp_path / "a.png"], threads=1)
 
 
@@ -63,48 +62,9 @@ def test_hashes_keep_the_order_of_the_paths(tmp_path):
     assert hashes([], threads=1).tolist() == []
 
 
-@st.composite
-def close_hashes(draw: st.DrawFn) -> list[int]:
-    """Hashes of which many are a few bits from another."""
-    values = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=6))
-    for _ in range(draw(st.integers(0, 14))):
-        flipped = draw(st.lists(st.integers(0, 63), max_size=6, unique=True))
-        values.append(draw(st.sampled_from(values)) ^ sum(1 << bit for bit in flipped))
-    return values
-
-
-@given(close_hashes(), st.integers(0, 4))
-def test_pairs_link_exactly_what_comparing_all_links(values, distance):
-    found = list(pairs(np.array(values, dtype=np.uint64), distance=distance))
-    assert len({frozenset(pair) for pair in found}) == len(found)
-    assert all(bits(values[one], values[other]) <= distance for one, other in found)
-    near = [
-        (n, m)
-        for n in range(len(values))
-        for m in range(n)
-        if bits(values[n], values[m]) <= distance
-    ]
-    assert sets(len(values), found) == sets(len(values), near)
-
-
-def sets(size: int, links: list[tuple[int, int]]) -> set[frozenset[int]]:
-    """Connected sets, by repeated merging."""
-    member = [{n} for n in range(size)]
-    for one, other in links:
-        merged = member[one] | member[other]
-        for n in merged:
-            member[n] = merged
-    return {frozenset(one) for one in member}
-
-
-def test_many_equal_hashes_are_a_chain_not_all_pairs():
-    values = np.full(20_000, 7, dtype=np.uint64)
-    assert sum(1 for _ in pairs(values, distance=4)) == 19_999
-
-
 def test_x_rays_of_real_patients(shared_data: Path):
     """40 chest X-rays of one hospital: at the largest distance allowed, few are linked."""
     paths = sorted((shared_data / "hannover_cxr").rglob("*.png"))
-    found = list(pairs(hashes(paths, threads=2), distance=4))
+    found = list(close_pairs(hashes(paths, threads=2), distance=4))
     assert len(paths) == 40
     assert len(found) <= 1

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.contamination import hamming
-from data_tools.contamination.hamming import cheapest, search
+from gmai_xtuner.core import hamming
+from gmai_xtuner.core.hamming import cheapest, close_pairs, search
 
 
 def found(queries: np.ndarray, values: np.ndarray, **options) -> list[tuple[int, int, int]]:
@@ -93,3 +93,45 @@ def test_the_way_depends_on_the_sizes() -> None:
     assert cheapest(10, 100, 8) == 0
     assert cheapest(100_000, 1_000_000, 8) == 3
     assert cheapest(100_000, 1_000_000, 16) == 0
+
+
+# --- pairs within one collection -------------------------------------------------
+
+
+@st.composite
+def close_hashes(draw: st.DrawFn) -> list[int]:
+    """Hashes of which many are a few bits from another."""
+    values = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=6))
+    for _ in range(draw(st.integers(0, 14))):
+        flipped = draw(st.lists(st.integers(0, 63), max_size=6, unique=True))
+        values.append(draw(st.sampled_from(values)) ^ sum(1 << bit for bit in flipped))
+    return values
+
+
+@given(close_hashes(), st.integers(0, 4))
+def test_pairs_link_exactly_what_comparing_all_links(values, distance):
+    found = list(close_pairs(np.array(values, dtype=np.uint64), distance=distance))
+    assert len({frozenset(pair) for pair in found}) == len(found)
+    assert all((values[one] ^ values[other]).bit_count() <= distance for one, other in found)
+    near = [
+        (n, m)
+        for n in range(len(values))
+        for m in range(n)
+        if (values[n] ^ values[m]).bit_count() <= distance
+    ]
+    assert sets(len(values), found) == sets(len(values), near)
+
+
+def sets(size: int, links: list[tuple[int, int]]) -> set[frozenset[int]]:
+    """Connected sets, by repeated merging."""
+    member = [{n} for n in range(size)]
+    for one, other in links:
+        merged = member[one] | member[other]
+        for n in merged:
+            member[n] = merged
+    return {frozenset(one) for one in member}
+
+
+def test_many_equal_hashes_are_a_chain_not_all_pairs():
+    values = np.full(20_000, 7, dtype=np.uint64)
+    assert sum(1 for _ in close_pairs(values, distance=4)) == 19_999

@@ -1,4 +1,4 @@
-"""64-bit hashes of two collections that differ in few bits, without comparing all with all.
+"""64-bit hashes that differ in few bits, found without comparing all with all.
 
 Multi-index hashing (Norouzi, Punjani and Fleet, "Fast search in Hamming space with multi-index hashing", CVPR
 2012): hashes at most ``d`` bits apart, cut into ``m`` pieces, have a piece in which they differ in ``d // m``
@@ -18,9 +18,6 @@ from math import comb
 
 import numpy as np
 
-from data_tools.output.near_duplicates import bits_set
-
-MAX_DISTANCE = 16
 _WIDEST = 22
 """Bits of a piece: a table of 2**22 places is 16 MB and stays in the cache of a large processor."""
 
@@ -45,7 +42,7 @@ class Pairs:
 def search(
     queries: np.ndarray, values: np.ndarray, *, distance: int, pieces: int | None = None
 ) -> Iterator[Pairs]:
-    """All pairs at most ``distance`` bits apart, each once, in no particular order, some at a time.
+    """Yield all pairs at most ``distance`` bits apart, each once, in no particular order, some at a time.
 
     Args:
         queries: uint64 ``[q]``.
@@ -64,8 +61,39 @@ def search(
     )
 
 
+def close_pairs(values: np.ndarray, *, distance: int) -> Iterator[tuple[int, int]]:
+    """Yield positions of hashes of one collection at most ``distance`` bits apart, each pair once.
+
+    Equal hashes are paired as a chain, not each with each: a thousand blank images are 999 pairs.
+
+    Args:
+        values: uint64 ``[n]``.
+        distance: 0 to 64.
+    """
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    is_first = np.append(True, ordered[1:] != ordered[:-1])[: len(values)]
+    again = np.flatnonzero(~is_first)
+    yield from zip(order[again - 1].tolist(), order[again].tolist(), strict=True)
+    if not distance:
+        return
+    distinct, positions = ordered[is_first], order[is_first]
+    for part in search(distinct, distinct, distance=distance):
+        once = part.query < part.value
+        one, other = positions[part.query[once]], positions[part.value[once]]
+        yield from zip(one.tolist(), other.tolist(), strict=True)
+
+
+def bits_set(values: np.ndarray) -> np.ndarray:
+    """Return how many bits of each value are set, uint8."""
+    if hasattr(np, "bitwise_count"):  # numpy 2
+        return np.bitwise_count(values)
+    as_bytes = values[..., None].view(np.uint8)
+    return np.unpackbits(as_bytes, axis=-1).sum(axis=-1, dtype=np.uint8)
+
+
 def cheapest(queries: int, values: int, distance: int) -> int:
-    """The number of pieces that costs least; 0: comparing all with all does."""
+    """Return the number of pieces that costs least; 0: comparing all with all does."""
     costs = {0: _COMPARISON * queries * values / _threads()}
     for pieces in range(3, 17):
         turned, width = distance // pieces, 64 // pieces
@@ -128,7 +156,7 @@ def _masks(width: int, turned: int) -> Iterator[int]:
 def _expanded(
     queries: np.ndarray, start: np.ndarray, count: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Query and row of every candidate; a bounded number at once."""
+    """Yield query and row of every candidate, a bounded number at once."""
     ends = np.cumsum(count, dtype=np.int64)
     first = 0
     while first < len(queries):
