@@ -79,7 +79,7 @@ def write_pictures(folder: Path, count: int, seed: int) -> dict[str, list[Path]]
 def measure_pictures(folder: Path, count: int, seed: int, imagehash: Any) -> dict[str, Any]:
     from PIL import Image
 
-    from data_tools.contamination.hashing import Picture, hash_picture, open_cache
+    from data_tools.contamination.hashing import ImageSource, hash_image, open_cache
     from data_tools.executor import cores, open_executor
 
     files = write_pictures(folder, count, seed)
@@ -89,7 +89,7 @@ def measure_pictures(folder: Path, count: int, seed: int, imagehash: Any) -> dic
         for _ in range(3):
             begun = time.process_time()
             for path in paths:
-                hash_picture(path)
+                hash_image(path)
             ours.append(time.process_time() - begun)
             if imagehash is None:
                 continue
@@ -106,7 +106,7 @@ def measure_pictures(folder: Path, count: int, seed: int, imagehash: Any) -> dic
             }
         )
     everything = [path for paths in files.values() for path in paths]
-    pictures = [Picture(number, path=path) for number, path in enumerate(everything)]
+    pictures = [ImageSource(number, path) for number, path in enumerate(everything)]
     seconds = []
     with open_cache(folder / "hashes.sqlite") as cache, open_executor("processes") as engine:
         list(engine.map(len, ["", ""] * engine.workers))  # started before it is timed
@@ -215,7 +215,7 @@ def draw_questions(count: int, seed: int) -> list[str]:
 
 
 def measure_questions(known: int, asked: int, seed: int, datasketch: Any) -> dict[str, Any]:
-    from data_tools.contamination.texts import TextIndex, grams
+    from data_tools.contamination.questions import TextIndex, grams
 
     texts, queries = draw_questions(known, seed), draw_questions(asked, seed + 1)
     begun = time.process_time()

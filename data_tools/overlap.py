@@ -126,15 +126,14 @@ def _run(options: argparse.Namespace) -> int:
     from data_tools.contamination import compare, report
     from data_tools.contamination.benchmark import Benchmark
     from data_tools.contamination.corpus import open_corpus
-    from data_tools.contamination.folder import check_folder, default_folder
     from data_tools.contamination.hashing import open_cache
     from data_tools.progress import Bar
 
     if options.workers is not None and options.workers < 1:
         raise CorpusError(f"--workers must be 1 or more, got {options.workers}.")
     corpus = open_corpus(options.corpus, image_root=options.image_root)
-    folder = options.output or default_folder(options.benchmark)
-    check_folder(folder, options.corpus, options.benchmark)
+    folder = options.output or report.default_folder(options.benchmark)
+    report.check_folder(folder, options.corpus, options.benchmark)
     benchmark = Benchmark(
         options.benchmark,
         image_root=options.benchmark_images,

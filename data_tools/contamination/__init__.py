@@ -1,1 +1,1 @@
-"""What a training corpus and a benchmark have in common: ``python data_tools/overlap.py``."""
+"""Benchmarks in a training corpus: found, shown and left out by ``python data_tools/overlap.py``."""

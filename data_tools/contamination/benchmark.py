@@ -1,4 +1,4 @@
-"""A benchmark, read without knowing which it is: question files in the usual shapes, and pictures."""
+"""A benchmark, read without knowing which it is: question files in the usual shapes, and images."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from data_tools.contamination import columns
-from data_tools.contamination.hashing import Picture, content_key
-from data_tools.contamination.records import SUFFIXES, Row, conversation, rows
-from gmai_xtuner.core.errors import CorpusError, SourceError
+from data_tools.contamination import rows
+from data_tools.contamination.hashing import ImageSource, content_key
+from gmai_xtuner.core.conversation import user_texts
+from gmai_xtuner.core.errors import CorpusError, GMAIError
 
 RECOGNISED = (
     "Question files: .json, .jsonl, .ndjson, .csv, .tsv or .parquet with a column question, query, problem, "
-    "instruction or prompt, or with conversations; pictures in columns such as image, image_path, img_name, "
-    "Figure_path, image_1 (a path, base64, bytes, or a list), or picture files below the folder"
+    "instruction or prompt, or with conversations; images in columns such as image, image_path, img_name, "
+    "Figure_path, image_1 (a path, base64, bytes, or a list), or image files below the folder"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """A picture of the benchmark: its ``name``, and the file or, of one in a table, its key in the cache."""
+class NamedImage:
+    """An image of the benchmark: its ``name``, and the file or, of one in a table, its key in the cache."""
 
     name: str
     path: Path | None
     key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Item:
     """A question of the benchmark.
 
@@ -42,7 +42,7 @@ class Item:
         id: its own, or "".
         texts: the question as it may occur: bare, with its options, rephrased.
         answer: the right one as text, or "".
-        images: numbers of its pictures.
+        images: positions of its images.
         case: patient or case, or "".
     """
 
@@ -61,16 +61,20 @@ class Item:
 
 @dataclass(slots=True)
 class Benchmark:
-    """A benchmark that `pictures` reads.
+    """A benchmark; :meth:`read` fills it.
 
     Args:
         path: as it was given.
+        image_root: where its images are, if not beside it.
+        only: patterns of its question files; all if empty.
+        where: column -> pattern of the rows that count.
         files: question files, by their names below the folder, with their rows that count.
         passed_over: files that weren't read, with the reason.
         items: the questions.
-        shown: the pictures; by their numbers.
-        not_found: names of pictures of which there is no file, with what is wrong.
-        unnamed: picture files that no question names and that aren't compared.
+        images: the images.
+        not_found: names of images of which there is no file, with what is wrong.
+        unnamed: image files that no question names and that aren't compared.
+        left_out: rows that ``where`` leaves out.
         notes: what a person should know of the reading.
     """
 
@@ -81,7 +85,7 @@ class Benchmark:
     files: dict[str, int] = field(default_factory=dict)
     passed_over: list[tuple[str, str]] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
-    shown: list[Shown] = field(default_factory=list)
+    images: list[NamedImage] = field(default_factory=list)
     not_found: list[tuple[str, str]] = field(default_factory=list)
     unnamed: int = 0
     left_out: int = 0
@@ -90,27 +94,27 @@ class Benchmark:
     _taken: set[str] = field(default_factory=set)
     _below: dict[str, list[str]] | None = None
 
-    def pictures(self) -> Iterator[Picture]:
-        """Read everything; pictures are handed on as they come, for those in tables would fill the memory.
+    def read(self) -> Iterator[ImageSource]:
+        """Read everything; images are handed on as they come, for those in tables would fill the memory.
 
         Raises:
-            CorpusError: nothing is there, or a question file is damaged.
+            GMAIError: nothing is there, or a question file is damaged.
         """
         if not self.path.exists():
             raise CorpusError(f"{self.path} does not exist. Name a benchmark's folder or file.")
         for file in self._question_files():
             yield from self._read(file)
         if self.path.is_dir():
-            yield from self._picture_files()
-        elif columns.is_picture(self.path.name):
+            yield from self._image_files()
+        elif rows.is_image(self.path.name):
             yield from self._number(self.path, self.path.name)[1]
 
     def _question_files(self) -> list[Path]:
         if self.path.is_file():
-            return [self.path] if self.path.suffix.lower() in SUFFIXES else []
+            return [self.path] if self.path.suffix.lower() in rows.QUESTION_FILES else []
         found = []
         for file in sorted(self.path.rglob("*")):
-            if file.suffix.lower() not in SUFFIXES or not file.is_file():
+            if file.suffix.lower() not in rows.QUESTION_FILES or not file.is_file():
                 continue
             name = file.relative_to(self.path).as_posix()
             if not self.only or any(
@@ -126,97 +130,74 @@ class Benchmark:
             )
         return found
 
-    def _read(self, file: Path) -> Iterator[Picture]:
+    def _read(self, file: Path) -> Iterator[ImageSource]:
         name = file.relative_to(self.path).as_posix() if self.path.is_dir() else file.name
-        count, splits, seen = 0, Counter[str](), 0
+        count, seen, splits, split_column = 0, 0, Counter[str](), ""
         named: set[str] = set()
-        split_column = ""
         by_index: dict[str, tuple[int, ...]] = {}
-        waiting: list[tuple[int, str]] = []
+        waiting: list[tuple[Item, str]] = []
         try:
-            for row in rows(file):
-                seen += 1
-                named.update(map(str, row.cells))
-                cells = columns.by_name(row.cells)
-                if not self._wanted(row.cells):
+            for seen, raw in enumerate(rows.rows(file), 1):
+                named.update(map(str, raw))
+                cells = rows.by_name(raw)
+                if not self._is_wanted(raw):
                     self.left_out += 1
                     continue
-                texts = self._texts(row, cells, file)
-                shown = list(columns.pictures(cells))
+                texts, shown = self._texts(cells), list(rows.images(cells))
                 if not texts and not shown:
                     continue
                 count += 1
-                splits[columns.first(cells, columns.SPLITS)] += 1
-                split_column = split_column or columns.spelt(row.cells, columns.SPLITS)
-                index = columns.first(cells, columns.IDS)
+                splits[rows.first(cells, rows.SPLITS)] += 1
+                split_column = split_column or rows.spelling(raw, rows.SPLITS)
+                index = rows.first(cells, rows.IDS)
+                item = Item(
+                    name, seen, index, texts, rows.answer(cells), (), rows.first(cells, rows.CASES)
+                )
                 numbers: list[int] = []
                 for one in shown:
-                    if isinstance(one, str) and one in by_index and not columns.is_picture(one):
-                        numbers += by_index[one]  # VLMEvalKit: "the picture of row 17"
+                    if isinstance(one, str) and one in by_index and not rows.is_image(one):
+                        numbers += by_index[one]  # VLMEvalKit: "the image of row 17"
                     elif isinstance(one, str) and one.isdecimal() and texts:
-                        waiting.append((len(self.items), one))
+                        waiting.append((item, one))
                     else:
-                        number, fresh = self._resolve(one, file, row.number)
+                        number, fresh = self._resolve(one, file, seen)
                         yield from fresh
                         if number is not None:
                             numbers.append(number)
+                item.images = tuple(dict.fromkeys(numbers))
                 by_index.setdefault(index, tuple(numbers))
                 if texts:
-                    self._add(name, row, cells, texts, tuple(dict.fromkeys(numbers)))
-        except SourceError as error:
+                    self.items.append(item)
+        except GMAIError as error:
             if seen == 0 and self.path.is_dir():  # a settings file, a README in JSON
                 self.passed_over.append((name, str(error)))
                 return
             raise
-        for position, index in waiting:
-            if index in by_index and position < len(self.items):
-                item = self.items[position]
-                fields = {key: getattr(item, key) for key in Item.__slots__}
-                self.items[position] = Item(
-                    **{**fields, "images": (*item.images, *by_index[index])}
-                )
+        for item, index in waiting:
+            if index in by_index:
+                item.images += by_index[index]
             else:
                 self.not_found.append((index, f"{name}: no row has this index"))
         if count:
             self.files[name] = count
             self._look_for_training(name, splits, split_column)
         else:
-            told = f"columns: {', '.join(sorted(named)[:12]) or 'none'}"
-            self.passed_over.append((name, f"no column of questions or pictures is known ({told})"))
+            there = f"columns: {', '.join(sorted(named)[:12]) or 'none'}"
+            self.passed_over.append((name, f"no column of questions or images is known ({there})"))
 
-    def _wanted(self, cells: Mapping[str, Any]) -> bool:
+    def _is_wanted(self, cells: Mapping[str, Any]) -> bool:
         return all(
             fnmatchcase(str(cells.get(name, "")), value) for name, value in self.where.items()
         )
 
-    def _texts(self, row: Row, cells: Mapping[str, Any], file: Path) -> list[str]:
-        bare = columns.questions(cells)
+    @staticmethod
+    def _texts(cells: Mapping[str, Any]) -> tuple[str, ...]:
+        bare = rows.questions(cells)
         if not bare:
-            found = conversation(row, file)
-            return [turn.question for turn in found.turns if turn.question.strip()] if found else []
-        choices = columns.options(cells)
+            return tuple(user_texts(cells))
+        choices = rows.options(cells)
         lettered = " ".join(f"{letter}. {text}" for letter, text in choices.items())
-        return [*bare, *(f"{text} {lettered}" for text in bare[:1] if choices)]
-
-    def _add(
-        self,
-        name: str,
-        row: Row,
-        cells: Mapping[str, Any],
-        texts: list[str],
-        images: tuple[int, ...],
-    ) -> None:
-        self.items.append(
-            Item(
-                name,
-                row.number,
-                columns.first(cells, columns.IDS),
-                tuple(texts),
-                columns.answer(cells),
-                images,
-                columns.first(cells, columns.CASES),
-            )
-        )
+        return (*bare, *(f"{text} {lettered}" for text in bare[:1] if choices))
 
     def _look_for_training(self, name: str, splits: Counter[str], column: str) -> None:
         if re.search(r"train", Path(name).stem, re.IGNORECASE):
@@ -231,23 +212,25 @@ class Benchmark:
             pattern = (
                 "test*" if len(tested) > 1 and "test_freeform" in tested else "".join(tested[:1])
             )
-            told = shlex.quote(f"{column}={pattern or 'test'}")
+            condition = shlex.quote(f"{column}={pattern or 'test'}")
             self.notes.append(
                 f"{name} holds several parts ({', '.join(sorted(splits))}). Choose the one that is tested on "
-                f"with --where, such as --where {told}."
+                f"with --where, such as --where {condition}."
             )
 
-    # --- pictures -------------------------------------------------------------------------------
+    # --- images ---------------------------------------------------------------------------------
 
-    def _resolve(self, one: str | bytes, file: Path, row: int) -> tuple[int | None, list[Picture]]:
-        """The picture's number, and the picture if it is a new one."""
+    def _resolve(
+        self, one: str | bytes, file: Path, row: int
+    ) -> tuple[int | None, list[ImageSource]]:
+        """The image's position, and the image if it is a new one."""
         if isinstance(one, bytes):
             key = content_key(one)
             if key in self._numbers:
                 return self._numbers[key], []
-            number = self._numbers[key] = len(self.shown)
-            self.shown.append(Shown(self._unique(f"{file.name}, row {row}"), None, key))
-            return number, [Picture(number, data=one)]
+            number = self._numbers[key] = len(self.images)
+            self.images.append(NamedImage(self._unique(f"{file.name}, row {row}"), None, key))
+            return number, [ImageSource(number, one)]
         path, problem = self._find(one, file)
         if path is None:
             if one not in self._numbers:
@@ -256,16 +239,16 @@ class Benchmark:
             return None, []
         return self._number(path, one)
 
-    def _number(self, path: Path, name: str) -> tuple[int, list[Picture]]:
+    def _number(self, path: Path, name: str) -> tuple[int, list[ImageSource]]:
         key = str(path.absolute())
         if key in self._numbers:
             return self._numbers[key], []
-        number = self._numbers[key] = len(self.shown)
-        self.shown.append(Shown(self._unique(name), path))
-        return number, [Picture(number, path=path)]
+        number = self._numbers[key] = len(self.images)
+        self.images.append(NamedImage(self._unique(name), path))
+        return number, [ImageSource(number, path)]
 
     def _unique(self, name: str) -> str:
-        """Of several pictures that go by one name the second is ``name (2)``: people decide by names."""
+        """Of several images that go by one name the second is ``name (2)``: people decide by names."""
         found, number = name, 1
         while found in self._taken:
             number += 1
@@ -279,27 +262,29 @@ class Benchmark:
             if root is not None and (root / name).is_file():
                 return root / name, ""
         tail = posixpath.normpath(name.replace("\\", "/")).lstrip("./")
-        found = self._named(folder).get(posixpath.basename(tail), [])
+        found = self._files_by_name(folder).get(posixpath.basename(tail), [])
         longest = [one for one in found if one.endswith("/" + tail)] or found
         if len(longest) == 1:
             return Path(longest[0]), ""
         return None, f"{len(longest)} files have this name" if longest else "no such file"
 
-    def _named(self, folder: Path) -> dict[str, list[str]]:
+    def _files_by_name(self, folder: Path) -> dict[str, list[str]]:
         if self._below is None:
             below = defaultdict(list)
             for root in dict.fromkeys(one for one in (self.image_root, folder) if one is not None):
                 for path in root.rglob("*"):
-                    if columns.is_picture(path.name):
+                    if rows.is_image(path.name):
                         below[path.name].append(path.as_posix())
             self._below = dict(below)
         return self._below
 
-    def _picture_files(self) -> Iterator[Picture]:
-        """All picture files if no question names one; otherwise the others are counted."""
-        named = {one.path.resolve() for one in self.shown if one.path is not None}
-        paths = sorted(Path(one) for below in self._named(self.path).values() for one in below)
-        if self.shown or self.not_found:
+    def _image_files(self) -> Iterator[ImageSource]:
+        """All image files if no question names one; otherwise the others are counted."""
+        named = {one.path.resolve() for one in self.images if one.path is not None}
+        paths = sorted(
+            Path(one) for some in self._files_by_name(self.path).values() for one in some
+        )
+        if self.images or self.not_found:
             self.unnamed = sum(path.resolve() not in named for path in paths)
             return
         for path in paths:

@@ -1,4 +1,4 @@
-"""What was found, in numbers and lists, and what of it a training should leave out."""
+"""The result in numbers and lists, and the names that a training should leave out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.contamination.compare import Overlap
-from data_tools.contamination.looking import LEVELS
+from data_tools.contamination.images import LEVELS
 from gmai_xtuner.core.errors import CorpusError
 
 NEAR_COLUMNS = (
@@ -27,78 +27,71 @@ NEAR_COLUMNS = (
     "image",
     "excluded_by_mixture",
 )
+"""Columns of ``near.tsv``; people's files have these names."""
+
 EXCLUDE, KEEP = "exclude", "keep"
 SAME_PIXELS = "same pixels"
 
 Decisions = dict[tuple[str, str, str], str]
-"""What a person says of a pair: (benchmark's picture, dataset, image) -> ``exclude`` or ``keep``."""
+"""Decisions of a person: (benchmark's image, dataset, image) -> ``exclude`` or ``keep``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two pictures that are to be looked at.
+    """Two images that are to be looked at.
 
     Args:
-        shown, image: of the benchmark and of the corpus, by number.
+        theirs, ours: images of the benchmark and of the corpus, by number.
         relation: ``same pixels``, ``looks the same``, or ``same case`` if only the names are alike;
             ``looks the same, same case`` for both.
         bits: by which the perceptual hashes differ; None: not known to be near.
     """
 
-    shown: int
-    image: int
+    theirs: int
+    ours: int
     relation: str
     bits: int | None
 
 
 def pairs(overlap: Overlap) -> list[Pair]:
-    """All pairs, the surest first: same pixels, then those of one case, then by distance."""
-    cases = {(s, i) for s, images in overlap.same_case.items() for i in images}
-    found = [
-        Pair(shown, image, SAME_PIXELS, 0)
-        for shown, images in sorted(overlap.looks.exact.items())
-        for image in images
+    """Return all pairs, the surest first: same pixels, then those of one case, then by distance."""
+    cases = {(theirs, ours) for theirs, images in overlap.same_case.items() for ours in images}
+    exact = [
+        Pair(theirs, ours, SAME_PIXELS, 0)
+        for theirs, images in sorted(overlap.matches.exact.items())
+        for ours in images
     ]
-    there = {(pair.shown, pair.image) for pair in found}
-    near = [
-        Pair(
-            one.shown,
-            one.image,
-            "looks the same, same case" if (one.shown, one.image) in cases else "looks the same",
-            one.distance,
-        )
-        for one in overlap.looks.near
-    ]
+    near = []
+    for one in overlap.matches.near:
+        also = ", same case" if (one.theirs, one.ours) in cases else ""
+        near.append(Pair(one.theirs, one.ours, f"looks the same{also}", one.distance))
     near.sort(key=lambda pair: ("case" not in pair.relation, pair.bits))
-    there |= {(pair.shown, pair.image) for pair in near}
-    named = [Pair(s, i, "same case", None) for s, i in sorted(cases - there)]
-    return [*found, *near, *named]
+    cases -= {(pair.theirs, pair.ours) for pair in (*exact, *near)}
+    return [*exact, *near, *(Pair(*case, "same case", None) for case in sorted(cases))]
 
 
 def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> dict[str, Any]:
-    """All numbers, as JSON."""
+    """Return all numbers, as JSON."""
     corpus, benchmark = overlap.corpus, overlap.benchmark
-    looks, questions = overlap.looks, overlap.questions
+    matches, questions = overlap.matches, overlap.questions
     items = len(benchmark.items)
-    hit_pictures = set(looks.exact) | set(np.flatnonzero(looks.nearest < 255).tolist())
-    with_picture = {
-        n for n, item in enumerate(benchmark.items) if hit_pictures.intersection(item.images)
-    }
-    with_question = set(questions.asked_items())
+    found = set(matches.exact) | set(np.flatnonzero(matches.nearest < 255).tolist())
+    with_image = {n for n, item in enumerate(benchmark.items) if found.intersection(item.images)}
+    with_question = questions.asked_items()
     levels = [level for level in LEVELS if level < overlap.distance] + [overlap.distance]
-    why = pictures_not_compared(overlap)
+    why = images_not_compared(overlap)
     return {
         "corpus": {
             "path": str(corpus.path),
             "taken_for": corpus.kind,
             "datasets": [dataset.name for dataset in corpus.datasets],
             "conversations": overlap.conversations,
-            "left_out_by_the_mixture": overlap.left,
-            "no_conversation": corpus.no_conversation,
+            "left_out_by_the_mixture": overlap.excluded,
+            "no_conversation": sum(corpus.refused.values()),
+            "refused_by_reason": dict(sorted(corpus.refused.items())),
             "pictures": overlap.corpus_images,
             "distinct_pictures": overlap.distinct_images,
             "pictures_by_state": overlap.corpus_states,
-            "pictures_inside_records": overlap.inside,
             "files_passed_over": corpus.passed_over,
         },
         "benchmark": {
@@ -106,7 +99,7 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
             "files": benchmark.files,
             "questions": items,
             "rows_left_out": benchmark.left_out,
-            "pictures": len(benchmark.shown),
+            "pictures": len(benchmark.images),
             "pictures_by_state": overlap.benchmark_states,
             "pictures_not_found": len(benchmark.not_found),
             "picture_files_unnamed": benchmark.unnamed,
@@ -115,9 +108,9 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
         "pictures": {
             "compared": not why,
             "not_compared_because": why,
-            "same_pixels": len(looks.exact),
-            "same_pixels_in_corpus": len({i for images in looks.exact.values() for i in images}),
-            "within_bits": {str(level): looks.within(level) for level in levels},
+            "same_pixels": len(matches.exact),
+            "same_pixels_in_corpus": len({i for images in matches.exact.values() for i in images}),
+            "within_bits": {str(level): matches.within(level) for level in levels},
             "same_case": len(overlap.same_case),
         },
         "questions": {
@@ -130,9 +123,9 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
         "items": {
             "all": items,
             "picture_and_question": len(questions.both),
-            "picture": len(with_picture - set(questions.both)),
-            "question": len(with_question - with_picture),
-            "neither": items - len(with_picture | with_question),
+            "picture": len(with_image - set(questions.both)),
+            "question": len(with_question - with_image),
+            "neither": items - len(with_image | with_question),
         },
         "to_look_at": sum(pair.relation != SAME_PIXELS for pair in listed),
         "undecided": exclude.undecided,
@@ -147,29 +140,30 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
     }
 
 
-def pictures_not_compared(overlap: Overlap) -> str:
-    """Why no picture could be compared, or ""."""
-    if not overlap.benchmark.shown:
+def images_not_compared(overlap: Overlap) -> str:
+    """Return why no image could be compared, or ""."""
+    if not overlap.benchmark.images:
         named = len(overlap.benchmark.not_found)
         return (
-            f"none of the {named} pictures that the benchmark names was found; give --benchmark-images"
+            f"none of the {named} images that the benchmark names was found; give --benchmark-images"
             if named
-            else "no picture of the benchmark was recognised"
+            else "no image of the benchmark was recognised"
         )
     if not overlap.benchmark_states.get("read"):
-        return "no picture of the benchmark could be read"
+        return "no image of the benchmark could be read"
     if not overlap.corpus_images:
-        return "the corpus names no picture"
+        return "the corpus names no image"
     if not overlap.corpus_states.get("read"):
-        return "no picture of the corpus could be read; is image_root right?"
+        return "no image of the corpus could be read; is image_root right?"
     return ""
 
 
 def warnings(overlap: Overlap) -> list[str]:
-    """What keeps the result from being the whole truth."""
-    found = list(overlap.benchmark.notes)
-    if why := pictures_not_compared(overlap):
-        found.append(f"Pictures were not compared: {why}.")
+    """Return what keeps the result from being the whole truth."""
+    corpus, benchmark = overlap.corpus, overlap.benchmark
+    found = list(benchmark.notes)
+    if why := images_not_compared(overlap):
+        found.append(f"Images were not compared: {why}.")
     if not overlap.questions.texts:
         found.append("Questions were not compared: no column of questions was recognised.")
     elif not overlap.conversations:
@@ -180,28 +174,25 @@ def warnings(overlap: Overlap) -> list[str]:
     ):
         for state in ("missing", "unreadable", "plain"):
             if number := states.get(state, 0):
-                told = "of one grey level" if state == "plain" else state
-                found.append(f"{_some(number, 'picture')} of the {side}, {told}: not compared.")
-    if overlap.benchmark.not_found:
-        found.append(
-            f"{_some(len(overlap.benchmark.not_found), 'picture')} that the benchmark names: not found."
-        )
-    if overlap.benchmark.unnamed:
-        found.append(
-            f"{_some(overlap.benchmark.unnamed, 'picture file')} of the benchmark, named by no question: not "
-            "compared."
-        )
-    if overlap.inside:
-        found.append(
-            f"{_some(overlap.inside, 'picture')} inside of the corpus' records: not compared; training does "
-            "not read them either."
-        )
-    if overlap.corpus.no_conversation:
-        found.append(
-            f"{_some(overlap.corpus.no_conversation, 'record')} of the corpus without a conversation."
-        )
-    if overlap.corpus.passed_over:
-        found.append(f"{_some(len(overlap.corpus.passed_over), 'file')} of the corpus passed over.")
+                state = "of one grey level" if state == "plain" else state
+                found.append(f"{_some(number, 'image')} of the {side}, {state}: not compared.")
+    reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(corpus.refused.items()))
+    for number, thing, outcome in (
+        (len(benchmark.not_found), "image", "that the benchmark names: not found"),
+        (
+            benchmark.unnamed,
+            "image file",
+            "of the benchmark, named by no question: not compared",
+        ),
+        (
+            corpus.refused.total(),
+            "record",
+            f"of the corpus that training refuses ({reasons}): not compared",
+        ),
+        (len(corpus.passed_over), "file", "of the corpus passed over"),
+    ):
+        if number:
+            found.append(f"{_some(number, thing)} {outcome}.")
     return found
 
 
@@ -209,7 +200,7 @@ def _some(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-# --- what to leave out ---------------------------------------------------------------------------
+# --- names to leave out ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +219,7 @@ class ExcludeList:
     undecided: int
 
     def text(self, *, title: str) -> str:
-        """As ``exclude`` of a mixture takes it."""
+        """Return the list as ``exclude`` of a mixture takes it."""
         lines = [f"# {title}"]
         now = ""
         entries = [(dataset, "image", name) for dataset, name in self.images]
@@ -249,16 +240,16 @@ def _quoted(name: str) -> str:
 
 
 def _key(overlap: Overlap, pair: Pair) -> tuple[str, str, str]:
-    image = overlap.images[pair.image]
-    return overlap.benchmark.shown[pair.shown].name, image.dataset, image.name
+    image = overlap.images[pair.ours]
+    return overlap.benchmark.images[pair.theirs].name, image.dataset, image.name
 
 
 def exclude_list(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -> ExcludeList:
-    """The same pixels; conversations that are a question without a picture, word for word with its answer;
-    and whatever a person has decided on. Nothing else: what only looks alike is for eyes.
+    """List what is certain: the same pixels; conversations that are a question without an image, word for
+    word with its answer; and whatever a person has decided on. What only looks alike is for eyes.
 
     One ``exclude`` is enough to leave an image out. An image of the same pixels is taken back if all its
-    pairs are ``keep``: that it is no copy of one picture says nothing of another."""
+    pairs are ``keep``: that it is no copy of one image says nothing of another."""
     keys = [_key(overlap, pair) for pair in listed]
     certain = {
         key[1:] for pair, key in zip(listed, keys, strict=True) if pair.relation == SAME_PIXELS
@@ -271,13 +262,13 @@ def exclude_list(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions)
         pair.relation != SAME_PIXELS
         and key not in decisions
         and key[1:] not in images
-        and not overlap.images[pair.image].left
+        and not overlap.images[pair.ours].is_excluded
         for pair, key in zip(listed, keys, strict=True)
     )
     datasets = overlap.corpus.datasets
     ids = {(datasets[number].name, name) for number, name in overlap.questions.whole}
-    left_images = {(dataset.name, name) for dataset in datasets for name in dataset.left.images}
-    left_ids = {(dataset.name, name) for dataset in datasets for name in dataset.left.ids}
+    left_images = {(dataset.name, name) for dataset in datasets for name in dataset.excluded.images}
+    left_ids = {(dataset.name, name) for dataset in datasets for name in dataset.excluded.ids}
     fresh = len(images - left_images) + len(ids - left_ids)
     if (
         not overlap.corpus.is_mixture
@@ -287,7 +278,7 @@ def exclude_list(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions)
 
 
 def read_decisions(path: Path) -> Decisions:
-    """What a person has written into ``near.tsv``; of two rows of one pair ``exclude`` wins.
+    """Read the decisions in ``near.tsv``; of two rows of one pair ``exclude`` wins.
 
     Raises:
         CorpusError: another word stands there, a column or cell is missing, or it isn't UTF-8.
@@ -331,15 +322,15 @@ def _read_decisions(path: Path) -> Decisions:
 
 
 def near_table(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -> str:
-    """``near.tsv``: pairs to look at, then those of the same pixels; with the decisions made so far, also
-    those on pairs no longer there."""
+    """Return ``near.tsv``: pairs to look at, then those of the same pixels; with the decisions made so far,
+    also those on pairs no longer there."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
     writer.writerow(NEAR_COLUMNS)
     asked = Counter(number for item in overlap.benchmark.items for number in item.images)
     written = set()
     for pair in sorted(listed, key=lambda one: one.relation == SAME_PIXELS):
-        image = overlap.images[pair.image]
+        image = overlap.images[pair.ours]
         key = _key(overlap, pair)
         written.add(key)
         writer.writerow(
@@ -348,9 +339,9 @@ def near_table(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -
                 pair.relation,
                 "" if pair.bits is None else pair.bits,
                 key[0],
-                asked[pair.shown],
+                asked[pair.theirs],
                 *key[1:],
-                "yes" if image.left else "",
+                "yes" if image.is_excluded else "",
             ]
         )
     for key, decision in decisions.items():
@@ -360,7 +351,7 @@ def near_table(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -
 
 
 def question_hits(overlap: Overlap, *, at_most: int) -> list[dict[str, Any]]:
-    """Questions that the corpus asks as well, the surest first."""
+    """Return the questions that the corpus asks as well, the surest first."""
     questions = overlap.questions
     found: list[tuple[tuple[float, ...], dict[str, Any]]] = []
     for number, hits in questions.hits.items():
@@ -368,7 +359,7 @@ def question_hits(overlap: Overlap, *, at_most: int) -> list[dict[str, Any]]:
         first = overlap.benchmark.items[items[0]]
         best = hits.examples[0]
         order = (-best.same_picture, -best.same_answer, -best.jaccard, -len(items), number)
-        told = {
+        hit = {
             "question": first.texts[0],
             "answer": first.answer,
             "items": len(items),
@@ -377,6 +368,6 @@ def question_hits(overlap: Overlap, *, at_most: int) -> list[dict[str, Any]]:
             "near": hits.near,
             "examples": [asdict(one) for one in hits.examples],
         }
-        found.append((order, told))
+        found.append((order, hit))
     found.sort(key=lambda one: one[0])
-    return [told for _, told in found[:at_most]]
+    return [hit for _, hit in found[:at_most]]

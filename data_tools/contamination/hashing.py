@@ -1,8 +1,8 @@
-"""Hashes of pictures: exact and perceptual, made by all cores, kept in a file for the next run.
+"""Hashes of images: exact and perceptual, made by all cores, kept in a file for the next run.
 
 Both hashes are taken of the pixels that training shows (see `preprocess.images`): 8 bit, upright, deep grey
 windowed. Grey that is stored as RGB is grey. A file whose path, size and time of change are those of a file
-that was hashed before is not opened again; pictures inside of tables go by a hash of their bytes.
+that was hashed before is not opened again; images inside of tables go by a hash of their bytes.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ VERSION = 1
 
 _IN_A_TASK = 16
 _AT_ONCE = 4_096
-"""Pictures that are looked up, hashed and put on disk together: what a kill costs."""
+"""Images that are looked up, hashed and put on disk together: what a kill costs."""
 
 THUMBNAIL = 224
 
 OK, UNREADABLE, MISSING, PLAIN = 1, 2, 3, 4
-"""States of a picture. ``PLAIN``: one grey level, which looks like every other such picture."""
+"""States of an image. ``PLAIN``: one grey level, which looks like every other such image."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """What is known of a picture.
+    """The hashes of an image, or why there are none.
 
     Args:
         state: of the module's.
@@ -56,16 +56,15 @@ class Hashed:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture to be hashed: a ``path``, or the bytes ``data`` of one that lies in a table."""
+class ImageSource:
+    """An image to be hashed: its position, and its file or, of one that lies in a table, its bytes."""
 
     number: int
-    path: Path | None = None
-    data: bytes | None = None
+    source: Path | bytes
 
 
-def hash_picture(source: Path | bytes) -> Hashed:
-    """Read and hash one picture; what is wrong with it is in the result."""
+def hash_image(source: Path | bytes) -> Hashed:
+    """Read and hash one image; a problem with it is part of the result."""
     try:
         pixels = read_pixels(source)
     except UnusableImage as error:
@@ -90,7 +89,7 @@ def _is_grey(pixels: np.ndarray) -> bool:
 
 
 def thumbnail(source: Path | bytes, *, side: int = THUMBNAIL) -> bytes:
-    """A small JPEG to look at.
+    """Return a small JPEG to look at.
 
     Raises:
         UnusableImage: it can't be read.
@@ -103,10 +102,10 @@ def thumbnail(source: Path | bytes, *, side: int = THUMBNAIL) -> bytes:
 
 
 def _task(sources: Sequence[Path | bytes]) -> list[tuple[Hashed, bytes]]:
-    """Of pictures out of tables also a thumbnail: for the report the table isn't read again."""
+    """Hash images; of those out of tables make a thumbnail too: the table isn't read again for the report."""
     found = []
     for source in sources:
-        hashed = hash_picture(source)
+        hashed = hash_image(source)
         small = isinstance(source, bytes) and hashed.state in (OK, PLAIN)
         found.append((hashed, thumbnail(source) if small else b""))
     return found
@@ -129,90 +128,89 @@ class HashCache:
         )
         self._table = f"pictures_{VERSION}"
 
-    def hashes(self, pictures: Iterable[Picture], engine: Executor) -> Iterator[tuple[int, Hashed]]:
-        """Numbers and hashes of pictures, in no particular order.
+    def hashes(
+        self, images: Iterable[ImageSource], executor: Executor
+    ) -> Iterator[tuple[int, Hashed]]:
+        """Yield numbers and hashes of images, in no particular order.
 
         Args:
-            pictures: read as results are taken.
-            engine: does the decoding.
+            images: read as results are taken.
+            executor: does the decoding.
         """
-        pictures = iter(pictures)
-        while some := list(islice(pictures, _AT_ONCE)):
-            fresh: list[tuple[int, Hashed]] = []
-            unknown = list(self._unknown(some, fresh))
-            yield from fresh
-            yield from self._made(unknown, engine)
+        images = iter(images)
+        while some := list(islice(images, _AT_ONCE)):
+            unknown: list[tuple[ImageSource, _Identity]] = []
+            for image in some:
+                try:
+                    identity = _identity(image.source)
+                except (OSError, ValueError) as error:
+                    problem = getattr(error, "strerror", None) or str(error)
+                    yield image.number, Hashed(MISSING, problem=problem)
+                    continue
+                known = self._known(identity)
+                if known is None:
+                    unknown.append((image, identity))
+                else:
+                    yield image.number, known
+            yield from self._make(unknown, executor)
             self._connection.commit()
 
-    def _made(
-        self, unknown: Sequence[tuple[Picture, str, int, int]], engine: Executor
+    def _known(self, identity: _Identity) -> Hashed | None:
+        row = self._connection.execute(
+            f"SELECT state, pixels, look, problem FROM {self._table} "
+            "WHERE key = ? AND size = ? AND changed = ?",
+            identity,
+        ).fetchone()
+        if row is None:
+            return None
+        state, pixels, look, problem = row
+        return Hashed(state, pixels, look % 2**64, problem)
+
+    def _make(
+        self, unknown: Sequence[tuple[ImageSource, _Identity]], executor: Executor
     ) -> Iterator[tuple[int, Hashed]]:
         chunks = [unknown[at : at + _IN_A_TASK] for at in range(0, len(unknown), _IN_A_TASK)]
-        tasks = [[_source(picture) for picture, *_ in chunk] for chunk in chunks]
+        tasks = [[image.source for image, _ in chunk] for chunk in chunks]
         for chunk, task, results in zip(
-            chunks, tasks, engine.map(_task, tasks, died=_died_chunk), strict=True
+            chunks, tasks, executor.map(_task, tasks, died=_died_chunk), strict=True
         ):
             if results is None:  # one of these has killed its worker: which?
                 results = [
                     result
                     for one in task
-                    for result in next(engine.map(_task, [[one]], died=_died))
+                    for result in next(executor.map(_task, [[one]], died=_died))
                 ]
-            for (picture, *key), (hashed, small) in zip(chunk, results, strict=True):
-                row = (
-                    *key,
-                    hashed.state,
-                    hashed.pixels,
-                    _signed(hashed.look),
-                    hashed.problem,
-                    small,
-                )
+            for (image, identity), (hashed, small) in zip(chunk, results, strict=True):
+                look = (
+                    hashed.look - 2**64 if hashed.look >= 2**63 else hashed.look
+                )  # SQLite is signed
+                row = (*identity, hashed.state, hashed.pixels, look, hashed.problem, small)
                 self._connection.execute(
                     f"INSERT OR REPLACE INTO {self._table} VALUES (?,?,?,?,?,?,?,?)", row
                 )
-                yield picture.number, hashed
-
-    def _unknown(
-        self, pictures: Iterable[Picture], fresh: list[tuple[int, Hashed]]
-    ) -> Iterator[tuple[Picture, str, int, int]]:
-        """Pictures that must be opened; what is known of the others goes to ``fresh``."""
-        for picture in pictures:
-            if picture.path is not None:
-                try:
-                    status = os.stat(picture.path)
-                except (OSError, ValueError) as error:
-                    fresh.append((picture.number, Hashed(MISSING, problem=_reason(error))))
-                    continue
-                key, size, changed = (
-                    os.path.abspath(picture.path),
-                    status.st_size,
-                    status.st_mtime_ns,
-                )
-            else:
-                assert picture.data is not None
-                key = content_key(picture.data)
-                size, changed = len(picture.data), 0
-            row = self._connection.execute(
-                f"SELECT state, pixels, look, problem FROM {self._table} "
-                "WHERE key = ? AND size = ? AND changed = ?",
-                (key, size, changed),
-            ).fetchone()
-            if row is None:
-                yield picture, key, size, changed
-            else:
-                state, pixels, look, problem = row
-                fresh.append((picture.number, Hashed(state, pixels, look % 2**64, problem)))
+                yield image.number, hashed
 
     def small(self, data_key: str) -> bytes:
-        """Thumbnail of a picture out of a table, by `content_key`; empty if there is none."""
+        """Return the thumbnail of an image out of a table, by `content_key`; empty if there is none."""
         row = self._connection.execute(
             f"SELECT small FROM {self._table} WHERE key = ?", (data_key,)
         ).fetchone()
         return row[0] if row else b""
 
 
+_Identity = tuple[str, int, int]
+"""Key, size and time of change, by which the cache knows an image."""
+
+
+def _identity(source: Path | bytes) -> _Identity:
+    if isinstance(source, bytes):
+        return content_key(source), len(source), 0
+    status = os.stat(source)
+    return os.path.abspath(source), status.st_size, status.st_mtime_ns
+
+
 def content_key(data: bytes) -> str:
-    """How the cache knows a picture that lies in a table."""
+    """Return the key by which the cache knows an image that lies in a table."""
     return "content:" + blake2b(data, digest_size=16).hexdigest()
 
 
@@ -248,18 +246,3 @@ def open_cache(path: Path) -> Iterator[HashCache]:
 
 def _died_chunk(_: Sequence[Path | bytes]) -> None:
     return None
-
-
-def _source(picture: Picture) -> Path | bytes:
-    if picture.path is not None:
-        return picture.path
-    assert picture.data is not None
-    return picture.data
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)

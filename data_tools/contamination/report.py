@@ -1,22 +1,27 @@
-"""The folder that a comparison leaves: ``report.html``, ``report.md``, ``overlap.json``, lists."""
+"""The folder that a comparison leaves: ``report.html``, ``report.md``, ``overlap.json``, lists.
+
+Each comparison has a folder of its own, so that no list of another benchmark is written over.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.contamination import findings
 from data_tools.contamination.compare import Overlap
 from data_tools.contamination.findings import ExcludeList, Pair
-from data_tools.contamination.folder import MARK, seen_from
 from data_tools.contamination.hashing import HashCache, thumbnail
 from data_tools.output.report import environment
-from gmai_xtuner.core.errors import UnusableImage
+from gmai_xtuner.core.errors import CorpusError, UnusableImage
+from gmai_xtuner.core.files import replace_text
+
+MARK = "overlap.json"
+"""Written first of all files: a folder with it is a comparison's."""
 
 PAIRS, QUESTIONS = 120, 60
 """How many the page shows."""
@@ -25,33 +30,74 @@ LISTED = 10_000
 """How many `overlap.json` lists of pairs and of questions."""
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One picture of a pair: its name, and itself as a data URL or ""."""
-
-    name: str
-    picture: str
+def default_folder(benchmark: Path) -> Path:
+    """Return ``overlap/<name of the benchmark's folder or file>``, below the working directory."""
+    path = benchmark.resolve()
+    return Path("overlap") / (path.name if path.is_dir() else path.stem)
 
 
-@dataclass(frozen=True, slots=True)
-class ShownPair:
-    """A pair as the page shows it."""
+def seen_from(folder: Path, path: Path) -> str:
+    """Return a path as the folder sees it: the same wherever the command is called and when both move."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
 
-    left: Side
-    right: Side
-    relation: str
-    bits: int | None
-    dataset: str
-    excluded: str
+
+def check_folder(folder: Path, corpus: Path, benchmark: Path) -> None:
+    """Refuse a folder that another comparison, or something else, has its files in.
+
+    Args:
+        folder: where the result is to go; it need not exist.
+        corpus, benchmark: what is compared.
+
+    Raises:
+        CorpusError: no folder, a folder of something else, or of another corpus or benchmark.
+    """
+    remedy = "Give another folder with --output."
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CorpusError(f"--output {folder} is a file; a folder was expected. {remedy}")
+    mark = folder / MARK
+    if not mark.is_file():
+        # near.tsv alone: decisions that were carried over. Hidden: of a run that was killed.
+        others = sorted(
+            path.name
+            for path in folder.iterdir()
+            if path.name != "near.tsv" and not path.name.startswith(".")
+        )
+        if others:
+            names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise CorpusError(
+                f"--output {folder} is not empty and no folder of a comparison ({names}). {remedy}"
+            )
+        return
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        for side, now in (("corpus", corpus), ("benchmark", benchmark)):
+            before = Path(found[side]["path"])
+            seen = found[side].get("seen_from_here")
+            if seen != seen_from(folder, now) and before.resolve() != now.resolve():
+                raise CorpusError(
+                    f"--output {folder} holds the comparison with another {side}: {before}, now {now}. Its "
+                    f"exclude.txt and near.tsv would be lost. {remedy} A mixture's `exclude` takes a list of "
+                    "files."
+                )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorpusError(
+            f"--output {folder}: its {MARK} is not of this command ({type(error).__name__}: {error}). "
+            f"{remedy}"
+        ) from error
+
+
+# --- files --------------------------------------------------------------------------------------
 
 
 def write(folder: Path, overlap: Overlap, cache: HashCache) -> dict[str, Any]:
-    """Write everything, each file whole or not at all, and return the numbers.
+    """Write the whole folder, each file whole or not at all, and return the numbers.
 
     Args:
         folder: made if need be; decisions in its ``near.tsv`` are read, obeyed and kept.
         overlap: what was found.
-        cache: has the pictures that lie in tables.
+        cache: has the images that lie in tables.
 
     Raises:
         CorpusError: the decisions can't be read.
@@ -74,33 +120,26 @@ def write(folder: Path, overlap: Overlap, cache: HashCache) -> dict[str, Any]:
         "question_hits": questions,
         "unreadable": overlap.problems,
     }
-    _write(folder / MARK, json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
-    _write(folder / "near.tsv", findings.near_table(overlap, listed, decisions))
-    _write(folder / "exclude.txt", exclude.text(title=title))
-    _write(folder / "report.md", as_markdown(overlap, numbers, listed, questions))
-    _write(folder / "report.html", _page(overlap, numbers, listed, questions, exclude, cache))
+    for name, text in (
+        (MARK, json.dumps(whole, ensure_ascii=False, indent=1) + "\n"),
+        ("near.tsv", findings.near_table(overlap, listed, decisions)),
+        ("exclude.txt", exclude.text(title=title)),
+        ("report.md", as_markdown(overlap, numbers, listed, questions)),
+        ("report.html", _page(overlap, numbers, listed, questions, exclude, cache)),
+    ):
+        replace_text(folder / name, text.encode("utf-8", "backslashreplace"))
     return numbers
 
 
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def _pair(overlap: Overlap, pair: Pair) -> dict[str, Any]:
-    image = overlap.images[pair.image]
+    image = overlap.images[pair.ours]
     return {
         "relation": pair.relation,
         "bits": pair.bits,
-        "benchmark_picture": overlap.benchmark.shown[pair.shown].name,
+        "benchmark_picture": overlap.benchmark.images[pair.theirs].name,
         "dataset": image.dataset,
         "image": image.name,
-        "excluded_by_mixture": image.left,
+        "excluded_by_mixture": image.is_excluded,
     }
 
 
@@ -112,34 +151,30 @@ def _page(
     exclude: ExcludeList,
     cache: HashCache,
 ) -> str:
-    out = {name for _, name in exclude.images}
+    excluded = {name for _, name in exclude.images}
     shown = []
     for pair in listed[:PAIRS]:
-        theirs, image = overlap.benchmark.shown[pair.shown], overlap.images[pair.image]
+        theirs, ours = overlap.benchmark.images[pair.theirs], overlap.images[pair.ours]
         small = cache.small(theirs.key) if theirs.key else _small(theirs.path)
-        left = "excluded by the mixture" if image.left else ""
+        now = "in exclude.txt" if ours.name in excluded else ""
         shown.append(
-            ShownPair(
-                Side(theirs.name, _url(small)),
-                Side(image.name, _url(_small(image.path))),
-                pair.relation,
-                pair.bits,
-                image.dataset if overlap.corpus.is_mixture else "",
-                left or ("in exclude.txt" if image.name in out else ""),
-            )
+            {
+                "relation": pair.relation,
+                "bits": pair.bits,
+                "sides": [(theirs.name, _url(small)), (ours.name, _url(_small(ours.path)))],
+                "dataset": ours.dataset if overlap.corpus.is_mixture else "",
+                "excluded": "excluded by the mixture" if ours.is_excluded else now,
+            }
         )
-    return (
-        environment()
-        .get_template("contamination/report.html.j2")
-        .render(
-            corpus=overlap.corpus.path.name,
-            benchmark=overlap.benchmark.path.name,
-            summary=numbers,
-            pairs=shown,
-            more_pairs=len(listed) - len(shown),
-            questions=questions[:QUESTIONS],
-            more_questions=max(0, len(questions) - QUESTIONS),
-        )
+    template = environment().get_template("contamination/report.html.j2")
+    return template.render(
+        corpus=overlap.corpus.path.name,
+        benchmark=overlap.benchmark.path.name,
+        summary=numbers,
+        pairs=shown,
+        more_pairs=len(listed) - len(shown),
+        questions=questions[:QUESTIONS],
+        more_questions=max(0, len(questions) - QUESTIONS),
     )
 
 
@@ -160,48 +195,45 @@ def _url(data: bytes) -> str:
 
 
 def as_text(numbers: dict[str, Any], folder: Path) -> str:
-    """The result for a terminal."""
-    corpus, benchmark = numbers["corpus"], numbers["benchmark"]
-    pictures, questions, items = numbers["pictures"], numbers["questions"], numbers["items"]
+    """Return the result for a terminal."""
+    corpus, benchmark, exclude = numbers["corpus"], numbers["benchmark"], numbers["exclude"]
+    images, questions, items = numbers["pictures"], numbers["questions"], numbers["items"]
+    near = ", ".join(f"{count:,} within {bits}" for bits, count in images["within_bits"].items())
     lines = [
         f"corpus     {corpus['conversations']:,} conversations, "
-        f"{corpus['distinct_pictures']:,} distinct pictures "
+        f"{corpus['distinct_pictures']:,} distinct images "
         f"({corpus['taken_for']}, {len(corpus['datasets'])} dataset(s))",
-        f"benchmark  {benchmark['questions']:,} questions, {benchmark['pictures']:,} pictures "
+        f"benchmark  {benchmark['questions']:,} questions, {benchmark['pictures']:,} images "
         f"({len(benchmark['files'])} file(s))",
         "",
     ]
-    if pictures["compared"]:
-        near = ", ".join(
-            f"{count:,} within {bits}" for bits, count in pictures["within_bits"].items()
-        )
+    if images["compared"]:
         lines += [
-            f"pictures   {pictures['same_pixels']:,} of the benchmark's are in the corpus pixel by pixel",
-            f"           hashes: {near} bits; {pictures['same_case']:,} bear a case's name of the corpus",
+            f"images     {images['same_pixels']:,} of the benchmark's are in the corpus pixel by pixel",
+            f"           hashes: {near} bits; {images['same_case']:,} bear a case's name of the corpus",
         ]
     else:
-        lines.append(f"pictures   NOT COMPARED: {pictures['not_compared_because']}")
+        lines.append(f"images     NOT COMPARED: {images['not_compared_because']}")
     if questions["compared"]:
         lines += [
             f"questions  {questions['equal']:,} of {questions['texts']:,} texts are asked word for word, "
             f"{questions['near']:,} nearly (Jaccard {questions['jaccard']:g})",
-            f"items      {items['picture_and_question']:,} picture and question, {items['picture']:,} "
-            f"picture only, {items['question']:,} question only, {items['neither']:,} neither",
+            f"items      {items['picture_and_question']:,} image and question, {items['picture']:,} "
+            f"image only, {items['question']:,} question only, {items['neither']:,} neither",
         ]
     else:
         lines.append("questions  NOT COMPARED")
-    exclude = numbers["exclude"]
-    lines += [
-        f"exclude    {exclude['images']:,} images and {exclude['conversations']:,} conversations; "
-        f"{exclude['not_in_the_mixture_yet']:,} of them not yet left out by the mixture",
-        f"to look at {numbers['to_look_at']:,} pairs, {numbers['undecided']:,} of them undecided",
-    ]
-    lines += [f"warning: {text}" for text in numbers["warnings"]]
-    lines += [
-        "",
-        f"{folder / 'report.html'} to look at, {folder / 'exclude.txt'} for `exclude` of the mixture",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            f"exclude    {exclude['images']:,} images and {exclude['conversations']:,} conversations; "
+            f"{exclude['not_in_the_mixture_yet']:,} of them not yet left out by the mixture",
+            f"to look at {numbers['to_look_at']:,} pairs, {numbers['undecided']:,} of them undecided",
+            *(f"warning: {text}" for text in numbers["warnings"]),
+            "",
+            f"{folder / 'report.html'} to look at, {folder / 'exclude.txt'} for `exclude` of the mixture",
+        ]
+    )
 
 
 def as_markdown(
@@ -210,69 +242,79 @@ def as_markdown(
     listed: Sequence[Pair],
     questions: Sequence[dict[str, Any]],
 ) -> str:
-    """``report.md``: the numbers and the first of the hits."""
-    pictures, items = numbers["pictures"], numbers["items"]
+    """Return ``report.md``: the numbers and the first of the hits."""
+    images, items = numbers["pictures"], numbers["items"]
+    rows: list[tuple[str, Any]] = [
+        ("conversations of the corpus", numbers["corpus"]["conversations"]),
+        ("distinct images of the corpus", numbers["corpus"]["distinct_pictures"]),
+        ("questions of the benchmark", numbers["benchmark"]["questions"]),
+        ("images of the benchmark", numbers["benchmark"]["pictures"]),
+    ]
+    if images["compared"]:
+        rows += [
+            ("**same pixels**", images["same_pixels"]),
+            *(
+                (f"perceptual hash within {bits} bits", count)
+                for bits, count in images["within_bits"].items()
+            ),
+            ("same case by name", images["same_case"]),
+        ]
+    else:
+        rows.append(("images", f"**not compared**: {images['not_compared_because']}"))
+    if numbers["questions"]["compared"]:
+        rows += [
+            ("questions word for word", numbers["questions"]["equal"]),
+            ("questions nearly", numbers["questions"]["near"]),
+            *((f"items: {name.replace('_', ' ')}", count) for name, count in items.items()),
+        ]
+    else:
+        rows.append(("questions", "**not compared**"))
+    names = numbers["exclude"]["images"] + numbers["exclude"]["conversations"]
+    rows.append(("names in exclude.txt", names))
     lines = [
         f"# Overlap of {_cell(overlap.corpus.path.name)} with {_cell(overlap.benchmark.path.name)}",
         "",
-        "| | |",
-        "|---|---|",
-        f"| conversations of the corpus | {numbers['corpus']['conversations']:,} |",
-        f"| distinct pictures of the corpus | {numbers['corpus']['distinct_pictures']:,} |",
-        f"| questions of the benchmark | {numbers['benchmark']['questions']:,} |",
-        f"| pictures of the benchmark | {numbers['benchmark']['pictures']:,} |",
+        *_table(("", ""), rows),
     ]
-    if pictures["compared"]:
-        lines.append(f"| **same pixels** | {pictures['same_pixels']:,} |")
-        lines += [
-            f"| perceptual hash within {bits} bits | {count:,} |"
-            for bits, count in pictures["within_bits"].items()
-        ]
-        lines.append(f"| same case by name | {pictures['same_case']:,} |")
-    else:
-        lines.append(f"| pictures | **not compared**: {_cell(pictures['not_compared_because'])} |")
-    if numbers["questions"]["compared"]:
-        lines += [
-            f"| questions word for word | {numbers['questions']['equal']:,} |",
-            f"| questions nearly | {numbers['questions']['near']:,} |",
-            *(f"| items: {name.replace('_', ' ')} | {items[name]:,} |" for name in items),
-        ]
-    else:
-        lines.append("| questions | **not compared** |")
-    names = numbers["exclude"]["images"] + numbers["exclude"]["conversations"]
-    lines.append(f"| names in exclude.txt | {names:,} |")
     if numbers["warnings"]:
         lines += ["", *(f"- {_cell(text)}" for text in numbers["warnings"])]
     if listed:
-        lines += [
-            "",
-            "## Pictures",
-            "",
-            "| relation | bits | benchmark | corpus |",
-            "|---|---|---|---|",
-        ]
-        for pair in listed[:PAIRS]:
-            told = _pair(overlap, pair)
-            bits = "" if pair.bits is None else pair.bits
-            lines.append(
-                f"| {told['relation']} | {bits} | {_cell(told['benchmark_picture'])} | "
-                f"{_cell(told['dataset'])}: {_cell(told['image'])} |"
-            )
+        found = [_pair(overlap, pair) for pair in listed[:PAIRS]]
+        lines += ["", "## Images", ""]
+        lines += _table(
+            ("relation", "bits", "benchmark", "corpus"),
+            [
+                (
+                    one["relation"],
+                    "" if one["bits"] is None else one["bits"],
+                    one["benchmark_picture"],
+                    f"{one['dataset']}: {one['image']}",
+                )
+                for one in found
+            ],
+        )
     if questions:
-        lines += [
-            "",
-            "## Questions",
-            "",
-            "| question | equal | near | same picture |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| {_cell(hit['question'][:200])} | {hit['equal']:,} | {hit['near']:,} | "
-            f"{'yes' if hit['examples'][0]['same_picture'] else ''} |"
-            for hit in questions[:QUESTIONS]
-        ]
+        lines += ["", "## Questions", ""]
+        lines += _table(
+            ("question", "equal", "near", "same image"),
+            [
+                (
+                    hit["question"][:200],
+                    hit["equal"],
+                    hit["near"],
+                    "yes" if hit["examples"][0]["same_picture"] else "",
+                )
+                for hit in questions[:QUESTIONS]
+            ],
+        )
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(_cell(value) for value in line)} |" for line in lines]
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:,}" if isinstance(value, int) else value
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -19,7 +19,6 @@ mended: a record is right, or a DataError says what is wrong, where, and what to
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -28,9 +27,7 @@ from typing import Any
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.errors import DataError
-from gmai_xtuner.core.records import RawRecord, iter_raw
-
-__all__ = ["Conversation", "RawRecord", "Turn", "iter_raw", "parse_raw", "parse_record"]
+from gmai_xtuner.core.records import RawRecord
 
 _ROLES = {
     "system": "system",
@@ -77,27 +74,22 @@ def parse_raw(raw: RawRecord, *, dataset: str) -> Conversation:
     Raises:
         DataError: as :func:`parse_record`; also reasons ``not_utf8`` and ``not_json``.
     """
-    record: object = raw.payload
-    if isinstance(record, bytes):
-        try:
-            record = json.loads(record.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"not UTF-8 ({error.reason} at byte {error.start + 1} of the record)",
-                dataset=dataset,
-                record=raw.where,
-                remedy="Save the file as UTF-8.",
-                reason="not_utf8",
-            ) from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(
-                f"not valid JSON ({error})",
-                dataset=dataset,
-                record=raw.where,
-                remedy="Each line must be one whole JSON object.",
-                reason="not_json",
-            ) from error
+    record = raw.decode(dataset=dataset)
     return parse_record(record, dataset=dataset, where=raw.where, default_id=raw.default_id)
+
+
+def user_texts(record: Mapping[str, Any]) -> list[str]:
+    """Return the texts of the user's turns, of a record that may lack the answers, as a benchmark's does."""
+    messages = record.get("conversations") or record.get("messages")
+    texts = []
+    for message in messages if isinstance(messages, list | tuple) else ():
+        try:
+            turn = _read_turn(message, 0, [], _Place("", ""))
+        except DataError:
+            continue
+        if turn.role == "user":
+            texts.append(turn.text)
+    return texts
 
 
 def parse_record(

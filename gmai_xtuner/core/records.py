@@ -1,8 +1,7 @@
 """Annotation file -> raw records, one after the other; the file's objects are never all in memory.
 
-``.json`` (a list), ``.jsonl`` / ``.ndjson`` (an object a line) and ``.parquet``. This half runs in
-the main process and does as little as it can; the rest is done by
-:func:`gmai_xtuner.core.conversation.parse_raw`, in a worker if wanted.
+``.json`` (a list), ``.jsonl`` / ``.ndjson`` (an object a line) and ``.parquet``. This half does as little
+as it can; the rest is done by :func:`gmai_xtuner.core.conversation.parse_raw`, in a worker if wanted.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gmai_xtuner.core.errors import DataError
@@ -18,7 +18,9 @@ from gmai_xtuner.core.errors import DataError
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 """File names that :func:`iter_raw` reads."""
 
-_COLUMNS = ("id", "question_id", "image", "images", "conversations", "messages")
+COLUMNS = ("id", "question_id", "image", "images", "conversations", "messages")
+"""Columns that a conversation has; others of a Parquet file are not read."""
+
 _PARQUET_ROWS = 512
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -38,25 +40,55 @@ class RawRecord:
     default_id: str
     payload: bytes | object
 
+    def decode(self, *, dataset: str | None = None) -> object:
+        """Return the record's object.
 
-def iter_raw(path: str | Path, *, dataset: str | None = None) -> Iterator[RawRecord]:
-    """Records of one annotation file in their order; blank lines are passed over.
+        Raises:
+            DataError: the line isn't one (reasons ``not_utf8``, ``not_json``).
+        """
+        if not isinstance(self.payload, bytes):
+            return self.payload
+        try:
+            return json.loads(self.payload.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"not UTF-8 ({error.reason} at byte {error.start + 1} of the record)",
+                dataset=dataset,
+                record=self.where,
+                remedy="Save the file as UTF-8.",
+                reason="not_utf8",
+            ) from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"not valid JSON ({error})",
+                dataset=dataset,
+                record=self.where,
+                remedy="Each line must be one whole JSON object.",
+                reason="not_json",
+            ) from error
+
+
+def iter_raw(
+    path: str | Path, *, dataset: str | None = None, columns: tuple[str, ...] | None = COLUMNS
+) -> Iterator[RawRecord]:
+    """Yield the records of one annotation file in their order; blank lines are passed over.
 
     Args:
         path: ``.json``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file.
         dataset: name of the dataset, for errors.
+        columns: of a Parquet file of conversations; None for all of any file.
 
     Raises:
         DataError: the file as a whole can't be read (reason ``bad_annotation_file``). What is wrong
-            with a single line or object is found by ``parse_raw``, except for a JSON list, whose
-            next record can't be found behind a broken one.
+            with a single line or object is found by ``decode`` and ``parse_raw``, except for a JSON list,
+            whose next record can't be found behind a broken one.
     """
     path = Path(path)
     readers = {
         ".json": _iter_json_list,
         ".jsonl": _iter_lines,
         ".ndjson": _iter_lines,
-        ".parquet": _iter_parquet,
+        ".parquet": partial(_iter_parquet, columns=columns),
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -154,15 +186,17 @@ def _read_text(path: Path, dataset: str | None) -> str:
         ) from error
 
 
-def _iter_parquet(path: Path, dataset: str | None) -> Iterator[RawRecord]:
+def _iter_parquet(
+    path: Path, dataset: str | None, *, columns: tuple[str, ...] | None
+) -> Iterator[RawRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in _COLUMNS if name in names]
-            if not {"conversations", "messages"} & set(columns):
+            picked = names if columns is None else [name for name in columns if name in names]
+            if columns is not None and not {"conversations", "messages"} & set(picked):
                 raise _file_error(
                     path,
                     f"has no column 'conversations' or 'messages' (it has {', '.join(names)})",
@@ -170,7 +204,7 @@ def _iter_parquet(path: Path, dataset: str | None) -> Iterator[RawRecord]:
                     dataset,
                 )
             number = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=picked):
                 for row in batch.to_pylist():
                     number += 1
                     yield RawRecord(f"{path.name}, record {number}", f"{path.name}:{number}", row)

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.contamination import columns
+from data_tools.contamination import rows as columns
 from data_tools.contamination.benchmark import Benchmark
-from data_tools.contamination.hashing import Picture
-from gmai_xtuner.core.errors import CorpusError
+from data_tools.contamination.hashing import ImageSource
+from gmai_xtuner.core.errors import CorpusError, DataError
 from tests.data_tools.contamination.sides import as_base64, picture, write_lines, write_tsv
 
 
-def read(path: Path, **options) -> tuple[Benchmark, list[Picture]]:
+def read(path: Path, **options) -> tuple[Benchmark, list[ImageSource]]:
     benchmark = Benchmark(path, **options)
-    return benchmark, list(benchmark.pictures())
+    return benchmark, list(benchmark.read())
 
 
 def png(seed: int) -> bytes:
@@ -42,7 +42,7 @@ def test_slake_and_its_training_part(tmp_path: Path) -> None:
     for name in ("test", "train"):
         (tmp_path / f"{name}.json").write_text(json.dumps([row]))
     benchmark, pictures = read(tmp_path)
-    assert [path.path for path in pictures] == [tmp_path / "imgs" / "xmlab1" / "source.jpg"]
+    assert [one.source for one in pictures] == [tmp_path / "imgs" / "xmlab1" / "source.jpg"]
     assert benchmark.files == {"test.json": 1, "train.json": 1}
     assert any(
         "train.json looks like the benchmark's training part" in note for note in benchmark.notes
@@ -74,7 +74,7 @@ def test_a_vlmevalkit_table_with_references_to_another_rows_picture(tmp_path: Pa
     write_tsv(tmp_path / "bench.tsv", rows)
     benchmark, pictures = read(tmp_path / "bench.tsv")
     assert len(pictures) == 2
-    assert all(one.data for one in pictures)
+    assert all(isinstance(one.source, bytes) for one in pictures)
     assert [item.images for item in benchmark.items] == [(0,), (0,), (0,), (1,), ()]
     assert benchmark.not_found == [("99", "bench.tsv: no row has this index")]
     assert benchmark.items[0].texts == ("What?", "What? A. left B. right")
@@ -159,7 +159,7 @@ def test_a_name_that_two_files_bear_is_not_guessed(tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text("question,image\nWhat?,a.png\nWhere?,two/a.png\n")
     benchmark, pictures = read(tmp_path)
     assert benchmark.not_found == [("a.png", "2 files have this name")]
-    assert [one.path for one in pictures] == [tmp_path / "two" / "a.png"]
+    assert [one.source for one in pictures] == [tmp_path / "two" / "a.png"]
 
 
 def test_a_damaged_question_file_is_an_error_and_a_settings_file_is_passed_over(
@@ -167,7 +167,7 @@ def test_a_damaged_question_file_is_an_error_and_a_settings_file_is_passed_over(
 ) -> None:
     (tmp_path / "config.json").write_text('{"a": 1}')
     (tmp_path / "q.jsonl").write_text('{"question": "What?"}\n{"question": \n')
-    with pytest.raises(CorpusError, match=r"q\.jsonl, line 2 is not JSON"):
+    with pytest.raises(DataError, match=r"q\.jsonl, line 2: not valid JSON"):
         read(tmp_path)
     (tmp_path / "q.jsonl").write_text('{"question": "What?"}\n')
     assert dict(read(tmp_path)[0].passed_over)["config.json"].startswith("no column of questions")

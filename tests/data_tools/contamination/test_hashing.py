@@ -1,4 +1,4 @@
-"""Hashes of pictures, and what is kept of them."""
+"""Hashes of images, and what is kept of them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from data_tools.contamination.hashing import (
     PLAIN,
     UNREADABLE,
     Hashed,
-    Picture,
-    hash_picture,
+    ImageSource,
+    hash_image,
     open_cache,
 )
 from data_tools.executor import open_executor
@@ -40,7 +40,7 @@ def bits(one: Hashed, other: Hashed) -> int:
 
 
 def test_the_same_pixels_in_other_files_are_the_same() -> None:
-    one = hash_picture(as_bytes(picture(0)))
+    one = hash_image(as_bytes(picture(0)))
     deep = Image.fromarray(np.asarray(picture(0), dtype=np.uint16) * 257)
     for other in (
         as_bytes(picture(0), "TIFF"),
@@ -49,57 +49,59 @@ def test_the_same_pixels_in_other_files_are_the_same() -> None:
         as_bytes(picture(0), "BMP"),
         as_bytes(deep),
     ):
-        assert hash_picture(other) == one
+        assert hash_image(other) == one
     assert one.state == OK
 
 
 def test_changed_pixels_are_not_the_same_but_near() -> None:
-    one = hash_picture(as_bytes(picture(0)))
+    one = hash_image(as_bytes(picture(0)))
     for other in (
         as_bytes(picture(0), "JPEG", quality=60),
         as_bytes(picture(0).resize((200, 200))),
         as_bytes(picture(0).point(lambda level: level // 2 + 40)),
     ):
-        near = hash_picture(other)
+        near = hash_image(other)
         assert near.pixels != one.pixels
         assert bits(one, near) <= 4
     colour = np.stack([np.asarray(picture(seed)) for seed in (0, 1, 2)], axis=-1)
     turned = colour.copy()
     turned[0, 0, 2] ^= 1  # one bit of one pixel
-    first, second = (hash_picture(as_bytes(Image.fromarray(one))) for one in (colour, turned))
+    first, second = (hash_image(as_bytes(Image.fromarray(one))) for one in (colour, turned))
     assert first.pixels != second.pixels
 
 
 def test_mirrored_turned_and_other_pictures_are_far() -> None:
     """So a mirrored copy is no hit: the documentation says so."""
-    one = hash_picture(as_bytes(picture(0)))
+    one = hash_image(as_bytes(picture(0)))
     for other in (
         picture(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
         picture(0).transpose(Image.Transpose.ROTATE_90),
         *(picture(seed) for seed in range(1, 12)),
     ):
-        assert bits(one, hash_picture(as_bytes(other))) > 16
+        assert bits(one, hash_image(as_bytes(other))) > 16
 
 
 def test_a_low_contrast_16_bit_scan_is_windowed_before_it_is_hashed() -> None:
     narrow = Image.fromarray(np.asarray(picture(5), dtype=np.uint16) * 4 + 1000)
-    one, other = hash_picture(as_bytes(picture(5))), hash_picture(as_bytes(narrow))
+    one, other = hash_image(as_bytes(picture(5))), hash_image(as_bytes(narrow))
     assert bits(one, other) <= 2
 
 
 def test_what_cannot_be_compared_has_a_state() -> None:
-    assert hash_picture(as_bytes(Image.new("RGB", (9, 9), (3, 4, 5)))).state == PLAIN
+    assert hash_image(as_bytes(Image.new("RGB", (9, 9), (3, 4, 5)))).state == PLAIN
     striped = np.zeros((64, 64), dtype=np.uint8)
     striped[5] = 200  # among the rows that are looked at first all are alike
-    assert hash_picture(as_bytes(Image.fromarray(striped))).state == OK
-    broken = hash_picture(as_bytes(picture(0))[:200])
+    assert hash_image(as_bytes(Image.fromarray(striped))).state == OK
+    broken = hash_image(as_bytes(picture(0))[:200])
     assert (broken.state, bool(broken.problem)) == (UNREADABLE, True)
-    assert hash_picture(b"").problem == "image is truncated: is empty (0 bytes)"
+    assert hash_image(b"").problem == "image is truncated: is empty (0 bytes)"
 
 
-def hashes(cache_file: Path, pictures: Sequence[Picture], *, workers: int = 1) -> dict[int, Hashed]:
-    with open_cache(cache_file) as cache, open_executor("processes", workers) as engine:
-        return dict(cache.hashes(pictures, engine))
+def hashes(
+    cache_file: Path, sources: Sequence[ImageSource], *, workers: int = 1
+) -> dict[int, Hashed]:
+    with open_cache(cache_file) as cache, open_executor("processes", workers) as executor:
+        return dict(cache.hashes(sources, executor))
 
 
 def test_a_run_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +109,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     for seed in range(40):
         paths.append(tmp_path / f"{seed}.png")
         picture(seed, side=24).save(paths[-1])
-    pictures = [Picture(number, path=path) for number, path in enumerate(paths)]
+    sources = [ImageSource(number, path) for number, path in enumerate(paths)]
     monkeypatch.setattr(hashing, "_AT_ONCE", 16)
     opened: list[Path] = []
 
@@ -115,22 +117,22 @@ def test_a_run_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
         opened.append(source)
         if len(opened) == 25:
             raise KeyboardInterrupt
-        return hash_picture(source)
+        return hash_image(source)
 
-    monkeypatch.setattr(hashing, "hash_picture", stop_at_25)
+    monkeypatch.setattr(hashing, "hash_image", stop_at_25)
     with pytest.raises(KeyboardInterrupt):
-        hashes(tmp_path / "c.sqlite", pictures)
-    found = hashes(tmp_path / "c.sqlite", pictures)
+        hashes(tmp_path / "c.sqlite", sources)
+    found = hashes(tmp_path / "c.sqlite", sources)
     assert len(opened) == 25 + 40 - 16  # the first 16 were on disk
-    assert found == {number: hash_picture(path) for number, path in enumerate(paths)}
-    assert found == hashes(tmp_path / "other.sqlite", pictures, workers=2)
+    assert found == {number: hash_image(path) for number, path in enumerate(paths)}
+    assert found == hashes(tmp_path / "other.sqlite", sources, workers=2)
 
 
 def test_a_missing_file_is_not_remembered(tmp_path: Path) -> None:
-    pictures = [Picture(0, path=tmp_path / "a.png")]
-    assert hashes(tmp_path / "c.sqlite", pictures)[0].state == MISSING
+    sources = [ImageSource(0, tmp_path / "a.png")]
+    assert hashes(tmp_path / "c.sqlite", sources)[0].state == MISSING
     picture(0).save(tmp_path / "a.png")
-    assert hashes(tmp_path / "c.sqlite", pictures)[0].state == OK
+    assert hashes(tmp_path / "c.sqlite", sources)[0].state == OK
 
 
 def test_a_cache_that_is_none_is_said(tmp_path: Path) -> None:
@@ -146,23 +148,23 @@ def test_hashes_of_another_version_are_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture(0).save(tmp_path / "a.png")
-    pictures = [Picture(0, path=tmp_path / "a.png")]
-    hashes(tmp_path / "c.sqlite", pictures)
+    sources = [ImageSource(0, tmp_path / "a.png")]
+    hashes(tmp_path / "c.sqlite", sources)
     with sqlite3.connect(tmp_path / "c.sqlite") as connection:
         connection.execute(f"UPDATE pictures_{hashing.VERSION} SET look = 7")
-    assert hashes(tmp_path / "c.sqlite", pictures)[0].look == 7
+    assert hashes(tmp_path / "c.sqlite", sources)[0].look == 7
     monkeypatch.setattr(hashing, "VERSION", hashing.VERSION + 1)
-    assert hashes(tmp_path / "c.sqlite", pictures)[0].look != 7
+    assert hashes(tmp_path / "c.sqlite", sources)[0].look != 7
 
 
 def test_x_rays_of_real_patients_saved_again(shared_data: Path) -> None:
     paths = sorted((shared_data / "hannover_cxr" / "png").rglob("*.png"))
     ours, theirs = [], []
     for path in paths:
-        ours.append(hash_picture(path))
+        ours.append(hash_image(path))
         small = Image.fromarray(read_pixels(path))
         small.thumbnail((300, 300))
-        theirs.append(hash_picture(as_bytes(small, "JPEG", quality=70)))
+        theirs.append(hash_image(as_bytes(small, "JPEG", quality=70)))
     apart = np.array([[bits(one, other) for other in theirs] for one in ours])
     copies = np.eye(len(paths), dtype=bool)
     assert len(paths) == 40
@@ -175,7 +177,7 @@ def crashing(sources: Sequence[Path | bytes]) -> list[tuple[Hashed, bytes]]:
     """Ends its process at one picture, as a decoder with a fault does."""
     if any(isinstance(source, Path) and source.name == "3.png" for source in sources):
         os._exit(1)
-    return [(hash_picture(source), b"") for source in sources]
+    return [(hash_image(source), b"") for source in sources]
 
 
 def test_a_picture_that_crashes_its_decoder_costs_no_other(
@@ -183,9 +185,9 @@ def test_a_picture_that_crashes_its_decoder_costs_no_other(
 ) -> None:
     for seed in range(6):
         picture(seed, side=24).save(tmp_path / f"{seed}.png")
-    pictures = [Picture(seed, path=tmp_path / f"{seed}.png") for seed in range(6)]
+    sources = [ImageSource(seed, tmp_path / f"{seed}.png") for seed in range(6)]
     monkeypatch.setattr(hashing, "_task", crashing)
-    found = hashes(tmp_path / "c.sqlite", pictures, workers=2)
+    found = hashes(tmp_path / "c.sqlite", sources, workers=2)
     assert {number: one.state for number, one in found.items()} == {
         number: UNREADABLE if number == 3 else OK for number in range(6)
     }

@@ -1,4 +1,4 @@
-"""Pictures of the two sides that are the same, look the same, or bear the name of the same case."""
+"""Images of the two sides that are the same, look the same, or bear the name of the same case."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gmai_xtuner.core.hamming import Pairs, search
 
 LEVELS = (0, 4, 8, 16)
 CLOSEST = 5
-"""Near pictures of the corpus that are listed for a picture of the benchmark; all are counted."""
+"""Near images of the corpus that are listed for an image of the benchmark; all are counted."""
 
 _HELD = 4_000_000  # pairs
 
 
 class Hashes:
-    """Hashes of a side's pictures, 25 bytes each.
+    """Hashes of a side's images, 25 bytes each.
 
     Args:
-        size: number of pictures.
+        size: number of images.
     """
 
     def __init__(self, size: int) -> None:
@@ -52,21 +52,21 @@ class Hashes:
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """A picture of the benchmark and one of the corpus that looks like it, ``distance`` bits apart."""
+    """An image of the benchmark and one of the corpus that looks like it, ``distance`` bits apart."""
 
-    shown: int
-    image: int
+    theirs: int
+    ours: int
     distance: int
 
 
 @dataclass(slots=True)
-class Looks:
-    """What `compare` finds.
+class Matches:
+    """Images of the benchmark that are in the corpus; made by `compare`.
 
     Args:
-        exact: pictures of the benchmark -> those of the corpus with the same pixels.
+        exact: images of the benchmark -> those of the corpus with the same pixels.
         near: the closest of the others, by distance.
-        nearest: distance of each picture of the benchmark to the closest one of the corpus; 255: none.
+        nearest: distance of each image of the benchmark to the closest one of the corpus; 255: none.
         count: how many of the corpus are near it, the same ones not counted.
     """
 
@@ -76,26 +76,26 @@ class Looks:
     count: np.ndarray
 
     @classmethod
-    def none(cls, size: int) -> Looks:
-        """Of ``size`` pictures that are like no other."""
+    def none(cls, size: int) -> Matches:
+        """Return the matches of ``size`` images that are like no other."""
         return cls({}, [], np.full(size, 255, dtype=np.uint8), np.zeros(size, dtype=np.int64))
 
     def within(self, distance: int) -> int:
-        """Pictures of the benchmark of which one of the corpus is at most so many bits away."""
+        """Return how many images of the benchmark have one of the corpus at most so many bits away."""
         return int((self.nearest <= distance).sum())
 
 
-def compare(benchmark: Hashes, corpus: Hashes, *, distance: int) -> Looks:
-    """Pictures of one grey level are compared with none.
+def compare(benchmark: Hashes, corpus: Hashes, *, distance: int) -> Matches:
+    """Find the images that are on both sides; those of one grey level are compared with none.
 
     Args:
         benchmark, corpus: the sides.
-        distance: bits, up to which pictures look the same.
+        distance: bits, up to which images look the same.
     """
     ours = np.flatnonzero(corpus.state == OK)
     theirs = np.flatnonzero(benchmark.state == OK)
     exact = _exact(benchmark.pixels[theirs], corpus.pixels[ours], theirs, ours)
-    # Equal hashes are looked for once: a corpus may hold a picture a thousand times.
+    # Equal hashes are looked for once: a corpus may hold an image a thousand times.
     looks, asked = (np.unique(side) for side in (corpus.look[ours], benchmark.look[theirs]))
     by_look = ours[np.argsort(corpus.look[ours], kind="stable")]
     starts = np.searchsorted(corpus.look[by_look], looks)
@@ -110,18 +110,18 @@ def compare(benchmark: Hashes, corpus: Hashes, *, distance: int) -> Looks:
         search(asked, looks, distance=distance), len(asked), weights=ends - starts
     )
     for query, values, distances in _by_query(pairs):
-        for shown in by_question[first[query] : last[query]].tolist():
-            same = set(exact.get(shown, ()))
+        for number in by_question[first[query] : last[query]].tolist():
+            same = set(exact.get(number, ()))
             listed = 0
-            count[shown] = counts[query] - len(same)
+            count[number] = counts[query] - len(same)
             for value, bits in zip(values.tolist(), distances.tolist(), strict=True):
-                nearest[shown] = min(nearest[shown], bits)
+                nearest[number] = min(nearest[number], bits)
                 for image in by_look[starts[value] : ends[value]][: CLOSEST + len(same)].tolist():
                     if image not in same and listed < CLOSEST:
-                        near.append(Near(shown, image, bits))
+                        near.append(Near(number, image, bits))
                         listed += 1
-    near.sort(key=lambda one: (one.distance, one.shown, one.image))
-    return Looks(exact, near, nearest, count)
+    near.sort(key=lambda one: (one.distance, one.theirs, one.ours))
+    return Matches(exact, near, nearest, count)
 
 
 def _exact(
@@ -143,9 +143,9 @@ def _exact(
 def _closest(
     pairs: Iterator[Pairs], queries: int, *, weights: np.ndarray
 ) -> tuple[Pairs, np.ndarray]:
-    """The closest values of each query, sorted, and how many there are in all, by the values' weights.
+    """Return the closest values of each query, sorted, and the number of all, by the values' weights.
 
-    At a large distance pictures of one kind are all near each other; what is held is bounded.
+    At a large distance images of one kind are all near each other; what is held is bounded.
     """
     counts = np.zeros(queries, dtype=np.int64)
     parts: list[Pairs] = [
@@ -190,29 +190,29 @@ def _by_query(pairs: Pairs) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
 
 
 def case_of(name: str) -> str:
-    """What a file name tells of its case: its last part that is no mere number or common word; or "".
+    """Return the part of a file name that names its case: the last that is no mere number or word; or "".
 
     ``synpic54610.jpg`` -> ``synpic54610``, ``xmlab102/source.jpg`` -> ``xmlab102``, ``images/17.png`` -> "".
     """
     path = PurePosixPath(name.replace("\\", "/"))
     for part in (path.stem, *reversed(path.parent.parts)):
-        if is_telling(part):
+        if names_case(part):
             return part.casefold()
     return ""
 
 
-def is_telling(part: str) -> bool:
-    """Whether two files of this name are likely to be of the same case: letters and digits."""
+def names_case(part: str) -> bool:
+    """Return whether two files of this name are likely to be of the same case: letters and digits."""
     return bool(
         len(part) >= 6 and re.search(r"\d\d", part) and re.search(r"[^\W\d_]", part)
     ) or bool(re.fullmatch(r"\d{6,}", part))
 
 
 def by_case(names: Sequence[str], cases: Sequence[str]) -> dict[str, list[int]]:
-    """Case -> pictures; the case that is named, or that the file's name tells."""
+    """Return case -> images; the case that is named, or that the file's name tells."""
     found: defaultdict[str, list[int]] = defaultdict(list)
     for number, (name, case) in enumerate(zip(names, cases, strict=True)):
-        for key in dict.fromkeys((case.casefold() if is_telling(case) else "", case_of(name))):
+        for key in dict.fromkeys((case.casefold() if names_case(case) else "", case_of(name))):
             if key:
                 found[key].append(number)
     return dict(found)

@@ -1,4 +1,4 @@
-"""Normalisation and nearness of questions, with values computed by hand."""
+"""Nearness of questions, with values computed by hand, and what is noted of a conversation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,59 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.contamination.texts import TextIndex, grams, jaccard, normalised
+from data_tools.contamination.benchmark import Item
+from data_tools.contamination.questions import Questions, TextIndex, grams, normalised
+from gmai_xtuner.core.conversation import Conversation, Turn
+
+QUESTION = "Which organ is enlarged in this patient?"
+
+
+def item(answer: str, images: tuple[int, ...] = ()) -> Item:
+    return Item("test.jsonl", 1, "1", (QUESTION,), answer, images, "")
+
+
+def looked_at(found: Item, answer: str, *, images: frozenset[int] = frozenset()) -> Questions:
+    questions = Questions([found], threshold=0.5)
+    turns = (Turn("system", "Be brief."), Turn("user", QUESTION), Turn("assistant", answer))
+    names = tuple(f"{number}.png" for number in images)
+    questions.look_at(0, "chest", Conversation("a", turns, names), images)
+    return questions
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "same"),
+    [
+        ("Liver", "the liver", False),
+        ("Liver", "LIVER.", True),
+        ("Liver", "spleen", False),
+        ("", "", False),  # neither is answered: that is no answer given away
+        ("Liver", "", False),
+        ("", "liver", False),
+    ],
+)
+def test_answered_alike(answer: str, said: str, same: bool) -> None:
+    questions = looked_at(item(answer), said)
+    (hits,) = questions.hits.values()
+    (example,) = hits.examples
+    assert (hits.equal, example.jaccard, example.same_answer) == (1, 1.0, same)
+    assert questions.whole == ([(0, "a")] if same else [])
+
+
+def test_question_and_answer_are_the_whole_of_an_item_only_without_an_image() -> None:
+    assert looked_at(item("Liver", images=(3,)), "liver").whole == []
+    # An item of text alone, which a conversation about an image doesn't give away whole.
+    assert looked_at(item("Liver"), "liver", images=frozenset({3})).whole == []
+    seen = looked_at(item("Liver", images=(3,)), "liver", images=frozenset({3}))
+    assert seen.whole == []
+    assert seen.both[0].same_picture
+    assert not looked_at(item("Liver", images=(3,)), "liver", images=frozenset({4})).both
+
+
+# --- texts --------------------------------------------------------------------------------------
+
+
+def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / len(one | other)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +97,6 @@ def test_jaccard_by_hand() -> None:
     assert jaccard(
         grams(normalised("气胸在左侧吗？")), grams(normalised("气胸在左边"))
     ) == pytest.approx(2 / 5)
-    assert jaccard(frozenset(), frozenset()) == 0
 
 
 def test_near_from_the_threshold_on() -> None:
