@@ -21,7 +21,7 @@ import psutil
 from printing import parser, quiet_stdout, show
 
 from data_tools import readers, standardise
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
 from data_tools.records import Drops, Label, Provenance, Record, Sample, Unit
 
 UNIT = 500

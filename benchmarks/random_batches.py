@@ -103,9 +103,6 @@ def our_batches(
             "ids": [str(index) for index in members],
             "num_tokens": sum(c.length for c in chosen),
             "capacity": max_length,
-            "denominator": None,
-            "weighting": "token",
-            "step_end": True,
         }
 
     return [

@@ -81,8 +81,8 @@ def open_ours(folder: Path, work_dir: Path) -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     from gmai_xtuner.data.collate import collate_packs
+    from gmai_xtuner.data.dataset import SoftPackedDataset
     from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
-    from gmai_xtuner.data.soft_packed import SoftPackedDataset
 
     tokenizer = load_tokenizer(None, work_dir)
     imported = time.perf_counter()

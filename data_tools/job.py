@@ -22,7 +22,7 @@ from data_tools.executor import ENGINES
 from data_tools.forms.options import MakeOptions
 from data_tools.options import Options
 from data_tools.output.options import OutputOptions
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
 from data_tools.writers.options import TemplateOptions, WriterOptions

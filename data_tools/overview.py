@@ -23,7 +23,7 @@ from data_tools.pipeline import (
     make_of,
     source_context,
 )
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
 from data_tools.records import Drop, Record, Unit
 from data_tools.standardise import read_unit
 from data_tools.store import FunnelRow, Store

@@ -39,7 +39,7 @@ from data_tools.output import publish
 from data_tools.output.build import build
 from data_tools.output.licences import refusal
 from data_tools.progress import Bar
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
 from data_tools.records import Drop, Unit
 from data_tools.stamps import stamp
 from data_tools.standardise import IMAGES

@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from data_tools import readers
+from data_tools.preprocess.clean import clean_annotations
 from data_tools.preprocess.images import store_image
-from data_tools.preprocess.regions import regions
 from data_tools.preprocess.rules import resolve
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
 from data_tools.records import Annotation, Drop, Drops, Label, Provenance, Record, Sample, Unit
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import CorpusError, Unusable
@@ -97,7 +97,7 @@ def _record(
     with drops.image(where) as lost:
         size = (stored.width, stored.height)
         rules = resolve(source.clean)
-        found = regions(annotations, size=size, rules=rules, drops=drops, where=where)
+        found = clean_annotations(annotations, size=size, rules=rules, drops=drops, where=where)
         labels = _distinct(found)
         incomplete |= lost
     if not labels:

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "GMAILLaVAModel": "gmai_xtuner.model.llava",
-    "SoftPackedDataset": "gmai_xtuner.data.soft_packed",
+    "SoftPackedDataset": "gmai_xtuner.data.dataset",
     "load_model": "gmai_xtuner.loading",
 }
 __all__ = ["GMAILLaVAModel", "SoftPackedDataset", "load_model"]

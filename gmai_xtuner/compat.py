@@ -375,19 +375,3 @@ def accumulate_all_gradients_in_fp32() -> None:
 
     Zero.get_flat_partition = get_flat_partition
     Zero.async_accumulate_grad_in_cpu_via_gpu = accumulate
-
-
-def rendezvous_alone() -> None:
-    """Two single-process jobs on one machine do not fight for port 29500.
-
-    Without a launcher DeepSpeed looks for MPI and then listens on its fixed default port, so the second
-    ``xtuner train`` on a machine stops with "address already in use". Called by the training loop, which
-    is built before DeepSpeed starts. Until DeepSpeed takes a free port for a world of one.
-    """
-    if torch.distributed.is_initialized() or "RANK" in os.environ:
-        return
-    # Port 0: the store listens on a free port that the system gives it. A port looked up beforehand can be
-    # taken by another program before the store listens.
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-    )

@@ -16,8 +16,8 @@ from mmengine.logging import MMLogger  # noqa: E402
 from xtuner.registry import MAP_FUNC  # noqa: E402
 
 from gmai_xtuner.data.collate import collate_packs  # noqa: E402
+from gmai_xtuner.data.dataset import SoftPackedDataset  # noqa: E402
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler  # noqa: E402
-from gmai_xtuner.data.soft_packed import SoftPackedDataset  # noqa: E402
 from gmai_xtuner.data.tokenization import soft_packing_map_fn  # noqa: E402
 from gmai_xtuner.model import (  # noqa: E402
     GMAILLaVAModel,

@@ -10,6 +10,12 @@ from mmengine.config import Config
 
 import gmai_xtuner
 from gmai_xtuner import compat
+from gmai_xtuner.core.config import (
+    image_processor_config,
+    tokenizer_config,
+    train_dataloader_config,
+)
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.mixture import load_mixture, select
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +52,7 @@ VARIABLES = (
     "GMAI_STAGE1",
     "GMAI_STAGE2",
     "GMAI_BENCHMARKS",
+    "GMAI_STAGE",
 )
 
 
@@ -65,14 +72,13 @@ def test_stage_is_table_8(name):
         "betas": (0.9, 0.999),
         "weight_decay": 0.0,
     }
-    accumulation = cfg.train_dataloader.batch_sampler.accumulative_counts
+    accumulation = cfg.optim_wrapper.accumulative_counts
     assert (cfg.train_dataloader.batch_size, accumulation) == stage["batch"]
-    assert cfg.optim_wrapper.accumulative_counts == accumulation
     assert cfg.optim_wrapper.clip_grad == {"max_norm": 1.0}
     assert cfg.optim_wrapper.dtype == "bfloat16"
     assert cfg.param_scheduler.type == "WarmupCosineLR"
     assert cfg.param_scheduler.warmup_ratio == 0.03
-    assert cfg.train_cfg == {"type": "PackedTrainLoop", "max_epochs": 1, "val_interval": 500}
+    assert cfg.train_cfg == {"type": "PackedTrainLoop", "max_epochs": 1, "val_interval": 125}
     assert cfg.train_dataloader.dataset.stage == stage["stage"]
     assert (cfg.model.get("pretrained_pth"), cfg.model.get("pretrained_parts")) == (
         stage["from"] or (None, None)
@@ -90,12 +96,11 @@ def test_what_all_stages_share(name):
     assert cfg.model.visual_select_layer == -2
     assert cfg.model.projector_depth == 2
     assert cfg.model.llm.torch_dtype == "bfloat16"
-    for llm in (cfg.model.llm, cfg.tokenizer, data.tokenizer):
-        assert llm.pretrained_model_name_or_path == "internlm/internlm2_5-7b-chat"
+    assert cfg.model.llm.pretrained_model_name_or_path == "internlm/internlm2_5-7b-chat"
     vision = "openai/clip-vit-large-patch14-336"
-    assert data.vision == vision
     assert cfg.model.visual_encoder.pretrained_model_name_or_path == vision
-    assert cfg.image_processor.pretrained_model_name_or_path == vision
+    hooks = cfg.default_hooks
+    assert (hooks.checkpoint.interval, hooks.sample_answer.interval) == (125, 125)
     assert cfg.train_dataloader.batch_sampler.weighting == "token"
     assert cfg.env_cfg.dist_cfg == {"backend": "nccl", "timeout": 3600}
     assert cfg.val_cfg == {
@@ -119,12 +124,78 @@ def test_the_environment_points_at_other_bases_and_data(name, monkeypatch):
     cfg = Config.fromfile(FOLDER / f"{name}.py")
     data = cfg.train_dataloader.dataset
     assert cfg.model.llm.pretrained_model_name_or_path == "/elsewhere/GMAI_LLM"
-    assert data.tokenizer.pretrained_model_name_or_path == "/elsewhere/GMAI_LLM"
-    assert data.vision == "/elsewhere/GMAI_VISION"
+    assert cfg.model.visual_encoder.pretrained_model_name_or_path == "/elsewhere/GMAI_VISION"
     assert (data.mixture, data.cache_dir) == ("/elsewhere/GMAI_MIXTURE", "/elsewhere/GMAI_CACHE")
     assert cfg.test_dataloader.dataset.benchmarks == "/elsewhere/GMAI_BENCHMARKS"
     started = {"stage2_deep": "/elsewhere/GMAI_STAGE1", "stage3_instruct": "/elsewhere/GMAI_STAGE2"}
     assert cfg.model.get("pretrained_pth") == started.get(name)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_bases_and_accumulation_are_named_once_and_reach_whoever_needs_them(name):
+    text = "".join(
+        path.read_text() for path in [FOLDER / f"{name}.py", *(FOLDER / "_base_").glob("*.py")]
+    )
+    for once in ("{{$GMAI_LLM:", "{{$GMAI_VISION:", "accumulative_counts"):
+        assert text.count(once) == 1
+    cfg = Config.fromfile(FOLDER / f"{name}.py")
+    cfg.merge_from_dict(
+        {
+            "model.llm.pretrained_model_name_or_path": "other/llm",
+            "model.visual_encoder.pretrained_model_name_or_path": "other/tower",
+            "optim_wrapper.accumulative_counts": 7,
+            "train_dataloader.batch_sampler.weighting": "sample",
+        }
+    )
+    loader = train_dataloader_config(cfg)
+    assert loader["dataset"]["tokenizer"] == {
+        "type": "gmai_xtuner.model.load_tokenizer",
+        "pretrained_model_name_or_path": "other/llm",
+        "padding_side": "right",
+    }
+    assert loader["dataset"]["vision"] == "other/tower"
+    assert loader["batch_sampler"]["accumulative_counts"] == 7
+    assert loader["collate_fn"] == {"type": "collate_packs", "weighting": "sample"}
+    assert tokenizer_config(cfg)["pretrained_model_name_or_path"] == "other/llm"
+    assert image_processor_config(cfg)["pretrained_model_name_or_path"] == "other/tower"
+    assert "tokenizer" not in cfg.train_dataloader.dataset  # the config itself is left alone
+
+
+def test_the_accumulation_is_found_where_xtuner_train_has_put_it():
+    cfg = Config.fromfile(FOLDER / "stage2_deep.py")
+    cfg.optim_wrapper = {"type": "DeepSpeedOptimWrapper", "optimizer": cfg.optim_wrapper.optimizer}
+    cfg.strategy = {"type": "DeepSpeedStrategy", "gradient_accumulation_steps": 4}
+    assert train_dataloader_config(cfg)["batch_sampler"]["accumulative_counts"] == 4
+
+
+def test_an_accumulation_that_is_named_twice_must_agree():
+    cfg = Config.fromfile(FOLDER / "stage1_shallow.py")
+    cfg.merge_from_dict({"train_dataloader.batch_sampler.accumulative_counts": 2})
+    assert train_dataloader_config(cfg)["batch_sampler"]["accumulative_counts"] == 2
+    cfg.merge_from_dict({"train_dataloader.batch_sampler.accumulative_counts": 3})
+    with pytest.raises(GMAIError, match=r"counts is 2, but .*counts is 3\. Leave the second out"):
+        train_dataloader_config(cfg)
+
+
+def test_a_base_that_is_not_named_is_asked_for():
+    cfg = Config.fromfile(FOLDER / "stage1_shallow.py")
+    del cfg.model.llm["pretrained_model_name_or_path"]
+    with pytest.raises(GMAIError, match=r"model\.llm\.pretrained_model_name_or_path must name"):
+        train_dataloader_config(cfg)
+
+
+@pytest.mark.parametrize("name", [None, *STAGES])
+def test_small_data_is_a_stage_with_shorter_packs_and_steps(name, monkeypatch):
+    if name is not None:
+        monkeypatch.setenv("GMAI_STAGE", name)
+    expected = Config.fromfile(FOLDER / f"{name or 'stage3_instruct'}.py").to_dict()
+    expected["train_dataloader"]["batch_size"] = 1
+    expected["train_dataloader"]["dataset"].update(max_length=1024, held_out=0.05)
+    expected["optim_wrapper"]["accumulative_counts"] = 2
+    expected["train_cfg"].update(max_epochs=10, val_interval=25)
+    expected["default_hooks"]["sample_answer"]["interval"] = 25
+    expected["default_hooks"]["checkpoint"]["interval"] = 50
+    assert Config.fromfile(FOLDER / "variants" / "small_data.py").to_dict() == expected
 
 
 def test_the_default_mixture_is_table_7():
@@ -185,7 +256,7 @@ FOUR_BIT = {
 
 
 def test_every_variant_is_checked():
-    assert {path.stem for path in (FOLDER / "variants").glob("*.py")} == set(VARIANTS)
+    assert {path.stem for path in (FOLDER / "variants").glob("*.py")} == {*VARIANTS, "small_data"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -193,12 +264,8 @@ def test_a_variant_differs_from_its_stage_in_these_leaves_only(name):
     parent, (batch_size, accumulation), start, chunk = VARIANTS[name]
     expected = Config.fromfile(FOLDER / f"{parent}.py").to_dict()
     expected["train_dataloader"]["batch_size"] = batch_size
-    expected["train_dataloader"]["batch_sampler"]["accumulative_counts"] = accumulation
     expected["optim_wrapper"]["accumulative_counts"] = accumulation
-    steps = {"80gb": 16, "24gb": 4}[name[-4:]]
-    expected["default_hooks"]["checkpoint"]["interval"] = steps * accumulation
-    expected["default_hooks"]["sample_answer"]["interval"] = 125 * accumulation
-    expected["train_cfg"]["val_interval"] = 125 * accumulation
+    expected["default_hooks"]["checkpoint"]["interval"] = {"80gb": 16, "24gb": 4}[name[-4:]]
     if start:
         expected["model"]["pretrained_pth"] = f"work_dirs/{start}"
     if chunk:

@@ -34,7 +34,7 @@ ALLOWED = {
 packages (commands, ``plugin``, ``compat``) may import anything."""
 
 VIOLATIONS = {
-    ("gmai_xtuner.data.soft_packed", "gmai_xtuner.model.vision"),
+    ("gmai_xtuner.data.dataset", "gmai_xtuner.model.vision"),
     ("gmai_xtuner.model.internlm2", "gmai_xtuner.checkpoint.adapters"),
     ("gmai_xtuner.model.internlm2", "gmai_xtuner.checkpoint.layouts"),
     ("gmai_xtuner.model.internlm2", "gmai_xtuner.checkpoint.weight_files"),
@@ -49,7 +49,6 @@ VIOLATIONS = {
     ("gmai_xtuner.model.vision", "gmai_xtuner.checkpoint.adapters"),
     ("gmai_xtuner.model.vision", "gmai_xtuner.checkpoint.layouts"),
     ("gmai_xtuner.model.vision", "gmai_xtuner.checkpoint.weight_files"),
-    ("gmai_xtuner.train.loop", "gmai_xtuner.compat"),
 }
 """Imports against the rule that are still to be mended; nothing may be added."""
 

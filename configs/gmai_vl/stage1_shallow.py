@@ -7,11 +7,5 @@
 _base_ = ["_base_/model.py", "_base_/data.py", "_base_/schedule.py", "_base_/runtime.py"]
 
 model = dict(freeze_llm=True, freeze_visual_encoder=True)
-
-train_dataloader = dict(
-    batch_size=8,
-    dataset=dict(stage="stage1"),
-    batch_sampler=dict(accumulative_counts=2),
-)
-
+train_dataloader = dict(batch_size=8, dataset=dict(stage="stage1"))
 optim_wrapper = dict(optimizer=dict(lr=1e-3), accumulative_counts=2)

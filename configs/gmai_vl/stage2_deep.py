@@ -12,11 +12,5 @@ model = dict(
     pretrained_pth="{{$GMAI_STAGE1:work_dirs/stage1_shallow}}",
     pretrained_parts=["projector"],
 )
-
-train_dataloader = dict(
-    batch_size=4,
-    dataset=dict(stage="stage2"),
-    batch_sampler=dict(accumulative_counts=4),
-)
-
+train_dataloader = dict(batch_size=4, dataset=dict(stage="stage2"))
 optim_wrapper = dict(optimizer=dict(lr=1e-4), accumulative_counts=4)

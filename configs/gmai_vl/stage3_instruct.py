@@ -12,11 +12,5 @@ model = dict(
     pretrained_pth="{{$GMAI_STAGE2:work_dirs/stage2_deep}}",
     pretrained_parts=["projector", "visual_encoder"],
 )
-
-train_dataloader = dict(
-    batch_size=4,
-    dataset=dict(stage="stage3"),
-    batch_sampler=dict(accumulative_counts=4),
-)
-
+train_dataloader = dict(batch_size=4, dataset=dict(stage="stage3"))
 optim_wrapper = dict(optimizer=dict(lr=1e-5), accumulative_counts=4)

@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
+from pydantic import Field, field_validator
+
+from data_tools.options import Options
+from data_tools.preprocess.rules import Rules, preset
 from data_tools.records import Drops, Sample, Unit
 
 READERS = {
@@ -30,10 +35,63 @@ READERS = {
 }
 
 
+class SourceOptions(Options):
+    """One entry of ``sources``; each reader adds its own keys.
+
+    Args:
+        name: unique in the job; part of ids and file names.
+        root: folder of the set, relative to the job file; ``package:NAME/FOLDER`` lies in an installed
+            Python package. `job.load` makes it absolute.
+        dataset: title of the published set; default ``name``.
+        licence: of the pictures, as the set states it. Required: a corpus without it can't be passed on.
+        url: where the set can be had.
+        modality: of the taxonomy; may be left out where the files know it.
+        department: of the taxonomy; ``None`` as a text is its nineteenth value.
+        clinical_task: of the taxonomy.
+        source_task: default is what the format is made for, `default_source_task`.
+        labels: code or name in the source -> name in the corpus. With this map given, a label that is not in
+            it is an error of the record and drops it; null drops it on purpose, as unclear.
+            Without the map names are taken as they are.
+        synonyms: label name -> further names of the same thing.
+        chinese: label name -> Chinese name.
+        attributes: constants of every picture of the set.
+        negatives: stands for the job's ``make.negatives`` in this source.
+        group: regular expression on the path below ``root``; its first group (or the whole match) is
+            the patient, case or slide. Default: what the reader finds, else each picture alone.
+        clean: rules for masks and slices, a preset of `preprocess.rules` by name, or rules in full.
+    """
+
+    default_source_task: ClassVar[str] = "2D classification"
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    root: Path
+    dataset: str = ""
+    licence: str = Field(min_length=1)
+    url: str = ""
+    modality: str | None = None
+    department: str | None = None
+    clinical_task: str | None = None
+    source_task: str | None = None
+    labels: dict[str, str | None] | None = None
+    synonyms: dict[str, tuple[str, ...]] = Field(default={})
+    chinese: dict[str, str] = Field(default={})
+    attributes: dict[str, str] = Field(default={})
+    negatives: bool | None = None
+    group: str | None = None
+    clean: str | Rules = "sa-med2d"
+
+    @field_validator("clean")
+    @classmethod
+    def _is_a_preset(cls, value: str | Rules) -> str | Rules:
+        if isinstance(value, str):
+            preset(value)
+        return value
+
+
 class Reader(Protocol):
     """What a reader's module offers."""
 
-    Options: Any
+    Options: type[SourceOptions]
 
     def units(self, options: Any) -> Iterator[Unit]: ...
 
@@ -41,7 +99,7 @@ class Reader(Protocol):
 
 
 def load(name: str) -> Reader:
-    """The module of a reader.
+    """Return the module of a reader.
 
     Raises:
         KeyError: there is no reader of this name.

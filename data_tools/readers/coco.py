@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from data_tools.preprocess.rules import resolve
-from data_tools.readers.paths import file_of, folder_of
-from data_tools.readers.pictures import check_size, open_image, size_of
-from data_tools.readers.polygons import polygon_mask, run_length_mask
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
+from data_tools.readers.files import check_size, file_of, folder_of, open_image, size_of
+from data_tools.readers.shapes import polygon_mask, run_length_mask
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from data_tools.preprocess.volumes import Structure, Volume
-from data_tools.readers.paths import file_of
+from data_tools.readers.files import file_of
 from data_tools.readers.volume import map_on, path_of
 from data_tools.readers.volume_files import Grid, load
 from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples

@@ -42,8 +42,8 @@ from data_tools.readers.dicom_headers import (
     sha256_of,
 )
 from data_tools.readers.dicom_pixels import FileWindow, picture
-from data_tools.readers.named_rows import Row, RowColumns, read_rows
-from data_tools.readers.paths import file_of, files, folder_of
+from data_tools.readers.file_rows import FileRow, RowColumns, read_rows
+from data_tools.readers.files import file_of, files, folder_of
 from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
@@ -62,7 +62,7 @@ class Options(VolumeOptions):
     Args:
         files: which files below ``root``, with ``*`` for any text.
         table: CSV, TSV, JSON lines or Excel with labels, below ``root`` or beside the job.
-        columns: its columns, see `named_rows.RowColumns`; ``file`` is the column of the key.
+        columns: its columns, see `file_rows.RowColumns`; ``file`` is the column of the key.
         match: what the key is: the path, or a UID or the patient's number, which stay in this reader. With
             ``file`` and ``SOPInstanceUID`` a row is about one picture, and slices of a series that has
             such rows are pictures by themselves, not a volume; with the others it is about every slice.
@@ -256,7 +256,7 @@ def read_picture(path: Path, *, source_file: str) -> Sample:
     )
 
 
-def _rows(options: Options) -> dict[str, list[Row]]:
+def _rows(options: Options) -> dict[str, list[FileRow]]:
     if options.table is None:
         return {}
     path = Path(options.table)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.readers.paths import LINK
+from data_tools.readers.files import LINK
 from gmai_xtuner.core.errors import Unusable
 
 Attribute = Literal["BodyPartExamined", "ViewPosition", "Laterality", "PatientSex"]

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from data_tools.readers.paths import LINK, files, folder_of, is_image
-from data_tools.readers.pictures import open_image
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
+from data_tools.readers.files import LINK, files, folder_of, is_image, open_image
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 

@@ -22,17 +22,19 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from data_tools.readers.paths import (
+from data_tools.readers import SourceOptions
+from data_tools.readers.files import (
     below,
+    file_below,
     file_of,
     files,
     folder_of,
     matching,
+    open_image,
     place_names,
+    size_of,
     template_regex,
 )
-from data_tools.readers.pictures import file_below, image_size, open_image, size_of
-from data_tools.readers.source import SourceOptions
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -228,7 +230,7 @@ def _annotations(
     options: Options, name: str, texts: dict[str, str], size: tuple[int, int]
 ) -> list[Annotation]:
     path = file_below(options.root, name, "no such mask file")
-    stated = image_size(path)
+    stated = size_of(path)
     if stated != size:
         raise Unusable(
             "mask of another size than its image",

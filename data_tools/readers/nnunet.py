@@ -20,7 +20,7 @@ from data_tools.readers.dataset_json import (
     read_json,
     wrong,
 )
-from data_tools.readers.paths import folder_of
+from data_tools.readers.files import folder_of
 from data_tools.readers.volume_files import SUFFIXES
 from data_tools.records import Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from data_tools.readers.named_rows import Row, RowColumns, beside, match_files, read_rows
-from data_tools.readers.pictures import file_below
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
+from data_tools.readers.file_rows import FileRow, RowColumns, beside, match_files, read_rows
+from data_tools.readers.files import file_below
 from data_tools.records import Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -157,7 +157,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the tiles of one slide."""
     from data_tools.readers import slide_files, slide_labels
 
-    rows: tuple[Row, ...] = unit.payload or ()
+    rows: tuple[FileRow, ...] = unit.payload or ()
     if options.table is not None and unit.payload is None:
         raise Unusable("slide of the table not found")
     path = file_below(options.root, unit.key, "slide can't be read")
@@ -174,7 +174,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         elif options.regions is not None:
             outlines = slide_labels.outlines_of(options, unit.key)
             labeller = slide_labels.OfOutlines(options, outlines)
-        tiles: dict[tuple[int, int], list[Row]] = (
+        tiles: dict[tuple[int, int], list[FileRow]] = (
             _listed(options, unit.key, rows, drops)
             if options.columns.x
             else {corner: [] for corner in _grid(options, unit.key, slide, scale, drops)}
@@ -301,13 +301,13 @@ def _tissue_shares(
 
 
 def _listed(
-    options: Options, key: str, rows: Sequence[Row], drops: Drops
-) -> dict[tuple[int, int], list[Row]]:
+    options: Options, key: str, rows: Sequence[FileRow], drops: Drops
+) -> dict[tuple[int, int], list[FileRow]]:
     """Return the table's tiles, each once with all of its rows.
 
     A row that can't be read may be about any tile of the slide: its label is lost in all of them.
     """
-    tiles: dict[tuple[int, int], list[Row]] = {}
+    tiles: dict[tuple[int, int], list[FileRow]] = {}
     for row in rows:
         x, y = (row.cells[str(column)] for column in (options.columns.x, options.columns.y))
         problem = row.problem

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from defusedxml import ElementTree
 
-from data_tools.readers.named_rows import Row, beside, folder_of
-from data_tools.readers.pictures import file_below
+from data_tools.readers.file_rows import FileRow, beside, folder_name
+from data_tools.readers.files import file_below
 from data_tools.readers.slide_files import Scale, SlideFile, TiffSlide
 from data_tools.records import Annotation, Drops
 from gmai_xtuner.core.errors import Unusable
@@ -68,10 +68,10 @@ class Labeller:
 class OfSlide(Labeller):
     """The slide's class, or rows of the table that name the tile."""
 
-    def __init__(self, options: Options, key: str, rows: Sequence[Row]) -> None:
+    def __init__(self, options: Options, key: str, rows: Sequence[FileRow]) -> None:
         super().__init__(options)
         self._whole = annotations_of(rows)
-        if options.table is None and (folder := folder_of(key)):
+        if options.table is None and (folder := folder_name(key)):
             self._whole = [Annotation(folder)]
 
     def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
@@ -122,7 +122,7 @@ class OfMask(Labeller):
         return self.of_masks(masks, tile, drops)
 
 
-def annotations_of(rows: Sequence[Row]) -> list[Annotation]:
+def annotations_of(rows: Sequence[FileRow]) -> list[Annotation]:
     """Return what rows of a table say, without those whose label is empty."""
     return [Annotation(r.label, r.box, attributes=r.attributes) for r in rows if r.label]
 
@@ -142,7 +142,7 @@ class Tile:
     x: int
     y: int
     scale: Scale
-    rows: tuple[Row, ...] = ()
+    rows: tuple[FileRow, ...] = ()
 
 
 def _existing(options: Options, key: str, pattern: str) -> Path:

@@ -7,7 +7,7 @@
     box: {x1: xmin, y1: ymin, x2: xmax, y2: ymax}
     group_column: patient_id
 
-Rows of one picture are one sample, wherever in the table they are (see `table_rows`).
+Rows of one picture are one sample, wherever in the table they are (see `rows`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from data_tools.options import Options as Section
-from data_tools.readers.paths import file_of, fill, listed, place_names
-from data_tools.readers.pictures import numbers, open_image, size_of
-from data_tools.readers.source import SourceOptions
-from data_tools.readers.table_rows import Format, Row, grouped, open_table
+from data_tools.readers import SourceOptions
+from data_tools.readers.files import file_of, fill, listed, open_image, place_names, size_of
+from data_tools.readers.rows import Format, Row, cell_text, grouped, open_table
+from data_tools.readers.shapes import numbers
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -216,7 +216,7 @@ def units(options: Options) -> Iterator[Unit]:
     def wanted(row: Row) -> bool:
         if options.split_column is None:
             return True
-        split = _text(row.cells[options.split_column])
+        split = cell_text(row.cells[options.split_column])
         if len(splits) < 100:
             splits[split] = None
         return split in options.splits
@@ -262,7 +262,7 @@ def _unit(options: Options, batch: list[list[Row]]) -> Unit:
 def _image_name(options: Options, row: Row) -> str:
     """The picture's path below the root; "" if a cell that it needs is missing."""
     columns = place_names(options.image)
-    cells = {column: _text(row.cells[column]) for column in columns or [options.image]}
+    cells = {column: cell_text(row.cells[column]) for column in columns or [options.image]}
     if any(cell in options.missing for cell in cells.values()):
         return ""
     name = fill(options.image, cells) if columns else cells[options.image]
@@ -270,16 +270,6 @@ def _image_name(options: Options, row: Row) -> str:
     # A hostile absolute name stays one: it isn't made harmless by the folder before it.
     name = f"{folder}/{name}" if folder and not name.startswith(("/", "\\")) else name
     return name + options.image_suffix
-
-
-def _text(cell: Any) -> str:
-    if cell is None:
-        return ""
-    if isinstance(cell, bool):
-        return "true" if cell else "false"
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    return str(cell).strip()
 
 
 # --- samples ------------------------------------------------------------------------------------
@@ -367,7 +357,7 @@ _Facts = tuple[str | None, str | None, tuple[tuple[str, str], ...]]
 def _facts(options: Options, row: Row) -> _Facts:
 
     def cell(column: str | None) -> str | None:
-        text = _text(row.cells[column]) if column else ""
+        text = cell_text(row.cells[column]) if column else ""
         return None if text in options.missing else text
 
     if options.group_column and cell(options.group_column) is None:
@@ -377,7 +367,7 @@ def _facts(options: Options, row: Row) -> _Facts:
 
 
 def _attributes(options: Options, row: Row, columns: Mapping[str, str]) -> dict[str, str]:
-    cells = {name: _text(row.cells[column]) for column, name in columns.items()}
+    cells = {name: cell_text(row.cells[column]) for column, name in columns.items()}
     return {
         name: _in_words(options, name, text)
         for name, text in cells.items()
@@ -400,10 +390,10 @@ def _labels(options: Options, row: Row) -> Iterator[str]:
         parts = cell if isinstance(cell, list) else [cell]
         if options.label_separator and isinstance(cell, str):
             parts = cell.split(options.label_separator)
-        yield from (text for part in parts if (text := _text(part)) not in options.missing)
+        yield from (text for part in parts if (text := cell_text(part)) not in options.missing)
     applies = False
     for column, label in options.one_hot_labels.items():
-        text = _text(row.cells[column])
+        text = cell_text(row.cells[column])
         if text in options.positive:
             applies = True
             yield label
@@ -417,7 +407,7 @@ def _box(
     columns: BoxColumns, options: Options, row: Row, size: tuple[int, int]
 ) -> tuple[float, float, float, float] | None:
     texts = {name: row.cells[name] for name in columns.used}
-    empty = [name for name, cell in texts.items() if _text(cell) in options.missing]
+    empty = [name for name, cell in texts.items() if cell_text(cell) in options.missing]
     if len(empty) == len(texts):
         return None
     if empty:

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from data_tools.readers.named_rows import Row, RowColumns, folder_of, match_files, read_rows
-from data_tools.readers.pictures import file_below
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
+from data_tools.readers.file_rows import FileRow, RowColumns, folder_name, match_files, read_rows
+from data_tools.readers.files import file_below
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -187,10 +187,10 @@ class _Span:
 
     first: int
     end: int
-    row: Row
+    row: FileRow
 
 
-def _span(row: Row, options: Options, line: Timeline) -> _Span:
+def _span(row: FileRow, options: Options, line: Timeline) -> _Span:
     """Return the frames of a row of the table.
 
     Raises:
@@ -276,7 +276,7 @@ def _annotations(
 ) -> tuple[Annotation, ...]:
     """What the table says of the frame; without a table, the name of the folder."""
     if options.table is None:
-        folder = folder_of(key)
+        folder = folder_name(key)
         return (Annotation(folder),) if folder else ()
     left, top = options.crop[:2] if options.crop else (0, 0)
     found = []

@@ -11,9 +11,18 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 from xml.etree.ElementTree import Element, ParseError
 
-from data_tools.readers.paths import IMAGE_SUFFIXES, file_of, files, folder_of
-from data_tools.readers.pictures import check_size, numbers, open_image, read_bytes, size_of
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
+from data_tools.readers.files import (
+    IMAGE_SUFFIXES,
+    check_size,
+    file_of,
+    files,
+    folder_of,
+    open_image,
+    read_annotation_file,
+    size_of,
+)
+from data_tools.readers.shapes import numbers
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -110,7 +119,7 @@ def _parse(options: Options, name: str) -> Element:
     import defusedxml
     from defusedxml import ElementTree
 
-    data = read_bytes(options.root, name, "XML can't be read")
+    data = read_annotation_file(options.root, name, "XML can't be read")
     try:
         tree: Any = ElementTree.fromstring(data, forbid_dtd=True)
     except defusedxml.DefusedXmlException as error:

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from data_tools.preprocess.volumes import Structure, Volume, pack, same_grid, structures_of
-from data_tools.readers.paths import (
+from data_tools.readers.files import (
     MISSING,
     OUTSIDE,
     below,

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from data_tools.preprocess.clean import clean_volume
 from data_tools.preprocess.rules import resolve
 from data_tools.preprocess.slicing import PLANES, Slice, Slicing, slices
-from data_tools.preprocess.volume_rules import clean
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.preprocess.windows import Scale, Window, scale_for
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
 from data_tools.records import Annotation, Drops, Sample
 from gmai_xtuner.core.errors import Unusable
 
@@ -82,7 +82,7 @@ def samples(
     with drops.image(origin.where):
         if volume.layers and not volume.structures:
             raise BadVolume(EMPTY)
-        cleaned = clean(volume, rules, drops=drops, where=origin.where)
+        cleaned = clean_volume(volume, rules, drops=drops, where=origin.where)
         if volume.structures and not cleaned.structures:
             return
         modality = options.modality or origin.modality

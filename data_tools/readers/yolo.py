@@ -16,10 +16,17 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from data_tools.preprocess.rules import resolve
-from data_tools.readers.paths import file_of, files, folder_of, is_image
-from data_tools.readers.pictures import numbers, open_image, read_bytes, size_of
-from data_tools.readers.polygons import polygon_mask
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
+from data_tools.readers.files import (
+    file_of,
+    files,
+    folder_of,
+    is_image,
+    open_image,
+    read_annotation_file,
+    size_of,
+)
+from data_tools.readers.shapes import numbers, polygon_mask
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -138,7 +145,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     if names is None:
         raise Unusable("label file without an image")
     unreadable = "label file that can't be read"
-    data = read_bytes(options.root, str(_label_file(options, unit.key)), unreadable)
+    data = read_annotation_file(options.root, str(_label_file(options, unit.key)), unreadable)
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -46,6 +46,7 @@ from gmai_xtuner.checkpoint.export_parts import (
 )
 from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE, export_settings
 from gmai_xtuner.checkpoint.tokenizer_files import plain_tokenizer
+from gmai_xtuner.core.config import image_processor_config, tokenizer_config
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.images import ImageTransform
@@ -88,9 +89,10 @@ def save_huggingface_layout(
             aside,
             lambda: all_parts(model, cfg, dtype=dtype),
             projector_depth=model.projector.config.depth,
-            base_tokenizer=BUILDER.build(cfg["tokenizer"]),
+            base_tokenizer=BUILDER.build(tokenizer_config(cfg)),
             transform=ImageTransform.from_pretrained(
-                cfg["image_processor"]["pretrained_model_name_or_path"], mode=settings["image_mode"]
+                image_processor_config(cfg)["pretrained_model_name_or_path"],
+                mode=settings["image_mode"],
             ),
             settings=settings,
             provenance=provenance_of(model, cfg),

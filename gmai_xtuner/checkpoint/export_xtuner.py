@@ -28,6 +28,7 @@ from gmai_xtuner.checkpoint.export_parts import (
     own_storage,
     trained_parts,
 )
+from gmai_xtuner.core.config import image_processor_config, tokenizer_config
 from gmai_xtuner.model.costs import describe_parts
 from gmai_xtuner.model.lora import adapter_layers, save_adapter
 
@@ -53,7 +54,7 @@ def save_xtuner_layout(
 
     Args:
         model: a ``GMAILLaVAModel`` whose trained parts have weights (frozen ones may be on meta).
-        cfg: the stage's config; its ``tokenizer`` and ``image_processor`` are saved along.
+        cfg: the stage's config; tokenizer and image processor of its bases are saved along.
         save_dir: a new or empty folder.
         fp32: keep fp32 weights; otherwise the language model is saved in fp16, as xtuner does, or in
             ``export_dtype`` of the config.
@@ -73,10 +74,10 @@ def save_xtuner_layout(
         for part in parts.values():
             own_storage(part)
         if "llm" in parts:
-            BUILDER.build(cfg["tokenizer"]).save_pretrained(aside)
+            BUILDER.build(tokenizer_config(cfg)).save_pretrained(aside)
             save_language_model(parts["llm"], aside, save_kwargs)
         if "visual_encoder" in parts:
-            BUILDER.build(cfg["image_processor"]).save_pretrained(aside / "visual_encoder")
+            BUILDER.build(image_processor_config(cfg)).save_pretrained(aside / "visual_encoder")
             parts["visual_encoder"].save_pretrained(aside / "visual_encoder", **save_kwargs)
         model.projector.save_pretrained(aside / "projector", **save_kwargs)
         for name in ("llm", "visual_encoder"):

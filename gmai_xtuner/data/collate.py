@@ -1,13 +1,13 @@
 """Packs -> one flat batch without padding.
 
-Shapes: ``T`` tokens, ``S`` conversations, ``N`` images of ``P`` tokens each, ``M`` learnt tokens.
+Shapes: ``T`` tokens, ``S`` conversations, ``N`` images of ``P`` tokens each, ``M`` supervised tokens.
 
-Two packs ``[A A A B B]`` and ``[C C C]`` (lower case: learnt)::
+Two packs ``[A A A B B]`` and ``[C C C]`` (lower case: supervised)::
 
     input_ids        A a a B b C C c
     position_ids     0 1 2 0 1 0 1 2
     cu_seqlens       0     3   5     8
-    label_positions  0 1   3     6        the token before each learnt one
+    label_positions  0 1   3     6        the token before each supervised one
     label_targets    a a   b     c
 """
 
@@ -25,19 +25,22 @@ from gmai_xtuner.core.errors import GMAIError
 
 
 @FUNCTIONS.register_module()
-def collate_packs(packs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def collate_packs(
+    packs: Sequence[dict[str, Any]], *, weighting: str = "token"
+) -> dict[str, dict[str, Any]]:
     """Join the packs of a micro-batch.
 
     Args:
-        packs: items of :class:`gmai_xtuner.data.soft_packed.SoftPackedDataset`. Their
-            ``weighting`` says what a learnt token counts: ``token`` and ``micro_batch`` 1; ``sample``
-            1/n and ``square`` 1/sqrt(n) in a conversation of n learnt tokens.
+        packs: items of :class:`gmai_xtuner.data.dataset.SoftPackedDataset`.
+        weighting: what a supervised token counts: ``token`` and ``micro_batch`` 1; ``sample`` 1/n and
+            ``square`` 1/sqrt(n) in a conversation of n supervised tokens. In a config it is left out:
+            training takes the batch sampler's.
 
     Returns:
         ``{"data": ...}`` as :meth:`gmai_xtuner.model.llava.GMAILLaVAModel.forward` takes it: besides
         the fields in the module's drawing ``lengths`` (S ints), ``pixel_values`` ``[N, 3, H, W]``,
-        ``image_positions`` int64 ``[N * P]``, ``label_weights`` float32 ``[M]``, ``loss_denominator``,
-        ``step_end``, ``num_tokens``, ``capacity`` (tokens the packs could hold), ``ids``.
+        ``image_positions`` int64 ``[N * P]``, ``label_weights`` float32 ``[M]``, ``num_tokens``,
+        ``capacity`` (tokens the packs could hold), ``ids``. The training loop adds ``loss_denominator``.
     """
     input_ids = torch.cat([pack["input_ids"] for pack in packs])
     labels = torch.cat([pack["labels"] for pack in packs])
@@ -48,13 +51,10 @@ def collate_packs(packs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         raise GMAIError(
             f"{len(input_ids)} tokens, {len(labels)} labels and lengths of {int(starts[-1])} in a batch"
         )
-    lengths_tensor = starts.diff()
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths_tensor)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), starts.diff())
     # A conversation's first token must not be predicted from the end of the one before.
     labels[starts[:-1]] = IGNORE_INDEX
-    learnt = torch.nonzero(labels != IGNORE_INDEX).flatten()
-    weights = _weights(owner[learnt], len(lengths), packs[0]["weighting"])
-    denominator = packs[0]["denominator"]
+    supervised = torch.nonzero(labels != IGNORE_INDEX).flatten()
     return {
         "data": {
             "input_ids": input_ids.unsqueeze(0),
@@ -63,11 +63,9 @@ def collate_packs(packs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "lengths": lengths,
             "pixel_values": torch.cat([pack["pixel_values"] for pack in packs]),
             "image_positions": torch.nonzero(input_ids == IMAGE_TOKEN_INDEX).flatten(),
-            "label_positions": learnt - 1,
-            "label_targets": labels[learnt],
-            "label_weights": weights,
-            "loss_denominator": float(weights.sum()) if denominator is None else denominator,
-            "step_end": packs[0]["step_end"],
+            "label_positions": supervised - 1,
+            "label_targets": labels[supervised],
+            "label_weights": _weights(owner[supervised], len(lengths), weighting),
             "num_tokens": sum(pack["num_tokens"] for pack in packs),
             "capacity": sum(pack["capacity"] for pack in packs),
             "ids": [name for pack in packs for name in pack["ids"]],
@@ -76,7 +74,7 @@ def collate_packs(packs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _weights(owner: Tensor, conversations: int, weighting: str) -> Tensor:
-    """float32 ``[M]``; ``owner`` is the conversation of each learnt token."""
+    """float32 ``[M]``; ``owner`` is the conversation of each supervised token."""
     if weighting in ("token", "micro_batch"):
         return torch.ones(len(owner))
     counts = torch.bincount(owner, minlength=conversations).to(torch.float32)[owner]

@@ -9,30 +9,36 @@ A plan is a folder ``<cache_dir>/plans/<key>/``::
     epoch-<e>-offsets.npy   int64 [packs + 1] into
     epoch-<e>-items.npy     int64 [samples], indices into samples.npy
     epoch-<e>-digest.npy    uint8 [32], SHA-256 of samples, offsets and items
-    epoch-<e>-totals.npy    float64 [packs, 5]: tokens, images, conversations, learnt tokens,
-                            sum of the square roots of each conversation's learnt tokens
+    epoch-<e>-totals.npy    float64 [packs, 5]: tokens, images, conversations, supervised
+                            tokens, sum of the square roots of each conversation's supervised tokens
 
 Everything is a pure function of the token caches, the ratios, the exclude lists, the held-out share, the
 seed and the epoch, made once under a file lock and memory-mapped by every rank and worker.
+
+**Held out.** An image, named by its path below the image root, is kept for validation if a hash of that name
+falls below the share asked for; a conversation without images goes by its id. Nothing else has a say: not
+the seed, the ratios, the stage or the other datasets. So an image is on the same side in every dataset and
+every stage, stage 3 validates on nothing that stage 1 has seen, and more data leaves what was held out as it
+was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from gmai_xtuner.core.errors import GMAIError, MixtureError
 from gmai_xtuner.core.exclusion import SHOWN, Exclusions
 from gmai_xtuner.core.files import locked, replace_text, staged
 from gmai_xtuner.core.mixture import sample_indices
-from gmai_xtuner.data import held_out as held_out_module
-from gmai_xtuner.data.held_out import EXCLUDED, HELD_OUT, NEITHER, TRAIN
 from gmai_xtuner.data.packing import Packs, pack
 from gmai_xtuner.data.token_cache import TokenCache
 
@@ -40,6 +46,9 @@ VERSION = 3
 """Goes up with whatever changes which conversations share a pack."""
 
 TOTALS = ("tokens", "images", "conversations", "labels", "sqrt_labels")
+
+TRAIN, HELD_OUT, NEITHER, EXCLUDED = range(4)
+"""Sides of a conversation; :data:`NEITHER` has images of both, :data:`EXCLUDED` is on an exclude list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +84,12 @@ class Excluded:
 
 
 def unknown_lines(excluded: Excluded) -> str:
-    """What is to be said of lines of which no conversation is."""
+    """Return the warning about lines of the exclude lists that name no conversation."""
     more = excluded.unknown - len(excluded.examples[:5])
-    told = "; ".join(excluded.examples[:5]) + (f"; and {more} more" if more else "")
+    examples = "; ".join(excluded.examples[:5]) + (f"; and {more} more" if more else "")
     return (
-        f"{excluded.unknown} line(s) of the exclude lists name nothing that this stage has: {told}. They are "
-        "misspelt, of another version of the data, or already left out as bad or too long"
+        f"{excluded.unknown} line(s) of the exclude lists name nothing that this stage has: {examples}. They "
+        "are misspelt, of another version of the data, or already left out as bad or too long"
     )
 
 
@@ -98,7 +107,7 @@ class DataPlan:
         max_images: images of a pack.
         cache_dir: where plans are kept.
         held_out: share of the images (and of the conversations without one) that is kept for
-            validation, see :mod:`gmai_xtuner.data.held_out`; it is taken before the sampling by ratio.
+            validation, see the module; it is taken before the sampling by ratio.
         split: ``train``, or ``held_out`` for a plan of what the other does not train on: each
             conversation once, whatever the ratios.
         at_most: conversations of a dataset in the ``held_out`` split; default: all.
@@ -130,6 +139,7 @@ class DataPlan:
                 "held_out must be a share of at least 0 and below 1, and split 'train' or 'held_out', got "
                 f"{held_out!r} and {split!r}"
             )
+        self._cache_dir = cache_dir
         self.caches = list(caches)
         self.names = list(names)
         self.ratios = list(ratios)
@@ -163,6 +173,22 @@ class DataPlan:
                     self._save("samples", self._draw())
         self.samples: np.ndarray = np.load(self.folder / "samples.npy", mmap_mode="r")
 
+    def held_out_plan(self, at_most: int | None = None) -> DataPlan:
+        """Return the plan of what this one holds out; ``at_most`` conversations of a dataset."""
+        return DataPlan(
+            self.caches,
+            names=self.names,
+            ratios=self.ratios,
+            seed=self.seed,
+            max_length=self.max_length,
+            max_images=self.max_images,
+            cache_dir=self._cache_dir,
+            held_out=self.held_out,
+            split="held_out",
+            at_most=at_most,
+            exclusions=self.exclusions,
+        )
+
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         del state["samples"]
@@ -173,12 +199,12 @@ class DataPlan:
         self.samples = np.load(self.folder / "samples.npy", mmap_mode="r")
 
     def epoch(self, epoch: int) -> EpochPlan:
-        """The packs of this epoch, made first if no process has made them."""
+        """Return the packs of this epoch, planned first if no process has planned them."""
         return _open_epoch(self, epoch)
 
     @property
     def settings(self) -> dict[str, object]:
-        """What the user has set of it, to be named where two plans differ."""
+        """The settings to name where two plans differ."""
         return {
             "ratios": dict(zip(self.names, self.ratios, strict=True)),
             "seed": self.seed,
@@ -190,26 +216,25 @@ class DataPlan:
         }
 
     def why_nothing_held_out(self) -> str:
-        """Of how many images the share holds nothing out, and the smallest that does; reads all names."""
+        """Say of how many images the share holds nothing out, and the smallest that does; reads all names."""
         excluded: list[np.ndarray | None] = [None] * len(self.caches)
         if self.exclusions:
             excluded = [
                 part.rows(cache.folder)[0] if part else None
                 for cache, part in zip(self.caches, self.exclusions.datasets, strict=True)
             ]
-        folders = [cache.folder for cache in self.caches]
-        return held_out_module.nothing_held_out(self.held_out, folders, excluded)
+        return nothing_held_out(self.held_out, [cache.folder for cache in self.caches], excluded)
 
     def held_out_counts(self) -> np.ndarray:
         """int64 ``[datasets, 2]``: conversations held out, and with images of both sides."""
         return np.load(self.folder / "held-out.npy")
 
     def excluded(self) -> Excluded:
-        """What the lists leave out."""
+        """Return what the exclude lists leave out."""
         if not self.exclusions:
             return Excluded((0,) * len(self.caches), 0, ())
-        told = json.loads((self.folder / "excluded.json").read_text(encoding="utf-8"))
-        return Excluded(tuple(told["conversations"]), told["unknown"], tuple(told["examples"]))
+        found = json.loads((self.folder / "excluded.json").read_text(encoding="utf-8"))
+        return Excluded(tuple(found["conversations"]), found["unknown"], tuple(found["examples"]))
 
     def _exclude(self) -> list[np.ndarray | None]:
         """bool ``[conversations]`` of each dataset: left out; ``None`` where nothing is."""
@@ -221,12 +246,12 @@ class DataPlan:
             masks.append(mask)
             found.append(there)
         unknown = self.exclusions.unknown(self.names, found)
-        told = {
+        content = {
             "conversations": [0 if mask is None else int(mask.sum()) for mask in masks],
             "unknown": len(unknown),
             "examples": unknown[:SHOWN],
         }
-        replace_text(self.folder / "excluded.json", json.dumps(told))
+        replace_text(self.folder / "excluded.json", json.dumps(content))
         return masks
 
     def _draw(self) -> np.ndarray:
@@ -235,20 +260,20 @@ class DataPlan:
         for number, (cache, name, ratio) in enumerate(
             zip(self.caches, self.names, self.ratios, strict=True)
         ):
-            rows = np.arange(len(cache))
+            rows, mask = np.arange(len(cache)), excluded[number]
             if self.held_out:
-                sides = held_out_module.sides(cache.folder, self.held_out)
-                counts[number] = [(sides.side == side).sum() for side in (HELD_OUT, NEITHER)]
-                rows = sides.rows(TRAIN)
-            mask = excluded[number]
-            if mask is not None and self.held_out:
-                counts[number] -= [(sides.side[mask] == side).sum() for side in (HELD_OUT, NEITHER)]
-                sides.side[mask] = EXCLUDED
+                part = sides(cache.folder, self.held_out)
+                rows = part.rows(
+                    TRAIN
+                )  # before the exclusion: it does not change the others' sample
+                if mask is not None:
+                    part.side[mask] = EXCLUDED
+                counts[number] = [(part.side == side).sum() for side in (HELD_OUT, NEITHER)]
             if self.split == "train":
                 rows = rows[sample_indices(len(rows), ratio, seed=self.seed, name=name)]
                 rows = rows if mask is None else rows[~mask[rows]]
             else:
-                rows = sides.rows(HELD_OUT, at_most=self.at_most) if self.held_out else rows[:0]
+                rows = part.rows(HELD_OUT, at_most=self.at_most) if self.held_out else rows[:0]
             parts.append(np.stack([np.full_like(rows, number), rows], axis=1).astype(np.uint32))
         # Before the samples, whose presence says that everything is there.
         self._save("held-out", counts)
@@ -265,7 +290,7 @@ class DataPlan:
         return samples
 
     def counts(self) -> np.ndarray:
-        """int32 ``[samples, 3]``: tokens, learnt tokens, images of each sample."""
+        """Return int32 ``[samples, 3]``: tokens, supervised tokens, images of each sample."""
         dataset, row = self.samples[:, 0], self.samples[:, 1]
         counts = np.empty((len(self.samples), 3), dtype=np.int32)
         starts = np.searchsorted(dataset, np.arange(len(self.caches) + 1))
@@ -324,3 +349,142 @@ def _digest(*arrays: np.ndarray) -> np.ndarray:
     for array in arrays:
         content.update(np.ascontiguousarray(array).data)
     return np.frombuffer(content.digest(), dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Sides of one dataset's conversations.
+
+    ``side``: uint8 ``[conversations]``, :data:`TRAIN`, :data:`HELD_OUT` or :data:`NEITHER`; ``order``: uint64
+    ``[conversations]``, the hash by which the held-out ones are taken when not all of them are wanted.
+    """
+
+    side: np.ndarray
+    order: np.ndarray
+
+    def rows(self, side: int, *, at_most: int | None = None) -> np.ndarray:
+        """Return the conversations of this side, int64, sorted; ``at_most`` those first in order."""
+        rows = np.flatnonzero(self.side == side)
+        if at_most is not None and len(rows) > at_most:
+            rows = np.sort(rows[np.argsort(self.order[rows], kind="stable")[:at_most]])
+        return rows
+
+
+def sides(cache: Path, share: float) -> Sides:
+    """Return the sides of a token cache's conversations.
+
+    Args:
+        cache: folder of the cache; ids and image names are read, tokens are not (about a second for a
+            million conversations).
+        share: of the images, between 0 and 1.
+    """
+    below = np.uint64(int(share * 2**64))
+    side, order = [np.zeros(0, dtype=np.uint8)], [np.zeros(0, dtype=np.uint64)]
+    for ids, images, offsets in _hashed_names(cache):
+        held = np.concatenate([[0], np.cumsum(images < below)])
+        held_count = held[offsets[1:]] - held[offsets[:-1]]
+        count = np.diff(offsets)
+        part = np.full(len(ids), NEITHER, dtype=np.uint8)
+        part[held_count == 0] = TRAIN
+        part[(held_count == count) & (count > 0)] = HELD_OUT
+        text = count == 0
+        part[text] = np.where(ids[text] < below, HELD_OUT, TRAIN)
+        first = ids.copy()
+        first[~text] = images[offsets[:-1][~text]]
+        side.append(part)
+        order.append(first)
+    return Sides(np.concatenate(side), np.concatenate(order))
+
+
+def nothing_held_out(
+    share: float, caches: Sequence[Path], excluded: Sequence[np.ndarray | None]
+) -> str:
+    """Say of how many images a share holds none out, and the smallest share that does.
+
+    Args:
+        share: that holds nothing out.
+        caches: folders of the token caches.
+        excluded: bool ``[conversations]`` of each cache, what its list leaves out, or ``None``.
+    """
+    images, texts, least = _least_share(caches, excluded)
+    of = [f"{images} image{'' if images == 1 else 's'}"] if images or not texts else []
+    of += [f"{texts} conversation{'' if texts == 1 else 's'} without an image"] if texts else []
+    found = f"{share:g} of {' and '.join(of)}; hashes of the names decide, see data/plan.py"
+    if least is None:
+        return f"{found}. No share holds something out and leaves something to train on"
+    return f"{found}. The smallest share that holds something out is {least:g}"
+
+
+def _least_share(
+    caches: Sequence[Path], excluded: Sequence[np.ndarray | None]
+) -> tuple[int, int, float | None]:
+    """Count images and conversations without one; find the least share (two digits) that holds some out."""
+    names = np.zeros(0, dtype=np.uint64)
+    texts, first, last = 0, None, 0
+    for cache, mask in zip(caches, excluded, strict=True):
+        for ids, images, offsets in _hashed_names(cache, mask):
+            names = np.union1d(names, images)
+            count = np.diff(offsets)
+            texts += int((count == 0).sum())
+            owner = np.repeat(np.arange(len(ids)), count)
+            low, high = ids.copy(), ids.copy()
+            low[count > 0], high[count > 0] = np.uint64(2**64 - 1), np.uint64(0)
+            np.minimum.at(low, owner, images)
+            np.maximum.at(high, owner, images)
+            if len(ids):
+                first = min(int(high.min()), 2**64 if first is None else first)
+                last = max(int(low.max()), last)
+    if first is None:
+        return 0, 0, None
+    exact = (first + 1) / 2**64
+    step = 10.0 ** (math.floor(math.log10(exact)) - 1)
+    digits = math.ceil(exact / step)
+    share = float(f"{digits * step:.2g}")
+    if int(share * 2**64) <= first:  # rounding of the quotient
+        share = float(f"{(digits + 1) * step:.2g}")
+    return len(names), texts, share if share < 1 and last >= int(share * 2**64) else None
+
+
+def _hashed_names(
+    cache: Path, mask: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Hashes of the ids, of the images, and where each conversation's begin; without what is masked."""
+    reader = pa.ipc.open_file(pa.memory_map(str(cache / "tokens.arrow")))
+    begin = 0
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number).select(["id", "images"])
+        if mask is not None:
+            kept = ~mask[begin : begin + len(batch)]
+            begin += len(batch)
+            batch = batch.filter(pa.array(kept))
+        images = batch.column(1)
+        offsets = images.offsets.to_numpy().astype(np.int64)
+        yield (
+            hashes(batch.column(0)),
+            hashes(images.values)[offsets[0] : offsets[-1]],
+            offsets - offsets[0],
+        )
+
+
+def hashes(strings: pa.StringArray) -> np.ndarray:
+    """Hash strings to uint64 ``[n]``: a polynomial in the UTF-8 bytes modulo 2**64, mixed.
+
+    The same on every machine. Vectorised, because Python would take longer for 15 million names than packing
+    them does. The mixing is splitmix64's (Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", 2014).
+    """
+    offsets = np.frombuffer(strings.buffers()[1], dtype=np.int32)
+    offsets = offsets[strings.offset : strings.offset + len(strings) + 1].astype(np.int64)
+    data = strings.buffers()[2]
+    text = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, dtype=np.uint8)
+    text = text[offsets[0] : offsets[-1]].astype(np.uint64) + np.uint64(1)
+    starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
+    place = np.arange(len(text)) - np.repeat(starts, lengths)
+    powers = np.full(int(lengths.max(initial=0)) + 1, 0x9E3779B97F4A7C15, dtype=np.uint64)
+    powers[0] = 1
+    powers = np.cumprod(powers)
+    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(text * powers[place])])
+    value = sums[starts + lengths] - sums[starts] + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

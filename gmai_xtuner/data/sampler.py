@@ -2,8 +2,8 @@
 
 One optimiser step takes ``world x accumulative_counts x batch_size`` packs in the order of the epoch's
 plan. The last step of an epoch takes what is left, in fewer micro-batches: no pack is dropped, none is
-repeated. Where the packs left do not reach every rank, a rank gets a pack that learns nothing, so that
-all ranks run the same number of passes.
+repeated. Where the packs left do not reach every rank, a rank gets a pack without supervised tokens, so
+that all ranks run the same number of passes.
 
 ::
 
@@ -16,8 +16,8 @@ all ranks run the same number of passes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from mmengine.dist import get_dist_info
@@ -25,30 +25,10 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import Sampler
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.data.dataset import PackRef, SoftPackedDataset
 
 WEIGHTINGS = {"token": "labels", "sample": "conversations", "square": "sqrt_labels"}
 """Loss weighting -> the total (see :mod:`gmai_xtuner.data.plan`) that normalises it."""
-
-
-class PackRef(NamedTuple):
-    """One pack of one micro-batch.
-
-    Args:
-        epoch: epoch whose plan is meant.
-        pack: number of the pack in it.
-        denominator: what this micro-batch's weighted sum of losses is divided by.
-        weighting: what a learnt token counts, see :class:`MicroBatchSampler`.
-        step_end: the optimiser steps after this micro-batch.
-        learns: false for a pack that only fills a place.
-    """
-
-    epoch: int
-    pack: int
-    denominator: float
-    weighting: str
-    step_end: bool
-    learns: bool
 
 
 @DATA_SAMPLERS.register_module()
@@ -81,9 +61,10 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
     Args:
         sampler: a :class:`PackSampler`.
         batch_size: packs of a micro-batch on one rank.
-        accumulative_counts: micro-batches of an optimiser step; must be the optimiser wrapper's.
-        weighting: ``token``: every learnt token of the step counts the same; ``sample``: every
-            conversation; ``square``: a conversation counts by the square root of its learnt tokens.
+        accumulative_counts: micro-batches of an optimiser step. In a config it is left out: training takes
+            ``optim_wrapper.accumulative_counts``.
+        weighting: ``token``: every supervised token of the step counts the same; ``sample``: every
+            conversation; ``square``: a conversation counts by the square root of its supervised tokens.
             All are normalised over the whole optimiser step, all ranks and micro-batches.
             ``micro_batch``: the plain token mean of each micro-batch, as the authors' code takes it.
         rank: default: this process's.
@@ -119,23 +100,43 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
         self._start = 0
 
     @property
-    def packs_a_step(self) -> int:
+    def packs_per_step(self) -> int:
         """Packs that a full optimiser step takes, all ranks together."""
         return self.world_size * self.batch_size * self.accumulative_counts
 
     def __len__(self) -> int:
         """Micro-batches of an epoch; the same on every rank."""
-        full, left = divmod(len(self.sampler), self.packs_a_step)
+        full, left = divmod(len(self.sampler), self.packs_per_step)
         return full * self.accumulative_counts + -(-left // (self.world_size * self.batch_size))
 
     @property
     def steps(self) -> int:
         """Optimiser steps of an epoch."""
-        return -(-len(self.sampler) // self.packs_a_step)
+        return -(-len(self.sampler) // self.packs_per_step)
 
     def step_ends(self, micro_batch: int) -> bool:
-        """Whether the optimiser steps after this micro-batch of an epoch."""
+        """Return whether the optimiser steps after this micro-batch of an epoch."""
         return (micro_batch + 1) % self.accumulative_counts == 0 or micro_batch + 1 == len(self)
+
+    def steps_after(self, iterations: int) -> int:
+        """Return how many optimiser steps a run has made after so many micro-batches, over all epochs."""
+        epochs, left = divmod(iterations, len(self))
+        return epochs * self.steps + left // self.accumulative_counts
+
+    def run_length(self, max_epochs: float | None, max_iters: int | None) -> int:
+        """Return the micro-batches of a run, rounded up to the end of an optimiser step.
+
+        Raises:
+            GMAIError: not exactly one of the two lengths is given.
+        """
+        if (max_iters is None) == (max_epochs is None):
+            raise GMAIError("train_cfg needs either max_iters or max_epochs")
+        iterations = (
+            math.ceil(max_epochs * len(self)) if max_epochs is not None else int(max_iters or 0)
+        )
+        while not self.step_ends((iterations - 1) % len(self)):
+            iterations += 1
+        return iterations
 
     def set_position(self, epoch: int, micro_batch: int) -> None:
         """Begin the next iteration there, without reading what comes before."""
@@ -145,23 +146,34 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
     def __iter__(self) -> Iterator[list[PackRef]]:
         start, self._start = self._start, 0
         epoch = self.sampler.epoch
-        plan = self.sampler.dataset.plan.epoch(epoch)
-        across = self.world_size * self.batch_size
         for micro_batch in range(start, len(self)):
-            first = micro_batch * across
-            mine = range(first + self.rank, min(first + across, len(self.sampler)), self.world_size)
-            step_first = micro_batch // self.accumulative_counts * self.packs_a_step
-            step = slice(step_first, min(step_first + self.packs_a_step, len(self.sampler)))
-            if self.weighting == "micro_batch":
-                # DeepSpeed's own mean over micro-batches and ranks does the rest, as it does there.
-                denominator = float(plan.total("labels")[list(mine)].sum()) if mine else 1.0
-            else:
-                total = float(np.sum(plan.total(WEIGHTINGS[self.weighting])[step]))
-                denominator = total / (self.accumulative_counts * self.world_size)
-            ends = self.step_ends(micro_batch)
-            if mine:
-                yield [
-                    PackRef(epoch, pack, denominator, self.weighting, ends, True) for pack in mine
-                ]
-            else:
-                yield [PackRef(epoch, step_first, denominator, self.weighting, ends, False)]
+            own = self._packs(micro_batch)
+            # A pack of the same step holds a place where none is left for this rank.
+            yield [PackRef(epoch, pack) for pack in own] or [
+                PackRef(epoch, self._step(micro_batch).start, filler=True)
+            ]
+
+    def denominator(self, epoch: int, micro_batch: int) -> float:
+        """Return what the weighted sum of this rank's losses is divided by, see ``weighting``.
+
+        DeepSpeed takes the mean over the accumulation and over the ranks, so the sum over the whole step
+        is divided by their product here.
+        """
+        plan = self.sampler.dataset.plan.epoch(epoch)
+        if self.weighting == "micro_batch":
+            # DeepSpeed's own mean over micro-batches and ranks does the rest, as it does there.
+            own = self._packs(micro_batch)
+            return float(plan.total("labels")[list(own)].sum()) if own else 1.0
+        total = float(np.sum(plan.total(WEIGHTINGS[self.weighting])[self._step(micro_batch)]))
+        return total / (self.accumulative_counts * self.world_size)
+
+    def _packs(self, micro_batch: int) -> range:
+        """Packs of this rank."""
+        across = self.world_size * self.batch_size
+        first = micro_batch * across
+        return range(first + self.rank, min(first + across, len(self.sampler)), self.world_size)
+
+    def _step(self, micro_batch: int) -> slice:
+        """Packs of the whole optimiser step, all ranks."""
+        first = micro_batch // self.accumulative_counts * self.packs_per_step
+        return slice(first, min(first + self.packs_per_step, len(self.sampler)))

@@ -1,23 +1,26 @@
-"""Conversation -> token ids and the spans of them that are learnt.
+"""Conversation -> token ids and the spans of them that are supervised.
 
 One conversation, as text and as xtuner 0.2.0 lays it out for InternLM2 (``|`` where pieces are encoded
 apart, so that training sees the very ids that a prompt has at generation)::
 
     <s> | <|im_start|>user\\n | <image> | \\nWhat is shown?<|im_end|>\\n<|im_start|>assistant\\n |
     A chest X-ray.<|im_end|> | \\n | <|im_start|>user\\n...
-    ^^^^^^^^^^^^^^^^^^^^^^^^ learnt; everything else is context
+    ^^^^^^^^^^^^^^^^^^^^^^^^ supervised; everything else is context
 
 An image is one placeholder (-200) here; the dataset widens it to the vision tower's number of tokens.
+
+Token ids of a text come from those of its words, where that is provably the same (:class:`WordCache`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,7 +29,11 @@ from transformers import PreTrainedTokenizerFast
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Conversation, Turn, parse_record
 from gmai_xtuner.core.errors import DataError, GMAIError
-from gmai_xtuner.data.word_cache import WordCache
+
+_MARK = "\u2581"
+_LONGEST_WORD = 40
+_MOST_WORDS = 300_000
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +43,9 @@ class ChatTemplate:
     Args:
         system: text around a system turn, with ``{system}``.
         user: text around a user turn up to where the assistant begins, with ``{input}``.
-        suffix: what ends an assistant turn; learnt.
+        suffix: what ends an assistant turn; supervised.
         suffix_is_eos: no ``</s>`` after the suffix and no ``<s>`` before later turns.
-        separator: between turns; not learnt.
+        separator: between turns; not supervised.
         add_bos: begin with ``<s>``, as InternLM2.5's own template, xtuner's training and ``xtuner
             chat`` do. The authors' code trains without: ``add_bos=False``.
     """
@@ -52,7 +59,7 @@ class ChatTemplate:
 
     @classmethod
     def from_xtuner(cls, name: str, *, add_bos: bool = True) -> ChatTemplate:
-        """The template of this name in ``xtuner.utils.PROMPT_TEMPLATE``.
+        """Return the template of this name in ``xtuner.utils.PROMPT_TEMPLATE``.
 
         Raises:
             GMAIError: there is none, or it does not say how an assistant turn ends.
@@ -74,22 +81,29 @@ class ChatTemplate:
         )
 
 
+class TurnEnd(NamedTuple):
+    """Where a conversation may be cut: its ids, label spans and images so far."""
+
+    ids: int
+    spans: int
+    images: int
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedConversation:
-    """Ids with one placeholder an image, and what is learnt of them.
+    """Ids with one placeholder an image, and what is supervised of them.
 
-    ``label_spans``: int32 ``[spans, 2]``, half-open, in ``input_ids``; ``turn_ends``: where the
-    conversation may be cut, one an assistant turn, as (ids, spans, images) so far.
+    ``label_spans``: int32 ``[spans, 2]``, half-open, in ``input_ids``; ``turn_ends``: one an assistant turn.
     """
 
     id: str
     input_ids: np.ndarray
     label_spans: np.ndarray
     images: tuple[str, ...]
-    turn_ends: tuple[tuple[int, int, int], ...]
+    turn_ends: tuple[TurnEnd, ...]
 
     def num_tokens(self, num_image_tokens: int) -> int:
-        """Length in the sequence, image tokens counted."""
+        """Return the length in the sequence, image tokens counted."""
         return len(self.input_ids) + len(self.images) * (num_image_tokens - 1)
 
     @property
@@ -98,11 +112,18 @@ class TokenizedConversation:
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 as long as ``input_ids``: the id where it is learnt, -100 elsewhere."""
+        """int32 as long as ``input_ids``: the id where it is supervised, -100 elsewhere."""
         labels = np.full_like(self.input_ids, IGNORE_INDEX)
         for start, end in self.label_spans:
             labels[start:end] = self.input_ids[start:end]
         return labels
+
+
+class _Piece(NamedTuple):
+    """A part that is encoded apart: a text, a token id, or ``None`` for the end of a turn."""
+
+    content: str | int | None
+    supervised: bool = False
 
 
 class ConversationTokenizer:
@@ -182,7 +203,14 @@ class ConversationTokenizer:
     def __call__(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation]:
         """Tokenise a batch with one call of the fast tokenizer."""
         layouts = [self._layout(conversation) for conversation in conversations]
-        texts = list({piece for layout in layouts for piece, _ in layout if isinstance(piece, str)})
+        texts = list(
+            {
+                piece.content
+                for layout in layouts
+                for piece in layout
+                if isinstance(piece.content, str)
+            }
+        )
         ids = {
             text: np.array(text_ids, dtype=np.int32)
             for text, text_ids in zip(texts, self._encode(texts), strict=True)
@@ -199,65 +227,62 @@ class ConversationTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[str] = ()) -> np.ndarray:
-        """int32 ids up to where the assistant is to answer, one placeholder an image.
+        """Return int32 ids up to where the assistant is to answer, one placeholder an image.
 
-        The very ids that training had before the answer.
+        They are the very ids that training had before the answer.
         """
         open_end = (*turns, Turn("assistant", ""))
         (tokenized,) = self([Conversation("prompt", open_end, tuple(images))])
         return tokenized.input_ids[: tokenized.label_spans[-1, 0]]
 
-    def _layout(self, conversation: Conversation) -> list[tuple[str | int | None, bool]]:
-        """Pieces in order: (text, or a token id, or ``None`` for the end of a turn; learnt?)."""
+    def _layout(self, conversation: Conversation) -> list[_Piece]:
         template = self.template
-        layout: list[tuple[str | int | None, bool]] = []
+        layout: list[_Piece] = []
         needs_bos = template.add_bos
         context, round_number = "", 0
         for turn in conversation.turns:
             if turn.role == "system":
                 context += template.system.format(system=turn.text)
-            elif turn.role == "user":
+                continue
+            if turn.role == "user":
                 round_number += 1
                 context += template.user.format(input=turn.text, round=round_number)
-            else:
-                if needs_bos:
-                    layout.append((self.bos_token_id, False))
-                for index, piece in enumerate(context.split(IMAGE_TOKEN)):
-                    if index:
-                        layout.append((IMAGE_TOKEN_INDEX, False))
-                    if piece:
-                        layout.append((piece, False))
-                layout.append((turn.text + template.suffix, True))
-                if not template.suffix_is_eos:
-                    layout.append((self.eos_token_id, True))
-                needs_bos = template.add_bos and not template.suffix_is_eos
-                if template.separator:
-                    layout.append((template.separator, False))
-                layout.append((None, False))
-                context = ""
+                continue
+            if needs_bos:
+                layout.append(_Piece(self.bos_token_id))
+            for index, text in enumerate(context.split(IMAGE_TOKEN)):
+                if index:
+                    layout.append(_Piece(IMAGE_TOKEN_INDEX))
+                if text:
+                    layout.append(_Piece(text))
+            layout.append(_Piece(turn.text + template.suffix, supervised=True))
+            if not template.suffix_is_eos:
+                layout.append(_Piece(self.eos_token_id, supervised=True))
+            needs_bos = template.add_bos and not template.suffix_is_eos
+            if template.separator:
+                layout.append(_Piece(template.separator))
+            layout.append(_Piece(None))
+            context = ""
         return layout
 
     def _assemble(
-        self,
-        conversation: Conversation,
-        layout: list[tuple[str | int | None, bool]],
-        ids: Mapping[str, np.ndarray],
+        self, conversation: Conversation, layout: list[_Piece], ids: Mapping[str, np.ndarray]
     ) -> TokenizedConversation:
         pieces: list[np.ndarray] = []
         spans: list[tuple[int, int]] = []
-        turn_ends: list[tuple[int, int, int]] = []
+        turn_ends: list[TurnEnd] = []
         length = images = 0
-        for piece, learnt in layout:
-            if piece is None:
-                turn_ends.append((length, len(spans), images))
+        for content, supervised in layout:
+            if content is None:
+                turn_ends.append(TurnEnd(length, len(spans), images))
                 continue
-            piece_ids = ids[piece] if isinstance(piece, str) else np.array([piece], np.int32)
-            images += piece == IMAGE_TOKEN_INDEX
-            pieces.append(piece_ids)
-            end = length + len(piece_ids)
+            piece = ids[content] if isinstance(content, str) else np.array([content], np.int32)
+            images += content == IMAGE_TOKEN_INDEX
+            pieces.append(piece)
+            end = length + len(piece)
             # The first token of a conversation has nothing before it to be predicted from.
             start = max(length, 1)
-            if learnt and start < end:
+            if supervised and start < end:
                 if spans and spans[-1][1] == start:
                     spans[-1] = (spans[-1][0], end)
                 else:
@@ -301,14 +326,14 @@ def fit(
         return tokenized
     if over_length == "drop":
         return None
-    for ids, spans, images in reversed(tokenized.turn_ends):
-        if fits(ids, images):
+    for index, end in reversed(list(enumerate(tokenized.turn_ends))):
+        if fits(end.ids, end.images):
             return replace(
                 tokenized,
-                input_ids=tokenized.input_ids[:ids],
-                label_spans=tokenized.label_spans[:spans],
-                images=tokenized.images[:images],
-                turn_ends=tuple(end for end in tokenized.turn_ends if end[0] <= ids),
+                input_ids=tokenized.input_ids[: end.ids],
+                label_spans=tokenized.label_spans[: end.spans],
+                images=tokenized.images[: end.images],
+                turn_ends=tokenized.turn_ends[: index + 1],
             )
     return None
 
@@ -317,7 +342,7 @@ def fit(
 def _batched(
     tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, size: int
 ) -> ConversationTokenizer:
-    """Made once, not for each record: 0.8 s for 92,544 ids. ``size`` sees tokens that are added."""
+    """Build a tokenizer once and not for each record (0.8 s); ``size`` notices tokens that are added."""
     return ConversationTokenizer.from_pretrained(tokenizer, template)
 
 
@@ -330,7 +355,7 @@ def soft_packing_map_fn(
     num_image_tokens: int,
     dataset: str = "map_fn",
 ) -> dict[str, Any]:
-    """xtuner's kind of map function: one record -> what soft packing needs of it.
+    """Turn one record into what soft packing needs of it, as a map function of xtuner's kind.
 
     Args:
         example: a record in LLaVA / GMAI-VL or OpenAI form.
@@ -362,3 +387,118 @@ def soft_packing_map_fn(
         "num_labels": tokenized.num_labels,
         "images": list(tokenized.images),
     }
+
+
+class WordCache:
+    """Tokenises texts word by word and remembers the words.
+
+    A byte-pair tokenizer of sentencepiece's kind (InternLM2's, Llama's) writes ``▁`` for a space and merges
+    over the whole text. No merge joins the end of one word with the mark of the next unless the merge table
+    has one that does so; then words can be tokenised apart, and most words have been seen before. :meth:`of`
+    reads the table and refuses every tokenizer for which the proof does not hold; a text with two spaces in a
+    row, or with a space behind a character that such a merge begins with, is tokenised whole.
+
+    Args:
+        tokenizer: one for which :meth:`of` says that it may.
+        glued: characters behind which a space does not part words.
+        unknown: id whose runs the tokenizer fuses, or ``None``; a text with it is tokenised whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, glued: str, unknown: int | None) -> None:
+        self.tokenizer = tokenizer
+        self._together = ["  ", *(character + " " for character in glued)]
+        self._unknown = unknown
+        self._first: dict[str, list[int]] = {}
+        self._later: dict[str, list[int]] = {}
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> WordCache | None:
+        """Return a cache, or ``None`` where words apart might get other ids than the text."""
+        state = json.loads(tokenizer.to_str())
+        model, normalizer = state["model"], state["normalizer"]
+        if normalizer is not None and normalizer.get("type") == "Sequence":
+            steps = normalizer["normalizers"]
+            normalizer = steps[0] if len(steps) == 1 else None
+        replaces_spaces = normalizer is not None and (
+            normalizer.get("type"),
+            normalizer.get("pattern"),
+            normalizer.get("content"),
+        ) == ("Replace", {"String": " "}, _MARK)
+        plain_model = model["type"] == "BPE" and not any(
+            model.get(key)
+            for key in (
+                "dropout",
+                "continuing_subword_prefix",
+                "end_of_word_suffix",
+                "ignore_merges",
+            )
+        )
+        if not replaces_spaces or not plain_model or state["pre_tokenizer"] is not None:
+            return None
+        unknown = tokenizer.token_to_id(model["unk_token"] or "")
+        if unknown is None and tokenizer.token_to_id(_MARK) is None:
+            return None  # the mark would vanish, and what it parts would meet
+        for token in state["added_tokens"]:
+            flags = (token["single_word"], token["lstrip"], token["rstrip"], token["normalized"])
+            if any(flags) or " " in token["content"] or _MARK in token["content"]:
+                return None
+        merges = [
+            merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]
+        ]
+        before_mark = {left for left, right in merges if right.startswith(_MARK)}
+        if any(_BYTE.search(left) for left in before_mark):
+            return None  # its last character can't be told
+        glued = "".join(sorted({left[-1] for left in before_mark} - {_MARK}))
+        return cls(tokenizer, glued=glued, unknown=unknown)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, as the tokenizer gives them without special tokens."""
+        words = [self._split(text) for text in texts]
+        whole = [text for text, parts in zip(texts, words, strict=True) if parts is None]
+        known = dict(zip(whole, self._encode(whole), strict=True))
+        long_words = self._learn([parts for parts in words if parts])
+        found = []
+        for text, parts in zip(texts, words, strict=True):
+            if parts is None:
+                found.append(known[text])
+                continue
+            ids = list(self._first[parts[0]])
+            for word in parts[1:]:
+                ids += self._later[word]
+            if self._unknown is not None and self._unknown in ids:
+                (ids,) = self._encode([text])
+            found.append(ids)
+        for word in long_words:
+            self._first.pop(word, None)
+            self._later.pop(word, None)
+        return found
+
+    def _split(self, text: str) -> list[str] | None:
+        if _MARK in text:
+            return None
+        for together in self._together:
+            if together in text:
+                return None
+        return text.split(" ")
+
+    def _learn(self, texts: Sequence[list[str]]) -> list[str]:
+        """Put every word of these texts into the two caches.
+
+        Returns:
+            long ones (a sentence of Chinese is one), seldom seen again, to be forgotten after use.
+        """
+        if len(self._first) + len(self._later) > _MOST_WORDS:
+            self._first.clear()
+            self._later.clear()
+        first = list({parts[0] for parts in texts} - self._first.keys())
+        later = list(set().union(*(parts[1:] for parts in texts)) - self._later.keys())
+        if not first and not later:
+            return []
+        ids = self._encode([*first, *(" " + word for word in later)])
+        self._first.update(zip(first, ids[: len(first)], strict=True))
+        self._later.update(zip(later, ids[len(first) :], strict=True))
+        return [word for word in (*first, *later) if len(word) > _LONGEST_WORD]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encodings: list[Any] = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]

@@ -7,7 +7,6 @@ understood.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,7 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    credentials = _credentials(options.auth)
     try:
         import nicegui  # noqa: F401
     except ImportError as error:
@@ -48,6 +46,11 @@ def _run(options: argparse.Namespace) -> int:
     from gmai_xtuner.demo.page import Demo
     from gmai_xtuner.demo.server import serve
 
+    if not is_loopback(options.host) and not options.without_sign_in:
+        raise GMAIError(
+            f"{options.host} can be reached from other machines, and the page asks for no password. Put a "
+            "proxy that does in front of 127.0.0.1 (--allow-host), or let everyone in with --without-sign-in"
+        )
     examples = installed_examples() if options.examples is None else examples_of(options.examples)
     limits = Limits(
         upload_bytes=int(options.max_upload_mb * MEBIBYTE),
@@ -60,11 +63,6 @@ def _run(options: argparse.Namespace) -> int:
         for model in models:
             print(f"{model.name}: {model.facts}")
         host, port = own.getsockname()[:2]
-        if not is_loopback(str(host)) and credentials is None:
-            print(
-                "warning: everyone who reaches this machine can use the page; --auth asks for a password",
-                file=sys.stderr,
-            )
         shown = f"[{host}]" if ":" in str(host) else host
         demo = Demo(
             Answering(models, max_waiting=limits.waiting),
@@ -76,7 +74,6 @@ def _run(options: argparse.Namespace) -> int:
             demo,
             own=own,
             names=options.allow_host,
-            credentials=credentials,
             ready=lambda: print(f"open http://{shown}:{port}/  (Ctrl-C ends it)", flush=True),
         )
     return 0
@@ -122,19 +119,6 @@ def _models(options: argparse.Namespace):
     return loaded
 
 
-def _credentials(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    said = os.environ.get(variable, "")
-    user, colon, password = said.partition(":")
-    if not (user and colon and password):
-        raise GMAIError(
-            f"--auth takes name and password from the environment variable {variable}, which "
-            f"{'has no user:password' if said else 'is not set'}. Set it: export {variable}=user:password"
-        )
-    return said
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gmai_xtuner.demo",
@@ -170,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
         help="name by which a proxy on this machine is visited; can be repeated",
     )
     parser.add_argument(
-        "--auth", metavar="VARIABLE", help="environment variable that holds user:password"
+        "--without-sign-in",
+        action="store_true",
+        help="let everyone who reaches --host use the page; a proxy in front can ask for a password",
     )
     parser.add_argument(
         "--max-upload-mb",

@@ -3,20 +3,15 @@
 * Requests that another web site makes through a visitor's browser are refused: the ``Origin`` must be the
   page's own, and on a loopback address the ``Host`` must be one too (else any site could point its name at
   127.0.0.1).
-* With a password, nothing is served without it. The browser asks for it once (HTTP Basic) and gets a cookie
-  for the rest, since not every browser sends the password along when it opens a web socket.
 * A body that is too large is refused by what it says of its length, or cut off where it exceeds it.
 * The browser is told to load and connect to nothing but this server (Content-Security-Policy).
+
+Signing in is left to a proxy in front, which has the site's accounts and TLS.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hmac
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
 from gmai_xtuner.core.addresses import is_loopback, name_of
@@ -27,7 +22,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-COOKIE = "gmai_demo"
 MULTIPART_OVERHEAD = 64 * 2**10
 """Bytes that boundaries and headers of an upload may add to its files."""
 
@@ -46,14 +40,13 @@ _HEADERS = {
 
 
 class Guard:
-    """See the module.
+    """Refuse what does not belong to this page, and bound what is uploaded.
 
     Args:
         application: what is guarded.
         upload_bytes: files of one request.
         loopback: whether only this machine is served.
         names: by which a proxy on this machine is visited; taken as if they were its own.
-        credentials: ``user:password``, or None.
     """
 
     def __init__(
@@ -63,14 +56,11 @@ class Guard:
         upload_bytes: int,
         loopback: bool,
         names: Sequence[str] = (),
-        credentials: str | None = None,
     ) -> None:
         self._application = application
         self._limit = upload_bytes + MULTIPART_OVERHEAD
         self._loopback = loopback
         self._names = frozenset(name.lower() for name in names)
-        self._credentials = None if credentials is None else credentials.encode()
-        self._token = secrets.token_urlsafe(32)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -79,16 +69,12 @@ class Guard:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        signed_in, cookie = self._signed_in(headers)
         if not self._is_at_home(headers):
             await _refuse(scope, receive, send, 403, "This address serves its own page only.")
-        elif not signed_in:
-            ask = {"www-authenticate": 'Basic realm="GMAI-VL", charset="UTF-8"'}
-            await _refuse(scope, receive, send, 401, "Name and password are needed.", ask)
         elif scope["type"] == "websocket":
             await self._application(scope, receive, send)
         else:
-            await self._serve(scope, receive, send, headers, cookie)
+            await self._serve(scope, receive, send, headers)
 
     def _is_at_home(self, headers: dict[str, str]) -> bool:
         host = headers.get("host", "")
@@ -100,26 +86,8 @@ class Guard:
             return True
         return origin in (f"http://{host}", f"https://{host}")
 
-    def _signed_in(self, headers: dict[str, str]) -> tuple[bool, bool]:
-        """Whether the visitor may come in, and whether he is to get the cookie."""
-        if self._credentials is None:
-            return True, False
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            cookie = None
-        if cookie is not None and hmac.compare_digest(cookie.value.encode(), self._token.encode()):
-            return True, False
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        try:
-            said = base64.b64decode(given, validate=True)
-        except (binascii.Error, ValueError):
-            return False, False
-        right = kind.lower() == "basic" and hmac.compare_digest(said, self._credentials)
-        return right, right
-
     async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], cookie: bool
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]
     ) -> None:
         length = headers.get("content-length", "")
         # int() refuses some of what isdigit() takes, such as superscripts
@@ -142,12 +110,7 @@ class Guard:
                 return
             if message["type"] == "http.response.start":
                 began = True
-                added = dict(_HEADERS)
-                if cookie:
-                    added["set-cookie"] = (
-                        f"{COOKIE}={self._token}; HttpOnly; SameSite=Strict; Path=/"
-                    )
-                encoded = [(name.encode(), value.encode()) for name, value in added.items()]
+                encoded = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
                 message = {**message, "headers": [*message.get("headers", ()), *encoded]}
             await send(message)
 
@@ -166,13 +129,12 @@ async def _refuse(
     send: Send,
     status: int,
     words: str,
-    headers: dict[str, str] | None = None,
 ) -> None:
     if scope["type"] == "websocket":
         await receive()  # the request to connect
         await send({"type": "websocket.close", "code": 1008, "reason": words})
         return
-    listed = {"content-type": "text/plain; charset=utf-8", "connection": "close", **(headers or {})}
+    listed = {"content-type": "text/plain; charset=utf-8", "connection": "close"}
     encoded = [(name.encode(), value.encode()) for name, value in listed.items()]
     await send({"type": "http.response.start", "status": status, "headers": encoded})
     await send({"type": "http.response.body", "body": words.encode()})

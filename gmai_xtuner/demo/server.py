@@ -37,7 +37,6 @@ def serve(
     *,
     own: socket.socket,
     names: Sequence[str],
-    credentials: str | None,
     ready: Callable[[], None],
 ) -> None:
     """Serve until a signal ends it.
@@ -46,7 +45,6 @@ def serve(
         demo: what is served.
         own: see `gmai_xtuner.core.addresses.reserved`.
         names: see `Guard`.
-        credentials: ``user:password``, or None.
         ready: called when the page can be visited.
     """
     host = str(own.getsockname()[0])
@@ -68,7 +66,6 @@ def serve(
         upload_bytes=demo.limits.upload_bytes,
         loopback=is_loopback(host),
         names=names,
-        credentials=credentials,
     )
     config = uvicorn.Config(
         guarded,

@@ -295,7 +295,8 @@ class GMAILLaVAModel(BaseModel):
             data: ``input_ids`` and ``position_ids`` int64 ``[1, T]``, ``cu_seqlens`` int32 ``[S + 1]``,
                 ``lengths`` (S ints), ``pixel_values`` ``[N, 3, S, S]``, ``image_positions``
                 int64 ``[N * P]``, ``label_positions`` and ``label_targets`` int64 ``[M]``,
-                ``label_weights`` float32 ``[M]``, ``loss_denominator`` float.
+                ``label_weights`` float32 ``[M]``, and ``loss_denominator`` float (default: the sum of the
+                batch's own weights).
             mode: ``loss`` -> ``{"loss": scalar to learn from, "weighted_sum": sum of weights * CE}``;
                 ``tensor`` -> logits ``[1, T, V]``; ``predict`` -> for each conversation its ``id``, the
                 sum of ``loss`` over its learnt tokens (CE, unweighted) and their number, ``tokens``.
@@ -308,7 +309,10 @@ class GMAILLaVAModel(BaseModel):
                 data["label_weights"],
                 self.loss_chunk_size,
             )
-            return {"loss": total / data["loss_denominator"], "weighted_sum": total.detach()}
+            denominator = data.get("loss_denominator")
+            if denominator is None:
+                denominator = data["label_weights"].sum()
+            return {"loss": total / denominator, "weighted_sum": total.detach()}
         if mode == "tensor":
             return self.llm.lm_head(hidden)
         if mode == "predict":

@@ -22,6 +22,7 @@ from gmai_xtuner.checkpoint.weight_files import (
     resolve_directory,
     shorten,
 )
+from gmai_xtuner.core.config import accumulation
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.data.plan import DataPlan, unknown_lines
 from gmai_xtuner.model.internlm2 import convert_state_dict, llama_config
@@ -36,13 +37,8 @@ from gmai_xtuner.preflight.run_config import RunConfig
 
 def check_options(run: RunConfig, findings: Findings) -> None:
     """Numbers that must agree, and the classes that the run relies on."""
-    engine = int(run.cfg.optim_wrapper.get("accumulative_counts", 1))
-    if engine != run.accumulation:
-        findings.fail(
-            "config",
-            f"optim_wrapper.accumulative_counts is {engine}, but train_dataloader.batch_sampler."
-            f"accumulative_counts is {run.accumulation}; set both",
-        )
+    with findings.catch("config"):
+        accumulation(run.cfg)
     loop = run.cfg.train_cfg.get("type")
     if loop != "PackedTrainLoop":
         findings.fail("config", f"train_cfg.type is {loop!r}, not 'PackedTrainLoop'")
@@ -84,7 +80,7 @@ def check_amount(run: RunConfig, data: DataSummary, findings: Findings) -> None:
             "data",
             f"{data.packs} packs are fewer than the {data.packs_per_step} of one optimiser step "
             f"(GPUs x packs x micro-batches: {run.gpus} x {run.batch_size} x {run.accumulation}): an epoch "
-            "is one short step. Lower batch_size or both accumulative_counts, or raise max_epochs",
+            "is one short step. Lower batch_size or accumulative_counts, or raise max_epochs",
         )
     if data.packs < run.gpus:
         findings.warn(

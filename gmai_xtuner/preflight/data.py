@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from gmai_xtuner.core.errors import DataError, GMAIError, ModelLoadError
+from gmai_xtuner.core.errors import DataError, ModelLoadError
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
 from gmai_xtuner.data.bad_records import BadRecords
+from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
-from gmai_xtuner.data.soft_packed import SoftPackedDataset
 from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_cache
 from gmai_xtuner.data.tokenization import ConversationTokenizer
 from gmai_xtuner.preflight.findings import Findings
@@ -319,16 +318,20 @@ def summarise(run: RunConfig, dataset: SoftPackedDataset) -> DataSummary:
     """Count what the plan of the first epoch holds, and how many iterations follow from it.
 
     Raises:
-        GMAIError: options of the sampler that can't be.
+        GMAIError: options of the sampler that can't be, or no length of the run.
     """
-    options = dict(run.cfg.train_dataloader.get("batch_sampler", {}))
+    options = {
+        **run.cfg.train_dataloader.get("batch_sampler", {}),
+        "accumulative_counts": run.accumulation,
+    }
     options.pop("type", None)
     sampler = MicroBatchSampler(
         PackSampler(dataset), run.batch_size, rank=0, world_size=run.gpus, **options
     )
     plan = dataset.plan.epoch(0)
     tokens, images, labels = (plan.total(name) for name in ("tokens", "images", "labels"))
-    epochs, iterations, steps = run_length(sampler, run.cfg.train_cfg)
+    length = run.cfg.train_cfg
+    iterations = sampler.run_length(length.get("max_epochs"), length.get("max_iters"))
     return DataSummary(
         datasets=_rows(dataset),
         conversations=int(plan.total("conversations").sum()),
@@ -344,28 +347,11 @@ def summarise(run: RunConfig, dataset: SoftPackedDataset) -> DataSummary:
         tokens_per_micro_batch_max=_most_in_a_micro_batch(tokens, run),
         iterations_per_epoch=len(sampler),
         steps_per_epoch=sampler.steps,
-        epochs=epochs,
+        epochs=iterations / len(sampler),
         iterations=iterations,
-        steps=steps,
-        packs_per_step=sampler.packs_a_step,
+        steps=sampler.steps_after(iterations),
+        packs_per_step=sampler.packs_per_step,
     )
-
-
-def run_length(sampler: MicroBatchSampler, train_cfg: Any) -> tuple[float, int, int]:
-    """Epochs, iterations and optimiser steps of the run, as ``PackedTrainLoop`` counts them.
-
-    Raises:
-        GMAIError: not exactly one of ``max_epochs`` and ``max_iters``.
-    """
-    epochs, iterations = train_cfg.get("max_epochs"), train_cfg.get("max_iters")
-    if (epochs is None) == (iterations is None):
-        raise GMAIError("train_cfg needs either max_iters or max_epochs")
-    total = math.ceil(epochs * len(sampler)) if iterations is None else int(iterations)
-    while not sampler.step_ends((total - 1) % len(sampler)):
-        total += 1
-    whole, left = divmod(total, len(sampler))
-    steps = whole * sampler.steps + sum(sampler.step_ends(index) for index in range(left))
-    return total / len(sampler), total, steps
 
 
 def _most_in_a_micro_batch(values: np.ndarray, run: RunConfig) -> int:

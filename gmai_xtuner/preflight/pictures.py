@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.core.imaging.images import check_image
-from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.token_cache import TokenCache
 
 IMAGES_A_CHUNK = 16

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError
 
 
@@ -116,7 +117,8 @@ class RunConfig:
 
     @property
     def dataset(self) -> dict[str, Any]:
-        return dict(self.cfg.train_dataloader.dataset)
+        """Arguments of the training dataset."""
+        return dataset_config(self.cfg)
 
     @property
     def batch_size(self) -> int:
@@ -125,8 +127,8 @@ class RunConfig:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of an optimiser step, as the sampler counts them."""
-        return int(self.cfg.train_dataloader.get("batch_sampler", {}).get("accumulative_counts", 1))
+        """Micro-batches of an optimiser step."""
+        return int(self.cfg.optim_wrapper.get("accumulative_counts", 1))
 
     @property
     def max_length(self) -> int:

@@ -20,6 +20,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, LOOPS, METRICS
 from mmengine.runner.base_loop import BaseLoop
 
+from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.images import ImageTransform
@@ -343,14 +344,14 @@ class BenchmarkLoop(BaseLoop):
     def _predictor(self) -> RankedPredictor:
         from xtuner.registry import BUILDER
 
-        data = self.runner.cfg.train_dataloader.dataset
+        data = dataset_config(self.runner.cfg)
         return RankedPredictor(
             bare_model(self.runner.model),
-            tokenizer=BUILDER.build(data.tokenizer),
+            tokenizer=BUILDER.build(data["tokenizer"]),
             template=ChatTemplate.from_xtuner(
                 data.get("prompt_template", "internlm2_chat"), add_bos=data.get("add_bos", True)
             ),
             transform=ImageTransform.from_pretrained(
-                data.vision, mode=data.get("image_mode", "pad")
+                data["vision"], mode=data.get("image_mode", "pad")
             ),
         )

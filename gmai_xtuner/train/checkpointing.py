@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from gmai_xtuner.checkpoint.folder import (
 )
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text, to_disk
+from gmai_xtuner.train.hooks import is_due
 from gmai_xtuner.train.on_disk import (
     REMOVING,
     WRITING,
@@ -56,11 +57,11 @@ PROBE = ".shared-"
 
 @HOOKS.register_module()
 class StepCheckpointHook(CheckpointHook):
-    """Writes a due checkpoint at the end of the optimiser step, when no gradients are under way.
+    """Writes checkpoints at the end of an optimiser step, when no gradients are under way.
 
-    Takes the options of mmengine's ``CheckpointHook``; ``interval`` counts micro-batches. At the end of every
-    step the ranks also agree whether to stop (:mod:`gmai_xtuner.train.signals`); if so, they write a
-    checkpoint, unless this step has one, and end the run in good order.
+    Takes the options of mmengine's ``CheckpointHook``; ``interval`` and ``save_begin`` count optimiser steps.
+    At the end of every step the ranks also agree whether to stop (:mod:`gmai_xtuner.train.signals`); if so,
+    they write a checkpoint, unless this step has one, and end the run in good order.
 
     A hook with the methods ``rank_state_dict()`` and ``load_rank_state_dict(state)`` has its state of each
     rank kept in the checkpoint, beside the random generators' (tensors, numbers, strings and plain
@@ -68,7 +69,6 @@ class StepCheckpointHook(CheckpointHook):
     """
 
     stop: StopRequest
-    _due = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -89,20 +89,14 @@ class StepCheckpointHook(CheckpointHook):
             runner.logger.warning(f"Removed {self.stop.stop_file}: it was there before this run")
         self.stop.install()
 
-    def after_train_iter(
-        self,
-        runner: FlexibleRunner,
-        batch_idx: int,
-        data_batch: Mapping[str, Any] | None = None,
-        outputs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._due |= self.every_n_train_iters(runner, self.interval, self.save_begin)
-        if not (data_batch or {})["data"]["step_end"]:
-            return
+    def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: mmengine's would count micro-batches."""
+
+    def after_step(self, runner: FlexibleRunner) -> None:
         reason = self.stop.agreed()
         last = self.is_last_train_iter(runner)
-        if self._due or reason or (self.save_last and last):
-            self._due = False
+        due = is_due(runner.train_loop.step, self.interval, self.save_begin)
+        if due or reason or (self.save_last and last):
             runner.logger.info(f"Saving checkpoint at {runner.iter + 1} iterations")
             self._save_checkpoint(runner)
         if reason and get_rank() == 0:

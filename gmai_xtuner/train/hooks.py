@@ -16,13 +16,18 @@ from mmengine.runner import FlexibleRunner
 from gmai_xtuner.model.flops import ModelFlops, device_peak_flops
 
 
+def is_due(step: int, interval: int, begin: int = 0) -> bool:
+    """Return whether ``step`` is one of every ``interval`` steps from ``begin`` on; 0 means never."""
+    return interval > 0 and step >= begin and (step - begin) % interval == 0
+
+
 @HOOKS.register_module()
 class ProgressHook(Hook):
     """Loss, useful tokens a second, pack fill, images a second and gradient norm.
 
-    ``loss``: weighted mean over the learnt tokens of all ranks since the last value. (What the model
+    ``loss``: weighted mean over the supervised tokens of all ranks since the last value. (What the model
     returns to learn from is scaled for the optimiser step and would jump with every micro-batch.) A
-    micro-batch whose loss is not finite is left out, and told by :class:`NonFiniteHook`; NaN means that
+    micro-batch whose loss is not finite is left out, and reported by :class:`NonFiniteHook`; NaN means that
     nothing else came since the last value.
     ``tokens_per_second``: tokens of conversations (there is no padding) that this rank trained, over
     wall time including data loading; multiply by the number of GPUs for the run. ``pack_fill``: tokens
@@ -65,7 +70,7 @@ class ProgressHook(Hook):
         weighted_sum = runner.train_loop.weighted_sum
         pair = torch.stack([weighted_sum, data["label_weights"].sum().to(weighted_sum)])
         self._sums.append(torch.where(weighted_sum.isfinite(), pair, torch.zeros_like(pair)))
-        if data["step_end"]:
+        if runner.train_loop.step_end:
             norm = runner.model.get_global_grad_norm()
             if norm is not None:
                 runner.message_hub.update_scalar("train/grad_norm", float(norm))

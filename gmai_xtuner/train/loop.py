@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
 from mmengine.runner.base_loop import BaseLoop
-from mmengine.runner.utils import calc_dynamic_intervals
 from torch.utils.data import DataLoader
 
-from gmai_xtuner import compat
+from gmai_xtuner.core.config import train_dataloader_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.sampler import MicroBatchSampler
 from gmai_xtuner.train.checkpointing import choose_checkpoint, restore_rank_state
+from gmai_xtuner.train.hooks import is_due
 from gmai_xtuner.train.random_state import preserved_random_state
 from gmai_xtuner.train.signals import guard_workers
-from gmai_xtuner.train.status import failure_told, told
+from gmai_xtuner.train.status import log_failure, log_status
 
 DATA_ORDER = "gmai_data_order"
 """Where a checkpoint's message hub keeps what decides the order of the data."""
@@ -34,23 +34,26 @@ LENGTH = "gmai_length"
 
 @LOOPS.register_module()
 class PackedTrainLoop(IterBasedTrainLoop):
-    """Runs micro-batches; iterations in logs and checkpoints count micro-batches, as in xtuner.
+    """Runs micro-batches and says where an optimiser step ends.
 
-    Differs from ``xtuner.engine.runner.TrainLoop`` in five points: the optimiser also steps on the
-    short last window of an epoch; a run finds the newest whole checkpoint by itself where it is asked to
-    resume (:func:`~gmai_xtuner.train.checkpointing.choose_checkpoint`); a resumed run reads nothing that
-    it has trained on already; it refuses to go on with other data or another layout than it began with,
-    or if ranks see different data; training never ends in the middle of a step.
+    Iterations in logs and names of checkpoints count micro-batches, as in xtuner; intervals count optimiser
+    steps. At the end of each step, a hook's method ``after_step(runner)`` is called; :attr:`step` is then the
+    number of steps made.
+
+    Differs from ``xtuner.engine.runner.TrainLoop``: the optimiser also steps on the short last window of an
+    epoch; a run finds the newest whole checkpoint by itself where it is asked to resume
+    (:func:`~gmai_xtuner.train.checkpointing.choose_checkpoint`); a resumed run reads nothing that it has
+    trained on already; it refuses to go on with other data or another layout than it began with, or if ranks
+    see different data; training never ends in the middle of a step.
 
     Args:
         runner: xtuner's runner; DeepSpeed is required, it keeps the gradients of a step.
-        dataloader: with a :class:`MicroBatchSampler`.
+        dataloader: with a :class:`MicroBatchSampler`; what the config names elsewhere is filled in
+            (:mod:`gmai_xtuner.core.config`).
         max_iters: micro-batches to train; rounded up to the end of an optimiser step.
         max_epochs: or epochs; may be a fraction.
-        val_begin: as in mmengine.
-        val_interval: micro-batches from one validation to the next; each waits for the end of the
-            optimiser step, and the run ends with one.
-        dynamic_intervals: as in mmengine.
+        val_begin: optimiser step of the first validation.
+        val_interval: optimiser steps from one validation to the next; the run ends with one.
 
     Raises:
         GMAIError: no DeepSpeed, another sampler, or not exactly one of the two lengths.
@@ -64,45 +67,43 @@ class PackedTrainLoop(IterBasedTrainLoop):
         max_epochs: float | None = None,
         *,
         val_begin: int = 1,
-        val_interval: int = 1000,
-        dynamic_intervals: list[tuple[int, int]] | None = None,
+        val_interval: int = 125,
     ) -> None:
-        if (max_iters is None) == (max_epochs is None):
-            raise GMAIError("train_cfg needs either max_iters or max_epochs")
         if not isinstance(runner, FlexibleRunner):
             raise GMAIError(
                 "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, "
                 "zero2_offload, zero3_offload)"
             )
-        compat.rendezvous_alone()
-        with failure_told(Path(runner.work_dir)):
+        rendezvous_alone()
+        with log_failure(Path(runner.work_dir)):
             self.resumed_from = choose_checkpoint(runner)
+            if isinstance(dataloader, dict):
+                config = {**runner.cfg, "train_dataloader": dataloader}
+                dataloader = with_loader_defaults(train_dataloader_config(config))
             # Not IterBasedTrainLoop's own: it would start the workers on the first batches at once, which
             # a resumed run does not want.
-            BaseLoop.__init__(self, runner, with_loader_defaults(dataloader))
+            BaseLoop.__init__(self, runner, dataloader)
         sampler = self.dataloader.batch_sampler
         if not isinstance(sampler, MicroBatchSampler):
             raise GMAIError(
                 f"train_dataloader needs batch_sampler=dict(type='MicroBatchSampler', ...), got "
                 f"{type(sampler).__name__}"
             )
-        if max_epochs is not None:
-            max_iters = math.ceil(max_epochs * len(sampler))
         guard_workers(self.dataloader)
-        self._max_iters = _round_up_to_step(int(max_iters or 0), sampler)
+        self._max_iters = sampler.run_length(max_epochs, max_iters)
         self._max_epochs = 1
         self._epoch = 0
         self._iter = 0
+        self.step = 0
+        """Optimiser steps made."""
+        self.step_end = False
+        """Whether the optimiser steps after the current micro-batch."""
         self.val_begin = val_begin
         self.val_interval = val_interval
         self.stop_training = False
         self.stop_reason = ""
-        self._validation_due = False
         self.optim_wrapper: Any = None
         """Stands in for the runner's where a hook has put something, see ``train/nonfinite.py``."""
-        self.dynamic_milestones, self.dynamic_intervals = calc_dynamic_intervals(
-            val_interval, dynamic_intervals
-        )
         self.runner.visualizer.dataset_meta = self.dataloader.dataset.metainfo
         print_log(
             f"{len(sampler)} micro-batches and {sampler.steps} optimiser steps an epoch; "
@@ -118,9 +119,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
-        sampler = self.micro_batches
-        epochs, left = divmod(self._max_iters, len(sampler))
-        return epochs * sampler.steps + sum(sampler.step_ends(i) for i in range(left))
+        return self.micro_batches.steps_after(self._max_iters)
 
     def run(self) -> Any:
         """Train from the current iteration on; ``status.json`` in the work dir says how it ended.
@@ -128,13 +127,14 @@ class PackedTrainLoop(IterBasedTrainLoop):
         Raises:
             GMAIError: the engine, the ranks or the checkpoint disagree about the data; says how.
         """
-        with told(self):
+        with log_status(self):
             return self._run()
 
     def _run(self) -> Any:
         self._check_accumulation()
         self._check_ranks_agree()
         self._check_resumed_order()
+        self.step = self.micro_batches.steps_after(self._iter)
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         batches = self._batches()
@@ -148,24 +148,20 @@ class PackedTrainLoop(IterBasedTrainLoop):
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             batch = next(batches)
-            self.runner.model.set_gradient_accumulation_boundary(batch["data"]["step_end"])
+            self.runner.model.set_gradient_accumulation_boundary(self.step_end)
             self.run_iter(batch)
-            self._decide_current_val_interval()
-            self._validation_due |= self._iter >= self.val_begin and (
-                self._iter % self.val_interval == 0 or self._iter == self._max_iters
-            )
-            if self._validation_due and batch["data"]["step_end"]:
-                self._validation_due = False
-                if self.runner.val_loop is not None and not self.stop_training:
-                    with preserved_random_state():
-                        self.runner.val_loop.run()
+            if self.step_end and not self.stop_training:
+                self._validate()
         self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
         return self.runner.model
 
     def run_iter(self, data_batch: dict[str, Any]) -> None:
-        """One micro-batch. What it adds to the logged loss stays here (``weighted_sum``, on the device):
-        mmengine would print every output of the model."""
+        """Train one micro-batch.
+
+        What it adds to the logged loss stays here (``weighted_sum``, on the device): mmengine would print
+        every output of the model.
+        """
         self.runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
         outputs = self.runner.model.train_step(
             data_batch, optim_wrapper=self.optim_wrapper or self.runner.optim_wrapper
@@ -174,26 +170,39 @@ class PackedTrainLoop(IterBasedTrainLoop):
         self.runner.call_hook(
             "after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs
         )
+        if self.step_end:
+            self.step += 1
+            self.runner.call_hook("after_step")
         self._iter += 1
 
     def _batches(self) -> Iterator[dict[str, Any]]:
+        """Yield micro-batches of all epochs, each with its denominator; keeps :attr:`step_end`."""
+        sampler = self.micro_batches
         while True:
-            self._epoch, position = divmod(self._iter, len(self.micro_batches))
-            self.micro_batches.set_position(self._epoch, position)
-            yield from self.dataloader
+            self._epoch, start = divmod(self._iter, len(sampler))
+            sampler.set_position(self._epoch, start)
+            for position, batch in enumerate(self.dataloader, start):
+                batch["data"]["loss_denominator"] = sampler.denominator(self._epoch, position)
+                self.step_end = sampler.step_ends(position)
+                yield batch
+
+    def _validate(self) -> None:
+        due = is_due(self.step, self.val_interval) or self._iter == self._max_iters
+        if due and self.step >= self.val_begin and self.runner.val_loop is not None:
+            with preserved_random_state():
+                self.runner.val_loop.run()
 
     def _check_accumulation(self) -> None:
         """The sampler normalises the loss for this accumulation; the engine must agree."""
         engine = self.runner.model.gradient_accumulation_steps()
         if engine != self.micro_batches.accumulative_counts:
             raise GMAIError(
-                f"optim_wrapper.accumulative_counts is {engine}, but "
-                "train_dataloader.batch_sampler.accumulative_counts is "
-                f"{self.micro_batches.accumulative_counts}; set both"
+                f"the engine sums {engine} micro-batches a step, but the batch sampler "
+                f"{self.micro_batches.accumulative_counts}: set optim_wrapper.accumulative_counts alone"
             )
 
     def _data_order(self) -> dict[str, Any]:
-        """What decides which conversations an iteration trains on."""
+        """Return what decides which conversations an iteration trains on."""
         sampler, plan = self.micro_batches, self.dataloader.dataset.plan
         return {
             **plan.settings,
@@ -225,9 +234,9 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]
             }
             if changed:
-                told = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
+                changes = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
                 raise GMAIError(
-                    f"this run can't go on from iteration {self._iter}: {told}. Resume with the data "
+                    f"this run can't go on from iteration {self._iter}: {changes}. Resume with the data "
                     "and the layout that it began with, or start a new run from its weights "
                     "(model.pretrained_pth)"
                 )
@@ -249,18 +258,25 @@ class PackedTrainLoop(IterBasedTrainLoop):
         hub.update_info(LENGTH, self._max_iters)
 
 
-def with_loader_defaults(dataloader: DataLoader | dict[str, Any]) -> DataLoader | dict[str, Any]:
-    if not isinstance(dataloader, dict):
-        return dataloader
+def with_loader_defaults(dataloader: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with pinned memory for CUDA, and without what needs workers if there are none."""
     options = {"pin_memory": torch.cuda.is_available(), **dataloader}
     if not options.get("num_workers"):
-        # torch refuses these without workers.
         options.pop("persistent_workers", None)
         options.pop("prefetch_factor", None)
     return options
 
 
-def _round_up_to_step(iterations: int, sampler: MicroBatchSampler) -> int:
-    while not sampler.step_ends((iterations - 1) % len(sampler)):
-        iterations += 1
-    return iterations
+def rendezvous_alone() -> None:
+    """Let single-process jobs on one machine run side by side. To be called before DeepSpeed starts.
+
+    Without a launcher DeepSpeed looks for MPI and then listens on its fixed default port, so the second
+    ``xtuner train`` on a machine would stop with "address already in use".
+    """
+    if torch.distributed.is_initialized() or "RANK" in os.environ:
+        return
+    # Port 0: the store listens on a free port that the system gives it. A port looked up beforehand can be
+    # taken by another program before the store listens.
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    )

@@ -1,4 +1,4 @@
-"""An optimiser step with a NaN or an infinity is left out, told and counted; too many stop the run.
+"""An optimiser step with a NaN or an infinity is left out, reported and counted; too many stop the run.
 
 DeepSpeed 0.16.2 looks for overflow in fp16 alone (``step`` in ``zero/stage_1_and_2.py`` and
 ``zero/stage3.py``: ``if self.dtype == torch.float16: self.check_overflow()``). In bf16 and fp32 a NaN goes
@@ -148,17 +148,16 @@ class NonFiniteHook(Hook):
         data_batch: Mapping[str, Any] | None = None,
         outputs: Mapping[str, Any] | None = None,
     ) -> None:
-        data = (data_batch or {})["data"]
-        self._seen.append((runner.iter + 1, data["ids"]))
-        if not data["step_end"]:
-            return
+        self._seen.append((runner.iter + 1, (data_batch or {})["data"]["ids"]))
+
+    def after_step(self, runner: FlexibleRunner) -> None:
         if self._guard.skipped:
-            self._tell(runner)
+            self._log_skipped(runner)
             if self._guard.total > self.max_total or self._guard.in_a_row > self.max_in_a_row:
                 self._stop(runner)
         self._seen.clear()
 
-    def _tell(self, runner: FlexibleRunner) -> None:
+    def _log_skipped(self, runner: FlexibleRunner) -> None:
         mine = [
             {"iteration": iteration, "loss_finite": not bad, "ids": ids}
             for (iteration, ids), bad in zip(self._seen, self._guard.bad_losses, strict=True)

@@ -1,4 +1,4 @@
-"""The model's answer to a fixed question about a fixed image, every so many iterations."""
+"""The model's answer to a fixed question about a fixed image, every so many optimiser steps."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.imaging.images import open_rgb
-from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.generate import Predictor
-from gmai_xtuner.train.hooks import ProgressHook
+from gmai_xtuner.train.hooks import ProgressHook, is_due
 from gmai_xtuner.train.random_state import preserved_random_state
 
 
@@ -44,8 +44,8 @@ class SampleAnswerHook(Hook):
     wrong path is found then.
 
     Args:
-        interval: micro-batches from one answer to the next, each at the end of its optimiser step; the run
-            ends with one. Default 500; 0 for never.
+        interval: optimiser steps from one answer to the next; the run ends with one. Default 125; 0 for
+            never.
         samples: each a dict with ``question``, ``image`` (a path, or several; may be left out) and,
             if known, ``answer``. Default: the first held-out conversations with an image, of different
             datasets, up to their first answer.
@@ -60,7 +60,7 @@ class SampleAnswerHook(Hook):
 
     def __init__(
         self,
-        interval: int = 500,
+        interval: int = 125,
         *,
         samples: Sequence[Mapping[str, Any]] | None = None,
         count: int = 1,
@@ -75,7 +75,6 @@ class SampleAnswerHook(Hook):
         self.samples = samples
         self.count = count
         self.max_new_tokens = max_new_tokens
-        self._due = False
 
     def before_train(self, runner: FlexibleRunner) -> None:
         if not self.interval:
@@ -105,20 +104,10 @@ class SampleAnswerHook(Hook):
                     f"sample_answer/{sample.name}/{number}", np.asarray(image), step=runner.iter
                 )
 
-    def after_train_iter(
-        self,
-        runner: FlexibleRunner,
-        batch_idx: int,
-        data_batch: Mapping[str, Any] | None = None,
-        outputs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._due |= self.every_n_train_iters(runner, self.interval) or (
-            self.is_last_train_iter(runner)
-        )
-        if self.interval and self._due and (data_batch or {})["data"]["step_end"]:
-            self._due = False
-            if not runner.train_loop.stop_training:  # no time for it when asked to stop
-                self._answer(runner)
+    def after_step(self, runner: FlexibleRunner) -> None:
+        due = is_due(runner.train_loop.step, self.interval) or self.is_last_train_iter(runner)
+        if self.interval and due and not runner.train_loop.stop_training:
+            self._answer(runner)
 
     def _answer(self, runner: FlexibleRunner) -> None:
         progress = [hook for hook in runner.hooks if isinstance(hook, ProgressHook)]
@@ -133,13 +122,13 @@ class SampleAnswerHook(Hook):
                     max_new_tokens=self.max_new_tokens,
                     synced_gpus=get_world_size() > 1,
                 )
-                _tell(runner, sample, answer)
+                _log_answer(runner, sample, answer)
         runner.model.train()
         for hook in progress:
             hook.go_on()
 
 
-def _tell(runner: FlexibleRunner, sample: Sample, answer: str) -> None:
+def _log_answer(runner: FlexibleRunner, sample: Sample, answer: str) -> None:
     if not is_main_process():
         # mmengine opens a visual backend at its first use, on whatever rank that is.
         return

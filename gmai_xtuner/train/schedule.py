@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import ParamSchedulerHook
@@ -78,21 +77,17 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
         for scheduler in runner.param_schedulers:
             if isinstance(scheduler, WarmupCosineLR):
                 scheduler.set_total_steps(runner.train_loop.total_steps)
-                _tell_if_the_rate_is_another(runner, scheduler.base_values[0])
+                _log_if_the_rate_is_another(runner, scheduler.base_values[0])
 
-    def after_train_iter(
-        self,
-        runner: FlexibleRunner,
-        batch_idx: int,
-        data_batch: Mapping[str, Any] | None = None,
-        outputs: Mapping[str, Any] | None = None,
-    ) -> None:
-        if (data_batch or {})["data"]["step_end"]:
-            for scheduler in runner.param_schedulers:
-                scheduler.step()
+    def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: mmengine's would count micro-batches."""
+
+    def after_step(self, runner: FlexibleRunner) -> None:
+        for scheduler in runner.param_schedulers:
+            scheduler.step()
 
 
-def _tell_if_the_rate_is_another(runner: FlexibleRunner, base: float) -> None:
+def _log_if_the_rate_is_another(runner: FlexibleRunner, base: float) -> None:
     """A resumed run goes on with the rate that it began with, whatever the config says by now."""
     configured = runner.cfg.get("optim_wrapper", {}).get("optimizer", {}).get("lr", base)
     if configured != base:

@@ -47,7 +47,7 @@ def write_status(
 
 
 @contextmanager
-def failure_told(work_dir: Path) -> Iterator[None]:
+def log_failure(work_dir: Path) -> Iterator[None]:
     """Say ``starting`` now, and ``failed`` if what comes raises: nothing of an earlier run stays."""
     if is_main_process():
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def failure_told(work_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def told(loop: Any) -> Iterator[None]:
+def log_status(loop: Any) -> Iterator[None]:
     """Keep ``status.json`` true while a training loop runs.
 
     Args:
@@ -68,16 +68,16 @@ def told(loop: Any) -> Iterator[None]:
     """
     work_dir = Path(loop.runner.work_dir)
 
-    def tell(state: str, reason: str = "") -> None:
+    def write(state: str, reason: str = "") -> None:
         write_status(work_dir, state, iteration=loop.iter, of=loop.max_iters, reason=reason)
 
-    tell("running")
+    write("running")
     try:
         yield
     except BaseException as error:
-        tell("failed", f"{type(error).__name__}: {error}")
+        write("failed", f"{type(error).__name__}: {error}")
         raise
     if loop.iter >= loop.max_iters:
-        tell("finished")
+        write("finished")
     else:
-        tell("stopped", loop.stop_reason)
+        write("stopped", loop.stop_reason)

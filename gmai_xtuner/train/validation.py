@@ -50,8 +50,8 @@ class HeldOutLoop(ValLoop):
             is validated on or not.
         benchmarks: also asked, see :class:`~gmai_xtuner.train.benchmarks.BenchmarkQuestions`; default: none.
             ``val/<benchmark>/accuracy`` is their protocol's score.
-        benchmark_interval: micro-batches from one asking to the next, at the validation that follows; the run
-            ends with one. Default: at every validation.
+        benchmark_interval: optimiser steps from one asking to the next, at the validation that follows; the
+            run ends with one. Default: at every validation.
         benchmark_batch_size: questions that a rank asks together.
         benchmark_workers: threads of each rank that read their images.
 
@@ -86,9 +86,9 @@ class HeldOutLoop(ValLoop):
         self.nothing = dataset is None
         if self.nothing:
             BaseLoop.__init__(self, runner, runner.train_loop.dataloader)
-            told = training.plan.why_nothing_held_out() if training.plan.held_out else "0"
+            share = training.plan.why_nothing_held_out() if training.plan.held_out else "0"
             print_log(
-                f"No validation: nothing is held out (train_dataloader.dataset.held_out={told})",
+                f"No validation: nothing is held out (train_dataloader.dataset.held_out={share})",
                 logger="current",
                 level=logging.WARNING,
             )
@@ -137,8 +137,8 @@ class HeldOutLoop(ValLoop):
         loop = self.runner.train_loop
         if self.benchmark_interval is None or loop.iter >= loop.max_iters:
             return True
-        before = loop.iter - loop.val_interval
-        return loop.iter // self.benchmark_interval > before // self.benchmark_interval
+        before = loop.step - loop.val_interval
+        return loop.step // self.benchmark_interval > before // self.benchmark_interval
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: dict[str, Any]) -> None:
@@ -178,7 +178,7 @@ class _Benchmarks:
 
 @METRICS.register_module()
 class HeldOutLoss(BaseMetric):
-    """Mean loss over the learnt tokens of all conversations, and ``perplexity``, its exponential.
+    """Mean loss over the supervised tokens of all conversations, and ``perplexity``, its exponential.
 
     Every token counts once and the same, whatever the training's ``weighting``, and however conversations are
     packed, batched and dealt to ranks; a pack that only fills a rank's place counts nothing.

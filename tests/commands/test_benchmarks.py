@@ -17,14 +17,13 @@ pytestmark = pytest.mark.slow
 OPTIONS = (
     "train_dataloader.batch_size=2",
     "train_dataloader.dataset.max_length=160",
-    "train_dataloader.batch_sampler.accumulative_counts=2",
     "optim_wrapper.accumulative_counts=2",
     "default_hooks.logger.interval=1",
     "default_hooks.sample_answer.interval=0",
     "default_hooks.checkpoint.save_optimizer=False",
     "model.pretrained_pth=None",
-    "train_cfg.val_interval=2",
-    "val_cfg.benchmark_interval=4",
+    "train_cfg.val_interval=1",
+    "val_cfg.benchmark_interval=2",
 )
 
 

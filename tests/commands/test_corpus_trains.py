@@ -38,7 +38,6 @@ OPTIONS = (
     "train_dataloader.batch_size=1",
     "train_dataloader.dataset.max_length=256",
     "train_dataloader.dataset.held_out=0",
-    "train_dataloader.batch_sampler.accumulative_counts=2",
     "optim_wrapper.accumulative_counts=2",
     "default_hooks.logger.interval=1",
     "default_hooks.checkpoint.save_optimizer=False",

@@ -27,12 +27,11 @@ custom_hooks = [dict(type="ProgressHook"), dict(type="DropoutHook"), dict(type="
 OPTIONS = (
     "train_dataloader.dataset.max_length=160",
     "train_dataloader.batch_size=2",
-    "train_dataloader.batch_sampler.accumulative_counts=2",
     "optim_wrapper.accumulative_counts=2",
     "optim_wrapper.optimizer.lr=1e-3",
     "model.llm.torch_dtype=float32",
     "train_cfg.max_epochs=2",
-    "default_hooks.checkpoint.interval=4",
+    "default_hooks.checkpoint.interval=2",
     # Not where checkpoints are: what the log has counted so far must come back as well.
     "default_hooks.logger.interval=3",
 )

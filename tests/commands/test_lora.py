@@ -29,7 +29,6 @@ LORA = "variants/stage3_lora_one_80gb"
 QUESTION = "Which number?"
 SHORT = (
     "train_dataloader.batch_size=2",
-    "train_dataloader.batch_sampler.accumulative_counts=2",
     "optim_wrapper.accumulative_counts=2",
     "train_dataloader.dataset.max_length=160",
     "default_hooks.logger.interval=1",
@@ -64,7 +63,7 @@ def run(tmp_path_factory, tiny_bases):
     )
     # From nothing: only that the tower moves away from its base matters here.
     xtuner.train("stage2_deep", folder / "stage2", *SHORT, "model.pretrained_pth=None")
-    saved = ("default_hooks.checkpoint.interval=16", "default_hooks.checkpoint.max_keep_ckpts=9")
+    saved = ("default_hooks.checkpoint.interval=8", "default_hooks.checkpoint.max_keep_ckpts=9")
     printed = xtuner.train(LORA, folder / "stage3", *SHORT, *saved)
     return folder, xtuner, printed
 

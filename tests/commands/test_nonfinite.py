@@ -52,13 +52,13 @@ class LeavingOut(PackedTrainLoop):
         if not BAD & {last, last - 1}:
             return super().run_iter(data_batch)
         self._iter += 1
-        if data_batch["data"]["step_end"]:
+        if self.step_end:
+            self.step += 1
             for scheduler in self.runner.param_schedulers:
                 scheduler.step()
 '''
 LAYOUT = (
     "train_dataloader.batch_size=2",
-    "train_dataloader.batch_sampler.accumulative_counts=2",
     "optim_wrapper.accumulative_counts=2",
     "model.pretrained_pth=None",
     "default_hooks.sample_answer.interval=0",

@@ -16,8 +16,6 @@ def pack(
     lengths: list[int],
     *,
     images: int = 0,
-    denominator: float | None = None,
-    step_end: bool = True,
 ) -> dict:
     """An item of the packed dataset; its pixel values are its first id."""
     return {
@@ -28,17 +26,14 @@ def pack(
         "ids": [f"toy/{length}" for length in lengths],
         "num_tokens": sum(lengths),
         "capacity": 10,
-        "denominator": denominator,
-        "weighting": "token",
-        "step_end": step_end,
     }
 
 
-def drawing(**options) -> list[dict]:
-    """The module's drawing: context 1, 2, 3 of A, B, C; learnt 11, 12, 13."""
+def drawing() -> list[dict]:
+    """The module's drawing: context 1, 2, 3 of A, B, C; supervised 11, 12, 13."""
     return [
-        pack([1, 11, 11, 2, 12], [X, 11, 11, X, 12], [3, 2], **options),
-        pack([3, 3, 13], [X, X, 13], [3], **options),
+        pack([1, 11, 11, 2, 12], [X, 11, 11, X, 12], [3, 2]),
+        pack([3, 3, 13], [X, X, 13], [3]),
     ]
 
 
@@ -80,24 +75,15 @@ def test_packs_of_the_caller_are_left_alone_even_a_single_one():
         ("square", [0.5, 0.5, 0.5, 0.5, 1, 2**-0.5, 2**-0.5]),
     ],
 )
-def test_weights_of_conversations_with_4_1_and_2_learnt_tokens(weighting, expected):
+def test_weights_of_conversations_with_4_1_and_2_supervised_tokens(weighting, expected):
     packs = [
         pack([1, 11, 11, 11, 11, 2, 12], [X, 11, 11, 11, 11, X, 12], [5, 2]),
         pack([3, 13, 13], [X, 13, 13], [3]),
     ]
-    data = collate_packs([{**pack, "weighting": weighting} for pack in packs])["data"]
+    data = collate_packs(packs, weighting=weighting)["data"]
     assert data["label_targets"].tolist() == [11, 11, 11, 11, 12, 13, 13]
     assert data["label_weights"].tolist() == pytest.approx(expected)
     assert data["label_weights"].dtype == torch.float32
-    # Packs asked for by number are their own batch.
-    assert data["loss_denominator"] == pytest.approx(sum(expected))
-
-
-def test_the_samplers_denominator_and_step_end_are_handed_on():
-    data = collate_packs(drawing(denominator=2.5, step_end=False))["data"]
-    assert data["loss_denominator"] == 2.5
-    assert data["step_end"] is False
-    assert collate_packs(drawing(denominator=2.5))["data"]["step_end"] is True
 
 
 def test_images_stand_at_their_placeholders_in_the_order_of_the_packs():
@@ -113,12 +99,11 @@ def test_images_stand_at_their_placeholders_in_the_order_of_the_packs():
     assert data["pixel_values"][:, 0, 0, 0].tolist() == [1, 3, 3]
 
 
-def test_a_batch_that_learns_nothing_has_no_label():
-    data = collate_packs([pack([1, 2], [X, X], [2], denominator=4.0)])["data"]
+def test_a_batch_without_supervised_tokens_has_no_label():
+    data = collate_packs([pack([1, 2], [X, X], [2])])["data"]
     assert data["label_targets"].tolist() == []
     assert data["label_weights"].tolist() == []
     assert data["label_positions"].tolist() == []
-    assert data["loss_denominator"] == 4.0
 
 
 @pytest.mark.parametrize(
@@ -135,4 +120,4 @@ def test_boundaries_that_do_not_fit_are_an_error_with_all_numbers(labels, length
 
 def test_unknown_weighting_is_refused():
     with pytest.raises(GMAIError, match="unknown weighting 'tokens'"):
-        collate_packs([{**pack, "weighting": "tokens"} for pack in drawing()])
+        collate_packs(drawing(), weighting="tokens")

@@ -9,8 +9,8 @@ import pytest
 from gmai_xtuner.core.errors import MixtureError
 from gmai_xtuner.core.exclusion import Exclusion, Named, read_exclusions, read_list
 from gmai_xtuner.core.mixture import load_mixture
-from gmai_xtuner.data import soft_packed
-from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.data import dataset as dataset_module
+from gmai_xtuner.data.dataset import SoftPackedDataset
 from tests.data.test_held_out import write_cache
 from tests.toy import Corpus, record
 
@@ -127,7 +127,7 @@ def test_exactly_the_listed_conversations_are_left_out_and_nothing_is_tokenised_
     build, corpus: Corpus, tmp_path: Path, monkeypatch
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(soft_packed, "print_log", lambda message, **_: lines.append(message))
+    monkeypatch.setattr(dataset_module, "print_log", lambda message, **_: lines.append(message))
     before = build(corpus)
     assert trained_on(before) == ALL
     assert "exclude" not in lines[-1]

@@ -5,9 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmai_xtuner.data.balanced_fit import balanced_fit
-from gmai_xtuner.data.best_fit import best_fit_decreasing
-from gmai_xtuner.data.packing import BALANCED_FROM, pack
+from gmai_xtuner.data.packing import BALANCED_FROM, balanced_fit, best_fit_decreasing, pack
 
 MAX_LENGTH = 20
 SAMPLES = st.lists(st.tuples(st.integers(1, MAX_LENGTH), st.integers(0, 3)), max_size=60)

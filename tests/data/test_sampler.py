@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from gmai_xtuner.core.constants import IGNORE_INDEX
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import PackRef
 from gmai_xtuner.data.packing import Packs
 from gmai_xtuner.data.plan import EpochPlan
-from gmai_xtuner.data.sampler import MicroBatchSampler, PackRef, PackSampler
+from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 
 
 @dataclass
 class Dataset:
     """As much of a packed dataset as a sampler reads; is its own plan.
 
-    ``labels[pack]`` are the numbers of learnt tokens of the pack's conversations.
+    ``labels[pack]`` are the numbers of supervised tokens of the pack's conversations.
     """
 
     labels: list[list[int]]
@@ -49,15 +50,12 @@ class Dataset:
         labels = [label for number in numbers for label in [IGNORE_INDEX] + [7] * number]
         return {
             "input_ids": torch.full((len(labels),), 7),
-            "labels": torch.tensor(labels if ref.learns else [IGNORE_INDEX] * len(labels)),
+            "labels": torch.tensor([IGNORE_INDEX] * len(labels) if ref.filler else labels),
             "lengths": [number + 1 for number in numbers],
             "pixel_values": torch.zeros(0, 3, 2, 2),
             "ids": [f"{ref.pack}" for _ in numbers],
             "num_tokens": len(labels),
             "capacity": 100,
-            "denominator": ref.denominator,
-            "weighting": ref.weighting,
-            "step_end": ref.step_end,
         }
 
 
@@ -83,7 +81,7 @@ def samplers(packs: int, *, world: int, batch: int, accumulation: int, weighting
 
 
 def packs_of(batch: list[PackRef]) -> list[int]:
-    return [ref.pack for ref in batch if ref.learns]
+    return [ref.pack for ref in batch if not ref.filler]
 
 
 @st.composite
@@ -98,35 +96,39 @@ def runs(draw) -> dict[str, int]:
 
 def test_the_modules_drawing():
     _, ranks = samplers(11, world=2, batch=2, accumulation=2)
-    drawn = [[(packs_of(batch), batch[0].step_end) for batch in sampler] for sampler in ranks]
+    drawn = [
+        [(packs_of(batch), sampler.step_ends(number)) for number, batch in enumerate(sampler)]
+        for sampler in ranks
+    ]
     assert drawn == [
         [([0, 2], False), ([4, 6], True), ([8, 10], True)],
         [([1, 3], False), ([5, 7], True), ([9], True)],
     ]
-    assert [(len(sampler), sampler.steps, sampler.packs_a_step) for sampler in ranks] == [
+    assert [(len(sampler), sampler.steps, sampler.packs_per_step) for sampler in ranks] == [
         (3, 2, 8)
     ] * 2
 
 
 @given(runs())
-def test_every_pack_is_learnt_once_and_ranks_agree(run):
+def test_every_pack_is_trained_on_once_and_ranks_agree(run):
     _, ranks = samplers(**run)
     epoch = [list(sampler) for sampler in ranks]
-    learnt = Counter(pack for batches in epoch for batch in batches for pack in packs_of(batch))
-    assert learnt == dict.fromkeys(range(run["packs"]), 1)
+    trained = Counter(pack for batches in epoch for batch in batches for pack in packs_of(batch))
+    assert trained == dict.fromkeys(range(run["packs"]), 1)
     assert {len(batches) for batches in epoch} == {len(ranks[0])}
     for across in zip(*epoch, strict=True):
-        refs = [ref for batch in across for ref in batch]
         assert all(batch for batch in across)  # a rank without packs still runs the pass
-        assert len({(ref.denominator, ref.step_end) for ref in refs}) == 1
         assert all(len(batch) <= run["batch"] for batch in across)
-    ends = [batch[0].step_end for batch in epoch[0]]
+    for number in range(len(ranks[0])):
+        assert len({(rank.denominator(0, number), rank.step_ends(number)) for rank in ranks}) == 1
+    ends = [ranks[0].step_ends(number) for number in range(len(ranks[0]))]
     assert sum(ends) == ranks[0].steps
     assert ends[-1]
-    assert ends == [ranks[0].step_ends(number) for number in range(len(ranks[0]))]
+    made = [ranks[0].steps_after(iterations) for iterations in range(2 * len(ends) + 1)]
+    assert np.diff(made).tolist() == ends * 2
 
 
-def test_a_rank_without_packs_gets_one_that_learns_nothing():
+def test_a_rank_without_packs_gets_a_filler():
     _, ranks = samplers(5, world=3, batch=1, accumulation=1)
     last = [list(sampler)[-1] for sampler in ranks]
     assert [packs_of(batch) for batch in last] == [[3], [4], []]
@@ -141,10 +143,11 @@ def test_weights_of_a_step_sum_to_one_after_the_engines_means(run, weighting, ep
     for sampler in ranks:
         sampler.set_position(epoch, 0)
         step = 0
-        for refs in sampler:
-            data = collate_packs([dataset.item(ref) for ref in refs])["data"]
-            sums[step] += float(data["label_weights"].double().sum()) / data["loss_denominator"]
-            step += data["step_end"]
+        for number, refs in enumerate(sampler):
+            packs = [dataset.item(ref) for ref in refs]
+            weights = collate_packs(packs, weighting=weighting)["data"]["label_weights"]
+            sums[step] += float(weights.double().sum()) / sampler.denominator(epoch, number)
+            step += sampler.step_ends(number)
     assert len(sums) == ranks[0].steps
     for total in sums.values():
         assert total / (run["accumulation"] * run["world"]) == pytest.approx(1, rel=1e-5)
@@ -154,10 +157,10 @@ def test_weights_of_a_step_sum_to_one_after_the_engines_means(run, weighting, ep
 def test_micro_batch_weighting_is_the_mean_of_each_micro_batch(run):
     dataset, ranks = samplers(**run, weighting="micro_batch")
     for sampler in ranks:
-        for refs in sampler:
-            data = collate_packs([dataset.item(ref) for ref in refs])
-            weight = float(data["data"]["label_weights"].sum()) / data["data"]["loss_denominator"]
-            assert weight == pytest.approx(1.0 if refs[0].learns else 0.0)
+        for number, refs in enumerate(sampler):
+            data = collate_packs([dataset.item(ref) for ref in refs])["data"]
+            weight = float(data["label_weights"].sum()) / sampler.denominator(0, number)
+            assert weight == pytest.approx(0.0 if refs[0].filler else 1.0)
 
 
 @given(runs(), st.integers(0, 3), st.data())
@@ -179,9 +182,9 @@ def test_batch_and_accumulation_trade_against_each_other(packs):
     def steps(batch: int, accumulation: int) -> list[set[int]]:
         _, (sampler,) = samplers(packs, world=1, batch=batch, accumulation=accumulation)
         taken: list[set[int]] = [set()]
-        for refs in sampler:
+        for number, refs in enumerate(sampler):
             taken[-1] |= set(packs_of(refs))
-            if refs[0].step_end:
+            if sampler.step_ends(number):
                 taken.append(set())
         return taken[:-1]
 
@@ -193,6 +196,22 @@ def test_epochs_are_asked_of_the_plan():
     _, (sampler,) = samplers(4, world=1, batch=1, accumulation=4)
     sampler.sampler.set_epoch(3)
     assert [(batch[0].epoch, batch[0].pack) for batch in sampler] == [(3, n) for n in range(4)]
+
+
+@pytest.mark.parametrize(("asked", "trained"), [(1, 2), (2, 2), (3, 4), (5, 5), (6, 7), (10, 10)])
+def test_a_run_never_ends_inside_a_step(asked, trained):
+    """Five micro-batches an epoch in steps of two: the last step is short."""
+    _, (sampler,) = samplers(5, world=1, batch=1, accumulation=2)
+    assert sampler.run_length(None, asked) == trained
+    assert sampler.run_length(asked / 5, None) == trained
+    assert sampler.steps_after(9) == 3 + 2
+
+
+@pytest.mark.parametrize("lengths", [(None, None), (1, 10)])
+def test_a_run_has_one_length(lengths):
+    _, (sampler,) = samplers(5, world=1, batch=1, accumulation=2)
+    with pytest.raises(GMAIError, match="needs either max_iters or max_epochs"):
+        sampler.run_length(*lengths)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_tools import readers
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
 from data_tools.records import Annotation, Drop, Drops, Sample, Unit
 from data_tools.standardise import UnitResult, duplicate_key, part_slug, read_unit, slug
 from data_tools.taxonomy import load

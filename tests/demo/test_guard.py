@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 
 import pytest
 
 from gmai_xtuner.core.addresses import is_loopback
-from gmai_xtuner.demo.guard import COOKIE, MULTIPART_OVERHEAD, Guard
+from gmai_xtuner.demo.guard import MULTIPART_OVERHEAD, Guard
 
 
 async def application(scope, receive, send):
@@ -108,28 +107,6 @@ def test_the_name_of_a_proxy_is_taken_as_its_own():
     assert talk(guard, kind="websocket", origin="https://demo.hospital.lan") == "websocket.accept"
     assert talk(guard, origin="https://evil.example")[0] == 403
     assert talk(guard, host="evil.example")[0] == 403
-
-
-def basic(text: str) -> str:
-    return "Basic " + base64.b64encode(text.encode()).decode()
-
-
-def test_a_password_is_asked_for_and_a_cookie_takes_its_place():
-    guard = open_guard(credentials="ann:geh:eim")
-    status, headers, _ = talk(guard)
-    assert (status, headers["www-authenticate"].split()[0]) == (401, "Basic")
-    for wrong in (basic("ann:nein"), basic("geh:eim"), "Basic !!", "Bearer x", basic("")):
-        assert talk(guard, authorization=wrong)[0] == 401
-    status, headers, _ = talk(guard, authorization=basic("ann:geh:eim"))
-    assert status == 200
-    cookie, *flags = headers["set-cookie"].split("; ")
-    assert {"HttpOnly", "SameSite=Strict"} <= set(flags)
-    assert talk(guard, cookie=cookie)[0] == 200
-    assert talk(guard, kind="websocket", cookie=cookie) == "websocket.accept"
-    assert talk(guard, kind="websocket") == "websocket.close"
-    assert talk(guard, cookie=f"{COOKIE}=x")[0] == 401
-    other = open_guard(credentials="ann:geh:eim")
-    assert talk(other, cookie=cookie)[0] == 401, "a cookie is good for one run of the server"
 
 
 def test_a_body_that_says_it_is_too_large_is_not_read():

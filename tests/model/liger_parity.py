@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.model.liger import install_liger
-from tests.model.test_llava import build_model, loss_and_gradients, make_pack
+from tests.model.test_llava import build_model, loss_and_gradients, make_batch, make_pack
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def main(device: str) -> None:
             if "norm" in name:
                 parameter.data.uniform_(0.5, 1.5)
     install_liger(liger.llm)
-    batch = collate_packs([make_pack((1, 3, 4), (0, 5, 2), denominator=9.0)])
+    batch = make_batch(make_pack((1, 3, 4), (0, 5, 2)), denominator=9.0)
     batch["data"] = {
         key: value.to(device) if isinstance(value, torch.Tensor) else value
         for key, value in batch["data"].items()

@@ -42,9 +42,14 @@ def build_model(*, seed=0, dtype=torch.float32, **options) -> GMAILLaVAModel:
     return GMAILLaVAModel(llm, tower, **options).to(dtype).train()
 
 
-def make_pack(
-    *conversations: tuple[int, int, int], seed=0, denominator=None, weighting="token"
-) -> dict:
+def make_batch(*packs: dict, denominator: float, weighting: str = "token") -> dict:
+    """A batch as the training loop has it."""
+    batch = collate_packs(packs, weighting=weighting)
+    batch["data"]["loss_denominator"] = denominator
+    return batch
+
+
+def make_pack(*conversations: tuple[int, int, int], seed=0) -> dict:
     """A pack of conversations (images, context tokens, learnt tokens), with random content."""
     generator = torch.Generator().manual_seed(seed)
     ids, labels, lengths, images = [], [], [], 0
@@ -65,9 +70,6 @@ def make_pack(
         "ids": [str(index) for index in range(len(conversations))],
         "num_tokens": sum(lengths),
         "capacity": 2048,
-        "denominator": denominator,
-        "weighting": weighting,
-        "step_end": True,
     }
 
 
@@ -113,11 +115,12 @@ def test_packed_equals_one_by_one_in_loss_and_every_gradient(attention, checkpoi
     )
     assert model.llm.model.gradient_checkpointing is checkpointing
     conversations = (1, 3, 4), (0, 5, 2), (2, 4, 3), (0, 2, 1)
-    pack = make_pack(*conversations, denominator=7.0, weighting=weighting)
+    pack = make_pack(*conversations)
     assert len(pack["lengths"]) == 4
 
-    packed = loss_and_gradients(model, [collate_packs([pack])])
-    single = loss_and_gradients(model, [collate_packs([part]) for part in split_pack(pack)])
+    scale = {"denominator": 7.0, "weighting": weighting}
+    packed = loss_and_gradients(model, [make_batch(pack, **scale)])
+    single = loss_and_gradients(model, [make_batch(part, **scale) for part in split_pack(pack)])
 
     assert packed[0] == pytest.approx(single[0], rel=1e-6)
     assert packed[1].keys() == single[1].keys()
@@ -132,7 +135,7 @@ def test_packed_equals_one_by_one_in_loss_and_every_gradient(attention, checkpoi
 def test_checkpointing_does_not_change_gradients(reentrant, monkeypatch):
     for module in ("llava", "recompute"):  # re-entrant is what ZeRO-3 gets
         monkeypatch.setattr(f"gmai_xtuner.model.{module}.use_reentrant", lambda: reentrant)
-    pack = collate_packs([make_pack((1, 3, 4), (2, 5, 2), denominator=3.0)])
+    pack = make_batch(make_pack((1, 3, 4), (2, 5, 2)), denominator=3.0)
     plain = loss_and_gradients(build_model(dtype=torch.float64), [pack])
     recomputed = loss_and_gradients(
         build_model(dtype=torch.float64, use_activation_checkpointing=True, loss_chunk_size=2),

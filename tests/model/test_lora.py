@@ -20,7 +20,13 @@ from gmai_xtuner.model import load_language_model
 from gmai_xtuner.model.llava import GMAILLaVAModel
 from gmai_xtuner.model.lora import adapter_layers, is_adapter_key, plain_key
 from gmai_xtuner.model.quantization import is_quantized
-from tests.model.test_llava import build_model, loss_and_gradients, make_pack, split_pack
+from tests.model.test_llava import (
+    build_model,
+    loss_and_gradients,
+    make_batch,
+    make_pack,
+    split_pack,
+)
 
 LLM_LORA = {"type": "peft.LoraConfig", "r": 4, "lora_alpha": 8}
 TOWER_LORA = {"type": "peft.LoraConfig", "r": 2, "lora_alpha": 8}
@@ -98,9 +104,11 @@ def test_checkpointing_does_not_change_gradients_of_adapters(reentrant, monkeypa
 
 def test_packed_equals_one_by_one_in_the_gradients_of_adapters():
     model = learn_something(build_model(dtype=torch.float64, **BOTH))
-    pack = make_pack(*CONVERSATIONS, denominator=7.0)
-    packed = loss_and_gradients(model, [collate_packs([pack])])
-    single = loss_and_gradients(model, [collate_packs([part]) for part in split_pack(pack)])
+    pack = make_pack(*CONVERSATIONS)
+    packed = loss_and_gradients(model, [make_batch(pack, denominator=7.0)])
+    single = loss_and_gradients(
+        model, [make_batch(part, denominator=7.0) for part in split_pack(pack)]
+    )
     assert packed[0] == pytest.approx(single[0], rel=1e-6)
     assert sum(is_adapter_key(name) for name in packed[1]) == 52
     for name, gradient in packed[1].items():

@@ -9,9 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.model.loss import install_loss_head, weighted_cross_entropy
-from tests.model.test_llava import build_model, loss_and_gradients, make_pack
+from tests.model.test_llava import build_model, loss_and_gradients, make_batch, make_pack
 
 
 def example(*, requires_grad=True):
@@ -71,10 +70,11 @@ def test_only_a_chunk_of_logits_exists_at_a_time(chunk_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunked_equals_plain_for_every_weighting_through_the_model(weighting, dtype):
     packs = [
-        make_pack((1, 3, 14), (0, 5, 2), denominator=11.0, weighting=weighting),
-        make_pack((2, 4, 9), denominator=11.0, weighting=weighting, seed=1),
+        make_pack((1, 3, 14), (0, 5, 2)),
+        make_pack((2, 4, 9), seed=1),
     ]
-    model, batch = build_model(dtype=dtype, loss_chunk_size=4), collate_packs(packs)
+    model = build_model(dtype=dtype, loss_chunk_size=4)
+    batch = make_batch(*packs, denominator=11.0, weighting=weighting)
     data = batch["data"]
     assert len(data["label_targets"]) == 25
     assert len(set(data["label_weights"].tolist())) == (1 if weighting == "token" else 3)

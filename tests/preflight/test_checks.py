@@ -14,10 +14,11 @@ from gmai_xtuner.preflight.report import as_json, as_text
 from tests.preflight.test_data import SMALL, problems
 
 
-def test_accumulation_must_agree(preflight, corpus):
-    found = preflight(corpus.mixture, options={**SMALL, "optim_wrapper.accumulative_counts": 4})
-    assert "accumulative_counts is 4, but" in problems(found)
-    assert "is 2; set both" in problems(found)
+def test_an_accumulation_of_the_sampler_must_agree(preflight, corpus):
+    twice = {**SMALL, "train_dataloader.batch_sampler.accumulative_counts": 4}
+    found = preflight(corpus.mixture, options=twice)
+    assert "optim_wrapper.accumulative_counts is 2, but" in problems(found)
+    assert "is 4. Leave the second out" in problems(found)
 
 
 def test_base_without_weights(preflight, corpus, true_bases):

@@ -12,13 +12,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from gmai_xtuner import compat
+from gmai_xtuner.train.loop import rendezvous_alone
 
 SIZE = 48
 
 
 def error_of_a_step(name: str, micro_batches: int, *, offload: bool = False) -> float:
     """Relative error of the weights' change after two steps of SGD whose gradients are known."""
-    compat.rendezvous_alone()
+    rendezvous_alone()
     folder = Path(compat.__file__).parent / "train" / "deepspeed"
     config = json.loads((folder / f"{name}.json").read_text())
     config.update(gradient_accumulation_steps=micro_batches, train_micro_batch_size_per_gpu=1)

@@ -153,11 +153,11 @@ def test_benchmarks_are_asked_at_the_validation_after_each_multiple_and_at_the_e
     interval, expected
 ):
     asked = []
-    for iteration in (500, 1000, 1500, 2000, 2200):
-        loop = SimpleNamespace(iter=iteration, max_iters=2200, val_interval=500)
+    for step in (500, 1000, 1500, 2000, 2200):
+        loop = SimpleNamespace(iter=4 * step, max_iters=8800, step=step, val_interval=500)
         held_out = SimpleNamespace(
             benchmark_interval=interval, runner=SimpleNamespace(train_loop=loop)
         )
         if HeldOutLoop._benchmarks_due(held_out):
-            asked.append(iteration)
+            asked.append(step)
     assert asked == expected

@@ -160,7 +160,7 @@ def progress(monkeypatch, model, batches, *, peak: float | None) -> MessageHub:
         iter=0,
         max_iters=len(batches),
         model=SimpleNamespace(module=model, get_global_grad_norm=lambda: None),
-        train_loop=SimpleNamespace(weighted_sum=torch.tensor(1.0)),
+        train_loop=SimpleNamespace(weighted_sum=torch.tensor(1.0), step_end=True),
         message_hub=hub,
     )
     hook = ProgressHook()

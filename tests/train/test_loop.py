@@ -8,7 +8,7 @@ import pytest
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train import loop as loop_module
-from gmai_xtuner.train.loop import PackedTrainLoop, _round_up_to_step, with_loader_defaults
+from gmai_xtuner.train.loop import PackedTrainLoop, with_loader_defaults
 
 
 class Sampler:
@@ -29,20 +29,6 @@ def bare_loop(**attributes) -> PackedTrainLoop:
     return loop
 
 
-@pytest.mark.parametrize(("asked", "trained"), [(1, 2), (2, 2), (3, 4), (5, 5), (6, 7), (10, 10)])
-def test_a_run_never_ends_inside_a_step(asked, trained):
-    assert _round_up_to_step(asked, Sampler()) == trained
-
-
-def test_steps_of_a_run_count_the_short_ones():
-    dataloader = SimpleNamespace(batch_sampler=SimpleNamespace(steps=3))
-    loop = bare_loop(dataloader=dataloader, _max_iters=9)
-    sampler = Sampler()
-    sampler.steps = 3
-    loop.dataloader = SimpleNamespace(batch_sampler=sampler)
-    assert loop.total_steps == 3 + 2
-
-
 def test_ranks_that_see_other_data_are_named(monkeypatch):
     orders = [{"packs": 7}, {"packs": 7}, {"packs": 6}]
     monkeypatch.setattr(loop_module, "all_gather_object", lambda order: orders)
@@ -53,13 +39,69 @@ def test_ranks_that_see_other_data_are_named(monkeypatch):
     loop._check_ranks_agree()
 
 
-def test_accumulation_must_be_set_in_both_places():
+def test_the_engine_must_sum_as_many_micro_batches_as_the_sampler_normalises_for():
     model = SimpleNamespace(gradient_accumulation_steps=lambda: 4)
     loop = bare_loop(
         _runner=SimpleNamespace(model=model), dataloader=SimpleNamespace(batch_sampler=Sampler())
     )
-    with pytest.raises(GMAIError, match=r"is 4, but .* is 2; set both"):
+    with pytest.raises(GMAIError, match=r"sums 4 micro-batches a step, but the batch sampler 2"):
         loop._check_accumulation()
+
+
+class Recorder:
+    """As much of a runner as the loop uses; ``calls`` is what it was asked for, in order."""
+
+    work_dir = "."
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.optim_wrapper = None
+        self.model = SimpleNamespace(
+            train=lambda: None,
+            set_gradient_accumulation_boundary=lambda end: self.calls.append(("boundary", end)),
+            train_step=lambda batch, optim_wrapper: (
+                self.calls.append(("train", batch["data"]["loss_denominator"]))
+                or {"weighted_sum": 0.0}
+            ),
+            gradient_accumulation_steps=lambda: 2,
+        )
+        self.val_loop = SimpleNamespace(run=lambda: self.calls.append(("validate",)))
+
+    def call_hook(self, name, **_) -> None:
+        if name == "after_step":
+            self.calls.append(("step", self.loop.step))
+
+
+def test_steps_validations_and_denominators_of_a_run():
+    """Two epochs of five micro-batches in steps of two; a validation every second step and at the end."""
+    runner, positions = Recorder(), []
+    batch_sampler = Sampler()
+    batch_sampler.steps_after = lambda iterations: iterations // 5 * 3 + iterations % 5 // 2
+    batch_sampler.set_position = lambda epoch, start: positions.append((epoch, start))
+    batch_sampler.denominator = lambda epoch, position: 10 * epoch + position
+
+    class Loader:
+        def __iter__(self):
+            return iter([{"data": {}} for _ in range(positions[-1][1], 5)])
+
+    loader = Loader()
+    loader.batch_sampler = batch_sampler
+    loop = bare_loop(
+        _runner=runner, dataloader=loader, _iter=2, _max_iters=10, step=0, step_end=False,
+        val_begin=1, val_interval=2, stop_training=False, optim_wrapper=None, resumed_from=None,
+        _check_ranks_agree=lambda: None, _check_resumed_order=lambda: None,
+    )  # fmt: skip
+    runner.loop = loop
+    loop._run()
+    assert positions == [(0, 2), (1, 0)]
+    assert [call[1] for call in runner.calls if call[0] == "train"] == [2, 3, 4, 10, 11, 12, 13, 14]
+    assert [call for call in runner.calls if call[0] in ("step", "validate")] == [
+        ("step", 2), ("validate",), ("step", 3), ("step", 4), ("validate",), ("step", 5),
+        ("step", 6), ("validate",),
+    ]  # fmt: skip
+    assert [call[1] for call in runner.calls if call[0] == "boundary"] == [
+        False, True, True, False, True, False, True, True,
+    ]  # fmt: skip
 
 
 def resumed_loop(

@@ -249,8 +249,10 @@ def step(tmp_path, monkeypatch):
             skipped=skipped, bad_losses=list(bad_losses), total=total, in_a_row=in_a_row
         )
         for number, name in enumerate(names):
-            data = {"ids": [f"toy/{name}{i}" for i in range(15)], "step_end": number == 1}
+            data = {"ids": [f"toy/{name}{i}" for i in range(15)]}
             hook.after_train_iter(runner, runner.iter, {"data": data})
+            if number == 1:
+                hook.after_step(runner)
             runner.iter += 1
 
     run.said, run.asked, run.runner = said, checkpoints.asked, runner
@@ -311,7 +313,7 @@ def test_a_stop_needs_somebody_who_writes_the_checkpoint():
 
 def test_the_logged_loss_leaves_out_what_is_not_finite(monkeypatch):
     hub = Hub()
-    loop = SimpleNamespace()
+    loop = SimpleNamespace(step_end=False)
     runner = SimpleNamespace(iter=0, max_iters=9, hooks=[], message_hub=hub, train_loop=loop)
     hook = ProgressHook()
     for name in ("every_n_train_iters", "is_last_train_iter"):
@@ -325,7 +327,6 @@ def test_the_logged_loss_leaves_out_what_is_not_finite(monkeypatch):
             "capacity": 8,
             "pixel_values": torch.zeros(0),
             "label_weights": torch.ones(3),
-            "step_end": False,
             "lengths": [5],
         }
         hook.after_train_iter(runner, 0, {"data": data})

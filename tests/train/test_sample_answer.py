@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from PIL import Image
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.model.internlm2 import load_language_model
 from gmai_xtuner.model.llava import GMAILLaVAModel
@@ -87,12 +87,11 @@ def runner(tiny_bases, tmp_path, tokenizer, corpus, model):
     return made
 
 
-def go(hook: SampleAnswerHook, runner, iterations: int = 6) -> None:
-    """Steps of two micro-batches."""
+def go(hook: SampleAnswerHook, runner) -> None:
+    """Three steps of two micro-batches."""
     hook.before_train(runner)
-    for runner.iter in range(iterations):
-        data = {"step_end": runner.iter % 2 == 1}
-        hook.after_train_iter(runner, runner.iter, {"data": data})
+    for runner.train_loop.step, runner.iter in ((1, 1), (2, 3), (3, 5)):
+        hook.after_step(runner)
 
 
 def test_registered_where_mmengine_looks():
@@ -104,13 +103,13 @@ def test_only_the_first_rank_opens_a_visual_backend(runner, monkeypatch):
     monkeypatch.setattr(Predictor, "go_on", lambda self, *args, **kwargs: asked.append(args) or "x")
     monkeypatch.setattr(sample_answer, "is_main_process", lambda: False)
     runner.visualizer._vis_backends = None  # looking into it raises
-    go(SampleAnswerHook(interval=3, max_new_tokens=4), runner)
+    go(SampleAnswerHook(interval=2, max_new_tokens=4), runner)
     assert len(asked) == 2  # the other ranks take part in answering
     assert runner.shown.log == []
 
 
 def test_first_held_out_conversations_with_an_image_are_asked(runner):
-    hook = SampleAnswerHook(interval=3, count=2, max_new_tokens=4)
+    hook = SampleAnswerHook(interval=2, count=2, max_new_tokens=4)
     go(hook, runner)
     part = runner.train_loop.dataloader.dataset.held_out_part()
     first = [
@@ -124,7 +123,7 @@ def test_first_held_out_conversations_with_an_image_are_asked(runner):
     assert [sample.name for sample in hook._ready] == [f"cat/{first[0]}", f"dog/{first[1]}"]
     assert [sample.question for sample in hook._ready] == [f"What is {name}?" for name in first]
     assert [sample.reference for sample in hook._ready] == ["A cat.", "A dog."]
-    # Due at 3 and 6: the ends of the steps. Each image is shown once.
+    # After the second step and at the end. Each image is shown once.
     assert [line.split(":")[0] for line in runner.shown.log] == [
         f"Sample answer at iteration {step}, {animal}/{name}"
         for step in (4, 6)
@@ -169,7 +168,7 @@ def test_training_does_not_notice(runner, model, monkeypatch):
     expected = torch.rand(2), np.random.rand(2)
     torch.manual_seed(0)
     np.random.seed(0)
-    go(SampleAnswerHook(interval=2), runner)
+    go(SampleAnswerHook(interval=1), runner)
     assert len(runner.shown.log) == 3
     assert all(module.training for module in model.llm.modules())
     assert model.llm.config.use_cache is False
@@ -248,5 +247,6 @@ def test_images_stay_open_for_the_whole_run(runner, corpus):
     hook.before_train(runner)
     path.unlink()
     runner.iter = 5
-    hook.after_train_iter(runner, 5, {"data": {"step_end": True}})
+    runner.train_loop.step = 3
+    hook.after_step(runner)
     assert len(runner.shown.log) == 1

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gmai_xtuner.train.status import STATUS_FILE, failure_told, told, write_status
+from gmai_xtuner.train.status import STATUS_FILE, log_failure, log_status, write_status
 
 
 @pytest.fixture
@@ -22,24 +22,24 @@ def status(loop) -> dict[str, object]:
 
 
 def test_a_run_under_way_says_so(loop):
-    with told(loop):
+    with log_status(loop):
         now = status(loop)
     assert (now["state"], now["iteration"], now["of"], now["reason"]) == ("running", 4, 8, "")
     assert now["process"] == os.getpid()
 
 
 def test_the_end_is_told_from_a_stop_on_the_way(loop):
-    with told(loop):
+    with log_status(loop):
         loop.iter = 6
     now = status(loop)
     assert (now["state"], now["iteration"], now["reason"]) == ("stopped", 6, "a signal")
-    with told(loop):
+    with log_status(loop):
         loop.iter = 8
     assert status(loop)["state"] == "finished"
 
 
 def test_a_failure_is_told_with_its_reason_and_goes_on(loop):
-    with pytest.raises(ValueError, match="no data"), told(loop):
+    with pytest.raises(ValueError, match="no data"), log_status(loop):
         raise ValueError("no data")
     assert status(loop)["state"] == "failed"
     assert status(loop)["reason"] == "ValueError: no data"
@@ -50,7 +50,7 @@ def test_a_failure_before_training_does_not_leave_the_end_of_an_earlier_run(loop
     seen = []
 
     def read_data() -> None:
-        with failure_told(tmp_path):
+        with log_failure(tmp_path):
             seen.append(status(loop)["state"])
             raise ValueError("bad records")
 

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
-from gmai_xtuner.data.soft_packed import SoftPackedDataset
 from gmai_xtuner.model.internlm2 import load_language_model
 from gmai_xtuner.model.llava import GMAILLaVAModel
 from gmai_xtuner.model.vision import load_vision_tower

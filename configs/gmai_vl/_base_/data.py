@@ -1,5 +1,5 @@
 # The mixture, soft-packed. GMAI_MIXTURE and GMAI_CACHE in the environment name the mixture file and the
-# folder for token caches and packing plans.
+# folder for token caches and packing plans. Tokenizer and vision tower are the model's.
 
 train_dataloader = dict(
     num_workers=4,
@@ -8,12 +8,6 @@ train_dataloader = dict(
         type="SoftPackedDataset",
         mixture="{{$GMAI_MIXTURE:configs/gmai_vl/mixtures/gmai_vl_5_5m.yaml}}",
         cache_dir="{{$GMAI_CACHE:work_dirs/cache}}",
-        tokenizer=dict(
-            type="gmai_xtuner.model.load_tokenizer",
-            pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
-            padding_side="right",
-        ),
-        vision="{{$GMAI_VISION:openai/clip-vit-large-patch14-336}}",
         prompt_template="internlm2_chat",
         max_length=2048,
         max_images=16,
@@ -38,7 +32,7 @@ val_dataloader = dict(
     collate_fn=dict(type="collate_packs"),
 )
 # at_most: conversations of each dataset. benchmarks: a folder of them, or name -> dict(data=..., protocol=...,
-# limit=...), asked every benchmark_interval micro-batches (None: at every validation); docs/evaluation.md.
+# limit=...), asked every benchmark_interval optimiser steps (None: at every validation); docs/evaluation.md.
 val_cfg = dict(type="HeldOutLoop", at_most=100, benchmarks=dict(), benchmark_interval=None)
 val_evaluator = dict(type="HeldOutLoss", by="category")
 

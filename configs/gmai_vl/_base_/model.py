@@ -1,16 +1,6 @@
 # CLIP ViT-L/14-336 -> linear, GELU, linear -> InternLM2.5-7B, which runs as transformers' own Llama.
-# GMAI_LLM and GMAI_VISION in the environment name other bases: folders or hub names.
-
-tokenizer = dict(
-    type="gmai_xtuner.model.load_tokenizer",
-    pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
-    padding_side="right",
-)
-
-image_processor = dict(
-    type="transformers.CLIPImageProcessor.from_pretrained",
-    pretrained_model_name_or_path="{{$GMAI_VISION:openai/clip-vit-large-patch14-336}}",
-)
+# GMAI_LLM and GMAI_VISION in the environment name other bases: folders or hub names. Tokenizer and image
+# processor are theirs, for the dataset and for exports (gmai_xtuner/core/config.py).
 
 model = dict(
     type="GMAILLaVAModel",

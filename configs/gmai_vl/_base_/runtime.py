@@ -1,4 +1,5 @@
-# Log every 10 micro-batches, to the console, vis_data/scalars.json and TensorBoard.
+# Log every 10 micro-batches, to the console, vis_data/scalars.json and TensorBoard. The other intervals count
+# optimiser steps.
 
 custom_imports = dict(imports=["gmai_xtuner.plugin"], allow_failed_imports=False)
 
@@ -6,10 +7,10 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", log_metric_by_epoch=False, interval=10),
     param_scheduler=dict(type="OptimizerStepScheduleHook"),
-    checkpoint=dict(type="StepCheckpointHook", by_epoch=False, interval=500, max_keep_ckpts=2),
+    checkpoint=dict(type="StepCheckpointHook", by_epoch=False, interval=125, max_keep_ckpts=2),
     # A step with a NaN is skipped; more than these stop the run with a checkpoint.
     nonfinite=dict(type="NonFiniteHook", max_in_a_row=3, max_total=20),
-    sample_answer=dict(type="SampleAnswerHook", interval=500, count=1, max_new_tokens=64),
+    sample_answer=dict(type="SampleAnswerHook", interval=125, count=1, max_new_tokens=64),
     sampler_seed=None,  # the data plan has its own seed and epochs
 )
 

@@ -10,4 +10,4 @@ optim_wrapper = dict(
 
 param_scheduler = dict(type="WarmupCosineLR", warmup_ratio=0.03, by_epoch=False)
 
-train_cfg = dict(type="PackedTrainLoop", max_epochs=1, val_interval=500)
+train_cfg = dict(type="PackedTrainLoop", max_epochs=1, val_interval=125)  # optimiser steps

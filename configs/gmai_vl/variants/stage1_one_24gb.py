@@ -9,8 +9,6 @@
 _base_ = ["../stage1_shallow.py"]
 
 model = dict(loss_chunk_size=512)
-train_dataloader = dict(batch_size=2, batch_sampler=dict(accumulative_counts=256))
+train_dataloader = dict(batch_size=2)
 optim_wrapper = dict(accumulative_counts=256)
-# In micro-batches: a checkpoint after 4 steps, validation and sample answers after 125.
-default_hooks = dict(checkpoint=dict(interval=1024), sample_answer=dict(interval=32000))
-train_cfg = dict(val_interval=32000)
+default_hooks = dict(checkpoint=dict(interval=4))

@@ -9,8 +9,5 @@
 # tokens 1.9). About 26 of 80.
 _base_ = ["../stage1_shallow.py"]
 
-train_dataloader = dict(batch_sampler=dict(accumulative_counts=64))
 optim_wrapper = dict(accumulative_counts=64)
-# In micro-batches: a checkpoint after 16 steps, validation and sample answers after 125.
-default_hooks = dict(checkpoint=dict(interval=1024), sample_answer=dict(interval=8000))
-train_cfg = dict(val_interval=8000)
+default_hooks = dict(checkpoint=dict(interval=16))

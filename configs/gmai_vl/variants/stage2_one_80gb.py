@@ -8,8 +8,5 @@
 _base_ = ["../stage2_deep.py"]
 
 model = dict(pretrained_pth="{{$GMAI_STAGE1:work_dirs/stage1_one_80gb}}")
-train_dataloader = dict(batch_sampler=dict(accumulative_counts=128))
 optim_wrapper = dict(accumulative_counts=128)
-# In micro-batches: a checkpoint after 16 steps, validation and sample answers after 125.
-default_hooks = dict(checkpoint=dict(interval=2048), sample_answer=dict(interval=16000))
-train_cfg = dict(val_interval=16000)
+default_hooks = dict(checkpoint=dict(interval=16))

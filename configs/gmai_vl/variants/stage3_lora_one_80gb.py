@@ -22,8 +22,5 @@ model = dict(
     visual_encoder_lora=dict(type="peft.LoraConfig", r=64, lora_alpha=16, lora_dropout=0.05),
     pretrained_pth="{{$GMAI_STAGE2:work_dirs/stage2_one_80gb}}",
 )
-train_dataloader = dict(batch_sampler=dict(accumulative_counts=128))
 optim_wrapper = dict(optimizer=dict(lr=1e-4), accumulative_counts=128)
-# In micro-batches: a checkpoint after 16 steps, validation and sample answers after 125.
-default_hooks = dict(checkpoint=dict(interval=2048), sample_answer=dict(interval=16000))
-train_cfg = dict(val_interval=16000)
+default_hooks = dict(checkpoint=dict(interval=16))

@@ -24,8 +24,6 @@ model = dict(
     loss_chunk_size=512,
     pretrained_pth="{{$GMAI_STAGE2:work_dirs/stage2_one_24gb}}",
 )
-train_dataloader = dict(batch_size=2, batch_sampler=dict(accumulative_counts=256))
+train_dataloader = dict(batch_size=2)
 optim_wrapper = dict(accumulative_counts=256)
-# In micro-batches: a checkpoint after 4 steps, validation and sample answers after 125.
-default_hooks = dict(checkpoint=dict(interval=1024), sample_answer=dict(interval=32000))
-train_cfg = dict(val_interval=32000)
+default_hooks = dict(checkpoint=dict(interval=4))

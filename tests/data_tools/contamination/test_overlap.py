@@ -160,7 +160,7 @@ def test_training_leaves_out_exactly_these_conversations(
     sides: tuple[Path, Path], tmp_path: Path, tiny_bases: Path, tokenizer: Any
 ) -> None:
     """The list of the command in the hands of the training's own dataset."""
-    from gmai_xtuner.data.soft_packed import SoftPackedDataset
+    from gmai_xtuner.data.dataset import SoftPackedDataset
 
     mixture, _ = sides
 

@@ -8,8 +8,7 @@ from hypothesis.extra.numpy import arrays
 from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
-from data_tools.preprocess.regions import components
-from data_tools.preprocess.regions import regions as clean
+from data_tools.preprocess.clean import clean_annotations, components
 from data_tools.preprocess.rules import PRESETS, Rules
 from data_tools.records import Annotation, Drops, Label
 
@@ -21,7 +20,7 @@ def regions(
 ) -> tuple[list[Label], list[tuple[str, str]], set[str]]:
     """What is kept, reason and detail of what is dropped, and the labels that are lost."""
     drops = Drops()
-    kept = clean(annotations, size=size, rules=rules, drops=drops, where="")
+    kept = clean_annotations(annotations, size=size, rules=rules, drops=drops, where="")
     return kept, [(drop.reason, drop.detail) for drop in drops.found], drops.incomplete
 
 

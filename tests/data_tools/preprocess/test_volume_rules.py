@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_tools.preprocess.clean import clean_volume
 from data_tools.preprocess.rules import Rules, preset
-from data_tools.preprocess.volume_rules import clean
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.records import Drops
 
@@ -25,7 +25,7 @@ def cleaned(of: Volume, rules: Rules) -> tuple[Volume | None, list[str], set[str
     drops = Drops()
     found = None
     with drops.image("v"):
-        found = clean(of, rules, drops=drops, where="v")
+        found = clean_volume(of, rules, drops=drops, where="v")
         lost = drops.incomplete
     return found, [drop.reason for drop in drops.found], lost if found else set()
 

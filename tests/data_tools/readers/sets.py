@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_tools.preprocess.regions import regions
+from data_tools.preprocess.clean import clean_annotations
 from data_tools.preprocess.rules import resolve
 from data_tools.records import Drop, Drops, Label, Sample
 
@@ -69,7 +69,7 @@ def regions_of(
     """Regions of a sample, and the reasons for those that the rules drop."""
     drops = Drops()
     chosen = resolve(rules)
-    found = regions(sample.annotations, size=size, rules=chosen, drops=drops, where="")
+    found = clean_annotations(sample.annotations, size=size, rules=chosen, drops=drops, where="")
     return found, [drop.reason for drop in drops.found]
 
 

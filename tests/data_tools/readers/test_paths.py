@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_tools.readers.paths import below, file_of, files, folder_of, matching
+from data_tools.readers.files import below, file_of, files, folder_of, matching
 from gmai_xtuner.core.errors import SourceError
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_tools.readers import table
-from data_tools.readers.table_rows import grouped, open_table
+from data_tools.readers.rows import grouped, open_table
 from data_tools.records import Sample
 from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import boxes, incomplete, options, read_all, reasons, write_image

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,21 +31,34 @@ from gmai_xtuner.data.tokenization import (
 )
 from gmai_xtuner.model.vision import load_vision_config, num_image_tokens
 
-if TYPE_CHECKING:
-    from gmai_xtuner.data.sampler import PackRef
+
+class PackRef(NamedTuple):
+    """Which pack is asked for.
+
+    Args:
+        epoch: the epoch in whose plan it lies.
+        pack: its index in that plan.
+        filler: it only keeps a rank in step and is not trained on.
+    """
+
+    epoch: int
+    pack: int
+    filler: bool = False
 
 
 @DATASETS.register_module()
 @BUILDER.register_module()
 class SoftPackedDataset(Dataset[dict[str, Any]]):
-    """Soft-packed conversations of a mixture.
+    """Soft-packed conversations of a mixture; items are packs of an epoch's plan.
 
     Args:
         mixture: mixture file (YAML or JSON, or the authors' ``example_list.json``).
         stage: whose ratios to take: ``stage1``, ``stage2``, ``stage3``.
-        tokenizer: config of ``gmai_xtuner.model.load_tokenizer``, or a fast tokenizer.
+        tokenizer: config of ``gmai_xtuner.model.load_tokenizer``, or a fast tokenizer. A config leaves it
+            out: training takes that of ``model.llm``.
         vision: the vision tower's folder or hub name: size, mean and deviation of its images, and how
-            many tokens an image takes (576 for CLIP ViT-L/14-336).
+            many tokens an image takes (576 for CLIP ViT-L/14-336). A config leaves it out, too: training
+            takes ``model.visual_encoder``.
         cache_dir: for token caches and plans.
         prompt_template: name in ``xtuner.utils.PROMPT_TEMPLATE``.
         add_bos: see :class:`gmai_xtuner.data.tokenization.ChatTemplate`.
@@ -61,10 +74,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         check_images: ``none``, ``exists``, ``header`` or ``decode``, when the cache is built.
         max_pixels: an image with more is refused.
         num_workers: processes that tokenise; default: all cores.
-        held_out: share of the images that is kept for validation (see
-            :mod:`gmai_xtuner.data.held_out`); default 0. :meth:`held_out_part` is what is left out.
-
-    Items are packs of the epoch's plan; see ``__getitem__``.
+        held_out: share of the images that is kept for validation (:meth:`held_out_part`), see
+            :mod:`gmai_xtuner.data.plan`; default 0.
 
     Raises:
         MixtureError: the mixture file is invalid.
@@ -118,20 +129,18 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             check_images=check_images,
             max_pixels=max_pixels,
         )
+        requests = [
+            (
+                entry,
+                options(
+                    over_length=entry.over_length,
+                    on_bad_sample=entry.on_bad_sample or on_bad_sample,
+                ),
+            )
+            for entry in self.entries
+        ]
         self.caches: list[TokenCache] = self._open_caches(
-            [
-                (
-                    entry,
-                    options(
-                        over_length=entry.over_length,
-                        on_bad_sample=entry.on_bad_sample or on_bad_sample,
-                    ),
-                )
-                for entry in self.entries
-            ],
-            batched,
-            cache_dir=cache_dir,
-            num_workers=num_workers,
+            requests, batched, cache_dir=cache_dir, num_workers=num_workers
         )
         self.plan = DataPlan(
             self.caches,
@@ -148,14 +157,13 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
                 known=load_mixture(mixture, check_files=False).known,
             ),
         )
-        self._cache_dir = cache_dir
         self.metainfo = {
             "datasets": [entry.name for entry in self.entries],
             "categories": [entry.category for entry in self.entries],
         }
         self._log_summary(stage)
 
-    # The three steps that the preflight takes more patiently: it goes on where training must stop.
+    # The preflight overrides these three steps: it goes on where training must stop.
 
     def _image_transform(self, vision: str, mode: str, decoding: str) -> ImageTransform:
         return ImageTransform.from_pretrained(vision, mode=mode, decoding=decoding)
@@ -176,7 +184,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         return open_caches(datasets, tokenizer, cache_dir=cache_dir, num_workers=num_workers)
 
     def held_out_part(self, at_most: int | None = None) -> SoftPackedDataset | None:
-        """The conversations that are kept for validation, each once, with the same caches and images.
+        """Return the conversations kept for validation, each once, with the same caches and images.
 
         Args:
             at_most: conversations of a dataset; default: all.
@@ -185,19 +193,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             ``None`` where nothing is held out.
         """
         part = copy.copy(self)
-        part.plan = DataPlan(
-            self.caches,
-            names=self.plan.names,
-            ratios=self.plan.ratios,
-            seed=self.plan.seed,
-            max_length=self.plan.max_length,
-            max_images=self.plan.max_images,
-            cache_dir=self._cache_dir,
-            held_out=self.plan.held_out,
-            split="held_out",
-            at_most=at_most,
-            exclusions=self.plan.exclusions,
-        )
+        part.plan = self.plan.held_out_plan(at_most)
         return part if len(part.plan.samples) else None
 
     def __len__(self) -> int:
@@ -205,32 +201,28 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         return len(self.plan.epoch(0).packs)
 
     def __getitem__(self, ref: PackRef | int) -> dict[str, Any]:
-        """One pack.
+        """Return one pack.
 
         Args:
             ref: what the batch sampler asks for; a plain number means that pack of epoch 0.
 
         Returns:
             ``input_ids`` and ``labels`` int64 ``[t]`` with each image's placeholders widened,
-            ``lengths`` of its conversations, ``pixel_values`` float32 ``[n, 3, S, S]``, ``ids``,
-            ``num_tokens`` and ``capacity``, and the sampler's ``weighting``, ``denominator`` (``None``
-            for a plain number: then the batch is its own) and ``step_end``.
+            ``lengths`` of its conversations, ``pixel_values`` float32 ``[n, 3, S, S]``, ``ids``, and
+            ``num_tokens`` and ``capacity``, the useful tokens and those that could be.
 
         Raises:
             ImageError: an image that was fine when the cache was built can't be read now.
         """
-        epoch, pack, denominator, weighting, step_end, learns = (
-            (0, ref, None, "token", True, True) if isinstance(ref, (int, np.integer)) else ref
-        )
-        plan = self.plan.epoch(epoch)
+        epoch, pack, filler = ref if isinstance(ref, PackRef) else PackRef(0, int(ref))
         ids, labels, lengths, names = [], [], [], []
         pixels: list[torch.Tensor] = []
-        for sample in plan.packs[pack]:
+        for sample in self.plan.epoch(epoch).packs[pack]:
             dataset, row = (int(value) for value in self.plan.samples[sample])
             conversation = self.caches[dataset][row]
             widened_ids, widened_labels = self._widen(conversation)
             ids.append(widened_ids)
-            labels.append(widened_labels if learns else np.full_like(widened_labels, IGNORE_INDEX))
+            labels.append(np.full_like(widened_labels, IGNORE_INDEX) if filler else widened_labels)
             lengths.append(len(widened_ids))
             names.append(f"{self.entries[dataset].name}/{conversation.id}")
             pixels.extend(self._pixels(dataset, conversation, path) for path in conversation.images)
@@ -241,12 +233,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             "lengths": lengths,
             "pixel_values": torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size),
             "ids": names,
-            # A pack that only fills a place is no useful work.
-            "num_tokens": sum(lengths) if learns else 0,
-            "capacity": self.max_length if learns else 0,
-            "denominator": denominator,
-            "weighting": weighting,
-            "step_end": step_end,
+            "num_tokens": 0 if filler else sum(lengths),
+            "capacity": 0 if filler else self.max_length,
         }
 
     def _widen(self, conversation: TokenizedConversation) -> tuple[np.ndarray, np.ndarray]:
@@ -311,9 +299,9 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
                     f"{cache.meta['records']}"
                 )
             if cache.meta["skipped"] or cache.meta["cut"]:
-                told = ", ".join(f"{n} {reason}" for reason, n in cache.meta["skipped"].items())
+                skipped = ", ".join(f"{n} {reason}" for reason, n in cache.meta["skipped"].items())
                 lines.append(
-                    f"  note: {entry.name} lacks {told or 'none'} of {cache.meta['records']} records, "
+                    f"  note: {entry.name} lacks {skipped or 'none'} of {cache.meta['records']} records, "
                     f"{cache.meta['cut']} are cut: {cache.folder / 'skipped.jsonl'}"
                 )
         print_log(

@@ -13,11 +13,11 @@ from xtuner.registry import BUILDER
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import DataError, GMAIError, ImageError, MixtureError
 from gmai_xtuner.core.imaging.images import open_rgb
-from gmai_xtuner.data import soft_packed
+from gmai_xtuner.data import dataset as dataset_module
 from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import PackRef, SoftPackedDataset
 from gmai_xtuner.data.images import ImageTransform
-from gmai_xtuner.data.sampler import MicroBatchSampler, PackRef, PackSampler
-from gmai_xtuner.data.soft_packed import SoftPackedDataset
+from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 from tests.toy import record
 
 TOKENS = 64  # of one image of the tiny vision tower
@@ -54,7 +54,7 @@ def corpus(make_corpus):
 @pytest.fixture
 def logged(monkeypatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr(soft_packed, "print_log", lambda message, **_: lines.append(message))
+    monkeypatch.setattr(dataset_module, "print_log", lambda message, **_: lines.append(message))
     return lines
 
 
@@ -100,7 +100,7 @@ def test_items_are_the_cached_conversations_with_widened_images(build, corpus):
             seen.append(name)
         assert (item["input_ids"] == IMAGE_TOKEN_INDEX).sum() == TOKENS * len(item["pixel_values"])
         assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
-        assert (item["capacity"], item["denominator"], item["step_end"]) == (256, None, True)
+        assert item["capacity"] == 256
     assert sorted(seen) == sorted(f"toy/{item['id']}" for item in RECORDS)
 
 
@@ -147,26 +147,21 @@ def test_image_decoding_reaches_the_transform(build, corpus):
     assert build(corpus.mixture, image_decoding="scaled").transform.decoding == "scaled"
 
 
-def test_a_pack_that_only_fills_a_place_learns_nothing(build, corpus):
+def test_a_filler_has_no_supervised_tokens(build, corpus):
     dataset = build(corpus.mixture)
-    learning = dataset[
-        PackRef(epoch=0, pack=0, denominator=4.0, weighting="token", step_end=False, learns=True)
-    ]
-    filling = dataset[
-        PackRef(epoch=0, pack=0, denominator=4.0, weighting="token", step_end=False, learns=False)
-    ]
+    learning, filling = dataset[PackRef(epoch=0, pack=0)], dataset[PackRef(0, 0, filler=True)]
     assert (learning["labels"] != IGNORE_INDEX).any()
     assert (filling["labels"] == IGNORE_INDEX).all()
     assert filling["labels"].shape == filling["input_ids"].shape
     assert torch.equal(filling["input_ids"], learning["input_ids"])
-    assert (filling["denominator"], filling["step_end"]) == (4.0, False)
+    assert (filling["num_tokens"], filling["capacity"]) == (0, 0)
 
 
 def test_epochs_have_other_packs_of_the_same_conversations(build, corpus):
     dataset = build(corpus.mixture)
 
     def ids(epoch: int) -> list[str]:
-        refs = [PackRef(epoch, pack, 1.0, "token", True, True) for pack in range(len(dataset))]
+        refs = [PackRef(epoch, pack) for pack in range(len(dataset))]
         return [name for ref in refs for name in dataset[ref]["ids"]]
 
     assert ids(0) != ids(1)
@@ -236,7 +231,7 @@ def test_pickled_dataset_is_small_and_gives_equal_items(build, corpus):
     assert len(pickled) < 100_000  # no token array travels to a worker
     copy = pickle.loads(pickled)
     assert len(copy) == len(dataset)
-    refs = [PackRef(1, pack, 2.0, "token", False, True) for pack in range(len(dataset))]
+    refs = [PackRef(1, pack) for pack in range(len(dataset))]
     assert all(same(copy[ref], dataset[ref]) for ref in refs)
 
 

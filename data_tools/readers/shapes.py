@@ -1,12 +1,12 @@
-"""Polygons and COCO's run-length codes -> masks, by pycocotools, never trusting the numbers.
+"""Numbers of annotation files, never trusted: polygons and COCO's run-length codes -> masks by pycocotools.
 
-pycocotools is C: it allocates what the length of a polygon asks for, and takes four numbers for a box.
-``H`` and ``W`` are the picture's height and width.
+pycocotools is C: it allocates what a polygon's coordinates ask for, and takes four numbers for a box.
+``H`` and ``W`` are the image's height and width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,26 @@ import numpy as np
 from gmai_xtuner.core.errors import Unusable
 
 
+def numbers(texts: Mapping[str, object]) -> dict[str, float]:
+    """Return each value as a finite number.
+
+    Raises:
+        ValueError: one is none; the text names it.
+    """
+    found = {}
+    for key, value in texts.items():
+        try:
+            number = float(str(value).strip())
+        except ValueError:
+            raise ValueError(f"{key} is {value!r}, which is no number") from None
+        if not np.isfinite(number):
+            raise ValueError(f"{key} is {value!r}, which is no finite number")
+        found[key] = number
+    return found
+
+
 def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) -> np.ndarray:
-    """Bool ``[H, W]``: the union of polygons.
+    """Return bool ``[H, W]``: the union of polygons.
 
     Args:
         polygons: each ``[x, y, x, y, ...]`` in pixels.
@@ -56,7 +74,7 @@ def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) 
 
 
 def run_length_mask(code: Any, size: tuple[int, int]) -> np.ndarray:
-    """Bool ``[H, W]`` of COCO's ``{"size": [H, W], "counts": ...}``, compressed or not.
+    """Return bool ``[H, W]`` of COCO's ``{"size": [H, W], "counts": ...}``, compressed or not.
 
     Raises:
         Unusable: of another size, or its runs are not as long as the picture.

@@ -1,0 +1,162 @@
+"""Tables whose rows name a video, a slide or a series, held as a whole: CSV, TSV, JSONL or Excel."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from pydantic import Field
+
+from data_tools.options import Options
+from data_tools.readers.rows import FORMATS, cell_text, check_columns, open_table
+from data_tools.records import Unit
+from gmai_xtuner.core.errors import SourceError
+
+
+class CornerColumns(Options):
+    """Columns of a box's left, upper, right and lower edge, in pixels, half-open."""
+
+    x1: str
+    y1: str
+    x2: str
+    y2: str
+
+    @property
+    def used(self) -> list[str]:
+        """x1, y1, x2, y2."""
+        return [self.x1, self.y1, self.x2, self.y2]
+
+
+class RowColumns(Options):
+    """Which column holds what.
+
+    Args:
+        file: path below the source's root, file name, or file name without its suffix.
+        label: the label; an empty cell: nothing is known.
+        box: ``{x1: ..., y1: ..., x2: ..., y2: ...}``; without it, or where the four cells are empty, a label
+            is of the whole.
+        attributes: column -> name of the attribute that its cells are.
+    """
+
+    file: str = "file"
+    label: str = "label"
+    box: CornerColumns | None = None
+    attributes: dict[str, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRow:
+    """A row that names a video, a slide or a series.
+
+    Args:
+        line: of the table, from 1, the header included; of an Excel sheet its row.
+        label: "" if the cell is empty.
+        box: None without box columns, or with all four cells empty.
+        attributes: those with a text in their cell.
+        cells: of the further columns that the reader asked for.
+        problem: why the row can't be used, or "".
+    """
+
+    line: int
+    label: str
+    box: tuple[float, float, float, float] | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    cells: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+def read_rows(
+    source: str, table: Path, columns: RowColumns, *, extra: Sequence[str] = ()
+) -> dict[str, list[FileRow]]:
+    """Return for each file name, as the table has it, its rows in the table's order.
+
+    Args:
+        source: name in the job, for the errors' text.
+        table: tab-separated, JSONL or Excel by its suffix, else CSV.
+        columns: of the table.
+        extra: further columns that must be there; kept as text in `FileRow.cells`.
+
+    Raises:
+        SourceError: the table or one of its rows can't be read, or a column is missing.
+    """
+    corners = columns.box.used if columns.box else []
+    used = [columns.file, columns.label, *corners, *columns.attributes, *extra]
+    used = list(dict.fromkeys(used))
+    found: dict[str, list[FileRow]] = defaultdict(list)
+    suffix = table.suffix.lower()
+    form = "csv" if suffix == ".txt" else FORMATS.get(suffix, "csv")
+    with open_table(table, source=source, form=form, strict=True) as opened:
+        if opened.kind == "csv":
+            check_columns(opened, used, opened.header)
+        for _, row in opened.rows(used):
+            shown = f"{opened.shown} line {row.line}"
+            if row.problem:
+                raise SourceError(f"{shown}: {row.problem}. Correct the row.")
+            cells = {name: cell_text(cell) for name, cell in row.cells.items()}
+            name = cells[columns.file]
+            if not name:
+                raise SourceError(
+                    f"{shown}: the cell of {columns.file!r} is empty; every row names its file."
+                )
+            box, problem = _box([cells[name] for name in corners])
+            attributes = {new: cells[old] for old, new in columns.attributes.items() if cells[old]}
+            kept = {name: cells[name] for name in extra}
+            label = sys.intern(cells[columns.label])
+            found[name].append(FileRow(row.line, label, box, attributes, kept, problem))
+        if not found:
+            raise SourceError(f"{opened.shown} has no row.")
+    return dict(found)
+
+
+def match_files(rows: Mapping[str, Iterable[FileRow]], files: Sequence[str]) -> Iterator[Unit]:
+    """Yield a unit for each file with its rows, then one for each name of the table that has no file.
+
+    A name fits a file by its path, else by its file name, else by its file name without suffix; a short
+    name that several files have fits none of them.
+
+    Args:
+        files: paths below the root, sorted.
+    """
+    by_path = set(files)
+    short: dict[str, set[str]] = defaultdict(set)
+    for path in files:
+        name = PurePosixPath(path)
+        for alias in (name.name, name.name.split(".")[0], name.stem):
+            short[alias].add(path)
+    of_file: dict[str, list[FileRow]] = defaultdict(list)
+    unknown = []
+    for shown, of_name in rows.items():
+        path = shown.replace("\\", "/")
+        fitting = {path} if path in by_path else short.get(path, set())
+        if len(fitting) == 1:
+            of_file[next(iter(fitting))].extend(of_name)
+        else:
+            unknown.append(shown)
+    for path in files:
+        yield Unit(path, tuple(of_file.get(path, ())))
+    yield from (Unit(shown) for shown in sorted(unknown))
+
+
+def folder_name(path: str) -> str | None:
+    """Return the name of the folder that a file lies in; None for one in the source's root itself."""
+    return PurePosixPath(path).parent.name or None
+
+
+def beside(path: str, pattern: str) -> str:
+    """Return the path below the root of the file that belongs to another, such as a slide's mask."""
+    own = PurePosixPath(path)
+    return (own.parent / pattern.replace("{stem}", own.stem)).as_posix()
+
+
+def _box(cells: Sequence[str]) -> tuple[tuple[float, float, float, float] | None, str]:
+    """Return the box, and what is wrong with it."""
+    if not any(cells):
+        return None, ""
+    try:
+        x1, y1, x2, y2 = (float(cell) for cell in cells)
+    except ValueError:
+        return None, f"x1, y1, x2, y2 are {', '.join(map(repr, cells))}, not four numbers"
+    return (x1, y1, x2, y2), ""
