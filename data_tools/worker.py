@@ -16,7 +16,7 @@ from data_tools import forms
 from data_tools.checks import CheckOptions, check
 from data_tools.forms.options import MakeOptions
 from data_tools.items import Conversation, Item, SourceContext
-from data_tools.readers.source import SourceOptions
+from data_tools.readers import SourceOptions
 from data_tools.records import Record, Unit
 from data_tools.stamps import stamp
 from data_tools.standardise import duplicate_key, read_unit
