@@ -83,8 +83,23 @@ def add_api_key_argument(
     parser.add_argument(option, metavar="NAME", default=default, help=help)
 
 
+class _AllowPickle(argparse.Action):
+    def __call__(self, *_: object) -> None:
+        os.environ["GMAI_ALLOW_PICKLE"] = "1"
+
+
+def add_allow_pickle(parser: argparse._ActionsContainer) -> None:
+    """Add ``--allow-pickle``, which holds for the process and those it starts."""
+    parser.add_argument(
+        "--allow-pickle",
+        action=_AllowPickle,
+        nargs=0,
+        help="also read weights that are a pickle (pytorch_model.bin); tensors alone, nothing is run",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """``MODEL``, ``--llm``, ``--vision``, ``--dtype``, ``--device``, ``--prompt-template``, ``--add-bos``."""
+    """Add ``MODEL`` and the options that say how it is loaded."""
     parser.add_argument("model", metavar="MODEL", help="folder with the weights of a trained model")
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -103,6 +118,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="begin prompts with <s> (default: what the folder says)",
     )
+    add_allow_pickle(group)
 
 
 def load_from_arguments(options: argparse.Namespace) -> Predictor:

@@ -18,9 +18,8 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
 from gmai_xtuner.core.errors import GMAIError
@@ -33,7 +32,7 @@ def apply() -> None:
     tell_own_errors_plainly()
     keep_standard_output_clean()
     name_deepspeed_configs()
-    allow_checkpoint_globals()
+    read_checkpoints_without_running_them()
     answer_bf16_on_cpu()
     launch_without_gpu()
     skip_shared_memory_op()
@@ -92,44 +91,45 @@ def name_deepspeed_configs() -> None:
         cfgs_name_path[name] = str(folder / f"{name}.json")
 
 
-def allow_checkpoint_globals() -> None:
-    """Checkpoints of mmengine load under torch 2.6 and newer.
+def read_checkpoints_without_running_them() -> None:
+    """Checkpoints that mmengine, DeepSpeed and xtuner open are read by our own reader.
 
-    ``torch.load`` is ``weights_only`` since 2.6; mmengine's checkpoints hold its own ``HistoryBuffer``
-    and ``ConfigDict``, numpy values and DeepSpeed's loss scaler. They are allow-listed by name, with the
-    ``getattr`` by which ``HistoryBuffer`` is rebuilt; the list holds for the whole process. Until mmengine
-    does it (0.10.6 does not).
+    They call ``torch.load`` with ``weights_only=False``, or leave it to the installed torch: a file runs what
+    it likes, or their own state is refused. In these modules ``torch.load`` is
+    :func:`gmai_xtuner.checkpoint.pickles.read_training_state`, and a checkpoint is a local file. Permanent.
     """
-    add = getattr(torch.serialization, "add_safe_globals", None)
-    if add is None:
-        return
-    from collections import defaultdict
+    for name in (
+        "deepspeed.runtime.base_optimizer",
+        "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.utils.zero_to_fp32",
+        "mmengine.runner.checkpoint",
+        "xtuner.model.utils",
+        "xtuner.tools.utils",
+        "xtuner.utils.zero_to_any_dtype",
+    ):
+        module: Any = importlib.import_module(name)
+        module.torch = _TorchWithSafeLoad("torch")
+        if name == "mmengine.runner.checkpoint":
+            module.load_url = _refuse_url
 
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-    from mmengine.config import ConfigDict
-    from mmengine.logging.history_buffer import HistoryBuffer
 
-    numpy_core = getattr(np, "_core", None) or np.core
-    add(
-        [
-            HistoryBuffer,
-            ConfigDict,
-            LossScaler,
-            DynamicLossScaler,
-            ZeroStageEnum,
-            fragment_address,
-            defaultdict,
-            dict,
-            getattr,
-            numpy_core.multiarray._reconstruct,
-            numpy_core.multiarray.scalar,
-            np.ndarray,
-            np.dtype,
-            *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u4", "u8", "bool")},
-        ]
-    )
+class _TorchWithSafeLoad(types.ModuleType):
+    """``torch`` for a foreign module that opens checkpoints; its ``load`` runs nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def load(self, file: Any, map_location: Any = None, mmap: bool | None = None, **_: Any) -> Any:
+        from gmai_xtuner.checkpoint.pickles import read_training_state
+
+        if not isinstance(file, (str, os.PathLike)):
+            raise GMAIError("a checkpoint must be a local file; it can't be read from memory")
+        return read_training_state(Path(file), map_location=map_location, mmap=bool(mmap))
+
+
+def _refuse_url(url: str, *_: Any, **__: Any) -> NoReturn:
+    raise GMAIError(f"a checkpoint must be a local file, got {url!r}. Download it first")
 
 
 def answer_bf16_on_cpu() -> None:

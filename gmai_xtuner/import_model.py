@@ -27,6 +27,7 @@ from gmai_xtuner.checkpoint.export_parts import (
     new_folder,
 )
 from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE, save_language_model
+from gmai_xtuner.cli import add_allow_pickle
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.loading import AS_STORED, describe, load_with_settings
 from gmai_xtuner.model.costs import folder_bytes, size
@@ -153,6 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-shard-size", default="2GB")
     parser.add_argument("--prompt-template", help="name in xtuner's PROMPT_TEMPLATE")
     parser.add_argument("--add-bos", action=argparse.BooleanOptionalAction, default=None)
+    add_allow_pickle(parser)
     options = parser.parse_args(arguments)
     try:
         predictor = import_model(

@@ -20,6 +20,7 @@ from mmengine.logging import print_log
 
 import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.checkpoint.export_xtuner import save_language_model
+from gmai_xtuner.cli import add_allow_pickle
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.model import load_language_model, load_tokenizer
 
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("out", help="new or empty folder")
     parser.add_argument("--torch-dtype", help="e.g. float16; default: the base's own")
     parser.add_argument("--max-shard-size", default="4GB")
+    add_allow_pickle(parser)
     arguments = parser.parse_args()
     write_llama_base(
         arguments.base,

@@ -114,7 +114,8 @@ def test_chat_template_is_internlm2s(bases):
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("safe_serialization", [False, True])
-def test_vision_loads_whole_or_alone(tmp_path, whole, safe_serialization):
+def test_vision_loads_whole_or_alone(tmp_path, whole, safe_serialization, monkeypatch):
+    monkeypatch.setenv("GMAI_ALLOW_PICKLE", "1")
     vision = TinyVision(whole=whole, safe_serialization=safe_serialization)
     write_tiny_bases(tmp_path, vision=vision)
     config = json.loads((tmp_path / "vision" / "config.json").read_text())

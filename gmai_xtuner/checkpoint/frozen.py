@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.weight_files import shorten
 from gmai_xtuner.core.errors import ModelLoadError
 
@@ -37,8 +38,7 @@ def read_frozen(checkpoint: Path) -> dict[str, torch.Tensor]:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         return {}
-    saved = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
-    return without_prefix(saved["module"])
+    return without_prefix(read_training_state(file, mmap=True)["module"])
 
 
 def check_same(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from gmai_xtuner.checkpoint.pickles import read_weights
 from gmai_xtuner.core.errors import ModelLoadError
 
 #: Index (sharded) and single-file names, in the order in which they are looked for.
@@ -23,6 +23,27 @@ WEIGHT_FILES = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 TEXT_PATTERNS = ("*.json", "*.model", "*.jinja")
+
+ALLOW_PICKLE = "GMAI_ALLOW_PICKLE"
+
+
+def pickle_allowed() -> bool:
+    """Return whether the user has asked for weights in pickles: ``--allow-pickle`` sets the variable."""
+    return os.environ.get(ALLOW_PICKLE, "0") not in ("", "0")
+
+
+def check_pickle_allowed(name: str) -> None:
+    """Refuse weights in a pickle file unless the user has asked for them.
+
+    Raises:
+        ModelLoadError: the user has not.
+    """
+    if not pickle_allowed():
+        raise ModelLoadError(
+            f"the weights of {name} are a pickle, not safetensors. A pickle can carry a program. None is "
+            "run, but it is read only when asked for: with --allow-pickle, or GMAI_ALLOW_PICKLE=1 in the "
+            "environment of xtuner's commands. A copy in safetensors needs neither"
+        )
 
 
 def building_on_meta() -> bool:
@@ -51,6 +72,7 @@ def resolve_directory(name: str, *, weights: bool) -> Path:
     try:
         found = _download(name, TEXT_PATTERNS)
         if weights and not has_weights(_download(name, ("*.safetensors",))):
+            check_pickle_allowed(name)
             found = _download(name, ("*.bin",))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelLoadError(
@@ -131,16 +153,14 @@ def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
     """Read one file of weights, memory-mapped.
 
     Raises:
-        ModelLoadError: it is cut short or damaged.
+        ModelLoadError: it is cut short or damaged, or a pickle that the user has not asked for.
     """
+    if path.suffix != ".safetensors":
+        check_pickle_allowed(str(path))
+        return read_weights(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Memory-mapping needs the zip format, which torch has written since 1.6.
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        return load_file(path)
+    except (SafetensorError, RuntimeError, EOFError) as error:
         raise ModelLoadError(
             f"{path} can't be read ({type(error).__name__}: {error}). "
             "The file is cut short or damaged: copy it again."

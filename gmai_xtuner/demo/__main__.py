@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmai_xtuner.cli import add_dtype_argument, positive_int, positive_number
+from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument, positive_int, positive_number
 from gmai_xtuner.core.errors import GMAIError
 
 PORT = 7860
@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
             f"--vision{letter}", metavar="BASE", help=f"vision tower of {which}, if that has none"
         )
     add_dtype_argument(parser)
+    add_allow_pickle(parser)
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to serve (default: this machine only)"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gmai_xtuner.cli import (
+    add_allow_pickle,
     add_api_key_argument,
     add_dtype_argument,
     only_the_report_on_stdout,
@@ -296,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     local("--llm", help="base language model of an export that has none")
     local("--vision", help="base vision tower of an export that has none")
     add_dtype_argument(group)
+    add_allow_pickle(group)
     local("--device", help="e.g. cpu or cuda:1 (default: the GPU of this process)")
     group = parser.add_argument_group("a model behind an OpenAI-compatible server")
     remote = group.add_argument

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from gmai_xtuner.checkpoint.adapters import add_adapter
-from gmai_xtuner.checkpoint.layouts import is_llava, text_model
+from gmai_xtuner.checkpoint.layouts import text_model
 from gmai_xtuner.checkpoint.weight_files import building_on_meta, resolve_directory, shorten
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.model.quantization import quantization_that_runs
@@ -108,19 +108,16 @@ def load_language_model(
             "low_cpu_mem_usage": None if is_deepspeed_zero3_enabled() else True,
             "output_loading_info": True,
         }
-        own_folder = adapter is None and not is_llava(directory)
         if adapter is not None:
             weights = add_adapter(weights, adapter)
         if model_type == "internlm2":
             weights = convert_state_dict(weights, config)
         elif raw.get("quantization_config") is None:
             _check_fit(weights, llama_shapes(config), where=str(directory))
-        if model_type == "llama" and own_folder:
-            del weights  # memory-mapped: nothing was copied
-            model, info = LlamaForCausalLM.from_pretrained(directory, config=config, **options)
-        else:
-            options["state_dict"] = weights
-            model, info = LlamaForCausalLM.from_pretrained(None, config=config, **options)
+        # Given the weights, transformers opens no file by itself.
+        model, info = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=weights, **options
+        )
         check_loading_info(info, where=str(directory))
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)

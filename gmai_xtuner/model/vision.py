@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -91,16 +90,21 @@ def load_vision_tower(
         return CLIPVisionModel._from_config(config, torch_dtype=dtype or config.torch_dtype)
     # Missing and damaged files, with our messages; nothing is copied.
     weights = vision_model(directory)[1] if is_llava(directory) else read_state_dict(directory)
-    options: dict[str, Any] = {"torch_dtype": dtype or "auto", "output_loading_info": True}
-    source: Path | None = directory
-    if adapter is not None or trained is not None or is_llava(directory):
-        weights = dict(weights if trained is None else trained)
-        source, options["config"] = None, config
-        options["state_dict"] = weights if adapter is None else add_adapter(weights, adapter)
-        if dtype is None:
-            options["torch_dtype"] = next(iter(weights.values())).dtype
+    if trained is not None:
+        weights = dict(trained)
+    if adapter is not None:
+        weights = add_adapter(weights, adapter)
+    if dtype is None and (adapter is not None or trained is not None or is_llava(directory)):
+        dtype = next(iter(weights.values())).dtype
     try:
-        model, info = CLIPVisionModel.from_pretrained(source, **options)
+        # Given the weights, transformers opens no file by itself.
+        model, info = CLIPVisionModel.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            torch_dtype=dtype or "auto",
+            output_loading_info=True,
+        )
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise

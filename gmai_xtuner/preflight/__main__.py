@@ -11,7 +11,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gmai_xtuner.cli import only_the_report_on_stdout, positive_int, positive_number
+from gmai_xtuner.cli import (
+    add_allow_pickle,
+    only_the_report_on_stdout,
+    positive_int,
+    positive_number,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="as for xtuner train")
     parser.add_argument("--work-dir", help="as for xtuner train")
+    add_allow_pickle(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--images", action="store_true", help="decode every image of the mixture")
     parser.add_argument(

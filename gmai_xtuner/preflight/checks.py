@@ -15,6 +15,7 @@ from gmai_xtuner.checkpoint.folder import checkpoints_in, what_is_wrong
 from gmai_xtuner.checkpoint.frozen import without_prefix
 from gmai_xtuner.checkpoint.layouts import is_llava, text_model, vision_model
 from gmai_xtuner.checkpoint.load import load_parts, resolve_checkpoint
+from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.starting_points import is_export
 from gmai_xtuner.checkpoint.weight_files import (
     has_weights,
@@ -176,8 +177,8 @@ def checkpoint_shapes(path: Path) -> dict[str, torch.Tensor]:
     files = sorted(path.glob("*_model_states.pt")) if path.is_dir() else [path]
     try:
         # Memory-mapped: of the tensors nothing but their descriptions is read.
-        content = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, IndexError) as error:
+        content = read_training_state(files[0], mmap=True)
+    except (OSError, IndexError) as error:
         raise ModelLoadError(
             f"{files[0] if files else path} can't be read ({type(error).__name__}: {error})"
         ) from error

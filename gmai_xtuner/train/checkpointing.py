@@ -38,6 +38,7 @@ from gmai_xtuner.checkpoint.folder import (
     sequence_of,
     what_is_wrong,
 )
+from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text, to_disk
 from gmai_xtuner.train.hooks import is_due
@@ -343,7 +344,7 @@ def seed_of(path: Path) -> int | None:
     if manifest is not None:
         return manifest.seed
     file = next(checkpoint.glob("*_model_states.pt")) if checkpoint.is_dir() else checkpoint
-    return torch.load(file, map_location="cpu", mmap=True)["meta"].get("seed")
+    return read_training_state(file, mmap=True)["meta"].get("seed")
 
 
 def rank_file(rank: int) -> str:
@@ -370,7 +371,7 @@ def restore_rank_state(runner: FlexibleRunner, checkpoint: Path) -> None:
             level=logging.WARNING,
         )
         return
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = read_training_state(file)
     for hook in runner.hooks:
         if type(hook).__name__ in state["hooks"] and hasattr(hook, "load_rank_state_dict"):
             hook.load_rank_state_dict(state["hooks"][type(hook).__name__])

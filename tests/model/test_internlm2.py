@@ -88,7 +88,8 @@ def test_same_logits_as_xtuners_internlm2(tmp_path, geometry):
         assert (got - expected).abs().max() < 1e-5
 
 
-def test_bin_equals_safetensors_and_sharded_equals_single(tmp_path):
+def test_bin_equals_safetensors_and_sharded_equals_single(tmp_path, monkeypatch):
+    monkeypatch.setenv("GMAI_ALLOW_PICKLE", "1")
     models = {}
     for shards in (1, 3):
         for safe in (True, False):
@@ -275,7 +276,8 @@ def test_index_that_promises_too_much_is_an_error(checkpoint):
         load_language_model(str(checkpoint))
 
 
-def test_truncated_bin_is_named(tmp_path):
+def test_truncated_bin_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("GMAI_ALLOW_PICKLE", "1")
     llm = replace(SMALL, shards=1, safe_serialization=False)
     write_tiny_llm(tmp_path / "llm", llm, seed=0)
     path = tmp_path / "llm" / "pytorch_model.bin"

@@ -19,6 +19,7 @@ from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE
 from gmai_xtuner.checkpoint.layouts import layout_of
 from gmai_xtuner.checkpoint.starting_points import is_xtuner_layout
 from gmai_xtuner.checkpoint.weight_files import read_json
+from gmai_xtuner.checkpoint.weight_files import pickle_allowed
 from gmai_xtuner.core.errors import EvaluationError, ImageError, ModelLoadError
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions
 from gmai_xtuner.evaluate.fingerprint import hash_files
@@ -343,7 +344,9 @@ def _load_from_hub(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, torch_dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, torch_dtype=dtype, use_safetensors=None if pickle_allowed() else True
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelLoadError(
             f"{name!r} is neither an export of this project nor an image-text model that transformers loads "

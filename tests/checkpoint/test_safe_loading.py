@@ -1,0 +1,642 @@
+"""Files that run a program when plain pickle reads them, through all that opens a checkpoint: none runs."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging.history_buffer import HistoryBuffer
+
+from gmai_xtuner.checkpoint.adapters import add_adapter
+from gmai_xtuner.checkpoint.frozen import read_frozen
+from gmai_xtuner.checkpoint.load import load_checkpoint_state
+from gmai_xtuner.checkpoint.pickles import read_training_state, read_weights
+from gmai_xtuner.checkpoint.weight_files import read_state_dict, resolve_directory
+from gmai_xtuner.cli import add_model_arguments
+from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+from gmai_xtuner.loading import load_model
+from gmai_xtuner.preflight.checks import checkpoint_shapes
+from gmai_xtuner.train.checkpointing import restore_rank_state, seed_of
+
+BUFFER = "mmengine.logging.history_buffer", "HistoryBuffer"
+
+
+def of(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    return pickle.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def pair(*items: bytes) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE
+
+
+def call(function: bytes, *arguments: bytes) -> bytes:
+    return function + pair(*arguments) + pickle.REDUCE
+
+
+def stacked(module: str, name: str) -> bytes:
+    return text(module) + text(name) + pickle.STACK_GLOBAL
+
+
+def attribute(owner: bytes, name: str) -> bytes:
+    return call(of("builtins", "getattr"), owner, text(name))
+
+
+def binary(content: bytes) -> bytes:
+    return pickle.BINBYTES + struct.pack("<I", len(content)) + content
+
+
+def dictionary(**values: bytes) -> bytes:
+    items = b"".join(text(key) + value for key, value in values.items())
+    return pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
+
+
+def program(body: bytes) -> bytes:
+    return pickle.PROTO + b"\x02" + body + pickle.STOP
+
+
+def payloads(marker: str) -> dict[str, bytes]:
+    """Pickles that write ``marker`` when plain pickle reads them: name -> body of the program."""
+    python = f"open({marker!r}, 'w').close()"
+    write = call(of("builtins", "open"), text(marker), text("w"))
+    partial = call(of("functools", "partial"), of("builtins", "open"), text(marker), text("w"))
+    nested = pickle.PROTO + b"\x02" + write + pickle.STOP
+    array = call(
+        of("numpy.core.multiarray", "_reconstruct"),
+        of("numpy", "ndarray"),
+        pair(b"K\x00"),
+        text("b"),
+    )
+    objects = call(of("numpy", "dtype"), text("O8"), pickle.NEWFALSE, pickle.NEWTRUE)
+    found = {
+        "open": write,
+        "open, stacked name": call(stacked("builtins", "open"), text(marker), text("w")),
+        "open, python 2 name": call(of("__builtin__", "open"), text(marker), text("w")),
+        "open by INST": pickle.MARK + text(marker) + text("w") + pickle.INST + b"io\nFileIO\n",
+        "open by OBJ": pickle.MARK + of("io", "FileIO") + text(marker) + text("w") + pickle.OBJ,
+        "open by NEWOBJ": of("subprocess", "Popen")
+        + pair(pickle.EMPTY_LIST + pickle.MARK + text("true") + pickle.APPENDS)
+        + pickle.NEWOBJ
+        + pickle.POP
+        + write,
+        "open by NEWOBJ_EX": of("functools", "partial")
+        + pair(of("builtins", "open"), text(marker))
+        + dictionary(mode=text("w"))
+        + pickle.NEWOBJ_EX
+        + pickle.EMPTY_TUPLE
+        + pickle.REDUCE,
+        "eval": call(of("builtins", "eval"), text(python)),
+        "exec": call(of("builtins", "exec"), text(python)),
+        "system": call(of("os", "system"), text(f"touch {marker}")),
+        "posix system": call(of("posix", "system"), text(f"touch {marker}")),
+        "check_output": call(
+            of("subprocess", "check_output"),
+            pickle.EMPTY_LIST + pickle.MARK + text("touch") + text(marker) + pickle.APPENDS,
+        ),
+        "mkdir": call(of("os", "mkdir"), text(marker)),
+        "symlink": call(of("os", "symlink"), text("/"), text(marker)),
+        "copyfile": call(of("shutil", "copyfile"), text(__file__), text(marker)),
+        "torch.save": call(of("torch.serialization", "save"), pickle.NONE, text(marker)),
+        "numpy.save": call(of("numpy", "save"), text(marker), b"K\x00") + pickle.POP + write,
+        "Path.touch": call(attribute(call(of("pathlib", "Path"), text(marker)), "touch")),
+        "nested pickle": call(of("pickle", "loads"), binary(nested)),
+        "nested C pickle": call(of("_pickle", "loads"), binary(nested)),
+        "partial": partial + pickle.EMPTY_TUPLE + pickle.REDUCE,
+        "map": call(
+            of("builtins", "list"),
+            call(of("builtins", "map"), of("os", "mkdir"), pair(text(marker))),
+        ),
+        "attrgetter": call(
+            call(of("operator", "attrgetter"), text("system")),
+            call(of("importlib", "import_module"), text("os")),
+        )
+        + pair(text(f"touch {marker}"))
+        + pickle.REDUCE,
+        "methodcaller": call(
+            call(of("operator", "methodcaller"), text("touch")),
+            call(of("pathlib", "Path"), text(marker)),
+        ),
+        "getattr of a module": call(
+            attribute(call(of("importlib", "import_module"), text("os")), "mkdir"), text(marker)
+        ),
+        "torch's nested loader": call(of("torch.storage", "_load_from_bytes"), binary(nested))
+        + pickle.POP
+        + write,
+        "compile": call(
+            of("builtins", "exec"),
+            call(of("builtins", "compile"), text(python), text("x"), text("exec")),
+        ),
+        "timeit": call(
+            of("timeit", "timeit"),
+            text(python),
+            text("pass"),
+            of("timeit", "default_timer"),
+            b"K\x01",
+        ),
+        "code": call(
+            attribute(call(of("code", "InteractiveInterpreter")), "runcode"), text(python)
+        ),
+        "pydoc": call(of("pydoc", "pipepager"), text(""), text(f"touch {marker}")),
+        # Each permitted name as a stepping stone to what it reaches.
+        "HistoryBuffer's globals": call(
+            attribute(
+                attribute(attribute(attribute(of(*BUFFER), "update"), "__globals__"), "get"),
+                "__call__",
+            ),
+            text("__builtins__"),
+        )
+        + pickle.POP
+        + write,
+        "HistoryBuffer's own getattr": attribute(of(*BUFFER), "__subclasses__")
+        + pickle.EMPTY_TUPLE
+        + pickle.REDUCE
+        + pickle.POP
+        + write,
+        "HistoryBuffer's builtins": call(
+            call(
+                attribute(
+                    call(
+                        attribute(
+                            attribute(attribute(of(*BUFFER), "update"), "__globals__"), "get"
+                        ),
+                        text("__builtins__"),
+                    ),
+                    "get",
+                ),
+                text("open"),
+            ),
+            text(marker),
+            text("w"),
+        ),
+        "HistoryBuffer fills a method": call(of(*BUFFER))
+        + dictionary(statistics_methods=pickle.EMPTY_DICT, update=partial)
+        + pickle.BUILD,
+        "HistoryBuffer's statistics": call(of(*BUFFER))
+        + dictionary(statistics_methods=dictionary(mean=write))
+        + pickle.BUILD,
+        "BUILD on a class": of(*BUFFER)
+        + pair(pickle.NONE, dictionary(update=partial))
+        + pickle.BUILD,
+        "BUILD on a function": of("torch._utils", "_rebuild_tensor_v2")
+        + pair(pickle.NONE, dictionary(__wrapped__=partial))
+        + pickle.BUILD,
+        "OrderedDict's attributes": call(of("collections", "OrderedDict"))
+        + dictionary(items=partial, keys=partial, get=partial)
+        + pickle.BUILD,
+        "defaultdict's factory": attribute(
+            call(of("collections", "defaultdict"), partial), "__missing__"
+        )
+        + pair(text("x"))
+        + pickle.REDUCE,
+        "LossScaler's attributes": of("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler")
+        + pickle.EMPTY_TUPLE
+        + pickle.NEWOBJ
+        + dictionary(update_scale=partial, cur_scale=write)
+        + pickle.BUILD,
+        "LossScaler's globals": attribute(
+            attribute(of("deepspeed.runtime.fp16.loss_scaler", "LossScaler"), "backward"),
+            "__globals__",
+        )
+        + pickle.POP
+        + write,
+        "fragment_address": of("deepspeed.utils.tensor_fragment", "fragment_address")
+        + pair(write, b"K\x00")
+        + pickle.NEWOBJ,
+        "ZeroStageEnum": call(of("deepspeed.runtime.zero.config", "ZeroStageEnum"), b"K\x01")
+        + dictionary(x=write)
+        + pickle.BUILD,
+        "ConfigDict with a lazy object": call(
+            of("mmengine.config.config", "ConfigDict"),
+            dictionary(x=call(of("mmengine.config.lazy", "LazyObject"), text("os"), text("sys"))),
+        )
+        + pickle.POP
+        + write,
+        "dtype of objects": array
+        + pair(b"K\x01", pair(b"K\x01"), objects, pickle.NEWFALSE, write)
+        + pickle.POP,
+        "array of objects": array
+        + pair(
+            b"K\x01",
+            pair(b"K\x01"),
+            objects,
+            pickle.NEWFALSE,
+            pickle.EMPTY_LIST + write + pickle.APPEND,
+        )
+        + pickle.BUILD,
+        "scalar of objects": call(of("numpy.core.multiarray", "scalar"), objects, write),
+        "dtype's fields": call(
+            of("numpy", "dtype"), pickle.EMPTY_LIST + pair(text("x"), text("O")) + pickle.APPEND
+        )
+        + pickle.POP
+        + write,
+        "_codecs": call(of("_codecs", "decode"), binary(b"x"), text("latin1")) + pickle.POP + write,
+        "torch.Size of a map": call(
+            of("torch", "Size"), call(of("builtins", "map"), of("os", "mkdir"), pair(text(marker)))
+        ),
+        "tensor of another type": call(
+            of("torch._tensor", "_rebuild_from_type_v2"),
+            of("builtins", "open"),
+            of("torch", "Tensor"),
+            pair(text(marker), text("w")),
+            dictionary(),
+        ),
+        "tensor's hooks": call(
+            of("torch._utils", "_rebuild_tensor_v2"),
+            write,
+            b"K\x00",
+            pair(b"K\x01"),
+            pair(b"K\x01"),
+            pickle.NEWFALSE,
+            write,
+        ),
+        "persistent id of a module": pair(
+            text("module"), of("builtins", "open"), text("a"), text("b")
+        )
+        + pickle.BINPERSID
+        + pickle.POP
+        + write,
+        "textual persistent id": pickle.PERSID + b"storage\n" + pickle.POP + write,
+        "list's append": of("collections", "deque")
+        + pickle.EMPTY_TUPLE
+        + pickle.REDUCE
+        + write
+        + pickle.APPEND,
+        "EXT": write + pickle.EXT1 + b"\x01",
+    }
+    return {
+        name: dictionary(state_dict=dictionary(x=body), meta=pickle.EMPTY_DICT)
+        for name, body in found.items()
+    }
+
+
+def in_zip(
+    body: bytes, *, extra: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
+) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        members = {
+            "data.pkl": program(body),
+            "byteorder": b"little",
+            "data/0": b"\0" * 64,
+            "version": b"3\n",
+        }
+        for name, content in (members | (extra or {})).items():
+            archive.writestr(f"archive/{name}", content)
+    return out.getvalue()
+
+
+def in_legacy(body: bytes) -> bytes:
+    parts = (
+        torch.serialization.MAGIC_NUMBER,
+        torch.serialization.PROTOCOL_VERSION,
+        {"little_endian": True},
+    )
+    return (
+        b"".join(pickle.dumps(part, protocol=2) for part in parts)
+        + program(body)
+        + pickle.dumps([])
+    )
+
+
+def in_tar(body: bytes, *, first: str = "storages") -> bytes:
+    out = io.BytesIO()
+    empty = pickle.dumps(0) + pickle.dumps([])
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in {
+            first: empty,
+            "storages": empty,
+            "tensors": empty,
+            "pickle": program(body),
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def gadgets(marker: Path) -> dict[str, bytes]:
+    """Files: each payload in PyTorch's zip format, and some in every other container."""
+    bodies = payloads(str(marker))
+    files = {f"{name} in a zip": in_zip(body) for name, body in bodies.items()}
+    for name in ("open", "eval", "HistoryBuffer's builtins"):
+        body = bodies[name]
+        inner = in_zip(body)
+        files |= {
+            f"{name} in the old format": in_legacy(body),
+            f"{name} in a tar": in_tar(body),
+            f"{name} in a tar that begins like the old format": in_tar(
+                body, first=pickle.dumps(torch.serialization.MAGIC_NUMBER, 2).decode("latin1")
+            ),
+            f"{name}, bare": program(body),
+            f"{name} in TorchScript": in_zip(body, extra={"constants.pkl": program(body)}),
+            f"{name} in a zip in a zip": in_zip(
+                text("x"), extra={"data/0": inner, "data.pkl": inner}
+            ),
+            f"{name} in a compressed zip": in_zip(body, compression=zipfile.ZIP_DEFLATED),
+            f"{name} after a harmless pickle": program(pickle.EMPTY_DICT) + program(body),
+        }
+    return files
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], Path]:
+    folder = tmp_path_factory.mktemp("gadgets")
+    return gadgets(folder / "it-ran"), folder / "it-ran"
+
+
+TRAPS = {
+    "BUILD on a class",
+    "BUILD on a function",
+    "HistoryBuffer fills a method",
+    "OrderedDict's attributes",
+    "persistent id of a module",
+    "textual persistent id",
+}
+"""Payloads that run only once other code uses what they left, or in torch's own reader."""
+PLAIN_PICKLE = """
+import contextlib, json, pathlib, pickle, sys
+marker = pathlib.Path(sys.argv[1])
+for name, body in pickle.load(sys.stdin.buffer).items():
+    with contextlib.suppress(Exception):
+        pickle.loads(body)
+    if marker.exists() or marker.is_symlink():
+        print(json.dumps(name))
+        marker.rmdir() if marker.is_dir() and not marker.is_symlink() else marker.unlink()
+"""
+
+
+def test_plain_pickle_runs_the_gadgets(tmp_path):
+    bodies = {name: program(body) for name, body in payloads(str(tmp_path / "ran")).items()}
+    command = [sys.executable, "-c", PLAIN_PICKLE, str(tmp_path / "ran")]
+    child = subprocess.run(command, input=pickle.dumps(bodies), capture_output=True, check=True)
+    ran = {json.loads(line) for line in child.stdout.splitlines() if line.startswith(b'"')}
+    assert set(bodies) - ran == TRAPS
+    assert len(ran) >= 50
+
+
+def _as(*names: str) -> Callable[[Path, bytes], Path]:
+    def write(folder: Path, content: bytes) -> Path:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder / names[0]
+
+    return write
+
+
+def _runner() -> Any:
+    return types.SimpleNamespace(hooks=[])
+
+
+def _deepspeed(path: Path) -> Any:
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    return TorchCheckpointEngine().load(str(path), map_location="cpu")
+
+
+def _mmengine(path: Path) -> Any:
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    return CheckpointLoader.load_checkpoint(str(path), map_location="cpu")
+
+
+def _xtuner(path: Path) -> Any:
+    from xtuner.model.utils import guess_load_checkpoint
+
+    return guess_load_checkpoint(str(path))
+
+
+def _xtuner_seed(path: Path) -> Any:
+    from xtuner.tools.utils import get_seed_from_checkpoint
+
+    return getattr(get_seed_from_checkpoint, "__wrapped__", get_seed_from_checkpoint)(str(path))
+
+
+def _base(path: Path) -> Any:
+    return read_state_dict(path.parent)
+
+
+def _adapter(path: Path) -> Any:
+    config = {"peft_type": "LORA", "lora_alpha": 1}
+    (path.parent / "adapter_config.json").write_text(json.dumps(config))
+    return add_adapter({}, path.parent)
+
+
+def _whole_model(path: Path) -> Any:
+    (path.parent / "config.json").write_text(
+        json.dumps({"mm_hidden_size": 1, "mm_projector_type": "linear", "mm_vision_tower": "x"})
+    )
+    return load_model(path.parent)
+
+
+SHARDS = (
+    "iter_1.pth/mp_rank_00_model_states.pt",
+    "iter_1.pth/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)
+OPENERS: dict[str, tuple[Callable[[Path, bytes], Path], Callable[[Path], Any]]] = {
+    "a file of weights": (_as("x.bin"), read_weights),
+    "a state of training": (_as("x.pth"), read_training_state),
+    "the same, mapped": (_as("x.pth"), lambda path: read_training_state(path, mmap=True)),
+    "a base": (_as("pytorch_model.bin"), _base),
+    "an adapter": (_as("adapter_model.bin"), _adapter),
+    "a released model": (_as("pytorch_model.bin"), _whole_model),
+    "pretrained_pth, a file": (_as("iter_1.pth"), load_checkpoint_state),
+    "pretrained_pth, DeepSpeed's folder": (
+        _as(*SHARDS),
+        lambda path: load_checkpoint_state(path.parent),
+    ),
+    "the seed to resume with": (_as("iter_1.pth"), seed_of),
+    "the seed in DeepSpeed's folder": (_as(*SHARDS), lambda path: seed_of(path.parent)),
+    "a rank's random state": (
+        _as("rank_00000.pt"),
+        lambda path: restore_rank_state(_runner(), path.parent),
+    ),
+    "frozen weights": (_as("mp_rank_00_model_states.pt"), lambda path: read_frozen(path.parent)),
+    "preflight": (_as("iter_1.pth"), checkpoint_shapes),
+    "DeepSpeed": (_as("x.pt"), _deepspeed),
+    "mmengine": (_as("x.pth"), _mmengine),
+    "xtuner": (_as("x.pth"), _xtuner),
+    "xtuner's seed": (_as("x.pth"), _xtuner_seed),
+}
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_no_gadget_runs(opener, corpus, tmp_path, monkeypatch):
+    files, marker = corpus
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GMAI_ALLOW_PICKLE", "1")
+    write, read = OPENERS[opener]
+    reached = 0
+    for number, (name, content) in enumerate(files.items()):
+        (tmp_path / str(number)).mkdir()
+        path = write(tmp_path / str(number), content)
+        with pytest.raises(GMAIError) as caught:
+            read(path)
+        reached += "Nothing in it was run" in str(caught.value)
+        assert not os.path.lexists(marker), f"{name} ran"
+    assert reached >= 50
+
+
+def training_state() -> dict[str, Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    buffer.update(6.0)
+    weight = torch.arange(12.0).reshape(3, 4)
+    return {
+        "buffer": buffer,
+        "config": ConfigDict(a={"b": 1}, c=[ConfigDict(x=1)]),
+        "scaler": LossScaler(8.0),
+        "dynamic": DynamicLossScaler(2.0**16, 1000, 2.0, 1000.0, 0.25),
+        "stage": ZeroStageEnum(2),
+        "address": fragment_address(3, 4),
+        "nested": defaultdict(dict, {1: {2: 3}}),
+        "names": {"a", "b"},
+        "number": np.float64(3.5),
+        "flag": np.bool_(True),
+        "array": np.arange(6).reshape(2, 3),
+        "texts": np.array(["ab", "c"]),
+        "bytes": b"\xff\x00",
+        "nothing": b"",
+        "size": weight.shape,
+        "device": torch.device("cpu"),
+        "dtype": torch.bfloat16,
+        "weight": weight,
+        "transposed": weight.t(),
+        "rows": weight[1:],
+        "half": weight.bfloat16(),
+        "scalar": torch.tensor(1.0),
+        "empty": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(weight),
+        "state_dict": OrderedDict(a=weight),
+        "large": 2**70,
+    }
+
+
+def equal(left: Any, right: Any) -> bool:
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor | np.ndarray | np.generic):
+        return (
+            left.dtype == right.dtype and left.shape == right.shape and bool((left == right).all())
+        )
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    if type(left).__name__ in ("HistoryBuffer", "LossScaler", "DynamicLossScaler"):
+        fields = {key: value for key, value in vars(left).items() if key != "statistics_methods"}
+        return all(equal(value, getattr(right, key)) for key, value in fields.items())
+    return left == right
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["zip", "old format"])
+@pytest.mark.parametrize("mmap", [True, False])
+def test_training_state_comes_back_as_it_was_saved(as_zip, mmap, tmp_path):
+    saved = training_state()
+    torch.save(saved, tmp_path / "x.pth", _use_new_zipfile_serialization=as_zip)
+    read = read_training_state(tmp_path / "x.pth", mmap=mmap)
+    assert saved.keys() == read.keys()
+    assert [key for key in saved if not equal(saved[key], read[key])] == []
+    assert (read["buffer"].mean(), read["buffer"].statistics("max")) == (3.0, 6.0)
+    read["buffer"].update(7.0)
+    assert read["buffer"].current() == 7.0
+
+
+def test_weights_come_back_and_nothing_but_tensors_by_name_is_read(tmp_path):
+    layer = torch.nn.Linear(2, 3)
+    torch.save(layer.state_dict(), tmp_path / "x.bin")
+    read = read_weights(tmp_path / "x.bin")
+    assert equal(dict(read), dict(layer.state_dict()))
+    assert read._metadata == layer.state_dict()._metadata
+    for content in (
+        [1],
+        {"a": 1},
+        {1: torch.ones(1)},
+        {"a": {"b": torch.ones(1)}},
+        training_state(),
+    ):
+        torch.save(content, tmp_path / "x.bin")
+        with pytest.raises(ModelLoadError, match="can't be read"):
+            read_weights(tmp_path / "x.bin")
+
+
+def test_storages_are_read_within_their_size(tmp_path):
+    def tensor(number: int, size: int) -> bytes:
+        kind = of("torch", "FloatStorage")
+        identity = pair(
+            text("storage"), kind, text("0"), text("cpu"), b"M" + struct.pack("<H", number)
+        )
+        return call(
+            of("torch._utils", "_rebuild_tensor_v2"),
+            *(
+                identity + pickle.BINPERSID,
+                b"K\x00",
+                pair(b"M" + struct.pack("<H", size)),
+                pair(b"K\x01"),
+            ),
+            *(pickle.NEWFALSE, call(of("collections", "OrderedDict"))),
+        )
+
+    path = tmp_path / "x.bin"
+    path.write_bytes(in_zip(dictionary(a=tensor(16, 16))))
+    assert read_weights(path)["a"].tolist() == [0.0] * 16
+    for number, size in ((17, 17), (16, 17), (60000, 1)):
+        path.write_bytes(in_zip(dictionary(a=tensor(number, size))))
+        with pytest.raises(ModelLoadError, match=r"in full|beyond its storage"):
+            read_weights(path)
+
+
+def test_pickled_bases_are_read_only_when_asked_for(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match=r"--allow-pickle.*GMAI_ALLOW_PICKLE=1"):
+        read_state_dict(tmp_path)
+    monkeypatch.setenv("GMAI_ALLOW_PICKLE", "")  # put back afterwards
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    parser.parse_args(["x", "--allow-pickle"])
+    assert read_state_dict(tmp_path)["a"].item() == 1
+
+
+def test_pickled_weights_of_the_hub_are_not_even_downloaded(tmp_path, monkeypatch):
+    asked: list[Any] = []
+
+    def download(name: str, patterns: Any) -> Path:
+        asked.extend(patterns)
+        return tmp_path
+
+    monkeypatch.setattr("gmai_xtuner.checkpoint.weight_files._download", download)
+    with pytest.raises(ModelLoadError, match="owner/model"):
+        resolve_directory("owner/model", weights=True)
+    assert "*.bin" not in asked
+    monkeypatch.setenv("GMAI_ALLOW_PICKLE", "1")
+    resolve_directory("owner/model", weights=True)
+    assert "*.bin" in asked
+
+
+def test_checkpoints_are_local_files():
+    from mmengine.runner.checkpoint import CheckpointLoader
+
+    for url in ("https://example.org/x.pth", "torchvision://resnet50"):
+        with pytest.raises(Exception, match=r"local file|torchvision"):
+            CheckpointLoader.load_checkpoint(url, map_location="cpu")
