@@ -18,8 +18,7 @@ from gmai_xtuner.checkpoint.adapters import adapter_base
 from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE
 from gmai_xtuner.checkpoint.layouts import layout_of
 from gmai_xtuner.checkpoint.starting_points import is_xtuner_layout
-from gmai_xtuner.checkpoint.weight_files import read_json
-from gmai_xtuner.checkpoint.weight_files import pickle_allowed
+from gmai_xtuner.checkpoint.weight_files import pickle_allowed, read_json
 from gmai_xtuner.core.errors import EvaluationError, ImageError, ModelLoadError
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions
 from gmai_xtuner.evaluate.fingerprint import hash_files
