@@ -23,7 +23,7 @@ from PIL import Image
 from data_tools.executor import Executor
 from data_tools.output.near_duplicates import perceptual_hash_of
 from data_tools.preprocess.images import pixel_hash, read_pixels
-from gmai_xtuner.core.errors import CorpusError, UnusableImage
+from gmai_xtuner.core.errors import CorpusError, Unusable
 
 VERSION = 1
 """Goes up with whatever changes a hash; hashes of another version are made anew."""
@@ -67,7 +67,7 @@ def hash_image(source: Path | bytes) -> Hashed:
     """Read and hash one image; a problem with it is part of the result."""
     try:
         pixels = read_pixels(source)
-    except UnusableImage as error:
+    except Unusable as error:
         return Hashed(UNREADABLE, problem=str(error))
     if pixels.ndim == 3 and _is_grey(pixels):
         pixels = np.ascontiguousarray(pixels[..., 0])
@@ -92,7 +92,7 @@ def thumbnail(source: Path | bytes, *, side: int = THUMBNAIL) -> bytes:
     """Return a small JPEG to look at.
 
     Raises:
-        UnusableImage: it can't be read.
+        Unusable: it can't be read.
     """
     image = Image.fromarray(read_pixels(source))
     image.thumbnail((side, side), Image.Resampling.BICUBIC)

@@ -17,7 +17,7 @@ from data_tools.contamination.compare import Overlap
 from data_tools.contamination.findings import ExcludeList, Pair
 from data_tools.contamination.hashing import HashCache, thumbnail
 from data_tools.output.report import environment
-from gmai_xtuner.core.errors import CorpusError, UnusableImage
+from gmai_xtuner.core.errors import CorpusError, Unusable
 from gmai_xtuner.core.files import replace_text
 
 MARK = "overlap.json"
@@ -183,7 +183,7 @@ def _small(path: Path | None) -> bytes:
         return b""
     try:
         return thumbnail(path)
-    except UnusableImage:
+    except Unusable:
         return b""  # it was readable when it was hashed; the page says that it can't be shown
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gmai_xtuner.core.errors import ImageError, UnusableImage
+from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.images import MAX_PIXELS, DecodedPixels, decode_pixels, to_8_bits
 
 MAX_BYTES = 4 * 2**30
@@ -61,7 +61,7 @@ def store_image(
         max_pixels: largest width x height.
 
     Raises:
-        UnusableImage: with one of the module's reasons.
+        Unusable: with one of the module's reasons.
     """
     data: bytes | None = None
     if isinstance(image, np.ndarray):
@@ -75,7 +75,7 @@ def store_image(
     pixels = decoded.pixels
     first = pixels[:1, :1]
     if pixels[0, 0].tobytes() == pixels[-1, -1].tobytes() and (pixels == first).all():
-        raise UnusableImage(ONE_LEVEL, f"every pixel is {first.ravel().tolist()}")
+        raise Unusable(ONE_LEVEL, f"every pixel is {first.ravel().tolist()}")
     height, width = pixels.shape[:2]
     name = pixel_hash(pixels)
     # Two files of the same pixels may differ in their bytes: which of them is kept must not be a race.
@@ -93,7 +93,7 @@ def read_pixels(image: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndar
     """Return the pixels of an image file as the corpus shows them: uint8 ``[H, W]`` or ``[H, W, 3]``.
 
     Raises:
-        UnusableImage: as `store_image`, but an image of one grey level is an image.
+        Unusable: as `store_image`, but an image of one grey level is an image.
     """
     if isinstance(image, bytes):
         return _decoded(image, "", max_pixels).pixels
@@ -111,12 +111,12 @@ def pixel_hash(pixels: np.ndarray) -> str:
 def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UnusableImage(TOO_LARGE, f"{path.stat().st_size} bytes")
+            raise Unusable(TOO_LARGE, f"{path.stat().st_size} bytes")
         return path.read_bytes()
-    except UnusableImage:
+    except Unusable:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UnusableImage(CANT_READ, f"{type(error).__name__}: {error}"[:200]) from error
+        raise Unusable(CANT_READ, f"{type(error).__name__}: {error}"[:200]) from error
 
 
 def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
@@ -124,7 +124,7 @@ def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
     try:
         return decode_pixels(content, name, max_pixels=max_pixels)
     except MemoryError as error:
-        raise UnusableImage(TOO_LARGE, "not enough memory to decode it") from error
+        raise Unusable(TOO_LARGE, "not enough memory to decode it") from error
     except ImageError as error:
         detail = error.problem.removeprefix(f"image {name!r} ")
         if error.reason == "enormous_image":
@@ -137,22 +137,22 @@ def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
             reason = TRUNCATED
         else:
             reason = CANT_READ
-        raise UnusableImage(reason, detail) from error
+        raise Unusable(reason, detail) from error
 
 
 def _from_array(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3) or not pixels.size:
-        raise UnusableImage(CANT_READ, f"an array of shape {pixels.shape}")
+        raise Unusable(CANT_READ, f"an array of shape {pixels.shape}")
     if pixels.shape[0] * pixels.shape[1] > max_pixels:
         size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
-        raise UnusableImage(TOO_LARGE, f"{size}, the limit is {max_pixels} in all")
+        raise Unusable(TOO_LARGE, f"{size}, the limit is {max_pixels} in all")
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * np.uint8(255)
     if pixels.dtype != np.uint8:
         try:
             pixels = to_8_bits(pixels)
         except ValueError as error:
-            raise UnusableImage(UNSUPPORTED, str(error)) from error
+            raise Unusable(UNSUPPORTED, str(error)) from error
     return np.ascontiguousarray(pixels)
 
 

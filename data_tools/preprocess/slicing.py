@@ -1,17 +1,6 @@
-"""Pictures out of volumes, each with what was drawn into it, turned the way radiologists look at them.
+"""Which slices of a volume become images, each with what was drawn into it.
 
-The volume is in RAS+ (see `volumes`). What is up and what is left in the picture:
-
-=====  =========  ==========================  ===========================
-axis   plane      top of the picture          left of the picture
-=====  =========  ==========================  ===========================
-``x``  sagittal   superior                    anterior
-``y``  coronal    superior                    the patient's right
-``z``  axial      anterior                    the patient's right
-=====  =========  ==========================  ===========================
-
-So an axial picture is what a DICOM viewer shows of an axial series. The same flips are made for the label
-maps. ``slice`` counts voxels along the RAS+ axis from its low end: ``z`` 0 is the slice nearest the feet.
+`gmai_xtuner.core.imaging.slicing` says how they are turned; label maps are turned like the image.
 """
 
 from __future__ import annotations
@@ -26,16 +15,13 @@ from pydantic import Field
 
 from data_tools.options import Options
 from data_tools.preprocess.volumes import Volume, present
-from data_tools.preprocess.windows import Scale
 from data_tools.records import Annotation
-
-Axis = Literal["x", "y", "z"]
-AXES: tuple[Axis, ...] = ("x", "y", "z")
-PLANES = {"x": "sagittal", "y": "coronal", "z": "axial"}
+from gmai_xtuner.core.imaging.slicing import AXES, Axis, pixel_spacing, plane, square_size
+from gmai_xtuner.core.imaging.windows import Scale
 
 
 class Slicing(Options):
-    """Which slices of a volume become pictures.
+    """Keys of the job: which slices of a volume become images.
 
     Args:
         axes: SA-Med2D-20M takes all three; its rule on short edges (``min_edge_ratio`` of the cleaning
@@ -45,7 +31,7 @@ class Slicing(Options):
         every: take each Nth voxel layer, counted from index 0.
         at_most_a_label: slices of each structure on each axis, spread evenly over those that hold it.
         at_most_a_volume: slices of each axis, spread evenly over those that are left.
-        square_pixels: stretch pictures of unequal spacing to the finer of the two (bilinear; label maps by
+        square_pixels: stretch images of unequal spacing to the finer of the two (bilinear; label maps by
             nearest neighbour on the same grid), so that shapes are as in the body.
     """
 
@@ -59,12 +45,12 @@ class Slicing(Options):
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One picture of a volume.
+    """One image of a volume.
 
     Args:
         image: uint8 ``[H, W]``.
         annotations: one each structure that the slice holds, with its mask.
-        axis, index: which.
+        axis, index: of the slice.
         unclear: whether it holds voxels that nobody decided on.
         stretched: the spacing that the pixels were brought to, millimetres, or None.
     """
@@ -78,7 +64,7 @@ class Slice:
 
 
 def slices(volume: Volume, scale: Scale, slicing: Slicing) -> Iterator[Slice]:
-    """The chosen slices, axis by axis, one in memory at a time."""
+    """Yield the chosen slices, axis by axis, one in memory at a time."""
     for axis in slicing.axes:
         for index in chosen(volume, axis, slicing):
             yield take(volume, scale, axis, index, square_pixels=slicing.square_pixels)
@@ -87,12 +73,13 @@ def slices(volume: Volume, scale: Scale, slicing: Slicing) -> Iterator[Slice]:
 def take(
     volume: Volume, scale: Scale, axis: Axis, index: int, *, square_pixels: bool = False
 ) -> Slice:
-    """One slice as a picture with its masks."""
+    """Return one slice as an image with its masks."""
     image = scale.apply(plane(volume.voxels, axis, index))
     maps = [plane(layer, axis, index) for layer in volume.layers]
-    spacing = pixel_spacing(volume, axis) if square_pixels else None
-    size = square_size(image.shape, spacing) if spacing else None
-    if size:
+    spacing = pixel_spacing(volume.spacing, axis)
+    square = square_size(image.shape, spacing) if square_pixels else None
+    if square:
+        size = max(1, round(square[0])), max(1, round(square[1]))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
         maps = [_nearest(values, size) for values in maps]
     held = [set(present(values)) for values in maps]
@@ -108,35 +95,12 @@ def take(
         axis,
         index,
         unclear,
-        min(spacing) if spacing and size else None,
+        min(spacing) if square else None,
     )
 
 
-def plane(array: np.ndarray, axis: Axis, index: int) -> np.ndarray:
-    """``[H, W]``, a view: one slice of ``[X, Y, Z]``, turned as the module's table says."""
-    if axis == "x":
-        return array[index, ::-1, ::-1].T
-    if axis == "y":
-        return array[::-1, index, ::-1].T
-    return array[::-1, ::-1, index].T
-
-
-def pixel_spacing(volume: Volume, axis: Axis) -> tuple[float, float]:
-    """Millimetres from row to row and from column to column of an axis' pictures."""
-    x, y, z = volume.spacing
-    return {"x": (z, y), "y": (z, x), "z": (y, x)}[axis]
-
-
-def square_size(shape: tuple[int, ...], spacing: tuple[float, float]) -> tuple[int, int] | None:
-    """``(W, H)`` with square pixels of the finer spacing; None if they are square within 1 %."""
-    fine = min(spacing)
-    if max(spacing) <= fine * 1.01:
-        return None
-    return max(1, round(shape[1] * spacing[1] / fine)), max(1, round(shape[0] * spacing[0] / fine))
-
-
 def chosen(volume: Volume, axis: Axis, slicing: Slicing) -> list[int]:
-    """Indices along ``axis``, ascending."""
+    """Return the chosen indices along ``axis``, ascending."""
     number = AXES.index(axis)
     length = volume.voxels.shape[number]
     wanted = np.zeros(length, dtype=bool)
@@ -160,7 +124,7 @@ def chosen(volume: Volume, axis: Axis, slicing: Slicing) -> list[int]:
 
 
 def _holds(volume: Volume, number: int) -> np.ndarray:
-    """bool ``[structures, length]``: which slices hold which structure; one slice in memory at a time."""
+    """Return bool ``[structures, length]``: which slices hold which structure."""
     holds = np.zeros((len(volume.structures), volume.voxels.shape[number]), dtype=bool)
     for index in range(holds.shape[1]):
         at = tuple(index if axis == number else slice(None) for axis in range(3))
@@ -171,7 +135,7 @@ def _holds(volume: Volume, number: int) -> np.ndarray:
 
 
 def _spread(indices: np.ndarray, number: int) -> np.ndarray:
-    """At most ``number`` of the indices, the middles of as many equal parts of them."""
+    """Return at most ``number`` of the indices, the middles of as many equal parts of them."""
     if len(indices) <= number:
         return indices
     places = np.floor((np.arange(number) + 0.5) * len(indices) / number).astype(np.int64)
@@ -179,7 +143,7 @@ def _spread(indices: np.ndarray, number: int) -> np.ndarray:
 
 
 def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """``[H, W]`` of ``size`` ``(W, H)``: the value at each new pixel's centre, as PIL's resizing has it."""
+    """Return ``[H, W]`` of ``size`` ``(W, H)``: the value at each new pixel's centre, as PIL has it."""
     height, width = values.shape
     rows = np.minimum(((np.arange(size[1]) + 0.5) * height / size[1]).astype(np.int64), height - 1)
     columns = np.minimum(((np.arange(size[0]) + 0.5) * width / size[0]).astype(np.int64), width - 1)

@@ -13,10 +13,10 @@ from pydantic import Field
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.readers.files import file_of
 from data_tools.readers.volume import map_on, path_of
-from data_tools.readers.volume_files import Grid, load
-from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
+from data_tools.readers.volume_samples import Origin, VolumeOptions, samples
 from data_tools.records import Drops, Sample
-from gmai_xtuner.core.errors import SourceError
+from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.imaging.volumes import Grid, load
 
 UNKNOWN_VALUE = "label map with a value that dataset.json doesn't name"
 
@@ -132,7 +132,7 @@ def _volume(
     named = {value for parts in labels.values() for value in parts}
     unknown = sorted(present - named - {ignored})
     if unknown:
-        raise BadVolume(UNKNOWN_VALUE, ", ".join(str(value) for value in unknown[:8]))
+        raise Unusable(UNKNOWN_VALUE, ", ".join(str(value) for value in unknown[:8]))
     layers: list[np.ndarray] = []
     structures: list[Structure] = []
     if all(len(parts) == 1 for parts in labels.values()):
@@ -147,7 +147,7 @@ def _volume(
                 structures.append(Structure(name, len(layers), 1))
                 layers.append(layer)
     if not structures:
-        raise BadVolume("empty label map")
+        raise Unusable("empty label map")
     unclear = None if ignored is None or ignored not in present else values == ignored
     return Volume(grid.array, grid.affine, tuple(layers), tuple(structures), unclear)
 

@@ -21,9 +21,9 @@ from data_tools.readers.dataset_json import (
     wrong,
 )
 from data_tools.readers.files import folder_of
-from data_tools.readers.volume_files import SUFFIXES
 from data_tools.records import Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError
+from gmai_xtuner.core.imaging.volumes import SUFFIXES
 
 
 class Options(ChannelOptions):

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_tools.preprocess.volumes import Structure, Volume, pack, same_grid, structures_of
+from data_tools.preprocess.volumes import Structure, Volume, pack, structures_of
 from data_tools.readers.files import (
     MISSING,
     OUTSIDE,
@@ -28,10 +28,10 @@ from data_tools.readers.files import (
     place_names,
     template_regex,
 )
-from data_tools.readers.volume_files import SUFFIXES, Grid, load, load_labels
-from data_tools.readers.volume_samples import BadVolume, Origin, VolumeOptions, samples
+from data_tools.readers.volume_samples import Origin, VolumeOptions, samples
 from data_tools.records import Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError
+from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.imaging.volumes import SUFFIXES, Grid, load, load_labels, same_grid
 
 OTHER_GRID = "mask on another grid than its volume"
 
@@ -108,7 +108,7 @@ def units(options: Options) -> Iterator[Unit]:
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the slices of one volume."""
     if options.templates and not unit.payload["masks"]:
-        raise BadVolume("image without a mask")
+        raise Unusable("image without a mask")
     path = path_of(options.root, unit.key)
     grid = load(path, channel=options.channel, max_voxels=options.max_voxels)
     volume = _labelled(options, grid, unit.payload["masks"])
@@ -127,14 +127,14 @@ def path_of(root: Path, name: str) -> Path:
     """An existing file of the source.
 
     Raises:
-        BadVolume: the name leads out of the root, or there is no such file.
+        Unusable: the name leads out of the root, or there is no such file.
     """
     try:
         path = below(root, name)
     except ValueError as error:
-        raise BadVolume(OUTSIDE, str(error)) from error
+        raise Unusable(OUTSIDE, str(error)) from error
     if not path.is_file():
-        raise BadVolume(MISSING, name)
+        raise Unusable(MISSING, name)
     return path
 
 
@@ -142,15 +142,15 @@ def map_on(grid: Grid, path: Path, name: str, *, max_voxels: int) -> np.ndarray:
     """A label map on the volume's grid.
 
     Raises:
-        BadVolume: it can't be read, or lies on another grid.
+        Unusable: it can't be read, or lies on another grid.
     """
     try:
         labels = load_labels(path, max_voxels=max_voxels)
-    except BadVolume as bad:
-        raise BadVolume(bad.reason.replace("volume", "mask", 1), f"{name}: {bad.detail}") from bad
+    except Unusable as bad:
+        raise Unusable(bad.reason.replace("volume", "mask", 1), f"{name}: {bad.detail}") from bad
     difference = same_grid(labels.array.shape, labels.affine, grid.array.shape, grid.affine)
     if difference:
-        raise BadVolume(OTHER_GRID, f"{name}: {difference}")
+        raise Unusable(OTHER_GRID, f"{name}: {difference}")
     return labels.array
 
 
@@ -172,5 +172,5 @@ def _labelled(options: Options, grid: Grid, masks: list[list[str]]) -> Volume:
         for item in named
     ]
     if masks and not structures:
-        raise BadVolume("empty label map", f"{len(masks)} files")
+        raise Unusable("empty label map", f"{len(masks)} files")
     return Volume(grid.array, grid.affine, (*layers, *packed), tuple(structures))

@@ -3,30 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
 
+from data_tools.options import Options
 from data_tools.preprocess.clean import clean_volume
 from data_tools.preprocess.rules import resolve
-from data_tools.preprocess.slicing import PLANES, Slice, Slicing, slices
-from data_tools.preprocess.volumes import Structure, Volume
-from data_tools.preprocess.windows import Scale, Window, scale_for
+from data_tools.preprocess.slicing import Slicing, slices
+from data_tools.preprocess.volumes import Volume
 from data_tools.readers import SourceOptions
 from data_tools.records import Annotation, Drops, Sample
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging import windows
+from gmai_xtuner.core.imaging.slicing import PLANES
+from gmai_xtuner.core.imaging.windows import Scale
 
 UNCLEAR = "slice with voxels marked as ignored"
 EMPTY = "empty label map"
+
+
+class LevelAndWidth(Options):
+    """``{level: 40, width: 400}`` shows -160 to 240."""
+
+    level: float
+    width: float = Field(gt=0)
+
+
+class Range(Options):
+    """``{low: -160, high: 240}``; in a job also ``[-160, 240]``."""
+
+    low: float
+    high: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_pair(cls, value: object) -> object:
+        if isinstance(value, list | tuple) and len(value) == 2:
+            return {"low": value[0], "high": value[1]}
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"a window runs from low to high, not from {self.low} to {self.high}")
+        return self
+
+
+Window = (
+    Literal[
+        *("auto", "slice", "volume", "percentile", "soft tissue", "lung", "brain", "bone"),
+        *("biomedparse abdomen", "biomedparse lung", "biomedparse pelvis", "biomedparse liver"),
+        *("biomedparse colon", "biomedparse pancreas"),
+    ]
+    | LevelAndWidth
+    | Range
+)
+FileWindow = Literal["file"] | Window
+"""As `Window`; ``file`` is the file's own VOI LUT or window, without one ``auto``."""
 
 
 class VolumeOptions(SourceOptions):
     """Keys of every reader of volumes.
 
     Args:
-        slices: which become pictures, see `preprocess.slicing`.
-        window: how intensities become grey levels, see `preprocess.windows`.
+        slices: which become images, see `preprocess.slicing`.
+        window: how intensities become grey levels, see `gmai_xtuner.core.imaging.windows`.
         max_voxels: a file that declares more is dropped before it is read. The default is 4 GiB of float32.
     """
 
@@ -37,8 +81,14 @@ class VolumeOptions(SourceOptions):
     max_voxels: int = Field(2**30, ge=1)
 
 
-class BadVolume(Unusable):
-    """A volume that is left out."""
+def scale_for(window: Window, voxels: np.ndarray, *, modality: str | None) -> Scale:
+    """Return the scale of a job's ``window``, see `windows.scale_for`."""
+    plain: str | tuple[float, float] | windows.Window
+    if isinstance(window, LevelAndWidth):
+        plain = windows.Window(window.level, window.width)
+    else:
+        plain = (window.low, window.high) if isinstance(window, Range) else window
+    return windows.scale_for(plain, voxels, modality=modality)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +109,34 @@ class Origin:
         """For drops."""
         return "#".join([self.source_file, *(str(value) for value in self.part.values())])
 
+    def sample(
+        self,
+        image: np.ndarray,
+        done: Mapping[str, str],
+        *,
+        annotations: tuple[Annotation, ...] = (),
+        part: Mapping[str, int | str] | None = None,
+    ) -> Sample:
+        """Return one image's sample.
+
+        Args:
+            image: uint8.
+            done: preprocessing of this image.
+            annotations: beside those of the whole.
+            part: further pieces of it.
+        """
+        return Sample(
+            image,
+            self.source_file,
+            self.whole + annotations,
+            part={**self.part, **(part or {})},
+            group=self.group,
+            modality=self.modality,
+            attributes=self.attributes,
+            preprocessing={**self.preprocessing, **done},
+            sha256=self.sha256,
+        )
+
 
 def samples(
     volume: Volume,
@@ -68,11 +146,11 @@ def samples(
     *,
     scale: Scale | None = None,
 ) -> Iterator[Sample]:
-    """The volume's slices after the three-dimensional rules; one picture in memory at a time.
+    """Yield the volume's slices after the three-dimensional rules; one image in memory at a time.
 
     Args:
         volume: with its label maps.
-        origin: of all of its samples; ``origin.whole`` is said of each picture as a whole.
+        origin: of all of its samples; ``origin.whole`` is said of each image as a whole.
         options: of the source.
         drops: takes what is left out. Which slices a component that is left out reaches isn't known: its
             label is lost in all of them.
@@ -81,7 +159,7 @@ def samples(
     rules = resolve(options.clean)
     with drops.image(origin.where):
         if volume.layers and not volume.structures:
-            raise BadVolume(EMPTY)
+            raise Unusable(EMPTY)
         cleaned = clean_volume(volume, rules, drops=drops, where=origin.where)
         if volume.structures and not cleaned.structures:
             return
@@ -91,38 +169,13 @@ def samples(
             with drops.image(f"{origin.where}#{cut.axis}{cut.index}"):
                 height, width = cut.image.shape
                 if cut.unclear:
-                    raise BadVolume(UNCLEAR)
+                    raise Unusable(UNCLEAR)
                 if min(height, width) < rules.min_edge_ratio * max(height, width):
                     share = f"{rules.min_edge_ratio:g} of the long one"
                     reason = f"slice with a short edge under {share}"
-                    raise BadVolume(reason, f"{width} x {height}")
-                yield _sample(cut, origin, scale)
-
-
-def _sample(cut: Slice, origin: Origin, scale: Scale) -> Sample:
-    done = {"window": scale.text, "orientation": f"{PLANES[cut.axis]}, from RAS+"}
-    if cut.stretched is not None:
-        done["pixels"] = f"square, {cut.stretched:g} mm"
-    return Sample(
-        cut.image,
-        origin.source_file,
-        origin.whole + cut.annotations,
-        part={**origin.part, "axis": cut.axis, "slice": cut.index},
-        group=origin.group,
-        modality=origin.modality,
-        attributes=origin.attributes,
-        preprocessing={**origin.preprocessing, **done},
-        sha256=origin.sha256,
-    )
-
-
-def with_structures(volume: Volume, other: Volume) -> Volume:
-    """The volume with label maps of a further one of the same grid."""
-    first = len(volume.layers)
-    moved = tuple(
-        Structure(item.label, item.layer + first, item.value, item.attributes)
-        for item in other.structures
-    )
-    return replace(
-        volume, layers=volume.layers + other.layers, structures=volume.structures + moved
-    )
+                    raise Unusable(reason, f"{width} x {height}")
+                done = {"window": scale.text, "orientation": f"{PLANES[cut.axis]}, from RAS+"}
+                if cut.stretched is not None:
+                    done["pixels"] = f"square, {cut.stretched:g} mm"
+                part: dict[str, int | str] = {"axis": cut.axis, "slice": cut.index}
+                yield origin.sample(cut.image, done, annotations=cut.annotations, part=part)

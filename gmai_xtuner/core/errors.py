@@ -93,10 +93,6 @@ class Unusable(GMAIError):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-class UnusableImage(Unusable):
-    """An image, a DICOM object or a volume that is left out."""
-
-
 class MixtureError(GMAIError):
     """The mixture file is invalid; the message has the file, the line and the remedy."""
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gmai_xtuner.core.errors import ImageError
+from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.images import open_rgb
-from gmai_xtuner.demo.dicom import is_dicom, open_dicom
+from gmai_xtuner.core.imaging.volumes import is_nifti
 from gmai_xtuner.demo.limits import Limits
-from gmai_xtuner.demo.nifti import is_nifti, open_nifti
+from gmai_xtuner.demo.medical_files import open_dicom, open_nifti
 from gmai_xtuner.demo.studies import Facts, Picture, Study
 from gmai_xtuner.demo.words import PageError
 

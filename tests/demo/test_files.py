@@ -16,7 +16,7 @@ from gmai_xtuner.demo.files import open_files
 from gmai_xtuner.demo.limits import Limits, Memory
 from gmai_xtuner.demo.studies import View, Volume
 from gmai_xtuner.demo.words import ERRORS, WORDS, PageError
-from tests.demo import made
+from tests import medical_files as made
 
 
 def opened(tmp_path: Path, limits: Limits | None = None, **contents: bytes):

@@ -12,17 +12,15 @@ from pydicom.data import get_testdata_file
 
 from data_tools.preprocess.slicing import take
 from data_tools.preprocess.volumes import Volume as CorpusVolume
-from data_tools.preprocess.windows import scale_for
-from data_tools.readers.dicom_headers import open_dataset
-from data_tools.readers.dicom_pixels import picture
-from data_tools.readers.volume_files import load
-from gmai_xtuner.demo.dicom import is_dicom, open_dicom
+from data_tools.readers.dicom import _image
+from gmai_xtuner.core.imaging.dicom import is_dicom, open_dataset
+from gmai_xtuner.core.imaging.volumes import is_nifti, load
+from gmai_xtuner.core.imaging.windows import Window, scale_for
 from gmai_xtuner.demo.limits import Limits
-from gmai_xtuner.demo.nifti import is_nifti, open_nifti
+from gmai_xtuner.demo.medical_files import open_dicom, open_nifti
 from gmai_xtuner.demo.studies import Frames, View, Volume, first_view
-from gmai_xtuner.demo.windows import Window
 from gmai_xtuner.demo.words import PageError
-from tests.demo import made
+from tests import medical_files as made
 
 LIMITS = Limits()
 WHOLE = Window(500, 1000)
@@ -53,7 +51,7 @@ SINGLE = [
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_file_looks_as_in_the_corpus(name):
     path = Path(get_testdata_file(name, download=False))
-    pixels, _ = picture(open_dataset(path), path, 0, window="file", voi=0)
+    pixels, _ = _image(open_dataset(path), 0, window="file", voi=0)
     study = one(path)
     ours = np.asarray(study.render(first_view(study)))
     theirs = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)

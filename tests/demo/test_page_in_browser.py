@@ -25,7 +25,7 @@ from gmai_xtuner.core.conversation import parse_record
 from gmai_xtuner.demo.boxes import Box, draw_boxes
 from gmai_xtuner.demo.presets import PRESETS
 from gmai_xtuner.loading import load_model
-from tests.demo import made
+from tests import medical_files as made
 from tests.demo.browsing import WAIT, ask, at, chromium, done, upload
 from tests.demo.conftest import BOX, CT_EXAMPLE, ENDLESS, NO_BOX, WHERE
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from highdicom.pixels import apply_voi_window
 
-from data_tools.preprocess.windows import WINDOWS, scale_for
-from gmai_xtuner.demo.windows import PRESETS, Window, foreground_window
+from gmai_xtuner.core.imaging.windows import PRESETS, WINDOWS, Window, foreground_window, scale_for
 
 
 def test_a_window_by_hand():

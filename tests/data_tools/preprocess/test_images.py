@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from data_tools.preprocess.images import read_pixels, store_image
-from gmai_xtuner.core.errors import UnusableImage
+from gmai_xtuner.core.errors import Unusable
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -145,7 +145,7 @@ PNG = encoded("PNG", NOISE)
 )
 def test_bad_files_have_a_reason_and_leave_nothing(tmp_path, data, reason):
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(UnusableImage) as caught:
+    with pytest.raises(Unusable) as caught:
         store_image(tmp_path / "a.png", tmp_path / "out")
     assert caught.value.reason.startswith(reason)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
@@ -153,7 +153,7 @@ def test_bad_files_have_a_reason_and_leave_nothing(tmp_path, data, reason):
 
 @pytest.mark.parametrize("value", [0, 77])
 def test_an_image_of_one_grey_level_is_refused(tmp_path, value):
-    with pytest.raises(UnusableImage, match="picture of one grey level"):
+    with pytest.raises(Unusable, match="picture of one grey level"):
         store_image(np.full((4, 4), value, dtype=np.uint8), tmp_path)
     almost = np.full((4, 4), value, dtype=np.uint8)
     almost[1, 2] += 1
@@ -162,7 +162,7 @@ def test_an_image_of_one_grey_level_is_refused(tmp_path, value):
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none.png", tmp_path / "a\0b.png"):
-        with pytest.raises(UnusableImage, match="image can't be read"):
+        with pytest.raises(Unusable, match="image can't be read"):
             store_image(path, tmp_path / "out")
 
 
@@ -175,7 +175,7 @@ def test_several_processes_store_the_same_image(tmp_path):
 
 
 def test_an_error_survives_the_way_from_a_worker():
-    error = pickle.loads(pickle.dumps(UnusableImage("image is truncated", "half")))
+    error = pickle.loads(pickle.dumps(Unusable("image is truncated", "half")))
     assert (error.reason, error.detail) == ("image is truncated", "half")
     assert str(error) == "image is truncated: half"
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_tools.preprocess.slicing import Slicing, slices
 from data_tools.preprocess.volumes import Structure, Volume
-from data_tools.preprocess.windows import Scale
+from gmai_xtuner.core.imaging.windows import Scale
 
 SCALE = Scale(lambda values: values.astype(np.uint8), "as it is")
 

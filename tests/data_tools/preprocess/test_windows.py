@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_tools.preprocess.windows import LevelAndWidth, Range, linear, scale_for
+from data_tools.readers.volume_samples import LevelAndWidth, Range, scale_for
+from gmai_xtuner.core.imaging.windows import linear
 
 VALUES = np.array([[-1000, -160, -159, 40, 240, 3000]], dtype=np.int16)
 

@@ -15,6 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from data_tools.readers import dicom, volume
 from data_tools.records import Drop, Sample
+from tests import medical_files as made
 from tests.data_tools.readers.sets import read_units
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -232,6 +233,29 @@ def test_a_series_with_a_gap_is_cut_along_its_slices_alone(tmp_path):
 def test_pictures_instead_of_a_volume(tmp_path):
     series(tmp_path, stack())
     assert len(read(options(tmp_path, volumes=False))) == 6
+
+
+def test_rescale_and_window_of_functional_groups_hold_in_every_path(tmp_path):
+    """Four frames of an enhanced CT: as frames, as a volume, and one by a table; each by hand."""
+    stored = np.array([[[0, 1064, 2000, 1164]]] * 4) + np.arange(4)[:, None, None]
+    stored = stored.astype(np.int16)
+    shared = {
+        "PixelValueTransformationSequence": {"RescaleSlope": 1, "RescaleIntercept": -1024},
+        "FrameVOILUTSequence": {"WindowCenter": 40, "WindowWidth": 400},
+    }
+    made.save(made.enhanced(stored, shared=shared), tmp_path / "e.dcm")
+    hounsfield = stored.astype(float) - 1024
+    share = ((hounsfield - 39.5) / 399 + 0.5).clip(0, 1)
+    expected = np.floor(share * 255 + 0.5).astype(int)
+    for keys in ({"volumes": False}, {"slices": {"axes": ["z"]}}):
+        found = read(options(tmp_path, **keys))
+        assert [sample.image.tolist() for sample in found] == expected.tolist()
+        assert {s.preprocessing["window"] for s in found} == {
+            "the file's window W 400 L 40, LINEAR"
+        }
+    made.save(made.enhanced(stored[:1], shared=shared), tmp_path / "one.dcm")
+    one = dicom.read_picture(tmp_path / "one.dcm", source_file="one.dcm")
+    assert one.image.tolist() == expected[0].tolist()
 
 
 def test_burned_in_text_drops_the_picture(tmp_path):

@@ -1,0 +1,190 @@
+"""Intensities -> grey levels; what was done is put into words, which are kept with the record.
+
+Published choices, all by name:
+
+* ``slice``, ``volume``: from the smallest to the largest value of the image or of the whole volume.
+  SA-Med2D-20M (arXiv 2311.11969) does the first, also for CT.
+* ``percentile``: from the 0.5th to the 99.5th percentile of the volume's foreground, which are the voxels
+  above its smallest value. MedSAM (Ma et al. 2024) for all but CT.
+* a window in Hounsfield units: by name (`WINDOWS`), by its two ends, or by level and width (`Window`).
+* ``auto``: soft tissue for CT, else ``percentile``. Min-max of a CT spends its grey levels on air and metal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Function = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
+
+# Name -> (low, high) in Hounsfield units. MedSAM gives width and level (soft tissue 400/40, lung 1500/-600,
+# brain 80/40, bone 1800/400), BiomedParse (Zhao et al. 2024) the two ends.
+WINDOWS: dict[str, tuple[float, float]] = {
+    "soft tissue": (-160, 240),
+    "lung": (-1350, 150),
+    "brain": (0, 80),
+    "bone": (-500, 1300),
+    "biomedparse abdomen": (-150, 250),
+    "biomedparse lung": (-1000, 1000),
+    "biomedparse pelvis": (-55, 200),
+    "biomedparse liver": (-25, 230),
+    "biomedparse colon": (-68, 187),
+    "biomedparse pancreas": (-100, 200),
+}
+FOREGROUND = (0.5, 99.5)
+CT_NAMES = ("ct", "computed tomography", "ct scan")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A window as viewers and DICOM (PS3.3 C.11.2.1.2) have it.
+
+    Args:
+        center: the grey in the middle, in the unit of the intensities.
+        width: from black to white, above 0.
+        function: of the DICOM standard; ``LINEAR`` has its half a unit's shift, ``LINEAR_EXACT`` has none.
+
+    Raises:
+        ValueError: a centre or width that can't be applied, or an unknown function.
+    """
+
+    center: float
+    width: float
+    function: Function = "LINEAR_EXACT"
+
+    def __post_init__(self) -> None:
+        if self.function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+            raise ValueError("unknown VOI LUT function")
+        least = 1.0 if self.function == "LINEAR" else 0.0
+        finite = np.isfinite(self.center) and np.isfinite(self.width)
+        if not finite or self.width < least or self.width <= 0:
+            raise ValueError(
+                f"a window needs a finite centre and a width above {least:g}, "
+                f"got W {self.width:g} L {self.center:g}"
+            )
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """Return uint8 of the shape of ``values``, rounded half up."""
+        low = self.center - self.width / 2
+        if self.function == "LINEAR_EXACT":
+            return linear(values, low, self.center + self.width / 2)
+        exact = values.astype(np.float64)
+        if self.function == "SIGMOID":
+            # exp of a large number overflows to inf, and 255 / inf is the 0 that is meant
+            with np.errstate(over="ignore"):
+                grey = 255.0 / (1.0 + np.exp(-4.0 * (exact - self.center) / self.width))
+        elif self.width == 1:  # a threshold
+            grey = (exact > low) * 255.0
+        else:
+            grey = (exact - low) * (255.0 / (self.width - 1.0))
+        return np.floor(np.clip(grey, 0.0, 255.0) + 0.5).astype(np.uint8)
+
+
+PRESETS: dict[str, Window] = {
+    name.replace(" ", "_"): Window((low + high) / 2, high - low)
+    for name, (low, high) in WINDOWS.items()
+    if not name.startswith("biomedparse")
+}
+"""The windows that the page offers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How intensities become grey levels.
+
+    Args:
+        apply: intensities ``[H, W]`` of any number type -> uint8 ``[H, W]``.
+        text: what it does, for ``Sample.preprocessing``.
+    """
+
+    apply: Callable[[np.ndarray], np.ndarray]
+    text: str
+
+    def inverted(self, note: str) -> Scale:
+        """Return the scale with black and white exchanged, and ``note`` added to its text."""
+        return Scale(lambda values: 255 - self.apply(values), f"{self.text}, {note}")
+
+
+def linear(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return uint8: ``low`` and below are 0, ``high`` and above 255, between them a line, rounded half up.
+
+    Where ``low`` equals ``high`` everything is 0: an image of one grey level, which is dropped later.
+    """
+    if not high > low:
+        return np.zeros(values.shape, dtype=np.uint8)
+    share = (values.astype(np.float64) - low) / (high - low)
+    return np.floor(np.clip(share, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def is_ct(modality: str | None) -> bool:
+    """Return True for a name or DICOM code of computed tomography."""
+    return (modality or "").strip().lower() in CT_NAMES
+
+
+def scale_for(
+    window: str | tuple[float, float] | Window, voxels: np.ndarray, *, modality: str | None
+) -> Scale:
+    """Return the scale of one volume, or of one image.
+
+    Args:
+        window: a name of the module, the two ends of a window, or its level and width.
+        voxels: all of its intensities, finite.
+        modality: decides what ``auto`` is.
+    """
+    if isinstance(window, Window):
+        return Scale(window.apply, f"window W {window.width:g} L {window.center:g}")
+    if isinstance(window, tuple):
+        return _line(*window, "window")
+    if window == "auto":
+        window = "soft tissue" if is_ct(modality) else "percentile"
+    if window == "slice":
+        return Scale(_own_range, "min-max of the slice")
+    if window == "volume":
+        return _line(float(voxels.min()), float(voxels.max()), "min-max of the volume,")
+    if window == "percentile":
+        ends = _foreground(voxels)
+        if ends is None:
+            return Scale(_own_range, "one grey level")
+        text = "percentiles {:g} and {:g} of the foreground,".format(*FOREGROUND)
+        return _line(*ends, text)
+    return _line(*WINDOWS[window], f"{window} window,")
+
+
+def foreground_window(values: np.ndarray) -> Window:
+    """Return ``percentile`` as a window that a user can move.
+
+    Where all of the foreground is one value, as in a mask, the window reaches down to the smallest one.
+
+    Args:
+        values: all intensities of an image or a volume, finite.
+    """
+    # Percentiles of a few million voxels don't change what is seen; all of a large volume take seconds.
+    flat = values.reshape(-1)
+    flat = flat[:: max(1, flat.size // 4_000_000)]
+    ends = _foreground(flat)
+    if ends is None:
+        return Window(float(flat[0]), 1.0)
+    low, high = ends
+    if not high > low:
+        low = float(flat.min())
+    return Window((low + high) / 2, high - low)
+
+
+def _foreground(values: np.ndarray) -> tuple[float, float] | None:
+    """Return the two percentiles of what lies above the smallest value; None if nothing does."""
+    foreground = values[values > values.min()]
+    if not foreground.size:
+        return None
+    low, high = np.percentile(foreground, FOREGROUND)
+    return float(low), float(high)
+
+
+def _line(low: float, high: float, text: str) -> Scale:
+    return Scale(lambda values: linear(values, low, high), f"{text} {low:g} to {high:g}")
+
+
+def _own_range(values: np.ndarray) -> np.ndarray:
+    return linear(values, float(values.min()), float(values.max()))

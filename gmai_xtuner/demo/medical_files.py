@@ -1,0 +1,269 @@
+"""DICOM and NIfTI -> studies. Only modality and sizes leave a header.
+
+Files are read as the corpus builder reads them (`gmai_xtuner.core.imaging`), so that the model sees here what
+it saw in training.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging import dicom, dicom_pixels, volumes
+from gmai_xtuner.core.imaging.dicom import Header
+from gmai_xtuner.core.imaging.windows import PRESETS, Window, foreground_window
+from gmai_xtuner.demo.limits import Limits
+from gmai_xtuner.demo.studies import Facts, Frames, Study, Volume
+from gmai_xtuner.demo.words import PageError
+
+Image = tuple[Header, Any]
+"""A DICOM file: its header and its data set."""
+
+# Reason -> message of the page, and the name under which it shows the error's detail.
+_MESSAGES = {
+    dicom.NO_PICTURE: ("no_picture", "kind"),
+    dicom_pixels.UNKNOWN_COLOURS: ("photometric", "name"),
+    **dict.fromkeys(dicom_pixels.BAD_PIXELS, ("pixels", "")),
+    volumes.NO_GREY_LEVELS: ("nifti_type", "type"),
+    volumes.FEW_AXES: ("nifti_axes", "shape"),
+    volumes.MANY_AXES: ("nifti_axes", "shape"),
+    volumes.NO_ORIENTATION: ("no_directions", ""),
+}
+_NO_STACK = (dicom.MIXED, dicom.TWICE, dicom.NO_SPACING)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Say in the page's words why a file can't be used."""
+    try:
+        yield
+    except Unusable as error:
+        key, name = _MESSAGES.get(error.reason, ("damaged", ""))
+        detail = error.detail.replace(" x ", " × ") or "DICOM"
+        raise PageError(key, **({name: detail} if name else {})) from error
+
+
+# --- DICOM --------------------------------------------------------------------------------------
+
+
+def open_dicom(paths: Sequence[Path], limits: Limits) -> list[Study | PageError]:
+    """Open files that came together: a series with places becomes a volume, others stay alone.
+
+    Args:
+        paths: in the order in which they came.
+        limits: of pixels and voxels.
+
+    Returns:
+        Studies in the order of their first file; an error in the place of what can't be opened.
+    """
+    groups: dict[object, list[Image] | PageError] = {}
+    for number, path in enumerate(paths):
+        try:
+            with _said():
+                image = _read(path)
+        except PageError as error:
+            groups[number] = error
+            continue
+        header, _ = image
+        placed = header.frames == 1 and header.orientation and header.position
+        found = groups.setdefault((placed and header.series) or number, [])
+        assert isinstance(found, list)
+        found.append(image)
+    opened: list[Study | PageError] = []
+    for group in groups.values():
+        opened += [group] if isinstance(group, PageError) else _open_group(group, limits)
+    return opened
+
+
+def _read(path: Path) -> Image:
+    data = dicom.open_dataset(path)
+    modality = dicom.modality_code(data)
+    if modality in dicom.NO_PICTURES or not dicom_pixels.has_pixels(data):
+        raise Unusable(dicom.NO_PICTURE, modality)
+    return dicom.header_of(data), data
+
+
+class _NoStack(Exception):
+    """Files of one series that can't be shown as one study of this kind."""
+
+
+def _open_group(group: list[Image], limits: Limits) -> Sequence[Study | PageError]:
+    if len(group) > 1:
+        for together in (_volume, _pages):
+            try:
+                with _said():
+                    return [together(group, limits)]
+            except _NoStack:
+                continue
+            except PageError as error:
+                return [error]
+    found: list[Study | PageError] = []
+    for image in group:
+        try:
+            with _said():
+                found.append(_frames(image, limits))
+        except PageError as error:
+            found.append(error)
+    return found
+
+
+def _frames(image: Image, limits: Limits) -> Frames:
+    """Return the frames of one file."""
+    header, data = image
+    photometric = dicom_pixels.photometric_of(data)
+    is_colour = photometric in dicom_pixels.COLOUR
+    limits.check_pixels(header.columns, header.rows)
+    voxels = header.frames * header.rows * header.columns
+    limits.check_voxels(voxels * 3 if is_colour else voxels)
+    size = f"{header.columns} × {header.rows}"
+    modality = dicom.modality_code(data)
+    facts = Facts("DICOM", modality, f"{size} × {header.frames}" if header.frames > 1 else size)
+    frames = range(header.frames)
+    if is_colour:
+        return Frames(np.stack([dicom_pixels.colours(data, frame)[0] for frame in frames]), facts)
+    values = np.stack([_intensities(data, frame) for frame in frames])
+    table = dicom_pixels.file_table(data)
+    own = [window for frame in frames if (window := _own_window(data, frame)) is not None]
+    all_have_one = len(own) == header.frames
+    if not all_have_one:
+        own = [_default_window(data, values)]
+    return Frames(
+        values,
+        facts,
+        own if len(set(own)) > 1 else own[:1],
+        inverted=photometric == "MONOCHROME1",
+        lookup=table.apply if table else None,
+        own_window=all_have_one or table is not None,
+        hounsfield=modality == "CT",
+    )
+
+
+def _pages(group: list[Image], limits: Limits) -> Frames:
+    """Return images of one series that are no stack, such as radial slices, by their number.
+
+    Raises:
+        _NoStack: they differ in size or kind.
+    """
+    group = sorted(group, key=lambda image: image[0].number)
+    first = group[0][0]
+    limits.check_voxels(len(group) * first.rows * first.columns)
+    kinds = {
+        (header.rows, header.columns, dicom_pixels.photometric_of(data)) for header, data in group
+    }
+    if len(kinds) > 1 or kinds.pop()[2] not in dicom_pixels.GREY:
+        raise _NoStack
+    pages = [_frames(image, limits) for image in group]
+    if any(page.lookup for page in pages):
+        raise _NoStack
+    one = pages[0]
+    return Frames(
+        np.concatenate([page.values for page in pages]),
+        Facts("DICOM", one.facts.modality, f"{first.columns} × {first.rows} × {len(pages)}"),
+        [page.window for page in pages if page.window is not None],
+        inverted=one.inverted,
+        own_window=one.own_window,
+        hounsfield=one.hounsfield,
+    )
+
+
+def _volume(group: list[Image], limits: Limits) -> Volume:
+    """Return slices of one series in RAS+.
+
+    Raises:
+        _NoStack: they differ in size or direction, or two lie at one place.
+        PageError: there are too many pixels or voxels.
+    """
+    headers = [header for header, _ in group]
+    first, count = headers[0], len(headers)
+    limits.check_pixels(first.columns, first.rows)
+    if any(dicom_pixels.photometric_of(data) not in dicom_pixels.GREY for _, data in group):
+        raise _NoStack
+    try:
+        order, even = dicom.stack_order(headers)
+        slices = [group[at] for at in order]
+        middle = slices[count // 2][1]
+        affine = dicom.stack_affine(slices[0][0], slices[-1][0], count, middle)
+    except Unusable as error:
+        if error.reason in _NO_STACK:
+            raise _NoStack from error
+        raise
+    limits.check_voxels(count * first.rows * first.columns)
+    values = np.stack([_intensities(data, 0) for _, data in slices])
+    turned, ras = volumes.to_ras(values[..., None], volumes.LPS_TO_RAS @ affine)
+    own_axis = dicom.stack_axis(affine)
+    own = _own_window(middle, 0)
+    modality = dicom.modality_code(middle)
+    size = f"{first.columns} × {first.rows} × {count}"
+    return Volume(
+        turned,
+        Facts("DICOM", modality, size, () if even else ("uneven",)),
+        volumes.spacing_of(ras),
+        (own_axis, *(axis for axis in ("z", "y", "x") if even and axis != own_axis)),
+        own or _default_window(middle, values),
+        inverted=str(middle.PhotometricInterpretation) == "MONOCHROME1",
+        own_window=own is not None,
+        hounsfield=modality == "CT",
+    ).checked(limits)
+
+
+def _intensities(data: Any, frame: int) -> np.ndarray:
+    """Return ``[H, W]``; whole numbers as int16, a quarter of the memory of pydicom's float64."""
+    values = dicom_pixels.intensities(data, frame)
+    if values.dtype.kind == "f":
+        low, high = values.min(), values.max()
+        if low >= -32768 and high <= 32767 and (values == np.rint(values)).all():
+            return values.astype(np.int16)
+        return values.astype(np.float32)
+    return values
+
+
+def _own_window(data: Any, frame: int) -> Window | None:
+    """Return the file's first window; None without one that can be applied."""
+    try:
+        return dicom_pixels.file_window(data, frame)
+    except Unusable:
+        return None
+
+
+def _default_window(data: Any, values: np.ndarray) -> Window:
+    is_ct = dicom.modality_code(data) == "CT"
+    return PRESETS["soft_tissue"] if is_ct else foreground_window(values)
+
+
+# --- NIfTI --------------------------------------------------------------------------------------
+
+
+def open_nifti(path: Path, limits: Limits) -> Volume:
+    """Open a NIfTI file; a fourth axis becomes channels.
+
+    Raises:
+        PageError: it is damaged, too large, too large with square pixels, or holds no grey levels.
+    """
+    with path.open("rb") as content:
+        suffix = ".nii.gz" if content.read(2) == b"\x1f\x8b" else ".nii"
+    with tempfile.TemporaryDirectory(prefix="gmai_demo_") as folder, _said():
+        # nibabel goes by names, so the file gets one more
+        link = Path(folder) / f"volume{suffix}"
+        link.symlink_to(path.resolve())
+        file = volumes.VolumeFile(link)
+        shape = file.grid
+        limits.check_pixels(shape[0], shape[1])
+        limits.check_voxels(int(np.prod(shape, dtype=object)))
+        grid = file.intensities(None)
+    notes = [] if file.oriented else ["no_orientation"]
+    if "not finite" in grid.notes:
+        notes.append("not_finite")
+    return Volume(
+        grid.array,
+        Facts("NIfTI", "", " × ".join(map(str, shape[: 4 if shape[3] > 1 else 3])), tuple(notes)),
+        volumes.spacing_of(grid.affine),
+        ("z", "y", "x"),
+        foreground_window(grid.array),
+        hounsfield=True,  # the format does not say; the presets are there for who knows
+    ).checked(limits)
