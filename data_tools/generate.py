@@ -10,13 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Run as a script, Python looks for modules in this folder first, where `checks` or `records` would stand in
-# for whatever else has that name.
-_HERE = str(Path(__file__).resolve().parent)
-if sys.path and sys.path[0] and str(Path(sys.path[0]).resolve()) == _HERE:
-    sys.path[0] = str(Path(_HERE).parent)
-
-from data_tools.command import DONE, exit_status  # noqa: E402
+from data_tools.command import DONE, exit_status
 
 STOPPED = 3
 

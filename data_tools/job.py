@@ -11,9 +11,8 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from data_tools import readers
@@ -21,22 +20,46 @@ from data_tools.checks import CheckOptions
 from data_tools.executor import ENGINES
 from data_tools.forms.options import MakeOptions
 from data_tools.options import Options
-from data_tools.output.options import OutputOptions
 from data_tools.readers import SourceOptions
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
 from data_tools.writers.options import TemplateOptions, WriterOptions
 from gmai_xtuner.core.errors import CorpusError, JobError
+from gmai_xtuner.core.yaml_lines import Document, Place
 
-MAX_BYTES = 16 * 2**20
-MAX_NODES = 1_000_000
+Demand = Literal[
+    "attribution", "share-alike", "non-commercial", "no-derivatives", "agreement", "unknown"
+]
 
-Place = tuple[str | int, ...]
-"""Where a value is in the file: ``("sources", 0, "root")``."""
+
+class OutputOptions(Options):
+    """The section ``corpus``: what the output folder holds beside the conversations.
+
+    Args:
+        held_out: share of the patients, cases, videos, slides or single images that is written to
+            ``held_out/`` and is in no training file; 0 holds out nothing.
+        near_duplicates: images whose 64-bit perceptual hashes differ in at most so many bits are put on
+            the same side; every image is then decoded once. Default: identical images only.
+        parquet: write each conversation file as Parquet too, beside the JSONL file.
+        prompts: write ``prompts.jsonl``: the exact prompt and answer of each conversation that a model wrote.
+        licences: keep sources under these licences only, as the job names them; case, spaces and hyphens
+            don't matter. Default: all.
+        refuse: leave out sources whose licence makes one of these demands; ``agreement`` is a licence
+            that is granted to a person, ``unknown`` one that isn't recognised.
+        examples: how many conversations the report shows; as many rejected ones at most.
+    """
+
+    held_out: float = Field(default=0.05, ge=0, le=0.5)
+    near_duplicates: int | None = Field(default=None, ge=0, le=4)
+    parquet: bool = False
+    prompts: bool = False
+    licences: tuple[str, ...] | None = None
+    refuse: tuple[Demand, ...] = ()
+    examples: int = Field(default=24, ge=0, le=200)
 
 
 class Job(Options):
-    """A whole job.
+    """A whole job file.
 
     Args:
         path: of the file.
@@ -77,11 +100,15 @@ def load(path: Path, *, output: Path | None = None) -> Job:
     Raises:
         JobError: the file can't be read or has mistakes; one line each, ``file:line: where: what``.
     """
-    document = _Document(path)
+    document = Document(path, what="job file", error=JobError)
     data = document.data
+    if data is None:
+        raise JobError(f"{path}:1: the job file is empty; it needs output and sources.")
+    if not isinstance(data, dict):
+        raise JobError(f"{path}:1: expected keys such as output and sources, got {_kind(data)}.")
     if output is not None:
         data["output"] = str(output.absolute())
-    problems = _Problems(path, document.lines)
+    problems = _Problems(document)
     sources = _sources(data, problems, path.parent)
     extended = _below(data, "taxonomy", path.parent)
     _below(data, "output", path.parent)
@@ -104,130 +131,35 @@ def load(path: Path, *, output: Path | None = None) -> Job:
 
 
 def fingerprint(options: BaseModel, *, without: Sequence[str] = ()) -> str:
-    """A hash of options; the same for the same values."""
+    """Return a hash of options; the same for the same values."""
     values = options.model_dump(mode="json", exclude=set(without))
     text = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-# --- YAML -----------------------------------------------------------------------------------------
-
-
-_PLAIN_TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
-
-
-class _Document:
-    """A YAML file as plain values, and the line of each.
-
-    Keys are text as it is written, so that ``1: neutrophil`` and ``no: absent`` mean the codes ``1`` and
-    ``no``. A key that is there twice is an error: YAML's own rule would silently take the last.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: dict[Place, int] = {(): 1}
-        self._nodes = 0
-        self._loader: Any = None
-        try:
-            size = path.stat().st_size
-            if size > MAX_BYTES:
-                raise JobError(
-                    f"{path}: {size} bytes are no job file; at most {MAX_BYTES} are read."
-                )
-            text = path.read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise JobError(
-                f"{path}: the job file can't be read ({error.strerror or error})."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise JobError(f"{path}: the job file must be UTF-8 text ({error}).") from error
-        try:
-            loader = self._loader = yaml.SafeLoader(text)
-            node = loader.get_single_node()
-            if node is None:
-                raise JobError(f"{path}:1: the job file is empty; it needs output and sources.")
-            data = self._value(node, (), ())
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = mark.line + 1 if mark else 1
-            raise JobError(
-                f"{path}:{line}: not valid YAML: {error.problem or error.context}"
-            ) from error
-        except yaml.YAMLError as error:
-            raise JobError(f"{path}: not valid YAML: {error}") from error
-        except RecursionError as error:
-            raise JobError(f"{path}: not a job file: nested too deep.") from error
-        if not isinstance(data, dict):
-            raise JobError(
-                f"{path}:1: expected keys such as output and sources, got {_kind(data)}."
-            )
-        self.data: dict[str, Any] = data
-
-    def _value(self, node: yaml.Node, place: Place, above: tuple[int, ...]) -> Any:
-        self._nodes += 1
-        if id(node) in above:
-            self._stop(node, "an alias that contains itself")
-        if self._nodes > MAX_NODES:
-            self._stop(node, f"more than {MAX_NODES} values (aliases count where they are used)")
-        self.lines.setdefault(place, node.start_mark.line + 1)
-        above = (*above, id(node))
-        if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
-            self._stop(node, f"not valid YAML: the tag {node.tag!r} is of no use in a job file")
-        if isinstance(node, yaml.SequenceNode):
-            return [self._value(item, (*place, i), above) for i, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
-            try:
-                return self._loader.construct_object(node)
-            except ValueError as error:  # a date such as 2024-13-45
-                return self._stop(node, str(error))
-        values: dict[str, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                self._stop(key, "a key must be plain text")
-            if key.tag == "tag:yaml.org,2002:merge":
-                self._stop(key, "merge keys (<<) are not supported; write the keys out")
-            name = key.value
-            line = key.start_mark.line + 1
-            if name in values:
-                first = self.lines[(*place, name)]
-                self._stop(key, f"the key {name!r} is there twice, first in line {first}")
-            self.lines[(*place, name)] = line
-            values[name] = self._value(value, (*place, name), above)
-        return values
-
-    def _stop(self, node: yaml.Node, text: str) -> typing.NoReturn:
-        raise JobError(f"{self.path}:{node.start_mark.line + 1}: {text}.")
 
 
 # --- mistakes -------------------------------------------------------------------------------------
 
 
 class _Problems:
-    """Mistakes, in the order of the file's lines at the end."""
+    """Mistakes, told together in the order of the file's lines."""
 
-    def __init__(self, path: Path, lines: Mapping[Place, int]) -> None:
-        self._path = path
-        self._lines = lines
-        self._found: list[tuple[int, str]] = []
+    def __init__(self, document: Document) -> None:
+        self._document = document
+        self._found: set[tuple[int, str]] = set()
 
     def add(self, place: Place, text: str) -> None:
-        known = tuple(part for part in place if part != "[key]")
-        while known not in self._lines:
-            known = known[:-1]
-        where = "".join(
-            f"[{part}]" if isinstance(part, int) else f".{part}"
-            for part in place
-            if part != "[key]"
-        )
+        place = tuple(part for part in place if part != "[key]")  # pydantic's mark of a key
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
         where = f"{where.removeprefix('.')}: " if where else ""
-        self._found.append((self._lines[known], f"{where}{text}"))
+        self._found.add((self._document.line(place), f"{where}{text}"))
 
     def stop(self) -> None:
+        """Raise an error with all mistakes, if there are any."""
         if self._found:
             raise JobError(
                 "\n".join(
-                    f"{self._path}:{line}: {text}{'' if text.endswith('?') else '.'}"
-                    for line, text in sorted(set(self._found))
+                    f"{self._document.path}:{line}: {text}{'' if text.endswith('?') else '.'}"
+                    for line, text in sorted(self._found)
                 )
             )
 
@@ -247,7 +179,7 @@ def _validated(
 def _walk(
     model: type[BaseModel], data: Any, location: tuple[str | int, ...]
 ) -> tuple[Place, type[BaseModel]]:
-    """Pydantic's location -> place in the file and the section that it is in.
+    """Turn pydantic's location into the place in the file and the section that it is in.
 
     Pydantic puts the names of the tried alternatives between the keys, which are not in the file.
     """
@@ -312,7 +244,7 @@ def _unknown(key: str, owner: type[BaseModel]) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """``; did you mean 'licence'?``, or the names there are."""
+    """Return ``; did you mean 'licence'?``, or the names there are."""
     lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
     if close:
@@ -400,7 +332,7 @@ def _check_output(
     data: Mapping[str, Any],
     problems: _Problems,
 ) -> None:
-    """The output folder is the tool's own: what is in it is replaced, and what no record needs deleted."""
+    """Keep output and data apart: what is in the output is replaced, and what no record needs deleted."""
     if job is None:
         return
     output = job.output.resolve()
@@ -431,7 +363,7 @@ def _root(text: str, folder: Path) -> Path:
 
 
 def _table(entry: dict[str, Any], root: Path, folder: Path) -> None:
-    """A table of labels often lies beside the job: below the root it goes first, else it is made absolute."""
+    """Find a table of labels that lies beside the job; one below the root goes first."""
     table = entry.get("table")
     if isinstance(table, str) and table and not (root / table).exists():
         beside = folder.absolute() / Path(table).expanduser()
@@ -440,7 +372,7 @@ def _table(entry: dict[str, Any], root: Path, folder: Path) -> None:
 
 
 def _package_folder(text: str) -> Path:
-    """``package:NAME/FOLDER`` -> the folder of an installed Python package."""
+    """Return the folder of an installed Python package for ``package:NAME/FOLDER``."""
     name, _, below = text.removeprefix("package:").partition("/")
     if ".." in PurePosixPath(below).parts or below.startswith("/"):
         raise ValueError(f"{text!r} leaves the package")
@@ -455,7 +387,7 @@ def _package_folder(text: str) -> Path:
 
 
 def _below(data: dict[str, Any], key: str, folder: Path) -> Path | None:
-    """Makes a relative path absolute."""
+    """Make a relative path absolute."""
     value = data.get(key)
     if not isinstance(value, str) or not value:
         return None

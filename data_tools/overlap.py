@@ -10,13 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# As in generate.py: this folder must not stand in for other modules.
-_HERE = str(Path(__file__).resolve().parent)
-if sys.path and sys.path[0] and str(Path(sys.path[0]).resolve()) == _HERE:
-    sys.path[0] = str(Path(_HERE).parent)
-
-from data_tools.command import DONE, exit_status  # noqa: E402
-from gmai_xtuner.core.errors import CorpusError  # noqa: E402
+from data_tools.command import DONE, exit_status
+from gmai_xtuner.core.errors import CorpusError
 
 LEAKS = 3
 

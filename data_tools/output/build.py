@@ -19,14 +19,13 @@ from data_tools.output.corpus_files import (
     rejected_line,
 )
 from data_tools.output.examples import Chosen, example
-from data_tools.output.options import OutputOptions
 from data_tools.output.publish import replacing
 from data_tools.output.splits import Split, SplitBuilder
 from data_tools.output.summary import Tally
 from data_tools.records import Record
 
 if TYPE_CHECKING:
-    from data_tools.job import Job
+    from data_tools.job import Job, OutputOptions
     from data_tools.store import Kept, Store
 
 

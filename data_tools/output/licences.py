@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from data_tools.output.options import OutputOptions
+if TYPE_CHECKING:
+    from data_tools.job import OutputOptions
 
 DEMANDS = {
     "attribution": "name the authors and the licence with every copy",

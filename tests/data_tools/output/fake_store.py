@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.items import FORMS, TEXT_FORMS, Item, Problem, Turn
-from data_tools.output.options import OutputOptions
+from data_tools.job import OutputOptions
 from data_tools.records import Drop, Label, Provenance, Record
 from data_tools.store import FunnelRow, Kept, Usage
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from data_tools.job import OutputOptions
 from data_tools.output.licences import DEMANDS, read, refusal
-from data_tools.output.options import OutputOptions
 
 
 @pytest.mark.parametrize(
