@@ -54,7 +54,14 @@ LIGER = ["liger-kernel>=0.5.10,<0.8"]
 # `python -m gmai_xtuner.serve`; openai is the client that tests ask with, pydantic checks requests.
 SERVE = ["pydantic>=2.9", "starlette>=0.40", "uvicorn>=0.30"]
 # `python -m gmai_xtuner.evaluate`: models behind a server and judges, pages, GMAI-MMBench's submission file.
-EVALUATE = ["jinja2>=3.1", "openai>=3.0", "openpyxl>=3.1", "scipy>=1.11", "tqdm>=4.66"]
+EVALUATE = [
+    "aiohttp>=3.10",
+    "jinja2>=3.1",
+    "openai>=3.0",
+    "openpyxl>=3.1",
+    "scipy>=1.11",
+    "tqdm>=4.66",
+]
 DEVELOPMENT = [
     *CORPUS,
     *EVALUATE,
@@ -96,7 +103,13 @@ setup(
             "*.txt",
             "py.typed",
         ],
-        "data_tools": ["*.yaml", "forms/*.yaml", "output/*.j2", "contamination/*.j2"],
+        "data_tools": [
+            "*.yaml",
+            "forms/*.yaml",
+            "writers/*.j2",
+            "output/*.j2",
+            "contamination/*.j2",
+        ],
     },
     entry_points={
         "console_scripts": [

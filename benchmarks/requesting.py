@@ -17,20 +17,19 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from printing import parser, quiet_stdout, show
 
+from data_tools import taxonomy
 from data_tools.checks import CheckOptions
 from data_tools.items import Item, SourceContext
 from data_tools.records import Label, Provenance, Record
-from data_tools.writers.models import JobPrompts
+from data_tools.writers.asking import Task
 from data_tools.writers.openai_writer import OpenAIWriter
 from data_tools.writers.options import OpenAIOptions
-from data_tools.writers.outcome import Task
+from data_tools.writers.prompts import Prompts
 
 CAPTION = (
     "A light microscopy image of one cell with a round nucleus. The cytoplasm is pale and finely granular, "
@@ -134,8 +133,6 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     server = context.Process(target=serve, args=(arguments.latency, there), daemon=True)
     server.start()
-    # Prompts and checks are those of a job; neither reads anything else of it.
-    job: Any = SimpleNamespace(taxonomy=None, checks=CheckOptions(), writer=None)
     with quiet_stdout():
         port = here.recv()
         writer = OpenAIWriter(
@@ -147,7 +144,7 @@ def main() -> None:
                 cache=folder / "answers.sqlite",
                 budget={"tokens": 10**12},
             ),
-            JobPrompts(job, grounded=True),
+            Prompts(CheckOptions(), taxonomy.load(), grounded=True),
             folder=folder,
             job="benchmark",
         )

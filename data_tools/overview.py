@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_tools import forms, readers
+from data_tools import forms, readers, writers
 from data_tools.job import Job
 from data_tools.output.stats import lines as lines_of
 from data_tools.pipeline import (
@@ -29,7 +29,7 @@ from data_tools.standardise import read_unit
 from data_tools.store import FunnelRow, Store
 from data_tools.taxonomy import Taxonomy
 from data_tools.worker import BY_TEMPLATE, worker_taxonomy
-from data_tools.writers.outcome import Estimate, Task
+from data_tools.writers.asking import Estimate, Task
 from gmai_xtuner.core.errors import CorpusError
 
 UNITS_READ = 8
@@ -159,10 +159,8 @@ def _estimate(
     job: Job, selection: Selection, folder: Path, tasks: list[tuple[dict[str, Any], list[Task]]]
 ) -> dict[str, float]:
     """Of each source by itself, scaled from what was read to the whole."""
-    from data_tools.writers.models import model_writer  # needs the libraries of the API
-
     total: Counter[str] = Counter()
-    writer = model_writer(job, grounded=selection.grounded, folder=folder)
+    writer = writers.model_writer(job, grounded=selection.grounded, folder=folder)
     for row, found in tasks:
         if not found:
             continue
@@ -183,9 +181,8 @@ def _example(job: Job, task: Task, selection: Selection, taxonomy: Taxonomy) -> 
         made = forms.write(item, task.record, task.context, taxonomy)
         shown["conversation"] = [{"from": turn.speaker, "value": turn.text} for turn in made]
         return shown
-    from data_tools.writers.models import question
-
-    prompt = question(job, task, grounded=selection.grounded)
+    prompts = writers.prompts_of(job, grounded=selection.grounded)
+    prompt = prompts.build(item, task.record, task.context)
     shown |= {"system": prompt.system, "user": prompt.user, "image": prompt.image}
     return shown
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from data_tools import readers, standardise
+from data_tools import readers, standardise, writers
 from data_tools.checks import CHECK_VERSION
 from data_tools.executor import Executor, open_executor
 from data_tools.forms import FORM_VERSIONS
@@ -45,7 +45,7 @@ from data_tools.stamps import stamp
 from data_tools.standardise import IMAGES
 from data_tools.store import Store, StoredRecord, StoredUnit
 from data_tools.worker import Recipe, make, read_units, worker_taxonomy
-from data_tools.writers.outcome import CleanStop, Outcome, Task
+from data_tools.writers.asking import CleanStop, Outcome, Task
 from gmai_xtuner.core.errors import CorpusError, JobError
 
 WORK = ".work"
@@ -127,9 +127,7 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
     chosen = selection.sources(job)
     check_writer(job, selection)
     if job.writer.name != "template" and not (job.output / WORK / STATE).exists():
-        from data_tools.writers.models import check_key
-
-        check_key(job)  # before hours of reading; a later run may have nothing left to ask
+        writers.check_key(job)  # before hours of reading; a later run may have nothing left to ask
     with lock(job.output), Store(job.output / WORK / STATE) as store:
         publish.recover(job.output)
         store.open_sources(
@@ -464,15 +462,12 @@ def _write(job: Job, store: Store, selection: Selection, progress: Bar) -> Corpu
     total = store.count_pending()
     if not total or job.writer.name == "template":
         return None
-    # They need the libraries of the API.
-    from data_tools.writers.models import model_writer
-
     options = {source.name: source for source in job.sources}
     contexts = {
         name: source_context(options[name], store.vocabulary(number))
         for number, name in store.sources()
     }
-    writer = model_writer(job, grounded=selection.grounded)
+    writer = writers.model_writer(job, grounded=selection.grounded)
     rows: dict[str, int] = {}
     answered: list[tuple[int, Outcome]] = []
 

@@ -1,7 +1,7 @@
 """The ledger: every answer that was paid for, and what each job has spent. One SQLite file for all jobs.
 
 ```
-answers   key -> answer      asked once, by whichever job; key: `payload.Payload.key`
+answers   key -> answer      asked once, by whichever job; key: `request.Request.key`
 under_way key -> run, job    written before a request is sent, with the most that it can cost
 spent     job                tokens and dollars over all runs; "lost": of requests whose answer never came
 servers   address, model     what the server was found not to understand
@@ -11,7 +11,7 @@ shards, shard_keys           batches, written before anything of them leaves thi
 A run holds a file lock as long as it lives. What it left ``under_way`` when it was killed is found by the
 next run, which counts it as spent at its most, because the server may bill it, and asks again.
 Answers are on the disk before anyone sees them (``synchronous=FULL``, many in one transaction). Neither
-prompts nor pictures nor keys are in the file.
+prompts nor images nor keys are in the file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_tools.writers.outcome import Reply
-from data_tools.writers.prices import Expense
+from data_tools.writers.options import Budget
 from gmai_xtuner.core.errors import CorpusError
 
 VERSION = 1
@@ -69,6 +69,92 @@ CREATE INDEX keys_of_shard ON shard_keys (shard);
 
 
 @dataclass(frozen=True, slots=True)
+class Expense:
+    """Tokens and dollars of one request or of many."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dollars: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def row(self) -> tuple[int, int, float]:
+        return self.prompt_tokens, self.completion_tokens, self.dollars
+
+    def __add__(self, other: Expense) -> Expense:
+        return Expense(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.dollars + other.dollars,
+        )
+
+    def __sub__(self, other: Expense) -> Expense:
+        return Expense(
+            self.prompt_tokens - other.prompt_tokens,
+            self.completion_tokens - other.completion_tokens,
+            self.dollars - other.dollars,
+        )
+
+
+class Account:
+    """What a job has spent and what its requests under way can still cost.
+
+    Args:
+        budget: over all runs.
+        spent: by earlier runs.
+    """
+
+    def __init__(self, budget: Budget, spent: Expense) -> None:
+        self.budget = budget
+        self.spent = spent
+        self.reserved = Expense()
+
+    def fits(self, at_most: Expense) -> bool:
+        """Return whether the budget bears ``at_most`` besides what is spent and reserved."""
+        total = self.spent + self.reserved + at_most
+        dollars, tokens = self.budget.dollars, self.budget.tokens
+        # Sums of many small floats: a billionth of a dollar is no overdraft.
+        return (dollars is None or total.dollars <= dollars + 1e-9) and (
+            tokens is None or total.tokens <= tokens
+        )
+
+    def reserve(self, at_most: Expense) -> None:
+        self.reserved = self.reserved + at_most
+
+    def settle(self, at_most: Expense, actual: Expense) -> None:
+        """Replace what was reserved as ``at_most`` by what it has cost."""
+        self.reserved = self.reserved - at_most
+        self.spent = self.spent + actual
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer of the model, as the ledger keeps it.
+
+    Args:
+        text: of the first choice; empty if it has none.
+        finish: the API's ``finish_reason``; ``"no choice"`` for an answer without choices.
+        refusal: the API's own field for it.
+        prompt_tokens, completion_tokens, dollars: as the server counted them.
+        new: asked of the server by this run.
+    """
+
+    text: str
+    finish: str = "stop"
+    refusal: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dollars: float = 0.0
+    new: bool = field(default=True, compare=False)
+
+    @property
+    def expense(self) -> Expense:
+        return Expense(self.prompt_tokens, self.completion_tokens, self.dollars)
+
+
+@dataclass(frozen=True, slots=True)
 class Spent:
     """A job's expenses over all of its runs. ``lost`` are requests whose answer never came."""
 
@@ -84,7 +170,7 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A batch. ``state`` is ``prepared``, ``uploaded``, ``submitted``."""
+    """A batch. ``state`` is ``prepared``, ``uploaded`` or ``submitted``."""
 
     id: str
     run: str
@@ -101,7 +187,7 @@ class Ledger:
     `transaction`.
 
     Args:
-        path: of the file; made with its folders if it isn't there. A local disk: SQLite's log for several
+        path: of the file; made with its folders if it is not there. A local disk: SQLite's log for several
             processes doesn't work over a network.
         job: whose expenses these are; the same in every run, such as the corpus folder's path.
     """
@@ -110,6 +196,7 @@ class Ledger:
         self.path, self.job = path, job
         self.run = uuid.uuid4().hex
         self._lock = threading.RLock()
+        self._reader_lock = threading.Lock()
         self._depth = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,20 +208,18 @@ class Ledger:
                 self._alive.acquire()
                 self._connection = self._open()
                 # Looking an answer up doesn't wait for another thread's write to reach the disk.
-                self._reader = sqlite3.connect(
-                    path, timeout=60, isolation_level=None, check_same_thread=False
-                )
-                self._reader_lock = threading.Lock()
-                self._bury()
+                self._reader = self._connect()
+                self._bury_dead_runs()
         except (OSError, sqlite3.Error) as error:
             raise CorpusError(
                 f"{path}: the ledger of answers can't be opened ({error}); name another file in writer.cache"
             ) from error
 
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+
     def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path, timeout=60, isolation_level=None, check_same_thread=False
-        )
+        connection = self._connect()
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("BEGIN IMMEDIATE")
@@ -152,48 +237,20 @@ class Ledger:
             )
         return connection
 
-    def _lock_of(self, run: str) -> FileLock:
-        return FileLock(str(self._locks / run), thread_local=False)
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Read what this run has written, and may not have finished writing."""
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
 
-    def _bury(self) -> None:
-        """Count what dead runs left under way as spent, so that it may be asked again."""
-        with self.transaction() as connection:
-            runs = connection.execute("SELECT DISTINCT run FROM under_way").fetchall()
-        for (run,) in runs:
-            if not self.lives(run):
-                self.bury(run)
-        for file in self._locks.iterdir():
-            if file.name != self.run and not self.lives(file.name):
-                file.unlink(missing_ok=True)
-
-    def lives(self, run: str) -> bool:
-        """Whether the process of this run is still there."""
-        if run == self.run:
-            return True
-        lock = self._lock_of(run)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return True
-        lock.release()
-        return False
-
-    def bury(self, run: str) -> None:
-        """What a dead run left under way is counted as spent, for its job."""
-        with self.transaction() as connection:
-            rows = connection.execute(
-                "SELECT job, count(*), sum(prompt_tokens), sum(completion_tokens), sum(dollars) "
-                "FROM under_way WHERE run = ? GROUP BY job",
-                (run,),
-            ).fetchall()
-            for job, requests, prompt_tokens, completion_tokens, dollars in rows:
-                expense = Expense(prompt_tokens, completion_tokens, dollars)
-                self._add(job, expense, lost=True, requests=requests)
-            connection.execute("DELETE FROM under_way WHERE run = ?", (run,))
+    def _settled_row(self, query: str, *values: Any) -> tuple[Any, ...] | None:
+        """Read what is on the disk, without waiting for a write."""
+        with self._reader_lock:
+            row: tuple[Any, ...] | None = self._reader.execute(query, values).fetchone()
+        return row
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All within is on the disk when it is left, or nothing of it. May be nested."""
+        """Put all writes within on the disk together, or none of them. May be nested."""
         with self._lock:
             if self._depth == 0:
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -209,46 +266,88 @@ class Ledger:
             if self._depth == 0:
                 self._connection.execute("COMMIT")
 
+    def close(self) -> None:
+        """Close the file and say that this run is over."""
+        with self._lock:
+            self._connection.close()
+            self._reader.close()
+        self._alive.release()
+        (self._locks / self.run).unlink(missing_ok=True)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Runs
+
+    def _lock_of(self, run: str) -> FileLock:
+        return FileLock(str(self._locks / run), thread_local=False)
+
+    def is_alive(self, run: str) -> bool:
+        """Return whether the process of a run is still there."""
+        if run == self.run:
+            return True
+        lock = self._lock_of(run)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def _bury_dead_runs(self) -> None:
+        for (run,) in self._rows("SELECT DISTINCT run FROM under_way"):
+            if not self.is_alive(run):
+                self.bury(run)
+        for file in self._locks.iterdir():
+            if file.name != self.run and not self.is_alive(file.name):
+                file.unlink(missing_ok=True)
+
+    def bury(self, run: str) -> None:
+        """Count what a dead run left under way as spent by its job, so that it may be asked again."""
+        with self.transaction() as connection:
+            rows = connection.execute(
+                "SELECT job, count(*), sum(prompt_tokens), sum(completion_tokens), sum(dollars) "
+                "FROM under_way WHERE run = ? GROUP BY job",
+                (run,),
+            ).fetchall()
+            for job, requests, *cost in rows:
+                self._add(job, Expense(*cost), lost=True, requests=requests)
+            connection.execute("DELETE FROM under_way WHERE run = ?", (run,))
+
+    # Answers
+
     def answer(self, key: str) -> Reply | None:
-        """The answer to this payload, whichever job paid for it."""
-        with self._reader_lock:
-            row = self._reader.execute(
-                "SELECT text, finish, refusal, prompt_tokens, completion_tokens, dollars "
-                "FROM answers WHERE key = ?",
-                (key,),
-            ).fetchone()
-        if row is None:
-            return None
-        text, finish, refusal, prompt_tokens, completion_tokens, dollars = row
-        return Reply(text, finish, refusal, prompt_tokens, completion_tokens, dollars, new=False)
+        """Return the answer to a request, whichever job paid for it."""
+        row = self._settled_row(
+            "SELECT text, finish, refusal, prompt_tokens, completion_tokens, dollars "
+            "FROM answers WHERE key = ?",
+            key,
+        )
+        return Reply(*row, new=False) if row else None
 
     def under_way(self, key: str) -> bool:
-        """Whether a run that lives is waiting for this answer."""
-        with self._reader_lock:
-            row = self._reader.execute("SELECT run FROM under_way WHERE key = ?", (key,)).fetchone()
-        return row is not None and self.lives(row[0])
+        """Return whether a run that lives is waiting for this answer."""
+        row = self._settled_row("SELECT run FROM under_way WHERE key = ?", key)
+        return row is not None and self.is_alive(row[0])
 
     def claim(self, key: str, at_most: Expense) -> str | None:
-        """Write down that this run is going to ask; None, or the run that is asking already."""
+        """Write down that this run is going to ask; return the run that is asking already, if any."""
         with self.transaction() as connection:
             row = connection.execute("SELECT run FROM under_way WHERE key = ?", (key,)).fetchone()
             if row:
                 return str(row[0])
             connection.execute(
                 "INSERT INTO under_way VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    key,
-                    self.run,
-                    self.job,
-                    at_most.prompt_tokens,
-                    at_most.completion_tokens,
-                    at_most.dollars,
-                ),
+                (key, self.run, self.job, *at_most.row()),
             )
         return None
 
     def settle(self, key: str, model: str, reply: Reply, at_most: Expense) -> None:
-        """The answer has come: keep it, add its cost, it's no longer under way."""
+        """Keep an answer, add its cost, and take its request from those under way."""
+        prompt, completion = at_most.prompt_tokens, at_most.completion_tokens
         with self.transaction() as connection:
             connection.execute(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -258,30 +357,27 @@ class Ledger:
                     reply.text,
                     reply.finish,
                     reply.refusal,
-                    reply.prompt_tokens,
-                    reply.completion_tokens,
-                    reply.dollars,
-                    at_most.prompt_tokens,
-                    at_most.completion_tokens,
+                    *reply.expense.row(),
+                    prompt,
+                    completion,
                     time.time(),
                 ),
+            )
+            shares = (
+                reply.prompt_tokens / max(prompt, 1),
+                reply.completion_tokens / max(completion, 1),
             )
             connection.execute(
                 "INSERT INTO averages VALUES (?, 1, ?, ?) ON CONFLICT (model) DO UPDATE SET "
                 "answers = answers + 1, prompt_share = prompt_share + excluded.prompt_share, "
                 "completion_share = completion_share + excluded.completion_share",
-                (
-                    model,
-                    reply.prompt_tokens / max(at_most.prompt_tokens, 1),
-                    reply.completion_tokens / max(at_most.completion_tokens, 1),
-                ),
+                (model, *shares),
             )
-            cost = Expense(reply.prompt_tokens, reply.completion_tokens, reply.dollars)
-            self._add(self.job, cost, lost=False)
+            self._add(self.job, reply.expense, lost=False)
             connection.execute("DELETE FROM under_way WHERE key = ?", (key,))
 
     def release(self, key: str, lost: Expense | None) -> None:
-        """No answer came. ``lost``: what it may have cost all the same; None: nothing."""
+        """Give a claim up without an answer; ``lost`` is what it may have cost all the same."""
         with self.transaction() as connection:
             if lost is not None:
                 self._add(self.job, lost, lost=True)
@@ -294,36 +390,35 @@ class Ledger:
             "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
             "completion_tokens = completion_tokens + excluded.completion_tokens, "
             "dollars = dollars + excluded.dollars",
-            (job, int(lost), requests, cost.prompt_tokens, cost.completion_tokens, cost.dollars),
+            (job, int(lost), requests, *cost.row()),
         )
 
     def spent(self) -> Spent:
-        """By this job, over all runs."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT lost, requests, prompt_tokens, completion_tokens, dollars FROM spent WHERE job = ?",
-                (self.job,),
-            ).fetchall()
+        """Return what this job has spent over all runs."""
+        rows = self._rows(
+            "SELECT lost, requests, prompt_tokens, completion_tokens, dollars FROM spent WHERE job = ?",
+            self.job,
+        )
         found = {lost: (requests, Expense(*rest)) for lost, requests, *rest in rows}
         nothing = (0, Expense())
         return Spent(*found.get(0, nothing), *found.get(1, nothing))
 
     def shares(self, model: str) -> tuple[float, float] | None:
-        """Mean share of the upper bounds that this model's prompts and answers have had; None: unknown."""
-        with self._lock:
-            row = self._connection.execute(
-                "SELECT prompt_share / answers, completion_share / answers FROM averages WHERE model = ?",
-                (model,),
-            ).fetchone()
-        return (row[0], row[1]) if row else None
+        """Return the mean share of their upper bounds that this model's prompts and answers have had."""
+        rows = self._rows(
+            "SELECT prompt_share / answers, completion_share / answers FROM averages WHERE model = ?",
+            model,
+        )
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    # Servers
 
     def traits(self, address: str, model: str) -> dict[str, str]:
-        """What is known of a server, such as ``{"structured": "text"}``."""
-        with self._lock:
-            row = self._connection.execute(
-                "SELECT traits FROM servers WHERE address = ? AND model = ?", (address, model)
-            ).fetchone()
-        return json.loads(row[0]) if row else {}
+        """Return what is known of a server, such as ``{"structured": "text"}``."""
+        rows = self._rows(
+            "SELECT traits FROM servers WHERE address = ? AND model = ?", address, model
+        )
+        return json.loads(rows[0][0]) if rows else {}
 
     def remember(self, address: str, model: str, **traits: str) -> None:
         """Add to what is known of a server."""
@@ -345,10 +440,7 @@ class Ledger:
             )
             connection.executemany(
                 "INSERT INTO shard_keys VALUES (?, ?, ?, ?, ?)",
-                (
-                    (key, shard, cost.prompt_tokens, cost.completion_tokens, cost.dollars)
-                    for key, cost in keys
-                ),
+                ((key, shard, *cost.row()) for key, cost in keys),
             )
 
     def set_shard(
@@ -361,63 +453,42 @@ class Ledger:
             )
 
     def drop_shard(self, shard: str) -> None:
-        """It is collected, or it never was submitted: its keys without an answer may be asked again."""
+        """Forget a batch that is collected or never was submitted: its open keys may be asked again."""
         with self.transaction() as connection:
             connection.execute("DELETE FROM shard_keys WHERE shard = ?", (shard,))
             connection.execute("DELETE FROM shards WHERE id = ?", (shard,))
 
     def shards(self, address: str) -> list[Shard]:
-        """Batches at this server that this job's runs have made and not yet collected."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT id, run, job, state, file_id, batch_id FROM shards WHERE address = ? AND job = ? "
-                "ORDER BY at, id",
-                (address, self.job),
-            ).fetchall()
+        """Return the batches at a server that this job's runs have made and not yet collected."""
+        rows = self._rows(
+            "SELECT id, run, job, state, file_id, batch_id FROM shards WHERE address = ? AND job = ? "
+            "ORDER BY at, id",
+            address,
+            self.job,
+        )
         return [Shard(*row) for row in rows]
 
     def all_shards(self) -> set[str]:
-        """Ids of every job's."""
-        with self._lock:
-            return {row[0] for row in self._connection.execute("SELECT id FROM shards")}
+        """Return the ids of every job's batches."""
+        return {row[0] for row in self._rows("SELECT id FROM shards")}
 
     def in_shard(self, key: str) -> bool:
-        """Whether a batch that isn't collected yet, of any job, asks this."""
-        with self._lock:
-            row = self._connection.execute(
-                "SELECT 1 FROM shard_keys WHERE key = ?", (key,)
-            ).fetchone()
-        return row is not None
+        """Return whether a batch that is not collected yet, of any job, asks this."""
+        return bool(self._rows("SELECT 1 FROM shard_keys WHERE key = ?", key))
 
     def shard_keys(self, shard: str) -> dict[str, Expense]:
-        """Key -> the most that it can cost."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT key, prompt_at_most, completion_at_most, dollars FROM shard_keys WHERE shard = ?",
-                (shard,),
-            ).fetchall()
+        """Return each key of a batch with the most that it can cost."""
+        rows = self._rows(
+            "SELECT key, prompt_at_most, completion_at_most, dollars FROM shard_keys WHERE shard = ?",
+            shard,
+        )
         return {key: Expense(*rest) for key, *rest in rows}
 
     def reserved_in_shards(self) -> Expense:
-        """The most that this job's batches under way can cost."""
-        with self._lock:
-            row = self._connection.execute(
-                "SELECT sum(prompt_at_most), sum(completion_at_most), sum(dollars) FROM shard_keys "
-                "WHERE shard IN (SELECT id FROM shards WHERE job = ?)",
-                (self.job,),
-            ).fetchone()
+        """Return the most that this job's batches under way can cost."""
+        (row,) = self._rows(
+            "SELECT sum(prompt_at_most), sum(completion_at_most), sum(dollars) FROM shard_keys "
+            "WHERE shard IN (SELECT id FROM shards WHERE job = ?)",
+            self.job,
+        )
         return Expense(row[0] or 0, row[1] or 0, row[2] or 0.0)
-
-    def close(self) -> None:
-        """Close the file and say that this run is over."""
-        with self._lock:
-            self._connection.close()
-            self._reader.close()
-        self._alive.release()
-        (self._locks / self.run).unlink(missing_ok=True)
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -19,29 +19,19 @@ import tempfile
 import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from data_tools.writers import asking
-from data_tools.writers.asking import Prompts
-from data_tools.writers.endpoint import (
-    NotUnderstood,
-    RequestRefused,
-    error_of,
-    key_of,
-    meaning_of_400,
-    reply_of,
-)
-from data_tools.writers.ledger import Ledger, Shard
-from data_tools.writers.openai_writer import Progress, cache_path, estimate
+from data_tools.writers.asking import BatchesPending, BudgetReached, Estimate, Outcome, Task
+from data_tools.writers.ledger import Account, Expense, Ledger, Reply, Shard
+from data_tools.writers.openai_writer import Progress, cache_path, estimate, key_of
 from data_tools.writers.options import OpenAIBatchOptions
-from data_tools.writers.outcome import BatchesPending, BudgetReached, Estimate, Outcome, Reply, Task
-from data_tools.writers.payload import Payload, Traits, payload
-from data_tools.writers.prices import Account, Expense
+from data_tools.writers.prompts import Prompts
+from data_tools.writers.request import Request, Traits, reason_of, reply_of
 from gmai_xtuner.core.errors import CorpusError, EndpointError
-
-if TYPE_CHECKING:
-    import openai
+from gmai_xtuner.core.http import NO_KEY, RequestRefused, error_of
 
 SHARD = "gmai_xtuner_shard"  # the name of the metadata by which a batch is found again
 ABANDONED = 86_400  # seconds after which a file that belongs to no shard is deleted
@@ -57,10 +47,10 @@ class OpenAIBatchWriter:
         self, options: OpenAIBatchOptions, prompts: Prompts, *, folder: Path, job: str
     ) -> None:
         self.options, self.prompts, self.folder, self.job = options, prompts, folder, job
-        self._progress = Progress(0, 0, 0, 0, Expense(), Expense(), {})
+        self._progress = Progress()
 
     def write(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
-        """The outcomes of the tasks whose answers are there; what is missing is submitted.
+        """Yield the outcomes of the tasks whose answers are there; submit what is missing.
 
         Raises:
             BatchesPending: batches are under way, after ``wait`` minutes still.
@@ -99,11 +89,11 @@ class OpenAIBatchWriter:
                 waiting.close()
 
     def progress(self) -> Progress:
-        """Of the run that is going on, or of the last one; from any thread."""
+        """Return the state of the run that is going on, or of the last one; from any thread."""
         return self._progress
 
     def estimate(self, tasks: Iterable[Task]) -> Estimate:
-        """See `openai_writer.estimate`."""
+        """Return what these tasks would cost, see `openai_writer.estimate`."""
         return estimate(tasks, self.options, self.prompts, folder=self.folder, job=self.job)
 
 
@@ -134,7 +124,7 @@ class _Run:
             if file.stem not in known and time.time() - file.stat().st_mtime > ABANDONED:
                 file.unlink(missing_ok=True)
         for shard in self.ledger.shards(self.options.base_url):
-            if shard.state == "submitted" or self.ledger.lives(shard.run):
+            if shard.state == "submitted" or self.ledger.is_alive(shard.run):
                 continue
             batch_id = self.server.find_batch(shard.id)
             file_id = shard.file_id or self.server.find_file(f"{shard.id}.jsonl")
@@ -196,7 +186,7 @@ class _Run:
         self._report(account)
         return waiting
 
-    def _advance(self, task: Task) -> Outcome | Payload:
+    def _advance(self, task: Task) -> Outcome | Request:
         """As far as the ledger's answers take it: the outcome, or the question that has no answer yet."""
         asked = asking.write(
             task,
@@ -206,14 +196,13 @@ class _Run:
         )
         ask = next(asked)
         while True:
-            made = payload(ask, task.record, self.options, self.writer.folder)
+            made = Request.of(ask, task.record, self.options, self.writer.folder)
             reply = self.ledger.answer(made.key) or self.refused.get(made.key)
             if reply is None:
                 return made
             if made.key in self.new:
                 self.new.discard(made.key)
-                values = (reply.prompt_tokens, reply.completion_tokens, reply.dollars)
-                reply = Reply(reply.text, reply.finish, reply.refusal, *values, new=True)
+                reply = dataclasses.replace(reply, new=True)
             else:
                 self.cached += 1
             try:
@@ -228,7 +217,7 @@ class _Run:
         most = self.options.max_batches
         return most is not None and len(self.shards) >= most
 
-    def _line(self, made: Payload) -> bytes:
+    def _line(self, made: Request) -> bytes:
         request = {
             "custom_id": made.key,
             "method": "POST",
@@ -298,20 +287,18 @@ class _Run:
             return
         status, body = response.get("status_code"), response.get("body") or {}
         if status == 200 and isinstance(body.get("choices"), list):
-            reply = reply_of(body, self.options, discount=self.options.discount)
             at_most = keys[key]
-            if reply.prompt_tokens < 0:
-                values = (at_most.prompt_tokens, at_most.completion_tokens, at_most.dollars)
-                reply = Reply(reply.text, reply.finish, reply.refusal, *values)
+            reply = reply_of(body, self.options, at_most, discount=self.options.discount)
             self.ledger.settle(key, self.options.model, reply, at_most)
             self.new.add(key)
         elif status in (400, 413, 422):
-            match meaning_of_400(*error_of(body), self.traits, self.options):
-                case NotUnderstood(traits=lesson):
-                    self.ledger.remember(self.options.base_url, self.options.model, **lesson)
-                    self.learnt |= lesson
-                case RequestRefused(reason=reason, detail=detail):
-                    self.refused[key] = Reply(reason, asking.REFUSED, detail[:500])
+            refusal = RequestRefused(status, *error_of(body))
+            if lesson := self.traits.lesson(refusal, self.options):
+                self.ledger.remember(self.options.base_url, self.options.model, **lesson)
+                self.learnt |= lesson
+            else:
+                detail = refusal.message[:500]
+                self.refused[key] = Reply(reason_of(refusal), asking.REFUSED, detail)
 
     def _budget_reached(self, account: Account, at_most: Expense) -> BudgetReached:
         return BudgetReached(
@@ -335,90 +322,86 @@ class _Server:
         import openai
 
         self.options = options
+        self._key = key_of(options)
         self._errors = openai.APIError
-        self.client: openai.OpenAI = openai.OpenAI(
-            api_key=key_of(options),
+        self.client = openai.OpenAI(
+            api_key=self._key or NO_KEY,
             base_url=options.base_url,
             timeout=max(options.timeout, 600),
             max_retries=options.server_retries,
         )
 
-    def _stop(self, what: str, error: Exception) -> EndpointError:
-        said = str(error).replace(self.client.api_key, "[key]")[:500]
-        return EndpointError(
-            f"{self.options.base_url}: {what}: {said}. Nothing is lost: check the writer's options and run "
-            "the job again."
-        )
+    @contextmanager
+    def _or_stop(self, what: str) -> Iterator[None]:
+        """Turn errors of the client and of parsing into one that says what could not be done."""
+        try:
+            yield
+        except EndpointError:
+            raise
+        except (self._errors, ValueError) as error:
+            said = str(error)
+            said = (said.replace(self._key, "[key]") if self._key else said)[:500]
+            raise EndpointError(
+                f"{self.options.base_url}: {what}: {said}. Nothing is lost: check the writer's options and "
+                "run the job again."
+            ) from error
 
     def find_batch(self, shard: str) -> str | None:
-        """Of this shard, among all that the account has."""
-        try:
+        """Return a shard's batch among all that the account has."""
+        with self._or_stop("the batches can't be listed"):
             for batch in self.client.batches.list(limit=100):
                 if (batch.metadata or {}).get(SHARD) == shard:
                     return batch.id
-        except self._errors as error:
-            raise self._stop("the batches can't be listed", error) from error
         return None
 
     def find_file(self, name: str) -> str | None:
-        try:
+        with self._or_stop("the files can't be listed"):
             for file in self.client.files.list(purpose="batch"):
                 if file.filename == name:
                     return file.id
-        except self._errors as error:
-            raise self._stop("the files can't be listed", error) from error
         return None
 
     def upload(self, path: Path) -> str:
-        try:
-            with path.open("rb") as stream:
-                return self.client.files.create(file=(path.name, stream), purpose="batch").id
-        except self._errors as error:
-            raise self._stop("a batch file can't be uploaded", error) from error
+        with self._or_stop("a batch file can't be uploaded"), path.open("rb") as stream:
+            return self.client.files.create(file=(path.name, stream), purpose="batch").id
 
     def create(self, file_id: str, shard: str) -> str:
-        """Not repeated by the client: a batch whose answer is lost is looked for first."""
-        try:
-            return (
-                self.client.with_options(max_retries=0)
-                .batches.create(
+        """Submit a batch, once: one whose answer was lost is looked for."""
+        client = self.client.with_options(max_retries=0)
+        with self._or_stop("a batch can't be submitted"):
+            try:
+                return client.batches.create(
                     input_file_id=file_id,
                     endpoint="/v1/chat/completions",
                     completion_window="24h",
                     metadata={SHARD: shard},
-                )
-                .id
-            )
-        except self._errors as error:
-            if (found := self.find_batch(shard)) is not None:
-                return found
-            raise self._stop("a batch can't be submitted", error) from error
+                ).id
+            except self._errors:
+                if (found := self.find_batch(shard)) is not None:
+                    return found
+                raise
 
     def look(self, shard: Shard) -> dict[str, Any]:
-        try:
+        with self._or_stop(f"the batch {shard.batch_id} can't be looked at"):
             return self.client.batches.retrieve(shard.batch_id or "").model_dump()
-        except self._errors as error:
-            raise self._stop(f"the batch {shard.batch_id} can't be looked at", error) from error
 
     def fetch(self, file_id: str, path: Path) -> Path:
-        """An output file, to the disk: it may have hundreds of megabytes."""
-        try:
-            with self.client.files.with_streaming_response.content(file_id) as response:
-                response.stream_to_file(path)
-        except self._errors as error:
-            raise self._stop(f"the file {file_id} can't be fetched", error) from error
+        """Fetch an output file to the disk: it may have hundreds of megabytes."""
+        with (
+            self._or_stop(f"the file {file_id} can't be fetched"),
+            self.client.files.with_streaming_response.content(file_id) as response,
+        ):
+            response.stream_to_file(path)
         return path
 
     def lines(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Of an output file."""
+        """Yield the lines of an output file."""
         with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
-                try:
+                with self._or_stop(f"line {number} of a batch's output"):
                     values = json.loads(line)
                     if not isinstance(values, dict):
                         raise ValueError("not an object")
-                except ValueError as error:
-                    raise self._stop(f"line {number} of a batch's output", error) from error
                 yield values
 
 

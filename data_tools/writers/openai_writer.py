@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import queue
 import threading
 import time
@@ -26,27 +27,35 @@ import platformdirs
 
 from data_tools.items import Problem
 from data_tools.writers import asking
-from data_tools.writers.asking import Ask, Prompts
-from data_tools.writers.endpoint import Endpoint, NotUnderstood, RequestRefused, ServerFault
-from data_tools.writers.ledger import Ledger
-from data_tools.writers.limits import Concurrency, Pace, back_off
+from data_tools.writers.asking import Ask, BudgetReached, Estimate, Outcome, Task
+from data_tools.writers.ledger import Account, Expense, Ledger, Reply
 from data_tools.writers.options import OpenAIOptions
-from data_tools.writers.outcome import BudgetReached, Estimate, Outcome, Reply, Task
-from data_tools.writers.payload import Payload, Traits, payload
-from data_tools.writers.prices import Account, Expense, expense
+from data_tools.writers.prompts import Prompts
+from data_tools.writers.request import Request, Traits, expense, reason_of, reply_of
 from gmai_xtuner.core.errors import CorpusError, EndpointError
-
-REFUSED_AT_FIRST = (
-    5  # requests without a single answer after which the job, not the item, is at fault
+from gmai_xtuner.core.http import (
+    ChatServer,
+    Concurrency,
+    LoopThread,
+    Pace,
+    RequestRefused,
+    ServerFault,
+    back_off,
 )
-OTHER_RUN_SECONDS = 0.5  # between two looks at an answer that another run is waiting for
+
+REFUSED_AT_FIRST = 5
+"""Requests without a single answer after which the job, not the item, is at fault."""
+OTHER_RUN_SECONDS = 0.5
+"""Between two looks at an answer that another run is waiting for."""
+
+NOTHING = Expense()
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a run is doing: for a line on the screen.
+    """The state of a run, for a line on the screen.
 
     Args:
         requests, cached: answers of this run, from the server and from the ledger.
@@ -56,22 +65,47 @@ class Progress:
         faults: reason -> how often the server failed.
     """
 
-    requests: int
-    cached: int
-    in_flight: int
-    limit: int
-    spent: Expense
-    reserved: Expense
-    faults: dict[str, int]
+    requests: int = 0
+    cached: int = 0
+    in_flight: int = 0
+    limit: int = 0
+    spent: Expense = NOTHING
+    reserved: Expense = NOTHING
+    faults: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-class Stopped(Exception):
-    """The run is being stopped: this request isn't sent."""
+class _Stopped(Exception):
+    """The run is being stopped: this request is not sent."""
+
+
+class _AskedElsewhere(Exception):
+    """Another run is waiting for the same answer."""
+
+
+class _Learnt(Exception):
+    """The server doesn't know how something was asked for; it is now asked for otherwise."""
 
 
 def cache_path(options: OpenAIOptions) -> Path:
-    """The ledger's file: ``cache`` of the job, else one for all jobs in the user's cache folder."""
+    """Return the ledger's file: ``cache`` of the job, else one for all jobs in the user's cache folder."""
     return options.cache or platformdirs.user_cache_path("gmai_xtuner") / "answers.sqlite"
+
+
+def key_of(options: OpenAIOptions) -> str | None:
+    """Return the key in the environment; None for a server that needs none.
+
+    Raises:
+        EndpointError: there is none.
+    """
+    if options.key_variable is None:
+        return None
+    key = os.environ.get(options.key_variable, "").strip()
+    if not key:
+        raise EndpointError(
+            f"the environment variable {options.key_variable} is empty or not set; set it to the key for "
+            f"{options.base_url}, or write key_variable: null if that server needs none"
+        )
+    return key
 
 
 class OpenAIWriter:
@@ -89,75 +123,56 @@ class OpenAIWriter:
         self._run: _Run | None = None
 
     def write(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
-        """The tasks' outcomes, as they come; the ledger has every answer before it's seen here.
+        """Yield the tasks' outcomes as they come; the ledger has every answer before it is seen here.
 
         Leaving the iteration early waits for the requests in flight, which are paid for.
 
         Raises:
             BudgetReached: all in flight has been waited for and yielded.
             EndpointError: the server refuses every request, or gives no answer to any.
-            CorpusError: a picture or the ledger can't be read.
+            CorpusError: an image or the ledger can't be read.
         """
-        ledger = Ledger(cache_path(self.options), job=self.job)
-        with ledger, _Loop() as loop:
-            run = loop.call(_Run.open(self, ledger))
-            self._run = run
+        window = max(4 * self.options.in_flight, 64)
+        with Ledger(cache_path(self.options), job=self.job) as ledger, LoopThread() as loop:
+            run = self._run = loop.call(_Run.open(self, ledger))
             try:
-                yield from self._write(iter(tasks), loop, run)
+                more = lambda: run.stopped is None  # noqa: E731
+                for outcome in loop.each(run.write, tasks, window=window, more=more):
+                    if outcome is not None:
+                        yield outcome
             finally:
                 loop.call(run.close())
-
-    def _write(self, tasks: Iterator[Task], loop: _Loop, run: _Run) -> Iterator[Outcome]:
-        window = max(4 * self.options.in_flight, 64)
-        more, under_way = True, 0
-        while True:
-            while more and under_way < window and run.stopped is None:
-                task = next(tasks, None)
-                if task is None:
-                    more = False
-                    break
-                loop.start(run.write(task))
-                under_way += 1
-            if under_way == 0:
-                break
-            outcome = run.outcomes.get()
-            under_way -= 1
-            if outcome is not None:
-                yield outcome
-        if run.stopped is not None:
-            raise run.stopped
+            if run.stopped is not None:
+                raise run.stopped
 
     def progress(self) -> Progress:
-        """Of the run that is going on, or of the last one; from any thread."""
-        if self._run is None:
-            return Progress(0, 0, 0, 0, Expense(), Expense(), {})
-        return self._run.progress()
+        """Return the state of the run that is going on, or of the last one; from any thread."""
+        return Progress() if self._run is None else self._run.progress()
 
     def estimate(self, tasks: Iterable[Task]) -> Estimate:
-        """See `estimate`."""
+        """Return what these tasks would cost, see `estimate`."""
         return estimate(tasks, self.options, self.prompts, folder=self.folder, job=self.job)
 
 
 def estimate(
     tasks: Iterable[Task], options: OpenAIOptions, prompts: Prompts, *, folder: Path, job: str
 ) -> Estimate:
-    """What these tasks would cost, without a request. Needs no key.
+    """Return what these tasks would cost, without a request. Needs no key.
 
     Raises:
-        CorpusError: a picture or the ledger can't be read.
+        CorpusError: an image or the ledger can't be read.
     """
     requests = cached = 0
     at_most = Expense()
     seen: set[bytes] = set()
+    translate = options.chinese == "translate"
     with Ledger(cache_path(options), job=job) as ledger:
         for task in tasks:
-            asked = asking.write(
-                task, prompts, retries=options.retries, translate=options.chinese == "translate"
-            )
+            asked = asking.write(task, prompts, retries=options.retries, translate=translate)
             with contextlib.suppress(StopIteration):
                 ask = next(asked)
                 while True:
-                    made = payload(ask, task.record, options, folder)
+                    made = Request.of(ask, task.record, options, folder)
                     reply = ledger.answer(made.key)
                     if reply is None:
                         break
@@ -168,7 +183,7 @@ def estimate(
                     continue
                 seen.add(short)
                 # A translation is a second request, about as large as the first.
-                steps = 2 if options.chinese == "translate" and ask.item != task.item else 1
+                steps = 2 if translate and ask.item != task.item else 1
                 requests += steps
                 for _ in range(steps):
                     at_most += made.at_most
@@ -184,25 +199,30 @@ def estimate(
 
 
 class _Run:
-    """One run's state; all of it belongs to the event loop, but for `outcomes` and `progress`."""
+    """The state of one run; all of it belongs to the event loop, but for `progress`."""
 
     def __init__(self, writer: OpenAIWriter, ledger: Ledger) -> None:
         options = writer.options
         self.options, self.prompts, self.folder = options, writer.prompts, writer.folder
         self.ledger = ledger
-        self.outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
         self.stopped: CorpusError | None = None
-        self.endpoint = Endpoint(options)
+        self.server = ChatServer(
+            options.base_url,
+            model=options.model,
+            key=key_of(options),
+            key_variable=options.key_variable,
+            timeout=options.timeout,
+        )
         self.traits = Traits.of(options, ledger.traits(options.base_url, options.model))
         self.account = Account(options.budget, ledger.spent().total)
         self.concurrency = Concurrency(options.in_flight, check=self._check)
         self.requests_pace = Pace(options.requests_a_minute)
         self.tokens_pace = Pace(options.tokens_a_minute)
-        # Some more than are in flight are ready to go, so that no slot waits for the ledger or a picture.
+        # Some more than are in flight are ready to go, so that no slot waits for the ledger or an image.
         self.ready = asyncio.Semaphore(options.in_flight + options.in_flight // 4 + 1)
         self.settled = asyncio.Condition()
         self.asked: dict[str, asyncio.Event] = {}
-        self.threads = ThreadPoolExecutor(2, "pictures")
+        self.threads = ThreadPoolExecutor(2, "images")
         self.commit = _Committer(ledger)
         self.answers = self.cached = self.refused = 0
         self.failing_since: float | None = None
@@ -214,14 +234,15 @@ class _Run:
 
     async def close(self) -> None:
         """Send nothing more; wait for what is in flight, and keep it."""
+        done = self.stopped
         self._stop(CorpusError("the writer was closed"))
-        async with self.settled:
-            self.settled.notify_all()
+        await self._wake()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
-        await self.endpoint.close()
+        await self.server.close()
         self.threads.shutdown()
         self.commit.close()
+        self.stopped = done
 
     def progress(self) -> Progress:
         return Progress(
@@ -235,30 +256,34 @@ class _Run:
         )
 
     def _stop(self, error: CorpusError) -> None:
-        """The first reason counts."""
+        """Stop the run; the first reason counts."""
         if self.stopped is None:
             self.stopped = error
 
-    async def write(self, task: Task) -> None:
-        """Put the task's outcome into the queue; None if it isn't decided because the run stops."""
-        outcome = None
+    def _stop_at_server(self, what: str) -> None:
+        self._stop(EndpointError(f"{self.options.base_url} (model {self.options.model}) {what}"))
+
+    async def _wake(self) -> None:
+        """Let those who wait for money look again."""
+        async with self.settled:
+            self.settled.notify_all()
+
+    async def write(self, task: Task) -> Outcome | None:
+        """Return the task's outcome; None if it is not decided because the run stops."""
         try:
-            outcome = await self._write(task)
-        except Stopped:
-            pass
+            return await self._write(task)
+        except _Stopped:
+            return None
         except CorpusError as error:
             self._stop(error)
-        except (
-            Exception
-        ) as error:  # a fault of this program: end the run with it, not without an end
+        except Exception as error:  # a fault of this program ends the run with its name
             stop = CorpusError(f"{task.item.id}: {type(error).__name__}: {error}")
             stop.__cause__ = error
             self._stop(stop)
         finally:
             if self.stopped is not None:
-                async with self.settled:
-                    self.settled.notify_all()
-            self.outcomes.put(outcome)
+                await self._wake()
+        return None
 
     async def _write(self, task: Task) -> Outcome:
         options = self.options
@@ -271,18 +296,9 @@ class _Run:
             try:
                 reply = await self._reply(ask, task)
             except ServerFault as fault:
-                return Outcome(
-                    task.item,
-                    None,
-                    (Problem(fault.reason, fault.detail),),
-                    asking.shown(ask.prompt),
-                    prompt_tokens=sum(reply.prompt_tokens for reply in new),
-                    completion_tokens=sum(reply.completion_tokens for reply in new),
-                    dollars=sum(reply.dollars for reply in new),
-                    attempts=len(new),
-                    requests=len(new),
-                    pending=True,
-                )
+                problem = Problem(fault.reason, fault.detail)
+                shown = asking.shown(ask.prompt)
+                return Outcome(task.item, None, (problem,), shown, pending=True).counting(new)
             if reply.new:
                 new.append(reply)
             else:
@@ -293,14 +309,14 @@ class _Run:
                 return end.value  # type: ignore[no-any-return]
 
     async def _reply(self, ask: Ask, task: Task) -> Reply:
-        """From the ledger, else from the server.
+        """Return the answer from the ledger, else from the server.
 
         Raises:
             ServerFault: it failed ``server_retries`` times.
-            Stopped: the run stops before it was sent.
+            _Stopped: the run stops before it was sent.
             CorpusError: what stops the run.
         """
-        made = await self._in_thread(payload, ask, task.record, self.options, self.folder)
+        made = await self._in_thread(Request.of, ask, task.record, self.options, self.folder)
         faults = waits = 0
         while True:
             reply = self.ledger.answer(made.key)
@@ -314,10 +330,10 @@ class _Run:
                 return await self._ask(made)
             except _AskedElsewhere:
                 wait = OTHER_RUN_SECONDS
-            except NotUnderstood:
+            except _Learnt:
                 continue
             except RequestRefused as refusal:
-                return Reply(refusal.reason, asking.REFUSED, refusal.detail)
+                return Reply(reason_of(refusal), asking.REFUSED, refusal.message)
             except ServerFault as fault:
                 faults += not fault.throttled
                 waits += 1
@@ -334,7 +350,7 @@ class _Run:
                 self.asked.pop(made.key).set()
             await self._sleep(wait)
 
-    async def _ask(self, made: Payload) -> Reply:
+    async def _ask(self, made: Request) -> Reply:
         """Reserve, claim, send, settle; once."""
         await self._afford(made.at_most)
         actual = Expense()
@@ -343,9 +359,8 @@ class _Run:
                 self._check()
                 run = await self.commit(lambda: self.ledger.claim(made.key, made.at_most))
                 if run is not None:
-                    if self.ledger.lives(run):
-                        raise _AskedElsewhere
-                    await self.commit(lambda: self.ledger.bury(run))
+                    if not self.ledger.is_alive(run):
+                        await self.commit(lambda: self.ledger.bury(run))
                     raise _AskedElsewhere
                 lost: Expense | None = None
                 reply = None
@@ -353,11 +368,8 @@ class _Run:
                     # Another run may have settled it between the look into the ledger and the claim.
                     if (kept := self.ledger.answer(made.key)) is not None:
                         return kept
-                    reply = await self._send(made)
-                    if reply.prompt_tokens < 0:
-                        reply = dataclasses.replace(reply, **_fields(made.at_most))
-                    actual = Expense(reply.prompt_tokens, reply.completion_tokens, reply.dollars)
-                    answer = reply
+                    answer = reply = await self._send(made)
+                    actual = reply.expense
                     await self.commit(
                         lambda: self.ledger.settle(
                             made.key, self.options.model, answer, made.at_most
@@ -373,10 +385,9 @@ class _Run:
                 return reply
         finally:
             self.account.settle(made.at_most, actual)
-            async with self.settled:
-                self.settled.notify_all()
+            await self._wake()
 
-    async def _send(self, made: Payload) -> Reply:
+    async def _send(self, made: Request) -> Reply:
         traits = self.traits
         body = await self._in_thread(made.body, traits)
         tokens = made.at_most.tokens
@@ -385,28 +396,26 @@ class _Run:
             if traits != self.traits:  # something was learnt meanwhile
                 traits = self.traits
                 body = await self._in_thread(made.body, traits)
-            wait = max(self.requests_pace.take(), self.tokens_pace.take(tokens))
-            await self._sleep(wait)
+            await self._sleep(max(self.requests_pace.take(), self.tokens_pace.take(tokens)))
             # What a failure means for the others is settled before the slot is free for the next.
             try:
-                reply = await self.endpoint.complete(body, traits)
+                answer = await self.server.complete(body)
             except ServerFault as fault:
                 if fault.throttled:
                     self.concurrency.lower(seen)
                 self._failed(fault)
                 raise
-            except NotUnderstood as lesson:
-                self._learn(lesson)
-                raise
             except RequestRefused as refusal:
+                if lesson := traits.lesson(refusal, self.options):
+                    self._learn(lesson)
+                    raise _Learnt from refusal
                 self._refused(refusal)
                 raise
             except EndpointError as error:
                 self._stop(error)
                 raise
-        used = reply.prompt_tokens + reply.completion_tokens
-        if used >= 0:
-            self.tokens_pace.give_back(tokens - used)
+        reply = reply_of(answer, self.options, made.at_most)
+        self.tokens_pace.give_back(tokens - reply.expense.tokens)
         self.answers += 1
         self.failing_since = None
         await self.concurrency.answered()
@@ -418,7 +427,7 @@ class _Run:
         while not self.account.fits(at_most):
             if self.account.reserved.tokens == 0:
                 self._stop(self._budget_reached(at_most))
-                raise Stopped
+                raise _Stopped
             async with self.settled:
                 await self.settled.wait()
             self._check()
@@ -437,7 +446,7 @@ class _Run:
 
     def _check(self) -> None:
         if self.stopped is not None:
-            raise Stopped
+            raise _Stopped
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but not beyond the run's end."""
@@ -446,58 +455,43 @@ class _Run:
             self._check()
             await asyncio.sleep(min(left, 0.5))
 
-    def _learn(self, lesson: NotUnderstood) -> None:
+    def _learn(self, lesson: dict[str, str]) -> None:
         """Remember what the server doesn't understand; of many answers to the same the first counts."""
-        new = Traits.of(self.options, dataclasses.asdict(self.traits) | lesson.traits)
+        new = Traits.of(self.options, dataclasses.asdict(self.traits) | lesson)
         if new != self.traits:
             self.traits = new
-            self.ledger.remember(self.options.base_url, self.options.model, **lesson.traits)
+            self.ledger.remember(self.options.base_url, self.options.model, **lesson)
 
     def _refused(self, refusal: RequestRefused) -> None:
         self.refused += 1
         if self.refused >= REFUSED_AT_FIRST and not self.concurrency.opened:
-            self._stop(
-                EndpointError(
-                    f"{self.options.base_url} (model {self.options.model}) has refused the first "
-                    f"{self.refused} requests, the last with: {refusal.detail}. Check the writer's "
-                    "options."
-                )
+            self._stop_at_server(
+                f"has refused the first {self.refused} requests, the last with: {refusal.message}. "
+                "Check the writer's options."
             )
 
     def _failed(self, fault: ServerFault) -> None:
-        """Count it, and stop the run if the server has given no answer for too long."""
+        """Count a fault, and stop the run if the server has given no answer for too long."""
         self.faults[fault.reason] = self.faults.get(fault.reason, 0) + 1
         patience = self.options.patience
         now = time.monotonic()
         self.failing_since = now if self.failing_since is None else self.failing_since
         silent = now - self.failing_since
         if fault.wait is not None and fault.wait > patience:
-            self._stop(
-                EndpointError(
-                    f"{self.options.base_url} asks to wait {fault.wait:,.0f} s ({fault}), longer than "
-                    f"writer.patience ({patience:,.0f} s). Nothing is lost: run the job again then."
-                )
+            self._stop_at_server(
+                f"asks to wait {fault.wait:,.0f} s ({fault}), longer than writer.patience "
+                f"({patience:,.0f} s). Nothing is lost: run the job again then."
             )
         elif fault.wait is not None:
             self.concurrency.pause(fault.wait)
         if silent > patience:
-            self._stop(
-                EndpointError(
-                    f"{self.options.base_url} has given no answer for {silent:,.0f} s, the last failure "
-                    f"was: {fault}. Nothing is lost: run the job again when the server is well."
-                )
+            self._stop_at_server(
+                f"has given no answer for {silent:,.0f} s, the last failure was: {fault}. Nothing is "
+                "lost: run the job again when the server is well."
             )
 
     async def _in_thread(self, function: Callable[..., T], *values: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *values)
-
-
-class _AskedElsewhere(Exception):
-    """Another run is waiting for the same answer."""
-
-
-def _fields(cost: Expense) -> dict[str, Any]:
-    return {field.name: getattr(cost, field.name) for field in dataclasses.fields(cost)}
 
 
 class _Committer:
@@ -516,7 +510,7 @@ class _Committer:
         self.thread.start()
 
     async def __call__(self, write: Callable[[], T]) -> T:
-        """Do ``write``; returns when it's on the disk. Not to be interrupted."""
+        """Do ``write``; return when it is on the disk. Not to be interrupted."""
         future: asyncio.Future[T] = self.loop.create_future()
         self.queue.put((write, future))
         return await asyncio.shield(future)
@@ -526,15 +520,14 @@ class _Committer:
         self.thread.join()
 
     def _work(self) -> None:
-        while (first := self.queue.get()) is not None:
-            jobs = [first]
-            end = False
-            while not self.queue.empty():
-                job = self.queue.get()
-                if job is None:
-                    end = True
-                    break
+        job = self.queue.get()
+        while job is not None:
+            jobs = []
+            while job is not None:
                 jobs.append(job)
+                if self.queue.empty():
+                    break
+                job = self.queue.get()
             results: list[Any] = []
             error: Exception | None = None
             try:
@@ -546,11 +539,10 @@ class _Committer:
                     "the disk and run the job again"
                 )
                 error.__cause__ = caught
-            self.loop.call_soon_threadsafe(
-                self._done, [future for _, future in jobs], results, error
-            )
-            if end:
-                return
+            futures = [future for _, future in jobs]
+            self.loop.call_soon_threadsafe(self._done, futures, results, error)
+            if job is not None:
+                job = self.queue.get()
 
     @staticmethod
     def _done(
@@ -563,34 +555,3 @@ class _Committer:
                 future.set_exception(error)
             else:
                 future.set_result(results[number])
-
-
-class _Loop:
-    """An event loop in a thread of its own; a context manager."""
-
-    def __enter__(self) -> _Loop:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="requests", daemon=True)
-        self.thread.start()
-        self._tasks: set[asyncio.Task[None]] = set()
-        return self
-
-    def call(self, coroutine: Any) -> Any:
-        """Run it and wait for its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    def start(self, coroutine: Any) -> None:
-        """Run it; its result goes its own way."""
-
-        def begin() -> None:
-            task = self.loop.create_task(coroutine)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-        self.loop.call_soon_threadsafe(begin)
-
-    def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.run_until_complete(self.loop.shutdown_default_executor())
-        self.loop.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -9,7 +10,6 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from data_tools.options import Options
-from data_tools.writers.prices import Budget, ImageTokens, Price
 
 
 class TemplateOptions(Options):
@@ -18,15 +18,75 @@ class TemplateOptions(Options):
     name: Literal["template"] = "template"
 
 
-class ImageOptions(Options):
-    """How a picture is attached.
+class Price(Options):
+    """Dollars a million tokens; ``cached_input`` for prompt tokens that the server had cached."""
+
+    input: float = Field(ge=0)
+    output: float = Field(ge=0)
+    cached_input: float | None = Field(default=None, ge=0)
+
+
+class Budget(Options):
+    """The most that a job may cost over all of its runs, prompts and answers together; None: no bound.
+
+    A request is sent only if it can't exceed the budget even at its greatest length. Requests whose answer
+    never came (a time-out, a killed run) are counted as if they had had it: the server may bill them.
+    """
+
+    dollars: float | None = Field(default=None, ge=0)
+    tokens: int | None = Field(default=None, ge=0)
+
+
+class ImageTokens(Options):
+    """The number of tokens of an image.
 
     Args:
-        longest_side: pixels. A larger picture is scaled down to it; one that fits and is a PNG or JPEG
+        by: ``tiles`` as OpenAI counts gpt-4o, gpt-4.1 and their like, ``patches`` as it counts the mini and
+            nano models since gpt-4.1 and o4-mini, ``constant`` for other servers.
+        base, tile: tokens of an image and of each of its tiles: 85 and 170 for gpt-4o and gpt-4.1,
+            75 and 150 for o1 and o3, 2833 and 5667 for gpt-4o-mini. With ``detail: low`` only the base.
+        multiplier: of patches: 1.62 for gpt-4.1-mini, 2.46 for gpt-4.1-nano, 1.72 for o4-mini.
+        max_patches: a larger image is scaled down to so many.
+        constant: for ``constant``.
+    """
+
+    by: Literal["tiles", "patches", "constant"] = "tiles"
+    base: int = Field(default=85, ge=0)
+    tile: int = Field(default=170, ge=0)
+    multiplier: float = Field(default=1.0, gt=0)
+    max_patches: int = Field(default=1536, ge=1)
+    constant: int = Field(default=1024, ge=0)
+
+    def count(self, width: int, height: int, *, detail: str | None) -> int:
+        """Return the tokens of an image of ``width`` by ``height`` pixels as it is sent.
+
+        Source of both formulas: OpenAI, "Images and vision", section "Calculating costs"
+        (https://platform.openai.com/docs/guides/images-vision). Tiles: scaled down to fit 2048 x 2048,
+        then down to a shortest side of 768, then counted in squares of 512; without a ``detail`` it is
+        counted as ``high``, the dearer one. Patches: squares of 32, at most ``max_patches``.
+        """
+        if self.by == "constant":
+            return self.constant
+        if self.by == "patches":
+            patches = math.ceil(width / 32) * math.ceil(height / 32)
+            return math.ceil(min(patches, self.max_patches) * self.multiplier)
+        if detail == "low":
+            return self.base
+        scale = min(1.0, 2048 / max(width, height))
+        scale = min(scale, 768 / min(width, height))
+        tiles = math.ceil(round(width * scale, 6) / 512) * math.ceil(round(height * scale, 6) / 512)
+        return self.base + self.tile * tiles
+
+
+class ImageOptions(Options):
+    """How an image is attached.
+
+    Args:
+        longest_side: pixels. A larger image is scaled down to it; one that fits and is a PNG or JPEG
             goes as its file's bytes.
-        quality: of JPEG, for pictures that are scaled or have the box drawn in; 0: PNG, without loss.
+        quality: of JPEG, for images that are scaled or have the box drawn in; 0: PNG, without loss.
         detail: as the API names it; None: not sent, for servers that don't know it.
-        tokens: what a picture is counted at before the server's own count is known.
+        tokens: what an image is counted at before the server's own count is known.
     """
 
     longest_side: int = Field(default=1024, ge=32)
@@ -49,7 +109,7 @@ class OpenAIOptions(Options):
             ``max_completion_tokens`` and remembers a server that refuses it.
         structured: how the answer's form is asked for; ``auto`` begins with a JSON schema and remembers
             a server that refuses it.
-        seeded: send each item's seed. Without it two items with the same question and picture share
+        seeded: send each item's seed. Without it two items with the same question and image share
             one answer.
         chinese: ``direct`` asks for Chinese at once, ``translate`` for English and then its translation.
         image: see `ImageOptions`.
@@ -62,7 +122,7 @@ class OpenAIOptions(Options):
         patience: seconds without any answer after which the job stops, and the longest wait that a server
             may ask for.
         price: dollars a million tokens; required for a budget in dollars.
-        budget: see `prices.Budget`.
+        budget: see `Budget`.
         cache: SQLite file of answers and expenses, shared between jobs; default in the user's cache folder.
     """
 

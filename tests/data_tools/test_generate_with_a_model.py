@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_tools.api_server import ApiServer, error
+from tests.api_server import ApiServer, error
 from tests.data_tools.conftest import generate
 
 MAKE = {

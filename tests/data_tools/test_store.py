@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from data_tools.writers.outcome import Outcome
 
 from data_tools.items import Item, Problem, Turn
 from data_tools.records import Drop, Label, Provenance, Record
@@ -22,7 +23,6 @@ from data_tools.store import (
     Usage,
     encode,
 )
-from data_tools.writers.outcome import Outcome
 from gmai_xtuner.core.errors import CorpusError
 
 

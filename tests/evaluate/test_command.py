@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.evaluate.__main__ import main
-from tests.evaluate.api_server import Reply, serve
+from tests.api_server import ApiServer, error, user_text
 from tests.evaluate.sets import write_omnimedvqa, write_pmc_vqa, write_vqa_rad
 
 ROOT = Path(__file__).parents[2]
@@ -174,15 +174,14 @@ def run(*arguments: str | Path) -> int:
 
 
 def test_an_endpoint_is_asked_scored_again_and_compared(data, tmp_path, capfd):
-    def gold(text, before, request):
-        number = int(re.search(r"number (\d+)", text)[1])
-        return Reply(text="ABCD"[number % 4])
+    def gold(text):
+        return "ABCD"[int(re.search(r"number (\d+)", text)[1]) % 4]
 
     base = ["--benchmark", "omnimedvqa", "--data", data / "OmniMedVQA"]
-    with serve(gold) as server:
+    with ApiServer(answer=gold) as server:
         good = [*("good", "--endpoint", server.url), *base, "--out", tmp_path / "good"]
         assert run(*good) == 0
-    with serve(lambda text, before, request: Reply(text="(A)")) as server:
+    with ApiServer(answer=lambda text: "(A)") as server:
         assert run("bad", "--endpoint", server.url, *base, "--out", tmp_path / "bad") == 0
     text = capfd.readouterr().out
     assert (
@@ -205,10 +204,10 @@ def test_an_endpoint_that_fails_half_way_is_gone_on_with(data, tmp_path, capfd):
     command = ["m", "--benchmark", "omnimedvqa", "--data", data / "OmniMedVQA", "--out", tmp_path]
     healthy = {"value": False}
 
-    def behave(text, before, request):
-        return Reply() if healthy["value"] or len(server.requests) <= 12 else Reply(500, "broken")
+    def script(body, number):
+        return None if healthy["value"] or len(server.requests) <= 12 else error(500, "broken")
 
-    with serve(behave) as server:
+    with ApiServer(script, answer=lambda text: "A") as server:
         command += ["--endpoint", server.url, "--retries", "0", "--in-flight", "2"]
         assert run(*command) == 1
         assert "run the same command again when the server is well" in capfd.readouterr().err
@@ -221,10 +220,10 @@ def test_an_endpoint_that_fails_half_way_is_gone_on_with(data, tmp_path, capfd):
 
 
 def test_questions_without_an_answer_end_in_status_1_with_tables(data, tmp_path, capfd, caplog):
-    def behave(text, before, request):
-        return Reply(400, "filtered") if "figure 2" in text else Reply()
+    def script(body, number):
+        return error(400, "filtered") if "figure 2" in user_text(body) else None
 
-    with serve(behave) as server:
+    with ApiServer(script, answer=lambda text: "A") as server:
         status = run(
             *(
                 "m",
@@ -250,7 +249,7 @@ def test_a_benchmark_that_cannot_be_read_does_not_stop_the_others(data, tmp_path
     copy = shutil.copytree(data, tmp_path / "data")
     broken = copy / "OmniMedVQA" / "QA_information" / "Open-access" / "X-Ray.json"
     broken.write_text('[{"dataset": ')
-    with serve(lambda text, before, request: Reply(text="yes")) as server:
+    with ApiServer(answer=lambda text: "yes") as server:
         status = run(
             *("m", "--endpoint", server.url, "--benchmark", "all", "--data", copy),
             *("--out", tmp_path / "out", "--json"),
@@ -263,12 +262,12 @@ def test_a_benchmark_that_cannot_be_read_does_not_stop_the_others(data, tmp_path
 
 
 def test_a_scorer_for_some_benchmarks_does_not_stop_those(data, tmp_path, capfd):
-    with serve(lambda text, before, request: Reply(text="A")) as server:
+    with ApiServer(answer=lambda text: "A") as server:
         status = run(
             *("m", "--endpoint", server.url, "--benchmark", "all", "--data", data),
             *("--out", tmp_path / "out", "--scorer", "huatuogpt", "--json"),
         )
-        assert not any("finding" in text for text in server.texts()), "VQA-RAD was asked"
+        assert not any("finding" in text for text in server.texts), "VQA-RAD was asked"
     told = capfd.readouterr()
     summary = json.loads(told.out)
     assert status == 1
@@ -278,7 +277,7 @@ def test_a_scorer_for_some_benchmarks_does_not_stop_those(data, tmp_path, capfd)
 
 
 def test_answers_of_another_run_for_one_benchmark_do_not_stop_the_others(data, tmp_path, capfd):
-    with serve(lambda text, before, request: Reply(text="A")) as server:
+    with ApiServer(answer=lambda text: "A") as server:
         common = ["--endpoint", server.url, "--data", data, "--out", tmp_path]
         assert run("first", "--benchmark", "vqa_rad", *common) == 0
         capfd.readouterr()

@@ -13,9 +13,9 @@ from PIL import Image
 
 from data_tools.items import Conversation, Item, Problem, SourceContext, Turn
 from data_tools.records import Label, Provenance, Record
+from data_tools.writers.asking import Task
 from data_tools.writers.openai_writer import OpenAIWriter
 from data_tools.writers.options import OpenAIOptions
-from data_tools.writers.outcome import Task
 
 CONTEXT = SourceContext("toy", "Toy", ("cell",))
 SCHEMA = {

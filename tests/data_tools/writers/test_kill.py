@@ -12,8 +12,8 @@ import pytest
 
 from data_tools.writers import asking
 from data_tools.writers.ledger import Ledger
-from data_tools.writers.payload import Traits, payload
-from tests.data_tools.api_server import ApiServer, completion, error, name_of, user_text
+from data_tools.writers.request import Request, Traits
+from tests.api_server import ApiServer, completion, error, name_of, user_text
 from tests.data_tools.writers import killed_run
 from tests.data_tools.writers.stand_ins import Prompts, options, tasks, write_images
 
@@ -43,7 +43,7 @@ def names(folder: Path, url: str) -> dict[str, str]:
             ask = next(steps)
             try:
                 while True:
-                    made = payload(ask, task.record, options(folder, url), folder)
+                    made = Request.of(ask, task.record, options(folder, url), folder)
                     found[name_of(made.body(traits)) + str(ask.attempt)] = made.key
                     reply = ledger.answer(made.key)
                     assert reply is not None

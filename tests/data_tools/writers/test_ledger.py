@@ -6,9 +6,7 @@ import sys
 
 import pytest
 
-from data_tools.writers.ledger import Ledger
-from data_tools.writers.outcome import Reply
-from data_tools.writers.prices import Expense
+from data_tools.writers.ledger import Expense, Ledger, Reply
 from gmai_xtuner.core.errors import CorpusError
 
 COST = Expense(100, 50, 0.5)
@@ -39,8 +37,7 @@ def test_what_a_dead_run_left_is_lost_money_and_free_again(tmp_path):
     program = f"""
 import os, signal
 from pathlib import Path
-from data_tools.writers.ledger import Ledger
-from data_tools.writers.prices import Expense
+from data_tools.writers.ledger import Expense, Ledger
 ledger = Ledger(Path({str(path)!r}), job="a")
 ledger.claim("k", Expense(100, 50, 0.5)); ledger.claim("l", Expense(10, 5, 0.25))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -63,7 +60,7 @@ def test_a_living_runs_claim_stands(tmp_path):
         with Ledger(path, job="b") as second:
             run = second.claim("k", COST)
             assert run == first.run
-            assert second.lives(run)
+            assert second.is_alive(run)
             assert second.under_way("k")
             second.release("k", None)  # not its own
             assert first.claim("k", COST) == first.run

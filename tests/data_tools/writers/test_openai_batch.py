@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from data_tools.items import Problem
+from data_tools.writers.asking import BatchesPending, BudgetReached, Outcome
 from data_tools.writers.openai_batch import OpenAIBatchWriter
 from data_tools.writers.options import OpenAIBatchOptions
-from data_tools.writers.outcome import BatchesPending, BudgetReached, Outcome
 from gmai_xtuner.core.errors import CorpusError, EndpointError
-from tests.data_tools.api_server import Act, ApiServer, completion, error, user_text
+from tests.api_server import Act, ApiServer, completion, error, user_text
 from tests.data_tools.writers.stand_ins import Prompts, options, tasks, write_images
 
 AT_MOST = 37 + 48 + 40 + 50  # see test_openai_writer

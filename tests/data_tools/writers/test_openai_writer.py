@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from data_tools.items import Problem
-from data_tools.writers import limits, openai_writer
-from data_tools.writers.outcome import BudgetReached, Outcome
+from data_tools.writers import openai_writer
+from data_tools.writers.asking import BudgetReached, Outcome
 from gmai_xtuner.core.errors import CorpusError, EndpointError
-from tests.data_tools.api_server import Act, ApiServer, completion, error, user_text
+from tests.api_server import Act, ApiServer, completion, error, user_text
 from tests.data_tools.writers.stand_ins import Prompts, options, tasks, write_images, writer
 
 # The upper bound of a request of `stand_ins`, by hand: "Be exact." 9 bytes, "item0" 5 and the schema's 119 as
@@ -227,12 +227,12 @@ def test_retry_after_as_a_date_and_too_far_ahead(serve, tmp_path):
 @pytest.mark.parametrize(
     ("status", "code", "match"),
     [
-        (401, "invalid_api_key", "set THE_KEY to a valid key"),
+        (401, "invalid_api_key", "set the environment variable THE_KEY to a valid key"),
         (403, None, "may not use this model"),
-        (404, "model_not_found", r"check writer.model and writer.base_url"),
+        (404, "model_not_found", "check the model's name and the address"),
         (429, "insufficient_quota", "has no money left"),
         (402, None, "has no money left"),
-        (405, None, "check writer.base_url"),
+        (405, None, "check the address"),
     ],
 )
 def test_what_refuses_every_request_is_one_error_after_one_request(
@@ -531,14 +531,6 @@ def test_options_reach_the_body(serve, tmp_path):
     assert body["response_format"]["json_schema"]["strict"] is True
     list(writer(tmp_path, server.url, temperature=0.8).write(tasks(1)))
     assert len(server.requests) == 2  # another temperature is another question
-
-
-def test_limits_of_the_back_off():
-    for attempt, longest in ((0, 0.5), (3, 4.0), (50, 60.0)):
-        waits = [limits.back_off(attempt) for _ in range(200)]
-        assert longest / 2 <= min(waits)
-        assert max(waits) <= longest
-        assert max(waits) - min(waits) > longest / 4
 
 
 def test_the_stand_ins_bound_is_what_the_tests_say(tmp_path):

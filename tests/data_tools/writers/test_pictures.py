@@ -10,17 +10,16 @@ import pytest
 from PIL import Image
 
 from data_tools.writers.options import ImageOptions
-from data_tools.writers.payload import Traits, payload
-from data_tools.writers.pictures import Picture
+from data_tools.writers.request import AttachedImage, Request, Traits
 from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.writers.stand_ins import Prompts, options, record, tasks, write_images
 
 
-def picture(path, size, box=None) -> Picture:
-    return Picture(path, *size, box, hashlib.sha256(path.read_bytes()).hexdigest())
+def picture(path, size, box=None) -> AttachedImage:
+    return AttachedImage(path, *size, box, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def sent(made: Picture, options: ImageOptions) -> tuple[str, Image.Image]:
+def sent(made: AttachedImage, options: ImageOptions) -> tuple[str, Image.Image]:
     kind, data = made.url(options).split(",")
     return kind, Image.open(io.BytesIO(base64.b64decode(data)))
 
@@ -88,7 +87,7 @@ def test_keys_say_all_that_an_answer_depends_on(tmp_path):
         of = record("r", file, size)
         prompt = Prompts(images=True, box=box).build(task.item, of, task.context)
         values = options(tmp_path, "http://x/v1", **more)
-        return payload(Ask(task.item, prompt, attempt), of, values, tmp_path).key
+        return Request.of(Ask(task.item, prompt, attempt), of, values, tmp_path).key
 
     assert key() == key("images/copy.png")
     assert key() == key(base_url="http://other/v1", structured="text", in_flight=3)
@@ -116,10 +115,10 @@ def test_the_box_is_the_items_focus(tmp_path):
 
     prompt = Prompts(images=True, box=True).build(task.item, task.record, task.context)
     values = options(tmp_path, "http://x/v1")
-    made = payload(Ask(task.item, prompt, 0), task.record, values, tmp_path)
-    assert made.picture.box == (1, 1, 5, 4)
+    made = Request.of(Ask(task.item, prompt, 0), task.record, values, tmp_path)
+    assert made.image.box == (1, 1, 5, 4)
     whole = dataclasses.replace(task.item, focus=None)
-    assert payload(Ask(whole, prompt, 0), task.record, values, tmp_path).picture.box is None
+    assert Request.of(Ask(whole, prompt, 0), task.record, values, tmp_path).image.box is None
     body = made.body(Traits("json_object", "max_tokens"))
     assert (body["response_format"], body["max_tokens"]) == ({"type": "json_object"}, 50)
     assert "fits this JSON schema" in body["messages"][0]["content"]

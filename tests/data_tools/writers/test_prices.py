@@ -2,15 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from data_tools.writers.prices import (
-    Account,
-    Budget,
-    Expense,
-    ImageTokens,
-    Price,
-    expense,
-    text_tokens,
-)
+from data_tools.writers.ledger import Account, Expense
+from data_tools.writers.options import Budget, ImageTokens, Price
+from data_tools.writers.request import expense, text_tokens
 
 
 @pytest.mark.parametrize(

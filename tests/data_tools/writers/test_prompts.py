@@ -7,17 +7,15 @@ import json
 import pytest
 
 from data_tools import taxonomy
+from data_tools.checks import CheckOptions
 from data_tools.items import FORMS, Item, Problem, SourceContext, Turn
 from data_tools.records import Label, Provenance, Record
-from data_tools.writers.prompts import (
-    AnswerError,
-    build,
-    position,
-    read_answer,
-    translate,
-)
+from data_tools.writers.prompts import Prompts
 
-TAXONOMY = taxonomy.load()
+PROMPTS = {
+    grounded: Prompts(CheckOptions(), taxonomy.load(), grounded=grounded)
+    for grounded in (True, False)
+}
 CONTEXT = SourceContext(
     "hospital-a", "Hospital A blood", ("platelet", "red blood cell"), chinese={"platelet": "血小板"}
 )
@@ -30,6 +28,7 @@ RECORD = Record(
         "hospital-a", "Hospital A blood", "MIT", "http://a", "Doe_John.png", "0" * 64, {}, "hospital-a/Doe"
     ),
 )  # fmt: skip
+read_answer = PROMPTS[True].read_answer
 ASKED_OF_A_MODEL = [form for form in FORMS if form != "perception"]
 
 
@@ -39,9 +38,7 @@ def item(form, language="en", focus=None, seed=0):
 
 
 def prompt(form, *, grounded=True, language="en", problems=()):
-    return build(
-        item(form, language), RECORD, CONTEXT, TAXONOMY, grounded=grounded, problems=problems
-    )
+    return PROMPTS[grounded].build(item(form, language), RECORD, CONTEXT, problems=problems)
 
 
 @pytest.mark.parametrize("form", ASKED_OF_A_MODEL)
@@ -91,7 +88,7 @@ def test_many_regions_are_counted():
     record = Record(
         **{name: getattr(RECORD, name) for name in RECORD.__slots__} | {"labels": labels}
     )
-    user = build(item("caption"), record, CONTEXT, TAXONOMY, grounded=True).user
+    user = PROMPTS[True].build(item("caption"), record, CONTEXT).user
     assert user.count("- region: ") == 12
     assert "30 of platelet" in user
 
@@ -101,26 +98,11 @@ def test_a_model_is_told_of_what_was_left_out(count):
     labels = tuple(Label("platelet", (i, 0, i + 1, 1)) for i in range(count))
     fields = {name: getattr(RECORD, name) for name in RECORD.__slots__}
     record = Record(**fields | {"labels": labels, "incomplete": ("platelet",)})
-    user = build(item("caption"), record, CONTEXT, TAXONOMY, grounded=True).user
+    user = PROMPTS[True].build(item("caption"), record, CONTEXT).user
     assert "never say how many" in user
     assert "30 of platelet" not in user
-    region = build(item("region_caption"), record, CONTEXT, TAXONOMY, grounded=True).user
+    region = PROMPTS[True].build(item("region_caption"), record, CONTEXT).user
     assert "how many" not in region
-
-
-@pytest.mark.parametrize(
-    ("box", "words"),
-    [
-        ((0, 0, 10, 10), "in the upper left part of the picture"),
-        ((140, 0, 160, 10), "in the upper middle part of the picture"),
-        ((290, 140, 300, 160), "in the right part of the picture"),
-        ((140, 140, 160, 160), "in the centre of the picture"),
-        ((290, 290, 300, 300), "in the lower right part of the picture"),
-        ((0, 0, 300, 300), "in the centre of the picture"),
-    ],
-)
-def test_position_in_words(box, words):
-    assert position(box, 300, 300) == words
 
 
 def test_a_caption_is_read_bare_and_fenced():
@@ -148,7 +130,7 @@ def test_the_region_comes_into_the_question():
 
 def test_as_many_turns_as_the_item_says():
     five = Item(f"{RECORD.id}#dialogue", "dialogue", "en", kind="5")
-    assert "of 5 questions" in build(five, RECORD, CONTEXT, TAXONOMY, grounded=True).user
+    assert "of 5 questions" in PROMPTS[True].build(five, RECORD, CONTEXT).user
 
 
 @pytest.mark.parametrize(
@@ -169,14 +151,12 @@ def test_as_many_turns_as_the_item_says():
     ],
 )
 def test_nothing_is_guessed(form, answer, reason):
-    with pytest.raises(AnswerError) as raised:
-        read_answer(answer, item(form), RECORD)
-    assert raised.value.reason == reason
+    assert read_answer(answer, item(form), RECORD).reason == reason
 
 
 def test_a_translation_is_asked_with_the_terms_and_read_as_turns():
     english = (Turn("human", "<image>\nDescribe."), Turn("gpt", "A platelet."))
-    asked = translate(english, item("caption", "zh"), RECORD, CONTEXT, TAXONOMY)
+    asked = PROMPTS[True].translate(english, item("caption", "zh"), RECORD, CONTEXT)
     assert "- platelet: 血小板" in asked.user
     assert "- Microscopy: 显微镜" in asked.user
     assert '{"turns": [{"question": "Describe.", "answer": "A platelet."}]}' in asked.user

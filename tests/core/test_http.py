@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.writers.limits import Concurrency, Pace, retry_after
+from gmai_xtuner.core.http import Concurrency, Pace, back_off, retry_after
 
 
 class Clock:
@@ -151,3 +151,11 @@ def test_a_pause_holds_for_all_and_ends_early_if_the_run_does():
         assert concurrency.under_way == 0
 
     asyncio.run(run())
+
+
+def test_limits_of_the_back_off():
+    for attempt, longest in ((0, 0.5), (3, 4.0), (50, 60.0)):
+        waits = [back_off(attempt) for _ in range(200)]
+        assert longest / 2 <= min(waits)
+        assert max(waits) <= longest
+        assert max(waits) - min(waits) > longest / 4

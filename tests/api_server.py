@@ -1,14 +1,12 @@
-"""A Chat Completions and Batch API server on loopback that misbehaves as it is told to, and counts.
-
-``python -m tests.data_tools.api_server PORT LATENCY`` runs a well-behaved one until it is killed.
-"""
+"""A Chat Completions and Batch API server on loopback that misbehaves as it is told to, and counts."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
+import io
 import json
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from PIL import Image
 
 
 @dataclass
@@ -65,7 +64,18 @@ def user_text(body: dict[str, Any]) -> str:
     content = body["messages"][-1]["content"]
     if isinstance(content, str):
         return content
-    return next(part["text"] for part in content if part["type"] == "text")
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def images_of(body: dict[str, Any]) -> list[tuple[str, Image.Image]]:
+    """Media type and image of each attachment of the last message."""
+    found = []
+    for part in body["messages"][-1]["content"]:
+        if part["type"] == "image_url":
+            head, data = part["image_url"]["url"].split(";base64,")
+            image = Image.open(io.BytesIO(base64.b64decode(data)))
+            found.append((head.removeprefix("data:"), image))
+    return found
 
 
 Script = Callable[[dict[str, Any], int], Act | dict[str, Any] | None]
@@ -91,13 +101,8 @@ class ApiServer:
         latency: float = 0.0,
         port: int = 0,
     ) -> None:
-        self.script, self.answer, self.key, self.latency, self.port = (
-            script,
-            answer,
-            key,
-            latency,
-            port,
-        )
+        self.script, self.answer, self.key = script, answer, key
+        self.latency, self.port = latency, port
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.payloads: Counter[str] = Counter()
@@ -319,10 +324,3 @@ class ApiServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-if __name__ == "__main__":
-    server = ApiServer(latency=float(sys.argv[2]))
-    web.run_app(
-        server.application(), host="127.0.0.1", port=int(sys.argv[1]), print=None, access_log=None
-    )
