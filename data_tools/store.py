@@ -31,7 +31,7 @@ from data_tools.records import Drop, Record
 from gmai_xtuner.core.errors import CorpusError
 
 if TYPE_CHECKING:
-    from data_tools.writers.outcome import Outcome
+    from data_tools.writers.asking import Outcome
 
 VERSION = 2
 MAX_ITEMS = 4096

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_tools.writers.outcome import Outcome
 
 from data_tools.items import Item, Problem, Turn
 from data_tools.records import Drop, Label, Provenance, Record
@@ -23,6 +22,7 @@ from data_tools.store import (
     Usage,
     encode,
 )
+from data_tools.writers.asking import Outcome
 from gmai_xtuner.core.errors import CorpusError
 
 
