@@ -14,9 +14,8 @@ from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.boxes import UNITS, draw_boxes, read_boxes
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
 from gmai_xtuner.demo.limits import Memory
-from gmai_xtuner.demo.parts import Notices, data_url, named, picture_element
-from gmai_xtuner.demo.presets import PRESETS
 from gmai_xtuner.demo.saving import as_zip
+from gmai_xtuner.demo.widgets import PRESETS, Notices, data_url, named, picture_element
 from gmai_xtuner.demo.words import PageError, say
 
 _LOG = logging.getLogger(__name__)

@@ -1,4 +1,13 @@
-"""The page's server: one process, one port, nothing from outside."""
+"""The page's server: one process, one port, nothing from outside; and what it refuses.
+
+* Requests that another web site makes through a visitor's browser are refused: the ``Origin`` must be the
+  page's own, and on a loopback address the ``Host`` must be one too (else any site could point its name at
+  127.0.0.1).
+* A body that is too large is refused by what it says of its length, or cut off where it exceeds it.
+* The browser is told to load and connect to nothing but this server (Content-Security-Policy).
+
+Signing in is left to a proxy in front, which has the site's accounts and TLS.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +19,26 @@ import uvicorn
 from fastapi import FastAPI
 from nicegui import app as nicegui_app
 from nicegui import ui
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gmai_xtuner.core.addresses import is_loopback
-from gmai_xtuner.demo.guard import Guard
+from gmai_xtuner.core.addresses import is_loopback, name_of
 from gmai_xtuner.demo.page import Demo
 
+MULTIPART_OVERHEAD = 64 * 2**10
+"""Bytes that boundaries and headers of an upload may add to its files."""
+
+_HEADERS = {
+    # NiceGUI compiles templates and sets styles in the browser, hence unsafe-*; all of it comes from here.
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+        "style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-robots-tag": "noindex",
+}
 RECONNECT = 60.0
 """Seconds for which a page whose connection broke keeps its images and conversation."""
 
@@ -77,3 +101,104 @@ def serve(
         lifespan="on",
     )
     _Server(config, ready=ready).run(sockets=[own])
+
+
+class Guard:
+    """Refuse what does not belong to this page, and bound what is uploaded.
+
+    Args:
+        application: what is guarded.
+        upload_bytes: files of one request.
+        loopback: whether only this machine is served.
+        names: by which a proxy on this machine is visited; taken as if they were its own.
+    """
+
+    def __init__(
+        self,
+        application: ASGIApp,
+        *,
+        upload_bytes: int,
+        loopback: bool,
+        names: Sequence[str] = (),
+    ) -> None:
+        self._application = application
+        self._limit = upload_bytes + MULTIPART_OVERHEAD
+        self._loopback = loopback
+        self._names = frozenset(name.lower() for name in names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._application(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        if not self._is_at_home(headers):
+            await _refuse(scope, receive, send, 403, "This address serves its own page only.")
+        elif scope["type"] == "websocket":
+            await self._application(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send, headers)
+
+    def _is_at_home(self, headers: dict[str, str]) -> bool:
+        host = headers.get("host", "")
+        name = name_of(f"//{host}")
+        if self._loopback and name not in self._names and not is_loopback(name):
+            return False
+        origin = headers.get("origin")
+        if origin is None or name_of(origin) in self._names:
+            return True
+        return origin in (f"http://{host}", f"https://{host}")
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]
+    ) -> None:
+        length = headers.get("content-length", "")
+        # int() refuses some of what isdigit() takes, such as superscripts
+        if length.isascii() and length.isdigit() and int(length) > self._limit:
+            await _refuse(scope, receive, send, 413, "The upload is too large.")
+            return
+        arrived = 0
+        began = False
+
+        async def counted() -> Message:
+            nonlocal arrived
+            message = await receive()
+            arrived += len(message.get("body", b""))
+            # Who reads on learns that nobody is there, and gives up.
+            return {"type": "http.disconnect"} if arrived > self._limit else message
+
+        async def with_headers(message: Message) -> None:
+            nonlocal began
+            if arrived > self._limit:
+                return
+            if message["type"] == "http.response.start":
+                began = True
+                encoded = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", ()), *encoded]}
+            await send(message)
+
+        try:
+            await self._application(scope, counted, with_headers)
+        except Exception:
+            if arrived <= self._limit:
+                raise
+        if arrived > self._limit and not began:
+            await _refuse(scope, receive, send, 413, "The upload is too large.")
+
+
+async def _refuse(
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    status: int,
+    words: str,
+) -> None:
+    if scope["type"] == "websocket":
+        await receive()  # the request to connect
+        await send({"type": "websocket.close", "code": 1008, "reason": words})
+        return
+    listed = {"content-type": "text/plain; charset=utf-8", "connection": "close"}
+    encoded = [(name.encode(), value.encode()) for name, value in listed.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": words.encode()})

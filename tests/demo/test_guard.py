@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from gmai_xtuner.core.addresses import is_loopback
-from gmai_xtuner.demo.guard import MULTIPART_OVERHEAD, Guard
+from gmai_xtuner.demo.server import MULTIPART_OVERHEAD, Guard
 
 
 async def application(scope, receive, send):

@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from gmai_xtuner.core.conversation import parse_record
 from gmai_xtuner.demo.boxes import Box, draw_boxes
-from gmai_xtuner.demo.presets import PRESETS
+from gmai_xtuner.demo.widgets import PRESETS
 from gmai_xtuner.loading import load_model
 from tests import medical_files as made
 from tests.demo.browsing import WAIT, ask, at, chromium, done, upload
