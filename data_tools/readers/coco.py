@@ -44,7 +44,7 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """A unit for each entry of ``images`` in the file's order, and one for annotations that belong to none.
+    """Yield a unit for each entry of ``images`` in the file's order, and one for annotations of none of them.
 
     Raises:
         SourceError: the file is no COCO file.
@@ -56,31 +56,35 @@ def units(options: Options) -> Iterator[Unit]:
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     while found:
         entry = found.pop()
-        image = entry.get("image_id") if isinstance(entry, dict) else None
-        by_image[image if isinstance(image, int | str) else None].append(_slim(entry, options))
-    seen: set[Any] = set()
-    names_seen: set[str] = set()
-    for number, image in enumerate(images):
+        by_image[_id(entry, "image_id")].append(_slim(entry, options))
+    keys: set[Any] = set()
+    names: set[str] = set()
+    for place, image in enumerate(images):
         image = image if isinstance(image, dict) else {}
-        key = image.get("id")
-        if not isinstance(key, int | str) or key in seen:
-            yield Unit(f"images[{number}]", {"image": image, "problem": repr(key)})
+        key, name = _id(image, "id"), image.get("file_name")
+        if key is None or key in keys:
+            reason = "image without an id of its own"
+            yield Unit(f"images[{place}]", {"drop": (reason, f"id {image.get('id')!r}")})
             continue
-        seen.add(key)
-        if image.get("file_name") in names_seen:
-            yield Unit(f"images[{number}]", {"image": image, "twice": True})
-            by_image.pop(key, None)
-            continue
-        names_seen.add(str(image.get("file_name")))
+        keys.add(key)
         entries = by_image.pop(key, [])[::-1]
-        names = {
-            entry["category_id"]: categories[entry["category_id"]]
-            for entry in entries
-            if _hashable(entry.get("category_id")) in categories
-        }
+        if name in names:
+            yield Unit(
+                f"images[{place}]", {"drop": ("image listed twice", f"{name} has another id too")}
+            )
+            continue
+        names.add(str(name))
         yield Unit(
-            f"{image.get('file_name')}#{key}",
-            {"image": image, "annotations": entries, "categories": names},
+            f"{name}#{key}",
+            {
+                "image": image,
+                "annotations": entries,
+                "categories": {
+                    number: categories[number]
+                    for entry in entries
+                    if (number := _id(entry, "category_id")) in categories
+                },
+            },
         )
     if by_image:
         strays = [str(entry.get("image_id")) for entries in by_image.values() for entry in entries]
@@ -91,10 +95,7 @@ def _load(path: Path, source: str) -> tuple[list[Any], list[Any], dict[Any, str]
     try:
         with path.open(encoding="utf-8-sig") as file:
             content = json.load(file)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # UnicodeDecodeError and JSONDecodeError among them
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"Source {source}: {path} is no JSON ({error}).") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -105,21 +106,22 @@ def _load(path: Path, source: str) -> tuple[list[Any], list[Any], dict[Any, str]
             )
     categories: dict[Any, str] = {}
     for category in content["categories"]:
-        valid = isinstance(category, dict) and isinstance(category.get("name"), str)
-        if not valid or _hashable(category.get("id")) is None:
+        key = _id(category, "id")
+        name = category.get("name") if isinstance(category, dict) else None
+        if key is None or not isinstance(name, str):
             raise SourceError(
                 f"Source {source}: {path}: category without id or name: {category!r}."
             )
-        if categories.get(category["id"], category["name"]) != category["name"]:
+        if categories.setdefault(key, name) != name:
             raise SourceError(
-                f"Source {source}: {path}: category id {category['id']!r} is both "
-                f"{categories[category['id']]!r} and {category['name']!r}."
+                f"Source {source}: {path}: category id {key!r} is both {categories[key]!r} and {name!r}."
             )
-        categories[category["id"]] = category["name"]
     return content["images"], content["annotations"], categories
 
 
-def _hashable(value: Any) -> int | str | None:
+def _id(entry: Any, key: str) -> int | str | None:
+    """Return an id of an entry, None if there is none."""
+    value = entry.get(key) if isinstance(entry, dict) else None
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
@@ -133,15 +135,13 @@ def _slim(entry: Any, options: Options) -> dict[str, Any]:
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the image of one entry with its annotations."""
     payload = unit.payload
+    if "drop" in payload:
+        raise Unusable(*payload["drop"])
     if "strays" in payload:
-        for image in payload["strays"]:
-            drops.add("annotation of an image that isn't listed", STRAYS, f"image_id {image}")
+        for stray in payload["strays"]:
+            drops.add("annotation of an image that isn't listed", STRAYS, f"image_id {stray}")
         return
     image = payload["image"]
-    if "problem" in payload:
-        raise Unusable("image without an id of its own", f"id {payload['problem']}")
-    if "twice" in payload:
-        raise Unusable("image listed twice", f"{image.get('file_name')} has another id too")
     name = image.get("file_name")
     if not isinstance(name, str):
         raise Unusable("image without a file name", repr(name))
@@ -150,7 +150,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     check_size(size, (image.get("width"), image.get("height")))
     annotations = []
     for entry in payload["annotations"]:
-        label = payload["categories"].get(_hashable(entry.get("category_id")), "")
+        label = payload["categories"].get(_id(entry, "category_id"), "")
         with drops.annotation(f"{unit.key} annotation {entry.get('id')}", label):
             annotations.append(_annotation(options, entry, payload["categories"], size))
     group = image.get(options.group_key) if options.group_key else None
@@ -162,7 +162,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 def _annotation(
     options: Options, entry: dict[str, Any], categories: dict[Any, str], size: tuple[int, int]
 ) -> Annotation:
-    category = _hashable(entry.get("category_id"))
+    category = _id(entry, "category_id")
     if category not in categories:
         raise Unusable("unknown class id", f"category_id {entry.get('category_id')!r}")
     if entry.get("iscrowd"):

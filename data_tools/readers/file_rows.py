@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pydantic import Field
 
 from data_tools.options import Options
-from data_tools.readers.rows import FORMATS, cell_text, check_columns, open_table
+from data_tools.readers.rows import FORMATS, cell_text, open_table
 from data_tools.records import Unit
 from gmai_xtuner.core.errors import SourceError
 
@@ -83,15 +84,13 @@ def read_rows(
         SourceError: the table or one of its rows can't be read, or a column is missing.
     """
     corners = columns.box.used if columns.box else []
-    used = [columns.file, columns.label, *corners, *columns.attributes, *extra]
-    used = list(dict.fromkeys(used))
+    named = [columns.file, columns.label, *corners, *columns.attributes, *extra]
+    used = list(dict.fromkeys(named))
     found: dict[str, list[FileRow]] = defaultdict(list)
     suffix = table.suffix.lower()
     form = "csv" if suffix == ".txt" else FORMATS.get(suffix, "csv")
-    with open_table(table, source=source, form=form, strict=True) as opened:
-        if opened.kind == "csv":
-            check_columns(opened, used, opened.header)
-        for _, row in opened.rows(used):
+    with open_table(table, source=source, form=form) as opened:
+        for row in opened.rows(used, strict=True):
             shown = f"{opened.shown} line {row.line}"
             if row.problem:
                 raise SourceError(f"{shown}: {row.problem}. Correct the row.")
@@ -106,9 +105,49 @@ def read_rows(
             kept = {name: cells[name] for name in extra}
             label = sys.intern(cells[columns.label])
             found[name].append(FileRow(row.line, label, box, attributes, kept, problem))
-        if not found:
-            raise SourceError(f"{opened.shown} has no row.")
     return dict(found)
+
+
+def units_of(
+    options: Any,
+    suffixes: Sequence[str],
+    what: str,
+    *,
+    mask: str | None = None,
+    extra: Sequence[str],
+) -> Iterator[Unit]:
+    """Yield a unit for each file that fits ``options.files``, with its rows of ``options.table``, if any.
+
+    Args:
+        options: of the reader.
+        suffixes: of its files.
+        what: name of such a file in errors.
+        mask: pattern of files that belong to others, see `beside`; they are no units of their own.
+        extra: further columns of the table.
+
+    Raises:
+        SourceError: there is no such file, or the table can't be read.
+    """
+    root: Path = options.root
+    found = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.glob(options.files)
+        if path.suffix.lower() in suffixes and path.is_file()
+    )
+    if mask is not None:
+        masks = {beside(name, mask) for name in found}
+        found = [name for name in found if name not in masks]
+    if not found:
+        raise SourceError(
+            f"Source {options.name}: no {what} below {root} fits {options.files!r}; looked for "
+            f"{', '.join(suffixes)}"
+        )
+    if options.table is None:
+        yield from (Unit(name) for name in found)
+    else:
+        table = root / options.table
+        rows = read_rows(options.name, table, options.columns, extra=extra)
+        yield from match_files(rows, found)
 
 
 def match_files(rows: Mapping[str, Iterable[FileRow]], files: Sequence[str]) -> Iterator[Unit]:

@@ -333,3 +333,33 @@ def _listing(folder: Path, prefix: str) -> Iterator[str]:
 @lru_cache(maxsize=16)
 def _names(folder: str) -> list[str]:
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def fitting(
+    root: Path, template: str, others: Sequence[str], *, source: str
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the files that fit the job's pattern ``images``, with the texts of its placeholders.
+
+    Args:
+        root: of the source.
+        template: the pattern.
+        others: patterns of files that belong to images and are none.
+        source: name in the job.
+
+    Raises:
+        SourceError: the pattern's folder is missing, or no file fits.
+    """
+    pattern = template_regex(template)
+    no_images = [template_regex(other) for other in others]
+    folder = "/".join(template.split("{")[0].split("/")[:-1])
+    folder_of(root, folder, source=source, key="images")
+    empty = True
+    for name in files(root, folder):
+        match = pattern.fullmatch(name)
+        if match and not any(other.fullmatch(name) for other in no_images):
+            empty = False
+            yield name, match.groupdict()
+    if empty:
+        raise SourceError(
+            f"Source {source}: no file below {str(root / folder)!r} fits `images: {template}`."
+        )

@@ -27,7 +27,7 @@ from data_tools.readers.files import (
     below,
     file_below,
     file_of,
-    files,
+    fitting,
     folder_of,
     matching,
     open_image,
@@ -116,20 +116,8 @@ def units(options: Options) -> Iterator[Unit]:
     if options.map is not None:
         yield from _mapped(options, options.map)
         return
-    template = options.images or ""
-    pattern = template_regex(template)
-    no_images = [template_regex(other) for other in options.templates]
-    folder = "/".join(template.split("{")[0].split("/")[:-1])
-    folder_of(options.root, folder, source=options.name, key="images")
-    count = 0
-    for name in files(options.root, folder):
-        if pattern.fullmatch(name) and not any(other.fullmatch(name) for other in no_images):
-            count += 1
-            yield Unit(name)
-    if count == 0:
-        raise SourceError(
-            f"Source {options.name}: no file below {str(options.root / folder)!r} fits `images: {template}`."
-        )
+    images = fitting(options.root, options.images or "", options.templates, source=options.name)
+    yield from (Unit(name) for name, _ in images)
 
 
 def _mapped(options: Options, name: str) -> Iterator[Unit]:

@@ -1,9 +1,7 @@
 """Rows of a CSV, TSV, JSONL or Excel table, in little memory.
 
-`grouped` gives the rows of one image together and goes through the table twice. The first pass keeps 24 bytes
-a row: where it begins and a hash of its image's name. If rows of an image are scattered, the second pass
-jumps; rows of a table in order are read straight through. Excel and UTF-16 can't be jumped in and are copied
-into a temporary file first.
+`grouped` gives the rows of one image together, wherever in the table they are: a temporary file takes the
+cells that are used, and 16 bytes a row stay in memory: where it begins there, and a hash of its image's name.
 
 pyarrow reads a million rows in a fifth of the time, but takes a quote that is not closed, or that stands
 inside a cell, for a good cell: whole rows vanish without an error. And it knows no line numbers.
@@ -15,13 +13,14 @@ import codecs
 import csv
 import hashlib
 import json
+import pickle
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,137 +56,66 @@ class Row:
     problem: str = ""
 
 
-class TableFile:
-    """A table that is open. Made by `open_table`.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """An open table, to be gone through once. Made by `open_table`.
 
     Args:
-        file: binary, at its start.
-        shown: how error texts call it: source and path.
-        kind: ``"csv"`` or ``"jsonl"``.
-        delimiter: of a CSV.
-        encoding: of the bytes.
-        strict: whether every object of a JSONL has all columns.
+        shown: name in error texts: source and path.
+        columns: of the header; None for a JSONL.
+        parsed: line, and cells, or what is wrong with them.
     """
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        shown: str,
-        *,
-        kind: str,
-        delimiter: str = ",",
-        encoding: str = "utf-8",
-        strict: bool = False,
-    ) -> None:
-        self.file = file
-        self.shown = shown
-        self.kind = kind
-        self.delimiter = delimiter
-        self.encoding = encoding
-        self.strict = strict
-        self.header: list[str] = []
-        self.keys_seen: dict[str, None] = {}
-        self.start = 0
-        self.first_line = 1
-        if file.read(3) == codecs.BOM_UTF8:
-            self.start = 3
-        if kind == "csv":
-            self._read_header()
+    shown: str
+    columns: list[str] | None
+    parsed: Iterator[tuple[int, list[Any] | dict[str, Any] | str]]
 
-    def _read_header(self) -> None:
-        for _, end, line, cells in self._csv_rows(self.start, 1):
-            if isinstance(cells, str):
-                raise SourceError(f"{self.shown} line {line}: {cells}.")
-            self.header = [cell.strip() for cell in cells]
-            self.start, self.first_line = end, self._line
-            return
-        raise SourceError(f"{self.shown} is empty. A header of column names is expected.")
+    def rows(self, used: Sequence[str], *, strict: bool = False) -> Iterator[Row]:
+        """Yield the rows that are not empty.
 
-    def rows(
-        self, used: Sequence[str], start: int | None = None, line: int | None = None
-    ) -> Iterator[tuple[int, Row]]:
-        """Where each row begins, and the row, from a place of the file on."""
-        start, line = (self.start, self.first_line) if start is None else (start, line or 1)
-        if self.kind == "jsonl":
-            yield from self._json_rows(used, start, line)
-            return
-        where = [self.header.index(name) for name in used]
-        for begin, _, number, cells in self._csv_rows(start, line):
+        Args:
+            used: the columns whose cells are wanted.
+            strict: whether each object of a JSONL must have them all; else a missing one is None.
+
+        Raises:
+            SourceError: a column is missing, or there is no row.
+        """
+        if self.columns is not None:
+            self._check(used, self.columns)
+        places = {name: self.columns.index(name) for name in used} if self.columns else {}
+        seen: dict[str, None] = {}
+        empty = True
+        for line, cells in self.parsed:
+            empty = False
             if isinstance(cells, str):
-                yield begin, Row(number, {}, "row that can't be read")
-            elif len(cells) != len(self.header):
-                yield begin, Row(number, {}, "row with another number of cells than the header")
+                yield Row(line, {}, cells)
+            elif isinstance(cells, dict):
+                seen.update(dict.fromkeys(cells))
+                if strict:
+                    self._check(used, list(cells))
+                yield Row(line, {name: cells.get(name) for name in used})
+            elif len(cells) != len(self.columns or ()):
+                yield Row(line, {}, "row with another number of cells than the header")
             else:
-                picked = {name: cells[at] for name, at in zip(used, where, strict=True)}
-                yield begin, Row(number, picked)
+                yield Row(line, {name: cells[at] for name, at in places.items()})
+        if empty:
+            raise SourceError(f"{self.shown} has no row.")
+        if self.columns is None:
+            self._check(used, list(seen))
 
-    def _csv_rows(self, start: int, line: int) -> Iterator[tuple[int, int, int, list[str] | str]]:
-        """Begin, end, line and cells (or what is wrong) of each row that is not empty."""
-        self.file.seek(start)
-        self._end, self._line = start, line
-        rows = csv.reader(self._lines(), delimiter=self.delimiter, strict=True)
-        while True:
-            begin, number = self._end, self._line
-            cells: list[str] | str
-            try:
-                cells = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if "limit" in str(error) or "unexpected end" in str(error):
-                    raise SourceError(
-                        f"{self.shown} line {number}: a cell begins with a quote that is not closed, or is "
-                        f"larger than {csv.field_size_limit()} characters ({error}). Correct the row."
-                    ) from error
-                cells = str(error)
-            if cells:
-                yield begin, self._end, number, cells
-
-    def _lines(self) -> Iterator[str]:
-        while data := self.file.readline(MAX_LINE + 1):
-            yield self._decoded(data)
-
-    def _decoded(self, data: bytes) -> str:
-        if len(data) > MAX_LINE:
-            raise SourceError(f"{self.shown} line {self._line} is longer than {MAX_LINE} bytes.")
-        begin = self._end
-        self._end += len(data)
-        self._line += 1
-        try:
-            return data.decode(self.encoding)
-        except UnicodeDecodeError as error:
+    def _check(self, used: Sequence[str], there: Sequence[str]) -> None:
+        missing = [name for name in used if name not in there]
+        if missing:
+            hints = []
+            for name in missing:
+                alike = near(name, there)
+                hints.append(f"{name!r}" + (f" (did you mean {listed(alike)}?)" if alike else ""))
             raise SourceError(
-                f"{self.shown} line {self._line - 1}: byte {begin + error.start} "
-                f"(0x{data[error.start]:02x}) is not {self.encoding}. Name the table's `encoding`, such as "
-                "`cp1252`, or save it as UTF-8."
-            ) from error
-
-    def _json_rows(self, used: Sequence[str], start: int, line: int) -> Iterator[tuple[int, Row]]:
-        self.file.seek(start)
-        self._end, self._line = start, line
-        while True:
-            begin, number = self._end, self._line
-            data = self.file.readline(MAX_LINE + 1)
-            if not data:
-                return
-            text = self._decoded(data).strip()
-            if not text:
-                continue
-            try:
-                content = json.loads(text)
-            except (ValueError, RecursionError):
-                content = None
-            if not isinstance(content, dict):
-                yield begin, Row(number, {}, "row that is no JSON object")
-                continue
-            self.keys_seen.update(dict.fromkeys(content))
-            if self.strict:
-                check_columns(self, used, list(content))
-            cells = {name: content.get(name) for name in used}
-            yield begin, Row(content.get(_SHEET_ROW, number), cells)
-
-
-_SHEET_ROW = "\0row"
+                f"{self.shown} has no column {', '.join(hints)}. There are {listed(there)}."
+            )
+        for name in used:
+            if (count := there.count(name)) > 1:
+                raise SourceError(f"{self.shown} has {count} columns {name!r}.")
 
 
 @contextmanager
@@ -199,8 +127,7 @@ def open_table(
     encoding: str = "utf-8",
     delimiter: str | None = None,
     sheet: str | None = None,
-    strict: bool = False,
-) -> Iterator[TableFile]:
+) -> Iterator[Table]:
     """Open a table.
 
     Args:
@@ -210,7 +137,6 @@ def open_table(
         encoding: of a text.
         delimiter: of a CSV; default a comma, of a TSV a tab.
         sheet: of an Excel file; default the first.
-        strict: whether every object of a JSONL has all columns.
 
     Raises:
         SourceError: it can't be read, or its form is unknown.
@@ -219,27 +145,119 @@ def open_table(
     form = form or FORMATS.get(path.suffix.lower())
     if form is None:
         raise SourceError(f"{shown}: the suffix is none of {', '.join(FORMATS)}. Say `format`.")
+    if form == "excel":
+        parsed = _excel(path, shown, sheet)
+    elif form == "jsonl":
+        parsed = _jsonl(path, shown, encoding)
+    else:
+        parsed = _csv(path, shown, encoding, delimiter or ("\t" if form == "tsv" else ","))
+    with closing(parsed):
+        header = None
+        if form != "jsonl":
+            line, header = next(parsed, (0, None))
+            if header is None:
+                raise SourceError(f"{shown} is empty. A header of column names is expected.")
+            if isinstance(header, str):
+                raise SourceError(f"{shown} line {line}: {header}.")
+            header = [cell_text(cell) for cell in header]
+        yield Table(shown, header, parsed)
+
+
+def _csv(
+    path: Path, shown: str, encoding: str, delimiter: str
+) -> Iterator[tuple[int, list[str] | str]]:
+    reader = csv.reader(_lines(path, shown, encoding), delimiter=delimiter, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "limit" in str(error) or "unexpected end" in str(error):
+                raise SourceError(
+                    f"{shown} line {line}: a cell begins with a quote that is not closed, or is larger than "
+                    f"{csv.field_size_limit()} characters ({error}). Correct the row."
+                ) from error
+            yield line, "row that can't be read"
+            continue
+        if cells:
+            yield line, cells
+
+
+def _jsonl(path: Path, shown: str, encoding: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for line, text in enumerate(_lines(path, shown, encoding), 1):
+        if not text.strip():
+            continue
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            content = None
+        yield line, content if isinstance(content, dict) else "row that is no JSON object"
+
+
+def _excel(path: Path, shown: str, sheet: str | None) -> Iterator[tuple[int, list[Any]]]:
+    import zipfile
+
+    import openpyxl
+    from openpyxl.utils.exceptions import InvalidFileException
+
     try:
-        codec = codecs.lookup(encoding).name
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, InvalidFileException) as error:
+        raise SourceError(f"{shown} is no Excel file ({error}).") from error
+    with closing(book):
+        if sheet is not None and sheet not in book.sheetnames:
+            raise SourceError(
+                f"{shown} has no sheet {sheet!r}; there are {listed(book.sheetnames)}."
+            )
+        width = None
+        rows = book[sheet or book.sheetnames[0]].iter_rows(values_only=True)
+        for number, cells in enumerate(rows, 1):
+            width = width or len(cells)
+            if any(cell is not None for cell in cells):
+                yield number, [*cells, *[None] * (width - len(cells))]
+
+
+def _lines(path: Path, shown: str, encoding: str) -> Iterator[str]:
+    """Yield the lines of a text with their ends.
+
+    Raises:
+        SourceError: the file or its encoding can't be read, or a line is too long.
+    """
+    try:
+        codec = codecs.lookup(encoding).name.removesuffix("-sig")
     except LookupError as error:
         raise SourceError(f"{shown}: {encoding!r} is no encoding that Python knows.") from error
-    kind = "jsonl" if form in ("jsonl", "excel") else "csv"
-    delimiter = delimiter or ("\t" if form == "tsv" else ",")
     try:
-        plain = path.open("rb")
+        file = path.open("rb")
     except OSError as error:
         raise SourceError(f"{shown} can't be read: {error.strerror}.") from error
-    with plain, tempfile.TemporaryFile() as copy:
-        file: Any = plain
-        if form == "excel":
-            _copy_sheet(path, copy, shown, sheet)
-            file, codec = copy, "utf-8"
-        elif codec.startswith(("utf-16", "utf-32")):
-            _transcode(path, copy, shown, encoding)
-            file, codec = copy, "utf-8"
-        file.seek(0)
-        codec = codec.removesuffix("-sig")
-        yield TableFile(file, shown, kind=kind, delimiter=delimiter, encoding=codec, strict=strict)
+    with file:
+        if codec.startswith(("utf-16", "utf-32")):
+            try:
+                with codecs.getreader(encoding)(file) as text:
+                    yield from text
+            except UnicodeError as error:
+                text = f"{shown} is not {encoding} ({error}). Correct `encoding`."
+                raise SourceError(text) from error
+            return
+        begin = number = 0
+        while data := file.readline(MAX_LINE + 1):
+            number += 1
+            if len(data) > MAX_LINE:
+                raise SourceError(f"{shown} line {number} is longer than {MAX_LINE} bytes.")
+            try:
+                line = data.decode(codec)
+            except UnicodeDecodeError as error:
+                raise SourceError(
+                    f"{shown} line {number}: byte {begin + error.start} (0x{data[error.start]:02x}) is not "
+                    f"{codec}. Name the table's `encoding`, such as `cp1252`, or save it as UTF-8."
+                ) from error
+            if number == 1 and data.startswith(codecs.BOM_UTF8):
+                line = data[3:].decode(codec)
+            begin += len(data)
+            yield line
 
 
 def cell_text(cell: Any) -> str:
@@ -253,54 +271,8 @@ def cell_text(cell: Any) -> str:
     return str(cell).strip()
 
 
-def _transcode(path: Path, copy: Any, shown: str, encoding: str) -> None:
-    try:
-        with path.open(encoding=encoding, newline="") as text:
-            while part := text.read(2**20):
-                copy.write(part.encode())
-    except UnicodeError as error:
-        raise SourceError(f"{shown} is not {encoding} ({error}). Correct `encoding`.") from error
-
-
-def _copy_sheet(path: Path, copy: Any, shown: str, sheet: str | None) -> None:
-    import zipfile
-
-    import openpyxl
-    from openpyxl.utils.exceptions import InvalidFileException
-
-    try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, InvalidFileException) as error:
-        raise SourceError(f"{shown} is no Excel file ({error}).") from error
-    try:
-        if sheet is not None and sheet not in book.sheetnames:
-            raise SourceError(
-                f"{shown} has no sheet {sheet!r}; there are {listed(book.sheetnames)}."
-            )
-        header: list[str] | None = None
-        for number, cells in enumerate(
-            book[sheet or book.sheetnames[0]].iter_rows(values_only=True), start=1
-        ):
-            if header is None:
-                header = ["" if cell is None else str(cell).strip() for cell in cells]
-                used = [name for name in header if name]
-                if len(set(used)) != len(used):
-                    raise SourceError(f"{shown} has two columns of the same name: {listed(used)}.")
-                continue
-            row = {name: cell for name, cell in zip(header, cells, strict=False) if name}
-            if any(cell is not None for cell in row.values()):
-                copy.write(json.dumps({_SHEET_ROW: number, **row}, default=str).encode() + b"\n")
-        if header is None:
-            raise SourceError(f"{shown} is empty. A header of column names is expected.")
-    finally:
-        book.close()
-
-
-# --- rows of an image together --------------------------------------------------------------------
-
-
 def grouped(
-    table: TableFile,
+    table: Table,
     used: Sequence[str],
     *,
     key: Callable[[Row], str],
@@ -312,67 +284,34 @@ def grouped(
         table: open.
         used: columns.
         key: of a row, such as its image's name; a row with a problem is alone.
-        wanted: whether a row is read at all.
+        wanted: whether a row is taken at all.
 
     Raises:
         SourceError: a column is missing, or there is no row.
     """
-    if table.kind == "csv":
-        check_columns(table, used, table.header)
-    table.keys_seen = {}
-    begins, lines, hashes = array("q"), array("q"), array("Q")
-    count = 0
-    for begin, row in table.rows(used):
-        count += 1
-        if row.problem or wanted(row):
-            begins.append(begin)
-            lines.append(row.line)
-            hashes.append(_hash(f"\0{row.line}" if row.problem else key(row)))
-    if count == 0:
-        raise SourceError(f"{table.shown} has no row.")
-    if table.kind == "jsonl":
-        check_columns(table, used, [name for name in table.keys_seen if name != _SHEET_ROW])
-    _, index, inverse = np.unique(
-        np.frombuffer(hashes, dtype=np.uint64), return_index=True, return_inverse=True
-    )
-    first = index[inverse]  # of each row, the first row with its key
-    rows: Iterator[tuple[int, Row]] = iter(())
-    together: list[Row] = []
-    before = -2
-    for number in np.argsort(first, kind="stable").tolist():
-        if first[number] == number and together:
+    begins, hashes = array("q"), array("Q")
+    with tempfile.TemporaryFile() as file:
+        for row in table.rows(used):
+            if row.problem or wanted(row):
+                begins.append(file.tell())
+                hashes.append(_hash(f"\0{row.line}" if row.problem else key(row)))
+                pickle.dump((row.line, list(row.cells.values()), row.problem), file)
+        _, index, inverse = np.unique(
+            np.frombuffer(hashes, dtype=np.uint64), return_index=True, return_inverse=True
+        )
+        first = index[inverse]  # of each row, the first row with its key
+        together: list[Row] = []
+        for number in np.argsort(first, kind="stable").tolist():
+            if first[number] == number and together:
+                yield together
+                together = []
+            file.seek(begins[number])
+            line, cells, problem = pickle.load(file)
+            together.append(Row(line, dict(zip(used, cells)), problem))  # noqa: B905 - or no cell
+        if together:
             yield together
-            together = []
-        begin, row = next(rows, (-1, None)) if number == before + 1 else (-1, None)
-        if row is None or begin != begins[number]:
-            rows = table.rows(used, begins[number], lines[number])
-            _, row = next(rows)
-        together.append(row)
-        before = number
-    if together:
-        yield together
 
 
 def _hash(text: str) -> int:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def check_columns(table: TableFile, used: Sequence[str], there: Sequence[str]) -> None:
-    """Check that each column that is used is there, once.
-
-    Raises:
-        SourceError: all that are missing, with the names that look most like them.
-    """
-    missing = [name for name in used if name not in there]
-    if missing:
-        hints = []
-        for name in missing:
-            alike = near(name, there)
-            hints.append(f"{name!r}" + (f" (did you mean {listed(alike)}?)" if alike else ""))
-        raise SourceError(
-            f"{table.shown} has no column {', '.join(hints)}. There are {listed(there)}."
-        )
-    for name in used:
-        if list(there).count(name) > 1:
-            raise SourceError(f"{table.shown} has {list(there).count(name)} columns {name!r}.")

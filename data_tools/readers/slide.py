@@ -17,10 +17,10 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.readers import SourceOptions
-from data_tools.readers.file_rows import FileRow, RowColumns, beside, match_files, read_rows
+from data_tools.readers.file_rows import FileRow, RowColumns, units_of
 from data_tools.readers.files import file_below
 from data_tools.records import Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import Unusable
 
 if TYPE_CHECKING:
     from data_tools.readers.slide_files import Scale, SlideFile
@@ -126,31 +126,13 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """One unit a slide; the payload are its rows of the table, or None without a table.
+    """Yield a unit for each slide; the payload are its rows of the table, or None without a table.
 
     Raises:
         SourceError: no slide, or a table that can't be read.
     """
-    root = options.root
-    slides = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.glob(options.files)
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    if options.mask is not None:
-        masks = {beside(slide, options.mask) for slide in slides}
-        slides = [slide for slide in slides if slide not in masks]
-    if not slides:
-        raise SourceError(
-            f"source {options.name!r}: no slide below {root} fits {options.files!r}; looked for "
-            f"{', '.join(SUFFIXES)}"
-        )
-    if options.table is None:
-        yield from (Unit(name) for name in slides)
-        return
     extra = [name for name in (options.columns.x, options.columns.y) if name]
-    rows = read_rows(options.name, options.root / options.table, options.columns, extra=extra)
-    yield from match_files(rows, slides)
+    yield from units_of(options, SUFFIXES, "slide", mask=options.mask, extra=extra)
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:

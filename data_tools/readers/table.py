@@ -15,8 +15,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -30,10 +31,7 @@ from gmai_xtuner.core.errors import SourceError, Unusable
 
 Part = Literal["x1", "y1", "x2", "y2", "cx", "cy", "width", "height"]
 IMAGES_A_UNIT = 32
-_PAIRS = {
-    "x": ({"x1", "x2"}, {"x1", "width"}, {"cx", "width"}, {"x2", "width"}),
-    "y": ({"y1", "y2"}, {"y1", "height"}, {"cy", "height"}, {"y2", "height"}),
-}
+_AXES = (("x1", "x2", "cx", "width"), ("y1", "y2", "cy", "height"))
 
 
 class BoxColumns(Section):
@@ -70,12 +68,12 @@ class BoxColumns(Section):
         if self.column is not None and self.columns:
             raise ValueError("either `column` and `order`, or a column for each number")
         given = set(self.order or self.columns)
-        for axis, pairs in _PAIRS.items():
-            here = {name for name in given if name in set().union(*pairs)}
-            if here not in pairs:
+        for parts in _AXES:
+            here = given & set(parts)
+            if len(here) != 2 or (parts[2] in here and parts[3] not in here):
                 raise ValueError(
-                    f"a box needs two of {'x1, x2, cx, width' if axis == 'x' else 'y1, y2, cy, height'} "
-                    f"that fix it, got {', '.join(sorted(here)) or 'none'}"
+                    f"a box needs two of {', '.join(parts)} that fix it, "
+                    f"got {', '.join(sorted(here)) or 'none'}"
                 )
         if self.last_pixel_inside and not {"x2", "y2"} <= given:
             raise ValueError("`last_pixel_inside` is about x2 and y2")
@@ -84,8 +82,7 @@ class BoxColumns(Section):
     @property
     def columns(self) -> dict[str, str]:
         """Part of the box -> its column."""
-        parts = ("x1", "y1", "x2", "y2", "cx", "cy", "width", "height")
-        return {part: getattr(self, part) for part in parts if getattr(self, part) is not None}
+        return {part: getattr(self, part) for part in get_args(Part) if getattr(self, part)}
 
     @property
     def used(self) -> list[str]:
@@ -197,27 +194,22 @@ class Options(SourceOptions):
 # --- units --------------------------------------------------------------------------------------
 
 
-def _table(options: Options) -> Path:
-    """Of the table: `job.load` makes a path absolute that is relative to the job file."""
-    if Path(options.table).is_absolute():
-        return Path(options.table)
-    return file_of(options.root, options.table, source=options.name, key="table")
-
-
 def units(options: Options) -> Iterator[Unit]:
-    """A unit for every few pictures, with their rows.
+    """Yield a unit for every few images, with their rows.
 
     Raises:
         SourceError: the table can't be read, lacks a column, or has no row of the splits.
     """
-    path = _table(options)
+    path = Path(options.table)
+    if not path.is_absolute():  # `job.load` makes a path absolute that is relative to the job file
+        path = file_of(options.root, options.table, source=options.name, key="table")
     splits: dict[str, None] = {}
 
     def wanted(row: Row) -> bool:
         if options.split_column is None:
             return True
         split = cell_text(row.cells[options.split_column])
-        if len(splits) < 100:
+        if split in options.splits or len(splits) < 100:
             splits[split] = None
         return split in options.splits
 
@@ -229,34 +221,19 @@ def units(options: Options) -> Iterator[Unit]:
         delimiter=options.delimiter,
         sheet=options.sheet,
     ) as table:
-        batch: list[list[Row]] = []
         found = grouped(
             table, options.used, key=lambda row: _image_name(options, row), wanted=wanted
         )
-        for rows in found:
-            if not batch:
-                for split in options.splits:
-                    if split not in splits and len(splits) < 100:
-                        raise SourceError(
-                            f"{table.shown}: no row has {split!r} in column {options.split_column!r}; there "
-                            f"are {listed(list(splits))}."
-                        )
-            batch.append(rows)
-            if len(batch) == IMAGES_A_UNIT:
-                yield _unit(options, batch)
-                batch = []
-        if batch:
-            yield _unit(options, batch)
-        elif options.splits and not set(options.splits) & set(splits):
+        batch = list(islice(found, IMAGES_A_UNIT))
+        if unseen := [split for split in options.splits if split not in splits]:
             raise SourceError(
-                f"{table.shown}: no row has one of {listed(options.splits)} in column "
-                f"{options.split_column!r}; there are {listed(list(splits))}."
+                f"{table.shown}: no row has {listed(unseen)} in column {options.split_column!r}; there "
+                f"are {listed(list(splits))}."
             )
-
-
-def _unit(options: Options, batch: list[list[Row]]) -> Unit:
-    payload = tuple((row.line, row.cells, row.problem) for rows in batch for row in rows)
-    return Unit(f"{options.table}#{payload[0][0]}", payload)
+        while batch:
+            rows = [(row.line, row.cells, row.problem) for image in batch for row in image]
+            yield Unit(f"{options.table}#{rows[0][0]}", tuple(rows))
+            batch = list(islice(found, IMAGES_A_UNIT))
 
 
 def _image_name(options: Options, row: Row) -> str:
@@ -355,7 +332,6 @@ _Facts = tuple[str | None, str | None, tuple[tuple[str, str], ...]]
 
 
 def _facts(options: Options, row: Row) -> _Facts:
-
     def cell(column: str | None) -> str | None:
         text = cell_text(row.cells[column]) if column else ""
         return None if text in options.missing else text
@@ -367,21 +343,16 @@ def _facts(options: Options, row: Row) -> _Facts:
 
 
 def _attributes(options: Options, row: Row, columns: Mapping[str, str]) -> dict[str, str]:
-    cells = {name: cell_text(row.cells[column]) for column, name in columns.items()}
-    return {
-        name: _in_words(options, name, text)
-        for name, text in cells.items()
-        if text not in options.missing
-    }
-
-
-def _in_words(options: Options, name: str, text: str) -> str:
-    words = options.attribute_values.get(name)
-    if words is None:
-        return text
-    if text not in words:
-        raise Unusable("unknown value of an attribute", f"{name} is {text!r}")
-    return words[text]
+    found = {}
+    for column, name in columns.items():
+        text = cell_text(row.cells[column])
+        words = options.attribute_values.get(name)
+        if text in options.missing:
+            continue
+        if words is not None and text not in words:
+            raise Unusable("unknown value of an attribute", f"{name} is {text!r}")
+        found[name] = text if words is None else words[text]
+    return found
 
 
 def _labels(options: Options, row: Row) -> Iterator[str]:
@@ -423,8 +394,7 @@ def _box(
             part: value * size[part in ("y1", "y2", "cy", "height")]
             for part, value in parts.items()
         }
-    x1, x2 = _edges(parts, "x1", "x2", "cx", "width")
-    y1, y2 = _edges(parts, "y1", "y2", "cy", "height")
+    (x1, x2), (y1, y2) = (_edges(parts, *axis) for axis in _AXES)
     last = int(columns.last_pixel_inside)
     return (x1, y1, x2 + last, y2 + last)
 

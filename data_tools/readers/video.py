@@ -17,10 +17,10 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.readers import SourceOptions
-from data_tools.readers.file_rows import FileRow, RowColumns, folder_name, match_files, read_rows
+from data_tools.readers.file_rows import FileRow, RowColumns, folder_name, units_of
 from data_tools.readers.files import file_below
 from data_tools.records import Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import Unusable
 
 if TYPE_CHECKING:
     from data_tools.readers.video_frames import Timeline
@@ -114,29 +114,14 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """One unit a video; the payload are its rows of the table, or None without a table.
+    """Yield a unit for each video; the payload are its rows of the table, or None without a table.
 
     Raises:
         SourceError: no video, or a table that can't be read.
     """
-    root = options.root
-    videos = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.glob(options.files)
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
-    if not videos:
-        raise SourceError(
-            f"source {options.name!r}: no video below {root} fits {options.files!r}; looked for "
-            f"{', '.join(SUFFIXES)}"
-        )
-    if options.table is None:
-        yield from (Unit(name) for name in videos)
-        return
     columns = options.columns
     extra = [name for name in (columns.frame, columns.seconds, columns.until) if name]
-    rows = read_rows(options.name, options.root / options.table, columns, extra=extra)
-    yield from match_files(rows, videos)
+    yield from units_of(options, SUFFIXES, "video", extra=extra)
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:

@@ -57,21 +57,22 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """A unit for each picture, with the class names; further ones for label files that have no picture.
+    """Yield a unit for each image, with the class names; further ones for label files that have no image.
 
     Raises:
-        SourceError: a folder or the names are missing, or there is no picture.
+        SourceError: a folder or the names are missing, or there is no image.
     """
     names = _names(options)
-    count = 0
+    empty = True
     for folder in options.folders:
         folder_of(options.root, folder, source=options.name, key="folders")
         for name in files(options.root, folder.strip("/")):
             if is_image(name) and _label_file(options, name) is not None:
-                count += 1
+                empty = False
                 yield Unit(name, names)
-        yield from _lonely_labels(options, folder.strip("/"))
-    if count == 0:
+        if options.images:
+            yield from _lonely_labels(options, folder.strip("/"))
+    if empty:
         raise SourceError(
             f"Source {options.name}: no picture in a folder {options.images!r} below {str(options.root)!r}. "
             "Correct `folders` and `images`."
@@ -79,24 +80,26 @@ def units(options: Options) -> Iterator[Unit]:
 
 
 def _lonely_labels(options: Options, folder: str) -> Iterator[Unit]:
-    """Units for label files without a picture, which tell of a set that was copied in part."""
-    if not options.images:
+    """Yield units for label files without an image, which tell of a set that was copied in part."""
+    exchanged = _exchanged(folder, options.images, options.annotations)
+    if exchanged is not None and not (options.root / exchanged).is_dir():
         return
-    parts = folder.split("/")
-    where = [number for number, part in enumerate(parts) if part == options.images]
-    if where:
-        parts[where[-1]] = options.annotations
-        folder = "/".join(parts)
-        if not (options.root / folder).is_dir():
-            return
-    for name in files(options.root, folder):
-        place = name.split("/")
-        where = [n for n, part in enumerate(place[:-1]) if part == options.annotations]
-        if not name.endswith(".txt") or not where:
+    for name in files(options.root, folder if exchanged is None else exchanged):
+        above, _, own = name.rpartition("/")
+        images = _exchanged(above, options.annotations, options.images)
+        if images is None or not own.endswith(".txt"):
             continue
-        place[where[-1]] = options.images
-        if place[-1][: -len(".txt")] not in _stems(str(options.root / "/".join(place[:-1]))):
+        if own.removesuffix(".txt") not in _stems(str(options.root / images)):
             yield Unit(name)
+
+
+def _exchanged(folder: str, old: str, new: str) -> str | None:
+    """Return the path with its last folder named ``old`` called ``new``; None if it has none."""
+    parts = folder.split("/")
+    if old not in parts:
+        return None
+    parts[len(parts) - 1 - parts[::-1].index(old)] = new
+    return "/".join(parts)
 
 
 @lru_cache(maxsize=2)
@@ -127,16 +130,13 @@ def _names(options: Options) -> tuple[str, ...]:
 
 
 def _label_file(options: Options, image: str) -> str | None:
-    """The label file that belongs to a picture; None if the picture is in no folder of pictures."""
+    """Return the label file that belongs to an image; None if the image is in no folder of images."""
     stem = image.rsplit(".", 1)[0] + ".txt"
     if not options.images:
         return stem
-    parts = stem.split("/")
-    where = [number for number, part in enumerate(parts[:-1]) if part == options.images]
-    if not where:
-        return None
-    parts[where[-1]] = options.annotations
-    return "/".join(parts)
+    above, _, own = stem.rpartition("/")
+    folder = _exchanged(above, options.images, options.annotations)
+    return None if folder is None else f"{folder}/{own}"
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:

@@ -333,7 +333,7 @@ def test_a_million_scattered_rows_stay_under_300_mb(tmp_path):
 
 
 def test_memory_does_not_grow_with_cells(tmp_path):
-    """The index is 24 bytes a row however long the rows are."""
+    """What stays in memory is 16 bytes a row, however long the rows are."""
     (tmp_path / "t.csv").write_text(
         "f,l\n" + "".join(f"{number},{'x' * 2000}\n" for number in range(3000))
     )
