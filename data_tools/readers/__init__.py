@@ -28,7 +28,7 @@ READERS = {
     "masks": "data_tools.readers.masks",
     "dicom": "data_tools.readers.dicom",
     "volume": "data_tools.readers.volume",
-    "decathlon": "data_tools.readers.decathlon",
+    "decathlon": "data_tools.readers.nnunet",
     "nnunet": "data_tools.readers.nnunet",
     "video": "data_tools.readers.video",
     "slide": "data_tools.readers.slide",

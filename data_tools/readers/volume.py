@@ -18,19 +18,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from data_tools.preprocess.volumes import Structure, Volume, pack, structures_of
-from data_tools.readers.files import (
-    MISSING,
-    OUTSIDE,
-    below,
-    files,
-    folder_of,
-    matching,
-    place_names,
-    template_regex,
-)
+from data_tools.readers.files import file_below, fitting, matching, place_names
 from data_tools.readers.volume_samples import Origin, VolumeOptions, samples
 from data_tools.records import Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.volumes import SUFFIXES, Grid, load, load_labels, same_grid
 
 OTHER_GRID = "mask on another grid than its volume"
@@ -73,43 +64,23 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: no file fits ``images``.
     """
-    pattern = template_regex(options.images)
-    others = [template_regex(template) for template in options.templates]
-    folder = "/".join(options.images.split("{")[0].split("/")[:-1])
-    folder_of(options.root, folder, source=options.name, key="images")
-    found = False
-    for name in files(options.root, folder):
-        match = pattern.fullmatch(name)
-        if match is None or any(other.fullmatch(name) for other in others):
-            continue
-        found = True
-        places = match.groupdict()
+    images = fitting(options.root, options.images, options.templates, source=options.name)
+    for name, places in images:
         known = {key: text for key, text in places.items() if key != "label"}
         masks = [
             [path, texts.get("label", "") if "label" in place_names(template) else ""]
             for template in options.templates
             for path, texts in matching(options.root, template, known)
         ]
-        yield Unit(
-            name,
-            {
-                "masks": masks,
-                "group": places.get("group"),
-                "label": places.get("label"),
-            },
-        )
-    if not found:
-        raise SourceError(
-            f"Source {options.name}: no file below {str(options.root / folder)!r} fits "
-            f"`images: {options.images}`."
-        )
+        group, label = places.get("group"), places.get("label")
+        yield Unit(name, {"masks": masks, "group": group, "label": label})
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the slices of one volume."""
     if options.templates and not unit.payload["masks"]:
         raise Unusable("image without a mask")
-    path = path_of(options.root, unit.key)
+    path = file_below(options.root, unit.key)
     grid = load(path, channel=options.channel, max_voxels=options.max_voxels)
     volume = _labelled(options, grid, unit.payload["masks"])
     label = unit.payload["label"]
@@ -121,21 +92,6 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         whole=(Annotation(label),) if label else (),
     )
     yield from samples(volume, origin, options, drops)
-
-
-def path_of(root: Path, name: str) -> Path:
-    """An existing file of the source.
-
-    Raises:
-        Unusable: the name leads out of the root, or there is no such file.
-    """
-    try:
-        path = below(root, name)
-    except ValueError as error:
-        raise Unusable(OUTSIDE, str(error)) from error
-    if not path.is_file():
-        raise Unusable(MISSING, name)
-    return path
 
 
 def map_on(grid: Grid, path: Path, name: str, *, max_voxels: int) -> np.ndarray:
@@ -159,7 +115,7 @@ def _labelled(options: Options, grid: Grid, masks: list[list[str]]) -> Volume:
     structures: list[Structure] = []
     binary: list[tuple[str, np.ndarray, dict[str, str]]] = []
     for name, label in masks:
-        path = path_of(options.root, name)
+        path = file_below(options.root, name)
         values = map_on(grid, path, name, max_voxels=options.max_voxels)
         if label:
             binary.append((label, values > 0, {}))

@@ -12,7 +12,7 @@ import SimpleITK
 from skimage.measure import label as components
 from skimage.measure import regionprops
 
-from data_tools.readers import decathlon, nnunet, volume
+from data_tools.readers import nnunet, volume
 from data_tools.records import Drop, Sample
 from tests.data_tools.readers.sets import read_units, regions_of
 
@@ -242,8 +242,8 @@ def test_decathlon(tmp_path):
         "training": [{"image": "./imagesTr/case1.nii.gz", "label": "./labelsTr/case1.nii.gz"}],
     }
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    of = decathlon.Options(reader="decathlon", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
-    for sample in samples_of(read(of, decathlon)):
+    of = nnunet.Options(reader="decathlon", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
+    for sample in samples_of(read(of, nnunet)):
         plane = shown(labels, "z", sample.part["slice"])
         assert boxes_of(sample, "liver") == expected_boxes(plane, 1)
         assert boxes_of(sample, "cancer") == expected_boxes(plane, 2)
