@@ -1,23 +1,26 @@
 """Does a conversation say what the expert's annotation says, and nothing against it?
 
-Every check is a generator of `Problem`s in a file of its own. They find what can be found by words: that
-the label is named, and that no other label of the set, modality, side or box is claimed. They don't
-understand the text; `tests/data_tools/checks` measures on hard sentences how often they are wrong.
+Every check is a generator of `Problem`s. They find what can be found by words: that the label is named, and
+that no other label of the set, modality, side or box is claimed. They don't understand the text;
+`tests/data_tools/checks` measures on hard sentences how often they are wrong.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from data_tools.checks.agreement import LabelFinder, agreement
-from data_tools.checks.boxes import boxes
-from data_tools.checks.conversation import language, length, repetition, turns
-from data_tools.checks.modality import ModalityFinder, modality
-from data_tools.checks.options import CheckOptions
-from data_tools.checks.said import said
-from data_tools.checks.side import side
+from data_tools.checks.claims import LabelFinder, ModalityFinder, agreement, boxes, modality, side
+from data_tools.checks.terms import said
 from data_tools.checks.translation import translation
-from data_tools.checks.wording import leaks, refusal
+from data_tools.checks.wording import (
+    CheckOptions,
+    language,
+    leaks,
+    length,
+    refusal,
+    repetition,
+    turns,
+)
 from data_tools.items import Conversation, Item, Problem, SourceContext
 from data_tools.records import Record
 from data_tools.taxonomy import Taxonomy
@@ -38,12 +41,12 @@ def check(
     *,
     grounded: bool = True,
 ) -> list[Problem]:
-    """What is wrong with a conversation; empty if it is accepted.
+    """Return what is wrong with a conversation; empty if it is accepted.
 
     Args:
         conversation: as it would go into the corpus.
         item: what was asked for.
-        record: what is known of the picture.
+        record: what is known of the image.
         context: of the record's source.
         taxonomy: the job's.
         options: which checks, and their bounds.
@@ -76,7 +79,7 @@ def check(
 def check_translation(
     conversation: Conversation, original: Conversation, context: SourceContext
 ) -> list[Problem]:
-    """What a Chinese translation lost or changed of the English original."""
+    """Return what a Chinese translation lost or changed of the English original."""
     return list(translation(conversation, original, _labels(_Same(context))))
 
 

@@ -16,39 +16,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from data_tools.items import Conversation
+
 _WORDS = re.compile(r"[a-z0-9]+|[.;:!?,()\n]")
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _CLAUSE_ENDS = frozenset(".;:!?,()\n")
 # A denial reaches over a comma in an enumeration ("no cyst, nodule or mass") but over none of these words.
-_TURNS = frozenset(
-    (
-        "but",
-        "however",
-        "although",
-        "though",
-        "which",
-        "whereas",
-        "while",
-        "instead",
-        "yet",
-        "except",
-    )
-)
-_DENIALS = frozenset(
-    (
-        "no",
-        "not",
-        "without",
-        "neither",
-        "nor",
-        "unlike",
-        "never",
-        "lacks",
-        "lacking",
-        "excludes",
-        "cannot",
-    )
-)
+_TURNS = frozenset((
+    "but", "however", "although", "though", "which", "whereas", "while", "instead", "yet", "except"
+))  # fmt: skip
+_DENIALS = frozenset((
+    "no", "not", "without", "neither", "nor", "unlike", "never", "lacks", "lacking", "excludes", "cannot"
+))  # fmt: skip
 _DENYING_PHRASES = tuple(
     tuple(phrase.split())
     for phrase in (
@@ -94,13 +73,44 @@ class Hit:
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words and the marks that end clauses, in their order."""
+    """Return lower-case words and the marks that end clauses, in their order."""
     return _WORDS.findall(text.lower())
 
 
 def is_chinese(text: str) -> bool:
-    """Whether any Chinese character is in it."""
+    """Return whether any Chinese character is in it."""
     return _CJK.search(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A conversation as the checks read it: the answers, split into words once.
+
+    Args:
+        answers: their texts.
+        text: all of them.
+        plain: the text in lower case, with single spaces and straight apostrophes.
+        words: the text's `words_of`.
+        chinese: whether it is to be read as Chinese.
+    """
+
+    answers: tuple[str, ...]
+    text: str
+    plain: str
+    words: list[str]
+    chinese: bool
+
+
+def said(conversation: Conversation, *, chinese: bool) -> Said:
+    """Read the answers of a conversation in one of the two languages."""
+    answers = tuple(turn.text for turn in conversation if turn.speaker == "gpt")
+    text = "\n".join(answers)
+    return Said(answers, text, plain(text), words_of(text), chinese)
+
+
+def plain(text: str) -> str:
+    """Return a text as phrases are compared: lower case, single spaces, straight apostrophes."""
+    return " ".join(text.lower().replace("’", "'").split())
 
 
 class TermFinder:
@@ -130,7 +140,7 @@ class TermFinder:
             self._by_character.setdefault(spoken[0], []).append(spoken)
 
     def find(self, words: list[str]) -> list[Hit]:
-        """All terms of an English text, by its `words_of`; ``start`` and ``end`` count words."""
+        """Find all terms of an English text, by its `words_of`; ``start`` and ``end`` count words."""
         hits = []
         by_first = self._by_first
         denying = not _DENYING_WORDS.isdisjoint(words)
@@ -147,7 +157,7 @@ class TermFinder:
         return hits
 
     def find_chinese(self, text: str) -> list[Hit]:
-        """All terms of a Chinese text, English names in it too; ``start`` and ``end`` count characters."""
+        """Find all terms of a Chinese text, English ones too; ``start`` and ``end`` count characters."""
         hits = []
         lower = text.lower()
         free = 0  # characters before it belong to a term already
@@ -164,7 +174,7 @@ class TermFinder:
 
 
 def _is_whole(text: str, at: int, spoken: str) -> bool:
-    """Whether a term doesn't begin or end within an English word; a Chinese one never does."""
+    """Return whether a term does not begin or end within an English word; a Chinese one never does."""
     if not spoken.isascii():
         return True
     end = at + len(spoken)
@@ -173,7 +183,7 @@ def _is_whole(text: str, at: int, spoken: str) -> bool:
 
 
 def _numbers(word: str) -> Iterable[str]:
-    """A word and its plural forms, English and Latin."""
+    """Return a word and its plural forms, English and Latin."""
     forms = {word, word + "s"}
     if word.endswith("y"):
         forms.add(word[:-1] + "ies")
@@ -220,21 +230,10 @@ def _denied(words: list[str], start: int, end: int) -> bool:
 
 
 def _is_enumeration(words: list[str], comma: int, start: int) -> bool:
-    """Whether the words from a comma to a term are an item of a list: "no cyst, solid nodule or mass"."""
+    """Return whether a comma begins an item of a list: "no cyst, solid nodule or mass"."""
     between = words[comma + 1 : start]
-    verbs = (
-        "is",
-        "are",
-        "shows",
-        "show",
-        "has",
-        "there",
-        "with",
-        "was",
-        "were",
-        "suggests",
-        "consistent",
-    )
+    verbs = ("is", "are", "shows", "show", "has", "there", "with", "was", "were", "suggests",
+             "consistent")  # fmt: skip
     return len(between) <= 6 and not any(word in verbs for word in between)
 
 

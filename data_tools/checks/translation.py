@@ -6,9 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from data_tools.checks.agreement import LabelFinder
-from data_tools.checks.said import Said
-from data_tools.checks.terms import words_of
+from data_tools.checks.claims import LabelFinder
+from data_tools.checks.terms import Said, words_of
 from data_tools.items import Conversation, Problem
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -26,7 +25,7 @@ _COUNTED_ZH = re.compile(r"([零一二两三四五六七八九十])(?=[个处枚
 def translation(
     conversation: Conversation, original: Conversation, finder: LabelFinder
 ) -> Iterator[Problem]:
-    """What the Chinese ``conversation`` lost or changed of the English ``original``."""
+    """Yield what the Chinese ``conversation`` lost or changed of the English ``original``."""
     if len(conversation) != len(original):
         yield Problem("translation has other turns", f"{len(conversation)}, not {len(original)}")
         return

@@ -1,0 +1,268 @@
+"""Does an answer say of the image what the expert's annotation says: labels, modality, side, boxes?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from data_tools.checks.terms import Hit, Said, TermFinder, words_of
+from data_tools.forms.coordinates import read_boxes, write_box
+from data_tools.items import Item, Problem, SourceContext
+from data_tools.records import Label, Record
+from data_tools.taxonomy import Taxonomy
+
+# --- labels ---------------------------------------------------------------------------------------
+
+# A label that is an everyday adjective is a claim about the image only before one of these words, or where
+# nothing follows that it could describe: "a normal chest radiograph" against "a normal heart size".
+_ADJECTIVES = frozenset(
+    ("normal", "healthy", "abnormal", "positive", "negative", "other", "background")
+)
+_WHOLE = frozenset((
+    "image", "picture", "scan", "study", "examination", "radiograph", "x", "ct", "mri", "mr", "chest",
+    "fundus", "retina", "film", "slide", "view", "case", "and", "or", "without", "with", "for", "as"
+))  # fmt: skip
+_NAMING = ("caption", "region_caption", "instruction", "dialogue", "text_single", "text_multi")
+
+
+class LabelFinder:
+    """Finds the labels of a set in all their names.
+
+    Args:
+        context: of the set; its vocabulary, synonyms and Chinese names.
+    """
+
+    def __init__(self, context: SourceContext) -> None:
+        terms: dict[str, str] = {}
+        for name in context.vocabulary:
+            chinese = context.chinese.get(name)
+            for spoken in (*context.synonyms.get(name, ()), *([chinese] if chinese else ())):
+                terms.setdefault(spoken, name)
+        terms.update((name, name) for name in context.vocabulary)
+        self._finder = TermFinder(terms)
+        self._words = {name: tuple(words_of(name)) for name in context.vocabulary}
+
+    def find(self, what: Said) -> list[Hit]:
+        """Return the labels of the set in what was said."""
+        if what.chinese:
+            return self._finder.find_chinese(what.text)
+        return [hit for hit in self._finder.find(what.words) if self._is_claim(hit, what.words)]
+
+    def covers(self, longer: str, shorter: str) -> bool:
+        """Return whether naming ``longer`` names ``shorter`` as well, as "lung nodule" does "nodule"."""
+        outer, inner = self._words[longer], self._words[shorter]
+        return any(
+            outer[at : at + len(inner)] == inner for at in range(len(outer) - len(inner) + 1)
+        )
+
+    @staticmethod
+    def _is_claim(hit: Hit, words: list[str]) -> bool:
+        if hit.end - hit.start > 1 or words[hit.start] not in _ADJECTIVES or hit.end >= len(words):
+            return True
+        following = words[hit.end]
+        return following in _WHOLE or not following.isalnum()
+
+
+def agreement(what: Said, item: Item, record: Record, finder: LabelFinder) -> Iterator[Problem]:
+    """Yield problems with what an answer names.
+
+    A form of sentences has to name a label of the record, that of its region if it is about one. No
+    other label of the set may be claimed; a perceived "no" in `perception` is a denial and no claim.
+    """
+    own = set(record.names)
+    wanted = {record.labels[item.focus].name} if item.focus is not None else own
+    hits = finder.find(what)
+    claimed = {hit.meaning for hit in hits if not hit.denied}
+    if item.form in _NAMING and not (wanted & claimed):
+        named = sorted(wanted)
+        if wanted & {hit.meaning for hit in hits}:
+            yield Problem("label denied", f"it denies {', '.join(named)}, which is there")
+        else:
+            yield Problem("label not named", f"it has to name {' or '.join(named)}")
+    foreign = sorted(
+        name
+        # What was left out of the record is in the image all the same.
+        for name in claimed - own - set(record.incomplete)
+        if not any(finder.covers(label, name) for label in own)
+    )
+    if foreign:
+        yield Problem(
+            "another label claimed",
+            f"it claims {', '.join(foreign)}, which is not among the findings",
+        )
+
+
+# --- modality -------------------------------------------------------------------------------------
+
+# Modalities that name the same image at different depth.
+FAMILIES = (
+    ("X-ray", "Mammography", "Angiography", "Fluoroscopy", "Dental X-ray", "Bone densitometry"),
+    ("CT", "Angiography"),
+    ("MR", "Angiography"),
+    ("Pathology", "Microscopy", "Cytology", "Electron microscopy", "Fluorescence microscopy"),
+    ("Ultrasound", "Echocardiography", "Endoscopy"),
+    ("Endoscopy", "Colonoscopy", "Laparoscopy", "Bronchoscopy", "Surgical video"),
+    ("Fundus photography", "Fluorescein angiography", "Angiography", "Clinical photography"),
+    ("Fundus photography", "Infrared reflectance imaging"),
+    ("Dermoscopy", "Clinical photography"),
+    ("Slit-lamp photography", "Clinical photography"),
+    ("PET", "SPECT", "Scintigraphy", "CT"),
+)
+# Names that are everyday words of anatomy and of the work: "gastric fundus", "histology is needed".
+_AMBIGUOUS = frozenset(
+    ("fundus", "histology", "smear", "photograph", "surgical scene", "照片", "涂片", "透视")
+)
+# A sentence with one of these speaks of another examination, not of the image.
+_ELSEWHERE = frozenset((
+    "recommend", "recommended", "recommends", "suggest", "suggested", "follow", "followup", "correlate",
+    "correlation", "correlated", "compare", "compared", "comparison", "prior", "previous", "further",
+    "additional", "confirm", "confirmed", "confirmation", "could", "may", "might", "would", "should",
+    "biopsy", "consider", "considered", "need", "needed", "often", "usually", "typically", "such", "other",
+    "alternatively", "subsequent", "if", "can", "complementary", "modalities"
+))  # fmt: skip
+_ELSEWHERE_ZH = ("建议", "进一步", "对比", "比较", "复查", "结合", "必要时", "可考虑", "其他",
+                 "既往", "可行", "通常", "也可")  # fmt: skip
+
+
+class ModalityFinder:
+    """Finds the modalities of a taxonomy in all their names."""
+
+    def __init__(self, taxonomy: Taxonomy) -> None:
+        terms: dict[str, str] = {}
+        for name in taxonomy.modalities:
+            known = taxonomy.terms(name)
+            for spoken in (name, *known.synonyms, known.chinese, *known.chinese_synonyms):
+                if spoken and spoken.lower() not in _AMBIGUOUS:
+                    terms.setdefault(spoken, name)
+        self._finder = TermFinder(terms)
+        self.compatible = {
+            name: {name}.union(*(family for family in FAMILIES if name in family))
+            for name in taxonomy.modalities
+        }
+
+    def claims(self, what: Said) -> Iterator[str]:
+        """Yield the modalities that are said of the image itself."""
+        if not what.chinese:
+            for hit in self._finder.find(what.words):
+                if not hit.denied and not _elsewhere(what.words, hit.start):
+                    yield hit.meaning
+        else:
+            for hit in self._finder.find_chinese(what.text):
+                sentence = _sentence_around(what.text, hit.start)
+                if not hit.denied and not any(word in sentence for word in _ELSEWHERE_ZH):
+                    yield hit.meaning
+
+
+def modality(what: Said, record: Record, finder: ModalityFinder) -> Iterator[Problem]:
+    """Yield a claim of another modality than the record's that can't be another name for it."""
+    compatible = finder.compatible[record.modality]
+    for claimed in finder.claims(what):
+        if claimed not in compatible:
+            yield Problem("another modality claimed", f"it says {claimed}; it is {record.modality}")
+            return
+
+
+def _elsewhere(words: list[str], at: int) -> bool:
+    ends = (".", "!", "?", "\n", ";")
+    first = at
+    while first > 0 and words[first - 1] not in ends:
+        first -= 1
+    for word in words[first:]:
+        if word in ends:
+            return False
+        if word in _ELSEWHERE:
+            return True
+    return False
+
+
+def _sentence_around(text: str, at: int) -> str:
+    first = max(text.rfind(mark, 0, at) for mark in "。；！？\n") + 1
+    ends = [end for end in (text.find(mark, at) for mark in "。；！？\n") if end >= 0]
+    return text[first : min(ends, default=len(text))]
+
+
+# --- side of the body -----------------------------------------------------------------------------
+
+SIDE_KEYS = ("side", "laterality")
+_SIDES = {
+    "left": "left", "l": "left", "左": "left", "左侧": "left",
+    "right": "right", "r": "right", "右": "right", "右侧": "right",
+}  # fmt: skip
+_POSITION_BEFORE = frozenset((
+    "upper", "lower", "top", "bottom", "center", "centre", "middle", "far", "viewer", "reader", "mid",
+    "to"
+))  # fmt: skip
+_PICTURE = frozenset((
+    "image", "picture", "frame", "photograph", "photo", "field", "view", "figure", "tile", "crop", "slide",
+    "corner", "edge", "border", "margin", "half", "third", "quadrant", "part", "portion", "region", "area"
+))  # fmt: skip
+_POSITION_ZH = re.compile(
+    r"(?:图像|图片|画面|影像|视野|图中|图)的?[中最偏]?[上下]?[左右][上下]?[侧边方半部角]*|[左右][上下](?:[方角部]|象限)?|[上下中][左右]"
+)
+
+
+def side(what: Said, item: Item, record: Record) -> Iterator[Problem]:
+    """Yield a side that isn't the annotation's, in an answer about a record with exactly one side.
+
+    "The upper left of the image" is a position and says nothing of the body.
+    """
+    labels = record.labels if item.focus is None else (record.labels[item.focus],)
+    known = {
+        _SIDES[value.strip().lower()]
+        for attributes in (record.attributes, *(label.attributes for label in labels))
+        for key, value in attributes.items()
+        if key in SIDE_KEYS and value.strip().lower() in _SIDES
+    }
+    if len(known) != 1:
+        return
+    (right_one,) = known
+    wrong = "right" if right_one == "left" else "left"
+    words = what.words
+    claims = [
+        word for at, word in enumerate(words) if word in ("left", "right") and _is_body(words, at)
+    ]
+    if not what.text.isascii():
+        plain = _POSITION_ZH.sub("", what.text)
+        claims += ["left"] * plain.count("左") + ["right"] * plain.count("右")
+    if wrong in claims and right_one not in claims:
+        yield Problem("side contradicted", f"it says {wrong}; it is {right_one}")
+
+
+def _is_body(words: list[str], at: int) -> bool:
+    """Return whether the word at an index names a side of the body."""
+    if at and (words[at - 1] in _POSITION_BEFORE or words[at - 2 : at] == ["to", "the"]):
+        return False
+    for offset, word in enumerate(words[at + 1 : at + 6]):
+        if word in _PICTURE and (
+            offset == 0 or words[at + 1] in ("side", "hand", "of", "most", "half")
+        ):
+            return False
+        if not word.isalnum():
+            break
+    return True
+
+
+# --- coordinates ----------------------------------------------------------------------------------
+
+
+def boxes(what: Said, item: Item, record: Record) -> Iterator[Problem]:
+    """Yield four numbers in brackets that are no box, or no box of the record (or of the item's region)."""
+    if "[" not in what.text:
+        return
+    size = {"width": record.width, "height": record.height}
+    labels: Sequence[Label] = record.labels
+    if item.focus is not None:
+        focus = labels[item.focus]
+        # A detection lists every region of its label.
+        every = item.kind == "detection"
+        labels = [label for label in labels if label.name == focus.name] if every else [focus]
+    known = {write_box(label.box, **size) for label in labels if label.box}
+    try:
+        said_boxes = read_boxes(what.text, **size)
+    except ValueError as error:
+        yield Problem("coordinates make no box", str(error))
+        return
+    for box in said_boxes:
+        if write_box(box, **size) not in known:
+            yield Problem("coordinates are not the region's", f"{list(box)} in pixels")
+            return
