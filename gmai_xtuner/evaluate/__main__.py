@@ -237,18 +237,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask a model the questions of a benchmark and score its answers by a written protocol. "
         "Other verbs: compare RUN_A RUN_B; protocols.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "model",
         help="an export, a transformers model (folder or hub name), or a name at --endpoint",
     )
-    add = parser.add_argument
-    add(
-        "--benchmark",
-        required=True,
-        choices=(*NAMES, ALL),
-        metavar="NAME",
-        help=f"{', '.join(NAMES)} or all",
-    )
+    names = (*NAMES, ALL)
+    add("--benchmark", required=True, choices=names, metavar="NAME", help=", ".join(names))
     add(
         "--data",
         required=True,
@@ -256,69 +251,42 @@ def _parser() -> argparse.ArgumentParser:
         help="the authors' files: a folder, or the annotation file",
     )
     add("--variant", help="part or language, e.g. zh of slake; default: the benchmark's first")
-    add(
-        "--protocol",
-        nargs="+",
-        default=[],
-        metavar="P",
-        help="one or several, or all; see the verb protocols",
-    )
-    add(
-        "--scorer",
-        nargs="+",
-        default=[],
-        metavar="S",
-        help="further scorers of the same answers, or all",
-    )
-    add(
-        "--out",
-        type=Path,
-        help="folder of answers and results (default work_dirs/evaluation/<model>)",
-    )
+    several = {"nargs": "+", "default": []}
+    add("--protocol", metavar="P", help="one or several, or all; see the verb protocols", **several)
+    add("--scorer", metavar="S", help="further scorers of the same answers, or all", **several)
+    add("--out", type=Path, help="folder of results (default work_dirs/evaluation/<model>)")
     add("--limit", type=positive_int, metavar="N", help="the first N questions of each protocol")
     add(
         "--score-only", action="store_true", help="score stored answers; nothing is asked or loaded"
     )
     add("--json", action="store_true", help="one JSON object on standard output")
-    add(
-        "--report-questions",
-        type=int,
-        default=SHOWN,
-        metavar="N",
-        help=f"questions on the HTML page (default {SHOWN}; 0: no page)",
-    )
+    shown = f"questions on the HTML page (default {SHOWN}; 0: no page)"
+    add("--report-questions", type=int, default=SHOWN, metavar="N", help=shown)
     group = parser.add_argument_group("a model in this process")
-    local = group.add_argument
-    local(
-        "--batch-size", type=positive_int, default=16, help="questions asked together (default 16)"
-    )
-    local("--name", help="what tables call the model (default: its folder's name)")
-    local("--loader", choices=("auto", "ours", "transformers"), default="auto")
-    local("--llm", help="base language model of an export that has none")
-    local("--vision", help="base vision tower of an export that has none")
+    add = group.add_argument
+    add("--batch-size", type=positive_int, default=16, help="questions asked together (default 16)")
+    add("--name", help="what tables call the model (default: its folder's name)")
+    add("--loader", choices=("auto", "ours", "transformers"), default="auto")
+    add("--llm", help="base language model of an export that has none")
+    add("--vision", help="base vision tower of an export that has none")
     add_dtype_argument(group)
     add_allow_pickle(group)
-    local("--device", help="e.g. cpu or cuda:1 (default: the GPU of this process)")
+    add("--device", help="e.g. cpu or cuda:1 (default: the GPU of this process)")
     group = parser.add_argument_group("a model behind an OpenAI-compatible server")
-    remote = group.add_argument
-    remote("--endpoint", metavar="URL", help="base URL, e.g. http://localhost:8000/v1")
-    add_api_key_argument(group, "environment variable of the key", default="OPENAI_API_KEY")
-    remote(
-        "--in-flight", type=positive_int, default=16, help="requests under way at once (default 16)"
-    )
-    remote("--retries", type=int, default=6, help="of one request (default 6)")
-    remote("--timeout", type=float, default=300.0, help="seconds for one answer (default 300)")
-    remote("--temperature", type=_temperature, default=0.0, help="default 0; none: not sent")
+    add = group.add_argument
+    add("--endpoint", metavar="URL", help="base URL, e.g. http://localhost:8000/v1")
+    key = "OPENAI_API_KEY"
+    add_api_key_argument(group, "environment variable of the key", default=key)
+    add("--in-flight", type=positive_int, default=16, help="requests at once (default 16)")
+    add("--retries", type=int, default=6, help="of one request (default 6)")
+    add("--timeout", type=float, default=300.0, help="seconds for one answer (default 300)")
+    add("--temperature", type=_temperature, default=0.0, help="default 0; none: not sent")
     group = parser.add_argument_group("a judge of free answers")
-    judge = group.add_argument
-    judge("--judge", metavar="URL", help="base URL of an OpenAI-compatible server")
-    judge("--judge-model", metavar="NAME")
-    add_api_key_argument(
-        group,
-        "environment variable of its key",
-        option="--judge-api-key-env",
-        default="OPENAI_API_KEY",
-    )
+    add = group.add_argument
+    add("--judge", metavar="URL", help="base URL of an OpenAI-compatible server")
+    add("--judge-model", metavar="NAME")
+    option = "--judge-api-key-env"
+    add_api_key_argument(group, "environment variable of its key", option=option, default=key)
     return parser
 
 

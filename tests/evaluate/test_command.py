@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gmai_xtuner.evaluate.__main__ import main
 from tests.api_server import ApiServer, error, user_text
@@ -117,7 +119,7 @@ def test_a_killed_run_goes_on_where_it_was(whole, data, export, tmp_path):
     stored = file.read_bytes()[: file.read_bytes().rindex(b"\n") + 1]
     assert 3 <= stored.count(b"\n") < 40
     file.write_bytes(stored + b'{"id": "half a li')  # as a kill within a write leaves it
-    assert main([str(one) for one in arguments]) == 0
+    assert run(*arguments) == 0
     assert file.read_bytes().startswith(stored)
     assert answers_in(folder) == answers_in(whole[0] / "omnimedvqa-open-access")
 
@@ -142,10 +144,7 @@ def test_two_processes_share_the_questions_and_give_the_same_answers(whole, data
 def test_another_model_does_not_write_into_the_answers(whole, data, llm_changed, capfd):
     out, _ = whole
     before = answers_in(out / "vqa_rad-test")
-    assert (
-        main([str(llm_changed), "--benchmark", "vqa_rad", "--data", str(data), "--out", str(out)])
-        == 1
-    )
+    assert run(llm_changed, "--benchmark", "vqa_rad", "--data", data, "--out", out) == 1
     told = capfd.readouterr().err
     assert "holds answers of another run (model: " in told
     assert answers_in(out / "vqa_rad-test") == before
@@ -154,10 +153,6 @@ def test_another_model_does_not_write_into_the_answers(whole, data, llm_changed,
 @pytest.fixture
 def llm_changed(export, tmp_path):
     """The same export with one weight changed."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     copy = shutil.copytree(export, tmp_path / "changed")
     file = next((copy / "projector").glob("*.safetensors"))
     weights = load_file(file)
@@ -225,17 +220,8 @@ def test_questions_without_an_answer_end_in_status_1_with_tables(data, tmp_path,
 
     with ApiServer(script, answer=lambda text: "A") as server:
         status = run(
-            *(
-                "m",
-                "--endpoint",
-                server.url,
-                "--benchmark",
-                "pmc_vqa",
-                "--data",
-                data,
-                "--out",
-                tmp_path,
-            )
+            *("m", "--endpoint", server.url, "--benchmark", "pmc_vqa"),
+            *("--data", data, "--out", tmp_path),
         )
     captured = capfd.readouterr()
     assert status == 1
@@ -244,8 +230,6 @@ def test_questions_without_an_answer_end_in_status_1_with_tables(data, tmp_path,
 
 
 def test_a_benchmark_that_cannot_be_read_does_not_stop_the_others(data, tmp_path, capfd):
-    import shutil
-
     copy = shutil.copytree(data, tmp_path / "data")
     broken = copy / "OmniMedVQA" / "QA_information" / "Open-access" / "X-Ray.json"
     broken.write_text('[{"dataset": ')

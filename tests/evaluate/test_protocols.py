@@ -64,15 +64,8 @@ def test_defaults_and_names() -> None:
         Average("macro", "modality"),
     )
     assert find_protocol("huatuo").name == "collection-17298"
-    assert [one.expected for one in DEFINITIONS["huatuo"].protocols] == [
-        17298,
-        251,
-        416,
-        3362,
-        2000,
-        11124,
-        145,
-    ]
+    counts = [one.expected for one in DEFINITIONS["huatuo"].protocols]
+    assert counts == [17298, 251, 416, 3362, 2000, 11124, 145]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from gmai_xtuner.evaluate.benchmarks.reading import (
 from gmai_xtuner.evaluate.questions import ImageSource, Question
 
 if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
     from gmai_xtuner.evaluate.benchmarks.definition import Header
 
 
@@ -71,36 +74,38 @@ def _column(path: str, changed: int, size: int, row_group: int, column: str) -> 
         return file.read_row_group(row_group, columns=[column]).column(0)
 
 
-def column_names(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns.
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a file.
 
     Raises:
-        BenchmarkError: it is no readable Parquet file.
+        BenchmarkError: it is no readable Parquet file, or turns out not to be while it is read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return tuple(pq.read_schema(path).names)
+        with pq.ParquetFile(path) as file:
+            yield file
     except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from error
+        raise BenchmarkError(
+            f"{str(path)!r} is no readable Parquet file ({error}). Fetch it again; a file of a few lines of "
+            "text is a Git LFS pointer."
+        ) from error
+
+
+def column_names(path: Path) -> tuple[str, ...]:
+    """Return the names of the columns."""
+    with _opened(path) as file:
+        return tuple(file.schema_arrow.names)
 
 
 def column_texts(path: Path, column: str) -> list[str]:
-    """Return one column as texts; none where the file has no such column.
-
-    Raises:
-        BenchmarkError: it is no readable Parquet file.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if column not in column_names(path):
-        return []
-    try:
-        values = pq.read_table(path, columns=[column]).column(0).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from error
+    """Return one column as texts; none where the file has no such column."""
+    with _opened(path) as file:
+        if column not in file.schema_arrow.names:
+            return []
+        values = file.read(columns=[column])[column].to_pylist()
     return [str(value) for value in values if value is not None]
 
 
@@ -112,41 +117,26 @@ def rows_of(
     Raises:
         BenchmarkError: it can't be read, or an image column is no image.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from pyarrow import types
 
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            texts = [name for name in schema.names if name not in image_columns]
-            images = [name for name in image_columns if name in schema.names]
-            for name in images:
-                kind = schema.field(name).type
-                if not (
-                    pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_null(kind)
-                ):
-                    raise BenchmarkError(
-                        f"{str(path)!r}: column {name!r} should hold images, it holds {kind}."
-                    )
-            for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=texts).to_pylist()
-                # one image column at a time: together they may not fit
-                columns = (file.read_row_group(group, columns=[name])[name] for name in images)
-                present = [column.is_valid().to_pylist() for column in columns]
-                for number, row in enumerate(rows):
-                    has = [
-                        name for name, valid in zip(images, present, strict=True) if valid[number]
-                    ]
-                    yield row, {name: ParquetImage(path, name, group, number) for name in has}
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> BenchmarkError:
-    return BenchmarkError(
-        f"{str(path)!r} is no readable Parquet file ({error}). Fetch it again; a file of a few lines of text "
-        "is a Git LFS pointer."
-    )
+    with _opened(path) as file:
+        schema = file.schema_arrow
+        texts = [name for name in schema.names if name not in image_columns]
+        images = [name for name in image_columns if name in schema.names]
+        for name in images:
+            kind = schema.field(name).type
+            if not (types.is_struct(kind) or types.is_binary(kind) or types.is_null(kind)):
+                raise BenchmarkError(
+                    f"{str(path)!r}: column {name!r} should hold images, it holds {kind}."
+                )
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group, columns=texts).to_pylist()
+            # one image column at a time: together they may not fit
+            columns = (file.read_row_group(group, columns=[name])[name] for name in images)
+            present = [column.is_valid().to_pylist() for column in columns]
+            for number, row in enumerate(rows):
+                has = (name for name, valid in zip(images, present, strict=True) if valid[number])
+                yield row, {name: ParquetImage(path, name, group, number) for name in has}
 
 
 # Files with image, question and answer, as PathVQA and VQA-RAD come from the hub

@@ -17,10 +17,12 @@ import base64
 import binascii
 import hashlib
 import os
+import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from gmai_xtuner.evaluate.benchmarks.reading import (
     Benchmark,
@@ -112,13 +114,13 @@ class Row:
 
 
 def column_name(name: str) -> str:
-    """Options keep their letter, every other name is lower case, as VLMEvalKit loads them."""
+    """Keep the letter of an option, lower every other name, as VLMEvalKit loads them."""
     name = name.strip()
     return name if name in string.ascii_uppercase and len(name) == 1 else name.lower()
 
 
 def read_header(path: Path) -> tuple[str, ...]:
-    """Names of the columns.
+    """Return the names of the columns.
 
     Raises:
         BenchmarkError: the file can't be read.
@@ -133,7 +135,7 @@ def read_header(path: Path) -> tuple[str, ...]:
 
 
 def read_table(path: Path) -> tuple[tuple[str, ...], list[Row], SourceFile]:
-    """Columns, rows and the file with its hash.
+    """Return columns, rows and the file with its hash.
 
     Raises:
         BenchmarkError: it can't be read, is not UTF-8, or a row has more or fewer fields than the header.
@@ -167,7 +169,7 @@ def read_table(path: Path) -> tuple[tuple[str, ...], list[Row], SourceFile]:
 
 
 def images_of(row: Row, by_index: dict[str, Row]) -> tuple[ImageSource, ...]:
-    """A row's images, which may stand in another row.
+    """Return a row's images, which may stand in another row.
 
     Raises:
         KeyError: that row is not there, or has none itself; its argument says which.
@@ -183,32 +185,27 @@ def images_of(row: Row, by_index: dict[str, Row]) -> tuple[ImageSource, ...]:
 
 
 _Span = tuple[int, int, bool]
+_QUOTED = re.compile(rb'"((?:[^"]++|"")*+)"')
 
 
 def _records(
-    file, path: Path, digest: hashlib._Hash | None = None
+    file: BinaryIO, path: Path, digest: hashlib._Hash | None = None
 ) -> Iterator[tuple[int, int, bytes, list[_Span]]]:
-    """(line, offset of the record, its bytes, where its fields stand in it), blank lines passed over."""
-    offset = 0
-    line = 1
-    pending = b""
-    begins = 1
-    for data in file:
+    """Yield line, offset, bytes and fields of each record; blank lines are passed over."""
+    offset, begins, pending = 0, 1, b""
+    for line, data in enumerate(file, 1):
         if digest is not None:
             digest.update(data)
-        if offset == 0 and not pending and data.startswith(b"\xef\xbb\xbf"):
+        if line == 1 and data.startswith(b"\xef\xbb\xbf"):
             data, offset = data[3:], 3
         record = pending + data
         spans = _fields(record)
         if spans is None:  # a quoted field goes on in the next line
             pending = record
-        else:
-            if record.strip():
-                yield begins, offset, record, spans
-            offset += len(record)
-            pending = b""
-            begins = line + 1
-        line += 1
+            continue
+        if record.strip():
+            yield begins, offset, record, spans
+        offset, begins, pending = offset + len(record), line + 1, b""
     if pending:
         raise BenchmarkError(
             f"{str(path)!r}, line {begins}: a quoted field has no end. Fetch it again."
@@ -216,29 +213,17 @@ def _records(
 
 
 def _fields(record: bytes) -> list[_Span] | None:
-    """(start, end, quoted) of each field; None where a quoted one is not closed yet."""
-    end = len(record)
-    if record.endswith(b"\n"):
-        end -= 1
-    if end and record[end - 1 : end] == b"\r":
-        end -= 1
+    """Return start, end and quotation of each field; None where a quoted one is not closed yet."""
+    line = record.removesuffix(b"\n").removesuffix(b"\r")
     spans: list[_Span] = []
     position = 0
     while True:
-        if record[position : position + 1] == b'"' and position < end:
-            close = position + 1
-            while True:
-                close = record.find(b'"', close)
-                if close < 0:
-                    return None
-                if record[close + 1 : close + 2] != b'"':
-                    break
-                close += 2
-            spans.append((position + 1, close, True))
-            tab = record.find(b"\t", close, end)
-        else:
-            tab = record.find(b"\t", position, end)
-            spans.append((position, end if tab < 0 else tab, False))
+        quoted = _QUOTED.match(line, position)
+        if quoted is None and line.startswith(b'"', position):
+            return None
+        tab = line.find(b"\t", quoted.end() if quoted else position)
+        end = tab if tab >= 0 else len(line)
+        spans.append((*quoted.span(1), True) if quoted else (position, end, False))
         if tab < 0:
             return spans
         position = tab + 1
@@ -280,7 +265,7 @@ def _images(
 
 
 def paths_of(text: str, folders: tuple[Path, ...]) -> tuple[Path, ...]:
-    """Paths of a column ``image_path``: one, or a list; relative to the first folder that has the file.
+    """Return the paths of a column ``image_path``, relative to the first folder that has the file.
 
     Raises:
         UnreadableOptions: a list that can't be parsed.
@@ -297,7 +282,7 @@ def read_tables(
     keep: Callable[[Mapping[str, str]], bool] | None = None,
     answers_hidden: bool = False,
 ) -> Benchmark:
-    """Questions of one or several tables.
+    """Read the questions of one or several tables.
 
     Args:
         paths: the tables, in their order.
