@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gmai_xtuner.core.errors import EvaluationError
-from gmai_xtuner.evaluate.results import RESULT_FILE, SCORES_FILE, Result, read_result
+from gmai_xtuner.evaluate.results import RESULT_FILE, SCORES_FILE, Result, read_result, read_scores
 from gmai_xtuner.evaluate.statistics import PairedTest, paired_test
 
 ResultKey = tuple[str, str, str, int, str]
@@ -63,14 +63,8 @@ def results_in(folder: Path) -> dict[ResultKey, Path]:
     """
     found: dict[ResultKey, Path] = {}
     for file in sorted(folder.rglob(RESULT_FILE)):
-        result, _ = read_result(file.parent)
-        key = (
-            result.benchmark,
-            result.variant,
-            result.protocol,
-            result.version,
-            result.scorer,
-        )
+        one = read_result(file.parent)
+        key = (one.benchmark, one.variant, one.protocol, one.version, one.scorer)
         found[key] = file.parent
     if not found:
         raise EvaluationError(f"no {RESULT_FILE} in or under {folder}: is it the --out of a run?")
@@ -78,7 +72,8 @@ def results_in(folder: Path) -> dict[ResultKey, Path]:
 
 
 def _compare(first: Path, second: Path, *, common: bool) -> Comparison:
-    (one, scores_one), (two, scores_two) = read_result(first), read_result(second)
+    one, two = read_result(first), read_result(second)
+    scores_one, scores_two = read_scores(first), read_scores(second)
     both = [name for name in scores_one if name in scores_two]
     only_first, only_second = len(scores_one) - len(both), len(scores_two) - len(both)
     if (only_first or only_second) and not common:

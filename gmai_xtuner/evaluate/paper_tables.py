@@ -26,8 +26,7 @@ class Column:
         name: value of the table's group that it is about; None for an average.
         average: ``micro``, ``macro``, or ``printed`` for a number of the paper that can't be made again.
         mean: the mean of the columns before it.
-        benchmark: what it is about, where the table's columns are of different benchmarks.
-        variant: of that benchmark, or the one variant that fills the column.
+        benchmark, variant: what it is about, where not the whole table is.
     """
 
     short: str
@@ -43,10 +42,7 @@ class PaperTable:
     """One table of the paper.
 
     Args:
-        key: short name.
-        title: what it is about.
-        printed_as: its numbers in the paper.
-        source: where it was read.
+        printed_as: its numbers in the paper's versions.
         columns: in the paper's order, those that we add at the end.
         rows: model -> cells as printed; None where the paper has no such cell.
         notes: what a reader must know to compare.

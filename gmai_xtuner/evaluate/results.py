@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,13 +239,13 @@ def as_json(result: Result) -> dict[str, Any]:
     return {**asdict(result), "problems": result.problems, "complete": result.complete}
 
 
-def read_result(folder: Path) -> tuple[Result, dict[str, dict[str, Any]]]:
-    """Read what :func:`write_result` wrote: the result, and the scores by question.
+def read_result(folder: Path) -> Result:
+    """Read a result that :func:`write_result` wrote.
 
     Raises:
         EvaluationError: it can't be read.
     """
-    try:
+    with _readable(folder):
         content = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
         for name in ("problems", "complete"):
             content.pop(name)
@@ -253,10 +254,25 @@ def read_result(folder: Path) -> tuple[Result, dict[str, dict[str, Any]]]:
             key: {name: _cell(value) for name, value in part.items()}
             for key, part in content["groups"].items()
         }
+        return Result(**content)
+
+
+def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the scores by question that :func:`write_result` wrote.
+
+    Raises:
+        EvaluationError: they can't be read.
+    """
+    with _readable(folder):
         # Not splitlines: an answer may hold U+2028, U+2029 or U+0085, which end no line of JSON.
         lines = (folder / SCORES_FILE).read_text(encoding="utf-8").split("\n")
-        scores = {line["id"]: line for line in map(json.loads, filter(None, lines))}
-        return Result(**content), scores
+        return {line["id"]: line for line in map(json.loads, filter(None, lines))}
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EvaluationError(f"the result in {folder} can't be read: {error}") from error
 

@@ -225,15 +225,15 @@ def answer_all(
         if store is not None:
             pending = world.from_first(pending)
         progress = stack.enter_context(_progress(store, len(pending), len(wanted), world))
-        writer = stack.enter_context(store.writer(world.rank)) if store is not None else None
+        write = stack.enter_context(store.writer(world.rank)) if store is not None else None
         for batch in answerer.answers(pending, rank=world.rank, world_size=world.size):
             new = [
                 Answer.of(one, model=answerer.model, generation=answerer.generation)
                 for one in batch
                 if one.text is not None
             ]
-            if writer is not None:
-                writer.add(new)
+            if write is not None:
+                write(new)
             found += new
             failed |= {one.job.id: one for one in batch if one.text is None}
             if failed:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -238,36 +238,21 @@ class AnswerStore:
             lock.release()
 
     @contextmanager
-    def writer(self, rank: int = 0) -> Iterator[AnswerWriter]:
-        """Append to this process's file."""
+    def writer(self, rank: int = 0) -> Iterator[Callable[[Sequence[Answer]], None]]:
+        """Give a function that appends to this process's file; what it has returned from is on disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        writer = AnswerWriter(self.folder / f"answers-{rank}.jsonl")
-        try:
-            yield writer
-        finally:
-            writer.close()
+        path = self.folder / f"answers-{rank}.jsonl"
+        _cut_torn_line(path)
+        with path.open("a", encoding="utf-8") as file:
 
+            def add(answers: Sequence[Answer]) -> None:
+                file.writelines(
+                    json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers
+                )
+                file.flush()
+                os.fsync(file.fileno())
 
-class AnswerWriter:
-    """Appends answers; what :meth:`add` has returned from is on disk.
-
-    Args:
-        file: may end in a line that a stop has cut off: it is cut away.
-    """
-
-    def __init__(self, file: Path) -> None:
-        _cut_torn_line(file)
-        self._file = file.open("a", encoding="utf-8")
-
-    def add(self, answers: Sequence[Answer]) -> None:
-        self._file.writelines(
-            json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers
-        )
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+            yield add
 
 
 def read_identity(folder: Path) -> Identity | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from gmai_xtuner.evaluate.store import Given, Job
+from tests.evaluate.files import csv_file, json_file, omnimedvqa_record, vqa_rad_record
 
 TYPES = (
     "Modality Recognition",
@@ -19,92 +18,72 @@ TYPES = (
     "Lesion Grading",
     "Other Biological Attributes",
 )
-SUFFIX = {
-    "vqa_rad": ("VQA-RAD", "VQA_RAD Dataset Public.json"),
-    "omnimedvqa": ("OmniMedVQA",),
-    "pmc_vqa": ("PMC-VQA",),
-}
 
 
 def draw(file: Path, seed: int) -> None:
-    """A small picture of noise; the suffix says the format."""
+    """Write a small image of noise; the suffix says the format."""
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
 
 
 def write_vqa_rad(folder: Path, *, questions: int = 6) -> Path:
-    """``questions`` of the test part, every second closed, and one of the training part."""
+    """Write ``questions`` of the test part, every second closed, and one of the training part."""
     records = []
     for number in range(questions):
-        closed = number % 2 == 0
-        draw(folder / "VQA_RAD Image Folder" / f"synpic{number // 2}.jpg", number)
-        records.append(
-            {
-                "qid": number,
-                "phrase_type": "test_freeform" if number < 4 else "test_para",
-                "image_name": f"synpic{number // 2}.jpg",
-                "image_organ": ("CHEST", "HEAD", "ABD")[number % 3],
-                "question": f"Is finding {number} there?" if closed else f"What is at {number}?",
-                "question_type": "PRES" if closed else "POS",
-                "answer": ("Yes", "No")[number // 2 % 2] if closed else "left lung",
-                "answer_type": "CLOSED " if closed else "OPEN",
-            }
+        closed, image = number % 2 == 0, f"synpic{number // 2}.jpg"
+        draw(folder / "VQA_RAD Image Folder" / image, number)
+        record = vqa_rad_record(
+            number,
+            "test_freeform" if number < 4 else "test_para",
+            image_name=image,
+            image_organ=("CHEST", "HEAD", "ABD")[number % 3],
+            question=f"Is finding {number} there?" if closed else f"What is at {number}?",
+            question_type="PRES" if closed else "POS",
+            answer=("Yes", "No")[number // 2 % 2] if closed else "left lung",
+            answer_type="CLOSED " if closed else "OPEN",
         )
+        records.append(record)
     records.append({**records[0], "qid": 99, "phrase_type": "freeform"})
-    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
+    json_file(folder / "VQA_RAD Dataset Public.json", records)
     return folder
 
 
 def write_omnimedvqa(folder: Path, *, each: int = 2) -> Path:
-    """``each`` questions of each of the five types, in two files; the gold option goes round."""
+    """Write ``each`` questions of each of the five types, in two files; the gold option goes round."""
     for part, modality in enumerate(("CT", "X-Ray")):
         records = []
-        for number in range(each * len(TYPES)):
-            if number % 2 != part:
-                continue
+        for number in range(part, each * len(TYPES), 2):
             image = f"Images/{modality}/{number}.png"
             draw(folder / image, number)
-            options = [f"choice {number} {letter}" for letter in "ABCD"]
-            records.append(
-                {
-                    "dataset": modality,
-                    "question_id": f"{modality}_{number:03d}",
-                    "question_type": TYPES[number % len(TYPES)],
-                    "question": f"Which choice is number {number}?",
-                    "gt_answer": options[number % 4],
-                    "image_path": image,
-                    **{f"option_{a}": text for a, text in zip("ABCD", options, strict=True)},
-                    "modality_type": modality,
-                }
+            options = {letter: f"choice {number} {letter}" for letter in "ABCD"}
+            record = omnimedvqa_record(
+                f"{modality}_{number:03d}",
+                dataset=modality,
+                question_type=TYPES[number % len(TYPES)],
+                question=f"Which choice is number {number}?",
+                gt_answer=options["ABCD"[number % 4]],
+                image_path=image,
+                modality_type=modality,
+                **{f"option_{letter}": text for letter, text in options.items()},
             )
-        file = folder / "QA_information" / "Open-access" / f"{modality}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(records))
+            records.append(record)
+        json_file(folder / "QA_information" / "Open-access" / f"{modality}.json", records)
     return folder
 
 
 def write_pmc_vqa(folder: Path, *, questions: int = 4) -> Path:
-    """``test_clean.csv``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    head = ["Figure_path", "Question", "Answer"]
-    head += [f"Choice {letter}" for letter in "ABCD"] + ["Answer_label"]
-    with (folder / "test_clean.csv").open("w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(head)
-        for number in range(questions):
-            draw(folder / "images" / f"PMC{number}.jpg", number)
-            choices = [f"{letter}:thing {number}{letter}" for letter in "ABCD"]
-            label = "ABCD"[number % 4]
-            writer.writerow(
-                [
-                    f"PMC{number}.jpg",
-                    f"What is figure {number}?",
-                    f"thing {number}{label}",
-                    *choices,
-                    label,
-                ]
-            )
+    """Write ``test_clean.csv``."""
+    choices = [f"Choice {letter}" for letter in "ABCD"]
+    rows = []
+    for number in range(questions):
+        draw(folder / "images" / f"PMC{number}.jpg", number)
+        label = "ABCD"[number % 4]
+        texts = [f"{letter}:thing {number}{letter}" for letter in "ABCD"]
+        question, answer = f"What is figure {number}?", f"thing {number}{label}"
+        rows.append([f"PMC{number}.jpg", question, answer, *texts, label])
+    head = ["Figure_path", "Question", "Answer", *choices, "Answer_label"]
+    csv_file(folder / "test_clean.csv", head, rows)
     return folder
 
 

@@ -17,6 +17,7 @@ from gmai_xtuner.evaluate.results import (
     as_json,
     average_of,
     read_result,
+    read_scores,
     summarise,
     write_result,
 )
@@ -119,7 +120,7 @@ def test_what_makes_a_number_another_than_the_protocols_is_told():
 def test_a_result_is_read_as_it_was_written(tmp_path):
     made = omnimedvqa()
     write_result(tmp_path, made, [scored(0, 1.0, modality="CT"), scored(1, 0.0, parsed=None)])
-    read, scores = read_result(tmp_path)
+    read, scores = read_result(tmp_path), read_scores(tmp_path)
     assert read == made
     assert scores["q0"]["groups"] == {"modality": "CT"}
     assert (scores["q1"]["value"], scores["q1"]["parsed"]) == (0.0, None)
@@ -131,7 +132,7 @@ def test_an_answer_may_hold_what_python_calls_the_end_of_a_line(tmp_path):
     answers = [scored(0, 1.0), scored(1, 0.0)]
     answers[0] = replace(answers[0], answer=replace(answers[0].answer, answer=odd))
     write_result(tmp_path, omnimedvqa(), answers)
-    _, scores = read_result(tmp_path)
+    scores = read_scores(tmp_path)
     assert [line["answer"] for line in scores.values()] == [odd, "A"]
 
 

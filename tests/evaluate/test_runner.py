@@ -17,7 +17,7 @@ from gmai_xtuner.evaluate.compare import as_text, compare_runs
 from gmai_xtuner.evaluate.judge import verdict_of
 from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import ProtocolError
-from gmai_xtuner.evaluate.results import read_result
+from gmai_xtuner.evaluate.results import read_scores
 from gmai_xtuner.evaluate.runner import ALL, Options, Target, ask, prepare, score
 from tests.evaluate.sets import FakeAnswerer, draw, write_omnimedvqa, write_pmc_vqa, write_vqa_rad
 
@@ -384,7 +384,7 @@ def test_without_all_parts_there_is_no_submission_file_and_it_is_said(tmp_path, 
 
 def test_scores_of_every_question_are_kept(rad, tmp_path):
     run(rad, FakeAnswerer(always("Yes")), tmp_path)
-    _, scores = read_result(tmp_path / "vqa_rad-test" / "closed-251")
+    scores = read_scores(tmp_path / "vqa_rad-test" / "closed-251")
     assert {name: line["value"] for name, line in scores.items()} == {"0": 1.0, "2": 0.0, "4": 1.0}
     stored = (tmp_path / "vqa_rad-test" / "answers-0.jsonl").read_text().splitlines()
     first = json.loads(stored[0])

@@ -32,8 +32,8 @@ def test_what_was_added_is_read_with_all_it_depends_on(tmp_path):
     store = AnswerStore(tmp_path, IDENTITY)
     store.create()
     with store.writer(0) as first, store.writer(1) as second:
-        first.add([answer(0), answer(1)])
-        second.add([answer(2)])
+        first([answer(0), answer(1)])
+        second([answer(2)])
     found = AnswerStore(tmp_path, IDENTITY).read()
     assert list(found.values()) == [answer(0), answer(1), answer(2)]
     assert found[Job("q1", answer(1).prompt, (), 8, "p/1").key].answer == "answer 1\nmore ☃"
@@ -58,13 +58,13 @@ def test_the_same_question_in_other_words_or_of_another_length_is_another(tmp_pa
 def test_a_line_that_a_stop_has_cut_off_is_asked_again(tmp_path, cut):
     store = AnswerStore(tmp_path, IDENTITY)
     store.create()
-    with store.writer() as writer:
-        writer.add([answer(0), answer(1)])
+    with store.writer() as write:
+        write([answer(0), answer(1)])
     file = tmp_path / "answers-0.jsonl"
     file.write_bytes(file.read_bytes()[:-cut])
     assert [one.id for one in store.read().values()] == ["q0"]
-    with store.writer() as writer:
-        writer.add([answer(1)])
+    with store.writer() as write:
+        write([answer(1)])
     assert list(store.read().values()) == [answer(0), answer(1)]
 
 
@@ -107,8 +107,8 @@ def test_answers_of_nobody_are_refused(tmp_path):
 def test_a_file_of_another_model_put_among_them_is_found(tmp_path):
     store = AnswerStore(tmp_path, IDENTITY)
     store.create()
-    with store.writer(3) as writer:
-        writer.add([answer(0, model="sha256:two")])
+    with store.writer(3) as write:
+        write([answer(0, model="sha256:two")])
     with pytest.raises(EvaluationError, match="Answers of several models were put together"):
         store.read()
 

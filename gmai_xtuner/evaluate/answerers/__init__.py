@@ -36,20 +36,13 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which model, and how it runs.
+    """Which model, and how it runs: the command's options of the same names.
 
     Args:
         model: folder or hub name; of an endpoint the model's name there.
-        name: as tables call it; default: the last part of ``model``.
-        loader: ``ours`` or ``transformers``; ``auto`` looks for what our exports have.
-        llm, vision: bases of an export of stage 1 or 2.
-        dtype: ``bfloat16``, ``float16`` or ``float32``; None: bf16 on a GPU, fp32 on the CPU.
-        device: e.g. ``cuda:1``; None: the GPU of this process if there is one.
-        batch_size: questions asked together.
-        endpoint: base URL of an OpenAI-compatible server.
-        api_key_env: name of the environment variable that holds its key.
-        in_flight: requests under way at once.
-        retries: of one request.
+        loader: ``auto`` looks for what our exports have.
+        dtype: torch's name; None: bf16 on a GPU, fp32 on the CPU.
+        api_key_env: name of the environment variable that holds the endpoint's key.
         timeout: seconds that an answer may take.
         temperature: sent to the server; None: not sent, for models that refuse it.
     """

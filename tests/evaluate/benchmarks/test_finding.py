@@ -14,7 +14,8 @@ from gmai_xtuner.evaluate.benchmarks import (
     load_benchmark,
 )
 from gmai_xtuner.evaluate.benchmarks.mmmu import SUBJECTS
-from tests.evaluate.benchmarks.files import (
+from tests.evaluate.benchmarks.test_other_readers import CLEAN
+from tests.evaluate.files import (
     GMAI_HEADER,
     base64_png,
     csv_file,
@@ -30,7 +31,6 @@ from tests.evaluate.benchmarks.files import (
     tsv_file,
     vqa_rad_record,
 )
-from tests.evaluate.benchmarks.test_other_readers import CLEAN
 
 
 def write_all(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_benchmark
 from gmai_xtuner.evaluate.benchmarks.reading import Problem
 from gmai_xtuner.evaluate.questions import Question
-from tests.evaluate.benchmarks.files import (
+from tests.evaluate.files import (
     huatuo_record,
     image_file,
     json_file,

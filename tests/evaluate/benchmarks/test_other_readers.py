@@ -13,7 +13,7 @@ from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_
 from gmai_xtuner.evaluate.benchmarks.mmmu import SUBJECTS
 from gmai_xtuner.evaluate.benchmarks.parquet import ParquetImage
 from gmai_xtuner.evaluate.questions import load_image
-from tests.evaluate.benchmarks.files import (
+from tests.evaluate.files import (
     csv_file,
     image_file,
     mmmu_row,

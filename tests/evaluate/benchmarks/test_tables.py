@@ -17,7 +17,7 @@ from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_
 from gmai_xtuner.evaluate.benchmarks.gmai_mmbench import write_submission
 from gmai_xtuner.evaluate.benchmarks.table import Base64Image
 from gmai_xtuner.evaluate.questions import StoredImage, load_image
-from tests.evaluate.benchmarks.files import (
+from tests.evaluate.files import (
     GMAI_HEADER,
     base64_png,
     gmai_row,
