@@ -246,7 +246,7 @@ def resume_from_a_work_dir() -> None:
 
     xtuner reads the seed out of the path that it is given, with all weights around it, on every rank; of a
     work dir it says "can't find files matching *_model_states.pt". ``xtuner/tools/train.py`` runs as the main
-    module and has its own name for that function. :func:`gmai_xtuner.train.checkpointing.choose_checkpoint`
+    module and has its own name for that function. :func:`gmai_xtuner.train.resume.choose_checkpoint`
     says what the path means. Until xtuner takes a work dir.
     """
     from xtuner.tools import utils
@@ -257,7 +257,7 @@ def resume_from_a_work_dir() -> None:
 
     @functools.wraps(original)
     def get_seed_from_checkpoint(path: str) -> int | None:
-        from gmai_xtuner.train.checkpointing import seed_of
+        from gmai_xtuner.train.resume import seed_of
 
         seed = seed_of(Path(path))
         if seed is not None:

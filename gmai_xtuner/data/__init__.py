@@ -1,1 +1,1 @@
-"""From a mixture file to flat batches. The walk of the data is told in ``docs/architecture.md``."""
+"""From a mixture file to flat batches. The walk of the data is described in ``docs/architecture.md``."""

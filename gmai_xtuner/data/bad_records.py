@@ -1,4 +1,4 @@
-"""Bad records of a dataset, told all at once: as an error for people, as a list for tools.
+"""Bad records of a dataset, reported all at once: as an error for people, as a list for tools.
 
 A build that is refused leaves ``<dataset>-<key>.bad/`` beside the caches::
 
@@ -46,8 +46,8 @@ class BadRecords(DataError):
         *,
         count: int,
         reasons: Mapping[str, int],
-        listing: Path,
-        rest: Path | None,
+        listing: str | Path,
+        rest: str | Path | None,
         dataset: str,
         record: str | None = None,
         remedy: str | None = None,
@@ -58,11 +58,11 @@ class BadRecords(DataError):
             self.args = (f"dataset {dataset!r}: {problem}\n{remedy}",)
         self.count = count
         self.reasons = dict(reasons)
-        self.listing = listing
-        self.rest = rest
+        self.listing = Path(listing)
+        self.rest = None if rest is None else Path(rest)
 
     def fields(self) -> dict[str, Any]:
-        """The arguments that make it again, fit for JSON."""
+        """Return the arguments that make it again, fit for JSON."""
         return {
             "problem": self.problem,
             "count": self.count,
@@ -74,20 +74,12 @@ class BadRecords(DataError):
             "remedy": self.remedy,
         }
 
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> BadRecords:
-        """The error that :meth:`fields` describes."""
-        rest = fields["rest"]
-        return cls(
-            **{
-                **fields,
-                "listing": Path(fields["listing"]),
-                "rest": None if rest is None else Path(rest),
-            }
-        )
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return BadRecords.from_fields, (self.fields(),)
+        return _rebuild, (self.fields(),)
+
+
+def _rebuild(fields: Mapping[str, Any]) -> BadRecords:
+    return BadRecords(**fields)
 
 
 class BadList:
@@ -115,7 +107,7 @@ class BadList:
             listing.write(json.dumps(note, ensure_ascii=False) + "\n")
 
     def error(self, dataset: str, *, read: int, folder: Path, kept: int) -> BadRecords:
-        """One error for all of them.
+        """Return one error for all of them.
 
         Args:
             dataset: its name.
@@ -123,33 +115,41 @@ class BadList:
             folder: where the list and the rest will lie.
             kept: records of the rest.
         """
-        facts: dict[str, Any] = {
-            "count": self.count,
-            "reasons": dict(self.reasons.most_common()),
-            "listing": folder / BAD_LIST,
-            "rest": folder if kept else None,
-            "dataset": dataset,
-            "remedy": ". ".join(self.remedies),
-        }
+        reasons = dict(self.reasons.most_common())
+        listing, rest = folder / BAD_LIST, folder if kept else None
+        remedy = ". ".join(self.remedies)
+        record = None
         if self.count == 1:
             (note,) = self.first
-            return BadRecords(note["problem"], record=_place(note) or None, **facts)
-        told = ", ".join(f"{number} {reason}" for reason, number in facts["reasons"].items())
-        lines = [
-            f"{self.count} of {read} records are bad ({told}); all of them: {facts['listing']}"
-        ]
-        lines += [
-            f"  {_place(note)}: {note['problem']}".replace("  : ", "  ") for note in self.first
-        ]
-        if self.count > len(self.first):
-            lines.append(f"  ... and {self.count - len(self.first)} more")
-        if not self.files:
-            facts["remedy"] += ". Or leave them out: on_bad_sample='skip' counts and lists them"
-        return BadRecords("\n".join(lines), **facts)
+            problem, record = note["problem"], _place(note) or None
+        else:
+            counted = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+            lines = [
+                f"{self.count} of {read} records are bad ({counted}); all of them: {listing}",
+                *(
+                    f"  {_place(note)}: {note['problem']}".replace("  : ", "  ")
+                    for note in self.first
+                ),
+            ]
+            if self.count > len(self.first):
+                lines.append(f"  ... and {self.count - len(self.first)} more")
+            problem = "\n".join(lines)
+            if not self.files:
+                remedy += ". Or leave them out: on_bad_sample='skip' counts and lists them"
+        return BadRecords(
+            problem,
+            count=self.count,
+            reasons=reasons,
+            listing=listing,
+            rest=rest,
+            dataset=dataset,
+            record=record,
+            remedy=remedy,
+        )
 
 
 def note_of_record(record: str, where: str, errors: Mapping[str, DataError]) -> dict[str, Any]:
-    """What the lists say of a bad record.
+    """Return the line of the lists about a bad record.
 
     Args:
         record: its id, with its place behind it or not.
@@ -169,24 +169,13 @@ def note_of_record(record: str, where: str, errors: Mapping[str, DataError]) -> 
     return note
 
 
-def note_of_file(error: DataError) -> dict[str, Any]:
-    """The same for an annotation file that can't be read, or not to its end."""
-    return {
-        "id": "",
-        "where": "",
-        "reason": error.reason,
-        "problem": error.problem,
-        "remedy": error.remedy,
-    }
-
-
 def _place(note: Mapping[str, Any]) -> str:
     """``id (file, line)``, or the place alone where the record has no id."""
     return f"{note['id']} ({note['where']})" if note["id"] != note["where"] else note["where"]
 
 
 def bad_folder(cache: Path) -> Path:
-    """Where a refused build of this cache is left."""
+    """Return where a refused build of this cache is left."""
     return cache.with_name(f"{cache.name}.bad")
 
 
@@ -210,4 +199,4 @@ def raise_again_if_found_since(asked: float, folder: Path) -> None:
     """
     note = folder / "error.json"
     if note.is_file() and note.stat().st_mtime >= asked:
-        raise BadRecords.from_fields(json.loads(note.read_text(encoding="utf-8")))
+        raise BadRecords(**json.loads(note.read_text(encoding="utf-8")))

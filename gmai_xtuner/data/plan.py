@@ -27,9 +27,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ class EpochPlan:
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
-    """What the exclude lists leave out of a plan.
+    """The count of what the exclude lists leave out of a plan.
 
     Args:
         conversations: of each dataset's token cache.
@@ -93,6 +93,7 @@ def unknown_lines(excluded: Excluded) -> str:
     )
 
 
+@dataclass(eq=False)
 class DataPlan:
     """Sampling by ratio, then soft packing for each epoch.
 
@@ -119,84 +120,48 @@ class DataPlan:
         GMAIError: the share is not between 0 and 1.
     """
 
-    def __init__(
-        self,
-        caches: Sequence[TokenCache],
-        *,
-        names: Sequence[str],
-        ratios: Sequence[float],
-        seed: int,
-        max_length: int,
-        max_images: int,
-        cache_dir: str | Path,
-        held_out: float = 0.0,
-        split: str = "train",
-        at_most: int | None = None,
-        exclusions: Exclusions | None = None,
-    ) -> None:
-        if not 0 <= held_out < 1 or split not in ("train", "held_out"):
+    caches: Sequence[TokenCache]
+    _: KW_ONLY
+    names: Sequence[str]
+    ratios: Sequence[float]
+    seed: int
+    max_length: int
+    max_images: int
+    cache_dir: str | Path
+    held_out: float = 0.0
+    split: str = "train"
+    at_most: int | None = None
+    exclusions: Exclusions | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1 or self.split not in ("train", "held_out"):
             raise GMAIError(
                 "held_out must be a share of at least 0 and below 1, and split 'train' or 'held_out', got "
-                f"{held_out!r} and {split!r}"
+                f"{self.held_out!r} and {self.split!r}"
             )
-        self._cache_dir = cache_dir
-        self.caches = list(caches)
-        self.names = list(names)
-        self.ratios = list(ratios)
-        self.seed = seed
-        self.max_length = max_length
-        self.max_images = max_images
-        self.held_out = held_out
-        self.split = split
-        self.at_most = at_most
-        self.exclusions = exclusions or None
-        ingredients: list[object] = [
-            VERSION,
-            [(cache.folder.name, cache.meta["content"]) for cache in caches],
-            self.names,
-            self.ratios,
-            seed,
-            max_length,
-            max_images,
-            held_out,
-            split,
-            at_most,
-        ]
+        self.exclusions = self.exclusions or None
+        contents = [(cache.folder.name, cache.meta["content"]) for cache in self.caches]
+        ingredients: list[object] = [VERSION, contents, list(self.names), list(self.ratios)]
+        ingredients += [self.seed, self.max_length, self.max_images]
+        ingredients += [self.held_out, self.split, self.at_most]
         if self.exclusions:
             ingredients.append(self.exclusions.digest)
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
-        self.folder = Path(cache_dir).absolute() / "plans" / key
+        self.folder = Path(self.cache_dir).absolute() / "plans" / key
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "samples.npy").is_file():
-            with locked(self.folder / ".lock", "draw the samples"):
-                if not (self.folder / "samples.npy").is_file():
-                    self._save("samples", self._draw())
-        self.samples: np.ndarray = np.load(self.folder / "samples.npy", mmap_mode="r")
+        self._make("samples", "draw the samples", self._draw)
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """uint32 ``[samples, 2]``, see the module."""
+        return np.load(self.folder / "samples.npy", mmap_mode="r")
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "samples"}
 
     def held_out_plan(self, at_most: int | None = None) -> DataPlan:
         """Return the plan of what this one holds out; ``at_most`` conversations of a dataset."""
-        return DataPlan(
-            self.caches,
-            names=self.names,
-            ratios=self.ratios,
-            seed=self.seed,
-            max_length=self.max_length,
-            max_images=self.max_images,
-            cache_dir=self._cache_dir,
-            held_out=self.held_out,
-            split="held_out",
-            at_most=at_most,
-            exclusions=self.exclusions,
-        )
-
-    def __getstate__(self) -> dict[str, object]:
-        state = self.__dict__.copy()
-        del state["samples"]
-        return state
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self.samples = np.load(self.folder / "samples.npy", mmap_mode="r")
+        return replace(self, split="held_out", at_most=at_most)
 
     def epoch(self, epoch: int) -> EpochPlan:
         """Return the packs of this epoch, planned first if no process has planned them."""
@@ -217,13 +182,13 @@ class DataPlan:
 
     def why_nothing_held_out(self) -> str:
         """Say of how many images the share holds nothing out, and the smallest that does; reads all names."""
-        excluded: list[np.ndarray | None] = [None] * len(self.caches)
-        if self.exclusions:
-            excluded = [
-                part.rows(cache.folder)[0] if part else None
-                for cache, part in zip(self.caches, self.exclusions.datasets, strict=True)
-            ]
-        return nothing_held_out(self.held_out, [cache.folder for cache in self.caches], excluded)
+        parts = self.exclusions.datasets if self.exclusions else [None] * len(self.caches)
+        folders = [cache.folder for cache in self.caches]
+        excluded = [
+            part.rows(folder)[0] if part else None
+            for part, folder in zip(parts, folders, strict=True)
+        ]
+        return nothing_held_out(self.held_out, folders, excluded)
 
     def held_out_counts(self) -> np.ndarray:
         """int64 ``[datasets, 2]``: conversations held out, and with images of both sides."""
@@ -237,7 +202,7 @@ class DataPlan:
         return Excluded(tuple(found["conversations"]), found["unknown"], tuple(found["examples"]))
 
     def _exclude(self) -> list[np.ndarray | None]:
-        """bool ``[conversations]`` of each dataset: left out; ``None`` where nothing is."""
+        """Return bool ``[conversations]`` of each dataset, left out, or ``None`` where nothing is."""
         if not self.exclusions:
             return [None] * len(self.caches)
         masks, found = [], []
@@ -263,9 +228,8 @@ class DataPlan:
             rows, mask = np.arange(len(cache)), excluded[number]
             if self.held_out:
                 part = sides(cache.folder, self.held_out)
-                rows = part.rows(
-                    TRAIN
-                )  # before the exclusion: it does not change the others' sample
+                # Before the exclusion, which does not change the sample of the others.
+                rows = part.rows(TRAIN)
                 if mask is not None:
                     part.side[mask] = EXCLUDED
                 counts[number] = [(part.side == side).sum() for side in (HELD_OUT, NEITHER)]
@@ -275,7 +239,6 @@ class DataPlan:
             else:
                 rows = part.rows(HELD_OUT, at_most=self.at_most) if self.held_out else rows[:0]
             parts.append(np.stack([np.full_like(rows, number), rows], axis=1).astype(np.uint32))
-        # Before the samples, whose presence says that everything is there.
         self._save("held-out", counts)
         samples = np.concatenate(parts)
         if not len(samples) and self.split == "train":
@@ -299,7 +262,8 @@ class DataPlan:
             counts[part] = cache.counts[row[part]]
         return counts
 
-    def _build_epoch(self, epoch: int) -> None:
+    def _build_epoch(self, epoch: int) -> np.ndarray:
+        """Save the packs of an epoch and return their totals."""
         counts = self.counts()
         packs = pack(
             counts[:, 0],
@@ -308,14 +272,22 @@ class DataPlan:
             max_images=self.max_images,
             seed=[self.seed, epoch],
         )
-        tokens, labels, images = (counts[packs.items, i].astype(np.float64) for i in range(3))
-        columns = [tokens, images, np.ones_like(tokens), labels, np.sqrt(labels)]
-        starts = packs.offsets[:-1]
-        totals = np.stack([np.add.reduceat(column, starts) for column in columns], axis=1)
+        digest = hashlib.sha256()
+        for array in (self.samples, packs.offsets, packs.items):
+            digest.update(np.ascontiguousarray(array).data)
         self._save(f"epoch-{epoch}-offsets", packs.offsets)
         self._save(f"epoch-{epoch}-items", packs.items)
-        self._save(f"epoch-{epoch}-digest", _digest(self.samples, packs.offsets, packs.items))
-        self._save(f"epoch-{epoch}-totals", totals)
+        self._save(f"epoch-{epoch}-digest", np.frombuffer(digest.digest(), dtype=np.uint8))
+        tokens, labels, images = (counts[packs.items, i].astype(np.float64) for i in range(3))
+        columns = [tokens, images, np.ones_like(tokens), labels, np.sqrt(labels)]
+        return np.stack([np.add.reduceat(column, packs.offsets[:-1]) for column in columns], axis=1)
+
+    def _make(self, name: str, what: str, build: Callable[[], np.ndarray]) -> None:
+        """Save ``build()`` under a name if no process has done so; its other files are there before it."""
+        if not (self.folder / f"{name}.npy").is_file():
+            with locked(self.folder / ".lock", what):
+                if not (self.folder / f"{name}.npy").is_file():
+                    self._save(name, build())
 
     def _save(self, name: str, array: np.ndarray) -> None:
         with staged(self.folder / f"{name}.npy") as partial, partial.open("wb") as file:
@@ -324,31 +296,19 @@ class DataPlan:
 
 @lru_cache(maxsize=4)
 def _open_epoch(plan: DataPlan, epoch: int) -> EpochPlan:
-    # The totals are written last: when they are there, everything is.
-    totals = plan.folder / f"epoch-{epoch}-totals.npy"
-    if not totals.is_file():
-        with locked(plan.folder / ".lock", f"pack epoch {epoch}"):
-            if not totals.is_file():
-                plan._build_epoch(epoch)
-    offsets, items, sums = (
-        np.load(plan.folder / f"epoch-{epoch}-{name}.npy", mmap_mode="r")
-        for name in ("offsets", "items", "totals")
+    name = f"epoch-{epoch}"
+    plan._make(f"{name}-totals", f"pack epoch {epoch}", lambda: plan._build_epoch(epoch))
+    offsets, items, totals = (
+        np.load(plan.folder / f"{name}-{part}.npy", mmap_mode="r")
+        for part in ("offsets", "items", "totals")
     )
-    if epoch and len(sums) != len(plan.epoch(0).packs):
+    if epoch and len(totals) != len(plan.epoch(0).packs):
         raise GMAIError(
-            f"epoch {epoch} has {len(sums)} packs, epoch 0 {len(plan.epoch(0).packs)}: they were planned by "
-            f"different versions. Remove {plan.folder} and start the run anew"
+            f"epoch {epoch} has {len(totals)} packs, epoch 0 {len(plan.epoch(0).packs)}: they were planned "
+            f"by different versions. Remove {plan.folder} and start the run anew"
         )
-    digest = np.load(plan.folder / f"epoch-{epoch}-digest.npy").tobytes().hex()
-    return EpochPlan(Packs(offsets, items), sums, digest)
-
-
-def _digest(*arrays: np.ndarray) -> np.ndarray:
-    """SHA-256 of the contents, uint8 ``[32]``."""
-    content = hashlib.sha256()
-    for array in arrays:
-        content.update(np.ascontiguousarray(array).data)
-    return np.frombuffer(content.digest(), dtype=np.uint8)
+    digest = np.load(plan.folder / f"{name}-digest.npy").tobytes().hex()
+    return EpochPlan(Packs(offsets, items), totals, digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,12 +367,13 @@ def nothing_held_out(
         excluded: bool ``[conversations]`` of each cache, what its list leaves out, or ``None``.
     """
     images, texts, least = _least_share(caches, excluded)
-    of = [f"{images} image{'' if images == 1 else 's'}"] if images or not texts else []
-    of += [f"{texts} conversation{'' if texts == 1 else 's'} without an image"] if texts else []
-    found = f"{share:g} of {' and '.join(of)}; hashes of the names decide, see data/plan.py"
-    if least is None:
-        return f"{found}. No share holds something out and leaves something to train on"
-    return f"{found}. The smallest share that holds something out is {least:g}"
+    of = [f"{images} image{'s'[images == 1 :]}"] if images or not texts else []
+    of += [f"{texts} conversation{'s'[texts == 1 :]} without an image"] if texts else []
+    return f"{share:g} of {' and '.join(of)}; hashes of the names decide, see data/plan.py. " + (
+        "No share holds something out and leaves something to train on"
+        if least is None
+        else f"The smallest share that holds something out is {least:g}"
+    )
 
 
 def _least_share(

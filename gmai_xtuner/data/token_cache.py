@@ -3,16 +3,16 @@
 A cache is a folder ``<cache_dir>/tokens/<dataset>-<key>/``::
 
     tokens.arrow    Arrow IPC file: id, input_ids, label_spans (flat pairs), images
-    counts.npy      int32 [conversations, 3]: tokens (image tokens counted), learnt tokens, images
+    counts.npy      int32 [conversations, 3]: tokens (image tokens counted), supervised tokens, images
     meta.json       what the key was made of, and how many records were read, kept, cut and skipped
     skipped.jsonl   each record that was left out or cut: id, where, reason, problem; of a bad one also the
                     remedy, and its bad images
 
 The key covers everything that the content depends on: the annotation files' bytes, the tokenizer, the
-template, the options, the image root. A folder is written aside and renamed, so it is whole or absent.
+template, the options, the image root. A folder is staged and renamed, so it is whole or absent.
 
 Where no record is bad, ``on_bad_sample`` changes nothing, and both policies share one cache. With bad
-records ``skip`` has a cache of its own, and ``raise`` none: all of them are told in one error, and what
+records ``skip`` has a cache of its own, and ``raise`` none: all of them are reported in one error, and what
 was made, the list of them and the rest of the dataset, stays as ``<dataset>-<key>.bad`` until a build
 succeeds. Training never opens that folder; :mod:`gmai_xtuner.preflight` plans with it.
 """
@@ -29,10 +29,10 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ from gmai_xtuner.data.bad_records import (
     BadList,
     bad_folder,
     leave_for_inspection,
-    note_of_file,
     note_of_record,
     raise_again_if_found_since,
 )
@@ -72,7 +71,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """What decides which records are kept, and how.
+    """The options that decide which records are kept, and how.
 
     Args:
         max_length: tokens of a pack, image tokens counted.
@@ -108,7 +107,7 @@ class CacheOptions:
 
 @dataclass(slots=True)
 class _Chunk:
-    """What a worker makes of some records: rows, and notes on records that are cut, too long or bad."""
+    """Rows of some records, and notes on records that are cut, too long or bad."""
 
     batch: pa.RecordBatch | None
     counts: np.ndarray
@@ -136,7 +135,7 @@ class TokenCache:
         self.__init__(state["folder"])  # type: ignore[misc]
 
     def __getitem__(self, row: int) -> TokenizedConversation:
-        """Conversation ``row``; ``IndexError`` beyond the end."""
+        """Return conversation ``row``; ``IndexError`` beyond the end."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.folder}")
         if self._batches is None:
@@ -145,16 +144,12 @@ class TokenCache:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         batch, inner = self._batches[number], row - int(self._starts[number])
         return TokenizedConversation(
-            id=batch.column(0)[inner].as_py(),
-            input_ids=_list_values(batch.column(1), inner),
-            label_spans=_list_values(batch.column(2), inner).reshape(-1, 2),
-            images=tuple(batch.column(3)[inner].as_py()),
+            id=batch["id"][inner].as_py(),
+            input_ids=batch["input_ids"][inner].values.to_numpy(),
+            label_spans=batch["label_spans"][inner].values.to_numpy().reshape(-1, 2),
+            images=tuple(batch["images"][inner].as_py()),
             turn_ends=(),
         )
-
-
-def _list_values(column: pa.ListArray, row: int) -> np.ndarray:
-    return column[row].values.to_numpy()
 
 
 def open_cache(
@@ -165,7 +160,7 @@ def open_cache(
     cache_dir: str | Path,
     num_workers: int | None = None,
 ) -> TokenCache:
-    """The cache of a dataset, built first if it is not there.
+    """Open the cache of a dataset; build it first if it is not there.
 
     Args:
         entry: the dataset.
@@ -220,7 +215,7 @@ def open_caches(
     cache_dir: str | Path,
     num_workers: int | None = None,
 ) -> list[TokenCache]:
-    """:func:`open_cache` of several datasets; what is wrong with any of them is told in one error.
+    """Open the caches of several datasets; report what is wrong with any of them in one error.
 
     Args:
         entries: datasets with their options.
@@ -241,16 +236,16 @@ def open_caches(
         raise errors[0]
     if errors:
         names = ", ".join(str(error.dataset) for error in errors)
-        told = "\n\n".join(str(error) for error in errors)
+        details = "\n\n".join(str(error) for error in errors)
         raise DataError(
-            f"{len(errors)} of {len(entries)} datasets can't be used ({names})\n\n{told}",
+            f"{len(errors)} of {len(entries)} datasets can't be used ({names})\n\n{details}",
             reason="bad_records",
         )
     return caches
 
 
 def file_sha256(path: Path, cache_dir: str | Path) -> str:
-    """SHA-256 of a file, remembered under its size and modification time.
+    """Return the SHA-256 of a file, remembered under its size and modification time.
 
     Reading a corpus of many gigabytes at every start would cost minutes; a file whose path, size and
     nanosecond time are unchanged is not read again.
@@ -273,7 +268,7 @@ def file_sha256(path: Path, cache_dir: str | Path) -> str:
 def _build(
     job: _Job, places: Sequence[Path], ingredients: dict[str, Any], num_workers: int | None
 ) -> Path:
-    """Build aside and publish; the folder that it became.
+    """Build a cache and return its folder.
 
     Args:
         job: what is done with the records.
@@ -312,7 +307,7 @@ def _build(
                     kept += chunk.batch.num_rows
                 progress.update(size)
             # No policy leaves out a part of a file of which nobody knows how large it is.
-            bad.add([note_of_file(error) for error in bad.files], listing)
+            bad.add([note_of_record("", "", {"": error}) for error in bad.files], listing)
         refused = bool(bad.files) or (raises and bad.count > 0)
         if not refused and not kept:
             raise DataError(
@@ -362,7 +357,7 @@ def _build(
 def _chunks(
     job: _Job, num_workers: int | None, broken_files: list[DataError]
 ) -> Iterator[tuple[int, _Chunk]]:
-    """Records in chunks, in order, tokenised in this process or, if there are many, in several.
+    """Yield records in chunks, in order, tokenised in this process or, if there are many, in several.
 
     What is wrong with a file as a whole goes to ``broken_files``; the next file is read all the same.
     """
@@ -372,7 +367,7 @@ def _chunks(
     chunks = iter(lambda: list(islice(raw, RECORDS_A_CHUNK)), [])
     head = list(islice(chunks, 4))
     if num_workers < 2 or len(head) < 4:
-        for chunk in (*head, *chunks):
+        for chunk in chain(head, chunks):
             yield len(chunk), job(chunk)
         return
     # Forked workers inherit the modules; a spawned one would import torch and xtuner first (8 s each).
@@ -385,7 +380,7 @@ def _chunks(
     )
     try:
         waiting: list[tuple[int, Future[_Chunk]]] = []
-        for chunk in _chain(head, chunks):
+        for chunk in chain(head, chunks):
             waiting.append((len(chunk), pool.submit(_do_job, chunk)))
             if len(waiting) >= 4 * num_workers:
                 size, future = waiting.pop(0)
@@ -402,13 +397,6 @@ def _raw_records(entry: DatasetEntry, broken_files: list[DataError]) -> Iterator
             yield from iter_raw(path, dataset=entry.name)
         except DataError as error:
             broken_files.append(error)
-
-
-def _chain(
-    head: list[list[RawRecord]], rest: Iterable[list[RawRecord]]
-) -> Iterator[list[RawRecord]]:
-    yield from head
-    yield from rest
 
 
 _job_of_worker: _Job | None = None
@@ -483,7 +471,7 @@ class _Job:
         return fitted
 
     def _check_images(self, images: Sequence[str]) -> dict[str, DataError]:
-        """What is wrong with which image of a record; under ``""``, with all of them."""
+        """Return what is wrong by image of a record; under ``""``, with all of them."""
         if not images:
             return {}
         root = self.entry.image_root

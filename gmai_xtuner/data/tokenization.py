@@ -135,7 +135,7 @@ class ConversationTokenizer:
         bos_token_id: id of ``<s>``.
         eos_token_id: id of ``</s>``, used where the template's suffix is not itself the end.
 
-    Picklable and free of torch, so that cache workers stay small.
+    Free of torch, so that cache workers stay small.
     """
 
     def __init__(
@@ -182,39 +182,21 @@ class ConversationTokenizer:
     @property
     def fingerprint(self) -> str:
         """Changes whenever the ids could: vocabulary, merges, normaliser, added tokens, template."""
-        state = json.dumps(
-            [
-                self.tokenizer.to_str(),
-                asdict(self.template),
-                self.bos_token_id,
-                self.eos_token_id,
-            ],
-            sort_keys=True,
-        )
-        return hashlib.sha256(state.encode()).hexdigest()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tokenizer": self.tokenizer.to_str(), "_words": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, tokenizer=Tokenizer.from_str(state["tokenizer"]))
-        self._words = WordCache.of(self.tokenizer)
+        state = [
+            self.tokenizer.to_str(),
+            asdict(self.template),
+            self.bos_token_id,
+            self.eos_token_id,
+        ]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation]:
         """Tokenise a batch with one call of the fast tokenizer."""
         layouts = [self._layout(conversation) for conversation in conversations]
-        texts = list(
-            {
-                piece.content
-                for layout in layouts
-                for piece in layout
-                if isinstance(piece.content, str)
-            }
-        )
-        ids = {
-            text: np.array(text_ids, dtype=np.int32)
-            for text, text_ids in zip(texts, self._encode(texts), strict=True)
-        }
+        contents = {piece.content for layout in layouts for piece in layout}
+        texts = [content for content in contents if isinstance(content, str)]
+        arrays = (np.array(ids, dtype=np.int32) for ids in self._encode(texts))
+        ids = dict(zip(texts, arrays, strict=True))
         return [
             self._assemble(conversation, layout, ids)
             for conversation, layout in zip(conversations, layouts, strict=True)
@@ -447,7 +429,7 @@ class WordCache:
         ]
         before_mark = {left for left, right in merges if right.startswith(_MARK)}
         if any(_BYTE.search(left) for left in before_mark):
-            return None  # its last character can't be told
+            return None  # its last character is unknown
         glued = "".join(sorted({left[-1] for left in before_mark} - {_MARK}))
         return cls(tokenizer, glued=glued, unknown=unknown)
 

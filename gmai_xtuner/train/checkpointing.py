@@ -1,4 +1,4 @@
-"""Checkpoints that a run can lose nothing by: written aside and renamed, found again by themselves.
+"""Checkpoints that a run can lose nothing by: staged and renamed, found again by themselves.
 
 A checkpoint grows in ``iter_<N>.pth.writing``. When every rank has written its part and all of it is on
 disk, a manifest is added, the folder is renamed to ``iter_<N>.pth``, the pointer ``last_checkpoint``
@@ -32,28 +32,21 @@ from gmai_xtuner.checkpoint.folder import (
     Manifest,
     checkpoints_in,
     files_of_ranks_that_are_wrong,
-    iteration_of,
-    newest_whole,
-    read_manifest,
     sequence_of,
-    what_is_wrong,
 )
-from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text, to_disk
 from gmai_xtuner.train.hooks import is_due
 from gmai_xtuner.train.on_disk import (
-    REMOVING,
+    PROBE,
     WRITING,
     is_write_error,
     put_in_place,
     raised_on_all_ranks,
     remove,
 )
-from gmai_xtuner.train.random_state import random_state, set_random_state
+from gmai_xtuner.train.resume import rank_file, rank_state
 from gmai_xtuner.train.signals import STOP_FILE, StopRequest
-
-PROBE = ".shared-"
 
 
 @HOOKS.register_module()
@@ -80,7 +73,7 @@ class StepCheckpointHook(CheckpointHook):
         super().before_train(runner)
         if not isinstance(self.file_backend, LocalBackend):
             raise GMAIError(
-                f"checkpoints are written aside and renamed; that needs a file system, not {self.out_dir}"
+                f"checkpoints are staged and renamed; that needs a file system, not {self.out_dir}"
             )
         check_work_dir_is_shared(Path(self.out_dir))
         self._remove(outdated)
@@ -117,9 +110,9 @@ class StepCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(
         self, runner: FlexibleRunner, step: int, meta: dict[str, Any]
     ) -> None:
-        """mmengine's, but aside first, and with the old checkpoint removed last."""
+        """Save as mmengine does, but staged first, and remove the old checkpoint last."""
         final = Path(self.out_dir) / self.filename_tmpl.format(step)
-        aside = final.with_name(final.name + WRITING)
+        staging = final.with_name(final.name + WRITING)
         self.last_ckpt = str(final)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         outdated = self._count_in(runner, step)
@@ -127,7 +120,7 @@ class StepCheckpointHook(CheckpointHook):
             with _raised_after_barriers(runner):
                 runner.save_checkpoint(
                     self.out_dir,
-                    aside.name,
+                    staging.name,
                     self.file_client_args,
                     save_optimizer=self.save_optimizer,
                     save_param_scheduler=self.save_param_scheduler,
@@ -136,9 +129,9 @@ class StepCheckpointHook(CheckpointHook):
                     backend_args=self.backend_args,
                     **self.args,
                 )
-            if aside.is_dir():
-                torch.save(rank_state(runner), aside / rank_file(get_rank()))
-        publish(aside, final, iteration=meta["iter"], seed=runner.seed)
+            if staging.is_dir():
+                torch.save(rank_state(runner), staging / rank_file(get_rank()))
+        publish(staging, final, iteration=meta["iter"], seed=runner.seed)
         if get_rank() == 0:
             _point_to(final, Path(runner.work_dir) / POINTER)
         self._remove(outdated)
@@ -177,19 +170,19 @@ class StepCheckpointHook(CheckpointHook):
 
 
 def publish(
-    aside: Path, final: Path, *, iteration: int, seed: int | None, patience: float = 60.0
+    staging: Path, final: Path, *, iteration: int, seed: int | None, patience: float = 60.0
 ) -> None:
     """Give what all ranks have written its name. To be called by all ranks.
 
     Args:
-        aside: the folder (or file) that was written.
+        staging: the folder (or file) that was written.
         final: its name from now on. An older checkpoint of that name goes.
         iteration: micro-batches trained.
         seed: seed of the run.
         patience: seconds that a network file system may take to show rank 0 what the others wrote.
 
     Raises:
-        GMAIError: on all ranks, if the file system refuses or a rank's file is not there; ``aside`` stays,
+        GMAIError: on all ranks, if the file system refuses or a rank's file is not there; ``staging`` stays,
             and whatever ``final`` was.
     """
     explain = functools.partial(_could_not_be_written, final)
@@ -197,29 +190,29 @@ def publish(
     with raised_on_all_ranks(explain):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             # Every node has written pages in its memory, of a shared file system too.
-            to_disk(aside)
+            to_disk(staging)
     with raised_on_all_ranks(explain):
         if get_rank() == 0:
-            if aside.is_dir():
-                _wait_for_all_files(aside, patience)
+            if staging.is_dir():
+                _wait_for_all_files(staging, patience)
                 sequence = 1 + max(map(sequence_of, checkpoints_in(final.parent)), default=0)
                 # Hidden are what NFS keeps of a deleted file, and a manifest that was never finished.
-                written = [file for file in aside.iterdir() if not file.name.startswith(".")]
+                written = [file for file in staging.iterdir() if not file.name.startswith(".")]
                 files = {file.name: file.stat().st_size for file in sorted(written)}
                 manifest = Manifest(iteration, sequence, get_world_size(), seed, files)
-                replace_text(aside / MANIFEST, manifest.to_json())
-            put_in_place(aside, final)
+                replace_text(staging / MANIFEST, manifest.to_json())
+            put_in_place(staging, final)
 
 
-def _wait_for_all_files(aside: Path, patience: float) -> None:
+def _wait_for_all_files(staging: Path, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
-        found = [file.name for file in aside.iterdir()]
+        found = [file.name for file in staging.iterdir()]
         wrong = files_of_ranks_that_are_wrong(found, get_world_size())
         if wrong is None:
             return
         if time.monotonic() >= deadline:
-            raise GMAIError(f"{aside.name} {wrong}, {patience:g} s after all ranks had written")
+            raise GMAIError(f"{staging.name} {wrong}, {patience:g} s after all ranks had written")
         time.sleep(1.0)
 
 
@@ -233,149 +226,6 @@ def _point_to(checkpoint: Path, pointer: Path) -> None:
             logger="current",
             level=logging.WARNING,
         )
-
-
-def tidy_up(work_dir: Path) -> None:
-    """Finish or remove what a killed run has left half done in its work dir. To be called by all ranks.
-
-    A folder that was written to the end, manifest and all, gets its name; any other goes, or is warned of.
-
-    Raises:
-        GMAIError: on all ranks, if the folder can't be read or a whole checkpoint can't be given its name.
-    """
-
-    def explain(problem: str) -> str:
-        return f"can't tidy up {work_dir} after a stopped run: {problem}"
-
-    with raised_on_all_ranks(explain):
-        if get_rank() == 0 and work_dir.is_dir():
-            # What is whole first: an older one of its name may be among those to go.
-            for left in (
-                *sorted(work_dir.glob(f"*{WRITING}")),
-                *sorted(work_dir.glob(f"*{REMOVING}")),
-            ):
-                _tidy_up_one(left)
-            for probe in work_dir.glob(f"{PROBE}*"):
-                remove(probe)
-
-
-def _tidy_up_one(left: Path) -> None:
-    final = left.with_name(left.name.partition(".pth")[0] + ".pth")
-    if iteration_of(final) is None:
-        return
-    whole = left.suffix == WRITING and (left / MANIFEST).is_file() and not what_is_wrong(left)
-    if whole:
-        put_in_place(left, final)
-        print_log(f"{left.name} was whole: it is {final.name} now", logger="current")
-    elif remove(left):
-        print_log(f"Removed {left.name}, which a stopped run has left", logger="current")
-
-
-def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
-    """Settle which checkpoint a run goes on from, and tell the runner. To be called by all ranks.
-
-    ``--resume DIR/iter_N.pth`` means that one and no other. ``--resume DIR`` and ``--cfg-options
-    resume=True`` mean the newest whole one of a work dir; if that is the run's own and has none yet, the run
-    begins at the beginning, so that one command can be given again and again.
-
-    Args:
-        runner: before it has loaded anything; its settings are made plain: a path or nothing.
-
-    Returns:
-        the checkpoint; ``None`` if the run begins at the beginning.
-
-    Raises:
-        GMAIError: the checkpoint that was named is not whole, or another work dir has none.
-    """
-    own = Path(os.path.abspath(runner.work_dir))
-    tidy_up(own)
-    if not runner._resume:
-        return None
-    named = runner._resume if isinstance(runner._resume, str) else runner._load_from
-    asked = Path(os.path.abspath(named or own))
-    if iteration_of(asked) is not None or asked.is_file():
-        found: Path | None = _named_checkpoint(asked)
-    else:
-        found = _newest_checkpoint(asked)
-        if found is None and asked != own:
-            raise GMAIError(f"there is no whole checkpoint in {asked} to resume from")
-    if found is None:
-        print_log(f"No checkpoint in {own} yet: beginning at the beginning", logger="current")
-        runner._resume, runner._load_from = False, None
-    else:
-        print_log(f"Going on from {found}", logger="current")
-        runner._resume, runner._load_from = True, str(found)
-    return found
-
-
-def _named_checkpoint(checkpoint: Path) -> Path:
-    wrong = what_is_wrong(checkpoint)
-    if wrong:
-        raise GMAIError(
-            f"can't resume from {checkpoint}: it {wrong}. With --resume {checkpoint.parent} the newest "
-            "whole checkpoint is taken"
-        )
-    return checkpoint
-
-
-def _newest_checkpoint(work_dir: Path) -> Path | None:
-    newest, passed_over = newest_whole(work_dir)
-    for name, wrong in passed_over.items():
-        print_log(f"{work_dir / name} {wrong}; passed over", "current", logging.WARNING)
-    return all_gather_object(newest)[0]
-
-
-def seed_of(path: Path) -> int | None:
-    """Seed of the run that wrote a checkpoint, or the newest whole one of a work dir.
-
-    Returns:
-        the seed; ``None`` if a work dir has no checkpoint or the checkpoint does not say.
-
-    Raises:
-        GMAIError: if ``path`` is named like a checkpoint and is not a whole one.
-    """
-    if iteration_of(path) is not None or path.is_file():
-        checkpoint: Path | None = _named_checkpoint(path)
-    else:
-        checkpoint, _ = newest_whole(path)
-    if checkpoint is None:
-        return None
-    manifest = read_manifest(checkpoint)
-    if manifest is not None:
-        return manifest.seed
-    file = next(checkpoint.glob("*_model_states.pt")) if checkpoint.is_dir() else checkpoint
-    return read_training_state(file, mmap=True)["meta"].get("seed")
-
-
-def rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.pt"
-
-
-def rank_state(runner: FlexibleRunner) -> dict[str, Any]:
-    """What belongs to this rank alone: its random generators and the hooks' counters."""
-    hooks = {
-        type(hook).__name__: hook.rank_state_dict()
-        for hook in runner.hooks
-        if hasattr(hook, "rank_state_dict")
-    }
-    return {"random": random_state(), "hooks": hooks}
-
-
-def restore_rank_state(runner: FlexibleRunner, checkpoint: Path) -> None:
-    """Put back :func:`rank_state`, right before the first iteration of a resumed run."""
-    file = checkpoint / rank_file(get_rank())
-    if not file.is_file():
-        print_log(
-            f"{checkpoint} has no {file.name}: random numbers (dropout) go on other than they would have",
-            logger="current",
-            level=logging.WARNING,
-        )
-        return
-    state = read_training_state(file)
-    for hook in runner.hooks:
-        if type(hook).__name__ in state["hooks"] and hasattr(hook, "load_rank_state_dict"):
-            hook.load_rank_state_dict(state["hooks"][type(hook).__name__])
-    set_random_state(state["random"])
 
 
 def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
@@ -393,7 +243,7 @@ def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
 
     def explain(problem: str) -> str:
         return (
-            f"checkpoints can't be written to {folder}: {problem}. They are written aside, forced to disk "
+            f"checkpoints can't be written to {folder}: {problem}. They are staged, forced to disk "
             "and renamed. Give a --work-dir where that can be done"
         )
 
@@ -401,11 +251,11 @@ def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
     probe = folder / token
     with raised_on_all_ranks(explain):
         if get_rank() == 0:
-            aside = probe.with_name(probe.name + WRITING)
-            aside.mkdir(parents=True)
-            replace_text(aside / MANIFEST, "{}")
-            to_disk(aside)
-            put_in_place(aside, probe)
+            staging = probe.with_name(probe.name + WRITING)
+            staging.mkdir(parents=True)
+            replace_text(staging / MANIFEST, "{}")
+            to_disk(staging)
+            put_in_place(staging, probe)
     deadline = time.monotonic() + patience
     while not (seen := probe.exists()) and time.monotonic() < deadline:
         time.sleep(1.0)
@@ -462,7 +312,7 @@ def _could_not_be_written(final: Path, problem: str) -> str:
     try:
         room = f"{shutil.disk_usage(final.parent).free / 2**30:.2f} GiB are free there"
     except OSError as error:
-        room = f"how much is free there can't be told ({error})"
+        room = f"how much is free there is unknown ({error})"
     return (
         f"the checkpoint {final} could not be written, {room}: {problem}. The older checkpoints are as they "
         "were. Make room (quota, max_keep_ckpts) and give the same command with "

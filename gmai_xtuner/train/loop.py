@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
@@ -18,18 +22,24 @@ from torch.utils.data import DataLoader
 
 from gmai_xtuner.core.config import train_dataloader_config
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.sampler import MicroBatchSampler
-from gmai_xtuner.train.checkpointing import choose_checkpoint, restore_rank_state
 from gmai_xtuner.train.hooks import is_due
-from gmai_xtuner.train.random_state import preserved_random_state
+from gmai_xtuner.train.resume import (
+    choose_checkpoint,
+    preserved_random_state,
+    restore_rank_state,
+)
 from gmai_xtuner.train.signals import guard_workers
-from gmai_xtuner.train.status import log_failure, log_status
 
 DATA_ORDER = "gmai_data_order"
 """Where a checkpoint's message hub keeps what decides the order of the data."""
 
 LENGTH = "gmai_length"
 """Where it keeps the length of the run in micro-batches."""
+
+STATUS_FILE = "status.json"
+"""Says how a run ended, for the script that started it: ``xtuner`` exits with 0 whatever happens."""
 
 
 @LOOPS.register_module()
@@ -42,7 +52,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
 
     Differs from ``xtuner.engine.runner.TrainLoop``: the optimiser also steps on the short last window of an
     epoch; a run finds the newest whole checkpoint by itself where it is asked to resume
-    (:func:`~gmai_xtuner.train.checkpointing.choose_checkpoint`); a resumed run reads nothing that it has
+    (:func:`~gmai_xtuner.train.resume.choose_checkpoint`); a resumed run reads nothing that it has
     trained on already; it refuses to go on with other data or another layout than it began with, or if ranks
     see different data; training never ends in the middle of a step.
 
@@ -280,3 +290,68 @@ def rendezvous_alone() -> None:
     os.environ.update(
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
     )
+
+
+def write_status(
+    work_dir: Path, state: str, *, iteration: int = 0, of: int | None = None, reason: str = ""
+) -> None:
+    """Replace ``status.json`` of a work dir; rank 0 does it.
+
+    Args:
+        work_dir: of the run.
+        state: ``starting`` (reads data, builds the model), ``running``, ``stopped`` (on request, with a
+            checkpoint), ``finished`` or ``failed``. After a ``kill -9``, or where the model could not be
+            built, it still says ``running`` or ``starting``: then look whether ``process`` on ``host``
+            is there.
+        iteration: micro-batches trained, when this was written.
+        of: micro-batches of the whole run; ``None`` while it is not known.
+        reason: why it stopped or failed.
+    """
+    if is_main_process():
+        status = {
+            "state": state,
+            "iteration": iteration,
+            "of": of,
+            "reason": reason,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+        }
+        replace_text(work_dir / STATUS_FILE, json.dumps(status, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def log_failure(work_dir: Path) -> Iterator[None]:
+    """Write ``starting`` now, and ``failed`` if the block raises: nothing of an earlier run stays."""
+    if is_main_process():
+        work_dir.mkdir(parents=True, exist_ok=True)
+    write_status(work_dir, "starting")
+    try:
+        yield
+    except BaseException as error:
+        write_status(work_dir, "failed", reason=f"{type(error).__name__}: {error}")
+        raise
+
+
+@contextmanager
+def log_status(loop: Any) -> Iterator[None]:
+    """Keep ``status.json`` true while a training loop runs.
+
+    Args:
+        loop: with ``runner``, ``iter``, ``max_iters`` and ``stop_reason``.
+    """
+    work_dir = Path(loop.runner.work_dir)
+
+    def write(state: str, reason: str = "") -> None:
+        write_status(work_dir, state, iteration=loop.iter, of=loop.max_iters, reason=reason)
+
+    write("running")
+    try:
+        yield
+    except BaseException as error:
+        write("failed", f"{type(error).__name__}: {error}")
+        raise
+    if loop.iter >= loop.max_iters:
+        write("finished")
+    else:
+        write("stopped", loop.stop_reason)

@@ -19,6 +19,8 @@ from gmai_xtuner.core.files import directory_to_disk
 
 WRITING = ".writing"
 REMOVING = ".removing"
+PROBE = ".shared-"
+"""Beginning of the name by which ranks find out whether they share a work dir."""
 
 TORCH_WRITE_ERRORS = r"inline_container\.cc|iostream error|Parent directory .* does not exist"
 """torch.save on a full disk, or without its folder, raises a RuntimeError with one of these, seen with torch
@@ -26,7 +28,7 @@ TORCH_WRITE_ERRORS = r"inline_container\.cc|iostream error|Parent directory .* d
 
 
 def is_write_error(error: Exception) -> bool:
-    """Whether an error is the file system's, told by Python or by torch."""
+    """Return whether an error is the file system's, raised by Python or by torch."""
     return isinstance(error, OSError) or (
         isinstance(error, RuntimeError) and bool(re.search(TORCH_WRITE_ERRORS, str(error)))
     )
@@ -53,22 +55,22 @@ def raised_on_all_ranks(explain: Callable[[str], str]) -> Iterator[None]:
         if not (is_write_error(error) or isinstance(error, GMAIError)):
             raise
         mine = error
-    told = all_gather_object(None if mine is None else str(mine))
-    problems = [f"rank {rank}: {text}" for rank, text in enumerate(told) if text is not None]
+    texts = all_gather_object(None if mine is None else str(mine))
+    problems = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
     if problems:
         others = f" (and {len(problems) - 1} more ranks)" if problems[1:] else ""
         raise GMAIError(explain(problems[0] + others)) from mine
 
 
-def put_in_place(aside: Path, final: Path) -> None:
-    """Give ``aside`` its name; what had that name goes, but only when ``aside`` has it.
+def put_in_place(staging: Path, final: Path) -> None:
+    """Give ``staging`` its name; what had that name goes, but only when ``staging`` has it.
 
     Raises:
         OSError: if the file system refuses; both are where they were.
     """
     old = _move_away(final)
     try:
-        aside.rename(final)
+        staging.rename(final)
     except OSError:
         if old is not None:
             old.rename(final)

@@ -21,7 +21,7 @@ from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.train.hooks import ProgressHook, is_due
-from gmai_xtuner.train.random_state import preserved_random_state
+from gmai_xtuner.train.resume import preserved_random_state
 
 
 @dataclass(frozen=True, slots=True)

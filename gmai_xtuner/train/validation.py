@@ -20,6 +20,7 @@ from mmengine.registry import LOOPS, METRICS
 from mmengine.runner import FlexibleRunner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
 
+from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.sampler import MicroBatchSampler
 from gmai_xtuner.train.benchmarks import (
@@ -44,7 +45,8 @@ class HeldOutLoop(ValLoop):
 
     Args:
         runner: xtuner's runner.
-        dataloader: as mmengine takes it; without a ``dataset`` it gets the held-out part.
+        dataloader: as mmengine takes it; without a ``dataset`` it gets the held-out part, and a dataset
+            without ``tokenizer`` and ``vision`` the model's.
         evaluator: with :class:`HeldOutLoss`.
         at_most: conversations of one dataset; default 100. What is held out is not trained on whether it
             is validated on or not.
@@ -83,6 +85,9 @@ class HeldOutLoop(ValLoop):
         training = runner.train_loop.dataloader.dataset
         if dataset is None:
             dataset = training.held_out_part(at_most)
+        elif isinstance(dataset, Mapping):
+            config = {**runner.cfg, "train_dataloader": {"dataset": dataset}}
+            dataset = dataset_config(config)
         self.nothing = dataset is None
         if self.nothing:
             BaseLoop.__init__(self, runner, runner.train_loop.dataloader)
@@ -113,11 +118,9 @@ class HeldOutLoop(ValLoop):
         )
 
     def run(self) -> dict[str, float]:
-        asked = self.benchmarks is not None and self._benchmarks_due()
-        if self.nothing and not asked:
+        benchmarks = self.benchmarks if self._benchmarks_due() else None
+        if self.nothing and benchmarks is None:
             return {}
-        if not asked:
-            return super().run()
         self.runner.call_hook("before_val")
         self.runner.call_hook("before_val_epoch")
         self.runner.model.eval()
@@ -126,14 +129,14 @@ class HeldOutLoop(ValLoop):
             for idx, batch in enumerate(self.dataloader):
                 self.run_iter(idx, batch)
             metrics |= self.evaluator.evaluate(len(self.dataloader.dataset))
-        if self.benchmarks is not None:
-            metrics |= self.benchmarks.ask()
+        if benchmarks is not None:
+            metrics |= benchmarks.ask()
         self.runner.call_hook("after_val_epoch", metrics=metrics)
         self.runner.call_hook("after_val")
         return metrics
 
     def _benchmarks_due(self) -> bool:
-        """Whether a multiple of the interval came since the validation before: no state to resume."""
+        """Return whether a multiple of the interval came since the last validation: no state to resume."""
         loop = self.runner.train_loop
         if self.benchmark_interval is None or loop.iter >= loop.max_iters:
             return True

@@ -28,6 +28,17 @@ class Xtuner:
             **{key: str(value) for key, value in environment.items()},
         }
 
+    @classmethod
+    def tiny(cls, tiny_bases: Path, mixture: Path, cache: Path, **more: str | Path) -> Xtuner:
+        """The command with tiny bases, a mixture and a folder for caches."""
+        return cls(
+            GMAI_LLM=tiny_bases / "llm",
+            GMAI_VISION=tiny_bases / "vision",
+            GMAI_MIXTURE=mixture,
+            GMAI_CACHE=cache,
+            **more,
+        )
+
     def __call__(self, *arguments: str | Path, ranks: int = 1, stdin: str = "") -> str:
         """What the command printed, standard output and error together."""
         done = subprocess.run(

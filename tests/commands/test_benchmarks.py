@@ -36,11 +36,10 @@ def test_benchmarks_in_training_and_xtuner_test(tmp_path, tiny_bases):
     data = tmp_path / "benchmarks"
     write_vqa_rad(data / "VQA-RAD")
     write_pmc_vqa(data / "PMC-VQA")
-    xtuner = Xtuner(
-        GMAI_LLM=tiny_bases / "llm",
-        GMAI_VISION=tiny_bases / "vision",
-        GMAI_MIXTURE=corpus.mixture,
-        GMAI_CACHE=tmp_path / "cache",
+    xtuner = Xtuner.tiny(
+        tiny_bases,
+        corpus.mixture,
+        tmp_path / "cache",
         GMAI_BENCHMARKS=data,
     )
     work_dir = tmp_path / "run"

@@ -88,11 +88,10 @@ def test_the_mixture_has_every_form_and_nothing_that_is_held_out(folder):
 
 
 def test_stage_3_trains_on_the_corpus_as_it_is(folder, tiny_bases):
-    xtuner = Xtuner(
-        GMAI_LLM=tiny_bases / "llm",
-        GMAI_VISION=tiny_bases / "vision",
-        GMAI_MIXTURE=folder / "corpus" / "mixture.yaml",
-        GMAI_CACHE=folder / "cache",
+    xtuner = Xtuner.tiny(
+        tiny_bases,
+        folder / "corpus" / "mixture.yaml",
+        folder / "cache",
     )
     work_dir = folder / "stage3"
     output = xtuner.train("stage3_instruct", work_dir, *OPTIONS)

@@ -47,11 +47,10 @@ class Command:
         self.work_dir = work_dir
 
     def __call__(self, kill: str = "none:0:0", workers: int = 1) -> str:
-        xtuner = Xtuner(
-            GMAI_LLM=self.tiny_bases / "llm",
-            GMAI_VISION=self.tiny_bases / "vision",
-            GMAI_MIXTURE=self.folder / "corpus" / "mixture.yaml",
-            GMAI_CACHE=self.folder / "cache",
+        xtuner = Xtuner.tiny(
+            self.tiny_bases,
+            self.folder / "corpus" / "mixture.yaml",
+            self.folder / "cache",
             GMAI_TEST_KILL=kill,
             PYTHONPATH=ROOT,
         )

@@ -54,11 +54,10 @@ def run(tmp_path_factory, tiny_bases):
     corpus = write_corpus(
         folder / "corpus", {"numbers": records}, images=[f"{number}.png" for number in range(16)]
     )
-    xtuner = Xtuner(
-        GMAI_LLM=tiny_bases / "llm",
-        GMAI_VISION=tiny_bases / "vision",
-        GMAI_MIXTURE=corpus.mixture,
-        GMAI_CACHE=folder / "cache",
+    xtuner = Xtuner.tiny(
+        tiny_bases,
+        corpus.mixture,
+        folder / "cache",
         GMAI_STAGE2=folder / "stage2",
     )
     # From nothing: only that the tower moves away from its base matters here.

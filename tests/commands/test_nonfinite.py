@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from gmai_xtuner.checkpoint.load import load_checkpoint_state
 from tests.commands.runner import ROOT, TINY_RUN, Xtuner, scalars
 from tests.commands.test_ranks_and_resume import EACH, FP32
+from tests.toy import record, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -71,26 +71,10 @@ BAD_ITERATIONS = (3, 7, 10)
 def runs(tmp_path_factory, tiny_bases):
     """(folder, what the run printed until it stopped, what the resumed part printed)"""
     folder = tmp_path_factory.mktemp("nonfinite")
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    records = []
-    for number in range(48):
-        pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
-        records.append(
-            {
-                "id": f"r{number}",
-                "image": f"{number}.png",
-                "conversations": [
-                    {"from": "human", "value": "<image>\nWhich number is it? " + "Look. " * 8},
-                    {"from": "gpt", "value": f"It is number {number}."},
-                ],
-            }
-        )
-    (folder / "train.json").write_text(json.dumps(records))
-    (folder / "mixture.yaml").write_text(
-        "datasets: {toy: {annotations: train.json, image_root: images, ratio: 1.0}}"
-    )
+    images = [f"{n}.png" for n in range(48)]
+    question = "<image>\nWhich number is it? " + "Look. " * 8
+    records = [record(name, question, f"It is number {name}.", image=name) for name in images]
+    corpus = write_corpus(folder / "corpus", {"toy": records}, images=images)
     (folder / "poison.py").write_text(POISON)
     base = ROOT / "configs" / "gmai_vl" / "stage2_deep.py"
     imports = 'custom_imports = dict(imports=["gmai_xtuner.plugin", "poison"])\n'
@@ -100,11 +84,10 @@ def runs(tmp_path_factory, tiny_bases):
     (folder / "leaving_out.py").write_text(
         f'_base_ = ["{base}"]\n{imports}train_cfg = dict(type="LeavingOut")\n'
     )
-    xtuner = Xtuner(
-        GMAI_LLM=tiny_bases / "llm",
-        GMAI_VISION=tiny_bases / "vision",
-        GMAI_MIXTURE=folder / "mixture.yaml",
-        GMAI_CACHE=folder / "cache",
+    xtuner = Xtuner.tiny(
+        tiny_bases,
+        corpus.mixture,
+        folder / "cache",
         PYTHONPATH=folder,
         BAD_ITERATIONS=",".join(map(str, BAD_ITERATIONS)),
     )

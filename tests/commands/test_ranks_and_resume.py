@@ -5,18 +5,17 @@ In fp32, so that a difference is a defect and not rounding.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from gmai_xtuner.checkpoint.load import load_checkpoint_state
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 from tests.commands.runner import TINY_RUN, Xtuner, scalars
+from tests.toy import record, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -37,32 +36,19 @@ EACH = (
 def sparse(tmp_path_factory, tiny_bases):
     """A corpus in which few packs have an image, and the command that trains on it from a stage 1."""
     folder = tmp_path_factory.mktemp("sparse")
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    records = []
-    for number in range(24):
-        record = {
-            "id": f"r{number}",
-            "conversations": [
-                {"from": "human", "value": "Which number? " + "Look closely. " * 12},
-                {"from": "gpt", "value": f"It is number {number}."},
-            ],
-        }
-        if number % 6 == 0:
-            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
-            record["image"] = f"{number}.png"
-            record["conversations"][0]["value"] = "<image>\nWhich number?"
-        records.append(record)
-    (folder / "train.json").write_text(json.dumps(records))
-    (folder / "mixture.yaml").write_text(
-        "datasets: {sparse: {annotations: train.json, image_root: images, ratio: 1.0}}"
+    records = [
+        record(f"r{n}", "Which number? " + "Look closely. " * 12, f"It is number {n}.")
+        if n % 6
+        else record(f"r{n}", "<image>\nWhich number?", f"It is number {n}.", image=f"{n}.png")
+        for n in range(24)
+    ]
+    corpus = write_corpus(
+        folder / "corpus", {"sparse": records}, images=[f"{n}.png" for n in range(0, 24, 6)]
     )
-    xtuner = Xtuner(
-        GMAI_LLM=tiny_bases / "llm",
-        GMAI_VISION=tiny_bases / "vision",
-        GMAI_MIXTURE=folder / "mixture.yaml",
-        GMAI_CACHE=folder / "cache",
+    xtuner = Xtuner.tiny(
+        tiny_bases,
+        corpus.mixture,
+        folder / "cache",
     )
     xtuner.train("stage1_shallow", folder / "stage1", *EACH, *layout(2, 2), deepspeed=FP32)
     return folder, xtuner
@@ -94,7 +80,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
 def packs_of_ranks(folder: Path, tiny_bases: Path, stage: str) -> list[list[list[int]]]:
     """Images of each micro-batch of each of two ranks."""
     dataset = SoftPackedDataset(
-        str(folder / "mixture.yaml"),
+        str(folder / "corpus" / "mixture.yaml"),
         stage,
         tokenizer={
             "type": "gmai_xtuner.model.load_tokenizer",

@@ -46,11 +46,10 @@ LOSS_KEYS = {"loss", "lr", "grad_norm", "tokens_per_second", "pack_fill", "image
 def trained(tmp_path_factory, tiny_bases, shared_data):
     """Three stages, the second on two ranks: (folder, what each printed, the command)."""
     folder = tmp_path_factory.mktemp("three_stages")
-    xtuner = Xtuner(
-        GMAI_LLM=tiny_bases / "llm",
-        GMAI_VISION=tiny_bases / "vision",
-        GMAI_MIXTURE=write_mixture(shared_data, folder / "corpus"),
-        GMAI_CACHE=folder / "cache",
+    xtuner = Xtuner.tiny(
+        tiny_bases,
+        write_mixture(shared_data, folder / "corpus"),
+        folder / "cache",
         GMAI_STAGE1=folder / "stage1_shallow",
         GMAI_STAGE2=folder / "stage2_deep",
     )

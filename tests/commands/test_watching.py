@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands.runner import Xtuner, scalars
+from tests.toy import record, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -33,35 +32,21 @@ OPTIONS = (
 def runs(tmp_path_factory, tiny_bases):
     """What a run with validation and sample answers printed and logged, and the same run without."""
     folder = tmp_path_factory.mktemp("watching")
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    records = []
-    for number in range(40):
-        record = {
-            "id": f"r{number}",
-            "conversations": [
-                {"from": "human", "value": f"Is {number} even?"},
-                {"from": "gpt", "value": f"{['Yes', 'No'][number % 2]}, {number}."},
-            ],
-        }
-        if number % 2:
-            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / f"{number // 4}.png")
-            record["image"] = f"{number // 4}.png"
-            record["conversations"][0]["value"] = f"<image>\nIs {number} even?"
-        records.append(record)
-    for name, part in (("text", records[::2]), ("images", records[1::2])):
-        (folder / f"{name}.json").write_text(json.dumps(part))
-    (folder / "mixture.yaml").write_text(
-        "datasets:\n"
-        "  text: {annotations: text.json, ratio: 1.0, category: General Text}\n"
-        "  images: {annotations: images.json, image_root: images, ratio: 1.0, category: Pictures}\n"
+    text = [record(f"r{n}", f"Is {n} even?", f"Yes, {n}.") for n in range(0, 40, 2)]
+    images = [
+        record(f"r{n}", f"<image>\nIs {n} even?", f"No, {n}.", image=f"{n // 4}.png")
+        for n in range(1, 40, 2)
+    ]
+    corpus = write_corpus(
+        folder / "corpus",
+        {"text": text, "images": images},
+        images=[f"{n}.png" for n in range(10)],
+        fields={"text": {"category": "General Text"}, "images": {"category": "Pictures"}},
     )
-    xtuner = Xtuner(
-        GMAI_LLM=tiny_bases / "llm",
-        GMAI_VISION=tiny_bases / "vision",
-        GMAI_MIXTURE=folder / "mixture.yaml",
-        GMAI_CACHE=folder / "cache",
+    xtuner = Xtuner.tiny(
+        tiny_bases,
+        corpus.mixture,
+        folder / "cache",
     )
     watched = ("train_cfg.val_interval=2", "default_hooks.sample_answer.interval=2")
     alone = (

@@ -14,19 +14,11 @@ from PIL import Image
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.data import token_cache
 from gmai_xtuner.data.bad_records import BadRecords
-from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_cache, open_caches
-from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
+from gmai_xtuner.data.token_cache import TokenCache, open_caches
+from tests.data.conftest import OPTIONS
 from tests.toy import Corpus, record
 
-RAISE = CacheOptions(
-    max_length=256,
-    num_image_tokens=64,
-    max_images=3,
-    over_length="cut",
-    on_bad_sample="raise",
-    check_images="header",
-    max_pixels=10_000,
-)
+RAISE = OPTIONS
 SKIP = replace(RAISE, on_bad_sample="skip")
 GOOD = record("good", "What?", "A CT scan.")
 TOO_LONG = record("long", "What?", "No. " * 300)
@@ -34,27 +26,6 @@ TOO_LONG = record("long", "What?", "No. " * 300)
 
 def lost(number: int) -> dict:
     return record(f"lost{number}", "<image>?", "Yes.", image=f"lost{number}.png")
-
-
-@pytest.fixture(scope="module")
-def encode(tokenizer) -> ConversationTokenizer:
-    return ConversationTokenizer.from_pretrained(
-        tokenizer, ChatTemplate.from_xtuner("internlm2_chat")
-    )
-
-
-@pytest.fixture
-def cached(tmp_path, encode):
-    def open_it(corpus: Corpus, options: CacheOptions = RAISE, workers: int = 1) -> TokenCache:
-        return open_cache(
-            corpus.entry("toy"),
-            encode,
-            options,
-            cache_dir=tmp_path / "cache",
-            num_workers=workers,
-        )
-
-    return open_it
 
 
 def lines(path: Path) -> list[dict]:
@@ -69,7 +40,7 @@ def test_all_bad_records_come_in_one_error(make_corpus, cached, workers):
     records.append(b"{")
     corpus = make_corpus({"toy": records})
     with pytest.raises(BadRecords) as caught:
-        cached(corpus, workers=workers)
+        cached(corpus, num_workers=workers)
     error = caught.value
     assert (error.count, error.reasons) == (26, {"missing_image": 25, "not_json": 1})
     assert (error.dataset, error.reason) == ("toy", "bad_records")
@@ -122,7 +93,7 @@ def test_the_error_crosses_processes_and_files_whole(make_corpus, cached):
         cached(corpus)
     for other in (
         pickle.loads(pickle.dumps(caught.value)),
-        BadRecords.from_fields(json.loads(json.dumps(caught.value.fields()))),
+        BadRecords(**json.loads(json.dumps(caught.value.fields()))),
     ):
         assert str(other) == str(caught.value)
         assert (other.count, other.listing, other.rest) == (

@@ -13,7 +13,6 @@ from xtuner.registry import BUILDER
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import DataError, GMAIError, ImageError, MixtureError
 from gmai_xtuner.core.imaging.images import open_rgb
-from gmai_xtuner.data import dataset as dataset_module
 from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.data.dataset import PackRef, SoftPackedDataset
 from gmai_xtuner.data.images import ImageTransform
@@ -31,31 +30,8 @@ RECORDS = [
 
 
 @pytest.fixture
-def build(tiny_bases, tmp_path, tokenizer):
-    def build_it(mixture, **changes) -> SoftPackedDataset:
-        arguments = {
-            "tokenizer": tokenizer,
-            "vision": str(tiny_bases / "vision"),
-            "cache_dir": str(tmp_path / "cache"),
-            "max_length": 256,
-            "max_images": 3,
-            "num_workers": 1,
-        }
-        return SoftPackedDataset(str(mixture), "stage1", **{**arguments, **changes})
-
-    return build_it
-
-
-@pytest.fixture
 def corpus(make_corpus):
     return make_corpus({"toy": RECORDS}, images=("a.png", "b.png"))
-
-
-@pytest.fixture
-def logged(monkeypatch) -> list[str]:
-    lines: list[str] = []
-    monkeypatch.setattr(dataset_module, "print_log", lambda message, **_: lines.append(message))
-    return lines
 
 
 def same(left: dict, right: dict) -> bool:

@@ -19,42 +19,17 @@ from gmai_xtuner.core.conversation import parse_record
 from gmai_xtuner.core.errors import DataError, GMAIError
 from gmai_xtuner.core.records import iter_raw
 from gmai_xtuner.data import token_cache
-from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_cache
+from gmai_xtuner.data.token_cache import TokenCache, open_cache
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
+from tests.data.conftest import OPTIONS
 from tests.toy import Corpus, record
 
-OPTIONS = CacheOptions(
-    max_length=256,
-    num_image_tokens=64,
-    max_images=3,
-    over_length="cut",
-    on_bad_sample="raise",
-    check_images="header",
-    max_pixels=10_000,
-)
 GOOD = [
     record("r0", "<image>\nWhat is shown?", "A CT scan.", image="a.png"),
     record("r1", "图中显示什么？", "肝脏。", "Sure?", "Yes."),
     record("r2", "<image>\n<image>\nSame?", "No.", image=["a.png", "b.jpg"]),
 ]
 IMAGES = ("a.png", "b.jpg")
-
-
-@pytest.fixture(scope="module")
-def encode(tokenizer) -> ConversationTokenizer:
-    template = ChatTemplate.from_xtuner("internlm2_chat")
-    return ConversationTokenizer.from_pretrained(tokenizer, template)
-
-
-@pytest.fixture
-def cached(tmp_path, encode):
-    """Open the cache of a corpus' dataset ``toy``."""
-
-    def open_it(corpus: Corpus, options: CacheOptions = OPTIONS, **changes) -> TokenCache:
-        arguments = {"cache_dir": tmp_path / "cache", "num_workers": 1, **changes}
-        return open_cache(corpus.entry("toy"), encode, options, **arguments)
-
-    return open_it
 
 
 @pytest.fixture

@@ -57,11 +57,6 @@ def by_character() -> ConversationTokenizer:
     return ConversationTokenizer.from_pretrained(character_tokenizer(), INTERNLM2)
 
 
-@pytest.fixture(scope="module")
-def encode(tokenizer) -> ConversationTokenizer:
-    return ConversationTokenizer.from_pretrained(tokenizer, INTERNLM2)
-
-
 def one(encode: ConversationTokenizer, *texts: str, **options):
     (tokenized,) = encode([conversation(*texts, **options)])
     return tokenized

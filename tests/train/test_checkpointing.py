@@ -24,14 +24,17 @@ from xtuner.tools import utils as xtuner_tools
 from gmai_xtuner.checkpoint.folder import MANIFEST, newest_whole, what_is_wrong
 from gmai_xtuner.core import files
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.train import checkpointing, on_disk
+from gmai_xtuner.train import checkpointing, on_disk, resume
 from gmai_xtuner.train.checkpointing import (
     StepCheckpointHook,
     check_work_dir_is_shared,
-    choose_checkpoint,
     publish,
     remove,
     replace_text,
+)
+from gmai_xtuner.train.resume import (
+    choose_checkpoint,
+    rank_state,
     restore_rank_state,
     seed_of,
     tidy_up,
@@ -42,7 +45,7 @@ from tests.model.test_checkpoint_folder import write_checkpoint
 @pytest.fixture
 def told(monkeypatch):
     lines: list[str] = []
-    for module in (checkpointing, on_disk):
+    for module in (checkpointing, on_disk, resume):
         monkeypatch.setattr(module, "print_log", lambda text, *args, **kwargs: lines.append(text))
     return lines
 
@@ -305,7 +308,7 @@ def test_each_rank_gets_its_own_counters_back(tmp_path, told):
     hook = Counter()
     hook.count = 7
     run = SimpleNamespace(hooks=[hook, object()])
-    torch.save(checkpointing.rank_state(run), tmp_path / "rank_00000.pt")
+    torch.save(rank_state(run), tmp_path / "rank_00000.pt")
     hook.count = 0
     restore_rank_state(run, tmp_path)
     assert (hook.count, told) == (7, [])

@@ -9,24 +9,17 @@ from mmengine.registry import HOOKS
 from PIL import Image
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.generate import Predictor
-from gmai_xtuner.model.internlm2 import load_language_model
 from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.vision import load_vision_tower
 from gmai_xtuner.train import sample_answer
 from gmai_xtuner.train.hooks import ProgressHook
 from gmai_xtuner.train.sample_answer import SampleAnswerHook
 from tests.toy import record
 
 
-@pytest.fixture(scope="module")
-def model(tiny_bases) -> GMAILLaVAModel:
-    torch.manual_seed(0)
-    return GMAILLaVAModel(
-        load_language_model(str(tiny_bases / "llm"), torch_dtype=torch.float32),
-        load_vision_tower(str(tiny_bases / "vision")),
-    )
+@pytest.fixture
+def model(tiny_model) -> GMAILLaVAModel:
+    return tiny_model.train()
 
 
 @pytest.fixture
@@ -48,18 +41,9 @@ def corpus(make_corpus):
 
 
 @pytest.fixture
-def runner(tiny_bases, tmp_path, tokenizer, corpus, model):
+def runner(build, corpus, model):
     """As much of a runner as the hook uses; ``shown`` is what reached log and TensorBoard."""
-    dataset = SoftPackedDataset(
-        str(corpus.mixture),
-        "stage1",
-        tokenizer=tokenizer,
-        vision=str(tiny_bases / "vision"),
-        cache_dir=str(tmp_path / "cache"),
-        max_length=160,
-        held_out=0.4,
-        num_workers=1,
-    )
+    dataset = build(corpus, held_out=0.4)
     shown = SimpleNamespace(log=[], texts=[], images=[])
     writer = SimpleNamespace(
         add_text=lambda tag, text, global_step: shown.texts.append((tag, text, global_step))
@@ -68,7 +52,7 @@ def runner(tiny_bases, tmp_path, tokenizer, corpus, model):
         "local": SimpleNamespace(experiment=object()),
         "tb": SimpleNamespace(experiment=writer),
     }
-    made = SimpleNamespace(
+    return SimpleNamespace(
         iter=0,
         max_iters=6,
         hooks=[ProgressHook()],
@@ -83,8 +67,6 @@ def runner(tiny_bases, tmp_path, tokenizer, corpus, model):
         ),
         shown=shown,
     )
-    model.train()
-    return made
 
 
 def go(hook: SampleAnswerHook, runner) -> None:

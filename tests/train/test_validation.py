@@ -12,9 +12,7 @@ from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
-from gmai_xtuner.model.internlm2 import load_language_model
 from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.vision import load_vision_tower
 from gmai_xtuner.train import validation
 from gmai_xtuner.train.validation import HeldOutLoop, HeldOutLoss
 from tests.model.test_llava import build_model, make_pack
@@ -87,33 +85,18 @@ def test_an_unknown_grouping_is_refused():
 
 
 @pytest.fixture
-def dataset(tiny_bases, tmp_path, tokenizer, make_corpus) -> SoftPackedDataset:
+def dataset(build, make_corpus) -> SoftPackedDataset:
     records = [
         record(f"p{n}", f"<image>\nWhat is {n}?", "No. " * (1 + n % 4), image=f"{n % 10}.png")
         for n in range(40)
     ] + [record(f"t{n}", f"Why {n}?", "Yes. " * (1 + n % 6)) for n in range(40)]
     corpus = make_corpus({"toy": records}, images=[f"{n}.png" for n in range(10)])
-    return SoftPackedDataset(
-        str(corpus.mixture),
-        "stage1",
-        tokenizer=tokenizer,
-        vision=str(tiny_bases / "vision"),
-        cache_dir=str(tmp_path / "cache"),
-        max_length=160,
-        held_out=0.3,
-        num_workers=1,
-    )
+    return build(corpus, held_out=0.3)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_bases) -> GMAILLaVAModel:
-    torch.manual_seed(0)
-    return GMAILLaVAModel(
-        load_language_model(str(tiny_bases / "llm"), torch_dtype=torch.float32),
-        load_vision_tower(str(tiny_bases / "vision")),
-        use_activation_checkpointing=False,
-        loss_chunk_size=7,
-    ).eval()
+@pytest.fixture
+def model(tiny_model) -> GMAILLaVAModel:
+    return tiny_model.eval()
 
 
 def batches(part: SoftPackedDataset, *, world: int, batch_size: int):
@@ -231,6 +214,28 @@ def test_a_share_that_holds_nothing_out_names_the_images_and_a_share_that_does(d
     (message,) = said
     assert "(train_dataloader.dataset.held_out=1e-09 of " in message
     assert "The smallest share that holds something out is 0." in message
+
+
+def test_a_dataset_of_its_own_takes_tokenizer_and_vision_of_the_model(dataset, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def build(self, runner, dataloader, evaluator):
+        raise Enough(dataloader["dataset"])
+
+    monkeypatch.setattr(validation.ValLoop, "__init__", build)
+    runner = bare_runner(dataset)
+    bases = {"llm": "the/llm", "visual_encoder": "the/tower"}
+    runner.cfg = {
+        "model": {part: {"pretrained_model_name_or_path": name} for part, name in bases.items()}
+    }
+    own = {"type": "SoftPackedDataset", "mixture": "own.yaml", "stage": "stage3"}
+    with pytest.raises(Enough) as caught:
+        HeldOutLoop(runner, {"dataset": own}, {})
+    (built,) = caught.value.args
+    assert built["vision"] == "the/tower"
+    assert built["tokenizer"]["pretrained_model_name_or_path"] == "the/llm"
+    assert built.items() >= own.items()
 
 
 def test_a_sampler_that_repeats_packs_is_refused(dataset):

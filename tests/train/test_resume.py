@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gmai_xtuner.train.random_state import (
+from gmai_xtuner.train.resume import (
     preserved_random_state,
     random_state,
     set_random_state,

@@ -1,0 +1,219 @@
+"""What a resumed run begins with: the checkpoint, and the state of each rank, so that dropout goes on too."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object, get_rank
+from mmengine.logging import print_log
+from mmengine.runner import FlexibleRunner
+
+from gmai_xtuner.checkpoint.folder import (
+    MANIFEST,
+    iteration_of,
+    newest_whole,
+    read_manifest,
+    what_is_wrong,
+)
+from gmai_xtuner.checkpoint.pickles import read_training_state
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train.on_disk import (
+    PROBE,
+    REMOVING,
+    WRITING,
+    put_in_place,
+    raised_on_all_ranks,
+    remove,
+)
+
+
+def tidy_up(work_dir: Path) -> None:
+    """Finish or remove what a killed run has left half done in its work dir. To be called by all ranks.
+
+    A folder that was written to the end, manifest and all, gets its name; any other goes, or is warned of.
+
+    Raises:
+        GMAIError: on all ranks, if the folder can't be read or a whole checkpoint can't be given its name.
+    """
+
+    def explain(problem: str) -> str:
+        return f"can't tidy up {work_dir} after a stopped run: {problem}"
+
+    with raised_on_all_ranks(explain):
+        if get_rank() == 0 and work_dir.is_dir():
+            # What is whole first: an older one of its name may be among those to go.
+            for left in (
+                *sorted(work_dir.glob(f"*{WRITING}")),
+                *sorted(work_dir.glob(f"*{REMOVING}")),
+            ):
+                _tidy_up_one(left)
+            for probe in work_dir.glob(f"{PROBE}*"):
+                remove(probe)
+
+
+def _tidy_up_one(left: Path) -> None:
+    final = left.with_name(left.name.partition(".pth")[0] + ".pth")
+    if iteration_of(final) is None:
+        return
+    whole = left.suffix == WRITING and (left / MANIFEST).is_file() and not what_is_wrong(left)
+    if whole:
+        put_in_place(left, final)
+        print_log(f"{left.name} was whole: it is {final.name} now", logger="current")
+    elif remove(left):
+        print_log(f"Removed {left.name}, which a stopped run has left", logger="current")
+
+
+def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
+    """Settle which checkpoint a run goes on from, and set it in the runner. To be called by all ranks.
+
+    ``--resume DIR/iter_N.pth`` means that one and no other. ``--resume DIR`` and ``--cfg-options
+    resume=True`` mean the newest whole one of a work dir; if that is the run's own and has none yet, the run
+    begins at the beginning, so that one command can be given again and again.
+
+    Args:
+        runner: before it has loaded anything; its settings are made plain: a path or nothing.
+
+    Returns:
+        the checkpoint; ``None`` if the run begins at the beginning.
+
+    Raises:
+        GMAIError: the checkpoint that was named is not whole, or another work dir has none.
+    """
+    own = Path(os.path.abspath(runner.work_dir))
+    tidy_up(own)
+    if not runner._resume:
+        return None
+    named = runner._resume if isinstance(runner._resume, str) else runner._load_from
+    asked = Path(os.path.abspath(named or own))
+    if iteration_of(asked) is not None or asked.is_file():
+        found: Path | None = _named_checkpoint(asked)
+    else:
+        found = _newest_checkpoint(asked)
+        if found is None and asked != own:
+            raise GMAIError(f"there is no whole checkpoint in {asked} to resume from")
+    if found is None:
+        print_log(f"No checkpoint in {own} yet: beginning at the beginning", logger="current")
+        runner._resume, runner._load_from = False, None
+    else:
+        print_log(f"Going on from {found}", logger="current")
+        runner._resume, runner._load_from = True, str(found)
+    return found
+
+
+def _named_checkpoint(checkpoint: Path) -> Path:
+    wrong = what_is_wrong(checkpoint)
+    if wrong:
+        raise GMAIError(
+            f"can't resume from {checkpoint}: it {wrong}. With --resume {checkpoint.parent} the newest "
+            "whole checkpoint is taken"
+        )
+    return checkpoint
+
+
+def _newest_checkpoint(work_dir: Path) -> Path | None:
+    newest, passed_over = newest_whole(work_dir)
+    for name, wrong in passed_over.items():
+        print_log(f"{work_dir / name} {wrong}; passed over", "current", logging.WARNING)
+    return all_gather_object(newest)[0]
+
+
+def seed_of(path: Path) -> int | None:
+    """Return the seed of the run that wrote a checkpoint, or the newest whole one of a work dir.
+
+    Returns:
+        the seed; ``None`` if a work dir has no checkpoint or the checkpoint does not say.
+
+    Raises:
+        GMAIError: if ``path`` is named like a checkpoint and is not a whole one.
+    """
+    if iteration_of(path) is not None or path.is_file():
+        checkpoint: Path | None = _named_checkpoint(path)
+    else:
+        checkpoint, _ = newest_whole(path)
+    if checkpoint is None:
+        return None
+    manifest = read_manifest(checkpoint)
+    if manifest is not None:
+        return manifest.seed
+    file = next(checkpoint.glob("*_model_states.pt")) if checkpoint.is_dir() else checkpoint
+    return read_training_state(file, mmap=True)["meta"].get("seed")
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of the file in a checkpoint with what belongs to one rank alone."""
+    return f"rank_{rank:05d}.pt"
+
+
+def rank_state(runner: FlexibleRunner) -> dict[str, Any]:
+    """Return what belongs to this rank alone: its random generators and the hooks' counters."""
+    hooks = {
+        type(hook).__name__: hook.rank_state_dict()
+        for hook in runner.hooks
+        if hasattr(hook, "rank_state_dict")
+    }
+    return {"random": random_state(), "hooks": hooks}
+
+
+def restore_rank_state(runner: FlexibleRunner, checkpoint: Path) -> None:
+    """Put back :func:`rank_state`, right before the first iteration of a resumed run."""
+    file = checkpoint / rank_file(get_rank())
+    if not file.is_file():
+        print_log(
+            f"{checkpoint} has no {file.name}: random numbers (dropout) go on other than they would have",
+            logger="current",
+            level=logging.WARNING,
+        )
+        return
+    state = read_training_state(file)
+    for hook in runner.hooks:
+        if type(hook).__name__ in state["hooks"] and hasattr(hook, "load_rank_state_dict"):
+            hook.load_rank_state_dict(state["hooks"][type(hook).__name__])
+    set_random_state(state["random"])
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of Python's, numpy's and torch's generators and of this process's CUDA device.
+
+    It holds only tensors, numbers, strings and tuples, which a reader that runs nothing can read.
+    """
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_state` returned. A CUDA state is passed over where there is no CUDA."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put the generators back after the block, so that training does not notice what was drawn in it.
+
+    For validation and sample answers: a resumed run may not repeat those of the iteration at which it begins.
+    """
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
