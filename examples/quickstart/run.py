@@ -39,6 +39,7 @@ OVERRIDES: dict[str, dict[str, object]] = {
         "train_dataloader.dataset.held_out": 0.02,  # a thousandth of this corpus is nothing
         "train_cfg.val_interval": 100,
         "default_hooks.sample_answer.interval": 100,
+        "default_hooks.checkpoint.interval": 500,
         "optim_wrapper.accumulative_counts": 1,
         "default_hooks.logger.interval": 5,
         "default_hooks.checkpoint.max_keep_ckpts": 1,
