@@ -33,7 +33,7 @@ from gmai_xtuner.cli import add_model_arguments
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.preflight.checks import checkpoint_shapes
-from gmai_xtuner.train.checkpointing import restore_rank_state, seed_of
+from gmai_xtuner.train.resume import restore_rank_state, seed_of
 
 BUFFER = "mmengine.logging.history_buffer", "HistoryBuffer"
 
