@@ -13,7 +13,7 @@ from PIL import Image
 from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
-from gmai_xtuner.demo.words import PageError
+from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, Sampling
 from gmai_xtuner.inference_queue import InferenceQueue, QueueFull
 from gmai_xtuner.model.costs import part_cost, size

@@ -13,9 +13,9 @@ from PIL import Image
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.boxes import Unit
+from gmai_xtuner.demo.i18n import Language, PageError
 from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.studies import Study, View, first_view
-from gmai_xtuner.demo.words import Language, PageError
 from gmai_xtuner.generate import Sampling, user_turn
 
 State = Literal["waiting", "writing", "done", "stopped", "failed"]

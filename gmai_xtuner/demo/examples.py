@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.demo.words import Language
+from gmai_xtuner.demo.i18n import Language
 
 MOST = 24
 

@@ -15,10 +15,10 @@ from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.core.imaging.volumes import is_nifti
+from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.medical_files import open_dicom, open_nifti
 from gmai_xtuner.demo.studies import Facts, Picture, Study
-from gmai_xtuner.demo.words import PageError
 
 _REASONS = {"enormous_image": "too_large_image", "unsupported_image": "unsupported"}
 _CHUNK = 2**20

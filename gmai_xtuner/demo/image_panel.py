@@ -16,10 +16,10 @@ from gmai_xtuner.core.imaging.windows import PRESETS, Window
 from gmai_xtuner.demo.conversation import Attached, Session
 from gmai_xtuner.demo.examples import Example
 from gmai_xtuner.demo.files import open_files
+from gmai_xtuner.demo.i18n import PageError, say
 from gmai_xtuner.demo.limits import MEBIBYTE, Memory
 from gmai_xtuner.demo.studies import Axis, Study, View
 from gmai_xtuner.demo.widgets import Notices, data_url, named, picture_element
-from gmai_xtuner.demo.words import PageError, say
 
 _LEFT_SIDE: dict[Axis, str] = {"x": "A", "y": "R", "z": "R"}
 """What lies on the left of a volume's picture, as viewers mark it: anterior, or the patient's right."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-from gmai_xtuner.demo.words import PageError
+from gmai_xtuner.demo.i18n import PageError
 
 MEBIBYTE = 2**20
 

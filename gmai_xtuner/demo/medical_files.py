@@ -18,9 +18,9 @@ from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging import dicom, dicom_pixels, volumes
 from gmai_xtuner.core.imaging.dicom import Header
 from gmai_xtuner.core.imaging.windows import PRESETS, Window, foreground_window
+from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.studies import Facts, Frames, Study, Volume
-from gmai_xtuner.demo.words import PageError
 
 Image = tuple[Header, Any]
 """A DICOM file: its header and its data set."""

@@ -12,10 +12,10 @@ from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.chat_panel import ChatPanel
 from gmai_xtuner.demo.conversation import Session
 from gmai_xtuner.demo.examples import Example
+from gmai_xtuner.demo.i18n import BANNER, LANGUAGES, Language, say
 from gmai_xtuner.demo.image_panel import ImagePanel
 from gmai_xtuner.demo.limits import Limits, Memory
 from gmai_xtuner.demo.widgets import named
-from gmai_xtuner.demo.words import BANNER, LANGUAGES, Language, say
 
 STYLE = Path(__file__).with_name("style.css")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.demo.conversation import Session
-from gmai_xtuner.demo.words import BANNER, PageError
+from gmai_xtuner.demo.i18n import BANNER, PageError
 
 RECORDS = "conversation.json"
 

@@ -19,8 +19,8 @@ from PIL import Image
 from gmai_xtuner.core.imaging.slicing import AXES, pixel_spacing, plane, square_size
 from gmai_xtuner.core.imaging.slicing import Axis as SpatialAxis
 from gmai_xtuner.core.imaging.windows import Window
+from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.limits import Limits
-from gmai_xtuner.demo.words import PageError
 
 Axis = Literal["frame"] | SpatialAxis
 

@@ -11,7 +11,7 @@ from typing import Any
 from nicegui import ui
 from PIL import Image
 
-from gmai_xtuner.demo.words import Language, PageError
+from gmai_xtuner.demo.i18n import Language, PageError
 
 LONGEST_SIDE = 1024
 """Of a picture on the screen; the model gets all of it."""

@@ -11,9 +11,9 @@ import torch
 
 from gmai_xtuner.demo.answering import Answering, LoadedModel, counted
 from gmai_xtuner.demo.conversation import Session
+from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.studies import Facts, Picture
-from gmai_xtuner.demo.words import PageError
 from gmai_xtuner.inference_queue import InferenceQueue
 from gmai_xtuner.loading import load_model
 from tests.demo.conftest import BOX, ENDLESS, NO_BOX, WHERE

@@ -13,11 +13,11 @@ from PIL import Image
 
 from gmai_xtuner.core.conversation import Turn, parse_record
 from gmai_xtuner.demo.conversation import Session
+from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.medical_files import open_dicom
 from gmai_xtuner.demo.saving import RECORDS, as_zip
 from gmai_xtuner.demo.studies import Facts, Picture, View
-from gmai_xtuner.demo.words import PageError
 from tests import medical_files as made
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -13,9 +13,9 @@ from PIL import Image
 from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.demo import files
 from gmai_xtuner.demo.files import open_files
+from gmai_xtuner.demo.i18n import ERRORS, WORDS, PageError
 from gmai_xtuner.demo.limits import Limits, Memory
 from gmai_xtuner.demo.studies import View, Volume
-from gmai_xtuner.demo.words import ERRORS, WORDS, PageError
 from tests import medical_files as made
 
 
