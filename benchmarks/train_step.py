@@ -47,8 +47,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from xtuner.dataset.collate_fns import default_collate_fn
 from xtuner.model import LLaVAModel
 
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.model.flops import ModelFlops, peak_flops
-from gmai_xtuner.model.llava import GMAILLaVAModel
 from gmai_xtuner.model.recompute import recompute_first_layers
 
 MICRO_BATCHES = {1: 8, 2: 4, 3: 4}

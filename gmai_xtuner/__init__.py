@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "GMAILLaVAModel": "gmai_xtuner.model.llava",
+    "GMAILLaVAModel": "gmai_xtuner.checkpoint.llava",
     "SoftPackedDataset": "gmai_xtuner.data.dataset",
     "load_model": "gmai_xtuner.loading",
 }

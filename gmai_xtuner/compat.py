@@ -222,7 +222,7 @@ def read_frozen_weights() -> None:
     """Frozen weights that a checkpoint brings along come back as well.
 
     xtuner's reader takes what has been trained, and buffers. A stage may also keep weights that it found
-    in the checkpoint before it and does not train, see :mod:`gmai_xtuner.checkpoint.frozen`. Not a defect:
+    in the checkpoint before it and does not train, see :mod:`gmai_xtuner.checkpoint.llava`. Not a defect:
     permanent.
     """
     from xtuner.utils import zero_to_any_dtype
@@ -233,7 +233,7 @@ def read_frozen_weights() -> None:
 
     @functools.wraps(original)
     def with_frozen_weights(checkpoint_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-        from gmai_xtuner.checkpoint.frozen import read_frozen
+        from gmai_xtuner.checkpoint.llava import read_frozen
 
         state = original(checkpoint_dir, tag, *args, **kwargs)
         return {**state, **read_frozen(Path(checkpoint_dir) / tag)}
@@ -297,7 +297,7 @@ def convert_checked_and_exact() -> None:
 
     @functools.wraps(main.guess_load_checkpoint)
     def guess_load_checkpoint(path: str) -> dict[str, torch.Tensor]:
-        from gmai_xtuner.checkpoint.load import load_checkpoint_state
+        from gmai_xtuner.checkpoint.training import load_checkpoint_state
 
         state.update(load_checkpoint_state(path))
         return state
@@ -306,7 +306,7 @@ def convert_checked_and_exact() -> None:
     def set_module_tensor_to_device(
         model: Any, name: str, device: str, value: torch.Tensor, **kwargs: Any
     ) -> None:
-        from gmai_xtuner.checkpoint.load import check_trained_state
+        from gmai_xtuner.checkpoint.training import check_trained_state
 
         if not checked:
             check_trained_state(model, state, source="the checkpoint")

@@ -19,14 +19,14 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
-from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.vision import num_image_tokens
+from gmai_xtuner.model.llava import num_image_tokens
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 """A token of sentencepiece that stands for a byte of a character that has no token."""

@@ -18,21 +18,22 @@ from transformers import CLIPImageProcessor
 
 import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.checkpoint.card import Provenance
-from gmai_xtuner.checkpoint.export_huggingface import write_llava
-from gmai_xtuner.checkpoint.export_parts import (
+from gmai_xtuner.checkpoint.export import (
     DTYPES,
     check_new,
     check_shard_size,
     convert_dtype,
     new_folder,
+    save_language_model,
 )
-from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE, save_language_model
+from gmai_xtuner.checkpoint.export_huggingface import write_llava
+from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
+from gmai_xtuner.checkpoint.llava import SAVE_FORMATS
 from gmai_xtuner.cli import add_allow_pickle
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.loading import AS_STORED, describe, load_with_settings
 from gmai_xtuner.model.costs import folder_bytes, size
 from gmai_xtuner.model.internlm2 import as_dtype
-from gmai_xtuner.model.llava import SAVE_FORMATS
 
 
 def import_model(

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from mmengine.logging import print_log
 
 import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
-from gmai_xtuner.checkpoint.export_xtuner import save_language_model
+from gmai_xtuner.checkpoint.bases import load_language_model
+from gmai_xtuner.checkpoint.export import new_folder, save_language_model
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.cli import add_allow_pickle
-from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.model import load_language_model, load_tokenizer
 
 
 def write_llama_base(
@@ -39,22 +36,10 @@ def write_llama_base(
     Raises:
         GMAIError: the folder is not empty, or the base can't be read.
     """
-    target = Path(out)
-    if target.is_dir() and any(target.iterdir()):
-        raise GMAIError(f"{str(out)!r} is not empty. Choose a new folder, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    aside.chmod(0o755)
-    try:
+    with new_folder(out) as aside:
         llm = load_language_model(base, torch_dtype=torch_dtype)
         load_tokenizer(base).save_pretrained(aside)
         save_language_model(llm, aside, {"max_shard_size": max_shard_size})
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if target.is_dir():
-        target.rmdir()
-    os.replace(aside, target)
     print_log(f"Saved {base} in Llama form to {out}", logger="current", level=logging.INFO)
 
 

@@ -21,40 +21,33 @@ from transformers import PreTrainedTokenizerFast
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
-from gmai_xtuner.checkpoint.adapters import adapter_base
-from gmai_xtuner.checkpoint.export_parts import DTYPES
-from gmai_xtuner.checkpoint.export_xtuner import SETTINGS, SETTINGS_FILE
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
+from gmai_xtuner.checkpoint.export import DTYPES
 from gmai_xtuner.checkpoint.layouts import (
+    SETTINGS,
+    SETTINGS_FILE,
     Projector,
     is_llava,
-    layout_of,
+    is_xtuner_layout,
     projector_model,
     select_layer,
     text_model,
     tower_weights,
     vision_model,
-)
-from gmai_xtuner.checkpoint.starting_points import (
-    is_xtuner_layout,
     xtuner_config,
     xtuner_projector,
     xtuner_select_layer,
 )
-from gmai_xtuner.checkpoint.weight_files import (
-    read_json,
-    read_state_dict,
-    resolve_directory,
-    shorten,
-)
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+from gmai_xtuner.checkpoint.weights import adapter_base, read_state_dict
 from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.hub import layout_of, read_json, resolve_directory, shorten
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.model.costs import cache_bytes, describe_parts, size
-from gmai_xtuner.model.internlm2 import load_language_model
-from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.tokenizer import load_tokenizer
-from gmai_xtuner.model.vision import load_vision_tower, num_image_tokens
+from gmai_xtuner.model.llava import num_image_tokens
 
 TEMPLATES = {
     "<|im_end|>": "internlm2_chat",

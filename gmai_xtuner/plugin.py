@@ -15,16 +15,13 @@ compat.apply()
 from mmengine.logging import MMLogger  # noqa: E402
 from xtuner.registry import MAP_FUNC  # noqa: E402
 
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower  # noqa: E402
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel  # noqa: E402
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer  # noqa: E402
 from gmai_xtuner.data.collate import collate_packs  # noqa: E402
 from gmai_xtuner.data.dataset import SoftPackedDataset  # noqa: E402
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler  # noqa: E402
 from gmai_xtuner.data.tokenization import soft_packing_map_fn  # noqa: E402
-from gmai_xtuner.model import (  # noqa: E402
-    GMAILLaVAModel,
-    load_language_model,
-    load_tokenizer,
-    load_vision_tower,
-)
 from gmai_xtuner.train import PackedTrainLoop, WarmupCosineLR  # noqa: E402
 
 

@@ -10,8 +10,8 @@ from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 import gmai_xtuner.plugin  # noqa: F401
-from gmai_xtuner.model.tokenizer import load_tokenizer
-from gmai_xtuner.tiny_bases import write_tiny_bases
+from examples.tiny_bases import write_tiny_bases
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from tests.toy import Corpus, write_corpus
 
 # How long an example takes says something about the machine, not about the code.

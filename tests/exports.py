@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from mmengine.config import ConfigDict
 
-from gmai_xtuner.model.internlm2 import load_language_model
-from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.vision import load_vision_tower
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 
 
 def write_export(bases: Path, *folders: Path, save_formats: tuple[str, ...] = ("xtuner",)) -> Path:
@@ -26,7 +25,7 @@ def write_export(bases: Path, *folders: Path, save_formats: tuple[str, ...] = ("
     llm_base = {"pretrained_model_name_or_path": str(bases / "llm")}
     vision_base = {"pretrained_model_name_or_path": str(bases / "vision")}
     cfg = ConfigDict(
-        tokenizer={"type": "gmai_xtuner.model.load_tokenizer", **llm_base},
+        tokenizer={"type": "gmai_xtuner.checkpoint.tokenizer.load_tokenizer", **llm_base},
         image_processor={"type": "transformers.CLIPImageProcessor.from_pretrained", **vision_base},
         model={"llm": llm_base, "visual_encoder": vision_base},
         train_dataloader={"dataset": {"stage": "stage3"}},

@@ -149,7 +149,7 @@ def test_bases_and_accumulation_are_named_once_and_reach_whoever_needs_them(name
     )
     loader = train_dataloader_config(cfg)
     assert loader["dataset"]["tokenizer"] == {
-        "type": "gmai_xtuner.model.load_tokenizer",
+        "type": "gmai_xtuner.checkpoint.tokenizer.load_tokenizer",
         "pretrained_model_name_or_path": "other/llm",
         "padding_side": "right",
     }
@@ -289,7 +289,8 @@ def test_a_variants_optimiser_step_holds_the_packs_of_the_papers_32_gpus(name):
 def test_a_variants_model_arguments_are_the_models(name):
     import inspect
 
-    from gmai_xtuner.model import GMAILLaVAModel, load_language_model
+    from gmai_xtuner.checkpoint.bases import load_language_model
+    from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
     from gmai_xtuner.model.lora import _as_config
 
     model = Config.fromfile(FOLDER / "variants" / f"{name}.py").model

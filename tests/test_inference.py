@@ -9,13 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor, Prompt, PromptTooLong, Sampling, user_turn
-from gmai_xtuner.model.internlm2 import load_language_model
-from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.vision import load_vision_tower
 
 LENGTH = 24
 

@@ -37,14 +37,15 @@ from transformers import (
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.checkpoint.card import Provenance, provenance_of, write_model_card
-from gmai_xtuner.checkpoint.export_parts import (
+from gmai_xtuner.checkpoint.export import (
     all_parts,
     check_shard_size,
     convert_dtype,
     export_dtype,
+    export_settings,
     new_folder,
 )
-from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE, export_settings
+from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
 from gmai_xtuner.checkpoint.tokenizer_files import plain_tokenizer
 from gmai_xtuner.core.config import image_processor_config, tokenizer_config
 from gmai_xtuner.core.constants import IMAGE_TOKEN
@@ -52,7 +53,7 @@ from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.model.costs import describe_parts, folder_bytes, size
-from gmai_xtuner.model.vision import num_image_tokens
+from gmai_xtuner.model.llava import num_image_tokens
 
 VOCABULARY_MULTIPLE = 64
 PROJECTOR_NAMES = {"model.0.": "linear_1.", "model.2.": "linear_2."}
@@ -117,7 +118,7 @@ def write_llava(
     """Write every file of the folder.
 
     Args:
-        folder: an empty folder; see :func:`gmai_xtuner.checkpoint.export_parts.new_folder`.
+        folder: an empty folder; see :func:`gmai_xtuner.checkpoint.export.new_folder`.
         parts_of: gives ``llm``, ``visual_encoder`` and ``projector`` as plain models, once all else is known
             to fit. They are turned into ``dtype``.
         projector_depth: linear layers of the projector.

@@ -14,6 +14,10 @@ layout         told by ``config.json``                                 names of 
 
 Plain names are those of ``LlamaForCausalLM`` (or of InternLM2), ``CLIPVisionModel`` and xtuner's
 ``ProjectorModel``. Tensors stay memory-mapped: a part that is not asked for is not read.
+
+A stage starts from an exported folder (``model.pretrained_pth``, ``GMAI_STAGE1``, ``GMAI_STAGE2``) in one
+of these layouts or in xtuner's. Projector and vision tower are loaded from it; the language model is a base,
+so a folder that has one of its own must be named as ``GMAI_LLM`` as well.
 """
 
 from __future__ import annotations
@@ -26,9 +30,21 @@ from typing import Any
 
 import torch
 
-from gmai_xtuner.checkpoint.weight_files import read_json, read_state_dict, shorten
+from gmai_xtuner.checkpoint.weights import read_state_dict
 from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.hub import layout_of, read_json, shorten, vision_config
 
+SETTINGS_FILE = "gmai_vl.json"
+SETTINGS = {
+    "prompt_template": "internlm2_chat",
+    "add_bos": True,
+    "image_mode": "pad",
+    "max_length": 2048,
+}
+"""What inference must do as training did, with the defaults of the dataset."""
+
+
+ADAPTERS = ("llm_adapter", "visual_encoder_adapter")
 PARTS = ("llm", "visual_encoder", "projector")
 _PLAIN = (
     (r"(model\.)?vision_tower\.(vision_model\.)?", "visual_encoder", "vision_model."),
@@ -63,17 +79,6 @@ class Projector:
     depth: int
     hidden_act: str
     bias: bool
-
-
-def layout_of(config: Mapping[str, Any]) -> str | None:
-    """``plain`` or ``original`` by the content of a ``config.json``; None for what is no LLaVA."""
-    if isinstance(config.get("text_config"), dict) and isinstance(
-        config.get("vision_config"), dict
-    ):
-        return "plain" if "llava" in str(config.get("model_type")) else None
-    if "mm_hidden_size" in config and "mm_projector_type" in config:
-        return "original"
-    return None
 
 
 def is_llava(folder: str | Path) -> bool:
@@ -142,21 +147,13 @@ def text_model(
 def vision_model(
     directory: Path, *, weights: bool = True
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and weights of the vision tower of a LLaVA.
+    """Read configuration and weights of the vision tower of a LLaVA.
 
     Raises:
         ModelLoadError: a file is missing or damaged, or the folder has no tower of its own.
     """
-    raw = read_json(directory / "config.json")
-    layout = layout_of(raw)
-    if layout != "plain":
-        raise ModelLoadError(
-            f"{directory} has no configuration of its vision tower; it was trained with "
-            f"{raw.get('mm_vision_tower')!r}. Name that one (GMAI_VISION, or vision=...)"
-        )
-    config = dict(raw["vision_config"])
-    config.setdefault("model_type", "clip_vision_model")
-    return config, _part(directory, layout, "visual_encoder") if weights else {}
+    config = vision_config(directory)
+    return config, _part(directory, "plain", "visual_encoder") if weights else {}
 
 
 def tower_weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -229,3 +226,121 @@ def with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _part(directory: Path, layout: str, part: str) -> dict[str, torch.Tensor]:
     return split_weights(read_state_dict(directory), layout, source=str(directory))[part]
+
+
+def is_xtuner_layout(folder: str | Path) -> bool:
+    """Whether a folder is in xtuner's LLaVA layout: ``projector/`` and what else was trained."""
+    return (Path(folder) / "projector" / "config.json").is_file()
+
+
+def is_export(folder: str | Path) -> bool:
+    """Whether a folder holds exported weights, in xtuner's layout or as a whole LLaVA."""
+    return is_xtuner_layout(folder) or is_llava(folder)
+
+
+def read_export(folder: str | Path, model: Any) -> dict[str, torch.Tensor]:
+    """Projector and vision tower of an export, as a checkpoint has them.
+
+    Args:
+        folder: the export.
+        model: the ``GMAILLaVAModel`` that is to start from it.
+
+    Raises:
+        ModelLoadError: the folder has a language model that the config does not take, adapters that are
+            not merged, or a projector that reads another layer of the tower or is of another form.
+    """
+    folder = Path(folder)
+    check_language_model(folder, str(model.llm.name_or_path))
+    state: dict[str, torch.Tensor] = {}
+    if is_xtuner_layout(folder):
+        for name in ADAPTERS:
+            if (folder / name).exists():
+                raise ModelLoadError(
+                    f"{str(folder)!r} has {name}/, which is not merged. Write a folder with everything "
+                    f"merged first: python -m gmai_xtuner.import_model {folder} OUT"
+                )
+        _check_layer(xtuner_select_layer(folder), folder, model)
+        _check_form(xtuner_projector(folder), folder, model)
+        for part in ("projector", "visual_encoder"):
+            if (folder / part).is_dir():
+                weights = read_state_dict(folder / part)
+                state.update({f"{part}.{key}": value for key, value in weights.items()})
+        return state
+    _check_layer(select_layer(read_json(folder / "config.json"), source=str(folder)), folder, model)
+    form, weights = projector_model(folder)
+    _check_form(form, folder, model)
+    state.update({f"projector.{key}": value for key, value in weights.items()})
+    state.update({f"visual_encoder.{key}": value for key, value in tower_weights(folder).items()})
+    return state
+
+
+def xtuner_projector(folder: str | Path) -> Projector:
+    """Form of the projector of a folder in xtuner's layout.
+
+    Raises:
+        ModelLoadError: its config.json is missing or damaged.
+    """
+    own = read_json(Path(folder) / "projector" / "config.json")
+    return Projector(
+        depth=own.get("depth", 2),
+        hidden_act=own.get("hidden_act", "gelu"),
+        bias=own.get("bias", True),
+    )
+
+
+def xtuner_select_layer(folder: str | Path) -> int | None:
+    """The tower's hidden state that the projector of a folder in xtuner's layout reads; None: not said.
+
+    Raises:
+        ModelLoadError: what the folder says is no number.
+    """
+    file = Path(folder) / SETTINGS_FILE
+    if file.is_file():
+        layer = read_json(file).get("visual_select_layer")
+        if layer is not None and not isinstance(layer, int):
+            raise ModelLoadError(
+                f"{file}: visual_select_layer must be a whole number, such as -2; got {layer!r}"
+            )
+        return layer
+    named = re.search(r"\bvisual_select_layer\s*=\s*(-?\d+)", xtuner_config(folder))
+    return int(named[1]) if named else None
+
+
+def xtuner_config(folder: str | Path) -> str:
+    """The config that xtuner's converter puts beside an export, as text: it is code, and not run."""
+    file = Path(folder) / "xtuner_config.py"
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _check_layer(layer: int | None, folder: Path, model: Any) -> None:
+    if layer is not None and layer != model.visual_select_layer:
+        raise ModelLoadError(
+            f"the projector of {str(folder)!r} reads layer {layer} of the vision tower, the config says "
+            f"{model.visual_select_layer}. Set model.visual_select_layer={layer}"
+        )
+
+
+def _check_form(form: Projector, folder: Path, model: Any) -> None:
+    own = model.projector.config
+    if (form.depth, form.hidden_act, form.bias) != (own.depth, own.hidden_act, own.bias):
+        raise ModelLoadError(
+            f"the projector of {str(folder)!r} has depth {form.depth}, {form.hidden_act}, bias {form.bias}; "
+            f"the config's has depth {own.depth}, {own.hidden_act}, bias {own.bias}"
+        )
+
+
+def check_language_model(folder: Path, name: str) -> None:
+    """Whether a config takes the language model that an export has.
+
+    Args:
+        folder: the export.
+        name: the base that the config takes.
+
+    Raises:
+        ModelLoadError: it takes another one.
+    """
+    if (folder / "config.json").is_file() and Path(name).resolve() != folder.resolve():
+        raise ModelLoadError(
+            f"{folder} is an export with its own language model, but the config takes the one of "
+            f"{name!r}. Name the export as the base too: GMAI_LLM={folder}"
+        )

@@ -23,11 +23,11 @@ from mmengine.logging import print_log
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from gmai_xtuner.checkpoint.tokenizer import ANSWER_GOES_ON, ANSWER_START
 from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
-from gmai_xtuner.model.tokenizer import ANSWER_GOES_ON, ANSWER_START
 
 PAD_TOKEN = "<pad>"
 _HEADERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|assistant|>")

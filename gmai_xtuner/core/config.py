@@ -16,7 +16,7 @@ from gmai_xtuner.core.errors import GMAIError
 def tokenizer_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return what builds the tokenizer: the config's own ``tokenizer``, or that of ``model.llm``."""
     return dict(cfg.get("tokenizer") or {}) or {
-        "type": "gmai_xtuner.model.load_tokenizer",
+        "type": "gmai_xtuner.checkpoint.tokenizer.load_tokenizer",
         "pretrained_model_name_or_path": _base(cfg, "llm"),
         "padding_side": "right",
     }

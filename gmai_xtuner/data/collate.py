@@ -37,7 +37,7 @@ def collate_packs(
             training takes the batch sampler's.
 
     Returns:
-        ``{"data": ...}`` as :meth:`gmai_xtuner.model.llava.GMAILLaVAModel.forward` takes it: besides
+        ``{"data": ...}`` as :meth:`gmai_xtuner.checkpoint.llava.GMAILLaVAModel.forward` takes it: besides
         the fields in the module's drawing ``lengths`` (S ints), ``pixel_values`` ``[N, 3, H, W]``,
         ``image_positions`` int64 ``[N * P]``, ``label_weights`` float32 ``[M]``, ``num_tokens``,
         ``capacity`` (tokens the packs could hold), ``ids``. The training loop adds ``loss_denominator``.

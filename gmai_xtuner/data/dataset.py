@@ -19,6 +19,7 @@ from xtuner.registry import BUILDER
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.exclusion import read_exclusions
+from gmai_xtuner.core.hub import image_tokens
 from gmai_xtuner.core.imaging.images import MAX_PIXELS
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
 from gmai_xtuner.data.images import ImageTransform
@@ -29,7 +30,6 @@ from gmai_xtuner.data.tokenization import (
     ConversationTokenizer,
     TokenizedConversation,
 )
-from gmai_xtuner.model.vision import load_vision_config, num_image_tokens
 
 
 class PackRef(NamedTuple):
@@ -54,8 +54,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
     Args:
         mixture: mixture file (YAML or JSON, or the authors' ``example_list.json``).
         stage: whose ratios to take: ``stage1``, ``stage2``, ``stage3``.
-        tokenizer: config of ``gmai_xtuner.model.load_tokenizer``, or a fast tokenizer. A config leaves it
-            out: training takes that of ``model.llm``.
+        tokenizer: config of ``gmai_xtuner.checkpoint.tokenizer.load_tokenizer``, or a fast tokenizer. A
+            config leaves it out: training takes that of ``model.llm``.
         vision: the vision tower's folder or hub name: size, mean and deviation of its images, and how
             many tokens an image takes (576 for CLIP ViT-L/14-336). A config leaves it out, too: training
             takes ``model.visual_encoder``.
@@ -106,7 +106,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.max_length = max_length
         self.max_pixels = max_pixels
-        self.num_image_tokens = num_image_tokens(load_vision_config(vision))
+        self.num_image_tokens = image_tokens(vision)
         if max_length <= self.num_image_tokens:
             raise GMAIError(
                 f"max_length {max_length} leaves no room for text beside the {self.num_image_tokens} "

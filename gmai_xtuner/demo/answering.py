@@ -17,7 +17,7 @@ from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, Sampling
 from gmai_xtuner.inference_queue import InferenceQueue, QueueFull
 from gmai_xtuner.model.costs import part_cost, size
-from gmai_xtuner.model.vision import num_image_tokens
+from gmai_xtuner.model.llava import num_image_tokens
 
 _LOG = logging.getLogger(__name__)
 

@@ -273,7 +273,7 @@ def install_boundary_attention(llm: nn.Module, *, backend: str = "auto") -> None
         raise GMAIError(
             f"packed training needs transformers' LlamaForCausalLM (transformers 4.48), got "
             f"{type(llm).__name__}: its attention can't be told where a conversation ends. "
-            "Load the language model with gmai_xtuner.model.load_language_model"
+            "Load the language model with gmai_xtuner.checkpoint.bases.load_language_model"
         )
     ALL_ATTENTION_FUNCTIONS.update({ATTENTION_NAME: boundary_attention_forward})
     llm.config._attn_implementation = ATTENTION_NAME

@@ -114,7 +114,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: Any) -> ModelFlops:
-        """Of a :class:`gmai_xtuner.model.llava.GMAILLaVAModel`, as it is frozen now.
+        """Of a :class:`gmai_xtuner.checkpoint.llava.GMAILLaVAModel`, as it is frozen now.
 
         Reads only sizes and ``requires_grad``: the model may be on the meta device or partitioned by
         ZeRO-3.

@@ -12,19 +12,14 @@ Source of the layout: xtuner 0.2.0, ``xtuner/_lite/modelings/internlm2/modeling_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from gmai_xtuner.checkpoint.adapters import add_adapter
-from gmai_xtuner.checkpoint.layouts import text_model
-from gmai_xtuner.checkpoint.weight_files import building_on_meta, resolve_directory, shorten
 from gmai_xtuner.core.errors import ModelLoadError
-from gmai_xtuner.model.quantization import quantization_that_runs
+from gmai_xtuner.core.hub import shorten
 
 #: Modules of the model, then of one layer: InternLM2 name -> Llama name.
 MODEL_NAMES = {
@@ -51,101 +46,7 @@ REQUIRED_KEYS = (
 )
 
 
-def load_language_model(
-    pretrained_model_name_or_path: str,
-    *,
-    torch_dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
-    quantization_config: Any = None,
-    adapter: Path | None = None,
-) -> LlamaForCausalLM:
-    """Load an InternLM2, InternLM2.5 or Llama checkpoint as a ``LlamaForCausalLM``.
-
-    Of a folder with a whole LLaVA (:mod:`gmai_xtuner.checkpoint.layouts`) the language model is taken.
-
-    Under ``accelerate.init_empty_weights`` only the structure is built and no weight is read.
-    Under DeepSpeed ZeRO-3 (``HfDeepSpeedConfig``) the parameters are partitioned as they load.
-
-    Args:
-        pretrained_model_name_or_path: a folder in the hub's layout, or a hub name.
-        torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
-        attn_implementation: a key of transformers' ``ALL_ATTENTION_FUNCTIONS``, ``"eager"`` or
-            ``"sdpa"``; None lets transformers choose.
-        quantization_config: 4-bit weights for QLoRA: a ``BitsAndBytesConfig`` or its config
-            ``dict(type="transformers.BitsAndBytesConfig", ...)``. Each weight is quantised as it is read,
-            so the GPU never holds the model in full precision. On meta it is left out of account: what
-            is built there takes full-precision weights.
-        adapter: folder of a LoRA adapter of peft on this checkpoint, which is merged.
-
-    Raises:
-        ModelLoadError: another model type, a missing or damaged file, a weight that is missing,
-            unexpected or of the wrong shape, or 4-bit weights that can't run here. The message names it.
-    """
-    on_meta = building_on_meta()
-    if quantization_config is not None and not on_meta:
-        quantization_config = quantization_that_runs(quantization_config)
-    directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
-    raw, weights = text_model(directory, weights=not on_meta)
-    model_type = raw.get("model_type")
-    if model_type not in ("internlm2", "llama"):
-        raise ModelLoadError(
-            f"{directory / 'config.json'}: model_type {model_type!r} is not supported as the "
-            "language model; supported are 'internlm2' (InternLM2, InternLM2.5) and 'llama'."
-        )
-    config = llama_config(raw) if model_type == "internlm2" else LlamaConfig.from_dict(raw)
-    dtype = _own_dtype(raw) if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
-    if on_meta:
-        model = LlamaForCausalLM._from_config(
-            config, torch_dtype=dtype or torch.float32, attn_implementation=attn_implementation
-        )
-    else:
-        options = {
-            "torch_dtype": dtype or "auto",
-            "attn_implementation": attn_implementation,
-            "quantization_config": quantization_config,
-            # Parameters take the memory-mapped tensors instead of a second copy; ZeRO-3 has its
-            # own way of not holding the whole model.
-            "low_cpu_mem_usage": None if is_deepspeed_zero3_enabled() else True,
-            "output_loading_info": True,
-        }
-        if adapter is not None:
-            weights = add_adapter(weights, adapter)
-        if model_type == "internlm2":
-            weights = convert_state_dict(weights, config)
-        elif raw.get("quantization_config") is None:
-            _check_fit(weights, llama_shapes(config), where=str(directory))
-        # Given the weights, transformers opens no file by itself.
-        model, info = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=weights, **options
-        )
-        check_loading_info(info, where=str(directory))
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-    if quantization_config is None:
-        model.config.torch_dtype = model.dtype
-    model.config.name_or_path = str(pretrained_model_name_or_path)
-    model.name_or_path = str(pretrained_model_name_or_path)
-    return model
-
-
-def check_loading_info(
-    info: Mapping[str, Any], *, where: str, ignored: tuple[str, ...] = (IGNORED_SUFFIX,)
-) -> None:
-    """Raise ``ModelLoadError`` unless every weight found its place.
-
-    Args:
-        info: what transformers returns for ``output_loading_info=True``.
-        where: the checkpoint, for the message.
-        ignored: parts of names; a left-over weight whose name has one of them is allowed.
-    """
-    missing = sorted(info["missing_keys"])
-    unexpected = sorted(
-        key for key in info["unexpected_keys"] if not any(part in key for part in ignored)
-    )
-    _raise_on_keys(missing, unexpected, where)
-
-
-def _raise_on_keys(missing: list[str], unexpected: list[str], where: str) -> None:
+def raise_on_keys(missing: list[str], unexpected: list[str], where: str) -> None:
     if not missing and not unexpected:
         return
     parts = [
@@ -159,7 +60,7 @@ def _raise_on_keys(missing: list[str], unexpected: list[str], where: str) -> Non
     )
 
 
-def _check_fit(
+def check_fit(
     weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], *, where: str
 ) -> None:
     """Compare names and shapes before anything is built.
@@ -167,7 +68,7 @@ def _check_fit(
     transformers 4.48 can't be asked: with ``low_cpu_mem_usage`` all parameters look tied to each
     other, and missing ones keep their random start without a word.
     """
-    _raise_on_keys(
+    raise_on_keys(
         sorted(set(shapes) - set(weights)),
         sorted(key for key in set(weights) - set(shapes) if not _is_ignored(key)),
         where,
@@ -205,7 +106,7 @@ def as_dtype(torch_dtype: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _own_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
+def own_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
     own = raw.get("torch_dtype") or raw.get("dtype")
     return None if own is None else as_dtype(own)
 
@@ -249,7 +150,7 @@ def llama_config(internlm2_config: Mapping[str, Any]) -> LlamaConfig:
         attention_bias=raw.get("bias", True),
         rope_theta=float(raw.get("rope_theta", 10000)),
         rope_scaling=None if scaling is None else dict(scaling),
-        torch_dtype=_own_dtype(raw),
+        torch_dtype=own_dtype(raw),
         architectures=["LlamaForCausalLM"],
     )
 
@@ -294,7 +195,7 @@ def convert_state_dict(
         _check_tied(weights)
         weights.pop("output.weight", None)
         del shapes["output.weight"]
-    _check_fit(weights, shapes, where="InternLM2 weights")
+    check_fit(weights, shapes, where="InternLM2 weights")
     converted: dict[str, torch.Tensor] = {}
     for key, weight in weights.items():
         module, _, kind = key.rpartition(".")

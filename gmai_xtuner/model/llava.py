@@ -6,32 +6,36 @@ vision tower, ``T`` tokens of the flat batch, ``M`` learnt tokens, ``D`` width o
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from mmengine.config import ConfigDict
-from mmengine.dist import get_rank
-from mmengine.logging import print_log
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS
 from torch import nn
+from transformers import CLIPVisionConfig
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.checkpoint.export_huggingface import save_huggingface_layout
-from gmai_xtuner.checkpoint.export_xtuner import save_xtuner_layout
-from gmai_xtuner.checkpoint.frozen import PREFIX, check_same, without_prefix
-from gmai_xtuner.checkpoint.load import load_checkpoint_state, load_parts
-from gmai_xtuner.checkpoint.starting_points import is_export, read_export
-from gmai_xtuner.checkpoint.weight_files import building_on_meta
-from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.model.attention import SequenceBoundaries, install_boundary_attention
 from gmai_xtuner.model.liger import install_liger, require_liger
-from gmai_xtuner.model.lora import add_adapters, load_adapters, plain_key, split_adapters
+from gmai_xtuner.model.lora import add_adapters, load_adapters
 from gmai_xtuner.model.loss import install_loss_head
 from gmai_xtuner.model.recompute import recompute, recompute_first_layers, use_reentrant
+
+
+def building_on_meta() -> bool:
+    """Whether new parameters currently land on the meta device.
+
+    ``xtuner convert pth_to_hf`` builds models this way (``accelerate.init_empty_weights``) and
+    fills them afterwards, so there is no point in reading the base weights.
+    """
+    return torch.nn.Linear(1, 1).weight.device.type == "meta"
+
+
+def num_image_tokens(vision_config: CLIPVisionConfig) -> int:
+    """Patch tokens of one image, without the class token: 576 for ViT-L/14 at 336 pixels."""
+    return (vision_config.image_size // vision_config.patch_size) ** 2
 
 
 class ImageFeatureMismatch(GMAIError):
@@ -58,16 +62,14 @@ def _prepare_rotary(rotary: Any) -> None:
     rotary._dynamic_frequency_update = update_if_longer
 
 
-@MODELS.register_module()
-@BUILDER.register_module()
-class GMAILLaVAModel(BaseModel):
+class LLaVA(BaseModel):
     """Vision tower (layer -2, patch tokens) -> linear, GELU, linear -> language model.
 
     Paper: section "GMAI-VL: A General Medical Vision-Language Model" and Table 8 (which parts learn).
 
     Args:
-        llm: config of ``gmai_xtuner.model.load_language_model`` (or a module).
-        visual_encoder: config of ``gmai_xtuner.model.load_vision_tower`` (or a module).
+        llm: config of ``gmai_xtuner.checkpoint.bases.load_language_model`` (or a module).
+        visual_encoder: config of ``gmai_xtuner.checkpoint.bases.load_vision_tower`` (or a module).
         freeze_llm: keep the language model as it is (stages 1 and 2).
         freeze_visual_encoder: keep the vision tower as it is (stage 1).
         llm_lora: config of a ``peft.LoraConfig``: adapters on the language model learn, and its own
@@ -75,11 +77,8 @@ class GMAILLaVAModel(BaseModel):
         visual_encoder_lora: the same for the vision tower.
         visual_select_layer: hidden state of the tower that is used; -2 is the one before the last.
         projector_depth: linear layers of the projector.
-        pretrained_pth: file, DeepSpeed directory or work dir of the stage before, or of a run with the
-            same adapters, which are continued; or a folder of exported weights, in xtuner's layout or a
-            whole LLaVA (:mod:`gmai_xtuner.checkpoint.starting_points`).
-        pretrained_parts: parts that ``pretrained_pth`` must contain; a checkpoint of an earlier stage
-            than the one meant is refused.
+        start: called with the model before adapters are added, so that it can load weights; returns the
+            adapters to go on with, if any, and where they come from.
         use_activation_checkpointing: recompute activations in the backward pass.
         recomputed_layers: of the language model's layers, how many are recomputed, the first ones; the
             others keep their activations, which is faster where memory allows. Default: all.
@@ -89,7 +88,6 @@ class GMAILLaVAModel(BaseModel):
         liger: use Liger's kernels (CUDA), see :mod:`gmai_xtuner.model.liger`.
 
     Raises:
-        ModelLoadError: a checkpoint does not fit; names the keys.
         GMAIError: isolation of the conversations of a pack can't be had.
     """
 
@@ -104,13 +102,12 @@ class GMAILLaVAModel(BaseModel):
         visual_encoder_lora: Mapping[str, Any] | None = None,
         visual_select_layer: int = -2,
         projector_depth: int = 2,
-        pretrained_pth: str | None = None,
-        pretrained_parts: Sequence[str] = ("projector",),
         use_activation_checkpointing: bool = True,
         recomputed_layers: int | None = None,
         attention: str = "auto",
         loss_chunk_size: int = 2048,
         liger: bool = False,
+        start: Callable[[LLaVA], tuple[Mapping[str, torch.Tensor], str]] | None = None,
     ) -> None:
         super().__init__(data_preprocessor={"type": "BaseDataPreprocessor", "non_blocking": True})
         if liger := liger and not building_on_meta():
@@ -147,11 +144,7 @@ class GMAILLaVAModel(BaseModel):
         self.visual_encoder.requires_grad_(not self.freeze_visual_encoder)
 
         # First the weights, then the adapters: a checkpoint of a stage without adapters then fits.
-        self.pretrained_pth = pretrained_pth
-        self._kept: dict[str, torch.Tensor] = {}
-        adapters: dict[str, torch.Tensor] = {}
-        if pretrained_pth is not None:
-            adapters = self._load_weights(pretrained_pth, set(pretrained_parts))
+        adapters, source = ({}, "") if start is None else start(self)
         if llm_lora is not None:
             add_adapters(self.llm, llm_lora, option="llm_lora")
         if visual_encoder_lora is not None:
@@ -159,63 +152,9 @@ class GMAILLaVAModel(BaseModel):
                 self.visual_encoder,
                 visual_encoder_lora,
                 option="visual_encoder_lora",
-                num_layers=self._vision_depth,
+                num_layers=self.vision_depth,
             )
-        load_adapters(self, adapters, source=str(pretrained_pth))
-
-    def _load_weights(self, source: str, required: set[str]) -> dict[str, torch.Tensor]:
-        """Load all but the adapters of a checkpoint, which are returned."""
-        state = read_export(source, self) if is_export(source) else load_checkpoint_state(source)
-        base, adapters = split_adapters(state)
-        if self.freeze_llm and any(key.startswith("llm.") for key in base):
-            raise ModelLoadError(
-                f"{source} has a whole language model, but this stage does not train one, and would have "
-                "to copy it into each of its checkpoints. Convert that stage (xtuner convert pth_to_hf) "
-                "and name what it exports as the base (GMAI_LLM)"
-            )
-        with_adapters = {key.split(".", 1)[0] for key in adapters}
-        parts = load_parts(self, base, required=required - with_adapters, source=source)
-        print_log(
-            f"Loaded {', '.join(sorted({*parts, *(f'adapters of {p}' for p in with_adapters)}))} "
-            f"from {source}",
-            logger="current",
-            level=logging.INFO,
-        )
-        if self.freeze_visual_encoder and get_rank() == 0:
-            self._kept = {
-                # Copies: what was read may be views of the whole checkpoint.
-                key: value.detach().clone()
-                for key, value in base.items()
-                if key.startswith("visual_encoder.")
-            }
-        return adapters
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """What learns, and the frozen weights that no base has (:mod:`gmai_xtuner.checkpoint.frozen`)."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        own = dict(self.named_parameters(remove_duplicate=False))
-        learns = {prefix + name for name, parameter in own.items() if parameter.requires_grad}
-        for key in [key for key in state if key.startswith(prefix) and key not in learns]:
-            del state[key]
-        names = {plain_key(name): name for name in own} if self._kept else {}
-        for key, value in self._kept.items():
-            state[prefix + PREFIX + names[key]] = value
-        return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load what :meth:`state_dict` gives, as a resumed run does.
-
-        Raises:
-            ModelLoadError: this run stands on other frozen weights.
-        """
-        if get_rank() == 0:
-            frozen = {plain_key(key): value for key, value in without_prefix(state_dict).items()}
-            check_same(self._kept, frozen, source=str(self.pretrained_pth))
-        rest = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
-        return super().load_state_dict(rest, strict=strict, assign=assign)
+        load_adapters(self, adapters, source=source)
 
     def init_weights(self) -> None:
         """Weights come from the checkpoints; mmengine must not initialise them again."""
@@ -240,7 +179,7 @@ class GMAILLaVAModel(BaseModel):
                 # Under adapters nothing before them learns, and re-entrant checkpointing gives no
                 # gradient to a layer whose input needs none.
                 hidden.requires_grad_()
-            for layer in tower.encoder.layers[: self._vision_depth]:
+            for layer in tower.encoder.layers[: self.vision_depth]:
                 if recomputes:
                     hidden = recompute(layer, hidden, None, None)[0]
                 else:
@@ -345,7 +284,7 @@ class GMAILLaVAModel(BaseModel):
         ).last_hidden_state
 
     @property
-    def _vision_depth(self) -> int:
+    def vision_depth(self) -> int:
         """Layers of the tower that run."""
         return range(self.visual_encoder.config.num_hidden_layers + 1)[self.visual_select_layer]
 
@@ -356,38 +295,6 @@ class GMAILLaVAModel(BaseModel):
     @property
     def _projector_dtype(self) -> torch.dtype:
         return next(self.projector.parameters()).dtype
-
-    def to_hf(
-        self,
-        cfg: ConfigDict,
-        save_dir: str,
-        fp32: bool = False,
-        save_pretrained_kwargs: Mapping[str, Any] | None = None,
-        save_format: str = "xtuner",
-    ) -> None:
-        """What ``xtuner convert pth_to_hf`` calls.
-
-        Args:
-            cfg: the stage's config.
-            save_dir: a new or empty folder.
-            fp32: write fp32; otherwise fp16, or ``export_dtype`` of the config.
-            save_pretrained_kwargs: ``max_shard_size`` and ``safe_serialization``.
-            save_format: ``xtuner`` (:mod:`gmai_xtuner.checkpoint.export_xtuner`) or ``huggingface``
-                (:mod:`gmai_xtuner.checkpoint.export_huggingface`).
-        """
-        if save_format not in SAVE_FORMATS:
-            raise GMAIError(
-                f"--save-format {save_format} is not supported; use {' or '.join(SAVE_FORMATS)}"
-            )
-        SAVE_FORMATS[save_format](
-            self, cfg, save_dir, fp32=fp32, save_kwargs=dict(save_pretrained_kwargs or {})
-        )
-
-
-SAVE_FORMATS: dict[str, Any] = {
-    "xtuner": save_xtuner_layout,
-    "huggingface": save_huggingface_layout,
-}
 
 
 def _build(part: Mapping[str, Any] | nn.Module) -> Any:

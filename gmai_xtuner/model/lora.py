@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import nn
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.checkpoint.weight_files import shorten
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+from gmai_xtuner.core.hub import shorten
 
 ADAPTER = "default"
 """peft's name of the only adapter, a part of its keys."""

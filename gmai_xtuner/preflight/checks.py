@@ -11,24 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from gmai_xtuner.checkpoint.folder import checkpoints_in, what_is_wrong
-from gmai_xtuner.checkpoint.frozen import without_prefix
-from gmai_xtuner.checkpoint.layouts import is_llava, text_model, vision_model
-from gmai_xtuner.checkpoint.load import load_parts, resolve_checkpoint
+from gmai_xtuner.checkpoint.bases import NOT_VISION
+from gmai_xtuner.checkpoint.layouts import is_export, is_llava, text_model, vision_model
+from gmai_xtuner.checkpoint.llava import without_prefix
 from gmai_xtuner.checkpoint.pickles import read_training_state
-from gmai_xtuner.checkpoint.starting_points import is_export
-from gmai_xtuner.checkpoint.weight_files import (
-    has_weights,
-    read_state_dict,
-    resolve_directory,
-    shorten,
+from gmai_xtuner.checkpoint.training import (
+    checkpoints_in,
+    load_parts,
+    resolve_checkpoint,
+    what_is_wrong,
 )
+from gmai_xtuner.checkpoint.weights import read_state_dict
 from gmai_xtuner.core.config import accumulation
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+from gmai_xtuner.core.hub import has_weights, resolve_directory, shorten
 from gmai_xtuner.data.plan import DataPlan, unknown_lines
 from gmai_xtuner.model.internlm2 import convert_state_dict, llama_config
 from gmai_xtuner.model.lora import load_adapters, split_adapters
-from gmai_xtuner.model.vision import NOT_VISION
 from gmai_xtuner.preflight.data import DataSummary
 from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.memory import GIB

@@ -88,7 +88,7 @@ class Geometry:
 
 
 def read_geometry(model: Any, *, recomputed_layers: int | None = None) -> Geometry:
-    """Sizes of a :class:`gmai_xtuner.model.llava.GMAILLaVAModel` on any device.
+    """Sizes of a :class:`gmai_xtuner.checkpoint.llava.GMAILLaVAModel` on any device.
 
     Args:
         model: the model.

@@ -20,6 +20,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS, LOOPS, METRICS
 from mmengine.runner.base_loop import BaseLoop
 
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.files import replace_text
@@ -33,7 +34,6 @@ from gmai_xtuner.evaluate.results import Scored, average_of, score_all
 from gmai_xtuner.evaluate.runner import Options, Target, answer_all, prepare
 from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
 from gmai_xtuner.generate import GREEDY, Predictor, Prompt, user_turn
-from gmai_xtuner.model.llava import GMAILLaVAModel
 
 OPTIONS = ("benchmark", "data", "variant", "protocol", "limit")
 

@@ -24,13 +24,13 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from gmai_xtuner.checkpoint.adapters import add_adapter
-from gmai_xtuner.checkpoint.frozen import read_frozen
-from gmai_xtuner.checkpoint.load import load_checkpoint_state
+from gmai_xtuner.checkpoint.llava import read_frozen
 from gmai_xtuner.checkpoint.pickles import read_training_state, read_weights
-from gmai_xtuner.checkpoint.weight_files import read_state_dict, resolve_directory
+from gmai_xtuner.checkpoint.training import load_checkpoint_state
+from gmai_xtuner.checkpoint.weights import add_adapter, read_state_dict
 from gmai_xtuner.cli import add_model_arguments
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+from gmai_xtuner.core.hub import resolve_directory
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.preflight.checks import checkpoint_shapes
 from gmai_xtuner.train.resume import restore_rank_state, seed_of
@@ -625,7 +625,7 @@ def test_pickled_weights_of_the_hub_are_not_even_downloaded(tmp_path, monkeypatc
         asked.extend(patterns)
         return tmp_path
 
-    monkeypatch.setattr("gmai_xtuner.checkpoint.weight_files._download", download)
+    monkeypatch.setattr("gmai_xtuner.core.hub._download", download)
     with pytest.raises(ModelLoadError, match="owner/model"):
         resolve_directory("owner/model", weights=True)
     assert "*.bin" not in asked

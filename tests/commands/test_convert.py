@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+from examples.tiny_bases import TinyVision, write_tiny_vision
 from gmai_xtuner.loading import load_model
-from gmai_xtuner.tiny_bases import TinyVision, write_tiny_vision
 from tests.commands.runner import Xtuner
 from tests.model.exporting import stage_config, trained_model
 

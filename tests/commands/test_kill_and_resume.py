@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gmai_xtuner.checkpoint.load import load_checkpoint_state
+from gmai_xtuner.checkpoint.training import load_checkpoint_state
 from tests.commands.runner import ROOT, Xtuner
 from tests.toy import record, write_corpus
 

@@ -12,13 +12,13 @@ from mmengine.config import Config
 from transformers import AutoTokenizer, LlamaForCausalLM
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.checkpoint.load import load_checkpoint_state
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+from gmai_xtuner.checkpoint.training import load_checkpoint_state
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.llama_base import write_llama_base
 from gmai_xtuner.loading import load_model
-from gmai_xtuner.model import load_tokenizer
 from gmai_xtuner.model.lora import adapter_layers, is_adapter_key
 from tests.commands.runner import Xtuner, last_checkpoint, scalars
 from tests.toy import record, write_corpus

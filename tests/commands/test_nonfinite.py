@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from gmai_xtuner.checkpoint.load import load_checkpoint_state
+from gmai_xtuner.checkpoint.training import load_checkpoint_state
 from tests.commands.runner import ROOT, TINY_RUN, Xtuner, scalars
 from tests.commands.test_ranks_and_resume import EACH, FP32
 from tests.toy import record, write_corpus

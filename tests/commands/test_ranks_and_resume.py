@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gmai_xtuner.checkpoint.load import load_checkpoint_state
+from gmai_xtuner.checkpoint.training import load_checkpoint_state
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 from tests.commands.runner import TINY_RUN, Xtuner, scalars
@@ -83,7 +83,7 @@ def packs_of_ranks(folder: Path, tiny_bases: Path, stage: str) -> list[list[list
         str(folder / "corpus" / "mixture.yaml"),
         stage,
         tokenizer={
-            "type": "gmai_xtuner.model.load_tokenizer",
+            "type": "gmai_xtuner.checkpoint.tokenizer.load_tokenizer",
             "pretrained_model_name_or_path": str(tiny_bases / "llm"),
             "padding_side": "right",
         },

@@ -15,12 +15,12 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaForCausalLM
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.checkpoint.load import load_checkpoint_state
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+from gmai_xtuner.checkpoint.training import load_checkpoint_state
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.loading import load_model
-from gmai_xtuner.model import load_tokenizer
 from tests.commands.runner import Xtuner, last_checkpoint, scalars
 from tests.commands.serving import gmai_demo, gmai_serve, transformers_serve
 from tests.demo.browsing import ask, chromium, upload

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gmai_xtuner.checkpoint.export_xtuner import save_xtuner_layout
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
+from gmai_xtuner.checkpoint.export import save_xtuner_layout
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor, Prompt, user_turn
-from gmai_xtuner.model.internlm2 import load_language_model
-from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.tokenizer import load_tokenizer
-from gmai_xtuner.model.vision import load_vision_tower, num_image_tokens
+from gmai_xtuner.model.llava import num_image_tokens
 
 Lesson = tuple[str, Image.Image | None, str]
 """A question, the picture that goes with it, and the answer; one that ends with … is taught to go on."""
@@ -30,7 +30,7 @@ def write_export(
 
     Args:
         folder: new.
-        bases: of :func:`gmai_xtuner.tiny_bases.write_tiny_bases`.
+        bases: of :func:`examples.tiny_bases.write_tiny_bases`.
         seed: of what is random.
         lessons: learnt by heart; any other question gives random words.
         steps: of the optimiser at the most, each with all lessons.
@@ -45,7 +45,7 @@ def write_export(
     cfg = {
         "model": {},
         "tokenizer": {
-            "type": "gmai_xtuner.model.load_tokenizer",
+            "type": "gmai_xtuner.checkpoint.tokenizer.load_tokenizer",
             "pretrained_model_name_or_path": str(bases / "llm"),
         },
         "image_processor": {

@@ -10,10 +10,10 @@ import torch
 from mmengine.config import Config
 from xtuner.registry import BUILDER
 
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor
-from gmai_xtuner.model.tokenizer import load_tokenizer
 from tests.commands.runner import ROOT
 
 

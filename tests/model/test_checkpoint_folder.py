@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gmai_xtuner.checkpoint.folder import (
+from gmai_xtuner.checkpoint.training import (
     Manifest,
     checkpoints_in,
     files_of_ranks_that_are_wrong,

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from gmai_xtuner.checkpoint.load import (
+from gmai_xtuner.checkpoint.training import (
     check_trained_state,
     load_checkpoint_state,
     load_parts,

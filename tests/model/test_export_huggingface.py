@@ -15,21 +15,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+from examples.tiny_bases import TinyLLM, write_tiny_llm
+from gmai_xtuner.checkpoint.bases import load_language_model
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.checkpoint.tokenizer_files import (
     chat_template,
     differing_prompts,
     plain_tokenizer,
     prompt_text,
 )
-from gmai_xtuner.checkpoint.weight_files import read_state_dict
+from gmai_xtuner.checkpoint.weights import read_state_dict
 from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
 from gmai_xtuner.loading import load_model
-from gmai_xtuner.model.internlm2 import load_language_model
-from gmai_xtuner.model.tokenizer import load_tokenizer
-from gmai_xtuner.tiny_bases import TinyLLM, write_tiny_llm
 from tests.model.exporting import export, predictor_of, stage_config, trained_model
 from tests.model.plain_llava import ask
 from tests.newest_transformers import newest_python, newest_variables

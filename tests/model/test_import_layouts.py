@@ -18,16 +18,15 @@ from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGenera
 from xtuner._lite.modelings.internlm2 import InternLM2Config, InternLM2ForCausalLM
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
-from gmai_xtuner.checkpoint.weight_files import read_state_dict
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+from gmai_xtuner.checkpoint.weights import read_state_dict
 from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.import_model import main
 from gmai_xtuner.loading import describe, load_model
-from gmai_xtuner.model.internlm2 import load_language_model
-from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.tokenizer import load_tokenizer
-from gmai_xtuner.model.vision import load_vision_tower
 from gmai_xtuner.preflight.checks import check_base_weights
 from gmai_xtuner.preflight.findings import Findings
 
@@ -379,11 +378,11 @@ def test_an_adapter_of_another_base_or_cut_short_is_refused(xtuners, plain, tiny
 
 def start(folder, *, llm=None, vision=None, **options):
     """A stage's model, as its config builds it with GMAI_LLM, GMAI_VISION and GMAI_STAGE2."""
-    load = {"type": "gmai_xtuner.model.load_language_model", "torch_dtype": "float32"}
+    load = {"type": "gmai_xtuner.checkpoint.bases.load_language_model", "torch_dtype": "float32"}
     return GMAILLaVAModel(
         llm={**load, "pretrained_model_name_or_path": str(llm or folder)},
         visual_encoder={
-            "type": "gmai_xtuner.model.load_vision_tower",
+            "type": "gmai_xtuner.checkpoint.bases.load_vision_tower",
             "pretrained_model_name_or_path": str(vision or folder),
         },
         pretrained_pth=str(folder),

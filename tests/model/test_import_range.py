@@ -68,7 +68,7 @@ def test_what_is_no_number_is_refused_in_its_own_dtype_too(release, tmp_path, ca
 
 def test_what_becomes_0_is_counted(release, tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr("gmai_xtuner.checkpoint.export_parts.warn_of", counted.append)
+    monkeypatch.setattr("gmai_xtuner.checkpoint.export.warn_of", counted.append)
     folder = with_value(release, tmp_path / "release", "projector", 1e-9)
     assert main([str(folder), str(tmp_path / "out")]) == 0
     assert counted[-1] == 3

@@ -15,10 +15,11 @@ from transformers import LlamaForCausalLM
 from xtuner._lite.modelings.internlm2.configuration_internlm2 import InternLM2Config
 from xtuner._lite.modelings.internlm2.modeling_internlm2 import InternLM2ForCausalLM
 
-from gmai_xtuner.checkpoint.weight_files import read_state_dict
+from examples.tiny_bases import TinyLLM, write_tiny_llm
+from gmai_xtuner.checkpoint.bases import load_language_model
+from gmai_xtuner.checkpoint.weights import read_state_dict
 from gmai_xtuner.core.errors import ModelLoadError
-from gmai_xtuner.model.internlm2 import convert_state_dict, llama_config, load_language_model
-from gmai_xtuner.tiny_bases import TinyLLM, write_tiny_llm
+from gmai_xtuner.model.internlm2 import convert_state_dict, llama_config
 
 SMALL = TinyLLM(hidden_size=32, intermediate_size=48)
 

@@ -13,9 +13,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers.models.llama import modeling_llama
 
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.model import liger
-from gmai_xtuner.model.llava import GMAILLaVAModel
 from tests.model.test_llava import build_model
 
 needs_liger = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def test_same_loss_and_gradients_as_transformers_on_cuda():
 
 def test_without_a_gpu_the_error_comes_before_weights_are_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    nowhere = {"type": "gmai_xtuner.model.load_language_model"}
+    nowhere = {"type": "gmai_xtuner.checkpoint.bases.load_language_model"}
     with pytest.raises(GMAIError, match=r"liger=True needs a CUDA device.*liger=False"):
         GMAILLaVAModel(nowhere, nowhere, liger=True)
 

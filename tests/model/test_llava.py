@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.collate import collate_packs
-from gmai_xtuner.model.llava import GMAILLaVAModel, ImageFeatureMismatch
+from gmai_xtuner.model.llava import ImageFeatureMismatch
 
 IMAGE_SIZE, PATCHES, VOCABULARY = 28, 4, 50
 

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.checkpoint import frozen
+from gmai_xtuner.checkpoint.bases import load_language_model
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.loading import load_model
-from gmai_xtuner.model import load_language_model
-from gmai_xtuner.model.llava import GMAILLaVAModel
 from gmai_xtuner.model.lora import adapter_layers, is_adapter_key, plain_key
 from gmai_xtuner.model.quantization import is_quantized
 from tests.model.test_llava import (
@@ -329,17 +329,17 @@ def stage_config(tiny_bases, **options):
         "model": {
             "type": "GMAILLaVAModel",
             "llm": {
-                "type": "gmai_xtuner.model.load_language_model",
+                "type": "gmai_xtuner.checkpoint.bases.load_language_model",
                 "pretrained_model_name_or_path": llm,
             },
             "visual_encoder": {
-                "type": "gmai_xtuner.model.load_vision_tower",
+                "type": "gmai_xtuner.checkpoint.bases.load_vision_tower",
                 "pretrained_model_name_or_path": vision,
             },
             **options,
         },
         "tokenizer": {
-            "type": "gmai_xtuner.model.load_tokenizer",
+            "type": "gmai_xtuner.checkpoint.tokenizer.load_tokenizer",
             "pretrained_model_name_or_path": llm,
         },
         "image_processor": {

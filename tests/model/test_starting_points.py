@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from gmai_xtuner.checkpoint.starting_points import read_export
+from gmai_xtuner.checkpoint.layouts import read_export
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.loading import load_model
 from tests.model.exporting import export, stage_config, trained_model

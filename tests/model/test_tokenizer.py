@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from examples.tiny_bases import SPECIAL_TOKENS, TinyLLM, sentences, write_tiny_llm
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.core.errors import ModelLoadError
-from gmai_xtuner.model.tokenizer import load_tokenizer
-from gmai_xtuner.tiny_bases import SPECIAL_TOKENS, TinyLLM, write_tiny_llm
-from gmai_xtuner.tiny_text import sentences
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 SPECIAL = ("<unk>", "<s>", "</s>", *SPECIAL_TOKENS)

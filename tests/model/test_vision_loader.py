@@ -11,9 +11,10 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionConfig
 
+from examples.tiny_bases import TinyVision, write_tiny_vision
+from gmai_xtuner.checkpoint.bases import load_vision_tower
 from gmai_xtuner.core.errors import ModelLoadError
-from gmai_xtuner.model.vision import load_vision_tower, num_image_tokens
-from gmai_xtuner.tiny_bases import TinyVision, write_tiny_vision
+from gmai_xtuner.model.llava import num_image_tokens
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 

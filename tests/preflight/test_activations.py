@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from gmai_xtuner.model.llava import GMAILLaVAModel
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.preflight.activations import MicroBatch, estimate_activations
 from gmai_xtuner.preflight.geometry import Geometry, read_geometry
 from tests.preflight.live_memory import LiveMemory

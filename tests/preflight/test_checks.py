@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gmai_xtuner.checkpoint.folder import Manifest
-from gmai_xtuner.model.llava import GMAILLaVAModel
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
+from gmai_xtuner.checkpoint.training import Manifest
 from gmai_xtuner.preflight import checks
 from gmai_xtuner.preflight.report import as_json, as_text
 from tests.preflight.test_data import SMALL, problems
@@ -56,13 +56,13 @@ def stage_1(tiny_bases, tmp_path):
         model = GMAILLaVAModel(
             BUILDER.build(
                 {
-                    "type": "gmai_xtuner.model.load_language_model",
+                    "type": "gmai_xtuner.checkpoint.bases.load_language_model",
                     "pretrained_model_name_or_path": str(tiny_bases / "llm"),
                 }
             ),
             BUILDER.build(
                 {
-                    "type": "gmai_xtuner.model.load_vision_tower",
+                    "type": "gmai_xtuner.checkpoint.bases.load_vision_tower",
                     "pretrained_model_name_or_path": str(tiny_bases / "vision"),
                 }
             ),

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from mmengine.logging import MessageHub
 from xtuner.tools import utils as xtuner_tools
 
-from gmai_xtuner.checkpoint.folder import MANIFEST, newest_whole, what_is_wrong
+from gmai_xtuner.checkpoint.training import MANIFEST, newest_whole, what_is_wrong
 from gmai_xtuner.core import files
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train import checkpointing, on_disk, resume

@@ -8,6 +8,8 @@ import torch
 from mmengine.registry import LOOPS, METRICS
 from torch.utils.data import DataLoader
 
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.data.dataset import SoftPackedDataset

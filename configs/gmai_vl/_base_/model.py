@@ -5,12 +5,12 @@
 model = dict(
     type="GMAILLaVAModel",
     llm=dict(
-        type="gmai_xtuner.model.load_language_model",
+        type="gmai_xtuner.checkpoint.bases.load_language_model",
         pretrained_model_name_or_path="{{$GMAI_LLM:internlm/internlm2_5-7b-chat}}",
         torch_dtype="bfloat16",
     ),
     visual_encoder=dict(
-        type="gmai_xtuner.model.load_vision_tower",
+        type="gmai_xtuner.checkpoint.bases.load_vision_tower",
         pretrained_model_name_or_path="{{$GMAI_VISION:openai/clip-vit-large-patch14-336}}",
     ),
     visual_select_layer=-2,

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gmai_xtuner.checkpoint.adapters import adapter_base
-from gmai_xtuner.checkpoint.export_xtuner import SETTINGS_FILE
-from gmai_xtuner.checkpoint.layouts import layout_of
-from gmai_xtuner.checkpoint.starting_points import is_xtuner_layout
-from gmai_xtuner.checkpoint.weight_files import pickle_allowed, read_json
+from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE, is_xtuner_layout
+from gmai_xtuner.checkpoint.weights import adapter_base
 from gmai_xtuner.core.errors import EvaluationError, ImageError, ModelLoadError
+from gmai_xtuner.core.hub import layout_of, pickle_allowed, read_json
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions
 from gmai_xtuner.evaluate.fingerprint import hash_files
 from gmai_xtuner.evaluate.questions import open_image

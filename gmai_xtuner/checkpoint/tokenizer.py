@@ -28,8 +28,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, proc
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from gmai_xtuner.checkpoint.weight_files import read_json, resolve_directory
 from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.hub import read_json, resolve_directory
 
 WORD_MARK = "▁"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")

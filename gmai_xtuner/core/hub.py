@@ -1,20 +1,16 @@
-"""Checkpoint folders in the hub's layout: find them, read their JSON and their weights."""
+"""Folders and repositories in the hub's layout: find them, read their JSON; no weights, no torch."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from gmai_xtuner.checkpoint.pickles import read_weights
 from gmai_xtuner.core.errors import ModelLoadError
 
 #: Index (sharded) and single-file names, in the order in which they are looked for.
@@ -44,15 +40,6 @@ def check_pickle_allowed(name: str) -> None:
             "run, but it is read only when asked for: with --allow-pickle, or GMAI_ALLOW_PICKLE=1 in the "
             "environment of xtuner's commands. A copy in safetensors needs neither"
         )
-
-
-def building_on_meta() -> bool:
-    """Whether new parameters currently land on the meta device.
-
-    ``xtuner convert pth_to_hf`` builds models this way (``accelerate.init_empty_weights``) and
-    fills them afterwards, so there is no point in reading the base weights.
-    """
-    return torch.nn.Linear(1, 1).weight.device.type == "meta"
 
 
 def resolve_directory(name: str, *, weights: bool) -> Path:
@@ -110,64 +97,53 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_state_dict(directory: Path) -> dict[str, torch.Tensor]:
-    """Read all weights of a checkpoint folder: safetensors or bin, in one file or in shards.
-
-    The tensors are memory-mapped, so that ranks of one machine share the pages and a tensor that
-    is never touched is never read.
-
-    Raises:
-        ModelLoadError: no weights, a missing or damaged shard, or a key that the index promises
-            and no shard has.
-    """
-    for index_name, single_name in WEIGHT_FILES:
-        if (directory / index_name).is_file():
-            return _read_shards(directory, directory / index_name)
-        if (directory / single_name).is_file():
-            return read_weights_file(directory / single_name)
-    expected = ", ".join(name for pair in WEIGHT_FILES for name in pair)
-    raise ModelLoadError(f"{directory} has no weights. Expected one of {expected}.")
-
-
-def _read_shards(directory: Path, index: Path) -> dict[str, torch.Tensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{index} has no 'weight_map'. Copy it again.")
-    names = sorted(set(weight_map.values()))
-    if missing := [name for name in names if not (directory / name).is_file()]:
-        raise ModelLoadError(
-            f"{directory}: {len(missing)} of {len(names)} weight files named in {index.name} are "
-            f"missing: {', '.join(missing)}. Finish the download or the copy."
-        )
-    state_dict: dict[str, torch.Tensor] = {}
-    for name in names:
-        state_dict.update(read_weights_file(directory / name))
-    if lost := sorted(set(weight_map) - set(state_dict)):
-        raise ModelLoadError(
-            f"{directory}: {index.name} names weights that no file holds: {shorten(lost)}."
-        )
-    return state_dict
-
-
-def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
-    """Read one file of weights, memory-mapped.
-
-    Raises:
-        ModelLoadError: it is cut short or damaged, or a pickle that the user has not asked for.
-    """
-    if path.suffix != ".safetensors":
-        check_pickle_allowed(str(path))
-        return read_weights(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ModelLoadError(
-            f"{path} can't be read ({type(error).__name__}: {error}). "
-            "The file is cut short or damaged: copy it again."
-        ) from error
-
-
 def shorten(names: Sequence[str], *, limit: int = 12) -> str:
     """Join names for a message, the first ``limit`` of them."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def layout_of(config: Mapping[str, Any]) -> str | None:
+    """``plain`` or ``original`` by the content of a ``config.json``; None for what is no LLaVA."""
+    if isinstance(config.get("text_config"), dict) and isinstance(
+        config.get("vision_config"), dict
+    ):
+        return "plain" if "llava" in str(config.get("model_type")) else None
+    if "mm_hidden_size" in config and "mm_projector_type" in config:
+        return "original"
+    return None
+
+
+def vision_config(directory: Path) -> dict[str, Any]:
+    """Read the configuration of the CLIP tower of a CLIP or of a whole LLaVA.
+
+    Raises:
+        ModelLoadError: the file is missing or damaged, or says nothing about a tower of CLIP.
+    """
+    raw = read_json(directory / "config.json")
+    layout = layout_of(raw)
+    if layout == "original":
+        raise ModelLoadError(
+            f"{directory} has no configuration of its vision tower; it was trained with "
+            f"{raw.get('mm_vision_tower')!r}. Name that one (GMAI_VISION, or vision=...)"
+        )
+    nested = raw.get("vision_config") if layout or raw.get("model_type") == "clip" else None
+    config = raw if nested is None else {"model_type": "clip_vision_model", **nested}
+    if config.get("model_type") != "clip_vision_model":
+        raise ModelLoadError(
+            f"{directory / 'config.json'}: model_type {raw.get('model_type')!r} is not supported "
+            "as the vision tower; supported are 'clip' and 'clip_vision_model'."
+        )
+    return config
+
+
+def image_tokens(name: str) -> int:
+    """Return how many patch tokens the tower of a folder or hub name makes of one image.
+
+    576 for ViT-L/14 at 336 pixels; the class token is not counted.
+
+    Raises:
+        ModelLoadError: as :func:`vision_config`.
+    """
+    config = vision_config(resolve_directory(name, weights=False))
+    return (config.get("image_size", 224) // config.get("patch_size", 32)) ** 2

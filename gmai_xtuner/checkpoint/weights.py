@@ -1,7 +1,8 @@
-"""LoRA adapters on disk, in peft's format, added to the weights of their base without building it.
+"""Weights on disk: safetensors or pickles, in one file or in shards, and LoRA adapters on top of them.
 
-xtuner's own ``llm_adapter`` and ``visual_encoder_adapter`` stand on the base's own names, for InternLM2 with
-queries, keys and values in one matrix (``attention.wqkv``). So they are added before anything is renamed.
+Adapters of peft are added to the weights of their base without building it. xtuner's own ``llm_adapter`` and
+``visual_encoder_adapter`` stand on the base's own names, for InternLM2 with queries, keys and values in one
+matrix (``attention.wqkv``), so they are added before anything is renamed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,73 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from gmai_xtuner.checkpoint.weight_files import read_json, read_weights_file, shorten
+from gmai_xtuner.checkpoint.pickles import read_weights
 from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.hub import WEIGHT_FILES, check_pickle_allowed, read_json, shorten
 
 _PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _OTHER_FORMS = ("use_dora", "fan_in_fan_out", "modules_to_save", "alora_invocation_tokens")
+
+
+def read_state_dict(directory: Path) -> dict[str, torch.Tensor]:
+    """Read all weights of a checkpoint folder: safetensors or bin, in one file or in shards.
+
+    The tensors are memory-mapped, so that ranks of one machine share the pages and a tensor that
+    is never touched is never read.
+
+    Raises:
+        ModelLoadError: no weights, a missing or damaged shard, or a key that the index promises
+            and no shard has.
+    """
+    for index_name, single_name in WEIGHT_FILES:
+        if (directory / index_name).is_file():
+            return _read_shards(directory, directory / index_name)
+        if (directory / single_name).is_file():
+            return read_weights_file(directory / single_name)
+    expected = ", ".join(name for pair in WEIGHT_FILES for name in pair)
+    raise ModelLoadError(f"{directory} has no weights. Expected one of {expected}.")
+
+
+def _read_shards(directory: Path, index: Path) -> dict[str, torch.Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{index} has no 'weight_map'. Copy it again.")
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise ModelLoadError(
+            f"{directory}: {len(missing)} of {len(names)} weight files named in {index.name} are "
+            f"missing: {', '.join(missing)}. Finish the download or the copy."
+        )
+    state_dict: dict[str, torch.Tensor] = {}
+    for name in names:
+        state_dict.update(read_weights_file(directory / name))
+    if lost := sorted(set(weight_map) - set(state_dict)):
+        raise ModelLoadError(
+            f"{directory}: {index.name} names weights that no file holds: {shorten(lost)}."
+        )
+    return state_dict
+
+
+def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read one file of weights, memory-mapped.
+
+    Raises:
+        ModelLoadError: it is cut short or damaged, or a pickle that the user has not asked for.
+    """
+    if path.suffix != ".safetensors":
+        check_pickle_allowed(str(path))
+        return read_weights(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ModelLoadError(
+            f"{path} can't be read ({type(error).__name__}: {error}). "
+            "The file is cut short or damaged: copy it again."
+        ) from error
 
 
 def adapter_base(folder: Path) -> str | None:

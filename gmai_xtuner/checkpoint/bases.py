@@ -1,0 +1,205 @@
+"""Load the bases: InternLM2, InternLM2.5 or Llama as the language model, CLIP as the vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from gmai_xtuner.checkpoint.layouts import is_llava, text_model, vision_model
+from gmai_xtuner.checkpoint.weights import add_adapter, read_state_dict
+from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.hub import resolve_directory, vision_config
+from gmai_xtuner.model.internlm2 import (
+    IGNORED_SUFFIX,
+    as_dtype,
+    check_fit,
+    convert_state_dict,
+    llama_config,
+    llama_shapes,
+    own_dtype,
+    raise_on_keys,
+)
+from gmai_xtuner.model.llava import building_on_meta
+from gmai_xtuner.model.quantization import quantization_that_runs
+
+#: Weights of a whole CLIP that the vision tower has no use for; ``position_ids`` is a buffer.
+NOT_VISION = (
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+    "vision_model.embeddings.position_ids",
+)
+
+
+def load_language_model(
+    pretrained_model_name_or_path: str,
+    *,
+    torch_dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    adapter: Path | None = None,
+) -> LlamaForCausalLM:
+    """Load an InternLM2, InternLM2.5 or Llama checkpoint as a ``LlamaForCausalLM``.
+
+    Of a folder with a whole LLaVA (:mod:`gmai_xtuner.checkpoint.layouts`) the language model is taken.
+
+    Under ``accelerate.init_empty_weights`` only the structure is built and no weight is read.
+    Under DeepSpeed ZeRO-3 (``HfDeepSpeedConfig``) the parameters are partitioned as they load.
+
+    Args:
+        pretrained_model_name_or_path: a folder in the hub's layout, or a hub name.
+        torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
+        attn_implementation: a key of transformers' ``ALL_ATTENTION_FUNCTIONS``, ``"eager"`` or
+            ``"sdpa"``; None lets transformers choose.
+        quantization_config: 4-bit weights for QLoRA: a ``BitsAndBytesConfig`` or its config
+            ``dict(type="transformers.BitsAndBytesConfig", ...)``. Each weight is quantised as it is read,
+            so the GPU never holds the model in full precision. On meta it is left out of account: what
+            is built there takes full-precision weights.
+        adapter: folder of a LoRA adapter of peft on this checkpoint, which is merged.
+
+    Raises:
+        ModelLoadError: another model type, a missing or damaged file, a weight that is missing,
+            unexpected or of the wrong shape, or 4-bit weights that can't run here. The message names it.
+    """
+    on_meta = building_on_meta()
+    if quantization_config is not None and not on_meta:
+        quantization_config = quantization_that_runs(quantization_config)
+    directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
+    raw, weights = text_model(directory, weights=not on_meta)
+    model_type = raw.get("model_type")
+    if model_type not in ("internlm2", "llama"):
+        raise ModelLoadError(
+            f"{directory / 'config.json'}: model_type {model_type!r} is not supported as the "
+            "language model; supported are 'internlm2' (InternLM2, InternLM2.5) and 'llama'."
+        )
+    config = llama_config(raw) if model_type == "internlm2" else LlamaConfig.from_dict(raw)
+    dtype = own_dtype(raw) if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
+    if on_meta:
+        model = LlamaForCausalLM._from_config(
+            config, torch_dtype=dtype or torch.float32, attn_implementation=attn_implementation
+        )
+    else:
+        options = {
+            "torch_dtype": dtype or "auto",
+            "attn_implementation": attn_implementation,
+            "quantization_config": quantization_config,
+            # Parameters take the memory-mapped tensors instead of a second copy; ZeRO-3 has its
+            # own way of not holding the whole model.
+            "low_cpu_mem_usage": None if is_deepspeed_zero3_enabled() else True,
+            "output_loading_info": True,
+        }
+        if adapter is not None:
+            weights = add_adapter(weights, adapter)
+        if model_type == "internlm2":
+            weights = convert_state_dict(weights, config)
+        elif raw.get("quantization_config") is None:
+            check_fit(weights, llama_shapes(config), where=str(directory))
+        # Given the weights, transformers opens no file by itself.
+        model, info = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=weights, **options
+        )
+        check_loading_info(info, where=str(directory))
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    if quantization_config is None:
+        model.config.torch_dtype = model.dtype
+    model.config.name_or_path = str(pretrained_model_name_or_path)
+    model.name_or_path = str(pretrained_model_name_or_path)
+    return model
+
+
+def load_vision_config(pretrained_model_name_or_path: str) -> CLIPVisionConfig:
+    """Configuration of the vision tower of a CLIP checkpoint, without its weights.
+
+    Raises:
+        ModelLoadError: no folder or hub name, or no CLIP.
+    """
+    return CLIPVisionConfig.from_dict(
+        vision_config(resolve_directory(pretrained_model_name_or_path, weights=False))
+    )
+
+
+def load_vision_tower(
+    pretrained_model_name_or_path: str,
+    *,
+    torch_dtype: str | torch.dtype | None = None,
+    adapter: Path | None = None,
+    trained: Mapping[str, torch.Tensor] | None = None,
+) -> CLIPVisionModel:
+    """Load the vision tower of a CLIP checkpoint or of a whole LLaVA model.
+
+    Under ``accelerate.init_empty_weights`` only the structure is built and no weight is read.
+
+    Args:
+        pretrained_model_name_or_path: a folder in the hub's layout or a hub name; a whole CLIP as
+            ``openai/clip-vit-large-patch14-336``, or its vision part alone.
+        torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
+        adapter: folder of a LoRA adapter of peft on this tower, which is merged.
+        trained: weights that replace the checkpoint's, all of them.
+
+    Raises:
+        ModelLoadError: no CLIP, a missing or damaged file, a weight that is missing, of the wrong
+            shape, or left over though it belongs to the vision part. The message names it.
+    """
+    on_meta = building_on_meta()
+    directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
+    config = CLIPVisionConfig.from_dict(vision_config(directory))
+    dtype = None if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
+    if on_meta:
+        return CLIPVisionModel._from_config(config, torch_dtype=dtype or config.torch_dtype)
+    # Missing and damaged files, with our messages; nothing is copied.
+    weights = vision_model(directory)[1] if is_llava(directory) else read_state_dict(directory)
+    if trained is not None:
+        weights = dict(trained)
+    if adapter is not None:
+        weights = add_adapter(weights, adapter)
+    if dtype is None and (adapter is not None or trained is not None or is_llava(directory)):
+        dtype = next(iter(weights.values())).dtype
+    try:
+        # Given the weights, transformers opens no file by itself.
+        model, info = CLIPVisionModel.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            torch_dtype=dtype or "auto",
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ModelLoadError(
+            f"{directory}: the weights don't fit config.json. {error}. "
+            "Take config and weights from the same checkpoint."
+        ) from error
+    check_loading_info(info, where=str(directory), ignored=NOT_VISION)
+    model.name_or_path = str(pretrained_model_name_or_path)
+    return model
+
+
+def check_loading_info(
+    info: Mapping[str, Any], *, where: str, ignored: tuple[str, ...] = (IGNORED_SUFFIX,)
+) -> None:
+    """Raise ``ModelLoadError`` unless every weight found its place.
+
+    Args:
+        info: what transformers returns for ``output_loading_info=True``.
+        where: the checkpoint, for the message.
+        ignored: parts of names; a left-over weight whose name has one of them is allowed.
+    """
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(
+        key for key in info["unexpected_keys"] if not any(part in key for part in ignored)
+    )
+    raise_on_keys(missing, unexpected, where)

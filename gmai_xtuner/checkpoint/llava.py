@@ -1,0 +1,213 @@
+"""The model that configs name: it starts from the stage before, saves what it trained, and is exported.
+
+A checkpoint holds what its stage trains; the rest is read from the bases again. With LoRA on the vision
+tower (or with a frozen tower) in stage 3 that is not enough: the tower underneath is stage 2's, which no
+base has. So its weights go along in every checkpoint, 0.3 G parameters, and come out of it by themselves:
+``xtuner convert pth_to_hf``, a resumed run and a run that starts there need no other file. DeepSpeed removes
+frozen parameters from what it saves, by name; therefore these have a prefix there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.dist import get_rank
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import nn
+from xtuner.registry import BUILDER
+
+from gmai_xtuner.checkpoint.export import save_xtuner_layout
+from gmai_xtuner.checkpoint.export_huggingface import save_huggingface_layout
+from gmai_xtuner.checkpoint.layouts import is_export, read_export
+from gmai_xtuner.checkpoint.pickles import read_training_state
+from gmai_xtuner.checkpoint.training import load_checkpoint_state, load_parts
+from gmai_xtuner.core.errors import GMAIError, ModelLoadError
+from gmai_xtuner.core.hub import shorten
+from gmai_xtuner.model.llava import LLaVA
+from gmai_xtuner.model.lora import plain_key, split_adapters
+
+PREFIX = "frozen:"
+
+
+def without_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The frozen weights of a state dict, under their own names."""
+    return {
+        key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)
+    }
+
+
+def read_frozen(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Frozen weights in a DeepSpeed checkpoint directory; the first rank's file has them."""
+    files = (
+        checkpoint / "mp_rank_00_model_states.pt",
+        checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    )
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return {}
+    return without_prefix(read_training_state(file, mmap=True)["module"])
+
+
+def check_same(
+    kept: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], *, source: str
+) -> None:
+    """A resumed run must stand on the frozen weights that it began with.
+
+    Args:
+        kept: what this run took from its ``pretrained_pth``.
+        saved: what the checkpoint to resume from brings along.
+        source: this run's ``pretrained_pth``, for the message.
+
+    Raises:
+        ModelLoadError: they differ; names the weights.
+    """
+    differ = sorted(
+        key
+        for key in kept.keys() | saved.keys()
+        if key not in kept or key not in saved or not torch.equal(kept[key], saved[key])
+    )
+    if differ:
+        raise ModelLoadError(
+            f"the run to resume stands on other frozen weights than pretrained_pth={source!r} has now: "
+            f"{shorten(differ)}. Give the checkpoint that the run was started from"
+        )
+
+
+SAVE_FORMATS: dict[str, Any] = {
+    "xtuner": save_xtuner_layout,
+    "huggingface": save_huggingface_layout,
+}
+
+
+@MODELS.register_module()
+@BUILDER.register_module()
+class GMAILLaVAModel(LLaVA):
+    """:class:`~gmai_xtuner.model.llava.LLaVA` with its life on disk.
+
+    Args:
+        llm: as for ``LLaVA``.
+        visual_encoder: as for ``LLaVA``.
+        pretrained_pth: file, DeepSpeed directory or work dir of the stage before, or of a run with the
+            same adapters, which are continued; or a folder of exported weights, in xtuner's layout or a
+            whole LLaVA (:mod:`gmai_xtuner.checkpoint.layouts`).
+        pretrained_parts: parts that ``pretrained_pth`` must contain; a checkpoint of an earlier stage
+            than the one meant is refused.
+        options: further arguments of ``LLaVA``.
+
+    Raises:
+        ModelLoadError: a checkpoint does not fit; names the keys.
+        GMAIError: isolation of the conversations of a pack can't be had.
+    """
+
+    def __init__(
+        self,
+        llm: Mapping[str, Any] | nn.Module,
+        visual_encoder: Mapping[str, Any] | nn.Module,
+        *,
+        pretrained_pth: str | None = None,
+        pretrained_parts: Sequence[str] = ("projector",),
+        **options: Any,
+    ) -> None:
+        kept: dict[str, torch.Tensor] = {}
+
+        def start(model: LLaVA) -> tuple[Mapping[str, torch.Tensor], str]:
+            assert pretrained_pth is not None
+            adapters, frozen = _load_weights(model, pretrained_pth, set(pretrained_parts))
+            kept.update(frozen)
+            return adapters, pretrained_pth
+
+        super().__init__(
+            llm, visual_encoder, start=None if pretrained_pth is None else start, **options
+        )
+        self.pretrained_pth = pretrained_pth
+        self._kept = kept
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What learns, and the frozen weights that no base has (see the module)."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        own = dict(self.named_parameters(remove_duplicate=False))
+        learns = {prefix + name for name, parameter in own.items() if parameter.requires_grad}
+        for key in [key for key in state if key.startswith(prefix) and key not in learns]:
+            del state[key]
+        names = {plain_key(name): name for name in own} if self._kept else {}
+        for key, value in self._kept.items():
+            state[prefix + PREFIX + names[key]] = value
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what :meth:`state_dict` gives, as a resumed run does.
+
+        Raises:
+            ModelLoadError: this run stands on other frozen weights.
+        """
+        if get_rank() == 0:
+            frozen = {plain_key(key): value for key, value in without_prefix(state_dict).items()}
+            check_same(self._kept, frozen, source=str(self.pretrained_pth))
+        rest = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
+        return super().load_state_dict(rest, strict=strict, assign=assign)
+
+    def to_hf(
+        self,
+        cfg: ConfigDict,
+        save_dir: str,
+        fp32: bool = False,
+        save_pretrained_kwargs: Mapping[str, Any] | None = None,
+        save_format: str = "xtuner",
+    ) -> None:
+        """What ``xtuner convert pth_to_hf`` calls.
+
+        Args:
+            cfg: the stage's config.
+            save_dir: a new or empty folder.
+            fp32: write fp32; otherwise fp16, or ``export_dtype`` of the config.
+            save_pretrained_kwargs: ``max_shard_size`` and ``safe_serialization``.
+            save_format: ``xtuner`` (:mod:`gmai_xtuner.checkpoint.export`) or ``huggingface``
+                (:mod:`gmai_xtuner.checkpoint.export_huggingface`).
+        """
+        if save_format not in SAVE_FORMATS:
+            raise GMAIError(
+                f"--save-format {save_format} is not supported; use {' or '.join(SAVE_FORMATS)}"
+            )
+        SAVE_FORMATS[save_format](
+            self, cfg, save_dir, fp32=fp32, save_kwargs=dict(save_pretrained_kwargs or {})
+        )
+
+
+def _load_weights(
+    model: LLaVA, source: str, required: set[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Load all but the adapters of a checkpoint; return those, and the frozen weights that no base has."""
+    state = read_export(source, model) if is_export(source) else load_checkpoint_state(source)
+    base, adapters = split_adapters(state)
+    if model.freeze_llm and any(key.startswith("llm.") for key in base):
+        raise ModelLoadError(
+            f"{source} has a whole language model, but this stage does not train one, and would have "
+            "to copy it into each of its checkpoints. Convert that stage (xtuner convert pth_to_hf) "
+            "and name what it exports as the base (GMAI_LLM)"
+        )
+    with_adapters = {key.split(".", 1)[0] for key in adapters}
+    parts = load_parts(model, base, required=required - with_adapters, source=source)
+    print_log(
+        f"Loaded {', '.join(sorted({*parts, *(f'adapters of {p}' for p in with_adapters)}))} "
+        f"from {source}",
+        logger="current",
+        level=logging.INFO,
+    )
+    kept = {}
+    if model.freeze_visual_encoder and get_rank() == 0:
+        # Copies: what was read may be views of the whole checkpoint.
+        kept = {
+            key: value.detach().clone()
+            for key, value in base.items()
+            if key.startswith("visual_encoder.")
+        }
+    return adapters, kept
