@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "mmengine", "transformers", "deepspeed", "xtuner")
 
 _MODEL = ("core", "data", "model", "checkpoint")
-_COMMAND = (*_MODEL, "generate", "loading", "plugin", "cli")
+_COMMAND = (*_MODEL, "generate", "inference_queue", "loading", "plugin", "cli")
 ALLOWED = {
     "core": (),
     "data": ("core",),

@@ -168,6 +168,14 @@ def _parameter(data: Any, grad: Any, hooks: Any = (), _: Any = None) -> torch.Te
     return torch.nn.Parameter(data, requires_grad=bool(grad))
 
 
+def _tensor_with_attributes(build: Any, kind: Any, arguments: Any, _: Any) -> torch.Tensor:
+    """Build a tensor without the attributes that DeepSpeed gave it; they describe the process that saved it."""
+    known = {name: make for name, make in _TENSORS.items() if name.startswith("torch.")}
+    plain = isinstance(kind, _Maker) and kind.name in _TENSOR_TYPES
+    _expect(plain and isinstance(build, _Maker) and build.name in known, "a tensor of another type")
+    return known[build.name](*arguments)
+
+
 def _latin1(text: Any, encoding: Any) -> bytes:
     _expect(isinstance(text, str) and encoding == "latin1", "an encoded string of another form")
     return text.encode("latin1")
@@ -189,6 +197,9 @@ _TENSORS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
 }
+
+
+_TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 
 
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
@@ -411,6 +422,8 @@ class _StateReader(_Reader):
 
     makers: ClassVar[Mapping[str, Callable[..., Any]]] = {
         **_TENSORS,
+        "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
+        **dict.fromkeys(_TENSOR_TYPES, _refuse),
         "torch.Size": _plain(torch.Size, tuple, list),
         "torch.device": lambda *place: torch.device(*place),
         "_codecs.encode": _latin1,

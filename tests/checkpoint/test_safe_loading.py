@@ -505,7 +505,10 @@ def training_state() -> dict[str, Any]:
     buffer = HistoryBuffer([1.0, 2.0], [1, 1])
     buffer.update(6.0)
     weight = torch.arange(12.0).reshape(3, 4)
+    attributed = weight.clone()
+    attributed.attribute = True
     return {
+        "attributed": attributed,
         "buffer": buffer,
         "config": ConfigDict(a={"b": 1}, c=[ConfigDict(x=1)]),
         "scaler": LossScaler(8.0),
