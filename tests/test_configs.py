@@ -291,10 +291,12 @@ def test_a_variants_model_arguments_are_the_models(name):
 
     from gmai_xtuner.checkpoint.bases import load_language_model
     from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
+    from gmai_xtuner.model.llava import LLaVA
     from gmai_xtuner.model.lora import _as_config
 
     model = Config.fromfile(FOLDER / "variants" / f"{name}.py").model
-    assert set(model) - {"type"} <= set(inspect.signature(GMAILLaVAModel).parameters)
+    known = {*inspect.signature(GMAILLaVAModel).parameters, *inspect.signature(LLaVA).parameters}
+    assert set(model) - {"type"} <= known
     assert set(model.llm) - {"type"} <= set(inspect.signature(load_language_model).parameters)
     for option in ("llm_lora", "visual_encoder_lora"):
         if option in model:

@@ -169,7 +169,7 @@ def _parameter(data: Any, grad: Any, hooks: Any = (), _: Any = None) -> torch.Te
 
 
 def _tensor_with_attributes(build: Any, kind: Any, arguments: Any, _: Any) -> torch.Tensor:
-    """Build a tensor without the attributes that DeepSpeed gave it; they describe the process that saved it."""
+    """Build a tensor without its attributes: DeepSpeed's describe the process that saved it."""
     known = {name: make for name, make in _TENSORS.items() if name.startswith("torch.")}
     plain = isinstance(kind, _Maker) and kind.name in _TENSOR_TYPES
     _expect(plain and isinstance(build, _Maker) and build.name in known, "a tensor of another type")
