@@ -26,7 +26,6 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner
 
-from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
     MANIFEST,
     POINTER,

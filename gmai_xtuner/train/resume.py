@@ -16,14 +16,14 @@ from mmengine.dist import all_gather_object, get_rank
 from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner
 
-from gmai_xtuner.checkpoint.folder import (
+from gmai_xtuner.checkpoint.pickles import read_training_state
+from gmai_xtuner.checkpoint.training import (
     MANIFEST,
     iteration_of,
     newest_whole,
     read_manifest,
     what_is_wrong,
 )
-from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train.on_disk import (
     PROBE,

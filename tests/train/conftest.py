@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.data.dataset import SoftPackedDataset
-from gmai_xtuner.model.internlm2 import load_language_model
-from gmai_xtuner.model.llava import GMAILLaVAModel
-from gmai_xtuner.model.vision import load_vision_tower
 from tests.toy import Corpus
 
 

@@ -8,11 +8,9 @@ import torch
 from mmengine.registry import HOOKS
 from PIL import Image
 
-from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.generate import Predictor
-from gmai_xtuner.model.llava import GMAILLaVAModel
 from gmai_xtuner.train import sample_answer
 from gmai_xtuner.train.hooks import ProgressHook
 from gmai_xtuner.train.sample_answer import SampleAnswerHook

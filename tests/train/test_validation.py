@@ -8,13 +8,11 @@ import torch
 from mmengine.registry import LOOPS, METRICS
 from torch.utils.data import DataLoader
 
-from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
-from gmai_xtuner.model.llava import GMAILLaVAModel
 from gmai_xtuner.train import validation
 from gmai_xtuner.train.validation import HeldOutLoop, HeldOutLoss
 from tests.model.test_llava import build_model, make_pack
