@@ -12,9 +12,8 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.checkpoint import frozen
 from gmai_xtuner.checkpoint.bases import load_language_model
-from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
+from gmai_xtuner.checkpoint.llava import PREFIX, GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.loading import load_model
@@ -229,7 +228,7 @@ def whole(model, *parts):
 
 def as_read(state):
     """A checkpoint as ``xtuner convert`` and :func:`load_checkpoint_state` see a DeepSpeed one."""
-    return {key.removeprefix(frozen.PREFIX): value for key, value in state.items()}
+    return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
 def test_a_lora_run_starts_from_a_stage_without_adapters(tmp_path):
@@ -258,7 +257,7 @@ def test_a_frozen_tower_of_an_earlier_stage_goes_along_and_the_run_can_be_contin
     first = build_model(**options, pretrained_pth=save(stage2, tmp_path / "stage2.pth"))
     learn_something(first)
     state = first.state_dict()
-    brought = {key for key in state if key.startswith(frozen.PREFIX)}
+    brought = {key for key in state if key.startswith(PREFIX)}
     assert len(brought) == len(whole(stage2, "visual_encoder"))
 
     path = saved(as_read(state), tmp_path / "lora.pth")
