@@ -134,14 +134,14 @@ def as_text(comparisons: list[Comparison]) -> str:
             f"{unparsed} |"
         )
     names = comparisons[0]
-    told = [
+    notes = [
         f"First: {names.first.model_name} ({names.first.model})",
         f"Second: {names.second.model_name} ({names.second.model})",
         "A difference above 0 says that the first scores higher.",
     ]
     for one in comparisons:
         sides = zip(("first", "second"), one.means, one.unparsed, strict=True)
-        told += [
+        notes += [
             f"{one.first.benchmark} {one.first.protocol} {one.first.scorer}: every answer of the {side} "
             f"counts as wrong, {100 * share:.2f} % of them since they were not understood."
             for side, mean, share in sides
@@ -149,8 +149,8 @@ def as_text(comparisons: list[Comparison]) -> str:
         ]
     left = sum(one.only_first + one.only_second for one in comparisons)
     if left:
-        told.append(f"{left} questions that only one run has are left out.")
-    return "\n".join(lines) + "\n\n" + "\n".join(told) + "\n"
+        notes.append(f"{left} questions that only one run has are left out.")
+    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
 
 
 def as_json(comparisons: list[Comparison]) -> list[dict[str, Any]]:

@@ -71,11 +71,11 @@ def _files(folder: Path) -> list[Path]:
 
 def _hash(file: Path, known: dict[str, Any]) -> str:
     name, state = str(file.resolve()), file.stat()
-    stamp = [state.st_size, state.st_mtime_ns]
-    if known.get(name, {}).get("stamp") != stamp:
+    size_and_time = [state.st_size, state.st_mtime_ns]
+    if known.get(name, {}).get("stamp") != size_and_time:
         with file.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        known[name] = {"stamp": stamp, "sha256": digest}
+        known[name] = {"stamp": size_and_time, "sha256": digest}
     return str(known[name]["sha256"])
 
 

@@ -3,7 +3,7 @@ const items = [...document.querySelectorAll("article")];
 const search = document.getElementById("search");
 const menus = [...document.querySelectorAll("select[data-key]")];
 const verdicts = [...document.querySelectorAll("input[data-verdict]")];
-const told = document.getElementById("told");
+const countShown = document.getElementById("count");
 for (const item of items) item.haystack = item.textContent.toLowerCase();
 function choose() {
   const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -17,7 +17,7 @@ function choose() {
     item.hidden = !seen;
     count += seen;
   }
-  told.textContent = `${count} of ${items.length} shown`;
+  countShown.textContent = `${count} of ${items.length} shown`;
 }
 for (const control of [search, ...menus, ...verdicts]) control.addEventListener("input", choose);
 choose();

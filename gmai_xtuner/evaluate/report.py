@@ -108,7 +108,7 @@ def _shown(one: Scored) -> dict[str, Any]:
         "gold": question.answer,
         "answer": one.answer.answer,
         "parsed": one.score.parsed,
-        "pictures": images,
+        "images": images,
         "problems": problems,
         "groups": {key: value for key, value in question.groups.items() if value},
     }

@@ -161,6 +161,16 @@ def gmai_row(index: int, grey: int = 0, **changes: str) -> list[str]:
     return [values[name] for name in GMAI_HEADER]
 
 
+def gmai_test_part(folder: Path, part: int, *indices: int, **changes: str) -> Path:
+    """Write a part of TEST, whose answers the authors keep."""
+    answer = GMAI_HEADER.index("answer")
+    header, *rows = (
+        [*row[:answer], *row[answer + 1 :]]
+        for row in (GMAI_HEADER, *(gmai_row(index, index, **changes) for index in indices))
+    )
+    return tsv_file(folder / f"GMAI_mm_bench_TEST_part_{part}.tsv", header, rows)
+
+
 def mmmu_row(part: str, subject: str, number: int, **changes: Any) -> dict[str, Any]:
     """A row of the hub's Parquet files."""
     return {

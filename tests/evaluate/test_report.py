@@ -90,7 +90,7 @@ function state(page) {
   return {
     shown: [...page.querySelectorAll('article')].filter(a => a.getClientRects().length)
       .map(a => a.querySelector('.id').textContent),
-    told: page.getElementById('told').textContent,
+    told: page.getElementById('count').textContent,
   };
 }
 function act(page, change) { change(page); return state(page); }

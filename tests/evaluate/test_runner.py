@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import json
 import re
 from pathlib import Path
@@ -19,6 +17,7 @@ from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import ProtocolError
 from gmai_xtuner.evaluate.results import read_scores
 from gmai_xtuner.evaluate.runner import ALL, Options, Target, ask, prepare, score
+from tests.evaluate.files import gmai_test_part
 from tests.evaluate.sets import FakeAnswerer, draw, write_omnimedvqa, write_pmc_vqa, write_vqa_rad
 
 ALONE = World()
@@ -340,21 +339,9 @@ def test_nothing_in_common_and_no_run_are_errors(rad, pmc, tmp_path):
 # GMAI-MMBench TEST
 
 
-def write_test_parts(folder, parts):
-    image = folder / "x.png"
-    draw(image, 0)
-    head = ["index", "image", "question", *"ABCDE", "category", "department", "modality"]
-    head += ["clinical VQA task", "perceptual granularity"]
-    encoded = base64.b64encode(image.read_bytes()).decode()
-    for part in parts:
-        row = [str(part), encoded, f"Question {part}?", "cat", "dog", "cow", "", "", "cat"]
-        row += ["Urology", "CT", "Bone", "Mask level"]
-        with (folder / f"GMAI_mm_bench_TEST_part_{part}.tsv").open("w", newline="") as out:
-            csv.writer(out, delimiter="\t").writerows([head, row])
-
-
 def test_the_test_set_gives_the_authors_submission_file_and_no_score(tmp_path):
-    write_test_parts(tmp_path, range(1, 12))
+    for part in range(1, 12):
+        gmai_test_part(tmp_path, part, part, question=f"Question {part}?")
     answerer = FakeAnswerer(lambda job: "no idea" if "3" in job.prompt else "(C) cow")
     target = Target("gmai_mmbench", tmp_path, "test")
     (result,) = run(target, answerer, tmp_path / "out")
@@ -374,7 +361,8 @@ def test_the_test_set_gives_the_authors_submission_file_and_no_score(tmp_path):
 
 
 def test_without_all_parts_there_is_no_submission_file_and_it_is_said(tmp_path, caplog):
-    write_test_parts(tmp_path, [1, 2])
+    for part in (1, 2):
+        gmai_test_part(tmp_path, part, part)
     target = Target("gmai_mmbench", tmp_path, "test")
     (result,) = run(target, FakeAnswerer(always("A")), tmp_path / "out")
     assert not result.complete

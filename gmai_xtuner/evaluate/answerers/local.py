@@ -359,7 +359,7 @@ def _load_from_hub(
 
 
 def bases_of(folder: Path, llm: str | None, vision: str | None) -> dict[str, str]:
-    """Part -> base outside an export that it is loaded from: named by the caller, or by its own files.
+    """Return the bases outside an export that it is loaded from, named by the caller or by its own files.
 
     An adapter names its base, a folder in LLaVA's layout its vision tower.
 
@@ -380,7 +380,7 @@ def bases_of(folder: Path, llm: str | None, vision: str | None) -> dict[str, str
 
 
 def local_folder(name: str) -> Path:
-    """Where the files of a folder or of a hub name lie that has just been loaded."""
+    """Return where the files of a folder, or of a hub name that has just been loaded, lie."""
     if Path(name).exists():
         return Path(name)
     from huggingface_hub import snapshot_download

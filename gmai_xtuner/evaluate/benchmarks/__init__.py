@@ -169,7 +169,7 @@ def recognise(path: Path) -> tuple[Header | None, dict[str, Found]]:
 
 
 def _recognise_table(header: Header) -> dict[str, Found]:
-    """A table of VLMEvalKit says what it is by its name, if at all."""
+    """Recognise a table of VLMEvalKit by its name, if that says what it is."""
     for name, definition in DEFINITIONS.items():
         for pattern, variants in definition.table_names.items():
             if re.search(pattern, header.path.name, re.IGNORECASE):

@@ -98,7 +98,7 @@ _ARTICLE_AFTER = re.compile(
 def choose(
     question: Question, answer: str, *, letters: bool = True, texts: bool = True
 ) -> str | None:
-    """Letter of the option that an answer chooses; None where it is not understood.
+    """Return the letter of the option that an answer chooses; None where it is not understood.
 
     Args:
         question: with options.
@@ -141,7 +141,7 @@ def choose(
 
 
 def words_of(options: Mapping[str, str], text: str) -> set[str]:
-    """Letters of the options whose words a text is; case decides between two that differ in nothing else."""
+    """Return the letters of the options whose words a text is; case decides where nothing else differs."""
     if exact := _verbatim(options, text):
         return exact
     said = normalised(text)
@@ -152,7 +152,7 @@ def words_of(options: Mapping[str, str], text: str) -> set[str]:
 
 
 def _verbatim(options: Mapping[str, str], text: str) -> set[str]:
-    """Letters of the options that a text is, but for outer spaces, a last full stop, and case."""
+    """Return the letters of the options that a text is, but for outer spaces, a last full stop, and case."""
     for same in (str.strip, str.casefold):
         said = same(text.strip().rstrip(".。"))
         found = {
@@ -166,7 +166,7 @@ def _verbatim(options: Mapping[str, str], text: str) -> set[str]:
 
 
 def mentioned(text: str, names: Mapping[str, Iterable[str]]) -> set[str]:
-    """Keys whose name stands in a text as whole words, not negated and not as part of a longer one.
+    """Return the keys whose name stands in a text as whole words, not negated, not part of a longer one.
 
     Args:
         text: the answer, cleaned.
@@ -184,7 +184,7 @@ def mentioned(text: str, names: Mapping[str, Iterable[str]]) -> set[str]:
 
 
 def unnegated(places: Sequence[tuple[int, int, int | None, Key]]) -> set[Key]:
-    """Keys of the places that are neither negated nor part of a longer one.
+    """Return the keys of the places that are neither negated nor part of a longer one.
 
     A negation that belongs to a longer place ("No abnormality" as an option) negates nothing else.
 
@@ -206,7 +206,7 @@ def unnegated(places: Sequence[tuple[int, int, int | None, Key]]) -> set[Key]:
 
 
 def _polar(options: Mapping[str, str]) -> dict[str, str] | None:
-    """``yes`` and ``no`` -> their letters, where those are the options: "No mass is seen" chooses neither."""
+    """Return the letters of yes and no, where those are the options: "No mass is seen" chooses neither."""
     letters = {option.strip().casefold(): letter for letter, option in options.items()}
     return letters if len(options) == 2 and set(letters) == {YES, NO} else None
 
@@ -242,7 +242,7 @@ def _leading(text: str, options: Mapping[str, str], *, texts: bool) -> str | Non
 
 
 def _leading_letters(rest: str, options: Mapping[str, str]) -> set[str]:
-    """Letters that begin further lines ("A. yes\\nB. no"), or follow at once ("A, B and C")."""
+    """Return the letters that begin further lines ("A. yes\\nB. no"), or follow at once ("A, B and C")."""
     found = set()
     for line in rest.split("\n"):
         line = line.strip()
@@ -268,7 +268,7 @@ def _declared_letters(text: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _declared(said: str, before: str, after: str, options: Mapping[str, str]) -> set[str]:
-    """Letters that one declaration means: none, one, or several where it contradicts itself.
+    """Return the letters that one declaration means: none, one, or several where it contradicts itself.
 
     Args:
         said: the letter.
@@ -295,7 +295,7 @@ def _declared(said: str, before: str, after: str, options: Mapping[str, str]) ->
 
 
 def _named_after(after: str, options: Mapping[str, str]) -> set[str]:
-    """Letters of the options whose text follows at once, up to the end of the line or sentence."""
+    """Return the letters of the options whose text follows at once, up to the end of the line or sentence."""
     rest = re.split(r"\n|(?<=[^\d])\.(?:\s|$)", after.lstrip(")]}.:, -"), maxsplit=1)[0]
     return words_of(options, rest.strip(" ()[]\"'"))
 
@@ -330,7 +330,7 @@ def _known(letter: str, options: Mapping[str, str]) -> str | None:
 
 
 def _same(letters: set[str], options: Mapping[str, str]) -> set[str]:
-    """Of letters whose options read the same one, since either is right or wrong with the other."""
+    """Reduce letters whose options read the same to one: either is right or wrong with the other."""
     if letters and len({options[letter] for letter in letters}) == 1:
         return {min(letters)}
     return letters

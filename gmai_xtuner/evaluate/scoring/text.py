@@ -53,7 +53,7 @@ _REACH = 4
 
 
 def clean(answer: str) -> str:
-    """An answer without thoughts, tags, boxes and emphasis; full-width letters as plain ones.
+    """Return an answer without thoughts, tags, boxes and emphasis; full-width letters as plain ones.
 
     Thoughts that have no end are no answer: the model was stopped while it thought.
     """
@@ -67,7 +67,7 @@ def clean(answer: str) -> str:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words in lower case: "T2" and "2.5" are one, so is each Chinese sign; 2.0 is 2."""
+    """Return words in lower case: "T2" and "2.5" are one, so is each Chinese sign; 2.0 is 2."""
     return tuple(
         _plain_number(match[0])
         for match in _WORD.finditer(unicodedata.normalize("NFKC", text).lower())
@@ -75,13 +75,13 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def normalised(text: str) -> tuple[str, ...]:
-    """Words without articles, number words as digits; articles alone stay, for "A" is an answer."""
+    """Return words without articles, number words as digits; articles alone stay, for "A" is an answer."""
     found = tuple(NUMBER_WORDS.get(word, word) for word in words(text))
     return tuple(word for word in found if word not in _ARTICLES) or found
 
 
 def find(needle: Sequence[str], haystack: Sequence[str]) -> list[int]:
-    """Where a sequence of words begins in another, every time."""
+    """Return every place where a sequence of words begins in another."""
     if not needle:
         return []
     length = len(needle)
@@ -111,7 +111,7 @@ class Mentions:
             self._part += [number] * len(found)
 
     def of(self, needle: Sequence[str]) -> list[tuple[int, int, int | None]]:
-        """(start, end, place of what negates them) wherever the words stand; Chinese ones as a whole word."""
+        """Return start, end and place of the negation wherever the words stand; Chinese ones as a whole."""
         length = len(needle)
         return [
             (start, start + length, self._negator[start])
@@ -136,7 +136,7 @@ _AFTER = frozenset("的了吗吧呢和或与是在里中上内")
 
 
 def _negators(found: Sequence[str], offset: int) -> list[int | None]:
-    """Where the negation stands, counted from offset, that reaches each word of a part of a sentence."""
+    """Return where the negation that reaches each word of a part of a sentence stands, from offset on."""
     by: list[int | None] = [None] * len(found)
     for place, word in enumerate(found):
         end = place + 1
@@ -194,7 +194,7 @@ _DECLARED = re.compile(
 
 
 def yes_or_no(answer: str) -> str | None:
-    """``yes`` or ``no``; None where an answer says neither, or both.
+    """Return ``yes`` or ``no``; None where an answer says neither, or both.
 
     It counts if it is the answer's first word or is declared ("the answer is no"), and the other does not
     come first elsewhere ("Yes. ... The answer is no."). "There is no effusion" is no answer: whether it
@@ -213,5 +213,5 @@ def yes_or_no(answer: str) -> str | None:
 
 
 def polarity(gold: str) -> str | None:
-    """``yes`` or ``no`` of a gold answer, in English or Chinese; None for any other."""
+    """Return ``yes`` or ``no`` of a gold answer, in English or Chinese; None for any other."""
     return _POLARITY.get(gold.strip().strip(".。").lower())

@@ -20,6 +20,7 @@ from tests.evaluate.files import (
     base64_png,
     csv_file,
     gmai_row,
+    gmai_test_part,
     huatuo_record,
     image_file,
     json_file,
@@ -51,11 +52,7 @@ def write_all(folder: Path) -> None:
     image_file(omni / "Images" / "ACRIMA" / "Im553_g_ACRIMA.png")
     tsv_file(folder / "GMAI" / "GMAI_mm_bench_VAL.tsv", GMAI_HEADER, [gmai_row(1)])
     for part in (1, 2):
-        tsv_file(
-            folder / "GMAI" / f"GMAI_mm_bench_TEST_part_{part}.tsv",
-            [name for name in GMAI_HEADER if name != "answer"],
-            [[v for n, v in zip(GMAI_HEADER, gmai_row(part), strict=True) if n != "answer"]],
-        )
+        gmai_test_part(folder / "GMAI", part, part)
     for subject in (*SUBJECTS, "Art"):
         rows = [mmmu_row("validation", subject, n, image_1=stored(1)) for n in (1, 2)]
         parquet_file(folder / "MMMU" / subject / "validation-00000-of-00001.parquet", rows)

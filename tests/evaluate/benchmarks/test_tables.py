@@ -21,17 +21,13 @@ from tests.evaluate.files import (
     GMAI_HEADER,
     base64_png,
     gmai_row,
+    gmai_test_part,
     image_file,
     png,
     tsv_file,
 )
 
 VLM = ("index", "image", "question", "A", "B", "C", "D", "answer", "category", "split")
-NO_ANSWER = tuple(name for name in GMAI_HEADER if name != "answer")
-
-
-def without_answer(row: list[str]) -> list[str]:
-    return [value for name, value in zip(GMAI_HEADER, row, strict=True) if name != "answer"]
 
 
 def test_gmai_mmbench_val(tmp_path: Path) -> None:
@@ -94,11 +90,7 @@ def test_images_are_not_in_memory(tmp_path: Path) -> None:
 
 def test_gmai_mmbench_test_has_parts_and_no_answers(tmp_path: Path) -> None:
     for part, index in ((10, 3), (2, 2), (1, 1)):
-        tsv_file(
-            tmp_path / f"GMAI_mm_bench_TEST_part_{part}.tsv",
-            NO_ANSWER,
-            [without_answer(gmai_row(index, index))],
-        )
+        gmai_test_part(tmp_path, part, index)
     benchmark = load_benchmark("gmai_mmbench", tmp_path, variant="test")
     assert [question.id for question in benchmark.questions] == ["1", "2", "3"]
     assert {question.answer for question in benchmark.questions} == {None}
@@ -117,11 +109,7 @@ def test_answers_of_the_test_set_are_not_read_even_if_a_file_has_them(tmp_path: 
 
 def write_test_parts(folder: Path) -> None:
     for part in range(1, 12):
-        tsv_file(
-            folder / f"GMAI_mm_bench_TEST_part_{part}.tsv",
-            NO_ANSWER,
-            [without_answer(gmai_row(10 * part + place)) for place in range(2)],
-        )
+        gmai_test_part(folder, part, 10 * part, 10 * part + 1)
 
 
 def test_submission(tmp_path: Path) -> None:
