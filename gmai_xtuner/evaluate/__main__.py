@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from gmai_xtuner.cli import (
     add_allow_pickle,
@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the authors' files: a folder, or the annotation file",
     )
     add("--variant", help="part or language, e.g. zh of slake; default: the benchmark's first")
-    several = {"nargs": "+", "default": []}
+    several: dict[str, Any] = {"nargs": "+", "default": []}
     add("--protocol", metavar="P", help="one or several, or all; see the verb protocols", **several)
     add("--scorer", metavar="S", help="further scorers of the same answers, or all", **several)
     add("--out", type=Path, help="folder of results (default work_dirs/evaluation/<model>)")

@@ -101,10 +101,8 @@ def _locate(folder: Path, variant: str) -> Sequence[Path] | None:
     return None
 
 
-_GROUPS = {
-    "macro": ("question_type", "modality"),
-    "table": ("question_type", "modality", "dataset"),
-}
+_MACRO = ("question_type", "modality")
+_TABLE = (*_MACRO, "dataset")
 
 OMNIMEDVQA = Definition(
     name="omnimedvqa",
@@ -121,7 +119,8 @@ OMNIMEDVQA = Definition(
             "open-88996",
             88996,
             "all open-access questions; mean over questions (micro) and over the five types (macro)",
-            **_GROUPS,
+            macro=_MACRO,
+            table=_TABLE,
         ),
         choice_protocol(
             "omnimedvqa",
@@ -129,7 +128,8 @@ OMNIMEDVQA = Definition(
             "restricted",
             None,
             "the questions whose images each dataset's owner must permit",
-            **_GROUPS,
+            macro=_MACRO,
+            table=_TABLE,
         ),
     ),
 )
