@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools import forms, readers, writers
 from data_tools.job import Job
-from data_tools.output.stats import lines as lines_of
+from data_tools.output.summary import lines as lines_of
 from data_tools.pipeline import (
     STATE,
     WORK,

@@ -35,8 +35,7 @@ from data_tools.forms import FORM_VERSIONS
 from data_tools.forms.options import MakeOptions
 from data_tools.items import FORMS, SourceContext
 from data_tools.job import Job, fingerprint
-from data_tools.output import publish
-from data_tools.output.build import build
+from data_tools.output.build import build, recover
 from data_tools.output.licences import refusal
 from data_tools.progress import Bar
 from data_tools.readers import SourceOptions
@@ -129,7 +128,7 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
     if job.writer.name != "template" and not (job.output / WORK / STATE).exists():
         writers.check_key(job)  # before hours of reading; a later run may have nothing left to ask
     with lock(job.output), Store(job.output / WORK / STATE) as store:
-        publish.recover(job.output)
+        recover(job.output)
         store.open_sources(
             [(source.name, _depends(source, job)) for source in job.sources],
             only=[source.name for source in chosen],

@@ -1,9 +1,22 @@
-"""Store -> corpus folder. Everything streams; see `publish` for what a kill leaves."""
+"""Store -> corpus folder; the new corpus takes the place of the old one, whole, whenever the run is killed.
+
+Everything streams into ``.work/corpus.new``; its renaming to ``.work/corpus.ready`` is the moment from which
+the new corpus holds. Then its files are moved to where they belong. ``mixture.yaml`` and
+``held_out.yaml``, by which a training finds the corpus, are taken away before the first file is moved and
+put back after the last. So a kill leaves
+
+- before that moment: the old corpus, untouched;
+- after it: the new corpus, or, for the milliseconds in between, a folder that no training can start on and
+  that `recover` completes from ``corpus.ready``, which every run calls first.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import blake2b
 from itertools import compress
@@ -11,18 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.items import TEXT_FORMS
-from data_tools.output import card, figures, licences, mixture, report
-from data_tools.output.corpus_files import (
-    CorpusFiles,
-    reason,
-    record_line,
-    rejected_line,
-)
-from data_tools.output.examples import Chosen, example
-from data_tools.output.publish import replacing
+from data_tools.output import card, files, licences, report
 from data_tools.output.splits import Split, SplitBuilder
 from data_tools.output.summary import Tally
 from data_tools.records import Record
+from gmai_xtuner.core.files import directory_to_disk, replace_text, to_disk
 
 if TYPE_CHECKING:
     from data_tools.job import Job, OutputOptions
@@ -46,8 +52,8 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
     options = job.corpus
     tally = Tally()
     with replacing(folder) as new:
-        files = CorpusFiles(new, parquet=options.parquet)
-        with files:
+        corpus = files.CorpusFiles(new, parquet=options.parquet)
+        with corpus:
             groups = SplitBuilder(options.held_out, seed=job.seed)
             keeps = _Keeps(options)
             for record in store.records():
@@ -56,18 +62,18 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
                     continue
                 tally.record(record)
                 groups.add(record.provenance.group, record.image)
-                files.records.write(record_line(record))
+                corpus.records.write(files.record_line(record))
             first = groups.first_rows()
             alike = None
             if options.near_duplicates is not None:
                 alike = _alike(store, job, folder, first)
             split = groups.split(alike or ())
             tally.held_out(groups.held_out(split))
-            accepted = _write_conversations(store, options, files, split, tally)
-            rejected = _write_rejected(store, options, files, tally)
+            accepted = _write_conversations(store, options, corpus, split, tally)
+            rejected = _write_rejected(store, options, corpus, tally)
             for source, drop in store.drops():
-                files.dropped.write({"source": source, **asdict(drop)})
-        contents = files.contents()
+                corpus.dropped.write({"source": source, **asdict(drop)})
+        contents = corpus.contents()
         summary = tally.summary(
             store,
             job,
@@ -77,14 +83,14 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
             files=contents,
         )
         lines = {name: int(file["lines"]) for name, file in contents.items()}
-        mixture.write(new, title=job.title, lines=lines)
-        figures.write(new, summary["records"])
+        files.write_mixtures(new, title=job.title, lines=lines)
+        card.write_figures(new, summary["records"])
         card.write(new, summary, job)
         report.write(
             new,
             summary,
-            accepted=[example(kept, folder) for kept in accepted.spread(options.examples)],
-            rejected=[example(kept, folder) for kept in rejected.spread(options.examples)],
+            accepted=[report.example(kept, folder) for kept in accepted.spread(options.examples)],
+            rejected=[report.example(kept, folder) for kept in rejected.spread(options.examples)],
             job=Path(job.path).name,
         )
         text = json.dumps(summary, ensure_ascii=False, indent=1)
@@ -124,10 +130,10 @@ def _alike(store: Store, job: Job, folder: Path, first: Any) -> list[tuple[int, 
 
 
 def _write_conversations(
-    store: Store, options: OutputOptions, files: CorpusFiles, split: Split, tally: Tally
-) -> Chosen:
+    store: Store, options: OutputOptions, corpus: files.CorpusFiles, split: Split, tally: Tally
+) -> report.Chosen:
     """Write what was accepted; the conversations that the report may show come back."""
-    chosen, keeps = Chosen(), _Keeps(options)
+    chosen, keeps = report.Chosen(), _Keeps(options)
     texts: set[int] = set()  # some 70 bytes a different text
     group, held_out = None, False
     for kept in store.accepted():
@@ -143,11 +149,11 @@ def _write_conversations(
             texts.add(text)
         if provenance.group != group:
             group, held_out = provenance.group, split.held_out(provenance.group)
-        files.write(kept, held_out=held_out)
+        corpus.write(kept, held_out=held_out)
         tally.conversation(kept, held_out=held_out)
         chosen.add(kept, (provenance.source, kept.item.form))
         if options.prompts and kept.prompt:
-            files.prompts.write({"id": kept.item.id, "prompt": kept.prompt, "answer": kept.answer})
+            corpus.prompts.write({"id": kept.item.id, "prompt": kept.prompt, "answer": kept.answer})
     return chosen
 
 
@@ -157,14 +163,79 @@ def _fingerprint(kept: Kept) -> int:
 
 
 def _write_rejected(
-    store: Store, options: OutputOptions, files: CorpusFiles, tally: Tally
-) -> Chosen:
+    store: Store, options: OutputOptions, corpus: files.CorpusFiles, tally: Tally
+) -> report.Chosen:
     """Write what was set aside; the conversations that the report may show come back."""
-    chosen, keeps = Chosen(), _Keeps(options)
+    chosen, keeps = report.Chosen(), _Keeps(options)
     for kept in store.rejected():
         if keeps.refusal(kept.record):
             continue
-        files.rejected.write(rejected_line(kept))
+        corpus.rejected.write(files.rejected_line(kept))
         tally.rejected(kept)
-        chosen.add(kept, (kept.record.provenance.source, reason(kept)))
+        chosen.add(kept, (kept.record.provenance.source, files.reason(kept)))
     return chosen
+
+
+WORK = ".work"
+ENTRIES = ("mixture.yaml", "held_out.yaml")
+_PLAN = ".plan.json"
+_INSTALLED = "corpus.json"
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give an empty folder for the new corpus, which takes the old one's place if the block ends well.
+
+    Args:
+        folder: of the corpus; pictures and ``.work`` in it are left alone.
+    """
+    work = folder / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    recover(folder)
+    new = work / "corpus.new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    yield new
+    names = sorted(path.name for path in new.iterdir())
+    (new / _PLAN).write_text(json.dumps(names), encoding="utf-8")
+    to_disk(new)
+    os.rename(new, work / "corpus.ready")
+    directory_to_disk(work)
+    recover(folder)
+
+
+def recover(folder: Path) -> bool:
+    """Put a corpus that was complete when its run was killed where it belongs; True if there was one."""
+    work = folder / WORK
+    ready = work / "corpus.ready"
+    if not (ready / _PLAN).is_file():
+        return False
+    names = json.loads((ready / _PLAN).read_text(encoding="utf-8"))
+    installed = work / _INSTALLED
+    old = json.loads(installed.read_text(encoding="utf-8")) if installed.is_file() else []
+    for name in ENTRIES:
+        if (ready / name).exists() or name not in names:
+            (folder / name).unlink(missing_ok=True)
+    directory_to_disk(folder)
+    for name in sorted(set(old) - set(names)):
+        _remove(folder / name)
+    replace_text(installed, json.dumps(sorted({*old, *names})))
+    for name in sorted(names, key=lambda name: (name in ENTRIES, name)):
+        if (ready / name).exists():
+            if (folder / name).is_dir() or (ready / name).is_dir():
+                _remove(folder / name)
+            if name in ENTRIES:
+                directory_to_disk(folder)
+            os.replace(ready / name, folder / name)
+    directory_to_disk(folder)
+    replace_text(installed, json.dumps(names))
+    (ready / _PLAN).unlink()
+    ready.rmdir()
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

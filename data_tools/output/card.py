@@ -1,17 +1,23 @@
-"""``README.md`` of the corpus: a Hugging Face dataset card."""
+"""``README.md`` of the corpus, a Hugging Face dataset card, and its figures.
+
+The figures are the paper's distributions (GMAI-VL, arXiv 2411.14522, figure 3): records by modality, original
+task, department and clinical task. One hue, so that colour carries no meaning that some readers can't see;
+bars lie, so that 38 long names are as legible as two.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from data_tools.output import licences, stats
-from data_tools.output.corpus_files import CONVERSATION_FILES, HELD_OUT
-from data_tools.output.figures import FIGURES, file_name
+from data_tools.output import licences
+from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
+from data_tools.output.summary import writer
 
 if TYPE_CHECKING:
     from data_tools.job import Job
@@ -23,7 +29,7 @@ _SIZES = (
     (1_000_000, "100K<n<1M"),
     (10_000_000, "1M<n<10M"),
 )
-WHAT = {
+CONTENTS = {
     "caption.jsonl": "what a picture, or a marked region of it, shows",
     "instruct.jsonl": "free instructions and dialogues about a picture",
     "percept.jsonl": "classification, detection, yes/no and multiple choice, from the labels alone",
@@ -39,25 +45,44 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 
 def write(folder: Path, summary: dict[str, Any], job: Job) -> None:
     """Write ``README.md``. It holds nothing that differs when the same corpus is made again."""
-    front = yaml.safe_dump(front_matter(summary), sort_keys=False, allow_unicode=True)
-    text = "\n".join(
-        [
-            f"---\n{front}---\n",
-            f"# {escaped(summary['title'])}\n",
-            *_opening(summary),
-            *_files(summary),
-            *_sources(summary),
-            *_licences(summary),
-            *_distributions(summary),
-            *_provenance(summary, job),
-            *_limits(summary),
-        ]
+    environment = Environment(
+        loader=PackageLoader("data_tools.output", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "md": escaped,
+        "link": link,
+        "number": "{:,}".format,
+        "share": "{:.1%}".format,
+    }
+    records, conversations = summary["records"], summary["conversations"]
+    readers = (f"{escaped(s.name)} ({escaped(getattr(s, 'reader', ''))})" for s in job.sources)
+    text = environment.get_template("card.md.j2").render(
+        summary=summary,
+        front=yaml.safe_dump(front_matter(summary), sort_keys=False, allow_unicode=True),
+        contents=CONTENTS,
+        demands=licences.DEMANDS,
+        asked={demand for row in summary["licences"] for demand in row["demands"]},
+        restricting={"non-commercial", "no-derivatives", "agreement", "unknown"},
+        distributions=[
+            *(
+                (key.capitalize(), "conversations", conversations[key], "")
+                for key in ("form", "language")
+            ),
+            *((title, "records", records[key], file_name(key)) for key, title in FIGURES.items()),
+        ],
+        readers=", ".join(readers),
+        writer=writer(summary),
+        job=Path(job.path).name,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def front_matter(summary: dict[str, Any]) -> dict[str, Any]:
-    """The card's metadata as huggingface.co reads it."""
+    """Return the card's metadata as huggingface.co reads it."""
     names = sorted({licences.read(row["licence"]).hub_name for row in summary["licences"]})
     count = summary["conversations"]["count"]
     configs = []
@@ -80,184 +105,88 @@ def front_matter(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _opening(summary: dict[str, Any]) -> list[str]:
-    records, conversations = summary["records"], summary["conversations"]
-    return [
-        f"{conversations['count']:,} conversations about {records['count']:,} records of "
-        f"{records['pictures']:,} medical pictures. Every statement was made from, or held against, an "
-        "expert's annotation of the picture, in the manner of GMAI-VL-5.5M (arXiv 2411.14522).",
-        "",
-        "**For research. Not for clinical use:** nothing in it is a diagnosis, and no text in it has been "
-        "read by a physician unless the publisher of this corpus says so.",
-        "",
-        *(["To look at before use:", ""] if summary["warnings"] else []),
-        *(f"- {escaped(text)}" for text in summary["warnings"]),
-        *([""] if summary["warnings"] else []),
-    ]
-
-
-def _files(summary: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, file in summary["files"].items():
-        what = WHAT[Path(name).name]
-        held = "held out: " if name.startswith(f"{HELD_OUT}/") else ""
-        rows.append((f"`{name}`", f"{file['lines']:,}", held + what))
-    split = summary["split"]
-    return [
-        "## Files",
-        "",
-        *_table(("file", "lines", "what it holds"), rows, right=(1,)),
-        "",
-        "Conversations are in LLaVA's form: `id`, `image` (below this folder), `width`, `height`, "
-        "`conversations`. Boxes in the text are `[x1, y1, x2, y2]` in thousandths of the picture's width and "
-        "height; in `records.jsonl` they are in pixels of the stored picture, half-open. Pictures are stored "
-        "clean: no box is drawn into them.",
-        "",
-        f"Held out are {split['share']:.1%} of the {split['groups']:,} patients, cases, videos, slides or "
-        "single pictures, by a hash of their name; groups that share a picture are on one side. "
-        + (
-            f"So are {split['near_duplicates']:,} pairs of near-identical pictures."
-            if split["near_duplicates"] is not None
-            else "Near-identical pictures were not looked for."
-        ),
-        "",
-    ]
-
-
-def _sources(summary: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, source in summary["sources"].items():
-        rows.append(
-            (
-                escaped(name),
-                link(source["dataset"], source["url"]),
-                escaped(source["licence"]),
-                f"{source['records']:,}",
-                f"{source['conversations']:,}",
-                "" if source["acceptance"] is None else f"{source['acceptance']:.1%}",
-            )
-        )
-    head = ("source", "dataset", "licence", "records", "conversations", "accepted")
-    return [
-        "## Sources",
-        "",
-        *_table(head, rows, right=(3, 4, 5)),
-        "",
-        *(
-            f"- {escaped(source)} was left out: {escaped(row['reason'])} ({row['records']:,} records)."
-            for source, row in summary["left_out"].items()
-        ),
-        *([""] if summary["left_out"] else []),
-    ]
-
-
-def _licences(summary: dict[str, Any]) -> list[str]:
-    rows = [
-        (
-            escaped(row["licence"]),
-            escaped(", ".join(row["sources"])),
-            f"{row['records']:,}",
-            "; ".join(licences.DEMANDS[demand] for demand in row["demands"]) or "nothing",
-        )
-        for row in summary["licences"]
-    ]
-    asked = {demand for row in summary["licences"] for demand in row["demands"]}
-    lines = [
-        "## Licences",
-        "",
-        "Each picture keeps the licence of its source, which `provenance.licence` in `records.jsonl` names.",
-        "",
-        *_table(("licence", "sources", "records", "what it asks for"), rows, right=(2,)),
-        "",
-    ]
-    if "share-alike" in asked:
-        lines += [
-            "**Share-alike:** the corpus as a whole may only be passed on under terms that this licence "
-            "allows. Make it again without those sources, `refuse: [share-alike]`, if that doesn't suit.",
-            "",
-        ]
-    if asked & {"non-commercial", "no-derivatives", "agreement", "unknown"}:
-        lines += [
-            "**Restricted:** not all of it may be used or passed on freely; the table says why.",
-            "",
-        ]
-    return lines
-
-
-def _distributions(summary: dict[str, Any]) -> list[str]:
-    lines = ["## Distributions", ""]
-    for key in ("form", "language"):
-        lines += _shares(key.capitalize(), "conversations", summary["conversations"][key])
-    for key, title in FIGURES.items():
-        counts = summary["records"][key]
-        lines += _shares(title, "records", counts)
-        lines += [f"![{title}]({file_name(key)})", ""] if counts else []
-    return lines
-
-
-def _shares(title: str, unit: str, counts: dict[str, int]) -> list[str]:
-    total = sum(counts.values())
-    rows = [(escaped(name), f"{n:,}", f"{n / total:.1%}") for name, n in counts.items()]
-    return [*_table((title, unit, "share"), rows, right=(1, 2)), ""]
-
-
-def _provenance(summary: dict[str, Any], job: Job) -> list[str]:
-    readers = ", ".join(
-        f"{escaped(source.name)} ({escaped(str(getattr(source, 'reader', '')))})"
-        for source in job.sources
-    )
-    return [
-        "## How it was made",
-        "",
-        f"- Readers: {readers}.",
-        "- Each record names its source file, that file's SHA-256, the slice, frame or tile, and what was "
-        "done to grey levels and geometry (`provenance` in `records.jsonl`). DICOM headers were read by a "
-        "list of allowed attributes; who the patient is isn't among them.",
-        f"- Conversations were {escaped(stats.writer(summary))}, checked against the annotation, and set "
-        "aside with a reason where they didn't agree with it (`rejected.jsonl`).",
-        f"- Seed {summary['seed']}. To make it again:",
-        "",
-        f"      python data_tools/generate.py {Path(job.path).name}",
-        "",
-        "- To train on it: set `GMAI_MIXTURE` to `mixture.yaml`.",
-        "",
-    ]
-
-
-def _limits(summary: dict[str, Any]) -> list[str]:
-    template = summary["writer"]["name"] == "template"
-    return [
-        "## Limits",
-        "",
-        "- An annotation says what its annotators were asked for; what they weren't asked for is "
-        "neither there nor denied. Their errors are in the text.",
-        "- "
-        + (
-            "The text is made of sentence patterns; it is true to the annotation, and poor in wording."
-            if template
-            else "The text was written by a model. The checks compare it with the annotation; what the "
-            "annotation doesn't speak of could not be checked."
-        ),
-        "- Distributions are those of the sources, not of any clinic's patients.",
-        "- Faces, names or dates that a source has in its pixels are still there.",
-        "",
-    ]
-
-
-def _table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()
-) -> list[str]:
-    rule = ["---:" if place in right else "---" for place in range(len(head))]
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
-
-
 def escaped(text: str) -> str:
-    """One line of plain text in Markdown: what a label or a title holds is never taken as markup."""
+    """Return one line of plain text in Markdown: a label or a title is never taken as markup."""
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
 def link(text: str, url: str) -> str:
-    """A link if it is to a web page, else the text alone."""
+    """Return a link if it is to a web page, else the text alone."""
     if re.fullmatch(r"https?://[^\s<>()\[\]|\\\"'`]+", url):
         return f"[{escaped(text)}]({url})"
     return escaped(text)
+
+
+FIGURES = {
+    "modality": "Modality",
+    "source_task": "Original task",
+    "department": "Department",
+    "clinical_task": "Clinical task",
+}
+_BLUE = "#0072B2"  # of Okabe and Ito's palette
+_GREY = "#444444"
+_ROW = 0.3  # inches a bar
+_LONGEST_NAME = 60
+_CHINESE = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
+)
+
+
+def file_name(key: str) -> str:
+    """Name of a figure below the corpus folder, such as ``figures/modality.png``."""
+    return f"figures/{FIGURES[key].lower().replace(' ', '_')}.png"
+
+
+def write_figures(folder: Path, records: dict[str, Any]) -> list[str]:
+    """Write the figures of ``summary["records"]`` that have a bar; their names below the folder."""
+    written = []
+    for key, title in FIGURES.items():
+        if records[key]:
+            path = folder / file_name(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(path, records[key], title=title)
+            written.append(file_name(key))
+    return written
+
+
+def draw(path: Path, counts: dict[str, int], *, title: str) -> None:
+    """One figure: a bar for each name in the given order, with its count and share."""
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(font for font in _CHINESE if font in installed)]
+    total = sum(counts.values())
+    with matplotlib.rc_context({"font.family": fonts, "font.size": 9}):
+        figure = Figure(figsize=(7.2, 0.9 + _ROW * len(counts)), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        bars = axes.barh(range(len(counts)), list(counts.values()), height=0.7, color=_BLUE)
+        axes.set_yticks(range(len(counts)), [_short(name) for name in counts], parse_math=False)
+        axes.set_ylim(len(counts) - 0.4, -0.6)
+        axes.set_xlim(0, 1.25 * max(counts.values()))
+        axes.bar_label(
+            bars,
+            [f"{count:,}  ({count / total:.1%})" for count in counts.values()],
+            padding=4,
+            color=_GREY,
+        )
+        axes.xaxis.set_visible(False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(f"{title} ({total:,} records)", loc="left", fontsize=11)
+        with warnings.catch_warnings():
+            # A name in a script that no installed font has is drawn as boxes; report.html shows it.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(path, metadata={"Software": None})
+
+
+def _short(name: str) -> str:
+    name = "".join(character if character.isprintable() else " " for character in name)
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

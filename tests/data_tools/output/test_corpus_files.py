@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.items import FORMS, Problem
-from data_tools.output.corpus_files import (
+from data_tools.output.files import (
     CorpusFiles,
     JsonLines,
     conversation_line,

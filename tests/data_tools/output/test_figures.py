@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.output import figures
-from data_tools.output.figures import draw
+from data_tools.output import card
+from data_tools.output.card import draw
 
 BLUE = np.array([0x00, 0x72, 0xB2])
 
@@ -56,7 +56,10 @@ def test_only_what_has_a_record_is_drawn(tmp_path):
         "department": {"None": 2},
         "clinical_task": {},
     }
-    assert figures.write(tmp_path, records) == ["figures/modality.png", "figures/department.png"]
+    assert card.write_figures(tmp_path, records) == [
+        "figures/modality.png",
+        "figures/department.png",
+    ]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
         "department.png",
         "modality.png",

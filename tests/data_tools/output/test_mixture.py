@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.output import build as builder
-from data_tools.output import mixture
+from data_tools.output import files
 from gmai_xtuner.core.conversation import parse_raw
 from gmai_xtuner.core.mixture import load_mixture, select
 from gmai_xtuner.core.records import iter_raw
@@ -72,7 +72,7 @@ def test_every_stage_finds_its_datasets(built, stage, count):
 
 
 def test_a_mixture_without_a_conversation_is_not_written(tmp_path):
-    mixture.write(tmp_path, title="T", lines={"records.jsonl": 5, "rejected.jsonl": 2})
+    files.write_mixtures(tmp_path, title="T", lines={"records.jsonl": 5, "rejected.jsonl": 2})
     assert not list(tmp_path.iterdir())
 
 
@@ -87,6 +87,6 @@ def test_a_mixture_without_a_conversation_is_not_written(tmp_path):
 )
 def test_a_title_becomes_part_of_the_names(tmp_path, title, name):
     (tmp_path / "percept.jsonl").write_text("{}\n")
-    mixture.write(tmp_path, title=title, lines={"percept.jsonl": 1})
+    files.write_mixtures(tmp_path, title=title, lines={"percept.jsonl": 1})
     (entry,) = load_mixture(tmp_path / "mixture.yaml").entries
     assert entry.name == name

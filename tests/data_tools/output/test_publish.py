@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.output import publish
-from data_tools.output.publish import recover, replacing
+from data_tools.output import build
+from data_tools.output.build import recover, replacing
 
 OLD = {
     "mixture.yaml": "old",
@@ -78,7 +78,8 @@ def test_a_kill_at_any_step_leaves_the_old_the_new_or_what_cannot_be_trained_on(
 ):
     """Stop at the first, second, third ... change of the file system, then run again."""
     changes = [(os, "rename"), (os, "replace"), (Path, "unlink"), (Path, "rmdir"), (Path, "mkdir")]
-    changes += [(Path, "write_text"), (publish, "_flush"), (publish.shutil, "rmtree")]
+    changes += [(Path, "write_text"), (Path, "write_bytes"), (build.shutil, "rmtree")]
+    changes += [(build, "to_disk"), (build, "directory_to_disk"), (build, "replace_text")]
     originals = [getattr(*change) for change in changes]
     states: list[str] = []
     steps = 0

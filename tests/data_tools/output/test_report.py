@@ -13,7 +13,7 @@ from PIL import Image
 from data_tools.items import Problem
 from data_tools.output import report
 from data_tools.output.build import build
-from data_tools.output.examples import Chosen, example, thumbnail
+from data_tools.output.report import Chosen, example, thumbnail
 from data_tools.records import Label
 from data_tools.store import FunnelRow, Kept
 from tests.data_tools.output.fake_store import (

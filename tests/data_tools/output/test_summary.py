@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from data_tools.output import stats, summary
+from data_tools.output import summary
 from data_tools.output.build import build
 from data_tools.records import Label
 from data_tools.store import FunnelRow, Usage
@@ -196,7 +196,7 @@ def test_labels_are_bounded(tmp_path):
 
 
 def test_lines_for_a_terminal(counted):
-    found = stats.lines(counted)
+    found = summary.lines(counted)
     assert found[:5] == [
         "Demo corpus",
         "  6 records of 6 pictures, 0 records held out",
@@ -214,7 +214,7 @@ def test_lines_for_a_terminal(counted):
 
 def test_a_hostile_name_cannot_move_the_terminals_cursor(counted):
     counted = counted | {"title": "a\x1b[2Jb", "warnings": ["c\rd\x9be"]}
-    text = "\n".join(stats.lines(counted))
+    text = "\n".join(summary.lines(counted))
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
 
 
@@ -229,7 +229,7 @@ def test_a_hostile_name_cannot_move_the_terminals_cursor(counted):
     ],
 )
 def test_durations(seconds, text):
-    assert stats.duration(seconds) == text
+    assert summary.duration(seconds) == text
 
 
 def test_a_picture_of_two_classes_is_told(tmp_path):

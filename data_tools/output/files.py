@@ -1,4 +1,4 @@
-"""The corpus' JSON Lines and Parquet files, written a few megabytes at a time.
+"""The corpus' JSON Lines and Parquet files, written a few megabytes at a time, and its mixture files.
 
 A conversation is a line in LLaVA's form, as GMAI-VL's own data has it (uni-medical/GMAI-VL,
 examples/example_data.json)::
@@ -6,11 +6,16 @@ examples/example_data.json)::
     {"id": ..., "image": "images/...", "width": 640, "height": 480,
      "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
 
-Text without a picture has neither ``image`` nor ``width`` and ``height``.
+Text without an image has neither ``image`` nor ``width`` and ``height``.
+
+A training takes the corpus by ``mixture.yaml``, an evaluation by ``held_out.yaml``. Categories and ratios are
+those of the paper's own sub-datasets (GMAI-VL, arXiv 2411.14522, table 7): text without an image is seen in
+stage 3 only.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import yaml
 
 from data_tools.items import FILES, TEXT_FORMS
 from data_tools.records import Label, Record
@@ -268,3 +274,51 @@ class CorpusFiles:
             "dropped.jsonl": self.dropped,
             "prompts.jsonl": self.prompts,
         }
+
+
+CATEGORIES = {
+    "caption.jsonl": "Medical Captioning",
+    "instruct.jsonl": "Medical Instruction",
+    "percept.jsonl": "Medical Instruction",
+    "text_single.jsonl": "Medical Text",
+    "text_multi.jsonl": "Medical Text",
+}
+_WITH_IMAGES = {"stage1": 1, "stage2": 1, "stage3": 1}
+_TEXT = {"stage1": 0, "stage2": 0, "stage3": 1}
+
+
+def write_mixtures(folder: Path, *, title: str, lines: dict[str, int]) -> None:
+    """Write ``mixture.yaml`` of the training files and ``held_out.yaml`` of the held-out ones.
+
+    Args:
+        folder: where the corpus is being written.
+        title: of the corpus; dataset names begin with it, so that several corpora can be put into one
+            mixture.
+        lines: conversations in each file, named below the folder; only these files are listed, and
+            a mixture without any isn't written.
+    """
+    short = "-".join(re.findall(r"\w+", title.lower())) or "corpus"
+    for name, prefix, what in (
+        ("mixture.yaml", "", "for training; copy its datasets into a larger mixture as they are"),
+        ("held_out.yaml", f"{HELD_OUT}/", "held out: never to be trained on"),
+    ):
+        datasets = {
+            f"{short}-{Path(file).stem.replace('_', '-')}": _dataset(file, prefix, lines)
+            for file in CONVERSATION_FILES
+            if lines.get(prefix + file)
+        }
+        if datasets:
+            text = yaml.safe_dump({"datasets": datasets}, sort_keys=False, allow_unicode=True)
+            (folder / name).write_text(f"# Conversations {what}.\n{text}", encoding="utf-8")
+
+
+def _dataset(file: str, prefix: str, lines: dict[str, int]) -> dict[str, Any]:
+    text = file.startswith("text_")
+    return {
+        "annotations": prefix + file,
+        **({} if text else {"image_root": "."}),
+        "category": CATEGORIES[file],
+        "quality": "high",
+        "ratio": dict(_TEXT if text else _WITH_IMAGES),
+        "size": lines[prefix + file],
+    }
