@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,15 +121,6 @@ def series(*, places: Sequence[float] = (0, 2, 4, 6, 8)) -> list[Dataset]:
         values[0, 0] = 1000
         slices.append(dicom(values, position=(-10, -20, place), InstanceNumber=number + 1))
     return slices
-
-
-def zipped(files: Mapping[str, bytes]) -> bytes:
-    """A ZIP."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 def as_bytes(data: Dataset) -> bytes:

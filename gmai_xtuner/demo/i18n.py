@@ -25,8 +25,8 @@ WORDS: dict[str, tuple[str, str]] = {
         "将文件拖到此处，或点按 +",
     ),
     "accepted": (
-        "PNG, JPEG, TIFF, DICOM (files or a ZIP of a series), NIfTI; at most {limit} MB at once",
-        "PNG、JPEG、TIFF、DICOM（文件或序列的 ZIP）、NIfTI；每次最多 {limit} MB",
+        "PNG, JPEG, TIFF, DICOM (all files of a series at once), NIfTI; at most {limit} MB at once",
+        "PNG、JPEG、TIFF、DICOM（一次性提供序列的所有文件）、NIfTI；每次最多 {limit} MB",
     ),
     "examples": ("Examples", "示例"),
     "no_images": (
@@ -188,22 +188,9 @@ ERRORS: dict[str, tuple[str, str]] = {
         "The voxels ({type}) are no grey levels.",
         "体素（{type}）不是灰度值。",
     ),
-    "empty_zip": ("The ZIP holds no file.", "ZIP 中没有文件。"),
-    "zip_entries": (
-        "The ZIPs of this upload hold {count} files; at most {limit} are taken. Give fewer at once.",
-        "本次上传的 ZIP 共有 {count} 个文件，最多接受 {limit} 个。请减少文件。",
-    ),
-    "zip_encrypted": (
-        "The ZIP is locked by a password. Give it unlocked.",
-        "ZIP 已加密。请提供未加密的文件。",
-    ),
-    "zip_too_large": (
-        "What the ZIPs of this upload hold is too large once unpacked. Give fewer at once.",
-        "本次上传的 ZIP 解压后过大。请减少文件。",
-    ),
-    "zip_nested": (
-        "The ZIP holds another ZIP. Unpack that first.",
-        "ZIP 中含有另一个 ZIP。请先解压。",
+    "zip": (
+        "A ZIP is not opened here. Give the files in it, all at once.",
+        "此处不打开 ZIP。请一次性提供其中的所有文件。",
     ),
     "no_question": ("Write a question, or choose a task.", "请输入问题或选择任务。"),
     "long_question": (

@@ -1,4 +1,4 @@
-"""How much a visitor may bring, and how much all of them together may keep in memory."""
+"""Limits of what a visitor may bring, and of what all of them together may keep in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is refused, with a message, before it costs memory.
+    """Limits beyond which something is refused, with a message, before it costs memory.
 
     Args:
         upload_bytes: of all files of one upload together.
@@ -20,8 +20,6 @@ class Limits:
         voxels: of a volume, a series, or all frames of a file.
         memory_bytes: opened images of all visitors together.
         images: in one visitor's tray.
-        unpacked: how many times ``upload_bytes`` the files in all ZIPs of an upload may be.
-        zip_entries: files in all ZIPs of an upload.
         question_characters: of one question.
         waiting: questions in the queue.
     """
@@ -31,8 +29,6 @@ class Limits:
     voxels: int = 300_000_000
     memory_bytes: int = 4096 * MEBIBYTE
     images: int = 12
-    unpacked: int = 4
-    zip_entries: int = 3000
     question_characters: int = 20_000
     waiting: int = 32
 

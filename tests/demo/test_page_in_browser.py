@@ -192,9 +192,8 @@ def test_a_conversation_goes_on_and_is_saved(page, ct):
 
 
 def test_a_series_has_sliders_for_slice_direction_and_window(page, tmp_path):
-    slices = {f"IM{n}.dcm": made.as_bytes(data) for n, data in enumerate(made.series())}
-    (tmp_path / "scan.zip").write_bytes(made.zipped(slices))
-    upload(page, tmp_path / "scan.zip")
+    slices = enumerate(made.series())
+    upload(page, *(made.save(data, tmp_path / f"IM{n}.dcm") for n, data in slices))
     expect(at(page, "image-facts")).to_have_text("Image 1 · DICOM · CT · 4 × 3 × 5")
     picture = at(page, "picture")
     # the middle slice holds 200, shown by soft tissue, -160 to 240
@@ -228,9 +227,8 @@ def test_a_series_has_sliders_for_slice_direction_and_window(page, tmp_path):
 
 
 def test_a_turned_image_is_what_the_model_gets(page, tmp_path):
-    slices = {f"IM{n}.dcm": made.as_bytes(data) for n, data in enumerate(made.series())}
-    (tmp_path / "scan.zip").write_bytes(made.zipped(slices))
-    upload(page, tmp_path / "scan.zip")
+    slices = enumerate(made.series())
+    upload(page, *(made.save(data, tmp_path / f"IM{n}.dcm") for n, data in slices))
     slide(page, "slice", "End")
     page.wait_for_timeout(300)
     shown = pixels(at(page, "picture"))
