@@ -18,7 +18,6 @@ from data_tools.records import Drop, Sample
 from tests import medical_files as made
 from tests.data_tools.readers.sets import read_units
 
-CT = "1.2.840.10008.5.1.4.1.1.2"
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 NAME, NUMBER, BIRTH = "Muster^Erika", "PAT-4711", "19610203"
 SPACING, THICKNESS = (0.5, 0.75), 2.0
@@ -47,32 +46,27 @@ def only(found: list) -> Sample:
 
 
 def dataset(pixels: np.ndarray, **values) -> Dataset:
-    """A CT image; ``values`` are set last."""
-    data = Dataset()
-    data.file_meta = FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.SOPClassUID, data.SOPInstanceUID = CT, generate_uid()
-    data.file_meta.MediaStorageSOPClassUID = CT
-    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID
-    data.StudyInstanceUID, data.SeriesInstanceUID = "1.2.3", "1.2.3.4"
-    data.FrameOfReferenceUID = "1.2.3.9"
-    data.PatientName, data.PatientID, data.PatientBirthDate = NAME, NUMBER, BIRTH
-    data.PatientSex, data.Modality, data.BodyPartExamined = "F", "CT", "CHEST"
-    data.InstitutionName, data.StudyDate, data.PatientComments = "Klinik Nord", "20200101", NAME
-    data.Rows, data.Columns = pixels.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-    data.BitsAllocated = data.BitsStored = 16
-    data.HighBit, data.PixelRepresentation = 15, 1
-    data.RescaleSlope, data.RescaleIntercept = 2, -1000
-    data.PixelData = pixels.astype("<i2").tobytes()
-    for key, value in values.items():
-        setattr(data, key, value)
-    return data
+    """A CT image of somebody; ``values`` are set last."""
+    known = {
+        "StudyInstanceUID": "1.2.3",
+        "FrameOfReferenceUID": "1.2.3.9",
+        "PatientName": NAME,
+        "PatientID": NUMBER,
+        "PatientBirthDate": BIRTH,
+        "PatientSex": "F",
+        "BodyPartExamined": "CHEST",
+        "InstitutionName": "Klinik Nord",
+        "StudyDate": "20200101",
+        "PatientComments": NAME,
+        "RescaleSlope": 2,
+        "RescaleIntercept": -1000,
+    }
+    return made.dicom(pixels.astype(np.int16), series="1.2.3.4", **known | values)
 
 
 def save(path: Path, data: Dataset) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.save_as(path, enforce_file_format=True)
+    made.save(data, path)
 
 
 def stack() -> np.ndarray:
@@ -82,7 +76,7 @@ def stack() -> np.ndarray:
 
 def series(root: Path, stored: np.ndarray, *, leave_out: tuple[int, ...] = ()) -> list[Dataset]:
     """An axial series, from the feet upwards, whose files' order says nothing."""
-    made = []
+    found = []
     for index in np.random.default_rng(0).permutation(len(stored)):
         if index in leave_out:
             continue
@@ -93,9 +87,9 @@ def series(root: Path, stored: np.ndarray, *, leave_out: tuple[int, ...] = ()) -
             PixelSpacing=list(SPACING),
             InstanceNumber=99 - int(index),
         )
-        save(root / f"{NAME}_{len(made)}.dcm", data)
-        made.append(data)
-    return made
+        save(root / f"{NAME}_{len(found)}.dcm", data)
+        found.append(data)
+    return found
 
 
 def test_a_series_is_its_nifti_twin(tmp_path):
@@ -157,8 +151,8 @@ def test_nothing_that_says_who_it_is_leaves(tmp_path):
 
 def test_a_table_of_pictures_says_nothing_of_their_neighbours(tmp_path):
     """A bleeding in one slice is told of that slice, not of the series."""
-    made = series(tmp_path, stack())
-    uid = made[2].SOPInstanceUID
+    slices = series(tmp_path, stack())
+    uid = slices[2].SOPInstanceUID
     (tmp_path / "labels.csv").write_text(f"file,label\n{uid},bleeding\n")
     found = read(options(tmp_path, table="labels.csv", match="SOPInstanceUID", files="*.dcm"))
     assert len(found) == 6
@@ -266,18 +260,16 @@ def test_burned_in_text_drops_the_picture(tmp_path):
 
 def test_contours_become_masks(tmp_path):
     slices = sorted(series(tmp_path, stack()), key=lambda data: data.ImagePositionPatient[2])
+    of_series = made.item(
+        RTReferencedStudySequence={"RTReferencedSeriesSequence": {"SeriesInstanceUID": "1.2.3.4"}}
+    )
     structures = Dataset()
     structures.file_meta = FileMetaDataset()
     structures.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     structures.SOPClassUID, structures.SOPInstanceUID = RTSTRUCT, generate_uid()
     structures.Modality, structures.SeriesInstanceUID = "RTSTRUCT", "1.2.3.5"
-    named, frame, study, of_series = (Dataset() for _ in range(4))
-    named.ROINumber, named.ROIName = 1, "liver"
-    structures.StructureSetROISequence = [named]
-    of_series.SeriesInstanceUID = "1.2.3.4"
-    study.RTReferencedSeriesSequence = [of_series]
-    frame.RTReferencedStudySequence = [study]
-    structures.ReferencedFrameOfReferenceSequence = [frame]
+    structures.StructureSetROISequence = [made.item(ROINumber=1, ROIName="liver")]
+    structures.ReferencedFrameOfReferenceSequence = [of_series]
 
     def contour(index: int, x1: int, y1: int, x2: int, y2: int) -> Dataset:
         """Through the centres of the corner pixels of slice ``index``."""
@@ -286,13 +278,10 @@ def test_contours_become_masks(tmp_path):
             (left + x * SPACING[1], top + y * SPACING[0], height)
             for x, y in ((x1, y1), (x2, y1), (x2, y2), (x1, y2))
         ]
-        made = Dataset()
-        made.ContourGeometricType = "CLOSED_PLANAR"
-        made.ContourData = [float(value) for point in points for value in point]
-        return made
+        data = [float(value) for point in points for value in point]
+        return made.item(ContourGeometricType="CLOSED_PLANAR", ContourData=data)
 
-    roi = Dataset()
-    roi.ReferencedROINumber = 1
+    roi = made.item(ReferencedROINumber=1)
     roi.ContourSequence = [contour(2, 1, 2, 7, 9), contour(2, 3, 4, 5, 6), contour(4, 0, 0, 1, 1)]
     structures.ROIContourSequence = [roi]
     save(tmp_path / "rt.dcm", structures)
