@@ -26,7 +26,7 @@ from typing import IO, Any
 from data_tools.writers import asking
 from data_tools.writers.asking import BatchesPending, BudgetReached, Estimate, Outcome, Task
 from data_tools.writers.ledger import Account, Expense, Ledger, Reply, Shard
-from data_tools.writers.openai_writer import Progress, cache_path, estimate, key_of
+from data_tools.writers.openai_writer import cache_path, estimate, key_of
 from data_tools.writers.options import OpenAIBatchOptions
 from data_tools.writers.prompts import Prompts
 from data_tools.writers.request import Request, Traits, reason_of, reply_of
@@ -47,7 +47,6 @@ class OpenAIBatchWriter:
         self, options: OpenAIBatchOptions, prompts: Prompts, *, folder: Path, job: str
     ) -> None:
         self.options, self.prompts, self.folder, self.job = options, prompts, folder, job
-        self._progress = Progress()
 
     def write(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
         """Yield the outcomes of the tasks whose answers are there; submit what is missing.
@@ -88,10 +87,6 @@ class OpenAIBatchWriter:
             finally:
                 waiting.close()
 
-    def progress(self) -> Progress:
-        """Return the state of the run that is going on, or of the last one; from any thread."""
-        return self._progress
-
     def estimate(self, tasks: Iterable[Task]) -> Estimate:
         """Return what these tasks would cost, see `openai_writer.estimate`."""
         return estimate(tasks, self.options, self.prompts, folder=self.folder, job=self.job)
@@ -109,7 +104,6 @@ class _Run:
         self.refused: dict[str, Reply] = {}
         self.new: set[str] = set()
         self.learnt: dict[str, str] = {}
-        self.cached = 0
         self.over_budget: BudgetReached | None = None
         self.folder = ledger.path.with_name(ledger.path.name + ".shards")
         self.folder.mkdir(exist_ok=True)
@@ -183,7 +177,6 @@ class _Run:
             raise
         finally:
             shard.discard()
-        self._report(account)
         return waiting
 
     def _advance(self, task: Task) -> Outcome | Request:
@@ -203,8 +196,6 @@ class _Run:
             if made.key in self.new:
                 self.new.discard(made.key)
                 reply = dataclasses.replace(reply, new=True)
-            else:
-                self.cached += 1
             try:
                 ask = asked.send(reply)
             except StopIteration as end:
@@ -306,12 +297,6 @@ class _Run:
             f"${at_most.dollars:,.4f}: {account.spent.tokens:,} tokens, ${account.spent.dollars:,.4f} are "
             f"spent over all of its runs and batches under way can cost {account.reserved.tokens:,} tokens, "
             f"${account.reserved.dollars:,.4f}. Nothing is lost: raise writer.budget and run the job again."
-        )
-
-    def _report(self, account: Account) -> None:
-        spent = self.ledger.spent()
-        self.writer._progress = Progress(
-            spent.requests, self.cached, len(self.shards), 0, spent.total, account.reserved, {}
         )
 
 

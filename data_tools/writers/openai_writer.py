@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,30 +47,7 @@ REFUSED_AT_FIRST = 5
 OTHER_RUN_SECONDS = 0.5
 """Between two looks at an answer that another run is waiting for."""
 
-NOTHING = Expense()
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The state of a run, for a line on the screen.
-
-    Args:
-        requests, cached: answers of this run, from the server and from the ledger.
-        in_flight, limit: requests under way, and how many may be.
-        spent: by the job over all runs, with what was lost.
-        reserved: what the requests under way can still cost.
-        faults: reason -> how often the server failed.
-    """
-
-    requests: int = 0
-    cached: int = 0
-    in_flight: int = 0
-    limit: int = 0
-    spent: Expense = NOTHING
-    reserved: Expense = NOTHING
-    faults: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class _Stopped(Exception):
@@ -120,7 +96,6 @@ class OpenAIWriter:
 
     def __init__(self, options: OpenAIOptions, prompts: Prompts, *, folder: Path, job: str) -> None:
         self.options, self.prompts, self.folder, self.job = options, prompts, folder, job
-        self._run: _Run | None = None
 
     def write(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
         """Yield the tasks' outcomes as they come; the ledger has every answer before it is seen here.
@@ -134,7 +109,7 @@ class OpenAIWriter:
         """
         window = max(4 * self.options.in_flight, 64)
         with Ledger(cache_path(self.options), job=self.job) as ledger, LoopThread() as loop:
-            run = self._run = loop.call(_Run.open(self, ledger))
+            run = loop.call(_Run.open(self, ledger))
             try:
                 more = lambda: run.stopped is None  # noqa: E731
                 for outcome in loop.each(run.write, tasks, window=window, more=more):
@@ -144,10 +119,6 @@ class OpenAIWriter:
                 loop.call(run.close())
             if run.stopped is not None:
                 raise run.stopped
-
-    def progress(self) -> Progress:
-        """Return the state of the run that is going on, or of the last one; from any thread."""
-        return Progress() if self._run is None else self._run.progress()
 
     def estimate(self, tasks: Iterable[Task]) -> Estimate:
         """Return what these tasks would cost, see `estimate`."""
@@ -199,7 +170,7 @@ def estimate(
 
 
 class _Run:
-    """The state of one run; all of it belongs to the event loop, but for `progress`."""
+    """The state of one run; all of it belongs to the event loop."""
 
     def __init__(self, writer: OpenAIWriter, ledger: Ledger) -> None:
         options = writer.options
@@ -224,9 +195,8 @@ class _Run:
         self.asked: dict[str, asyncio.Event] = {}
         self.threads = ThreadPoolExecutor(2, "images")
         self.commit = _Committer(ledger)
-        self.answers = self.cached = self.refused = 0
+        self.refused = 0
         self.failing_since: float | None = None
-        self.faults: dict[str, int] = {}
 
     @classmethod
     async def open(cls, writer: OpenAIWriter, ledger: Ledger) -> _Run:
@@ -243,17 +213,6 @@ class _Run:
         self.threads.shutdown()
         self.commit.close()
         self.stopped = done
-
-    def progress(self) -> Progress:
-        return Progress(
-            self.answers,
-            self.cached,
-            self.concurrency.under_way,
-            int(self.concurrency.limit),
-            self.account.spent,
-            self.account.reserved,
-            dict(self.faults),
-        )
 
     def _stop(self, error: CorpusError) -> None:
         """Stop the run; the first reason counts."""
@@ -301,8 +260,6 @@ class _Run:
                 return Outcome(task.item, None, (problem,), shown, pending=True).counting(new)
             if reply.new:
                 new.append(reply)
-            else:
-                self.cached += 1
             try:
                 ask = asked.send(reply)
             except StopIteration as end:
@@ -416,7 +373,6 @@ class _Run:
                 raise
         reply = reply_of(answer, self.options, made.at_most)
         self.tokens_pace.give_back(tokens - reply.expense.tokens)
-        self.answers += 1
         self.failing_since = None
         await self.concurrency.answered()
         return reply
@@ -471,8 +427,7 @@ class _Run:
             )
 
     def _failed(self, fault: ServerFault) -> None:
-        """Count a fault, and stop the run if the server has given no answer for too long."""
-        self.faults[fault.reason] = self.faults.get(fault.reason, 0) + 1
+        """Stop the run if the server has given no answer for too long, or let it wait."""
         patience = self.options.patience
         now = time.monotonic()
         self.failing_since = now if self.failing_since is None else self.failing_since

@@ -14,9 +14,14 @@ from PIL import Image
 from data_tools.items import Conversation, Item, Problem, SourceContext, Turn
 from data_tools.records import Label, Provenance, Record
 from data_tools.writers.asking import Task
+from data_tools.writers.ledger import Expense, Ledger
 from data_tools.writers.openai_writer import OpenAIWriter
 from data_tools.writers.options import OpenAIOptions
 
+AT_MOST = 37 + 48 + 40 + 50
+"""The upper bound of a request below, by hand: "Be exact." 9 bytes, "item0" 5 and the schema's 119 as JSON;
+37 of them are digits and marks, the other 96 count half; 10 for each of three texts and the request; 50 for
+the answer."""
 CONTEXT = SourceContext("toy", "Toy", ("cell",))
 SCHEMA = {
     "type": "object",
@@ -123,3 +128,9 @@ def options(folder: Path, url: str, **more: Any) -> OpenAIOptions:
 def writer(folder: Path, url: str, *, prompts: Any = None, **more: Any) -> OpenAIWriter:
     job = more.pop("job", "job")
     return OpenAIWriter(options(folder, url, **more), prompts or Prompts(), folder=folder, job=job)
+
+
+def spent(folder: Path, job: str = "job") -> Expense:
+    """What a job has spent over all of its runs."""
+    with Ledger(folder / "cache" / "answers.sqlite", job=job) as ledger:
+        return ledger.spent().total

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,8 @@ from data_tools.writers.asking import BatchesPending, BudgetReached, Outcome
 from data_tools.writers.openai_batch import OpenAIBatchWriter
 from data_tools.writers.options import OpenAIBatchOptions
 from gmai_xtuner.core.errors import CorpusError, EndpointError
-from tests.api_server import Act, ApiServer, completion, error, user_text
-from tests.data_tools.writers.stand_ins import Prompts, options, tasks, write_images
-
-AT_MOST = 37 + 48 + 40 + 50  # see test_openai_writer
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., ApiServer]]:
-    """Start an `ApiServer`; it ends with the test."""
-    started: list[ApiServer] = []
-
-    def start(*arguments: Any, **keywords: Any) -> ApiServer:
-        started.append(ApiServer(*arguments, **keywords).__enter__())
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.__exit__()
+from tests.api_server import Act, completion, error, user_text
+from tests.data_tools.writers.stand_ins import AT_MOST, Prompts, options, spent, tasks, write_images
 
 
 def writer(folder: Path, url: str, *, prompts: Any = None, **more: Any) -> OpenAIBatchWriter:
@@ -80,7 +63,7 @@ def test_submitted_by_one_run_and_collected_by_the_next(serve, tmp_path):
         f"It is item{number}." for number in range(10)
     }
     assert sum(outcome.dollars for outcome in outcomes) == pytest.approx(10 * 0.120 / 2)
-    assert made.progress().spent.dollars == pytest.approx(10 * 0.120 / 2)
+    assert spent(tmp_path).dollars == pytest.approx(10 * 0.120 / 2)
     assert set(server.payloads.values()) == {1}
     assert leftovers(tmp_path) == (0, 0, [])
     outcomes, stop = run(made)
@@ -220,7 +203,7 @@ def test_the_budget_counts_batches_under_way(serve, tmp_path, by):
     assert [len(server.lines(batch)) for batch in server.batches.values()] == [4, 1]
     outcomes, stop = run(made)
     assert (len(outcomes), isinstance(stop, BudgetReached)) == (5, True)
-    assert made.progress().spent.tokens == 600
+    assert spent(tmp_path).tokens == 600
     assert len(server.batches) == 2
 
 

@@ -5,7 +5,7 @@ import email.utils
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +15,16 @@ from data_tools.items import Problem
 from data_tools.writers import openai_writer
 from data_tools.writers.asking import BudgetReached, Outcome
 from gmai_xtuner.core.errors import CorpusError, EndpointError
-from tests.api_server import Act, ApiServer, completion, error, user_text
-from tests.data_tools.writers.stand_ins import Prompts, options, tasks, write_images, writer
-
-# The upper bound of a request of `stand_ins`, by hand: "Be exact." 9 bytes, "item0" 5 and the schema's 119 as
-# JSON; 37 of them are digits and marks, the other 96 count half; 10 for each of three texts and the request;
-# 50 for the answer.
-AT_MOST = 37 + 48 + 40 + 50
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., ApiServer]]:
-    """Start an `ApiServer`; it ends with the test."""
-    started: list[ApiServer] = []
-
-    def start(*arguments: Any, **keywords: Any) -> ApiServer:
-        started.append(ApiServer(*arguments, **keywords).__enter__())
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.__exit__()
+from tests.api_server import Act, completion, error, user_text
+from tests.data_tools.writers.stand_ins import (
+    AT_MOST,
+    Prompts,
+    options,
+    spent,
+    tasks,
+    write_images,
+    writer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +58,10 @@ def test_every_task_gets_its_answer_and_a_second_run_asks_nothing(serve, tmp_pat
         (1, 0, 100, 20)
     }
     assert (len(server.requests), server.most) == (100, 8)
-    again = writer(tmp_path, server.url, job="another job")
-    second = list(again.write(tasks(100)))
+    second = list(writer(tmp_path, server.url, job="another job").write(tasks(100)))
     assert decided(second) == decided(first)
     assert {(o.requests, o.cached, o.prompt_tokens, o.dollars) for o in second} == {(0, 1, 0, 0.0)}
     assert len(server.requests) == 100
-    assert again.progress().cached == 100
     assert open_rows(tmp_path) == set()
 
 
@@ -172,9 +159,8 @@ def test_the_servers_faults_are_asked_again(serve, tmp_path, fault, reason, bill
     ]
     assert (outcomes["item2"].pending, outcomes["item2"].problems[0].reason) == (True, reason)
     assert server.texts == {"item0": 1, "item1": 2, "item2": 3, "item3": 1}
-    assert made.progress().faults == {reason: 4}
     # What the server may have billed is counted as if it had.
-    assert made.progress().spent.tokens == 3 * 120 + (4 * AT_MOST if billed else 0)
+    assert spent(tmp_path).tokens == 3 * 120 + (4 * AT_MOST if billed else 0)
     server.script = None
     (later,) = [o for o in writer(tmp_path, server.url).write(tasks(4)) if o.requests]
     assert later.item.id == "item2"
@@ -189,8 +175,10 @@ def test_the_servers_faults_are_asked_again(serve, tmp_path, fault, reason, bill
         ({}, 0.0),
     ],
 )
-def test_429_is_waited_for_and_fewer_are_sent(serve, tmp_path, header, seconds):
+def test_429_is_waited_for_and_fewer_are_sent(serve, tmp_path, monkeypatch, header, seconds):
     """Half a second in which the server takes nothing, more often than server_retries."""
+    lowered = []
+    monkeypatch.setattr(openai_writer.Concurrency, "lower", lambda _, seen: lowered.append(seen))
     end = [0.0]
 
     def script(body: dict, number: int) -> Any:
@@ -203,13 +191,9 @@ def test_429_is_waited_for_and_fewer_are_sent(serve, tmp_path, header, seconds):
 
     server = serve(script)
     made = writer(tmp_path, server.url, server_retries=0)
-    lowest = 8
-    for outcome in made.write(tasks(60)):
-        assert outcome.conversation
-        lowest = min(lowest, made.progress().limit)
-    assert lowest < 8
-    assert made.progress().faults["too many requests"] >= 1
-    assert made.progress().spent.tokens == 60 * 120  # a 429 costs nothing
+    assert all(outcome.conversation for outcome in made.write(tasks(60)))
+    assert lowered
+    assert spent(tmp_path).tokens == 60 * 120  # a 429 costs nothing
     if seconds:
         first = server.times[1]  # of those that got a 429: at most those that were in flight
         early = [t for t in server.times[1:] if t < first + seconds * 0.98]
@@ -356,18 +340,18 @@ def test_the_budget_is_never_exceeded_and_the_next_run_goes_on(serve, tmp_path, 
         outcomes.clear()
         with pytest.raises(BudgetReached, match="Nothing is lost") as caught:
             outcomes.extend(made.write(tasks(100)))
-        return made.progress(), caught
+        return caught
 
-    progress, caught = run(budget)
+    caught = run(budget)
     # Each costs 120 and is reserved at 175: the 12th begins with 1,320 spent.
     assert len(server.requests) == 12
-    assert progress.spent.tokens == 1440
-    assert progress.spent.dollars == pytest.approx(1.44)
-    assert (progress.reserved.tokens, open_rows(tmp_path)) == (0, set())
+    assert spent(tmp_path).tokens == 1440
+    assert spent(tmp_path).dollars == pytest.approx(1.44)
+    assert open_rows(tmp_path) == set()
     assert len([o for o in outcomes if o.conversation]) == 12
     assert "1,440 tokens, $1.4400 spent" in str(caught.value)
     # The same budget is still reached, what was paid for is there.
-    progress, _ = run(budget)
+    run(budget)
     assert len(server.requests) == 12
     # Not always all twelve: the run may stop at a task before the last of them.
     assert 0 < len(outcomes) <= 12
@@ -388,7 +372,7 @@ def test_a_server_that_doesnt_count_is_counted_at_the_most(serve, tmp_path):
     server = serve(lambda body, number: completion('{"answer": "yes"}', usage=None))
     made = writer(tmp_path, server.url)
     list(made.write(tasks(5)))
-    assert made.progress().spent.tokens == 5 * AT_MOST
+    assert spent(tmp_path).tokens == 5 * AT_MOST
 
 
 def test_cached_prompt_tokens_have_their_own_price(serve, tmp_path):
