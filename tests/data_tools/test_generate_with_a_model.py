@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
+from data_tools.generate import main
 from tests.api_server import ApiServer, error
-from tests.data_tools.conftest import generate
 
 MAKE = {
     "caption": 1, "region_caption": 0, "instruction": 1, "dialogue": 1, "perception": 1,
@@ -43,9 +43,18 @@ def job(classes, make_job, tmp_path):
     return make
 
 
-def run(path: Path, *options: str):
-    environment = os.environ | {"KEY_OF_THE_TEST": "secret", "PYTHONDONTWRITEBYTECODE": "1"}
-    return generate(path, *options, env=environment)
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command in this process: what is asked of it here needs none of its own."""
+    monkeypatch.setenv("KEY_OF_THE_TEST", "secret")
+
+    def start(path: Path, *options: str) -> CompletedProcess[str]:
+        capfd.readouterr()
+        status = main([str(path), *options])
+        told = capfd.readouterr()
+        return CompletedProcess([], status, told.out, told.err)
+
+    return start
 
 
 def lines(folder: Path, name: str) -> list[dict]:
@@ -62,7 +71,7 @@ def made(folder: Path) -> int:
     return found + summary["conversations"]["repeated"]
 
 
-def test_a_corpus_by_a_model(job, tmp_path):
+def test_a_corpus_by_a_model(job, run, tmp_path):
     with ApiServer(answer=answer, key="secret") as server:
         path = job(server, price={"input": 1, "output": 2})
         done = run(path)
@@ -88,7 +97,7 @@ def test_a_corpus_by_a_model(job, tmp_path):
     assert b"secret" not in everything
 
 
-def test_a_wrong_answer_is_asked_again_with_the_reason_and_then_set_aside(job, tmp_path):
+def test_a_wrong_answer_is_asked_again_with_the_reason_and_then_set_aside(job, run, tmp_path):
     def stubborn(text: str) -> str:
         if "- finding: TUM" in text and '"caption"' in text:
             return json.dumps({"caption": "The image shows NORM in the whole field."})
@@ -108,7 +117,7 @@ def test_a_wrong_answer_is_asked_again_with_the_reason_and_then_set_aside(job, t
     assert made(out) == ASKED - 3
 
 
-def test_without_annotations_nothing_of_them_is_sent_and_anything_is_taken(job, tmp_path):
+def test_without_annotations_nothing_of_them_is_sent_and_anything_is_taken(job, run, tmp_path):
     with ApiServer(answer=answer) as server:
         done = run(job(server), "--without-annotations")
         assert done.returncode == 0, done.stderr
@@ -119,7 +128,7 @@ def test_without_annotations_nothing_of_them_is_sent_and_anything_is_taken(job, 
     assert made(tmp_path / "out") == ASKED
 
 
-def test_a_wrong_key_is_one_error(job, tmp_path):
+def test_a_wrong_key_is_one_error(job, run, tmp_path):
     with ApiServer(lambda body, n: error(401, "Incorrect API key provided")) as server:
         done = run(job(server))
         assert done.returncode == 1
@@ -128,7 +137,7 @@ def test_a_wrong_key_is_one_error(job, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_budget_stops_cleanly_and_more_of_it_goes_on(job, tmp_path):
+def test_a_budget_stops_cleanly_and_more_of_it_goes_on(job, run, tmp_path):
     with ApiServer(answer=answer) as server:
         done = run(job(server, budget={"tokens": 2_500}, in_flight=1))
         assert done.returncode == 3, done.stderr
@@ -143,7 +152,7 @@ def test_a_budget_stops_cleanly_and_more_of_it_goes_on(job, tmp_path):
     assert made(tmp_path / "out") == ASKED
 
 
-def test_a_dry_run_asks_nothing_and_says_what_it_would_cost(job, tmp_path):
+def test_a_dry_run_asks_nothing_and_says_what_it_would_cost(job, run, tmp_path):
     with ApiServer(answer=answer) as server:
         done = run(job(server, price={"input": 1, "output": 2}), "--dry-run")
         assert done.returncode == 0, done.stderr
@@ -153,7 +162,7 @@ def test_a_dry_run_asks_nothing_and_says_what_it_would_cost(job, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_batches_are_submitted_by_one_run_and_collected_by_another(job, tmp_path):
+def test_batches_are_submitted_by_one_run_and_collected_by_another(job, run, tmp_path):
     with ApiServer(answer=answer) as server:
         path = job(server, name="openai_batch", wait=0)
         assert run(path).returncode == 3
@@ -168,15 +177,13 @@ def test_batches_are_submitted_by_one_run_and_collected_by_another(job, tmp_path
     assert made(tmp_path / "out") == ASKED
 
 
-def test_a_missing_key_is_told_before_anything_is_read(job, tmp_path):
+def test_a_missing_key_is_told_before_anything_is_read(job, run, tmp_path, monkeypatch):
+    monkeypatch.delenv("KEY_OF_THE_TEST")
     with ApiServer(answer=answer, key="secret") as server:
-        made = generate(
-            job(server), env={k: v for k, v in os.environ.items() if k != "KEY_OF_THE_TEST"}
-        )
-        assert made.returncode == 1
-        (line,) = made.stderr.splitlines()
-        assert line.startswith(
-            "error: the environment variable KEY_OF_THE_TEST is empty or not set"
-        )
+        done = run(job(server))
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        told = "error: the environment variable KEY_OF_THE_TEST is empty or not set"
+        assert line.startswith(told)
         assert not server.requests
     assert not (tmp_path / "out").exists()

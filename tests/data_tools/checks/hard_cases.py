@@ -11,18 +11,7 @@ from __future__ import annotations
 LABEL, OTHER, DENIED = "label not named", "another label claimed", "label denied"
 MODALITY, SIDE = "another modality claimed", "side contradicted"
 
-CHEST = (
-    "X-ray",
-    (
-        "cardiomegaly",
-        "nodule",
-        "lung nodule",
-        "normal",
-        "pleural effusion",
-        "pneumonia",
-        "pneumothorax",
-    ),
-)
+CHEST = ("X-ray", ("cardiomegaly", "nodule", "lung nodule", "normal", "pleural effusion", "pneumonia", "pneumothorax"))  # fmt: skip
 SKIN = ("Dermoscopy", ("basal cell carcinoma", "benign nevus", "melanoma", "seborrheic keratosis"))
 BLOOD = ("Microscopy", ("platelet", "red blood cell", "white blood cell"))
 ORGANS = ("CT", ("kidney", "liver", "liver tumor", "pancreas", "spleen"))
@@ -39,88 +28,34 @@ TUNED = [
     (CHEST, ["pneumonia"], "", "The chest X-ray shows pneumonia in the lower lobe.", None),
     (CHEST, ["pneumonia"], "", "There is no evidence of pneumonia in this chest film.", DENIED),
     (CHEST, ["pneumonia"], "", "The lungs are clear and the heart is of usual size.", LABEL),
-    (
-        CHEST,
-        ["pneumonia"],
-        "",
-        "Pneumonia is present; there is no pleural effusion or pneumothorax.",
-        None,
-    ),
-    (
-        CHEST,
-        ["pneumonia"],
-        "",
-        "Findings of pneumonia without pneumothorax, cardiomegaly or pleural effusion.",
-        None,
-    ),
+    (CHEST, ["pneumonia"], "", "Pneumonia is present; there is no pleural effusion or pneumothorax.", None),
+    (CHEST, ["pneumonia"], "", "Findings of pneumonia without pneumothorax, cardiomegaly or pleural effusion.", None),
     (CHEST, ["pneumonia"], "", "Pneumonia with an accompanying pleural effusion is seen.", OTHER),
-    (
-        CHEST,
-        ["pneumonia"],
-        "",
-        "The opacity is compatible with pneumonia rather than a nodule.",
-        None,
-    ),
+    (CHEST, ["pneumonia"], "", "The opacity is compatible with pneumonia rather than a nodule.", None),
     (CHEST, ["pneumonia"], "", "Consolidation due to pneumonia; a pneumothorax is not seen.", None),
     (CHEST, ["pneumonia"], "", "Pneumonia is seen and pneumothorax was ruled out.", None),
     (CHEST, ["pneumonia"], "", "Pneumonia with a normal heart size is shown.", None),
-    (
-        CHEST,
-        ["pneumonia"],
-        "",
-        "Both pneumonia and a normal chest radiograph are described.",
-        OTHER,
-    ),
+    (CHEST, ["pneumonia"], "", "Both pneumonia and a normal chest radiograph are described.", OTHER),
     (CHEST, ["normal"], "", "This is a normal chest radiograph of an adult.", None),
     (CHEST, ["normal"], "", "The chest radiograph is normal, without pneumonia.", None),
     (CHEST, ["normal"], "", "The radiograph shows cardiomegaly with clear lungs.", LABEL),
     (CHEST, ["lung nodule"], "", "A lung nodule lies in the upper zone.", None),
     (CHEST, ["lung nodule"], "", "Several lung nodules are scattered over both lungs.", None),
     (CHEST, ["nodule"], "", "A lung nodule is seen in this film.", OTHER),
-    (
-        CHEST,
-        ["pneumothorax"],
-        "",
-        "Not only a pneumothorax but also a pleural effusion is present.",
-        OTHER,
-    ),
+    (CHEST, ["pneumothorax"], "", "Not only a pneumothorax but also a pleural effusion is present.", OTHER),
     (CHEST, ["pneumonia"], "", "This CT scan shows pneumonia in the lower lobe.", MODALITY),
-    (
-        CHEST,
-        ["pneumonia"],
-        "",
-        "The radiograph shows pneumonia; a follow-up CT is recommended.",
-        None,
-    ),
+    (CHEST, ["pneumonia"], "", "The radiograph shows pneumonia; a follow-up CT is recommended.", None),
     (CHEST, ["pneumonia"], "left", "Pneumonia of the left lower lobe is seen on this film.", None),
     (CHEST, ["pneumonia"], "left", "Pneumonia of the right lower lobe is seen on this film.", SIDE),
     (CHEST, ["pneumonia"], "left", "The pneumonia lies in the upper right of the image.", None),
     (CHEST, ["pneumonia"], "left", "The pneumonia appears on the right side of the image.", None),
     (CHEST, ["pneumonia"], "left", "The left lung has pneumonia, the right lung is clear.", None),
-    (
-        SKIN,
-        ["melanoma"],
-        "",
-        "The dermoscopic image shows a melanoma with an irregular network.",
-        None,
-    ),
-    (
-        SKIN,
-        ["melanoma"],
-        "",
-        "Irregular pigment suggests melanoma; unlike a benign nevus, it is asymmetric.",
-        None,
-    ),
+    (SKIN, ["melanoma"], "", "The dermoscopic image shows a melanoma with an irregular network.", None),
+    (SKIN, ["melanoma"], "", "Irregular pigment suggests melanoma; unlike a benign nevus, it is asymmetric.", None),
     (SKIN, ["melanoma"], "", "The lesion is a benign nevus with a regular network.", LABEL),
     (SKIN, ["benign nevus"], "", "A benign nevus, not melanoma, is shown here.", None),
     (SKIN, ["benign nevus"], "", "A benign nevus or perhaps a melanoma is shown here.", OTHER),
-    (
-        BLOOD,
-        ["platelet", "red blood cell"],
-        "",
-        "Red blood cells and a platelet are spread over the smear.",
-        None,
-    ),
+    (BLOOD, ["platelet", "red blood cell"], "", "Red blood cells and a platelet are spread over the smear.", None),
     (BLOOD, ["platelet"], "", "Thrombocytes are visible under the microscope.", None),
     (BLOOD, ["red blood cell"], "", "Among the red blood cells lies a white blood cell.", OTHER),
     (ORGANS, ["spleen"], "", "The axial CT slice shows the spleen near the stomach.", None),
@@ -128,13 +63,7 @@ TUNED = [
     (ORGANS, ["liver tumor"], "", "A liver tumor is visible in this CT slice.", None),
     (ORGANS, ["liver"], "", "A liver tumor is visible in this CT slice.", OTHER),
     (ORGANS, ["spleen"], "", "Unlike MRI, this CT slice shows the spleen after contrast.", None),
-    (
-        TISSUE,
-        ["adenocarcinoma"],
-        "",
-        "The histological section shows adenocarcinoma with irregular glands.",
-        None,
-    ),
+    (TISSUE, ["adenocarcinoma"], "", "The histological section shows adenocarcinoma with irregular glands.", None),
     (TISSUE, ["adenocarcinoma"], "", "Light microscopy of the section shows adenocarcinoma.", None),
     (TISSUE, ["lymphocyte"], "", "Dense groups of lymphocytes surround adenocarcinomata.", OTHER),
     (BRAIN, ["no tumor"], "", "The MR image of the brain shows no tumor.", None),
@@ -154,7 +83,7 @@ TUNED = [
     (CHEST, ["pneumonia"], "left", "图像右上方可见肺炎。", None),
     (CHEST, ["lung nodule"], "", "A lung nodule is seen; such a nodule may be solid.", None),
     (STOMACH, ["stomach"], "", "The CT slice shows the stomach with the gastric fundus.", None),
-]
+]  # fmt: skip
 
 HELD_ASIDE = [
     (CHEST, ["pleural effusion"], "", "Blunting of the costophrenic angle indicates pleural effusion.", None),
