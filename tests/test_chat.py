@@ -266,6 +266,7 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "gmai_xtuner.chat", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_one_question_gives_the_answer_alone(export, pictures, predictor):
     done = chat(
         export, "--image", pictures[0], "--question", "图中显示什么？", "--max-new-tokens", LENGTH
@@ -280,6 +281,7 @@ def test_one_question_gives_the_answer_alone(export, pictures, predictor):
     assert f"(cut after {LENGTH} tokens)" in log
 
 
+@pytest.mark.slow
 def test_one_question_as_json_from_standard_input(export, pictures, predictor):
     sampling = (
         "--temperature",
@@ -333,6 +335,7 @@ def test_the_exit_status_is_honest(export, capfd, arguments, status, said):
     assert said in log
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(export, tmp_path):
     target = tmp_path / "talk.json"
     process = subprocess.Popen(

@@ -442,6 +442,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_ctrl_c(export, predictor):
     port = free_port()
     process = subprocess.Popen(

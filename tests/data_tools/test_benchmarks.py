@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -21,6 +23,7 @@ def run(script: str, work_dir: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_corpus_of_made_up_records(tmp_path):
     result = run("corpus.py", tmp_path, "--records", "2000")
     assert (result["records"], result["conversations"], result["rejected"]) == (2000, 2000, 0)
@@ -29,6 +32,7 @@ def test_a_corpus_of_made_up_records(tmp_path):
     assert result["peak_memory_mib"] <= result["peak_memory_all_mib"]
 
 
+@pytest.mark.slow
 def test_requests_to_a_server_on_loopback(tmp_path):
     few = ("--requests", "200", "--in-flight", "16", "--latency", "0.05", "--images", "20")
     result = run("requesting.py", tmp_path, *few)

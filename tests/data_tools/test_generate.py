@@ -275,6 +275,7 @@ def test_hostile_names_in_a_source(classes, make_job, tmp_path):
     assert len(ids) == 7, made.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_and_the_same_command_goes_on(classes, make_job, tmp_path):
     for number in range(6, 300):
         draw(classes / "TUM" / f"image {number:03}.png", number)

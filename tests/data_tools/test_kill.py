@@ -15,6 +15,8 @@ import pytest
 from tests.data_tools.conftest import command, draw, files_of, generate
 from tests.data_tools.test_generate import wait_for
 
+pytestmark = pytest.mark.slow
+
 CORPORA = 4
 KILLS_OF_A_CORPUS = 5
 PICTURES = 2100  # made of 1,000 at a time

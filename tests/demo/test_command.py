@@ -61,6 +61,7 @@ def test_a_base_that_is_not_wanted(capsys, model):
     assert "has its own language model" in refused(capsys, model, "--llm", "x")
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_without_a_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "gmai_xtuner.demo", str(tmp_path), "--port", "0"],

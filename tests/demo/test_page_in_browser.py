@@ -29,6 +29,8 @@ from tests import medical_files as made
 from tests.demo.browsing import WAIT, ask, at, chromium, done, upload
 from tests.demo.conftest import BOX, CT_EXAMPLE, ENDLESS, NO_BOX, WHERE
 
+pytestmark = pytest.mark.slow
+
 UPLOAD_MB = 2
 
 

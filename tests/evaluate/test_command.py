@@ -98,6 +98,7 @@ def test_the_same_command_again_asks_nothing(whole, data, export, capfd, caplog)
     assert "all 40 answers are stored already" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(whole, data, export, tmp_path):
     arguments = [export, "--benchmark", "omnimedvqa", "--data", data / "OmniMedVQA"]
     arguments += ["--out", tmp_path, "--batch-size", "1"]
@@ -124,6 +125,7 @@ def test_a_killed_run_goes_on_where_it_was(whole, data, export, tmp_path):
     assert answers_in(folder) == answers_in(whole[0] / "omnimedvqa-open-access")
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_questions_and_give_the_same_answers(whole, data, export, tmp_path):
     torchrun = (
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),

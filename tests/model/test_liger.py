@@ -38,6 +38,7 @@ def run_parity(device: str, **environment: str) -> None:
 
 
 @needs_liger
+@pytest.mark.slow
 def test_same_loss_and_gradients_as_transformers_through_tritons_interpreter():
     run_parity("cpu", TRITON_INTERPRET="1")
 

@@ -15,6 +15,8 @@ from data_tools.output.build import build
 from tests.data_tools.output.fake_store import corpus, job, kept, rejected
 from tests.data_tools.output.test_report import hostile_corpus
 
+pytestmark = pytest.mark.slow
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless",

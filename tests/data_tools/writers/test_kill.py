@@ -17,6 +17,8 @@ from tests.api_server import ApiServer, completion, error, name_of, user_text
 from tests.data_tools.writers import killed_run
 from tests.data_tools.writers.stand_ins import Prompts, options, tasks, write_images
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 TASKS = 900
 
