@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,7 +93,7 @@ def run(
         GMAIError: nothing of the benchmark is recognised, or a file can't be read.
     """
     begun = time.monotonic()
-    with open_executor("processes", workers) as executor, _names() as names:
+    with open_executor("processes", workers) as executor:
         progress.stage("benchmark")
         hashed = {}
         for number, one in cache.hashes(benchmark.read(), executor):
@@ -119,27 +115,28 @@ def run(
         del hashed
 
         progress.stage("records")
+        names = _Names(corpus)
         _read_names(result, names, progress)
 
         progress.stage("images", total=result.corpus_images)
         ours = Hashes(result.corpus_images)
-        for number, one in cache.hashes(names.sources(corpus), executor):
+        for number, one in cache.hashes(names.sources(), executor):
             ours.put(number, one)
             progress.advance()
             if one.problem and len(result.problems) < _PROBLEMS:
-                name = names.image(number, corpus).name
+                name = names.image(number).name
                 result.problems.append(("corpus", name, one.problem))
         result.corpus_states = ours.counts()
         result.matches = compare(theirs, ours, distance=distance)
         cases = by_case([image.name for image in benchmark.images], _cases(benchmark))
-        result.same_case = names.same_case(corpus, cases)
+        result.same_case = names.same_case(cases)
 
         progress.stage("questions", total=result.conversations)
         _read_questions(result, names, progress)
         wanted = {near.ours for near in result.matches.near}
         for found in (result.matches.exact, result.same_case):
             wanted.update(image for images in found.values() for image in images)
-        result.images = {number: names.image(number, corpus) for number in sorted(wanted)}
+        result.images = {number: names.image(number) for number in sorted(wanted)}
     result.problems.sort()
     result.seconds = time.monotonic() - begun
     return result
@@ -179,9 +176,9 @@ def _read_names(result: Overlap, names: _Names, progress: Bar) -> None:
         result.conversations += 1
         result.excluded += found.id in left.ids or not left.images.isdisjoint(found.images)
         for name in found.images:
-            names.add(dataset, name, is_excluded=name in left.images)
+            names.add(dataset, name)
         progress.advance()
-    result.corpus_images, result.distinct_images = names.count(), names.count_distinct(corpus)
+    result.corpus_images, result.distinct_images = len(names), names.count_distinct()
 
 
 def _read_questions(result: Overlap, names: _Names, progress: Bar) -> None:
@@ -199,91 +196,52 @@ def _read_questions(result: Overlap, names: _Names, progress: Bar) -> None:
         result.questions.look_at(dataset, name, found, frozenset().union(*shown))
 
 
-# --- names of the corpus' images, on disk: there may be millions ----------------------------------
-
-
 class _Names:
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-        connection.execute(
-            "CREATE TABLE images (number INTEGER PRIMARY KEY, dataset INTEGER, name TEXT, excluded INTEGER, "
-            "UNIQUE (dataset, name))"
-        )
-        self._last = ("", -1)
+    """Names of the corpus' images, some 200 bytes each, numbered as they come."""
 
-    def add(self, dataset: int, name: str, *, is_excluded: bool) -> None:
-        if self._last != (name, dataset):  # conversations about one image stand together
-            self._connection.execute(
-                "INSERT OR IGNORE INTO images (dataset, name, excluded) VALUES (?, ?, ?)",
-                (dataset, name, is_excluded),
-            )
-            self._last = (name, dataset)
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._numbers: dict[tuple[int, str], int] = {}
+        self._keys: list[tuple[int, str]] = []
 
-    def count(self) -> int:
-        return int(self._connection.execute("SELECT COUNT(*) FROM images").fetchone()[0])
+    def __len__(self) -> int:
+        return len(self._keys)
 
-    def count_distinct(self, corpus: Corpus) -> int:
-        """Count files, by their paths: datasets with one folder of images may name the same ones."""
-        roots: defaultdict[Path, list[int]] = defaultdict(list)
-        for number, dataset in enumerate(corpus.datasets):
-            roots[(dataset.image_root or Path()).absolute()].append(number)
-        return sum(
-            int(
-                self._connection.execute(
-                    "SELECT COUNT(DISTINCT name) FROM images WHERE dataset IN "
-                    "(SELECT value FROM json_each(?))",
-                    (json.dumps(numbers),),
-                ).fetchone()[0]
-            )
-            for numbers in roots.values()
-        )
-
-    def sources(self, corpus: Corpus) -> Iterator[ImageSource]:
-        for number, dataset, name in self._rows():
-            root = corpus.datasets[dataset].image_root
-            yield ImageSource(number, (root or Path()) / name)
-
-    def _rows(self) -> Iterator[tuple[int, int, str]]:
-        for number, dataset, name in self._connection.execute(
-            "SELECT number, dataset, name FROM images ORDER BY number"
-        ):
-            yield number - 1, dataset, name
+    def add(self, dataset: int, name: str) -> None:
+        key = (dataset, name)
+        if self._numbers.setdefault(key, len(self._keys)) == len(self._keys):
+            self._keys.append(key)
 
     def key(self, number: int) -> tuple[int, str]:
-        found: tuple[int, str] = self._connection.execute(
-            "SELECT dataset, name FROM images WHERE number = ?", (number + 1,)
-        ).fetchone()
-        return found
+        """Return the position of the dataset and the name in its records."""
+        return self._keys[number]
 
-    def image(self, number: int, corpus: Corpus) -> CorpusImage:
-        dataset, name, excluded = self._connection.execute(
-            "SELECT dataset, name, excluded FROM images WHERE number = ?", (number + 1,)
-        ).fetchone()
-        owner = corpus.datasets[dataset]
-        root = owner.image_root
-        return CorpusImage(owner.name, name, None if root is None else root / name, bool(excluded))
+    def count_distinct(self) -> int:
+        """Count files, by their paths: datasets with one folder of images may name the same ones."""
+        roots = [(one.image_root or Path()).absolute() for one in self._corpus.datasets]
+        if len(set(roots)) == len(roots):
+            return len(self)
+        first = [roots.index(root) for root in roots]
+        return len({(first[dataset], name) for dataset, name in self._keys})
 
-    def same_case(self, corpus: Corpus, cases: dict[str, list[int]]) -> dict[int, list[int]]:
+    def sources(self) -> Iterator[ImageSource]:
+        for number, (dataset, name) in enumerate(self._keys):
+            root = self._corpus.datasets[dataset].image_root
+            yield ImageSource(number, (root or Path()) / name)
+
+    def image(self, number: int) -> CorpusImage:
+        dataset, name = self._keys[number]
+        owner = self._corpus.datasets[dataset]
+        path = None if owner.image_root is None else owner.image_root / name
+        return CorpusImage(owner.name, name, path, name in owner.excluded.images)
+
+    def same_case(self, cases: dict[str, list[int]]) -> dict[int, list[int]]:
         """Return images of the benchmark -> images of the corpus with a case of the same name."""
         found: defaultdict[int, list[int]] = defaultdict(list)
-        if not cases:
-            return {}
-        for number, _, name in self._rows():
-            group = corpus.groups.get(name, "")
+        for number, (_, name) in enumerate(self._keys if cases else ()):
+            group = self._corpus.groups.get(name, "")
             for key in dict.fromkeys((case_of(name), case_of(group))):
                 for image in cases.get(key, ()) if key else ():
                     if found[image][-1:] != [number] and len(found[image]) < _OF_A_CASE:
                         found[image].append(number)
-        return {image: images for image, images in found.items() if images}
-
-
-@contextmanager
-def _names() -> Iterator[_Names]:
-    with tempfile.TemporaryDirectory(prefix="overlap-") as folder:
-        connection = sqlite3.connect(Path(folder) / "names.sqlite")
-        connection.execute("PRAGMA journal_mode = OFF")  # it is thrown away
-        connection.execute("PRAGMA synchronous = OFF")
-        try:
-            yield _Names(connection)
-        finally:
-            connection.close()
+        return dict(found)

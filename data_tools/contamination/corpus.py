@@ -118,15 +118,10 @@ def open_corpus(path: Path, *, image_root: Path | None = None) -> Corpus:
 
 def _mixture(path: Path) -> list[Dataset]:
     mixture = load_mixture(path)
-    entries = mixture.entries
-    exclusions = read_exclusions(
-        [entry.exclude for entry in entries],
-        [entry.name for entry in entries],
-        known=mixture.known,
-    )
+    exclusions = read_exclusions(mixture.entries, known=mixture.known)
     return [
         Dataset(entry.name, entry.annotations, entry.image_root, excluded)
-        for entry, excluded in zip(entries, exclusions.datasets, strict=True)
+        for entry, excluded in zip(mixture.entries, exclusions.datasets, strict=True)
     ]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError, Unusable
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.core.imaging.images import MAX_PIXELS, DecodedPixels, decode_pixels, to_8_bits
 
 MAX_BYTES = 4 * 2**30
@@ -53,7 +53,7 @@ def store_image(
 ) -> StoredImage:
     """Put an image into a folder under the hash of its pixels, unless it is there.
 
-    The file is written aside and renamed, so several processes may store the same image at once.
+    A reader never sees a part of the file, so several processes may store the same image at once.
 
     Args:
         image: image file, or uint8 or deeper ``[H, W]`` or ``[H, W, 3]``.
@@ -85,7 +85,8 @@ def store_image(
     path = f"{name[:2]}/{name}{kept}"
     target = folder / path
     if not target.exists():
-        _write(target, data or _png(pixels))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(target, data or _png(pixels), durable=False)
     return StoredImage(path, name, width, height, decoded.turned)
 
 
@@ -154,17 +155,6 @@ def _from_array(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
         except ValueError as error:
             raise Unusable(UNSUPPORTED, str(error)) from error
     return np.ascontiguousarray(pixels)
-
-
-def _write(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        aside.write_bytes(data)
-        aside.replace(target)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def _png(pixels: np.ndarray) -> bytes:

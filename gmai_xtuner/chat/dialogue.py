@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.conversation import Turn, parse_record
 from gmai_xtuner.core.errors import GMAIError, ImageError
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.generate import GREEDY, AnswerStream, Predictor, Sampling, user_turn
 
@@ -200,7 +200,7 @@ class Dialogue:
         else:
             text = json.dumps(record, ensure_ascii=False) + "\n"
         try:
-            _write_whole(target, text)
+            replace_text(target, text, mode=0o600)  # it may speak of a patient
         except OSError as error:
             raise DialogueError(f"{str(target)!r} can't be written: {error.strerror}") from error
         self._saved.add(target)
@@ -235,15 +235,3 @@ def _is_dicom(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False  # open_rgb says why
-
-
-def _write_whole(target: Path, text: str) -> None:
-    handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(aside, 0o600)  # it may speak of a patient
-        os.replace(aside, target)
-    except BaseException:
-        os.unlink(aside)
-        raise

@@ -15,8 +15,6 @@ import copy
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +29,7 @@ from xtuner.registry import BUILDER
 from gmai_xtuner.checkpoint.layouts import SETTINGS, SETTINGS_FILE
 from gmai_xtuner.core.config import image_processor_config, tokenizer_config
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.files import staged
 from gmai_xtuner.model.costs import describe_parts
 from gmai_xtuner.model.internlm2 import as_dtype
 from gmai_xtuner.model.lora import (
@@ -166,17 +165,10 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     """
     target = check_new(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    aside.chmod(0o755)
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    _readable(aside)
-    if target.is_dir():
-        target.rmdir()
-    os.replace(aside, target)
+    with staged(target) as folder:
+        folder.mkdir()
+        yield folder
+        _readable(folder)
 
 
 def _readable(folder: Path) -> None:

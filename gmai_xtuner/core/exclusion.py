@@ -1,4 +1,4 @@
-"""Conversations that a mixture leaves out by name: what an ``exclude`` list says, and which rows that is.
+"""Conversations that a mixture leaves out by name, read from its ``exclude`` lists.
 
 A list is a text file, written by hand or by ``data_tools/overlap.py``::
 
@@ -13,8 +13,8 @@ the records: below the image root. What stands before the first ``dataset`` line
 that the list is given to, what stands behind one that dataset alone; ``dataset: *`` goes back. A value
 that begins with a quotation mark is a JSON text. Blank lines and lines that begin with ``#`` say nothing.
 
-Rows are left out when a plan draws its samples. Token caches know nothing of it, so another list makes
-nothing be tokenised again, and the draw of all other conversations stays as it was.
+Rows are left out when a plan draws its samples, so another list makes nothing be tokenised again, and the
+draw of all other conversations stays as it was.
 """
 
 from __future__ import annotations
@@ -22,26 +22,21 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from gmai_xtuner.core.errors import MixtureError
+from gmai_xtuner.core.mixture import DatasetEntry
 
-KINDS = ("id", "image")
-ALL = "*"
-SHOWN = 20
-"""Names without a conversation that are kept as examples."""
+_ALL = "*"
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """One line of a list: ``kind`` of :data:`KINDS`, ``value``, and the ``dataset`` or None for all."""
+    """One line of a list: ``kind`` (``"id"`` or ``"image"``), ``value``, ``dataset`` (None for all)."""
 
     kind: str
     value: str
@@ -53,7 +48,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """What one dataset leaves out.
+    """The names that one dataset leaves out.
 
     Args:
         ids: of conversations.
@@ -66,128 +61,89 @@ class Exclusion:
     def __bool__(self) -> bool:
         return bool(self.ids or self.images)
 
+    def __contains__(self, line: Named) -> bool:
+        return line.value in (self.ids if line.kind == "id" else self.images)
+
     @cached_property
     def digest(self) -> str:
         """Changes with what is left out, not with how it was written down."""
-        content = json.dumps([sorted(self.ids), sorted(self.images)])
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-    def rows(self, cache: Path) -> tuple[np.ndarray, Exclusion]:
-        """Which conversations of a token cache are left out, and what of the list was found in it.
-
-        Args:
-            cache: folder of the cache; ids and image names are read, tokens are not.
-
-        Returns:
-            bool ``[conversations]``, and the ids and images that a conversation has.
-        """
-        ids, images = (pa.array(sorted(names), pa.string()) for names in (self.ids, self.images))
-        found_ids: set[str] = set()
-        found_images: set[str] = set()
-        parts = [np.zeros(0, dtype=bool)]
-        reader = pa.ipc.open_file(pa.memory_map(str(cache / "tokens.arrow")))
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            own = batch.column(batch.schema.get_field_index("id"))
-            shown = batch.column(batch.schema.get_field_index("images"))
-            by_id = pc.is_in(own, value_set=ids)
-            by_image = pc.is_in(shown.values, value_set=images)
-            found_ids.update(own.filter(by_id).to_pylist())
-            found_images.update(shown.values.filter(by_image).to_pylist())
-            before = np.concatenate([[0], np.cumsum(by_image.to_numpy(zero_copy_only=False))])
-            offsets = shown.offsets.to_numpy()
-            has_image = before[offsets[1:]] > before[offsets[:-1]]
-            parts.append(by_id.to_numpy(zero_copy_only=False) | has_image)
-        return np.concatenate(parts), Exclusion(frozenset(found_ids), frozenset(found_images))
+        return _digest([sorted(self.ids), sorted(self.images)])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Exclusions:
-    """What the datasets of a stage leave out. Made by :func:`read_exclusions`.
+    """The names that the datasets of a stage leave out. Made by :func:`read_exclusions`.
 
     Args:
         datasets: one each, in their order.
-        common: names that concern several datasets: known if any of them has a conversation of it.
-        strangers: lines about datasets that the mixture hasn't.
+        lines: line -> positions of the datasets that it concerns; none if the mixture lacks its dataset.
     """
 
     datasets: tuple[Exclusion, ...]
-    common: frozenset[Named] = frozenset()
-    strangers: tuple[Named, ...] = ()
+    lines: dict[Named, set[int]]
 
     def __bool__(self) -> bool:
-        return bool(any(self.datasets) or self.strangers)
+        return bool(self.lines)
 
     @property
     def digest(self) -> str:
         """Changes with what is left out, not with how it was written down."""
-        strangers = sorted(map(str, self.strangers))
-        content = json.dumps([[part.digest for part in self.datasets], strangers])
-        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        strangers = sorted(str(line) for line, positions in self.lines.items() if not positions)
+        return _digest([[part.digest for part in self.datasets], strangers])
 
-    def unknown(self, names: Sequence[str], found: Sequence[Exclusion]) -> list[str]:
-        """Lines of the lists of which no conversation is, for people, sorted.
+    def unknown(self, found: Sequence[Exclusion]) -> list[str]:
+        """Return the lines that name no conversation, for people, sorted.
+
+        A line for several datasets names one if any of them has it.
 
         Args:
-            names: of the datasets.
-            found: what :meth:`Exclusion.rows` found of each.
+            found: the names of each dataset's exclusion that it has.
         """
-        lines = {str(line) for line in self.strangers}
-        anywhere = {("id", name) for part in found for name in part.ids}
-        anywhere |= {("image", name) for part in found for name in part.images}
-        shared = {(line.kind, line.value) for line in self.common}
-        lines |= {str(line) for line in self.common if (line.kind, line.value) not in anywhere}
-        for name, asked, there in zip(names, self.datasets, found, strict=True):
-            for kind, missing in (
-                ("id", asked.ids - there.ids),
-                ("image", asked.images - there.images),
-            ):
-                lines |= {
-                    str(Named(kind, value, name))
-                    for value in missing
-                    if (kind, value) not in shared
-                }
-        return sorted(lines)
+        return sorted(
+            str(line)
+            for line, positions in self.lines.items()
+            if not any(line in found[position] for position in positions)
+            if line.dataset is None or Named(line.kind, line.value, None) not in self.lines
+        )
 
 
-def read_exclusions(
-    lists: Sequence[Sequence[Path]], names: Sequence[str], *, known: Collection[str]
-) -> Exclusions:
+def _digest(content: list) -> str:
+    text = json.dumps(content)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def read_exclusions(entries: Sequence[DatasetEntry], *, known: Collection[str]) -> Exclusions:
     """Read the lists of a stage's datasets.
 
     Args:
-        lists: the files of each dataset.
-        names: of the datasets, in the same order.
+        entries: the datasets.
         known: names of all datasets of the mixture, also of those that the stage leaves out.
 
     Raises:
         MixtureError: a list can't be read, or a line isn't one of the module's.
     """
-    files = {path: read_list(path) for path in dict.fromkeys(path for own in lists for path in own)}
-    given_to = {path: sum(path in own for own in lists) for path in files}
-    datasets, common = [], set()
-    for name, own in zip(names, lists, strict=True):
-        ids: set[str] = set()
-        images: set[str] = set()
-        for path in own:
-            for line in files[path]:
-                if line.dataset not in (None, name):
-                    continue
-                (ids if line.kind == "id" else images).add(line.value)
-                if line.dataset is None and given_to[path] > 1:
-                    common.add(line)
+    given: defaultdict[Path, list[int]] = defaultdict(list)
+    for position, entry in enumerate(entries):
+        for path in entry.exclude:
+            given[path].append(position)
+    lines: defaultdict[Named, set[int]] = defaultdict(set)
+    for path, positions in given.items():
+        for line in read_list(path):
+            concerned = [n for n in positions if line.dataset in (None, entries[n].name)]
+            if line.dataset is None and len(concerned) == 1:
+                line = Named(line.kind, line.value, entries[concerned[0]].name)
+            if concerned or line.dataset not in known:
+                lines[line].update(concerned)
+    datasets = []
+    for position in range(len(entries)):
+        own = [line for line, positions in lines.items() if position in positions]
+        ids, images = ({one.value for one in own if one.kind == kind} for kind in ("id", "image"))
         datasets.append(Exclusion(frozenset(ids), frozenset(images)))
-    strangers = dict.fromkeys(
-        line
-        for lines in files.values()
-        for line in lines
-        if line.dataset is not None and line.dataset not in known
-    )
-    return Exclusions(tuple(datasets), frozenset(common), tuple(strangers))
+    return Exclusions(tuple(datasets), dict(lines))
 
 
 def read_list(path: Path) -> list[Named]:
-    """The lines of one list.
+    """Return the lines of one list.
 
     Raises:
         MixtureError: with file and line.
@@ -206,7 +162,7 @@ def read_list(path: Path) -> list[Named]:
     return list(_parse(text.split("\n"), path))
 
 
-def _parse(lines: Iterable[str], path: Path) -> Iterable[Named]:
+def _parse(lines: Iterable[str], path: Path) -> Iterator[Named]:
     dataset: str | None = None
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -215,7 +171,7 @@ def _parse(lines: Iterable[str], path: Path) -> Iterable[Named]:
         key, colon, value = line.partition(":")
         value = value.strip()
         where = f"{path}, line {number}"
-        if not colon or key not in ("dataset", *KINDS) or not value:
+        if not colon or key not in ("dataset", "id", "image") or not value:
             raise MixtureError(
                 f"{where}: expected 'id: ...', 'image: ...' or 'dataset: ...', got {line[:80]!r}. Each name "
                 "that is left out stands on a line of its own, behind what it is."
@@ -229,6 +185,6 @@ def _parse(lines: Iterable[str], path: Path) -> Iterable[Named]:
                     'Write " as \\" and put one at the end.'
                 ) from error
         if key == "dataset":
-            dataset = None if value == ALL else value
+            dataset = None if value == _ALL else value
         else:
             yield Named(key, posixpath.normpath(value) if key == "image" else value, dataset)

@@ -76,15 +76,18 @@ def staged(target: Path, *, durable: bool = True) -> Iterator[Path]:
         directory_to_disk(target.parent)
 
 
-def replace_text(file: Path, text: str | bytes, *, durable: bool = True) -> None:
+def replace_text(file: Path, text: str | bytes, *, durable: bool = True, mode: int = 0o666) -> None:
     """Write a file, UTF-8, so that a reader sees the old or the new one, never a part.
 
     Args:
         file, durable: see :func:`staged`.
         text: the whole content.
+        mode: permissions, less those that the process's umask takes.
     """
-    with staged(file, durable=durable) as partial:
-        partial.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+    data = text.encode("utf-8") if isinstance(text, str) else text
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with staged(file, durable=durable) as partial, open(os.open(partial, flags, mode), "wb") as out:
+        out.write(data)
 
 
 def staging(path: Path) -> Path:

@@ -152,9 +152,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             cache_dir=cache_dir,
             held_out=held_out,
             exclusions=read_exclusions(
-                [entry.exclude for entry in self.entries],
-                [entry.name for entry in self.entries],
-                known=load_mixture(mixture, check_files=False).known,
+                self.entries, known=load_mixture(mixture, check_files=False).known
             ),
         )
         self.metainfo = {

@@ -34,13 +34,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gmai_xtuner.core.errors import GMAIError, MixtureError
-from gmai_xtuner.core.exclusion import SHOWN, Exclusions
+from gmai_xtuner.core.exclusion import Exclusion, Exclusions
 from gmai_xtuner.core.files import locked, replace_text, staged
 from gmai_xtuner.core.mixture import sample_indices
 from gmai_xtuner.data.packing import Packs, pack
 from gmai_xtuner.data.token_cache import TokenCache
+
+_EXAMPLES = 20
+"""Names of exclude lists without a conversation that are kept as examples."""
 
 VERSION = 3
 """Goes up with whatever changes which conversations share a pack."""
@@ -207,14 +211,14 @@ class DataPlan:
             return [None] * len(self.caches)
         masks, found = [], []
         for cache, exclusion in zip(self.caches, self.exclusions.datasets, strict=True):
-            mask, there = exclusion.rows(cache.folder) if exclusion else (None, exclusion)
+            mask, there = _rows_of(exclusion, cache.folder) if exclusion else (None, exclusion)
             masks.append(mask)
             found.append(there)
-        unknown = self.exclusions.unknown(self.names, found)
+        unknown = self.exclusions.unknown(found)
         content = {
             "conversations": [0 if mask is None else int(mask.sum()) for mask in masks],
             "unknown": len(unknown),
-            "examples": unknown[:SHOWN],
+            "examples": unknown[:_EXAMPLES],
         }
         replace_text(self.folder / "excluded.json", json.dumps(content))
         return masks
@@ -292,6 +296,32 @@ class DataPlan:
     def _save(self, name: str, array: np.ndarray) -> None:
         with staged(self.folder / f"{name}.npy") as partial, partial.open("wb") as file:
             np.save(file, array)
+
+
+def _rows_of(exclusion: Exclusion, cache: Path) -> tuple[np.ndarray, Exclusion]:
+    """Find the conversations of a token cache that are left out; ids and image names are read, tokens not.
+
+    Returns:
+        bool ``[conversations]``, and the ids and images of the exclusion that a conversation has.
+    """
+    names = (pa.array(sorted(names), pa.string()) for names in (exclusion.ids, exclusion.images))
+    ids, images = names
+    found_ids: set[str] = set()
+    found_images: set[str] = set()
+    parts = [np.zeros(0, dtype=bool)]
+    reader = pa.ipc.open_file(pa.memory_map(str(cache / "tokens.arrow")))
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        own, shown = batch.column("id"), batch.column("images")
+        by_id = pc.is_in(own, value_set=ids)
+        by_image = pc.is_in(shown.values, value_set=images)
+        found_ids.update(own.filter(by_id).to_pylist())
+        found_images.update(shown.values.filter(by_image).to_pylist())
+        before = np.concatenate([[0], np.cumsum(by_image.to_numpy(zero_copy_only=False))])
+        offsets = shown.offsets.to_numpy()
+        has_image = before[offsets[1:]] > before[offsets[:-1]]
+        parts.append(by_id.to_numpy(zero_copy_only=False) | has_image)
+    return np.concatenate(parts), Exclusion(frozenset(found_ids), frozenset(found_images))
 
 
 @lru_cache(maxsize=4)

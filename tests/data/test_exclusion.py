@@ -1,4 +1,4 @@
-"""Exclude lists: what a line means, and that a plan leaves out exactly what is listed."""
+"""A plan leaves out exactly the conversations that exclude lists name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.core.errors import MixtureError
-from gmai_xtuner.core.exclusion import Exclusion, Named, read_exclusions, read_list
-from gmai_xtuner.core.mixture import load_mixture
+from gmai_xtuner.core.exclusion import Exclusion
 from gmai_xtuner.data import dataset as dataset_module
 from gmai_xtuner.data.dataset import SoftPackedDataset
+from gmai_xtuner.data.plan import _rows_of
 from tests.data.test_held_out import write_cache
 from tests.toy import Corpus, record
 
@@ -26,66 +26,15 @@ BRAIN = [
 ]
 
 
-def test_lines_of_a_list(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    path.write_text(
-        "\ufeff# a comment\n\n  id: 2d#cls#ct: a b.png \nimage: ./scans//a.png\r\ndataset: x: y\n"
-        'id: "two\\nlines"\ndataset: *\nimage: ä.png\n',
-        encoding="utf-8",
-    )
-    assert read_list(path) == [
-        Named("id", "2d#cls#ct: a b.png", None),
-        Named("image", "scans/a.png", None),
-        Named("id", "two\nlines", "x: y"),
-        Named("image", "ä.png", None),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("id: 1\n4711\n", r"list\.txt, line 2: expected 'id: \.\.\.', .* got '4711'"),
-        ("ids: 1", r"line 1: expected"),
-        ("image:", r"line 1: expected"),
-        ('id: "open', r"line 1: .* is no JSON text"),
-    ],
-)
-def test_a_line_that_means_nothing_is_refused_with_its_number(
-    tmp_path: Path, text: str, message: str
-) -> None:
-    (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(MixtureError, match=message):
-        read_list(tmp_path / "list.txt")
-
-
-def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(MixtureError, match=r"exclude list .*none\.txt can't be read"):
-        read_list(tmp_path / "none.txt")
-    (tmp_path / "latin.txt").write_bytes("id: ä".encode("latin-1"))
-    with pytest.raises(MixtureError, match=r"latin\.txt is not UTF-8"):
-        read_list(tmp_path / "latin.txt")
-
-
 def test_rows_by_id_and_by_any_of_their_images(tmp_path: Path) -> None:
     rows = [("a", ["1"]), ("b", []), ("c", ["2", "3"]), ("d", ["3", "1"]), ("1", ["4"]), ("e", [])]
     cache = write_cache(tmp_path / "cache", rows)
     exclusion = Exclusion(frozenset({"b", "x"}), frozenset({"1", "9"}))
-    mask, found = exclusion.rows(cache)
+    mask, found = _rows_of(exclusion, cache)
     assert mask.tolist() == [True, True, False, True, False, False]
     assert found == Exclusion(frozenset({"b"}), frozenset({"1"}))
     assert write_cache(tmp_path / "empty", []).is_dir()
-    assert Exclusion(frozenset({"b"})).rows(tmp_path / "empty")[0].tolist() == []
-
-
-def test_a_name_for_all_is_known_if_one_dataset_has_it(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    path.write_text(
-        "id: a\nid: z\ndataset: two\nid: a\nid: b\ndataset: off\nid: 1\ndataset: no\nid: 2\n"
-    )
-    read = read_exclusions([(path,), (path,)], ["one", "two"], known={"one", "two", "off"})
-    assert [sorted(part.ids) for part in read.datasets] == [["a", "z"], ["a", "b", "z"]]
-    found = [Exclusion(frozenset({"a"})), Exclusion()]
-    assert read.unknown(["one", "two"], found) == ["id: 2 (no)", "id: b (two)", "id: z"]
+    assert _rows_of(Exclusion(frozenset({"b"})), tmp_path / "empty")[0].tolist() == []
 
 
 @pytest.fixture
@@ -176,33 +125,9 @@ def test_what_is_excluded_is_not_validated_on_either(build, corpus: Corpus) -> N
     assert rest.plan.held_out_counts().sum() == whole.plan.held_out_counts().sum() - 1
 
 
-def test_a_list_of_one_dataset_concerns_no_other(build, corpus: Corpus) -> None:
-    (corpus.folder / "own.txt").write_text("id: 7\nimage: 0.png\n")
-    text = corpus.mixture.read_text().replace("brain.jsonl", "brain.jsonl\n    exclude: [own.txt]")
-    corpus.mixture.write_text(text)
-    assert trained_on(build(corpus)) == [n for n in ALL if n not in ("brain/7", "brain/b0")]
-
-
-def test_lists_are_part_of_the_mixture_and_an_absent_one_is_an_error(corpus: Corpus) -> None:
-    corpus.mixture.write_text(corpus.mixture.read_text() + "exclude: gone.txt\n")
-    with pytest.raises(MixtureError, match=r"mixture\.yaml:8: .*exclude 'gone.txt' does not exist"):
-        load_mixture(corpus.mixture)
-    assert load_mixture(corpus.mixture, check_files=False).entries[0].exclude == (
-        corpus.folder / "gone.txt",
-    )
-
-
 def test_a_list_that_leaves_nothing_is_said(build, corpus: Corpus) -> None:
     exclude(corpus, "".join(f"image: {name}\n" for name in IMAGES) + "id: 7\n")
     with pytest.raises(
         MixtureError, match="the ratios and the exclude lists leave no conversation"
     ):
         build(corpus)
-
-
-def test_order_and_repetition_of_lines_make_no_other_plan(build, corpus: Corpus) -> None:
-    exclude(corpus, "id: c2\nid: b4\n")
-    one = build(corpus).plan
-    exclude(corpus, "# again\nid: b4\nid: c2\nid: b4\n")
-    assert build(corpus).plan.folder == one.folder
-    assert one.settings["exclude"]

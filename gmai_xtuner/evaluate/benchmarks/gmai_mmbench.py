@@ -12,11 +12,11 @@ paper (README of github.com/uni-medical/GMAI-MMBench, commit df685478).
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from gmai_xtuner.core.files import staged
 from gmai_xtuner.evaluate.benchmarks.definition import Definition, Form, Found, Header
 from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, BenchmarkError, Collector
 from gmai_xtuner.evaluate.benchmarks.table import IMAGE, read_table, read_tables
@@ -90,12 +90,8 @@ def write_submission(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_UNSAFE_NAME.sub('-', model).strip('-')}_GMAI-MMBench_TEST.xlsx"
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        workbook.save(aside)
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
+    with staged(target) as partial:
+        workbook.save(partial)
     return target
 
 
