@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from data_tools import readers, standardise, writers
 from data_tools.checks import CHECK_VERSION
 from data_tools.executor import Executor, open_executor
+from data_tools.fingerprints import unit_fingerprint
 from data_tools.forms import FORM_VERSIONS
 from data_tools.forms.options import MakeOptions
 from data_tools.items import FORMS, SourceContext
@@ -40,7 +41,6 @@ from data_tools.output.licences import refusal
 from data_tools.progress import Bar
 from data_tools.readers import SourceOptions
 from data_tools.records import Drop, Unit
-from data_tools.stamps import stamp
 from data_tools.standardise import IMAGES
 from data_tools.store import Store, StoredRecord, StoredUnit
 from data_tools.worker import Recipe, make, read_units, worker_taxonomy
@@ -270,7 +270,7 @@ class _Reading:
         module = readers.load(self.source.reader)  # type: ignore[attr-defined]
         for place, unit in enumerate(module.units(self.source)):
             known = self.store.known_unit(self.number, unit.key)
-            if known is not None and known[1] == stamp(self.source.root, unit, known[2]):
+            if known is not None and known[1] == unit_fingerprint(self.source.root, unit, known[2]):
                 self.known.append((known[0], place))
                 continue
             waiting.append(_Placed(place, unit))

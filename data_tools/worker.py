@@ -14,11 +14,11 @@ from pathlib import Path
 
 from data_tools import forms
 from data_tools.checks import CheckOptions, check
+from data_tools.fingerprints import unit_fingerprint
 from data_tools.forms.options import MakeOptions
 from data_tools.items import Conversation, Item, SourceContext
 from data_tools.readers import SourceOptions
 from data_tools.records import Record, Unit
-from data_tools.stamps import stamp
 from data_tools.standardise import duplicate_key, read_unit
 from data_tools.store import (
     ACCEPTED,
@@ -67,7 +67,7 @@ def read_units(
         result = read_unit(source, unit, folder=folder, taxonomy=terms)
         results.append(
             StoredUnit(
-                stamp(source.root, unit, result.files),
+                unit_fingerprint(source.root, unit, result.files),
                 [StoredRecord(r.id, encode(r), duplicate_key(r), r.image) for r in result.records],
                 result.drops,
                 result.samples,

@@ -53,23 +53,6 @@ def test_diagonal_neighbours_are_one_component_under_8_and_two_under_4():
     assert components(mask, connectivity=4) == [((2, 1, 3, 2), 1), ((3, 2, 4, 3), 1)]
 
 
-def test_components_of_em_membranes_are_those_of_skimage(shared_data):
-    from PIL import Image
-
-    mask = np.asarray(Image.open(shared_data / "em_membrane_masks/label/0.png")) == 255
-    expected = of_skimage(mask, 8)
-    assert len(expected) > 50
-    kept, drops, _ = regions(
-        [Annotation("cell", mask=mask)], size=(512, 512), rules=PRESETS["sa-med2d"]
-    )
-    # 512 * 512 * 100 / 256**2 = 400 pixels
-    assert sorted((region.box, region.area) for region in kept) == [
-        part for part in expected if part[1] >= 400
-    ]
-    assert len(drops) == sum(area < 400 for _, area in expected)
-    assert {reason for reason, _ in drops} == {"mask smaller than 0.153 % of the image"}
-
-
 @pytest.mark.parametrize(("side", "kept"), [(10, 1), (9, 0)])
 def test_sa_med2d_keeps_what_has_100_of_65536_pixels(side, kept):
     mask = np.zeros((256, 256), dtype=bool)
@@ -77,7 +60,8 @@ def test_sa_med2d_keeps_what_has_100_of_65536_pixels(side, kept):
     found, drops, _ = regions(
         [Annotation("a", mask=mask)], size=(256, 256), rules=PRESETS["sa-med2d"]
     )
-    assert (len(found), len(drops)) == (kept, 1 - kept)
+    assert len(found) == kept
+    assert [drop for drop, _ in drops] == ["mask smaller than 0.153 % of the image"] * (1 - kept)
 
 
 @pytest.mark.parametrize(

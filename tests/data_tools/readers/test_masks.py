@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
 from pydantic import ValidationError
-from skimage.measure import label as skimage_label
-from skimage.measure import regionprops
 
 from data_tools.readers import masks
 from gmai_xtuner.core.errors import SourceError
@@ -16,7 +12,6 @@ from tests.data_tools.readers.sets import (
     options,
     read_all,
     reasons,
-    regions_of,
     write_image,
     write_mask,
 )
@@ -214,40 +209,3 @@ def test_a_set_that_is_wrong_as_a_whole(tmp_path, keys, message):
     (tmp_path / "broken.json").write_text('{"i/a.png": ["m/a.png"], "i')
     with pytest.raises(SourceError, match=message):
         read_all(masks, tmp_path, **keys, label="cell")
-
-
-def test_em_membranes_and_their_insides(shared_data):
-    root = shared_data / "em_membrane_masks"
-    pattern = {"images": "image/{n}.png", "masks": "label/{n}.png"}
-    inside, drops = read_all(masks, root, **pattern, label="cell", foreground=255)
-    membrane, _ = read_all(masks, root, **pattern, label="membrane", foreground=0)
-    assert (len(inside), drops) == (10, [])
-    for one, other in zip(inside, membrane, strict=True):
-        assert (one.annotations[0].mask ^ other.annotations[0].mask).all()
-
-
-def test_axons_and_myelin(shared_data):
-    root = shared_data / "sem_axon_bids"
-    pattern = {
-        "images": "{place:path}/{name}_SEM.png",
-        "masks": "derivatives/labels/{place}/{name}_SEM_seg-{label}-manual.png",
-    }
-    samples, drops = read_all(masks, root, **pattern, foreground=">127")
-    assert (len(samples), drops) == (5, [])
-    assert {tuple(masks_of(sample)) for sample in samples} == {("axon", "myelin")}
-    # Two images have masks of more than two grey levels, which nothing should guess at.
-    assert reasons(read_all(masks, root, **pattern)[1]) == {"binary mask with several values": 2}
-    path = root / "derivatives/labels/sub-rat2/micr/sub-rat2_sample-data5_SEM_seg-axon-manual.png"
-    levels = np.asarray(Image.open(path))
-    parts = regionprops(skimage_label(levels > 127, connectivity=2))
-    least = levels.size * 100 / 256**2
-    expected = [
-        (part.bbox[1], part.bbox[0], part.bbox[3], part.bbox[2])
-        for part in parts
-        if part.area >= least
-    ]
-    sample = next(sample for sample in samples if "data5" in sample.source_file)
-    axons = replace(sample, annotations=sample.annotations[:1])
-    kept, _ = regions_of(axons, levels.shape[::-1], "sa-med2d")
-    assert sorted(region.box for region in kept) == sorted(expected)
-    assert len(expected) > 5

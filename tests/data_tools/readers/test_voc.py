@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 
 from data_tools.readers import voc
@@ -11,7 +9,6 @@ from tests.data_tools.readers.sets import (
     incomplete,
     read_all,
     reasons,
-    regions_of,
     write_image,
 )
 
@@ -27,24 +24,6 @@ def write(root, name="a", *, objects=None, filename=None, size=(40, 30), whole=N
     (root / "Annotations").mkdir(exist_ok=True)
     (root / "Annotations" / f"{name}.xml").write_text(whole or text)
     write_image(root / "JPEGImages" / f"{name}.png")
-
-
-def test_bccd_as_published(shared_data):
-    samples, drops = read_all(voc, shared_data / "bccd_voc")
-    labels = Counter(label for sample in samples for label, _ in boxes(sample))
-    assert labels == {"RBC": 323, "Platelets": 31, "WBC": 22}
-    assert (len(samples), drops) == (25, [])
-    bad = [
-        (sample.source_file, reason)
-        for sample in samples
-        for reason in regions_of(sample, (640, 480), "sa-med2d")[1]
-    ]
-    assert bad == [
-        ("JPEGImages/BloodImage_00338.jpg", "box of no size"),
-        ("JPEGImages/BloodImage_00343.jpg", "box of no size"),
-    ]
-    split, _ = read_all(voc, shared_data / "bccd_voc", splits=("val", "test"))
-    assert len(split) == 12
 
 
 def test_corners_and_marks(tmp_path):

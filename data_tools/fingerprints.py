@@ -1,4 +1,4 @@
-"""Whether a unit's files are what they were when it was read."""
+"""Fingerprints of units, which tell whether their files are what they were when they were read."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from data_tools.records import Unit
 _LONGEST_NAME = 4096
 
 
-def stamp(root: Path, unit: Unit, files: Iterable[str] = ()) -> bytes:
-    """16 bytes that change if the unit's payload, a file that it names or one of ``files`` changes.
+def unit_fingerprint(root: Path, unit: Unit, files: Iterable[str] = ()) -> bytes:
+    """Return 16 bytes that change if the unit's payload, a file that it names or one of ``files`` changes.
 
     A file counts as named if a text or path anywhere in key or payload is its path, absolute or below the
     root. Its size and time of change are looked at, not its bytes; a folder's are those of its entries.
