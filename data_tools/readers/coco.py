@@ -80,9 +80,9 @@ def units(options: Options) -> Iterator[Unit]:
                 "image": image,
                 "annotations": entries,
                 "categories": {
-                    number: categories[number]
+                    category: categories[category]
                     for entry in entries
-                    if (number := _id(entry, "category_id")) in categories
+                    if (category := _id(entry, "category_id")) in categories
                 },
             },
         )
@@ -106,15 +106,16 @@ def _load(path: Path, source: str) -> tuple[list[Any], list[Any], dict[Any, str]
             )
     categories: dict[Any, str] = {}
     for category in content["categories"]:
-        key = _id(category, "id")
+        number = _id(category, "id")
         name = category.get("name") if isinstance(category, dict) else None
-        if key is None or not isinstance(name, str):
+        if number is None or not isinstance(name, str):
             raise SourceError(
                 f"Source {source}: {path}: category without id or name: {category!r}."
             )
-        if categories.setdefault(key, name) != name:
+        if categories.setdefault(number, name) != name:
             raise SourceError(
-                f"Source {source}: {path}: category id {key!r} is both {categories[key]!r} and {name!r}."
+                f"Source {source}: {path}: category id {number!r} is both "
+                f"{categories[number]!r} and {name!r}."
             )
     return content["images"], content["annotations"], categories
 

@@ -16,7 +16,7 @@ import json
 import pickle
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +145,7 @@ def open_table(
     form = form or FORMATS.get(path.suffix.lower())
     if form is None:
         raise SourceError(f"{shown}: the suffix is none of {', '.join(FORMATS)}. Say `format`.")
+    parsed: Generator[tuple[int, Any], None, None]
     if form == "excel":
         parsed = _excel(path, shown, sheet)
     elif form == "jsonl":
@@ -165,7 +166,7 @@ def open_table(
 
 def _csv(
     path: Path, shown: str, encoding: str, delimiter: str
-) -> Iterator[tuple[int, list[str] | str]]:
+) -> Generator[tuple[int, list[str] | str], None, None]:
     reader = csv.reader(_lines(path, shown, encoding), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
@@ -185,7 +186,9 @@ def _csv(
             yield line, cells
 
 
-def _jsonl(path: Path, shown: str, encoding: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _jsonl(
+    path: Path, shown: str, encoding: str
+) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
     for line, text in enumerate(_lines(path, shown, encoding), 1):
         if not text.strip():
             continue
@@ -196,7 +199,9 @@ def _jsonl(path: Path, shown: str, encoding: str) -> Iterator[tuple[int, dict[st
         yield line, content if isinstance(content, dict) else "row that is no JSON object"
 
 
-def _excel(path: Path, shown: str, sheet: str | None) -> Iterator[tuple[int, list[Any]]]:
+def _excel(
+    path: Path, shown: str, sheet: str | None
+) -> Generator[tuple[int, list[Any]], None, None]:
     import zipfile
 
     import openpyxl
@@ -239,8 +244,9 @@ def _lines(path: Path, shown: str, encoding: str) -> Iterator[str]:
                 with codecs.getreader(encoding)(file) as text:
                     yield from text
             except UnicodeError as error:
-                text = f"{shown} is not {encoding} ({error}). Correct `encoding`."
-                raise SourceError(text) from error
+                raise SourceError(
+                    f"{shown} is not {encoding} ({error}). Correct `encoding`."
+                ) from error
             return
         begin = number = 0
         while data := file.readline(MAX_LINE + 1):
