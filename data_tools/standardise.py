@@ -130,7 +130,7 @@ def _record(
 
 
 def _named(source: SourceOptions, sample: Sample) -> list[Annotation]:
-    """The annotations with the corpus' names for labels."""
+    """Return the annotations with the corpus' names for labels."""
     if not sample.annotations:
         raise Unusable("no label")
     named = []
@@ -182,14 +182,14 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _names(source: SourceOptions, labels: Iterable[str]) -> set[str]:
-    """The corpus' names for labels of the source, as far as it has one."""
+    """Return the corpus' names for labels of the source, as far as it has one."""
     own = source.labels
     named = (label.strip() if own is None else own.get(label.strip()) for label in labels)
     return {name.strip() for name in named if name and name.strip()}
 
 
 def _task(source: SourceOptions, sample: Sample, labels: list[Label]) -> str:
-    """What the source was made for, by what it says of this picture: a table may hold classes or boxes."""
+    """Return the task by what is said of this image: a table may hold classes or boxes."""
     default = source.default_source_task
     if all(label.box is None for label in labels):
         return CLASSIFICATION
@@ -201,7 +201,7 @@ def _task(source: SourceOptions, sample: Sample, labels: list[Label]) -> str:
 
 
 def _distinct(labels: list[Label]) -> list[Label]:
-    """Without repetitions of the very same finding, in their order."""
+    """Return the labels without repetitions of the very same finding, in their order."""
     kept: list[Label] = []
     seen = set()
     for label in labels:
@@ -279,7 +279,7 @@ def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
 
 @lru_cache(maxsize=64)
 def _folder_sha256(path: str, mtime_ns: int) -> str:
-    """Of a series that lies in a folder: its files' names and hashes, sorted."""
+    """Return the hash of a folder's files, names and contents, sorted."""
     digest = hashlib.sha256()
     for file in _files(Path(path)):
         digest.update(f"{file.name}\0".encode("utf-8", "surrogatepass"))

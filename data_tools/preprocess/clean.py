@@ -235,7 +235,7 @@ def _any(rules: Rules) -> bool:
 
 
 def _background(volume: Volume) -> float:
-    """Share of the voxels that no structure holds."""
+    """Return the share of the voxels that no structure holds."""
     held = np.zeros(volume.voxels.shape, dtype=bool)
     for number, layer in enumerate(volume.layers):
         values = [item.value for item in volume.structures if item.layer == number]
@@ -312,7 +312,7 @@ def _kept(
     drops: Drops,
     where: str,
 ) -> list[_Component]:
-    """Those large enough, largest first."""
+    """Return those large enough, largest first; drop the others."""
     volume = float(np.prod(spacing))
     kept: list[_Component] = []
     for component in sorted(components, key=lambda item: (-item.voxels, item.number)):
@@ -338,7 +338,7 @@ def _kept(
 
 
 def _sides(components: list[_Component], middle: float) -> dict[int, str]:
-    """Component -> side, if each lies wholly on one side of the volume's middle and both sides have one.
+    """Return component -> side, if each lies wholly on one side of the middle and both sides have one.
 
     ``X`` grows towards the patient's right. A component across the middle means that the structure is not
     a pair, or the volume not centred on the body: then nothing is said.
@@ -355,7 +355,7 @@ def _sides(components: list[_Component], middle: float) -> dict[int, str]:
 
 
 def _bounding_box(layer: np.ndarray) -> tuple[slice, slice, slice] | None:
-    """Of everything that is not 0; None if all is."""
+    """Return the box of everything that is not 0; None if all is."""
     box = []
     for axis in range(3):
         others = tuple(other for other in range(3) if other != axis)

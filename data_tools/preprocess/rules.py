@@ -21,10 +21,10 @@ class Rules(Options):
         split: a mask becomes one region for each connected component; else one region in all.
         connectivity: of pixels: 8 joins diagonal neighbours, 4 does not.
         connectivity_3d: of voxels: 26, 18 or 6.
-        min_area_share: smallest region, as a share of the picture's pixels.
+        min_area_share: smallest region, as a share of the image's pixels.
         min_area_pixels: smallest region, in pixels.
         keep_largest: so many components of a label at most, the largest.
-        clip_boxes: a box that reaches over the picture's edge is cut there and counted; else it is dropped.
+        clip_boxes: a box that reaches over the image's edge is cut there and counted; else it is dropped.
         min_edge_ratio: of a volume's slices, short edge over long edge.
         min_voxels: smallest component of a volume's label, in voxels.
         min_volume_mm3: the same in cubic millimetres.
@@ -61,7 +61,7 @@ PRESETS: dict[str, Rules] = {}
 
 
 def preset(name: Any) -> Rules:
-    """A preset by its name.
+    """Return a preset by its name.
 
     Raises:
         ValueError: there is no such preset.
@@ -72,7 +72,7 @@ def preset(name: Any) -> Rules:
 
 
 def resolve(clean: str | Rules) -> Rules:
-    """The rules that a source's ``clean`` means.
+    """Return the rules that a source's ``clean`` names.
 
     Raises:
         ValueError: there is no such preset.
@@ -83,7 +83,7 @@ def resolve(clean: str | Rules) -> Rules:
 PRESETS["none"] = Rules()
 
 # SA-Med2D-20M (Ye et al. 2023, arXiv 2311.11969), section on preprocessing; no code was published. Slices
-# whose short edge is under half of the long edge and masks under 0.153 % = 100 / 256**2 of the picture are
+# whose short edge is under half of the long edge and masks under 0.153 % = 100 / 256**2 of the image are
 # left out. The demo data shows the connectivity (a vertebra that is one component would be three under 4)
 # and that each component counts for itself; its smallest mask has 0.169 %.
 PRESETS["sa-med2d"] = Rules(min_area_share=100 / 256**2, min_edge_ratio=0.5)

@@ -43,7 +43,7 @@ class SourceOptions(Options):
         root: folder of the set, relative to the job file; ``package:NAME/FOLDER`` lies in an installed
             Python package. `job.load` makes it absolute.
         dataset: title of the published set; default ``name``.
-        licence: of the pictures, as the set states it. Required: a corpus without it can't be passed on.
+        licence: of the images, as the set states it. Required: a corpus without it can't be passed on.
         url: where the set can be had.
         modality: of the taxonomy; may be left out where the files know it.
         department: of the taxonomy; ``None`` as a text is its nineteenth value.
@@ -54,10 +54,10 @@ class SourceOptions(Options):
             Without the map names are taken as they are.
         synonyms: label name -> further names of the same thing.
         chinese: label name -> Chinese name.
-        attributes: constants of every picture of the set.
+        attributes: constants of every image of the set.
         negatives: stands for the job's ``make.negatives`` in this source.
         group: regular expression on the path below ``root``; its first group (or the whole match) is
-            the patient, case or slide. Default: what the reader finds, else each picture alone.
+            the patient, case or slide. Default: what the reader finds, else each image alone.
         clean: rules for masks and slices, a preset of `preprocess.rules` by name, or rules in full.
     """
 
@@ -89,7 +89,7 @@ class SourceOptions(Options):
 
 
 class Reader(Protocol):
-    """What a reader's module offers."""
+    """The interface of a reader's module."""
 
     Options: type[SourceOptions]
 

@@ -1,6 +1,6 @@
-"""COCO's annotation file: boxes, polygons or run-length codes of one JSON for many pictures.
+"""COCO's annotation file: boxes, polygons or run-length codes of one JSON for many images.
 
-The file is held as a whole while the job's main process hands out its pictures, about six times its size.
+The file is held as a whole while the job's main process hands out its images, about six times its size.
 Format: cocodataset.org/#format-data; masks by pycocotools.
 """
 
@@ -127,7 +127,7 @@ def _id(entry: Any, key: str) -> int | str | None:
 
 
 def _slim(entry: Any, options: Options) -> dict[str, Any]:
-    """Only what is used of an annotation: a segmentation is long."""
+    """Return what is used of an annotation: a segmentation is long."""
     keys = ["id", "image_id", "category_id", "iscrowd"]
     keys.append("bbox" if options.regions == "boxes" else "segmentation")
     return {key: entry[key] for key in keys if key in entry} if isinstance(entry, dict) else {}

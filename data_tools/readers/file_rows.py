@@ -32,7 +32,7 @@ class CornerColumns(Options):
 
 
 class RowColumns(Options):
-    """Which column holds what.
+    """The columns of a table.
 
     Args:
         file: path below the source's root, file name, or file name without its suffix.

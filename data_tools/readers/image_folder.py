@@ -1,4 +1,4 @@
-"""A folder for each class, pictures or DICOM files in it; subfolders belong to the class they lie in."""
+"""A folder for each class, images or DICOM files in it; subfolders belong to the class they lie in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Options(SourceOptions):
         folders: folders below the root that hold the class folders, such as ``[train, val]``; default the
             root itself.
         label_from: the folder that names the class: ``first``, right below ``folders``, or ``last``, the one
-            that the picture lies in.
+            that the image lies in.
     """
 
     default_source_task: ClassVar[str] = "2D classification"
@@ -30,7 +30,7 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """A unit for each file below the folders.
+    """Yield a unit for each file below the folders.
 
     Raises:
         SourceError: a folder is missing, or there is no class folder in any.

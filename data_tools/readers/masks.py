@@ -1,11 +1,11 @@
-"""Pictures with mask images: binary, numbered, in colours, one file or several for each picture.
+"""Images with mask files: binary, numbered, in colours, one file or several for each image.
 
-Masks are found by a pattern over the picture's path,
+Masks are found by a pattern over the image's path,
 
     images: "{place:path}/{name}_SEM.png"
     masks: "derivatives/labels/{place}/{name}_SEM_seg-{label}-manual.png"
 
-or by a JSON map from picture to masks, as SA-Med2D-20M has it. ``{label}`` is the label's code.
+or by a JSON map from image to masks, as SA-Med2D-20M has it. ``{label}`` is the label's code.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Options(SourceOptions):
     """Keys of ``reader: masks``.
 
     Args:
-        images: pattern of the pictures' paths. ``{name}`` holds no ``/``, ``{name:path}`` may;
+        images: pattern of the images' paths. ``{name}`` holds no ``/``, ``{name:path}`` may;
             ``{group}`` is patient, case or slide.
-        masks: pattern or patterns of the masks' paths, with the picture's pieces and further ones. With
+        masks: pattern or patterns of the masks' paths, with the image's pieces and further ones. With
             ``map`` it is matched to the paths in the map, to find ``{label}``.
         map: JSON file ``{picture: [masks]}``, instead of ``images``.
         classes: JSON file ``{class: id}`` or ``{dataset: {class: id}}``: ``{label}`` is an id, ``{dataset}``
@@ -57,7 +57,7 @@ class Options(SourceOptions):
         label: of binary masks without ``{label}``.
         foreground: of binary masks: values, or ``">127"``. Default: the one value besides 0.
         background: values of indexed masks that are no label.
-        colours: ``#rrggbb`` -> label; null is background. A colour that is not listed drops the picture.
+        colours: ``#rrggbb`` -> label; null is background. A colour that is not listed drops the image.
     """
 
     default_source_task: ClassVar[str] = "2D segmentation"
@@ -105,10 +105,10 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """A unit for each picture, with its masks' paths if a map has them.
+    """Yield a unit for each image, with its masks' paths if a map has them.
 
     Raises:
-        SourceError: no picture fits the pattern, or the map can't be read.
+        SourceError: no image fits the pattern, or the map can't be read.
     """
     folder_of(options.root, "", source=options.name, key="root")
     if options.classes is not None:
@@ -121,7 +121,7 @@ def units(options: Options) -> Iterator[Unit]:
 
 
 def _mapped(options: Options, name: str) -> Iterator[Unit]:
-    """The map's entries one after the other: that of SA-Med2D-20M has gigabytes."""
+    """Yield the map's entries one after the other: that of SA-Med2D-20M has gigabytes."""
     import ijson
 
     path = file_of(options.root, name, source=options.name, key="map")
@@ -143,7 +143,7 @@ def _mapped(options: Options, name: str) -> Iterator[Unit]:
 
 @lru_cache(maxsize=8)
 def _classes(path: Path) -> dict[str, Any]:
-    """``{dataset: {id: class}}``; with one table for all, ``{"": {id: class}}``."""
+    """Return ``{dataset: {id: class}}``; with one table for all, ``{"": {id: class}}``."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         nested = all(isinstance(value, dict) for value in content.values())
@@ -184,7 +184,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 
 def _masks(options: Options, unit: Unit) -> tuple[dict[str, str], list[tuple[str, dict[str, str]]]]:
-    """Pieces of the picture's path; path and pieces of each mask."""
+    """Return the placeholders of the image's path; path and placeholders of each mask."""
     if options.map is None:
         match = template_regex(options.images or "").fullmatch(unit.key)
         places = match.groupdict() if match else {}
@@ -264,7 +264,7 @@ def _label(options: Options, texts: dict[str, str], name: str) -> str:
 
 
 def _values(path: Path, name: str, *, colours: bool) -> np.ndarray:
-    """Integers ``[H, W]``: palette numbers or grey levels as stored, or ``0xrrggbb``."""
+    """Return integers ``[H, W]``: palette numbers or grey levels as stored, or ``0xrrggbb``."""
     try:
         with Image.open(path) as image:
             image.load()

@@ -77,7 +77,7 @@ def run_length_mask(code: Any, size: tuple[int, int]) -> np.ndarray:
     """Return bool ``[H, W]`` of COCO's ``{"size": [H, W], "counts": ...}``, compressed or not.
 
     Raises:
-        Unusable: of another size, or its runs are not as long as the picture.
+        Unusable: of another size, or its runs are not as long as the image.
     """
     from pycocotools import mask as codes
 
@@ -106,7 +106,7 @@ def run_length_mask(code: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def _length(data: bytes) -> int:
-    """Pixels that a compressed code stands for (rleFrString of cocoapi's maskApi.c); -1 for a broken one."""
+    """Return the pixels of a compressed code (rleFrString of cocoapi's maskApi.c); -1 for a broken one."""
     runs: list[int] = []
     position = 0
     while position < len(data):

@@ -30,7 +30,7 @@ SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".tif", ".
 
 
 class SlideColumns(RowColumns):
-    """Which column holds what; those of `RowColumns`, and:
+    """The columns of a table; those of `RowColumns`, and:
 
     Args:
         x, y: full-resolution pixels of the tile's upper left corner; without them a row is of the slide.
@@ -53,10 +53,10 @@ class Options(SourceOptions):
 
     Args:
         files: pattern of the slides below ``root``.
-        tile: side of a tile in pixels of the corpus' picture.
+        tile: side of a tile in pixels of the corpus' image.
         stride: pixels between two tiles' corners; default ``tile``.
         level: of the pyramid, 0 is the full resolution. Or
-        microns_per_pixel: of the corpus' picture. Or
+        microns_per_pixel: of the corpus' image. Or
         magnification: of the objective, such as 20. The nearest finer level is read and made smaller; a
             slide that is coarser than asked for is left out.
         slide_microns_per_pixel, slide_magnification: of the full resolution, for files that don't say.
@@ -121,7 +121,7 @@ class Options(SourceOptions):
 
     @property
     def step(self) -> int:
-        """Pixels of the corpus' picture between two tiles."""
+        """Pixels of the corpus' image between two tiles."""
         return self.stride or self.tile
 
 

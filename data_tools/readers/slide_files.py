@@ -64,7 +64,7 @@ class SlideFile(Protocol):
 
 
 def open_slide(path: Path) -> SlideFile:
-    """The file by whichever library knows it.
+    """Return the file, opened by whichever library knows it.
 
     Raises:
         Unusable: neither does, or the file is damaged.
@@ -244,7 +244,7 @@ def _positive(text: object) -> float | None:
 
 
 def _ome_microns(tiff: Any) -> float | None:
-    """``PhysicalSizeX`` of the first picture of OME-XML."""
+    """``PhysicalSizeX`` of the first image of OME-XML."""
     if not tiff.ome_metadata:
         return None
     from xml.etree import ElementTree

@@ -238,7 +238,7 @@ def _filled(rings: Sequence[Ring], size: tuple[int, int]) -> np.ndarray:
 
 
 def read_outlines(path: Path) -> list[Outline]:
-    """Every outline of a file, in its order.
+    """Return every outline of a file, in its order.
 
     Raises:
         Unusable: not such a file, or an outline that is none.

@@ -7,7 +7,7 @@
     box: {x1: xmin, y1: ymin, x2: xmax, y2: ymax}
     group_column: patient_id
 
-Rows of one picture are one sample, wherever in the table they are (see `rows`).
+Rows of one image are one sample, wherever in the table they are (see `rows`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BoxColumns(Section):
         width, height: size.
         column: the one column; a list, or a text of numbers with anything between them.
         order: what the four numbers of ``column`` are.
-        unit: ``pixels``, or ``fractions`` of the picture's width and height.
+        unit: ``pixels``, or ``fractions`` of the image's width and height.
         last_pixel_inside: ``x2`` and ``y2`` name the last pixel of the box, so that its width is
             ``x2 - x1 + 1``.
     """
@@ -99,18 +99,18 @@ class Options(SourceOptions):
         encoding: of a text table.
         delimiter: default a comma, of a TSV a tab.
         sheet: of an Excel file; default the first.
-        image: column with the picture's path, or a pattern of columns such as ``png/{image_id}.png``.
+        image: column with the image's path, or a pattern of columns such as ``png/{image_id}.png``.
         image_folder, image_suffix: put before and behind it.
         label: column or columns with a label each.
         label_separator: between the labels of one cell, such as ``|``.
         one_hot: columns that say whether a label applies; a list, or a map from column to label.
-        positive, negative: cells of such a column. Any other cell is unclear and drops the picture.
-        nothing: label of a picture to which no ``one_hot`` column applies; default: it has none.
+        positive, negative: cells of such a column. Any other cell is unclear and drops the image.
+        nothing: label of an image to which no ``one_hot`` column applies; default: it has none.
         missing: cells that stand for nothing.
-        box: where a row has its box; a row whose cells of it are all missing speaks of the whole picture.
-        row_is: ``picture``: one row a picture, two that differ drop it; ``finding``: each row adds to the
-            picture. Default: ``finding`` with ``box``, else ``picture``.
-        attribute_columns: column -> name of the picture's attribute.
+        box: where a row has its box; a row whose cells of it are all missing speaks of the whole image.
+        row_is: ``picture``: one row an image, two that differ drop it; ``finding``: each row adds to the
+            image. Default: ``finding`` with ``box``, else ``picture``.
+        attribute_columns: column -> name of the image's attribute.
         finding_columns: column -> name of the finding's attribute.
         attribute_values: name of an attribute -> its codes -> words, ``{sex: {m: male, f: female}}``. A code
             that isn't among them drops the row.
@@ -237,7 +237,7 @@ def units(options: Options) -> Iterator[Unit]:
 
 
 def _image_name(options: Options, row: Row) -> str:
-    """The picture's path below the root; "" if a cell that it needs is missing."""
+    """Return the image's path below the root; "" if a cell that it needs is missing."""
     columns = place_names(options.image)
     cells = {column: cell_text(row.cells[column]) for column in columns or [options.image]}
     if any(cell in options.missing for cell in cells.values()):

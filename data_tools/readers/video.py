@@ -30,7 +30,7 @@ THUMBNAIL_SIDE = 32  # pixels of the grey thumbnail by which frames are told apa
 
 
 class VideoColumns(RowColumns):
-    """Which column holds what; those of `RowColumns`, and:
+    """The columns of a table; those of `RowColumns`, and:
 
     Args:
         frame: the frame's number, the first is 0 (`first_frame` says otherwise).
@@ -67,9 +67,9 @@ class Options(SourceOptions):
         count: frames a video of ``evenly``.
         scene_change: score of a new scene, 0 to 1; FFmpeg's documentation advises 0.3 to 0.4.
         max_frames: at most so many frames a video, spread evenly over those picked.
-        skip_start, skip_end: seconds left out at both ends, for title pictures.
+        skip_start, skip_end: seconds left out at both ends, for title frames.
         crop: ``[x1, y1, x2, y2]`` in pixels of the frame, half-open: what is left is thrown away, as
-            names and times that the device burns into the picture's edge. Boxes move along.
+            names and times that the device burns into the image's edge. Boxes move along.
         min_difference: a frame whose grey thumbnail (32 x 32) differs from one that was kept by fewer grey
             levels on average is left out; frames that a table names are all kept. 0 keeps everything.
         table: CSV, TSV, JSONL or Excel with labels, relative to the job file or below the root; without it,
@@ -205,7 +205,7 @@ def _span(row: FileRow, options: Options, line: Timeline) -> _Span:
 
 
 def _seconds(text: str) -> float:
-    """``83.5``, ``1:23.5`` or ``0:01:23.5`` in seconds."""
+    """Return ``83.5``, ``1:23.5`` or ``0:01:23.5`` in seconds."""
     seconds = 0.0
     for part in text.split(":"):
         seconds = seconds * 60 + float(part)
@@ -213,7 +213,7 @@ def _seconds(text: str) -> float:
 
 
 def _number_at(seconds: float, line: Timeline, *, end: bool) -> int:
-    """The frame on the screen at a time; for an interval's end, the first that comes at it or later.
+    """Return the frame on the screen at a time; for an interval's end, the first that comes at it or later.
 
     Half a unit of the file's clock is allowed for, because tables round.
     """
@@ -228,7 +228,7 @@ def _number_at(seconds: float, line: Timeline, *, end: bool) -> int:
 
 
 def _picked(options: Options, path: Path, line: Timeline, spans: Sequence[_Span]) -> list[int]:
-    """Numbers of the frames to take, ascending."""
+    """Return the frames to take, ascending."""
     from data_tools.readers import video_frames
 
     seconds = line.seconds
@@ -250,7 +250,7 @@ def _picked(options: Options, path: Path, line: Timeline, spans: Sequence[_Span]
 
 
 def _evenly(numbers: Sequence[int], count: int) -> list[int]:
-    """``count`` of them, each in the middle of its share; all of them if they are fewer."""
+    """Return ``count`` of them, each in the middle of its share; all of them if they are fewer."""
     if len(numbers) <= count:
         return list(numbers)
     return [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
@@ -259,7 +259,7 @@ def _evenly(numbers: Sequence[int], count: int) -> list[int]:
 def _annotations(
     options: Options, key: str, spans: Sequence[_Span], number: int
 ) -> tuple[Annotation, ...]:
-    """What the table says of the frame; without a table, the name of the folder."""
+    """Return what the table says of the frame; without a table, the name of the folder."""
     if options.table is None:
         folder = folder_name(key)
         return (Annotation(folder),) if folder else ()
@@ -291,7 +291,7 @@ def _cropped(pixels: np.ndarray, crop: tuple[int, int, int, int] | None) -> np.n
 
 
 def _thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """float32 ``[32, 32]`` of grey levels."""
+    """Return float32 ``[32, 32]`` of grey levels."""
     small = (
         Image.fromarray(pixels)
         .convert("L")

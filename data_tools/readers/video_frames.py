@@ -67,7 +67,7 @@ class Frame:
 
 
 def timeline(path: Path) -> Timeline:
-    """The packets' time stamps; reads the file once and decodes nothing.
+    """Return the packets' time stamps; reads the file once and decodes nothing.
 
     Raises:
         Unusable: the file isn't a video, is cut off before its first frame, or its frames are too large.
@@ -107,7 +107,7 @@ def timeline(path: Path) -> Timeline:
 
 
 def frames_at(path: Path, line: Timeline, numbers: Sequence[int]) -> Iterator[Frame]:
-    """The frames of these numbers, ascending and without repetition, in their order.
+    """Yield the frames of these numbers, ascending and without repetition, in their order.
 
     A frame that is damaged or missing in the stream comes without pixels; the others still come.
     """
@@ -135,7 +135,7 @@ def frames_at(path: Path, line: Timeline, numbers: Sequence[int]) -> Iterator[Fr
 
 
 def scene_starts(path: Path, line: Timeline, threshold: float) -> list[int]:
-    """Numbers of the frames at which a scene begins, 0 among them; decodes every frame, small.
+    """Return the frames at which a scene begins, 0 among them; decodes every frame, small.
 
     The score is that of FFmpeg's ``select`` filter (libavfilter/f_select.c, ``get_scene_score``): the mean
     absolute difference to the frame before, or its change if that is smaller, of 100; here of grey
@@ -168,7 +168,7 @@ def _open(path: Path) -> Any:
 
 
 def _stream(container: Any, path: Path) -> Any:
-    """The first stream of moving pictures; one thread, because every video has its own process."""
+    """The first stream of moving images; one thread, because every video has its own process."""
     streams = [s for s in container.streams.video if s.codec_context is not None]
     if not streams:
         raise Unusable("video without frames", f"no stream of pictures in {path.name}")

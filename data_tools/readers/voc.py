@@ -1,4 +1,4 @@
-"""Pascal VOC: an XML file for each picture (Everingham et al., IJCV 88, 303, 2010).
+"""Pascal VOC: an XML file for each image (Everingham et al., IJCV 88, 303, 2010).
 
 The VOC sets count pixels from 1 and name the last one inside the box; labelling tools write the edges of the
 rectangle that was drawn. ``corners`` says which: a file can't.
@@ -34,8 +34,8 @@ class Options(SourceOptions):
 
     Args:
         annotations: folder of the XML files.
-        images: folder of the pictures.
-        splits: lists below ``split_folder`` of the pictures to read, without ``.txt``; default all.
+        images: folder of the images.
+        splits: lists below ``split_folder`` of the images to read, without ``.txt``; default all.
         split_folder: of the lists.
         image_by: ``filename``, the element of that name, or ``stem``, the XML file's own name.
         corners: ``edges``: ``xmax - xmin`` is the width; ``pixels``: counted from 1, the last pixel
@@ -56,7 +56,7 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """A unit for each XML file, or for each line of the split lists.
+    """Yield a unit for each XML file, or for each line of the split lists.
 
     Raises:
         SourceError: a folder or a list is missing, or there is no XML file.

@@ -1,4 +1,4 @@
-"""YOLO's label files: a text file for each picture, a line for each object, coordinates as fractions.
+"""YOLO's label files: a text file for each image, a line for each object, coordinates as fractions.
 
 ``images/train/a.jpg`` has its lines in ``labels/train/a.txt``; the last folder named ``images`` is exchanged,
 as Ultralytics does (ultralytics/data/utils.py, `img2label_paths`). What the numbers of a line mean depends on
@@ -43,7 +43,7 @@ class Options(SourceOptions):
             corners of a turned box; its upright box is taken).
         folders: folders to read, such as ``[images/train]``; default the root.
         images, annotations: names of the two folders that stand for each other. ``images: ""``: a label file
-            lies beside its picture.
+            lies beside its image.
     """
 
     default_source_task: ClassVar[str] = "2D detection"
