@@ -59,11 +59,11 @@ _Chain = tuple["_Chain", int] | None
 
 
 class Kind(NamedTuple):
-    """``count`` conversations of equal length and number of images."""
+    """``number`` conversations of equal length and number of images."""
 
     length: int
     images: int
-    count: int
+    number: int
 
 
 @dataclass(slots=True)

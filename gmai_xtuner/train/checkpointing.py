@@ -271,7 +271,7 @@ def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
 
 @contextmanager
 def _raised_after_barriers(runner: FlexibleRunner) -> Iterator[None]:
-    """A rank that can't write takes part in DeepSpeed's barriers all the same, and raises after them.
+    """Let a rank that can't write take part in DeepSpeed's barriers all the same, and raise after them.
 
     ``DeepSpeedEngine.save_checkpoint`` has barriers between its files and at its end, where the other ranks
     would wait for this one.
@@ -308,7 +308,7 @@ def _raised_after_barriers(runner: FlexibleRunner) -> Iterator[None]:
 
 
 def _could_not_be_written(final: Path, problem: str) -> str:
-    """A full disk says so, instead of the name of a C++ file in torch."""
+    """Return the message about a full disk, instead of the name of a C++ file in torch."""
     try:
         room = f"{shutil.disk_usage(final.parent).free / 2**30:.2f} GiB are free there"
     except OSError as error:

@@ -84,7 +84,7 @@ class ProgressHook(Hook):
         self.go_on()
 
     def pause(self) -> None:
-        """What comes is no training time: validation, sample answers."""
+        """Stop the clock: validation and sample answers are no training time."""
         self._paused = time.perf_counter()
 
     def go_on(self) -> None:
@@ -104,7 +104,7 @@ class ProgressHook(Hook):
         self._reset()
 
     def rank_state_dict(self) -> dict[str, Any]:
-        """What has been counted since the last value, so that a resumed run shows the same next value."""
+        """Return the counts since the last value, so that a resumed run shows the same next value."""
         return {
             "seconds": time.perf_counter() - self._started,
             "tokens": int(self._tokens),

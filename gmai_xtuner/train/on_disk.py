@@ -36,7 +36,7 @@ def is_write_error(error: Exception) -> bool:
 
 @contextmanager
 def raised_on_all_ranks(explain: Callable[[str], str]) -> Iterator[None]:
-    """If a rank can't write in the block, every rank raises at its end. To be entered by all ranks.
+    """Let every rank raise at the end of the block if one can't write in it. To be entered by all ranks.
 
     A rank that raises alone would leave the others in their next collective until that times out. In the
     block no rank may wait for another.

@@ -1,4 +1,4 @@
-"""A request to stop, by whatever way it comes: heard by one rank, obeyed by all at the end of a step.
+"""A request to stop: one rank hears it, all of them obey at the end of an optimiser step.
 
 ``SIGTERM`` and ``SIGUSR1`` to any rank, a file ``stop`` in the work dir, the death of the ``xtuner``
 command above, or a call of :meth:`StopRequest.ask`.
@@ -64,7 +64,7 @@ class StopRequest:
         self._asked = reason
 
     def agreed(self) -> str | None:
-        """Why all ranks are to stop now, or ``None``. Every rank must call it, at the same step."""
+        """Return why all ranks are to stop now, or ``None``. Every rank must call it, at the same step."""
         own = torch.tensor([self._own()], dtype=torch.int32)
         all_reduce(own, op="max")
         code = int(own)
@@ -104,7 +104,7 @@ def _parent_of(process: int) -> int | None:
 
 
 def _find_launcher() -> tuple[int, int] | None:
-    """The ``xtuner`` command above this process, as (its child, itself).
+    """Find the ``xtuner`` command above this process, as (its child, itself).
 
     It runs the trainer (or torchrun) as a child, and dies of a signal without handing it on. When the child
     has another parent, ``xtuner`` has gone.
@@ -133,7 +133,7 @@ def guard_workers(loader: DataLoader) -> None:
 
 
 def worker_init(worker_id: int, *, then: Callable[[int], None] | None = None) -> None:
-    """Start of a data-loader worker: requests to stop are none of its business.
+    """Start a data-loader worker: requests to stop are not for it.
 
     A scheduler signals every process of a job. A worker that died of it would take the trainer along before
     its checkpoint. So a worker takes ``SIGTERM`` from its trainer alone (that is how the data loader ends

@@ -145,7 +145,7 @@ class HeldOutLoop(ValLoop):
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: dict[str, Any]) -> None:
-        """One batch; without mmengine's hooks of an iteration, which log the validation before."""
+        """Validate one batch, without mmengine's hooks of an iteration: they log the validation before."""
         outputs = self.runner.model.val_step(data_batch)
         self.evaluator.process(data_samples=outputs, data_batch=data_batch)
 
@@ -205,7 +205,7 @@ class HeldOutLoss(BaseMetric):
         self.results.extend(data_samples)
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """The values over all ranks. mmengine would gather every sample and cut the list at ``size``."""
+        """Return the values over all ranks; mmengine would gather all samples and cut them at ``size``."""
         groups = self._groups()
         names = sorted(set(groups.values()))
         table = torch.zeros(len(names), 2, dtype=torch.float64)

@@ -131,7 +131,7 @@ def test_zero3_equals_zero2(sparse):
     assert_same(weights(two), weights(three), weights(folder / "stage1"))
 
 
-def test_accumulation_does_not_change_what_is_learnt(sparse):
+def test_accumulation_does_not_change_what_is_trained(sparse):
     folder, xtuner = sparse
     runs = {}
     for batch_size, accumulation in ((1, 8), (2, 4), (8, 1)):

@@ -288,7 +288,7 @@ def test_the_authors_example_list_is_trained_on(build, shared_data, monkeypatch,
     assert item["ids"] == ["FILE1/2d#cls#histopathology#crc100k#images#NORM#example.tif"]
     assert item["pixel_values"].shape == (1, 3, 336, 336)
     assert (item["input_ids"] == IMAGE_TOKEN_INDEX).sum() == TOKENS
-    assert (item["labels"] != IGNORE_INDEX).sum() > 100  # the caption is learnt
+    assert (item["labels"] != IGNORE_INDEX).sum() > 100  # the caption is supervised
     assert "the mixture says 38276 records for FILE1, its files hold 1" in logged[-1]
 
 

@@ -23,7 +23,7 @@ class Cache:
     """As much of a token cache as a plan reads: the folder's name, what it holds, and the counts."""
 
     folder: Path
-    counts: np.ndarray  # int32 [conversations, 3]: tokens, learnt tokens, images
+    counts: np.ndarray  # int32 [conversations, 3]: tokens, supervised tokens, images
 
     @property
     def meta(self) -> dict[str, str]:

@@ -77,7 +77,7 @@ def test_ids_and_labels_of_two_rounds_counted_by_hand(by_character):
     # <s> 1, im_start 1, "user\n" 5: the image is token 7.
     assert np.flatnonzero(tokenized.input_ids == IMAGE_TOKEN_INDEX).tolist() == [7]
     # image 1, "\nHi?" 4, im_end 1, "\n" 1, im_start 1, "assistant\n" 10: the answer begins at 25.
-    # "CT." and im_end are learnt, "\n" is not. 6 + 5 + 13 later the second answer begins.
+    # "CT." and im_end are supervised, "\n" is not. 6 + 5 + 13 later the second answer begins.
     assert tokenized.label_spans.tolist() == [[25, 29], [54, 58]]
     assert tokenized.turn_ends == ((30, 1, 1), (59, 2, 1))
     assert len(tokenized.input_ids) == 59
@@ -88,7 +88,7 @@ def test_ids_and_labels_of_two_rounds_counted_by_hand(by_character):
     assert (labels != IGNORE_INDEX).sum() == 8
 
 
-def test_system_turn_comes_first_and_is_not_learnt(by_character):
+def test_system_turn_comes_first_and_is_not_supervised(by_character):
     with_system = one(by_character, "Hi?", "CT.", system="Be brief.")
     without = one(by_character, "Hi?", "CT.")
     # im_start 1, "system\n" 7, "Be brief." 9, im_end 1, "\n" 1, between <s> and the user.
@@ -124,7 +124,7 @@ def test_the_first_token_of_a_conversation_never_learns():
     assert tokenized.label_spans.tolist() == [[1, 4]]
 
 
-def test_answer_and_its_end_are_learnt_with_an_eos_template():
+def test_answer_and_its_end_are_supervised_with_an_eos_template():
     template = ChatTemplate.from_xtuner("vicuna")
     assert not template.suffix_is_eos
     encode = ConversationTokenizer.from_pretrained(character_tokenizer(), template)
@@ -142,7 +142,7 @@ def test_answer_and_its_end_are_learnt_with_an_eos_template():
     ),
     st.booleans(),
 )
-def test_learnt_tokens_decode_to_the_answers_and_their_ends(by_character, rounds, with_system):
+def test_supervised_tokens_decode_to_the_answers_and_their_ends(by_character, rounds, with_system):
     texts = [text for pair in rounds for text in pair]
     assert not any("<image>" in text for text in texts)
     tokenized = one(by_character, *texts, system="S" if with_system else None)
