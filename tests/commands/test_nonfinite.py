@@ -88,7 +88,7 @@ def runs(tmp_path_factory, tiny_bases):
         tiny_bases,
         corpus.mixture,
         folder / "cache",
-        PYTHONPATH=folder,
+        PYTHONPATH=f"{folder}:{ROOT}",
         BAD_ITERATIONS=",".join(map(str, BAD_ITERATIONS)),
     )
 
