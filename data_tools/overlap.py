@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 1: an error, said in one message. 3: with ``--check``, something of the exclude list is not left
     out by the mixture, or with ``--strict`` a pair is undecided.
-    130: Ctrl-C; the same command goes on with the pictures that it has not hashed.
+    130: Ctrl-C; the same command goes on with the images that it has not hashed.
     """
     options = _parser().parse_args(arguments)
     return exit_status(partial(_run, options))
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="overlap.py",
-        description="Pictures and questions that a training corpus shares with a benchmark: a report to look "
+        description="Images and questions that a training corpus shares with a benchmark: a report to look "
         "at, and a list that the mixture's `exclude` takes.",
         epilog="Exit status: 0 done, 1 error, 3 leaks with --check or undecided pairs with --strict, 130 "
         "stopped by Ctrl-C. Hashes are kept: the same command goes on where it was.",
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--benchmark-images",
         type=Path,
         metavar="DIR",
-        help="where its pictures are, if not beside it",
+        help="where its images are, if not beside it",
     )
     parser.add_argument("--cache", type=Path, metavar="FILE", help="of hashes, for all comparisons")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: all cores")

@@ -223,7 +223,7 @@ class Benchmark:
     def _resolve(
         self, one: str | bytes, file: Path, row: int
     ) -> tuple[int | None, list[ImageSource]]:
-        """The image's position, and the image if it is a new one."""
+        """Return the image's position, and the image if it is a new one."""
         if isinstance(one, bytes):
             key = content_key(one)
             if key in self._numbers:
@@ -248,7 +248,7 @@ class Benchmark:
         return number, [ImageSource(number, path)]
 
     def _unique(self, name: str) -> str:
-        """Of several images that go by one name the second is ``name (2)``: people decide by names."""
+        """Return a name of its own, as ``name (2)``: people decide by names."""
         found, number = name, 1
         while found in self._taken:
             number += 1
@@ -279,7 +279,7 @@ class Benchmark:
         return self._below
 
     def _image_files(self) -> Iterator[ImageSource]:
-        """All image files if no question names one; otherwise the others are counted."""
+        """Yield all image files if no question names one; otherwise count the others."""
         named = {one.path.resolve() for one in self.images if one.path is not None}
         paths = sorted(
             Path(one) for some in self._files_by_name(self.path).values() for one in some

@@ -1,4 +1,4 @@
-"""The whole comparison: read both sides, hash, search, and say what is in both."""
+"""Compare a corpus with a benchmark: read both, hash, search, and collect the overlap."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _nothing(benchmark: Benchmark) -> str:
 
 
 def _cases(benchmark: Benchmark) -> list[str]:
-    """The case of each image, from the question that shows it."""
+    """Return the case of each image, from the question that shows it."""
     cases = [""] * len(benchmark.images)
     for item in benchmark.items:
         for number in item.images:

@@ -179,11 +179,7 @@ def warnings(overlap: Overlap) -> list[str]:
     reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(corpus.refused.items()))
     for number, thing, outcome in (
         (len(benchmark.not_found), "image", "that the benchmark names: not found"),
-        (
-            benchmark.unnamed,
-            "image file",
-            "of the benchmark, named by no question: not compared",
-        ),
+        (benchmark.unnamed, "image file", "of the benchmark, named by no question: not compared"),
         (
             corpus.refused.total(),
             "record",

@@ -241,7 +241,7 @@ class TextIndex:
         return self._exact.get(text)
 
     def _first(self, own: Iterable[str]) -> list[str]:
-        """The rarest grams, of which one at least is shared with every near text."""
+        """Return the rarest grams, of which one at least is shared with every near text."""
         ordered = sorted(own, key=lambda gram: (self._often[gram], gram))
         return ordered[: self._count_of_first(len(ordered))]
 

@@ -24,10 +24,10 @@ MARK = "overlap.json"
 """Written first of all files: a folder with it is a comparison's."""
 
 PAIRS, QUESTIONS = 120, 60
-"""How many the page shows."""
+"""Pairs and questions that the page shows."""
 
 LISTED = 10_000
-"""How many `overlap.json` lists of pairs and of questions."""
+"""Pairs, and questions, that `overlap.json` lists."""
 
 
 def default_folder(benchmark: Path) -> Path:

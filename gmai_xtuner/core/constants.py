@@ -9,4 +9,4 @@ IMAGE_TOKEN_INDEX = -200
 """Placeholder of an image feature in ``input_ids``; never reaches the embedding table."""
 
 IGNORE_INDEX = -100
-"""Label of a token that is not learnt."""
+"""Label of a token that is not supervised."""

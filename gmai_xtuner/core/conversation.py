@@ -42,7 +42,7 @@ _WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says.
+    """The text of one side.
 
     Args:
         role: ``"system"``, ``"user"`` or ``"assistant"``.
@@ -322,7 +322,7 @@ def _relative_path(image: object, place: _Place) -> str:
         shown = repr(image) if isinstance(image, str) else _kind(image)
         raise place.error(
             f"an image must be the path of a file, got {shown}",
-            remedy="Write the picture to a file and give its path below the image root.",
+            remedy="Write the image to a file and give its path below the image root.",
             reason="bad_image",
         )
     _check_text(image, "an image path", place)

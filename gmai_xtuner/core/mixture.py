@@ -181,7 +181,7 @@ def _document(path: Path) -> Document:
 
 
 def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
-    """The mixture that this one is a variant of, without what it leaves out."""
+    """Read the mixture that this one is a variant of, without what it leaves out."""
     value = top.scalar("base")
     if not isinstance(value, str) or not value:
         raise top.error("base must name a mixture file", remedy="Name one.", key="base")
@@ -218,7 +218,7 @@ def _joined(*parts: tuple[Path, ...]) -> tuple[Path, ...]:
 def select(
     mixture: Mixture, *, stage: str, quality: str | None = None
 ) -> list[tuple[DatasetEntry, float]]:
-    """Datasets that a stage trains on, with their ratios, in the file's order.
+    """Return the datasets that a stage trains on, with their ratios, in the file's order.
 
     Args:
         mixture: see :func:`load_mixture`.
@@ -250,7 +250,7 @@ def select(
 
 
 def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarray:
-    """Which records of a dataset are seen: each ``floor(ratio)`` or ``ceil(ratio)`` times.
+    """Draw the records of a dataset that are seen: each ``floor(ratio)`` or ``ceil(ratio)`` times.
 
     2.5 means two whole copies and a random half. The draw depends on seed and name alone, so
     another dataset in the mixture changes nothing.
@@ -427,7 +427,7 @@ def _read_image_root(
 
 
 def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path:
-    """A path as it stands, below the mixture file's folder, or below the working directory."""
+    """Return a path as it stands, below the mixture file's folder, or below the working directory."""
     candidates = [section.document.path.parent / value, Path.cwd() / value]
     for candidate in candidates:
         if candidate.exists():
