@@ -90,7 +90,8 @@ def run(
         progress: takes the stages.
 
     Raises:
-        GMAIError: nothing of the benchmark is recognised, or a file can't be read.
+        GMAIError: nothing of the benchmark is recognised, training refuses the whole corpus, or a file
+            can't be read.
     """
     begun = time.monotonic()
     with open_executor("processes", workers) as executor:
@@ -117,6 +118,11 @@ def run(
         progress.stage("records")
         names = _Names(corpus)
         _read_names(result, names, progress)
+        if not result.conversations and corpus.refused:
+            raise CorpusError(
+                f"training refuses every record of {corpus.path} ({corpus.reasons()}), so nothing was "
+                "compared. Correct them first."
+            )
 
         progress.stage("images", total=result.corpus_images)
         ours = Hashes(result.corpus_images)

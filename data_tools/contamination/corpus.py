@@ -58,6 +58,10 @@ class Corpus:
     def is_mixture(self) -> bool:
         return self.kind != "records"
 
+    def reasons(self) -> str:
+        """Return the reasons for which records were refused, with their numbers."""
+        return ", ".join(f"{reason} {number:,}" for reason, number in sorted(self.refused.items()))
+
     def conversations(self) -> Iterator[tuple[int, Conversation]]:
         """Yield position of the dataset and conversation; records that training refuses are counted.
 

@@ -176,14 +176,13 @@ def warnings(overlap: Overlap) -> list[str]:
             if number := states.get(state, 0):
                 state = "of one grey level" if state == "plain" else state
                 found.append(f"{_some(number, 'image')} of the {side}, {state}: not compared.")
-    reasons = ", ".join(f"{reason} {number:,}" for reason, number in sorted(corpus.refused.items()))
     for number, thing, outcome in (
         (len(benchmark.not_found), "image", "that the benchmark names: not found"),
         (benchmark.unnamed, "image file", "of the benchmark, named by no question: not compared"),
         (
             corpus.refused.total(),
             "record",
-            f"of the corpus that training refuses ({reasons}): not compared",
+            f"of the corpus that training refuses ({corpus.reasons()}): not compared",
         ),
         (len(corpus.passed_over), "file", "of the corpus passed over"),
     ):

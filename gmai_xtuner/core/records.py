@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ def iter_raw(
             whose next record can't be found behind a broken one.
     """
     path = Path(path)
-    readers = {
+    readers: dict[str, Callable[[Path, str | None], Iterator[RawRecord]]] = {
         ".json": _iter_json_list,
         ".jsonl": _iter_lines,
         ".ndjson": _iter_lines,

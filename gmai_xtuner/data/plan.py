@@ -189,7 +189,7 @@ class DataPlan:
         parts = self.exclusions.datasets if self.exclusions else [None] * len(self.caches)
         folders = [cache.folder for cache in self.caches]
         excluded = [
-            part.rows(folder)[0] if part else None
+            _rows_of(part, folder)[0] if part else None
             for part, folder in zip(parts, folders, strict=True)
         ]
         return nothing_held_out(self.held_out, folders, excluded)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from data_tools import overlap
 from data_tools.contamination.corpus import Corpus, open_corpus
 from gmai_xtuner.core.errors import CorpusError, DataError, MixtureError
 from gmai_xtuner.core.exclusion import Exclusion
-from tests.data_tools.contamination.sides import record, write_lines
+from tests.data_tools.contamination.sides import picture, record, write_lines
 
 
 def ids(corpus: Corpus) -> list[tuple[str, str]]:
@@ -105,3 +106,20 @@ def test_a_path_that_holds_no_corpus(tmp_path: Path) -> None:
     corpus = open_corpus(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: not valid JSON"):
         ids(corpus)
+
+
+def test_refused_records_are_said_and_a_corpus_of_nothing_else_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench").mkdir()
+    picture(0).save(tmp_path / "bench" / "0.png")
+    command = ["a.jsonl", "bench", "--cache", "c.sqlite", "--workers", "1"]
+    write_lines(tmp_path / "a.jsonl", [record("no-mark", "What?", "It.", image="0.png")])
+    assert overlap.main(command) == 1
+    assert "training refuses every record of a.jsonl (image_count 1)" in capsys.readouterr().err
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(json.dumps(record("good", "What?", "It.")) + "\n")
+    assert overlap.main(command) == 0
+    told = capsys.readouterr().out
+    assert "1 record of the corpus that training refuses (image_count 1): not compared" in told
