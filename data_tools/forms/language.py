@@ -153,9 +153,8 @@ class Teller:
     def say(self, key: str, **values: object) -> str:
         """Return a sentence; one of several wordings is drawn."""
         said = self.language.sentences[key]
-        if type(said) is tuple:
-            said = self.rng.pick(said)
-        return said.format_map(values) if values else said  # type: ignore[union-attr]
+        text = said if isinstance(said, str) else self.rng.pick(said)
+        return text.format_map(values) if values else text
 
     def joined(self, *sentences: str) -> str:
         """Return sentences one after the other, without empty ones."""

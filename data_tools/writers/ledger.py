@@ -326,7 +326,7 @@ class Ledger:
             "FROM answers WHERE key = ?",
             key,
         )
-        return Reply(*row, new=False) if row else None
+        return Reply(*row, False) if row else None
 
     def under_way(self, key: str) -> bool:
         """Return whether a run that lives is waiting for this answer."""
