@@ -53,11 +53,9 @@ class Range(Options):
 
 
 Window = (
-    Literal[
-        *("auto", "slice", "volume", "percentile", "soft tissue", "lung", "brain", "bone"),
-        *("biomedparse abdomen", "biomedparse lung", "biomedparse pelvis", "biomedparse liver"),
-        *("biomedparse colon", "biomedparse pancreas"),
-    ]
+    Literal["auto", "slice", "volume", "percentile", "soft tissue", "lung", "brain", "bone"]
+    | Literal["biomedparse abdomen", "biomedparse lung", "biomedparse pelvis"]
+    | Literal["biomedparse liver", "biomedparse colon", "biomedparse pancreas"]
     | LevelAndWidth
     | Range
 )
