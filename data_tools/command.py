@@ -1,4 +1,4 @@
-"""What the commands have in common: their exit status, and every error as one message."""
+"""The exit status of the commands, and every error as one message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """What ``run`` returns; `FAILED` after an error, which is told; `INTERRUPTED` after Ctrl-C.
+    """Return what ``run`` returns, `FAILED` after an error, which is printed, or `INTERRUPTED`.
 
     Args:
         run: the command, which keeps what it has done.

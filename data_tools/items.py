@@ -46,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class SourceContext:
-    """What is known of the set that a record comes from; the same for all of its records.
+    """Facts of the set that a record comes from; the same for all of its records.
 
     Args:
         source: its name in the job.
@@ -76,7 +76,7 @@ Conversation = tuple[Turn, ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a conversation is not accepted.
+    """A reason why a conversation is not accepted.
 
     Args:
         reason: the same words for all of the kind, counted in the report.

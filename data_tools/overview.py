@@ -1,4 +1,4 @@
-"""What the command says without making anything: a dry run, the state of a job, the end of a run."""
+"""Texts of the command: a dry run, the state of a job, the end of a run."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def _look(
 
 
 def _sample(units: Iterable[Unit], seed: int) -> tuple[int, list[Unit]]:
-    """How many units there are, and a few of them in their order, drawn evenly."""
-    dice = random.Random(seed)
+    """Return how many units there are, and a few of them in their order, drawn evenly."""
+    rng = random.Random(seed)
     drawn: list[tuple[float, int, Unit]] = []
     count = 0
     for place, unit in enumerate(units):
         count += 1
-        entry = (dice.random(), place, unit)
+        entry = (rng.random(), place, unit)
         if len(drawn) < UNITS_READ:
             heapq.heappush(drawn, entry)
         elif entry[0] > drawn[0][0]:
@@ -146,7 +146,7 @@ def _for_writer(job: Job, tasks: list[Task]) -> list[Task]:
 
 
 def _spread(tasks: list[Task], count: int) -> list[Task]:
-    """Of different forms as far as there are."""
+    """Choose tasks of different forms as far as there are."""
     by_form: dict[str, Task] = {}
     for task in tasks:
         by_form.setdefault(task.item.form, task)
@@ -158,7 +158,7 @@ def _spread(tasks: list[Task], count: int) -> list[Task]:
 def _estimate(
     job: Job, selection: Selection, folder: Path, tasks: list[tuple[dict[str, Any], list[Task]]]
 ) -> dict[str, float]:
-    """Of each source by itself, scaled from what was read to the whole."""
+    """Estimate each source by itself, scaled from what was read to the whole."""
     total: Counter[str] = Counter()
     writer = writers.model_writer(job, grounded=selection.grounded, folder=folder)
     for row, found in tasks:
@@ -188,7 +188,7 @@ def _example(job: Job, task: Task, selection: Selection, taxonomy: Taxonomy) -> 
 
 
 def dry_run_text(found: Mapping[str, Any]) -> str:
-    """For a reader."""
+    """Return the same as text for people."""
     lines = []
     for row in found["sources"]:
         lines.append(
@@ -224,7 +224,7 @@ def dry_run_text(found: Mapping[str, Any]) -> str:
 
 
 def stats(job: Job, selection: Selection) -> dict[str, Any]:
-    """What there is of a job's corpus: ``funnel``, ``forms``, ``usage``, ``pending``.
+    """Return ``funnel``, ``forms``, ``usage`` and ``pending`` of what was made so far.
 
     Raises:
         CorpusError: nothing was made yet.
@@ -245,7 +245,7 @@ def stats(job: Job, selection: Selection) -> dict[str, Any]:
 
 
 def stats_text(found: Mapping[str, Any]) -> str:
-    """For a reader."""
+    """Return the same as text for people."""
     lines = funnel_lines([FunnelRow(**row) for row in found["funnel"]])
     lines.append("")
     for row in found["forms"]:
@@ -263,7 +263,7 @@ def stats_text(found: Mapping[str, Any]) -> str:
 
 
 def funnel_lines(rows: Iterable[FunnelRow]) -> list[str]:
-    """One line a source and stage, the reasons below it."""
+    """Return a line for each source and stage, with the reasons below it."""
     words = {
         "read": "samples read",
         "clean": "regions kept",
@@ -285,7 +285,7 @@ def funnel_lines(rows: Iterable[FunnelRow]) -> list[str]:
 
 
 def summary_text(result: Result, job: Job) -> str:
-    """The end of a run."""
+    """Return the text at the end of a run."""
     output = job.output.resolve()  # without the `..` of a path relative to the job
     places = [f"corpus: {output}", f"report: {output / 'report.html'}"]
     return "\n".join([*lines_of(result.summary), "", *places])

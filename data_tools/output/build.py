@@ -99,14 +99,14 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
 
 
 class _Keeps:
-    """Which records the job's rules on licences keep; each licence is looked at once."""
+    """Decides which records the job's rules on licences keep; each licence is looked at once."""
 
     def __init__(self, options: OutputOptions) -> None:
         self._options = options
         self._refusals: dict[str, str | None] = {}
 
     def refusal(self, record: Record) -> str | None:
-        """Why a record is left out, or None."""
+        """Return why a record is left out, or None."""
         licence = record.provenance.licence
         if licence not in self._refusals:
             self._refusals[licence] = licences.refusal(licence, self._options)
@@ -114,7 +114,7 @@ class _Keeps:
 
 
 def _alike(store: Store, job: Job, folder: Path, first: Any) -> list[tuple[int, int]]:
-    """Pairs of record numbers whose pictures are near-identical; each picture is decoded once."""
+    """Return pairs of record numbers whose images are near-identical; each image is decoded once."""
     from data_tools.output import near_duplicates
     from gmai_xtuner.core.hamming import close_pairs
 
@@ -132,7 +132,7 @@ def _alike(store: Store, job: Job, folder: Path, first: Any) -> list[tuple[int, 
 def _write_conversations(
     store: Store, options: OutputOptions, corpus: files.CorpusFiles, split: Split, tally: Tally
 ) -> report.Chosen:
-    """Write what was accepted; the conversations that the report may show come back."""
+    """Write what was accepted, and return the conversations that the report may show."""
     chosen, keeps = report.Chosen(), _Keeps(options)
     texts: set[int] = set()  # some 70 bytes a different text
     group, held_out = None, False
@@ -165,7 +165,7 @@ def _fingerprint(kept: Kept) -> int:
 def _write_rejected(
     store: Store, options: OutputOptions, corpus: files.CorpusFiles, tally: Tally
 ) -> report.Chosen:
-    """Write what was set aside; the conversations that the report may show come back."""
+    """Write what was set aside, and return the conversations that the report may show."""
     chosen, keeps = report.Chosen(), _Keeps(options)
     for kept in store.rejected():
         if keeps.refusal(kept.record):

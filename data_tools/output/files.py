@@ -44,7 +44,7 @@ NO_CONVERSATION = (
 
 
 def conversation_line(kept: Kept) -> dict[str, Any]:
-    """The line of an accepted conversation."""
+    """Return the line of an accepted conversation."""
     item, record = kept.item, kept.record
     turns = [{"from": turn.speaker, "value": turn.text} for turn in kept.conversation or ()]
     if item.form in _TEXT_FORMS:
@@ -59,7 +59,7 @@ def conversation_line(kept: Kept) -> dict[str, Any]:
 
 
 def record_line(record: Record) -> dict[str, Any]:
-    """`Record.to_json`, which goes through `dataclasses.asdict`, at a tenth of its time."""
+    """Return what `Record.to_json` returns by way of `dataclasses.asdict`, in a tenth of its time."""
     return {
         "id": record.id,
         "image": record.image,
@@ -79,7 +79,7 @@ def record_line(record: Record) -> dict[str, Any]:
 
 
 def rejected_line(kept: Kept) -> dict[str, Any]:
-    """A conversation that was set aside: why, of what, and what came back."""
+    """Return the line of a conversation that was set aside, with the reason and its record."""
     item = kept.item
     return {
         "id": item.id,
@@ -100,7 +100,7 @@ def rejected_line(kept: Kept) -> dict[str, Any]:
 
 
 def reason(kept: Kept) -> str:
-    """The first reason why a conversation was set aside."""
+    """Return the first reason why a conversation was set aside."""
     return kept.problems[0].reason if kept.problems else NO_CONVERSATION
 
 
@@ -248,7 +248,7 @@ class CorpusFiles:
             rows.close()
 
     def write(self, kept: Kept, *, held_out: bool) -> None:
-        """An accepted conversation, to the file of its form and side."""
+        """Write an accepted conversation to the file of its form and side."""
         line = conversation_line(kept)
         self._sides[held_out][kept.item.form].write(line)
         if self._parquet:
@@ -256,7 +256,7 @@ class CorpusFiles:
             self._parquet[f"{HELD_OUT}/{name}" if held_out else name].write(line)
 
     def contents(self) -> dict[str, dict[str, int | str]]:
-        """File below the folder -> ``lines``, ``bytes``, ``sha256``; files without a line don't exist.
+        """Return ``lines``, ``bytes`` and ``sha256`` of each file that has a line.
 
         Complete only after the ``with`` block. Parquet files are not listed: they hold the same.
         """

@@ -1,4 +1,4 @@
-"""What a licence asks for, read off its name, and which sources a job keeps because of it.
+"""Demands of a licence, read off its name, and the sources that a job keeps because of them.
 
 Only the name is looked at, as the job states it. Nothing here is legal advice: a licence that isn't
 recognised is called unknown, never free.
@@ -80,7 +80,7 @@ class Licence:
 
 
 def read(name: str) -> Licence:
-    """What is known of a licence by its name, such as ``"CC BY-NC-SA 4.0"``."""
+    """Return what is known of a licence by its name, such as ``"CC BY-NC-SA 4.0"``."""
     simple = _simplified(name)
     for words, part in _WORDS.items():
         simple = re.sub(rf"\b{words}\b", part, simple)
@@ -100,7 +100,7 @@ def read(name: str) -> Licence:
 
 
 def refusal(name: str, options: OutputOptions) -> str | None:
-    """Why the job leaves out a source under this licence, or None if it is kept."""
+    """Return why the job leaves out a source under this licence, or None if it is kept."""
     allowed = options.licences
     if allowed is not None and _simplified(name) not in {_simplified(one) for one in allowed}:
         return "licence is not in the job's list"
@@ -109,5 +109,5 @@ def refusal(name: str, options: OutputOptions) -> str | None:
 
 
 def _simplified(name: str) -> str:
-    """Lower case words and numbers: "CC-BY-NC 4.0" and "cc by nc 4.0" are the same."""
+    """Return lower-case words and numbers: "CC-BY-NC 4.0" and "cc by nc 4.0" are the same."""
     return " ".join(re.findall(r"[a-z]+|\d+", name.casefold()))

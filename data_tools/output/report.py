@@ -75,7 +75,7 @@ def write(
 
 
 def environment() -> Environment:
-    """For pages of this package: everything is escaped, nothing of a text is invisible."""
+    """Return the environment for pages of this package: all is escaped, nothing of a text is invisible."""
     made = Environment(
         loader=PackageLoader("data_tools", "."),
         autoescape=True,
@@ -95,12 +95,12 @@ def environment() -> Environment:
 
 
 def all_of(stage: Mapping[str, Any]) -> int:
-    """What came to a stage."""
+    """Count what came to a stage."""
     return int(stage["count"] + stage["dropped"])
 
 
 def funnel(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Stages of a source in their order: ``stage``, ``title``, ``count`` that came through, ``drops``.
+    """Return the stages of a source: ``stage``, ``title``, ``count`` that came through, ``drops``.
 
     ``width`` and ``lost`` are per cent of what came to the stage. Stages count different things (pictures,
     regions, conversations), so bars of two stages can't be compared.
@@ -130,7 +130,7 @@ def funnel(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def distributions(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bars of the page: ``title``, ``unit``, ``rows`` of ``name, count, share, width`` (per cent)."""
+    """Return bars of the page: ``title``, ``unit``, ``rows`` of ``name, count, share, width`` (per cent)."""
     records, conversations = summary["records"], summary["conversations"]
     found = []
     for title, unit, counts in (
@@ -150,7 +150,7 @@ def distributions(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def size(count: int) -> str:
-    """Bytes for people: ``"812 B"``, ``"3.4 MB"``."""
+    """Return bytes for people: ``"812 B"``, ``"3.4 MB"``."""
     amount = float(count)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:
@@ -167,7 +167,9 @@ _SPREAD = 0x9E3779B97F4A7C15  # makes another order of an item's seed than the w
 
 
 class Chosen:
-    """Takes every conversation in turn, keeps few.
+    """Takes every conversation in turn and keeps few, chosen by the job's seed.
+
+    Memory is bounded by the number of keys, of sources times forms or reasons.
 
     Args:
         each: how many of one source and form.
@@ -179,7 +181,7 @@ class Chosen:
         self._worst: dict[Hashable, int] = {}
 
     def add(self, kept: Kept, key: Hashable) -> None:
-        """One conversation; of each ``key`` a few are kept."""
+        """Take one conversation; of each ``key`` a few are kept."""
         rank = (kept.item.seed * _SPREAD) & 0xFFFFFFFFFFFFFFFF
         if rank >= self._worst.get(key, 1 << 64):
             return
@@ -191,7 +193,7 @@ class Chosen:
             self._worst[key] = best[-1][0]
 
     def spread(self, at_most: int) -> list[Kept]:
-        """At most so many, the first of each key before the second of any; sorted by key within a round."""
+        """Return at most so many, the first of each key before the second of any."""
         found: list[Kept] = []
         for number in range(self._each):
             for key in sorted(self._kept, key=lambda key: (self._kept[key][0][:2], str(key))):
@@ -249,7 +251,7 @@ def example(kept: Kept, folder: Path) -> Example:
 
 
 def thumbnail(folder: Path, record: Record) -> str:
-    """The stored picture, reduced, as a ``data:`` address of at most about 60 KB."""
+    """Return the stored image, reduced, as a ``data:`` address of at most about 60 KB."""
     try:
         with Image.open(folder / record.image) as image:
             image.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))

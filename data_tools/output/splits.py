@@ -1,4 +1,4 @@
-"""Which records are held out: whole patients, cases, videos or slides, and no picture on both sides.
+"""Split of the records: held out are whole patients, cases, videos or slides, and no picture on both sides.
 
 A record's ``provenance.group`` is hashed with the job's seed; below the share asked for, the group is held
 out. So more data leaves the side of a group as it was. Groups that share a stored picture (it is stored
@@ -34,7 +34,7 @@ class Hasher:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Sides of all groups.
+    """Sides of all groups: held out or not.
 
     ``moved`` are the hashes of groups that are held out by a link only; ``groups`` counts the groups,
     ``linked`` those that have a link, ``largest`` the groups of the largest linked set (1: no link).
@@ -53,7 +53,7 @@ class Split:
 
 
 class SplitBuilder:
-    """Reads every record once, then `split` decides.
+    """Takes every record once; then `split` decides.
 
     Args:
         share: of the groups to hold out, 0 to 0.5.
@@ -67,25 +67,25 @@ class SplitBuilder:
         self._images = array("Q")
 
     def add(self, group: str, image: str) -> None:
-        """One record: its group, and its stored picture's path."""
+        """Add a record: its group, and its stored image's path."""
         self._groups.append(self._hasher(group))
         self._images.append(self._hasher(image))
 
     def first_rows(self) -> np.ndarray:
-        """bool ``[records]``: the first record of each stored picture."""
+        """Return bool ``[records]``: the first record of each stored image."""
         images = np.frombuffer(self._images, dtype=np.uint64)
         first = np.zeros(len(images), dtype=bool)
         first[np.unique(images, return_index=True)[1]] = True
         return first
 
     def held_out(self, split: Split) -> np.ndarray:
-        """bool ``[records]``: which of them are held out."""
+        """Return bool ``[records]``: which of them are held out."""
         groups = np.frombuffer(self._groups, dtype=np.uint64)
         moved = np.fromiter(split.moved, dtype=np.uint64, count=len(split.moved))
         return (groups < np.uint64(split.below)) | np.isin(groups, moved)
 
     def split(self, alike: Iterable[tuple[int, int]] = ()) -> Split:
-        """Sides of the groups.
+        """Decide the sides of the groups.
 
         Args:
             alike: pairs of record numbers, in the order of `add`, whose pictures are near-identical.
@@ -112,7 +112,7 @@ class SplitBuilder:
 
 
 def _edges(group: np.ndarray, image: np.ndarray) -> Iterable[tuple[int, int]]:
-    """Pairs of groups that hold the same picture, a chain for each picture."""
+    """Return pairs of groups that hold the same image, a chain for each image."""
     if not len(group):
         return []
     order = np.lexsort((group, image))
@@ -138,7 +138,7 @@ class _Sets:
         self._parent[second] = first
 
     def roots(self) -> np.ndarray:
-        """int64 ``[size]``: a number for each item that is the same in each set."""
+        """Return int64 ``[size]``: a number for each item that is the same in each set."""
         parents = np.frombuffer(self._parent, dtype=np.int64)
         while True:
             upper = parents[parents]

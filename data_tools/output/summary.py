@@ -107,7 +107,7 @@ class Tally:
         self._conversations[key] += 1
 
     def repeated(self, kept: Kept) -> None:
-        """A text without a picture that is in the corpus already."""
+        """Count a text without an image that is in the corpus already."""
         self._repeated[kept.record.provenance.source] += 1
 
     def rejected(self, kept: Kept) -> None:
@@ -123,7 +123,7 @@ class Tally:
         near_duplicates: int | None,
         files: dict[str, dict[str, int | str]],
     ) -> dict[str, Any]:
-        """The values of ``summary.json``, see the module."""
+        """Return the values of ``summary.json``, see the module."""
         kinds = _by(self._conversations, 2)
         values: dict[str, Any] = {
             "title": job.title,
@@ -169,7 +169,7 @@ class Tally:
         return values
 
     def _accepted_and_rejected(self, source: str | None) -> dict[str, Any]:
-        """Of one source, or of all."""
+        """Count the conversations of one source, or of all."""
         accepted = held_out = 0
         for (name, _, _, _, is_held_out), count in self._conversations.items():
             if source in (None, name):
@@ -238,7 +238,7 @@ class Tally:
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
-    """What someone should look at before using the corpus; each sentence says what to do."""
+    """Return sentences on what to look at before using the corpus, and what to do."""
     found = []
     conversations, records, split = summary["conversations"], summary["records"], summary["split"]
     if not conversations["count"]:
@@ -300,7 +300,7 @@ def warnings(summary: dict[str, Any]) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Of this tool, Python and the libraries that decide on what is written, as far as installed."""
+    """Return the versions of this tool, Python and the libraries that decide on what is written."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -311,13 +311,13 @@ def versions() -> dict[str, str]:
 
 
 def _name_and_model(options: Any) -> dict[str, str]:
-    """Name and model alone: the other settings may hold addresses that are nobody's business."""
+    """Return name and model alone: the other settings may hold addresses that are nobody's business."""
     model = getattr(options, "model", None)
     return {"name": options.name, **({"model": str(model)} if model else {})}
 
 
 def _by(counts: Counter[Any], place: int) -> dict[str, int]:
-    """Sums over all but one place of the keys, largest first."""
+    """Sum up over all but one place of the keys, largest first."""
     sums: Counter[str] = Counter()
     for key, count in counts.items():
         sums[key[place]] += count
@@ -413,5 +413,5 @@ def _cut(text: str, width: int = _NAME - 2) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters, which could move the terminal's cursor."""
+    """Return the text without control characters, which could move the terminal's cursor."""
     return "".join(character if character.isprintable() else " " for character in text)
