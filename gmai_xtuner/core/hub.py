@@ -131,7 +131,7 @@ def vision_config(directory: Path) -> dict[str, Any]:
     config = raw if nested is None else {"model_type": "clip_vision_model", **nested}
     if config.get("model_type") != "clip_vision_model":
         raise ModelLoadError(
-            f"{directory / 'config.json'}: model_type {raw.get('model_type')!r} is not supported "
+            f"{directory / 'config.json'}: model_type {config.get('model_type')!r} is not supported "
             "as the vision tower; supported are 'clip' and 'clip_vision_model'."
         )
     return config
