@@ -73,7 +73,7 @@ def runs(tmp_path_factory, tiny_bases):
     folder = tmp_path_factory.mktemp("nonfinite")
     images = [f"{n}.png" for n in range(48)]
     question = "<image>\nWhich number is it? " + "Look. " * 8
-    records = [record(name, question, f"It is number {name}.", image=name) for name in images]
+    records = [record(f"r{name}", question, f"It is {name}.", image=name) for name in images]
     corpus = write_corpus(folder / "corpus", {"toy": records}, images=images)
     (folder / "poison.py").write_text(POISON)
     base = ROOT / "configs" / "gmai_vl" / "stage2_deep.py"
