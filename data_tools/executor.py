@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -50,7 +50,7 @@ class Executor:
         inputs: Iterable[Input],
         *,
         died: Callable[[Input], Output] | None = None,
-    ) -> Iterator[Output]:
+    ) -> Generator[Output, None, None]:
         """Yield the function's results in the order of the inputs.
 
         Args:
@@ -70,7 +70,7 @@ class _Windowed(Executor):
         inputs: Iterable[Input],
         *,
         died: Callable[[Input], Output] | None = None,
-    ) -> Iterator[Output]:
+    ) -> Generator[Output, None, None]:
         iterator = iter(inputs)
         flight: deque[tuple[Input, Any]] = deque()
         submit = self._submitter(function)

@@ -18,7 +18,7 @@ import pickle
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -250,7 +250,7 @@ class _Reading:
                         break
         self.store.arrange(self.number, limit=limit)
 
-    def _units(self) -> Iterator[tuple[int, int]]:
+    def _units(self) -> Generator[tuple[int, int], None, None]:
         """Yield id and place of each unit, in their order; those that are new are read."""
         with closing(self._read(self._batches())) as results:
             for (place, unit), result in results:
@@ -280,7 +280,9 @@ class _Reading:
         if waiting:
             yield waiting
 
-    def _read(self, batches: Iterable[list[_Placed]]) -> Iterator[tuple[_Placed, StoredUnit]]:
+    def _read(
+        self, batches: Iterable[list[_Placed]]
+    ) -> Generator[tuple[_Placed, StoredUnit], None, None]:
         """Yield unit by unit. Where a worker dies over several, each is tried alone to find the one."""
         flight: deque[list[_Placed]] = deque()
 

@@ -155,12 +155,12 @@ def open_table(
     with closing(parsed):
         header = None
         if form != "jsonl":
-            line, header = next(parsed, (0, None))
-            if header is None:
+            line, cells = next(parsed, (0, None))
+            if cells is None:
                 raise SourceError(f"{shown} is empty. A header of column names is expected.")
-            if isinstance(header, str):
-                raise SourceError(f"{shown} line {line}: {header}.")
-            header = [cell_text(cell) for cell in header]
+            if isinstance(cells, str):
+                raise SourceError(f"{shown} line {line}: {cells}.")
+            header = [cell_text(cell) for cell in cells]
         yield Table(shown, header, parsed)
 
 

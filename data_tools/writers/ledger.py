@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +326,7 @@ class Ledger:
             "FROM answers WHERE key = ?",
             key,
         )
-        return Reply(*row, False) if row else None
+        return replace(Reply(*row), new=False) if row else None
 
     def under_way(self, key: str) -> bool:
         """Return whether a run that lives is waiting for this answer."""

@@ -92,7 +92,8 @@ def _read(path: Path, reader: type[_Reader], *, map_location: Any, mmap: bool) -
         start = file.read(len(_LEGACY_START))
     try:
         if start.startswith(_ZIP_START):
-            sizes, source = _storage_sizes(path), os.fspath(path)
+            sizes = _storage_sizes(path)
+            source: str | io.BytesIO = os.fspath(path)
         elif start == _LEGACY_START:
             # Without a file descriptor PyTorch does not try the tar format of 2016, which unpacks files.
             sizes, source, mmap = None, io.BytesIO(path.read_bytes()), False
@@ -212,6 +213,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
     sizes: ClassVar[Mapping[str, int] | None] = None
     """Bytes of each storage of a zip file, by key."""
     makers: ClassVar[Mapping[str, Callable[..., Any]]] = _TENSORS
+    stack: list[Any]
+    append: Callable[[Any], None]
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('__builtin__', 'builtins')}.{name}".replace(

@@ -72,6 +72,7 @@ class Window:
         if self.function == "LINEAR_EXACT":
             return linear(values, low, self.center + self.width / 2)
         exact = values.astype(np.float64)
+        grey: np.ndarray
         if self.function == "SIGMOID":
             # exp of a large number overflows to inf, and 255 / inf is the 0 that is meant
             with np.errstate(over="ignore"):
