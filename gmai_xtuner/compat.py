@@ -18,10 +18,11 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from gmai_xtuner.checkpoint.pickles import install_safe_reader
 from gmai_xtuner.core.errors import GMAIError
 
 DEEPSPEED_NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -32,7 +33,7 @@ def apply() -> None:
     tell_own_errors_plainly()
     keep_standard_output_clean()
     name_deepspeed_configs()
-    read_checkpoints_without_running_them()
+    install_safe_reader()
     answer_bf16_on_cpu()
     launch_without_gpu()
     skip_shared_memory_op()
@@ -89,47 +90,6 @@ def name_deepspeed_configs() -> None:
     folder = Path(__file__).parent / "train" / "deepspeed"
     for name in DEEPSPEED_NAMES:
         cfgs_name_path[name] = str(folder / f"{name}.json")
-
-
-def read_checkpoints_without_running_them() -> None:
-    """Checkpoints that mmengine, DeepSpeed and xtuner open are read by our own reader.
-
-    They call ``torch.load`` with ``weights_only=False``, or leave it to the installed torch: a file runs what
-    it likes, or their own state is refused. In these modules ``torch.load`` is
-    :func:`gmai_xtuner.checkpoint.pickles.read_training_state`, and a checkpoint is a local file. Permanent.
-    """
-    for name in (
-        "deepspeed.runtime.base_optimizer",
-        "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine",
-        "deepspeed.runtime.zero.stage3",
-        "deepspeed.utils.zero_to_fp32",
-        "mmengine.runner.checkpoint",
-        "xtuner.model.utils",
-        "xtuner.tools.utils",
-        "xtuner.utils.zero_to_any_dtype",
-    ):
-        module: Any = importlib.import_module(name)
-        module.torch = _TorchWithSafeLoad("torch")
-        if name == "mmengine.runner.checkpoint":
-            module.load_url = _refuse_url
-
-
-class _TorchWithSafeLoad(types.ModuleType):
-    """``torch`` for a foreign module that opens checkpoints; its ``load`` runs nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def load(self, file: Any, map_location: Any = None, mmap: bool | None = None, **_: Any) -> Any:
-        from gmai_xtuner.checkpoint.pickles import read_training_state
-
-        if not isinstance(file, (str, os.PathLike)):
-            raise GMAIError("a checkpoint must be a local file; it can't be read from memory")
-        return read_training_state(Path(file), map_location=map_location, mmap=bool(mmap))
-
-
-def _refuse_url(url: str, *_: Any, **__: Any) -> NoReturn:
-    raise GMAIError(f"a checkpoint must be a local file, got {url!r}. Download it first")
 
 
 def answer_bf16_on_cpu() -> None:

@@ -12,13 +12,15 @@ and DeepSpeed keep in a checkpoint of training.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pickle
 import struct
+import types
 import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NoReturn
@@ -79,6 +81,10 @@ def read_training_state(
         raise ModelLoadError(
             f"{path} can't be read: it holds a {type(content).__name__}, no checkpoint"
         )
+    if isinstance(meta := content.get("meta"), dict):
+        # The run's config as Python text, which mmengine executes when it resumes, to compare GPUs that no
+        # config names any more. A resumed run has its own config.
+        meta.pop("config", None)
     return content
 
 
@@ -177,6 +183,36 @@ def _tensor_with_attributes(build: Any, kind: Any, arguments: Any, _: Any) -> to
     return known[build.name](*arguments)
 
 
+_KEYS = (str, bytes, int, float, bool, type(None))
+
+
+def _keys(keys: Iterable[Any]) -> None:
+    """Refuse keys of dictionaries and items of sets whose hash could take for ever, or end the process."""
+    plain = all(
+        type(key) in _KEYS or (type(key) is tuple and all(type(one) in _KEYS for one in key))
+        for key in keys
+    )
+    _expect(plain, "a key of another form")
+
+
+def _pairs(kind: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a maker of a dictionary from nothing, a dictionary or a list of pairs."""
+    plain = _plain(kind, list, dict)
+
+    def make(*arguments: Any) -> Any:
+        if arguments and type(arguments[0]) is list:
+            _keys(key for key, _ in arguments[0])
+        return plain(*arguments)
+
+    return make
+
+
+def _set(*arguments: Any) -> set[Any]:
+    _expect(len(arguments) == 1 and type(arguments[0]) in (list, tuple), "a set of another form")
+    _keys(arguments[0])
+    return set(arguments[0])
+
+
 def _latin1(text: Any, encoding: Any) -> bytes:
     _expect(isinstance(text, str) and encoding == "latin1", "an encoded string of another form")
     return text.encode("latin1")
@@ -194,7 +230,7 @@ def _plain(kind: Callable[..., Any], *types: type) -> Callable[..., Any]:
 
 
 _TENSORS: Mapping[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _plain(OrderedDict, list, dict),
+    "collections.OrderedDict": _pairs(OrderedDict),
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
 }
@@ -275,12 +311,15 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
         self._list(pickle._Unpickler.load_appends, self.metastack[-1][-1], list)  # type: ignore[attr-defined]
 
     def load_setitem(self) -> None:
+        _keys(self.stack[-2:-1])
         self._list(pickle._Unpickler.load_setitem, self.stack[-3], dict)  # type: ignore[attr-defined]
 
     def load_setitems(self) -> None:
+        _keys(self.stack[::2])
         self._list(pickle._Unpickler.load_setitems, self.metastack[-1][-1], dict)  # type: ignore[attr-defined]
 
     def load_additems(self) -> None:
+        _keys(self.stack)
         self._list(pickle._Unpickler.load_additems, self.metastack[-1][-1], set)  # type: ignore[attr-defined]
 
     _REPLACED: ClassVar[Mapping[bytes, Callable[[Any], None]]] = {
@@ -296,6 +335,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
         **dict.fromkeys(
             (
                 *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID),
+                *(pickle.DICT, pickle.FROZENSET),
                 *(
                     pickle.EXT1,
                     pickle.EXT2,
@@ -431,7 +471,7 @@ class _StateReader(_Reader):
         "torch.device": lambda *place: torch.device(*place),
         "_codecs.encode": _latin1,
         "builtins.bytes": _plain(bytes),
-        "builtins.set": _plain(set, list, tuple),
+        "builtins.set": _set,
         "builtins.dict": _plain(dict),
         "builtins.list": _plain(list),
         "builtins.getattr": _statistic,
@@ -468,3 +508,50 @@ class _StateReader(_Reader):
                     setattr(target, name, value)
         else:
             super().fill(target, state)
+
+
+FOREIGN_READERS = (
+    "deepspeed.checkpoint.deepspeed_checkpoint",
+    "deepspeed.checkpoint.ds_to_universal",
+    "deepspeed.checkpoint.universal_checkpoint",
+    "deepspeed.checkpoint.zero_checkpoint",
+    "deepspeed.runtime.base_optimizer",
+    "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.utils.zero_to_fp32",
+    "mmengine.runner.checkpoint",
+    "xtuner.model.utils",
+    "xtuner.tools.utils",
+    "xtuner.utils.zero_to_any_dtype",
+)
+"""Modules of the pinned packages that open checkpoints of training by ``torch.load``."""
+
+
+def install_safe_reader() -> None:
+    """Let mmengine, DeepSpeed and xtuner open checkpoints by :func:`read_training_state`.
+
+    They call ``torch.load`` with ``weights_only=False``, or leave it to the installed torch: a file runs what
+    it likes, or their own state is refused. In these modules ``torch.load`` is
+    replaced, and a checkpoint is a local file. Calling it again changes nothing. Permanent.
+    """
+    for name in FOREIGN_READERS:
+        module: Any = importlib.import_module(name)
+        module.torch = _TorchWithSafeLoad("torch")
+        if name == "mmengine.runner.checkpoint":
+            module.load_url = _refuse_url
+
+
+class _TorchWithSafeLoad(types.ModuleType):
+    """``torch`` for a foreign module that opens checkpoints; its ``load`` runs nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def load(self, file: Any, map_location: Any = None, mmap: bool | None = None, **_: Any) -> Any:
+        if not isinstance(file, (str, os.PathLike)):
+            raise ModelLoadError("a checkpoint must be a local file; it can't be read from memory")
+        return read_training_state(Path(file), map_location=map_location, mmap=bool(mmap))
+
+
+def _refuse_url(url: str, *_: Any, **__: Any) -> NoReturn:
+    raise ModelLoadError(f"a checkpoint must be a local file, got {url!r}. Download it first")

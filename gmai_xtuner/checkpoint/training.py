@@ -21,6 +21,7 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
+from gmai_xtuner.checkpoint.pickles import install_safe_reader
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import shorten
 
@@ -243,6 +244,7 @@ def load_checkpoint_state(path: str | Path) -> dict[str, torch.Tensor]:
     """State dict of a checkpoint: a ``.pth`` file or a DeepSpeed directory of any ZeRO stage."""
     from xtuner.model.utils import guess_load_checkpoint
 
+    install_safe_reader()
     checkpoint = resolve_checkpoint(path)
     state = dict(guess_load_checkpoint(str(checkpoint)))
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):

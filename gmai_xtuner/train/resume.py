@@ -199,8 +199,11 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """Put back what :func:`random_state` returned. A CUDA state is passed over where there is no CUDA."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    name, keys, position, *rest = state["numpy"]
+    if name != "MT19937" or len(keys) != 624 or not 0 <= position <= 624:
+        # numpy does not look, and would read what lies behind its own memory
+        raise GMAIError("the state of numpy's random numbers is damaged: copy the checkpoint again")
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, *rest))
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -25,7 +28,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging.history_buffer import HistoryBuffer
 
 from gmai_xtuner.checkpoint.llava import read_frozen
-from gmai_xtuner.checkpoint.pickles import read_training_state, read_weights
+from gmai_xtuner.checkpoint.pickles import FOREIGN_READERS, read_training_state, read_weights
 from gmai_xtuner.checkpoint.training import load_checkpoint_state
 from gmai_xtuner.checkpoint.weights import add_adapter, read_state_dict
 from gmai_xtuner.cli import add_model_arguments
@@ -33,7 +36,12 @@ from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import resolve_directory
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.preflight.checks import checkpoint_shapes
-from gmai_xtuner.train.resume import restore_rank_state, seed_of
+from gmai_xtuner.train.resume import (
+    random_state,
+    restore_rank_state,
+    seed_of,
+    set_random_state,
+)
 
 BUFFER = "mmengine.logging.history_buffer", "HistoryBuffer"
 
@@ -643,3 +651,70 @@ def test_checkpoints_are_local_files():
     for url in ("https://example.org/x.pth", "torchvision://resnet50"):
         with pytest.raises(Exception, match=r"local file|torchvision"):
             CheckpointLoader.load_checkpoint(url, map_location="cpu")
+
+
+def test_the_config_of_a_checkpoint_is_not_handed_on(tmp_path):
+    """mmengine's ``resume`` executes it as Python, to look for a key that no config has any more."""
+    meta = {"iter": 3, "config": "__import__('os').system('touch ran')"}
+    torch.save({"meta": meta, "state_dict": {}}, tmp_path / "iter_3.pth")
+    assert read_training_state(tmp_path / "iter_3.pth")["meta"] == {"iter": 3}
+    module = importlib.import_module("mmengine.runner.checkpoint")
+    assert module.torch.load(str(tmp_path / "iter_3.pth"))["meta"] == {"iter": 3}
+
+
+DEEP = b"".join([pickle.EMPTY_TUPLE, *[pickle.TUPLE1] * 3000])
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pickle.EMPTY_DICT + DEEP + pickle.NONE + pickle.SETITEM,
+        pickle.EMPTY_DICT + pickle.MARK + DEEP + pickle.NONE + pickle.SETITEMS,
+        pickle.MARK + DEEP + pickle.NONE + pickle.DICT,
+        call(of("builtins", "set"), pickle.MARK + DEEP + pickle.LIST),
+        call(of("collections", "OrderedDict"), pickle.MARK + pair(DEEP, pickle.NONE) + pickle.LIST),
+        pickle.EMPTY_SET + pickle.MARK + DEEP + pickle.ADDITEMS,
+        pickle.MARK + DEEP + pickle.FROZENSET,
+    ],
+)
+def test_keys_that_take_for_ever_to_hash_are_refused(program, tmp_path):
+    file = tmp_path / "x.pth"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + program + pickle.STOP)
+        archive.writestr("x/byteorder", "little")
+        archive.writestr("x/version", "3\n")
+    with pytest.raises(ModelLoadError, match=r"a key of another form|an instruction that torch"):
+        read_training_state(file)
+
+
+def test_every_foreign_module_that_opens_a_checkpoint_is_known():
+    """A new version of a pinned package that opens files elsewhere has to be looked at."""
+    not_reached = {
+        *("deepspeed.inference.engine", "deepspeed.inference.v2.engine_factory"),
+        "deepspeed.inference.v2.model_implementations.inference_policy_base",
+        "deepspeed.module_inject.replace_module",
+        "deepspeed.runtime.checkpoint_engine.nebula_checkpoint_engine",
+        *("deepspeed.runtime.fp16.fused_optimizer", "deepspeed.runtime.fp16.unfused_optimizer"),
+        *("deepspeed.runtime.zero.partition_parameters", "deepspeed.runtime.zero.stage_1_and_2"),
+        *("mmengine.utils.dl_utils.hub", "xtuner.dataset.moss_sft"),
+        *("xtuner._lite.patches.base", "xtuner.tools.model_converters.split"),
+    }
+    found = set()
+    for package in ("deepspeed", "mmengine", "xtuner"):
+        (root,) = importlib.util.find_spec(package).submodule_search_locations
+        for file in Path(root).rglob("*.py"):
+            if re.search(r"torch\.load\(", file.read_text(encoding="utf-8", errors="replace")):
+                found.add(".".join((package, *file.relative_to(root).with_suffix("").parts)))
+    assert found - not_reached == set(FOREIGN_READERS)
+    for name in FOREIGN_READERS:
+        assert isinstance(importlib.import_module(name).torch, types.ModuleType)
+        assert importlib.import_module(name).torch is not torch
+
+
+@pytest.mark.parametrize(("position", "keys"), [(-1, 624), (625, 624), (0, 100)])
+def test_numpys_random_state_is_checked_before_it_is_set(position, keys):
+    state = random_state()
+    name, numbers, _, *rest = state["numpy"]
+    state["numpy"] = (name, numbers[:keys], position, *rest)
+    with pytest.raises(GMAIError, match="random numbers is damaged"):
+        set_random_state(state)
