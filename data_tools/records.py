@@ -109,7 +109,7 @@ class Drop:
 
 
 class Drops:
-    """Everything that is left out of a unit, and the labels that its images therefore lack.
+    """Everything that is left out of a unit, and the labels of which its images lack annotations.
 
     A reader is handed one and has no other way to leave something out. It raises `Unusable`, and the
     nearest scope decides what falls::
@@ -134,7 +134,10 @@ class Drops:
 
     @property
     def incomplete(self) -> set[str]:
-        """Labels that the image of the current scope lacks, as the source names them."""
+        """Labels that the current image may show though annotations of them were left out.
+
+        As the source names them; nobody may count them there, or say that there is none.
+        """
         return set().union(*self._lost)
 
     def add(

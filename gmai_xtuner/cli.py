@@ -60,9 +60,13 @@ def dtype_name(text: str) -> str:
     return name
 
 
-def add_dtype_argument(parser: argparse._ActionsContainer, default: str | None = None) -> None:
+def add_dtype_argument(
+    parser: argparse._ActionsContainer,
+    default: str | None = None,
+    *,
+    unset: str = "bf16 on a GPU, fp32 on the CPU",
+) -> None:
     """Add ``--dtype``, the precision of the weights; ``options.dtype`` is torch's name of it or ``None``."""
-    unset = "bf16 on a GPU, fp32 on the CPU"
     parser.add_argument(
         "--dtype",
         type=dtype_name,

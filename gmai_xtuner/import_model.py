@@ -19,7 +19,6 @@ from transformers import CLIPImageProcessor
 import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.checkpoint.card import Provenance
 from gmai_xtuner.checkpoint.export import (
-    DTYPES,
     check_new,
     check_shard_size,
     convert_dtype,
@@ -29,7 +28,7 @@ from gmai_xtuner.checkpoint.export import (
 from gmai_xtuner.checkpoint.export_huggingface import write_llava
 from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
 from gmai_xtuner.checkpoint.llava import SAVE_FORMATS
-from gmai_xtuner.cli import add_allow_pickle
+from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.loading import AS_STORED, describe, load_with_settings
 from gmai_xtuner.model.costs import folder_bytes, size
@@ -150,8 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--llm", help="the language model's base, where the folder has none")
     parser.add_argument("--vision", help="the vision tower's base, where the folder has none")
     parser.add_argument("--save-format", choices=tuple(SAVE_FORMATS), default="xtuner")
-    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    parser.add_argument("--dtype", choices=names, default="float16")
+    add_dtype_argument(parser, default="fp16")
     parser.add_argument("--max-shard-size", default="2GB")
     parser.add_argument("--prompt-template", help="name in xtuner's PROMPT_TEMPLATE")
     parser.add_argument("--add-bos", action=argparse.BooleanOptionalAction, default=None)

@@ -19,7 +19,7 @@ import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.checkpoint.bases import load_language_model
 from gmai_xtuner.checkpoint.export import new_folder, save_language_model
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
-from gmai_xtuner.cli import add_allow_pickle
+from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument
 
 
 def write_llama_base(
@@ -47,14 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("base", help="folder or hub name of the InternLM2 base")
     parser.add_argument("out", help="new or empty folder")
-    parser.add_argument("--torch-dtype", help="e.g. float16; default: the base's own")
+    add_dtype_argument(parser, unset="the base's own")
     parser.add_argument("--max-shard-size", default="4GB")
     add_allow_pickle(parser)
     arguments = parser.parse_args()
     write_llama_base(
         arguments.base,
         arguments.out,
-        torch_dtype=arguments.torch_dtype,
+        torch_dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
     )
 

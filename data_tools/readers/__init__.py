@@ -1,9 +1,10 @@
 """Readers by name. A module is imported when a job uses it: one that reads DICOM needs pydicom, others don't.
 
-A reader is a module with ``Options`` (its keys in the job), ``units(options)`` (what there is to read, in a
-fixed order) and ``read(options, unit, drops)`` (the samples of one unit; it raises `Unusable` or calls
-``drops`` for all that it leaves out). Where a module has a ``VERSION``, a new number makes finished jobs read
-their sources again. A new format is one such file, its line in `READERS` and its test.
+A reader is a module with ``Options`` (its keys in the job), ``units(options)`` (what there is to read,
+in a fixed order) and ``read(options, unit, drops)`` (the samples of one unit). For all that it leaves
+out it raises `Unusable` inside `drops.image` or `drops.annotation`, or calls ``drops.add(...,
+lost=labels)``. Where a module has a ``VERSION``, a new number makes finished jobs read their sources
+again. A new format is one such file, its line in `READERS` and its test.
 """
 
 from __future__ import annotations

@@ -128,7 +128,8 @@ def _frames(image: Image, limits: Limits) -> Frames:
     if is_colour:
         return Frames(np.stack([dicom_pixels.colours(data, frame)[0] for frame in frames]), facts)
     values = np.stack([_intensities(data, frame) for frame in frames])
-    table = dicom_pixels.file_table(data)
+    tables = [dicom_pixels.file_table(data, frame) for frame in frames]
+    lookups = [table.apply if table else None for table in tables] if any(tables) else []
     own = [window for frame in frames if (window := _own_window(data, frame)) is not None]
     all_have_one = len(own) == header.frames
     if not all_have_one:
@@ -138,8 +139,8 @@ def _frames(image: Image, limits: Limits) -> Frames:
         facts,
         own if len(set(own)) > 1 else own[:1],
         inverted=photometric == "MONOCHROME1",
-        lookup=table.apply if table else None,
-        own_window=all_have_one or table is not None,
+        lookups=lookups,
+        own_window=all_have_one or bool(lookups),
         hounsfield=modality == "CT",
     )
 
@@ -159,7 +160,7 @@ def _pages(group: list[Image], limits: Limits) -> Frames:
     if len(kinds) > 1 or kinds.pop()[2] not in dicom_pixels.GREY:
         raise _NoStack
     pages = [_frames(image, limits) for image in group]
-    if any(page.lookup for page in pages):
+    if any(page.lookups for page in pages):
         raise _NoStack
     one = pages[0]
     return Frames(

@@ -94,14 +94,14 @@ class Frames:
         values: ``[N, H, W]`` intensities, or uint8 ``[N, H, W, 3]`` RGB.
         windows: of each frame by the file; one for all, or None without intensities.
         inverted: MONOCHROME1: the smallest value is white.
-        lookup: VOI LUT of the file, intensities -> uint8, in the place of its window.
+        lookups: VOI LUT of each frame by the file, intensities -> uint8, in the place of its window.
     """
 
     values: np.ndarray
     facts: Facts
     windows: Sequence[Window] | None = None
     inverted: bool = False
-    lookup: Callable[[np.ndarray], np.ndarray] | None = None
+    lookups: Sequence[Callable[[np.ndarray], np.ndarray] | None] = ()
     own_window: bool = False
     hounsfield: bool = False
     channels: int = 1
@@ -133,8 +133,8 @@ class Frames:
             return Image.fromarray(np.ascontiguousarray(frame), "RGB")
         if view.window != "file":
             grey = view.window.apply(frame)
-        elif self.lookup is not None:
-            grey = self.lookup(frame)
+        elif self.lookups and (lookup := self.lookups[view.index]) is not None:
+            grey = lookup(frame)
         else:
             grey = self.windows[view.index if len(self.windows) > 1 else 0].apply(frame)
         return _rgb(255 - grey if self.inverted else grey)
