@@ -31,6 +31,10 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+# First, since importing DeepSpeed otherwise logs to standard output.
+import gmai_xtuner.plugin  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from printing import quiet_stdout, show
