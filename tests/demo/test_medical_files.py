@@ -96,6 +96,25 @@ def test_a_look_up_table_goes_before_the_window(tmp_path):
     assert not study.hounsfield
 
 
+def test_each_frame_is_shown_by_its_own_look_up_table(tmp_path):
+    tables = ([4, 0, 8], [0, 255, 10, 20]), ([4, 0, 8], [20, 10, 255, 0])
+    frames = [
+        {
+            "FrameVOILUTSequence": {
+                "VOILUTSequence": {"LUTDescriptor": descriptor, "LUTData": levels}
+            }
+        }
+        for descriptor, levels in tables
+    ]
+    data = made.enhanced(np.array([[[0, 1, 2, 3]]] * 2, dtype=np.int16), frames=frames)
+    for group in data.PerFrameFunctionalGroupsSequence:
+        table = group.FrameVOILUTSequence[0].VOILUTSequence[0]
+        table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
+    study = one(made.save(data, tmp_path / "a"))
+    shown = [grey(study, View("frame", at)).tolist() for at in (0, 1)]
+    assert shown == [[[0, 255, 10, 20]], [[20, 10, 255, 0]]]
+
+
 def test_a_cine_keeps_its_colours():
     study = one(Path(get_testdata_file("examples_ybr_color.dcm", download=False)))
     assert (study.length("frame"), study.axes) == (30, ("frame",))
