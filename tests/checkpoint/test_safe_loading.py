@@ -711,6 +711,15 @@ def test_every_foreign_module_that_opens_a_checkpoint_is_known():
         assert importlib.import_module(name).torch is not torch
 
 
+def test_weights_are_read_safely_without_the_plugin_too(tmp_path, monkeypatch):
+    """A program may read a checkpoint without having imported what applies the workarounds."""
+    foreign = importlib.import_module("xtuner.model.utils")
+    monkeypatch.setattr(foreign, "torch", torch)
+    torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "iter_1.pth")
+    assert load_checkpoint_state(tmp_path / "iter_1.pth")["weight"].tolist() == [1, 1]
+    assert foreign.torch is not torch
+
+
 @pytest.mark.parametrize(("position", "keys"), [(-1, 624), (625, 624), (0, 100)])
 def test_numpys_random_state_is_checked_before_it_is_set(position, keys):
     state = random_state()
