@@ -137,6 +137,8 @@ setup(
         "numpy>=1.26",
         # decodes the 16-bit colour images that Pillow would cut to 8 bit; the build that needs no display
         "opencv-python-headless",
+        # tells what libjpeg-turbo warns of in a damaged JPEG, which Pillow and OpenCV pass over (MIT)
+        "simplejpeg>=1.8",
         # LoRA; tried with 0.14, 0.15 and 0.21. xtuner brings it without an upper bound.
         "peft>=0.14,<0.22",
         "pillow>=10.4",

@@ -29,6 +29,10 @@ _KEPT = 2
 """Pixels that a JPEG decoded at a fraction keeps for one pixel of the result."""
 
 
+_LONG = 4
+"""Longer edge by shorter edge from which on padding would be most of the work."""
+
+
 class ImageTransform:
     """RGB image -> normalised pixel values ``[3, S, S]``.
 
@@ -182,25 +186,86 @@ def _pad_and_resize(
     """Centre on a square of one colour and resize it bicubically, without building the square.
 
     Pillow resizes first along rows, then along columns, with bytes in between. The two passes are
-    called apart, so that a very long image never becomes a square of its length:
-    a wide one is padded between them, a tall one is padded some rows at a time.
+    called apart: a wide image is padded between them, a tall one is padded some rows at a time. In a long
+    image the pass across the padding is our own, which works on nothing but the image.
     """
     width, height = image.size
     bicubic = Image.Resampling.BICUBIC
     if width == height:
         return image.resize((side, side), bicubic)
-    length = max(width, height)
-    columns = Image.new("RGB", (side, length), colour)
+    length, is_long = max(width, height), max(width, height) > _LONG * min(width, height)
+    square = Image.new("RGB", (side, side if is_long else length), colour)
     if width > height:
-        columns.paste(image.resize((side, height), bicubic), (0, (length - height) // 2))
+        rows = image.resize((side, height), bicubic)
+        top = (length - height) // 2
+        if is_long:
+            top, strip = _resize_padded(np.asarray(rows), length, side, colour=colour)
+            rows = Image.fromarray(strip)
+        square.paste(rows, (0, top))
+    elif is_long:
+        columns = np.asarray(image).transpose(1, 0, 2)
+        left, strip = _resize_padded(columns, length, side, colour=colour)
+        narrow = Image.fromarray(np.ascontiguousarray(strip.transpose(1, 0, 2)))
+        square.paste(narrow.resize((strip.shape[0], side), bicubic), (left, 0))
     else:
-        left = (length - width) // 2
         for top in range(0, height, rows_at_once):
             bottom = min(top + rows_at_once, height)
             rows = Image.new("RGB", (length, bottom - top), colour)
-            rows.paste(image.crop((0, top, width, bottom)), (left, 0))
-            columns.paste(rows.resize((side, bottom - top), bicubic), (0, top))
-    return columns.resize((side, side), bicubic)
+            rows.paste(image.crop((0, top, width, bottom)), ((length - width) // 2, 0))
+            square.paste(rows.resize((side, bottom - top), bicubic), (0, top))
+    return square if is_long else square.resize((side, side), bicubic)
+
+
+def _resize_padded(
+    pixels: np.ndarray, length: int, side: int, *, colour: tuple[int, ...]
+) -> tuple[int, np.ndarray]:
+    """Pad axis 0 on both sides to ``length`` and resize it to ``side`` as Pillow does, bit for bit.
+
+    Args:
+        pixels: uint8 ``[n, m, 3]``.
+        length: pixels of axis 0 with the padding.
+        side: pixels of the result.
+        colour: of the padding.
+
+    Returns:
+        First row of the result that the image reaches, and those rows, uint8 ``[k, m, 3]``; the others have
+        the colour of the padding.
+    """
+    # libImaging/Resample.c of Pillow: weights in 22 bits, taken from windows of 4 pixels of the result
+    n, m = pixels.shape[:2]
+    before, scale = (length - n) // 2, length / side
+    widening = max(scale, 1.0)
+    windows: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+    first = side
+    for row in range(side):
+        centre = (row + 0.5) * scale
+        low = max(0, int(centre - 2 * widening + 0.5))
+        high = min(length, int(centre + 2 * widening + 0.5))
+        inside = (max(low, before), min(high, before + n))
+        if inside[0] >= inside[1]:
+            continue
+        first = min(first, row)
+        weights = _bicubic((np.arange(low, high) - centre + 0.5) * (1.0 / widening))
+        weights /= np.cumsum(weights)[-1]  # summed in order, as in C
+        weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights))
+        own = weights[inside[0] - low : inside[1] - low]
+        ground = (weights.sum() - own.sum()) * np.array(colour, dtype=np.float64) + 2**21
+        windows.append((inside[0] - before, inside[1] - before, own, ground))
+    result = np.empty((len(windows), m, 3), dtype=np.uint8)
+    block = max(1, 2**22 // n)
+    for at in range(0, m, block):
+        values = pixels[:, at : at + block].reshape(n, -1).astype(np.float64)
+        for number, (low, high, own, ground) in enumerate(windows):
+            sums = (own @ values[low:high]).reshape(-1, 3) + ground  # exact: below 2**53
+            result[number, at : at + block] = np.floor(sums / 2**22).clip(0, 255)
+    return first, result
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    x = np.abs(x)
+    near = ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
 def _pad_and_resize_reduced(

@@ -14,9 +14,12 @@
   ``convert("RGB")`` shows it too.
 * **EXIF orientation** is applied: a photograph's text says "left" of what a viewer shows. (Pillow
   does so for TIFF in any case; xtuner does not for JPEG and PNG.)
-* **Several pages or frames**: the first frame of GIF, WebP and PNG; the first page of a TIFF whose
-  other pages are thumbnails, masks or of another size. A TIFF stack of equal pages is refused:
-  which slice the text speaks of is not ours to guess.
+* **Several pages or frames**: the first page of a TIFF whose other pages are thumbnails, masks or of
+  another size. A TIFF stack of equal pages and a moving GIF, WebP or PNG are refused: which slice or
+  frame the text speaks of is not ours to guess.
+
+What a header asks for is bounded before any of it is done: pixels, sides, their ratio, pages, scans and
+the tiles of a TIFF. Nothing is opened by the name that a file or a client gives.
 """
 
 from __future__ import annotations
@@ -33,11 +36,23 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from gmai_xtuner.core.errors import ImageError
+from gmai_xtuner.core.imaging.damage import find_damage
 
 PathLike = str | os.PathLike[str]
 
 MAX_PIXELS = 178_956_970
 """Default limit on width x height: the size at which Pillow's ``Image.open`` refuses."""
+
+MAX_SIDE = 65_535
+"""Longest side in pixels, which is JPEG's own limit."""
+MAX_RATIO = 1_000
+"""Longer side by shorter side: beyond it the vision tower sees a third of a pixel."""
+MAX_PAGES = 64
+"""Pages of a TIFF, thumbnails and masks included."""
+MAX_SCANS = 100
+"""Scans of a progressive JPEG, each of which passes over all pixels; writers make about ten."""
+_MAX_TILE = 2**24
+"""Pixels that a tile of a TIFF may always have, however small the image is."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM")
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
@@ -100,9 +115,12 @@ class DecodedPixels(NamedTuple):
 
 
 def decode_pixels(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> DecodedPixels:
-    """Decode the bytes of an image file as :func:`open_rgb` does, but keep grey as one channel."""
+    """Decode the bytes of an image file as :func:`open_rgb` does, but keep grey as one channel.
+
+    Damage that decoders pass over is looked for too, see `gmai_xtuner.core.imaging.damage`.
+    """
     with _parsed(io.BytesIO(content), name, max_pixels=max_pixels) as image:
-        found = _decode(image, name)
+        found = _decode(image, name, whole=content)
         shown = found.image
         if shown.mode == "1":
             shown = shown.convert("L")
@@ -161,7 +179,8 @@ def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> 
     Args:
         path: the file.
         level: ``"exists"`` looks at the directory entry only; ``"header"`` reads size, mode and the
-            format's end mark (a file without one is decoded whole); ``"decode"`` decodes.
+            format's end mark (a file without one is decoded whole); ``"decode"`` decodes, and looks for
+            damage that decoders pass over.
         max_pixels: see :func:`open_rgb`; used by ``"header"`` and ``"decode"``.
 
     Raises:
@@ -180,12 +199,20 @@ def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> 
             if image.mode == "F" or not _reaches_its_end(image):
                 _decode(image, path)
     elif level == "decode":
-        open_rgb(path, max_pixels=max_pixels)
+        with _opened(path, max_pixels=max_pixels) as image:
+            position = image.fp.tell()
+            image.fp.seek(0)
+            content = image.fp.read()
+            image.fp.seek(position)
+            _decode(image, path, whole=content)
     else:
         raise ValueError(f'level must be "exists", "header" or "decode", got {level!r}.')
 
 
 # --- opening ------------------------------------------------------------------------------------
+
+
+_SMALLER = "Cut it into tiles or shrink it."
 
 
 def _error(name: PathLike, problem: str, reason: str, remedy: str | None = None) -> ImageError:
@@ -217,9 +244,9 @@ def _parsed(file: BinaryIO, name: PathLike, *, max_pixels: int) -> Iterator[Imag
         yield image
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:  # a GIF frame larger than its screen
-        remedy = "Cut it into tiles or shrink it."
-        raise _error(name, f"is too large: {error}", "enormous_image", remedy) from error
+    except (Image.DecompressionBombError, MemoryError) as error:  # the first: a huge frame of a GIF
+        why = str(error) or "there is not enough memory to decode it"
+        raise _error(name, f"is too large: {why}", "enormous_image", _SMALLER) from error
     except _DECODE_ERRORS as error:
         raise _error(
             name,
@@ -240,7 +267,8 @@ def _read_header(file: BinaryIO, name: PathLike) -> Image.Image:
         if accept is not None and accept(prefix) is True:
             file.seek(0)
             try:
-                return factory(file, os.fspath(name))
+                # Not by its name: Pillow maps the file of that name into memory where it can.
+                return factory(file, "")
             except SyntaxError as error:
                 if "unknown pixel mode" not in str(error):  # a whole TIFF, such as float64
                     raise
@@ -260,12 +288,21 @@ def _read_header(file: BinaryIO, name: PathLike) -> Image.Image:
 
 def _check_header(image: Image.Image, name: PathLike, *, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > max_pixels:
-        problem = f"has {width} x {height} = {width * height} pixels, the limit is {max_pixels}"
-        remedy = "Cut it into tiles or shrink it, or raise max_pixels."
-        raise _error(name, problem, "enormous_image", remedy)
     if width < 1 or height < 1:
         raise _error(name, f"has no pixels ({width} x {height})", "damaged_image")
+    if width * height > max_pixels:
+        problem = f"has {width} x {height} = {width * height} pixels, the limit is {max_pixels}"
+        remedy = f"{_SMALLER[:-1]}, or raise max_pixels."
+        raise _error(name, problem, "enormous_image", remedy)
+    if max(image.size) > MAX_SIDE or max(image.size) > MAX_RATIO * min(image.size):
+        problem = f"has {width} x {height} pixels; a side may have {MAX_SIDE}, and {MAX_RATIO} times the other"
+        raise _error(name, problem, "enormous_image", _SMALLER)
+    if image.info.get("progressive") and (scans := _scans(image)) > MAX_SCANS:
+        problem = f"is a JPEG of {scans} scans, the limit is {MAX_SCANS}"
+        raise _error(name, problem, "enormous_image", "Save it anew.")
+    if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
+        remedy = "Save the frame that the text speaks of as a file of its own."
+        raise _error(name, f"is a moving {image.format}", "unsupported_image", remedy)
     if image.mode not in _SHALLOW + _DEEP_GREY:
         problem = f"has the colour mode {image.mode}"
         raise _error(name, problem, "unsupported_image", "Save it as 8 bit RGB.")
@@ -277,24 +314,39 @@ def _check_header(image: Image.Image, name: PathLike, *, max_pixels: int) -> Non
         problem = f"is a TIFF with a separate plane of {bits} bits for each channel"
         remedy = "Save it with interleaved channels (PlanarConfiguration 1), or as PNG."
         raise _error(name, problem, "unsupported_image", remedy)
-    if _is_stack(image):
+    tile = image.tag_v2.get(322, 1) * image.tag_v2.get(323, 1)
+    if tile > max(_MAX_TILE, 4 * width * height):
+        problem = f"is a TIFF of {width} x {height} pixels in tiles of {tile}"
+        raise _error(name, problem, "enormous_image", "Save it anew.")
+    if _is_stack(image, name):
         problem = f"is a TIFF stack of several pages of {width} x {height} pixels"
         remedy = "Save the page that the text speaks of as a file of its own."
         raise _error(name, problem, "unsupported_image", remedy)
 
 
-def _is_stack(image: TiffImagePlugin.TiffImageFile) -> bool:
+def _scans(image: Any) -> int:
+    position = image.fp.tell()
+    image.fp.seek(0)
+    scans = image.fp.read().count(b"\xff\xda")
+    image.fp.seek(position)
+    return scans
+
+
+def _is_stack(image: TiffImagePlugin.TiffImageFile, name: PathLike) -> bool:
     """Return True if a further page is neither thumbnail nor mask and has the size of the first."""
     size = image.size
     try:
-        for page in range(1, getattr(image, "n_frames", 1)):
+        for page in range(1, MAX_PAGES):  # n_frames would read the headers of all pages
             image.seek(page)
             reduced_or_mask = image.tag_v2.get(254, 0) & 0b101
             if image.size == size and not reduced_or_mask:
                 return True
+    except EOFError:  # no more pages
         return False
     finally:
         image.seek(0)
+    remedy = "Save the page that the text speaks of as a file of its own."
+    raise _error(name, f"is a TIFF of {MAX_PAGES} or more pages", "unsupported_image", remedy)
 
 
 def _reaches_its_end(image: Any) -> bool:
@@ -333,7 +385,8 @@ class _Decoded(NamedTuple):
     suffix: str
 
 
-def _decode(image: Image.Image, name: PathLike) -> _Decoded:
+def _decode(image: Image.Image, name: PathLike, *, whole: bytes | None = None) -> _Decoded:
+    """Decode an image; with ``whole``, the file's content, also look for what decoders pass over."""
     is_16_bit_colour = (
         image.format in ("PNG", "TIFF")
         and image.mode in ("RGB", "RGBA", "RGBX", "LA")
@@ -343,7 +396,14 @@ def _decode(image: Image.Image, name: PathLike) -> _Decoded:
     file = getattr(image, "fp", None)
     # Pillow turns a TIFF while it loads it, and forgets that it did.
     orientation = _orientation(image) if image.format == "TIFF" else None
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # What Pillow would do itself, but for its own limit, which max_pixels may exceed.
+        image.im = Image.core.new(image.mode, getattr(image, "_tile_size", image.size))
     image.load()
+    damage = find_damage(whole, image) if whole is not None else ""
+    if damage:
+        remedy = "Copy the file again from its source."
+        raise _error(name, f"is damaged ({damage})", "damaged_image", remedy)
     suffix = {"PNG": ".png", "JPEG": ".jpg"}.get(image.format or "", "")
     if image.mode in _DEEP_GREY:
         shown = Image.fromarray(_deep_grey(image, name, white_is_zero=white_is_zero))

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from gmai_xtuner.core.errors import DataError, ImageError
 from gmai_xtuner.core.imaging import images as image_files
@@ -346,6 +346,155 @@ def test_max_pixels_is_ours_alone(tmp_path, monkeypatch, recwarn):
         Image.open(file)
     assert np.array_equal(np.asarray(open_rgb(file, max_pixels=48 * 64)), RGB_8)
     assert not [item for item in recwarn if issubclass(item.category, RuntimeWarning)]
+
+
+def test_max_pixels_may_exceed_pillows_limit(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for name, options in (("a.tif", {}), ("b.tif", {"compression": "tiff_lzw"}), ("c.png", {})):
+        Image.fromarray(RGB_8).save(tmp_path / name, **options)
+        assert np.array_equal(np.asarray(open_rgb(tmp_path / name)), RGB_8)
+    assert not recwarn.list
+
+
+# --- what costs more than it shows -----------------------------------------------------------
+
+
+def png_of(path, width: int, height: int) -> Path:
+    """Black pixels, in a file a thousand times smaller."""
+    return write_png(path, np.zeros((height, width), np.uint8), bits=8, colour=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ((10, 65_536), "enormous_image"),  # a side
+        ((65_536, 10), "enormous_image"),
+        ((10, 10_001), "enormous_image"),  # the ratio
+        ((60_000, 1), "enormous_image"),
+        ((10, 10_000), None),
+        ((1, 1_000), None),
+    ],
+)
+@pytest.mark.parametrize("level", ["header", "decode"])
+def test_sides_and_their_ratio_are_bounded(tmp_path, size, reason, level):
+    file = png_of(tmp_path / "a.png", *size)
+    if reason is None:
+        check_image(file, level=level)
+    else:
+        assert refused(file, level=level).reason == reason
+
+
+def test_pages_of_a_tiff_are_counted_up_to_a_bound(tmp_path, monkeypatch):
+    pages = [Image.new("L", (8, 8 + number % 2)) for number in range(1, 100)]
+    Image.new("L", (30, 30)).save(tmp_path / "a.tif", save_all=True, append_images=pages)
+    seeks = []
+    real = TiffImagePlugin.TiffImageFile.seek
+    monkeypatch.setattr(
+        TiffImagePlugin.TiffImageFile,
+        "seek",
+        lambda image, page: seeks.append(page) or real(image, page),
+    )
+    error = refused(tmp_path / "a.tif", level="header")
+    assert (error.reason, "64 or more pages" in str(error)) == ("unsupported_image", True)
+    assert max(seeks) < image_files.MAX_PAGES
+
+
+def test_a_jpeg_of_endless_scans_is_refused(tmp_path):
+    file = tmp_path / "a.jpg"
+    Image.fromarray(RGB_8).save(file, progressive=True)
+    content = file.read_bytes()
+    start = content.rindex(b"\xff\xda")
+    file.write_bytes(content[:start] + content[start:-2] * 100 + content[-2:])
+    assert refused(file, level="header").reason == "enormous_image"
+
+
+def test_a_tile_larger_than_its_image_is_refused(tmp_path):
+    file = save_tiff(tmp_path / "a.tif", np.zeros((64, 64), np.uint8), tile=(32, 32))
+    content = bytearray(file.read_bytes())
+    with Image.open(file) as image:
+        assert image.tag_v2[322] == image.tag_v2[323] == 32
+    for tag in (322, 323):
+        at = content.index(struct.pack("<HHI", tag, 4, 1))
+        struct.pack_into("<I", content, at + 8, 60_000)
+    file.write_bytes(content)
+    assert refused(file, level="header").reason == "enormous_image"
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_a_moving_image_is_not_its_first_frame(tmp_path, suffix):
+    frames = [Image.new("L", (20, 20), 40 * number) for number in range(3)]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    error = refused(tmp_path / f"a.{suffix}", level="header")
+    assert (error.reason, "moving" in str(error)) == ("unsupported_image", True)
+
+
+def test_too_little_memory_is_an_error_of_the_image(tmp_path, monkeypatch):
+    Image.fromarray(RGB_8).save(tmp_path / "a.png")
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    assert refused(tmp_path / "a.png").reason == "enormous_image"
+
+
+@pytest.mark.parametrize("kind", ["narrow 16 bit png", "raw tiff", "raw bmp"])
+def test_no_file_of_the_name_is_opened(tmp_path, monkeypatch, kind):
+    """Pillow maps uncompressed files into memory by their name."""
+    narrow = np.stack([GREY_12, GREY_12 // 2, GREY_12 // 4], axis=-1)
+    sent = tmp_path / "sent"
+    if kind.startswith("narrow"):
+        write_png(sent, narrow, bits=16, colour=2)
+        expected = np.rint(narrow * (255 / 4095))
+    else:
+        Image.fromarray(RGB_8[..., 0]).save(sent, kind.split()[1].upper())
+        expected = np.repeat(RGB_8[..., :1], 3, axis=2)
+    content = sent.read_bytes()
+    (tmp_path / "a").write_bytes(bytes(len(content)))
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(decode_rgb(content, "a"), expected)
+    (tmp_path / "a").unlink()
+    assert np.array_equal(decode_rgb(content, "a"), expected)
+
+
+# --- damage that decoders pass over ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "found", "silent"),
+    [
+        ("a.jpg", {"quality": 90}, 8, 6),
+        ("a.jpg", {"quality": 90, "progressive": True}, 6, 6),  # zeros may mean "no change" there
+        ("a.png", {}, 8, 0),
+        ("a.tif", {"compression": "tiff_deflate"}, 8, 0),
+        ("a.tif", {"compression": "jpeg"}, 8, 0),
+    ],
+)
+def test_damage_inside_is_found(tmp_path, name, options, found, silent):
+    """2,000 zeros at eight places; ``silent`` is how many of them the plain decoder shows as an image."""
+    y, x = np.mgrid[0:300, 0:400]
+    shades = np.stack([np.hypot(x - 90, y - 40), x * 0.6, y * 0.8], axis=-1)
+    shades += np.random.default_rng(0).normal(0, 6, shades.shape)
+    Image.fromarray(shades.clip(0, 255).astype(np.uint8)).save(tmp_path / name, **options)
+    content = (tmp_path / name).read_bytes()
+    check_image(tmp_path / name, level="decode")
+    refusals, passed_over = 0, 0
+    for at in np.linspace(2_000, len(content) - 4_000, 8).astype(int):
+        damaged = content[:at] + bytes(2_000) + content[at + 2_000 :]
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            check_image(tmp_path / name, level="decode")
+        except ImageError as error:
+            refusals += error.reason == "damaged_image"
+            with pytest.raises(ImageError, match="damaged"):
+                decode_pixels(damaged, name)
+        try:
+            open_rgb(tmp_path / name)
+            passed_over += 1
+        except ImageError:
+            pass
+    assert refusals >= found
+    assert passed_over >= silent, "the plain decoder finds this damage too"
 
 
 def test_import_leaves_pillow_alone():
