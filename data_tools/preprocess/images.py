@@ -2,14 +2,15 @@
 
 How a file is decoded is written in `gmai_xtuner.core.imaging.images`: the trainer decodes by the same rules,
 so the corpus shows what the model sees. A PNG or JPEG that every viewer shows alike (8-bit grey or colour,
-upright, opaque, one frame) is kept. Only blocks of text and EXIF are taken out of it, which may say who the
-patient is; the coded pixels stay byte for byte. Everything else becomes a PNG of 8-bit grey or RGB.
+upright, opaque, one frame) is kept. Everything that doesn't make the image is taken out of it, which may say
+who the patient is; the coded pixels stay byte for byte. Everything else becomes a PNG of 8-bit grey or RGB.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +125,6 @@ def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
     """Decode a file, and name what is wrong with it in the words of the corpus."""
     try:
         return decode_pixels(content, name, max_pixels=max_pixels)
-    except MemoryError as error:
-        raise Unusable(TOO_LARGE, "not enough memory to decode it") from error
     except ImageError as error:
         detail = error.problem.removeprefix(f"image {name!r} ")
         if error.reason == "enormous_image":
@@ -166,19 +165,22 @@ def _png(pixels: np.ndarray) -> bytes:
 
 # --- text in files ------------------------------------------------------------------------------
 
-_PNG_CHUNKS = b"IHDR PLTE IDAT IEND gAMA cHRM sRGB iCCP sBIT pHYs".split()
-"""Chunks that make the image."""
+_PNG_CHUNKS = {
+    **{b"IHDR": 13, b"IDAT": None, b"IEND": 0},
+    **{b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9},
+}
+"""Chunks that make an image of grey or RGB, and the length that they have."""
 
 
 def _png_without_text(data: bytes) -> bytes | None:
     """Return the file with the chunks that make the image; None if it can't be followed."""
     parts, at = [data[:8]], 8
     while at + 12 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        kind = data[at + 4 : at + 8]
+        length = int.from_bytes(data[at : at + 4], "big")
+        kind, end = data[at + 4 : at + 8], at + 12 + length
         if end > len(data):
             return None
-        if kind in _PNG_CHUNKS:
+        if kind in _PNG_CHUNKS and _PNG_CHUNKS[kind] in (length, None):
             parts.append(data[at:end])
         at = end
         if kind == b"IEND":
@@ -186,26 +188,40 @@ def _png_without_text(data: bytes) -> bytes | None:
     return None
 
 
-def _jpeg_without_text(data: bytes) -> bytes | None:
-    """Return the file without comments and application data, but for JFIF, ICC and Adobe's transform.
+_JPEG_SEGMENTS = (*range(0xC0, 0xD0), *range(0xDA, 0xDE))
+"""Frames, tables and scans: what makes the image."""
+_JPEG_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
+_JPEG_NEXT = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)
+"""The end of a scan: no stuffed byte and no restart mark."""
 
-    None if its segments can't be followed.
+
+def _jpeg_without_text(data: bytes) -> bytes | None:
+    """Return the first image of the file: frames, tables, scans, the numbers of JFIF and Adobe's transform.
+
+    Comments, application data (EXIF, ICC profiles, thumbnails) and what follows the end mark are left out.
+    None if the segments can't be followed.
     """
     parts, at = [data[:2]], 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if end > len(data):
+    while found := _JPEG_MARKER.match(data, at):
+        marker, start = found[1][0], found.end()
+        if marker == 0xD9:
+            return b"".join([*parts, b"\xff\xd9"])
+        end = start + int.from_bytes(data[start : start + 2], "big")
+        if end < start + 2 or end > len(data):
             return None
-        body = data[at + 4 : end]
-        is_text = marker == 0xFE or 0xE0 <= marker <= 0xEF
-        if not is_text or marker == 0xEE or body.startswith((b"JFIF\0", b"ICC_PROFILE\0")):
-            parts.append(data[at:end])
+        body = data[start + 2 : end]
+        if marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
+            parts.append(b"\xff\xe0\0\x10" + body[:12] + b"\0\0")  # without its thumbnail
+        elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
+            parts.append(b"\xff\xee\0\x0e" + body[:12])
+        elif marker in _JPEG_SEGMENTS:
+            after = end
+            if marker == 0xDA:
+                behind = _JPEG_NEXT.search(data, end)
+                if behind is None:
+                    return None
+                after = behind.start()
+            parts.append(data[found.start() : after])
+            end = after
         at = end
-        if marker == 0xDA:  # the coded pixels begin, up to the end marker
-            last = data.rfind(b"\xff\xd9")
-            return b"".join([*parts, data[at : last + 2]]) if last >= at else None
     return None

@@ -43,7 +43,8 @@ def processor() -> CLIPImageProcessor:
 @pytest.mark.parametrize(
     "size",
     [(4, 4), (1, 7), (7, 1), (336, 336), (336, 300), (300, 336), (335, 337), (640, 480),
-     (480, 641), (1000, 3), (3, 1000), (1000, 251), (251, 1003), (513, 512), (1200, 900), (4000, 20), (20, 4000)],
+     (480, 641), (1000, 3), (3, 1000), (1000, 251), (251, 1003), (513, 512), (1200, 900),
+     (4000, 20), (20, 4000)],
 )  # fmt: skip
 def test_padded_pixels_are_bit_identical_to_xtuner(size, processor):
     width, height = size

@@ -35,6 +35,8 @@ BAD_PIXELS = (CANT_DECODE, NO_MODALITY_LUT, NO_LUT, NO_PALETTE)
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
+_OTHER_COLOURS = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "XYB")
+"""DICOM's other names; any other text may be what somebody typed, and is not repeated."""
 
 
 def photometric_of(data: Any) -> str:
@@ -45,7 +47,7 @@ def photometric_of(data: Any) -> str:
     """
     found = str(data.get("PhotometricInterpretation", ""))
     if found not in GREY + COLOUR:
-        raise Unusable(UNKNOWN_COLOURS, found[:20])
+        raise Unusable(UNKNOWN_COLOURS, found if found in _OTHER_COLOURS else "")
     return found
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -65,6 +66,9 @@ _DECODE_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError),
     *(OverflowError, RuntimeError, struct.error, zlib.error),
 )
+
+_QUOTED = re.compile(r"b?(['\"]).*?\1|:.*", re.DOTALL)
+"""What an error quotes of the file, which may be somebody's name."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -251,7 +255,7 @@ def _parsed(file: BinaryIO, name: PathLike, *, max_pixels: int) -> Iterator[Imag
         raise _error(
             name,
             "is damaged, or of a kind that can't be decoded "
-            f"({type(error).__name__}: {str(error)[:200]})",
+            f"({type(error).__name__}: {_QUOTED.sub('', str(error)).strip()[:200]})",
             "damaged_image",
             "Copy the file again from its source, or save it anew as PNG or JPEG.",
         ) from error
@@ -280,7 +284,7 @@ def _read_header(file: BinaryIO, name: PathLike) -> Image.Image:
         raise _error(name, "is empty (0 bytes)", "damaged_image", remedy)
     raise _error(
         name,
-        f"is in none of the formats {', '.join(_FORMATS)} (it begins with {prefix[:8]!r})",
+        f"is in none of the formats {', '.join(_FORMATS)}",
         "unsupported_image",
         "Convert it to PNG; volumes and DICOM go through the corpus builder.",
     )

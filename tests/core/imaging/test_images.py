@@ -269,6 +269,15 @@ def test_other_unsupported_files(tmp_path):
     assert refused(file).reason == "unsupported_image"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"Doe^John, born 1950", b"P5\nDoe^John 20\n255\n" + bytes(400), b"P2\n2 1\n255\nDoe^John 7\n"],
+)
+def test_what_a_bad_file_holds_is_not_repeated(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    assert "Doe" not in str(refused(tmp_path / "a.png"))
+
+
 @pytest.mark.parametrize("level", ["exists", "header", "decode"])
 def test_missing_image(tmp_path, level):
     (tmp_path / "folder").mkdir()

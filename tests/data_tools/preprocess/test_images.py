@@ -66,6 +66,42 @@ def test_comments_and_exif_in_a_jpeg_are_taken_out_and_the_coded_pixels_stay(tmp
     assert data == saved(tmp_path / "plain.jpg", NOISE, quality=90).read_bytes()
 
 
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_nothing_but_the_image_stays_in_a_jpeg(tmp_path, progressive):
+    plain = saved(tmp_path / "a.jpg", NOISE, quality=90, progressive=progressive).read_bytes()
+    jfif, rest = plain[2:20], plain[20:]
+    scan = plain.rindex(b"\xff\xda") if progressive else plain.index(b"\xff\xc0")
+    profile = b"ICC_PROFILE\0\1\1" + b"desc Doe^John"
+    variants = {
+        "a second JPEG": plain + plain[:2] + segment(0xFE, b"Doe^John") + plain[2:],
+        "behind the end": plain + b"Doe^John",
+        "a comment between scans": plain[:scan] + segment(0xFE, b"Doe^John") + plain[scan:],
+        "a foreign APP14": plain[:2] + jfif + segment(0xEE, b"Doe^John....") + rest,
+        "ICC": plain[:2] + jfif + segment(0xE2, profile) + rest,
+        "behind JFIF's numbers": plain[:2] + segment(0xE0, jfif[4:] + b"Doe^John") + rest,
+        "fill bytes": plain[:2] + b"\xff\xff" + segment(0xE1, b"Doe^John") + plain[2:],
+    }
+    for name, data in variants.items():
+        (tmp_path / "a.jpg").write_bytes(data)
+        stored = store_image(tmp_path / "a.jpg", tmp_path / name)
+        kept = (tmp_path / name / stored.path).read_bytes()
+        assert kept == plain, name
+
+
+def test_no_profile_and_no_text_stays_in_a_png(tmp_path):
+    plain = saved(tmp_path / "plain.png", NOISE).read_bytes()
+    for kind in (b"iCCP", b"sPLT", b"cHRM", b"pHYs", b"doEs"):
+        body = b"Doe^John" + bytes(40)
+        chunk = struct.pack(">I", 48) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        (tmp_path / "a.png").write_bytes(plain[:33] + chunk + plain[33:])
+        stored = store_image(tmp_path / "a.png", tmp_path / "out")
+        assert (tmp_path / "out" / stored.path).read_bytes() == plain, kind
+
+
 def test_the_same_pixels_have_one_hash_whatever_the_file(tmp_path):
     as_file = store_image(saved(tmp_path / "a.png", NOISE), tmp_path / "out")
     as_bmp = store_image(saved(tmp_path / "a.bmp", NOISE), tmp_path / "out")
