@@ -2,10 +2,11 @@
 
 * **JPEG**: what libjpeg-turbo warns of; Pillow does not ask for its warnings. Coded pixels have no checksum,
   so a changed bit that gives another valid picture can't be found.
+* **PNG**: the checksum (CRC-32) of each chunk, of which Pillow skips that of the pixels.
 * **TIFF**: the checksum (Adler-32) of each strip or tile that is compressed by Deflate, and the warnings of
   each that is a JPEG. Strips of other kinds have none.
 
-The checksums of PNG are checked by Pillow itself; GIF, BMP and WebP have none.
+GIF, BMP and WebP have no checksums.
 
 The share of planted damage that is found, by format: ``benchmarks/damage.py`` and docs/reliability.md.
 """
@@ -35,6 +36,8 @@ def find_damage(content: bytes, image: Image.Image) -> str:
     """
     if image.format in ("JPEG", "MPO"):
         return _jpeg(content)
+    if image.format == "PNG":
+        return _png(content)
     return _tiff(content, image) if image.format == "TIFF" else ""
 
 
@@ -46,6 +49,21 @@ def _jpeg(content: bytes) -> str:
         simplejpeg.decode_jpeg(content, colorspace="GRAY", min_height=1, min_width=1, strict=True)
     except ValueError as error:
         return str(error)
+    return ""
+
+
+def _png(content: bytes) -> str:
+    at, kind = 8, b""
+    while kind != b"IEND":
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        kind = content[at + 4 : at + 8]
+        if end > len(content):
+            return f"the file ends within the chunk at byte {at}"
+        # memoryview: the pixels are often one chunk, as large as the file
+        checksum = zlib.crc32(memoryview(content)[at + 4 : end - 4])
+        if checksum != int.from_bytes(content[end - 4 : end], "big"):
+            return f"the checksum of the chunk at byte {at} is wrong"
+        at = end
     return ""
 
 

@@ -299,7 +299,8 @@ def _check_header(image: Image.Image, name: PathLike, *, max_pixels: int) -> Non
         remedy = f"{_SMALLER[:-1]}, or raise max_pixels."
         raise _error(name, problem, "enormous_image", remedy)
     if max(image.size) > MAX_SIDE or max(image.size) > MAX_RATIO * min(image.size):
-        problem = f"has {width} x {height} pixels; a side may have {MAX_SIDE}, and {MAX_RATIO} times the other"
+        limits = f"the limits are {MAX_SIDE} a side, and {MAX_RATIO} times the other"
+        problem = f"has {width} x {height} pixels; {limits}"
         raise _error(name, problem, "enormous_image", _SMALLER)
     if image.info.get("progressive") and (scans := _scans(image)) > MAX_SCANS:
         problem = f"is a JPEG of {scans} scans, the limit is {MAX_SCANS}"
