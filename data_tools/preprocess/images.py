@@ -166,8 +166,13 @@ def _png(pixels: np.ndarray) -> bytes:
 # --- text in files ------------------------------------------------------------------------------
 
 _PNG_CHUNKS = {
-    b"IHDR": 13, b"IDAT": None, b"IEND": 0,
-    b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9,
+    b"IHDR": 13,
+    b"IDAT": None,
+    b"IEND": 0,
+    b"gAMA": 4,
+    b"cHRM": 32,
+    b"sRGB": 1,
+    b"pHYs": 9,
 }
 """Chunks that make an image of grey or RGB, and the length that they have."""
 
