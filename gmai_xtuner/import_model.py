@@ -11,28 +11,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import CLIPImageProcessor
-
-import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
-from gmai_xtuner.checkpoint.card import Provenance
-from gmai_xtuner.checkpoint.export import (
-    check_new,
-    check_shard_size,
-    convert_dtype,
-    new_folder,
-    save_language_model,
-)
-from gmai_xtuner.checkpoint.export_huggingface import write_llava
-from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
-from gmai_xtuner.checkpoint.llava import SAVE_FORMATS
 from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument
-from gmai_xtuner.generate import Predictor
-from gmai_xtuner.loading import AS_STORED, describe, load_with_settings
-from gmai_xtuner.model.costs import folder_bytes, size
-from gmai_xtuner.model.internlm2 import as_dtype
+
+if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
+    import torch
+
+    from gmai_xtuner.generate import Predictor
 
 
 def import_model(
@@ -41,7 +27,7 @@ def import_model(
     *,
     llm: str | None = None,
     vision: str | None = None,
-    dtype: torch.dtype = torch.float16,
+    dtype: str = "float16",
     save_format: str = "xtuner",
     max_shard_size: str = "2GB",
     prompt_template: str | None = None,
@@ -55,7 +41,7 @@ def import_model(
         out: a new or empty folder.
         llm: base of the language model, where the folder has none.
         vision: base of the vision tower, where the folder has none.
-        dtype: what is written.
+        dtype: torch's name of the precision that is written.
         save_format: ``xtuner`` or ``huggingface``.
         max_shard_size: of a file of weights.
         prompt_template: what the folder does not say.
@@ -68,6 +54,11 @@ def import_model(
         GMAIError: it can't be read, a weight does not fit into fp16, ``max_shard_size`` is no size, or
             ``out`` is not empty. Nothing is written then.
     """
+    import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+    from gmai_xtuner.checkpoint.export import check_new, check_shard_size, new_folder
+    from gmai_xtuner.loading import AS_STORED, load_with_settings
+    from gmai_xtuner.model.internlm2 import as_dtype
+
     check_new(out)  # before anything is read
     check_shard_size(max_shard_size)
     predictor, settings = load_with_settings(
@@ -82,9 +73,9 @@ def import_model(
     )
     with new_folder(out) as aside:
         if save_format == "huggingface":
-            _write_llava(predictor, settings, aside, Path(folder), dtype, max_shard_size)
+            _write_llava(predictor, settings, aside, Path(folder), as_dtype(dtype), max_shard_size)
         else:
-            _write_xtuner(predictor, settings, aside, dtype, max_shard_size)
+            _write_xtuner(predictor, settings, aside, as_dtype(dtype), max_shard_size)
     return predictor
 
 
@@ -96,6 +87,9 @@ def _write_llava(
     dtype: torch.dtype,
     max_shard_size: str,
 ) -> None:
+    from gmai_xtuner.checkpoint.card import Provenance
+    from gmai_xtuner.checkpoint.export_huggingface import write_llava
+
     model = predictor.model
     write_llava(
         aside,
@@ -122,6 +116,11 @@ def _write_xtuner(
     dtype: torch.dtype,
     max_shard_size: str,
 ) -> None:
+    from transformers import CLIPImageProcessor
+
+    from gmai_xtuner.checkpoint.export import convert_dtype, save_language_model
+    from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
+
     model, transform = predictor.model, predictor.transform
     for part in (model.llm, model.visual_encoder, model.projector):
         convert_dtype(part, dtype)
@@ -148,20 +147,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", help="new or empty folder")
     parser.add_argument("--llm", help="the language model's base, where the folder has none")
     parser.add_argument("--vision", help="the vision tower's base, where the folder has none")
-    parser.add_argument("--save-format", choices=tuple(SAVE_FORMATS), default="xtuner")
+    parser.add_argument("--save-format", choices=("xtuner", "huggingface"), default="xtuner")
     add_dtype_argument(parser, default="fp16")
     parser.add_argument("--max-shard-size", default="2GB")
     parser.add_argument("--prompt-template", help="name in xtuner's PROMPT_TEMPLATE")
     parser.add_argument("--add-bos", action=argparse.BooleanOptionalAction, default=None)
     add_allow_pickle(parser)
     options = parser.parse_args(arguments)
+    from gmai_xtuner.loading import describe
+    from gmai_xtuner.model.costs import folder_bytes, size
+
     try:
         predictor = import_model(
             options.folder,
             options.out,
             llm=options.llm,
             vision=options.vision,
-            dtype=as_dtype(options.dtype),
+            dtype=options.dtype,
             save_format=options.save_format,
             max_shard_size=options.max_shard_size,
             prompt_template=options.prompt_template,

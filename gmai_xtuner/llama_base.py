@@ -13,12 +13,6 @@ import argparse
 import logging
 from pathlib import Path
 
-from mmengine.logging import print_log
-
-import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
-from gmai_xtuner.checkpoint.bases import load_language_model
-from gmai_xtuner.checkpoint.export import new_folder, save_language_model
-from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument
 
 
@@ -36,6 +30,14 @@ def write_llama_base(
     Raises:
         GMAIError: the folder is not empty, or the base can't be read.
     """
+    # Here, so that --help answers at once.
+    from mmengine.logging import print_log
+
+    import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
+    from gmai_xtuner.checkpoint.bases import load_language_model
+    from gmai_xtuner.checkpoint.export import new_folder, save_language_model
+    from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+
     with new_folder(out) as aside:
         llm = load_language_model(base, torch_dtype=torch_dtype)
         load_tokenizer(base).save_pretrained(aside)

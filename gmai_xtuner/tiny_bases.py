@@ -1,9 +1,35 @@
 """``python -m gmai_xtuner.tiny_bases DIR``: write tiny random base models, by ``examples/tiny_bases.py``."""
 
+from __future__ import annotations
+
+import argparse
 import runpy
 from pathlib import Path
 
-if __name__ == "__main__":
-    runpy.run_path(
-        str(Path(__file__).parents[1] / "examples" / "tiny_bases.py"), run_name="__main__"
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gmai_xtuner.tiny_bases",
+        description="Write tiny random base models in the hub's layouts: DIR/llm and DIR/vision.",
     )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bin", action="store_true", help="pytorch_model*.bin, not safetensors")
+    parser.add_argument("--shards", type=int, default=2, help="weight files of the language model")
+    parser.add_argument("--bfloat16", action="store_true", help="language model in bfloat16")
+    parser.add_argument("--vision-whole", action="store_true", help="CLIP with its text tower")
+    options = parser.parse_args(arguments)
+    # After the options, since it imports torch: --help answers at once.
+    tiny = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "tiny_bases.py"))
+    llm = tiny["TinyLLM"](
+        shards=options.shards,
+        safe_serialization=not options.bin,
+        torch_dtype="bfloat16" if options.bfloat16 else "float32",
+    )
+    vision = tiny["TinyVision"](whole=options.vision_whole, safe_serialization=not options.bin)
+    tiny["write_tiny_bases"](options.directory, seed=options.seed, llm=llm, vision=vision)
+    print(f"wrote {options.directory / 'llm'} and {options.directory / 'vision'}")
+
+
+if __name__ == "__main__":
+    main()

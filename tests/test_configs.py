@@ -9,7 +9,7 @@ import pytest
 from mmengine.config import Config
 
 import gmai_xtuner
-from gmai_xtuner import compat
+from gmai_xtuner.compat.xtuner import DEEPSPEED_NAMES
 from gmai_xtuner.core.config import (
     image_processor_config,
     tokenizer_config,
@@ -205,7 +205,7 @@ def test_the_default_mixture_is_table_7():
     assert len(select(mixture, stage="stage1")) == 33
 
 
-@pytest.mark.parametrize("name", compat.DEEPSPEED_NAMES)
+@pytest.mark.parametrize("name", DEEPSPEED_NAMES)
 def test_deepspeed_names_mean_our_bf16_files(name):
     from xtuner.configs import cfgs_name_path
 

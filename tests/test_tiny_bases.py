@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
-from examples.tiny_bases import SPECIAL_TOKENS, TinyLLM, TinyVision, main, write_tiny_bases
+from examples.tiny_bases import SPECIAL_TOKENS, TinyLLM, TinyVision, write_tiny_bases
 from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.model.llava import num_image_tokens
+from gmai_xtuner.tiny_bases import main
 
 
 @pytest.fixture(scope="module")

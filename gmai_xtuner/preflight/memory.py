@@ -21,8 +21,8 @@ micro-batch's gradients are there once more, as ``a``, before they are added to 
 temporary) for each weight that it steps at a time.
 
 Source: DeepSpeed 0.16.2, ``runtime/zero/stage_1_and_2.py``, ``stage3.py`` and ``bf16_optimizer.py``, with
-:func:`gmai_xtuner.compat.accumulate_all_gradients_in_fp32`; Rajbhandari et al. 2020, arXiv 1910.02054,
-figure 1.
+:func:`gmai_xtuner.compat.deepspeed.accumulate_all_gradients_in_fp32`; Rajbhandari et al. 2020, arXiv
+1910.02054, figure 1.
 """
 
 from __future__ import annotations

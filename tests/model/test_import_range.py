@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gmai_xtuner import import_model
 from gmai_xtuner.import_model import main
 from tests.model.exporting import export, stage_config, trained_model
 
@@ -77,7 +76,9 @@ def test_what_becomes_0_is_counted(release, tmp_path, monkeypatch):
 def test_a_shard_size_that_is_none_is_refused_before_the_model_is_read(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(import_model, "load_with_settings", None)  # to call it would be an error
+    monkeypatch.setattr(
+        "gmai_xtuner.loading.load_with_settings", None
+    )  # to call it would be an error
     assert main([str(tmp_path), str(tmp_path / "out"), "--max-shard-size", "nonsense"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: --max-shard-size must be")
@@ -88,6 +89,6 @@ def test_errors_of_files_are_one_line_too(tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(import_model, "load_with_settings", full)
+    monkeypatch.setattr("gmai_xtuner.loading.load_with_settings", full)
     assert main([str(tmp_path), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"

@@ -10,7 +10,8 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 import gmai_xtuner
-from gmai_xtuner import compat
+from gmai_xtuner.compat import deepspeed as deepspeed_compat
+from gmai_xtuner.compat.xtuner import DEEPSPEED_NAMES
 from gmai_xtuner.preflight.activations import Activations
 from gmai_xtuner.preflight.memory import ALLOWANCE, estimate_memory, moment_bytes
 from gmai_xtuner.preflight.parameters import PartCount
@@ -97,7 +98,7 @@ def test_gradients_take_the_bytes_in_which_they_are_summed(
 
 
 def test_shipped_files_sum_in_fp32():
-    bytes_each = {name: load_zero(name).grad_accum_bytes for name in compat.DEEPSPEED_NAMES}
+    bytes_each = {name: load_zero(name).grad_accum_bytes for name in DEEPSPEED_NAMES}
     assert bytes_each.pop("zero1") == 2
     assert set(bytes_each.values()) == {4}
 
@@ -123,7 +124,7 @@ def test_bytes_of_a_sum_are_those_of_the_workaround():
     weight = torch.nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16))
     zero = object.__new__(DeepSpeedZeroOptimizer)
     zero.gradient_accumulation_dtype, zero.use_grad_accum_attribute = torch.float32, False
-    compat.accumulate_all_gradients_in_fp32()
+    deepspeed_compat.accumulate_all_gradients_in_fp32()
     total = None
     for _ in range(2):
         weight.grad = torch.ones(numel, dtype=torch.bfloat16)
@@ -172,7 +173,7 @@ def test_gradients_may_need_most_while_they_are_summed():
         assert (memory.total, memory.moment) == (lasting + memory.buffers + extra, moment)
 
 
-@pytest.mark.parametrize("name", compat.DEEPSPEED_NAMES)
+@pytest.mark.parametrize("name", DEEPSPEED_NAMES)
 def test_more_gpus_never_need_more(name):
     totals = [estimate(name, gpus=gpus).total for gpus in (1, 2, 8, 64)]
     assert totals == sorted(totals, reverse=True)
@@ -194,7 +195,7 @@ def test_moments_of_optimisers(name, expected):
 def test_defaults_of_the_deepspeed_file_are_deepspeeds():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    for name in compat.DEEPSPEED_NAMES:
+    for name in DEEPSPEED_NAMES:
         path = Path(gmai_xtuner.__file__).parent / "train" / "deepspeed" / f"{name}.json"
         theirs = DeepSpeedZeroConfig(**json.loads(path.read_text())["zero_optimization"])
         ours = load_zero(name)

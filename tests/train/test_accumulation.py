@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
-from gmai_xtuner import compat
+import gmai_xtuner
 from gmai_xtuner.train.loop import rendezvous_alone
 
 SIZE = 48
@@ -20,7 +20,7 @@ SIZE = 48
 def error_of_a_step(name: str, micro_batches: int, *, offload: bool = False) -> float:
     """Relative error of the weights' change after two steps of SGD whose gradients are known."""
     rendezvous_alone()
-    folder = Path(compat.__file__).parent / "train" / "deepspeed"
+    folder = Path(gmai_xtuner.__file__).parent / "train" / "deepspeed"
     config = json.loads((folder / f"{name}.json").read_text())
     config.update(gradient_accumulation_steps=micro_batches, train_micro_batch_size_per_gpu=1)
     config["gradient_clipping"] = 0.0

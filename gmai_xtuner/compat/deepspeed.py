@@ -1,0 +1,101 @@
+"""Workarounds for DeepSpeed 0.16.2: what goes wrong, and until when each is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def keep_standard_output_clean() -> None:
+    """DeepSpeed's log goes to standard error.
+
+    Its logger takes the standard output when it is imported, and at once says which accelerator it has
+    found: no command could print a JSON object alone. Until DeepSpeed logs to standard error.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        importlib.import_module("deepspeed")
+
+
+def skip_shared_memory_op() -> None:
+    """No C++ compiler is needed on a machine without a GPU.
+
+    DeepSpeed builds its ``shm_comm`` operator when it starts on a CPU (half a minute, and it fails without
+    a compiler). Only its inference all-reduce uses it. Until DeepSpeed builds it on first use.
+    """
+    if torch.cuda.is_available():
+        return
+    # Not `import deepspeed.comm.torch`: the attribute of that name is torch itself.
+    module: Any = importlib.import_module("deepspeed.comm.torch")
+    module.build_shm_op = lambda: None
+
+
+def wait_for_gathered_weights() -> None:
+    """ZeRO-3 on several processes without a GPU reads no weight that is still on its way.
+
+    DeepSpeed gathers the weights of a list one by one and waits for the last alone
+    (``zero/partition_parameters.py``, ``_allgather_params_coalesced``). NCCL keeps the order; gloo does not,
+    and now and then a weight holds what was in memory before. Until DeepSpeed waits for each.
+    """
+    if torch.cuda.is_available():
+        return
+    module: Any = importlib.import_module("deepspeed.comm")
+    original: Callable[..., Any] = module.all_gather_into_tensor
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def all_gather_into_tensor(*args: Any, **kwargs: Any) -> Any:
+        handle = original(*args, **kwargs)
+        if handle is not None:
+            handle.wait()
+        return handle
+
+    module.all_gather_into_tensor = all_gather_into_tensor
+
+
+def accumulate_all_gradients_in_fp32() -> None:
+    """Under ZeRO-2 the gradients of a step are summed in fp32, and with offloading all of them.
+
+    DeepSpeed 0.16.2 does not honour ``data_types.grad_accum_dtype`` under ZeRO-2: in bf16 the sum of 128
+    micro-batches is 1 % off, that of 512, as on one GPU, 14 %. And with the optimiser offloaded it drops
+    every micro-batch of a step but the first and the last (its pull request 7967, April 2026). Until xtuner
+    takes a DeepSpeed that does neither.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+
+    original = Zero.get_flat_partition
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def get_flat_partition(self: Any, *args: Any, **kwargs: Any) -> Any:
+        flat = original(self, *args, **kwargs)
+        if isinstance(flat, list):
+            return [part.to(self.gradient_accumulation_dtype) for part in flat]
+        return flat
+
+    def accumulate(self: Any, param: torch.Tensor) -> None:
+        number = self.get_param_id(param)
+        gradient = self.get_param_gradient_attribute(param).data.view(-1)
+        total = self.accumulated_grads_in_cpu.get(number)
+        if total is None:
+            total = torch.empty(param.numel(), dtype=torch.float32, device=self.device)
+            self.accumulated_grads_in_cpu[number] = total
+        here = gradient.to(total.device, torch.float32)
+        # Not every parameter need have a gradient in the first micro-batch, and ZeRO-1 calls this in the
+        # last one only.
+        begun: set[int] = self.__dict__.setdefault("_begun_in_this_step", set())
+        total.copy_(here) if self.micro_step_id == 0 or number not in begun else total.add_(here)
+        begun.add(number)
+        if self.is_gradient_accumulation_boundary:
+            gradient.copy_(total)  # what norm, overflow check and optimiser read
+            begun.discard(number)
+
+    Zero.get_flat_partition = get_flat_partition
+    Zero.async_accumulate_grad_in_cpu_via_gpu = accumulate

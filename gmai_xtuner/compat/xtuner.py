@@ -1,0 +1,166 @@
+"""Workarounds for xtuner 0.2.0: what goes wrong, and until when each is needed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gmai_xtuner.core.errors import GMAIError
+
+DEEPSPEED_NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
+def tell_own_errors_plainly() -> None:
+    """``xtuner``'s commands end with the text of our errors, which says what to do, and without a traceback.
+
+    ``GMAI_TRACEBACK=1`` shows it; other programs that import this package are left alone. xtuner has no
+    errors of its own that could be told so: permanent.
+    """
+    main: Any = sys.modules["__main__"]
+    (xtuner,) = importlib.util.find_spec("xtuner").submodule_search_locations  # type: ignore[union-attr, misc]
+    tools = Path(xtuner, "tools").resolve()
+    if not Path(getattr(main, "__file__", None) or "").resolve().is_relative_to(tools):
+        return
+    if os.environ.get("GMAI_TRACEBACK", "0") != "0" or sys.excepthook is not sys.__excepthook__:
+        return
+
+    def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, GMAIError):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = tell
+
+
+def name_deepspeed_configs() -> None:
+    """``--deepspeed zero2`` means our bf16 file.
+
+    xtuner looks names up in ``cfgs_name_path``, after the config file has been loaded; it only knows
+    its own ``deepspeed_zero2``, whose ``"auto"`` precision asks the device. Not a defect: permanent.
+    """
+    from xtuner.configs import cfgs_name_path
+
+    folder = Path(__file__).parents[1] / "train" / "deepspeed"
+    for name in DEEPSPEED_NAMES:
+        cfgs_name_path[name] = str(folder / f"{name}.json")
+
+
+def read_zero_checkpoints_exactly() -> None:
+    """DeepSpeed checkpoints come back in fp32, as they were saved.
+
+    xtuner's reader, which ``xtuner convert pth_to_hf`` uses even with ``--fp32``, rounds every weight to
+    fp16 by default: each stage would start from rounded weights, and values that bf16 holds but fp16 does
+    not would become 0 or infinite. Until xtuner's default changes.
+    """
+    from xtuner.utils import zero_to_any_dtype
+
+    read = inspect.unwrap(zero_to_any_dtype.get_state_dict_from_zero_checkpoint)
+    read.__defaults__ = (None, False, torch.float32)
+
+
+def read_frozen_weights() -> None:
+    """Frozen weights that a checkpoint brings along come back as well.
+
+    xtuner's reader takes what has been trained, and buffers. A stage may also keep weights that it found
+    in the checkpoint before it and does not train, see :mod:`gmai_xtuner.checkpoint.llava`. Not a defect:
+    permanent.
+    """
+    from xtuner.utils import zero_to_any_dtype
+
+    original = zero_to_any_dtype.get_state_dict_from_zero_checkpoint
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def with_frozen_weights(checkpoint_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
+        from gmai_xtuner.checkpoint.llava import read_frozen
+
+        state = original(checkpoint_dir, tag, *args, **kwargs)
+        return {**state, **read_frozen(Path(checkpoint_dir) / tag)}
+
+    zero_to_any_dtype.get_state_dict_from_zero_checkpoint = with_frozen_weights
+
+
+def resume_from_a_work_dir() -> None:
+    """``xtuner train ... --resume DIR`` takes a work dir, also one that has no checkpoint yet.
+
+    xtuner reads the seed out of the path that it is given, with all weights around it, on every rank; of a
+    work dir it says "can't find files matching *_model_states.pt". ``xtuner/tools/train.py`` runs as the main
+    module and has its own name for that function. :func:`gmai_xtuner.train.resume.choose_checkpoint`
+    says what the path means. Until xtuner takes a work dir.
+    """
+    from xtuner.tools import utils
+
+    original: Callable[[str], int | None] = utils.get_seed_from_checkpoint
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def get_seed_from_checkpoint(path: str) -> int | None:
+        from gmai_xtuner.train.resume import seed_of
+
+        seed = seed_of(Path(path))
+        if seed is not None:
+            return seed
+        # Nothing to resume from: the seed of a first start.
+        arguments = main.parse_args()
+        if arguments.seed is not None:
+            return arguments.seed
+        config = Config.fromfile(arguments.config)
+        config.merge_from_dict(arguments.cfg_options or {})
+        return config.get("randomness", {}).get("seed")
+
+    from mmengine.config import Config
+
+    main: Any = sys.modules["__main__"]
+    utils.get_seed_from_checkpoint = get_seed_from_checkpoint
+    if getattr(main, "get_seed_from_checkpoint", None) is original:
+        main.get_seed_from_checkpoint = get_seed_from_checkpoint
+
+
+def convert_checked_and_exact() -> None:
+    """``xtuner convert pth_to_hf`` keeps a checkpoint's precision, and refuses one that does not fit.
+
+    It puts weights into the model one by one, each rounded to the dtype of the config, so that ``--fp32``
+    wrote bf16. What the checkpoint lacks keeps the base's weights without a word, and another geometry is
+    an error about one tensor without its name. A work dir is taken as its newest whole checkpoint.
+    ``pth_to_hf.py`` runs as the main module and has its own names for what it calls. Until xtuner checks.
+    """
+    main: Any = sys.modules["__main__"]
+    if not str(getattr(main, "__file__", "")).endswith(os.path.join("", "pth_to_hf.py")):
+        return
+    put = main.set_module_tensor_to_device
+    if hasattr(put, "__wrapped__"):
+        return
+    state: dict[str, torch.Tensor] = {}
+    checked: list[object] = []
+
+    @functools.wraps(main.guess_load_checkpoint)
+    def guess_load_checkpoint(path: str) -> dict[str, torch.Tensor]:
+        from gmai_xtuner.checkpoint.training import load_checkpoint_state
+
+        state.update(load_checkpoint_state(path))
+        return state
+
+    @functools.wraps(put)
+    def set_module_tensor_to_device(
+        model: Any, name: str, device: str, value: torch.Tensor, **kwargs: Any
+    ) -> None:
+        from gmai_xtuner.checkpoint.training import check_trained_state
+
+        if not checked:
+            check_trained_state(model, state, source="the checkpoint")
+            checked.append(model)
+        put(model, name, device, value, **{"dtype": value.dtype, **kwargs})
+
+    main.guess_load_checkpoint = guess_load_checkpoint
+    main.set_module_tensor_to_device = set_module_tensor_to_device
