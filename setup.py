@@ -33,7 +33,9 @@ CORPUS = [
     "pylibjpeg-rle>=2.0",
     # JPEG lossless of older scanners; pylibjpeg's own decoder of it is under the GPL
     "python-gdcm>=3.0.24",
-    "SimpleITK>=2.4",
+    # NRRD, in pure Python: it is handed headers only, so that none can lead it to another file
+    "pynrrd>=1.1",
+    "h5py>=3.11",
     "tifffile>=2024.5",
 ]
 # The page `python -m gmai_xtuner.demo`: NiceGUI brings all of its scripts and fonts along (gradio 6 caps
@@ -70,6 +72,8 @@ DEVELOPMENT = [
     *RAY,
     *QUICKSTART,
     *LIGER,
+    # an independent reader of NRRD and MetaImage
+    "SimpleITK>=2.4",
     "hypothesis>=6.100",
     "mypy>=1.15",
     # drives an installed Chromium in the tests of the page; downloads no browser of its own

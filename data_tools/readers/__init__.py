@@ -43,6 +43,8 @@ class SourceOptions(Options):
         name: unique in the job; part of ids and file names.
         root: folder of the set, relative to the job file; ``package:NAME/FOLDER`` lies in an installed
             Python package. `job.load` makes it absolute.
+        links: folders outside of ``root`` that links below it may lead to, such as the store of
+            git-annex, DVC or a hub's cache; relative to the job file.
         dataset: title of the published set; default ``name``.
         licence: of the images, as the set states it. Required: a corpus without it can't be passed on.
         url: where the set can be had.
@@ -66,6 +68,7 @@ class SourceOptions(Options):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     root: Path
+    links: tuple[Path, ...] = ()
     dataset: str = ""
     licence: str = Field(min_length=1)
     url: str = ""
@@ -80,6 +83,11 @@ class SourceOptions(Options):
     negatives: bool | None = None
     group: str | None = None
     clean: str | Rules = "sa-med2d"
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders that files may really lie in."""
+        return (self.root, *self.links)
 
     @field_validator("clean")
     @classmethod

@@ -49,9 +49,9 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: the file is no COCO file.
     """
-    path = file_of(options.root, options.annotations, source=options.name, key="annotations")
+    path = file_of(options, options.annotations, key="annotations")
     if options.images:
-        folder_of(options.root, options.images, source=options.name, key="images")
+        folder_of(options, options.images, key="images")
     images, found, categories = _load(path, options.name)
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     while found:
@@ -146,7 +146,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     name = image.get("file_name")
     if not isinstance(name, str):
         raise Unusable("image without a file name", repr(name))
-    found = open_image(options.root, f"{options.images}/{name}" if options.images else name)
+    found = open_image(options, f"{options.images}/{name}" if options.images else name)
     size = size_of(found)
     check_size(size, (image.get("width"), image.get("height")))
     annotations = []

@@ -131,11 +131,11 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: there is no such folder or table.
     """
-    folder_of(options.root, "", source=options.name, key="root")
+    folder_of(options, "", key="root")
     rows = _rows(options)
     headers: list[Header] = []
     bad: list[tuple[str, Unusable]] = []
-    for name in files(options.root):
+    for name in files(options):
         if not fnmatch.fnmatch(name, options.files):
             continue
         try:
@@ -201,7 +201,7 @@ def _rows(options: Options) -> dict[str, list[FileRow]]:
         return {}
     path = Path(options.table)
     if not path.is_absolute():
-        path = file_of(options.root, options.table, source=options.name, key="table")
+        path = file_of(options, options.table, key="table")
     return read_rows(options.name, path, options.columns)
 
 

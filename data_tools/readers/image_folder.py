@@ -36,7 +36,7 @@ def units(options: Options) -> Iterator[Unit]:
         SourceError: a folder is missing, or there is no class folder in any.
     """
     for folder in options.folders:
-        folder_of(options.root, folder, source=options.name, key="folders")
+        folder_of(options, folder, key="folders")
     if not any(
         entry.is_dir() and not entry.name.startswith((".", "__"))
         for folder in options.folders
@@ -47,7 +47,7 @@ def units(options: Options) -> Iterator[Unit]:
             "expected. Correct `root` or `folders`, or use another reader."
         )
     for number, folder in enumerate(options.folders):
-        for name in files(options.root, folder.strip("/")):
+        for name in files(options, folder.strip("/")):
             yield Unit(name, number)
 
 
@@ -61,4 +61,4 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     if not is_image(unit.key) and "." in inside[-1]:
         raise Unusable("not an image file", f"suffix {inside[-1].rsplit('.')[-1]!r}")
     label = inside[0] if options.label_from == "first" else inside[-2]
-    yield replace(open_image(options.root, unit.key), annotations=(Annotation(label),))
+    yield replace(open_image(options, unit.key), annotations=(Annotation(label),))

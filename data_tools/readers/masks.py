@@ -27,14 +27,11 @@ from data_tools.readers.files import (
     below,
     file_below,
     file_of,
-    fitting,
     folder_of,
-    matching,
     open_image,
-    place_names,
     size_of,
-    template_regex,
 )
+from data_tools.readers.patterns import Places, one_reading, paired, pattern, place_names
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -110,21 +107,30 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: no image fits the pattern, or the map can't be read.
     """
-    folder_of(options.root, "", source=options.name, key="root")
+    folder_of(options, "", key="root")
     if options.classes is not None:
-        _classes(file_of(options.root, options.classes, source=options.name, key="classes"))
+        _classes(file_of(options, options.classes, key="classes"))
     if options.map is not None:
         yield from _mapped(options, options.map)
         return
-    images = fitting(options.root, options.images or "", options.templates, source=options.name)
-    yield from (Unit(name) for name, _ in images)
+    found = paired(options, options.images or "", options.templates, labels=_codes(options))
+    yield from (Unit(one.path, (one.places, one.masks)) for one in found)
+
+
+def _codes(options: Options) -> set[str] | None:
+    """Return what ``{label}`` may be, as far as the job says it."""
+    known = None if options.labels is None else set(options.labels)
+    if options.classes is None:
+        return known
+    tables = _classes(below(options, options.classes))
+    return {str(number) for table in tables.values() for number in table}
 
 
 def _mapped(options: Options, name: str) -> Iterator[Unit]:
     """Yield the map's entries one after the other: that of SA-Med2D-20M has gigabytes."""
     import ijson
 
-    path = file_of(options.root, name, source=options.name, key="map")
+    path = file_of(options, name, key="map")
     count = 0
     with path.open("rb") as file:
         try:
@@ -167,9 +173,11 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     An image of which one mask is no good is dropped as a whole: what the mask would have shown can't be told
     from what isn't there.
     """
-    found = open_image(options.root, unit.key)
+    found = open_image(options, unit.key)
     size = size_of(found)
-    places, masks = _masks(options, unit)
+    places, masks = unit.payload if options.map is None else _of_map(options, unit)
+    if not masks:
+        raise Unusable("image without a mask")
     shown: list[Annotation] = []
     empty: list[str] = []
     for name, texts in masks:
@@ -183,41 +191,29 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     yield replace(found, annotations=tuple(shown), group=group)
 
 
-def _masks(options: Options, unit: Unit) -> tuple[dict[str, str], list[tuple[str, dict[str, str]]]]:
-    """Return the placeholders of the image's path; path and placeholders of each mask."""
-    if options.map is None:
-        match = template_regex(options.images or "").fullmatch(unit.key)
-        places = match.groupdict() if match else {}
-        found = [
-            mask
-            for template in options.templates
-            for mask in matching(options.root, template, places)
-            if mask[0] != unit.key
-        ]
-    else:
-        places, found = {}, []
-        names = [unit.payload] if isinstance(unit.payload, str) else unit.payload
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Unusable("masks that are no list of paths", repr(unit.payload)[:200])
-        for name in dict.fromkeys(names):
-            texts: dict[str, str] = {}
-            if options.templates:
-                matches = (template_regex(t).fullmatch(name) for t in options.templates)
-                fits = next((match for match in matches if match), None)
-                if fits is None:
-                    raise Unusable("mask whose path doesn't fit the pattern", name)
-                texts = fits.groupdict()
-                places = {"group": texts["group"]} if "group" in texts else places
-            found.append((name, texts))
-    if not found:
-        raise Unusable("image without a mask")
+def _of_map(options: Options, unit: Unit) -> tuple[Places, list[tuple[str, Places]]]:
+    """Return the placeholders of the image; path and placeholders of each mask of the map."""
+    names = [unit.payload] if isinstance(unit.payload, str) else unit.payload
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Unusable("masks that are no list of paths", repr(unit.payload)[:200])
+    places: Places = {}
+    found = []
+    for name in dict.fromkeys(names):
+        fits = (pattern(template).readings(name) for template in options.templates)
+        readings = next((of_one for of_one in fits if of_one), [])
+        texts = one_reading(readings, _codes(options), path=name, key="masks", source=options.name)
+        if options.templates and texts is None:
+            raise Unusable("mask whose path doesn't fit the pattern", name)
+        texts = texts or {}
+        places = {"group": texts["group"]} if "group" in texts else places
+        found.append((name, texts))
     return places, found
 
 
 def _annotations(
     options: Options, name: str, texts: dict[str, str], size: tuple[int, int]
 ) -> list[Annotation]:
-    path = file_below(options.root, name, "no such mask file")
+    path = file_below(options, name, "no such mask file")
     stated = size_of(path)
     if stated != size:
         raise Unusable(
@@ -254,7 +250,7 @@ def _label(options: Options, texts: dict[str, str], name: str) -> str:
     code = texts["label"]
     if options.classes is None:
         return code
-    tables = _classes(below(options.root, options.classes))
+    tables = _classes(below(options, options.classes))
     table = tables.get(texts.get("dataset", ""), tables.get(""))
     if table is None:
         raise Unusable("unknown dataset of a mask", f"{name}: {texts.get('dataset')!r}")

@@ -29,7 +29,7 @@ from pydantic import Field
 
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.readers.files import file_below, file_of, folder_of
-from data_tools.readers.volume import map_on
+from data_tools.readers.volume import maps_on
 from data_tools.readers.volume_samples import Origin, VolumeOptions, samples
 from data_tools.records import Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
@@ -99,22 +99,20 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     payload = unit.payload
     for shown, name, index in payload["images"]:
         with drops.image(name):
-            grid = load(
-                file_below(options.root, name), channel=index, max_voxels=options.max_voxels
-            )
-            mask = file_below(options.root, payload["label"])
-            values = map_on(grid, mask, payload["label"], max_voxels=options.max_voxels)
+            path = file_below(options, name)
+            grid = load(path, channel=index, max_voxels=options.max_voxels, within=options.roots)
+            found = maps_on(grid, options, payload["label"], drops, channel=index)
             modality = CHANNEL_MODALITIES.get(shown.casefold())
             named = modality == "MR" and shown.casefold() not in ("mr", "mri")
             origin = Origin(
-                name,
+                path.relative_to(options.root).as_posix(),
                 part={"channel": shown} if index is not None else {},
                 group=unit.key,
                 modality=modality,
                 attributes={"sequence": shown} if named else {},
-                preprocessing=grid.notes,
+                preprocessing=grid.notes | found.notes,
             )
-            volume = _volume(grid, values, payload["labels"], payload["ignored"])
+            volume = _volume(grid, found.layers[0], payload["labels"], payload["ignored"])
             yield from samples(volume, origin, options, drops)
 
 
@@ -152,7 +150,7 @@ def _read_json(options: Options) -> dict[str, Any]:
     Raises:
         SourceError: there is none, or it is no JSON object.
     """
-    path = file_of(options.root, "dataset.json", source=options.name, key="root")
+    path = file_of(options, "dataset.json", key="root")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -277,8 +275,8 @@ def _cases(
                 raise _wrong(options, f"dataset.{case}", expected, entry)
             yield case, [name.removeprefix("./") for name in images], label.removeprefix("./")
         return
-    folder = folder_of(options.root, "labelsTr", source=options.name, key="root")
-    folder_of(options.root, "imagesTr", source=options.name, key="root")
+    folder = folder_of(options, "labelsTr", key="root")
+    folder_of(options, "imagesTr", key="root")
     cases = {
         path.name[: -len(ending)]
         for path in folder.iterdir()

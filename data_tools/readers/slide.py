@@ -142,7 +142,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     rows: tuple[FileRow, ...] = unit.payload or ()
     if options.table is not None and unit.payload is None:
         raise Unusable("slide of the table not found")
-    path = file_below(options.root, unit.key, "slide can't be read")
+    path = file_below(options, unit.key, "slide can't be read")
     if options.table is not None and not rows:
         raise Unusable("slide without a row in the table")
     with contextlib.ExitStack() as stack:

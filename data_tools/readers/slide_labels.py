@@ -146,7 +146,7 @@ class Tile:
 
 
 def _existing(options: Options, key: str, pattern: str) -> Path:
-    return file_below(options.root, beside(key, pattern), "slide without its regions")
+    return file_below(options, beside(key, pattern), "slide without its regions")
 
 
 def outlines_of(options: Options, key: str) -> list[Outline]:

@@ -23,7 +23,8 @@ from pydantic import Field, model_validator
 
 from data_tools.options import Options as Section
 from data_tools.readers import SourceOptions
-from data_tools.readers.files import file_of, fill, listed, open_image, place_names, size_of
+from data_tools.readers.files import file_of, listed, open_image, size_of
+from data_tools.readers.patterns import fill, place_names
 from data_tools.readers.rows import Format, Row, cell_text, grouped, open_table
 from data_tools.readers.shapes import numbers
 from data_tools.records import Annotation, Drops, Sample, Unit
@@ -202,7 +203,7 @@ def units(options: Options) -> Iterator[Unit]:
     """
     path = Path(options.table)
     if not path.is_absolute():  # `job.load` makes a path absolute that is relative to the job file
-        path = file_of(options.root, options.table, source=options.name, key="table")
+        path = file_of(options, options.table, key="table")
     splits: dict[str, None] = {}
 
     def wanted(row: Row) -> bool:
@@ -264,7 +265,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
             by_image.setdefault(name, []).append(row)
     for name, rows in by_image.items():
         with drops.image(f"{options.table} line {rows[0].line}"):
-            yield from _image(options, open_image(options.root, name), rows, drops)
+            yield from _image(options, open_image(options, name), rows, drops)
 
 
 def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -> Iterator[Sample]:

@@ -130,7 +130,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
     if options.table is not None and unit.payload is None:
         raise Unusable("video of the table not found")
-    path = file_below(options.root, unit.key, "video can't be read")
+    path = file_below(options, unit.key, "video can't be read")
     line = video_frames.timeline(path)
     spans: list[_Span] = []
     for row in unit.payload or ():

@@ -61,11 +61,9 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: a folder or a list is missing, or there is no XML file.
     """
-    folder_of(options.root, options.annotations, source=options.name, key="annotations")
-    folder_of(options.root, options.images, source=options.name, key="images")
-    names = (
-        _names_of_splits(options) if options.splits else files(options.root, options.annotations)
-    )
+    folder_of(options, options.annotations, key="annotations")
+    folder_of(options, options.images, key="images")
+    names = _names_of_splits(options) if options.splits else files(options, options.annotations)
     number = 0
     for name in names:
         if name.lower().endswith(".xml"):
@@ -81,9 +79,8 @@ def _names_of_splits(options: Options) -> Iterator[str]:
     seen = set()
     for split in options.splits:
         path = file_of(
-            options.root,
+            options,
             f"{options.split_folder}/{split}.txt",
-            source=options.name,
             key="splits",
         )
         try:
@@ -105,7 +102,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     tree = _parse(options, unit.key)
     by_stem = options.image_by == "stem"
     name = _by_stem(options, unit.key) if by_stem else _text(tree, "filename")
-    found = open_image(options.root, f"{options.images}/{name}")
+    found = open_image(options, f"{options.images}/{name}")
     _check_size(tree, size_of(found))
     annotations = []
     for number, thing in enumerate(tree.findall("object")):
@@ -119,7 +116,7 @@ def _parse(options: Options, name: str) -> Element:
     import defusedxml
     from defusedxml import ElementTree
 
-    data = read_annotation_file(options.root, name, "XML can't be read")
+    data = read_annotation_file(options, name, "XML can't be read")
     try:
         tree: Any = ElementTree.fromstring(data, forbid_dtd=True)
     except defusedxml.DefusedXmlException as error:

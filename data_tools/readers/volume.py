@@ -5,26 +5,29 @@
     masks: "{case}/segmentations/{label}.nii.gz"   # or a binary file for each label, as TotalSegmentator has
 
 The volume is turned to RAS+, cleaned by the three-dimensional rules, and cut into pictures. A label map must
-lie on the volume's grid: another shape, or corners more than a tenth of a voxel away, drop the case.
+lie on the volume's grid, or be cut out of it; corners more than a tenth of a voxel away drop the case. Of a
+segmentation by 3D Slicer the segments' names are the labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from data_tools.preprocess.volumes import Structure, Volume, pack, structures_of
-from data_tools.readers.files import file_below, fitting, matching, place_names
+from data_tools.readers.files import file_below
+from data_tools.readers.patterns import Places, paired
 from data_tools.readers.volume_samples import Origin, VolumeOptions, samples
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.volumes import SUFFIXES, Grid, load, load_labels, same_grid
+from gmai_xtuner.core.imaging.slicing import AXES
+from gmai_xtuner.core.imaging.volumes import SUFFIXES, Grid, LabelMap, load, load_labels, on_grid
 
-OTHER_GRID = "mask on another grid than its volume"
+PART = "label map of a part of its volume: what lies outside of it isn't known"
 
 
 class Options(VolumeOptions):
@@ -35,7 +38,8 @@ class Options(VolumeOptions):
             is the patient; ``{label}`` is said of the volume's pictures as a whole.
         masks: pattern or patterns of the label maps' paths, with the volume's pieces. With ``{label}`` a
             file is one structure, whatever its values are; without it the value is the label's code.
-        channel: index along the fourth axis (time, sequence). A volume of four axes without it is dropped.
+        channel: index along the fourth axis (time, sequence), of volume and label map. A volume of four axes
+            without it is dropped.
     """
 
     reader: Literal["volume"]
@@ -59,74 +63,89 @@ class Options(VolumeOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """A unit for each volume: its path and those of its label maps.
+    """Yield a unit for each volume, with the places of its path and those of its label maps.
 
     Raises:
-        SourceError: no file fits ``images``.
+        SourceError: no file fits ``images``, or one can be read in two ways.
     """
-    images = fitting(options.root, options.images, options.templates, source=options.name)
-    for name, places in images:
-        known = {key: text for key, text in places.items() if key != "label"}
-        masks = [
-            [path, texts.get("label", "") if "label" in place_names(template) else ""]
-            for template in options.templates
-            for path, texts in matching(options.root, template, known)
-        ]
-        group, label = places.get("group"), places.get("label")
-        yield Unit(name, {"masks": masks, "group": group, "label": label})
+    labels = None if options.labels is None else set(options.labels)
+    for found in paired(options, options.images, options.templates, labels=labels):
+        yield Unit(found.path, (found.places, found.masks))
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the slices of one volume."""
-    if options.templates and not unit.payload["masks"]:
+    places, masks = unit.payload
+    if options.templates and not masks:
         raise Unusable("image without a mask")
-    path = file_below(options.root, unit.key)
-    grid = load(path, channel=options.channel, max_voxels=options.max_voxels)
-    volume = _labelled(options, grid, unit.payload["masks"])
-    label = unit.payload["label"]
+    grid = load(
+        file_below(options, unit.key),
+        channel=options.channel,
+        max_voxels=options.max_voxels,
+        within=options.roots,
+    )
+    volume, notes = _labelled(options, grid, masks, drops)
+    if grid.flat:  # one image, whichever way it lies
+        axis = AXES[grid.array.shape.index(1)]
+        slicing = options.slices.model_copy(update={"axes": (axis,)})
+        options = options.model_copy(update={"slices": slicing})
+    label = places.get("label")
     origin = Origin(
         unit.key,
         part={} if options.channel is None else {"channel": options.channel},
-        group=unit.payload["group"],
-        preprocessing=grid.notes,
+        group=places.get("group"),
+        preprocessing=grid.notes | notes,
         whole=(Annotation(label),) if label else (),
     )
     yield from samples(volume, origin, options, drops)
 
 
-def map_on(grid: Grid, path: Path, name: str, *, max_voxels: int) -> np.ndarray:
-    """A label map on the volume's grid.
+def maps_on(
+    grid: Grid, options: VolumeOptions, name: str, drops: Drops, *, channel: int | None = None
+) -> LabelMap:
+    """Return the label maps of a file on the volume's grid.
+
+    A map that was cut out of the volume says nothing of the rest, unless 3D Slicer cut it.
 
     Raises:
         Unusable: it can't be read, or lies on another grid.
     """
+    path = file_below(options, name, "no such mask file")
+    limits: dict[str, Any] = {"max_voxels": options.max_voxels, "within": options.roots}
     try:
-        labels = load_labels(path, max_voxels=max_voxels)
+        found = load_labels(path, channel=channel, channels=grid.channels, **limits)
+        layers = tuple(on_grid(layer, found.affine, grid) for layer in found.layers)
     except Unusable as bad:
-        raise Unusable(bad.reason.replace("volume", "mask", 1), f"{name}: {bad.detail}") from bad
-    difference = same_grid(labels.array.shape, labels.affine, grid.array.shape, grid.affine)
-    if difference:
-        raise Unusable(OTHER_GRID, f"{name}: {difference}")
-    return labels.array
+        reason = "mask" + bad.reason.removeprefix("volume")
+        shown = reason if bad.reason.startswith("volume") else bad.reason
+        raise Unusable(shown, f"{name}: {bad.detail}") from bad
+    if layers[0].shape != found.layers[0].shape and not found.segments:
+        lost = [item.label for layer in layers for item in structures_of(layer)]
+        drops.add(PART, name, lost=lost)
+    return replace(found, layers=layers)
 
 
-def _labelled(options: Options, grid: Grid, masks: list[list[str]]) -> Volume:
+def _labelled(
+    options: Options, grid: Grid, masks: list[tuple[str, Places]], drops: Drops
+) -> tuple[Volume, dict[str, str]]:
     layers: list[np.ndarray] = []
     structures: list[Structure] = []
     binary: list[tuple[str, np.ndarray, dict[str, str]]] = []
-    for name, label in masks:
-        path = file_below(options.root, name)
-        values = map_on(grid, path, name, max_voxels=options.max_voxels)
+    notes: dict[str, str] = {}
+    for name, places in masks:
+        label = places.get("label")
+        found = maps_on(grid, options, name, drops, channel=options.channel)
+        notes |= found.notes
         if label:
-            binary.append((label, values > 0, {}))
-        else:
-            structures += structures_of(values, len(layers))
-            layers.append(values)
-    packed, named = pack(binary, grid.array.shape)
-    structures += [
-        Structure(item.label, item.layer + len(layers), item.value, item.attributes)
-        for item in named
-    ]
+            binary.append((label, np.any([layer > 0 for layer in found.layers], axis=0), {}))
+            continue
+        for number, layer in enumerate(found.layers):
+            names = {item.value: item.name for item in found.segments if item.layer == number}
+            for item in structures_of(layer, len(layers)):
+                structures.append(replace(item, label=names.get(item.value, item.label)))
+            layers.append(layer)
+    packed, of_binary = pack(binary, grid.array.shape)
+    structures += [replace(item, layer=item.layer + len(layers)) for item in of_binary]
     if masks and not structures:
         raise Unusable("empty label map", f"{len(masks)} files")
-    return Volume(grid.array, grid.affine, (*layers, *packed), tuple(structures))
+    return Volume(grid.array, grid.affine, (*layers, *packed), tuple(structures)), notes

@@ -65,8 +65,8 @@ def units(options: Options) -> Iterator[Unit]:
     names = _names(options)
     empty = True
     for folder in options.folders:
-        folder_of(options.root, folder, source=options.name, key="folders")
-        for name in files(options.root, folder.strip("/")):
+        folder_of(options, folder, key="folders")
+        for name in files(options, folder.strip("/")):
             if is_image(name) and _label_file(options, name) is not None:
                 empty = False
                 yield Unit(name, names)
@@ -84,7 +84,7 @@ def _lonely_labels(options: Options, folder: str) -> Iterator[Unit]:
     exchanged = _exchanged(folder, options.images, options.annotations)
     if exchanged is not None and not (options.root / exchanged).is_dir():
         return
-    for name in files(options.root, folder if exchanged is None else exchanged):
+    for name in files(options, folder if exchanged is None else exchanged):
         above, _, own = name.rpartition("/")
         images = _exchanged(above, options.annotations, options.images)
         if images is None or not own.endswith(".txt"):
@@ -111,7 +111,7 @@ def _stems(folder: str) -> frozenset[str]:
 def _names(options: Options) -> tuple[str, ...]:
     if not isinstance(options.names, str):
         return options.names
-    path = file_of(options.root, options.names, source=options.name, key="names")
+    path = file_of(options, options.names, key="names")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() not in (".yaml", ".yml"):
@@ -145,12 +145,12 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     if names is None:
         raise Unusable("label file without an image")
     unreadable = "label file that can't be read"
-    data = read_annotation_file(options.root, str(_label_file(options, unit.key)), unreadable)
+    data = read_annotation_file(options, str(_label_file(options, unit.key)), unreadable)
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise Unusable(unreadable, f"{type(error).__name__}: {error}") from error
-    found = open_image(options.root, unit.key)
+    found = open_image(options, unit.key)
     size = size_of(found)
     annotations: list[Annotation] = []
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""Volumes as files -> arrays in RAS+: NIfTI and MGH by nibabel, NRRD and MetaImage by SimpleITK.
+"""Volumes as files -> arrays in RAS+; `volume_headers` knows the formats.
 
 ``X``, ``Y`` and ``Z`` are the lengths of the three axes, which run towards the patient's Right, Anterior and
 Superior (NIfTI's RAS+) once an array has gone through `to_ras`; ``I``, ``J`` and ``K`` those of the axes as
@@ -8,35 +8,42 @@ stored; ``C`` counts channels or time points. An oblique volume is turned to the
 from __future__ import annotations
 
 import gzip
-import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging.volume_headers import (
+    LPS_TO_RAS,
+    NO_GREY_LEVELS,
+    SUFFIXES,
+    UNREADABLE,
+    Segment,
+    is_nifti_start,
+    read_header,
+)
 
-# DICOM and ITK count positions towards Left, Posterior and Superior, NIfTI towards Right, Anterior, Superior.
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+__all__ = [
+    "LPS_TO_RAS",
+    "SUFFIXES",
+    "Grid",
+    "VolumeFile",
+    "load",
+    "load_labels",
+    "on_grid",
+    "to_ras",
+]
 
-NIBABEL_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-SIMPLEITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-SUFFIXES = NIBABEL_SUFFIXES + SIMPLEITK_SUFFIXES
-
-UNREADABLE = "volume can't be read"
 TOO_LARGE = "volume is too large"
-FEW_AXES = "volume of less than three axes"
+FEW_AXES = "volume of less than two axes"
 MANY_AXES = "volume of more than four axes"
-NO_GREY_LEVELS = "voxels that are no grey levels"
 NO_ORIENTATION = "volume without a usable orientation"
-
-# A header may name the file of the voxels: `ElementDataFile = x` of MetaImage, `data file: x` of NRRD.
-_DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.I | re.M)
-_PLAIN_NAME = re.compile(r"[\w.+ -]+")
+OTHER_GRID = "mask on another grid than its volume"
+ROUNDED = 0.05  # labels may lie so far from whole numbers: the rounding of a stored slope
 
 
 # --- geometry -----------------------------------------------------------------------------------
@@ -72,28 +79,38 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return float(x), float(y), float(z)
 
 
-def same_grid(
-    shape: tuple[int, ...],
-    affine: np.ndarray,
-    other_shape: tuple[int, ...],
-    other_affine: np.ndarray,
-    *,
-    tolerance: float = 0.1,
-) -> str:
-    """Return why two grids are not the same, or an empty text.
+def on_grid(
+    labels: np.ndarray, affine: np.ndarray, grid: Grid, *, tolerance: float = 0.1
+) -> np.ndarray:
+    """Return a label map on a volume's grid: as it is, or laid into it where it was cut out of it.
 
     Args:
-        tolerance: how far any corner may lie from its counterpart, in voxels of the smallest spacing.
+        labels: ``[x, y, z]`` in RAS+; a part of the grid, moved by whole voxels.
+        affine: of ``labels``.
+        grid: of the volume.
+        tolerance: how far any corner may lie from its place, in voxels of the smallest spacing.
+
+    Raises:
+        Unusable: the grids are not the same.
     """
-    if shape != other_shape:
-        return f"{_size(shape)} voxels against {_size(other_shape)}"
+    shape, spacing = grid.array.shape[:3], np.array(spacing_of(grid.affine))
     corners = np.array([[*at, 1.0] for at in np.ndindex(2, 2, 2)])
-    corners[:, :3] *= np.array(shape) - 1
-    distance = float(np.linalg.norm(corners @ (affine - other_affine).T, axis=1).max())
-    spacing = min(spacing_of(affine))
-    if distance > tolerance * spacing:
-        return f"corners lie up to {distance:.3g} mm apart, voxels are {spacing:.3g} mm"
-    return ""
+    corners[:, :3] *= np.array(labels.shape) - 1
+    found = (corners @ (np.linalg.inv(grid.affine) @ affine).T)[:, :3]
+    shift = np.rint(found[0]).astype(int)
+    distance = np.linalg.norm((found - corners[:, :3] - shift) * spacing, axis=1).max()
+    if distance > tolerance * spacing.min():
+        difference = f"corners lie up to {distance:.3g} mm apart, voxels are {spacing.min():.3g} mm"
+        raise Unusable(OTHER_GRID, f"{_size(labels.shape)} against {_size(shape)}; {difference}")
+    if (shift < 0).any() or (shift + labels.shape > shape).any():
+        raise Unusable(
+            OTHER_GRID, f"{_size(labels.shape)} voxels from {shift.tolist()} in {_size(shape)}"
+        )
+    if labels.shape == shape:
+        return labels
+    whole = np.zeros(shape, dtype=labels.dtype)
+    whole[tuple(slice(at, at + n) for at, n in zip(shift, labels.shape, strict=True))] = labels
+    return whole
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -111,63 +128,123 @@ class Grid:
         array: ``[X, Y, Z]`` or ``[X, Y, Z, C]``; a view of what was read.
         affine: ``[4, 4]``, to RAS+ millimetres.
         notes: what is to be kept in ``Sample.preprocessing``.
+        channels: of the file.
+        flat: whether it was stored with two axes.
     """
 
     array: np.ndarray
     affine: np.ndarray
     notes: dict[str, str] = field(default_factory=dict)
+    channels: int = 1
+    flat: bool = False
 
 
-def load(path: Path, *, channel: int | None = None, max_voxels: int) -> Grid:
+@dataclass(frozen=True, slots=True)
+class LabelMap:
+    """Label maps of one file.
+
+    Args:
+        layers: unsigned ``[X, Y, Z]`` each; more than one where structures overlap.
+        affine: ``[4, 4]``, to RAS+ millimetres.
+        segments: names of the values, where the file has them (3D Slicer).
+        notes: as `Grid.notes`.
+    """
+
+    layers: tuple[np.ndarray, ...]
+    affine: np.ndarray
+    segments: tuple[Segment, ...]
+    notes: dict[str, str]
+
+
+def load(
+    path: Path, *, channel: int | None = None, max_voxels: int, within: Sequence[Path] = ()
+) -> Grid:
     """Return the finite intensities of a volume, ``[X, Y, Z]``.
 
     Args:
         path: of the file.
         channel: index along the fourth axis, if there is one.
         max_voxels: a file that declares more is refused before it is read.
+        within: folders that a file of voxels, which a header names, may lie in; default: the header's.
 
     Raises:
         Unusable: the reason says why.
     """
-    return _checked(path, channel, max_voxels).intensities(channel or 0)
-
-
-def load_labels(path: Path, *, max_voxels: int) -> Grid:
-    """Return a label map: whole numbers from 0, in the smallest unsigned type.
-
-    Raises:
-        Unusable: as `load`, and for fractions and negative numbers.
-    """
-    file = _checked(path, None, max_voxels)
-    array = file.array(0)
-    if array.dtype.kind == "f" and not (np.isfinite(array) & (array == np.rint(array))).all():
-        raise Unusable("label map with fractions", "nearest neighbour keeps labels whole")
-    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    if low < 0 or high > 2**32 - 1:
-        raise Unusable("label map with values below 0 or beyond 32 bits", f"{low} to {high}")
-    return Grid(*to_ras(array.astype(np.min_scalar_type(high)), file.affine))
-
-
-def _checked(path: Path, channel: int | None, max_voxels: int) -> VolumeFile:
-    file = VolumeFile(path)
-    if not file.oriented:
-        raise Unusable(
-            "volume without an orientation", "neither sform nor qform: left and right are unknown"
-        )
-    if len(file.shape) < 3:
-        raise Unusable(FEW_AXES, _size(file.shape))
-    *spatial, count = file.grid
-    if int(np.prod(spatial, dtype=object)) > max_voxels:
-        raise Unusable(TOO_LARGE, f"{_size(tuple(spatial))} are more than {max_voxels} voxels")
+    file = _checked(path, max_voxels, within)
+    count = file.grid[3]
     if channel is None and count > 1:
         raise Unusable("volume of several channels", f"{count}; say `channel` in the job")
     if channel is not None and not 0 <= channel < count:
         raise Unusable("no such channel", f"{channel}; there are {count}, from 0")
+    return file.intensities(channel or 0)
+
+
+def load_labels(
+    path: Path,
+    *,
+    channel: int | None = None,
+    channels: int = 1,
+    max_voxels: int,
+    within: Sequence[Path] = (),
+) -> LabelMap:
+    """Return the label maps of a file: whole numbers from 0, in the smallest unsigned type.
+
+    A fourth axis holds 3D Slicer's layers, or the same channels as the volume's.
+
+    Args:
+        path, max_voxels, within: see `load`.
+        channel, channels: which one of how many was taken of the volume.
+
+    Raises:
+        Unusable: as `load`, and for fractions and negative numbers.
+    """
+    file = _checked(path, max_voxels, within)
+    layers: Sequence[int] = (0,)
+    if file.segments:
+        layers = range(file.grid[3])
+    elif file.grid[3] > 1:
+        if channel is None or file.grid[3] != channels:
+            detail = (
+                f"{file.grid[3]} beside a volume of {channels}; save each as a file, with {{label}}"
+            )
+            raise Unusable("volume of several channels", f"{detail} in the pattern `masks`")
+        layers = (channel,)
+    notes: dict[str, str] = {}
+    found = []
+    for layer in layers:
+        array = file.array(layer)
+        if array.dtype.kind == "f":
+            whole = np.rint(array)
+            distance = float(np.abs(array - whole).max(initial=0))
+            if not distance <= ROUNDED:
+                raise Unusable("label map with fractions", "nearest neighbour keeps labels whole")
+            if distance:
+                notes["labels"] = f"rounded by up to {distance:.2g}"
+            array = whole
+        low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+        if low < 0 or high > 2**32 - 1:
+            raise Unusable("label map with values below 0 or beyond 32 bits", f"{low} to {high}")
+        turned, affine = to_ras(array.astype(np.min_scalar_type(high)), file.affine)
+        found.append(turned)
+    return LabelMap(tuple(found), affine, file.segments, notes)
+
+
+def _checked(path: Path, max_voxels: int, within: Sequence[Path]) -> VolumeFile:
+    file = VolumeFile(path, within)
+    if not file.oriented:
+        detail = (
+            "the header doesn't say where left and right are (sform, qform, space, TransformMatrix)"
+        )
+        raise Unusable("volume without an orientation", detail)
+    *spatial, _ = file.grid
+    if int(np.prod(spatial, dtype=object)) > max_voxels:
+        size = _size(tuple(spatial))
+        raise Unusable(TOO_LARGE, f"{size} are more than `max_voxels`, {max_voxels}")
     return file
 
 
 def is_nifti(path: Path) -> bool:
-    """Return True for NIfTI, plain or in gzip, by its content; pairs of .hdr and .img are not taken."""
+    """Return True for NIfTI in one file, plain or in gzip, by its content."""
     try:
         with path.open("rb") as file:
             start = file.read(348)
@@ -176,30 +253,31 @@ def is_nifti(path: Path) -> bool:
                 start = unpacked.read(348)
     except (OSError, EOFError, zlib.error):
         return False
-    return start[344:348] == b"n+1\0" or start[4:8] == b"n+2\0"
+    return is_nifti_start(start)
 
 
 class VolumeFile:
     """A volume whose header is read; its voxels are read by `array` and `intensities`.
 
     ``shape`` is as stored, ``affine`` leads to RAS+, ``oriented`` is False if the file does not say how the
-    volume lies in the body.
+    volume lies in the body; ``segments`` are those of 3D Slicer.
+
+    Args:
+        path: of the file.
+        within: folders that a file of voxels, which a header names, may lie in; default: the header's.
 
     Raises:
         Unusable: the header can't be read, or its voxels are no numbers.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, within: Sequence[Path] = ()) -> None:
         self._path = path
-        self.oriented = True
-        name = path.name.lower()
-        if not name.endswith(SUFFIXES):
-            raise Unusable(UNREADABLE, f"the suffix is none of {', '.join(SUFFIXES)}")
         with _library_errors(path):
-            if name.endswith(NIBABEL_SUFFIXES):
-                self._open_with_nibabel()
-            else:
-                self._open_with_simpleitk()
+            self._header = header = read_header(path, within)
+        self.shape, self.affine, self.oriented = header.shape, header.affine, header.oriented
+        self.segments = header.segments
+        if header.dtype.kind not in "iufb":
+            raise Unusable(NO_GREY_LEVELS, str(header.dtype)[:60])
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -208,19 +286,41 @@ class VolumeFile:
         Raises:
             Unusable: there are more axes, or an axis of no length.
         """
-        shape = self.shape
-        if len(shape) < 2 or 0 in shape:
-            raise Unusable(FEW_AXES, _size(shape))
+        shape = list(self.shape)
+        if self._header.channel_axis is not None:
+            shape = [*_without(shape, self._header.channel_axis), shape[self._header.channel_axis]]
+        if len(shape) < 2 or min(shape) < 1:
+            raise Unusable(FEW_AXES, _size(self.shape))
         i, j, k = (*shape, 1)[:3]
         rest = [length for length in shape[3:] if length != 1]
         if len(rest) > 1:
-            raise Unusable(MANY_AXES, _size(shape))
+            raise Unusable(MANY_AXES, _size(self.shape))
         return i, j, k, rest[0] if rest else 1
 
     def array(self, channel: int | None) -> np.ndarray:
         """Return ``[I, J, K]`` of one channel, ``[I, J, K, C]`` for None."""
         with _library_errors(self._path):
             return self._array(channel)
+
+    def _array(self, channel: int | None) -> np.ndarray:
+        from nibabel.volumeutils import apply_read_scaling
+
+        header = self._header
+        *spatial, count = self.grid
+        size = int(np.prod(spatial, dtype=object))
+        if header.channel_axis is None and channel is not None:
+            data = header.voxels(channel * size, size).reshape(spatial, order="F")
+        else:
+            data = header.voxels().reshape(self.shape, order="F")
+            if header.channel_axis is None:
+                data = data.reshape((*spatial, count), order="F")
+            else:
+                data = np.moveaxis(data, header.channel_axis, -1)
+            data = data if channel is None else data[..., channel]
+        data = data.astype(data.dtype.newbyteorder("="), copy=False)
+        if header.slope == 1 and header.inter == 0:
+            return data
+        return np.asarray(apply_read_scaling(data, header.slope, header.inter), dtype=np.float32)
 
     def intensities(self, channel: int | None) -> Grid:
         """Return one or all channels in RAS+; what is not finite becomes the smallest value, with a note.
@@ -243,99 +343,23 @@ class VolumeFile:
                 notes["not finite"] = f"{count} voxels set to the smallest value"
         array, affine = to_ras(array, self.affine)
         notes["stored as"] = "".join(str(code) for code in aff2axcodes(self.affine))
-        return Grid(array, affine, notes)
-
-    def _open_with_nibabel(self) -> None:
-        import nibabel
-
-        image: Any = nibabel.load(self._path, mmap=False)
-        if not isinstance(image, nibabel.spatialimages.SpatialImage):
-            raise Unusable(UNREADABLE, "no image in it")
-        header: Any = image.header
-        if "sform_code" in header:
-            self.oriented = bool(int(header["sform_code"]) or int(header["qform_code"]))
-        stored = header.get_data_dtype()
-        if stored.fields is not None or stored.kind not in "iufb":
-            raise Unusable(NO_GREY_LEVELS, str(stored)[:60])
-        self.shape = tuple(int(length) for length in image.shape)
-        self.affine = np.asarray(image.affine, dtype=np.float64)
-
-        def array(channel: int | None) -> np.ndarray:
-            proxy: Any = image.dataobj
-            *spatial, count = self.grid
-            if channel is not None and count > 1 and self.shape[-1] == count:
-                data = np.asarray(proxy[..., channel]).reshape(spatial)
-            else:
-                data = np.asarray(proxy).reshape(*spatial, count)
-                data = data if channel is None else data[..., channel]
-            scaled = proxy.slope != 1 or proxy.inter != 0
-            return data.astype(np.float32) if scaled else data
-
-        self._array = array
-
-    def _open_with_simpleitk(self) -> None:
-        import SimpleITK
-
-        _refuse_foreign_data(self._path)
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(self._path))
-        reader.ReadImageInformation()
-        size = reader.GetSize()
-        components = reader.GetNumberOfComponents()
-        if "complex" in SimpleITK.GetPixelIDValueAsString(reader.GetPixelID()):
-            raise Unusable(NO_GREY_LEVELS, "complex numbers")
-        self.shape = (*size, components) if components > 1 else tuple(size)
-        dimension = len(size)
-        direction = np.array(reader.GetDirection()).reshape(dimension, dimension)[:3, :3]
-        lps = np.eye(4)
-        if dimension >= 3:
-            lps[:3, :3] = direction * np.array(reader.GetSpacing()[:3])
-            lps[:3, 3] = reader.GetOrigin()[:3]
-        self.affine = LPS_TO_RAS @ lps
-
-        def array(channel: int | None) -> np.ndarray:
-            if channel is None:
-                return np.stack([array(each) for each in range(self.grid[3])], axis=-1)
-            if dimension == 4 and size[3] > 1:
-                reader.SetExtractIndex([0, 0, 0, channel])
-                reader.SetExtractSize([*size[:3], 0])
-            data = SimpleITK.GetArrayFromImage(reader.Execute())
-            if components > 1:
-                data = data[..., channel]
-            return data.reshape(size[2::-1]).transpose(2, 1, 0)
-
-        self._array = array
+        return Grid(array, affine, notes, self.grid[3], len(self.shape) == 2)
 
 
-def _refuse_foreign_data(path: Path) -> None:
-    """Check a header that names its voxels' file: it may name any file of this machine."""
-    with path.open("rb") as file:
-        match = _DATA_FILE.search(file.read(2**16))
-    if match is None:
-        return
-    name = match[1].decode("latin-1")
-    if name.upper() == "LOCAL":
-        return
-    if not _PLAIN_NAME.fullmatch(name) or name in (".", "..") or name.upper().startswith("LIST"):
-        raise Unusable(
-            "path outside the source", f"the header takes its voxels from {name[:200]!r}"
-        )
-    data = path.parent / name
-    if data.is_symlink() or not data.is_file():
-        problem = f"the header takes its voxels from {name!r}, which isn't there"
-        raise Unusable(UNREADABLE, problem)
+def _without(values: Sequence[int], at: int) -> list[int]:
+    return [value for number, value in enumerate(values) if number != at]
 
 
 @contextmanager
 def _library_errors(path: Path) -> Iterator[None]:
-    """Turn what nibabel and SimpleITK raise for a bad file into Unusable, without its folder."""
+    """Turn what the libraries raise for a bad file into Unusable, without its folder."""
     from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
+    from nibabel.spatialimages import HeaderDataError, HeaderTypeError
     from nibabel.wrapstruct import WrapStructError
 
     bad = (
-        *(ImageFileError, HeaderDataError, WrapStructError, zlib.error),
-        *(OSError, EOFError, ValueError, RuntimeError, OverflowError, KeyError, TypeError),
+        *(ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError, zlib.error),
+        *(OSError, EOFError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError),
         MemoryError,  # a header that promises more than there is
     )
     try:

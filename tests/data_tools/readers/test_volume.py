@@ -179,7 +179,7 @@ def test_files_that_are_left_out(tmp_path):
     moved[0, 3] = 0.5
     save(tmp_path / "a_seg.nii.gz", labels, moved)
     assert bad(tmp_path)[0] == "mask on another grid than its volume"
-    save(tmp_path / "a_seg.nii.gz", labels[:-1], affine)
+    save(tmp_path / "a_seg.nii.gz", np.vstack([labels, labels]), affine)
     assert bad(tmp_path)[0] == "mask on another grid than its volume"
     save(tmp_path / "a_seg.nii.gz", np.zeros_like(labels), affine)
     assert bad(tmp_path)[0] == "empty label map"
