@@ -48,10 +48,13 @@ class Sampling:
     """How the next token is chosen.
 
     Args:
-        temperature: 0, the default, takes the likeliest token.
-        top_p: share of the probability that is drawn from; with a temperature only.
-        seed: of the draw; None: another one each time.
-        repetition_penalty: over 1 makes tokens that came already less likely.
+        temperature: 0, the default, takes the likeliest token; else from 1e-6 to 100.
+        top_p: share of the probability that is drawn from, over 0; with a temperature only.
+        seed: of the draw, 64 bits; None: another one each time.
+        repetition_penalty: over 1 makes tokens that came already less likely; from 0.01 to 100.
+
+    Raises:
+        ValueError: a value with which the model can't compute: scores divided by it would be infinite.
     """
 
     temperature: float = 0.0
@@ -60,11 +63,19 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise ValueError(
-                "temperature must be at least 0, top_p in (0, 1] and repetition_penalty above 0, got "
-                f"{self.temperature}, {self.top_p} and {self.repetition_penalty}"
-            )
+        ranges = {
+            "temperature": ("0, or 1e-6 to 100", self._is_in(self.temperature or 1, 1e-6, 100)),
+            "top_p": ("1e-6 to 1", self._is_in(self.top_p, 1e-6, 1)),
+            "seed": ("of 64 bits", self._is_in(self.seed or 0, -(2**63), 2**63 - 1)),
+            "repetition_penalty": ("0.01 to 100", self._is_in(self.repetition_penalty, 0.01, 100)),
+        }
+        for name, (allowed, fits) in ranges.items():
+            if not fits:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+
+    @staticmethod
+    def _is_in(value: float, low: float, high: float) -> bool:
+        return low <= value <= high  # false for NaN
 
     def arguments(self) -> dict[str, Any]:
         """What ``generate`` takes."""
@@ -85,15 +96,15 @@ class PromptTooLong(GMAIError):
     """A prompt leaves the model no position to answer at.
 
     Args:
-        length: tokens of the prompt, image tokens counted.
+        length: tokens of the prompt, image tokens counted; it may have more.
         limit: positions that the model has.
     """
 
     def __init__(self, length: int, limit: int) -> None:
         self.length, self.limit = length, limit
         super().__init__(
-            f"the prompt has {length} tokens, images included, but the model has {limit} positions, for "
-            "prompt and answer together. Give fewer images or a shorter conversation"
+            f"the prompt has {length} tokens or more, images included, but the model has {limit} positions, "
+            "for prompt and answer together. Give fewer images or a shorter conversation"
         )
 
 
@@ -145,6 +156,7 @@ class Predictor:
         self.tokenizer = tokenizer
         self.transform = transform
         self.encoder = ConversationTokenizer.from_pretrained(tokenizer, template)
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         stop = tokenizer.convert_tokens_to_ids(template.suffix) if template.suffix_is_eos else None
         self.stop_ids = [i for i in (stop, tokenizer.eos_token_id) if i is not None]
 
@@ -321,7 +333,11 @@ class Predictor:
 
         Raises:
             ValueError: marks and images differ in number.
+            PromptTooLong: the text is too long for any tokens; it isn't tokenised then.
         """
+        length = sum(len(turn.text) for turn in prompt.turns)
+        if length > self._longest_token * self.context_length:
+            raise PromptTooLong(-(-length // self._longest_token), self.context_length)
         # In an answer the mark is text, as a model may say anything.
         marks = sum(
             turn.text.count(IMAGE_TOKEN) for turn in prompt.turns if turn.role != "assistant"

@@ -320,7 +320,7 @@ def test_what_libraries_print_is_no_answer(capfd):
         (("--question", "<image>?"), 1, "error: 1 <image> mark(s) in the question, but 0 image(s)"),
         (("--image", "no.png", "--question", "x"), 1, "Check the path"),
         (("--json",), 2, "--json is for --question"),
-        (("--temperature", "-1"), 1, "error: temperature must be at least 0"),
+        (("--temperature", "-1"), 1, "error: temperature must be 0, or 1e-6"),
     ],
 )
 def test_the_exit_status_is_honest(export, capfd, arguments, status, said):

@@ -126,10 +126,19 @@ def test_no_prompt_gives_no_answer(predictor):
     assert predictor.generate_batch([]) == []
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"repetition_penalty": 0}])
-def test_sampling_that_makes_no_sense_is_refused(options):
-    with pytest.raises(ValueError, match="must be at least 0"):
-        Sampling(**options)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", (-1, 1e-38, 101, float("nan"))),
+        ("top_p", (0, 1e-320, 1.1)),
+        ("repetition_penalty", (0, 1e-40, float("inf"))),
+        ("seed", (2**63,)),
+    ],
+)
+def test_sampling_with_which_no_model_can_compute_is_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            Sampling(**{name: value})
 
 
 def test_a_stream_counts_tokens_and_says_whether_it_was_cut(predictor, prompts, monkeypatch):

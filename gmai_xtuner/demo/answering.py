@@ -10,14 +10,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
 from gmai_xtuner.demo.i18n import PageError
-from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, Sampling
+from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, PromptTooLong, Sampling
 from gmai_xtuner.inference_queue import InferenceQueue, QueueFull
 from gmai_xtuner.model.costs import part_cost, size
-from gmai_xtuner.model.llava import num_image_tokens
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ class LoadedModel:
     @property
     def limit(self) -> int:
         """Tokens of prompt and answer together."""
-        return int(self.predictor.model.llm.config.max_position_embeddings)
+        return self.predictor.context_length
 
     def tokens(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> int:
         """Length of a prompt with its images.
@@ -50,12 +48,12 @@ class LoadedModel:
             PageError: marks and images differ in number.
         """
         try:
-            ids = self.predictor.encode(Prompt(tuple(turns), tuple(images)))
+            return self.predictor.num_tokens(Prompt(tuple(turns), tuple(images)))
+        except PromptTooLong as error:
+            return error.length
         except ValueError as error:
             marks = sum(turn.text.count("<image>") for turn in turns)
             raise PageError("marks", marks=marks, images=len(images)) from error
-        each = num_image_tokens(self.predictor.model.visual_encoder.config)
-        return len(ids) + int((ids == IMAGE_TOKEN_INDEX).sum()) * (each - 1)
 
 
 def counted(number: int) -> str:

@@ -11,6 +11,7 @@ Signing in is left to a proxy in front, which has the site's accounts and TLS.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Callable, Sequence
@@ -21,7 +22,12 @@ from nicegui import app as nicegui_app
 from nicegui import ui
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gmai_xtuner.core.addresses import is_loopback, name_of
+from gmai_xtuner.core.addresses import (
+    IDLE_SECONDS,
+    impatient_protocol,
+    is_asked_at_home,
+    is_loopback,
+)
 from gmai_xtuner.demo.page import Demo
 
 MULTIPART_OVERHEAD = 64 * 2**10
@@ -93,6 +99,7 @@ def serve(
     )
     config = uvicorn.Config(
         guarded,
+        http=impatient_protocol(),
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -133,22 +140,12 @@ class Guard:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        if not self._is_at_home(headers):
+        if not is_asked_at_home(headers, loopback_only=self._loopback, names=self._names):
             await _refuse(scope, receive, send, 403, "This address serves its own page only.")
         elif scope["type"] == "websocket":
             await self._application(scope, receive, send)
         else:
             await self._serve(scope, receive, send, headers)
-
-    def _is_at_home(self, headers: dict[str, str]) -> bool:
-        host = headers.get("host", "")
-        name = name_of(f"//{host}")
-        if self._loopback and name not in self._names and not is_loopback(name):
-            return False
-        origin = headers.get("origin")
-        if origin is None or name_of(origin) in self._names:
-            return True
-        return origin in (f"http://{host}", f"https://{host}")
 
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]
@@ -160,10 +157,16 @@ class Guard:
             return
         arrived = 0
         began = False
+        more = True
 
         async def counted() -> Message:
-            nonlocal arrived
-            message = await receive()
+            nonlocal arrived, more
+            try:
+                async with asyncio.timeout(IDLE_SECONDS if more else None):
+                    message = await receive()
+            except TimeoutError:  # an upload that has come to a halt
+                return {"type": "http.disconnect"}
+            more = message.get("more_body", False)
             arrived += len(message.get("body", b""))
             # Who reads on learns that nobody is there, and gives up.
             return {"type": "http.disconnect"} if arrived > self._limit else message

@@ -19,7 +19,7 @@ from gmai_xtuner.cli import (
     load_from_arguments,
     positive_int,
 )
-from gmai_xtuner.core.addresses import is_loopback, reserved
+from gmai_xtuner.core.addresses import impatient_protocol, is_loopback, reserved
 from gmai_xtuner.core.errors import GMAIError
 
 MIB = 2**20
@@ -82,6 +82,7 @@ def _serve(options: argparse.Namespace, key: str | None, own: socket.socket) -> 
         ),
         max_new_tokens=options.max_new_tokens,
         max_waiting=options.max_waiting,
+        timeout=options.timeout,
     )
     print(f"{options.model}\n{describe(predictor)}", file=sys.stderr)
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -91,7 +92,9 @@ def _serve(options: argparse.Namespace, key: str | None, own: socket.socket) -> 
         file=sys.stderr,
         flush=True,
     )
-    config = uvicorn.Config(server.app, log_level="info", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        server.app, http=impatient_protocol(), log_level="info", timeout_graceful_shutdown=5
+    )
     running = uvicorn.Server(config)
     with contextlib.suppress(KeyboardInterrupt):
         running.run(sockets=[own])
@@ -123,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--max-image-mib", 20, "size of an image's file"),
         ("--max-request-mib", 64, "size of a request"),
         ("--max-pixels", 100_000_000, "width x height of an image"),
+        ("--timeout", 60, "seconds in which a request must arrive, and then be read"),
     ):
         group.add_argument(
             option,

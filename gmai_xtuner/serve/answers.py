@@ -72,11 +72,12 @@ class Answers:
         Raises:
             ApiError: 400.
         """
-        length, limit = self.predictor.num_tokens(prompt), self.predictor.context_length
-        if length >= limit:
-            raise ApiError(
-                str(PromptTooLong(length, limit)), code="context_length_exceeded", param="messages"
-            )
+        try:
+            length, limit = self.predictor.num_tokens(prompt), self.predictor.context_length
+            if length >= limit:
+                raise PromptTooLong(length, limit)
+        except PromptTooLong as error:
+            raise ApiError(str(error), code="context_length_exceeded", param="messages") from error
 
     async def events(self, job: Job) -> AsyncIterator[Piece | End]:
         """Yield the answer as it comes, and how it ended.

@@ -21,13 +21,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gmai_xtuner.core.addresses import is_loopback, name_of
+from gmai_xtuner.core.addresses import is_asked_at_home
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.serve.answers import Answers, End, Job, Piece
 from gmai_xtuner.serve.errors import ApiError
 from gmai_xtuner.serve.protocol import ChatRequest, Limits, read_request
 
 log = logging.getLogger(__name__)
+
+_BODIES_AT_ONCE = 4
+"""Requests of the largest size that may arrive at the same time."""
 
 
 class Server:
@@ -37,12 +40,13 @@ class Server:
         predictor: the model.
         name: what clients call it.
         key: what clients must show, if anything.
-        only_loopback_names: whether requests under any other name are refused: for a server without a key
-            that only this machine reaches.
+        only_loopback_names: whether requests under any other name, or from a page of another site, are
+            refused: for a server without a key that only this machine reaches.
         limits: of a request.
         default_new_tokens: length of an answer whose request doesn't say.
         max_new_tokens: what a request may ask for.
         max_waiting: requests that may wait for the one that is computed.
+        timeout: seconds in which a request must arrive, and then be read and its images decoded.
     """
 
     def __init__(
@@ -56,12 +60,14 @@ class Server:
         default_new_tokens: int = 512,
         max_new_tokens: int = 4096,
         max_waiting: int = 32,
+        timeout: float = 60.0,
     ) -> None:
         self.name, self._key = name, key
         self.limits = limits or Limits()
         self.default_new_tokens, self.max_new_tokens = default_new_tokens, max_new_tokens
         self.answers = Answers(predictor, max_waiting=max_waiting)
         self.started = int(time.time())
+        self._timeout, self._arriving = timeout, 0
         # A decoded picture may take hundreds of MiB; what waits for the model is small.
         self._decoding = asyncio.Semaphore(2)
         self.app = Starlette(
@@ -113,11 +119,18 @@ class Server:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a page of another site can't send that unasked
             raise ApiError(f"the content type must be application/json, got {kind!r}", status=415)
-        asked = read_request(await self._body(request))
-        self._check_name(asked.model)
-        self.answers.check_room()
-        async with self._decoding:
-            job = await asyncio.to_thread(self._job, asked)
+        # What runs in a thread can't be stopped: it keeps its place among the two until it is done.
+        preparing = asyncio.ensure_future(self._prepare(await self._body(request)))
+        try:
+            asked, job = await asyncio.wait_for(asyncio.shield(preparing), self._timeout)
+        except TimeoutError as error:
+            raise ApiError(
+                f"the request could not be read within {self._timeout:g} s: the server has much to do, or "
+                "its images are too large",
+                status=503,
+                code="server_busy",
+                retry_after=10,
+            ) from error
         self.answers.check_room()
         frame = _Frame(self.name)
         if not asked.stream:
@@ -129,17 +142,29 @@ class Server:
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
+    async def _prepare(self, body: bytes) -> tuple[ChatRequest, Job]:
+        async with self._decoding:
+            return await asyncio.to_thread(self._read, body)
+
+    def _read(self, body: bytes) -> tuple[ChatRequest, Job]:
+        asked = read_request(body)
+        self._check_name(asked.model)
+        self.answers.check_room()
+        try:
+            return asked, self._job(asked)
+        except MemoryError as error:
+            raise ApiError(
+                "there is not enough memory for these images: send fewer or smaller ones",
+                status=413,
+                code="image_too_large",
+            ) from error
+
     def _job(self, asked: ChatRequest) -> Job:
+        sampling, stops = asked.sampling(), asked.stops()  # before any image is decoded
+        length = asked.new_tokens(default=self.default_new_tokens, limit=self.max_new_tokens)
         prompt = asked.prompt(self.limits, self.answers.predictor.pixels)
         self.answers.check_length(prompt)
-        return Job(
-            prompt=prompt,
-            max_new_tokens=asked.new_tokens(
-                default=self.default_new_tokens, limit=self.max_new_tokens
-            ),
-            sampling=asked.sampling(),
-            stops=asked.stops(),
-        )
+        return Job(prompt, length, sampling, stops)
 
     async def _whole(self, request: Request, job: Job, frame: _Frame) -> Response:
         """All at once; given up if the client leaves."""
@@ -166,33 +191,63 @@ class Server:
         raise AssertionError("an answer without end")
 
     async def _stream(self, job: Job, frame: _Frame, *, with_usage: bool) -> AsyncIterator[str]:
+        """As it comes. The model doesn't wait for a client that doesn't read."""
+        events: asyncio.Queue[Piece | End | ApiError] = asyncio.Queue()
+
+        async def compute() -> None:
+            try:
+                async with aclosing(self.answers.events(job)) as found:  # type: ignore[type-var]
+                    async for event in found:
+                        events.put_nowait(event)
+            except ApiError as error:
+                events.put_nowait(error)
+
         yield _sent(frame.chunk({"role": "assistant", "content": ""}))
+        computing = asyncio.ensure_future(compute())
         try:
-            async with aclosing(self.answers.events(job)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    if isinstance(event, Piece):
-                        yield _sent(frame.chunk({"content": event.text}))
-                        continue
-                    yield _sent(frame.chunk({}, event.finish_reason))
-                    if with_usage:
-                        yield _sent(frame.usage_chunk(event))
-        except ApiError as error:  # the status is sent already
-            log.error("%s", error.message)
-            yield _sent(error.body())
-        yield "data: [DONE]\n\n"
+            while isinstance(event := await events.get(), Piece):
+                yield _sent(frame.chunk({"content": event.text}))
+            if isinstance(event, ApiError):  # the status is sent already
+                log.error("%s", event.message)
+                yield _sent(event.body())
+            else:
+                yield _sent(frame.chunk({}, event.finish_reason))
+                if with_usage:
+                    yield _sent(frame.usage_chunk(event))
+            yield "data: [DONE]\n\n"
+        finally:
+            computing.cancel()
+            await asyncio.gather(computing, return_exceptions=True)
 
     async def _body(self, request: Request) -> bytes:
-        limit = self.limits.body_bytes
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise ApiError(
-                    f"the request is larger than {limit} bytes, this server's limit",
-                    status=413,
-                    code="request_too_large",
-                )
-        return bytes(body)
+        limit, body = self.limits.body_bytes, bytearray()
+        try:
+            async with asyncio.timeout(self._timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    self._arriving += len(chunk)
+                    if len(body) > limit:
+                        raise ApiError(
+                            f"the request is larger than {limit} bytes, this server's limit",
+                            status=413,
+                            code="request_too_large",
+                        )
+                    if self._arriving > _BODIES_AT_ONCE * limit:
+                        raise ApiError(
+                            "too many large requests arrive; come again later",
+                            status=503,
+                            code="server_busy",
+                            retry_after=10,
+                        )
+            return bytes(body)
+        except TimeoutError as error:
+            raise ApiError(
+                f"the request did not arrive within {self._timeout:g} s",
+                status=408,
+                code="request_timeout",
+            ) from error
+        finally:
+            self._arriving -= len(body)
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
@@ -290,26 +345,21 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 class OnlyLoopbackNames:
-    """Refuses a request whose ``Host`` is no name of this machine's loopback.
-
-    Any web site could point its own name at 127.0.0.1; its pages, open in a browser on this machine, could
-    then ask the model and read the answers.
-    """
+    """Refuses a request whose ``Host`` is no name of this machine's loopback, or of another site's page."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        if not headers or is_asked_at_home(headers, loopback_only=True):
             await self._app(scope, receive, send)
             return
-        host = Headers(scope=scope).get("host", "")
-        if is_loopback(name_of(f"//{host}")):
-            await self._app(scope, receive, send)
-            return
+        shown = headers.get("host", "")[:100], headers.get("origin", "no page")[:100]
         error = ApiError(
-            f"without a key this server is asked as 127.0.0.1 or localhost, not as {host[:100]!r}. Start it "
-            "with --api-key-env, or with --without-key if everyone may ask",
+            f"without a key this server is asked as 127.0.0.1 or localhost, by no other site's page; not as "
+            f"{shown[0]!r} from {shown[1]!r}. Start it with --api-key-env, or with --without-key if everyone "
+            "may ask",
             status=403,
             code="host_not_allowed",
         )

@@ -10,11 +10,12 @@ import binascii
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+import msgspec
 import torch
+from msgspec import Meta
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.conversation import Turn
@@ -23,7 +24,13 @@ from gmai_xtuner.core.imaging.images import decode_rgb
 from gmai_xtuner.generate import Prompt, Sampling
 from gmai_xtuner.serve.errors import ApiError
 
+MAX_OBJECTS = 20_000
+"""Objects that a request may have; more would not fit into a model's positions."""
+MAX_TEXTS = 200_000
+"""The same of texts and keys."""
 _DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
+_MISSING = re.compile("missing required field `(.*)`")
+_UNKNOWN = re.compile("unknown field `(.*)`", re.DOTALL)
 _VOLUMES = ("dicom", "nifti", "nrrd")
 
 
@@ -44,12 +51,11 @@ class Limits:
     pixels: int = 100_000_000
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Strict(msgspec.Struct, forbid_unknown_fields=True):
+    """Read by msgspec: the types hold as they are, and the first wrong value ends the reading."""
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
+class TextPart(_Strict, tag_field="type", tag="text"):
     text: str
 
 
@@ -60,24 +66,25 @@ class ImageUrl(_Strict):
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class ImagePart(_Strict):
-    type: Literal["image_url"]
+class ImagePart(_Strict, tag_field="type", tag="image_url"):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Nothing = Annotated[list[None], Meta(max_length=0)]
+"""An empty list."""
+Zero = Annotated[float, Meta(ge=0, le=0)]
 
 
 class Message(_Strict):
     """The last five are what clients repeat of an answer; they have to be empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[TextPart | ImagePart]
     refusal: None = None
-    annotations: list[None] | None = Field(default=None, max_length=0)
+    annotations: Nothing | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: list[None] | None = Field(default=None, max_length=0)
+    tool_calls: Nothing | None = None
 
 
 class StreamOptions(_Strict):
@@ -85,8 +92,8 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
-class TextFormat(_Strict):
-    type: Literal["text"]
+class TextFormat(_Strict, tag_field="type", tag="text"):
+    pass
 
 
 class ChatRequest(_Strict):
@@ -96,24 +103,24 @@ class ChatRequest(_Strict):
     """
 
     model: str
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
-    stop: str | list[str] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    repetition_penalty: float | None = None
+    stop: str | Annotated[list[str], Meta(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     n: Literal[1] | None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logprobs: Literal[False] | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    logprobs: bool | None = None
     top_logprobs: Literal[0] | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
-    tools: list[Any] | None = Field(default=None, max_length=0)
+    logit_bias: Annotated[dict[str, float], Meta(max_length=0)] | None = None
+    tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
@@ -122,24 +129,34 @@ class ChatRequest(_Strict):
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None
     service_tier: str | None = None
 
     def stops(self) -> tuple[str, ...]:
         """Texts that end the answer."""
         found = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(found) > 16 or not all(found):
-            raise ApiError("stop must be up to 16 texts, none of them empty", param="stop")
+        if not all(0 < len(text) <= 400 for text in found):
+            raise ApiError(
+                "stop must be texts of 1 to 400 characters, none of them empty", param="stop"
+            )
         return found
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
-        return Sampling(
-            temperature=self.temperature or 0.0,
-            top_p=self.top_p or 1.0,
-            seed=self.seed,
-            repetition_penalty=self.repetition_penalty or 1.0,
-        )
+        """How tokens are chosen.
+
+        Raises:
+            ApiError: a value with which no model can compute.
+        """
+        penalty = self.repetition_penalty
+        try:
+            return Sampling(
+                temperature=self.temperature or 0.0,
+                top_p=self.top_p or 1.0,
+                seed=self.seed,
+                repetition_penalty=1.0 if penalty is None else penalty,
+            )
+        except ValueError as error:
+            raise ApiError(str(error), code="invalid_value") from error
 
     def new_tokens(self, *, default: int, limit: int) -> int:
         """Length of the answer at the most.
@@ -168,9 +185,7 @@ class ChatRequest(_Strict):
             role = "system" if message.role == "developer" else message.role
             parts = message.content
             texts = []
-            for place, part in enumerate(
-                [TextPart(type="text", text=parts)] if isinstance(parts, str) else parts
-            ):
+            for place, part in enumerate([TextPart(parts)] if isinstance(parts, str) else parts):
                 if isinstance(part, TextPart):
                     texts.append(_checked(part.text, role, where))
                     continue
@@ -199,46 +214,37 @@ def read_request(body: bytes) -> ChatRequest:
     Raises:
         ApiError: it is none; names the first field that is wrong.
     """
-    try:
-        return ChatRequest.model_validate_json(body)
-    except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]["loc"][:1]
-    # A text where a list may stand as well has an error for each; the deepest is the one that was meant.
-    problem = max(problems, key=lambda one: len(one["loc"]) if one["loc"][:1] == first else 0)
-    param = _param(problem["loc"])
-    if problem["type"] == "json_invalid":
-        raise ApiError(f"the body is not JSON: {problem['msg']}")
-    if not param:
-        raise ApiError(f"the body must be a JSON object, got {_short(problem['input'])}")
-    if problem["type"] == "extra_forbidden":
+    if body.count(b"{") > MAX_OBJECTS or body.count(b'"') > MAX_TEXTS:
         raise ApiError(
-            f"unknown field {param}: this server doesn't know it, or can't do what it asks",
-            code="unknown_parameter",
-            param=param,
+            f"the body has more than {MAX_OBJECTS} objects or {MAX_TEXTS} quotation marks",
+            status=413,
+            code="request_too_large",
         )
-    raise ApiError(
-        f"{param}: {problem['msg']}, got {_short(problem['input'])}",
-        code="missing_required_parameter" if problem["type"] == "missing" else "invalid_value",
-        param=param,
-    )
-
-
-def _param(place: tuple[int | str, ...]) -> str:
-    """``messages[0].content[1].image_url``, without the names that pydantic adds for unions."""
-    names: list[str] = []
-    for number, name in enumerate(place):
-        is_tag = number > 1 and str(place[number - 2]).startswith("list[tagged-union")
-        if isinstance(name, int):
-            names.append(f"[{name}]")
-        elif name != "str" and not name.startswith("list[") and not is_tag:
-            names.append(f".{name}")
-    return "".join(names).removeprefix(".")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    try:
+        asked = msgspec.json.decode(body, type=ChatRequest)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$")
+        param = place.rstrip("`").removeprefix(".")
+        if missing := _MISSING.search(what):
+            param = f"{param}.{missing[1]}".removeprefix(".")
+        elif unknown := _UNKNOWN.search(what):
+            param = f"{param}.{unknown[1]}".removeprefix(".")[:200]
+            raise ApiError(
+                f"unknown field {param}: this server doesn't know it, or can't do what it asks",
+                code="unknown_parameter",
+                param=param,
+            ) from error
+        raise ApiError(
+            f"{param or 'the body'}: {what[:300]}",
+            code="missing_required_parameter" if missing else "invalid_value",
+            param=param or None,
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ApiError(f"the body is not JSON: {str(error)[:300]}") from error
+    for name in ("logprobs", "store"):
+        if getattr(asked, name):
+            raise ApiError(f"{name}: must be false here", code="invalid_value", param=name)
+    return asked
 
 
 def _checked(text: str, role: str, where: str) -> str:
@@ -279,7 +285,7 @@ def image_of(url: str, param: str, limits: Limits) -> Image.Image:
     Raises:
         ApiError: another address, no base64, no image, or a too large one.
     """
-    found = _DATA_URL.match(url)
+    found = _DATA_URL.match(url[:1_000])
     if found is None:
         shown = url[:40] + ("..." if len(url) > 40 else "")
         raise ApiError(
