@@ -53,8 +53,8 @@ DEMO = [
 RAY = ["ray>=2.40"]
 # Triton kernels for `liger=True`; only its operators are used, not its patches for transformers.
 LIGER = ["liger-kernel>=0.5.10,<0.8"]
-# `python -m gmai_xtuner.serve`; openai is the client that tests ask with; msgspec reads requests, strictly and
-# in a fraction of a second whatever they hold.
+# `python -m gmai_xtuner.serve`; openai is the client that tests ask with; msgspec reads requests, strictly
+# and in a fraction of a second whatever they hold.
 SERVE = ["msgspec>=0.19", "starlette>=0.40", "uvicorn>=0.30"]
 # `python -m gmai_xtuner.evaluate`: models behind a server and judges, pages, GMAI-MMBench's submission file.
 EVALUATE = [
