@@ -10,6 +10,7 @@ import logging
 
 from gmai_xtuner import compat
 
+compat.xtuner.own_the_command()
 compat.apply()
 
 from mmengine.logging import MMLogger  # noqa: E402
@@ -22,7 +23,16 @@ from gmai_xtuner.data.collate import collate_packs  # noqa: E402
 from gmai_xtuner.data.dataset import SoftPackedDataset  # noqa: E402
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler  # noqa: E402
 from gmai_xtuner.data.tokenization import soft_packing_map_fn  # noqa: E402
-from gmai_xtuner.train import PackedTrainLoop, WarmupCosineLR  # noqa: E402
+from gmai_xtuner.train import (  # noqa: E402, F401
+    benchmarks,
+    checkpointing,
+    hooks,
+    nonfinite,
+    sample_answer,
+    validation,
+)
+from gmai_xtuner.train.loop import PackedTrainLoop  # noqa: E402
+from gmai_xtuner.train.schedule import WarmupCosineLR  # noqa: E402
 
 
 class _ToTrainingLog(logging.Handler):

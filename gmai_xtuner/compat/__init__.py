@@ -10,7 +10,6 @@ from gmai_xtuner.compat import bitsandbytes, deepspeed, mmengine, torch, xtuner
 
 def apply() -> None:
     """Install all workarounds; calling it again changes nothing."""
-    xtuner.tell_own_errors_plainly()
     deepspeed.keep_standard_output_clean()
     xtuner.name_deepspeed_configs()
     install_safe_reader()
@@ -22,6 +21,7 @@ def apply() -> None:
     xtuner.read_zero_checkpoints_exactly()
     xtuner.read_frozen_weights()
     xtuner.resume_from_a_work_dir()
+    xtuner.check_before_anything_is_built()
     bitsandbytes.import_bitsandbytes_without_triton_ops()
     deepspeed.accumulate_all_gradients_in_fp32()
     xtuner.convert_checked_and_exact()

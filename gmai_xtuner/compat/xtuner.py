@@ -18,27 +18,43 @@ from gmai_xtuner.core.errors import GMAIError
 DEEPSPEED_NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
-def tell_own_errors_plainly() -> None:
-    """``xtuner``'s commands end with the text of our errors, which says what to do, and without a traceback.
-
-    ``GMAI_TRACEBACK=1`` shows it; other programs that import this package are left alone. xtuner has no
-    errors of its own that could be told so: permanent.
-    """
+def xtuner_tool() -> str | None:
+    """Return which of ``xtuner``'s commands this process runs (``train``); ``None`` for another program."""
     main: Any = sys.modules["__main__"]
     (xtuner,) = importlib.util.find_spec("xtuner").submodule_search_locations  # type: ignore[union-attr, misc]
-    tools = Path(xtuner, "tools").resolve()
-    if not Path(getattr(main, "__file__", None) or "").resolve().is_relative_to(tools):
+    file = Path(getattr(main, "__file__", None) or "").resolve()
+    return file.stem if file.is_relative_to(Path(xtuner, "tools").resolve()) else None
+
+
+def own_the_command() -> None:
+    """``xtuner``'s commands end with the text of our errors, and ``xtuner train`` owns its work dir.
+
+    The text says what to do, so that there is no traceback; ``GMAI_TRACEBACK=1`` shows it. Other programs that
+    import this package are left alone. Permanent: xtuner has no errors of its own that could be told so, and
+    nothing in it watches a work dir.
+
+    Raises:
+        GMAIError: another run has the work dir, see :func:`gmai_xtuner.train.start.begin`.
+    """
+    from gmai_xtuner.train import start, status
+
+    tool = xtuner_tool()
+    if tool is None or sys.excepthook is not sys.__excepthook__:
         return
-    if os.environ.get("GMAI_TRACEBACK", "0") != "0" or sys.excepthook is not sys.__excepthook__:
-        return
+    plainly = os.environ.get("GMAI_TRACEBACK", "0") == "0"
 
     def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if isinstance(error, GMAIError):
+        status.record_failure(error)
+        if isinstance(error, GMAIError) and plainly:
             print(f"error: {error}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
+            if not isinstance(error, GMAIError):
+                print(f"error: {status.in_plain_words(error)}", file=sys.stderr)
 
     sys.excepthook = tell
+    if tool == "train":
+        start.begin(sys.modules["__main__"].parse_args())
 
 
 def name_deepspeed_configs() -> None:
@@ -115,16 +131,36 @@ def resume_from_a_work_dir() -> None:
         arguments = main.parse_args()
         if arguments.seed is not None:
             return arguments.seed
-        config = Config.fromfile(arguments.config)
-        config.merge_from_dict(arguments.cfg_options or {})
-        return config.get("randomness", {}).get("seed")
+        return command_config(arguments).get("randomness", {}).get("seed")
 
-    from mmengine.config import Config
+    from gmai_xtuner.train.start import command_config
 
     main: Any = sys.modules["__main__"]
     utils.get_seed_from_checkpoint = get_seed_from_checkpoint
     if getattr(main, "get_seed_from_checkpoint", None) is original:
         main.get_seed_from_checkpoint = get_seed_from_checkpoint
+
+
+def check_before_anything_is_built() -> None:
+    """``xtuner train`` stops on settings that nothing reads, and DeepSpeed gets what was settled.
+
+    ``check_cfg`` is what it calls first with the whole config, and ``auto_dtype_of_deepspeed_config`` what it
+    hands the DeepSpeed file through. Until xtuner checks.
+    """
+    main: Any = sys.modules["__main__"]
+    if xtuner_tool() != "train" or hasattr(main.check_cfg, "__wrapped__"):
+        return
+    original: Callable[..., None] = main.check_cfg
+
+    @functools.wraps(original)
+    def check_cfg(cfg: Any, args: Any) -> None:
+        from gmai_xtuner.train.start import check
+
+        settled = check(cfg, options=args.cfg_options, deepspeed=args.deepspeed)
+        main.auto_dtype_of_deepspeed_config = lambda _: settled.settings
+        original(cfg, args)
+
+    main.check_cfg = check_cfg
 
 
 def convert_checked_and_exact() -> None:
@@ -136,7 +172,7 @@ def convert_checked_and_exact() -> None:
     ``pth_to_hf.py`` runs as the main module and has its own names for what it calls. Until xtuner checks.
     """
     main: Any = sys.modules["__main__"]
-    if not str(getattr(main, "__file__", "")).endswith(os.path.join("", "pth_to_hf.py")):
+    if xtuner_tool() != "pth_to_hf":
         return
     put = main.set_module_tensor_to_device
     if hasattr(put, "__wrapped__"):

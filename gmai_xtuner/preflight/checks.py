@@ -33,10 +33,17 @@ from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.memory import GIB
 from gmai_xtuner.preflight.parameters import PartCount, build_on_meta
 from gmai_xtuner.preflight.run_config import RunConfig
+from gmai_xtuner.train.start import setting_problems
 
 
 def check_options(run: RunConfig, findings: Findings) -> None:
-    """Numbers that must agree, and the classes that the run relies on."""
+    """Settings that training refuses, by its own check, and the classes that the run relies on."""
+    for problem in setting_problems(run.cfg, run.options):
+        findings.fail("config", problem)
+    for problem in run.deepspeed.refused:
+        findings.fail("deepspeed", problem)
+    for line in run.deepspeed.overruled:
+        findings.note("deepspeed", line)
     with findings.catch("config"):
         accumulation(run.cfg)
     loop = run.cfg.train_cfg.get("type")

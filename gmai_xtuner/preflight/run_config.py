@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from mmengine.config import Config
 
 from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train.deepspeed_settings import Settled, read
 
 
 class UsageError(Exception):
@@ -25,7 +25,7 @@ class ZeroSettings:
     Args:
         name: as given on the command line.
         stage: 0 to 3.
-        precision: ``bf16``, ``fp16`` or ``fp32``.
+        precision: ``bf16`` or ``fp32``.
         grad_accum_bytes: of one value of a step's summed gradient (``data_types.grad_accum_dtype``;
             without the key that of ``precision``).
         offload_optimizer: optimiser states and fp32 weights in host memory.
@@ -55,23 +55,19 @@ class ZeroSettings:
     def from_dict(cls, name: str, config: Mapping[str, Any]) -> ZeroSettings:
         """The defaults are those of DeepSpeed 0.16.2 (``runtime/zero/config.py``).
 
-        Raises:
-            GMAIError: a stage that does not exist.
-            ValueError: a ``grad_accum_dtype`` that DeepSpeed does not know.
+        Args:
+            name: of the file.
+            config: its content, settled.
         """
         from deepspeed.runtime.config import DtypeEnum
 
         zero = config.get("zero_optimization", {})
         stage = zero.get("stage", 0)
-        if stage not in (0, 1, 2, 3):
-            raise GMAIError(f"DeepSpeed file {name!r}: the ZeRO stage is {stage!r}, not 0 to 3")
-
-        precision = next((kind for kind in ("bf16", "fp16") if _enabled(config.get(kind))), "fp32")
+        precision = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
         summed = (config.get("data_types") or {}).get("grad_accum_dtype") or precision
 
         def number(key: str, default: float) -> int:
-            value = zero.get(key, default)
-            return int(default if value == "auto" else value)
+            return int(zero.get(key, default))
 
         def offloads(key: str) -> bool:
             return (zero.get(key) or {}).get("device", "none") not in ("none", None)
@@ -92,11 +88,6 @@ class ZeroSettings:
         )
 
 
-def _enabled(section: Mapping[str, Any] | None) -> bool:
-    # "auto" becomes bf16 or fp16 by the GPU; either takes two bytes.
-    return bool((section or {}).get("enabled", False))
-
-
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """See the module.
@@ -104,13 +95,17 @@ class RunConfig:
     Args:
         path: the config file.
         cfg: its content, ``--cfg-options`` merged.
-        zero: the DeepSpeed file.
+        options: ``--cfg-options``.
+        deepspeed: the DeepSpeed file, settled beside the config as training does.
+        zero: what of it decides about memory.
         gpus: of all machines together.
         work_dir: where checkpoints go.
     """
 
     path: Path
     cfg: Config
+    options: Mapping[str, Any]
+    deepspeed: Settled
     zero: ZeroSettings
     gpus: int
     work_dir: Path
@@ -169,25 +164,12 @@ def load_run(
     except Exception as error:
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
     for key in ("model", "train_dataloader", "train_cfg", "optim_wrapper"):
-        if key not in cfg:
+        if not isinstance(cfg.get(key), Mapping):
             raise UsageError(f"{path} has no {key!r}. Is it one of configs/gmai_vl/*.py?")
-    zero = load_zero(deepspeed)
-    own = cfg.get("work_dir") or f"work_dirs/{path.stem}"
-    return RunConfig(path, cfg, zero, gpus, Path(work_dir or own))
-
-
-def load_zero(name: str) -> ZeroSettings:
-    """Read a DeepSpeed file, as ``xtuner train --deepspeed NAME`` finds it.
-
-    Raises:
-        UsageError: no such file, or it can't be read.
-    """
-    from xtuner.configs import cfgs_name_path
-
-    file = Path(name if Path(name).is_file() else cfgs_name_path.get(name, ""))
-    if not file.is_file():
-        raise UsageError(f"--deepspeed {name}: no such file, and no name that xtuner knows")
     try:
-        return ZeroSettings.from_dict(name, json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"--deepspeed {name}: {error}") from error
+        settled = read(deepspeed, cfg)
+    except GMAIError as error:
+        raise UsageError(str(error)) from error
+    zero = ZeroSettings.from_dict(deepspeed, settled.settings)
+    own = cfg.get("work_dir") or f"work_dirs/{path.stem}"
+    return RunConfig(path, cfg, options or {}, settled, zero, gpus, Path(work_dir or own))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gmai_xtuner.preflight import checks, data, option_names, pictures
+from gmai_xtuner.preflight import checks, data, pictures
 from gmai_xtuner.preflight.activations import Activations, MicroBatch, estimate_activations
 from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.geometry import read_geometry
@@ -27,7 +27,8 @@ from gmai_xtuner.preflight.parameters import (
     quantises_to_4_bit,
 )
 from gmai_xtuner.preflight.pictures import BadImage
-from gmai_xtuner.preflight.run_config import RunConfig, ZeroSettings, load_zero
+from gmai_xtuner.preflight.run_config import RunConfig, ZeroSettings
+from gmai_xtuner.train.deepspeed_settings import read
 
 ALTERNATIVES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 """DeepSpeed files that are tried where the memory does not suffice."""
@@ -110,7 +111,6 @@ def look_at(
     result = Preflight(run, gpu_memory, throughput)
     findings = result.findings
     checks.check_options(run, findings)
-    option_names.check_names(run, findings)
     model = _look_at_model(result)
     if model is not None and need_weights:
         checks.check_base_weights(run, model, findings)
@@ -250,7 +250,7 @@ def _what_would_fit(result: Preflight, model: Any) -> str:
     run = result.run
     choices = []
     for name in ALTERNATIVES:
-        zero = load_zero(name)
+        zero = ZeroSettings.from_dict(name, read(name, run.cfg).settings)
         if (zero.stage, zero.offload_optimizer) > (run.zero.stage, run.zero.offload_optimizer):
             choices.append((f"--deepspeed {name}", zero, run.batch_size))
     size = run.batch_size // 2

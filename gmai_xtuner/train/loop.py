@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object, is_main_process
+from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
@@ -22,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from gmai_xtuner.core.config import train_dataloader_config
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.sampler import MicroBatchSampler
 from gmai_xtuner.train.hooks import is_due
 from gmai_xtuner.train.resume import (
@@ -31,15 +27,14 @@ from gmai_xtuner.train.resume import (
     restore_rank_state,
 )
 from gmai_xtuner.train.signals import guard_workers
+from gmai_xtuner.train.start import NO_DEEPSPEED
+from gmai_xtuner.train.status import Run, failure_recorded
 
 DATA_ORDER = "gmai_data_order"
 """Where a checkpoint's message hub keeps what decides the order of the data."""
 
 LENGTH = "gmai_length"
 """Where it keeps the length of the run in micro-batches."""
-
-STATUS_FILE = "status.json"
-"""Says how a run ended, for the script that started it: ``xtuner`` exits with 0 whatever happens."""
 
 
 @LOOPS.register_module()
@@ -80,12 +75,9 @@ class PackedTrainLoop(IterBasedTrainLoop):
         val_interval: int = 125,
     ) -> None:
         if not isinstance(runner, FlexibleRunner):
-            raise GMAIError(
-                "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, "
-                "zero2_offload, zero3_offload)"
-            )
+            raise GMAIError(NO_DEEPSPEED)
         rendezvous_alone()
-        with log_failure(Path(runner.work_dir)):
+        with self._recorded(runner):
             self.resumed_from = choose_checkpoint(runner)
             if isinstance(dataloader, dict):
                 config = {**runner.cfg, "train_dataloader": dataloader}
@@ -137,8 +129,21 @@ class PackedTrainLoop(IterBasedTrainLoop):
         Raises:
             GMAIError: the engine, the ranks or the checkpoint disagree about the data; says how.
         """
-        with log_status(self):
-            return self._run()
+        with self._recorded(self.runner) as run:
+            self._status = run
+            run.progress = lambda: (self._iter, self._max_iters)
+            run.write("running")
+            model = self._run()
+            if self._iter >= self._max_iters:
+                run.write("finished")
+            else:
+                run.write("stopped", self.stop_reason)
+            return model
+
+    @staticmethod
+    def _recorded(runner: FlexibleRunner) -> AbstractContextManager[Run]:
+        """Hold the work dir for a block; a failure goes into its ``status.json``."""
+        return failure_recorded(Path(runner.work_dir), resumes=bool(runner._resume))
 
     def _run(self) -> Any:
         self._check_accumulation()
@@ -183,6 +188,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
         if self.step_end:
             self.step += 1
             self.runner.call_hook("after_step")
+            self._status.renew()
         self._iter += 1
 
     def _batches(self) -> Iterator[dict[str, Any]]:
@@ -290,68 +296,3 @@ def rendezvous_alone() -> None:
     os.environ.update(
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
     )
-
-
-def write_status(
-    work_dir: Path, state: str, *, iteration: int = 0, of: int | None = None, reason: str = ""
-) -> None:
-    """Replace ``status.json`` of a work dir; rank 0 does it.
-
-    Args:
-        work_dir: of the run.
-        state: ``starting`` (reads data, builds the model), ``running``, ``stopped`` (on request, with a
-            checkpoint), ``finished`` or ``failed``. After a ``kill -9``, or where the model could not be
-            built, it still says ``running`` or ``starting``: then look whether ``process`` on ``host``
-            is there.
-        iteration: micro-batches trained, when this was written.
-        of: micro-batches of the whole run; ``None`` while it is not known.
-        reason: why it stopped or failed.
-    """
-    if is_main_process():
-        status = {
-            "state": state,
-            "iteration": iteration,
-            "of": of,
-            "reason": reason,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-        }
-        replace_text(work_dir / STATUS_FILE, json.dumps(status, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def log_failure(work_dir: Path) -> Iterator[None]:
-    """Write ``starting`` now, and ``failed`` if the block raises: nothing of an earlier run stays."""
-    if is_main_process():
-        work_dir.mkdir(parents=True, exist_ok=True)
-    write_status(work_dir, "starting")
-    try:
-        yield
-    except BaseException as error:
-        write_status(work_dir, "failed", reason=f"{type(error).__name__}: {error}")
-        raise
-
-
-@contextmanager
-def log_status(loop: Any) -> Iterator[None]:
-    """Keep ``status.json`` true while a training loop runs.
-
-    Args:
-        loop: with ``runner``, ``iter``, ``max_iters`` and ``stop_reason``.
-    """
-    work_dir = Path(loop.runner.work_dir)
-
-    def write(state: str, reason: str = "") -> None:
-        write_status(work_dir, state, iteration=loop.iter, of=loop.max_iters, reason=reason)
-
-    write("running")
-    try:
-        yield
-    except BaseException as error:
-        write("failed", f"{type(error).__name__}: {error}")
-        raise
-    if loop.iter >= loop.max_iters:
-        write("finished")
-    else:
-        write("stopped", loop.stop_reason)

@@ -11,6 +11,8 @@ from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
 from mmengine.registry import HOOKS, PARAM_SCHEDULERS
 from mmengine.runner import FlexibleRunner
 
+from gmai_xtuner.core.errors import GMAIError
+
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
@@ -74,25 +76,56 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
     """
 
     def before_train(self, runner: FlexibleRunner) -> None:
-        for scheduler in runner.param_schedulers:
+        for scheduler in runner.param_schedulers or ():
             if isinstance(scheduler, WarmupCosineLR):
                 scheduler.set_total_steps(runner.train_loop.total_steps)
                 _log_if_the_rate_is_another(runner, scheduler.base_values[0])
+        self._check(runner)
 
     def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: mmengine's would count micro-batches."""
 
     def after_step(self, runner: FlexibleRunner) -> None:
-        for scheduler in runner.param_schedulers:
+        self._check(runner)
+        for scheduler in runner.param_schedulers or ():
             scheduler.step()
+
+    def _check(self, runner: FlexibleRunner) -> None:
+        """Make sure that the engine steps with the schedule's rate, before the first step and after each.
+
+        Raises:
+            GMAIError: something else sets the rate.
+        """
+        for scheduler in runner.param_schedulers or ():
+            if not isinstance(scheduler, WarmupCosineLR):
+                continue
+            name = scheduler.param_name
+            rates = [group[name] for group in runner.model.optimizer.param_groups]
+            expected = scheduler._get_value()
+            if len(rates) != len(expected) or not all(map(math.isclose, rates, expected)):
+                raise GMAIError(
+                    f"step {runner.train_loop.step + 1} has the {name} {rates}, but the schedule of the "
+                    f"config {expected}: something else sets it, perhaps a scheduler of DeepSpeed or a hook "
+                    "of your own. Remove that, or the config's param_scheduler"
+                )
 
 
 def _log_if_the_rate_is_another(runner: FlexibleRunner, base: float) -> None:
-    """A resumed run goes on with the rate that it began with, whatever the config says by now."""
+    """A resumed run goes on with the rate that it began with, whatever the config says by now.
+
+    Raises:
+        GMAIError: a new run does not begin with the config's rate.
+    """
     configured = runner.cfg.get("optim_wrapper", {}).get("optimizer", {}).get("lr", base)
-    if configured != base:
-        runner.logger.warning(
-            f"The learning rate goes on from the {base:g} that this run began with; the config's "
-            f"{configured:g} is not used. For another rate start a new run from its weights "
-            "(model.pretrained_pth)"
+    if configured == base:
+        return
+    if runner.train_loop.resumed_from is None:
+        raise GMAIError(
+            f"the engine was built with the learning rate {base:g}, but the config's is {configured:g}: "
+            "something else sets it, perhaps a scheduler of DeepSpeed"
         )
+    runner.logger.warning(
+        f"The learning rate goes on from the {base:g} that this run began with; the config's "
+        f"{configured:g} is not used. For another rate start a new run from its weights "
+        "(model.pretrained_pth)"
+    )

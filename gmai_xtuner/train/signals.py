@@ -1,7 +1,7 @@
 """A request to stop: one rank hears it, all of them obey at the end of an optimiser step.
 
-``SIGTERM`` and ``SIGUSR1`` to any rank, a file ``stop`` in the work dir, the death of the ``xtuner``
-command above, or a call of :meth:`StopRequest.ask`.
+Ctrl-C (``SIGINT``), ``SIGTERM`` and ``SIGUSR1`` to any rank, a file ``stop`` in the work dir, the death of the
+``xtuner`` command above, or a call of :meth:`StopRequest.ask`. A second Ctrl-C ends the run at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,11 @@ import torch
 from mmengine.dist import all_reduce
 from torch.utils.data import DataLoader
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from gmai_xtuner.train.keeper import is_xtuner, parent_of
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ONE_CTRL_C = 1.0
+"""Seconds in which several ``SIGINT`` are one: the terminal's, and the one that torchrun hands on."""
 STOP_FILE = "stop"
 
 _FILE, _LAUNCHER, _ASKED = 1001, 1002, 1003
@@ -39,6 +44,7 @@ class StopRequest:
     def __init__(self, stop_file: Path) -> None:
         self.stop_file = stop_file
         self._signal = 0
+        self._noted = 0.0
         self._asked: str | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._launcher = _find_launcher()
@@ -47,7 +53,9 @@ class StopRequest:
         """Take the signals from now on. Outside the main thread, where Python has none, do nothing."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+                # What was started in the background of a script is to ignore the terminal's Ctrl-C.
+                if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
 
     def restore(self) -> None:
         """Put back the handlers from before :meth:`install`."""
@@ -76,31 +84,26 @@ class StopRequest:
             return f"there is a file {self.stop_file}"
         if code == _LAUNCHER:
             return "the xtuner command that started this run has gone"
-        return f"{signal.Signals(code).name} came"
+        return "Ctrl-C came" if code == signal.SIGINT else f"{signal.Signals(code).name} came"
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        now = time.monotonic()
+        if self._signal == number == signal.SIGINT and now - self._noted >= ONE_CTRL_C:
+            raise KeyboardInterrupt
+        if self._signal != number:
+            self._signal, self._noted = number, now
 
     def _own(self) -> int:
         if self._asked:
             return _ASKED
         if self._signal:
             return self._signal
-        if self._launcher and _parent_of(self._launcher[0]) != self._launcher[1]:
+        if self._launcher and parent_of(self._launcher[0]) != self._launcher[1]:
             return _LAUNCHER
         # One look at the file system a step, by one process.
         if int(os.environ.get("RANK", "0")) == 0 and self.stop_file.exists():
             return _FILE
         return 0
-
-
-def _parent_of(process: int) -> int | None:
-    try:
-        # The name, in brackets, may itself hold brackets and blanks.
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields[1])
 
 
 def _find_launcher() -> tuple[int, int] | None:
@@ -110,12 +113,8 @@ def _find_launcher() -> tuple[int, int] | None:
     has another parent, ``xtuner`` has gone.
     """
     process = os.getpid()
-    while parent := _parent_of(process):
-        try:
-            command = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            return None
-        if any(os.path.basename(part) == b"xtuner" for part in command[:2]):
+    while parent := parent_of(process):
+        if is_xtuner(parent):
             return process, parent
         process = parent
     return None
@@ -137,12 +136,13 @@ def worker_init(worker_id: int, *, then: Callable[[int], None] | None = None) ->
 
     A scheduler signals every process of a job. A worker that died of it would take the trainer along before
     its checkpoint. So a worker takes ``SIGTERM`` from its trainer alone (that is how the data loader ends
-    workers) and ignores ``SIGUSR1``.
+    workers) and ignores ``SIGINT`` and ``SIGUSR1``.
 
     Args:
         worker_id: index of the worker.
         then: what the data loader would have called.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train.schedule import OptimizerStepScheduleHook, WarmupCosineLR
 
 
@@ -48,16 +49,42 @@ def test_impossible_shares_are_refused(options):
         rates(4, **options)
 
 
-@pytest.mark.parametrize(("configured", "told"), [(2.0, False), (0.5, True)])
-def test_a_rate_of_the_config_that_a_resumed_run_does_not_take_is_told(configured, told):
+def runner_with(configured: float, *, resumed: bool = False, engine: float = 1.0) -> SimpleNamespace:
+    """As much of a runner as the hook needs; the engine's rates are ``engine`` times the schedule's."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     warnings: list[str] = []
-    runner = SimpleNamespace(
-        param_schedulers=[WarmupCosineLR(optimizer, by_epoch=False, begin=0, end=4)],
-        train_loop=SimpleNamespace(total_steps=4),
+    scheduler = WarmupCosineLR(optimizer, by_epoch=False, begin=0, end=4)
+    engines = [{"lr": 2.0 * engine}] if engine != 1.0 else optimizer.param_groups
+    return SimpleNamespace(
+        param_schedulers=[scheduler],
+        train_loop=SimpleNamespace(total_steps=4, step=0, resumed_from="it" if resumed else None),
+        model=SimpleNamespace(optimizer=SimpleNamespace(param_groups=engines)),
         cfg={"optim_wrapper": {"optimizer": {"lr": configured}}},
         logger=SimpleNamespace(warning=warnings.append),
+        warnings=warnings,
     )
+
+
+@pytest.mark.parametrize(("configured", "told"), [(2.0, False), (0.5, True)])
+def test_a_rate_of_the_config_that_a_resumed_run_does_not_take_is_told(configured, told):
+    runner = runner_with(configured, resumed=True)
     OptimizerStepScheduleHook().before_train(runner)
-    assert bool(warnings) is told
-    assert not told or "goes on from the 2 that this run began with" in warnings[0]
+    assert bool(runner.warnings) is told
+    assert not told or "goes on from the 2 that this run began with" in runner.warnings[0]
+
+
+def test_a_new_run_that_does_not_begin_with_the_configs_rate_is_refused():
+    with pytest.raises(GMAIError, match=r"built with the learning rate 2, but the config's is 0\.5"):
+        OptimizerStepScheduleHook().before_train(runner_with(0.5))
+
+
+def test_an_engine_that_does_not_step_with_the_schedules_rate_stops_the_run():
+    hook = OptimizerStepScheduleHook()
+    with pytest.raises(GMAIError, match=r"step 1 has the lr \[0.0\], but the schedule .* \[2.0\]"):
+        hook.before_train(runner_with(2.0, engine=0.0))
+    runner = runner_with(2.0)
+    hook.before_train(runner)
+    hook.after_step(runner)
+    runner.model.optimizer.param_groups[0]["lr"] = 5e-5  # as DeepSpeed's own scheduler does
+    with pytest.raises(GMAIError, match="something else sets it"):
+        hook.after_step(runner)

@@ -1,0 +1,74 @@
+"""The process beside a trainer that outlives it: ``python -m gmai_xtuner.train.keeper WORK_DIR PROCESS``.
+
+While the trainer lives, it renews the time stamp of ``status.json``. When the trainer has died without a
+word (``kill -9``, the kernel's lack of memory, a fault in a library), it writes ``failed``. And when Ctrl-C
+comes from the terminal, it ends the ``xtuner`` command above, which would otherwise kill its trainer after a
+quarter of a second, before a checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from gmai_xtuner.train.status import ALIVE, GONE, HEARTBEAT, STATUS_FILE, store_status, stored_status
+
+POLL = 0.2
+"""Seconds between two looks at the trainer."""
+
+
+def is_xtuner(process: int) -> bool:
+    """Return whether a process is the ``xtuner`` command."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(os.path.basename(part) == b"xtuner" for part in command[:2])
+
+
+def parent_of(process: int) -> int | None:
+    """Return the parent of a process; ``None`` if the process is not there."""
+    try:
+        # The name, in brackets, may itself hold brackets and blanks.
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1])
+
+
+def main(work_dir: Path, trainer: int, launcher: int) -> None:
+    """Stay until the trainer has gone.
+
+    Args:
+        work_dir: of the run.
+        trainer: the process to watch, which is this one's parent.
+        launcher: the trainer's parent.
+    """
+
+    def spare_the_trainer(*_: object) -> None:
+        if is_xtuner(launcher):
+            os.kill(launcher, signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, spare_the_trainer)
+    renewed = time.monotonic()
+    while os.getppid() == trainer:
+        time.sleep(POLL)
+        if time.monotonic() - renewed >= HEARTBEAT:
+            renewed = time.monotonic()
+            with suppress(OSError):
+                os.utime(work_dir / STATUS_FILE)
+    status = stored_status(work_dir)
+    if status.get("process") == trainer and status.get("state") in ALIVE:
+        store_status(work_dir, {**status, "state": "failed", "reason": GONE})
+
+
+if __name__ == "__main__":
+    watched = int(sys.argv[2])
+    main(Path(sys.argv[1]), watched, parent_of(watched) or 0)

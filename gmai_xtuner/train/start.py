@@ -1,0 +1,99 @@
+"""What ``xtuner train`` does before it builds anything: hold the work dir, and check every setting."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train import status
+from gmai_xtuner.train.deepspeed_settings import Settled, read
+
+NO_DEEPSPEED = (
+    "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, zero2_offload, zero3_offload)"
+)
+
+log = logging.getLogger(__name__)
+
+
+def begin(arguments: Any) -> None:
+    """Take the work dir that the command names, or its config; ``status.json`` says ``starting`` from now on.
+
+    Args:
+        arguments: of ``xtuner train``, parsed.
+
+    Raises:
+        GMAIError: another run has it, or it has checkpoints and ``--resume`` was not given.
+    """
+    cfg = command_config(arguments)
+    named = arguments.work_dir or cfg.get("work_dir")
+    work_dir = Path(named or os.path.join("work_dirs", Path(arguments.config).stem))
+    resumes = arguments.resume is not None or bool(cfg.get("resume"))
+    status.keep(status.claim(work_dir, resumes=resumes))
+
+
+def command_config(arguments: Any) -> Mapping[str, Any]:
+    """Return the config that ``xtuner train`` was given, overrides merged, without its imports.
+
+    An override that can't be merged is left to xtuner, which reads the config next and says so.
+    """
+    from mmengine.config import Config
+    from xtuner.configs import cfgs_name_path
+
+    file = arguments.config
+    cfg = Config.fromfile(
+        file if os.path.isfile(file) else cfgs_name_path[file], import_custom_modules=False
+    )
+    try:
+        cfg.merge_from_dict(arguments.cfg_options or {})
+    except (KeyError, TypeError, AttributeError, AssertionError):
+        pass
+    return cfg
+
+
+def check(cfg: Any, *, options: Mapping[str, Any] | None, deepspeed: str | None) -> Settled:
+    """Check every setting of a run.
+
+    Args:
+        cfg: the training config, overrides merged.
+        options: the overrides, ``--cfg-options``.
+        deepspeed: ``--deepspeed``.
+
+    Returns:
+        what DeepSpeed is given; what of its file is overruled has been logged.
+
+    Raises:
+        GMAIError: something is read by nothing, refused or contradicts itself; names all of it.
+    """
+    if problems := setting_problems(cfg, options):
+        raise GMAIError("; ".join(problems))
+    if deepspeed is None:
+        raise GMAIError(NO_DEEPSPEED)
+    settled = read(deepspeed, cfg).require()
+    for line in settled.overruled:
+        log.warning("DeepSpeed file %s, %s", deepspeed, line)
+    return settled
+
+
+def setting_problems(cfg: Any, options: Mapping[str, Any] | None) -> list[str]:
+    """Return a sentence for each setting with which a run would be another than its config says."""
+    from gmai_xtuner.train.unread import unread_settings
+
+    problems = unread_settings(cfg, options)
+    if problems:
+        return problems
+    wrapper = cfg.optim_wrapper
+    if (wrapper.get("clip_grad") or {}).get("max_norm") is None:
+        problems.append(
+            "optim_wrapper.clip_grad has no max_norm, and xtuner would clip at 1.0. For no clipping give "
+            "optim_wrapper.clip_grad.max_norm=0"
+        )
+    if wrapper.get("dtype", "bfloat16") not in ("bfloat16", "float32"):
+        problems.append(
+            f"optim_wrapper.dtype={wrapper.dtype!r} is not trained in: the DeepSpeed file decides, in bf16 "
+            "or fp32. Leave it at bfloat16"
+        )
+    return problems
