@@ -15,7 +15,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gmai_xtuner.train.status import ALIVE, GONE, HEARTBEAT, STATUS_FILE, store_status, stored_status
+from gmai_xtuner.train.status import (
+    ALIVE,
+    GONE,
+    HEARTBEAT,
+    KEEPER_HEARS,
+    STATUS_FILE,
+    store_status,
+    stored_status,
+)
 
 POLL = 0.2
 """Seconds between two looks at the trainer."""
@@ -53,10 +61,11 @@ def main(work_dir: Path, trainer: int, launcher: int) -> None:
         if is_xtuner(launcher):
             os.kill(launcher, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, spare_the_trainer)
+    for number in KEEPER_HEARS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            hears = spare_the_trainer if number == signal.SIGINT else signal.SIG_IGN
+            signal.signal(number, hears)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, KEEPER_HEARS)
     renewed = time.monotonic()
     while os.getppid() == trainer:
         time.sleep(POLL)

@@ -64,6 +64,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
         GMAIError: no DeepSpeed, another sampler, or not exactly one of the two lengths.
     """
 
+    _status: Run | None = None
+
     def __init__(
         self,
         runner: FlexibleRunner,
@@ -188,7 +190,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
         if self.step_end:
             self.step += 1
             self.runner.call_hook("after_step")
-            self._status.renew()
+            if self._status is not None:
+                self._status.renew()
         self._iter += 1
 
     def _batches(self) -> Iterator[dict[str, Any]]:

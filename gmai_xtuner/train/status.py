@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ HEARTBEAT = 5.0
 """Seconds after which the keeper renews the time stamp of ``status.json``."""
 LOOK = 4 * HEARTBEAT
 """Seconds for which a run on another machine is watched before it is taken for dead."""
+KEEPER_HEARS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -277,6 +279,8 @@ def in_plain_words(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "Ctrl-C came before a checkpoint could be written"
+    while isinstance(error, ImportError) and isinstance(error.__context__, ImportError):
+        error = error.__context__  # mmengine says which module it could not import, and not why
     own = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError):
         return f"the memory of this machine does not suffice. {own}"
@@ -326,7 +330,12 @@ def keep(run: Run) -> None:
         return
     command = [sys.executable, "-m", "gmai_xtuner.train.keeper", str(run.work_dir), str(os.getpid())]
     nowhere = subprocess.DEVNULL
-    keeper = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+    # Until it hears signals as it should, it hears none: it inherits the mask.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, KEEPER_HEARS)
+    try:
+        keeper = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @atexit.register
     def end() -> None:

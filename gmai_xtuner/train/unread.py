@@ -236,7 +236,7 @@ def _meant(key: str, place: str, known: Collection[str], index: Mapping[str, str
     if HABITS.get(key, "").startswith("nothing: "):
         return f"Remove it: {HABITS[key].removeprefix('nothing: ')}"
     if key in HABITS:
-        return f"Here that is {HABITS[key]}"
+        return f"Here it is called {HABITS[key]}"
     prefix = place.removesuffix(key)
     if near := get_close_matches(key, known, n=1):
         return f"Did you mean {prefix}{near[0]}?"
