@@ -29,9 +29,9 @@ def xtuner_tool() -> str | None:
 def own_the_command() -> None:
     """``xtuner``'s commands end with the text of our errors, and ``xtuner train`` owns its work dir.
 
-    The text says what to do, so that there is no traceback; ``GMAI_TRACEBACK=1`` shows it. Other programs that
-    import this package are left alone. Permanent: xtuner has no errors of its own that could be told so, and
-    nothing in it watches a work dir.
+    The text says what to do, so that there is no traceback; ``GMAI_TRACEBACK=1`` shows it. Other programs
+    that import this package are left alone. Permanent: xtuner has no errors of its own that could be told
+    so, and nothing in it watches a work dir.
 
     Raises:
         GMAIError: another run has the work dir, see :func:`gmai_xtuner.train.start.begin`.

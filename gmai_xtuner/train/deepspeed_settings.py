@@ -17,11 +17,17 @@ from typing import Any
 
 from gmai_xtuner.core.errors import GMAIError
 
-HONOURED = frozenset(
-    "zero_optimization bf16 data_types zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio "
-    "communication_data_type disable_allgather prescale_gradients gradient_predivide_factor timers "
-    "comms_logger flops_profiler wall_clock_breakdown memory_breakdown dump_state".split()
-)
+_HONOURED = """
+zero_optimization bf16 data_types zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio
+communication_data_type disable_allgather prescale_gradients gradient_predivide_factor timers
+comms_logger flops_profiler wall_clock_breakdown memory_breakdown dump_state
+"""
+_NOT_TRAINED_WITH = """
+progressive_layer_drop eigenvalue quantize_training compression_training weight_quantization
+sparse_attention pipeline hybrid_engine graph_harvesting compile tensor_parallel
+use_data_before_expert_parallelism seq_parallel_comm_data_type
+"""
+HONOURED = frozenset(_HONOURED.split())
 """Handed to DeepSpeed as they are."""
 
 CONFIG_DECIDES = {
@@ -58,12 +64,7 @@ REFUSED = {
     "data_efficiency": "packs are dealt by the sampler. Remove it",
     "elasticity": "a step always has the config's number of packs. Remove it",
     "autotuning": "it starts runs of its own. Remove it; the preflight says what fits",
-    **dict.fromkeys(
-        "progressive_layer_drop eigenvalue quantize_training compression_training weight_quantization "
-        "sparse_attention pipeline hybrid_engine graph_harvesting compile tensor_parallel "
-        "use_data_before_expert_parallelism seq_parallel_comm_data_type".split(),
-        "GMAI-VL does not train with it. Remove it",
-    ),
+    **dict.fromkeys(_NOT_TRAINED_WITH.split(), "GMAI-VL does not train with it. Remove it"),
 }
 """Keys that would change what is learnt, or that nothing would heed; and what to do instead."""
 
@@ -248,11 +249,13 @@ def _check_values(settled: Settled) -> None:
         asked = (zero.get(part) or {}).get("device", "none")
         if asked != "none" and zero.get("stage", 0) not in stages:
             settled.refused.append(
-                f"zero_optimization.{part} is read by stage {' or '.join(map(str, stages))} alone. Remove it, "
-                "or change the stage"
+                f"zero_optimization.{part} is read by stage {' or '.join(map(str, stages))} alone. Remove "
+                "it, or change the stage"
             )
     if not isinstance(settled.settings.get("bf16", {}).get("enabled", False), bool):
-        settled.refused.append(f"bf16.enabled must be true or false: {settled.settings.pop('bf16')}")
+        settled.refused.append(
+            f"bf16.enabled must be true or false: {settled.settings.pop('bf16')}"
+        )
     summed = settled.settings.get("data_types", {}).get("grad_accum_dtype")
     try:
         DtypeEnum(summed or "fp32")

@@ -1,7 +1,7 @@
 """A request to stop: one rank hears it, all of them obey at the end of an optimiser step.
 
-Ctrl-C (``SIGINT``), ``SIGTERM`` and ``SIGUSR1`` to any rank, a file ``stop`` in the work dir, the death of the
-``xtuner`` command above, or a call of :meth:`StopRequest.ask`. A second Ctrl-C ends the run at once.
+Ctrl-C (``SIGINT``), ``SIGTERM`` and ``SIGUSR1`` to any rank, a file ``stop`` in the work dir, the death of
+the ``xtuner`` command above, or a call of :meth:`StopRequest.ask`. A second Ctrl-C ends the run at once.
 """
 
 from __future__ import annotations

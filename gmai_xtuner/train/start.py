@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from gmai_xtuner.train import status
 from gmai_xtuner.train.deepspeed_settings import Settled, read
 
 NO_DEEPSPEED = (
-    "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, zero2_offload, zero3_offload)"
+    "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, zero2_offload, "
+    "zero3_offload)"
 )
 
 log = logging.getLogger(__name__)
@@ -47,10 +49,8 @@ def command_config(arguments: Any) -> Mapping[str, Any]:
     cfg = Config.fromfile(
         file if os.path.isfile(file) else cfgs_name_path[file], import_custom_modules=False
     )
-    try:
+    with suppress(KeyError, TypeError, AttributeError, AssertionError):
         cfg.merge_from_dict(arguments.cfg_options or {})
-    except (KeyError, TypeError, AttributeError, AssertionError):
-        pass
     return cfg
 
 

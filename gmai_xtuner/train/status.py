@@ -204,9 +204,9 @@ def store_status(work_dir: Path, status: dict[str, Any]) -> None:
 def read_status(work_dir: Path) -> dict[str, Any]:
     """Return the status of a run; one whose process on this machine is gone has ``failed``."""
     status = stored_status(work_dir)
-    if status.get("state") in ALIVE and status.get("host") == socket.gethostname():
-        if not is_alive(status):
-            return {**status, "state": "failed", "reason": GONE}
+    here = status.get("host") == socket.gethostname()
+    if status.get("state") in ALIVE and here and not is_alive(status):
+        return {**status, "state": "failed", "reason": GONE}
     return status
 
 
@@ -328,7 +328,13 @@ def keep(run: Run) -> None:
     """Start the process that sees this one die (:mod:`gmai_xtuner.train.keeper`)."""
     if not run.is_owner:
         return
-    command = [sys.executable, "-m", "gmai_xtuner.train.keeper", str(run.work_dir), str(os.getpid())]
+    command = [
+        sys.executable,
+        "-m",
+        "gmai_xtuner.train.keeper",
+        str(run.work_dir),
+        str(os.getpid()),
+    ]
     nowhere = subprocess.DEVNULL
     # Until it hears signals as it should, it hears none: it inherits the mask.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, KEEPER_HEARS)

@@ -102,9 +102,7 @@ def test_a_section_that_is_off_asks_for_nothing():
     assert found.settings.keys() == {"bf16", *CONFIG_DECIDES}
 
 
-@pytest.mark.parametrize(
-    "content", [{"bf16": {"enabled": "auto"}}, {"fp16": {"enabled": "auto"}}]
-)
+@pytest.mark.parametrize("content", [{"bf16": {"enabled": "auto"}}, {"fp16": {"enabled": "auto"}}])
 def test_automatic_precision_is_bf16_on_every_device(content):
     assert settle("own.json", content, CONFIG).settings["bf16"] == {"enabled": True}
 

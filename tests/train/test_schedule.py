@@ -49,7 +49,9 @@ def test_impossible_shares_are_refused(options):
         rates(4, **options)
 
 
-def runner_with(configured: float, *, resumed: bool = False, engine: float = 1.0) -> SimpleNamespace:
+def runner_with(
+    configured: float, *, resumed: bool = False, engine: float = 1.0
+) -> SimpleNamespace:
     """As much of a runner as the hook needs; the engine's rates are ``engine`` times the schedule's."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     warnings: list[str] = []
@@ -74,7 +76,9 @@ def test_a_rate_of_the_config_that_a_resumed_run_does_not_take_is_told(configure
 
 
 def test_a_new_run_that_does_not_begin_with_the_configs_rate_is_refused():
-    with pytest.raises(GMAIError, match=r"built with the learning rate 2, but the config's is 0\.5"):
+    with pytest.raises(
+        GMAIError, match=r"built with the learning rate 2, but the config's is 0\.5"
+    ):
         OptimizerStepScheduleHook().before_train(runner_with(0.5))
 
 

@@ -163,11 +163,14 @@ def test_a_full_disk_masks_no_error_and_leaves_no_running(tmp_path, monkeypatch)
     def no_room(*_: object) -> None:
         raise full
 
-    with pytest.raises(OSError, match="No space left") as caught:
+    def train() -> None:
         with failure_recorded(tmp_path, resumes=False) as run:
             run.write("running")
             monkeypatch.setattr(status, "replace_text", no_room)
             raise full
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        train()
     assert caught.value is full
     now = stored_status(tmp_path)
     assert now["state"] == "failed"
