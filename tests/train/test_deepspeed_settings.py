@@ -7,7 +7,7 @@ import json
 import pytest
 from deepspeed.runtime import constants
 
-from gmai_xtuner import compat
+from gmai_xtuner.compat.xtuner import DEEPSPEED_NAMES
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train.deepspeed_settings import (
     CONFIG_DECIDES,
@@ -33,7 +33,7 @@ def settled(**content):
     return settle("own.json", {**BF16, **content}, CONFIG)
 
 
-@pytest.mark.parametrize("name", compat.DEEPSPEED_NAMES)
+@pytest.mark.parametrize("name", DEEPSPEED_NAMES)
 def test_shipped_files_say_nothing_that_is_not_honoured(name):
     found = read(name, CONFIG)
     assert (found.overruled, found.refused) == ([], [])
