@@ -17,7 +17,7 @@ from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
 from data_tools.records import Annotation, Drop, Drops, Label, Provenance, Record, Sample, Unit
 from data_tools.taxonomy import Taxonomy
-from gmai_xtuner.core.errors import CorpusError, Unusable
+from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
 
 VERSION = 2
 """A new number makes finished jobs read their sources again."""
@@ -67,7 +67,7 @@ def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxo
             samples += 1
             where = _where(sample)
             with drops.image(where, stage="record"):
-                if not _is_unicode(sample.source_file):
+                if not is_unicode(sample.source_file):
                     raise Unusable("file name is not valid Unicode")
                 files[sample.source_file] = None
                 records.append(_record(source, sample, drops, where, folder, taxonomy))
@@ -103,6 +103,10 @@ def _record(
     if not labels:
         raise Unusable("no label left by the rules")
     task = source.source_task or _task(source, sample, labels)
+    attributes = dict(sample.attributes) | dict(source.attributes)
+    for text in (group, *attributes, *map(str, (*attributes.values(), *sample.part.values()))):
+        if not is_unicode(text):
+            raise Unusable("text that no UTF-8 can hold", ascii(text))
     return Record(
         id=_id(source, sample, modality, task),
         image=f"{IMAGES}/{stored.path}",
@@ -113,7 +117,7 @@ def _record(
         clinical_task=taxonomy.task(source.clinical_task) if source.clinical_task else None,
         source_task=task,
         labels=tuple(labels),
-        attributes=dict(sample.attributes) | dict(source.attributes),
+        attributes=attributes,
         provenance=Provenance(
             source=source.name,
             dataset=source.dataset or source.name,
@@ -149,6 +153,10 @@ def _named(source: SourceOptions, sample: Sample) -> list[Annotation]:
             label = label.strip()
         if not label:
             raise Unusable("no label", "its name is empty")
+        if not all(
+            map(is_unicode, (label, *annotation.attributes, *annotation.attributes.values()))
+        ):
+            raise Unusable("label that no UTF-8 can hold", ascii(label))
         named.append(replace(annotation, label=label))
     return named
 
@@ -237,14 +245,6 @@ def _id(source: SourceOptions, sample: Sample, modality: str, task: str) -> str:
 
 def _where(sample: Sample) -> str:
     return f"{sample.source_file}#{part_slug(sample.part)}" if sample.part else sample.source_file
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def duplicate_key(record: Record) -> bytes:

@@ -192,6 +192,12 @@ def test_commands(dialogue, pictures):
     assert (dialogue.turns, dialogue.pictures, dialogue.waiting) == ([], [], [])
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody_of_this_name/a.png", "a\0b"])
+def test_a_name_that_no_file_can_have_is_an_error_and_no_end(dialogue, name):
+    _, log = say(dialogue, f"/image {name}", f"/save {name}.json", "/quit")
+    assert log.count("error: ") == 2
+
+
 def test_images_of_one_command_wait_all_or_none(dialogue, pictures):
     _, log = say(dialogue, f"/image '{pictures[1]}' missing.png", "/quit")
     assert "missing.png' can't be opened" in log

@@ -11,9 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
-
-import yaml
+from typing import ClassVar, Literal
 
 from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
@@ -29,6 +27,7 @@ from data_tools.readers.files import (
 from data_tools.readers.shapes import numbers, polygon_mask
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.yaml_lines import Document
 
 _EDGE = 1e-4  # fractions are written with five or six digits
 
@@ -112,18 +111,19 @@ def _names(options: Options) -> tuple[str, ...]:
     if not isinstance(options.names, str):
         return options.names
     path = file_of(options, options.names, key="names")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() not in (".yaml", ".yml"):
-            return tuple(line.strip() for line in text.splitlines() if line.strip())
-        content: Any = yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SourceError(f"Source {options.name}: {path} can't be read: {error}.") from error
+    if path.suffix.lower() in (".yaml", ".yml"):
+        content = Document(path, what="file of names", error=SourceError, as_text=True).data
+    else:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(f"Source {options.name}: {path} can't be read: {error}.") from error
+        return tuple(line.strip() for line in text.splitlines() if line.strip())
     found = content.get("names") if isinstance(content, dict) else None
-    if isinstance(found, list):
-        return tuple(str(name) for name in found)
-    if isinstance(found, dict) and sorted(found, key=str) == sorted(range(len(found)), key=str):
-        return tuple(str(found[number]) for number in range(len(found)))
+    if isinstance(found, dict) and set(found) == set(map(str, range(len(found)))):
+        found = [found[str(number)] for number in range(len(found))]
+    if isinstance(found, list) and all(isinstance(name, str) for name in found):
+        return tuple(found)
     raise SourceError(
         f"Source {options.name}: {path} has no `names`, a list or a map from 0, 1, 2 ... to names."
     )

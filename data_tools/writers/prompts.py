@@ -28,6 +28,7 @@ from data_tools.forms.language import language
 from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Item, Problem, SourceContext, Turn
 from data_tools.records import Label, Record
 from data_tools.taxonomy import Taxonomy
+from gmai_xtuner.core.errors import is_unicode
 
 PROMPT_VERSION = 1
 """Raise it with any change of a prompt or of how answers are read: models are then asked anew."""
@@ -183,10 +184,10 @@ class Prompts:
         fenced = _FENCE.match(text)
         try:
             pairs = _pairs(json.loads(fenced[1] if fenced else text), item, record)
-        except json.JSONDecodeError as error:
-            return Problem("answer isn't JSON", f"{error.msg} at character {error.pos}")
         except _OtherForm as error:
             return error.problem
+        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
+            return Problem("answer isn't JSON", str(error)[:200])
         if not pairs:
             return Problem("answer has another form", "there are no turns in it")
         turns = [
@@ -194,6 +195,8 @@ class Prompts:
             for pair in pairs
             for speaker, said in zip(("human", "gpt"), pair, strict=True)
         ]
+        if not all(is_unicode(turn.text) for turn in turns):
+            return Problem("answer that no UTF-8 can hold")
         if any(IMAGE in turn.text for turn in turns):
             return Problem("answer has an image mark", f"{IMAGE} isn't to be written")
         if item.form not in TEXT_FORMS:

@@ -24,8 +24,8 @@ from data_tools.records import Box, Record
 from data_tools.writers.asking import Ask
 from data_tools.writers.ledger import Expense, Reply
 from data_tools.writers.options import ImageOptions, OpenAIBatchOptions, OpenAIOptions, Price
-from gmai_xtuner.core.errors import CorpusError
-from gmai_xtuner.core.http import RequestRefused, first_message, is_text
+from gmai_xtuner.core.errors import CorpusError, is_unicode
+from gmai_xtuner.core.http import RequestRefused, first_message
 
 STRUCTURES = ("json_schema", "json_object", "text")
 MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens")
@@ -300,7 +300,7 @@ def reply_of(
     text, refusal = message.get("content"), message.get("refusal")
     text = text if isinstance(text, str) else ""
     refusal = refusal if isinstance(refusal, str) else ""
-    if not is_text(text + refusal):
+    if not is_unicode(text + refusal):
         return Reply("", "no text", "", *spent)
     return Reply(text, str(finish), refusal, *spent)
 

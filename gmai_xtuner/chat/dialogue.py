@@ -189,10 +189,10 @@ class Dialogue:
         Raises:
             DialogueError: the name, or the place, can't be used.
         """
-        target = Path(path).expanduser().absolute()
+        target = _whole(path)
         if target.suffix not in (".json", ".jsonl"):
             raise DialogueError(f"{str(target)!r}: give a name that ends in .json or .jsonl")
-        if target.exists() and target not in self._saved:
+        if os.path.lexists(target) and target not in self._saved:
             raise DialogueError(f"{str(target)!r} exists already. Give another name")
         record = self.record()
         if target.suffix == ".json":
@@ -213,7 +213,7 @@ def open_picture(path: str | Path) -> Picture:
     Raises:
         DialogueError: it can't be opened; says what to do.
     """
-    whole = Path(path).expanduser().absolute()
+    whole = _whole(path)
     if whole.name.lower().endswith(VOLUMES) or _is_dicom(whole):
         raise DialogueError(
             f"{str(path)!r} is DICOM or a volume, from which a slice and a window have to be chosen first: "
@@ -228,10 +228,17 @@ def open_picture(path: str | Path) -> Picture:
         raise DialogueError(str(error)) from error
 
 
+def _whole(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:  # ~ of a user that isn't there
+        raise DialogueError(f"{str(path)!r}: {error}") from error
+
+
 def _is_dicom(path: Path) -> bool:
     """Whether a file has DICOM's mark, which follows 128 free bytes; many have no suffix."""
     try:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except OSError:
+    except (OSError, ValueError):
         return False  # open_rgb says why

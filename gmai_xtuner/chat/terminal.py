@@ -151,8 +151,11 @@ class Terminal:
 
 def _paths(rest: str) -> list[str]:
     """What follows ``/image``: one path with spaces in it, or several as in a shell."""
-    if rest and Path(rest).expanduser().exists():
-        return [rest]
+    try:
+        if rest and Path(rest).expanduser().exists():
+            return [rest]
+    except (OSError, RuntimeError, ValueError):  # a name too long, an unknown user's ~, a NUL
+        pass
     try:
         paths = shlex.split(rest)
     except ValueError as error:

@@ -119,3 +119,12 @@ class SourceError(CorpusError):
 
 class EndpointError(CorpusError):
     """The endpoint refuses every request: a wrong key, an unknown model."""
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether UTF-8 can hold a text: JSON, YAML and file names can bring half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -14,6 +15,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 MINUTES_BETWEEN_NOTES = 1.0
+
+_LONG_NAME = 150
+"""Bytes; most file systems allow 255, of which the machine's name may take 64."""
 
 NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 """Answers of some network file systems (FUSE, CIFS) to fsync of a directory; they have no such thing."""
@@ -92,12 +96,20 @@ def replace_text(file: Path, text: str | bytes, *, durable: bool = True, mode: i
 
 def staging(path: Path) -> Path:
     """Return a name beside ``path`` that no other process on any machine uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    return path.with_name(f"{_staging_start(path)}{os.getpid()}.partial")
+
+
+def _staging_start(path: Path) -> str:
+    """Return the name without the process; of a long name, to which nothing can be added, its hash."""
+    name = path.name
+    if len(os.fsencode(name)) > _LONG_NAME:
+        name = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
+    return f".{name}.{socket.gethostname()}."
 
 
 def remove_left_behind(path: Path) -> None:
     """Remove what killed processes of this machine left under :func:`staging` names of ``path``."""
-    start = f".{path.name}.{socket.gethostname()}."
+    start = _staging_start(path)
     for name in os.listdir(path.parent):
         process = name.removeprefix(start).removesuffix(".partial")
         is_ours = name == f"{start}{process}.partial" and process.isdecimal()

@@ -213,15 +213,6 @@ def first_message(answer: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str
     return (message if isinstance(message, dict) else None), choice.get("finish_reason") or "stop"
 
 
-def is_text(text: str) -> bool:
-    """Return whether UTF-8 can hold a text: JSON can carry half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def retry_after(headers: Mapping[str, str], *, now: float | None = None) -> float | None:
     """Return the seconds that the server asks to wait: ``Retry-After`` as a number or an HTTP date.
 

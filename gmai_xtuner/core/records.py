@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gmai_xtuner.core.errors import DataError
 
@@ -22,6 +23,9 @@ COLUMNS = ("id", "question_id", "image", "images", "conversations", "messages")
 """Columns that a conversation has; others of a Parquet file are not read."""
 
 _PARQUET_ROWS = 512
+_MAX_VALUES = 2**26
+_MAX_BYTES = 2**32
+"""Of a column in a row group: two kilobytes can hold a thousand million equal values."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -58,7 +62,7 @@ class RawRecord:
                 remedy="Save the file as UTF-8.",
                 reason="not_utf8",
             ) from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
             raise DataError(
                 f"not valid JSON ({error})",
                 dataset=dataset,
@@ -157,6 +161,8 @@ def _iter_json_list(path: Path, dataset: str | None) -> Iterator[RawRecord]:
             raise broken(error.msg, error.pos) from error
         except RecursionError as error:
             raise broken("objects nested too deeply", position) from error
+        except ValueError as error:  # a number of 5,000 digits
+            raise broken(str(error), position) from error
         yield RawRecord(
             f"{path.name}, record {number} (line {line})", f"{path.name}:{number}", item
         )
@@ -203,15 +209,35 @@ def _iter_parquet(
                     "Rename the column that holds the turns.",
                     dataset,
                 )
+            for column in _columns_of(file, picked):
+                if column.num_values > _MAX_VALUES or column.total_uncompressed_size > _MAX_BYTES:
+                    raise _file_error(
+                        path,
+                        f"has {column.num_values} values, {column.total_uncompressed_size} bytes, in one row "
+                        f"group of {column.path_in_schema!r}",
+                        "Write it anew with smaller row groups.",
+                        dataset,
+                    )
             number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=picked):
                 for row in batch.to_pylist():
                     number += 1
                     yield RawRecord(f"{path.name}, record {number}", f"{path.name}:{number}", row)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, DataError):
+            raise
         raise _file_error(
             path, f"is not a readable Parquet file ({error})", "Write it again.", dataset
         ) from error
+
+
+def _columns_of(file: Any, picked: Sequence[str]) -> Iterator[Any]:
+    """Yield what the footer says of each row group's columns."""
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        for at in range(group.num_columns):
+            if (column := group.column(at)).path_in_schema.split(".")[0] in picked:
+                yield column
 
 
 def _file_error(

@@ -1,19 +1,22 @@
 """YAML and JSON files as plain values that know their lines.
 
 Keys are text as it is written, so that ``1: neutrophil`` and ``no: absent`` mean the keys ``"1"`` and
-``"no"``. A key that is there twice is an error: YAML's own rule would silently take the last.
+``"no"``; so are dates and times (``2024-01-01``, ``12:30``), which nothing here is about. A key that is there
+twice is an error: YAML's own rule would silently take the last.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.errors import GMAIError, is_unicode
 
 MAX_BYTES = 16 * 2**20
 MAX_NODES = 1_000_000
@@ -21,7 +24,12 @@ MAX_NODES = 1_000_000
 Place = tuple[str | int, ...]
 """Keys and positions that lead to a value: ``("sources", 0, "root")``."""
 
-_PLAIN_TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
+_TAG = "tag:yaml.org,2002:"
+_LISTS = (f"{_TAG}seq", f"{_TAG}map")
+_SCALARS = tuple(f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "timestamp"))
+_PAIR = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}", re.IGNORECASE)
+"""A character of JSON, written as two of UTF-16, which YAML doesn't know."""
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast
 
 
 class Document:
@@ -29,6 +37,7 @@ class Document:
 
     Args:
         path: of the file; of a ``.json`` file tabs are read as spaces, which YAML wants.
+        as_text: keep scalars as they are written, so that a class called ``no`` is no False.
         what: name of such files in messages, e.g. ``"job file"``.
         error: class of the errors.
         remedy: what to do if the file can't be opened.
@@ -39,16 +48,22 @@ class Document:
     """
 
     def __init__(
-        self, path: Path, *, what: str, error: type[GMAIError] = GMAIError, remedy: str = ""
+        self,
+        path: Path,
+        *,
+        what: str,
+        error: type[GMAIError] = GMAIError,
+        remedy: str = "",
+        as_text: bool = False,
     ) -> None:
-        self.path, self.what = path, what
+        self.path, self.what, self._as_text = path, what, as_text
         self.data: Any = None
         self._error = error
         self._lines: dict[Place, int] = {(): 1}
         self._nodes = 0
         text = self._text(remedy)
         try:
-            self._loader = yaml.SafeLoader(text)
+            self._loader = _Loader(text)
             node = self._loader.get_single_node()
             if node is not None:
                 self.data = self._value(node, (), ())
@@ -59,7 +74,7 @@ class Document:
             raise error(f"{path}:{line}: not valid YAML: {reason}.") from problem
         except yaml.YAMLError as problem:
             raise error(f"{path}: not valid YAML: {problem}.") from problem
-        except RecursionError as problem:
+        except RecursionError as problem:  # without libyaml, which counts itself
             raise error(f"{path}: nested too deep for a {what}.") from problem
 
     def line(self, place: Place) -> int:
@@ -90,7 +105,9 @@ class Document:
             raise self._error(
                 f"{path}: the {what} is not UTF-8 ({problem}). Save it as UTF-8."
             ) from problem
-        return text.replace("\t", " ") if path.suffix.lower() == ".json" else text
+        if path.suffix.lower() != ".json":
+            return text
+        return _PAIR.sub(lambda pair: json.loads(f'"{pair[0]}"'), text.replace("\t", " "))
 
     def _value(self, node: yaml.Node, place: Place, above: tuple[int, ...]) -> Any:
         self._nodes += 1
@@ -100,28 +117,42 @@ class Document:
             self._stop(node, f"more than {MAX_NODES} values (aliases count where they are used)")
         self._lines.setdefault(place, node.start_mark.line + 1)
         above = (*above, id(node))
-        if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+        if node.tag not in (_SCALARS if isinstance(node, yaml.ScalarNode) else _LISTS):
             self._stop(node, f"not valid YAML: the tag {node.tag!r} is of no use in a {self.what}")
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, (*place, i), above) for i, item in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
-            try:
-                return self._loader.construct_object(node)
-            except ValueError as error:  # a date such as 2024-13-45
-                return self._stop(node, f"{error}; put it in quotes")
+            return self._scalar(node)
         values: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self._stop(key, "a key must be plain text")
             if key.tag == "tag:yaml.org,2002:merge":
                 self._stop(key, "merge keys (<<) are not supported; write the keys out")
-            below = (*place, key.value)
+            below = (*place, self._text_of(key))
             if key.value in values:
                 first = self._lines[below]
                 self._stop(key, f"the key {key.value!r} is there twice, first in line {first}")
             self._lines[below] = key.start_mark.line + 1
             values[key.value] = self._value(value, below, above)
         return values
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        is_number = node.tag in (f"{_TAG}int", f"{_TAG}float")
+        if self._as_text or node.tag == f"{_TAG}timestamp" or (is_number and ":" in node.value):
+            return self._text_of(node)
+        try:
+            value = self._loader.construct_object(node)
+        except (ValueError, OverflowError):  # a number of 5,000 digits
+            value = 2**64
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            self._stop(node, "a number beyond 64 bits; put it in quotes if it is a text")
+        return self._text_of(node) if isinstance(value, str) else value
+
+    def _text_of(self, node: yaml.ScalarNode) -> str:
+        if not is_unicode(node.value):
+            self._stop(node, "a text with half a surrogate pair; write the whole character")
+        return str(node.value)
 
     def _stop(self, node: yaml.Node, text: str) -> NoReturn:
         raise self._error(f"{self.path}:{node.start_mark.line + 1}: {text}.")

@@ -57,6 +57,13 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["a.txt", "taken"]
 
 
+def test_the_longest_name_that_a_file_may_have(tmp_path):
+    for name in ("a" * 255, "a" * 254 + "b", "胸" * 85):
+        replace_text(tmp_path / name, name)
+        assert (tmp_path / name).read_text() == name
+    assert len({staging(tmp_path / name).name for name in names(tmp_path)}) == 3
+
+
 def test_a_folder_takes_the_place_of_an_empty_one(tmp_path):
     (tmp_path / "out").mkdir()
     with staged(tmp_path / "out") as partial:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gmai_xtuner.core import records
 from gmai_xtuner.core.conversation import parse_raw
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.core.records import iter_raw
@@ -61,17 +62,23 @@ def test_places_count_lines_and_positions(tmp_path):
     ]
 
 
+BAD_LINES = b'\n{"\xff\n{oops\n{"id": ' + b"1" * 5_000 + b"}\n" + b"[" * 100_000 + b"\n"
+
+
 def test_one_broken_line_costs_that_line_only(tmp_path):
     good = json.dumps(RECORDS[0]).encode()
-    raws = list(iter_raw(write(tmp_path / "a.jsonl", good + b'\n{"\xff\n{oops\n' + good)))
-    assert len(raws) == 4
+    raws = list(iter_raw(write(tmp_path / "a.jsonl", good + BAD_LINES + good)))
+    assert len(raws) == 6
     reasons = []
     for raw in raws:
         try:
             parse_raw(raw, dataset="d")
         except DataError as error:
             reasons.append((raw.where, error.reason))
-    assert reasons == [("a.jsonl, line 2", "not_utf8"), ("a.jsonl, line 3", "not_json")]
+    assert reasons == [
+        ("a.jsonl, line 2", "not_utf8"),
+        *((f"a.jsonl, line {number}", "not_json") for number in (3, 4, 5)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +96,7 @@ def test_one_broken_line_costs_that_line_only(tmp_path):
         ("a.json", "[", "not_json", "line 1"),
         ("a.json", '[{"a": 1}]\n\nx', "not_json", "line 3"),
         ("a.json", "[" + "[" * 200_000, "not_json", "too deeply"),
+        ("a.json", '[{"a": 1},\n{"id": ' + "1" * 5_000 + "}]", "not_json", "line 2, record 2"),
         ("a.json", b'[\n\n{"a": "\xff"}]', "not_utf8", "line 3"),
         ("a.json", '[{"a": 1}]'.encode("utf-16"), "not_utf8", "line 1"),
         ("a.csv", "id", "bad_annotation_file", "suffix '.csv'"),
@@ -104,6 +112,19 @@ def test_hopeless_file_is_one_clear_error(tmp_path, name, data, reason, words):
     assert str(path) in str(caught.value)
     assert words in str(caught.value)
     assert caught.value.remedy
+
+
+def test_a_small_parquet_file_of_countless_values_is_refused_before_it_is_read(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(records, "_MAX_VALUES", 1_000)
+    pq.write_table(
+        pa.table({"conversations": ["x"] * 1_001, "other": [1] * 1_001}), tmp_path / "a.parquet"
+    )
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(DataError, match="1001 values") as caught:
+        list(iter_raw(tmp_path / "a.parquet", dataset="d"))
+    assert caught.value.reason == "bad_annotation_file"
 
 
 def test_missing_file(tmp_path):

@@ -30,8 +30,19 @@ def test_values_are_typed_keys_are_text_and_each_has_its_line(tmp_path):
     assert found.line(("b", "unknown", 3)) == found.line(("b",)) == 5
 
 
+def test_dates_and_times_are_texts_and_all_is_one_if_asked(tmp_path):
+    text = "names: {0: 2024-01-01, 1: 12:30:45, 2: no, 3: 2024-13-45, 4: 1:30.5, 5: 7}\n"
+    names = ["2024-01-01", "12:30:45", "no", "2024-13-45", "1:30.5", "7"]
+    found = document(tmp_path / "a.yaml", text).data["names"]
+    assert list(found.values()) == [*names[:2], False, *names[3:5], 7]
+    assert list(document(tmp_path / "a.yaml", text, as_text=True).data["names"].values()) == names
+
+
 def test_json_with_tabs_and_a_trailing_comma(tmp_path):
     assert document(tmp_path / "a.json", '{\n\t"a": [1,\n\t\t2],\n}').data == {"a": [1, 2]}
+    assert document(tmp_path / "a.json", r'{"a": "\ud83e\udec0 \/ \u80ba"}').data == {
+        "a": "🫀 / 肺"
+    }
 
 
 def test_an_empty_file_has_no_data(tmp_path):
@@ -45,12 +56,18 @@ def test_an_empty_file_has_no_data(tmp_path):
         ("a: {b: 1,\n b: 2}", ":2: the key 'b' is there twice, first in line 1."),
         ("a: &a\n  b: *a\n", "an alias that contains itself."),
         ("a: !!set {b}", ":1: not valid YAML: the tag 'tag:yaml.org,2002:set' is of no use"),
-        ("a: 1\nb: !!python/none 1", ":2: not valid YAML: could not determine a constructor"),
-        ("a: 1\nb: 2024-13-45", ":2: month must be in 1..12; put it in quotes."),
+        ("a: 1\nb: !!python/none 1", ":2: not valid YAML: the tag"),
+        ("a: 1\nb: " + "1" * 5_000, ":2: a number beyond 64 bits; put it in quotes"),
+        ("a: 1\nb: 9223372036854775808", ":2: a number beyond 64 bits"),
+        ("a: 0x" + "f" * 50_000, ":1: a number beyond 64 bits"),
+        ('a: "\\ud800"', "not valid YAML"),
+        ("a: !!binary aGk=", ":1: not valid YAML: the tag 'tag:yaml.org,2002:binary' is of no use"),
+        ("a:\n" + "- " * 50_000 + "x", "exceeded maximum nesting depth"),
+        ("{a: " * 50_000, "exceeded maximum nesting depth"),
         ("a: &a {b: 1}\nc:\n  <<: *a\n", ":3: merge keys (<<) are not supported"),
         ("[a]: 1", ":1: a key must be plain text."),
         ("a: [\n", ":2: not valid YAML"),
-        ("[" * 5000, "nested too deep for a job file."),
+        ("[" * 5000, "exceeded maximum nesting depth"),
     ],
 )
 def test_what_is_refused_says_file_and_line(tmp_path, text, message):

@@ -109,6 +109,9 @@ def test_the_jobs_modality_goes_before_the_files(read):
     [
         (sample(), {}, "record", "no label"),
         (sample(Annotation(" ")), {}, "record", "no label"),
+        (sample(Annotation("cat \ud800")), {}, "record", "label that no UTF-8 can hold"),
+        (sample(CAT, attributes={"view": "\ud800"}), {}, "record", "text that no UTF-8 can hold"),
+        (sample(CAT, group="\ud800"), {}, "record", "text that no UTF-8 can hold"),
         (sample(CAT), {"labels": {"dog": "dog"}}, "record", "unknown label"),
         (sample(CAT), {"labels": {"cat": None}}, "record", "unclear label"),
         (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError
+from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError, is_unicode
 from gmai_xtuner.core.http import (
     ChatServer,
     LoopThread,
@@ -25,7 +25,6 @@ from gmai_xtuner.core.http import (
     ServerFault,
     back_off,
     first_message,
-    is_text,
 )
 from gmai_xtuner.evaluate.fingerprint import hash_text
 from gmai_xtuner.evaluate.questions import ImageSource, load_image, open_image
@@ -136,7 +135,7 @@ class _Run:
                 continue
             self.answered += 1
             self.given_up = 0
-            if not is_text(text):
+            if not is_unicode(text):
                 said = text[:200].encode("ascii", "backslashreplace").decode()
                 return Given(job, None, 0.0, "not_text", f"no UTF-8 can hold the reply {said}")
             return Given(job, text, round(time.monotonic() - start, 4))

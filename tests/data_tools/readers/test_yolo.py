@@ -29,6 +29,7 @@ def test_fractions_become_pixels(tmp_path):
         "names: [red cell, platelet]",
         "names: {1: platelet, 0: red cell}",
         "path: x\nnames:\n  - red cell\n  - platelet",
+        "date: 2024-01-01\nid: " + "1" * 4_000 + "\nnames: [red cell, platelet]",
     ],
 )
 def test_names_of_a_yaml(tmp_path, text):
@@ -36,6 +37,15 @@ def test_names_of_a_yaml(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
     (sample,), _ = read_all(yolo, tmp_path, names="data.yaml")
     assert sample.annotations[0].label == "platelet"
+
+
+def test_names_are_what_is_written(tmp_path):
+    """YAML alone would make them False, a date and a number."""
+    write(tmp_path)
+    for name in ("no", "2024-01-01", "5", "1:30"):
+        (tmp_path / "data.yaml").write_text(f"names: {{0: x, 1: {name}}}")
+        (sample,), _ = read_all(yolo, tmp_path, names="data.yaml")
+        assert sample.annotations[0].label == name
 
 
 def test_names_of_a_text_and_other_layouts(tmp_path):
@@ -114,7 +124,7 @@ def test_files_without_their_other_half(tmp_path):
     [
         ({"names": "data.yaml"}, "names the file 'data.yaml'"),
         ({"names": "bad.yaml"}, "has no `names`"),
-        ({"names": "broken.yaml"}, "can't be read"),
+        ({"names": "broken.yaml"}, "not valid YAML"),
         ({"names": NAMES, "folders": ("images/tset",)}, "names the folder 'images/tset'"),
         ({"names": NAMES, "images": "pictures"}, "no picture in a folder 'pictures'"),
     ],

@@ -138,6 +138,9 @@ def test_as_many_turns_as_the_item_says():
     [
         ("caption", "A platelet.", "answer isn't JSON"),
         ("caption", '{"caption": "A pl', "answer isn't JSON"),
+        ("caption", '{"caption": ' + "1" * 5_000 + "}", "answer isn't JSON"),
+        ("caption", "[" * 100_000, "answer isn't JSON"),
+        ("caption", '{"caption": "A \\ud83d platelet."}', "answer that no UTF-8 can hold"),
         ("caption", "[1]", "answer has another form"),
         ("caption", "{}", "answer has another form"),
         ("caption", '{"caption": 3}', "answer has another form"),
