@@ -105,6 +105,7 @@ setup(
             "evaluate/*.j2",
             "evaluate/*.js",
             "evaluate/*.yaml",
+            "evaluate/scoring/*.yaml",
             "*.txt",
             "py.typed",
         ],

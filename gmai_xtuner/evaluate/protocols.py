@@ -15,7 +15,7 @@ from gmai_xtuner.core.errors import EvaluationError, GMAIError
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring import SCORERS
 from gmai_xtuner.evaluate.scoring.free_text import is_closed
-from gmai_xtuner.evaluate.scoring.text import polarity
+from gmai_xtuner.evaluate.scoring.yes_no import polarity
 from gmai_xtuner.evaluate.store import Job
 
 
@@ -41,6 +41,8 @@ class Average:
 
 
 MICRO = Average("micro")
+VERSION = 2
+"""Of all protocols: grows when a question, a prompt or a score changes."""
 
 Questions = Literal["all", "yes_no", "closed", "open", "options"]
 """Which questions count: all; those answered by yes or no; those that the authors call closed, or open; those
@@ -235,7 +237,7 @@ def vqa_protocols(
     return tuple(
         Protocol(
             name=name,
-            version=1,
+            version=VERSION,
             benchmark=benchmark,
             variant=variant,
             description=_VQA_DESCRIPTIONS[kind],
@@ -270,7 +272,7 @@ def choice_protocol(
     """
     return Protocol(
         name=name,
-        version=1,
+        version=VERSION,
         benchmark=benchmark,
         variant=variant,
         description=description,

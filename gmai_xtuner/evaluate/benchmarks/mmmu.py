@@ -27,7 +27,14 @@ from gmai_xtuner.evaluate.benchmarks.reading import (
     text_of,
 )
 from gmai_xtuner.evaluate.benchmarks.table import read_tables
-from gmai_xtuner.evaluate.protocols import CHOICE_ALSO, MICRO, Average, Protocol, Questions
+from gmai_xtuner.evaluate.protocols import (
+    CHOICE_ALSO,
+    MICRO,
+    VERSION,
+    Average,
+    Protocol,
+    Questions,
+)
 from gmai_xtuner.evaluate.questions import Question
 
 SUBJECTS = (
@@ -175,13 +182,13 @@ def _protocol(
     has_open = questions == "all"
     return Protocol(
         name=name,
-        version=1,
+        version=VERSION,
         benchmark="mmmu_health",
         variant=variant,
         description=description,
         expected=expected,
-        scorer="closed_or_exact" if has_open else "choice",
-        also=("mmmu",) if has_open else (*CHOICE_ALSO, "mmmu"),
+        scorer="closed_or_mmmu" if has_open else "choice",
+        also=("closed_or_exact", "mmmu") if has_open else (*CHOICE_ALSO, "mmmu"),
         averages=(MICRO, Average("macro", "subject")),
         table=("subject", "topic_difficulty"),
         questions=questions,

@@ -17,6 +17,7 @@ from gmai_xtuner.evaluate.scoring.free_text import (
     YES_NO,
 )
 from gmai_xtuner.evaluate.scoring.peers import HUATUOGPT, LLAVA_MED, MMMU, VLMEVALKIT
+from gmai_xtuner.evaluate.scoring.text import plain, without_thoughts
 
 
 def _closed_or(name: str, words: str, open_scorer: Scorer) -> Scorer:
@@ -24,10 +25,13 @@ def _closed_or(name: str, words: str, open_scorer: Scorer) -> Scorer:
 
     def score(question: Question, answer: str) -> Score:
         scorers = (CHOICE, CLOSED, open_scorer)
-        return next(one for one in scorers if one.applies(question)).score(question, answer)
+        scorer = next(one for one in scorers if one.applies(question))
+        if scorer is MMMU:  # its rule knows neither thoughts nor the sign U+2212
+            answer = without_thoughts(plain(answer))
+        return scorer.score(question, answer)
 
     description = f"choice or closed where the question is that, {words} otherwise"
-    return Scorer(f"closed_or_{name}", 1, description, score)
+    return Scorer(f"closed_or_{name}", 2, description, score)
 
 
 SCORERS: Mapping[str, Scorer] = {
@@ -44,6 +48,7 @@ SCORERS: Mapping[str, Scorer] = {
         _closed_or("recall", "token recall", TOKEN_RECALL),
         _closed_or("f1", "token F1", TOKEN_F1),
         _closed_or("exact", "exact match", EXACT_MATCH),
+        _closed_or("mmmu", "MMMU's rule for open questions", MMMU),
         VLMEVALKIT,
         HUATUOGPT,
         LLAVA_MED,

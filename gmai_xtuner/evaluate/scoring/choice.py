@@ -1,98 +1,147 @@
 """Which option an answer chooses: our own rules, deterministic, and nothing is guessed.
 
-An answer is read in this order; the first step that finds anything decides, and a step that finds two
-different options ends with "not understood":
+:data:`STEPS` are tried in their order. The first that finds anything decides; one that finds two different
+options ends with "not understood":
 
-1. it is a letter and nothing else: ``B``, ``b``, ``(B)``, ``B.``;
-2. it is the text of an option and nothing else;
-3. it begins with a letter set apart: ``B. Liver``, ``B: the liver``, ``(b) liver``, ``B Liver`` where that is
-   B's text;
-4. it declares a letter, or the text of an option: ``the answer is (B)``, ``Answer: liver``, ``option B is
-   correct``, ``答案是B``, ``选B``. What is negated ("the answer is not A") does not count;
-5. it names the letter of an option in brackets or after "option";
-6. its first sentence is the text of an option: ``False. The scale ...``;
-7. it is short (:data:`SHORT` words) and names the text of exactly one option as whole words, the longest
-   first: "MR angiography" names that option and not MR, "12" does not name 2, "not the liver" does not name
-   liver; where the options are yes and no, by the rules of ``yes_no``.
+1. ``alone``: the answer is a letter or exactly the text of an option: ``B``, ``(b)``, ``Option B.``;
+2. ``leading``: it begins with a letter set apart: ``B. Liver``, ``B: the liver``, ``B because ...``; then
+   ``whole``: it has the words of an option and no others;
+3. ``declared``: it declares a letter or a text (:data:`DECLARATIONS`): ``the answer is (B)``, ``答案是B``;
+4. ``last_line``: its last line is a letter or an option's text;
+5. ``named``: it names a letter in brackets or after "option";
+6. ``first_sentence``: its first sentence is the text of an option;
+7. ``yes_no``: where the options are yes and no, by the rules of ``yes_no``;
+8. ``mentioned``: it is short (:data:`SHORT` words), or its last sentence concludes, and it names the text of
+   one option as whole words, the longest first: "MR angiography" is not MR, "12" is not 2.
 
-A letter that stands before the text of another option ("A. Lung" where A is liver) contradicts itself and is
-not understood.
+What is denied, supposed, compared, asked or reported (:mod:`.mentions`) is no choice; a refusal leaves only
+what is declared. A letter before the text of another option ("A. Lung" where A is liver) contradicts itself
+and is not understood. A list of all options chooses none of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 from gmai_xtuner.evaluate.questions import IMAGE_MARK, Question, Score, Scorer
-from gmai_xtuner.evaluate.scoring.text import NO, YES, Mentions, clean, normalised, yes_or_no
-
-Key = TypeVar("Key", bound=Hashable)
+from gmai_xtuner.evaluate.scoring.mentions import (
+    AFTER,
+    Mention,
+    affirmed,
+    cancelled_by,
+    mentions,
+)
+from gmai_xtuner.evaluate.scoring.mentions import (
+    RULES as MENTION_RULES,
+)
+from gmai_xtuner.evaluate.scoring.rules import patterns
+from gmai_xtuner.evaluate.scoring.text import Words, clean, plain, same_quantity, stems
+from gmai_xtuner.evaluate.scoring.yes_no import NO, YES, yes_or_no
 
 SHORT = 40
 """Words of an answer up to which the mere mention of an option counts as choosing it."""
 
-_ALONE = re.compile(r"[\[({<]*\s*([A-Za-z])\s*[\])}>]*[.,:;)!、。]*")
-_LEADING = re.compile(
-    r"(?:[\[(]\s*([A-Za-z])\s*[\])][.,:、]?|([A-Za-z])\s*(?:[.:)、。：]|,(?=\s)|\n|\s-\s))\s*(.*)",
-    re.DOTALL,
+RULES = patterns("choice")
+DECLARATIONS = patterns("declarations")
+"""Name -> what declares the answer that follows at once."""
+_DECLARED = {
+    name: re.compile(
+        f"(?:{cue.pattern.removeprefix('(?i)')})\\s*{RULES['filler'].pattern}", re.IGNORECASE
+    )
+    for name, cue in DECLARATIONS.items()
+}
+_FOR_LETTERS_ALONE = {"choice: on its line", "answer B", "choose"}
+_LETTER_PATTERNS = (
+    RULES["it_is_letter"],
+    RULES["correct_letter"],
+    RULES["correct_chinese"],
+    RULES["not_a_but_b"],
 )
-_LETTER = r"[\[({\"'“‘]*(?<![A-Za-z0-9])([A-Za-z])(?![A-Za-z0-9'’-])"
-_CUE = (
-    r"(?:\b(?:answer|choice|option)(?:\s+(?:to\s+(?:this|the)\s+question|here))?"
-    r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be|was)|\s*=)"
-    # "each option:\n\nA. ..." announces a list
-    r"|\b(?:answer|(?:correct|right|best|final|chosen|my)\s+(?:choice|option))\s*:"
-    r"|\b(?:i(?:\s+would|'d)?\s+(?:choose|select|pick|say)|(?:i\s+)?(?:go|going)\s+with)\b,?"
-    r"|(?:答案|选项|选择|正确(?:答案|选项)|应)(?:应该|应当|应)?(?:是|为|选)?\s*:?"
-    r"|(?:应选|故选|选))"
-)
-_DECLARED_LETTER = re.compile(
-    rf"{_CUE}\s*(?:that\s+)?(?:most\s+likely\s+|probably\s+)?(?:the\s+)?"
-    rf"(?:option|choice|letter|answer|选项)?\s*:?\s*{_LETTER}",
-    re.IGNORECASE,
-)
-# "it is B", "是B": weaker words, so nothing may follow
-_IT_IS_LETTER = re.compile(
-    r"(?:\b(?:[Ii]t|[Tt]his|[Tt]hat)(?:\s+is|'s)|\b(?:[Tt]herefore|[Tt]hus|[Hh]ence|[Ss]o),?|(?<!不)是)\s*"
-    r"(?:option\s+)?[\[(\"]*([A-Z])[\])\"]*(?=\s*(?:[.,;:!。]|$))"
-)
-# at the beginning of a sentence or behind a word that announces it: not "hepatitis B is most likely"
-_CORRECT_LETTER = re.compile(
-    r"(?:^|[.,;:!?\n\[(\"]\s*|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter|that|so|therefore|think|believe)\s+)[\[(\"]*"
-    r"([A-Z])[\])\"]*\s*(?:is|would\s+be|seems(?:\s+to\s+be)?|appears\s+to\s+be)\s+(?:the\s+)?"
-    r"(?:correct|right|best|answer|most\s+(?:likely|appropriate|accurate|plausible))"
-    r"\s*(?:answer|option|choice|one\b|because|since|as\b|[.,;:!\n]|$)",
-)
-_CORRECT_CHINESE = re.compile(r"(?<![A-Za-z])([A-Z])\s*(?:是|为)?(?:选项)?(?:正确|对的|是答案)")
-_DECLARED_TEXT = re.compile(
-    r"(?:\banswer(?:\s+(?:is|would\s+be|should\s+be)|\s*:)|答案(?:是|为|:)+)\s*(?:that\s+)?:?\s*([^\n]+)",
-    re.IGNORECASE,
-)
-_NAMED_LETTER = re.compile(
-    r"[\[(]([A-Z])[\])]|\b(?:[Oo]ption|[Cc]hoice|选项)\s*[\[(]?([A-Z])\b(?![-'’])"
-)
-_FIRST_SENTENCE = re.compile(r"\n|(?<=\D)[.。!](?:\s|$)")
-_LIST_LETTER = re.compile(r"[\[(]([a-z])[\])]")
-_LETTER_ENDS = re.compile(r"[\])}\"'’”.,;:!]|\s*$")
-# "the answer is A or B", "答案是A和B"
-_JOINED = re.compile(r"[\])}]*\s*(?:,|and|or|/|&|和|或|、)\s*[\[(]*([A-Z])\b(?!\s+[a-z])")
-_LAST_LINE = re.compile(r"\n\s*([^\n]+?)\s*$")
-_NEGATED_BEFORE = re.compile(
-    r"(?:\b(?:not|isn't|isnt|never|no|cannot\s+be|can't\s+be|excludes?|excluding|rules?\s+out|ruled\s+out|nor"
-    r"|neither|rather\s+than|instead\s+of)|不(?:是|选|为|会是)?|并非|排除|非)\s*(?:the\s+)?(?:option|choice|选项)?\s*[\[(\"']*$",
-    re.IGNORECASE,
-)
-_NEGATED_AFTER = re.compile(
-    r"^[\])}\"'.]*\s*(?:is|are|was|would\s+be|seems?)?\s*(?:not|n't|incorrect|wrong|false|unlikely|excluded|"
-    r"ruled\s+out|isn't|不(?:正确|对|是)|错)",
-    re.IGNORECASE,
-)
-# "A 45-year-old", "a large mass": an article, not a letter
-_ARTICLE_AFTER = re.compile(
-    r"^\s+(?!(?:is|was|because|since|as|and|or|which|for|due|with|not|seems)\b)[a-z0-9]"
-)
+
+Found = set[str]
+
+
+@dataclass
+class Reading:
+    """An answer, cleaned, and what it may choose.
+
+    Args:
+        text: the answer.
+        options: letter -> text; empty for an option that is an image: its letter alone names it.
+        letters, texts: what may be read.
+    """
+
+    text: str
+    options: Mapping[str, str]
+    letters: bool = True
+    texts: bool = True
+    names: dict[str, tuple[Words, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = (
+            {letter: (stems(text),) for letter, text in self.options.items()} if self.texts else {}
+        )
+
+    @cached_property
+    def refused(self) -> re.Match[str] | None:
+        """Where the answer refuses, unless within the name of an option."""
+        found = MENTION_RULES["refusal"].search(self.text)
+        if found is None or (self.texts and self.words_of(self.text)):
+            return None
+        inside = (one.start <= found.start() < one.end for one in mentions(self.text, self.names))
+        return None if any(inside) else found
+
+    @cached_property
+    def cues(self) -> list[tuple[str, int, int]]:
+        """Name, start and end of each declaration."""
+        return [
+            (name, *match.span())
+            for name, cue in _DECLARED.items()
+            for match in cue.finditer(self.text)
+        ]
+
+    def words_of(self, text: str) -> Found:
+        """Return the letters of the options whose words a text is; case decides between equal ones."""
+        if not self.texts or not text.strip():
+            return set()
+        if exact := self.verbatim(text):
+            return exact
+        said = stems(text)
+        found = {letter for letter, (name,) in self.names.items() if said and name == said}
+        if not found:
+            joined = "".join(said)
+            found = {one for one, (name,) in self.names.items() if said and "".join(name) == joined}
+        if not found and len(said) < 6 and any(sign.isdigit() for sign in text):
+            found = {one for one, option in self.options.items() if same_quantity(text, option)}
+        return _same(found, self.options)
+
+    def verbatim(self, text: str) -> Found:
+        """Return the letters of the options that a text is, but for spaces, a last full stop, and case."""
+        for same in (str.strip, str.casefold):
+            said = same(_bare(text))
+            found = {
+                letter
+                for letter, option in self.options.items()
+                if said and same(_bare(option)) == said
+            }
+            if found:
+                return _same(found, self.options)
+        return set()
+
+    def mentioned(self, text: str) -> Found:
+        """Return the letters of the options whose text is named, and not denied."""
+        return _same(affirmed(text, mentions(text, self.names)), self.options)
+
+    def known(self, letter: str) -> str | None:
+        return letter.upper() if letter.upper() in self.options else None
+
+
+@lru_cache(maxsize=1 << 12)
+def _bare(text: str) -> str:
+    return plain(text).strip().rstrip(".。").strip()
 
 
 def choose(
@@ -106,238 +155,335 @@ def choose(
         letters: read letters.
         texts: read the texts of options.
     """
-    # an option that is an image can be named by its letter alone
-    options = {
-        letter: "" if IMAGE_MARK in option else option
-        for letter, option in question.lettered().items()
-    }
+    options = question.lettered()
     text = clean(answer)
+    if letters and len(text) == 1 and text.upper() in options and text not in options.values():
+        return text.upper()
+    options = {one: "" if IMAGE_MARK in option else option for one, option in options.items()}
+    return read(text, options, letters=letters, texts=texts)
+
+
+def read(
+    text: str, options: Mapping[str, str], *, letters: bool = True, texts: bool = True
+) -> str | None:
+    """Return the letter of the option that a cleaned text chooses; arguments as of :func:`choose`."""
+    text = RULES["pardon"].sub("", text).strip()
     if not text:
         return None
-    if letters and (alone := _ALONE.fullmatch(text)):
-        letter = _known(alone[1], options)
-        if letter or not words_of(options, text):
-            return letter
-    if texts and (whole := _verbatim(options, text)):
-        return _only(whole)
-    if letters and (leading := _leading(text, options, texts=texts)) is not _NOTHING:
-        return leading
-    if texts and (whole := words_of(options, text)):
-        return _only(whole)
-    if letters and (found := _declared_letters(text, options)):
-        return _only(found)
-    if texts and (found := _declared_texts(text, options)):
-        return _only(found)
-    if letters and (found := _named_letters(text, options)):
-        return _only(found)
-    if texts and (first := words_of(options, _FIRST_SENTENCE.split(text, maxsplit=1)[0])):
-        return _only(first)
-    if texts and (polar := _polar(options)):
-        said = yes_or_no(text)
-        return polar[said] if said else None
-    if texts and len(text.split()) <= SHORT:
-        return _only(mentioned(text, {letter: (option,) for letter, option in options.items()}))
+    found = _by_steps(Reading(text, options, letters, texts))
+    if found is None and (corrections := [*RULES["corrected"].finditer(text)]):
+        return _by_steps(Reading(text[corrections[-1].end() :], options, letters, texts))
+    return found
+
+
+def _by_steps(reading: Reading) -> str | None:
+    if not reading.text.strip():
+        return None
+    for step in STEPS:
+        found = step(reading)
+        if found is not None and (found or step is _leading):
+            return next(iter(found)) if len(found) == 1 else None
+    if reading.refused and (
+        despite := [*MENTION_RULES["despite"].finditer(reading.text, reading.refused.end())]
+    ):
+        rest = reading.text[despite[0].end() :].strip(" ,")
+        after = Reading(rest, reading.options, reading.letters, reading.texts)
+        if not MENTION_RULES["refusal"].search(rest):
+            found = _declared(after) or (
+                _mentioned(after) if RULES["asserts"].search(rest) else None
+            )
+            return next(iter(found)) if found and len(found) == 1 else None
     return None
 
 
-def words_of(options: Mapping[str, str], text: str) -> set[str]:
-    """Return the letters of the options whose words a text is; case decides where nothing else differs."""
-    if exact := _verbatim(options, text):
-        return exact
-    said = normalised(text)
-    return _same(
-        {letter for letter, option in options.items() if said and normalised(option) == said},
-        options,
-    )
+def _alone(reading: Reading) -> Found | None:
+    alone = RULES["alone"].fullmatch(reading.text) if reading.letters else None
+    if letter := reading.known(alone[1]) if alone else None:
+        return {letter}
+    return reading.verbatim(reading.text) if reading.texts else None
 
 
-def _verbatim(options: Mapping[str, str], text: str) -> set[str]:
-    """Return the letters of the options that a text is, but for outer spaces, a last full stop, and case."""
-    for same in (str.strip, str.casefold):
-        said = same(text.strip().rstrip(".。"))
-        found = {
-            letter
-            for letter, option in options.items()
-            if said and same(option.strip().rstrip(".。")) == said
-        }
-        if found:
-            return _same(found, options)
-    return set()
+def _whole(reading: Reading) -> Found | None:
+    return reading.words_of(reading.text)
 
 
-def mentioned(text: str, names: Mapping[str, Iterable[str]]) -> set[str]:
-    """Return the keys whose name stands in a text as whole words, not negated, not part of a longer one.
-
-    Args:
-        text: the answer, cleaned.
-        names: key -> the texts that it goes by.
-    """
-    mentions = Mentions(text)
-    return unnegated(
-        [
-            (start, end, negator, key)
-            for key, texts in names.items()
-            for name in texts
-            for start, end, negator in mentions.of(normalised(name))
-        ]
-    )
-
-
-def unnegated(places: Sequence[tuple[int, int, int | None, Key]]) -> set[Key]:
-    """Return the keys of the places that are neither negated nor part of a longer one.
-
-    A negation that belongs to a longer place ("No abnormality" as an option) negates nothing else.
-
-    Args:
-        places: (start, end, place of the word that negates, key).
-    """
-
-    def within(first: int, last: int, length: int) -> bool:
-        return any(
-            start <= first and last <= end and end - start > length for start, end, _, _ in places
-        )
-
-    return {
-        key
-        for start, end, negator, key in places
-        if (negator is None or within(negator, negator + 1, 1))
-        and not within(start, end, end - start)
-    }
-
-
-def _polar(options: Mapping[str, str]) -> dict[str, str] | None:
-    """Return the letters of yes and no, where those are the options: "No mass is seen" chooses neither."""
-    letters = {option.strip().casefold(): letter for letter, option in options.items()}
-    return letters if len(options) == 2 and set(letters) == {YES, NO} else None
-
-
-_NOTHING = "nothing"
-
-
-def _leading(text: str, options: Mapping[str, str], *, texts: bool) -> str | None:
-    match = _LEADING.match(text)
+def _leading(reading: Reading) -> Found | None:
+    """Read a letter at the beginning; an empty set where it contradicts what follows."""
+    if not reading.letters:
+        return None
+    text = reading.text
+    match = RULES["leading"].match(text)
     rest = ""
     letter: str | None = None
     if match:
-        letter = _known(match[1] or match[2], options)
-        rest = match[3]
-    elif texts:  # "B Liver"
+        letter = reading.known(match[1] or match[2] or match[3])
+        rest = match[4]
+    elif reading.texts:  # "B Liver"
         first, _, rest = text.partition(" ")
-        letter = _known(first, options) if len(first) == 1 else None
-        if letter and letter not in words_of(options, rest):
+        letter = reading.known(first) if len(first) == 1 else None
+        if letter and letter not in reading.words_of(rest.partition("\n")[0]):
             letter = None
-    if letter is None:
-        return _NOTHING
+    if letter is None or _is_list(reading):
+        return None
     line, _, below = rest.partition("\n")
-    if texts and (named := words_of(options, line)):
-        if letter not in named:
+    first, *after = RULES["sentence"].split(line, maxsplit=1)
+    for part, behind in ((line, below), (first, "\n".join([*after, below]))):
+        if named := reading.words_of(part.strip(" ()[]")):
+            if letter not in named:
+                return set()
+            rest = behind  # letters within the option's own text choose nothing
+            break
+    else:
+        if match and match[3] is None and rest and _denied(text[match.start(4) - 1 :]):
             return None
-        rest = below  # letters within the option's own text choose nothing
-    others = _declared_letters(rest, options) | _leading_letters(rest, options)
-    if match and (match[1] or match[2]).islower():  # "(a) The force is 5 N. (b) ...": a list
+    others = _keys(_declared_letters(Reading(rest, reading.options, texts=False)))
+    others |= _leading_letters(rest, reading.options)
+    if match and (match[1] or match[2] or "A").islower():  # "(a) The force is 5 N. (b) ...": a list
         others |= {
-            found.upper() for found in _LIST_LETTER.findall(rest) if found.upper() in options
+            one.upper()
+            for one in RULES["list_letter"].findall(rest)
+            if one.upper() in reading.options
         }
-    return letter if others <= {letter} else None
+    return {letter} if others <= {letter} else set()
 
 
-def _leading_letters(rest: str, options: Mapping[str, str]) -> set[str]:
+def _denied(rest: str) -> bool:
+    return bool(AFTER["verdict"].match(rest) or RULES["negated_after"].match(rest))
+
+
+def _is_list(reading: Reading) -> bool:
+    """Tell whether an answer lists the options, or walks through them."""
+    letters = (
+        *RULES["line_letter"].findall(reading.text),
+        *RULES["inline_letter"].findall(reading.text),
+    )
+    found = {letter.upper() for letter in letters} & set(reading.options)
+    return len(found) > 2 or len(found) == len(reading.options)
+
+
+def _leading_letters(rest: str, options: Mapping[str, str]) -> Found:
     """Return the letters that begin further lines ("A. yes\\nB. no"), or follow at once ("A, B and C")."""
     found = set()
     for line in rest.split("\n"):
         line = line.strip()
-        match = _LEADING.match(line) or _ALONE.fullmatch(line)
-        letter = next((group for group in match.groups()[:2] if group), "") if match else ""
-        if letter.isupper() and letter in options:
+        match = RULES["leading"].match(line) or RULES["alone"].fullmatch(line)
+        letter = next((group for group in match.groups()[:3] if group), "") if match else ""
+        if len(letter) == 1 and letter.isupper() and letter in options:
             found.add(letter)
-    together = re.match(r"(?:and\s+|or\s+|&\s*|和)?\(?([A-Z])\b(?:[),.]|\s+(?:and|or)\b|$)", rest)
+    together = re.match(
+        r"(?:and\s+|or\s+|&\s*|和|或)?\(?([A-Z])\b(?:[),.]|\s+(?:and|or)\b|$)", rest
+    )
     if together and together[1] in options:
         found.add(together[1])
     return found
 
 
-def _declared_letters(text: str, options: Mapping[str, str]) -> set[str]:
-    found: set[str] = set()
-    for pattern in (_DECLARED_LETTER, _IT_IS_LETTER, _CORRECT_LETTER, _CORRECT_CHINESE):
-        for match in pattern.finditer(text):
-            found |= _declared(match[1], text[: match.start(1)], text[match.end(1) :], options)
-    if not found and (last := _LAST_LINE.search(text)) and (alone := _ALONE.fullmatch(last[1])):
-        letter = _known(alone[1], options)
-        return {letter} if letter else set()
-    return found
+Declared = tuple[int, Found]
 
 
-def _declared(said: str, before: str, after: str, options: Mapping[str, str]) -> set[str]:
+def _declared(reading: Reading) -> Found | None:
+    """Read what is declared; of contradicting declarations the last, if it says that it is final."""
+    found = sorted(
+        [*_declared_letters(reading), *_declared_texts(reading)], key=lambda declared: declared[0]
+    )
+    keys = _keys(found)
+    if len(keys) > 1 and len(found[-1][1]) == 1:
+        begin = max((place for place, one in found if not one & found[-1][1]), default=0)
+        if RULES["final"].search(reading.text[begin : found[-1][0]]):
+            return found[-1][1]
+    return keys
+
+
+def _keys(found: Sequence[Declared]) -> Found:
+    return {key for _, keys in found for key in keys}
+
+
+def _sentence_before(text: str, place: int) -> str:
+    return re.split(r"[.;!?\n。](?!\d)", text[:place])[-1]
+
+
+def _is_claimed(text: str, cue: int, end: int) -> bool:
+    """Tell whether a declaration is made: not denied, supposed, asked or put into another's mouth."""
+    before = re.split(r"\b(?:but|however|so|therefore|thus|hence)\b", _sentence_before(text, cue))[
+        -1
+    ]
+    if RULES["unclaimed"].search(before):
+        return False
+    sentence_end = re.search(r"[.;!\n。](?!\d)|[?？]", text[end:])
+    if sentence_end and sentence_end[0] in "?？":
+        return False
+    behind = text[end : end + sentence_end.start()] if sentence_end else text[end:]
+    return not (
+        RULES["would_be"].search(text[cue:end]) and RULES["condition_behind"].search(behind)
+    )
+
+
+def _declared_letters(reading: Reading) -> list[Declared]:
+    if not reading.letters:
+        return []
+    text = reading.text
+    found = [
+        (start, letter)
+        for _, start, end in reading.cues
+        if (letter := RULES["letter"].match(text, end))
+    ]
+    found += [(match.start(1), match) for one in _LETTER_PATTERNS for match in one.finditer(text)]
+    result = []
+    for start, match in found:
+        keys = _meant(match[1], text[: match.start(1)], text[match.end(1) :], reading)
+        if keys and _is_claimed(text, start, match.end()):
+            result.append((start, keys))
+    return result
+
+
+def _meant(said: str, before: str, after: str, reading: Reading) -> Found:
     """Return the letters that one declaration means: none, one, or several where it contradicts itself.
 
     Args:
         said: the letter.
         before: the text before it.
         after: the text behind it.
-        options: letter -> text.
+        reading: the answer.
     """
-    letter = _known(said, options)
-    if letter is None or _NEGATED_BEFORE.search(before) or _NEGATED_AFTER.match(after):
-        return set()
-    if said.islower() and not _LETTER_ENDS.match(after):
-        return set()  # "the answer is a liver"
-    if named := _named_after(after, options) - {letter}:
-        # "the answer is B (liver)" where B is lung
-        return named | {letter} if letter not in _named_after(after, options) else {letter}
+    letter = reading.known(said)
     if (
-        said in ("A", "I")
-        and _ARTICLE_AFTER.match(after)
-        and letter not in _named_after(after, options)
+        letter is None
+        or RULES["negated_before"].search(before)
+        or RULES["negated_after"].match(after)
     ):
+        return set()
+    if said.islower() and not RULES["letter_ends"].match(after):
+        return set()  # "the answer is a liver"
+    named = _named_after(after, reading)
+    if named - {letter}:
+        # "the answer is B (liver)" where B is lung
+        return named | {letter} if letter not in named else {letter}
+    if said in ("A", "I") and RULES["article_after"].match(after) and letter not in named:
         return set()  # "the answer is A large mass", "so I think"
-    joined = _JOINED.match(after)
-    return {letter, joined[1]} if joined and joined[1] in options else {letter}
+    joined = RULES["joined"].match(after)
+    return {letter, joined[1]} if joined and joined[1] in reading.options else {letter}
 
 
-def _named_after(after: str, options: Mapping[str, str]) -> set[str]:
+def _named_after(after: str, reading: Reading) -> Found:
     """Return the letters of the options whose text follows at once, up to the end of the line or sentence."""
-    rest = re.split(r"\n|(?<=[^\d])\.(?:\s|$)", after.lstrip(")]}.:, -"), maxsplit=1)[0]
-    return words_of(options, rest.strip(" ()[]\"'"))
+    rest = RULES["sentence"].split(after.lstrip(")]}.:, -"), maxsplit=1)[0]
+    return reading.words_of(rest.strip(" ()[]\"'"))
 
 
-def _declared_texts(text: str, options: Mapping[str, str]) -> set[str]:
-    found = set()
-    for match in _DECLARED_TEXT.finditer(text):
-        rest = re.split(r"(?<=\D)\.(?:\s|$)|。", match[1], maxsplit=1)[0]
-        found |= words_of(options, rest) or mentioned(
-            rest, {letter: (option,) for letter, option in options.items()}
+def _declared_texts(reading: Reading) -> list[Declared]:
+    if not reading.texts:
+        return []
+    text, found = reading.text, []
+    for name, start, end in reading.cues:
+        if name in _FOR_LETTERS_ALONE:
+            continue
+        rest = RULES["sentence"].split(text[end:].lstrip("\n"), maxsplit=1)[0]
+        keys = reading.words_of(rest.strip(" \"'()")) or _begins_with(rest, reading)
+        if not keys and name != "选":
+            keys = reading.mentioned(rest)
+        if keys and _is_claimed(text, start, end):
+            found.append((start, keys))
+    return found
+
+
+def _begins_with(rest: str, reading: Reading) -> Found:
+    """Return the option that a sentence begins with, unless another is joined to it."""
+    all_mentions = mentions(rest, reading.names)
+    opening = RULES["opening"].match(rest)
+    start = opening.end() if opening else 0
+    first = [one for one in all_mentions if one.start <= start <= one.end]
+    if not first or cancelled_by(rest, first[0], all_mentions):
+        return set()
+    joined = {
+        one.key
+        for one in all_mentions
+        if re.fullmatch(
+            r"[\s,]*(?:and|or|/|,|和|或|、)\s*(?:the\s+|an?\s+)?", rest[first[0].end : one.start]
         )
-    return found
+    }
+    return _same({one.key for one in first} | joined, reading.options)
 
 
-def _named_letters(text: str, options: Mapping[str, str]) -> set[str]:
-    found = set()
-    for match in _NAMED_LETTER.finditer(text):
-        letter = match[1] or match[2]
-        start = match.start(1) if match[1] else match.start(2)
-        after = text[start + 1 :]
-        if (
-            letter in options
-            and not _NEGATED_BEFORE.search(text[:start])
-            and not _NEGATED_AFTER.match(after)
-        ):
-            found.add(letter)
-    return found
+def _last_line(reading: Reading) -> Found | None:
+    head, _, line = reading.text.rstrip().rpartition("\n")
+    line = line.strip()
+    if not head.strip() or not line:
+        return None
+    alone = RULES["alone"].fullmatch(line) if reading.letters else None
+    if alone and (letter := reading.known(alone[1])):
+        return {letter}
+    if _is_list(reading):
+        return None
+    if found := reading.words_of(line):
+        return found
+    leading = RULES["leading"].match(line) if reading.letters else None
+    letter = reading.known(leading[1] or leading[2] or leading[3]) if leading else None
+    return {letter} if leading and letter and letter in reading.words_of(leading[4]) else None
 
 
-def _known(letter: str, options: Mapping[str, str]) -> str | None:
-    return letter.upper() if letter.upper() in options else None
+def _named(reading: Reading) -> Found | None:
+    if not reading.letters or reading.refused:
+        return None
+    text = reading.text
+    places = []
+    for match in RULES["named_letter"].finditer(text):
+        group = next(number for number in (1, 2, 3) if match[number])
+        if match[group] in reading.options:
+            places.append(Mention(match[group], match.start(), match.end()))
+    denied = {
+        one.key
+        for one in places
+        if RULES["negated_before"].search(text[: one.start])
+        or RULES["negated_after"].match(text[one.end :])
+        or cancelled_by(text, one, places)
+    }
+    return {one.key for one in places} - denied
 
 
-def _same(letters: set[str], options: Mapping[str, str]) -> set[str]:
+def _first_sentence(reading: Reading) -> Found | None:
+    if not reading.texts or reading.refused or reading.text.rstrip().endswith("?"):
+        return None
+    first = RULES["sentence"].split(reading.text, maxsplit=1)[0]
+    return reading.words_of(first) if first != reading.text else None
+
+
+def _yes_no(reading: Reading) -> Found | None:
+    """Where yes and no are the options: "No mass is seen" chooses neither."""
+    polar = {option.strip().casefold(): letter for letter, option in reading.options.items()}
+    if not reading.texts or len(reading.options) != 2 or set(polar) != {YES, NO}:
+        return None
+    said = yes_or_no(reading.text)
+    return {polar[said]} if said else {YES, NO}
+
+
+def _mentioned(reading: Reading) -> Found | None:
+    if not reading.texts or reading.refused:
+        return None
+    if len(reading.text.split()) <= SHORT:
+        return reading.mentioned(reading.text)
+    tail = RULES["tail_sentence"].search(reading.text)
+    return reading.mentioned(tail[1]) if tail and RULES["concludes"].search(tail[1]) else None
+
+
+STEPS: tuple[Callable[[Reading], Found | None], ...] = (
+    _alone,
+    _leading,
+    _whole,
+    _declared,
+    _last_line,
+    _named,
+    _first_sentence,
+    _yes_no,
+    _mentioned,
+)
+"""The steps in their order; an empty set or None: the next one is tried."""
+
+
+def _same(letters: set[str], options: Mapping[str, str]) -> Found:
     """Reduce letters whose options read the same to one: either is right or wrong with the other."""
     if letters and len({options[letter] for letter in letters}) == 1:
         return {min(letters)}
     return letters
-
-
-def _only(letters: set[str]) -> str | None:
-    return next(iter(letters)) if len(letters) == 1 else None
 
 
 def has_options(question: Question) -> bool:
@@ -350,7 +496,7 @@ def _scorer(name: str, description: str, **read: bool) -> Scorer:
         letter = choose(question, answer, **read)
         return Score(float(letter is not None and letter in question.gold_letters()), letter)
 
-    return Scorer(name, 1, description, score, has_options)
+    return Scorer(name, 2, description, score, has_options)
 
 
 CHOICE = _scorer(

@@ -7,24 +7,42 @@ from collections import Counter
 from collections.abc import Callable
 
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
-from gmai_xtuner.evaluate.scoring.choice import unnegated
+from gmai_xtuner.evaluate.scoring.choice import DECLARATIONS
+from gmai_xtuner.evaluate.scoring.mentions import affirmed, mentions
 from gmai_xtuner.evaluate.scoring.text import (
-    Mentions,
+    Words,
     clean,
-    normalised,
-    polarity,
+    plain,
+    quantity,
+    same_quantity,
+    stems,
     words,
-    yes_or_no,
 )
-
-Words = tuple[str, ...]
+from gmai_xtuner.evaluate.scoring.yes_no import polarity, yes_or_no
 
 _QUESTION_WORD = re.compile(r"^(?:which|what|where|who|how)\b", re.IGNORECASE)
 _SMALL = frozenset(
     {"a", "an", "the", "this", "that", "is", "are", "in", "of", "it", "its", "on", "to", "image"}
 )
 _DECLARED = re.compile(
-    r"(?:\banswer(?:\s+(?:is|would\s+be)|\s*:)|答案(?:是|为|[:：])+)\s*:?\s*(.+?)\s*(?:$|\n)",
+    "(?:"
+    + "|".join(
+        DECLARATIONS[name].pattern.removeprefix("(?i)")
+        for name in ("the answer is", "answer:", "答案是")
+    )
+    + r")\s*(.+?)\s*(?:$|\n)",
+    re.IGNORECASE,
+)
+_LABELLED = re.compile(
+    r"(?:(?:it|this|that|the answer)(?:\s+is|'s)\s+)?(?:(?:the\s+)?(?:structure|option|choice|"
+    r"compound|label|letter|arrow|point|figure|"
+    r"answer|region|area|line|curve|molecule)\s+)?[(\"']*([A-Za-z])[)\"']*\.?",
+    re.IGNORECASE,
+)
+_DENIAL = re.compile(r"\b(?:not|no|never|cannot)\b|n't\b|不", re.IGNORECASE)
+_NUMBERS = re.compile(
+    r"(?<![\w.])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?(?:\s*/\s*\d+)?(?:\s*(?:%|"
+    r"per ?cent\b|[^\W\d_]+))?",
     re.IGNORECASE,
 )
 
@@ -58,24 +76,24 @@ def alternatives(question: str) -> list[Words]:
 
 
 def _content(text: str) -> Words:
-    return tuple(word for word in normalised(text) if word not in _SMALL)
+    return tuple(word for word in stems(text) if word not in _SMALL)
 
 
 def _yes_no(question: Question, answer: str) -> Score:
-    said = yes_or_no(answer)
+    said = yes_or_no(answer, question.text)
     return Score(float(said is not None and said == polarity(question.answer or "")), said)
 
 
 def _closed(question: Question, answer: str) -> Score:
     """Score yes or no where that is the gold answer; otherwise the offer of the question that is named."""
     text = clean(answer)
-    said = normalised(text)
-    parsed = " ".join(said) or None
+    said = stems(text)
+    parsed = " ".join(words(text)) or None
     if question.answer is None:
         return Score(None, parsed)
     if polarity(question.answer) is not None:
         return _yes_no(question, answer)
-    gold = normalised(question.answer)
+    gold = stems(question.answer)
     if not said or said == gold:
         return Score(float(bool(said)), parsed)
     offers = alternatives(question.text)
@@ -92,28 +110,26 @@ def _closed(question: Question, answer: str) -> Score:
 
 
 def _chosen(text: str, offers: list[Words]) -> set[Words]:
-    """Return the offers that an answer names by all their words, or by one that no other has.
-
-    Negated ones do not count.
-    """
-    mentions = Mentions(text)
-    places = []
+    """Return the offers that an answer names by all their words, or by one that no other has."""
+    names: dict[Words, tuple[Words, ...]] = {}
     for offer in offers:
         others = {word for other in offers if other != offer for word in other}
-        for needle in (offer, *((word,) for word in set(offer) - others)):
-            places += [(*place, offer) for place in mentions.of(needle)]
-    named = unnegated(places)
-    if not named:  # "kidney" for "right kidney", where no other offer has the word
-        said = set(words(text)) - _SMALL
+        names[offer] = (offer, *((word,) for word in set(offer) - others))
+    declared = [match[1] for match in _DECLARED.finditer(text)]
+    found: set[Words] = set()
+    for part in (*declared[-1:], text):
+        found = found or affirmed(part, mentions(part, names))
+    if not found:  # "kidney" for "right kidney", where no other offer has the word
+        said = set(stems(text)) - _SMALL
         within = [offer for offer in offers if said and said <= set(offer)]
-        named = set(within) if len(within) == 1 else set()
-    return named
+        found = set(within) if len(within) == 1 else set()
+    return found
 
 
 def _golds(question: Question) -> list[Words]:
     """Return the words of every gold answer."""
     answers = () if question.answer is None else (question.answer, *question.answers)
-    return [normalised(text) for text in answers]
+    return [words(text) for text in answers]
 
 
 def recall(said: Words, gold: Words) -> float:
@@ -130,7 +146,7 @@ def f1(said: Words, gold: Words) -> float:
 
 def _by(measure: Callable[[Words, Words], float]) -> Callable[[Question, str], Score]:
     def score(question: Question, answer: str) -> Score:
-        said = normalised(clean(answer))
+        said = words(clean(answer))
         best = max((measure(said, gold) for gold in _golds(question)), default=None)
         return Score(best, " ".join(said) or None)
 
@@ -138,16 +154,33 @@ def _by(measure: Callable[[Words, Words], float]) -> Callable[[Question, str], S
 
 
 def _exact(question: Question, answer: str) -> Score:
-    """Score 1 if the answer, or what it declares ("the answer is X"), is a gold answer word by word."""
+    """Score 1 if the answer, or what it declares ("the answer is X"), is a gold answer word by word.
+
+    A number is right where it is the same number, written in another way or with its unit; a single letter
+    also where it is labelled ("structure A").
+    """
     text = clean(answer)
-    said = [text, *(match[1].rstrip(".。") for match in _DECLARED.finditer(text))]
-    right = any(normalised(one) == gold for one in said for gold in _golds(question) if gold)
-    return Score(float(right), " ".join(normalised(text)) or None)
+    declared = [match[1].rstrip(".。") for match in _DECLARED.finditer(text)]
+    golds = () if question.answer is None else (question.answer, *question.answers)
+    right = any(_is_gold(one, gold) for one in (text, *declared[-1:]) for gold in golds)
+    return Score(float(right), " ".join(words(text)) or None)
+
+
+def _is_gold(said: str, gold: str) -> bool:
+    if stems(gold) and stems(said) == stems(gold):
+        return True
+    if len(gold.strip()) == 1 and gold.strip().isalpha():
+        label = _LABELLED.fullmatch(said.strip())
+        return label is not None and label[1].upper() == gold.strip().upper()
+    if quantity(gold) is None or _DENIAL.search(said):
+        return False
+    numbers = _NUMBERS.findall(plain(said)) or [word for word in words(said) if word.isdigit()]
+    return same_quantity(said, gold) or (len(numbers) == 1 and same_quantity(numbers[0], gold))
 
 
 YES_NO = Scorer(
     "yes_no",
-    1,
+    2,
     "yes or no as the answer's first word or declared",
     _yes_no,
     lambda question: (
@@ -156,18 +189,18 @@ YES_NO = Scorer(
 )
 CLOSED = Scorer(
     "closed",
-    1,
+    2,
     "yes or no, or the alternative of the question that the answer names",
     _closed,
     lambda question: not question.options and is_closed(question),
 )
 EXACT_MATCH = Scorer(
     "exact_match",
-    1,
+    2,
     "the gold answer's words in their order, without articles, case and punctuation",
     _exact,
 )
 TOKEN_RECALL = Scorer(
-    "token_recall", 1, "share of the gold answer's words that were said", _by(recall)
+    "token_recall", 2, "share of the gold answer's words that were said", _by(recall)
 )
-TOKEN_F1 = Scorer("token_f1", 1, "F1 over the words of answer and gold answer", _by(f1))
+TOKEN_F1 = Scorer("token_f1", 2, "F1 over the words of answer and gold answer", _by(f1))

@@ -7,7 +7,7 @@ import pytest
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.scoring import SCORERS
 from gmai_xtuner.evaluate.scoring.free_text import alternatives
-from gmai_xtuner.evaluate.scoring.text import yes_or_no
+from gmai_xtuner.evaluate.scoring.yes_no import yes_or_no
 
 BIGGEST = "Which is the biggest in this image,lung,liver or heart?"
 PLANE = "Which plane is the image scanned, transverse plane or coronal plane?"
@@ -40,7 +40,7 @@ SIDE = "Which side of lung is abnormal in this image,left or right?"
         ("No it is not", "no"),
         ("normal", None),
         ("I know", None),
-        ("Nope", None),
+        ("Nope", "no"),
         ("不正常", None),
         ("", None),
     ],

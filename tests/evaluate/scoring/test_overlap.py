@@ -22,7 +22,7 @@ def value(scorer: str, gold: str, answer: str, *more: str) -> float | None:
         ("2", "12", 0, 0, 0),
         ("2", "two", 1, 1, 1),
         ("2", "2.0", 1, 1, 1),
-        ("2", "There are 2", 0, 1, 1 / 2),
+        ("2", "There are 2", 1, 1, 1 / 2),
         ("2", "The answer is 2.", 1, 1, 2 / 4),
         ("1,200", "1200", 1, 1, 1),
         ("A", "a", 1, 1, 1),  # an article alone is the answer

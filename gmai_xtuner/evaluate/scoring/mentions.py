@@ -1,0 +1,125 @@
+"""Where an answer names one of several things, and which of these mentions say that it is not meant.
+
+A mention counts unless a rule of :data:`BEFORE` fits the words before it in its clause, or one of
+:data:`AFTER` those behind it: "pneumonia is ruled out", "no pneumonia", "to confirm pneumonia", "a history of
+pneumonia", "less likely than pneumonia" and "is it pneumonia?" choose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from gmai_xtuner.evaluate.scoring.rules import patterns
+from gmai_xtuner.evaluate.scoring.text import CHINESE, find, spans, stem
+
+Key = TypeVar("Key", bound=Hashable)
+
+OTHER = "§"
+"""Stands for another mention in the words around one."""
+RULES = patterns("mentions", chinese=CHINESE)
+BEFORE = patterns("before", chinese=CHINESE)
+AFTER = patterns("after", chinese=CHINESE, other=OTHER)
+
+_BEFORE_TERM = frozenset("是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、")
+_AFTER_TERM = frozenset(
+    "的了吗嗎吧呢和或与與是在里中上内內可被较較更最为為未也均都应應及选選项項、"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Mention(Generic[Key]):
+    """A thing that a text names, from one character to another."""
+
+    key: Key
+    start: int
+    end: int
+
+
+def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Mention[Key]]:
+    """Return where the things are named as whole words, the longest name where several overlap.
+
+    Args:
+        text: the answer, cleaned.
+        names: thing -> the names that it goes by, each as the words of :func:`~.text.stems`.
+    """
+    placed = [(stem(word), start, end) for word, start, end in spans(text)]
+    said = [word for word, _, _ in placed]
+    found = [
+        Mention(key, placed[first][1], placed[first + len(name) - 1][2])
+        for key, all_names in names.items()
+        for name in all_names
+        for first in find(name, said)
+        if _is_whole(text, placed[first][1], placed[first + len(name) - 1][2])
+    ]
+    return [
+        one
+        for one in found
+        if not any(
+            other.start <= one.start
+            and one.end <= other.end
+            and other.end - other.start > one.end - one.start
+            for other in found
+        )
+    ]
+
+
+def _is_whole(text: str, start: int, end: int) -> bool:
+    """Chinese has no spaces: a term must not go on in a neighbouring sign, but for small words."""
+
+    def goes_on(inside: str, outside: str, small: frozenset[str]) -> bool:
+        return bool(
+            RULES["chinese_sign"].match(inside) and RULES["chinese_sign"].match(outside)
+        ) and (outside not in small)
+
+    before, after = text[start - 1 : start] if start else "", text[end : end + 1]
+    return not (
+        goes_on(text[start], before, _BEFORE_TERM) or goes_on(text[end - 1], after, _AFTER_TERM)
+    )
+
+
+def affirmed(text: str, found: Sequence[Mention[Key]]) -> set[Key]:
+    """Return the things that are named, by at least one mention, and not denied by any other."""
+    denied = {one.key for one in found if cancelled_by(text, one, found)}
+    return {one.key for one in found} - denied
+
+
+def cancelled_by(text: str, one: Mention[Key], others: Sequence[Mention[Key]] = ()) -> str | None:
+    """Return the name of the rule by which a mention is not meant; None where it is.
+
+    Args:
+        text: the answer, cleaned.
+        one: the mention.
+        others: all mentions; their own words ("No pneumonia" as an option) deny nothing else.
+    """
+    ends = [0, *(match.end() for match in RULES["sentence_end"].finditer(text))]
+    begin = max(end for end in ends if end <= one.start)
+    stop = next(
+        (match.start() for match in RULES["sentence_end"].finditer(text, one.end)), len(text)
+    )
+    if text[stop : stop + 1] in ("?", "？"):
+        return "question"
+    sentence = _masked(text, begin, one.start, others)
+    if RULES["supposed"].match(sentence):
+        return "condition"
+    before = RULES["clause"].split(sentence)[-1]
+    after = RULES["clause"].split(_masked(text, one.end, stop, others))[0]
+    for rules, context in ((BEFORE, before), (AFTER, after)):
+        if context.strip():
+            for name, rule in rules.items():
+                if rule.search(context):
+                    return name
+    if AFTER["verdict"].match(_masked(text, one.end, stop, others)):
+        return "verdict"
+    return None
+
+
+def _masked(text: str, start: int, end: int, others: Sequence[Mention[Key]]) -> str:
+    """Return a part of a text, other mentions in it as :data:`OTHER`."""
+    pieces, position = [], start
+    for other in sorted(others, key=lambda other: other.start):
+        if position <= other.start and other.end <= end:
+            pieces += [text[position : other.start], OTHER]
+            position = other.end
+    return "".join([*pieces, text[position:end]])
