@@ -23,5 +23,7 @@ def apply() -> None:
     xtuner.resume_from_a_work_dir()
     xtuner.check_before_anything_is_built()
     bitsandbytes.import_bitsandbytes_without_triton_ops()
+    deepspeed.keep_gradients_until_reduced()
+    deepspeed.wait_for_the_stream_of_a_gradient()
     deepspeed.accumulate_all_gradients_in_fp32()
     xtuner.convert_checked_and_exact()

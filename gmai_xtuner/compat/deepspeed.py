@@ -59,6 +59,55 @@ def wait_for_gathered_weights() -> None:
     module.all_gather_into_tensor = all_gather_into_tensor
 
 
+def keep_gradients_until_reduced() -> None:
+    """Under ZeRO-1 and ZeRO-2 a gradient's memory is not given away while it is being reduced.
+
+    A gradient above ``reduce_bucket_size`` (the embedding of the 7B has 379 M elements) is reduced in place
+    on a stream of its own, and freed as soon as that has been queued: what is computed next may overwrite it.
+    DeepSpeed 0.16.2, ``stage_1_and_2.py``, ``reduce_ipg_grads``; its pull request 7965 fixed this class.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
+
+    if not hasattr(Zero.average_tensor, "__wrapped__"):
+        Zero.average_tensor = _kept_until_reduced(Zero.average_tensor)
+
+
+def _kept_until_reduced(average_tensor: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(average_tensor)
+    def average_kept_tensor(self: Any, tensor: torch.Tensor) -> None:
+        if self.overlap_comm and tensor.is_cuda:
+            tensor.record_stream(self.reduction_stream)
+        average_tensor(self, tensor)
+
+    return average_kept_tensor
+
+
+def wait_for_the_stream_of_a_gradient() -> None:
+    """ZeRO-3 reads no gradient that is still being computed; with torch 2.10 and newer weights became NaN.
+
+    Its reduction waits for the default stream, while autograd runs an operator's backward on the stream of
+    its forward. Until xtuner takes a DeepSpeed with pull request 7898 (March 2026).
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+
+    name = "_DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket"
+    if not hasattr(getattr(Zero, name), "__wrapped__"):
+        setattr(Zero, name, _after_the_current_stream(getattr(Zero, name)))
+
+
+def _after_the_current_stream(add_gradient: Callable[..., None]) -> Callable[..., None]:
+    from deepspeed.accelerator import get_accelerator
+
+    @functools.wraps(add_gradient)
+    def add_finished_gradient(self: Any, param: torch.Tensor) -> None:
+        accelerator = get_accelerator()
+        if not accelerator.resolves_data_dependency():
+            self.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
+        add_gradient(self, param)
+
+    return add_finished_gradient
+
+
 def accumulate_all_gradients_in_fp32() -> None:
     """Under ZeRO-2 the gradients of a step are summed in fp32, and with offloading all of them.
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gmai_xtuner.core.errors import GMAIError
@@ -257,7 +258,12 @@ def _announce(backend: str, device: torch.device) -> None:
 def _update_causal_mask(self: LlamaModel, attention_mask, *args, **kwargs):
     if isinstance(attention_mask, SequenceBoundaries):
         return attention_mask
-    return LlamaModel._update_causal_mask(self, attention_mask, *args, **kwargs)
+    mask = LlamaModel._update_causal_mask(self, attention_mask, *args, **kwargs)
+    if mask is None:
+        return None
+    # Rows of left padding see nothing, which some kernels answer with NaN; LlamaModel lets them see all, but
+    # only for the attention name "sdpa" (transformers 4.48.0, modeling_llama.py:671).
+    return AttentionMaskConverter._unmask_unattended(mask, torch.finfo(mask.dtype).min)
 
 
 def install_boundary_attention(llm: nn.Module, *, backend: str = "auto") -> None:

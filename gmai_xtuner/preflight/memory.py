@@ -213,8 +213,11 @@ def _buffers(counts: Mapping[str, PartCount], zero: ZeroSettings, trainable: int
     if zero.contiguous_gradients:
         buckets = zero.reduce_bucket_size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
     largest = max(part.largest_trainable for part in counts.values())
+    copied = 0
+    if zero.exchange_bytes != b:  # of what is reduced at a time, in the precision of the exchange
+        copied = zero.exchange_bytes * min(trainable, max(zero.reduce_bucket_size, largest))
     gathered = 0
     if zero.stage == 3:
         everything = sum(part.total for part in counts.values())
         gathered = min(everything, zero.max_live_parameters + zero.prefetch_bucket_size)
-    return b * (buckets + largest + gathered)
+    return b * (buckets + largest + gathered) + copied

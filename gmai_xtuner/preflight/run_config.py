@@ -28,6 +28,8 @@ class ZeroSettings:
         precision: ``bf16`` or ``fp32``.
         grad_accum_bytes: of one value of a step's summed gradient (``data_types.grad_accum_dtype``;
             without the key that of ``precision``).
+        exchange_bytes: of one value of a gradient that is exchanged (``communication_data_type``; without
+            the key that of ``precision``).
         offload_optimizer: optimiser states and fp32 weights in host memory.
         offload_param: weights in host memory too (stage 3).
         overlap_comm: two buckets for gradients instead of one.
@@ -42,6 +44,7 @@ class ZeroSettings:
     stage: int
     precision: str
     grad_accum_bytes: int
+    exchange_bytes: int
     offload_optimizer: bool
     offload_param: bool
     overlap_comm: bool
@@ -65,6 +68,7 @@ class ZeroSettings:
         stage = zero.get("stage", 0)
         precision = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
         summed = (config.get("data_types") or {}).get("grad_accum_dtype") or precision
+        exchanged = config.get("communication_data_type") or precision
 
         def number(key: str, default: float) -> int:
             return int(zero.get(key, default))
@@ -77,6 +81,7 @@ class ZeroSettings:
             stage=stage,
             precision=precision,
             grad_accum_bytes=DtypeEnum(summed).value.itemsize,
+            exchange_bytes=DtypeEnum(exchanged).value.itemsize,
             offload_optimizer=offloads("offload_optimizer"),
             offload_param=offloads("offload_param"),
             overlap_comm=bool(zero.get("overlap_comm", stage == 3)),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.model.attention import (
@@ -132,3 +133,27 @@ def test_choice_of_the_backend():
 def test_refuses_a_model_whose_attention_can_not_be_told():
     with pytest.raises(GMAIError, match="Linear"):
         install_boundary_attention(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_row_of_left_padding_sees_nothing(dtype):
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )
+    install_boundary_attention(llm)
+    padded = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    places = torch.arange(4)
+    mask = llm.model._update_causal_mask(
+        padded, torch.zeros(2, 4, 8, dtype=dtype), places, None, False
+    )
+    seen = mask[:, 0] == 0
+    assert seen.any(-1).all()
+    causal = [[place < row + 1 for place in range(4)] for row in range(4)]
+    assert seen[1].tolist() == causal
+    assert seen[0, 2:].tolist() == [[False, False, True, False], [False, False, True, True]]

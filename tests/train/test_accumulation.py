@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -63,3 +64,26 @@ def test_the_gradients_of_a_step_add_up(name, micro_batches):
 def test_a_step_of_zero1_with_offloading_does_not_hold_the_step_before():
     # Summed in bf16 here, so not as exact.
     assert error_of_a_step("zero1", 4, offload=True) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "exchange"),
+    [
+        ("zero1", "deepspeed.comm.all_reduce"),
+        ("zero2", "deepspeed.comm.all_reduce"),
+        ("zero3", "deepspeed.runtime.zero.stage3.reduce_scatter_coalesced"),
+    ],
+)
+def test_gradients_are_exchanged_in_fp32(name, exchange, monkeypatch):
+    module, _, function = exchange.rpartition(".")
+    original = getattr(importlib.import_module(module), function)
+    dtypes = set()
+
+    def spy(tensors, *args, **options):
+        every = tensors if isinstance(tensors, list) else [tensors]
+        dtypes.update(one.dtype for one in every if one.numel() >= SIZE * SIZE)
+        return original(tensors, *args, **options)
+
+    monkeypatch.setattr(exchange, spy)
+    error_of_a_step(name, 1)
+    assert dtypes == {torch.float32}

@@ -3,8 +3,8 @@
 #   xtuner train configs/gmai_vl/variants/stage2_one_80gb.py --deepspeed zero2
 #
 # 32 GPUs x 4 x 4 = 1 GPU x 4 x 128. Memory, in GB: frozen language model 7.74 G x 2 bytes = 15.5; tower and
-# projector 0.32 G x 20 = 6.5 (see stage 1); reduce buckets 0.8; activations of 8,192 tokens about 6.
-# About 29 of 80.
+# projector 0.32 G x 20 = 6.5 (see stage 1); reduce buckets 1.6; activations of 8,192 tokens about 6.
+# About 30 of 80.
 _base_ = ["../stage2_deep.py"]
 
 model = dict(pretrained_pth="{{$GMAI_STAGE1:work_dirs/stage1_one_80gb}}")
