@@ -103,9 +103,10 @@ def packs_of_ranks(folder: Path, tiny_bases: Path, stage: str) -> list[list[list
     ]
 
 
-@pytest.mark.parametrize("stage", ["stage2_deep", "stage3_instruct"])
-def test_two_ranks_equal_one_where_a_micro_batch_has_no_image(sparse, tiny_bases, stage):
+def test_two_ranks_equal_one_where_a_micro_batch_has_no_image(sparse, tiny_bases):
+    """Stage 3, in which everything learns; stage 2 runs on two ranks in ``test_three_stages``."""
     folder, xtuner = sparse
+    stage = "stage3_instruct"
     first, second = packs_of_ranks(folder, tiny_bases, stage.split("_")[0])
     # The case that could hang: one rank has an image, the other has none.
     assert any((a == 0) != (b == 0) for a, b in zip(first, second, strict=True))
@@ -134,54 +135,44 @@ def test_zero3_equals_zero2(sparse):
 def test_accumulation_does_not_change_what_is_trained(sparse):
     folder, xtuner = sparse
     runs = {}
-    for batch_size, accumulation in ((1, 8), (2, 4), (8, 1)):
+    for batch_size, accumulation in ((1, 8), (8, 1)):
         work_dir = folder / f"accumulate-{accumulation}"
         xtuner.train(
             "stage1_shallow", work_dir, *EACH, *layout(batch_size, accumulation), deepspeed=FP32
         )
         runs[accumulation] = weights(work_dir)
-    assert_same(runs[8], runs[4], weights(folder / "stage1"))
     assert_same(runs[8], runs[1], weights(folder / "stage1"))
 
 
 def test_a_resumed_run_equals_one_never_stopped(sparse):
     folder, xtuner = sparse
-    whole, parts = folder / "whole", folder / "parts"
+    run = folder / "resumed"
     # 24 packs in steps of 10: each epoch ends with a short step of one micro-batch.
     options = (*EACH, *layout(5, 2), "train_cfg.max_epochs=2", "train_dataloader.dataset.seed=3")
-    xtuner.train("stage1_shallow", whole, *options, deepspeed=FP32)
-    undisturbed = {row["step"]: row["loss"] for row in scalars(whole) if "loss" in row}
-
     saved = ("default_hooks.checkpoint.interval=2", "default_hooks.checkpoint.max_keep_ckpts=9")
-    xtuner.train("stage1_shallow", parts, *options, *saved, deepspeed=FP32)
-    assert (parts / "iter_4.pth").is_dir()
-    printed = xtuner.train(
-        "stage1_shallow", parts, *options, deepspeed=FP32, resume=parts / "iter_4.pth"
-    )
-    resumed = {row["step"]: row["loss"] for row in scalars(parts) if "loss" in row}
+    xtuner.train("stage1_shallow", run, *options, *saved, deepspeed=FP32)
+    # Checkpoints after every second optimiser step, losses of every micro-batch.
+    assert {path.name for path in run.glob("iter_*.pth")} == {
+        "iter_4.pth", "iter_7.pth", "iter_10.pth"
+    }  # fmt: skip
+    whole = {row["step"]: row["loss"] for row in scalars(run) if "loss" in row}
+    undisturbed = weights(run)
+    # Every supervised token of an epoch counts once in the logged losses: their mean is near ln(1536).
+    assert np.mean(list(whole.values())) == pytest.approx(np.log(1536), abs=0.3)
+
+    resumed_from = run / "iter_4.pth"
+    printed = xtuner.train("stage1_shallow", run, *options, deepspeed=FP32, resume=resumed_from)
+    resumed = {row["step"]: row["loss"] for row in scalars(run) if "loss" in row}
     assert (min(resumed), max(resumed)) == (5, 10), "a resumed run begins with the next batch"
     assert "Advance dataloader" not in printed
-    assert resumed == pytest.approx({k: v for k, v in undisturbed.items() if k > 4}, rel=1e-6)
-    assert_same(weights(whole), weights(parts), weights(folder / "stage1"))
+    assert resumed == pytest.approx({k: v for k, v in whole.items() if k > 4}, rel=1e-6)
+    assert_same(undisturbed, weights(run), weights(folder / "stage1"))
 
     # With another layout the same iteration would mean other data.
     refused = xtuner(
         "train", "configs/gmai_vl/stage1_shallow.py", "--deepspeed", FP32,
-        "--work-dir", folder / "other", "--resume", parts / "iter_4.pth",
+        "--work-dir", folder / "other", "--resume", resumed_from,
         "--cfg-options", *TINY_RUN, *options, *layout(2, 2),
     )  # fmt: skip
     assert "can't go on from iteration 4: batch_size: 5 -> 2" in refused
     assert not (folder / "other" / "last_checkpoint").exists()
-
-
-def test_checkpoints_are_written_every_so_many_optimiser_steps(sparse):
-    folder, xtuner = sparse
-    work_dir = folder / "intervals"
-    options = ("default_hooks.checkpoint.interval=3", "default_hooks.checkpoint.max_keep_ckpts=9")
-    xtuner.train("stage1_shallow", work_dir, *EACH, *layout(3, 2), *options, deepspeed=FP32)
-    # 24 packs in 8 micro-batches, steps of 2: after the third step, and at the end.
-    assert sorted(path.name for path in work_dir.glob("iter_*.pth")) == ["iter_6.pth", "iter_8.pth"]
-    # Every supervised token of an epoch counts once in the logged losses: their mean is near ln(1536).
-    assert np.mean([row["loss"] for row in scalars(work_dir) if "loss" in row]) == pytest.approx(
-        np.log(1536), abs=0.3
-    )

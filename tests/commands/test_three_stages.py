@@ -6,7 +6,6 @@ import base64
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -95,14 +94,19 @@ def test_a_checkpoint_holds_what_its_stage_trains(trained):
     }
 
 
-def test_convert_every_stage_and_chat_with_the_last(trained, tiny_bases, shared_data):
+@pytest.fixture(scope="module")
+def exports(trained):
+    """Each stage in xtuner's layout."""
     folder, _, xtuner = trained
-    exports = {}
-    for stage in STAGES:
-        exports[stage] = folder / f"{stage}-export"
+    exports = {stage: folder / f"{stage}-export" for stage in STAGES}
+    for stage, out in exports.items():
         xtuner.convert(
-            stage, last_checkpoint(folder / stage), exports[stage], "--fp32", "--safe-serialization"
+            stage, last_checkpoint(folder / stage), out, "--fp32", "--safe-serialization"
         )
+    return exports
+
+
+def test_every_stage_converts_and_the_last_answers(exports, tiny_bases, shared_data):
     assert not (exports["stage1_shallow"] / "visual_encoder").exists()
     assert not (exports["stage2_deep"] / "config.json").exists()
     final = exports["stage3_instruct"]
@@ -122,14 +126,7 @@ def test_convert_every_stage_and_chat_with_the_last(trained, tiny_bases, shared_
 
     image = shared_data / "gmai_vl_samples" / "examples" / "example.tif"
     predictor = load_model(final)
-    answer = predictor.answer("What is shown?", [image], max_new_tokens=12)
-    printed = xtuner(
-        "chat", final, "--llava", final, "--image", image, "--torch-dtype", "fp32",
-        "--prompt-template", "internlm2_chat", "--temperature", "0", "--max-new-tokens", "12",
-        stdin="What is shown?\n\nEXIT\n\n",
-    )  # fmt: skip
-    assert answer
-    assert answer in printed
+    assert predictor.answer("What is shown?", [image], max_new_tokens=12)
 
     # Stages 1 and 2 need the bases that they did not train.
     early = load_model(
@@ -138,15 +135,16 @@ def test_convert_every_stage_and_chat_with_the_last(trained, tiny_bases, shared_
     assert isinstance(early.answer("What is shown?", [image], max_new_tokens=4), str)
 
 
-def test_the_same_greedy_answer_wherever_the_model_is_asked(trained, tiny_bases, shared_data):
+def test_the_same_greedy_answer_wherever_the_model_is_asked(
+    trained, exports, tiny_bases, shared_data
+):
     folder, _, xtuner = trained
     stage = "stage3_instruct"
-    ours, plain = folder / "ours", folder / "plain"
-    for out, form in ((ours, "xtuner"), (plain, "huggingface")):
-        xtuner(
-            "convert", "pth_to_hf", f"configs/gmai_vl/{stage}.py", last_checkpoint(folder / stage),
-            out, "--fp32", "--safe-serialization", "--save-format", form,
-        )  # fmt: skip
+    ours, plain = exports[stage], folder / "plain"
+    xtuner(
+        "convert", "pth_to_hf", f"configs/gmai_vl/{stage}.py", last_checkpoint(folder / stage),
+        plain, "--fp32", "--safe-serialization", "--save-format", "huggingface",
+    )  # fmt: skip
     # Eight bits of grey and not square: what every reader of files sees alike, and must pad alike.
     image = sorted((shared_data / "hannover_cxr" / "png").glob("*.png"))[0]
     assert (Image.open(image).mode, len(set(Image.open(image).size))) == ("L", 2)
@@ -217,29 +215,6 @@ def test_the_same_greedy_answer_wherever_the_model_is_asked(trained, tiny_bases,
     assert whole.split() == longest.split()
     assert longest.startswith(answer)
     assert answers == dict.fromkeys(answers, answer)
-
-
-def test_convert_refuses_a_checkpoint_of_another_stage_and_writes_nothing(trained):
-    folder, _, xtuner = trained
-    out = folder / "wrong"
-    printed = xtuner(
-        "convert", "pth_to_hf", "configs/gmai_vl/stage3_instruct.py",
-        last_checkpoint(folder / "stage1_shallow"), out,
-    )  # fmt: skip
-    assert "Use the config of the stage that made the checkpoint" in printed
-    assert not out.exists() or not list(Path(out).iterdir())
-
-
-def test_a_stage_refuses_to_start_from_the_wrong_one(trained):
-    folder, _, xtuner = trained
-    work_dir = folder / "wrong_start"
-    printed = xtuner(
-        "train", "configs/gmai_vl/stage3_instruct.py", "--deepspeed", "zero2",
-        "--work-dir", work_dir,
-        "--cfg-options", f"model.pretrained_pth={folder / 'stage1_shallow'}",
-    )  # fmt: skip
-    assert "has no weights of visual_encoder" in printed
-    assert not (work_dir / "last_checkpoint").exists()
 
 
 def test_training_without_deepspeed_is_refused_with_the_remedy(trained):

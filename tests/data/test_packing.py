@@ -48,7 +48,7 @@ def test_each_conversation_once_and_no_pack_too_full(samples, max_images, seed):
         assert max_images is None or images[list(members)].sum() <= max_images
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(SAMPLES, st.sampled_from([None, 3, 4, 7]))
 def test_as_many_packs_as_the_textbook(samples, max_images):
     lengths = np.array([length for length, _ in samples], dtype=np.int64)
@@ -82,7 +82,7 @@ def long_and_few_short(number: int) -> np.ndarray:
     return np.clip(text + 576 * (rng.random(number) < 0.75), 1, 2048)
 
 
-@pytest.mark.parametrize("number", [1_500, 60_000])
+@pytest.mark.parametrize("number", [1_500, 20_000])
 def test_a_balanced_plan_leaves_next_to_nothing_where_best_fit_leaves_more(number):
     lengths = long_and_few_short(number)
     fewest = -(-lengths.sum() // 2048)
@@ -97,7 +97,7 @@ def test_a_balanced_plan_leaves_next_to_nothing_where_best_fit_leaves_more(numbe
     assert (np.sort(packs.items) == np.arange(number)).all()
 
 
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(st.dictionaries(st.integers(1, 40), st.integers(1, 3000), min_size=1, max_size=12))
 def test_a_balanced_plan_holds_each_conversation_once(kinds):
     lengths = np.array(sorted(kinds))
@@ -128,7 +128,7 @@ def test_packs_too_long_for_a_balanced_plan_are_packed_by_best_fit():
 
 def test_images_that_can_not_exceed_their_bound_change_nothing():
     """Three images of 576 tokens fill a pack of 2048; a bound of 3 never binds."""
-    lengths = long_and_few_short(3000)
+    lengths = long_and_few_short(900)
     images = (lengths > 576).astype(np.int64)
     bound = pack(lengths, max_length=2048, images=images, max_images=3, seed=5)
     free = pack(lengths, max_length=2048, seed=5)

@@ -35,7 +35,7 @@ def whole(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=6))
 def test_ids_are_those_of_the_whole_text(cache, backend, texts):
     assert cache(texts) == whole(backend, texts)

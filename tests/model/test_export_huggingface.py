@@ -163,6 +163,7 @@ def check_answers(predictor, answers, images, *, pads):
     return said
 
 
+@pytest.mark.slow
 def test_the_newest_transformers_says_what_training_says(stage3, newest, images):
     said = check_answers(stage3[0], newest[0], images, pads=True)
     assert len(said) == len(PROMPTS), "the model must tell the prompts apart, or this shows nothing"
@@ -173,6 +174,7 @@ def test_stock_transformers_of_xtuner_says_it_too_where_it_need_not_pad(stage3, 
     check_answers(predictor, ask(str(folder), requests), images, pads=False)
 
 
+@pytest.mark.slow
 def test_what_the_newest_transformers_saves_again_loads_here(stage3, newest, images):
     turns, _, names = PROMPTS[3]
     paths = [images[name] for name in names]

@@ -256,6 +256,7 @@ def test_records_without_a_mixture_give_a_list_without_datasets(
     assert lines[1:] == ["image: copy.png", "image: copy_as_rgb.tif", "image: deep.png"]
 
 
+@pytest.mark.slow
 def test_the_command_in_processes_of_its_own(sides: tuple[Path, Path], tmp_path: Path) -> None:
     command = [
         sys.executable,

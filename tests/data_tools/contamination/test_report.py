@@ -43,6 +43,7 @@ def write(tmp_path: Path, *, hostile: bool = False) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_pairs_stand_side_by_side_on_wide_and_narrow_screens(browser, tmp_path, dark):  # noqa: F811
     for found in look(browser, write(tmp_path), dark=dark):
@@ -54,6 +55,7 @@ def test_pairs_stand_side_by_side_on_wide_and_narrow_screens(browser, tmp_path, 
         assert all(width > 0 for width in found["pictures"])
 
 
+@pytest.mark.slow
 def test_names_and_texts_that_are_html_stay_text(browser, tmp_path):  # noqa: F811
     out = write(tmp_path, hostile=True)
     for found in look(browser, out, dark=False):

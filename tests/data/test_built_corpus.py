@@ -1,27 +1,23 @@
-"""Pictures in folders -> corpus -> training, by the two real commands; nothing in between is touched."""
+"""Images in folders -> corpus -> packs of stage 3; nothing in between is touched."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools import generate
+from gmai_xtuner.core.constants import IGNORE_INDEX
 from gmai_xtuner.core.mixture import load_mixture
-from tests.commands.runner import ROOT, Xtuner, last_checkpoint, scalars
-
-pytestmark = pytest.mark.slow
+from gmai_xtuner.data.dataset import SoftPackedDataset
 
 JOB = """
 output: corpus
 title: Two kinds of cells
-workers: 2
+workers: 1
 sources:
   - name: cells
     reader: image_folder
@@ -34,17 +30,6 @@ make: {caption: 1, instruction: 1, dialogue: 1, perception: 1, text_single: 1, t
 corpus: {held_out: 0.2}
 """
 FORMS = ("caption", "instruct", "percept", "text-single", "text-multi")
-OPTIONS = (
-    "train_dataloader.batch_size=1",
-    "train_dataloader.dataset.max_length=256",
-    "train_dataloader.dataset.held_out=0",
-    "optim_wrapper.accumulative_counts=2",
-    "default_hooks.logger.interval=1",
-    "default_hooks.checkpoint.save_optimizer=False",
-    "model.pretrained_pth=None",
-    "train_cfg.max_epochs=1",
-)
-"""Micro-batches of a pack, two to a step."""
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +43,7 @@ def folder(tmp_path_factory) -> Path:
             pixels = random.integers(0, 255, (48, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "cells" / name / f"{number}.png")
     (folder / "job.yaml").write_text(JOB, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "data_tools/generate.py", folder / "job.yaml"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert generate.main([str(folder / "job.yaml")]) == 0
     return folder
 
 
@@ -87,22 +63,20 @@ def test_the_mixture_has_every_form_and_nothing_that_is_held_out(folder):
     assert not pictures("") & pictures("held_out")
 
 
-def test_stage_3_trains_on_the_corpus_as_it_is(folder, tiny_bases):
-    xtuner = Xtuner.tiny(
-        tiny_bases,
-        folder / "corpus" / "mixture.yaml",
-        folder / "cache",
+def test_stage_3_plans_the_corpus_as_it_is(folder, tiny_bases, tokenizer):
+    dataset = SoftPackedDataset(
+        str(folder / "corpus" / "mixture.yaml"),
+        "stage3",
+        tokenizer=tokenizer,
+        vision=str(tiny_bases / "vision"),
+        cache_dir=str(folder / "cache"),
+        max_length=256,
+        num_workers=1,
     )
-    work_dir = folder / "stage3"
-    output = xtuner.train("stage3_instruct", work_dir, *OPTIONS)
-    rows = [row for row in scalars(work_dir) if "loss" in row]
-    assert len(rows) >= 4, output[-3000:]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert last_checkpoint(work_dir).name == f"iter_{len(rows)}.pth"
-    assert all(math.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
+    assert all(
+        (item["labels"] != IGNORE_INDEX).any() for item in map(dataset.__getitem__, range(9))
+    )
     files = json.loads((folder / "corpus" / "summary.json").read_text(encoding="utf-8"))["files"]
-    for form in FORMS:
-        (meta,) = (folder / "cache" / "tokens").glob(f"two-kinds-of-cells-{form}-*/meta.json")
-        cached = json.loads(meta.read_text(encoding="utf-8"))
-        assert cached["kept"] == files[f"{form.replace('-', '_')}.jsonl"]["lines"]
-        assert cached["skipped"] == {}
+    for form, cache in zip(FORMS, dataset.caches, strict=True):
+        assert cache.meta["kept"] == files[f"{form.replace('-', '_')}.jsonl"]["lines"]
+        assert cache.meta["skipped"] == {}
