@@ -18,7 +18,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError, ImageError
+from gmai_xtuner.core.imaging.images import opened
 
 _SIDE = 32
 _LOW = 8
@@ -32,10 +33,10 @@ def perceptual_hash(path: Path) -> int:
         CorpusError: the image can't be read.
     """
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             image.draft("L", (4 * _SIDE, 4 * _SIDE))
             small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-    except OSError as error:
+    except ImageError as error:
         raise CorpusError(
             f"{path}: a stored image can't be read ({error}). Images of a corpus must not be changed by "
             "hand; remove its .work folder and run the job again."

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from data_tools.items import TEXT_FORMS
 from data_tools.output import licences
 from data_tools.output.card import FIGURES
 from data_tools.output.summary import duration, writer
 from data_tools.records import Record
-from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError, ImageError
+from gmai_xtuner.core.imaging.images import opened
 
 if TYPE_CHECKING:
     from data_tools.store import Kept
@@ -253,11 +253,11 @@ def example(kept: Kept, folder: Path) -> Example:
 def thumbnail(folder: Path, record: Record) -> str:
     """Return the stored image, reduced, as a ``data:`` address of at most about 60 KB."""
     try:
-        with Image.open(folder / record.image) as image:
+        with opened(folder / record.image) as image:
             image.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
             image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
             small = image.convert("RGB")
-    except OSError as error:
+    except ImageError as error:
         raise CorpusError(
             f"{folder / record.image}: the stored picture of {record.id!r} can't be read ({error}). "
             f"Pictures of a corpus must not be changed by hand; remove {folder / '.work'} and run the job "

@@ -126,18 +126,21 @@ def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
     try:
         return decode_pixels(content, name, max_pixels=max_pixels)
     except ImageError as error:
-        detail = error.problem.removeprefix(f"image {name!r} ")
-        if error.reason == "enormous_image":
-            reason = TOO_LARGE
-        elif error.reason == "unsupported_image" and "none of the formats" not in detail:
-            reason = UNSUPPORTED
-        elif any(
-            word in detail.lower() for word in ("truncated", "unexpected end", "eof", "empty")
-        ):
-            reason = TRUNCATED
-        else:
-            reason = CANT_READ
-        raise Unusable(reason, detail) from error
+        raise unusable(error, name) from error
+
+
+def unusable(error: ImageError, name: str | Path) -> Unusable:
+    """Return what is wrong with an image in the words of the corpus."""
+    detail = error.problem.removeprefix(f"image {str(name)!r} ")
+    if error.reason == "enormous_image":
+        reason = TOO_LARGE
+    elif error.reason == "unsupported_image" and "none of the formats" not in detail:
+        reason = UNSUPPORTED
+    elif any(word in detail.lower() for word in ("truncated", "unexpected end", "eof", "empty")):
+        reason = TRUNCATED
+    else:
+        reason = CANT_READ
+    return Unusable(reason, detail)
 
 
 def _from_array(pixels: np.ndarray, max_pixels: int) -> np.ndarray:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image
-
+from data_tools.preprocess.images import unusable
 from data_tools.readers import SourceOptions
 from data_tools.records import Sample
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
+from gmai_xtuner.core.imaging.images import opened
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
@@ -238,21 +237,17 @@ def size_of(image: Sample | Path) -> tuple[int, int]:
     """Return width and height as stored; of an image file only the header is read, EXIF is not applied.
 
     Raises:
-        Unusable: the header can't be read, or promises more pixels than Pillow opens.
+        Unusable: the header can't be read, or promises more pixels than are opened.
     """
     path = image.image if isinstance(image, Sample) else image
     if not isinstance(path, Path):
         height, width = path.shape[:2]
         return width, height
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return opened.size
-    except Image.DecompressionBombError as error:
-        raise Unusable("image is too large", str(error)) from error
-    except (OSError, SyntaxError, ValueError, TypeError) as error:
-        raise Unusable("image can't be read", f"{type(error).__name__}: {error}") from error
+        with opened(path) as found:
+            return found.size
+    except ImageError as error:
+        raise unusable(error, path) from error
 
 
 def check_size(size: tuple[int, int], stated: tuple[object, object]) -> None:

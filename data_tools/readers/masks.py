@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.readers import SourceOptions
@@ -33,7 +32,8 @@ from data_tools.readers.files import (
 )
 from data_tools.readers.patterns import Places, one_reading, paired, pattern, place_names
 from data_tools.records import Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
+from gmai_xtuner.core.imaging.images import opened
 
 _RANGE = re.compile(r"([<>])\s*(-?\d+)")
 _COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
@@ -262,7 +262,7 @@ def _label(options: Options, texts: dict[str, str], name: str) -> str:
 def _values(path: Path, name: str, *, colours: bool) -> np.ndarray:
     """Return integers ``[H, W]``: palette numbers or grey levels as stored, or ``0xrrggbb``."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             image.load()
             if colours:
                 rgb = np.asarray(image.convert("RGB")).astype(np.int32)
@@ -276,12 +276,9 @@ def _values(path: Path, name: str, *, colours: bool) -> np.ndarray:
                 values = np.asarray(image)
                 return values.astype(np.uint8) if values.dtype == bool else values
             raise Unusable("mask of an unsupported kind", f"{name}: colour mode {image.mode}")
-    except Unusable:
-        raise
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise Unusable(
-            "mask that can't be read", f"{name}: {type(error).__name__}: {error}"
-        ) from error
+    except ImageError as error:
+        detail = error.problem.removeprefix(f"image {str(path)!r} ")
+        raise Unusable("mask that can't be read", f"{name}: {detail}") from error
 
 
 def _foreground(

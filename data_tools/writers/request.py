@@ -24,8 +24,9 @@ from data_tools.records import Box, Record
 from data_tools.writers.asking import Ask
 from data_tools.writers.ledger import Expense, Reply
 from data_tools.writers.options import ImageOptions, OpenAIBatchOptions, OpenAIOptions, Price
-from gmai_xtuner.core.errors import CorpusError, is_unicode
+from gmai_xtuner.core.errors import CorpusError, ImageError, is_unicode
 from gmai_xtuner.core.http import RequestRefused, first_message
+from gmai_xtuner.core.imaging.images import opened
 
 STRUCTURES = ("json_schema", "json_object", "text")
 MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens")
@@ -144,9 +145,9 @@ class AttachedImage:
 
     def _encode(self, data: bytes, options: ImageOptions) -> tuple[bytes, str]:
         try:
-            with Image.open(io.BytesIO(data)) as opened:
-                image = opened.convert("L" if opened.mode in ("1", "L") and not self.box else "RGB")
-        except (OSError, Image.DecompressionBombError) as error:
+            with opened(data, str(self.path)) as stored:
+                image = stored.convert("L" if stored.mode in ("1", "L") and not self.box else "RGB")
+        except ImageError as error:
             raise CorpusError(f"{self.path}: the stored picture can't be read ({error})") from error
         width, height = self.size(options)
         if (width, height) != image.size:

@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from gmai_xtuner.core.errors import ImageError
+from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.imaging.damage import find_damage
 
 PathLike = str | os.PathLike[str]
@@ -93,13 +93,13 @@ def open_rgb(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: reason ``missing_image``, ``damaged_image``, ``enormous_image`` or
             ``unsupported_image``; without dataset and record, which the caller adds with ``at``.
     """
-    with _opened(path, max_pixels=max_pixels) as image:
+    with opened(path, max_pixels=max_pixels) as image:
         return _decode(image, path).image.convert("RGB")
 
 
 def decode_rgb(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the bytes of an image file as :func:`open_rgb` does; errors call it ``name``."""
-    with _parsed(io.BytesIO(content), name, max_pixels=max_pixels) as image:
+    with opened(content, name, max_pixels=max_pixels) as image:
         return _decode(image, name).image.convert("RGB")
 
 
@@ -123,7 +123,7 @@ def decode_pixels(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) ->
 
     Damage that decoders pass over is looked for too, see `gmai_xtuner.core.imaging.damage`.
     """
-    with _parsed(io.BytesIO(content), name, max_pixels=max_pixels) as image:
+    with opened(content, name, max_pixels=max_pixels) as image:
         found = _decode(image, name, whole=content)
         shown = found.image
         if shown.mode == "1":
@@ -165,7 +165,7 @@ def open_reduced(
         enough: pixels that the longer and the shorter edge keep at least.
         max_pixels: see :func:`open_rgb`; compared with the whole size.
     """
-    with _opened(path, max_pixels=max_pixels) as image:
+    with opened(path, max_pixels=max_pixels) as image:
         size = image.size
         by = min(max(size) // enough[0], min(size) // enough[1])
         by = next((step for step in (8, 4, 2) if step <= by), 1)
@@ -198,12 +198,12 @@ def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> 
         if not found:
             raise _missing(path, "no such file")
     elif level == "header":
-        with _opened(path, max_pixels=max_pixels) as image:
+        with opened(path, max_pixels=max_pixels) as image:
             # A float may be NaN anywhere; everything else shows in header and end mark.
             if image.mode == "F" or not _reaches_its_end(image):
                 _decode(image, path)
     elif level == "decode":
-        with _opened(path, max_pixels=max_pixels) as image:
+        with opened(path, max_pixels=max_pixels) as image:
             position = image.fp.tell()
             image.fp.seek(0)
             content = image.fp.read()
@@ -229,24 +229,40 @@ def _missing(path: PathLike, why: str) -> ImageError:
 
 
 @contextmanager
-def _opened(path: PathLike, *, max_pixels: int) -> Iterator[Image.Image]:
-    """Open a file and check what its header says; see :func:`_parsed`."""
+def opened(
+    source: PathLike | bytes, name: str = "", *, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """Open an image within the bounds, for whoever needs its header or its pixels as they are stored.
+
+    Errors of decoding inside the block become ImageErrors too.
+
+    Args:
+        source: a file, or the bytes of one.
+        name: what errors call bytes.
+        max_pixels: see :func:`open_rgb`.
+
+    Raises:
+        ImageError: as :func:`open_rgb`.
+    """
+    if isinstance(source, bytes):
+        with _parsed(io.BytesIO(source), name, max_pixels=max_pixels) as image:
+            yield image
+        return
     try:
-        file = open(path, "rb")  # noqa: SIM115
+        file = open(source, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _missing(path, str(error)) from error
-    with file, _parsed(file, path, max_pixels=max_pixels) as image:
+        raise _missing(source, str(error)) from error
+    with file, _parsed(file, source, max_pixels=max_pixels) as image:
         yield image
 
 
 @contextmanager
 def _parsed(file: BinaryIO, name: PathLike, *, max_pixels: int) -> Iterator[Image.Image]:
-    """Read and check the header, and turn errors of decoding inside the block into ImageError."""
     try:
         image = _read_header(file, name)
         _check_header(image, name, max_pixels=max_pixels)
         yield image
-    except ImageError:
+    except GMAIError:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:  # the first: a huge frame of a GIF
         why = str(error) or "there is not enough memory to decode it"

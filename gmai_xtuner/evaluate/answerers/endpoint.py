@@ -15,8 +15,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError, is_unicode
 from gmai_xtuner.core.http import (
     ChatServer,
@@ -26,6 +24,7 @@ from gmai_xtuner.core.http import (
     back_off,
     first_message,
 )
+from gmai_xtuner.core.imaging.images import opened
 from gmai_xtuner.evaluate.fingerprint import hash_text
 from gmai_xtuner.evaluate.questions import ImageSource, load_image, open_image
 from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
@@ -208,5 +207,5 @@ def data_url(source: ImageSource, name: str) -> str:
 def _is_plain_jpeg(content: bytes) -> bool:
     if not content.startswith(b"\xff\xd8"):
         return False
-    with Image.open(io.BytesIO(content)) as image:
+    with opened(content) as image:
         return image.mode in ("L", "RGB") and image.getexif().get(_EXIF_ORIENTATION, 1) == 1

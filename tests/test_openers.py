@@ -1,0 +1,120 @@
+"""One opener for untrusted bytes: who may call what opens images, volumes, archives, tables and weights."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.test_imports import modules
+
+IMAGING = "gmai_xtuner.core.imaging"
+SLIDES = "data_tools.readers.slide_files"
+OPENERS: dict[str, tuple[str, ...]] = {
+    "PIL.Image.open": (),
+    "PIL.Image.OPEN": (f"{IMAGING}.images",),
+    "PIL.ImageFile.Parser": (),
+    "cv2.imread": (),
+    "cv2.imdecode": (f"{IMAGING}.images",),
+    "simplejpeg.decode_jpeg": (f"{IMAGING}.damage",),
+    "pydicom.dcmread": (IMAGING,),
+    "pydicom.filereader.dcmread": (),
+    "pydicom.pixels.pixel_array": (IMAGING,),
+    "highdicom.imread": (),
+    "nibabel.load": (IMAGING,),
+    "SimpleITK.ReadImage": (),
+    "SimpleITK.ImageFileReader": (IMAGING,),
+    "tifffile.TiffFile": (SLIDES,),
+    "tifffile.imread": (),
+    "openslide.OpenSlide": (SLIDES,),
+    "openslide.open_slide": (),
+    "av.open": ("data_tools.readers.video_frames",),
+    "gzip.open": (IMAGING,),
+    "gzip.GzipFile": (IMAGING,),
+    "gzip.decompress": (),
+    "bz2.BZ2File": (IMAGING,),
+    "bz2.open": (),
+    "zipfile.ZipFile": (
+        "gmai_xtuner.checkpoint.pickles",
+        "gmai_xtuner.demo.saving",
+    ),  # saving writes
+    "tarfile.open": (),
+    "shutil.unpack_archive": (),
+    "pyarrow.parquet.ParquetFile": (
+        *("gmai_xtuner.core.records", "gmai_xtuner.evaluate.benchmarks.parquet"),
+    ),
+    "pyarrow.parquet.read_table": (),
+    "pandas.read_parquet": (),
+    "pandas.read_pickle": (),
+    "openpyxl.load_workbook": ("data_tools.readers.rows",),
+    "torch.load": ("gmai_xtuner.checkpoint.pickles",),
+    "torch.jit.load": (),
+    "joblib.load": (),
+    "yaml.load": (),
+    "yaml.unsafe_load": (),
+    "yaml.full_load": (),
+    # Below: only files and messages that the project has written itself.
+    "numpy.load": ("gmai_xtuner.data.token_cache", "gmai_xtuner.data.plan"),
+    "pyarrow.ipc.open_file": (
+        *("gmai_xtuner.data.token_cache", "gmai_xtuner.data.plan"),
+        "gmai_xtuner.preflight.pictures",
+    ),
+    "pickle.load": ("data_tools.readers.rows", "data_tools.writers.openai_batch"),
+    "pickle.loads": ("data_tools.worker",),
+    "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.path_vqa",),  # numbers and texts alone
+    # By content: forms and tables that travel with the package.
+    "yaml.safe_load": ("data_tools.forms.language", "gmai_xtuner.evaluate.paper_tables"),
+}
+"""What opens a file -> modules, or packages of them, that may use it; they bound it or know the file."""
+
+
+def used(source: str) -> set[str]:
+    """Return the dotted names that a module uses, as its imports resolve them."""
+    tree = ast.parse(source)
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.split(".")[0]
+                known[alias.asname or first] = alias.name if alias.asname else first
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            known |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
+    found = set(known.values())
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.insert(0, node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id in known:
+            found.add(".".join((known[node.id], *parts)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("from PIL import Image\nwith Image.open(x): pass", "PIL.Image.open"),
+        ("import PIL.Image as P\nf = P.open", "PIL.Image.open"),
+        ("def f():\n    from torch import load", "torch.load"),
+        ("import torch\ntorch.jit.load(x)", "torch.jit.load"),
+        ("import pyarrow.parquet\npyarrow.parquet.read_table(x)", "pyarrow.parquet.read_table"),
+    ],
+)
+def test_uses_are_found_however_they_are_imported(source, name):
+    assert name in used(source)
+
+
+def test_untrusted_bytes_are_opened_in_the_named_modules_alone():
+    wrong = []
+    idle = {(name, one) for name, allowed in OPENERS.items() for one in allowed if one != IMAGING}
+    for module, path in modules():
+        for name in used(Path(path).read_text(encoding="utf-8")) & OPENERS.keys():
+            own = [one for one in OPENERS[name] if f"{module}.".startswith(f"{one}.")]
+            if not own:
+                wrong.append(f"{module} uses {name}; {OPENERS[name] or 'nobody'} may")
+            idle -= {(name, one) for one in own}
+    assert not wrong
+    assert not idle, "no longer used there: take these out of the list"
