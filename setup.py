@@ -20,7 +20,6 @@ CORPUS = [
     # readers
     "av>=13",
     "connected-components-3d>=3.21",
-    "highdicom>=0.27",
     "imagecodecs>=2024.9",
     "nibabel>=5.3",
     "openpyxl>=3.1",
@@ -31,6 +30,8 @@ CORPUS = [
     "pylibjpeg>=2.0",
     "pylibjpeg-openjpeg>=2.3",
     "pylibjpeg-rle>=2.0",
+    # JPEG-LS; GDCM, which stands last, may end the process over a damaged one
+    "pyjpegls>=1.4",
     # JPEG lossless of older scanners; pylibjpeg's own decoder of it is under the GPL
     "python-gdcm>=3.0.24",
     # NRRD, in pure Python: it is handed headers only, so that none can lead it to another file
@@ -48,6 +49,7 @@ DEMO = [
     "pylibjpeg>=2.0",
     "pylibjpeg-openjpeg>=2.3",
     "pylibjpeg-rle>=2.0",
+    "pyjpegls>=1.4",
     "python-gdcm>=3.0.24",
 ]
 RAY = ["ray>=2.40"]
@@ -73,6 +75,8 @@ DEVELOPMENT = [
     *RAY,
     *QUICKSTART,
     *LIGER,
+    # an independent reader of windows and segmentations
+    "highdicom>=0.27",
     # an independent reader of NRRD and MetaImage
     "SimpleITK>=2.4",
     "hypothesis>=6.100",

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from gmai_xtuner.core.imaging.dicom import (
 Attribute = Literal["BodyPartExamined", "ViewPosition", "Laterality", "PatientSex"]
 ATTRIBUTES: tuple[Attribute, ...] = ("BodyPartExamined", "ViewPosition", "Laterality")
 
-SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 DIRECTORY = "1.2.840.10008.1.3.10"
 
@@ -107,8 +108,14 @@ def sha256_of(paths: Iterable[Path]) -> str:
     """Return the hash of one file's bytes; of several the hash of their hashes, in their order."""
     hashes = []
     for path in paths:
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256"))
+        found = path.stat()
+        hashes.append(_sha256(path, found.st_mtime_ns, found.st_size))
     if len(hashes) == 1:
-        return hashes[0].hexdigest()
-    return hashlib.sha256(b"".join(item.digest() for item in hashes)).hexdigest()
+        return hashes[0].hex()
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
+
+
+@lru_cache(maxsize=64)  # a segmentation is hashed for each image of its series
+def _sha256(path: Path, changed: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -64,8 +64,8 @@ WORDS: dict[str, tuple[str, str]] = {
         "部分体素没有有效数值，按最小值显示。",
     ),
     "uneven": (
-        "The slices lie at uneven distances, so they are shown in their own direction only.",
-        "层间距不均匀，因此只按扫描方向显示。",
+        "The slices lie at uneven distances or are tilted, so they are shown in their own direction only.",
+        "层间距不均匀或层面倾斜，因此只按扫描方向显示。",
     ),
     # asking
     "tasks": ("Tasks", "任务"),

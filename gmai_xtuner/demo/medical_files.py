@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging import dicom, dicom_pixels, volumes
+from gmai_xtuner.core.errors import GMAIError, Unusable
+from gmai_xtuner.core.imaging import dicom, dicom_pixels, dicom_stacks, volumes
 from gmai_xtuner.core.imaging.dicom import Header
 from gmai_xtuner.core.imaging.windows import PRESETS, Window, foreground_window
 from gmai_xtuner.demo.i18n import PageError
@@ -34,14 +34,15 @@ _MESSAGES = {
     volumes.MANY_AXES: ("nifti_axes", "shape"),
     volumes.NO_ORIENTATION: ("no_directions", ""),
 }
-_NO_STACK = (dicom.MIXED, dicom.TWICE, dicom.NO_SPACING)
+_NO_STACK = (dicom_stacks.MIXED, dicom_stacks.TWICE, dicom_stacks.NO_SPACING)
 
 
 @contextmanager
 def _said() -> Iterator[None]:
     """Say in the page's words why a file can't be used."""
     try:
-        yield
+        with dicom.damage_as(dicom.DAMAGED):
+            yield
     except Unusable as error:
         key, name = _MESSAGES.get(error.reason, ("damaged", ""))
         detail = error.detail.replace(" x ", " × ") or "DICOM"
@@ -88,7 +89,7 @@ def _read(path: Path) -> Image:
     return dicom.header_of(data), data
 
 
-class _NoStack(Exception):
+class _NoStack(GMAIError):
     """Files of one series that can't be shown as one study of this kind."""
 
 
@@ -185,26 +186,24 @@ def _volume(group: list[Image], limits: Limits) -> Volume:
     if any(dicom_pixels.photometric_of(data) not in dicom_pixels.GREY for _, data in group):
         raise _NoStack
     try:
-        order, even = dicom.stack_order(headers)
-        slices = [group[at] for at in order]
-        middle = slices[count // 2][1]
-        affine = dicom.stack_affine(slices[0][0], slices[-1][0], count, middle)
+        stack = dicom_stacks.stack_of(headers)
     except Unusable as error:
         if error.reason in _NO_STACK:
             raise _NoStack from error
         raise
     limits.check_voxels(count * first.rows * first.columns)
-    values = np.stack([_intensities(data, 0) for _, data in slices])
-    turned, ras = volumes.to_ras(values[..., None], volumes.LPS_TO_RAS @ affine)
-    own_axis = dicom.stack_axis(affine)
+    slices = [group[at][1] for at in stack.order]
+    middle = slices[count // 2]
+    values = np.stack([_intensities(data, 0) for data in slices])
+    turned, ras = volumes.to_ras(values[..., None], volumes.LPS_TO_RAS @ stack.affine)
     own = _own_window(middle, 0)
     modality = dicom.modality_code(middle)
     size = f"{first.columns} × {first.rows} × {count}"
     return Volume(
         turned,
-        Facts("DICOM", modality, size, () if even else ("uneven",)),
+        Facts("DICOM", modality, size, ("uneven",) if stack.flaw else ()),
         volumes.spacing_of(ras),
-        (own_axis, *(axis for axis in ("z", "y", "x") if even and axis != own_axis)),
+        (stack.axis, *(at for at in ("z", "y", "x") if not stack.flaw and at != stack.axis)),
         own or _default_window(middle, values),
         inverted=str(middle.PhotometricInterpretation) == "MONOCHROME1",
         own_window=own is not None,

@@ -1,4 +1,4 @@
-"""DICOM: headers, and the slices of a series in their order. Pixels are those of `dicom_pixels`.
+"""DICOM: files and headers. Pixels are those of `dicom_pixels`, series those of `dicom_stacks`.
 
 Header values may name a patient: errors quote none of them but a modality's code, and library texts only
 without them (`words_of`).
@@ -6,38 +6,39 @@ without them (`words_of`).
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
-
-from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.slicing import AXES, Axis
+from gmai_xtuner.core.errors import GMAIError, Unusable
 
 NOT_DICOM = "not a DICOM file"
 CANT_OPEN = "file can't be read"
+DAMAGED = "DICOM file that is damaged"
 WRONG_VALUES = "DICOM header with wrong values"
 NO_PICTURE = "DICOM object without a picture"
-MIXED = "series of differing sizes or directions"
-TWICE = "series with two slices at one place"
-NO_SPACING = "series without a pixel spacing"
+TOO_LARGE = "DICOM file that unpacks to too much"
+
+MAX_INFLATED = 2**28
+"""Bytes that a deflated data set may unpack to."""
+
+PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
 # Objects that are numbers of a calculation or text, not an image of the patient.
 NO_PICTURES = ("RTDOSE", "SEG", "RTSTRUCT", "REG", "RWV", "PR", "KO", "SR", "DOC", "RTPLAN", "ECG")
-UNEVEN = 0.1
-"""How far a slice may lie from where even spacing puts it, as a share of the spacing."""
-
 _CODE = re.compile(r"[A-Z]{1,8}")
 _HEADER_TAGS = [
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"),
     *("Modality", "Rows", "Columns", "NumberOfFrames", "ImagePositionPatient"),
     *("ImageOrientationPatient", "InstanceNumber", "EchoNumbers", "TemporalPositionIdentifier"),
     *("AcquisitionNumber", "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"),
+    "PixelSpacing",
 ]
 _IDENTITY = (
     *("PatientName", "PatientID", "OtherPatientIDs", "OtherPatientNames", "PatientBirthDate"),
@@ -57,42 +58,56 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def damage_as(reason: str, data: Any = None) -> Iterator[None]:
+    """Turn whatever a library raises for damaged data into `Unusable` with this reason.
+
+    Args:
+        reason: under which it is counted.
+        data: data set whose identity the library's text must not hold; None: the text isn't told.
+    """
+    try:
+        yield
+    except GMAIError:
+        raise
+    except Exception as error:  # as many kinds of damage as there are elements
+        detail = type(error).__name__ if data is None else words_of(error, data)
+        raise Unusable(reason, detail) from error
+
+
 def is_dicom(path: Path) -> bool:
-    """Return True for a DICOM file, with its preamble or from before there was one."""
+    """Return True for a DICOM file, with its preamble or without one."""
     with path.open("rb") as file:
         start = file.read(132)
-    # Group 0008 comes first in a file without a preamble.
-    return start[128:] == b"DICM" or start[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00")
+    # Without a preamble the first element, of group 0002 or 0008, is at the beginning.
+    bare = (start[:2] in (b"\2\0", b"\x08\0") and start[3:4] == b"\0") or start[:3] == b"\0\x08\0"
+    return start[128:] == b"DICM" or bare
 
 
 def open_dataset(path: Path, *, header_only: bool = False) -> Any:
     """Return the data set of a file.
 
-    Files from before the DICOM file format, which begin with the first element, are read as well.
+    Files without a preamble, which begin with the first element, are read as well.
 
     Args:
         path: of the file.
         header_only: read only what `header_of` needs, and no pixels.
 
     Raises:
-        Unusable: it is no DICOM file, or can't be opened.
+        Unusable: it is no DICOM file, is damaged, unpacks to too much, or can't be opened.
     """
     import pydicom
-    from pydicom.errors import InvalidDicomError
 
     tags: Any = {"stop_before_pixels": True, "specific_tags": _HEADER_TAGS} if header_only else {}
     try:
-        with quiet():
-            try:
-                data = pydicom.dcmread(path, **tags)
-            except InvalidDicomError:
-                # Group 0008 comes first in every such file, in either order of bytes.
-                with path.open("rb") as file:
-                    if file.read(2) not in (b"\x08\x00", b"\x00\x08"):
-                        raise
-                data = pydicom.dcmread(path, force=True, **tags)
-                if not data.get("SOPClassUID"):
-                    raise
+        if not is_dicom(path):
+            raise Unusable(NOT_DICOM)
+        with damage_as(DAMAGED), quiet():
+            with path.open("rb") as file:
+                has_preamble = _refuse_bomb(file)
+            data = pydicom.dcmread(path, force=True, **tags)
+            if not has_preamble and not data.get("SOPClassUID"):
+                raise Unusable(NOT_DICOM)
             if "TransferSyntaxUID" not in data.file_meta:
                 implicit, little = data.original_encoding
                 data.file_meta.TransferSyntaxUID = (
@@ -105,8 +120,22 @@ def open_dataset(path: Path, *, header_only: bool = False) -> Any:
             return data
     except OSError as error:
         raise Unusable(CANT_OPEN, error.strerror or type(error).__name__) from error
-    except Exception as error:  # whatever a damaged header makes pydicom stumble over
-        raise Unusable(NOT_DICOM) from error
+
+
+def _refuse_bomb(file: BinaryIO) -> bool:
+    """Check what a deflated data set unpacks to, before pydicom does it; return if there is a preamble."""
+    from pydicom.filereader import _read_file_meta_info, read_preamble
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    preamble = read_preamble(file, force=True)
+    meta = _read_file_meta_info(file)
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        inflate, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while chunk := inflate.unconsumed_tail or file.read(2**20):
+            size += len(inflate.decompress(chunk, 2**24))
+            if size > MAX_INFLATED:
+                raise Unusable(TOO_LARGE, f"more than {MAX_INFLATED} bytes")
+    return preamble is not None
 
 
 # --- headers ------------------------------------------------------------------------------------
@@ -116,9 +145,10 @@ def open_dataset(path: Path, *, header_only: bool = False) -> Any:
 class Header:
     """As much of a header as is needed to sort files; most of it must not leave the program.
 
-    ``orientation`` and ``position`` are in millimetres of the patient's LPS axes, None without them;
+    ``orientation`` (of rows and columns) and ``position`` (of the first pixel, millimetres) are in the
+    patient's LPS axes, ``spacing`` is in millimetres from row to row and from column to column; None without.
     ``order`` is what else may tell slices of one place apart; ``references`` are series that a
-    segmentation was drawn on; ``path`` is what the caller calls the file.
+    segmentation was drawn on; ``path`` is what the caller calls the file; ``frame`` counts from 0.
     """
 
     path: str
@@ -136,6 +166,8 @@ class Header:
     number: int
     order: tuple[str, str, str]
     references: tuple[str, ...]
+    spacing: tuple[float, float] | None = None
+    frame: int = 0
 
 
 def header_of(data: Any, path: str = "") -> Header:
@@ -144,23 +176,14 @@ def header_of(data: Any, path: str = "") -> Header:
     Raises:
         Unusable: a value is no number where one is expected.
     """
-    try:
-        with quiet():
-            return _header_of(data, path)
-    except (ValueError, TypeError, AttributeError, OverflowError, NotImplementedError, KeyError):
-        raise Unusable(WRONG_VALUES) from None  # the library's text may quote them
+    with damage_as(WRONG_VALUES), quiet():
+        return _header_of(data, path)
 
 
 def _header_of(data: Any, path: str) -> Header:
     def text(key: str) -> str:
         value = data.get(key)
         return "" if value is None else str(value).strip()
-
-    def vector(key: str, count: int) -> tuple[float, ...] | None:
-        values = data.get(key)
-        if values is None or len(values) != count:
-            return None
-        return tuple(float(value) for value in values)
 
     references = list(data.get("ReferencedSeriesSequence") or [])
     for frame in data.get("ReferencedFrameOfReferenceSequence") or []:
@@ -177,12 +200,67 @@ def _header_of(data: Any, path: str) -> Header:
         int(data.get("Rows") or 0),
         int(data.get("Columns") or 0),
         int(data.get("NumberOfFrames") or 1),
-        vector("ImageOrientationPatient", 6),
-        vector("ImagePositionPatient", 3),
+        _vector(data, "ImageOrientationPatient", 6),
+        _vector(data, "ImagePositionPatient", 3),
         int(data.get("InstanceNumber") or 0),
         (text("EchoNumbers"), text("TemporalPositionIdentifier"), text("AcquisitionNumber")),
         tuple(dict.fromkeys(str(item.SeriesInstanceUID) for item in references)),
+        _spacing(data),
     )
+
+
+def _vector(source: Any, key: str, count: int) -> tuple[float, ...] | None:
+    values = numbers(source, key)
+    return tuple(values) if len(values) == count and all(map(math.isfinite, values)) else None
+
+
+def _spacing(source: Any) -> tuple[float, float] | None:
+    """Return the pixel spacing; None for one that says nothing, which is no fault of a single image."""
+    try:
+        rows, columns = _vector(source, "PixelSpacing", 2) or (0, 0)
+    except Unusable:
+        return None
+    return (rows, columns) if min(rows, columns) > 0 else None
+
+
+def functional_group(data: Any, frame: int, name: str) -> Any | None:
+    """Return the item of an enhanced object's macro that holds for a frame: its own, or that of all."""
+    for groups, at in (
+        ("PerFrameFunctionalGroupsSequence", frame),
+        ("SharedFunctionalGroupsSequence", 0),
+    ):
+        try:
+            return data[groups].value[at][name].value[0]
+        except (AttributeError, IndexError, KeyError, TypeError):
+            continue
+    return None
+
+
+def frame_headers(data: Any, path: str = "") -> list[Header]:
+    """Return a header for each frame, with the place that its functional groups give it (PS3.3 C.7.6.16).
+
+    Raises:
+        Unusable: as `header_of`; or there are more frames than the file has bytes.
+    """
+    with damage_as(WRONG_VALUES), quiet():
+        header = _header_of(data, path)
+        # A frame of one bit is possible, none of nothing.
+        if header.frames > 8 * max(1, *(len(data.get(key) or b"") for key in PIXELS)):
+            raise Unusable(WRONG_VALUES, "NumberOfFrames")
+        return [_frame_header(data, header, frame) for frame in range(header.frames)]
+
+
+def _frame_header(data: Any, header: Header, frame: int) -> Header:
+    found: dict[str, Any] = {"frames": 1, "frame": frame}
+    if header.frames > 1:
+        found["number"] = frame
+    if item := functional_group(data, frame, "PlaneOrientationSequence"):
+        found["orientation"] = _vector(item, "ImageOrientationPatient", 6)
+    if item := functional_group(data, frame, "PlanePositionSequence"):
+        found["position"] = _vector(item, "ImagePositionPatient", 3)
+    if item := functional_group(data, frame, "PixelMeasuresSequence"):
+        found["spacing"] = _spacing(item)
+    return replace(header, **found)
 
 
 def numbers(source: Any, key: str) -> list[float]:
@@ -198,7 +276,7 @@ def numbers(source: Any, key: str) -> list[float]:
                 return []
             values = [value] if isinstance(value, int | float | str) else list(value)
             return [float(item) for item in values]
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # its text may quote the value
         raise Unusable(WRONG_VALUES, key) from None
 
 
@@ -229,76 +307,8 @@ def words_of(error: Exception, data: Any) -> str:
     """Return a library's text, if nothing of the patient's and no path of this machine is in it."""
     path = str(getattr(data, "filename", None) or "\0")
     text = " ".join(str(error).replace(path, "the file").split())[:240]
-    return (
-        f"{type(error).__name__}: {text}"
-        if harmless(text, identity(data))
-        else type(error).__name__
-    )
-
-
-# --- series -------------------------------------------------------------------------------------
-
-
-def is_stack(headers: Sequence[Header]) -> bool:
-    """Return True if files of a series are slices: single frames with a place each, at two places or more."""
-    return (
-        len(headers) > 1
-        and all(header.frames == 1 and header.orientation and header.position for header in headers)
-        and len({header.position for header in headers}) > 1
-    )
-
-
-def stack_order(headers: Sequence[Header]) -> tuple[list[int], bool]:
-    """Return the indices of slices along their normal, and whether they lie evenly.
-
-    Args:
-        headers: of a stack (`is_stack`).
-
-    Raises:
-        Unusable: they differ in size or direction, or two lie at one place.
-    """
-    first, count = headers[0], f"{len(headers)} files"
-    axes = np.array(first.orientation, dtype=float)
-    for header in headers:
-        same = np.allclose(header.orientation or (), axes, atol=1e-3)
-        if (header.rows, header.columns) != (first.rows, first.columns) or not same:
-            raise Unusable(MIXED, count)
-    normal = np.cross(axes[:3], axes[3:])
-    places = [float(np.dot(normal, header.position or (0, 0, 0))) for header in headers]
-    order = sorted(
-        range(len(headers)), key=lambda at: (places[at], headers[at].number, headers[at].path)
-    )
-    distances = np.diff(np.array(places)[order])
-    spacing = float(np.median(distances))
-    if distances.min() < 1e-3 * max(spacing, 1e-6) or spacing <= 0:
-        raise Unusable(TWICE, f"{count}; name one echo or time point per series")
-    return order, bool(np.abs(distances - spacing).max() <= UNEVEN * spacing)
-
-
-def stack_affine(first: Header, last: Header, count: int, data: Any) -> np.ndarray:
-    """Return the affine from (slice, row, column) to LPS millimetres (PS3.3 C.7.6.2.1.1).
-
-    Args:
-        first, last: slices in order.
-        count: number of slices.
-        data: any of their data sets, for the pixel spacing.
-
-    Raises:
-        Unusable: there is no usable pixel spacing.
-    """
-    spacing = numbers(data, "PixelSpacing")
-    if len(spacing) != 2 or not min(spacing) > 0:
-        raise Unusable(NO_SPACING)
-    axes = np.array(first.orientation, dtype=float)
-    start, end = (np.array(header.position, dtype=float) for header in (first, last))
-    affine = np.eye(4)
-    affine[:3, 0] = (end - start) / (count - 1)
-    affine[:3, 1] = axes[3:] * spacing[0]
-    affine[:3, 2] = axes[:3] * spacing[1]
-    affine[:3, 3] = start
-    return affine
-
-
-def stack_axis(affine: np.ndarray) -> Axis:
-    """Return the body's axis along which the slices of a stack lie one behind the other."""
-    return AXES[int(np.abs(affine[:3, 0]).argmax())]
+    try:
+        is_harmless = harmless(text, identity(data))
+    except Exception:  # the elements of identity are damaged themselves
+        is_harmless = False
+    return f"{type(error).__name__}: {text}" if is_harmless else type(error).__name__

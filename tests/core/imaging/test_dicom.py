@@ -11,13 +11,7 @@ from pydicom.data import get_testdata_file
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.dicom import (
-    header_of,
-    is_dicom,
-    open_dataset,
-    stack_affine,
-    stack_order,
-)
+from gmai_xtuner.core.imaging.dicom import header_of, is_dicom, open_dataset
 from gmai_xtuner.core.imaging.dicom_pixels import (
     COLOUR,
     colours,
@@ -26,6 +20,7 @@ from gmai_xtuner.core.imaging.dicom_pixels import (
     intensities,
     photometric_of,
 )
+from gmai_xtuner.core.imaging.dicom_stacks import stack_of
 from gmai_xtuner.core.imaging.windows import Window
 from tests import medical_files as made
 
@@ -89,9 +84,10 @@ def test_frames_have_their_own_rescale_and_window():
     assert file_window(data, 1) == Window(210, 200, "LINEAR")
 
 
-def with_table(descriptor: list[int], table: list[int]) -> pydicom.Dataset:
-    data = made.dicom(np.array([[0, 1, 2, 3]], dtype=np.uint16), Modality="DX")
-    data.WindowCenter, data.WindowWidth = 2, 4
+def with_table(descriptor: list[int], table: list[int], **elements) -> pydicom.Dataset:
+    window = {"WindowCenter": 2, "WindowWidth": 4}
+    values = np.array([[0, 1, 2, 3]], dtype=np.uint16)
+    data = made.dicom(values, Modality="DX", **window | elements)
     item = made.item(LUTDescriptor=descriptor, LUTData=table)
     item["LUTDescriptor"].VR = item["LUTData"].VR = "US"
     data.VOILUTSequence = pydicom.Sequence([item])
@@ -131,7 +127,10 @@ def comma(**elements: str) -> pydicom.Dataset:
 @pytest.mark.parametrize(
     ("look", "reason"),
     [
-        (lambda: file_scale(with_table([4, 0, 8], [])), "VOI LUT that can't be applied"),
+        (
+            lambda: file_scale(with_table([4, 0, 8], [], WindowWidth=None)),
+            "VOI LUT that can't be applied",
+        ),
         (
             lambda: file_scale(
                 made.dicom(np.zeros((1, 1), np.int16), WindowCenter=1, WindowWidth=0)
@@ -147,7 +146,7 @@ def comma(**elements: str) -> pydicom.Dataset:
             "DICOM header with wrong values",
         ),
         (
-            lambda: stack_affine(*map(header_of, made.series()[:2]), 2, comma(PixelSpacing="0\\0")),
+            lambda: stack_of([header_of(made.series()[1]), header_of(comma(PixelSpacing="0\\0"))]),
             "series without a pixel spacing",
         ),
         (lambda: open_dataset(Path(__file__)), "not a DICOM file"),
@@ -165,13 +164,14 @@ def test_damage_has_a_reason(look, reason):
 
 def test_slices_are_ordered_along_their_normal():
     headers = [header_of(data) for data in made.series(places=(4, 0, 2, 7))]
-    assert stack_order(headers) == ([1, 2, 0, 3], False)
-    assert stack_order(headers[:3]) == ([1, 2, 0], True)
-    affine = stack_affine(headers[1], headers[0], 3, made.series()[0])
-    assert affine.tolist() == [[0, 0, 1, -10], [0, 1, 0, -20], [2, 0, 0, 0], [0, 0, 0, 1]]
+    uneven = stack_of(headers)
+    assert (uneven.order, uneven.flaw) == ((1, 2, 0, 3), "uneven distances")
+    stack = stack_of(headers[:3])
+    assert (stack.order, stack.flaw) == ((1, 2, 0), "")
+    assert stack.affine.tolist() == [[0, 0, 1, -10], [0, 1, 0, -20], [2, 0, 0, 0], [0, 0, 0, 1]]
     with pytest.raises(Unusable, match="two slices at one place"):
-        stack_order([header_of(data) for data in made.series(places=(0, 2, 2))])
+        stack_of([header_of(data) for data in made.series(places=(0, 2, 2))])
     turned = made.series()
     turned[1].ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
     with pytest.raises(Unusable, match="differing sizes or directions"):
-        stack_order([header_of(data) for data in turned])
+        stack_of([header_of(data) for data in turned])

@@ -221,7 +221,7 @@ def test_a_series_with_a_gap_is_cut_along_its_slices_alone(tmp_path):
     assert [sample.part["axis"] for sample in found] == ["z"] * 5
     assert found[0].preprocessing["slices"] == "uneven distances"
     dropped = read(options(tmp_path, slices={"axes": ["x"]}))
-    assert [item.reason for item in dropped] == ["uneven series cut across its slices"]
+    assert [item.reason for item in dropped] == ["uneven or tilted series cut across its slices"]
 
 
 def test_pictures_instead_of_a_volume(tmp_path):
@@ -348,4 +348,8 @@ def test_what_is_no_picture_is_counted(tmp_path):
     save(tmp_path / "huge.dcm", huge)
     save(tmp_path / "short.dcm", dataset(stack()[0], PixelData=b"\0\0"))
     reasons = sorted(item.reason for item in read(options(tmp_path)))
-    assert reasons == ["not a DICOM file", "pixel data can't be read", "pixel data can't be read"]
+    assert reasons == [
+        "not a DICOM file (.txt)",
+        "pixel data can't be read",
+        "pixel data can't be read",
+    ]
