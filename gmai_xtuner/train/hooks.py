@@ -35,7 +35,8 @@ class ProgressHook(Hook):
     share of the device's peak that the model's work takes, on devices whose peak is known, see
     :mod:`gmai_xtuner.model.flops`.
 
-    Values are made as often as the logger shows them; in between nothing waits for the device.
+    Values are made when the logger shows them, each over the micro-batches since the one before, and so are
+    mmengine's means of times; in between nothing waits for the device.
     """
 
     priority = "ABOVE_NORMAL"
@@ -50,7 +51,7 @@ class ProgressHook(Hook):
 
     def before_train(self, runner: FlexibleRunner) -> None:
         loggers = [hook for hook in runner.hooks if isinstance(hook, LoggerHook)]
-        self._interval = loggers[0].interval if loggers else 10
+        self._logger = loggers[0] if loggers else LoggerHook()
         self._model_flops = ModelFlops.of(runner.model.module)
         self._peak_flops = device_peak_flops()
         self._reset()
@@ -74,8 +75,16 @@ class ProgressHook(Hook):
             norm = runner.model.get_global_grad_norm()
             if norm is not None:
                 runner.message_hub.update_scalar("train/grad_norm", float(norm))
-        if self.every_n_train_iters(runner, self._interval) or self.is_last_train_iter(runner):
+        if self._is_shown(runner, batch_idx) or self.is_last_train_iter(runner):
             self._publish(runner)
+
+    def _is_shown(self, runner: FlexibleRunner, batch_idx: int) -> bool:
+        """Return whether the logger shows this micro-batch: ``LoggerHook.after_train_iter``."""
+        interval = self._logger.interval
+        if self.every_n_inner_iters(batch_idx, interval):
+            return True
+        length = len(runner.train_dataloader)
+        return batch_idx + 1 == length and (not self._logger.ignore_last or length <= interval)
 
     def before_val(self, runner: FlexibleRunner) -> None:
         self.pause()
@@ -95,6 +104,7 @@ class ProgressHook(Hook):
         all_reduce(sums)
         seconds = time.perf_counter() - self._started
         hub = runner.message_hub
+        runner.log_processor.window_size = len(self._sums)
         hub.update_scalar("train/loss", float(sums[0] / sums[1]))
         hub.update_scalar("train/tokens_per_second", self._tokens / seconds)
         hub.update_scalar("train/pack_fill", self._tokens / max(1, self._capacity))

@@ -176,14 +176,15 @@ class PackedTrainLoop(IterBasedTrainLoop):
     def run_iter(self, data_batch: dict[str, Any]) -> None:
         """Train one micro-batch.
 
-        What it adds to the logged loss stays here (``weighted_sum``, on the device): mmengine would print
-        every output of the model.
+        What it adds to the logged loss stays here (``weighted_sum``, on the device), and so does the loss to
+        learn from, which is scaled for the optimiser step: mmengine would log every output of the model.
         """
         self.runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=data_batch)
         outputs = self.runner.model.train_step(
             data_batch, optim_wrapper=self.optim_wrapper or self.runner.optim_wrapper
         )
         self.weighted_sum: torch.Tensor = outputs.pop("weighted_sum")
+        outputs.pop("loss", None)
         self.runner.call_hook(
             "after_train_iter", batch_idx=self._iter, data_batch=data_batch, outputs=outputs
         )

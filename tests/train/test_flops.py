@@ -162,6 +162,8 @@ def progress(monkeypatch, model, batches, *, peak: float | None) -> MessageHub:
         model=SimpleNamespace(module=model, get_global_grad_norm=lambda: None),
         train_loop=SimpleNamespace(weighted_sum=torch.tensor(1.0), step_end=True),
         message_hub=hub,
+        train_dataloader=batches,
+        log_processor=SimpleNamespace(),
     )
     hook = ProgressHook()
     hook.before_train(runner)

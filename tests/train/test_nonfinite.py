@@ -314,12 +314,13 @@ def test_a_stop_needs_somebody_who_writes_the_checkpoint():
 def test_the_logged_loss_leaves_out_what_is_not_finite(monkeypatch):
     hub = Hub()
     loop = SimpleNamespace(step_end=False)
-    runner = SimpleNamespace(iter=0, max_iters=9, hooks=[], message_hub=hub, train_loop=loop)
+    runner = SimpleNamespace(
+        iter=0, max_iters=9, hooks=[], message_hub=hub, train_loop=loop, log_processor=SimpleNamespace()
+    )
     hook = ProgressHook()
-    for name in ("every_n_train_iters", "is_last_train_iter"):
+    for name in ("_is_shown", "is_last_train_iter"):
         monkeypatch.setattr(hook, name, lambda *_: False)
     hook._model_flops, hook._peak_flops = SimpleNamespace(of_batch=lambda data: 0), None
-    hook._interval = 10
     for weighted_sum in (6.0, float("nan"), 3.0, float("inf")):
         loop.weighted_sum = torch.tensor(weighted_sum)
         data = {
