@@ -26,7 +26,13 @@ from gmai_xtuner.checkpoint.export import save_xtuner_layout
 from gmai_xtuner.checkpoint.export_huggingface import save_huggingface_layout
 from gmai_xtuner.checkpoint.layouts import is_export, read_export
 from gmai_xtuner.checkpoint.pickles import read_training_state
-from gmai_xtuner.checkpoint.training import load_checkpoint_state, load_parts
+from gmai_xtuner.checkpoint.training import (
+    check_stage,
+    check_trained_state,
+    load_checkpoint_state,
+    load_parts,
+    resolve_checkpoint,
+)
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import shorten
 from gmai_xtuner.model.llava import LLaVA
@@ -52,6 +58,31 @@ def read_frozen(checkpoint: Path) -> dict[str, torch.Tensor]:
     if file is None:
         return {}
     return without_prefix(read_training_state(file, mmap=True)["module"])
+
+
+def check_convertible(
+    model: nn.Module, state: Mapping[str, torch.Tensor], path: str, cfg: Mapping[str, Any]
+) -> None:
+    """Check that a config's model takes all that a checkpoint has learnt, before anything is exported.
+
+    Args:
+        model: built from the config.
+        state: of the checkpoint.
+        path: of the checkpoint or its work dir.
+        cfg: the config.
+
+    Raises:
+        ModelLoadError: it is the config of another stage, or of another geometry.
+    """
+    checkpoint = resolve_checkpoint(path)
+    # A single file does not say what it has not trained; of that, the tower is exported in any case.
+    frozen = (
+        read_frozen(checkpoint)
+        if checkpoint.is_dir()
+        else [key for key in state if key.startswith("visual_encoder.")]
+    )
+    check_trained_state(model, state, source=str(checkpoint), brought_along=frozen)
+    check_stage(checkpoint, str(cfg["train_dataloader"]["dataset"].get("stage")))
 
 
 def check_same(

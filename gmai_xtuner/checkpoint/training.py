@@ -21,12 +21,14 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
-from gmai_xtuner.checkpoint.pickles import install_safe_reader
+from gmai_xtuner.checkpoint.pickles import install_safe_reader, read_training_state
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import shorten
 
 MANIFEST = "manifest.json"
 POINTER = "last_checkpoint"
+STAGE = "gmai_stage"
+"""Where a checkpoint's message hub keeps the name of the stage that was trained."""
 
 _NUMBERED = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 _OPTIMIZER_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
@@ -240,6 +242,26 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return newest
 
 
+def check_stage(checkpoint: Path, stage: str) -> None:
+    """Check that a run of this stage wrote a checkpoint, where the checkpoint says which did.
+
+    Args:
+        checkpoint: a ``.pth`` file or DeepSpeed directory.
+        stage: of the config that is to be used with it.
+
+    Raises:
+        ModelLoadError: another stage wrote it.
+    """
+    files = sorted(checkpoint.glob("*_model_states.pt"))
+    state = read_training_state(files[0], mmap=True) if files else {}
+    learnt = (state.get("message_hub") or {}).get("runtime_info", {}).get(STAGE, stage)
+    if learnt != stage:
+        raise ModelLoadError(
+            f"{checkpoint} was trained as {learnt}, and the config is one of {stage}: the export would say "
+            "what is not so. Use the config of the stage that made the checkpoint"
+        )
+
+
 def load_checkpoint_state(path: str | Path) -> dict[str, torch.Tensor]:
     """State dict of a checkpoint: a ``.pth`` file or a DeepSpeed directory of any ZeRO stage."""
     from xtuner.model.utils import guess_load_checkpoint
@@ -311,14 +333,19 @@ def load_parts(
 
 
 def check_trained_state(
-    model: nn.Module, state: Mapping[str, torch.Tensor], *, source: str
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    *,
+    source: str,
+    brought_along: Collection[str] = (),
 ) -> None:
-    """Whether a checkpoint is one of the config that a model was built from; by names and shapes.
+    """Check that a checkpoint is one of the config that a model was built from; by names and shapes.
 
     Args:
         model: on any device; what its stage trains requires gradients.
-        state: the checkpoint, names as in the model; it may have more than what the stage trains.
+        state: the checkpoint, names as in the model.
         source: where it comes from, for the messages.
+        brought_along: names of what the checkpoint has without having trained it.
 
     Raises:
         ModelLoadError: names the missing, unexpected or misshapen keys.
@@ -335,6 +362,12 @@ def check_trained_state(
         raise ModelLoadError(
             f"{source} has {len(unexpected)} weights that this config's model does not have: "
             f"{shorten(unexpected, limit=4)}. {remedy}"
+        )
+    if lost := sorted(set(state) - set(learnt) - set(brought_along)):
+        parts = ", ".join(sorted({name.split(".", 1)[0] for name in lost}))
+        raise ModelLoadError(
+            f"{source} has learnt {len(lost)} weights of {parts} that this config does not train, and that "
+            f"would be lost: {shorten(lost, limit=4)}. {remedy}"
         )
     misshapen = [
         f"{name} {tuple(value.shape)} instead of {full_shape(own[name])}"

@@ -168,7 +168,8 @@ def convert_checked_and_exact() -> None:
 
     It puts weights into the model one by one, each rounded to the dtype of the config, so that ``--fp32``
     wrote bf16. What the checkpoint lacks keeps the base's weights without a word, and another geometry is
-    an error about one tensor without its name. A work dir is taken as its newest whole checkpoint.
+    an error about one tensor without its name. What another stage has learnt is dropped. A work dir is taken
+    as its newest whole checkpoint.
     ``pth_to_hf.py`` runs as the main module and has its own names for what it calls. Until xtuner checks.
     """
     main: Any = sys.modules["__main__"]
@@ -178,24 +179,25 @@ def convert_checked_and_exact() -> None:
     if hasattr(put, "__wrapped__"):
         return
     state: dict[str, torch.Tensor] = {}
-    checked: list[object] = []
+    unchecked: list[str] = []
 
     @functools.wraps(main.guess_load_checkpoint)
     def guess_load_checkpoint(path: str) -> dict[str, torch.Tensor]:
         from gmai_xtuner.checkpoint.training import load_checkpoint_state
 
         state.update(load_checkpoint_state(path))
+        unchecked.append(path)
         return state
 
     @functools.wraps(put)
     def set_module_tensor_to_device(
         model: Any, name: str, device: str, value: torch.Tensor, **kwargs: Any
     ) -> None:
-        from gmai_xtuner.checkpoint.training import check_trained_state
+        from gmai_xtuner.checkpoint.llava import check_convertible
+        from gmai_xtuner.train.start import command_config
 
-        if not checked:
-            check_trained_state(model, state, source="the checkpoint")
-            checked.append(model)
+        while unchecked:
+            check_convertible(model, state, unchecked.pop(), command_config(main.parse_args()))
         put(model, name, device, value, **{"dtype": value.dtype, **kwargs})
 
     main.guess_load_checkpoint = guess_load_checkpoint

@@ -17,6 +17,7 @@ from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
 from mmengine.runner.base_loop import BaseLoop
 from torch.utils.data import DataLoader
 
+from gmai_xtuner.checkpoint.training import STAGE
 from gmai_xtuner.core.config import train_dataloader_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.sampler import MicroBatchSampler
@@ -135,6 +136,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
             self._status = run
             run.progress = lambda: (self._iter, self._max_iters)
             run.write("running")
+            stage = self.runner.cfg.train_dataloader.dataset.get("stage")
+            self.runner.message_hub.update_info(STAGE, stage)
             model = self._run()
             if self._iter >= self._max_iters:
                 run.write("finished")

@@ -84,3 +84,10 @@ def test_another_geometry_is_refused(checkpoints, tiny_bases, tmp_path):
     printed = other("convert", "pth_to_hf", STAGE1, checkpoints / "stage1_shallow.pth", out)
     assert "Traceback" in printed
     assert "ModelLoadError: " in printed
+
+
+def test_the_config_of_another_stage_would_lose_what_was_learnt(xtuner, checkpoints, tmp_path):
+    refused(
+        xtuner, tmp_path / "out", "weights of llm that this config does not train",
+        STAGE1, checkpoints / "stage3_instruct.pth", tmp_path / "out",
+    )  # fmt: skip

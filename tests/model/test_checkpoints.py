@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from gmai_xtuner.checkpoint.training import (
+    STAGE,
+    check_stage,
     check_trained_state,
     load_checkpoint_state,
     load_parts,
@@ -131,8 +133,12 @@ def test_a_checkpoint_that_is_not_of_the_config_is_refused_by_names_and_shapes(d
     model = build_model(freeze_llm=True).to(device)
     right = {key: torch.zeros(value.shape) for key, value in model.state_dict().items()}
     check_trained_state(model, right, source="s")
-    # More than the stage trains may be there: a tower that no base has.
-    check_trained_state(model, right | {"llm.model.norm.weight": torch.zeros(32)}, source="s")
+    # More than the stage trains may be there, if no other stage has learnt it.
+    norm = "llm.model.norm.weight"
+    more = right | {norm: torch.zeros(32)}
+    check_trained_state(model, more, source="s", brought_along=[norm])
+    with pytest.raises(ModelLoadError, match=r"s has learnt 1 weights of llm .* would be lost"):
+        check_trained_state(model, more, source="s")
 
     first = "projector.model.0.weight"
     stage1 = {key: value for key, value in right.items() if key.startswith("projector.")}
@@ -144,3 +150,18 @@ def test_a_checkpoint_that_is_not_of_the_config_is_refused_by_names_and_shapes(d
         check_trained_state(model, right | {"x.y": torch.zeros(1)}, source="s")
     with pytest.raises(ModelLoadError, match=r"model\.0\.weight \(3, 3\) instead of \("):
         check_trained_state(model, right | {first: torch.zeros(3, 3)}, source="s")
+
+
+@pytest.mark.parametrize(
+    ("written", "refused"), [("stage3", True), ("stage2", False), (None, False)]
+)
+def test_a_config_of_another_stage_than_the_checkpoints_is_refused(tmp_path, written, refused):
+    folder = write_checkpoint(tmp_path / "iter_2.pth")
+    file = folder / "mp_rank_00_model_states.pt"
+    hub = {"runtime_info": {} if written is None else {STAGE: written}}
+    torch.save({"module": {}, "message_hub": hub}, file)
+    if refused:
+        with pytest.raises(ModelLoadError, match=r"was trained as stage3, .* one of stage2"):
+            check_stage(folder, "stage2")
+    else:
+        check_stage(folder, "stage2")

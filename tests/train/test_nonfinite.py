@@ -315,7 +315,12 @@ def test_the_logged_loss_leaves_out_what_is_not_finite(monkeypatch):
     hub = Hub()
     loop = SimpleNamespace(step_end=False)
     runner = SimpleNamespace(
-        iter=0, max_iters=9, hooks=[], message_hub=hub, train_loop=loop, log_processor=SimpleNamespace()
+        iter=0,
+        max_iters=9,
+        hooks=[],
+        message_hub=hub,
+        train_loop=loop,
+        log_processor=SimpleNamespace(),
     )
     hook = ProgressHook()
     for name in ("_is_shown", "is_last_train_iter"):
