@@ -31,7 +31,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, LOOPS
 
-from gmai_xtuner.train import PackedTrainLoop
+from gmai_xtuner.train.loop import PackedTrainLoop
 
 BAD = {int(number) for number in os.environ["BAD_ITERATIONS"].split(",")}
 
