@@ -117,7 +117,7 @@ def remove_left_behind(path: Path) -> None:
             delete(path.with_name(name))
 
 
-def publish(made: Path, target: Path) -> None:
+def keep_first(made: Path, target: Path) -> None:
     """Rename a finished folder into its place.
 
     On a file system whose locks do not reach other machines a second process may have built the same

@@ -24,12 +24,13 @@ from gmai_xtuner.core.imaging.images import MAX_PIXELS
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.plan import DataPlan, unknown_lines
-from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_caches
+from gmai_xtuner.data.token_cache import TokenCache, open_caches
 from gmai_xtuner.data.tokenization import (
     ChatTemplate,
     ConversationTokenizer,
     TokenizedConversation,
 )
+from gmai_xtuner.data.tokenize_records import CacheOptions
 
 
 class PackRef(NamedTuple):

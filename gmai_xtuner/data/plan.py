@@ -14,20 +14,13 @@ A plan is a folder ``<cache_dir>/plans/<key>/``::
 
 Everything is a pure function of the token caches, the ratios, the exclude lists, the held-out share, the
 seed and the epoch, made once under a file lock and memory-mapped by every rank and worker.
-
-**Held out.** An image, named by its path below the image root, is kept for validation if a hash of that name
-falls below the share asked for; a conversation without images goes by its id. Nothing else has a say: not
-the seed, the ratios, the stage or the other datasets. So an image is on the same side in every dataset and
-every stage, stage 3 validates on nothing that stage 1 has seen, and more data leaves what was held out as it
-was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -40,6 +33,7 @@ from gmai_xtuner.core.errors import GMAIError, MixtureError
 from gmai_xtuner.core.exclusion import Exclusion, Exclusions
 from gmai_xtuner.core.files import locked, replace_text, staged
 from gmai_xtuner.core.mixture import sample_indices
+from gmai_xtuner.data.held_out import EXCLUDED, HELD_OUT, NEITHER, TRAIN, nothing_held_out, sides
 from gmai_xtuner.data.packing import Packs, pack
 from gmai_xtuner.data.token_cache import TokenCache
 
@@ -50,9 +44,6 @@ VERSION = 3
 """Goes up with whatever changes which conversations share a pack."""
 
 TOTALS = ("tokens", "images", "conversations", "labels", "sqrt_labels")
-
-TRAIN, HELD_OUT, NEITHER, EXCLUDED = range(4)
-"""Sides of a conversation; :data:`NEITHER` has images of both, :data:`EXCLUDED` is on an exclude list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,143 +330,3 @@ def _open_epoch(plan: DataPlan, epoch: int) -> EpochPlan:
         )
     digest = np.load(plan.folder / f"{name}-digest.npy").tobytes().hex()
     return EpochPlan(Packs(offsets, items), totals, digest)
-
-
-@dataclass(frozen=True, slots=True)
-class Sides:
-    """Sides of one dataset's conversations.
-
-    ``side``: uint8 ``[conversations]``, :data:`TRAIN`, :data:`HELD_OUT` or :data:`NEITHER`; ``order``: uint64
-    ``[conversations]``, the hash by which the held-out ones are taken when not all of them are wanted.
-    """
-
-    side: np.ndarray
-    order: np.ndarray
-
-    def rows(self, side: int, *, at_most: int | None = None) -> np.ndarray:
-        """Return the conversations of this side, int64, sorted; ``at_most`` those first in order."""
-        rows = np.flatnonzero(self.side == side)
-        if at_most is not None and len(rows) > at_most:
-            rows = np.sort(rows[np.argsort(self.order[rows], kind="stable")[:at_most]])
-        return rows
-
-
-def sides(cache: Path, share: float) -> Sides:
-    """Return the sides of a token cache's conversations.
-
-    Args:
-        cache: folder of the cache; ids and image names are read, tokens are not (about a second for a
-            million conversations).
-        share: of the images, between 0 and 1.
-    """
-    below = np.uint64(int(share * 2**64))
-    side, order = [np.zeros(0, dtype=np.uint8)], [np.zeros(0, dtype=np.uint64)]
-    for ids, images, offsets in _hashed_names(cache):
-        held = np.concatenate([[0], np.cumsum(images < below)])
-        held_count = held[offsets[1:]] - held[offsets[:-1]]
-        count = np.diff(offsets)
-        part = np.full(len(ids), NEITHER, dtype=np.uint8)
-        part[held_count == 0] = TRAIN
-        part[(held_count == count) & (count > 0)] = HELD_OUT
-        text = count == 0
-        part[text] = np.where(ids[text] < below, HELD_OUT, TRAIN)
-        first = ids.copy()
-        first[~text] = images[offsets[:-1][~text]]
-        side.append(part)
-        order.append(first)
-    return Sides(np.concatenate(side), np.concatenate(order))
-
-
-def nothing_held_out(
-    share: float, caches: Sequence[Path], excluded: Sequence[np.ndarray | None]
-) -> str:
-    """Say of how many images a share holds none out, and the smallest share that does.
-
-    Args:
-        share: that holds nothing out.
-        caches: folders of the token caches.
-        excluded: bool ``[conversations]`` of each cache, what its list leaves out, or ``None``.
-    """
-    images, texts, least = _least_share(caches, excluded)
-    of = [f"{images} image{'s'[images == 1 :]}"] if images or not texts else []
-    of += [f"{texts} conversation{'s'[texts == 1 :]} without an image"] if texts else []
-    return f"{share:g} of {' and '.join(of)}; hashes of the names decide, see data/plan.py. " + (
-        "No share holds something out and leaves something to train on"
-        if least is None
-        else f"The smallest share that holds something out is {least:g}"
-    )
-
-
-def _least_share(
-    caches: Sequence[Path], excluded: Sequence[np.ndarray | None]
-) -> tuple[int, int, float | None]:
-    """Count images and conversations without one; find the least share (two digits) that holds some out."""
-    names = np.zeros(0, dtype=np.uint64)
-    texts, first, last = 0, None, 0
-    for cache, mask in zip(caches, excluded, strict=True):
-        for ids, images, offsets in _hashed_names(cache, mask):
-            names = np.union1d(names, images)
-            count = np.diff(offsets)
-            texts += int((count == 0).sum())
-            owner = np.repeat(np.arange(len(ids)), count)
-            low, high = ids.copy(), ids.copy()
-            low[count > 0], high[count > 0] = np.uint64(2**64 - 1), np.uint64(0)
-            np.minimum.at(low, owner, images)
-            np.maximum.at(high, owner, images)
-            if len(ids):
-                first = min(int(high.min()), 2**64 if first is None else first)
-                last = max(int(low.max()), last)
-    if first is None:
-        return 0, 0, None
-    exact = (first + 1) / 2**64
-    step = 10.0 ** (math.floor(math.log10(exact)) - 1)
-    digits = math.ceil(exact / step)
-    share = float(f"{digits * step:.2g}")
-    if int(share * 2**64) <= first:  # rounding of the quotient
-        share = float(f"{(digits + 1) * step:.2g}")
-    return len(names), texts, share if share < 1 and last >= int(share * 2**64) else None
-
-
-def _hashed_names(
-    cache: Path, mask: np.ndarray | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Hashes of the ids, of the images, and where each conversation's begin; without what is masked."""
-    reader = pa.ipc.open_file(pa.memory_map(str(cache / "tokens.arrow")))
-    begin = 0
-    for number in range(reader.num_record_batches):
-        batch = reader.get_batch(number).select(["id", "images"])
-        if mask is not None:
-            kept = ~mask[begin : begin + len(batch)]
-            begin += len(batch)
-            batch = batch.filter(pa.array(kept))
-        images = batch.column(1)
-        offsets = images.offsets.to_numpy().astype(np.int64)
-        yield (
-            hashes(batch.column(0)),
-            hashes(images.values)[offsets[0] : offsets[-1]],
-            offsets - offsets[0],
-        )
-
-
-def hashes(strings: pa.StringArray) -> np.ndarray:
-    """Hash strings to uint64 ``[n]``: a polynomial in the UTF-8 bytes modulo 2**64, mixed.
-
-    The same on every machine. Vectorised, because Python would take longer for 15 million names than packing
-    them does. The mixing is splitmix64's (Steele, Lea and Flood, "Fast splittable pseudorandom number
-    generators", 2014).
-    """
-    offsets = np.frombuffer(strings.buffers()[1], dtype=np.int32)
-    offsets = offsets[strings.offset : strings.offset + len(strings) + 1].astype(np.int64)
-    data = strings.buffers()[2]
-    text = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, dtype=np.uint8)
-    text = text[offsets[0] : offsets[-1]].astype(np.uint64) + np.uint64(1)
-    starts, lengths = offsets[:-1] - offsets[0], np.diff(offsets)
-    place = np.arange(len(text)) - np.repeat(starts, lengths)
-    powers = np.full(int(lengths.max(initial=0)) + 1, 0x9E3779B97F4A7C15, dtype=np.uint64)
-    powers[0] = 1
-    powers = np.cumprod(powers)
-    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(text * powers[place])])
-    value = sums[starts + lengths] - sums[starts] + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))

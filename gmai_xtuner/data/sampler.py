@@ -153,7 +153,7 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
                 PackRef(epoch, self._step(micro_batch).start, filler=True)
             ]
 
-    def denominator(self, epoch: int, micro_batch: int) -> float:
+    def loss_denominator(self, epoch: int, micro_batch: int) -> float:
         """Return what the weighted sum of this rank's losses is divided by, see ``weighting``.
 
         DeepSpeed takes the mean over the accumulation and over the ranks, so the sum over the whole step

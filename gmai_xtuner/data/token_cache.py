@@ -19,20 +19,15 @@ succeeds. Training never opens that folder; :mod:`gmai_xtuner.preflight` plans w
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
 import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +36,9 @@ import pyarrow as pa
 from mmengine.logging import print_log
 from tqdm import tqdm
 
-from gmai_xtuner.core.conversation import parse_raw
-from gmai_xtuner.core.errors import DataError, GMAIError, ImageError
-from gmai_xtuner.core.files import locked, publish, remove_left_behind, replace_text, staging
-from gmai_xtuner.core.imaging.images import check_image
+from gmai_xtuner.core.errors import DataError
+from gmai_xtuner.core.files import keep_first, locked, remove_left_behind, replace_text, staging
 from gmai_xtuner.core.mixture import DatasetEntry
-from gmai_xtuner.core.records import RawRecord, iter_raw
 from gmai_xtuner.data.bad_records import (
     BAD_LIST,
     BadList,
@@ -55,64 +47,15 @@ from gmai_xtuner.data.bad_records import (
     note_of_record,
     raise_again_if_found_since,
 )
-from gmai_xtuner.data.tokenization import ConversationTokenizer, TokenizedConversation, fit
-
-FORMAT_VERSION = 2
-RECORDS_A_CHUNK = 512
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("label_spans", pa.list_(pa.int32())),
-        ("images", pa.list_(pa.string())),
-    ]
+from gmai_xtuner.data.tokenization import ConversationTokenizer, TokenizedConversation
+from gmai_xtuner.data.tokenize_records import (
+    SCHEMA,
+    CacheOptions,
+    TokenizeJob,
+    tokenized_chunks,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class CacheOptions:
-    """The options that decide which records are kept, and how.
-
-    Args:
-        max_length: tokens of a pack, image tokens counted.
-        num_image_tokens: tokens of one image.
-        max_images: images of a pack.
-        over_length: ``cut`` between turns, or ``drop``.
-        on_bad_sample: ``raise`` collects the bad records and raises one error, ``skip`` leaves them out
-            and counts them.
-        check_images: ``none``, ``exists``, ``header`` (opens the file, looks at size and trailer) or
-            ``decode`` (reads every pixel).
-        max_pixels: an image with more is refused.
-    """
-
-    max_length: int
-    num_image_tokens: int
-    max_images: int
-    over_length: str
-    on_bad_sample: str
-    check_images: str
-    max_pixels: int
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("over_length", ("cut", "drop")),
-            ("on_bad_sample", ("raise", "skip")),
-            ("check_images", ("none", "exists", "header", "decode")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise GMAIError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """Rows of some records, and notes on records that are cut, too long or bad."""
-
-    batch: pa.RecordBatch | None
-    counts: np.ndarray
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    bad: list[dict[str, Any]] = field(default_factory=list)
+FORMAT_VERSION = 2
 
 
 class TokenCache:
@@ -195,7 +138,7 @@ def open_cache(
             if (found := _first_folder(places)) is None:
                 if options.on_bad_sample == "raise":
                     raise_again_if_found_since(asked, bad_folder(folder))
-                job = _Job(entry, tokenizer, options)
+                job = TokenizeJob(entry, tokenizer, options)
                 found = _build(job, places, ingredients, num_workers)
     return TokenCache(found)
 
@@ -266,7 +209,7 @@ def file_sha256(path: Path, cache_dir: str | Path) -> str:
 
 
 def _build(
-    job: _Job, places: Sequence[Path], ingredients: dict[str, Any], num_workers: int | None
+    job: TokenizeJob, places: Sequence[Path], ingredients: dict[str, Any], num_workers: int | None
 ) -> Path:
     """Build a cache and return its folder.
 
@@ -294,7 +237,7 @@ def _build(
             (partial / BAD_LIST).open("w", encoding="utf-8") as listing,
             tqdm(desc=f"Tokenising {entry.name}", unit=" records", mininterval=1.0) as progress,
         ):
-            for size, chunk in _chunks(job, num_workers, bad.files):
+            for size, chunk in tokenized_chunks(job, num_workers, bad.files):
                 read += size
                 bad.add(chunk.bad, listing)
                 for note in (*chunk.left_out, *chunk.bad):
@@ -340,7 +283,7 @@ def _build(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     folder = places[0] if bad.count else clean
-    publish(partial, folder)
+    keep_first(partial, folder)
     shutil.rmtree(bad_folder(clean), ignore_errors=True)
     left_out = ", ".join(f"{number} {reason}" for reason, number in meta["skipped"].items())
     print_log(
@@ -352,160 +295,3 @@ def _build(
         level=logging.INFO,
     )
     return folder
-
-
-def _chunks(
-    job: _Job, num_workers: int | None, broken_files: list[DataError]
-) -> Iterator[tuple[int, _Chunk]]:
-    """Yield records in chunks, in order, tokenised in this process or, if there are many, in several.
-
-    What is wrong with a file as a whole goes to ``broken_files``; the next file is read all the same.
-    """
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0))
-    raw = _raw_records(job.entry, broken_files)
-    chunks = iter(lambda: list(islice(raw, RECORDS_A_CHUNK)), [])
-    head = list(islice(chunks, 4))
-    if num_workers < 2 or len(head) < 4:
-        for chunk in chain(head, chunks):
-            yield len(chunk), job(chunk)
-        return
-    # Forked workers inherit the modules; a spawned one would import torch and xtuner first (8 s each).
-    # They inherit the job too: a tokenizer of 92,544 ids takes 1 s to send, a chunk's work 0.1 s.
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_take_job,
-        initargs=(job,),
-    )
-    try:
-        waiting: list[tuple[int, Future[_Chunk]]] = []
-        for chunk in chain(head, chunks):
-            waiting.append((len(chunk), pool.submit(_do_job, chunk)))
-            if len(waiting) >= 4 * num_workers:
-                size, future = waiting.pop(0)
-                yield size, future.result()
-        for size, future in waiting:
-            yield size, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _raw_records(entry: DatasetEntry, broken_files: list[DataError]) -> Iterator[RawRecord]:
-    for path in entry.annotations:
-        try:
-            yield from iter_raw(path, dataset=entry.name)
-        except DataError as error:
-            broken_files.append(error)
-
-
-_job_of_worker: _Job | None = None
-
-
-def _take_job(job: _Job) -> None:
-    global _job_of_worker
-    _job_of_worker = job
-    # What was inherited stays until the end; looking through all of torch's objects for garbage again and
-    # again would also copy their pages.
-    gc.freeze()
-    # The tokenizer's threads did not survive the fork, and importing xtuner sets this to "true", by
-    # which tokenizers does not look whether they did: a worker would wait for them forever.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _do_job(records: Sequence[RawRecord]) -> _Chunk:
-    assert _job_of_worker is not None
-    return _job_of_worker(records)
-
-
-@dataclass(slots=True)
-class _Job:
-    """Parse, check, tokenise and fit some records. Runs in a worker."""
-
-    entry: DatasetEntry
-    tokenizer: ConversationTokenizer
-    options: CacheOptions
-
-    def __call__(self, records: Sequence[RawRecord]) -> _Chunk:
-        left_out: list[dict[str, Any]] = []
-        bad: list[dict[str, Any]] = []
-        conversations, places = [], []
-        for record in records:
-            try:
-                conversation = parse_raw(record, dataset=self.entry.name)
-            except DataError as error:
-                name = error.record or record.default_id
-                bad.append(note_of_record(name, record.where, {"": error}))
-                continue
-            if errors := self._check_images(conversation.images):
-                bad.append(note_of_record(conversation.id, record.where, errors))
-            else:
-                conversations.append(conversation)
-                places.append(record.where)
-        kept = []
-        for tokenized, place in zip(self.tokenizer(conversations), places, strict=True):
-            fitted = self._fit(tokenized, place, left_out)
-            if fitted is not None:
-                kept.append(fitted)
-        return _Chunk(_record_batch(kept), self._counts(kept), left_out, bad)
-
-    def _fit(
-        self, tokenized: TokenizedConversation, place: str, left_out: list[dict[str, Any]]
-    ) -> TokenizedConversation | None:
-        options = self.options
-        fitted = fit(
-            tokenized,
-            max_length=options.max_length,
-            num_image_tokens=options.num_image_tokens,
-            over_length=options.over_length,
-            max_images=options.max_images,
-        )
-        problem = (
-            f"{tokenized.num_tokens(options.num_image_tokens)} tokens, {len(tokenized.images)} images"
-            f" (a pack holds {options.max_length} and {options.max_images})"
-        )
-        if fitted is not tokenized:
-            reason = "cut" if fitted is not None else "over_length"
-            note = {"id": tokenized.id, "where": place, "reason": reason, "problem": problem}
-            left_out.append(note)
-        return fitted
-
-    def _check_images(self, images: Sequence[str]) -> dict[str, DataError]:
-        """Return what is wrong by image of a record; under ``""``, with all of them."""
-        if not images:
-            return {}
-        root = self.entry.image_root
-        if root is None:
-            problem = f"has {len(images)} images, but the dataset has no image_root"
-            remedy = "Add image_root to the dataset in the mixture file"
-            return {"": DataError(problem, remedy=remedy, reason="no_image_root")}
-        errors: dict[str, DataError] = {}
-        if self.options.check_images == "none":
-            return errors
-        for image in dict.fromkeys(images):
-            try:
-                check_image(
-                    root / image,
-                    level=self.options.check_images,
-                    max_pixels=self.options.max_pixels,
-                )
-            except ImageError as error:
-                errors[image] = error
-        return errors
-
-    def _counts(self, kept: Sequence[TokenizedConversation]) -> np.ndarray:
-        tokens = self.options.num_image_tokens
-        rows = [(item.num_tokens(tokens), item.num_labels, len(item.images)) for item in kept]
-        return np.array(rows, dtype=np.int32).reshape(-1, 3)
-
-
-def _record_batch(kept: Sequence[TokenizedConversation]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array([item.id for item in kept], pa.string()),
-            pa.array([item.input_ids for item in kept], pa.list_(pa.int32())),
-            pa.array([item.label_spans.reshape(-1) for item in kept], pa.list_(pa.int32())),
-            pa.array([list(item.images) for item in kept], pa.list_(pa.string())),
-        ],
-        schema=SCHEMA,
-    )

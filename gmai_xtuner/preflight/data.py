@@ -18,8 +18,9 @@ from gmai_xtuner.data.bad_records import BadRecords
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
-from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_cache
+from gmai_xtuner.data.token_cache import TokenCache, open_cache
 from gmai_xtuner.data.tokenization import ConversationTokenizer
+from gmai_xtuner.data.tokenize_records import CacheOptions
 from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.run_config import RunConfig
 

@@ -205,7 +205,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
             self._epoch, start = divmod(self._iter, len(sampler))
             sampler.set_position(self._epoch, start)
             for position, batch in enumerate(self.dataloader, start):
-                batch["data"]["loss_denominator"] = sampler.denominator(self._epoch, position)
+                batch["data"]["loss_denominator"] = sampler.loss_denominator(self._epoch, position)
                 self.step_end = sampler.step_ends(position)
                 yield batch
 

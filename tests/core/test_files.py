@@ -12,8 +12,8 @@ import pytest
 
 from gmai_xtuner.core import files
 from gmai_xtuner.core.files import (
+    keep_first,
     locked,
-    publish,
     remove_left_behind,
     replace_text,
     staged,
@@ -92,13 +92,13 @@ def test_the_first_of_two_builds_of_the_same_stays(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "meta.json").write_text(name)
-        publish(tmp_path / name, tmp_path / "cache")
+        keep_first(tmp_path / name, tmp_path / "cache")
     assert names(tmp_path) == ["cache"]
     assert (tmp_path / "cache" / "meta.json").read_text() == "first"
     (tmp_path / "third").mkdir()
     (tmp_path / "cache" / "meta.json").rename(tmp_path / "cache" / "something else")
     with pytest.raises(OSError, match="not empty"):
-        publish(tmp_path / "third", tmp_path / "cache")
+        keep_first(tmp_path / "third", tmp_path / "cache")
 
 
 def hold(path, held):

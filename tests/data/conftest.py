@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from gmai_xtuner.data import dataset as dataset_module
 from gmai_xtuner.data.dataset import SoftPackedDataset
-from gmai_xtuner.data.token_cache import CacheOptions, TokenCache, open_cache
+from gmai_xtuner.data.token_cache import TokenCache, open_cache
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
+from gmai_xtuner.data.tokenize_records import CacheOptions
 from tests.toy import Corpus
 
 OPTIONS = CacheOptions(

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from gmai_xtuner.data.plan import (
+from gmai_xtuner.data.held_out import (
     HELD_OUT,
     NEITHER,
     TRAIN,

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmai_xtuner.data.packing import BALANCED_FROM, balanced_fit, best_fit_decreasing, pack
+from gmai_xtuner.data.balanced_fit import balanced_fit
+from gmai_xtuner.data.packing import BALANCED_FROM, best_fit_decreasing, pack
 
 MAX_LENGTH = 20
 SAMPLES = st.lists(st.tuples(st.integers(1, MAX_LENGTH), st.integers(0, 3)), max_size=60)

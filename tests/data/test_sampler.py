@@ -120,7 +120,9 @@ def test_every_pack_is_trained_on_once_and_ranks_agree(run):
         assert all(batch for batch in across)  # a rank without packs still runs the pass
         assert all(len(batch) <= run["batch"] for batch in across)
     for number in range(len(ranks[0])):
-        assert len({(rank.denominator(0, number), rank.step_ends(number)) for rank in ranks}) == 1
+        assert (
+            len({(rank.loss_denominator(0, number), rank.step_ends(number)) for rank in ranks}) == 1
+        )
     ends = [ranks[0].step_ends(number) for number in range(len(ranks[0]))]
     assert sum(ends) == ranks[0].steps
     assert ends[-1]
@@ -146,7 +148,7 @@ def test_weights_of_a_step_sum_to_one_after_the_engines_means(run, weighting, ep
         for number, refs in enumerate(sampler):
             packs = [dataset.item(ref) for ref in refs]
             weights = collate_packs(packs, weighting=weighting)["data"]["label_weights"]
-            sums[step] += float(weights.double().sum()) / sampler.denominator(epoch, number)
+            sums[step] += float(weights.double().sum()) / sampler.loss_denominator(epoch, number)
             step += sampler.step_ends(number)
     assert len(sums) == ranks[0].steps
     for total in sums.values():
@@ -159,7 +161,7 @@ def test_micro_batch_weighting_is_the_mean_of_each_micro_batch(run):
     for sampler in ranks:
         for number, refs in enumerate(sampler):
             data = collate_packs([dataset.item(ref) for ref in refs])["data"]
-            weight = float(data["label_weights"].sum()) / sampler.denominator(0, number)
+            weight = float(data["label_weights"].sum()) / sampler.loss_denominator(0, number)
             assert weight == pytest.approx(0.0 if refs[0].filler else 1.0)
 
 

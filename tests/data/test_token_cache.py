@@ -18,7 +18,7 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import parse_record
 from gmai_xtuner.core.errors import DataError, GMAIError
 from gmai_xtuner.core.records import iter_raw
-from gmai_xtuner.data import token_cache
+from gmai_xtuner.data import token_cache, tokenize_records
 from gmai_xtuner.data.token_cache import TokenCache, open_cache
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
 from tests.data.conftest import OPTIONS
@@ -181,9 +181,9 @@ def test_parallel_and_serial_builds_are_the_same_bytes(make_corpus, cached, tmp_
     corpus = make_corpus({"toy": many_records(2300)})
     serial = cached(corpus, cache_dir=tmp_path / "serial")
     pools = []
-    original = token_cache.ProcessPoolExecutor
+    original = tokenize_records.ProcessPoolExecutor
     monkeypatch.setattr(
-        token_cache,
+        tokenize_records,
         "ProcessPoolExecutor",
         lambda *args, **kwargs: pools.append(original(*args, **kwargs)) or pools[-1],
     )
@@ -200,13 +200,13 @@ def test_parallel_and_serial_builds_are_the_same_bytes(make_corpus, cached, tmp_
 def test_worker_runs_though_its_parent_has_tokenised_in_parallel(corpus, encode, monkeypatch):
     """A small dataset is tokenised in this process, on the tokenizer's threads; forks lack them."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as importing xtuner.dataset does
-    job = token_cache._Job(corpus.entry("toy"), encode, OPTIONS)
+    job = tokenize_records.TokenizeJob(corpus.entry("toy"), encode, OPTIONS)
     records = list(iter_raw(corpus.annotations("toy")))
     assert job(records).counts.shape == (3, 3)  # those threads are started
 
     def work() -> None:
-        token_cache._take_job(job)
-        assert token_cache._do_job(records).counts.shape == (3, 3)
+        tokenize_records._take_job(job)
+        assert tokenize_records._do_job(records).counts.shape == (3, 3)
 
     worker = multiprocessing.get_context("fork").Process(target=work)
     worker.start()
@@ -437,7 +437,7 @@ def test_unchecked_images_may_come_later(make_corpus, cached):
 
 def test_a_whole_chunk_of_bad_records_is_skipped(make_corpus, cached):
     records = many_records(600)
-    assert token_cache.RECORDS_A_CHUNK == 512
+    assert tokenize_records.RECORDS_A_CHUNK == 512
     corpus = make_corpus({"toy": [BAD["empty_turn"]] * 512 + records})
     cache = cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
     assert cache.meta["skipped"] == {"empty_turn": 512}

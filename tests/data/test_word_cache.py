@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from gmai_xtuner.data.tokenization import WordCache
+from gmai_xtuner.data.word_cache import WordCache
 
 MARK = "\u2581"
 WORDS = st.sampled_from(
