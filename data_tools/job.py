@@ -243,9 +243,36 @@ def _unknown(key: str, owner: type[BaseModel]) -> str:
     return f"unknown key{nearest(key, known)}"
 
 
+_MEANT = {
+    "labels": "classes categories mapping label_map class_map names class_names",
+    "label": "class category finding diagnosis target",
+    "root": "path folder dir directory data data_dir",
+    "reader": "type kind format loader",
+    "licence": "license terms rights",
+    "delimiter": "separator sep",
+    "table": "csv file excel sheet_file labels_file",
+    "image": "image_column filename file_name path_column",
+    "box": "bbox boxes bounding_box",
+    "group_column": "patient patient_id subject case_id patient_column",
+    "split_column": "split subset fold",
+    "chinese": "zh translations translation",
+    "masks": "mask segmentation segmentations seg label_maps",
+    "images": "image volumes volume pictures",
+    "annotations": "annotation json annotation_file",
+    "channel": "sequence time_point modality_index frame",
+    "links": "follow_links symlinks allow_links linked",
+    "negatives": "complete exhaustive absent",
+    "held_out": "validation test_share val",
+}
+"""Key -> other words for what it says."""
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return ``; did you mean 'licence'?``, or the names there are."""
     lower = {name.lower(): name for name in known}
+    for key, words in _MEANT.items():
+        if key in known and word.lower() in words.split():
+            return f"; did you mean {key!r}?"
     close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {lower[close[0]]!r}?"
@@ -313,6 +340,12 @@ def _source(
             problems.add((*place, "root"), str(error))
         else:
             _table(entry, Path(entry["root"]), folder)
+    links = entry.get("links")
+    for number, link in enumerate(links if isinstance(links, list) else ()):
+        try:
+            links[number] = str(_root(str(link), folder))
+        except ValueError as error:
+            problems.add((*place, "links", number), str(error))
     source = _validated(options, entry, place, problems)
     if source is not None and source.group is not None:
         try:

@@ -18,7 +18,7 @@ import pickle
 import re
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from data_tools import readers, standardise, writers
+from data_tools import readers, refusals, standardise, writers
 from data_tools.checks import CHECK_VERSION
 from data_tools.executor import Executor, open_executor
 from data_tools.fingerprints import unit_fingerprint
@@ -55,7 +55,7 @@ _TASK_SECONDS = 0.1
 _MOST_UNITS = 64
 
 # What neither the records nor the answers depend on.
-_NOT_OF_RECORDS = ("root", "synonyms", "chinese", "negatives")
+_NOT_OF_RECORDS = ("root", "links", "codes_are_names", "synonyms", "chinese", "negatives")
 _NOT_OF_ANSWERS = (
     "name",
     "key_variable",
@@ -120,7 +120,8 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
     """Do what is left to do of a job, and build its corpus.
 
     Raises:
-        CorpusError: it can't be done; what was done is kept.
+        CorpusError: it can't be done, or a source is refused as a whole (see `refusals`); what was done is
+            kept.
     """
     progress = progress or Bar(quiet=True)
     chosen = selection.sources(job)
@@ -142,17 +143,33 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
                 # A picture that somebody took away is made again by reading its unit again.
                 if not _compare_images(store, job.output / IMAGES):
                     break
+            refused = _refused(chosen, ids, store)
             for source in chosen:
-                if refusal(source.licence, job.corpus) is None:  # else nothing is paid for it
+                allowed = refusal(source.licence, job.corpus) is None  # else nothing is paid for it
+                if allowed and source.name not in refused:
                     _make(job, source, ids[source.name], store, executor, selection, progress)
-        stopped = _write(job, store, selection, progress)
+        stopped = None if refused else _write(job, store, selection, progress)
         progress.stage("building the corpus")
         summary = build(store, job, job.output)
         # Only now: until here the corpus of the run before was the one that is there.
         _compare_images(store, job.output / IMAGES, delete=True)
         with store.transaction():
             pass  # keeps the seconds
+        if refused:
+            raise CorpusError("\n".join(refused.values()))
         return Result(summary, store.count_pending(), stopped)
+
+
+def _refused(
+    sources: Sequence[SourceOptions], ids: Mapping[str, int], store: Store
+) -> dict[str, str]:
+    """Return why sources are refused as a whole, by their names."""
+    found = {}
+    for source in sources:
+        drops = (drop for name, drop in store.drops() if name == source.name)
+        if reason := refusals.refusal(source, store.vocabulary(ids[source.name]), drops):
+            found[source.name] = reason
+    return found
 
 
 @contextmanager

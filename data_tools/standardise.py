@@ -15,6 +15,7 @@ from data_tools.preprocess.clean import clean_annotations
 from data_tools.preprocess.images import store_image
 from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
+from data_tools.readers.files import UNKNOWN, listed
 from data_tools.records import Annotation, Drop, Drops, Label, Provenance, Record, Sample, Unit
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
@@ -83,7 +84,7 @@ def _record(
     folder: Path,
     taxonomy: Taxonomy,
 ) -> Record:
-    annotations = _named(source, sample)
+    annotations = _named(source, sample, drops, where)
     modality = _modality(source, sample, taxonomy)
     group = _group(source, sample)
     stored = store_image(sample.image, folder / IMAGES)
@@ -133,24 +134,22 @@ def _record(
     )
 
 
-def _named(source: SourceOptions, sample: Sample) -> list[Annotation]:
-    """Return the annotations with the corpus' names for labels."""
+def _named(source: SourceOptions, sample: Sample, drops: Drops, where: str) -> list[Annotation]:
+    """Return the annotations with the corpus' names for labels; those that the job doesn't name are lost."""
     if not sample.annotations:
         raise Unusable("no label")
+    labels = None if source.labels is None else {k.strip(): v for k, v in source.labels.items()}
     named = []
+    unknown: dict[str, None] = {}
     for annotation in sample.annotations:
-        label: str | None = annotation.label.strip()
-        if source.labels is not None:
-            if annotation.label not in source.labels and label not in source.labels:
-                raise Unusable(
-                    "unknown label", f"{annotation.label!r} is not in the job's `labels`"
-                )
-            label = source.labels.get(annotation.label, source.labels.get(label or ""))
-            if label is None:
-                raise Unusable(
-                    "unclear label", f"{annotation.label!r} is null in the job's `labels`"
-                )
-            label = label.strip()
+        label = code = annotation.label.strip()
+        if labels is not None and code not in labels:
+            unknown[code] = None
+            continue
+        if labels is not None:
+            label = (labels[code] or "").strip()
+            if labels[code] is None:
+                raise Unusable("unclear label", f"{code!r} is null in the job's `labels`")
         if not label:
             raise Unusable("no label", "its name is empty")
         if not all(
@@ -158,6 +157,11 @@ def _named(source: SourceOptions, sample: Sample) -> list[Annotation]:
         ):
             raise Unusable("label that no UTF-8 can hold", ascii(label))
         named.append(replace(annotation, label=label))
+    if unknown:
+        detail = f"{listed(list(unknown), at_most=200)} not in the job's `labels`"
+        if not named:
+            raise Unusable(UNKNOWN, detail)
+        drops.add(UNKNOWN, where, detail, lost=unknown, stage="record")
     return named
 
 
@@ -190,9 +194,9 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _names(source: SourceOptions, labels: Iterable[str]) -> set[str]:
-    """Return the corpus' names for labels of the source, as far as it has one."""
+    """Return the corpus' names for labels of the source; those that the job doesn't name stay as they are."""
     own = source.labels
-    named = (label.strip() if own is None else own.get(label.strip()) for label in labels)
+    named = (label if own is None else own.get(label, label) for label in map(str.strip, labels))
     return {name.strip() for name in named if name and name.strip()}
 
 
@@ -265,7 +269,8 @@ def _sha256(source: SourceOptions, sample: Sample) -> str:
     try:
         state = path.stat()
     except (OSError, ValueError) as error:
-        raise Unusable("source file can't be read", str(error)) from error
+        detail = getattr(error, "strerror", None) or str(error)
+        raise Unusable("source file can't be read", detail) from error
     if path.is_dir():
         return _folder_sha256(str(path), state.st_mtime_ns)
     return _file_sha256(str(path), state.st_size, state.st_mtime_ns)

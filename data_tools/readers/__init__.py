@@ -53,8 +53,10 @@ class SourceOptions(Options):
         clinical_task: of the taxonomy.
         source_task: default is what the format is made for, `default_source_task`.
         labels: code or name in the source -> name in the corpus. With this map given, a label that is not in
-            it is an error of the record and drops it; null drops it on purpose, as unclear.
-            Without the map names are taken as they are.
+            it is left out, and its image is known to show more; an image of which no label is in it is
+            dropped. Null drops the image on purpose, as unclear. Without the map names are taken as they are.
+        codes_are_names: labels that are numbers or numbered words (``7``, ``Segment_1``) are meant as names;
+            else no text is made of them, and the run ends with an error.
         synonyms: label name -> further names of the same thing.
         chinese: label name -> Chinese name.
         attributes: constants of every image of the set.
@@ -77,6 +79,7 @@ class SourceOptions(Options):
     clinical_task: str | None = None
     source_task: str | None = None
     labels: dict[str, str | None] | None = None
+    codes_are_names: bool = False
     synonyms: dict[str, tuple[str, ...]] = Field(default={})
     chinese: dict[str, str] = Field(default={})
     attributes: dict[str, str] = Field(default={})

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import check_size, file_of, folder_of, open_image, size_of
-from data_tools.readers.shapes import polygon_mask, run_length_mask
+from data_tools.readers.shapes import polygon_mask, run_length_mask, turned, upright_box
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -130,7 +130,12 @@ def _slim(entry: Any, options: Options) -> dict[str, Any]:
     """Return what is used of an annotation: a segmentation is long."""
     keys = ["id", "image_id", "category_id", "iscrowd"]
     keys.append("bbox" if options.regions == "boxes" else "segmentation")
-    return {key: entry[key] for key in keys if key in entry} if isinstance(entry, dict) else {}
+    if not isinstance(entry, dict):
+        return {}
+    attributes = entry.get("attributes")
+    rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
+    turn = {"rotation": rotation, "bbox": entry.get("bbox")} if rotation else {}
+    return {key: entry[key] for key in keys if key in entry} | turn
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
@@ -168,9 +173,14 @@ def _annotation(
         raise Unusable("unknown class id", f"category_id {entry.get('category_id')!r}")
     if entry.get("iscrowd"):
         raise Unusable("crowd annotation", categories[category])
+    # CVAT: `bbox` is the rectangle before it is turned; it has no segmentation, or the same rectangle's.
+    corners = turned(_box(entry.get("bbox")), entry["rotation"]) if "rotation" in entry else None
     if options.regions == "boxes":
-        return Annotation(categories[category], _box(entry.get("bbox")))
+        box = upright_box(corners) if corners else _box(entry.get("bbox"))
+        return Annotation(categories[category], box)
     shape = entry.get("segmentation")
+    if corners and (not shape or (isinstance(shape, list) and len(shape[0]) == 8)):
+        shape = [[value for corner in corners for value in corner]]
     if isinstance(shape, list):
         clip = resolve(options.clean).clip_boxes
         return Annotation(categories[category], mask=polygon_mask(shape, size, clip=clip))

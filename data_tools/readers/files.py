@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = (
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 OUTSIDE = "path outside the source"
 MISSING = "no such image file"
+UNKNOWN = "unknown label"
 LINK = "link to a folder, which isn't followed"
 MAX_BYTES = 64 * 2**20  # of an annotation file
 

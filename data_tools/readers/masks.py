@@ -254,8 +254,8 @@ def _label(options: Options, texts: dict[str, str], name: str) -> str:
     table = tables.get(texts.get("dataset", ""), tables.get(""))
     if table is None:
         raise Unusable("unknown dataset of a mask", f"{name}: {texts.get('dataset')!r}")
-    if not code.isascii() or not code.isdigit() or int(code) not in table:
-        raise Unusable("unknown class id", f"{name}: {code!r}")
+    if not (code.isascii() and code.isdigit() and len(code) < 10) or int(code) not in table:
+        raise Unusable("unknown class id", f"{name}: {code[:20]!r}")
     return table[int(code)]
 
 

@@ -110,8 +110,10 @@ class Table:
             for name in missing:
                 alike = near(name, there)
                 hints.append(f"{name!r}" + (f" (did you mean {listed(alike)}?)" if alike else ""))
+            other = [sign for sign in ";\t|," if len(there) == 1 and sign in there[0]]
+            remedy = f" It is one column: say `delimiter: {other[0]!r}`." if other else ""
             raise SourceError(
-                f"{self.shown} has no column {', '.join(hints)}. There are {listed(there)}."
+                f"{self.shown} has no column {', '.join(hints)}. There are {listed(there)}.{remedy}"
             )
         for name in used:
             if (count := there.count(name)) > 1:

@@ -6,6 +6,7 @@ pycocotools is C: it allocates what a polygon's coordinates ask for, and takes f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,31 @@ def numbers(texts: Mapping[str, object]) -> dict[str, float]:
             raise ValueError(f"{key} is {value!r}, which is no finite number")
         found[key] = number
     return found
+
+
+Corners = list[tuple[float, float]]
+
+
+def turned(box: tuple[float, float, float, float], degrees: object) -> Corners:
+    """Return the corners of a rectangle that is turned clockwise about its centre, as CVAT stores it.
+
+    Raises:
+        Unusable: the angle is no number.
+    """
+    try:
+        angle = math.radians(numbers({"rotation": degrees})["rotation"])
+    except ValueError as error:
+        raise Unusable("box that can't be read", str(error)) from error
+    x1, y1, x2, y2 = box
+    x, y, sine, cosine = (x1 + x2) / 2, (y1 + y2) / 2, math.sin(angle), math.cos(angle)
+    around = [(x1 - x, y1 - y), (x2 - x, y1 - y), (x2 - x, y2 - y), (x1 - x, y2 - y)]
+    return [(x + a * cosine - b * sine, y + a * sine + b * cosine) for a, b in around]
+
+
+def upright_box(corners: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:
+    """Return the upright box around points."""
+    xs, ys = zip(*corners, strict=True)
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) -> np.ndarray:

@@ -100,7 +100,7 @@ class Options(SourceOptions):
         encoding: of a text table.
         delimiter: default a comma, of a TSV a tab.
         sheet: of an Excel file; default the first.
-        image: column with the image's path, or a pattern of columns such as ``png/{image_id}.png``.
+        image: column with the image's path, or a pattern of columns such as ``png/{image ID:03d}.png``.
         image_folder, image_suffix: put before and behind it.
         label: column or columns with a label each.
         label_separator: between the labels of one cell, such as ``|``.
@@ -243,7 +243,10 @@ def _image_name(options: Options, row: Row) -> str:
     cells = {column: cell_text(row.cells[column]) for column in columns or [options.image]}
     if any(cell in options.missing for cell in cells.values()):
         return ""
-    name = fill(options.image, cells) if columns else cells[options.image]
+    try:
+        name = fill(options.image, cells) if columns else cells[options.image]
+    except ValueError:  # no whole number, where the pattern pads one
+        return ""
     folder = options.image_folder.rstrip("/")
     # A hostile absolute name stays one: it isn't made harmless by the folder before it.
     name = f"{folder}/{name}" if folder and not name.startswith(("/", "\\")) else name

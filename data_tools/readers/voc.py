@@ -22,7 +22,7 @@ from data_tools.readers.files import (
     read_annotation_file,
     size_of,
 )
-from data_tools.readers.shapes import numbers
+from data_tools.readers.shapes import numbers, turned, upright_box
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
@@ -137,10 +137,9 @@ def _text(element: Element, path: str) -> str:
 
 def _by_stem(options: Options, name: str) -> str:
     stem = name[len(options.annotations) :].strip("/")[: -len(".xml")]
-    for suffix in IMAGE_SUFFIXES:
-        for spelt in (suffix, suffix.upper()):
-            if (options.root / options.images / (stem + spelt)).is_file():
-                return stem + spelt
+    for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
+        if (options.root / options.images / (stem + suffix)).is_file():
+            return stem + suffix
     return stem
 
 
@@ -170,4 +169,8 @@ def _object(options: Options, thing: Element, label: str) -> Annotation:
     x1, y1, x2, y2 = (corners[key] for key in _CORNERS)
     if options.corners == "pixels":
         x1, y1 = x1 - 1, y1 - 1
-    return Annotation(label, (x1, y1, x2, y2), attributes=marks)
+    box = (x1, y1, x2, y2)
+    for attribute in thing.iterfind("attributes/attribute"):
+        if attribute.findtext("name") == "rotation":  # CVAT: of the rectangle before it is turned
+            box = upright_box(turned(box, attribute.findtext("value")))
+    return Annotation(label, box, attributes=marks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from data_tools.preprocess.rules import resolve
 from data_tools.preprocess.slicing import Slicing, slices
 from data_tools.preprocess.volumes import Volume
 from data_tools.readers import SourceOptions
+from data_tools.readers.files import UNKNOWN, listed
 from data_tools.records import Annotation, Drops, Sample
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging import windows
@@ -158,6 +159,7 @@ def samples(
     with drops.image(origin.where):
         if volume.layers and not volume.structures:
             raise Unusable(EMPTY)
+        volume = _known(volume, options, drops, origin.where)
         cleaned = clean_volume(volume, rules, drops=drops, where=origin.where)
         if volume.structures and not cleaned.structures:
             return
@@ -177,3 +179,17 @@ def samples(
                     done["pixels"] = f"square, {cut.stretched:g} mm"
                 part: dict[str, int | str] = {"axis": cut.axis, "slice": cut.index}
                 yield origin.sample(cut.image, done, annotations=cut.annotations, part=part)
+
+
+def _known(volume: Volume, options: VolumeOptions, drops: Drops, where: str) -> Volume:
+    """Return the volume with those structures that the job's ``labels`` know, if it has any."""
+    names = {label.strip() for label in options.labels or {}}
+    known = tuple(item for item in volume.structures if item.label.strip() in names)
+    if options.labels is None or len(known) == len(volume.structures):
+        return volume
+    unknown = [item.label for item in volume.structures if item not in known]
+    detail = f"{listed(unknown, at_most=200)} not in the job's `labels`"
+    if not known:
+        raise Unusable(UNKNOWN, detail)
+    drops.add(UNKNOWN, where, detail, lost=unknown)
+    return replace(volume, structures=known)

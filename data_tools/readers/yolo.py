@@ -24,7 +24,7 @@ from data_tools.readers.files import (
     read_annotation_file,
     size_of,
 )
-from data_tools.readers.shapes import numbers, polygon_mask
+from data_tools.readers.shapes import numbers, polygon_mask, upright_box
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 from gmai_xtuner.core.yaml_lines import Document
@@ -118,7 +118,8 @@ def _names(options: Options) -> tuple[str, ...]:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise SourceError(f"Source {options.name}: {path} can't be read: {error}.") from error
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+        # An empty line has its number, too.
+        return tuple(line.strip() for line in text.rstrip().splitlines())
     found = content.get("names") if isinstance(content, dict) else None
     if isinstance(found, dict) and set(found) == set(map(str, range(len(found)))):
         found = [found[str(number)] for number in range(len(found))]
@@ -168,10 +169,13 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 def _classes_of(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class of a line; all of them if its number says nothing."""
-    number = text.split(" ", 1)[0]
-    if number.isascii() and number.isdigit() and int(number) < len(names):
-        return (names[int(number)],)
-    return names
+    number = _class_number(text.split(" ", 1)[0], names)
+    return names if number is None else (names[number],)
+
+
+def _class_number(text: str, names: tuple[str, ...]) -> int | None:
+    plain = text.isascii() and text.isdigit() and len(text) < 10
+    return int(text) if plain and int(text) < len(names) else None
 
 
 def _annotation(
@@ -183,9 +187,12 @@ def _annotation(
         raise Unusable(
             "line of another format", f"{len(parts)} values in a file of {options.format}"
         )
-    if not parts[0].isascii() or not parts[0].isdigit() or int(parts[0]) >= len(names):
-        raise Unusable("unknown class id", f"{parts[0]!r}, there are {len(names)} classes")
-    label = names[int(parts[0])]
+    class_number = _class_number(parts[0], names)
+    if class_number is None:
+        raise Unusable("unknown class id", f"{parts[0][:20]!r}, there are {len(names)} classes")
+    label = names[class_number]
+    if not label:
+        raise Unusable("unknown class id", f"{parts[0]!r}: its line in the list of names is empty")
     try:
         values = list(numbers({f"value {n}": part for n, part in enumerate(parts[1:], 1)}).values())
     except ValueError as error:
@@ -198,7 +205,6 @@ def _annotation(
         return Annotation(label, (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
     corners = [value * size[number % 2] for number, value in enumerate(values)]
     if options.format == "oriented":
-        x, y = corners[::2], corners[1::2]
-        return Annotation(label, (min(x), min(y), max(x), max(y)))
+        return Annotation(label, upright_box(list(zip(corners[::2], corners[1::2], strict=True))))
     clip = resolve(options.clean).clip_boxes
     return Annotation(label, mask=polygon_mask([corners], size, clip=clip))

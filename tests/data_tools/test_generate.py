@@ -117,7 +117,9 @@ def test_other_options_of_one_source_leave_the_other_source_as_it_was(classes, m
         state = path.stat()
         path.write_bytes(b"\0" * state.st_size)
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    done(make_job({}, other | {"licence": "MIT"}))
+    assert (
+        generate(make_job({}, other | {"licence": "MIT"})).returncode == 1
+    )  # it has no record left
     assert funnel(tmp_path / "out")["record", ""] == 6
     assert funnel(tmp_path / "out", "other")["record", ""] == 0
 
@@ -227,6 +229,33 @@ def test_an_error_is_one_message(classes, make_job, tmp_path, arguments, part):
     assert "Traceback" not in made.stderr
     assert made.stderr.count("\n") == 1
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_source_without_a_record_or_without_names_is_an_error(classes, make_job, tmp_path):
+    """The other source is made as ever; labels that are codes are in records and in no text."""
+    for path in classes.iterdir():
+        shutil.copytree(path, tmp_path / "second" / f"Segment_{len(path.name)}")
+    shutil.copytree(classes, tmp_path / "third")
+    for path in (tmp_path / "third").rglob("*.png"):
+        path.write_bytes(b"")
+    sources = (
+        {},
+        {"name": "codes", "root": str(tmp_path / "second")},
+        {"name": "empty", "root": str(tmp_path / "third")},
+    )
+    made = generate(make_job(*sources))
+    assert made.returncode == 1
+    assert "Traceback" not in made.stderr
+    last = made.stderr[made.stderr.index("error: ") :]
+    for part in ("'codes'", "Segment_", "codes_are_names", "'empty' has no record", "(6, such as "):
+        assert part in last
+    out = tmp_path / "out"
+    assert {record["provenance"]["source"] for record in records(out)} == {"tissue", "codes"}
+    text = "".join(path.read_text() for path in out.glob("*.jsonl") if path.name != "records.jsonl")
+    assert "tissue" in text
+    assert "#codes#" not in text
+    meant = generate(make_job({}, sources[1] | {"codes_are_names": True}))
+    assert meant.returncode == 0
 
 
 def test_an_output_that_cannot_be_written_to_is_one_message(classes, make_job, tmp_path):

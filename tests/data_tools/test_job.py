@@ -80,6 +80,8 @@ def test_all_mistakes_are_told_at_once_with_their_lines(write):
         (("Microscopy", "Microscopie"), 7, "Microscopie"),
         (("    department: Hematology\n", ""), 3, "department is missing"),
         (("licence: MIT", "licence: MIT\n    group: '('"), 7, "not a regular expression"),
+        (("licence: MIT", "licence: MIT\n    class_map: {a: b}"), 7, "did you mean 'labels'?"),
+        (("licence: MIT", "licence: MIT\n    links: [nowhere]"), 7, "there is no folder"),
         (("licence: MIT", "licence: MIT\n    source_task: 2D detektion"), 7, "'2D detection'"),
         (("licence: MIT", "licence: 2024"), 6, "got 2024; put it in quotes"),
         (("output: out", "output: out\nwriter: {name: opena}"), 2, "template"),

@@ -114,12 +114,6 @@ def test_the_jobs_modality_goes_before_the_files(read):
         (sample(CAT, group="\ud800"), {}, "record", "text that no UTF-8 can hold"),
         (sample(CAT), {"labels": {"dog": "dog"}}, "record", "unknown label"),
         (sample(CAT), {"labels": {"cat": None}}, "record", "unclear label"),
-        (
-            sample(CAT, Annotation("x", (1, 1, 9, 9))),
-            {"labels": {"cat": "a"}},
-            "record",
-            "unknown label",
-        ),
         (sample(CAT), {"modality": None}, "record", "no modality"),
         (sample(CAT, modality="QQ"), {"modality": None}, "record", "unknown modality"),
         (sample(CAT, source_file="a/none.png"), {}, "record", "source file can't be read"),
@@ -138,6 +132,16 @@ def test_what_is_left_out_has_a_reason(read, given, options, stage, reason):
     result = read(given, **options)
     assert result.records == ()
     assert reasons(result) == [(stage, reason)]
+
+
+def test_labels_that_the_job_does_not_name_are_left_out_and_listed_at_once(read):
+    others = [Annotation(f"{number}", (1, 1, 9, 9)) for number in range(2, 42)]
+    result = read(sample(CAT, *others), labels={"cat": "cat"})
+    (record,) = result.records
+    assert record.names == ("cat",)
+    assert record.incomplete == tuple(sorted(str(number) for number in range(2, 42)))
+    (drop,) = result.drops
+    assert (drop.reason, "'41'" in drop.detail) == ("unknown label", True)
 
 
 def test_a_record_of_which_the_rules_leave_nothing_is_dropped_with_both_reasons(read):
@@ -216,7 +220,7 @@ def test_labels_of_what_was_left_out_have_the_names_of_the_corpus(read):
     )
     lost = ("3", "unknown", " 1 ")
     (found,) = read(given, lost=lost, labels={"1": "cat", "2": "dog", "3": "owl"}).records
-    assert found.incomplete == ("cat", "dog", "owl")
+    assert found.incomplete == ("cat", "dog", "owl", "unknown")
     assert found.names == ("cat",)
     again = type(found).from_json(found.to_json())
     assert again == found

@@ -42,6 +42,20 @@ def test_boxes(tmp_path):
     assert drops == []
 
 
+@pytest.mark.parametrize("shape", [[], [[12, 10, 28, 10, 28, 18, 12, 18]]])
+def test_a_rectangle_that_cvat_turned(tmp_path, shape):
+    """16 x 8 around (20, 14), turned by 90 degrees: 8 x 16."""
+    turned = {"bbox": [12, 10, 16, 8], "segmentation": shape, "attributes": {"rotation": 90.0}}
+    write(tmp_path, entry(**turned))
+    (sample,), _ = read(tmp_path)
+    assert boxes(sample) == [("cell", pytest.approx((16, 6, 24, 22)))]
+    (sample,), _ = read(tmp_path, regions="masks")
+    rows, columns = np.nonzero(sample.annotations[0].mask)
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (16, 6, 23, 21)
+    write(tmp_path, entry(attributes={"rotation": "x"}))
+    assert reasons(read(tmp_path)[1]) == {"box that can't be read": 1}
+
+
 @pytest.mark.parametrize(
     ("annotation", "reason"),
     [

@@ -359,3 +359,17 @@ def test_all_missing_columns_are_told_at_once(tmp_path):
         "has no column 'id', 'projetion' (did you mean 'projection'?), 'patient'. "
         "There are 'image_id', 'projection', 'sex'."
     )
+
+
+def test_columns_with_blanks_and_of_other_scripts_are_placeholders(tmp_path):
+    write_image(tmp_path / "肝/007.PNG")
+    (tmp_path / "t.csv").write_text(
+        "image ID,部位,finding\n7,肝,cyst\nx,肝,cyst\n", encoding="utf-8"
+    )
+    keys = {"table": "t.csv", "label": "finding"}
+    samples, drops = read_all(table, tmp_path, image="{部位}/{image ID:03d}.png", **keys)
+    assert [sample.source_file for sample in samples] == ["肝/007.PNG"]
+    assert reasons(drops) == {"no image name": 1}
+    (tmp_path / "t.csv").write_text("file;finding\na.png;cyst\n")
+    with pytest.raises(SourceError, match="say `delimiter: ';'`"):
+        read_all(table, tmp_path, image="file", **keys)

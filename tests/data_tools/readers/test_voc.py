@@ -39,6 +39,17 @@ def test_corners_and_marks(tmp_path):
     assert incomplete(voc, tmp_path, difficult=False) == [("cell",)]
 
 
+def test_a_rectangle_that_cvat_turned(tmp_path):
+    """18 x 22 around (11, 14), turned by 90 degrees: 22 x 18."""
+    turn = "<attributes><attribute><name>rotation</name><value>{}</value></attribute></attributes>"
+    plain = OBJECT.format(name="cell", difficult=0, x1=2)
+    write(tmp_path, objects=plain.replace("</object>", turn.format(90.0) + "</object>"))
+    (sample,), _ = read_all(voc, tmp_path)
+    assert boxes(sample) == [("cell", pytest.approx((0, 5, 22, 23)))]
+    write(tmp_path, objects=plain.replace("</object>", turn.format("") + "</object>"))
+    assert reasons(read_all(voc, tmp_path)[1]) == {"box that can't be read": 1}
+
+
 BOMB = """<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;&b;">]><annotation>&c;</annotation>"""
 FILE = """<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotation><filename>&b;</filename>
 </annotation>"""

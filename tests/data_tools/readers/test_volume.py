@@ -238,6 +238,78 @@ def test_a_binary_file_for_each_label(tmp_path):
             assert np.array_equal(masks.get(name, np.zeros_like(expected)), expected)
 
 
+def test_labels_take_some_codes_of_a_map_and_the_others_are_known_to_be_there(tmp_path):
+    voxels, labels = head()
+    labels[labels == 2] = 41
+    save(tmp_path / "a_ct.nii.gz", voxels, np.eye(4))
+    save(tmp_path / "a_seg.nii.gz", labels, np.eye(4))
+    of = options(tmp_path, labels={"1": "liver"}, slices={"axes": ["z"]})
+    samples, drops, incomplete = read_units(volume, of)
+    held = np.flatnonzero((labels == 1).any(axis=(0, 1)))
+    assert [sample.part["slice"] for sample in samples] == held.tolist()
+    assert {item.label for sample in samples for item in sample.annotations} == {"1"}
+    assert set(incomplete) == {("41",)}
+    assert [(drop.reason, drop.detail) for drop in drops] == [
+        ("unknown label", "'41' not in the job's `labels`")
+    ]
+    assert bad(tmp_path, labels={"7": "x"}) == (
+        "unknown label",
+        "'1', '41' not in the job's `labels`",
+    )
+
+
+def test_a_map_that_was_cut_out_and_a_segmentation_by_3d_slicer(tmp_path):
+    voxels, labels = head()
+    save(tmp_path / "a_ct.nii.gz", voxels, np.eye(4))
+    moved = np.eye(4)
+    moved[:3, 3] = (2, 3, 2)
+    save(tmp_path / "a_seg.nii.gz", labels[2:, 3:, 2:], moved)
+    whole = options(tmp_path, slices={"axes": ["z"]})
+    samples, (drop,), incomplete = read_units(volume, whole)
+    for sample in samples:
+        plane = shown(labels, "z", sample.part["slice"])
+        assert boxes_of(sample, "1") == expected_boxes(plane, 1)
+    assert set(incomplete) == {("1", "2")}
+    assert drop.reason.startswith("label map of a part of its volume")
+    image = SimpleITK.GetImageFromArray(labels[2:, 3:, 2:].transpose(2, 1, 0))
+    image.SetOrigin((-2, -3, 2))
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    for key, text in {"0_Name": "liver", "0_LabelValue": "1", "1_Name": "tumour"}.items():
+        image.SetMetaData(f"Segment{key}", text)
+    image.SetMetaData("Segment1_LabelValue", "2")
+    image.SetMetaData("Segment0_Layer", "0")
+    image.SetMetaData("Segment1_Layer", "0")
+    SimpleITK.WriteImage(image, str(tmp_path / "a.seg.nrrd"))
+    found = samples_of(read(options(tmp_path, masks="{case}.seg.nrrd", slices={"axes": ["z"]})))
+    assert len(found) == len(samples)
+    for one, other in zip(samples, found, strict=True):
+        names = {"1": "liver", "2": "tumour"}
+        assert [names[item.label] for item in one.annotations] == [
+            item.label for item in other.annotations
+        ]
+        for left, right in zip(one.annotations, other.annotations, strict=True):
+            assert np.array_equal(left.mask, right.mask)
+
+
+def test_a_flat_nifti_is_one_picture(tmp_path):
+    voxels, labels = head()
+    save(tmp_path / "a_ct.nii.gz", voxels[:, :, 4], np.eye(4))
+    save(tmp_path / "a_seg.nii.gz", labels[:, :, 4], np.eye(4))
+    (sample,) = samples_of(read(options(tmp_path)))
+    assert sample.part == {"axis": "z", "slice": 0}
+    assert boxes_of(sample, "1") == expected_boxes(shown(labels, "z", 4), 1)
+
+
+def test_masks_of_several_channels(tmp_path):
+    voxels, labels = head()
+    save(tmp_path / "a_ct.nii.gz", np.stack([voxels, voxels], axis=-1), np.eye(4))
+    save(tmp_path / "a_seg.nii.gz", np.stack([labels * 0, labels], axis=-1), np.eye(4))
+    assert samples_of(read(options(tmp_path, channel=1)))
+    save(tmp_path / "a_seg.nii.gz", np.stack([labels] * 3, axis=-1), np.eye(4))
+    reason, detail = bad(tmp_path, channel=1)
+    assert (reason, "{label}" in detail) == ("mask of several channels", True)
+
+
 def set_of_cases(root: Path, folder: str, suffix: str) -> np.ndarray:
     voxels, labels = head()
     save(root / "imagesTr" / f"case1{suffix}.nii.gz", voxels, np.eye(4))
@@ -245,12 +317,15 @@ def set_of_cases(root: Path, folder: str, suffix: str) -> np.ndarray:
     return labels
 
 
-def test_decathlon(tmp_path):
+@pytest.mark.parametrize("sign", ["/", "\\"])
+def test_decathlon(tmp_path, sign):
     labels = set_of_cases(tmp_path, "labelsTr", "")
     content = {
         "modality": {"0": "CT"},
         "labels": {"0": "background", "1": "liver", "2": "cancer"},
-        "training": [{"image": "./imagesTr/case1.nii.gz", "label": "./labelsTr/case1.nii.gz"}],
+        "training": [
+            {key: f".{sign}{key}sTr{sign}case1.nii.gz" for key in ("image", "label")},
+        ],
     }
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     of = nnunet.Options(reader="decathlon", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
@@ -258,6 +333,7 @@ def test_decathlon(tmp_path):
         plane = shown(labels, "z", sample.part["slice"])
         assert boxes_of(sample, "liver") == expected_boxes(plane, 1)
         assert boxes_of(sample, "cancer") == expected_boxes(plane, 2)
+        assert sample.source_file == "imagesTr/case1.nii.gz"
 
 
 def test_nnunet_regions_overlap_and_ignored_voxels_drop_their_slices(tmp_path):

@@ -39,13 +39,41 @@ def test_names_of_a_yaml(tmp_path, text):
     assert sample.annotations[0].label == "platelet"
 
 
-def test_names_are_what_is_written(tmp_path):
-    """YAML alone would make them False, a date and a number."""
+@pytest.mark.parametrize(
+    ("file", "text", "names"),
+    [
+        ("data.yaml", "names: [no, yes]", ["no", "yes"]),
+        ("data.yaml", "names: {0: 1, 1: 2026-01-02}", ["1", "2026-01-02"]),
+        ("classes.txt", "lesion\n\nnodule\n\n", ["lesion", "nodule"]),
+    ],
+)
+def test_names_are_texts_and_keep_their_numbers(tmp_path, file, text, names):
+    write(tmp_path, text="".join(f"{n} 0.5 0.5 0.{n + 2} 0.4\n" for n in range(3)))
+    (tmp_path / file).write_text(text)
+    (sample,), _ = read_all(yolo, tmp_path, names=file)
+    assert [label for label, _ in boxes(sample)] == names
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+for before, name in zip("abcdefg", "bcdefgh", strict=True):
+    BOMB += f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB + "names: *h", "more than 1000000 values"),
+        ("names: " + "[" * 5000, "nested too deep|not valid YAML"),
+        ("names: [a, [b]]", "has no `names`"),
+        ("names: {0: a, 2: b}", "has no `names`"),
+        ("names: !!python/object/apply:os.getcwd []", "no `names`|not valid YAML"),
+    ],
+)
+def test_names_that_are_hostile_or_no_names(tmp_path, text, message):
     write(tmp_path)
-    for name in ("no", "2024-01-01", "5", "1:30"):
-        (tmp_path / "data.yaml").write_text(f"names: {{0: x, 1: {name}}}")
-        (sample,), _ = read_all(yolo, tmp_path, names="data.yaml")
-        assert sample.annotations[0].label == name
+    (tmp_path / "data.yaml").write_text(text)
+    with pytest.raises(SourceError, match=message):
+        read_all(yolo, tmp_path, names="data.yaml")
 
 
 def test_names_of_a_text_and_other_layouts(tmp_path):
@@ -68,6 +96,7 @@ def test_names_of_a_text_and_other_layouts(tmp_path):
         ("0 0.5 -0.5 0.2 0.5", "fraction below 0 or above 1"),
         ("0 320 240 20 20", "fraction below 0 or above 1"),
         ("2 0.5 0.5 0.2 0.5", "unknown class id"),
+        ("1" * 5000 + " 0.5 0.5 0.2 0.5", "unknown class id"),
         ("-1 0.5 0.5 0.2 0.5", "unknown class id"),
         ("cell 0.5 0.5 0.2 0.5", "unknown class id"),
         ("0 0.5 0.5 0.2", "line of another format"),
