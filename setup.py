@@ -104,6 +104,7 @@ setup(
     packages=find_packages(include=["gmai_xtuner", "gmai_xtuner.*", "data_tools", "data_tools.*"]),
     package_data={
         "gmai_xtuner": [
+            "checkpoint/*.j2",
             "demo/*.css",
             "train/deepspeed/*.json",
             "evaluate/*.j2",

@@ -98,6 +98,7 @@ def add_allow_pickle(parser: argparse._ActionsContainer) -> None:
         "--allow-pickle",
         action=_AllowPickle,
         nargs=0,
+        default=argparse.SUPPRESS,
         help="also read weights that are a pickle (pytorch_model.bin); tensors alone, nothing is run",
     )
 

@@ -158,17 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     from gmai_xtuner.model.costs import folder_bytes, size
 
     try:
-        predictor = import_model(
-            options.folder,
-            options.out,
-            llm=options.llm,
-            vision=options.vision,
-            dtype=options.dtype,
-            save_format=options.save_format,
-            max_shard_size=options.max_shard_size,
-            prompt_template=options.prompt_template,
-            add_bos=options.add_bos,
-        )
+        predictor = import_model(**vars(options))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

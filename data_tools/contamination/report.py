@@ -8,9 +8,11 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from data_tools.contamination import findings
 from data_tools.contamination.compare import Overlap
@@ -124,7 +126,7 @@ def write(folder: Path, overlap: Overlap, cache: HashCache) -> dict[str, Any]:
         (MARK, json.dumps(whole, ensure_ascii=False, indent=1) + "\n"),
         ("near.tsv", findings.near_table(overlap, listed, decisions)),
         ("exclude.txt", exclude.text(title=title)),
-        ("report.md", as_markdown(overlap, numbers, listed, questions)),
+        ("report.md", _markdown(overlap, numbers, whole["pairs"], questions)),
         ("report.html", _page(overlap, numbers, listed, questions, exclude, cache)),
     ):
         replace_text(folder / name, text.encode("utf-8", "backslashreplace"))
@@ -178,6 +180,23 @@ def _page(
     )
 
 
+def _markdown(
+    overlap: Overlap,
+    numbers: dict[str, Any],
+    pairs: Sequence[dict[str, Any]],
+    questions: Sequence[dict[str, Any]],
+) -> str:
+    """Return the numbers and the first of the hits."""
+    return _rendered(
+        "report.md.j2",
+        corpus=overlap.corpus.path.name,
+        benchmark=overlap.benchmark.path.name,
+        n=numbers,
+        pairs=pairs[:PAIRS],
+        questions=questions[:QUESTIONS],
+    )
+
+
 def _small(path: Path | None) -> bytes:
     if path is None:
         return b""
@@ -196,123 +215,20 @@ def _url(data: bytes) -> str:
 
 def as_text(numbers: dict[str, Any], folder: Path) -> str:
     """Return the result for a terminal."""
-    corpus, benchmark, exclude = numbers["corpus"], numbers["benchmark"], numbers["exclude"]
-    images, questions, items = numbers["pictures"], numbers["questions"], numbers["items"]
-    near = ", ".join(f"{count:,} within {bits}" for bits, count in images["within_bits"].items())
-    lines = [
-        f"corpus     {corpus['conversations']:,} conversations, "
-        f"{corpus['distinct_pictures']:,} distinct images "
-        f"({corpus['taken_for']}, {len(corpus['datasets'])} dataset(s))",
-        f"benchmark  {benchmark['questions']:,} questions, {benchmark['pictures']:,} images "
-        f"({len(benchmark['files'])} file(s))",
-        "",
-    ]
-    if images["compared"]:
-        lines += [
-            f"images     {images['same_pixels']:,} of the benchmark's are in the corpus pixel by pixel",
-            f"           hashes: {near} bits; {images['same_case']:,} bear a case's name of the corpus",
-        ]
-    else:
-        lines.append(f"images     NOT COMPARED: {images['not_compared_because']}")
-    if questions["compared"]:
-        lines += [
-            f"questions  {questions['equal']:,} of {questions['texts']:,} texts are asked word for word, "
-            f"{questions['near']:,} nearly (Jaccard {questions['jaccard']:g})",
-            f"items      {items['picture_and_question']:,} image and question, {items['picture']:,} "
-            f"image only, {items['question']:,} question only, {items['neither']:,} neither",
-        ]
-    else:
-        lines.append("questions  NOT COMPARED")
-    return "\n".join(
-        [
-            *lines,
-            f"exclude    {exclude['images']:,} images and {exclude['conversations']:,} conversations; "
-            f"{exclude['not_in_the_mixture_yet']:,} of them not yet left out by the mixture",
-            f"to look at {numbers['to_look_at']:,} pairs, {numbers['undecided']:,} of them undecided",
-            *(f"warning: {text}" for text in numbers["warnings"]),
-            "",
-            f"{folder / 'report.html'} to look at, {folder / 'exclude.txt'} for `exclude` of the mixture",
-        ]
+    return _rendered("report.txt.j2", n=numbers, folder=folder).rstrip("\n")
+
+
+def _rendered(template: str, **values: Any) -> str:
+    """Fill in a template of plain text; ``cell`` keeps a text on its line and out of a table's markup."""
+    plain = Environment(
+        loader=PackageLoader("data_tools.contamination", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-
-
-def as_markdown(
-    overlap: Overlap,
-    numbers: dict[str, Any],
-    listed: Sequence[Pair],
-    questions: Sequence[dict[str, Any]],
-) -> str:
-    """Return ``report.md``: the numbers and the first of the hits."""
-    images, items = numbers["pictures"], numbers["items"]
-    rows: list[tuple[str, Any]] = [
-        ("conversations of the corpus", numbers["corpus"]["conversations"]),
-        ("distinct images of the corpus", numbers["corpus"]["distinct_pictures"]),
-        ("questions of the benchmark", numbers["benchmark"]["questions"]),
-        ("images of the benchmark", numbers["benchmark"]["pictures"]),
-    ]
-    if images["compared"]:
-        rows += [
-            ("**same pixels**", images["same_pixels"]),
-            *(
-                (f"perceptual hash within {bits} bits", count)
-                for bits, count in images["within_bits"].items()
-            ),
-            ("same case by name", images["same_case"]),
-        ]
-    else:
-        rows.append(("images", f"**not compared**: {images['not_compared_because']}"))
-    if numbers["questions"]["compared"]:
-        rows += [
-            ("questions word for word", numbers["questions"]["equal"]),
-            ("questions nearly", numbers["questions"]["near"]),
-            *((f"items: {name.replace('_', ' ')}", count) for name, count in items.items()),
-        ]
-    else:
-        rows.append(("questions", "**not compared**"))
-    names = numbers["exclude"]["images"] + numbers["exclude"]["conversations"]
-    rows.append(("names in exclude.txt", names))
-    lines = [
-        f"# Overlap of {_cell(overlap.corpus.path.name)} with {_cell(overlap.benchmark.path.name)}",
-        "",
-        *_table(("", ""), rows),
-    ]
-    if numbers["warnings"]:
-        lines += ["", *(f"- {_cell(text)}" for text in numbers["warnings"])]
-    if listed:
-        found = [_pair(overlap, pair) for pair in listed[:PAIRS]]
-        lines += ["", "## Images", ""]
-        lines += _table(
-            ("relation", "bits", "benchmark", "corpus"),
-            [
-                (
-                    one["relation"],
-                    "" if one["bits"] is None else one["bits"],
-                    one["benchmark_picture"],
-                    f"{one['dataset']}: {one['image']}",
-                )
-                for one in found
-            ],
-        )
-    if questions:
-        lines += ["", "## Questions", ""]
-        lines += _table(
-            ("question", "equal", "near", "same image"),
-            [
-                (
-                    hit["question"][:200],
-                    hit["equal"],
-                    hit["near"],
-                    "yes" if hit["examples"][0]["same_picture"] else "",
-                )
-                for hit in questions[:QUESTIONS]
-            ],
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(_cell(value) for value in line)} |" for line in lines]
+    plain.filters["cell"] = _cell
+    return plain.get_template(template).render(values)
 
 
 def _cell(value: Any) -> str:

@@ -45,7 +45,7 @@ _varlen_attn = _public_varlen()
 ATTENTION_NAME = "gmai_boundaries"
 """Name under which the attention function is registered in transformers."""
 
-BACKENDS = ("auto", "varlen", "sdpa_loop", "block_mask")
+BACKENDS = ("auto", "varlen", "sdpa_loop")
 
 AttentionFunction = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, "SequenceBoundaries", float], torch.Tensor
@@ -119,29 +119,6 @@ def sdpa_loop_attention(
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
-def block_mask_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    boundaries: SequenceBoundaries,
-    scaling: float,
-) -> torch.Tensor:
-    """The same with one dense block-diagonal causal mask ``[T, T]``: the plain definition.
-
-    Memory grows with ``T`` squared; meant for comparison. Shapes as in :func:`sdpa_loop_attention`.
-    """
-    total = boundaries.total_length
-    lengths = torch.tensor(boundaries.lengths, device=query.device)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
-    positions = torch.arange(total, device=query.device)
-    mask = (owner[:, None] == owner[None, :]) & (positions[:, None] >= positions[None, :])
-    groups = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(groups, dim=1)
-    value = value.repeat_interleave(groups, dim=1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.transpose(1, 2)
-
-
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -176,7 +153,6 @@ def varlen_attention(
 _FUNCTIONS: dict[str, AttentionFunction] = {
     "varlen": varlen_attention,
     "sdpa_loop": sdpa_loop_attention,
-    "block_mask": block_mask_attention,
 }
 
 
@@ -245,7 +221,6 @@ def _announce(backend: str, device: torch.device) -> None:
         names = {
             "varlen": "PyTorch's variable-length flash kernel",
             "sdpa_loop": "one causal SDPA call for each conversation",
-            "block_mask": "one dense block-diagonal mask",
         }
         print_log(
             f"Attention on {device.type}: {names[backend]} ({backend}); "

@@ -82,7 +82,7 @@ class LLaVA(BaseModel):
         use_activation_checkpointing: recompute activations in the backward pass.
         recomputed_layers: of the language model's layers, how many are recomputed, the first ones; the
             others keep their activations, which is faster where memory allows. Default: all.
-        attention: ``auto``, ``varlen``, ``sdpa_loop`` or ``block_mask``, see
+        attention: ``auto``, ``varlen`` or ``sdpa_loop``, see
             :mod:`gmai_xtuner.model.attention`.
         loss_chunk_size: tokens for which logits exist at a time.
         liger: use Liger's kernels (CUDA), see :mod:`gmai_xtuner.model.liger`.

@@ -12,14 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.model.attention import (
     SequenceBoundaries,
-    block_mask_attention,
     choose_backend,
     install_boundary_attention,
     sdpa_loop_attention,
     varlen_attention,
 )
-
-CPU_BACKENDS = [sdpa_loop_attention, block_mask_attention]
 
 
 def one_by_one(query, key, value, lengths, scaling):
@@ -47,20 +44,19 @@ def random_qkv(total, heads, kv_heads, width, *, seed, dtype=torch.float64, devi
     return draw(heads), draw(kv_heads), draw(kv_heads)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     seed=st.integers(0, 10),
 )
-def test_backend_equals_each_conversation_on_its_own(backend, lengths, heads, seed):
+def test_the_loop_equals_each_conversation_on_its_own(lengths, heads, seed):
     qkv = random_qkv(sum(lengths), *heads, 8, seed=seed)
     expected = one_by_one(*qkv, lengths, 0.25)
     weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
     expected_grads = torch.autograd.grad((expected * weight).sum(), qkv)
 
-    got = backend(*qkv, SequenceBoundaries.from_lengths(lengths), 0.25)
+    got = sdpa_loop_attention(*qkv, SequenceBoundaries.from_lengths(lengths), 0.25)
     grads = torch.autograd.grad((got * weight).sum(), qkv)
 
     torch.testing.assert_close(got, expected)
@@ -68,8 +64,7 @@ def test_backend_equals_each_conversation_on_its_own(backend, lengths, heads, se
         torch.testing.assert_close(grad, reference)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_a_conversation_does_not_see_the_one_before(backend):
+def test_a_conversation_does_not_see_the_one_before():
     lengths = [5, 7]
     query, key, value = random_qkv(12, 2, 2, 4, seed=0)
     # Without boundaries the second conversation would change with the first: the case is not empty.
@@ -80,8 +75,8 @@ def test_a_conversation_does_not_see_the_one_before(backend):
     assert not torch.allclose(plain[:, :, 5:], changed[:, :, 5:])
 
     boundaries = SequenceBoundaries.from_lengths(lengths)
-    before = backend(query, key, value, boundaries, 0.5)
-    after = backend(query, key, other, boundaries, 0.5)
+    before = sdpa_loop_attention(query, key, value, boundaries, 0.5)
+    after = sdpa_loop_attention(query, key, other, boundaries, 0.5)
     assert torch.equal(before[:, 5:], after[:, 5:])
     assert not torch.allclose(before[:, :5], after[:, :5])
 
@@ -123,7 +118,6 @@ def test_a_conversation_without_tokens_is_refused(lengths):
 def test_choice_of_the_backend():
     cpu = torch.device("cpu")
     assert choose_backend("auto", cpu, torch.float32) == "sdpa_loop"
-    assert choose_backend("block_mask", cpu, torch.bfloat16) == "block_mask"
     with pytest.raises(GMAIError, match=r"needs an NVIDIA GPU.*got cpu"):
         choose_backend("varlen", cpu, torch.bfloat16)
     with pytest.raises(GMAIError, match="'flash'"):

@@ -107,13 +107,10 @@ def loss_and_gradients(model, batches) -> tuple[float, dict[str, torch.Tensor]]:
     }
 
 
-@pytest.mark.parametrize("attention", ["sdpa_loop", "block_mask"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("weighting", ["token", "sample", "square"])
-def test_packed_equals_one_by_one_in_loss_and_every_gradient(attention, checkpointing, weighting):
-    model = build_model(
-        dtype=torch.float64, attention=attention, use_activation_checkpointing=checkpointing
-    )
+def test_packed_equals_one_by_one_in_loss_and_every_gradient(checkpointing, weighting):
+    model = build_model(dtype=torch.float64, use_activation_checkpointing=checkpointing)
     assert model.llm.model.gradient_checkpointing is checkpointing
     conversations = (1, 3, 4), (0, 5, 2), (2, 4, 3), (0, 2, 1)
     pack = make_pack(*conversations)

@@ -16,5 +16,5 @@ model = dict(
     visual_select_layer=-2,
     projector_depth=2,
     use_activation_checkpointing=True,
-    attention="auto",  # varlen, sdpa_loop, block_mask
+    attention="auto",  # varlen, sdpa_loop
 )
