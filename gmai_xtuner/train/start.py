@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ NO_DEEPSPEED = (
     "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, zero2_offload, "
     "zero3_offload)"
 )
+
+MOST_WEIGHTS_WITHOUT_GPU = 1_000_000_000
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +79,39 @@ def check(cfg: Any, *, options: Mapping[str, Any] | None, deepspeed: str | None)
     settled = read(deepspeed, cfg).require()
     for line in settled.overruled:
         log.warning("DeepSpeed file %s, %s", deepspeed, line)
+    check_device(cfg.model.get("llm") or {})
     return settled
+
+
+def check_device(llm: Mapping[str, Any]) -> None:
+    """Refuse to train a large model on the CPU, which torch falls back to without a word.
+
+    Args:
+        llm: config of the language model; of its base only ``config.json`` is read.
+
+    Raises:
+        GMAIError: it has more than :data:`MOST_WEIGHTS_WITHOUT_GPU` weights, torch sees no GPU, and
+            ``GMAI_ALLOW_CPU`` is not set.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from xtuner.registry import BUILDER
+
+    if torch.cuda.is_available() or os.environ.get("GMAI_ALLOW_CPU", "0") != "0" or not llm:
+        return
+    with init_empty_weights():
+        model = BUILDER.build({key: llm[key] for key in llm if key != "quantization_config"})
+    weights = sum(weight.numel() for weight in model.parameters())
+    if weights <= MOST_WEIGHTS_WITHOUT_GPU:
+        return
+    driver = re.search(r"(\d+\.\d+)", DRIVER_FILE.read_text()) if DRIVER_FILE.exists() else None
+    found = f"the NVIDIA driver is {driver[1]}" if driver else "no NVIDIA driver is loaded"
+    raise GMAIError(
+        f"torch sees no GPU, and the language model has {weights / 1e9:.1f} billion weights: {found}, torch "
+        f"{torch.__version__} is built for CUDA {torch.version.cuda}. CUDA 13 needs driver 580 or newer; for "
+        "an older one install the CUDA 12.6 wheels of the same torch and torchvision. To train on the CPU "
+        "all the same, set GMAI_ALLOW_CPU=1"
+    )
 
 
 def setting_problems(cfg: Any, options: Mapping[str, Any] | None) -> list[str]:
