@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -67,3 +70,22 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
     monkeypatch.setattr(dataset_module, "print_log", lambda message, **_: lines.append(message))
     return lines
+
+
+def run_at_once(work: Callable[[], Any]) -> list[Any]:
+    """What two processes give that call the same function at the same moment, with their ids."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+
+    def call() -> None:
+        barrier.wait()
+        results.put((os.getpid(), work()))
+
+    processes = [context.Process(target=call) for _ in range(2)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=300) for _ in processes]
+    for process in processes:
+        process.join(30)
+    assert found[0][0] != found[1][0]
+    return [result for _, result in found]

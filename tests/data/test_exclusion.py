@@ -38,21 +38,6 @@ def test_rows_by_id_and_by_any_of_their_images(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def build(tiny_bases, tmp_path, tokenizer):
-    def build_it(corpus: Corpus, **changes) -> SoftPackedDataset:
-        arguments = {
-            "tokenizer": tokenizer,
-            "vision": str(tiny_bases / "vision"),
-            "cache_dir": str(tmp_path / "cache"),
-            "max_length": 256,
-            "num_workers": 1,
-        }
-        return SoftPackedDataset(str(corpus.mixture), "stage1", **{**arguments, **changes})
-
-    return build_it
-
-
-@pytest.fixture
 def corpus(make_corpus) -> Corpus:
     return make_corpus({"chest": CHEST, "brain": BRAIN}, images=IMAGES)
 
@@ -77,12 +62,12 @@ def test_exactly_the_listed_conversations_are_left_out_and_nothing_is_tokenised_
 ) -> None:
     lines: list[str] = []
     monkeypatch.setattr(dataset_module, "print_log", lambda message, **_: lines.append(message))
-    before = build(corpus)
+    before = build(corpus.mixture)
     assert trained_on(before) == ALL
     assert "exclude" not in lines[-1]
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tokens").rglob("*")}
     exclude(corpus, "dataset: chest\nid: c3\nimage: 1.png\ndataset: *\nid: 7\nid: nobody\n")
-    after = build(corpus)
+    after = build(corpus.mixture)
     gone = {"chest/c3", "chest/c1", "chest/c6", "chest/7", "brain/7"}
     assert trained_on(after) == [name for name in ALL if name not in gone]
     assert made == {
@@ -96,7 +81,7 @@ def test_exactly_the_listed_conversations_are_left_out_and_nothing_is_tokenised_
         "warning: 1 line(s) of the exclude lists name nothing that this stage has: id: nobody"
         in lines[-1]
     )
-    assert build(corpus).plan.folder == after.plan.folder
+    assert build(corpus.mixture).plan.folder == after.plan.folder
 
 
 def test_the_draw_of_all_others_stays(build, corpus: Corpus) -> None:
@@ -104,20 +89,20 @@ def test_the_draw_of_all_others_stays(build, corpus: Corpus) -> None:
         "image_root: images", "image_root: images\n    ratio: 1.5"
     )
     corpus.mixture.write_text(text)
-    before = trained_on(build(corpus, seed=3))
+    before = trained_on(build(corpus.mixture, seed=3))
     exclude(corpus, "id: c2\nid: b4\n")
-    after = trained_on(build(corpus, seed=3))
+    after = trained_on(build(corpus.mixture, seed=3))
     assert after == [name for name in before if name not in ("chest/c2", "brain/b4")]
     assert len(after) < len(before)
 
 
 def test_what_is_excluded_is_not_validated_on_either(build, corpus: Corpus) -> None:
-    whole = build(corpus, held_out=0.4)
+    whole = build(corpus.mixture, held_out=0.4)
     held = whole.held_out_part()
     assert held is not None
     one = next(name for name in trained_on(held) if "/c" in name)
     exclude(corpus, f"dataset: chest\nid: {one.removeprefix('chest/')}\n")
-    rest = build(corpus, held_out=0.4)
+    rest = build(corpus.mixture, held_out=0.4)
     assert trained_on(rest) == trained_on(whole)
     part = rest.held_out_part()
     assert part is not None
@@ -130,4 +115,4 @@ def test_a_list_that_leaves_nothing_is_said(build, corpus: Corpus) -> None:
     with pytest.raises(
         MixtureError, match="the ratios and the exclude lists leave no conversation"
     ):
-        build(corpus)
+        build(corpus.mixture)

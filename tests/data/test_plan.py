@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import pickle
 import time
@@ -15,6 +14,7 @@ import pytest
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data import plan as plan_module
 from gmai_xtuner.data.plan import TOTALS, DataPlan
+from tests.data.conftest import run_at_once
 from tests.data.test_held_out import write_cache
 
 
@@ -190,12 +190,6 @@ def test_pickled_plan_reads_the_same_files(tmp_path):
     assert copy.epoch(2).packs.items.tolist() == plan.epoch(2).packs.items.tolist()
 
 
-def _open_at_once(cache_dir: Path, barrier, results) -> None:
-    barrier.wait()
-    plan = toy_plan(cache_dir)
-    results.put((os.getpid(), plan.samples.tolist(), plan.epoch(0).packs.items.tolist()))
-
-
 def test_two_processes_at_once_build_one_plan(tmp_path, monkeypatch):
     builds = tmp_path / "builds"
     builds.mkdir()
@@ -207,19 +201,13 @@ def test_two_processes_at_once_build_one_plan(tmp_path, monkeypatch):
 
     original = plan_module.pack
     monkeypatch.setattr(plan_module, "pack", slow_pack)
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
-    processes = [
-        context.Process(target=_open_at_once, args=(tmp_path / "cache", barrier, results))
-        for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    first, second = (results.get(timeout=300) for _ in processes)
-    for process in processes:
-        process.join(30)
-    assert first[0] != second[0]
-    assert first[1:] == second[1:]
+
+    def build() -> tuple[list[int], list[int]]:
+        plan = toy_plan(tmp_path / "cache")
+        return plan.samples.tolist(), plan.epoch(0).packs.items.tolist()
+
+    first, second = run_at_once(build)
+    assert first == second
     assert len(list(builds.iterdir())) == 1
 
 

@@ -21,7 +21,7 @@ from gmai_xtuner.core.records import iter_raw
 from gmai_xtuner.data import token_cache, tokenize_records
 from gmai_xtuner.data.token_cache import TokenCache, open_cache
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
-from tests.data.conftest import OPTIONS
+from tests.data.conftest import OPTIONS, run_at_once
 from tests.toy import Corpus, record
 
 GOOD = [
@@ -277,24 +277,15 @@ def test_two_processes_at_once_build_one_cache(corpus, encode, tmp_path, monkeyp
 
     original = token_cache._build
     monkeypatch.setattr(token_cache, "_build", slow_build)
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(2), context.Queue()
 
-    def open_at_once() -> None:
-        barrier.wait()
+    def build() -> tuple[str, list[int]]:
         cache = open_cache(
             corpus.entry("toy"), encode, OPTIONS, cache_dir=tmp_path / "cache", num_workers=1
         )
-        results.put((os.getpid(), str(cache.folder), cache[2].input_ids.tolist()))
+        return str(cache.folder), cache[2].input_ids.tolist()
 
-    processes = [context.Process(target=open_at_once) for _ in range(2)]
-    for process in processes:
-        process.start()
-    first, second = (results.get(timeout=300) for _ in processes)
-    for process in processes:
-        process.join(30)
-    assert first[0] != second[0]
-    assert first[1:] == second[1:]
+    first, second = run_at_once(build)
+    assert first == second
     assert len(list(builds.iterdir())) == 1
 
 

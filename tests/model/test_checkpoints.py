@@ -28,13 +28,6 @@ def test_a_file_and_a_deepspeed_directory_mean_themselves(tmp_path):
     assert resolve_checkpoint(directory) == directory
 
 
-def test_a_work_dir_means_the_checkpoint_it_calls_last(tmp_path):
-    for iteration in (2, 10):
-        write_checkpoint(tmp_path / f"iter_{iteration}.pth")
-    (tmp_path / "last_checkpoint").write_text("/moved/since/iter_2.pth")
-    assert resolve_checkpoint(tmp_path).name == "iter_2.pth"
-
-
 def test_without_that_note_the_highest_iteration_that_is_whole(tmp_path):
     for iteration in (2, 10):
         write_checkpoint(tmp_path / f"iter_{iteration}.pth")

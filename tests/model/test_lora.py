@@ -19,8 +19,10 @@ from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.model.lora import adapter_layers, is_adapter_key, plain_key
 from gmai_xtuner.model.quantization import is_quantized
+from tests.model.exporting import stage_config
 from tests.model.test_llava import (
     build_model,
+    instances_of_xtuner,
     loss_and_gradients,
     make_batch,
     make_pack,
@@ -118,8 +120,6 @@ def test_same_loss_and_gradients_as_xtuner_with_the_same_adapters():
     from xtuner.dataset.collate_fns import default_collate_fn
     from xtuner.model import LLaVAModel
 
-    from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
-
     ours = learn_something(build_model(**BOTH))
     reference = build_model()
     reference.llm.config._attn_implementation = "eager"
@@ -143,18 +143,7 @@ def test_same_loss_and_gradients_as_xtuner_with_the_same_adapters():
             peers[name].copy_(value)
 
     pack = make_pack((1, 3, 4), (1, 5, 2), (1, 2, 6))
-    instances = []
-    for part in split_pack(pack):
-        ids, labels = part["input_ids"], part["labels"]
-        keep = ~((ids == IMAGE_TOKEN_INDEX) & (ids.roll(1) == IMAGE_TOKEN_INDEX))
-        instances.append(
-            {
-                "input_ids": ids[keep].tolist(),
-                "labels": labels[keep].tolist(),
-                "pixel_values": part["pixel_values"][0],
-            }
-        )
-    expected = theirs(**default_collate_fn(instances))["loss"]
+    expected = theirs(**default_collate_fn(instances_of_xtuner(pack)))["loss"]
     expected.backward()
     loss, gradients = loss_and_gradients(ours, [collate_packs([pack])])
     assert loss == pytest.approx(expected.item(), rel=1e-5)
@@ -322,33 +311,6 @@ def test_a_whole_language_model_is_not_put_under_adapters(tmp_path):
 # --- out -------------------------------------------------------------------------------------------
 
 
-def stage_config(tiny_bases, **options):
-    llm, vision = str(tiny_bases / "llm"), str(tiny_bases / "vision")
-    return {
-        "model": {
-            "type": "GMAILLaVAModel",
-            "llm": {
-                "type": "gmai_xtuner.checkpoint.bases.load_language_model",
-                "pretrained_model_name_or_path": llm,
-            },
-            "visual_encoder": {
-                "type": "gmai_xtuner.checkpoint.bases.load_vision_tower",
-                "pretrained_model_name_or_path": vision,
-            },
-            **options,
-        },
-        "tokenizer": {
-            "type": "gmai_xtuner.checkpoint.tokenizer.load_tokenizer",
-            "pretrained_model_name_or_path": llm,
-        },
-        "image_processor": {
-            "type": "transformers.CLIPImageProcessor.from_pretrained",
-            "pretrained_model_name_or_path": vision,
-        },
-        "train_dataloader": {"dataset": {}},
-    }
-
-
 def convert(cfg, state, out, *, fp32=True):
     """What ``xtuner convert pth_to_hf`` does (its lines 107-163)."""
     with init_empty_weights():
@@ -358,15 +320,9 @@ def convert(cfg, state, out, *, fp32=True):
     model.to_hf(cfg, str(out), fp32=fp32, save_pretrained_kwargs={"safe_serialization": True})
 
 
-def real_batch():
-    ids = torch.arange(3, 90)[None]
-    pixels = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
-    return ids, pixels
-
-
 def answers(model):
     """Logits of a sequence with one image of 64 tokens."""
-    ids, _ = real_batch()
+    ids = torch.arange(3, 90)[None]
     size = model.image_size
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     places = torch.arange(5, 5 + (size // model.visual_encoder.config.patch_size) ** 2)
@@ -380,11 +336,13 @@ def lora_run(tiny_bases, tmp_path_factory):
     """A stage 3 with adapters on both that started from a stage 2: (config, model, its checkpoint)."""
     folder = tmp_path_factory.mktemp("lora_run")
     torch.manual_seed(3)
-    stage2 = BUILDER.build(stage_config(tiny_bases, freeze_llm=True)["model"])
+    stage2 = BUILDER.build(stage_config(tiny_bases, "stage3_instruct", freeze_llm=True)["model"])
     with torch.no_grad():
         for parameter in stage2.visual_encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
-    cfg = stage_config(tiny_bases, **BOTH, pretrained_pth=save(stage2, folder / "stage2.pth"))
+    cfg = stage_config(
+        tiny_bases, "stage3_instruct", **BOTH, pretrained_pth=save(stage2, folder / "stage2.pth")
+    )
     model = learn_something(BUILDER.build(cfg["model"]))
     return cfg, model, as_read(model.state_dict())
 
@@ -457,12 +415,16 @@ def test_a_stage_starts_from_an_export_and_names_its_language_model(lora_run, ti
     convert(cfg, state, tmp_path / "export")
     with pytest.raises(ModelLoadError, match="Name the export as the base too: GMAI_LLM="):
         BUILDER.build(
-            stage_config(tiny_bases, llm_lora=LLM_LORA, pretrained_pth=str(tmp_path / "export"))[
-                "model"
-            ]
+            stage_config(
+                tiny_bases,
+                "stage3_instruct",
+                llm_lora=LLM_LORA,
+                pretrained_pth=str(tmp_path / "export"),
+            )["model"]
         )
     following = stage_config(
         tiny_bases,
+        "stage3_instruct",
         llm_lora=LLM_LORA,
         freeze_visual_encoder=True,
         pretrained_pth=str(tmp_path / "export"),
@@ -524,7 +486,7 @@ def test_other_quantisations_are_refused(tmp_path, config):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_qlora_learns_on_a_four_bit_base_and_merges_into_the_full_one(tiny_bases, tmp_path):
-    cfg = stage_config(tiny_bases, **BOTH)
+    cfg = stage_config(tiny_bases, "stage3_instruct", **BOTH)
     cfg["model"]["llm"].update(quantization_config=FOUR_BIT, torch_dtype="bfloat16")
     model = BUILDER.build(cfg["model"])
     device = model.llm.device

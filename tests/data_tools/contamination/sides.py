@@ -12,18 +12,13 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tests.toy import record
+
 
 def picture(seed: int, side: int = 96) -> Image.Image:
     """Soft blobs, as much alike as medical pictures of different kinds are."""
     low = np.random.default_rng(seed).integers(0, 255, (9, 9), dtype=np.uint8)
     return Image.fromarray(low).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def record(identifier: str, *texts: str, image: str | list[str] | None = None) -> dict[str, Any]:
-    turns = [
-        {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
-    ]
-    return {"id": identifier, "image": image, "conversations": turns}
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -89,31 +84,22 @@ def write_benchmark(folder: Path) -> Path:
         picture(seed).save(images / f"{seed}.png")
     picture(30).save(images / "synpic54610.png")
     Image.new("L", (40, 40), 7).save(images / "blank.png")
+    asked = [
+        ("0.png", "Is there a pleural effusion?", "yes"),
+        *((f"{seed}.png", f"How many are in {seed}?", "2") for seed in range(1, 6)),
+        ("synpic54610.png", "What is shown here now?", "x"),
+        ("blank.png", "Is it blank?", "no"),
+        (None, "Which organ makes insulin?", "the pancreas"),
+        (None, "胰岛素，由哪个器官产生", "胰腺"),
+    ]
     rows = [
         {
-            "qid": 1,
-            "img_name": "0.png",
-            "question": "Is there a pleural effusion?",
-            "answer": "yes",
-        },
-        *(
-            {
-                "qid": seed + 1,
-                "img_name": f"{seed}.png",
-                "question": f"How many are in {seed}?",
-                "answer": "2",
-            }
-            for seed in range(1, 6)
-        ),
-        {
-            "qid": 7,
-            "img_name": "synpic54610.png",
-            "question": "What is shown here now?",
-            "answer": "x",
-        },
-        {"qid": 8, "img_name": "blank.png", "question": "Is it blank?", "answer": "no"},
-        {"qid": 9, "question": "Which organ makes insulin?", "answer": "the pancreas"},
-        {"qid": 10, "question": "胰岛素，由哪个器官产生", "answer": "胰腺"},
+            "qid": number,
+            "question": question,
+            "answer": answer,
+            **({"img_name": name} if name else {}),
+        }
+        for number, (name, question, answer) in enumerate(asked, 1)
     ]
     (folder / "test.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return folder

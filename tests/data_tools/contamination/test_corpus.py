@@ -12,7 +12,8 @@ from data_tools import overlap
 from data_tools.contamination.corpus import Corpus, open_corpus
 from gmai_xtuner.core.errors import CorpusError, DataError, MixtureError
 from gmai_xtuner.core.exclusion import Exclusion
-from tests.data_tools.contamination.sides import picture, record, write_lines
+from tests.data_tools.contamination.sides import picture, write_lines
+from tests.toy import record
 
 
 def ids(corpus: Corpus) -> list[tuple[str, str]]:

@@ -12,7 +12,8 @@ import pytest
 from data_tools import overlap
 from data_tools.contamination.findings import read_decisions
 from gmai_xtuner.core.errors import CorpusError
-from tests.data_tools.contamination.sides import picture, record, write_lines
+from tests.data_tools.contamination.sides import picture, write_lines
+from tests.toy import record
 
 
 @pytest.fixture

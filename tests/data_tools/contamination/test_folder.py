@@ -10,18 +10,9 @@ import pytest
 
 from data_tools import overlap
 from tests.data_tools.contamination.sides import picture, write_lines
+from tests.toy import record
 
-CORPUS = [
-    {
-        "id": name,
-        "image": name,
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat?"},
-            {"from": "gpt", "value": "A blob."},
-        ],
-    }
-    for name in ("a.png", "b.png")
-]
+CORPUS = [record(name, "<image>\nWhat?", "A blob.", image=name) for name in ("a.png", "b.png")]
 
 
 @pytest.fixture
