@@ -9,6 +9,8 @@ QUICKSTART = ["nibabel>=5.3", "pydicom>=3.0", "matplotlib>=3.8"]
 CORPUS = [
     "defusedxml>=0.7",
     "ijson>=3.3",
+    # articles and plurals of the template writer
+    "inflect>=7.3",
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "msgspec>=0.19",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from data_tools.records import ANYTHING, Record
+
 # Form -> the corpus file that it goes to. The paper's sub-datasets: GMAI-MM-Caption, -Instruct, -Percept,
 # GMAI-Text-Single, -Multi (arXiv 2411.14522, table 1).
 FILES = {
@@ -54,6 +56,8 @@ class SourceContext:
         vocabulary: every label name that the set uses, sorted: what a wrong answer could claim.
         synonyms: label name -> further names that mean the same.
         chinese: label name -> its Chinese name, as far as known.
+        known: labels of which all is annotated in every image.
+        by_image: whether an image's own ``examined`` counts too.
     """
 
     source: str
@@ -61,6 +65,17 @@ class SourceContext:
     vocabulary: tuple[str, ...]
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     chinese: Mapping[str, str] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
+    by_image: bool = True
+
+    def known_in(self, record: Record) -> frozenset[str]:
+        """Return the labels of which all in an image is annotated: they may be counted, or denied."""
+        if ANYTHING in record.incomplete:
+            return frozenset()
+        examined = record.examined if self.by_image else ()
+        if ANYTHING in examined:
+            examined = self.vocabulary
+        return frozenset((*self.known, *examined)).difference(record.incomplete)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,12 @@ from data_tools.pipeline import (
     Result,
     Selection,
     check_writer,
-    make_of,
     source_context,
 )
 from data_tools.readers import SourceOptions
 from data_tools.records import Drop, Record, Unit
 from data_tools.standardise import read_unit
-from data_tools.store import FunnelRow, Store
+from data_tools.store import FunnelRow, Store, Vocabulary
 from data_tools.taxonomy import Taxonomy
 from data_tools.worker import BY_TEMPLATE, worker_taxonomy
 from data_tools.writers.asking import Estimate, Task
@@ -88,12 +87,12 @@ def _look(
         count += len(result.records)
         records += result.records[:_RECORDS_OF_A_UNIT]
         drops += result.drops
-    vocabulary = sorted({name for record in records for name in record.names})
-    context = source_context(source, vocabulary)
+    found = Vocabulary.of(records)
+    context = source_context(job, source, found)
     items = [
         Task(item, record, context)
         for record in records
-        for item in forms.plan(record, context, make_of(job, source.name), seed=job.seed)
+        for item in forms.plan(record, context, job.make, seed=job.seed)
     ]
     expected = count * units / len(chosen) if chosen else 0
     if selection.limit is not None:
@@ -107,7 +106,7 @@ def _look(
         "records_read": count,
         "records": round(expected),
         "conversations": round(expected * for_each),
-        "labels": vocabulary[:50],
+        "labels": list(found.names[:50]),
         "drops": [
             {"stage": stage, "reason": reason, "count": number, "example": example}
             for (stage, reason), (number, example) in _reasons(drops).items()

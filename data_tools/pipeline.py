@@ -42,7 +42,7 @@ from data_tools.progress import Bar
 from data_tools.readers import SourceOptions
 from data_tools.records import Drop, Unit
 from data_tools.standardise import IMAGES
-from data_tools.store import Store, StoredRecord, StoredUnit
+from data_tools.store import Store, StoredRecord, StoredUnit, Vocabulary
 from data_tools.worker import Recipe, make, read_units, worker_taxonomy
 from data_tools.writers.asking import CleanStop, Outcome, Task
 from gmai_xtuner.core.errors import CorpusError, JobError
@@ -376,21 +376,27 @@ def _stored_images(folder: Path) -> Iterator[str]:
 # --- making ---------------------------------------------------------------------------------------
 
 
-def source_context(source: SourceOptions, vocabulary: Sequence[str]) -> SourceContext:
-    """Return what is known of a source whose records have these labels."""
+def source_context(job: Job, source: SourceOptions, found: Vocabulary) -> SourceContext:
+    """Return what is known of a source whose records have these labels.
+
+    Args:
+        job: says which labels are annotated in every image, if the source doesn't.
+        source: of the job.
+        found: in its records. Where each is of one class, the class is known of every image.
+    """
+    said = job.make.negatives if source.negatives is None else source.negatives
+    everywhere = found.one_class if said is None else said
+    if isinstance(everywhere, bool):
+        everywhere = found.names if everywhere else ()
     return SourceContext(
         source=source.name,
         dataset=source.dataset or source.name,
-        vocabulary=tuple(vocabulary),
+        vocabulary=found.names,
         synonyms=dict(source.synonyms),
         chinese=dict(source.chinese),
+        known=everywhere,
+        by_image=said is None,
     )
-
-
-def make_of(job: Job, source: str) -> MakeOptions:
-    """Return the section ``make`` as it holds for a source."""
-    (own,) = {one.negatives for one in job.sources if one.name == source}
-    return job.make if own is None else job.make.model_copy(update={"negatives": own})
 
 
 def versions_of_text(make: MakeOptions) -> dict[str, int]:
@@ -401,7 +407,6 @@ def versions_of_text(make: MakeOptions) -> dict[str, int]:
 
 def recipe_of(job: Job, context: SourceContext, *, grounded: bool) -> Recipe:
     """Return how a source's conversations are made."""
-    make = make_of(job, context.source)
     answers = None
     if job.writer.name != "template":
         from data_tools.writers.prompts import PROMPT_VERSION
@@ -415,7 +420,7 @@ def recipe_of(job: Job, context: SourceContext, *, grounded: bool) -> Recipe:
             CHECK_VERSION,
             PROMPT_VERSION,
         )
-    return Recipe(make, job.checks, job.seed, job.taxonomy, context, answers)
+    return Recipe(job.make, job.checks, job.seed, job.taxonomy, context, answers)
 
 
 def _hash(*parts: Any) -> bytes:
@@ -432,7 +437,7 @@ def _make(
     progress: Bar,
 ) -> None:
     """Make the conversations of a source's records that were not made in this very way."""
-    context = source_context(source, store.vocabulary(number))
+    context = source_context(job, source, store.vocabulary(number))
     recipe = recipe_of(job, context, grounded=selection.grounded)
     made = _hash(
         fingerprint(recipe.make),
@@ -482,7 +487,7 @@ def _write(job: Job, store: Store, selection: Selection, progress: Bar) -> Corpu
         return None
     options = {source.name: source for source in job.sources}
     contexts = {
-        name: source_context(options[name], store.vocabulary(number))
+        name: source_context(job, options[name], store.vocabulary(number))
         for number, name in store.sources()
     }
     writer = writers.model_writer(job, grounded=selection.grounded)

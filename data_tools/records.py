@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 Box = tuple[int, int, int, int]
 
+ANYTHING = "*"
+"""Stands for every label: in ``incomplete`` if it isn't known which of them were left out."""
+NOTHING = ()
+"""What `Drops.add` is told if no annotation of an image is lost by a drop."""
+
 
 # --- what a reader gives --------------------------------------------------------------------------
 
@@ -73,6 +78,8 @@ class Sample:
         attributes: of the image as a whole, from an allow-list: never who the patient is.
         preprocessing: what was done to the grey levels and geometry, such as
             ``{"window": "W 400 L 40", "orientation": "RAS"}``; kept with the record.
+        examined: labels that the source has looked for in this image: all of each is annotated, or there is
+            none. Of every other label only what is annotated is known. `ANYTHING`: all labels of the source.
         sha256: of what the image was read from, where ``source_file`` is no path because the path would
             say who the patient is; ``group`` is final then, too. Else empty: it is computed from the file.
     """
@@ -85,6 +92,7 @@ class Sample:
     modality: str | None = None
     attributes: Mapping[str, str] = field(default_factory=dict)
     preprocessing: Mapping[str, str] = field(default_factory=dict)
+    examined: tuple[str, ...] = ()
     sha256: str = ""
 
 
@@ -122,7 +130,8 @@ class Drops:
 
     Outside of any scope the rest of the unit falls. Labels of annotations that fall make the images of
     their scope incomplete: nobody may count these labels there, or say that there is none. Outside of
-    `image` that is every image of the unit from then on.
+    `image` that is every image of the unit from then on. Whoever doesn't say which labels fall makes the
+    images incomplete for `ANYTHING`; that nothing falls has to be said (`NOTHING`).
 
     Attributes:
         found: the drops in their order.
@@ -146,18 +155,22 @@ class Drops:
         where: str,
         detail: str = "",
         *,
-        lost: Iterable[str] = (),
+        lost: Iterable[str] = (ANYTHING,),
         stage: str = "read",
     ) -> None:
         """Count a drop.
 
         Args:
             reason, where, detail, stage: see `Drop`.
-            lost: labels of the annotations that are left out by it and that are to be seen in the image;
-                none for a whole image, a repetition, or an annotation of nothing.
+            lost: labels of the annotations that are left out by it and that are to be seen in the image; an
+                empty one may be any. `NOTHING` for a whole image, a repetition, or an annotation of nothing.
         """
         self.found.append(Drop(stage, reason, where, detail))
-        self._lost[-1].update(label for label in lost if label)
+        self.lose(*lost)
+
+    def lose(self, *labels: str) -> None:
+        """Mark labels as lost in this scope by a drop that is counted elsewhere."""
+        self._lost[-1].update(label.strip() or ANYTHING for label in labels)
 
     @contextmanager
     def image(self, where: str, *, stage: str = "read") -> Iterator[set[str]]:
@@ -171,17 +184,17 @@ class Drops:
         try:
             yield lost
         except Unusable as error:
-            self.add(error.reason, where, error.detail, stage=stage)
+            self.add(error.reason, where, error.detail, stage=stage, lost=NOTHING)
         finally:
             self._lost.pop()
 
     @contextmanager
     def annotation(self, where: str, *labels: str) -> Iterator[None]:
-        """Scope of one annotation: `Unusable` drops it, and its labels are lost."""
+        """Scope of one annotation: `Unusable` drops it, and its labels are lost; without labels, any."""
         try:
             yield
         except Unusable as error:
-            self.add(error.reason, where, error.detail, lost=labels)
+            self.add(error.reason, where, error.detail, lost=labels or (ANYTHING,))
 
 
 # --- what the corpus holds ------------------------------------------------------------------------
@@ -247,7 +260,9 @@ class Record:
         attributes: of the image as a whole, such as ``{"body part": "chest", "view": "AP"}``.
         provenance: see `Provenance`.
         incomplete: labels of which the source has more in this image than ``labels``: regions that the
-            rules or a fault left out. So they can't be counted, and none of them is absent.
+            rules or a fault left out. So they can't be counted, and none of them is absent. `ANYTHING`
+            stands for all.
+        examined: labels that the source has looked for in this image, see `Sample`.
     """
 
     id: str
@@ -262,6 +277,7 @@ class Record:
     attributes: Mapping[str, str]
     provenance: Provenance
     incomplete: tuple[str, ...] = ()
+    examined: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of ``records.jsonl``: ``label`` are the distinct names, ``bbox`` the boxes."""
@@ -289,7 +305,8 @@ class Record:
         own = {
             key: value for key, value in values.items() if key not in ("label", "bbox", "labels")
         }
-        own["incomplete"] = tuple(values.get("incomplete", ()))
+        for key in ("incomplete", "examined"):
+            own[key] = tuple(values.get(key, ()))
         return cls(**own | {"labels": labels, "provenance": Provenance(**values["provenance"])})
 
     @property

@@ -11,16 +11,27 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from data_tools import readers
+from data_tools.lexicon import contradicts
 from data_tools.preprocess.clean import clean_annotations
 from data_tools.preprocess.images import store_image
 from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import UNKNOWN, listed
-from data_tools.records import Annotation, Drop, Drops, Label, Provenance, Record, Sample, Unit
+from data_tools.records import (
+    ANYTHING,
+    Annotation,
+    Drop,
+    Drops,
+    Label,
+    Provenance,
+    Record,
+    Sample,
+    Unit,
+)
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
 
-VERSION = 2
+VERSION = 3
 """A new number makes finished jobs read their sources again."""
 
 IMAGES = "images"
@@ -103,6 +114,7 @@ def _record(
         incomplete |= lost
     if not labels:
         raise Unusable("no label left by the rules")
+    _check_contradictions(source, labels, incomplete)
     task = source.source_task or _task(source, sample, labels)
     attributes = dict(sample.attributes) | dict(source.attributes)
     for text in (group, *attributes, *map(str, (*attributes.values(), *sample.part.values()))):
@@ -131,6 +143,7 @@ def _record(
             preprocessing=dict(sample.preprocessing),
         ),
         incomplete=tuple(sorted(incomplete)),
+        examined=tuple(sorted(_names(source, sample.examined))),
     )
 
 
@@ -198,6 +211,21 @@ def _names(source: SourceOptions, labels: Iterable[str]) -> set[str]:
     own = source.labels
     named = (label if own is None else own.get(label, label) for label in map(str.strip, labels))
     return {name.strip() for name in named if name and name.strip()}
+
+
+def _check_contradictions(source: SourceOptions, labels: list[Label], incomplete: set[str]) -> None:
+    """Raise `Unusable` if one label of an image says that there is nothing of another, or excludes it."""
+    whole = dict.fromkeys(label.name for label in labels if label.box is None)
+    all_of_it = [*dict.fromkeys(label.name for label in labels), *sorted(incomplete)]
+    for name in whole:
+        others = [other for other in all_of_it if other != name]
+        if against := next((other for other in others if contradicts(name, other)), None):
+            if against == ANYTHING:
+                raise Unusable("no finding in an image of which something was left out", name)
+            raise Unusable("labels that contradict each other", f"{name!r} and {against!r}")
+    for group in source.exclusive:
+        if len(both := [name for name in whole if name in group]) > 1:
+            raise Unusable("labels that contradict each other", " and ".join(map(repr, both)))
 
 
 def _task(source: SourceOptions, sample: Sample, labels: list[Label]) -> str:

@@ -44,10 +44,34 @@ _SCHEMA = Path(__file__).with_suffix(".sql")
 
 class _Name(msgspec.Struct):
     name: str
+    box: msgspec.Raw | None = None
 
 
 class _Names(msgspec.Struct):
     labels: list[_Name]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The labels of a source's records.
+
+    Args:
+        names: sorted.
+        one_class: whether each record has exactly one label, of the image as a whole.
+    """
+
+    names: tuple[str, ...]
+    one_class: bool
+
+    @classmethod
+    def of(cls, records: Iterable[Record | _Names]) -> Vocabulary:
+        """Collect it."""
+        names: set[str] = set()
+        one_class = True
+        for record in records:
+            names.update(label.name for label in record.labels)
+            one_class &= len(record.labels) == 1 and record.labels[0].box is None
+        return cls(tuple(sorted(names)), one_class)
 
 
 encode = msgspec.json.Encoder().encode
@@ -691,12 +715,10 @@ class Store:
             **{key: value for key, value in self._rows("SELECT * FROM meta") if key in names}
         )
 
-    def vocabulary(self, source: int) -> tuple[str, ...]:
-        """Return the label names of a source's records in the corpus, sorted."""
-        names: set[str] = set()
-        for (body,) in self._rows("SELECT body FROM corpus_records WHERE source = ?", source):
-            names.update(label.name for label in _decode_labels(body).labels)
-        return tuple(sorted(names))
+    def vocabulary(self, source: int) -> Vocabulary:
+        """Return the labels of a source's records in the corpus."""
+        rows = self._rows("SELECT body FROM corpus_records WHERE source = ?", source)
+        return Vocabulary.of(_decode_labels(body) for (body,) in rows)
 
 
 def _kept(rows: Iterable[sqlite3.Row]) -> Iterator[Kept]:

@@ -16,13 +16,13 @@ from gmai_xtuner.core.rng import Rng, seed_of
 __all__ = ["FORM_VERSIONS", "MakeOptions", "plan", "write"]
 
 FORM_VERSIONS = {
-    "caption": 1,
-    "region_caption": 1,
-    "instruction": 1,
-    "dialogue": 1,
-    "perception": 1,
-    "text_single": 1,
-    "text_multi": 1,
+    "caption": 2,
+    "region_caption": 2,
+    "instruction": 2,
+    "dialogue": 2,
+    "perception": 2,
+    "text_single": 2,
+    "text_multi": 2,
 }
 """Version of each form: raise it with any change of its sentences or of what they say.
 
@@ -82,7 +82,7 @@ def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int
                     break
                 kind = _weighted(able, make, rng)
                 drawn.add(kind)
-                focus = perception.focus_of(kind, record, make, rng)
+                focus = perception.focus_of(kind, record, context, make, rng)
             suffix = kind if form == "perception" else str(at) if at else ""
             item_id = f"{record.id}#{form}{'-' + suffix if suffix else ''}"
             items.append(Item(item_id, form, code, kind, focus, seed_of(item_id, seed)))

@@ -48,7 +48,9 @@ def _percent(part: int, whole: int) -> str:
 def instruction(teller: Teller) -> Conversation:
     """Make one of the requests that the record can answer."""
     regions = teller.regions()
-    kinds = ["report", "list", *(["where"] if regions else [])]
+    kinds = ["report", *(["where"] if regions else [])]
+    if not teller.record.incomplete:
+        kinds.append("list")
     if teller.record.department != "None":
         kinds.append("department")
     match teller.rng.pick(kinds):
@@ -79,7 +81,7 @@ def dialogue(teller: Teller) -> Conversation:
     for label, boxes in teller.regions().items():
         question = say("dialogue.where", where=teller.counted("where", label))
         more.append((question, teller.located(label, boxes)))
-        if len(boxes) > 1 and label not in record.incomplete:
+        if len(boxes) > 1 and label in teller.known:
             name = teller.name(label)
             count = say("dialogue.count", count=len(boxes), name=name)
             more.append((say("dialogue.many", name=name), count))

@@ -17,6 +17,7 @@ import yaml
 
 from data_tools.forms.coordinates import thirds, write_box
 from data_tools.items import IMAGE, Item, SourceContext, Turn
+from data_tools.lexicon import says_nothing
 from data_tools.records import Box, Label, Record
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.rng import Rng
@@ -62,11 +63,6 @@ def inside(modality: str) -> str:
 def capital(words: str) -> str:
     """Return words with a capital first letter."""
     return words[:1].upper() + words[1:]
-
-
-def denies(label: str) -> bool:
-    """Return whether a label says that there is nothing, as `no finding` does."""
-    return label.split(" ", 1)[0].lower() in ("no", "without")
 
 
 _GRAMMAR: dict[str, Callable[[str], str]] = {
@@ -141,7 +137,7 @@ class Teller:
         record, context, taxonomy: what is known and what it is called.
     """
 
-    __slots__ = ("context", "item", "language", "record", "rng", "taxonomy")
+    __slots__ = ("context", "item", "known", "language", "record", "rng", "taxonomy")
 
     def __init__(
         self, item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
@@ -149,6 +145,7 @@ class Teller:
         self.item, self.record, self.context, self.taxonomy = item, record, context, taxonomy
         self.language = language(item.language)
         self.rng = Rng(item.seed)
+        self.known = context.known_in(record)
 
     def say(self, key: str, **values: object) -> str:
         """Return a sentence; one of several wordings is drawn."""
@@ -217,7 +214,7 @@ class Teller:
 
         Three wordings stand under ``key``: ``one``, ``several``, and ``some`` if not all regions are known.
         """
-        if label in self.record.incomplete:
+        if label not in self.known:
             return self.say(f"{key}.some", name=self.name(label), **values)
         count = len(self.regions()[label])
         how = "one" if count == 1 else "several"
@@ -234,20 +231,20 @@ class Teller:
         names = self.whole()
         if not names:
             return ""
-        how = "several" if len(names) > 1 else "nothing" if denies(names[0]) else "one"
+        how = "several" if len(names) > 1 else "nothing" if says_nothing(names[0]) else "one"
         return self.say(f"classified.{how}", names=self.names(names))
 
     def found(self, form: str) -> str:
         """List all labels in the words of a form."""
         names = self.record.names
-        how = "nothing" if len(names) == 1 and denies(names[0]) else "some"
+        how = "nothing" if len(names) == 1 and says_nothing(names[0]) else "some"
         return self.say(f"{form}.found.{how}", names=self.names(names))
 
     def located(self, label: str, boxes: Sequence[Box]) -> str:
         """Say how many regions a label has and where they lie."""
         places = list(dict.fromkeys(map(self.place, boxes)))
         many = len(places) > MAX_PLACES
-        if label in self.record.incomplete:
+        if label not in self.known:
             how = "some_many" if many else "some"
         else:
             how = "one" if len(boxes) == 1 else "many" if many else "several"

@@ -44,9 +44,9 @@ class MakeOptions(Options):
         perception_kinds: kinds that may be drawn, or kinds with their weights; default `PERCEPTION_KINDS`.
         dialogue_turns: fewest and most questions in a conversation of several turns; a record of which
             less is known has fewer.
-        negatives: whether a label of the set that a picture doesn't have counts as absent. Questions
-            that need it (``yes_no``, ``multiple_choice``) are left out without it. Set it to false for
-            a set that names only some of what its pictures show.
+        negatives: of sources that don't say it themselves: true if all of every label is annotated in every
+            image, false if it isn't. Without it a label is counted, or denied, where the annotations show
+            that somebody has looked for it.
         max_regions: region captions of one record at most.
         max_boxes: boxes that an answer lists at most. A question with more boxes in its answer isn't made.
     """
@@ -61,7 +61,7 @@ class MakeOptions(Options):
     chinese: float = Field(0.2, ge=0, le=1)
     perception_kinds: dict[str, float] = Field(default_factory=lambda: dict(PERCEPTION_KINDS))
     dialogue_turns: tuple[int, int] = (2, 4)
-    negatives: bool = True
+    negatives: bool | None = None
     max_regions: int = Field(4, ge=1)
     max_boxes: int = Field(20, ge=1)
 

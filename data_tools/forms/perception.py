@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter
 
 from data_tools.forms.coordinates import thirds
-from data_tools.forms.language import Language, Teller, about_image, denies
+from data_tools.forms.language import Language, Teller, about_image
 from data_tools.forms.options import MakeOptions
 from data_tools.items import Conversation, SourceContext
+from data_tools.lexicon import says_nothing
 from data_tools.records import Box, Record
 from gmai_xtuner.core.rng import Rng
 
@@ -31,14 +32,15 @@ def kinds(
     if counts:
         able.append("region")
         # "Every", "how many" and "where" ask for all regions of a label.
-        complete = [count for name, count in counts.items() if name not in record.incomplete]
+        known = context.known_in(record)
+        complete = [count for name, count in counts.items() if name in known]
         if complete:
             able.append("counting")
         if any(count <= options.max_boxes for count in complete):
             able.append("detection")
         if 1 in complete:
             able.append("localisation")
-    if options.negatives and absent(record, context, language):
+    if absent(record, context, language):
         able += ["yes_no", "multiple_choice"]
     able.append("modality")
     if record.department != "None":
@@ -47,28 +49,32 @@ def kinds(
 
 
 def absent(record: Record, context: SourceContext, language: Language) -> list[str]:
-    """Return labels of the set that this image lacks and that can't be taken for one that it has."""
+    """Return labels of the set that this image is known to lack, and that aren't part of one that it has."""
+    known = context.known_in(record)
     own = (*record.names, *record.incomplete)
     words = [set(name.lower().split()) for name in own]
     return [
         name
         for name in context.vocabulary
-        if name not in own
+        if name in known
+        and name not in own
         and language.can_name(name, context)
         and not any(_overlap(set(name.lower().split()), known) for known in words)
     ]
 
 
-def focus_of(kind: str, record: Record, options: MakeOptions, rng: Rng) -> int | None:
+def focus_of(
+    kind: str, record: Record, context: SourceContext, options: MakeOptions, rng: Rng
+) -> int | None:
     """Draw the label that a question of this kind is about; None for kinds that need none."""
     if kind not in ("region", "localisation", "detection", "counting"):
         return None
-    counts = _counts(record)
+    counts, known = _counts(record), context.known_in(record)
     fits = [
         at
         for at, label in enumerate(record.labels)
         if label.box is not None
-        and (kind == "region" or label.name not in record.incomplete)
+        and (kind == "region" or label.name in known)
         and (kind != "localisation" or counts[label.name] == 1)
         and (kind != "detection" or counts[label.name] <= options.max_boxes)
     ]
@@ -126,7 +132,7 @@ def _yes_no(teller: Teller) -> tuple[str, str]:
     if not whole and label.lower().split(" ", 1)[0] not in _OF_ALL:
         key = "perception.is_there"
     else:
-        key = f"perception.is_class{'_of_nothing' if denies(label) else ''}"
+        key = f"perception.is_class{'_of_nothing' if says_nothing(label) else ''}"
     question = teller.say(key, name=teller.name(label))
     return question, teller.say("perception.yes" if yes else "perception.no")
 

@@ -75,6 +75,7 @@ def record_line(record: Record) -> dict[str, Any]:
         "label": list(dict.fromkeys(label.name for label in record.labels)),
         "bbox": [label.box for label in record.labels if label.box] or None,
         "incomplete": record.incomplete,
+        "examined": record.examined,
     }
 
 

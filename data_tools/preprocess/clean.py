@@ -17,7 +17,7 @@ import numpy as np
 
 from data_tools.preprocess.rules import Rules
 from data_tools.preprocess.volumes import Structure, Volume
-from data_tools.records import Annotation, Box, Drops, Label
+from data_tools.records import NOTHING, Annotation, Box, Drops, Label
 from gmai_xtuner.core.errors import Unusable
 
 OUTSIDE = "box outside the image"
@@ -29,9 +29,6 @@ CLIPPED = "box cut at the image's edge"
 EMPTY = "empty mask"
 OTHER_SIZE = "mask of another size than its image"
 BEYOND_LARGEST = "component beyond the largest that are kept"
-
-# Dropped under these, an object isn't one that the image shows and the corpus lacks.
-_NOTHING_LOST = (CLIPPED, EMPTY)
 
 
 def clean_annotations(
@@ -85,7 +82,8 @@ class _Cleaning:
     def drop(self, reason: str, detail: str = "") -> list[Label]:
         """Count a drop; return no region."""
         label = self.annotation.label
-        lost = () if reason in _NOTHING_LOST else (label,)
+        # The object whose box is cut stays; what has no pixel left was annotated all the same.
+        lost = NOTHING if reason == CLIPPED else (label,)
         self.drops.add(reason, self.where, label + detail, lost=lost, stage="clean")
         return []
 

@@ -3,8 +3,9 @@
 A reader is a module with ``Options`` (its keys in the job), ``units(options)`` (what there is to read,
 in a fixed order) and ``read(options, unit, drops)`` (the samples of one unit). For all that it leaves
 out it raises `Unusable` inside `drops.image` or `drops.annotation`, or calls ``drops.add(...,
-lost=labels)``. Where a module has a ``VERSION``, a new number makes finished jobs read their sources
-again. A new format is one such file, its line in `READERS` and its test.
+lost=labels)``; where it names no labels, any may be lost. A drop that concerns images of other units is
+marked there by `drops.lose`. Where a module has a ``VERSION``, a new number makes finished jobs read
+their sources again. A new format is one such file, its line in `READERS` and its test.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ class SourceOptions(Options):
         synonyms: label name -> further names of the same thing.
         chinese: label name -> Chinese name.
         attributes: constants of every image of the set.
-        negatives: stands for the job's ``make.negatives`` in this source.
+        negatives: of which labels all is annotated in every image, so that they may be counted, and denied
+            where there is none: true for all of them, a list of names, false for none. Default: the job's
+            ``make.negatives``, else what the annotations themselves show (see docs/corpus.md).
+        exclusive: groups of labels of which an image has one at most, ``[[benign, malignant]]``; an image
+            with two of them as a whole is dropped.
         group: regular expression on the path below ``root``; its first group (or the whole match) is
             the patient, case or slide. Default: what the reader finds, else each image alone.
         clean: rules for masks and slices, a preset of `preprocess.rules` by name, or rules in full.
@@ -83,7 +88,8 @@ class SourceOptions(Options):
     synonyms: dict[str, tuple[str, ...]] = Field(default={})
     chinese: dict[str, str] = Field(default={})
     attributes: dict[str, str] = Field(default={})
-    negatives: bool | None = None
+    negatives: bool | tuple[str, ...] | None = None
+    exclusive: tuple[tuple[str, ...], ...] = ()
     group: str | None = None
     clean: str | Rules = "sa-med2d"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import check_size, file_of, folder_of, open_image, size_of
 from data_tools.readers.shapes import polygon_mask, run_length_mask, turned, upright_box
-from data_tools.records import Annotation, Drops, Sample, Unit
+from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
 STRAYS = "annotations without an image"
@@ -57,28 +57,37 @@ def units(options: Options) -> Iterator[Unit]:
     while found:
         entry = found.pop()
         by_image[_id(entry, "image_id")].append(_slim(entry, options))
-    keys: set[Any] = set()
-    names: set[str] = set()
+    images = [image if isinstance(image, dict) else {} for image in images]
+    keys = Counter(_id(image, "id") for image in images)
+    names = Counter(str(image.get("file_name")) for image in images)
+    # An annotation that names no image, or one by another type of id, may be of any.
+    texts = {str(key) for key in keys}
+    strays = {key: entries for key, entries in by_image.items() if key not in keys or key is None}
+    lost = sorted({
+        categories.get(_id(entry, "category_id"), "")
+        for key, entries in strays.items()
+        for entry in entries
+        if key is None or str(key) in texts
+    })  # fmt: skip
     for place, image in enumerate(images):
-        image = image if isinstance(image, dict) else {}
         key, name = _id(image, "id"), image.get("file_name")
-        if key is None or key in keys:
+        entries = by_image.get(key, [])[::-1]
+        # Of two entries each has what the other lacks, and of one id nobody knows which image is meant.
+        if key is None or keys[key] > 1:
             reason = "image without an id of its own"
             yield Unit(f"images[{place}]", {"drop": (reason, f"id {image.get('id')!r}")})
             continue
-        keys.add(key)
-        entries = by_image.pop(key, [])[::-1]
-        if name in names:
+        if names[str(name)] > 1:
             yield Unit(
                 f"images[{place}]", {"drop": ("image listed twice", f"{name} has another id too")}
             )
             continue
-        names.add(str(name))
         yield Unit(
             f"{name}#{key}",
             {
                 "image": image,
                 "annotations": entries,
+                "lost": lost,
                 "categories": {
                     category: categories[category]
                     for entry in entries
@@ -86,9 +95,9 @@ def units(options: Options) -> Iterator[Unit]:
                 },
             },
         )
-    if by_image:
-        strays = [str(entry.get("image_id")) for entries in by_image.values() for entry in entries]
-        yield Unit(STRAYS, {"strays": strays})
+    if strays:
+        ids = [str(entry.get("image_id")) for entries in strays.values() for entry in entries]
+        yield Unit(STRAYS, {"strays": ids})
 
 
 def _load(path: Path, source: str) -> tuple[list[Any], list[Any], dict[Any, str]]:
@@ -145,7 +154,8 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         raise Unusable(*payload["drop"])
     if "strays" in payload:
         for stray in payload["strays"]:
-            drops.add("annotation of an image that isn't listed", STRAYS, f"image_id {stray}")
+            reason = "annotation of an image that isn't listed"
+            drops.add(reason, STRAYS, f"image_id {stray}", lost=NOTHING)
         return
     image = payload["image"]
     name = image.get("file_name")
@@ -154,6 +164,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     found = open_image(options, f"{options.images}/{name}" if options.images else name)
     size = size_of(found)
     check_size(size, (image.get("width"), image.get("height")))
+    drops.lose(*payload["lost"])  # counted with the strays
     annotations = []
     for entry in payload["annotations"]:
         label = payload["categories"].get(_id(entry, "category_id"), "")

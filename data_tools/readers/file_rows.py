@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -154,7 +154,7 @@ def match_files(rows: Mapping[str, Iterable[FileRow]], files: Sequence[str]) -> 
     """Yield a unit for each file with its rows, then one for each name of the table that has no file.
 
     A name fits a file by its path, else by its file name, else by its file name without suffix; a short
-    name that several files have fits none of them.
+    name that several files have fits none of them: to each its rows are rows that can't be used.
 
     Args:
         files: paths below the root, sorted.
@@ -174,6 +174,10 @@ def match_files(rows: Mapping[str, Iterable[FileRow]], files: Sequence[str]) -> 
             of_file[next(iter(fitting))].extend(of_name)
         else:
             unknown.append(shown)
+            for path in fitting:
+                of_file[path] += [
+                    replace(row, problem=f"{shown!r} fits several") for row in of_name
+                ]
     for path in files:
         yield Unit(path, tuple(of_file.get(path, ())))
     yield from (Unit(shown) for shown in sorted(unknown))

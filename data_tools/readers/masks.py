@@ -31,7 +31,7 @@ from data_tools.readers.files import (
     size_of,
 )
 from data_tools.readers.patterns import Places, one_reading, paired, pattern, place_names
-from data_tools.records import Annotation, Drops, Sample, Unit
+from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
 from gmai_xtuner.core.imaging.images import opened
 
@@ -179,16 +179,20 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     if not masks:
         raise Unusable("image without a mask")
     shown: list[Annotation] = []
+    examined: set[str] = set()
     empty: list[str] = []
     for name, texts in masks:
         of_mask = _annotations(options, name, texts, size)
         shown += of_mask
+        examined.update(annotation.label for annotation in of_mask)
+        if options.kind == "binary":  # an empty one says that there is none
+            examined.add(options.label or _label(options, texts, name))
         if not of_mask:
             empty.append(name)
     for name in empty:
-        drops.add("empty mask", unit.key, name)
+        drops.add("empty mask", unit.key, name, lost=NOTHING)
     group = places.get("group") or found.group
-    yield replace(found, annotations=tuple(shown), group=group)
+    yield replace(found, annotations=tuple(shown), group=group, examined=tuple(sorted(examined)))
 
 
 def _of_map(options: Options, unit: Unit) -> tuple[Places, list[tuple[str, Places]]]:

@@ -31,7 +31,7 @@ from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.readers.files import file_below, file_of, folder_of
 from data_tools.readers.volume import maps_on
 from data_tools.readers.volume_samples import Origin, VolumeOptions, samples
-from data_tools.records import Drops, Sample, Unit
+from data_tools.records import ANYTHING, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 from gmai_xtuner.core.imaging.volumes import SUFFIXES, Grid, load
 
@@ -111,6 +111,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
                 modality=modality,
                 attributes={"sequence": shown} if named else {},
                 preprocessing=grid.notes | found.notes,
+                examined=(ANYTHING,),  # dataset.json names the labels of every case
             )
             volume = _volume(grid, found.layers[0], payload["labels"], payload["ignored"])
             yield from samples(volume, origin, options, drops)

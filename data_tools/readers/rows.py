@@ -47,7 +47,7 @@ class Row:
 
     Args:
         line: of the file, from 1, where the row begins; of an Excel sheet its row.
-        cells: column -> cell; empty for a row with a ``problem``.
+        cells: column -> cell; of a row with a ``problem`` as far as they can be told.
         problem: reason for which the row can't be used, or "".
     """
 
@@ -95,7 +95,8 @@ class Table:
                     self._check(used, list(cells))
                 yield Row(line, {name: cells.get(name) for name in used})
             elif len(cells) != len(self.columns or ()):
-                yield Row(line, {}, "row with another number of cells than the header")
+                told = {name: cells[at] for name, at in places.items() if at < len(cells)}
+                yield Row(line, told, "row with another number of cells than the header")
             else:
                 yield Row(line, {name: cells[at] for name, at in places.items()})
         if empty:
@@ -288,34 +289,45 @@ def grouped(
 ) -> Iterator[list[Row]]:
     """Yield the rows of each key together, keys in the order in which they come first.
 
+    The very first list, which may be empty, are the rows of which nobody knows the key: they have none, or
+    have a problem and a key that no good row has.
+
     Args:
         table: open.
         used: columns.
-        key: of a row, such as its image's name; a row with a problem is alone.
-        wanted: whether a row is taken at all.
+        key: of a row, such as its image's name; "" if it can't be told.
+        wanted: whether a row without a problem is taken at all.
 
     Raises:
         SourceError: a column is missing, or there is no row.
     """
-    begins, hashes = array("q"), array("Q")
+    begins, hashes, bad = array("q"), array("Q"), array("b")
+    stray = _hash("")
     with tempfile.TemporaryFile() as file:
         for row in table.rows(used):
             if row.problem or wanted(row):
                 begins.append(file.tell())
-                hashes.append(_hash(f"\0{row.line}" if row.problem else key(row)))
-                pickle.dump((row.line, list(row.cells.values()), row.problem), file)
-        _, index, inverse = np.unique(
-            np.frombuffer(hashes, dtype=np.uint64), return_index=True, return_inverse=True
-        )
+                hashes.append(_hash(key(row)))
+                bad.append(bool(row.problem))
+                pickle.dump((row.line, row.cells, row.problem), file)
+
+        def load(number: int) -> Row:
+            file.seek(begins[number])
+            return Row(*pickle.load(file))
+
+        keys, is_bad = np.frombuffer(hashes, dtype=np.uint64), np.frombuffer(bad, dtype=bool)
+        good = np.unique(keys[~is_bad])
+        alone = (keys == stray) | (is_bad & ~np.isin(keys, good))
+        yield [load(number) for number in np.flatnonzero(alone).tolist()]
+        rows = np.flatnonzero(~alone)
+        _, index, inverse = np.unique(keys[rows], return_index=True, return_inverse=True)
         first = index[inverse]  # of each row, the first row with its key
         together: list[Row] = []
         for number in np.argsort(first, kind="stable").tolist():
             if first[number] == number and together:
                 yield together
                 together = []
-            file.seek(begins[number])
-            line, cells, problem = pickle.load(file)
-            together.append(Row(line, dict(zip(used, cells)), problem))  # noqa: B905 - or no cell
+            together.append(load(rows[number]))
         if together:
             yield together
 

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from data_tools.readers import SourceOptions
 from data_tools.readers.file_rows import FileRow, RowColumns, units_of
 from data_tools.readers.files import file_below
-from data_tools.records import Drops, Sample, Unit
+from data_tools.records import NOTHING, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 
 if TYPE_CHECKING:
@@ -252,7 +252,8 @@ def _grid(
             if share >= options.min_tissue:
                 kept.append(corner)
             else:
-                drops.add("tile with too little tissue", f"{key} x {corner[0]} y {corner[1]}")
+                where = f"{key} x {corner[0]} y {corner[1]}"
+                drops.add("tile with too little tissue", where, lost=NOTHING)
         corners = kept
     if options.max_tiles is not None and len(corners) > options.max_tiles:
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())

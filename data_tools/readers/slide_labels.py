@@ -97,6 +97,8 @@ class OfOutlines(Labeller):
         for _, mask in drawn(self._excluded):
             excluded |= mask
         left = [(label, mask & ~excluded) for label, mask in drawn(self._outlines)]
+        if hidden := [label for label, mask in left if not mask.any()]:
+            drops.add("region in an excluded one, or without a pixel", tile.where, lost=hidden)
         return self.of_masks([(label, mask) for label, mask in left if mask.any()], tile, drops)
 
 
@@ -211,7 +213,9 @@ class Outline:
             return None
         rings = [(ring - (x, y)) / scale for ring in self.rings]
         mask = _filled(rings, size)
-        return mask if mask.any() else None
+        # A region so small that it has no pixel is in the tile all the same.
+        inside = x <= x1 and y <= y1 and x2 <= x + size[0] * scale and y2 <= y + size[1] * scale
+        return mask if inside or mask.any() else None
 
 
 def _filled(rings: Sequence[Ring], size: tuple[int, int]) -> np.ndarray:

@@ -13,11 +13,11 @@ Rows of one image are one sample, wherever in the table they are (see `rows`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -27,11 +27,13 @@ from data_tools.readers.files import file_of, listed, open_image, size_of
 from data_tools.readers.patterns import fill, place_names
 from data_tools.readers.rows import Format, Row, cell_text, grouped, open_table
 from data_tools.readers.shapes import numbers
-from data_tools.records import Annotation, Drops, Sample, Unit
+from data_tools.records import ANYTHING, NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 
 Part = Literal["x1", "y1", "x2", "y2", "cx", "cy", "width", "height"]
 IMAGES_A_UNIT = 32
+STRAYS = "#strays"
+"""Ends the key of the unit of all rows of which nobody knows the image."""
 _AXES = (("x1", "x2", "cx", "width"), ("y1", "y2", "cy", "height"))
 
 
@@ -225,22 +227,29 @@ def units(options: Options) -> Iterator[Unit]:
         found = grouped(
             table, options.used, key=lambda row: _image_name(options, row), wanted=wanted
         )
+        strays = next(found)
         batch = list(islice(found, IMAGES_A_UNIT))
         if unseen := [split for split in options.splits if split not in splits]:
             raise SourceError(
                 f"{table.shown}: no row has {listed(unseen)} in column {options.split_column!r}; there "
                 f"are {listed(list(splits))}."
             )
+        if strays:
+            yield Unit(f"{options.table}{STRAYS}", (False, _plain(strays)))
         while batch:
-            rows = [(row.line, row.cells, row.problem) for image in batch for row in image]
-            yield Unit(f"{options.table}#{rows[0][0]}", tuple(rows))
+            rows = _plain(row for image in batch for row in image)
+            yield Unit(f"{options.table}#{rows[0][0]}", (bool(strays), rows))
             batch = list(islice(found, IMAGES_A_UNIT))
+
+
+def _plain(rows: Iterable[Row]) -> tuple[tuple[int, dict[str, Any], str], ...]:
+    return tuple((row.line, row.cells, row.problem) for row in rows)
 
 
 def _image_name(options: Options, row: Row) -> str:
     """Return the image's path below the root; "" if a cell that it needs is missing."""
     columns = place_names(options.image)
-    cells = {column: cell_text(row.cells[column]) for column in columns or [options.image]}
+    cells = {column: cell_text(row.cells.get(column)) for column in columns or [options.image]}
     if any(cell in options.missing for cell in cells.values()):
         return ""
     try:
@@ -258,17 +267,19 @@ def _image_name(options: Options, row: Row) -> str:
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the images of a unit, each with what its rows say."""
+    with_strays, rows = unit.payload
     by_image: dict[str, list[Row]] = {}
-    for line, cells, problem in unit.payload:
-        row = Row(line, cells, problem)
-        name = "" if problem else _image_name(options, row)
-        if problem or not name:
-            drops.add(problem or "no image name", f"{options.table} line {line}")
-        else:
-            by_image.setdefault(name, []).append(row)
-    for name, rows in by_image.items():
-        with drops.image(f"{options.table} line {rows[0].line}"):
-            yield from _image(options, open_image(options, name), rows, drops)
+    for row in (Row(*values) for values in rows):
+        by_image.setdefault(_image_name(options, row), []).append(row)
+    if unit.key.endswith(STRAYS):
+        for row in (row for of_image in by_image.values() for row in of_image):
+            drops.add(row.problem or "no image name", f"{options.table} line {row.line}")
+        return
+    if with_strays:
+        drops.lose(ANYTHING)  # counted with the strays
+    for name, of_image in by_image.items():
+        with drops.image(f"{options.table} line {of_image[0].line}"):
+            yield from _image(options, open_image(options, name), of_image, drops)
 
 
 def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -> Iterator[Sample]:
@@ -280,6 +291,9 @@ def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -
     about: _Facts | None = None
     for row in rows:
         where = f"{found.source_file}, {options.table} line {row.line}"
+        if row.problem:
+            drops.add(row.problem, where)
+            continue
         try:
             parsed = _parsed(options, row, size, drops, where)
             if parsed is None:
@@ -290,7 +304,7 @@ def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -
                 raise Unusable("image listed twice with different values", detail)
             about = facts
             if findings in seen:
-                drops.add("duplicate row", where)
+                drops.add("duplicate row", where, lost=NOTHING)
                 continue
             if seen and mode == "picture":
                 labels = [[finding.label for finding in row] for row in (seen[0], findings)]
@@ -298,7 +312,7 @@ def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -
                 raise Unusable("image listed twice with different labels", detail)
             seen.append(findings)
         except Unusable as error:
-            drops.add(error.reason, where, error.detail)
+            drops.add(error.reason, where, error.detail, lost=NOTHING)  # the image falls
             return
     if about is None:
         return  # every row was dropped with its reason
@@ -309,6 +323,7 @@ def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -
         group=group or found.group,
         modality=modality or found.modality,
         attributes={**found.attributes, **dict(attributes)},
+        examined=tuple(options.one_hot_labels.values()),  # each has its cell, or the image falls
     )
 
 

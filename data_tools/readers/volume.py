@@ -96,8 +96,16 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         group=places.get("group"),
         preprocessing=grid.notes | notes,
         whole=(Annotation(label),) if label else (),
+        examined=_examined(volume, masks),
     )
     yield from samples(volume, origin, options, drops)
+
+
+def _examined(volume: Volume, masks: list[tuple[str, Places]]) -> tuple[str, ...]:
+    """Return the labels that somebody looked for in all of the volume; an empty file stands for none."""
+    named = {places["label"] for _, places in masks if places.get("label")}
+    found = {item.label for item in volume.structures} | named
+    return tuple(sorted(found))
 
 
 def maps_on(

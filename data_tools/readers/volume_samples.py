@@ -92,7 +92,10 @@ def scale_for(window: Window, voxels: np.ndarray, *, modality: str | None) -> Sc
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What all samples of a volume have in common; the fields are those of `samples.Sample`."""
+    """What all samples of a volume have in common; the fields are those of `samples.Sample`.
+
+    Without ``examined`` a label is known where a slice holds it, and nowhere else.
+    """
 
     source_file: str
     part: Mapping[str, int | str] = field(default_factory=dict)
@@ -102,6 +105,7 @@ class Origin:
     preprocessing: Mapping[str, str] = field(default_factory=dict)
     sha256: str = ""
     whole: tuple[Annotation, ...] = ()
+    examined: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -133,6 +137,7 @@ class Origin:
             modality=self.modality,
             attributes=self.attributes,
             preprocessing={**self.preprocessing, **done},
+            examined=self.examined or tuple(item.label for item in annotations),
             sha256=self.sha256,
         )
 

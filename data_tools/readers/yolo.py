@@ -25,7 +25,7 @@ from data_tools.readers.files import (
     size_of,
 )
 from data_tools.readers.shapes import numbers, polygon_mask, upright_box
-from data_tools.records import Annotation, Drops, Sample, Unit
+from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 from gmai_xtuner.core.yaml_lines import Document
 
@@ -159,7 +159,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         where = f"{unit.key} line {number}"
         text = " ".join(line.split())
         if text in seen:
-            drops.add("duplicate row", where, text[:200])
+            drops.add("duplicate row", where, text[:200], lost=NOTHING)
         elif text:
             seen.add(text)
             with drops.annotation(where, *_classes_of(text, names)):

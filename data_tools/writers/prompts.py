@@ -30,7 +30,7 @@ from data_tools.records import Label, Record
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import is_unicode
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 """Raise it with any change of a prompt or of how answers are read: models are then asked anew."""
 MAX_REGIONS = 12
 """Regions of a record that a prompt about the whole image lists; the rest is counted."""
@@ -261,7 +261,7 @@ class _Facts:
             "counts": Counter(label.name for label in regions) if many and not text_only else {},
             "incomplete": ()
             if text_only
-            else [name for name in record.names if name in record.incomplete],
+            else sorted({label.name for label in regions} - self.context.known_in(record)),
         }
 
     def region(self, label: Label) -> dict[str, str] | None:

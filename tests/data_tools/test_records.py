@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from data_tools.records import Drop, Drops
+import pytest
+
+from data_tools.records import ANYTHING, NOTHING, Drop, Drops
 from gmai_xtuner.core.errors import Unusable
 
 
@@ -11,10 +13,10 @@ def test_an_annotation_that_falls_is_lost_in_the_images_of_its_scope():
         raise Unusable("row that can't be read", "x")
     for name in ("a", "b"):
         with drops.image(name):
-            with drops.annotation(f"{name} object 1", "polyp", ""):
+            with drops.annotation(f"{name} object 1", "polyp"):
                 if name == "a":
                     raise Unusable("box of no size")
-            drops.add("duplicate row", name)
+            drops.add("duplicate row", name, lost=NOTHING)
             seen.append(sorted(drops.incomplete))
     assert seen == [["cyst", "polyp"], ["cyst"]]
     assert drops.incomplete == {"cyst"}
@@ -35,3 +37,14 @@ def test_outside_of_an_annotation_the_image_falls_and_the_next_is_whole():
     with drops.image("b"):
         assert drops.incomplete == set()
     assert drops.found[-1] == Drop("record", "image is truncated", "a", "half")
+
+
+@pytest.mark.parametrize("lost", [{}, {"lost": [""]}, {"lost": [" "]}])
+def test_what_falls_without_a_name_may_be_anything(lost):
+    drops = Drops()
+    drops.add("row that can't be read", "line 2", **lost)
+    assert drops.incomplete == {ANYTHING}
+    drops = Drops()
+    with drops.annotation("line 2"):
+        raise Unusable("row that can't be read")
+    assert drops.incomplete == {ANYTHING}

@@ -224,3 +224,28 @@ def test_labels_of_what_was_left_out_have_the_names_of_the_corpus(read):
     assert found.names == ("cat",)
     again = type(found).from_json(found.to_json())
     assert again == found
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "reason"),
+    [
+        (["no finding", "edema"], {}, "labels that contradict each other"),
+        (["benign", "malignant"], {"exclusive": [["benign", "malignant"]]},
+         "labels that contradict each other"),
+        (["benign", "malignant"], {}, None),
+        (["no finding"], {"lost": ["*"]}, "no finding in an image of which something was left out"),
+        (["no finding"], {"lost": ["edema"]}, "labels that contradict each other"),
+        (["no finding"], {}, None),
+    ],
+)  # fmt: skip
+def test_contradictions_inside_a_set_are_dropped_and_counted(read, labels, options, reason):
+    result = read(sample(*map(Annotation, labels)), **options)
+    counted = [drop.reason for drop in result.drops if drop.stage == "record"]
+    assert (len(result.records), counted) == ((0, [reason]) if reason else (1, []))
+
+
+def test_no_finding_beside_boxes_is_a_contradiction(read):
+    box = Annotation("red blood cell", (10, 20, 30, 40))
+    assert not read(sample(Annotation("No finding"), box)).records
+    (found,) = read(sample(box, examined=("red blood cell", "*"))).records
+    assert found.examined == ("*", "red blood cell")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 from string import Formatter
 
 import pytest
@@ -25,7 +26,7 @@ VOCABULARY = ("COVID-19", "edema", "nodule", "normal", "platelet", "red blood ce
 CHINESE = dict(
     zip(VOCABULARY, ("新冠肺炎", "水肿", "结节", "正常", "血小板", "红细胞", "脾脏"), strict=True)
 )
-CONTEXT = SourceContext("toy", "Toy", VOCABULARY, {}, CHINESE)
+CONTEXT = SourceContext("toy", "Toy", VOCABULARY, {}, CHINESE, known=VOCABULARY)
 EVERYTHING = MakeOptions(
     caption=2, region_caption=3, instruction=3, dialogue=2, perception=9, text_single=2, text_multi=2,
     chinese=0.5,
@@ -175,19 +176,41 @@ def test_yes_and_no_are_balanced_and_right():
 
 
 def test_what_a_picture_lacks_is_never_a_part_of_what_it_has():
-    context = SourceContext("toy", "Toy", ("lung nodule", "mass", "nodule"))
+    names = ("lung nodule", "mass", "nodule")
+    context = SourceContext("toy", "Toy", names, known=names)
     assert absent(record(Label("nodule")), context, EN) == ["mass"]
     assert absent(record(Label("lung nodule")), context, EN) == ["mass"]
 
 
-def test_nothing_is_denied_of_a_set_that_names_only_some():
-    make = MakeOptions(perception=9, negatives=False)
-    kinds = {item.kind for item in plan(record(Label("edema")), CONTEXT, make, seed=0)}
-    assert not kinds & {"yes_no", "multiple_choice"}
-    lonely = SourceContext("toy", "Toy", ("edema",))
-    make = MakeOptions(perception=9)
-    kinds = {item.kind for item in plan(record(Label("edema")), lonely, make, seed=0)}
-    assert not kinds & {"yes_no", "multiple_choice"}
+NEED_COMPLETENESS = {"yes_no", "multiple_choice", "counting", "detection", "localisation"}
+
+
+@pytest.mark.parametrize(
+    ("known", "examined", "by_image", "asked"),
+    [
+        ((), (), True, set()),
+        (VOCABULARY, (), False, NEED_COMPLETENESS),
+        ((), ("*",), True, NEED_COMPLETENESS),
+        ((), ("*",), False, set()),
+        (("edema",), (), True, {"yes_no", "multiple_choice"}),
+        ((), ("platelet",), True, {"counting", "detection", "localisation"}),
+    ],
+)
+def test_only_what_somebody_looked_for_is_denied_or_counted(known, examined, by_image, asked):
+    context = replace(CONTEXT, known=known, by_image=by_image)
+    of = replace(record(Label("platelet", (0, 0, 9, 9))), examined=examined)
+    kinds = {item.kind for item in plan(of, context, MakeOptions(perception=9), seed=0)}
+    assert kinds & NEED_COMPLETENESS == asked
+    assert not NEED_COMPLETENESS & {
+        item.kind
+        for item in plan(replace(of, incomplete=("*",)), context, MakeOptions(perception=9), seed=0)
+    }
+
+
+def test_of_a_set_of_one_label_nothing_is_denied():
+    lonely = SourceContext("toy", "Toy", ("edema",), known=("edema",))
+    items = plan(record(Label("edema")), lonely, MakeOptions(perception=9), seed=0)
+    assert not {"yes_no", "multiple_choice"} & {item.kind for item in items}
 
 
 def test_a_detection_lists_every_box_in_reading_order():
@@ -278,7 +301,7 @@ def test_every_language_has_every_sentence():
 DIGESTS = {
     "caption": "08e91ce637bd5273",
     "region_caption": "19eefec6822d383c",
-    "instruction": "4b14377e44b44370",
+    "instruction": "4e869cce648deafd",
     "dialogue": "eedf1b9876cfc0b4",
     "perception": "2a8543dddb0cd428",
     "text_single": "75c1e96f7a1147f3",
@@ -310,7 +333,7 @@ def test_a_changed_sentence_raises_the_version_of_its_form(form):
         for item, made in conversations(of, seed=number):
             if item.form == form:
                 digest.update(repr((item.language, made)).encode())
-    assert (FORM_VERSIONS[form], digest.hexdigest()[:16]) == (1, DIGESTS[form])
+    assert (FORM_VERSIONS[form], digest.hexdigest()[:16]) == (2, DIGESTS[form])
 
 
 def test_lists_and_places():

@@ -149,7 +149,7 @@ def test_labels_of_what_is_dropped_are_named():
     ]  # fmt: skip
     kept, _, incomplete = regions(annotations, size=(256, 256), rules=PRESETS["sa-med2d"])
     assert [region.name for region in kept] == ["large", "whole"]
-    assert incomplete == {"speck", "outside"}
+    assert incomplete == {"speck", "outside", "empty"}
     clipped = [Annotation("cut", (250, 0, 260, 9))]
     kept, drops, incomplete = regions(clipped, size=(256, 256), rules=Rules(clip_boxes=True))
     assert (len(kept), len(drops), incomplete) == (1, 1, set())

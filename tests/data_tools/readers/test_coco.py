@@ -97,11 +97,24 @@ def test_a_bad_image_is_counted(tmp_path, image, reason):
     assert (samples, reasons(drops)) == ([], {reason: 1})
 
 
-def test_images_listed_twice(tmp_path):
-    write(tmp_path, entry(), images=[IMAGE, IMAGE, IMAGE | {"id": 4}])
+@pytest.mark.parametrize(
+    ("again", "reason"),
+    [({}, "image without an id of its own"), ({"id": 4}, "image listed twice")],
+)
+def test_of_an_image_listed_twice_each_entry_has_what_the_other_lacks(tmp_path, again, reason):
+    write(tmp_path, entry(), images=[IMAGE, IMAGE | again])
     samples, drops = read(tmp_path)
-    assert len(samples) == 1
-    assert reasons(drops) == {"image without an id of its own": 1, "image listed twice": 1}
+    assert (samples, reasons(drops)) == ([], {reason: 2})
+
+
+@pytest.mark.parametrize(
+    ("stray", "lost"),
+    [({"image_id": None}, ("cell",)), ({"image_id": "3"}, ("cell",)), ({"image_id": 4}, ()),
+     ({"image_id": None, "category_id": 9}, ("*",))],
+)  # fmt: skip
+def test_an_annotation_that_names_no_image_may_be_of_any(tmp_path, stray, lost):
+    write(tmp_path, entry(), entry(**stray))
+    assert incomplete(coco, tmp_path, annotations="c.json") == [lost]
 
 
 def test_polygons_are_those_of_skimage_but_for_the_edge(tmp_path):

@@ -88,9 +88,10 @@ def test_rows_come_together_in_the_order_of_their_first(tmp_path_factory, keys):
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["k", "n"], *([key, f"{n}\nü,"] for n, key in enumerate(keys))])
     with open_table(path, source="s") as opened:
-        found = list(
-            grouped(opened, ["n", "k"], key=lambda row: row.cells["k"], wanted=lambda row: True)
+        strays, *found = grouped(
+            opened, ["n", "k"], key=lambda row: row.cells["k"], wanted=lambda row: True
         )
+    assert strays == []
     expected = {key: [n for n, other in enumerate(keys) if other == key] for key in keys}
     assert [[int(row.cells["n"].split("\n")[0]) for row in rows] for rows in found] == list(
         expected.values()
@@ -269,7 +270,7 @@ def test_units_hold_few_pictures_and_can_be_pickled(tmp_path):
     write_rows(tmp_path, "f,l\n" + rows, images="")
     chosen = options(table, tmp_path, table="t.csv", image="f", label="l")
     units = list(table.units(chosen))
-    assert [len(unit.payload) for unit in units] == [32, 32, 32, 4]
+    assert [len(unit.payload[1]) for unit in units] == [32, 32, 32, 4]
     assert len({unit.key for unit in units}) == 4
     assert units == list(table.units(chosen)) == pickle.loads(pickle.dumps(units))
 
@@ -293,7 +294,7 @@ from gmai_xtuner.core.errors import SourceError
 from gmai_xtuner.core.errors import SourceError
 options = table.Options(name="s", licence="x", reader="table", root=Path(sys.argv[1]), table="t.csv",
     image="file", label="label", box=dict(x1="x1", y1="y1", x2="x2", y2="y2"))
-print(sum(len(unit.payload) for unit in table.units(options)),
+print(sum(len(unit.payload[1]) for unit in table.units(options)),
       int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
 """
 
@@ -319,7 +320,7 @@ def test_memory_does_not_grow_with_cells(tmp_path):
     )
     chosen = options(table, tmp_path, table="t.csv", image="f", label="l")
     tracemalloc.start()
-    count = sum(len(unit.payload) for unit in table.units(chosen))
+    count = sum(len(unit.payload[1]) for unit in table.units(chosen))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 3000
@@ -335,6 +336,24 @@ def test_a_finding_whose_box_cannot_be_read_is_named(tmp_path):
     assert reasons(drops) == {"box that can't be read": 1}
     assert [[label for label, _ in boxes(sample)] for sample in samples] == [["heart"]] * 2
     assert incomplete(table, tmp_path, **keys) == [("nodule",), ()]
+
+
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [
+        ("a.png,platelet, giant,2,3,9,9", [("*",), ()]),  # its image can be told
+        ("x.png,platelet, giant,2,3,9,9", [("*",), ("*",)]),  # no other row is about this one
+        (",nodule,2,3,9,9", [("*",), ("*",)]),
+        ("a.png,,2,3,9,9", [("*",), ()]),
+        ("a.png,heart,2,3,20,25", [(), ()]),  # a repetition
+    ],
+)
+def test_a_row_that_cannot_be_read_may_be_about_any_label(tmp_path, row, lost):
+    rows = f"a.png,heart,2,3,20,25\nb.png,heart,2,3,20,25\n{row}\n"
+    write_rows(tmp_path, f"file,l,x1,y1,x2,y2\n{rows}")
+    keys = {"table": "t.csv", "image": "file", "label": "l", "box": CORNERS}
+    assert sum(reasons(read_all(table, tmp_path, **keys)[1]).values()) == 1
+    assert incomplete(table, tmp_path, **keys) == lost
 
 
 def test_codes_of_attributes_become_words(tmp_path):

@@ -17,8 +17,9 @@ PROMPTS = {
     for grounded in (True, False)
 }
 CONTEXT = SourceContext(
-    "hospital-a", "Hospital A blood", ("platelet", "red blood cell"), chinese={"platelet": "血小板"}
-)
+    "hospital-a", "Hospital A blood", ("platelet", "red blood cell"), chinese={"platelet": "血小板"},
+    known=("platelet", "red blood cell"),
+)  # fmt: skip
 RECORD = Record(
     "2d#det#microscopy#hospital-a#Doe_John.png", "images/ab/ab.png", 1000, 500, "Microscopy",
     "Hematology", None, "2D detection",
