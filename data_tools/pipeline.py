@@ -167,7 +167,7 @@ def _refused(
     found = {}
     for source in sources:
         drops = (drop for name, drop in store.drops() if name == source.name)
-        if reason := refusals.refusal(source, store.vocabulary(ids[source.name]), drops):
+        if reason := refusals.refusal(source, store.vocabulary(ids[source.name]).names, drops):
             found[source.name] = reason
     return found
 
