@@ -35,10 +35,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "gzip.decompress": (),
     "bz2.BZ2File": (IMAGING,),
     "bz2.open": (),
-    "zipfile.ZipFile": (
-        "gmai_xtuner.checkpoint.pickles",
-        "gmai_xtuner.demo.saving",
-    ),  # saving writes
+    "zipfile.ZipFile": ("gmai_xtuner.checkpoint.pickles",),
     "tarfile.open": (),
     "shutil.unpack_archive": (),
     "pyarrow.parquet.ParquetFile": (
@@ -64,7 +61,10 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "pickle.loads": ("data_tools.worker",),
     "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.path_vqa",),  # numbers and texts alone
     # By content: forms and tables that travel with the package.
-    "yaml.safe_load": ("data_tools.forms.language", "gmai_xtuner.evaluate.paper_tables"),
+    "yaml.safe_load": (
+        *("data_tools.forms.language", "gmai_xtuner.evaluate.paper_tables"),
+        "gmai_xtuner.evaluate.scoring",
+    ),
 }
 """What opens a file -> modules, or packages of them, that may use it; they bound it or know the file."""
 

@@ -11,9 +11,19 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument, positive_int, positive_number
+from gmai_xtuner.cli import (
+    add_allow_pickle,
+    add_dtype_argument,
+    load_from_arguments,
+    positive_int,
+    positive_number,
+)
 from gmai_xtuner.core.errors import GMAIError
+
+if TYPE_CHECKING:
+    from gmai_xtuner.demo.answering import LoadedModel
 
 PORT = 7860
 
@@ -79,42 +89,35 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _models(options: argparse.Namespace):
-    import torch
-
+def _models(options: argparse.Namespace) -> list[LoadedModel]:
     from gmai_xtuner.demo.answering import LoadedModel
-    from gmai_xtuner.loading import load_model
 
-    folders = [Path(options.model)] + ([Path(options.model_b)] if options.model_b else [])
-    names = [folder.resolve().name for folder in folders]
+    asked = [(options.model, options.llm, options.vision)]
+    if options.model_b:
+        asked.append((options.model_b, options.llm_b, options.vision_b))
+    folders = [Path(model).resolve() for model, _, _ in asked]
+    names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
-        names = [f"{folder.resolve().parent.name}/{folder.resolve().name}" for folder in folders]
+        names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     if len(set(names)) < len(names):
         names = [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=True)]
-    bases = [(options.llm, options.vision), (options.llm_b, options.vision_b)]
     loaded = []
-    for folder, name, (llm, vision) in zip(folders, names, bases, strict=False):
-        if not folder.exists():
-            raise GMAIError(
-                f"model {str(folder)!r} does not exist. Give the folder of an exported model"
-            )
-        print(f"loading {folder}", file=sys.stderr, flush=True)
+    for name, (model, llm, vision) in zip(names, asked, strict=True):
+        print(f"loading {model}", file=sys.stderr, flush=True)
+        own = {
+            "model": model,
+            "llm": llm,
+            "vision": vision,
+            "prompt_template": None,
+            "add_bos": None,
+        }
         try:
-            predictor = load_model(
-                folder,
-                llm=llm,
-                vision=vision,
-                dtype=getattr(torch, options.dtype) if options.dtype else None,
-                device=options.device,
-            )
-        except GMAIError as error:
-            raise GMAIError(f"model {str(folder)!r} can't be loaded: {error}") from error
+            predictor = load_from_arguments(argparse.Namespace(**{**vars(options), **own}))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             # What transformers, safetensors and torch say of a folder that is no model, or a damaged one.
+            kind = "" if isinstance(error, GMAIError) else f"{type(error).__name__}: "
             words = " ".join(str(error).split())[:500]
-            raise GMAIError(
-                f"model {str(folder)!r} can't be loaded ({type(error).__name__}: {words})"
-            ) from error
+            raise GMAIError(f"model {model!r} can't be loaded: {kind}{words}") from error
         loaded.append(LoadedModel(name, predictor))
     return loaded
 

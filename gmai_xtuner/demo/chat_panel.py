@@ -1,4 +1,4 @@
-"""The conversation's side of the page: asking, answers as they come, boxes, settings, saving."""
+"""The conversation's side of the page: asking, answers as they come, boxes, settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from gmai_xtuner.demo.boxes import UNITS, draw_boxes, read_boxes
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
 from gmai_xtuner.demo.i18n import PageError, say
 from gmai_xtuner.demo.limits import Memory
-from gmai_xtuner.demo.saving import as_zip
 from gmai_xtuner.demo.widgets import PRESETS, Notices, data_url, named, picture_element
 
 _LOG = logging.getLogger(__name__)
@@ -61,9 +60,6 @@ class ChatPanel:
             )
             self._new = named(
                 ui.button(say("new", language), icon="restart_alt", on_click=self._restart), "new"
-            ).props("flat no-caps dense")
-            self._save = named(
-                ui.button(say("save", language), icon="download", on_click=self._download), "save"
             ).props("flat no-caps dense")
         self._talk = named(ui.element("div").classes("talk"), "talk")
         self.draw_talk()
@@ -198,8 +194,7 @@ class ChatPanel:
         self.session.busy = busy
         self._ask.set_visibility(not busy)
         self._stop.set_visibility(busy)
-        for button in (self._new, self._save):
-            button.set_enabled(not busy)
+        self._new.set_enabled(not busy)
 
     async def ask(self) -> None:
         """Ask what is written, with the images that go along."""
@@ -269,16 +264,6 @@ class ChatPanel:
         self._images_sent()
         self.notices.say([])
         self.draw_talk()
-
-    async def _download(self) -> None:
-        names = [model.name for model in self.answering.models]
-        try:
-            data = await asyncio.to_thread(as_zip, self.session, names)
-        except PageError as error:
-            self.notices.say([("", error)])
-            return
-        self.notices.say([])
-        ui.download.content(data, "conversation.zip", "application/zip")
 
 
 class _AnswerView:

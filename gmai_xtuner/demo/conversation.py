@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 
@@ -92,8 +92,6 @@ class Exchange:
     turn: Turn
     images: tuple[Shown, ...]
     answers: list[Answer]
-    made_with: dict[str, Any] = field(default_factory=dict)
-    """The settings of the moment it was asked."""
     box_image: int | None = None
     """Number of the image that boxes are drawn on; None: the last that was sent so far."""
 
@@ -212,7 +210,6 @@ class Session:
             user_turn(question, len(sent)),
             images,
             [Answer() for _ in range(self.models)],
-            {name: getattr(self.settings, name) for name in Settings.RANGES},
         )
 
     def history(self, model: int, exchange: Exchange) -> tuple[tuple[Turn, ...], list[Image.Image]]:

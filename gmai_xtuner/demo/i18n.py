@@ -73,7 +73,6 @@ WORDS: dict[str, tuple[str, str]] = {
     "ask": ("Ask", "提问"),
     "stop": ("Stop", "停止"),
     "new": ("New conversation", "新对话"),
-    "save": ("Save conversation", "保存对话"),
     "empty_conversation": (
         "Choose an image and a task, or write a question.",
         "请选择图像和任务，或输入问题。",
@@ -224,7 +223,6 @@ ERRORS: dict[str, tuple[str, str]] = {
         "the model ran out of memory. Give fewer images, or begin a new conversation",
         "模型内存不足。请减少图像，或开始新对话",
     ),
-    "nothing_to_save": ("There is no answer to save yet.", "尚无可保存的回答。"),
     "internal": (
         "Something went wrong in the page; the server's log has more.",
         "页面出现错误；详见服务器日志。",

@@ -14,7 +14,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,6 +31,7 @@ from gmai_xtuner.core.addresses import (
     is_asked_at_home,
     is_loopback,
 )
+from gmai_xtuner.core.files import delete, remove_left_behind, staging
 from gmai_xtuner.demo.page import Demo
 
 MULTIPART_OVERHEAD = 64 * 2**10
@@ -107,7 +111,24 @@ def serve(
         timeout_graceful_shutdown=3,
         lifespan="on",
     )
-    _Server(config, ready=ready).run(sockets=[own])
+    with _temporary_folder():
+        _Server(config, ready=ready).run(sockets=[own])
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """Let uploads pass through a folder of our own, which goes with the process, or is removed by the next."""
+    before = tempfile.tempdir
+    name = Path(tempfile.gettempdir(), "gmai_demo")
+    remove_left_behind(name)
+    folder = staging(name)
+    folder.mkdir(mode=0o700)
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        delete(folder)
 
 
 class Guard:

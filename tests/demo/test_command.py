@@ -37,7 +37,7 @@ def refused(capsys, *arguments: str | Path) -> str:
 
 
 def test_a_model_that_is_not_there(capsys, tmp_path):
-    assert "does not exist" in refused(capsys, tmp_path / "nothing")
+    assert "there is no folder" in refused(capsys, tmp_path / "nothing")
 
 
 def test_a_folder_that_is_no_model(capsys, tmp_path):

@@ -1,26 +1,15 @@
-"""Which turns and images each model gets, and what is saved of it."""
+"""Which turns and images each model gets."""
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
-from datetime import UTC, datetime
-
-import numpy as np
 import pytest
 from PIL import Image
 
-from gmai_xtuner.core.conversation import Turn, parse_record
+from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.conversation import Session
 from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.limits import Limits
-from gmai_xtuner.demo.medical_files import open_dicom
-from gmai_xtuner.demo.saving import RECORDS, as_zip
 from gmai_xtuner.demo.studies import Facts, Picture, View
-from tests import medical_files as made
-
-NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 def photo(level: int) -> Picture:
@@ -163,95 +152,6 @@ def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(PageError, match="is expected") as error:
         one.settings.checked()
     assert error.value.values["name"] == name
-
-
-def unpacked(data: bytes):
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    records = json.loads(archive.read(RECORDS))
-    return archive, records
-
-
-def test_what_is_saved_is_a_record_with_its_images():
-    one = session(models=2)
-    one.settings.system = "Be brief."
-    one.attach(photo(10))
-    ask(one, "What?", "CT", "MR")
-    one.attach(photo(20))
-    ask(one, "And <image>?", "X-ray", None)
-    archive, records = unpacked(as_zip(one, ["a", "b"], now=NOW))
-    first, second = (
-        parse_record(record, dataset="saved", where=f"record {n}")
-        for n, record in enumerate(records)
-    )
-    assert first.turns == (
-        Turn("system", "Be brief."),
-        Turn("user", "<image>\nWhat?"),
-        Turn("assistant", "CT"),
-        Turn("user", "And <image>?"),
-        Turn("assistant", "X-ray"),
-    )
-    assert first.images == ("images/1.png", "images/2.png")
-    assert [turn.text for turn in second.turns] == ["Be brief.", "<image>\nWhat?", "MR"]
-    assert second.images == ("images/1.png",)
-    assert [record["exchanges_left_out"] for record in records] == [0, 1]
-    pictures = [np.asarray(Image.open(archive.open(name))) for name in first.images]
-    assert [int(pixels[0, 0, 0]) for pixels in pictures] == [10, 20]
-    assert records[0]["model"] == "a"
-    assert records[0]["settings"][0]["temperature"] == 0.0
-    assert "not for clinical use" in archive.read("README.txt").decode()
-    assert "不得用于临床" in archive.read("README.txt").decode()
-
-
-@pytest.mark.parametrize("answer", ["", " \n"])
-def test_an_empty_answer_is_left_out_of_the_record_as_it_was_of_the_model(answer):
-    one = session()
-    one.attach(photo(10))
-    ask(one, "What?", answer)
-    ask(one, "Really?", "Yes")
-    _, (record,) = unpacked(as_zip(one, ["a"], now=NOW))
-    assert [turn["value"] for turn in record["conversations"]] == ["<image>\nReally?", "Yes"]
-    assert record["exchanges_left_out"] == 1
-    parse_record(record, dataset="saved", where="1")
-
-
-def test_a_record_ends_before_an_answer_that_it_can_not_hold():
-    one = session()
-    one.attach(photo(10))
-    ask(one, "What?", "CT")
-    ask(one, "More?", "see <image>")
-    ask(one, "Really?", "Yes")
-    _, (record,) = unpacked(as_zip(one, ["a"], now=NOW))
-    assert [turn["value"] for turn in record["conversations"]] == ["<image>\nWhat?", "CT"]
-    assert record["exchanges_left_out"] == 2
-    parse_record(record, dataset="saved", where="1")
-
-
-def test_an_answer_that_was_stopped_is_marked():
-    one = session()
-    ask(one, "What?", "Half an ans").answers[0].state = "stopped"
-    _, (record,) = unpacked(as_zip(one, ["a"], now=NOW))
-    assert record["stopped_turns"] == [1]
-
-
-def test_nothing_said_is_nothing_saved():
-    with pytest.raises(PageError, match="no answer to save"):
-        as_zip(session(), ["a"])
-
-
-def test_no_patient_in_what_is_saved(tmp_path):
-    one = session()
-    path = made.save(
-        made.dicom(np.arange(16, dtype=np.int16).reshape(4, 4)), tmp_path / "Erika.dcm"
-    )
-    (study,) = open_dicom([path], Limits())
-    one.attach(study)
-    ask(one, "What?", "CT")
-    archive, _ = unpacked(as_zip(one, ["a"], now=NOW))
-    everything = b"".join(archive.read(name) for name in archive.namelist())
-    everything += " ".join(archive.namelist()).encode()
-    for trace in (b"Erika", b"Musterfrau", b"4711", b"1950", b"1.2.3"):
-        assert trace not in everything
-    assert list(Image.open(archive.open("images/1.png")).info) == []
 
 
 def test_a_new_conversation_is_about_the_same_images():

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from gmai_xtuner.core.addresses import is_loopback
+from gmai_xtuner.core.files import staging
+from gmai_xtuner.demo import server
 from gmai_xtuner.demo.server import MULTIPART_OVERHEAD, Guard
 
 
@@ -160,3 +167,38 @@ def test_errors_of_the_application_are_not_swallowed():
 def test_loopback_addresses():
     assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
+
+
+def test_an_upload_that_comes_to_a_halt_is_given_up(monkeypatch):
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.05)
+    came = iter([{"type": "http.request", "body": b"x", "more_body": True}])
+
+    async def receive():
+        for message in came:
+            return message
+        await asyncio.sleep(60)
+        return None
+
+    async def send(message):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"127.0.0.1")]}
+    guard = Guard(application, upload_bytes=100, loopback=True)
+    with pytest.raises(ConnectionError, match="gone"):
+        asyncio.run(asyncio.wait_for(guard(scope, receive, send), 5))
+
+
+def test_nothing_stays_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    own = staging(tmp_path / "gmai_demo").name
+    left = tmp_path / own.replace(str(os.getpid()), str(killed.pid))
+    left.mkdir()
+    (left / "a patient's scan").touch()
+    with server._temporary_folder():
+        with tempfile.NamedTemporaryFile(delete=False) as upload:
+            pass
+        assert Path(upload.name).parent == tmp_path / own
+        assert not left.exists()
+    assert not list(tmp_path.iterdir())
