@@ -19,6 +19,7 @@ mended: a record is right, or a DataError says what is wrong, where, and what to
 
 from __future__ import annotations
 
+import math
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
@@ -295,7 +296,7 @@ def _check_order(turns: Sequence[Turn], place: _Place) -> None:
 
 
 def _listed_images(record: Mapping[str, Any], place: _Place) -> list[object]:
-    found = [key for key in ("image", "images") if record.get(key) is not None]
+    found = [key for key in ("image", "images") if not _is_missing(record.get(key))]
     if len(found) == 2:
         raise place.error(
             "has both image and images", remedy="Give one of the two.", reason="bad_image"
@@ -304,6 +305,11 @@ def _listed_images(record: Mapping[str, Any], place: _Place) -> list[object]:
         return []
     value = record[found[0]]
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _is_missing(image: object) -> bool:
+    """Tell whether a record says that it has no image: null, an empty text, or the NaN of a table."""
+    return image is None or image == "" or (isinstance(image, float) and math.isnan(image))
 
 
 def _join_images(listed: list[object], inline: list[object], place: _Place) -> list[object]:

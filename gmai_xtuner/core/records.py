@@ -23,7 +23,7 @@ COLUMNS = ("id", "question_id", "image", "images", "conversations", "messages")
 """Columns that a conversation has; others of a Parquet file are not read."""
 
 _PARQUET_ROWS = 512
-_MAX_VALUES = 2**26
+_MAX_VALUES = 2**24
 _MAX_BYTES = 2**32
 """Of a column in a row group: two kilobytes can hold a thousand million equal values."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -121,7 +121,7 @@ class Document:
             self._stop(node, f"not valid YAML: the tag {node.tag!r} is of no use in a {self.what}")
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, (*place, i), above) for i, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         values: dict[str, Any] = {}
         for key, value in node.value:

@@ -117,7 +117,7 @@ def serve(
 
 @contextmanager
 def _temporary_folder() -> Iterator[None]:
-    """Let uploads pass through a folder of our own, which goes with the process, or is removed by the next."""
+    """Let uploads pass through a folder of our own; the next page removes what a killed one has left."""
     before = tempfile.tempdir
     name = Path(tempfile.gettempdir(), "gmai_demo")
     remove_left_behind(name)

@@ -57,6 +57,21 @@ def test_startup(work_dir):
     assert result["xtuner_seconds"] > 0
 
 
+def test_damage(work_dir):
+    result = run("damage.py", work_dir, "--tries", "2", "--pictures", "1", "--side", "120")
+    assert {row["format"] for row in result["rows"]} >= {"JPEG", "PNG", "WebP"}
+    assert all(row["decode"] <= row["careful"] <= 1 for row in result["rows"])
+
+
+def test_attacks():
+    command = [sys.executable, str(BENCHMARKS / "attacks.py"), "--only", "15 MiB of wrong items"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["outcome"].startswith("ApiError")
+    assert row["seconds"] < 10
+    assert row["GiB"] < 1
+
+
 def test_images(work_dir):
     result = run("images.py", work_dir, "--samples", "1", "--seconds", "0.1")
     assert result["identical"] is True

@@ -98,7 +98,8 @@ def test_image_part_without_source_takes_the_listed_image():
 
 
 def test_text_alone_and_null_image():
-    assert parse(llava(("human", "Hi"), ("gpt", "Hello"), image=None)).images == ()
+    for missing in (None, "", float("nan")):
+        assert parse(llava(("human", "Hi"), ("gpt", "Hello"), image=missing)).images == ()
 
 
 @pytest.mark.parametrize(

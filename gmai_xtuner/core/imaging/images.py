@@ -204,11 +204,7 @@ def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> 
                 _decode(image, path)
     elif level == "decode":
         with opened(path, max_pixels=max_pixels) as image:
-            position = image.fp.tell()
-            image.fp.seek(0)
-            content = image.fp.read()
-            image.fp.seek(position)
-            _decode(image, path, whole=content)
+            _decode(image, path, whole=_whole(image))
     else:
         raise ValueError(f'level must be "exists", "header" or "decode", got {level!r}.')
 
@@ -318,7 +314,7 @@ def _check_header(image: Image.Image, name: PathLike, *, max_pixels: int) -> Non
         limits = f"the limits are {MAX_SIDE} a side, and {MAX_RATIO} times the other"
         problem = f"has {width} x {height} pixels; {limits}"
         raise _error(name, problem, "enormous_image", _SMALLER)
-    if image.info.get("progressive") and (scans := _scans(image)) > MAX_SCANS:
+    if image.info.get("progressive") and (scans := _whole(image).count(b"\xff\xda")) > MAX_SCANS:
         problem = f"is a JPEG of {scans} scans, the limit is {MAX_SCANS}"
         raise _error(name, problem, "enormous_image", "Save it anew.")
     if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
@@ -345,12 +341,13 @@ def _check_header(image: Image.Image, name: PathLike, *, max_pixels: int) -> Non
         raise _error(name, problem, "unsupported_image", remedy)
 
 
-def _scans(image: Any) -> int:
+def _whole(image: Any) -> bytes:
+    """Return the content of an opened image's file."""
     position = image.fp.tell()
     image.fp.seek(0)
-    scans = image.fp.read().count(b"\xff\xda")
+    content: bytes = image.fp.read()
     image.fp.seek(position)
-    return scans
+    return content
 
 
 def _is_stack(image: TiffImagePlugin.TiffImageFile, name: PathLike) -> bool:
