@@ -52,11 +52,8 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "yaml.unsafe_load": (),
     "yaml.full_load": (),
     # Below: only files and messages that the project has written itself.
-    "numpy.load": ("gmai_xtuner.data.token_cache", "gmai_xtuner.data.plan"),
-    "pyarrow.ipc.open_file": (
-        *("gmai_xtuner.data.token_cache", "gmai_xtuner.data.plan"),
-        "gmai_xtuner.preflight.pictures",
-    ),
+    "numpy.load": ("gmai_xtuner.data",),
+    "pyarrow.ipc.open_file": ("gmai_xtuner.data", "gmai_xtuner.preflight.pictures"),
     "pickle.load": ("data_tools.readers.rows", "data_tools.writers.openai_batch"),
     "pickle.loads": ("data_tools.worker",),
     "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.path_vqa",),  # numbers and texts alone
