@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.contamination.rows import is_json_object
 from gmai_xtuner.core.conversation import Conversation, parse_raw
 from gmai_xtuner.core.errors import CorpusError, DataError
 from gmai_xtuner.core.exclusion import Exclusion, read_exclusions
@@ -99,15 +100,16 @@ def open_corpus(path: Path, *, image_root: Path | None = None) -> Corpus:
         )
     if image_root is not None and not image_root.is_dir():
         raise CorpusError(f"--image-root {image_root} is not a folder.")
+    suffix = path.suffix.lower()
     if path.is_dir() and (path / "mixture.yaml").is_file():
         corpus = Corpus(path, "corpus folder", _mixture(path / "mixture.yaml"))
         if (path / "records.jsonl").is_file():
             corpus.groups = _groups(path / "records.jsonl")
     elif path.is_dir():
         corpus = _folder(path, image_root or path)
-    elif path.suffix.lower() in (".yaml", ".yml") or _is_object(path):
+    elif suffix in (".yaml", ".yml") or (suffix == ".json" and is_json_object(path)):
         corpus = Corpus(path, "mixture", _mixture(path))
-    elif path.suffix.lower() in SUFFIXES:
+    elif suffix in SUFFIXES:
         root = image_root or path.parent
         corpus = Corpus(path, "records", [Dataset(path.stem, (path,), root)])
     else:
@@ -127,13 +129,6 @@ def _mixture(path: Path) -> list[Dataset]:
         Dataset(entry.name, entry.annotations, entry.image_root, excluded)
         for entry, excluded in zip(mixture.entries, exclusions.datasets, strict=True)
     ]
-
-
-def _is_object(path: Path) -> bool:
-    if path.suffix.lower() != ".json":
-        return False
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 
 
 def _folder(folder: Path, image_root: Path) -> Corpus:

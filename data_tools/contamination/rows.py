@@ -57,7 +57,7 @@ def rows(path: Path) -> Iterator[Cells]:
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
         yield from _table(path, "\t" if suffix == ".tsv" else ",")
-    elif suffix == ".json" and _starts_as_object(path):
+    elif suffix == ".json" and is_json_object(path):
         yield from _lists(path)
     else:
         for raw in iter_raw(path, columns=None):
@@ -65,7 +65,8 @@ def rows(path: Path) -> Iterator[Cells]:
             yield cells if isinstance(cells, dict) else {}
 
 
-def _starts_as_object(path: Path) -> bool:
+def is_json_object(path: Path) -> bool:
+    """Return whether a file begins as a JSON object, not as a list or as lines of something else."""
     with path.open("rb") as file:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
 

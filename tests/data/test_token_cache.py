@@ -215,16 +215,6 @@ def test_worker_runs_though_its_parent_has_tokenised_in_parallel(corpus, encode,
     assert worker.exitcode == 0
 
 
-def test_error_of_a_worker_arrives_whole(make_corpus, cached):
-    records = many_records(2300)
-    records[2100] = record("broken", "<image>\nWhat?", "A CT scan.", image="gone.png")
-    corpus = make_corpus({"toy": records})
-    with pytest.raises(DataError) as caught:
-        cached(corpus, num_workers=2)
-    assert (caught.value.dataset, caught.value.record) == ("toy", "broken (toy.jsonl, line 2101)")
-    assert caught.value.reason == "missing_image"
-
-
 class _DyingTokenizer(ConversationTokenizer):
     """Is killed, as by the system for its memory, when half of the records are written."""
 
@@ -357,7 +347,7 @@ REMEDIES = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_raise_names_dataset_record_and_remedy(make_corpus, cached, reason):
+def test_raise_names_a_bad_record_with_its_remedy_and_skip_counts_it(make_corpus, cached, reason):
     corpus = make_corpus({"toy": [*GOOD, BAD[reason]]}, images=IMAGES)
     with pytest.raises(DataError) as caught:
         cached(corpus)
@@ -371,19 +361,13 @@ def test_raise_names_dataset_record_and_remedy(make_corpus, cached, reason):
     # What is left is not where training would look.
     left = [path for path in corpus.folder.parent.glob("cache/tokens/*") if path.is_dir()]
     assert [path.suffix for path in left] == [".bad"]
-
-
-@pytest.mark.parametrize("reason", BAD)
-def test_skip_counts_the_record_and_trains_on_the_rest(make_corpus, cached, reason):
-    corpus = make_corpus({"toy": [GOOD[0], BAD[reason], *GOOD[1:]]}, images=IMAGES)
     cache = cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
     assert [cache[row].id for row in range(len(cache))] == ["r0", "r1", "r2"]
     assert (cache.meta["records"], cache.meta["kept"]) == (4, 3)
     assert cache.meta["skipped"] == {reason: 1}
     (note,) = skipped(cache)
-    assert note["reason"] == reason
-    assert ("bad" if isinstance(BAD[reason], dict) else "line 2") in note["id"]
-    assert note["problem"]
+    assert (note["reason"], bool(note["problem"])) == (reason, True)
+    assert ("bad" if parsed else "line 4") in note["id"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])

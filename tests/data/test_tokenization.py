@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import pickle
 from functools import partial
 
@@ -13,7 +12,6 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 from xtuner.dataset import llava as xtuner_llava
 from xtuner.dataset.huggingface import process_hf_dataset
 from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
-from xtuner.dataset.utils import encode_fn
 from xtuner.registry import MAP_FUNC
 from xtuner.utils import PROMPT_TEMPLATE
 
@@ -235,72 +233,9 @@ def test_ids_and_labels_equal_xtuners_llava_dataset(
         assert ours.labels.tolist() == theirs[index]["labels"], ours.id
 
 
-def xtuners(item, tokenizer, *, max_length=2048) -> dict[str, list[int]]:
-    """What xtuner's ``LLaVADataset`` maps over its records, one after the other."""
-    mapped = llava_map_fn(json.loads(json.dumps(item)))
-    mapped = template_map_fn_factory(PROMPT_TEMPLATE.internlm2_chat)(mapped)
-    return encode_fn(mapped, tokenizer, max_length, with_image_token=True)
-
-
 def ours(item, encode: ConversationTokenizer):
     (tokenized,) = encode([parse_record(item, dataset="toy", where="1")])
     return tokenized
-
-
-def test_xtuner_moves_a_mark_to_the_front_and_we_leave_it(tokenizer, encode):
-    # Ours is right: "left of <image>" and "<image> left of" are not the same, and at inference the
-    # image stands where the user puts it.
-    item = record("r", "Is this <image> a CT scan?", "Yes.", image="a.png")
-    opening = len(tokenizer.encode("<s><|im_start|>user\n", add_special_tokens=False))
-    assert xtuners(item, tokenizer)["input_ids"].index(IMAGE_TOKEN_INDEX) == opening
-    before = len(tokenizer.encode("Is this ", add_special_tokens=False))
-    assert ours(item, encode).input_ids.tolist().index(IMAGE_TOKEN_INDEX) > opening
-    (place,) = np.flatnonzero(ours(item, encode).input_ids == IMAGE_TOKEN_INDEX)
-    assert abs(place - opening - before) <= 1  # the text before it is encoded with "user\n"
-
-
-def test_xtuner_loses_or_refuses_a_second_image_of_a_turn_and_we_keep_it(tokenizer, encode):
-    # Ours is right: multi-image records (VQA on pairs, follow-up studies) are valid training data.
-    item = record("r", "<image>\n<image>\nSame?", "No.", image=["a.png", "b.png"])
-    assert xtuners(item, tokenizer)["input_ids"].count(IMAGE_TOKEN_INDEX) == 1  # silently
-    assert (ours(item, encode).input_ids == IMAGE_TOKEN_INDEX).sum() == 2
-    encoded = {"input": "<image>\n<image>\nSame?", "output": "No."}
-    with pytest.raises(AssertionError):
-        encode_fn({"conversation": [encoded]}, tokenizer, 2048, with_image_token=True)
-
-
-def test_xtuner_refuses_a_system_turn_and_we_write_it(tokenizer, encode):
-    # Ours is right: PROMPT_TEMPLATE has a SYSTEM field, and chat uses it.
-    item = record("r", "What is shown?", "A CT scan.")
-    item["conversations"].insert(0, {"from": "system", "value": "Be brief."})
-    with pytest.raises(NotImplementedError):
-        xtuners(item, tokenizer)
-    text = tokenizer.decode(ours(item, encode).input_ids)
-    assert text.startswith("<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
-
-
-def test_xtuner_cuts_inside_an_answer_and_we_cut_between_turns(tokenizer, encode):
-    # Ours is right: a cut answer teaches the model to stop without the end token, or never to.
-    item = record("r", "What is shown?", "A CT scan.", "Is there a mass?", "No. " * 40)
-    whole = ours(item, encode)
-    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    limit = len(whole.input_ids) - 20
-    assert limit > whole.turn_ends[0][0]  # the case occurs: the second answer does not fit
-    cut = [label for label in xtuners(item, tokenizer, max_length=limit)["labels"] if label >= 0]
-    assert cut[-1] != end_of_turn
-    fitted = fit(whole, max_length=limit, num_image_tokens=64, over_length="cut")
-    assert fitted is not None
-    assert [label for label in fitted.labels if label >= 0][-1] == end_of_turn
-
-
-def test_xtuner_drops_a_leading_answer_and_we_say_so(tokenizer, encode):
-    # Ours is right: what is wrong with a record is said, not mended.
-    item = record("r", "What is shown?", "A CT scan.")
-    item["conversations"].insert(0, {"from": "gpt", "value": "Hello"})
-    hello = tokenizer.encode("Hello", add_special_tokens=False)
-    assert hello[0] not in xtuners(item, tokenizer)["input_ids"]
-    with pytest.raises(DataError, match="turn 1 is the assistant's, expected the user's"):
-        ours(item, encode)
 
 
 # --- the registered map function ------------------------------------------------------------------

@@ -72,13 +72,18 @@ def test_the_whole_llava_is_divided_over_shards_too(tiny_bases, tmp_path):
     assert all(file.stat().st_size < 1_500_000 + 32 * KIB for file in files)
 
 
+@pytest.fixture(scope="module")
+def stage1(tiny_bases):
+    cfg = stage_config(tiny_bases, "stage1_shallow")
+    return trained_model(cfg), cfg
+
+
 @pytest.mark.parametrize("save_format", ["xtuner", "huggingface"])
 @pytest.mark.parametrize("size", ["nonsense", "5", "0GB", "-2GB"])
 def test_a_shard_size_that_is_none_is_refused_before_anything_is_written(
-    tmp_path, save_format, size, tiny_bases
+    tmp_path, save_format, size, stage1
 ):
-    cfg = stage_config(tiny_bases, "stage1_shallow")
-    model = trained_model(cfg)
+    model, cfg = stage1
     with pytest.raises(GMAIError, match=f"such as 2GB; got '{size}'"):
         model.to_hf(
             cfg=cfg,
