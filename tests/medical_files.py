@@ -15,6 +15,8 @@ from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
+    RTStructureSetStorage,
+    SegmentationStorage,
     generate_uid,
 )
 
@@ -137,3 +139,83 @@ def nifti(path: Path, values: np.ndarray, affine: np.ndarray | None = None, **he
         image.header[name] = value
     nibabel.save(image, path)
     return path
+
+
+def seg(
+    frames: Sequence[tuple[int, np.ndarray]],
+    *,
+    labels: Mapping[int, str] | None = None,
+    places: Sequence[Mapping[str, Any]] = (),
+    refer_to: Sequence[str] = (),
+    of_series: str = "1.2.3",
+    **elements: Any,
+) -> Dataset:
+    """A segmentation; pixels of 8 bits, which readers take as well as those of one.
+
+    Args:
+        frames: segment number and uint8 ``[H, W]``.
+        labels: of the segments, by number; None: the first is a tumour.
+        places: of each frame: ``ImagePositionPatient``, and ``ImageOrientationPatient`` if it isn't axial.
+        refer_to: SOPInstanceUID of the image that each frame was drawn on.
+        of_series: UID of the series that it names; empty: none.
+        elements: as in `dicom`.
+    """
+    pixels = np.stack([values for _, values in frames])
+    known = {"Modality": "SEG", "SOPClassUID": SegmentationStorage, "SegmentationType": "BINARY"}
+    data = dicom(pixels, series="1.2.3.77", **known | elements)
+    data.NumberOfFrames = len(frames)
+    data.BitsAllocated = data.BitsStored = 8
+    data.HighBit, data.PixelRepresentation = 7, 0
+    data.PixelData = pixels.astype(np.uint8).tobytes() + b"\0" * (pixels.size % 2)
+    data.SegmentSequence = Items(
+        [
+            item(SegmentNumber=number, SegmentLabel=label)
+            for number, label in (labels or {1: "tumour"}).items()
+        ]
+    )
+    if of_series:
+        data.ReferencedSeriesSequence = Items([item(SeriesInstanceUID=of_series)])
+    groups = []
+    for at, (number, _) in enumerate(frames):
+        group = item(SegmentIdentificationSequence={"ReferencedSegmentNumber": number})
+        if places:
+            place = {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0], **places[at]}
+            for key in ("Position", "Orientation"):
+                value = {f"Image{key}Patient": place[f"Image{key}Patient"]}
+                setattr(group, f"Plane{key}Sequence", Items([item(**value)]))
+            measures = item(PixelSpacing=place.get("PixelSpacing", [1, 1]))
+            group.PixelMeasuresSequence = Items([measures])
+        if refer_to:
+            source = item(SourceImageSequence={"ReferencedSOPInstanceUID": refer_to[at]})
+            group.DerivationImageSequence = Items([source])
+        groups.append(group)
+    data.PerFrameFunctionalGroupsSequence = Items(groups)
+    return data
+
+
+def structure_set(
+    structures: Mapping[str, Sequence[Mapping[str, Any]]], *, of_series: str = "1.2.3"
+) -> Dataset:
+    """An RTSTRUCT of contours: ``{"liver": [{"points": [(x, y, z), ...], "kind": ..., "on": uid}]}``."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID, data.SOPInstanceUID = RTStructureSetStorage, generate_uid()
+    data.Modality, data.SeriesInstanceUID = "RTSTRUCT", "1.2.3.78"
+    study = {"RTReferencedSeriesSequence": {"SeriesInstanceUID": of_series}}
+    data.ReferencedFrameOfReferenceSequence = Items([item(RTReferencedStudySequence=study)])
+    data.StructureSetROISequence, data.ROIContourSequence = Items([]), Items([])
+    for number, (name, contours) in enumerate(structures.items(), start=1):
+        data.StructureSetROISequence.append(item(ROINumber=number, ROIName=name))
+        drawn = item(ReferencedROINumber=number)
+        drawn.ContourSequence = Items([])
+        for contour in contours:
+            values = [float(value) for point in contour["points"] for value in point]
+            kind = contour.get("kind", "CLOSED_PLANAR")
+            made = item(ContourGeometricType=kind, ContourData=values)
+            if "on" in contour:
+                image = {"ReferencedSOPInstanceUID": contour["on"]}
+                made.ContourImageSequence = Items([item(**image)])
+            drawn.ContourSequence.append(made)
+        data.ROIContourSequence.append(drawn)
+    return data

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import time
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 
@@ -175,3 +178,145 @@ def test_slices_are_ordered_along_their_normal():
     turned[1].ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
     with pytest.raises(Unusable, match="differing sizes or directions"):
         stack_of([header_of(data) for data in turned])
+
+
+# --- old, odd and hostile files -------------------------------------------------------------------
+
+RAMP = np.arange(1024, dtype=np.uint16).reshape(32, 32)
+
+
+def stored(values: np.ndarray, **elements) -> pydicom.Dataset:
+    """A data set of values of 8 or 16 bits, as they are."""
+    data = made.dicom(values[..., 0] if values.ndim == 3 else values, **elements)
+    bits = 8 * values.dtype.itemsize
+    data.BitsAllocated = bits
+    data.BitsStored = elements.get("BitsStored", bits)
+    data.HighBit = elements.get("HighBit", data.BitsStored - 1)
+    data.PixelRepresentation = int(values.dtype.kind == "i")
+    data.PixelData = values.tobytes()
+    return data
+
+
+def test_padding_is_black_whatever_black_is():
+    values = np.array([[16383, 0, 5000]], dtype=np.uint16)
+    keys = {"PixelPaddingValue": 16383, "Modality": "MG"}
+    for photometric, black in (("MONOCHROME1", 5000), ("MONOCHROME2", 0)):
+        data = stored(values, PhotometricInterpretation=photometric, **keys)
+        assert intensities(data).tolist() == [[black, 0, 5000]]
+    # -2000, written without its sign
+    data = stored(np.array([[-2000, 7, 9]], dtype=np.int16))
+    data.add_new("PixelPaddingValue", "US", 63536)
+    assert intensities(data).tolist() == [[7, 7, 9]]
+
+
+@pytest.mark.parametrize(("high", "at"), [(9, 0), (15, 6), (12, 3)])
+def test_bits_beside_the_stored_ones_are_no_grey_levels(high, at):
+    """Overlays of old files lie in the bits that are free, above or below."""
+    overlay = np.uint16(~np.uint16((2**10 - 1) << at))
+    for extra in (0, overlay):
+        data = stored((RAMP << at) | np.uint16(extra), BitsStored=10, HighBit=high)
+        assert np.array_equal(intensities(data), RAMP)
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "table", "top"),
+    [
+        ([4096, 0, 16], list(range(4096)), 4095),  # 12 bits called 16
+        ([4, 65533, 8], [0, 10, 20, 255], 255),  # begins at -3, without its sign
+        ([300, 0, 8], [min(at, 255) for at in range(300)], 255),  # more entries than levels
+    ],
+)
+def test_tables_of_a_voi_lut_are_read_by_their_entries(descriptor, table, top):
+    data = with_table(descriptor, table, RescaleSlope=1, RescaleIntercept=-3)
+    first = descriptor[1] - 65536 if descriptor[1] > 32767 else descriptor[1]
+    values = np.arange(first, first + len(table))[None]
+    expected = np.floor(np.array([table]) / top * 255 + 0.5)
+    assert np.array_equal(file_scale(data).apply(values), expected)
+
+
+@pytest.mark.parametrize(("descriptor", "table"), [([4, 0, 8], [1]), ([4, 0, 8], [1, 2, 3, 999])])
+def test_a_wrong_table_gives_way_to_the_window_beside_it(descriptor, table):
+    scale = file_scale(with_table(descriptor, table))
+    assert scale.text == "the file's window W 4 L 2, LINEAR, its VOI LUT can't be applied"
+    assert scale.apply(np.array([[0, 4]])).tolist() == [[0, 255]]
+
+
+def test_a_window_below_one_is_exact():
+    data = made.dicom(np.zeros((1, 1), np.int16), WindowCenter=0.25, WindowWidth=0.5)
+    assert file_window(data) == Window(0.25, 0.5, "LINEAR_EXACT")
+
+
+COLOURS = np.stack(np.meshgrid(np.arange(0, 256, 4), np.arange(0, 256, 4)), axis=-1)
+COLOURS = np.dstack([COLOURS, 255 - COLOURS[..., :1]]).astype(np.uint8)
+GREY_RGB = np.repeat(COLOURS[..., :1], 3, axis=-1)
+GREY_YBR = np.dstack([COLOURS[..., :1], np.full((64, 64, 2), 128, np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("values", "elements"),
+    [
+        (COLOURS, {"PlanarConfiguration": 1}),
+        (np.moveaxis(COLOURS, -1, 0).reshape(64, 64, 3), {}),
+        (GREY_YBR, {}),
+        (GREY_RGB, {"PhotometricInterpretation": "YBR_FULL"}),
+        (COLOURS, {"PhotometricInterpretation": "MONOCHROME2"}),
+        (COLOURS, {"PhotometricInterpretation": "MONOCHROME2", "SamplesPerPixel": 1}),
+        (RAMP, {"PhotometricInterpretation": "MONOCHROME2", "SamplesPerPixel": 1, "HighBit": 9}),
+    ],
+)
+def test_pixels_that_contradict_their_header_are_refused(values, elements):
+    known = {"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3, "PlanarConfiguration": 0}
+    data = stored(np.ascontiguousarray(values), **known | elements)
+    if "HighBit" in elements:
+        data.BitsStored = 12
+    show = intensities if photometric_of(data) == "MONOCHROME2" else colours
+    with pytest.raises(Unusable, match="contradict their header"):
+        show(data)
+
+
+@pytest.mark.parametrize(("values", "planar"), [(COLOURS, 0), (np.moveaxis(COLOURS, -1, 0), 1)])
+def test_colours_as_they_are_declared_are_taken(values, planar):
+    known = {"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}
+    data = stored(COLOURS, PlanarConfiguration=planar, **known)
+    data.PixelData = values.tobytes()
+    assert np.array_equal(colours(data)[0], COLOURS)
+
+
+@pytest.mark.parametrize("bare", [132, 0])
+def test_a_file_without_a_preamble_is_read(tmp_path, bare):
+    """With its group 0002, and from before there was one."""
+    data = made.series()[1]
+    whole = made.as_bytes(data)
+    start = bare or whole.index(b"\x08\0\x16\0")
+    (tmp_path / "a").write_bytes(whole[start:])
+    assert is_dicom(tmp_path / "a")
+    assert np.array_equal(intensities(open_dataset(tmp_path / "a")), data.pixel_array)
+
+
+def coded(values: bytes, syntax: str, *, side: int) -> pydicom.Dataset:
+    data = stored(np.zeros((1, 1), np.uint8))
+    data.Rows = data.Columns = side
+    data.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    data.PixelData = pydicom.encaps.encapsulate([values])
+    data["PixelData"].is_undefined_length = True
+    return data
+
+
+def test_decoders_that_a_header_misleads_cost_their_own_file():
+    buffer = io.BytesIO()
+    Image.new("L", (9000, 9000)).save(buffer, "JPEG2000")
+    for side in (64, 30000):
+        started = time.monotonic()
+        with pytest.raises(Unusable, match="pixel data can't be read"):
+            intensities(coded(buffer.getvalue(), pydicom.uid.JPEG2000Lossless, side=side))
+        assert time.monotonic() - started < 10
+
+
+def test_a_deflated_file_is_bounded(tmp_path, monkeypatch):
+    data = made.series()[0]
+    data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    path = made.save(data, tmp_path / "a")
+    assert open_dataset(path).Rows == 3
+    monkeypatch.setattr("gmai_xtuner.core.imaging.dicom.MAX_INFLATED", 100)
+    with pytest.raises(Unusable, match="unpacks to too much"):
+        open_dataset(path)

@@ -10,15 +10,14 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
 
 from data_tools.readers import dicom, volume
 from data_tools.records import Drop, Sample
 from tests import medical_files as made
 from tests.data_tools.readers.sets import read_units
 
-RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 NAME, NUMBER, BIRTH = "Muster^Erika", "PAT-4711", "19610203"
 SPACING, THICKNESS = (0.5, 0.75), 2.0
 
@@ -258,46 +257,6 @@ def test_burned_in_text_drops_the_picture(tmp_path):
     assert only(read(options(tmp_path, burned_in="keep")))
 
 
-def test_contours_become_masks(tmp_path):
-    slices = sorted(series(tmp_path, stack()), key=lambda data: data.ImagePositionPatient[2])
-    of_series = made.item(
-        RTReferencedStudySequence={"RTReferencedSeriesSequence": {"SeriesInstanceUID": "1.2.3.4"}}
-    )
-    structures = Dataset()
-    structures.file_meta = FileMetaDataset()
-    structures.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    structures.SOPClassUID, structures.SOPInstanceUID = RTSTRUCT, generate_uid()
-    structures.Modality, structures.SeriesInstanceUID = "RTSTRUCT", "1.2.3.5"
-    structures.StructureSetROISequence = [made.item(ROINumber=1, ROIName="liver")]
-    structures.ReferencedFrameOfReferenceSequence = [of_series]
-
-    def contour(index: int, x1: int, y1: int, x2: int, y2: int) -> Dataset:
-        """Through the centres of the corner pixels of slice ``index``."""
-        left, top, height = slices[index].ImagePositionPatient
-        points = [
-            (left + x * SPACING[1], top + y * SPACING[0], height)
-            for x, y in ((x1, y1), (x2, y1), (x2, y2), (x1, y2))
-        ]
-        data = [float(value) for point in points for value in point]
-        return made.item(ContourGeometricType="CLOSED_PLANAR", ContourData=data)
-
-    roi = made.item(ReferencedROINumber=1)
-    roi.ContourSequence = [contour(2, 1, 2, 7, 9), contour(2, 3, 4, 5, 6), contour(4, 0, 0, 1, 1)]
-    structures.ROIContourSequence = [roi]
-    save(tmp_path / "rt.dcm", structures)
-    found = read(options(tmp_path, slices={"axes": ["z"]}))
-    masks = {sample.part["slice"]: sample.annotations[0].mask for sample in found}
-    assert {item.label for sample in found for item in sample.annotations} == {"liver"}
-    ring = np.zeros((12, 10), dtype=bool)
-    ring[2:10, 1:8] = True
-    ring[4:7, 3:6] = False
-    square = np.zeros((12, 10), dtype=bool)
-    square[:2, :2] = True
-    assert masks.keys() == {2, 4}
-    assert np.array_equal(masks[2], ring)
-    assert np.array_equal(masks[4], square)
-
-
 def test_segmentation_objects_of_the_shared_series(shared_data, tmp_path):
     for path in (shared_data / "dicom_samples/dicomdirtests/77654033/CT2").iterdir():
         shutil.copy(path, tmp_path / path.name)
@@ -341,15 +300,90 @@ def test_all_shared_files_give_a_picture_or_a_reason(shared_data):
         )
 
 
-def test_what_is_no_picture_is_counted(tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing")
+def test_what_is_no_picture_is_counted_by_kind(tmp_path):
+    for name in ("LICENSE", "notes.txt", "label.nrrd", "of.Erika"):
+        (tmp_path / name).write_text("nothing")
     huge = dataset(stack()[0])
     huge.Rows = huge.Columns = 65535
     save(tmp_path / "huge.dcm", huge)
     save(tmp_path / "short.dcm", dataset(stack()[0], PixelData=b"\0\0"))
-    reasons = sorted(item.reason for item in read(options(tmp_path)))
-    assert reasons == [
-        "not a DICOM file (.txt)",
-        "pixel data can't be read",
-        "pixel data can't be read",
+    (tmp_path / "cut.dcm").write_bytes((tmp_path / "short.dcm").read_bytes()[:300])
+    drops = read(options(tmp_path))
+    assert Counter(item.reason for item in drops) == {
+        "not a DICOM file (.txt)": 1,
+        "not a DICOM file (.nrrd)": 1,
+        "not a DICOM file (of another kind)": 2,
+        "pixel data can't be read": 2,
+        "unknown photometric interpretation": 1,
+    }
+    suffixes = Counter(Path(item.where).suffix for item in drops)
+    assert suffixes == {".txt": 1, ".nrrd": 1, "": 2, ".dcm": 3}
+
+
+def test_slices_whose_cosines_jitter_are_one_volume(tmp_path):
+    for number, tilt in enumerate((0.012499, 0.012501) * 3):
+        cosines = [1, 0, 0, 0, np.sqrt(1 - tilt**2), tilt]
+        place = {"ImageOrientationPatient": cosines, "ImagePositionPatient": [0, 0, 3 * number]}
+        data = dataset(stack()[number], PixelSpacing=[1, 1], **place)
+        save(tmp_path / f"{number}.dcm", data)
+    found = read(options(tmp_path, slices={"axes": ["z"]}))
+    assert [sample.part["slice"] for sample in found] == list(range(6))
+
+
+def test_a_copy_of_a_slice_is_left_out(tmp_path):
+    series(tmp_path, stack())
+    first = sorted(tmp_path.iterdir())[0]
+    shutil.copy(first, tmp_path / f"{first.stem} (1).dcm")
+    dropped, *found = read(options(tmp_path, slices={"axes": ["z"]}))
+    assert dropped.reason == "copy of a file of the same series"
+    assert [sample.part["slice"] for sample in found] == list(range(6))
+    # the same number, but not the same bytes: which of them is right isn't known
+    other = pydicom.dcmread(first)
+    other.InstanceNumber = 5
+    save(tmp_path / f"{first.stem} (1).dcm", other)
+    assert [item.reason for item in read(options(tmp_path))] == [
+        "series with two slices at one place"
     ]
+
+
+def test_nothing_is_cut_across_the_slices_of_a_tilted_gantry(tmp_path):
+    """Each slice is shifted by tan(20 degrees) of its height."""
+    for number in range(6):
+        sine, cosine = np.sin(np.radians(20)), np.cos(np.radians(20))
+        place = {
+            "ImageOrientationPatient": [1, 0, 0, 0, cosine, -sine],
+            "ImagePositionPatient": [0, 0, 3 * number],
+        }
+        save(tmp_path / f"{number}.dcm", dataset(stack()[number], PixelSpacing=[1, 1], **place))
+    assert [sample.part["axis"] for sample in read(options(tmp_path))] == ["z"] * 6
+    (dropped,) = read(options(tmp_path, slices={"axes": ["x"]}))
+    assert dropped.reason == "uneven or tilted series cut across its slices"
+
+
+def test_no_damage_ends_a_job(tmp_path):
+    """Random bytes of real files, compressed and not, and of their headers."""
+    draw = np.random.default_rng(0)
+    reasons: Counter[str] = Counter()
+    names = ("CT_small.dcm", "MR_small_RLE.dcm", "MR_small_jpeg_ls_lossless.dcm", "rtstruct.dcm")
+    for name in names:
+        whole = Path(get_testdata_file(name, download=False)).read_bytes()
+        for number in range(25):
+            damaged = bytearray(whole)
+            end = len(whole) if number % 2 else min(len(whole), 3000)
+            for at in draw.integers(132, end, 4):
+                damaged[at] = draw.integers(256)
+            (tmp_path / "a.dcm").write_bytes(damaged)
+            for found in read(options(tmp_path)):
+                reasons["image" if isinstance(found, Sample) else found.reason] += 1
+    assert {"image", "DICOM file that is damaged", "pixel data can't be read"} <= set(reasons)
+
+
+def test_a_changed_type_of_a_value_drops_its_file_alone(tmp_path):
+    save(tmp_path / "good.dcm", dataset(stack()[0]))
+    save(tmp_path / "bad.dcm", dataset(stack()[1], Modality="CT"))
+    bad = (tmp_path / "bad.dcm").read_bytes()
+    # (0028,0002) SamplesPerPixel US -> a type that there isn't
+    (tmp_path / "bad.dcm").write_bytes(bad.replace(b"\x28\0\2\0US", b"\x28\0\2\0Q\xf3"))
+    dropped, sample = read(options(tmp_path))
+    assert isinstance(sample, Sample)
+    assert isinstance(dropped, Drop)

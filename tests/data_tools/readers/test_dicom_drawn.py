@@ -1,0 +1,327 @@
+"""SEG and RTSTRUCT on the images' own pixels, and what is lost where they don't fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset
+
+from data_tools.readers import dicom
+from tests import medical_files as made
+from tests.data_tools.readers.sets import read_units
+from tests.data_tools.readers.test_dicom import options
+
+PLACES = (0, 2, 4, 6)
+ANY = "*"
+
+
+def axial(places=PLACES, **elements) -> list[Dataset]:
+    """Slices of 8 rows and 6 columns of 1 mm, from (-10, -20); all of them differ."""
+    draw = np.random.default_rng(0)
+    return [
+        made.dicom(
+            draw.integers(0, 900, (8, 6)).astype(np.int16),
+            position=(-10, -20, place),
+            InstanceNumber=number,
+            StudyInstanceUID="1.2",
+            **elements,
+        )
+        for number, place in enumerate(places)
+    ]
+
+
+def region(row: int = 2, column: int = 1, *, value: int = 1) -> np.ndarray:
+    """Two rows and three columns without a symmetry of the grid."""
+    values = np.zeros((8, 6), np.uint8)
+    values[row : row + 2, column : column + 3] = value
+    return values
+
+
+EXPECTED = region().astype(bool)
+
+
+def at(place: float, x: float = -10, y: float = -20, **others) -> dict:
+    return {"ImagePositionPatient": [x, y, place], **others}
+
+
+def found_in(root: Path, slices, *drawn, **keys):
+    """Masks by label and slice, the reasons of drops, and the labels that are lost."""
+    for number, data in enumerate([*slices, *drawn]):
+        made.save(data, root / f"{number}.dcm")
+    chosen = {"slices": {"axes": ["z"], "keep": "all"}, "window": "slice"} | keys
+    samples, drops, lacking = read_units(dicom, options(root, **chosen))
+    masks = {
+        (item.label, sample.part.get("slice", 0)): item.mask
+        for sample in samples
+        for item in sample.annotations
+    }
+    return masks, sorted({drop.reason for drop in drops}), set().union(*map(set, lacking))
+
+
+# --- SEG ---
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: made.seg([(1, region())], places=[at(4)]),
+        # rows and columns run the other way
+        lambda s: made.seg(
+            [(1, region()[::-1, ::-1])],
+            places=[at(4, -5, -13, ImageOrientationPatient=[-1, 0, 0, 0, -1, 0])],
+        ),
+        # rows are columns
+        lambda s: made.seg(
+            [(1, np.ascontiguousarray(region().T))],
+            places=[at(4, ImageOrientationPatient=[0, 1, 0, 1, 0, 0])],
+        ),
+        # cut out of the grid, and a piece beyond it
+        lambda s: made.seg([(1, region()[1:, 1:])], places=[at(4, -9, -19)]),
+        lambda s: made.seg([(1, np.pad(region(), 3))], places=[at(4, -13, -23)]),
+        # no place, but a reference; no series, but an image
+        lambda s: made.seg([(1, region())], refer_to=[s[2].SOPInstanceUID]),
+        lambda s: made.seg([(1, region())], refer_to=[s[2].SOPInstanceUID], of_series=""),
+        lambda s: made.seg(
+            [(1, region(value=1))],
+            labels={1: "tumour"},
+            places=[at(4)],
+            SegmentationType="LABELMAP",
+        ),
+        lambda s: made.seg(
+            [(1, region(value=200))],
+            places=[at(4)],
+            SegmentationType="FRACTIONAL",
+            MaximumFractionalValue=255,
+        ),
+        # written from a binary mask
+        lambda s: made.seg(
+            [(1, region())],
+            places=[at(4)],
+            SegmentationType="FRACTIONAL",
+            MaximumFractionalValue=255,
+        ),
+    ],
+)
+def test_a_segment_lies_on_the_pixels_of_its_slice(tmp_path, make):
+    slices = axial()
+    masks, reasons, lost = found_in(tmp_path, slices, make(slices))
+    # axial slices are shown as they are stored
+    assert list(masks) == [("tumour", 2)]
+    assert np.array_equal(masks["tumour", 2], EXPECTED)
+    assert (reasons, lost) == ([], set())
+
+
+def test_frames_across_the_slices_are_put_on_them(tmp_path):
+    """A sagittal frame of x = -9: its columns run along y, its rows along z, downwards."""
+    values = np.zeros((4, 8), np.uint8)
+    values[1, 2:4] = 1
+    place = at(6, -9, -20, ImageOrientationPatient=[0, 1, 0, 0, 0, -1], PixelSpacing=[2, 1])
+    masks, reasons, _ = found_in(tmp_path, axial(), made.seg([(1, values)], places=[place]))
+    expected = np.zeros((8, 6), bool)
+    expected[2:4, 1] = True
+    assert (list(masks), reasons) == ([("tumour", 2)], [])
+    assert np.array_equal(masks["tumour", 2], expected)
+
+
+OTHER = "segmentation on another grid than its images"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "lost"),
+    [
+        # half a pixel, half a slice, other pixels, a reference to another slice, neither of both
+        (lambda s: made.seg([(1, region())], places=[at(4, -10.5)]), OTHER, "tumour"),
+        (lambda s: made.seg([(1, region())], places=[at(5)]), OTHER, "tumour"),
+        (lambda s: made.seg([(1, region())], places=[at(4, PixelSpacing=[2, 2])]), OTHER, "tumour"),
+        (
+            lambda s: made.seg([(1, region())], places=[at(4)], refer_to=[s[1].SOPInstanceUID]),
+            OTHER,
+            "tumour",
+        ),
+        (lambda s: made.seg([(1, region())]), OTHER, "tumour"),
+        # every second slice only
+        (lambda s: made.seg([(1, region())] * 2, places=[at(0), at(4)]), OTHER, "tumour"),
+        # probabilities, none of one half
+        (
+            lambda s: made.seg(
+                [(1, region(value=80))],
+                places=[at(4)],
+                SegmentationType="FRACTIONAL",
+                MaximumFractionalValue=255,
+            ),
+            "segmentation of fractions under one half",
+            "tumour",
+        ),
+        (
+            lambda s: made.seg([(1, region())], labels={1: ""}, places=[at(4)]),
+            "structure whose label is missing or names somebody",
+            ANY,
+        ),
+        (
+            lambda s: made.seg([(1, region())], labels={1: "Erika left"}, places=[at(4)]),
+            "structure whose label is missing or names somebody",
+            ANY,
+        ),
+        (
+            lambda s: made.seg([(1, region())], places=[at(4)], PixelData=b"\0\0"),
+            "pixel data can't be read",
+            "tumour",
+        ),
+        (
+            lambda s: made.seg([(1, region())], places=[at(4)], of_series="9.9"),
+            "segmentation of other images of the study",
+            "tumour",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_lost_with_its_label(tmp_path, make, reason, lost):
+    slices = axial()
+    segmentation = make(slices)
+    segmentation.StudyInstanceUID = "1.2"
+    if reason.startswith("pixel"):
+        segmentation.PixelData = b"\0\0"
+    masks, reasons, lacking = found_in(tmp_path, slices, segmentation)
+    assert not masks
+    assert reason in reasons
+    assert lacking == {lost}
+
+
+@pytest.mark.parametrize("keys", [{}, {"volumes": False}])
+def test_single_images_have_their_segments(tmp_path, keys):
+    """One slice; and a projection, which has no place in the body."""
+    (one,) = axial([4])
+    masks, *_ = found_in(tmp_path, [one], made.seg([(1, region())], places=[at(4)]), **keys)
+    assert np.array_equal(masks["tumour", 0], EXPECTED)
+    plain = made.dicom(np.arange(48, dtype=np.int16).reshape(8, 6), Modality="DX")
+    (tmp_path / "b").mkdir()
+    drawn = made.seg([(1, region())], refer_to=[plain.SOPInstanceUID])
+    masks, *_ = found_in(tmp_path / "b", [plain], drawn, **keys)
+    assert np.array_equal(masks["tumour", 0], EXPECTED)
+
+
+def test_slices_that_are_read_one_by_one_have_their_own_segments_alone(tmp_path):
+    slices = axial()
+    segmentation = made.seg([(1, region())], places=[at(4)])
+    for number, data in enumerate([*slices, segmentation]):
+        made.save(data, tmp_path / f"{number}.dcm")
+    samples, drops, _ = read_units(dicom, options(tmp_path, volumes=False))
+    assert [len(sample.annotations) for sample in samples] == [0, 0, 1, 0]
+    assert not drops
+
+
+def test_a_series_is_incomplete_for_what_is_drawn_on_another_of_its_study(tmp_path):
+    other = axial(series="1.2.4")
+    segmentation = made.seg([(1, region())], places=[at(4)], StudyInstanceUID="1.2")
+    for number, data in enumerate([*axial(), *other, segmentation]):
+        made.save(data, tmp_path / f"{number}.dcm")
+    chosen = options(tmp_path, slices={"axes": ["z"]}, window="slice")
+    samples, drops, lacking = read_units(dicom, chosen)
+    assert {
+        bool(sample.annotations): labels for sample, labels in zip(samples, lacking, strict=True)
+    } == {
+        True: (),
+        False: ("tumour",),
+    }
+    assert [drop.reason for drop in drops] == ["segmentation of other images of the study"]
+
+
+# --- RTSTRUCT ---
+
+
+def square(place: float, x1: int, y1: int, x2: int, y2: int, **others) -> dict:
+    """Through the centres of the corner pixels."""
+    corners = ((x1, y1), (x2, y1), (x2, y2), (x1, y2))
+    return {"points": [(x - 10, y - 20, place) for x, y in corners], **others}
+
+
+def filled(*boxes: tuple[int, int, int, int], hole: tuple[int, int, int, int] | None = None):
+    mask = np.zeros((8, 6), bool)
+    for x1, y1, x2, y2 in boxes:
+        mask[y1 : y2 + 1, x1 : x2 + 1] = True
+    if hole:
+        x1, y1, x2, y2 = hole
+        mask[y1 : y2 + 1, x1 : x2 + 1] = False
+    return mask
+
+
+OUTER, INNER, BESIDE = (0, 0, 4, 6), (1, 2, 3, 4), (3, 5, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("contours", "expected"),
+    [
+        ([square(4, *OUTER), square(4, *INNER)], filled(OUTER, hole=INNER)),
+        ([square(4, *INNER), square(4, *OUTER)], filled(OUTER, hole=INNER)),
+        ([square(4, *OUTER), square(4, *BESIDE)], filled(OUTER, BESIDE)),
+        ([square(4, *OUTER), square(4, *OUTER)], filled(OUTER)),
+        (
+            [square(4, *box, kind="CLOSEDPLANAR_XOR") for box in (OUTER, INNER)],
+            filled(OUTER, hole=INNER),
+        ),
+        ([square(4, *INNER, kind="INTERPOLATED_PLANAR")], filled(INNER)),
+        # beyond the image's edge, and in slices that the series hasn't
+        ([square(4, -9, -9, 2, 3), square(40, *OUTER)], filled((0, 0, 2, 3))),
+    ],
+)
+def test_contours_that_bound_a_region(tmp_path, contours, expected):
+    masks, reasons, lost = found_in(tmp_path, axial(), made.structure_set({"liver": contours}))
+    assert (list(masks), reasons, lost) == ([("liver", 2)], [], set())
+    assert np.array_equal(masks["liver", 2], expected)
+
+
+NO_REGION = "contour that bounds no region"
+
+
+@pytest.mark.parametrize(
+    ("contours", "reason"),
+    [
+        ([square(4, *INNER, kind="OPEN_PLANAR")], NO_REGION),
+        ([square(4, *INNER, kind="OPEN_NONPLANAR")], NO_REGION),
+        ([{"points": [(0, 0, 4)], "kind": "POINT"}], NO_REGION),
+        ([square(4, *INNER, kind="SOMETHING")], NO_REGION),
+        ([square(4, *INNER) | {"points": [(0, 0, 4)]}], NO_REGION),
+        ([square(5, *INNER)], OTHER),
+        ([square(4, *INNER, on="slice 1")], OTHER),
+        ([], "structure without contours"),
+    ],
+)
+def test_contours_that_are_lost_with_their_label(tmp_path, contours, reason):
+    slices = axial()
+    for contour in contours:
+        if "on" in contour:
+            contour["on"] = slices[1].SOPInstanceUID
+    both = {"liver": contours, "spleen": [square(2, *INNER)]}
+    masks, reasons, lost = found_in(tmp_path, slices, made.structure_set(both))
+    assert (list(masks), reasons, lost) == ([("spleen", 1)], [reason], {"liver"})
+
+
+def test_contours_of_uneven_slices_lie_on_their_own(tmp_path):
+    slices = axial([0, 3, 6, 9, 12, 18, 24])
+    drawn = [square(12, *INNER, on=slices[4].SOPInstanceUID), square(18, *OUTER)]
+    masks, reasons, lost = found_in(tmp_path, slices, made.structure_set({"lesion": drawn}))
+    assert (list(masks), reasons, lost) == ([("lesion", 4), ("lesion", 5)], [], set())
+
+
+def test_the_segments_of_a_real_file_are_those_that_highdicom_reads(shared_data):
+    import highdicom
+
+    from data_tools.readers.dicom_drawn import masks_of, open_drawn
+    from data_tools.records import Drops
+    from gmai_xtuner.core.imaging.dicom import header_of, open_dataset
+    from gmai_xtuner.core.imaging.dicom_stacks import stack_of
+
+    folder = shared_data / "dicom_samples/dicomdirtests/77654033/CT2"
+    stack = stack_of([header_of(open_dataset(path)) for path in sorted(folder.iterdir())])
+    for path in sorted((shared_data / "dicom_seg_highdicom").glob("seg_image_ct*.dcm")):
+        data = open_drawn(path)
+        theirs = highdicom.seg.Segmentation.from_dataset(data).get_pixels_by_source_instance(
+            [plane.instance for plane in stack.planes],
+            assert_missing_frames_are_empty=True,
+        )
+        ours = masks_of(data, stack.planes, stack, drops := Drops(), "")
+        assert not drops.found
+        assert any(mask.any() for _, mask in ours)
+        for at, (_, mask) in enumerate(ours):
+            assert np.array_equal(mask, theirs[..., at] > 0)
