@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from data_tools.preprocess.rules import resolve
 from data_tools.preprocess.volumes import pack
-from data_tools.readers.dicom_drawn import ANYTHING, Mask, labels_of, masks_of, open_drawn
+from data_tools.readers.dicom_drawn import Mask, labels_of, masks_of, open_drawn
 from data_tools.readers.dicom_headers import (
     ATTRIBUTES,
     DIRECTORY,
@@ -40,7 +40,7 @@ from data_tools.readers.dicom_volumes import ENHANCED, load_slices, scale_of
 from data_tools.readers.file_rows import FileRow, RowColumns, read_rows
 from data_tools.readers.files import IMAGE_SUFFIXES, file_of, files, folder_of
 from data_tools.readers.volume_samples import FileWindow, Origin, VolumeOptions, samples
-from data_tools.records import Annotation, Drops, Sample, Unit
+from data_tools.records import ANYTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.dicom import (
     DAMAGED,

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from data_tools.readers.dicom_headers import SEGMENTATION
-from data_tools.records import Drops
+from data_tools.records import ANYTHING, Drops
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.dicom import (
     Header,
@@ -48,8 +48,6 @@ OFF_SLICE = 0.25
 # INTERPOLATED_PLANAR is what OsiriX and Horos call closed contours between those that somebody drew.
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "INTERPOLATED_PLANAR")
 OPEN = ("POINT", "OPEN_PLANAR", "OPEN_NONPLANAR")
-
-ANYTHING = "*"  # lost: any label
 
 Mask = tuple[str, np.ndarray]
 """Label, bool ``[image, row, column]``."""

@@ -9,12 +9,12 @@ import pytest
 from pydicom.dataset import Dataset
 
 from data_tools.readers import dicom
+from data_tools.records import ANYTHING
 from tests import medical_files as made
 from tests.data_tools.readers.sets import read_units
 from tests.data_tools.readers.test_dicom import options
 
 PLACES = (0, 2, 4, 6)
-ANY = "*"
 
 
 def axial(places=PLACES, **elements) -> list[Dataset]:
@@ -157,12 +157,12 @@ OTHER = "segmentation on another grid than its images"
         (
             lambda s: made.seg([(1, region())], labels={1: ""}, places=[at(4)]),
             "structure whose label is missing or names somebody",
-            ANY,
+            ANYTHING,
         ),
         (
             lambda s: made.seg([(1, region())], labels={1: "Erika left"}, places=[at(4)]),
             "structure whose label is missing or names somebody",
-            ANY,
+            ANYTHING,
         ),
         (
             lambda s: made.seg([(1, region())], places=[at(4)], PixelData=b"\0\0"),
