@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, lru_cache
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from mmengine.logging import print_log
 
 from gmai_xtuner.core.errors import GMAIError, MixtureError
 from gmai_xtuner.core.exclusion import Exclusion, Exclusions
@@ -144,7 +146,23 @@ class DataPlan:
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
         self.folder = Path(self.cache_dir).absolute() / "plans" / key
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_what_is_cut_off()
         self._make("samples", "draw the samples", self._draw)
+
+    def _remove_what_is_cut_off(self) -> None:
+        """Let a plan of which a file is not whole be made anew: it is the same again."""
+        if any(map(_is_cut_off, self.folder.iterdir())):
+            with locked(self.folder / ".lock", "mend the plan"):
+                cut = sorted(file.name for file in self.folder.iterdir() if _is_cut_off(file))
+                for file in self.folder.iterdir() if cut else ():
+                    if file.suffix in (".npy", ".json"):
+                        file.unlink()
+            if cut:
+                print_log(
+                    f"{self.folder}: {', '.join(cut)} cut off or damaged. The plan is made anew",
+                    "current",
+                    logging.WARNING,
+                )
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -313,6 +331,19 @@ def _rows_of(exclusion: Exclusion, cache: Path) -> tuple[np.ndarray, Exclusion]:
         has_image = before[offsets[1:]] > before[offsets[:-1]]
         parts.append(by_id.to_numpy(zero_copy_only=False) | has_image)
     return np.concatenate(parts), Exclusion(frozenset(found_ids), frozenset(found_images))
+
+
+def _is_cut_off(file: Path) -> bool:
+    try:
+        if file.suffix == ".npy":
+            np.load(file, mmap_mode="r")
+        elif file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:  # a process beside this one has replaced it
+        return False
+    except (OSError, ValueError, EOFError):
+        return True
+    return False
 
 
 @lru_cache(maxsize=4)

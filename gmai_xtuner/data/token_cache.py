@@ -37,7 +37,14 @@ from mmengine.logging import print_log
 from tqdm import tqdm
 
 from gmai_xtuner.core.errors import DataError
-from gmai_xtuner.core.files import keep_first, locked, remove_left_behind, replace_text, staging
+from gmai_xtuner.core.files import (
+    delete,
+    keep_first,
+    locked,
+    remove_left_behind,
+    replace_text,
+    staging,
+)
 from gmai_xtuner.core.mixture import DatasetEntry
 from gmai_xtuner.data.bad_records import (
     BAD_LIST,
@@ -135,7 +142,7 @@ def open_cache(
         folder.parent.mkdir(parents=True, exist_ok=True)
         asked = time.time()
         with locked(Path(f"{folder}.lock"), f"tokenise {entry.name}"):
-            if (found := _first_folder(places)) is None:
+            if (found := _first_folder(places, remove_cut_off=True)) is None:
                 if options.on_bad_sample == "raise":
                     raise_again_if_found_since(asked, bad_folder(folder))
                 job = TokenizeJob(entry, tokenizer, options)
@@ -147,8 +154,35 @@ def _key(ingredients: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _first_folder(places: Sequence[Path]) -> Path | None:
-    return next((place for place in places if place.is_dir()), None)
+def _first_folder(places: Sequence[Path], *, remove_cut_off: bool = False) -> Path | None:
+    """Return the first cache that is there, if it is whole; what is cut off may go, to be built anew."""
+    for place in places:
+        if not place.is_dir():
+            continue
+        if (problem := what_is_cut_off(place)) is None:
+            return place
+        if not remove_cut_off:
+            return None
+        print_log(f"{problem}. The cache is built anew", "current", logging.WARNING)
+        delete(place)
+    return None
+
+
+def what_is_cut_off(folder: Path) -> str | None:
+    """Return which file of a cache is not whole, and how; ``None`` if all are. Reads no rows."""
+    file = folder / "meta.json"
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        file = folder / "counts.npy"
+        rows = len(np.load(file, mmap_mode="r"))
+        file = folder / "tokens.arrow"
+        with pa.memory_map(str(file)) as source, pa.ipc.open_file(source) as reader:
+            batches = reader.num_record_batches
+    except (OSError, ValueError, EOFError) as error:
+        return f"{file} is cut off or damaged ({error})"
+    if (rows, batches) != (meta.get("kept"), len(meta.get("batch_starts", ()))):
+        return f"{folder} has {rows} rows in {batches} batches, not what its meta.json says"
+    return None
 
 
 def open_caches(
@@ -199,13 +233,17 @@ def file_sha256(path: Path, cache_dir: str | Path) -> str:
     ).hexdigest()
     note = Path(cache_dir) / "hashes" / name
     note.parent.mkdir(parents=True, exist_ok=True)
-    if not note.is_file():
+    if not _is_digest(note):
         with locked(note.with_suffix(".lock"), f"read {path.name}"):
-            if not note.is_file():
+            if not _is_digest(note):
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 replace_text(note, digest)
     return note.read_text()
+
+
+def _is_digest(note: Path) -> bool:
+    return note.is_file() and note.stat().st_size == 64
 
 
 def _build(

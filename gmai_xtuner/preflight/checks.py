@@ -33,7 +33,7 @@ from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.memory import GIB
 from gmai_xtuner.preflight.parameters import PartCount, build_on_meta
 from gmai_xtuner.preflight.run_config import RunConfig
-from gmai_xtuner.train.start import setting_problems
+from gmai_xtuner.train.start import check_something_learns, setting_problems
 
 
 def check_options(run: RunConfig, findings: Findings) -> None:
@@ -81,7 +81,9 @@ def check_excluded(plan: DataPlan, findings: Findings) -> None:
 
 
 def check_amount(run: RunConfig, data: DataSummary, findings: Findings) -> None:
-    """Whether there is enough data for a step and for all GPUs."""
+    """Whether there is enough data for a step and for all GPUs, and something to learn from it."""
+    with findings.catch("data"):
+        check_something_learns(run.cfg.model, data.images)
     if data.packs < data.packs_per_step:
         findings.warn(
             "data",

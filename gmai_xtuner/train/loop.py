@@ -28,7 +28,7 @@ from gmai_xtuner.train.resume import (
     restore_rank_state,
 )
 from gmai_xtuner.train.signals import guard_workers
-from gmai_xtuner.train.start import NO_DEEPSPEED
+from gmai_xtuner.train.start import NO_DEEPSPEED, check_something_learns
 from gmai_xtuner.train.status import Run, failure_recorded
 
 DATA_ORDER = "gmai_data_order"
@@ -88,6 +88,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
             # Not IterBasedTrainLoop's own: it would start the workers on the first batches at once, which
             # a resumed run does not want.
             BaseLoop.__init__(self, runner, dataloader)
+            plan = self.dataloader.dataset.plan.epoch(0)
+            check_something_learns(runner.cfg.model, plan.total("images").sum())
         sampler = self.dataloader.batch_sampler
         if not isinstance(sampler, MicroBatchSampler):
             raise GMAIError(

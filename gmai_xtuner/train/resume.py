@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_gather_object, get_rank
+from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner
 
@@ -85,7 +85,8 @@ def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
         the checkpoint; ``None`` if the run begins at the beginning.
 
     Raises:
-        GMAIError: the checkpoint that was named is not whole, or another work dir has none.
+        GMAIError: the checkpoint that was named is not whole or of another layout, or another work dir has
+            none.
     """
     own = Path(os.path.abspath(runner.work_dir))
     tidy_up(own)
@@ -103,9 +104,38 @@ def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
         print_log(f"No checkpoint in {own} yet: beginning at the beginning", logger="current")
         runner._resume, runner._load_from = False, None
     else:
+        check_layout(found, runner)
         print_log(f"Going on from {found}", logger="current")
         runner._resume, runner._load_from = True, str(found)
     return found
+
+
+def check_layout(checkpoint: Path, runner: FlexibleRunner) -> None:
+    """Check that a checkpoint's shards are those of this run's ranks, ZeRO stage and precision.
+
+    Raises:
+        GMAIError: they are not; DeepSpeed would say so in its own way, when all weights are loaded.
+    """
+    file = next(iter(sorted(checkpoint.glob("*_model_states.pt"))), None)
+    if file is None:
+        return
+    state = read_training_state(file, mmap=True)
+    before, now = state.get("ds_config") or {}, runner.strategy.config
+    pairs = {
+        "GPUs": (state.get("dp_world_size"), get_world_size()),
+        "ZeRO stage": tuple(c.get("zero_optimization", {}).get("stage", 0) for c in (before, now)),
+        "bf16": tuple(bool(c.get("bf16", {}).get("enabled")) for c in (before, now)),
+    }
+    changed = [
+        f"{name}: {old} -> {new}"
+        for name, (old, new) in pairs.items()
+        if old not in (None, new) and (before or name == "GPUs")
+    ]
+    if changed:
+        raise GMAIError(
+            f"this run can't go on from {checkpoint}: {', '.join(changed)}. Resume with as many GPUs and the "
+            "--deepspeed that it began with, or start a new run from its weights (model.pretrained_pth)"
+        )
 
 
 def _named_checkpoint(checkpoint: Path) -> Path:

@@ -114,6 +114,24 @@ def check_device(llm: Mapping[str, Any]) -> None:
     )
 
 
+def check_something_learns(model: Mapping[str, Any], images: float) -> None:
+    """Check that an epoch has an image, where nothing learns from text.
+
+    Args:
+        model: of the config.
+        images: of all packs of an epoch.
+
+    Raises:
+        GMAIError: only the vision path learns, and it never sees an image.
+    """
+    if not images and model.get("freeze_llm") and not model.get("llm_lora"):
+        raise GMAIError(
+            "none of the conversations has an image, and the language model is frozen: nothing would learn. "
+            "Take a mixture with images for this stage (ratio above 0), or train the language model "
+            "(stage 3, model.freeze_llm=False)"
+        )
+
+
 def setting_problems(cfg: Any, options: Mapping[str, Any] | None) -> list[str]:
     """Return a sentence for each setting with which a run would be another than its config says."""
     from gmai_xtuner.train.unread import unread_settings

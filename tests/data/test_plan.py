@@ -13,7 +13,7 @@ import pytest
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data import plan as plan_module
-from gmai_xtuner.data.plan import TOTALS, DataPlan
+from gmai_xtuner.data.plan import TOTALS, DataPlan, _open_epoch
 from tests.data.conftest import run_at_once
 from tests.data.test_held_out import write_cache
 
@@ -181,6 +181,19 @@ def test_whatever_the_plan_depends_on_makes_another_one(tmp_path, change):
     }
     assert build().folder == build().folder
     assert build().folder != build(**{change: changed[change]}).folder
+
+
+def test_a_plan_of_which_a_file_is_cut_off_is_made_anew(tmp_path):
+    plan = toy_plan(tmp_path)
+    plan.epoch(1)
+    whole = {path.name: path.read_bytes() for path in plan.folder.glob("*.npy")}
+    assert len(whole) >= 6
+    for name, content in whole.items():
+        (plan.folder / name).write_bytes(content[: len(content) // 2])
+        _open_epoch.cache_clear()
+        again = toy_plan(tmp_path)
+        again.epoch(1)
+        assert (plan.folder / name).read_bytes() == content
 
 
 def test_pickled_plan_reads_the_same_files(tmp_path):

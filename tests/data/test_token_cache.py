@@ -53,6 +53,19 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("name", ["tokens.arrow", "counts.npy", "meta.json"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_cache_of_which_a_file_is_cut_off_is_built_anew(corpus, cached, monkeypatch, name, share):
+    told: list[str] = []
+    monkeypatch.setattr(token_cache, "print_log", lambda text, *_, **__: told.append(text))
+    first = cached(corpus)
+    whole = files_of(first.folder)
+    (first.folder / name).write_bytes(whole[name][: int(share * len(whole[name]))])
+    second = cached(corpus)
+    assert files_of(second.folder) == whole
+    assert f"{name} is cut off or damaged" in "".join(told)
+
+
 # --- what is in it --------------------------------------------------------------------------------
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train.resume import (
+    check_layout,
     preserved_random_state,
     random_state,
     set_random_state,
@@ -59,3 +62,30 @@ def test_cuda_draws_the_same_again():
 def test_a_state_with_cuda_is_taken_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     set_random_state({**random_state(), "cuda": torch.zeros(16, dtype=torch.uint8)})
+
+
+def state_of(folder, world_size: int, stage: int, bf16: bool) -> None:
+    settings = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
+    state = {"dp_world_size": world_size, "ds_config": settings}
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ((1, 2, True), None),
+        ((4, 2, True), "GPUs: 4 -> 1. "),
+        ((1, 3, True), "ZeRO stage: 3 -> 2. "),
+        ((4, 2, False), "GPUs: 4 -> 1, bf16: False -> True. "),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_refused_before_it_is_loaded(tmp_path, written, told):
+    config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    runner = SimpleNamespace(strategy=SimpleNamespace(config=config))
+    state_of(tmp_path / "iter_2.pth", *written)
+    if told is None:
+        check_layout(tmp_path / "iter_2.pth", runner)
+    else:
+        with pytest.raises(GMAIError, match=f"can't go on from .*iter_2.pth: {told}Resume with"):
+            check_layout(tmp_path / "iter_2.pth", runner)

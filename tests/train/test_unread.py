@@ -8,7 +8,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
-from gmai_xtuner.train.start import setting_problems
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train.start import check_something_learns, setting_problems
 from gmai_xtuner.train.unread import HABITS, arguments_of, unread_settings
 
 FOLDER = Path(__file__).parents[2] / "configs" / "gmai_vl"
@@ -155,3 +156,20 @@ def test_a_class_of_the_users_own_that_takes_anything_tells_nothing():
             pass
 
     assert arguments_of(Mine) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "stops"),
+    [
+        ({"freeze_llm": True}, 0, True),
+        ({"freeze_llm": True}, 1, False),
+        ({"freeze_llm": False}, 0, False),
+        ({"freeze_llm": True, "llm_lora": {"r": 8}}, 0, False),
+    ],
+)
+def test_text_alone_teaches_a_frozen_language_model_nothing(model, images, stops):
+    if stops:
+        with pytest.raises(GMAIError, match="nothing would learn"):
+            check_something_learns(model, images)
+    else:
+        check_something_learns(model, images)
