@@ -78,7 +78,7 @@ def test_steps_validations_and_denominators_of_a_run():
     batch_sampler = Sampler()
     batch_sampler.steps_after = lambda iterations: iterations // 5 * 3 + iterations % 5 // 2
     batch_sampler.set_position = lambda epoch, start: positions.append((epoch, start))
-    batch_sampler.denominator = lambda epoch, position: 10 * epoch + position
+    batch_sampler.loss_denominator = lambda epoch, position: 10 * epoch + position
 
     class Loader:
         def __iter__(self):
