@@ -243,19 +243,34 @@ class Predictor:
             ValueError: marks and images of a prompt differ in number.
             PromptTooLong: a prompt leaves no position to answer at.
         """
+        found = self.generate_batch_with_ends(
+            prompts, max_new_tokens=max_new_tokens, sampling=sampling
+        )
+        return [text for text, _ in found]
+
+    @torch.no_grad()
+    def generate_batch_with_ends(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> list[tuple[str, bool]]:
+        """Do as :meth:`generate_batch`, and tell of each answer whether it was cut."""
         if not prompts:
             return []
         embeds = self._embed_all(
             [self.encode(prompt) for prompt in prompts], [prompt.images for prompt in prompts]
         )
-        answers = [""] * len(prompts)
+        answers = [("", True)] * len(prompts)
         _seed(sampling)
         for room, numbers in self._by_room(embeds, max_new_tokens).items():
             output = self.model.llm.generate(
                 **self._padded([embeds[number] for number in numbers], room), **sampling.arguments()
             )
             for number, ids in zip(numbers, output, strict=True):
-                answers[number] = self._decode(ids)
+                is_cut = not set(self.stop_ids) & set(ids.tolist())
+                answers[number] = (self._decode(ids), is_cut)
         return answers
 
     def stream(

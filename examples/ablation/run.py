@@ -131,6 +131,10 @@ class Ablation:
             str(self.work_dir / "evaluation" / name),
             "--name",
             f"{name} the generated corpus",
+            "--max-new-tokens",
+            "64",
+            "--max-unread",
+            "1",
             *limit,
         ]
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import os
 import queue
 import random
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -31,13 +33,37 @@ from gmai_xtuner.core.errors import EndpointError
 
 NO_KEY = "EMPTY"
 """Sent where a server needs no key, as vLLM and its like expect it."""
+DEFAULT_KEY = "OPENAI_API_KEY"
 NO_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 """Codes of a 429 that no waiting mends."""
+_SAID = 10_000
+"""Bytes of a reply that are looked at for a message: a key cut in two could not be found in it."""
 BURST = 1.0
 """Seconds of its rate that a pace may fall behind and catch up with."""
 
 Input = TypeVar("Input")
 Result = TypeVar("Result")
+
+
+def key_of(variable: str | None) -> str | None:
+    """Return the key that an environment variable holds, without spaces and line ends around it.
+
+    Args:
+        variable: its name; None: :data:`DEFAULT_KEY`, which may be unset.
+
+    Raises:
+        EndpointError: the named variable is not set, or no header can carry what it holds.
+    """
+    key = os.environ.get(variable or DEFAULT_KEY, "").strip()
+    if variable and not key:
+        raise EndpointError(
+            f"the environment variable {variable} holds no key: set it, or name another"
+        )
+    if not (key.isascii() and key.isprintable() and len(key.split()) < 2):
+        raise EndpointError(
+            f"the environment variable {variable or DEFAULT_KEY} holds no key: one word of ASCII was expected"
+        )
+    return key or None
 
 
 class ServerFault(Exception):
@@ -90,9 +116,9 @@ class ChatServer:
         import openai
 
         self.url, self.model, self.timeout = url, model, timeout
-        self._key, self._key_variable = key, key_variable
+        self._key, self._key_variable = key and key.strip(), key_variable
         self._client = openai.AsyncOpenAI(
-            api_key=key or NO_KEY,
+            api_key=self._key or NO_KEY,
             base_url=url,
             max_retries=0,
             timeout=timeout,
@@ -131,7 +157,7 @@ class ChatServer:
             if not isinstance(choices, list) or ("error" in values and not choices):
                 raise ValueError("no list of choices")
         except (ValueError, AttributeError) as error:
-            said = self.clean(response.content[:300].decode("utf-8", "replace"))
+            said = self.clean(response.content[:_SAID].decode("utf-8", "replace"))
             raise ServerFault("an answer that isn't the API's", said, billed=True) from error
         return dict(values)
 
@@ -159,7 +185,7 @@ class ChatServer:
         try:
             code, message = error_of(json.loads(content))
         except ValueError:
-            code, message = "", content[:300].decode("utf-8", "replace")
+            code, message = "", content[:_SAID].decode("utf-8", "replace")
         message = self.clean(message)
         wait = retry_after(headers)
         if status == 429 and code not in NO_MONEY:
@@ -183,13 +209,31 @@ class ChatServer:
             + advice.get(402 if status == 429 else status, "check the address")
         )
 
+    def redacted(self, text: str) -> str:
+        """Return a text without the key, however a server has quoted it."""
+        if self._key and len(self._key) > 3:
+            for form in (
+                self._key,
+                json.dumps(self._key)[1:-1],
+                urllib.parse.quote(self._key, safe=""),
+            ):
+                text = text.replace(form, "[key]")
+        return text
+
     def clean(self, text: str) -> str:
         """Return a server's words in one line of at most 500 characters, without the key."""
-        if self._key and len(self._key) > 3:
-            text = text.replace(self._key, "[key]")
-        text = " ".join(re.sub(r"\bsk-\S+", "[key]", text).split())[:500]
+        text = " ".join(re.sub(r"\bsk-\S+", "[key]", self.redacted(text)).split())[:500]
         # JSON can carry half a surrogate pair, which no file and no terminal can.
         return text.encode("utf-8", "backslashreplace").decode()
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message, whose content may be a list of parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = (part.get("text") for part in content if isinstance(part, dict))
+        content = "".join(part for part in parts if isinstance(part, str))
+    return content.strip() if isinstance(content, str) else ""
 
 
 def error_of(values: Any) -> tuple[str, str]:

@@ -3,7 +3,8 @@
 A benchmark that can't be read, asked or scored does not stop the others.
 
 Exit status: 0 if every question that was to be asked has an answer and a score; 1 if not, or if it
-failed; 2 if the command line can't be understood; 130 after Ctrl-C.
+failed; 2 if the command line can't be understood; 3 if more answers than ``--max-unread`` allows were cut,
+empty, refused or not understood; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from gmai_xtuner.evaluate import compare
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, make_answerer
 from gmai_xtuner.evaluate.benchmarks import DEFINITIONS, NAMES, BenchmarkError, find_benchmarks
 from gmai_xtuner.evaluate.processes import World, world
+from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS
 from gmai_xtuner.evaluate.results import Result, as_json
 from gmai_xtuner.evaluate.runner import (
     ALL,
@@ -60,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except GMAIError as error:
             print(f"{PROGRAM}: {error}", file=sys.stderr)
             return 1
+        except OSError as error:
+            print(
+                f"{PROGRAM}: {error}. Answers given so far are kept: the same command goes on.",
+                file=sys.stderr,
+            )
+            return 1
         except KeyboardInterrupt:
             print(
                 "\nStopped. Answers given so far are kept: the same command goes on.",
@@ -80,6 +88,7 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
         scorers=tuple(options.scorer),
         limit=options.limit,
         report_questions=options.report_questions,
+        max_new_tokens=options.max_new_tokens,
     )
     results: list[Result] = []
     failures: list[str] = []
@@ -157,7 +166,18 @@ def _report(
         stdout.write(to_markdown(tables) + f"\nAnswers, tables and pages: {out}\n")
     for failure in failures:
         print(f"{PROGRAM}: {failure}", file=sys.stderr)
-    return 0 if complete else 1
+    own: dict[tuple[str, str, str], Result] = {}
+    for result in results:  # the first is by the protocol's own scorer
+        own.setdefault((result.benchmark, result.variant, result.protocol), result)
+    unread = [one for one in own.values() if one.unread_share > options.max_unread]
+    for result in unread:
+        print(
+            f"{PROGRAM}: {result.benchmark} {result.variant} {result.protocol}: "
+            f"{100 * result.unread_share:.1f} % of the answers were cut, empty, refused or not understood, "
+            f"more than --max-unread allows: the score says little. {'; '.join(result.unread)}",
+            file=sys.stderr,
+        )
+    return 1 if failures else 3 if unread else 0 if complete else 1
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
@@ -255,6 +275,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--protocol", metavar="P", help="one or several, or all; see the verb protocols", **several)
     add("--scorer", metavar="S", help="further scorers of the same answers, or all", **several)
     add("--out", type=Path, help="folder of results (default work_dirs/evaluation/<model>)")
+    add(
+        "--max-new-tokens",
+        type=positive_int,
+        metavar="N",
+        help=f"tokens of an answer at the most (default {MAX_NEW_TOKENS}); stored answers are known by it",
+    )
+    unread = "exit with 3 above this share of answers cut, empty, refused or not understood (default 0.1)"
+    add("--max-unread", type=float, default=0.1, metavar="SHARE", help=unread)
     add("--limit", type=positive_int, metavar="N", help="the first N questions of each protocol")
     add(
         "--score-only", action="store_true", help="score stored answers; nothing is asked or loaded"
@@ -275,8 +303,10 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("a model behind an OpenAI-compatible server")
     add = group.add_argument
     add("--endpoint", metavar="URL", help="base URL, e.g. http://localhost:8000/v1")
-    key = "OPENAI_API_KEY"
-    add_api_key_argument(group, "environment variable of the key", default=key)
+    key = "environment variable of {} key (default OPENAI_API_KEY, if it is set)"
+    add_api_key_argument(group, key.format("the"))
+    moved = "address that this server had when its stored answers were given: go on with them"
+    add("--moved-from", metavar="URL", help=moved)
     add("--in-flight", type=positive_int, default=16, help="requests at once (default 16)")
     add("--retries", type=int, default=6, help="of one request (default 6)")
     add("--timeout", type=float, default=300.0, help="seconds for one answer (default 300)")
@@ -286,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--judge", metavar="URL", help="base URL of an OpenAI-compatible server")
     add("--judge-model", metavar="NAME")
     option = "--judge-api-key-env"
-    add_api_key_argument(group, "environment variable of its key", option=option, default=key)
+    add_api_key_argument(group, key.format("its"), option=option)
     return parser
 
 

@@ -1,7 +1,7 @@
 """A model that judges free answers: optional, asked once for each answer, and named in the result.
 
-The rules come first. Only answers that they don't understand, and open answers that they don't count as fully
-right, go to the judge; what it says replaces their score in a result of its own, never in theirs.
+The rules come first. Only answers that they don't understand, and answers to open questions that they don't
+count as fully right, go to the judge; what it says replaces their score in a result of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from dataclasses import replace
 from gmai_xtuner.evaluate.answerers import Answerer
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.results import Scored
+from gmai_xtuner.evaluate.scoring.free_text import is_closed
+from gmai_xtuner.evaluate.scoring.text import clean
 from gmai_xtuner.evaluate.store import Answer, AnswerKey, Job
 
-PROMPT_VERSION = 2
-_LONGEST = 16
+PROMPT_VERSION = 3
+_LONGEST = 2048
+"""Tokens of a verdict at the most: a judge may think before it."""
 _VERDICT = re.compile(r"\b(CORRECT|WRONG)\b", re.IGNORECASE)
 _PROMPT = """You grade an answer to a question about a medical image. You don't see the image; the reference \
 answer is right.
@@ -49,14 +52,17 @@ def apply_verdicts(
     """Replace the scores that the judge was asked about.
 
     Returns:
-        the scores, and the number of replies that are neither verdict: they count as wrong and unparsed.
+        the scores, and the number of replies that are no verdict: there the score of the rules stands.
     """
     result, unclear = list(scored), 0
     for place, job in jobs.items():
-        verdict = verdict_of(replies[job.key].answer)
-        unclear += verdict is None
-        score = Score(1.0 if verdict == "CORRECT" else 0.0, verdict and verdict.lower())
-        result[place] = replace(scored[place], score=score)
+        reply = replies[job.key]
+        verdict = None if reply.problem else verdict_of(reply.answer)
+        if verdict is None:
+            unclear += 1
+        else:
+            score = Score(float(verdict == "CORRECT"), verdict.lower())
+            result[place] = replace(scored[place], score=score)
     return result, unclear
 
 
@@ -65,12 +71,13 @@ def is_open(one: Scored) -> bool:
     question, score = one.question, one.score
     if question.answer is None or score.value is None or not one.answer.answer.strip():
         return False
-    return score.parsed is None or (not question.options and score.value < 1)
+    is_free = not question.options and not is_closed(question)
+    return score.parsed is None or (is_free and score.value < 1)
 
 
 def verdict_of(reply: str) -> str | None:
     """Return ``CORRECT`` or ``WRONG``; None for a reply with neither or both."""
-    said = {word.upper() for word in _VERDICT.findall(reply)}
+    said = {word.upper() for word in _VERDICT.findall(clean(reply))}
     return said.pop() if len(said) == 1 else None
 
 

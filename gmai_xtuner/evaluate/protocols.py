@@ -41,6 +41,8 @@ class Average:
 
 
 MICRO = Average("micro")
+MAX_NEW_TOKENS = 2048
+"""Tokens of an answer at the most: enough for a model that thinks first. Others end long before."""
 VERSION = 2
 """Of all protocols: grows when a question, a prompt or a score changes."""
 
@@ -72,7 +74,6 @@ class Protocol:
         also: names of further scorers that the same stored answers can be scored by.
         averages: the first is the headline.
         table: keys of ``Question.groups`` that the tables are over.
-        max_new_tokens: the longest answer, in tokens.
         questions: which questions count.
         words: the words of the prompt.
     """
@@ -87,7 +88,6 @@ class Protocol:
     also: tuple[str, ...] = ()
     averages: tuple[Average, ...] = (MICRO,)
     table: tuple[str, ...] = ()
-    max_new_tokens: int = 64
     questions: Questions = "all"
     words: Words = "llava"
 
@@ -163,11 +163,13 @@ class Asked:
         protocol: the protocol.
         questions: those that count, in their order; cut by ``--limit``.
         selected: how many there would be without a limit.
+        max_new_tokens: the longest answer.
     """
 
     protocol: Protocol
     questions: tuple[Question, ...]
     selected: int
+    max_new_tokens: int = MAX_NEW_TOKENS
 
     @property
     def name(self) -> str:
@@ -176,12 +178,19 @@ class Asked:
     def jobs(self) -> Iterator[tuple[Question, Job]]:
         """Yield each question with what is asked of a model."""
         for question in self.questions:
-            prompt, limit = self.protocol.prompt(question), self.protocol.max_new_tokens
-            yield question, Job(question.id, prompt, question.images, limit, self.name)
+            prompt = self.protocol.prompt(question)
+            yield (
+                question,
+                Job(question.id, prompt, question.images, self.max_new_tokens, self.name),
+            )
 
 
 def ask_for(
-    protocol: Protocol, questions: Sequence[Question], *, limit: int | None = None
+    protocol: Protocol,
+    questions: Sequence[Question],
+    *,
+    limit: int | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Asked:
     """Return what a protocol asks of a benchmark.
 
@@ -194,7 +203,7 @@ def ask_for(
             f"{protocol.benchmark} ({protocol.variant}) has no question for the protocol {protocol.name!r}: "
             f"{len(questions)} were read"
         )
-    return Asked(protocol, selected[:limit], len(selected))
+    return Asked(protocol, selected[:limit], len(selected), max_new_tokens)
 
 
 CHOICE_ALSO = ("option_letter", "option_text", "vlmevalkit", "huatuogpt")
@@ -262,7 +271,6 @@ def choice_protocol(
     *,
     macro: tuple[str, ...] = (),
     table: tuple[str, ...] = (),
-    max_new_tokens: int = 64,
     words: Words = "llava",
 ) -> Protocol:
     """Return a protocol of a set with options; arguments as of :class:`Protocol`.
@@ -281,7 +289,6 @@ def choice_protocol(
         also=CHOICE_ALSO,
         averages=(MICRO, *(Average("macro", over) for over in macro)),
         table=table or macro,
-        max_new_tokens=max_new_tokens,
         questions="options",
         words=words,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gmai_xtuner.core.errors import EvaluationError
@@ -18,6 +19,14 @@ from gmai_xtuner.evaluate.store import Answer, AnswerKey, Identity
 
 SCORES_FILE = "scores.jsonl"
 RESULT_FILE = "result.json"
+MODELS_DOING = ("cut", "empty", "declined", "refused_by_server")
+"""Reasons by which a question has no answer since the model gave none."""
+_FINDINGS = {
+    "answer_not_an_option": "gold answers are none of the options, so every answer to them is wrong",
+    "duplicate_id": "questions have the id of an earlier one",
+    "answer_disagrees": "gold answers disagree with the gold letter, which counts",
+    "no_verdict": "replies of the judge are no verdict: there the score of the rules stands",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,9 @@ class Result:
         limited: ``--limit`` was given.
         left_out: reason -> questions of the variant that the reader left out; of which protocol
             they would be can't be told.
-        unanswered: reason -> questions without an answer.
+        unanswered: reason -> questions without an answer; see :data:`MODELS_DOING`.
+        findings: what is odd about questions that were asked all the same -> how many.
+        unread: examples of answers that are none or were not understood.
         averages: ``micro`` or ``macro over <group>`` -> number, the headline first.
         groups: key of a group -> its value -> number, in the order of the file.
         source: sha256 of each annotation file by name.
@@ -85,6 +96,14 @@ class Result:
     averages: Mapping[str, Cell]
     groups: Mapping[str, Mapping[str, Cell]] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
+    findings: Mapping[str, int] = field(default_factory=dict)
+    unread: Sequence[str] = ()
+
+    @property
+    def unread_share(self) -> float:
+        """Return the share of answers that were cut, empty, refused or not understood."""
+        none = sum(self.unanswered.get(reason, 0) for reason in MODELS_DOING)
+        return (round(self.headline.unparsed * self.n) + none) / max(1, self.n + none)
 
     @property
     def headline(self) -> Cell:
@@ -102,7 +121,11 @@ class Result:
                 f"{self.variant} were read, whatever protocol they belong to"
             )
         if self.unanswered:
-            problems.append(f"{_counts(self.unanswered)} without an answer")
+            more = " (raise --max-new-tokens)" if "cut" in self.unanswered else ""
+            problems.append(f"{_counts(self.unanswered)} without an answer, not in the score{more}")
+        problems += [
+            f"{count} {_FINDINGS.get(name, name)}" for name, count in self.findings.items()
+        ]
         if self.expected is not None and self.selected != self.expected:
             problems.append(
                 f"the files have {self.selected} questions of this protocol, "
@@ -112,24 +135,25 @@ class Result:
 
     @property
     def complete(self) -> bool:
-        """Tell whether every question that was to be asked has an answer."""
-        return not (self.left_out or self.unanswered)
+        """Tell whether every question that was to be asked was asked, and the model had its say."""
+        return not (self.left_out or set(self.unanswered) - {"cut", "empty", "declined"})
 
 
 def score_all(
     asked: Asked, answers: Mapping[AnswerKey, Answer]
-) -> tuple[list[Scored], list[Question]]:
+) -> tuple[list[Scored], list[tuple[Question, Answer | None]]]:
     """Score what has an answer to exactly the protocol's prompt.
 
     Returns:
-        scored questions in their order, and questions without an answer.
+        scored questions in their order, and questions without an answer; with what came instead, if it was
+        cut, empty or refused.
     """
     scored: list[Scored] = []
-    missing: list[Question] = []
+    missing: list[tuple[Question, Answer | None]] = []
     for question, job in asked.jobs():
         answer = answers.get(job.key)
-        if answer is None:
-            missing.append(question)
+        if answer is None or answer.problem:
+            missing.append((question, answer))
         else:
             score = asked.protocol.score(question, answer.answer)
             scored.append(Scored(question, answer, score))
@@ -144,6 +168,8 @@ def summarise(
     identity: Identity,
     left_out: Mapping[str, int],
     unanswered: Mapping[str, int],
+    findings: Mapping[str, int] = MappingProxyType({}),
+    unread: Sequence[str] = (),
 ) -> Result:
     """Return the numbers of scored questions; arguments as in :class:`Result`.
 
@@ -160,7 +186,7 @@ def summarise(
         scorer=scorer,
         model_name=identity.model_name,
         model=identity.model,
-        generation={**identity.generation, "max_new_tokens": protocol.max_new_tokens},
+        generation={**identity.generation, "max_new_tokens": asked.max_new_tokens},
         n=len(scored),
         selected=asked.selected,
         expected=protocol.expected,
@@ -173,6 +199,8 @@ def summarise(
             for key in protocol.table
         },
         source=dict(identity.source),
+        findings=dict(findings),
+        unread=tuple(unread),
     )
 
 
@@ -221,6 +249,7 @@ def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None
                 "value": one.score.value,
                 "parsed": one.score.parsed,
                 "answer": one.answer.answer,
+                "ended": one.answer.ended,
                 "gold": one.question.answer,
                 "groups": dict(one.question.groups),
             },
@@ -254,6 +283,7 @@ def read_result(folder: Path) -> Result:
             key: {name: _cell(value) for name, value in part.items()}
             for key, part in content["groups"].items()
         }
+        content["unread"] = tuple(content.get("unread", ()))
         return Result(**content)
 
 

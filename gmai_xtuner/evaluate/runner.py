@@ -30,7 +30,8 @@ from gmai_xtuner.evaluate.benchmarks import (
     load_benchmark,
 )
 from gmai_xtuner.evaluate.processes import World
-from gmai_xtuner.evaluate.protocols import Asked, Protocol, ask_for
+from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS, Asked, Protocol, ask_for
+from gmai_xtuner.evaluate.questions import Score
 from gmai_xtuner.evaluate.results import Result, Scored, score_all, summarise, write_result
 from gmai_xtuner.evaluate.store import (
     Answer,
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 ALL = "all"
 SHOWN = 300
 """Questions on a page: with their images about 6 MB."""
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Options:
         scorers: further scorers of the same answers; ``all``: those that the protocol names.
         limit: questions of each protocol at the most; None for all.
         report_questions: questions on each page; 0: no page.
+        max_new_tokens: tokens of an answer at the most; None: of stored answers their own, else the default.
     """
 
     out: Path
@@ -75,6 +78,7 @@ class Options:
     scorers: tuple[str, ...] = ()
     limit: int | None = None
     report_questions: int = SHOWN
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,12 @@ def prepare(
             first.detail,
         )
     asked = tuple(
-        ask_for(protocol, benchmark.questions, limit=options.limit)
+        ask_for(
+            protocol,
+            benchmark.questions,
+            limit=options.limit,
+            max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
+        )
         for protocol in _protocols(benchmark, options)
     )
     for part in asked:
@@ -144,11 +153,13 @@ class Answers:
         store: where the answers lie.
         by_key: the answers, in the first process.
         failed: questions that got none, by id.
+        longest: tokens that stored answers were allowed, where nothing was asked now.
     """
 
     store: AnswerStore
     by_key: Mapping[AnswerKey, Answer]
     failed: Mapping[str, Given] = field(default_factory=dict)
+    longest: int | None = None
 
 
 def ask(
@@ -186,7 +197,9 @@ def ask(
         stored.model_name,
         stored.model,
     )
-    return Answers(store, store.read())
+    found = store.read()
+    longest = max((int(one.generation["max_new_tokens"]) for one in found.values()), default=None)
+    return Answers(store, found, longest=longest)
 
 
 def answer_all(
@@ -221,7 +234,11 @@ def answer_all(
             stack.enter_context(store.locked())
             store.create()
             known = store.read()
-        pending = [job for key, job in wanted.items() if key not in known]
+        pending = [
+            job
+            for key, job in wanted.items()
+            if key not in known or (known[key].problem and not answerer.repeats)
+        ]
         if store is not None:
             pending = world.from_first(pending)
         progress = stack.enter_context(_progress(store, len(pending), len(wanted), world))
@@ -302,6 +319,8 @@ def score(
                     first.detail,
                 )
             for asked in prepared.asked:
+                if options.max_new_tokens is None and answers.longest:
+                    asked = replace(asked, max_new_tokens=answers.longest)
                 results += _score(asked, benchmark, answers, options, judge)
     finally:
         world.barrier()
@@ -330,7 +349,8 @@ def _score(
     """Score by the protocol's scorer, by others, and by a judge; write each result."""
     own, store, failed = asked.protocol.scorer, answers.store, answers.failed
     scored, missing = score_all(asked, answers.by_key)
-    if not scored:
+    none = [Scored(question, one, Score(None, None)) for question, one in missing if one]
+    if not (scored or none):
         prompts = Counter(answer.protocol for answer in answers.by_key.values())
         reasons = Counter(one.problem for one in failed.values())
         raise EvaluationError(
@@ -339,11 +359,32 @@ def _score(
             + (f". Nothing was answered: {_listed(reasons)}" if reasons else "")
         )
     unanswered = Counter(
-        failed[one.id].problem if one.id in failed else "not_asked" for one in missing
+        one.problem
+        if one
+        else failed[question.id].problem
+        if question.id in failed
+        else "not_asked"
+        for question, one in missing
+    )
+    if none:
+        log.warning(
+            "%s: %d of %d answers are none (%s, at most %d tokens each); the first is of question %s: %r",
+            asked.name,
+            len(none),
+            len(asked.questions),
+            _listed(Counter(one.answer.problem for one in none)),
+            asked.max_new_tokens,
+            none[0].question.id,
+            none[0].answer.answer[-200:],
+        )
+    names = {question.id for question in asked.questions}
+    odd = Counter(
+        one.reason for one in benchmark.problems if not one.left_out and one.record in names
     )
     left_out = Counter(problem.reason for problem in benchmark.problems if problem.left_out)
 
-    def result(scorer: str, scored: Sequence[Scored]) -> Result:
+    def result(scorer: str, scored: Sequence[Scored], **more: int) -> Result:
+        unread = [*none, *(one for one in scored if one.score.parsed is None)][:_EXAMPLES]
         made = summarise(
             asked,
             scored,
@@ -351,9 +392,15 @@ def _score(
             identity=store.identity,
             left_out=left_out,
             unanswered=unanswered,
+            findings=odd | more,
+            unread=[
+                f"question {one.question.id} ({one.answer.problem or 'not understood'}): "
+                f"{one.answer.answer[-200:]!r}"
+                for one in unread
+            ],
         )
         name = asked.protocol.name if scorer == own else f"{asked.protocol.name}.{scorer}"
-        _write(store.folder / _file_name(name), made, scored, options)
+        _write(store.folder / _file_name(name), made, [*scored, *none], options)
         return made
 
     if (benchmark.name, benchmark.variant) == ("gmai_mmbench", "test"):
@@ -366,13 +413,15 @@ def _score(
         ]
         yield result(scorer, rescored)
     if judge is not None:
-        yield result(f"{own}+{judging.judge_name(judge)}", _judge(asked, scored, judge, options))
+        judged, unclear = _judge(asked, scored, judge, options)
+        more = {"no_verdict": unclear} if unclear else {}
+        yield result(f"{own}+{judging.judge_name(judge)}", judged, **more)
 
 
 def _judge(
     asked: Asked, scored: Sequence[Scored], judge: Answerer, options: Options
-) -> list[Scored]:
-    """Let a model judge what the rules leave open; replies are kept.
+) -> tuple[list[Scored], int]:
+    """Let a model judge what the rules leave open; replies are kept, and those without a verdict counted.
 
     Raises:
         EvaluationError: the judge can't be asked, or has refused some of the answers.
@@ -395,7 +444,7 @@ def _judge(
         len(jobs),
         unclear,
     )
-    return judged
+    return judged, unclear
 
 
 def _submit(store: AnswerStore, benchmark: Benchmark, scored: Sequence[Scored]) -> None:

@@ -30,6 +30,9 @@ RUN_FILE = "run.json"
 FORMAT = 1
 
 AnswerKey = tuple[str, str]
+_NO_ANSWER = {
+    "length": "cut", "max_tokens": "cut", "content_filter": "declined", "refusal": "declined",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Given:
         seconds: the job's share of the time of its batch, or of its request.
         problem: short stable key where there is no answer, e.g. ``"damaged_image"``.
         detail: what went wrong, with the file or the server's words.
+        ended: the server's ``finish_reason``; ``length`` where the answer was cut.
     """
 
     job: Job
@@ -106,6 +110,7 @@ class Given:
     seconds: float = 0.0
     problem: str = ""
     detail: str = ""
+    ended: str = "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,7 @@ class Answer:
         model: hash of the model.
         protocol: ``name/version`` of the protocol whose prompt it was.
         generation: settings, with ``max_new_tokens``.
+        ended: why it ended: ``stop``, ``length``, ``refusal``, or what else the server calls it.
     """
 
     id: str
@@ -150,15 +156,20 @@ class Answer:
     model: str
     protocol: str
     generation: Mapping[str, Any]
+    ended: str = "stop"
+
+    @property
+    def problem(self) -> str:
+        """Why it is no answer: ``cut``, ``declined`` or ``empty``; empty where it is one."""
+        return _NO_ANSWER.get(self.ended, "") or ("" if self.answer.strip() else "empty")
 
     @classmethod
     def of(cls, given: Given, *, model: str, generation: Mapping[str, Any]) -> Answer:
         """Record the answer that a model gave to a job."""
         job = given.job
         generation = {**generation, "max_new_tokens": job.max_new_tokens}
-        return cls(
-            job.id, job.prompt, given.text or "", given.seconds, model, job.protocol, generation
-        )
+        text, ended = given.text or "", given.ended
+        return cls(job.id, job.prompt, text, given.seconds, model, job.protocol, generation, ended)
 
     @property
     def key(self) -> AnswerKey:
@@ -214,7 +225,8 @@ class AnswerStore:
                         f"{file}, line {number} is of the model {answer.model}, the store of "
                         f"{self.identity.model}. Answers of several models were put together"
                     )
-                found[answer.key] = answer
+                if answer.key not in found or not answer.problem:
+                    found[answer.key] = answer
         return found
 
     @contextmanager
@@ -243,14 +255,19 @@ class AnswerStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"answers-{rank}.jsonl"
         _cut_torn_line(path)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("ab", buffering=0) as file:
 
             def add(answers: Sequence[Answer]) -> None:
-                file.writelines(
-                    json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers
-                )
-                file.flush()
-                os.fsync(file.fileno())
+                lines = (json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answers)
+                try:
+                    data = "".join(lines).encode()
+                    while data:
+                        data = data[file.write(data) :]
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    raise EvaluationError(
+                        f"{path} can't be written ({error.strerror}). Make room, and the same command goes on"
+                    ) from error
 
             yield add
 

@@ -35,7 +35,9 @@ from gmai_xtuner.evaluate.runner import Options, Target, answer_all, prepare
 from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
 from gmai_xtuner.generate import GREEDY, Predictor, Prompt, user_turn
 
-OPTIONS = ("benchmark", "data", "variant", "protocol", "limit")
+OPTIONS = ("benchmark", "data", "variant", "protocol", "limit", "max_new_tokens")
+MAX_NEW_TOKENS = 64
+"""Tokens of an answer in training, where every rank waits for the longest."""
 
 
 @DATASETS.register_module()
@@ -45,7 +47,7 @@ class BenchmarkQuestions:
     Args:
         benchmarks: a folder, for every benchmark in it by its default protocol; or name -> options:
             ``data`` (folder or file), and ``benchmark`` (default: the name), ``variant``, ``protocol``,
-            ``limit``.
+            ``limit``, ``max_new_tokens``.
         limit: questions of each at the most; default: all.
 
     Attributes:
@@ -103,7 +105,12 @@ def _prepare(name: str, options: Mapping[str, Any], limit: int | None) -> Asked:
     protocol = options.get("protocol")
     prepared = prepare(
         Target(options.get("benchmark", name), Path(options["data"]), options.get("variant")),
-        Options(Path(), (protocol,) if protocol else (), limit=min(limits, default=None)),
+        Options(
+            Path(),
+            (protocol,) if protocol else (),
+            limit=min(limits, default=None),
+            max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
+        ),
         rank=get_dist_info()[0],
     )
     (asked,) = prepared.asked
@@ -248,6 +255,7 @@ class RankedAnswerer:
     """
 
     name = model = "model in training"
+    repeats = True
     generation: Mapping[str, Any] = {"decoding": "greedy"}
 
     def __init__(self, predictor: RankedPredictor, *, batch_size: int, readers: int) -> None:

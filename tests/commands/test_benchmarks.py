@@ -53,7 +53,7 @@ def test_benchmarks_in_training_and_xtuner_test(tmp_path, tiny_bases):
         deepspeed="zero3",
         ranks=2,
     )
-    assert "Benchmark rad: 3 of 3 questions of the protocol closed-251/1" in printed
+    assert "Benchmark rad: 3 of 3 questions of the protocol closed-251/2" in printed
     rows = [row for row in scalars(work_dir) if "val/rad/accuracy" in row]
     assert [row["step"] for row in rows] == [4, 6]
     assert all(0 <= row["val/rad/unparsed"] <= 1 for row in rows)

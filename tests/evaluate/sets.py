@@ -95,6 +95,8 @@ class FakeAnswerer:
         stop_after: raises ``KeyboardInterrupt`` after so many answers.
     """
 
+    repeats = False
+
     def __init__(
         self,
         say: Callable[[Job], str | None],

@@ -110,7 +110,7 @@ def test_what_makes_a_number_another_than_the_protocols_is_told():
     assert made.problems == [
         "2 questions (missing_image 2) left out when the files of the variant test were read, "
         "whatever protocol they belong to",
-        "1 questions (server_failed 1) without an answer",
+        "1 questions (server_failed 1) without an answer, not in the score",
         "the files have 1 questions of this protocol, the authors' have 251",
     ]
     assert not made.complete
@@ -188,7 +188,7 @@ def test_the_table_over_benchmarks_takes_the_mean_only_of_all():
     assert table.rows[-4].cells == ("50.0", "100.0", "25.0", "58.3")
     assert table.rows[-2].cells == ("2", "1", "4", "–")
     assert any(
-        "VQA-RAD of ours: full-451/1, scorer closed_or_recall" in note for note in table.notes
+        "VQA-RAD of ours: full-451/2, scorer closed_or_recall" in note for note in table.notes
     )
     zh = result(find_protocol("slake", variant="zh"), [scored(0, 1.0)])
     assert tables_like_the_papers([zh]) == []

@@ -134,8 +134,8 @@ def test_scoring_what_was_never_asked_is_refused(rad, pmc, tmp_path):
     run(rad, FakeAnswerer(always("Yes")), tmp_path, protocols=("closed-251",))
     with pytest.raises(EvaluationError) as caught:
         run(rad, None, tmp_path, protocols=("open-179",))
-    assert "no answer to a prompt of the protocol open-179/1" in str(caught.value)
-    assert "it has answers to those of closed-251/1 3" in str(caught.value)
+    assert "no answer to a prompt of the protocol open-179/2" in str(caught.value)
+    assert "it has answers to those of closed-251/2 3" in str(caught.value)
 
 
 def test_other_files_than_those_that_were_asked_are_refused(rad, tmp_path):
@@ -204,7 +204,7 @@ def test_only_what_the_rules_leave_open_is_judged_once_and_named(rad, tmp_path):
         model="sha256:judge",
     )
     rules, judged = run(rad, answerer, tmp_path, protocols=("full-451",), judge=judge)
-    assert judged.scorer == f"{rules.scorer}+judge:judge-7b/2"
+    assert judged.scorer == f"{rules.scorer}+judge:judge-7b/3"
 
     assert len(judge.asked) == 6
     assert judged.headline.value == 0.5
@@ -231,10 +231,13 @@ def test_a_right_answer_and_an_understood_letter_are_not_judged(pmc, tmp_path):
     assert (judge.asked, judged.headline.value) == ([], 0.25)
 
 
-def test_a_reply_that_is_no_verdict_counts_as_wrong_and_unparsed(rad, tmp_path):
+def test_a_reply_that_is_no_verdict_leaves_the_score_of_the_rules(rad, tmp_path):
     judge = FakeAnswerer(always("CORRECT or WRONG, who knows"), name="j", model="sha256:j")
-    _, judged = run(rad, FakeAnswerer(always("hm")), tmp_path, protocols=("open-179",), judge=judge)
-    assert (judged.headline.value, judged.headline.unparsed) == (0.0, 1.0)
+    rules, judged = run(
+        rad, FakeAnswerer(always("left")), tmp_path, protocols=("open-179",), judge=judge
+    )
+    assert judged.headline.value == rules.headline.value == 0.5
+    assert judged.findings == {"no_verdict": 3}
 
 
 @pytest.mark.parametrize(
@@ -377,4 +380,4 @@ def test_scores_of_every_question_are_kept(rad, tmp_path):
     stored = (tmp_path / "vqa_rad-test" / "answers-0.jsonl").read_text().splitlines()
     first = json.loads(stored[0])
     assert first["prompt"].startswith("Is finding 0 there?")
-    assert (first["protocol"], first["model"]) == ("closed-251/1", "sha256:fake")
+    assert (first["protocol"], first["model"]) == ("closed-251/2", "sha256:fake")

@@ -46,6 +46,7 @@ def test_what_was_added_is_read_with_all_it_depends_on(tmp_path):
         "model",
         "protocol",
         "generation",
+        "ended",
     }
 
 

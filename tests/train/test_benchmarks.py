@@ -31,8 +31,8 @@ def folder(tmp_path):
 def test_a_folder_or_names_with_options(folder):
     found = BenchmarkQuestions(str(folder))
     assert [(name, one.name, len(one.questions)) for name, one in found.asked.items()] == [
-        ("vqa_rad_test", "closed-251/1", 5),
-        ("pmc_vqa_test_clean", "clean-2000/1", 4),
+        ("vqa_rad_test", "closed-251/2", 5),
+        ("pmc_vqa_test_clean", "clean-2000/2", 4),
     ]
     assert len(found) == 9
     named = BenchmarkQuestions(
@@ -48,7 +48,7 @@ def test_a_folder_or_names_with_options(folder):
         limit=3,
     )
     asked = {name: (one.name, len(one.questions)) for name, one in named.asked.items()}
-    assert asked == {"full": ("full-451/1", 3), "pmc_vqa": ("clean-2000/1", 3)}
+    assert asked == {"full": ("full-451/2", 3), "pmc_vqa": ("clean-2000/1", 3)}
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ class Answerer(Protocol):
         name: as tables call it.
         model: its hash.
         generation: what decides an answer besides prompt and ``max_new_tokens``.
+        repeats: the same question has the same answer always: what was cut need not be asked again.
     """
 
     name: str
     model: str
     generation: Mapping[str, Any]
+    repeats: bool
 
     def answers(
         self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
@@ -42,7 +44,9 @@ class ModelOptions:
         model: folder or hub name; of an endpoint the model's name there.
         loader: ``auto`` looks for what our exports have.
         dtype: torch's name; None: bf16 on a GPU, fp32 on the CPU.
-        api_key_env: name of the environment variable that holds the endpoint's key.
+        api_key_env: name of the environment variable that holds the endpoint's key; None: ``OPENAI_API_KEY``,
+            if it is set.
+        moved_from: address that the endpoint had when its stored answers were given.
         timeout: seconds that an answer may take.
         temperature: sent to the server; None: not sent, for models that refuse it.
     """
@@ -56,7 +60,8 @@ class ModelOptions:
     device: str | None = None
     batch_size: int = 16
     endpoint: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = None
+    moved_from: str | None = None
     in_flight: int = 16
     retries: int = 6
     timeout: float = 300.0

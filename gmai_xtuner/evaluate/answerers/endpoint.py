@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError, is_unicode
 from gmai_xtuner.core.http import (
+    DEFAULT_KEY,
     ChatServer,
     LoopThread,
     RequestRefused,
     ServerFault,
     back_off,
     first_message,
+    key_of,
+    message_text,
 )
 from gmai_xtuner.core.imaging.images import opened
 from gmai_xtuner.evaluate.fingerprint import hash_text
@@ -50,6 +52,8 @@ class EndpointAnswerer:
         EvaluationError: the packages that ask are not installed.
     """
 
+    repeats = False
+
     def __init__(self, options: ModelOptions) -> None:
         try:
             import aiohttp  # noqa: F401
@@ -61,10 +65,12 @@ class EndpointAnswerer:
         self._options = options
         self.name = options.shown
         self.url = str(options.endpoint).rstrip("/")
+        self.key = key_of(options.api_key_env)
         # What stands behind a server can't be hashed: its name at its address is all there is.
-        self.model = hash_text({"endpoint": self.url, "model": options.model})
+        known_as = (options.moved_from or self.url).rstrip("/")
+        self.model = hash_text({"endpoint": known_as, "model": options.model})
         self.generation: Mapping[str, Any] = {
-            "endpoint": self.url,
+            "endpoint": known_as,
             "model": options.model,
             "temperature": options.temperature,
         }
@@ -77,7 +83,7 @@ class EndpointAnswerer:
                 "an endpoint is asked by one process: leave torchrun out and raise --in-flight"
             )
         with LoopThread() as loop:
-            run = loop.call(_Run.open(self._options, self.url))
+            run = loop.call(_Run.open(self._options, self.url, self.key))
             try:
                 for given in loop.each(run.ask, sorted_jobs(jobs), window=self._options.in_flight):
                     yield [given]
@@ -90,22 +96,21 @@ class EndpointAnswerer:
 class _Run:
     """The requests of one run."""
 
-    def __init__(self, options: ModelOptions, url: str) -> None:
+    def __init__(self, options: ModelOptions, url: str, key: str | None) -> None:
         self.options = options
-        variable = options.api_key_env
         self.server = ChatServer(
             url,
             model=options.model,
-            key=os.environ.get(variable),
-            key_variable=variable,
+            key=key,
+            key_variable=options.api_key_env or DEFAULT_KEY,
             timeout=options.timeout,
         )
         self.answered = self.refused = self.given_up = 0
         self.length_name = "max_tokens"
 
     @classmethod
-    async def open(cls, options: ModelOptions, url: str) -> _Run:
-        return cls(options, url)
+    async def open(cls, options: ModelOptions, url: str, key: str | None) -> _Run:
+        return cls(options, url, key)
 
     async def ask(self, job: Job) -> Given:
         """Ask one question until it is answered, refused or given up."""
@@ -118,7 +123,7 @@ class _Run:
         while True:
             length_name = self.length_name
             try:
-                text = await self._request(content, {length_name: job.max_new_tokens})
+                text, ended = await self._request(content, {length_name: job.max_new_tokens})
             except RequestRefused as error:
                 # Newer models of OpenAI take the other name alone, and say so.
                 if length_name == "max_tokens" and "max_completion_tokens" in error.message:
@@ -137,24 +142,31 @@ class _Run:
             if not is_unicode(text):
                 said = text[:200].encode("ascii", "backslashreplace").decode()
                 return Given(job, None, 0.0, "not_text", f"no UTF-8 can hold the reply {said}")
-            return Given(job, text, round(time.monotonic() - start, 4))
+            return Given(job, text, round(time.monotonic() - start, 4), ended=ended)
 
-    async def _request(self, content: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    async def _request(
+        self, content: list[dict[str, Any]], options: dict[str, Any]
+    ) -> tuple[str, str]:
         if self.options.temperature is not None:
             options = {**options, "temperature": self.options.temperature}
         messages = [{"role": "user", "content": content}]
         body = {"model": self.options.model, "messages": messages, **options}
-        message, _ = first_message(await self.server.complete(body))
+        message, ended = first_message(await self.server.complete(body))
         if message is None:
             raise ServerFault("an answer without a choice")
-        return (message.get("content") or message.get("refusal") or "").strip()
+        # ``reasoning_content`` holds thoughts, which are no answer
+        said, refusal = message_text(message), message.get("refusal")
+        if not said and isinstance(refusal, str):
+            said, ended = refusal.strip(), "refusal"
+        return self.server.redacted(said), ended
 
     def _refused(self, job: Job, error: RequestRefused) -> Given:
         self.refused += 1
         if not self.answered and self.refused >= FIRST_REFUSED:
             raise EvaluationError(
                 f"{self.server.url} has refused the first {self.refused} requests, the last with {error}. "
-                "Does the model take images? Does it take a temperature (--temperature none)?"
+                "Does the model take images? Does it take a temperature (--temperature none), and answers of "
+                f"{job.max_new_tokens} tokens (--max-new-tokens)?"
             )
         return Given(job, None, 0.0, "refused_by_server", str(error))
 

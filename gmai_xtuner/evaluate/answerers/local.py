@@ -26,6 +26,8 @@ from gmai_xtuner.generate import Predictor, Prompt, user_turn
 
 log = logging.getLogger(__name__)
 Images = list[Image.Image]
+Said = tuple[str, bool]
+"""An answer, and whether it was cut."""
 
 _READERS = 4
 _FIRST_FAILED = 8
@@ -69,6 +71,8 @@ class LocalAnswerer(ABC):
         batch_size: jobs asked together; halved for good where a batch does not fit into the GPU.
     """
 
+    repeats = True
+
     def __init__(
         self, *, name: str, model: str, generation: Mapping[str, Any], batch_size: int
     ) -> None:
@@ -81,7 +85,7 @@ class LocalAnswerer(ABC):
     @abstractmethod
     def generate(
         self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
-    ) -> list[str]:
+    ) -> list[Said]:
         """Greedy answers to prompts with equally many images."""
 
     def answers(
@@ -106,11 +110,11 @@ class LocalAnswerer(ABC):
         return given + [
             Given(job, None, 0.0, "cannot_be_asked", str(text))
             if isinstance(text, ValueError)
-            else Given(job, text, share)
+            else Given(job, text[0], share, ended="length" if text[1] else "stop")
             for (job, _), text in zip(ready, texts, strict=True)
         ]
 
-    def _check(self, texts: Sequence[str | ValueError]) -> None:
+    def _check(self, texts: Sequence[Said | ValueError]) -> None:
         """Where no question at all can be asked, it is not the questions that are wrong."""
         errors = [text for text in texts if isinstance(text, ValueError)]
         self._asked += len(texts) - len(errors)
@@ -120,7 +124,7 @@ class LocalAnswerer(ABC):
                 f"{self.name} could be asked none of the first {self._failed} questions: {errors[-1]}"
             ) from errors[-1]
 
-    def _texts(self, ready: Sequence[tuple[Job, Images]]) -> Sequence[str | ValueError]:
+    def _texts(self, ready: Sequence[tuple[Job, Images]]) -> Sequence[Said | ValueError]:
         """Answers; where one question can't be asked, e.g. since it is too long, the others still are."""
         if not ready:
             return []
@@ -131,8 +135,8 @@ class LocalAnswerer(ABC):
                 return [error]
             return [text for one in ready for text in self._texts([one])]
 
-    def _generate(self, ready: Sequence[tuple[Job, Images]]) -> list[str]:
-        texts: list[str] = []
+    def _generate(self, ready: Sequence[tuple[Job, Images]]) -> list[Said]:
+        texts: list[Said] = []
         position = 0
         while position < len(ready):
             part = ready[position : position + self.batch_size]
@@ -185,8 +189,8 @@ class ExportAnswerer(LocalAnswerer):
 
     def generate(
         self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
-    ) -> list[str]:
-        return self.predictor.generate_batch(
+    ) -> list[Said]:
+        return self.predictor.generate_batch_with_ends(
             [
                 Prompt((user_turn(prompt, len(own)),), tuple(own))
                 for prompt, own in zip(prompts, images, strict=True)
@@ -236,7 +240,7 @@ class HubAnswerer(LocalAnswerer):
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
-    ) -> list[str]:
+    ) -> list[Said]:
         texts = [
             self._processor.apply_chat_template(
                 [{"role": "user", "content": _content(prompt, len(own))}],
@@ -260,9 +264,12 @@ class HubAnswerer(LocalAnswerer):
             pad_token_id=self._processor.tokenizer.pad_token_id,
         )
         new = output[:, inputs["input_ids"].shape[1] :]
+        stop = self._model.generation_config.eos_token_id
+        stops = set(stop) if isinstance(stop, list) else {stop}
+        said = self._processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [
-            text.strip()
-            for text in self._processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+            (text.strip(), len(ids) >= max_new_tokens and not stops & set(ids.tolist()))
+            for text, ids in zip(said, new, strict=True)
         ]
 
     def _arrange(self, images: Sequence[Images]) -> list[Any] | None:
@@ -335,6 +342,7 @@ def _load_export(
 def _load_from_hub(
     options: ModelOptions, dtype: torch.dtype | None, device: torch.device, cache: Path
 ) -> HubAnswerer:
+    import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     name = options.model
@@ -346,8 +354,10 @@ def _load_from_hub(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelLoadError(
-            f"{name!r} is neither an export of this project nor an image-text model that transformers loads "
-            f"here: {error}"
+            f"{name!r} is neither an export of this project nor an image-text model that transformers "
+            f"{transformers.__version__} loads ({str(error).splitlines()[0]}). A newer model is served "
+            f"in an environment of its own (vllm serve {name}) and asked by --endpoint "
+            "http://localhost:8000/v1; don't upgrade transformers here, xtuner needs this version"
         ) from error
     return HubAnswerer(
         model.to(device),

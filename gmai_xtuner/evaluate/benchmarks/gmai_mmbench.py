@@ -184,7 +184,6 @@ def _protocols(variant: str, expected: int) -> tuple[Protocol, Protocol]:
             f"the same in the default words of VLMEvalKit, by which the authors evaluate{hidden}",
             macro=(TASK,),
             table=table,
-            max_new_tokens=256,
             words="vlmevalkit",
         ),
     )

@@ -103,7 +103,7 @@ def _recognise(header: Header) -> Found | None:
     return None
 
 
-_HOW = "as HuatuoGPT-Vision's eval.py asks: letters, greedy, at most 256 tokens"
+_HOW = "as HuatuoGPT-Vision's eval.py asks: letters, greedy"
 _TOTAL = sum(COUNTS.values())
 
 HUATUO = Definition(
@@ -121,7 +121,6 @@ HUATUO = Definition(
             f"the whole collection, {_HOW}",
             macro=("dataset",),
             table=("dataset", "subset"),
-            max_new_tokens=256,
         ),
         *(
             choice_protocol(
@@ -131,7 +130,6 @@ HUATUO = Definition(
                 count,
                 f"its part {dataset}, {_HOW}",
                 table=("subset",),
-                max_new_tokens=256,
             )
             for dataset, count in COUNTS.items()
         ),

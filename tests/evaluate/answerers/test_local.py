@@ -162,7 +162,7 @@ class Counting(LocalAnswerer):
         error = self.fails(prompts)
         if error is not None:
             raise error
-        return [prompt.upper() for prompt in prompts]
+        return [(prompt.upper(), False) for prompt in prompts]
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved_for_good():
