@@ -162,15 +162,21 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
             drops.add("duplicate row", where, text[:200], lost=NOTHING)
         elif text:
             seen.add(text)
-            with drops.annotation(where, *_classes_of(text, names)):
+            with drops.annotation(where, *_classes_of(options, text, names)):
                 annotations.append(_annotation(options, text.split(" "), names, size))
     yield replace(found, annotations=tuple(annotations))
 
 
-def _classes_of(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class of a line; all of them if its number says nothing."""
+def _fits(options: Options, count: int) -> bool:
+    """Return whether a line of the format has so many values behind its class."""
+    fits = {"boxes": count == 4, "polygons": count >= 6 and count % 2 == 0, "oriented": count == 8}
+    return fits[options.format]
+
+
+def _classes_of(options: Options, text: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the class of a line; all of them if its number says nothing, or the values aren't as many."""
     number = _class_number(text.split(" ", 1)[0], names)
-    return names if number is None else (names[number],)
+    return names if number is None or not _fits(options, text.count(" ")) else (names[number],)
 
 
 def _class_number(text: str, names: tuple[str, ...]) -> int | None:
@@ -182,8 +188,7 @@ def _annotation(
     options: Options, parts: list[str], names: tuple[str, ...], size: tuple[int, int]
 ) -> Annotation:
     count = len(parts) - 1
-    fits = {"boxes": count == 4, "polygons": count >= 6 and count % 2 == 0, "oriented": count == 8}
-    if not fits[options.format]:
+    if not _fits(options, count):
         raise Unusable(
             "line of another format", f"{len(parts)} values in a file of {options.format}"
         )
