@@ -114,7 +114,9 @@ def test_a_bad_line_is_counted_and_the_others_stay(tmp_path, line, reason):
     assert reasons(drops) == {reason: 1}
     assert drops[0].where == "images/train/a.png line 3"
     lost = {"duplicate row": (), "unknown class id": ("platelet", "red cell")}
-    told = line[0] in "01" and reason != "line of another format"  # then the class may be another value
+    told = (
+        line[0] in "01" and reason != "line of another format"
+    )  # then the class may be another value
     all_or_one = ("red cell",) if told else ("platelet", "red cell")
     assert incomplete(yolo, tmp_path, names=NAMES) == [lost.get(reason, all_or_one)]
 
