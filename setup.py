@@ -108,6 +108,7 @@ setup(
         "gmai_xtuner": [
             "checkpoint/*.j2",
             "demo/*.css",
+            "demo/*.yaml",
             "train/deepspeed/*.json",
             "evaluate/*.j2",
             "evaluate/*.js",

@@ -59,8 +59,8 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.path_vqa",),  # numbers and texts alone
     # By content: forms and tables that travel with the package.
     "yaml.safe_load": (
-        *("data_tools.forms.language", "gmai_xtuner.evaluate.paper_tables"),
-        "gmai_xtuner.evaluate.scoring",
+        *("data_tools.forms.language", "data_tools.lexicon", "gmai_xtuner.evaluate.paper_tables"),
+        *("gmai_xtuner.evaluate.scoring", "gmai_xtuner.demo.i18n"),
     ),
 }
 """What opens a file -> modules, or packages of them, that may use it; they bound it or know the file."""

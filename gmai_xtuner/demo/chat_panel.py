@@ -13,9 +13,9 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.boxes import UNITS, draw_boxes, read_boxes
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
-from gmai_xtuner.demo.i18n import PageError, say
+from gmai_xtuner.demo.i18n import PRESETS, PageError, say
 from gmai_xtuner.demo.limits import Memory
-from gmai_xtuner.demo.widgets import PRESETS, Notices, data_url, named, picture_element
+from gmai_xtuner.demo.widgets import Notices, data_url, named, picture_element
 
 _LOG = logging.getLogger(__name__)
 _SEND = """(event) => {

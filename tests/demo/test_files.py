@@ -84,10 +84,13 @@ def test_memory_is_counted():
 
 def test_every_word_has_both_languages():
     for key, pair in {**WORDS, **ERRORS}.items():
-        english, chinese = pair
+        english, chinese = pair["en"], pair["zh"]
         assert english, key
         assert chinese, key
-        fields = [sorted(part.split("}")[0] for part in text.split("{")[1:]) for text in pair]
+        fields = [
+            sorted(part.split("}")[0] for part in text.split("{")[1:])
+            for text in (english, chinese)
+        ]
         assert fields[0] == fields[1], key
         if key not in ("top_p",):
             assert any("\u4e00" <= letter <= "\u9fff" for letter in chinese), key

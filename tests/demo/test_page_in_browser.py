@@ -20,7 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from gmai_xtuner.demo.boxes import Box, draw_boxes
-from gmai_xtuner.demo.widgets import PRESETS
+from gmai_xtuner.demo.i18n import PRESETS
 from gmai_xtuner.loading import load_model
 from tests import medical_files as made
 from tests.demo.browsing import WAIT, ask, at, chromium, done, upload
