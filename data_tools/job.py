@@ -356,7 +356,17 @@ def _source(
 
 
 # Readers that take whatever lies below the root: they would read the corpus' own pictures.
-_WALKING = ("image_folder", "dicom", "video", "slide", "masks", "volume", "yolo")
+_WALKING = (
+    "arrays",
+    "labelme",
+    "image_folder",
+    "dicom",
+    "video",
+    "slide",
+    "masks",
+    "volume",
+    "yolo",
+)
 
 
 def _check_output(

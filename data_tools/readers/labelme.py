@@ -1,0 +1,141 @@
+"""labelme's JSON: a file for each image, with polygons, rectangles, circles and masks.
+
+Format: github.com/wkentaro/labelme, ``labelme/_label_file.py``. The picture inside of the JSON is not read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import posixpath
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from data_tools.preprocess.rules import resolve
+from data_tools.readers import SourceOptions
+from data_tools.readers.files import (
+    check_size,
+    files,
+    folder_of,
+    open_image,
+    read_annotation_file,
+    size_of,
+)
+from data_tools.readers.shapes import numbers, polygon_mask, upright_box
+from data_tools.records import Annotation, Drops, Sample, Unit
+from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
+from gmai_xtuner.core.imaging.images import decode_pixels
+
+BAD = "JSON of labelme that can't be read"
+
+
+class Options(SourceOptions):
+    """Keys of ``reader: labelme``.
+
+    Args:
+        annotations: folder of the JSON files; default the root. ``imagePath`` is relative to its JSON file.
+        regions: ``masks`` takes shapes as they are drawn; ``boxes`` the upright boxes around them.
+    """
+
+    default_source_task: ClassVar[str] = "2D segmentation"
+
+    reader: Literal["labelme"]
+    annotations: str = ""
+    regions: Literal["masks", "boxes"] = "masks"
+
+
+def units(options: Options) -> Iterator[Unit]:
+    """Yield a unit for each JSON file.
+
+    Raises:
+        SourceError: the folder is missing, or there is no JSON file in it.
+    """
+    folder_of(options, options.annotations, key="annotations")
+    names = [
+        name for name in files(options, options.annotations.strip("/")) if name.endswith(".json")
+    ]
+    if not names:
+        raise SourceError(f"Source {options.name}: no JSON file below {str(options.root)!r}.")
+    yield from (Unit(name) for name in names)
+
+
+def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
+    """Yield the image of one JSON file with its shapes; a flag that is set is a label of the whole image."""
+    try:
+        content = json.loads(read_annotation_file(options, unit.key, BAD))
+    except (ValueError, RecursionError) as error:
+        raise Unusable(BAD, type(error).__name__) from error
+    shapes = content.get("shapes") if isinstance(content, dict) else None
+    name = content.get("imagePath") if isinstance(content, dict) else None
+    if not isinstance(shapes, list) or not isinstance(name, str):
+        raise Unusable("JSON without `shapes` and `imagePath`", "not written by labelme?")
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(unit.key), name.replace("\\", "/")))
+    found = open_image(options, path)
+    size = size_of(found)
+    check_size(size, (content.get("imageWidth"), content.get("imageHeight")))
+    flags = content.get("flags")
+    set_ = [key for key, value in flags.items() if value is True] if isinstance(flags, dict) else []
+    annotations = [Annotation(str(key)) for key in set_]
+    for number, shape in enumerate(shapes):
+        shape = shape if isinstance(shape, dict) else {}
+        label = shape.get("label")
+        label = label.strip() if isinstance(label, str) else ""
+        with drops.annotation(f"{unit.key} shape {number}", label):
+            if not label:
+                raise Unusable("no label", "a shape without a name")
+            annotations.append(_annotation(options, shape, label, size))
+    yield replace(found, annotations=tuple(annotations))
+
+
+def _annotation(
+    options: Options, shape: dict[str, Any], label: str, size: tuple[int, int]
+) -> Annotation:
+    kind = shape.get("shape_type", "polygon")
+    points = _points(shape.get("points"))
+    if kind == "rectangle" and len(points) == 2:
+        return Annotation(label, upright_box(points))
+    if kind == "mask" and len(points) == 2:
+        mask = _mask(shape.get("mask"), points[0], size)
+        return Annotation(label, mask=mask)
+    if kind == "circle" and len(points) == 2:
+        (x, y), edge = points
+        radius = math.dist((x, y), edge)
+        angles = np.linspace(0, 2 * math.pi, 90, endpoint=False).tolist()
+        points = [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+    elif kind not in ("polygon", "rotated_rectangle", "oriented_rectangle"):
+        raise Unusable("shape that is no region", f"{kind} of {len(points)} points"[:200])
+    if options.regions == "boxes":
+        return Annotation(label, upright_box(points))
+    clip = resolve(options.clean).clip_boxes
+    flat = [value for point in points for value in point]
+    return Annotation(label, mask=polygon_mask([flat], size, clip=clip))
+
+
+def _points(values: Any) -> list[tuple[float, float]]:
+    try:
+        return [
+            (place["x"], place["y"]) for x, y in values for place in [numbers({"x": x, "y": y})]
+        ] or [(0.0, 0.0)]
+    except (TypeError, ValueError) as error:
+        raise Unusable("polygon that can't be read", str(error)[:200]) from error
+
+
+def _mask(text: Any, corner: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+    """Return the mask of the image from a PNG of its box, in base64."""
+    try:
+        pixels = decode_pixels(base64.b64decode(text, validate=True), "mask").pixels
+    except (TypeError, binascii.Error, ValueError, ImageError) as error:
+        raise Unusable("mask that can't be read", str(error)[:200]) from error
+    x, y = round(corner[0]), round(corner[1])
+    height, width = pixels.shape[:2]
+    if min(x, y) < 0 or x + width > size[0] or y + height > size[1] or pixels.ndim != 2:
+        detail = f"{width} x {height} at {x}, {y} in {size[0]} x {size[1]}"
+        raise Unusable("mask of another size than its image", detail)
+    whole = np.zeros(size[::-1], dtype=bool)
+    whole[y : y + height, x : x + width] = pixels > 0
+    return whole
