@@ -340,8 +340,9 @@ def _source(
             problems.add((*place, "root"), str(error))
         else:
             _table(entry, Path(entry["root"]), folder)
-    links = entry.get("links")
-    for number, link in enumerate(links if isinstance(links, list) else ()):
+    given = entry.get("links")
+    links = given if isinstance(given, list) else []
+    for number, link in enumerate(links):
         try:
             links[number] = str(_root(str(link), folder))
         except ValueError as error:

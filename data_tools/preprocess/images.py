@@ -132,6 +132,7 @@ def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
 def unusable(error: ImageError, name: str | Path) -> Unusable:
     """Return what is wrong with an image in the words of the corpus."""
     detail = error.problem.removeprefix(f"image {str(name)!r} ")
+    detail += "; read it with `reader: arrays`" if "TIFF stack" in detail else ""
     if error.reason == "enormous_image":
         reason = TOO_LARGE
     elif error.reason == "unsupported_image" and "none of the formats" not in detail:

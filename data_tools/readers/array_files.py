@@ -208,8 +208,8 @@ def _tiff(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
 
     tiff = stack.enter_context(tifffile.TiffFile(path))
     series = tiff.series[0]
-    pages = list(series.pages)
-    first = series.keyframe
+    pages: list[Any] = list(series.pages)
+    first: Any = series.keyframe
     if len(pages) > MAX_PAGES or series.axes[1:] not in ("YX", "YXS") or len(pages) != len(series):
         detail = f"axes {series.axes} of {series.shape}; one axis before Y and X is read"
         raise Unusable("array of another number of axes", detail)

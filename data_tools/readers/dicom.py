@@ -125,6 +125,8 @@ class Options(VolumeOptions):
         return self
 
 
+WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+
 # --- units --------------------------------------------------------------------------------------
 
 
@@ -169,6 +171,8 @@ def units(options: Options) -> Iterator[Unit]:
     for header in headers:
         if header.sop_class in (*SEGMENTATION, STRUCTURE_SET):
             segmentations.append(header)
+        elif header.sop_class == WHOLE_SLIDE:
+            yield dropped(header.path, "whole-slide image", "read it with `reader: slide`")
         elif header.modality in NO_PICTURES:
             yield dropped(header.path, NO_PICTURE, header.modality)
         else:

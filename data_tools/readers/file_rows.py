@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -115,6 +115,7 @@ def units_of(
     *,
     mask: str | None = None,
     extra: Sequence[str],
+    chosen: Callable[[Path, list[str]], list[str]] = lambda _, names: names,
 ) -> Iterator[Unit]:
     """Yield a unit for each file that fits ``options.files``, with its rows of ``options.table``, if any.
 
@@ -124,15 +125,15 @@ def units_of(
         what: name of such a file in errors.
         mask: pattern of files that belong to others, see `beside`; they are no units of their own.
         extra: further columns of the table.
+        chosen: returns which of the files below the root stand for themselves.
 
     Raises:
         SourceError: there is no such file, or the table can't be read.
     """
     root: Path = options.root
-    found = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.glob(options.files)
-        if path.suffix.lower() in suffixes and path.is_file()
+    fitting = (path for path in root.glob(options.files) if path.suffix.lower() in suffixes)
+    found = chosen(
+        root, sorted(path.relative_to(root).as_posix() for path in fitting if path.is_file())
     )
     if mask is not None:
         masks = {beside(name, mask) for name in found}

@@ -39,6 +39,8 @@ FORMATS: dict[str, Format] = {
     ".xlsm": "excel",
 }
 MAX_LINE = 16 * 2**20
+MAX_WIDE = 256 * 2**20  # of a file in UTF-16 or UTF-32, whose lines aren't bounded
+MAX_SHEETS = 2**30  # of what an Excel file unpacks to
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,14 @@ def _excel(
     from openpyxl.utils.exceptions import InvalidFileException
 
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > MAX_SHEETS:
+                raise SourceError(
+                    f"{shown} unpacks to more than {MAX_SHEETS} bytes; save it as CSV."
+                )
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except SourceError:
+        raise
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, InvalidFileException) as error:
         raise SourceError(f"{shown} is no Excel file ({error}).") from error
     with closing(book):
@@ -244,6 +253,10 @@ def _lines(path: Path, shown: str, encoding: str) -> Iterator[str]:
     with file:
         if codec.startswith(("utf-16", "utf-32")):
             try:
+                if path.stat().st_size > MAX_WIDE:
+                    raise SourceError(
+                        f"{shown}: {codec} of more than {MAX_WIDE} bytes; save it as UTF-8."
+                    )
                 with codecs.getreader(encoding)(file) as text:
                     yield from text
             except UnicodeError as error:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,19 @@ if TYPE_CHECKING:
     from data_tools.readers.slide_files import Scale, SlideFile
     from data_tools.readers.slide_labels import Labeller, Tile
 
-SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".tif", ".tiff", ".qptiff")
+SUFFIXES = (
+    ".svs",
+    ".ndpi",
+    ".mrxs",
+    ".scn",
+    ".vms",
+    ".vmu",
+    ".bif",
+    ".tif",
+    ".tiff",
+    ".qptiff",
+    ".dcm",
+)
 
 
 class SlideColumns(RowColumns):
@@ -132,7 +144,27 @@ def units(options: Options) -> Iterator[Unit]:
         SourceError: no slide, or a table that can't be read.
     """
     extra = [name for name in (options.columns.x, options.columns.y) if name]
-    yield from units_of(options, SUFFIXES, "slide", mask=options.mask, extra=extra)
+    what: dict[str, Any] = {"mask": options.mask, "extra": extra, "chosen": _one_a_series}
+    yield from units_of(options, SUFFIXES, "slide", **what)
+
+
+def _one_a_series(root: Path, names: list[str]) -> list[str]:
+    """Return the files, of a DICOM slide the largest of its series: OpenSlide finds the others beside it."""
+    from data_tools.readers.dicom import WHOLE_SLIDE
+    from gmai_xtuner.core.imaging.dicom import header_of, open_dataset
+
+    kept = [name for name in names if not name.lower().endswith(".dcm")]
+    largest: dict[tuple[PurePosixPath, str], tuple[int, str]] = {}
+    for name in set(names) - set(kept):
+        try:
+            header = header_of(open_dataset(root / name, header_only=True), name)
+        except Unusable:
+            continue
+        if header.sop_class == WHOLE_SLIDE:
+            series = (PurePosixPath(name).parent, header.series)
+            found = ((root / name).stat().st_size, name)
+            largest[series] = max(found, largest.get(series, found))
+    return sorted([*kept, *(name for _, name in largest.values())])
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -466,3 +467,21 @@ def test_keys_that_contradict_each_other_are_errors(
 ) -> None:
     with pytest.raises(ValidationError, match=text):
         options(tmp_path, **keys)
+
+
+def test_a_dicom_slide_is_its_largest_file_and_others_are_none(tmp_path, monkeypatch):
+    from data_tools.readers.dicom import WHOLE_SLIDE
+    from gmai_xtuner.core.imaging import dicom
+
+    found = {"a/label.dcm": (WHOLE_SLIDE, "1"), "a/level.dcm": (WHOLE_SLIDE, "1")}
+    found |= {"b/level.dcm": (WHOLE_SLIDE, "1"), "b/ct.dcm": ("1.2", "2"), "b/x.svs": ("", "")}
+    for size, name in enumerate(found):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    monkeypatch.setattr(dicom, "open_dataset", lambda path, header_only: path)
+    monkeypatch.setattr(
+        dicom,
+        "header_of",
+        lambda _, name: SimpleNamespace(sop_class=found[name][0], series=found[name][1]),
+    )
+    assert slide._one_a_series(tmp_path, list(found)) == ["a/level.dcm", "b/level.dcm", "b/x.svs"]

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_tools.readers import table
+from data_tools.readers import rows, table
 from data_tools.readers.rows import grouped, open_table
 from data_tools.records import Sample
 from gmai_xtuner.core.errors import SourceError
@@ -289,7 +290,7 @@ def test_a_folder_of_dicom_files_and_a_table_of_labels(tmp_path, shared_data):
 MILLION = """
 import re, sys
 from pathlib import Path
-from data_tools.readers import table
+from data_tools.readers import rows, table
 from gmai_xtuner.core.errors import SourceError
 from gmai_xtuner.core.errors import SourceError
 options = table.Options(name="s", licence="x", reader="table", root=Path(sys.argv[1]), table="t.csv",
@@ -392,3 +393,14 @@ def test_columns_with_blanks_and_of_other_scripts_are_placeholders(tmp_path):
     (tmp_path / "t.csv").write_text("file;finding\na.png;cyst\n")
     with pytest.raises(SourceError, match="say `delimiter: ';'`"):
         read_all(table, tmp_path, image="file", **keys)
+
+
+def test_a_table_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "t.xlsx", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", b" " * 2**20)
+    monkeypatch.setattr(rows, "MAX_SHEETS", 2**19)
+    monkeypatch.setattr(rows, "MAX_WIDE", 4)
+    (tmp_path / "t.csv").write_text("file,y\na.png,x\n", encoding="utf-16")
+    for name, keys in (("t.xlsx", {}), ("t.csv", {"encoding": "utf-16"})):
+        with pytest.raises(SourceError, match="more than"):
+            read_all(table, tmp_path, table=name, image="file", label="y", **keys)
