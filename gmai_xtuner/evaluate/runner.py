@@ -116,19 +116,22 @@ def prepare(
             first.record,
             first.detail,
         )
-    asked = tuple(
-        ask_for(
-            protocol,
-            benchmark.questions,
-            limit=options.limit,
-            max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS,
-        )
-        for protocol in _protocols(benchmark, options)
-    )
+    asked: list[Asked] = []
+    protocols = _protocols(benchmark, options)
+    for protocol in protocols:
+        try:
+            longest = options.max_new_tokens or MAX_NEW_TOKENS
+            asked.append(
+                ask_for(protocol, benchmark.questions, limit=options.limit, max_new_tokens=longest)
+            )
+        except EvaluationError as error:
+            if ALL not in options.protocols or (protocol is protocols[-1] and not asked):
+                raise
+            log.warning("passed over: %s", error)
     for part in asked:
         for scorer in _other_scorers(part.protocol, options):
             part.protocol.check_scorer(scorer, part.questions)
-    return Prepared(benchmark, asked)
+    return Prepared(benchmark, tuple(asked))
 
 
 def _protocols(benchmark: Benchmark, options: Options) -> list[Protocol]:

@@ -381,3 +381,11 @@ def test_scores_of_every_question_are_kept(rad, tmp_path):
     first = json.loads(stored[0])
     assert first["prompt"].startswith("Is finding 0 there?")
     assert (first["protocol"], first["model"]) == ("closed-251/2", "sha256:fake")
+
+
+def test_all_protocols_pass_over_those_without_a_question(rad, tmp_path, caplog):
+    file = next(rad.data.glob("*.json"))
+    file.write_text(file.read_text().replace('"OPEN"', '"CLOSED"').replace("left lung", "Yes"))
+    results = run(rad, FakeAnswerer(always("Yes")), tmp_path, protocols=(ALL,))
+    assert [one.protocol for one in results] == ["closed-251", "closed-272", "full-451"]
+    assert "passed over: vqa_rad (test) has no question for the protocol 'open-179'" in caplog.text

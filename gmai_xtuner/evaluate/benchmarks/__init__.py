@@ -89,7 +89,11 @@ def load_benchmark(
     else:
         variant = variant or definition.variants[0]
         paths, form = _in_folder(definition, data, variant)
-    return form.read(paths, Collector(name, variant, require_images=require_images))
+    roots = {
+        os.path.abspath([*path.parents, Path("/")][form.images_up])
+        for path in map(Path.absolute, paths)
+    }
+    return form.read(paths, Collector(name, variant, require_images=require_images, roots=roots))
 
 
 def find_benchmarks(folder: Path) -> tuple[FoundBenchmark, ...]:

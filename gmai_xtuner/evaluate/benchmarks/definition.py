@@ -61,11 +61,13 @@ class Form:
         levels: how many folders up one copy of the benchmark reaches: 0 for a file, 1 for the files of a
             folder, 2 for folders beside each other.
         parts: a copy may be a table in numbered parts (``..._part_2.tsv``).
+        images_up: how many folders above the file's own its images may lie; none may lie further out.
     """
 
     read: Callable[[Sequence[Path], Collector], Benchmark]
     levels: int = 0
     parts: bool = False
+    images_up: int = 0
 
 
 @dataclass(frozen=True)

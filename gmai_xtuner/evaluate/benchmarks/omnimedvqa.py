@@ -108,7 +108,7 @@ OMNIMEDVQA = Definition(
     name="omnimedvqa",
     variants=tuple(FOLDERS),
     files="'QA_information/Open-access/*.json' and 'Images'",
-    forms={"json": Form(read, levels=3), "table": Form(read_tables, parts=True)},
+    forms={"json": Form(read, levels=3, images_up=2), "table": Form(read_tables, parts=True)},
     recognise=_recognise,
     locate=_locate,
     table_names={r"omni[-_ ]?med": ("open-access",)},

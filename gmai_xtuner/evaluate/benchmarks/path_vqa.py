@@ -73,7 +73,7 @@ PATH_VQA = Definition(
     variants=("test", "val", "train"),
     files="'qas/test/test_qa.pkl' and 'images/test', or 'test-*.parquet'",
     forms={
-        "pickle": Form(read_pickle),
+        "pickle": Form(read_pickle, images_up=2),
         "pairs": Form(read_pairs, levels=1),
         "table": Form(read_tables, parts=True),
     },

@@ -14,12 +14,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gmai_xtuner.core.errors import GMAIError, ImageError
+from gmai_xtuner.core.errors import GMAIError, ImageError, is_unicode
 from gmai_xtuner.evaluate.questions import IMAGE_MARK, ImageSource, Question
 
 _NUMBERED_MARK = re.compile(r"<image (\d+)>")
@@ -238,9 +238,13 @@ class Collector:
         name: of the benchmark.
         variant: of the benchmark.
         require_images: leave out questions whose image file is missing.
+        roots: folders below which image files must lie; a record may name no other file.
     """
 
-    def __init__(self, name: str, variant: str, *, require_images: bool) -> None:
+    def __init__(
+        self, name: str, variant: str, *, require_images: bool, roots: Collection[str] = ("/",)
+    ) -> None:
+        self._roots = tuple(roots)
         self.name = name
         self.variant = variant
         self._require_images = require_images
@@ -260,6 +264,18 @@ class Collector:
             return
         if len(question.options) == 1:
             self.problem("one_option", question.id, f"only one option: {question.options[0]!r}")
+            return
+        outside = [image for image in question.images if not self._is_inside(image)]
+        if outside:
+            detail = f"{str(outside[0])!r} lies outside of {', '.join(self._roots)}"
+            self.problem("image_outside", question.id, detail)
+            return
+        if not all(
+            map(is_unicode, (question.id, question.text, *question.options, question.answer or ""))
+        ):
+            self.problem(
+                "not_text", ascii(question.id), "no UTF-8 can hold it (half a surrogate pair)"
+            )
             return
         if self._require_images:
             missing = [
@@ -300,6 +316,12 @@ class Collector:
                 left_out=False,
             )
         self._questions[question.id] = question
+
+    def _is_inside(self, image: ImageSource) -> bool:
+        if not isinstance(image, Path):
+            return True
+        path = os.path.abspath(image)
+        return any(path.startswith(root.rstrip("/") + "/") for root in self._roots)
 
     def _exists(self, path: Path) -> bool:
         """Look a file up in one listing of its folder: a look at each of 89,000 files takes longer."""

@@ -32,6 +32,7 @@ from tests.evaluate.files import (
     tsv_file,
     vqa_rad_record,
 )
+from tests.evaluate.sets import write_vqa_rad
 
 
 def write_all(folder: Path) -> None:
@@ -162,3 +163,14 @@ def test_a_language_that_the_file_lacks(tmp_path: Path) -> None:
     json_file(tmp_path / "test.json", [slake_record(1)])
     with pytest.raises(BenchmarkError, match=r"slake \(zh\): .* has no question of this variant"):
         load_benchmark("slake", tmp_path, variant="zh")
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/hostname", "a/../../secret.jpg"])
+def test_a_record_can_name_no_image_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = write_vqa_rad(tmp_path / "VQA-RAD")
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    file = folder / "VQA_RAD Dataset Public.json"
+    file.write_text(file.read_text().replace("synpic0.jpg", name))
+    benchmark = load_benchmark("vqa_rad", folder)
+    assert benchmark.counted_problems() == {"image_outside": 2}
+    assert all(tmp_path / "secret.jpg" not in one.images for one in benchmark.questions)
