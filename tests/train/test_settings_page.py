@@ -13,8 +13,9 @@ from gmai_xtuner.train.unread import HABITS
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Settings of other programs
 
-`xtuner train` and the preflight check every key before weights load, by the same code. A key that nothing reads stops the start and is
-told the nearest right name; so does a key of a DeepSpeed file that would change what is learnt.
+`xtuner train` and the preflight check every key before weights load, by the same code. A key that nothing
+reads stops the start and is told the nearest right name; so does a key of a DeepSpeed file that would change
+what is learnt.
 """
 
 
