@@ -312,8 +312,14 @@ def _read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     data = open_dataset(paths[0])
     if options.burned_in == "drop" and _is_burned_in(data):
         raise Unusable(BURNED_IN)
+    notes = {}
+    for path in payload["drawn"]:
+        with contextlib.suppress(Unusable):  # `_drawn` says so
+            if open_drawn(options.root / path).get("SegmentationType") == "FRACTIONAL":
+                notes["segmentation"] = "fractions from one half up"
     origin = Origin(
         unit.key,
+        preprocessing=notes,
         group=payload["group"],
         modality=modality_of(data),
         attributes=attributes_of(data, options.keep),

@@ -113,6 +113,14 @@ def test_a_segment_lies_on_the_pixels_of_its_slice(tmp_path, make):
     assert (reasons, lost) == ([], set())
 
 
+def test_the_threshold_of_fractions_is_said(tmp_path):
+    how = {"SegmentationType": "FRACTIONAL", "MaximumFractionalValue": 255}
+    for number, data in enumerate([*axial(), made.seg([(1, region())], places=[at(4)], **how)]):
+        made.save(data, tmp_path / f"{number}.dcm")
+    samples, *_ = read_units(dicom, options(tmp_path, slices={"axes": ["z"]}))
+    assert {s.preprocessing["segmentation"] for s in samples} == {"fractions from one half up"}
+
+
 def test_frames_across_the_slices_are_put_on_them(tmp_path):
     """A sagittal frame of x = -9: its columns run along y, its rows along z, downwards."""
     values = np.zeros((4, 8), np.uint8)
