@@ -44,7 +44,7 @@ _SCHEMA = Path(__file__).with_suffix(".sql")
 
 class _Name(msgspec.Struct):
     name: str
-    box: msgspec.Raw | None = None
+    box: list[int] | None = None
 
 
 class _Names(msgspec.Struct):
