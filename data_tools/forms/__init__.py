@@ -16,13 +16,13 @@ from gmai_xtuner.core.rng import Rng, seed_of
 __all__ = ["FORM_VERSIONS", "MakeOptions", "plan", "write"]
 
 FORM_VERSIONS = {
-    "caption": 2,
-    "region_caption": 2,
-    "instruction": 2,
-    "dialogue": 2,
-    "perception": 2,
-    "text_single": 2,
-    "text_multi": 2,
+    "caption": 3,
+    "region_caption": 3,
+    "instruction": 3,
+    "dialogue": 3,
+    "perception": 3,
+    "text_single": 3,
+    "text_multi": 3,
 }
 """Version of each form: raise it with any change of its sentences or of what they say.
 

@@ -82,9 +82,8 @@ def dialogue(teller: Teller) -> Conversation:
         question = say("dialogue.where", where=teller.counted("where", label))
         more.append((question, teller.located(label, boxes)))
         if len(boxes) > 1 and label in teller.known:
-            name = teller.name(label)
-            count = say("dialogue.count", count=len(boxes), name=name)
-            more.append((say("dialogue.many", name=name), count))
+            things = teller.things(label)
+            more.append((say("dialogue.many", **things), say("dialogue.count", **things)))
     if record.department != "None":
         concerns = say("dialogue.concerns", department=teller.department())
         more.append((say("dialogue.department"), concerns))
@@ -105,7 +104,7 @@ def text(teller: Teller) -> Conversation:
     kind = "text.shown" if _is_shown(record) else "text.result"
     facts = {
         "image": teller.image(),
-        "names": teller.names(record.names),
+        "names": teller.shown(record.names),
         "modality": teller.modality(),
         "department": teller.department(),
     }

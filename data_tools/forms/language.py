@@ -17,7 +17,7 @@ import yaml
 
 from data_tools.forms.coordinates import thirds, write_box
 from data_tools.items import IMAGE, Item, SourceContext, Turn
-from data_tools.lexicon import says_nothing
+from data_tools.lexicon import noun, number_word, plural_of, says_nothing, with_article
 from data_tools.records import Box, Label, Record
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.rng import Rng
@@ -27,20 +27,7 @@ MAX_ATTRIBUTES = 3
 MAX_PLACES = 3
 """Regions of one label whose places are named one by one."""
 
-_LETTERS_WITH_A_VOWEL = frozenset("AEFHILMNORSX")
-_CONSONANT_SOUNDS = ("uni", "uter", "ure", "uri", "eu", "one", "use")
 _DETERMINERS = frozenset(("the", "a", "an", "no", "any", "this", "other", "unspecified"))
-
-
-def with_article(words: str) -> str:
-    """Put `a` or `an` before words, by sound: an MR image, an X-ray, a uterus, an ulcer."""
-    first = words.split(" ", 1)[0].split("-", 1)[0]
-    if first.isupper():
-        vowel = first[0] in _LETTERS_WITH_A_VOWEL
-    else:
-        lower = first.lower()
-        vowel = lower[:1] in "aeiou" and not lower.startswith(_CONSONANT_SOUNDS)
-    return f"{'an' if vowel else 'a'} {words}"
 
 
 def definite(words: str) -> str:
@@ -215,10 +202,29 @@ class Teller:
         Three wordings stand under ``key``: ``one``, ``several``, and ``some`` if not all regions are known.
         """
         if label not in self.known:
-            return self.say(f"{key}.some", name=self.name(label), **values)
-        count = len(self.regions()[label])
-        how = "one" if count == 1 else "several"
-        return self.say(f"{key}.{how}", name=self.name(label), count=count, **values)
+            return self.say(f"{key}.some", **self.things(label), **values)
+        how = "one" if len(self.regions()[label]) == 1 else "several"
+        return self.say(f"{key}.{how}", **self.things(label), **values)
+
+    def things(self, label: str) -> dict[str, object]:
+        """Return the fields of a sentence about a label's regions.
+
+        Boxes of things that count are those things, "nine red blood cells"; all else has regions.
+        """
+        name, of_label = noun(label), [one for one in self.record.labels if one.name == label]
+        count = sum(one.box is not None for one in of_label)
+        if name.counts and all(one.area is None for one in of_label):
+            region, regions = label, plural_of(label)
+        else:
+            region, regions = f"region of {label}", f"regions of {label}"
+        translated = self.language.translated
+        return {
+            "name": self.name(label),
+            "count": Word(count if translated else number_word(count)),
+            "region": Word(region),
+            "regions": regions,
+            "measure": "处" if name.kind in ("", "anatomy", "finding") else "个",
+        }
 
     # Sentences
 
@@ -232,13 +238,23 @@ class Teller:
         if not names:
             return ""
         how = "several" if len(names) > 1 else "nothing" if says_nothing(names[0]) else "one"
+        if all(noun(name).is_anatomy for name in names):
+            return self.say("classified.anatomy", names=Word(self.shown(names)))
         return self.say(f"classified.{how}", names=self.names(names))
+
+    def shown(self, labels: Sequence[str]) -> str:
+        """Name labels as what an image shows: organs with their article."""
+        if self.language.translated:
+            return self.names(labels)
+        return self.language.listed([
+            definite(name) if noun(name).is_anatomy else name for name in labels
+        ])  # fmt: skip
 
     def found(self, form: str) -> str:
         """List all labels in the words of a form."""
         names = self.record.names
         how = "nothing" if len(names) == 1 and says_nothing(names[0]) else "some"
-        return self.say(f"{form}.found.{how}", names=self.names(names))
+        return self.say(f"{form}.found.{how}", names=self.shown(names))
 
     def located(self, label: str, boxes: Sequence[Box]) -> str:
         """Say how many regions a label has and where they lie."""
@@ -250,8 +266,7 @@ class Teller:
             how = "one" if len(boxes) == 1 else "many" if many else "several"
         return self.say(
             f"located.{how}",
-            name=self.name(label),
-            count=len(boxes),
+            **self.things(label),
             places=self.language.listed(places),
         )
 

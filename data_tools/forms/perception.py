@@ -107,7 +107,7 @@ def _about_region(teller: Teller) -> tuple[str, str]:
     label, box = teller.focus()
     name = teller.name(label.name)
     kind = teller.item.kind
-    question = teller.say(f"perception.{kind}", name=name, box=teller.box(box))
+    question = teller.say(f"perception.{kind}", **teller.things(label.name), box=teller.box(box))
     same = teller.regions()[label.name]
     match kind:
         case "detection":
