@@ -1,6 +1,6 @@
 """A million records through forms, template writer, checks, store and output files, by `pipeline.run`.
 
-The records are made up, one picture for all, so no time goes into pictures: detection records of six labels,
+The records are made up, one image for all, so no time goes into images: detection records of six labels,
 two regions each. ``records_per_second`` counts the whole run, ``records_per_second_template`` the template
 writer with its checks and the store. ``peak_memory_mib`` is the largest resident memory of any one process of
 the run, ``peak_memory_all_mib`` of all of them together, counting shared pages in each.
@@ -49,7 +49,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 
 def read_unit(source: Options, unit: Unit, *, folder: Path, taxonomy: Any) -> Any:
-    """As `standardise.read_unit`, without pictures."""
+    """As `standardise.read_unit`, without images."""
     first, count = unit.payload
     made = []
     for number in range(first, first + count):
@@ -172,7 +172,7 @@ def measure(
     picture = folder / "images" / "00" / "picture.png"
     picture.parent.mkdir(parents=True)
     Image.effect_noise((SIDE, SIDE), 60).save(picture)
-    (folder / pipeline.WORK).mkdir()  # the picture is of an earlier run, as it were
+    (folder / pipeline.WORK).mkdir()  # the image is of an earlier run, as it were
     forms = (
         "caption",
         "region_caption",
@@ -234,7 +234,7 @@ def _stand_in_for_pictures() -> None:
     from data_tools import worker
 
     worker.read_unit = read_unit  # type: ignore[assignment]
-    # All records have the one picture; else they would be duplicates.
+    # All records have the one image; else they would be duplicates.
     worker.duplicate_key = lambda record: bytes.fromhex(record.provenance.sha256)[-16:]
 
 

@@ -1,7 +1,7 @@
 """Planted damage in image files -> the share that is found, by format: by decoding alone, and by check_image.
 
 ``decode`` is ``open_rgb``, as training reads; ``careful`` is ``check_image(level="decode")``, as the corpus
-builder, ``check_images="decode"`` and the preflight look. Pictures are drawn: shading, edges and grain.
+builder, ``check_images="decode"`` and the preflight look. Images are drawn: shading, edges and grain.
 """
 
 from __future__ import annotations

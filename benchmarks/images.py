@@ -1,6 +1,6 @@
 """Image file -> pixel values of CLIP ViT-L/14-336, against xtuner's LLaVADataset, bit for bit.
 
-Pictures are drawn: shading, edges in all directions and grain. One core. Of each picture the best of
+Images are drawn: shading, edges in all directions and grain. One core. Of each image the best of
 several readings counts, ours and xtuner's by turns.
 """
 
@@ -111,7 +111,7 @@ def best_times(
 
 
 def measure(kind: str, files: list[Path], seconds: float) -> dict[str, Any]:
-    """One row of the table: mean milliseconds of a picture."""
+    """One row of the table: mean milliseconds of an image."""
     import torch
 
     from gmai_xtuner.data.images import ImageTransform

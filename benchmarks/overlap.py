@@ -1,9 +1,9 @@
-"""The search for leaks: pictures hashed a second, hashes and questions searched, against the field's own.
+"""The search for leaks: images hashed a second, hashes and questions searched, against the field's own.
 
-Pictures are drawn as in images.py; imagehash makes its perceptual hash alone, ours both hashes by the rules
+Images are drawn as in images.py; imagehash makes its perceptual hash alone, ours both hashes by the rules
 of training. Hashes are drawn at random, a part of them close to a query. Questions are made of clinical words
 in templates. Seconds are of processor time, all threads together, so that a busy machine doesn't count.
-Peers: imagehash 4.3 (pictures), FAISS (hashes: comparing all, and its multi-index), datasketch (MinHash LSH).
+Peers: imagehash 4.3 (images), FAISS (hashes: comparing all, and its multi-index), datasketch (MinHash LSH).
 They are installed beside the environment; without a package index their figures are null.
 """
 
@@ -61,7 +61,7 @@ def find_peer(name: str, work_dir: Path) -> Any:
     return importlib.import_module(name)
 
 
-# --- pictures -----------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------
 
 
 def write_pictures(folder: Path, count: int, seed: int) -> dict[str, list[Path]]:

@@ -1,7 +1,7 @@
 """The request loop against a local server of fixed latency: how much of the ideal rate is reached.
 
 The server runs in a process of its own, reads each request whole and answers after ``--latency``. With N
-requests in flight nothing can be faster than N / latency. Each request carries a picture; prompts, checks,
+requests in flight nothing can be faster than N / latency. Each request carries an image; prompts, checks,
 ledger and budget are as in a job.
 """
 
@@ -87,7 +87,7 @@ def processor_seconds() -> float:
 
 
 def write_images(folder: Path, count: int, side: int, seed: int) -> None:
-    """Smooth pictures, as medical ones are, in JPEG."""
+    """Smooth images, as medical ones are, in JPEG."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for number in range(count):

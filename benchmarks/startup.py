@@ -23,7 +23,7 @@ WORKERS = 2
 
 
 def write_corpus(folder: Path, samples: int, seed: int) -> None:
-    """Records, a few pictures that they share, a mixture file, and the configs of the vision tower."""
+    """Records, a few images that they share, a mixture file, and the configs of the vision tower."""
     import random
 
     import numpy as np

@@ -34,7 +34,7 @@ class Item:
         language: ``"en"`` or ``"zh"``.
         kind: of perception: ``classification``, ``detection``, ``yes_no``, ``multiple_choice``, ...;
             of ``dialogue`` and ``text_multi``: the number of questions; else "".
-        focus: index into the record's labels of the region that it is about; None: the whole picture.
+        focus: index into the record's labels of the region that it is about; None: the whole image.
         seed: of every random choice in writing it; depends on the job's seed and on ``id`` alone.
     """
 

@@ -356,7 +356,7 @@ def _source(
     return source
 
 
-# Readers that take whatever lies below the root: they would read the corpus' own pictures.
+# Readers that take whatever lies below the root: they would read the corpus' own images.
 _WALKING = (
     "arrays",
     "labelme",

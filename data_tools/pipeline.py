@@ -140,7 +140,7 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
                 for source in chosen:
                     reading = _Reading(job, source, ids[source.name], store, executor, progress)
                     reading.run(selection.limit)
-                # A picture that somebody took away is made again by reading its unit again.
+                # An image that somebody took away is made again by reading its unit again.
                 if not _compare_images(store, job.output / IMAGES):
                     break
             refused = _refused(chosen, ids, store)

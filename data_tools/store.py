@@ -482,12 +482,12 @@ class Store:
             )
 
     def images(self) -> Iterator[str]:
-        """Yield every picture that a record of any source refers to, sorted, once each."""
+        """Yield every image that a record of any source refers to, sorted, once each."""
         for (image,) in self._rows("SELECT DISTINCT image FROM records ORDER BY image"):
             yield image
 
     def forget_image(self, image: str) -> None:
-        """Forget the units whose records refer to a picture that is no longer there."""
+        """Forget the units whose records refer to an image that is no longer there."""
         with self.transaction():
             self._rows(
                 "DELETE FROM units WHERE id IN (SELECT unit FROM records WHERE image = ?)", image

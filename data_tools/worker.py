@@ -164,7 +164,7 @@ def _row(row: int, state: int, item: Item, record: Record) -> ItemRow:
 
 
 def _answer_key(answers: bytes, item: Item, record: Record) -> bytes:
-    """Hash everything that an answer depends on: where a picture lies or who owns it is none of it."""
+    """Hash everything that an answer depends on: where an image lies or who owns it is none of it."""
     provenance = replace(record.provenance, licence="", url="", file="", sha256="", group="")
     body = encode((item, replace(record, provenance=provenance)))
     return hashlib.blake2b(answers + body, digest_size=16).digest()

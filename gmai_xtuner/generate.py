@@ -469,7 +469,7 @@ def user_turn(question: str, num_images: int) -> Turn:
 
 
 def as_rgb(image: str | Path | Image.Image) -> Image.Image:
-    """The picture of a path, read as in training, or an opened one."""
+    """The image of a path, read as in training, or an opened one."""
     return image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
 
 

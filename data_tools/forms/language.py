@@ -95,7 +95,7 @@ class Language:
         return f"{self.separator.join(words[:-1])}{self.last}{words[-1]}"
 
     def place(self, box: Box, width: int, height: int) -> str:
-        """Return where a box lies: `the upper left part of the picture`."""
+        """Return where a box lies: `the upper left part of the image`."""
         across, down = thirds(box, width, height)
         return self.places[down][across]
 

@@ -41,13 +41,13 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
     Args:
         store: records and conversations of a finished job.
         job: its title, seed, sources and section ``corpus``.
-        folder: the corpus folder, where the pictures already are.
+        folder: the corpus folder, where the images already are.
 
     Returns:
         The values of ``summary.json``, see `summary`.
 
     Raises:
-        CorpusError: a text isn't valid Unicode, or a stored picture is missing.
+        CorpusError: a text isn't valid Unicode, or a stored image is missing.
     """
     options = job.corpus
     tally = Tally()
@@ -141,7 +141,7 @@ def _write_conversations(
         if keeps.refusal(kept.record):
             continue
         if kept.item.form in TEXT_FORMS:
-            # Without its picture a text is the same for many records: on one side, and once.
+            # Without its image a text is the same for many records: on one side, and once.
             text = _fingerprint(kept)
             if text in texts:
                 tally.repeated(kept)
@@ -187,7 +187,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Give an empty folder for the new corpus, which takes the old one's place if the block ends well.
 
     Args:
-        folder: of the corpus; pictures and ``.work`` in it are left alone.
+        folder: of the corpus; images and ``.work`` in it are left alone.
     """
     work = folder / WORK
     work.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from gmai_xtuner.core.imaging.images import opened
 if TYPE_CHECKING:
     from data_tools.store import Kept
 
-# Control characters show as their pictures; NUL may not occur in a page at all. Marks that turn the
+# Control characters show as their images; NUL may not occur in a page at all. Marks that turn the
 # direction of writing show as a replacement character: they could make an answer read otherwise.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)}
 _VISIBLE |= {127: 0x2421, **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)}
@@ -102,7 +102,7 @@ def all_of(stage: Mapping[str, Any]) -> int:
 def funnel(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the stages of a source: ``stage``, ``title``, ``count`` that came through, ``drops``.
 
-    ``width`` and ``lost`` are per cent of what came to the stage. Stages count different things (pictures,
+    ``width`` and ``lost`` are per cent of what came to the stage. Stages count different things (images,
     regions, conversations), so bars of two stages can't be compared.
     """
     stages: dict[str, dict[str, Any]] = {}
@@ -207,7 +207,7 @@ class Example:
     """A conversation as the report shows it.
 
     ``picture`` is a data address or "" for text alone; ``boxes`` are dicts of ``x, y, width, height, label,
-    focus`` in pixels of the stored picture.
+    focus`` in pixels of the stored image.
     """
 
     kept: Kept

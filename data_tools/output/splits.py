@@ -1,8 +1,8 @@
-"""Split of the records: held out are whole patients, cases, videos or slides, and no picture on both sides.
+"""Split of the records: held out are whole patients, cases, videos or slides, and no image on both sides.
 
 A record's ``provenance.group`` is hashed with the job's seed; below the share asked for, the group is held
-out. So more data leaves the side of a group as it was. Groups that share a stored picture (it is stored
-by its content: the same name is the same picture), or near-identical ones if asked for, are linked, and
+out. So more data leaves the side of a group as it was. Groups that share a stored image (it is stored
+by its content: the same name is the same image), or near-identical ones if asked for, are linked, and
 linked groups are held out if any of them is by its own hash: what has been held out once stays so.
 
 A million records cost 16 MB: two 64-bit hashes each. Should two names have the same hash, their groups
@@ -88,7 +88,7 @@ class SplitBuilder:
         """Decide the sides of the groups.
 
         Args:
-            alike: pairs of record numbers, in the order of `add`, whose pictures are near-identical.
+            alike: pairs of record numbers, in the order of `add`, whose images are near-identical.
         """
         names, group = np.unique(np.frombuffer(self._groups, dtype=np.uint64), return_inverse=True)
         _, image = np.unique(np.frombuffer(self._images, dtype=np.uint64), return_inverse=True)

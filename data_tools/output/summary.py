@@ -8,7 +8,7 @@ key                       what it holds
 ``records``               ``count``, ``pictures`` (distinct), ``held_out``, and the number of records by
                           ``modality``, ``source_task``, ``department``, ``clinical_task``
 ``conversations``         ``count``, ``held_out``, ``rejected``, ``acceptance`` (accepted by accepted and
-                          rejected; null without either), ``repeated`` (texts without a picture that were
+                          rejected; null without either), ``repeated`` (texts without an image that were
                           there already), and the number by ``form``, ``kind`` (of perception),
                           ``turns`` (questions asked of dialogues), ``language``
 ``sources``               source of this run -> ``dataset``, ``licence``, ``url``, ``records``, ``held_out``,

@@ -1,6 +1,6 @@
 """labelme's JSON: a file for each image, with polygons, rectangles, circles and masks.
 
-Format: github.com/wkentaro/labelme, ``labelme/_label_file.py``. The picture inside of the JSON is not read.
+Format: github.com/wkentaro/labelme, ``labelme/_label_file.py``. The image inside of the JSON is not read.
 """
 
 from __future__ import annotations

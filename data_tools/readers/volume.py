@@ -4,7 +4,7 @@
     masks: "{case}/segmentation.nii.gz"            # the value is the label's code
     masks: "{case}/segmentations/{label}.nii.gz"   # or a binary file for each label, as TotalSegmentator has
 
-The volume is turned to RAS+, cleaned by the three-dimensional rules, and cut into pictures. A label map must
+The volume is turned to RAS+, cleaned by the three-dimensional rules, and cut into images. A label map must
 lie on the volume's grid, or be cut out of it; corners more than a tenth of a voxel away drop the case. Of a
 segmentation by 3D Slicer the segments' names are the labels.
 """
@@ -35,7 +35,7 @@ class Options(VolumeOptions):
 
     Args:
         images: pattern of the volumes' paths. ``{name}`` holds no ``/``, ``{name:path}`` may; ``{group}``
-            is the patient; ``{label}`` is said of the volume's pictures as a whole.
+            is the patient; ``{label}`` is said of the volume's images as a whole.
         masks: pattern or patterns of the label maps' paths, with the volume's pieces. With ``{label}`` a
             file is one structure, whatever its values are; without it the value is the label's code.
         channel: index along the fourth axis (time, sequence), of volume and label map. A volume of four axes

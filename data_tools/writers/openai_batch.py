@@ -55,7 +55,7 @@ class OpenAIBatchWriter:
             BatchesPending: batches are under way, after ``wait`` minutes still.
             BudgetReached: nothing is under way and the budget doesn't bear the next request.
             EndpointError: the server refuses files or batches.
-            CorpusError: a picture or the ledger can't be read.
+            CorpusError: an image or the ledger can't be read.
         """
         with Ledger(cache_path(self.options), job=self.job) as ledger:
             run = _Run(self, ledger)

@@ -1,9 +1,9 @@
-"""Data of the ablation: real pictures, a public part, a generated part, held-out questions.
+"""Data of the ablation: real images, a public part, a generated part, held-out questions.
 
-    python examples/ablation/data.py OUT [--pictures 160] [--public 80] [--questions 48]
+    python examples/ablation/data.py OUT [--images 160] [--public 80] [--questions 48]
 
-Pictures and the public part are the quickstart's (see `examples/quickstart/corpus.py`): real crops; training
-and held-out ones come from different regions. From the training pictures and what they show
+Images and the public part are the quickstart's (see `examples/quickstart/corpus.py`): real crops; training
+and held-out ones come from different regions. From the training images and what they show
 `data_tools/generate.py` makes the generated part, as a user does; from the held-out ones, by the same job,
 the questions. OUT gets the mixtures of the two runs: ``with.yaml``, and ``without.yaml``, a variant of it.
 """
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
 
 import corpus as quickstart  # noqa: E402
 
-# What the pictures of a source of the quickstart show, and how they are described in a job.
+# What the images of a source of the quickstart show, and how they are described in a job.
 SHOWN = {
     "skimage-retina": ("retina", "Fundus photography", "Ophthalmology"),
     "skimage-ihc": ("colonic tissue", "Pathology", "Laboratory Medicine and Pathology"),
@@ -96,7 +96,7 @@ def generate(job_file: Path, content: dict[str, object]) -> None:
 def as_slake(questions: Path, target: Path) -> int:
     """Single-turn conversations of a corpus folder as a question file in SLAKE's form; how many.
 
-    ``target/test.json`` with pictures ``target/imgs/...``, which ``gmai_xtuner.evaluate`` reads. An answer of
+    ``target/test.json`` with images ``target/imgs/...``, which ``gmai_xtuner.evaluate`` reads. An answer of
     yes or no is CLOSED, any other OPEN.
     """
     rows = []
@@ -134,7 +134,7 @@ def write(
 
     Args:
         folder: is made.
-        pictures: conversations of the quickstart whose pictures the generated part is made of.
+        images: conversations of the quickstart whose images the generated part is made of.
         public: conversations of the quickstart that are trained on in both runs.
         questions: held-out ones, a multiple of 16.
         seed: of all choices.
@@ -149,7 +149,7 @@ def write(
     (folder / "public.jsonl").write_text("".join(lines[:public]), encoding="utf-8")
     for split in ("train", "heldout"):
         sort_by_label(real / "images" / split, folder / "labelled" / split)
-    # What a question can be answered from: the picture. Departments and names of labels could be guessed.
+    # What a question can be answered from: the image. Departments and names of labels could be guessed.
     asked = {"modality": 1}
     forms: dict[str, object] = {
         "caption": 1,

@@ -1,8 +1,8 @@
-"""Small data sets in the format of every reader, from pictures that come with installed packages.
+"""Small data sets in the format of every reader, from images that come with installed packages.
 
     python examples/jobs/make_data.py [FOLDER]
 
-Nothing is downloaded. The pictures are real tissue; what is said of them is computed here and true by that:
+Nothing is downloaded. The images are real tissue; what is said of them is computed here and true by that:
 where a section is stained, where a volume holds more than background. It is not a physician's finding.
 """
 
@@ -147,7 +147,7 @@ def write_yolo(folder: Path) -> None:
 
 
 def write_masks(folder: Path) -> None:
-    """A grey picture beside each tile: 255 where it is stained."""
+    """A grey image beside each tile: 255 where it is stained."""
     (folder / "masks").mkdir(parents=True, exist_ok=True)
     for tile in tiles():
         _save(tile, folder / "images")

@@ -28,15 +28,15 @@ SOFT_TISSUE = (40.0, 400.0)  # centre and width of the usual CT window for soft 
 
 
 class SourceError(ValueError):
-    """A dependency does not carry a picture, or carries another than the labels describe."""
+    """A dependency does not carry an image, or carries another than the labels describe."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One picture of one source, with the two regions that crops may come from.
+    """One image of one source, with the two regions that crops may come from.
 
     ``regions`` maps a split to its box; a split that this plane does not serve has no entry.
-    ``tissue`` is ``bool [H, W]``: where the picture shows tissue and not empty background.
+    ``tissue`` is ``bool [H, W]``: where the image shows tissue and not empty background.
     ``window`` names the CT display window, None for other modalities; planes that differ in it
     alone show the same pixels, those of ``(source, index)``.
     """

@@ -61,7 +61,7 @@ def write_model_card(
         settings: what inference must do as training did.
         dtype: of the weights.
         config: of the whole.
-        mean_colour: with which pictures are padded, 0 to 255.
+        mean_colour: with which images are padded, 0 to 255.
     """
     tokens = settings["max_length"]
     environment = Environment(

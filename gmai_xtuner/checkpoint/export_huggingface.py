@@ -12,7 +12,7 @@ greedy answers are those of the model that was trained; ``generation_config.json
 Of the image processor the files say what training did: pad to a square with the mean colour, then
 resize. They name no class, so that each transformers takes its own for LLaVA: from 4.49 on
 ``LlavaImageProcessor``, which pads; 4.48 ``CLIPImageProcessor``, which can't, and resizes both edges at
-once (nothing is cut off, but the picture is stretched unless it is square).
+once (nothing is cut off, but the image is stretched unless it is square).
 """
 
 from __future__ import annotations

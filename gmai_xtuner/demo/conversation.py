@@ -48,11 +48,11 @@ class Attached:
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture as the model got it.
+    """An image as the model got it.
 
     Args:
         number: of the tray's image.
-        picture: RGB; kept as it was, however the image is turned later.
+        image: RGB; kept as it was, however the image is turned later.
     """
 
     number: int
@@ -97,7 +97,7 @@ class Exchange:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its pictures."""
+        """Memory of its images."""
         return sum(3 * shown.picture.width * shown.picture.height for shown in self.images)
 
 
@@ -239,7 +239,7 @@ class Session:
                 one.send, one.sent = True, False
 
     def seen(self, exchange: Exchange) -> Sequence[Shown]:
-        """Every picture that was sent up to and with an exchange, the newest of each number last."""
+        """Every image that was sent up to and with an exchange, the newest of each number last."""
         newest: dict[int, Shown] = {}
         for one in self.exchanges:
             for shown in one.images:

@@ -1,4 +1,4 @@
-"""Pictures to begin with: those that installed packages bring along, or a folder of one's own."""
+"""Images to begin with: those that installed packages bring along, or a folder of one's own."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class Limits:
 
     Args:
         upload_bytes: of all files of one upload together.
-        pixels: width x height of one picture or slice.
+        pixels: width x height of one image or slice.
         voxels: of a volume, a series, or all frames of a file.
         memory_bytes: opened images of all visitors together.
         images: in one visitor's tray.

@@ -17,7 +17,7 @@ LONGEST_SIDE = 1024
 
 
 def data_url(picture: Image.Image, *, longest: int = LONGEST_SIDE) -> str:
-    """A picture as text: it goes to the page without ever being a file or having an address."""
+    """An image as text: it goes to the page without ever being a file or having an address."""
     shown = picture
     if max(picture.size) > longest:
         share = longest / max(picture.size)
@@ -32,7 +32,7 @@ def picture_element(url: str, *, about: str, name: str) -> Any:
     """An ``<img>``.
 
     Args:
-        url: of the picture.
+        url: of the image.
         about: what it is, for who can't see it.
         name: that tests find it by.
     """

@@ -68,7 +68,7 @@ class Server:
         self.answers = Answers(predictor, max_waiting=max_waiting)
         self.started = int(time.time())
         self._timeout, self._arriving = timeout, 0
-        # A decoded picture may take hundreds of MiB; what waits for the model is small.
+        # A decoded image may take hundreds of MiB; what waits for the model is small.
         self._decoding = asyncio.Semaphore(2)
         self.app = Starlette(
             routes=[

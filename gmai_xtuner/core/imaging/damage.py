@@ -1,7 +1,7 @@
 """Damage inside image files that decoders pass over, and so show as grey or shifted blocks.
 
 * **JPEG**: what libjpeg-turbo warns of; Pillow does not ask for its warnings. Coded pixels have no checksum,
-  so a changed bit that gives another valid picture can't be found.
+  so a changed bit that gives another valid image can't be found.
 * **PNG**: the checksum (CRC-32) of each chunk, of which Pillow skips that of the pixels.
 * **TIFF**: the checksum (Adler-32) of each strip or tile that is compressed by Deflate, and the warnings of
   each that is a JPEG. Strips of other kinds have none.

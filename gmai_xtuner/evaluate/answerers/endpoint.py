@@ -185,7 +185,7 @@ def _content(job: Job) -> list[dict[str, Any]]:
     """The parts of a user's message.
 
     Raises:
-        ImageError: a picture can't be read.
+        ImageError: an image can't be read.
     """
     urls = [
         data_url(source, f"image {number} of question {job.id}")
@@ -201,7 +201,7 @@ def _content(job: Job) -> list[dict[str, Any]]:
 
 
 def data_url(source: ImageSource, name: str) -> str:
-    """The picture that our own models see, without loss: a plain JPEG as it is, anything else as PNG.
+    """The image that our own models see, without loss: a plain JPEG as it is, anything else as PNG.
 
     Raises:
         ImageError: it can't be read.
