@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-newest quickstart test test-fast check format clean
+.PHONY: help env env-newest quickstart test test-fast check format license clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -43,6 +43,13 @@ check: env
 format: env
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The SPDX line of new files, which `make check` asks for.
+license: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check reuse==6.2.0
+	$(BIN)/ruff check . --select CPY001 --output-format json | $(BIN)/python -c \
+	    'import json, sys; print(*{one["filename"] for one in json.load(sys.stdin)}, sep="\n")' | \
+	    xargs -r -d '\n' $(BIN)/reuse annotate --license Apache-2.0 --template spdx
 
 clean:
 	rm -rf work_dirs build dist *.egg-info

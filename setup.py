@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """GMAI-VL for XTuner: install with ``pip install -e .`` (training) or ``pip install -e .[dev]``."""
 
 from pathlib import Path

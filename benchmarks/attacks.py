@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Files and requests that cost far more than they weigh -> what comes of each, in seconds and memory.
 
 Each is opened in a process of its own, by the code that training, corpus builder, page and server use; what

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Milliseconds of a tiny training step on the CPU, alone and beside a process that keeps one core busy.
 
     python benchmarks/busy_neighbour.py --json

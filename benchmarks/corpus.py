@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A million records through forms, template writer, checks, store and output files, by `pipeline.run`.
 
 The records are made up, one image for all, so no time goes into images: detection records of six labels,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Planted damage in image files -> the share that is found, by format: by decoding alone, and by check_image.
 
 ``decode`` is ``open_rgb``, as training reads; ``careful`` is ``check_image(level="decode")``, as the corpus

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Image file -> pixel values of CLIP ViT-L/14-336, against xtuner's LLaVADataset, bit for bit.
 
 Images are drawn: shading, edges in all directions and grain. One core. Of each image the best of

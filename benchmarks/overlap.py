@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The search for leaks: images hashed a second, hashes and questions searched, against the field's own.
 
 Images are drawn as in images.py; imagehash makes its perceptual hash alone, ours both hashes by the rules

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Soft packing at the size of the paper, against xtuner's packer and TRL's best-fit decreasing.
 
 The lengths are drawn: which dataset, from the sizes and ratios of the mixture template; how long, from

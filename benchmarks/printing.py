@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What the benchmarks share: one result on stdout, the machine it was measured on, the peers' place."""
 
 from __future__ import annotations

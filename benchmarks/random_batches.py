@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Random conversations, and the batches that each side of ``train_step.py`` makes of them."""
 
 from __future__ import annotations

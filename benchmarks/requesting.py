@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The request loop against a local server of fixed latency: how much of the ideal rate is reached.
 
 The server runs in a process of its own, reads each request whole and answers after ``--latency``. With N

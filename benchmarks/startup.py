@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """From a cached corpus to the first batch: time and memory of the main process and its workers.
 
 Everything is measured in fresh processes. Importing torch, xtuner and this package is timed apart: it is

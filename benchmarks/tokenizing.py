@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Annotation file -> token ids and labels, against xtuner's LLaVADataset, with the same fast tokenizer.
 
 Ours is timed the whole way, as in training: from the JSON file to the published token cache, on all

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Useful tokens a second and MFU of whole training steps, packed, against xtuner's ``LLaVAModel``, padded.
 
     python benchmarks/train_step.py --geometry tiny --stage 3 --json            # CPU

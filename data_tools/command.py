@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The exit status of the commands, and every error as one message."""
 
 from __future__ import annotations

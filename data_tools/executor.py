@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Where the work is done: processes of this machine, or a Ray cluster. The same results in the same order.
 
 `Executor.map` is lazy: no more than a few tasks per worker are in flight, so neither a slow reader of the

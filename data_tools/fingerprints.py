@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Fingerprints of units, which tell whether their files are what they were when they were read."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python data_tools/generate.py JOB.yaml``: from labelled medical images to an image-text corpus."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One conversation to be made of a record, and the conversation that was made."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The job file: YAML -> `Job`, or one error with every mistake of the file and its line."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What kind of thing a label names, and which labels say that there is nothing.
 
 The words are data, ``lexicon.yaml``; their numbers (vertebra, vertebrae) are those of the library inflect.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What all sections of a job have in common: unknown keys are errors, values never change."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python data_tools/overlap.py CORPUS BENCHMARK``: is a benchmark in the training data?"""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Texts of the command: a dry run, the state of a job, the end of a run."""
 
 from __future__ import annotations

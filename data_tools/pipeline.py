@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A job from its sources to the corpus folder; stopped at any moment, it goes on where it was.
 
 ::

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The progress of a run as a line on stderr."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The shapes on the way from a source to the corpus: `Unit` -> `Sample` -> `Record`, and `Drop` for the rest.
 
 A `Record` is GMAI-VL's ``<image, modality, label, department, bbox [optional]>`` (arXiv 2411.14522, section

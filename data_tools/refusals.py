@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What a source as a whole is refused for once it was read: no record, or labels that are no names."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One unit of a source -> standard records, with every sample that is left out under its reason."""
 
 from __future__ import annotations

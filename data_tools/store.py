@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The state of a job: one SQLite database, written by one process, consistent after any stop.
 
 ::

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The vocabulary of records: modalities, departments, clinical tasks, original tasks, each with its names.
 
 The built-in one is ``taxonomy.yaml`` beside this module; a job may name a file of the same form that adds

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The work of a worker: read units of a source, and plan, write and check the conversations of records.
 
 Conversations that a model is to write are only planned here; see `pipeline` for how they are asked for.

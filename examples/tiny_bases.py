@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Tiny base models in the hub's layouts, with random weights: no download, a few seconds.
 
 ``python -m gmai_xtuner.tiny_bases DIR`` writes ``DIR/llm``, an InternLM2.5 with its sentencepiece

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """GMAI-VL for XTuner.
 
 Importing this package loads nothing else. Configs import :mod:`gmai_xtuner.plugin`, which registers the
@@ -16,7 +18,7 @@ _MODULES = {
     "SoftPackedDataset": "gmai_xtuner.data.dataset",
     "load_model": "gmai_xtuner.loading",
 }
-__all__ = ["GMAILLaVAModel", "SoftPackedDataset", "load_model"]
+__all__ = ["GMAILLaVAModel", "SoftPackedDataset", "load_model"]  # noqa: F822 (resolved lazily)
 
 
 def __getattr__(name: str) -> Any:

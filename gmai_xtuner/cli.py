@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Options and habits that all commands share: which model, how precise, where the report goes.
 
 Nothing heavy is imported here, so that ``--help`` answers at once.

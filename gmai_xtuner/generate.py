@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Ask a trained model.
 
 Shapes: ``B`` prompts asked together, ``T`` tokens of a prompt, image tokens counted, ``D`` width.

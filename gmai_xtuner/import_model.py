@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Write a released or foreign model as an export of ours, whole and with adapters merged.
 
 ``python -m gmai_xtuner.import_model RELEASE OUT`` reads every layout that :mod:`gmai_xtuner.loading` does and

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One inference queue: a model computes one answer at a time, the others wait in the order they came.
 
 The server and the page use it. An asyncio loop hands out turns; the model runs in one thread of its own.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Write an InternLM2 or InternLM2.5 base in Llama form, with its tokenizer.
 
 ``python -m gmai_xtuner.llama_base internlm/internlm2_5-7b-chat OUT``

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A folder of weights -> a :class:`~gmai_xtuner.generate.Predictor`, whatever its layout.
 
 Read are xtuner's LLaVA layout (our export and xtuner's own, with adapters or without) and whole LLaVA

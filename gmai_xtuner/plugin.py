@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The plugin that a config imports: ``custom_imports = dict(imports=["gmai_xtuner.plugin"])``.
 
 Importing it registers the datasets, samplers, model, loop and hooks in xtuner's ``BUILDER`` and

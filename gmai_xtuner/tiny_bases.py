@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python -m gmai_xtuner.tiny_bases DIR``: write tiny random base models, by ``examples/tiny_bases.py``."""
 
 from __future__ import annotations

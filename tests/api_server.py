@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A Chat Completions and Batch API server on loopback that misbehaves as it is told to, and counts."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Exports of a tiny model that tells its prompts apart, without training: by the code of ``convert``."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Medical files of a few pixels, written as their formats say."""
 
 from __future__ import annotations

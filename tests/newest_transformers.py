@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A second environment with the newest transformers, which costs seconds and not gigabytes.
 
 xtuner 0.2.0 pins transformers 4.48, but what we export must also load in the newest one. The packages of

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A mixture over all real images of ``../shared/data``, in every record form that the reader takes.
 
 Images that training reads as they are (PNG, JPEG, TIFF, 8 and 16 bit) are used in place; DICOM frames and

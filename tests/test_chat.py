@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The conversation, its commands, and the command as a person and as a script run it."""
 
 from __future__ import annotations

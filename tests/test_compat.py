@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Workarounds that no other test would miss."""
 
 import threading

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Every number of the shipped configs against Table 8 and section 4 of the paper."""
 
 from __future__ import annotations

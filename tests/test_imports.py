@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The rule of arrows: which package may import which, imports inside of functions counted.
 
 Imports for type checking alone load nothing and are not counted.

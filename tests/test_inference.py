@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One answer, several together, and an answer in pieces are the same answer."""
 
 from __future__ import annotations

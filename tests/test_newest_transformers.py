@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The second environment: the pinned transformers, the main environment's torch, none of our code."""
 
 from __future__ import annotations

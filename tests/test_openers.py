@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One opener for untrusted bytes: who may call what opens images, volumes, archives, tables and weights."""
 
 from __future__ import annotations

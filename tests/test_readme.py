@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What the README and the docs point at exists."""
 
 from __future__ import annotations

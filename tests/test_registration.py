@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``import gmai_xtuner.plugin`` registers, and changes nothing else."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The server, asked by OpenAI's own client over real HTTP."""
 
 from __future__ import annotations

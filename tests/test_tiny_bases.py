@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The tiny bases: hub layout, reproducible bytes, and weights that can learn."""
 
 from __future__ import annotations

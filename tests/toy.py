@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Small corpora for the tests: a few conversations, synthetic pictures and a mixture file."""
 
 from __future__ import annotations

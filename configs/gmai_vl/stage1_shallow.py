@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # Stage 1, shallow alignment: only the projector learns (Table 8).
 #
 #   NPROC_PER_NODE=8 xtuner train configs/gmai_vl/stage1_shallow.py --deepspeed zero2

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # Stage 2, deep alignment: the projector and the vision tower learn (Table 8).
 #
 #   NPROC_PER_NODE=8 xtuner train configs/gmai_vl/stage2_deep.py --deepspeed zero2

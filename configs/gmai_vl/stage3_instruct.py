@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # Stage 3, instruction tuning: everything learns (Table 8).
 #
 #   NPROC_PER_NODE=8 xtuner train configs/gmai_vl/stage3_instruct.py --deepspeed zero3

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Does a conversation say what the expert's annotation says, and nothing against it?
 
 Every check is a generator of `Problem`s. They find what can be found by words: that the label is named, and

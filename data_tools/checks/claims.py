@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Does an answer say of the image what the expert's annotation says: labels, modality, side, boxes?"""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Finding terms in running text, as claims or as denials.
 
 English is read word by word: a term is a run of words, the longest one wins (`lung nodule` before

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Did a translation keep what was said: labels, numbers, boxes, yes and no?"""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Is it a conversation in the item's language that neither refuses nor speaks of its instructions?"""
 
 from __future__ import annotations

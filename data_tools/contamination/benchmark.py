@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A benchmark, read without knowing which it is: question files in the usual shapes, and images."""
 
 from __future__ import annotations

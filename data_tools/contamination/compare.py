@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Compare a corpus with a benchmark: read both, hash, search, and collect the overlap."""
 
 from __future__ import annotations

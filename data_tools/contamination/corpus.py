@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A training corpus to be compared: a corpus folder of ours, a mixture file, or files of records.
 
 Records, mixtures and exclude lists are read as training reads them; what training refuses is counted.

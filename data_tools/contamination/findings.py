@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The result in numbers and lists, and the names that a training should leave out."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Hashes of images: exact and perceptual, made by all cores, kept in a file for the next run.
 
 Both hashes are taken of the pixels that training shows (see `preprocess.images`): 8 bit, upright, deep grey

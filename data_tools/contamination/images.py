@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Images of the two sides that are the same, look the same, or bear the name of the same case."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Questions of a benchmark that the corpus asks as well, and whether about the same image.
 
 A text is taken apart into words, Chinese, Japanese and Korean into characters; case, punctuation, width and

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The folder that a comparison leaves: ``report.html``, ``report.md``, ``overlap.json``, lists.
 
 Each comparison has a folder of its own, so that no list of another benchmark is written over.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Rows of a benchmark's question files, and which of their columns is the question, an answer, an image.
 
 Names of columns are compared in lower case without spaces and punctuation: ``Figure_path`` is ``figurepath``.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Conversations of a record: which ones are made, and the template writer that words them.
 
 The template writer asks no model: its sentences come from the annotation alone, without key or network.

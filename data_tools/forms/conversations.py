@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Captions, instructions, dialogues and texts without an image, in the words of the template writer."""
 
 from __future__ import annotations

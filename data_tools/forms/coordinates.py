@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """How a box is written in a conversation: ``[x1, y1, x2, y2]`` in thousandths.
 
 The numbers are whole thousandths of the width and height of the stored image itself, 0 to 1000, left and

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Sentences of the template writer: what a record says, in the words of one language.
 
 The sentences are data, one file a language (``en.yaml``, ``zh.yaml``); forms ask for them by key and never by

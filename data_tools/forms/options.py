@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What a job makes of its records: the section ``make``."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Visual perception: questions that the labels alone answer, made without any model.
 
 GMAI-MM-Percept of GMAI-VL (arXiv 2411.14522, table 1). `kinds` says which questions a record can answer,

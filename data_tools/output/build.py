@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Store -> corpus folder; the new corpus takes the place of the old one, whole, whenever the run is killed.
 
 Everything streams into ``.work/corpus.new``; its renaming to ``.work/corpus.ready`` is the moment from which

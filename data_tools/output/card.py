@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``README.md`` of the corpus, a Hugging Face dataset card, and its figures.
 
 The figures are the paper's distributions (GMAI-VL, arXiv 2411.14522, figure 3): records by modality, original

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The corpus' JSON Lines and Parquet files, written a few megabytes at a time, and its mixture files.
 
 A conversation is a line in LLaVA's form, as GMAI-VL's own data has it (uni-medical/GMAI-VL,

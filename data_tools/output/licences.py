@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Demands of a licence, read off its name, and the sources that a job keeps because of them.
 
 Only the name is looked at, as the job states it. Nothing here is legal advice: a licence that isn't

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Perceptual hashes of images: those of images that look the same are a few of 64 bits apart.
 
 The hash is Zauner's DCT hash ("Implementation and benchmarking of perceptual image hash functions",

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``report.html``: one file to look at, without scripts and without anything loaded from elsewhere.
 
 Labels, answers and addresses come from files and models that nobody here has written. Jinja2 escapes them

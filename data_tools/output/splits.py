@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Split of the records: held out are whole patients, cases, videos or slides, and no image on both sides.
 
 A record's ``provenance.group`` is hashed with the job's seed; below the share asked for, the group is held

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``summary.json``: the numbers of a corpus, from the source files to the conversations.
 
 ========================  ==========================================================================

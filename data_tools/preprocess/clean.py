@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Apply the rules: in a volume to the components of its label maps, in an image to boxes and masks.
 
 Boxes are half-open, ``x2 - x1`` is the width, as `skimage.measure.regionprops` gives them. A mask becomes one

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """An image of a source -> an image file of the corpus, named by its pixels.
 
 How a file is decoded is written in `gmai_xtuner.core.imaging.images`: the trainer decodes by the same rules,

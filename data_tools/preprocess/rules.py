@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What is kept of masks, slices and volumes; presets as published by the sets and models that are named.
 
 A preset is taken by name, ``clean: sa-med2d``, or changed in places, ``clean: {preset: sa-med2d,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which slices of a volume become images, each with what was drawn into it.
 
 `gmai_xtuner.core.imaging.slicing` says how they are turned; label maps are turned like the image.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A volume with its label maps, ``[X, Y, Z]`` in RAS+ (see `gmai_xtuner.core.imaging.volumes`)."""
 
 from __future__ import annotations

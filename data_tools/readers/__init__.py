@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Readers by name. A module is imported when a job uses it: one that reads DICOM needs pydicom, others don't.
 
 A reader is a module with ``Options`` (its keys in the job), ``units(options)`` (what there is to read,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Arrays of NPZ, NPY, HDF5 and TIFF files, row by row: what a file claims is bounded before it is read.
 
 Nothing is unpickled, and no link or external storage of an HDF5 file is followed.

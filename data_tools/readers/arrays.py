@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Arrays in files: NPZ and NPY, HDF5, TIFF stacks; one image each or many along the first axis.
 
     images: "{name}.npz"                       # MedMNIST

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """COCO's annotation file: boxes, polygons or run-length codes of one JSON for many images.
 
 The file is held as a whole while the job's main process hands out its images, about six times its size.

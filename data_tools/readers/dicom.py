@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DICOM: single images, cine loops, series as volumes, with labels from a table, from SEG or from RTSTRUCT.
 
 A series whose files are slices becomes a volume, which is cut into images as NIfTI is; every other file

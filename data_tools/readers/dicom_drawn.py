@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What was drawn into DICOM images: SEG and RTSTRUCT files -> masks on the images' own pixels.
 
 Nothing is resampled. A frame or contour belongs to the image in whose plane it lies; without a place, to the

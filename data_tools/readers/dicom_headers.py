@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The little of a DICOM header that leaves the reader.
 
 Only these leave, each only in the form named: the modality's code; ``BodyPartExamined``, ``ViewPosition`` and

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DICOM series and enhanced objects -> voxels and their grey levels."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Tables whose rows name a video, a slide or a series, held as a whole: CSV, TSV, JSONL or Excel."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Names that a source gives -> files below its root, and their images.
 
 A source is somebody else's: its names prove nothing.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A folder for each class, images or DICOM files in it; subfolders belong to the class they lie in."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """labelme's JSON: a file for each image, with polygons, rectangles, circles and masks.
 
 Format: github.com/wkentaro/labelme, ``labelme/_label_file.py``. The image inside of the JSON is not read.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Images with mask files: binary, numbered, in colours, one file or several for each image.
 
 Masks are found by a pattern over the image's path,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Sets with a ``dataset.json``: nnU-Net v2 (``reader: nnunet``) and the Medical Segmentation Decathlon.
 
 nnU-Net has ``imagesTr/CASE_0000.nii.gz`` for each channel and ``labelsTr/CASE.nii.gz``:

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Patterns of paths: ``{case}/ct.nii.gz`` with ``{case}/{label}.nii.gz``, ``png/{image ID:03d}.png``.
 
 ``{name}`` stands for one or more characters without ``/``, ``{name:path}`` for any, ``{name:03d}`` for digits

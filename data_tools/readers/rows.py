@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Rows of a CSV, TSV, JSONL or Excel table, in little memory.
 
 `grouped` gives the rows of one image together, wherever in the table they are: a temporary file takes the

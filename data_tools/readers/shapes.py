@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Numbers of annotation files, never trusted: polygons and COCO's run-length codes -> masks by pycocotools.
 
 pycocotools is C: it allocates what a polygon's coordinates ask for, and takes four numbers for a box.

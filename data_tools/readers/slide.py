@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Tiles of whole-slide images and other large TIFFs, at a level, a magnification or microns a pixel.
 
 Which tiles: a grid over the tissue, or those that a table names. Their labels: the slide's class (of its

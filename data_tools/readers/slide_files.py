@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Parts of large TIFFs and whole-slide images, without reading the rest.
 
 OpenSlide reads the formats of scanner makers that it knows (SVS, NDPI, MRXS, SCN, BIF, ...), tifffile every

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Labels of a slide's tiles: the slide's class, rows of a table, outlines or a label map.
 
 Outlines are what a pathologist drew on the slide: GeoJSON (QuPath) and XML (ASAP, Aperio ImageScope). Their

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A table of labels: CSV, TSV, JSONL or Excel. The job says which column holds what.
 
     reader: table

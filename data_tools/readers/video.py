@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Frames of ultrasound, endoscopy and surgery videos: mp4, mov, avi, mkv, webm, mpg, wmv and animated GIF.
 
 Which frames: by time, evenly, by scene, or those that a table names. Their labels: of the folder, of the

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which frames a video has, and decoding some of them, by PyAV (the FFmpeg libraries in a wheel).
 
 A frame's number counts frames in the order in which they are shown, from 0; its time is in seconds from the

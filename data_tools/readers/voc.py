@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Pascal VOC: an XML file for each image (Everingham et al., IJCV 88, 303, 2010).
 
 The VOC sets count pixels from 1 and name the last one inside the box; labelling tools write the edges of the

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Volumes with label maps: NIfTI, NRRD and MetaImage, one of them paired with the other by patterns.
 
     images: "{case}/ct.nii.gz"

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What the readers of volumes share: keys of the job, and the way from a volume to samples."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """YOLO's label files: a text file for each image, a line for each object, coordinates as fractions.
 
 ``images/train/a.jpg`` has its lines in ``labels/train/a.txt``; the last folder named ``images`` is exchanged,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Writers that ask a model: `model_writer` is the job's one."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The questions about an item, in their order, and what their answers make of it; no network here.
 
 `write` is a generator that yields questions and is sent the answers. The same one serves the writer that

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The ledger: every answer that was paid for, and what each job has spent. One SQLite file for all jobs.
 
 ```

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The writer that uses the Batch API: half the price, answers within a day, collected by a later run.
 
 ```

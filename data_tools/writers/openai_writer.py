@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The writer that asks a model: many requests in flight, none twice, none beyond the budget.
 
 ```

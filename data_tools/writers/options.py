@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The job's ``writer`` section: who writes the conversations, under which limits and for how much money."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Prompts for a model about a record, and the conversation in its answer.
 
 Annotation-guided generation, as GMAI-VL (arXiv 2411.14522, figure 2) describes it: the prompt states

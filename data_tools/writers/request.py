@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One request: its body, its key in the ledger, the attached image, and what it can cost.
 
 Before a request is sent it is counted at what it can cost at most; the server's own count replaces that as

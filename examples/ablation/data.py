@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Data of the ablation: real images, a public part, a generated part, held-out questions.
 
     python examples/ablation/data.py OUT [--images 160] [--public 80] [--questions 48]

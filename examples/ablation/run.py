@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The ablation of section 5.5: the same training with and without the generated corpus, tiny.
 
     python examples/ablation/run.py --work-dir work_dirs/ablation

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Small data sets in the format of every reader, from images that come with installed packages.
 
     python examples/jobs/make_data.py [FOLDER]

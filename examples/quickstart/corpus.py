@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Write the quickstart's corpus: real image crops with true labels, as conversations in LLaVA form.
 
     python examples/quickstart/corpus.py OUT [--seed 0] [--train 2400] [--heldout 128]

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What the quickstart's conversations say, in English and in Chinese.
 
 Every sentence is a fact of general knowledge, or has its slots filled with known labels and

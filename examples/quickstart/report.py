@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The quickstart's result as a table, ``report.json`` and ``answers.png``.
 
     python examples/quickstart/report.py work_dirs/quickstart

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The quickstart: tiny bases, real images, three stages, conversion, held-out questions.
 
     python examples/quickstart/run.py --work-dir work_dirs/quickstart

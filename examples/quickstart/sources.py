@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Real medical images that the project's dependencies carry in their wheels, with known labels.
 
 Nothing is downloaded. A label is written down only where the file or its library's documentation

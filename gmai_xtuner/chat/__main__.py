@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python -m gmai_xtuner.chat MODEL [--image X ...] [--question TEXT] ...``
 
 Answers go to standard output, everything else to standard error. Exit status: 0 when all went well, 1 after

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A conversation with a model: what was said, which images were shown, and what comes next."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The conversation as a person sees it: lines in, answers and commands out."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Load the bases: InternLM2, InternLM2.5 or Llama as the language model, CLIP as the vision tower."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The model card of an export: what it is, what it takes, how to use it, what it is not for."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A trained stage as a folder in xtuner's LLaVA layout.
 
 ``projector/`` always; ``visual_encoder/`` (tower and image processor) where it is not the base's; the

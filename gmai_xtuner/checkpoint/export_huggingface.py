@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A trained stage as a plain ``LlavaForConditionalGeneration`` folder: no code of ours is needed to use it.
 
 Parts that the stage did not train come from their bases, so that the folder is whole after every stage.

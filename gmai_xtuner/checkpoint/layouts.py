@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Folders that hold a whole LLaVA: which layout it is, and the weights of each part under plain names.
 
 =============  ======================================================  ============================

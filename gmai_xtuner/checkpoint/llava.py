@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The model that configs name: it starts from the stage before, saves what it trained, and is exported.
 
 A checkpoint holds what its stage trains; the rest is read from the bases again. With LoRA on the vision

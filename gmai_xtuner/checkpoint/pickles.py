@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Read files of ``torch.save`` without running anything that they contain.
 
 A pickle is a program: it names functions, calls them and sets attributes. PyTorch's ``weights_only`` reader

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Tokenizers as native ``PreTrainedTokenizerFast``: no remote code.
 
 A folder with ``tokenizer.json`` is used as it is. A folder with the sentencepiece model alone, as

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Tokenizer and chat template of a plain LLaVA folder: the ids of training, without our code.
 
 Three things differ from the base's tokenizer:

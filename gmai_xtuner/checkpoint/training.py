@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which checkpoints of a work dir are whole, and which of them is the newest.
 
 A work dir holds DeepSpeed folders ``iter_<N>.pth`` (or ``epoch_<N>.pth``, or a single file of that name).

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Unpicklers that call nothing but their own makers; see :mod:`gmai_xtuner.checkpoint.pickles`."""
 
 from __future__ import annotations

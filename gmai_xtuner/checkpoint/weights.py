@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Weights on disk: safetensors or pickles, in one file or in shards, and LoRA adapters on top of them.
 
 Adapters of peft are added to the weights of their base without building it. xtuner's own ``llm_adapter`` and

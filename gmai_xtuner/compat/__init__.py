@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Every workaround for the pinned packages, one file a package: what goes wrong, and until when it is needed.
 
 :func:`apply` is called by ``import gmai_xtuner.plugin``: a string-style config imports it before xtuner looks

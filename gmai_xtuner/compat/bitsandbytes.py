@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Workaround for bitsandbytes 0.45.0: what goes wrong, and until when it is needed."""
 
 from __future__ import annotations

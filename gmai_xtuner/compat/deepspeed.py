@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Workarounds for DeepSpeed 0.16.2: what goes wrong, and until when each is needed."""
 
 from __future__ import annotations

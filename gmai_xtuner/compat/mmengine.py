@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Workaround for mmengine 0.10.6: what goes wrong, and until when it is needed."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Where a server listens, by which names it is asked, and how long it waits; for the page and the API."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Values that a training config names once, for the parts of a run that need them too.
 
 ``model`` names the language model and the vision tower; the dataset and the exports take tokenizer and

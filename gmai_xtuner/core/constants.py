@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The few ids and marks that data, model and export must agree on (values of xtuner 0.2.0)."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Record -> Conversation: two spellings of the same thing become one, checked.
 
 LLaVA / GMAI-VL form::

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Errors of both products: each says what is wrong, where, and what to do about it."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Conversations that a mixture leaves out by name, read from its ``exclude`` lists.
 
 A list is a text file, written by hand or by ``data_tools/overlap.py``::

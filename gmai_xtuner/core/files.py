@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Files and folders that are whole or not there, whenever a process is killed; locks between processes."""
 
 from __future__ import annotations

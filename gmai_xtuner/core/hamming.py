@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """64-bit hashes that differ in few bits, found without comparing all with all.
 
 Multi-index hashing (Norouzi, Punjani and Fleet, "Fast search in Hamming space with multi-index hashing", CVPR

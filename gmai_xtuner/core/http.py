@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Asking an OpenAI-compatible server: one request, the meaning of its failures, and the speed of many.
 
 The client's own retries are off, so that whoever asks counts, paces and pays for every request. All but

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Folders and repositories in the hub's layout: find them, read their JSON; no weights, no torch."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Mixture file -> datasets with their ratios, and seeded sampling.
 
 A mixture file (YAML or JSON) lists datasets by name::

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Annotation file -> raw records, one after the other; the file's objects are never all in memory.
 
 ``.json`` (a list), ``.jsonl`` / ``.ndjson`` (an object a line) and ``.parquet``. This half does as little

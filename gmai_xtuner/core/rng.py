@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Seeded choices that cost well under a microsecond: a generator is made for every conversation."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """YAML and JSON files as plain values that know their lines.
 
 Keys are text as it is written, so that ``1: neutrophil`` and ``no: absent`` mean the keys ``"1"`` and

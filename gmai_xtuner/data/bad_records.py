@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Bad records of a dataset, reported all at once: as an error for people, as a list for tools.
 
 A build that is refused leaves ``<dataset>-<key>.bad/`` beside the caches::

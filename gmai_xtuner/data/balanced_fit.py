@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A plan of packs that uses up all lengths evenly.
 
 The mix of packs is found first. Draw full packs at random, a pack with the lengths ``l1, l2, ...`` having a

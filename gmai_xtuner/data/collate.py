@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Packs -> one flat batch without padding.
 
 Shapes: ``T`` tokens, ``S`` conversations, ``N`` images of ``P`` tokens each, ``M`` supervised tokens.

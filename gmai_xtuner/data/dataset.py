@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The training dataset: a mixture file in, packs of whole conversations with their images out."""
 
 from __future__ import annotations

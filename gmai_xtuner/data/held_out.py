@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which conversations are kept for validation.
 
 An image, named by its path below the image root, is kept for validation if a hash of that name

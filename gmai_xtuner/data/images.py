@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """RGB image -> pixel values of the vision tower; `core.imaging.images` decodes the file.
 
 Shapes: ``S`` side of the square that the vision tower takes (336), ``3`` channels in RGB order.

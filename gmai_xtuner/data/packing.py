@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Soft packing: whole conversations into sequences of ``max_length`` tokens, none split.
 
 Packs are planned for *kinds* of conversations instead of single ones: all conversations of equal length

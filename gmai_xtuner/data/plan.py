@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The data plan on disk: which conversations are trained on, and how each epoch packs them.
 
 A plan is a folder ``<cache_dir>/plans/<key>/``::

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which pack goes to which rank and micro-batch, and what the loss of that step is divided by.
 
 One optimiser step takes ``world x accumulative_counts x batch_size`` packs in the order of the epoch's

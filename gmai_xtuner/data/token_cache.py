@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Tokenised conversations of one dataset on disk, made once and memory-mapped by every process.
 
 A cache is a folder ``<cache_dir>/tokens/<dataset>-<key>/``::

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Conversation -> token ids and the spans of them that are supervised.
 
 One conversation, as text and as xtuner 0.2.0 lays it out for InternLM2 (``|`` where pieces are encoded

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Records -> rows of a token cache, in this process or, if there are many, in several."""
 
 from __future__ import annotations

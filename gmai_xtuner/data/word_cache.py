@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Token ids of a text from those of its words, where that is provably the same."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A page to try a model in a browser: ``python -m gmai_xtuner.demo MODEL [MODEL_B]``.
 
 What is opened (`files`, `medical_files`, `studies`), what is asked (`conversation`), who answers

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python -m gmai_xtuner.demo MODEL [MODEL_B] [--port 7860] ...``
 
 Exit status: 0 ended by a signal, 1 the model or the address can't be used, 2 the command line can't be

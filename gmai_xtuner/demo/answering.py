@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Models that answer one question at a time, in the order in which questions came."""
 
 from __future__ import annotations

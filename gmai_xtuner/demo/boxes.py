@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Boxes in an answer -> rectangles on a copy of the image.
 
 The corpus builder writes ``[x1, y1, x2, y2]`` in whole thousandths of width and height; that is what whole

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The conversation's side of the page: asking, answers as they come, boxes, settings."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One visitor's images and what was said about them; nothing of it is written anywhere."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Images to begin with: those that installed packages bring along, or a folder of one's own."""
 
 from __future__ import annotations

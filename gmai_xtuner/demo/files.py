@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Uploaded files -> studies, by what they hold and not by their names."""
 
 from __future__ import annotations

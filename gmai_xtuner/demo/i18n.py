@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What the page says, in English and Chinese, and errors that can be said in both; `words.yaml` has them."""
 
 from __future__ import annotations

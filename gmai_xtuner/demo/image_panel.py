@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The images' side of the page: bringing them, turning their pages, setting their window."""
 
 from __future__ import annotations

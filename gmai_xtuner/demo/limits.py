@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Limits of what a visitor may bring, and of what all of them together may keep in memory."""
 
 from __future__ import annotations

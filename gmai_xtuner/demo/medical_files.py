@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DICOM and NIfTI -> studies. Only modality and sizes leave a header.
 
 Files are read as the corpus builder reads them (`gmai_xtuner.core.imaging`), so that the model sees here what

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The page: a head with the models and the warning, images on the left, the conversation on the right."""
 
 from __future__ import annotations

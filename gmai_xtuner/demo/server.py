@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The page's server: one process, one port, nothing from outside; and what it refuses.
 
 * Requests that another web site makes through a visitor's browser are refused: the ``Origin`` must be the

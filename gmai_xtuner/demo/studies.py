@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What an uploaded file is once it is open: an image, frames, or a volume, each of which renders views.
 
 All three have ``facts``; ``axes``, along which there are several images (the first is the default);

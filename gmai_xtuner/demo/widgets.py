@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Small widgets that both panels use."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python -m gmai_xtuner.evaluate MODEL --benchmark NAME --data PATH``, and ``... compare RUN_A RUN_B``.
 
 A benchmark that can't be read, asked or scored does not stop the others.

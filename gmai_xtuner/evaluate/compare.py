@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Two runs on the same questions: which is better, and is it chance?"""
 
 from __future__ import annotations

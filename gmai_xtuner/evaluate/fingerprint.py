@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which model gave an answer: a hash over its weights, configuration and tokenizer."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A model that judges free answers: optional, asked once for each answer, and named in the result.
 
 The rules come first. Only answers that they don't understand, and answers to open questions that they don't

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Results in the shape of the paper's tables, with its rows quoted."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The processes of one evaluation: what they tell each other."""
 
 from __future__ import annotations

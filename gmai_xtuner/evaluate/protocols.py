@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Named, versioned ways to ask and score each benchmark.
 
 A score is comparable only with scores of the same protocol: the same questions, the same words around them,

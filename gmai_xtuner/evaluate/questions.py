@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What every benchmark becomes, and what every scorer gives."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A page to look at: tables, and questions with their images and answers, wrong ones first.
 
 One file that asks nothing of any other: images are in it, small, and its script is named by its hash in the

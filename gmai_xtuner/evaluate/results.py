@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Stored answers -> scores -> the numbers of a result."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Benchmarks and a model -> stored answers -> results; also in training, which keeps its answers in memory.
 
 ```

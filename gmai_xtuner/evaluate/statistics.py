@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """How sure a score is: bootstrap intervals, and the paired test between two runs on the same questions.
 
 The exact test is scipy's binomial distribution. Bootstrap and permutation test are our own: 10,000 draws over

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Answers on disk: appended as they come, each with everything that it depends on, read again after a stop.
 
 ```

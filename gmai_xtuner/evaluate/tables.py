@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Results -> tables: in short, and by each group; as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Attention that knows where one conversation ends and the next begins.
 
 Shapes: ``T`` tokens of the flat batch, ``S`` conversations in it, ``H`` query heads, ``K`` key/value

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What a model takes: parameters, dtype and memory of its parts, where a person looks."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Floating-point operations of a training step, and the share of the device's peak that they use (MFU).
 
 Shapes: ``T`` tokens of the flat batch, ``M`` learnt tokens, ``L`` tokens of one conversation, ``N`` images

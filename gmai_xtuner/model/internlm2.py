@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """InternLM2 and InternLM2.5 checkpoints as transformers' own ``LlamaForCausalLM``.
 
 InternLM2 computes what Llama computes; its checkpoints differ in names and in one layout. With

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Liger's Triton kernels in a Llama model: RMSNorm, rotary embedding and SwiGLU in one pass each.
 
 What is replaced, for one model instance and not for the whole process (Liger's own patches exchange

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The GMAI-VL model: CLIP vision tower, MLP projector, InternLM2.5 as Llama.
 
 Shapes: ``N`` images, ``P`` patch tokens of an image (576 at 336 px and patch 14), ``C`` width of the

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """LoRA on the language model and on the vision tower, by peft.
 
 Adapters are injected: the model stays a ``LlamaForCausalLM`` or ``CLIPVisionModel`` whose linear layers

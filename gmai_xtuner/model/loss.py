@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Cross entropy over the learnt tokens of a flat batch, without all of its logits.
 
 Shapes: ``M`` learnt tokens, ``D`` width of the language model, ``V`` vocabulary.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """4-bit base weights for QLoRA (Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes on CUDA."""
 
 from __future__ import annotations

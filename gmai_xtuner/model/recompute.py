@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Activation checkpointing that works under every ZeRO stage."""
 
 from __future__ import annotations

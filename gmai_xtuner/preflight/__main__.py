@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python -m gmai_xtuner.preflight CONFIG [--gpus N] [--deepspeed zero2] [--json] ...``
 
 Exit status: 0 if the run would start, 1 if it would fail, 2 if the command line can't be understood.

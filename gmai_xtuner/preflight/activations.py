@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """How much memory the activations of one micro-batch take: an estimate, by counting tensors.
 
 Letters: ``T`` tokens of a micro-batch, ``M`` learnt ones, ``N`` images of ``P`` patches (``S = P + 1`` with

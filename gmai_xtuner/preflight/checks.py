@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What would stop the run though model and data are fine: weights, earlier stages, options, disk space."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The data of a run: planned as training plans them, going on where training would stop."""
 
 from __future__ import annotations

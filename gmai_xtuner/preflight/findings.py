@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What the preflight has found: what makes the run fail, what is worth a second look."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The sizes on which activations depend, read from the model on the meta device."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Memory of one GPU by part: what DeepSpeed keeps there, and what a micro-batch adds. An estimate.
 
 With ``W`` weights, ``t`` of them trainable, ``n`` GPUs, ``b`` = 2 bytes (bf16, fp16) and ``a`` bytes for a

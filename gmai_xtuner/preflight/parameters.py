@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The model on the meta device: its real structure, without one weight."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The images of a plan: which are not there, and, on demand, which can't be decoded."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A preflight as one JSON object, or as a page for people."""
 
 from __future__ import annotations

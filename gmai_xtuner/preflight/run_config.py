@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The run that is meant: config, DeepSpeed file, GPUs, work dir; read as ``xtuner train`` reads them."""
 
 from __future__ import annotations

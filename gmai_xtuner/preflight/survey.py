@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The whole preflight: everything that is looked at, in order, in one object."""
 
 from __future__ import annotations

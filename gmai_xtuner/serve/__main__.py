@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python -m gmai_xtuner.serve MODEL [--port 8000] [--api-key-env NAME] ...``
 
 Exit status: 0 after a request to stop, 1 after an error, 2 if the command line can't be understood.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The answer to a request, piece by piece, from the model's inference queue."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The web application: routes, keys, limits, and answers whole or as server-sent events."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What a client is told, in the form of the OpenAI API."""
 
 from __future__ import annotations

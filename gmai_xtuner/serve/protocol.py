@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A request of the Chat Completions API, checked, and what it asks the model.
 
 What this server can't do is refused by name, never left out in silence.

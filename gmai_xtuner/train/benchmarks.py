@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Benchmarks in training and ``xtuner test``: a dataset, a loop and a metric over the evaluation's runner.
 
 Reading, asking, prompts and scores are those of ``python -m gmai_xtuner.evaluate``; only who answers differs:

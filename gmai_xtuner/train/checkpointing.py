@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Checkpoints that a run can lose nothing by: staged and renamed, found again by themselves.
 
 A checkpoint grows in ``iter_<N>.pth.writing``. When every rank has written its part and all of it is on

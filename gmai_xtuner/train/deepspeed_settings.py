@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DeepSpeed files: every key is honoured, overruled by the config with a line that says so, or refused.
 
 DeepSpeed itself reads some sections behind the config's back (``scheduler`` sets the learning rate), leaves

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The process beside a trainer that outlives it: ``python -m gmai_xtuner.train.keeper WORK_DIR PROCESS``.
 
 While the trainer lives, it renews the time stamp of ``status.json``. When the trainer has died without a

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The training loop: the sampler says where an optimiser step ends, and a resumed run begins there."""
 
 from __future__ import annotations

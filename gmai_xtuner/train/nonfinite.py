@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """An optimiser step with a NaN or an infinity is left out, reported and counted; too many stop the run.
 
 DeepSpeed 0.16.2 looks for overflow in fp16 alone (``step`` in ``zero/stage_1_and_2.py`` and

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Writing, renaming and deleting that survives a kill, and whose errors all ranks learn of."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What a resumed run begins with: the checkpoint, and the state of each rank, so that dropout goes on too."""
 
 from __future__ import annotations

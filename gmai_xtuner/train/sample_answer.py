@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The model's answer to a fixed question about a fixed image, every so many optimiser steps."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Linear warm-up, then half a cosine, counted in optimiser steps."""
 
 from __future__ import annotations

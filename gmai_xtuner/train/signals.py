@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A request to stop: one rank hears it, all of them obey at the end of an optimiser step.
 
 Ctrl-C (``SIGINT``), ``SIGTERM`` and ``SIGUSR1`` to any rank, a file ``stop`` in the work dir, the death of

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What ``xtuner train`` does before it builds anything: hold the work dir, and check every setting."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One owner for each work dir, and a ``status.json`` that is true from the first line of a run to its last.
 
 The process of rank 0 holds a lock on ``run.lock`` in the work dir for as long as it lives; the kernel

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Settings that nothing reads: a misspelt key, or another program's name for ours, stops the start.
 
 mmengine and xtuner build what they find and leave the rest; a run of days then has other settings than its

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Validation loss on the held-out part of the mixture, by mmengine's own loop and metric machinery.
 
 Needs no second dataset in the config: ``val_dataloader`` takes the training dataset's held-out part, so

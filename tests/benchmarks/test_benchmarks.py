@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The benchmarks run, at a tiny size, and print what they promise. Their figures mean nothing here."""
 
 from __future__ import annotations

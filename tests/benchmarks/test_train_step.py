@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The training-step benchmark runs as a user runs it, in both precisions, and its batches are fair."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Files that run a program when plain pickle reads them, through all that opens a checkpoint: none runs."""
 
 from __future__ import annotations

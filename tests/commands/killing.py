@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Hooks for runs that are killed at an exact moment, and whose losses depend on random numbers.
 
 A test's config imports this module. ``GMAI_TEST_KILL`` says when, as ``moment:iteration:rank[:signal]``.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Run the real ``xtuner`` as a user does. It exits 0 whatever happens, so the outcome is looked at."""
 
 from __future__ import annotations

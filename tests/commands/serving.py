@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Servers and the page by their real commands, each on a free port of this machine until it is left."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Benchmarks beside a real training on two ranks under ZeRO-3, and ``xtuner test`` on its checkpoint."""
 
 from __future__ import annotations

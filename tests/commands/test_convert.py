@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``xtuner convert pth_to_hf`` itself: exact, and refused before anything is written."""
 
 from __future__ import annotations

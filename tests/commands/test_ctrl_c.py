@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Ctrl-C in a terminal: every process of the command gets ``SIGINT``, and a checkpoint is written."""
 
 from __future__ import annotations

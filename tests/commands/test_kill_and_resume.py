@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A run that is killed again and again, with the one command given each time, equals one never stopped.
 
 To the bit, in fp32, on two ranks, with dropout from torch's generator.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """LoRA by the real commands: train stage 3 with adapters, resume, convert, ask, merge."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Steps with a NaN, in real runs on two ranks of which one sees it.
 
 One image of the corpus is turned into NaN by a hook before certain iterations. The run survives one such

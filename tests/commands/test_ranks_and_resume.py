@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """One rank, two ranks, other accumulations, an interrupted run: the same weights come out.
 
 In fp32, so that a difference is a defect and not rounding.

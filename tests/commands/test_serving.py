@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Who else serves, transformers' own server with the plain export; and our clients with our server.
 
 ``transformers serve`` runs in the environment of the newest transformers, without a line of our code. A test

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The main path by the real commands, on all real images of ``../shared/data``."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Validation and sample answers beside a real training on two ranks under ZeRO-3, which does not notice."""
 
 from __future__ import annotations

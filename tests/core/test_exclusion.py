@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Exclude lists: the meaning of their lines, and the datasets that each concerns."""
 
 from __future__ import annotations

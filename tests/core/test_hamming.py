@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The search against comparing all with all, by Python's own integers."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Bad records are told all at once, by ``raise`` and by ``skip``."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Images in folders -> corpus -> packs of stage 3; nothing in between is touched."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A plan leaves out exactly the conversations that exclude lists name."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The builder's benchmarks run, at a tiny size, and print what they promise; the figures mean nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The whole command against a server on loopback: prompts, checks, retries, budget, ablation, batches."""
 
 from __future__ import annotations

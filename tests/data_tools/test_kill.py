@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A run that is killed at any moment, and run again, ends with the corpus of an undisturbed run."""
 
 from __future__ import annotations

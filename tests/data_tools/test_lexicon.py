@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What kind of thing a label names, and which labels deny others."""
 
 from __future__ import annotations

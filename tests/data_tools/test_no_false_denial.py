@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Whatever is damaged, no text denies, counts or offers as wrong what the undamaged set has in the image.
 
 Random sets, random damage, and the questions that are then asked. ``GMAI_DAMAGED_SETS=20000 pytest -m slow``

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """No name, number, date or UID of a patient is in any file that a run leaves, its own state included."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Jobs over published sets, each counted here by other means; skipped where the sample data is not at hand.
 
 Boxes are held against scipy's components, files against the sets' own lists.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The vocabulary and its extension by a user."""
 
 from __future__ import annotations

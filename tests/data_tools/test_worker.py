@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What a worker makes of a record."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The page's elements, by what they are called in ``data-testid``, in a real Chromium."""
 
 from __future__ import annotations

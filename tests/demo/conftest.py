@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Two small models that know some answers by heart, and the picture they know them for."""
 
 from __future__ import annotations

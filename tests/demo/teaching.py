@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Models that know a few answers by heart, as exports: what the page shows must come from somewhere."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Answers in pieces, one question at a time, stopped, failed, too long; with a real small model."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Boxes of answers: what is read, in which unit, what is drawn and what is said of the rest."""
 
 from __future__ import annotations

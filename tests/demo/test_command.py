@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``python -m gmai_xtuner.demo``: a mistake is one message and exit status 1, before anyone can connect."""
 
 from __future__ import annotations

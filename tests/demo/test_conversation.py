@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which turns and images each model gets."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Uploads, opened by their content, and the limits."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Who may come in, and with how much; spoken to as a web server does."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DICOM and NIfTI as studies: orientation, windows, frames, series, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The page as a visitor meets it: the real command, a real browser, small models."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Small benchmarks in the files their authors ship."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Tiny benchmarks in their authors' formats, and stand-ins for the model that answers them."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The command as a user runs it: on a tiny export, killed, on two processes, against a server, compared."""
 
 from __future__ import annotations

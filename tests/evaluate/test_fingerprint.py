@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The hash of a model changes with its weights, and with nothing else."""
 
 from __future__ import annotations

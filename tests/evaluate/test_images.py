@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """An image inside another file is read as one that lies in a file of its own."""
 
 from __future__ import annotations

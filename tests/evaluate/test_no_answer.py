@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Answers that are none, servers that moved, keys that must not be seen."""
 
 from __future__ import annotations

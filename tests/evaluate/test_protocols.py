@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What each protocol asks, of which questions, and how it scores."""
 
 from __future__ import annotations

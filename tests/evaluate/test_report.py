@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The page of a result in a real browser: wrong answers first, chosen by groups, nothing asked of anybody."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Numbers of tables worked out by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Asking, resuming, scoring again, judging and comparing, with a stand-in that answers by a rule."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Intervals against scipy and closed forms, tests against values worked out by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Answers on disk survive a stop, and are never mixed up with those of another run."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The ablation from its data to the paired test, by the real commands, too short to learn anything."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Every example job runs, and its corpus holds what its data holds."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The quickstart's corpus: true labels, and not one pixel in both training and held-out set."""
 
 from __future__ import annotations

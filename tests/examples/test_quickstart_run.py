@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The quickstart's driver and report on made-up logs: nothing is trained here."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Models with something to say, from the tiny bases and the shipped configs, without training."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Run by ``test_liger.py`` in a process of its own: ``python -m tests.model.liger_parity cpu|cuda``.
 
 With Liger's kernels and without: same loss and gradients. On the CPU through Triton's interpreter

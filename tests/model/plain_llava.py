@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Ask an exported folder with stock transformers and nothing of ours; any version from 4.48 on.
 
 ``python plain_llava.py FOLDER REQUEST OUT``: REQUEST is a JSON list of ``{"messages", "images"}``; OUT gets

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Every backend against the plain definition: each conversation on its own."""
 
 from __future__ import annotations

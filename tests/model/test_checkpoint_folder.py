@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which checkpoint is whole, and which is the newest."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Starting from the stage before: which checkpoint is meant, and strict loading of its parts."""
 
 from __future__ import annotations

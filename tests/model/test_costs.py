@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Parameters and memory, by hand for InternLM2.5-7B and CLIP ViT-L/14-336, on the meta device."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A plain LLaVA folder says in stock transformers, old and new, what the trained model says."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Exported files hold the weights and nothing else, whatever buffer the checkpoint's tensors lie in."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Released and foreign folders give the logits of code that we did not write, in chat and in training."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """An import writes what was stored, or says what does not fit; options are read before the model is."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """InternLM2 checkpoints through LlamaForCausalLM, against xtuner's own InternLM2 modeling."""
 
 from __future__ import annotations

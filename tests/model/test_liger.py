@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Liger's kernels: parity with transformers' own code, and errors before weights are read."""
 
 from __future__ import annotations

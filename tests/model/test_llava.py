@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The model: what it computes, what learns, and that conversations of a pack never touch."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """LoRA: what learns, that it changes nothing before it has learnt, and that merging changes nothing after."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The chunked loss against torch's own cross entropy."""
 
 from __future__ import annotations

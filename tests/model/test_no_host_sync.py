@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The forward and backward pass never need a value from the device, for which the host would wait."""
 
 from __future__ import annotations

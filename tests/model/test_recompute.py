@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """How many of the language model's layers are recomputed: the same gradients, other work."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """An export in xtuner's layout is checked as a LLaVA is before a stage starts from its projector."""
 
 from __future__ import annotations

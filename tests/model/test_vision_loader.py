@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The CLIP vision tower: whole or vision part, safetensors or bin, and what may be left over."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Base folders that hold a ``config.json`` each and no weights."""
 
 from __future__ import annotations

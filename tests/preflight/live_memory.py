@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Bytes of the tensors that are alive, and their peak: counted as each operator makes its outputs."""
 
 from __future__ import annotations

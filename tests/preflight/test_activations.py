@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The estimate against the peak that the model itself reaches, counted tensor by tensor."""
 
 from __future__ import annotations

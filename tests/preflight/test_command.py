@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The command as a user runs it; its exit status is what a job script looks at."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Against figures worked out by hand, and against what they must do."""
 
 from __future__ import annotations

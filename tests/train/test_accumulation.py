@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DeepSpeed adds up the gradients of a step, all of them, and in fp32, under the files we ship."""
 
 from __future__ import annotations

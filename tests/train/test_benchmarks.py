@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Benchmarks in mmengine's terms: which rank asks what, and numbers by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Writing aside, naming, tidying up and choosing; real runs that are killed are in ``tests/commands``."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What becomes of each key of a DeepSpeed file."""
 
 from __future__ import annotations

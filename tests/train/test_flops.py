@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """FLOPs from the geometry against torch's own counter, and peaks by device name."""
 
 from __future__ import annotations

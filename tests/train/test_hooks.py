@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Each logged number is the mean of what it covers, whatever interval, epoch and resume."""
 
 from __future__ import annotations

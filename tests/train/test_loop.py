@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The loop's refusals, without training; what it trains is in ``tests/commands``."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Steps that are left out, under real DeepSpeed engines on two processes of which one sees the NaN."""
 
 from __future__ import annotations

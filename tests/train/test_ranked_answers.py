@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """In training, what can't be asked keeps a rank in step with the others and changes no answer."""
 
 from __future__ import annotations

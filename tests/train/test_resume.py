@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Random generators come back to where they were."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The learning rate against values by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """``docs/settings.md`` says what becomes of other programs' settings, as the code does it.
 
 After a change of the tables: ``python -m tests.train.test_settings_page`` writes the page anew.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Requests to stop: who hears them, and who does not die of them."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A large model does not begin to train on the CPU by accident."""
 
 import json

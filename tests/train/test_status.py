@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Who owns a work dir, and what its ``status.json`` says whatever happens."""
 
 from __future__ import annotations

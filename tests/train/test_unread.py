@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Settings that nothing reads, and what is meant by them."""
 
 from __future__ import annotations

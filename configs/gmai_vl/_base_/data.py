@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # The mixture, soft-packed. GMAI_MIXTURE and GMAI_CACHE in the environment name the mixture file and the
 # folder for token caches and packing plans. Tokenizer and vision tower are the model's.
 

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # CLIP ViT-L/14-336 -> linear, GELU, linear -> InternLM2.5-7B, which runs as transformers' own Llama.
 # GMAI_LLM and GMAI_VISION in the environment name other bases: folders or hub names. Tokenizer and image
 # processor are theirs, for the dataset and for exports (gmai_xtuner/core/config.py).

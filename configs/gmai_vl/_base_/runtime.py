@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # Log every 10 micro-batches, to the console, vis_data/scalars.json and TensorBoard. The other intervals count
 # optimiser steps.
 

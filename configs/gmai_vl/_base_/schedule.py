@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # AdamW and one cosine over one epoch (Table 8). The paper names no warm-up; 3 % is what the authors'
 # command line takes when none is given (xtuner's LLaVA default).
 

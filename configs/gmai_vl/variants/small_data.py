@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # A few hundred to a few thousand records, any stage: short packs, few of them a step, more of them held out.
 #
 #   GMAI_STAGE=stage1_shallow xtuner train configs/gmai_vl/variants/small_data.py --deepspeed zero2

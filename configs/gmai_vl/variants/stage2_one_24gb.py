@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # Stage 2 on one 24 GB card: as Table 8, but for who holds the 512 packs of an optimiser step. The optimiser
 # is in the machine's memory, so that the language model fits in bf16; it steps once in 256 micro-batches.
 #

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # Stage 2 on one 80 GB card: as Table 8, but for who holds the 512 packs of an optimiser step.
 #
 #   xtuner train configs/gmai_vl/variants/stage2_one_80gb.py --deepspeed zero2

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # Stage 3 on one 80 GB card: LoRA on the language model and the vision tower; the projector learns as it is.
 #
 #   xtuner train configs/gmai_vl/variants/stage3_lora_one_80gb.py --deepspeed zero2

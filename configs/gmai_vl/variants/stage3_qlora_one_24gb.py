@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 # Stage 3 on one 24 GB card: QLoRA, the adapters of stage3_lora_one_80gb.py on a 4-bit language model.
 #
 #   xtuner train configs/gmai_vl/variants/stage3_qlora_one_24gb.py --deepspeed zero2

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Calls in a process of their own, with a bound on memory and time: `run_bounded`, for any reader of files.
 
 Native decoders (OpenJPEG, CharLS, GDCM, libtiff, ITK) may end the process that calls them, panic, or allocate

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Damage inside image files that decoders pass over, and so show as grey or shifted blocks.
 
 * **JPEG**: what libjpeg-turbo warns of; Pillow does not ask for its warnings. Coded pixels have no checksum,

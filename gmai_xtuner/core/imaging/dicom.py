@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DICOM: files and headers. Pixels are those of `dicom_pixels`, series those of `dicom_stacks`.
 
 Header values may name a patient: errors quote none of them but a modality's code, and library texts only

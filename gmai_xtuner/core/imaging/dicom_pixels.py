@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Stored values of a DICOM image -> intensities and grey levels, in the standard's order (PS3.4 annex N).
 
 1. decoding (pydicom's decoders; compressed frames in a process of their own, since native decoders abort and

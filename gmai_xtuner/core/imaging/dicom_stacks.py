@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Slices of a DICOM series, or frames of an enhanced object, one behind the other: order and place.
 
 Slices that lie unevenly, or that a tilted gantry shifts against each other, are images of their own plane

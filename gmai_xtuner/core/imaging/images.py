@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Image file -> 8-bit image, or an ImageError; the one rule for training, the corpus builder and the page.
 
 * **8-bit grey, palette, 1-bit, CMYK, RGB**: Pillow's own conversion, the same image as

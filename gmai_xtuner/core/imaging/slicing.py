@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Slices of a volume in RAS+, turned the way radiologists look at them.
 
 =====  =========  ==========================  ===========================

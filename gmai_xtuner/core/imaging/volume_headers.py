@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Headers of volume files: NIfTI, Analyze and MGH by nibabel, NRRD by pynrrd, MetaImage by MetaIO's rules.
 
 A library sees the bytes of a header and nothing else: this module opens every file itself. So a header can't

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Volumes as files -> arrays in RAS+; `volume_headers` knows the formats.
 
 ``X``, ``Y`` and ``Z`` are the lengths of the three axes, which run towards the patient's Right, Anterior and

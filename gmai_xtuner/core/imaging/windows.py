@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Intensities -> grey levels; what was done is put into words, which are kept with the record.
 
 Published choices, all by name:

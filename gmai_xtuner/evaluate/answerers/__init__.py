@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Who answers: an export of ours, any transformers image-text model, any OpenAI-compatible endpoint."""
 
 from __future__ import annotations

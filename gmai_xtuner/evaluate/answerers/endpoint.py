@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Any OpenAI-compatible server: GPT-4o, vLLM, LMDeploy, SGLang, our own.
 
 Many requests are under way at once. A busy or broken server is asked again, after the time that it names; a

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Models in this process: batched answers of our own exports and of transformers' image-text models."""
 
 from __future__ import annotations

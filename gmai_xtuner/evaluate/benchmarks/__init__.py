@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Benchmarks in the files their authors ship -> questions.
 
 ``load_benchmark("slake", folder, variant="zh").questions``

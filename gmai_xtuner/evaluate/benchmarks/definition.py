@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The definition of a benchmark: its variants, the files it comes in, and the protocols that ask it.
 
 A new benchmark is one file with a :class:`Definition`, registered in this package's ``DEFINITIONS``.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """GMAI-MMBench (Ye et al., NeurIPS 2024): 18 clinical tasks, 18 departments, 4 granularities, 38 modalities.
 
 ``GMAI_mm_bench_VAL.tsv`` (4,550 questions) and ``GMAI_mm_bench_TEST_part_1.tsv`` to ``_11`` (21,281): index,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The evaluation collection of HuatuoGPT-Vision (Chen et al., EMNLP 2024): closed questions of six sets.
 
 ``medical_multimodel_evaluation_data.json`` (so spelt) and ``images``: a list of question, options (a list or

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """MMMU Health & Medicine (Yue et al., CVPR 2024): five subjects, 30 questions each in the validation part.
 
 As on the hub: a folder a subject with ``validation-*.parquet``, ``dev-*`` and ``test-*``: id, question,

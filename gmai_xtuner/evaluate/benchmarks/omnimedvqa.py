@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """OmniMedVQA (Hu et al., CVPR 2024): questions with options about images of 73 datasets.
 
 ``QA_information/Open-access/*.json`` (88,996 questions) and ``Restricted-access``: lists of records with

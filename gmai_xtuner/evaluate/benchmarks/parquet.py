@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Parquet files of the hub -> rows without images, and where the images stand."""
 
 from __future__ import annotations

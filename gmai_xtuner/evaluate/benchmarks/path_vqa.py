@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """PathVQA (He et al., 2020): questions about pathology images of textbooks.
 
 As its authors ship it: ``pvqa/qas/<part>/<part>_qa.pkl``, a pickled list of ``{"image": "test_0001",

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """PMC-VQA (Zhang et al., 2023): questions with four options about figures of PubMed Central.
 
 ``test_clean.csv`` (2,000 questions checked by people): Figure_path, Question, Answer, Choice A to D,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What a reader gives, and what every reader needs: files with their hashes, option lists, and a collector.
 
 Nothing here repairs: what can't be read becomes a :class:`Problem` with a reason, what can't be a benchmark

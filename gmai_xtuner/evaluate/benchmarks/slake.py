@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """SLAKE (Liu et al., ISBI 2021): radiology questions in English and Chinese.
 
 ``test.json``: records with img_id, img_name, question, answer, q_lang, location, modality, answer_type,

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Tables of VLMEvalKit, in which any of the benchmarks may come, with their images inside.
 
 Format as `vlmeval/dataset/image_base.py` loads it (github.com/open-compass/VLMEvalKit, commit e8e78f05f3):

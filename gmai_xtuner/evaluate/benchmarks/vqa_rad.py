@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """VQA-RAD (Lau et al., Scientific Data 2018): questions of clinicians about 315 radiographs.
 
 ``VQA_RAD Dataset Public.json``: records with qid, phrase_type, image_name, image_organ, question,

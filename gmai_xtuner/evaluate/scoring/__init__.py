@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Question and answer text -> score, by named rules; nothing is asked of a model, nothing guessed.
 
 ``SCORERS["choice"].score(question, "The answer is (B).")``

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which option an answer chooses: our own rules, deterministic, and nothing is guessed.
 
 :data:`STEPS` are tried in their order. The first that finds anything decides; one that finds two different

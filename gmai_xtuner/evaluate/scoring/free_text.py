@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Questions without options: closed ones by what they offer, open ones by the words in common."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Where an answer names one of several things, and which of these mentions say that it is not meant.
 
 A mention counts unless a rule of :data:`BEFORE` fits the words before it in its clause, or one of

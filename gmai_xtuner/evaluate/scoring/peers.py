@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The rules of other evaluation kits, for comparison with the scores that they publish.
 
 Each is written anew from what the kit's code does at one commit. What a kit gives to a judge, to a random

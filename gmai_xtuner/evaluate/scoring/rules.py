@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The patterns of ``rules.yaml``, compiled, by section and name."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Yes and no, in English and Chinese: of an answer, and of a gold answer."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A worker process that dies, hangs or takes too much costs its own call, and no other."""
 
 from __future__ import annotations

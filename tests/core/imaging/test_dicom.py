@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DICOM pixels by hand and against pydicom, and the order of slices."""
 
 from __future__ import annotations

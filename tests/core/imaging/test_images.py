@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Files of every kind -> 8-bit images: what is decoded, how, and what is refused."""
 
 from __future__ import annotations

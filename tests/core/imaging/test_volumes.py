@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Volume files: the formats against their own libraries, and headers that lie."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Grey levels by hand, and windows as highdicom applies them."""
 
 from __future__ import annotations

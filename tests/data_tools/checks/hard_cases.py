@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Sentences that are hard to judge by words, with the verdict that a reader would give.
 
 A case: what the record says, the sentence, and the reason under which it should be refused, None if it should

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Each check by itself, on the smallest conversation that shows it."""
 
 from __future__ import annotations

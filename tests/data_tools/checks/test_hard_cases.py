@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """How often the checks are right on sentences that are hard to judge."""
 
 from __future__ import annotations

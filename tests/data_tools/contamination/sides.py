@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A corpus and a benchmark with known overlaps."""
 
 from __future__ import annotations

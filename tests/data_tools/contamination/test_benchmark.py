@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Benchmarks in the shapes that their authors ship, read without knowing which they are."""
 
 from __future__ import annotations

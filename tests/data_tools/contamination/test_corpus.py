@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A corpus is read as training reads it, and whatever training refuses is counted."""
 
 from __future__ import annotations

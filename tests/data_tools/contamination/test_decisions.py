@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Decisions are about pairs, the list about images: `keep` of one pair takes no other pair's leak back."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A comparison has a folder of its own: no list of another benchmark is written over, nor anything else."""
 
 from __future__ import annotations

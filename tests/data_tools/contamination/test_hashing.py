@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Hashes of images, and what is kept of them."""
 
 from __future__ import annotations

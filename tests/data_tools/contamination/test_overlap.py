@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The command on a corpus and a benchmark whose overlap is known."""
 
 from __future__ import annotations

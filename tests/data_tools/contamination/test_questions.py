@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Nearness of questions, with values computed by hand, and what is noted of a conversation."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The page in a real browser, and texts that try to break it."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What the template writer makes: true to the record, accepted by the checks, the same every time."""
 
 from __future__ import annotations

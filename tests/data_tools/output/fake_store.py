@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A store in memory, with the methods that the output reads, and records to fill it with."""
 
 from __future__ import annotations

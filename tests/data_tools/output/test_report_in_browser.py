@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The report in a real browser: nothing overflows, boxes lie where they belong, text can be read."""
 
 from __future__ import annotations

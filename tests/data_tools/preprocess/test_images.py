@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Images that are put into a corpus: what is kept byte for byte, what is written anew, what is refused."""
 
 from __future__ import annotations

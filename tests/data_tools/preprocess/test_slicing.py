@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which slices are taken, and how they are turned."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Three-dimensional rules on small volumes whose components can be counted by hand."""
 
 from __future__ import annotations

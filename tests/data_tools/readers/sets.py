@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Small sets written by tests, and what a reader makes of them."""
 
 from __future__ import annotations

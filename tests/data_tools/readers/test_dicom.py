@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """DICOM files made here and real ones: grey levels, order, segmentations, contours, and nobody's name."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """SEG and RTSTRUCT on the images' own pixels, and what is lost where they don't fit."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Slides are written here: the value of a pixel says where it is."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Videos are written here; frame ``n`` shows the bits of ``n`` as eight blocks, black or white."""
 
 from __future__ import annotations

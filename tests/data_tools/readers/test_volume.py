@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Volumes with label maps: boxes against scikit-image on the raw array, orientation, pairing, bad files."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A run of the writer that is killed by the test, in a process of its own, with a store beside it."""
 
 from __future__ import annotations

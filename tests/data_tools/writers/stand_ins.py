@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Prompts, checks, records and tasks as small as they can be, for tests of the request loop."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """What a model is told, and what is made of its answers."""
 
 from __future__ import annotations

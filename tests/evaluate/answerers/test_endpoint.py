@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """A real server that answers, is busy, breaks, refuses, cuts connections and comes back."""
 
 from __future__ import annotations

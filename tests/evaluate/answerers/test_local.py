@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Batches give the answers of one question at a time, for our exports and for transformers' own models."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which benchmark a file is, and what is said of the wrong one."""
 
 from __future__ import annotations

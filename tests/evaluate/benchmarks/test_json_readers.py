@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """VQA-RAD, SLAKE, OmniMedVQA and the HuatuoGPT-Vision collection, in their authors' JSON."""
 
 from __future__ import annotations

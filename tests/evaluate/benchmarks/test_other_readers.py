@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """PMC-VQA (CSV), MMMU and PathVQA (Parquet), PathVQA (pickle)."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """GMAI-MMBench and the tables of VLMEvalKit: images stay in the file until they are asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """How often the rules agree with a reader, on the answers of ``answers.txt``, beside this file.
 
 Every second answer was not looked at while the rules were written; ``docs/benchmarks.md`` has the figures.

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Which option an answer chooses: every case is decided by hand."""
 
 from __future__ import annotations

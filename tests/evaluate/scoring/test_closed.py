@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Closed questions without options; SLAKE's own questions where an alternative is named."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """Exact match, token recall and F1 of open questions, computed by hand."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+
 """The rules of other evaluators: what their own code gave for these answers, run by hand, not stored here.
 
 VLMEvalKit ``can_infer`` at commit e8e78f05f3080fe28154f2130321f17951c3be94, HuatuoGPT-Vision
