@@ -47,7 +47,7 @@ BEHIND_HEADERS = 1_000
 
 def damaged(content: bytes, kind: str, rng: np.random.Generator) -> bytes:
     """Return a copy of a file with one damage inside."""
-    at = int(rng.integers(BEHIND_HEADERS, len(content) - 2_500))
+    at = int(rng.integers(BEHIND_HEADERS, max(BEHIND_HEADERS + 1, len(content) - 2_500)))
     if kind == "cut at the end":
         return content[:at]
     if kind == "2,000 bytes zeroed":

@@ -27,7 +27,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "nibabel.load": (IMAGING,),
     "SimpleITK.ReadImage": (),
     "SimpleITK.ImageFileReader": (IMAGING,),
-    "tifffile.TiffFile": (SLIDES,),
+    "tifffile.TiffFile": (SLIDES, "data_tools.readers.array_files"),
     "tifffile.imread": (),
     "openslide.OpenSlide": (SLIDES,),
     "openslide.open_slide": (),
@@ -37,7 +37,10 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "gzip.decompress": (),
     "bz2.BZ2File": (IMAGING,),
     "bz2.open": (),
-    "zipfile.ZipFile": ("gmai_xtuner.checkpoint.pickles",),
+    "zipfile.ZipFile": (
+        "gmai_xtuner.checkpoint.pickles",
+        *("data_tools.readers.array_files", "data_tools.readers.rows"),
+    ),
     "tarfile.open": (),
     "shutil.unpack_archive": (),
     "pyarrow.parquet.ParquetFile": (

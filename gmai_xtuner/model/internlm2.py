@@ -13,7 +13,6 @@ Source of the layout: xtuner 0.2.0, ``xtuner/_lite/modelings/internlm2/modeling_
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -160,16 +159,26 @@ def llama_config(internlm2_config: Mapping[str, Any]) -> LlamaConfig:
 
 def internlm2_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an InternLM2 checkpoint, the reverse of what the conversion makes."""
-    names = {llama: own for own, llama in (MODEL_NAMES | LAYER_NAMES).items()}
-    groups = config.num_attention_heads // config.num_key_value_heads
-    shapes: dict[str, tuple[int, ...]] = {}
-    for key, (rows, *rest) in llama_shapes(config).items():
-        module, _, kind = key.rpartition(".")
-        layer, name = re.fullmatch(r"(model\.layers\.\d+\.)?(.+)", module).groups("")  # type: ignore[union-attr]
-        if name == "self_attn.k_proj":  # values have as many rows, queries ``groups`` times as many
-            shapes[f"{layer}attention.wqkv.{kind}"] = ((groups + 2) * rows, *rest)
-        elif name not in ("self_attn.q_proj", "self_attn.v_proj"):
-            shapes[f"{layer}{names[name]}.{kind}"] = (rows, *rest)
+    width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    head = width // config.num_attention_heads
+    wqkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * head
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.tok_embeddings.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+        "output.weight": (vocabulary, width),
+    }
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        shapes[f"{layer}.attention.wqkv.weight"] = (wqkv, width)
+        shapes[f"{layer}.attention.wo.weight"] = (width, width)
+        if config.attention_bias:
+            shapes[f"{layer}.attention.wqkv.bias"] = (wqkv,)
+            shapes[f"{layer}.attention.wo.bias"] = (width,)
+        shapes[f"{layer}.feed_forward.w1.weight"] = (inner, width)
+        shapes[f"{layer}.feed_forward.w3.weight"] = (inner, width)
+        shapes[f"{layer}.feed_forward.w2.weight"] = (width, inner)
+        shapes[f"{layer}.attention_norm.weight"] = (width,)
+        shapes[f"{layer}.ffn_norm.weight"] = (width,)
     return shapes
 
 
@@ -187,6 +196,7 @@ def convert_state_dict(
     if config.tie_word_embeddings:
         _check_tied(weights)
         weights.pop("output.weight", None)
+        del shapes["output.weight"]
     check_fit(weights, shapes, where="InternLM2 weights")
     converted: dict[str, torch.Tensor] = {}
     for key, weight in weights.items():

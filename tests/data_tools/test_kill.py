@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 CORPORA = 4
 KILLS_OF_A_CORPUS = 5
+CLASSES = ("adipose", "debris", "lymphocytes", "mucus", "muscle", "stroma", "tumour")
 PICTURES = 2100  # made of 1,000 at a time
 
 
@@ -28,9 +29,9 @@ PICTURES = 2100  # made of 1,000 at a time
 def test_twenty_kills(make_job, tmp_path):
     classes = tmp_path / "classes"
     for number in range(PICTURES):
-        draw(classes / f"class {number % 7}" / f"{number}.png", number % 2070, side=64)
-    (classes / "class 0" / "cut.png").write_bytes(
-        (classes / "class 0" / "0.png").read_bytes()[:900]
+        draw(classes / CLASSES[number % 7] / f"{number}.png", number % 2070, side=64)
+    (classes / CLASSES[0] / "cut.png").write_bytes(
+        (classes / CLASSES[0] / "0.png").read_bytes()[:900]
     )
     job = make_job({}, workers=2)
     started = time.monotonic()

@@ -50,7 +50,7 @@ def test_a_folder_or_names_with_options(folder):
         limit=3,
     )
     asked = {name: (one.name, len(one.questions)) for name, one in named.asked.items()}
-    assert asked == {"full": ("full-451/2", 3), "pmc_vqa": ("clean-2000/1", 3)}
+    assert asked == {"full": ("full-451/2", 3), "pmc_vqa": ("clean-2000/2", 3)}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_folder_or_names_with_options(folder):
         ({}, "no benchmark is named"),
         (
             {"vqa_rad": {"folder": "x"}},
-            "takes benchmark, data, variant, protocol, limit and needs data",
+            "takes benchmark, data, variant, protocol, limit, max_new_tokens and needs data",
         ),
         ({"imagenet": {"data": "x"}}, "imagenet"),
     ],

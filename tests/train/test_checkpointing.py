@@ -53,7 +53,10 @@ def told(monkeypatch):
 
 
 def runner(work_dir, *, resume=False, load_from=None):
-    return SimpleNamespace(work_dir=str(work_dir), _resume=resume, _load_from=load_from)
+    strategy = SimpleNamespace(config={})
+    return SimpleNamespace(
+        work_dir=str(work_dir), _resume=resume, _load_from=load_from, strategy=strategy
+    )
 
 
 def write_aside(work_dir, iteration, *, ranks=1):

@@ -167,7 +167,7 @@ def test_a_language_that_the_file_lacks(tmp_path: Path) -> None:
         load_benchmark("slake", tmp_path, variant="zh")
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/hostname", "a/../../secret.jpg"])
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/hostname", "../../secret.jpg"])
 def test_a_record_can_name_no_image_outside_of_its_folder(tmp_path: Path, name: str) -> None:
     folder = write_vqa_rad(tmp_path / "VQA-RAD")
     (tmp_path / "secret.jpg").write_bytes(b"secret")
