@@ -157,6 +157,34 @@ def write_masks(folder: Path) -> None:
         Image.fromarray(mask).save(folder / "masks" / f"{tile.name}.png")
 
 
+def write_labelme(folder: Path) -> None:
+    """One JSON beside each tile, with a rectangle for each region."""
+    for tile in tiles():
+        _save(tile, folder)
+        shapes = [
+            {"label": "stained tissue", "points": [[x1, y1], [x2, y2]], "shape_type": "rectangle"}
+            for x1, y1, x2, y2 in tile.boxes()
+        ]
+        content = {
+            "version": "5.5.0",
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": f"{tile.name}.png",
+            "imageData": None,
+            "imageHeight": TILE,
+            "imageWidth": TILE,
+        }
+        (folder / f"{tile.name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_arrays(folder: Path) -> None:
+    """One NPZ a tile with the names of MedSAM: ``imgs`` and ``gts``, 1 where it is stained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for tile in tiles():
+        mask = (tile.regions > 0).astype(np.uint8)
+        np.savez(folder / f"{tile.name}.npz", imgs=tile.pixels, gts=mask)
+
+
 def brain() -> tuple[nibabel.Nifti1Image, np.ndarray]:
     """nibabel's ``example4d.nii.gz``, MR of a head, two time points; and where the head is."""
     path = Path(nibabel.__file__).parent / "tests/data/example4d.nii.gz"
@@ -256,6 +284,8 @@ WRITERS = {
     "voc": write_voc,
     "yolo": write_yolo,
     "masks": write_masks,
+    "labelme": write_labelme,
+    "arrays": write_arrays,
     "volume": write_volume,
     "decathlon": write_decathlon,
     "nnunet": write_nnunet,

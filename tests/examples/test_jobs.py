@@ -84,8 +84,8 @@ def named(records: list[dict[str, Any]]) -> Counter[tuple[str, bool]]:
     )
 
 
-@pytest.mark.parametrize("name", ["coco", "voc", "yolo", "masks"])
-def test_four_formats_say_the_same(name: str, example_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["coco", "voc", "yolo", "masks", "labelme", "arrays"])
+def test_six_formats_say_the_same(name: str, example_data: Path, tmp_path: Path) -> None:
     expected = {tile.name: sorted(tile.boxes()) for tile in load_make_data().tiles()}
     assert sum(map(bool, expected.values())) == 15  # one tile of sixteen has no stained region
     records = run_example(name, example_data, tmp_path)
