@@ -63,7 +63,7 @@ def test_from_pictures_to_the_paired_test(
     monkeypatch.chdir(tmp_path)
     work = tmp_path / "work"
     sizes = ["--pictures", "16", "--public", "16", "--questions", "16", "--limit", "12"]
-    status = ablation.main(["--work-dir", str(work), "--iterations", "2", *sizes])
+    status = ablation.main(["--work-dir", str(work), "--iterations", "40", *sizes])
     assert status == 0, capsys.readouterr().err[-4000:]
 
     mixtures = {name: load_mixture(work / "data" / f"{name}.yaml") for name in ("with", "without")}
@@ -94,7 +94,9 @@ def test_from_pictures_to_the_paired_test(
     assert (comparison["first"], comparison["second"]) == (
         "with the generated corpus", "without the generated corpus",
     )  # fmt: skip
-    assert (comparison["benchmark"], comparison["n"]) == ("slake", 12)
-    assert (comparison["only_first"], comparison["only_second"]) == (0, 0)
+    assert comparison["benchmark"] == "slake"
+    # Models that have learnt this little do not end every answer; a cut one is compared with nothing.
+    assert 1 <= comparison["n"] <= 12
+    assert comparison["only_first"] + comparison["only_second"] <= comparison["n"]
     assert 0 < comparison["p_value"] <= 1
-    assert "of 12 held-out questions, p = " in capsys.readouterr().out
+    assert f"of {comparison['n']} held-out questions, p = " in capsys.readouterr().out
