@@ -14,15 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from data_tools.contamination import findings
 from data_tools.contamination.compare import Overlap
 from data_tools.contamination.findings import ExcludeList, Pair
 from data_tools.contamination.hashing import HashCache, thumbnail
-from data_tools.output.report import environment
+from data_tools.output.report import page_templates
 from gmai_xtuner.core.errors import CorpusError, Unusable
 from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.core.templates import environment
 
 MARK = "overlap.json"
 """Written first of all files: a folder with it is a comparison's."""
@@ -170,7 +169,7 @@ def _page(
                 "excluded": "excluded by the mixture" if ours.is_excluded else now,
             }
         )
-    template = environment().get_template("contamination/report.html.j2")
+    template = page_templates().get_template("contamination/report.html.j2")
     return template.render(
         corpus=overlap.corpus.path.name,
         benchmark=overlap.benchmark.path.name,
@@ -222,13 +221,7 @@ def as_text(numbers: dict[str, Any], folder: Path) -> str:
 
 def _rendered(template: str, **values: Any) -> str:
     """Fill in a template of plain text; ``cell`` keeps a text on its line and out of a table's markup."""
-    plain = Environment(
-        loader=PackageLoader("data_tools.contamination", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    plain = environment("data_tools.contamination", keep_trailing_newline=True)
     plain.filters["cell"] = _cell
     return plain.get_template(template).render(values)
 

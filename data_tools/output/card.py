@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from data_tools.output import licences
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
 from data_tools.output.summary import writer
+from gmai_xtuner.core.templates import environment
 
 if TYPE_CHECKING:
     from data_tools.job import Job
@@ -47,14 +47,8 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 
 def write(folder: Path, summary: dict[str, Any], job: Job) -> None:
     """Write ``README.md``. It holds nothing that differs when the same corpus is made again."""
-    environment = Environment(
-        loader=PackageLoader("data_tools.output", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
+    templates = environment("data_tools.output", keep_trailing_newline=True)
+    templates.filters |= {
         "md": escaped,
         "link": link,
         "number": "{:,}".format,
@@ -62,7 +56,7 @@ def write(folder: Path, summary: dict[str, Any], job: Job) -> None:
     }
     records, conversations = summary["records"], summary["conversations"]
     readers = (f"{escaped(s.name)} ({escaped(getattr(s, 'reader', ''))})" for s in job.sources)
-    text = environment.get_template("card.md.j2").render(
+    text = templates.get_template("card.md.j2").render(
         summary=summary,
         front=yaml.safe_dump(front_matter(summary), sort_keys=False, allow_unicode=True),
         contents=CONTENTS,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from data_tools.items import TEXT_FORMS
 from data_tools.output import licences
@@ -25,11 +25,12 @@ from data_tools.output.summary import duration, writer
 from data_tools.records import Record
 from gmai_xtuner.core.errors import CorpusError, ImageError
 from gmai_xtuner.core.imaging.images import opened
+from gmai_xtuner.core.templates import environment
 
 if TYPE_CHECKING:
     from data_tools.store import Kept
 
-# Control characters show as their images; NUL may not occur in a page at all. Marks that turn the
+# Control characters show as their symbols; NUL may not occur in a page at all. Marks that turn the
 # direction of writing show as a replacement character: they could make an answer read otherwise.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)}
 _VISIBLE |= {127: 0x2421, **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)}
@@ -60,7 +61,7 @@ def write(
         job: name of the job file.
     """
     page = (
-        environment()
+        page_templates()
         .get_template("output/report.html.j2")
         .render(
             summary=summary,
@@ -76,14 +77,11 @@ def write(
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def environment() -> Environment:
+def page_templates() -> Environment:
     """Return the environment for pages of this package: all is escaped, nothing of a text is invisible."""
-    made = Environment(
-        loader=PackageLoader("data_tools", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    made = environment(
+        "data_tools",
+        html=True,
         finalize=lambda value: value.translate(_VISIBLE) if type(value) is str else value,
     )
     made.filters |= {

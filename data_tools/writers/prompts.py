@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 
 from data_tools.checks import CheckOptions, check, check_translation
 from data_tools.forms.coordinates import write_box
@@ -31,6 +31,7 @@ from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Item, Problem, Sou
 from data_tools.records import Label, Record
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import is_unicode
+from gmai_xtuner.core.templates import environment
 
 PROMPT_VERSION = 2
 """Raise it with any change of a prompt or of how answers are read: models are then asked anew."""
@@ -228,14 +229,7 @@ class Prompts:
 
 @lru_cache
 def _template(name: str) -> Template:
-    environment = Environment(
-        loader=PackageLoader("data_tools", "writers"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
-    return environment.get_template(f"{name}.j2")
+    return environment("data_tools.writers").get_template(f"{name}.j2")
 
 
 class _Facts:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import LlavaConfig
 
+from gmai_xtuner.core.templates import environment
 from gmai_xtuner.model.costs import cache_bytes, folder_bytes, size
 from gmai_xtuner.model.lora import adapter_layers
 
@@ -66,13 +66,8 @@ def write_model_card(
         mean_colour: with which images are padded, 0 to 255.
     """
     tokens = settings["max_length"]
-    environment = Environment(
-        loader=PackageLoader("gmai_xtuner.checkpoint", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    text = environment.get_template("card.md.j2").render(
+    templates = environment("gmai_xtuner.checkpoint", keep_trailing_newline=True)
+    text = templates.get_template("card.md.j2").render(
         bases=[base for base in (provenance.llm, provenance.vision) if _is_hub_name(base)],
         stage=provenance.stage,
         trained=provenance.trained,

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from markupsafe import Markup
 from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.core.templates import environment
 from gmai_xtuner.evaluate.questions import open_image
 from gmai_xtuner.evaluate.results import Result, Scored
 from gmai_xtuner.evaluate.tables import Table
@@ -52,17 +53,10 @@ def write_report(
     ordered = sorted(scored, key=lambda one: _RANK[verdict_of(one)])
     items = [_shown(one) for one in ordered[:shown]]
     counts = Counter(verdict_of(one) for one in scored)
-    folder = Path(__file__).parent
-    script = (folder / SCRIPT).read_text(encoding="utf-8")
+    script = Path(__file__).with_name(SCRIPT).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(TEMPLATE).render(
+    templates = environment("gmai_xtuner.evaluate", html=True)
+    page = templates.get_template(TEMPLATE).render(
         result=result,
         tables=tables,
         items=items,
@@ -70,7 +64,7 @@ def write_report(
         total=len(scored),
         menus=_menus(items),
         # The file is part of this package, and its hash stands in the policy.
-        script=jinja2.filters.Markup(script),
+        script=Markup(script),
         digest=digest,
     )
     replace_text(file, page)
