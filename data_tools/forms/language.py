@@ -75,7 +75,10 @@ class Word(str):
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """What a language file holds; ``sentences`` by dotted key, a tuple if one of them is to be drawn."""
+    """What a language file holds; ``sentences`` by dotted key, a tuple if one of them is to be drawn.
+
+    ``measures`` are the words between a number and what is counted, by the kinds of `lexicon.Noun`.
+    """
 
     translated: bool
     space: str
@@ -84,6 +87,7 @@ class Language:
     places: Sequence[Sequence[str]]
     image: str
     images: Mapping[str, str]
+    measures: Mapping[str, str]
     sentences: Mapping[str, str | tuple[str, ...]]
 
     def can_name(self, label: str, context: SourceContext) -> bool:
@@ -225,7 +229,7 @@ class Teller:
             "count": Word(count if translated else number_word(count)),
             "region": Word(region),
             "regions": regions,
-            "measure": "处" if name.kind in ("", "anatomy", "finding") else "个",
+            "measure": self.language.measures.get(name.kind, ""),
         }
 
     # Sentences
