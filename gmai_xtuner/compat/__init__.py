@@ -15,7 +15,6 @@ def apply() -> None:
     deepspeed.keep_standard_output_clean()
     xtuner.name_deepspeed_configs()
     install_safe_reader()
-    torch.answer_bf16_on_cpu()
     torch.sleep_while_waiting_for_threads()
     mmengine.launch_without_gpu()
     deepspeed.skip_shared_memory_op()

@@ -9,17 +9,6 @@ import threading
 
 import torch
 
-
-def answer_bf16_on_cpu() -> None:
-    """xtuner asks ``torch.cpu.is_bf16_supported()``, which torch does not have.
-
-    It does when a DeepSpeed file of xtuner's own says bf16 ``"auto"`` on a machine without a GPU. Until
-    xtuner asks differently.
-    """
-    if not hasattr(torch.cpu, "is_bf16_supported"):
-        torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]
-
-
 _idle_team: list[threading.Thread] = []
 
 
