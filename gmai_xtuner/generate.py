@@ -225,7 +225,6 @@ class Predictor:
         )
         return answer
 
-    @torch.no_grad()
     def generate_batch(
         self,
         prompts: Sequence[Prompt],

@@ -42,6 +42,7 @@ from gmai_xtuner.checkpoint.layouts import (
 )
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+from gmai_xtuner.checkpoint.training import first_rank_file
 from gmai_xtuner.checkpoint.weights import adapter_base, read_state_dict
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import layout_of, read_json, resolve_directory, shorten
@@ -300,7 +301,7 @@ def _what_it_is_instead(folder: Path) -> str:
             f"there is no folder {str(folder)!r}. Give an export or a released model; a checkpoint becomes "
             "one with: xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"
         )
-    if (folder / "last_checkpoint").is_file() or any(folder.glob("*_model_states.pt")):
+    if (folder / "last_checkpoint").is_file() or first_rank_file(folder):
         return (
             f"{str(folder)!r} holds checkpoints of training. Export one first: "
             "xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"

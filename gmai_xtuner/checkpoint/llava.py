@@ -31,6 +31,7 @@ from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
     check_stage,
     check_trained_state,
+    first_rank_file,
     load_checkpoint_state,
     load_parts,
     resolve_checkpoint,
@@ -52,11 +53,7 @@ def without_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def read_frozen(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Frozen weights in a DeepSpeed checkpoint directory; the first rank's file has them."""
-    files = (
-        checkpoint / "mp_rank_00_model_states.pt",
-        checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt",
-    )
-    file = next((file for file in files if file.is_file()), None)
+    file = first_rank_file(checkpoint)
     if file is None:
         return {}
     return without_prefix(read_training_state(file, mmap=True)["module"])

@@ -222,7 +222,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         ModelLoadError: if there is none, or the one that was named is not whole; says what is wrong.
     """
     path = Path(path)
-    if path.is_file() or iteration_of(path) is not None or any(path.glob("*_model_states.pt")):
+    if path.is_file() or iteration_of(path) is not None or first_rank_file(path):
         wrong = what_is_wrong(path)
         if wrong:
             raise ModelLoadError(f"checkpoint {str(path)!r} {wrong}. Take another one")
@@ -244,6 +244,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return newest
 
 
+def first_rank_file(checkpoint: Path) -> Path | None:
+    """Return the file of the first rank in a DeepSpeed directory, which has what all ranks share."""
+    return min(checkpoint.glob("*_model_states.pt"), default=None)
+
+
 def check_stage(checkpoint: Path, stage: str) -> None:
     """Check that a run of this stage wrote a checkpoint, where the checkpoint says which did.
 
@@ -254,8 +259,8 @@ def check_stage(checkpoint: Path, stage: str) -> None:
     Raises:
         ModelLoadError: another stage wrote it.
     """
-    files = sorted(checkpoint.glob("*_model_states.pt"))
-    state = read_training_state(files[0], mmap=True) if files else {}
+    file = first_rank_file(checkpoint)
+    state = read_training_state(file, mmap=True) if file else {}
     learnt = (state.get("message_hub") or {}).get("runtime_info", {}).get(STAGE, stage)
     if learnt != stage:
         raise ModelLoadError(

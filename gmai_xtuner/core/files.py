@@ -115,7 +115,7 @@ def remove_left_behind(path: Path) -> None:
     for name in os.listdir(path.parent):
         process = name.removeprefix(start).removesuffix(".partial")
         is_ours = name == f"{start}{process}.partial" and process.isdecimal()
-        if is_ours and not _is_alive(int(process)):
+        if is_ours and not is_running(int(process)):
             delete(path.with_name(name))
 
 
@@ -142,7 +142,8 @@ def delete(path: Path) -> None:
             path.unlink()
 
 
-def _is_alive(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Return whether a process of this machine is there."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -19,6 +19,7 @@ from gmai_xtuner.checkpoint.llava import without_prefix
 from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
     checkpoints_in,
+    first_rank_file,
     load_parts,
     resolve_checkpoint,
     what_is_wrong,
@@ -184,14 +185,12 @@ def checkpoint_shapes(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ModelLoadError: it can't be read.
     """
-    files = sorted(path.glob("*_model_states.pt")) if path.is_dir() else [path]
+    file = first_rank_file(path) or path
     try:
         # Memory-mapped: of the tensors nothing but their descriptions is read.
-        content = read_training_state(files[0], mmap=True)
-    except (OSError, IndexError) as error:
-        raise ModelLoadError(
-            f"{files[0] if files else path} can't be read ({type(error).__name__}: {error})"
-        ) from error
+        content = read_training_state(file, mmap=True)
+    except OSError as error:
+        raise ModelLoadError(f"{file} can't be read ({type(error).__name__}: {error})") from error
     if path.is_dir():
         shapes = {k: v for group in content.get("param_shapes", ()) for k, v in group.items()}
         trained = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -21,6 +21,7 @@ from mmengine.runner import FlexibleRunner
 from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
     MANIFEST,
+    first_rank_file,
     iteration_of,
     newest_whole,
     read_manifest,
@@ -118,7 +119,7 @@ def check_layout(checkpoint: Path, runner: FlexibleRunner) -> None:
     Raises:
         GMAIError: they are not; DeepSpeed would say so in its own way, when all weights are loaded.
     """
-    file = next(iter(sorted(checkpoint.glob("*_model_states.pt"))), None)
+    file = first_rank_file(checkpoint)
     if file is None:
         return
     state = read_training_state(file, mmap=True)
@@ -175,8 +176,9 @@ def seed_of(path: Path) -> int | None:
     manifest = read_manifest(checkpoint)
     if manifest is not None:
         return manifest.seed
-    file = next(checkpoint.glob("*_model_states.pt")) if checkpoint.is_dir() else checkpoint
-    return read_training_state(file, mmap=True)["meta"].get("seed")
+    return read_training_state(first_rank_file(checkpoint) or checkpoint, mmap=True)["meta"].get(
+        "seed"
+    )
 
 
 def rank_file(rank: int) -> str:

@@ -102,7 +102,7 @@ def check_device(llm: Mapping[str, Any]) -> None:
     if torch.cuda.is_available() or os.environ.get("GMAI_ALLOW_CPU", "0") != "0" or not llm:
         return
     with init_empty_weights():
-        model = BUILDER.build({key: llm[key] for key in llm if key != "quantization_config"})
+        model = BUILDER.build(llm)
     weights = sum(weight.numel() for weight in model.parameters())
     if weights <= MOST_WEIGHTS_WITHOUT_GPU:
         return

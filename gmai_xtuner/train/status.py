@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.core.files import is_running, replace_text
 
 STATUS_FILE = "status.json"
 """Says how a run ended, for the script that started it: ``xtuner`` exits with 0 whatever happens."""
@@ -221,12 +221,9 @@ GONE = (
 def is_alive(status: dict[str, Any]) -> bool:
     """Return whether the process of a status is there, on this machine."""
     try:
-        os.kill(int(status["process"]), 0)
-    except (KeyError, TypeError, ValueError, ProcessLookupError):
+        return is_running(int(status["process"]))
+    except (KeyError, TypeError, ValueError):
         return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def _stays_young(file: Path, status: dict[str, Any]) -> bool:

@@ -9,24 +9,15 @@ import torch
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train import start
-
-GEOMETRY_7B = {
-    "vocab_size": 92544,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+from tests.preflight.bases import INTERNLM2_5_7B
 
 
 @pytest.fixture
-def large(tiny_bases, tmp_path, monkeypatch):
+def large(tmp_path, monkeypatch):
     """Config of a language model of InternLM2.5-7B's size, whose weights are not there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("GMAI_ALLOW_CPU", raising=False)
-    config = json.loads((tiny_bases / "llm" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | GEOMETRY_7B))
+    (tmp_path / "config.json").write_text(json.dumps(INTERNLM2_5_7B))
     return {
         "type": "gmai_xtuner.checkpoint.bases.load_language_model",
         "pretrained_model_name_or_path": str(tmp_path),
