@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from gmai_xtuner.checkpoint.training import first_rank_file
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train.resume import (
     check_layout,
@@ -91,3 +92,11 @@ def test_a_checkpoint_of_another_layout_is_refused_before_it_is_loaded(tmp_path,
     else:
         with pytest.raises(GMAIError, match=f"can't go on from .*iter_2.pth: {told}Resume with"):
             check_layout(tmp_path / "iter_2.pth", runner)
+
+
+def test_what_all_ranks_share_is_read_from_the_first(tmp_path):
+    assert first_rank_file(tmp_path) is None
+    for rank in (11, 2, 0, 1):
+        (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
+    assert first_rank_file(tmp_path).name == "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    assert first_rank_file(tmp_path / "epoch_1.pth") is None
