@@ -17,12 +17,14 @@ def sleep_while_waiting_for_threads() -> None:
 
     torch's OpenMP runtime (libgomp) lets a thread spin for some milliseconds at the end of each parallel
     operator. Where another process has one of the cores, the thread that spins takes the core that the
-    thread it waits for needs, and a step takes ten times as long (``benchmarks/busy_neighbour.py``). The
-    runtime reads ``OMP_WAIT_POLICY`` when torch is loaded, which is before any code of ours; but it spins
-    for a moment only while the process has more threads than cores (``do_spin`` in libgomp's
-    ``config/linux/wait.h``). A second team of threads that never works again makes it so.
-    ``OMP_WAIT_POLICY`` and ``GOMP_SPINCOUNT`` overrule it. Until torch waits so by itself; with a GPU it
-    does not matter.
+    thread it waits for needs, and a step takes three to ten times as long. The runtime reads
+    ``OMP_WAIT_POLICY`` when torch is loaded, which is before any code of ours; but it spins for a moment
+    only while the process has more threads than cores (``do_spin`` in libgomp's ``config/linux/wait.h``). A
+    second team of threads that never works again makes it so.
+
+    Sleeping costs too: where nothing else runs, a step of 2 M weights takes half as long again
+    (``benchmarks/busy_neighbour.py``), one of the quickstart no longer. ``OMP_WAIT_POLICY`` and
+    ``GOMP_SPINCOUNT`` overrule it. Until torch waits so by itself; with a GPU it does not matter.
     """
     if (
         torch.cuda.is_available()
