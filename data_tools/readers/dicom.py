@@ -213,7 +213,7 @@ def units(options: Options) -> Iterator[Unit]:
                 "rows": tuple(
                     dict.fromkeys((row.label, row.box) for row in labels if not row.problem)
                 ),
-                "problems": tuple((row.label, row.problem) for row in labels if row.problem),
+                "problems": tuple((row.lost, row.problem) for row in labels if row.problem),
                 "group": names.of(
                     "patient", first.patient or first.study or first.series or first.path
                 ),
@@ -301,8 +301,8 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 def _read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     payload = unit.payload
-    for label, problem in payload["problems"]:
-        drops.add("row of the table that can't be used", unit.key, problem, lost=[label])
+    for lost, problem in payload["problems"]:
+        drops.add("row of the table that can't be used", unit.key, problem, lost=lost)
     paths = [options.root / path for path in payload["paths"]]
     said = [Annotation(label, box) for label, box in payload["rows"] if label]
     if len(paths) > 1 and (boxed := [item.label for item in said if item.box is not None]):

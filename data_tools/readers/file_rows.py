@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from data_tools.options import Options
-from data_tools.readers.rows import FORMATS, cell_text, open_table
+from data_tools.readers.rows import FORMATS, cell_text, open_table, words_of
 from data_tools.records import Unit
 from gmai_xtuner.core.errors import SourceError
 
@@ -61,6 +61,7 @@ class FileRow:
         attributes: those with a text in their cell.
         cells: of the further columns that the reader asked for.
         problem: why the row can't be used, or "".
+        words: labels of other rows that stand in cells of the box, see `rows.words_of`.
     """
 
     line: int
@@ -69,6 +70,12 @@ class FileRow:
     attributes: Mapping[str, str] = field(default_factory=dict)
     cells: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
+    words: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The labels that fall with the row."""
+        return (self.label, *self.words)
 
 
 def read_rows(
@@ -102,11 +109,19 @@ def read_rows(
                 raise SourceError(
                     f"{shown}: the cell of {columns.file!r} is empty; every row names its file."
                 )
-            box, problem = _box([cells[name] for name in corners])
+            texts = [cells[name] for name in corners]
+            box, problem = _box(texts)
             attributes = {new: cells[old] for old, new in columns.attributes.items() if cells[old]}
             kept = {name: cells[name] for name in extra}
             label = sys.intern(cells[columns.label])
-            found[name].append(FileRow(row.line, label, box, attributes, kept, problem))
+            found[name].append(
+                FileRow(row.line, label, box, attributes, kept, problem, tuple(words_of(texts)))
+            )
+    labels = {row.label for rows in found.values() for row in rows}
+    for rows in found.values():
+        for at, row in enumerate(rows):
+            if row.words:
+                rows[at] = replace(row, words=tuple(word for word in row.words if word in labels))
     return dict(found)
 
 

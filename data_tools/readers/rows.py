@@ -18,7 +18,7 @@ import json
 import pickle
 import tempfile
 from array import array
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,6 +282,15 @@ def _lines(path: Path, shown: str, encoding: str) -> Iterator[str]:
                 line = data[3:].decode(codec)
             begin += len(data)
             yield line
+
+
+def words_of(cells: Iterable[Any]) -> list[str]:
+    """Return the words in cells that should hold numbers: in a row whose cells are shifted one is its label.
+
+    A single ASCII sign is taken for a slip, not for a word.
+    """
+    texts = map(cell_text, cells)
+    return [text for text in texts if len(text.encode()) > 1 and text[0].isalpha()]
 
 
 def cell_text(cell: Any) -> str:

@@ -334,7 +334,7 @@ def _listed(
             problem = f"x, y are {x!r}, {y!r}, not two numbers"
         if problem:
             detail = f"line {row.line} of the table: {problem}"
-            drops.add("row of the table can't be read", key, detail, lost=[row.label])
+            drops.add("row of the table can't be read", key, detail, lost=row.lost)
         else:
             tiles.setdefault(corner, []).append(row)
     return tiles

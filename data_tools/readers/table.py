@@ -27,7 +27,7 @@ from data_tools.options import Options as Section
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import file_of, listed, open_image, size_of
 from data_tools.readers.patterns import fill, place_names
-from data_tools.readers.rows import Format, Row, cell_text, grouped, open_table
+from data_tools.readers.rows import Format, Row, cell_text, grouped, open_table, words_of
 from data_tools.readers.shapes import numbers
 from data_tools.records import ANYTHING, NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
@@ -338,7 +338,9 @@ def _parsed(
         Unusable: a cell may mean anything, so that the image as a whole is of no use.
     """
     labels = list(dict.fromkeys(_labels(options, row)))
-    with drops.annotation(where, *labels):
+    cells = [row.cells[column] for column in options.box.used] if options.box else []
+    lost = [*labels, *words_of(cells)] if labels else []
+    with drops.annotation(where, *lost):
         box = _box(options.box, options, row, size) if options.box else None
         if not labels:
             raise Unusable("no label")

@@ -137,7 +137,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     spans: list[_Span] = []
     for row in unit.payload or ():
         # Which frames a row that can't be read was about can't be known: it may be any.
-        with drops.annotation(unit.key, row.label):
+        with drops.annotation(unit.key, *row.lost):
             spans.append(_span(row, options, line))
     if options.table is not None and not spans:
         raise Unusable("video without a row in the table")

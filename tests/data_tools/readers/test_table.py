@@ -406,3 +406,11 @@ def test_a_table_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     for name, keys in (("t.xlsx", {}), ("t.csv", {"encoding": "utf-16"})):
         with pytest.raises(SourceError, match="more than"):
             read_all(table, tmp_path, table=name, image="file", label="y", **keys)
+
+
+def test_a_row_whose_cells_are_shifted_may_be_about_the_label_in_its_box(tmp_path):
+    """A comma in the first cell, and one cell too few: the label stands where the box begins."""
+    rows = "a.png,heart,2,3,20,25\na.png, giant,nodule,2,3,9\nb.png,nodule,2,3,20,25\n"
+    write_rows(tmp_path, f"file,l,x1,y1,x2,y2\n{rows}")
+    keys = {"table": "t.csv", "image": "file", "label": "l", "box": CORNERS}
+    assert incomplete(table, tmp_path, **keys) == [("giant", "nodule"), ()]
