@@ -112,16 +112,17 @@ def read_rows(
             texts = [cells[name] for name in corners]
             box, problem = _box(texts)
             attributes = {new: cells[old] for old, new in columns.attributes.items() if cells[old]}
-            kept = {name: cells[name] for name in extra}
+            others = {name: cells[name] for name in extra}
             label = sys.intern(cells[columns.label])
             found[name].append(
-                FileRow(row.line, label, box, attributes, kept, problem, tuple(words_of(texts)))
+                FileRow(row.line, label, box, attributes, others, problem, tuple(words_of(texts)))
             )
-    labels = {row.label for rows in found.values() for row in rows}
+    labels = {kept.label for rows in found.values() for kept in rows}
     for rows in found.values():
-        for at, row in enumerate(rows):
-            if row.words:
-                rows[at] = replace(row, words=tuple(word for word in row.words if word in labels))
+        rows[:] = [
+            replace(kept, words=tuple(word for word in kept.words if word in labels))
+            for kept in rows
+        ]
     return dict(found)
 
 
