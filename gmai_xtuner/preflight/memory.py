@@ -52,7 +52,7 @@ class Memory:
         gradients: at the end of a backward pass: of the micro-batch, and the step's sum so far.
         optimizer: fp32 weights and moments.
         buffers: of DeepSpeed: buckets for gradients, gathered weights.
-        activations: see :mod:`gmai_xtuner.preflight.activations`; ``None`` if they can't be estimated.
+        activations: see :mod:`gmai_xtuner.preflight.activations`.
         summing: what is added in the place of activations while gradients are summed.
         step: what the optimiser's step needs in the place of activations and buckets.
         allowance: :data:`ALLOWANCE`.
@@ -63,7 +63,7 @@ class Memory:
     gradients: int
     optimizer: int
     buffers: int
-    activations: Activations | None
+    activations: Activations
     summing: int
     step: int
     allowance: int
@@ -77,7 +77,7 @@ class Memory:
 
     @property
     def _passing(self) -> int:
-        return self.buffers + (self.activations.total if self.activations else 0)
+        return self.buffers + self.activations.total
 
     @property
     def moment(self) -> str:
@@ -87,8 +87,6 @@ class Memory:
             return "optimiser step"
         if summing > self._passing:
             return "gradient sum"
-        if self.activations is None:
-            return "optimiser step"
         return self.activations.moment
 
     def in_gib(self) -> dict[str, float]:
@@ -98,7 +96,7 @@ class Memory:
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "deepspeed_buffers": self.buffers,
-            "activations": self.activations.total if self.activations else 0,
+            "activations": self.activations.total,
             "gradient_sum": self.summing,
             "optimizer_step": self.step,
             "allowance": self.allowance,
@@ -115,7 +113,7 @@ def estimate_memory(
     gpus: int,
     accumulation: int,
     moment_bytes: int,
-    activations: Activations | None,
+    activations: Activations,
 ) -> Memory:
     """See the module.
 
@@ -133,7 +131,7 @@ def estimate_memory(
     weights = sum(_weight_bytes(part, zero) for part in counts.values())
     states = (4 + moment_bytes) * (share if zero.stage else trainable)
     # fp32 gradients and AdamW's temporary; stage 3 steps a sub-group at a time.
-    at_a_time = min(share, zero.sub_group_size) if zero.stage == 3 else share
+    at_a_time = min(share, zero.zero.sub_group_size) if zero.stage == 3 else share
     step = 8 * (at_a_time if zero.stage else trainable)
     gradients, summing = _gradients(zero, trainable, share, several=accumulation > 1)
     if zero.stage == 2 and summing:
@@ -212,14 +210,16 @@ def _buffers(counts: Mapping[str, PartCount], zero: ZeroSettings, trainable: int
     if not trainable or not zero.stage:
         return 0
     buckets = 0
-    if zero.contiguous_gradients:
-        buckets = zero.reduce_bucket_size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
+    bucket = zero.zero.reduce_bucket_size
+    if zero.zero.contiguous_gradients:
+        buckets = bucket * (2 if zero.zero.overlap_comm and zero.stage < 3 else 1)
     largest = max(part.largest_trainable for part in counts.values())
     copied = 0
     if zero.exchange_bytes != b:  # of what is reduced at a time, in the precision of the exchange
-        copied = zero.exchange_bytes * min(trainable, max(zero.reduce_bucket_size, largest))
+        copied = zero.exchange_bytes * min(trainable, max(bucket, largest))
     gathered = 0
     if zero.stage == 3:
         everything = sum(part.total for part in counts.values())
-        gathered = min(everything, zero.max_live_parameters + zero.prefetch_bucket_size)
+        live = zero.zero.max_live_parameters + zero.zero.prefetch_bucket_size
+        gathered = min(everything, live)
     return b * (buckets + largest + gathered) + copied

@@ -72,10 +72,8 @@ def as_json(result: Preflight) -> dict[str, Any]:
         "bad_images_left_out": bad_left_out,
         "memory_gib": result.memory and result.memory.in_gib(),
         "activations": result.memory
-        and result.memory.activations
         and {
-            "language_kept_gib": round(result.memory.activations.language_kept / GIB, 3),
-            "vision_kept_gib": round(result.memory.activations.vision_kept / GIB, 3),
+            "kept_gib": round(result.memory.activations.kept / GIB, 3),
             "peak_gib": round(result.memory.activations.peak / GIB, 3),
             "highest_moment": result.memory.activations.moment,
         },
@@ -275,7 +273,7 @@ def _memory(result: Preflight) -> str:
         ("optimiser", memory.optimizer, "fp32 weights and moments"),
     ]
     activations = memory.activations
-    if memory.moment == "optimiser step" or activations is None:
+    if memory.moment == "optimiser step":
         told = "its temporaries; activations and buffers are free then"
         rows.append(("optimiser step", memory.step, told))
     elif memory.moment == "gradient sum":
@@ -285,10 +283,9 @@ def _memory(result: Preflight) -> str:
             ("gradient sum", memory.summing, told),
         ]
     else:
-        kept = activations.language_kept + activations.vision_kept
         rows += [
             ("DeepSpeed's buffers", memory.buffers, "buckets, gathered weights"),
-            ("activations, kept", kept, "from the forward to the backward pass"),
+            ("activations, kept", activations.kept, "from the forward to the backward pass"),
             ("activations, peak", activations.peak, f"highest moment: {activations.moment}"),
         ]
     rows += [

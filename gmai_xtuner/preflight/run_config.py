@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.config import DtypeEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from mmengine.config import Config
 
 from gmai_xtuner.core.config import dataset_config
@@ -22,77 +25,51 @@ class UsageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ZeroSettings:
-    """What of a DeepSpeed file decides about memory. Sizes are in elements.
+    """What of a DeepSpeed file decides about memory.
 
     Args:
         name: as given on the command line.
-        stage: 0 to 3.
         precision: ``bf16`` or ``fp32``.
-        grad_accum_bytes: of one value of a step's summed gradient (``data_types.grad_accum_dtype``;
-            without the key that of ``precision``).
-        exchange_bytes: of one value of a gradient that is exchanged (``communication_data_type``; without
-            the key that of ``precision``).
-        offload_optimizer: optimiser states and fp32 weights in host memory.
-        offload_param: weights in host memory too (stage 3).
-        overlap_comm: two buckets for gradients instead of one.
-        contiguous_gradients: gradients are copied to a bucket.
-        reduce_bucket_size: of one bucket.
-        max_live_parameters: stage 3 gathers at the most so many weights at a time.
-        prefetch_bucket_size: and so many ahead.
-        sub_group_size: stage 3 steps so many weights at a time.
+        grad_accum_bytes: of one value of a step's summed gradient (``data_types.grad_accum_dtype``).
+        exchange_bytes: of one value of a gradient that is exchanged (``communication_data_type``).
+        zero: its ``zero_optimization`` with DeepSpeed's defaults; sizes are in elements.
     """
 
     name: str
-    stage: int
     precision: str
     grad_accum_bytes: int
     exchange_bytes: int
-    offload_optimizer: bool
-    offload_param: bool
-    overlap_comm: bool
-    contiguous_gradients: bool
-    reduce_bucket_size: int
-    max_live_parameters: int
-    prefetch_bucket_size: int
-    sub_group_size: int
+    zero: DeepSpeedZeroConfig
 
     @classmethod
     def from_dict(cls, name: str, config: Mapping[str, Any]) -> ZeroSettings:
-        """The defaults are those of DeepSpeed 0.16.2 (``runtime/zero/config.py``).
-
-        Args:
-            name: of the file.
-            config: its content, settled.
-        """
-        from deepspeed.runtime.config import DtypeEnum
-
-        zero = config.get("zero_optimization", {})
-        stage = zero.get("stage", 0)
+        """Read the settled content of a file; a type that it does not name is that of ``precision``."""
         precision = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
         summed = (config.get("data_types") or {}).get("grad_accum_dtype") or precision
         exchanged = config.get("communication_data_type") or precision
-
-        def number(key: str, default: float) -> int:
-            return int(zero.get(key, default))
-
-        def offloads(key: str) -> bool:
-            return (zero.get(key) or {}).get("device", "none") not in ("none", None)
-
         return cls(
             name=name,
-            stage=stage,
             precision=precision,
             grad_accum_bytes=DtypeEnum(summed).value.itemsize,
             exchange_bytes=DtypeEnum(exchanged).value.itemsize,
-            offload_optimizer=offloads("offload_optimizer"),
-            offload_param=offloads("offload_param"),
-            overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
-            contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
-            reduce_bucket_size=number("reduce_bucket_size", 5e8),
-            max_live_parameters=number("stage3_max_live_parameters", 1e9),
-            prefetch_bucket_size=number("stage3_prefetch_bucket_size", 5e7),
-            sub_group_size=number("sub_group_size", 1e9),
+            zero=DeepSpeedZeroConfig(**config.get("zero_optimization", {})),
         )
+
+    @property
+    def stage(self) -> int:
+        return int(self.zero.stage)
+
+    @property
+    def offload_optimizer(self) -> bool:
+        """Whether optimiser states and fp32 weights are in host memory."""
+        offload = self.zero.offload_optimizer
+        return offload is not None and offload.device != OffloadDeviceEnum.none
+
+    @property
+    def offload_param(self) -> bool:
+        """Whether weights are in host memory, too (stage 3)."""
+        offload = self.zero.offload_param
+        return offload is not None and offload.device != OffloadDeviceEnum.none
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +108,11 @@ class RunConfig:
     def accumulation(self) -> int:
         """Micro-batches of an optimiser step."""
         return int(self.cfg.optim_wrapper.get("accumulative_counts", 1))
+
+    @property
+    def optimizer(self) -> str:
+        """Name of the optimiser."""
+        return str(self.cfg.optim_wrapper.get("optimizer", {}).get("type", "AdamW"))
 
     @property
     def max_length(self) -> int:

@@ -4,23 +4,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
+from gmai_xtuner.model.llava import num_image_tokens
 from gmai_xtuner.preflight import checks, data, pictures
-from gmai_xtuner.preflight.activations import Activations, MicroBatch, estimate_activations
+from gmai_xtuner.preflight.activations import MicroBatch, count_activations
 from gmai_xtuner.preflight.findings import Findings
-from gmai_xtuner.preflight.geometry import read_geometry
 from gmai_xtuner.preflight.memory import (
     GIB,
     Memory,
     estimate_memory,
     moment_bytes,
-    value_bytes,
 )
 from gmai_xtuner.preflight.parameters import (
     PartCount,
@@ -120,8 +121,7 @@ def look_at(
     _look_at_data(result, decode_images)
     if model is not None and result.counts is not None:
         _look_at_memory(result, model)
-        optimizer = str(run.cfg.optim_wrapper.get("optimizer", {}).get("type", "AdamW"))
-        size = checks.checkpoint_bytes(result.counts, moment_bytes(optimizer))
+        size = checks.checkpoint_bytes(result.counts, moment_bytes(run.optimizer))
         iterations = result.summary.iterations if result.summary else None
         result.disk = checks.check_disk(run, size, iterations, findings, elsewhere=not need_weights)
     return result
@@ -139,6 +139,7 @@ def _look_at_model(result: Preflight) -> nn.Module | None:
     result.counts = count_parameters(model, llm_in_4_bit=in_4_bit)
     if not sum(part.trainable for part in result.counts.values()):
         result.findings.fail("model", "nothing is trainable: everything is frozen")
+        return None
     return model
 
 
@@ -200,56 +201,48 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
 
 
 def _look_at_memory(result: Preflight, model: Any) -> None:
-    run = result.run
-    assert result.counts is not None
-    result.memory = _memory(result, model, run.zero, run.batch_size)
+    run, activations = result.run, cache(partial(count_activations, model))
+
+    def memory(zero: ZeroSettings, packs: int) -> Memory:
+        assert result.counts is not None
+        return estimate_memory(
+            result.counts,
+            zero,
+            gpus=run.gpus,
+            accumulation=run.accumulation,
+            moment_bytes=moment_bytes(run.optimizer),
+            activations=activations(_fullest(result, model, zero, packs)),
+        )
+
+    result.memory = memory(run.zero, run.batch_size)
     total = result.memory.total / GIB
     if total > result.gpu_memory:
         result.findings.warn(
             "memory",
             f"{total:.0f} GiB are more than the {result.gpu_memory:g} GiB of a GPU. "
-            + _what_would_fit(result, model),
+            + _what_would_fit(result, memory),
         )
 
 
-def _memory(result: Preflight, model: Any, zero: ZeroSettings, batch_size: int) -> Memory:
-    run = result.run
-    assert result.counts is not None
-    optimizer = str(run.cfg.optim_wrapper.get("optimizer", {}).get("type", "AdamW"))
-    return estimate_memory(
-        result.counts,
-        zero,
-        gpus=run.gpus,
-        accumulation=run.accumulation,
-        moment_bytes=moment_bytes(optimizer),
-        activations=_activations(result, model, zero, batch_size),
-    )
-
-
-def _activations(result: Preflight, model: Any, zero: ZeroSettings, batch_size: int) -> Activations:
-    """Of the fullest micro-batch: the plan's, or, where there is none, what the options allow."""
-    run = result.run
-    recomputed = run.cfg.model.get("recomputed_layers")
-    geometry = read_geometry(model, recomputed_layers=recomputed)
-    tokens = batch_size * run.max_length
-    if result.summary is not None and batch_size == run.batch_size:
-        images = result.summary.images_per_micro_batch_max
-        learnt = result.summary.learnt_per_micro_batch_max
+def _fullest(result: Preflight, model: Any, zero: ZeroSettings, packs: int) -> MicroBatch:
+    """Return the fullest micro-batch: the plan's, or, where there is none, what the options allow."""
+    run, data = result.run, result.summary
+    if data is not None and packs == run.batch_size:
+        images, supervised = data.images_per_micro_batch_max, data.learnt_per_micro_batch_max
     else:
-        at_most = min(run.dataset.get("max_images", 16), run.max_length // geometry.vision.patches)
-        images, learnt = batch_size * at_most, tokens
-        if result.summary is not None:  # a smaller micro-batch than the plan's
-            images = min(images, result.summary.images_per_pack_max * batch_size)
-            learnt = min(learnt, result.summary.learnt_per_micro_batch_max)
-    return estimate_activations(
-        geometry,
-        MicroBatch(tokens=tokens, learnt=learnt, images=images, value_bytes=value_bytes(zero)),
-    )
+        room = run.max_length // num_image_tokens(model.visual_encoder.config)
+        images = packs * min(run.dataset.get("max_images", 16), room)
+        supervised = packs * run.max_length
+        if data is not None:  # a smaller micro-batch than the plan's
+            images = min(images, data.images_per_pack_max * packs)
+            supervised = min(supervised, data.learnt_per_micro_batch_max)
+    dtype = torch.float32 if zero.precision == "fp32" else torch.bfloat16
+    return MicroBatch(packs, run.max_length, supervised, images, dtype)
 
 
-def _what_would_fit(result: Preflight, model: Any) -> str:
-    """Other DeepSpeed files and smaller micro-batches, tried with the same estimate."""
-    run = result.run
+def _what_would_fit(result: Preflight, memory: Callable[[ZeroSettings, int], Memory]) -> str:
+    """Try other DeepSpeed files and smaller micro-batches."""
+    run, counts = result.run, result.counts or {}
     choices = []
     for name in ALTERNATIVES:
         zero = ZeroSettings.from_dict(name, read(name, run.cfg).settings)
@@ -260,17 +253,12 @@ def _what_would_fit(result: Preflight, model: Any) -> str:
         factor = run.batch_size // size
         choices.append((f"batch_size {size} with {factor} x accumulative_counts", run.zero, size))
         size //= 2
-    fitting = []
-    for told, zero, batch_size in choices:
-        total = _memory(result, model, zero, batch_size).total / GIB
-        if total <= result.gpu_memory:
-            fitting.append(f"{told} ({total:.0f} GiB)")
+    totals = {text: memory(zero, size).total / GIB for text, zero, size in choices}
+    fitting = [f"{text} ({n:.0f} GiB)" for text, n in totals.items() if n <= result.gpu_memory]
     if fitting:
         texts = ["By the same estimate this would fit: " + "; or ".join(fitting)]
     else:
         texts = ["Neither another DeepSpeed file nor a smaller micro-batch alone would do"]
-    assert result.counts is not None
-    llm = result.counts.get("llm")
-    if llm is not None and llm.trainable > llm.total // 2:
+    if "llm" in counts and counts["llm"].trainable > counts["llm"].total // 2:
         texts.append("LoRA on the language model (model.llm_lora) needs far less")
     return ". ".join(texts)
