@@ -136,16 +136,15 @@ def _forget_gradient(parameter: torch.Tensor) -> None:
 def _flat_batch(model: Any, batch: MicroBatch) -> dict[str, Any]:
     tokens, side = batch.packs * batch.max_length, model.image_size
     places = batch.images * num_image_tokens(model.visual_encoder.config)
-    integers = {"dtype": torch.int64}
     return {
-        "input_ids": torch.zeros(1, tokens, **integers),
-        "position_ids": torch.zeros(1, tokens, **integers),
+        "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
+        "position_ids": torch.zeros(1, tokens, dtype=torch.int64),
         "cu_seqlens": torch.zeros(batch.packs + 1, dtype=torch.int32),
         "lengths": [batch.max_length] * batch.packs,
         "pixel_values": torch.zeros(batch.images, 3, side, side),
-        "image_positions": torch.zeros(places, **integers),
-        "label_positions": torch.zeros(batch.supervised, **integers),
-        "label_targets": torch.zeros(batch.supervised, **integers),
+        "image_positions": torch.zeros(places, dtype=torch.int64),
+        "label_positions": torch.zeros(batch.supervised, dtype=torch.int64),
+        "label_targets": torch.zeros(batch.supervised, dtype=torch.int64),
         "label_weights": torch.ones(batch.supervised),
         "loss_denominator": 1.0,
     }
