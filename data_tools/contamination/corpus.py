@@ -35,6 +35,7 @@ class Dataset:
     files: tuple[Path, ...]
     image_root: Path | None
     excluded: Exclusion = field(default_factory=Exclusion)
+    images_first: bool = False
 
 
 @dataclass(slots=True)
@@ -76,7 +77,12 @@ class Corpus:
             for file in dataset.files:
                 for raw in iter_raw(file, dataset=dataset.name):
                     try:
-                        found = parse_raw(raw, dataset=dataset.name)
+                        found = parse_raw(
+                            raw,
+                            dataset=dataset.name,
+                            image_root=dataset.image_root,
+                            images_first=dataset.images_first,
+                        )
                     except DataError as error:
                         if error.reason in _BROKEN:
                             raise
@@ -128,7 +134,7 @@ def _mixture(path: Path) -> list[Dataset]:
     mixture = load_mixture(path)
     exclusions = read_exclusions(mixture.entries, known=mixture.known)
     return [
-        Dataset(entry.name, entry.annotations, entry.image_root, excluded)
+        Dataset(entry.name, entry.annotations, entry.image_root, excluded, entry.images_first)
         for entry, excluded in zip(mixture.entries, exclusions.datasets, strict=True)
     ]
 

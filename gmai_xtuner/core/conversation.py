@@ -26,11 +26,12 @@ import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.errors import DataError
-from gmai_xtuner.core.records import RawRecord
+from gmai_xtuner.core.records import IMAGE_KEY, RawRecord
 
 _ROLES = {
     "system": "system",
@@ -41,6 +42,9 @@ _ROLES = {
 }
 _REMOTE = re.compile(r"(data:|[A-Za-z][A-Za-z0-9+.-]*://)")
 _WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]")
+_FILE_NAME = re.compile(
+    r"\.(png|jpe?g|tiff?|bmp|webp|gif|dcm|dicom|nii|nii\.gz|mha|npy)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +75,25 @@ class Conversation:
     images: tuple[str, ...]
 
 
-def parse_raw(raw: RawRecord, *, dataset: str) -> Conversation:
+def parse_raw(
+    raw: RawRecord, *, dataset: str, image_root: Path | None = None, images_first: bool = False
+) -> Conversation:
     """Read and check one raw record (see :func:`gmai_xtuner.core.records.iter_raw`).
+
+    Args as in :func:`parse_record`.
 
     Raises:
         DataError: as :func:`parse_record`; also reasons ``not_utf8`` and ``not_json``.
     """
     record = raw.decode(dataset=dataset)
-    return parse_record(record, dataset=dataset, where=raw.where, default_id=raw.default_id)
+    return parse_record(
+        record,
+        dataset=dataset,
+        where=raw.where,
+        default_id=raw.default_id,
+        image_root=image_root,
+        images_first=images_first,
+    )
 
 
 def user_texts(record: Mapping[str, Any]) -> list[str]:
@@ -96,7 +111,13 @@ def user_texts(record: Mapping[str, Any]) -> list[str]:
 
 
 def parse_record(
-    record: object, *, dataset: str, where: str, default_id: str | None = None
+    record: object,
+    *,
+    dataset: str,
+    where: str,
+    default_id: str | None = None,
+    image_root: Path | None = None,
+    images_first: bool = False,
 ) -> Conversation:
     """Check one record of either form.
 
@@ -105,12 +126,14 @@ def parse_record(
         dataset: name of the dataset, for errors.
         where: place for people, e.g. ``"line 12"``.
         default_id: id of a record without ``id`` and ``question_id``; default ``where``.
+        image_root: an absolute path inside of it is taken as one relative to it.
+        images_first: the images of a record whose text has no ``<image>`` stand before its first question.
 
     Raises:
         DataError: reasons ``not_an_object``, ``bad_id``, ``bad_turn``, ``unknown_role``,
             ``empty_conversation``, ``empty_turn``, ``bad_turn_order``, ``bad_text``,
             ``misplaced_image_mark``, ``image_count``, ``bad_image``, ``remote_image``,
-            ``path_outside_root``.
+            ``path_outside_root``, ``unread_image_key``.
     """
     place = _Place(dataset, where)
     if not isinstance(record, Mapping):
@@ -130,15 +153,52 @@ def parse_record(
         turns.append(_read_turn(message, number, inline_images, place))
     _check_order(turns, place)
     images = _join_images(_listed_images(record, place), inline_images, place)
+    if not images:
+        _check_no_image_is_meant(record, messages, place)
     number_of_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
-    if number_of_marks != len(images):
+    if images and images_first and not number_of_marks:
+        first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = Turn("user", f"{IMAGE_TOKEN}\n" * len(images) + turns[first].text)
+    elif number_of_marks != len(images):
+        remedy = f"Write one {IMAGE_TOKEN} for each image, where it belongs."
+        if not number_of_marks:
+            remedy += " Where all belong before the first question, set image_marks: first for the dataset."
         raise place.error(
             f"{number_of_marks} {IMAGE_TOKEN} mark(s) in the text, but {len(images)} image(s)",
-            remedy=f"Write one {IMAGE_TOKEN} for each image, where it belongs.",
+            remedy=remedy,
             reason="image_count",
         )
-    return Conversation(
-        identifier, tuple(turns), tuple(_relative_path(image, place) for image in images)
+    paths = tuple(_relative_path(image, place, image_root) for image in images)
+    return Conversation(identifier, tuple(turns), paths)
+
+
+def _check_no_image_is_meant(
+    record: Mapping[str, Any], messages: Sequence[object], place: _Place
+) -> None:
+    """Ask about a key that looks like the image's, rather than train the record as text alone.
+
+    An explicit ``"image": null`` says that the record has none.
+    """
+    own = ("image", "images")
+    if any(key in record and record[key] is None for key in own):
+        return
+    for holder in (record, *messages):
+        for key, value in holder.items() if isinstance(holder, Mapping) else ():
+            if not IMAGE_KEY.search(str(key)) or (holder is record and key in own):
+                continue
+            names = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(name, Mapping) or _looks_like_a_file(name) for name in names):
+                raise place.error(
+                    f"{key!r} is not read there, and the record has no 'image': it would be trained as text "
+                    "alone",
+                    remedy="Give it as the record's 'image', or say that there is none: \"image\": null.",
+                    reason="unread_image_key",
+                )
+
+
+def _looks_like_a_file(name: object) -> bool:
+    return isinstance(name, str) and (
+        _FILE_NAME.search(name) is not None or _REMOTE.match(name) is not None
     )
 
 
@@ -325,7 +385,7 @@ def _join_images(listed: list[object], inline: list[object], place: _Place) -> l
     return listed or inline
 
 
-def _relative_path(image: object, place: _Place) -> str:
+def _relative_path(image: object, place: _Place, root: Path | None) -> str:
     if not isinstance(image, str) or not image.strip() or "\0" in image:
         shown = repr(image) if isinstance(image, str) else _kind(image)
         raise place.error(
@@ -341,11 +401,15 @@ def _relative_path(image: object, place: _Place) -> str:
             reason="remote_image",
         )
     path = posixpath.normpath(image)
+    for start in (root.absolute(), root.resolve()) if root and path.startswith("/") else ():
+        if PurePosixPath(path).is_relative_to(start):
+            return PurePosixPath(path).relative_to(start).as_posix()
     is_windows_path = _WINDOWS_ROOT.match(image) or ".." in image.split("\\")
     if path.startswith(("/", "\\")) or path.split("/")[0] == ".." or is_windows_path:
         raise place.error(
             f"image path {image!r} leaves the image root",
-            remedy="Give a path relative to image_root in the mixture file, without '..'.",
+            remedy="Give a path relative to image_root in the mixture file, without '..', or an absolute "
+            "one inside of it.",
             reason="path_outside_root",
         )
     return path

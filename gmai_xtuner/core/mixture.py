@@ -14,6 +14,7 @@ A mixture file (YAML or JSON) lists datasets by name::
         ratio: {stage1: 1, stage2: 1, stage3: 0.5}   # or one number for all stages; default 1
         over_length: cut                  # or drop; default cut
         on_bad_sample: skip               # or raise; default: what the config says
+        image_marks: required             # or first: images of a text without <image> stand first
         size: 1200                        # informative
         exclude: overlap/slake/exclude.txt   # or a list of files; see ``core.exclusion``
     exclude: other.txt                    # optional: for all datasets, beside their own
@@ -56,7 +57,10 @@ from gmai_xtuner.core.yaml_lines import Document, Section
 STAGES = ("stage1", "stage2", "stage3")
 QUALITIES = ("high", "low")
 
-_SHARED = ("image_root", "category", "quality", "ratio", "over_length", "on_bad_sample")
+_SHARED = (
+    *("image_root", "category", "quality", "ratio"),
+    *("over_length", "on_bad_sample", "image_marks"),
+)
 _OWN = ("annotations", *_SHARED, "size", "exclude")
 _AUTHORS = {  # our key -> the authors'
     "image_root": "image_dir",
@@ -82,6 +86,8 @@ class DatasetEntry:
         on_bad_sample: ``"raise"``, ``"skip"``, or None for the config's choice.
         size: number of records that the file states; informative.
         exclude: lists of what is left out, the whole mixture's first; see ``core.exclusion``.
+        image_marks: ``"required"``: a record with images has their ``<image>`` marks; ``"first"``: the images
+            of one without any mark stand before its first question.
     """
 
     name: str
@@ -94,6 +100,11 @@ class DatasetEntry:
     on_bad_sample: str | None
     size: int | None
     exclude: tuple[Path, ...] = ()
+    image_marks: str = "required"
+
+    @property
+    def images_first(self) -> bool:
+        return self.image_marks == "first"
 
 
 @dataclass(frozen=True)
@@ -315,6 +326,9 @@ def _read_entry(
         exclude=tuple(_files(section, "exclude", check_files=check_files))
         if "exclude" in section
         else (),
+        image_marks=field(
+            "image_marks", partial(_read_choice, known=("required", "first")), "required"
+        ),
     )
 
 

@@ -24,6 +24,11 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 COLUMNS = ("id", "question_id", "image", "images", "conversations", "messages")
 """Columns that a conversation has; others of a Parquet file are not read."""
 
+IMAGE_KEY = re.compile(
+    r"(?:^|[^A-Za-z])(?i:image|img|picture|photo|figure)s?(?:$|[^a-z])|[a-z](?:Image|Img|Picture|Photo)"
+)
+"""Keys and columns that are named like one that holds images: ``image_path``, ``img``, ``inputImages``."""
+
 _PARQUET_ROWS = 512
 _MAX_VALUES = 2**24
 _MAX_BYTES = 2**32
@@ -204,6 +209,8 @@ def _iter_parquet(
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             picked = names if columns is None else [name for name in columns if name in names]
+            if columns is not None and not {"image", "images"} & set(picked):
+                picked += [name for name in names if IMAGE_KEY.search(name)]
             if columns is not None and not {"conversations", "messages"} & set(picked):
                 raise _file_error(
                     path,

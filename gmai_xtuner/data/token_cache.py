@@ -132,6 +132,8 @@ def open_cache(
         "image_root": str(entry.image_root.resolve()) if entry.image_root else None,
         "tokenizer": tokenizer.fingerprint,
         "options": asdict(replace(options, on_bad_sample="raise")),
+        # Not named where it is the default: caches from before there was a choice stay.
+        **({"image_marks": entry.image_marks} if entry.images_first else {}),
     }
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", entry.name)[:80]
     folder = Path(cache_dir).absolute() / "tokens" / f"{slug}-{_key(ingredients)}"

@@ -159,7 +159,12 @@ class TokenizeJob:
         conversations, places = [], []
         for record in records:
             try:
-                conversation = parse_raw(record, dataset=self.entry.name)
+                conversation = parse_raw(
+                    record,
+                    dataset=self.entry.name,
+                    image_root=self.entry.image_root,
+                    images_first=self.entry.images_first,
+                )
             except DataError as error:
                 name = error.record or record.default_id
                 bad.append(note_of_record(name, record.where, {"": error}))

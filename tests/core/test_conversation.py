@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gmai_xtuner.core.conversation import Conversation, Turn, parse_raw, parse_record
@@ -220,3 +222,77 @@ def test_authors_sample_reads():
     assert conversation.images == ("example.tif",)
     assert [turn.role for turn in conversation.turns] == ["user", "assistant"]
     assert conversation.turns[0].text.startswith("<image>\nCould you kindly")
+
+
+def test_an_absolute_path_inside_the_root_is_one_below_it(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scans")
+    record = llava(("human", "<image>?"), ANSWER, image=str(tmp_path / "scans" / "x" / "a.png"))
+    for root in ("scans", "link"):  # also where the root is a link to the folder that is named
+        found = parse_record(record, dataset="d", where="1", image_root=tmp_path / root)
+        assert found.images == ("x/a.png",)
+    with pytest.raises(DataError, match="or an absolute one inside of it"):
+        parse_record(record, dataset="d", where="1", image_root=tmp_path / "scan")
+
+
+def test_images_of_a_text_without_marks_stand_first_where_the_mixture_says_so():
+    system, turns = ("system", "Be brief."), (("human", "Differ?"), ANSWER)
+    record = llava(system, *turns, image=["a.png", "b.png"])
+    with pytest.raises(DataError, match="image_marks: first"):
+        parse(record)
+    found = parse_record(record, dataset="d", where="1", images_first=True)
+    assert [turn.text for turn in found.turns] == [
+        "Be brief.",
+        "<image>\n<image>\nDiffer?",
+        ANSWER[1],
+    ]
+    one_mark = llava(("human", "<image> and?"), ANSWER, image=["a.png", "b.png"])
+    with pytest.raises(DataError, match=r"1 <image> mark\(s\) in the text, but 2"):
+        parse_record(one_mark, dataset="d", where="1", images_first=True)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"image_path": "a.png"},
+        {"img": ["a/b.JPEG"]},
+        {"imageFile": "x.nii.gz"},
+        {"inputImages": ["https://x.org/1"]},
+        {"picture": {"bytes": "AAAA"}},
+        {"image": "", "image_path": "a.png"},
+    ],
+)
+def test_a_key_that_looks_like_the_images_is_asked_about(extra):
+    with pytest.raises(DataError, match="would be trained as text alone") as caught:
+        parse(llava(("human", "What?"), ANSWER, **extra))
+    assert caught.value.reason == "unread_image_key"
+    assert parse(llava(("human", "What?"), ANSWER, **{**extra, "image": None})).images == ()
+
+
+def test_an_image_beside_the_text_of_a_turn_is_asked_about():
+    record = llava(("human", "What?"), ANSWER)
+    record["conversations"][0]["image"] = "a.png"
+    with pytest.raises(DataError, match="'image' is not read there"):
+        parse(record)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"image_id": "17"},
+        {"num_images": 2},
+        {"imagery": "a.png"},
+        {"image_path": None},
+        {"source": "a.png"},
+    ],
+)
+def test_other_keys_are_left_alone(extra):
+    assert parse(llava(("human", "What?"), ANSWER, **extra)).images == ()
+
+
+def test_a_column_of_a_table_that_looks_like_the_images_is_asked_about(tmp_path):
+    turns = llava(("human", "What?"), ANSWER)["conversations"]
+    table = pa.table({"conversations": [turns], "image_path": ["a.png"], "size": [3]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    (raw,) = iter_raw(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="'image_path' is not read there"):
+        parse_raw(raw, dataset="d")

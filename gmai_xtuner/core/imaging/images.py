@@ -30,10 +30,13 @@ import io
 import os
 import re
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
@@ -223,7 +226,49 @@ def _error(name: PathLike, problem: str, reason: str, remedy: str | None = None)
 
 def _missing(path: PathLike, why: str) -> ImageError:
     remedy = "Check image_root in the mixture file, or drop the record."
+    if (meant := _meant(os.fspath(path))) is not None:
+        remedy = f"Did you mean {meant!r}? Names are taken letter by letter. Otherwise: {remedy}"
     return _error(path, f"can't be opened ({why})", "missing_image", remedy)
+
+
+def _meant(path: str) -> str | None:
+    """Return the file that a misspelt path may mean: ``\\``, ``%20``, ``~``, blanks at ends, letter case."""
+    if "\0" in path or os.path.exists(path):
+        return None
+    slashes = path.replace("\\", "/")
+    home = os.path.expanduser(slashes[slashes.find("~") :]) if "/~/" in f"/{slashes}" else slashes
+    for spelling in dict.fromkeys((path, slashes, home, unquote(home))):
+        found = _in_letter_case(spelling)
+        if found is not None:
+            return found
+    return None
+
+
+def _in_letter_case(path: str) -> str | None:
+    """Return an existing file whose names differ in letter case, Unicode form or blanks at their ends."""
+    there = "/" if os.path.isabs(path) else "."
+    for part in path.split("/"):
+        if part in ("", ".") or os.path.exists(os.path.join(there, part)):
+            there = os.path.join(there, part)
+            continue
+        try:
+            changed = os.stat(there).st_mtime_ns
+            name = _names(there, changed).get(_plain(part))
+        except OSError:
+            return None
+        if name is None:
+            return None
+        there = os.path.join(there, name)
+    return os.path.normpath(there) if os.path.isfile(there) else None
+
+
+@lru_cache(maxsize=16)
+def _names(folder: str, _changed: int) -> dict[str, str]:
+    return {_plain(name): name for name in sorted(os.listdir(folder))}
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
 @contextmanager

@@ -525,3 +525,27 @@ def test_error_takes_its_place_from_the_caller(tmp_path):
 def test_unknown_level(tmp_path):
     with pytest.raises(ValueError, match="level must be"):
         check_image(tmp_path, level="deep")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Scans\\é 1.png", "Scans/%C3%A9%201.png", "scans/É 1.PNG"),
+        *("Scans/ é 1.png ", "Scans/e\u0301 1.png", "~/é 1.png"),
+    ],
+    ids=["backslash", "percent", "case", "blanks", "unicode", "home"],
+)
+@pytest.mark.parametrize("level", ["exists", "decode"])
+def test_a_misspelt_path_is_told_the_file_that_is_there(tmp_path, monkeypatch, name, level):
+    there = tmp_path / "Scans" / "é 1.png"
+    there.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(there)
+    monkeypatch.setenv("HOME", str(there.parent))
+    error = refused(tmp_path / name, level=level)
+    assert error.reason == "missing_image"
+    assert f"Did you mean {str(there)!r}?" in str(error)
+
+
+def test_a_path_that_nothing_is_like_is_told_no_other(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert "Did you mean" not in str(refused(tmp_path / "b.png", level="exists"))
