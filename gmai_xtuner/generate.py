@@ -10,15 +10,22 @@ from __future__ import annotations
 import queue
 import re
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
@@ -45,6 +52,14 @@ class Prompt:
     images: tuple[ImageLike, ...] = ()
 
 
+class Answered(NamedTuple):
+    """An answer, whether it was cut, and how likely its first token was each label (:class:`FirstTokens`)."""
+
+    text: str
+    is_cut: bool
+    shares: Mapping[str, float] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen.
@@ -65,19 +80,16 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        # Comparisons with NaN are false.
         ranges = {
-            "temperature": ("0, or 1e-6 to 100", self._is_in(self.temperature or 1, 1e-6, 100)),
-            "top_p": ("1e-6 to 1", self._is_in(self.top_p, 1e-6, 1)),
-            "seed": ("of 64 bits", self._is_in(self.seed or 0, -(2**63), 2**63 - 1)),
-            "repetition_penalty": ("0.01 to 100", self._is_in(self.repetition_penalty, 0.01, 100)),
+            "temperature": ("0, or 1e-6 to 100", 1e-6 <= (self.temperature or 1) <= 100),
+            "top_p": ("1e-6 to 1", 1e-6 <= self.top_p <= 1),
+            "seed": ("of 64 bits", -(2**63) <= (self.seed or 0) < 2**63),
+            "repetition_penalty": ("0.01 to 100", 0.01 <= self.repetition_penalty <= 100),
         }
         for name, (allowed, fits) in ranges.items():
             if not fits:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
-
-    @staticmethod
-    def _is_in(value: float, low: float, high: float) -> bool:
-        return low <= value <= high  # false for NaN
 
     def arguments(self) -> dict[str, Any]:
         """What ``generate`` takes."""
@@ -139,6 +151,9 @@ class AnswerStream(Iterator[str]):
 class Predictor:
     """Answers questions about images.
 
+    What takes a prompt raises, before anything is computed, ``ValueError`` where marks and images differ in
+    number and :class:`PromptTooLong` where no position is left to answer at.
+
     Args:
         model: the model, in evaluation mode on its device.
         tokenizer: its tokenizer.
@@ -168,11 +183,7 @@ class Predictor:
         return self.model.llm.config.max_position_embeddings
 
     def num_tokens(self, prompt: Prompt) -> int:
-        """Length of a prompt, image tokens counted.
-
-        Raises:
-            ValueError: marks and images differ in number.
-        """
+        """Length of a prompt, image tokens counted."""
         return self._length(self.encode(prompt))
 
     def answer(
@@ -184,20 +195,7 @@ class Predictor:
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
     ) -> str:
-        """Answer one question.
-
-        Args:
-            question: text; may hold ``<image>`` marks. Without any, the images come first, each on a
-                line, as in training.
-            images: paths, opened images, or their pixel values.
-            system: system turn.
-            max_new_tokens: length of the answer at the most.
-            sampling: how tokens are chosen; default: the likeliest.
-
-        Raises:
-            ValueError: marks and images differ in number.
-            PromptTooLong: there is no position left to answer at.
-        """
+        """Answer one question; without ``<image>`` marks the images come first, as in training."""
         turns = (Turn("system", system),) if system else ()
         return self.generate(
             (*turns, user_turn(question, len(images))),
@@ -214,12 +212,7 @@ class Predictor:
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
     ) -> str:
-        """The assistant's next turn.
-
-        Raises:
-            ValueError: marks and images differ in number.
-            PromptTooLong: there is no position left to answer at.
-        """
+        """The assistant's next turn."""
         (answer,) = self.generate_batch(
             [Prompt(tuple(turns), tuple(images))], max_new_tokens=max_new_tokens, sampling=sampling
         )
@@ -232,6 +225,19 @@ class Predictor:
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
     ) -> list[str]:
+        """Do as :meth:`answer_batch`; return the texts alone."""
+        found = self.answer_batch(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+        return [one.text for one in found]
+
+    @torch.no_grad()
+    def answer_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        labels: Sequence[Sequence[str]] = (),
+    ) -> list[Answered]:
         """The assistant's next turn for each of ``B`` prompts, computed together.
 
         Shorter prompts are padded on the left, masked, and keep their own positions, so that an answer
@@ -240,38 +246,27 @@ class Predictor:
         An answer ends at the model's last position, if it comes there before ``max_new_tokens``. A prompt
         that leaves less room than that is computed apart: its end is not that of the others.
 
-        Raises:
-            ValueError: marks and images of a prompt differ in number.
-            PromptTooLong: a prompt leaves no position to answer at.
+        Args:
+            labels: of each prompt, how its answer may begin; see :class:`FirstTokens`.
         """
-        found = self.generate_batch_with_ends(
-            prompts, max_new_tokens=max_new_tokens, sampling=sampling
-        )
-        return [text for text, _ in found]
-
-    @torch.no_grad()
-    def generate_batch_with_ends(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-    ) -> list[tuple[str, bool]]:
-        """Do as :meth:`generate_batch`, and tell of each answer whether it was cut."""
         if not prompts:
             return []
         embeds = self._embed_all(
             [self.encode(prompt) for prompt in prompts], [prompt.images for prompt in prompts]
         )
-        answers = [("", True)] * len(prompts)
+        answers = [Answered("", True)] * len(prompts)
         _seed(sampling)
         for room, numbers in self._by_room(embeds, max_new_tokens).items():
+            first = FirstTokens(self.tokenizer)
             output = self.model.llm.generate(
-                **self._padded([embeds[number] for number in numbers], room), **sampling.arguments()
+                **self._padded([embeds[number] for number in numbers], room),
+                **sampling.arguments(),
+                logits_processor=LogitsProcessorList([first]),
             )
-            for number, ids in zip(numbers, output, strict=True):
+            for row, (number, ids) in enumerate(zip(numbers, output, strict=True)):
                 is_cut = not set(self.stop_ids) & set(ids.tolist())
-                answers[number] = (self._decode(ids), is_cut)
+                shares = first.shares(row, labels[number]) if labels else None
+                answers[number] = Answered(self._decode(ids), is_cut, shares)
         return answers
 
     def stream(
@@ -285,10 +280,6 @@ class Predictor:
         """The assistant's next turn in pieces, as they come; joined, what :meth:`generate` returns.
 
         Closing the iterator stops the model after the token that it is at.
-
-        Raises:
-            ValueError: marks and images differ in number; before anything is computed.
-            PromptTooLong: there is no position left to answer at; likewise.
         """
         prompt = Prompt(tuple(turns), tuple(images))
         arguments = self._arguments(self.encode(prompt), prompt.images, max_new_tokens)
@@ -383,10 +374,8 @@ class Predictor:
             synced_gpus: every rank runs as many passes as the longest of them, as ZeRO-3 needs.
         """
         arguments = self._arguments(ids, images, max_new_tokens)
-        output = self.model.llm.generate(
-            **arguments, **GREEDY.arguments(), synced_gpus=synced_gpus
-        )[0]
-        return self._decode(output)
+        arguments |= GREEDY.arguments()
+        return self._decode(self.model.llm.generate(**arguments, synced_gpus=synced_gpus)[0])
 
     def _decode(self, ids: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -477,6 +466,43 @@ def as_rgb(image: str | Path | Image.Image) -> Image.Image:
 def _seed(sampling: Sampling) -> None:
     if sampling.temperature > 0 and sampling.seed is not None:
         torch.manual_seed(sampling.seed)
+
+
+class FirstTokens(LogitsProcessor):
+    """Keeps the scores of the answers' first tokens; changes none.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._scores: torch.Tensor | None = None  # [B, V]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self._scores is None:
+            self._scores = scores
+        return scores
+
+    def shares(self, row: int, labels: Sequence[str]) -> dict[str, float] | None:
+        """Return label -> its share of the labels' probability as the first token of an answer.
+
+        Returns:
+            None where the likeliest token is no label: then the answer says it in other words.
+        """
+        assert self._scores is not None
+        ids = {label: self._ids(label) for label in labels}
+        if int(self._scores[row].argmax()) not in {i for own in ids.values() for i in own}:
+            return None
+        probabilities = self._scores[row].float().softmax(-1)
+        found = {label: float(probabilities[own].sum()) for label, own in ids.items()}
+        total = sum(found.values())
+        return {label: round(value / total, 6) for label, value in found.items()}
+
+    def _ids(self, label: str) -> list[int]:
+        """Return the tokens that are a label, with or without the mark of a word's beginning."""
+        found = self._tokenizer.convert_tokens_to_ids([label, f"▁{label}", f"Ġ{label}"])
+        return [i for i in found if i is not None and i != self._tokenizer.unk_token_id]
 
 
 class _TokenQueue(BaseStreamer):

@@ -82,6 +82,7 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     _check(parser, options)
+    options.logprobs = options.controls
     model = ModelOptions(**{one.name: getattr(options, one.name) for one in fields(ModelOptions)})
     out = options.out or Path("work_dirs") / "evaluation" / model.shown
     how = Options(
@@ -91,6 +92,7 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
         limit=options.limit,
         report_questions=options.report_questions,
         max_new_tokens=options.max_new_tokens,
+        controls=options.controls,
     )
     results: list[Result] = []
     failures: list[str] = []
@@ -289,6 +291,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--score-only", action="store_true", help="score stored answers; nothing is asked or loaded"
     )
+    controls = (
+        "ask also with blank and other images, options shuffled, none of the above, and negated"
+    )
+    add("--controls", action="store_true", help=controls)
     add("--json", action="store_true", help="one JSON object on standard output")
     shown = f"questions on the HTML page (default {SHOWN}; 0: no page)"
     add("--report-questions", type=int, default=SHOWN, metavar="N", help=shown)

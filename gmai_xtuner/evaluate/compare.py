@@ -12,6 +12,7 @@ from typing import Any
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.evaluate.results import RESULT_FILE, SCORES_FILE, Result, read_result, read_scores
 from gmai_xtuner.evaluate.statistics import PairedTest, paired_test
+from gmai_xtuner.evaluate.tables import NONE, Row, Table, percent, to_markdown
 
 ResultKey = tuple[str, str, str, int, str]
 
@@ -24,6 +25,7 @@ class Comparison:
         first, second: the results.
         test: over the questions that both have scored.
         only_first, only_second: questions that the other lacks.
+        unanswered: questions of both that one of them gave no answer to, whatever the reason.
         means: mean scores over the questions compared, of the first and the second.
         unparsed: shares of their answers that were not understood.
     """
@@ -33,6 +35,7 @@ class Comparison:
     test: PairedTest
     only_first: int
     only_second: int
+    unanswered: int
     means: tuple[float, float]
     unparsed: tuple[float, float]
 
@@ -96,63 +99,67 @@ def _compare(first: Path, second: Path, *, common: bool) -> Comparison:
             f"one id differ in words, options or gold answer, the first is {others[0]}. Were the runs made "
             f"on different files? {dict(one.source)} against {dict(two.source)}"
         )
-    pairs = [
-        (scores_one[name], scores_two[name])
-        for name in both
-        if scores_one[name]["value"] is not None and scores_two[name]["value"] is not None
-    ]
-    if not pairs:
+    pairs = [(scores_one[name], scores_two[name]) for name in both]
+    answered = [pair for pair in pairs if all(one["value"] is not None for one in pair)]
+    if not answered:
         raise EvaluationError(f"{first} and {second} have no scored question in common")
-    values = [[pair[side]["value"] for pair in pairs] for side in (0, 1)]
-    unparsed = [sum(pair[side]["parsed"] is None for pair in pairs) for side in (0, 1)]
-    n = len(pairs)
+    n = len(answered)
+    values = [[pair[side]["value"] for pair in answered] for side in (0, 1)]
+    unparsed = [sum(pair[side]["parsed"] is None for pair in answered) for side in (0, 1)]
     return Comparison(
         one,
         two,
         paired_test(values[0], values[1]),
         only_first,
         only_second,
+        unanswered=len(pairs) - n,
         means=(sum(values[0]) / n, sum(values[1]) / n),
         unparsed=(unparsed[0] / n, unparsed[1] / n),
     )
 
 
+_HEAD = (
+    *("benchmark", "protocol", "scorer", "n", "first", "second", "first less second"),
+    *("95 % interval", "first better", "second better", "p", "test"),
+    *("unparsed %, first", "unparsed %, second"),
+)
+
+
 def as_text(comparisons: list[Comparison]) -> str:
     """Return a Markdown table and what must be said with it."""
-    lines = [
-        "| benchmark | protocol | scorer | n | first | second | first less second | 95 % interval | "
-        "first better | second better | p | test | unparsed %, first | second |",
-        "|---|---|---|---:|---:|---:|---:|---|---:|---:|---:|---|---:|---:|",
-    ]
-    for one in comparisons:
-        test, interval = one.test, one.test.interval
-        first, second = (f"{100 * mean:.2f}" for mean in one.means)
-        unparsed = " | ".join(f"{100 * share:.2f}" for share in one.unparsed)
-        lines.append(
-            f"| {one.first.benchmark} {one.first.variant} | {one.first.protocol}/{one.first.version} | "
-            f"{one.first.scorer} | {test.n} | {first} | {second} | {100 * test.difference:+.2f} | "
-            + (f"{100 * interval.low:+.2f} to {100 * interval.high:+.2f}" if interval else "")
-            + f" | {test.first_better} | {test.second_better} | {_p(test.p_value)} | {test.method} | "
-            f"{unparsed} |"
-        )
-    names = comparisons[0]
+    rows, names = [], comparisons[0]
     notes = [
         f"First: {names.first.model_name} ({names.first.model})",
         f"Second: {names.second.model_name} ({names.second.model})",
         "A difference above 0 says that the first scores higher.",
     ]
     for one in comparisons:
-        sides = zip(("first", "second"), one.means, one.unparsed, strict=True)
+        test, first, ends = one.test, one.first, one.test.interval
+        cells = (
+            *(f"{first.protocol}/{first.version}", first.scorer, str(test.n)),
+            *(percent(mean) for mean in one.means),
+            f"{100 * test.difference:+.2f}",
+            f"{100 * ends.low:+.2f} to {100 * ends.high:+.2f}" if ends else NONE,
+            *(str(test.first_better), str(test.second_better)),
+            f"{test.p_value:.4f}" if test.p_value >= 0.0001 else f"{test.p_value:.1e}",
+            *(test.method, *(percent(share) for share in one.unparsed)),
+        )
+        rows.append(Row(f"{first.benchmark} {first.variant}", cells, "group"))
+        name = f"{first.benchmark} {first.protocol} {first.scorer}"
         notes += [
-            f"{one.first.benchmark} {one.first.protocol} {one.first.scorer}: every answer of the {side} "
-            f"counts as wrong, {100 * share:.2f} % of them since they were not understood."
-            for side, mean, share in sides
+            f"{name}: every answer of the {side} counts as wrong, {percent(share)} % of them since they were "
+            "not understood."
+            for side, mean, share in zip(("first", "second"), one.means, one.unparsed, strict=True)
             if mean == 0
         ]
+        if one.unanswered:
+            notes.append(
+                f"{name}: {one.unanswered} questions that a run has no answer to are left out."
+            )
     left = sum(one.only_first + one.only_second for one in comparisons)
     if left:
         notes.append(f"{left} questions that only one run has are left out.")
-    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+    return to_markdown([Table("compare", "Two runs", _HEAD, tuple(rows), tuple(notes))])
 
 
 def as_json(comparisons: list[Comparison]) -> list[dict[str, Any]]:
@@ -168,6 +175,7 @@ def as_json(comparisons: list[Comparison]) -> list[dict[str, Any]]:
             "second": one.second.model_name,
             "only_first": one.only_first,
             "only_second": one.only_second,
+            "unanswered": one.unanswered,
             "mean_first": one.means[0],
             "mean_second": one.means[1],
             "unparsed_first": one.unparsed[0],
@@ -176,10 +184,6 @@ def as_json(comparisons: list[Comparison]) -> list[dict[str, Any]]:
         }
         for one in comparisons
     ]
-
-
-def _p(value: float) -> str:
-    return f"{value:.4f}" if value >= 0.0001 else f"{value:.1e}"
 
 
 def _names(results: Mapping[ResultKey, Path]) -> str:

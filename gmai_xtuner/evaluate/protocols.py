@@ -166,25 +166,32 @@ class Asked:
         questions: those that count, in their order; cut by ``--limit``.
         selected: how many there would be without a limit.
         max_new_tokens: the longest answer.
+        control: name of the control that the questions belong to; empty for the questions as they are.
     """
 
     protocol: Protocol
     questions: tuple[Question, ...]
     selected: int
     max_new_tokens: int = MAX_NEW_TOKENS
+    control: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.protocol.name}/{self.protocol.version}"
+        return f"{self.protocol.name}/{self.protocol.version} {self.control}".rstrip()
 
     def jobs(self) -> Iterator[tuple[Question, Job]]:
         """Yield each question with what is asked of a model."""
-        for question in self.questions:
-            prompt = self.protocol.prompt(question)
-            yield (
-                question,
-                Job(question.id, prompt, question.images, self.max_new_tokens, self.name),
-            )
+        for one in self.questions:
+            prompt, labels = self.protocol.prompt(one), labels_of(one)
+            yield one, Job(one.id, prompt, one.images, self.max_new_tokens, self.name, labels)
+
+
+def labels_of(question: Question) -> tuple[str, ...]:
+    """Return how an answer begins that says no more: by a letter of the options, or by yes or no."""
+    if question.options:
+        return tuple(question.lettered())
+    is_yes_or_no = question.answer is not None and polarity(question.answer) is not None
+    return ("Yes", "yes", "No", "no", "是", "否") if is_yes_or_no else ()
 
 
 def ask_for(

@@ -7,17 +7,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.evaluate.protocols import Asked, Average
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.statistics import Interval, interval_of
-from gmai_xtuner.evaluate.store import Answer, AnswerKey, Identity
+from gmai_xtuner.evaluate.store import Answer, AnswerKey, Given, Identity
 
 SCORES_FILE = "scores.jsonl"
 RESULT_FILE = "result.json"
@@ -57,6 +58,25 @@ class Cell:
     interval: Interval | None
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A number of the controls or of the calibration, see :mod:`gmai_xtuner.evaluate.controls`.
+
+    Args:
+        name: what it is.
+        n: questions, or pairs of answers to a question.
+        value: from 0 to 1, or a difference of two such.
+        interval: of the value; None where there are too few.
+        p_value: two-sided, of a difference of two paired scores; None for others.
+    """
+
+    name: str
+    n: int
+    value: float
+    interval: Interval | None = None
+    p_value: float | None = None
+
+
 @dataclass(frozen=True)
 class Result:
     """One model, one benchmark, one protocol, one scorer.
@@ -75,6 +95,9 @@ class Result:
         unanswered: reason -> questions without an answer; see :data:`MODELS_DOING`.
         findings: what is odd about questions that were asked all the same -> how many.
         unread: examples of answers that are none or were not understood.
+        controls: what ``--controls`` found.
+        flags: what is to be said of the model by these, a word and the reason each.
+        controls_unanswered: as ``unanswered``, of the controls' questions.
         averages: ``micro`` or ``macro over <group>`` -> number, the headline first.
         groups: key of a group -> its value -> number, in the order of the file.
         source: sha256 of each annotation file by name.
@@ -99,7 +122,10 @@ class Result:
     groups: Mapping[str, Mapping[str, Cell]] = field(default_factory=dict)
     source: Mapping[str, str] = field(default_factory=dict)
     findings: Mapping[str, int] = field(default_factory=dict)
-    unread: Sequence[str] = ()
+    unread: tuple[str, ...] = ()
+    controls: tuple[Measure, ...] = ()
+    flags: tuple[str, ...] = ()
+    controls_unanswered: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def unread_share(self) -> float:
@@ -114,7 +140,7 @@ class Result:
     @property
     def problems(self) -> list[str]:
         """Say why the number is not the protocol's, one sentence each; nothing for a whole run."""
-        problems = []
+        problems = [f"flag: {flag}" for flag in self.flags]
         if self.limited:
             problems.append(f"limited to {self.n} of {self.selected} questions")
         if self.left_out:
@@ -125,6 +151,10 @@ class Result:
         if self.unanswered:
             more = " (raise --max-new-tokens)" if "cut" in self.unanswered else ""
             problems.append(f"{_counts(self.unanswered)} without an answer, not in the score{more}")
+        if self.controls_unanswered:
+            problems.append(
+                f"{_counts(self.controls_unanswered)} of the controls without an answer"
+            )
         problems += [
             f"{count} {_FINDINGS.get(name, name)}" for name, count in self.findings.items()
         ]
@@ -138,7 +168,8 @@ class Result:
     @property
     def complete(self) -> bool:
         """Tell whether every question that was to be asked was asked, and the model had its say."""
-        return not (self.left_out or set(self.unanswered) - {"cut", "empty", "declined"})
+        lacking = {*self.unanswered, *self.controls_unanswered} - {"cut", "empty", "declined"}
+        return not (self.left_out or lacking)
 
 
 def score_all(
@@ -162,21 +193,21 @@ def score_all(
     return scored, missing
 
 
-def summarise(
-    asked: Asked,
-    scored: Sequence[Scored],
-    *,
-    scorer: str,
-    identity: Identity,
-    left_out: Mapping[str, int],
-    unanswered: Mapping[str, int],
-    findings: Mapping[str, int] = MappingProxyType({}),
-    unread: Sequence[str] = (),
-) -> Result:
-    """Return the numbers of scored questions; arguments as in :class:`Result`.
+def reason_of(question: Question, answer: Answer | None, failed: Mapping[str, Given]) -> str:
+    """Say why a question has no answer: what went wrong now, what came instead, or that it wasn't asked."""
+    if question.id in failed:
+        return failed[question.id].problem
+    return answer.problem if answer is not None else "not_asked"
+
+
+def summarise(asked: Asked, scored: Sequence[Scored], identity: Identity, **more: Any) -> Result:
+    """Return the numbers of scored questions.
 
     Args:
-        identity: whose answers they are.
+        asked: what was asked.
+        scored: the answers.
+        identity: whose they are.
+        more: further fields of :class:`Result`, its scorer among them.
     """
     protocol = asked.protocol
     return Result(
@@ -185,7 +216,6 @@ def summarise(
         protocol=protocol.name,
         version=protocol.version,
         description=protocol.description,
-        scorer=scorer,
         model_name=identity.model_name,
         model=identity.model,
         generation={**identity.generation, "max_new_tokens": asked.max_new_tokens},
@@ -193,16 +223,13 @@ def summarise(
         selected=asked.selected,
         expected=protocol.expected,
         limited=len(asked.questions) < asked.selected,
-        left_out=dict(left_out),
-        unanswered=dict(unanswered),
         averages={average.name: average_of(scored, average) for average in protocol.averages},
         groups={
             key: {name: cell_of([part]) for name, part in grouped(scored, key).items()}
             for key in protocol.table
         },
         source=dict(identity.source),
-        findings=dict(findings),
-        unread=tuple(unread),
+        **more,
     )
 
 
@@ -248,6 +275,8 @@ def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None
             {
                 "id": one.question.id,
                 "question": one.question.digest(),
+                "text": one.question.text,
+                "options": one.question.lettered(),
                 "value": one.score.value,
                 "parsed": one.score.parsed,
                 "answer": one.answer.answer,
@@ -267,7 +296,7 @@ def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None
 
 def as_json(result: Result) -> dict[str, Any]:
     """Return a result as it is written and printed."""
-    return {**asdict(result), "problems": result.problems, "complete": result.complete}
+    return {**msgspec.to_builtins(result), "problems": result.problems, "complete": result.complete}
 
 
 def read_result(folder: Path) -> Result:
@@ -277,16 +306,7 @@ def read_result(folder: Path) -> Result:
         EvaluationError: it can't be read.
     """
     with _readable(folder):
-        content = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        for name in ("problems", "complete"):
-            content.pop(name)
-        content["averages"] = {key: _cell(value) for key, value in content["averages"].items()}
-        content["groups"] = {
-            key: {name: _cell(value) for name, value in part.items()}
-            for key, part in content["groups"].items()
-        }
-        content["unread"] = tuple(content.get("unread", ()))
-        return Result(**content)
+        return msgspec.json.decode((folder / RESULT_FILE).read_bytes(), type=Result)
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
@@ -305,13 +325,8 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
         raise EvaluationError(f"the result in {folder} can't be read: {error}") from error
-
-
-def _cell(value: dict[str, Any]) -> Cell:
-    interval = value.pop("interval")
-    return Cell(**value, interval=None if interval is None else Interval(**interval))
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

@@ -31,10 +31,18 @@ from gmai_xtuner.evaluate.benchmarks import (
     find_protocol,
     load_benchmark,
 )
+from gmai_xtuner.evaluate.controls import controls_of, measure
 from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS, Asked, Protocol, ask_for
 from gmai_xtuner.evaluate.questions import Score
-from gmai_xtuner.evaluate.results import Result, Scored, score_all, summarise, write_result
+from gmai_xtuner.evaluate.results import (
+    Result,
+    Scored,
+    reason_of,
+    score_all,
+    summarise,
+    write_result,
+)
 from gmai_xtuner.evaluate.store import (
     Answer,
     AnswerKey,
@@ -44,7 +52,13 @@ from gmai_xtuner.evaluate.store import (
     Job,
     read_identity,
 )
-from gmai_xtuner.evaluate.tables import Table, group_tables, summary_table, write_tables
+from gmai_xtuner.evaluate.tables import (
+    Table,
+    controls_tables,
+    group_tables,
+    summary_table,
+    write_tables,
+)
 
 log = logging.getLogger(__name__)
 ALL = "all"
@@ -73,6 +87,7 @@ class Options:
         limit: questions of each protocol at the most; None for all.
         report_questions: questions on each page; 0: no page.
         max_new_tokens: tokens of an answer at the most; None: of stored answers their own, else the default.
+        controls: ask the questions in other ways, too; see :mod:`gmai_xtuner.evaluate.controls`.
     """
 
     out: Path
@@ -81,6 +96,7 @@ class Options:
     limit: int | None = None
     report_questions: int = SHOWN
     max_new_tokens: int | None = None
+    controls: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +201,12 @@ def ask(
     folder = options.out / f"{benchmark.name}-{benchmark.variant}"
     if answerer is not None:
         store = AnswerStore(folder, _identity(benchmark, answerer))
-        jobs = (job for asked in prepared.asked for _, job in asked.jobs())
+        everything = list(prepared.asked)
+        if options.controls:
+            for asked in prepared.asked:
+                controls = controls_of(asked, benchmark.questions)
+                everything += [control.asked for control in controls.values()]
+        jobs = (job for asked in everything for _, job in asked.jobs())
         return Answers(store, *answer_all(jobs, answerer, store, world=world))
     stored = read_identity(folder)
     if stored is None:
@@ -354,8 +375,7 @@ def _score(
     """Score by the protocol's scorer, by others, and by a judge; write each result."""
     own, store, failed = asked.protocol.scorer, answers.store, answers.failed
     scored, missing = score_all(asked, answers.by_key)
-    none = [Scored(question, one, Score(None, None)) for question, one in missing if one]
-    if not (scored or none):
+    if not (scored or any(answer for _, answer in missing)):
         prompts = Counter(answer.protocol for answer in answers.by_key.values())
         reasons = Counter(one.problem for one in failed.values())
         raise EvaluationError(
@@ -363,14 +383,13 @@ def _score(
             + (f"; it has answers to those of {_listed(prompts)}" if prompts else "")
             + (f". Nothing was answered: {_listed(reasons)}" if reasons else "")
         )
-    unanswered = Counter(
-        one.problem
-        if one
-        else failed[question.id].problem
-        if question.id in failed
-        else "not_asked"
+    unanswered = Counter(reason_of(question, one, failed) for question, one in missing)
+    none = [Scored(question, one, Score(None, None)) for question, one in missing if one]
+    lacking = [
+        Scored(question, Answer.of(failed[question.id], model="", generation={}), Score(None, None))
         for question, one in missing
-    )
+        if not one and question.id in failed
+    ]
     if none:
         log.warning(
             "%s: %d of %d answers are none (%s, at most %d tokens each); the first is of question %s: %r",
@@ -382,30 +401,36 @@ def _score(
             none[0].question.id,
             none[0].answer.answer[-200:],
         )
+    more: dict[str, Any] = {}
+    if options.controls:
+        controls = controls_of(asked, benchmark.questions)
+        found = measure(scored, controls, answers.by_key, failed)
+        more = dict(zip(("controls", "flags", "controls_unanswered"), found, strict=True))
     names = {question.id for question in asked.questions}
     odd = Counter(
         one.reason for one in benchmark.problems if not one.left_out and one.record in names
     )
     left_out = Counter(problem.reason for problem in benchmark.problems if problem.left_out)
 
-    def result(scorer: str, scored: Sequence[Scored], **more: int) -> Result:
+    def result(scorer: str, scored: Sequence[Scored], **odd_replies: int) -> Result:
         unread = [*none, *(one for one in scored if one.score.parsed is None)][:_EXAMPLES]
         made = summarise(
             asked,
             scored,
+            store.identity,
             scorer=scorer,
-            identity=store.identity,
             left_out=left_out,
             unanswered=unanswered,
-            findings=odd | more,
-            unread=[
+            findings=odd | odd_replies,
+            unread=tuple(
                 f"question {one.question.id} ({one.answer.problem or 'not understood'}): "
                 f"{one.answer.answer[-200:]!r}"
                 for one in unread
-            ],
+            ),
+            **(more if scorer == own else {}),
         )
         name = asked.protocol.name if scorer == own else f"{asked.protocol.name}.{scorer}"
-        _write(store.folder / _file_name(name), made, [*scored, *none], options)
+        _write(store.folder / _file_name(name), made, [*scored, *none, *lacking], options)
         return made
 
     if (benchmark.name, benchmark.variant) == ("gmai_mmbench", "test"):
@@ -419,8 +444,8 @@ def _score(
         yield result(scorer, rescored)
     if judge is not None:
         judged, unclear = _judge(asked, scored, judge, options)
-        more = {"no_verdict": unclear} if unclear else {}
-        yield result(f"{own}+{judging.judge_name(judge)}", judged, **more)
+        odd_replies = {"no_verdict": unclear} if unclear else {}
+        yield result(f"{own}+{judging.judge_name(judge)}", judged, **odd_replies)
 
 
 def _judge(
@@ -472,7 +497,7 @@ def _write(folder: Path, result: Result, scored: Sequence[Scored], options: Opti
     from gmai_xtuner.evaluate.report import write_report
 
     write_result(folder, result, scored)
-    tables = [*tables_like_the_papers([result]), *group_tables(result)]
+    tables = [*tables_like_the_papers([result]), *controls_tables([result]), *group_tables(result)]
     write_tables(folder, [summary_table([result]), *tables])
     if options.report_questions:
         write_report(folder / "report.html", result, tables, scored, shown=options.report_questions)
@@ -482,7 +507,7 @@ def all_tables(results: Sequence[Result]) -> list[Table]:
     """Return the summary and the tables in the paper's shape, of all results of a run."""
     from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
 
-    return [summary_table(results), *tables_like_the_papers(results)]
+    return [summary_table(results), *tables_like_the_papers(results), *controls_tables(results)]
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -209,3 +209,42 @@ def permutation(differences: np.ndarray, *, resamples: int = RESAMPLES, seed: in
         # Sums of the same numbers in another order differ by rounding.
         extreme += int((np.abs(sums) >= observed * (1 - 1e-9)).sum())
     return (1 + extreme) / (1 + resamples)
+
+
+def calibration_error(
+    confidence: np.ndarray, right: np.ndarray, *, bins: int = 10
+) -> tuple[float, Interval | None]:
+    """Return the expected calibration error and its bootstrap interval, which leans upwards in small samples.
+
+    The mean over ``bins`` equally wide bins, weighted by their questions, of |confidence - score| (Guo and
+    others, "On Calibration of Modern Neural Networks", 2017). Confidences count in hundredths.
+
+    Args:
+        confidence: ``[n]``, 0 to 1.
+        right: ``[n]`` scores, 0 to 1.
+    """
+    pairs = np.stack([np.round(confidence, 2), right], axis=1)
+    unique, counts = np.unique(pairs, axis=0, return_counts=True)
+    place = np.minimum((unique[:, 0] * bins).astype(int), bins - 1)
+    gaps = np.zeros((len(unique), bins))  # [U, bins]
+    gaps[np.arange(len(unique)), place] = unique[:, 0] - unique[:, 1]
+    n = len(pairs)
+    drawn = np.random.default_rng(SEED).multinomial(n, counts / n, size=RESAMPLES)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.abs(drawn @ gaps).sum(axis=1) / n, [tail, 1 - tail])
+    error = float(np.abs(counts @ gaps).sum() / n)
+    return error, Interval(float(low), float(high)) if n > 1 else None
+
+
+def area_under_risk_coverage(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Return the mean share of wrong answers among the ``k`` surest, over every ``k``; 0 is best.
+
+    Equally sure answers count with their mean, so that their order does not matter.
+
+    Args:
+        confidence, right: as :func:`calibration_error`'s.
+    """
+    _, place = np.unique(-confidence, return_inverse=True)
+    means = np.bincount(place, 1 - right) / np.bincount(place)
+    risks = means[np.sort(place)].cumsum() / np.arange(1, len(right) + 1)
+    return float(risks.mean())

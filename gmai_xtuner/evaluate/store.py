@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
@@ -47,6 +49,7 @@ class Job:
         images: files, bytes of files, or images inside another file.
         max_new_tokens: length of the answer at the most.
         protocol: ``name/version`` of the protocol that asks.
+        labels: how an answer may begin, e.g. the options' letters: their probabilities are of interest.
     """
 
     id: str
@@ -54,19 +57,12 @@ class Job:
     images: tuple[ImageSource, ...]
     max_new_tokens: int
     protocol: str
+    labels: tuple[str, ...] = ()
 
     @property
     def key(self) -> AnswerKey:
         """What its answer is looked up by: the same words asked by another protocol need no new answer."""
         return _key(self.id, self.prompt, self.max_new_tokens)
-
-    def parts(self) -> list[str | None]:
-        """Split the prompt into texts and, as None, images in their order.
-
-        Raises:
-            ValueError: marks and images differ in number.
-        """
-        return split_at_images(self.prompt, len(self.images))
 
 
 def split_at_images(prompt: str, number: int) -> list[str | None]:
@@ -105,6 +101,8 @@ class Given:
         problem: short stable key where there is no answer, e.g. ``"damaged_image"``.
         detail: what went wrong, with the file or the server's words.
         ended: the server's ``finish_reason``; ``length`` where the answer was cut.
+        probabilities: label -> its share of the labels' probability as the answer's first token; None where
+            the answer does not begin with a label.
     """
 
     job: Job
@@ -113,6 +111,7 @@ class Given:
     problem: str = ""
     detail: str = ""
     ended: str = "stop"
+    probabilities: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +137,13 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer as it was given.
+    """One answer as it was given, and as it is stored; see :class:`Job` and :class:`Given`.
 
     Args:
-        id: of the question.
         prompt: what was asked, in full.
         answer: what the model said, in full.
-        seconds: its share of the batch it was made in.
         model: hash of the model.
-        protocol: ``name/version`` of the protocol whose prompt it was.
         generation: settings, with ``max_new_tokens``.
-        ended: why it ended: ``stop``, ``length``, ``refusal``, or what else the server calls it.
     """
 
     id: str
@@ -159,6 +154,7 @@ class Answer:
     protocol: str
     generation: Mapping[str, Any]
     ended: str = "stop"
+    probabilities: Mapping[str, float] | None = None
 
     @property
     def problem(self) -> str:
@@ -168,10 +164,13 @@ class Answer:
     @classmethod
     def of(cls, given: Given, *, model: str, generation: Mapping[str, Any]) -> Answer:
         """Record the answer that a model gave to a job."""
-        job = given.job
+        job, text = given.job, given.text or ""
         generation = {**generation, "max_new_tokens": job.max_new_tokens}
-        text, ended = given.text or "", given.ended
-        return cls(job.id, job.prompt, text, given.seconds, model, job.protocol, generation, ended)
+        ended = given.problem or given.ended
+        return cls(
+            *(job.id, job.prompt, text, given.seconds, model, job.protocol),
+            *(generation, ended, given.probabilities),
+        )
 
     @property
     def key(self) -> AnswerKey:
@@ -213,11 +212,12 @@ class AnswerStore:
     def read(self) -> dict[AnswerKey, Answer]:
         """Return every whole answer by its key."""
         found: dict[AnswerKey, Answer] = {}
+        decoder = msgspec.json.Decoder(Answer)
         for file in sorted(self.folder.glob("answers-*.jsonl")):
             for number, line in enumerate(_whole_lines(file), 1):
                 try:
-                    answer = Answer(**json.loads(line))
-                except (ValueError, TypeError) as error:
+                    answer = decoder.decode(line)
+                except (ValueError, msgspec.MsgspecError) as error:
                     raise EvaluationError(
                         f"{file}, line {number} is not an answer ({error}). Remove the line, and the same "
                         "command asks that question again"
@@ -239,17 +239,13 @@ class AnswerStore:
             EvaluationError: another run does.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
         try:
-            lock.acquire(timeout=1)
+            with FileLock(self.folder / ".lock").acquire(timeout=1):
+                yield
         except Timeout as error:
             raise EvaluationError(
                 f"another evaluation writes to {self.folder}. Wait for it, or give another --out"
             ) from error
-        try:
-            yield
-        finally:
-            lock.release()
 
     @contextmanager
     def writer(self, rank: int = 0) -> Iterator[Callable[[Sequence[Answer]], None]]:
@@ -292,8 +288,8 @@ def read_identity(folder: Path) -> Identity | None:
         version = content.pop("format")
         if version != FORMAT:
             raise ValueError(f"its format is {version}, this version reads {FORMAT}")
-        return Identity(**content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return msgspec.convert(content, Identity)
+    except (OSError, ValueError, KeyError, AttributeError, msgspec.MsgspecError) as error:
         raise EvaluationError(
             f"{file} can't be read: {error}. Give another --out, or remove {folder}"
         ) from error
@@ -306,16 +302,15 @@ def _cut_torn_line(file: Path) -> None:
     content = file.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        torn = len(content) - whole
-        log.warning("%s: %d bytes of an answer cut off by a stop are left out", file, torn)
+        log.warning(
+            "%s: %d bytes of an answer cut off by a stop are left out", file, len(content) - whole
+        )
         os.truncate(file, whole)
 
 
-def _whole_lines(file: Path) -> Iterator[str]:
+def _whole_lines(file: Path) -> Iterator[bytes]:
     with file.open("rb") as handle:
-        for line in handle:
-            if line.endswith(b"\n"):
-                yield line.decode("utf-8")
+        yield from (line for line in handle if line.endswith(b"\n"))
 
 
 def _check_same(folder: Path, stored: Identity, now: Identity) -> None:
@@ -335,5 +330,4 @@ def _check_same(folder: Path, stored: Identity, now: Identity) -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return text if len(text) <= 160 else text[:157] + "..."
+    return shorten(json.dumps(value, ensure_ascii=False, sort_keys=True), 160, placeholder="...")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gmai_xtuner.core.files import replace_text
-from gmai_xtuner.evaluate.results import Cell, Result
+from gmai_xtuner.evaluate.results import Cell, Measure, Result
 
 NONE = "–"
 QUOTED = "quoted"
@@ -129,6 +129,30 @@ def group_tables(result: Result) -> list[Table]:
     return tables
 
 
+def controls_tables(results: Sequence[Result]) -> list[Table]:
+    """Return a table of what the controls found; none without them."""
+    rows = [
+        Row(
+            f"{result.benchmark} {result.variant} {result.protocol}: {one.name}",
+            (
+                str(one.n),
+                percent(one.value),
+                interval(one),
+                NONE if one.p_value is None else f"{one.p_value:.2g}",
+            ),
+        )
+        for result in results
+        for one in result.controls
+    ]
+    flags = [
+        f"{result.benchmark} {result.variant}, {result.protocol}: {flag}."
+        for result in results
+        for flag in result.flags
+    ]
+    head = ("control", "n", "%", "95 % interval", "p")
+    return [Table("controls", "Controls", head, tuple(rows), tuple(flags))] if rows else []
+
+
 def _long_row(name: str, cell: Cell, kind: str = "score") -> Row:
     cells = (str(cell.n), percent(cell.value), interval(cell), percent(cell.unparsed))
     return Row(name, cells, kind)
@@ -138,7 +162,7 @@ def percent(value: float | None, decimals: int = 2) -> str:
     return NONE if value is None else f"{100 * value:.{decimals}f}"
 
 
-def interval(cell: Cell, decimals: int = 2) -> str:
+def interval(cell: Cell | Measure, decimals: int = 2) -> str:
     ends = cell.interval
     if ends is None:
         return NONE

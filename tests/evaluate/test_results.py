@@ -55,8 +55,8 @@ def result(
     return summarise(
         asked,
         answers,
+        Identity("b", "v", "sha256:m", name, {"decoding": "greedy"}),
         scorer=scorer or chosen.scorer,
-        identity=Identity("b", "v", "sha256:m", name, {"decoding": "greedy"}),
         left_out=more.get("left_out", {}),
         unanswered=more.get("unanswered", {}),
     )

@@ -156,6 +156,11 @@ def test_a_question_without_an_answer_is_counted_and_asked_the_next_time(pmc, tm
     (result,) = run(pmc, FakeAnswerer(not_the_third), tmp_path)
     assert (result.n, dict(result.unanswered), result.complete) == (3, {"refused": 1}, False)
     assert result.headline.value == 0.0
+    # As a cut answer does, a failed request leaves the comparison, and is told.
+    run(pmc, FakeAnswerer(always("C"), model="sha256:b"), tmp_path / "b")
+    (found,) = compare_runs(tmp_path / "pmc_vqa-test_clean", tmp_path / "b")
+    assert (found.test.n, found.unanswered, found.only_second) == (3, 1, 0)
+    assert "1 questions that a run has no answer to are left out" in as_text([found])
     second = FakeAnswerer(always("C"))
     (result,) = run(pmc, second, tmp_path)
     assert len(second.asked) == 1
@@ -310,7 +315,7 @@ def test_a_run_of_wrong_and_unparsed_answers_is_told(rad, tmp_path):
     found = compare_runs(tmp_path / "a", tmp_path / "b")
     assert (found[0].means, found[0].unparsed) == ((2 / 3, 0.0), (0.0, 1.0))
     assert as_text(found).splitlines()[-1] == (
-        "vqa_rad closed-251 yes_no: every answer of the second counts as wrong, 100.00 % of them since "
+        "- vqa_rad closed-251 yes_no: every answer of the second counts as wrong, 100.00 % of them since "
         "they were not understood."
     )
 

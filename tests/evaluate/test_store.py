@@ -40,16 +40,7 @@ def test_what_was_added_is_read_with_all_it_depends_on(tmp_path):
     assert list(found.values()) == [answer(0), answer(1), answer(2)]
     assert found[Job("q1", answer(1).prompt, (), 8, "p/1").key].answer == "answer 1\nmore ☃"
     line = json.loads((tmp_path / "answers-1.jsonl").read_text())
-    assert set(line) == {
-        "id",
-        "prompt",
-        "answer",
-        "seconds",
-        "model",
-        "protocol",
-        "generation",
-        "ended",
-    }
+    assert set(line) == set(Answer.__dataclass_fields__)
 
 
 def test_the_same_question_in_other_words_or_of_another_length_is_another(tmp_path):

@@ -51,6 +51,7 @@ class ModelOptions:
         moved_from: address that the endpoint had when its stored answers were given.
         timeout: seconds that an answer may take.
         temperature: sent to the server; None: not sent, for models that refuse it.
+        logprobs: ask the server how likely the first tokens were, where an answer has labels.
     """
 
     model: str
@@ -68,6 +69,7 @@ class ModelOptions:
     retries: int = 6
     timeout: float = 300.0
     temperature: float | None = 0.0
+    logprobs: bool = False
 
     @property
     def shown(self) -> str:

@@ -12,9 +12,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError, is_unicode
 from gmai_xtuner.core.http import (
@@ -31,7 +34,7 @@ from gmai_xtuner.core.http import (
 from gmai_xtuner.core.imaging.images import opened
 from gmai_xtuner.evaluate.fingerprint import hash_text
 from gmai_xtuner.evaluate.questions import ImageSource, load_image, open_image
-from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
+from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs, split_at_images
 
 if TYPE_CHECKING:
     from gmai_xtuner.evaluate.answerers import ModelOptions
@@ -41,6 +44,8 @@ FIRST_REFUSED = 5
 GIVEN_UP = 3
 """Questions in a row for which every attempt failed: then the server is at fault."""
 LONGEST_WAIT = 600.0
+TOP_LOGPROBS = 20
+"""Likeliest first tokens that a server is asked for: as many as OpenAI's and vLLM's give."""
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -85,7 +90,7 @@ class EndpointAnswerer:
                 "an endpoint is asked by one process: leave torchrun out and raise --in-flight"
             )
         with LoopThread() as loop:
-            run = loop.call(_Run.open(self._options, self.url, self.key))
+            run = loop.call(self._start())
             try:
                 for given in loop.each(run.ask, sorted_jobs(jobs), window=self._options.in_flight):
                     yield [given]
@@ -93,6 +98,9 @@ class EndpointAnswerer:
                 raise EvaluationError(str(error)) from error
             finally:
                 loop.call(run.server.close())
+
+    async def _start(self) -> _Run:
+        return _Run(self._options, self.url, self.key)
 
 
 class _Run:
@@ -108,11 +116,7 @@ class _Run:
             timeout=options.timeout,
         )
         self.answered = self.refused = self.given_up = 0
-        self.length_name = "max_tokens"
-
-    @classmethod
-    async def open(cls, options: ModelOptions, url: str, key: str | None) -> _Run:
-        return cls(options, url, key)
+        self.length_name, self.asks_logprobs = "max_tokens", options.logprobs
 
     async def ask(self, job: Job) -> Given:
         """Ask one question until it is answered, refused or given up."""
@@ -123,13 +127,19 @@ class _Run:
             return Given(job, None, 0.0, error.reason, str(error))
         failures = 0
         while True:
-            length_name = self.length_name
+            length_name, logprobs = self.length_name, self.asks_logprobs and bool(job.labels)
+            more: dict[str, Any] = {length_name: job.max_new_tokens}
+            if logprobs:
+                more |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             try:
-                text, ended = await self._request(content, {length_name: job.max_new_tokens})
+                text, ended, shares = await self._request(content, more, job.labels)
             except RequestRefused as error:
                 # Newer models of OpenAI take the other name alone, and say so.
                 if length_name == "max_tokens" and "max_completion_tokens" in error.message:
                     self.length_name = "max_completion_tokens"
+                    continue
+                if logprobs and "logprobs" in error.message:
+                    self.asks_logprobs = False
                     continue
                 return self._refused(job, error)
             except ServerFault as fault:
@@ -144,23 +154,25 @@ class _Run:
             if not is_unicode(text):
                 said = text[:200].encode("ascii", "backslashreplace").decode()
                 return Given(job, None, 0.0, "not_text", f"no UTF-8 can hold the reply {said}")
-            return Given(job, text, round(time.monotonic() - start, 4), ended=ended)
+            seconds = round(time.monotonic() - start, 4)
+            return Given(job, text, seconds, ended=ended, probabilities=shares)
 
     async def _request(
-        self, content: list[dict[str, Any]], options: dict[str, Any]
-    ) -> tuple[str, str]:
+        self, content: list[dict[str, Any]], options: dict[str, Any], labels: Sequence[str]
+    ) -> tuple[str, str, dict[str, float] | None]:
         if self.options.temperature is not None:
             options = {**options, "temperature": self.options.temperature}
         messages = [{"role": "user", "content": content}]
         body = {"model": self.options.model, "messages": messages, **options}
-        message, ended = first_message(await self.server.complete(body))
+        reply = await self.server.complete(body)
+        message, ended = first_message(reply)
         if message is None:
             raise ServerFault("an answer without a choice")
         # ``reasoning_content`` holds thoughts, which are no answer
         said, refusal = message_text(message), message.get("refusal")
         if not said and isinstance(refusal, str):
             said, ended = refusal.strip(), "refusal"
-        return self.server.redacted(said), ended
+        return self.server.redacted(said), ended, label_shares(reply, labels)
 
     def _refused(self, job: Job, error: RequestRefused) -> Given:
         self.refused += 1
@@ -183,22 +195,52 @@ class _Run:
         return Given(job, None, 0.0, "server_failed", str(fault))
 
 
+def label_shares(reply: Mapping[str, Any], labels: Sequence[str]) -> dict[str, float] | None:
+    """Return label -> its share of the labels' probability, by the reply's ``logprobs`` of its first token.
+
+    Returns:
+        None where there are none, or where the first token is no label.
+    """
+    try:
+        first = msgspec.convert(reply["choices"][0]["logprobs"]["content"][0], _FirstToken)
+    except (KeyError, IndexError, TypeError, msgspec.ValidationError):
+        return None
+    found = dict.fromkeys(labels, 0.0)
+    for one in first.top_logprobs:
+        if (text := one.token.strip()) in found:
+            found[text] += math.exp(min(one.logprob, 0.0))
+    total = sum(found.values())
+    if first.token.strip() not in found or not total > 0:
+        return None
+    return {label: round(value / total, 6) for label, value in found.items()}
+
+
+class _Token(msgspec.Struct):
+    token: str
+    logprob: float
+
+
+class _FirstToken(_Token):
+    top_logprobs: list[_Token]
+
+
 def _content(job: Job) -> list[dict[str, Any]]:
     """The parts of a user's message.
 
     Raises:
         ImageError: an image can't be read.
     """
-    urls = [
-        data_url(source, f"image {number} of question {job.id}")
-        for number, source in enumerate(job.images, 1)
-    ]
-    coming = iter(urls)
+    urls = iter(
+        [
+            data_url(source, f"image {number} of question {job.id}")
+            for number, source in enumerate(job.images, 1)
+        ]
+    )
     return [
-        {"type": "image_url", "image_url": {"url": next(coming)}}
+        {"type": "image_url", "image_url": {"url": next(urls)}}
         if part is None
         else {"type": "text", "text": part}
-        for part in job.parts()
+        for part in split_at_images(job.prompt, len(job.images))
     ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import LogitsProcessorList
 
 from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE, is_xtuner_layout
 from gmai_xtuner.checkpoint.weights import adapter_base
@@ -24,13 +25,10 @@ from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions
 from gmai_xtuner.evaluate.fingerprint import hash_files
 from gmai_xtuner.evaluate.questions import open_image
 from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs, split_at_images
-from gmai_xtuner.generate import Predictor, Prompt, user_turn
+from gmai_xtuner.generate import Answered, FirstTokens, Predictor, Prompt, user_turn
 
 log = logging.getLogger(__name__)
 Images = list[Image.Image]
-Said = tuple[str, bool]
-"""An answer, and whether it was cut."""
-
 _READERS = 4
 _FIRST_FAILED = 8
 NESTED = ("Idefics", "SmolVLM", "Mllama", "Pixtral", "Gemma3", "Aya", "Llama4")
@@ -39,18 +37,13 @@ NESTED = ("Idefics", "SmolVLM", "Mllama", "Pixtral", "Gemma3", "Aya", "Llama4")
 
 def batches_of(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     """Group jobs into batches with equally many images and the same longest answer."""
-    batches: list[list[Job]] = []
-    for job in sorted(sorted_jobs(jobs), key=lambda job: (-len(job.images), -job.max_new_tokens)):
-        last = batches[-1] if batches else []
-        alike = last and (len(last[0].images), last[0].max_new_tokens) == (
-            len(job.images),
-            job.max_new_tokens,
-        )
-        if alike and len(last) < size:
-            last.append(job)
-        else:
-            batches.append([job])
-    return batches
+
+    def kind(job: Job) -> tuple[int, int]:
+        return -len(job.images), -job.max_new_tokens
+
+    ordered = sorted(sorted_jobs(jobs), key=kind)
+    alike = [list(group) for _, group in itertools.groupby(ordered, kind)]
+    return [group[i : i + size] for group in alike for i in range(0, len(group), size)]
 
 
 def read_ahead(
@@ -86,9 +79,9 @@ class LocalAnswerer(ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
-    ) -> list[Said]:
-        """Greedy answers to prompts with equally many images."""
+        self, jobs: Sequence[Job], images: Sequence[Images], max_new_tokens: int
+    ) -> list[Answered]:
+        """Greedy answers to jobs with equally many images."""
 
     def answers(
         self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
@@ -106,17 +99,17 @@ class LocalAnswerer(ABC):
                 given.append(Given(job, None, 0.0, own.reason, str(own)))
             else:
                 ready.append((job, own))
-        texts = self._texts(ready)
-        self._check(texts)
+        found = self._texts(ready)
+        self._check(found)
         share = round((time.monotonic() - start) / max(1, len(ready)), 4)
         return given + [
-            Given(job, None, 0.0, "cannot_be_asked", str(text))
-            if isinstance(text, ValueError)
-            else Given(job, text[0], share, ended="length" if text[1] else "stop")
-            for (job, _), text in zip(ready, texts, strict=True)
+            Given(job, None, 0.0, "cannot_be_asked", str(one))
+            if isinstance(one, ValueError)
+            else Given(job, one.text, share, "", "", "length" if one.is_cut else "stop", one.shares)
+            for (job, _), one in zip(ready, found, strict=True)
         ]
 
-    def _check(self, texts: Sequence[Said | ValueError]) -> None:
+    def _check(self, texts: Sequence[Answered | ValueError]) -> None:
         """Where no question at all can be asked, it is not the questions that are wrong."""
         errors = [text for text in texts if isinstance(text, ValueError)]
         self._asked += len(texts) - len(errors)
@@ -126,7 +119,7 @@ class LocalAnswerer(ABC):
                 f"{self.name} could be asked none of the first {self._failed} questions: {errors[-1]}"
             ) from errors[-1]
 
-    def _texts(self, ready: Sequence[tuple[Job, Images]]) -> Sequence[Said | ValueError]:
+    def _texts(self, ready: Sequence[tuple[Job, Images]]) -> Sequence[Answered | ValueError]:
         """Answers; where one question can't be asked, e.g. since it is too long, the others still are."""
         if not ready:
             return []
@@ -137,14 +130,14 @@ class LocalAnswerer(ABC):
                 return [error]
             return [text for one in ready for text in self._texts([one])]
 
-    def _generate(self, ready: Sequence[tuple[Job, Images]]) -> list[Said]:
-        texts: list[Said] = []
+    def _generate(self, ready: Sequence[tuple[Job, Images]]) -> list[Answered]:
+        texts: list[Answered] = []
         position = 0
         while position < len(ready):
             part = ready[position : position + self.batch_size]
             try:
                 texts += self.generate(
-                    [job.prompt for job, _ in part],
+                    [job for job, _ in part],
                     [images for _, images in part],
                     part[0][0].max_new_tokens,
                 )
@@ -190,14 +183,15 @@ class ExportAnswerer(LocalAnswerer):
         self.predictor = predictor
 
     def generate(
-        self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
-    ) -> list[Said]:
-        return self.predictor.generate_batch_with_ends(
+        self, jobs: Sequence[Job], images: Sequence[Images], max_new_tokens: int
+    ) -> list[Answered]:
+        return self.predictor.answer_batch(
             [
-                Prompt((user_turn(prompt, len(own)),), tuple(own))
-                for prompt, own in zip(prompts, images, strict=True)
+                Prompt((user_turn(job.prompt, len(own)),), tuple(own))
+                for job, own in zip(jobs, images, strict=True)
             ],
             max_new_tokens=max_new_tokens,
+            labels=[job.labels for job in jobs],
         )
 
 
@@ -241,14 +235,14 @@ class HubAnswerer(LocalAnswerer):
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[str], images: Sequence[Images], max_new_tokens: int
-    ) -> list[Said]:
+        self, jobs: Sequence[Job], images: Sequence[Images], max_new_tokens: int
+    ) -> list[Answered]:
         texts = [
             self._processor.apply_chat_template(
-                [{"role": "user", "content": _content(prompt, len(own))}],
+                [{"role": "user", "content": _content(job.prompt, len(own))}],
                 add_generation_prompt=True,
             )
-            for prompt, own in zip(prompts, images, strict=True)
+            for job, own in zip(jobs, images, strict=True)
         ]
         inputs = self._processor(
             text=texts, images=self._arrange(images), padding=True, return_tensors="pt"
@@ -256,8 +250,10 @@ class HubAnswerer(LocalAnswerer):
         for key, value in inputs.items():
             if torch.is_floating_point(value):
                 inputs[key] = value.to(self._model.dtype)
+        first = FirstTokens(self._processor.tokenizer)
         output = self._model.generate(
             **inputs,
+            logits_processor=LogitsProcessorList([first]),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
@@ -270,8 +266,12 @@ class HubAnswerer(LocalAnswerer):
         stops = set(stop) if isinstance(stop, list) else {stop}
         said = self._processor.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [
-            (text.strip(), len(ids) >= max_new_tokens and not stops & set(ids.tolist()))
-            for text, ids in zip(said, new, strict=True)
+            Answered(
+                text.strip(),
+                len(ids) >= max_new_tokens and not stops & set(ids.tolist()),
+                first.shares(row, job.labels),
+            )
+            for row, (job, text, ids) in enumerate(zip(jobs, said, new, strict=True))
         ]
 
     def _arrange(self, images: Sequence[Images]) -> list[Any] | None:

@@ -24,6 +24,7 @@ from gmai_xtuner.core.errors import EvaluationError, GMAIError, ModelLoadError
 from gmai_xtuner.evaluate.answerers import ModelOptions, make_answerer
 from gmai_xtuner.evaluate.answerers.local import LocalAnswerer, batches_of
 from gmai_xtuner.evaluate.store import Job, split_at_images
+from gmai_xtuner.generate import Answered
 
 
 @pytest.fixture(scope="module")
@@ -159,12 +160,13 @@ class Counting(LocalAnswerer):
         super().__init__(name="c", model="sha256:c", generation={}, batch_size=batch_size)
         self.batches, self.fails = [], fails
 
-    def generate(self, prompts, pictures, max_new_tokens):
+    def generate(self, jobs, pictures, max_new_tokens):
+        prompts = [job.prompt for job in jobs]
         self.batches.append((len(prompts), len(pictures[0]), max_new_tokens))
         error = self.fails(prompts)
         if error is not None:
             raise error
-        return [(prompt.upper(), False) for prompt in prompts]
+        return [Answered(prompt.upper(), False) for prompt in prompts]
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved_for_good():

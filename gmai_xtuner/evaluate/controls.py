@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Did the model look, and does its score hold? The same questions, asked again in five other ways.
+
+``blank_image``: grey images of the same sizes. ``other_image``: the images of another question. ``shuffled``:
+the options in a random order, every order as likely. ``none_of_the_above``: that in the place of the right
+option. ``negated``: of questions answered by yes or no, whether "no" is the right answer. What can't be asked
+so (no image, options that are images, no gold answer) is left out of that control. All draws depend on the
+question's id alone, so that a run that goes on asks the same.
+
+Flags, where there are :data:`FEWEST` pairs of answers or more; all intervals are of 95 %:
+
+- image-blind: the lower end of the gain over another question's image (over a blank one, where no image can
+  be exchanged) is not above :data:`GAIN`: it isn't shown that the image helps;
+- position-biased: the letter that stands out most in the answers to the questions as they are is chosen more
+  often than its share after shuffling, by more than :data:`GAIN` at the lower end;
+- overconfident: the mean probability of the chosen options less the score is above :data:`GAIN` at its lower
+  end.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gmai_xtuner.core.rng import Rng, seed_of
+from gmai_xtuner.evaluate.protocols import Asked
+from gmai_xtuner.evaluate.questions import IMAGE_MARK, ImageSource, Question, load_image
+from gmai_xtuner.evaluate.results import Measure, Scored, reason_of, score_all
+from gmai_xtuner.evaluate.scoring.yes_no import polarity
+from gmai_xtuner.evaluate.statistics import (
+    area_under_risk_coverage,
+    calibration_error,
+    interval_of,
+    paired_test,
+)
+from gmai_xtuner.evaluate.store import Answer, AnswerKey, Given
+
+FEWEST = 50
+"""Pairs below which nothing is flagged."""
+GAIN = 0.05
+"""What counts as a difference."""
+NONE_ABOVE = "None of the above"
+_NONE_ABOVE = re.compile(
+    r"\s*(?:(?:none|no|neither|na|n/a)\.?|(?:none|neither) (?:of|is|are)\b.*|(?:以上)?[都皆均][不非].*)\s*",
+    re.IGNORECASE,
+)
+_NEGATED = 'Is "no" the right answer to the question "{}"?'
+_NEGATED_ZH = "对于问题“{}”，回答“否”正确吗？"
+_CHINESE = re.compile("[\u4e00-\u9fff]")
+_DRAWS = 20
+
+Chosen = Callable[[Scored], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class BlankImage:
+    """A grey image of the size of another."""
+
+    source: ImageSource
+
+    @property
+    def name(self) -> str:
+        return "a blank image"
+
+    def read(self) -> bytes:
+        from PIL import Image
+
+        from gmai_xtuner.core.imaging.images import opened
+
+        with opened(load_image(self.source), self.name) as image:
+            size = image.size
+        out = io.BytesIO()
+        Image.new("RGB", size, (127, 127, 127)).save(out, "PNG")
+        return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Control:
+    """Questions asked in another way.
+
+    Args:
+        asked: the questions, with ids of their own.
+        origins: the id of the question that each was made of.
+    """
+
+    asked: Asked
+    origins: tuple[str, ...]
+
+
+def controls_of(asked: Asked, questions: Sequence[Question]) -> dict[str, Control]:
+    """Return what the controls ask, by their names; those that have no question are left out.
+
+    Args:
+        asked: what a protocol asks.
+        questions: all questions of the benchmark, whose images may be exchanged.
+    """
+    donors: dict[int, list[Question]] = {}
+    for question in questions:
+        donors.setdefault(len(question.images), []).append(question)
+    found: dict[str, list[tuple[str, Question]]] = {}
+    for question in asked.questions:
+        if question.answer is not None:
+            for name, control in _controls(question, donors[len(question.images)]):
+                found.setdefault(name, []).append((question.id, control))
+    return {
+        name: Control(
+            replace(asked, questions=tuple(control for _, control in pairs), control=name),
+            tuple(origin for origin, _ in pairs),
+        )
+        for name, pairs in found.items()
+    }
+
+
+def _controls(question: Question, donors: Sequence[Question]) -> Iterator[tuple[str, Question]]:
+    rng = Rng(seed_of(question.id, 0))
+    if question.images:
+        blank = tuple(BlankImage(image) for image in question.images)
+        yield "blank_image", replace(question, id=f"{question.id}#blank_image", images=blank)
+        if (donor := _donor(question, donors, rng)) is not None:
+            name = f"{question.id}#image_of={donor.id}"
+            yield "other_image", replace(question, id=name, images=donor.images)
+    if question.options and not any(IMAGE_MARK in text for text in question.options):
+        order = tuple(rng.sample(question.options, len(question.options)))
+        # Options that stand as they stood have an answer already.
+        name = question.id if order == question.options else f"{question.id}#shuffled"
+        yield "shuffled", replace(question, id=name, options=order)
+        if not any(_NONE_ABOVE.fullmatch(text) for text in question.options):
+            options = tuple(
+                NONE_ABOVE if text == question.answer else text for text in question.options
+            )
+            name = f"{question.id}#none_of_the_above"
+            changed = replace(question, id=name, options=options, answer=NONE_ABOVE, answers=())
+            yield "none_of_the_above", changed
+    if (negated := _negated(question)) is not None:
+        yield "negated", negated
+
+
+def _donor(question: Question, donors: Sequence[Question], rng: Rng) -> Question | None:
+    """Draw a question with other images, of another answer if there is one among the first draws."""
+    drawn = [rng.pick(donors) for _ in range(_DRAWS)]
+    others = [one for one in drawn if not set(one.images) & set(question.images)]
+    return next((one for one in others if one.answer != question.answer), next(iter(others), None))
+
+
+def _negated(question: Question) -> Question | None:
+    meant = polarity(question.answer or "")
+    if meant is None:
+        return None
+    chinese = _CHINESE.search(question.text) is not None
+    opposite = {"yes": ("No", "否"), "no": ("Yes", "是")}[meant][chinese]
+    if question.options:
+        others = [text for text in question.options if text != question.answer]
+        if len(others) != 1 or polarity(others[0]) in (None, meant):
+            return None
+        opposite = others[0]
+    text = (_NEGATED_ZH if chinese else _NEGATED).format(question.text)
+    name = f"{question.id}#negated"
+    return replace(question, id=name, text=text, answer=opposite, answers=())
+
+
+def measure(
+    scored: Sequence[Scored],
+    controls: Mapping[str, Control],
+    answers: Mapping[AnswerKey, Answer],
+    failed: Mapping[str, Given],
+) -> tuple[tuple[Measure, ...], tuple[str, ...], Mapping[str, int]]:
+    """Return the numbers, the flags, and why questions of the controls have no answer.
+
+    A question counts in a control where both its answers can be scored.
+
+    Args:
+        scored: the questions as they are.
+        controls: by their names, see :func:`controls_of`.
+        answers: all answers.
+        failed: what got none now, by the question's id.
+    """
+    base = {one.question.id: one for one in scored}
+    measures: list[Measure] = []
+    unanswered: Counter[str] = Counter()
+    for name, control in controls.items():
+        found, missing = score_all(control.asked, answers)
+        unanswered.update(reason_of(question, one, failed) for question, one in missing)
+        origins = {
+            question.id: origin
+            for question, origin in zip(control.asked.questions, control.origins, strict=True)
+        }
+        pairs = [
+            (base[origin], one) for one in found if (origin := origins[one.question.id]) in base
+        ]
+        if pairs:
+            measures += _compared(name, pairs)
+    measures += _calibration(scored)
+    flags = _flags({one.name: one for one in measures})
+    return tuple(measures), tuple(flags), dict(unanswered)
+
+
+_SHOWN = {
+    "blank_image": ("image-blind score (blank image)", "gain over a blank image"),
+    "other_image": ("score with another question's image", "gain over another image"),
+    "shuffled": ("score with options shuffled", "score less that with options shuffled"),
+    "none_of_the_above": ("score where none of the above is right", "score less that of none of the above"),
+    "negated": ("score of negated questions", "score less that of negated questions"),
+}  # fmt: skip
+
+
+def _compared(name: str, pairs: Sequence[tuple[Scored, Scored]]) -> Iterator[Measure]:
+    values = [(one.score.value or 0.0, other.score.value or 0.0) for one, other in pairs]
+    score, less = _SHOWN[name]
+    yield _mean(score, [other for _, other in values])
+    test = paired_test(*zip(*values, strict=True))
+    yield Measure(less, test.n, test.difference, test.interval, test.p_value)
+    match name:
+        case "blank_image":
+            yield _mean("grounded accuracy", [max(0.0, one - other) for one, other in values])
+        case "shuffled":
+            # An order that is the old one shows nothing of consistency.
+            moved = [pair for pair in pairs if pair[0].question.id != pair[1].question.id]
+            if moved:
+                yield _mean("consistency (options shuffled)", _agreement(moved, _chosen_text))
+            yield from _position_bias(pairs)
+        case "negated":
+            yield _mean("consistency (question negated)", _agreement(pairs, _chosen_polarity))
+
+
+def _mean(name: str, values: Sequence[float]) -> Measure:
+    return Measure(name, len(values), sum(values) / len(values), interval_of([values]))
+
+
+def _agreement(pairs: Sequence[tuple[Scored, Scored]], chosen: Chosen) -> list[float]:
+    """Return 1 for each pair whose answers say the same; what was not understood says nothing."""
+    return [float(None is not chosen(one) == chosen(other)) for one, other in pairs]
+
+
+def _chosen_text(one: Scored) -> str | None:
+    return one.question.lettered().get(one.score.parsed or "")
+
+
+def _chosen_polarity(one: Scored) -> str | None:
+    """Return yes or no, turned round for a negated question."""
+    said = polarity(_chosen_text(one) or one.score.parsed or "")
+    if said is None or not one.question.id.endswith("#negated"):
+        return said
+    return "no" if said == "yes" else "yes"
+
+
+def _position_bias(pairs: Sequence[tuple[Scored, Scored]]) -> Iterator[Measure]:
+    """Yield how much more often than its share the favourite letter is chosen after shuffling.
+
+    The favourite is found in the answers to the options as they stood, less the gold letters. After shuffling
+    whatever a model thinks right stands anywhere as likely, so that without a bias the expectation is 0.
+    """
+    excess: Counter[str] = Counter()
+    for one, _ in pairs:
+        gold = one.question.gold_letters()
+        excess.update({letter: -1 / len(gold) for letter in gold})
+        if one.score.parsed in one.question.lettered():
+            excess[str(one.score.parsed)] += 1
+    favourite = max(sorted(excess), key=lambda letter: excess[letter], default="")
+    values = [
+        (other.score.parsed == favourite) - 1 / len(letters)
+        for _, other in pairs
+        if favourite in (letters := other.question.lettered()) and other.score.parsed in letters
+    ]
+    if values:
+        yield _mean(f"position bias ({favourite} chosen over its share)", values)
+
+
+def _calibration(scored: Sequence[Scored]) -> Iterator[Measure]:
+    """Yield how well the probabilities of the chosen options fit the score, where there are any."""
+    found = [
+        (share, one.score.value)
+        for one in scored
+        if one.score.value is not None and (share := _confidence(one)) is not None
+    ]
+    if not found:
+        return
+    sure, right = np.array(found).T
+    error, interval = calibration_error(sure, right)
+    n = len(found)
+    yield Measure("calibration error (ECE)", n, error, interval)
+    yield _mean("confidence less score", np.round(sure - right, 2).tolist())
+    yield Measure("area under the risk-coverage curve", n, area_under_risk_coverage(sure, right))
+    ordered = right[np.argsort(-sure, kind="stable")]
+    for part in (0.25, 0.5, 0.75):
+        yield _mean(f"score of the surest {part:.0%}", ordered[: max(1, round(part * n))].tolist())
+
+
+def _confidence(one: Scored) -> float | None:
+    """Return the probability of what an answer was understood as; None where it isn't known."""
+    shares, parsed = one.answer.probabilities, one.score.parsed
+    if shares is None or parsed is None:
+        return None
+    if parsed in one.question.lettered():
+        return shares.get(parsed)
+    said = [share for label, share in shares.items() if polarity(label) == parsed]
+    return sum(said) if said else None
+
+
+def _flags(measures: Mapping[str, Measure]) -> list[str]:
+    flags = []
+    gain = measures.get("gain over another image") or measures.get("gain over a blank image")
+    if gain and gain.n >= FEWEST and gain.interval and gain.interval.low <= GAIN:
+        flags.append(f"image-blind ({_said(gain)}: that the image helps is not shown)")
+    for flag, name in (
+        ("position-biased", "position bias"),
+        ("overconfident", "confidence less score"),
+    ):
+        one = next((one for key, one in measures.items() if key.startswith(name)), None)
+        if one and one.n >= FEWEST and one.interval and one.interval.low > GAIN:
+            flags.append(f"{flag} ({_said(one)})")
+    return flags
+
+
+def _said(one: Measure) -> str:
+    ends = one.interval
+    interval = f", {100 * ends.low:.1f} to {100 * ends.high:.1f}" if ends else ""
+    return f"{one.name} {100 * one.value:.1f} points{interval}, n = {one.n}"
