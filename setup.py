@@ -121,6 +121,7 @@ setup(
         ],
         "data_tools": [
             "*.yaml",
+            "*.sql",
             "forms/*.yaml",
             "writers/*.j2",
             "output/*.j2",

@@ -27,7 +27,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "nibabel.load": (IMAGING,),
     "SimpleITK.ReadImage": (),
     "SimpleITK.ImageFileReader": (IMAGING,),
-    "tifffile.TiffFile": (SLIDES, "data_tools.readers.array_files"),
+    "tifffile.TiffFile": (SLIDES, "data_tools.readers.arrays"),
     "tifffile.imread": (),
     "openslide.OpenSlide": (SLIDES,),
     "openslide.open_slide": (),
@@ -39,7 +39,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "bz2.open": (),
     "zipfile.ZipFile": (
         "gmai_xtuner.checkpoint.pickles",
-        *("data_tools.readers.array_files", "data_tools.readers.rows"),
+        *("data_tools.readers.arrays", "data_tools.readers.rows"),
     ),
     "tarfile.open": (),
     "shutil.unpack_archive": (),

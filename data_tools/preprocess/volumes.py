@@ -1,15 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A volume with its label maps, ``[X, Y, Z]`` in RAS+ (see `gmai_xtuner.core.imaging.volumes`)."""
+"""A volume with its label maps, ``[X, Y, Z]`` in RAS+, and which of its slices become images.
+
+`gmai_xtuner.core.imaging.volumes` says how slices are turned; label maps are turned like the image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
+from PIL import Image
+from pydantic import Field
 
-from gmai_xtuner.core.imaging.volumes import spacing_of
+from data_tools.options import Options
+from data_tools.records import Annotation
+from gmai_xtuner.core.imaging.volumes import (
+    AXES,
+    Axis,
+    pixel_spacing,
+    plane,
+    spacing_of,
+    square_size,
+)
+from gmai_xtuner.core.imaging.windows import Scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +110,134 @@ def pack(
         layers[number][mask] = used[number]
         structures.append(Structure(label, number, used[number], attributes))
     return tuple(layers), tuple(structures)
+
+
+# --- slices ---------------------------------------------------------------------------------------
+
+
+class Slicing(Options):
+    """Keys of the job: which slices of a volume become images.
+
+    Args:
+        axes: SA-Med2D-20M takes all three; its rule on short edges (``min_edge_ratio`` of the cleaning
+            rules) then drops the thin ones.
+        keep: ``labelled``: slices that hold a structure; ``all``: also those without one. A volume without
+            a label map gives all of its slices.
+        every: take each Nth voxel layer, counted from index 0.
+        at_most_a_label: slices of each structure on each axis, spread evenly over those that hold it.
+        at_most_a_volume: slices of each axis, spread evenly over those that are left.
+        square_pixels: stretch images of unequal spacing to the finer of the two (bilinear; label maps by
+            nearest neighbour on the same grid), so that shapes are as in the body.
+    """
+
+    axes: tuple[Axis, ...] = Field(AXES, min_length=1)
+    keep: Literal["labelled", "all"] = "labelled"
+    every: int = Field(1, ge=1)
+    at_most_a_label: int | None = Field(None, ge=1)
+    at_most_a_volume: int | None = Field(None, ge=1)
+    square_pixels: bool = False
+
+    def along(self, axis: Axis) -> Slicing:
+        """Return the same for slices along one axis."""
+        return self.model_copy(update={"axes": (axis,)})
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One image of a volume.
+
+    Args:
+        image: uint8 ``[H, W]``.
+        annotations: one each structure that the slice holds, with its mask.
+        axis, index: of the slice.
+        unclear: whether it holds voxels that nobody decided on.
+        stretched: the spacing that the pixels were brought to, millimetres, or None.
+    """
+
+    image: np.ndarray
+    annotations: tuple[Annotation, ...]
+    axis: Axis
+    index: int
+    unclear: bool
+    stretched: float | None
+
+
+def slices(volume: Volume, scale: Scale, slicing: Slicing) -> Iterator[Slice]:
+    """Yield the chosen slices, axis by axis, one in memory at a time."""
+    for axis in slicing.axes:
+        for index in chosen(volume, axis, slicing):
+            yield take(volume, scale, axis, index, square_pixels=slicing.square_pixels)
+
+
+def take(
+    volume: Volume, scale: Scale, axis: Axis, index: int, *, square_pixels: bool = False
+) -> Slice:
+    """Return one slice as an image with its masks."""
+    image = scale.apply(plane(volume.voxels, axis, index))
+    maps = [plane(layer, axis, index) for layer in volume.layers]
+    spacing = pixel_spacing(volume.spacing, axis)
+    square = square_size(image.shape, spacing) if square_pixels else None
+    if square:
+        size = max(1, round(square[0])), max(1, round(square[1]))
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        maps = [_nearest(values, size) for values in maps]
+    held = [set(present(values)) for values in maps]
+    annotations = tuple(
+        Annotation(item.label, mask=maps[item.layer] == item.value, attributes=item.attributes)
+        for item in volume.structures
+        if item.value in held[item.layer]
+    )
+    unclear = volume.unclear is not None and bool(plane(volume.unclear, axis, index).any())
+    stretched = min(spacing) if square else None
+    return Slice(np.ascontiguousarray(image), annotations, axis, index, unclear, stretched)
+
+
+def chosen(volume: Volume, axis: Axis, slicing: Slicing) -> list[int]:
+    """Return the chosen indices along ``axis``, ascending."""
+    number = AXES.index(axis)
+    length = volume.voxels.shape[number]
+    wanted = np.zeros(length, dtype=bool)
+    wanted[:: slicing.every] = True
+    holds = _holds(volume, number) & wanted
+    if slicing.at_most_a_label is not None:
+        held = [_spread(np.flatnonzero(row), slicing.at_most_a_label) for row in holds]
+        labelled = np.unique(np.concatenate([*held, np.zeros(0, dtype=np.int64)]))
+    else:
+        labelled = np.flatnonzero(holds.any(axis=0))
+    if not volume.structures:
+        taken = np.flatnonzero(wanted)
+    elif slicing.keep == "all":
+        bare = np.flatnonzero(wanted & ~holds.any(axis=0))
+        taken = np.union1d(labelled, bare)
+    else:
+        taken = labelled
+    if slicing.at_most_a_volume is not None:
+        taken = _spread(taken, slicing.at_most_a_volume)
+    return [int(index) for index in taken]
+
+
+def _holds(volume: Volume, number: int) -> np.ndarray:
+    """Return bool ``[structures, length]``: which slices hold which structure."""
+    holds = np.zeros((len(volume.structures), volume.voxels.shape[number]), dtype=bool)
+    for index in range(holds.shape[1]):
+        at = tuple(index if axis == number else slice(None) for axis in range(3))
+        held = [set(present(layer[at])) for layer in volume.layers]
+        for row, item in enumerate(volume.structures):
+            holds[row, index] = item.value in held[item.layer]
+    return holds
+
+
+def _spread(indices: np.ndarray, number: int) -> np.ndarray:
+    """Return at most ``number`` of the indices, the middles of as many equal parts of them."""
+    if len(indices) <= number:
+        return indices
+    places = np.floor((np.arange(number) + 0.5) * len(indices) / number).astype(np.int64)
+    return indices[places]
+
+
+def _nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return ``[H, W]`` of ``size`` ``(W, H)``: the value at each new pixel's centre, as PIL has it."""
+    height, width = values.shape
+    rows = np.minimum(((np.arange(size[1]) + 0.5) * height / size[1]).astype(np.int64), height - 1)
+    columns = np.minimum(((np.arange(size[0]) + 0.5) * width / size[0]).astype(np.int64), width - 1)
+    return values[rows[:, None], columns[None, :]]

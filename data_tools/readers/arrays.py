@@ -13,28 +13,40 @@
     images: "imgs/{case}.npy"                  # or a file for each
     masks: "gts/{case}.npy"
 
-``N`` counts images, ``H`` and ``W`` are height and width, ``C`` counts colours.
+``N`` counts images, ``H`` and ``W`` are height and width, ``C`` counts colours. What a file claims is bounded
+before it is read; nothing is unpickled, and no link or external storage of an HDF5 file is followed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import Any, ClassVar, Literal
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from data_tools.readers import SourceOptions
-from data_tools.readers.array_files import SUFFIXES, ArrayFile, Rows, open_arrays
 from data_tools.readers.files import file_below, listed
-from data_tools.readers.patterns import fill, paired, pattern
+from data_tools.readers.patterns import check_templates, fill, paired, pattern
 from data_tools.readers.rows import cell_text
-from data_tools.readers.volume_samples import Window, scale_for
+from data_tools.readers.volume import Window, scale_for
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 
+SUFFIXES = (".npz", ".npy", ".h5", ".hdf5", ".tif", ".tiff")
 OTHER_LENGTH = "arrays of different lengths"
+UNREADABLE = "array that can't be read"
+TOO_LARGE = "array is too large"
+MAX_PAGES = 20_000
+_RATIO = 1100  # zlib packs at most 1032 bytes into one
 
 
 class Options(SourceOptions):
@@ -50,7 +62,7 @@ class Options(SourceOptions):
         group_key: of patient or case of each image, ``[N]``. Default: with ``label_key`` each image is alone,
             else the file is the group.
         axes: order of the axes. Default by their number: HW, HWC if the last is 3 or 4 and else NHW, NHWC.
-        window: how deep levels become grey levels, see `volume_samples`; default: each image's own range.
+        window: how deep levels become grey levels, see `reader: volume`; default: each image's own range.
         max_bytes: of one image, and of an array that has to be held as a whole.
     """
 
@@ -69,11 +81,7 @@ class Options(SourceOptions):
 
     @model_validator(mode="after")
     def _says_what_is_needed(self) -> Options:
-        for template in filter(None, (self.images, self.masks)):
-            if template.startswith("/") or ".." in template.split("/"):
-                raise ValueError(f"the pattern {template!r} leads out of the root")
-            if not template.lower().endswith((*SUFFIXES, "}")):
-                raise ValueError(f"the pattern {template!r} ends in none of {', '.join(SUFFIXES)}")
+        check_templates(*filter(None, (self.images, self.masks)), suffixes=SUFFIXES)
         if not (self.masks or self.mask_key or self.label_key or "{label}" in self.images):
             raise ValueError(
                 "name the labels: `label_key`, `mask_key`, `masks` or {label} in `images`"
@@ -87,9 +95,7 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: no file fits ``images``, or one can be read in two ways.
     """
-    labels = None if options.labels is None else set(options.labels)
-    masks = [options.masks] if options.masks else []
-    for found in paired(options, options.images, masks, labels=labels):
+    for found in paired(options, options.images, [options.masks] if options.masks else []):
         yield Unit(found.path, (found.places, [path for path, _ in found.masks]))
 
 
@@ -111,13 +117,13 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 def _image_keys(options: Options, file: ArrayFile) -> list[tuple[str, dict[str, str]]]:
     if options.image_key is None:
-        if len(file.keys) != 1:
-            raise Unusable("file of several arrays", f"{listed(file.keys)}; say `image_key`")
-        return [(file.keys[0], {})]
+        if len(file) != 1:
+            raise Unusable("file of several arrays", f"{listed(list(file))}; say `image_key`")
+        return [(next(iter(file)), {})]
     own = pattern(options.image_key)
-    found = [(key, texts) for key in file.keys if (texts := own.match(key)) is not None]
+    found = [(key, texts) for key in file if (texts := own.match(key)) is not None]
     if not found:
-        raise Unusable("no such array", f"{options.image_key!r}; there are {listed(file.keys)}")
+        raise Unusable("no such array", f"{options.image_key!r}; there are {listed(list(file))}")
     return found
 
 
@@ -137,7 +143,7 @@ class _Arrays:
         texts: dict[str, str],
     ) -> None:
         self.options, self.key = options, key
-        self.images = file[key]
+        self.images = _array(file, key)
         shape = self.images.shape
         coloured = len(shape) == 3 and shape[2] in (3, 4)
         default = {2: "HW", 3: "HWC" if coloured else "NHW", 4: "NHWC"}.get(len(shape))
@@ -148,10 +154,10 @@ class _Arrays:
         self.count = shape[0] if self.many else 1
         own = options.mask_key and fill(options.mask_key, texts)
         if options.masks and own is None:
-            own = mask_file.keys[0] if len(mask_file.keys) == 1 else "mask_key"
-        self.masks = mask_file[own] if own is not None else None
+            own = next(iter(mask_file)) if len(mask_file) == 1 else "mask_key"
+        self.masks = _array(mask_file, own) if own is not None else None
         self.labels, self.groups = (
-            None if name is None else self._whole(file[fill(name, texts)])
+            None if name is None else self._whole(_array(file, fill(name, texts)))
             for name in (options.label_key, options.group_key)
         )
         if self.masks is not None and self.many:
@@ -225,3 +231,195 @@ class _Arrays:
         for value in np.unique(mask):
             if value:
                 yield Annotation(str(int(value)), mask=mask == value)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """An array whose rows are read one after the other.
+
+    Args:
+        name: in the file.
+        shape: of the array.
+        rows: yields what lies at each index of the first axis; of an array without axes nothing.
+        whole: returns all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Callable[[], Iterator[np.ndarray]]
+    whole: Callable[[], np.ndarray]
+
+
+ArrayFile = Mapping[str, Callable[[], Rows]]
+"""The arrays of an open file by their names; the one of an NPY or TIFF file is called ``""``."""
+
+
+def _array(file: ArrayFile, key: str) -> Rows:
+    if key not in file:
+        raise Unusable("no such array", f"{key!r}; there are {listed(list(file))}")
+    return file[key]()
+
+
+@contextmanager
+def open_arrays(path: Path, max_bytes: int) -> Iterator[ArrayFile]:
+    """Open a file.
+
+    Args:
+        path: of the file; its suffix is one of `SUFFIXES`.
+        max_bytes: of one row, and of an array that is read as a whole.
+
+    Raises:
+        Unusable: it can't be read, here or inside the block.
+    """
+    opened = {".npz": _npz, ".npy": _npy, ".h5": _hdf5, ".hdf5": _hdf5}
+    bad = (
+        *(OSError, EOFError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError),
+        *(MemoryError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError),
+    )
+    with ExitStack() as stack:
+        try:
+            yield opened.get(path.suffix.lower(), _tiff)(path, max_bytes, stack)
+        except Unusable:
+            raise
+        except bad as error:
+            text = " ".join(str(error).replace(str(path), path.name).split())
+            raise Unusable(UNREADABLE, f"{type(error).__name__}: {text[-300:]}") from error
+
+
+def _check(name: str, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise Unusable(TOO_LARGE, f"{name}: {size} bytes are more than `max_bytes`, {max_bytes}")
+
+
+# --- NPY and NPZ ----------------------------------------------------------------------------------
+
+
+def _npy(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
+    def open_file() -> BinaryIO:
+        return stack.enter_context(path.open("rb"))
+
+    return {"": lambda: _numpy_rows("", open_file, path.stat().st_size, max_bytes)}
+
+
+def _npz(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
+    archive = stack.enter_context(zipfile.ZipFile(path))
+
+    def make(info: zipfile.ZipInfo, name: str) -> Rows:
+        packed = info.compress_type == zipfile.ZIP_DEFLATED
+        if not packed and info.compress_type != zipfile.ZIP_STORED:
+            raise Unusable(UNREADABLE, f"{name}: packed neither by deflate nor stored")
+        length = min(info.file_size, info.compress_size * (_RATIO if packed else 1))
+        return _numpy_rows(name, lambda: stack.enter_context(archive.open(info)), length, max_bytes)
+
+    found = {
+        info.filename[:-4]: info for info in archive.infolist() if info.filename[-4:] == ".npy"
+    }
+    return {name: partial(make, info, name) for name, info in found.items()}
+
+
+def _numpy_rows(name: str, open_: Callable[[], Any], length: int, max_bytes: int) -> Rows:
+    def opened() -> tuple[Any, tuple[int, ...], bool, np.dtype]:
+        stream = open_()
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read is None:
+            raise Unusable(UNREADABLE, f"{name}: NPY version {version}")
+        return stream, *read(stream)
+
+    start, shape, fortran, dtype = opened()
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise Unusable(UNREADABLE, f"{name}: Python objects, which aren't unpickled")
+    if min(shape, default=1) < 1 or size > length - start.tell():
+        raise Unusable(UNREADABLE, f"{name}: {size} bytes are promised, there are at most {length}")
+
+    def exactly(stream: Any, count: int) -> bytes:
+        data = stream.read(count)
+        if len(data) < count:
+            raise Unusable(UNREADABLE, f"{name}: the file ends inside of it")
+        return data
+
+    def whole() -> np.ndarray:
+        _check(name, size, max_bytes)
+        flat = np.frombuffer(exactly(opened()[0], size), dtype=dtype)
+        return flat.reshape(shape, order="F" if fortran else "C")
+
+    def rows() -> Iterator[np.ndarray]:
+        if fortran:
+            yield from whole()
+            return
+        step = size // shape[0]
+        _check(name, step, max_bytes)
+        stream = opened()[0]
+        for _ in range(shape[0]):
+            yield np.frombuffer(exactly(stream, step), dtype=dtype).reshape(shape[1:])
+
+    return Rows(name, shape, rows, whole)
+
+
+# --- HDF5 -----------------------------------------------------------------------------------------
+
+
+def _hdf5(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
+    import h5py
+
+    file = stack.enter_context(h5py.File(path, "r"))
+    found: dict[str, Any] = {}
+
+    def add(name: str, item: Any) -> None:  # visititems follows hard links alone
+        if isinstance(item, h5py.Dataset):
+            found[name] = item
+
+    file.visititems(add)
+
+    def make(name: str, item: Any) -> Rows:
+        if item.external or item.is_virtual:
+            raise Unusable(UNREADABLE, f"{name}: its numbers lie in other files")
+        size = math.prod(item.shape or ()) * item.dtype.itemsize
+        _check(name, math.prod(item.chunks or (1,)) * item.dtype.itemsize, max_bytes)
+
+        def whole() -> np.ndarray:
+            _check(name, size, max_bytes)
+            text = h5py.check_string_dtype(item.dtype)
+            return np.asarray(item.asstr()[()] if text else item[()])
+
+        def rows() -> Iterator[np.ndarray]:
+            _check(name, size // max(item.shape[0], 1), max_bytes)
+            yield from (item[index] for index in range(item.shape[0]))
+
+        return Rows(name, item.shape, rows, whole)
+
+    return {name: partial(make, name, item) for name, item in sorted(found.items())}
+
+
+# --- TIFF -----------------------------------------------------------------------------------------
+
+
+def _tiff(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
+    """Open a TIFF stack: pages of one size, as ImageJ, microscopes and nnU-Net write them."""
+    import tifffile
+
+    tiff = stack.enter_context(tifffile.TiffFile(path))
+    series = tiff.series[0]
+    pages: list[Any] = list(series.pages)
+    first: Any = series.keyframe
+    if len(pages) > MAX_PAGES or series.axes[1:] not in ("YX", "YXS") or len(pages) != len(series):
+        detail = f"axes {series.axes} of {series.shape}; one axis before Y and X is read"
+        raise Unusable("array of another number of axes", detail)
+    _check("a page", math.prod(first.shape) * first.dtype.itemsize, max_bytes)
+
+    def rows() -> Iterator[np.ndarray]:
+        yield from (page.asarray() for page in pages)
+
+    def whole() -> np.ndarray:
+        _check("the stack", math.prod(series.shape) * first.dtype.itemsize, max_bytes)
+        return np.stack(list(rows()))
+
+    shape = (len(pages), *first.shape)
+    return {"": lambda: Rows("", shape, rows, whole)}

@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_tools.preprocess.rules import resolve
+import numpy as np
+
 from data_tools.readers import SourceOptions
-from data_tools.readers.files import check_size, file_of, folder_of, open_image, size_of
+from data_tools.readers.files import file_of, folder_of, open_sized
 from data_tools.readers.shapes import polygon_mask, run_length_mask, turned, upright_box
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
@@ -74,29 +75,15 @@ def units(options: Options) -> Iterator[Unit]:
     for place, image in enumerate(images):
         key, name = _id(image, "id"), image.get("file_name")
         entries = by_image.get(key, [])[::-1]
+        used = {_id(entry, "category_id") for entry in entries} & categories.keys()
+        payload: dict[str, Any] = {"image": image, "annotations": entries, "lost": lost}
+        payload["categories"] = {category: categories[category] for category in used}
         # Of two entries each has what the other lacks, and of one id nobody knows which image is meant.
         if key is None or keys[key] > 1:
-            reason = "image without an id of its own"
-            yield Unit(f"images[{place}]", {"drop": (reason, f"id {image.get('id')!r}")})
-            continue
-        if names[str(name)] > 1:
-            yield Unit(
-                f"images[{place}]", {"drop": ("image listed twice", f"{name} has another id too")}
-            )
-            continue
-        yield Unit(
-            f"{name}#{key}",
-            {
-                "image": image,
-                "annotations": entries,
-                "lost": lost,
-                "categories": {
-                    category: categories[category]
-                    for entry in entries
-                    if (category := _id(entry, "category_id")) in categories
-                },
-            },
-        )
+            payload = {"drop": ("image without an id of its own", f"id {image.get('id')!r}")}
+        elif names[str(name)] > 1:
+            payload = {"drop": ("image listed twice", f"{name} has another id too")}
+        yield Unit(f"images[{place}]" if "drop" in payload else f"{name}#{key}", payload)
     if strays:
         ids = [str(entry.get("image_id")) for entries in strays.values() for entry in entries]
         yield Unit(STRAYS, {"strays": ids})
@@ -163,9 +150,8 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     name = image.get("file_name")
     if not isinstance(name, str):
         raise Unusable("image without a file name", repr(name))
-    found = open_image(options, f"{options.images}/{name}" if options.images else name)
-    size = size_of(found)
-    check_size(size, (image.get("width"), image.get("height")))
+    path = f"{options.images}/{name}" if options.images else name
+    found, size = open_sized(options, path, (image.get("width"), image.get("height")))
     drops.lose(*payload["lost"])  # counted with the strays
     annotations = []
     for entry in payload["annotations"]:
@@ -192,11 +178,10 @@ def _annotation(
         box = upright_box(corners) if corners else _box(entry.get("bbox"))
         return Annotation(categories[category], box)
     shape = entry.get("segmentation")
-    if corners and (not shape or (isinstance(shape, list) and len(shape[0]) == 8)):
+    if corners and (not shape or (isinstance(shape, list) and np.shape(shape[0]) == (8,))):
         shape = [[value for corner in corners for value in corner]]
     if isinstance(shape, list):
-        clip = resolve(options.clean).clip_boxes
-        return Annotation(categories[category], mask=polygon_mask(shape, size, clip=clip))
+        return Annotation(categories[category], mask=polygon_mask(shape, size, options.clean))
     return Annotation(categories[category], mask=run_length_mask(shape, size))
 
 

@@ -14,34 +14,46 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from data_tools.preprocess.rules import resolve
-from data_tools.preprocess.volumes import pack
+from data_tools.preprocess.volumes import Volume, pack
 from data_tools.readers.dicom_drawn import Mask, labels_of, masks_of, open_drawn
 from data_tools.readers.dicom_headers import (
     ATTRIBUTES,
     DIRECTORY,
+    ENHANCED,
     SEGMENTATION,
     STRUCTURE_SET,
+    WHOLE_SLIDE,
     Attribute,
     Pseudonyms,
     attributes_of,
+    copies,
+    groups,
     modality_of,
     read_header,
     sha256_of,
+    targets,
 )
-from data_tools.readers.dicom_volumes import ENHANCED, load_slices, scale_of
 from data_tools.readers.file_rows import FileRow, RowColumns, read_rows
 from data_tools.readers.files import IMAGE_SUFFIXES, file_of, files, folder_of
-from data_tools.readers.volume_samples import FileWindow, Origin, VolumeOptions, samples
+from data_tools.readers.volume import (
+    NO_PIXELS,
+    FileWindow,
+    VolumeOptions,
+    image_of,
+    samples,
+    scale_for,
+    where_of,
+)
 from data_tools.records import ANYTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.dicom import (
@@ -54,16 +66,27 @@ from gmai_xtuner.core.imaging.dicom import (
     frame_headers,
     open_dataset,
 )
-from gmai_xtuner.core.imaging.dicom_pixels import COLOUR, colours, intensities, photometric_of
-from gmai_xtuner.core.imaging.dicom_stacks import Stack, alike, is_stack, stack_of
-from gmai_xtuner.core.imaging.volumes import LPS_TO_RAS, to_ras
+from gmai_xtuner.core.imaging.dicom_pixels import (
+    COLOUR,
+    GREY,
+    colours,
+    file_scale,
+    intensities,
+    photometric_of,
+)
+from gmai_xtuner.core.imaging.dicom_stacks import MIXED, Stack, is_stack, stack_of
+from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS
+from gmai_xtuner.core.imaging.volumes import TOO_LARGE, to_ras
+from gmai_xtuner.core.imaging.windows import Scale
 
 ORPHAN = "segmentation without its series"
 ELSEWHERE = "segmentation of other images of the study"
+NOT_WANTED = "segmentation that the job leaves out"
 COPY = "copy of a file of the same series"
 BURNED_IN = "text burned into the picture"
 BOX_OF_SERIES = "box of the table for a whole series"
 FLAWED_CUT = "uneven or tilted series cut across its slices"
+COLOURED = "series of colour pictures"
 Key = Literal["file", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"]
 _OF_AN_IMAGE = ("file", "SOPInstanceUID")
 _KINDS = (
@@ -98,7 +121,7 @@ class Options(VolumeOptions):
             changes when files are added.
     """
 
-    default_source_task: ClassVar[str] = "2D classification"
+    default_source_task = "2D classification"
 
     reader: Literal["dicom"]
     files: str = "*"
@@ -127,8 +150,6 @@ class Options(VolumeOptions):
         return self
 
 
-WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
-
 # --- units --------------------------------------------------------------------------------------
 
 
@@ -148,13 +169,10 @@ def units(options: Options) -> Iterator[Unit]:
         if not fnmatch.fnmatch(name, options.files):
             continue
         try:
-            found = read_header(options.root / name, name)
+            headers.append(read_header(options.root / name, name))
         except Unusable as error:
             bad.append((name, error))
-        else:
-            if found.sop_class != DIRECTORY:
-                headers.append(found)
-    names = Pseudonyms.for_source(options.salt, headers)
+    names = Pseudonyms.for_source(options.salt, (h for h in headers if h.sop_class != DIRECTORY))
 
     def shown(path: str, suffix: str = ".dcm") -> str:
         return f"{names.of('file', path)}{suffix}" if options.anonymous_names else path
@@ -168,8 +186,7 @@ def units(options: Options) -> Iterator[Unit]:
             suffix = next((kind for kind in _KINDS if name.lower().endswith(kind)), "")
             reason = f"{NOT_DICOM} ({suffix or 'of another kind'})"
         yield dropped(name, reason, fault.detail, suffix)
-    segmentations = []
-    images = []
+    segmentations, images = [], []
     for header in headers:
         if header.sop_class in (*SEGMENTATION, STRUCTURE_SET):
             segmentations.append(header)
@@ -177,46 +194,45 @@ def units(options: Options) -> Iterator[Unit]:
             yield dropped(header.path, "whole-slide image", "read it with `reader: slide`")
         elif header.modality in NO_PICTURES:
             yield dropped(header.path, NO_PICTURE, header.modality)
-        else:
+        elif header.sop_class != DIRECTORY:
             images.append(header)
     drawn: dict[str, list[str]] = defaultdict(list)
     of_study: dict[str, list[str]] = defaultdict(list)
-    for header in segmentations if options.segmentations else ():
-        targets = _targets(header, images, options.root)
+    for header in segmentations:
         of_study[header.study or header.patient].append(header.path)
-        for uid in targets:
+        if not options.segmentations:
+            yield dropped(header.path, NOT_WANTED)
+            continue
+        found = targets(header, images, options.root)
+        for uid in found:
             drawn[uid].append(header.path)
-        if not targets:
+        if not found:
             detail = "what it was drawn on is not below the root, or it doesn't say"
             yield dropped(header.path, ORPHAN, detail)
-    for members in _groups(images):
+    for members in groups(images):
         # A table of images says nothing of their neighbours: their series isn't taken as one.
         one_by_one = options.match in _OF_AN_IMAGE and any(
             _key(header, options.match) in rows for header in members
         )
-        on_the_series = tuple(drawn[members[0].series])
+        own = drawn[members[0].series]
         study = members[0].study or members[0].patient
+        elsewhere = [path for path in of_study[study] if study and path not in own]
         whole = options.volumes and not one_by_one and is_stack(members)
         if whole:
-            copies = _copies(members, options.root)
-            yield from (dropped(header.path, COPY) for header in copies)
-            members = [header for header in members if header not in copies]
+            again = copies(members, options.root)
+            yield from (dropped(header.path, COPY) for header in again)
+            members = [header for header in members if header not in again]
         for part in [members] if whole else [[member] for member in members]:
             first = part[0]
+            person = first.patient or first.study or first.series or first.path
             labels = [row for header in part for row in rows.get(_key(header, options.match), ())]
             payload = {
                 "paths": tuple(header.path for header in part),
-                "drawn": on_the_series,
-                "elsewhere": tuple(
-                    path for path in of_study[study] if study and path not in on_the_series
-                ),
-                "rows": tuple(
-                    dict.fromkeys((row.label, row.box) for row in labels if not row.problem)
-                ),
+                "drawn": tuple(own),
+                "elsewhere": tuple(elsewhere),
+                "rows": tuple(dict.fromkeys((r.label, r.box) for r in labels if not r.problem)),
                 "problems": tuple((row.lost, row.problem) for row in labels if row.problem),
-                "group": names.of(
-                    "patient", first.patient or first.study or first.series or first.path
-                ),
+                "group": names.of("patient", person),
             }
             yield Unit(shown(first.path), payload)
 
@@ -228,54 +244,6 @@ def _rows(options: Options) -> dict[str, list[FileRow]]:
     if not path.is_absolute():
         path = file_of(options, options.table, key="table")
     return read_rows(options.name, path, options.columns)
-
-
-def _groups(images: Sequence[Header]) -> Iterator[list[Header]]:
-    """Yield images that may be one stack; a series may hold several, such as the planes of a scout."""
-    series: dict[tuple[object, ...], list[list[Header]]] = defaultdict(list)
-    for header in images:
-        echo, time, _ = header.order
-        key = header.series or header.path, header.rows, header.columns, echo, time
-        for group in series[key]:
-            if alike(group[0], header):
-                group.append(header)
-                break
-        else:
-            series[key].append([header])
-    return (group for groups in series.values() for group in groups)
-
-
-def _copies(members: Sequence[Header], root: Path) -> list[Header]:
-    """Return the files that are there again under another name, byte for byte."""
-    instances = Counter(header.instance for header in members)
-    seen, copies = set(), []
-    for header in sorted(members, key=lambda member: member.path):
-        if instances[header.instance] > 1:
-            digest = sha256_of([root / header.path])
-            if digest in seen:
-                copies.append(header)
-            seen.add(digest)
-    return copies
-
-
-def _targets(header: Header, images: Sequence[Header], root: Path) -> list[str]:
-    """Return the series that a segmentation was drawn on: those that it names, or whose images it names."""
-    known = dict.fromkeys(image.series for image in images if image.series)
-    if named := [uid for uid in header.references if uid in known]:
-        return named
-    referred = set()
-    try:
-        with damage_as(DAMAGED):
-            waiting = [open_dataset(root / header.path)]
-            while waiting:
-                for element in waiting.pop():
-                    if element.VR == "SQ":
-                        waiting += element.value
-                    elif element.keyword == "ReferencedSOPInstanceUID":
-                        referred.add(str(element.value))
-    except Unusable:
-        return []
-    return list(dict.fromkeys(image.series for image in images if image.instance in referred))
 
 
 def _key(header: Header, match: Key) -> str:
@@ -296,52 +264,11 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     if "drop" in unit.payload:
         raise Unusable(*unit.payload["drop"])
     with damage_as(DAMAGED):
-        yield from _read(options, unit, drops)
-
-
-def _read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
-    payload = unit.payload
-    for lost, problem in payload["problems"]:
-        drops.add("row of the table that can't be used", unit.key, problem, lost=lost)
-    paths = [options.root / path for path in payload["paths"]]
-    said = [Annotation(label, box) for label, box in payload["rows"] if label]
-    if len(paths) > 1 and (boxed := [item.label for item in said if item.box is not None]):
-        # Its slices are turned and perhaps cut another way: the box isn't where it was.
-        drops.add(BOX_OF_SERIES, unit.key, ", ".join(boxed), lost=boxed)
-        said = [item for item in said if item.box is None]
-    if options.label == "folder":
-        said.append(Annotation(paths[0].parent.name))
-    data = open_dataset(paths[0])
-    if options.burned_in == "drop" and _is_burned_in(data):
-        raise Unusable(BURNED_IN)
-    notes = {}
-    for path in payload["drawn"]:
-        with contextlib.suppress(Unusable):  # `_drawn` says so
-            if open_drawn(options.root / path).get("SegmentationType") == "FRACTIONAL":
-                notes["segmentation"] = "fractions from one half up"
-    origin = Origin(
-        unit.key,
-        preprocessing=notes,
-        group=payload["group"],
-        modality=modality_of(data),
-        attributes=attributes_of(data, options.keep),
-        sha256=sha256_of([*paths, *(options.root / path for path in payload["drawn"])]),
-        whole=tuple(said),
-    )
-    # The places of slices are in the headers, those of frames in one of them.
-    if len(paths) > 1:
-        planes = [
-            read_header(path, name) for path, name in zip(paths, payload["paths"], strict=True)
-        ]
-    else:
-        planes = frame_headers(data)
-    is_volume = (
-        str(data.get("SOPClassUID", "")) in ENHANCED and options.volumes and is_stack(planes)
-    )
-    if len(paths) > 1 or is_volume:
-        yield from _volume(options, payload, data, planes, origin, drops)
-    else:
-        yield from _frames(options, payload, data, planes, origin, drops)
+        images = _opened(options, unit, drops)
+        first = str(images.data.get("SOPClassUID", ""))
+        enhanced = options.volumes and first in ENHANCED and is_stack(images.planes)
+        is_volume = len(unit.payload["paths"]) > 1 or enhanced
+        yield from images.of_volume() if is_volume else images.of_frames()
 
 
 def read_picture(path: Path, *, source_file: str) -> Sample:
@@ -382,101 +309,173 @@ def _image(data: Any, frame: int, *, window: FileWindow, voi: int | str) -> tupl
     if photometric_of(data) in COLOUR:
         return colours(data, frame)
     values = intensities(data, frame)
-    scale = scale_of(data, values, frame=frame, window=window, voi=voi)
+    scale = _scale_of(data, values, frame, window=window, voi=voi)
     return scale.apply(values), scale.text
 
 
-def _frames(
-    options: Options,
-    payload: dict[str, Any],
-    data: Any,
-    planes: Sequence[Header],
-    origin: Origin,
-    drops: Drops,
-) -> Iterator[Sample]:
-    """Yield an image for each frame, with what was drawn into it."""
-    count = len(planes)
-    taken: Sequence[int] = range(0, count, options.every)
-    if options.at_most is not None and len(taken) > options.at_most:
-        places = np.linspace(0, len(taken) - 1, options.at_most).round().astype(int)
-        taken = [taken[place] for place in places]
-    stack = None
-    if planes[0].position and planes[0].orientation and (count == 1 or is_stack(planes)):
-        with contextlib.suppress(Unusable):  # frames without a place may be referred to
-            stack = stack_of(planes)
-    masks = _drawn(options, payload, stack.planes if stack else planes, stack, origin, drops)
-    of_frame = {frame: at for at, frame in enumerate(stack.order if stack else range(count))}
-    edge = resolve(options.clean).min_edge_ratio
-    for frame in taken:
-        with drops.image(origin.source_file if count == 1 else f"{origin.source_file}#{frame}"):
-            pixels, text = _image(data, frame, window=options.window, voi=options.voi)
-            height, width = pixels.shape[:2]
-            if count > 1 and min(height, width) < edge * max(height, width):
-                raise Unusable("frame with a short edge", f"{width} x {height}")
-            regions = tuple(
-                Annotation(label, mask=mask[of_frame[frame]])
-                for label, mask in masks
-                if mask[of_frame[frame]].any()
-            )
-            part = {} if count == 1 else {"frame": frame}
-            yield origin.sample(pixels, {"window": text}, annotations=regions, part=part)
+def _scale_of(
+    data: Any, values: np.ndarray, frame: int, *, window: FileWindow, voi: int | str
+) -> Scale:
+    """Return the scale that a job's ``window`` means for a grey image.
+
+    Args:
+        data: whose VOI LUT or window is taken for ``file``; without one that means ``auto``.
+        values: all intensities that ``auto`` and the like look at.
+        frame: whose window is taken.
+        window, voi: see `Options`.
+
+    Raises:
+        Unusable: the file has windows, but not the one that is wanted, or a wrong one.
+    """
+    own = file_scale(data, frame, voi) if window == "file" else None
+    chosen = "auto" if window == "file" else window
+    scale = own or scale_for(chosen, values, modality=modality_of(data))
+    white_is_low = photometric_of(data) == "MONOCHROME1"
+    return scale.inverted("MONOCHROME1 turned round") if white_is_low else scale
 
 
-def _volume(
-    options: Options,
-    payload: dict[str, Any],
-    data: Any,
-    planes: Sequence[Header],
-    origin: Origin,
-    drops: Drops,
-) -> Iterator[Sample]:
-    def data_of(plane: Header) -> Any:
-        return open_dataset(options.root / plane.path) if plane.path else data
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """The images of one unit.
 
-    how: dict[str, Any] = {"window": options.window, "voi": options.voi}
-    slices = load_slices(planes, data_of, max_voxels=options.max_voxels, **how)
-    stack = slices.stack
-    if stack.flaw:
-        if stack.axis not in options.slices.axes:
-            detail = f"{stack.flaw}; its slices lie along {stack.axis}, see `slices.axes`"
-            raise Unusable(FLAWED_CUT, detail)
-        slicing = options.slices.model_copy(update={"axes": (stack.axis,)})
-        options = options.model_copy(update={"slices": slicing})
-        notes = {**origin.preprocessing, "slices": stack.flaw}
-        origin = replace(origin, preprocessing=notes)
-    masks = _drawn(options, payload, stack.planes, stack, origin, drops)
-    volume = slices.volume()
-    affine, nothing = LPS_TO_RAS @ stack.affine, dict[str, str]()
-    turned = [(label, to_ras(mask, affine)[0], nothing) for label, mask in masks]
-    layers, structures = pack(turned, volume.voxels.shape)
-    volume = replace(volume, layers=layers, structures=structures)
-    yield from samples(volume, origin, options, drops, scale=slices.scale)
+    Args:
+        options: of the source.
+        payload: of the unit.
+        data: of the first file.
+        planes: a header for each slice or frame.
+        origin: what all of them have in common.
+        drops: takes what is left out.
+    """
+
+    options: Options
+    payload: Mapping[str, Any]
+    data: Any
+    planes: Sequence[Header]
+    origin: Sample
+    drops: Drops
+
+    def of_frames(self) -> Iterator[Sample]:
+        """Yield an image for each frame, with what was drawn into it."""
+        options, planes, count = self.options, self.planes, len(self.planes)
+        taken: Sequence[int] = range(0, count, options.every)
+        if options.at_most is not None and len(taken) > options.at_most:
+            places = np.linspace(0, len(taken) - 1, options.at_most).round().astype(int)
+            taken = [taken[place] for place in places]
+        stack = None
+        if planes[0].position and planes[0].orientation and (count == 1 or is_stack(planes)):
+            with contextlib.suppress(Unusable):  # frames without a place may be referred to
+                stack = stack_of(planes)
+        masks = self._drawn(stack)
+        of_frame = {frame: at for at, frame in enumerate(stack.order if stack else range(count))}
+        edge, name = resolve(options.clean).min_edge_ratio, self.origin.source_file
+        for frame in taken:
+            with self.drops.image(name if count == 1 else f"{name}#{frame}"):
+                pixels, text = _image(self.data, frame, window=options.window, voi=options.voi)
+                height, width = pixels.shape[:2]
+                if count > 1 and min(height, width) < edge * max(height, width):
+                    raise Unusable("frame with a short edge", f"{width} x {height}")
+                held = ((label, mask[of_frame[frame]]) for label, mask in masks)
+                regions = tuple(Annotation(label, mask=mask) for label, mask in held if mask.any())
+                part = {} if count == 1 else {"frame": frame}
+                yield image_of(self.origin, pixels, {"window": text}, regions, **part)
+
+    def of_volume(self) -> Iterator[Sample]:
+        """Yield the images that are cut out of slices one behind the other."""
+        origin, axis, stack = self.origin, None, stack_of(self.planes)
+        array, scale = self._voxels(stack)
+        if stack.flaw:
+            axis = stack.axis
+            if axis not in self.options.slices.axes:
+                detail = f"{stack.flaw}; its slices lie along {axis}, see `slices.axes`"
+                raise Unusable(FLAWED_CUT, detail)
+            notes = {**origin.preprocessing, "slices": stack.flaw}
+            origin = replace(origin, preprocessing=notes)
+        affine, nothing = LPS_TO_RAS @ stack.affine, dict[str, str]()
+        turned = [(label, to_ras(mask, affine)[0], nothing) for label, mask in self._drawn(stack)]
+        voxels, turned_affine = to_ras(array, affine)
+        volume = Volume(voxels, turned_affine, *pack(turned, voxels.shape))
+        yield from samples(volume, origin, self.options, self.drops, scale=scale, axis=axis)
+
+    def _voxels(self, stack: Stack) -> tuple[np.ndarray, Scale]:
+        """Return float32 ``[slice, row, column]``, and the middle slice's window, which is that of all.
+
+        Raises:
+            Unusable: a slice can't be read or isn't grey, or there are too many voxels.
+        """
+        options, count, first = self.options, len(stack.planes), stack.planes[0]
+        if (voxels := count * first.rows * first.columns) > options.max_voxels:
+            raise Unusable(TOO_LARGE, f"{voxels} voxels, {options.max_voxels} allowed")
+        array = np.empty((count, first.rows, first.columns), dtype=np.float32)
+        middle, frame = self.data, 0
+        for index, plane in enumerate(stack.planes):
+            data = open_dataset(options.root / plane.path) if plane.path else self.data
+            if photometric_of(data) not in GREY:
+                raise Unusable(COLOURED, f"{count} images")
+            values = intensities(data, plane.frame)
+            if values.shape != array.shape[1:]:
+                raise Unusable(MIXED, f"{count} images")
+            array[index] = values
+            if index == count // 2:
+                middle, frame = data, plane.frame
+        return array, _scale_of(middle, array, frame, window=options.window, voi=options.voi)
+
+    def _drawn(self, stack: Stack | None) -> list[Mask]:
+        """Return what was drawn into the images, in the order of the stack, if they have a place.
+
+        Labels of what doesn't fit, or is drawn elsewhere, are lost.
+        """
+        root, where = self.options.root, where_of(self.origin)
+        masks: list[Mask] = []
+        for path in self.payload["drawn"]:
+            lost: Iterable[str] = [ANYTHING]
+            try:
+                data = open_drawn(root / path)
+                lost = [label or ANYTHING for label in labels_of(data).values()]
+                planes = stack.planes if stack else self.planes
+                masks += masks_of(data, planes, stack, self.drops, where)
+            except Unusable as error:
+                self.drops.add(error.reason, where, error.detail, lost=lost)
+        known = {label for label, _ in masks}
+        for path in self.payload["elsewhere"]:
+            with self.drops.annotation(where, ANYTHING):
+                labels = labels_of(open_drawn(root / path)).values()
+                if others := {label or ANYTHING for label in labels} - known:
+                    self.drops.add(ELSEWHERE, where, lost=others)
+        return masks
 
 
-def _drawn(
-    options: Options,
-    payload: dict[str, Any],
-    planes: Sequence[Header],
-    stack: Stack | None,
-    origin: Origin,
-    drops: Drops,
-) -> list[Mask]:
-    """Return what was drawn into images; labels of what doesn't fit, or is drawn elsewhere, are lost."""
-    masks: list[Mask] = []
-    for path in payload["drawn"]:
-        lost: Iterable[str] = [ANYTHING]
-        try:
-            data = open_drawn(options.root / path)
-            lost = [label or ANYTHING for label in labels_of(data).values()]
-            masks += masks_of(data, planes, stack, drops, origin.where)
-        except Unusable as error:
-            drops.add(error.reason, origin.where, error.detail, lost=lost)
-    known = {label for label, _ in masks}
-    for path in payload["elsewhere"]:
-        with drops.annotation(origin.where, ANYTHING):
-            others = {
-                label or ANYTHING for label in labels_of(open_drawn(options.root / path)).values()
-            }
-            if others - known:
-                drops.add(ELSEWHERE, origin.where, lost=others - known)
-    return masks
+def _opened(options: Options, unit: Unit, drops: Drops) -> _Images:
+    payload = unit.payload
+    for lost, problem in payload["problems"]:
+        drops.add("row of the table that can't be used", unit.key, problem, lost=lost)
+    paths, drawn = ([options.root / path for path in payload[key]] for key in ("paths", "drawn"))
+    said = [Annotation(label, box) for label, box in payload["rows"] if label]
+    if len(paths) > 1 and (boxed := [item.label for item in said if item.box is not None]):
+        # Its slices are turned and perhaps cut another way: the box isn't where it was.
+        drops.add(BOX_OF_SERIES, unit.key, ", ".join(boxed), lost=boxed)
+        said = [item for item in said if item.box is None]
+    if options.label == "folder":
+        said.append(Annotation(paths[0].parent.name))
+    data = open_dataset(paths[0])
+    if options.burned_in == "drop" and _is_burned_in(data):
+        raise Unusable(BURNED_IN)
+    notes = {}
+    for path in drawn:
+        with contextlib.suppress(Unusable):  # `_drawn` says so
+            if open_drawn(path).get("SegmentationType") == "FRACTIONAL":
+                notes["segmentation"] = "fractions from one half up"
+    # The places of slices are in the headers, those of frames in one of them.
+    planes = frame_headers(data)
+    if len(paths) > 1:
+        planes = [read_header(options.root / name, name) for name in payload["paths"]]
+    origin = Sample(
+        NO_PIXELS,
+        unit.key,
+        tuple(said),
+        group=payload["group"],
+        modality=modality_of(data),
+        attributes=attributes_of(data, options.keep),
+        preprocessing=notes,
+        sha256=sha256_of([*paths, *drawn]),
+    )
+    return _Images(options, payload, data, planes, origin, drops)

@@ -11,7 +11,7 @@ or alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,13 @@ def masks_of(
         Unusable: nothing of it can be read.
     """
     labels = labels_of(data)
-    shape = (len(planes), planes[0].rows, planes[0].columns)
-    find = _segments if _is_segmentation(data) else _contours
     with damage_as(BAD_SEGMENTATION), quiet():
-        masks, problems = find(data, planes, stack, shape, labels)
+        if _is_segmentation(data):
+            masks, problems = _segments(data, planes, stack, labels)
+        elif stack is None:
+            raise Unusable(OTHER_GRID, "images without a place")
+        else:
+            masks, problems = _contours(data, stack, labels)
     for number, found in problems.items():
         label = labels.get(number, "")
         for reason, detail in found.items():
@@ -157,19 +160,23 @@ def _sources(items: Any) -> set[tuple[str, int | None]]:
 # --- SEG ----------------------------------------------------------------------------------------
 
 
+def _no_masks(planes: Sequence[Header], numbers: Iterable[int] = ()) -> dict[int, np.ndarray]:
+    """Return an empty mask for each of the structures; for others it is made when they are asked for."""
+    shape = (len(planes), planes[0].rows, planes[0].columns)
+    masks: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(shape, dtype=bool))
+    return masks | {number: np.zeros(shape, dtype=bool) for number in numbers}
+
+
 def _segments(
-    data: Any,
-    planes: Sequence[Header],
-    stack: Stack | None,
-    shape: tuple[int, int, int],
-    labels: dict[int, str],
+    data: Any, planes: Sequence[Header], stack: Stack | None, labels: dict[int, str]
 ) -> Found:
     kind = str(data.get("SegmentationType") or "")
     top = int((numbers(data, "MaximumFractionalValue") or [1])[0])
     frames = frame_headers(data)
     if stack is not None and (distance := _distance(data, frames, stack)):
         return {}, {number: {OTHER_GRID: distance} for number in labels}
-    masks = {number: np.zeros(shape, dtype=bool) for number in labels}
+    masks = _no_masks(planes, labels)
+    shape = (len(planes), planes[0].rows, planes[0].columns)
     values: dict[int, list[tuple[tuple[np.ndarray, ...], np.ndarray]]] = defaultdict(list)
     problems: dict[int, dict[str, str]] = defaultdict(dict)
     for frame in frames:
@@ -199,7 +206,6 @@ def _segments(
         for number in present:
             one = inside & (held == number)
             here = tuple(at[one].T)
-            masks.setdefault(number, np.zeros(shape, dtype=bool))
             if kind == "FRACTIONAL":
                 values[number].append((here, pixels[rows[one], columns[one]]))
             else:
@@ -208,7 +214,7 @@ def _segments(
         # Files that were made from binary masks hold 0 and 1 of 255.
         peak = max(int(part.max(initial=0)) for _, part in parts)
         least = 1 if peak == 1 else top / 2
-        faint = np.zeros(shape[0], dtype=bool)
+        faint = np.zeros(len(planes), dtype=bool)
         for here, part in parts:
             masks[number][tuple(axis[part >= least] for axis in here)] = True
             faint[np.unique(here[0])] = True
@@ -239,11 +245,8 @@ def _distance(data: Any, frames: Sequence[Header], stack: Stack) -> str:
         heights = {round(float(np.dot(f.position, normal)), 2) for f in frames if f.position}
         own = [float(np.diff(sorted(heights)).min())] if len(heights) > 1 else []
     gap = float(np.median(np.diff(stack.heights)))
-    return (
-        f"slices {own[0]:g} mm apart on images {gap:g} mm apart"
-        if own and own[0] > 1.5 * gap
-        else ""
-    )
+    apart = f"slices {own[0]:g} mm apart on images {gap:g} mm apart" if own else ""
+    return apart if own and own[0] > 1.5 * gap else ""
 
 
 def _place(
@@ -292,16 +295,8 @@ def _place(
 # --- RTSTRUCT -----------------------------------------------------------------------------------
 
 
-def _contours(
-    data: Any,
-    planes: Sequence[Header],
-    stack: Stack | None,
-    shape: tuple[int, int, int],
-    labels: dict[int, str],
-) -> Found:
-    if stack is None:
-        return {}, {number: {OTHER_GRID: "images without a place"} for number in labels}
-    masks: dict[int, np.ndarray] = {}
+def _contours(data: Any, stack: Stack, labels: dict[int, str]) -> Found:
+    masks = _no_masks(stack.planes)
     problems: dict[int, dict[str, str]] = defaultdict(dict)
     seen = set()
     for item in data.get("ROIContourSequence") or []:
@@ -310,23 +305,21 @@ def _contours(
         for contour in item.get("ContourSequence") or []:
             seen.add(number)
             try:
-                found = _ring(contour, planes, stack)
+                found = _ring(contour, stack)
             except Unusable as error:
                 problems[number][error.reason] = error.detail
             else:
                 if found is not None:
                     rings[found[0]].append(found[1:])
-        mask = masks.setdefault(number, np.zeros(shape, dtype=bool))
+        mask = masks[number]
         for at, of_slice in rings.items():
-            mask[at] |= _filled(of_slice, shape[1:])
+            mask[at] |= _filled(of_slice, mask.shape[1:])
     for number in labels.keys() - seen:
         problems[number][NO_CONTOURS] = ""
     return masks, problems
 
 
-def _ring(
-    contour: Any, planes: Sequence[Header], stack: Stack
-) -> tuple[int, np.ndarray, bool] | None:
+def _ring(contour: Any, stack: Stack) -> tuple[int, np.ndarray, bool] | None:
     """Return a contour's image, its corners ``[N, 2]`` (column, row), and if it is combined by exclusive or.
 
     Returns:
@@ -345,10 +338,10 @@ def _ring(
         raise Unusable(NO_REGION, f"{len(values) // 3} points")
     indices = stack.indices(np.array(values).reshape(-1, 3))
     sources = _sources(contour.get("ContourImageSequence"))
-    named = _named(sources, planes)
+    named = _named(sources, stack.planes)
     place = float(indices[:, 0].mean())
     at = round(place)
-    if not -0.5 < place < len(planes) - 0.5:
+    if not -0.5 < place < len(stack.planes) - 0.5:
         return None
     if np.abs(indices[:, 0] - at).max() > OFF_SLICE:
         if sources and not named:

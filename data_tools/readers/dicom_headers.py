@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The little of a DICOM header that leaves the reader.
+"""The little of a DICOM header that leaves the reader, and the headers of one series.
 
 Only these leave, each only in the form named: the modality's code; ``BodyPartExamined``, ``ViewPosition`` and
 laterality (`ATTRIBUTES`); labels of segments. Names, numbers, dates, places, devices, descriptions, comments,
@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,16 @@ from typing import Any, Literal
 from data_tools.readers.files import LINK
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.dicom import (
+    DAMAGED,
     Header,
+    damage_as,
     harmless,
     header_of,
     identity,
     modality_code,
     open_dataset,
 )
+from gmai_xtuner.core.imaging.dicom_stacks import alike
 
 Attribute = Literal["BodyPartExamined", "ViewPosition", "Laterality", "PatientSex"]
 ATTRIBUTES: tuple[Attribute, ...] = ("BodyPartExamined", "ViewPosition", "Laterality")
@@ -34,6 +38,15 @@ ATTRIBUTES: tuple[Attribute, ...] = ("BodyPartExamined", "ViewPosition", "Latera
 SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 DIRECTORY = "1.2.840.10008.1.3.10"
+WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+ENHANCED = (
+    "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT
+    "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT
+    "1.2.840.10008.5.1.4.1.1.4.1",  # Enhanced MR
+    "1.2.840.10008.5.1.4.1.1.4.4",  # Legacy Converted Enhanced MR
+    "1.2.840.10008.5.1.4.1.1.130",  # Enhanced PET
+    "1.2.840.10008.5.1.4.1.1.128.1",  # Legacy Converted Enhanced PET
+)
 
 _SIDES = {"L": "left", "R": "right", "B": "both", "U": ""}
 _SEXES = {"M": "male", "F": "female"}
@@ -121,3 +134,53 @@ def sha256_of(paths: Iterable[Path]) -> str:
 def _sha256(path: Path, changed: int, size: int) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+# --- series ---------------------------------------------------------------------------------------
+
+
+def groups(images: Sequence[Header]) -> Iterator[list[Header]]:
+    """Yield images that may be one stack; a series may hold several, such as the planes of a scout."""
+    series: dict[tuple[object, ...], list[list[Header]]] = defaultdict(list)
+    for header in images:
+        echo, time, _ = header.order
+        made = series[header.series or header.path, header.rows, header.columns, echo, time]
+        own = next((group for group in made if alike(group[0], header)), None)
+        if own is None:
+            made.append([header])
+        else:
+            own.append(header)
+    return (group for made in series.values() for group in made)
+
+
+def copies(members: Sequence[Header], root: Path) -> list[Header]:
+    """Return the files that are there again under another name, byte for byte."""
+    instances = Counter(header.instance for header in members)
+    seen, found = set(), []
+    for header in sorted(members, key=lambda member: member.path):
+        if instances[header.instance] > 1:
+            digest = sha256_of([root / header.path])
+            if digest in seen:
+                found.append(header)
+            seen.add(digest)
+    return found
+
+
+def targets(header: Header, images: Sequence[Header], root: Path) -> list[str]:
+    """Return the series that a segmentation was drawn on: those that it names, or whose images it names."""
+    known = dict.fromkeys(image.series for image in images if image.series)
+    if named := [uid for uid in header.references if uid in known]:
+        return named
+    referred = set()
+    try:
+        with damage_as(DAMAGED):
+            waiting = [open_dataset(root / header.path)]
+            while waiting:
+                for element in waiting.pop():
+                    if element.VR == "SQ":
+                        waiting += element.value
+                    elif element.keyword == "ReferencedSOPInstanceUID":
+                        referred.add(str(element.value))
+    except Unusable:
+        return []
+    return list(dict.fromkeys(image.series for image in images if image.instance in referred))

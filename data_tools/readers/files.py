@@ -126,6 +126,22 @@ def file_below(source: SourceOptions, name: str, missing: str = MISSING) -> Path
     raise Unusable(missing, name)
 
 
+def annotation_files(source: SourceOptions, folder: str, suffix: str) -> list[str]:
+    """Return the files of a suffix, in any letter case, in the folder that the job's ``annotations`` names.
+
+    Raises:
+        SourceError: there is no such folder below the root, or no such file in it.
+    """
+    folder_of(source, folder, key="annotations")
+    names = [n for n in files(source, folder.strip("/")) if n.lower().endswith(suffix)]
+    if not names:
+        raise SourceError(
+            f"Source {source.name}: no {suffix} file in {folder!r} below {str(source.root)!r}. Correct "
+            "`annotations`."
+        )
+    return names
+
+
 def read_annotation_file(source: SourceOptions, name: str, unreadable: str) -> bytes:
     """Return the content of an annotation file.
 
@@ -236,6 +252,29 @@ def _is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+def open_sized(
+    source: SourceOptions, name: str, stated: Sequence[object] = (0, 0)
+) -> tuple[Sample, tuple[int, int]]:
+    """Return an image as `open_image` does, and its size, see `size_of`.
+
+    Args:
+        source, name: see `open_image`.
+        stated: width and height that an annotation states; 0 or None for what it doesn't.
+
+    Raises:
+        Unusable: as `open_image`, or the size is another one.
+    """
+    found = open_image(source, name)
+    size = size_of(found)
+    texts = [str(side or 0).strip().removesuffix(".0") for side in stated]
+    if "0" not in texts and texts != list(map(str, size)):
+        raise Unusable(
+            "image of another size than its annotation says",
+            f"{size[0]} x {size[1]}, said {texts[0]} x {texts[1]}",
+        )
+    return found, size
+
+
 def size_of(image: Sample | Path) -> tuple[int, int]:
     """Return width and height as stored; of an image file only the header is read, EXIF is not applied.
 
@@ -251,16 +290,3 @@ def size_of(image: Sample | Path) -> tuple[int, int]:
             return found.size
     except ImageError as error:
         raise unusable(error, path) from error
-
-
-def check_size(size: tuple[int, int], stated: tuple[object, object]) -> None:
-    """Compare width and height with those that an annotation states, if it states both.
-
-    Raises:
-        Unusable: they differ.
-    """
-    if None not in stated and stated != size:
-        raise Unusable(
-            "image of another size than its annotation says",
-            f"{size[0]} x {size[1]}, said {stated[0]} x {stated[1]}",
-        )

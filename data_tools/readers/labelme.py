@@ -18,19 +18,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
-from data_tools.readers.files import (
-    check_size,
-    files,
-    folder_of,
-    open_image,
-    read_annotation_file,
-    size_of,
-)
+from data_tools.readers.files import annotation_files, open_sized, read_annotation_file
 from data_tools.readers.shapes import numbers, polygon_mask, upright_box
 from data_tools.records import Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
+from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.images import decode_pixels
 
 BAD = "JSON of labelme that can't be read"
@@ -57,13 +49,7 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: the folder is missing, or there is no JSON file in it.
     """
-    folder_of(options, options.annotations, key="annotations")
-    names = [
-        name for name in files(options, options.annotations.strip("/")) if name.endswith(".json")
-    ]
-    if not names:
-        raise SourceError(f"Source {options.name}: no JSON file below {str(options.root)!r}.")
-    yield from (Unit(name) for name in names)
+    yield from map(Unit, annotation_files(options, options.annotations, ".json"))
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
@@ -77,12 +63,11 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     if not isinstance(shapes, list) or not isinstance(name, str):
         raise Unusable("JSON without `shapes` and `imagePath`", "not written by labelme?")
     path = posixpath.normpath(posixpath.join(posixpath.dirname(unit.key), name.replace("\\", "/")))
-    found = open_image(options, path)
-    size = size_of(found)
-    check_size(size, (content.get("imageWidth"), content.get("imageHeight")))
+    stated = (content.get("imageWidth"), content.get("imageHeight"))
+    found, size = open_sized(options, path, stated)
     flags = content.get("flags")
-    set_ = [key for key, value in flags.items() if value is True] if isinstance(flags, dict) else []
-    annotations = [Annotation(str(key)) for key in set_]
+    flags = flags.items() if isinstance(flags, dict) else ()
+    annotations = [Annotation(key) for key, is_set in flags if is_set is True]
     for number, shape in enumerate(shapes):
         shape = shape if isinstance(shape, dict) else {}
         label = shape.get("label")
@@ -99,11 +84,10 @@ def _annotation(
 ) -> Annotation:
     kind = shape.get("shape_type", "polygon")
     points = _points(shape.get("points"))
-    if kind == "rectangle" and len(points) == 2:
+    if kind == "rectangle" and len(points) in (2, 4):  # other tools write all corners
         return Annotation(label, upright_box(points))
     if kind == "mask" and len(points) == 2:
-        mask = _mask(shape.get("mask"), points[0], size)
-        return Annotation(label, mask=mask)
+        return Annotation(label, mask=_mask(shape.get("mask"), points[0], size))
     if kind == "circle" and len(points) == 2:
         (x, y), edge = points
         radius = math.dist((x, y), edge)
@@ -113,9 +97,8 @@ def _annotation(
         raise Unusable("shape that is no region", f"{kind} of {len(points)} points"[:200])
     if options.regions == "boxes":
         return Annotation(label, upright_box(points))
-    clip = resolve(options.clean).clip_boxes
     flat = [value for point in points for value in point]
-    return Annotation(label, mask=polygon_mask([flat], size, clip=clip))
+    return Annotation(label, mask=polygon_mask([flat], size, options.clean))
 
 
 def _points(values: Any) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,15 +24,16 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from data_tools.readers import SourceOptions
-from data_tools.readers.files import (
-    below,
-    file_below,
-    file_of,
-    folder_of,
-    open_image,
-    size_of,
+from data_tools.readers.files import below, file_below, file_of, folder_of, open_sized, size_of
+from data_tools.readers.patterns import (
+    Patterns,
+    Places,
+    check_templates,
+    one_reading,
+    paired,
+    pattern,
+    place_names,
 )
-from data_tools.readers.patterns import Places, one_reading, paired, pattern, place_names
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
 from gmai_xtuner.core.imaging.images import opened
@@ -63,7 +64,7 @@ class Options(SourceOptions):
 
     reader: Literal["masks"]
     images: str | None = None
-    masks: str | tuple[str, ...] = ()
+    masks: Patterns = ()
     map: str | None = None
     classes: str | None = None
     kind: Literal["binary", "indexed", "colours"] = "binary"
@@ -78,11 +79,9 @@ class Options(SourceOptions):
             raise ValueError("either `images` and `masks`, or `map`")
         if self.images is not None and not self.masks:
             raise ValueError("`masks`, the pattern of the masks' paths, is missing")
-        for template in (self.images or "", *self.templates):
-            if template.startswith("/") or ".." in template.split("/"):
-                raise ValueError(f"the pattern {template!r} leads out of the root")
-        named = all("label" in place_names(template) for template in self.templates)
-        if self.kind == "binary" and self.label is None and not (self.templates and named):
+        check_templates(self.images or "", *self.masks)
+        named = all("label" in place_names(template) for template in self.masks)
+        if self.kind == "binary" and self.label is None and not (self.masks and named):
             raise ValueError("binary masks need `label`, or {label} in the pattern `masks`")
         if self.kind != "binary" and (self.label is not None or self.foreground is not None):
             raise ValueError("`label` and `foreground` are of `kind: binary`")
@@ -97,11 +96,6 @@ class Options(SourceOptions):
                 raise ValueError(f"a colour is written #rrggbb, got {colour!r}")
         return self
 
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """The patterns of masks."""
-        return (self.masks,) if isinstance(self.masks, str) else self.masks
-
 
 def units(options: Options) -> Iterator[Unit]:
     """Yield a unit for each image, with its masks' paths if a map has them.
@@ -115,15 +109,14 @@ def units(options: Options) -> Iterator[Unit]:
     if options.map is not None:
         yield from _mapped(options, options.map)
         return
-    found = paired(options, options.images or "", options.templates, labels=_codes(options))
+    found = paired(options, options.images or "", options.masks, labels=_codes(options))
     yield from (Unit(one.path, (one.places, one.masks)) for one in found)
 
 
-def _codes(options: Options) -> set[str] | None:
+def _codes(options: Options) -> Collection[str] | None:
     """Return what ``{label}`` may be, as far as the job says it."""
-    known = None if options.labels is None else set(options.labels)
     if options.classes is None:
-        return known
+        return options.labels
     tables = _classes(below(options, options.classes))
     return {str(number) for table in tables.values() for number in table}
 
@@ -175,14 +168,12 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     An image of which one mask is no good is dropped as a whole: what the mask would have shown can't be told
     from what isn't there.
     """
-    found = open_image(options, unit.key)
-    size = size_of(found)
+    found, size = open_sized(options, unit.key)
     places, masks = unit.payload if options.map is None else _of_map(options, unit)
     if not masks:
         raise Unusable("image without a mask")
     shown: list[Annotation] = []
     examined: set[str] = set()
-    empty: list[str] = []
     for name, texts in masks:
         of_mask = _annotations(options, name, texts, size)
         shown += of_mask
@@ -190,9 +181,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         if options.kind == "binary":  # an empty one says that there is none
             examined.add(options.label or _label(options, texts, name))
         if not of_mask:
-            empty.append(name)
-    for name in empty:
-        drops.add("empty mask", unit.key, name, lost=NOTHING)
+            drops.add("empty mask", unit.key, name, lost=NOTHING)
     group = places.get("group") or found.group
     yield replace(found, annotations=tuple(shown), group=group, examined=tuple(sorted(examined)))
 
@@ -205,10 +194,10 @@ def _of_map(options: Options, unit: Unit) -> tuple[Places, list[tuple[str, Place
     places: Places = {}
     found = []
     for name in dict.fromkeys(names):
-        fits = (pattern(template).readings(name) for template in options.templates)
+        fits = (pattern(template).readings(name) for template in options.masks)
         readings = next((of_one for of_one in fits if of_one), [])
         texts = one_reading(readings, _codes(options), path=name, key="masks", source=options.name)
-        if options.templates and texts is None:
+        if options.masks and texts is None:
             raise Unusable("mask whose path doesn't fit the pattern", name)
         texts = texts or {}
         places = {"group": texts["group"]} if "group" in texts else places
@@ -222,34 +211,28 @@ def _annotations(
     path = file_below(options, name, "no such mask file")
     stated = size_of(path)
     if stated != size:
-        raise Unusable(
-            "mask of another size than its image",
-            f"{name}: {stated[0]} x {stated[1]}, the image {size[0]} x {size[1]}",
-        )
+        sizes = f"{stated[0]} x {stated[1]}, the image {size[0]} x {size[1]}"
+        raise Unusable("mask of another size than its image", f"{name}: {sizes}")
     values = _values(path, name, colours=options.kind == "colours")
     if options.kind == "binary":
         mask = _foreground(values, options.foreground, name)
         label = options.label or _label(options, texts, name)
         return [Annotation(label, mask=mask)] if mask.any() else []
-    present = [int(value) for value in np.unique(values)]
+    present = np.unique(values).tolist()
+    named: dict[int, str | None]
     if options.kind == "indexed":
-        codes = {value: str(value) for value in present if value not in options.background}
-        if options.classes is not None:
-            codes = {
-                value: _label(options, texts | {"label": code}, name)
-                for value, code in codes.items()
-            }
+        named = {
+            value: _label(options, texts | {"label": str(value)}, name)
+            for value in present
+            if value not in options.background
+        }
     else:
         named = {int(colour[1:], 16): label for colour, label in options.colours.items()}
-        unknown = [f"#{value:06x}" for value in present if value not in named]
-        if unknown:
-            raise Unusable(
-                "mask with an unknown colour",
-                f"{name}: {', '.join(unknown[:8])}, {len(unknown)} in all",
-            )
-        kept = {value: named[value] for value in present}
-        codes = {value: kind for value, kind in kept.items() if kind is not None}
-    return [Annotation(label, mask=values == value) for value, label in codes.items()]
+        if unknown := [f"#{value:06x}" for value in present if value not in named]:
+            detail = f"{name}: {', '.join(unknown[:8])}, {len(unknown)} in all"
+            raise Unusable("mask with an unknown colour", detail)
+    found = ((value, named.get(value)) for value in present)
+    return [Annotation(label, mask=values == value) for value, label in found if label is not None]
 
 
 def _label(options: Options, texts: dict[str, str], name: str) -> str:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import files, folder_of, listed
@@ -171,23 +174,43 @@ class Paired:
     masks: list[tuple[str, Places]]
 
 
+Patterns = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+"""One pattern or several."""
+
+
+def check_templates(*templates: str, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse a pattern that leads out of the root, or ends in none of the suffixes, if there are any.
+
+    Raises:
+        ValueError: the text names the pattern.
+    """
+    for template in templates:
+        if template.startswith("/") or ".." in template.split("/"):
+            raise ValueError(f"the pattern {template!r} leads out of the root")
+        if suffixes and not template.lower().endswith((*suffixes, "}")):
+            raise ValueError(f"the pattern {template!r} ends in none of {', '.join(suffixes)}")
+
+
 def paired(
     source: SourceOptions,
     images: str,
     masks: Sequence[str],
     *,
-    labels: Collection[str] | None,
+    labels: Collection[str] | None = None,
 ) -> Iterator[Paired]:
     """Yield the images that fit a pattern, each with the files that its other patterns find.
 
     Args:
         source: of the job.
         images, masks: patterns. A path that fits both is of the one with more fixed text.
-        labels: see `one_reading`.
+        labels: see `one_reading`; default: those of the job.
 
     Raises:
         SourceError: no file fits, or one can be read in two ways.
     """
+    labels = source.labels if labels is None else labels
     own = pattern(images)
     others = [pattern(template) for template in masks]
     folder = "/".join(images.split("{")[0].split("/")[:-1])

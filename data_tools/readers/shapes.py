@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.preprocess.rules import Rules, resolve
 from gmai_xtuner.core.errors import Unusable
 
 
@@ -60,13 +61,13 @@ def upright_box(corners: Sequence[tuple[float, float]]) -> tuple[float, float, f
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) -> np.ndarray:
+def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], clean: str | Rules) -> np.ndarray:
     """Return bool ``[H, W]``: the union of polygons.
 
     Args:
         polygons: each ``[x, y, x, y, ...]`` in pixels.
         size: width and height.
-        clip: whether a polygon may reach over the edge.
+        clean: of the source; says whether a polygon may reach over the edge.
 
     Raises:
         Unusable: fewer than three corners, no number, or outside the image.
@@ -85,7 +86,8 @@ def polygon_mask(polygons: Sequence[Any], size: tuple[int, int], *, clip: bool) 
                 f"{values.size} values, where at least three pairs of numbers are expected",
             )
         x, y = values[::2], values[1::2]
-        room = (width, height) if clip else (1, 1)  # labelling tools overshoot by a pixel
+        # labelling tools overshoot by a pixel
+        room = (width, height) if resolve(clean).clip_boxes else (1, 1)
         if (
             min(x.min() + room[0], y.min() + room[1]) < 0
             or x.max() > width + room[0]
@@ -107,51 +109,36 @@ def run_length_mask(code: Any, size: tuple[int, int]) -> np.ndarray:
     Raises:
         Unusable: of another size, or its runs are not as long as the image.
     """
-    from pycocotools import mask as codes
-
     width, height = size
     if not isinstance(code, dict) or list(code.get("size") or ()) != [height, width]:
         stated = code.get("size") if isinstance(code, dict) else code
         raise Unusable("mask of another size than its image", f"{stated}, not [{height}, {width}]")
     counts = code.get("counts")
     try:
-        if isinstance(counts, list):
-            runs = [int(run) for run in counts]
-            if min(runs, default=0) < 0 or sum(runs) != width * height:
-                raise Unusable("run-length code of a wrong length", f"{sum(runs)} pixels")
-            flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-            return flat.reshape(width, height).T
-        if not isinstance(counts, str | bytes):
-            raise Unusable("run-length code that can't be read", type(counts).__name__)
-        data = counts.encode("ascii") if isinstance(counts, str) else counts
-        if _length(data) != width * height:
-            raise Unusable("run-length code of a wrong length", f"{_length(data)} pixels")
-        return codes.decode({"size": [height, width], "counts": data}).astype(bool)
-    except Unusable:
-        raise
-    except (ValueError, TypeError, OverflowError, MemoryError) as error:
+        if isinstance(counts, str | bytes):
+            runs = _runs(counts.encode("ascii") if isinstance(counts, str) else counts)
+        else:
+            runs = [int(run) for run in counts]  # type: ignore[union-attr]
+    except (ValueError, TypeError, OverflowError) as error:
         raise Unusable("run-length code that can't be read", str(error)) from error
+    if min(runs, default=0) < 0 or sum(runs) != width * height:
+        raise Unusable("run-length code of a wrong length", f"{sum(runs)} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def _length(data: bytes) -> int:
-    """Return the pixels of a compressed code (rleFrString of cocoapi's maskApi.c); -1 for a broken one."""
+def _runs(data: bytes) -> list[int]:
+    """Return the runs of a compressed code (rleFrString of cocoapi's maskApi.c); -1 for a broken one."""
     runs: list[int] = []
     position = 0
     while position < len(data):
-        value, shift = 0, 0
-        while True:
+        value, shift, digit = 0, 0, 0x20
+        while digit & 0x20:
             if position >= len(data) or not 48 <= data[position] < 112 or shift > 30:
-                return -1
+                return [-1]
             digit = data[position] - 48
             value |= (digit & 0x1F) << shift
             position, shift = position + 1, shift + 5
-            if not digit & 0x20:
-                if digit & 0x10:
-                    value -= 1 << shift
-                break
-        if len(runs) > 2:
-            value += runs[-2]
-        if value < 0:
-            return -1
-        runs.append(value)
-    return sum(runs)
+        if digit & 0x10:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    return runs

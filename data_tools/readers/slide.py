@@ -152,7 +152,7 @@ def units(options: Options) -> Iterator[Unit]:
 
 def _one_a_series(root: Path, names: list[str]) -> list[str]:
     """Return the files, of a DICOM slide the largest of its series: OpenSlide finds the others beside it."""
-    from data_tools.readers.dicom import WHOLE_SLIDE
+    from data_tools.readers.dicom_headers import WHOLE_SLIDE
     from gmai_xtuner.core.imaging.dicom import header_of, open_dataset
 
     kept = [name for name in names if not name.lower().endswith(".dcm")]

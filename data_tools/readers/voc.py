@@ -16,13 +16,11 @@ from xml.etree.ElementTree import Element, ParseError
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import (
     IMAGE_SUFFIXES,
-    check_size,
+    annotation_files,
     file_of,
-    files,
     folder_of,
-    open_image,
+    open_sized,
     read_annotation_file,
-    size_of,
 )
 from data_tools.readers.shapes import numbers, turned, upright_box
 from data_tools.records import Annotation, Drops, Sample, Unit
@@ -63,49 +61,36 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: a folder or a list is missing, or there is no XML file.
     """
-    folder_of(options, options.annotations, key="annotations")
     folder_of(options, options.images, key="images")
-    names = _names_of_splits(options) if options.splits else files(options, options.annotations)
-    number = 0
-    for name in names:
-        if name.lower().endswith(".xml"):
-            number += 1
-            yield Unit(name)
-    if number == 0:
-        raise SourceError(
-            f"Source {options.name}: no XML file in {options.annotations!r} below {str(options.root)!r}."
-        )
+    names = annotation_files(options, options.annotations, ".xml")
+    yield from map(Unit, _names_of_splits(options) if options.splits else names)
 
 
-def _names_of_splits(options: Options) -> Iterator[str]:
-    seen = set()
+def _names_of_splits(options: Options) -> dict[str, None]:
+    names: dict[str, None] = {}
     for split in options.splits:
-        path = file_of(
-            options,
-            f"{options.split_folder}/{split}.txt",
-            key="splits",
-        )
+        path = file_of(options, f"{options.split_folder}/{split}.txt", key="splits")
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise SourceError(
                 f"Source {options.name}: {path} is no UTF-8 text ({error})."
             ) from error
-        for line in lines:
-            # Lists of a class have a second column, 1 or -1.
-            stem = line.split()[0] if line.split() else ""
-            if stem and stem not in seen:
-                seen.add(stem)
-                yield f"{options.annotations}/{stem}.xml"
+        # Lists of a class have a second column, 1 or -1.
+        stems = (line.split()[0] for line in lines if line.strip())
+        names |= dict.fromkeys(f"{options.annotations}/{stem}.xml" for stem in stems)
+    return names
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the image of one XML file with its objects as boxes."""
     tree = _parse(options, unit.key)
     by_stem = options.image_by == "stem"
-    name = _by_stem(options, unit.key) if by_stem else _text(tree, "filename")
-    found = open_image(options, f"{options.images}/{name}")
-    _check_size(tree, size_of(found))
+    name = _by_stem(options, unit.key) if by_stem else (tree.findtext("filename") or "").strip()
+    if not name:
+        raise Unusable("XML without a needed element", "<filename> is missing or empty")
+    stated = [tree.findtext(f"size/{side}") for side in ("width", "height")]
+    found, _ = open_sized(options, f"{options.images}/{name}", stated)
     annotations = []
     for number, thing in enumerate(tree.findall("object")):
         label = (thing.findtext("name") or "").strip()
@@ -130,28 +115,12 @@ def _parse(options: Options, name: str) -> Element:
     return tree
 
 
-def _text(element: Element, path: str) -> str:
-    text = (element.findtext(path) or "").strip()
-    if not text:
-        raise Unusable("XML without a needed element", f"<{path}> is missing or empty")
-    return text
-
-
 def _by_stem(options: Options, name: str) -> str:
     stem = name[len(options.annotations) :].strip("/")[: -len(".xml")]
     for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
         if (options.root / options.images / (stem + suffix)).is_file():
             return stem + suffix
     return stem
-
-
-def _check_size(tree: Element, size: tuple[int, int]) -> None:
-    stated = [tree.findtext(f"size/{side}") for side in ("width", "height")]
-    if None in stated or "0" in stated:  # some tools write 0 for "not known"
-        return
-    texts = [str(text).strip() for text in stated]
-    same = texts == [str(side) for side in size]
-    check_size(size, size if same else (texts[0], texts[1]))
 
 
 def _object(options: Options, thing: Element, label: str) -> Annotation:

@@ -9,27 +9,101 @@
 The volume is turned to RAS+, cleaned by the three-dimensional rules, and cut into images. A label map must
 lie on the volume's grid, or be cut out of it; corners more than a tenth of a voxel away drop the case. Of a
 segmentation by 3D Slicer the segments' names are the labels.
+
+`VolumeOptions`, `maps_on` and `samples` serve the other readers of volumes too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_tools.preprocess.volumes import Structure, Volume, pack, structures_of
-from data_tools.readers.files import file_below
-from data_tools.readers.patterns import Places, paired
-from data_tools.readers.volume_samples import Origin, VolumeOptions, samples
+from data_tools.options import Options as Section
+from data_tools.preprocess.clean import clean_volume
+from data_tools.preprocess.rules import resolve
+from data_tools.preprocess.volumes import Slicing, Structure, Volume, pack, slices, structures_of
+from data_tools.readers import SourceOptions
+from data_tools.readers.files import UNKNOWN, file_below, listed
+from data_tools.readers.patterns import Patterns, Places, check_templates, paired
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.slicing import AXES
-from gmai_xtuner.core.imaging.volumes import SUFFIXES, Grid, LabelMap, load, load_labels, on_grid
+from gmai_xtuner.core.imaging import windows
+from gmai_xtuner.core.imaging.volume_headers import SUFFIXES
+from gmai_xtuner.core.imaging.volumes import (
+    AXES,
+    PLANES,
+    Axis,
+    Grid,
+    LabelMap,
+    load,
+    load_labels,
+    on_grid,
+)
+from gmai_xtuner.core.imaging.windows import Scale
 
 PART = "label map of a part of its volume: what lies outside of it isn't known"
+UNCLEAR = "slice with voxels marked as ignored"
+EMPTY = "empty label map"
+NO_PIXELS = np.zeros((0, 0), dtype=np.uint8)
+"""Image of a sample that tells what all images of a volume have in common."""
+
+
+class LevelAndWidth(Section):
+    """``{level: 40, width: 400}`` shows -160 to 240."""
+
+    level: float
+    width: float = Field(gt=0)
+
+
+class Range(Section):
+    """``{low: -160, high: 240}``; in a job also ``[-160, 240]``."""
+
+    low: float
+    high: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_pair(cls, value: object) -> object:
+        if isinstance(value, list | tuple) and len(value) == 2:
+            return {"low": value[0], "high": value[1]}
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"a window runs from low to high, not from {self.low} to {self.high}")
+        return self
+
+
+Window = (
+    Literal["auto", "slice", "volume", "percentile", "soft tissue", "lung", "brain", "bone"]
+    | Literal["biomedparse abdomen", "biomedparse lung", "biomedparse pelvis"]
+    | Literal["biomedparse liver", "biomedparse colon", "biomedparse pancreas"]
+    | LevelAndWidth
+    | Range
+)
+FileWindow = Literal["file"] | Window
+"""As `Window`; ``file`` is the file's own VOI LUT or window, without one ``auto``."""
+
+
+class VolumeOptions(SourceOptions):
+    """Keys of every reader of volumes.
+
+    Args:
+        slices: which become images, see `preprocess.volumes.Slicing`.
+        window: how intensities become grey levels, see `gmai_xtuner.core.imaging.windows`.
+        max_voxels: a file that declares more is dropped before it is read. The default is 4 GiB of float32.
+    """
+
+    default_source_task: ClassVar[str] = "3D segmentation"
+
+    slices: Slicing = Slicing()
+    window: Window = "auto"
+    max_voxels: int = Field(2**30, ge=1)
 
 
 class Options(VolumeOptions):
@@ -46,22 +120,13 @@ class Options(VolumeOptions):
 
     reader: Literal["volume"]
     images: str
-    masks: str | tuple[str, ...] = ()
+    masks: Patterns = ()
     channel: int | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _patterns(self) -> Options:
-        for template in (self.images, *self.templates):
-            if template.startswith("/") or ".." in template.split("/"):
-                raise ValueError(f"the pattern {template!r} leads out of the root")
-            if not template.lower().endswith((*SUFFIXES, "}")):
-                raise ValueError(f"the pattern {template!r} ends in none of {', '.join(SUFFIXES)}")
+        check_templates(self.images, *self.masks, suffixes=SUFFIXES)
         return self
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """The patterns of label maps."""
-        return (self.masks,) if isinstance(self.masks, str) else self.masks
 
 
 def units(options: Options) -> Iterator[Unit]:
@@ -70,15 +135,14 @@ def units(options: Options) -> Iterator[Unit]:
     Raises:
         SourceError: no file fits ``images``, or one can be read in two ways.
     """
-    labels = None if options.labels is None else set(options.labels)
-    for found in paired(options, options.images, options.templates, labels=labels):
+    for found in paired(options, options.images, options.masks):
         yield Unit(found.path, (found.places, found.masks))
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the slices of one volume."""
     places, masks = unit.payload
-    if options.templates and not masks:
+    if options.masks and not masks:
         raise Unusable("image without a mask")
     grid = load(
         file_below(options, unit.key),
@@ -87,35 +151,43 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         within=options.roots,
     )
     volume, notes = _labelled(options, grid, masks, drops)
-    if grid.flat:  # one image, whichever way it lies
-        axis = AXES[grid.array.shape.index(1)]
-        slicing = options.slices.model_copy(update={"axes": (axis,)})
-        options = options.model_copy(update={"slices": slicing})
+    # Somebody looked for these in all of the volume; an empty file stands for none.
+    named = {texts["label"] for _, texts in masks if texts.get("label")}
     label = places.get("label")
-    origin = Origin(
+    origin = Sample(
+        NO_PIXELS,
         unit.key,
+        (Annotation(label),) if label else (),
         part={} if options.channel is None else {"channel": options.channel},
         group=places.get("group"),
         preprocessing=grid.notes | notes,
-        whole=(Annotation(label),) if label else (),
-        examined=_examined(volume, masks),
+        examined=tuple(sorted(named | {item.label for item in volume.structures})),
     )
-    yield from samples(volume, origin, options, drops)
-
-
-def _examined(volume: Volume, masks: list[tuple[str, Places]]) -> tuple[str, ...]:
-    """Return the labels that somebody looked for in all of the volume; an empty file stands for none."""
-    named = {places["label"] for _, places in masks if places.get("label")}
-    found = {item.label for item in volume.structures} | named
-    return tuple(sorted(found))
+    # A flat file is one image, whichever way it lies.
+    axis = AXES[grid.array.shape.index(1)] if grid.flat else None
+    yield from samples(volume, origin, options, drops, axis=axis)
 
 
 def maps_on(
-    grid: Grid, options: VolumeOptions, name: str, drops: Drops, *, channel: int | None = None
+    grid: Grid,
+    options: VolumeOptions,
+    name: str,
+    drops: Drops,
+    *,
+    channel: int | None = None,
+    labels: Iterable[str] = (),
 ) -> LabelMap:
     """Return the label maps of a file on the volume's grid.
 
     A map that was cut out of the volume says nothing of the rest, unless 3D Slicer cut it.
+
+    Args:
+        grid: of the volume.
+        options: of the source.
+        name: of the file.
+        drops: takes what a cut-out map doesn't show.
+        channel: that was taken of the volume.
+        labels: of which the file tells; default: the values in it.
 
     Raises:
         Unusable: it can't be read, or lies on another grid.
@@ -130,8 +202,8 @@ def maps_on(
         shown = reason if bad.reason.startswith("volume") else bad.reason
         raise Unusable(shown, f"{name}: {bad.detail}") from bad
     if layers[0].shape != found.layers[0].shape and not found.segments:
-        lost = [item.label for layer in layers for item in structures_of(layer)]
-        drops.add(PART, name, lost=lost)
+        values = [item.label for layer in layers for item in structures_of(layer)]
+        drops.add(PART, name, lost=tuple(labels) or values)
     return replace(found, layers=layers)
 
 
@@ -144,7 +216,8 @@ def _labelled(
     notes: dict[str, str] = {}
     for name, places in masks:
         label = places.get("label")
-        found = maps_on(grid, options, name, drops, channel=options.channel)
+        named = [label] if label else []
+        found = maps_on(grid, options, name, drops, channel=options.channel, labels=named)
         notes |= found.notes
         if label:
             binary.append((label, np.any([layer > 0 for layer in found.layers], axis=0), {}))
@@ -157,5 +230,112 @@ def _labelled(
     packed, of_binary = pack(binary, grid.array.shape)
     structures += [replace(item, layer=item.layer + len(layers)) for item in of_binary]
     if masks and not structures:
-        raise Unusable("empty label map", f"{len(masks)} files")
+        raise Unusable(EMPTY, f"{len(masks)} files")
     return Volume(grid.array, grid.affine, (*layers, *packed), tuple(structures)), notes
+
+
+# --- what all readers of volumes share ------------------------------------------------------------
+
+
+def scale_for(window: Window, voxels: np.ndarray, *, modality: str | None) -> Scale:
+    """Return the scale of a job's ``window``, see `windows.scale_for`."""
+    plain: str | tuple[float, float] | windows.Window
+    if isinstance(window, LevelAndWidth):
+        plain = windows.Window(window.level, window.width)
+    else:
+        plain = (window.low, window.high) if isinstance(window, Range) else window
+    return windows.scale_for(plain, voxels, modality=modality)
+
+
+def where_of(origin: Sample) -> str:
+    """Return the file and the part of it that a sample is, for drops."""
+    return "#".join([origin.source_file, *map(str, origin.part.values())])
+
+
+def image_of(
+    origin: Sample,
+    image: np.ndarray,
+    done: Mapping[str, str],
+    annotations: tuple[Annotation, ...],
+    **part: int | str,
+) -> Sample:
+    """Return one image's sample.
+
+    Args:
+        origin: what all images of the file have in common. Without ``examined`` a label is known where an
+            image holds it, and nowhere else.
+        image: uint8.
+        done: preprocessing of this image.
+        annotations: beside those of the whole.
+        part: further pieces of it.
+    """
+    return replace(
+        origin,
+        image=image,
+        annotations=origin.annotations + annotations,
+        part={**origin.part, **part},
+        preprocessing={**origin.preprocessing, **done},
+        examined=origin.examined or tuple(item.label for item in annotations),
+    )
+
+
+def samples(
+    volume: Volume,
+    origin: Sample,
+    options: VolumeOptions,
+    drops: Drops,
+    *,
+    scale: Scale | None = None,
+    axis: Axis | None = None,
+) -> Iterator[Sample]:
+    """Yield the volume's slices after the three-dimensional rules; one image in memory at a time.
+
+    Args:
+        volume: with its label maps.
+        origin: of all of its samples, see `image_of`; its annotations are said of each image as a whole.
+        options: of the source.
+        drops: takes what is left out. Which slices a component that is left out reaches isn't known: its
+            label is lost in all of them.
+        scale: instead of what ``options.window`` says.
+        axis: the only one along which it may be cut.
+    """
+    rules, where = resolve(options.clean), where_of(origin)
+    slicing = options.slices if axis is None else options.slices.along(axis)
+    with drops.image(where):
+        if volume.layers and not volume.structures:
+            raise Unusable(EMPTY)
+        volume = _known(volume, options, drops, where)
+        cleaned = clean_volume(volume, rules, drops=drops, where=where)
+        if volume.structures and not cleaned.structures:
+            return
+        modality = options.modality or origin.modality
+        scale = scale or scale_for(options.window, cleaned.voxels, modality=modality)
+        for cut in slices(cleaned, scale, slicing):
+            with drops.image(f"{where}#{cut.axis}{cut.index}"):
+                height, width = cut.image.shape
+                if cut.unclear:
+                    raise Unusable(UNCLEAR)
+                if min(height, width) < rules.min_edge_ratio * max(height, width):
+                    share = f"{rules.min_edge_ratio:g} of the long one"
+                    reason = f"slice with a short edge under {share}"
+                    raise Unusable(reason, f"{width} x {height}")
+                done = {"window": scale.text, "orientation": f"{PLANES[cut.axis]}, from RAS+"}
+                if cut.stretched is not None:
+                    done["pixels"] = f"square, {cut.stretched:g} mm"
+                yield image_of(
+                    origin, cut.image, done, cut.annotations, axis=cut.axis, slice=cut.index
+                )
+
+
+def _known(volume: Volume, options: VolumeOptions, drops: Drops, where: str) -> Volume:
+    """Return the volume with those structures that the job's ``labels`` know, if it has any."""
+    names = {label.strip() for label in options.labels or {}}
+    known = tuple(item for item in volume.structures if item.label.strip() in names)
+    if options.labels is None or len(known) == len(volume.structures):
+        return volume
+    unknown = [item.label for item in volume.structures if item not in known]
+    detail = f"{listed(unknown, at_most=200)} not in the job's `labels`"
+    if not known:
+        raise Unusable(UNKNOWN, detail)
+    drops.add(UNKNOWN, where, detail, lost=unknown)
+    return replace(volume, structures=known)

@@ -15,16 +15,14 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar, Literal
 
-from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import (
     file_of,
     files,
     folder_of,
     is_image,
-    open_image,
+    open_sized,
     read_annotation_file,
-    size_of,
 )
 from data_tools.readers.shapes import numbers, polygon_mask, upright_box
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
@@ -148,70 +146,59 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     if names is None:
         raise Unusable("label file without an image")
     unreadable = "label file that can't be read"
-    data = read_annotation_file(options, str(_label_file(options, unit.key)), unreadable)
     try:
+        data = read_annotation_file(options, str(_label_file(options, unit.key)), unreadable)
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise Unusable(unreadable, f"{type(error).__name__}: {error}") from error
-    found = open_image(options, unit.key)
-    size = size_of(found)
+    found, size = open_sized(options, unit.key)
     annotations: list[Annotation] = []
-    seen: set[str] = set()
+    seen: set[tuple[str, ...]] = set()
     for number, line in enumerate(lines, start=1):
         where = f"{unit.key} line {number}"
-        text = " ".join(line.split())
-        if text in seen:
-            drops.add("duplicate row", where, text[:200], lost=NOTHING)
-        elif text:
-            seen.add(text)
-            with drops.annotation(where, *_classes_of(options, text, names)):
-                annotations.append(_annotation(options, text.split(" "), names, size))
+        number_of_class, *values = parts = tuple(line.split()) or ("",)
+        if parts in seen:
+            drops.add("duplicate row", where, line[:200], lost=NOTHING)
+        elif number_of_class:
+            seen.add(parts)
+            with drops.annotation(
+                where, *names
+            ):  # of a line that can't be read, the class isn't known
+                label = _label(options, number_of_class, len(values), names)
+                with drops.annotation(where, label):
+                    annotations.append(_annotation(options, label, values, size))
     yield replace(found, annotations=tuple(annotations))
 
 
-def _fits(options: Options, count: int) -> bool:
-    """Return whether a line of the format has so many values behind its class."""
+def _label(options: Options, number: str, count: int, names: tuple[str, ...]) -> str:
+    """Return the label of a line with ``count`` values behind its class."""
     fits = {"boxes": count == 4, "polygons": count >= 6 and count % 2 == 0, "oriented": count == 8}
-    return fits[options.format]
-
-
-def _classes_of(options: Options, text: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class of a line; all of them if its number says nothing, or the values aren't as many."""
-    number = _class_number(text.split(" ", 1)[0], names)
-    return names if number is None or not _fits(options, text.count(" ")) else (names[number],)
-
-
-def _class_number(text: str, names: tuple[str, ...]) -> int | None:
-    plain = text.isascii() and text.isdigit() and len(text) < 10
-    return int(text) if plain and int(text) < len(names) else None
+    if not fits[options.format]:
+        raise Unusable(
+            "line of another format",
+            f"{count} values behind the class, in a file of {options.format}",
+        )
+    plain = number.isascii() and number.isdigit() and len(number) < 10
+    if not plain or int(number) >= len(names):
+        raise Unusable("unknown class id", f"{number[:20]!r}, there are {len(names)} classes")
+    if not (label := names[int(number)]):
+        raise Unusable("unknown class id", f"{number!r}: its line in the list of names is empty")
+    return label
 
 
 def _annotation(
-    options: Options, parts: list[str], names: tuple[str, ...], size: tuple[int, int]
+    options: Options, label: str, texts: list[str], size: tuple[int, int]
 ) -> Annotation:
-    count = len(parts) - 1
-    if not _fits(options, count):
-        raise Unusable(
-            "line of another format", f"{len(parts)} values in a file of {options.format}"
-        )
-    class_number = _class_number(parts[0], names)
-    if class_number is None:
-        raise Unusable("unknown class id", f"{parts[0][:20]!r}, there are {len(names)} classes")
-    label = names[class_number]
-    if not label:
-        raise Unusable("unknown class id", f"{parts[0]!r}: its line in the list of names is empty")
     try:
-        values = list(numbers({f"value {n}": part for n, part in enumerate(parts[1:], 1)}).values())
+        values = list(numbers({f"value {n}": text for n, text in enumerate(texts, 1)}).values())
     except ValueError as error:
         raise Unusable("box that can't be read", str(error)) from error
     if min(values) < -_EDGE or max(values) > 1 + _EDGE:
-        raise Unusable("fraction below 0 or above 1", f"{label} {' '.join(parts[1:])}"[:200])
-    width, height = size
+        raise Unusable("fraction below 0 or above 1", f"{label} {' '.join(texts)}"[:200])
+    pixels = [value * size[number % 2] for number, value in enumerate(values)]
     if options.format == "boxes":
-        cx, cy, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
-        return Annotation(label, (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
-    corners = [value * size[number % 2] for number, value in enumerate(values)]
+        cx, cy, width, height = pixels
+        return Annotation(label, (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2))
     if options.format == "oriented":
-        return Annotation(label, upright_box(list(zip(corners[::2], corners[1::2], strict=True))))
-    clip = resolve(options.clean).clip_boxes
-    return Annotation(label, mask=polygon_mask([corners], size, clip=clip))
+        return Annotation(label, upright_box(list(zip(pixels[::2], pixels[1::2], strict=True))))
+    return Annotation(label, mask=polygon_mask([pixels], size, options.clean))

@@ -18,6 +18,7 @@ import numpy as np
 from gmai_xtuner.core.errors import GMAIError, Unusable
 from gmai_xtuner.core.imaging import dicom, dicom_pixels, dicom_stacks, volumes
 from gmai_xtuner.core.imaging.dicom import Header
+from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS
 from gmai_xtuner.core.imaging.windows import PRESETS, Window, foreground_window
 from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.limits import Limits
@@ -197,7 +198,7 @@ def _volume(group: list[Image], limits: Limits) -> Volume:
     slices = [group[at][1] for at in stack.order]
     middle = slices[count // 2]
     values = np.stack([_intensities(data, 0) for data in slices])
-    turned, ras = volumes.to_ras(values[..., None], volumes.LPS_TO_RAS @ stack.affine)
+    turned, ras = volumes.to_ras(values[..., None], LPS_TO_RAS @ stack.affine)
     own = _own_window(middle, 0)
     modality = dicom.modality_code(middle)
     size = f"{first.columns} × {first.rows} × {count}"

@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from gmai_xtuner.core.imaging.slicing import AXES, pixel_spacing, plane, square_size
-from gmai_xtuner.core.imaging.slicing import Axis as SpatialAxis
+from gmai_xtuner.core.imaging.volumes import AXES, pixel_spacing, plane, square_size
+from gmai_xtuner.core.imaging.volumes import Axis as SpatialAxis
 from gmai_xtuner.core.imaging.windows import Window
 from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.limits import Limits

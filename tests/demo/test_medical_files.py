@@ -12,8 +12,8 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 
-from data_tools.preprocess.slicing import take
 from data_tools.preprocess.volumes import Volume as CorpusVolume
+from data_tools.preprocess.volumes import take
 from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.volumes import is_nifti, load
 from gmai_xtuner.core.imaging.windows import Window, scale_for

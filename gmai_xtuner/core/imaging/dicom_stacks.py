@@ -16,7 +16,7 @@ import numpy as np
 
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.dicom import Header
-from gmai_xtuner.core.imaging.slicing import AXES, Axis
+from gmai_xtuner.core.imaging.volumes import AXES, Axis
 
 MIXED = "series of differing sizes or directions"
 TWICE = "series with two slices at one place"

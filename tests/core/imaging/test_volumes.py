@@ -14,14 +14,8 @@ import pytest
 import SimpleITK
 
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.volumes import (
-    LPS_TO_RAS,
-    Grid,
-    VolumeFile,
-    load,
-    load_labels,
-    on_grid,
-)
+from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS
+from gmai_xtuner.core.imaging.volumes import Grid, VolumeFile, load, load_labels, on_grid
 
 AFFINE = np.array([[0, -2.0, 0, 1], [1, 0, 0, 2], [0, 0, 3, 3], [0, 0, 0, 1]])
 LIMIT = 10**6

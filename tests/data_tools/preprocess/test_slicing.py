@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_tools.preprocess.slicing import Slicing, slices
-from data_tools.preprocess.volumes import Structure, Volume
+from data_tools.preprocess.volumes import Slicing, Structure, Volume, slices
 from gmai_xtuner.core.imaging.windows import Scale
 
 SCALE = Scale(lambda values: values.astype(np.uint8), "as it is")

@@ -95,5 +95,5 @@ def test_a_file_that_is_left_out(tmp_path, keys, reason):
 
 
 def test_no_json_at_all(tmp_path):
-    with pytest.raises(SourceError, match="no JSON"):
+    with pytest.raises(SourceError, match=r"no \.json file"):
         read_all(labelme, tmp_path)

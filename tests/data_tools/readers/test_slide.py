@@ -472,7 +472,7 @@ def test_keys_that_contradict_each_other_are_errors(
 
 
 def test_a_dicom_slide_is_its_largest_file_and_others_are_none(tmp_path, monkeypatch):
-    from data_tools.readers.dicom import WHOLE_SLIDE
+    from data_tools.readers.dicom_headers import WHOLE_SLIDE
     from gmai_xtuner.core.imaging import dicom
 
     found = {"a/label.dcm": (WHOLE_SLIDE, "1"), "a/level.dcm": (WHOLE_SLIDE, "1")}

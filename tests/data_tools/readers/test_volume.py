@@ -15,8 +15,9 @@ from skimage.measure import label as components
 from skimage.measure import regionprops
 
 from data_tools.readers import nnunet, volume
-from data_tools.readers.volume_samples import scale_for
+from data_tools.readers.volume import scale_for
 from data_tools.records import Drop, Sample
+from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import read_units, regions_of
 
 KEYS = {"name": "v", "licence": "MIT", "modality": "CT", "clean": "none"}
@@ -291,6 +292,41 @@ def test_a_map_that_was_cut_out_and_a_segmentation_by_3d_slicer(tmp_path):
         ]
         for left, right in zip(one.annotations, other.annotations, strict=True):
             assert np.array_equal(left.mask, right.mask)
+
+
+def test_a_file_of_one_label_or_of_a_named_set_that_was_cut_out_says_nothing_of_the_rest(tmp_path):
+    voxels, labels = head()
+    moved = np.eye(4)
+    moved[:3, 3] = (2, 3, 2)
+    save(tmp_path / "imagesTr/a_0000.nii.gz", voxels, np.eye(4))
+    for name in ("liver/a", "labelsTr/a"):
+        save(tmp_path / f"{name}.nii.gz", labels[2:, 3:, 2:], moved)
+    keys = {"images": "imagesTr/{case}_0000.nii.gz", "masks": "{label}/{case}.nii.gz"}
+    of = options(tmp_path, slices={"axes": ["z"]}, labels={"liver": "liver"}, **keys)
+    assert set(read_units(volume, of)[2]) == {("labelsTr", "liver")}
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "cyst": 2}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content | {"file_ending": ".nii.gz"}))
+    of = nnunet.Options(reader="nnunet", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
+    assert set(read_units(nnunet, of)[2]) == {("cyst", "liver")}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"labels": {"background": 0, "liver": "x"}}, "`labels.liver"),
+        ({"labels": {"liver": 1}}, "`labels`: 0 is expected for `background`"),
+        ({"labels": {"background": 0, "liver": [0, 1]}}, "`labels`: 0 is expected"),
+        ({"channel_names": {"1": "CT"}}, "numbers from 0 without gaps"),
+        ({"file_ending": ".png"}, "reader: masks"),
+        ({"channel_names": None, "modality": {"0": "CT"}}, "reader: decathlon"),
+        ({"dataset": {"a": {"images": [], "label": "b"}}}, "1 paths are expected"),
+    ],
+)
+def test_a_dataset_json_that_is_wrong(tmp_path, content, message):
+    whole = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(whole | {"file_ending": ".nii"} | content))
+    with pytest.raises(SourceError, match=message):
+        list(nnunet.units(nnunet.Options(reader="nnunet", root=tmp_path, **KEYS)))
 
 
 def test_a_flat_nifti_is_one_picture(tmp_path):
