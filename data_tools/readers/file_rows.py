@@ -117,13 +117,12 @@ def read_rows(
             found[name].append(
                 FileRow(row.line, label, box, attributes, others, problem, tuple(words_of(texts)))
             )
+    # Other words may be anything, such as a name.
     labels = {kept.label for rows in found.values() for kept in rows}
-    for rows in found.values():
-        rows[:] = [
-            replace(kept, words=tuple(word for word in kept.words if word in labels))
-            for kept in rows
-        ]
-    return dict(found)
+    return {
+        name: [replace(kept, words=tuple(labels.intersection(kept.words))) for kept in rows]
+        for name, rows in found.items()
+    }
 
 
 def units_of(

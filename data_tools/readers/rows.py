@@ -285,12 +285,8 @@ def _lines(path: Path, shown: str, encoding: str) -> Iterator[str]:
 
 
 def words_of(cells: Iterable[Any]) -> list[str]:
-    """Return the words in cells that should hold numbers: in a row whose cells are shifted one is its label.
-
-    A single ASCII sign is taken for a slip, not for a word.
-    """
-    texts = map(cell_text, cells)
-    return [text for text in texts if len(text.encode()) > 1 and text[0].isalpha()]
+    """Return the words in cells that should hold numbers: in a shifted row one of them is its label."""
+    return [text for text in map(cell_text, cells) if text[:1].isalpha()]
 
 
 def cell_text(cell: Any) -> str:

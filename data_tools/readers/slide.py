@@ -26,20 +26,11 @@ from gmai_xtuner.core.errors import Unusable
 
 if TYPE_CHECKING:
     from data_tools.readers.slide_files import Scale, SlideFile
-    from data_tools.readers.slide_labels import Labeller, Tile
+    from data_tools.readers.slide_labels import Tile
 
 SUFFIXES = (
-    ".svs",
-    ".ndpi",
-    ".mrxs",
-    ".scn",
-    ".vms",
-    ".vmu",
-    ".bif",
-    ".tif",
-    ".tiff",
-    ".qptiff",
-    ".dcm",
+    *(".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif"),
+    *(".tif", ".tiff", ".qptiff", ".dcm"),
 )
 
 
@@ -182,14 +173,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     with contextlib.ExitStack() as stack:
         slide = stack.enter_context(contextlib.closing(slide_files.open_slide(path)))
         scale = scale_of(options, slide)
-        labeller: slide_labels.Labeller = slide_labels.OfSlide(options, unit.key, rows)
-        if options.mask is not None:
-            mask = slide_labels.open_mask(options, unit.key, slide)
-            stack.enter_context(contextlib.closing(mask))
-            labeller = slide_labels.OfMask(options, slide, mask)
-        elif options.regions is not None:
-            outlines = slide_labels.outlines_of(options, unit.key)
-            labeller = slide_labels.OfOutlines(options, outlines)
+        labels_of = slide_labels.labeller_of(options, unit.key, rows, slide, drops, stack)
         tiles: dict[tuple[int, int], list[FileRow]] = (
             _listed(options, unit.key, rows, drops)
             if options.columns.x
@@ -198,31 +182,35 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         for (x, y), own in tiles.items():
             tile = slide_labels.Tile(f"{unit.key} x {x} y {y}", x, y, scale, tuple(own))
             with drops.image(tile.where):
-                yield _sample(options, unit.key, slide, tile, labeller, drops)
+                pixels, notes = _pixels(options, slide, tile)
+                yield Sample(
+                    pixels,
+                    unit.key,
+                    tuple(labels_of(tile, drops)),
+                    part={"x": x, "y": y},
+                    group=unit.key,
+                    preprocessing=notes,
+                )
 
 
-def _sample(
-    options: Options, key: str, slide: SlideFile, tile: Tile, labeller: Labeller, drops: Drops
-) -> Sample:
+def _pixels(options: Options, slide: SlideFile, tile: Tile) -> tuple[np.ndarray, dict[str, str]]:
+    """Return a tile's pixels as the corpus has them, and how they were read."""
+    from data_tools.readers.slide_files import to_uint8
+
     scale = tile.scale
     level = slide.levels[scale.level]
     left, top = round(tile.x / level.downsample), round(tile.y / level.downsample)
     if left + scale.read > level.width or top + scale.read > level.height or min(left, top) < 0:
         size = f"{slide.levels[0].width} x {slide.levels[0].height}"
         raise Unusable("tile outside the slide", f"the slide has {size} pixels")
-    annotations = labeller.annotations(tile, drops)
-    pixels = slide.read(scale.level, left, top, scale.read, scale.read)
+    pixels = to_uint8(slide.read(scale.level, left, top, scale.read, scale.read))
     notes = {"level": str(scale.level), "full-resolution pixels a pixel": f"{scale.full:g}"}
     if slide.microns_per_pixel:
         notes["microns a pixel"] = f"{slide.microns_per_pixel * scale.full:.4g}"
-    return Sample(
-        _resized(pixels, options.tile),
-        key,
-        tuple(annotations),
-        part={"x": tile.x, "y": tile.y},
-        group=key,
-        preprocessing=notes,
-    )
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if image.size != (options.tile, options.tile):
+        image = image.resize((options.tile, options.tile), Image.Resampling.LANCZOS)
+    return np.asarray(image), notes
 
 
 # --- scale and places -----------------------------------------------------------------------------
@@ -237,25 +225,21 @@ def scale_of(options: Options, slide: SlideFile) -> Scale:
     from data_tools.readers.slide_files import Scale
 
     levels = slide.levels
+    microns = options.slide_microns_per_pixel or slide.microns_per_pixel
+    power = options.slide_magnification or slide.magnification
     if options.microns_per_pixel is not None:
-        own = options.slide_microns_per_pixel or slide.microns_per_pixel
-        if own is None:
-            raise Unusable(
-                "slide doesn't say its microns a pixel", "set slide_microns_per_pixel or level"
-            )
-        full = options.microns_per_pixel / own
+        what, key, full = "microns a pixel", "microns_per_pixel", microns
+        full = full and options.microns_per_pixel / full
     elif options.magnification is not None:
-        own = options.slide_magnification or slide.magnification
-        if own is None:
-            raise Unusable(
-                "slide doesn't say its magnification", "set slide_magnification or level"
-            )
-        full = own / options.magnification
+        what, key, full = "magnification", "magnification", power
+        full = full and full / options.magnification
     else:
         number = options.level or 0
         if number >= len(levels):
             raise Unusable("slide without this level", f"{len(levels)} levels, {number} asked for")
         return Scale(number, options.tile, levels[number].downsample)
+    if full is None:
+        raise Unusable(f"slide doesn't say its {what}", f"set slide_{key} or level")
     if full < 0.99:
         raise Unusable(
             "slide is coarser than asked for", f"it would be enlarged {1 / full:.3g} times"
@@ -338,16 +322,3 @@ def _listed(
         else:
             tiles.setdefault(corner, []).append(row)
     return tiles
-
-
-# --- pixels ---------------------------------------------------------------------------------------
-
-
-def _resized(pixels: np.ndarray, side: int) -> np.ndarray:
-    from data_tools.readers.slide_files import to_uint8
-
-    pixels = to_uint8(pixels)
-    if pixels.shape[:2] == (side, side):
-        return np.ascontiguousarray(pixels)
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))

@@ -9,8 +9,10 @@ coordinates are full-resolution pixels; an outline becomes a mask ``[H, W]`` of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,104 +33,7 @@ if TYPE_CHECKING:
 BAD_REGIONS = "regions of the slide can't be read"
 
 
-class Labeller:
-    """The labels of a slide's tiles."""
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
-
-    def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
-        """Return the annotations of a tile; labels of which it has too little go to ``drops``.
-
-        Raises:
-            Unusable: the tile is left out.
-        """
-        raise NotImplementedError
-
-    def of_masks(
-        self, masks: Sequence[tuple[str, np.ndarray]], tile: Tile, drops: Drops
-    ) -> list[Annotation]:
-        """Return the regions of a tile as the job wants them."""
-        options = self.options
-        if not masks:
-            if not options.outside:
-                raise Unusable("tile without a region")
-            return [Annotation(options.outside)]
-        if options.regions_as == "boxes":
-            return [Annotation(label, mask=mask) for label, mask in masks]
-        covered: dict[str, np.ndarray] = {}
-        for label, mask in masks:
-            covered[label] = covered[label] | mask if label in covered else mask
-        names = [name for name, mask in covered.items() if mask.mean() >= options.min_region]
-        if not names:
-            raise Unusable("tile with too little of a region")
-        if lost := [name for name in covered if name not in names]:
-            drops.add("region that covers too little of its tile", tile.where, lost=lost)
-        return [Annotation(name) for name in names]
-
-
-class OfSlide(Labeller):
-    """The slide's class, or rows of the table that name the tile."""
-
-    def __init__(self, options: Options, key: str, rows: Sequence[FileRow]) -> None:
-        super().__init__(options)
-        self._whole = annotations_of(rows)
-        if options.table is None and (folder := folder_name(key)):
-            self._whole = [Annotation(folder)]
-
-    def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
-        return annotations_of(tile.rows) if self.options.columns.x else self._whole
-
-
-class OfOutlines(Labeller):
-    """Outlines drawn on the slide."""
-
-    def __init__(self, options: Options, outlines: Sequence[Outline]) -> None:
-        super().__init__(options)
-        self._outlines = [o for o in outlines if o.label not in options.exclude]
-        self._excluded = [o for o in outlines if o.label in options.exclude]
-
-    def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
-        size = (self.options.tile, self.options.tile)
-
-        def drawn(outlines: Sequence[Outline]) -> list[tuple[str, np.ndarray]]:
-            found = [(o.label, o.mask(tile.x, tile.y, tile.scale.full, size)) for o in outlines]
-            return [(label, mask) for label, mask in found if mask is not None]
-
-        excluded = np.zeros(size, dtype=bool)
-        for _, mask in drawn(self._excluded):
-            excluded |= mask
-        left = [(label, mask & ~excluded) for label, mask in drawn(self._outlines)]
-        if hidden := [label for label, mask in left if not mask.any()]:
-            drops.add("region in an excluded one, or without a pixel", tile.where, lost=hidden)
-        return self.of_masks([(label, mask) for label, mask in left if mask.any()], tile, drops)
-
-
-class OfMask(Labeller):
-    """A label map of the slide, of the same size or smaller by one factor."""
-
-    def __init__(self, options: Options, slide: SlideFile, mask: SlideFile) -> None:
-        super().__init__(options)
-        self._mask = mask
-        self._factor = slide.levels[0].width / mask.levels[0].width
-
-    def annotations(self, tile: Tile, drops: Drops) -> list[Annotation]:
-        level = self._mask.levels[0]
-        # The mask's pixel under the middle of every pixel of the tile.
-        along = (np.arange(self.options.tile) + 0.5) * tile.scale.full
-        columns = np.minimum(((tile.x + along) / self._factor).astype(np.int64), level.width - 1)
-        lines = np.minimum(((tile.y + along) / self._factor).astype(np.int64), level.height - 1)
-        left, top = int(columns[0]), int(lines[0])
-        part = self._mask.read(0, left, top, int(columns[-1]) - left + 1, int(lines[-1]) - top + 1)
-        values = part[lines - top][:, columns - left]
-        present = [int(value) for value in np.unique(values)]
-        masks = [(str(n), values == n) for n in present if n != self.options.mask_background]
-        return self.of_masks(masks, tile, drops)
-
-
-def annotations_of(rows: Sequence[FileRow]) -> list[Annotation]:
-    """Return what rows of a table say, without those whose label is empty."""
-    return [Annotation(r.label, r.box, attributes=r.attributes) for r in rows if r.label]
+NO_REGION = "mark on the slide that encloses nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,32 +54,123 @@ class Tile:
     rows: tuple[FileRow, ...] = ()
 
 
-def _existing(options: Options, key: str, pattern: str) -> Path:
+Labeller = Callable[[Tile, Drops], list[Annotation]]
+"""Returns the annotations of a tile or raises `Unusable`; labels of which it has too little are lost."""
+
+
+def labeller_of(
+    options: Options,
+    key: str,
+    rows: Sequence[FileRow],
+    slide: SlideFile,
+    drops: Drops,
+    stack: ExitStack,
+) -> Labeller:
+    """Return what labels the tiles of a slide.
+
+    Args:
+        options: of the source.
+        key: path of the slide below the root.
+        rows: of the table that name it.
+        slide: open.
+        drops: takes marks on the slide that enclose nothing.
+        stack: closes the slide's mask.
+
+    Raises:
+        Unusable: outlines or mask can't be read, or don't fit the slide.
+    """
+    if options.mask is not None:
+        mask = _open_mask(_beside(options, key, options.mask), slide)
+        stack.callback(mask.close)
+        return partial(_of_mask, options, slide, mask)
+    if options.regions is not None:
+        outlines = read_outlines(_beside(options, key, options.regions))
+        for mark in (outline for outline in outlines if not outline.rings):
+            drops.add(NO_REGION, key, mark.label, lost=[mark.label])
+        return partial(_of_outlines, options, [outline for outline in outlines if outline.rings])
+    whole = annotations_of(rows)
+    if options.table is None and (folder := folder_name(key)):
+        whole = [Annotation(folder)]
+    return lambda tile, _: annotations_of(tile.rows) if options.columns.x else whole
+
+
+def annotations_of(rows: Sequence[FileRow]) -> list[Annotation]:
+    """Return what rows of a table say, without those whose label is empty."""
+    return [Annotation(r.label, r.box, attributes=r.attributes) for r in rows if r.label]
+
+
+def _of_outlines(
+    options: Options, outlines: Sequence[Outline], tile: Tile, drops: Drops
+) -> list[Annotation]:
+    size = (options.tile, options.tile)
+    drawn = [(o, o.mask(tile.x, tile.y, tile.scale.full, size)) for o in outlines]
+    masks: list[tuple[str, np.ndarray]] = []
+    for outline, mask in drawn:
+        if mask is None or outline.negative or outline.label in options.exclude:
+            continue
+        for other, cut in drawn:
+            if cut is not None and (
+                other.label in options.exclude or (other.negative and other.label == outline.label)
+            ):
+                mask = mask & ~cut
+        masks.append((outline.label, mask))
+    if hidden := [label for label, mask in masks if not mask.any()]:
+        drops.add("region in an excluded one, or without a pixel", tile.where, lost=hidden)
+    return _of_masks(options, [(label, mask) for label, mask in masks if mask.any()], tile, drops)
+
+
+def _of_mask(
+    options: Options, slide: SlideFile, mask: SlideFile, tile: Tile, drops: Drops
+) -> list[Annotation]:
+    level, factor = mask.levels[0], slide.levels[0].width / mask.levels[0].width
+    # The mask's pixel under the middle of every pixel of the tile.
+    along = (np.arange(options.tile) + 0.5) * tile.scale.full
+    columns = np.minimum(((tile.x + along) / factor).astype(np.int64), level.width - 1)
+    lines = np.minimum(((tile.y + along) / factor).astype(np.int64), level.height - 1)
+    left, top = int(columns[0]), int(lines[0])
+    part = mask.read(0, left, top, int(columns[-1]) - left + 1, int(lines[-1]) - top + 1)
+    values = part[lines - top][:, columns - left]
+    codes = [code for code in np.unique(values).tolist() if code != options.mask_background]
+    return _of_masks(options, [(str(int(code)), values == code) for code in codes], tile, drops)
+
+
+def _of_masks(
+    options: Options, masks: Sequence[tuple[str, np.ndarray]], tile: Tile, drops: Drops
+) -> list[Annotation]:
+    """Return the regions of a tile as the job wants them."""
+    if not masks:
+        if not options.outside:
+            raise Unusable("tile without a region")
+        return [Annotation(options.outside)]
+    if options.regions_as == "boxes":
+        return [Annotation(label, mask=mask) for label, mask in masks]
+    covered: dict[str, np.ndarray] = {}
+    for label, mask in masks:
+        covered[label] = covered[label] | mask if label in covered else mask
+    names = [name for name, mask in covered.items() if mask.mean() >= options.min_region]
+    if not names:
+        raise Unusable("tile with too little of a region")
+    if lost := [name for name in covered if name not in names]:
+        drops.add("region that covers too little of its tile", tile.where, lost=lost)
+    return [Annotation(name) for name in names]
+
+
+def _beside(options: Options, key: str, pattern: str) -> Path:
     return file_below(options, beside(key, pattern), "slide without its regions")
 
 
-def outlines_of(options: Options, key: str) -> list[Outline]:
-    assert options.regions is not None
-    return read_outlines(_existing(options, key, options.regions))
-
-
-def open_mask(options: Options, key: str, slide: SlideFile) -> SlideFile:
-    assert options.mask is not None
-    mask = TiffSlide(_existing(options, key, options.mask), values=True)
+def _open_mask(path: Path, slide: SlideFile) -> SlideFile:
+    mask = TiffSlide(path, values=True)
     own, full = mask.levels[0], slide.levels[0]
     across, down = full.width / own.width, full.height / own.height
+    reason, detail = "mask of the slide isn't a label map", mask.values_problem()
     # A smaller mask was rounded to whole pixels: at most one is missing along a side.
-    fits = abs(full.height - own.height * across) <= max(across, 1) and across >= 0.99
-    problem = mask.values_problem()
-    if problem or not fits:
-        mask.close()
-    if problem:
-        raise Unusable("mask of the slide isn't a label map", problem)
-    if not fits:
+    if not detail and (abs(full.height - own.height * across) > max(across, 1) or across < 0.99):
         sizes = f"{own.width} x {own.height} for {full.width} x {full.height}"
-        raise Unusable(
-            "mask doesn't fit the slide", f"{sizes}: factors {across:.4g} and {down:.4g}"
-        )
+        reason, detail = "mask doesn't fit the slide", f"{sizes}: factors {across:.4g}, {down:.4g}"
+    if detail:
+        mask.close()
+        raise Unusable(reason, detail)
     return mask
 
 
@@ -190,11 +186,13 @@ class Outline:
 
     Args:
         label: class, group or name that it was given; "" without one.
-        rings: the outer ring, then the holes in it.
+        rings: the outer ring, then the holes in it; none of a point, a line or an arrow.
+        negative: it is cut out of the other regions of its label.
     """
 
     label: str
-    rings: tuple[Ring, ...]
+    rings: tuple[Ring, ...] = ()
+    negative: bool = False
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -269,31 +267,33 @@ def _geojson(document: Any) -> Iterator[Outline]:
         properties = feature.get("properties") or {}
         label = (properties.get("classification") or {}).get("name") or properties.get("name") or ""
         geometry = feature["geometry"]
-        kind, coordinates = geometry["type"], geometry["coordinates"]
-        if kind == "Polygon":
-            coordinates = [coordinates]
-        elif kind != "MultiPolygon":
-            raise ValueError(f"a {kind} encloses nothing; expected Polygon or MultiPolygon")
-        for rings in coordinates:
+        kind, coordinates = geometry["type"], geometry.get("coordinates", ())
+        if kind not in ("Polygon", "MultiPolygon"):
+            yield Outline(str(label))
+            continue
+        for rings in [coordinates] if kind == "Polygon" else coordinates:
             yield Outline(str(label), tuple(_ring(ring) for ring in rings))
 
 
 def _xml(root: Element) -> Iterator[Outline]:
     if root.tag == "ASAP_Annotations":
         for annotation in root.iter("Annotation"):
-            if annotation.get("Type") in ("Polygon", "Rectangle", "Spline"):
-                group = annotation.get("PartOfGroup", "None")
-                label = annotation.get("Name", "") if group == "None" else group
-                points = sorted(
-                    annotation.iter("Coordinate"), key=lambda c: float(c.get("Order", 0))
-                )
-                yield Outline(label, (_ring([(c.get("X"), c.get("Y")) for c in points]),))
+            group = annotation.get("PartOfGroup", "None")
+            label = annotation.get("Name", "") if group == "None" else group
+            if annotation.get("Type") not in ("Polygon", "Rectangle", "Spline"):
+                yield Outline(label)
+                continue
+            points = sorted(annotation.iter("Coordinate"), key=lambda c: float(c.get("Order", 0)))
+            yield Outline(label, (_ring([(c.get("X"), c.get("Y")) for c in points]),))
     elif root.tag == "Annotations":
         for annotation in root.iter("Annotation"):
-            label = annotation.get("Name", "")
             for region in annotation.iter("Region"):
+                label = region.get("Text") or annotation.get("Name") or ""
+                if region.get("Type", "0") not in ("0", "1"):  # ellipse, arrow, ruler: two points
+                    yield Outline(label)
+                    continue
                 ring = _ring([(v.get("X"), v.get("Y")) for v in region.iter("Vertex")])
-                yield Outline(region.get("Text") or label, (ring,))
+                yield Outline(label, (ring,), region.get("NegativeROA") == "1")
     else:
         raise ValueError(f"<{root.tag}> is neither <ASAP_Annotations> nor Aperio's <Annotations>")
 

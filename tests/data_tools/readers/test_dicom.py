@@ -185,11 +185,11 @@ def test_a_row_that_cannot_be_read_is_no_label_of_the_whole_picture(tmp_path):
 def test_a_row_whose_cells_are_shifted_may_be_about_the_label_in_its_box(tmp_path):
     save(tmp_path / "a.dcm", dataset(stack()[0]))
     (tmp_path / "labels.csv").write_text(
-        "file,label,x1,y1,x2,y2\na.dcm, giant,nodule,1,2,3\nb.dcm,nodule,1,2,3,4\n"
+        "file,label,x1,y1,x2,y2\na.dcm, giant,nodule,1,B,3\nb.dcm,nodule,1,2,3,4\nb.dcm,B,1,2,3,4\n"
     )
     box = {"x1": "x1", "y1": "y1", "x2": "x2", "y2": "y2"}
     chosen = options(tmp_path, table="labels.csv", columns={"box": box}, files="*.dcm")
-    assert read_units(dicom, chosen)[2] == [("giant", "nodule")]
+    assert read_units(dicom, chosen)[2] == [("B", "giant", "nodule")]
 
 
 def test_a_box_of_a_whole_series_is_left_out(tmp_path):

@@ -432,7 +432,6 @@ def test_a_link_out_of_the_source_is_not_followed(tmp_path: Path) -> None:
 def test_files_of_outlines_that_are_none(tmp_path: Path) -> None:
     texts = {
         "a.geojson": "{",
-        "b.geojson": '{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}',
         "c.geojson": '[{"geometry": {"type": "Polygon", "coordinates": [[[1, 2], [3, 4]]]}}]',
         "d.xml": "<html/>",
         "e.xml": "<ASAP",
@@ -446,6 +445,40 @@ def test_files_of_outlines_that_are_none(tmp_path: Path) -> None:
     samples, drops = read(tmp_path, regions="{stem}.geojson")
     assert not samples
     assert [drop.reason for drop in drops] == ["regions of the slide can't be read"]
+
+
+POINT = {"geometry": {"type": "Point", "coordinates": [1, 2]}, "properties": {"name": "cell"}}
+BOX = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in ((0, 0), (64, 0), (64, 64), (0, 64)))
+HOLE_IN_IT = BOX.replace("64", "32")
+APERIO = f"""<Annotations><Annotation Name="tumour"><Regions><Region Type="0">{BOX}</Region>
+<Region Type="0" NegativeROA="1">{HOLE_IN_IT}</Region></Regions></Annotation>
+<Annotation Name="cell"><Regions><Region Type="3"><Vertex X="1" Y="2"/></Region></Regions></Annotation>
+</Annotations>"""
+ASAP = """<ASAP_Annotations><Annotations><Annotation Name="cell" Type="Dot" PartOfGroup="None">
+<Coordinates><Coordinate Order="0" X="1" Y="2"/></Coordinates></Annotation><Annotation Name="tumour"
+Type="Polygon" PartOfGroup="None"><Coordinates><Coordinate Order="0" X="0" Y="0"/>
+<Coordinate Order="1" X="64" Y="0"/><Coordinate Order="2" X="0" Y="64"/></Coordinates></Annotation>
+</Annotations></ASAP_Annotations>"""
+TRIANGLE = {"type": "Polygon", "coordinates": [[[0, 0], [64, 0], [0, 64]]]}
+FEATURES = [POINT, {"geometry": TRIANGLE, "properties": {"name": "tumour"}}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "area"),
+    [
+        ("a.xml", APERIO, 64 * 64 - 32 * 32),
+        ("a.xml", ASAP, 64 * 63 // 2),
+        ("a.geojson", json.dumps(FEATURES), 64 * 63 // 2),
+    ],
+)
+def test_marks_that_enclose_nothing_are_lost_and_negative_regions_cut_out(
+    tmp_path, name, text, area
+):
+    write_pyramid(tmp_path / "a.tif", field(64, 64))
+    (tmp_path / name).write_text(text)
+    (sample,), (drop,), lacking = read_units(slide, options(tmp_path, regions="{stem}" + name[1:]))
+    assert [(a.label, a.mask.sum()) for a in sample.annotations] == [("tumour", area)]
+    assert (drop.reason, lacking) == ("mark on the slide that encloses nothing", [("cell",)])
 
 
 def test_a_source_without_slides_stops_the_job(tmp_path: Path) -> None:
