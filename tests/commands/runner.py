@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Run the real ``xtuner`` as a user does. It exits 0 whatever happens, so the outcome is looked at."""
+"""Run ``xtuner`` as a user does. It exits 0 whatever happens, so the outcome is looked at."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
+
 ROOT = Path(__file__).parents[2]
 TINY_RUN = ("train_dataloader.num_workers=0",)
 
 
 class Xtuner:
-    """``xtuner`` in the repository's root with ``GMAI_*`` set.
+    """``xtuner`` in the repository's root with ``GMAI_*`` set, in forks of :mod:`tests.warm`.
 
     Args:
+        real: in a process of its own, as a user starts it.
         environment: additional variables.
     """
 
-    def __init__(self, **environment: str | Path) -> None:
+    def __init__(self, *, real: bool = False, **environment: str | Path) -> None:
+        self.real = real
         self.environment = {
             **os.environ,
             # xtuner starts the `python` that it finds first.
@@ -43,10 +47,16 @@ class Xtuner:
 
     def __call__(self, *arguments: str | Path, ranks: int = 1, stdin: str = "") -> str:
         """What the command printed, standard output and error together."""
+        command = ["xtuner", *map(str, arguments)]
+        environment = {**self.environment, "NPROC_PER_NODE": str(ranks)}
+        if not self.real:
+            return warm.run(
+                command, environment=environment, folder=ROOT, stdin=stdin, merged=True
+            ).stdout
         done = subprocess.run(
-            ["xtuner", *map(str, arguments)],
+            command,
             cwd=ROOT,
-            env={**self.environment, "NPROC_PER_NODE": str(ranks)},
+            env=environment,
             input=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -34,6 +34,7 @@ SHORT = (
     "optim_wrapper.accumulative_counts=2",
     "train_dataloader.dataset.max_length=160",
     "default_hooks.logger.interval=1",
+    "default_hooks.sample_answer.interval=0",
     "train_cfg.max_epochs=3",
     # so that a few steps teach the adapters enough to change the answer
     "optim_wrapper.optimizer.lr=1e-2",

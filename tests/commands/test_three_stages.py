@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
 import sys
 
 import pytest
@@ -22,6 +21,7 @@ from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.loading import load_model
+from tests import warm
 from tests.commands.runner import Xtuner, last_checkpoint, scalars
 from tests.commands.serving import gmai_demo, gmai_serve, transformers_serve
 from tests.demo.browsing import ask, chromium, upload
@@ -39,6 +39,9 @@ STAGES = {
 SHORT = (
     "train_dataloader.batch_size=2",
     "default_hooks.logger.interval=1",
+    "default_hooks.sample_answer.interval=0",
+    "train_cfg.max_epochs=None",
+    "train_cfg.max_iters=6",
 )
 LOSS_KEYS = {"loss", "lr", "grad_norm", "tokens_per_second", "pack_fill", "images_per_second"}
 
@@ -54,10 +57,13 @@ def trained(tmp_path_factory, tiny_bases, shared_data):
         GMAI_STAGE1=folder / "stage1_shallow",
         GMAI_STAGE2=folder / "stage2_deep",
     )
-    printed = {
-        stage: xtuner.train(stage, folder / stage, *SHORT, deepspeed=deepspeed, ranks=ranks)
-        for stage, (deepspeed, ranks) in STAGES.items()
-    }
+    printed = {}
+    for stage, (deepspeed, ranks) in STAGES.items():
+        xtuner.real = ranks > 1  # by torchrun once
+        printed[stage] = xtuner.train(
+            stage, folder / stage, *SHORT, deepspeed=deepspeed, ranks=ranks
+        )
+    xtuner.real = False
     return folder, printed, xtuner
 
 
@@ -170,14 +176,12 @@ def test_the_same_greedy_answer_wherever_the_model_is_asked(
     }
 
     for name, model in (("chat", ours), ("chat, plain export", plain)):
-        done = subprocess.run(
+        done = warm.run(
             [
                 *(sys.executable, "-m", "gmai_xtuner.chat", model, "--image", image),
                 *("--question", question, "--max-new-tokens", str(length), "--device", "cpu"),
             ],
-            capture_output=True,
-            text=True,
-            check=False,
+            environment=xtuner.environment,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         answers[name] = done.stdout.strip()

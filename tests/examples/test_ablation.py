@@ -7,13 +7,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from run import StepError
+from run import ROOT, StepError
 
 from gmai_xtuner.core.mixture import load_mixture
+from tests import warm
 
 ABLATION = Path(__file__).resolve().parents[2] / "examples" / "ablation"
 
@@ -34,6 +36,14 @@ def load(name: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
     return load("run")
+
+
+def in_a_fork(command: Sequence[str], log: Path, *, environment: Mapping[str, str]) -> None:
+    """The quickstart's ``run_command``."""
+    done = warm.run(command, environment=environment, folder=ROOT, merged=True)
+    log.write_text(done.stdout)
+    if done.returncode:
+        raise StepError(f"ended with code {done.returncode}")
 
 
 def test_the_two_trainings_are_the_same_command(ablation: ModuleType, tmp_path: Path) -> None:
@@ -60,6 +70,7 @@ def test_from_pictures_to_the_paired_test(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ablation.quickstart, "run_command", in_a_fork)
     monkeypatch.chdir(tmp_path)
     work = tmp_path / "work"
     sizes = ["--pictures", "16", "--public", "16", "--questions", "16", "--limit", "12"]

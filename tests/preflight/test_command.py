@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.preflight.__main__ import main
+from tests import warm
 from tests.preflight.conftest import ROOT
 from tests.preflight.test_data import edit_mixture
 from tests.toy import record
@@ -38,15 +39,7 @@ def command(tiny_bases, tmp_path):
         }
         line = [sys.executable, "-m", "gmai_xtuner.preflight", "configs/gmai_vl/stage1_shallow.py"]
         line += [*arguments, "--work-dir", str(tmp_path / "work"), "--cfg-options", *SMALL]
-        return subprocess.run(
-            line,
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        return warm.run(line, environment=environment, folder=ROOT, timeout=120)
 
     return run
 
