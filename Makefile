@@ -1,6 +1,7 @@
 # make quickstart    environment, tiny bases, real images, three stages, held-out questions
 # make test          all tests (make test-fast leaves out those that train)
-# make check         lint, format, types
+# make check         lint, format, types, licences and advisories of what is installed
+# make fuzz          100,000 mutated files and requests; a few of them are in make test
 PYTHON ?= python3
 VENV ?= .venv
 # Tests run in so many processes, a file in one of them; each may train, with about 2 GiB.
@@ -10,10 +11,10 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-newest quickstart test test-fast check format license clean
+.PHONY: help env env-newest quickstart test test-fast fuzz check advisories format license clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 env: $(VENV)/.installed
 
@@ -35,10 +36,17 @@ test: env env-newest
 test-fast: env env-newest
 	$(PYTEST) -m "not slow"
 
-check: env
+fuzz: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 100000
+
+check: env advisories
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Without a network it says that advisories were not looked up.
+advisories: env
+	$(BIN)/python -m tests.dependencies
 
 format: env
 	$(BIN)/ruff format .

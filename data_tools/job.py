@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import importlib.resources
 import json
+import os
 import re
 import types
 import typing
@@ -111,7 +112,8 @@ def load(path: Path, *, output: Path | None = None) -> Job:
     if output is not None:
         data["output"] = str(output.absolute())
     problems = _Problems(document)
-    sources = _sources(data, problems, path.parent)
+    made = _sources(data, problems, path.parent)
+    sources = tuple(made.values())
     extended = _below(data, "taxonomy", path.parent)
     _below(data, "output", path.parent)
     if isinstance(data.get("writer"), dict):
@@ -123,8 +125,8 @@ def load(path: Path, *, output: Path | None = None) -> Job:
     if job is not None and job.engine not in ENGINES:
         problems.add(("engine",), f"expected {' or '.join(ENGINES)}, got {job.engine!r}")
     _check_output(job, sources, data, problems)
-    if extended is None or extended.is_file():
-        _check_terms(sources, data, load_taxonomy(extended), problems)
+    if extended is None or os.path.isfile(extended):
+        _check_terms(made, load_taxonomy(extended), problems)
     else:
         problems.add(("taxonomy",), f"there is no file {extended}")
     problems.stop()
@@ -289,13 +291,16 @@ def _kind(value: Any) -> str:
 # --- sources --------------------------------------------------------------------------------------
 
 
-def _sources(data: Mapping[str, Any], problems: _Problems, folder: Path) -> list[SourceOptions]:
+def _sources(
+    data: Mapping[str, Any], problems: _Problems, folder: Path
+) -> dict[int, SourceOptions]:
+    """Return the sources by their place in the list."""
     entries = data.get("sources")
     if not isinstance(entries, list) or not entries:
         text = "expected a list of at least one source, each with name, reader, root and licence"
         problems.add(("sources",), f"{text}, got {_kind(entries)}")
-        return []
-    made: list[SourceOptions] = []
+        return {}
+    made: dict[int, SourceOptions] = {}
     names: dict[str, str] = {}
     for number, entry in enumerate(entries):
         place: Place = ("sources", number)
@@ -304,7 +309,7 @@ def _sources(data: Mapping[str, Any], problems: _Problems, folder: Path) -> list
             continue
         source = _source(dict(entry), place, problems, folder)
         if source is not None:
-            made.append(source)
+            made[number] = source
         name = entry.get("name")
         if isinstance(name, str):
             # Case doesn't tell names apart: some file systems don't.
@@ -403,7 +408,7 @@ def _root(text: str, folder: Path) -> Path:
         root = _package_folder(text)
     else:
         root = folder.absolute() / Path(text).expanduser()
-    if not root.exists():
+    if not os.path.exists(root):
         raise ValueError(f"there is no folder {root}")
     return root
 
@@ -411,9 +416,9 @@ def _root(text: str, folder: Path) -> Path:
 def _table(entry: dict[str, Any], root: Path, folder: Path) -> None:
     """Find a table of labels that lies beside the job; one below the root goes first."""
     table = entry.get("table")
-    if isinstance(table, str) and table and not (root / table).exists():
+    if isinstance(table, str) and table and not os.path.exists(root / table):
         beside = folder.absolute() / Path(table).expanduser()
-        if beside.is_file():
+        if os.path.isfile(beside):
             entry["table"] = str(beside)
 
 
@@ -443,18 +448,10 @@ def _below(data: dict[str, Any], key: str, folder: Path) -> Path | None:
 
 
 def _check_terms(
-    sources: Sequence[SourceOptions],
-    data: Mapping[str, Any],
-    taxonomy: Taxonomy,
-    problems: _Problems,
+    sources: Mapping[int, SourceOptions], taxonomy: Taxonomy, problems: _Problems
 ) -> None:
-    numbers = {
-        entry.get("name"): i
-        for i, entry in enumerate(data.get("sources") or ())
-        if isinstance(entry, dict)
-    }
-    for source in sources:
-        place: Place = ("sources", numbers[source.name])
+    for number, source in sources.items():
+        place: Place = ("sources", number)
         if source.department is None:
             names = ", ".join(taxonomy.departments)
             problems.add(

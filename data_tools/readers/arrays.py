@@ -40,6 +40,7 @@ from data_tools.readers.rows import cell_text
 from data_tools.readers.volume import Window, scale_for
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging.dicom import damage_as
 
 SUFFIXES = (".npz", ".npy", ".h5", ".hdf5", ".tif", ".tiff")
 OTHER_LENGTH = "arrays of different lengths"
@@ -323,14 +324,15 @@ def _npz(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
 def _numpy_rows(name: str, open_: Callable[[], Any], length: int, max_bytes: int) -> Rows:
     def opened() -> tuple[Any, tuple[int, ...], bool, np.dtype]:
         stream = open_()
-        version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read is None:
-            raise Unusable(UNREADABLE, f"{name}: NPY version {version}")
-        return stream, *read(stream)
+        with damage_as(UNREADABLE):  # numpy hands the header to Python's own parser
+            version = np.lib.format.read_magic(stream)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read is None:
+                raise Unusable(UNREADABLE, f"{name}: NPY version {version}")
+            return stream, *read(stream)
 
     start, shape, fortran, dtype = opened()
     size = math.prod(shape) * dtype.itemsize

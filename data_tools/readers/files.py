@@ -121,7 +121,7 @@ def file_below(source: SourceOptions, name: str, missing: str = MISSING) -> Path
             path = below(source, spelt)
         except ValueError as error:
             raise Unusable(OUTSIDE, str(error)) from error
-        if path.is_file():
+        if os.path.isfile(path):  # False too for a name that no file can have
             return path
     raise Unusable(missing, name)
 
@@ -173,7 +173,7 @@ def folder_of(source: SourceOptions, folder: str, *, key: str) -> Path:
     """
     root = source.root
     path = _in_job(source, folder or ".", key)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         here = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
         raise SourceError(
             f"Source {source.name}: `{key}` names the folder {folder!r}, which is not below {str(root)!r}. "
@@ -189,8 +189,8 @@ def file_of(source: SourceOptions, name: str, *, key: str) -> Path:
         SourceError: there is no such file below the root.
     """
     path = _in_job(source, name, key)
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else source.root
+    if not os.path.isfile(path):
+        folder = path.parent if os.path.isdir(path.parent) else source.root
         here = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         raise SourceError(
             f"Source {source.name}: `{key}` names the file {name!r}, which is not below "

@@ -272,7 +272,7 @@ def _own_reading(
     for reading in masks.readings(path):
         is_own = all(reading[name] == known[name] for name in shared)
         image = fill(images.template, known | reading)
-        if is_own or ((source.root / image).is_file() and _is_of(images, image, [masks])):
+        if is_own or (os.path.isfile(source.root / image) and _is_of(images, image, [masks])):
             key = tuple(reading.get(name, "") for name in (*shared, *said))
             meant.setdefault(key, reading)
     found = one_reading(list(meant.values()), labels, path=path, key="masks", source=source.name)
@@ -294,7 +294,7 @@ def _matching(root: Path, other: Pattern, known: Places) -> list[str]:
         names: Iterator[str] | list[str] = [part]
         if place_names(part):
             names = _listing(root / folder, part[: part.index("{")])
-        elif len(parts) == 1 and not (root / folder / part).exists():
+        elif len(parts) == 1 and not os.path.exists(root / folder / part):
             names = _listing(root / folder, part.partition(".")[0])
         own = pattern(part)
         for name in names:
@@ -302,9 +302,9 @@ def _matching(root: Path, other: Pattern, known: Places) -> list[str]:
             path = f"{folder}/{name}" if folder else name
             if texts is None:
                 continue
-            if len(parts) > 1 and (root / path).is_dir():
+            if len(parts) > 1 and os.path.isdir(root / path):
                 walk(path, parts[1:], places | texts)
-            elif len(parts) == 1 and (root / path).is_file():
+            elif len(parts) == 1 and os.path.isfile(root / path):
                 found.append(path)
 
     walk("", fill(other.template, known).split("/"), dict(known))

@@ -110,8 +110,8 @@ def run_length_mask(code: Any, size: tuple[int, int]) -> np.ndarray:
         Unusable: of another size, or its runs are not as long as the image.
     """
     width, height = size
-    if not isinstance(code, dict) or list(code.get("size") or ()) != [height, width]:
-        stated = code.get("size") if isinstance(code, dict) else code
+    stated = code.get("size") if isinstance(code, dict) else code
+    if not isinstance(code, dict) or stated not in ([height, width], (height, width)):
         raise Unusable("mask of another size than its image", f"{stated}, not [{height}, {width}]")
     counts = code.get("counts")
     try:

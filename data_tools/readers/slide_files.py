@@ -22,9 +22,12 @@ import numpy as np
 import tifffile
 
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging.dicom import damage_as
 
 MAX_READ = 2**28  # pixels that one call reads at most: 16384 x 16384
+MAX_PIXELS = 2**36  # of a slide
 KEPT_BYTES = 2**26  # of decoded tiles and strips
+UNREADABLE, UNREADABLE_PART = "slide can't be read", "part of the slide can't be read"
 _SHOWN_TYPES = (np.dtype(bool), np.dtype(np.uint8), np.dtype(np.uint16))
 
 
@@ -76,7 +79,7 @@ def open_slide(path: Path) -> SlideFile:
     try:
         vendor = openslide.OpenSlide.detect_format(str(path))
     except openslide.OpenSlideError as error:
-        raise Unusable("slide can't be read", str(error)) from error
+        raise Unusable(UNREADABLE, str(error)) from error
     if vendor is not None and vendor != "generic-tiff":
         return _Scanner(path)
     return TiffSlide(path)
@@ -92,7 +95,7 @@ class _Scanner:
         try:
             self._slide = openslide.OpenSlide(str(path))
         except (openslide.OpenSlideError, OSError) as error:
-            raise Unusable("slide can't be read", str(error)) from error
+            raise Unusable(UNREADABLE, str(error)) from error
         sizes = zip(self._slide.level_dimensions, self._slide.level_downsamples, strict=True)
         self.levels = tuple(Level(width, height, float(scale)) for (width, height), scale in sizes)
         properties = self._slide.properties
@@ -106,7 +109,7 @@ class _Scanner:
         try:
             region = self._slide.read_region(corner, level, (width, height))
         except self._error as error:
-            raise Unusable("part of the slide can't be read", str(error)) from error
+            raise Unusable(UNREADABLE_PART, str(error)) from error
         pixels = np.asarray(region)
         # Where the scanner saw nothing the pixels are transparent: shown on white, as glass is.
         alpha = pixels[:, :, 3:].astype(np.uint16)
@@ -123,14 +126,12 @@ class TiffSlide:
     ``values``: pixels are the numbers in the file, not the colours or grey levels that they stand for.
     """
 
+    @damage_as(UNREADABLE)
     def __init__(self, path: Path, *, values: bool = False) -> None:
         self._values = values
-        try:
-            self._tiff = tifffile.TiffFile(path)
-            series = self._tiff.series[0]
-            self._pages = [level.keyframe for level in series.levels]
-        except (tifffile.TiffFileError, OSError, IndexError, ValueError, KeyError) as error:
-            raise Unusable("slide can't be read", str(error)) from error
+        self._tiff = tifffile.TiffFile(path)
+        series = self._tiff.series[0]
+        self._pages = [level.keyframe for level in series.levels]
         first = self._pages[0]
         if first.imagedepth != 1 or (
             len(series.pages) > 1 and series.axes not in ("YX", "YXS", "SYX")
@@ -146,10 +147,13 @@ class TiffSlide:
             Level(page.imagewidth, page.imagelength, first.imagewidth / page.imagewidth)
             for page in self._pages
         )
+        if not 0 < first.imagewidth * first.imagelength <= MAX_PIXELS:
+            raise Unusable(UNREADABLE, f"{first.imagewidth} x {first.imagelength} pixels")
         self.microns_per_pixel = _ome_microns(self._tiff) or _tiff_microns(first)
         self.magnification: float | None = None
         self._decoded: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
+    @damage_as(UNREADABLE_PART)
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         _check_read(self.levels[level], x, y, width, height)
         page = self._pages[level]
@@ -183,14 +187,11 @@ class TiffSlide:
         if count == 0:
             return None
         handle = self._tiff.filehandle
-        try:
-            handle.seek(page.dataoffsets[index])
-            data = handle.read(count)
-            if len(data) < count:
-                raise ValueError(f"the file ends inside of tile {index}")
-            tile, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-        except (ValueError, OSError, RuntimeError, IndexError, KeyError) as error:
-            raise Unusable("part of the slide can't be read", str(error)) from error
+        handle.seek(page.dataoffsets[index])
+        data = handle.read(count)
+        if len(data) < count:
+            raise Unusable(UNREADABLE_PART, f"the file ends inside of tile {index}")
+        tile, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
         if tile is None:
             return None
         pixels: np.ndarray = tile[0, : shape[1], : shape[2]]

@@ -8,6 +8,7 @@ rectangle that was drawn. ``corners`` says which: a file can't.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -118,7 +119,7 @@ def _parse(options: Options, name: str) -> Element:
 def _by_stem(options: Options, name: str) -> str:
     stem = name[len(options.annotations) :].strip("/")[: -len(".xml")]
     for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
-        if (options.root / options.images / (stem + suffix)).is_file():
+        if os.path.isfile(options.root / options.images / (stem + suffix)):
             return stem + suffix
     return stem
 

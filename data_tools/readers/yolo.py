@@ -81,7 +81,7 @@ def units(options: Options) -> Iterator[Unit]:
 def _lonely_labels(options: Options, folder: str) -> Iterator[Unit]:
     """Yield units for label files without an image, which tell of a set that was copied in part."""
     exchanged = _exchanged(folder, options.images, options.annotations)
-    if exchanged is not None and not (options.root / exchanged).is_dir():
+    if exchanged is not None and not os.path.isdir(options.root / exchanged):
         return
     for name in files(options, folder if exchanged is None else exchanged):
         above, _, own = name.rpartition("/")

@@ -41,6 +41,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -413,7 +414,7 @@ def _files(
                 key=key,
             )
         file = _locate(section, value, key=key, must_exist=check_files)
-        if check_files and not file.is_file():
+        if check_files and not os.path.isfile(file):
             raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
         files.append(file)
     return files
@@ -435,7 +436,7 @@ def _read_image_root(
             )
         return folders.pop()
     folder = _locate(section, value, key=key, must_exist=check_files)
-    if check_files and not folder.is_dir():
+    if check_files and not os.path.isdir(folder):
         raise section.error(
             f"image root {str(folder)!r} is not a folder", remedy="Name a folder.", key=key
         )
@@ -446,7 +447,7 @@ def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path
     """Return a path as it stands, below the mixture file's folder, or below the working directory."""
     candidates = [section.document.path.parent / value, Path.cwd() / value]
     for candidate in candidates:
-        if candidate.exists():
+        if os.path.exists(candidate):
             return candidate
     if must_exist:
         looked = " and ".join(dict.fromkeys(repr(str(candidate)) for candidate in candidates))

@@ -282,6 +282,7 @@ def numbers(source: Any, key: str) -> list[float]:
         raise Unusable(WRONG_VALUES, key) from None
 
 
+@damage_as(WRONG_VALUES)
 def modality_code(data: Any) -> str:
     """Return the modality's code, or nothing if it does not look like one: people type names anywhere."""
     found = _CODE.fullmatch(str(data.get("Modality", "")).strip())

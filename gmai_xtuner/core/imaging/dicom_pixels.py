@@ -26,6 +26,7 @@ from gmai_xtuner.core.imaging.bounded import MEMORY, run_bounded
 from gmai_xtuner.core.imaging.dicom import (
     NO_PICTURE,
     PIXELS,
+    WRONG_VALUES,
     damage_as,
     functional_group,
     modality_code,
@@ -50,6 +51,7 @@ _OTHER_COLOURS = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "
 """DICOM's other names; any other text may be what somebody typed, and is not repeated."""
 
 
+@damage_as(WRONG_VALUES)
 def photometric_of(data: Any) -> str:
     """Return the photometric interpretation, one of `GREY` and `COLOUR`.
 
@@ -62,6 +64,7 @@ def photometric_of(data: Any) -> str:
     return found
 
 
+@damage_as(WRONG_VALUES)
 def has_pixels(data: Any) -> bool:
     """Return True for a data set with pixels of any type."""
     return any(key in data for key in PIXELS)
@@ -213,6 +216,7 @@ def _check_planes(stored: np.ndarray, planar: int) -> None:
 # --- intensities and colours --------------------------------------------------------------------
 
 
+@damage_as(WRONG_VALUES)
 def intensities(data: Any, frame: int = 0) -> np.ndarray:
     """Return ``[H, W]`` in the unit of the modality (Hounsfield for CT).
 
@@ -262,6 +266,7 @@ def _padding(data: Any, stored: np.ndarray) -> np.ndarray | None:
     return (stored >= min(ends)) & (stored <= max(ends))
 
 
+@damage_as(WRONG_VALUES)
 def colours(data: Any, frame: int = 0) -> tuple[np.ndarray, str]:
     """Return uint8 RGB ``[H, W, 3]`` of a frame, and what was done.
 
@@ -287,6 +292,7 @@ def colours(data: Any, frame: int = 0) -> tuple[np.ndarray, str]:
 # --- the file's own look-up tables and windows --------------------------------------------------
 
 
+@damage_as(WRONG_VALUES)
 def file_scale(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
     """Return the scale of a frame's VOI LUT, or without one of its window; None without either.
 
@@ -310,6 +316,7 @@ def file_scale(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
     return Scale(window.apply, text)
 
 
+@damage_as(WRONG_VALUES)
 def file_window(data: Any, frame: int = 0, voi: int | str = 0) -> Window | None:
     """Return a frame's window; see `file_scale`.
 
@@ -333,6 +340,7 @@ def file_window(data: Any, frame: int = 0, voi: int | str = 0) -> Window | None:
         raise Unusable(NO_WINDOW, str(error)) from error
 
 
+@damage_as(WRONG_VALUES)
 def file_table(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
     """Return a frame's VOI LUT; None too for one that can't be applied beside a window; see `file_scale`."""
     source = _voi_of(data, frame)

@@ -167,7 +167,7 @@ def _beside(header: Path, name: str, allowed: Sequence[str]) -> Path:
     real = os.path.realpath(path)
     if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in allowed):
         raise Unusable(OUTSIDE, f"the header takes its voxels from {name[:200]!r}, a link")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise Unusable(UNREADABLE, f"header and voxels belong together; {name!r} isn't there")
     return path
 

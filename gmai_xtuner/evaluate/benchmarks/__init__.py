@@ -211,7 +211,7 @@ def _read_json_header(path: Path) -> Header | None:
         return None
     try:
         record, _ = json.JSONDecoder().raw_decode(beginning, start)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return Header(path, tuple(record))
 

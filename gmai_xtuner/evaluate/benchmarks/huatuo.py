@@ -62,7 +62,7 @@ def _add(record: Mapping[str, Any], identifier: str, folder: Path, collector: Co
         )
         return
     names = record.get("image") or []
-    if isinstance(names, str):
+    if not isinstance(names, list):
         names = [names]
     images: dict[int, ImageSource] = {
         number: folder / str(name) for number, name in enumerate(names, start=1)
