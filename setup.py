@@ -105,8 +105,16 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["gmai_xtuner", "gmai_xtuner.*", "data_tools", "data_tools.*"]),
+    # configs/gmai_vl travels in the wheel as gmai_xtuner/configs, where train/names.py finds it, and
+    # examples/tiny_bases.py for `python -m gmai_xtuner.tiny_bases`.
+    packages=[
+        *find_packages(include=["gmai_xtuner", "gmai_xtuner.*", "data_tools", "data_tools.*"]),
+        "gmai_xtuner.configs",
+        "gmai_xtuner.examples",
+    ],
+    package_dir={"gmai_xtuner.configs": "configs/gmai_vl", "gmai_xtuner.examples": "examples"},
     package_data={
+        "gmai_xtuner.configs": ["_base_/*.py", "variants/*.py", "mixtures/*.yaml"],
         "gmai_xtuner": [
             "checkpoint/*.j2",
             "demo/*.css",
@@ -137,7 +145,10 @@ setup(
             "gmai-chat = gmai_xtuner.chat.__main__:main",
             "gmai-serve = gmai_xtuner.serve.__main__:main",
             "gmai-demo = gmai_xtuner.demo.__main__:main",
-        ]
+            "gmai-train = gmai_xtuner.train.__main__:main",
+        ],
+        # Called by `import torch`; see train/names.py for why, and docs/training.md.
+        "torch.backends": ["gmai_xtuner = gmai_xtuner.train.names:wait_for_xtuner"],
     },
     python_requires=">=3.11,<3.13",
     install_requires=[

@@ -22,7 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vision-whole", action="store_true", help="CLIP with its text tower")
     options = parser.parse_args(arguments)
     # After the options, since it imports torch: --help answers at once.
-    tiny = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "tiny_bases.py"))
+    here = Path(__file__).parent  # a wheel carries the file along, see setup.py
+    folder = next(f for f in (here / "examples", here.parent / "examples") if f.is_dir())
+    tiny = runpy.run_path(str(folder / "tiny_bases.py"))
     llm = tiny["TinyLLM"](
         shards=options.shards,
         safe_serialization=not options.bin,

@@ -11,7 +11,6 @@ import pytest
 from mmengine.config import Config
 
 import gmai_xtuner
-from gmai_xtuner.compat.xtuner import DEEPSPEED_NAMES
 from gmai_xtuner.core.config import (
     image_processor_config,
     tokenizer_config,
@@ -19,6 +18,7 @@ from gmai_xtuner.core.config import (
 )
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.mixture import load_mixture, select
+from gmai_xtuner.train.names import DEEPSPEED_NAMES
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "gmai_vl"

@@ -28,7 +28,7 @@ ALLOWED = {
     "checkpoint": ("core", "data", "model"),
     "generate": _MODEL,
     "evaluate": _COMMAND,
-    "train": (*_MODEL, "generate", "evaluate"),
+    "train": (*_MODEL, "generate", "evaluate", "cli"),
     "preflight": (*_COMMAND, "train", "evaluate"),
     "chat": _COMMAND,
     "serve": _COMMAND,
@@ -134,7 +134,17 @@ def test_core_loads_nothing_heavy():
 
 
 COMMANDS = (
-    *("chat", "serve", "demo", "preflight", "evaluate", "import_model", "llama_base", "tiny_bases"),
+    *(
+        "chat",
+        "serve",
+        "demo",
+        "preflight",
+        "evaluate",
+        "train",
+        "import_model",
+        "llama_base",
+        "tiny_bases",
+    ),
     *("data_tools.generate", "data_tools.overlap"),
 )
 

@@ -8,12 +8,13 @@ at anything else, and there is no later place that all ``xtuner`` commands pass.
 
 from gmai_xtuner.checkpoint.pickles import install_safe_reader
 from gmai_xtuner.compat import bitsandbytes, deepspeed, mmengine, torch, xtuner
+from gmai_xtuner.train import names
 
 
 def apply() -> None:
     """Install all workarounds; calling it again changes nothing."""
     deepspeed.keep_standard_output_clean()
-    xtuner.name_deepspeed_configs()
+    names.register()
     install_safe_reader()
     torch.sleep_while_waiting_for_threads()
     mmengine.launch_without_gpu()

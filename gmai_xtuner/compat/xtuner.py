@@ -17,8 +17,6 @@ import torch
 
 from gmai_xtuner.core.errors import GMAIError
 
-DEEPSPEED_NAMES = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-
 
 def xtuner_tool() -> str | None:
     """Return which of ``xtuner``'s commands this process runs (``train``); ``None`` for another program."""
@@ -57,19 +55,6 @@ def own_the_command() -> None:
     sys.excepthook = tell
     if tool == "train":
         start.begin(sys.modules["__main__"].parse_args())
-
-
-def name_deepspeed_configs() -> None:
-    """``--deepspeed zero2`` means our bf16 file.
-
-    xtuner looks names up in ``cfgs_name_path``, after the config file has been loaded; it only knows
-    its own ``deepspeed_zero2``, whose ``"auto"`` precision asks the device. Not a defect: permanent.
-    """
-    from xtuner.configs import cfgs_name_path
-
-    folder = Path(__file__).parents[1] / "train" / "deepspeed"
-    for name in DEEPSPEED_NAMES:
-        cfgs_name_path[name] = str(folder / f"{name}.json")
 
 
 def read_zero_checkpoints_exactly() -> None:

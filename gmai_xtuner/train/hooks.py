@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -56,6 +57,7 @@ class ProgressHook(Hook):
         self._logger = loggers[0] if loggers else LoggerHook()
         self._model_flops = ModelFlops.of(runner.model.module)
         self._peak_flops = device_peak_flops()
+        self._from_the_start, self._first, self._last = runner.iter == 0, math.nan, math.nan
         self._reset()
 
     def after_train_iter(
@@ -79,6 +81,14 @@ class ProgressHook(Hook):
                 runner.message_hub.update_scalar("train/grad_norm", float(norm))
         if self._is_shown(runner, batch_idx) or self.is_last_train_iter(runner):
             self._publish(runner)
+
+    def after_train(self, runner: FlexibleRunner) -> None:
+        """Say so if the last logged loss of a whole run is no lower than the first."""
+        if self._from_the_start and self._last > self._first and runner.iter >= runner.max_iters:
+            runner.logger.warning(
+                f"The loss has not fallen ({self._first:.4f} at first, {self._last:.4f} at last): nothing "
+                "was learnt that it could show"
+            )
 
     def _is_shown(self, runner: FlexibleRunner, batch_idx: int) -> bool:
         """Return whether the logger shows this micro-batch: ``LoggerHook.after_train_iter``."""
@@ -106,8 +116,10 @@ class ProgressHook(Hook):
         all_reduce(sums)
         seconds = time.perf_counter() - self._started
         hub = runner.message_hub
+        loss = float(sums[0] / sums[1])
         runner.log_processor.window_size = len(self._sums)
-        hub.update_scalar("train/loss", float(sums[0] / sums[1]))
+        self._first, self._last = loss if math.isnan(self._first) else self._first, loss
+        hub.update_scalar("train/loss", loss)
         hub.update_scalar("train/tokens_per_second", self._tokens / seconds)
         hub.update_scalar("train/pack_fill", self._tokens / max(1, self._capacity))
         hub.update_scalar("train/images_per_second", self._images / seconds)

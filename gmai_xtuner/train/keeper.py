@@ -50,8 +50,21 @@ def parent_of(process: int) -> int | None:
     return int(fields[1])
 
 
+def xtuner_above(process: int) -> tuple[int, int] | None:
+    """Find the ``xtuner`` command above a process, as (its child, itself).
+
+    It runs the trainer (or torchrun) as a child, and dies of a signal without handing it on. When the child
+    has another parent, ``xtuner`` has gone.
+    """
+    while parent := parent_of(process):
+        if is_xtuner(parent):
+            return process, parent
+        process = parent
+    return None
+
+
 def main(work_dir: Path, trainer: int, launcher: int) -> None:
-    """Stay until the trainer has gone.
+    """Stay until the trainer has gone; interrupt one that has not begun when ``xtuner`` goes.
 
     Args:
         work_dir: of the run.
@@ -69,8 +82,13 @@ def main(work_dir: Path, trainer: int, launcher: int) -> None:
             signal.signal(number, hears)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, KEEPER_HEARS)
     renewed = time.monotonic()
+    command = xtuner_above(trainer)
     while os.getppid() == trainer:
         time.sleep(POLL)
+        if command and parent_of(command[0]) != command[1]:
+            command = None
+            if stored_status(work_dir).get("state") == "starting":
+                os.kill(trainer, signal.SIGINT)  # later the trainer looks for itself, at each step
         if time.monotonic() - renewed >= HEARTBEAT:
             renewed = time.monotonic()
             with suppress(OSError):

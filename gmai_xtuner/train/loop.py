@@ -139,7 +139,6 @@ class PackedTrainLoop(IterBasedTrainLoop):
         with self._recorded(self.runner) as run:
             self._status = run
             run.progress = lambda: (self._iter, self._max_iters)
-            run.write("running")
             stage = self.runner.cfg.train_dataloader.dataset.get("stage")
             self.runner.message_hub.update_info(STAGE, stage)
             model = self._run()
@@ -169,6 +168,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 f"Nothing to train: iteration {self._iter} of {self._max_iters} is reached",
                 logger="current",
             )
+        if self._status is not None:
+            self._status.write("running")  # now that requests to stop are heard
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             batch = next(batches)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +139,22 @@ def _log_answer(runner: FlexibleRunner, sample: Sample, answer: str) -> None:
     text = f"  question: {sample.question}{known}\n  answer: {answer}"
     step = runner.iter + 1
     runner.logger.info(f"Sample answer at iteration {step}, {sample.name}:\n{text}")
+    if says_nothing(answer) and step == runner.max_iters:
+        runner.logger.warning(
+            f"The last sample answer, of {sample.name}, "
+            f"{'repeats itself' if answer.strip() else 'is empty'}: this model has not learnt to answer"
+        )
     for backend in runner.visualizer._vis_backends.values():
         # TensorBoard's writer has it; mmengine's interface of backends knows no text.
         add_text = getattr(backend.experiment, "add_text", None)
         if add_text is not None:
             markdown = "\n\n".join(line.strip() for line in text.splitlines())
             add_text(f"sample_answer/{sample.name}", markdown, global_step=step)
+
+
+def says_nothing(answer: str) -> bool:
+    """Return whether an answer is empty, or holds something of 1 to 30 characters five times on end."""
+    return not answer.strip() or bool(re.search(r"([^\W\d].{0,29}?)(?:\s*\1){4}", answer))
 
 
 def _held_out_samples(dataset: SoftPackedDataset, count: int) -> list[Sample]:

@@ -15,6 +15,11 @@ from mmengine.runner import FlexibleRunner
 
 from gmai_xtuner.core.errors import GMAIError
 
+LEAST_STEPS = 10
+LEAST_RATES = 1e-4
+"""Optimiser steps, and the sum of their learning rates, below which a run is said to be small: Adam moves a
+weight by about the rate in a step, and the weights of a 7B have a spread of 0.02."""
+
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
@@ -82,6 +87,7 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
             if isinstance(scheduler, WarmupCosineLR):
                 scheduler.set_total_steps(runner.train_loop.total_steps)
                 _log_if_the_rate_is_another(runner, scheduler.base_values[0])
+                _log_if_small(runner, scheduler)
         self._check(runner)
 
     def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
@@ -130,4 +136,18 @@ def _log_if_the_rate_is_another(runner: FlexibleRunner, base: float) -> None:
         f"The learning rate goes on from the {base:g} that this run began with; the config's "
         f"{configured:g} is not used. For another rate start a new run from its weights "
         "(model.pretrained_pth)"
+    )
+
+
+def _log_if_small(runner: FlexibleRunner, scheduler: WarmupCosineLR) -> None:
+    steps, rate = runner.train_loop.total_steps, scheduler.base_values[0]
+    rates = sum(rate * scheduler.factor(step, steps) for step in range(steps))
+    if steps >= LEAST_STEPS and rates >= LEAST_RATES:
+        return
+    runner.logger.warning(
+        f"This run is too small to learn much: {steps} optimiser step{'s' * (steps != 1)}, whose learning "
+        f"rates add up to {rates:.1g} (expected: {LEAST_STEPS} steps and {LEAST_RATES:g} at least). Take the "
+        "config small_data, more epochs (train_cfg.max_epochs), fewer packs a step "
+        "(train_dataloader.batch_size, optim_wrapper.accumulative_counts) or a higher "
+        "optim_wrapper.optimizer.lr"
     )

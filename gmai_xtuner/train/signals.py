@@ -23,7 +23,7 @@ import torch
 from mmengine.dist import all_reduce
 from torch.utils.data import DataLoader
 
-from gmai_xtuner.train.keeper import is_xtuner, parent_of
+from gmai_xtuner.train.keeper import parent_of, xtuner_above
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ONE_CTRL_C = 1.0
@@ -49,7 +49,7 @@ class StopRequest:
         self._noted = 0.0
         self._asked: str | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._launcher = _find_launcher()
+        self._launcher = xtuner_above(os.getpid())
 
     def install(self) -> None:
         """Take the signals from now on. Outside the main thread, where Python has none, do nothing."""
@@ -106,20 +106,6 @@ class StopRequest:
         if int(os.environ.get("RANK", "0")) == 0 and self.stop_file.exists():
             return _FILE
         return 0
-
-
-def _find_launcher() -> tuple[int, int] | None:
-    """Find the ``xtuner`` command above this process, as (its child, itself).
-
-    It runs the trainer (or torchrun) as a child, and dies of a signal without handing it on. When the child
-    has another parent, ``xtuner`` has gone.
-    """
-    process = os.getpid()
-    while parent := parent_of(process):
-        if is_xtuner(parent):
-            return process, parent
-        process = parent
-    return None
 
 
 def guard_workers(loader: DataLoader) -> None:

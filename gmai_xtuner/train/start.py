@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.files import is_running
 from gmai_xtuner.train import status
 from gmai_xtuner.train.deepspeed_settings import Settled, read
 
@@ -36,6 +37,9 @@ def begin(arguments: Any) -> None:
     Raises:
         GMAIError: another run has it, or it has checkpoints and ``--resume`` was not given.
     """
+    launcher = os.environ.get("GMAI_LAUNCHER")
+    if launcher and not is_running(int(launcher)):
+        raise GMAIError("the gmai-train command that started this run has gone")
     cfg = command_config(arguments)
     named = arguments.work_dir or cfg.get("work_dir")
     work_dir = Path(named or os.path.join("work_dirs", Path(arguments.config).stem))

@@ -9,12 +9,12 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from gmai_xtuner.compat import deepspeed as deepspeed_compat
-from gmai_xtuner.compat.xtuner import DEEPSPEED_NAMES
 from gmai_xtuner.preflight.activations import Activations
 from gmai_xtuner.preflight.memory import ALLOWANCE, estimate_memory, moment_bytes
 from gmai_xtuner.preflight.parameters import PartCount
 from gmai_xtuner.preflight.run_config import ZeroSettings
 from gmai_xtuner.train.deepspeed_settings import read
+from gmai_xtuner.train.names import DEEPSPEED_NAMES
 
 W, T = 8_000_000_000, 4_000_000_000
 COUNTS = {"llm": PartCount(W, T, 0, 2 * W, 100_000_000)}

@@ -9,7 +9,6 @@ import json
 import pytest
 from deepspeed.runtime import constants
 
-from gmai_xtuner.compat.xtuner import DEEPSPEED_NAMES
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train.deepspeed_settings import (
     CONFIG_DECIDES,
@@ -20,6 +19,7 @@ from gmai_xtuner.train.deepspeed_settings import (
     read,
     settle,
 )
+from gmai_xtuner.train.names import DEEPSPEED_NAMES
 
 CONFIG = {
     "train_dataloader": {"batch_size": 8},

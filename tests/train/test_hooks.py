@@ -33,7 +33,10 @@ class Run:
             return tag, ""
 
         processor.get_log_after_iter = show
-        ignore = SimpleNamespace(info=lambda _: None, add_scalars=lambda *_, **__: None)
+        self.warned: list[str] = []
+        ignore = SimpleNamespace(
+            warning=self.warned.append, info=lambda _: None, add_scalars=lambda *_, **__: None
+        )
         self.runner = SimpleNamespace(
             hooks=[self.logger], iter=0, max_iters=total, message_hub=self.hub,
             train_dataloader=range(epoch), log_processor=processor, logger=ignore,
@@ -85,6 +88,12 @@ def test_each_logged_number_is_the_mean_of_what_it_covers(interval, epoch, total
                 run.hook = run.begin()
                 run.hook.load_rank_state_dict(state)
             run.train(number)
+    run.runner.iter = total
+    run.hook.after_train(run.runner)
+    if resume_at is None and len(run.shown) > 1:  # the loss of micro-batch n is n
+        assert "The loss has not fallen" in run.warned[0]
+    elif total == 1 or 1 < (resume_at or 0) < total:
+        assert not run.warned
     first = 0
     for number, loss, seconds in run.shown:
         covered = range(first, number + 1)

@@ -46,7 +46,7 @@ def corpus(make_corpus):
 def runner(build, corpus, model):
     """As much of a runner as the hook uses; ``shown`` is what reached log and TensorBoard."""
     dataset = build(corpus, held_out=0.4)
-    shown = SimpleNamespace(log=[], texts=[], images=[])
+    shown = SimpleNamespace(log=[], warnings=[], texts=[], images=[])
     writer = SimpleNamespace(
         add_text=lambda tag, text, global_step: shown.texts.append((tag, text, global_step))
     )
@@ -62,7 +62,7 @@ def runner(build, corpus, model):
         train_loop=SimpleNamespace(
             dataloader=SimpleNamespace(dataset=dataset), stop_training=False
         ),
-        logger=SimpleNamespace(info=shown.log.append),
+        logger=SimpleNamespace(info=shown.log.append, warning=shown.warnings.append),
         visualizer=SimpleNamespace(
             add_image=lambda name, image, step: shown.images.append((name, image.shape, step)),
             _vis_backends=backends,
@@ -154,10 +154,27 @@ def test_training_does_not_notice(runner, model, monkeypatch):
     np.random.seed(0)
     go(SampleAnswerHook(interval=1), runner)
     assert len(runner.shown.log) == 3
+    assert "is empty: this model has not learnt to answer" in runner.shown.warnings[0]
     assert all(module.training for module in model.llm.modules())
     assert model.llm.config.use_cache is False
     assert torch.equal(torch.rand(2), expected[0])
     assert np.array_equal(np.random.rand(2), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("answer", "nothing"),
+    [
+        ("", True),
+        (" \n", True),
+        ("isThis isThis isThis isThis isThis man", True),
+        ("病灶病灶病灶病灶病灶", True),
+        ("A chest X-ray. A chest X-ray.", False),
+        ("The mass is 100000000 cells wide, in 4 of 4 slices.", False),
+        ("Yes.", False),
+    ],
+)
+def test_an_answer_that_shows_nothing_learnt_is_known(answer, nothing):
+    assert sample_answer.says_nothing(answer) is nothing
 
 
 def test_weights_can_be_trained_after_an_answer(runner, model, monkeypatch):

@@ -52,16 +52,18 @@ def test_impossible_shares_are_refused(options):
 
 
 def runner_with(
-    configured: float, *, resumed: bool = False, engine: float = 1.0
+    configured: float, *, resumed: bool = False, engine: float = 1.0, steps: int = 10
 ) -> SimpleNamespace:
     """As much of a runner as the hook needs; the engine's rates are ``engine`` times the schedule's."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     warnings: list[str] = []
-    scheduler = WarmupCosineLR(optimizer, by_epoch=False, begin=0, end=4)
+    scheduler = WarmupCosineLR(optimizer, by_epoch=False, begin=0, end=steps)
     engines = [{"lr": 2.0 * engine}] if engine != 1.0 else optimizer.param_groups
     return SimpleNamespace(
         param_schedulers=[scheduler],
-        train_loop=SimpleNamespace(total_steps=4, step=0, resumed_from="it" if resumed else None),
+        train_loop=SimpleNamespace(
+            total_steps=steps, step=0, resumed_from="it" if resumed else None
+        ),
         model=SimpleNamespace(optimizer=SimpleNamespace(param_groups=engines)),
         cfg={"optim_wrapper": {"optimizer": {"lr": configured}}},
         logger=SimpleNamespace(warning=warnings.append),
@@ -75,6 +77,25 @@ def test_a_rate_of_the_config_that_a_resumed_run_does_not_take_is_told(configure
     OptimizerStepScheduleHook().before_train(runner)
     assert bool(runner.warnings) is told
     assert not told or "goes on from the 2 that this run began with" in runner.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "says"),
+    [
+        (1, 2.0, "1 optimiser step, whose learning rates add up to 2"),
+        (9, 2.0, "9 optimiser steps"),
+        (10, 2.0, None),
+        (16, 1e-5, "16 optimiser steps, whose learning rates add up to 8e-05"),
+        (40, 1e-5, None),
+    ],
+)
+def test_a_run_that_is_too_small_says_so(steps, rate, says):
+    runner = runner_with(2.0, steps=steps)
+    runner.param_schedulers[0].base_values[:] = [rate]
+    runner.cfg["optim_wrapper"]["optimizer"]["lr"] = rate
+    OptimizerStepScheduleHook().before_train(runner)
+    assert bool(runner.warnings) is (says is not None)
+    assert says is None or says in runner.warnings[0]
 
 
 def test_a_new_run_that_does_not_begin_with_the_configs_rate_is_refused():

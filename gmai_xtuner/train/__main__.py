@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``gmai-train STAGE [KEY=VALUE ...]``: a stage, or ``all`` from the bases to a model that answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gmai_xtuner.cli import positive_int
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.train.launch import FAILED, Launch, child_environment, xtuner_command
+from gmai_xtuner.train.names import packaged_names
+from gmai_xtuner.train.status import stored_status
+
+PAPER = ("stage1_shallow", "stage2_deep", "stage3_instruct")
+VARIANTS = {
+    "paper": PAPER,
+    "small_data": PAPER,
+    "one_80gb": ("stage1_one_80gb", "stage2_one_80gb", "stage3_lora_one_80gb"),
+    "one_24gb": ("stage1_one_24gb", "stage2_one_24gb", "stage3_qlora_one_24gb"),
+}
+RECORD = "gmai_train.json"
+"""What a folder of ``all`` was begun with."""
+_BEGUN_WITH = ("GMAI_LLM", "GMAI_VISION", "GMAI_MIXTURE")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status: 0 if everything has finished."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        wrong = [text for text in options.settings if "=" not in text]
+        if wrong:
+            raise GMAIError(
+                f"settings are KEY=VALUE, as --cfg-options of xtuner takes them; got {wrong}"
+            )
+        if options.stage == "all":
+            return train_all(options)
+        return _train_one(options)
+    except (GMAIError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gmai-train",
+        description="Train by `xtuner train`, show one screen of it, and exit with 0 only if it finished: 1 "
+        "failed, 3 stopped by a file `stop`, 130 by Ctrl-C, 143 by SIGTERM.",
+    )
+    add = parser.add_argument
+    add(
+        "stage",
+        metavar="STAGE|all",
+        help="stage1_shallow, stage2_deep, ..., or a config file; or all",
+    )
+    add(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="overrides of the config (--cfg-options); of `all`, stage1.KEY=VALUE is for one stage",
+    )
+    add("--work-dir", type=Path, help="default work_dirs/STAGE; of `all`, the folder of everything")
+    add("--deepspeed", default="zero2", metavar="NAME", help="default zero2")
+    add(
+        "--resume", action="store_true", help="go on from the newest checkpoint (`all` always does)"
+    )
+    add("--nproc", type=positive_int, metavar="N", help="GPUs of this machine (default 1)")
+    add("--seed", type=int)
+    add("--everything", action="store_true", help="show every line that xtuner prints")
+    group = parser.add_argument_group("all: three stages, a converted model, an evaluation")
+    group.add_argument("--variant", choices=VARIANTS, default="paper", help="which configs")
+    text = "folder of benchmarks that the model is asked at the end (docs/benchmarks.md)"
+    group.add_argument("--benchmarks", type=Path, metavar="DIR", help=text)
+    return parser
+
+
+def _train_one(options: argparse.Namespace) -> int:
+    config = _config(options.stage)
+    work_dir = options.work_dir or Path("work_dirs", config.stem)
+    return _launch(config.stem, config, work_dir, options.settings, options, resume=options.resume)
+
+
+def _config(name: str) -> Path:
+    """Return the file of a config.
+
+    Raises:
+        GMAIError: there is none of that name.
+    """
+    found = Path(name if Path(name).is_file() else packaged_names().get(name, ""))
+    if found.suffix != ".py":
+        known = sorted(
+            n for n, file in packaged_names().items() if file.endswith(".py") and "/" not in n
+        )
+        raise GMAIError(f"there is no config {name!r}. Give a file, or one of {', '.join(known)}")
+    return found
+
+
+def _launch(
+    title: str,
+    config: Path,
+    work_dir: Path,
+    settings: Sequence[str],
+    options: argparse.Namespace,
+    *,
+    resume: bool,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    arguments = [str(config), "--work-dir", str(work_dir), "--deepspeed", options.deepspeed]
+    if resume:
+        arguments += ["--resume", str(work_dir)]
+    if options.seed is not None:
+        arguments += ["--seed", str(options.seed)]
+    if settings:
+        arguments += ["--cfg-options", *settings]
+    more = dict(environment or {})
+    if options.nproc:
+        more["NPROC_PER_NODE"] = str(options.nproc)
+    return Launch(title, arguments, work_dir, environment=more, everything=options.everything).run()
+
+
+# --- everything ---------------------------------------------------------------------------------
+
+
+def train_all(options: argparse.Namespace) -> int:
+    """Train three stages, convert and evaluate; what is there already is not made again.
+
+    Returns:
+        the exit status of the step that did not finish, 0 if all did.
+
+    Raises:
+        GMAIError: the folder was begun with other settings; a conversion left no model.
+    """
+    folder = options.work_dir or Path("work_dirs", "gmai_vl")
+    _check_begun_alike(folder, options)
+    stages = VARIANTS[options.variant]
+    dirs = [folder / name for name in ("stage1", "stage2", "stage3")]
+    more = {"GMAI_STAGE1": str(dirs[0]), "GMAI_STAGE2": str(dirs[1])}
+    for name, work_dir in zip(stages, dirs, strict=True):
+        config, environment = _config(name), more
+        if options.variant == "small_data":
+            config, environment = _config("small_data"), {**more, "GMAI_STAGE": name}
+        if stored_status(work_dir).get("state") == "finished":
+            print(f"{name}: has finished", flush=True)
+            continue
+        print(f"{name}: {work_dir}", flush=True)
+        settings = _settings_of(work_dir.name, options.settings)
+        status = _launch(
+            name, config, work_dir, settings, options, resume=True, environment=environment
+        )
+        if status:
+            return status
+    model = folder / "model"
+    _convert(config, dirs[-1], model, {**environment}, options)
+    return _evaluate(model, folder / "evaluation", options.benchmarks)
+
+
+def _settings_of(stage: str, settings: Sequence[str]) -> list[str]:
+    """Return the settings of one stage: those for all, then its own, which win."""
+    shared = [text for text in settings if not text.startswith(("stage1.", "stage2.", "stage3."))]
+    own = [text.removeprefix(f"{stage}.") for text in settings if text.startswith(f"{stage}.")]
+    return [*shared, *own]
+
+
+def _check_begun_alike(folder: Path, options: argparse.Namespace) -> None:
+    """Refuse to go on with other settings: a part of the stages would have been trained with the old."""
+    now: dict[str, Any] = {
+        name: getattr(options, name) for name in ("variant", "deepspeed", "seed")
+    }
+    now |= {"settings": sorted(options.settings)}
+    now |= {name: os.environ.get(name) for name in _BEGUN_WITH}
+    record = folder / RECORD
+    if not record.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(record, json.dumps(now, indent=2) + "\n")
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = [
+        f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]
+    ]
+    if changed:
+        raise GMAIError(
+            f"{folder} was begun with other settings ({'; '.join(changed)}). Give the same command to go on, "
+            "or another --work-dir to begin anew"
+        )
+
+
+def _convert(
+    config: Path, stage: Path, model: Path, environment: dict[str, str], options: argparse.Namespace
+) -> None:
+    """Write the model of the last stage; an export is put in place at once, so that one there is whole."""
+    if (model / "config.json").is_file():
+        print(f"converted: {model}", flush=True)
+        return
+    arguments = ["convert", "pth_to_hf", str(config), str(stage), str(model)]
+    settings = _settings_of("stage3", options.settings)
+    if options.variant == "one_24gb":
+        settings.append("model.llm.quantization_config=None")
+    arguments += ["--save-format", "huggingface"]
+    if settings:
+        arguments += ["--cfg-options", *settings]
+    print(f"converting to {model}", flush=True)
+    log = model.with_name("convert.log")
+    with log.open("w", encoding="utf-8") as file:
+        command = xtuner_command(arguments)
+        subprocess.run(
+            command, env=child_environment(**environment), stdout=file, stderr=file, check=False
+        )
+    if not (model / "config.json").is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["nothing"]
+        raise GMAIError(f"{model} could not be written: {said[-1].removeprefix('error: ')} ({log})")
+
+
+def _evaluate(model: Path, out: Path, benchmarks: Path | None) -> int:
+    """Ask the benchmarks; what was answered before is not asked again."""
+    print(f"to ask it: gmai-chat {model} --image IMAGE", flush=True)
+    if benchmarks is None:
+        return 0
+    program = [sys.executable, "-m", "gmai_xtuner.evaluate", str(model), "--benchmark", "all"]
+    return subprocess.run(
+        [*program, "--data", str(benchmarks), "--out", str(out)], check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Start ``xtuner train``, show one screen of it, hand signals on, and return how it really ended."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train.keeper import xtuner_above
+from gmai_xtuner.train.screen import Screen
+from gmai_xtuner.train.status import ALIVE, GONE, is_alive, read_status, store_status, stored_status
+
+FAILED, STOPPED = 1, 3
+"""Exit statuses of a run that failed, and of one that stopped on request; a signal gives 128 + its number."""
+LAUNCHER = "GMAI_LAUNCHER"
+"""Environment variable with the process of ``gmai-train``, without which its run does not begin."""
+PATIENCE = 120.0
+"""Seconds that a run whose launcher was killed has to write its checkpoint before another start."""
+ONE_SIGNAL = 1.0
+"""Seconds in which several signals are one: of the terminal, and of a scheduler that signals each process."""
+
+
+def xtuner_command(arguments: Sequence[str]) -> list[str]:
+    """Return a command line of ``xtuner``.
+
+    Raises:
+        GMAIError: it is not installed.
+    """
+    path = _path()
+    program = shutil.which("xtuner", path=path)
+    if program is None:
+        raise GMAIError(f"the command xtuner is not in {path}: pip install xtuner==0.2.0")
+    return [program, *arguments]
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Return the environment of a command; ``xtuner`` starts the first ``python`` of its ``PATH``."""
+    return {**os.environ, "PATH": _path(), "PYTHONUNBUFFERED": "1", **more}
+
+
+def _path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+class Launch:
+    """One run of ``xtuner train``.
+
+    Args:
+        title: of the run, for the screen.
+        arguments: what follows ``xtuner train``, with ``--work-dir``.
+        work_dir: of the run; the output of ``xtuner`` goes to a file ``train_<time>.log`` there.
+        environment: additional variables.
+        everything: show every line.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        arguments: Sequence[str],
+        work_dir: Path,
+        *,
+        environment: Mapping[str, str],
+        everything: bool = False,
+    ) -> None:
+        self.work_dir = work_dir
+        self.log = work_dir / f"train_{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}.log"
+        self._command = xtuner_command(["train", *arguments])
+        self._environment = child_environment(**{LAUNCHER: str(os.getpid())}, **environment)
+        self._screen = Screen(title, everything=everything)
+        self._before: dict[str, Any] = {}
+        self._signal = 0
+        self._signalled = 0.0
+        self._process: subprocess.Popen[str]
+
+    def run(self) -> int:
+        """Train; return the exit status: 0 only if the run has finished."""
+        self._wait_for_an_orphan()
+        self._before = stored_status(self.work_dir)
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        handlers = {
+            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            self._run()
+        finally:
+            self._screen.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self._ended()
+
+    def _run(self) -> None:
+        libc = ctypes.CDLL(None)
+        with (
+            self.log.open("w", encoding="utf-8") as log,
+            subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # the terminal's Ctrl-C comes here alone
+                preexec_fn=lambda: libc.prctl(
+                    1, signal.SIGTERM
+                ),  # PR_SET_PDEATHSIG: not without us
+            ) as self._process,
+        ):
+            assert self._process.stdout is not None
+            # To the end of the output, which the trainer holds: xtuner may be gone earlier.
+            for line in self._process.stdout:
+                log.write(line)
+                self._screen.take(line.rstrip("\n"))
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """Hand a signal on to the trainer of rank 0; the second one ends the run at once."""
+        now = time.monotonic()
+        first = not self._signal
+        if not first and now - self._signalled < ONE_SIGNAL:
+            return
+        self._signal, self._signalled = number, now
+        status = self._own_status()
+        trainer = int(status.get("process", 0)) if status.get("state") in ALIVE else 0
+        if first and trainer:
+            print(
+                "stopping with a checkpoint at the end of the step; once more: at once", flush=True
+            )
+            # Before its loop the trainer hears Ctrl-C alone.
+            os.kill(trainer, number if status["state"] == "running" else signal.SIGINT)
+            return
+        with suppress(ProcessLookupError):
+            if trainer:
+                os.kill(trainer, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def _own_status(self) -> dict[str, Any]:
+        """Return the status of this run; nothing as long as it has written none."""
+        status = read_status(self.work_dir)
+        owner = ("host", "process", "since")
+        return status if any(status.get(key) != self._before.get(key) for key in owner) else {}
+
+    def _ended(self) -> int:
+        status = self._own_status()
+        if self._signal and (not status or status.get("reason") == GONE):
+            reason = f"{signal.Signals(self._signal).name} came, and it ended at once, without a checkpoint"
+            status = self._write({**status, "state": "stopped", "reason": reason})
+        elif not status:
+            reason = (
+                self._screen.error.removeprefix("error: ") or "xtuner ended before the run began"
+            )
+            status = {"state": "failed", "reason": reason}
+            # What the trainer refuses it says so itself, and leaves the status of who owns the work dir.
+            if not self._screen.error.startswith("error: ") and not self._is_of_use(self._before):
+                self._write(status)
+        state = status["state"]
+        print(f"{state}{': ' * bool(status.get('reason'))}{status.get('reason', '')}", flush=True)
+        if state == "finished":
+            return 0
+        print(f"the whole output: {self.log}", flush=True)
+        if state != "stopped":
+            return FAILED
+        print("to go on: the same command with --resume", flush=True)
+        return 128 + self._signal if self._signal else STOPPED
+
+    @staticmethod
+    def _is_of_use(status: Mapping[str, Any]) -> bool:
+        return status.get("state") == "finished" or status.get("state") in ALIVE
+
+    def _write(self, status: dict[str, Any]) -> dict[str, Any]:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        base = {"iteration": 0, "of": None, "since": now}
+        own = {"time": now, "host": socket.gethostname(), "process": os.getpid()}
+        store_status(self.work_dir, {**base, **self._before, **status, **own})
+        return status
+
+    def _wait_for_an_orphan(self) -> None:
+        """Let a run whose ``xtuner`` was killed come to the end of its step and give the work dir back."""
+        end, said = time.monotonic() + PATIENCE, False
+        while time.monotonic() < end:
+            status = stored_status(self.work_dir)
+            here = status.get("host") == socket.gethostname() and status.get("state") in ALIVE
+            if not here or not is_alive(status) or xtuner_above(int(status["process"])):
+                return
+            if not said:
+                print(f"process {status['process']} is ending the run that was killed", flush=True)
+            said = True
+            time.sleep(0.5)
