@@ -142,8 +142,10 @@ def check_before_anything_is_built() -> None:
     @functools.wraps(original)
     def check_cfg(cfg: Any, args: Any) -> None:
         from gmai_xtuner.train.start import check
+        from gmai_xtuner.train.trackers import add_trackers
 
         settled = check(cfg, options=args.cfg_options, deepspeed=args.deepspeed)
+        add_trackers(cfg, args.work_dir or cfg.get("work_dir") or Path(args.config).stem)
         main.auto_dtype_of_deepspeed_config = lambda _: settled.settings
         original(cfg, args)
 

@@ -49,6 +49,10 @@ def check_options(run: RunConfig, findings: Findings) -> None:
         findings.note("deepspeed", line)
     with findings.catch("config"):
         accumulation(run.cfg)
+    if rates := run.cfg.optim_wrapper.optimizer.get("lr_by_part"):
+        told = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
+        rest = f"{run.cfg.optim_wrapper.optimizer.get('lr')} for all else"
+        findings.note("config", f"learning rate by part: {told}; {rest}")
     loop = run.cfg.train_cfg.get("type")
     if loop != "PackedTrainLoop":
         findings.fail("config", f"train_cfg.type is {loop!r}, not 'PackedTrainLoop'")
@@ -232,7 +236,8 @@ def check_disk(
     written = 1
     if iterations is not None and interval > 0:
         written = max(1, math.ceil(iterations / interval))
-    kept = _at_a_time(keep, written)
+    best = bool((run.cfg.get("default_hooks", {}).get("best") or {}).get("keep"))
+    kept = _at_a_time(keep, written) + best
     existing = next(
         folder
         for folder in (run.work_dir.absolute(), *run.work_dir.absolute().parents)

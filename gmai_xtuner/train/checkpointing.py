@@ -113,30 +113,48 @@ class StepCheckpointHook(CheckpointHook):
         self, runner: FlexibleRunner, step: int, meta: dict[str, Any]
     ) -> None:
         """Save as mmengine does, but staged first, and remove the old checkpoint last."""
-        final = Path(self.out_dir) / self.filename_tmpl.format(step)
-        staging = final.with_name(final.name + WRITING)
-        self.last_ckpt = str(final)
+        self.last_ckpt = str(Path(self.out_dir) / self.filename_tmpl.format(step))
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         outdated = self._count_in(runner, step)
+        final = self.write(runner, Path(self.out_dir), step)
+        if get_rank() == 0:
+            _point_to(final, Path(runner.work_dir) / POINTER)
+        self._remove(outdated)
+
+    def save_now(self, runner: FlexibleRunner) -> None:
+        """Save between two iterations, where mmengine's own would count the next one already."""
+        self._save_checkpoint_with_step(runner, runner.iter, {})
+
+    def write(self, runner: FlexibleRunner, folder: Path, step: int) -> Path:
+        """Write a checkpoint into a folder, staged and published. To be called by all ranks.
+
+        Args:
+            runner: of the run.
+            folder: where it goes.
+            step: iteration, for its name.
+
+        Returns:
+            the checkpoint.
+        """
+        final = folder / self.filename_tmpl.format(step)
+        staging = final.with_name(final.name + WRITING)
         with raised_on_all_ranks(functools.partial(_could_not_be_written, final)):
-            with _raised_after_barriers(runner):
+            with _raised_after_barriers(runner), _in_iteration(runner, step - 1):
                 runner.save_checkpoint(
-                    self.out_dir,
+                    str(folder),
                     staging.name,
                     self.file_client_args,
                     save_optimizer=self.save_optimizer,
                     save_param_scheduler=self.save_param_scheduler,
-                    meta=meta,
+                    meta={"epoch": runner.epoch, "iter": step},
                     by_epoch=self.by_epoch,
                     backend_args=self.backend_args,
                     **self.args,
                 )
             if staging.is_dir():
                 torch.save(rank_state(runner), staging / rank_file(get_rank()))
-        publish(staging, final, iteration=meta["iter"], seed=runner.seed)
-        if get_rank() == 0:
-            _point_to(final, Path(runner.work_dir) / POINTER)
-        self._remove(outdated)
+        publish(staging, final, iteration=step, seed=runner.seed)
+        return final
 
     def _remove(self, outdated: list[int]) -> None:
         """Remove old checkpoints; the list of kept ones goes on naming those that can't be renamed."""
@@ -269,6 +287,17 @@ def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
             f"ranks {blind} do not see what rank 0 writes to {folder}: a checkpoint there would be in "
             "pieces. Give a --work-dir on a file system that all machines share"
         )
+
+
+@contextmanager
+def _in_iteration(runner: FlexibleRunner, iteration: int) -> Iterator[None]:
+    """Let the runner, which notes the iteration after its own in a checkpoint, stand in this one."""
+    loop, own = runner.train_loop, runner.train_loop._iter
+    loop._iter = iteration
+    try:
+        yield
+    finally:
+        loop._iter = own
 
 
 @contextmanager

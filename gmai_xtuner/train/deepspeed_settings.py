@@ -57,7 +57,7 @@ REFUSED = {
     "optimizer": "the config names the optimiser. Remove it, and give --cfg-options "
     "optim_wrapper.optimizer.lr=... (type, weight_decay, betas)",
     "tensorboard": "the log has its own. Remove it; visualizer.vis_backends names what is written",
-    "wandb": "the log has its own. Remove it; add dict(type='WandbVisBackend') to visualizer.vis_backends",
+    "wandb": "the log has its own. Remove it; give --cfg-options report_to=wandb",
     "csv_monitor": "the log has its own. Remove it; vis_data/scalars.json has every number",
     "comet": "the log has its own. Remove it; visualizer.vis_backends names what is written",
     "checkpoint": "checkpoints are written by default_hooks.checkpoint. Remove it",

@@ -26,7 +26,7 @@ def is_due(step: int, interval: int, begin: int = 0) -> bool:
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Loss, useful tokens a second, pack fill, images a second and gradient norm.
+    """Loss, useful tokens, conversations and images a second, pack fill and gradient norm.
 
     ``loss``: weighted mean over the supervised tokens of all ranks since the last value. (What the model
     returns to learn from is scaled for the optimiser step and would jump with every micro-batch.) A
@@ -49,7 +49,7 @@ class ProgressHook(Hook):
 
     def _reset(self) -> None:
         self._started = time.perf_counter()
-        self._tokens = self._capacity = self._images = self._flops = 0
+        self._tokens = self._capacity = self._images = self._samples = self._flops = 0
         self._sums: list[torch.Tensor] = []
 
     def before_train(self, runner: FlexibleRunner) -> None:
@@ -70,7 +70,9 @@ class ProgressHook(Hook):
         data = (data_batch or {})["data"]
         self._tokens += data["num_tokens"]
         self._capacity += data["capacity"]
-        self._images += data["pixel_values"].shape[0] if data["num_tokens"] else 0
+        if data["num_tokens"]:  # else it keeps a rank in step
+            self._images += data["pixel_values"].shape[0]
+            self._samples += len(data["lengths"])
         self._flops += self._model_flops.of_batch(data)
         weighted_sum = runner.train_loop.weighted_sum
         pair = torch.stack([weighted_sum, data["label_weights"].sum().to(weighted_sum)])
@@ -123,6 +125,7 @@ class ProgressHook(Hook):
         hub.update_scalar("train/tokens_per_second", self._tokens / seconds)
         hub.update_scalar("train/pack_fill", self._tokens / max(1, self._capacity))
         hub.update_scalar("train/images_per_second", self._images / seconds)
+        hub.update_scalar("train/samples_per_second", self._samples / seconds)
         if self._peak_flops is not None:
             hub.update_scalar("train/mfu", self._flops / seconds / self._peak_flops)
         self._reset()
@@ -134,6 +137,7 @@ class ProgressHook(Hook):
             "tokens": int(self._tokens),
             "capacity": int(self._capacity),
             "images": int(self._images),
+            "samples": int(self._samples),
             "flops": int(self._flops),
             "sums": torch.stack(self._sums).cpu() if self._sums else None,
         }
@@ -142,4 +146,5 @@ class ProgressHook(Hook):
         self._started = time.perf_counter() - state["seconds"]
         self._tokens, self._capacity = state["tokens"], state["capacity"]
         self._images, self._flops = state["images"], state["flops"]
+        self._samples = state.get("samples", 0)  # checkpoints of earlier versions have none
         self._sums = [] if state["sums"] is None else list(state["sums"].to(get_device()))

@@ -29,6 +29,7 @@ from gmai_xtuner.train.resume import (
     preserved_random_state,
     restore_rank_state,
 )
+from gmai_xtuner.train.schedule import set_rates_by_part
 from gmai_xtuner.train.signals import guard_workers
 from gmai_xtuner.train.start import NO_DEEPSPEED, check_something_learns
 from gmai_xtuner.train.status import Run, failure_recorded
@@ -92,6 +93,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
             BaseLoop.__init__(self, runner, dataloader)
             plan = self.dataloader.dataset.plan.epoch(0)
             check_something_learns(runner.cfg.model, plan.total("images").sum())
+            set_rates_by_part(runner)
         sampler = self.dataloader.batch_sampler
         if not isinstance(sampler, MicroBatchSampler):
             raise GMAIError(
@@ -111,6 +113,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
         self.val_interval = val_interval
         self.stop_training = False
         self.stop_reason = ""
+        self.stopped_early = False
+        """Whether a hook has ended the run as one that has learnt what it can."""
         self.optim_wrapper: Any = None
         """Stands in for the runner's where a hook has put something, see ``train/nonfinite.py``."""
         self.runner.visualizer.dataset_meta = self.dataloader.dataset.metainfo
@@ -142,8 +146,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
             stage = self.runner.cfg.train_dataloader.dataset.get("stage")
             self.runner.message_hub.update_info(STAGE, stage)
             model = self._run()
-            if self._iter >= self._max_iters:
-                run.write("finished")
+            if self._iter >= self._max_iters or self.stopped_early:
+                run.write("finished", self.stop_reason)
             else:
                 run.write("stopped", self.stop_reason)
             return model

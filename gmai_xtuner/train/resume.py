@@ -129,6 +129,12 @@ def check_layout(checkpoint: Path, runner: FlexibleRunner) -> None:
         "ZeRO stage": tuple(c.get("zero_optimization", {}).get("stage", 0) for c in (before, now)),
         "bf16": tuple(bool(c.get("bf16", {}).get("enabled")) for c in (before, now)),
     }
+    schedules = state.get("param_schedulers") or []
+    if schedules and "base_values" in schedules[0]:
+        pairs["learning rates by part"] = (
+            len(schedules[0]["base_values"]) > 1,
+            bool(runner.cfg.optim_wrapper.optimizer.get("lr_by_part")),
+        )
     changed = [
         f"{name}: {old} -> {new}"
         for name, (old, new) in pairs.items()

@@ -7,11 +7,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mmengine.config import ConfigDict
 from mmengine.hooks import ParamSchedulerHook
-from mmengine.optim import _ParamScheduler
+from mmengine.optim import DefaultOptimWrapperConstructor, _ParamScheduler
 from mmengine.optim.scheduler.lr_scheduler import LRSchedulerMixin
-from mmengine.registry import HOOKS, PARAM_SCHEDULERS
+from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
 from mmengine.runner import FlexibleRunner
+from torch import nn
 
 from gmai_xtuner.core.errors import GMAIError
 
@@ -19,6 +21,33 @@ LEAST_STEPS = 10
 LEAST_RATES = 1e-4
 """Optimiser steps, and the sum of their learning rates, below which a run is said to be small: Adam moves a
 weight by about the rate in a step, and the weights of a 7B have a spread of 0.02."""
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class RatesByPart(DefaultOptimWrapperConstructor):
+    """Give each part of the model a group of parameters, with the learning rate that is named for it."""
+
+    def add_params(
+        self, params: list[dict[str, Any]], module: nn.Module, *_: Any, **__: Any
+    ) -> None:
+        for name, part in module.named_children():
+            weights = [weight for weight in part.parameters() if weight.requires_grad]
+            if weights:
+                rate = self.paramwise_cfg.get(name, self.base_lr)
+                params.append({"params": weights, "lr": rate, "part": name})
+
+
+def set_rates_by_part(runner: FlexibleRunner) -> None:
+    """Let ``optim_wrapper.optimizer.lr_by_part`` decide how the optimiser is built; before it is.
+
+    ``xtuner train`` hands on nothing of ``optim_wrapper`` but its ``optimizer``.
+    """
+    wrapper = runner.optim_wrapper
+    if isinstance(wrapper, dict) and "lr_by_part" in wrapper["optimizer"]:
+        optimizer = dict(wrapper["optimizer"])
+        rates = dict(optimizer.pop("lr_by_part") or {})
+        by_part = {"constructor": "RatesByPart", "paramwise_cfg": rates} if rates else {}
+        runner.optim_wrapper = ConfigDict({**wrapper, **by_part, "optimizer": optimizer})
 
 
 @PARAM_SCHEDULERS.register_module()
@@ -86,9 +115,15 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
         for scheduler in runner.param_schedulers or ():
             if isinstance(scheduler, WarmupCosineLR):
                 scheduler.set_total_steps(runner.train_loop.total_steps)
-                _log_if_the_rate_is_another(runner, scheduler.base_values[0])
+                _log_if_the_rate_is_another(runner, scheduler.base_values)
                 _log_if_small(runner, scheduler)
         self._check(runner)
+
+    def before_train_iter(self, runner: FlexibleRunner, *args: Any, **kwargs: Any) -> None:
+        """Show the rate of each part; mmengine shows that of the first group alone."""
+        for group in runner.model.optimizer.param_groups:
+            if "part" in group:
+                runner.message_hub.update_scalar(f"train/{group['part']}_lr", group["lr"])
 
     def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: mmengine's would count micro-batches."""
@@ -109,7 +144,9 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
                 continue
             name = scheduler.param_name
             rates = [group[name] for group in runner.model.optimizer.param_groups]
-            expected = scheduler._get_value()
+            expected = scheduler._get_value()[
+                : len(rates)
+            ]  # mmengine adds its base settings to several groups
             if len(rates) != len(expected) or not all(map(math.isclose, rates, expected)):
                 raise GMAIError(
                     f"step {runner.train_loop.step + 1} has the {name} {rates}, but the schedule of the "
@@ -118,29 +155,42 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
                 )
 
 
-def _log_if_the_rate_is_another(runner: FlexibleRunner, base: float) -> None:
-    """A resumed run goes on with the rate that it began with, whatever the config says by now.
+def _log_if_the_rate_is_another(runner: FlexibleRunner, base: list[float]) -> None:
+    """A resumed run goes on with the rates that it began with, whatever the config says by now.
 
     Raises:
-        GMAIError: a new run does not begin with the config's rate.
+        GMAIError: a new run does not begin with the config's rates.
     """
-    configured = runner.cfg.get("optim_wrapper", {}).get("optimizer", {}).get("lr", base)
+    optimizer = runner.cfg.get("optim_wrapper", {}).get("optimizer", {})
+    rates, default = optimizer.get("lr_by_part") or {}, optimizer.get("lr")
+    groups = runner.model.optimizer.param_groups
+    base = base[: len(groups)]
+    configured = [
+        rates.get(group.get("part"), own if default is None else default)
+        for group, own in zip(groups, base, strict=True)
+    ]
+    if rates:
+        told = ", ".join(
+            f"{group['part']} {rate:g}" for group, rate in zip(groups, base, strict=True)
+        )
+        runner.logger.info(f"Learning rate by part: {told}")
     if configured == base:
         return
+    shown = [", ".join(f"{rate:g}" for rate in values) for values in (base, configured)]
     if runner.train_loop.resumed_from is None:
         raise GMAIError(
-            f"the engine was built with the learning rate {base:g}, but the config's is {configured:g}: "
+            f"the engine was built with the learning rate {shown[0]}, but the config's is {shown[1]}: "
             "something else sets it, perhaps a scheduler of DeepSpeed"
         )
     runner.logger.warning(
-        f"The learning rate goes on from the {base:g} that this run began with; the config's "
-        f"{configured:g} is not used. For another rate start a new run from its weights "
+        f"The learning rate goes on from the {shown[0]} that this run began with; the config's "
+        f"{shown[1]} is not used. For another rate start a new run from its weights "
         "(model.pretrained_pth)"
     )
 
 
 def _log_if_small(runner: FlexibleRunner, scheduler: WarmupCosineLR) -> None:
-    steps, rate = runner.train_loop.total_steps, scheduler.base_values[0]
+    steps, rate = runner.train_loop.total_steps, max(scheduler.base_values)
     rates = sum(rate * scheduler.factor(step, steps) for step in range(steps))
     if steps >= LEAST_STEPS and rates >= LEAST_RATES:
         return

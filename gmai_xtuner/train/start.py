@@ -16,6 +16,7 @@ from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import is_running
 from gmai_xtuner.train import status
 from gmai_xtuner.train.deepspeed_settings import Settled, read
+from gmai_xtuner.train.trackers import tracker_problems
 
 NO_DEEPSPEED = (
     "GMAI-VL trains with DeepSpeed: add --deepspeed zero2 (or zero1, zero3, zero2_offload, "
@@ -120,6 +121,15 @@ def check_device(llm: Mapping[str, Any]) -> None:
     )
 
 
+def learning_parts(model: Mapping[str, Any]) -> set[str]:
+    """Return the parts of the model, as a config describes it, that learn."""
+    parts = {"projector"}
+    for part in ("llm", "visual_encoder"):
+        if model.get(f"{part}_lora") or not model.get(f"freeze_{part}"):
+            parts.add(part)
+    return parts
+
+
 def check_something_learns(model: Mapping[str, Any], images: float) -> None:
     """Check that an epoch has an image, where nothing learns from text.
 
@@ -130,7 +140,7 @@ def check_something_learns(model: Mapping[str, Any], images: float) -> None:
     Raises:
         GMAIError: only the vision path learns, and it never sees an image.
     """
-    if not images and model.get("freeze_llm") and not model.get("llm_lora"):
+    if not images and "llm" not in learning_parts(model):
         raise GMAIError(
             "none of the conversations has an image, and the language model is frozen: nothing would learn. "
             "Take a mixture with images for this stage (ratio above 0), or train the language model "
@@ -145,7 +155,20 @@ def setting_problems(cfg: Any, options: Mapping[str, Any] | None) -> list[str]:
     problems = unread_settings(cfg, options)
     if problems:
         return problems
+    problems = tracker_problems(cfg)
     wrapper = cfg.optim_wrapper
+    learning = learning_parts(cfg.model)
+    for part, rate in ((wrapper.get("optimizer") or {}).get("lr_by_part") or {}).items():
+        place = f"optim_wrapper.optimizer.lr_by_part.{part}"
+        if part not in learning:
+            problems.append(f"{place}: {part} does not learn in this stage. Remove it")
+        elif isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 1:
+            problems.append(f"{place} must be a learning rate above 0 and below 1, got {rate!r}")
+    if (cfg.get("default_hooks", {}).get("checkpoint") or {}).get("save_best"):
+        problems.append(
+            "default_hooks.checkpoint.save_best is not taken, since it is not written aside. Give "
+            "default_hooks.best.keep=True (monitor, rule)"
+        )
     if (wrapper.get("clip_grad") or {}).get("max_norm") is None:
         problems.append(
             "optim_wrapper.clip_grad has no max_norm, and xtuner would clip at 1.0. For no clipping give "

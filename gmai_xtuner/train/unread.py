@@ -31,6 +31,8 @@ TOP_LEVEL = frozenset(inspect.signature(FlexibleRunner).parameters) - {"cfg", "a
     "export_dtype",
     "image_processor",
     "tokenizer",
+    # gmai_xtuner/train/trackers.py
+    "report_to",
 }
 _LOADER = frozenset(inspect.signature(DataLoader).parameters) - {"shuffle", "drop_last"} | {
     # mmengine's Runner.build_dataloader takes these out.
@@ -46,6 +48,7 @@ SECTIONS: dict[str, Collection[str]] = {
     # xtuner hands the optimiser, the accumulation and the norm to DeepSpeed, and drops the rest.
     "optim_wrapper": ("type", "optimizer", "accumulative_counts", "clip_grad", "dtype"),
     "optim_wrapper.clip_grad": ("max_norm",),
+    "optim_wrapper.optimizer.lr_by_part": ("llm", "visual_encoder", "projector"),
     "env_cfg": ("cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"),
     "env_cfg.mp_cfg": ("mp_start_method", "opencv_num_threads"),
     "randomness": tuple(inspect.signature(set_random_seed).parameters),
@@ -55,6 +58,7 @@ DEFAULT_TYPES = {"log_processor": "LogProcessor", "visualizer": "Visualizer"}
 NEEDED = ("model", "train_dataloader", "train_dataloader.dataset", "optim_wrapper", "train_cfg")
 """Sections without which nothing trains; an override may have put a value in the place of one."""
 TAKEN_OUT = {
+    "optim_wrapper": ("lr_by_part",),
     "train_cfg": ("by_epoch",),
     "param_scheduler": ("convert_to_iter_based",),
     "default_hooks": ("priority",),
@@ -73,6 +77,7 @@ HABITS = {
     "data_path": "train_dataloader.dataset.mixture (or GMAI_MIXTURE)",
     "dataloader_num_workers": "train_dataloader.num_workers",
     "deepspeed": "--deepspeed",
+    "early_stopping_patience": "default_hooks.best.patience",
     "drop_last": "nothing: the batch sampler deals out every pack",
     "dropout": "model.llm_lora.lora_dropout",
     "epochs": "train_cfg.max_epochs",
@@ -87,6 +92,7 @@ HABITS = {
     "image_folder": "train_dataloader.dataset.mixture (or GMAI_MIXTURE)",
     "learning_rate": "optim_wrapper.optimizer.lr",
     "llm_name_or_path": "model.llm.pretrained_model_name_or_path (or GMAI_LLM)",
+    "load_best_model_at_end": "default_hooks.best.keep",
     "log_interval": "default_hooks.logger.interval",
     "logging_steps": "default_hooks.logger.interval",
     "lora_alpha": "model.llm_lora.lora_alpha",
@@ -99,6 +105,9 @@ HABITS = {
     "max_norm": "optim_wrapper.clip_grad.max_norm",
     "max_seq_length": "train_dataloader.dataset.max_length",
     "max_steps": "train_cfg.max_iters",
+    "metric_for_best_model": "default_hooks.best.monitor",
+    "mm_projector_lr": "optim_wrapper.optimizer.lr_by_part.projector",
+    "mm_vision_tower_lr": "optim_wrapper.optimizer.lr_by_part.visual_encoder",
     "micro_batch_size": "train_dataloader.batch_size",
     "model_max_length": "train_dataloader.dataset.max_length",
     "model_name_or_path": "model.llm.pretrained_model_name_or_path (or GMAI_LLM)",
@@ -107,11 +116,10 @@ HABITS = {
     "optim": "optim_wrapper.optimizer.type",
     "output_dir": "--work-dir",
     "pack_to_max_length": "nothing: conversations are always packed",
-    "paramwise_cfg": "nothing: one learning rate holds for all that learns",
+    "paramwise_cfg": "optim_wrapper.optimizer.lr_by_part",
     "per_device_train_batch_size": "train_dataloader.batch_size",
     "pretrain_mm_mlp_adapter": "model.pretrained_pth",
     "rank": "model.llm_lora.r",
-    "report_to": "visualizer.vis_backends",
     "resume_from_checkpoint": "--resume",
     "save_steps": "default_hooks.checkpoint.interval",
     "save_total_limit": "default_hooks.checkpoint.max_keep_ckpts",

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gmai_xtuner.checkpoint.pickles import read_training_state
+from gmai_xtuner.checkpoint.training import iteration_of, newest_whole
 from tests.commands.runner import Xtuner, scalars
 from tests.toy import record, write_corpus
 
@@ -24,6 +26,7 @@ OPTIONS = (
     "default_hooks.logger.interval=1",
     "default_hooks.checkpoint.save_optimizer=False",
     "optim_wrapper.optimizer.lr=1e-3",
+    "optim_wrapper.optimizer.lr_by_part.projector=2e-3",
     "model.pretrained_pth=None",
     "train_cfg.max_epochs=2",
 )
@@ -50,7 +53,11 @@ def runs(tmp_path_factory, tiny_bases):
         corpus.mixture,
         folder / "cache",
     )
-    watched = ("train_cfg.val_interval=2", "default_hooks.sample_answer.interval=2")
+    watched = (
+        "train_cfg.val_interval=2",
+        "default_hooks.sample_answer.interval=2",
+        "default_hooks.best.keep=True",
+    )
     alone = (
         "val_dataloader=None",
         "val_cfg=None",
@@ -104,6 +111,22 @@ def test_validation_is_logged_where_a_step_ends(runs):
     assert first["val/perplexity"] == pytest.approx(np.exp(first["val/loss"]), rel=1e-6)
     assert re.search(r"held out for validation: \d+ of 40 conversations \(share 0\.25", printed)
     assert printed.count("val/loss: ") == len(rows)
+
+
+def test_the_best_checkpoint_lies_beside_the_others(runs):
+    work_dir, _ = runs["watched"]
+    scores = {row["step"]: row["val/loss"] for row in scalars(work_dir) if "val/loss" in row}
+    newest, passed_over = newest_whole(work_dir / "best")
+    assert (newest.name, passed_over) == (f"iter_{min(scores, key=scores.get)}.pth", {})
+    assert read_training_state(newest)["meta"]["iter"] == iteration_of(newest)
+    assert newest_whole(work_dir)[0].parent == work_dir
+
+
+def test_each_part_has_its_learning_rate(runs):
+    for row in scalars(runs["alone"][0]):
+        if "lr" in row:
+            assert row["projector_lr"] == pytest.approx(2 * row["visual_encoder_lr"])
+            assert row["llm_lr"] == row["visual_encoder_lr"] == row["base_lr"]
 
 
 def test_sample_answers_are_in_the_log_and_in_tensorboard(runs):

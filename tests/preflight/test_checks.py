@@ -207,3 +207,22 @@ def test_nothing_trainable(preflight, corpus, monkeypatch):
 
     monkeypatch.setattr("gmai_xtuner.preflight.survey.build_on_meta", frozen)
     assert "nothing is trainable" in problems(preflight(corpus.mixture, options=SMALL))
+
+
+def test_rates_by_part_and_the_best_checkpoint_are_counted(preflight, corpus):
+    rate = "optim_wrapper.optimizer.lr_by_part"
+    options = {
+        **SMALL,
+        "default_hooks.checkpoint.interval": 1,
+        "default_hooks.best.keep": True,
+        f"{rate}.projector": 0.01,
+    }
+    found = preflight(corpus.mixture, options=options)
+    assert "learning rate by part: projector 0.01; " in problems(found, "note")
+    assert found.disk["at_a_time"] == 4  # two are kept, one is being written, and the best
+    wrong = preflight(
+        corpus.mixture, options={**options, f"{rate}.llm": 0.01, f"{rate}.projector": 0}
+    )
+    assert "lr_by_part.llm: llm does not learn in this stage" in problems(wrong)
+    assert "lr_by_part.projector must be a learning rate above 0" in problems(wrong)
+    assert "nothing reads" in problems(preflight(corpus.mixture, options={f"{rate}.head": 0.1}))

@@ -186,6 +186,8 @@ def hook_and_runner(folder):
         seen=[],
         hooks=[],
         seed=0,
+        epoch=0,
+        train_loop=SimpleNamespace(_iter=0),
         fails=None,
     )
     return hook, run

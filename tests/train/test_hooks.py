@@ -57,6 +57,7 @@ class Run:
         self.runner.train_loop.weighted_sum = torch.tensor(float(tokens * number))
         data = {
             "num_tokens": 5,
+            "lengths": [2, 3],
             "capacity": 8,
             "pixel_values": torch.zeros(0),
             "label_weights": torch.ones(tokens),

@@ -10,6 +10,9 @@ default_hooks = dict(
     logger=dict(type="LoggerHook", log_metric_by_epoch=False, interval=10),
     param_scheduler=dict(type="OptimizerStepScheduleHook"),
     checkpoint=dict(type="StepCheckpointHook", by_epoch=False, interval=125, max_keep_ckpts=2),
+    # keep=True keeps the checkpoint of the best validation in work_dir/best; patience=3 ends the run after three
+    # validations without a better one.
+    best=dict(type="BestCheckpointHook", monitor="val/loss", keep=False, patience=None),
     # A step with a NaN is skipped; more than these stop the run with a checkpoint.
     nonfinite=dict(type="NonFiniteHook", max_in_a_row=3, max_total=20),
     sample_answer=dict(type="SampleAnswerHook", interval=125, count=1, max_new_tokens=64),
@@ -23,7 +26,6 @@ visualizer = dict(
     vis_backends=[
         dict(type="LocalVisBackend"),
         dict(type="TensorboardVisBackend"),
-        # dict(type="WandbVisBackend", init_kwargs=dict(project="gmai-vl")),
     ],
 )
 

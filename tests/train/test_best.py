@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The best checkpoint and the end of a run that no longer improves; trackers by one option."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import VISBACKENDS
+
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train import best, trackers
+from gmai_xtuner.train.best import BestCheckpointHook
+
+
+class Run:
+    """A run as the hook sees it, which validates at every step."""
+
+    def __init__(self, work_dir, monkeypatch, **options) -> None:
+        self.hook = BestCheckpointHook(**options)
+        self.kept: list[int] = []
+        self.saved: list[int] = []
+
+        def write(runner, folder, iteration):
+            (folder / f"iter_{iteration}.pth").mkdir(parents=True)
+            self.kept.append(iteration)
+            return folder / f"iter_{iteration}.pth"
+
+        checkpoints = SimpleNamespace(
+            write=write, out_dir=str(work_dir), filename_tmpl="iter_{}.pth",
+            save_now=lambda runner: self.saved.append(runner.iter),
+        )  # fmt: skip
+        monkeypatch.setattr(best, "_checkpoints", lambda _: checkpoints)
+        loop = SimpleNamespace(
+            step=0, iter=0, max_iters=100, total_steps=50, stop_training=False,
+            stopped_early=False, stop_reason="",
+        )  # fmt: skip
+        self.runner = SimpleNamespace(
+            work_dir=str(work_dir), train_loop=loop, iter=0,
+            val_loop=SimpleNamespace(nothing=False, benchmarks=None),
+            logger=SimpleNamespace(info=lambda _: None),
+        )  # fmt: skip
+
+    def begin(self, step: int = 0) -> None:
+        self.runner.train_loop.step = step
+        self.hook.before_train(self.runner)
+
+    def validate(self, *scores: float, name: str = "val/loss") -> None:
+        for score in scores:
+            loop = self.runner.train_loop
+            loop.step += 1
+            self.runner.iter = loop.iter = 2 * loop.step
+            self.hook.after_val_epoch(self.runner, {name: score})
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    return lambda **options: Run(tmp_path, monkeypatch, **options)
+
+
+def test_the_best_is_kept_and_replaces_the_one_before(run, tmp_path):
+    made = run(keep=True)
+    made.begin()
+    made.validate(3.0, 2.0, 2.5, math.nan, 2.0, 1.0)
+    assert made.kept == [2, 4, 12]  # neither NaN nor an equal one is better
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["iter_12.pth"]
+    assert not made.runner.train_loop.stop_training
+
+
+def test_a_run_that_no_longer_improves_ends_with_a_checkpoint(run):
+    made = run(patience=2, monitor="val/slake/accuracy")
+    made.begin()
+    made.validate(0.5, 0.6, 0.6, name="val/slake/accuracy")
+    assert not made.runner.train_loop.stop_training
+    made.validate(0.1, name="val/slake/accuracy")
+    loop = made.runner.train_loop
+    assert loop.stop_training
+    assert loop.stopped_early
+    assert "not better in the last 2 validations (best 0.6000 at step 2)" in loop.stop_reason
+    assert made.saved == [8]
+    assert made.kept == []
+
+
+def test_a_resumed_run_counts_on_from_where_it_begins(run, tmp_path):
+    first = run(patience=3)
+    first.begin()
+    first.validate(2.0, 3.0, 3.0)
+    second = run(patience=3)
+    second.begin(step=2)  # the validation of step 3 is not known there
+    second.validate(3.0)
+    assert not second.runner.train_loop.stop_training
+    second.validate(3.0)
+    assert second.runner.train_loop.stopped_early
+    assert json.loads((tmp_path / best.HISTORY).read_text())["1"] == 2.0
+    again = run(patience=3)
+    again.begin(step=4)  # an ended run that is resumed ends at once
+    assert again.runner.train_loop.stopped_early
+
+
+def test_what_can_not_be_watched_is_refused(run):
+    made = run(keep=True, monitor="val/los")
+    made.begin()
+    with pytest.raises(GMAIError, match=r"'val/los' is no number .* has val/loss"):
+        made.validate(1.0)
+    made.runner.val_loop = None
+    with pytest.raises(GMAIError, match="nothing is validated"):
+        made.begin()
+    with pytest.raises(GMAIError, match="patience at least 1"):
+        BestCheckpointHook(patience=0)
+
+
+def test_trackers_are_added_by_one_option(monkeypatch):
+    shown = {"vis_backends": [{"type": "LocalVisBackend"}]}
+    cfg = Config({"report_to": "trackio, wandb", "visualizer": shown})
+    trackers.add_trackers(cfg, "work_dirs/mine")
+    types = [(one["type"], one.get("name")) for one in cfg.visualizer.vis_backends]
+    assert types[:2] == [("LocalVisBackend", None), ("TrackioVisBackend", "mine")]
+    assert cfg.visualizer.vis_backends[2]["init_kwargs"] == {"project": "gmai-vl", "name": "mine"}
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert trackers.tracker_problems({"report_to": "mlflow"}) == [
+        "report_to=mlflow needs a package: pip install mlflow"
+    ]
+    assert "Take wandb, trackio, mlflow" in trackers.tracker_problems({"report_to": ["comet"]})[0]
+    assert trackers.tracker_problems({"report_to": "none"}) == []
+
+
+def test_trackio_gets_config_and_numbers(monkeypatch, tmp_path):
+    told: list = []
+    fake = SimpleNamespace(
+        init=lambda **options: told.append(options),
+        config={},
+        log=lambda numbers, step: told.append((numbers, step)),
+        finish=lambda: told.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    backend = VISBACKENDS.build(
+        {"type": "TrackioVisBackend", "save_dir": str(tmp_path), "name": "r"}
+    )
+    backend.add_config(Config({"seed": 3}))
+    backend.add_scalars({"loss": 1.5, "text": "no number"}, step=4)
+    backend.close()
+    assert told == [{"project": "gmai-vl", "name": "r"}, ({"loss": 1.5}, 4), "finished"]
+    assert fake.config == {"seed": 3}
