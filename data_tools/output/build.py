@@ -64,7 +64,7 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
                     continue
                 tally.record(record)
                 groups.add(record.provenance.group, record.image)
-                corpus.records.write(files.record_line(record))
+                corpus.records.write(record.to_json())
             first = groups.first_rows()
             alike = None
             if options.near_duplicates is not None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from data_tools.checks import check_translation
 from data_tools.items import Conversation, Item, Problem, SourceContext
 from data_tools.records import Record
 from data_tools.writers.ledger import Reply
@@ -161,7 +162,7 @@ def write(task: Task, prompts: Prompts, *, retries: int, translate: bool) -> Ask
         lambda text: prompts.read_answer(text, item, record),
         lambda made: [
             *prompts.check(made, item, record, context),
-            *prompts.check_translation(made, original, item, context),
+            *check_translation(made, original, context),
         ],
     )
     return second.counting(replies)

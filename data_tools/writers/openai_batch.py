@@ -13,6 +13,7 @@ looks at the server for its file, by name, and its batch, by metadata, before it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,16 +22,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from data_tools.writers import asking
-from data_tools.writers.asking import BatchesPending, BudgetReached, Estimate, Outcome, Task
+from data_tools.writers.asking import BatchesPending, BudgetReached, Outcome, Task
 from data_tools.writers.ledger import Account, Expense, Ledger, Reply, Shard
-from data_tools.writers.openai_writer import cache_path, estimate, key_of
+from data_tools.writers.openai_writer import ModelWriter, key_of
 from data_tools.writers.options import OpenAIBatchOptions
-from data_tools.writers.prompts import Prompts
 from data_tools.writers.request import Request, Traits, reason_of, reply_of
 from gmai_xtuner.core.errors import CorpusError, EndpointError
 from gmai_xtuner.core.http import NO_KEY, RequestRefused, error_of
@@ -42,13 +41,8 @@ ENDED = ("completed", "expired", "cancelled", "failed")
 QUEUE_FULL = ("token_limit_exceeded", "request_limit_exceeded", "batch_limit_exceeded")
 
 
-class OpenAIBatchWriter:
-    """Writes conversations by the Batch API; the arguments are those of `openai_writer.OpenAIWriter`."""
-
-    def __init__(
-        self, options: OpenAIBatchOptions, prompts: Prompts, *, folder: Path, job: str
-    ) -> None:
-        self.options, self.prompts, self.folder, self.job = options, prompts, folder, job
+class OpenAIBatchWriter(ModelWriter[OpenAIBatchOptions]):
+    """Writes conversations by the Batch API."""
 
     def write(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
         """Yield the outcomes of the tasks whose answers are there; submit what is missing.
@@ -59,7 +53,7 @@ class OpenAIBatchWriter:
             EndpointError: the server refuses files or batches.
             CorpusError: an image or the ledger can't be read.
         """
-        with Ledger(cache_path(self.options), job=self.job) as ledger:
+        with self.ledger() as ledger:
             run = _Run(self, ledger)
             until = time.monotonic() + 60 * self.options.wait
             run.collect()
@@ -76,8 +70,7 @@ class OpenAIBatchWriter:
                             )
                         time.sleep(min(self.options.poll, max(0.0, until - time.monotonic())))
                         continue
-                    before, waiting = waiting, _Spool()
-                    with before:
+                    with contextlib.closing(waiting) as before:
                         waiting = yield from run.walk(before.tasks())
                 if run.over_budget is not None:
                     raise run.over_budget
@@ -88,10 +81,6 @@ class OpenAIBatchWriter:
                     )
             finally:
                 waiting.close()
-
-    def estimate(self, tasks: Iterable[Task]) -> Estimate:
-        """Return what these tasks would cost, see `openai_writer.estimate`."""
-        return estimate(tasks, self.options, self.prompts, folder=self.folder, job=self.job)
 
 
 class _Run:
@@ -183,15 +172,10 @@ class _Run:
 
     def _advance(self, task: Task) -> Outcome | Request:
         """As far as the ledger's answers take it: the outcome, or the question that has no answer yet."""
-        asked = asking.write(
-            task,
-            self.writer.prompts,
-            retries=self.options.retries,
-            translate=self.options.chinese == "translate",
-        )
+        asked = self.writer.asking(task)
         ask = next(asked)
         while True:
-            made = Request.of(ask, task.record, self.options, self.writer.folder)
+            made = self.writer.request(ask, task)
             reply = self.ledger.answer(made.key) or self.refused.get(made.key)
             if reply is None:
                 return made
@@ -318,7 +302,7 @@ class _Server:
             max_retries=options.server_retries,
         )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _or_stop(self, what: str) -> Iterator[None]:
         """Turn errors of the client and of parsing into one that says what could not be done."""
         try:
@@ -393,7 +377,7 @@ class _Server:
 
 
 class _ShardFile:
-    """A batch file that is being written."""
+    """A batch file that is being written; it exists once it has a line."""
 
     def __init__(self, folder: Path) -> None:
         self.id = uuid.uuid4().hex
@@ -404,20 +388,20 @@ class _ShardFile:
         self._stream: IO[bytes] | None = None
 
     def add(self, key: str, line: bytes, at_most: Expense) -> None:
-        if self._stream is None:
-            self._stream = self.path.open("wb")
+        self._stream = self._stream or self.path.open("wb")
         self._stream.write(line)
         self.keys[key] = at_most
         self.size += len(line)
 
     def finish(self) -> None:
+        """Put it on the disk, to stay there."""
         assert self._stream is not None
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        self._stream = None
 
     def discard(self) -> None:
+        """Delete it, unless a batch is made of it."""
         if self._stream is not None:
             self._stream.close()
         if not self.kept:
@@ -429,28 +413,15 @@ class _Spool:
 
     def __init__(self) -> None:
         self.count = 0
-        self._stream: IO[bytes] | None = None
+        self._stream = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
 
     def add(self, task: Task) -> None:
-        if self._stream is None:
-            self._stream = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         pickle.dump(task, self._stream)
         self.count += 1
 
     def tasks(self) -> Iterator[Task]:
-        if self._stream is None:
-            return
         self._stream.seek(0)
-        for _ in range(self.count):
-            yield pickle.load(self._stream)
+        return (pickle.load(self._stream) for _ in range(self.count))
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._stream.close()

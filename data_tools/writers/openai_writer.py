@@ -20,9 +20,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import platformdirs
 
@@ -50,6 +50,7 @@ OTHER_RUN_SECONDS = 0.5
 """Between two looks at an answer that another run is waiting for."""
 
 T = TypeVar("T")
+O = TypeVar("O", bound=OpenAIOptions)  # noqa: E741
 
 
 class _Stopped(Exception):
@@ -86,8 +87,8 @@ def key_of(options: OpenAIOptions) -> str | None:
     return key
 
 
-class OpenAIWriter:
-    """Writes conversations by asking a model.
+class ModelWriter(Generic[O]):
+    """What the writers that ask a model have in common.
 
     Args:
         options: of the job.
@@ -96,8 +97,63 @@ class OpenAIWriter:
         job: whose expenses these are, over all runs; the same in every run.
     """
 
-    def __init__(self, options: OpenAIOptions, prompts: Prompts, *, folder: Path, job: str) -> None:
+    def __init__(self, options: O, prompts: Prompts, *, folder: Path, job: str) -> None:
         self.options, self.prompts, self.folder, self.job = options, prompts, folder, job
+
+    def ledger(self) -> Ledger:
+        """Open the ledger for a run of this job."""
+        return Ledger(cache_path(self.options), job=self.job)
+
+    def asking(self, task: Task) -> asking.Asking:
+        """Return the questions of a task, in their order."""
+        options = self.options
+        translate = options.chinese == "translate"
+        return asking.write(task, self.prompts, retries=options.retries, translate=translate)
+
+    def request(self, ask: Ask, task: Task) -> Request:
+        """Return the request that asks it."""
+        return Request.of(ask, task.record, self.options, self.folder)
+
+    def estimate(self, tasks: Iterable[Task]) -> Estimate:
+        """Return what these tasks would cost, without a request. Needs no key.
+
+        Raises:
+            CorpusError: an image or the ledger can't be read.
+        """
+        options = self.options
+        requests = cached = 0
+        at_most = Expense()
+        seen: set[bytes] = set()
+        with self.ledger() as ledger:
+            for task in tasks:
+                asked = self.asking(task)
+                with contextlib.suppress(StopIteration):
+                    ask = next(asked)
+                    while (reply := ledger.answer((made := self.request(ask, task)).key)) is not None:
+                        cached += 1
+                        ask = asked.send(reply)
+                    short = bytes.fromhex(made.key[:32])
+                    if short in seen:
+                        continue
+                    seen.add(short)
+                    # A translation is a second request, about as large as the first.
+                    steps = 2 if options.chinese == "translate" and ask.item != task.item else 1
+                    requests += steps
+                    for _ in range(steps):
+                        at_most += made.at_most
+            shares = ledger.shares(options.model) or (1.0, 1.0)
+        prompt_tokens = round(at_most.prompt_tokens * shares[0])
+        completion_tokens = round(at_most.completion_tokens * shares[1])
+        whole = expense(at_most.prompt_tokens, at_most.completion_tokens, options.price).dollars
+        likely = expense(prompt_tokens, completion_tokens, options.price).dollars
+        discount = at_most.dollars / whole if whole else 1.0
+        return Estimate(
+            requests, cached, prompt_tokens, completion_tokens, likely * discount, at_most.dollars
+        )
+
+
+class OpenAIWriter(ModelWriter[OpenAIOptions]):
+    """Writes conversations by asking a model, one at a time."""
 
     def write(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
         """Yield the tasks' outcomes as they come; the ledger has every answer before it is seen here.
@@ -110,7 +166,7 @@ class OpenAIWriter:
             CorpusError: an image or the ledger can't be read.
         """
         window = max(4 * self.options.in_flight, 64)
-        with Ledger(cache_path(self.options), job=self.job) as ledger, LoopThread() as loop:
+        with self.ledger() as ledger, LoopThread() as loop:
             run = loop.call(_Run.open(self, ledger))
             try:
                 more = lambda: run.stopped is None  # noqa: E731
@@ -122,62 +178,13 @@ class OpenAIWriter:
             if run.stopped is not None:
                 raise run.stopped
 
-    def estimate(self, tasks: Iterable[Task]) -> Estimate:
-        """Return what these tasks would cost, see `estimate`."""
-        return estimate(tasks, self.options, self.prompts, folder=self.folder, job=self.job)
-
-
-def estimate(
-    tasks: Iterable[Task], options: OpenAIOptions, prompts: Prompts, *, folder: Path, job: str
-) -> Estimate:
-    """Return what these tasks would cost, without a request. Needs no key.
-
-    Raises:
-        CorpusError: an image or the ledger can't be read.
-    """
-    requests = cached = 0
-    at_most = Expense()
-    seen: set[bytes] = set()
-    translate = options.chinese == "translate"
-    with Ledger(cache_path(options), job=job) as ledger:
-        for task in tasks:
-            asked = asking.write(task, prompts, retries=options.retries, translate=translate)
-            with contextlib.suppress(StopIteration):
-                ask = next(asked)
-                while True:
-                    made = Request.of(ask, task.record, options, folder)
-                    reply = ledger.answer(made.key)
-                    if reply is None:
-                        break
-                    cached += 1
-                    ask = asked.send(reply)
-                short = bytes.fromhex(made.key[:32])
-                if short in seen:
-                    continue
-                seen.add(short)
-                # A translation is a second request, about as large as the first.
-                steps = 2 if translate and ask.item != task.item else 1
-                requests += steps
-                for _ in range(steps):
-                    at_most += made.at_most
-        shares = ledger.shares(options.model) or (1.0, 1.0)
-    prompt_tokens = round(at_most.prompt_tokens * shares[0])
-    completion_tokens = round(at_most.completion_tokens * shares[1])
-    whole = expense(at_most.prompt_tokens, at_most.completion_tokens, options.price).dollars
-    likely = expense(prompt_tokens, completion_tokens, options.price).dollars
-    discount = at_most.dollars / whole if whole else 1.0
-    return Estimate(
-        requests, cached, prompt_tokens, completion_tokens, likely * discount, at_most.dollars
-    )
-
 
 class _Run:
     """The state of one run; all of it belongs to the event loop."""
 
     def __init__(self, writer: OpenAIWriter, ledger: Ledger) -> None:
         options = writer.options
-        self.options, self.prompts, self.folder = options, writer.prompts, writer.folder
-        self.ledger = ledger
+        self.writer, self.options, self.ledger = writer, options, ledger
         self.stopped: CorpusError | None = None
         self.server = ChatServer(
             options.base_url,
@@ -247,10 +254,7 @@ class _Run:
         return None
 
     async def _write(self, task: Task) -> Outcome:
-        options = self.options
-        asked = asking.write(
-            task, self.prompts, retries=options.retries, translate=options.chinese == "translate"
-        )
+        asked = self.writer.asking(task)
         new: list[Reply] = []
         ask = next(asked)
         while True:
@@ -275,7 +279,7 @@ class _Run:
             _Stopped: the run stops before it was sent.
             CorpusError: what stops the run.
         """
-        made = await self._in_thread(Request.of, ask, task.record, self.options, self.folder)
+        made = await self._in_thread(self.writer.request, ask, task)
         faults = waits = 0
         while True:
             reply = self.ledger.answer(made.key)
@@ -459,8 +463,7 @@ class _Committer:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.loop = asyncio.get_running_loop()
-        self.queue: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = (
+        self.queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
         self.thread = threading.Thread(target=self._work, name="ledger", daemon=True)
@@ -468,25 +471,19 @@ class _Committer:
 
     async def __call__(self, write: Callable[[], T]) -> T:
         """Do ``write``; return when it is on the disk. Not to be interrupted."""
-        future: asyncio.Future[T] = self.loop.create_future()
+        future: Future[T] = Future()
         self.queue.put((write, future))
-        return await asyncio.shield(future)
+        return await asyncio.shield(asyncio.wrap_future(future))
 
     def close(self) -> None:
         self.queue.put(None)
         self.thread.join()
 
     def _work(self) -> None:
-        job = self.queue.get()
-        while job is not None:
-            jobs = []
-            while job is not None:
+        while (job := self.queue.get()) is not None:
+            jobs = [job]
+            while not self.queue.empty() and (job := self.queue.get()) is not None:
                 jobs.append(job)
-                if self.queue.empty():
-                    break
-                job = self.queue.get()
-            results: list[Any] = []
-            error: Exception | None = None
             try:
                 with self.ledger.transaction():
                     results = [write() for write, _ in jobs]
@@ -496,19 +493,10 @@ class _Committer:
                     "the disk and run the job again"
                 )
                 error.__cause__ = caught
-            futures = [future for _, future in jobs]
-            self.loop.call_soon_threadsafe(self._done, futures, results, error)
-            if job is not None:
-                job = self.queue.get()
-
-    @staticmethod
-    def _done(
-        futures: list[asyncio.Future[Any]], results: list[Any], error: Exception | None
-    ) -> None:
-        for number, future in enumerate(futures):
-            if future.cancelled():
-                continue
-            if error is not None:
-                future.set_exception(error)
+                for _, future in jobs:
+                    future.set_exception(error)
             else:
-                future.set_result(results[number])
+                for (_, future), result in zip(jobs, results, strict=True):
+                    future.set_result(result)
+            if job is None:
+                return

@@ -20,17 +20,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from jinja2 import Template
 
-from data_tools.checks import CheckOptions, check, check_translation
+from data_tools.checks import CheckOptions, check
 from data_tools.forms.coordinates import write_box
 from data_tools.forms.language import language
 from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Item, Problem, SourceContext, Turn
 from data_tools.records import Label, Record
 from data_tools.taxonomy import Taxonomy
-from gmai_xtuner.core.errors import is_unicode
 from gmai_xtuner.core.templates import environment
 
 PROMPT_VERSION = 2
@@ -68,6 +68,7 @@ _SCHEMAS = {
     "dialogue": _TURNS,
     "text_multi": _TURNS,
 }
+_Said = Annotated[str, msgspec.Meta(pattern=r"\S")]
 _FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*)\n\s*```\s*$", re.DOTALL)
 
 
@@ -186,20 +187,17 @@ class Prompts:
         """
         fenced = _FENCE.match(text)
         try:
-            pairs = _pairs(json.loads(fenced[1] if fenced else text), item, record)
-        except _OtherForm as error:
-            return error.problem
-        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
+            answer = msgspec.json.decode(fenced[1] if fenced else text, type=_Answer)
+            pairs = _pairs(answer, item, record)
+        except msgspec.ValidationError as error:
+            return Problem("answer has another form", str(error))
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             return Problem("answer isn't JSON", str(error)[:200])
-        if not pairs:
-            return Problem("answer has another form", "there are no turns in it")
         turns = [
             Turn(speaker, said.strip())
             for pair in pairs
             for speaker, said in zip(("human", "gpt"), pair, strict=True)
         ]
-        if not all(is_unicode(turn.text) for turn in turns):
-            return Problem("answer that no UTF-8 can hold")
         if any(IMAGE in turn.text for turn in turns):
             return Problem("answer has an image mark", f"{IMAGE} isn't to be written")
         if item.form not in TEXT_FORMS:
@@ -219,12 +217,6 @@ class Prompts:
             self.checks,
             grounded=self.grounded,
         )
-
-    def check_translation(
-        self, conversation: Conversation, original: Conversation, item: Item, context: SourceContext
-    ) -> list[Problem]:
-        """Return what a translation lost or changed."""
-        return check_translation(conversation, original, context)
 
 
 @lru_cache
@@ -282,40 +274,37 @@ class _Facts:
         return f"{name} ({translation})" if self.translated and translation else name
 
 
-class _OtherForm(ValueError):
-    """An answer in another form than was asked for."""
-
-    def __init__(self, detail: str, reason: str = "answer has another form") -> None:
-        super().__init__(detail)
-        self.problem = Problem(reason, detail)
+class _Pair(msgspec.Struct):
+    question: _Said
+    answer: _Said
 
 
-def _pairs(values: Any, item: Item, record: Record) -> list[tuple[str, str]]:
-    if not isinstance(values, dict):
-        raise _OtherForm(f"a JSON object, not {type(values).__name__}")
-    if "turns" in values:
-        turns = values["turns"]
-        if not isinstance(turns, list):
-            raise _OtherForm("turns must be a list")
-        return [(_text(turn, "question"), _text(turn, "answer")) for turn in turns]
+class _Answer(msgspec.Struct):
+    """The keys that an answer may have, in any of the forms that are asked for."""
+
+    turns: Annotated[list[_Pair], msgspec.Meta(min_length=1)] | None = None
+    caption: _Said | None = None
+    question: _Said | None = None
+    answer: _Said | None = None
+
+
+def _pairs(found: _Answer, item: Item, record: Record) -> list[tuple[str, str]]:
+    if found.turns is not None:
+        return [(pair.question, pair.answer) for pair in found.turns]
     if item.form in ("caption", "region_caption"):
         asked = language(item.language).sentences[f"by_model.{item.form}"]
-        question = asked[item.seed % len(asked)]
-        if item.form == "region_caption":
-            assert item.focus is not None
+        question: str | None = asked[item.seed % len(asked)]
+        if item.focus is not None and question is not None:
             box = record.labels[item.focus].box
             assert box is not None
             question = question.format(box=write_box(box, width=record.width, height=record.height))
-        return [(question, _text(values, "caption"))]
-    if item.form in ("dialogue", "text_multi"):
-        raise _OtherForm("the key 'turns' is missing")
-    return [(_text(values, "question"), _text(values, "answer"))]
-
-
-def _text(values: Any, key: str) -> str:
-    value = values.get(key) if isinstance(values, dict) else None
-    if not isinstance(value, str):
-        raise _OtherForm(f"the text {key!r} is missing")
-    if not value.strip():
-        raise _OtherForm(f"{key!r} says nothing", "answer has an empty text")
-    return value
+        answer = found.caption
+    elif item.form in ("dialogue", "text_multi"):
+        raise msgspec.ValidationError("the key 'turns' is missing")
+    else:
+        question, answer = found.question, found.answer
+    if question is None or answer is None:
+        raise msgspec.ValidationError(
+            f"expected the keys {', '.join(_SCHEMAS[item.form]['required'])}"
+        )
+    return [(question, answer)]

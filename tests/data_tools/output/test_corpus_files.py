@@ -13,7 +13,6 @@ from data_tools.output.files import (
     CorpusFiles,
     JsonLines,
     conversation_line,
-    record_line,
     rejected_line,
 )
 from data_tools.records import Label, Record
@@ -50,7 +49,7 @@ def test_a_conversation_has_the_authors_keys_and_nothing_else():
 )
 def test_a_record_is_written_as_its_to_json_says(tmp_path, one):
     with CorpusFiles(tmp_path) as files:
-        files.records.write(record_line(one))
+        files.records.write(one.to_json())
     (line,) = (tmp_path / "records.jsonl").read_bytes().splitlines()
     assert json.loads(line) == json.loads(json.dumps(one.to_json()))
     assert Record.from_json(json.loads(line)) == one
