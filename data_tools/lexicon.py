@@ -7,7 +7,7 @@ The words are data, ``lexicon.yaml``; their numbers (vertebra, vertebrae) are th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -17,8 +17,24 @@ import yaml
 from data_tools.records import ANYTHING
 
 DENIALS = ("no", "without")
+SIDES = ("left", "right")
+_ONES = frozenset((*SIDES, "first", "second", "third", "fourth", "fifth"))
+_DETERMINERS = frozenset(("the", "a", "an", "no", "any", "this", "other", "unspecified"))
 NORMAL = frozenset(("normal", "healthy", "unremarkable", "negative"))
 """Labels that say of an image as a whole that nothing is wrong in it."""
+ADJECTIVES = NORMAL | {
+    "abnormal",
+    "benign",
+    "malignant",
+    "mild",
+    "moderate",
+    "other",
+    "positive",
+    "severe",
+}
+"""Labels that are no nouns: an image is classified as one, and doesn't show one."""
+SIDE_KEYS = ("side", "laterality")
+"""Attributes whose value is a side of the body."""
 _ANY_FINDING = frozenset((
     "finding", "abnormality", "abnormalitie", "anomaly", "disease", "pathology", "lesion", "change",
     "abnormal finding", "significant finding", "acute finding", "abnormality detected"
@@ -33,22 +49,31 @@ class Noun:
     """What is known of a label's words.
 
     Args:
-        kind: ``anatomy``, ``anatomy_of_many``, ``cell``, ``organism``, ``instrument``, ``finding`` (one that
-            counts), ``view``, or "" for all else.
+        kind: ``anatomy``, ``anatomy_of_many``, ``anatomy_mass``, ``cell``, ``organism``, ``instrument``,
+            ``finding`` (one that counts), ``view``, or "" for all else.
         is_plural: whether the label itself is a plural, such as "vertebrae".
+        singular: the entry of ``lexicon.yaml`` that it is, such as "lymph node"; empty without one.
+        is_one: whether there is one of it at most: its words hold a side or a number ("left kidney").
     """
 
     kind: str
     is_plural: bool
+    singular: str = ""
+    is_one: bool = False
 
     @property
     def is_anatomy(self) -> bool:
         return self.kind.startswith("anatomy")
 
     @property
+    def is_thing(self) -> bool:
+        """Whether it is something that is shown, and no finding: an organ, a cell, an instrument."""
+        return self.is_anatomy or self.kind in ("cell", "organism", "instrument")
+
+    @property
     def counts(self) -> bool:
         """Whether there can be two of it."""
-        return self.kind not in ("", "anatomy", "view") and not self.is_plural
+        return self.kind not in ("", "anatomy", "anatomy_mass", "view") and not self.is_plural
 
 
 @cache
@@ -60,8 +85,8 @@ def _entries() -> dict[tuple[str, ...], Noun]:
     found: dict[tuple[str, ...], Noun] = {}
     for kind, rows in content["kinds"].items():
         for name in (name for row in rows for name in (row if isinstance(row, list) else [row])):
-            found[tuple(plural_of(name).split())] = Noun(kind, True)
-            found[tuple(name.split())] = Noun(kind, name in ("forceps", "scissors"))
+            found[tuple(plural_of(name).split())] = Noun(kind, True, name)
+            found[tuple(name.split())] = Noun(kind, name in ("forceps", "scissors"), name)
     return found
 
 
@@ -75,17 +100,51 @@ def noun(label: str) -> Noun:
     words = label.lower().replace("_", " ").split()
     if "of" in words[1:]:
         words = words[: words.index("of", 1)]
-    while len(words) > 1 and (
-        words[-1] in ("left", "right") or any(c.isdigit() for c in words[-1])
-    ):
+    is_one = not _ONES.isdisjoint(words) or any(c.isdigit() for word in words for c in word)
+    while len(words) > 1 and (words[-1] in SIDES or any(c.isdigit() for c in words[-1])):
         words.pop()  # "kidney left", "vertebra L1"
     entries = _entries()
     for length in (3, 2, 1):
         if found := entries.get(tuple(words[-length:])):
-            return found
+            return replace(found, is_one=is_one)
     last = words[-1] if words else ""
     singular = _ENGLISH.singular_noun(last) if last.isalpha() else False
     return Noun("", last == f"{singular}s" and not last.endswith(_SINGULAR_ENDS))
+
+
+def spoken(label: str) -> str:
+    """Return a label as one says it: ``kidney_left`` is a left kidney."""
+    words = label.replace("_", " ").split()
+    if len(words) > 1 and words[-1].lower() in SIDES:
+        words.insert(0, words.pop().lower())
+    return " ".join(words)
+
+
+def definite(words: str) -> str:
+    """Put `the` before words, unless they have a determiner of their own."""
+    return words if words.split(" ", 1)[0].lower() in _DETERMINERS else f"the {words}"
+
+
+@lru_cache(maxsize=4096)
+def indefinite(label: str, *, several: bool = False) -> str:
+    """Return what an image shows, in a form that says no more than the label.
+
+    >>> [indefinite(label) for label in ("spleen", "kidney", "left kidney", "platelet", "edema")]
+    ['the spleen', 'a kidney', 'the left kidney', 'a platelet', 'edema']
+
+    Args:
+        label: as it is spoken.
+        several: whether there are two or more of it; only a noun that counts has a plural.
+    """
+    found = noun(label)
+    first = label.split(" ", 1)[0].lower()
+    if first in _DETERMINERS or found.kind == "anatomy_mass":
+        return label
+    if found.is_anatomy and (found.is_plural or found.is_one or found.kind == "anatomy"):
+        return with_article(label) if first in NORMAL else f"the {label}"
+    if not found.counts:
+        return with_article(label) if found.kind == "view" and not found.is_plural else label
+    return plural_of(label) if several and not found.is_one else with_article(label)
 
 
 def plural_of(name: str) -> str:

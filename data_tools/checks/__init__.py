@@ -12,6 +12,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from data_tools.checks.claims import LabelFinder, ModalityFinder, agreement, boxes, modality, side
+from data_tools.checks.figures import counts, perceived, sizes
 from data_tools.checks.terms import said
 from data_tools.checks.translation import translation
 from data_tools.checks.wording import (
@@ -29,7 +30,7 @@ from data_tools.taxonomy import Taxonomy
 
 __all__ = ["CHECK_VERSION", "CheckOptions", "check", "check_translation"]
 
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 """Raise it with any change of what the checks accept: conversations are then checked anew."""
 
 
@@ -67,12 +68,18 @@ def check(
         problems += leaks(what, options)
     if not grounded:
         return problems
+    finder = _labels(_Same(context))
     if options.agreement:
-        problems += agreement(what, item, record, _labels(_Same(context)))
+        problems += agreement(what, item, record, finder)
+        if item.form == "perception":
+            problems += perceived(conversation, item, record, finder)
+    if options.figures:
+        problems += counts(what, item, record, finder)
+        problems += sizes(what, item, record, finder)
     if options.modality:
         problems += modality(what, record, _modalities(_Same(taxonomy)))
     if options.side:
-        problems += side(what, item, record)
+        problems += side(what, item, record, finder)
     if options.boxes:
         problems += boxes(what, item, record)
     return problems

@@ -7,9 +7,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from data_tools.checks.terms import Hit, Said, TermFinder, words_of
+from data_tools.checks.terms import Hit, Said, TermFinder, plain, words_of
 from data_tools.forms.coordinates import read_boxes, write_box
 from data_tools.items import Item, Problem, SourceContext
+from data_tools.lexicon import SIDE_KEYS, spoken
 from data_tools.records import Label, Record
 from data_tools.taxonomy import Taxonomy
 
@@ -38,11 +39,14 @@ class LabelFinder:
         terms: dict[str, str] = {}
         for name in context.vocabulary:
             chinese = context.chinese.get(name)
-            for spoken in (*context.synonyms.get(name, ()), *([chinese] if chinese else ())):
-                terms.setdefault(spoken, name)
-        terms.update((name, name) for name in context.vocabulary)
+            for other in (*context.synonyms.get(name, ()), *([chinese] if chinese else ())):
+                terms.setdefault(other, name)
+        terms.update((said, name) for name in context.vocabulary for said in (spoken(name), name))
+        # The other side of a label is another label, whether or not the set has it.
+        mirrored = {mirror(said): mirror(said) for said in terms if mirror(said) != said}
+        terms = mirrored | terms
         self._finder = TermFinder(terms)
-        self._words = {name: tuple(words_of(name)) for name in context.vocabulary}
+        self._words = {name: tuple(words_of(name)) for name in terms.values()}
 
     def find(self, what: Said) -> list[Hit]:
         """Return the labels of the set in what was said."""
@@ -63,6 +67,16 @@ class LabelFinder:
             return True
         following = words[hit.end]
         return following in _WHOLE or not following.isalnum()
+
+
+def mirror(text: str) -> str:
+    """Return a text with its sides exchanged."""
+    words = [_OPPOSITE.get(word, word) for word in text.split(" ")]
+    return " ".join(words).translate(_OPPOSITE_ZH)
+
+
+_OPPOSITE = {"left": "right", "right": "left"}
+_OPPOSITE_ZH = str.maketrans("左右", "右左")
 
 
 def agreement(what: Said, item: Item, record: Record, finder: LabelFinder) -> Iterator[Problem]:
@@ -96,20 +110,22 @@ def agreement(what: Said, item: Item, record: Record, finder: LabelFinder) -> It
 
 # --- modality -------------------------------------------------------------------------------------
 
-# Modalities that name the same image at different depth.
-FAMILIES = (
-    ("X-ray", "Mammography", "Angiography", "Fluoroscopy", "Dental X-ray", "Bone densitometry"),
-    ("CT", "Angiography"),
-    ("MR", "Angiography"),
-    ("Pathology", "Microscopy", "Cytology", "Electron microscopy", "Fluorescence microscopy"),
-    ("Ultrasound", "Echocardiography", "Endoscopy"),
-    ("Endoscopy", "Colonoscopy", "Laparoscopy", "Bronchoscopy", "Surgical video"),
-    ("Fundus photography", "Fluorescein angiography", "Angiography", "Clinical photography"),
-    ("Fundus photography", "Infrared reflectance imaging"),
-    ("Dermoscopy", "Clinical photography"),
-    ("Slit-lamp photography", "Clinical photography"),
-    ("PET", "SPECT", "Scintigraphy", "CT"),
-)
+# What an image of a modality may be called besides: a wider name, or one that says as much. Not the other way
+# round: a mammogram is a radiograph, a radiograph is no mammogram.
+ALSO = {
+    "Mammography": ("X-ray",), "Fluoroscopy": ("X-ray",), "Dental X-ray": ("X-ray",),
+    "Bone densitometry": ("X-ray",), "Angiography": ("X-ray", "CT", "MR"), "CT": ("Angiography",),
+    "MR": ("Angiography",), "Pathology": ("Microscopy", "Cytology"),
+    "Microscopy": ("Pathology", "Cytology"), "Cytology": ("Microscopy", "Pathology"),
+    "Electron microscopy": ("Microscopy",), "Fluorescence microscopy": ("Microscopy",),
+    "Echocardiography": ("Ultrasound",), "Ultrasound": ("Endoscopy",), "Colonoscopy": ("Endoscopy",),
+    "Laparoscopy": ("Endoscopy",), "Bronchoscopy": ("Endoscopy",),
+    "Surgical video": ("Endoscopy", "Laparoscopy"),
+    "Fluorescein angiography": ("Fundus photography", "Angiography"),
+    "Infrared reflectance imaging": ("Fundus photography",), "Dermoscopy": ("Clinical photography",),
+    "Slit-lamp photography": ("Clinical photography",), "PET": ("CT",),
+    "SPECT": ("CT", "Scintigraphy"),
+}  # fmt: skip
 # Names that are everyday words of anatomy and of the work: "gastric fundus", "histology is needed".
 _AMBIGUOUS = frozenset(
     ("fundus", "histology", "smear", "photograph", "surgical scene", "照片", "涂片", "透视")
@@ -133,14 +149,11 @@ class ModalityFinder:
         terms: dict[str, str] = {}
         for name in taxonomy.modalities:
             known = taxonomy.terms(name)
-            for spoken in (name, *known.synonyms, known.chinese, *known.chinese_synonyms):
-                if spoken and spoken.lower() not in _AMBIGUOUS:
-                    terms.setdefault(spoken, name)
+            for other in (name, *known.synonyms, known.chinese, *known.chinese_synonyms):
+                if other and other.lower() not in _AMBIGUOUS:
+                    terms.setdefault(other, name)
         self._finder = TermFinder(terms)
-        self.compatible = {
-            name: {name}.union(*(family for family in FAMILIES if name in family))
-            for name in taxonomy.modalities
-        }
+        self.compatible = {name: {name, *ALSO.get(name, ())} for name in taxonomy.modalities}
 
     def claims(self, what: Said) -> Iterator[str]:
         """Yield the modalities that are said of the image itself."""
@@ -185,7 +198,6 @@ def _sentence_around(text: str, at: int) -> str:
 
 # --- side of the body -----------------------------------------------------------------------------
 
-SIDE_KEYS = ("side", "laterality")
 _SIDES = {
     "left": "left", "l": "left", "左": "left", "左侧": "left",
     "right": "right", "r": "right", "右": "right", "右侧": "right",
@@ -194,6 +206,9 @@ _POSITION_BEFORE = frozenset((
     "upper", "lower", "top", "bottom", "center", "centre", "middle", "far", "viewer", "reader", "mid",
     "to"
 ))  # fmt: skip
+_POSITION_BETWEEN = _POSITION_BEFORE.union(
+    ("left", "right", "and", "or", "side", "hand", "of", "the", "central", "most")
+)
 _PICTURE = frozenset((
     "image", "picture", "frame", "photograph", "photo", "field", "view", "figure", "tile", "crop", "slide",
     "corner", "edge", "border", "margin", "half", "third", "quadrant", "part", "portion", "region", "area"
@@ -203,10 +218,11 @@ _POSITION_ZH = re.compile(
 )
 
 
-def side(what: Said, item: Item, record: Record) -> Iterator[Problem]:
+def side(what: Said, item: Item, record: Record, finder: LabelFinder) -> Iterator[Problem]:
     """Yield a side that isn't the annotation's, in an answer about a record with exactly one side.
 
-    "The upper left of the image" is a position and says nothing of the body.
+    "The upper left of the image" is a position and says nothing of the body. Beside the right side, the wrong
+    one counts where a clause says it of a label, of the patient or of the image: the other lung may be clear.
     """
     labels = record.labels if item.focus is None else (record.labels[item.focus],)
     known = {
@@ -218,28 +234,40 @@ def side(what: Said, item: Item, record: Record) -> Iterator[Problem]:
     if len(known) != 1:
         return
     (right_one,) = known
-    wrong = "right" if right_one == "left" else "left"
-    words = what.words
-    claims = [
-        word for at, word in enumerate(words) if word in ("left", "right") and _is_body(words, at)
-    ]
-    if not what.text.isascii():
-        plain = _POSITION_ZH.sub("", what.text)
-        claims += ["left"] * plain.count("左") + ["right"] * plain.count("右")
-    if wrong in claims and right_one not in claims:
+    wrong = _OPPOSITE[right_one]
+    named = {finder_mirror for name in record.names if (finder_mirror := mirror(name)) != name}
+    every: set[str] = set()
+    for clause in re.split(r"[.;!?\n,。；！？，]", what.text):
+        said = sides_of(clause)
+        every |= said
+        part = Said((clause,), clause, plain(clause), words_of(clause), what.chinese)
+        hits = {hit.meaning for hit in finder.find(part) if not hit.denied} - named
+        if said == {wrong} and (hits or _OF_THE_IMAGE.search(part.plain)):
+            yield Problem("side contradicted", f"it says {wrong}; it is {right_one}")
+            return
+    if every == {wrong}:
         yield Problem("side contradicted", f"it says {wrong}; it is {right_one}")
+
+
+_OF_THE_IMAGE = re.compile(r"patient|image of|\b(radio|mammo|photo)gra(ph|m)\b|患者|图像$|片$")
+
+
+def sides_of(text: str) -> set[str]:
+    """Return the sides of the body that a text names."""
+    words = words_of(text)
+    found = {word for at, word in enumerate(words) if word in _OPPOSITE and _is_body(words, at)}
+    plain_zh = "" if text.isascii() else _POSITION_ZH.sub("", text)
+    return found | {side for sign, side in (("左", "left"), ("右", "right")) if sign in plain_zh}
 
 
 def _is_body(words: list[str], at: int) -> bool:
     """Return whether the word at an index names a side of the body."""
     if at and (words[at - 1] in _POSITION_BEFORE or words[at - 2 : at] == ["to", "the"]):
         return False
-    for offset, word in enumerate(words[at + 1 : at + 6]):
-        if word in _PICTURE and (
-            offset == 0 or words[at + 1] in ("side", "hand", "of", "most", "half")
-        ):
+    for word in words[at + 1 : at + 9]:
+        if word.removesuffix("s") in _PICTURE:
             return False
-        if not word.isalnum():
+        if word not in _POSITION_BETWEEN:
             break
     return True
 

@@ -53,6 +53,7 @@ class CheckOptions(Options):
         agreement: the label or a synonym is named, and no other label of the set is claimed.
         modality: no other modality is claimed.
         side: left and right are not contradicted where the annotation has a side.
+        figures: numbers of regions, and sizes, are not contradicted.
         boxes: coordinates in an answer are those of the record.
         leaks: an answer doesn't speak of the annotation that it was given.
         min_words: of all answers of a caption or a text form together.
@@ -65,6 +66,7 @@ class CheckOptions(Options):
     agreement: bool = True
     modality: bool = True
     side: bool = True
+    figures: bool = True
     boxes: bool = True
     leaks: bool = True
     min_words: int = Field(4, ge=1)

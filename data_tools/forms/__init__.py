@@ -18,13 +18,13 @@ from gmai_xtuner.core.rng import Rng, seed_of
 __all__ = ["FORM_VERSIONS", "MakeOptions", "plan", "write"]
 
 FORM_VERSIONS = {
-    "caption": 3,
-    "region_caption": 3,
-    "instruction": 3,
-    "dialogue": 3,
-    "perception": 3,
-    "text_single": 3,
-    "text_multi": 3,
+    "caption": 4,
+    "region_caption": 4,
+    "instruction": 4,
+    "dialogue": 4,
+    "perception": 4,
+    "text_single": 4,
+    "text_multi": 4,
 }
 """Version of each form: raise it with any change of its sentences or of what they say.
 

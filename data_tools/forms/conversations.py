@@ -6,13 +6,10 @@ from __future__ import annotations
 
 from data_tools.forms.language import Teller, about_image, without_image
 from data_tools.items import Conversation
-from data_tools.records import Record
+from data_tools.lexicon import spoken
 
 _NOTES = ("difficult",)
 """Attributes of the annotator's work, not of what is seen."""
-_OF_THINGS = ("Organ Recognition", "Blood Vessels", "Bone", "Cell", "Microorganism", "Muscle",
-              "Nervous Tissue", "Surgical Instrument")  # fmt: skip
-"""Clinical tasks whose labels are things that are seen, not what was concluded from them."""
 
 
 def caption(teller: Teller) -> Conversation:
@@ -57,10 +54,10 @@ def instruction(teller: Teller) -> Conversation:
         kinds.append("department")
     match teller.rng.pick(kinds):
         case "report":
-            question = teller.say("instruction.report")
+            question = teller.say(f"instruction.report.{_kind(teller)}")
             answer = teller.joined(teller.what(), *teller.attributes(), teller.findings())
         case "list":
-            question = teller.say("instruction.list")
+            question = teller.say(f"instruction.list.{_kind(teller)}")
             answer = teller.found("instruction")
         case "where":
             name = teller.rng.pick(list(regions))
@@ -78,12 +75,12 @@ def dialogue(teller: Teller) -> Conversation:
     say, record = teller.say, teller.record
     what = teller.what()
     first = say("dialogue.what"), what
-    more = [(say("dialogue.findings"), teller.found("dialogue"))]
+    more = [(say(f"dialogue.asks.{_kind(teller)}"), teller.found("dialogue"))]
     least = len(more)
     for label, boxes in teller.regions().items():
         question = say("dialogue.where", where=teller.counted("where", label))
         more.append((question, teller.located(label, boxes)))
-        if len(boxes) > 1 and label in teller.known:
+        if len(boxes) > 1 and label in teller.known:  # of one it is said already
             things = teller.things(label)
             more.append((say("dialogue.many", **things), say("dialogue.count", **things)))
     if record.department != "None":
@@ -96,41 +93,60 @@ def dialogue(teller: Teller) -> Conversation:
     return tuple(turns)
 
 
+def _kind(teller: Teller) -> str:
+    """Return what a question on a record asks for: findings, things or the class."""
+    return KINDS[teller.topic(teller.record.names)] if teller.whole() else "things"
+
+
+KINDS = {
+    "nothing": "findings",
+    "findings": "findings",
+    "things": "things",
+    "view": "class",
+    "class": "class",
+}
+"""Topic of labels (`language.Teller.topic`) -> what is asked for."""
+
+
 def text(teller: Teller) -> Conversation:
-    """Ask without an image: the question holds the facts that its answer puts into words.
+    """Ask without an image: for the department, for another name, or what a line of a report says.
 
     It teaches the language of records, not new medicine. One question, or as many as ``item.kind`` says
     where the form is ``text_multi``.
     """
-    item, record = teller.item, teller.record
-    kind = "text.shown" if _is_shown(record) else "text.result"
+    item, record, say = teller.item, teller.record, teller.say
+    kind = _kind(teller)
+    names = teller.names(record.names) if kind == "class" else teller.shown(record.names)
+    label = teller.rng.pick(record.names)
     facts = {
-        "image": teller.image(),
-        "names": teller.shown(record.names),
-        "modality": teller.modality(),
+        "image": teller.image(subject=False),
+        "names": names,
         "department": teller.department(),
+        "english": spoken(label),
+        "chinese": teller.context.chinese.get(label, ""),
+        "report": "",
     }
+    facts["report"] = teller.joined(say("what", **facts), teller.found("dialogue"))
     has_department = record.department != "None"
-    said = teller.say(f"{kind}.said", **facts)
-    with_department = teller.joined(said, teller.say("text.department_is", **facts))
-    if item.form == "text_single" and has_department and teller.rng.below(2):
-        return without_image(teller.say(f"{kind}.full", **facts), with_department)
-    turns = [*without_image(teller.say(f"{kind}.line", **facts), said)]
+    about = "department_class" if kind == "class" else "department"
     if item.form == "text_single":
-        return tuple(turns)
-    more = [
-        (teller.say("text.modality"), teller.say("text.modality_is", **facts)),
-        (teller.say(f"{kind}.ask"), teller.say(f"{kind}.answer", **facts)),
-    ]
+        able = [
+            "read",
+            *([about] if has_department else []),
+            *(["term"] if facts["chinese"] else []),
+        ]
+        if synonyms := teller.context.synonyms.get(label):
+            facts["synonym"] = teller.rng.pick(synonyms)
+            able.append("synonym")
+        asked = teller.rng.pick(able)
+        answer = f"read_is.{kind}" if asked == "read" else f"{asked}_is"
+        return without_image(say(f"text.{asked}", **facts), say(f"text.{answer}", **facts))
+    more = [(say("text.asks"), teller.found("dialogue"))]
     if has_department:
-        more.insert(1, (teller.say("text.department", **facts), with_department))
+        more.append((say("text.concerned"), say("text.concerned_is", **facts)))
+    if facts["chinese"]:
+        more.append((say("text.term", **facts), say("text.term_is", **facts)))
+    turns = [*without_image(say("text.quote", **facts), say("text.modality_is", **facts))]
     for pair in more[: max(1, int(item.kind or "3") - 1)]:
         turns += without_image(*pair)
     return tuple(turns)
-
-
-def _is_shown(record: Record) -> bool:
-    """Return whether the labels are things that are seen."""
-    if record.clinical_task is not None:
-        return record.clinical_task.startswith(_OF_THINGS)
-    return all(label.box is not None for label in record.labels)

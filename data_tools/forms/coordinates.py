@@ -42,6 +42,39 @@ def thirds(box: Box, width: int, height: int) -> tuple[int, int]:
     return min(across, 2), min(down, 2)
 
 
+_ROWS, _COLUMNS = ("upper", "", "lower"), ("left", "", "right")
+
+
+def place_of(box: Box, width: int, height: int) -> str:
+    """Return where a box lies, as a key of the language files.
+
+    Of small boxes it is the third that the centre is in: ``upper left``, ``right``, ``centre``. A box of
+    about half the image has no such place: ``all``, ``half left``, ``half upper left``, ``half centre``, or
+    ``across upper`` and ``down left`` for long and narrow ones.
+    """
+    shares = (box[2] - box[0]) / width, (box[3] - box[1]) / height
+    if min(shares) >= 0.8:
+        return "all"
+    if min(shares) >= 0.4 and max(shares) >= 0.5:
+        across = _lopsided(box[0] / width, box[2] / width)
+        down = _lopsided(box[1] / height, box[3] / height)
+        return f"half {_name(across, down)}"
+    across, down = thirds(box, width, height)
+    if max(shares) < 0.6:
+        return _name(across, down)
+    return f"across {_name(1, down)}" if shares[0] > shares[1] else f"down {_name(across, 1)}"
+
+
+def _name(across: int, down: int) -> str:
+    return f"{_ROWS[down]} {_COLUMNS[across]}".strip() or "centre"
+
+
+def _lopsided(first: float, last: float) -> int:
+    """Return in which half an interval of 0 to 1 mainly lies: 0, 2, or 1 for neither."""
+    more = min(last, 0.5) - min(first, 0.5) - max(last, 0.5) + max(first, 0.5)
+    return 0 if more >= 0.2 else 2 if more <= -0.2 else 1
+
+
 def read_boxes(text: str, *, width: int, height: int) -> list[Box]:
     """Return all boxes of a text in their order, in pixels. The inverse of `write_box`.
 

@@ -17,9 +17,20 @@ from typing import Any
 
 import yaml
 
-from data_tools.forms.coordinates import thirds, write_box
+from data_tools.forms.coordinates import place_of, write_box
 from data_tools.items import IMAGE, Item, SourceContext, Turn
-from data_tools.lexicon import noun, number_word, plural_of, says_nothing, with_article
+from data_tools.lexicon import (
+    ADJECTIVES,
+    SIDE_KEYS,
+    definite,
+    indefinite,
+    noun,
+    number_word,
+    plural_of,
+    says_nothing,
+    spoken,
+    with_article,
+)
 from data_tools.records import Box, Label, Record
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.rng import Rng
@@ -28,14 +39,6 @@ MAX_ATTRIBUTES = 3
 """Attributes that a caption names; more would be a table."""
 MAX_PLACES = 3
 """Regions of one label whose places are named one by one."""
-
-_DETERMINERS = frozenset(("the", "a", "an", "no", "any", "this", "other", "unspecified"))
-
-
-def definite(words: str) -> str:
-    """Put `the` before the name of a region, unless it has a determiner of its own."""
-    first = words.split(" ", 1)[0].lower()
-    return words if first in _DETERMINERS else f"the {words}"
 
 
 def inside(modality: str) -> str:
@@ -61,6 +64,7 @@ _GRAMMAR: dict[str, Callable[[str], str]] = {
     "a": with_article,
     "A": lambda words: capital(with_article(words)),
     "inside": inside,
+    "some": indefinite,
 }
 
 
@@ -77,17 +81,40 @@ class Word(str):
 class Language:
     """What a language file holds; ``sentences`` by dotted key, a tuple if one of them is to be drawn.
 
-    ``measures`` are the words between a number and what is counted, by the kinds of `lexicon.Noun`.
+    Args:
+        translated: whether labels and terms are said by their names in this language.
+        space, separator, last: between sentences, between items of a list, before the last one.
+        places, extents: key of `coordinates.place_of` -> small and large places; ``part`` and ``parts`` make
+            noun phrases of one and of several small ones.
+        regions: one and several regions of a label whose boxes are ``things``, or parts of what is
+            ``counted`` or is not (``mass``).
+        image, images: what an image is called, of any modality and of some; ``described`` with its plane
+            or ``views``, and with the part of the body that it is ``of``.
+        planes, views, parts_of_body, sides: words for codes.
+        organs: modality -> the organ that a side of the image is one of.
+        measures: what stands between a number and what is counted -> kinds or entries of the lexicon.
+        two: "2" before a measure.
     """
 
     translated: bool
     space: str
     separator: str
     last: str
-    places: Sequence[Sequence[str]]
+    places: Mapping[str, str]
+    part: str
+    parts: str
+    extents: Mapping[str, str]
+    regions: Mapping[str, Sequence[str]]
     image: str
     images: Mapping[str, str]
-    measures: Mapping[str, str]
+    described: Mapping[str, str]
+    planes: Mapping[str, str]
+    views: Mapping[str, str]
+    parts_of_body: Mapping[str, str]
+    sides: Mapping[str, str]
+    organs: Mapping[str, str]
+    measures: Mapping[str, Sequence[str]]
+    two: str
     sentences: Mapping[str, str | tuple[str, ...]]
 
     def can_name(self, label: str, context: SourceContext) -> bool:
@@ -100,10 +127,24 @@ class Language:
             return words[0] if words else ""
         return f"{self.separator.join(words[:-1])}{self.last}{words[-1]}"
 
-    def place(self, box: Box, width: int, height: int) -> str:
-        """Return where a box lies: `the upper left part of the image`."""
-        across, down = thirds(box, width, height)
-        return self.places[down][across]
+    def where(self, boxes: Sequence[Box], width: int, height: int) -> str:
+        """Return where boxes lie: `the upper left and central parts of the image`."""
+        keys = dict.fromkeys(place_of(box, width, height) for box in boxes)
+        small = [self.places[key] for key in keys if key in self.places]
+        if len(small) > 1 and self.parts:
+            small = [self.parts.format(places=self.listed(small))]
+        else:
+            small = [self.part.format(places=place) for place in small]
+        return self.listed([*small, *(self.extents[key] for key in keys if key in self.extents)])
+
+    def measure(self, label: str) -> str:
+        """Return the word between a number and a label."""
+        found = noun(label)
+        for names in ((found.singular, *label.split()[-1:]), (found.kind,)):
+            for measure, of in self.measures.items():
+                if not set(of).isdisjoint(names):
+                    return measure
+        return next(iter(self.measures), "")
 
 
 @lru_cache
@@ -153,12 +194,10 @@ class Teller:
     # Words
 
     def name(self, label: str) -> Word:
-        return Word(self.context.chinese[label] if self.language.translated else label)
+        return Word(self.context.chinese[label] if self.language.translated else spoken(label))
 
-    def names(self, labels: Sequence[str]) -> str:
-        if self.language.translated:
-            labels = [self.context.chinese[label] for label in labels]
-        return self.language.listed(labels)
+    def names(self, labels: Sequence[str]) -> Word:
+        return Word(self.language.listed([self.name(label) for label in labels]))
 
     def modality(self) -> Word:
         return Word(self._term(self.record.modality))
@@ -166,14 +205,53 @@ class Teller:
     def department(self) -> str:
         return self._term(self.record.department)
 
-    def image(self) -> Word:
-        """Return what an image of the modality is called: `CT image`, `mammogram`."""
-        language = self.language
-        own = language.images.get(self.record.modality)
-        return Word(own or language.image.format(modality=self.modality()))
+    def image(self, *, subject: bool = True) -> Word:
+        """Return what the image is called: `axial CT image of the abdomen`, `mammogram of the left breast`.
+
+        Args:
+            subject: name the only label too, if it is what is shown: `MR image of the head`.
+        """
+        return Word(self._described(self.subject if subject else "")[0])
+
+    def _described(self, subject: str) -> tuple[str, tuple[str, ...]]:
+        """Return what the image is called, and the attributes that this says."""
+        language, record = self.language, self.record
+        given = record.attributes
+        kind = language.images.get(record.modality) or language.image.format(
+            modality=self.modality()
+        )
+        view = language.views.get(given.get("view", "").upper(), "")
+        about = view or language.planes.get(str(record.provenance.part.get("axis")), "")
+        said = ["view"] if view else []
+        key = next((name for name in SIDE_KEYS if name in given), "")
+        body = given.get("body part", "").lower()
+        side = language.sides.get(given.get(key, "").lower(), "")
+        if not body and side:
+            body = language.organs.get(record.modality, "")
+        part = self._part_of_body(body)
+        if part:
+            said.append("body part")
+            if side and noun(part[1]).kind == "anatomy_of_many":
+                said.append(key)
+                part = language.described["side"].format(side=side, part=part[0]), f"left {part[1]}"
+            of = part[0] if language.translated else indefinite(part[0])
+            return language.described["of"].format(about=about, kind=kind, part=of), tuple(said)
+        if subject:
+            of = self.name(subject)
+            of = of if language.translated else Word(indefinite(of))
+            return language.described["of"].format(about=about, kind=kind, part=of), tuple(said)
+        return language.described["plain"].format(about=about, kind=kind), tuple(said)
+
+    def _part_of_body(self, text: str) -> tuple[str, str] | None:
+        """Return a part of the body in this language and in English; None if it is not known."""
+        own = self.language.parts_of_body.get(text.replace(" ", ""))
+        english = language("en").parts_of_body.get(text.replace(" ", ""), text)
+        if not own and not self.language.translated and text and noun(english).is_anatomy:
+            own = english
+        return (own, english) if own else None
 
     def place(self, box: Box) -> str:
-        return self.language.place(box, self.record.width, self.record.height)
+        return self.language.where([box], self.record.width, self.record.height)
 
     def box(self, box: Box) -> str:
         return write_box(box, width=self.record.width, height=self.record.height)
@@ -207,9 +285,10 @@ class Teller:
 
         Three wordings stand under ``key``: ``one``, ``several``, and ``some`` if not all regions are known.
         """
-        if label not in self.known:
-            return self.say(f"{key}.some", **self.things(label), **values)
         how = "one" if len(self.regions()[label]) == 1 else "several"
+        # What a region shows says nothing of others; "where is it" asks for all of them.
+        if label not in self.known and (how == "several" or key == "where"):
+            how = "some"
         return self.say(f"{key}.{how}", **self.things(label), **values)
 
     def things(self, label: str) -> dict[str, object]:
@@ -217,82 +296,124 @@ class Teller:
 
         Boxes of things that count are those things, "nine red blood cells"; all else has regions.
         """
-        name, of_label = noun(label), [one for one in self.record.labels if one.name == label]
+        found, of_label = noun(label), [one for one in self.record.labels if one.name == label]
         count = sum(one.box is not None for one in of_label)
-        if name.counts and all(one.area is None for one in of_label):
-            region, regions = label, plural_of(label)
-        else:
-            region, regions = f"region of {label}", f"regions of {label}"
+        counts = found.counts and not found.is_one
+        drawn = any(one.area is not None for one in of_label)
+        how = "things" if counts and not drawn else "counted" if counts else "mass"
+        name = self.name(label)
+        # A lesion's mask may fall into pieces, a cell's doesn't.
+        several = count > 1 and counts and (not drawn or found.kind == "cell")
         translated = self.language.translated
+        some = name if translated else Word(indefinite(name, several=several))
+        words = {"one": name, "many": plural_of(name) if how == "things" else name, "some": some}
+        region, regions = (text.format(**words) for text in self.language.regions[how])
+        number: object = number_word(count)
+        if translated:
+            number = self.language.two if count == 2 else count
         return {
-            "name": self.name(label),
-            "count": Word(count if translated else number_word(count)),
+            "name": name,
+            "some": some,
+            "be": "are" if found.is_plural or several else "is",
+            "is": "are" if found.is_plural else "is",
+            "count": Word(number),
             "region": Word(region),
             "regions": regions,
-            "measure": self.language.measures.get(name.kind, ""),
+            "measure": self.language.measure(label if how == "things" else ""),
         }
 
     # Sentences
+
+    @property
+    def subject(self) -> str:
+        """The label that is said by what the image is called; empty if there is none."""
+        whole, part = self.whole(), self.record.attributes.get("body part", "").lower()
+        alone = len(whole) == 1 and noun(whole[0]).is_anatomy and part in ("", whole[0].lower())
+        return whole[0] if alone and (not part or self._part_of_body(part)) else ""
+
+    def topic(self, labels: Sequence[str]) -> str:
+        """Return what labels of an image as a whole are: ``nothing``, things, findings, view or class."""
+        nouns = [noun(label) for label in labels]
+        if len(labels) == 1 and says_nothing(labels[0]):
+            return "nothing"
+        if not ADJECTIVES.isdisjoint(label.lower().split()[-1] for label in labels):
+            return "class"
+        if all(found.is_thing for found in nouns):
+            return "things"
+        if all(found.kind == "view" for found in nouns):
+            return "view"
+        named = self.record.clinical_task in (None, "Disease Diagnosis")
+        diagnosed = self.record.clinical_task == "Disease Diagnosis"
+        if all((one.kind == "finding" and named) or (not one.kind and diagnosed) for one in nouns):
+            return "findings"
+        return "class"
 
     def what(self) -> str:
         """Say what kind of image it is."""
         return self.say("what", image=self.image())
 
-    def classified(self) -> str:
-        """Name the labels of the image as a whole; empty without any."""
-        names = self.whole()
+    def classified(self, names: Sequence[str]) -> str:
+        """Say labels of the image as a whole; empty without any."""
         if not names:
             return ""
-        how = "several" if len(names) > 1 else "nothing" if says_nothing(names[0]) else "one"
-        if all(noun(name).is_anatomy for name in names):
-            return self.say("classified.anatomy", names=Word(self.shown(names)))
-        return self.say(f"classified.{how}", names=self.names(names))
+        topic = self.topic(names)
+        by_task = f"classified.{self.record.clinical_task}"
+        if topic == "class" and by_task in self.language.sentences:
+            return self.say(by_task, names=self.names(names))
+        many = topic == "findings" and len(names) > 1
+        said = self.names(names) if topic == "class" else self.shown(names)
+        return self.say(f"classified.{'several' if many else topic}", names=said)
 
-    def shown(self, labels: Sequence[str]) -> str:
-        """Name labels as what an image shows: organs with their article."""
-        if self.language.translated:
-            return self.names(labels)
-        return self.language.listed([
-            definite(name) if noun(name).is_anatomy else name for name in labels
-        ])  # fmt: skip
+    def shown(self, labels: Sequence[str]) -> Word:
+        """Name labels as what an image shows: `the spleen, a kidney and platelets`."""
+        return Word(self.language.listed([str(self.things(label)["some"]) for label in labels]))
 
     def found(self, form: str) -> str:
-        """List all labels in the words of a form."""
-        names = self.record.names
-        how = "nothing" if len(names) == 1 and says_nothing(names[0]) else "some"
-        return self.say(f"{form}.found.{how}", names=self.shown(names))
+        """Name all labels, in the words of a form."""
+        regions = list(self.regions())
+        whole = [name for name in self.whole() if name not in regions]
+        listed = self.say(f"{form}.found", names=self.shown(regions)) if regions else ""
+        return self.joined(self.classified(whole), listed)
 
     def located(self, label: str, boxes: Sequence[Box]) -> str:
         """Say how many regions a label has and where they lie."""
-        places = list(dict.fromkeys(map(self.place, boxes)))
-        many = len(places) > MAX_PLACES
+        size = self.record.width, self.record.height
+        many = len({place_of(box, *size) for box in boxes}) > MAX_PLACES
         if label not in self.known:
             how = "some_many" if many else "some"
         else:
             how = "one" if len(boxes) == 1 else "many" if many else "several"
-        return self.say(
-            f"located.{how}",
-            **self.things(label),
-            places=self.language.listed(places),
-        )
+        places = self.language.where(boxes, *size)
+        return self.say(f"located.{how}", **self.things(label), places=places)
 
     def findings(self) -> str:
-        """Say everything but what kind of image it is."""
-        regions = self.regions().items()
-        return self.joined(self.classified(), *(self.located(*region) for region in regions))
+        """Say everything but what `what` has said."""
+        regions = self.regions()
+        whole = [name for name in self.whole() if name not in regions and name != self.subject]
+        return self.joined(
+            self.classified(whole), *(self.located(*region) for region in regions.items())
+        )
 
     def attributes(self) -> list[str]:
-        """Say the attributes of the image that are not among its labels."""
+        """Say the attributes of the image that neither its labels nor what it is called say."""
         own = {name.lower() for name in self.record.names}
-        values = [(n, v) for n, v in self.record.attributes.items() if v.lower() not in own]
+        said = self._described("")[1]
+        values = [
+            (name, value)
+            for name, value in self.record.attributes.items()
+            if value.lower() not in own and name not in said
+        ]
         return [self.attribute(name, value) for name, value in values[:MAX_ATTRIBUTES]]
 
     def attribute(self, name: str, value: str) -> str:
         """Say an attribute; yes or no is none of its values but a flag."""
-        flag = value.strip().lower() in ("yes", "no", "true", "false")
-        return self.say(
-            f"attribute.{'flag' if flag else 'value'}", attribute=Word(name), value=value
-        )
+        value = value.strip()
+        if name in SIDE_KEYS:
+            side = self.language.sides.get(value.lower())
+            return self.say("attribute.side", side=side) if side else ""
+        flag = value.lower() in ("yes", "no", "true", "false")
+        key = f"attribute.{'flag' if flag else name if name == 'sex' else 'value'}"
+        return self.say(key, attribute=Word(name), value=value)
 
 
 def about_image(question: str, answer: str) -> tuple[Turn, Turn]:

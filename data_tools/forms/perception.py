@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from data_tools.forms.conversations import KINDS
 from data_tools.forms.coordinates import thirds
 from data_tools.forms.language import Language, Teller, about_image
 from data_tools.forms.options import MakeOptions
 from data_tools.items import Conversation, SourceContext
-from data_tools.lexicon import says_nothing
+from data_tools.lexicon import noun
 from data_tools.records import Box, Record
 from gmai_xtuner.core.rng import Rng
 
@@ -91,7 +92,9 @@ def perception(teller: Teller) -> Conversation:
     """Ask the question of ``item.kind`` and answer it."""
     match teller.item.kind:
         case "classification":
-            pair = teller.say("perception.classification"), teller.names(teller.whole())
+            kind = KINDS[teller.topic(teller.whole())]
+            said = teller.shown if kind == "things" else teller.names
+            pair = teller.say(f"perception.classification.{kind}"), str(said(teller.whole()))
         case "modality":
             pair = teller.say("perception.modality"), str(teller.modality())
         case "department":
@@ -109,8 +112,14 @@ def _about_region(teller: Teller) -> tuple[str, str]:
     label, box = teller.focus()
     name = teller.name(label.name)
     kind = teller.item.kind
-    question = teller.say(f"perception.{kind}", **teller.things(label.name), box=teller.box(box))
     same = teller.regions()[label.name]
+    # Of an organ that a body has once, "every" is no word.
+    one = kind == "detection" and len(same) == 1 and noun(label.name).is_anatomy
+    question = teller.say(
+        f"perception.{kind}{'_of_one' if one else ''}",
+        **teller.things(label.name),
+        box=teller.box(box),
+    )
     match kind:
         case "detection":
             record = teller.record
@@ -130,11 +139,12 @@ def _yes_no(teller: Teller) -> tuple[str, str]:
     yes = teller.rng.below(2) == 0
     others = absent(teller.record, teller.context, teller.language)
     label = teller.rng.pick((whole or teller.record.names) if yes else others)
+    topic = teller.topic((label,))
     # Of a set of regions with images of none: "any no finding" is no question.
-    if not whole and label.lower().split(" ", 1)[0] not in _OF_ALL:
+    if topic == "things" or (not whole and label.lower().split(" ", 1)[0] not in _OF_ALL):
         key = "perception.is_there"
     else:
-        key = f"perception.is_class{'_of_nothing' if says_nothing(label) else ''}"
+        key = f"perception.is_{'finding' if topic == 'findings' else 'class'}"
     question = teller.say(key, name=teller.name(label))
     return question, teller.say("perception.yes" if yes else "perception.no")
 

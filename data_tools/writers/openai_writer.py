@@ -129,7 +129,9 @@ class ModelWriter(Generic[O]):
                 asked = self.asking(task)
                 with contextlib.suppress(StopIteration):
                     ask = next(asked)
-                    while (reply := ledger.answer((made := self.request(ask, task)).key)) is not None:
+                    while (
+                        reply := ledger.answer((made := self.request(ask, task)).key)
+                    ) is not None:
                         cached += 1
                         ask = asked.send(reply)
                     short = bytes.fromhex(made.key[:32])

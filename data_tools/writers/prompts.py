@@ -33,7 +33,7 @@ from data_tools.records import Label, Record
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.templates import environment
 
-PROMPT_VERSION = 2
+PROMPT_VERSION = 3
 """Raise it with any change of a prompt or of how answers are read: models are then asked anew."""
 MAX_REGIONS = 12
 """Regions of a record that a prompt about the whole image lists; the rest is counted."""
@@ -258,7 +258,7 @@ class _Facts:
         size = {"width": self.record.width, "height": self.record.height}
         return {
             "finding": self.finding(label),
-            "place": language("en").place(label.box, **size),
+            "place": language("en").where([label.box], **size),
             "box": write_box(label.box, **size),
         }
 

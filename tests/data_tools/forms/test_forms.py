@@ -17,9 +17,9 @@ from data_tools import taxonomy
 from data_tools.checks import CheckOptions, check
 from data_tools.forms import FORM_VERSIONS, MakeOptions, plan, write
 from data_tools.forms.coordinates import read_boxes, write_box
-from data_tools.forms.language import Word, language
+from data_tools.forms.language import Teller, Word, language
 from data_tools.forms.perception import absent
-from data_tools.items import FORMS, IMAGE, TEXT_FORMS, SourceContext
+from data_tools.items import FORMS, IMAGE, TEXT_FORMS, Item, SourceContext
 from data_tools.records import Label, Provenance, Record
 
 TAXONOMY = taxonomy.load()
@@ -253,7 +253,7 @@ def test_counts_and_places():
     }
     assert counted == {"platelet": "2", "edema": "1"}
     places = {answer for _, _, answer in perceptions("localisation", *found)}
-    assert places == {"In the lower left part of the picture"}
+    assert places == {"In the lower left part of the image"}
 
 
 def test_a_caption_word_for_word():
@@ -265,8 +265,8 @@ def test_a_caption_word_for_word():
         if item.form == "caption"
     }
     assert (
-        "This is a CT image. The view is AP. It is classified as normal. "
-        "The nodule is visible in the upper left part of the picture."
+        "This is an anteroposterior CT image. It is classified as normal. "
+        "A nodule is visible in the upper left part of the image."
     ) in texts
 
 
@@ -296,18 +296,19 @@ def test_every_language_has_every_sentence():
 
     assert EN.sentences.keys() == ZH.sentences.keys()
     for key, said in EN.sentences.items():
-        assert fields(ZH.sentences[key]) <= fields(said) | {"name", "measure"}, key
+        own = {"name", "measure", "regions", "image", "english", "chinese"}
+        assert fields(ZH.sentences[key]) <= fields(said) | own, key
 
 
 # Version 1 of each form as it was first released.
 DIGESTS = {
-    "caption": "3a93f0aa68414668",
-    "region_caption": "19eefec6822d383c",
-    "instruction": "a5ac2f5a2b923bba",
-    "dialogue": "82801c0ecaabe8fb",
-    "perception": "84b11e2d7d55ee19",
-    "text_single": "28c3598fefd88087",
-    "text_multi": "ebbb29ee61b098b2",
+    "caption": "585920daf6176b40",
+    "region_caption": "76b4894ccaf934d9",
+    "instruction": "6da4417a20ea5ac9",
+    "dialogue": "179db25772f080cf",
+    "perception": "e249ea9b56ce5b9f",
+    "text_single": "0edf9bd85c88c01e",
+    "text_multi": "754c3f0c236566fb",
 }  # fmt: skip
 
 
@@ -335,16 +336,66 @@ def test_a_changed_sentence_raises_the_version_of_its_form(form):
         for item, made in conversations(of, seed=number):
             if item.form == form:
                 digest.update(repr((item.language, made)).encode())
-    assert (FORM_VERSIONS[form], digest.hexdigest()[:16]) == (3, DIGESTS[form])
+    assert (FORM_VERSIONS[form], digest.hexdigest()[:16]) == (4, DIGESTS[form])
 
 
 def test_lists_and_places():
     assert EN.listed(["a"]) == "a"
     assert EN.listed(["a", "b"]) == "a and b"
     assert EN.listed(["a", "b", "c"]) == "a, b and c"
-    assert EN.place((0, 0, 640, 480), 640, 480) == "the centre of the picture"
-    assert EN.place((600, 200, 640, 280), 640, 480) == "the right part of the picture"
-    assert ZH.place((0, 470, 10, 480), 640, 480) == "图像左下部"
+    right, corner = (600, 200, 640, 280), (0, 470, 10, 480)
+    assert EN.where([right], 640, 480) == "the right part of the image"
+    assert EN.where([right, corner], 640, 480) == "the right and lower left parts of the image"
+    assert ZH.where([right, corner], 640, 480) == "图像右侧、图像左下部"
+
+
+@pytest.mark.parametrize(
+    ("box", "english", "chinese"),
+    [
+        ((10, 10, 630, 470), "nearly the whole image", "图像的绝大部分"),
+        ((20, 60, 360, 420), "much of the left half of the image", "图像左半的大部分"),
+        ((160, 100, 480, 380), "a large central area of the image", "图像中部的大片区域"),
+        ((0, 0, 400, 300), "much of the upper left of the image", "图像左上方的大片区域"),
+        ((60, 10, 600, 90), "a band across the upper part of the image", "图像上部的横向区域"),
+        ((300, 0, 360, 470), "a strip down the middle of the image", "图像中线附近的纵向区域"),
+    ],
+)
+def test_a_structure_of_half_the_image_has_no_small_place(box, english, chinese):
+    assert EN.where([box], 640, 480) == english
+    assert ZH.where([box], 640, 480) == chinese
+
+
+@pytest.mark.parametrize(
+    ("modality", "attributes", "part", "english", "chinese"),
+    [
+        ("CT", {"body part": "abdomen"}, {"axis": "z", "slice": 4},
+         "axial CT image of the abdomen", "腹部轴位CT图像"),
+        ("MR", {"body part": "lspine"}, {"axis": "x"},
+         "sagittal MR image of the lumbar spine", "腰椎矢状位磁共振图像"),
+        ("X-ray", {"body part": "chest", "view": "PA"}, {},
+         "posteroanterior radiograph of the chest", "胸部后前位X光片"),
+        ("Mammography", {"side": "left", "view": "MLO"}, {},
+         "mediolateral oblique mammogram of the left breast",
+         "左侧乳腺内外斜位乳腺X线片"),
+        ("Fundus photography", {"laterality": "R"}, {}, "fundus photograph of the right eye",
+         "右侧眼眼底照片"),
+        ("CT", {"body part": "chest", "side": "left"}, {}, "CT image of the chest", "胸部CT图像"),
+        ("CT", {"body part": "bucket"}, {}, "CT image", "CT图像"),
+    ],
+)  # fmt: skip
+def test_an_image_is_called_by_its_plane_view_side_and_part(
+    modality, attributes, part, english, chinese
+):
+    of = record(Label("edema"), modality=modality, attributes=attributes)
+    of = replace(of, provenance=replace(of.provenance, part=part))
+    for code, said in (("en", english), ("zh", chinese)):
+        teller = Teller(Item(f"{of.id}#caption", "caption", code), of, CONTEXT, TAXONOMY)
+        assert teller.image() == said
+
+
+def test_chinese_counts_things_in_their_own_measures():
+    measures = {"platelet": "个", "forceps": "把", "rib": "根", "tooth": "颗", "edema": "处"}
+    assert {name: ZH.measure(name) for name in measures} == measures
 
 
 def test_every_form_is_made():
@@ -368,7 +419,7 @@ def test_what_was_left_out_is_neither_counted_nor_denied():
             for item, made in conversations(of, ours, seed=seed):
                 yield item, " ".join(turn.text for turn in made)
 
-    counts = ("wo platelets", "2个血小板", "platelets are there")
+    counts = ("wo platelets", "两个血小板", "platelets are there")
     assert any(words in text for _, text in texts(full) for words in counts)
     for item, text in texts(cut):
         assert not any(words in text for words in counts), text
@@ -377,7 +428,7 @@ def test_what_was_left_out_is_neither_counted_nor_denied():
         if item.kind in ("yes_no", "multiple_choice"):
             assert "spleen" not in text
             assert "脾脏" not in text
-    assert any("shows a platelet" in text for _, text in texts(cut))
+    assert any("shows platelets" in text for _, text in texts(cut))
     assert absent(cut, CONTEXT, EN) == absent(full, CONTEXT, EN)[:-1]
 
 
@@ -393,8 +444,8 @@ def test_articles_of_regions():
 
     one = said(record(Label("spleen", (0, 0, 64, 48))), region_caption=1)
     assert (
-        "This region, in the upper left part of the picture, shows the spleen. It spans about 10% of "
-        "the picture's width and 10% of its height."
+        "This region, in the upper left part of the image, shows the spleen. It spans about 10% of "
+        "the image's width and 10% of its height."
     ) in one
     several = said(
         record(*[Label("platelet", (at, 0, at + 9, 9)) for at in (0, 20)]), region_caption=1
@@ -403,35 +454,46 @@ def test_articles_of_regions():
     asked = said(
         record(Label("spleen", (0, 0, 64, 48))), perception=1,
     )  # fmt: skip
-    assert {"Is any spleen present in this image?", "Where in the picture is the spleen?"} <= {
+    assert {"Does this image show the spleen?", "Where in the image is the spleen?"} <= {
         text.removeprefix("<image>\n") for text in asked
     }
     marks = {"truncated": "yes", "difficult": "yes", "side": "left"}
     marked = said(record(Label("spleen", (0, 0, 64, 48), None, marks)), region_caption=1)
-    assert any("Truncated: yes. The side is left." in text for text in marked)
+    assert any("Truncated: yes. It is on the patient's left side." in text for text in marked)
     assert not any("ifficult" in text for text in marked)
 
 
-def test_an_organ_is_shown_and_a_class_is_a_result():
-    def report(of):
-        (line,) = {
-            made[1].text
-            for _, made in conversations(
-                of,
-                MakeOptions(**dict.fromkeys(FORMS, 0), chinese=0).model_copy(
-                    update={"text_single": 1}
-                ),
-            )
-            if "department" not in made[1].text
-        } or {""}
-        return line
+@pytest.mark.parametrize(
+    ("label", "task", "said"),
+    [
+        ("spleen", None, {"It shows the spleen.", "The spleen can be seen in it."}),
+        ("right femur", None, {"It shows the right femur.", "The right femur can be seen in it."}),
+        ("platelet", "Cell Recognition", {"It shows a platelet.", "A platelet can be seen in it."}),
+        ("edema", "Disease Diagnosis", {"The finding is edema.", "It shows edema."}),
+        ("melanoma", None, {"The finding is a melanoma.", "It shows a melanoma."}),
+        ("benign", "Disease Diagnosis", {"It is classified as benign.", "Its class is benign."}),
+        ("grade 2", "Severity Grading", {"It is graded as grade 2."}),
+        ("lateral view", None, {"It is a lateral view."}),
+        ("no finding", None, {"It shows no finding."}),
+    ],
+)
+def test_organs_and_cells_are_shown_findings_found_and_classes_named(label, task, said):
+    of = record(Label(label), task=task)
+    tellers = (
+        Teller(Item(of.id, "caption", "en", seed=n), of, CONTEXT, TAXONOMY) for n in range(30)
+    )
+    assert {teller.classified([label]) for teller in tellers} == said
 
-    organ = record(Label("spleen"), task="Organ Recognition - Abdomen", department="None")
-    assert report(organ) == "The CT image shows the spleen."
-    grade = record(Label("edema"), task="Disease Diagnosis", department="None")
-    assert report(grade) == "The result of the CT image is edema."
-    cell = record(Label("platelet", (0, 0, 9, 9)), department="None")
-    assert report(cell) == "The CT image shows platelet."
+
+def test_the_only_organ_is_named_by_what_the_image_is_called():
+    """And a text without an image is a question with its answer, not the same sentence twice."""
+    of = replace(record(Label("spleen"), task="Organ Recognition - Abdomen"), incomplete=())
+    make = dict.fromkeys(FORMS, 0) | {"chinese": 0}
+    for seed in range(30):
+        for _, made in conversations(of, MakeOptions(**make | {"caption": 1}), seed=seed):
+            assert made[1].text.endswith("CT image of the spleen.")
+        for _, made in conversations(of, MakeOptions(**make | {"text_single": 1}), seed=seed):
+            assert made[1].text not in made[0].text
 
 
 def test_no_finding_is_no_finding():

@@ -64,7 +64,7 @@ def test_facts_are_in_it_only_when_grounded(form):
 
 def test_the_region_is_given_by_words_and_coordinates():
     user = prompt("region_caption").user
-    assert "platelet, in the upper left part of the picture, at [100, 100, 200, 200]" in user
+    assert "platelet, in the upper left part of the image, at [100, 100, 200, 200]" in user
     assert "red blood cell" not in user
     assert "[100, 100, 200, 200]" in prompt("region_caption", grounded=False).user
 
