@@ -26,6 +26,8 @@ sys.path.insert(0, str(HERE.parent / "quickstart"))
 import run as quickstart  # noqa: E402
 from run import ROOT, StepError  # noqa: E402
 
+from gmai_xtuner.train.status import stored_status  # noqa: E402
+
 RUNS = ("with", "without")
 CONFIG = "stage3_instruct"
 MADE = ("bases", "data", "cache", *RUNS, "export", "evaluation")
@@ -76,13 +78,12 @@ class Ablation:
         self._step("data", ["python", "examples/ablation/data.py", data, *self.data])
         for name in RUNS:
             self._step(name, self.train_command(name), mixture=name)
-            checkpoint = str(quickstart.newest_checkpoint(self.work_dir / name))
             export = self.work_dir / "export" / name
-            convert = ["xtuner", "convert", "pth_to_hf", f"configs/gmai_vl/{CONFIG}.py", checkpoint]
+            convert = ["xtuner", "convert", "pth_to_hf", f"configs/gmai_vl/{CONFIG}.py"]
+            convert += [str(self.work_dir / name)]
             self._step(
                 f"export-{name}", [*convert, str(export), "--safe-serialization"], mixture=name
             )
-            quickstart.check_export(export)
             self._step(f"evaluate-{name}", self.evaluate_command(name))
         return self._compare()
 
@@ -155,8 +156,11 @@ class Ablation:
         log = self.work_dir / f"{name}.log"
         try:
             quickstart.run_command(command, log, environment=environment)
-            if name in RUNS:
-                quickstart.newest_checkpoint(self.work_dir / name)
+            # xtuner ends with 0 whatever happens; what a conversion writes is put in place at once.
+            if name in RUNS and stored_status(self.work_dir / name).get("state") != "finished":
+                raise StepError("the training did not finish")
+            if name.startswith("export-") and not (Path(command[5]) / "config.json").is_file():
+                raise StepError("the conversion wrote nothing")
         except StepError as error:
             raise StepError(f"{name}: {error}{quickstart.log_tail(log)}") from error
 

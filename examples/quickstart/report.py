@@ -49,7 +49,7 @@ def read_losses(work_dir: Path) -> list[tuple[int, float]]:
     if not losses:
         raise ReportError(
             f"no loss is logged in {work_dir}/*/vis_data/scalars.json: the stage did not train; "
-            f"see the end of {work_dir}.log"
+            f"see {work_dir}/train_*.log"
         )
     return sorted(losses.items())
 

@@ -4,10 +4,10 @@
 
     python examples/quickstart/run.py --work-dir work_dirs/quickstart
 
-Runs the very commands that train the 7B and prints each. What a run of minutes on two CPU cores
-needs otherwise (batch, learning rates, number formats) is in `OVERRIDES`, passed by
-``--cfg-options``: the tiny bases start from random weights, so stage 3 trains with a far higher
-learning rate than Table 8's 1e-5, which is meant for a language model that can already speak.
+Runs the very command that trains the 7B, ``gmai-train all``. Stopped or killed, the same command goes on.
+What a run of minutes on two CPU cores needs otherwise (batch, learning rates) is in `OVERRIDES`: the tiny
+bases start from random weights, so stage 3 trains with a far higher learning rate than Table 8's 1e-5, which
+is meant for a language model that can already speak.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 from report import STAGES, ReportError, write_report
@@ -30,7 +30,7 @@ ROOT = HERE.parents[1]
 ACCURACY_NEEDED = 0.8
 LOG_TAIL = 40  # lines of a log that an error shows
 
-# Leaf options of the stage configs; "all" holds for each stage. Four short packs and not a long one:
+# Settings of the stage configs; "all" holds for each stage. Four short packs and not a long one:
 # packing puts conversations of equal length together, here those with the same question and answer.
 OVERRIDES: dict[str, dict[str, object]] = {
     "all": {
@@ -51,8 +51,6 @@ OVERRIDES: dict[str, dict[str, object]] = {
     "stage3": {"optim_wrapper.optimizer.lr": 1e-3, "train_cfg.max_epochs": 3},
 }
 MARK = ".quickstart"
-# Made anew by every run; nothing else in the work dir is touched.
-MADE = ("bases", "corpus", "cache", *STAGES.values(), "export")
 
 
 class StepError(RuntimeError):
@@ -72,59 +70,24 @@ def child_environment(work_dir: Path) -> dict[str, str]:
         "GMAI_VISION": str(work_dir / "bases" / "vision"),
         "GMAI_MIXTURE": str(work_dir / "corpus" / "mixture.yaml"),
         "GMAI_CACHE": str(work_dir / "cache"),
-        "GMAI_STAGE1": str(work_dir / "stage1"),
-        "GMAI_STAGE2": str(work_dir / "stage2"),
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
 
 
-def config_options(folder: str) -> list[str]:
-    """``--cfg-options`` of one stage, from `OVERRIDES`."""
-    merged = {**OVERRIDES["all"], **OVERRIDES[folder]}
-    return ["--cfg-options", *(f"{key}={value}" for key, value in merged.items())]
-
-
-def train_command(name: str, work_dir: Path) -> list[str]:
-    """The command that trains a stage; ``name`` is its config's."""
-    folder = STAGES[name]
-    return [
-        "xtuner",
-        "train",
-        f"configs/gmai_vl/{name}.py",
-        "--deepspeed",
-        "zero2",
-        "--work-dir",
-        str(work_dir / folder),
-        *config_options(folder),
+def train_command(work_dir: Path) -> list[str]:
+    """The command that trains the three stages and converts; a stage's own settings begin with its name."""
+    settings = [
+        f"{'' if stage == 'all' else stage + '.'}{key}={value}"
+        for stage, options in OVERRIDES.items()
+        for key, value in options.items()
     ]
-
-
-def newest_checkpoint(stage_dir: Path) -> Path:
-    """What ``last_checkpoint`` points to; raises `StepError` where the stage saved none."""
-    pointer = stage_dir / "last_checkpoint"
-    if not pointer.is_file():
-        raise StepError(f"{pointer} is missing: the stage did not come to its end")
-    checkpoint = Path(pointer.read_text(encoding="utf-8").strip())
-    if not checkpoint.is_absolute():
-        checkpoint = ROOT / checkpoint
-    if not checkpoint.exists():
-        raise StepError(f"{pointer} names {checkpoint}, which does not exist")
-    return checkpoint
-
-
-def check_export(export: Path) -> None:
-    """Raise `StepError` unless the conversion wrote every part of stage 3."""
-    needed = ("config.json", "projector", "visual_encoder")
-    missing = [name for name in needed if not (export / name).exists()]
-    if not missing and not any(export.glob("*.safetensors")):
-        missing = ["*.safetensors"]
-    if missing:
-        raise StepError(f"{export} lacks {', '.join(missing)}: the conversion did not finish")
+    program = ["python", "-m", "gmai_xtuner.train"]
+    return [*program, "all", "--work-dir", str(work_dir), *settings]
 
 
 def claim(work_dir: Path) -> None:
-    """Mark a new or empty folder as ours; only in a folder so marked is anything removed.
+    """Mark a new or empty folder as ours; only in a folder so marked is anything written.
 
     Raises:
         StepError: the folder has something in it and no mark.
@@ -140,7 +103,7 @@ def show(command: Sequence[str]) -> None:
 
 
 def run_command(command: Sequence[str], log: Path, *, environment: Mapping[str, str]) -> None:
-    """Run a command in the repository's root; its output goes to ``log``, its progress is shown.
+    """Run a command in the repository's root; its output goes to ``log``, a training's progress is shown.
 
     Raises:
         StepError: it cannot be started, or ends with an error. xtuner ends with 0 whatever happens:
@@ -183,7 +146,7 @@ def ask_heldout(work_dir: Path) -> None:
     """Ask the converted model every held-out question; write ``predictions.jsonl``."""
     from gmai_xtuner.loading import load_model
 
-    predictor = load_model(work_dir / "export")
+    predictor = load_model(work_dir / "model")
     corpus = work_dir / "corpus"
     lines = []
     for line in (corpus / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
@@ -201,50 +164,42 @@ def ask_heldout(work_dir: Path) -> None:
     (work_dir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-class Quickstart:
-    """The steps in their order, each timed and each stopped at its first error."""
+def run_step(name: str, command: Sequence[str], work_dir: Path) -> None:
+    """Run one command, with the end of its log in the error."""
+    log = work_dir / f"{name}.log"
+    try:
+        run_command(command, log, environment=child_environment(work_dir))
+    except StepError as error:
+        raise StepError(f"{name}: {error}{log_tail(log)}") from error
 
-    def __init__(self, work_dir: Path) -> None:
-        self.work_dir = work_dir
-        self.environment = child_environment(work_dir)
-        self.timings: dict[str, float] = {}
 
-    def step(self, name: str, command: Sequence[str]) -> None:
-        """Run one command, then look at what it should have made."""
-        log = self.work_dir / f"{name}.log"
-        start = time.monotonic()
-        try:
-            run_command(command, log, environment=self.environment)
-            if name in STAGES.values():
-                newest_checkpoint(self.work_dir / name)
-            if name == "export":
-                check_export(self.work_dir / name)
-        except StepError as error:
-            raise StepError(f"{name}: {error}{log_tail(log)}") from error
-        self.timings[name] = round(time.monotonic() - start, 1)
+def run(work_dir: Path) -> dict:
+    """All steps; returns the report.
 
-    def run(self) -> dict:
-        """All steps; returns the report."""
-        claim(self.work_dir)
-        for name in MADE:
-            shutil.rmtree(self.work_dir / name, ignore_errors=True)
-        bases, corpus = str(self.work_dir / "bases"), str(self.work_dir / "corpus")
-        self.step("bases", ["python", "-m", "gmai_xtuner.tiny_bases", bases])
-        self.step("corpus", ["python", "examples/quickstart/corpus.py", corpus])
-        for name, folder in STAGES.items():
-            self.step(folder, train_command(name, self.work_dir))
-        config = "configs/gmai_vl/stage3_instruct.py"
-        checkpoint = str(newest_checkpoint(self.work_dir / "stage3"))
-        export = str(self.work_dir / "export")
-        convert = ["xtuner", "convert", "pth_to_hf", config, checkpoint, export]
-        self.step("export", [*convert, "--safe-serialization"])
-        print(f"\nasking {export} the held-out questions", flush=True)
-        start = time.monotonic()
-        ask_heldout(self.work_dir)
-        self.timings["answers"] = round(time.monotonic() - start, 1)
-        timings = json.dumps(self.timings, indent=2)
-        (self.work_dir / "timings.json").write_text(timings + "\n", encoding="utf-8")
-        return write_report(self.work_dir)
+    Raises:
+        StepError: one of them did not finish.
+    """
+    from gmai_xtuner.train.status import stored_status
+
+    claim(work_dir)
+    run_step("bases", ["python", "-m", "gmai_xtuner.tiny_bases", str(work_dir / "bases")], work_dir)
+    corpus = str(work_dir / "corpus")
+    run_step("corpus", ["python", "examples/quickstart/corpus.py", corpus], work_dir)
+    command = train_command(work_dir)
+    show(command)
+    # Its output is left alone: in a terminal it draws a bar.
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, env=child_environment(work_dir))
+    if done.returncode:
+        raise StepError(f"gmai-train ended with code {done.returncode}")
+    print(f"\nasking {work_dir / 'model'} the held-out questions", flush=True)
+    ask_heldout(work_dir)
+    timings = {}
+    for folder in STAGES.values():
+        status = stored_status(work_dir / folder)
+        begun, ended = (datetime.fromisoformat(status[key]) for key in ("since", "time"))
+        timings[folder] = (ended - begun).total_seconds()
+    (work_dir / "timings.json").write_text(json.dumps(timings, indent=2) + "\n", encoding="utf-8")
+    return write_report(work_dir)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -256,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     if work_dir.is_relative_to(ROOT):
         work_dir = work_dir.relative_to(ROOT)
     try:
-        report = Quickstart(work_dir).run()
+        report = run(work_dir)
     except (StepError, ReportError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from gmai_xtuner.cli import positive_int
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text
-from gmai_xtuner.train.launch import FAILED, Launch, child_environment, xtuner_command
+from gmai_xtuner.train.launch import FAILED, Launch, start_xtuner
 from gmai_xtuner.train.names import packaged_names
 from gmai_xtuner.train.status import stored_status
 
@@ -27,8 +28,6 @@ VARIANTS = {
     "one_80gb": ("stage1_one_80gb", "stage2_one_80gb", "stage3_lora_one_80gb"),
     "one_24gb": ("stage1_one_24gb", "stage2_one_24gb", "stage3_qlora_one_24gb"),
 }
-RECORD = "gmai_train.json"
-"""What a folder of ``all`` was begun with."""
 _BEGUN_WITH = ("GMAI_LLM", "GMAI_VISION", "GMAI_MIXTURE")
 
 
@@ -47,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (GMAIError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:  # while no training runs
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train_one(options: argparse.Namespace) -> int:
     config = _config(options.stage)
     work_dir = options.work_dir or Path("work_dirs", config.stem)
-    return _launch(config.stem, config, work_dir, options.settings, options, resume=options.resume)
+    settings = options.settings
+    return _launch(config.stem, config, work_dir, settings, options, {}, resume=options.resume)
 
 
 def _config(name: str) -> Path:
@@ -109,9 +111,9 @@ def _launch(
     work_dir: Path,
     settings: Sequence[str],
     options: argparse.Namespace,
+    environment: Mapping[str, str],
     *,
     resume: bool,
-    environment: Mapping[str, str] | None = None,
 ) -> int:
     arguments = [str(config), "--work-dir", str(work_dir), "--deepspeed", options.deepspeed]
     if resume:
@@ -120,10 +122,11 @@ def _launch(
         arguments += ["--seed", str(options.seed)]
     if settings:
         arguments += ["--cfg-options", *settings]
-    more = dict(environment or {})
     if options.nproc:
-        more["NPROC_PER_NODE"] = str(options.nproc)
-    return Launch(title, arguments, work_dir, environment=more, everything=options.everything).run()
+        environment = {**environment, "NPROC_PER_NODE": str(options.nproc)}
+    return Launch(
+        title, arguments, work_dir, environment=environment, everything=options.everything
+    ).run()
 
 
 # --- everything ---------------------------------------------------------------------------------
@@ -139,26 +142,28 @@ def train_all(options: argparse.Namespace) -> int:
         GMAIError: the folder was begun with other settings; a conversion left no model.
     """
     folder = options.work_dir or Path("work_dirs", "gmai_vl")
-    _check_begun_alike(folder, options)
-    stages = VARIANTS[options.variant]
+    folder.mkdir(parents=True, exist_ok=True)
     dirs = [folder / name for name in ("stage1", "stage2", "stage3")]
-    more = {"GMAI_STAGE1": str(dirs[0]), "GMAI_STAGE2": str(dirs[1])}
-    for name, work_dir in zip(stages, dirs, strict=True):
-        config, environment = _config(name), more
-        if options.variant == "small_data":
-            config, environment = _config("small_data"), {**more, "GMAI_STAGE": name}
+    environment = {"GMAI_STAGE1": str(dirs[0]), "GMAI_STAGE2": str(dirs[1])}
+    begun_with: dict[str, Any] = {name: os.environ.get(name) for name in _BEGUN_WITH}
+    begun_with |= {"variant": options.variant, "deepspeed": options.deepspeed, "seed": options.seed}
+    for name, work_dir in zip(VARIANTS[options.variant], dirs, strict=True):
+        config = _config("small_data" if options.variant == "small_data" else name)
+        environment["GMAI_STAGE"] = name
+        begun_with["settings"] = _settings_of(work_dir.name, options.settings)
+        _check_begun_alike(work_dir, begun_with, begun=(work_dir / "last_checkpoint").is_file())
         if stored_status(work_dir).get("state") == "finished":
             print(f"{name}: has finished", flush=True)
-            continue
-        print(f"{name}: {work_dir}", flush=True)
-        settings = _settings_of(work_dir.name, options.settings)
-        status = _launch(
-            name, config, work_dir, settings, options, resume=True, environment=environment
-        )
-        if status:
-            return status
+        else:
+            print(f"{name}: {work_dir}", flush=True)
+            settings = begun_with["settings"]
+            status = _launch(name, config, work_dir, settings, options, environment, resume=True)
+            if status:
+                return status
+        begun_with["trained"] = stored_status(work_dir)["time"]
     model = folder / "model"
-    _convert(config, dirs[-1], model, {**environment}, options)
+    _check_begun_alike(model, begun_with, begun=model.is_dir())
+    _convert(config, dirs[-1], model, environment, begun_with["settings"])
     return _evaluate(model, folder / "evaluation", options.benchmarks)
 
 
@@ -169,50 +174,38 @@ def _settings_of(stage: str, settings: Sequence[str]) -> list[str]:
     return [*shared, *own]
 
 
-def _check_begun_alike(folder: Path, options: argparse.Namespace) -> None:
-    """Refuse to go on with other settings: a part of the stages would have been trained with the old."""
-    now: dict[str, Any] = {
-        name: getattr(options, name) for name in ("variant", "deepspeed", "seed")
-    }
-    now |= {"settings": sorted(options.settings)}
-    now |= {name: os.environ.get(name) for name in _BEGUN_WITH}
-    record = folder / RECORD
-    if not record.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(record, json.dumps(now, indent=2) + "\n")
-        return
-    before = json.loads(record.read_text(encoding="utf-8"))
+def _check_begun_alike(step: Path, now: Mapping[str, Any], *, begun: bool) -> None:
+    """Keep what a step of ``all`` is begun with, beside its folder; refuse to go on with anything else."""
+    record = step.with_suffix(".json")
+    before = json.loads(record.read_text(encoding="utf-8")) if begun and record.is_file() else now
     changed = [
         f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in now if before.get(key) != now[key]
     ]
     if changed:
         raise GMAIError(
-            f"{folder} was begun with other settings ({'; '.join(changed)}). Give the same command to go on, "
-            "or another --work-dir to begin anew"
+            f"{step} was begun with other settings ({'; '.join(changed)}). Give the same command to go on, "
+            f"remove {step} to make it anew, or give another --work-dir"
         )
+    replace_text(record, json.dumps(now, indent=2) + "\n")
 
 
 def _convert(
-    config: Path, stage: Path, model: Path, environment: dict[str, str], options: argparse.Namespace
+    config: Path, stage: Path, model: Path, environment: Mapping[str, str], settings: Sequence[str]
 ) -> None:
     """Write the model of the last stage; an export is put in place at once, so that one there is whole."""
     if (model / "config.json").is_file():
         print(f"converted: {model}", flush=True)
         return
     arguments = ["convert", "pth_to_hf", str(config), str(stage), str(model)]
-    settings = _settings_of("stage3", options.settings)
-    if options.variant == "one_24gb":
-        settings.append("model.llm.quantization_config=None")
     arguments += ["--save-format", "huggingface"]
+    if "qlora" in config.stem:
+        settings = [*settings, "model.llm.quantization_config=None"]
     if settings:
         arguments += ["--cfg-options", *settings]
     print(f"converting to {model}", flush=True)
     log = model.with_name("convert.log")
     with log.open("w", encoding="utf-8") as file:
-        command = xtuner_command(arguments)
-        subprocess.run(
-            command, env=child_environment(**environment), stdout=file, stderr=file, check=False
-        )
+        start_xtuner(arguments, environment, stdout=file).wait()
     if not (model / "config.json").is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["nothing"]

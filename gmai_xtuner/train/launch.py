@@ -34,8 +34,8 @@ ONE_SIGNAL = 1.0
 """Seconds in which several signals are one: of the terminal, and of a scheduler that signals each process."""
 
 
-def xtuner_command(arguments: Sequence[str]) -> list[str]:
-    """Return a command line of ``xtuner``.
+def start_xtuner(arguments: Sequence[str], environment: Mapping[str, str], **options: Any) -> Any:
+    """Start ``xtuner``, which ends when this process does; it starts the first ``python`` of its ``PATH``.
 
     Raises:
         GMAIError: it is not installed.
@@ -44,12 +44,17 @@ def xtuner_command(arguments: Sequence[str]) -> list[str]:
     program = shutil.which("xtuner", path=path)
     if program is None:
         raise GMAIError(f"the command xtuner is not in {path}: pip install xtuner==0.2.0")
-    return [program, *arguments]
-
-
-def child_environment(**more: str) -> dict[str, str]:
-    """Return the environment of a command; ``xtuner`` starts the first ``python`` of its ``PATH``."""
-    return {**os.environ, "PATH": _path(), "PYTHONUNBUFFERED": "1", **more}
+    libc = ctypes.CDLL(None)
+    return subprocess.Popen(
+        [program, *arguments],
+        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=lambda: libc.prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG
+        **options,
+    )
 
 
 def _path() -> str:
@@ -78,8 +83,8 @@ class Launch:
     ) -> None:
         self.work_dir = work_dir
         self.log = work_dir / f"train_{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}.log"
-        self._command = xtuner_command(["train", *arguments])
-        self._environment = child_environment(**{LAUNCHER: str(os.getpid())}, **environment)
+        self._arguments = ["train", *arguments]
+        self._environment = {**environment, LAUNCHER: str(os.getpid())}
         self._screen = Screen(title, everything=everything)
         self._before: dict[str, Any] = {}
         self._signal = 0
@@ -103,23 +108,10 @@ class Launch:
         return self._ended()
 
     def _run(self) -> None:
-        libc = ctypes.CDLL(None)
-        with (
-            self.log.open("w", encoding="utf-8") as log,
-            subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,  # the terminal's Ctrl-C comes here alone
-                preexec_fn=lambda: libc.prctl(
-                    1, signal.SIGTERM
-                ),  # PR_SET_PDEATHSIG: not without us
-            ) as self._process,
-        ):
+        # A session of its own: the terminal's Ctrl-C comes here alone.
+        options = {"stdout": subprocess.PIPE, "start_new_session": True}
+        self._process = start_xtuner(self._arguments, self._environment, **options)
+        with self.log.open("w", encoding="utf-8") as log, self._process:
             assert self._process.stdout is not None
             # To the end of the output, which the trainer holds: xtuner may be gone earlier.
             for line in self._process.stdout:
@@ -163,8 +155,9 @@ class Launch:
                 self._screen.error.removeprefix("error: ") or "xtuner ended before the run began"
             )
             status = {"state": "failed", "reason": reason}
-            # What the trainer refuses it says so itself, and leaves the status of who owns the work dir.
-            if not self._screen.error.startswith("error: ") and not self._is_of_use(self._before):
+            # A start that the trainer refuses leaves the status of who owns the work dir.
+            refused = self._screen.error.startswith("error: ")
+            if not refused and self._before.get("state") not in ("finished", *ALIVE):
                 self._write(status)
         state = status["state"]
         print(f"{state}{': ' * bool(status.get('reason'))}{status.get('reason', '')}", flush=True)
@@ -173,12 +166,8 @@ class Launch:
         print(f"the whole output: {self.log}", flush=True)
         if state != "stopped":
             return FAILED
-        print("to go on: the same command with --resume", flush=True)
+        print("to go on: the same command (of one stage, with --resume)", flush=True)
         return 128 + self._signal if self._signal else STOPPED
-
-    @staticmethod
-    def _is_of_use(status: Mapping[str, Any]) -> bool:
-        return status.get("state") == "finished" or status.get("state") in ALIVE
 
     def _write(self, status: dict[str, Any]) -> dict[str, Any]:
         now = datetime.now(UTC).isoformat(timespec="seconds")

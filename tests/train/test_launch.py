@@ -38,8 +38,9 @@ if arguments[0] == "convert":
 work = Path(arguments[arguments.index("--work-dir") + 1])
 
 def say(state, reason=""):
-    status = {{"state": state, "reason": reason, "host": socket.gethostname(), "process": os.getpid()}}
-    (work / "status.json").write_text(json.dumps({{**status, "since": str(time.time()), "iteration": 7}}))
+    status = {{"state": state, "reason": reason, "iteration": 7, "process": os.getpid()}}
+    status |= {{"host": socket.gethostname(), "since": str(time.time()), "time": "t"}}
+    (work / "status.json").write_text(json.dumps(status))
 
 if fake == "syntax":
     sys.exit(print("Traceback\\n  File x\\nSyntaxError: in config x.py: '(' was never closed"))
@@ -54,6 +55,8 @@ if fake in ("wait", "deaf"):
 if fake == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 failing = fake == "fail" or fake == work.name
+if not failing:
+    (work / "last_checkpoint").touch()
 say({{"touch": "stopped"}}.get(fake, "failed" if failing else "finished"), "out of memory" if failing else "")
 """
 
@@ -149,6 +152,7 @@ def test_all_goes_on_where_it_ended_and_repeats_nothing(xtuner, tmp_path, capsys
 
     does("stage2")
     assert run() == (1, ["trainstage1", "trainstage2"])
+    command[-1] = "stage2.lr=3"  # it has no checkpoint yet
     does("no convert")
     assert run() == (1, ["trainstage2", "trainstage3", "convert"])
     assert "another geometry" in capsys.readouterr().err
@@ -156,9 +160,9 @@ def test_all_goes_on_where_it_ended_and_repeats_nothing(xtuner, tmp_path, capsys
     assert run() == (0, ["convert"])
     assert "gmai-chat w/model" in capsys.readouterr().out
     assert run() == (0, [])
-    command[-1] = "stage2.lr=3"
+    command[-1] = "stage2.lr=4"
     assert run() == (1, [])
-    assert "was begun with other settings (settings: " in capsys.readouterr().err
+    assert "w/stage2 was begun with other settings (settings: " in capsys.readouterr().err
 
 
 def test_a_stage_of_all_gets_its_own_settings_the_stage_before_and_resumes(xtuner):
@@ -187,7 +191,7 @@ def test_what_can_not_be_started_is_said(arguments, says, capsys):
 def test_xtuner_must_be_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "_path", lambda: str(tmp_path))
     with pytest.raises(GMAIError, match="pip install xtuner"):
-        launch.xtuner_command([])
+        launch.start_xtuner([], {})
 
 
 def test_the_screen_shows_what_matters(capsys):
