@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import gmai_xtuner.plugin  # noqa: F401
 from examples.tiny_bases import write_tiny_bases
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+from gmai_xtuner.generate import Predictor
 from tests.toy import Corpus, write_corpus
 
 # How long an example takes says something about the machine, not about the code.
@@ -53,6 +54,14 @@ def export(tiny_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.exports import write_export
 
     return write_export(tiny_bases, tmp_path_factory.mktemp("exports") / "tiny-export")
+
+
+@pytest.fixture(scope="session")
+def predictor(export: Path) -> Predictor:
+    """Return the model of ``export``; a test puts back what it changes."""
+    from gmai_xtuner.loading import load_model
+
+    return load_model(export)
 
 
 @pytest.fixture(scope="session")

@@ -22,21 +22,10 @@ from gmai_xtuner.chat.terminal import Terminal
 from gmai_xtuner.cli import only_the_report_on_stdout
 from gmai_xtuner.core.conversation import Turn, parse_record
 from gmai_xtuner.generate import PromptTooLong, user_turn
-from gmai_xtuner.loading import load_model
+from tests import warm
 from tests.commands.runner import ROOT
-from tests.exports import write_export
 
 LENGTH = 12
-
-
-@pytest.fixture(scope="module")
-def export(tiny_bases, tmp_path_factory) -> Path:
-    return write_export(tiny_bases, tmp_path_factory.mktemp("chat") / "export")
-
-
-@pytest.fixture(scope="module")
-def predictor(export):
-    return load_model(export)
 
 
 @pytest.fixture(scope="module")
@@ -258,16 +247,9 @@ def test_an_image_that_cant_be_opened_says_why(tmp_path):
         open_picture(tmp_path / "text.png")
 
 
-def chat(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "LANG": "C", "PYTHONUTF8": "0"},
-        capture_output=True,
-        timeout=300,
-        check=False,
-        **options,
-    )
+def chat(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess:
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "LANG": "C", "PYTHONUTF8": "0"}
+    return warm.run(command(*arguments), environment=variables, folder=ROOT, stdin=stdin)
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -280,9 +262,9 @@ def test_one_question_gives_the_answer_alone(export, pictures, predictor):
         export, "--image", pictures[0], "--question", "图中显示什么？", "--max-new-tokens", LENGTH
     )
     answer = predictor.answer("图中显示什么？", [pictures[0]], max_new_tokens=LENGTH)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode("utf-8") == answer + "\n"
-    log = done.stderr.decode()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == answer + "\n"
+    log = done.stderr
     assert re.search(r"language model +688,768  float32 +2\.6 MiB\n", log)
     assert re.search(r"all +1,256,704 +4\.8 MiB\n", log)
     assert "at most 32,768 tokens" in log
@@ -303,9 +285,9 @@ def test_one_question_as_json_from_standard_input(export, pictures, predictor):
     )
     done = chat(
         export, "--image", pictures[0], "--image", pictures[1], "--question", "-", "--json", "--system", "S",
-        "--max-new-tokens", "5", *sampling, input="<image>和<image>？\n".encode(),
+        "--max-new-tokens", "5", *sampling, stdin="<image>和<image>？\n",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["question"] == "<image>和<image>？"
     assert result["images"] == [str(path) for path in pictures[:2]]

@@ -4,40 +4,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
-from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.conversation import Turn
-from gmai_xtuner.data.images import ImageTransform
-from gmai_xtuner.data.tokenization import ChatTemplate
-from gmai_xtuner.generate import Predictor, Prompt, PromptTooLong, Sampling, user_turn
+from gmai_xtuner.generate import Prompt, PromptTooLong, Sampling, user_turn
 
 LENGTH = 24
-
-
-@pytest.fixture(scope="module")
-def predictor(tiny_bases: Path, tokenizer) -> Predictor:
-    torch.manual_seed(0)
-    llm = load_language_model(str(tiny_bases / "llm"), torch_dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in llm.parameters():
-            parameter.mul_(4)  # else it says the same whatever it sees
-    return Predictor(
-        GMAILLaVAModel(
-            llm=llm,
-            visual_encoder=load_vision_tower(str(tiny_bases / "vision"), torch_dtype=torch.float32),
-            use_activation_checkpointing=False,
-        ),
-        tokenizer=tokenizer,
-        template=ChatTemplate.from_xtuner("internlm2_chat"),
-        transform=ImageTransform.from_pretrained(tiny_bases / "vision"),
-    )
 
 
 @pytest.fixture(scope="module")

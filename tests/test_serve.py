@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -34,26 +33,14 @@ from gmai_xtuner.core import addresses
 from gmai_xtuner.core.addresses import impatient_protocol
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.generate import Predictor, user_turn
-from gmai_xtuner.loading import load_model
 from gmai_xtuner.serve import app
 from gmai_xtuner.serve.answers import StopTexts
 from gmai_xtuner.serve.app import Server
 from gmai_xtuner.serve.protocol import Limits
 from tests.commands.runner import ROOT
-from tests.exports import write_export
 
 LENGTH = 12
 SMALL = Limits(body_bytes=200_000, images=2, image_bytes=40_000, pixels=100 * 100)
-
-
-@pytest.fixture(scope="module")
-def export(tiny_bases, tmp_path_factory) -> Path:
-    return write_export(tiny_bases, tmp_path_factory.mktemp("serve") / "my-model")
-
-
-@pytest.fixture(scope="module")
-def predictor(export) -> Predictor:
-    return load_model(export)
 
 
 @contextmanager

@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import warm
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -25,7 +28,7 @@ def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(script: str, work_dir: Path, *arguments: str) -> dict[str, Any]:
     """The one JSON object that a benchmark prints on stdout."""
     command = [sys.executable, str(BENCHMARKS / script), "--json", "--work-dir", str(work_dir)]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    done = warm.run([*command, *arguments], environment=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     return json.loads(line)

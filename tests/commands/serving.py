@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Servers and the page by their real commands, each on a free port of this machine until it is left."""
+"""``transformers serve`` by its real command, on a free port of this machine until it is left."""
 
 from __future__ import annotations
 
-import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,37 +26,6 @@ def transformers_serve(model: Path) -> Iterator[openai.OpenAI]:
     with _serving([*map(str, command)], environment=newest_variables(), folder=model.parent) as url:
         # It closes the connection after an error, which a retry mends.
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1, timeout=60)
-
-
-@contextmanager
-def gmai_serve(model: Path) -> Iterator[openai.OpenAI]:
-    """A client of ``python -m gmai_xtuner.serve MODEL``, which calls the model by its folder's name."""
-    command = [sys.executable, "-m", "gmai_xtuner.serve", str(model), "--device", "cpu"]
-    with _serving(command) as url:
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-@contextmanager
-def gmai_demo(*models: Path) -> Iterator[str]:
-    """The address of the page ``python -m gmai_xtuner.demo MODEL...``."""
-    command = [sys.executable, "-m", "gmai_xtuner.demo", *map(str, models)]
-    with subprocess.Popen(
-        [*command, "--port", "0", "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            lines = []
-            for line in process.stdout:
-                lines.append(line)
-                if found := re.match(r"open (http://127\.0\.0\.1:\d+/)", line):
-                    yield found[1]
-                    return
-            raise AssertionError(f"the page did not start: {''.join(lines)}")
-        finally:
-            process.kill()
 
 
 @contextmanager

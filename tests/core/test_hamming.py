@@ -54,13 +54,6 @@ def test_every_way_finds_what_comparing_all_finds(pieces: int, distance: int) ->
     assert found(queries, values, distance=distance, pieces=pieces) == told
 
 
-def test_distance_16_as_the_cheapest_way_finds_it() -> None:
-    rng = np.random.default_rng(16)
-    queries = rng.integers(0, 2**64, 40, dtype=np.uint64)
-    values = near_values(rng, queries, 700)
-    assert found(queries, values, distance=16) == expected(queries, values, 16)
-
-
 @given(
     st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8),
     st.lists(st.lists(st.integers(0, 63), max_size=12, unique=True), max_size=12),

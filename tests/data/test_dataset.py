@@ -7,10 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import DATASETS
-from PIL import Image
 from torch.utils.data import DataLoader
-from xtuner.registry import BUILDER
 
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import DataError, GMAIError, ImageError, MixtureError
@@ -47,11 +44,6 @@ def same(left: dict, right: dict) -> bool:
 
 def read_all(dataset: SoftPackedDataset) -> list[dict]:
     return [dataset[number] for number in range(len(dataset))]
-
-
-def test_registered_where_xtuner_and_mmengine_look():
-    assert BUILDER.get("SoftPackedDataset") is SoftPackedDataset
-    assert DATASETS.get("SoftPackedDataset") is SoftPackedDataset
 
 
 def test_items_are_the_cached_conversations_with_widened_images(build, corpus):
@@ -144,37 +136,6 @@ def test_epochs_have_other_packs_of_the_same_conversations(build, corpus):
 
     assert ids(0) != ids(1)
     assert sorted(ids(0)) == sorted(ids(1))
-
-
-KINDS = {
-    "grey.png": lambda rgb: Image.fromarray(rgb[:, :, 0]),
-    "grey16.png": lambda rgb: Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257),
-    "palette.png": lambda rgb: Image.fromarray(rgb).quantize(64),
-    "alpha.png": lambda rgb: Image.fromarray(np.dstack([rgb, rgb[:, :, :1]])),
-    "rgb.jpg": Image.fromarray,
-    "rgb.bmp": Image.fromarray,
-    "rgb.webp": Image.fromarray,
-    "rgb.tif": Image.fromarray,
-    "grey16.tif": lambda rgb: Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257),
-}
-
-
-def test_every_kind_of_image_becomes_pixels(build, make_corpus):
-    corpus = make_corpus(
-        {"toy": [record(name, "<image>\nWhat?", "A cell.", image=name) for name in KINDS]}
-    )
-    rgb = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    for name, make in KINDS.items():
-        make(rgb).save(corpus.images / name)
-    dataset = build(corpus.mixture, check_images="decode")
-    values = {}
-    for item in read_all(dataset):
-        values |= dict(zip(item["ids"], item["pixel_values"], strict=True))
-    assert values.keys() == {f"toy/{name}" for name in KINDS}
-    assert all(value.isfinite().all() and value.std() > 0.1 for value in values.values())
-    assert torch.equal(values["toy/rgb.bmp"], values["toy/rgb.tif"])
-    assert torch.equal(values["toy/grey16.png"], values["toy/grey.png"])
-    assert torch.equal(values["toy/grey16.tif"], values["toy/grey.png"])
 
 
 def test_image_that_vanishes_after_the_cache_was_built_is_named(build, corpus):

@@ -67,17 +67,6 @@ def realistic(number: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(20, 300, number) + 64 * images, images
 
 
-def test_best_fit_needs_as_many_packs_as_the_textbook_on_a_larger_mix():
-    lengths, images = realistic(1500)
-    for max_images in (None, 3, 5):
-        counted = images if max_images else np.zeros_like(images)
-        samples = list(zip(lengths.tolist(), counted.tolist(), strict=True))
-        kinds = [(*kind, samples.count(kind)) for kind in sorted(set(samples), reverse=True)]
-        patterns = best_fit_decreasing(kinds, 512, max_images)
-        expected = textbook_best_fit_decreasing(samples, 512, max_images)
-        assert sum(pattern.count for pattern in patterns) == expected
-
-
 def long_and_few_short(number: int) -> np.ndarray:
     """Most conversations have an image (576 tokens) and short text: three nearly fill a pack."""
     rng = np.random.default_rng(3)

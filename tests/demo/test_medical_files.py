@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 
@@ -58,44 +57,6 @@ def test_monochrome1_is_turned_round(tmp_path):
     assert grey(normal).tolist() == [[0, 128, 255]]
     assert grey(turned).tolist() == [[255, 127, 0]]
     assert grey(turned, View(window=WHOLE)).tolist() == [[255, 127, 0]]
-
-
-def test_a_ct_without_a_window_is_shown_as_soft_tissue(tmp_path):
-    values = np.array([[0, 1000, 1040, 1200]], dtype=np.int16)
-    study = one(
-        made.save(made.dicom(values, RescaleSlope=1, RescaleIntercept=-1000), tmp_path / "a")
-    )
-    assert grey(study).tolist() == [[0, 102, 128, 230]]
-    assert (study.hounsfield, study.own_window, study.values.dtype) == (True, False, np.int16)
-
-
-def test_frames_have_their_own_rescale_and_window(tmp_path):
-    frames = [
-        {
-            "PixelValueTransformationSequence": {"RescaleSlope": slope, "RescaleIntercept": 10},
-            "FrameVOILUTSequence": {"WindowCenter": center, "WindowWidth": 201},
-        }
-        for slope, center in ((1, 110), (2, 210))
-    ]
-    data = made.enhanced(np.array([[[0, 100]]] * 2, dtype=np.int16), frames=frames)
-    study = one(made.save(data, tmp_path / "a"))
-    assert study.axes == ("frame",)
-    assert [grey(study, View("frame", at)).tolist() for at in (0, 1)] == [[[1, 128]], [[0, 128]]]
-    assert grey(study, View("frame", 1, window=Window(110, 200))).tolist() == [[0, 255]]
-
-
-def test_a_look_up_table_goes_before_the_window(tmp_path):
-    data = made.dicom(np.array([[0, 1, 2, 3]], dtype=np.uint16), Modality="DX")
-    data.WindowCenter, data.WindowWidth = 2, 4
-    data.VOILUTSequence = pydicom.Sequence(
-        [made.item(LUTDescriptor=[4, 0, 8], LUTData=[0, 255, 10, 20])]
-    )
-    data.VOILUTSequence[0]["LUTDescriptor"].VR = "US"
-    data.VOILUTSequence[0]["LUTData"].VR = "US"
-    study = one(made.save(data, tmp_path / "a"))
-    assert grey(study).tolist() == [[0, 255, 10, 20]]
-    assert grey(study, View(window=Window(2, 4))).tolist() == [[0, 64, 128, 191]]
-    assert not study.hounsfield
 
 
 def test_each_frame_is_shown_by_its_own_look_up_table(tmp_path):
@@ -299,12 +260,6 @@ def test_time_points_are_channels(tmp_path):
     assert grey(study, View("z", 0, 2, WHOLE)).max() == 0
 
 
-def test_scaled_values_are_intensities(tmp_path):
-    path = made.nifti(tmp_path / "v.nii", marked(), RAS, scl_slope=0.5, scl_inter=-100)
-    study = open_nifti(path, LIMITS)
-    assert study.extent == (-100, 400)
-
-
 def test_what_a_file_does_not_say_is_told(tmp_path):
     study = open_nifti(made.nifti(tmp_path / "v.nii", marked()), LIMITS)
     assert study.facts.notes == ("no_orientation",)
@@ -313,13 +268,6 @@ def test_what_a_file_does_not_say_is_told(tmp_path):
     study = open_nifti(made.nifti(tmp_path / "w.nii", holes, RAS), LIMITS)
     assert study.facts.notes == ("not_finite",)
     assert study.extent == (0, 1000)
-
-
-def test_a_mask_can_be_seen(tmp_path):
-    mask = np.zeros((5, 5, 5), dtype=np.uint8)
-    mask[2, 2, 2] = 1
-    study = open_nifti(made.nifti(tmp_path / "v.nii", mask, RAS), LIMITS)
-    assert grey(study)[2, 2] == 255
 
 
 @pytest.mark.parametrize(

@@ -100,17 +100,6 @@ def test_chance_counts_each_wording_by_itself():
     assert report.chance_level(pairs) == 0.75
 
 
-def test_the_picture_takes_answers_as_they_come(finished):
-    records = report.read_predictions(finished / "predictions.jsonl")
-    records.append({**records[0], "question": "这张图像属于哪种成像方式？"})
-    assert [record["correct"] for record in report.pick_for_picture(records)] == [
-        True,
-        True,
-        False,
-        True,
-    ]
-
-
 def test_a_command_that_is_not_there_says_what_to_run(tmp_path):
     with pytest.raises(run.StepError, match="make env"):
         run.run_command(["no-such-tool"], tmp_path / "x.log", environment={"PATH": str(tmp_path)})

@@ -28,12 +28,11 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.import_model import main
-from gmai_xtuner.loading import describe, load_model
+from gmai_xtuner.loading import load_model
 from gmai_xtuner.preflight.checks import check_base_weights
 from gmai_xtuner.preflight.findings import Findings
 
 TURNS = (Turn("user", "<image>\nCompare with <image>."),)
-BOTH = ("llm", "visual_encoder")
 
 
 def speak(module, *, by=2.0):
@@ -565,13 +564,3 @@ def test_what_is_no_model_is_told_apart(tiny_bases, tmp_path):
     (tmp_path / "last_checkpoint").write_text("iter_8.pth")
     with pytest.raises(ModelLoadError, match=r"checkpoints of training\. Export one first"):
         load_model(tmp_path)
-
-
-def test_describe_counts_what_is_there(plain):
-    told = describe(load_model(plain[0]))
-    # 2 matrices of the vocabulary, 3 x (4 x 128 x 128 + 3 x 128 x 192 + 2 x 128) and the last norm
-    assert f"language model         {2 * 1600 * 128 + 3 * (65536 + 73728 + 256) + 128:,}" in told
-    assert "float32" in told
-    # 3 layers x (keys and values) x 4 heads x 32 x 4 bytes x 2,048 tokens
-    assert "a conversation of 2,048 tokens adds 6.0 MiB" in told
-    assert "an image: 64 tokens, 336 x 336 pixels, padded to a square" in told
