@@ -155,8 +155,7 @@ class Predictor:
     number and :class:`PromptTooLong` where no position is left to answer at.
 
     Args:
-        model: the model, in evaluation mode on its device.
-        tokenizer: its tokenizer.
+        model: in evaluation mode on its device.
         template: how turns become text; the one of training.
         transform: image to pixels; the one of training.
     """
@@ -196,13 +195,8 @@ class Predictor:
         sampling: Sampling = GREEDY,
     ) -> str:
         """Answer one question; without ``<image>`` marks the images come first, as in training."""
-        turns = (Turn("system", system),) if system else ()
-        return self.generate(
-            (*turns, user_turn(question, len(images))),
-            images,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-        )
+        turns = (*([Turn("system", system)] if system else []), user_turn(question, len(images)))
+        return self.generate(turns, images, max_new_tokens=max_new_tokens, sampling=sampling)
 
     def generate(
         self,
@@ -213,10 +207,8 @@ class Predictor:
         sampling: Sampling = GREEDY,
     ) -> str:
         """The assistant's next turn."""
-        (answer,) = self.generate_batch(
-            [Prompt(tuple(turns), tuple(images))], max_new_tokens=max_new_tokens, sampling=sampling
-        )
-        return answer
+        prompts = [Prompt(tuple(turns), tuple(images))]
+        return self.generate_batch(prompts, max_new_tokens=max_new_tokens, sampling=sampling)[0]
 
     def generate_batch(
         self,
@@ -336,12 +328,7 @@ class Predictor:
         return image if isinstance(image, torch.Tensor) else self.transform(as_rgb(image))
 
     def encode(self, prompt: Prompt) -> np.ndarray:
-        """int32 ids of a prompt, one placeholder an image.
-
-        Raises:
-            ValueError: marks and images differ in number.
-            PromptTooLong: the text is too long for any tokens; it isn't tokenised then.
-        """
+        """int32 ids of a prompt, one placeholder an image; a text too long for any tokens isn't tokenised."""
         length = sum(len(turn.text) for turn in prompt.turns)
         if length > self._longest_token * self.context_length:
             raise PromptTooLong(-(-length // self._longest_token), self.context_length)
@@ -365,12 +352,9 @@ class Predictor:
         max_new_tokens: int = 256,
         synced_gpus: bool = False,
     ) -> str:
-        """What follows a tokenised prompt, greedily.
+        """What follows a tokenised prompt with one placeholder an image, greedily.
 
         Args:
-            ids: the prompt with one placeholder an image.
-            images: paths or opened images.
-            max_new_tokens: length of the answer at the most.
             synced_gpus: every rank runs as many passes as the longest of them, as ZeRO-3 needs.
         """
         arguments = self._arguments(ids, images, max_new_tokens)
@@ -443,13 +427,9 @@ class Predictor:
         ).to(device)
         size = self.transform.image_size
         pixels = [self.pixels(image) for image in images]
-        return self.model.embed(
-            widened[None],
-            torch.stack(pixels).to(device)
-            if pixels
-            else torch.zeros(0, 3, size, size, device=device),
-            torch.nonzero(widened == IMAGE_TOKEN_INDEX).flatten(),
-        )[0]
+        seen = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size)
+        places = torch.nonzero(widened == IMAGE_TOKEN_INDEX).flatten()
+        return self.model.embed(widened[None], seen.to(device), places)[0]
 
 
 def user_turn(question: str, num_images: int) -> Turn:

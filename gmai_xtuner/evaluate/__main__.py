@@ -48,6 +48,7 @@ from gmai_xtuner.evaluate.runner import (
 from gmai_xtuner.evaluate.tables import to_markdown, write_tables
 
 PROGRAM = "python -m gmai_xtuner.evaluate"
+_KEPT = "Answers given so far are kept: the same command goes on."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,16 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{PROGRAM}: {error}", file=sys.stderr)
             return 1
         except OSError as error:
-            print(
-                f"{PROGRAM}: {error}. Answers given so far are kept: the same command goes on.",
-                file=sys.stderr,
-            )
+            print(f"{PROGRAM}: {error}. {_KEPT}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print(
-                "\nStopped. Answers given so far are kept: the same command goes on.",
-                file=sys.stderr,
-            )
+            print(f"\nStopped. {_KEPT}", file=sys.stderr)
             return 130
 
 
@@ -101,10 +96,8 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
         prepared: list[Prepared] = []
         for target in _targets(options):
             try:
-                found = prepare(
-                    target, how, require_images=not options.score_only, rank=processes.rank
-                )
-                prepared.append(found)
+                needs = not options.score_only
+                prepared.append(prepare(target, how, require_images=needs, rank=processes.rank))
             except GMAIError as error:
                 failures.append(str(error))
         if prepared:
@@ -158,14 +151,9 @@ def _report(
         write_tables(out, tables)
     complete = not failures and all(result.complete for result in results)
     if options.json:
-        summary = {
-            "out": str(out),
-            "complete": complete,
-            "failures": list(failures),
-            "results": [as_json(result) for result in results],
-        }
-        json.dump(summary, stdout, ensure_ascii=False)
-        stdout.write("\n")
+        found = [as_json(result) for result in results]
+        summary = {"out": str(out), "complete": complete, "failures": failures, "results": found}
+        stdout.write(json.dumps(summary, ensure_ascii=False) + "\n")
     elif results:
         stdout.write(to_markdown(tables) + f"\nAnswers, tables and pages: {out}\n")
     for failure in failures:
@@ -199,15 +187,9 @@ def _targets(options: argparse.Namespace) -> list[Target]:
 def _judge(options: argparse.Namespace, out: Path) -> Answerer | None:
     if options.judge is None:
         return None
-    judge = ModelOptions(
-        model=options.judge_model,
-        name=options.judge_model,
-        endpoint=options.judge,
-        api_key_env=options.judge_api_key_env,
-        in_flight=options.in_flight,
-        retries=options.retries,
-        timeout=options.timeout,
-    )
+    requests = {name: getattr(options, name) for name in ("in_flight", "retries", "timeout")}
+    key, name = options.judge_api_key_env, options.judge_model
+    judge = ModelOptions(name, name, endpoint=options.judge, api_key_env=key, **requests)
     return make_answerer(judge, cache=out)
 
 
@@ -223,11 +205,8 @@ def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
     add("--json", action="store_true", help="one JSON list on standard output")
     options = parser.parse_args(arguments)
     found = compare.compare_runs(options.first, options.second, common=options.common)
-    if options.json:
-        json.dump(compare.as_json(found), stdout, ensure_ascii=False)
-        stdout.write("\n")
-    else:
-        stdout.write(compare.as_text(found))
+    text = json.dumps(compare.as_json(found), ensure_ascii=False) + "\n"
+    stdout.write(text if options.json else compare.as_text(found))
     return 0
 
 
@@ -262,18 +241,12 @@ def _parser() -> argparse.ArgumentParser:
         "Other verbs: compare RUN_A RUN_B; protocols.",
     )
     add = parser.add_argument
-    add(
-        "model",
-        help="an export, a transformers model (folder or hub name), or a name at --endpoint",
-    )
+    models = "an export, a transformers model (folder or hub name), or a name at --endpoint"
+    add("model", help=models)
     names = (*NAMES, ALL)
     add("--benchmark", required=True, choices=names, metavar="NAME", help=", ".join(names))
-    add(
-        "--data",
-        required=True,
-        type=Path,
-        help="the authors' files: a folder, or the annotation file",
-    )
+    data = "the authors' files: a folder, or the annotation file"
+    add("--data", required=True, type=Path, help=data)
     add("--variant", help="part or language, e.g. zh of slake; default: the benchmark's first")
     several: dict[str, Any] = {"nargs": "+", "default": []}
     add("--protocol", metavar="P", help="one or several, or all; see the verb protocols", **several)

@@ -14,7 +14,9 @@ from gmai_xtuner.evaluate.results import RESULT_FILE, SCORES_FILE, Result, read_
 from gmai_xtuner.evaluate.statistics import PairedTest, paired_test
 from gmai_xtuner.evaluate.tables import NONE, Row, Table, percent, to_markdown
 
-ResultKey = tuple[str, str, str, int, str]
+_KEY = ("benchmark", "variant", "protocol", "version", "scorer")
+ResultKey = tuple[Any, ...]
+"""A result's fields of these names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,9 @@ class Comparison:
 
 
 def compare_runs(first: Path, second: Path, *, common: bool = False) -> list[Comparison]:
-    """Compare what two runs have in common.
+    """Compare what two runs have in common, by the folders of their ``--out``, or of one result in it.
 
     Args:
-        first, second: folders of ``--out``, or of one result in it.
         common: compare the questions that both have, where they are not the same.
 
     Raises:
@@ -69,8 +70,7 @@ def results_in(folder: Path) -> dict[ResultKey, Path]:
     found: dict[ResultKey, Path] = {}
     for file in sorted(folder.rglob(RESULT_FILE)):
         one = read_result(file.parent)
-        key = (one.benchmark, one.variant, one.protocol, one.version, one.scorer)
-        found[key] = file.parent
+        found[tuple(getattr(one, name) for name in _KEY)] = file.parent
     if not found:
         raise EvaluationError(f"no {RESULT_FILE} in or under {folder}: is it the --out of a run?")
     return found
@@ -166,20 +166,12 @@ def as_json(comparisons: list[Comparison]) -> list[dict[str, Any]]:
     """Return what ``--json`` prints."""
     return [
         {
-            "benchmark": one.first.benchmark,
-            "variant": one.first.variant,
-            "protocol": one.first.protocol,
-            "version": one.first.version,
-            "scorer": one.first.scorer,
+            **{name: getattr(one.first, name) for name in _KEY},
             "first": one.first.model_name,
             "second": one.second.model_name,
-            "only_first": one.only_first,
-            "only_second": one.only_second,
-            "unanswered": one.unanswered,
-            "mean_first": one.means[0],
-            "mean_second": one.means[1],
-            "unparsed_first": one.unparsed[0],
-            "unparsed_second": one.unparsed[1],
+            **{name: getattr(one, name) for name in ("only_first", "only_second", "unanswered")},
+            **dict(zip(("mean_first", "mean_second"), one.means, strict=True)),
+            **dict(zip(("unparsed_first", "unparsed_second"), one.unparsed, strict=True)),
             **asdict(one.test),
         }
         for one in comparisons

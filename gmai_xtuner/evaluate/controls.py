@@ -55,8 +55,6 @@ _NEGATED_ZH = "对于问题“{}”，回答“否”正确吗？"
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 _DRAWS = 20
 
-Chosen = Callable[[Scored], str | None]
-
 
 @dataclass(frozen=True, slots=True)
 class BlankImage:
@@ -82,22 +80,16 @@ class BlankImage:
 
 @dataclass(frozen=True)
 class Control:
-    """Questions asked in another way.
-
-    Args:
-        asked: the questions, with ids of their own.
-        origins: the id of the question that each was made of.
-    """
+    """Questions asked in another way, with ids of their own, and the ids of those they were made of."""
 
     asked: Asked
     origins: tuple[str, ...]
 
 
 def controls_of(asked: Asked, questions: Sequence[Question]) -> dict[str, Control]:
-    """Return what the controls ask, by their names; those that have no question are left out.
+    """Return what the controls of a protocol ask, by their names, but for those that have no question.
 
     Args:
-        asked: what a protocol asks.
         questions: all questions of the benchmark, whose images may be exchanged.
     """
     donors: dict[int, list[Question]] = {}
@@ -176,9 +168,7 @@ def measure(
 
     Args:
         scored: the questions as they are.
-        controls: by their names, see :func:`controls_of`.
-        answers: all answers.
-        failed: what got none now, by the question's id.
+        failed: what got no answer now, by the question's id.
     """
     base = {one.question.id: one for one in scored}
     measures: list[Measure] = []
@@ -232,7 +222,9 @@ def _mean(name: str, values: Sequence[float]) -> Measure:
     return Measure(name, len(values), sum(values) / len(values), interval_of([values]))
 
 
-def _agreement(pairs: Sequence[tuple[Scored, Scored]], chosen: Chosen) -> list[float]:
+def _agreement(
+    pairs: Sequence[tuple[Scored, Scored]], chosen: Callable[[Scored], str | None]
+) -> list[float]:
     """Return 1 for each pair whose answers say the same; what was not understood says nothing."""
     return [float(None is not chosen(one) == chosen(other)) for one, other in pairs]
 

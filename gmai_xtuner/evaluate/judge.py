@@ -51,11 +51,7 @@ def judge_jobs(scored: Sequence[Scored]) -> dict[int, Job]:
 def apply_verdicts(
     scored: Sequence[Scored], jobs: Mapping[int, Job], replies: Mapping[AnswerKey, Answer]
 ) -> tuple[list[Scored], int]:
-    """Replace the scores that the judge was asked about.
-
-    Returns:
-        the scores, and the number of replies that are no verdict: there the score of the rules stands.
-    """
+    """Replace the scores that the judge was asked about; count replies that are no verdict, change none."""
     result, unclear = list(scored), 0
     for place, job in jobs.items():
         reply = replies[job.key]

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from gmai_xtuner.evaluate.results import Cell, Result
@@ -74,13 +75,12 @@ def paper_tables() -> Mapping[str, PaperTable]:
 
 
 def _table(key: str, source: str, value: dict[str, Any]) -> PaperTable:
-    columns = tuple(Column(**column) for column in value.pop("columns"))
-    rows = {name: tuple(cells) for name, cells in value.pop("rows").items()}
-    wrong = [name for name, cells in rows.items() if len(cells) != len(columns)]
+    notes = [" ".join(note.split()) for note in value["notes"]]
+    table = msgspec.convert({**value, "notes": notes, "key": key, "source": source}, PaperTable)
+    wrong = [name for name, cells in table.rows.items() if len(cells) != len(table.columns)]
     if wrong:
         raise ValueError(f"{FILE.name}, {key}: {wrong} have other numbers of cells than columns")
-    notes = tuple(" ".join(note.split()) for note in value.pop("notes"))
-    return PaperTable(key=key, source=source, columns=columns, rows=rows, notes=notes, **value)
+    return table
 
 
 def tables_like_the_papers(results: Sequence[Result]) -> list[Table]:
@@ -158,9 +158,8 @@ def _rows_over_benchmarks(
 
 
 def _origin(result: Result, variant: str = "") -> str:
-    return (
-        f"{result.model_name}: {variant}{result.protocol}/{result.version}, scorer {result.scorer}"
-    )
+    scored = f"{result.protocol}/{result.version}, scorer {result.scorer}"
+    return f"{result.model_name}: {variant}{scored}"
 
 
 def _problems(result: Result) -> str:

@@ -68,7 +68,6 @@ class Protocol:
     Args:
         name: e.g. ``"closed-251"``, unique in its benchmark.
         version: grows when a question, a prompt or a score changes.
-        benchmark: name of the benchmark.
         variant: the variant of the benchmark that it is for.
         description: whose protocol it is and what it counts.
         expected: number of questions that the authors' files give; None where unknown.
@@ -145,16 +144,19 @@ class Protocol:
 
     def _counts(self, question: Question) -> bool:
         match self.questions:
-            case "all":
-                return True
             case "yes_no":
-                return question.answer is not None and polarity(question.answer) is not None
+                return _polarity(question) is not None
             case "closed":
                 return is_closed(question)
             case "open":
                 return not is_closed(question)
             case "options":
                 return bool(question.options)
+        return True
+
+
+def _polarity(question: Question) -> str | None:
+    return None if question.answer is None else polarity(question.answer)
 
 
 @dataclass(frozen=True)
@@ -190,14 +192,12 @@ def labels_of(question: Question) -> tuple[str, ...]:
     """Return how an answer begins that says no more: by a letter of the options, or by yes or no."""
     if question.options:
         return tuple(question.lettered())
-    is_yes_or_no = question.answer is not None and polarity(question.answer) is not None
-    return ("Yes", "yes", "No", "no", "是", "否") if is_yes_or_no else ()
+    return ("Yes", "yes", "No", "no", "是", "否") if _polarity(question) else ()
 
 
 def ask_for(
     protocol: Protocol,
     questions: Sequence[Question],
-    *,
     limit: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Asked:
@@ -242,14 +242,10 @@ def vqa_protocols(
     *,
     words: Words = "short",
 ) -> tuple[Protocol, ...]:
-    """Return the protocols of a set without options.
+    """Return the protocols of a set without options; arguments as of :class:`Protocol`.
 
     Args:
-        benchmark: its name.
-        variant: of the benchmark.
-        table: keys of the groups that tables are over.
         counts: which questions -> name of the protocol, and number of questions in the authors' files.
-        words: of the prompt.
     """
     macro = (Average("macro", "answer_type"),) if "answer_type" in table else ()
     return tuple(

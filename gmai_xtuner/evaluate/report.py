@@ -34,22 +34,9 @@ _MANY = 60
 
 
 def write_report(
-    file: Path,
-    result: Result,
-    tables: Sequence[Table],
-    scored: Sequence[Scored],
-    *,
-    shown: int,
+    file: Path, result: Result, tables: Sequence[Table], scored: Sequence[Scored], *, shown: int
 ) -> None:
-    """Write the page.
-
-    Args:
-        file: where to.
-        result: what it is about.
-        tables: shown in their order.
-        scored: all questions.
-        shown: how many of them are on the page, wrong ones first, then those not understood.
-    """
+    """Write the page, with ``shown`` of the scored questions, wrong ones first, then those not understood."""
     ordered = sorted(scored, key=lambda one: _RANK[verdict_of(one)])
     items = [_shown(one) for one in ordered[:shown]]
     counts = Counter(verdict_of(one) for one in scored)
@@ -124,8 +111,5 @@ def _menus(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for item in items:
         for key, value in item["groups"].items():
             values.setdefault(key, set()).add(value)
-    return [
-        {"key": key, "values": sorted(found)}
-        for key, found in values.items()
-        if 1 < len(found) <= _MANY
-    ]
+    chosen = {key: sorted(found) for key, found in values.items() if 1 < len(found) <= _MANY}
+    return [{"key": key, "values": found} for key, found in chosen.items()]

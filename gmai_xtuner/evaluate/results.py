@@ -43,10 +43,9 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A number of a table.
+    """A number of a table, over ``n`` questions.
 
     Args:
-        n: questions in it.
         value: mean score, 0 to 1; None where no question has a gold answer.
         unparsed: share of answers that the scorer did not understand; each counts as wrong.
         interval: interval of ``value``, by :func:`interval_of`; None where there are too few questions.
@@ -63,10 +62,8 @@ class Measure:
     """A number of the controls or of the calibration, see :mod:`gmai_xtuner.evaluate.controls`.
 
     Args:
-        name: what it is.
         n: questions, or pairs of answers to a question.
         value: from 0 to 1, or a difference of two such.
-        interval: of the value; None where there are too few.
         p_value: two-sided, of a difference of two paired scores; None for others.
     """
 
@@ -201,14 +198,7 @@ def reason_of(question: Question, answer: Answer | None, failed: Mapping[str, Gi
 
 
 def summarise(asked: Asked, scored: Sequence[Scored], identity: Identity, **more: Any) -> Result:
-    """Return the numbers of scored questions.
-
-    Args:
-        asked: what was asked.
-        scored: the answers.
-        identity: whose they are.
-        more: further fields of :class:`Result`, its scorer among them.
-    """
+    """Return the numbers of scored questions; ``more`` are further fields of :class:`Result`."""
     protocol = asked.protocol
     return Result(
         benchmark=protocol.benchmark,
@@ -270,28 +260,27 @@ def cell_of(groups: Sequence[Sequence[Scored]]) -> Cell:
 def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None:
     """Write ``result.json`` and ``scores.jsonl``, which :mod:`gmai_xtuner.evaluate.compare` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(
-            {
-                "id": one.question.id,
-                "question": one.question.digest(),
-                "text": one.question.text,
-                "options": one.question.lettered(),
-                "value": one.score.value,
-                "parsed": one.score.parsed,
-                "answer": one.answer.answer,
-                "ended": one.answer.ended,
-                "gold": one.question.answer,
-                "groups": dict(one.question.groups),
-            },
-            ensure_ascii=False,
-        )
-        for one in scored
-    ]
+    lines = (json.dumps(_score_line(one), ensure_ascii=False) for one in scored)
     replace_text(folder / SCORES_FILE, "".join(f"{line}\n" for line in lines))
     replace_text(
         folder / RESULT_FILE, json.dumps(as_json(result), indent=1, ensure_ascii=False) + "\n"
     )
+
+
+def _score_line(one: Scored) -> dict[str, Any]:
+    question = one.question
+    return {
+        "id": question.id,
+        "question": question.digest(),
+        "text": question.text,
+        "options": question.lettered(),
+        "value": one.score.value,
+        "parsed": one.score.parsed,
+        "answer": one.answer.answer,
+        "ended": one.answer.ended,
+        "gold": question.answer,
+        "groups": dict(question.groups),
+    }
 
 
 def as_json(result: Result) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.core.errors import EvaluationError, GMAIError
 from gmai_xtuner.evaluate import judge as judging
 from gmai_xtuner.evaluate.answerers import Answerer
 from gmai_xtuner.evaluate.benchmarks import (
@@ -33,7 +33,13 @@ from gmai_xtuner.evaluate.benchmarks import (
 )
 from gmai_xtuner.evaluate.controls import controls_of, measure
 from gmai_xtuner.evaluate.processes import World
-from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS, Asked, Protocol, ask_for
+from gmai_xtuner.evaluate.protocols import (
+    MAX_NEW_TOKENS,
+    Asked,
+    Protocol,
+    ProtocolError,
+    ask_for,
+)
 from gmai_xtuner.evaluate.questions import Score
 from gmai_xtuner.evaluate.results import (
     Result,
@@ -113,8 +119,6 @@ def prepare(
     """Read a benchmark and find out, before anything is asked, whether it can be asked and scored so.
 
     Args:
-        target: the benchmark.
-        options: protocols, scorers and limit.
         require_images: leave questions out whose image is missing.
         rank: of this process; the first logs what is left out.
 
@@ -126,29 +130,25 @@ def prepare(
     )
     if benchmark.problems and rank == 0:
         first = benchmark.problems[0]
+        counts = _listed(benchmark.counted_problems())
         log.warning(
-            "%s (%s): %s; the first is %s: %s",
-            benchmark.name,
-            benchmark.variant,
-            _listed(benchmark.counted_problems()),
-            first.record,
-            first.detail,
+            "%s: %s; the first is %s: %s", _title(benchmark), counts, first.record, first.detail
         )
     asked: list[Asked] = []
-    protocols = _protocols(benchmark, options)
-    for protocol in protocols:
+    errors: list[GMAIError] = []
+    longest = options.max_new_tokens or MAX_NEW_TOKENS
+    for protocol in _protocols(benchmark, options):
         try:
-            longest = options.max_new_tokens or MAX_NEW_TOKENS
-            asked.append(
-                ask_for(protocol, benchmark.questions, limit=options.limit, max_new_tokens=longest)
-            )
-        except EvaluationError as error:
-            if ALL not in options.protocols or (protocol is protocols[-1] and not asked):
-                raise
-            log.warning("passed over: %s", error)
-    for part in asked:
-        for scorer in _other_scorers(part.protocol, options):
-            part.protocol.check_scorer(scorer, part.questions)
+            part = ask_for(protocol, benchmark.questions, options.limit, longest)
+            for scorer in _other_scorers(protocol, options):
+                protocol.check_scorer(scorer, part.questions)
+            asked.append(part)
+        except (EvaluationError, ProtocolError) as error:
+            errors.append(error)
+    if errors and (ALL not in options.protocols or not asked):
+        raise errors[0]
+    for passed_over in errors:
+        log.warning("passed over: %s", passed_over)
     return Prepared(benchmark, tuple(asked))
 
 
@@ -171,7 +171,6 @@ class Answers:
     """What a benchmark's questions were answered.
 
     Args:
-        store: where the answers lie.
         by_key: the answers, in the first process.
         failed: questions that got none, by id.
         longest: tokens that stored answers were allowed, where nothing was asked now.
@@ -189,10 +188,7 @@ def ask(
     """Ask what has no answer yet, all processes together.
 
     Args:
-        prepared: the benchmark.
         answerer: who is asked; None: nothing is, stored answers are read.
-        options: how.
-        world: this process among the others.
 
     Raises:
         GMAIError: it can't go on. In one process alone, maybe: the others then wait for it.
@@ -200,7 +196,8 @@ def ask(
     benchmark = prepared.benchmark
     folder = options.out / f"{benchmark.name}-{benchmark.variant}"
     if answerer is not None:
-        store = AnswerStore(folder, _identity(benchmark, answerer))
+        whose = (answerer.model, answerer.name, dict(answerer.generation), benchmark.hashes())
+        store = AnswerStore(folder, Identity(benchmark.name, benchmark.variant, *whose))
         everything = list(prepared.asked)
         if options.controls:
             for asked in prepared.asked:
@@ -216,13 +213,8 @@ def ask(
     store = AnswerStore(folder, replace(stored, source=benchmark.hashes()))
     if world.rank:
         return Answers(store, {})
-    log.warning(
-        "%s (%s): the stored answers of %s (%s) are scored",
-        benchmark.name,
-        benchmark.variant,
-        stored.model_name,
-        stored.model,
-    )
+    whom = f"{stored.model_name} ({stored.model})"
+    log.warning("%s: the stored answers of %s are scored", _title(benchmark), whom)
     found = store.read()
     longest = max((int(one.generation["max_new_tokens"]) for one in found.values()), default=None)
     return Answers(store, found, longest=longest)
@@ -237,9 +229,7 @@ def answer_all(
 
     Args:
         jobs: what is asked; of jobs of the same words one is asked.
-        answerer: who answers.
         store: takes the answers; None: they are kept in memory alone.
-        world: this process among the others.
 
     Returns:
         answers by their keys, those stored before among them; of a store in the first process alone. And
@@ -319,10 +309,6 @@ def score(
     """Score and write, in the first process; the others wait, also where it fails.
 
     Args:
-        prepared: the benchmark.
-        answers: what was answered.
-        options: how.
-        world: this process among the others.
         judge: judges what rules leave open, see :mod:`gmai_xtuner.evaluate.judge`.
 
     Returns:
@@ -337,32 +323,30 @@ def score(
         if world.rank == 0:
             if failed:
                 first = next(iter(failed.values()))
-                log.warning(
-                    "%s: %s; the first is question %s: %s",
-                    benchmark.name,
-                    _listed(Counter(one.problem for one in failed.values())),
-                    first.job.id,
-                    first.detail,
-                )
-            for asked in prepared.asked:
-                if options.max_new_tokens is None and answers.longest:
-                    asked = replace(asked, max_new_tokens=answers.longest)
+                counts = _listed(Counter(one.problem for one in failed.values()))
+                where = f"question {first.job.id}: {first.detail}"
+                log.warning("%s: %s; the first is %s", benchmark.name, counts, where)
+            for asked in _answered(prepared.asked, answers, options):
                 results += _score(asked, benchmark, answers, options, judge)
     finally:
         world.barrier()
     return results
 
 
-def _identity(benchmark: Benchmark, answerer: Answerer) -> Identity:
-    """Say whose answers a store of this model and benchmark holds."""
-    return Identity(
-        benchmark=benchmark.name,
-        variant=benchmark.variant,
-        model=answerer.model,
-        model_name=answerer.name,
-        generation=dict(answerer.generation),
-        source=benchmark.hashes(),
-    )
+def _answered(parts: Sequence[Asked], answers: Answers, options: Options) -> list[Asked]:
+    """Return what is scored; of stored answers, ``--protocol all`` passes over what was never asked."""
+    if options.max_new_tokens is None and answers.longest:
+        parts = [replace(one, max_new_tokens=answers.longest) for one in parts]
+    if ALL not in options.protocols or answers.failed:
+        return list(parts)
+    found = [one for one in parts if any(job.key in answers.by_key for _, job in one.jobs())]
+    if found and (others := [one.name for one in parts if one not in found]):
+        log.warning("passed over, since nothing of them is answered: %s", ", ".join(others))
+    return found or list(parts)
+
+
+def _title(benchmark: Benchmark) -> str:
+    return f"{benchmark.name} ({benchmark.variant})"
 
 
 def _score(
@@ -391,15 +375,11 @@ def _score(
         if not one and question.id in failed
     ]
     if none:
+        counts = _listed(Counter(one.answer.problem for one in none))
         log.warning(
-            "%s: %d of %d answers are none (%s, at most %d tokens each); the first is of question %s: %r",
-            asked.name,
-            len(none),
-            len(asked.questions),
-            _listed(Counter(one.answer.problem for one in none)),
-            asked.max_new_tokens,
-            none[0].question.id,
-            none[0].answer.answer[-200:],
+            "%s: %d of %d answers are none (%s, at most %d tokens each); the first is of %s",
+            *(asked.name, len(none), len(asked.questions), counts, asked.max_new_tokens),
+            _example(none[0]),
         )
     more: dict[str, Any] = {}
     if options.controls:
@@ -422,11 +402,7 @@ def _score(
             left_out=left_out,
             unanswered=unanswered,
             findings=odd | odd_replies,
-            unread=tuple(
-                f"question {one.question.id} ({one.answer.problem or 'not understood'}): "
-                f"{one.answer.answer[-200:]!r}"
-                for one in unread
-            ),
+            unread=tuple(map(_example, unread)),
             **(more if scorer == own else {}),
         )
         name = asked.protocol.name if scorer == own else f"{asked.protocol.name}.{scorer}"
@@ -446,6 +422,11 @@ def _score(
         judged, unclear = _judge(asked, scored, judge, options)
         odd_replies = {"no_verdict": unclear} if unclear else {}
         yield result(f"{own}+{judging.judge_name(judge)}", judged, **odd_replies)
+
+
+def _example(one: Scored) -> str:
+    why = one.answer.problem or "not understood"
+    return f"question {one.question.id} ({why}): {one.answer.answer[-200:]!r}"
 
 
 def _judge(
@@ -468,12 +449,8 @@ def _judge(
             f"question {first.job.id}: {first.detail}. Verdicts are kept: the same command goes on"
         )
     judged, unclear = judging.apply_verdicts(scored, jobs, replies)
-    log.warning(
-        "%s: the judge was asked about %d answers, %d of its replies are no verdict",
-        asked.name,
-        len(jobs),
-        unclear,
-    )
+    said = "%s: the judge was asked about %d answers, %d of its replies are no verdict"
+    log.warning(said, asked.name, len(jobs), unclear)
     return judged, unclear
 
 
@@ -493,18 +470,17 @@ def _submit(store: AnswerStore, benchmark: Benchmark, scored: Sequence[Scored]) 
 
 
 def _write(folder: Path, result: Result, scored: Sequence[Scored], options: Options) -> None:
-    from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
     from gmai_xtuner.evaluate.report import write_report
 
     write_result(folder, result, scored)
-    tables = [*tables_like_the_papers([result]), *controls_tables([result]), *group_tables(result)]
-    write_tables(folder, [summary_table([result]), *tables])
+    summary, *tables = [*all_tables([result]), *group_tables(result)]
+    write_tables(folder, [summary, *tables])
     if options.report_questions:
         write_report(folder / "report.html", result, tables, scored, shown=options.report_questions)
 
 
 def all_tables(results: Sequence[Result]) -> list[Table]:
-    """Return the summary and the tables in the paper's shape, of all results of a run."""
+    """Return the summary, the tables in the paper's shape, and those of the controls."""
     from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
 
     return [summary_table(results), *tables_like_the_papers(results), *controls_tables(results)]

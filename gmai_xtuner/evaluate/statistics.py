@@ -10,7 +10,7 @@ Shapes: ``n`` questions, ``R`` resamples, ``U`` different values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,24 +58,15 @@ def _unseen(n: int) -> float:
     return 1 - ((1 - CONFIDENCE) / 2) ** (1 / n)
 
 
-def bootstrap(
-    groups: Sequence[Sequence[float] | np.ndarray],
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = SEED,
-) -> Interval | None:
+def bootstrap(groups: Sequence[Sequence[float] | np.ndarray]) -> Interval | None:
     """Return the percentile interval of the mean over the means of groups, drawn over questions.
 
     The questions of each group are drawn with replacement, so many as there are. How often each different
     value is drawn is multinomial, so it is that what is drawn: the same distribution, and 89,000 questions of
-    two values cost as much as ten.
+    two values cost as much as ten. The same numbers give the same interval.
 
     Args:
         groups: the scores of each group; none empty.
-        resamples: ``R``.
-        confidence: share of the resampled means that lies inside.
-        seed: of the draw; the same numbers give the same interval.
 
     Returns:
         None where a group has fewer than two questions: nothing can be said.
@@ -83,27 +74,34 @@ def bootstrap(
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
     if not arrays or min(len(array) for array in arrays) < 2:
         return None
-    generator = np.random.default_rng(seed)
-    means = np.zeros(resamples)
+    generator = np.random.default_rng(SEED)
+    means = np.zeros(RESAMPLES)
     for array in arrays:
-        means += _resampled_means(array, resamples, generator)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means / len(arrays), [tail, 1 - tail])
+        means += _resampled_means(array, generator)
+    return _ends(means / len(arrays))
+
+
+def _ends(resampled: np.ndarray) -> Interval:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return Interval(float(low), float(high))
 
 
-def _resampled_means(
-    values: np.ndarray, resamples: int, generator: np.random.Generator
-) -> np.ndarray:
+def _resampled_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return ``[R]`` means of ``n`` values drawn with replacement."""
     unique, counts = np.unique(values, return_counts=True)
     shares = counts / len(values)
-    block = max(1, _CELLS // len(unique))
     means = [
-        generator.multinomial(len(values), shares, size=min(block, resamples - start)) @ unique
-        for start in range(0, resamples, block)
+        generator.multinomial(len(values), shares, size=size) @ unique
+        for size in _blocks(len(unique))
     ]
     return np.concatenate(means) / len(values)
+
+
+def _blocks(width: int) -> Iterator[int]:
+    """Yield how many resamples are drawn at once, of ``width`` numbers each."""
+    block = max(1, _CELLS // width)
+    yield from (min(block, RESAMPLES - start) for start in range(0, RESAMPLES, block))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,19 +128,8 @@ class PairedTest:
     second_better: int
 
 
-def paired_test(
-    first: Iterable[float],
-    second: Iterable[float],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
-) -> PairedTest:
-    """Compare two runs, question by question.
-
-    Args:
-        first, second: scores of the same questions in the same order.
-        resamples: of the permutation test and of the interval.
-        seed: of both.
+def paired_test(first: Iterable[float], second: Iterable[float]) -> PairedTest:
+    """Compare two runs' scores of the same questions, in the same order.
 
     Raises:
         ValueError: different numbers of scores, or none.
@@ -153,7 +140,7 @@ def paired_test(
     differences = one - two
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     binary = bool(np.isin(np.concatenate([one, two]), (0.0, 1.0)).all())
-    interval = bootstrap([differences], resamples=resamples, seed=seed)
+    interval = bootstrap([differences])
     if binary and interval is not None and len(np.unique(differences)) == 1:
         # A share of questions may differ from all of these, by 1 from no difference, by up to 2 from 1.
         seen = float(differences[0])
@@ -164,9 +151,7 @@ def paired_test(
         n=len(one),
         difference=float(differences.mean()),
         interval=interval,
-        p_value=mcnemar(better, worse)
-        if binary
-        else permutation(differences, resamples=resamples, seed=seed),
+        p_value=mcnemar(better, worse) if binary else permutation(differences),
         first_better=better,
         second_better=worse,
     )
@@ -175,9 +160,7 @@ def paired_test(
 def mcnemar(first_only: int, second_only: int) -> float:
     """Return the exact two-sided p-value of McNemar's test, which is a binomial test.
 
-    Args:
-        first_only: questions that only the first run has right.
-        second_only: only the second.
+    The arguments count the questions that only the first run, or only the second, has right.
     """
     from scipy.special import bdtr  # scipy.stats alone takes a second to import
 
@@ -185,30 +168,23 @@ def mcnemar(first_only: int, second_only: int) -> float:
     return min(1.0, 2 * float(bdtr(fewer, total, 0.5)))
 
 
-def permutation(differences: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED) -> float:
-    """Return the two-sided p-value of the paired permutation test: random signs of the differences.
+def permutation(differences: np.ndarray) -> float:
+    """Return the two-sided p-value of the paired permutation test: random signs of the differences ``[n]``.
 
     Of each different size the number of positive signs is binomial, so it is that what is drawn. The outcome
     itself counts as one of the draws, so that p is never 0.
-
-    Args:
-        differences: ``[n]``.
-        resamples: draws.
-        seed: of the draw.
     """
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if not len(sizes):
         return 1.0
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     observed = abs(float(differences.sum()))
-    block = max(1, _CELLS // len(sizes))
     extreme = 0
-    for start in range(0, resamples, block):
-        size = (min(block, resamples - start), len(sizes))
-        sums = (2 * generator.binomial(counts, 0.5, size=size) - counts) @ sizes
+    for size in _blocks(len(sizes)):
+        sums = (2 * generator.binomial(counts, 0.5, size=(size, len(sizes))) - counts) @ sizes
         # Sums of the same numbers in another order differ by rounding.
         extreme += int((np.abs(sums) >= observed * (1 - 1e-9)).sum())
-    return (1 + extreme) / (1 + resamples)
+    return (1 + extreme) / (1 + RESAMPLES)
 
 
 def calibration_error(
@@ -230,10 +206,8 @@ def calibration_error(
     gaps[np.arange(len(unique)), place] = unique[:, 0] - unique[:, 1]
     n = len(pairs)
     drawn = np.random.default_rng(SEED).multinomial(n, counts / n, size=RESAMPLES)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.abs(drawn @ gaps).sum(axis=1) / n, [tail, 1 - tail])
     error = float(np.abs(counts @ gaps).sum() / n)
-    return error, Interval(float(low), float(high)) if n > 1 else None
+    return error, _ends(np.abs(drawn @ gaps).sum(axis=1) / n) if n > 1 else None
 
 
 def area_under_risk_coverage(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -95,7 +95,6 @@ class Given:
     """What became of a job.
 
     Args:
-        job: the job.
         text: the answer in full; None if there is none.
         seconds: the job's share of the time of its batch, or of its request.
         problem: short stable key where there is no answer, e.g. ``"damaged_image"``.
@@ -119,8 +118,6 @@ class Identity:
     """What all answers of a store have in common.
 
     Args:
-        benchmark: name.
-        variant: of the benchmark.
         model: its hash.
         model_name: as it was given; for people.
         generation: what decides an answer besides the prompt, e.g. the longest answer and the precision.
@@ -182,11 +179,7 @@ def _key(question: str, prompt: str, max_new_tokens: int) -> AnswerKey:
 
 
 class AnswerStore:
-    """Stored answers of one model to one benchmark.
-
-    Args:
-        folder: is made where it does not exist.
-        identity: whose answers; must be those in it.
+    """Stored answers of one model to one benchmark, in a folder that is made where it does not exist.
 
     Raises:
         EvaluationError: the folder holds answers of another model, benchmark or other settings, or a line in
@@ -233,11 +226,7 @@ class AnswerStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other run from writing here.
-
-        Raises:
-            EvaluationError: another run does.
-        """
+        """Keep every other run from writing here; an EvaluationError where another does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock").acquire(timeout=1):

@@ -16,19 +16,15 @@ from gmai_xtuner.evaluate.results import Cell, Measure, Result
 
 NONE = "–"
 QUOTED = "quoted"
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "–": "--",
-}
+_LATEX = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "–": "--",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +32,7 @@ class Row:
     """A line of a table.
 
     Args:
-        label: its first cell.
-        cells: the others, as shown.
+        cells: all but the first, as shown.
         kind: ``quoted`` from a paper, ``score`` of ours, ``group`` for one of many, or what stands below a
             score: ``interval``, ``n``, ``unparsed``.
     """
@@ -49,15 +44,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table for any output.
-
-    Args:
-        key: short name, unique in a report.
-        title: what it is.
-        head: headings, that of the labels first.
-        rows: its lines.
-        notes: what stands below it.
-    """
+    """A table for any output: a key unique in a report, headings with that of the labels, notes below it."""
 
     key: str
     title: str
@@ -70,80 +57,49 @@ def summary_table(results: Sequence[Result]) -> Table:
     """Return a table with one line a result."""
     rows = []
     for result in results:
-        cell = result.headline
-        others = [
-            f"{name} {percent(other.value)}"
-            for name, other in list(result.averages.items())[1:]
-            if other.value is not None
-        ]
-        rows.append(
-            Row(
-                f"{result.benchmark} {result.variant}",
-                (
-                    f"{result.protocol}/{result.version}",
-                    result.scorer,
-                    next(iter(result.averages)),
-                    percent(cell.value),
-                    interval(cell),
-                    ", ".join(others) or NONE,
-                    _n(result),
-                    percent(cell.unparsed),
-                ),
-            )
+        (average, cell), *more = result.averages.items()
+        others = [f"{name} {percent(one.value)}" for name, one in more if one.value is not None]
+        cells = (
+            *(f"{result.protocol}/{result.version}", result.scorer, average),
+            *(percent(cell.value), interval(cell), ", ".join(others) or NONE),
+            *(_n(result), percent(cell.unparsed)),
         )
+        rows.append(Row(f"{result.benchmark} {result.variant}", cells))
     notes = [
         f"{result.benchmark} {result.variant}, {result.protocol}: {problem}."
         for result in results
         for problem in result.problems
     ]
     head = (
-        "benchmark",
-        "protocol",
-        "scorer",
-        "average",
-        "score %",
-        "95 % interval",
-        "other averages",
-        "n",
-        "unparsed %",
+        *("benchmark", "protocol", "scorer", "average", "score %", "95 % interval"),
+        *("other averages", "n", "unparsed %"),
     )
     return Table("summary", "Results", head, tuple(rows), tuple(dict.fromkeys(notes)))
 
 
 def group_tables(result: Result) -> list[Table]:
     """Return a table for each group that the protocol names."""
+    title = f"{result.protocol}/{result.version}, {result.scorer}"
+    notes = tuple(f"{problem}." for problem in result.problems)
     tables = []
     for key, cells in result.groups.items():
         rows = [_long_row(name or "(none given)", cell, "group") for name, cell in cells.items()]
         rows += [_long_row(name, cell) for name, cell in result.averages.items()]
-        tables.append(
-            Table(
-                _key(key),
-                f"{result.benchmark} {result.variant} by {key}: {result.protocol}/{result.version}, "
-                f"{result.scorer}",
-                (key, "n", "score %", "95 % interval", "unparsed %"),
-                tuple(rows),
-                tuple(f"{problem}." for problem in result.problems),
-            )
-        )
+        head = (key, "n", "score %", "95 % interval", "unparsed %")
+        about = f"{result.benchmark} {result.variant} by {key}: {title}"
+        tables.append(Table(_key(key), about, head, tuple(rows), notes))
     return tables
 
 
 def controls_tables(results: Sequence[Result]) -> list[Table]:
     """Return a table of what the controls found; none without them."""
-    rows = [
-        Row(
-            f"{result.benchmark} {result.variant} {result.protocol}: {one.name}",
-            (
-                str(one.n),
-                percent(one.value),
-                interval(one),
-                NONE if one.p_value is None else f"{one.p_value:.2g}",
-            ),
-        )
-        for result in results
-        for one in result.controls
-    ]
+    rows = []
+    for result in results:
+        about = f"{result.benchmark} {result.variant} {result.protocol}"
+        for one in result.controls:
+            p_value = NONE if one.p_value is None else f"{one.p_value:.2g}"
+            cells = (str(one.n), percent(one.value), interval(one), p_value)
+            rows.append(Row(f"{about}: {one.name}", cells))
     flags = [
         f"{result.benchmark} {result.variant}, {result.protocol}: {flag}."
         for result in results
@@ -249,4 +205,4 @@ def _latex_line(cells: Sequence[str], *, italic: bool = False) -> str:
 
 def latex(text: str) -> str:
     """Escape LaTeX's own characters."""
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    return " ".join(text.split()).translate(_LATEX)

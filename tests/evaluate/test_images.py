@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.core.imaging.images import decode_rgb, open_rgb
+from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.evaluate.questions import open_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
@@ -43,9 +43,3 @@ def test_errors_name_the_image_not_its_bytes(content, reason):
         open_image(content, "image 2 of question q7")
     assert caught.value.reason == reason
     assert "image 'image 2 of question q7'" in str(caught.value)
-
-
-def test_the_limit_on_pixels_holds(tmp_path):
-    Image.fromarray(RGB).save(tmp_path / "a.png")
-    with pytest.raises(ImageError, match="12 = 120 pixels, the limit is 100"):
-        decode_rgb((tmp_path / "a.png").read_bytes(), "x", max_pixels=100)

@@ -14,22 +14,13 @@ from gmai_xtuner.evaluate.__main__ import main
 from gmai_xtuner.evaluate.answerers import ModelOptions
 from gmai_xtuner.evaluate.answerers.endpoint import EndpointAnswerer
 from gmai_xtuner.evaluate.results import read_result, read_scores
-from gmai_xtuner.evaluate.store import Answer, Given
 from tests.api_server import ApiServer, completion
 from tests.evaluate.sets import write_pmc_vqa
 
 
 def run(server, data, out, *more):
-    common = [
-        "--benchmark",
-        "pmc_vqa",
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--report-questions",
-        "0",
-    ]
+    common = ["--benchmark", "pmc_vqa", "--data", str(data), "--out", str(out)]
+    common += ["--report-questions", "0"]
     return main(["m", "--endpoint", server.url, *common, *more])
 
 
@@ -83,21 +74,6 @@ def test_a_server_that_moved_goes_on_with_its_answers(tmp_path):
     with ApiServer(answer=lambda text: pytest.fail("asked again")) as server:
         assert run(server, data, out) == 1
         assert run(server, data, out, "--moved-from", before) == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "ended", "problem"),
-    [
-        ("B", "stop", ""),
-        ("B", "length", "cut"),
-        (" ", "stop", "empty"),
-        ("no", "content_filter", "declined"),
-    ],
-)
-def test_why_an_answer_is_none(text, ended, problem):
-    given = Answer("1", "?", text, 0.0, "m", "p/1", {"max_new_tokens": 4}, ended)
-    assert given.problem == problem
-    assert Given.__dataclass_fields__["ended"].default == "stop"
 
 
 def test_the_text_of_a_message_may_come_in_parts():

@@ -11,26 +11,32 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from gmai_xtuner.evaluate import statistics
 from gmai_xtuner.evaluate.statistics import (
     bootstrap,
     interval_of,
     mcnemar,
     paired_test,
-    permutation,
 )
 
 
-def test_the_interval_of_right_and_wrong_answers_is_the_binomials():
+@pytest.fixture
+def many(monkeypatch):
+    """More draws, for comparisons with what has no chance in it."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 100_000)
+
+
+def test_the_interval_of_right_and_wrong_answers_is_the_binomials(many):
     values = [1.0] * 70 + [0.0] * 30
-    found = bootstrap([values], resamples=200_000)
+    found = bootstrap([values])
     # A resampled mean of 0 and 1 is Binomial(n, p) / n.
     assert found.low == stats.binom.ppf(0.025, 100, 0.7) / 100 == 0.61
     assert found.high == stats.binom.ppf(0.975, 100, 0.7) / 100 == 0.79
 
 
-def test_the_interval_of_shares_is_scipys():
+def test_the_interval_of_shares_is_scipys(many):
     values = np.random.default_rng(3).choice([0, 0.25, 0.5, 1 / 3, 1], size=80)
-    found = bootstrap([values], resamples=50_000)
+    found = bootstrap([values])
     theirs = stats.bootstrap(
         (values,), np.mean, n_resamples=50_000, method="percentile", rng=1
     ).confidence_interval
@@ -38,21 +44,20 @@ def test_the_interval_of_shares_is_scipys():
     assert found.high == pytest.approx(theirs.high, abs=0.004)
 
 
-def test_the_interval_of_a_macro_average_draws_within_each_group():
+def test_the_interval_of_a_macro_average_draws_within_each_group(many):
     small, large = [1.0] * 5 + [0.0] * 5, [1.0] * 800 + [0.0] * 200
-    found = bootstrap([small, large], resamples=50_000)
+    found = bootstrap([small, large])
     # Each group's mean has variance p (1 - p) / n, their mean a quarter of the sum.
     sigma = math.sqrt((0.25 / 10 + 0.16 / 1000) / 4)
     assert (found.low + found.high) / 2 == pytest.approx(0.65, abs=0.01)
     assert found.high - found.low == pytest.approx(2 * 1.96 * sigma, rel=0.06)
-    pooled = bootstrap([small + large], resamples=50_000)
+    pooled = bootstrap([small + large])
     assert pooled.high - pooled.low < 0.06 < found.high - found.low
 
 
-def test_the_same_numbers_give_the_same_interval_and_another_seed_another():
+def test_the_same_numbers_give_the_same_interval():
     values = np.random.default_rng(0).random(50)
     assert bootstrap([values]) == bootstrap([values])
-    assert bootstrap([values]) != bootstrap([values], seed=1)
 
 
 def test_nothing_is_said_of_one_question_and_all_right_is_a_point():
@@ -96,34 +101,14 @@ def test_a_benchmark_of_89_000_questions_takes_no_time():
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        (0, 0, 1.0),
-        (5, 5, 1.0),
-        (0, 5, 2 / 32),  # 2 * C(5, 0) / 2^5
-        (1, 9, 2 * (1 + 10) / 1024),
-        (9, 1, 2 * (1 + 10) / 1024),
-        (2, 3, 1.0),  # 2 * (1 + 5 + 10) / 32
-    ],
+    ("first", "second"), [(0, 0), (0, 5), (9, 1), (600, 700), (12_000, 12_600)]
 )
-def test_mcnemar_by_hand(first, second, expected):
-    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize(("first", "second"), [(17, 40), (600, 700), (12_000, 12_600)])
 def test_mcnemar_is_scipys_binomial_test(first, second):
-    expected = stats.binomtest(first, first + second, 0.5).pvalue
+    expected = stats.binomtest(first, first + second, 0.5).pvalue if first + second else 1.0
     assert mcnemar(first, second) == pytest.approx(expected, rel=1e-8)
 
 
-def test_all_sign_changes_of_four_differences():
-    # |sum| >= 1.0 in 2 of 16: all plus, all minus.
-    found = permutation(np.array([0.1, 0.2, 0.3, 0.4]), resamples=200_000)
-    assert found == pytest.approx(2 / 16, abs=0.003)
-    assert permutation(np.zeros(4)) == 1.0
-
-
-def test_the_permutation_test_is_scipys():
+def test_the_permutation_test_is_scipys(many):
     generator = np.random.default_rng(5)
     one, two = generator.choice([0, 0.5, 1], 60), generator.choice([0, 0.25, 1], 60)
     theirs = stats.permutation_test(
@@ -133,7 +118,7 @@ def test_the_permutation_test_is_scipys():
         n_resamples=20_000,
         rng=1,
     ).pvalue
-    found = paired_test(one, two, resamples=20_000)
+    found = paired_test(one, two)
     assert found.method == "permutation"
     assert found.p_value == pytest.approx(theirs, abs=0.02)
     assert found.difference == pytest.approx(one.mean() - two.mean())

@@ -16,7 +16,6 @@ class Answerer(Protocol):
     """Something that answers.
 
     Attributes:
-        name: as tables call it.
         model: its hash.
         generation: what decides an answer besides prompt and ``max_new_tokens``.
         repeats: the same question has the same answer always: what was cut need not be asked again.
@@ -81,7 +80,6 @@ def make_answerer(options: ModelOptions, *, cache: Path, local_rank: int = 0) ->
     """Load the model, or get ready to ask the endpoint.
 
     Args:
-        options: which.
         cache: folder where hashes of weights are remembered.
         local_rank: this process's GPU.
 

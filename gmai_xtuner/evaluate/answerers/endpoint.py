@@ -17,8 +17,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError, is_unicode
 from gmai_xtuner.core.http import (
     DEFAULT_KEY,
@@ -104,16 +102,11 @@ class EndpointAnswerer:
 
 
 class _Run:
-    """The requests of one run."""
-
     def __init__(self, options: ModelOptions, url: str, key: str | None) -> None:
         self.options = options
+        shown = options.api_key_env or DEFAULT_KEY
         self.server = ChatServer(
-            url,
-            model=options.model,
-            key=key,
-            key_variable=options.api_key_env or DEFAULT_KEY,
-            timeout=options.timeout,
+            url, model=options.model, key=key, key_variable=shown, timeout=options.timeout
         )
         self.answered = self.refused = self.given_up = 0
         self.length_name, self.asks_logprobs = "max_tokens", options.logprobs
@@ -202,26 +195,19 @@ def label_shares(reply: Mapping[str, Any], labels: Sequence[str]) -> dict[str, f
         None where there are none, or where the first token is no label.
     """
     try:
-        first = msgspec.convert(reply["choices"][0]["logprobs"]["content"][0], _FirstToken)
-    except (KeyError, IndexError, TypeError, msgspec.ValidationError):
+        first = reply["choices"][0]["logprobs"]["content"][0]
+        likely = [(one["token"].strip(), float(one["logprob"])) for one in first["top_logprobs"]]
+        said = first["token"].strip()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None
     found = dict.fromkeys(labels, 0.0)
-    for one in first.top_logprobs:
-        if (text := one.token.strip()) in found:
-            found[text] += math.exp(min(one.logprob, 0.0))
+    for token, logprob in likely:
+        if token in found:
+            found[token] += math.exp(min(logprob, 0.0))
     total = sum(found.values())
-    if first.token.strip() not in found or not total > 0:
+    if said not in found or not total > 0:
         return None
     return {label: round(value / total, 6) for label, value in found.items()}
-
-
-class _Token(msgspec.Struct):
-    token: str
-    logprob: float
-
-
-class _FirstToken(_Token):
-    top_logprobs: list[_Token]
 
 
 def _content(job: Job) -> list[dict[str, Any]]:

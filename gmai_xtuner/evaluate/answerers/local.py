@@ -62,7 +62,6 @@ class LocalAnswerer(ABC):
     """Asks in batches of jobs of like length; reads the next batch's images meanwhile.
 
     Args:
-        name, model, generation: see :class:`~gmai_xtuner.evaluate.answerers.Answerer`.
         batch_size: jobs asked together; halved for good where a batch does not fit into the GPU.
     """
 
@@ -92,13 +91,13 @@ class LocalAnswerer(ABC):
 
     def _answer(self, batch: Sequence[Job], images: Sequence[Images | ImageError]) -> list[Given]:
         start = time.monotonic()
-        given: list[Given] = []
-        ready: list[tuple[Job, Images]] = []
-        for job, own in zip(batch, images, strict=True):
-            if isinstance(own, ImageError):
-                given.append(Given(job, None, 0.0, own.reason, str(own)))
-            else:
-                ready.append((job, own))
+        pairs = list(zip(batch, images, strict=True))
+        given = [
+            Given(job, None, 0.0, own.reason, str(own))
+            for job, own in pairs
+            if isinstance(own, ImageError)
+        ]
+        ready = [(job, own) for job, own in pairs if not isinstance(own, ImageError)]
         found = self._texts(ready)
         self._check(found)
         share = round((time.monotonic() - start) / max(1, len(ready)), 4)
@@ -131,16 +130,12 @@ class LocalAnswerer(ABC):
             return [text for one in ready for text in self._texts([one])]
 
     def _generate(self, ready: Sequence[tuple[Job, Images]]) -> list[Answered]:
-        texts: list[Answered] = []
-        position = 0
-        while position < len(ready):
-            part = ready[position : position + self.batch_size]
+        found: list[Answered] = []
+        while len(found) < len(ready):
+            part = ready[len(found) : len(found) + self.batch_size]
+            jobs, images = zip(*part, strict=True)
             try:
-                texts += self.generate(
-                    [job for job, _ in part],
-                    [images for _, images in part],
-                    part[0][0].max_new_tokens,
-                )
+                found += self.generate(jobs, images, jobs[0].max_new_tokens)
             except torch.cuda.OutOfMemoryError:
                 if len(part) == 1:
                     raise
@@ -148,12 +143,9 @@ class LocalAnswerer(ABC):
                 torch.cuda.empty_cache()
                 log.warning(
                     "%d questions at once do not fit into the GPU's memory: %d from here on",
-                    len(part),
-                    self.batch_size,
+                    *(len(part), self.batch_size),
                 )
-                continue
-            position += len(part)
-        return texts
+        return found
 
 
 def _open_images(job: Job) -> Images | ImageError:
@@ -167,14 +159,7 @@ def _open_images(job: Job) -> Images | ImageError:
 
 
 class ExportAnswerer(LocalAnswerer):
-    """Asks an export of this project with the template and the image path of training.
-
-    Args:
-        predictor: the model.
-        name: as tables call it.
-        model: its hash.
-        batch_size: questions asked together.
-    """
+    """Asks an export of this project with the template and the image path of training."""
 
     def __init__(self, predictor: Predictor, *, name: str, model: str, batch_size: int) -> None:
         dtype = next(predictor.model.parameters()).dtype
@@ -199,13 +184,6 @@ class HubAnswerer(LocalAnswerer):
     """Asks a transformers model by its own processor and chat template.
 
     It pads on the left, so that a batch answers as its questions do alone.
-
-    Args:
-        model: in evaluation mode on its device.
-        processor: the model's own, with a chat template.
-        name: as tables call it.
-        digest: the model's hash.
-        batch_size: questions asked together.
 
     Raises:
         ModelLoadError: no chat template.
@@ -292,10 +270,7 @@ def _content(prompt: str, number: int) -> list[dict[str, str]]:
 def load_local(options: ModelOptions, *, cache: Path, local_rank: int = 0) -> Answerer:
     """Load an export of ours, or a model of transformers; no code that comes with either is run.
 
-    Args:
-        options: which model.
-        cache: folder where hashes of weights are remembered.
-        local_rank: this process's GPU.
+    Arguments as of :func:`~gmai_xtuner.evaluate.answerers.make_answerer`.
 
     Raises:
         EvaluationError: bases are named for a model that is no export.
@@ -330,15 +305,10 @@ def _load_export(
 
     folder, llm, vision = Path(options.model), options.llm, options.vision
     predictor = load_model(folder, llm=llm, vision=vision, dtype=dtype, device=device)
-    parts = {"model": folder} | {
-        part: local_folder(base) for part, base in bases_of(folder, llm, vision).items()
-    }
-    return ExportAnswerer(
-        predictor,
-        name=options.shown,
-        model=hash_files(parts, cache=cache),
-        batch_size=options.batch_size,
-    )
+    bases = bases_of(folder, llm, vision)
+    parts = {"model": folder} | {part: local_folder(base) for part, base in bases.items()}
+    model, size = hash_files(parts, cache=cache), options.batch_size
+    return ExportAnswerer(predictor, name=options.shown, model=model, batch_size=size)
 
 
 def _load_from_hub(
@@ -361,23 +331,15 @@ def _load_from_hub(
             f"in an environment of its own (vllm serve {name}) and asked by --endpoint "
             "http://localhost:8000/v1; don't upgrade transformers here, xtuner needs this version"
         ) from error
-    return HubAnswerer(
-        model.to(device),
-        processor,
-        name=options.shown,
-        digest=hash_files({"model": local_folder(name)}, cache=cache),
-        batch_size=options.batch_size,
-    )
+    digest, size = hash_files({"model": local_folder(name)}, cache=cache), options.batch_size
+    model = model.to(device)
+    return HubAnswerer(model, processor, name=options.shown, digest=digest, batch_size=size)
 
 
 def bases_of(folder: Path, llm: str | None, vision: str | None) -> dict[str, str]:
     """Return the bases outside an export that it is loaded from, named by the caller or by its own files.
 
     An adapter names its base, a folder in LLaVA's layout its vision tower.
-
-    Args:
-        folder: an export that has just been loaded.
-        llm, vision: bases as the caller named them.
     """
     found = {"llm": llm, "vision": vision}
     if is_xtuner_layout(folder):

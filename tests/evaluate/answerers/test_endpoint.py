@@ -141,11 +141,6 @@ def test_a_server_that_fails_half_way_stops_the_run_and_what_was_answered_stands
     assert found[-1].problem == "server_failed"
 
 
-def test_nobody_there():
-    with pytest.raises(EvaluationError, match="gives no answer: 2 attempts"):
-        ask(type("Nobody", (), {"url": "http://127.0.0.1:9/v1"}), jobs(2), retries=1)
-
-
 def test_a_newer_model_takes_the_length_under_its_new_name():
     refusal = error(400, "Unsupported parameter: use 'max_completion_tokens' instead.")
     with serve(lambda body, n: refusal if "max_tokens" in body else None) as server:
