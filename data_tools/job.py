@@ -13,6 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -114,11 +115,11 @@ def load(path: Path, *, output: Path | None = None) -> Job:
     problems = _Problems(document)
     made = _sources(data, problems, path.parent)
     sources = tuple(made.values())
-    extended = _below(data, "taxonomy", path.parent)
-    _below(data, "output", path.parent)
+    extended = _below(data, "taxonomy", path.parent, problems)
+    _below(data, "output", path.parent, problems)
     if isinstance(data.get("writer"), dict):
         data["writer"] = dict(data["writer"])
-        _below(data["writer"], "cache", path.parent)
+        _below(data["writer"], "cache", path.parent, problems, ("writer",))
     if "path" in data:
         problems.add(("path",), _unknown("path", Job))
     job = _validated(Job, data | {"path": path.absolute(), "sources": sources}, (), problems)
@@ -407,7 +408,7 @@ def _root(text: str, folder: Path) -> Path:
     if text.startswith("package:"):
         root = _package_folder(text)
     else:
-        root = folder.absolute() / Path(text).expanduser()
+        root = _absolute(text, folder)
     if not os.path.exists(root):
         raise ValueError(f"there is no folder {root}")
     return root
@@ -417,9 +418,25 @@ def _table(entry: dict[str, Any], root: Path, folder: Path) -> None:
     """Find a table of labels that lies beside the job; one below the root goes first."""
     table = entry.get("table")
     if isinstance(table, str) and table and not os.path.exists(root / table):
-        beside = folder.absolute() / Path(table).expanduser()
-        if os.path.isfile(beside):
-            entry["table"] = str(beside)
+        with suppress(ValueError):  # then the reader says that there is no such table
+            beside = _absolute(table, folder)
+            if os.path.isfile(beside):
+                entry["table"] = str(beside)
+
+
+def _absolute(text: str, folder: Path) -> Path:
+    """Return a path that is relative to the job's folder.
+
+    Raises:
+        ValueError: no file can have this name.
+    """
+    try:
+        path = folder.absolute() / Path(text).expanduser()
+    except RuntimeError as error:  # ~ of a user that isn't there
+        raise ValueError(f"{text!r}: {error}") from error
+    if "\0" in text:
+        raise ValueError(f"no file can have the name {text!r}")
+    return path
 
 
 def _package_folder(text: str) -> Path:
@@ -437,12 +454,19 @@ def _package_folder(text: str) -> Path:
     return root
 
 
-def _below(data: dict[str, Any], key: str, folder: Path) -> Path | None:
+def _below(
+    data: dict[str, Any], key: str, folder: Path, problems: _Problems, place: Place = ()
+) -> Path | None:
     """Make a relative path absolute."""
     value = data.get(key)
     if not isinstance(value, str) or not value:
         return None
-    path = folder.absolute() / Path(value).expanduser()
+    try:
+        path = _absolute(value, folder)
+    except ValueError as error:
+        problems.add((*place, key), str(error))
+        data[key] = str(folder.absolute())
+        return None
     data[key] = str(path)
     return path
 

@@ -42,7 +42,7 @@ FORMATS: dict[str, Format] = {
 }
 MAX_LINE = 16 * 2**20
 MAX_WIDE = 256 * 2**20  # of a file in UTF-16 or UTF-32, whose lines aren't bounded
-MAX_SHEETS = 2**30  # of what an Excel file unpacks to
+MAX_SHEETS = 2**28  # of what an Excel file unpacks to
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,12 @@ def _excel(
 
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()) > MAX_SHEETS:
+            members = archive.infolist()
+            # Python unpacks bzip2 and LZMA without a bound, and Excel writes neither.
+            packed = {info.compress_type for info in members}
+            if packed - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+                raise SourceError(f"{shown} is packed as no Excel file is; save it anew.")
+            if sum(info.file_size for info in members) > MAX_SHEETS:
                 raise SourceError(
                     f"{shown} unpacks to more than {MAX_SHEETS} bytes; save it as CSV."
                 )

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 from mmengine.logging import print_log
+from safetensors import SafetensorError
 from torch import nn
 from xtuner.registry import BUILDER
 
@@ -163,14 +164,20 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     """A folder to write into, renamed to ``target`` when all is there; removed if anything fails.
 
     Raises:
-        GMAIError: ``target`` is a file, or a folder that is not empty.
+        GMAIError: ``target`` is a file, or a folder that is not empty; or it can't be written.
     """
     target = check_new(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with staged(target) as folder:
-        folder.mkdir()
-        yield folder
-        _readable(folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged(target) as folder:
+            folder.mkdir()
+            yield folder
+            _readable(folder)
+    except (OSError, SafetensorError) as error:
+        raise GMAIError(
+            f"{str(target)!r} can't be written ({error}), and nothing is left of it. Make room, or choose "
+            "another folder"
+        ) from error
 
 
 def _readable(folder: Path) -> None:

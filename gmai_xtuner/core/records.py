@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gmai_xtuner.core.errors import DataError
+from gmai_xtuner.core.errors import DataError, Unusable
+from gmai_xtuner.core.imaging.bounded import iterate_bounded
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 """File names that :func:`iter_raw` reads."""
@@ -31,7 +32,7 @@ IMAGE_KEY = re.compile(
 
 _PARQUET_ROWS = 512
 _MAX_VALUES = 2**24
-_MAX_BYTES = 2**32
+_MAX_BYTES = 2**31
 """Of a column in a row group: two kilobytes can hold a thousand million equal values."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
@@ -202,42 +203,53 @@ def _read_text(path: Path, dataset: str | None) -> str:
 def _iter_parquet(
     path: Path, dataset: str | None, *, columns: tuple[str, ...] | None
 ) -> Iterator[RawRecord]:
+    try:
+        number = 0
+        batches = iterate_bounded(
+            _parquet_rows, path, dataset, columns, memory=_MAX_BYTES, seconds=60
+        )
+        for rows in batches:
+            for row in rows:
+                number += 1
+                yield RawRecord(f"{path.name}, record {number}", f"{path.name}:{number}", row)
+    except Unusable as error:
+        remedy = "Write it again, with smaller row groups."
+        raise _file_error(
+            path, f"is not a readable Parquet file ({error})", remedy, dataset
+        ) from error
+
+
+def _parquet_rows(
+    path: Path, dataset: str | None, columns: tuple[str, ...] | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows, some at a time; runs in a worker, since a few bytes can stand for any number of them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            picked = names if columns is None else [name for name in columns if name in names]
-            if columns is not None and not {"image", "images"} & set(picked):
-                picked += [name for name in names if IMAGE_KEY.search(name)]
-            if columns is not None and not {"conversations", "messages"} & set(picked):
-                raise _file_error(
-                    path,
-                    f"has no column 'conversations' or 'messages' (it has {', '.join(names)})",
-                    "Rename the column that holds the turns.",
-                    dataset,
-                )
-            for column in _columns_of(file, picked):
-                if column.num_values > _MAX_VALUES or column.total_uncompressed_size > _MAX_BYTES:
-                    raise _file_error(
-                        path,
-                        f"has {column.num_values} values, {column.total_uncompressed_size} bytes, in one row "
-                        f"group of {column.path_in_schema!r}",
-                        "Write it anew with smaller row groups.",
-                        dataset,
-                    )
-            number = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=picked):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRecord(f"{path.name}, record {number}", f"{path.name}:{number}", row)
-    except (pa.ArrowException, ValueError, OverflowError, MemoryError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise _file_error(
-            path, f"is not a readable Parquet file ({error})", "Write it again.", dataset
-        ) from error
+    pa.set_memory_pool(pa.system_memory_pool())  # which reserves no more than it needs
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        picked = names if columns is None else [name for name in columns if name in names]
+        if columns is not None and not {"conversations", "messages"} & set(picked):
+            raise _file_error(
+                path,
+                f"has no column 'conversations' or 'messages' (it has {', '.join(names)})",
+                "Rename the column that holds the turns.",
+                dataset,
+            )
+        if problem := large_row_group(file, picked):
+            raise _file_error(path, problem, "Write it anew with smaller row groups.", dataset)
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=picked, use_threads=False):
+            yield batch.to_pylist()
+
+
+def large_row_group(file: Any, columns: Sequence[str]) -> str:
+    """Say which row group of a Parquet file claims more than is read at once, or nothing."""
+    for column in _columns_of(file, columns):
+        if column.num_values > _MAX_VALUES or column.total_uncompressed_size > _MAX_BYTES:
+            size = f"{column.num_values} values, {column.total_uncompressed_size} bytes"
+            return f"has {size}, in one row group of {column.path_in_schema!r}"
+    return ""
 
 
 def _columns_of(file: Any, picked: Sequence[str]) -> Iterator[Any]:

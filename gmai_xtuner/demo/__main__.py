@@ -164,34 +164,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let everyone who reaches --host use the page; a proxy in front can ask for a password",
     )
-    parser.add_argument(
-        "--max-upload-mb",
-        type=positive_number,
-        default=256.0,
-        metavar="MB",
-        help="one upload (default 256)",
-    )
-    parser.add_argument(
-        "--max-pixels",
-        type=positive_int,
-        default=50_000_000,
-        metavar="N",
-        help="one picture (default 50000000)",
-    )
-    parser.add_argument(
-        "--max-voxels",
-        type=positive_int,
-        default=300_000_000,
-        metavar="N",
-        help="one volume (default 300000000)",
-    )
-    parser.add_argument(
-        "--max-memory-mb",
-        type=positive_number,
-        default=4096.0,
-        metavar="MB",
-        help="opened images of all visitors (default 4096)",
-    )
+    for option, kind, default, what in (
+        ("--max-upload-mb", positive_number, 256.0, "MiB of one upload"),
+        ("--max-pixels", positive_int, 50_000_000, "of one image"),
+        ("--max-voxels", positive_int, 300_000_000, "of one volume"),
+        ("--max-memory-mb", positive_number, 4096.0, "MiB of the opened images of all visitors"),
+    ):
+        parser.add_argument(
+            option, type=kind, default=default, metavar="N", help=f"{what} (default {default:.0f})"
+        )
     parser.add_argument(
         "--examples",
         metavar="FOLDER",

@@ -210,7 +210,14 @@ class AnswerStore:
             for number, line in enumerate(_whole_lines(file), 1):
                 try:
                     answer = decoder.decode(line)
-                except (ValueError, msgspec.MsgspecError) as error:
+                    key = answer.key
+                except (
+                    ValueError,
+                    TypeError,
+                    LookupError,
+                    OverflowError,
+                    msgspec.MsgspecError,
+                ) as error:
                     raise EvaluationError(
                         f"{file}, line {number} is not an answer ({error}). Remove the line, and the same "
                         "command asks that question again"
@@ -220,8 +227,8 @@ class AnswerStore:
                         f"{file}, line {number} is of the model {answer.model}, the store of "
                         f"{self.identity.model}. Answers of several models were put together"
                     )
-                if answer.key not in found or not answer.problem:
-                    found[answer.key] = answer
+                if key not in found or not answer.problem:
+                    found[key] = answer
         return found
 
     @contextmanager

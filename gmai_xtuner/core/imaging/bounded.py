@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Calls in a process of their own, with a bound on memory and time: `run_bounded`, for any reader of files.
+"""Calls in a process of their own, with a bound on memory and time, for any reader of files.
+
+`run_bounded` returns a function's result, `iterate_bounded` yields what a generator yields.
 
 Native decoders (OpenJPEG, CharLS, GDCM, libtiff, ITK) may end the process that calls them, panic, or allocate
 what a header claims. A worker process takes one call after the other, so that honest files stay fast, and a
@@ -15,7 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from inspect import isgenerator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -27,6 +30,7 @@ SECONDS = 20
 FAILED = "file that its decoder can't read"
 DIED = "file that ends its decoder, or takes too much memory or time"
 
+_RESULT, _ITEM, _END, _ERROR = "result", "item", "end", "error"
 _WAIT = 8  # a busy machine gives a worker the seconds of computing that it may use within so many times them
 _SINGLE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -50,16 +54,48 @@ def run_bounded(
     """
     if _Worker.is_here:
         return function(*args)
-    worker = _idle.pop() if _idle else _Worker()
+    (result,) = _results(function, args, memory, seconds)
+    return result  # type: ignore[no-any-return]
+
+
+def iterate_bounded(
+    function: Callable[..., Iterator[Result]],
+    *args: Any,
+    memory: int = MEMORY,
+    seconds: int = SECONDS,
+) -> Iterator[Result]:
+    """Yield what the generator ``function(*args)`` yields in a worker process, as it is asked for.
+
+    Args:
+        function: of a module, whose call gives a generator.
+        args, memory: as in `run_bounded`.
+        seconds: of computing for each item.
+
+    Raises:
+        GMAIError: as `run_bounded`, where the generator raises.
+    """
+    yield from (function(*args) if _Worker.is_here else _results(function, args, memory, seconds))
+
+
+def _results(
+    function: Callable[..., Any], args: tuple[Any, ...], memory: int, seconds: int
+) -> Iterator[Any]:
+    """Yield all items of a generator, or the one result of another function."""
+    worker, is_over = _idle.pop() if _idle else _Worker(), False
     try:
-        done, result = worker.ask((function, args, memory, seconds), timeout=_WAIT * seconds)
-    except BaseException:  # an answer that is not waited for must not be the next call's
-        worker.stop()
-        raise
-    _idle.append(worker)
-    if done:
-        return result
-    raise result
+        worker.send((function, args, memory, seconds))
+        while not is_over:
+            kind, value = worker.receive(timeout=_WAIT * seconds)
+            is_over = kind != _ITEM
+            if kind == _ERROR:
+                raise value
+            if kind != _END:
+                yield value
+    finally:
+        if is_over:
+            _idle.append(worker)
+        else:  # an answer that is not waited for must not be the next call's
+            worker.stop()
 
 
 class _Worker:
@@ -67,6 +103,7 @@ class _Worker:
     """True in a worker's own process."""
 
     def __init__(self) -> None:
+        self._owner = os.getpid()
         self._link, there = Pipe()
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
@@ -82,11 +119,16 @@ class _Worker:
                 env={**os.environ, **_SINGLE_THREAD},
             )
 
-    def ask(self, call: tuple[Any, ...], *, timeout: float) -> tuple[bool, Any]:
+    def send(self, call: tuple[Any, ...]) -> None:
         try:
             self._link.send(call)
+        except ConnectionError as error:
+            raise Unusable(DIED) from error
+
+    def receive(self, *, timeout: float) -> tuple[str, Any]:
+        try:
             if self._link.poll(timeout):
-                answer: tuple[bool, Any] = self._link.recv()
+                answer: tuple[str, Any] = self._link.recv()
                 return answer
         except (EOFError, ConnectionError) as error:
             raise Unusable(DIED) from error
@@ -94,6 +136,8 @@ class _Worker:
 
     def stop(self) -> None:
         self._link.close()
+        if self._owner != os.getpid():  # a generator that a fork has copied
+            return
         self._process.kill()
         self._process.wait()
 
@@ -121,33 +165,52 @@ def _serve(descriptor: int) -> None:
             function, args, memory, seconds = link.recv()
         except EOFError:
             return
-        _limit(memory, seconds)
-        answer: tuple[bool, Any]
+        _limit_memory(memory)
+        _limit_seconds(seconds)
+        answer: tuple[str, Any]
         try:
-            answer = True, function(*args)
+            result = function(*args)
+            if isgenerator(result):
+                for item in result:
+                    link.send((_ITEM, item))
+                    _limit_seconds(seconds)
+                answer = _END, None
+            else:
+                answer = _RESULT, result
         except GMAIError as error:
-            answer = False, error
+            answer = _ERROR, error
         except BaseException as error:  # a panic of Rust is no Exception
-            answer = False, Unusable(FAILED, f"{type(error).__name__}: {str(error)[:200]}")
-        _limit(None, None)
+            answer = _ERROR, Unusable(FAILED, f"{type(error).__name__}: {str(error)[:200]}")
+        _limit_memory(None)
+        _limit_seconds(None)
         link.send(answer)
 
 
-def _limit(memory: int | None, seconds: int | None) -> None:
-    """Bound what this process may allocate and compute from now on; None lifts the bound."""
-    if not sys.platform.startswith("linux"):
-        return
+def _limit_memory(memory: int | None) -> None:
+    """Bound what this process may allocate beside what it holds; None lifts the bound."""
+    if sys.platform.startswith("linux"):
+        import resource
+
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        _limit(resource.RLIMIT_CORE, 0)
+        _limit(resource.RLIMIT_AS, None if memory is None else held + memory)
+
+
+def _limit_seconds(seconds: int | None) -> None:
+    """Bound what this process may compute from now on; None lifts the bound."""
+    if sys.platform.startswith("linux"):
+        import resource
+
+        spent = int(time.process_time()) + 1
+        _limit(resource.RLIMIT_CPU, None if seconds is None else spent + seconds)
+
+
+def _limit(kind: int, wanted: int | None) -> None:
     import resource
 
-    with open("/proc/self/statm") as file:
-        held = int(file.read().split()[0]) * resource.getpagesize()
-    for kind, soft in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_AS, None if memory is None else held + memory),
-        (resource.RLIMIT_CPU, None if seconds is None else int(time.process_time()) + 1 + seconds),
-    ):
-        hard = resource.getrlimit(kind)[1]
-        wanted = resource.RLIM_INFINITY if soft is None else soft
-        if hard != resource.RLIM_INFINITY and (wanted == resource.RLIM_INFINITY or wanted > hard):
-            wanted = hard
-        resource.setrlimit(kind, (wanted, hard))
+    hard = resource.getrlimit(kind)[1]
+    soft = (
+        hard if wanted is None else wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    )
+    resource.setrlimit(kind, (soft, hard))

@@ -13,6 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging.bounded import iterate_bounded, run_bounded
+from gmai_xtuner.core.records import large_row_group
 from gmai_xtuner.evaluate.benchmarks.reading import (
     Benchmark,
     BenchmarkError,
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
     from gmai_xtuner.evaluate.benchmarks.definition import Header
+
+
+_MEMORY = 2**32
+"""Bytes that a row group may take when it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ class ParquetImage:
                 str(self.path), state.st_mtime_ns, state.st_size, self.row_group, self.column
             )
             value = column[self.row].as_py()
-        except (OSError, IndexError, pa.ArrowException) as error:
+        except (OSError, IndexError, pa.ArrowException, Unusable) as error:
             raise image_error(self.name, f"can't be read ({error})") from error
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
@@ -70,10 +77,16 @@ class ParquetImage:
 @lru_cache(maxsize=2)  # questions are asked in their order, and a row group is read as a whole
 def _column(path: str, changed: int, size: int, row_group: int, column: str) -> Any:
     """Read one column of one row group; time and size are there for the cache alone."""
+    return run_bounded(_read_column, path, row_group, column, memory=_MEMORY, seconds=60)
+
+
+def _read_column(path: str, row_group: int, column: str) -> Any:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        return file.read_row_group(row_group, columns=[column]).column(0)
+        if problem := large_row_group(file, [column]):
+            raise Unusable(problem)
+        return file.read_row_group(row_group, columns=[column], use_threads=False).column(0)
 
 
 @contextmanager
@@ -104,17 +117,21 @@ def column_names(path: Path) -> tuple[str, ...]:
 
 def column_texts(path: Path, column: str) -> list[str]:
     """Return one column as texts; none where the file has no such column."""
-    with _opened(path) as file:
-        if column not in file.schema_arrow.names:
-            return []
-        values = file.read(columns=[column])[column].to_pylist()
-    return [str(value) for value in values if value is not None]
+    if column not in column_names(path):
+        return []
+    rows = (row[column] for row, _ in rows_of(path, (), only=(column,)))
+    return [str(value) for value in rows if value is not None]
 
 
 def rows_of(
-    path: Path, image_columns: Sequence[str]
+    path: Path, image_columns: Sequence[str], *, only: Sequence[str] | None = None
 ) -> Iterator[tuple[dict[str, Any], dict[str, ParquetImage]]]:
     """Yield the values of the other columns, and column -> image where the row has one.
+
+    Args:
+        path: the file.
+        image_columns: columns that hold images, where it has them.
+        only: the other columns that are read; None reads all.
 
     Raises:
         BenchmarkError: it can't be read, or an image column is no image.
@@ -123,7 +140,7 @@ def rows_of(
 
     with _opened(path) as file:
         schema = file.schema_arrow
-        texts = [name for name in schema.names if name not in image_columns]
+        texts = [name for name in only or schema.names if name not in image_columns]
         images = [name for name in image_columns if name in schema.names]
         for name in images:
             kind = schema.field(name).type
@@ -131,14 +148,33 @@ def rows_of(
                 raise BenchmarkError(
                     f"{str(path)!r}: column {name!r} should hold images, it holds {kind}."
                 )
-        for group in range(file.num_row_groups):
-            rows = file.read_row_group(group, columns=texts).to_pylist()
-            # one image column at a time: together they may not fit
-            columns = (file.read_row_group(group, columns=[name])[name] for name in images)
-            present = [column.is_valid().to_pylist() for column in columns]
+    try:
+        groups = iterate_bounded(_groups, path, texts, images, memory=_MEMORY, seconds=60)
+        for group, (rows, present) in enumerate(groups):
             for number, row in enumerate(rows):
                 has = (name for name, valid in zip(images, present, strict=True) if valid[number])
                 yield row, {name: ParquetImage(path, name, group, number) for name in has}
+    except Unusable as error:
+        raise BenchmarkError(f"{str(path)!r} can't be read ({error}). Fetch it again.") from error
+
+
+def _groups(
+    path: Path, texts: Sequence[str], images: Sequence[str]
+) -> Iterator[tuple[list[dict[str, Any]], list[list[bool]]]]:
+    """Yield the rows of each row group, and which of them have an image; runs in a worker."""
+    import pyarrow as pa
+
+    pa.set_memory_pool(pa.system_memory_pool())  # which reserves no more than it needs
+    with _opened(path) as file:
+        if problem := large_row_group(file, [*texts, *images]):
+            raise Unusable(problem)
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group, columns=list(texts), use_threads=False).to_pylist()
+            # one image column at a time: together they may not fit
+            read = (
+                file.read_row_group(group, columns=[name], use_threads=False) for name in images
+            )
+            yield rows, [column[0].is_valid().to_pylist() for column in read]
 
 
 # Files with image, question and answer, as PathVQA and VQA-RAD come from the hub
