@@ -118,7 +118,7 @@ ALSO = {
     "MR": ("Angiography",), "Pathology": ("Microscopy", "Cytology"),
     "Microscopy": ("Pathology", "Cytology"), "Cytology": ("Microscopy", "Pathology"),
     "Electron microscopy": ("Microscopy",), "Fluorescence microscopy": ("Microscopy",),
-    "Echocardiography": ("Ultrasound",), "Ultrasound": ("Endoscopy",), "Colonoscopy": ("Endoscopy",),
+    "Echocardiography": ("Ultrasound",), "Colonoscopy": ("Endoscopy",),
     "Laparoscopy": ("Endoscopy",), "Bronchoscopy": ("Endoscopy",),
     "Surgical video": ("Endoscopy", "Laparoscopy"),
     "Fluorescein angiography": ("Fundus photography", "Angiography"),
@@ -126,6 +126,7 @@ ALSO = {
     "Slit-lamp photography": ("Clinical photography",), "PET": ("CT",),
     "SPECT": ("CT", "Scintigraphy"),
 }  # fmt: skip
+_BESIDE = ("CT", "MR", "PET", "SPECT")
 # Names that are everyday words of anatomy and of the work: "gastric fundus", "histology is needed".
 _AMBIGUOUS = frozenset(
     ("fundus", "histology", "smear", "photograph", "surgical scene", "照片", "涂片", "透视")
@@ -136,7 +137,7 @@ _ELSEWHERE = frozenset((
     "correlation", "correlated", "compare", "compared", "comparison", "prior", "previous", "further",
     "additional", "confirm", "confirmed", "confirmation", "could", "may", "might", "would", "should",
     "biopsy", "consider", "considered", "need", "needed", "often", "usually", "typically", "such", "other",
-    "alternatively", "subsequent", "if", "can", "complementary", "modalities"
+    "alternatively", "subsequent", "if", "complementary", "modalities"
 ))  # fmt: skip
 _ELSEWHERE_ZH = ("建议", "进一步", "对比", "比较", "复查", "结合", "必要时", "可考虑", "其他",
                  "既往", "可行", "通常", "也可")  # fmt: skip
@@ -170,8 +171,10 @@ class ModalityFinder:
 
 def modality(what: Said, record: Record, finder: ModalityFinder) -> Iterator[Problem]:
     """Yield a claim of another modality than the record's that can't be another name for it."""
-    compatible = finder.compatible[record.modality]
-    for claimed in finder.claims(what):
+    compatible, claims = finder.compatible[record.modality], list(finder.claims(what))
+    if record.modality in _BESIDE and record.modality not in claims:
+        compatible = {record.modality}  # CT angiography is CT, and an angiography alone is none
+    for claimed in claims:
         if claimed not in compatible:
             yield Problem("another modality claimed", f"it says {claimed}; it is {record.modality}")
             return
@@ -207,7 +210,7 @@ _POSITION_BEFORE = frozenset((
     "to"
 ))  # fmt: skip
 _POSITION_BETWEEN = _POSITION_BEFORE.union(
-    ("left", "right", "and", "or", "side", "hand", "of", "the", "central", "most")
+    ("left", "right", "and", "or", "side", "hand", "of", "the", "central", "most", ",")
 )
 _PICTURE = frozenset((
     "image", "picture", "frame", "photograph", "photo", "field", "view", "figure", "tile", "crop", "slide",
@@ -237,7 +240,7 @@ def side(what: Said, item: Item, record: Record, finder: LabelFinder) -> Iterato
     wrong = _OPPOSITE[right_one]
     named = {finder_mirror for name in record.names if (finder_mirror := mirror(name)) != name}
     every: set[str] = set()
-    for clause in re.split(r"[.;!?\n,。；！？，]", what.text):
+    for clause in re.split(r"[.;!?\n。；！？，]", what.text):
         said = sides_of(clause)
         every |= said
         part = Said((clause,), clause, plain(clause), words_of(clause), what.chinese)

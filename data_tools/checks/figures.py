@@ -12,29 +12,13 @@ from data_tools.checks.terms import Hit, Said, plain, words_of
 from data_tools.items import Conversation, Item, Problem
 from data_tools.records import ANYTHING, Label, Record
 
-_WORDS = [
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
+_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: number for number, word in enumerate(_WORDS, 1)}
 _NUMBERS_ZH = {sign: number for number, sign in enumerate("一二三四五六七八九十", 1)} | {"两": 2}
 _NUMBER_ZH = r"(\d+|[一二两三四五六七八九十])\s*[个处枚颗块条根把只片团节]"
 _BEFORE_ZH = re.compile(_NUMBER_ZH + r"(?:的?[^\d，。；、！？\n的]{0,5}的?)$")
-_AFTER_ZH = re.compile(r"(?:区域)?(?:共|有|约|数为)*\s*" + _NUMBER_ZH)
-_PARTS = frozenset(("region", "regions", "area", "areas", "focus", "foci", "of", "the", "separate"))
-_NOT_COUNTS = frozenset(
-    ("grade", "stage", "type", "level", "phase", "class", "of", "least", "least,")
-)
+_AFTER_ZH = re.compile(r"(?:区域)?(?:[，,]?共|有|约|数为)*\s*" + _NUMBER_ZH)
+_NOT_COUNTS = frozenset(("grade", "stage", "type", "level", "phase", "class", "of", "least"))
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:%|percent|per cent)")
 _LENGTH = re.compile(r"(\d+(?:[.,]\d+)?)\s*(?:mm|cm|millimet|centimet|毫米|厘米|公分)(?![a-z]*\d)")
 _WIDTH, _HEIGHT = re.compile(r"width|wide|宽"), re.compile(r"height|tall|high|高")

@@ -42,3 +42,17 @@ def test_requests_to_a_server_on_loopback(tmp_path):
     assert result["most_in_flight_at_server"] <= 16
     assert 0 < result["share_of_ideal"] <= 1
     assert result["from_the_ledger_a_second"] > 0
+
+
+def test_planted_faults_are_caught_and_true_texts_pass(tmp_path):
+    result = run("planted_faults.py", tmp_path, "--records", "12")
+    assert result["planted"] > 500
+    assert result["caught_share"] >= 0.95
+    assert result["stopped_share"] <= 0.02
+    assert {kind.split()[0] for kind in result["kinds"]} == {
+        "organ",
+        "side",
+        "count",
+        "modality",
+        "size",
+    }
