@@ -112,6 +112,7 @@ setup(
         "gmai_xtuner.configs",
         "gmai_xtuner.examples",
     ],
+    py_modules=["gmai_xtuner_autoload"],
     package_dir={"gmai_xtuner.configs": "configs/gmai_vl", "gmai_xtuner.examples": "examples"},
     package_data={
         "gmai_xtuner.configs": ["_base_/*.py", "variants/*.py", "mixtures/*.yaml"],
@@ -148,7 +149,7 @@ setup(
             "gmai-train = gmai_xtuner.train.__main__:main",
         ],
         # Called by `import torch`; see train/names.py for why, and docs/training.md.
-        "torch.backends": ["gmai_xtuner = gmai_xtuner.train.names:wait_for_xtuner"],
+        "torch.backends": ["gmai_xtuner = gmai_xtuner_autoload:wait_for_xtuner"],
     },
     python_requires=">=3.11,<3.13",
     install_requires=[

@@ -42,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if options.stage == "all":
             return train_all(options)
-        return _train_one(options)
+        config = _config(options.stage)
+        work_dir = options.work_dir or Path("work_dirs", config.stem)
+        return _launch(config.stem, config, work_dir, options.settings, options)
     except (GMAIError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -75,19 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--nproc", type=positive_int, metavar="N", help="GPUs of this machine (default 1)")
     add("--seed", type=int)
-    add("--everything", action="store_true", help="show every line that xtuner prints")
     group = parser.add_argument_group("all: three stages, a converted model, an evaluation")
     group.add_argument("--variant", choices=VARIANTS, default="paper", help="which configs")
     text = "folder of benchmarks that the model is asked at the end (docs/benchmarks.md)"
     group.add_argument("--benchmarks", type=Path, metavar="DIR", help=text)
     return parser
-
-
-def _train_one(options: argparse.Namespace) -> int:
-    config = _config(options.stage)
-    work_dir = options.work_dir or Path("work_dirs", config.stem)
-    settings = options.settings
-    return _launch(config.stem, config, work_dir, settings, options, {}, resume=options.resume)
 
 
 def _config(name: str) -> Path:
@@ -111,22 +105,18 @@ def _launch(
     work_dir: Path,
     settings: Sequence[str],
     options: argparse.Namespace,
-    environment: Mapping[str, str],
-    *,
-    resume: bool,
+    **environment: str,
 ) -> int:
     arguments = [str(config), "--work-dir", str(work_dir), "--deepspeed", options.deepspeed]
-    if resume:
+    if options.resume:
         arguments += ["--resume", str(work_dir)]
     if options.seed is not None:
         arguments += ["--seed", str(options.seed)]
     if settings:
         arguments += ["--cfg-options", *settings]
     if options.nproc:
-        environment = {**environment, "NPROC_PER_NODE": str(options.nproc)}
-    return Launch(
-        title, arguments, work_dir, environment=environment, everything=options.everything
-    ).run()
+        environment["NPROC_PER_NODE"] = str(options.nproc)
+    return Launch(title, arguments, work_dir, environment).run()
 
 
 # --- everything ---------------------------------------------------------------------------------
@@ -143,6 +133,7 @@ def train_all(options: argparse.Namespace) -> int:
     """
     folder = options.work_dir or Path("work_dirs", "gmai_vl")
     folder.mkdir(parents=True, exist_ok=True)
+    options.resume = True
     dirs = [folder / name for name in ("stage1", "stage2", "stage3")]
     environment = {"GMAI_STAGE1": str(dirs[0]), "GMAI_STAGE2": str(dirs[1])}
     begun_with: dict[str, Any] = {name: os.environ.get(name) for name in _BEGUN_WITH}
@@ -157,7 +148,7 @@ def train_all(options: argparse.Namespace) -> int:
         else:
             print(f"{name}: {work_dir}", flush=True)
             settings = begun_with["settings"]
-            status = _launch(name, config, work_dir, settings, options, environment, resume=True)
+            status = _launch(name, config, work_dir, settings, options, **environment)
             if status:
                 return status
         begun_with["trained"] = stored_status(work_dir)["time"]

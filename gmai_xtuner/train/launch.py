@@ -69,7 +69,6 @@ class Launch:
         arguments: what follows ``xtuner train``, with ``--work-dir``.
         work_dir: of the run; the output of ``xtuner`` goes to a file ``train_<time>.log`` there.
         environment: additional variables.
-        everything: show every line.
     """
 
     def __init__(
@@ -77,15 +76,13 @@ class Launch:
         title: str,
         arguments: Sequence[str],
         work_dir: Path,
-        *,
         environment: Mapping[str, str],
-        everything: bool = False,
     ) -> None:
         self.work_dir = work_dir
         self.log = work_dir / f"train_{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}.log"
         self._arguments = ["train", *arguments]
         self._environment = {**environment, LAUNCHER: str(os.getpid())}
-        self._screen = Screen(title, everything=everything)
+        self._screen = Screen(title)
         self._before: dict[str, Any] = {}
         self._signal = 0
         self._signalled = 0.0

@@ -28,13 +28,12 @@ class Screen:
 
     Args:
         title: of the run.
-        everything: show every line as it is.
     """
 
-    def __init__(self, title: str, *, everything: bool = False) -> None:
+    def __init__(self, title: str) -> None:
         self.error = ""
         """The last line that named an error."""
-        self._title, self._everything = title, everything
+        self._title = title
         self._bar: tqdm | None = None
         self._shown_at = 0.0
         self._shows_rest = False
@@ -43,9 +42,6 @@ class Screen:
         """Take one line, without its end."""
         if _ERRORS.match(line):
             self.error = line
-        if self._everything:
-            print(line, flush=True)
-            return
         entry = _ENTRY.match(line)
         if entry is None:
             self._shows_rest = self._shows_rest and line.startswith("  ")

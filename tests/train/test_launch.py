@@ -108,14 +108,14 @@ def test_the_exit_status_and_the_status_file_say_how_a_run_ended(
     assert options == ["--work-dir", "w", "--deepspeed", "zero2", "--cfg-options", "a.b=1", "2"]
 
 
-@pytest.mark.parametrize("does", ["refuse", "syntax"])
-def test_a_start_that_is_refused_leaves_the_status_of_who_owns_the_work_dir(does, xtuner, tmp_path):
-    xtuner[0]("finish")
-    assert main(["stage1_shallow", "--work-dir", "w"]) == 0
-    before = stored_status(tmp_path / "w")
-    xtuner[0](does)
+@pytest.mark.parametrize(("before", "then"), [("touch", "refuse"), ("finish", "syntax")])
+def test_a_start_that_never_began_leaves_a_status_that_is_of_use(before, then, xtuner, tmp_path):
+    xtuner[0](before)
+    main(["stage1_shallow", "--work-dir", "w"])
+    status = stored_status(tmp_path / "w")
+    xtuner[0](then)
     assert main(["stage1_shallow", "--work-dir", "w"]) == 1
-    assert stored_status(tmp_path / "w") == before
+    assert stored_status(tmp_path / "w") == status
 
 
 @pytest.mark.parametrize(("does", "times"), [("wait", 1), ("deaf", 2)])

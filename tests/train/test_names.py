@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+import gmai_xtuner.train
+import gmai_xtuner_autoload
 from gmai_xtuner.core.mixture import load_mixture
 from gmai_xtuner.train.names import CONFIGS, packaged_names
 
@@ -43,6 +45,12 @@ def test_a_base_beside_the_config_goes_before_that_of_the_package(tmp_path):
     (tmp_path / "stage1_shallow.py").write_text("mine = 1\n")
     (tmp_path / "child.py").write_text('_base_ = ["stage1_shallow.py"]\n')
     assert Config.fromfile(tmp_path / "child.py").to_dict() == {"mine": 1}
+
+
+def test_import_torch_survives_a_package_without_names(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gmai_xtuner.train.names", None)
+    monkeypatch.delattr(gmai_xtuner.train, "names")
+    gmai_xtuner_autoload.wait_for_xtuner()
 
 
 @pytest.mark.slow
