@@ -37,7 +37,6 @@ SHORT = (
     "default_hooks.sample_answer.interval=0",
     "train_cfg.max_epochs=None",
     "train_cfg.max_iters=4",
-    "train_dataloader.dataset.max_length=512",
 )
 LOSS_KEYS = {"loss", "lr", "grad_norm", "tokens_per_second", "pack_fill", "images_per_second"}
 
