@@ -66,6 +66,10 @@ SERVE = ["msgspec>=0.19", "starlette>=0.40", "uvicorn>=0.30"]
 EVALUATE = [
     "aiohttp>=3.10",
     "jinja2>=3.1",
+    # METEOR, ROUGE-L and BLEU of reports
+    "nltk>=3.9",
+    "rouge-score>=0.1.2",
+    "sacrebleu>=2.4",
     "openai>=3.0",
     "openpyxl>=3.1",
     "scipy>=1.11",
@@ -124,6 +128,7 @@ setup(
             "evaluate/*.j2",
             "evaluate/*.js",
             "evaluate/*.yaml",
+            "evaluate/benchmarks/maps/*.yaml",
             "evaluate/scoring/*.yaml",
             "*.txt",
             "py.typed",

@@ -44,7 +44,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "tarfile.open": (),
     "shutil.unpack_archive": (),
     "pyarrow.parquet.ParquetFile": (
-        *("gmai_xtuner.core.records", "gmai_xtuner.evaluate.benchmarks.parquet"),
+        *("gmai_xtuner.core.records", "gmai_xtuner.evaluate.benchmarks.rows"),
     ),
     "pyarrow.parquet.read_table": (),
     "pandas.read_parquet": (),
@@ -61,7 +61,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "pyarrow.ipc.open_file": ("gmai_xtuner.data", "gmai_xtuner.preflight.pictures"),
     "pickle.load": ("data_tools.readers.rows", "data_tools.writers.openai_batch"),
     "pickle.loads": ("data_tools.worker",),
-    "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.path_vqa",),  # numbers and texts alone
+    "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.rows",),  # numbers and texts alone
     # By content: forms and tables that travel with the package.
     "yaml.safe_load": (
         *("data_tools.forms.language", "data_tools.lexicon", "gmai_xtuner.evaluate.paper_tables"),

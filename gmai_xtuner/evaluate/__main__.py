@@ -30,7 +30,7 @@ from gmai_xtuner.cli import (
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.evaluate import compare
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, make_answerer
-from gmai_xtuner.evaluate.benchmarks import DEFINITIONS, NAMES, BenchmarkError, find_benchmarks
+from gmai_xtuner.evaluate.benchmarks import NAMES, BenchmarkError, built_in, is_own, survey
 from gmai_xtuner.evaluate.processes import World, world
 from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS
 from gmai_xtuner.evaluate.results import Result, as_json
@@ -94,7 +94,7 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
     with world() as processes:
         # Every benchmark that can be asked and scored, before a model is loaded.
         prepared: list[Prepared] = []
-        for target in _targets(options):
+        for target in _targets(options, failures):
             try:
                 needs = not options.score_only
                 prepared.append(prepare(target, how, require_images=needs, rank=processes.rank))
@@ -172,16 +172,20 @@ def _report(
     return 1 if failures else 3 if unread else 0 if complete else 1
 
 
-def _targets(options: argparse.Namespace) -> list[Target]:
+def _targets(options: argparse.Namespace, failures: list[str]) -> list[Target]:
+    """Return what is asked; of a folder all that lies there, and add what can't be asked to the failures."""
     if options.benchmark != ALL:
         return [Target(options.benchmark, options.data, options.variant)]
-    found = find_benchmarks(options.data)
-    if not found:
+    found = survey(options.data)
+    for note in found.notes:
+        logging.warning("%s", note)
+    if not found.benchmarks:
         raise BenchmarkError(
             f"no benchmark found under {options.data}. Known are {', '.join(NAMES)}, in the files their "
-            "authors ship"
+            f"authors ship, and your own with a column map. {' '.join(found.faults[:3])}".rstrip()
         )
-    return [Target(one.name, one.data, one.variant) for one in found]
+    failures += found.faults
+    return [Target(one.name, one.data, one.variant) for one in found.benchmarks]
 
 
 def _judge(options: argparse.Namespace, out: Path) -> Answerer | None:
@@ -211,7 +215,7 @@ def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
 
 
 def _list_protocols(stdout: TextIO) -> int:
-    for one in (one for definition in DEFINITIONS.values() for one in definition.protocols):
+    for one in (one for found in built_in().values() for one in found.asked()):
         n = "" if one.expected is None else f", n = {one.expected:,}"
         also = f" (also {', '.join(one.also)})" if one.also else ""
         stdout.write(
@@ -225,9 +229,14 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.variant is not None:
         if options.benchmark == ALL:
             parser.error("--variant needs one --benchmark")
-        if options.variant not in DEFINITIONS[options.benchmark].variants:
-            known = ", ".join(DEFINITIONS[options.benchmark].variants)
+        found = built_in().get(options.benchmark)
+        if found and options.variant not in found.variants:
+            known = ", ".join(found.variants)
             parser.error(f"--variant {options.variant}: {options.benchmark} has {known}")
+    if options.data is None and not is_own(options.benchmark):
+        parser.error(
+            f"--benchmark {options.benchmark} needs --data, the folder or file of its questions"
+        )
     if options.benchmark == ALL and options.protocol and options.protocol != [ALL]:
         parser.error("--benchmark all takes each benchmark's default protocols, or --protocol all")
     if (options.judge is None) != (options.judge_model is None):
@@ -244,9 +253,14 @@ def _parser() -> argparse.ArgumentParser:
     models = "an export, a transformers model (folder or hub name), or a name at --endpoint"
     add("model", help=models)
     names = (*NAMES, ALL)
-    add("--benchmark", required=True, choices=names, metavar="NAME", help=", ".join(names))
-    data = "the authors' files: a folder, or the annotation file"
-    add("--data", required=True, type=Path, help=data)
+    add(
+        "--benchmark",
+        required=True,
+        type=_benchmark,
+        metavar="NAME",
+        help=f"{', '.join(names)}; or the file of your own: a column map (YAML), or data with one beside it",
+    )
+    add("--data", type=Path, help="the authors' files: a folder, or the annotation file")
     add("--variant", help="part or language, e.g. zh of slake; default: the benchmark's first")
     several: dict[str, Any] = {"nargs": "+", "default": []}
     add("--protocol", metavar="P", help="one or several, or all; see the verb protocols", **several)
@@ -299,6 +313,14 @@ def _parser() -> argparse.ArgumentParser:
     option = "--judge-api-key-env"
     add_api_key_argument(group, key.format("its"), option=option)
     return parser
+
+
+def _benchmark(text: str) -> str:
+    if text not in (*NAMES, ALL) and not is_own(text):
+        raise argparse.ArgumentTypeError(
+            f"no benchmark is called {text!r}: {', '.join((*NAMES, ALL))}, or the file of your own"
+        )
+    return text
 
 
 def _temperature(text: str) -> float | None:

@@ -4,7 +4,7 @@
 
 A score is comparable only with scores of the same protocol: the same questions, the same words around them,
 the same rules of scoring. Published numbers mix protocols; ``docs/benchmarks.md`` says whose is which. Each
-benchmark's own are in its file.
+benchmark's own are in its column map.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Questions = Literal["all", "yes_no", "closed", "open", "options"]
 """Which questions count: all; those answered by yes or no; those that the authors call closed, or open; those
 with options."""
 
-Words = Literal["llava", "vlmevalkit", "short", "short_zh"]
+Words = Literal["llava", "vlmevalkit", "short", "short_zh", "none"]
 """The words of a prompt: see :meth:`Protocol.prompt`."""
 
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -102,14 +102,19 @@ class Protocol:
         ``llava`` (LLaVA-1.5, MMMU and HuatuoGPT-Vision): question, lines "A. ...", then
         :data:`LETTER_INSTRUCTION`; without options :data:`SHORT_INSTRUCTION`. ``vlmevalkit``: its default
         for multiple choice, "Question: ...", "Options:", lines, :data:`VLMEVALKIT_INSTRUCTION`. ``short``:
-        without options, in English or Chinese (``short_zh``).
+        without options, in English or Chinese (``short_zh``). ``none``: no
+        instruction, for questions that are whole requests.
         """
+        if self.words == "none" and not question.options:
+            return question.text
         if not question.options:
             instruction = SHORT_INSTRUCTION_ZH if self.words == "short_zh" else SHORT_INSTRUCTION
             return f"{question.text}\n{instruction}"
         options = "\n".join(f"{letter}. {text}" for letter, text in question.lettered().items())
         if self.words == "vlmevalkit":
             return f"Question: {question.text}\nOptions:\n{options}\n{VLMEVALKIT_INSTRUCTION}"
+        if self.words == "none":
+            return f"{question.text}\n{options}"
         return f"{question.text}\n{options}\n{LETTER_INSTRUCTION}"
 
     def score(self, question: Question, answer_text: str, *, scorer: str | None = None) -> Score:
@@ -215,85 +220,38 @@ def ask_for(
     return Asked(protocol, selected[:limit], len(selected), max_new_tokens)
 
 
-CHOICE_ALSO = ("option_letter", "option_text", "vlmevalkit", "huatuogpt")
+_CHOICE_ALSO = ("option_letter", "option_text", "vlmevalkit", "huatuogpt")
 
-_VQA_DESCRIPTIONS: Mapping[Questions, str] = {
-    "yes_no": "questions answered by yes or no, as HuatuoGPT-Vision counts them",
-    "closed": "questions that the authors call CLOSED, as LLaVA-Med counts them",
-    "open": "questions that are not closed: share of the gold answer's words that were said",
-    "all": "all questions: closed ones right or wrong, open ones by token recall",
-}
-_VQA_SCORERS: Mapping[Questions, tuple[str, tuple[str, ...]]] = {
-    "yes_no": ("yes_no", ("exact_match", "llava_med")),
-    "closed": ("closed", ("exact_match", "llava_med")),
-    "open": ("token_recall", ("exact_match", "token_f1", "llava_med")),
-    "all": (
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How questions of a kind are scored where a protocol says nothing else."""
+
+    scorer: str
+    also: tuple[str, ...]
+    description: str
+
+
+SCORING: Mapping[Questions, Scoring] = {
+    "options": Scoring("choice", _CHOICE_ALSO, "questions with options"),
+    "yes_no": Scoring(
+        "yes_no",
+        ("exact_match", "llava_med"),
+        "questions answered by yes or no, as HuatuoGPT-Vision counts them",
+    ),
+    "closed": Scoring(
+        "closed",
+        ("exact_match", "llava_med"),
+        "questions that the authors call CLOSED, as LLaVA-Med counts them",
+    ),
+    "open": Scoring(
+        "token_recall",
+        ("exact_match", "token_f1", "llava_med"),
+        "questions that are not closed: share of the gold answer's words that were said",
+    ),
+    "all": Scoring(
         "closed_or_recall",
         ("closed_or_exact", "closed_or_f1", "token_recall", "exact_match", "llava_med"),
+        "all questions: closed ones right or wrong, open ones by token recall",
     ),
 }
-
-
-def vqa_protocols(
-    benchmark: str,
-    variant: str,
-    table: tuple[str, ...],
-    counts: Mapping[Questions, tuple[str, int]],
-    *,
-    words: Words = "short",
-) -> tuple[Protocol, ...]:
-    """Return the protocols of a set without options; arguments as of :class:`Protocol`.
-
-    Args:
-        counts: which questions -> name of the protocol, and number of questions in the authors' files.
-    """
-    macro = (Average("macro", "answer_type"),) if "answer_type" in table else ()
-    return tuple(
-        Protocol(
-            name=name,
-            version=VERSION,
-            benchmark=benchmark,
-            variant=variant,
-            description=_VQA_DESCRIPTIONS[kind],
-            expected=expected,
-            scorer=_VQA_SCORERS[kind][0],
-            also=_VQA_SCORERS[kind][1],
-            averages=(MICRO, *macro) if kind == "all" else (MICRO,),
-            table=table,
-            questions=kind,
-            words=words,
-        )
-        for kind, (name, expected) in counts.items()
-    )
-
-
-def choice_protocol(
-    benchmark: str,
-    variant: str,
-    name: str,
-    expected: int | None,
-    description: str,
-    *,
-    macro: tuple[str, ...] = (),
-    table: tuple[str, ...] = (),
-    words: Words = "llava",
-) -> Protocol:
-    """Return a protocol of a set with options; arguments as of :class:`Protocol`.
-
-    Args:
-        macro: keys of the groups that macro averages are over.
-    """
-    return Protocol(
-        name=name,
-        version=VERSION,
-        benchmark=benchmark,
-        variant=variant,
-        description=description,
-        expected=expected,
-        scorer="choice",
-        also=CHOICE_ALSO,
-        averages=(MICRO, *(Average("macro", over) for over in macro)),
-        table=table or macro,
-        questions="options",
-        words=words,
-    )

@@ -25,10 +25,9 @@ from gmai_xtuner.core.errors import EvaluationError, GMAIError
 from gmai_xtuner.evaluate import judge as judging
 from gmai_xtuner.evaluate.answerers import Answerer
 from gmai_xtuner.evaluate.benchmarks import (
-    DEFINITIONS,
     Benchmark,
     BenchmarkError,
-    find_protocol,
+    choose_protocol,
     load_benchmark,
 )
 from gmai_xtuner.evaluate.controls import controls_of, measure
@@ -75,10 +74,10 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A benchmark and where its files are."""
+    """A benchmark, by its name or by the file of a user's own, and where its files are."""
 
     name: str
-    data: Path
+    data: Path | None
     variant: str | None = None
 
 
@@ -154,10 +153,9 @@ def prepare(
 
 def _protocols(benchmark: Benchmark, options: Options) -> list[Protocol]:
     if ALL in options.protocols:
-        protocols = DEFINITIONS[benchmark.name].protocols
-        return [one for one in protocols if one.variant == benchmark.variant]
+        return [one for one in benchmark.protocols if one.variant == benchmark.variant]
     names: tuple[str | None, ...] = options.protocols or (None,)
-    return [find_protocol(benchmark.name, name, variant=benchmark.variant) for name in names]
+    return [choose_protocol(benchmark.protocols, name, variant=benchmark.variant) for name in names]
 
 
 def _other_scorers(protocol: Protocol, options: Options) -> list[str]:
@@ -456,7 +454,7 @@ def _judge(
 
 def _submit(store: AnswerStore, benchmark: Benchmark, scored: Sequence[Scored]) -> None:
     """Write the file that the authors of GMAI-MMBench evaluate, once all of TEST has an answer."""
-    from gmai_xtuner.evaluate.benchmarks.gmai_mmbench import write_submission
+    from gmai_xtuner.evaluate.benchmarks.submission import write_submission
 
     answers = {one.question.id: one.answer.answer for one in scored}
     try:

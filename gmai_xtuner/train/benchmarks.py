@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
-from gmai_xtuner.evaluate.answerers.local import read_ahead
-from gmai_xtuner.evaluate.benchmarks import NAMES, find_benchmarks
+from gmai_xtuner.evaluate.answerers.local import Said, read_ahead
+from gmai_xtuner.evaluate.benchmarks import NAMES, find_benchmarks, is_own
 from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import Asked
 from gmai_xtuner.evaluate.results import Scored, average_of, score_all
@@ -38,8 +39,6 @@ from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
 from gmai_xtuner.generate import GREEDY, Predictor, Prompt, user_turn
 
 OPTIONS = ("benchmark", "data", "variant", "protocol", "limit", "max_new_tokens")
-MAX_NEW_TOKENS = 64
-"""Tokens of an answer in training, where every rank waits for the longest."""
 
 
 @DATASETS.register_module()
@@ -74,24 +73,21 @@ class BenchmarkQuestions:
 def _benchmarks(
     benchmarks: str | Mapping[str, Mapping[str, Any]],
 ) -> Mapping[str, Mapping[str, Any]]:
-    if isinstance(benchmarks, Mapping):
-        if not benchmarks:
-            raise GMAIError(
-                "no benchmark is named: give name -> dict(data=...), or a folder of them"
-            )
+    if isinstance(benchmarks, Mapping) and benchmarks:
         return benchmarks
-    if not Path(benchmarks).is_dir():
+    if isinstance(benchmarks, Mapping) or not Path(benchmarks).is_dir():
         raise GMAIError(
             f"no folder of benchmarks at {benchmarks!r}: name it in the environment variable "
-            "GMAI_BENCHMARKS, or with --cfg-options test_dataloader.dataset.benchmarks=FOLDER"
+            "GMAI_BENCHMARKS, or with --cfg-options test_dataloader.dataset.benchmarks=FOLDER; or give "
+            "name -> dict(data=...)"
         )
     found = find_benchmarks(Path(benchmarks))
     if not found:
         raise GMAIError(f"no benchmark lies under {benchmarks!r}. Known are {', '.join(NAMES)}")
     return {
-        f"{one.name}_{one.variant}": {
+        f"{Path(one.name).stem}_{one.variant}": {
             "benchmark": one.name,
-            "data": str(one.data),
+            "data": one.data,
             "variant": one.variant,
         }
         for one in found
@@ -99,19 +95,20 @@ def _benchmarks(
 
 
 def _prepare(name: str, options: Mapping[str, Any], limit: int | None) -> Asked:
-    if set(options) - set(OPTIONS) or "data" not in options:
+    benchmark, data = options.get("benchmark", name), options.get("data")
+    if set(options) - set(OPTIONS) or (data is None and not is_own(benchmark)):
         raise GMAIError(
             f"benchmark {name!r} takes {', '.join(OPTIONS)} and needs data, got {dict(options)}"
         )
     limits = [number for number in (limit, options.get("limit")) if number is not None]
     protocol = options.get("protocol")
     prepared = prepare(
-        Target(options.get("benchmark", name), Path(options["data"]), options.get("variant")),
+        Target(benchmark, None if data is None else Path(data), options.get("variant")),
         Options(
             Path(),
             (protocol,) if protocol else (),
             limit=min(limits, default=None),
-            max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
+            max_new_tokens=options.get("max_new_tokens"),
         ),
         rank=get_dist_info()[0],
     )
@@ -127,19 +124,12 @@ def _prepare(name: str, options: Mapping[str, Any], limit: int | None) -> Asked:
 
 @dataclass(frozen=True)
 class BenchmarkAnswers:
-    """What one benchmark came to, on every rank.
-
-    Args:
-        name: of the benchmark, as its numbers get it.
-        asked: protocol and questions.
-        scored: questions with answers.
-        unanswered: how many could not be asked.
-    """
+    """What one benchmark came to, on every rank; ``missing`` counts why questions have no answer."""
 
     name: str
     asked: Asked
     scored: list[Scored]
-    unanswered: int
+    missing: Mapping[str, int]
 
 
 @METRICS.register_module()
@@ -147,8 +137,9 @@ class BenchmarkScore(BaseMetric):
     """Scores of the protocols.
 
     ``<benchmark>/accuracy`` is the protocol's headline average, ``<benchmark>/unparsed`` the share of
-    answers that the scorer did not understand, ``<benchmark>/unanswered`` how many questions could not
-    be asked (only where there are any); further averages have their names. Prefixed by ``test`` or ``val``.
+    answers that the scorer did not understand, ``<benchmark>/unanswered`` how many questions have no answer,
+    since it was cut or empty or they could not be asked (only where there are any); further averages have
+    their names. Prefixed by ``test`` or ``val``.
 
     Args:
         prefix: of the names; default ``test``.
@@ -187,8 +178,8 @@ def _numbers(answers: BenchmarkAnswers) -> dict[str, float]:
             numbers["accuracy" if place == 0 else average.name.replace(" ", "_")] = cell.value
         if place == 0:
             numbers["unparsed"] = cell.unparsed
-    if answers.unanswered:
-        numbers["unanswered"] = float(answers.unanswered)
+    if answers.missing:
+        numbers["unanswered"] = float(sum(answers.missing.values()))
     return {f"{answers.name}/{name}": value for name, value in numbers.items()}
 
 
@@ -212,8 +203,8 @@ class RankedPredictor(Predictor):
     @torch.no_grad()
     def answers(
         self, prompts: Sequence[Prompt | None], *, max_new_tokens: int, synced: bool
-    ) -> list[str | None]:
-        """Greedy answers; None for what can't be asked.
+    ) -> list[Said | None]:
+        """Greedy answers, each with whether it was cut; None for what can't be asked.
 
         Args:
             prompts: equally many on every rank; None stands for one that only keeps the rank in step.
@@ -232,7 +223,7 @@ class RankedPredictor(Predictor):
             # Ranks generate equally often; one with fewer groups makes a token that nobody reads.
             most = max(all_gather_object(len(groups)))
             groups += [(1, [])] * (most - len(groups))
-        answers: list[str | None] = [None] * len(prompts)
+        answers: list[Said | None] = [None] * len(prompts)
         for room, numbers in groups:
             rows = [embeds[number] for number in numbers] or embeds[:1]
             output = self.model.llm.generate(
@@ -240,7 +231,8 @@ class RankedPredictor(Predictor):
             )
             for number, ids in zip(numbers, output, strict=False):
                 if prompts[number] is not None and not too_long[number]:
-                    answers[number] = self._decode(ids)
+                    is_cut = not set(self.stop_ids) & set(ids.tolist())
+                    answers[number] = (self._decode(ids), is_cut)
         return answers
 
 
@@ -275,15 +267,17 @@ class RankedAnswerer:
                 else Prompt((user_turn(job.prompt, len(own)),), tuple(own))
                 for job, own in zip(batch, images, strict=True)
             ]
-            texts = self.predictor.answers(
+            said = self.predictor.answers(
                 prompts, max_new_tokens=batch[0].max_new_tokens, synced=world_size > 1
             )
             for own in images:
                 if isinstance(own, ImageError):
                     print_log(str(own), "current", logging.WARNING)
             yield [
-                Given(job, text, problem="" if text is not None else "cannot_be_asked")
-                for job, text in zip(batch, texts, strict=True)
+                Given(job, one[0], ended="length" if one[1] else "stop")
+                if one is not None
+                else Given(job, None, problem="cannot_be_asked")
+                for job, one in zip(batch, said, strict=True)
             ]
 
 
@@ -303,7 +297,11 @@ def ask_benchmarks(
         jobs = (job for _, job in asked.jobs())
         answers, _ = answer_all(jobs, answerer, world=World(rank, size=size))
         scored, missing = score_all(asked, answers)
-        found = BenchmarkAnswers(name, asked, scored, len(missing))
+        reasons = Counter(answer.problem if answer else "cannot_be_asked" for _, answer in missing)
+        if reasons:
+            told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+            print_log(f"Benchmark {name}: no answer to {told}", "current", logging.WARNING)
+        found = BenchmarkAnswers(name, asked, scored, reasons)
         evaluator.process(data_samples=[found])
     return evaluator.evaluate(len(questions))
 

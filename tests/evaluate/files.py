@@ -43,6 +43,13 @@ def json_file(path: Path, records: object) -> Path:
     return path
 
 
+def jsonl_file(path: Path, records: Sequence[object]) -> Path:
+    """Write a file of JSON lines with its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    return path
+
+
 def csv_file(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
     """Write a CSV file with its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +129,20 @@ def omnimedvqa_record(question_id: str, **changes: Any) -> dict[str, Any]:
     }
 
 
+def medxpertqa_record(identifier: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": identifier,
+        "question": "What is it?\nAnswer Choices: (A) option A (B) option B",
+        "options": {letter: f"option {letter}" for letter in "ABCDE"},
+        "label": "B",
+        "images": [f"{identifier}-a.jpeg"],
+        "medical_task": "Diagnosis",
+        "body_system": "Skeletal",
+        "question_type": "Reasoning",
+        **changes,
+    }
+
+
 def huatuo_record(**changes: Any) -> dict[str, Any]:
     return {
         "question": "Is there a fracture?",
@@ -171,6 +192,15 @@ def gmai_test_part(folder: Path, part: int, *indices: int, **changes: str) -> Pa
         for row in (GMAI_HEADER, *(gmai_row(index, index, **changes) for index in indices))
     )
     return tsv_file(folder / f"GMAI_mm_bench_TEST_part_{part}.tsv", header, rows)
+
+
+SUBJECTS = (
+    "Basic_Medical_Science",
+    "Clinical_Medicine",
+    "Diagnostics_and_Laboratory_Medicine",
+    "Pharmacy",
+    "Public_Health",
+)
 
 
 def mmmu_row(part: str, subject: str, number: int, **changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.benchmarks import DEFINITIONS, find_protocol
+from gmai_xtuner.evaluate.benchmarks import built_in, find_protocol
 from gmai_xtuner.evaluate.protocols import Average, ProtocolError
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.scoring import SCORERS
@@ -66,7 +66,7 @@ def test_defaults_and_names() -> None:
         Average("macro", "modality"),
     )
     assert find_protocol("huatuo").name == "collection-17298"
-    counts = [one.expected for one in DEFINITIONS["huatuo"].protocols]
+    counts = [one.expected for one in built_in()["huatuo"].asked()]
     assert counts == [17298, 251, 416, 3362, 2000, 11124, 145]
 
 
@@ -105,8 +105,8 @@ def test_several_scorers_on_one_answer() -> None:
 
 
 def test_every_protocol_is_whole() -> None:
-    for benchmark, definition in DEFINITIONS.items():
-        protocols = definition.protocols
+    for benchmark, found in built_in().items():
+        protocols = found.asked()
         assert len({one.name for one in protocols}) == len(protocols)
         for one in protocols:
             assert one.benchmark == benchmark
@@ -119,8 +119,8 @@ def test_every_protocol_is_whole() -> None:
 
 def test_the_page_names_every_protocol_and_scorer() -> None:
     page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    for definition in DEFINITIONS.values():
-        for one in definition.protocols:
+    for found in built_in().values():
+        for one in found.asked():
             assert f"`{one.name}`" in page, one.name
     for name in SCORERS:
         assert f"`{name}`" in page, name

@@ -1,53 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Benchmarks in the files their authors ship -> questions.
+"""Benchmarks in the files their authors ship, or in a user's own -> questions.
 
-``load_benchmark("slake", folder, variant="zh").questions``
+``load_benchmark("slake", folder, variant="zh").questions``, ``load_benchmark("my_set.yaml").questions``
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gmai_xtuner.evaluate.benchmarks.definition import Definition, Form, Found, Header
-from gmai_xtuner.evaluate.benchmarks.gmai_mmbench import GMAI_MMBENCH
-from gmai_xtuner.evaluate.benchmarks.huatuo import HUATUO
-from gmai_xtuner.evaluate.benchmarks.mmmu import MMMU_HEALTH
-from gmai_xtuner.evaluate.benchmarks.omnimedvqa import OMNIMEDVQA
-from gmai_xtuner.evaluate.benchmarks.path_vqa import PATH_VQA
-from gmai_xtuner.evaluate.benchmarks.pmc_vqa import PMC_VQA
-from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, BenchmarkError, Collector
-from gmai_xtuner.evaluate.benchmarks.slake import SLAKE
-from gmai_xtuner.evaluate.benchmarks.vqa_rad import VQA_RAD
+from gmai_xtuner.evaluate.benchmarks.build import read_files
+from gmai_xtuner.evaluate.benchmarks.maps import NAMES, Layout, Map, built_in, read_map
+from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, BenchmarkError
+from gmai_xtuner.evaluate.benchmarks.rows import SUFFIXES, lowered, read_columns
 from gmai_xtuner.evaluate.protocols import Protocol, ProtocolError
 
-DEFINITIONS: Mapping[str, Definition] = {
-    one.name: one
-    for one in (
-        VQA_RAD,
-        SLAKE,
-        PMC_VQA,
-        OMNIMEDVQA,
-        GMAI_MMBENCH,
-        MMMU_HEALTH,
-        PATH_VQA,
-        HUATUO,
-    )
-}
-"""Every benchmark by its name; a new one is registered here."""
+__all__ = ["NAMES", "Benchmark", "BenchmarkError", "built_in", "load_benchmark"]
 
-NAMES = tuple(DEFINITIONS)
-
-_BEGINNING = 1 << 20
-_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".pkl")
 _IMAGE_FOLDER = re.compile(r"^(?:imgs?|images?|figures?)(?:_\d+)?$|image[_ ]folder$", re.IGNORECASE)
-_PART = re.compile(r"(part_?)(\d+)", re.IGNORECASE)
+_PART = re.compile(r"part_?(\d+)", re.IGNORECASE)
+_MAPS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +35,48 @@ class FoundBenchmark:
     data: Path
 
 
-def load_benchmark(
-    name: str, data: Path, *, variant: str | None = None, require_images: bool = True
-) -> Benchmark:
-    """Read one benchmark from its authors' files or from a TSV of VLMEvalKit.
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What lies under a folder.
 
     Args:
-        name: one of :data:`NAMES`.
-        data: the folder that holds the authors' files, or the annotation file.
+        benchmarks: each variant once.
+        faults: files of questions that can't be asked, and why.
+        notes: what else was passed over.
+    """
+
+    benchmarks: tuple[FoundBenchmark, ...]
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """The benchmark and the layout of a file, and the variants that it is."""
+
+    found: Map
+    layout: Layout
+    variants: tuple[str, ...]
+
+
+def is_own(name: str) -> bool:
+    """Tell whether a benchmark is named by a file: a column map, or data with a map beside."""
+    return Path(name).suffix.lower() in (*_MAPS, *SUFFIXES)
+
+
+def load_benchmark(
+    name: str,
+    data: Path | None = None,
+    *,
+    variant: str | None = None,
+    require_images: bool = True,
+) -> Benchmark:
+    """Read one benchmark.
+
+    Args:
+        name: one of :data:`NAMES`; or the path of a column map, or of data with a map of its name beside.
+        data: the folder that holds the authors' files, or the annotation file; of an own benchmark by
+            default the files that its map names.
         variant: one of the benchmark's; the first of them where None, or the one that a single file is.
         require_images: leave out questions whose image file is missing and count them under
             ``"missing_image"``; False keeps them and looks for no image, for work on the text alone.
@@ -75,31 +85,29 @@ def load_benchmark(
         BenchmarkError: nothing of that benchmark at that place, a file of another benchmark, or a file
             that can't be read; the message names it.
     """
-    if name not in DEFINITIONS:
-        raise BenchmarkError(f"no benchmark is called {name!r}. There are {', '.join(NAMES)}.")
-    definition = DEFINITIONS[name]
-    if variant is not None and variant not in definition.variants:
+    found = _map_of(name)
+    own = name not in NAMES
+    if variant is not None and variant not in found.variants:
         raise BenchmarkError(
-            f"{name} has no variant {variant!r}. There are {', '.join(definition.variants)}."
+            f"{found.name} has no variant {variant!r}. There are {', '.join(found.variants)}."
         )
-    data = Path(data)
-    if not data.exists():
-        raise BenchmarkError(f"{str(data)!r} does not exist. {name} is {definition.files}.")
-    if data.is_file():
-        paths: Sequence[Path] = [data]
-        form, variant = _single_file(definition, data, variant)
+    if not own and (data is None or not data.exists()):
+        where = "Its files are needed" if data is None else f"{str(data)!r} does not exist"
+        raise BenchmarkError(f"{where}: {name} is {found.files}.")
+    if own:
+        layout, variant = found.layouts[0], variant or found.variants[0]
+        paths: Sequence[Path] = _own_paths(found, Path(name), data)
+    elif data is not None and data.is_file():
+        layout, variant = _single_file(found, data, variant)
+        paths = [data]
     else:
-        variant = variant or definition.variants[0]
-        paths, form = _in_folder(definition, data, variant)
-    roots = {
-        os.path.abspath([*path.parents, Path("/")][form.images_up])
-        for path in map(Path.absolute, paths)
-    }
-    return form.read(paths, Collector(name, variant, require_images=require_images, roots=roots))
+        variant = variant or found.variants[0]
+        layout, paths = _in_folder(found, Path(data or ""), variant)
+    return read_files(found, layout, paths, variant, require_images=require_images, strict=own)
 
 
-def find_benchmarks(folder: Path) -> tuple[FoundBenchmark, ...]:
-    """Return every benchmark under a folder, each variant once, in the order of :data:`NAMES`.
+def survey(folder: Path) -> Survey:
+    """Find every benchmark under a folder, own ones with a column map among them.
 
     Where both the authors' files and a table of VLMEvalKit lie there, the authors' files are taken, and of
     several copies the first by name. Of the HuatuoGPT-Vision collection the whole is named, not its parts.
@@ -107,208 +115,278 @@ def find_benchmarks(folder: Path) -> tuple[FoundBenchmark, ...]:
     Raises:
         BenchmarkError: the folder does not exist.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise BenchmarkError(f"{str(folder)!r} is no folder.")
-    places: dict[tuple[str, str], list[tuple[Path, Found]]] = {}
-    for path in _walk(folder):
-        for name, found in recognise(path)[1].items():
-            if found.needs == "nothing":
-                for variant in found.variants:
-                    places.setdefault((name, variant), []).append((path, found))
+    own, faults, taken = _own_benchmarks(folder)
+    notes: list[str] = []
+    places: dict[tuple[str, str], list[tuple[bool, Path]]] = {}
+    for path in _walk(folder, SUFFIXES):
+        if path in taken:
+            continue
+        try:
+            fit = recognise(path)
+        except BenchmarkError as error:
+            faults.append(f"passed over: {error}")
+            continue
+        if fit is None:
+            (faults if _has_questions(path) else notes).append(f"passed over: {_describe(path)}")
+            continue
+        for variant in fit.variants:
+            is_table = fit.layout is fit.found.layouts[-1] and len(fit.found.layouts) > 1
+            place = (is_table, _place(path, fit.layout))
+            places.setdefault((fit.found.name, variant), []).append(place)
     result = []
-    for name, definition in DEFINITIONS.items():
-        for variant in definition.variants:
-            if files := places.get((name, variant)):
-                path, found = min(files, key=lambda file: file[1].form == "table")
-                form = definition.forms[found.form]
-                result.append(FoundBenchmark(name, variant, _place(path, form)))
-    return tuple(result)
+    for name, found in built_in().items():
+        for variant in (one for one in found.variants if (name, one) in places):
+            first, *others = dict.fromkeys(path for _, path in sorted(places[name, variant]))
+            result.append(FoundBenchmark(name, variant, first))
+            notes += [
+                f"passed over: {name} {variant} in {one}, for that in {first}" for one in others
+            ]
+    return Survey((*result, *own), tuple(faults), tuple(notes))
+
+
+def find_benchmarks(folder: Path) -> tuple[FoundBenchmark, ...]:
+    """Return every benchmark under a folder; see :func:`survey`."""
+    return survey(folder).benchmarks
 
 
 def find_protocol(
     name: str, protocol: str | None = None, *, variant: str | None = None
 ) -> Protocol:
-    """Look a protocol up.
-
-    Args:
-        name: of the benchmark, one of :data:`NAMES`.
-        protocol: its name; None takes the default of the variant.
-        variant: None takes the one that the protocol belongs to, or the benchmark's first.
+    """Look a protocol of a built-in benchmark up; see :func:`choose_protocol`.
 
     Raises:
         ProtocolError: no such benchmark, protocol or variant; the message lists those there are.
     """
-    if name not in DEFINITIONS:
+    if name not in NAMES:
         raise ProtocolError(f"no benchmark is called {name!r}. There are {', '.join(NAMES)}.")
-    definition = DEFINITIONS[name]
+    found = built_in()[name]
     if protocol is None:
-        variant = variant or definition.variants[0]
-    for one in definition.protocols:
-        if protocol in (None, one.name) and variant in (None, one.variant):
+        variant = variant or found.variants[0]
+    return choose_protocol(found.asked(), protocol, variant=variant)
+
+
+def choose_protocol(
+    protocols: Sequence[Protocol], name: str | None, *, variant: str | None
+) -> Protocol:
+    """Return a protocol of a benchmark.
+
+    Args:
+        protocols: the benchmark's.
+        name: of the protocol; None takes the variant's first.
+        variant: None takes the one that the protocol belongs to.
+
+    Raises:
+        ProtocolError: there is none; the message lists those there are.
+    """
+    for one in protocols:
+        if name in (None, one.name) and variant in (None, one.variant):
             return one
-    listed = ", ".join(f"{one.name} ({one.variant})" for one in definition.protocols)
-    wanted = f"protocol {protocol!r}" if protocol else "protocol"
+    listed = ", ".join(f"{one.name} ({one.variant})" for one in protocols)
+    wanted = f"protocol {name!r}" if name else "protocol"
     of_variant = f" for the variant {variant!r}" if variant else ""
-    raise ProtocolError(f"{name} has no {wanted}{of_variant}. There are {listed}.")
+    raise ProtocolError(
+        f"{protocols[0].benchmark} has no {wanted}{of_variant}. There are {listed}."
+    )
+
+
+# A user's own benchmark
+
+
+def _map_of(name: str) -> Map:
+    if name in NAMES:
+        return built_in()[name]
+    path = Path(name)
+    if path.suffix.lower() in _MAPS:
+        return read_map(path)
+    if not is_own(name):
+        raise BenchmarkError(
+            f"no benchmark is called {name!r}. There are {', '.join(NAMES)}; your own is named by its file."
+        )
+    for suffix in _MAPS:
+        if path.with_suffix(suffix).is_file():
+            return read_map(path.with_suffix(suffix))
+    raise BenchmarkError(
+        f"{str(path)!r} has no column map: write {path.stem}.yaml beside it, with name, question, answer and "
+        "what else docs/evaluation.md says under 'A benchmark of your own'."
+    )
+
+
+def _own_paths(found: Map, named: Path, data: Path | None) -> list[Path]:
+    """Return the files of an own benchmark, which was named by its map or by one of them."""
+    folder = data if data is not None and data.is_dir() else named.parent
+    if data is not None and not data.is_dir():
+        paths = [data]
+    elif named.suffix.lower() not in _MAPS:
+        paths = [named]
+    elif found.files:
+        patterns = (found.files,) if isinstance(found.files, str) else found.files
+        paths = [one for key in patterns for one in sorted(folder.glob(key)) or [folder / key]]
+    else:
+        beside = (folder / f"{named.stem}{suffix}" for suffix in SUFFIXES)
+        paths = [path for path in beside if path.is_file()]
+        if len(paths) != 1:
+            raise BenchmarkError(
+                f"{str(named)!r} is about one file of its name, there are {[one.name for one in paths]}. "
+                "Write the file, relative to the map, under files."
+            )
+    for path in paths:
+        if not path.is_file():
+            raise BenchmarkError(f"{str(path)!r} is not there, and {str(named)!r} is about it.")
+    return paths
+
+
+def _own_benchmarks(folder: Path) -> tuple[list[FoundBenchmark], list[str], set[Path]]:
+    """Return the own benchmarks of a folder, what is wrong with others, and the files that are theirs."""
+    found: list[FoundBenchmark] = []
+    faults: list[str] = []
+    taken: set[Path] = set()
+    for path in _walk(folder, _MAPS):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if not re.search(r"(?m)^(question|request|layouts|like)\s*:", text):
+            continue
+        try:
+            one = read_map(path)
+            taken |= set(_own_paths(one, path, None))
+            found += [FoundBenchmark(str(path), variant, path) for variant in one.variants]
+        except BenchmarkError as error:
+            faults.append(f"passed over: {error}")
+    return found, faults, taken
+
+
+def _has_questions(path: Path) -> bool:
+    """Tell whether a file holds questions that are no other part of a known benchmark."""
+    columns = set(read_columns(path))
+    layouts = [one for found in built_in().values() for one in found.layouts if not one.base64]
+    known = any(one.header and columns >= set(one.header) for one in layouts)
+    return "question" in {name.lower() for name in columns} and not known
 
 
 # Which benchmark a file is, by what stands in it, not by its name alone
 
 
-def recognise(path: Path) -> tuple[Header | None, dict[str, Found]]:
-    """Return the head of a file and the benchmarks that it may be of, by their names.
+def recognise(path: Path) -> _Fit | None:
+    """Return the benchmark that a file belongs to; None where it is of none that is known.
 
-    The head is None for a file that can't be read. Of a file that says what it is there is one benchmark.
+    Raises:
+        BenchmarkError: it can't be read.
     """
-    try:
-        header = _read_header(path)
-    except (OSError, UnicodeDecodeError, csv.Error, BenchmarkError):
-        header = None
-    if header is None:
-        return None, {}
-    found = {name: one for name in NAMES if (one := DEFINITIONS[name].recognise(header))}
-    if not found and header.suffix == ".tsv" and header.has("index", "question"):
-        found = _recognise_table(header)
-    certain = {name: one for name, one in found.items() if one.needs == "nothing"}
-    return header, certain or found
-
-
-def _recognise_table(header: Header) -> dict[str, Found]:
-    """Recognise a table of VLMEvalKit by its name, if that says what it is."""
-    for name, definition in DEFINITIONS.items():
-        for pattern, variants in definition.table_names.items():
-            if re.search(pattern, header.path.name, re.IGNORECASE):
-                return {name: Found(variants, "table")}
-    return {name: Found((), "table", needs="file") for name in NAMES}
-
-
-def _read_header(path: Path) -> Header | None:
-    match path.suffix.lower():
-        case ".json":
-            return _read_json_header(path)
-        case ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                return Header(path, tuple(name.strip() for name in next(csv.reader(file), [])))
-        case ".tsv":
-            from gmai_xtuner.evaluate.benchmarks.table import read_header
-
-            return Header(path, read_header(path))
-        case ".parquet":
-            from gmai_xtuner.evaluate.benchmarks.parquet import column_names
-
-            return Header(path, column_names(path))
-        case ".pkl":
-            return Header(path)
+    columns: dict[tuple[str, ...], tuple[str, ...]] = {(): read_columns(path)}
+    for found in built_in().values():
+        for layout in found.layouts:
+            if layout.suffixes and path.suffix.lower() not in layout.suffixes:
+                continue
+            if layout.at not in columns:
+                columns[layout.at] = read_columns(path, layout.at)
+            if variants := _variants(path, columns[layout.at], found, layout):
+                return _Fit(found, layout, variants)
     return None
 
 
-def _read_json_header(path: Path) -> Header | None:
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        beginning = file.read(_BEGINNING)
-    start = beginning.find("{")
-    if start < 0 or beginning[:start].strip() != "[":
-        return None
-    try:
-        record, _ = json.JSONDecoder().raw_decode(beginning, start)
-    except (ValueError, RecursionError):
-        return None
-    return Header(path, tuple(record))
+def _variants(path: Path, columns: Sequence[str], found: Map, layout: Layout) -> tuple[str, ...]:
+    """Return the variants that a file in this layout is; none where it is not in it."""
+    names = {lowered(name) for name in columns} if layout.lower else set(columns)
+    fits = names >= set(layout.header) and not names & set(layout.without)
+    if not fits or not re.search(layout.path, path.absolute().as_posix(), re.IGNORECASE):
+        return ()
+    variants = layout.variants or found.variants
+    if layout.named:
+        named = layout.named.items()
+        variants = next((one for key, one in named if re.search(key, path.name, re.IGNORECASE)), ())
+    return found.variants if variants == ("*",) else variants
 
 
 def _describe(path: Path) -> str:
     """Say what a file is, for a message that it is the wrong one."""
-    header, found = recognise(path)
-    if header is None:
-        return f"{str(path)!r} is no file of a benchmark"
-    more = " ..." if len(header.fields) > 8 else ""
-    fields = f" (its fields are {', '.join(header.fields[:8])}{more})" if header.fields else ""
-    for name, one in found.items():
-        if one.needs == "nothing":
-            return f"{str(path)!r} is a file of {name} {'/'.join(one.variants)}{fields}"
+    try:
+        columns, fit = read_columns(path), recognise(path)
+    except BenchmarkError as error:
+        return f"{str(path)!r} is no file of a benchmark ({error})"
+    more = " ..." if len(columns) > 8 else ""
+    fields = f" (its fields are {', '.join(columns[:8])}{more})" if columns else ""
+    if fit is not None:
+        return f"{str(path)!r} is a file of {fit.found.name} {'/'.join(fit.variants)}{fields}"
     return f"{str(path)!r} is no file of a benchmark that is known{fields}"
 
 
 # Which files of a folder are the benchmark's
 
 
-def _single_file(definition: Definition, path: Path, variant: str | None) -> tuple[Form, str]:
-    """Return the form and the variant of an annotation file that the user names."""
-    name = definition.name
-    found = recognise(path)[1].get(name)
-    if found is None:
+def _single_file(found: Map, path: Path, variant: str | None) -> tuple[Layout, str]:
+    """Return the layout of an annotation file that the user names, and its variant."""
+    try:
+        fit = recognise(path)
+    except BenchmarkError:
+        fit = None
+    if fit is None or fit.found is not found:
         raise BenchmarkError(
-            f"{name} was asked for, but {_describe(path)}. {name} is {definition.files}, or a table of "
-            "VLMEvalKit."
+            f"{found.name} was asked for, but {_describe(path)}. It is {found.files}, or a table of "
+            "VLMEvalKit by its name there. A benchmark of your own needs a column map."
         )
-    offered = [one for one in found.variants if one in definition.variants]
-    if variant is None:
-        variant = offered[0] if offered else definition.variants[0]
-    elif offered and variant not in (*offered, *found.parts):
-        raise BenchmarkError(
-            f"{name} {variant} was asked for, but {_describe(path)}. Name the other file, or "
-            f"the variant {' or '.join(offered)}."
-        )
-    return definition.forms[found.form], variant
-
-
-def _in_folder(definition: Definition, folder: Path, variant: str) -> tuple[Sequence[Path], Form]:
-    """Return the files of a variant in a folder, and their form."""
-    name = definition.name
-    if (located := definition.locate(folder, variant)) is not None:
-        return located, next(iter(definition.forms.values()))
-    by_form: dict[str, list[Path]] = {}
-    others: list[Path] = []
-    for path in _walk(folder):
-        recognised = recognise(path)[1]
-        found = recognised.get(name)
-        if found and found.needs != "file" and variant in (*found.variants, *found.parts):
-            by_form.setdefault(found.form, []).append(path)
-        elif any(one.needs == "nothing" for one in recognised.values()):
-            others.append(path)
-    form = next((form for form in by_form if form != "table"), "table")
-    paths = by_form.get(form, [])
-    if not paths:
-        seen = f" There is: {'; '.join(_describe(path) for path in others[:3])}." if others else ""
-        raise BenchmarkError(
-            f"nothing of {name} {variant} in {str(folder)!r}. It is {definition.files}, or a table of "
-            f"VLMEvalKit.{seen}"
-        )
-    return _one_copy(paths, definition.forms[form], f"{name} {variant}", folder), definition.forms[
-        form
-    ]
-
-
-def _one_copy(paths: Sequence[Path], form: Form, wanted: str, folder: Path) -> Sequence[Path]:
-    """Return the files in their order.
-
-    Raises:
-        BenchmarkError: they are of several copies.
-    """
-    if form.parts:
-        copies = {path.parent / _PART.sub(r"\1N", path.stem) for path in paths}
-    else:
-        copies = {_place(path, form) for path in paths}
-    if len(copies) > 1:
-        named = sorted(copies) if form.levels else paths[:4]
-        raise BenchmarkError(
-            f"{wanted} is in {str(folder)!r} more than once: "
-            f"{', '.join(repr(str(path)) for path in named)}. Name the file, or the folder of one copy."
-        )
-    return sorted(
-        paths, key=lambda path: ([int(part[1]) for part in _PART.findall(path.stem)], path)
+    if variant is None or variant in (*fit.variants, *fit.layout.parts_of_all):
+        return fit.layout, variant or fit.variants[0]
+    raise BenchmarkError(
+        f"{found.name} {variant} was asked for, but {_describe(path)}. Name the other file, or "
+        f"the variant {' or '.join(fit.variants)}."
     )
 
 
-def _place(path: Path, form: Form) -> Path:
+def _in_folder(found: Map, folder: Path, variant: str) -> tuple[Layout, Sequence[Path]]:
+    """Return the layout and the files of a variant in a folder."""
+    fits: dict[Path, Layout] = {}
+    others: dict[Path, BenchmarkError | None] = {}
+    for path in _walk(folder, SUFFIXES):
+        try:
+            fit = recognise(path)
+        except BenchmarkError as error:
+            others[path] = error
+            continue
+        if fit is None or fit.found is not found:
+            others[path] = None
+        elif variant in (*fit.variants, *fit.layout.parts_of_all):
+            fits[path] = fit.layout
+    layout = next((one for one in found.layouts if any(one is fit for fit in fits.values())), None)
+    if layout is None:
+        known = [path for path, error in others.items() if error or recognise(path)]
+        seen = f" There is: {'; '.join(map(_describe, known[:3]))}." if known else ""
+        raise BenchmarkError(
+            f"nothing of {found.name} {variant} in {str(folder)!r}. It is {found.files}, or a table of "
+            f"VLMEvalKit.{seen}"
+        )
+    paths = [path for path, fit in fits.items() if fit is layout]
+    _check_neighbours(paths, layout, others)
+    copies = sorted({str(_place(path, layout)) for path in paths})
+    if len(copies) > 1:
+        raise BenchmarkError(
+            f"{found.name} {variant} is in {str(folder)!r} more than once: "
+            f"{', '.join(map(repr, copies[:4]))}. Name the file, or the folder of one copy."
+        )
+    return layout, sorted(paths, key=lambda path: (list(map(int, _PART.findall(path.stem))), path))
+
+
+def _check_neighbours(
+    paths: Sequence[Path], layout: Layout, others: Mapping[Path, BenchmarkError | None]
+) -> None:
+    """Refuse a copy of which a file can't be read, or a folder that must hold nothing else and does."""
+    folders = {(path.parent, path.suffix) for path in paths}
+    for path, error in others.items():
+        if (path.parent, path.suffix) not in folders:
+            continue
+        if error is not None:
+            raise error
+        if layout.every:
+            raise BenchmarkError(f"{_describe(path)}, beside files that are. Move it away.")
+
+
+def _place(path: Path, layout: Layout) -> Path:
     """Return what :func:`load_benchmark` takes so that it reads all files of the copy, and no other."""
-    for _ in range(1 if form.parts and _PART.search(path.stem) else form.levels):
-        path = path.parent
-    return path
+    is_part = layout.base64 and _PART.search(path.stem)
+    return path.parent if is_part else [path, *path.parents][layout.levels]
 
 
-def _walk(folder: Path, *, depth: int = 4) -> Iterator[Path]:
-    """Yield annotation files under a folder, in the order of their names; image folders are not entered.
+def _walk(folder: Path, suffixes: tuple[str, ...], *, depth: int = 4) -> Iterator[Path]:
+    """Yield files under a folder, by name; image folders are not entered.
 
     Raises:
         BenchmarkError: the folder can't be listed.
@@ -320,6 +398,6 @@ def _walk(folder: Path, *, depth: int = 4) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir():
             if depth and not _IMAGE_FOLDER.search(entry.name) and not entry.name.startswith("."):
-                yield from _walk(Path(entry.path), depth=depth - 1)
-        elif entry.name.lower().endswith(_SUFFIXES):
+                yield from _walk(Path(entry.path), suffixes, depth=depth - 1)
+        elif entry.name.lower().endswith(suffixes):
             yield Path(entry.path)

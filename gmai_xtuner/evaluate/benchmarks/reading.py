@@ -9,23 +9,18 @@ at all a :class:`BenchmarkError`.
 from __future__ import annotations
 
 import ast
-import csv
-import hashlib
-import io
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from gmai_xtuner.core.errors import GMAIError, ImageError, is_unicode
+from gmai_xtuner.core.errors import GMAIError, is_unicode
+from gmai_xtuner.evaluate.protocols import Protocol
 from gmai_xtuner.evaluate.questions import IMAGE_MARK, ImageSource, Question
 
 _NUMBERED_MARK = re.compile(r"<image (\d+)>")
-_MAX_FIELD = 1 << 30
 
 
 class BenchmarkError(GMAIError):
@@ -74,6 +69,7 @@ class Benchmark:
         questions: in the order of the file.
         source: every annotation file that was read; image files are not hashed.
         problems: what could not be used, in the order of the file.
+        protocols: the ways to ask and score it.
     """
 
     name: str
@@ -81,6 +77,7 @@ class Benchmark:
     questions: tuple[Question, ...]
     source: tuple[SourceFile, ...]
     problems: tuple[Problem, ...] = ()
+    protocols: tuple[Protocol, ...] = ()
 
     def counted_problems(self) -> Mapping[str, int]:
         """Return reason -> number of problems, the most frequent first."""
@@ -96,83 +93,6 @@ class Benchmark:
                 name = f"{file.path.name} ({number})"
             found[name] = file.sha256
         return found
-
-
-def hashed(path: Path) -> SourceFile:
-    """Return a file with its SHA-256."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return SourceFile(path, digest.hexdigest(), file.tell())
-
-
-def read_text(path: Path) -> tuple[str, SourceFile]:
-    """Return a UTF-8 file's text (a byte order mark is dropped), and the file with its hash.
-
-    Raises:
-        BenchmarkError: it can't be read, or is not UTF-8.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BenchmarkError(f"{str(path)!r} can't be read ({error}). Check the path.") from error
-    source = SourceFile(path, hashlib.sha256(data).hexdigest(), len(data))
-    try:
-        return data.decode("utf-8-sig"), source
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise BenchmarkError(
-            f"{str(path)!r} is not UTF-8 at line {line} (byte {data[error.start]:#04x}). Fetch it again."
-        ) from error
-
-
-def read_records(path: Path) -> tuple[list[Mapping[str, Any]], SourceFile]:
-    """Return the objects of a JSON list, and the file with its hash.
-
-    Raises:
-        BenchmarkError: no JSON, no list, or a list with something else than objects.
-    """
-    text, source = read_text(path)
-    try:
-        records = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-        raise BenchmarkError(
-            f"{str(path)!r} is not valid JSON ({error}). Fetch it again."
-        ) from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise BenchmarkError(f"{str(path)!r} holds no list of records. Fetch it again.")
-    return records, source
-
-
-def read_csv(path: Path) -> tuple[list[dict[str, str]], SourceFile]:
-    """Return the rows of a CSV file by column name, and the file with its hash.
-
-    Values stay text: "None" and "NA" are answers here, which pandas would read as missing.
-
-    Raises:
-        BenchmarkError: it can't be read, or a row has more or fewer fields than the header.
-    """
-    text, source = read_text(path)
-    previous_limit = csv.field_size_limit(_MAX_FIELD)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = [name.strip() for name in next(reader, [])]
-        rows = []
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                raise BenchmarkError(
-                    f"{str(path)!r}, line {reader.line_num}: {len(fields)} fields, the header has "
-                    f"{len(header)}. Fetch it again."
-                )
-            rows.append(dict(zip(header, fields, strict=True)))
-    except csv.Error as error:
-        raise BenchmarkError(
-            f"{str(path)!r} is not valid CSV ({error}). Fetch it again."
-        ) from error
-    finally:
-        csv.field_size_limit(previous_limit)
-    return rows, source
 
 
 class UnreadableOptions(ValueError):
@@ -233,97 +153,112 @@ def mark_images(
     return tuple(marked), (*unnamed, *named)
 
 
+_FAULTS = frozenset(
+    {
+        *("no_question", "no_answer", "no_options", "one_option", "bad_options", "bad_answer"),
+        *("bad_image_path", "answer_disagrees", "ambiguous_answer", "answer_not_an_option"),
+        "duplicate_id",
+    }
+)
+"""What is wrong with a file or with its column map: an own benchmark is refused, the authors' is not."""
+
+
 class Collector:
     """Gathers questions and what is wrong with others.
 
     Args:
-        name: of the benchmark.
-        variant: of the benchmark.
+        name, variant: of the benchmark.
         require_images: leave out questions whose image file is missing.
+        needs_images: leave out questions that name no image.
         roots: folders below which image files must lie; a record may name no other file.
+        strict: refuse the file where a row shows that it, or its column map, is wrong.
+
+    Attributes:
+        place: file and row that is being read.
     """
 
     def __init__(
-        self, name: str, variant: str, *, require_images: bool, roots: Collection[str] = ("/",)
+        self,
+        name: str,
+        variant: str,
+        *,
+        require_images: bool,
+        needs_images: bool,
+        roots: Collection[str],
+        strict: bool,
     ) -> None:
-        self._roots = tuple(roots)
-        self.name = name
-        self.variant = variant
-        self._require_images = require_images
+        self.name, self.variant, self.place, self.strict = name, variant, "", strict
+        self._require_images, self.needs_images = require_images, needs_images
+        self._roots = tuple(root.rstrip("/") + "/" for root in roots)
         self._questions: dict[str, Question] = {}
         self._problems: list[Problem] = []
-        self._repeated: dict[str, int] = {}
+        self._repeated: Counter[str] = Counter()
         self._folders: dict[Path, frozenset[str]] = {}
 
-    def problem(self, reason: str, record: str, detail: str, *, left_out: bool = True) -> None:
-        """Note what is wrong with a record."""
+    def problem(
+        self, reason: str, record: str, detail: str, *, left_out: bool = True, column: str = ""
+    ) -> None:
+        """Note what is wrong with a record.
+
+        Raises:
+            BenchmarkError: the file is refused for it.
+        """
+        if self.strict and reason in _FAULTS:
+            where = f", column {column!r}" if column else ""
+            raise BenchmarkError(
+                f"{self.place}{where} (question {record}): {detail}. Correct the file or its column map."
+            )
         self._problems.append(Problem(reason, record, detail, left_out))
 
     def add(self, question: Question) -> None:
         """Take a question, unless it can't be asked: then note why."""
-        if not question.text.strip():
-            self.problem("no_question", question.id, "the question is empty")
-            return
-        if len(question.options) == 1:
-            self.problem("one_option", question.id, f"only one option: {question.options[0]!r}")
-            return
-        outside = [image for image in question.images if not self._is_inside(image)]
-        if outside:
-            detail = f"{str(outside[0])!r} lies outside of {', '.join(self._roots)}"
-            self.problem("image_outside", question.id, detail)
-            return
-        if not all(
-            map(is_unicode, (question.id, question.text, *question.options, question.answer or ""))
-        ):
+        if (why := self._why_not(question)) is not None:
             self.problem(
-                "not_text", ascii(question.id), "no UTF-8 can hold it (half a surrogate pair)"
-            )
-            return
-        if self._require_images:
-            missing = [
-                str(image)
-                for image in question.images
-                if isinstance(image, Path) and not self._exists(image)
-            ]
-            if missing:
-                self.problem("missing_image", question.id, ", ".join(dict.fromkeys(missing)))
-                return
-            if not question.images:
-                self.problem("no_image", question.id, "the record names no image")
-                return
-        marks = sum(text.count(IMAGE_MARK) for text in (question.text, *question.options))
-        if marks and marks != len(question.images):
-            self.problem(
-                "image_marks",
-                question.id,
-                f"{marks} marks {IMAGE_MARK} in the text, {len(question.images)} images",
+                why[0], ascii(question.id) if why[0] == "not_text" else question.id, why[1]
             )
             return
         if question.id in self._questions:
             # the authors' counts hold it, so it stays, under an id of its own
-            times = self._repeated[question.id] = self._repeated.get(question.id, 1) + 1
-            renamed = f"{question.id}#{times}"
-            self.problem(
-                "duplicate_id",
-                question.id,
-                f"the id occurred before; it is {renamed}",
-                left_out=False,
-            )
+            self._repeated[question.id] += 1
+            renamed = f"{question.id}#{self._repeated[question.id] + 1}"
+            told = f"the id occurred before; it is {renamed}"
+            self.problem("duplicate_id", question.id, told, left_out=False)
             question = replace(question, id=renamed)
         if question.options and question.answer is not None and not question.gold_letters():
-            self.problem(
-                "answer_not_an_option",
-                question.id,
-                f"the gold answer {_short(question.answer)} is none of the options: every answer is wrong",
-                left_out=False,
-            )
+            told = f"the gold answer {_short(question.answer)} is none of the options: every answer is wrong"
+            self.problem("answer_not_an_option", question.id, told, left_out=False)
         self._questions[question.id] = question
 
-    def _is_inside(self, image: ImageSource) -> bool:
-        if not isinstance(image, Path):
-            return True
-        path = os.path.abspath(image)
-        return any(path.startswith(root.rstrip("/") + "/") for root in self._roots)
+    def _why_not(self, question: Question) -> tuple[str, str] | None:
+        """Return why a question can't be asked: the key that it is counted under, and a sentence."""
+        texts, files = (question.text, *question.options), []
+        if not question.text.strip():
+            return "no_question", "the question is empty"
+        if len(question.options) == 1:
+            return "one_option", f"only one option: {question.options[0]!r}"
+        for image in question.images:
+            if isinstance(image, Path):
+                files.append(image)
+                if not os.path.abspath(image).startswith(self._roots):
+                    return (
+                        "image_outside",
+                        f"{str(image)!r} lies outside of {', '.join(self._roots)}",
+                    )
+        if not all(map(is_unicode, (question.id, *texts, question.answer or ""))):
+            return "not_text", "no UTF-8 can hold it (half a surrogate pair)"
+        if self._require_images:
+            missing = [str(image) for image in files if not self._exists(image)]
+            if missing:
+                return "missing_image", ", ".join(dict.fromkeys(missing))
+            if not question.images and self.needs_images:
+                return "no_image", "the record names no image"
+        marks = sum(text.count(IMAGE_MARK) for text in texts)
+        if marks not in (0, len(question.images)):
+            return (
+                "image_marks",
+                f"{marks} marks {IMAGE_MARK} in the text, {len(question.images)} images",
+            )
+        return None
 
     def _exists(self, path: Path) -> bool:
         """Look a file up in one listing of its folder: a look at each of 89,000 files takes longer."""
@@ -335,35 +270,28 @@ class Collector:
             self._folders[path.parent] = names
         return path.name in self._folders[path.parent]
 
-    def benchmark(self, source: Sequence[SourceFile]) -> Benchmark:
-        """Return what was gathered.
+    def benchmark(
+        self, source: Sequence[SourceFile], protocols: tuple[Protocol, ...] = ()
+    ) -> Benchmark:
+        """Return what was gathered, with the protocols that can ask it.
 
         Raises:
             BenchmarkError: not one question can be asked; the message has the reasons with counts.
         """
-        benchmark = Benchmark(
-            self.name,
-            self.variant,
-            tuple(self._questions.values()),
-            tuple(source),
-            tuple(self._problems),
-        )
-        if not benchmark.questions:
+        questions, problems = tuple(self._questions.values()), tuple(self._problems)
+        found = Benchmark(self.name, self.variant, questions, tuple(source), problems, protocols)
+        if not questions:
             files = ", ".join(repr(str(file.path)) for file in source[:3])
-            more = f" and {len(source) - 3} more" if len(source) > 3 else ""
-            if not self._problems:
-                raise BenchmarkError(
-                    f"{self.name} ({self.variant}): {files}{more} has no question of this variant."
+            files += f" and {len(source) - 3} more" if len(source) > 3 else ""
+            told = f"{files} has no question of this variant."
+            if problems:
+                counts = (f"{count} {reason}" for reason, count in found.counted_problems().items())
+                told = (
+                    f"not one question of {files} can be asked ({', '.join(counts)}). "
+                    f"The first: question {problems[0].record}, {problems[0].detail}."
                 )
-            counts = ", ".join(
-                f"{count} {reason}" for reason, count in benchmark.counted_problems().items()
-            )
-            first = self._problems[0]
-            raise BenchmarkError(
-                f"{self.name} ({self.variant}): not one question of {files}{more} can be asked ({counts}). "
-                f"The first: question {first.record}, {first.detail}."
-            )
-        return benchmark
+            raise BenchmarkError(f"{self.name} ({self.variant}): {told}")
+        return found
 
 
 def gold_option(options: Sequence[str], answer: str) -> str:
@@ -381,18 +309,6 @@ def find_file(name: str, folders: Sequence[Path]) -> Path:
     """Return the first that exists of a name in several folders; in the first folder where none does."""
     candidates = [folder / name for folder in folders]
     return next(filter(os.path.isfile, candidates), candidates[0])
-
-
-def text_of(record: Mapping[str, Any], name: str) -> str:
-    """Return a field as text; absent and null are empty. Numbers are written as JSON has them."""
-    value = record.get(name)
-    return "" if value is None else str(value)
-
-
-def image_error(name: str, problem: str, reason: str = "missing_image") -> ImageError:
-    """Return the error of an image that stands inside a benchmark's file."""
-    remedy = "Load the benchmark again; if that does not help, fetch its file again."
-    return ImageError(f"image {name}: {problem}", remedy=remedy, reason=reason)
 
 
 def _short(value: object) -> str:

@@ -19,6 +19,7 @@ from gmai_xtuner.evaluate.scoring.free_text import (
     YES_NO,
 )
 from gmai_xtuner.evaluate.scoring.peers import HUATUOGPT, LLAVA_MED, MMMU, VLMEVALKIT
+from gmai_xtuner.evaluate.scoring.reports import BLEU, METEOR, ROUGE_L
 from gmai_xtuner.evaluate.scoring.text import plain, without_thoughts
 
 
@@ -55,6 +56,9 @@ SCORERS: Mapping[str, Scorer] = {
         HUATUOGPT,
         LLAVA_MED,
         MMMU,
+        ROUGE_L,
+        BLEU,
+        METEOR,
     )
 }
 """Scorers by name."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 from gmai_xtuner.evaluate.scoring.rules import patterns
@@ -46,14 +47,13 @@ def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Me
         text: the answer, cleaned.
         names: thing -> the names that it goes by, each as the words of :func:`~.text.stems`.
     """
-    placed = [(stem(word), start, end) for word, start, end in spans(text)]
-    said = [word for word, _, _ in placed]
+    said, placed = _placed(text)
     found = [
-        Mention(key, placed[first][1], placed[first + len(name) - 1][2])
+        Mention(key, placed[first][0], placed[first + len(name) - 1][1])
         for key, all_names in names.items()
         for name in all_names
         for first in find(name, said)
-        if _is_whole(text, placed[first][1], placed[first + len(name) - 1][2])
+        if _is_whole(text, placed[first][0], placed[first + len(name) - 1][1])
     ]
     return [
         one
@@ -65,6 +65,13 @@ def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Me
             for other in found
         )
     ]
+
+
+@lru_cache(maxsize=16)  # the steps look for mentions in the same text
+def _placed(text: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Return the stems of a text's words, and where each begins and ends."""
+    found = list(spans(text))
+    return [stem(word) for word, _, _ in found], [(start, end) for _, start, end in found]
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:

@@ -147,7 +147,9 @@ def clean(answer: str) -> str:
     if "\\" in text or "$" in text or "^" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
-    text = _EMPHASIS.sub("", text).strip().lstrip(_BULLETS)
+    if any(sign in text for sign in "*_`#>"):
+        text = _EMPHASIS.sub("", text)
+    text = text.strip().lstrip(_BULLETS)
     return text[1:-1].strip() if _QUOTED.fullmatch(text) else text
 
 
@@ -233,6 +235,7 @@ _PHRASES = (
     (re.compile(r"\b(?:more|greater|higher|larger|longer) than (?=-?[\d.])"), ">"),
     (re.compile(r"(?<=\d) ?(?:to|-) ?(?=\d)"), "-"),
 )
+_DIGIT = re.compile(r"\d")
 _SPELLING = (
     (re.compile(r"[ao]e"), "e"),  # anaemia, oedema
     (re.compile(r"(?<=..)our$"), "or"),
@@ -272,8 +275,9 @@ def _number_word(word: str) -> str:
 def words(text: str) -> Words:
     """Return the words of :func:`spans`; articles alone stay, for "A" is an answer."""
     text = plain(text).lower()
-    for pattern, replacement in _PHRASES:
-        text = pattern.sub(replacement, text)
+    if "per cent" in text or " than " in text or _DIGIT.search(text):
+        for pattern, replacement in _PHRASES:
+            text = pattern.sub(replacement, text)
     return tuple(word for word, _, _ in spans(text)) or tuple(_WORD.findall(text))
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.evaluate.benchmarks import (
-    DEFINITIONS,
     BenchmarkError,
-    FoundBenchmark,
+    built_in,
     find_benchmarks,
     load_benchmark,
+    survey,
 )
-from gmai_xtuner.evaluate.benchmarks.mmmu import SUBJECTS
-from tests.evaluate.benchmarks.test_other_readers import CLEAN
+from tests.evaluate.benchmarks.test_authors_files import CLEAN
 from tests.evaluate.files import (
     GMAI_HEADER,
+    SUBJECTS,
     base64_png,
     csv_file,
     gmai_row,
@@ -68,6 +68,7 @@ def write_all(folder: Path) -> None:
         ("index", "image", "question", "answer"),
         [["0", base64_png(1), "Is it?", "Yes"]],
     )
+    json_file(folder / "Slake1.0" / "train.json", [slake_record(3)] * 3)
     json_file(folder / "notes.json", {"not": "a list"})
     (folder / "readme.csv").write_text("a,b\n")
     (folder / "broken.parquet").write_bytes(b"no")
@@ -76,32 +77,28 @@ def write_all(folder: Path) -> None:
 def test_everything_in_one_folder(tmp_path: Path) -> None:
     write_all(tmp_path)
     found = find_benchmarks(tmp_path)
-    assert found == (
-        FoundBenchmark("vqa_rad", "test", tmp_path / "VQA-RAD" / "VQA_RAD Dataset Public.json"),
-        FoundBenchmark("slake", "en", tmp_path / "Slake1.0" / "test.json"),
-        FoundBenchmark("slake", "zh", tmp_path / "Slake1.0" / "test.json"),
-        FoundBenchmark("pmc_vqa", "test_clean", tmp_path / "PMC-VQA" / "test_clean.csv"),
-        FoundBenchmark("omnimedvqa", "open-access", tmp_path / "OmniMedVQA"),
-        FoundBenchmark("gmai_mmbench", "val", tmp_path / "GMAI" / "GMAI_mm_bench_VAL.tsv"),
-        FoundBenchmark("gmai_mmbench", "test", tmp_path / "GMAI"),
-        FoundBenchmark("mmmu_health", "validation", tmp_path / "MMMU"),
-        FoundBenchmark("path_vqa", "test", tmp_path / "path-vqa" / "data"),
-        FoundBenchmark(
-            "huatuo", "all", tmp_path / "huatuo" / "medical_multimodel_evaluation_data.json"
-        ),
-    )
+    places = [(one.name, one.variant, str(one.data.relative_to(tmp_path))) for one in found]
+    assert places == [
+        ("gmai_mmbench", "val", "GMAI/GMAI_mm_bench_VAL.tsv"),
+        ("gmai_mmbench", "test", "GMAI"),
+        ("huatuo", "all", "huatuo/medical_multimodel_evaluation_data.json"),
+        ("mmmu_health", "validation", "MMMU"),
+        ("omnimedvqa", "open-access", "OmniMedVQA"),
+        ("path_vqa", "test", "path-vqa/data"),
+        ("pmc_vqa", "test_clean", "PMC-VQA/test_clean.csv"),
+        ("slake", "en", "Slake1.0/test.json"),
+        ("slake", "zh", "Slake1.0/test.json"),
+        ("vqa_rad", "test", "VQA-RAD/VQA_RAD Dataset Public.json"),
+    ]
     counts = [
         len(load_benchmark(one.name, one.data, variant=one.variant).questions) for one in found
     ]
-    assert counts == [1, 1, 1, 1, 2, 1, 2, 10, 1, 1]
-    # each is found in the whole folder as well
-    assert len(load_benchmark("omnimedvqa", tmp_path / "OmniMedVQA").questions) == 2
-    assert len(load_benchmark("mmmu_health", tmp_path).questions) == 10
+    assert counts == [1, 2, 1, 10, 2, 1, 1, 1, 1, 1]
 
 
 def test_every_variant_has_a_protocol() -> None:
-    for one in DEFINITIONS.values():
-        assert {protocol.variant for protocol in one.protocols} == set(one.variants)
+    for one in built_in().values():
+        assert {protocol.variant for protocol in one.asked()} == set(one.variants)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +118,7 @@ def test_every_variant_has_a_protocol() -> None:
         ("huatuo", "notes.json", "is no file of a benchmark"),
         ("path_vqa", "broken.parquet", "is no file of a benchmark"),
         ("pmc_vqa", "readme.csv", r"no file of a benchmark that is known \(its fields are a, b\)"),
+        ("slake", "Slake1.0/train.json", "is no file of a benchmark that is known"),
         ("slake", "absent.json", "does not exist"),
     ],
 )
@@ -132,6 +130,16 @@ def test_a_file_of_another_benchmark(tmp_path: Path, name: str, file: str, messa
 
 def test_a_folder_of_another_benchmark(tmp_path: Path) -> None:
     write_all(tmp_path)
+    header = ("index", "image", "question", "A", "B", "answer")
+    tsv_file(
+        tmp_path / "LMUData" / "MedXpertQA_MM.tsv",
+        header,
+        [["0", base64_png(1), "?", "a", "b", "A"]],
+    )
+    with pytest.raises(
+        BenchmarkError, match=r"known .* A benchmark of your own needs a column map"
+    ):
+        load_benchmark("pmc_vqa", tmp_path / "LMUData" / "MedXpertQA_MM.tsv")
     with pytest.raises(
         BenchmarkError,
         match=r"nothing of vqa_rad test in .* There is: .*test.json' is a file of slake",
@@ -143,7 +151,8 @@ def test_a_folder_of_another_benchmark(tmp_path: Path) -> None:
 
 def test_wrong_names() -> None:
     with pytest.raises(
-        BenchmarkError, match=r"no benchmark is called 'mnist'\. There are vqa_rad, slake"
+        BenchmarkError,
+        match=r"no benchmark is called 'mnist'\. There are gmai_mmbench, .*your own is named by its file",
     ):
         load_benchmark("mnist", Path())
     with pytest.raises(BenchmarkError, match=r"slake has no variant 'de'\. There are en, zh"):
@@ -159,6 +168,7 @@ def test_two_copies_are_not_chosen_between(tmp_path: Path) -> None:
         BenchmarkError, match=r"more than once: .*a/test.json'.*b/test.json'. Name the"
     ):
         load_benchmark("slake", tmp_path)
+    assert "slake en in" in survey(tmp_path).notes[0]
 
 
 def test_a_language_that_the_file_lacks(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_benchmark
-from gmai_xtuner.evaluate.benchmarks.gmai_mmbench import write_submission
-from gmai_xtuner.evaluate.benchmarks.table import Base64Image
+from gmai_xtuner.evaluate.benchmarks.rows import Base64Image
+from gmai_xtuner.evaluate.benchmarks.submission import write_submission
 from gmai_xtuner.evaluate.questions import StoredImage, load_image
 from tests.evaluate.files import (
     GMAI_HEADER,
@@ -250,11 +250,11 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"index\timage\tquestion\n0\t1\n", "line 2: 2 fields, the header has 3"),
-        (b'index\timage\tquestion\n0\t1\t"open\n', "line 2: a quoted field has no end"),
+        (b'index\timage\tquestion\n0\t1\t"open\n', "line 2: unexpected end of data"),
         (b"index\timage\tquestion\n0\t1\t\xff\n", "line 2: not UTF-8"),
         (
             b"index\tquestion\n0\t1\n",
-            "columns index, question, and image or image_path were expected",
+            "has no column 'image'",
         ),
     ],
 )
