@@ -12,9 +12,9 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.dist import all_gather_object, get_dist_info, is_main_process
@@ -122,14 +122,13 @@ def _prepare(name: str, options: Mapping[str, Any], limit: int | None) -> Asked:
     return asked
 
 
-@dataclass(frozen=True)
-class BenchmarkAnswers:
-    """What one benchmark came to, on every rank; ``missing`` counts why questions have no answer."""
+class BenchmarkAnswers(NamedTuple):
+    """What one benchmark came to, on every rank."""
 
     name: str
     asked: Asked
     scored: list[Scored]
-    missing: Mapping[str, int]
+    num_missing: int
 
 
 @METRICS.register_module()
@@ -163,24 +162,18 @@ class BenchmarkScore(BaseMetric):
 
     def compute_metrics(self, results: list[BenchmarkAnswers]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for one in results:
-            metrics |= _numbers(one)
+        for name, asked, scored, num_missing in results:
+            headline, *others = ((one, average_of(scored, one)) for one in asked.protocol.averages)
+            found: dict[str, float | None] = {
+                "accuracy": headline[1].value,
+                **{one.name.replace(" ", "_"): cell.value for one, cell in others},
+                "unparsed": headline[1].unparsed,
+                "unanswered": float(num_missing) or None,
+            }
+            metrics |= {f"{name}/{key}": one for key, one in found.items() if one is not None}
             if self.save is not None and is_main_process():
-                _write(Path(self.save) / f"{one.name}.jsonl", one.scored)
+                _write(Path(self.save) / f"{name}.jsonl", scored)
         return metrics
-
-
-def _numbers(answers: BenchmarkAnswers) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    for place, average in enumerate(answers.asked.protocol.averages):
-        cell = average_of(answers.scored, average)
-        if cell.value is not None:
-            numbers["accuracy" if place == 0 else average.name.replace(" ", "_")] = cell.value
-        if place == 0:
-            numbers["unparsed"] = cell.unparsed
-    if answers.missing:
-        numbers["unanswered"] = float(sum(answers.missing.values()))
-    return {f"{answers.name}/{name}": value for name, value in numbers.items()}
 
 
 def _write(file: Path, scored: Sequence[Scored]) -> None:
@@ -301,8 +294,7 @@ def ask_benchmarks(
         if reasons:
             told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
             print_log(f"Benchmark {name}: no answer to {told}", "current", logging.WARNING)
-        found = BenchmarkAnswers(name, asked, scored, reasons)
-        evaluator.process(data_samples=[found])
+        evaluator.process(data_samples=[BenchmarkAnswers(name, asked, scored, len(missing))])
     return evaluator.evaluate(len(questions))
 
 

@@ -16,6 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from gmai_xtuner.evaluate.benchmarks import built_in, choose_protocol
+from gmai_xtuner.evaluate.protocols import Protocol
+
+
+def find_protocol(
+    name: str, protocol: str | None = None, *, variant: str | None = None
+) -> Protocol:
+    """Return a protocol of a built-in benchmark; by default the first of its first variant."""
+    found = built_in()[name]
+    first = found.variants[0] if protocol is None else None
+    return choose_protocol(found.asked(), protocol, variant=variant or first)
+
 
 def png(grey: int) -> bytes:
     """A small image, each shade another file."""

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.benchmarks import built_in, find_protocol
+from gmai_xtuner.evaluate.benchmarks import built_in
 from gmai_xtuner.evaluate.protocols import Average, ProtocolError
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.scoring import SCORERS
+from tests.evaluate.files import find_protocol
 
 CHOICE = Question("1", "What is <image>?", options=("Liver", "Lung"), answer="Lung")
 CLOSED = Question("2", "Is it?", answer="No", groups={"answer_type": "CLOSED"})
@@ -73,7 +74,6 @@ def test_defaults_and_names() -> None:
 @pytest.mark.parametrize(
     ("benchmark", "name", "variant", "message"),
     [
-        ("mnist", None, None, "no benchmark is called 'mnist'"),
         (
             "slake",
             "closed-1",

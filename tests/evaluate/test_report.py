@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.benchmarks import find_protocol
 from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.report import verdict_of, write_report
@@ -21,6 +20,7 @@ from gmai_xtuner.evaluate.results import Scored
 from gmai_xtuner.evaluate.store import Answer
 from gmai_xtuner.evaluate.tables import group_tables
 from tests.data_tools.output.test_report_in_browser import BROWSERS, FLAGS
+from tests.evaluate.files import find_protocol
 from tests.evaluate.sets import TYPES, draw
 from tests.evaluate.test_results import result
 

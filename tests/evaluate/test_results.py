@@ -8,7 +8,6 @@ import csv
 import io
 from dataclasses import replace
 
-from gmai_xtuner.evaluate.benchmarks import find_protocol
 from gmai_xtuner.evaluate.paper_tables import paper_tables, tables_like_the_papers
 from gmai_xtuner.evaluate.protocols import Asked, Average, Protocol
 from gmai_xtuner.evaluate.questions import Question, Score
@@ -32,6 +31,7 @@ from gmai_xtuner.evaluate.tables import (
     to_latex,
     to_markdown,
 )
+from tests.evaluate.files import find_protocol
 from tests.evaluate.sets import TYPES
 
 

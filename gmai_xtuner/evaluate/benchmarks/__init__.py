@@ -151,22 +151,6 @@ def find_benchmarks(folder: Path) -> tuple[FoundBenchmark, ...]:
     return survey(folder).benchmarks
 
 
-def find_protocol(
-    name: str, protocol: str | None = None, *, variant: str | None = None
-) -> Protocol:
-    """Look a protocol of a built-in benchmark up; see :func:`choose_protocol`.
-
-    Raises:
-        ProtocolError: no such benchmark, protocol or variant; the message lists those there are.
-    """
-    if name not in NAMES:
-        raise ProtocolError(f"no benchmark is called {name!r}. There are {', '.join(NAMES)}.")
-    found = built_in()[name]
-    if protocol is None:
-        variant = variant or found.variants[0]
-    return choose_protocol(found.asked(), protocol, variant=variant)
-
-
 def choose_protocol(
     protocols: Sequence[Protocol], name: str | None, *, variant: str | None
 ) -> Protocol:

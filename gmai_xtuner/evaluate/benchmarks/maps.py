@@ -2,8 +2,8 @@
 
 """Column maps: what a YAML file says of a benchmark's files, their columns, and how it is asked and scored.
 
-The built-in benchmarks are the files in ``maps``; a user's own has the same keys (``docs/evaluation.md``). A
-map with one layout writes its keys at the top.
+The built-in benchmarks are the files in ``maps``; a user's own has the same keys (``docs/column_maps.md``). A map
+with one layout writes its keys at the top.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.yaml_lines import Document
 from gmai_xtuner.evaluate.benchmarks.reading import BenchmarkError
 from gmai_xtuner.evaluate.protocols import (
@@ -43,13 +51,7 @@ class _Keys(BaseModel):
 
 
 class Group(_Keys):
-    """A group whose name is not simply a column's value.
-
-    Args:
-        text: a column, or a template such as ``{id} {folder}``.
-        match: regular expression; what it finds in the text is the name.
-        yes_no: of these, the first where the gold answer is yes or no, else the second.
-    """
+    """A group whose name is not simply a column's value."""
 
     text: str = ""
     match: str = ""
@@ -57,54 +59,7 @@ class Group(_Keys):
 
 
 class Layout(_Keys):
-    """One kind of files that a benchmark comes in, and what its columns mean.
-
-    Where a column is named, a template such as ``{QUESTION} {year}`` may stand; besides the columns it knows
-    ``variant``, ``stem`` and ``folder`` of the file, and as number of the row ``row`` (in the file, from 1),
-    ``n`` (in all files) and ``n0`` (from 0).
-
-    Args:
-        suffixes: of the files; default: any.
-        path: regular expression that a file's path must fit, its folders among it.
-        named: regular expression of the file's name -> the variants that it is; the first that fits counts.
-        variants: that a file is, where ``named`` does not say; default: all.
-        parts_of_all: further variants that are parts of the file.
-        header: columns that a file must have to be taken for this benchmark.
-        without: columns that it must not have.
-        lower: names of columns are read in lower case, but for letters of options.
-        at: keys that lead to the records in a JSON file.
-        ids_in: a JSON file beside, whose keys are the ids of the questions that count.
-        where: column -> regular expression that it must fit for the row to count; ``{variant}`` is filled in.
-        levels: how many folders up one copy of the benchmark reaches; 0: a file, 1: the files of a folder.
-        every: all files of the folder with this suffix belong to it.
-        num_parts: of a set in files ``..._part_1``, ``..._part_2``.
-        covers: group -> the names that must all occur.
-        id: of a question; ``number`` where there is none, by default the row's.
-        question: its text, which ends before ``until``.
-        request: in its place, the same words for every row.
-        hint: column of what is put before it.
-        options: a column with a list, or a mapping from letters, of options; a list of columns, a column an
-            option; or ``A-Z``: the columns of that name that a row has.
-        fixed_options: options of every question.
-        option_prefix: regular expression that is taken off each, ``{letter}`` is filled in.
-        gaps: an empty option is none.
-        num_options: that every question must have.
-        open: column -> regular expression; where it fits, the question has no options.
-        no_options: what a question without options is.
-        answer: the gold answer; None: the authors keep the answers.
-        answer_is: how it names the option; ``index0`` counts from 0, ``exact`` is the very text.
-        answer_text: column of the gold option's text, for comparison.
-        unknown: answers that stand for none.
-        several: an answer that is a list holds several right ones.
-        images: columns with paths, lists of paths, or images stored in a Parquet file.
-        base64: column of a table with images as base64 text.
-        image_name: what a path is made of, e.g. ``{}.jpg``.
-        image_folders: folders of the images, relative to the file; the first that has an image counts.
-        strip: take white space off the ends of texts.
-        groups: name -> column, columns of which the first that is filled counts, or :class:`Group`.
-        sha256: name of a file -> its hash.
-        totals: variant -> number of questions, where it differs from the protocols'.
-    """
+    """One kind of files that a benchmark comes in, and what its columns mean."""
 
     suffixes: Texts = ()
     path: str = ""
@@ -150,25 +105,25 @@ class Layout(_Keys):
     sha256: Mapping[str, str] = Field(default_factory=dict)
     totals: Mapping[str, int] = Field(default_factory=dict)
 
-    @field_validator("images", mode="before")
+    @field_validator("images", "groups", "named", "covers", mode="before")
     @classmethod
-    def _one_column(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("groups", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+    def _short_forms(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take a name for a list of one, and a list of groups for groups called like their columns."""
+        if info.field_name == "images":
+            return (value,) if isinstance(value, str) else value
+        if info.field_name == "groups" and isinstance(value, list | tuple):
             return {name: name for name in value}
-        lists = value.items() if isinstance(value, Mapping) else ()
-        return {key: tuple(one) if isinstance(one, list) else one for key, one in lists} or value
-
-    @field_validator("named", "covers", mode="before")
-    @classmethod
-    def _texts(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {key: (one,) if isinstance(one, str) else tuple(one) for key, one in value.items()}
+        single = info.field_name != "groups"
+        return {
+            key: (one,)
+            if single and isinstance(one, str)
+            else tuple(one)
+            if isinstance(one, list)
+            else one
+            for key, one in value.items()
+        }
 
     @property
     def has_options(self) -> bool:
@@ -176,19 +131,17 @@ class Layout(_Keys):
 
     def columns(self) -> dict[str, str]:
         """Return each column that the layout must find -> the key that names it."""
-        found: dict[str, str] = {}
-        texts: list[tuple[str, str]] = [
+        texts = [
             (key, str(getattr(self, key) or ""))
             for key in ("id", "question", "hint", "answer", "answer_text", "base64")
         ]
-        texts += [("images", one) for one in self.images]
-        texts += [("where", one) for one in self.where] + [("open", one) for one in self.open]
-        if self.options != "A-Z":
-            several = self.options if isinstance(self.options, tuple) else (self.options,)
-            texts += [("options", one) for one in several]
+        for key in ("images", "where", "open", "options"):
+            several = getattr(self, key) if key != "options" or self.options != "A-Z" else ""
+            texts += [(key, one) for one in ((several,) if isinstance(several, str) else several)]
         for group in self.groups.values():
             one = group.text if isinstance(group, Group) else group
             texts += [("groups", part) for part in (one if isinstance(one, tuple) else (one,))]
+        found: dict[str, str] = {}
         for key, text in texts:
             for name in re.findall(r"\{([^{}]+)\}", text) if "{" in text else [text]:
                 if name and name not in PLACES:
@@ -201,12 +154,7 @@ PLACES = ("variant", "stem", "folder", "row", "n", "n0")
 
 
 class ProtocolKeys(_Keys):
-    """A protocol; the keys of :class:`~gmai_xtuner.evaluate.protocols.Protocol`, with defaults.
-
-    Args:
-        macro: groups that macro averages are over.
-        about: its description; default: by ``questions``.
-    """
+    """A protocol; the keys of :class:`~gmai_xtuner.evaluate.protocols.Protocol`, with defaults."""
 
     name: str
     variant: str = ""
@@ -221,19 +169,7 @@ class ProtocolKeys(_Keys):
 
 
 class Map(_Keys):
-    """A benchmark.
-
-    Args:
-        name: as the command and results call it.
-        about: what it is, for people.
-        source: where its layout is written down, at one commit.
-        files: what the authors ship, for messages; of an own map the data files, relative to the map.
-        variants: parts or languages; the first is the default.
-        layouts: tried in their order, the first that a file fits counts.
-        protocols: ways to ask and score it; the first of each variant is its default.
-        macro, table, words, scorer: defaults of the protocols.
-        expected: number of questions, where no protocol is written.
-    """
+    """A benchmark: its layouts are tried in their order, the first that a file fits counts."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     about: str = ""
@@ -314,18 +250,10 @@ def read_map(path: Path) -> Map:
     if not isinstance(document.data, dict):
         raise document.fault((), "a column map has keys such as name, question and answer.")
     content = dict(document.data)
-    if "layouts" not in content:
-        layout = {
-            key: content.pop(key)
-            for key in list(content)
-            if key in Layout.model_fields or key == "like"
-        }
-        # of one layout its keys stand at the top, so that both own their variants
-        content["variants"] = list(layout.pop("variants", ["test"]))
-        content["layouts"] = [layout]
-        flat = True
-    else:
-        flat = False
+    flat = "layouts" not in content
+    if flat:  # of one layout its keys stand at the top
+        keys = [key for key in content if key in Layout.model_fields or key == "like"]
+        content["layouts"] = [{key: content.pop(key) for key in keys if key != "variants"}]
     if isinstance(content["layouts"], list):
         content["layouts"] = [_with_base(document, one) for one in content["layouts"]]
     try:
@@ -353,26 +281,22 @@ def _with_base(document: Document, layout: Any) -> Any:
     return {**content, **{key: value for key, value in layout.items() if key != "like"}}
 
 
-def _fault(document: Document, error: ValidationError, flat: bool) -> BenchmarkError:
+def _fault(document: Document, error: ValidationError, flat: bool) -> GMAIError:
     """Say what pydantic found first, with its line."""
     problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    place = tuple(problem["loc"])
+    place = (
+        tuple(problem["loc"])[2:] if flat and "layouts" in problem["loc"] else tuple(problem["loc"])
+    )
     key = str(place[-1])
-    if flat and place[:2] == ("layouts", 0):
-        place = place[2:]
-    model = Layout if "layouts" in problem["loc"] else Map
+    text = f"{key}: {problem['msg']}, got {problem['input']!r}."
+    if problem["type"] == "missing":
+        text = f"the key {key!r} is missing."
     if problem["type"] == "extra_forbidden":
-        known = sorted({*Layout.model_fields, *Map.model_fields} if flat else model.model_fields)
+        known = sorted({*Layout.model_fields, *Map.model_fields})
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
         text = f"unknown key {key!r}. {hint}"
-    elif problem["type"] == "missing":
-        text = f"the key {key!r} is missing."
-    else:
-        text = f"{key}: {problem['msg']}, got {problem['input']!r}."
-    fault = document.fault(place, text)
-    assert isinstance(fault, BenchmarkError)
-    return fault
+    return document.fault(place, text)
 
 
 def _check(document: Document, found: Map, layout: Layout, place: tuple[str | int, ...]) -> None:

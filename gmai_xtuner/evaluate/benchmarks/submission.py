@@ -41,13 +41,9 @@ def write_submission(
         BenchmarkError: it is another benchmark, a part of TEST or an answer is missing, an answer can't stand
             in an Excel cell, or the files have changed.
     """
-    try:
-        from openpyxl import Workbook
-        from openpyxl.cell import WriteOnlyCell
-    except ImportError as error:
-        raise BenchmarkError(
-            "an Excel file is written by openpyxl, which is not installed: pip install openpyxl."
-        ) from error
+    from openpyxl import Workbook
+    from openpyxl.cell import WriteOnlyCell
+
     _check(benchmark, answers)
     workbook = Workbook(write_only=True)
     sheet = workbook.create_sheet("Sheet1")
@@ -109,17 +105,13 @@ def _check(benchmark: Benchmark, answers: Mapping[str, str]) -> None:
 
 
 def _cell(value: str, index: str) -> str:
-    """Return a text that Excel can hold, unchanged.
-
-    Raises:
-        BenchmarkError: it can't.
-    """
-    if len(value) > _CELL_LIMIT:
-        raise BenchmarkError(
-            f"index {index}: {len(value)} signs, an Excel cell holds {_CELL_LIMIT}. Answer with fewer tokens."
+    """Return a text that Excel can hold, unchanged; raises ``BenchmarkError`` where it can't."""
+    found = _UNWRITABLE.search(value)
+    if found or len(value) > _CELL_LIMIT:
+        problem = (
+            f"the control character {found[0]!r} can't stand in an Excel file"
+            if found
+            else (f"{len(value)} signs, an Excel cell holds {_CELL_LIMIT}")
         )
-    if found := _UNWRITABLE.search(value):
-        raise BenchmarkError(
-            f"index {index}: the control character {found[0]!r} can't stand in an Excel file."
-        )
+        raise BenchmarkError(f"index {index}: {problem}.")
     return value

@@ -281,9 +281,6 @@ def words(text: str) -> Words:
     return tuple(word for word, _, _ in spans(text)) or tuple(_WORD.findall(text))
 
 
-normalised = words
-
-
 @lru_cache(maxsize=1 << 14)
 def stem(word: str) -> str:
     """Return a word without what differs between British, American, singular and plural."""

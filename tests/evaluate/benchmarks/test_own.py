@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gmai_xtuner.evaluate.benchmarks import BenchmarkError, load_benchmark, survey
+from gmai_xtuner.evaluate.benchmarks.maps import PLACES, Layout, Map, ProtocolKeys
 from gmai_xtuner.evaluate.benchmarks.reading import Benchmark
 from gmai_xtuner.evaluate.questions import load_image
 from tests.evaluate.files import (
@@ -206,6 +207,12 @@ def test_a_row_that_cannot_be_right_is_refused(
 def test_a_map_that_cannot_be_right_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(Exception, match=message):
         load_benchmark(write(tmp_path, text))
+
+
+def test_the_page_explains_every_key() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "column_maps.md").read_text(encoding="utf-8")
+    keys = {*Map.model_fields, *Layout.model_fields, *ProtocolKeys.model_fields, *PLACES}
+    assert not [key for key in sorted(keys - {"layouts"}) if f"`{key}`" not in page]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

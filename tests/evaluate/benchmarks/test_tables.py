@@ -15,13 +15,14 @@ from openpyxl import load_workbook
 from PIL import Image
 
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_benchmark
+from gmai_xtuner.evaluate.benchmarks import BenchmarkError, load_benchmark
 from gmai_xtuner.evaluate.benchmarks.rows import Base64Image
 from gmai_xtuner.evaluate.benchmarks.submission import write_submission
 from gmai_xtuner.evaluate.questions import StoredImage, load_image
 from tests.evaluate.files import (
     GMAI_HEADER,
     base64_png,
+    find_protocol,
     gmai_row,
     gmai_test_part,
     image_file,
