@@ -29,14 +29,14 @@ from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
-from gmai_xtuner.evaluate.answerers.local import Said, read_ahead
+from gmai_xtuner.evaluate.answerers.local import read_ahead
 from gmai_xtuner.evaluate.benchmarks import NAMES, find_benchmarks, is_own
 from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import Asked
 from gmai_xtuner.evaluate.results import Scored, average_of, score_all
 from gmai_xtuner.evaluate.runner import Options, Target, answer_all, prepare
 from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
-from gmai_xtuner.generate import GREEDY, Predictor, Prompt, user_turn
+from gmai_xtuner.generate import GREEDY, Answered, Predictor, Prompt, user_turn
 
 OPTIONS = ("benchmark", "data", "variant", "protocol", "limit", "max_new_tokens")
 
@@ -196,7 +196,7 @@ class RankedPredictor(Predictor):
     @torch.no_grad()
     def answers(
         self, prompts: Sequence[Prompt | None], *, max_new_tokens: int, synced: bool
-    ) -> list[Said | None]:
+    ) -> list[Answered | None]:
         """Greedy answers, each with whether it was cut; None for what can't be asked.
 
         Args:
@@ -216,7 +216,7 @@ class RankedPredictor(Predictor):
             # Ranks generate equally often; one with fewer groups makes a token that nobody reads.
             most = max(all_gather_object(len(groups)))
             groups += [(1, [])] * (most - len(groups))
-        answers: list[Said | None] = [None] * len(prompts)
+        answers: list[Answered | None] = [None] * len(prompts)
         for room, numbers in groups:
             rows = [embeds[number] for number in numbers] or embeds[:1]
             output = self.model.llm.generate(
@@ -225,7 +225,7 @@ class RankedPredictor(Predictor):
             for number, ids in zip(numbers, output, strict=False):
                 if prompts[number] is not None and not too_long[number]:
                     is_cut = not set(self.stop_ids) & set(ids.tolist())
-                    answers[number] = (self._decode(ids), is_cut)
+                    answers[number] = Answered(self._decode(ids), is_cut)
         return answers
 
 
@@ -267,7 +267,7 @@ class RankedAnswerer:
                 if isinstance(own, ImageError):
                     print_log(str(own), "current", logging.WARNING)
             yield [
-                Given(job, one[0], ended="length" if one[1] else "stop")
+                Given(job, one.text, ended="length" if one.is_cut else "stop")
                 if one is not None
                 else Given(job, None, problem="cannot_be_asked")
                 for job, one in zip(batch, said, strict=True)

@@ -15,7 +15,7 @@ import torch
 
 from gmai_xtuner.evaluate.answerers import ModelOptions
 from gmai_xtuner.evaluate.answerers.endpoint import EndpointAnswerer, label_shares
-from gmai_xtuner.evaluate.benchmarks import find_protocol, load_benchmark
+from gmai_xtuner.evaluate.benchmarks import load_benchmark
 from gmai_xtuner.evaluate.controls import NONE_ABOVE, controls_of, measure
 from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import ask_for
@@ -26,6 +26,7 @@ from gmai_xtuner.evaluate.statistics import area_under_risk_coverage, calibratio
 from gmai_xtuner.evaluate.store import Answer, Job
 from gmai_xtuner.generate import FirstTokens
 from tests.api_server import ApiServer, completion, error
+from tests.evaluate.files import find_protocol
 from tests.evaluate.sets import FakeAnswerer, write_omnimedvqa, write_pmc_vqa
 
 

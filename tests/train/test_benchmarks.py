@@ -12,6 +12,7 @@ import pytest
 from mmengine.evaluator import Evaluator
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.generate import Answered
 from gmai_xtuner.train.benchmarks import (
     BenchmarkQuestions,
     BenchmarkScore,
@@ -91,7 +92,8 @@ class FakePredictor:
         self.batches.append(len(prompts))
         said = [one and self.say(one.turns[0].text) for one in prompts]
         return [
-            None if text is None else (text.removesuffix("..."), "..." in text) for text in said
+            None if text is None else Answered(text.removesuffix("..."), "..." in text)
+            for text in said
         ]
 
 

@@ -35,13 +35,13 @@ def test_answers_are_those_of_one_prompt_at_a_time(predictor, monkeypatch):
     alone = [predictor.generate(one.turns, one.images, max_new_tokens=12) for one in prompts]
     assert len(set(alone)) == 3
     asked = predictor.answers([*prompts, None], max_new_tokens=12, synced=False)
-    said = [one and one[0] for one in asked]
+    said = [one and one.text for one in asked]
     assert said == [*alone, None]
     # With room for fewer tokens the third can't be asked; no rank may raise alone.
     monkeypatch.setattr(type(predictor), "context_length", 300)
     asked = predictor.answers(prompts, max_new_tokens=12, synced=False)
-    assert [one and one[0] for one in asked] == [*alone[:2], None]
-    ends = predictor.generate_batch_with_ends(prompts[:2], max_new_tokens=12)
+    assert [one and one.text for one in asked] == [*alone[:2], None]
+    ends = predictor.answer_batch(prompts[:2], max_new_tokens=12)
     assert asked[:2] == ends  # the same way as outside of training, cut answers too
 
 
@@ -64,7 +64,7 @@ def test_a_long_neighbour_cuts_no_answer_and_ranks_stay_in_step(predictor, monke
     )
     monkeypatch.setattr(benchmarks, "all_gather_object", lambda mine: [mine, most])
     asked = predictor.answers(prompts, max_new_tokens=12, synced=True)
-    assert [one and one[0] for one in asked] == [alone[0], cut]
+    assert [one and one.text for one in asked] == [alone[0], cut]
     assert [one["max_new_tokens"] for one in calls] == [12, 2, 1][:most]
 
 

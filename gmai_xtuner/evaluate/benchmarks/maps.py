@@ -2,8 +2,8 @@
 
 """Column maps: what a YAML file says of a benchmark's files, their columns, and how it is asked and scored.
 
-The built-in benchmarks are the files in ``maps``; a user's own has the same keys (``docs/column_maps.md``). A map
-with one layout writes its keys at the top.
+The built-in benchmarks are the files in ``maps``; a user's own has the same keys (``docs/column_maps.md``). A
+map with one layout writes its keys at the top.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 """Scorers on the answers of ``cases.txt``, and what a table of answers can't say.
 
-The columns of other kits are what their own code gave, run by hand and not stored here: VLMEvalKit ``can_infer``
-at commit e8e78f05f3080fe28154f2130321f17951c3be94, HuatuoGPT-Vision ``match_choice3`` at
-f699d88d4d1eeb9f3e62fdb2da4e297bdacb67f0 (null where it raises), MMMU ``parse_multi_choice_response``,
-``parse_open_response`` and ``eval_open`` at bb0b95a945998d91dfef37e969e07d49d1139438 (null where it chooses at
-random), LLaVA-Med ``calculate_f1score`` and ``run_eval.py`` at b9a98a736d2ef05bcf5ff345be6403fb3a664eaf.
+The columns of other kits are what their own code gave, run by hand and not stored here: VLMEvalKit's
+``can_infer`` at commit e8e78f05f3080fe28154f2130321f17951c3be94, HuatuoGPT-Vision's ``match_choice3`` at
+f699d88d4d1eeb9f3e62fdb2da4e297bdacb67f0 (null where it raises), MMMU's ``parse_multi_choice_response``,
+``parse_open_response`` and ``eval_open`` at bb0b95a945998d91dfef37e969e07d49d1139438 (null where it chooses
+at random), LLaVA-Med's ``calculate_f1score`` and ``run_eval.py`` at b9a98a736d2ef05bcf5ff345be6403fb3a664eaf.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def test_each_kind_of_question_by_its_own_scorer() -> None:
 
 
 def test_reports_by_hand() -> None:
-    """ROUGE-L: 3 of 4 words of the reference in 3 words said; BLEU and METEOR are 1 for the same words only."""
+    """ROUGE-L: 3 of 4 words of the reference in 3 words said; BLEU and METEOR are 1 for the same words."""
     asked = question((), "no pleural effusion seen")
     assert score("rouge_l", asked, "no pleural effusion").value == pytest.approx(2 * 3 / 7)
     assert score("bleu", asked, "no pleural effusion seen").value == pytest.approx(1)
