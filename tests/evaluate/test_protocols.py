@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.evaluate.benchmarks import built_in
+from gmai_xtuner.evaluate.benchmarks.maps import Map
 from gmai_xtuner.evaluate.protocols import Average, ProtocolError
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.scoring import SCORERS
@@ -104,17 +105,18 @@ def test_several_scorers_on_one_answer() -> None:
         asked.score(OPEN, "lung")
 
 
-def test_every_protocol_is_whole() -> None:
-    for benchmark, found in built_in().items():
-        protocols = found.asked()
-        assert len({one.name for one in protocols}) == len(protocols)
-        for one in protocols:
-            assert one.benchmark == benchmark
-            assert {one.scorer, *one.also} <= set(SCORERS)
-            assert one.averages[0] == Average("micro")
-            # the number in the name is the number of questions
-            if one.expected is not None:
-                assert re.search(rf"-{one.expected}\b", one.name)
+@pytest.mark.parametrize("found", built_in().values(), ids=list(built_in()))
+def test_every_protocol_is_whole(found: Map) -> None:
+    protocols = found.asked()
+    assert len({one.name for one in protocols}) == len(protocols)
+    assert {one.variant for one in protocols} == set(found.variants)
+    for one in protocols:
+        assert one.benchmark == found.name
+        assert {one.scorer, *one.also} <= set(SCORERS)
+        assert one.averages[0] == Average("micro")
+        # the number in the name is the number of questions
+        if one.expected is not None:
+            assert re.search(rf"-{one.expected}\b", one.name)
 
 
 def test_the_page_names_every_protocol_and_scorer() -> None:

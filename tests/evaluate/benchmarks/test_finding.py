@@ -10,7 +10,6 @@ import pytest
 
 from gmai_xtuner.evaluate.benchmarks import (
     BenchmarkError,
-    built_in,
     find_benchmarks,
     load_benchmark,
     survey,
@@ -94,11 +93,6 @@ def test_everything_in_one_folder(tmp_path: Path) -> None:
         len(load_benchmark(one.name, one.data, variant=one.variant).questions) for one in found
     ]
     assert counts == [1, 2, 1, 10, 2, 1, 1, 1, 1, 1]
-
-
-def test_every_variant_has_a_protocol() -> None:
-    for one in built_in().values():
-        assert {protocol.variant for protocol in one.asked()} == set(one.variants)
 
 
 @pytest.mark.parametrize(
