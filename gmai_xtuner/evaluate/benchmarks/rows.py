@@ -459,7 +459,9 @@ def _read_parquet(path: Path, images: Sequence[str]) -> Rows:
                 for name, counts in zip(stored, numbers, strict=True):
                     count = counts[number]
                     items = [None] if count is True else range(count or 0)
-                    found[name] = tuple(ParquetImage(path, name, group, number, one) for one in items)
+                    found[name] = tuple(
+                        ParquetImage(path, name, group, number, one) for one in items
+                    )
                 rows.append(Row(f"row {len(rows) + 1}", row, found))
     except Unusable as error:
         raise BenchmarkError(f"{str(path)!r} can't be read ({error}). Fetch it again.") from error

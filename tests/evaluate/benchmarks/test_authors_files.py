@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_protocol, load_benchmark
+from gmai_xtuner.evaluate.benchmarks import BenchmarkError, load_benchmark
 from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, Problem
 from gmai_xtuner.evaluate.questions import Question, load_image
 from tests.evaluate.files import (
     SUBJECTS,
     csv_file,
+    find_protocol,
     huatuo_record,
     image_file,
     json_file,
