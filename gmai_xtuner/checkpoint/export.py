@@ -88,7 +88,8 @@ def save_xtuner_layout(
         for name in ("llm", "visual_encoder"):
             if adapter_layers(getattr(model, name)):
                 save_adapter(getattr(model, name), aside / "adapters" / name)
-        save_settings(model, cfg, aside)
+        settings = json.dumps(export_settings(model, cfg), indent=2) + "\n"
+        (aside / SETTINGS_FILE).write_text(settings, encoding="utf-8")
     print_log(
         f"Saved {', '.join(sorted(parts))} to {save_dir}\n"
         + describe_parts(parts, folder=Path(save_dir)),
@@ -111,12 +112,6 @@ def save_language_model(llm: Any, folder: Path, save_kwargs: Mapping[str, Any]) 
     finally:
         llm.config.rope_scaling, llm.config.gmai_attention = kept
         llm.config.use_cache = False
-
-
-def save_settings(model: Any, cfg: Mapping[str, Any], folder: Path) -> None:
-    """Write what inference must do as training did."""
-    text = json.dumps(export_settings(model, cfg), indent=2)
-    (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def export_settings(model: Any, cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,11 +312,10 @@ def check_shard_size(max_shard_size: str | int) -> None:
     Raises:
         GMAIError: it is not a number above 0 with its unit.
     """
-    if isinstance(max_shard_size, int):
-        size = max_shard_size
-    else:
+    size = max_shard_size
+    if isinstance(size, str):
         try:
-            size = parse_size_to_int(max_shard_size)
+            size = parse_size_to_int(size)
         except ValueError:
             size = 0
     if size <= 0:

@@ -212,18 +212,26 @@ class GMAILLaVAModel(LLaVA):
         )
 
 
+def check_no_language_model(model: Any, base: Mapping[str, Any], *, source: str) -> None:
+    """Check that a stage that trains no language model does not start from a checkpoint that has one.
+
+    Raises:
+        ModelLoadError: it does, and would have to copy it into each of its checkpoints.
+    """
+    if model.freeze_llm and any(key.startswith("llm.") for key in base):
+        raise ModelLoadError(
+            f"{source} has a whole language model, which this stage does not train. Convert that stage "
+            "(xtuner convert pth_to_hf) and name what it exports as the base (GMAI_LLM)"
+        )
+
+
 def _load_weights(
     model: LLaVA, source: str, required: set[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Load all but the adapters of a checkpoint; return those, and the frozen weights that no base has."""
     state = read_export(source, model) if is_export(source) else load_checkpoint_state(source)
     base, adapters = split_adapters(state)
-    if model.freeze_llm and any(key.startswith("llm.") for key in base):
-        raise ModelLoadError(
-            f"{source} has a whole language model, but this stage does not train one, and would have "
-            "to copy it into each of its checkpoints. Convert that stage (xtuner convert pth_to_hf) "
-            "and name what it exports as the base (GMAI_LLM)"
-        )
+    check_no_language_model(model, base, source=source)
     with_adapters = {key.split(".", 1)[0] for key in adapters}
     parts = load_parts(model, base, required=required - with_adapters, source=source)
     print_log(

@@ -29,6 +29,7 @@ from gmai_xtuner.checkpoint.tokenizer import ANSWER_GOES_ON, ANSWER_START
 from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.templates import environment
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
 
 PAD_TOKEN = "<pad>"
@@ -62,54 +63,29 @@ def chat_template(template: ChatTemplate) -> str:
     before, after = _around(template.user, "{input}")
     end_of_user, opening = split_opening(after)
     system_before, system_after = _around(template.system, "{system}")
-    end = template.suffix
-    bos_again = template.add_bos and not template.suffix_is_eos
-    if not template.suffix_is_eos:
-        end_tokens = " + eos_token"
-    else:
-        end_tokens = ""
-    lines = [
-        "{%- set ns = namespace(rounds=0" + (", bos=true" if bos_again else "") + ") -%}",
-        *(["{{- bos_token -}}"] if template.add_bos else []),
-        "{%- for message in messages -%}",
-        "{%- set parts = namespace(text='') -%}",
-        "{%- if message['content'] is string -%}",
-        "{%- set parts.text = message['content'] -%}",
-        "{%- else -%}",
-        "{%- for part in message['content'] -%}",
-        "{%- if not loop.first -%}{%- set parts.text = parts.text + '\\n' -%}{%- endif -%}",
-        "{%- if part['type'] == 'text' -%}",
-        "{%- set parts.text = parts.text + part['text'] -%}",
-        "{%- elif part['type'] in ['image', 'image_url'] -%}",
-        f"{{%- set parts.text = parts.text + {_quoted(IMAGE_TOKEN)} -%}}",
-        "{%- else -%}",
-        "{{- raise_exception('content parts must be text or image, got ' + part['type']) -}}",
-        "{%- endif -%}",
-        "{%- endfor -%}",
-        "{%- endif -%}",
-        "{%- if message['role'] == 'system' -%}",
-        f"{{{{- {_quoted(system_before)} + parts.text + {_quoted(system_after)} -}}}}",
-        "{%- elif message['role'] == 'user' -%}",
-        *(
-            ["{%- if not ns.bos -%}{{- bos_token -}}{%- endif -%}{%- set ns.bos = true -%}"]
-            if bos_again
-            else []
-        ),
-        "{%- set ns.rounds = ns.rounds + 1 -%}",
-        f"{{{{- {_with_round(before)} + parts.text + {_with_round(end_of_user)} -}}}}",
-        "{%- elif message['role'] == 'assistant' -%}",
-        f"{{{{- {_quoted(opening)} + parts.text + {_quoted(end)}{end_tokens} "
-        f"+ {_quoted(template.separator)} -}}}}",
-        *(["{%- set ns.bos = false -%}"] if bos_again else []),
-        "{%- else -%}",
-        "{{- raise_exception('roles are system, user and assistant, got ' + message['role']) -}}",
-        "{%- endif -%}",
-        "{%- endfor -%}",
-        "{%- if add_generation_prompt -%}",
-        f"{{{{- {_quoted(opening)} -}}}}",
-        "{%- endif -%}",
-    ]
-    return "\n".join(lines) + "\n"
+    templates = environment(
+        "gmai_xtuner.checkpoint",
+        keep_trailing_newline=True,
+        variable_start_string="[[",
+        variable_end_string="]]",
+        block_start_string="[%",
+        block_end_string="%]",
+        comment_start_string="[#",
+        comment_end_string="#]",
+    )
+    return templates.get_template("chat_template.j2").render(
+        add_bos=template.add_bos,
+        bos_again=template.add_bos and not template.suffix_is_eos,
+        suffix_is_eos=template.suffix_is_eos,
+        image=_quoted(IMAGE_TOKEN),
+        system_before=_quoted(system_before),
+        system_after=_quoted(system_after),
+        before=_with_round(before),
+        end_of_user=_with_round(end_of_user),
+        opening=_quoted(opening),
+        end=_quoted(template.suffix),
+        separator=_quoted(template.separator),
+    )
 
 
 def _around(text: str, mark: str) -> tuple[str, str]:

@@ -311,29 +311,24 @@ def load_parts(
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if name in keys
     }
-    unexpected = set(state) - set(own)
-    if unexpected:
-        raise ModelLoadError(
-            f"{source} has {len(unexpected)} unexpected keys: {shorten(sorted(unexpected))}. "
-            "Was it made with another geometry or another config?"
-        )
     present = {key.split(".", 1)[0] for key in state}
-    absent = set(required) - present
-    if absent:
+    whole = {key for key in own if key.split(".", 1)[0] in present}
+    _refuse(
+        state.keys() - own.keys(),
+        f"{source} has {{}} unexpected keys",
+        "Was it made with another geometry or another config?",
+    )
+    if absent := set(required) - present:
         raise ModelLoadError(
             f"{source} has no weights of {shorten(sorted(absent))}, which this stage starts from "
             f"(it has {shorten(sorted(present))}). Is it the checkpoint of the right stage?"
         )
-    missing = {key for key in own if key.split(".", 1)[0] in present} - set(state)
-    if missing:
-        raise ModelLoadError(f"{source} lacks {len(missing)} keys: {shorten(sorted(missing))}")
-    misshapen = [
-        f"{key} ({tuple(state[key].shape)}, the model has {full_shape(own[key])})"
-        for key in state
-        if tuple(state[key].shape) != full_shape(own[key])
-    ]
-    if misshapen:
-        raise ModelLoadError(f"{source} does not fit the model: {shorten(sorted(misshapen))}")
+    _refuse(whole - state.keys(), f"{source} lacks {{}} keys", "Take another checkpoint")
+    _refuse(
+        _misshapen(own, state),
+        f"{source} does not fit the model in {{}} weights",
+        "Take the checkpoint of a model of the same geometry",
+    )
     for key, value in state.items():
         _copy(own[key], value)
     return sorted(present)
@@ -359,33 +354,43 @@ def check_trained_state(
     """
     own = dict(model.named_parameters())
     remedy = "Use the config of the stage that made the checkpoint, with the same bases"
-    learnt = sorted(name for name, value in own.items() if value.requires_grad)
-    if missing := [name for name in learnt if name not in state]:
-        raise ModelLoadError(
-            f"{source} has no weights for {len(missing)} of {len(learnt)} parameters that this config "
-            f"trains: {shorten(missing, limit=4)}. {remedy}"
-        )
-    if unexpected := sorted(set(state) - set(own)):
-        raise ModelLoadError(
-            f"{source} has {len(unexpected)} weights that this config's model does not have: "
-            f"{shorten(unexpected, limit=4)}. {remedy}"
-        )
-    if lost := sorted(set(state) - set(learnt) - set(brought_along)):
-        parts = ", ".join(sorted({name.split(".", 1)[0] for name in lost}))
-        raise ModelLoadError(
-            f"{source} has learnt {len(lost)} weights of {parts} that this config does not train, and that "
-            f"would be lost: {shorten(lost, limit=4)}. {remedy}"
-        )
-    misshapen = [
+    learnt = {name for name, value in own.items() if value.requires_grad}
+    _refuse(
+        learnt - state.keys(),
+        f"{source} has no weights for {{}} of {len(learnt)} parameters that this config trains",
+        remedy,
+    )
+    _refuse(
+        state.keys() - own.keys(),
+        f"{source} has {{}} weights that this config's model does not have",
+        remedy,
+    )
+    lost = state.keys() - learnt - set(brought_along)
+    parts = ", ".join(sorted({name.split(".", 1)[0] for name in lost}))
+    _refuse(
+        lost,
+        f"{source} has learnt {{}} weights of {parts} that this config does not train, and that would be "
+        "lost",
+        remedy,
+    )
+    quantised = {name for name, value in own.items() if hasattr(value, "quant_state")}
+    plain = {name: value for name, value in state.items() if name not in quantised}
+    _refuse(_misshapen(own, plain), f"{source} is of another geometry in {{}} weights", remedy)
+
+
+def _refuse(names: Iterable[str], problem: str, remedy: str) -> None:
+    """Raise ``ModelLoadError`` about these names, if there are any; ``{}`` in ``problem`` is their number."""
+    if found := sorted(names):
+        told = problem.format(len(found))
+        raise ModelLoadError(f"{told}: {shorten(found, limit=4)}. {remedy}")
+
+
+def _misshapen(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    return [
         f"{name} {tuple(value.shape)} instead of {full_shape(own[name])}"
-        for name, value in sorted(state.items())
-        if tuple(value.shape) != full_shape(own[name]) and not hasattr(own[name], "quant_state")
+        for name, value in state.items()
+        if tuple(value.shape) != full_shape(own[name])
     ]
-    if misshapen:
-        raise ModelLoadError(
-            f"{source} is of another geometry in {len(misshapen)} weights: "
-            f"{shorten(misshapen, limit=4)}. {remedy}"
-        )
 
 
 def model_keys(model: nn.Module) -> set[str]:

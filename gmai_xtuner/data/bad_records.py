@@ -65,16 +65,12 @@ class BadRecords(DataError):
 
     def fields(self) -> dict[str, Any]:
         """Return the arguments that make it again, fit for JSON."""
-        return {
-            "problem": self.problem,
-            "count": self.count,
-            "reasons": self.reasons,
+        names = ("problem", "count", "reasons", "dataset", "record", "remedy")
+        paths = {
             "listing": str(self.listing),
             "rest": None if self.rest is None else str(self.rest),
-            "dataset": self.dataset,
-            "record": self.record,
-            "remedy": self.remedy,
         }
+        return {name: getattr(self, name) for name in names} | paths
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.fields(),)

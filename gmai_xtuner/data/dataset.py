@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,26 +123,23 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
 
         chosen = self._choose(mixture, stage, quality)
         self.entries = [entry for entry, _ in chosen]
-        options = partial(
-            CacheOptions,
-            max_length=max_length,
-            num_image_tokens=self.num_image_tokens,
-            max_images=max_images,
-            check_images=check_images,
-            max_pixels=max_pixels,
-        )
-        requests = [
-            (
-                entry,
-                options(
-                    over_length=entry.over_length,
-                    on_bad_sample=entry.on_bad_sample or on_bad_sample,
-                ),
+        options = {
+            entry.name: CacheOptions(
+                max_length=max_length,
+                num_image_tokens=self.num_image_tokens,
+                max_images=max_images,
+                over_length=entry.over_length,
+                on_bad_sample=entry.on_bad_sample or on_bad_sample,
+                check_images=check_images,
+                max_pixels=max_pixels,
             )
             for entry in self.entries
-        ]
+        }
         self.caches: list[TokenCache] = self._open_caches(
-            requests, batched, cache_dir=cache_dir, num_workers=num_workers
+            [(entry, options[entry.name]) for entry in self.entries],
+            batched,
+            cache_dir=cache_dir,
+            num_workers=num_workers,
         )
         self.plan = DataPlan(
             self.caches,

@@ -31,29 +31,14 @@ from gmai_xtuner.core.hub import shorten
 ADAPTER = "default"
 """peft's name of the only adapter, a part of its keys."""
 
-#: What may be set in a ``LoraConfig``; the rest must keep its default.
-SUPPORTED = frozenset(
-    {
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "init_lora_weights",
-        "task_type",
-        # what peft writes itself
-        "peft_type",
-        "peft_version",
-        "base_model_name_or_path",
-        "inference_mode",
-        "runtime_config",
-    }
-)
+_SUPPORTED = """
+r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern
+alpha_pattern use_rslora init_lora_weights task_type
+peft_type peft_version base_model_name_or_path inference_mode runtime_config
+"""
+SUPPORTED = frozenset(_SUPPORTED.split())
+"""What may be set in a ``LoraConfig``; the rest must keep its default. The last line peft writes itself."""
+
 #: Starts that leave the base weights as they are; others (pissa, olora, ...) rewrite them.
 SUPPORTED_STARTS = (True, False, "gaussian")
 

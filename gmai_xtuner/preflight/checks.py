@@ -15,7 +15,7 @@ from torch import nn
 
 from gmai_xtuner.checkpoint.bases import NOT_VISION
 from gmai_xtuner.checkpoint.layouts import is_export, is_llava, text_model, vision_model
-from gmai_xtuner.checkpoint.llava import without_prefix
+from gmai_xtuner.checkpoint.llava import check_no_language_model, without_prefix
 from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
     checkpoints_in,
@@ -27,10 +27,10 @@ from gmai_xtuner.checkpoint.training import (
 from gmai_xtuner.checkpoint.weights import read_state_dict
 from gmai_xtuner.core.config import accumulation
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
-from gmai_xtuner.core.hub import has_weights, resolve_directory, shorten
+from gmai_xtuner.core.hub import has_weights, resolve_directory
 from gmai_xtuner.data.plan import DataPlan, unknown_lines
-from gmai_xtuner.model.internlm2 import convert_state_dict, llama_config
-from gmai_xtuner.model.lora import load_adapters, split_adapters
+from gmai_xtuner.model.internlm2 import convert_state_dict, llama_config, raise_on_keys
+from gmai_xtuner.model.lora import is_adapter_key, load_adapters, plain_key, split_adapters
 from gmai_xtuner.preflight.data import DataSummary
 from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.memory import GIB
@@ -141,21 +141,12 @@ def _check_llm(folder: Path, model: nn.Module) -> None:
 
 def _check_tower(folder: Path, model: nn.Module) -> None:
     there = vision_model(folder)[1] if is_llava(folder) else read_state_dict(folder)
-    wanted = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-    lost = sorted(name for name in wanted if name not in there and ".lora_" not in name)
-    if lost:
-        raise ModelLoadError(
-            f"{folder}: {len(lost)} weights are missing ({shorten(lost)}). Take config and weights "
-            "from the same checkpoint."
-        )
-    strange = sorted(
-        name for name in there if name not in wanted and not name.startswith(NOT_VISION)
+    wanted = {plain_key(name) for name, _ in model.named_parameters() if not is_adapter_key(name)}
+    raise_on_keys(
+        sorted(wanted - there.keys()),
+        sorted(name for name in there.keys() - wanted if not name.startswith(NOT_VISION)),
+        str(folder),
     )
-    if strange:
-        raise ModelLoadError(
-            f"{folder}: {len(strange)} weights are unexpected ({shorten(strange)}). Take config and "
-            "weights from the same checkpoint."
-        )
 
 
 def check_stage_before(run: RunConfig, model: Any, findings: Findings) -> None:
@@ -167,11 +158,7 @@ def check_stage_before(run: RunConfig, model: Any, findings: Findings) -> None:
         if is_export(source):
             return
         base, adapters = split_adapters(checkpoint_shapes(resolve_checkpoint(source)))
-        if model.freeze_llm and any(key.startswith("llm.") for key in base):
-            raise ModelLoadError(
-                f"{source} has a whole language model, which this stage does not train. Convert that "
-                "stage (xtuner convert pth_to_hf) and name what it exports as the base (GMAI_LLM)"
-            )
+        check_no_language_model(model, base, source=str(source))
         required = set(run.cfg.model.get("pretrained_parts", ("projector",)))
         plain = {key: v for key, v in run.cfg.model.items() if not key.endswith("_lora")}
         bare = build_on_meta(plain) if len(plain) < len(run.cfg.model) else model
@@ -267,12 +254,8 @@ def check_disk(
             "disk",
             f"{run.work_dir} has {free / GIB:.1f} GiB free, but holds {kept} x about {size / GIB:.1f} GiB "
             f"of checkpoints at a time ({why}){already}. "
-            + (
-                "On the machine that trains, this room is needed; else choose"
-                if elsewhere
-                else "Choose"
-            )
-            + f" another --work-dir{remedy}",
+            f"{'On the machine that trains, this room is needed; else choose' if elsewhere else 'Choose'}"
+            f" another --work-dir{remedy}",
         )
     return {
         "checkpoint_gib": round(size / GIB, 3),

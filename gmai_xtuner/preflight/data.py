@@ -90,23 +90,11 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class DatasetRow:
-    """One dataset of the mixture, as the stage sees it.
+    """One dataset of the mixture, as the stage sees it: records in its files, then what an epoch has of them.
 
-    Args:
-        name: in the mixture file.
-        category: of the mixture file.
-        ratio: of this stage.
-        records: in its files.
-        kept: records that can be trained on.
-        bad: records that can't.
-        too_long: records left out because nothing of them fits in a pack.
-        cut: records of which only the first turns fit.
-        held_out: records that are validated on.
-        neither: records with images of both sides, which are left out.
-        excluded: records that the mixture's exclude lists leave out.
-        conversations: after sampling by ratio, in one epoch.
-        images: of these.
-        tokens: of these, image tokens counted.
+    ``kept`` can be trained on, ``bad`` can't, of ``too_long`` nothing fits in a pack, of ``cut`` the first
+    turns; ``held_out`` is validated on, ``neither`` has images of both sides, ``excluded`` is on the
+    mixture's lists. ``tokens`` count those of images.
     """
 
     name: str
@@ -129,21 +117,8 @@ class DatasetRow:
 class DataSummary:
     """The plan of a run in numbers. An iteration is a micro-batch on each GPU, as in the log.
 
-    Args:
-        datasets: a row each, in the mixture's order.
-        conversations: of one epoch; so are ``images``, ``tokens``, ``learnt_tokens`` and ``packs``.
-        fill: tokens over what the packs hold.
-        images_per_pack_mean: over the packs.
-        images_per_pack_max: over the packs.
-        images_per_micro_batch_max: on one GPU.
-        learnt_per_micro_batch_max: learnt tokens on one GPU.
-        tokens_per_micro_batch_max: on one GPU.
-        iterations_per_epoch: micro-batches on each GPU.
-        steps_per_epoch: optimiser steps.
-        epochs: that the run trains; may be a fraction.
-        iterations: of the whole run.
-        steps: of the whole run.
-        packs_per_step: that a full optimiser step takes.
+    ``conversations`` to ``packs`` are of one epoch, ``epochs`` (maybe a fraction), ``iterations`` and
+    ``steps`` of the whole run; ``fill`` is tokens over what the packs hold, a micro-batch that of one GPU.
     """
 
     datasets: list[DatasetRow]
@@ -166,12 +141,11 @@ class DataSummary:
     packs_per_step: int
 
 
-class _NothingLeft(Exception):
-    """No dataset of the stage can be used."""
+class _PlanWithout(Exception):
+    """A dataset turned out to be unusable: plan again without it, unless nothing is left."""
 
-
-class _TryAgain(Exception):
-    """A dataset turned out to be unusable; plan without it."""
+    def __init__(self, *, nothing_left: bool) -> None:
+        self.nothing_left = nothing_left
 
 
 class SurveyedDataset(SoftPackedDataset):
@@ -210,7 +184,7 @@ class SurveyedDataset(SoftPackedDataset):
             elif entry.name not in self._survey.unusable:
                 chosen.append((entry, ratio))
         if not chosen:
-            raise _NothingLeft
+            raise _PlanWithout(nothing_left=True)
         return chosen
 
     def _open_caches(
@@ -247,7 +221,7 @@ class SurveyedDataset(SoftPackedDataset):
                 if cache.folder.name not in before:
                     survey.built.append(entry.name)
         if len(survey.unusable) > unusable:
-            raise _TryAgain
+            raise _PlanWithout(nothing_left=False)
         # Only now: caches take long to build, and a job may have begun in the meantime.
         survey.plans_before = _folders(cache_dir, "plans")
         return [survey.opened[entry.name] for entry, _ in datasets]
@@ -302,10 +276,9 @@ def _build(arguments: dict[str, Any], survey: Survey, findings: Findings) -> Sur
     while True:
         try:
             return SurveyedDataset(survey=survey, findings=findings, **arguments)
-        except _TryAgain:
-            continue
-        except _NothingLeft:
-            return None
+        except _PlanWithout as error:
+            if error.nothing_left:
+                return None
 
 
 def forget_plan(dataset: SoftPackedDataset, survey: Survey) -> None:

@@ -73,21 +73,20 @@ class Memory:
     def total(self) -> int:
         """At the largest of the three moments."""
         lasting = self.weights + self.gradients + self.optimizer + self.allowance
-        return lasting + max(self._passing, self.buffers + self.summing, self.step)
-
-    @property
-    def _passing(self) -> int:
-        return self.buffers + self.activations.total
+        return lasting + max(self._moments.values())
 
     @property
     def moment(self) -> str:
         """When that is: ``optimiser step``, ``gradient sum``, or the moment of the activations."""
-        summing = self.buffers + self.summing
-        if self.step > max(self._passing, summing):
-            return "optimiser step"
-        if summing > self._passing:
-            return "gradient sum"
-        return self.activations.moment
+        return max(self._moments, key=lambda name: self._moments[name])
+
+    @property
+    def _moments(self) -> dict[str, int]:
+        return {
+            self.activations.moment: self.buffers + self.activations.total,
+            "gradient sum": self.buffers + self.summing,
+            "optimiser step": self.step,
+        }
 
     def in_gib(self) -> dict[str, float]:
         """Parts and ``total``, rounded to MiB."""

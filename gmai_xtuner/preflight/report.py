@@ -27,39 +27,40 @@ VERDICT = {True: "would fail", False: "would run"}
 
 def as_json(result: Preflight) -> dict[str, Any]:
     """All that was found, in plain types; see ``docs/preflight.md`` for the keys."""
-    run, data, counts = result.run, result.summary, result.counts
-    parts = counts or {}
+    run, data, memory, parts = result.run, result.summary, result.memory, result.counts or {}
     images, images_left_out = _shorten(result.missing_images(), IN_JSON)
     bad_images, bad_left_out = _shorten(result.bad_images, IN_JSON)
+    whole = {
+        "epochs": data and data.epochs,
+        "iterations": data and data.iterations,
+        "optimizer_steps": data and data.steps,
+        "packs_per_step": data and data.packs_per_step,
+        "hours": result.hours,
+    }
+    per_pack = data and {
+        "mean": round(data.images_per_pack_mean, 3),
+        "max": data.images_per_pack_max,
+    }
+    activations = memory and {
+        "kept_gib": round(memory.activations.kept / GIB, 3),
+        "peak_gib": round(memory.activations.peak / GIB, 3),
+        "highest_moment": memory.activations.moment,
+    }
+    zero = {"name": run.zero.name, "stage": run.zero.stage, "precision": run.zero.precision}
+    of_an_epoch = ("conversations", "images", "tokens", "learnt_tokens", "packs")
     return {
         "verdict": VERDICT[result.findings.would_fail],
         "config": str(run.path),
         "gpus": run.gpus,
-        "deepspeed": {
-            "name": run.zero.name,
-            "stage": run.zero.stage,
-            "precision": run.zero.precision,
-        },
+        "deepspeed": zero,
         "parameters": _with_total({name: part.total for name, part in parts.items()}),
         "trainable": _with_total({name: part.trainable for name, part in parts.items()}),
-        "conversations": data and data.conversations,
-        "images": data and data.images,
-        "tokens": data and data.tokens,
-        "learnt_tokens": data and data.learnt_tokens,
-        "packs": data and data.packs,
+        **{name: getattr(data, name, None) for name in of_an_epoch},
         "fill": data and round(data.fill, 4),
-        "images_per_pack": data
-        and {"mean": round(data.images_per_pack_mean, 3), "max": data.images_per_pack_max},
+        "images_per_pack": per_pack,
         "iterations": data and data.iterations_per_epoch,
         "optimizer_steps": data and data.steps_per_epoch,
-        "run": data
-        and {
-            "epochs": data.iterations / data.iterations_per_epoch,
-            "iterations": data.iterations,
-            "optimizer_steps": data.steps,
-            "packs_per_step": data.packs_per_step,
-            "hours": result.hours,
-        },
+        "run": data and whole,
         "datasets": data and [asdict(row) for row in data.datasets],
         "missing": {
             "datasets": [asdict(dataset) for dataset in result.survey.missing],
@@ -70,13 +71,8 @@ def as_json(result: Preflight) -> dict[str, Any]:
         "images_decoded": result.decoded,
         "bad_images": [asdict(image) for image in bad_images],
         "bad_images_left_out": bad_left_out,
-        "memory_gib": result.memory and result.memory.in_gib(),
-        "activations": result.memory
-        and {
-            "kept_gib": round(result.memory.activations.kept / GIB, 3),
-            "peak_gib": round(result.memory.activations.peak / GIB, 3),
-            "highest_moment": result.memory.activations.moment,
-        },
+        "memory_gib": memory and memory.in_gib(),
+        "activations": activations,
         "gpu_memory_gib": result.gpu_memory,
         "disk": result.disk,
         "problems": [asdict(finding) for finding in result.findings.found],
@@ -165,55 +161,33 @@ def _data(result: Preflight) -> str:
     data = result.summary
     if data is None:
         return "Data: could not be planned"
-    columns = {
-        "records": [row.records for row in data.datasets],
-        "bad": [row.bad for row in data.datasets],
-        "too long": [row.too_long for row in data.datasets],
-        "cut": [row.cut for row in data.datasets],
-        "held out": [row.held_out for row in data.datasets],
-        "neither": [row.neither for row in data.datasets],
-        "excluded": [row.excluded for row in data.datasets],
-    }
+    names = ("records", "bad", "too long", "cut", "held out", "neither", "excluded")
     # What concerns no dataset of this mixture only takes room.
-    columns = {name: n for name, n in columns.items() if name == "records" or any(n)}
+    columns = {
+        name: values
+        for name in names
+        if any(values := [getattr(row, name.replace(" ", "_")) for row in data.datasets])
+        or name == "records"
+    }
     rows = [["", *columns, "ratio", "conversations", "images", "tokens"]]
     for number, row in enumerate(data.datasets):
-        rows.append(
-            [
-                textwrap.shorten(row.name, 40, placeholder="..."),
-                *(f"{column[number]:,}" for column in columns.values()),
-                f"{row.ratio:g}",
-                *(f"{n:,}" for n in (row.conversations, row.images, row.tokens)),
-            ]
-        )
-    totals = (data.conversations, data.images, data.tokens)
-    empty = [""] * (len(columns) + 1)
-    rows.append(["an epoch", *empty, *(f"{number:,}" for number in totals)])
-    lines = _table(rows)
+        name = textwrap.shorten(row.name, 40, placeholder="...")
+        counts = (row.conversations, row.images, row.tokens)
+        counted = [f"{column[number]:,}" for column in columns.values()]
+        rows.append([name, *counted, f"{row.ratio:g}", *(f"{n:,}" for n in counts)])
+    totals = (f"{number:,}" for number in (data.conversations, data.images, data.tokens))
+    rows.append(["an epoch", *[""] * (len(columns) + 1), *totals])
+    most = f"on average, {data.images_per_pack_max} at the most"
+    share = f"{data.learnt_tokens / data.tokens:.1%} of all"
     facts = [
-        ["packs", f"{data.packs:,}", f"{data.fill:.1%} full"],
-        [
-            "images a pack",
-            f"{data.images_per_pack_mean:.2f}",
-            f"on average, {data.images_per_pack_max} at the most",
-        ],
-        [
-            "learnt tokens",
-            f"{data.learnt_tokens:,}",
-            f"{data.learnt_tokens / data.tokens:.1%} of all",
-        ],
+        ("packs", f"{data.packs:,}", f"{data.fill:.1%} full"),
+        ("images a pack", f"{data.images_per_pack_mean:.2f}", most),
+        ("learnt tokens", f"{data.learnt_tokens:,}", share),
     ]
-    if result.survey.built:
-        facts.append(
-            [
-                "token caches built",
-                str(len(result.survey.built)),
-                "training starts with them: "
-                + ", ".join(result.survey.built[:5])
-                + (", ..." if len(result.survey.built) > 5 else ""),
-            ]
-        )
-    return "\n".join(["Data", *lines, "", *_facts(facts)])
+    if built := result.survey.built:
+        told = ", ".join(built[:5]) + (", ..." if len(built) > 5 else "")
+        facts.append(("token caches built", str(len(built)), f"training starts with them: {told}"))
+    return "\n".join(["Data", *_table(rows), "", *_facts(facts)])
 
 
 def _facts(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -223,43 +197,24 @@ def _facts(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _run(result: Preflight) -> str:
-    data = result.summary
+    data, disk = result.summary, result.disk
     if data is None:
         return ""
-    epochs = data.iterations / data.iterations_per_epoch
+    of_a_step = f"an epoch, {data.packs_per_step} packs each"
     rows = [
-        ["iterations", f"{data.iterations_per_epoch:,}", "an epoch: micro-batches on each GPU"],
-        [
-            "optimiser steps",
-            f"{data.steps_per_epoch:,}",
-            f"an epoch, {data.packs_per_step} packs each",
-        ],
+        ("iterations", f"{data.iterations_per_epoch:,}", "an epoch: micro-batches on each GPU"),
+        ("optimiser steps", f"{data.steps_per_epoch:,}", of_a_step),
     ]
-    if abs(epochs - 1) > 1e-9:
-        rows.append(
-            [
-                "epochs",
-                f"{epochs:g}",
-                f"{data.iterations:,} iterations, {data.steps:,} steps in all",
-            ]
-        )
+    if abs(data.epochs - 1) > 1e-9:
+        in_all = f"{data.iterations:,} iterations, {data.steps:,} steps in all"
+        rows.append(("epochs", f"{data.epochs:g}", in_all))
     if result.hours is not None:
-        rows.append(
-            [
-                "hours",
-                f"{result.hours:,.1f}",
-                f"at {result.throughput:g} tokens a second on each GPU",
-            ]
-        )
-    if result.disk:
-        rows.append(
-            [
-                "checkpoint",
-                f"{result.disk['checkpoint_gib']:.1f}",
-                f"GiB, {result.disk['at_a_time']} at a time in {result.run.work_dir} "
-                f"({result.disk['free_gib']:,.0f} GiB free)",
-            ]
-        )
+        speed = f"at {result.throughput:g} tokens a second on each GPU"
+        rows.append(("hours", f"{result.hours:,.1f}", speed))
+    if disk:
+        told = f"GiB, {disk['at_a_time']} at a time in {result.run.work_dir}"
+        free = f"({disk['free_gib']:,.0f} GiB free)"
+        rows.append(("checkpoint", f"{disk['checkpoint_gib']:.1f}", f"{told} {free}"))
     return "\n".join(["Run", *_facts(rows)])
 
 

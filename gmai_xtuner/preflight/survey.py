@@ -74,8 +74,7 @@ class Preflight:
         """Of the whole run, at the throughput."""
         if self.summary is None or not self.throughput:
             return None
-        epochs = self.summary.iterations / self.summary.iterations_per_epoch
-        return self.summary.tokens * epochs / (self.throughput * self.run.gpus) / 3600
+        return self.summary.tokens * self.summary.epochs / (self.throughput * self.run.gpus) / 3600
 
     def missing_images(self) -> Iterator[tuple[str, str]]:
         """Dataset and path of each image that is not there; those in the lists on disk are read there."""

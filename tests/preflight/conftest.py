@@ -65,9 +65,9 @@ def preflight(monkeypatch, tiny_bases, tmp_path) -> Callable[..., Preflight]:
             "GMAI_STAGE2": tmp_path / "stage2",
         }.items():
             monkeypatch.setenv(name, str(value))
-        if bases != tiny_bases:  # counting a 7B takes seconds, and has a test of its own
-            counted = lambda _, batch: Activations(batch.packs * 2**30, 2**30, "backward pass")  # noqa: E731
-            monkeypatch.setattr(survey, "count_activations", counted)
+        # Counting takes seconds, and has tests of its own.
+        counted = lambda _, batch: Activations(batch.packs * 2**30, 2**30, "backward pass")  # noqa: E731
+        monkeypatch.setattr(survey, "count_activations", counted)
         config = load_run(
             str(ROOT / "configs" / "gmai_vl" / f"{stage}.py"),
             deepspeed=deepspeed,

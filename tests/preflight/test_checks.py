@@ -44,7 +44,7 @@ def test_base_weights_that_do_not_fit(preflight, corpus, tiny_bases, tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     told = problems(preflight(corpus.mixture, bases=bases))
     assert "other shapes than config.json says" in told
-    assert "1 weights are missing" in told
+    assert "don't fit config.json: 1 missing" in told
     assert "k_proj.weight" in told
 
 
