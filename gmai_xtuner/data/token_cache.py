@@ -64,7 +64,8 @@ from gmai_xtuner.data.tokenize_records import (
     tokenized_chunks,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Raised when the same records would give other rows; 3: keys such as ``image_path`` are asked about."""
 
 
 class TokenCache:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Experiment trackers by one option: ``report_to=wandb``, ``trackio``, ``mlflow``, or several of them."""
+"""Experiment trackers by one option: ``report_to=wandb``, ``trackio``, ``mlflow``, or several of them.
+
+They may lie on another machine, so they get the config and numbers alone: mmengine's own backends would also
+send images of sample answers, the log and the Python files around.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.registry import VISBACKENDS
-from mmengine.visualization.vis_backend import BaseVisBackend, force_init_env
+from mmengine.visualization.vis_backend import (
+    BaseVisBackend,
+    MLflowVisBackend,
+    WandbVisBackend,
+    force_init_env,
+)
 
 PROJECT = "gmai-vl"
 BACKENDS: dict[str, dict[str, Any]] = {
-    "wandb": {"type": "WandbVisBackend", "init_kwargs": {"project": PROJECT}},
+    "wandb": {"type": "WandbNumbers", "init_kwargs": {"project": PROJECT}},
     "trackio": {"type": "TrackioVisBackend"},
-    "mlflow": {"type": "MLflowVisBackend", "exp_name": PROJECT},
+    "mlflow": {"type": "MLflowNumbers", "exp_name": PROJECT, "artifact_suffix": ()},
 }
 
 
@@ -48,6 +57,26 @@ def add_trackers(cfg: Any, work_dir: str) -> None:
     }
     more = [{**BACKENDS[tracker], **names[tracker]} for tracker in chosen(cfg)]
     cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, *more]
+
+
+@VISBACKENDS.register_module()
+class WandbNumbers(WandbVisBackend):
+    """mmengine's backend without images and without the code of the working directory."""
+
+    @force_init_env
+    def add_config(self, config: Any, **_: Any) -> None:
+        self._wandb.config.update(config.to_dict(), allow_val_change=True)
+
+    def add_image(self, *_: Any, **__: Any) -> None:
+        """Do nothing: images may be patients'."""
+
+
+@VISBACKENDS.register_module()
+class MLflowNumbers(MLflowVisBackend):
+    """mmengine's backend without images; files of the work dir stay there, too (``artifact_suffix``)."""
+
+    def add_image(self, *_: Any, **__: Any) -> None:
+        """Do nothing: images may be patients'."""
 
 
 @VISBACKENDS.register_module()

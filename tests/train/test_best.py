@@ -129,6 +129,14 @@ def test_trackers_are_added_by_one_option(monkeypatch):
     assert trackers.tracker_problems({"report_to": "none"}) == []
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_no_image_leaves_for_a_tracker(name, tmp_path):
+    backend = VISBACKENDS.build({**trackers.BACKENDS[name], "save_dir": str(tmp_path)})
+    backend.add_image("sample", None)  # a backend that took it would import its package
+    assert not hasattr(backend, f"_{name}")
+    assert trackers.BACKENDS["mlflow"]["artifact_suffix"] == ()
+
+
 def test_trackio_gets_config_and_numbers(monkeypatch, tmp_path):
     told: list = []
     fake = SimpleNamespace(
