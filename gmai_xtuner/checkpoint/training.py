@@ -315,7 +315,8 @@ def load_parts(
     whole = {key for key in own if key.split(".", 1)[0] in present}
     _refuse(
         state.keys() - own.keys(),
-        f"{source} has {{}} unexpected keys",
+        source,
+        "has {} unexpected keys",
         "Was it made with another geometry or another config?",
     )
     if absent := set(required) - present:
@@ -323,10 +324,11 @@ def load_parts(
             f"{source} has no weights of {shorten(sorted(absent))}, which this stage starts from "
             f"(it has {shorten(sorted(present))}). Is it the checkpoint of the right stage?"
         )
-    _refuse(whole - state.keys(), f"{source} lacks {{}} keys", "Take another checkpoint")
+    _refuse(whole - state.keys(), source, "lacks {} keys", "Take another checkpoint")
     _refuse(
         _misshapen(own, state),
-        f"{source} does not fit the model in {{}} weights",
+        source,
+        "does not fit the model in {} weights",
         "Take the checkpoint of a model of the same geometry",
     )
     for key, value in state.items():
@@ -357,31 +359,33 @@ def check_trained_state(
     learnt = {name for name, value in own.items() if value.requires_grad}
     _refuse(
         learnt - state.keys(),
-        f"{source} has no weights for {{}} of {len(learnt)} parameters that this config trains",
+        source,
+        f"has no weights for {{}} of {len(learnt)} parameters that this config trains",
         remedy,
     )
     _refuse(
         state.keys() - own.keys(),
-        f"{source} has {{}} weights that this config's model does not have",
+        source,
+        "has {} weights that this config's model does not have",
         remedy,
     )
     lost = state.keys() - learnt - set(brought_along)
     parts = ", ".join(sorted({name.split(".", 1)[0] for name in lost}))
     _refuse(
         lost,
-        f"{source} has learnt {{}} weights of {parts} that this config does not train, and that would be "
-        "lost",
+        source,
+        f"has learnt {{}} weights of {parts} that this config does not train, and that would be lost",
         remedy,
     )
     quantised = {name for name, value in own.items() if hasattr(value, "quant_state")}
     plain = {name: value for name, value in state.items() if name not in quantised}
-    _refuse(_misshapen(own, plain), f"{source} is of another geometry in {{}} weights", remedy)
+    _refuse(_misshapen(own, plain), source, "is of another geometry in {} weights", remedy)
 
 
-def _refuse(names: Iterable[str], problem: str, remedy: str) -> None:
+def _refuse(names: Iterable[str], source: str, problem: str, remedy: str) -> None:
     """Raise ``ModelLoadError`` about these names, if there are any; ``{}`` in ``problem`` is their number."""
     if found := sorted(names):
-        told = problem.format(len(found))
+        told = f"{source} {problem.format(len(found))}"
         raise ModelLoadError(f"{told}: {shorten(found, limit=4)}. {remedy}")
 
 
