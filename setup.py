@@ -139,6 +139,7 @@ setup(
             "forms/*.yaml",
             "writers/*.j2",
             "output/*.j2",
+            "output/*.js",
             "contamination/*.j2",
         ],
     },

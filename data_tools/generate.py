@@ -42,6 +42,20 @@ def _parser() -> argparse.ArgumentParser:
         help="count, estimate the cost and show three examples; asks nothing, writes nothing",
     )
     verbs.add_argument("--stats", action="store_true", help="show what the output holds so far")
+    verbs.add_argument(
+        "--review",
+        type=_count,
+        metavar="N",
+        help="write a blinded page, review.html, of about N conversations that people judge",
+    )
+    parser.add_argument(
+        "--verdicts",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="take in what review.html saved; card and report then state the error rate",
+    )
     parser.add_argument(
         "--limit", type=_count, metavar="N", help="at most N records of each source"
     )
@@ -69,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     # Not at the top: --help must not wait for them.
     from data_tools import job as jobs
     from data_tools import overview, pipeline
+    from data_tools.output import review
     from data_tools.progress import Bar
 
     job = jobs.load(options.job, output=options.output)
@@ -83,6 +98,12 @@ def _run(options: argparse.Namespace) -> int:
         found = overview.stats(job, selection)
         _print(found, overview.stats_text(found), options)
         return DONE
+    if options.review:
+        page = pipeline.write_review(job, options.review)
+        _print({"review": str(page)}, f"to be judged in a browser: {page}", options)
+        return DONE
+    if options.verdicts:
+        review.take(job.output, options.verdicts)
     with Bar() as bar:
         result = pipeline.run(job, selection, progress=bar)
     _print(result.summary, overview.summary_text(result, job), options)

@@ -38,6 +38,7 @@ from data_tools.forms import FORM_VERSIONS
 from data_tools.forms.options import MakeOptions
 from data_tools.items import FORMS, SourceContext
 from data_tools.job import Job, fingerprint
+from data_tools.output import review
 from data_tools.output.build import build, recover
 from data_tools.output.licences import refusal
 from data_tools.progress import Bar
@@ -160,6 +161,13 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
         if refused:
             raise CorpusError("\n".join(refused.values()))
         return Result(summary, store.count_pending(), stopped)
+
+
+def write_review(job: Job, count: int) -> Path:
+    """Write the page on which people judge the corpus, see `output.review`."""
+    with lock(job.output), Store(job.output / WORK / STATE) as store:
+        store.choose([source.name for source in job.sources])
+        return review.write(store, job.output, title=job.title, count=count)
 
 
 def _refused(

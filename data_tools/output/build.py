@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.items import TEXT_FORMS
-from data_tools.output import card, files, licences, report
+from data_tools.output import card, files, licences, report, review
 from data_tools.output.splits import Split, SplitBuilder
 from data_tools.output.summary import Tally
 from data_tools.records import Record
@@ -71,7 +71,8 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
                 alike = _alike(store, job, folder, first)
             split = groups.split(alike or ())
             tally.held_out(groups.held_out(split))
-            accepted = _write_conversations(store, options, corpus, split, tally)
+            errors = review.ErrorRate(folder)
+            accepted = _write_conversations(store, options, corpus, split, tally, errors)
             rejected = _write_rejected(store, options, corpus, tally)
             for source, drop in store.drops():
                 corpus.dropped.write({"source": source, **asdict(drop)})
@@ -84,6 +85,7 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
             near_duplicates=None if alike is None else len(alike),
             files=contents,
         )
+        summary["review"] = errors.summary()
         lines = {name: int(file["lines"]) for name, file in contents.items()}
         files.write_mixtures(new, title=job.title, lines=lines)
         card.write_figures(new, summary["records"])
@@ -132,7 +134,12 @@ def _alike(store: Store, job: Job, folder: Path, first: Any) -> list[tuple[int, 
 
 
 def _write_conversations(
-    store: Store, options: OutputOptions, corpus: files.CorpusFiles, split: Split, tally: Tally
+    store: Store,
+    options: OutputOptions,
+    corpus: files.CorpusFiles,
+    split: Split,
+    tally: Tally,
+    errors: review.ErrorRate,
 ) -> report.Chosen:
     """Write what was accepted, and return the conversations that the report may show."""
     chosen, keeps = report.Chosen(), _Keeps(options)
@@ -153,6 +160,7 @@ def _write_conversations(
             group, held_out = provenance.group, split.held_out(provenance.group)
         corpus.write(kept, held_out=held_out)
         tally.conversation(kept, held_out=held_out)
+        errors.add(kept)
         chosen.add(kept, (provenance.source, kept.item.form))
         if options.prompts and kept.prompt:
             corpus.prompts.write({"id": kept.item.id, "prompt": kept.prompt, "answer": kept.answer})

@@ -25,6 +25,8 @@ key                       what it holds
 ``usage``                 ``requests``, ``cached``, ``prompt_tokens``, ``completion_tokens``, ``dollars``,
                           ``seconds``
 ``versions``              of this tool, Python and the libraries that decide on what is written
+``review``                ``judged``, ``wrong``, ``unclear``, ``outdated``, ``error_rate``, ``low``, ``high``,
+                          see `review.ErrorRate`; null before anybody has judged a text
 ``warnings``              sentences: what someone should look at before using the corpus
 ========================  ==========================================================================
 
