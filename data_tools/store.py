@@ -42,6 +42,7 @@ MAX_ITEMS = 4096
 ACCEPTED, REJECTED, PENDING = 0, 1, 2
 
 _SCHEMA = Path(__file__).with_suffix(".sql")
+_ARRANGE = Path(__file__).with_name("arrange.sql")
 
 
 class _Name(msgspec.Struct):
@@ -329,11 +330,8 @@ class Store:
 
     def known_unit(self, source: int, key: str) -> tuple[int, bytes, list[str]] | None:
         """Return id, fingerprint and source files of a unit that was read."""
-        row = self._rows(
-            "SELECT id, fingerprint, files FROM units WHERE source = ? AND key = ?",
-            source,
-            _valid(key),
-        ).fetchone()
+        query = "SELECT id, fingerprint, files FROM units WHERE source = ? AND key = ?"
+        row = self._rows(query, source, _valid(key)).fetchone()
         return row and (row["id"], row["fingerprint"], _decode_files(row["files"]))
 
     def add_unit(self, source: int, key: str, result: StoredUnit) -> int:
@@ -343,34 +341,35 @@ class Store:
             self._rows("DELETE FROM units WHERE source = ? AND key = ?", source, key)
             unit = self._rows(
                 "INSERT INTO units (source, key, fingerprint, files, samples, regions) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                source,
-                key,
-                result.fingerprint,
-                encode(result.files),
-                result.samples,
-                result.regions,
-            ).lastrowid
-            assert unit is not None
-            self._db.executemany(
-                "INSERT INTO records (unit, name, duplicate_key, image, body) VALUES (?, ?, ?, ?, ?)",
+                "VALUES (?, ?, ?, ?, ?, ?) RETURNING id",
+                *(source, key, result.fingerprint, encode(result.files)),
+                *(result.samples, result.regions),
+            ).fetchone()["id"]
+            self._insert(
+                "records",
+                ("unit", "name", "duplicate_key", "image", "body"),
                 [(unit, r.id, r.duplicate_key, r.image, r.body) for r in result.records],
             )
-            self._db.executemany(
-                'INSERT INTO drops (unit, stage, reason, "where", detail) VALUES (?, ?, ?, ?, ?)',
+            self._insert(
+                "drops",
+                ("unit", "stage", "reason", '"where"', "detail"),
                 [
                     (unit, *map(_valid, (drop.stage, drop.reason, drop.where, drop.detail)))
                     for drop in result.drops
                 ],
             )
             self._rows("UPDATE sources SET arranged = NULL WHERE id = ?", source)
-        return unit
+        return int(unit)
+
+    def _insert(self, table: str, names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        places = ", ".join("?" * len(names))
+        query = f"INSERT INTO {table} ({', '.join(names)}) VALUES ({places})"
+        self._db.executemany(query, rows)
 
     def duplicate_keys(self, unit: int) -> list[bytes]:
         """Return the key of each record of a unit; duplicates have the same."""
-        return [
-            key for (key,) in self._rows("SELECT duplicate_key FROM records WHERE unit = ?", unit)
-        ]
+        query = "SELECT duplicate_key FROM records WHERE unit = ?"
+        return [key for (key,) in self._rows(query, unit)]
 
     def begin_order(self) -> None:
         """Forget the order of units that `order` has been given."""
@@ -393,10 +392,8 @@ class Store:
         """
         with self.transaction():
             if limit is None:
-                self._rows(
-                    "DELETE FROM units WHERE source = ? AND id NOT IN (SELECT unit FROM seen)",
-                    source,
-                )
+                unseen = "DELETE FROM units WHERE source = ? AND id NOT IN (SELECT unit FROM seen)"
+                self._rows(unseen, source)
             moved = self._rows(
                 "UPDATE units SET place = (SELECT place FROM seen WHERE unit = id) "
                 "WHERE source = ? AND place IS NOT (SELECT place FROM seen WHERE unit = id)",
@@ -405,15 +402,9 @@ class Store:
             arranged = self._value("SELECT arranged FROM sources WHERE id = ?", source)
             if moved == 0 and arranged == str(limit):
                 return
-            self._rows(
-                "CREATE TEMP TABLE before AS SELECT record, final, made, items FROM corpus "
-                "WHERE source = ? AND made IS NOT NULL",
-                source,
-            )
-            self._rows("CREATE INDEX temp.before_record ON before (record)")
-            self._rows("DELETE FROM corpus WHERE source = ?", source)
-            self._rows("DELETE FROM drops WHERE unit = ?", -source)
-            self._number_records(source, limit)
+            values = {"source": source, "most": 2**62 if limit is None else limit}
+            for statement in filter(str.strip, _ARRANGE.read_text(encoding="utf-8").split(";")):
+                self._db.execute(statement, values)
             self._make_ids_unique(source)
             self._rows(
                 "UPDATE corpus SET made = b.made, items = b.items FROM before b "
@@ -423,36 +414,6 @@ class Store:
             self._rows("DROP TABLE temp.before")
             self._rows("UPDATE sources SET arranged = ? WHERE id = ?", str(limit), source)
 
-    def _number_records(self, source: int, limit: int | None) -> None:
-        self._rows(
-            "CREATE TEMP TABLE ranked AS SELECT record, copy, "
-            "sum(copy = 1) OVER (ORDER BY place, record ROWS UNBOUNDED PRECEDING) AS number FROM ("
-            "SELECT r.id AS record, u.place AS place, "
-            "row_number() OVER (PARTITION BY r.duplicate_key ORDER BY u.place, r.id) AS copy "
-            "FROM records r JOIN units u ON u.id = r.unit WHERE u.source = ? AND u.place IS NOT NULL)",
-            source,
-        )
-        most = 2**62 if limit is None else limit
-        self._rows(
-            "INSERT INTO corpus (source, number, record) SELECT ?, number, record FROM ranked "
-            "WHERE copy = 1 AND number <= ? ORDER BY number",
-            source,
-            most,
-        )
-        for reason, which in (
-            ("duplicate picture", "copy > 1 AND number <= ?"),
-            ("beyond the limit of this run", "copy = 1 AND number > ?"),
-        ):
-            self._rows(
-                "INSERT INTO drops SELECT ?, 'record', ?, "
-                "json_extract(CAST(r.body AS TEXT), '$.provenance.file'), r.name "
-                f"FROM ranked k JOIN records r ON r.id = k.record WHERE {which} ORDER BY number, record",
-                -source,
-                reason,
-                most,
-            )
-        self._rows("DROP TABLE temp.ranked")
-
     def _make_ids_unique(self, source: int) -> None:
         rows = self._rows(
             "SELECT number, name FROM (SELECT c.number AS number, r.name AS name, "
@@ -461,14 +422,8 @@ class Store:
             "ORDER BY number",
             source,
         ).fetchall()
-        if not rows:
-            return
-        taken = {
-            name
-            for (name,) in self._rows(
-                "SELECT id FROM corpus_records WHERE source = ? AND id LIKE '%~%'", source
-            )
-        }
+        there = "SELECT id FROM corpus_records WHERE source = ? AND id LIKE '%~%'"
+        taken = {name for (name,) in self._rows(there, source)} if rows else set()
         last: dict[str, int] = {}
         for number, name in rows:
             copy = last.get(name, 1) + 1
@@ -476,12 +431,8 @@ class Store:
                 copy += 1
             last[name] = copy
             taken.add(f"{name}~{copy}")
-            self._rows(
-                "UPDATE corpus SET final = ? WHERE source = ? AND number = ?",
-                f"{name}~{copy}",
-                source,
-                number,
-            )
+            change = "UPDATE corpus SET final = ? WHERE source = ? AND number = ?"
+            self._rows(change, f"{name}~{copy}", source, number)
 
     def images(self) -> Iterator[str]:
         """Yield every image that a record of any source refers to, sorted, once each."""
@@ -490,20 +441,16 @@ class Store:
 
     def forget_image(self, image: str) -> None:
         """Forget the units whose records refer to an image that is no longer there."""
+        query = "DELETE FROM units WHERE id IN (SELECT unit FROM records WHERE image = ?)"
         with self.transaction():
-            self._rows(
-                "DELETE FROM units WHERE id IN (SELECT unit FROM records WHERE image = ?)", image
-            )
+            self._rows(query, image)
 
     # --- conversations ----------------------------------------------------------------------------
 
     def count_to_make(self, source: int, made: str) -> int:
         """Count the records whose items were made with something else than ``made``."""
-        return int(
-            self._value(
-                "SELECT count(*) FROM corpus WHERE source = ? AND made IS NOT ?", source, made
-            )
-        )
+        query = "SELECT count(*) FROM corpus WHERE source = ? AND made IS NOT ?"
+        return int(self._value(query, source, made))
 
     def to_make(self, source: int, made: str, *, chunk: int = 1000) -> Iterator[list[StoredRecord]]:
         """Yield the records whose items were made with something else than ``made``, some at a time."""
@@ -512,10 +459,7 @@ class Store:
             "SELECT id, body, row, number, EXISTS (SELECT 1 FROM items i WHERE i.id "
             "BETWEEN row * 4096 AND row * 4096 + 4095) AS has_items FROM corpus_records "
             "WHERE source = ? AND number > ? AND made IS NOT ? ORDER BY number LIMIT ?",
-            source,
-            last,
-            made,
-            chunk,
+            *(source, last, made, chunk),
         ).fetchall():
             last = rows[-1]["number"]
             yield [StoredRecord(**dict(row)) for row in rows]
@@ -529,9 +473,8 @@ class Store:
             marks = []
             for record, items in records:
                 if len(items) > MAX_ITEMS:
-                    raise CorpusError(
-                        f"more than {MAX_ITEMS} conversations of one record; make fewer."
-                    )
+                    problem = f"more than {MAX_ITEMS} conversations of one record; make fewer."
+                    raise CorpusError(problem)
                 if record.has_items:
                     answers = self._take_answers(record.row)
                     for item in items:
@@ -540,26 +483,22 @@ class Store:
                             setattr(item, name, value)
                 rows += items
                 marks.append((made, len(items), source, record.number))
-            names = ItemRow.__struct_fields__
-            self._db.executemany(
-                f"INSERT INTO items ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
-                map(msgspec.structs.astuple, rows),
-            )
+            self._insert("items", ItemRow.__struct_fields__, map(msgspec.structs.astuple, rows))
             self._db.executemany(
                 "UPDATE corpus SET made = ?, items = ? WHERE source = ? AND number = ?", marks
             )
 
     def _take_answers(self, record: int) -> dict[bytes | None, dict[str, Any]]:
         """Remove the items of a record and return the answers among them by their key."""
-        first, last = record * MAX_ITEMS, record * MAX_ITEMS + MAX_ITEMS - 1
-        rows = self._rows(
-            "SELECT key, state, conversation, problems, prompt, answer FROM items "
-            "WHERE id BETWEEN ? AND ? AND key IS NOT NULL AND state != 2",
-            first,
-            last,
-        ).fetchall()
-        self._rows("DELETE FROM items WHERE id BETWEEN ? AND ?", first, last)
-        return {row["key"]: dict(row) for row in rows}
+        own = record * MAX_ITEMS, record * MAX_ITEMS + MAX_ITEMS - 1
+        rows = self._rows("SELECT * FROM items WHERE id BETWEEN ? AND ?", *own).fetchall()
+        self._rows("DELETE FROM items WHERE id BETWEEN ? AND ?", *own)
+        names = ("key", "state", "conversation", "problems", "prompt", "answer")
+        return {
+            row["key"]: {name: row[name] for name in names}
+            for row in rows
+            if row["key"] is not None and row["state"] != PENDING
+        }
 
     def pending(self) -> Iterator[Kept]:
         """Yield the items that a model is to write. The store may be written to while they are read."""
@@ -568,10 +507,7 @@ class Store:
             while rows := self._rows(
                 "SELECT * FROM conversations WHERE source = ? AND state = 2 AND number >= ? "
                 "AND (number > ? OR id > ?) ORDER BY number, id LIMIT 100",
-                source,
-                number,
-                number,
-                last,
+                *(source, number, number, last),
             ).fetchall():
                 number, last = rows[-1]["number"], rows[-1]["id"]
                 yield from _kept(rows)
@@ -581,13 +517,11 @@ class Store:
         return sum(self._count_pending(source) for source, _ in self.sources())
 
     def _count_pending(self, source: int) -> int:
-        return int(
-            self._value(
-                "SELECT count(*) FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 "
-                "WHERE i.state = 2 AND c.source = ?",
-                source,
-            )
+        query = (
+            "SELECT count(*) FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 "
+            "WHERE i.state = 2 AND c.source = ?"
         )
+        return int(self._value(query, source))
 
     def add_outcome(self, row: int, outcome: Outcome) -> None:
         """Keep what came back for a pending item, and what it cost."""
@@ -626,14 +560,9 @@ class Store:
         return self._in_state(REJECTED)
 
     def _in_state(self, state: int) -> Iterator[Kept]:
+        query = "SELECT * FROM conversations WHERE source = ? AND state = %d ORDER BY number, id"
         for source, _ in self.sources():
-            yield from _kept(
-                self._rows(
-                    f"SELECT * FROM conversations WHERE source = ? AND state = {state} "
-                    "ORDER BY number, id",
-                    source,
-                )
-            )
+            yield from _kept(self._rows(query % state, source))
 
     def drops(self) -> Iterator[tuple[str, Drop]]:
         """Yield name of the source and what was left out before a conversation was to be made of it."""
@@ -690,32 +619,18 @@ class Store:
 
     def forms(self) -> list[dict[str, Any]]:
         """Return rows of ``form``, ``language``, and how many are ``accepted``, ``rejected``, ``pending``."""
-        counts: dict[tuple[str, str], list[int]] = {}
-        for source, _ in self.sources():
-            for row in self._rows(
-                "SELECT form, language, state, count(*) AS count FROM corpus_items WHERE source = ? "
-                "GROUP BY 1, 2, 3",
-                source,
-            ):
-                found = counts.setdefault((row["form"], row["language"]), [0, 0, 0])
-                found[row["state"]] += row["count"]
-        return [
-            {
-                "form": form,
-                "language": language,
-                "accepted": found[ACCEPTED],
-                "rejected": found[REJECTED],
-                "pending": found[PENDING],
-            }
-            for (form, language), found in sorted(counts.items())
-        ]
+        rows = self._rows(
+            "SELECT form, language, sum(state = 0) AS accepted, sum(state = 1) AS rejected, "
+            "sum(state = 2) AS pending FROM corpus_items "
+            "WHERE source IN (SELECT value FROM json_each(?)) GROUP BY 1, 2 ORDER BY 1, 2",
+            encode([source for source, _ in self.sources()]).decode(),
+        )
+        return [dict(row) for row in rows]
 
     def usage(self) -> Usage:
         """Return what all runs so far have used."""
-        names = {field.name for field in fields(Usage)}
-        return Usage(
-            **{key: value for key, value in self._rows("SELECT * FROM meta") if key in names}
-        )
+        known = dict(tuple(row) for row in self._rows("SELECT * FROM meta"))
+        return Usage(**{f.name: known[f.name] for f in fields(Usage) if f.name in known})
 
     def vocabulary(self, source: int) -> Vocabulary:
         """Return the labels of a source's records in the corpus."""
@@ -730,15 +645,9 @@ def _kept(rows: Iterable[sqlite3.Row]) -> Iterator[Kept]:
         if record is None or row["record"] != last:
             last, record = row["record"], decode_record(row["body"], row["record_id"])
         conversation, problems = row["conversation"], row["problems"]
+        own = {name: row[name] for name in ("form", "language", "kind", "focus", "seed")}
         yield Kept(
-            Item(
-                id=record.id + row["suffix"],
-                form=row["form"],
-                language=row["language"],
-                kind=row["kind"],
-                focus=row["focus"],
-                seed=row["seed"],
-            ),
+            Item(id=record.id + row["suffix"], **own),
             record,
             None if conversation is None else _decode_conversation(conversation),
             () if problems is None else _decode_problems(problems),
