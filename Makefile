@@ -1,6 +1,7 @@
 # make quickstart    environment, tiny bases, real images, three stages, held-out questions
 # make test          all tests (make test-fast leaves out those that train)
 # make check         lint, format, types, licences and advisories of what is installed
+# make gpu-check     what must hold on a GPU before days are spent on one; tiny on the CPU
 # make fuzz          100,000 mutated files and requests; a few of them are in make test
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,10 +12,10 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-newest quickstart test test-fast fuzz check advisories format license clean
+.PHONY: help env env-newest quickstart test test-fast gpu-check fuzz check advisories format license clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 env: $(VENV)/.installed
 
@@ -35,6 +36,9 @@ test: env env-newest
 
 test-fast: env env-newest
 	$(PYTEST) -m "not slow"
+
+gpu-check: env
+	$(BIN)/python benchmarks/gpu_check.py
 
 fuzz: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 100000

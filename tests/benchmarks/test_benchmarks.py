@@ -77,6 +77,28 @@ def test_attacks():
     assert row["GiB"] < 1
 
 
+def test_gpu_check(tmp_path):
+    """The groups that are quick on a CPU; `make gpu-check` runs all."""
+    groups = ["environment", "padded", "checkpoints", "command"]
+    out = tmp_path / "checks.json"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "gpu_check.py"),
+        "--out",
+        str(out),
+        "--only",
+        *groups,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    found = {(one["group"], one["name"]): one for one in json.loads(out.read_text())}
+    assert [*dict.fromkeys(group for group, _ in found)] == groups
+    assert found["padded", "left-padded batch of four"]["verdict"] == "PASS"
+    assert found["checkpoints", "resumed"]["verdict"] == "PASS"
+    waits = found["command", "host waits of a micro-batch"]
+    assert "stage_1_and_2.py" in waits["measured"]
+
+
 def test_images(work_dir):
     result = run("images.py", work_dir, "--samples", "1", "--seconds", "0.1")
     assert result["identical"] is True
