@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
-from examples.tiny_bases import TinyLLM, TinyVision, write_tiny_bases
+from examples.tiny_bases import SPECIAL_TOKENS, TinyLLM, TinyVision, write_tiny_bases
 from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.core.errors import GMAIError
@@ -55,6 +56,36 @@ def test_callers_random_state_is_left_alone(tmp_path):
     torch.manual_seed(0)
     write_tiny_bases(tmp_path)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_language_model_has_the_hubs_files_names_and_layout(bases):
+    files = {path.name for path in (bases / "llm").iterdir()}
+    assert files == {
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    config = json.loads((bases / "llm" / "config.json").read_text())
+    assert config["model_type"] == "internlm2"
+    assert config["rope_scaling"] == {"type": "dynamic", "factor": 2.0}
+    index = json.loads((bases / "llm" / "model.safetensors.index.json").read_text())
+    layer = "model.layers.1.attention.wqkv.weight"
+    shard = load_file(bases / "llm" / index["weight_map"][layer])
+    assert shard[layer].shape == ((4 + 2 * 2) * 32, 128)
+    assert len(index["weight_map"]) == 3 + 2 * 7
+
+
+def test_special_tokens_are_the_last_six_ids(bases):
+    tokenizer = load_tokenizer(str(bases / "llm"))
+    assert len(tokenizer) == 1536
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(1530, 1536))
+    assert tokenizer.convert_tokens_to_ids("<|im_start|>") == 1535
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 1534
 
 
 @pytest.mark.parametrize("add_dummy_prefix", [False, True])
