@@ -100,12 +100,19 @@ def test_the_exit_status_and_the_status_file_say_how_a_run_ended(
     assert reason in shown
     if does != "die":  # no keeper beside the stand-in
         assert stored_status(tmp_path / "w")["state"] == state
-        assert stored_status(tmp_path / "w")["reason"] == reason
+        assert stored_status(tmp_path / "w")["reason"].startswith(reason)
     assert ("1/7  loss 7.2  rate 1.0e-03  eta 0:00:09" in shown) == (does != "syntax")
     ((verb, config, *options),) = xtuner[1]()
     assert (verb, Path(config).name) == ("train", "stage1_shallow.py")
     assert Path(config).is_file()
     assert options == ["--work-dir", "w", "--deepspeed", "zero2", "--cfg-options", "a.b=1", "2"]
+
+
+def test_a_syntax_error_has_its_file_and_line(xtuner, tmp_path, capsys):
+    xtuner[0]("syntax")
+    (tmp_path / "mine.py").write_text("a = 1\nmodel = dict(\n")
+    assert main(["mine.py"]) == 1
+    assert "never closed (mine.py, line 2)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("before", "then"), [("touch", "refuse"), ("finish", "syntax")])
