@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from collections.abc import Callable
 
@@ -28,4 +29,10 @@ def exit_status(run: Callable[[], int]) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # of `| head`
         sys.stderr.close()
+        return FAILED
+    except (OSError, sqlite3.Error) as error:
+        print(
+            f"error: {error}. What was done is kept: make room or check the rights, and run it again",
+            file=sys.stderr,
+        )
         return FAILED

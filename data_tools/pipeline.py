@@ -210,10 +210,18 @@ def lock(output: Path) -> Iterator[None]:
 
 def _check_is_ours(output: Path) -> None:
     """A run replaces and deletes in its output folder: it must be empty or an earlier run's."""
-    if (output / WORK).is_dir():
+    for folder in (output / WORK, output / IMAGES):
+        if folder.is_symlink():
+            raise CorpusError(
+                f"{folder} is a link, and a run would delete files where it leads. Make the whole output "
+                "folder a link, or name another one"
+            )
+    if any((output / WORK / name).is_file() for name in (STATE, "lock")):
         return
     try:
         found = sorted(entry.name for entry in os.scandir(output))
+        if found == [WORK] and not os.listdir(output / WORK):  # of a run that was killed at once
+            return
     except FileNotFoundError:
         return
     except OSError as error:
@@ -221,9 +229,9 @@ def _check_is_ours(output: Path) -> None:
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise CorpusError(
-            f"the output folder {output.resolve()} is not empty ({shown}) and isn't an earlier run's "
-            f"(there is no {WORK} in it). A run would replace files in it: name a new or an empty folder in "
-            "`output` or with --output."
+            f"the output folder {output.resolve()} is not empty ({shown}) and isn't an "
+            f"earlier run's (there is no {WORK}/{STATE} in it). A run would replace files in it: name a new "
+            "folder in `output` or with --output."
         )
 
 

@@ -276,7 +276,8 @@ class Store:
             self._since = now
             self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # on a full disk SQLite has rolled back itself
+                self._db.execute("ROLLBACK")
             raise
         finally:
             self._depth = 0

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_tools.command import exit_status
+from data_tools.generate import main
+from data_tools.store import Store
 from tests.data_tools.conftest import command, draw, files_of, generate
 
 
@@ -344,6 +348,50 @@ def test_a_folder_that_holds_anything_else_is_left_alone(classes, make_job, tmp_
     (line,) = made.stderr.splitlines()
     assert line.startswith(f"error: the output folder {tmp_path / 'out'} is not empty (images)")
     assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("link", ["", "images", ".work"])
+def test_a_foreign_state_makes_no_folder_ours_and_no_link_is_followed(
+    link, classes, make_job, tmp_path, capsys
+):
+    job, out, mine = make_job({}), tmp_path / "out", tmp_path / "mine"
+    draw(mine / "ab" / "scan.png", 99)
+    out.mkdir()
+    if link:
+        assert main([str(job)]) == 0
+        shutil.rmtree(out / link)
+        (out / link).symlink_to(mine)
+    else:
+        shutil.copytree(mine, out / ".work")
+    capsys.readouterr()
+    before = files_of(tmp_path)
+    assert main([str(job)]) == 1
+    said = capsys.readouterr().err
+    assert ("is a link" if link else "isn't an earlier run") in said
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), sqlite3.OperationalError("disk I/O error")]
+)
+def test_what_the_file_system_refuses_is_one_message(error, capsys):
+    def run() -> int:
+        raise error
+
+    assert exit_status(run) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {error}. ")
+    assert said.count("\n") == 1
+
+
+def test_a_transaction_that_the_database_has_ended_tells_why(tmp_path):
+    def fail(store: Store) -> None:
+        with store.transaction():
+            store._db.execute("ROLLBACK")
+            raise ValueError("the cause")
+
+    with Store(tmp_path / "state.sqlite") as store, pytest.raises(ValueError, match="the cause"):
+        fail(store)
 
 
 def test_a_strange_file_among_the_pictures_stays(classes, make_job, tmp_path):
