@@ -174,7 +174,8 @@ def measure(
     picture = folder / "images" / "00" / "picture.png"
     picture.parent.mkdir(parents=True)
     Image.effect_noise((SIDE, SIDE), 60).save(picture)
-    (folder / pipeline.WORK).mkdir()  # the image is of an earlier run, as it were
+    (folder / pipeline.WORK).mkdir()
+    (folder / pipeline.WORK / "lock").touch()  # the image is of an earlier run, as it were
     forms = (
         "caption",
         "region_caption",

@@ -389,7 +389,10 @@ def _check_output(
         return
     output = job.output.resolve()
     for source in sources:
-        root = source.root.resolve()
+        try:
+            root = source.root.resolve()
+        except ValueError:  # a NUL, which the reader refuses
+            continue
         if root.is_relative_to(output):
             problems.add(
                 ("output",),

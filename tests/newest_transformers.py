@@ -58,6 +58,8 @@ def newest_python() -> Path:
 def newest_variables(**further: str | Path) -> dict[str, str]:
     """Variables for a process of it: no path of ours, no hub, one thread, and what ``further`` says."""
     own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # It sees what the main environment has installed but this project, whose entry point torch would load.
+    own["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**own, **quiet, **{key: str(value) for key, value in further.items()}}
 

@@ -223,12 +223,8 @@ class Teller:
         view = language.views.get(given.get("view", "").upper(), "")
         about = view or language.planes.get(str(record.provenance.part.get("axis")), "")
         said = ["view"] if view else []
-        key = next((name for name in SIDE_KEYS if name in given), "")
-        body = given.get("body part", "").lower()
-        side = language.sides.get(given.get(key, "").lower(), "")
-        if not body and side:
-            body = language.organs.get(record.modality, "")
-        part = self._part_of_body(body)
+        key, side = self._side()
+        part = self._part_of_body(self._body())
         if part:
             said.append("body part")
             if side and noun(part[1]).kind == "anatomy_of_many":
@@ -241,6 +237,18 @@ class Teller:
             of = of if language.translated else Word(indefinite(of))
             return language.described["of"].format(about=about, kind=kind, part=of), tuple(said)
         return language.described["plain"].format(about=about, kind=kind), tuple(said)
+
+    def _side(self) -> tuple[str, str]:
+        """Return the attribute that says the side of the body, and the side's word; empty if not known."""
+        given = self.record.attributes
+        key = next((name for name in SIDE_KEYS if name in given), "")
+        return key, self.language.sides.get(given.get(key, "").lower(), "")
+
+    def _body(self) -> str:
+        """Return the part of the body: the one given, or the one of a pair that the modality is of."""
+        given = self.record.attributes.get("body part", "").lower()
+        of_pair = self.language.organs.get(self.record.modality, "") if self._side()[1] else ""
+        return given or of_pair
 
     def _part_of_body(self, text: str) -> tuple[str, str] | None:
         """Return a part of the body in this language and in English; None if it is not known."""
@@ -327,7 +335,7 @@ class Teller:
     @property
     def subject(self) -> str:
         """The label that is said by what the image is called; empty if there is none."""
-        whole, part = self.whole(), self.record.attributes.get("body part", "").lower()
+        whole, part = self.whole(), self._body()
         alone = len(whole) == 1 and noun(whole[0]).is_anatomy and part in ("", whole[0].lower())
         return whole[0] if alone and (not part or self._part_of_body(part)) else ""
 

@@ -230,6 +230,8 @@ def _parquet_rows(
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         picked = names if columns is None else [name for name in columns if name in names]
+        if columns is not None and not {"image", "images"} & set(picked):
+            picked += [name for name in names if IMAGE_KEY.search(name)]
         if columns is not None and not {"conversations", "messages"} & set(picked):
             raise _file_error(
                 path,

@@ -12,6 +12,8 @@ variable-length kernel keeps; Liger's kernels, which take less, are off.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,7 @@ class MicroBatch:
         supervised: supervised tokens of all packs.
         images: images of all packs.
         dtype: in which the engine trains.
+        partitioned: ZeRO-3, whose own linear layers keep their input where the weight is frozen, too.
     """
 
     packs: int
@@ -41,6 +44,7 @@ class MicroBatch:
     supervised: int
     images: int
     dtype: torch.dtype
+    partitioned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ def count_activations(model: Any, batch: MicroBatch) -> Activations:
         model: a :class:`gmai_xtuner.checkpoint.llava.GMAILLaVAModel` on the meta device.
         batch: its size.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _linear_layers(batch.partitioned), FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model, batch.dtype)
         data = _flat_batch(model, batch)
         model.train()
@@ -111,6 +115,22 @@ def count_activations(model: Any, batch: MicroBatch) -> Activations:
     pixels = data["pixel_values"].nbytes
     moment = "forward pass" if forward == memory.peak else "backward pass"
     return Activations(kept + pixels, memory.peak - kept, moment)
+
+
+@contextmanager
+def _linear_layers(partitioned: bool) -> Iterator[None]:
+    """Compute linear layers as DeepSpeed's ZeRO-3 does, or as torch, whichever this process was left with.
+
+    DeepSpeed 0.16.2 replaces the function when an engine starts, and never takes it back.
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    left = nn.functional.linear
+    nn.functional.linear = zero3_linear_wrap if partitioned else torch._C._nn.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = left
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:

@@ -236,7 +236,8 @@ def _fullest(result: Preflight, model: Any, zero: ZeroSettings, packs: int) -> M
             images = min(images, data.images_per_pack_max * packs)
             supervised = min(supervised, data.learnt_per_micro_batch_max)
     dtype = torch.float32 if zero.precision == "fp32" else torch.bfloat16
-    return MicroBatch(packs, run.max_length, supervised, images, dtype)
+    partitioned = zero.zero.stage == 3 and zero.zero.memory_efficient_linear
+    return MicroBatch(packs, run.max_length, supervised, images, dtype, partitioned)
 
 
 def _what_would_fit(result: Preflight, memory: Callable[[ZeroSettings, int], Memory]) -> str:

@@ -45,6 +45,7 @@ class ProgressHook(Hook):
     priority = "ABOVE_NORMAL"
 
     def __init__(self) -> None:
+        self._from_the_start, self._first, self._last = True, math.nan, math.nan
         self._reset()
 
     def _reset(self) -> None:
@@ -57,7 +58,7 @@ class ProgressHook(Hook):
         self._logger = loggers[0] if loggers else LoggerHook()
         self._model_flops = ModelFlops.of(runner.model.module)
         self._peak_flops = device_peak_flops()
-        self._from_the_start, self._first, self._last = runner.iter == 0, math.nan, math.nan
+        self._from_the_start = runner.iter == 0
         self._reset()
 
     def after_train_iter(

@@ -69,8 +69,8 @@ def test_benchmarks_in_training_and_xtuner_test(tmp_path, tiny_bases):
         *("test_dataloader.num_workers=0", f"test_evaluator.save={tmp_path / 'answers'}"),
     )
     assert re.search(
-        r"Iter\(test\) \[7/7\].*test/vqa_rad_test/accuracy: [\d.]+ .*"
-        r"test/pmc_vqa_test_clean/accuracy: [\d.]+",
+        r"Iter\(test\) \[7/7\].*test/pmc_vqa_test_clean/accuracy: [\d.]+ .*"
+        r"test/vqa_rad_test/accuracy: [\d.]+",
         told,
     ), told[-3000:]
     answers = (tmp_path / "answers" / "pmc_vqa_test_clean.jsonl").read_text().splitlines()

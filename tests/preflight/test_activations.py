@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import init_empty_weights
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -92,6 +95,21 @@ def test_the_7b_takes_what_another_program_counted(stage, tokens, images, gib):
     batch = MicroBatch(1, tokens, 2000, images, torch.bfloat16)
     found = count(stage, batch, llm=llm, vision=vision, use_activation_checkpointing=False)
     assert found.total / GIB == pytest.approx(gib, rel=0.03)
+
+
+def test_zero3_keeps_the_inputs_of_frozen_layers(monkeypatch):
+    kept = {}
+    for partitioned in (False, True):
+        batch = replace(small(), partitioned=partitioned)
+        kept[partitioned] = [
+            count(stage, batch, use_activation_checkpointing=False).kept for stage in (1, 3)
+        ]
+    frozen, learnt = zip(kept[False], kept[True], strict=True)
+    assert frozen[1] > 1.2 * frozen[0]
+    assert learnt[1] == pytest.approx(learnt[0], rel=1e-3)
+    # Whatever an engine of this process has left behind.
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    assert count(1, small(), use_activation_checkpointing=False).kept == frozen[0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
