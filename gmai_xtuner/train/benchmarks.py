@@ -33,9 +33,10 @@ from gmai_xtuner.evaluate.answerers.local import read_ahead
 from gmai_xtuner.evaluate.benchmarks import NAMES, find_benchmarks, is_own
 from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import Asked
+from gmai_xtuner.evaluate.questions import Question
 from gmai_xtuner.evaluate.results import Scored, average_of, score_all
 from gmai_xtuner.evaluate.runner import Options, Target, answer_all, prepare
-from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs
+from gmai_xtuner.evaluate.store import Answer, Given, Job, sorted_jobs
 from gmai_xtuner.generate import GREEDY, Answered, Predictor, Prompt, user_turn
 
 OPTIONS = ("benchmark", "data", "variant", "protocol", "limit", "max_new_tokens")
@@ -128,7 +129,7 @@ class BenchmarkAnswers(NamedTuple):
     name: str
     asked: Asked
     scored: list[Scored]
-    num_missing: int
+    missing: list[tuple[Question, Answer | None]]
 
 
 @METRICS.register_module()
@@ -142,7 +143,8 @@ class BenchmarkScore(BaseMetric):
 
     Args:
         prefix: of the names; default ``test``.
-        save: folder for ``<benchmark>.jsonl`` with each answer and score; default: nothing is written.
+        save: folder for ``<benchmark>.jsonl``: each answer, its score and how it ended; default: nothing is
+            written.
     """
 
     default_prefix = "test"
@@ -162,26 +164,31 @@ class BenchmarkScore(BaseMetric):
 
     def compute_metrics(self, results: list[BenchmarkAnswers]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for name, asked, scored, num_missing in results:
+        for name, asked, scored, missing in results:
             headline, *others = ((one, average_of(scored, one)) for one in asked.protocol.averages)
             found: dict[str, float | None] = {
                 "accuracy": headline[1].value,
                 **{one.name.replace(" ", "_"): cell.value for one, cell in others},
                 "unparsed": headline[1].unparsed,
-                "unanswered": float(num_missing) or None,
+                "unanswered": float(len(missing)) or None,
             }
             metrics |= {f"{name}/{key}": one for key, one in found.items() if one is not None}
             if self.save is not None and is_main_process():
-                _write(Path(self.save) / f"{name}.jsonl", scored)
+                _write(Path(self.save) / f"{name}.jsonl", scored, missing)
         return metrics
 
 
-def _write(file: Path, scored: Sequence[Scored]) -> None:
+def _write(
+    file: Path, scored: Sequence[Scored], missing: Sequence[tuple[Question, Answer | None]]
+) -> None:
+    """Write what was scored, then what has no answer, whose ``value`` is null."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    asked = [(one.question, one.answer, asdict(one.score)) for one in scored]
+    asked += [(question, answer, {"value": None}) for question, answer in missing if answer]
     lines = [
-        {"id": one.question.id, "gold": one.question.answer, **asdict(one.score)}
-        | {"prompt": one.answer.prompt, "answer": one.answer.answer}
-        for one in scored
+        {"id": question.id, "gold": question.answer, **score}
+        | {"prompt": answer.prompt, "answer": answer.answer, "ended": answer.ended}
+        for question, answer, score in asked
     ]
     replace_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -294,7 +301,7 @@ def ask_benchmarks(
         if reasons:
             told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
             print_log(f"Benchmark {name}: no answer to {told}", "current", logging.WARNING)
-        evaluator.process(data_samples=[BenchmarkAnswers(name, asked, scored, len(missing))])
+        evaluator.process(data_samples=[BenchmarkAnswers(name, asked, scored, missing)])
     return evaluator.evaluate(len(questions))
 
 
