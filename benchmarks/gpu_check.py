@@ -26,7 +26,6 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -444,29 +443,16 @@ def command() -> Iterator[Check]:
 
 
 def tiny_corpus(folder: Path) -> Path:
-    import numpy as np
-    from PIL import Image
+    """Write tiny bases and 24 records of noise; return the mixture file."""
+    from tests.toy import record, write_corpus
 
     done = child("-m", "gmai_xtuner.tiny_bases", folder / "bases", seconds=120)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    (folder / "images").mkdir()
-    lines = []
-    for number in range(24):
-        noise = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"images/{number}.png")
-        turns = [
-            {"from": "human", "value": "<image>\nWhich number? " + "Look closely. " * 5},
-            {"from": "gpt", "value": f"It is number {number}."},
-        ]
-        lines.append(
-            json.dumps({"id": str(number), "image": f"{number}.png", "conversations": turns})
-        )
-    (folder / "records.jsonl").write_text("\n".join(lines))
-    mixture = folder / "mixture.yaml"
-    noise = {"annotations": "records.jsonl", "image_root": "images"}
-    mixture.write_text(json.dumps({"datasets": {"noise": noise}}))
-    return mixture
+    names = [f"{number}.png" for number in range(24)]
+    question = "<image>\nWhich number? " + "Look closely. " * 5
+    records = [record(name, question, f"It is number {name}.", image=name) for name in names]
+    return write_corpus(folder / "corpus", {"noise": records}, images=names).mixture
 
 
 def engine(name: str, model: Any, micro_batches: int = 1, **zero: Any) -> Any:
@@ -709,20 +695,14 @@ GROUPS: dict[str, Callable[[], Iterator[Check]]] = {
 
 
 def run_group(name: str) -> None:
-    """Print the checks of a group, a JSON object a line, as they come."""
+    """Print the checks of a group, a JSON object a line, as they come; all else goes to stderr."""
     from printing import quiet_stdout
 
-    with quiet_stdout_to_file(quiet_stdout) as out:
+    with os.fdopen(os.dup(1), "w") as out, quiet_stdout():
         import gmai_xtuner.plugin  # noqa: F401  (repairs DeepSpeed)
 
         for check in GROUPS[name]():
             print(json.dumps(asdict(check)), file=out, flush=True)
-
-
-@contextmanager
-def quiet_stdout_to_file(quiet: Any) -> Iterator[Any]:
-    with os.fdopen(os.dup(1), "w") as out, quiet():
-        yield out
 
 
 def main() -> int:
