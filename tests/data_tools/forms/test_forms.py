@@ -81,6 +81,13 @@ def test_the_checks_accept_every_template(of, seed):
         assert not problems, (item, made, problems)
 
 
+def test_a_label_is_named_where_the_side_is_of_another_organ():
+    one = Label("spleen", None)
+    of = record(one, name="2d#cls#1", modality="Fundus photography", attributes={"side": "left"})
+    for item, made in conversations(of, seed=0):
+        assert not check(made, item, of, CONTEXT, TAXONOMY, CheckOptions()), (item, made)
+
+
 @settings(max_examples=100)
 @given(records)
 def test_the_form_of_a_conversation(of):
