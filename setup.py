@@ -21,6 +21,7 @@ CORPUS = [
     # requests to a model; 3.0 is the first with httpx2
     "openai>=3.0",
     "aiohttp>=3.10",
+    "anyio>=4.5",
     # readers
     "av>=13",
     "connected-components-3d>=3.21",
@@ -65,6 +66,7 @@ SERVE = ["msgspec>=0.19", "starlette>=0.40", "uvicorn>=0.30"]
 # `python -m gmai_xtuner.evaluate`: models behind a server and judges, pages, GMAI-MMBench's submission file.
 EVALUATE = [
     "aiohttp>=3.10",
+    "anyio>=4.5",
     "jinja2>=3.1",
     # METEOR, ROUGE-L and BLEU of reports
     "nltk>=3.9",

@@ -21,10 +21,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import platformdirs
+from anyio.from_thread import start_blocking_portal
 
 from data_tools.items import Problem
 from data_tools.writers import asking
@@ -37,11 +39,11 @@ from gmai_xtuner.core.errors import CorpusError, EndpointError
 from gmai_xtuner.core.http import (
     ChatServer,
     Concurrency,
-    LoopThread,
     Pace,
     RequestRefused,
     ServerFault,
     back_off,
+    each,
 )
 
 REFUSED_AT_FIRST = 5
@@ -168,15 +170,15 @@ class OpenAIWriter(ModelWriter[OpenAIOptions]):
             CorpusError: an image or the ledger can't be read.
         """
         window = max(4 * self.options.in_flight, 64)
-        with self.ledger() as ledger, LoopThread() as loop:
-            run = loop.call(_Run.open(self, ledger))
+        with self.ledger() as ledger, start_blocking_portal() as portal:
+            run = portal.call(_Run, self, ledger)
+            wanted = takewhile(lambda _: run.stopped is None, tasks)
             try:
-                more = lambda: run.stopped is None  # noqa: E731
-                for outcome in loop.each(run.write, tasks, window=window, more=more):
+                for outcome in each(portal, run.write, wanted, window=window):
                     if outcome is not None:
                         yield outcome
             finally:
-                loop.call(run.close())
+                portal.call(run.close)
             if run.stopped is not None:
                 raise run.stopped
 
@@ -206,20 +208,16 @@ class _Run:
         self.asked: dict[str, asyncio.Event] = {}
         self.threads = ThreadPoolExecutor(2, "images")
         self.commit = _Committer(ledger)
-        self.refused = 0
+        self.refused = self.under_way = 0
         self.failing_since: float | None = None
-
-    @classmethod
-    async def open(cls, writer: OpenAIWriter, ledger: Ledger) -> _Run:
-        return cls(writer, ledger)
 
     async def close(self) -> None:
         """Send nothing more; wait for what is in flight, and keep it."""
         done = self.stopped
         self._stop(CorpusError("the writer was closed"))
         await self._wake()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
+        while self.under_way:
+            await asyncio.sleep(0.01)
         await self.server.close()
         self.threads.shutdown()
         self.commit.close()
@@ -240,6 +238,7 @@ class _Run:
 
     async def write(self, task: Task) -> Outcome | None:
         """Return the task's outcome; None if it is not decided because the run stops."""
+        self.under_way += 1
         try:
             return await self._write(task)
         except _Stopped:
@@ -251,6 +250,7 @@ class _Run:
             stop.__cause__ = error
             self._stop(stop)
         finally:
+            self.under_way -= 1
             if self.stopped is not None:
                 await self._wake()
         return None

@@ -3,7 +3,7 @@
 """Asking an OpenAI-compatible server: one request, the meaning of its failures, and the speed of many.
 
 The client's own retries are off, so that whoever asks counts, paces and pays for every request. All but
-`LoopThread` runs in one event loop.
+`each` runs in one event loop.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ import os
 import queue
 import random
 import re
-import threading
 import time
 import urllib.parse
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC
-from typing import Any, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gmai_xtuner.core.errors import EndpointError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from anyio.from_thread import BlockingPortal
 
 NO_KEY = "EMPTY"
 """Sent where a server needs no key, as vLLM and its like expect it."""
@@ -57,17 +55,15 @@ def key_of(variable: str | None) -> str | None:
         EndpointError: the named variable is not set, or no header can carry what it holds.
     """
     key = os.environ.get(variable or DEFAULT_KEY, "").strip()
-    if variable and not key:
+    if (variable and not key) or not (key.isascii() and key.isprintable() and len(key.split()) < 2):
         raise EndpointError(
-            f"the environment variable {variable} holds no key: set it, or name another"
-        )
-    if not (key.isascii() and key.isprintable() and len(key.split()) < 2):
-        raise EndpointError(
-            f"the environment variable {variable or DEFAULT_KEY} holds no key: one word of ASCII was expected"
+            f"the environment variable {variable or DEFAULT_KEY} holds no key: set it to one word of ASCII, "
+            "or name another"
         )
     return key or None
 
 
+@dataclass(eq=False)
 class ServerFault(Exception):
     """The server failed; the same request may succeed later.
 
@@ -79,26 +75,26 @@ class ServerFault(Exception):
         throttled: the server has too much to do, the request itself has not failed.
     """
 
-    def __init__(
-        self,
-        reason: str,
-        detail: str = "",
-        *,
-        wait: float | None = None,
-        billed: bool = False,
-        throttled: bool = False,
-    ) -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail, self.wait = reason, detail, wait
-        self.billed, self.throttled = billed, throttled
+    reason: str
+    detail: str = ""
+    wait: float | None = None
+    billed: bool = False
+    throttled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
+@dataclass(eq=False)
 class RequestRefused(Exception):
     """The server does not take this request, whenever it is sent; it says why in ``message``."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(f"HTTP {status}: {message}")
-        self.status, self.code, self.message = status, code, message
+    status: int
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"HTTP {self.status}: {self.message}"
 
 
 class ChatServer:
@@ -197,10 +193,9 @@ class ChatServer:
             return ServerFault(f"server error {status}", message, wait=wait, throttled=throttled)
         if status in (400, 413, 415, 422):
             return RequestRefused(status, code, message)
-        variable = self._key_variable
         advice = {
-            401: f"set the environment variable {variable} to a valid key"
-            if variable
+            401: f"set the environment variable {self._key_variable} to a valid key"
+            if self._key_variable
             else "name the environment variable that holds the key",
             402: "the account has no money left: charge it and run the same command again",
             403: "this key may not use this model or this server",
@@ -213,12 +208,9 @@ class ChatServer:
 
     def redacted(self, text: str) -> str:
         """Return a text without the key, however a server has quoted it."""
-        if self._key and len(self._key) > 3:
-            for form in (
-                self._key,
-                json.dumps(self._key)[1:-1],
-                urllib.parse.quote(self._key, safe=""),
-            ):
+        key = self._key
+        if key and len(key) > 3:
+            for form in (key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")):
                 text = text.replace(form, "[key]")
         return text
 
@@ -385,72 +377,29 @@ class Concurrency:
         self.not_before = max(self.not_before, time.monotonic() + seconds)
 
 
-class LoopThread:
-    """An event loop in a thread of its own; a context manager. What still runs at its end is cancelled."""
+def each(
+    portal: BlockingPortal,
+    function: Callable[[Input], Awaitable[Result]],
+    inputs: Iterable[Input],
+    *,
+    window: int,
+) -> Iterator[Result]:
+    """Yield the function's results as they come; its first error ends the iteration.
 
-    def __enter__(self) -> LoopThread:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="requests", daemon=True)
-        self._thread.start()
-        return self
-
-    def call(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run a coroutine and wait for its result."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    def each(
-        self,
-        function: Callable[[Input], Awaitable[Result]],
-        inputs: Iterable[Input],
-        *,
-        window: int,
-        more: Callable[[], bool] = lambda: True,
-    ) -> Iterator[Result]:
-        """Yield the function's results as they come; its first error ends the iteration.
-
-        Args:
-            function: called in the event loop.
-            inputs: read in the caller's thread, as results are taken.
-            window: calls under way at once.
-            more: asked before each input; False: no further ones.
-        """
-        found: queue.SimpleQueue[tuple[Result, None] | tuple[None, BaseException]] = (
-            queue.SimpleQueue()
-        )
-
-        async def run(value: Input) -> None:
-            try:
-                found.put((await function(value), None))
-            except BaseException as error:
-                found.put((None, error))
-
-        iterator, under_way = iter(inputs), 0
-        exhausted = object()
-        while True:
-            while under_way < window and more():
-                value = next(iterator, exhausted)
-                if value is exhausted:
-                    window = 0
-                    break
-                asyncio.run_coroutine_threadsafe(run(value), self.loop)  # type: ignore[arg-type]
-                under_way += 1
-            if under_way == 0:
-                return
-            result, error = found.get()
-            under_way -= 1
-            if error is not None:
-                raise error
-            yield result  # type: ignore[misc]
-
-    def __exit__(self, *_: object) -> None:
-        self.call(self._end())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
-
-    async def _end(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self.loop.shutdown_default_executor()
+    Args:
+        portal: of the event loop in which the function is called.
+        function: called with each input.
+        inputs: read in the caller's thread, as results are taken.
+        window: calls under way at once.
+    """
+    found: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
+    waiting, under_way = iter(inputs), 0
+    while True:
+        for value in islice(waiting, window - under_way):
+            portal.start_task_soon(function, value).add_done_callback(found.put)
+            under_way += 1
+        if not under_way:
+            return
+        result = found.get().result()
+        under_way -= 1
+        yield result

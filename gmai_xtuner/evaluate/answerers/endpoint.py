@@ -21,10 +21,10 @@ from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError, 
 from gmai_xtuner.core.http import (
     DEFAULT_KEY,
     ChatServer,
-    LoopThread,
     RequestRefused,
     ServerFault,
     back_off,
+    each,
     first_message,
     key_of,
     message_text,
@@ -87,18 +87,18 @@ class EndpointAnswerer:
             raise EvaluationError(
                 "an endpoint is asked by one process: leave torchrun out and raise --in-flight"
             )
-        with LoopThread() as loop:
-            run = loop.call(self._start())
+        from anyio.from_thread import start_blocking_portal
+
+        window = self._options.in_flight
+        with start_blocking_portal() as portal:
+            run = portal.call(_Run, self._options, self.url, self.key)
             try:
-                for given in loop.each(run.ask, sorted_jobs(jobs), window=self._options.in_flight):
+                for given in each(portal, run.ask, sorted_jobs(jobs), window=window):
                     yield [given]
             except EndpointError as error:
                 raise EvaluationError(str(error)) from error
             finally:
-                loop.call(run.server.close())
-
-    async def _start(self) -> _Run:
-        return _Run(self._options, self.url, self.key)
+                portal.call(run.server.close)
 
 
 class _Run:
