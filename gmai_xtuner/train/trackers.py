@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Experiment trackers by one option: ``report_to=wandb``, ``trackio``, ``mlflow``, or several of them.
+"""Experiment trackers by one option: ``report_to=wandb``, ``mlflow``, or both.
 
 They may lie on another machine, so they get the config and numbers alone: mmengine's own backends would also
-send images of sample answers, the log and the Python files around.
+send images of sample answers, the log and the Python files around, and W&B itself all that is printed.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.registry import VISBACKENDS
-from mmengine.visualization.vis_backend import (
-    BaseVisBackend,
-    MLflowVisBackend,
-    WandbVisBackend,
-    force_init_env,
-)
+from mmengine.visualization.vis_backend import MLflowVisBackend, WandbVisBackend, force_init_env
 
 PROJECT = "gmai-vl"
-BACKENDS: dict[str, dict[str, Any]] = {
-    "wandb": {"type": "WandbNumbers", "init_kwargs": {"project": PROJECT}},
-    "trackio": {"type": "TrackioVisBackend"},
-    "mlflow": {"type": "MLflowNumbers", "exp_name": PROJECT, "artifact_suffix": ()},
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+"""What to install: the whole ``mlflow`` needs other versions of what the training needs."""
+NO_TRACKIO = (
+    "report_to=trackio: Trackio needs a newer huggingface_hub than transformers 4.48 takes. In another "
+    "environment: pip install 'trackio[tensorboard]', then trackio.import_tf_events(WORK_DIR, project=...)"
+)
+# What else W&B would send: the console (paths, sample answers), the code, the machine and its packages.
+SILENT = {
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
 }
 
 
@@ -37,25 +43,38 @@ def chosen(cfg: Mapping[str, Any]) -> list[str]:
 
 
 def tracker_problems(cfg: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each tracker that is unknown, or whose package is not installed."""
+    """Return a sentence for each tracker that is unknown, not installed, or has nowhere to write."""
     problems = []
     for name in chosen(cfg):
-        if name not in BACKENDS:
-            problems.append(f"report_to={name!r} is not known. Take {', '.join(BACKENDS)}")
+        if name == "trackio":
+            problems.append(NO_TRACKIO)
+        elif name not in PACKAGES:
+            problems.append(f"report_to={name!r} is not known. Take {', '.join(PACKAGES)}")
         elif importlib.util.find_spec(name) is None:
-            problems.append(f"report_to={name} needs a package: pip install {name}")
+            problems.append(f"report_to={name} needs a package: pip install {PACKAGES[name]}")
+        elif name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+            problems.append(
+                "report_to=mlflow needs MLFLOW_TRACKING_URI in the environment, the address of your server"
+            )
     return problems
 
 
 def add_trackers(cfg: Any, work_dir: str) -> None:
     """Add the chosen trackers to ``visualizer.vis_backends``; a run is called like its work dir."""
     name = Path(work_dir).name
-    names: dict[str, dict[str, Any]] = {
-        "wandb": {"init_kwargs": {"project": PROJECT, "name": name}},
-        "trackio": {"name": name},
-        "mlflow": {"run_name": name},
+    backends: dict[str, dict[str, Any]] = {
+        "wandb": {
+            "type": "WandbNumbers",
+            "init_kwargs": {"project": PROJECT, "name": name, "settings": SILENT},
+        },
+        "mlflow": {
+            "type": "MLflowNumbers",
+            "exp_name": PROJECT,
+            "run_name": name,
+            "artifact_suffix": (),
+        },
     }
-    more = [{**BACKENDS[tracker], **names[tracker]} for tracker in chosen(cfg)]
+    more = [backends[tracker] for tracker in chosen(cfg)]
     cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, *more]
 
 
@@ -75,50 +94,10 @@ class WandbNumbers(WandbVisBackend):
 class MLflowNumbers(MLflowVisBackend):
     """mmengine's backend without images; files of the work dir stay there, too (``artifact_suffix``)."""
 
+    def _init_env(self) -> None:
+        # Not in the config, which others see: an address may hold a password.
+        self._tracking_uri = os.environ["MLFLOW_TRACKING_URI"]
+        super()._init_env()
+
     def add_image(self, *_: Any, **__: Any) -> None:
         """Do nothing: images may be patients'."""
-
-
-@VISBACKENDS.register_module()
-class TrackioVisBackend(BaseVisBackend):
-    """Numbers and config for Trackio.
-
-    Args:
-        save_dir: of the run; Trackio has a folder of its own (``TRACKIO_DIR``).
-        project: in Trackio.
-        name: of the run.
-    """
-
-    def __init__(self, save_dir: str, project: str = PROJECT, name: str | None = None) -> None:
-        super().__init__(save_dir)
-        self._project, self._name = project, name
-
-    def _init_env(self) -> None:
-        import trackio
-
-        self._trackio: Any = trackio
-        trackio.init(project=self._project, name=self._name)
-
-    @property
-    @force_init_env
-    def experiment(self) -> Any:
-        return self._trackio
-
-    @force_init_env
-    def add_config(self, config: Any, **_: Any) -> None:
-        self._trackio.config.update(config.to_dict())
-
-    @force_init_env
-    def add_scalar(self, name: str, value: Any, step: int = 0, **_: Any) -> None:
-        self._trackio.log({name: float(value)}, step=step)
-
-    @force_init_env
-    def add_scalars(
-        self, scalar_dict: dict[str, Any], step: int = 0, file_path: str | None = None, **_: Any
-    ) -> None:
-        numbers = {k: float(v) for k, v in scalar_dict.items() if isinstance(v, int | float)}
-        self._trackio.log(numbers, step=step)
-
-    def close(self) -> None:
-        if hasattr(self, "_trackio"):
-            self._trackio.finish()

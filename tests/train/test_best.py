@@ -114,43 +114,63 @@ def test_what_can_not_be_watched_is_refused(run):
         BestCheckpointHook(patience=0)
 
 
-def test_trackers_are_added_by_one_option(monkeypatch):
+def test_trackers_are_added_by_one_option():
     shown = {"vis_backends": [{"type": "LocalVisBackend"}]}
-    cfg = Config({"report_to": "trackio, wandb", "visualizer": shown})
+    cfg = Config({"report_to": "mlflow, wandb", "visualizer": shown})
     trackers.add_trackers(cfg, "work_dirs/mine")
-    types = [(one["type"], one.get("name")) for one in cfg.visualizer.vis_backends]
-    assert types[:2] == [("LocalVisBackend", None), ("TrackioVisBackend", "mine")]
-    assert cfg.visualizer.vis_backends[2]["init_kwargs"] == {"project": "gmai-vl", "name": "mine"}
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    assert trackers.tracker_problems({"report_to": "mlflow"}) == [
-        "report_to=mlflow needs a package: pip install mlflow"
-    ]
-    assert "Take wandb, trackio, mlflow" in trackers.tracker_problems({"report_to": ["comet"]})[0]
-    assert trackers.tracker_problems({"report_to": "none"}) == []
+    local, mlflow, wandb = cfg.visualizer.vis_backends
+    assert local["type"] == "LocalVisBackend"
+    assert mlflow["run_name"] == wandb["init_kwargs"]["name"] == "mine"
+    assert "tracking_uri" not in mlflow  # it may hold a password, and others see the config
+    assert mlflow["artifact_suffix"] == ()
+    # W&B would send all that is printed: paths, warnings about records, sample answers.
+    assert wandb["init_kwargs"]["settings"]["console"] == "off"
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+@pytest.mark.parametrize(
+    ("named", "installed", "problem"),
+    [
+        ("mlflow", False, "pip install mlflow-skinny"),
+        ("mlflow", True, "MLFLOW_TRACKING_URI"),
+        ("trackio", True, "import_tf_events"),
+        (["comet"], True, "Take wandb, mlflow"),
+        ("none", False, ""),
+        ("wandb", True, ""),
+    ],
+)
+def test_a_tracker_that_cannot_be_used_is_said_before_the_run(
+    named, installed, problem, monkeypatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: installed or None)
+    problems = trackers.tracker_problems({"report_to": named})
+    assert len(problems) == bool(problem)
+    assert not problem or problem in problems[0]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_no_image_leaves_for_a_tracker(name, tmp_path):
-    backend = VISBACKENDS.build({**trackers.BACKENDS[name], "save_dir": str(tmp_path)})
+    cfg = Config({"report_to": name, "visualizer": {"vis_backends": []}})
+    trackers.add_trackers(cfg, "w")
+    backend = VISBACKENDS.build({**cfg.visualizer.vis_backends[0], "save_dir": str(tmp_path)})
     backend.add_image("sample", None)  # a backend that took it would import its package
     assert not hasattr(backend, f"_{name}")
-    assert trackers.BACKENDS["mlflow"]["artifact_suffix"] == ()
 
 
-def test_trackio_gets_config_and_numbers(monkeypatch, tmp_path):
+def test_numbers_go_to_the_server_that_the_environment_names(monkeypatch, tmp_path):
+    """mmengine would write to the work dir, which MLflow 3 refuses, whatever the environment says."""
     told: list = []
-    fake = SimpleNamespace(
-        init=lambda **options: told.append(options),
-        config={},
-        log=lambda numbers, step: told.append((numbers, step)),
-        finish=lambda: told.append("finished"),
+    monkeypatch.setitem(
+        sys.modules,
+        "mlflow",
+        SimpleNamespace(
+            set_tracking_uri=told.append,
+            get_experiment_by_name=lambda name: name,
+            set_experiment=lambda name: None,
+            log_metric=lambda name, value, step: told.append((name, value, step)),
+        ),
     )
-    monkeypatch.setitem(sys.modules, "trackio", fake)
-    backend = VISBACKENDS.build(
-        {"type": "TrackioVisBackend", "save_dir": str(tmp_path), "name": "r"}
-    )
-    backend.add_config(Config({"seed": 3}))
-    backend.add_scalars({"loss": 1.5, "text": "no number"}, step=4)
-    backend.close()
-    assert told == [{"project": "gmai-vl", "name": "r"}, ({"loss": 1.5}, 4), "finished"]
-    assert fake.config == {"seed": 3}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    backend = VISBACKENDS.build({"type": "MLflowNumbers", "save_dir": str(tmp_path)})
+    backend.add_scalar("loss", 1.5, 4)
+    assert told == ["http://127.0.0.1:5000", ("loss", 1.5, 4)]
