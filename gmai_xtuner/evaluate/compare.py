@@ -67,54 +67,55 @@ def results_in(folder: Path) -> dict[ResultKey, Path]:
     Raises:
         EvaluationError: there is none.
     """
-    found: dict[ResultKey, Path] = {}
-    for file in sorted(folder.rglob(RESULT_FILE)):
-        one = read_result(file.parent)
-        found[tuple(getattr(one, name) for name in _KEY)] = file.parent
-    if not found:
+    files = sorted(folder.rglob(RESULT_FILE))
+    if not files:
         raise EvaluationError(f"no {RESULT_FILE} in or under {folder}: is it the --out of a run?")
-    return found
+    return {_key(read_result(file.parent)): file.parent for file in files}
+
+
+def _key(result: Result) -> ResultKey:
+    return tuple(getattr(result, name) for name in _KEY)
+
+
+def _names(results: Mapping[ResultKey, Path]) -> str:
+    return ", ".join("{}-{} {}/{} {}".format(*key) for key in results)
 
 
 def _compare(first: Path, second: Path, *, common: bool) -> Comparison:
     one, two = read_result(first), read_result(second)
-    scores_one, scores_two = read_scores(first), read_scores(second)
-    both = [name for name in scores_one if name in scores_two]
-    only_first, only_second = len(scores_one) - len(both), len(scores_two) - len(both)
+    scores = [read_scores(first), read_scores(second)]
+    both = [name for name in scores[0] if name in scores[1]]
+    only_first, only_second = (len(found) - len(both) for found in scores)
+    others = f"{first} and {second} are not about the same questions:"
     if (only_first or only_second) and not common:
         raise EvaluationError(
-            f"{first} and {second} are not about the same questions: {only_first} are only in the first, "
-            f"{only_second} only in the second, {len(both)} in both. --common compares those in both"
+            f"{others} {only_first} are only in the first, {only_second} only in the second, {len(both)} in "
+            "both. --common compares those in both"
         )
-    for folder, scores in ((first, scores_one), (second, scores_two)):
-        if any("question" not in scores[name] for name in both):
+    for folder, found in zip((first, second), scores, strict=True):
+        if any("question" not in found[name] for name in both):
             raise EvaluationError(
                 f"{folder / SCORES_FILE} does not say which questions its ids stand for: an earlier version "
                 "has written it. Score its answers again (--score-only)"
             )
-    others = [name for name in both if scores_one[name]["question"] != scores_two[name]["question"]]
-    if others:
+    pairs = [(scores[0][name], scores[1][name]) for name in both]
+    different = [a["id"] for a, b in pairs if a["question"] != b["question"]]
+    if different:
         raise EvaluationError(
-            f"{first} and {second} are not about the same questions: {len(others)} of {len(both)} that have "
-            f"one id differ in words, options or gold answer, the first is {others[0]}. Were the runs made "
-            f"on different files? {dict(one.source)} against {dict(two.source)}"
+            f"{others} {len(different)} of {len(both)} that have one id differ in words, options or gold "
+            f"answer, the first is {different[0]}. Were the runs made on different files? {dict(one.source)} "
+            f"against {dict(two.source)}"
         )
-    pairs = [(scores_one[name], scores_two[name]) for name in both]
-    answered = [pair for pair in pairs if all(one["value"] is not None for one in pair)]
+    answered = [pair for pair in pairs if all(side["value"] is not None for side in pair)]
     if not answered:
         raise EvaluationError(f"{first} and {second} have no scored question in common")
-    n = len(answered)
-    values = [[pair[side]["value"] for pair in answered] for side in (0, 1)]
-    unparsed = [sum(pair[side]["parsed"] is None for pair in answered) for side in (0, 1)]
+    n, sides = len(answered), list(zip(*answered, strict=True))
+    values = [[score["value"] for score in side] for side in sides]
+    means = sum(values[0]) / n, sum(values[1]) / n
+    unparsed = [sum(score["parsed"] is None for score in side) / n for side in sides]
+    test, unanswered = paired_test(*values), len(pairs) - n
     return Comparison(
-        one,
-        two,
-        paired_test(values[0], values[1]),
-        only_first,
-        only_second,
-        unanswered=len(pairs) - n,
-        means=(sum(values[0]) / n, sum(values[1]) / n),
-        unparsed=(unparsed[0] / n, unparsed[1] / n),
+        *(one, two, test, only_first, only_second, unanswered, means, (unparsed[0], unparsed[1]))
     )
 
 
@@ -137,12 +138,12 @@ def as_text(comparisons: list[Comparison]) -> str:
         test, first, ends = one.test, one.first, one.test.interval
         cells = (
             *(f"{first.protocol}/{first.version}", first.scorer, str(test.n)),
-            *(percent(mean) for mean in one.means),
+            *map(percent, one.means),
             f"{100 * test.difference:+.2f}",
             f"{100 * ends.low:+.2f} to {100 * ends.high:+.2f}" if ends else NONE,
             *(str(test.first_better), str(test.second_better)),
             f"{test.p_value:.4f}" if test.p_value >= 0.0001 else f"{test.p_value:.1e}",
-            *(test.method, *(percent(share) for share in one.unparsed)),
+            *(test.method, *map(percent, one.unparsed)),
         )
         rows.append(Row(f"{first.benchmark} {first.variant}", cells, "group"))
         name = f"{first.benchmark} {first.protocol} {first.scorer}"
@@ -153,11 +154,9 @@ def as_text(comparisons: list[Comparison]) -> str:
             if mean == 0
         ]
         if one.unanswered:
-            notes.append(
-                f"{name}: {one.unanswered} questions that a run has no answer to are left out."
-            )
-    left = sum(one.only_first + one.only_second for one in comparisons)
-    if left:
+            told = f"{one.unanswered} questions that a run has no answer to are left out."
+            notes.append(f"{name}: {told}")
+    if left := sum(one.only_first + one.only_second for one in comparisons):
         notes.append(f"{left} questions that only one run has are left out.")
     return to_markdown([Table("compare", "Two runs", _HEAD, tuple(rows), tuple(notes))])
 
@@ -166,17 +165,15 @@ def as_json(comparisons: list[Comparison]) -> list[dict[str, Any]]:
     """Return what ``--json`` prints."""
     return [
         {
-            **{name: getattr(one.first, name) for name in _KEY},
+            **dict(zip(_KEY, _key(one.first), strict=True)),
             "first": one.first.model_name,
             "second": one.second.model_name,
             **{name: getattr(one, name) for name in ("only_first", "only_second", "unanswered")},
-            **dict(zip(("mean_first", "mean_second"), one.means, strict=True)),
-            **dict(zip(("unparsed_first", "unparsed_second"), one.unparsed, strict=True)),
+            "mean_first": one.means[0],
+            "mean_second": one.means[1],
+            "unparsed_first": one.unparsed[0],
+            "unparsed_second": one.unparsed[1],
             **asdict(one.test),
         }
         for one in comparisons
     ]
-
-
-def _names(results: Mapping[ResultKey, Path]) -> str:
-    return ", ".join(f"{key[0]}-{key[1]} {key[2]}/{key[3]} {key[4]}" for key in results)

@@ -32,7 +32,7 @@ from gmai_xtuner.core.rng import Rng, seed_of
 from gmai_xtuner.evaluate.protocols import Asked
 from gmai_xtuner.evaluate.questions import IMAGE_MARK, ImageSource, Question, load_image
 from gmai_xtuner.evaluate.results import Measure, Scored, reason_of, score_all
-from gmai_xtuner.evaluate.scoring.yes_no import polarity
+from gmai_xtuner.evaluate.scoring.mentions import polarity
 from gmai_xtuner.evaluate.statistics import (
     area_under_risk_coverage,
     calibration_error,

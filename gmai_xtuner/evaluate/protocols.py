@@ -17,7 +17,7 @@ from gmai_xtuner.core.errors import EvaluationError, GMAIError
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring import SCORERS
 from gmai_xtuner.evaluate.scoring.free_text import is_closed
-from gmai_xtuner.evaluate.scoring.yes_no import polarity
+from gmai_xtuner.evaluate.scoring.mentions import polarity
 from gmai_xtuner.evaluate.store import Job
 
 

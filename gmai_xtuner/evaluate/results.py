@@ -59,10 +59,9 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number of the controls or of the calibration, see :mod:`gmai_xtuner.evaluate.controls`.
+    """A number of the controls or of the calibration, over ``n`` questions or pairs of answers.
 
     Args:
-        n: questions, or pairs of answers to a question.
         value: from 0 to 1, or a difference of two such.
         p_value: two-sided, of a difference of two paired scores; None for others.
     """
@@ -79,10 +78,8 @@ class Result:
     """One model, one benchmark, one protocol, one scorer.
 
     Args:
-        benchmark, variant, protocol, version, description: what was asked.
         scorer: what scored; with a judge its model and the version of its prompt.
         model_name, model: who answered: name and hash.
-        generation: how.
         n: questions scored.
         selected: questions that the protocol has in the files that were read.
         expected: and in the authors' files; None where unknown.
@@ -137,29 +134,24 @@ class Result:
     @property
     def problems(self) -> list[str]:
         """Say why the number is not the protocol's, one sentence each; nothing for a whole run."""
+        more = " (raise --max-new-tokens)" if "cut" in self.unanswered else ""
+        counted = (
+            (self.left_out, "left out when the files of the variant "
+             f"{self.variant} were read, whatever protocol they belong to"),
+            (self.unanswered, f"without an answer, not in the score{more}"),
+            (self.controls_unanswered, "of the controls without an answer"),
+        )  # fmt: skip
         problems = [f"flag: {flag}" for flag in self.flags]
         if self.limited:
             problems.append(f"limited to {self.n} of {self.selected} questions")
-        if self.left_out:
-            problems.append(
-                f"{_counts(self.left_out)} left out when the files of the variant "
-                f"{self.variant} were read, whatever protocol they belong to"
-            )
-        if self.unanswered:
-            more = " (raise --max-new-tokens)" if "cut" in self.unanswered else ""
-            problems.append(f"{_counts(self.unanswered)} without an answer, not in the score{more}")
-        if self.controls_unanswered:
-            problems.append(
-                f"{_counts(self.controls_unanswered)} of the controls without an answer"
-            )
-        problems += [
-            f"{count} {_FINDINGS.get(name, name)}" for name, count in self.findings.items()
-        ]
-        if self.expected is not None and self.selected != self.expected:
-            problems.append(
-                f"the files have {self.selected} questions of this protocol, "
-                f"the authors' have {self.expected}"
-            )
+        for reasons, told in counted:
+            if reasons:
+                listed = ", ".join(f"{name} {count}" for name, count in reasons.items())
+                problems.append(f"{sum(reasons.values())} questions ({listed}) {told}")
+        problems += [f"{n} {_FINDINGS.get(name, name)}" for name, n in self.findings.items()]
+        if self.expected not in (None, self.selected):
+            told = f"the files have {self.selected} questions of this protocol"
+            problems.append(f"{told}, the authors' have {self.expected}")
         return problems
 
     @property
@@ -175,8 +167,7 @@ def score_all(
     """Score what has an answer to exactly the protocol's prompt.
 
     Returns:
-        scored questions in their order, and questions without an answer; with what came instead, if it was
-        cut, empty or refused.
+        scored questions in their order; and those without an answer, with what came instead, if anything.
     """
     scored: list[Scored] = []
     missing: list[tuple[Question, Answer | None]] = []
@@ -185,8 +176,7 @@ def score_all(
         if answer is None or answer.problem:
             missing.append((question, answer))
         else:
-            score = asked.protocol.score(question, answer.answer)
-            scored.append(Scored(question, answer, score))
+            scored.append(Scored(question, answer, asked.protocol.score(question, answer.answer)))
     return scored, missing
 
 
@@ -225,17 +215,14 @@ def summarise(asked: Asked, scored: Sequence[Scored], identity: Identity, **more
 
 def average_of(scored: Sequence[Scored], average: Average) -> Cell:
     """Return a micro or macro average of scored questions."""
-    if average.over is None:
-        return cell_of([scored])
-    return cell_of(list(grouped(scored, average.over).values()))
+    return cell_of([scored] if average.over is None else [*grouped(scored, average.over).values()])
 
 
 def grouped(scored: Iterable[Scored], key: str) -> dict[str, list[Scored]]:
     """Return value of a group -> its questions, both as they come; questions without it are left out."""
     groups: dict[str, list[Scored]] = {}
     for one in scored:
-        name = one.question.groups.get(key)
-        if name is not None:
+        if (name := one.question.groups.get(key)) is not None:
             groups.setdefault(name, []).append(one)
     return groups
 
@@ -262,9 +249,8 @@ def write_result(folder: Path, result: Result, scored: Sequence[Scored]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(_score_line(one), ensure_ascii=False) for one in scored)
     replace_text(folder / SCORES_FILE, "".join(f"{line}\n" for line in lines))
-    replace_text(
-        folder / RESULT_FILE, json.dumps(as_json(result), indent=1, ensure_ascii=False) + "\n"
-    )
+    text = json.dumps(as_json(result), indent=1, ensure_ascii=False)
+    replace_text(folder / RESULT_FILE, f"{text}\n")
 
 
 def _score_line(one: Scored) -> dict[str, Any]:
@@ -316,8 +302,3 @@ def _readable(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
         raise EvaluationError(f"the result in {folder} can't be read: {error}") from error
-
-
-def _counts(reasons: Mapping[str, int]) -> str:
-    total = sum(reasons.values())
-    return f"{total} questions ({', '.join(f'{name} {count}' for name, count in reasons.items())})"

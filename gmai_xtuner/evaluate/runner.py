@@ -27,19 +27,15 @@ from gmai_xtuner.evaluate.answerers import Answerer
 from gmai_xtuner.evaluate.benchmarks import (
     Benchmark,
     BenchmarkError,
+    Target,
     choose_protocol,
     load_benchmark,
 )
 from gmai_xtuner.evaluate.controls import controls_of, measure
 from gmai_xtuner.evaluate.processes import World
-from gmai_xtuner.evaluate.protocols import (
-    MAX_NEW_TOKENS,
-    Asked,
-    Protocol,
-    ProtocolError,
-    ask_for,
-)
+from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS, Asked, Protocol, ProtocolError, ask_for
 from gmai_xtuner.evaluate.questions import Score
+from gmai_xtuner.evaluate.report import write_report
 from gmai_xtuner.evaluate.results import (
     Result,
     Scored,
@@ -57,13 +53,7 @@ from gmai_xtuner.evaluate.store import (
     Job,
     read_identity,
 )
-from gmai_xtuner.evaluate.tables import (
-    Table,
-    controls_tables,
-    group_tables,
-    summary_table,
-    write_tables,
-)
+from gmai_xtuner.evaluate.tables import all_tables, group_tables, write_tables
 
 log = logging.getLogger(__name__)
 ALL = "all"
@@ -73,26 +63,14 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A benchmark, by its name or by the file of a user's own, and where its files are."""
-
-    name: str
-    data: Path | None
-    variant: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Options:
-    """How benchmarks are asked and scored.
+    """How benchmarks are asked and scored: the command's options of the same names.
 
     Args:
         out: folder of answers and results.
-        protocols: names; none: the default of each variant; ``all``: every one of the variant.
-        scorers: further scorers of the same answers; ``all``: those that the protocol names.
-        limit: questions of each protocol at the most; None for all.
-        report_questions: questions on each page; 0: no page.
-        max_new_tokens: tokens of an answer at the most; None: of stored answers their own, else the default.
-        controls: ask the questions in other ways, too; see :mod:`gmai_xtuner.evaluate.controls`.
+        protocols: none: the default of each variant; ``all``: every one of the variant.
+        scorers: ``all``: those that the protocol names.
+        max_new_tokens: None: of stored answers their own, else the default.
     """
 
     out: Path
@@ -118,7 +96,6 @@ def prepare(
     """Read a benchmark and find out, before anything is asked, whether it can be asked and scored so.
 
     Args:
-        require_images: leave questions out whose image is missing.
         rank: of this process; the first logs what is left out.
 
     Raises:
@@ -129,14 +106,17 @@ def prepare(
     )
     if benchmark.problems and rank == 0:
         first = benchmark.problems[0]
-        counts = _listed(benchmark.counted_problems())
-        log.warning(
-            "%s: %s; the first is %s: %s", _title(benchmark), counts, first.record, first.detail
-        )
+        told = (benchmark.title, _listed(benchmark.counted_problems()), first.record, first.detail)
+        log.warning("%s: %s; the first is %s: %s", *told)
     asked: list[Asked] = []
     errors: list[GMAIError] = []
     longest = options.max_new_tokens or MAX_NEW_TOKENS
-    for protocol in _protocols(benchmark, options):
+    known = benchmark.protocols
+    protocols = [one for one in known if one.variant == benchmark.variant]
+    if ALL not in options.protocols:
+        names = options.protocols or (None,)
+        protocols = [choose_protocol(known, name, variant=benchmark.variant) for name in names]
+    for protocol in protocols:
         try:
             part = ask_for(protocol, benchmark.questions, options.limit, longest)
             for scorer in _other_scorers(protocol, options):
@@ -149,13 +129,6 @@ def prepare(
     for passed_over in errors:
         log.warning("passed over: %s", passed_over)
     return Prepared(benchmark, tuple(asked))
-
-
-def _protocols(benchmark: Benchmark, options: Options) -> list[Protocol]:
-    if ALL in options.protocols:
-        return [one for one in benchmark.protocols if one.variant == benchmark.variant]
-    names: tuple[str | None, ...] = options.protocols or (None,)
-    return [choose_protocol(benchmark.protocols, name, variant=benchmark.variant) for name in names]
 
 
 def _other_scorers(protocol: Protocol, options: Options) -> list[str]:
@@ -211,8 +184,8 @@ def ask(
     store = AnswerStore(folder, replace(stored, source=benchmark.hashes()))
     if world.rank:
         return Answers(store, {})
-    whom = f"{stored.model_name} ({stored.model})"
-    log.warning("%s: the stored answers of %s are scored", _title(benchmark), whom)
+    told = "%s: the stored answers of %s (%s) are scored"
+    log.warning(told, benchmark.title, stored.model_name, stored.model)
     found = store.read()
     longest = max((int(one.generation["max_new_tokens"]) for one in found.values()), default=None)
     return Answers(store, found, longest=longest)
@@ -273,7 +246,7 @@ def answer_all(
         if store is None:
             found = [one for part in world.gather(found) for one in part]
         failed = {name: one for part in world.gather(failed) for name, one in part.items()}
-        if store is not None and world.size > 1:
+        if store is not None and world.size > 1:  # now that all have written
             known = store.read() if world.rank == 0 else {}
     return known | {one.key: one for one in found}, failed
 
@@ -343,10 +316,6 @@ def _answered(parts: Sequence[Asked], answers: Answers, options: Options) -> lis
     return found or list(parts)
 
 
-def _title(benchmark: Benchmark) -> str:
-    return f"{benchmark.name} ({benchmark.variant})"
-
-
 def _score(
     asked: Asked,
     benchmark: Benchmark,
@@ -355,7 +324,7 @@ def _score(
     judge: Answerer | None,
 ) -> Iterator[Result]:
     """Score by the protocol's scorer, by others, and by a judge; write each result."""
-    own, store, failed = asked.protocol.scorer, answers.store, answers.failed
+    protocol, store, failed = asked.protocol, answers.store, answers.failed
     scored, missing = score_all(asked, answers.by_key)
     if not (scored or any(answer for _, answer in missing)):
         prompts = Counter(answer.protocol for answer in answers.by_key.values())
@@ -365,7 +334,6 @@ def _score(
             + (f"; it has answers to those of {_listed(prompts)}" if prompts else "")
             + (f". Nothing was answered: {_listed(reasons)}" if reasons else "")
         )
-    unanswered = Counter(reason_of(question, one, failed) for question, one in missing)
     none = [Scored(question, one, Score(None, None)) for question, one in missing if one]
     lacking = [
         Scored(question, Answer.of(failed[question.id], model="", generation={}), Score(None, None))
@@ -379,47 +347,44 @@ def _score(
             *(asked.name, len(none), len(asked.questions), counts, asked.max_new_tokens),
             _example(none[0]),
         )
+    names = {question.id for question in asked.questions}
+    problems = benchmark.problems
+    odd = Counter(one.reason for one in problems if not one.left_out and one.record in names)
+    common: dict[str, Any] = {
+        "left_out": Counter(one.reason for one in problems if one.left_out),
+        "unanswered": Counter(reason_of(question, one, failed) for question, one in missing),
+    }
     more: dict[str, Any] = {}
     if options.controls:
-        controls = controls_of(asked, benchmark.questions)
-        found = measure(scored, controls, answers.by_key, failed)
+        found = measure(scored, controls_of(asked, benchmark.questions), answers.by_key, failed)
         more = dict(zip(("controls", "flags", "controls_unanswered"), found, strict=True))
-    names = {question.id for question in asked.questions}
-    odd = Counter(
-        one.reason for one in benchmark.problems if not one.left_out and one.record in names
-    )
-    left_out = Counter(problem.reason for problem in benchmark.problems if problem.left_out)
 
-    def result(scorer: str, scored: Sequence[Scored], **odd_replies: int) -> Result:
+    def result(scorer: str, scored: Sequence[Scored], **more: Any) -> Result:
         unread = [*none, *(one for one in scored if one.score.parsed is None)][:_EXAMPLES]
-        made = summarise(
-            asked,
-            scored,
-            store.identity,
-            scorer=scorer,
-            left_out=left_out,
-            unanswered=unanswered,
-            findings=odd | odd_replies,
-            unread=tuple(map(_example, unread)),
-            **(more if scorer == own else {}),
-        )
-        name = asked.protocol.name if scorer == own else f"{asked.protocol.name}.{scorer}"
-        _write(store.folder / _file_name(name), made, [*scored, *none, *lacking], options)
+        more = {"findings": odd, "unread": tuple(map(_example, unread)), **common, **more}
+        made = summarise(asked, scored, store.identity, scorer=scorer, **more)
+        suffix = "" if scorer == protocol.scorer else f".{scorer}"
+        folder = store.folder / _file_name(protocol.name + suffix)
+        everyone = [*scored, *none, *lacking]
+        write_result(folder, made, everyone)
+        summary, *tables = [*all_tables([made]), *group_tables(made)]
+        write_tables(folder, [summary, *tables])
+        if shown := options.report_questions:
+            write_report(folder / "report.html", made, tables, everyone, shown=shown)
         return made
 
     if (benchmark.name, benchmark.variant) == ("gmai_mmbench", "test"):
         _submit(store, benchmark, scored)
-    yield result(own, scored)
-    for scorer in _other_scorers(asked.protocol, options):
-        rescored = [
-            replace(one, score=asked.protocol.score(one.question, one.answer.answer, scorer=scorer))
-            for one in scored
-        ]
+    yield result(protocol.scorer, scored, **more)
+    for scorer in _other_scorers(protocol, options):
+        scores = (protocol.score(one.question, one.answer.answer, scorer=scorer) for one in scored)
+        rescored = [replace(one, score=new) for one, new in zip(scored, scores, strict=True)]
         yield result(scorer, rescored)
     if judge is not None:
         judged, unclear = _judge(asked, scored, judge, options)
-        odd_replies = {"no_verdict": unclear} if unclear else {}
-        yield result(f"{own}+{judging.judge_name(judge)}", judged, **odd_replies)
+        findings = odd | ({"no_verdict": unclear} if unclear else {})
+        name = f"{protocol.scorer}+{judging.judge_name(judge)}"
+        yield result(name, judged, findings=findings)
 
 
 def _example(one: Scored) -> str:
@@ -456,32 +421,16 @@ def _submit(store: AnswerStore, benchmark: Benchmark, scored: Sequence[Scored]) 
     """Write the file that the authors of GMAI-MMBench evaluate, once all of TEST has an answer."""
     from gmai_xtuner.evaluate.benchmarks.submission import write_submission
 
-    answers = {one.question.id: one.answer.answer for one in scored}
+    answers, name = (
+        {one.question.id: one.answer.answer for one in scored},
+        store.identity.model_name,
+    )
     try:
-        file = write_submission(
-            store.folder, store.identity.model_name, benchmark=benchmark, answers=answers
-        )
+        file = write_submission(store.folder, name, benchmark=benchmark, answers=answers)
     except BenchmarkError as error:
         log.warning("No submission file: %s", error)
     else:
         log.warning("To send to the authors of GMAI-MMBench: %s", file)
-
-
-def _write(folder: Path, result: Result, scored: Sequence[Scored], options: Options) -> None:
-    from gmai_xtuner.evaluate.report import write_report
-
-    write_result(folder, result, scored)
-    summary, *tables = [*all_tables([result]), *group_tables(result)]
-    write_tables(folder, [summary, *tables])
-    if options.report_questions:
-        write_report(folder / "report.html", result, tables, scored, shown=options.report_questions)
-
-
-def all_tables(results: Sequence[Result]) -> list[Table]:
-    """Return the summary, the tables in the paper's shape, and those of the controls."""
-    from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
-
-    return [summary_table(results), *tables_like_the_papers(results), *controls_tables(results)]
 
 
 def _listed(counts: Mapping[str, int]) -> str:

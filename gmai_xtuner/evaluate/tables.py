@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Results -> tables: in short, and by each group; as Markdown, CSV and LaTeX."""
+"""Results -> tables: in short, by group, and in the shape of the paper's; as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
 
 from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.core.templates import environment
 from gmai_xtuner.evaluate.results import Cell, Measure, Result
 
 NONE = "–"
 QUOTED = "quoted"
+PAPER = Path(__file__).with_name("paper_rows.yaml")
 _LATEX = str.maketrans(
     {
         **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -25,6 +32,12 @@ _LATEX = str.maketrans(
         "–": "--",
     }
 )
+_LATEX_TAGS = {
+    "block_start_string": "<%",
+    "block_end_string": "%>",
+    "variable_start_string": "<<",
+    "variable_end_string": ">>",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +66,23 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+def all_tables(results: Sequence[Result]) -> list[Table]:
+    """Return the summary, the tables in the paper's shape, and those of the controls."""
+    return [summary_table(results), *tables_like_the_papers(results), *controls_tables(results)]
+
+
 def summary_table(results: Sequence[Result]) -> Table:
     """Return a table with one line a result."""
     rows = []
     for result in results:
         (average, cell), *more = result.averages.items()
+        score, ends, _, unparsed = _shown(cell)
         others = [f"{name} {percent(one.value)}" for name, one in more if one.value is not None]
-        cells = (
-            *(f"{result.protocol}/{result.version}", result.scorer, average),
-            *(percent(cell.value), interval(cell), ", ".join(others) or NONE),
-            *(_n(result), percent(cell.unparsed)),
-        )
-        rows.append(Row(f"{result.benchmark} {result.variant}", cells))
-    notes = [
-        f"{result.benchmark} {result.variant}, {result.protocol}: {problem}."
-        for result in results
-        for problem in result.problems
-    ]
+        wanted = result.selected if result.expected is None else result.expected
+        n = str(result.n) if result.n == wanted else f"{result.n} of {wanted}"
+        told = (_protocol(result), result.scorer, average, score, ends, ", ".join(others) or NONE)
+        rows.append(Row(f"{result.benchmark} {result.variant}", (*told, n, unparsed)))
+    notes = [f"{_about(one)}: {problem}." for one in results for problem in one.problems]
     head = (
         *("benchmark", "protocol", "scorer", "average", "score %", "95 % interval"),
         *("other averages", "n", "unparsed %"),
@@ -79,15 +92,22 @@ def summary_table(results: Sequence[Result]) -> Table:
 
 def group_tables(result: Result) -> list[Table]:
     """Return a table for each group that the protocol names."""
-    title = f"{result.protocol}/{result.version}, {result.scorer}"
-    notes = tuple(f"{problem}." for problem in result.problems)
+
+    def row(label: str, cell: Cell, kind: str = "score") -> Row:
+        score, ends, n, unparsed = _shown(cell)
+        return Row(label, (n, score, ends, unparsed), kind)
+
     tables = []
     for key, cells in result.groups.items():
-        rows = [_long_row(name or "(none given)", cell, "group") for name, cell in cells.items()]
-        rows += [_long_row(name, cell) for name, cell in result.averages.items()]
+        rows = [row(name or "(none given)", cell, "group") for name, cell in cells.items()]
+        rows += [row(name, cell) for name, cell in result.averages.items()]
+        about = (
+            f"{result.benchmark} {result.variant} by {key}: {_protocol(result)}, {result.scorer}"
+        )
         head = (key, "n", "score %", "95 % interval", "unparsed %")
-        about = f"{result.benchmark} {result.variant} by {key}: {title}"
-        tables.append(Table(_key(key), about, head, tuple(rows), notes))
+        name = re.sub(r"[\W_]+", "_", key).strip("_").lower()
+        notes = tuple(f"{problem}." for problem in result.problems)
+        tables.append(Table(name, about, head, tuple(rows), notes))
     return tables
 
 
@@ -100,18 +120,17 @@ def controls_tables(results: Sequence[Result]) -> list[Table]:
             p_value = NONE if one.p_value is None else f"{one.p_value:.2g}"
             cells = (str(one.n), percent(one.value), interval(one), p_value)
             rows.append(Row(f"{about}: {one.name}", cells))
-    flags = [
-        f"{result.benchmark} {result.variant}, {result.protocol}: {flag}."
-        for result in results
-        for flag in result.flags
-    ]
+    flags = tuple(f"{_about(result)}: {flag}." for result in results for flag in result.flags)
     head = ("control", "n", "%", "95 % interval", "p")
-    return [Table("controls", "Controls", head, tuple(rows), tuple(flags))] if rows else []
+    return [Table("controls", "Controls", head, tuple(rows), flags)] if rows else []
 
 
-def _long_row(name: str, cell: Cell, kind: str = "score") -> Row:
-    cells = (str(cell.n), percent(cell.value), interval(cell), percent(cell.unparsed))
-    return Row(name, cells, kind)
+def _about(result: Result) -> str:
+    return f"{result.benchmark} {result.variant}, {result.protocol}"
+
+
+def _protocol(result: Result) -> str:
+    return f"{result.protocol}/{result.version}"
 
 
 def percent(value: float | None, decimals: int = 2) -> str:
@@ -120,18 +139,180 @@ def percent(value: float | None, decimals: int = 2) -> str:
 
 def interval(cell: Cell | Measure, decimals: int = 2) -> str:
     ends = cell.interval
-    if ends is None:
-        return NONE
-    return f"{100 * ends.low:.{decimals}f} to {100 * ends.high:.{decimals}f}"
+    return f"{percent(ends.low, decimals)} to {percent(ends.high, decimals)}" if ends else NONE
 
 
-def _n(result: Result) -> str:
-    wanted = result.expected if result.expected is not None else result.selected
-    return str(result.n) if result.n == wanted else f"{result.n} of {wanted}"
+def _shown(cell: Cell | None, decimals: int = 2) -> tuple[str, str, str, str]:
+    """Return score, interval, n and unparsed share of a cell."""
+    if cell is None:
+        return NONE, NONE, NONE, NONE
+    score, unparsed = percent(cell.value, decimals), percent(cell.unparsed, decimals)
+    return score, interval(cell, decimals), str(cell.n), unparsed
 
 
-def _key(name: str) -> str:
-    return re.sub(r"[\W_]+", "_", name).strip("_").lower()
+# In the shape of the paper's tables
+
+
+class Column(msgspec.Struct, frozen=True):
+    """A column of a paper's table.
+
+    Args:
+        short: its heading.
+        name: value of the table's group that it is about; None for an average.
+        average: ``micro``, ``macro``, or ``printed`` for a number of the paper that can't be made again.
+        mean: the mean of the columns before it.
+        benchmark, variant: what it is about, where not the whole table is.
+    """
+
+    short: str
+    name: str | None = None
+    average: str | None = None
+    mean: bool = False
+    benchmark: str | None = None
+    variant: str | None = None
+
+
+class PaperTable(msgspec.Struct, frozen=True):
+    """One table of the paper.
+
+    Args:
+        printed_as: its numbers in the paper's versions.
+        columns: in the paper's order, those that we add at the end.
+        rows: model -> cells as printed; None where the paper has no such cell.
+        notes: what a reader must know to compare.
+        decimals: of its percentages.
+        benchmark, variant, group: what the columns are groups of; None for a table over benchmarks.
+    """
+
+    title: str
+    printed_as: str
+    columns: tuple[Column, ...]
+    rows: Mapping[str, tuple[str | None, ...]]
+    notes: tuple[str, ...]
+    decimals: int
+    benchmark: str | None = None
+    variant: str | None = None
+    group: str | None = None
+
+    def fits(self, result: Result) -> bool:
+        """Tell whether a result belongs into the table."""
+        if self.benchmark is None:
+            found = (result.benchmark, result.variant)
+            return any((one.benchmark, one.variant) == found for one in self.columns)
+        return self.benchmark == result.benchmark and self.variant in (None, result.variant)
+
+
+@cache
+def _paper() -> tuple[str, Mapping[str, PaperTable]]:
+    """Return what the numbers are quoted from, and the tables by their keys."""
+    content: dict[str, Any] = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
+    return content.pop("source"), msgspec.convert(content, dict[str, PaperTable])
+
+
+def paper_tables() -> Mapping[str, PaperTable]:
+    """Return the paper's tables by their keys."""
+    return _paper()[1]
+
+
+def tables_like_the_papers(results: Sequence[Result]) -> list[Table]:
+    """Return the paper's tables that the results have something to put in.
+
+    Args:
+        results: of one model; of several protocols of a benchmark that fit a table each gives its own rows,
+            in the table over benchmarks the first counts.
+    """
+    tables = []
+    for key, paper in paper_tables().items():
+        fitting = [result for result in results if paper.fits(result)]
+        if not fitting:
+            continue
+        rows = [
+            Row(f"{name} ({QUOTED})", tuple(cell or NONE for cell in cells), QUOTED)
+            for name, cells in paper.rows.items()
+        ]
+        notes = [" ".join(note.split()) for note in paper.notes]
+        if paper.benchmark is None:
+            rows += _rows_over_benchmarks(paper, fitting, notes)
+        else:
+            for result in fitting:
+                rows += _rows_over_groups(paper, result, notes, several=len(fitting) > 1)
+        title = f"{paper.title}, in the shape of {paper.printed_as} of the GMAI-VL paper"
+        head = ("model", *(column.short for column in paper.columns))
+        first = f"Rows marked {QUOTED} are the paper's ({_paper()[0]}), not measured here."
+        tables.append(
+            Table(f"paper_{key}", title, head, tuple(rows), (first, *dict.fromkeys(notes)))
+        )
+    return tables
+
+
+def _rows_over_benchmarks(
+    paper: PaperTable, results: Sequence[Result], notes: list[str]
+) -> list[Row]:
+    """Return our row: the first result of each column's benchmark, and the mean if there are all."""
+    first = {(one.benchmark, one.variant): one for one in reversed(results)}
+    cells: list[Cell | None] = []
+    for column in paper.columns:
+        result = first.get((str(column.benchmark), str(column.variant)))
+        if result:
+            average = f"{next(iter(result.averages))} average"
+            notes.append(f"{column.short} of {_origin(result)}, {average}{_problems(result)}.")
+        if not column.mean:
+            cells.append(result.headline if result else None)
+    values = [cell.value for cell in cells if cell is not None and cell.value is not None]
+    mean = sum(values) / len(values) if len(values) == len(cells) else None
+    last = (percent(mean, paper.decimals), NONE, NONE, NONE)
+    return _below(results[0].model_name, cells, paper.decimals, last)
+
+
+def _origin(result: Result, variant: str = "") -> str:
+    return f"{result.model_name}: {variant}{_protocol(result)}, scorer {result.scorer}"
+
+
+def _problems(result: Result) -> str:
+    return "".join(f"; {problem}" for problem in result.problems)
+
+
+def _rows_over_groups(
+    paper: PaperTable, result: Result, notes: list[str], *, several: bool
+) -> list[Row]:
+    """Return our row: a cell for each group that the paper has a column of."""
+    found = result.groups.get(str(paper.group), {})
+    groups = {_same(name): cell for name, cell in found.items()}
+    known = {_same(column.name) for column in paper.columns if column.name}
+    if other := [name for name in found if _same(name) not in known]:
+        notes.append(f"Not among the paper's columns, but in the averages: {', '.join(other)}.")
+    notes.append(f"{_origin(result, f'{result.variant}, protocol ')}{_problems(result)}.")
+    label = f"{result.model_name}, {result.protocol}" + (f", {result.scorer}" if several else "")
+    averages = {name.split()[0]: cell for name, cell in [*result.averages.items()][::-1]}
+    cells = [
+        None
+        if column.variant not in (None, result.variant)
+        else groups.get(_same(column.name))
+        if column.name is not None
+        else averages.get(str(column.average))
+        for column in paper.columns
+    ]
+    return _below(label, cells, paper.decimals)
+
+
+def _below(
+    label: str, cells: Sequence[Cell | None], decimals: int, last: Sequence[str] = ()
+) -> list[Row]:
+    """Return our score, and below it its interval, n and unparsed share, each with a last cell."""
+    shown = zip(*(_shown(cell, decimals) for cell in cells), strict=True)
+    labels = {label: "score", "95 % interval": "interval", "n": "n", "unparsed %": "unparsed"}
+    return [
+        Row(name, (*row, *last[place : place + 1]), kind)
+        for place, ((name, kind), row) in enumerate(zip(labels.items(), shown, strict=True))
+    ]
+
+
+def _same(name: str | None) -> str:
+    """Compare names: the authors' files and papers write the same name with blanks, underscores or dashes."""
+    return re.sub(r"[\W_]+", "", name or "").casefold()
+
+
+# Outputs
 
 
 def write_tables(folder: Path, tables: Sequence[Table]) -> None:
@@ -143,18 +324,7 @@ def write_tables(folder: Path, tables: Sequence[Table]) -> None:
 
 def to_markdown(tables: Iterable[Table]) -> str:
     """Return tables one below the other."""
-    parts = []
-    for table in tables:
-        lines = [f"## {table.title}", "", _line(table.head)]
-        lines.append(_line([":---", *["---:"] * (len(table.head) - 1)]))
-        for row in table.rows:
-            label = f"*{row.label}*" if row.kind == QUOTED else row.label
-            if row.kind == "score":
-                label = f"**{label}**"
-            lines.append(_line([label, *row.cells]))
-        lines += ["", *(f"- {note}" for note in table.notes)]
-        parts.append("\n".join(lines).rstrip() + "\n")
-    return "\n".join(parts)
+    return _rendered("tables.md.j2", tables, line=_line)
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -167,42 +337,24 @@ def to_csv(tables: Iterable[Table]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     for table in tables:
         writer.writerow(["table", "kind", *table.head])
-        for row in table.rows:
-            writer.writerow([table.key, row.kind, row.label, *row.cells])
+        writer.writerows([table.key, row.kind, row.label, *row.cells] for row in table.rows)
     return out.getvalue()
 
 
 def to_latex(tables: Iterable[Table]) -> str:
     """Return ``tabular`` environments for ``\\input``; they need the package booktabs."""
-    parts = ["% Needs \\usepackage{booktabs}.\n"]
-    for table in tables:
-        lines = [
-            r"\begin{table}",
-            rf"\caption{{{latex(table.title)}}}",
-            rf"\label{{tab:{table.key}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
-            r"\toprule",
-            _latex_line(table.head),
-            r"\midrule",
-        ]
-        quoted = True
-        for row in table.rows:
-            if quoted and row.kind != QUOTED and row is not table.rows[0]:
-                lines.append(r"\midrule")
-            quoted = row.kind == QUOTED
-            lines.append(_latex_line([row.label, *row.cells], italic=quoted))
-        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-        lines += [f"% {' '.join(note.split())}" for note in table.notes]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
-
-
-def _latex_line(cells: Sequence[str], *, italic: bool = False) -> str:
-    first, *others = (latex(cell) for cell in cells)
-    first = rf"\textit{{{first}}}" if italic else first
-    return " & ".join([first, *others]) + r" \\"
+    return _rendered("tables.tex.j2", tables, latex=latex, **_LATEX_TAGS)
 
 
 def latex(text: str) -> str:
     """Escape LaTeX's own characters."""
     return " ".join(text.split()).translate(_LATEX)
+
+
+def _rendered(template: str, tables: Iterable[Table], **options: Any) -> str:
+    """Fill a template in; options that are functions are its filters, others Jinja's."""
+    filters = {name: one for name, one in options.items() if callable(one)}
+    rest = {name: one for name, one in options.items() if name not in filters}
+    templates = environment("gmai_xtuner.evaluate", **rest)
+    templates.filters |= filters
+    return templates.get_template(template).render(tables=list(tables))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.paper_tables import tables_like_the_papers
+from gmai_xtuner.evaluate.tables import tables_like_the_papers
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.report import verdict_of, write_report
 from gmai_xtuner.evaluate.results import Scored

@@ -8,7 +8,7 @@ import csv
 import io
 from dataclasses import replace
 
-from gmai_xtuner.evaluate.paper_tables import paper_tables, tables_like_the_papers
+from gmai_xtuner.evaluate.tables import paper_tables, tables_like_the_papers
 from gmai_xtuner.evaluate.protocols import Asked, Average, Protocol
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.results import (

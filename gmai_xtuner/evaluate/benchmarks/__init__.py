@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,12 @@ _MAPS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, slots=True)
-class FoundBenchmark:
-    """A benchmark that lies in a folder: what :func:`load_benchmark` takes."""
+class Target:
+    """A benchmark, by its name or by the file of a user's own, and where its files are."""
 
     name: str
-    variant: str
-    data: Path
+    data: Path | None
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Survey:
         notes: what else was passed over.
     """
 
-    benchmarks: tuple[FoundBenchmark, ...]
+    benchmarks: tuple[Target, ...]
     faults: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -57,6 +58,9 @@ class _Fit:
     found: Map
     layout: Layout
     variants: tuple[str, ...]
+
+    def has(self, variant: str) -> bool:
+        return variant in (*self.variants, *self.layout.parts_of_all)
 
 
 def is_own(name: str) -> bool:
@@ -75,11 +79,9 @@ def load_benchmark(
 
     Args:
         name: one of :data:`NAMES`; or the path of a column map, or of data with a map of its name beside.
-        data: the folder that holds the authors' files, or the annotation file; of an own benchmark by
-            default the files that its map names.
-        variant: one of the benchmark's; the first of them where None, or the one that a single file is.
-        require_images: leave out questions whose image file is missing and count them under
-            ``"missing_image"``; False keeps them and looks for no image, for work on the text alone.
+        data: the folder of the authors' files, or the annotation file; None: the files that an own map names.
+        variant: the benchmark's first where None, or the one that a single file is.
+        require_images: leave out and count questions whose image file is missing; False looks for no image.
 
     Raises:
         BenchmarkError: nothing of that benchmark at that place, a file of another benchmark, or a file
@@ -120,33 +122,27 @@ def survey(folder: Path) -> Survey:
     own, faults, taken = _own_benchmarks(folder)
     notes: list[str] = []
     places: dict[tuple[str, str], list[tuple[bool, Path]]] = {}
-    for path in _walk(folder, SUFFIXES):
-        if path in taken:
-            continue
-        try:
-            fit = recognise(path)
-        except BenchmarkError as error:
-            faults.append(f"passed over: {error}")
-            continue
-        if fit is None:
+    for path, fit in _fits(folder, taken):
+        if isinstance(fit, BenchmarkError):
+            faults.append(f"passed over: {fit}")
+        elif fit is None:
             (faults if _has_questions(path) else notes).append(f"passed over: {_describe(path)}")
-            continue
-        for variant in fit.variants:
+        else:
             is_table = fit.layout is fit.found.layouts[-1] and len(fit.found.layouts) > 1
-            place = (is_table, _place(path, fit.layout))
-            places.setdefault((fit.found.name, variant), []).append(place)
+            for variant in fit.variants:
+                there = places.setdefault((fit.found.name, variant), [])
+                there.append((is_table, _place(path, fit.layout)))
     result = []
     for name, found in built_in().items():
         for variant in (one for one in found.variants if (name, one) in places):
             first, *others = dict.fromkeys(path for _, path in sorted(places[name, variant]))
-            result.append(FoundBenchmark(name, variant, first))
-            notes += [
-                f"passed over: {name} {variant} in {one}, for that in {first}" for one in others
-            ]
+            result.append(Target(name, first, variant))
+            told = f"passed over: {name} {variant} in"
+            notes += [f"{told} {one}, for that in {first}" for one in others]
     return Survey((*result, *own), tuple(faults), tuple(notes))
 
 
-def find_benchmarks(folder: Path) -> tuple[FoundBenchmark, ...]:
+def find_benchmarks(folder: Path) -> tuple[Target, ...]:
     """Return every benchmark under a folder; see :func:`survey`."""
     return survey(folder).benchmarks
 
@@ -154,12 +150,7 @@ def find_benchmarks(folder: Path) -> tuple[FoundBenchmark, ...]:
 def choose_protocol(
     protocols: Sequence[Protocol], name: str | None, *, variant: str | None
 ) -> Protocol:
-    """Return a protocol of a benchmark.
-
-    Args:
-        protocols: the benchmark's.
-        name: of the protocol; None takes the variant's first.
-        variant: None takes the one that the protocol belongs to.
+    """Return a protocol of a benchmark by its name; the variant's first where None.
 
     Raises:
         ProtocolError: there is none; the message lists those there are.
@@ -221,9 +212,9 @@ def _own_paths(found: Map, named: Path, data: Path | None) -> list[Path]:
     return paths
 
 
-def _own_benchmarks(folder: Path) -> tuple[list[FoundBenchmark], list[str], set[Path]]:
+def _own_benchmarks(folder: Path) -> tuple[list[Target], list[str], set[Path]]:
     """Return the own benchmarks of a folder, what is wrong with others, and the files that are theirs."""
-    found: list[FoundBenchmark] = []
+    found: list[Target] = []
     faults: list[str] = []
     taken: set[Path] = set()
     for path in _walk(folder, _MAPS):
@@ -233,7 +224,7 @@ def _own_benchmarks(folder: Path) -> tuple[list[FoundBenchmark], list[str], set[
         try:
             one = read_map(path)
             taken |= set(_own_paths(one, path, None))
-            found += [FoundBenchmark(str(path), variant, path) for variant in one.variants]
+            found += [Target(str(path), path, variant) for variant in one.variants]
         except BenchmarkError as error:
             faults.append(f"passed over: {error}")
     return found, faults, taken
@@ -248,6 +239,18 @@ def _has_questions(path: Path) -> bool:
 
 
 # Which benchmark a file is, by what stands in it, not by its name alone
+
+
+def _fits(
+    folder: Path, without: Collection[Path] = ()
+) -> Iterator[tuple[Path, _Fit | BenchmarkError | None]]:
+    """Yield what each file under a folder is; an error where it can't be read, None where it is of none."""
+    for path in _walk(folder, SUFFIXES):
+        if path not in without:
+            try:
+                yield path, recognise(path)
+            except BenchmarkError as error:
+                yield path, error
 
 
 def recognise(path: Path) -> _Fit | None:
@@ -299,16 +302,15 @@ def _describe(path: Path) -> str:
 
 def _single_file(found: Map, path: Path, variant: str | None) -> tuple[Layout, str]:
     """Return the layout of an annotation file that the user names, and its variant."""
-    try:
+    fit = None
+    with suppress(BenchmarkError):
         fit = recognise(path)
-    except BenchmarkError:
-        fit = None
     if fit is None or fit.found is not found:
         raise BenchmarkError(
             f"{found.name} was asked for, but {_describe(path)}. It is {found.files}, or a table of "
             "VLMEvalKit by its name there. A benchmark of your own needs a column map."
         )
-    if variant is None or variant in (*fit.variants, *fit.layout.parts_of_all):
+    if variant is None or fit.has(variant):
         return fit.layout, variant or fit.variants[0]
     raise BenchmarkError(
         f"{found.name} {variant} was asked for, but {_describe(path)}. Name the other file, or "
@@ -317,29 +319,36 @@ def _single_file(found: Map, path: Path, variant: str | None) -> tuple[Layout, s
 
 
 def _in_folder(found: Map, folder: Path, variant: str) -> tuple[Layout, Sequence[Path]]:
-    """Return the layout and the files of a variant in a folder."""
+    """Return the layout and the files of a variant in a folder.
+
+    Raises:
+        BenchmarkError: there are none, or several copies, or one of which a file can't be read, or beside
+            which something else lies where a folder must hold nothing else.
+    """
     fits: dict[Path, Layout] = {}
-    others: dict[Path, BenchmarkError | None] = {}
-    for path in _walk(folder, SUFFIXES):
-        try:
-            fit = recognise(path)
-        except BenchmarkError as error:
-            others[path] = error
-            continue
-        if fit is None or fit.found is not found:
-            others[path] = None
-        elif variant in (*fit.variants, *fit.layout.parts_of_all):
-            fits[path] = fit.layout
+    others: dict[Path, _Fit | BenchmarkError | None] = {}
+    for path, fit in _fits(folder):
+        if isinstance(fit, _Fit) and fit.found is found:
+            if fit.has(variant):
+                fits[path] = fit.layout
+        else:
+            others[path] = fit
     layout = next((one for one in found.layouts if any(one is fit for fit in fits.values())), None)
     if layout is None:
-        known = [path for path, error in others.items() if error or recognise(path)]
+        known = [path for path, fit in others.items() if fit]
         seen = f" There is: {'; '.join(map(_describe, known[:3]))}." if known else ""
         raise BenchmarkError(
             f"nothing of {found.name} {variant} in {str(folder)!r}. It is {found.files}, or a table of "
             f"VLMEvalKit.{seen}"
         )
     paths = [path for path, fit in fits.items() if fit is layout]
-    _check_neighbours(paths, layout, others)
+    folders = {(path.parent, path.suffix) for path in paths}
+    for path, other in others.items():
+        if (path.parent, path.suffix) in folders:
+            if isinstance(other, BenchmarkError):
+                raise other
+            if layout.every:
+                raise BenchmarkError(f"{_describe(path)}, beside files that are. Move it away.")
     copies = sorted({str(_place(path, layout)) for path in paths})
     if len(copies) > 1:
         raise BenchmarkError(
@@ -347,20 +356,6 @@ def _in_folder(found: Map, folder: Path, variant: str) -> tuple[Layout, Sequence
             f"{', '.join(map(repr, copies[:4]))}. Name the file, or the folder of one copy."
         )
     return layout, sorted(paths, key=lambda path: (list(map(int, _PART.findall(path.stem))), path))
-
-
-def _check_neighbours(
-    paths: Sequence[Path], layout: Layout, others: Mapping[Path, BenchmarkError | None]
-) -> None:
-    """Refuse a copy of which a file can't be read, or a folder that must hold nothing else and does."""
-    folders = {(path.parent, path.suffix) for path in paths}
-    for path, error in others.items():
-        if (path.parent, path.suffix) not in folders:
-            continue
-        if error is not None:
-            raise error
-        if layout.every:
-            raise BenchmarkError(f"{_describe(path)}, beside files that are. Move it away.")
 
 
 def _place(path: Path, layout: Layout) -> Path:

@@ -10,30 +10,38 @@ import os
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gmai_xtuner.evaluate.benchmarks.maps import PLACES, Layout, Map, table_columns
+from gmai_xtuner.core.errors import is_unicode
+from gmai_xtuner.evaluate.benchmarks.maps import PLACES, Group, Layout, Map, table_columns
 from gmai_xtuner.evaluate.benchmarks.reading import (
     Benchmark,
     BenchmarkError,
-    Collector,
+    Problem,
     SourceFile,
     UnreadableOptions,
-    find_file,
-    gold_option,
-    mark_images,
     parse_list,
+    short,
 )
 from gmai_xtuner.evaluate.benchmarks.rows import Row, lowered, read_rows
-from gmai_xtuner.evaluate.questions import ImageSource, Question
+from gmai_xtuner.evaluate.questions import IMAGE_MARK, ImageSource, Question
 
 LETTERS = string.ascii_uppercase
+_NUMBERED_MARK = re.compile(r"<image (\d+)>")
 _PART = re.compile(r"(.*)_part_?(\d+)()$|(.*)-(\d+)-of-(\d+)\b", re.IGNORECASE)
 _MANY = 20
 """Answers after which an index that never occurs is told."""
+_FAULTS = frozenset(
+    {
+        *("no_question", "no_answer", "no_options", "one_option", "bad_options", "bad_answer"),
+        *("bad_image_path", "answer_disagrees", "ambiguous_answer", "answer_not_an_option"),
+        "duplicate_id",
+    }
+)
+"""What is wrong with a file or with its column map: an own benchmark is refused, the authors' is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,35 +65,34 @@ def read_files(
     """Read the questions of files in one layout.
 
     Args:
-        found: the benchmark.
-        layout: of the files.
         paths: in their order.
-        variant: of the benchmark.
         require_images: leave out questions whose image is missing.
         strict: refuse files with rows that can't be right, as a user's own benchmark is.
 
     Raises:
         BenchmarkError: a file can't be read, is another than the map says, or no question can be asked.
     """
-    folders = [folder for path in paths for folder in _folders(layout, path, variant)]
-    collector = Collector(
-        found.name,
-        variant,
-        require_images=require_images,
-        roots={os.path.abspath(one) for one in (*folders, *(path.parent for path in paths))},
-        needs_images=bool(layout.images or layout.base64),
-        strict=strict,
-    )
-    reader = _Reader(layout, variant, collector)
-    sources = [reader.read(path) for path in paths]
-    reader.finish(paths)
+    reader = _Reader(layout, variant, paths, require_images=require_images, strict=strict)
+    source = [reader.read(path) for path in paths]
+    reader.finish()
     total = found.total(layout, variant)
     if total is not None and reader.counted > total:
         raise BenchmarkError(
             f"{', '.join(repr(str(path)) for path in paths[:3])}: {reader.counted} questions, {found.name} "
             f"{variant} has {total}. It is another part or another benchmark, and not scored as {found.name}."
         )
-    return collector.benchmark(sources, found.asked())
+    questions, problems = tuple(reader.questions.values()), tuple(reader.problems)
+    read = Benchmark(found.name, variant, questions, tuple(source), problems, found.asked())
+    if questions:
+        return read
+    files = ", ".join(repr(str(path)) for path in paths[:3])
+    files += f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    told = f"{files} has no question of this variant."
+    if problems:
+        counts = ", ".join(f"{count} {why}" for why, count in read.counted_problems().items())
+        first = f"question {problems[0].record}, {problems[0].detail}"
+        told = f"not one question of {files} can be asked ({counts}). The first: {first}."
+    raise BenchmarkError(f"{read.title}: {told}")
 
 
 def _folders(layout: Layout, path: Path, variant: str) -> list[Path]:
@@ -96,88 +103,162 @@ def _folders(layout: Layout, path: Path, variant: str) -> list[Path]:
 
 
 class _Reader:
-    """Reads the files of a layout, one after another."""
+    """Reads the files of a layout, one after another; gathers questions and what is wrong with others."""
 
-    def __init__(self, layout: Layout, variant: str, collector: Collector) -> None:
-        self.layout, self.variant, self.collector = layout, variant, collector
-        self.counted = self._rows = 0
-        self._names: set[tuple[str, str]] = set()
-        self._numbers_of_options: Counter[int] = Counter()
-        self._indices: Counter[int] = Counter()
-        self._where = {
+    def __init__(
+        self,
+        layout: Layout,
+        variant: str,
+        paths: Sequence[Path],
+        *,
+        require_images: bool,
+        strict: bool,
+    ) -> None:
+        self.layout, self.variant, self.paths = layout, variant, paths
+        self.require_images, self.strict = require_images, strict
+        self.needs_images = bool(layout.images or layout.base64)
+        roots = [one for path in paths for one in (*_folders(layout, path, variant), path.parent)]
+        # image files lie below these; a record may name no other file
+        self.roots = tuple(os.path.abspath(one).rstrip("/") + "/" for one in dict.fromkeys(roots))
+        self.questions: dict[str, Question] = {}
+        self.problems: list[Problem] = []
+        self.counted = self.rows = 0
+        self.place = ""
+        self.repeated: Counter[str] = Counter()
+        self.groups: set[tuple[str, str]] = set()
+        self.numbers_of_options: Counter[int] = Counter()
+        self.indices: Counter[int] = Counter()
+        self.listed: dict[Path, frozenset[str]] = {}
+        self.where = {
             text: re.compile(pattern.replace("{variant}", re.escape(variant)))
             for text, pattern in layout.where.items()
         }
 
+    def problem(
+        self, reason: str, record: str, detail: str, *, left_out: bool = True, column: str = ""
+    ) -> None:
+        """Note what is wrong with a record; a ``BenchmarkError`` where the file is refused for it."""
+        if self.strict and reason in _FAULTS:
+            where = f", column {column!r}" if column else ""
+            raise BenchmarkError(
+                f"{self.place}{where} (question {record}): {detail}. Correct the file or its column map."
+            )
+        self.problems.append(Problem(reason, record, detail, left_out))
+
     def read(self, path: Path) -> SourceFile:
-        """Give a file's questions to the collector; raises as :func:`read_files`."""
+        """Read a file's questions; raises as :func:`read_files`."""
         layout = self.layout
         columns, rows, source = read_rows(
             path, images=layout.images, base64_images=layout.base64, at=layout.at
         )
         if layout.lower:
             columns = tuple(map(lowered, columns))
-            rows = [
-                replace(row, values={lowered(name): value for name, value in row.values.items()})
-                for row in rows
-            ]
+            lower = ({lowered(name): one for name, one in row.values.items()} for row in rows)
+            rows = [replace(row, values=values) for row, values in zip(rows, lower, strict=True)]
         self._check_file(path, columns, rows, source)
         wanted = _keys_of(path.parent / layout.ids_in) if layout.ids_in else None
         by_index = {str(row.values.get(layout.id)): row for row in rows} if layout.base64 else {}
         folders = _folders(layout, path, self.variant)
         for number, row in enumerate(rows, start=1):
-            self._rows += 1
-            self.collector.place = f"{str(path)!r}, {row.place}"
-            places = (self.variant, path.stem, path.parent.name, number, self._rows, self._rows - 1)
-            values = _Values(row.values, dict(zip(PLACES, map(str, places), strict=True)))
-            identifier = values.text(layout.id).strip() or values.text(layout.number)
-            counts = all(one.search(values.text(text)) for text, one in self._where.items())
-            if not counts or (wanted is not None and identifier not in wanted):
-                continue
-            self.counted += 1
-            try:
-                question = self._question(
-                    identifier, values, self._images(values, row, by_index, folders)
-                )
-            except _Fault as fault:
-                self.collector.problem(fault.reason, identifier, fault.detail, column=fault.column)
-            else:
-                self._names.update(question.groups.items())
-                self._numbers_of_options[len(question.options)] += 1
-                self.collector.add(question)
+            places = (self.variant, path.stem, path.parent.name, number, self.rows + 1, self.rows)
+            record = _Record(layout, row, dict(zip(PLACES, map(str, places), strict=True)))
+            self.rows += 1
+            self.place = f"{str(path)!r}, {row.place}"
+            counts = all(one.search(record.text(text)) for text, one in self.where.items())
+            if counts and (wanted is None or record.id in wanted):
+                self.counted += 1
+                self._take(record, by_index, folders)
         return source
 
-    def finish(self, paths: Sequence[Path]) -> None:
+    def _take(self, record: _Record, by_index: Mapping[str, Row], folders: Sequence[Path]) -> None:
+        """Take a record's question, unless it can't be asked: then note why."""
+        column = str(self.layout.answer)
+        try:
+            question = record.question(record.images(by_index, folders))
+        except _Fault as fault:
+            self.problem(fault.reason, record.id, fault.detail, column=fault.column)
+            return
+        for reason, told in record.notes:
+            self.problem(reason, record.id, told, left_out=False, column=column)
+        self.groups.update(question.groups.items())
+        self.numbers_of_options[len(question.options)] += 1
+        if record.index is not None:
+            self.indices[record.index] += 1
+        if (why := next(self._faults(question), None)) is not None:
+            name = ascii(question.id) if why[0] == "not_text" else question.id
+            self.problem(why[0], name, why[1])
+            return
+        if question.id in self.questions:
+            # the authors' counts hold it, so it stays, under an id of its own
+            self.repeated[question.id] += 1
+            renamed = f"{question.id}#{self.repeated[question.id] + 1}"
+            told = f"the id occurred before; it is {renamed}"
+            self.problem("duplicate_id", question.id, told, left_out=False)
+            question = replace(question, id=renamed)
+        if question.options and question.answer is not None and not question.gold_letters():
+            told = f"the gold answer {short(question.answer)} is none of the options: every answer is wrong"
+            self.problem("answer_not_an_option", question.id, told, left_out=False)
+        self.questions[question.id] = question
+
+    def _faults(self, question: Question) -> Iterator[tuple[str, str]]:
+        """Yield why a question can't be asked: the key that it is counted under, and a sentence."""
+        texts = (question.text, *question.options)
+        files = [image for image in question.images if isinstance(image, Path)]
+        if not question.text.strip():
+            yield "no_question", "the question is empty"
+        if len(question.options) == 1:
+            yield "one_option", f"only one option: {question.options[0]!r}"
+        for image in files:
+            if not os.path.abspath(image).startswith(self.roots):
+                yield "image_outside", f"{str(image)!r} lies outside of {', '.join(self.roots)}"
+        if not all(map(is_unicode, (question.id, *texts, question.answer or ""))):
+            yield "not_text", "no UTF-8 can hold it (half a surrogate pair)"
+        if self.require_images:
+            if missing := [str(image) for image in files if not self._exists(image)]:
+                yield "missing_image", ", ".join(dict.fromkeys(missing))
+            if not question.images and self.needs_images:
+                yield "no_image", "the record names no image"
+        marks, number = sum(text.count(IMAGE_MARK) for text in texts), len(question.images)
+        if marks not in (0, number):
+            yield "image_marks", f"{marks} marks {IMAGE_MARK} in the text, {number} images"
+
+    def _exists(self, path: Path) -> bool:
+        """Look a file up in one listing of its folder: a look at each of 89,000 files takes longer."""
+        if path.parent not in self.listed:
+            try:
+                self.listed[path.parent] = frozenset(os.listdir(path.parent))
+            except OSError:
+                self.listed[path.parent] = frozenset()
+        return path.name in self.listed[path.parent]
+
+    def finish(self) -> None:
         """Note what the files lack as a whole."""
-        layout, problem = self.layout, self.collector.problem
+        layout = self.layout
         parts: dict[tuple[str, int, int], set[int]] = {}
-        for match in filter(None, (_PART.match(path.stem) for path in paths)):
+        for match in filter(None, (_PART.match(path.stem) for path in self.paths)):
             first, number = (1, match[2]) if match[2] else (0, match[5])
             key = (match[1] or match[4], first, int(match[6] or layout.num_parts))
             parts.setdefault(key, set()).add(int(number))
         for (name, first, total), there in parts.items():
             for part in sorted(set(range(first, first + total)) - there):
-                problem("missing_part", f"part {part}", f"this file of {name!r} is not there")
+                self.problem("missing_part", f"part {part}", f"this file of {name!r} is not there")
         for group, names in layout.covers.items():
             for name in names:
-                if (group, name) not in self._names:
-                    problem(f"missing_{group}", name, "no file has a question of it")
-        if not self.collector.strict:
-            return
-        if len(self._numbers_of_options) > 1:
-            counts = (
-                f"{n} of {options}" for options, n in sorted(self._numbers_of_options.items())
-            )
-            told = f"questions have different numbers of options: {', '.join(counts)}"
-            problem("option_count", "all", told, left_out=False)
-        if layout.answer_is == "index0" and self._indices.total() >= _MANY and not self._indices[0]:
-            told = f"answer_is is index0, but none of {self._indices.total()} answers is 0: is it index1?"
-            problem("answer_index", "all", told, left_out=False)
+                if (group, name) not in self.groups:
+                    self.problem(f"missing_{group}", name, "no file has a question of it")
+        if self.strict and len(self.numbers_of_options) > 1:
+            counts = ", ".join(f"{n} of {k}" for k, n in sorted(self.numbers_of_options.items()))
+            told = f"questions have different numbers of options: {counts}"
+            self.problem("option_count", "all", told, left_out=False)
+        total = self.indices.total()
+        if self.strict and layout.answer_is == "index0" and total >= _MANY and not self.indices[0]:
+            told = f"answer_is is index0, but none of {total} answers is 0: is it index1?"
+            self.problem("answer_index", "all", told, left_out=False)
 
     def _check_file(
         self, path: Path, columns: Sequence[str], rows: Sequence[Row], source: SourceFile
     ) -> None:
-        layout, strict = self.layout, self.collector.strict
+        layout = self.layout
         expected = layout.sha256.get(path.name, source.sha256)
         if expected != source.sha256:
             raise BenchmarkError(
@@ -187,13 +268,13 @@ class _Reader:
         if not rows:
             raise BenchmarkError(f"{str(path)!r} has no row. Fetch it again.")
         known = dict.fromkeys(layout.header, "header")
-        if strict:
+        if self.strict:
             usual = table_columns() if layout.lower else {}
             known |= {name: key for name, key in layout.columns().items() if name not in usual}
         if layout.base64 and not {layout.base64, *layout.images} & set(columns):
-            if not strict:
+            if not self.strict:
                 known[layout.base64] = "base64"
-            self.collector.needs_images = False
+            self.needs_images = False
         for name, key in known.items():
             if name not in columns and name.partition(".")[0] not in columns:
                 near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
@@ -203,13 +284,46 @@ class _Reader:
                     f"Its columns are {', '.join(columns)}."
                 )
 
-    def _question(
-        self, identifier: str, values: _Values, images: Mapping[int, ImageSource]
-    ) -> Question:
+
+class _Record:
+    """A row and what its layout makes of it.
+
+    Args:
+        places: what templates know besides the columns.
+
+    Attributes:
+        notes: what is odd about the gold answer, and the key that it is counted under.
+        index: of the right option, where the file has a number.
+    """
+
+    def __init__(self, layout: Layout, row: Row, places: Mapping[str, str]) -> None:
+        self.layout, self.row, self.places = layout, row, places
+        self.notes: list[tuple[str, str]] = []
+        self.index: int | None = None
+        self.id = self.text(layout.id).strip() or self.text(layout.number)
+
+    def get(self, column: str) -> Any:
+        """Return a value; of ``context.contexts`` the value within another."""
+        values = self.row.values
+        outer, _, inner = column.partition(".")
+        if inner and column not in values and isinstance(within := values.get(outer), Mapping):
+            return within.get(inner)
+        return values.get(column, self.places.get(column))
+
+    def text(self, column: str) -> str:
+        """Return a column, or a template of columns, as text; absent and null are empty, lists are lines."""
+        if "{" in column:
+            return re.sub(r"\{([^{}]+)\}", lambda match: self.text(match[1]), column)
+        value = self.get(column) if column else None
+        if isinstance(value, list | tuple):
+            return "\n".join(map(str, value))
+        return "" if value is None else str(value)
+
+    def question(self, images: Mapping[int, ImageSource]) -> Question:
+        """Return the question; a :class:`_Fault` where it has none."""
         layout = self.layout
-        lettered = self._options(values)
-        is_open = any(re.search(one, values.text(text)) for text, one in layout.open.items())
-        if is_open:
+        lettered = self._options()
+        if any(re.search(one, self.text(text)) for text, one in layout.open.items()):
             lettered = {}
         elif layout.has_options and not lettered and layout.no_options == "error":
             raise _Fault("bad_options", str(layout.options), "the question has no options")
@@ -218,59 +332,49 @@ class _Reader:
         if layout.num_options not in (0, len(lettered)):
             told = f"{layout.num_options} options were expected, {len(lettered)} came"
             raise _Fault("bad_options", str(layout.options), told)
-        text = layout.request or values.text(layout.question)
+        text = layout.request or self.text(layout.question)
         text = text.partition(layout.until)[0] if layout.until else text
-        if layout.hint and (hint := values.text(layout.hint)):
+        if layout.hint and (hint := self.text(layout.hint)):
             text = f"Hint: {hint}\n{text}"
-        try:
-            (text, *options), sources = mark_images(
-                (text.strip() if layout.strip else text, *lettered.values()), images
-            )
-        except KeyError as error:
-            told = f"the text names image {error.args[0]}"
-            raise _Fault("missing_image", "images", told) from error
-        answers, letter = self._answers(values, lettered, identifier)
+        texts = (text.strip() if layout.strip else text, *lettered.values())
+        (text, *options), sources = _mark_images(texts, images)
+        answers, letter = self._answers(lettered)
         if letter:
             answers = (options[list(lettered).index(letter)],)
         letters = "".join(lettered)
         return Question(
-            id=identifier,
+            id=self.id,
             text=text,
             images=sources,
             options=tuple(options),
             answer=answers[0] if answers else None,
             answers=answers[1:],
-            groups=self._groups(values, answers),
+            groups=self._groups(answers),
             letters="" if letters == LETTERS[: len(letters)] else letters,
             gold_letter="" if layout.answer_is == "text" else letter,
         )
 
-    def _options(self, values: _Values) -> dict[str, str]:
+    def _options(self) -> dict[str, str]:
         """Return letter -> text of each option."""
         layout, column = self.layout, self.layout.options
-        raw: Any = values.get(column) if isinstance(column, str) else ()
         letters: Sequence[str] = LETTERS
         if column == "A-Z":
-            letters = [one for one in LETTERS if values.get(one) is not None]
-            texts = [values.text(one) for one in letters]
+            letters = [one for one in LETTERS if self.get(one) is not None]
+            texts = list(map(self.text, letters))
         elif isinstance(column, tuple):
-            texts = [values.text(one) for one in column]
+            texts = list(map(self.text, column))
         elif not column:
             texts = list(layout.fixed_options)
-        elif isinstance(raw, Mapping):
+        elif isinstance(raw := self.get(column), Mapping):
             letters = [letter for letter, text in raw.items() if text is not None]
             texts = [str(raw[letter]) for letter in letters]
         else:
-            try:
-                texts = list(parse_list(raw))
-            except UnreadableOptions as error:
-                raise _Fault("bad_options", column, str(error)) from error
+            texts = list(_parsed(raw, "bad_options", column))
         if len(texts) > len(LETTERS) or not set(letters) <= set(LETTERS):
             told = f"options have the letters A to Z, {len(texts)} came: {list(letters)}"
             raise _Fault("bad_options", str(column), told)
-        lettered = {
-            letter: self._bare(letter, text) for letter, text in zip(letters, texts, strict=False)
-        }
+        pairs = zip(letters, texts, strict=False)
+        lettered = {letter: self._bare(letter, text) for letter, text in pairs}
         if layout.gaps:
             return {letter: text for letter, text in lettered.items() if text}
         if not all(text.strip() for text in lettered.values()):
@@ -283,12 +387,10 @@ class _Reader:
             text = re.sub("^" + self.layout.option_prefix.replace("{letter}", letter), "", text)
         return text.strip() if self.layout.strip else text
 
-    def _answers(
-        self, values: _Values, lettered: Mapping[str, str], identifier: str
-    ) -> tuple[tuple[str, ...], str]:
+    def _answers(self, lettered: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
         """Return the gold answers, or the letter of the right option; neither where the authors keep it."""
         layout, column = self.layout, self.layout.answer or ""
-        raw = values.text(column)
+        raw = self.text(column)
         said = raw.strip()
         if layout.answer is None or said in layout.unknown:
             return (), ""
@@ -298,21 +400,18 @@ class _Reader:
             raise _Fault("no_answer", column, "the gold answer is empty")
         text = said if layout.strip else raw
         if not lettered:
-            if not (layout.several and said.startswith("[")):
-                return (said if layout.several else text,), ""
-            try:
-                return parse_list(said), ""
-            except UnreadableOptions as error:
-                raise _Fault("bad_answer", column, str(error)) from error
-        letter = self._letter(said, text, lettered, identifier)
+            if layout.several and said.startswith("["):
+                return _parsed(said, "bad_answer", column), ""
+            return (said if layout.several else text,), ""
+        letter = self._letter(said, text, lettered)
         if letter and layout.answer_text:
-            other = self._bare(letter, values.text(layout.answer_text)).strip()
+            other = self._bare(letter, self.text(layout.answer_text)).strip()
             if other != lettered[letter].strip():
                 told = f"it is {lettered[letter]!r}, {layout.answer_text} is {other!r}; the first counts"
-                self._note("answer_disagrees", identifier, told)
+                self.notes.append(("answer_disagrees", told))
         return (() if letter else (text,)), letter
 
-    def _letter(self, said: str, text: str, lettered: Mapping[str, str], identifier: str) -> str:
+    def _letter(self, said: str, text: str, lettered: Mapping[str, str]) -> str:
         """Return the letter that the answer means; empty for a text that is no option.
 
         Raises:
@@ -324,75 +423,65 @@ class _Reader:
             if said.rstrip(":.") in letters:
                 return said.rstrip(":.")
             hint = "; it is the text of one: answer_is: text?" if said in by_text else ""
-            wanted = f"the letter of an option ({', '.join(letters)})"
-            raise _Fault(
-                "bad_answer", str(self.layout.answer), f"{wanted} was expected, {said!r} came{hint}"
+            told = (
+                f"the letter of an option ({', '.join(letters)}) was expected, {said!r} came{hint}"
             )
+            raise _Fault("bad_answer", str(self.layout.answer), told)
         if how in ("index0", "index1"):
             first = int(how[-1])
             number = int(float(said)) if re.fullmatch(r"\d{1,3}(\.0)?", said) else -1
             if first <= number < first + len(letters):
-                self._indices[number] += 1
+                self.index = number
                 return letters[number - first]
-            wanted = f"a number from {first} to {first + len(letters) - 1}"
-            raise _Fault(
-                "bad_answer", str(self.layout.answer), f"{wanted} was expected, {said!r} came"
+            told = (
+                f"a number from {first} to {first + len(letters) - 1} was expected, {said!r} came"
             )
+            raise _Fault("bad_answer", str(self.layout.answer), told)
         if how == "letter_or_text" and said in letters:
             if by_text.get(said, said) != said:
                 told = f"{said!r} is a letter and the text of option {by_text[said]}; the letter counts"
-                self._note("ambiguous_answer", identifier, told)
+                self.notes.append(("ambiguous_answer", told))
             return said
-        return by_text.get(text if how == "exact" else gold_option(tuple(by_text), text), "")
+        # an option is meant if it is equal, or the only one that is but for case and outer spaces
+        same = [one for one in by_text if one.strip().casefold() == text.strip().casefold()]
+        meant = same[0] if how != "exact" and text not in by_text and len(same) == 1 else text
+        return by_text.get(meant, "")
 
-    def _note(self, reason: str, identifier: str, told: str) -> None:
-        column = str(self.layout.answer)
-        self.collector.problem(reason, identifier, told, left_out=False, column=column)
-
-    def _images(
-        self,
-        values: _Values,
-        row: Row,
-        by_index: Mapping[str, Row],
-        folders: Sequence[Path],
+    def images(
+        self, by_index: Mapping[str, Row], folders: Sequence[Path]
     ) -> dict[int, ImageSource]:
         """Return number in the texts' marks -> image."""
-        layout = self.layout
+        layout, row = self.layout, self.row
         if row.image_of:
-            other = by_index.get(row.image_of)
-            if other is None or not other.images:
-                told = f"the image is that of index {row.image_of!r}, which has none"
+            row = by_index.get(row.image_of, Row("", {}))
+            if not row.images:
+                told = f"the image is that of index {self.row.image_of!r}, which has none"
                 raise _Fault("missing_image", layout.base64, told)
-            row = other
         found: dict[int, ImageSource] = dict(enumerate(row.images.get(layout.base64, ()), start=1))
         for column in layout.images if not found else ():
             images: Sequence[ImageSource] = row.images.get(column, ())
             if column not in row.images:
-                names = self._image_names(values, column)
-                images = [
-                    find_file(layout.image_name.replace("{}", name), folders) for name in names
-                ]
+                names = (layout.image_name.replace("{}", one) for one in self._image_names(column))
+                places = [[folder / name for folder in folders] for name in names]
+                images = [next(filter(os.path.isfile, one), one[0]) for one in places]
             named = re.search(r"_(\d+)$", column) if len(layout.images) > 1 else None
             found.update(enumerate(images, start=int(named[1]) if named else len(found) + 1))
         return found
 
-    def _image_names(self, values: _Values, column: str) -> Sequence[str]:
-        raw, text = values.get(column), values.text(column).strip()
+    def _image_names(self, column: str) -> Sequence[str]:
+        raw, text = self.get(column), self.text(column).strip()
         if not isinstance(raw, list | tuple) and not text.startswith("["):
             return [text] if text else []
-        try:
-            return [name for name in parse_list(raw) if name]
-        except UnreadableOptions as error:
-            raise _Fault("bad_image_path", column, str(error)) from error
+        return [name for name in _parsed(raw, "bad_image_path", column) if name]
 
-    def _groups(self, values: _Values, answers: Sequence[str]) -> dict[str, str]:
+    def _groups(self, answers: Sequence[str]) -> dict[str, str]:
         found = {}
         for name, one in self.layout.groups.items():
             columns = (
-                one if isinstance(one, tuple) else (one if isinstance(one, str) else one.text,)
+                one if isinstance(one, tuple) else (one.text if isinstance(one, Group) else one,)
             )
-            text = next((text for column in columns if (text := values.text(column).strip())), "")
-            if not isinstance(one, str | tuple):
+            text = next((text for column in columns if (text := self.text(column).strip())), "")
+            if isinstance(one, Group):
                 match = re.search(one.match, text) if one.match else None
                 text = match[0] if match else text
                 if one.yes_no and answers:
@@ -402,29 +491,30 @@ class _Reader:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Values:
-    """The values of a row, and what is known of its place."""
+def _parsed(raw: Any, reason: str, column: str) -> tuple[str, ...]:
+    try:
+        return parse_list(raw)
+    except UnreadableOptions as error:
+        raise _Fault(reason, column, str(error)) from error
 
-    values: Mapping[str, Any]
-    places: Mapping[str, str]
 
-    def get(self, column: str) -> Any:
-        """Return a value; of ``context.contexts`` the value within another."""
-        outer, _, inner = column.partition(".")
-        within = self.values.get(outer)
-        if inner and column not in self.values and isinstance(within, Mapping):
-            return within.get(inner)
-        return self.values.get(column, self.places.get(column))
+def _mark_images(
+    texts: Sequence[str], images: Mapping[int, ImageSource]
+) -> tuple[tuple[str, ...], tuple[ImageSource, ...]]:
+    """Turn texts with ``<image 2>`` into the same with ``<image>``, and order the images as the marks.
 
-    def text(self, column: str) -> str:
-        """Return a column, or a template of columns, as text; absent and null are empty, lists are lines."""
-        if "{" in column:
-            return re.sub(r"\{([^{}]+)\}", lambda match: self.text(match[1]), column)
-        value = self.get(column) if column else None
-        if isinstance(value, list | tuple):
-            return "\n".join(map(str, value))
-        return "" if value is None else str(value)
+    Without any mark the images stand in their own order, for before the text; an image that no mark
+    names comes before the text's own, as it would without marks.
+    """
+    numbers = [int(number) for text in texts for number in _NUMBERED_MARK.findall(text)]
+    for number in numbers:
+        if number not in images:
+            raise _Fault("missing_image", "images", f"the text names image {number}")
+    first, *rest = (_NUMBERED_MARK.sub(IMAGE_MARK, text) for text in texts)
+    unnamed = [images[number] for number in sorted(images) if number not in numbers]
+    if numbers:
+        first = f"{IMAGE_MARK}\n" * len(unnamed) + first
+    return (first, *rest), (*unnamed, *(images[number] for number in numbers))
 
 
 def _keys_of(path: Path) -> frozenset[str]:

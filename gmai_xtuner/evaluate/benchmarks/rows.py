@@ -19,7 +19,7 @@ import pickle
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -50,12 +50,10 @@ _SHORT = 64
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row.
+    """One row: column -> value, and column -> images that stand in the file.
 
     Args:
         place: where it stands, for people: ``line 7``, ``record 3``.
-        values: column -> value, without images that stand in the file.
-        images: column -> images that stand in the file.
         image_of: of a table, the index of the row whose image this row has.
     """
 
@@ -73,26 +71,21 @@ def read_columns(path: Path, at: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the columns of a file, or the fields of its first record, without reading it whole.
 
     Args:
-        path: the file.
         at: keys that lead to the records of a JSON file.
 
     Raises:
         BenchmarkError: it can't be read.
     """
     suffix = path.suffix.lower()
-    try:
+    with _readable(path):
         if suffix in _DELIMITERS:
             with open(path, "rb") as file:
                 _, _, fields = next(_fields(path, _Lines(file)), (0, 0, []))
                 return tuple(name.strip() for name in fields)
-        elif suffix == ".parquet":
+        if suffix == ".parquet":
             with _parquet(path) as file:
                 return tuple(file.schema_arrow.names)
-        elif suffix in (".json", ".jsonl"):
-            return _json_columns(path, at)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return ()
+        return _json_columns(path, at) if suffix in (".json", ".jsonl") else ()
 
 
 def read_rows(
@@ -101,7 +94,6 @@ def read_rows(
     """Read a file.
 
     Args:
-        path: the file.
         images: columns of a Parquet file that may hold images; those that hold texts are values.
         base64_images: column of a TSV or CSV file that holds images as base64 text, a list of such, or the
             index of the row that has the image.
@@ -111,22 +103,24 @@ def read_rows(
         BenchmarkError: it can't be read, with the line that is wrong.
     """
     suffix = path.suffix.lower()
-    try:
+    with _readable(path):
         if suffix in _DELIMITERS:
             return _read_delimited(path, base64_images)
         if suffix == ".parquet":
             return _read_parquet(path, images)
         data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
     source = SourceFile(path, hashlib.sha256(data).hexdigest(), len(data))
     records = _unpickled(path, data) if suffix == ".pkl" else _parsed(path, data, at)
     columns = dict.fromkeys(name for _, record in records for name in record)
     return tuple(columns), [Row(place, record) for place, record in records], source
 
 
-def _unreadable(path: Path, error: Exception) -> BenchmarkError:
-    return BenchmarkError(f"{str(path)!r} can't be read ({error}). Check the path.")
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BenchmarkError(f"{str(path)!r} can't be read ({error}). Check the path.") from error
 
 
 # JSON, JSON lines, pickle
@@ -140,19 +134,15 @@ def _json_columns(path: Path, at: Sequence[str]) -> tuple[str, ...]:
     start = beginning.find("{", max(0, beginning.find("[")) if at else 0)
     if start < 0:
         return ()
-    decode = json.JSONDecoder().raw_decode
-    try:
-        record, _ = decode(beginning, start)
-    except (ValueError, RecursionError):
-        # a mapping from ids to records, which goes on beyond the beginning
-        inner = re.compile(r'\{\s*"[^"]*"\s*:\s*(?=\{)').match(beginning, start)
-        try:
-            record, _ = decode(beginning, inner.end()) if inner else ({}, 0)
-        except (ValueError, RecursionError):
-            return ()
-    if record and all(isinstance(value, dict) for value in record.values()):
-        record = {"key": None, **next(iter(record.values()))}
-    return tuple(record)
+    # of a mapping from ids to records, which goes on beyond the beginning, the first
+    inner = re.compile(r'\{\s*"[^"]*"\s*:\s*(?=\{)').match(beginning, start)
+    for place in (start, inner.end()) if inner else (start,):
+        with suppress(ValueError, RecursionError):
+            record, _ = json.JSONDecoder().raw_decode(beginning, place)
+            if record and all(isinstance(value, dict) for value in record.values()):
+                record = {"key": None, **next(iter(record.values()))}
+            return tuple(record)
+    return ()
 
 
 def _parsed(path: Path, data: bytes, at: Sequence[str]) -> _Records:
@@ -164,14 +154,16 @@ def _parsed(path: Path, data: bytes, at: Sequence[str]) -> _Records:
         raise BenchmarkError(
             f"{str(path)!r} is not UTF-8 at line {line} (byte {data[error.start]:#04x}). Fetch it again."
         ) from error
-    lines: _Records | None = None
-    if path.suffix.lower() == ".jsonl" or _is_lines(text):
-        lines = [
+    first, _, rest = text.strip().partition("\n")
+    first_of_several = re.fullmatch(r"\s*\{.*\}\s*", first) and rest.lstrip().startswith("{")
+    is_lines = path.suffix.lower() == ".jsonl" or first_of_several
+    if is_lines:
+        found = [
             (f"line {number}", _loaded(path, line, f", line {number}"))
             for number, line in enumerate(text.split("\n"), start=1)
             if line.strip()
         ]
-    content = None if lines is not None else _loaded(path, text)
+    content = None if is_lines else _loaded(path, text)
     for key in at:
         if not isinstance(content, dict) or key not in content:
             raise BenchmarkError(f"{str(path)!r} has no key {key!r}. Fetch it again.")
@@ -179,20 +171,14 @@ def _parsed(path: Path, data: bytes, at: Sequence[str]) -> _Records:
     if isinstance(content, dict):
         by_id = content and all(isinstance(value, dict) for value in content.values())
         content = [{"key": key, **value} for key, value in content.items()] if by_id else [content]
-    if lines is None and isinstance(content, list):
-        lines = [(f"record {number}", record) for number, record in enumerate(content, start=1)]
-    wrong = [place for place, record in lines or () if not isinstance(record, dict)]
-    if lines is None or wrong:
-        where = f": {wrong[0]} is none" if wrong else ""
+    if not is_lines:
+        records = content if isinstance(content, list) else [None]
+        found = [(f"record {number}", record) for number, record in enumerate(records, start=1)]
+    wrong = [place for place, record in found if not isinstance(record, dict)]
+    if wrong:
+        where = f": {wrong[0]} is none" if is_lines or isinstance(content, list) else ""
         raise BenchmarkError(f"{str(path)!r} holds no list of records{where}. Fetch it again.")
-    return lines
-
-
-def _is_lines(text: str) -> bool:
-    """Tell whether the first line is a whole record and another follows."""
-    first, _, rest = text.lstrip().partition("\n")
-    first = first.strip()
-    return first.startswith("{") and first.endswith("}") and rest.lstrip().startswith("{")
+    return found
 
 
 def _loaded(path: Path, text: str, place: str = "") -> Any:
@@ -232,9 +218,7 @@ class Base64Image:
     """An image as base64 text in a field of a TSV or CSV file.
 
     Args:
-        path: the file.
-        offset: of the row, in bytes.
-        length: of the row, in bytes.
+        offset, length: of the row, in bytes.
         column: number of the field, from 0.
         item: its place in a list of images.
         file_size: of the file when it was indexed, in bytes; another size now means another file.
@@ -324,17 +308,14 @@ def _read_delimited(path: Path, base64_images: str) -> Rows:
     with open(path, "rb") as file:
         lines = _Lines(file)
         for line, offset, fields in _fields(path, lines):
-            place = f"line {line}"
             if not columns:
                 columns = [name.strip() for name in fields]
+                stored = next((name for name in columns if lowered(name) == base64_images), "")
                 continue
             if len(fields) != len(columns):
-                raise BenchmarkError(
-                    f"{str(path)!r}, {place}: {len(fields)} fields, the header has {len(columns)}. "
-                    "Fetch it again."
-                )
+                told = f"{len(fields)} fields, the header has {len(columns)}. Fetch it again."
+                raise BenchmarkError(f"{str(path)!r}, line {line}: {told}")
             values = dict(zip(columns, fields, strict=True))
-            stored = next((name for name in columns if lowered(name) == base64_images), "")
             images: tuple[ImageSource, ...] = ()
             image_of = values.pop(stored, "").strip()
             if len(image_of) > _SHORT or image_of.startswith("["):
@@ -342,12 +323,12 @@ def _read_delimited(path: Path, base64_images: str) -> Rows:
                 try:
                     number = len(_texts(image_of))
                 except UnreadableOptions as error:
-                    raise BenchmarkError(
-                        f"{str(path)!r}, {place}: {error}. Fetch it again."
-                    ) from error
+                    told = f"{str(path)!r}, line {line}: {error}. Fetch it again."
+                    raise BenchmarkError(told) from error
                 images = tuple(Base64Image(*at, item, size) for item in range(number))
                 image_of = ""
-            rows.append(Row(place, values, {base64_images: images} if images else {}, image_of))
+            stands = {base64_images: images} if images else {}
+            rows.append(Row(f"line {line}", values, stands, image_of))
     return tuple(columns), rows, SourceFile(path, lines.digest.hexdigest(), size)
 
 
@@ -359,9 +340,6 @@ class ParquetImage:
     """An image in a column of a Parquet file: bytes, or the struct of bytes and path that the hub writes.
 
     Args:
-        path: the file.
-        column: its name.
-        row_group: in which the row is.
         row: of the row group.
         item: its place where the column holds lists of images.
     """
@@ -381,16 +359,14 @@ class ParquetImage:
 
         try:
             state = os.stat(self.path)
-            column = _column(
-                str(self.path), state.st_mtime_ns, state.st_size, self.row_group, self.column
-            )
-            value = column[self.row].as_py()
+            key = (str(self.path), state.st_mtime_ns, state.st_size, self.row_group, self.column)
+            value = _column(*key)[self.row].as_py()
             value = value if self.item is None else value[self.item]
         except (OSError, IndexError, pa.ArrowException, Unusable) as error:
             raise _image_error(self.name, f"can't be read ({error})") from error
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise _image_error(self.name, "no image stands there", "missing_image")
+            raise _image_error(self.name, "no image stands there")
         return data
 
 
@@ -411,11 +387,7 @@ def _read_column(path: str, row_group: int, column: str) -> Any:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a file.
-
-    Raises:
-        BenchmarkError: it is no readable Parquet file, or turns out not to be while it is read.
-    """
+    """Open a file; a ``BenchmarkError`` where it is none, or turns out not to be while it is read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -457,11 +429,9 @@ def _read_parquet(path: Path, images: Sequence[str]) -> Rows:
             for number, row in enumerate(values):
                 found: dict[str, tuple[ImageSource, ...]] = {}
                 for name, counts in zip(stored, numbers, strict=True):
-                    count = counts[number]
+                    place, count = (path, name, group, number), counts[number]
                     items = [None] if count is True else range(count or 0)
-                    found[name] = tuple(
-                        ParquetImage(path, name, group, number, one) for one in items
-                    )
+                    found[name] = tuple(ParquetImage(*place, item) for item in items)
                 rows.append(Row(f"row {len(rows) + 1}", row, found))
     except Unusable as error:
         raise BenchmarkError(f"{str(path)!r} can't be read ({error}). Fetch it again.") from error

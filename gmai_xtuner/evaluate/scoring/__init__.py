@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring.choice import CHOICE, OPTION_LETTER, OPTION_TEXT
 from gmai_xtuner.evaluate.scoring.free_text import (
+    BLEU,
     CLOSED,
     EXACT_MATCH,
+    METEOR,
+    ROUGE_L,
     TOKEN_F1,
     TOKEN_RECALL,
     YES_NO,
 )
 from gmai_xtuner.evaluate.scoring.peers import HUATUOGPT, LLAVA_MED, MMMU, VLMEVALKIT
-from gmai_xtuner.evaluate.scoring.reports import BLEU, METEOR, ROUGE_L
 from gmai_xtuner.evaluate.scoring.text import plain, without_thoughts
 
 

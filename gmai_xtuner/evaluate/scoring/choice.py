@@ -25,23 +25,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from gmai_xtuner.evaluate.questions import IMAGE_MARK, Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring.mentions import (
     AFTER,
+    NO,
+    YES,
     Mention,
     affirmed,
     cancelled_by,
     mentions,
+    yes_or_no,
 )
 from gmai_xtuner.evaluate.scoring.mentions import (
     RULES as MENTION_RULES,
 )
-from gmai_xtuner.evaluate.scoring.rules import patterns
-from gmai_xtuner.evaluate.scoring.text import Words, clean, plain, same_quantity, stems
-from gmai_xtuner.evaluate.scoring.yes_no import NO, YES, yes_or_no
+from gmai_xtuner.evaluate.scoring.text import (
+    TABLES,
+    Words,
+    clean,
+    patterns,
+    plain,
+    same_quantity,
+    stems,
+)
 
 SHORT = 40
 """Words of an answer up to which the mere mention of an option counts as choosing it."""
@@ -55,24 +64,11 @@ _DECLARED = {
     )
     for name, cue in DECLARATIONS.items()
 }
-_CUE_WORDS = {
-    "the answer is": ("ans", "choice", "option", "selection", "solution", "response"),
-    "answer:": ("ans", "choice", "option", "selection"),
-    "choice: on its line": ("choice", "option"),
-    "answer B": ("answer",),
-    "going with": ("with", "my"),
-    "choose": ("choose", "select", "pick"),
-    "diagnosis is": ("diagnosis", "impression", "conclusion", "finding"),
-    "选": ("选", "選"),
-}
-"""One of these is in each text that the declaration is in: to look for them is ten times as fast."""
+_CUE_WORDS: Mapping[str, Sequence[str]] = TABLES["cue_words"]
 _FOR_LETTERS_ALONE = {"choice: on its line", "answer B", "choose"}
-_LETTER_PATTERNS = (
-    RULES["it_is_letter"],
-    RULES["correct_letter"],
-    RULES["correct_chinese"],
-    RULES["not_a_but_b"],
-)
+_LETTER_PATTERNS = [
+    RULES[name] for name in ("it_is_letter", "correct_letter", "correct_chinese", "not_a_but_b")
+]
 
 Found = set[str]
 
@@ -91,12 +87,11 @@ class Reading:
     options: Mapping[str, str]
     letters: bool = True
     texts: bool = True
-    names: dict[str, tuple[Words, ...]] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.names = (
-            {letter: (stems(text),) for letter, text in self.options.items()} if self.texts else {}
-        )
+    @cached_property
+    def names(self) -> dict[str, tuple[Words, ...]]:
+        """Letter -> the words of its option."""
+        return {one: (stems(text),) for one, text in self.options.items() if self.texts}
 
     @cached_property
     def refused(self) -> re.Match[str] | None:
@@ -128,7 +123,9 @@ class Reading:
         found = {letter for letter, (name,) in self.names.items() if said and name == said}
         if not found:
             joined = "".join(said)
-            found = {one for one, (name,) in self.names.items() if said and "".join(name) == joined}
+            found = {
+                one for one, (name,) in self.names.items() if joined and "".join(name) == joined
+            }
         if not found and len(said) < 6 and any(sign.isdigit() for sign in text):
             found = {one for one, option in self.options.items() if same_quantity(text, option)}
         return _same(found, self.options)
@@ -137,12 +134,8 @@ class Reading:
         """Return the letters of the options that a text is, but for spaces, a last full stop, and case."""
         for same in (str.strip, str.casefold):
             said = same(_bare(text))
-            found = {
-                letter
-                for letter, option in self.options.items()
-                if said and same(_bare(option)) == said
-            }
-            if found:
+            found = {one for one, name in self.options.items() if same(_bare(name)) == said}
+            if said and found:
                 return _same(found, self.options)
         return set()
 
@@ -165,10 +158,7 @@ def choose(
     """Return the letter of the option that an answer chooses; None where it is not understood.
 
     Args:
-        question: with options.
-        answer: what the model said.
-        letters: read letters.
-        texts: read the texts of options.
+        letters, texts: read the options' letters, or their texts.
     """
     options = question.lettered()
     text = clean(answer)
@@ -183,8 +173,6 @@ def read(
 ) -> str | None:
     """Return the letter of the option that a cleaned text chooses; arguments as of :func:`choose`."""
     text = (RULES["pardon"].sub("", text) if "if i" in text.lower() else text).strip()
-    if not text:
-        return None
     found = _by_steps(Reading(text, options, letters, texts))
     if found is None and (corrections := [*RULES["corrected"].finditer(text)]):
         return _by_steps(Reading(text[corrections[-1].end() :], options, letters, texts))
@@ -204,9 +192,9 @@ def _by_steps(reading: Reading) -> str | None:
         rest = reading.text[despite[0].end() :].strip(" ,")
         after = Reading(rest, reading.options, reading.letters, reading.texts)
         if not MENTION_RULES["refusal"].search(rest):
-            found = _declared(after) or (
-                _mentioned(after) if RULES["asserts"].search(rest) else None
-            )
+            found = _declared(after)
+            if not found and RULES["asserts"].search(rest):
+                found = _mentioned(after)
             return next(iter(found)) if found and len(found) == 1 else None
     return None
 
@@ -228,19 +216,13 @@ def _leading(reading: Reading) -> Found | None:
         return None
     text = reading.text
     match = RULES["leading"].match(text)
-    rest = ""
-    letter: str | None = None
+    said, _, rest = text.partition(" ")  # "B Liver"
     if match:
-        letter = reading.known(match[1] or match[2] or match[3])
-        rest = match[4]
-    elif reading.texts:  # "B Liver"
-        first, _, rest = text.partition(" ")
-        letter = reading.known(first) if len(first) == 1 else None
-        if letter and letter not in reading.words_of(rest.partition("\n")[0]):
-            letter = None
-    if letter is None or _is_list(reading):
-        return None
+        said, rest = match[1] or match[2] or match[3], match[4]
     line, _, below = rest.partition("\n")
+    letter = reading.known(said) if match or len(said) == 1 else None
+    if letter is None or not (match or letter in reading.words_of(line)) or _is_list(reading):
+        return None
     first, *after = RULES["sentence"].split(line, maxsplit=1)
     for part, behind in ((line, below), (first, "\n".join([*after, below]))):
         if named := reading.words_of(part.strip(" ()[]")):
@@ -249,29 +231,21 @@ def _leading(reading: Reading) -> Found | None:
             rest = behind  # letters within the option's own text choose nothing
             break
     else:
-        if match and match[3] is None and rest and _denied(text[match.start(4) - 1 :]):
+        behind = text[match.start(4) - 1 :] if match and match[3] is None and rest else ""
+        if AFTER["verdict"].match(behind) or RULES["negated_after"].match(behind):
             return None
     others = _keys(_declared_letters(Reading(rest, reading.options, texts=False)))
     others |= _leading_letters(rest, reading.options)
     if match and (match[1] or match[2] or "A").islower():  # "(a) The force is 5 N. (b) ...": a list
-        others |= {
-            one.upper()
-            for one in RULES["list_letter"].findall(rest)
-            if one.upper() in reading.options
-        }
+        others |= set(map(str.upper, RULES["list_letter"].findall(rest))) & set(reading.options)
     return {letter} if others <= {letter} else set()
-
-
-def _denied(rest: str) -> bool:
-    return bool(AFTER["verdict"].match(rest) or RULES["negated_after"].match(rest))
 
 
 def _is_list(reading: Reading) -> bool:
     """Tell whether an answer lists the options, or walks through them."""
-    letters = (
-        *RULES["line_letter"].findall(reading.text),
-        *RULES["inline_letter"].findall(reading.text),
-    )
+    letters = [
+        one for by in ("line", "inline") for one in RULES[f"{by}_letter"].findall(reading.text)
+    ]
     found = {letter.upper() for letter in letters} & set(reading.options)
     return len(found) > 2 or len(found) == len(reading.options)
 
@@ -313,24 +287,15 @@ def _keys(found: Sequence[Declared]) -> Found:
     return {key for _, keys in found for key in keys}
 
 
-def _sentence_before(text: str, place: int) -> str:
-    return re.split(r"[.;!?\n。](?!\d)", text[:place])[-1]
-
-
 def _is_claimed(text: str, cue: int, end: int) -> bool:
     """Tell whether a declaration is made: not denied, supposed, asked or put into another's mouth."""
-    before = re.split(r"\b(?:but|however|so|therefore|thus|hence)\b", _sentence_before(text, cue))[
-        -1
-    ]
+    sentence = re.split(r"[.;!?\n。](?!\d)", text[:cue])[-1]
+    before = re.split(r"\b(?:but|however|so|therefore|thus|hence)\b", sentence)[-1]
     if RULES["unclaimed"].search(before):
         return False
-    sentence_end = re.search(r"[.;!\n。](?!\d)|[?？]", text[end:])
-    if sentence_end and sentence_end[0] in "?？":
-        return False
-    behind = text[end : end + sentence_end.start()] if sentence_end else text[end:]
-    return not (
-        RULES["would_be"].search(text[cue:end]) and RULES["condition_behind"].search(behind)
-    )
+    behind, sign, _ = re.split(r"([.;!\n。](?!\d)|[?？]|\Z)", text[end:], maxsplit=1)
+    supposed = RULES["would_be"].search(text[cue:end]) and RULES["condition_behind"].search(behind)
+    return sign not in ("?", "？") and not supposed
 
 
 def _declared_letters(reading: Reading) -> list[Declared]:
@@ -352,14 +317,7 @@ def _declared_letters(reading: Reading) -> list[Declared]:
 
 
 def _meant(said: str, before: str, after: str, reading: Reading) -> Found:
-    """Return the letters that one declaration means: none, one, or several where it contradicts itself.
-
-    Args:
-        said: the letter.
-        before: the text before it.
-        after: the text behind it.
-        reading: the answer.
-    """
+    """Return the letters that a declared letter means: none, one, or several where it contradicts itself."""
     letter = reading.known(said)
     if (
         letter is None
@@ -372,7 +330,7 @@ def _meant(said: str, before: str, after: str, reading: Reading) -> Found:
     named = _named_after(after, reading)
     if named - {letter}:
         # "the answer is B (liver)" where B is lung
-        return named | {letter} if letter not in named else {letter}
+        return {letter} if letter in named else named | {letter}
     if said in ("A", "I") and RULES["article_after"].match(after) and letter not in named:
         return set()  # "the answer is A large mass", "so I think"
     joined = RULES["joined"].match(after)
@@ -409,14 +367,9 @@ def _begins_with(rest: str, reading: Reading) -> Found:
     first = [one for one in all_mentions if one.start <= start <= one.end]
     if not first or cancelled_by(rest, first[0], all_mentions):
         return set()
-    joined = {
-        one.key
-        for one in all_mentions
-        if re.fullmatch(
-            r"[\s,]*(?:and|or|/|,|和|或|、)\s*(?:the\s+|an?\s+)?", rest[first[0].end : one.start]
-        )
-    }
-    return _same({one.key for one in first} | joined, reading.options)
+    joined = re.compile(r"[\s,]*(?:and|or|/|,|和|或|、)\s*(?:the\s+|an?\s+)?")
+    others = [one for one in all_mentions if joined.fullmatch(rest[first[0].end : one.start])]
+    return _same({one.key for one in (*first, *others)}, reading.options)
 
 
 def _last_line(reading: Reading) -> Found | None:
@@ -440,11 +393,11 @@ def _named(reading: Reading) -> Found | None:
     if not reading.letters or reading.refused:
         return None
     text = reading.text
-    places = []
-    for match in RULES["named_letter"].finditer(text):
-        group = next(number for number in (1, 2, 3) if match[number])
-        if match[group] in reading.options:
-            places.append(Mention(match[group], match.start(), match.end()))
+    places = [
+        Mention(letter, match.start(), match.end())
+        for match in RULES["named_letter"].finditer(text)
+        if (letter := match[1] or match[2] or match[3]) in reading.options
+    ]
     denied = {
         one.key
         for one in places
@@ -496,9 +449,7 @@ STEPS: tuple[Callable[[Reading], Found | None], ...] = (
 
 def _same(letters: set[str], options: Mapping[str, str]) -> Found:
     """Reduce letters whose options read the same to one: either is right or wrong with the other."""
-    if letters and len({options[letter] for letter in letters}) == 1:
-        return {min(letters)}
-    return letters
+    return {min(letters)} if len({options[letter] for letter in letters}) == 1 else letters
 
 
 def has_options(question: Question) -> bool:

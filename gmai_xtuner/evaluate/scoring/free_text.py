@@ -1,28 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Questions without options: closed ones by what they offer, open ones by the words in common."""
+"""Questions without options: closed ones by what they offer, open ones by the words in common, reports."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
+from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring.choice import DECLARATIONS
-from gmai_xtuner.evaluate.scoring.mentions import affirmed, mentions
+from gmai_xtuner.evaluate.scoring.mentions import affirmed, mentions, polarity, yes_or_no
 from gmai_xtuner.evaluate.scoring.text import (
     Words,
     clean,
+    patterns,
     plain,
     quantity,
     same_quantity,
     stems,
     words,
 )
-from gmai_xtuner.evaluate.scoring.yes_no import polarity, yes_or_no
 
-_QUESTION_WORD = re.compile(r"^(?:which|what|where|who|how)\b", re.IGNORECASE)
+RULES = patterns("free_text")
 _SMALL = frozenset(
     {"a", "an", "the", "this", "that", "is", "are", "in", "of", "it", "its", "on", "to", "image"}
 )
@@ -33,18 +36,6 @@ _DECLARED = re.compile(
         for name in ("the answer is", "answer:", "答案是")
     )
     + r")\s*(.+?)\s*(?:$|\n)",
-    re.IGNORECASE,
-)
-_LABELLED = re.compile(
-    r"(?:(?:it|this|that|the answer)(?:\s+is|'s)\s+)?(?:(?:the\s+)?(?:structure|option|choice|"
-    r"compound|label|letter|arrow|point|figure|"
-    r"answer|region|area|line|curve|molecule)\s+)?[(\"']*([A-Za-z])[)\"']*\.?",
-    re.IGNORECASE,
-)
-_DENIAL = re.compile(r"\b(?:not|no|never|cannot)\b|n't\b|不", re.IGNORECASE)
-_NUMBERS = re.compile(
-    r"(?<![\w.])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?(?:\s*/\s*\d+)?(?:\s*(?:%|"
-    r"per ?cent\b|[^\W\d_]+))?",
     re.IGNORECASE,
 )
 
@@ -70,7 +61,7 @@ def alternatives(question: str) -> list[Words]:
     final = _content(last)
     listed = [_content(part) for part in parts]
     # a first part that asks ("which organ is abnormal") offers nothing; another ends in an alternative
-    if len(listed) > 1 and _QUESTION_WORD.match(parts[0]):
+    if len(listed) > 1 and RULES["question_word"].match(parts[0]):
         listed = listed[1:]
     elif listed:
         listed[0] = listed[0][-max(len(final), 1) :]
@@ -172,11 +163,13 @@ def _is_gold(said: str, gold: str) -> bool:
     if stems(gold) and stems(said) == stems(gold):
         return True
     if len(gold.strip()) == 1 and gold.strip().isalpha():
-        label = _LABELLED.fullmatch(said.strip())
+        label = RULES["labelled"].fullmatch(said.strip())
         return label is not None and label[1].upper() == gold.strip().upper()
-    if quantity(gold) is None or _DENIAL.search(said):
+    if quantity(gold) is None or RULES["denial"].search(said):
         return False
-    numbers = _NUMBERS.findall(plain(said)) or [word for word in words(said) if word.isdigit()]
+    numbers = RULES["number"].findall(plain(said)) or [
+        word for word in words(said) if word.isdigit()
+    ]
     return same_quantity(said, gold) or (len(numbers) == 1 and same_quantity(numbers[0], gold))
 
 
@@ -206,3 +199,53 @@ TOKEN_RECALL = Scorer(
     "token_recall", 2, "share of the gold answer's words that were said", _by(recall)
 )
 TOKEN_F1 = Scorer("token_f1", 2, "F1 over the words of answer and gold answer", _by(f1))
+
+
+# Reports against a reference report, by well-kept packages
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+class _NoSynonyms:
+    """Stands for WordNet, whose files nltk would fetch: words and their stems count, synonyms do not."""
+
+    def synsets(self, word: str) -> list[Any]:
+        return []
+
+
+@cache
+def _measure(name: str) -> Any:
+    try:
+        if name == "rouge_l":
+            from rouge_score.rouge_scorer import RougeScorer
+
+            rouge = RougeScorer(["rougeL"], use_stemmer=True)
+            return lambda said, gold: rouge.score(gold, said)["rougeL"].fmeasure
+        if name == "bleu":
+            from sacrebleu import sentence_bleu
+
+            return lambda said, gold: sentence_bleu(said, [gold]).score / 100
+        from nltk.translate.meteor_score import single_meteor_score
+    except ImportError as error:
+        raise EvaluationError(
+            f"the scorer {name} needs a package that is not installed: pip install -e .[evaluate]"
+        ) from error
+    words = lambda text: _WORD.findall(text.lower())  # noqa: E731
+    return lambda said, gold: single_meteor_score(words(gold), words(said), wordnet=_NoSynonyms())
+
+
+def _report_scorer(name: str, description: str) -> Scorer:
+    def score(question: Question, answer: str) -> Score:
+        said = clean(answer).strip()
+        golds = (question.answer or "", *question.answers)
+        best = max(_measure(name)(said, gold) for gold in golds) if said else 0.0
+        return Score(min(1.0, max(0.0, best)), said or None)
+
+    return Scorer(name, 1, description, score, lambda question: not question.options)
+
+
+ROUGE_L = _report_scorer("rouge_l", "ROUGE-L's F measure, with stems (rouge-score)")
+BLEU = _report_scorer(
+    "bleu", "mean of the sentences' BLEU-4, smoothed (sacrebleu); not BLEU of the corpus"
+)
+METEOR = _report_scorer("meteor", "METEOR by words and stems, without WordNet's synonyms (nltk)")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where an answer names one of several things, and which of these mentions say that it is not meant.
+"""Which of several things an answer names and means; and whether it says yes or no, in English or Chinese.
 
 A mention counts unless a rule of :data:`BEFORE` fits the words before it in its clause, or one of
 :data:`AFTER` those behind it: "pneumonia is ruled out", "no pneumonia", "to confirm pneumonia", "a history of
@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from gmai_xtuner.evaluate.scoring.rules import patterns
-from gmai_xtuner.evaluate.scoring.text import CHINESE, find, spans, stem
+from gmai_xtuner.evaluate.scoring.text import (
+    CHINESE,
+    TABLES,
+    clean,
+    find,
+    patterns,
+    spans,
+    stem,
+    stems,
+)
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -132,3 +140,83 @@ def _masked(text: str, start: int, end: int, others: Sequence[Mention[Key]]) -> 
             pieces += [text[position : other.start], OTHER]
             position = other.end
     return "".join([*pieces, text[position:end]])
+
+
+# Yes and no
+
+YES = "yes"
+NO = "no"
+_POLARITY = {word: said for said, words in TABLES["polarity"].items() for word in words}
+_WHOLE = _POLARITY | {
+    word: said for said, words in TABLES["whole_answer"].items() for word in words
+}
+"""One word that is the whole answer; not what a gold answer of "true" would mean."""
+_CHINESE_WORDS = sorted((word for word in _POLARITY if not word.isascii()), key=len, reverse=True)
+YES_NO = patterns("yes_no", words="|".join(_CHINESE_WORDS))
+_SMALL = frozenset(
+    stems(
+        "is are was were do does did has have had can could there this that it any in of on to image picture "
+        "photo scan show shown seen see visible present evidence sign be at for and you here given figure"
+    )
+)
+
+
+def yes_or_no(answer: str, question: str = "") -> str | None:
+    """Return ``yes`` or ``no``; None where an answer says neither, or both.
+
+    It counts where it is the first word, is declared ("the answer is no") or stands apart within a sentence
+    ("Based on the image, yes, ..."). "There is no effusion" says no where it denies what ``question`` asks
+    in the question's own words; alone it does not, since it depends on the question.
+    """
+    text = clean(answer)
+    whole = text.strip(" .。!,;:()[]\"'").lower()
+    if whole in _WHOLE:
+        return _WHOLE[whole]
+    open_text = YES_NO["either"].sub("§", text)
+    said = _said(open_text)
+    if len(said) > 1 and (last := [*YES_NO["corrected"].finditer(open_text)]):
+        said = _said(open_text[last[-1].end() :].lstrip(" ,:"))
+    if said:
+        return said.pop() if len(said) == 1 else None
+    return None if open_text != text else _restated(text, question)
+
+
+def _said(text: str) -> set[str]:
+    found = [YES_NO["first"].match(text), *YES_NO["declared"].finditer(text)]
+    found += [
+        match
+        for match in YES_NO["within"].finditer(text)
+        if not BEFORE["condition"].search(text[: match.start(1)].rpartition(".")[2])
+    ]
+    said = {match[1].lower() for match in found if match}
+    chinese = (YES_NO["chinese_first"].match(text), *YES_NO["chinese_declared"].finditer(text))
+    return said | {_POLARITY[match[1]] for match in chinese if match}
+
+
+def _restated(text: str, question: str) -> str | None:
+    """Read one sentence that says of all the question's words that it is so, or that it is not."""
+    asked = set(stems(question)) - _SMALL
+    sentences = [part for part in YES_NO["sentence"].split(text) if part.strip()]
+    if not (
+        asked and sentences and YES_NO["asks"].match(question) and YES_NO["stated"].match(text)
+    ):
+        return None
+    first = sentences[0]
+    denials = [match[0].lower() for match in YES_NO["denies"].finditer(first)]
+    stated = [word for word in stems(first) if word not in _SMALL]
+    fits = asked <= set(stated) and len(stated) <= len(asked) + 3 + len(denials)
+    if (
+        not fits
+        or len(sentences) > 2
+        or YES_NO["hedge"].search(text)
+        or RULES["refusal"].search(text)
+    ):
+        return None
+    if len(denials) > 1 or any(word in asked for word in stems(" ".join(denials))):
+        return None
+    return NO if denials else YES
+
+
+def polarity(gold: str) -> str | None:
+    """Return ``yes`` or ``no`` of a gold answer, in English or Chinese; None for any other."""
+    return _POLARITY.get(gold.strip().strip(".。").lower())

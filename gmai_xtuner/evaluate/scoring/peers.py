@@ -38,6 +38,7 @@ from collections import Counter
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring.choice import has_options
 from gmai_xtuner.evaluate.scoring.free_text import is_closed
+from gmai_xtuner.evaluate.scoring.text import TABLES
 
 
 def _score_first(question: Question, letter: str | None) -> Score:
@@ -73,15 +74,12 @@ def _inferred_letter(answer: str, options: dict[str, str]) -> str | None:
         return REFUSED
     words = answer.translate(_PUNCTUATION_SPACES).split()
     present = [letter for letter in options if letter in words]
-    if len(present) == 1:
-        if words.index(present[0]) > len(words) - _FROM_THE_END:
-            return present[0]
-    elif not present and REFUSED in words:
+    if len(present) == 1 and words.index(present[0]) > len(words) - _FROM_THE_END:
+        return present[0]
+    if not present and REFUSED in words:
         return REFUSED
     match = _ANSWER_IS.search(answer)
-    if match and match[1].upper() in options:
-        return match[1].upper()
-    return None
+    return match[1].upper() if match and match[1].upper() in options else None
 
 
 def _inferred_text(answer: str, options: dict[str, str]) -> str | None:
@@ -134,17 +132,12 @@ _NUMBERS = (
 
 def parse_choice(answer: str, options: dict[str, str]) -> str | None:
     """Return the letter that their parser takes; None where it takes a random one."""
-    text = answer
     for sign in (",", ".", "!", "?", ";", ":", "'"):
-        text = text.strip(sign)
-    text = f" {text} "
-    found = [
-        {letter: text.rfind(form.format(letter)) for letter in options} for form in ("({})", " {} ")
-    ]
+        answer = answer.strip(sign)
+    text = f" {answer} "
+    found = [{one: text.rfind(form.format(one)) for one in options} for form in ("({})", " {} ")]
     if len(text.split()) > 5:
-        found.append(
-            {letter: text.lower().rfind(option.lower()) for letter, option in options.items()}
-        )
+        found.append({one: text.lower().rfind(name.lower()) for one, name in options.items()})
     for places in found:
         if any(place >= 0 for place in places.values()):
             return max(places, key=lambda letter: places[letter])
@@ -156,10 +149,8 @@ def parse_open(answer: str) -> set[str | float]:
     # the answer is in lower case by then, so their split before a capital never happens
     parts = answer.strip().strip(".").lower().split("\n")
     found: list[str] = []
-    keys = list(_KEYS)
-    for number, part in enumerate(parts):
-        if number == len(parts) - 1:
-            keys.append("=")
+    for number, part in enumerate(parts, start=1):
+        keys = _KEYS if number < len(parts) else (*_KEYS, "=")
         behind = [part.split(key)[-1].strip() for key in keys if key in part]
         shortest = min(behind, key=len, default="")
         if shortest and shortest not in _TRIVIAL:
@@ -184,25 +175,18 @@ def _score_mmmu(question: Question, answer: str) -> Score:
     if question.options:
         return _score_first(question, parse_choice(answer, question.lettered()))
     said = parse_open(answer)
-    golds = [
-        one
-        for text in (question.answer or "", *question.answers)
-        for one in _as_number_or_text(text)
-    ]
+    texts = (question.answer or "", *question.answers)
+    golds = [one for text in texts for one in _as_number_or_text(text)]
     right = any(
-        any(isinstance(gold, str) and gold in one for gold in golds)
-        if isinstance(one, str)
-        else one in golds
+        gold in one if isinstance(gold, str) and isinstance(one, str) else gold == one
         for one in said
+        for gold in golds
     )
     return Score(float(right), " | ".join(sorted(str(one) for one in said)) or None)
 
 
 MMMU = Scorer(
-    "mmmu",
-    1,
-    "the rules of MMMU's own evaluation, without its random choice",
-    _score_mmmu,
+    "mmmu", 1, "the rules of MMMU's own evaluation, without its random choice", _score_mmmu
 )
 
 
@@ -211,19 +195,10 @@ MMMU = Scorer(
 _PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_NUMBER_WORDS = {
-    "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
-    "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10",
-}  # fmt: skip
-_CONTRACTED = """
-ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
-how'll how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't o'clock oughtn't
-shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd
-something'll that's there'd there're there's they'd they'll they're they've wasn't we've weren't
-what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll
-why're why's won't would've wouldn't you'd you'll you're you've
-"""
-_CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
+_NUMBER_WORDS = {"none": "0"} | {
+    word: str(number) for number, word in enumerate(TABLES["small_numbers"][:11])
+}
+_CONTRACTIONS = {word.replace("'", ""): word for word in TABLES["contracted"].split()}
 _PERIODS_AT_ONCE = re.UNICODE.value  # they pass the flag as the count of `sub`
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Answer text -> the final answer in plain signs, and its words.
+"""Answer text -> the final answer in plain signs, and its words; and the patterns of ``rules.yaml``.
 
 An answer may come with thoughts, tags, a box, JSON or LaTeX around it. :func:`clean` takes off thoughts and
 end tokens, and returns what is declared to be the answer: the last tag, JSON field or ``\\boxed``.
@@ -15,96 +15,61 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 Words = tuple[str, ...]
+TABLES: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8")
+)
+"""The sections of ``rules.yaml``."""
+
+
+def patterns(section: str, **fragments: str) -> dict[str, re.Pattern[str]]:
+    """Return name -> compiled pattern of a section of ``rules.yaml``.
+
+    In the file a pattern is a text, or several lines that are joined without a space. ``<<name>>`` stands for
+    a fragment of the same section or of the arguments; ``name /i`` has the flags i, m or s.
+    """
+    found = {}
+    for key, value in TABLES[section].items():
+        text = value.replace("\n", "")
+        while "<<" in text:
+            text = re.sub(r"<<(\w+)>>", lambda match: fragments[match[1]], text)
+        if key.startswith("<<"):
+            fragments[key.strip("<>")] = text
+            continue
+        name, _, flags = key.partition(" /")
+        found[name] = re.compile(f"(?{flags}){text}" if flags else text)
+    return found
+
 
 # What models write around their answers
 
-_THOUGHTS = (
-    (r"<think(?:ing)?>", r"</think(?:ing)?>"),  # DeepSeek, Qwen, InternVL
-    (r"<thoughts?>", r"</thoughts?>"),
-    (r"<reason(?:ing)?>", r"</reason(?:ing)?>"),
-    (r"<reflection>", r"</reflection>"),
-    (r"<seed:think>", r"</seed:think>"),
-    (r"<unused94>", r"<unused95>"),  # MedGemma
-    (r"◁think▷", r"◁/think▷"),  # Kimi
-    (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
-    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
-    (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),  # gpt-oss
-)
-_OPENED = re.compile("|".join(opening for opening, _ in _THOUGHTS), re.IGNORECASE)
-_CLOSED = re.compile("|".join(closing for _, closing in _THOUGHTS), re.IGNORECASE)
+_THOUGHTS = TABLES["thoughts"]
+_OPENED = re.compile("|".join(_THOUGHTS), re.IGNORECASE)
+_CLOSED = re.compile("|".join(_THOUGHTS.values()), re.IGNORECASE)
 _WHOLE_THOUGHT = re.compile(
-    "|".join(f"{opening}.*?{closing}" for opening, closing in _THOUGHTS), re.DOTALL | re.IGNORECASE
+    "|".join(map("{0[0]}.*?{0[1]}".format, _THOUGHTS.items())), re.DOTALL | re.IGNORECASE
 )
-_BEGIN_TOKEN = re.compile(
-    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|im_start\|>assistant|<\|assistant\|>)\s*"
-)
-_END_TOKEN = re.compile(
-    r"<\|(?:im_end|endoftext|end|eot_id|return|user|im_start)\|>|</s>|<eos>|<end_of_turn>|\[EOS\]"
-    r"|<\|end▁of▁sentence\|>"
-)
-_ANSWER_TAG = re.compile(
-    r"(?:<(?:final_?)?answer>|<\|begin_of_(?:box|solution)\|>)(.*?)"
-    r"(?:</(?:final_?)?answer>|<\|end_of_(?:box|solution)\|>|$)",
-    re.DOTALL | re.IGNORECASE,
-)
-_FENCED = re.compile(r"```(?:json)?\s*(\{.*?\})\s*```", re.DOTALL)
-_ANSWER_KEYS = (
-    "final_answer", "answer", "correct_answer", "predicted_answer", "prediction", "choice", "option",
-    "selected_option", "answer_choice", "answer_letter", "letter", "selection", "diagnosis", "答案",
-)  # fmt: skip
-_ANSWER_FIELD = re.compile(
-    rf"[\"'](?:{'|'.join(_ANSWER_KEYS)})[\"']\s*:\s*(?:\"([^\"]*)\"|'([^']*)'|([\w.+-]+))",
-    re.IGNORECASE,
-)
-_BOX = re.compile(r"\\f?boxed\s*\{")
-_LATEX = (
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
-    (
-        re.compile(
-            r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathit|bm|bf|rm|operatorname)\s*"
-            r"\{((?:[^{}]|\{[^{}]*\})*)\}"
-        ),
-        r"\1",
-    ),
-    (re.compile(r"\\(?:bf|rm|it)\b\s*|\\[,;:! ]|\\(?:left|right)\b|\\[()\[\]]|\$"), " "),
-    (re.compile(r"\\([%&#_])"), r"\1"),
-    (re.compile(r"\\?\^\s*\{?\\circ\}?|\\degree"), "°"),
-    (re.compile(r"\\(?:times|cdot)\b"), "x"),
-    (re.compile(r"(?<=[A-Za-z])\^\{?(-?\d+)\}?"), r"\1"),
-)
-_HTML = re.compile(r"</?(?:b|i|u|em|strong|p|br|span|div|code|sub|sup)\s*/?>", re.IGNORECASE)
-_EMPHASIS = re.compile(
-    r"\*\*|__|`+|^\s*#+\s*|^\s*>\s+|(?<![\w*])\*(?=\S)|(?<=\S)\*(?![\w*])", re.MULTILINE
-)
+_ANSWER_KEYS = TABLES["answer_keys"]
+_AROUND = patterns("around", keys="|".join(_ANSWER_KEYS))
+_LATEX = [(re.compile(pattern), plainly) for pattern, plainly in TABLES["latex"].items()]
 _BULLETS = " •·✅✔☑👉➡→\ufe0f"
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|「[^「」]*」|『[^『』]*』")
-
-_SIGNS = str.maketrans(
-    {
-        **dict.fromkeys("\u2010\u2011\u2012\u2212\ufe63\uff0d\ufe58", "-"),
-        **dict.fromkeys("‘’‛ʼ′`´", "'"),
-        **dict.fromkeys("“”„‟″", '"'),
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""),
-        "\u2044": "/",
-        "\u2215": "/",
-        "µ": "μ",
-    }
-)
-_DASH = re.compile(r"[\u2013\u2014\u2015]+")
-_SUPERSCRIPT = re.compile(r"(?<=\d)[⁺⁻]?[⁰¹²³⁴-⁹]+")
-_MIXED_FRACTION = re.compile(r"(?<=\d)\s*(?=[¼-¾⅐-⅞])")
+_SIGNS = str.maketrans({sign: text for text, signs in TABLES["signs"].items() for sign in signs})
 
 
 def plain(text: str) -> str:
     """Return a text with the plain form of each sign: dashes, quotes, full width, fractions, spaces."""
     if text.isascii():
         return text
-    text = _SUPERSCRIPT.sub(lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text)
-    text = unicodedata.normalize("NFKC", _MIXED_FRACTION.sub(" ", text)).translate(_SIGNS)
-    return _DASH.sub(_dash, text)
+    text = _AROUND["superscript"].sub(
+        lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text
+    )
+    text = unicodedata.normalize("NFKC", _AROUND["mixed_fraction"].sub(" ", text)).translate(_SIGNS)
+    return _AROUND["dash"].sub(_dash, text)
 
 
 def _dash(match: re.Match[str]) -> str:
@@ -117,7 +82,7 @@ def _dash(match: re.Match[str]) -> str:
 
 def without_thoughts(text: str) -> str:
     """Return what follows the thoughts, or stands before them; thoughts without an end are no answer."""
-    text = _BEGIN_TOKEN.sub("", text, count=1) if text.lstrip().startswith("<") else text
+    text = _AROUND["begin_token"].sub("", text, count=1) if text.lstrip().startswith("<") else text
     if "<" in text or "◁" in text or "[" in text:
         *_, last = [None, *_CLOSED.finditer(text)]
         if last is not None:
@@ -125,9 +90,9 @@ def without_thoughts(text: str) -> str:
             text = after if after.strip() else _CLOSED.sub("", _WHOLE_THOUGHT.sub("", text))
         if opened := _OPENED.search(text):
             text = text[: opened.start()]
-        if (end := _END_TOKEN.search(text)) and text[: end.start()].strip():
+        if (end := _AROUND["end_token"].search(text)) and text[: end.start()].strip():
             text = text[: end.start()]
-        return _END_TOKEN.sub("", text)
+        return _AROUND["end_token"].sub("", text)
     return text
 
 
@@ -137,9 +102,9 @@ def clean(answer: str) -> str:
     if len(text) < 3:
         return text
     if "<" in text:
-        if tagged := _ANSWER_TAG.findall(text):
+        if tagged := _AROUND["answer_tag"].findall(text):
             text = tagged[-1]
-        text = _HTML.sub(lambda match: "\n" if "br" in match[0].lower() else "", text)
+        text = _AROUND["html"].sub(lambda match: "\n" if "br" in match[0].lower() else "", text)
     if "{" in text:
         text = _boxed(text)
         if "{" in text:
@@ -148,14 +113,14 @@ def clean(answer: str) -> str:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
     if any(sign in text for sign in "*_`#>"):
-        text = _EMPHASIS.sub("", text)
+        text = _AROUND["emphasis"].sub("", text)
     text = text.strip().lstrip(_BULLETS)
-    return text[1:-1].strip() if _QUOTED.fullmatch(text) else text
+    return text[1:-1].strip() if _AROUND["quoted"].fullmatch(text) else text
 
 
 def _boxed(text: str) -> str:
     r"""Return the content of the last ``\boxed{}``; the text itself without one."""
-    *_, last = [None, *_BOX.finditer(text)]
+    *_, last = [None, *_AROUND["box"].finditer(text)]
     if last is None:
         return text
     depth = 1
@@ -168,7 +133,7 @@ def _boxed(text: str) -> str:
 
 def _from_json(text: str) -> str:
     """Return the answer field of a JSON object; the text itself where there is none."""
-    fenced = _FENCED.findall(text)
+    fenced = _AROUND["fenced"].findall(text)
     inner = fenced[-1] if fenced else text[text.find("{") : text.rfind("}") + 1]
     for read in (json.loads, ast.literal_eval):
         try:
@@ -177,7 +142,7 @@ def _from_json(text: str) -> str:
             continue
         found = _answer_of(value)
         return text if found is None else found
-    fields = _ANSWER_FIELD.findall(text)
+    fields = _AROUND["answer_field"].findall(text)
     return "".join(fields[-1]) if fields else text
 
 
@@ -203,56 +168,21 @@ def _answer_of(value: Any) -> str | None:
 # Words
 
 CHINESE = "㐀-鿿豈-﫿"
-_UNITS = (
-    "mg|kg|g|mcg|ug|μg|ng|ml|dl|l|cm|mm|μm|um|nm|m|mmhg|hz|khz|mhz|kv|kev|mev|bpm|iu|meq|mmol|mol|gy|mgy|sv|msv|t|"
-    "ms|s|min|h|ci|mci|bq|mbq|weeks?|days?|months?|years?|hours?|minutes?"
-)
 # A number keeps its sign, point, fraction, exponent and range; a unit that is written onto it is a word of
 # its own, other letters are not (3rd, 2D). Words are split at hyphens. A Chinese sign is a word.
-_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_WORD = re.compile(
-    rf"(?<![\w.])-?(?:{_NUMBER})(?:e[+-]?\d+(?![^\W_]))?(?:/(?:{_NUMBER})|-(?:{_NUMBER}))?"
-    rf"(?:(?=(?:{_UNITS})(?![^\W_{CHINESE}]))|\+(?![\w])|[^\W_{CHINESE}]*)"
-    rf"|(?<=[\d])(?:{_UNITS})(?![^\W_{CHINESE}])"
-    rf"|[{CHINESE}]|[^\W_{CHINESE}]{{1,3}}[+-](?![\w+-])|"
-    rf"[^\W_{CHINESE}]+(?:'[^\W_{CHINESE}]+)*|%|[<>]=?|[≤≥]"
-)
-_PLAIN_NUMBER = re.compile(rf"-?(?:{_NUMBER})(?:e[+-]?\d+)?")
+_PATTERNS = patterns("words", chinese=CHINESE)
 _ARTICLES = frozenset({"a", "an", "the"})
-_SMALL_NUMBERS = (
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-)  # fmt: skip
-_SAME_WORD = {
-    **{word: str(number) for number, word in enumerate(_SMALL_NUMBERS)},
-    "percent": "%",
-    "≤": "<=",
-    "≥": ">=",
+_SAME_WORD = TABLES["same_word"] | {
+    word: str(number) for number, word in enumerate(TABLES["small_numbers"])
 }
-_PHRASES = (
-    (re.compile(r"\bper cent\b"), "%"),
-    (re.compile(r"\b(?:less|fewer|lower|smaller|shorter) than (?=-?[\d.])"), "<"),
-    (re.compile(r"\b(?:more|greater|higher|larger|longer) than (?=-?[\d.])"), ">"),
-    (re.compile(r"(?<=\d) ?(?:to|-) ?(?=\d)"), "-"),
-)
-_DIGIT = re.compile(r"\d")
-_SPELLING = (
-    (re.compile(r"[ao]e"), "e"),  # anaemia, oedema
-    (re.compile(r"(?<=..)our$"), "or"),
-    (re.compile(r"(?<=..)ies$"), "y"),
-    (re.compile(r"(?<=[a-z]{3})(?<![sui])s$"), ""),
-)
-
-_UNIT_NAMES = {
-    "tesla": "t", "millimeter": "mm", "millimetre": "mm", "centimeter": "cm", "centimetre": "cm",
-    "milligram": "mg", "gram": "g", "kilogram": "kg", "milliliter": "ml", "millilitre": "ml", "liter": "l",
-    "litre": "l",
-}  # fmt: skip
+_PHRASES = [(re.compile(pattern), sign) for pattern, sign in TABLES["phrases"].items()]
+_SPELLING = [(re.compile(pattern), letters) for pattern, letters in TABLES["spelling"].items()]
+_UNIT_NAMES = TABLES["unit_names"]
 
 
 def spans(text: str) -> Iterator[tuple[str, int, int]]:
     """Yield each word in lower case, 2.0 as 2 and two as 2, with its start and end; without articles."""
-    for match in _WORD.finditer(text.lower()):
+    for match in _PATTERNS["word"].finditer(text.lower()):
         word = match[0]
         if word[0].isdigit() or word[0] in "-.":
             word = _number_word(word)
@@ -261,7 +191,7 @@ def spans(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _number_word(word: str) -> str:
-    if not _PLAIN_NUMBER.fullmatch(word):
+    if not _PATTERNS["plain_number"].fullmatch(word):
         return word
     word = word.replace(",", "")
     if "e" in word:
@@ -275,10 +205,10 @@ def _number_word(word: str) -> str:
 def words(text: str) -> Words:
     """Return the words of :func:`spans`; articles alone stay, for "A" is an answer."""
     text = plain(text).lower()
-    if "per cent" in text or " than " in text or _DIGIT.search(text):
+    if "per cent" in text or " than " in text or any(map(str.isdigit, text)):
         for pattern, replacement in _PHRASES:
             text = pattern.sub(replacement, text)
-    return tuple(word for word, _, _ in spans(text)) or tuple(_WORD.findall(text))
+    return tuple(word for word, _, _ in spans(text)) or tuple(_PATTERNS["word"].findall(text))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -299,22 +229,14 @@ def stems(text: str) -> Words:
 def find(needle: Sequence[str], haystack: Sequence[str]) -> list[int]:
     """Return every place where a sequence of words begins in another."""
     length, needle = len(needle), list(needle)
-    if not needle:
-        return []
     return [
         start
-        for start in range(len(haystack) - length + 1)
+        for start in range(len(haystack) - length + 1 if needle else 0)
         if haystack[start] == needle[0] and list(haystack[start : start + length]) == needle
     ]
 
 
 # Numbers
-
-_QUANTITY = re.compile(
-    rf"(?:(?P<whole>-?\d+) )?(?P<number>-?(?:{_NUMBER})(?:\s*(?:e|"
-    rf"[x×*]\s*10\^?\{{?)\s*(?P<power>[+-]?\d+)\}}?)?)"
-    rf"(?:\s*/\s*(?P<below>{_NUMBER}))?\s*(?P<unit>%|[^\W\d_]*)",
-)
 
 
 def quantity(text: str) -> tuple[float, str] | None:
@@ -325,10 +247,10 @@ def quantity(text: str) -> tuple[float, str] | None:
     text = re.sub(r"\bper ?cent\b", "%", plain(text).lower()).strip().rstrip(".。")
     text = re.sub(r"^- (?=[\d.])", "-", text)
     text = " ".join(_SAME_WORD.get(word, word) for word in text.split())
-    match = _QUANTITY.fullmatch(text)
+    match = _PATTERNS["quantity"].fullmatch(text)
     if match is None or (match["whole"] and not match["below"]):
         return None
-    base = re.match(rf"-?(?:{_NUMBER})", match["number"])
+    base = _PATTERNS["base"].match(match["number"])
     try:
         value = float(base[0].replace(",", "")) * 10.0 ** int(match["power"] or 0) if base else 0.0
         if match["below"]:
