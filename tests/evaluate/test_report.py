@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.tables import tables_like_the_papers
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.report import verdict_of, write_report
 from gmai_xtuner.evaluate.results import Scored
 from gmai_xtuner.evaluate.store import Answer
-from gmai_xtuner.evaluate.tables import group_tables
+from gmai_xtuner.evaluate.tables import group_tables, tables_like_the_papers
 from tests.data_tools.output.test_report_in_browser import BROWSERS, FLAGS
 from tests.evaluate.files import find_protocol
 from tests.evaluate.sets import TYPES, draw

@@ -8,7 +8,6 @@ import csv
 import io
 from dataclasses import replace
 
-from gmai_xtuner.evaluate.tables import paper_tables, tables_like_the_papers
 from gmai_xtuner.evaluate.protocols import Asked, Average, Protocol
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.results import (
@@ -26,7 +25,9 @@ from gmai_xtuner.evaluate.tables import (
     Table,
     group_tables,
     latex,
+    paper_tables,
     summary_table,
+    tables_like_the_papers,
     to_csv,
     to_latex,
     to_markdown,

@@ -20,8 +20,8 @@ import pytest
 from gmai_xtuner.evaluate.questions import Question, Score
 from gmai_xtuner.evaluate.scoring import SCORERS
 from gmai_xtuner.evaluate.scoring.free_text import alternatives
-from gmai_xtuner.evaluate.scoring.peers import first_letter, infer, parse_choice
 from gmai_xtuner.evaluate.scoring.mentions import yes_or_no
+from gmai_xtuner.evaluate.scoring.peers import first_letter, infer, parse_choice
 
 ORGANS = ("Liver", "Lung", "Kidney", "Spleen")
 
