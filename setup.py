@@ -18,6 +18,8 @@ CORPUS = [
     "msgspec>=0.19",
     "platformdirs>=4",
     "pydantic>=2.9",
+    # sets of groups that share an image
+    "scipy>=1.11",
     # requests to a model; 3.0 is the first with httpx2
     "openai>=3.0",
     "aiohttp>=3.10",

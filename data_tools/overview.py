@@ -15,7 +15,7 @@ from typing import Any
 
 from data_tools import forms, readers, writers
 from data_tools.job import Job
-from data_tools.output.summary import lines as lines_of
+from data_tools.output.summary import as_text
 from data_tools.pipeline import (
     STATE,
     WORK,
@@ -238,7 +238,7 @@ def stats(job: Job, selection: Selection) -> dict[str, Any]:
         store.choose(selection.only)
         return {
             "output": str(job.output),
-            "funnel": [asdict(row) for row in store.funnel()],
+            "funnel": [row._asdict() for row in store.funnel()],
             "forms": store.forms(),
             "usage": asdict(store.usage()),
             "pending": store.count_pending(),
@@ -289,4 +289,4 @@ def summary_text(result: Result, job: Job) -> str:
     """Return the text at the end of a run."""
     output = job.output.resolve()  # without the `..` of a path relative to the job
     places = [f"corpus: {output}", f"report: {output / 'report.html'}"]
-    return "\n".join([*lines_of(result.summary), "", *places])
+    return "\n".join([as_text(result.summary), "", *places])

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -186,8 +186,7 @@ class Kept:
     row: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class FunnelRow:
+class FunnelRow(NamedTuple):
     """``count`` came through a stage of a source (``reason`` empty) or were left out for a reason.
 
     ``read`` counts samples, ``clean`` regions, ``record`` records, ``write`` conversations that were to be
@@ -197,7 +196,7 @@ class FunnelRow:
     source: str
     stage: str
     reason: str
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.executor import Executor
-from data_tools.output.near_duplicates import perceptual_hash_of
+from data_tools.output.splits import perceptual_hash_of
 from data_tools.preprocess.images import pixel_hash, read_pixels
 from gmai_xtuner.core.errors import CorpusError, Unusable
 

@@ -18,7 +18,7 @@ from data_tools.contamination import findings
 from data_tools.contamination.compare import Overlap
 from data_tools.contamination.findings import ExcludeList, Pair
 from data_tools.contamination.hashing import HashCache, thumbnail
-from data_tools.output.report import page_templates
+from data_tools.output import templates
 from gmai_xtuner.core.errors import CorpusError, Unusable
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.core.templates import environment
@@ -169,7 +169,7 @@ def _page(
                 "excluded": "excluded by the mixture" if ours.is_excluded else now,
             }
         )
-    template = page_templates().get_template("contamination/report.html.j2")
+    template = templates(html=True).get_template("contamination/report.html.j2")
     return template.render(
         corpus=overlap.corpus.path.name,
         benchmark=overlap.benchmark.path.name,

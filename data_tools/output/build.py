@@ -17,23 +17,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from hashlib import blake2b
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from data_tools.items import TEXT_FORMS
 from data_tools.output import card, files, licences, report, review
-from data_tools.output.splits import Split, SplitBuilder
+from data_tools.output.splits import Split, SplitBuilder, hashes
 from data_tools.output.summary import Tally
-from data_tools.records import Record
 from gmai_xtuner.core.files import directory_to_disk, replace_text, to_disk
+from gmai_xtuner.core.hamming import close_pairs
 
 if TYPE_CHECKING:
-    from data_tools.job import Job, OutputOptions
+    from data_tools.job import Job
     from data_tools.store import Kept, Store
 
 
@@ -52,138 +55,96 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
         CorpusError: a text isn't valid Unicode, or a stored image is missing.
     """
     options = job.corpus
-    tally = Tally()
+    refusal = cache(lambda licence: licences.refusal(licence, options))
+    tally, errors = Tally(), review.ErrorRate(folder)
+    accepted, rejected = report.Chosen(), report.Chosen()
+
+    def allowed(kepts: Iterable[Kept]) -> Iterator[Kept]:
+        return (kept for kept in kepts if refusal(kept.record.provenance.licence) is None)
+
     with replacing(folder) as new:
-        corpus = files.CorpusFiles(new, parquet=options.parquet)
-        with corpus:
+        with files.CorpusFiles(new) as corpus:
             groups = SplitBuilder(options.held_out, seed=job.seed)
-            keeps = _Keeps(options)
             for record in store.records():
-                if refusal := keeps.refusal(record):
-                    tally.left_out(record, refusal)
-                    continue
-                tally.record(record)
-                groups.add(record.provenance.group, record.image)
-                corpus.records.write(record.to_json())
+                if why := refusal(record.provenance.licence):
+                    tally.left_out(record, why)
+                else:
+                    tally.record(record)
+                    groups.add(record.provenance.group, record.image)
+                    corpus["records.jsonl"].write(record.to_json())
             first = groups.first_rows()
-            alike = None
-            if options.near_duplicates is not None:
-                alike = _alike(store, job, folder, first)
+            kept_records = (r for r in store.records() if refusal(r.provenance.licence) is None)
+            images = (folder / record.image for record in compress(kept_records, first))
+            alike = None if options.near_duplicates is None else _alike(job, images, first)
             split = groups.split(alike or ())
             tally.held_out(groups.held_out(split))
-            errors = review.ErrorRate(folder)
-            accepted = _write_conversations(store, options, corpus, split, tally, errors)
-            rejected = _write_rejected(store, options, corpus, tally)
+            for kept, held_out in _sides(allowed(store.accepted()), split, tally):
+                corpus.write(kept, held_out=held_out)
+                tally.conversation(kept, held_out=held_out)
+                errors.add(kept)
+                accepted.add(kept, (kept.record.provenance.source, kept.item.form))
+                if options.prompts and kept.prompt:
+                    line = {"id": kept.item.id, "prompt": kept.prompt, "answer": kept.answer}
+                    corpus["prompts.jsonl"].write(line)
+            for kept in allowed(store.rejected()):
+                corpus["rejected.jsonl"].write(files.rejected_line(kept))
+                tally.rejected(kept)
+                rejected.add(kept, (kept.record.provenance.source, files.reason(kept)))
             for source, drop in store.drops():
-                corpus.dropped.write({"source": source, **asdict(drop)})
-        contents = corpus.contents()
+                corpus["dropped.jsonl"].write({"source": source, **asdict(drop)})
+        if options.parquet:
+            corpus.write_parquet()
         summary = tally.summary(
             store,
             job,
             split=split,
             pictures=int(first.sum()),
             near_duplicates=None if alike is None else len(alike),
-            files=contents,
+            files=corpus.contents(),
         )
         summary["review"] = errors.summary()
-        lines = {name: int(file["lines"]) for name, file in contents.items()}
-        files.write_mixtures(new, title=job.title, lines=lines)
-        card.write_figures(new, summary["records"])
+        files.write_mixtures(new, title=job.title, files=corpus.contents())
         card.write(new, summary, job)
         report.write(
             new,
             summary,
-            accepted=[report.example(kept, folder) for kept in accepted.spread(options.examples)],
-            rejected=[report.example(kept, folder) for kept in rejected.spread(options.examples)],
-            job=Path(job.path).name,
+            images=folder,
+            accepted=accepted.spread(options.examples),
+            rejected=rejected.spread(options.examples),
+            job=job.path.name,
         )
         text = json.dumps(summary, ensure_ascii=False, indent=1)
         (new / "summary.json").write_text(f"{text}\n", encoding="utf-8")
     return summary
 
 
-class _Keeps:
-    """Decides which records the job's rules on licences keep; each licence is looked at once."""
-
-    def __init__(self, options: OutputOptions) -> None:
-        self._options = options
-        self._refusals: dict[str, str | None] = {}
-
-    def refusal(self, record: Record) -> str | None:
-        """Return why a record is left out, or None."""
-        licence = record.provenance.licence
-        if licence not in self._refusals:
-            self._refusals[licence] = licences.refusal(licence, self._options)
-        return self._refusals[licence]
-
-
-def _alike(store: Store, job: Job, folder: Path, first: Any) -> list[tuple[int, int]]:
+def _alike(job: Job, images: Iterable[Path], first: np.ndarray) -> list[tuple[int, int]]:
     """Return pairs of record numbers whose images are near-identical; each image is decoded once."""
-    from data_tools.output import near_duplicates
-    from gmai_xtuner.core.hamming import close_pairs
-
     rows = first.nonzero()[0]
-    keeps = _Keeps(job.corpus)
-    kept = (record for record in store.records() if keeps.refusal(record) is None)
-    paths = (folder / record.image for record in compress(kept, first))
-    values = near_duplicates.hashes(paths, threads=job.workers or os.cpu_count() or 1)
-    distance = job.corpus.near_duplicates or 0
-    return [
-        (int(rows[one]), int(rows[other])) for one, other in close_pairs(values, distance=distance)
-    ]
+    values = hashes(images, threads=job.workers or os.cpu_count() or 1)
+    pairs = close_pairs(values, distance=job.corpus.near_duplicates or 0)
+    return [(int(rows[one]), int(rows[other])) for one, other in pairs]
 
 
-def _write_conversations(
-    store: Store,
-    options: OutputOptions,
-    corpus: files.CorpusFiles,
-    split: Split,
-    tally: Tally,
-    errors: review.ErrorRate,
-) -> report.Chosen:
-    """Write what was accepted, and return the conversations that the report may show."""
-    chosen, keeps = report.Chosen(), _Keeps(options)
-    texts: set[int] = set()  # some 70 bytes a different text
+def _sides(kepts: Iterable[Kept], split: Split, tally: Tally) -> Iterator[tuple[Kept, bool]]:
+    """Yield each conversation, and whether it is held out.
+
+    Without its image a text is the same for many records: on one side, and once.
+    """
+    texts: set[bytes] = set()  # some 70 bytes a different text
     group, held_out = None, False
-    for kept in store.accepted():
-        provenance = kept.record.provenance
-        if keeps.refusal(kept.record):
-            continue
+    for kept in kepts:
         if kept.item.form in TEXT_FORMS:
-            # Without its image a text is the same for many records: on one side, and once.
-            text = _fingerprint(kept)
+            said = "\0".join(turn.text for turn in kept.conversation or ())
+            text = blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest()
             if text in texts:
                 tally.repeated(kept)
                 continue
             texts.add(text)
-        if provenance.group != group:
-            group, held_out = provenance.group, split.held_out(provenance.group)
-        corpus.write(kept, held_out=held_out)
-        tally.conversation(kept, held_out=held_out)
-        errors.add(kept)
-        chosen.add(kept, (provenance.source, kept.item.form))
-        if options.prompts and kept.prompt:
-            corpus.prompts.write({"id": kept.item.id, "prompt": kept.prompt, "answer": kept.answer})
-    return chosen
-
-
-def _fingerprint(kept: Kept) -> int:
-    said = "\0".join(turn.text for turn in kept.conversation or ())
-    return int.from_bytes(blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest())
-
-
-def _write_rejected(
-    store: Store, options: OutputOptions, corpus: files.CorpusFiles, tally: Tally
-) -> report.Chosen:
-    """Write what was set aside, and return the conversations that the report may show."""
-    chosen, keeps = report.Chosen(), _Keeps(options)
-    for kept in store.rejected():
-        if keeps.refusal(kept.record):
-            continue
-        corpus.rejected.write(files.rejected_line(kept))
-        tally.rejected(kept)
-        chosen.add(kept, (kept.record.provenance.source, files.reason(kept)))
-    return chosen
+        if kept.record.provenance.group != group:
+            group = kept.record.provenance.group
+            held_out = split.held_out(group)
+        yield kept, held_out
 
 
 WORK = ".work"

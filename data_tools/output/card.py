@@ -9,72 +9,54 @@ bars lie, so that 38 long names are as legible as two.
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from data_tools.output import licences
+from data_tools.output import licences, short, templates
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
-from data_tools.output.summary import writer
-from gmai_xtuner.core.templates import environment
+from data_tools.output.summary import FIGURES
 
 if TYPE_CHECKING:
     from data_tools.job import Job
 
-_SIZES = (
-    (1_000, "n<1K"),
-    (10_000, "1K<n<10K"),
-    (100_000, "10K<n<100K"),
-    (1_000_000, "100K<n<1M"),
-    (10_000_000, "1M<n<10M"),
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"),
+          (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))  # fmt: skip
+_BLUE = "#0072B2"  # of Okabe and Ito's palette
+_GREY = "#444444"
+_ROW = 0.3  # inches a bar
+_LONGEST_NAME = 60
+_CHINESE = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "Microsoft YaHei",
 )
-CONTENTS = {
-    "caption.jsonl": "what a picture, or a marked region of it, shows",
-    "instruct.jsonl": "free instructions and dialogues about a picture",
-    "percept.jsonl": "classification, detection, yes/no and multiple choice, from the labels alone",
-    "text_single.jsonl": "one question and answer without a picture",
-    "text_multi.jsonl": "dialogues without a picture",
-    "records.jsonl": "the standard records: picture, modality, department, labels, boxes, provenance",
-    "rejected.jsonl": "conversations that were set aside: reason, record, prompt, answer",
-    "dropped.jsonl": "what was left out on the way to a record: reason, file",
-    "prompts.jsonl": "prompt and answer of each conversation that a model wrote",
-}
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 
 
 def write(folder: Path, summary: dict[str, Any], job: Job) -> None:
-    """Write ``README.md``. It holds nothing that differs when the same corpus is made again."""
-    templates = environment("data_tools.output", keep_trailing_newline=True)
-    templates.filters |= {
-        "md": escaped,
-        "link": link,
-        "number": "{:,}".format,
-        "share": "{:.1%}".format,
-    }
-    records, conversations = summary["records"], summary["conversations"]
-    readers = (f"{escaped(s.name)} ({escaped(getattr(s, 'reader', ''))})" for s in job.sources)
-    text = templates.get_template("card.md.j2").render(
+    """Write ``README.md`` and its figures. Made again, they are the same bytes."""
+    made = templates()
+    made.filters["figure"] = _figure
+    text = made.get_template("output/card.md.j2").render(
         summary=summary,
+        job=job,
         front=yaml.safe_dump(front_matter(summary), sort_keys=False, allow_unicode=True),
-        contents=CONTENTS,
         demands=licences.DEMANDS,
         asked={demand for row in summary["licences"] for demand in row["demands"]},
-        restricting={"non-commercial", "no-derivatives", "agreement", "unknown"},
-        distributions=[
-            *(
-                (key.capitalize(), "conversations", conversations[key], "")
-                for key in ("form", "language")
-            ),
-            *((title, "records", records[key], file_name(key)) for key, title in FIGURES.items()),
-        ],
-        readers=", ".join(readers),
-        writer=writer(summary),
-        job=Path(job.path).name,
+        figures=FIGURES,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+    for key, title in FIGURES.items():
+        if counts := summary["records"][key]:
+            draw(folder / _figure(title), counts, title=title)
+
+
+def _figure(title: str) -> str:
+    return f"figures/{title.lower().replace(' ', '_')}.png"
 
 
 def front_matter(summary: dict[str, Any]) -> dict[str, Any]:
@@ -101,56 +83,8 @@ def front_matter(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def escaped(text: str) -> str:
-    """Return one line of plain text in Markdown: a label or a title is never taken as markup."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
-
-
-def link(text: str, url: str) -> str:
-    """Return a link if it is to a web page, else the text alone."""
-    if re.fullmatch(r"https?://[^\s<>()\[\]|\\\"'`]+", url):
-        return f"[{escaped(text)}]({url})"
-    return escaped(text)
-
-
-FIGURES = {
-    "modality": "Modality",
-    "source_task": "Original task",
-    "department": "Department",
-    "clinical_task": "Clinical task",
-}
-_BLUE = "#0072B2"  # of Okabe and Ito's palette
-_GREY = "#444444"
-_ROW = 0.3  # inches a bar
-_LONGEST_NAME = 60
-_CHINESE = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "Microsoft YaHei",
-)
-
-
-def file_name(key: str) -> str:
-    """Name of a figure below the corpus folder, such as ``figures/modality.png``."""
-    return f"figures/{FIGURES[key].lower().replace(' ', '_')}.png"
-
-
-def write_figures(folder: Path, records: dict[str, Any]) -> list[str]:
-    """Write the figures of ``summary["records"]`` that have a bar; their names below the folder."""
-    written = []
-    for key, title in FIGURES.items():
-        if records[key]:
-            path = folder / file_name(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw(path, records[key], title=title)
-            written.append(file_name(key))
-    return written
-
-
 def draw(path: Path, counts: dict[str, int], *, title: str) -> None:
-    """One figure: a bar for each name in the given order, with its count and share."""
+    """Draw a bar for each name in the given order, with its count and share."""
     import matplotlib
     from matplotlib import font_manager
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -159,12 +93,15 @@ def draw(path: Path, counts: dict[str, int], *, title: str) -> None:
     installed = set(font_manager.get_font_names())
     fonts = ["DejaVu Sans", *(font for font in _CHINESE if font in installed)]
     total = sum(counts.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"font.family": fonts, "font.size": 9}):
         figure = Figure(figsize=(7.2, 0.9 + _ROW * len(counts)), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         bars = axes.barh(range(len(counts)), list(counts.values()), height=0.7, color=_BLUE)
-        axes.set_yticks(range(len(counts)), [_short(name) for name in counts], parse_math=False)
+        axes.set_yticks(
+            range(len(counts)), [short(name, _LONGEST_NAME) for name in counts], parse_math=False
+        )
         axes.set_ylim(len(counts) - 0.4, -0.6)
         axes.set_xlim(0, 1.25 * max(counts.values()))
         axes.bar_label(
@@ -181,8 +118,3 @@ def draw(path: Path, counts: dict[str, int], *, title: str) -> None:
             # A name in a script that no installed font has is drawn as boxes; report.html shows it.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.savefig(path, metadata={"Software": None})
-
-
-def _short(name: str) -> str:
-    name = "".join(character if character.isprintable() else " " for character in name)
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"

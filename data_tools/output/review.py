@@ -23,7 +23,8 @@ import msgspec
 
 from data_tools.forms.coordinates import SCALE, read_boxes
 from data_tools.items import TEXT_FORMS
-from data_tools.output.report import page_templates, thumbnail
+from data_tools.output import templates
+from data_tools.output.report import thumbnail
 from gmai_xtuner.core.errors import CorpusError
 from gmai_xtuner.core.files import replace_text
 
@@ -96,7 +97,7 @@ def write(store: Store, folder: Path, *, title: str, count: int) -> Path:
     script = Path(__file__).with_name("review.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = (
-        page_templates()
+        templates(html=True)
         .get_template("output/review.html.j2")
         .render(
             title=title, entries=[_entry(kept, folder) for kept in chosen], what=WHAT, digest=digest
@@ -108,16 +109,13 @@ def write(store: Store, folder: Path, *, title: str, count: int) -> Path:
 
 
 def _entry(kept: Kept, folder: Path) -> dict[str, Any]:
-    text = "\n".join(turn.text for turn in kept.conversation or ())
-    with_image = kept.item.form not in TEXT_FORMS
+    turns = kept.conversation or ()
+    text = "" if kept.item.form in TEXT_FORMS else "\n".join(turn.text for turn in turns)
     return {
         "key": key_of(kept),
-        "turns": [
-            (turn.speaker, turn.text.removeprefix("<image>\n")) for turn in kept.conversation or ()
-        ],
-        "picture": thumbnail(folder, kept.record) if with_image else "",
-        "boxes": read_boxes(text, width=SCALE, height=SCALE) if with_image else [],
-        "record": kept.record,
+        "turns": [(turn.speaker, turn.text.removeprefix("<image>\n")) for turn in turns],
+        "picture": thumbnail(folder, kept),
+        "boxes": read_boxes(text, width=SCALE, height=SCALE),
     }
 
 

@@ -9,29 +9,40 @@ linked groups are held out if any of them is by its own hash: what has been held
 
 A million records cost 16 MB: two 64-bit hashes each. Should two names have the same hash, their groups
 are linked; that is harmless.
+
+Images are near-identical by Zauner's DCT hash ("Implementation and benchmarking of perceptual image hash
+functions", 2010): the image in grey, 32 x 32, the signs of its 8 x 8 lowest frequencies against their median.
+Those of images that look the same are a few of 64 bits apart. Medical images of one kind look alike to it: it
+serves to keep images on one side, never to remove any.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
 
+import cv2
 import numpy as np
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from data_tools.output import stored_image
+
+_SIDE = 32
+_LOW = 8
+_CHUNK = 512
 
 
-class Hasher:
-    """Text -> 64 bits, with the seed."""
-
-    def __init__(self, seed: int) -> None:
-        self._key = str(seed).encode()
-
-    def __call__(self, text: str) -> int:
-        digest = blake2b(
-            text.encode("utf-8", "surrogatepass"), digest_size=8, key=self._key
-        ).digest()
-        return int.from_bytes(digest, "little")
+def _hashed(text: str, seed: int) -> int:
+    """Return 64 bits."""
+    key, data = str(seed).encode(), text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8, key=key).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,7 @@ class Split:
     ``linked`` those that have a link, ``largest`` the groups of the largest linked set (1: no link).
     """
 
-    hasher: Hasher
+    seed: int
     below: int
     moved: frozenset[int]
     groups: int
@@ -50,7 +61,7 @@ class Split:
     largest: int
 
     def held_out(self, group: str) -> bool:
-        value = self.hasher(group)
+        value = _hashed(group, self.seed)
         return value < self.below or value in self.moved
 
 
@@ -64,25 +75,24 @@ class SplitBuilder:
 
     def __init__(self, share: float, *, seed: int) -> None:
         self._below = int(share * 2**64)
-        self._hasher = Hasher(seed)
+        self._seed = seed
         self._groups = array("Q")
         self._images = array("Q")
 
     def add(self, group: str, image: str) -> None:
         """Add a record: its group, and its stored image's path."""
-        self._groups.append(self._hasher(group))
-        self._images.append(self._hasher(image))
+        self._groups.append(_hashed(group, self._seed))
+        self._images.append(_hashed(image, self._seed))
 
     def first_rows(self) -> np.ndarray:
         """Return bool ``[records]``: the first record of each stored image."""
-        images = np.frombuffer(self._images, dtype=np.uint64)
-        first = np.zeros(len(images), dtype=bool)
-        first[np.unique(images, return_index=True)[1]] = True
+        first = np.zeros(len(self._images), dtype=bool)
+        first[np.unique(np.asarray(self._images), return_index=True)[1]] = True
         return first
 
     def held_out(self, split: Split) -> np.ndarray:
         """Return bool ``[records]``: which of them are held out."""
-        groups = np.frombuffer(self._groups, dtype=np.uint64)
+        groups = np.asarray(self._groups)
         moved = np.fromiter(split.moved, dtype=np.uint64, count=len(split.moved))
         return (groups < np.uint64(split.below)) | np.isin(groups, moved)
 
@@ -92,58 +102,58 @@ class SplitBuilder:
         Args:
             alike: pairs of record numbers, in the order of `add`, whose images are near-identical.
         """
-        names, group = np.unique(np.frombuffer(self._groups, dtype=np.uint64), return_inverse=True)
-        _, image = np.unique(np.frombuffer(self._images, dtype=np.uint64), return_inverse=True)
-        sets = _Sets(len(names))
-        for one, other in _edges(group, image):
-            sets.join(one, other)
-        for one, other in alike:
-            sets.join(int(group[one]), int(group[other]))
-        roots = sets.roots()
-        sizes = np.bincount(roots, minlength=len(names))
+        names, group = np.unique(np.asarray(self._groups), return_inverse=True)
+        images, image = np.unique(np.asarray(self._images), return_inverse=True)
+        one, other = np.array([*alike], dtype=np.int64).reshape(-1, 2).T
+        nodes = len(names) + len(images)  # of a graph of groups and of the images that they show
+        edges = np.r_[group, group[one]], np.r_[len(names) + image, group[other]]
+        graph = coo_array((np.ones(len(edges[0]), dtype=bool), edges), shape=(nodes, nodes))
+        sets = connected_components(graph, directed=False)[1][: len(names)] if nodes else group
+        sizes = np.bincount(sets)
         held = names < np.uint64(self._below)
-        pulled = np.isin(roots, roots[held]) & ~held
+        pulled = np.isin(sets, sets[held]) & ~held
         return Split(
-            hasher=self._hasher,
+            seed=self._seed,
             below=self._below,
             moved=frozenset(names[pulled].tolist()),
             groups=len(names),
-            linked=int((sizes[roots] > 1).sum()),
+            linked=int((sizes[sets] > 1).sum()),
             largest=int(sizes.max(initial=0)),
         )
 
 
-def _edges(group: np.ndarray, image: np.ndarray) -> Iterable[tuple[int, int]]:
-    """Return pairs of groups that hold the same image, a chain for each image."""
-    if not len(group):
-        return []
-    order = np.lexsort((group, image))
-    groups, images = group[order], image[order]
-    rows = np.flatnonzero((images[1:] == images[:-1]) & (groups[1:] != groups[:-1]))
-    return zip(groups[rows].tolist(), groups[rows + 1].tolist(), strict=True)
+def perceptual_hash(path: Path) -> int:
+    """Return 64 bits of an image file; an image of one grey level has the hash 0.
+
+    Raises:
+        CorpusError: the image can't be read.
+    """
+    with stored_image(path) as image:
+        image.draft("L", (4 * _SIDE, 4 * _SIDE))
+        return _signs(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
 
 
-class _Sets:
-    """Disjoint sets of ``0 .. size - 1``: union by smaller root, path halving."""
+def perceptual_hash_of(pixels: np.ndarray) -> int:
+    """Return :func:`perceptual_hash` of pixels, uint8 ``[H, W]`` or ``[H, W, 3]``.
 
-    def __init__(self, size: int) -> None:
-        self._parent = array("q", range(size))
+    It may differ by a bit or two from the file's hash: a JPEG file is decoded at a fraction of its size, and
+    here a large image is averaged over blocks first, which takes a seventh of the time.
+    """
+    grey = Image.fromarray(pixels).convert("L")
+    return _signs(grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0))
 
-    def root(self, item: int) -> int:
-        parent = self._parent
-        while parent[item] != item:
-            parent[item] = item = parent[parent[item]]
-        return item
 
-    def join(self, one: int, other: int) -> None:
-        first, second = sorted((self.root(one), self.root(other)))
-        self._parent[second] = first
+def _signs(small: Image.Image) -> int:
+    low = cv2.dct(np.asarray(small, dtype=np.float32))[:_LOW, :_LOW].ravel()
+    bits = low > np.median(low[1:])
+    bits[0] = False  # the mean grey level, which tells brightness only
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
-    def roots(self) -> np.ndarray:
-        """Return int64 ``[size]``: a number for each item that is the same in each set."""
-        parents = np.frombuffer(self._parent, dtype=np.int64)
-        while True:
-            upper = parents[parents]
-            if np.array_equal(upper, parents):
-                return parents
-            parents = upper
+
+def hashes(paths: Iterable[Path], *, threads: int) -> np.ndarray:
+    """Return uint64 ``[images]``: a hash each, in order; about 4 ms for a 640-pixel PNG."""
+    remaining, found = iter(paths), array("Q")
+    with ThreadPoolExecutor(threads) as pool:
+        while chunk := list(islice(remaining, _CHUNK)):
+            found.extend(pool.map(perceptual_hash, chunk))
+    return np.asarray(found)

@@ -39,13 +39,14 @@ from __future__ import annotations
 import platform
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.output import licences
+from data_tools.output import licences, templates
 from data_tools.output.files import reason
 from data_tools.output.splits import Split
 from data_tools.records import Record
@@ -54,6 +55,13 @@ if TYPE_CHECKING:
     from data_tools.job import Job
     from data_tools.store import Kept, Store
 
+FIGURES = {
+    "modality": "Modality",
+    "source_task": "Original task",
+    "department": "Department",
+    "clinical_task": "Clinical task",
+}
+"""Distributions of the records."""
 STAGES = ("read", "clean", "record", "write", "check")
 REPEATED = "text that is in the corpus already"
 PENDING = "pending"  # the store's reason for conversations that a later run writes
@@ -66,34 +74,24 @@ _LARGE_SET = 0.1  # share of the groups in one linked set that is worth a look
 
 
 class Tally:
-    """Counts while the corpus is written."""
+    """Counts while the corpus is written: of each source, so many of a name of some kind."""
 
     def __init__(self) -> None:
-        self._records: Counter[tuple[str, ...]] = Counter()
-        self._conversations: Counter[tuple[str, str, str, str, bool]] = Counter()
-        self._rejected: Counter[tuple[str, str]] = Counter()
+        # kind -> (source, name) -> how many
+        self._counts: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
         self._labels: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._licences: Counter[tuple[str, str]] = Counter()
         self._sources: dict[str, int] = {}
         self._source_of = array("I")  # of each record
-        self._held_out: Counter[str] = Counter()
-        self._left_out: Counter[tuple[str, str]] = Counter()
-        self._repeated: Counter[str] = Counter()
 
     def left_out(self, record: Record, refusal: str) -> None:
-        self._left_out[record.provenance.source, refusal] += 1
+        self._counts["left out"][record.provenance.source, refusal] += 1
 
     def record(self, record: Record) -> None:
         source = record.provenance.source
-        self._records[
-            source,
-            record.modality,
-            record.source_task,
-            record.department,
-            record.clinical_task or NONE,
-        ] += 1
+        self._counts["licence"][source, record.provenance.licence] += 1
+        for kind in FIGURES:
+            self._counts[kind][source, getattr(record, kind) or NONE] += 1
         self._source_of.append(self._sources.setdefault(source, len(self._sources)))
-        self._licences[record.provenance.licence, source] += 1
         labels = self._labels[source]
         for name in {label.name for label in record.labels}:
             if name in labels or len(labels) < _DISTINCT_LABELS:
@@ -101,21 +99,34 @@ class Tally:
 
     def held_out(self, rows: np.ndarray) -> None:
         """bool ``[records]``, in the order of `record`: which are held out."""
-        counts = np.bincount(np.frombuffer(self._source_of, dtype=np.uint32)[rows])
+        counts = np.bincount(np.asarray(self._source_of)[rows])
         for source, count in zip(self._sources, counts.tolist(), strict=False):
-            self._held_out[source] = count
+            self._counts["records held out"][source, ""] = count
 
     def conversation(self, kept: Kept, *, held_out: bool) -> None:
-        item = kept.item
-        key = (kept.record.provenance.source, item.form, item.kind, item.language, held_out)
-        self._conversations[key] += 1
+        source, item = kept.record.provenance.source, kept.item
+        for kind in ("form", "kind", "language"):
+            self._counts[kind][source, getattr(item, kind)] += 1
+        if held_out:
+            self._counts["held out"][source, ""] += 1
 
     def repeated(self, kept: Kept) -> None:
         """Count a text without an image that is in the corpus already."""
-        self._repeated[kept.record.provenance.source] += 1
+        self._counts["repeated"][kept.record.provenance.source, ""] += 1
 
     def rejected(self, kept: Kept) -> None:
-        self._rejected[kept.record.provenance.source, reason(kept)] += 1
+        self._counts["rejected"][kept.record.provenance.source, reason(kept)] += 1
+
+    def _by(self, kind: str, source: str | None = None) -> dict[str, int]:
+        """Return the counts of one source, or of all, by name, largest first."""
+        sums: Counter[str] = Counter()
+        for (its, name), count in self._counts[kind].items():
+            if source in (None, its):
+                sums[name] += count
+        return _ordered(sums)
+
+    def _total(self, kind: str, source: str | None = None) -> int:
+        return sum(self._by(kind, source).values())
 
     def summary(
         self,
@@ -125,39 +136,37 @@ class Tally:
         split: Split,
         pictures: int,
         near_duplicates: int | None,
-        files: dict[str, dict[str, int | str]],
+        files: dict[str, dict[str, Any]],
     ) -> dict[str, Any]:
         """Return the values of ``summary.json``, see the module."""
-        kinds = _by(self._conversations, 2)
+        model = getattr(
+            job.writer, "model", None
+        )  # other settings may hold addresses that are nobody's business
+        kinds = self._by("kind")
         values: dict[str, Any] = {
             "title": job.title,
             "seed": job.seed,
-            "writer": _name_and_model(job.writer),
+            "writer": {"name": job.writer.name} | ({"model": str(model)} if model else {}),
             "records": {
-                "count": self._records.total(),
+                "count": self._total("licence"),
                 "pictures": pictures,
-                "held_out": self._held_out.total(),
-                **{
-                    name: _by(self._records, place)
-                    for place, name in enumerate(
-                        ("modality", "source_task", "department", "clinical_task"), start=1
-                    )
-                },
+                "held_out": self._total("records held out"),
+                **{kind: self._by(kind) for kind in FIGURES},
             },
             "conversations": {
-                **self._accepted_and_rejected(None),
-                "repeated": self._repeated.total(),
-                "form": _by(self._conversations, 1),
+                **self._accepted_and_rejected(),
+                "repeated": self._total("repeated"),
+                "form": self._by("form"),
                 "kind": {k: n for k, n in kinds.items() if k and not k.isdigit()},
                 "turns": {k: n for k, n in kinds.items() if k.isdigit()},
-                "language": _by(self._conversations, 3),
+                "language": self._by("language"),
             },
             "sources": self._source_rows(store, job),
             "left_out": {
                 source: {"reason": refusal, "records": count}
-                for (source, refusal), count in sorted(self._left_out.items())
+                for (source, refusal), count in sorted(self._counts["left out"].items())
             },
-            "licences": self._licence_rows(),
+            "licences": [self._licence_row(name) for name in sorted(self._by("licence"))],
             "files": files,
             "split": {
                 "share": job.corpus.held_out,
@@ -172,73 +181,59 @@ class Tally:
         values["warnings"] = warnings(values)
         return values
 
-    def _accepted_and_rejected(self, source: str | None) -> dict[str, Any]:
+    def _accepted_and_rejected(self, source: str | None = None) -> dict[str, Any]:
         """Count the conversations of one source, or of all."""
-        accepted = held_out = 0
-        for (name, _, _, _, is_held_out), count in self._conversations.items():
-            if source in (None, name):
-                accepted += count
-                held_out += count * is_held_out
-        rejected = sum(n for (name, _), n in self._rejected.items() if source in (None, name))
+        accepted, rejected = self._total("form", source), self._total("rejected", source)
         tried = accepted + rejected
         return {
             "count": accepted,
-            "held_out": held_out,
+            "held_out": self._total("held out", source),
             "rejected": rejected,
             "acceptance": round(accepted / tried, 4) if tried else None,
         }
 
     def _source_rows(self, store: Store, job: Job) -> dict[str, dict[str, Any]]:
         funnel = defaultdict(list)
-        for row in store.funnel():
-            count = row.count
-            if row.stage == "check" and not row.reason:
-                count -= self._repeated[row.source]
-            funnel[row.source].append({"stage": row.stage, "reason": row.reason, "count": count})
-        for name, count in self._repeated.items():
-            funnel[name].append({"stage": "check", "reason": REPEATED, "count": count})
-        by_source = _by(self._records, 0)
+        for its, stage, lost, count in store.funnel():
+            count -= self._total("repeated", its) if stage == "check" and not lost else 0
+            funnel[its].append({"stage": stage, "reason": lost, "count": count})
+        asked_for = funnel.keys() | {name for counts in self._counts.values() for name, _ in counts}
         sources = {}
-        left_out = {name for name, _ in self._left_out}
         for source in job.sources:
-            if source.name not in funnel.keys() | by_source.keys() | left_out:
-                continue  # not asked for in this run
-            accepted = self._accepted_and_rejected(source.name)
-            reasons = Counter(
-                {r: n for (name, r), n in self._rejected.items() if name == source.name}
-            )
-            sources[source.name] = {
-                "dataset": source.dataset or source.name,
+            name = source.name
+            if name not in asked_for:
+                continue
+            if repeated := self._total("repeated", name):
+                funnel[name].append({"stage": "check", "reason": REPEATED, "count": repeated})
+            accepted = self._accepted_and_rejected(name)
+            labels = _ordered(self._labels.get(name, Counter()))
+            sources[name] = {
+                "dataset": source.dataset or name,
                 "licence": source.licence,
                 "url": source.url,
-                "records": by_source.get(source.name, 0),
-                "held_out": self._held_out[source.name],
+                "records": self._total("licence", name),
+                "held_out": self._total("records held out", name),
                 "conversations": accepted["count"],
                 "rejected": accepted["rejected"],
                 "acceptance": accepted["acceptance"],
-                "reasons": _ordered(reasons),
-                "labels": dict(
-                    list(_ordered(self._labels.get(source.name, Counter())).items())[:_MOST_LABELS]
-                ),
-                "funnel": sorted(funnel[source.name], key=_funnel_order),
+                "reasons": self._by("rejected", name),
+                "labels": dict(list(labels.items())[:_MOST_LABELS]),
+                "funnel": sorted(funnel[name], key=_funnel_order),
             }
         return sources
 
-    def _licence_rows(self) -> list[dict[str, Any]]:
-        rows: dict[str, dict[str, Any]] = {}
-        for (name, source), count in sorted(self._licences.items()):
-            row = rows.setdefault(
-                name,
-                {
-                    "licence": name,
-                    "demands": list(licences.read(name).demands),
-                    "sources": [],
-                    "records": 0,
-                },
-            )
-            row["sources"].append(source)
-            row["records"] += count
-        return list(rows.values())
+    def _licence_row(self, licence: str) -> dict[str, Any]:
+        counts = {
+            source: count
+            for (source, name), count in sorted(self._counts["licence"].items())
+            if name == licence
+        }
+        return {
+            "licence": licence,
+            "demands": list(licences.read(licence).demands),
+            "sources": list(counts),
+            "records": sum(counts.values()),
+        }
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
@@ -314,108 +309,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _name_and_model(options: Any) -> dict[str, str]:
-    """Return name and model alone: the other settings may hold addresses that are nobody's business."""
-    model = getattr(options, "model", None)
-    return {"name": options.name, **({"model": str(model)} if model else {})}
-
-
-def _by(counts: Counter[Any], place: int) -> dict[str, int]:
-    """Sum up over all but one place of the keys, largest first."""
-    sums: Counter[str] = Counter()
-    for key, count in counts.items():
-        sums[key[place]] += count
-    return _ordered(sums)
-
-
 def _ordered(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def _funnel_order(row: dict[str, Any]) -> tuple[int, int, str]:
-    stage = STAGES.index(row["stage"]) if row["stage"] in STAGES else len(STAGES)
-    return (stage, -row["count"] if row["reason"] else -(2**63), row["reason"])
+def _funnel_order(row: Mapping[str, Any]) -> tuple[int, int, str]:
+    return STAGES.index(row["stage"]), -row["count"] if row["reason"] else -(2**63), row["reason"]
 
 
-_WIDTH = 100
-_NAME = 34
-_BAR = 30
-
-
-def lines(summary: dict[str, Any]) -> list[str]:
+def as_text(summary: Mapping[str, Any]) -> str:
     """Return the values of ``summary.json`` as text, at most 100 characters a line but for warnings."""
-    records, conversations, usage = summary["records"], summary["conversations"], summary["usage"]
-    found = [
-        _printable(summary["title"]),
-        f"  {records['count']:,} records of {records['pictures']:,} pictures, "
-        f"{records['held_out']:,} records held out",
-        f"  {conversations['count']:,} conversations, {conversations['held_out']:,} held out; "
-        f"{conversations['rejected']:,} rejected ({_percent(conversations['acceptance'])} accepted)",
-        "  " + writer(summary),
-        f"  {usage['requests']:,} requests, {usage['cached']:,} answered from the cache, "
-        f"${usage['dollars']:,.2f}, {duration(usage['seconds'])}",
-        "",
-        f"{'source':<{_NAME}}{'records':>10}{'conversations':>15}{'rejected':>10}{'accepted':>10}",
-    ]
-    for name, source in summary["sources"].items():
-        found.append(
-            f"{_cut(name):<{_NAME}}{source['records']:>10,}{source['conversations']:>15,}"
-            f"{source['rejected']:>10,}{_percent(source['acceptance']):>10}"
-        )
-        found += [
-            f"  {_cut(row['stage'] + ': ' + row['reason'], 62):<62}{row['count']:>12,}"
-            for row in source["funnel"]
-            if row["reason"]
-        ]
-        if name in summary["left_out"]:
-            found.append(f"  left out: {_printable(summary['left_out'][name]['reason'])}")
-    for title, counts in (
-        ("form", conversations["form"]),
-        ("language", conversations["language"]),
-        ("modality", records["modality"]),
-        ("original task", records["source_task"]),
-        ("department", records["department"]),
-        ("clinical task", records["clinical_task"]),
-    ):
-        found += ["", title, *_bars(counts)]
-    if summary["warnings"]:
-        found += ["", "to look at", *(f"  - {_printable(text)}" for text in summary["warnings"])]
-    return found
-
-
-def writer(summary: dict[str, Any]) -> str:
-    """Return who wrote the conversations, such as ``"written by openai (some-model)"``."""
-    model = summary["writer"].get("model")
-    return f"written by {summary['writer']['name']}" + (f" ({_printable(model)})" if model else "")
-
-
-def duration(seconds: float) -> str:
-    """Return ``"3 s"``, ``"4 min 10 s"``, ``"2 h 5 min"``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _bars(counts: dict[str, int]) -> list[str]:
-    total, largest = sum(counts.values()), max(counts.values(), default=1)
-    return [
-        f"  {_cut(name):<{_NAME}}{count:>10,}{count / total:>8.1%}  {'#' * round(_BAR * count / largest)}"
-        for name, count in counts.items()
-    ]
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _cut(text: str, width: int = _NAME - 2) -> str:
-    text = _printable(text)
-    return text if len(text) <= width else f"{text[: width - 1]}…"
-
-
-def _printable(text: str) -> str:
-    """Return the text without control characters, which could move the terminal's cursor."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    return (
+        templates()
+        .get_template("output/summary.txt.j2")
+        .render(summary, figures=FIGURES)
+        .rstrip("\n")
+    )

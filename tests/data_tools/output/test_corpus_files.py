@@ -9,13 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.items import FORMS, Problem
-from data_tools.output.files import (
-    CorpusFiles,
-    JsonLines,
-    conversation_line,
-    rejected_line,
-)
-from data_tools.records import Label, Record
+from data_tools.output.files import CorpusFiles, conversation_line, rejected_line
+from data_tools.records import Label
 from data_tools.store import Kept
 from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.output.fake_store import item, kept, record, rejected
@@ -38,28 +33,31 @@ def test_a_conversation_has_the_authors_keys_and_nothing_else():
     assert list(conversation_line(kept(record(7), "text_single"))) == ["id", "conversations"]
 
 
-@pytest.mark.parametrize(
-    "one",
-    [
-        record(),
-        record(clinical_task=None, labels=(Label("normal"),)),
-        record(labels=(Label("a", (0, 0, 1, 1)), Label("a"), Label(ODD, area=0))),
-        record(part={"axis": "z", "slice": 40}, preprocessing={"window": "W 400 L 40"}),
-    ],
-)
-def test_a_record_is_written_as_its_to_json_says(tmp_path, one):
+def test_a_record_says_what_is_known_of_it_with_its_names_and_boxes(tmp_path):
+    labels = (Label("a", (0, 0, 1, 1)), Label("a"), Label(ODD, area=0))
     with CorpusFiles(tmp_path) as files:
-        files.records.write(one.to_json())
-    (line,) = (tmp_path / "records.jsonl").read_bytes().splitlines()
-    assert json.loads(line) == json.loads(json.dumps(one.to_json()))
-    assert Record.from_json(json.loads(line)) == one
+        files["records.jsonl"].write(record(labels=labels, part={"slice": 40}).to_json())
+        files["dropped.jsonl"].write(record(labels=labels[1:]).to_json())
+    first, second = (json.loads((tmp_path / name).read_bytes()) for name in files)
+    assert first["labels"] == [
+        {"name": "a", "box": [0, 0, 1, 1]},
+        {"name": "a"},
+        {"name": ODD, "area": 0},
+    ]
+    assert (first["label"], first["bbox"], first["provenance"]["part"]) == (
+        ["a", ODD],
+        [[0, 0, 1, 1]],
+        {"slice": 40},
+    )
+    assert second["bbox"] is None
 
 
 def test_forms_and_sides_go_to_their_files(tmp_path):
-    with CorpusFiles(tmp_path, parquet=True) as files:
+    with CorpusFiles(tmp_path) as files:
         for number, form in enumerate(FORMS):
             files.write(kept(record(number), form), held_out=False)
         files.write(kept(record(9), "perception"), held_out=True)
+    files.write_parquet()
     lines = {name: file["lines"] for name, file in files.contents().items()}
     assert lines == {
         "caption.jsonl": 2,
@@ -117,7 +115,7 @@ def test_a_rejected_answer_keeps_reason_record_prompt_and_answer():
         "Describe it.",
         "I'm sorry.",
     )
-    assert line["problems"] == [{"reason": "a refusal", "detail": "sorry"}]
+    assert line["problems"] == (Problem("a refusal", "sorry"),)
     assert line["record"]["id"] == one.id
     assert line["conversations"] == []
 
@@ -129,9 +127,3 @@ def test_a_rejected_conversation_that_could_be_read_is_kept_beside_the_answer():
     )
     assert line["conversations"] == conversation_line(one)["conversations"]
     assert rejected_line(Kept(item(one.record), one.record, None))["reason"] == "no conversation"
-
-
-def test_a_file_without_a_line_is_not_made(tmp_path):
-    file = JsonLines(tmp_path / "a.jsonl")
-    file.close()
-    assert not list(tmp_path.iterdir())

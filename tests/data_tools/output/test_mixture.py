@@ -74,7 +74,7 @@ def test_every_stage_finds_its_datasets(built, stage, count):
 
 
 def test_a_mixture_without_a_conversation_is_not_written(tmp_path):
-    files.write_mixtures(tmp_path, title="T", lines={"records.jsonl": 5, "rejected.jsonl": 2})
+    files.write_mixtures(tmp_path, title="T", files={"records.jsonl": {"lines": 5}})
     assert not list(tmp_path.iterdir())
 
 
@@ -89,6 +89,6 @@ def test_a_mixture_without_a_conversation_is_not_written(tmp_path):
 )
 def test_a_title_becomes_part_of_the_names(tmp_path, title, name):
     (tmp_path / "percept.jsonl").write_text("{}\n")
-    files.write_mixtures(tmp_path, title=title, lines={"percept.jsonl": 1})
+    files.write_mixtures(tmp_path, title=title, files={"percept.jsonl": {"lines": 1}})
     (entry,) = load_mixture(tmp_path / "mixture.yaml").entries
     assert entry.name == name

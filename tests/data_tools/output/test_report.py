@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from data_tools.items import Problem
-from data_tools.output import report
+from data_tools.output import report, size
 from data_tools.output.build import build
-from data_tools.output.report import Chosen, example, thumbnail
+from data_tools.output.report import Chosen, thumbnail
 from data_tools.records import Label
 from data_tools.store import FunnelRow, Kept
 from tests.data_tools.output.fake_store import (
@@ -150,7 +150,7 @@ def test_thumbnails_of_every_kind_of_picture(tmp_path, mode):
     one = record()
     (tmp_path / one.image).parent.mkdir(parents=True)
     Image.new("RGBA", (64, 48), (200, 10, 10, 255)).convert(mode).save(tmp_path / one.image)
-    data = base64.b64decode(thumbnail(tmp_path, one).split(",")[1])
+    data = base64.b64decode(thumbnail(tmp_path, kept(one)).split(",")[1])
     assert Image.open(io.BytesIO(data)).size == (64, 48)
 
 
@@ -190,9 +190,8 @@ def test_which_examples_are_chosen_does_not_depend_on_their_order():
 def test_long_conversations_are_clipped_with_their_length(tmp_path):
     one = record()
     draw(tmp_path, one)
-    shown = example(kept(one, answer="é" * 4_000), tmp_path)
-    assert shown.turns[1][1].endswith("… (4,000 characters)")
-    assert len(shown.turns[1][1]) < 1_600
+    build(FakeStore([one], [kept(one, answer="é" * 4_000)]), job(held_out=0), tmp_path)
+    assert f"{'é' * 1_500} … (4,000 characters)" in page(tmp_path).text
 
 
 def test_rejected_answers_are_shown_with_reason_and_prompt(tmp_path):
@@ -223,14 +222,14 @@ def test_a_stage_shows_what_came_through_and_what_did_not():
     [(0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (2_000_000, "2.0 MB"), (10**10, "10.0 GB")],
 )
 def test_sizes(count, text):
-    assert report.size(count) == text
+    assert size(count) == text
 
 
 def test_a_set_of_classes_has_no_stage_of_regions():
     rows = [{"stage": stage, "reason": "", "count": n} for stage, n in (("read", 4), ("clean", 0))]
-    assert [stage["stage"] for stage in report.funnel(rows)] == ["read"]
+    assert [stage["title"] for stage in report.funnel(rows)] == ["read"]
     rows.append({"stage": "clean", "reason": "empty mask", "count": 2})
-    assert [(stage["stage"], stage["lost"]) for stage in report.funnel(rows)] == [
+    assert [(stage["title"], stage["lost"]) for stage in report.funnel(rows)] == [
         ("read", 0),
-        ("clean", 100),
+        ("kept by cleaning", 100),
     ]
