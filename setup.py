@@ -129,6 +129,7 @@ setup(
             "demo/*.css",
             "demo/*.yaml",
             "train/deepspeed/*.json",
+            "train/*.yaml",
             "evaluate/*.j2",
             "evaluate/*.js",
             "evaluate/*.yaml",

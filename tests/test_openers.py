@@ -65,7 +65,11 @@ OPENERS: dict[str, tuple[str, ...]] = {
     # By content: forms and tables that travel with the package.
     "yaml.safe_load": (
         *("data_tools.forms.language", "data_tools.lexicon", "gmai_xtuner.evaluate.paper_tables"),
-        *("gmai_xtuner.evaluate.scoring", "gmai_xtuner.demo.i18n"),
+        *(
+            "gmai_xtuner.evaluate.scoring",
+            "gmai_xtuner.demo.i18n",
+            "gmai_xtuner.train.deepspeed_settings",
+        ),
     ),
 }
 """What opens a file -> modules, or packages of them, that may use it; they bound it or know the file."""

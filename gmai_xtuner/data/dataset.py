@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from gmai_xtuner.core.imaging.images import MAX_PIXELS
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.plan import DataPlan, unknown_lines
-from gmai_xtuner.data.token_cache import TokenCache, open_caches
+from gmai_xtuner.data.token_cache import OpenCache, TokenCache, open_cache, open_caches
 from gmai_xtuner.data.tokenization import (
     ChatTemplate,
     ConversationTokenizer,
@@ -46,6 +47,31 @@ class PackRef(NamedTuple):
     epoch: int
     pack: int
     filler: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetRow:
+    """One dataset of the mixture, as the stage sees it: records in its files, then what an epoch has of them.
+
+    ``kept`` can be trained on, ``bad`` can't, of ``too_long`` nothing fits in a pack, of ``cut`` the first
+    turns; ``held_out`` is validated on, ``neither`` has images of both sides, ``excluded`` is on the
+    mixture's lists. ``tokens`` count those of images.
+    """
+
+    name: str
+    category: str | None
+    ratio: float
+    records: int
+    kept: int
+    bad: int
+    too_long: int
+    cut: int
+    held_out: int
+    neither: int
+    excluded: int
+    conversations: int
+    images: int
+    tokens: int
 
 
 @DATASETS.register_module()
@@ -121,10 +147,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         self.tokenizer, self.template = tokenizer, template
         batched = ConversationTokenizer.from_pretrained(tokenizer, template)
 
-        chosen = self._choose(mixture, stage, quality)
-        self.entries = [entry for entry, _ in chosen]
-        options = {
-            entry.name: CacheOptions(
+        def opened(entry: DatasetEntry) -> TokenCache:
+            options = CacheOptions(
                 max_length=max_length,
                 num_image_tokens=self.num_image_tokens,
                 max_images=max_images,
@@ -133,52 +157,41 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
                 check_images=check_images,
                 max_pixels=max_pixels,
             )
-            for entry in self.entries
-        }
-        self.caches: list[TokenCache] = self._open_caches(
-            [(entry, options[entry.name]) for entry in self.entries],
-            batched,
-            cache_dir=cache_dir,
-            num_workers=num_workers,
-        )
+            return open_cache(entry, batched, options, cache_dir=cache_dir, num_workers=num_workers)
+
+        chosen = self._open_caches(mixture, stage, quality, opened)
+        self.entries, ratios, self.caches = map(list, zip(*chosen, strict=True))
+        names = [entry.name for entry in self.entries]
+        known = load_mixture(mixture, check_files=False).known
         self.plan = DataPlan(
             self.caches,
-            names=[entry.name for entry in self.entries],
-            ratios=[ratio for _, ratio in chosen],
+            names=names,
+            ratios=ratios,
             seed=seed,
             max_length=max_length,
             max_images=max_images,
             cache_dir=cache_dir,
             held_out=held_out,
-            exclusions=read_exclusions(
-                self.entries, known=load_mixture(mixture, check_files=False).known
-            ),
+            exclusions=read_exclusions(self.entries, known=known),
         )
         self.metainfo = {
-            "datasets": [entry.name for entry in self.entries],
+            "datasets": names,
             "categories": [entry.category for entry in self.entries],
         }
         self._log_summary(stage)
 
-    # The preflight overrides these three steps: it goes on where training must stop.
+    # The preflight overrides these two steps: it goes on where training must stop.
 
     def _image_transform(self, vision: str, mode: str, decoding: str) -> ImageTransform:
         return ImageTransform.from_pretrained(vision, mode=mode, decoding=decoding)
 
-    def _choose(
-        self, mixture: str, stage: str, quality: str | None
-    ) -> list[tuple[DatasetEntry, float]]:
-        return select(load_mixture(mixture), stage=stage, quality=quality)
-
     def _open_caches(
-        self,
-        datasets: list[tuple[DatasetEntry, CacheOptions]],
-        tokenizer: ConversationTokenizer,
-        *,
-        cache_dir: str,
-        num_workers: int | None,
-    ) -> list[TokenCache]:
-        return open_caches(datasets, tokenizer, cache_dir=cache_dir, num_workers=num_workers)
+        self, mixture: str, stage: str, quality: str | None, opened: OpenCache
+    ) -> list[tuple[DatasetEntry, float, TokenCache]]:
+        """Return the stage's datasets with their ratios and token caches."""
+        chosen = select(load_mixture(mixture), stage=stage, quality=quality)
+        caches = open_caches([entry for entry, _ in chosen], opened)
+        return [(*one, cache) for one, cache in zip(chosen, caches, strict=True)]
 
     def held_out_part(self, at_most: int | None = None) -> SoftPackedDataset | None:
         """Return the conversations kept for validation, each once, with the same caches and images.
@@ -257,54 +270,78 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
                 reason=error.reason,
             ) from error
 
+    def rows(self) -> list[DatasetRow]:
+        """Count what the plan has of each dataset."""
+        plan = self.plan
+        counts, excluded = plan.counts(), plan.excluded().conversations
+        starts = np.searchsorted(plan.samples[:, 0], np.arange(len(self.caches) + 1))
+        rows = []
+        for number, (entry, cache, (held_out, neither)) in enumerate(
+            zip(self.entries, self.caches, plan.held_out_counts().tolist(), strict=True)
+        ):
+            part = counts[starts[number] : starts[number + 1]]
+            skipped = cache.meta["skipped"]
+            too_long = skipped.get("over_length", 0)
+            rows.append(
+                DatasetRow(
+                    name=entry.name,
+                    category=entry.category,
+                    ratio=plan.ratios[number],
+                    records=cache.meta["records"],
+                    kept=cache.meta["kept"],
+                    bad=sum(skipped.values()) - too_long,
+                    too_long=too_long,
+                    cut=cache.meta["cut"],
+                    held_out=held_out,
+                    neither=neither,
+                    excluded=excluded[number],
+                    conversations=len(part),
+                    images=int(part[:, 2].sum()),
+                    tokens=int(part[:, 0].sum(dtype=np.int64)),
+                )
+            )
+        return rows
+
     def _log_summary(self, stage: str) -> None:
-        plan = self.plan.epoch(0)
-        tokens = plan.total("tokens").sum()
-        held = self.plan.held_out_counts()
-        excluded = self.plan.excluded()
+        rows, plan = self.rows(), self.plan
+        packs, excluded = len(self), plan.excluded()
         lines = [
-            f"  {entry.name}: {len(cache)} conversations x {ratio:g}"
-            + (f" ({entry.category})" if entry.category else "")
-            + (f", {gone} of them excluded" if gone else "")
-            + (f", {out} {'' if gone else 'of them '}held out" if out else "")
-            for entry, cache, ratio, out, gone in zip(
-                self.entries,
-                self.caches,
-                self.plan.ratios,
-                held[:, 0],
-                excluded.conversations,
-                strict=True,
-            )
+            f"  {row.name}: {row.kept} conversations x {row.ratio:g}"
+            + (f" ({row.category})" if row.category else "")
+            + (f", {row.excluded} of them excluded" if row.excluded else "")
+            + f", {row.held_out} {'' if row.excluded else 'of them '}held out" * bool(row.held_out)
+            for row in rows
         ]
-        if self.plan.exclusions:
-            lines.append(
-                f"  excluded by the mixture's lists: {sum(excluded.conversations)} of "
-                f"{sum(map(len, self.caches))} conversations"
-            )
+        kept = sum(row.kept for row in rows)
+        if plan.exclusions:
+            gone = sum(excluded.conversations)
+            lines.append(f"  excluded by the mixture's lists: {gone} of {kept} conversations")
         if excluded.unknown:
             lines.append(f"  warning: {unknown_lines(excluded)}")
-        if self.plan.held_out:
+        if plan.held_out:
+            both = sum(row.neither for row in rows)
             lines.append(
-                f"  held out for validation: {held[:, 0].sum()} of {sum(map(len, self.caches))} "
-                f"conversations (share {self.plan.held_out:g} of the images)"
-                + (f"; {held[:, 1].sum()} have images of both sides" if held[:, 1].any() else "")
+                f"  held out for validation: {sum(row.held_out for row in rows)} of {kept} "
+                f"conversations (share {plan.held_out:g} of the images)"
+                + (f"; {both} have images of both sides" if both else "")
             )
-        for entry, cache in zip(self.entries, self.caches, strict=True):
-            if entry.size is not None and entry.size != cache.meta["records"]:
+        for row, entry, cache in zip(rows, self.entries, self.caches, strict=True):
+            if entry.size not in (None, row.records):
                 lines.append(
-                    f"  note: the mixture says {entry.size} records for {entry.name}, its files hold "
-                    f"{cache.meta['records']}"
+                    f"  note: the mixture says {entry.size} records for {row.name}, its files hold "
+                    f"{row.records}"
                 )
-            if cache.meta["skipped"] or cache.meta["cut"]:
+            if cache.meta["skipped"] or row.cut:
                 skipped = ", ".join(f"{n} {reason}" for reason, n in cache.meta["skipped"].items())
                 lines.append(
-                    f"  note: {entry.name} lacks {skipped or 'none'} of {cache.meta['records']} records, "
-                    f"{cache.meta['cut']} are cut: {cache.folder / 'skipped.jsonl'}"
+                    f"  note: {row.name} lacks {skipped or 'none'} of {row.records} records, "
+                    f"{row.cut} are cut: {cache.folder / 'skipped.jsonl'}"
                 )
+        tokens, images = (sum(getattr(row, name) for row in rows) for name in ("tokens", "images"))
         print_log(
-            f"{stage}: {len(self.plan.samples)} conversations, {int(plan.total('images').sum())} images,"
-            f" {int(tokens)} tokens in {len(plan.packs)} packs of {self.max_length}, "
-            f"{tokens / (len(plan.packs) * self.max_length):.1%} full\n" + "\n".join(lines),
+            f"{stage}: {len(plan.samples)} conversations, {images} images, {tokens} tokens in {packs} "
+            f"packs of {self.max_length}, {tokens / (packs * self.max_length):.1%} full\n"
+            + "\n".join(lines),
             logger="current",
             level=logging.INFO,
         )

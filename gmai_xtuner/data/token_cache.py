@@ -28,7 +28,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,10 @@ class TokenCache:
             images=tuple(batch["images"][inner].as_py()),
             turn_ends=(),
         )
+
+
+OpenCache = Callable[[DatasetEntry], TokenCache]
+"""Opens the cache of a dataset, see :func:`open_cache`."""
 
 
 def open_cache(
@@ -190,35 +194,23 @@ def what_is_cut_off(folder: Path) -> str | None:
     return None
 
 
-def open_caches(
-    entries: Sequence[tuple[DatasetEntry, CacheOptions]],
-    tokenizer: ConversationTokenizer,
-    *,
-    cache_dir: str | Path,
-    num_workers: int | None = None,
-) -> list[TokenCache]:
+def open_caches(entries: Sequence[DatasetEntry], opened: OpenCache) -> list[TokenCache]:
     """Open the caches of several datasets; report what is wrong with any of them in one error.
-
-    Args:
-        entries: datasets with their options.
-        tokenizer: see :func:`open_cache`; so are the rest.
 
     Raises:
         DataError: as :func:`open_cache`; of several datasets, one after the other in one message.
     """
     caches, errors = [], []
-    for entry, options in entries:
+    for entry in entries:
         try:
-            caches.append(
-                open_cache(entry, tokenizer, options, cache_dir=cache_dir, num_workers=num_workers)
-            )
+            caches.append(opened(entry))
         except DataError as error:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
     if errors:
         names = ", ".join(str(error.dataset) for error in errors)
-        details = "\n\n".join(str(error) for error in errors)
+        details = "\n\n".join(map(str, errors))
         raise DataError(
             f"{len(errors)} of {len(entries)} datasets can't be used ({names})\n\n{details}",
             reason="bad_records",

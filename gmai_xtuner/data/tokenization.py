@@ -21,7 +21,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Conversation, Turn, parse_record
 from gmai_xtuner.core.errors import DataError, GMAIError
-from gmai_xtuner.data.word_cache import WordCache
+from gmai_xtuner.data.word_cache import WordCache, encode_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +68,10 @@ class ChatTemplate:
             raise GMAIError(
                 f"xtuner has no prompt template {name!r}; it has {', '.join(sorted(PROMPT_TEMPLATE))}"
             )
-        fields = PROMPT_TEMPLATE[name]
-        return cls(
-            system=fields.get("SYSTEM", "{system}\n"),
-            user=fields["INSTRUCTION"],
-            suffix=fields.get("SUFFIX", ""),
-            suffix_is_eos=fields.get("SUFFIX_AS_EOS", False),
-            separator=fields.get("SEP", ""),
-            add_bos=add_bos,
-        )
+        given = PROMPT_TEMPLATE[name]
+        names = ("SYSTEM", "INSTRUCTION", "SUFFIX", "SUFFIX_AS_EOS", "SEP")
+        defaults = {"SYSTEM": "{system}\n", "SUFFIX": "", "SUFFIX_AS_EOS": False, "SEP": ""}
+        return cls(*({**defaults, **given}[key] for key in names), add_bos=add_bos)
 
 
 class TurnEnd(NamedTuple):
@@ -140,7 +135,7 @@ class ConversationTokenizer:
         self, tokenizer: Tokenizer, template: ChatTemplate, *, bos_token_id: int, eos_token_id: int
     ) -> None:
         self.tokenizer = tokenizer
-        self._words = WordCache.of(tokenizer)
+        self._encode = WordCache.of(tokenizer) or partial(encode_whole, tokenizer)
         self.template = template
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
@@ -170,22 +165,14 @@ class ConversationTokenizer:
                     f"(it becomes {len(ids)} tokens), which ends every answer of this template. "
                     "Is it the tokenizer of the chat model?"
                 )
-        return cls(
-            backend,
-            template,
-            bos_token_id=-1 if bos is None else bos,
-            eos_token_id=-1 if eos is None else eos,
-        )
+        bos, eos = (-1 if token is None else token for token in (bos, eos))
+        return cls(backend, template, bos_token_id=bos, eos_token_id=eos)
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever the ids could: vocabulary, merges, normaliser, added tokens, template."""
-        state = [
-            self.tokenizer.to_str(),
-            asdict(self.template),
-            self.bos_token_id,
-            self.eos_token_id,
-        ]
+        marks = (self.bos_token_id, self.eos_token_id)
+        state = [self.tokenizer.to_str(), asdict(self.template), *marks]
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[TokenizedConversation]:
@@ -200,12 +187,6 @@ class ConversationTokenizer:
             for conversation, layout in zip(conversations, layouts, strict=True)
         ]
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        if self._words is not None:
-            return self._words(texts)
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
     def encode_prompt(self, turns: Sequence[Turn], images: Sequence[str] = ()) -> np.ndarray:
         """Return int32 ids up to where the assistant is to answer, one placeholder an image.
 
@@ -219,14 +200,14 @@ class ConversationTokenizer:
         template = self.template
         layout: list[_Piece] = []
         needs_bos = template.add_bos
-        context, round_number = "", 0
+        context, rounds = "", 0
         for turn in conversation.turns:
             if turn.role == "system":
                 context += template.system.format(system=turn.text)
                 continue
             if turn.role == "user":
-                round_number += 1
-                context += template.user.format(input=turn.text, round=round_number)
+                rounds += 1
+                context += template.user.format(input=turn.text, round=rounds)
                 continue
             if needs_bos:
                 layout.append(_Piece(self.bos_token_id))
@@ -304,18 +285,16 @@ def fit(
 
     if fits(len(tokenized.input_ids), len(tokenized.images)):
         return tokenized
-    if over_length == "drop":
+    ends = [end for end in tokenized.turn_ends if fits(end.ids, end.images)]
+    if over_length == "drop" or not ends:
         return None
-    for index, end in reversed(list(enumerate(tokenized.turn_ends))):
-        if fits(end.ids, end.images):
-            return replace(
-                tokenized,
-                input_ids=tokenized.input_ids[: end.ids],
-                label_spans=tokenized.label_spans[: end.spans],
-                images=tokenized.images[: end.images],
-                turn_ends=tokenized.turn_ends[: index + 1],
-            )
-    return None
+    return replace(
+        tokenized,
+        input_ids=tokenized.input_ids[: ends[-1].ids],
+        label_spans=tokenized.label_spans[: ends[-1].spans],
+        images=tokenized.images[: ends[-1].images],
+        turn_ends=tokenized.turn_ends[: len(ends)],
+    )
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -14,7 +15,14 @@ from tokenizers import Tokenizer
 _MARK = "\u2581"
 _LONGEST_WORD = 40
 _MOST_WORDS = 300_000
+_OTHER_KINDS = (*("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"),)
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
+
+
+def encode_whole(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each text, without special tokens."""
+    encodings: list[Any] = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 class WordCache:
@@ -33,8 +41,8 @@ class WordCache:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, glued: str, unknown: int | None) -> None:
-        self.tokenizer = tokenizer
-        self._together = ["  ", *(character + " " for character in glued)]
+        self._encode = partial(encode_whole, tokenizer)
+        self._together = [_MARK, "  ", *(character + " " for character in glued)]
         self._unknown = unknown
         self._first: dict[str, list[int]] = {}
         self._later: dict[str, list[int]] = {}
@@ -47,20 +55,9 @@ class WordCache:
         if normalizer is not None and normalizer.get("type") == "Sequence":
             steps = normalizer["normalizers"]
             normalizer = steps[0] if len(steps) == 1 else None
-        replaces_spaces = normalizer is not None and (
-            normalizer.get("type"),
-            normalizer.get("pattern"),
-            normalizer.get("content"),
-        ) == ("Replace", {"String": " "}, _MARK)
-        plain_model = model["type"] == "BPE" and not any(
-            model.get(key)
-            for key in (
-                "dropout",
-                "continuing_subword_prefix",
-                "end_of_word_suffix",
-                "ignore_merges",
-            )
-        )
+        replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _MARK}
+        replaces_spaces = normalizer is not None and replaces.items() <= normalizer.items()
+        plain_model = model["type"] == "BPE" and not any(map(model.get, _OTHER_KINDS))
         if not replaces_spaces or not plain_model or state["pre_tokenizer"] is not None:
             return None
         unknown = tokenizer.token_to_id(model["unk_token"] or "")
@@ -102,12 +99,7 @@ class WordCache:
         return found
 
     def _split(self, text: str) -> list[str] | None:
-        if _MARK in text:
-            return None
-        for together in self._together:
-            if together in text:
-                return None
-        return text.split(" ")
+        return None if any(mark in text for mark in self._together) else text.split(" ")
 
     def _learn(self, texts: Sequence[list[str]]) -> list[str]:
         """Put every word of these texts into the two caches.
@@ -126,7 +118,3 @@ class WordCache:
         self._first.update(zip(first, ids[: len(first)], strict=True))
         self._later.update(zip(later, ids[len(first) :], strict=True))
         return [word for word in (*first, *later) if len(word) > _LONGEST_WORD]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        encodings: list[Any] = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]

@@ -32,15 +32,13 @@ from gmai_xtuner.data.plan import DataPlan, unknown_lines
 from gmai_xtuner.model.internlm2 import convert_state_dict, llama_config, raise_on_keys
 from gmai_xtuner.model.lora import is_adapter_key, load_adapters, plain_key, split_adapters
 from gmai_xtuner.preflight.data import DataSummary
-from gmai_xtuner.preflight.findings import Findings
-from gmai_xtuner.preflight.memory import GIB
-from gmai_xtuner.preflight.parameters import PartCount, build_on_meta
-from gmai_xtuner.preflight.run_config import RunConfig
+from gmai_xtuner.preflight.memory import GIB, PartCount, build_on_meta, moment_bytes
+from gmai_xtuner.preflight.run_config import FAIL, WARN, Findings, RunConfig
 from gmai_xtuner.train.start import check_something_learns, setting_problems
 
 
 def check_options(run: RunConfig, findings: Findings) -> None:
-    """Settings that training refuses, by its own check, and the classes that the run relies on."""
+    """Report settings that training refuses, by its own check, and classes that it relies on."""
     for problem in setting_problems(run.cfg, run.options):
         findings.fail("config", problem)
     for problem in run.deepspeed.refused:
@@ -68,27 +66,8 @@ def _some(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def check_held_out(plan: DataPlan, data: DataSummary, findings: Findings) -> None:
-    """Whether there will be a validation, where one is asked for."""
-    if plan.held_out > 0 and not any(row.held_out for row in data.datasets):
-        records = sum(row.records for row in data.datasets)
-        findings.note(
-            "data",
-            f"nothing is held out of {_some(records, 'record')}, so there will be no validation: "
-            f"train_dataloader.dataset.held_out={plan.why_nothing_held_out()} (--cfg-options "
-            "train_dataloader.dataset.held_out=...)",
-        )
-
-
-def check_excluded(plan: DataPlan, findings: Findings) -> None:
-    """Whether the mixture's exclude lists fit its data."""
-    excluded = plan.excluded()
-    if excluded.unknown:
-        findings.warn("data", unknown_lines(excluded))
-
-
-def check_amount(run: RunConfig, data: DataSummary, findings: Findings) -> None:
-    """Whether there is enough data for a step and for all GPUs, and something to learn from it."""
+def check_data(run: RunConfig, data: DataSummary, plan: DataPlan, findings: Findings) -> None:
+    """Check that there is enough data for a step and all GPUs, something to learn from and to validate on."""
     with findings.catch("data"):
         check_something_learns(run.cfg.model, data.images)
     if data.packs < data.packs_per_step:
@@ -104,10 +83,20 @@ def check_amount(run: RunConfig, data: DataSummary, findings: Findings) -> None:
             f"{run.gpus} GPUs share {_some(data.packs, 'pack')}: {_some(run.gpus - data.packs, 'GPU')} "
             f"would have nothing to learn. The run starts all the same; {_some(data.packs, 'GPU')} would do",
         )
+    if plan.held_out > 0 and not any(row.held_out for row in data.datasets):
+        records = sum(row.records for row in data.datasets)
+        findings.note(
+            "data",
+            f"nothing is held out of {_some(records, 'record')}, so there will be no validation: "
+            f"train_dataloader.dataset.held_out={plan.why_nothing_held_out()} (--cfg-options "
+            "train_dataloader.dataset.held_out=...)",
+        )
+    if (excluded := plan.excluded()).unknown:
+        findings.warn("data", unknown_lines(excluded))
 
 
 def check_base_weights(run: RunConfig, model: nn.Module, findings: Findings) -> None:
-    """Whether the weights of both bases are there and fit, without reading their values."""
+    """Check that the weights of both bases are there and fit, without reading their values."""
     for part, load in (("llm", _check_llm), ("visual_encoder", _check_tower)):
         name = run.cfg.model.get(part, {}).get("pretrained_model_name_or_path")
         if not isinstance(name, str):
@@ -150,7 +139,7 @@ def _check_tower(folder: Path, model: nn.Module) -> None:
 
 
 def check_stage_before(run: RunConfig, model: Any, findings: Findings) -> None:
-    """Whether ``pretrained_pth`` is there, has the parts, and fits; by names and shapes alone."""
+    """Check that ``pretrained_pth`` is there, has the parts, and fits; by names and shapes alone."""
     source = run.cfg.model.get("pretrained_pth")
     if source is None:
         return
@@ -168,7 +157,7 @@ def check_stage_before(run: RunConfig, model: Any, findings: Findings) -> None:
 
 
 def checkpoint_shapes(path: Path) -> dict[str, torch.Tensor]:
-    """Names and shapes of what a checkpoint trained, on the meta device.
+    """Return names and shapes of what a checkpoint trained, on the meta device.
 
     Args:
         path: a ``.pth`` file, or a DeepSpeed directory, whose first rank's file has the shapes of all.
@@ -190,27 +179,22 @@ def checkpoint_shapes(path: Path) -> dict[str, torch.Tensor]:
     return _shapes({name: value for name, value in state.items() if torch.is_tensor(value)})
 
 
-def checkpoint_bytes(counts: Mapping[str, PartCount], moment_bytes: int) -> int:
-    """Size of one checkpoint: trained weights in bf16, their fp32 copy and the optimiser's moments."""
-    return sum(part.trainable for part in counts.values()) * (2 + 4 + moment_bytes)
-
-
 def check_disk(
     run: RunConfig,
-    size: int,
+    counts: Mapping[str, PartCount],
     iterations: int | None,
     findings: Findings,
     *,
     elsewhere: bool = False,
 ) -> dict[str, Any]:
-    """Whether the work dir has room for the checkpoints that are kept, and for one being written.
+    """Check that the work dir has room for the checkpoints that are kept, and for one being written.
 
     Whole checkpoints in the work dir count as some of those that are kept, which they are when the run is
     resumed; the one being written needs its room in any case.
 
     Args:
         run: the run.
-        size: of one checkpoint, bytes.
+        counts: parameters by part; trained ones are kept in bf16 and fp32, with the optimiser's moments.
         iterations: of the run; ``None`` if it is not known.
         findings: take what is wrong.
         elsewhere: the run is planned for another machine: too little room here is a warning.
@@ -218,21 +202,20 @@ def check_disk(
     Returns:
         the numbers for the report.
     """
-    hook = run.cfg.get("default_hooks", {}).get("checkpoint", {}) or {}
+    trained = sum(part.trainable for part in counts.values())
+    size = trained * (2 + 4 + moment_bytes(run.optimizer))
+    hooks = run.cfg.get("default_hooks", {})
+    hook = hooks.get("checkpoint", {}) or {}
     keep, interval = hook.get("max_keep_ckpts", -1), hook.get("interval", -1)
     written = 1
     if iterations is not None and interval > 0:
         written = max(1, math.ceil(iterations / interval))
-    best = bool((run.cfg.get("default_hooks", {}).get("best") or {}).get("keep"))
-    kept = _at_a_time(keep, written) + best
-    existing = next(
-        folder
-        for folder in (run.work_dir.absolute(), *run.work_dir.absolute().parents)
-        if folder.is_dir()
-    )
-    free = shutil.disk_usage(existing).free
+    kept = _at_a_time(keep, written) + bool((hooks.get("best") or {}).get("keep"))
+    folders = (run.work_dir.absolute(), *run.work_dir.absolute().parents)
+    free = shutil.disk_usage(next(folder for folder in folders if folder.is_dir())).free
     there = [path for path in checkpoints_in(run.work_dir) if what_is_wrong(path) is None]
-    taken = sum(_bytes_below(path) for path in there)
+    files = (file for path in there for file in (path, *path.rglob("*")) if file.is_file())
+    taken = sum(file.stat().st_size for file in files)
     if max(size, kept * size - taken) > free:
         already = f", and has {taken / GIB:.1f} GiB of them" if there else ""
         if iterations is None:
@@ -249,13 +232,13 @@ def check_disk(
         ]
         option = "default_hooks.checkpoint.max_keep_ckpts"
         remedy = f", or --cfg-options {option}={fewer[-1]}" if fewer else ""
-        tell = findings.warn if elsewhere else findings.fail
-        tell(
+        choose = "On the machine that trains, this room is needed; else choose"
+        findings.add(
+            WARN if elsewhere else FAIL,
             "disk",
             f"{run.work_dir} has {free / GIB:.1f} GiB free, but holds {kept} x about {size / GIB:.1f} GiB "
-            f"of checkpoints at a time ({why}){already}. "
-            f"{'On the machine that trains, this room is needed; else choose' if elsewhere else 'Choose'}"
-            f" another --work-dir{remedy}",
+            f"of checkpoints at a time ({why}){already}. {choose if elsewhere else 'Choose'} another "
+            f"--work-dir{remedy}",
         )
     return {
         "checkpoint_gib": round(size / GIB, 3),
@@ -266,11 +249,5 @@ def check_disk(
 
 
 def _at_a_time(keep: int, written: int) -> int:
-    """Checkpoints on disk at a time, if ``written`` are written and ``keep`` kept (below 1: all)."""
+    """Return how many are on disk at a time, if ``written`` are written and ``keep`` kept (below 1: all)."""
     return written if keep < 1 else min(keep + 1, written)
-
-
-def _bytes_below(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -31,9 +31,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+from xtuner.registry import BUILDER
 
 from gmai_xtuner.preflight.activations import Activations
-from gmai_xtuner.preflight.parameters import PartCount
 from gmai_xtuner.preflight.run_config import ZeroSettings
 
 GIB = 2**30
@@ -41,6 +45,86 @@ ALLOWANCE = 2 * GIB
 """For what can't be counted: CUDA context, NCCL's and cuBLAS' buffers, what the allocator can't use."""
 BYTES_IN_4_BIT = 0.5 + 4 / 64
 """NF4 with an fp32 scale for each 64 weights; double quantisation takes a little less."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartCount:
+    """Parameters of one part of the model.
+
+    Args:
+        total: all.
+        trainable: those that the optimiser moves.
+        in_4_bit: those that a 4-bit base (QLoRA) keeps quantised.
+        own_bytes: bytes of all in the types that the config gives them.
+        largest_trainable: elements of the largest trainable tensor.
+    """
+
+    total: int
+    trainable: int
+    in_4_bit: int
+    own_bytes: int
+    largest_trainable: int
+
+
+def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
+    """Build ``cfg.model`` on the meta device; only ``config.json`` files are read.
+
+    ``pretrained_pth`` is left out (see :mod:`gmai_xtuner.preflight.checks`), and a quantised base is
+    built as what it was before.
+
+    Raises:
+        GMAIError: whatever the model raises for its config.
+    """
+    model = {key: value for key, value in config.items() if key != "pretrained_pth"}
+    if "quantization_config" in model.get("llm", {}):
+        model["llm"] = {k: v for k, v in model["llm"].items() if k != "quantization_config"}
+    with init_empty_weights():
+        return BUILDER.build(model)
+
+
+def quantises_to_4_bit(config: Mapping[str, Any]) -> bool:
+    """Return whether the config's language model is loaded in 4 bit."""
+    quantisation = config.get("llm", {}).get("quantization_config") or {}
+    return bool(quantisation.get("load_in_4bit", False))
+
+
+def count_parameters(model: nn.Module, *, llm_in_4_bit: bool = False) -> dict[str, PartCount]:
+    """Parameters of each part, which is a direct child of the model that has any.
+
+    Args:
+        model: on any device.
+        llm_in_4_bit: bitsandbytes quantises the linear layers of ``llm``, all but the head.
+    """
+    counts: dict[str, PartCount] = {}
+    seen: set[int] = set()
+    for name, part in model.named_children():
+        quantised = _linear_weights(part) if llm_in_4_bit and name == "llm" else set()
+        # Tied weights are one parameter, and belong to the part that comes first.
+        own = {id(parameter): parameter for parameter in part.parameters()}
+        parameters = [value for key, value in own.items() if key not in seen]
+        seen |= own.keys()
+        if not parameters:
+            continue
+        learns = [parameter.numel() for parameter in parameters if parameter.requires_grad]
+        counts[name] = PartCount(
+            total=sum(one.numel() for one in parameters),
+            trainable=sum(learns),
+            in_4_bit=sum(one.numel() for one in parameters if id(one) in quantised),
+            own_bytes=sum(one.nbytes for one in parameters),
+            largest_trainable=max(learns, default=0),
+        )
+    return counts
+
+
+def _linear_weights(llm: nn.Module) -> set[int]:
+    return {
+        id(module.weight)
+        for name, module in llm.named_modules()
+        if isinstance(module, nn.Linear)
+        and "lora_" not in name
+        and name.rpartition(".")[2] != "lm_head"
+        and not module.weight.requires_grad
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +139,6 @@ class Memory:
         activations: see :mod:`gmai_xtuner.preflight.activations`.
         summing: what is added in the place of activations while gradients are summed.
         step: what the optimiser's step needs in the place of activations and buckets.
-        allowance: :data:`ALLOWANCE`.
         host: in host memory, for each GPU.
     """
 
@@ -66,13 +149,12 @@ class Memory:
     activations: Activations
     summing: int
     step: int
-    allowance: int
     host: int
 
     @property
     def total(self) -> int:
         """At the largest of the three moments."""
-        lasting = self.weights + self.gradients + self.optimizer + self.allowance
+        lasting = self.weights + self.gradients + self.optimizer + ALLOWANCE
         return lasting + max(self._moments.values())
 
     @property
@@ -98,7 +180,7 @@ class Memory:
             "activations": self.activations.total,
             "gradient_sum": self.summing,
             "optimizer_step": self.step,
-            "allowance": self.allowance,
+            "allowance": ALLOWANCE,
             "total": self.total,
             "host": self.host,
         }
@@ -125,42 +207,34 @@ def estimate_memory(
         activations: of one micro-batch.
     """
     trainable = sum(part.trainable for part in counts.values())
-    share = _shard(trainable, gpus)
-    b = value_bytes(zero)
+    share, several = -(-trainable // gpus), accumulation > 1
     weights = sum(_weight_bytes(part, zero) for part in counts.values())
     states = (4 + moment_bytes) * (share if zero.stage else trainable)
     # fp32 gradients and AdamW's temporary; stage 3 steps a sub-group at a time.
     at_a_time = min(share, zero.zero.sub_group_size) if zero.stage == 3 else share
     step = 8 * (at_a_time if zero.stage else trainable)
-    gradients, summing = _gradients(zero, trainable, share, several=accumulation > 1)
+    gradients, summing = _gradients(zero, trainable, share, several=several)
     if zero.stage == 2 and summing:
         step -= gradients  # they are gone by then, but for the sum, which becomes one of the two
     host = 0
-    if zero.offload_optimizer:
-        host += states + 4 * share + _summed_on_host(zero, share, several=accumulation > 1)
+    if zero.offloads("optimizer"):
+        # The sum of the micro-batches is fp32 whatever the file says of stage 1 and 2.
+        summed = zero.grad_accum_bytes if zero.stage == 3 else 4 * several
+        host = states + (4 + summed) * share
         states, step = 0, 4 * at_a_time
         if zero.stage > 1:
             gradients = summing = 0
     if zero.stage == 3:
-        weights = _shard(weights, gpus)
-        if zero.offload_param:
+        weights = -(-weights // gpus)
+        if zero.offloads("param"):
             host, weights = host + weights, 0
-    return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=states,
-        buffers=_buffers(counts, zero, trainable, b),
-        activations=activations,
-        summing=summing,
-        step=step,
-        allowance=ALLOWANCE,
-        host=host,
-    )
+    buffers = _buffers(counts, zero, trainable)
+    return Memory(weights, gradients, states, buffers, activations, summing, step, host)
 
 
 def _gradients(zero: ZeroSettings, trainable: int, share: int, *, several: bool) -> tuple[int, int]:
-    """On the GPU at the end of a backward pass, and what is added while they are summed."""
-    a, b = zero.grad_accum_bytes, value_bytes(zero)
+    """Bytes on the GPU at the end of a backward pass, and what is added while they are summed."""
+    a, b = zero.grad_accum_bytes, _value_bytes(zero)
     if zero.stage == 0:
         return (b + (4 if b < 4 else 0)) * trainable, 0
     if zero.stage == 1:
@@ -171,15 +245,7 @@ def _gradients(zero: ZeroSettings, trainable: int, share: int, *, several: bool)
     return (b + (a if several else 0)) * share, a * share if a > b else 0
 
 
-def _summed_on_host(zero: ZeroSettings, share: int, *, several: bool) -> int:
-    """The sum of the micro-batches, beside the fp32 gradient that the optimiser reads."""
-    if zero.stage == 3:
-        return zero.grad_accum_bytes * share
-    # fp32 whatever the file says, see accumulate_all_gradients_in_fp32.
-    return 4 * share if several else 0
-
-
-def value_bytes(zero: ZeroSettings) -> int:
+def _value_bytes(zero: ZeroSettings) -> int:
     """``b``: the engine converts the whole model, frozen parts too."""
     return 4 if zero.precision == "fp32" else 2
 
@@ -200,16 +266,11 @@ def _weight_bytes(part: PartCount, zero: ZeroSettings) -> int:
     return int(2 * (part.total - part.in_4_bit) + BYTES_IN_4_BIT * part.in_4_bit)
 
 
-def _shard(amount: int, gpus: int) -> int:
-    return -(-amount // gpus)
-
-
-def _buffers(counts: Mapping[str, PartCount], zero: ZeroSettings, trainable: int, b: int) -> int:
+def _buffers(counts: Mapping[str, PartCount], zero: ZeroSettings, trainable: int) -> int:
     """Buckets for gradients, the gradient that autograd is making, and gathered weights."""
     if not trainable or not zero.stage:
         return 0
-    buckets = 0
-    bucket = zero.zero.reduce_bucket_size
+    b, buckets, bucket = _value_bytes(zero), 0, zero.zero.reduce_bucket_size
     if zero.zero.contiguous_gradients:
         buckets = bucket * (2 if zero.zero.overlap_comm and zero.stage < 3 else 1)
     largest = max(part.largest_trainable for part in counts.values())
@@ -218,7 +279,6 @@ def _buffers(counts: Mapping[str, PartCount], zero: ZeroSettings, trainable: int
         copied = zero.exchange_bytes * min(trainable, max(bucket, largest))
     gathered = 0
     if zero.stage == 3:
-        everything = sum(part.total for part in counts.values())
         live = zero.zero.max_live_parameters + zero.zero.prefetch_bucket_size
-        gathered = min(everything, live)
+        gathered = min(sum(part.total for part in counts.values()), live)
     return b * (buckets + largest + gathered) + copied

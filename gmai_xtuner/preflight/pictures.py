@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from tqdm import tqdm
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.core.imaging.images import check_image
 from gmai_xtuner.data.dataset import SoftPackedDataset
-from gmai_xtuner.data.token_cache import TokenCache
 
 IMAGES_A_CHUNK = 16
 
@@ -64,26 +64,21 @@ class _Root:
 
 
 def list_images(dataset: SoftPackedDataset) -> list[_Root]:
-    """The distinct images of the token caches by image root, as Arrow arrays."""
+    """Return the distinct images of the token caches by image root, as Arrow arrays."""
     found: dict[Path, list[tuple[str, pa.Array]]] = {}
     for entry, cache in zip(dataset.entries, dataset.caches, strict=True):
-        if entry.image_root is not None and isinstance(cache, TokenCache):
-            images = _distinct(cache.folder / "tokens.arrow")
-            if len(images):
-                found.setdefault(entry.image_root, []).append((entry.name, images))
+        if entry.image_root is None:
+            continue
+        with pa.ipc.open_file(pa.memory_map(str(cache.folder / "tokens.arrow"))) as reader:
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+            column = [batch.column("images").flatten() for batch in batches]
+            images = pa.chunked_array(column, pa.string()).unique()
+        if len(images):
+            found.setdefault(entry.image_root, []).append((entry.name, images))
     return [
         _Root(folder, pa.chunked_array([images for _, images in own]).unique(), own)
         for folder, own in found.items()
     ]
-
-
-def _distinct(path: Path) -> pa.Array:
-    with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-        column = [
-            reader.get_batch(number).column("images").flatten()
-            for number in range(reader.num_record_batches)
-        ]
-        return pa.chunked_array(column, pa.string()).unique()
 
 
 def find_missing(roots: Sequence[_Root]) -> list[BadImage]:
@@ -131,13 +126,12 @@ def decode_all(
     """
     workers = num_workers or len(os.sched_getaffinity(0))
     bad: list[BadImage] = []
-    with tqdm(
-        total=sum(len(root.images) for root in roots), desc="Decoding", unit=" images"
-    ) as progress:
+    total = sum(len(root.images) for root in roots)
+    with tqdm(total=total, desc="Decoding", unit=" images") as progress:
         for root in roots:
             found: list[_Problem] = []
-            chunks = _in_chunks(root.images)
-            for size, problems in _in_processes(root.folder, chunks, max_pixels, workers):
+            decode = partial(_decode, root.folder, max_pixels)
+            for size, problems in _in_processes(decode, root.images, workers):
                 progress.update(size)
                 found += problems
             owners = root.owners([image for image, _, _ in found])
@@ -146,55 +140,42 @@ def decode_all(
 
 
 _Problem = tuple[str, str, str]
-
-
-def _in_chunks(images: pa.Array) -> Iterator[list[str]]:
-    for start in range(0, len(images), IMAGES_A_CHUNK):
-        yield images.slice(start, IMAGES_A_CHUNK).to_pylist()
+_FORK = multiprocessing.get_context("fork")
 
 
 def _in_processes(
-    folder: Path, chunks: Iterator[list[str]], max_pixels: int, workers: int
+    decode: Callable[[Sequence[str]], list[_Problem]], images: pa.Array, workers: int
 ) -> Iterator[tuple[int, list[_Problem]]]:
-    """Results in order, with few chunks under way; a process that dies costs its image only."""
-    while True:
-        waiting: list[tuple[list[str], Future[list[_Problem]]]] = []
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
-
-        def submit(chunk: list[str], pool: ProcessPoolExecutor = pool) -> Future[list[_Problem]]:
-            return pool.submit(_decode, folder, chunk, max_pixels)
-
+    """Yield results in order, with few chunks under way; a process that dies costs its image only."""
+    starts = range(0, len(images), IMAGES_A_CHUNK)
+    chunks = (images.slice(start, IMAGES_A_CHUNK).to_pylist() for start in starts)
+    waiting: list[list[str]] = []
+    while waiting := [*waiting, *islice(chunks, 4 * workers)]:
         try:
-            waiting += [(chunk, submit(chunk)) for chunk in islice(chunks, 4 * workers)]
-            while waiting:
-                chunk, future = waiting[0]
-                problems = future.result()
-                waiting.pop(0)
-                waiting += [(chunk, submit(chunk)) for chunk in islice(chunks, 1)]
-                yield len(chunk), problems
-            return
+            with ProcessPoolExecutor(workers, mp_context=_FORK) as pool:
+                under_way = [pool.submit(decode, chunk) for chunk in waiting]
+                while under_way:
+                    yield len(waiting[0]), under_way[0].result()
+                    del waiting[0], under_way[0]
+                    for chunk in islice(chunks, 1):
+                        waiting.append(chunk)
+                        under_way.append(pool.submit(decode, chunk))
         except BrokenProcessPool:
             # Killed for its memory, or a fault in a decoder: each image of the chunks alone.
-            for chunk, _ in waiting:
-                yield len(chunk), _one_by_one(folder, chunk, max_pixels)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for chunk in waiting:
+                yield len(chunk), [one for image in chunk for one in _alone(decode, image)]
+            waiting = []
 
 
-def _one_by_one(folder: Path, chunk: Iterable[str], max_pixels: int) -> list[_Problem]:
-    problems: list[_Problem] = []
-    context = multiprocessing.get_context("fork")
-    for image in chunk:
-        try:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                problems += pool.submit(_decode, folder, [image], max_pixels).result()
-        except BrokenProcessPool:
-            problem = f"{str(folder / image)!r}: the process that decoded it was killed"
-            problems.append((image, "damaged_image", problem))
-    return problems
+def _alone(decode: Callable[[Sequence[str]], list[_Problem]], image: str) -> list[_Problem]:
+    try:
+        with ProcessPoolExecutor(1, mp_context=_FORK) as pool:
+            return pool.submit(decode, [image]).result()
+    except BrokenProcessPool:
+        return [(image, "damaged_image", f"{image!r}: the process that decoded it was killed")]
 
 
-def _decode(folder: Path, images: Sequence[str], max_pixels: int) -> list[_Problem]:
+def _decode(folder: Path, max_pixels: int, images: Sequence[str]) -> list[_Problem]:
     problems = []
     for image in images:
         try:

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from gmai_xtuner.preflight.findings import FAIL, NOTE, WARN
-from gmai_xtuner.preflight.memory import GIB
+from gmai_xtuner.preflight.memory import ALLOWANCE, GIB
+from gmai_xtuner.preflight.run_config import FAIL, NOTE, WARN
 from gmai_xtuner.preflight.survey import SKIP, Preflight
 
 IN_JSON = 10_000
@@ -22,11 +22,8 @@ WIDTH = 110
 VERDICT = {True: "would fail", False: "would run"}
 
 
-# --- JSON -----------------------------------------------------------------------------------------
-
-
 def as_json(result: Preflight) -> dict[str, Any]:
-    """All that was found, in plain types; see ``docs/preflight.md`` for the keys."""
+    """Return all that was found, in plain types; see ``docs/preflight.md`` for the keys."""
     run, data, memory, parts = result.run, result.summary, result.memory, result.counts or {}
     images, images_left_out = _shorten(result.missing_images(), IN_JSON)
     bad_images, bad_left_out = _shorten(result.bad_images, IN_JSON)
@@ -103,80 +100,59 @@ def _shorten(items: Iterable[Any], limit: int) -> tuple[list[Any], int]:
     return first, sum(1 for _ in rest)
 
 
-# --- text -----------------------------------------------------------------------------------------
-
-
 def as_text(result: Preflight) -> str:
-    """The page; it ends with the verdict."""
-    sections = [
-        _head(result),
-        _parameters(result),
-        _data(result),
-        _run(result),
-        _memory(result),
-        _missing(result),
-        _problems(result),
-        _verdict(result),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    """Return the page; it ends with the verdict."""
+    sections = (_head, _parameters, _data, _run, _memory, _missing, _problems, _verdict)
+    texts = ("\n".join(section(result)).strip("\n") for section in sections)
+    return "\n\n".join(text for text in texts if text) + "\n"
 
 
-def _head(result: Preflight) -> str:
+def _head(result: Preflight) -> list[str]:
     run = result.run
     gpus = "1 GPU" if run.gpus == 1 else f"{run.gpus} GPUs"
     micro_batch = "1 pack" if run.batch_size == 1 else f"{run.batch_size} packs"
-    return (
-        f"{run.path}\n"
-        f"{gpus}, --deepspeed {run.zero.name} (ZeRO-{run.zero.stage}, {run.zero.precision}); "
-        f"{micro_batch} of {run.max_length} tokens a micro-batch, {run.accumulation} micro-batches a step"
-    )
-
-
-def _table(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Rows as aligned lines; the first ``left`` columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if number < left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
+        f"{run.path}",
+        f"{gpus}, --deepspeed {run.zero.name} (ZeRO-{run.zero.stage}, {run.zero.precision}); "
+        f"{micro_batch} of {run.max_length} tokens a micro-batch, {run.accumulation} micro-batches a step",
     ]
 
 
-def _parameters(result: Preflight) -> str:
+def _table(rows: Sequence[Sequence[str]], align: str = "<><") -> list[str]:
+    """Return rows as aligned lines; the last sign of ``align`` holds for all columns behind it, too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    signs = align.ljust(len(widths), align[-1])
+    return [("  " + "  ".join(map("{:{}{}}".format, row, signs, widths))).rstrip() for row in rows]
+
+
+def _parameters(result: Preflight) -> list[str]:
     if result.counts is None:
-        return "Model: could not be built"
-    rows = [["", "parameters", "trainable"]]
-    for name, part in result.counts.items():
-        rows.append([name, f"{part.total:,}", f"{part.trainable:,}"])
-    total = sum(part.total for part in result.counts.values())
-    trainable = sum(part.trainable for part in result.counts.values())
-    rows.append(["total", f"{total:,}", f"{trainable:,}"])
-    return "\n".join(["Model", *_table(rows)])
+        return ["Model: could not be built"]
+    rows = [(name, part.total, part.trainable) for name, part in result.counts.items()]
+    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    texts = [(name, f"{total:,}", f"{trainable:,}") for name, total, trainable in rows]
+    return ["Model", *_table([("", "parameters", "trainable"), *texts], "<>")]
 
 
-def _data(result: Preflight) -> str:
+def _data(result: Preflight) -> list[str]:
     data = result.summary
     if data is None:
-        return "Data: could not be planned"
-    names = ("records", "bad", "too long", "cut", "held out", "neither", "excluded")
+        return ["Data: could not be planned"]
     # What concerns no dataset of this mixture only takes room.
-    columns = {
-        name: values
-        for name in names
-        if any(values := [getattr(row, name.replace(" ", "_")) for row in data.datasets])
-        or name == "records"
-    }
-    rows = [["", *columns, "ratio", "conversations", "images", "tokens"]]
-    for number, row in enumerate(data.datasets):
+    names = [
+        name
+        for name in ("records", "bad", "too_long", "cut", "held_out", "neither", "excluded")
+        if name == "records" or any(getattr(row, name) for row in data.datasets)
+    ]
+    titles = [name.replace("_", " ") for name in names]
+    rows = [["", *titles, "ratio", "conversations", "images", "tokens"]]
+    for row in data.datasets:
         name = textwrap.shorten(row.name, 40, placeholder="...")
+        counted = [f"{getattr(row, name):,}" for name in names]
         counts = (row.conversations, row.images, row.tokens)
-        counted = [f"{column[number]:,}" for column in columns.values()]
         rows.append([name, *counted, f"{row.ratio:g}", *(f"{n:,}" for n in counts)])
     totals = (f"{number:,}" for number in (data.conversations, data.images, data.tokens))
-    rows.append(["an epoch", *[""] * (len(columns) + 1), *totals])
+    rows.append(["an epoch", *[""] * (len(names) + 1), *totals])
     most = f"on average, {data.images_per_pack_max} at the most"
     share = f"{data.learnt_tokens / data.tokens:.1%} of all"
     facts = [
@@ -187,19 +163,13 @@ def _data(result: Preflight) -> str:
     if built := result.survey.built:
         told = ", ".join(built[:5]) + (", ..." if len(built) > 5 else "")
         facts.append(("token caches built", str(len(built)), f"training starts with them: {told}"))
-    return "\n".join(["Data", *_table(rows), "", *_facts(facts)])
+    return ["Data", *_table(rows, "<>"), "", *_table(facts)]
 
 
-def _facts(rows: Sequence[Sequence[str]]) -> list[str]:
-    names = max(len(row[0]) for row in rows)
-    numbers = max(len(row[1]) for row in rows)
-    return [f"  {row[0]:<{names}}  {row[1]:>{numbers}}  {row[2]}".rstrip() for row in rows]
-
-
-def _run(result: Preflight) -> str:
+def _run(result: Preflight) -> list[str]:
     data, disk = result.summary, result.disk
     if data is None:
-        return ""
+        return []
     of_a_step = f"an epoch, {data.packs_per_step} packs each"
     rows = [
         ("iterations", f"{data.iterations_per_epoch:,}", "an epoch: micro-batches on each GPU"),
@@ -215,55 +185,59 @@ def _run(result: Preflight) -> str:
         told = f"GiB, {disk['at_a_time']} at a time in {result.run.work_dir}"
         free = f"({disk['free_gib']:,.0f} GiB free)"
         rows.append(("checkpoint", f"{disk['checkpoint_gib']:.1f}", f"{told} {free}"))
-    return "\n".join(["Run", *_facts(rows)])
+    return ["Run", *_table(rows)]
 
 
-def _memory(result: Preflight) -> str:
+def _memory(result: Preflight) -> list[str]:
     memory = result.memory
     if memory is None:
-        return ""
+        return []
+    activations = memory.activations
+    at_the_moment = {
+        "optimiser step": [
+            (
+                "optimiser step",
+                memory.step,
+                "its temporaries; activations and buffers are free then",
+            ),
+        ],
+        "gradient sum": [
+            ("DeepSpeed's buffers", memory.buffers, "buckets"),
+            (
+                "gradient sum",
+                memory.summing,
+                "a micro-batch's, on the way to the sum; activations are free then",
+            ),
+        ],
+        activations.moment: [
+            ("DeepSpeed's buffers", memory.buffers, "buckets, gathered weights"),
+            ("activations, kept", activations.kept, "from the forward to the backward pass"),
+            ("activations, peak", activations.peak, f"highest moment: {activations.moment}"),
+        ],
+    }
     rows = [
         ("weights", memory.weights, ""),
         ("gradients", memory.gradients, ""),
         ("optimiser", memory.optimizer, "fp32 weights and moments"),
-    ]
-    activations = memory.activations
-    if memory.moment == "optimiser step":
-        told = "its temporaries; activations and buffers are free then"
-        rows.append(("optimiser step", memory.step, told))
-    elif memory.moment == "gradient sum":
-        told = "a micro-batch's, on the way to the sum; activations are free then"
-        rows += [
-            ("DeepSpeed's buffers", memory.buffers, "buckets"),
-            ("gradient sum", memory.summing, told),
-        ]
-    else:
-        rows += [
-            ("DeepSpeed's buffers", memory.buffers, "buckets, gathered weights"),
-            ("activations, kept", activations.kept, "from the forward to the backward pass"),
-            ("activations, peak", activations.peak, f"highest moment: {activations.moment}"),
-        ]
-    rows += [
-        ("allowance", memory.allowance, "CUDA context, NCCL, fragments"),
+        *at_the_moment[memory.moment],
+        ("allowance", ALLOWANCE, "CUDA context, NCCL, fragments"),
         ("total", memory.total, f"of {result.gpu_memory:g} GiB"),
     ]
-    facts = [[name, f"{number / GIB:.2f}", told] for name, number, told in rows]
-    lines = _facts(facts)
+    lines = _table([[name, f"{number / GIB:.2f}", told] for name, number, told in rows])
     if memory.host:
         lines.append(f"  and {memory.host / GIB:.1f} GiB of host memory for each GPU")
-    return "\n".join(["Memory of one GPU, GiB (an estimate)", *lines])
+    return ["Memory of one GPU, GiB (an estimate)", *lines]
 
 
-def _missing(result: Preflight) -> str:
+def _missing(result: Preflight) -> list[str]:
     lines: list[str] = []
-    datasets = result.survey.missing
-    if datasets:
+    if datasets := result.survey.missing:
         lines.append(f"Missing datasets: {len(datasets)}")
-        width = max(len(dataset.name) for dataset in datasets[:IN_TEXT])
-        for dataset in datasets[:IN_TEXT]:
-            more = f" and {len(dataset.paths) - 1} more" if len(dataset.paths) > 1 else ""
-            lines.append(f"  {dataset.name:<{width}}  {dataset.paths[0]}{more}")
-        lines += _and_more(len(datasets) - IN_TEXT)
+        told = [
+            (one.name, one.paths[0] + f" and {len(one.paths) - 1} more" * (len(one.paths) > 1))
+            for one in datasets
+        ]
+        lines += [*_table(told[:IN_TEXT], "<"), *_and_more(len(datasets) - IN_TEXT)]
     remedies: dict[str, None] = {}
     for bad in result.survey.bad.values():
         word = "Bad records" if bad.refused else "Records left out"
@@ -274,8 +248,8 @@ def _missing(result: Preflight) -> str:
             for note in notes
         ]
         lines += _and_more(left_out)
-        told = (note["remedy"] for note in islice(bad.notes(), IN_JSON))
-        remedies |= dict.fromkeys(" ".join(text.split()).rstrip(".") for text in told if text)
+        told_of = (note["remedy"] for note in islice(bad.notes(), IN_JSON))
+        remedies |= dict.fromkeys(" ".join(text.split()).rstrip(".") for text in told_of if text)
     if any(bad.refused for bad in result.survey.bad.values()):
         remedies[f"Or leave them out of the training: {SKIP}"] = None
     if remedies:
@@ -285,54 +259,42 @@ def _missing(result: Preflight) -> str:
     if result.bad_images:
         lines += ["", f"Bad images: {len(result.bad_images)}"]
         lines += [
-            f"  {image.dataset}  {image.image}: {_after_path(image.problem)}"
+            # Without the path that stands before what is wrong.
+            f"  {image.dataset}  {image.image}: {image.problem.rpartition(chr(39) + ' ')[2]}"
             for image in result.bad_images[:IN_TEXT]
         ]
         lines += _and_more(len(result.bad_images) - IN_TEXT)
-    return "\n".join(lines).strip()
-
-
-def _after_path(problem: str) -> str:
-    """What is wrong, without the path that stands before it."""
-    return problem.rpartition("' ")[2] or problem
+    return lines
 
 
 def _and_more(number: int) -> list[str]:
     return [f"  ... and {number} more (all in --json)"] if number > 0 else []
 
 
-def _problems(result: Preflight) -> str:
+def _problems(result: Preflight) -> list[str]:
     lines: list[str] = []
     for level, word in ((FAIL, "Would fail"), (WARN, "Look at"), (NOTE, "Note")):
-        found = result.findings.of(level)
-        if not found:
-            continue
-        lines += ["", word]
+        if found := result.findings.of(level):
+            lines += ["", word]
         for finding in found:
             lines += _wrap(f"{finding.about}: {' '.join(finding.text.split())}")
-    return "\n".join(lines).strip()
+    return lines
 
 
 def _wrap(text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent="  ",
-        subsequent_indent="    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    wrapper = textwrap.TextWrapper(WIDTH, "  ", "    ", break_long_words=False)
+    wrapper.break_on_hyphens = False
+    return wrapper.wrap(text)
 
 
-def _verdict(result: Preflight) -> str:
+def _verdict(result: Preflight) -> list[str]:
     fails, warnings = result.findings.of(FAIL), result.findings.of(WARN)
     if fails:
-        about = list(dict.fromkeys(finding.about for finding in fails))
-        return f"Verdict: this run would fail ({', '.join(about)})."
+        about = dict.fromkeys(finding.about for finding in fails)
+        return [f"Verdict: this run would fail ({', '.join(about)})."]
     if warnings:
         things = "one thing" if len(warnings) == 1 else f"{len(warnings)} things"
-        return f"Verdict: this run would start, with {things} to look at."
-    checked = (
-        "every image was decoded" if result.decoded else "images are there (--images decodes them)"
-    )
-    return f"Verdict: nothing was found that would stop this run; {checked}."
+        return [f"Verdict: this run would start, with {things} to look at."]
+    images = "images are there (--images decodes them)"
+    checked = "every image was decoded" if result.decoded else images
+    return [f"Verdict: nothing was found that would stop this run; {checked}."]

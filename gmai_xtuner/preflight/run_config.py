@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The run that is meant: config, DeepSpeed file, GPUs, work dir; read as ``xtuner train`` reads them."""
+"""The run that is meant, read as ``xtuner train`` reads it, and what is found about it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,57 @@ from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train.deepspeed_settings import Settled, read
 
+FAIL, WARN, NOTE = "fail", "warn", "note"
+
 
 class UsageError(Exception):
     """The command line names something that can't be read; exit status 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to know.
+
+    Args:
+        level: ``fail`` (the run would stop), ``warn`` (it would run, perhaps not as meant) or ``note``.
+        about: the part of the run, e.g. ``data``.
+        text: what was expected, what is there, and what to do.
+    """
+
+    level: str
+    about: str
+    text: str
+
+
+class Findings:
+    """Findings in the order in which they were made; none is made twice."""
+
+    def __init__(self) -> None:
+        self.found: list[Finding] = []
+
+    def add(self, level: str, about: str, text: str) -> None:
+        finding = Finding(level, about, text)
+        if finding not in self.found:
+            self.found.append(finding)
+
+    fail = partialmethod(add, FAIL)
+    warn = partialmethod(add, WARN)
+    note = partialmethod(add, NOTE)
+
+    def of(self, level: str) -> list[Finding]:
+        return [finding for finding in self.found if finding.level == level]
+
+    @property
+    def would_fail(self) -> bool:
+        return bool(self.of(FAIL))
+
+    @contextmanager
+    def catch(self, about: str) -> Iterator[None]:
+        """Turn the project's own errors, by which a run would stop, into findings and go on."""
+        try:
+            yield
+        except GMAIError as error:
+            self.fail(about, str(error))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,34 +97,23 @@ class ZeroSettings:
         precision = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
         summed = (config.get("data_types") or {}).get("grad_accum_dtype") or precision
         exchanged = config.get("communication_data_type") or precision
-        return cls(
-            name=name,
-            precision=precision,
-            grad_accum_bytes=DtypeEnum(summed).value.itemsize,
-            exchange_bytes=DtypeEnum(exchanged).value.itemsize,
-            zero=DeepSpeedZeroConfig(**config.get("zero_optimization", {})),
-        )
+        a, exchange = (DtypeEnum(kind).value.itemsize for kind in (summed, exchanged))
+        zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+        return cls(name, precision, a, exchange, zero)
 
     @property
     def stage(self) -> int:
         return int(self.zero.stage)
 
-    @property
-    def offload_optimizer(self) -> bool:
-        """Whether optimiser states and fp32 weights are in host memory."""
-        offload = self.zero.offload_optimizer
-        return offload is not None and offload.device != OffloadDeviceEnum.none
-
-    @property
-    def offload_param(self) -> bool:
-        """Whether weights are in host memory, too (stage 3)."""
-        offload = self.zero.offload_param
+    def offloads(self, part: str) -> bool:
+        """Return whether the ``optimizer`` (with fp32 weights) or the ``param`` is in host memory."""
+        offload = getattr(self.zero, f"offload_{part}")
         return offload is not None and offload.device != OffloadDeviceEnum.none
 
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """See the module.
+    """A run before it begins.
 
     Args:
         path: the config file.
@@ -147,8 +186,7 @@ def load_run(
         raise UsageError(f"there is no config {config!r}")
     try:
         cfg = Config.fromfile(path)
-        if options:
-            cfg.merge_from_dict(dict(options))
+        cfg.merge_from_dict(dict(options or {}))
     # A config is Python code: whatever is wrong with it, that is what the user wants to read.
     except Exception as error:
         raise UsageError(f"{path}: {type(error).__name__}: {error}") from error

@@ -16,21 +16,18 @@ from torch import nn
 from gmai_xtuner.model.llava import num_image_tokens
 from gmai_xtuner.preflight import checks, data, pictures
 from gmai_xtuner.preflight.activations import MicroBatch, count_activations
-from gmai_xtuner.preflight.findings import Findings
 from gmai_xtuner.preflight.memory import (
     GIB,
     Memory,
-    estimate_memory,
-    moment_bytes,
-)
-from gmai_xtuner.preflight.parameters import (
     PartCount,
     build_on_meta,
     count_parameters,
+    estimate_memory,
+    moment_bytes,
     quantises_to_4_bit,
 )
 from gmai_xtuner.preflight.pictures import BadImage
-from gmai_xtuner.preflight.run_config import RunConfig, ZeroSettings
+from gmai_xtuner.preflight.run_config import Findings, RunConfig, ZeroSettings
 from gmai_xtuner.train.deepspeed_settings import read
 
 ALTERNATIVES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -71,26 +68,22 @@ class Preflight:
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run, at the throughput."""
+        """Hours of the whole run, at the throughput."""
         if self.summary is None or not self.throughput:
             return None
         return self.summary.tokens * self.summary.epochs / (self.throughput * self.run.gpus) / 3600
 
     def missing_images(self) -> Iterator[tuple[str, str]]:
-        """Dataset and path of each image that is not there; those in the lists on disk are read there."""
+        """Yield dataset and path of each image that is not there, also of those in the lists on disk."""
         noted = (
-            (bad.name, image)
+            (bad.name, image, reason)
             for bad in self.survey.bad.values()
             for note in bad.notes()
             for image, reason in note.get("images", {}).items()
-            if reason == "missing_image"
         )
-        found = (
-            (image.dataset, image.image)
-            for image in self.bad_images
-            if image.reason == "missing_image"
-        )
-        return iter(dict.fromkeys(chain(found, noted)))
+        found = ((image.dataset, image.image, image.reason) for image in self.bad_images)
+        every = chain(found, noted)
+        return iter(dict.fromkeys((a, b) for a, b, reason in every if reason == "missing_image"))
 
 
 def look_at(
@@ -120,9 +113,10 @@ def look_at(
     _look_at_data(result, decode_images)
     if model is not None and result.counts is not None:
         _look_at_memory(result, model)
-        size = checks.checkpoint_bytes(result.counts, moment_bytes(run.optimizer))
         iterations = result.summary.iterations if result.summary else None
-        result.disk = checks.check_disk(run, size, iterations, findings, elsewhere=not need_weights)
+        result.disk = checks.check_disk(
+            run, result.counts, iterations, findings, elsewhere=not need_weights
+        )
     return result
 
 
@@ -157,31 +151,23 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
         )
     for bad in survey.bad.values():
         told = ", ".join(f"{count} {reason}" for reason, count in bad.reasons.items())
+        counted = f"bad records, {bad.count} ({told})"
         if bad.refused:
-            findings.fail(
-                "data",
-                f"{bad.name} has bad records, {bad.count} ({told}). Mend them, or leave them out with "
-                f"{SKIP}. All of them: {bad.listing}",
-            )
+            remedy = f"Mend them, or leave them out with {SKIP}. All of them: {bad.listing}"
+            findings.fail("data", f"{bad.name} has {counted}. {remedy}")
         else:
-            findings.warn(
-                "data",
-                f"{bad.name} goes without its bad records, {bad.count} ({told}): {bad.listing}",
-            )
+            findings.warn("data", f"{bad.name} goes without its {counted}: {bad.listing}")
     if dataset is None:
         return
     with findings.catch("data"):
-        result.summary = data.summarise(run, dataset)
-        checks.check_amount(run, result.summary, findings)
-        checks.check_held_out(dataset.plan, result.summary, findings)
-        checks.check_excluded(dataset.plan, findings)
+        result.summary = data.DataSummary(run, dataset)
+        checks.check_data(run, result.summary, dataset.plan, findings)
     if survey.incomplete:
         data.forget_plan(dataset, survey)
     roots = pictures.list_images(dataset)
     if decode_images:
-        workers = run.dataset.get("num_workers")
         result.bad_images = pictures.decode_all(
-            roots, max_pixels=dataset.max_pixels, num_workers=workers
+            roots, max_pixels=dataset.max_pixels, num_workers=run.dataset.get("num_workers")
         )
         result.decoded = sum(len(root.images) for root in roots)
     else:
@@ -244,9 +230,10 @@ def _what_would_fit(result: Preflight, memory: Callable[[ZeroSettings, int], Mem
     """Try other DeepSpeed files and smaller micro-batches."""
     run, counts = result.run, result.counts or {}
     choices = []
+    run_kind = (run.zero.stage, run.zero.offloads("optimizer"))
     for name in ALTERNATIVES:
         zero = ZeroSettings.from_dict(name, read(name, run.cfg).settings)
-        if (zero.stage, zero.offload_optimizer) > (run.zero.stage, run.zero.offload_optimizer):
+        if (zero.stage, zero.offloads("optimizer")) > run_kind:
             choices.append((f"--deepspeed {name}", zero, run.batch_size))
     size = run.batch_size // 2
     while size:

@@ -11,63 +11,31 @@ preflight settle a file by :func:`settle` before anything else; the names are th
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gmai_xtuner.core.errors import GMAIError
 
-_HONOURED = """
-zero_optimization bf16 data_types zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio
-communication_data_type disable_allgather prescale_gradients gradient_predivide_factor timers
-comms_logger flops_profiler wall_clock_breakdown memory_breakdown dump_state
-"""
-_NOT_TRAINED_WITH = """
-progressive_layer_drop eigenvalue quantize_training compression_training weight_quantization
-sparse_attention pipeline hybrid_engine graph_harvesting compile tensor_parallel
-use_data_before_expert_parallelism seq_parallel_comm_data_type
-"""
-HONOURED = frozenset(_HONOURED.split())
-"""Handed to DeepSpeed as they are."""
-
-CONFIG_DECIDES = {
-    "gradient_accumulation_steps": "optim_wrapper.accumulative_counts",
-    "train_micro_batch_size_per_gpu": "train_dataloader.batch_size",
-    "gradient_clipping": "optim_wrapper.clip_grad.max_norm",
-}
+_TABLES: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("settings.yaml").read_text(encoding="utf-8")
+)
+HABITS: dict[str, str] = _TABLES["habits"]
+"""Names of settings in other programs, and what is meant by them here."""
+HONOURED = frozenset(_TABLES["honoured"].split())
+"""Keys of a DeepSpeed file that are handed to DeepSpeed as they are."""
+CONFIG_DECIDES: dict[str, str] = _TABLES["config_decides"]
 """Keys whose value is the config's, under the name given here."""
-
-DROPPED = {
-    "train_batch_size": "it follows from the GPUs, train_dataloader.batch_size and "
-    "optim_wrapper.accumulative_counts",
-    "steps_per_print": "default_hooks.logger.interval says how often is logged",
-    "activation_checkpointing": "model.use_activation_checkpointing and model.recomputed_layers decide",
-    "sparse_gradients": "no layer has sparse gradients",
-    "dataloader_drop_last": "the batch sampler deals out every pack",
-}
+DROPPED: dict[str, str] = _TABLES["dropped"]
 """Keys that ask for what this project decides elsewhere."""
-
-REFUSED = {
-    "fp16": "training is in bf16. Remove fp16 and give bf16: {enabled: true}",
-    "amp": "training is in bf16. Remove amp and give bf16: {enabled: true}",
-    "scheduler": "the learning rate follows the config's param_scheduler. Remove it; for a warm-up give "
-    "--cfg-options param_scheduler.warmup_ratio=...",
-    "optimizer": "the config names the optimiser. Remove it, and give --cfg-options "
-    "optim_wrapper.optimizer.lr=... (type, weight_decay, betas)",
-    "tensorboard": "the log has its own. Remove it; visualizer.vis_backends names what is written",
-    "wandb": "the log has its own. Remove it; give --cfg-options report_to=wandb",
-    "csv_monitor": "the log has its own. Remove it; vis_data/scalars.json has every number",
-    "comet": "the log has its own. Remove it; visualizer.vis_backends names what is written",
-    "checkpoint": "checkpoints are written by default_hooks.checkpoint. Remove it",
-    "nebula": "checkpoints are written by default_hooks.checkpoint. Remove it",
-    "curriculum_learning": "packs are dealt by the sampler. Remove it",
-    "data_efficiency": "packs are dealt by the sampler. Remove it",
-    "elasticity": "a step always has the config's number of packs. Remove it",
-    "autotuning": "it starts runs of its own. Remove it; the preflight says what fits",
-    **dict.fromkeys(_NOT_TRAINED_WITH.split(), "GMAI-VL does not train with it. Remove it"),
-}
+REFUSED: dict[str, str] = _TABLES["refused"] | dict.fromkeys(
+    _TABLES["not_trained_with"].split(), "GMAI-VL does not train with it. Remove it"
+)
 """Keys that would change what is learnt, or that nothing would heed; and what to do instead."""
 
 
@@ -98,23 +66,6 @@ class Settled:
         return self
 
 
-def find_file(name: str) -> Path:
-    """Return the file that ``--deepspeed NAME`` means.
-
-    Raises:
-        GMAIError: there is none.
-    """
-    from xtuner.configs import cfgs_name_path
-
-    file = Path(name if Path(name).is_file() else cfgs_name_path.get(name, ""))
-    if not file.is_file():
-        raise GMAIError(
-            f"--deepspeed {name}: no such file, and no name that xtuner knows. Give zero1, zero2, zero3, "
-            "zero2_offload, zero3_offload or a JSON file"
-        )
-    return file
-
-
 def read(name: str, cfg: Mapping[str, Any]) -> Settled:
     """Read the file that ``--deepspeed NAME`` means and settle it.
 
@@ -125,12 +76,17 @@ def read(name: str, cfg: Mapping[str, Any]) -> Settled:
     Raises:
         GMAIError: no such file, or it is not one JSON object.
     """
+    from xtuner.configs import cfgs_name_path
+
+    file = Path(name if Path(name).is_file() else cfgs_name_path.get(name, ""))
+    if not file.is_file():
+        raise GMAIError(
+            f"--deepspeed {name}: no such file, and no name that xtuner knows. Give zero1, zero2, zero3, "
+            "zero2_offload, zero3_offload or a JSON file"
+        )
     try:
-        text = find_file(name).read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_unique)
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (ValueError, OSError) as error:
-        if isinstance(error, GMAIError):
-            raise
         raise GMAIError(f"DeepSpeed file {name} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise GMAIError(f"DeepSpeed file {name} must hold one JSON object, not a {type(content)}")
@@ -138,12 +94,10 @@ def read(name: str, cfg: Mapping[str, Any]) -> Settled:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = sorted({key for key in names if names.count(key) > 1})
+    twice = sorted(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
+    if twice:
         raise ValueError(f"{', '.join(twice)} stands in it more than once")
-    return found
+    return dict(pairs)
 
 
 def settle(name: str, content: Mapping[str, Any], cfg: Mapping[str, Any]) -> Settled:
@@ -158,18 +112,16 @@ def settle(name: str, content: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set
     for key, value in content.items():
         if key in CONFIG_DECIDES:
             ours = _config_value(key, cfg)
+            named = f"{CONFIG_DECIDES[key]}={ours!r}"
             if value not in ("auto", ours):
-                settled.overruled.append(
-                    f"{key}: {value!r} is not taken, the config has {CONFIG_DECIDES[key]}={ours!r}"
-                )
-        elif key in DROPPED:
-            if value != "auto":
-                settled.overruled.append(f"{key} is not taken: {DROPPED[key]}")
+                settled.overruled.append(f"{key}: {value!r} is not taken, the config has {named}")
+        elif key in DROPPED and value != "auto":
+            settled.overruled.append(f"{key} is not taken: {DROPPED[key]}")
         elif key in REFUSED:
             _refuse(settled, key, value)
         elif key in HONOURED:
             settled.settings[key] = _without_auto(settled, key, value)
-        else:
+        elif key not in DROPPED:
             near = get_close_matches(key, [*HONOURED, *CONFIG_DECIDES, *DROPPED], n=1)
             meant = f"Did you mean {near[0]!r}?" if near else "Remove it"
             settled.refused.append(f"DeepSpeed reads no {key!r}. {meant}")
@@ -182,12 +134,10 @@ def settle(name: str, content: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set
 
 def _config_value(key: str, cfg: Mapping[str, Any]) -> Any:
     """Return what xtuner gives DeepSpeed for a key of :data:`CONFIG_DECIDES`."""
-    if key == "train_micro_batch_size_per_gpu":
-        return cfg["train_dataloader"].get("batch_size", 1)
-    wrapper = cfg["optim_wrapper"]
-    if key == "gradient_accumulation_steps":
-        return wrapper.get("accumulative_counts", 1)
-    return (wrapper.get("clip_grad") or {}).get("max_norm", 1.0)
+    *sections, name = CONFIG_DECIDES[key].split(".")
+    for section in sections:
+        cfg = cfg.get(section) or {}
+    return cfg.get(name, 1)
 
 
 def _refuse(settled: Settled, key: str, value: Any) -> None:

@@ -21,6 +21,8 @@ from mmengine.runner import FlexibleRunner, set_random_seed
 from torch.utils.data import DataLoader
 from xtuner.registry import BUILDER
 
+from gmai_xtuner.train.deepspeed_settings import HABITS
+
 TOP_LEVEL = frozenset(inspect.signature(FlexibleRunner).parameters) - {"cfg", "auto_scale_lr"} | {
     "custom_imports",
     "runner_type",
@@ -65,73 +67,6 @@ TAKEN_OUT = {
     "custom_hooks": ("priority",),
 }
 """Keys that a builder takes out before the class of the section sees them."""
-HABITS = {
-    "accelerator": "--deepspeed",
-    "adam_beta1": "optim_wrapper.optimizer.betas",
-    "adam_beta2": "optim_wrapper.optimizer.betas",
-    "adam_epsilon": "optim_wrapper.optimizer.eps",
-    "auto_scale_lr": "optim_wrapper.optimizer.lr",
-    "batch_size": "train_dataloader.batch_size",
-    "bf16": "--deepspeed (zero1, zero2 and zero3 train in bf16)",
-    "cutoff_len": "train_dataloader.dataset.max_length",
-    "data_path": "train_dataloader.dataset.mixture (or GMAI_MIXTURE)",
-    "dataloader_num_workers": "train_dataloader.num_workers",
-    "deepspeed": "--deepspeed",
-    "early_stopping_patience": "default_hooks.best.patience",
-    "drop_last": "nothing: the batch sampler deals out every pack",
-    "dropout": "model.llm_lora.lora_dropout",
-    "epochs": "train_cfg.max_epochs",
-    "eval_steps": "train_cfg.val_interval",
-    "evaluation_freq": "default_hooks.sample_answer.interval",
-    "fp16": "--deepspeed (zero1, zero2 and zero3 train in bf16)",
-    "freeze_backbone": "model.freeze_llm",
-    "grad_accum": "optim_wrapper.accumulative_counts",
-    "gradient_accumulation_steps": "optim_wrapper.accumulative_counts",
-    "gradient_checkpointing": "model.use_activation_checkpointing",
-    "gradient_clipping": "optim_wrapper.clip_grad.max_norm",
-    "image_folder": "train_dataloader.dataset.mixture (or GMAI_MIXTURE)",
-    "learning_rate": "optim_wrapper.optimizer.lr",
-    "llm_name_or_path": "model.llm.pretrained_model_name_or_path (or GMAI_LLM)",
-    "load_best_model_at_end": "default_hooks.best.keep",
-    "log_interval": "default_hooks.logger.interval",
-    "logging_steps": "default_hooks.logger.interval",
-    "lora_alpha": "model.llm_lora.lora_alpha",
-    "lora_r": "model.llm_lora.r",
-    "lora_rank": "model.llm_lora.r",
-    "loss_scale": "nothing: bf16 needs none",
-    "lr": "optim_wrapper.optimizer.lr",
-    "lr_scheduler_type": "param_scheduler.type",
-    "max_grad_norm": "optim_wrapper.clip_grad.max_norm",
-    "max_norm": "optim_wrapper.clip_grad.max_norm",
-    "max_seq_length": "train_dataloader.dataset.max_length",
-    "max_steps": "train_cfg.max_iters",
-    "metric_for_best_model": "default_hooks.best.monitor",
-    "mm_projector_lr": "optim_wrapper.optimizer.lr_by_part.projector",
-    "mm_vision_tower_lr": "optim_wrapper.optimizer.lr_by_part.visual_encoder",
-    "micro_batch_size": "train_dataloader.batch_size",
-    "model_max_length": "train_dataloader.dataset.max_length",
-    "model_name_or_path": "model.llm.pretrained_model_name_or_path (or GMAI_LLM)",
-    "num_epochs": "train_cfg.max_epochs",
-    "num_train_epochs": "train_cfg.max_epochs",
-    "optim": "optim_wrapper.optimizer.type",
-    "output_dir": "--work-dir",
-    "pack_to_max_length": "nothing: conversations are always packed",
-    "paramwise_cfg": "optim_wrapper.optimizer.lr_by_part",
-    "per_device_train_batch_size": "train_dataloader.batch_size",
-    "pretrain_mm_mlp_adapter": "model.pretrained_pth",
-    "rank": "model.llm_lora.r",
-    "resume_from_checkpoint": "--resume",
-    "save_steps": "default_hooks.checkpoint.interval",
-    "save_total_limit": "default_hooks.checkpoint.max_keep_ckpts",
-    "seed": "randomness.seed",
-    "shuffle": "nothing: the sampler draws a new order each epoch",
-    "train_batch_size": "train_dataloader.batch_size",
-    "vision_tower": "model.visual_encoder.pretrained_model_name_or_path (or GMAI_VISION)",
-    "visual_encoder_name_or_path": "model.visual_encoder.pretrained_model_name_or_path (or GMAI_VISION)",
-    "warmup_steps": "param_scheduler.warmup_ratio",
-}
-"""Names that xtuner, Hugging Face, LLaVA and mmengine use, and what is meant by them here."""
-
 FOLLOWED = ("gmai_xtuner", "mmengine", "torch", "xtuner")
 """Packages whose classes hand ``**kwargs`` to their base, and take nothing out of them."""
 _IGNORES_THE_REST = ("transformers.utils.quantization_config",)

@@ -16,7 +16,7 @@ from PIL import Image
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.data import token_cache
 from gmai_xtuner.data.bad_records import BadRecords
-from gmai_xtuner.data.token_cache import TokenCache, open_caches
+from gmai_xtuner.data.token_cache import TokenCache
 from tests.data.conftest import OPTIONS
 from tests.toy import Corpus, record
 
@@ -206,11 +206,10 @@ def _with_broken_file(make_corpus) -> Corpus:
 # --- several datasets -----------------------------------------------------------------------------
 
 
-def test_several_datasets_tell_their_bad_records_together(make_corpus, encode, tmp_path):
+def test_several_datasets_tell_their_bad_records_together(make_corpus, build, tmp_path):
     corpus = make_corpus({"a": [GOOD, lost(1)], "b": [GOOD], "c": [lost(2), b"["]})
-    pairs = [(corpus.entry(name), RAISE) for name in "abc"]
     with pytest.raises(DataError) as caught:
-        open_caches(pairs, encode, cache_dir=tmp_path / "cache", num_workers=1)
+        build(corpus.mixture)
     message = str(caught.value)
     assert "2 of 3 datasets can't be used (a, c)" in message
     assert "lost1.png" in message
@@ -222,11 +221,8 @@ def test_several_datasets_tell_their_bad_records_together(make_corpus, encode, t
     assert made == {"a": ".bad", "b": "", "c": ".bad"}
 
 
-def test_the_error_of_a_single_dataset_is_its_own(make_corpus, encode, tmp_path):
+def test_the_error_of_a_single_dataset_is_its_own(make_corpus, build):
     corpus = make_corpus({"a": [GOOD, lost(1)], "b": [GOOD]})
-    pairs = [(corpus.entry(name), RAISE) for name in "ab"]
     with pytest.raises(BadRecords, match=r"dataset 'a', record lost1 \(a.jsonl, line 2\)"):
-        open_caches(pairs, encode, cache_dir=tmp_path / "cache", num_workers=1)
-    pairs[0] = (corpus.entry("a"), SKIP)
-    caches = open_caches(pairs, encode, cache_dir=tmp_path / "cache", num_workers=1)
-    assert [len(cache) for cache in caches] == [1, 1]
+        build(corpus.mixture)
+    assert [len(cache) for cache in build(corpus.mixture, on_bad_sample="skip").caches] == [1, 1]

@@ -30,7 +30,7 @@ from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.import_model import main
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.preflight.checks import check_base_weights
-from gmai_xtuner.preflight.findings import Findings
+from gmai_xtuner.preflight.run_config import Findings
 
 TURNS = (Turn("user", "<image>\nCompare with <image>."),)
 

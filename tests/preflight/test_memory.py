@@ -10,8 +10,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from gmai_xtuner.compat import deepspeed as deepspeed_compat
 from gmai_xtuner.preflight.activations import Activations
-from gmai_xtuner.preflight.memory import ALLOWANCE, estimate_memory, moment_bytes
-from gmai_xtuner.preflight.parameters import PartCount
+from gmai_xtuner.preflight.memory import ALLOWANCE, PartCount, estimate_memory, moment_bytes
 from gmai_xtuner.preflight.run_config import ZeroSettings
 from gmai_xtuner.train.deepspeed_settings import read
 from gmai_xtuner.train.names import DEEPSPEED_NAMES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gmai_xtuner.preflight.parameters import count_parameters
+from gmai_xtuner.preflight.memory import count_parameters
 
 LANGUAGE, VISION, PROJECTOR = 7_737_708_544, 303_507_456, 20_979_712
 

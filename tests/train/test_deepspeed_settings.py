@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from deepspeed.runtime import constants
@@ -15,11 +16,10 @@ from gmai_xtuner.train.deepspeed_settings import (
     DROPPED,
     HONOURED,
     REFUSED,
-    find_file,
     read,
     settle,
 )
-from gmai_xtuner.train.names import DEEPSPEED_NAMES
+from gmai_xtuner.train.names import DEEPSPEED_NAMES, packaged_names
 
 CONFIG = {
     "train_dataloader": {"batch_size": 8},
@@ -39,7 +39,7 @@ def settled(**content):
 def test_shipped_files_say_nothing_that_is_not_honoured(name):
     found = read(name, CONFIG)
     assert (found.overruled, found.refused) == ([], [])
-    assert found.settings == json.loads(find_file(name).read_text())
+    assert found.settings == json.loads(Path(packaged_names()[name]).read_text())
 
 
 @pytest.mark.parametrize(

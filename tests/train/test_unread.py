@@ -11,8 +11,9 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train.deepspeed_settings import HABITS
 from gmai_xtuner.train.start import check_something_learns, setting_problems
-from gmai_xtuner.train.unread import HABITS, arguments_of, unread_settings
+from gmai_xtuner.train.unread import arguments_of, unread_settings
 
 FOLDER = Path(__file__).parents[2] / "configs" / "gmai_vl"
 SHIPPED = sorted(
