@@ -68,10 +68,10 @@ class ChatTemplate:
             raise GMAIError(
                 f"xtuner has no prompt template {name!r}; it has {', '.join(sorted(PROMPT_TEMPLATE))}"
             )
-        given = PROMPT_TEMPLATE[name]
-        names = ("SYSTEM", "INSTRUCTION", "SUFFIX", "SUFFIX_AS_EOS", "SEP")
         defaults = {"SYSTEM": "{system}\n", "SUFFIX": "", "SUFFIX_AS_EOS": False, "SEP": ""}
-        return cls(*({**defaults, **given}[key] for key in names), add_bos=add_bos)
+        given: dict[str, Any] = {**defaults, **PROMPT_TEMPLATE[name]}
+        texts = given["SYSTEM"], given["INSTRUCTION"], given["SUFFIX"]
+        return cls(*texts, given["SUFFIX_AS_EOS"], given["SEP"], add_bos)
 
 
 class TurnEnd(NamedTuple):
