@@ -99,11 +99,6 @@ def test_pixels_are_the_transformed_images_in_the_order_of_the_marks(build, corp
     assert torch.equal(item["pixel_values"], expected)
 
 
-def test_a_pack_without_images_has_none(build, make_corpus):
-    dataset = build(make_corpus({"toy": RECORDS[3:]}).mixture)
-    assert dataset[0]["pixel_values"].shape == (0, 3, 336, 336)
-
-
 def test_image_mode_reaches_the_transform(build, corpus):
     refs = range(len(build(corpus.mixture)))
     padded, resized = build(corpus.mixture), build(corpus.mixture, image_mode="resize")

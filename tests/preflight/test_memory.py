@@ -170,12 +170,6 @@ def test_gradients_may_need_most_while_they_are_summed():
         assert (memory.total, memory.moment) == (lasting + memory.buffers + extra, moment)
 
 
-@pytest.mark.parametrize("name", DEEPSPEED_NAMES)
-def test_more_gpus_never_need_more(name):
-    totals = [estimate(name, gpus=gpus).total for gpus in (1, 2, 8, 64)]
-    assert totals == sorted(totals, reverse=True)
-
-
 def test_4_bit_weights_take_a_quarter_and_their_scales():
     quantised = {"llm": PartCount(W, 0, W, 2 * W, 0)}
     assert estimate("zero2", counts=quantised).weights == pytest.approx(0.5625 * W)
