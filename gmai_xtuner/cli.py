@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -26,13 +26,10 @@ def positive_int(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: the text is something else.
     """
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, a whole number, got {text!r}")
-    return value
+    with suppress(ValueError):
+        if (value := int(text)) > 0:
+            return value
+    raise argparse.ArgumentTypeError(f"must be above 0, a whole number, got {text!r}")
 
 
 def positive_number(text: str) -> float:
@@ -41,13 +38,10 @@ def positive_number(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: the text is something else.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
 
 
 def dtype_name(text: str) -> str:
@@ -105,6 +99,22 @@ def add_allow_pickle(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_device_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add ``--dtype`` and ``--device``."""
+    add_dtype_argument(parser)
+    parser.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
+
+
+def add_limits(
+    parser: argparse._ActionsContainer,
+    *limits: tuple[str, Callable[[str], float], float, str],
+) -> None:
+    """Add options that take a number: their name, type, default and what the number is of."""
+    for option, kind, default, what in limits:
+        text = f"{what} (default {default})"
+        parser.add_argument(option, type=kind, default=default, metavar="N", help=text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``MODEL`` and the options that say how it is loaded."""
     parser.add_argument("model", metavar="MODEL", help="folder with the weights of a trained model")
@@ -113,8 +123,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--llm", help="the language model's base, for an export of stage 1 or 2, which has none"
     )
     group.add_argument("--vision", help="the vision tower's base, for an export of stage 1")
-    add_dtype_argument(group)
-    group.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
+    add_device_arguments(group)
     group.add_argument(
         "--prompt-template",
         metavar="NAME",
@@ -144,9 +153,27 @@ def load_from_arguments(options: argparse.Namespace) -> Predictor:
         vision=options.vision,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         device=options.device,
-        prompt_template=options.prompt_template,
-        add_bos=options.add_bos,
+        prompt_template=getattr(options, "prompt_template", None),
+        add_bos=getattr(options, "add_bos", None),
     )
+
+
+def exit_status(command: Callable[[], int | None], *, interrupted: int = 130) -> int:
+    """Run a command; print an error that needs no traceback.
+
+    Args:
+        command: returns its exit status, ``None`` for 0.
+        interrupted: exit status after Ctrl-C.
+    """
+    try:
+        return command() or 0
+    except BrokenPipeError:  # whoever read the output has gone
+        return 1
+    except KeyboardInterrupt:
+        return interrupted
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 @contextmanager

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument
+from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument, exit_status
 
 if TYPE_CHECKING:  # imported where they are used, so that --help answers at once
     import torch
@@ -159,15 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     from gmai_xtuner.loading import describe
     from gmai_xtuner.model.costs import folder_bytes, size
 
-    try:
+    def run() -> None:
         predictor = import_model(**vars(options))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
-        f"{describe(predictor)}\n{size(folder_bytes(Path(options.out)))} on disk in {options.out}"
-    )
-    return 0
+        on_disk = size(folder_bytes(Path(options.out)))
+        print(f"{describe(predictor)}\n{on_disk} on disk in {options.out}")
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 from gmai_xtuner.cli import (
+    add_limits,
     add_model_arguments,
+    exit_status,
     load_from_arguments,
     only_the_report_on_stdout,
     positive_int,
@@ -32,21 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.json and options.question is None:
         parser.error("--json is for --question")
-    try:
-        with only_the_report_on_stdout() as stdout:
-            return _run(options, stdout)
-    except BrokenPipeError:  # whoever read the answers has gone
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(partial(_run, options))
 
 
-def _run(options: argparse.Namespace, stdout: TextIO) -> int:
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(
-            encoding="utf-8", errors="surrogateescape"
-        )  # checked with the question
-    try:
+def _run(options: argparse.Namespace) -> None:
+    if hasattr(sys.stdin, "reconfigure"):  # checked with the question
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    with only_the_report_on_stdout() as stdout:
         from gmai_xtuner.chat.dialogue import Dialogue, open_picture
         from gmai_xtuner.generate import Sampling
         from gmai_xtuner.loading import describe
@@ -68,15 +63,6 @@ def _run(options: argparse.Namespace, stdout: TextIO) -> int:
             _answer_once(dialogue, options, stdout)
         else:
             _talk(dialogue, stdout)
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:  # torch's, such as too little memory or no such device
-        print(f"error: the model failed: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _answer_once(dialogue: Dialogue, options: argparse.Namespace, stdout: TextIO) -> None:
@@ -138,13 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="with --question: one JSON object")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     group = parser.add_argument_group("answers")
-    group.add_argument(
-        "--max-new-tokens",
-        type=positive_int,
-        default=512,
-        metavar="N",
-        help="at most (default 512)",
-    )
+    add_limits(group, ("--max-new-tokens", positive_int, 512, "at most"))
     group.add_argument(
         "--temperature", type=float, default=0.0, help="0, the default: the likeliest token"
     )

@@ -12,12 +12,15 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gmai_xtuner.cli import (
     add_allow_pickle,
-    add_dtype_argument,
+    add_device_arguments,
+    add_limits,
+    exit_status,
     load_from_arguments,
     positive_int,
     positive_number,
@@ -27,24 +30,16 @@ from gmai_xtuner.core.errors import GMAIError
 if TYPE_CHECKING:
     from gmai_xtuner.demo.answering import LoadedModel
 
-PORT = 7860
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     options = _parser().parse_args(arguments)
     # uvicorn ends well on SIGTERM and then raises it again
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return _run(options)
-    except GMAIError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 0
+    return exit_status(partial(_run, options), interrupted=0)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     try:
         import nicegui  # noqa: F401
     except ImportError as error:
@@ -53,10 +48,10 @@ def _run(options: argparse.Namespace) -> int:
         ) from error
     from gmai_xtuner.core.addresses import is_loopback, reserved
     from gmai_xtuner.demo.answering import Answering
-    from gmai_xtuner.demo.examples import examples_of, installed_examples
-    from gmai_xtuner.demo.limits import MEBIBYTE, Limits
+    from gmai_xtuner.demo.files import examples_of, installed_examples
     from gmai_xtuner.demo.page import Demo
     from gmai_xtuner.demo.server import serve
+    from gmai_xtuner.demo.studies import MEBIBYTE, Limits
 
     if not is_loopback(options.host) and not options.without_sign_in:
         raise GMAIError(
@@ -76,19 +71,10 @@ def _run(options: argparse.Namespace) -> int:
             print(f"{model.name}: {model.facts}")
         host, port = own.getsockname()[:2]
         shown = f"[{host}]" if ":" in str(host) else host
-        demo = Demo(
-            Answering(models, max_waiting=limits.waiting),
-            limits=limits,
-            examples=examples,
-            language=options.language,
-        )
-        serve(
-            demo,
-            own=own,
-            names=options.allow_host,
-            ready=lambda: print(f"open http://{shown}:{port}/  (Ctrl-C ends it)", flush=True),
-        )
-    return 0
+        answering = Answering(models, max_waiting=limits.waiting)
+        demo = Demo(answering, limits=limits, examples=examples, language=options.language)
+        ready = partial(print, f"open http://{shown}:{port}/  (Ctrl-C ends it)", flush=True)
+        serve(demo, own=own, names=options.allow_host, ready=ready)
 
 
 def _models(options: argparse.Namespace) -> list[LoadedModel]:
@@ -106,13 +92,7 @@ def _models(options: argparse.Namespace) -> list[LoadedModel]:
     loaded = []
     for name, (model, llm, vision) in zip(names, asked, strict=True):
         print(f"loading {model}", file=sys.stderr, flush=True)
-        own = {
-            "model": model,
-            "llm": llm,
-            "vision": vision,
-            "prompt_template": None,
-            "add_bos": None,
-        }
+        own = {"model": model, "llm": llm, "vision": vision}
         try:
             predictor = load_from_arguments(argparse.Namespace(**{**vars(options), **own}))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -129,58 +109,39 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m gmai_xtuner.demo",
         description="A page to try one model, or two side by side. Not for clinical use.",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder of an exported model")
-    parser.add_argument(
-        "model_b",
-        metavar="MODEL_B",
-        nargs="?",
-        help="a second one, which answers the same questions",
-    )
-    for letter, which in (("", "MODEL"), ("-b", "MODEL_B")):
-        parser.add_argument(
-            f"--llm{letter}", metavar="BASE", help=f"language model of {which}, if that has none"
-        )
-        parser.add_argument(
-            f"--vision{letter}", metavar="BASE", help=f"vision tower of {which}, if that has none"
-        )
-    add_dtype_argument(parser)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder of an exported model")
+    add("model_b", metavar="MODEL_B", nargs="?", help="a second one, asked the same questions")
+    for option, part in (("llm", "language model"), ("vision", "vision tower")):
+        for suffix, which in (("", "MODEL"), ("-b", "MODEL_B")):
+            text = f"{part} of {which}, if that has none"
+            add(f"--{option}{suffix}", metavar="BASE", help=text)
+    add_device_arguments(parser)
     add_allow_pickle(parser)
-    parser.add_argument("--device", help="such as cpu or cuda:1 (default: the GPU if there is one)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve (default: this machine only)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=PORT, help=f"0 takes a free one (default {PORT})"
-    )
-    parser.add_argument(
+    add("--host", default="127.0.0.1", help="address to serve (default: this machine only)")
+    add("--port", type=int, default=7860, help="0 takes a free one (default 7860)")
+    add(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
         help="name by which a proxy on this machine is visited; can be repeated",
     )
-    parser.add_argument(
+    add(
         "--without-sign-in",
         action="store_true",
         help="let everyone who reaches --host use the page; a proxy in front can ask for a password",
     )
-    for option, kind, default, what in (
-        ("--max-upload-mb", positive_number, 256.0, "MiB of one upload"),
+    add_limits(
+        parser,
+        ("--max-upload-mb", positive_number, 256, "MiB of one upload"),
         ("--max-pixels", positive_int, 50_000_000, "of one image"),
         ("--max-voxels", positive_int, 300_000_000, "of one volume"),
-        ("--max-memory-mb", positive_number, 4096.0, "MiB of the opened images of all visitors"),
-    ):
-        parser.add_argument(
-            option, type=kind, default=default, metavar="N", help=f"{what} (default {default:.0f})"
-        )
-    parser.add_argument(
-        "--examples",
-        metavar="FOLDER",
-        help="image files to pick from, in place of the built-in ones",
+        ("--max-memory-mb", positive_number, 4096, "MiB of the opened images of all visitors"),
     )
-    parser.add_argument(
-        "--language", choices=("en", "zh"), default="en", help="the page begins with"
-    )
+    text = "image files to pick from, in place of the built-in ones"
+    add("--examples", metavar="FOLDER", help=text)
+    add("--language", choices=("en", "zh"), default="en", help="the page begins with")
     return parser
 
 

@@ -6,16 +6,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 
 from gmai_xtuner.core.conversation import Turn
-from gmai_xtuner.demo.conversation import Answer, Exchange, Session
+from gmai_xtuner.demo.conversation import Exchange, Session
 from gmai_xtuner.demo.i18n import PageError
-from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, PromptTooLong, Sampling
+from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, PromptTooLong
 from gmai_xtuner.inference_queue import InferenceQueue, QueueFull
 from gmai_xtuner.model.costs import part_cost, size
 
@@ -38,13 +39,8 @@ class LoadedModel:
             f" on {self.predictor.model.llm.device}"
         )
 
-    @property
-    def limit(self) -> int:
-        """Tokens of prompt and answer together."""
-        return self.predictor.context_length
-
     def tokens(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> int:
-        """Length of a prompt with its images.
+        """Return the length of a prompt with its images.
 
         Raises:
             PageError: marks and images differ in number.
@@ -79,7 +75,7 @@ class Answering:
         self._queue = InferenceQueue(max_waiting=max_waiting)
 
     def check(self, session: Session, exchange: Exchange) -> None:
-        """Whether every model can take the exchange.
+        """Check that every model can take the exchange.
 
         Raises:
             PageError: it is too long, or a setting is out of its range.
@@ -87,9 +83,10 @@ class Answering:
         session.settings.checked()
         for number, model in enumerate(self.models):
             count = model.tokens(*session.history(number, exchange))
-            room = model.limit - int(session.settings.max_new_tokens)
+            limit = model.predictor.context_length
+            room = limit - int(session.settings.max_new_tokens)
             if count > room:
-                raise PageError("too_long", count=count, room=max(0, room), limit=model.limit)
+                raise PageError("too_long", count=count, room=max(0, room), limit=limit)
 
     async def answer(
         self, session: Session, exchange: Exchange, changed: Callable[[int], None]
@@ -101,48 +98,46 @@ class Answering:
             exchange: which.
             changed: called with a model's number whenever its answer has changed.
         """
-        sampling = session.settings.checked()
-        longest = int(session.settings.max_new_tokens)
 
-        def log_position(ahead: int) -> None:
+        def change_all(**values: Any) -> None:
             for number, answer in enumerate(exchange.answers):
-                answer.ahead = ahead
+                vars(answer).update(values)
                 changed(number)
 
+        ask = {
+            "max_new_tokens": int(session.settings.max_new_tokens),
+            "sampling": session.settings.checked(),
+        }
         try:
-            async with self._queue.turn(on_position=log_position, give_up=session.stop) as mine:
+            async with self._queue.turn(
+                on_position=lambda ahead: change_all(ahead=ahead), give_up=session.stop
+            ) as mine:
                 for number, answer in enumerate(exchange.answers):
                     if not mine or session.stop.is_set():
                         answer.state = "stopped"
                     else:
-                        await self._write(session, exchange, number, sampling, longest, changed)
+                        await self._write(session, exchange, number, ask, changed)
                     changed(number)
         except QueueFull:
-            for number, answer in enumerate(exchange.answers):
-                answer.state, answer.failure = "failed", PageError("busy")
-                changed(number)
+            change_all(state="failed", failure=PageError("busy"))
 
     async def _write(
         self,
         session: Session,
         exchange: Exchange,
         number: int,
-        sampling: Sampling,
-        longest: int,
+        ask: Mapping[str, Any],
         changed: Callable[[int], None],
     ) -> None:
-        answer: Answer = exchange.answers[number]
+        answer = exchange.answers[number]
         answer.ahead, answer.state = 0, "writing"
         changed(number)
-        turns, images = session.history(number, exchange)
-        predictor = self.models[number].predictor
+        history, predictor = session.history(number, exchange), self.models[number].predictor
         begin = time.monotonic()
         streams: list[AnswerStream] = []
 
         def start() -> AnswerStream:
-            streams.append(
-                predictor.stream(turns, images, max_new_tokens=longest, sampling=sampling)
-            )
+            streams.append(predictor.stream(*history, **ask))
             return streams[0]
 
         try:
@@ -151,12 +146,10 @@ class Answering:
                 changed(number)
             answer.state = "stopped" if session.stop.is_set() else "done"
             answer.is_cut = answer.state == "done" and streams[0].is_cut
-        except torch.cuda.OutOfMemoryError:
-            _LOG.exception("out of memory while answering")
-            answer.state, answer.failure = "failed", PageError("out_of_memory")
         except Exception as error:  # whatever it was, the next visitor's question is to be answered
             _LOG.exception("the model failed")
-            answer.state = "failed"
-            answer.failure = PageError("model_failed", kind=type(error).__name__)
+            no_memory = isinstance(error, torch.cuda.OutOfMemoryError)
+            key = "out_of_memory" if no_memory else "model_failed"
+            answer.state, answer.failure = "failed", PageError(key, kind=type(error).__name__)
         finally:
             answer.seconds = time.monotonic() - begin

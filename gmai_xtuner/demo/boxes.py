@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,8 +31,7 @@ _BOX = re.compile(
 _ASCII = str.maketrans("，、（）【】［］－", ",,()[][]-")
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """A box that can be drawn.
 
     Args:
@@ -47,28 +45,15 @@ class Box:
     clipped: bool
 
 
-@dataclass(frozen=True, slots=True)
-class BadBox:
-    """Four numbers that are no box.
-
-    Args:
-        text: as the answer has it.
-        reason: a key of `words`: ``box_order``, ``box_outside`` or ``box_too_many``.
-    """
+class BadBox(NamedTuple):
+    """Four numbers that are no box; the reason is ``box_order``, ``box_outside`` or ``box_too_many``."""
 
     text: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Boxes:
-    """All boxes of an answer.
-
-    Args:
-        drawn: in the answer's order.
-        ignored: with their reasons.
-        unit: what the numbers were taken for; None if there are none.
-    """
+class Boxes(NamedTuple):
+    """All boxes of an answer, in its order; what the numbers were taken for, None if there are none."""
 
     drawn: tuple[Box, ...]
     ignored: tuple[BadBox, ...]
@@ -97,19 +82,18 @@ def read_boxes(text: str, *, width: int, height: int, unit: Unit | None = None) 
         "fractions": (float(width), float(height)),
         "pixels": (1.0, 1.0),
     }[unit]
-    drawn: list[Box] = []
-    ignored: list[BadBox] = []
+    drawn, ignored = list[Box](), list[BadBox]()
     for written, numbers in found:
         x1, y1, x2, y2 = (float(number) for number in numbers)
         if not (x1 < x2 and y1 < y2):
             ignored.append(BadBox(written, "box_order"))
             continue
-        corners = (x1 * across, y1 * down, x2 * across, y2 * down)
+        left, top, right, bottom = corners = (x1 * across, y1 * down, x2 * across, y2 * down)
         inside = (
-            max(0.0, corners[0]),
-            max(0.0, corners[1]),
-            min(float(width), corners[2]),
-            min(float(height), corners[3]),
+            max(0.0, left),
+            max(0.0, top),
+            min(float(width), right),
+            min(float(height), bottom),
         )
         if not (inside[0] < inside[2] and inside[1] < inside[3]):
             ignored.append(BadBox(written, "box_outside"))
@@ -140,28 +124,23 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box], *, least_side: int = 51
             a line hides what it is drawn around.
     """
     factor = max(1, least_side // max(image.size))
-    copy = image.resize(
-        (image.width * factor, image.height * factor), Image.Resampling.NEAREST
-    ).convert("RGB")
+    size = (image.width * factor, image.height * factor)
+    copy = image.resize(size, Image.Resampling.NEAREST).convert("RGB")
     pen = ImageDraw.Draw(copy)
     line = max(2, round(max(copy.size) / 256))
     font = ImageFont.load_default(size=max(12, round(max(copy.size) / 36)))
     for number, box in enumerate(boxes):
         colour = COLOURS[number % len(COLOURS)]
         x1, y1, x2, y2 = (value * factor for value in box.corners)
+        left, upper = round(x1), round(y1)
         # Corners are the edges of a half-open box: the last pixel inside is one less.
-        corners = (
-            round(x1),
-            round(y1),
-            max(round(x1), round(x2) - 1),
-            max(round(y1), round(y2) - 1),
-        )
-        pen.rectangle(corners, outline=colour, width=line)
+        last = max(left, round(x2) - 1), max(upper, round(y2) - 1)
+        pen.rectangle((left, upper, *last), outline=colour, width=line)
         label = str(number + 1)
-        left, top, right, bottom = pen.textbbox((0, 0), label, font=font)
-        tag = (right - left + 2 * line + 4, bottom - top + 2 * line + 4)
-        at_x = min(corners[0], copy.width - tag[0])
-        at_y = corners[1] - tag[1] if corners[1] >= tag[1] else corners[1]
-        pen.rectangle((at_x, at_y, at_x + tag[0], at_y + tag[1]), fill=colour)
-        pen.text((at_x + line + 2 - left, at_y + line + 2 - top), label, fill="black", font=font)
+        x, y, right, bottom = pen.textbbox((0, 0), label, font=font)
+        tag_width, tag_height = right - x + 2 * line + 4, bottom - y + 2 * line + 4
+        at_x = min(left, copy.width - tag_width)
+        at_y = upper - tag_height if upper >= tag_height else upper
+        pen.rectangle((at_x, at_y, at_x + tag_width, at_y + tag_height), fill=colour)
+        pen.text((at_x + line + 2 - x, at_y + line + 2 - y), label, fill="black", font=font)
     return copy

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 from nicegui import background_tasks, ui
 
@@ -15,9 +16,9 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.boxes import UNITS, draw_boxes, read_boxes
 from gmai_xtuner.demo.conversation import Answer, Exchange, Session
-from gmai_xtuner.demo.i18n import PRESETS, PageError, say
-from gmai_xtuner.demo.limits import Memory
-from gmai_xtuner.demo.widgets import Notices, data_url, named, picture_element
+from gmai_xtuner.demo.i18n import PRESETS, PageError
+from gmai_xtuner.demo.studies import Memory
+from gmai_xtuner.demo.widgets import Panel, chips, data_url, image_element
 
 _LOG = logging.getLogger(__name__)
 _SEND = """(event) => {
@@ -26,162 +27,125 @@ _SEND = """(event) => {
   emit();
 }"""
 """Enter sends; Shift+Enter is a new line, and Enter that ends the input of Chinese characters only that."""
+_STEPS = {
+    "max_new_tokens": 1,
+    "temperature": 0.1,
+    "top_p": 0.05,
+    "repetition_penalty": 0.05,
+    "seed": 1,
+}
 
 
-class ChatPanel:
+class ChatPanel(Panel):
     """Draws the conversation and asks.
 
     Args:
         session: of the visitor.
-        answering: who answers.
         memory: of all visitors.
+        answering: who answers.
         images_sent: called when images went along, or are to go again.
     """
 
     def __init__(
         self,
         session: Session,
-        answering: Answering,
-        *,
         memory: Memory,
+        *,
+        answering: Answering,
         images_sent: Callable[[], None],
     ) -> None:
-        self.session = session
+        super().__init__(session, memory, notice="chat-notice")
         self.answering = answering
-        self.memory = memory
         self._images_sent = images_sent
         self._answers: dict[tuple[int, int], _AnswerView] = {}
-        self.notices = Notices(lambda: session.language, name="chat-notice")
 
     def draw(self) -> None:
-        """Everything, in the language of now."""
-        session, language = self.session, self.session.language
+        """Draw everything in the language of now."""
+        session, language, flat = self.session, self.session.language, "no-caps unelevated"
         with ui.element("div").classes("panel-head"):
-            ui.label(say("conversation", language)).classes("panel-title").props(
+            ui.label(self.say("conversation")).classes("panel-title").props(
                 "role=heading aria-level=2"
             )
-            self._new = named(
-                ui.button(say("new", language), icon="restart_alt", on_click=self._restart), "new"
-            ).props("flat no-caps dense")
-        self._talk = named(ui.element("div").classes("talk"), "talk")
-        self.draw_talk()
+            self._new = ui.button(
+                self.say("new"), icon="restart_alt", on_click=self._restart
+            ).props("flat no-caps dense data-testid=new")
+        self._talk = ui.element("div").classes("talk").props("data-testid=talk")
+        self._draw_talk()
         with ui.element("div").classes("composer"):
-            self.notices.place()
-            with ui.element("div").classes("chips"):
-                ui.label(say("tasks", language)).classes("hint")
-                for preset in PRESETS:
-                    named(
-                        ui.button(
-                            preset.name[language],
-                            on_click=lambda _, one=preset: self._set_draft(one.question[language]),
-                        ).props("outline no-caps dense size=12px"),
-                        f"preset-{preset.key}",
-                    )
+            self.place_notices()
+            tasks = [
+                (f"preset-{one.key}", one.name, partial(self._set_draft, one.question[language]))
+                for one in PRESETS
+            ]
+            chips(self.say("tasks"), [(key, name[language], press) for key, name, press in tasks])
             with ui.element("div").classes("ask"):
                 self._question = (
-                    ui.textarea(
-                        placeholder=say("question", language),
-                        value=session.draft,
-                        on_change=lambda e: setattr(session, "draft", e.value or ""),
-                    )
-                    .props("outlined dense autogrow rows=2")
+                    ui.textarea(placeholder=self.say("question"), value=session.draft)
+                    .bind_value_to(session, "draft", lambda text: text or "")
+                    .props("outlined dense autogrow rows=2 data-testid=question")
                     .classes("question")
                 )
-                self._question.props["aria-label"] = say("question", language)
+                self._question.props["aria-label"] = self.say("question")
                 self._question.on("keydown.enter", self.ask, args=[], js_handler=_SEND)
-                named(self._question, "question")
-                self._ask = named(
-                    ui.button(say("ask", language), icon="send", on_click=self.ask), "ask"
-                ).props("no-caps unelevated")
-                self._stop = named(
-                    ui.button(say("stop", language), icon="stop", on_click=self.session.stop.set),
-                    "stop",
-                ).props("no-caps unelevated color=negative")
-        with ui.expansion(say("settings", language), icon="tune").classes("settings") as box:
-            named(box, "settings")
+                self._ask = ui.button(self.say("ask"), icon="send", on_click=self.ask)
+                self._ask.props(f"{flat} data-testid=ask")
+                self._stop = ui.button(self.say("stop"), icon="stop", on_click=session.stop.set)
+                self._stop.props(f"{flat} color=negative data-testid=stop")
+        with (
+            ui.expansion(self.say("settings"), icon="tune")
+            .classes("settings")
+            .props("data-testid=settings")
+        ):
             self._draw_settings()
         self._set_busy(session.busy)
 
-    def draw_talk(self) -> None:
-        """All exchanges."""
+    def _draw_talk(self) -> None:
         self._talk.clear()
         self._answers.clear()
         with self._talk:
             if not self.session.exchanges:
-                ui.label(say("empty_conversation", self.session.language)).classes("hint empty")
+                ui.label(self.say("empty_conversation")).classes("hint empty")
             for number in range(len(self.session.exchanges)):
                 self._draw_exchange(number)
 
     def _draw_exchange(self, number: int) -> None:
-        exchange = self.session.exchanges[number]
+        exchange, models = self.session.exchanges[number], self.answering.models
         with ui.element("div").classes("asked"):
             for shown in exchange.images:
-                about = say("image_number", self.session.language, number=shown.number)
+                about = self.say("image_number", number=shown.number)
                 with ui.element("figure"):
-                    picture_element(
-                        data_url(shown.picture, longest=256), about=about, name="sent-picture"
-                    )
+                    url = data_url(shown.picture, longest=256)
+                    image_element(url, about=about, name="sent-picture")
                     with ui.element("figcaption"):
                         ui.label(about)
-            text = exchange.turn.text
-            if exchange.images and text.startswith(f"{IMAGE_TOKEN}\n" * len(exchange.images)):
-                text = text.removeprefix(f"{IMAGE_TOKEN}\n" * len(exchange.images))
-            named(ui.label(text).classes("text"), "asked")
-        columns = "answers two" if len(self.answering.models) > 1 else "answers"
-        with ui.element("div").classes(columns):
-            for model in range(len(self.answering.models)):
-                view = _AnswerView(self.session, exchange, model, self._name(model))
-                view.draw()
-                self._answers[number, model] = view
-
-    def _name(self, model: int) -> str:
-        return self.answering.models[model].name if len(self.answering.models) > 1 else ""
+            text = exchange.turn.text.removeprefix(f"{IMAGE_TOKEN}\n" * len(exchange.images))
+            ui.label(text).classes("text").props("data-testid=asked")
+        with ui.element("div").classes("answers two" if len(models) > 1 else "answers"):
+            for model, loaded in enumerate(models):
+                name = loaded.name if len(models) > 1 else ""
+                self._answers[number, model] = _AnswerView(self, exchange, model, name)
 
     def _draw_settings(self) -> None:
-        settings, language = self.session.settings, self.session.language
-
-        def number(name: str, step: float, *, empty: bool = False) -> None:
-            low, high = settings.RANGES[name]
-
-            def changed(event: Any) -> None:
-                value = event.value
-                whole = isinstance(step, int) and value is not None
-                setattr(settings, name, int(value) if whole else value)
-
-            field = ui.number(
-                say(name, language),
-                value=getattr(settings, name),
-                min=low,
-                max=high,
-                step=step,
-                on_change=changed,
-            ).props("dense outlined" + (" clearable" if empty else ""))
-            named(field, f"setting-{name}")
-
+        settings = self.session.settings
         with ui.element("div").classes("fields"):
-            number("max_new_tokens", 1)
-            number("temperature", 0.1)
-            number("top_p", 0.05)
-            number("repetition_penalty", 0.05)
-            number("seed", 1, empty=True)
-            units = {key: say(key, language) for key in ("auto", *UNITS)}
-            named(
-                ui.select(
-                    units,
-                    value=settings.unit or "auto",
-                    label=say("coordinates", language),
-                    on_change=lambda e: self._set_unit(e.value),
-                ).props("dense outlined options-dense"),
-                "setting-unit",
-            )
-        named(
-            ui.input(
-                say("system", language),
-                value=settings.system,
-                on_change=lambda e: setattr(settings, "system", e.value or ""),
-            ).props("dense outlined"),
-            "setting-system",
-        )
+            for name, step in _STEPS.items():
+                low, high = settings.RANGES[name]
+                value = getattr(settings, name)
+                ui.number(self.say(name), value=value, min=low, max=high, step=step).bind_value_to(
+                    settings, name
+                ).props(
+                    f"dense outlined data-testid=setting-{name}"
+                    + (" clearable" if name == "seed" else "")
+                )
+            ui.select(
+                {key: self.say(key) for key in ("auto", *UNITS)},
+                value=settings.unit or "auto",
+                label=self.say("coordinates"),
+                on_change=lambda e: self._set_unit(e.value),
+            ).props("dense outlined options-dense data-testid=setting-unit")
+        ui.input(self.say("system"), value=settings.system).bind_value_to(
+            settings, "system", lambda text: text or ""
+        ).props("dense outlined data-testid=setting-system")
 
     def _set_unit(self, value: str) -> None:
         self.session.settings.unit = None if value == "auto" else value  # type: ignore[assignment]
@@ -208,16 +172,13 @@ class ChatPanel:
             exchange = await asyncio.to_thread(session.ask, session.draft)
             await asyncio.to_thread(self.answering.check, session, exchange)
             self.memory.take(exchange.nbytes)
-        except PageError as error:
+        except Exception as error:
+            if not isinstance(error, PageError):  # no visitor is shown a traceback
+                _LOG.exception("a question could not be prepared")
             self._set_busy(False)
-            self.notices.say([("", error)])
+            self.tell(error if isinstance(error, PageError) else PageError("internal"))
             return
-        except Exception:  # nothing that a visitor does may show him a traceback
-            _LOG.exception("a question could not be prepared")
-            self._set_busy(False)
-            self.notices.say([("", PageError("internal"))])
-            return
-        self.notices.say([])
+        self.tell()
         session.stop.clear()
         if session.closed:
             self.memory.give_back(exchange.nbytes)
@@ -229,7 +190,7 @@ class ChatPanel:
         self._images_sent()
         self._question.value = ""
         if len(session.exchanges) == 1:
-            self.draw_talk()
+            self._draw_talk()
         else:
             with self._talk:
                 self._draw_exchange(len(session.exchanges) - 1)
@@ -264,41 +225,34 @@ class ChatPanel:
         self.memory.give_back(sum(one.nbytes for one in self.session.exchanges))
         self.session.restart()
         self._images_sent()
-        self.notices.say([])
-        self.draw_talk()
+        self.tell()
+        self._draw_talk()
 
 
 class _AnswerView:
     """One model's answer; as it comes, only its text is changed."""
 
-    def __init__(self, session: Session, exchange: Exchange, model: int, name: str) -> None:
-        self._session = session
-        self._exchange = exchange
-        self._model = model
-        self._name = name
-        self._holder = named(ui.element("div").classes("answer"), f"answer-{model}")
-        self._text: Any = None
-        self._state = ""
+    def __init__(self, panel: Panel, exchange: Exchange, model: int, name: str) -> None:
+        self._session, self._say = panel.session, panel.say
+        self._exchange, self._model, self._name = exchange, model, name
+        self._holder = ui.element("div").classes("answer").props(f"data-testid=answer-{model}")
+        self.draw()
 
     @property
     def _answer(self) -> Answer:
         return self._exchange.answers[self._model]
 
     def update(self) -> None:
-        """After a change of the answer."""
-        if (
-            self._state == self._answer.state == "writing"
-            and self._answer.text
-            and self._text is not None
-        ):
+        """Show what has changed of the answer."""
+        if self._state == self._answer.state == "writing" and self._text is not None:
             self._text.text = self._answer.text
         else:
             self.draw()
 
     def draw(self) -> None:
-        """All of it."""
-        answer, language = self._answer, self._session.language
-        self._state, self._text = answer.state, None
+        """Draw all of it."""
+        answer = self._answer
+        self._state, self._text = answer.state, cast("ui.label | None", None)
         self._holder.clear()
         self._holder.props["data-state"] = answer.state
         self._holder.update()
@@ -306,82 +260,64 @@ class _AnswerView:
             if self._name:
                 ui.label(self._name).classes("model-name")
             if answer.text:
-                self._text = named(
-                    ui.label(answer.text).classes("text").props("aria-live=polite"), "text"
-                )
+                self._text = ui.label(answer.text).classes("text")
+                self._text.props("aria-live=polite data-testid=text")
             match answer.state:
                 case "waiting":
                     key = "waiting" if answer.ahead else "next"
-                    ui.label(say(key, language, ahead=answer.ahead)).classes("hint")
+                    ui.label(self._say(key, ahead=answer.ahead)).classes("hint")
                 case "writing" if not answer.text:
-                    ui.label(say("thinking", language)).classes("hint pulse")
+                    ui.label(self._say("thinking")).classes("hint pulse")
                 case "failed" if answer.failure is not None:
-                    named(
-                        ui.label(
-                            say("failed", language, why=answer.failure.said(language))
-                        ).classes("warning"),
-                        "failure",
+                    why = answer.failure.said(self._session.language)
+                    ui.label(self._say("failed", why=why)).classes("warning").props(
+                        "data-testid=failure"
                     )
                 case "stopped" | "done":
                     self._draw_end(answer)
 
     def _draw_end(self, answer: Answer) -> None:
-        language = self._session.language
         if not answer.text and answer.state == "done":
-            ui.label(say("empty_answer", language)).classes("hint")
+            ui.label(self._say("empty_answer")).classes("hint")
         self._draw_boxes(answer)
-        notes = (
-            [say("seconds", language, seconds=f"{answer.seconds:.1f}")] if answer.seconds else []
-        )
-        if answer.state == "stopped":
-            notes.append(say("stopped", language))
-        if answer.is_cut:
-            notes.append(say("cut", language))
-        ui.label(" · ".join(notes)).classes("hint")
+        notes = {
+            "seconds": answer.seconds > 0,
+            "stopped": answer.state == "stopped",
+            "cut": answer.is_cut,
+        }
+        seconds = f"{answer.seconds:.1f}"
+        texts = [self._say(key, seconds=seconds) for key, holds in notes.items() if holds]
+        ui.label(" · ".join(texts)).classes("hint")
 
     def _draw_boxes(self, answer: Answer) -> None:
-        language = self._session.language
         seen = self._session.seen(self._exchange)
         if not seen:
             return
         shown = next((one for one in seen if one.number == self._exchange.box_image), seen[-1])
-        picture = shown.picture
-        boxes = read_boxes(
-            answer.text,
-            width=picture.width,
-            height=picture.height,
-            unit=self._session.settings.unit,
-        )
+        width, height = shown.picture.size
+        unit = self._session.settings.unit
+        boxes = read_boxes(answer.text, width=width, height=height, unit=unit)
         if boxes.unit is None:
             return
         if boxes.drawn:
-            caption = say(
-                "boxes_drawn",
-                language,
-                count=len(boxes.drawn),
-                number=shown.number,
-                unit=say(boxes.unit, language),
+            unit_name = self._say(boxes.unit)
+            caption = self._say(
+                "boxes_drawn", count=len(boxes.drawn), number=shown.number, unit=unit_name
             )
-            picture_element(
-                data_url(draw_boxes(picture, boxes.drawn)), about=caption, name="boxes"
-            ).classes("boxes")
-            named(ui.label(caption).classes("hint"), "boxes-caption")
+            url = data_url(draw_boxes(shown.picture, boxes.drawn))
+            image_element(url, about=caption, name="boxes").classes("boxes")
+            ui.label(caption).classes("hint").props("data-testid=boxes-caption")
         if len(seen) > 1:
-            named(
-                ui.select(
-                    {one.number: str(one.number) for one in seen},
-                    value=shown.number,
-                    label=say("boxes_on", language),
-                    on_change=lambda e: self._draw_on(e.value),
-                ).props("dense outlined options-dense"),
-                "boxes-on",
-            ).classes("narrow")
-        notes: Sequence[str] = [
-            *(say("box_clipped", language, text=box.text) for box in boxes.drawn if box.clipped),
-            *(say(bad.reason, language, text=bad.text) for bad in boxes.ignored[:10]),
-        ]
-        for note in notes:
-            named(ui.label(note).classes("warning"), "box-note")
+            ui.select(
+                {one.number: str(one.number) for one in seen},
+                value=shown.number,
+                label=self._say("boxes_on"),
+                on_change=lambda e: self._draw_on(e.value),
+            ).props("dense outlined options-dense data-testid=boxes-on").classes("narrow")
+        notes = [("box_clipped", box.text) for box in boxes.drawn if box.clipped]
+        notes += [(bad.reason, bad.text) for bad in boxes.ignored[:10]]
+        for key, text in notes:
+            ui.label(self._say(key, text=text)).classes("warning").props("data-testid=box-note")
 
     def _draw_on(self, number: int) -> None:
         self._exchange.box_image = number

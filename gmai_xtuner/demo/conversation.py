@@ -16,8 +16,7 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.boxes import Unit
 from gmai_xtuner.demo.i18n import Language, PageError
-from gmai_xtuner.demo.limits import Limits
-from gmai_xtuner.demo.studies import Study, View, first_view
+from gmai_xtuner.demo.studies import Limits, Study, View, first_view
 from gmai_xtuner.generate import Sampling, user_turn
 
 State = Literal["waiting", "writing", "done", "stopped", "failed"]
@@ -50,12 +49,7 @@ class Attached:
 
 @dataclass(frozen=True)
 class Shown:
-    """An image as the model got it.
-
-    Args:
-        number: of the tray's image.
-        image: RGB; kept as it was, however the image is turned later.
-    """
+    """An image of the tray as the model got it, kept as it was however the image is turned later."""
 
     number: int
     picture: Image.Image
@@ -89,13 +83,15 @@ class Answer:
 
 @dataclass
 class Exchange:
-    """A question and each model's answer."""
+    """A question and each model's answer.
+
+    ``box_image`` is the number of the image that boxes are drawn on; None: the last that was sent so far.
+    """
 
     turn: Turn
     images: tuple[Shown, ...]
     answers: list[Answer]
     box_image: int | None = None
-    """Number of the image that boxes are drawn on; None: the last that was sent so far."""
 
     @property
     def nbytes(self) -> int:
@@ -131,16 +127,11 @@ class Settings:
         """
         for name, (low, high) in self.RANGES.items():
             value = getattr(self, name)
-            if value is None and name == "seed":
-                continue
-            if value is None or not low <= value <= high:
+            empty = value is None
+            if not (name == "seed" if empty else low <= value <= high):
                 raise PageError("setting", name=name, low=low, high=high)
-        return Sampling(
-            temperature=float(self.temperature),
-            top_p=float(self.top_p),
-            seed=None if self.seed is None else int(self.seed),
-            repetition_penalty=float(self.repetition_penalty),
-        )
+        seed = None if self.seed is None else int(self.seed)
+        return Sampling(self.temperature, self.top_p, seed, self.repetition_penalty)
 
 
 @dataclass
@@ -208,37 +199,24 @@ class Session:
         if marks and marks != len(sent):
             raise PageError("marks", marks=marks, images=len(sent))
         images = tuple(Shown(one.number, one.study.render(one.view)) for one in sent)
-        return Exchange(
-            user_turn(question, len(sent)),
-            images,
-            [Answer() for _ in range(self.models)],
-        )
+        answers = [Answer() for _ in range(self.models)]
+        return Exchange(user_turn(question, len(sent)), images, answers)
 
     def history(self, model: int, exchange: Exchange) -> tuple[tuple[Turn, ...], list[Image.Image]]:
         """Turns and images that a model gets for an exchange: with its own answers, up to the question."""
-        turns: list[Turn] = []
-        images: list[Image.Image] = []
         system = self.settings.system.strip()
-        if system:
-            turns.append(Turn("system", system))
-        for one in self.exchanges:
-            if one is exchange:
-                break
-            if one.answers[model].counts:
-                turns += [one.turn, Turn("assistant", one.answers[model].text)]
-                images += [shown.picture for shown in one.images]
-        turns.append(exchange.turn)
-        images += [shown.picture for shown in exchange.images]
-        return tuple(turns), images
+        turns = [Turn("system", system)] if system else []
+        before = itertools.takewhile(lambda one: one is not exchange, self.exchanges)
+        kept = [one for one in before if one.answers[model].counts]
+        for one in kept:
+            turns += [one.turn, Turn("assistant", one.answers[model].text)]
+        images = [shown.picture for one in (*kept, exchange) for shown in one.images]
+        return (*turns, exchange.turn), images
 
     def finish(self, exchange: Exchange) -> None:
         """After the answers: images of a question that a model could not answer go along once more."""
-        if all(answer.counts for answer in exchange.answers):
-            return
-        numbers = {shown.number for shown in exchange.images}
-        for one in self.tray:
-            if one.number in numbers:
-                one.send, one.sent = True, False
+        if not all(answer.counts for answer in exchange.answers):
+            self.send_again({shown.number for shown in exchange.images})
 
     def seen(self, exchange: Exchange) -> Sequence[Shown]:
         """Every image that was sent up to and with an exchange, the newest of each number last."""
@@ -254,5 +232,10 @@ class Session:
     def restart(self) -> None:
         """A new conversation about the same images."""
         self.exchanges.clear()
+        self.send_again({one.number for one in self.tray})
+
+    def send_again(self, numbers: set[int]) -> None:
+        """Let images of the tray go with the next question."""
         for one in self.tray:
-            one.send, one.sent = True, False
+            if one.number in numbers:
+                one.send, one.sent = True, False

@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -28,15 +27,8 @@ WORDS: dict[str, dict[Language, str]] = _FILE["words"]
 ERRORS: dict[str, dict[Language, str]] = _FILE["errors"]
 
 
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """A task.
-
-    Args:
-        key: stable name.
-        name: on its button.
-        question: what it asks; may be changed before it is sent.
-    """
+class Preset(NamedTuple):
+    """A task: its stable name, what its button says, and a question that may be changed before it is sent."""
 
     key: str
     name: dict[Language, str]
@@ -47,7 +39,7 @@ PRESETS = tuple(Preset(**task) for task in _FILE["tasks"])
 
 
 class PageError(GMAIError):
-    """A message to who uses the page.
+    """A message to a visitor of the page.
 
     Args:
         key: of `ERRORS`.
@@ -55,12 +47,11 @@ class PageError(GMAIError):
     """
 
     def __init__(self, key: str, **values: Any) -> None:
-        self.key = key
-        self.values = values
+        self.key, self.values = key, values
         super().__init__(self.said("en"))
 
     def said(self, language: Language) -> str:
-        """In a language."""
+        """Return the message in a language."""
         values = dict(self.values)
         if values.get("name") in WORDS:  # of a field of the page
             values["name"] = say(values["name"], language)
@@ -68,11 +59,5 @@ class PageError(GMAIError):
 
 
 def say(key: str, language: Language, **values: Any) -> str:
-    """Words of the page in a language.
-
-    Args:
-        key: of `WORDS`.
-        language: of the interface.
-        values: what is filled in.
-    """
+    """Return words of the page (a key of `WORDS`) in a language, with ``values`` filled in."""
     return WORDS[key][language].format(**values)

@@ -8,10 +8,11 @@ it saw in training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,11 +22,11 @@ from gmai_xtuner.core.imaging.dicom import Header
 from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS
 from gmai_xtuner.core.imaging.windows import PRESETS, Window, foreground_window
 from gmai_xtuner.demo.i18n import PageError
-from gmai_xtuner.demo.limits import Limits
-from gmai_xtuner.demo.studies import Facts, Frames, Study, Volume
+from gmai_xtuner.demo.studies import Facts, Frames, Limits, Study, Volume
 
 Image = tuple[Header, Any]
 """A DICOM file: its header and its data set."""
+_Found = TypeVar("_Found")
 
 # Reason -> message of the page, and the name under which it shows the error's detail.
 _MESSAGES = {
@@ -52,6 +53,14 @@ def _said() -> Iterator[None]:
         raise PageError(key, **({name: detail} if name else {})) from error
 
 
+def _attempt(read: Callable[..., _Found], *arguments: Any) -> _Found | PageError:
+    try:
+        with _said():
+            return read(*arguments)
+    except PageError as error:
+        return error
+
+
 # --- DICOM --------------------------------------------------------------------------------------
 
 
@@ -67,11 +76,9 @@ def open_dicom(paths: Sequence[Path], limits: Limits) -> list[Study | PageError]
     """
     groups: dict[object, list[Image] | PageError] = {}
     for number, path in enumerate(paths):
-        try:
-            with _said():
-                image = _read(path)
-        except PageError as error:
-            groups[number] = error
+        image = _attempt(_read, path)
+        if isinstance(image, PageError):
+            groups[number] = image
             continue
         header, _ = image
         placed = header.frames == 1 and header.orientation and header.position
@@ -97,23 +104,10 @@ class _NoStack(GMAIError):
 
 
 def _open_group(group: list[Image], limits: Limits) -> Sequence[Study | PageError]:
-    if len(group) > 1:
-        for together in (_volume, _pages):
-            try:
-                with _said():
-                    return [together(group, limits)]
-            except _NoStack:
-                continue
-            except PageError as error:
-                return [error]
-    found: list[Study | PageError] = []
-    for image in group:
-        try:
-            with _said():
-                found.append(_frames(image, limits))
-        except PageError as error:
-            found.append(error)
-    return found
+    for together in (_volume, _pages) if len(group) > 1 else ():
+        with suppress(_NoStack):
+            return [_attempt(together, group, limits)]
+    return [_attempt(_frames, image, limits) for image in group]
 
 
 def _frames(image: Image, limits: Limits) -> Frames:
@@ -121,28 +115,29 @@ def _frames(image: Image, limits: Limits) -> Frames:
     header, data = image
     photometric = dicom_pixels.photometric_of(data)
     is_colour = photometric in dicom_pixels.COLOUR
-    limits.check_pixels(header.columns, header.rows)
-    voxels = header.frames * header.rows * header.columns
-    limits.check_voxels(voxels * 3 if is_colour else voxels)
-    size = f"{header.columns} × {header.rows}"
+    width, height, count = header.columns, header.rows, header.frames
+    limits.check(
+        width=width, height=height, voxels=count * height * width * (3 if is_colour else 1)
+    )
     modality = dicom.modality_code(data)
-    facts = Facts("DICOM", modality, f"{size} × {header.frames}" if header.frames > 1 else size)
-    frames = range(header.frames)
+    size = f"{width} × {height} × {count}" if count > 1 else f"{width} × {height}"
+    facts = Facts("DICOM", modality, size)
+    frames = range(count)
     if is_colour:
         return Frames(np.stack([dicom_pixels.colours(data, frame)[0] for frame in frames]), facts)
     values = np.stack([_intensities(data, frame) for frame in frames])
     tables = [dicom_pixels.file_table(data, frame) for frame in frames]
     lookups = [table.apply if table else None for table in tables] if any(tables) else []
     own = [window for frame in frames if (window := _own_window(data, frame)) is not None]
-    all_have_one = len(own) == header.frames
+    all_have_one = len(own) == count
     if not all_have_one:
         own = [_default_window(data, values)]
     return Frames(
         values,
         facts,
         own if len(set(own)) > 1 else own[:1],
+        lookups,
         inverted=photometric == "MONOCHROME1",
-        lookups=lookups,
         own_window=all_have_one or bool(lookups),
         hounsfield=modality == "CT",
     )
@@ -155,8 +150,9 @@ def _pages(group: list[Image], limits: Limits) -> Frames:
         _NoStack: they differ in size or kind.
     """
     group = sorted(group, key=lambda image: image[0].number)
-    first = group[0][0]
-    limits.check_voxels(len(group) * first.rows * first.columns)
+    first, count = group[0][0], len(group)
+    voxels = count * first.rows * first.columns
+    limits.check(width=first.columns, height=first.rows, voxels=voxels)
     kinds = {
         (header.rows, header.columns, dicom_pixels.photometric_of(data)) for header, data in group
     }
@@ -165,14 +161,11 @@ def _pages(group: list[Image], limits: Limits) -> Frames:
     pages = [_frames(image, limits) for image in group]
     if any(page.lookups for page in pages):
         raise _NoStack
-    one = pages[0]
-    return Frames(
-        np.concatenate([page.values for page in pages]),
-        Facts("DICOM", one.facts.modality, f"{first.columns} × {first.rows} × {len(pages)}"),
-        [page.window for page in pages if page.window is not None],
-        inverted=one.inverted,
-        own_window=one.own_window,
-        hounsfield=one.hounsfield,
+    return replace(
+        pages[0],
+        values=np.concatenate([page.values for page in pages]),
+        facts=replace(pages[0].facts, size=f"{first.columns} × {first.rows} × {count}"),
+        windows=[page.windows[0] for page in pages],
     )
 
 
@@ -185,7 +178,8 @@ def _volume(group: list[Image], limits: Limits) -> Volume:
     """
     headers = [header for header, _ in group]
     first, count = headers[0], len(headers)
-    limits.check_pixels(first.columns, first.rows)
+    voxels = count * first.rows * first.columns
+    limits.check(width=first.columns, height=first.rows, voxels=voxels)
     if any(dicom_pixels.photometric_of(data) not in dicom_pixels.GREY for _, data in group):
         raise _NoStack
     try:
@@ -194,7 +188,6 @@ def _volume(group: list[Image], limits: Limits) -> Volume:
         if error.reason in _NO_STACK:
             raise _NoStack from error
         raise
-    limits.check_voxels(count * first.rows * first.columns)
     slices = [group[at][1] for at in stack.order]
     middle = slices[count // 2]
     values = np.stack([_intensities(data, 0) for data in slices])
@@ -250,8 +243,8 @@ def open_nifti(path: Path, limits: Limits) -> Volume:
     with _said():
         file = volumes.VolumeFile(path)
         shape = file.grid
-        limits.check_pixels(shape[0], shape[1])
-        limits.check_voxels(int(np.prod(shape, dtype=object)))
+        voxels = int(np.prod(shape, dtype=object))
+        limits.check(width=shape[0], height=shape[1], voxels=voxels)
         grid = file.intensities(None)
     notes = [] if file.oriented else ["no_orientation"]
     if "not finite" in grid.notes:

@@ -5,19 +5,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nicegui import Client, ui
 
 from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.chat_panel import ChatPanel
 from gmai_xtuner.demo.conversation import Session
-from gmai_xtuner.demo.examples import Example
+from gmai_xtuner.demo.files import Example
 from gmai_xtuner.demo.i18n import BANNER, LANGUAGES, Language, say
 from gmai_xtuner.demo.image_panel import ImagePanel
-from gmai_xtuner.demo.limits import Limits, Memory
-from gmai_xtuner.demo.widgets import named
+from gmai_xtuner.demo.studies import Limits, Memory
 
 STYLE = Path(__file__).with_name("style.css")
 
@@ -40,10 +40,8 @@ class Demo:
         examples: Sequence[Example] = (),
         language: Language = "en",
     ) -> None:
-        self.answering = answering
-        self.limits = limits
-        self.examples = tuple(examples)
-        self.language = language
+        self.answering, self.limits = answering, limits
+        self.examples, self.language = tuple(examples), language
         self.memory = Memory(limits.memory_bytes)
         self.opening = asyncio.Semaphore(2)
         self._open: dict[int, Session] = {}
@@ -55,7 +53,44 @@ class Demo:
         client.on_delete(lambda: self._leave(session))
         ui.colors(primary="#0b6e75", negative="#b3261e")
         ui.add_css(STYLE.read_text(encoding="utf-8"))
-        _Page(self, session).draw()
+        images = ImagePanel(session, self.memory, examples=self.examples, opening=self.opening)
+        chat = ChatPanel(
+            session, self.memory, answering=self.answering, images_sent=images.sent_changed
+        )
+        body = ui.element("div").classes("demo")
+
+        def speak(event: Any) -> None:
+            session.language = event.value
+            ui.run_javascript(f"document.documentElement.lang = '{session.language}'")
+            draw()
+
+        def draw() -> None:
+            body.clear()
+            with body:
+                self._draw_head(session, speak)
+                with ui.element("main"):
+                    with ui.element("section").classes("panel images"):
+                        images.draw()
+                    with ui.element("section").classes("panel chat"):
+                        chat.draw()
+
+        draw()
+
+    def _draw_head(self, session: Session, speak: Callable[[Any], None]) -> None:
+        title = "GMAI-VL · " + say("title", session.language)
+        with ui.element("header"):
+            with ui.element("div").classes("head"):
+                ui.label(title).classes("title").props("role=heading aria-level=1")
+                ui.toggle(LANGUAGES, value=session.language, on_change=speak).classes(
+                    "language"
+                ).props("no-caps dense flat data-testid=language")
+            with ui.element("div").classes("banner").props("role=note data-testid=banner"):
+                for language, words in BANNER.items():
+                    ui.label(words).props(f"lang={language}")
+            with ui.element("div").classes("models"):
+                for model in self.answering.models:
+                    text = f"{model.name}: {model.facts}"
+                    ui.label(text).props("data-testid=model-facts")
 
     def stop(self) -> None:
         """End every answer, when the server ends."""
@@ -67,58 +102,7 @@ class Demo:
         self._open.pop(id(session), None)
         session.closed = True
         session.stop.set()
-        self.memory.give_back(
-            sum(one.study.nbytes for one in session.tray)
-            + sum(one.nbytes for one in session.exchanges)
-        )
+        images = [one.study for one in session.tray]
+        self.memory.give_back(sum(one.nbytes for one in (*images, *session.exchanges)))
         session.tray.clear()
         session.exchanges.clear()
-
-
-class _Page:
-    def __init__(self, demo: Demo, session: Session) -> None:
-        self.demo = demo
-        self.session = session
-        self.images = ImagePanel(session, demo.memory, examples=demo.examples, opening=demo.opening)
-        self.chat = ChatPanel(
-            session, demo.answering, memory=demo.memory, images_sent=self.images.told_sent
-        )
-
-    def draw(self) -> None:
-        self._body = ui.element("div").classes("demo")
-        self._fill()
-
-    def _fill(self) -> None:
-        self._body.clear()
-        with self._body:
-            with ui.element("header"):
-                with ui.element("div").classes("head"):
-                    ui.label("GMAI-VL · " + say("title", self.session.language)).classes(
-                        "title"
-                    ).props("role=heading aria-level=1")
-                    named(
-                        ui.toggle(
-                            LANGUAGES,
-                            value=self.session.language,
-                            on_change=lambda e: self._speak(e.value),
-                        )
-                        .props("no-caps dense flat")
-                        .classes("language"),
-                        "language",
-                    )
-                with named(ui.element("div").classes("banner").props("role=note"), "banner"):
-                    for language, words in BANNER.items():
-                        ui.label(words).props(f"lang={language}")
-                with ui.element("div").classes("models"):
-                    for model in self.demo.answering.models:
-                        named(ui.label(f"{model.name}: {model.facts}"), "model-facts")
-            with ui.element("main"):
-                with ui.element("section").classes("panel images"):
-                    self.images.draw()
-                with ui.element("section").classes("panel chat"):
-                    self.chat.draw()
-
-    def _speak(self, language: Language) -> None:
-        self.session.language = language
-        ui.run_javascript(f"document.documentElement.lang = '{language}'")
-        self._fill()

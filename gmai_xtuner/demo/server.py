@@ -25,6 +25,8 @@ import uvicorn
 from fastapi import FastAPI
 from nicegui import app as nicegui_app
 from nicegui import ui
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gmai_xtuner.core.addresses import (
@@ -160,23 +162,25 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self._application(scope, receive, send)
             return
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-        }
+        headers = Headers(scope=scope)
         if not is_asked_at_home(headers, loopback_only=self._loopback, names=self._names):
-            await _refuse(scope, receive, send, 403, "This address serves its own page only.")
+            words = "This address serves its own page only."
+            if scope["type"] == "websocket":
+                await receive()  # the request to connect
+                await send({"type": "websocket.close", "code": 1008, "reason": words})
+            else:
+                await _refused(words, 403)(scope, receive, send)
         elif scope["type"] == "websocket":
             await self._application(scope, receive, send)
         else:
             await self._serve(scope, receive, send, headers)
 
-    async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str]
-    ) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        too_large = _refused("The upload is too large.", 413)
         length = headers.get("content-length", "")
         # int() refuses some of what isdigit() takes, such as superscripts
         if length.isascii() and length.isdigit() and int(length) > self._limit:
-            await _refuse(scope, receive, send, 413, "The upload is too large.")
+            await too_large(scope, receive, send)
             return
         arrived = 0
         began = False
@@ -200,8 +204,8 @@ class Guard:
                 return
             if message["type"] == "http.response.start":
                 began = True
-                encoded = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message = {**message, "headers": [*message.get("headers", ()), *encoded]}
+                message.setdefault("headers", [])
+                MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
         try:
@@ -210,21 +214,8 @@ class Guard:
             if arrived <= self._limit:
                 raise
         if arrived > self._limit and not began:
-            await _refuse(scope, receive, send, 413, "The upload is too large.")
+            await too_large(scope, receive, send)
 
 
-async def _refuse(
-    scope: Scope,
-    receive: Receive,
-    send: Send,
-    status: int,
-    words: str,
-) -> None:
-    if scope["type"] == "websocket":
-        await receive()  # the request to connect
-        await send({"type": "websocket.close", "code": 1008, "reason": words})
-        return
-    listed = {"content-type": "text/plain; charset=utf-8", "connection": "close"}
-    encoded = [(name.encode(), value.encode()) for name, value in listed.items()]
-    await send({"type": "http.response.start", "status": status, "headers": encoded})
-    await send({"type": "http.response.body", "body": words.encode()})
+def _refused(words: str, status: int) -> PlainTextResponse:
+    return PlainTextResponse(words, status, headers={"connection": "close"})

@@ -1,95 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Small widgets that both panels use."""
+"""What both panels of the page share. Tests find elements by ``data-testid``."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nicegui import ui
 from PIL import Image
 
-from gmai_xtuner.demo.i18n import Language, PageError
+from gmai_xtuner.demo.conversation import Session
+from gmai_xtuner.demo.i18n import PageError, say
+from gmai_xtuner.demo.studies import Memory
 
 LONGEST_SIDE = 1024
-"""Of a picture on the screen; the model gets all of it."""
+"""Of an image on the screen; the model gets all of it."""
 
 
 def data_url(picture: Image.Image, *, longest: int = LONGEST_SIDE) -> str:
-    """An image as text: it goes to the page without ever being a file or having an address."""
-    shown = picture
+    """Return an image as text: it goes to the page without ever being a file or having an address."""
     if max(picture.size) > longest:
         share = longest / max(picture.size)
         size = (max(1, round(picture.width * share)), max(1, round(picture.height * share)))
-        shown = picture.resize(size, Image.Resampling.LANCZOS)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    shown.save(buffer, "PNG", compress_level=1)
+    picture.save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def picture_element(url: str, *, about: str, name: str) -> Any:
-    """An ``<img>``.
-
-    Args:
-        url: of the image.
-        about: what it is, for who can't see it.
-        name: that tests find it by.
-    """
-    element = ui.element("img")
-    element.props["src"] = url
-    element.props["alt"] = about
-    return named(element, name)
-
-
-def named(element: Any, name: str) -> Any:
-    """The element, with a name that tests find it by."""
-    element.props["data-testid"] = name
+def image_element(url: str, *, about: str, name: str) -> ui.element:
+    """Place an ``<img>``; ``about`` says what it is to those who can't see it."""
+    element = ui.element("img").props(f"data-testid={name}")
+    element.props.update({"src": url, "alt": about})
     return element
 
 
-class Notices:
-    """Messages that stay until they are put away.
+class Panel:
+    """A side of the page, with messages that stay until they are put away.
 
     Args:
-        language: gives the interface's language.
-        name: that tests find them by.
+        session: of the visitor.
+        memory: of all visitors.
+        notice: the messages' name for tests.
     """
 
-    def __init__(self, language: Callable[[], Language], *, name: str) -> None:
-        self._language = language
-        self._name = name
-        self._said: list[tuple[str, PageError]] = []
+    def __init__(self, session: Session, memory: Memory, *, notice: str) -> None:
+        self.session, self.memory = session, memory
+        self._notice = notice
+        self._told: list[tuple[str, PageError]] = []
         self._holder: Any = None
 
-    def place(self) -> None:
-        """Here, on a page that is drawn anew."""
+    def say(self, key: str, **values: Any) -> str:
+        """Return words of the page in the visitor's language."""
+        return say(key, self.session.language, **values)
+
+    def place_notices(self) -> None:
+        """Put the messages here, on a page that is drawn anew."""
         self._holder = ui.element("div").classes("notices")
-        self.draw()
+        self.tell(*self._told)
 
-    def say(self, errors: Sequence[tuple[str, PageError]]) -> None:
-        """Show messages in the place of those before.
-
-        Args:
-            errors: what each is about, or an empty text, and the message.
-        """
-        self._said = list(errors)
-        self.draw()
-
-    def draw(self) -> None:
-        """In the language of now."""
+    def tell(self, *errors: tuple[str, PageError] | PageError) -> None:
+        """Show messages, alone or with what each is about, in the place of those before."""
+        self._told = [("", one) if isinstance(one, PageError) else one for one in errors]
         self._holder.clear()
         with self._holder:
-            for about, error in self._said:
-                with named(ui.element("div").classes("notice"), self._name):
+            for about, error in self._told:
+                text = error.said(self.session.language)
+                with ui.element("div").classes("notice").props(f"data-testid={self._notice}"):
                     # role=alert: read out by a screen reader when it comes
-                    ui.label(
-                        f"{about}: {error.said(self._language())}"
-                        if about
-                        else error.said(self._language())
-                    ).props("role=alert")
-                    ui.button(icon="close", on_click=lambda: self.say([])).props(
+                    ui.label(f"{about}: {text}" if about else text).props("role=alert")
+                    ui.button(icon="close", on_click=lambda: self.tell()).props(
                         "flat dense round size=sm aria-label=close"
                     )
+
+
+def chips(title: str, buttons: Sequence[tuple[str, str, Any]]) -> None:
+    """Place a row of small buttons: name for tests, text, what a press does."""
+    with ui.element("div").classes("chips"):
+        ui.label(title).classes("hint")
+        for name, text, pressed in buttons:
+            ui.button(text, on_click=pressed).props(
+                f"outline no-caps dense size=12px data-testid={name}"
+            )

@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from gmai_xtuner.cli import (
     add_api_key_argument,
+    add_limits,
     add_model_arguments,
+    exit_status,
     load_from_arguments,
     positive_int,
 )
@@ -31,17 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    try:
-        import uvicorn  # noqa: F401
-
-        from gmai_xtuner.serve.app import Server  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(
-            f"error: {error.name} is not installed. Install what serving needs: "
-            'pip install -e ".[serve]"',
-            file=sys.stderr,
-        )
-        return 1
     key = os.environ.get(options.api_key_env, "").strip() if options.api_key_env else None
     if options.api_key_env and not key:
         parser.error(f"the environment variable {options.api_key_env} has no key")
@@ -50,57 +41,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.host} can be reached from other machines: name the variable that holds a key with "
             "--api-key-env, or allow everyone with --without-key"
         )
+    return exit_status(partial(_serve, options, key))
+
+
+def _serve(options: argparse.Namespace, key: str | None) -> int:
     try:
-        with reserved(options.host, options.port) as own:  # before a large model is read
-            return _serve(options, key, own)
-    except GMAIError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        import uvicorn
 
-
-def _serve(options: argparse.Namespace, key: str | None, own: socket.socket) -> int:
-    import uvicorn
-
+        from gmai_xtuner.serve.app import Server
+    except ModuleNotFoundError as error:
+        raise GMAIError(
+            f'{error.name} is not installed. Install what serving needs: pip install -e ".[serve]"'
+        ) from error
     from gmai_xtuner.loading import describe
-    from gmai_xtuner.serve.app import Server
     from gmai_xtuner.serve.protocol import Limits
 
-    try:
+    with reserved(options.host, options.port) as own:  # before a large model is read
         predictor = load_from_arguments(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    name = options.name or Path(options.model).resolve().name
-    server = Server(
-        predictor,
-        name=name,
-        key=key,
-        only_loopback_names=key is None and not options.without_key,
-        limits=Limits(
-            body_bytes=options.max_request_mib * MIB,
-            images=options.max_images,
-            image_bytes=options.max_image_mib * MIB,
-            pixels=options.max_pixels,
-        ),
-        max_new_tokens=options.max_new_tokens,
-        max_waiting=options.max_waiting,
-        timeout=options.timeout,
-    )
-    print(f"{options.model}\n{describe(predictor)}", file=sys.stderr)
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    print(
-        f"serving {name!r} at http://{host}:{own.getsockname()[1]}/v1, "
-        f"{'with a key' if key else 'without a key'}; not for clinical use",
-        file=sys.stderr,
-        flush=True,
-    )
-    config = uvicorn.Config(
-        server.app, http=impatient_protocol(), log_level="info", timeout_graceful_shutdown=5
-    )
-    running = uvicorn.Server(config)
-    with contextlib.suppress(KeyboardInterrupt):
-        running.run(sockets=[own])
-    return 0 if running.started else 1
+        name = options.name or Path(options.model).resolve().name
+        server = Server(
+            predictor,
+            name=name,
+            key=key,
+            only_loopback_names=key is None and not options.without_key,
+            limits=Limits(
+                body_bytes=options.max_request_mib * MIB,
+                images=options.max_images,
+                image_bytes=options.max_image_mib * MIB,
+                pixels=options.max_pixels,
+            ),
+            max_new_tokens=options.max_new_tokens,
+            max_waiting=options.max_waiting,
+            timeout=options.timeout,
+        )
+        print(f"{options.model}\n{describe(predictor)}", file=sys.stderr)
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        print(
+            f"serving {name!r} at http://{host}:{own.getsockname()[1]}/v1, "
+            f"{'with a key' if key else 'without a key'}; not for clinical use",
+            file=sys.stderr,
+            flush=True,
+        )
+        protocol = impatient_protocol()
+        running = uvicorn.Server(
+            uvicorn.Config(server.app, http=protocol, log_level="info", timeout_graceful_shutdown=5)
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            running.run(sockets=[own])
+        return 0 if running.started else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,32 +99,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(parser)
     group = parser.add_argument_group("server")
-    group.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)"
-    )
-    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
-    group.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    add("--name", help="what clients call the model (default: the folder's name)")
     add_api_key_argument(group, "environment variable with the key that clients must show")
-    group.add_argument(
-        "--without-key", action="store_true", help="let other machines ask without a key"
+    add("--without-key", action="store_true", help="let other machines ask without a key")
+    add_limits(
+        parser.add_argument_group("limits"),
+        ("--max-new-tokens", positive_int, 4096, "tokens that a request may ask for"),
+        ("--max-waiting", positive_int, 32, "requests that may wait for the one that is computed"),
+        ("--max-images", positive_int, 16, "images of a request, all turns together"),
+        ("--max-image-mib", positive_int, 20, "size of an image's file"),
+        ("--max-request-mib", positive_int, 64, "size of a request"),
+        ("--max-pixels", positive_int, 100_000_000, "width x height of an image"),
+        ("--timeout", positive_int, 60, "seconds in which a request must arrive, and then be read"),
     )
-    group = parser.add_argument_group("limits")
-    for option, default, what in (
-        ("--max-new-tokens", 4096, "tokens that a request may ask for"),
-        ("--max-waiting", 32, "requests that may wait for the one that is computed"),
-        ("--max-images", 16, "images of a request, all turns together"),
-        ("--max-image-mib", 20, "size of an image's file"),
-        ("--max-request-mib", 64, "size of a request"),
-        ("--max-pixels", 100_000_000, "width x height of an image"),
-        ("--timeout", 60, "seconds in which a request must arrive, and then be read"),
-    ):
-        group.add_argument(
-            option,
-            type=positive_int,
-            default=default,
-            metavar="N",
-            help=f"{what} (default {default})",
-        )
     return parser
 
 

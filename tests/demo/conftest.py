@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gmai_xtuner.demo.examples import installed_examples
-from gmai_xtuner.demo.limits import Limits
+from gmai_xtuner.demo.files import installed_examples
 from gmai_xtuner.demo.medical_files import open_dicom
-from gmai_xtuner.demo.studies import first_view
+from gmai_xtuner.demo.studies import Limits, first_view
 from tests.demo.teaching import write_export
 
 CT_EXAMPLE = 2

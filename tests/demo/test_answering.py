@@ -14,8 +14,7 @@ import torch
 from gmai_xtuner.demo.answering import Answering, LoadedModel, counted
 from gmai_xtuner.demo.conversation import Session
 from gmai_xtuner.demo.i18n import PageError
-from gmai_xtuner.demo.limits import Limits
-from gmai_xtuner.demo.studies import Facts, Picture
+from gmai_xtuner.demo.studies import Limits, photograph
 from gmai_xtuner.inference_queue import InferenceQueue
 from gmai_xtuner.loading import load_model
 from tests.demo.conftest import BOX, ENDLESS, NO_BOX, WHERE
@@ -30,7 +29,7 @@ def visitor(answering: Answering, ct=None, *, question: str = WHERE, tokens: int
     session = Session(len(answering.models), Limits())
     session.settings.max_new_tokens = tokens
     if ct is not None:
-        session.attach(Picture(ct, Facts("picture", "", "")))
+        session.attach(photograph(ct))
     exchange = session.ask(question)
     session.exchanges.append(exchange)
     return session, exchange
@@ -172,7 +171,7 @@ def test_a_conversation_that_does_not_fit_is_refused_before_it_is_asked(loaded, 
     # <s>, the template and the question, and 64 tokens of the image
     prompt = len(loaded[0].predictor.encoder.encode_prompt((exchange.turn,))) + 63
     assert loaded[0].tokens(*session.history(0, exchange)) == prompt
-    limit = loaded[0].limit
+    limit = loaded[0].predictor.context_length
     session.settings.max_new_tokens = 4096
     answering.check(session, exchange)
     session.settings.system = "word " * limit

@@ -15,9 +15,8 @@ import pytest
 from gmai_xtuner.core.addresses import reserved
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.demo.__main__ import main
-from gmai_xtuner.demo.examples import examples_of, installed_examples
-from gmai_xtuner.demo.files import open_files
-from gmai_xtuner.demo.limits import Limits
+from gmai_xtuner.demo.files import examples_of, installed_examples, open_files
+from gmai_xtuner.demo.studies import Limits
 from tests.demo.teaching import write_export
 
 

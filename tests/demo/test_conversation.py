@@ -10,12 +10,11 @@ from PIL import Image
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.conversation import Session
 from gmai_xtuner.demo.i18n import PageError
-from gmai_xtuner.demo.limits import Limits
-from gmai_xtuner.demo.studies import Facts, Picture, View
+from gmai_xtuner.demo.studies import Frames, Limits, View, photograph
 
 
-def photo(level: int) -> Picture:
-    return Picture(Image.new("RGB", (4, 4), (level, 0, 0)), Facts("picture", "", "4 × 4"))
+def photo(level: int) -> Frames:
+    return photograph(Image.new("RGB", (4, 4), (level, 0, 0)))
 
 
 def session(models=1, **limits) -> Session:
@@ -45,7 +44,7 @@ def test_images_go_along_once_and_again_when_they_are_turned():
     ask(one, "What is shown?", "A chest.")
     second = ask(one, "And the heart?", "Normal.")
     assert second.turn.text == "And the heart?"
-    volume.turn_to(View(index=3))
+    volume.turn_to(View(channel=3))
     third = ask(one, "And here?", "The same.")
     turns, images = one.history(0, third)
     assert [turn.text for turn in turns] == [

@@ -15,8 +15,7 @@ from PIL import Image
 from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.demo.files import open_files
 from gmai_xtuner.demo.i18n import ERRORS, WORDS, PageError
-from gmai_xtuner.demo.limits import Limits, Memory
-from gmai_xtuner.demo.studies import View, Volume
+from gmai_xtuner.demo.studies import Limits, Memory, View, Volume
 from tests import medical_files as made
 
 

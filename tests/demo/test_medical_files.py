@@ -17,9 +17,8 @@ from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.volumes import is_nifti, load
 from gmai_xtuner.core.imaging.windows import Window, scale_for
 from gmai_xtuner.demo.i18n import PageError
-from gmai_xtuner.demo.limits import Limits
 from gmai_xtuner.demo.medical_files import open_dicom, open_nifti
-from gmai_xtuner.demo.studies import Frames, View, Volume, first_view
+from gmai_xtuner.demo.studies import Frames, Limits, View, Volume, first_view
 from tests import medical_files as made
 
 LIMITS = Limits()

@@ -258,8 +258,7 @@ def _dicom(folder: Path, name: str) -> object:
 def _page(folder: Path, name: str) -> object:
     from gmai_xtuner.demo.files import open_files
     from gmai_xtuner.demo.i18n import PageError
-    from gmai_xtuner.demo.limits import Limits
-    from gmai_xtuner.demo.studies import first_view
+    from gmai_xtuner.demo.studies import Limits, first_view
 
     limits = Limits(pixels=10**6, voxels=10**7)
     for one in open_files([("mine", folder / name)], limits):
