@@ -6,15 +6,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, PromptTooLong, Sampling
 from gmai_xtuner.inference_queue import InferenceQueue, QueueFull
-from gmai_xtuner.serve.errors import ApiError
+from gmai_xtuner.serve.protocol import ApiError, busy
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """What is asked of the model."""
 
     prompt: Prompt
@@ -23,20 +22,21 @@ class Job:
     stops: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A piece of an answer."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class End:
+class End(NamedTuple):
     """How an answer ended: ``"stop"``, or ``"length"`` at its greatest length."""
 
     finish_reason: str
     prompt_tokens: int
     new_tokens: int
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """As the API has it."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.new_tokens,
+            "total_tokens": self.prompt_tokens + self.new_tokens,
+        }
 
 
 class Answers:
@@ -49,7 +49,7 @@ class Answers:
 
     def __init__(self, predictor: Predictor, *, max_waiting: int) -> None:
         self.predictor = predictor
-        self._queue = InferenceQueue(max_waiting=max_waiting)
+        self.queue = InferenceQueue(max_waiting=max_waiting)
 
     def check_room(self) -> None:
         """Refuse when too many requests wait.
@@ -57,16 +57,11 @@ class Answers:
         Raises:
             ApiError: 503, with ``Retry-After``.
         """
-        if self._queue.is_full:
-            raise self._busy()
+        if self.queue.is_full:
+            raise self._full()
 
-    def _busy(self) -> ApiError:
-        return ApiError(
-            f"{self._queue.length} requests are computed or wait, this server's limit; come again later",
-            status=503,
-            code="server_busy",
-            retry_after=10,
-        )
+    def _full(self) -> ApiError:
+        return busy(f"{self.queue.length} requests are computed or wait, this server's limit")
 
     def check_length(self, prompt: Prompt) -> None:
         """Refuse a prompt that leaves the model no position to answer at.
@@ -81,7 +76,7 @@ class Answers:
         except PromptTooLong as error:
             raise ApiError(str(error), code="context_length_exceeded", param="messages") from error
 
-    async def events(self, job: Job) -> AsyncIterator[Piece | End]:
+    async def events(self, job: Job) -> AsyncIterator[str | End]:
         """Yield the answer as it comes, and how it ended.
 
         Closing the iterator takes a waiting job out, and stops the model after the token that it is at.
@@ -92,38 +87,29 @@ class Answers:
         stops, streams = StopTexts(job.stops), list[AnswerStream]()
 
         def start() -> Iterator[str]:
-            stream = self.predictor.stream(
-                job.prompt.turns,
-                job.prompt.images,
-                max_new_tokens=job.max_new_tokens,
-                sampling=job.sampling,
-            )
-            streams.append(stream)
-            return stream
+            turns, images = job.prompt.turns, job.prompt.images
+            options = {"max_new_tokens": job.max_new_tokens, "sampling": job.sampling}
+            streams.append(self.predictor.stream(turns, images, **options))  # type: ignore[arg-type]
+            return streams[0]
 
         try:
             async with (
-                self._queue.turn(),
-                aclosing(self._queue.pieces(start)) as pieces,  # type: ignore[type-var]
+                self.queue.turn(),
+                aclosing(self.queue.pieces(start)) as pieces,  # type: ignore[type-var]
             ):
                 async for piece in pieces:
                     if text := stops.add(piece):
-                        yield Piece(text)
+                        yield text
                     if stops.found:
                         break
         except QueueFull as error:
-            raise self._busy() from error
+            raise self._full() from error
         except Exception as error:
             raise ApiError(f"the model failed: {error}", status=500, code="model_failed") from error
-        if not stops.found and (text := stops.rest()):
-            yield Piece(text)
-        (stream,) = streams
-        reason = "length" if stream.is_cut and not stops.found else "stop"
-        yield End(reason, stream.prompt_tokens, stream.new_tokens)
-
-    def close(self) -> None:
-        """Start nothing more."""
-        self._queue.close()
+        if text := stops.rest():
+            yield text
+        reason = "length" if streams[0].is_cut and not stops.found else "stop"
+        yield End(reason, streams[0].prompt_tokens, streams[0].new_tokens)
 
 
 class StopTexts:
@@ -147,17 +133,13 @@ class StopTexts:
         if places:
             self.found, self._held = True, ""
             return text[: min(places)]
-        keep = max((_overlap(text, stop) for stop in self.texts), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        # The longest end of the text with which a stop text begins.
+        begun = (n for s in self.texts for n in range(1, len(s)) if text.endswith(s[:n]))
+        kept = max(begun, default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
 
     def rest(self) -> str:
         """Return what was held back, when no more comes."""
         text, self._held = self._held, ""
         return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` with which ``stop`` begins."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

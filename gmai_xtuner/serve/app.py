@@ -25,9 +25,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gmai_xtuner.core.addresses import is_asked_at_home
 from gmai_xtuner.generate import Predictor
-from gmai_xtuner.serve.answers import Answers, End, Job, Piece
-from gmai_xtuner.serve.errors import ApiError
-from gmai_xtuner.serve.protocol import ChatRequest, Limits, read_request
+from gmai_xtuner.serve.answers import Answers, End, Job
+from gmai_xtuner.serve.protocol import ApiError, ChatRequest, Limits, busy, read_request
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +44,7 @@ class Server:
         only_loopback_names: whether requests under any other name, or from a page of another site, are
             refused: for a server without a key that only this machine reaches.
         limits: of a request.
-        default_new_tokens: length of an answer whose request doesn't say.
-        max_new_tokens: what a request may ask for.
+        max_new_tokens: what a request may ask for; one that doesn't say gets 512 at the most.
         max_waiting: requests that may wait for the one that is computed.
         timeout: seconds in which a request must arrive, and then be read and its images decoded.
     """
@@ -59,22 +57,26 @@ class Server:
         key: str | None = None,
         only_loopback_names: bool = False,
         limits: Limits | None = None,
-        default_new_tokens: int = 512,
         max_new_tokens: int = 4096,
         max_waiting: int = 32,
         timeout: float = 60.0,
     ) -> None:
         self.name, self._key = name, key
-        self.limits = limits or Limits()
-        self.default_new_tokens, self.max_new_tokens = default_new_tokens, max_new_tokens
+        self.limits, self.max_new_tokens = limits or Limits(), max_new_tokens
         self.answers = Answers(predictor, max_waiting=max_waiting)
-        self.started = int(time.time())
+        self._described = {
+            "id": name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "gmai_xtuner",
+            "max_model_len": predictor.context_length,
+        }
         self._timeout, self._arriving = timeout, 0
         # A decoded image may take hundreds of MiB; what waits for the model is small.
         self._decoding = asyncio.Semaphore(2)
         self.app = Starlette(
             routes=[
-                Route("/health", self._health),
+                Route("/health", lambda _: JSONResponse({"status": "ok"})),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -93,28 +95,16 @@ class Server:
         try:
             yield
         finally:
-            self.answers.close()
-
-    async def _health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+            self.answers.queue.close()
 
     async def _models(self, request: Request) -> Response:
         self._check_key(request)
-        return JSONResponse({"object": "list", "data": [self._described()]})
+        return JSONResponse({"object": "list", "data": [self._described]})
 
     async def _model(self, request: Request) -> Response:
         self._check_key(request)
         self._check_name(request.path_params["name"])
-        return JSONResponse(self._described())
-
-    def _described(self) -> dict[str, Any]:
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "gmai_xtuner",
-            "max_model_len": self.answers.predictor.context_length,
-        }
+        return JSONResponse(self._described)
 
     async def _chat(self, request: Request) -> Response:
         self._check_key(request)
@@ -126,20 +116,21 @@ class Server:
         try:
             asked, job = await asyncio.wait_for(asyncio.shield(preparing), self._timeout)
         except TimeoutError as error:
-            raise ApiError(
+            raise busy(
                 f"the request could not be read within {self._timeout:g} s: the server has much to do, or "
-                "its images are too large",
-                status=503,
-                code="server_busy",
-                retry_after=10,
+                "its images are too large"
             ) from error
         self.answers.check_room()
-        frame = _Frame(self.name)
+        shared = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": self.name,
+        }
         if not asked.stream:
-            return await self._whole(request, job, frame)
+            return await self._whole(request, job, shared)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         return StreamingResponse(
-            self._stream(job, frame, with_usage=usage),
+            self._stream(job, shared, with_usage=usage),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
@@ -152,24 +143,21 @@ class Server:
         asked = read_request(body)
         self._check_name(asked.model)
         self.answers.check_room()
+        sampling, stops = asked.sampling(), asked.stops()  # before any image is decoded
+        length = asked.new_tokens(limit=self.max_new_tokens)
         try:
-            return asked, self._job(asked)
+            prompt = asked.prompt(self.limits, self.answers.predictor.pixels)
+            self.answers.check_length(prompt)
         except MemoryError as error:
             raise ApiError(
                 "there is not enough memory for these images: send fewer or smaller ones",
                 status=413,
                 code="image_too_large",
             ) from error
+        return asked, Job(prompt, length, sampling, stops)
 
-    def _job(self, asked: ChatRequest) -> Job:
-        sampling, stops = asked.sampling(), asked.stops()  # before any image is decoded
-        length = asked.new_tokens(default=self.default_new_tokens, limit=self.max_new_tokens)
-        prompt = asked.prompt(self.limits, self.answers.predictor.pixels)
-        self.answers.check_length(prompt)
-        return Job(prompt, length, sampling, stops)
-
-    async def _whole(self, request: Request, job: Job, frame: _Frame) -> Response:
-        """All at once; given up if the client leaves."""
+    async def _whole(self, request: Request, job: Job, shared: dict[str, Any]) -> Response:
+        """Answer all at once; give up if the client leaves."""
         answer = asyncio.ensure_future(self._collect(job))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -181,7 +169,9 @@ class Server:
             for task in (answer, gone):
                 task.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
-        return JSONResponse(frame.whole(text, end))
+        choice = _choice(end.finish_reason, message={"role": "assistant", "content": text})
+        whole = {"object": "chat.completion", "choices": [choice], "usage": end.usage}
+        return JSONResponse(shared | whole)
 
     async def _collect(self, job: Job) -> tuple[str, End]:
         text = ""
@@ -189,12 +179,14 @@ class Server:
             async for event in events:
                 if isinstance(event, End):
                     return text, event
-                text += event.text
+                text += event
         raise AssertionError("an answer without end")
 
-    async def _stream(self, job: Job, frame: _Frame, *, with_usage: bool) -> AsyncIterator[str]:
-        """As it comes. The model doesn't wait for a client that doesn't read."""
-        events: asyncio.Queue[Piece | End | ApiError] = asyncio.Queue()
+    async def _stream(
+        self, job: Job, shared: dict[str, Any], *, with_usage: bool
+    ) -> AsyncIterator[str]:
+        """Answer as it comes. The model doesn't wait for a client that doesn't read."""
+        events: asyncio.Queue[str | End | ApiError] = asyncio.Queue()
 
         async def compute() -> None:
             try:
@@ -204,18 +196,21 @@ class Server:
             except ApiError as error:
                 events.put_nowait(error)
 
-        yield _sent(frame.chunk({"role": "assistant", "content": ""}))
+        def chunk(*choices: dict[str, Any], **more: Any) -> str:
+            return _sent(shared | {"object": "chat.completion.chunk", "choices": choices} | more)
+
+        yield chunk(_choice(None, delta={"role": "assistant", "content": ""}))
         computing = asyncio.ensure_future(compute())
         try:
-            while isinstance(event := await events.get(), Piece):
-                yield _sent(frame.chunk({"content": event.text}))
+            while isinstance(event := await events.get(), str):
+                yield chunk(_choice(None, delta={"content": event}))
             if isinstance(event, ApiError):  # the status is sent already
                 log.error("%s", event.message)
                 yield _sent(event.body())
             else:
-                yield _sent(frame.chunk({}, event.finish_reason))
+                yield chunk(_choice(event.finish_reason, delta={}))
                 if with_usage:
-                    yield _sent(frame.usage_chunk(event))
+                    yield chunk(usage=event.usage)
             yield "data: [DONE]\n\n"
         finally:
             computing.cancel()
@@ -235,19 +230,11 @@ class Server:
                             code="request_too_large",
                         )
                     if self._arriving > _BODIES_AT_ONCE * limit:
-                        raise ApiError(
-                            "too many large requests arrive; come again later",
-                            status=503,
-                            code="server_busy",
-                            retry_after=10,
-                        )
+                        raise busy("too many large requests arrive")
             return bytes(body)
         except TimeoutError as error:
-            raise ApiError(
-                f"the request did not arrive within {self._timeout:g} s",
-                status=408,
-                code="request_timeout",
-            ) from error
+            message = f"the request did not arrive within {self._timeout:g} s"
+            raise ApiError(message, status=408, code="request_timeout") from error
         finally:
             self._arriving -= len(body)
 
@@ -257,66 +244,17 @@ class Server:
         scheme, _, shown = request.headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(shown.strip().encode(), self._key.encode())
         if scheme.lower() != "bearer" or not same:
-            raise ApiError(
-                "this server wants its key: Authorization: Bearer KEY",
-                status=401,
-                code="invalid_api_key",
-            )
+            message = "this server wants its key: Authorization: Bearer KEY"
+            raise ApiError(message, status=401, code="invalid_api_key")
 
     def _check_name(self, name: str) -> None:
         if name != self.name:
-            raise ApiError(
-                f"there is no model {name!r} here, only {self.name!r}",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
+            message = f"there is no model {name!r} here, only {self.name!r}"
+            raise ApiError(message, status=404, code="model_not_found", param="model")
 
 
-class _Frame:
-    """What all chunks of an answer share."""
-
-    def __init__(self, model: str) -> None:
-        self.shared = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def whole(self, text: str, end: End) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text}
-        choice = {
-            "index": 0,
-            "message": message,
-            "finish_reason": end.finish_reason,
-            "logprobs": None,
-        }
-        return {
-            **self.shared,
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": _usage(end),
-        }
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return {**self.shared, "object": "chat.completion.chunk", "choices": [choice]}
-
-    def usage_chunk(self, end: End) -> dict[str, Any]:
-        return {
-            **self.shared,
-            "object": "chat.completion.chunk",
-            "choices": [],
-            "usage": _usage(end),
-        }
-
-
-def _usage(end: End) -> dict[str, int]:
-    return {
-        "prompt_tokens": end.prompt_tokens,
-        "completion_tokens": end.new_tokens,
-        "total_tokens": end.prompt_tokens + end.new_tokens,
-    }
+def _choice(finish_reason: str | None, **content: dict[str, str]) -> dict[str, Any]:
+    return {"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}
 
 
 def _sent(event: dict[str, Any]) -> str:

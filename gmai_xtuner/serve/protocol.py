@@ -8,11 +8,10 @@ What this server can't do is refused by name, never left out in silence.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -24,16 +23,54 @@ from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.core.imaging.images import decode_rgb
 from gmai_xtuner.generate import Prompt, Sampling
-from gmai_xtuner.serve.errors import ApiError
 
 MAX_OBJECTS = 20_000
 """Objects that a request may have; more would not fit into a model's positions."""
+_DEFAULT_TOKENS = 512
 MAX_TEXTS = 200_000
 """The same of texts and keys."""
 _DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 _MISSING = re.compile("missing required field `(.*)`")
 _UNKNOWN = re.compile("unknown field `(.*)`", re.DOTALL)
 _VOLUMES = ("dicom", "nifti", "nrrd")
+
+
+class ApiError(Exception):
+    """A request that is not answered.
+
+    Args:
+        message: what was expected, what came, and what to do.
+        status: of HTTP.
+        code: short stable name of the kind of error.
+        param: which field of the request it is about.
+        retry_after: seconds after which to come again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.status, self.code, self.param = message, status, code, param
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """Return the error as the API has it."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": self.message, "type": kinds.get(self.status, kind)}
+        return {"error": {**error, "param": self.param, "code": self.code}}
+
+
+def busy(why: str) -> ApiError:
+    """Return the error of a server that has too much to do."""
+    message = f"{why}; come again later"
+    return ApiError(message, status=503, code="server_busy", retry_after=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +172,15 @@ class ChatRequest(_Strict):
     service_tier: str | None = None
 
     def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
+        """Return the texts that end the answer."""
         found = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not all(0 < len(text) <= 400 for text in found):
-            raise ApiError(
-                "stop must be texts of 1 to 400 characters, none of them empty", param="stop"
-            )
+            message = "stop must be texts of 1 to 400 characters, none of them empty"
+            raise ApiError(message, param="stop")
         return found
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen.
-
-        Raises:
-            ApiError: a value with which no model can compute.
-        """
+        """Return how tokens are chosen; refuse values with which no model can compute."""
         penalty = self.repetition_penalty
         try:
             return Sampling(
@@ -160,14 +192,10 @@ class ChatRequest(_Strict):
         except ValueError as error:
             raise ApiError(str(error), code="invalid_value") from error
 
-    def new_tokens(self, *, default: int, limit: int) -> int:
-        """Length of the answer at the most.
-
-        Raises:
-            ApiError: more than the server allows.
-        """
+    def new_tokens(self, *, limit: int) -> int:
+        """Return the length of the answer at the most; refuse more than the server allows."""
         name = "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
-        wanted = self.max_completion_tokens or self.max_tokens or min(default, limit)
+        wanted = self.max_completion_tokens or self.max_tokens or min(_DEFAULT_TOKENS, limit)
         if wanted > limit:
             raise ApiError(f"{name} is {wanted}, this server allows {limit}", param=name)
         return wanted
@@ -195,11 +223,8 @@ class ChatRequest(_Strict):
                 if role != "user":
                     raise ApiError(f"images belong in user messages, not the {role}'s", param=param)
                 if len(images) == limits.images:
-                    raise ApiError(
-                        f"more than {limits.images} images, which is this server's limit",
-                        code="too_many_images",
-                        param=param,
-                    )
+                    told = f"more than {limits.images} images, which is this server's limit"
+                    raise ApiError(told, code="too_many_images", param=param)
                 images.append(pixels(image_of(part.image_url.url, param, limits)))
                 texts.append(IMAGE_TOKEN)
             text = "\n".join(texts)
@@ -287,43 +312,34 @@ def image_of(url: str, param: str, limits: Limits) -> Image.Image:
     Raises:
         ApiError: another address, no base64, no image, or a too large one.
     """
+
+    def refused(message: str, code: str) -> ApiError:
+        status = 413 if code == "image_too_large" else 400
+        return ApiError(message, status=status, code=code, param=param)
+
     found = _DATA_URL.match(url[:1_000])
     if found is None:
         shown = url[:40] + ("..." if len(url) > 40 else "")
-        raise ApiError(
+        raise refused(
             f"expected a data URL (data:image/png;base64,...), got {shown!r}. This server fetches nothing "
             "and opens no files: send the image itself",
-            code="invalid_image_url",
-            param=param,
+            "invalid_image_url",
         )
     kind = (found["kind"] or "").lower()
     if any(name in kind for name in _VOLUMES):
-        raise ApiError(
+        raise refused(
             f"{kind} is not an image: choose slice and window, and send a PNG. The corpus builder and the "
             "page (python -m gmai_xtuner.demo) do so",
-            code="unsupported_image",
-            param=param,
+            "unsupported_image",
         )
-    encoded = url[found.end() :]
-    if len(encoded) // 4 * 3 > limits.image_bytes + 2:
-        raise ApiError(
-            f"the image's file is larger than {limits.image_bytes} bytes, this server's limit",
-            status=413,
-            code="image_too_large",
-            param=param,
-        )
+    encoded, most = url[found.end() :], limits.image_bytes
+    if len(encoded) // 4 * 3 > most + 2:
+        message = f"the image's file is larger than {most} bytes, this server's limit"
+        raise refused(message, "image_too_large")
     try:
-        content = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ApiError(
-            f"the data URL is not base64: {error}", code="invalid_image_url", param=param
-        ) from error
-    try:
-        return decode_rgb(content, param, max_pixels=limits.pixels)
+        return decode_rgb(base64.b64decode(encoded, validate=True), param, max_pixels=limits.pixels)
     except ImageError as error:
-        raise ApiError(
-            str(error),
-            status=413 if error.reason == "enormous_image" else 400,
-            code="image_too_large" if error.reason == "enormous_image" else error.reason,
-            param=param,
-        ) from error
+        large = error.reason == "enormous_image"
+        raise refused(str(error), "image_too_large" if large else error.reason) from error
+    except ValueError as error:
+        raise refused(f"the data URL is not base64: {error}", "invalid_image_url") from error

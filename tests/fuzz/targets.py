@@ -273,8 +273,7 @@ def _page(folder: Path, name: str) -> object:
 
 
 def _request(folder: Path, name: str) -> object:
-    from gmai_xtuner.serve.errors import ApiError
-    from gmai_xtuner.serve.protocol import Limits, read_request
+    from gmai_xtuner.serve.protocol import ApiError, Limits, read_request
 
     try:
         asked = read_request((folder / name).read_bytes())
