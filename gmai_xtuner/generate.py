@@ -168,6 +168,7 @@ class Predictor:
         template: ChatTemplate,
         transform: ImageTransform,
     ) -> None:
+        self.settings: dict[str, Any] = {}  # of the folder that it was loaded from
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.transform = transform

@@ -10,9 +10,8 @@ huggingface`` a plain LLaVA for transformers and servers.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument, exit_status
 
@@ -57,12 +56,12 @@ def import_model(
     """
     import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
     from gmai_xtuner.checkpoint.export import check_new, check_shard_size, new_folder
-    from gmai_xtuner.loading import AS_STORED, load_with_settings
+    from gmai_xtuner.loading import AS_STORED, load_model
     from gmai_xtuner.model.internlm2 import as_dtype
 
     check_new(out)  # before anything is read
     check_shard_size(max_shard_size)
-    predictor, settings = load_with_settings(
+    predictor = load_model(
         folder,
         llm=llm,
         vision=vision,
@@ -72,71 +71,53 @@ def import_model(
         prompt_template=prompt_template,
         add_bos=add_bos,
     )
+    write = _write_llava if save_format == "huggingface" else _write_xtuner
     with new_folder(out) as aside:
-        if save_format == "huggingface":
-            _write_llava(predictor, settings, aside, Path(folder), as_dtype(dtype), max_shard_size)
-        else:
-            _write_xtuner(predictor, settings, aside, as_dtype(dtype), max_shard_size)
+        write(predictor, aside, Path(folder).name, as_dtype(dtype), max_shard_size)
     return predictor
 
 
 def _write_llava(
-    predictor: Predictor,
-    settings: dict[str, Any],
-    aside: Path,
-    source: Path,
-    dtype: torch.dtype,
-    max_shard_size: str,
+    predictor: Predictor, aside: Path, source: str, dtype: torch.dtype, max_shard_size: str
 ) -> None:
-    from gmai_xtuner.checkpoint.card import Provenance
-    from gmai_xtuner.checkpoint.export_huggingface import write_llava
+    from gmai_xtuner.checkpoint.export_huggingface import Provenance, write_llava
 
-    model = predictor.model
     write_llava(
         aside,
-        lambda: {name: getattr(model, name) for name in ("llm", "visual_encoder", "projector")},
-        projector_depth=model.projector.config.depth,
+        predictor.model.parts,
+        projector_depth=predictor.model.projector.config.depth,
         base_tokenizer=predictor.tokenizer,
         transform=predictor.transform,
-        settings=settings,
-        provenance=Provenance(
-            stage=f"imported from {source.name}",
-            trained="not known",
-            llm=source.name,
-            vision=source.name,
-        ),
+        settings=predictor.settings,
+        provenance=Provenance(f"imported from {source}", "not known", source, source),
         dtype=dtype,
         max_shard_size=max_shard_size,
     )
 
 
 def _write_xtuner(
-    predictor: Predictor,
-    settings: dict[str, Any],
-    aside: Path,
-    dtype: torch.dtype,
-    max_shard_size: str,
+    predictor: Predictor, aside: Path, source: str, dtype: torch.dtype, max_shard_size: str
 ) -> None:
     from transformers import CLIPImageProcessor
 
-    from gmai_xtuner.checkpoint.export import convert_dtype, save_language_model
-    from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
+    from gmai_xtuner.checkpoint.export import convert_dtype, write_xtuner
 
-    model, transform = predictor.model, predictor.transform
-    for part in (model.llm, model.visual_encoder, model.projector):
+    parts, transform = predictor.model.parts(), predictor.transform
+    for part in parts.values():
         convert_dtype(part, dtype)
-    predictor.tokenizer.save_pretrained(aside)
-    save_language_model(model.llm, aside, {"max_shard_size": max_shard_size})
-    CLIPImageProcessor(
+    processor = CLIPImageProcessor(
         size={"shortest_edge": transform.image_size},
         crop_size={"height": transform.image_size, "width": transform.image_size},
         image_mean=list(transform.mean),
         image_std=list(transform.std),
-    ).save_pretrained(aside / "visual_encoder")
-    model.visual_encoder.save_pretrained(aside / "visual_encoder", max_shard_size=max_shard_size)
-    model.projector.save_pretrained(aside / "projector", max_shard_size=max_shard_size)
-    text = json.dumps(settings, indent=2)
-    (aside / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    )
+    write_xtuner(
+        aside,
+        parts,
+        {"llm": predictor.tokenizer, "visual_encoder": processor},
+        settings=predictor.settings,
+        max_shard_size=max_shard_size,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import (
@@ -19,10 +19,11 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from gmai_xtuner.checkpoint.layouts import is_llava, text_model, vision_model
-from gmai_xtuner.checkpoint.weights import add_adapter, read_state_dict
+from gmai_xtuner.checkpoint.weights import add_adapter
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import resolve_directory, vision_config
 from gmai_xtuner.model.internlm2 import (
+    DTYPES,
     IGNORED_SUFFIX,
     as_dtype,
     check_fit,
@@ -45,6 +46,16 @@ NOT_VISION = (
 )
 
 
+AS_STORED: Final = "as stored"
+"""As a dtype: what the weights have, whatever the config says, so that loading rounds nothing."""
+
+
+def stored_dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """Return a dtype that holds all weights exactly."""
+    dtypes = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes < set(DTYPES) else torch.float32
+
+
 def load_language_model(
     pretrained_model_name_or_path: str,
     *,
@@ -62,7 +73,8 @@ def load_language_model(
 
     Args:
         pretrained_model_name_or_path: a folder in the hub's layout, or a hub name.
-        torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
+        torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own, :data:`AS_STORED` what its
+            weights have.
         attn_implementation: a key of transformers' ``ALL_ATTENTION_FUNCTIONS``, ``"eager"`` or
             ``"sdpa"``; None lets transformers choose.
         quantization_config: 4-bit weights for QLoRA: a ``BitsAndBytesConfig`` or its config
@@ -87,7 +99,9 @@ def load_language_model(
             "language model; supported are 'internlm2' (InternLM2, InternLM2.5) and 'llama'."
         )
     config = llama_config(raw) if model_type == "internlm2" else LlamaConfig.from_dict(raw)
-    dtype = own_dtype(raw) if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
+    dtype = stored_dtype(weights) if torch_dtype == AS_STORED else own_dtype(raw)
+    if torch_dtype not in (None, "auto", AS_STORED):
+        dtype = as_dtype(torch_dtype)
     if on_meta:
         model = LlamaForCausalLM._from_config(
             config, torch_dtype=dtype or torch.float32, attn_implementation=attn_implementation
@@ -122,17 +136,6 @@ def load_language_model(
     return model
 
 
-def load_vision_config(pretrained_model_name_or_path: str) -> CLIPVisionConfig:
-    """Configuration of the vision tower of a CLIP checkpoint, without its weights.
-
-    Raises:
-        ModelLoadError: no folder or hub name, or no CLIP.
-    """
-    return CLIPVisionConfig.from_dict(
-        vision_config(resolve_directory(pretrained_model_name_or_path, weights=False))
-    )
-
-
 def load_vision_tower(
     pretrained_model_name_or_path: str,
     *,
@@ -147,7 +150,7 @@ def load_vision_tower(
     Args:
         pretrained_model_name_or_path: a folder in the hub's layout or a hub name; a whole CLIP as
             ``openai/clip-vit-large-patch14-336``, or its vision part alone.
-        torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own.
+        torch_dtype: as for :func:`load_language_model`.
         adapter: folder of a LoRA adapter of peft on this tower, which is merged.
         trained: weights that replace the checkpoint's, all of them.
 
@@ -158,13 +161,13 @@ def load_vision_tower(
     on_meta = building_on_meta()
     directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
     config = CLIPVisionConfig.from_dict(vision_config(directory))
-    dtype = None if torch_dtype in (None, "auto") else as_dtype(torch_dtype)
+    dtype = None if torch_dtype in (None, "auto", AS_STORED) else as_dtype(torch_dtype)
     if on_meta:
         return CLIPVisionModel._from_config(config, torch_dtype=dtype or config.torch_dtype)
     # Missing and damaged files, with our messages; nothing is copied.
-    weights = vision_model(directory)[1] if is_llava(directory) else read_state_dict(directory)
-    if trained is not None:
-        weights = dict(trained)
+    weights = vision_model(directory)[1] if trained is None else dict(trained)
+    if torch_dtype == AS_STORED:
+        dtype = stored_dtype(weights)
     if adapter is not None:
         weights = add_adapter(weights, adapter)
     if dtype is None and (adapter is not None or trained is not None or is_llava(directory)):
@@ -193,12 +196,12 @@ def load_vision_tower(
 def check_loading_info(
     info: Mapping[str, Any], *, where: str, ignored: tuple[str, ...] = (IGNORED_SUFFIX,)
 ) -> None:
-    """Raise ``ModelLoadError`` unless every weight found its place.
+    """Check that every weight found its place, by what ``output_loading_info=True`` returns.
 
-    Args:
-        info: what transformers returns for ``output_loading_info=True``.
-        where: the checkpoint, for the message.
-        ignored: parts of names; a left-over weight whose name has one of them is allowed.
+    A left-over weight whose name has one of ``ignored`` in it is allowed.
+
+    Raises:
+        ModelLoadError: names the weights.
     """
     missing = sorted(info["missing_keys"])
     unexpected = sorted(

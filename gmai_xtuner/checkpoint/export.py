@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from gmai_xtuner.core.config import image_processor_config, tokenizer_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import staged
 from gmai_xtuner.model.costs import describe_parts
-from gmai_xtuner.model.internlm2 import as_dtype
+from gmai_xtuner.model.internlm2 import DTYPES, as_dtype
 from gmai_xtuner.model.lora import (
     adapter_layers,
     is_adapter_key,
@@ -43,8 +43,6 @@ from gmai_xtuner.model.lora import (
     save_adapter,
 )
 from gmai_xtuner.model.quantization import is_quantized
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_xtuner_layout(
@@ -74,22 +72,16 @@ def save_xtuner_layout(
         check_shard_size(save_kwargs["max_shard_size"])
     with new_folder(save_dir) as aside:
         parts = trained_parts(model, cfg, dtype=dtype)
+        processors: dict[str, Any] = {}
         if "llm" in parts:
             convert_dtype(parts["llm"], dtype)
-        for part in parts.values():
-            own_storage(part)
-        if "llm" in parts:
-            BUILDER.build(tokenizer_config(cfg)).save_pretrained(aside)
-            save_language_model(parts["llm"], aside, save_kwargs)
+            processors["llm"] = BUILDER.build(tokenizer_config(cfg))
         if "visual_encoder" in parts:
-            BUILDER.build(image_processor_config(cfg)).save_pretrained(aside / "visual_encoder")
-            parts["visual_encoder"].save_pretrained(aside / "visual_encoder", **save_kwargs)
-        model.projector.save_pretrained(aside / "projector", **save_kwargs)
+            processors["visual_encoder"] = BUILDER.build(image_processor_config(cfg))
+        write_xtuner(aside, parts, processors, settings=export_settings(model, cfg), **save_kwargs)
         for name in ("llm", "visual_encoder"):
             if adapter_layers(getattr(model, name)):
                 save_adapter(getattr(model, name), aside / "adapters" / name)
-        settings = json.dumps(export_settings(model, cfg), indent=2) + "\n"
-        (aside / SETTINGS_FILE).write_text(settings, encoding="utf-8")
     print_log(
         f"Saved {', '.join(sorted(parts))} to {save_dir}\n"
         + describe_parts(parts, folder=Path(save_dir)),
@@ -98,13 +90,54 @@ def save_xtuner_layout(
     )
 
 
+def write_xtuner(
+    folder: Path,
+    parts: Mapping[str, Any],
+    processors: Mapping[str, Any],
+    *,
+    settings: Mapping[str, Any],
+    **save_kwargs: Any,
+) -> None:
+    """Write parts in their dtypes, each with its tokenizer or image processor.
+
+    Args:
+        folder: see :func:`new_folder`.
+        parts: ``projector``, and ``llm`` and ``visual_encoder`` where they are not the bases'.
+        processors: of ``llm`` and ``visual_encoder``.
+        settings: what ``gmai_vl.json`` is to say.
+        save_kwargs: of ``save_pretrained``.
+    """
+    for name, part in parts.items():
+        own_storage(part)
+        target = folder if name == "llm" else folder / name
+        if name in processors:
+            processors[name].save_pretrained(target)
+        if name == "llm":
+            save_language_model(part, target, save_kwargs)
+        else:
+            part.save_pretrained(target, **save_kwargs)
+    write_json(folder / SETTINGS_FILE, settings)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file for people too."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def without_dynamic_rope(scaling: Mapping[str, Any] | None) -> Any:
+    """Leave out dynamic rotary scaling.
+
+    Some servers apply it at every length; up to the 32,768 positions of InternLM2.5 it is the identity.
+    """
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
+    return None if kind == "dynamic" else scaling
+
+
 def save_language_model(llm: Any, folder: Path, save_kwargs: Mapping[str, Any]) -> None:
     """``save_pretrained`` as plain Llama, without what only training needs in its config."""
     kept = llm.config.rope_scaling, getattr(llm.config, "gmai_attention", None)
-    # Some servers apply dynamic rotary scaling at every length; up to the 32,768 positions of
-    # InternLM2.5 it is the identity, so the exported config goes without.
-    if (kept[0] or {}).get("rope_type", (kept[0] or {}).get("type")) == "dynamic":
-        llm.config.rope_scaling = None
+    llm.config.rope_scaling = without_dynamic_rope(kept[0])
     llm.config.__dict__.pop("gmai_attention", None)
     llm.config.use_cache = True
     try:
@@ -122,11 +155,7 @@ def export_settings(model: Any, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def export_dtype(cfg: Mapping[str, Any], *, fp32: bool) -> torch.dtype:
-    """What weights are written in: fp32 with ``--fp32``, else ``export_dtype`` of the config, else fp16.
-
-    Raises:
-        GMAIError: another dtype, or both.
-    """
+    """Return what is written: fp32 with ``--fp32``, else the config's ``export_dtype``, else fp16."""
     named = cfg.get("export_dtype")
     if named is None:
         return torch.float32 if fp32 else torch.float16
@@ -141,11 +170,7 @@ def export_dtype(cfg: Mapping[str, Any], *, fp32: bool) -> torch.dtype:
 
 
 def check_new(target: str | Path) -> Path:
-    """``target`` as a path.
-
-    Raises:
-        GMAIError: it is a file, or a folder that is not empty.
-    """
+    """Return ``target`` as a path; refuse a file, and a folder that is not empty."""
     target = Path(target)
     if target.exists() and not target.is_dir():
         raise GMAIError(f"{str(target)!r} is a file. Choose a new folder")
@@ -156,7 +181,7 @@ def check_new(target: str | Path) -> Path:
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A folder to write into, renamed to ``target`` when all is there; removed if anything fails.
+    """Give a folder to write into, renamed to ``target`` when all is there; removed if anything fails.
 
     Raises:
         GMAIError: ``target`` is a file, or a folder that is not empty; or it can't be written.
@@ -184,12 +209,9 @@ def _readable(folder: Path) -> None:
 
 
 def trained_parts(model: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
-    """Whole models, adapters merged, of the parts that differ from their bases.
+    """Return whole models, adapters merged, of the parts that differ from their bases.
 
-    Args:
-        model: a ``GMAILLaVAModel`` whose trained parts have weights (frozen ones may be on meta).
-        cfg: the stage's config.
-        dtype: what the language model will be written in; merging rounds only once.
+    ``dtype`` is what the language model will be written in; merging rounds only once.
 
     Raises:
         GMAIError: the checkpoint lacks weights of a part that the config trains.
@@ -197,35 +219,34 @@ def trained_parts(model: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) -> 
     learnt = {
         "llm": not model.freeze_llm,
         # A frozen tower that has weights here came out of the checkpoint, so no base has it.
-        "visual_encoder": not model.freeze_visual_encoder or has_weights(model.visual_encoder),
+        "visual_encoder": not model.freeze_visual_encoder or _has_weights(model.visual_encoder),
     }
-    parts: dict[str, Any] = {"projector": model.projector}
+    parts: dict[str, Any] = {}
     for name, whole in learnt.items():
         part = getattr(model, name)
         if adapter_layers(part):
-            parts[name] = merged(name, part, cfg, dtype=dtype if name == "llm" else torch.float32)
+            parts[name] = _merged(name, part, cfg, dtype if name == "llm" else torch.float32)
         elif whole:
             parts[name] = part
+    parts["projector"] = model.projector
     for name, part in parts.items():
-        require_weights(name, dict(part.named_parameters()))
+        _require_weights(name, dict(part.named_parameters()))
     return parts
 
 
 def all_parts(model: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) -> dict[str, Any]:
     """:func:`trained_parts`, and from their bases those that the stage did not train."""
     parts = trained_parts(model, cfg, dtype=dtype)
-    for name in ("llm", "visual_encoder"):
-        if name in parts:
-            continue
+    for name in {"llm", "visual_encoder"} - parts.keys():
         part = getattr(model, name)
         parts[name] = part if _is_as_exact(part, dtype) else _base(name, cfg, dtype)
     return parts
 
 
 def _is_as_exact(part: Any, dtype: torch.dtype) -> bool:
-    """Whether a part has weights, and not coarser ones than its base may have."""
+    """Return True if a part has weights, and not coarser ones than its base may have."""
     rounded = is_quantized(part) or (dtype == torch.float32 and part.dtype != torch.float32)
-    return has_weights(part) and not rounded
+    return _has_weights(part) and not rounded
 
 
 def _base(name: str, cfg: Mapping[str, Any], dtype: torch.dtype) -> Any:
@@ -237,14 +258,14 @@ def _base(name: str, cfg: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def merged(name: str, part: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) -> Any:
-    """The part as a plain model with its adapters merged; ``part`` keeps them.
+def _merged(name: str, part: Any, cfg: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return the part as a plain model with its adapters merged; ``part`` keeps them.
 
     The base's weights are read where ``part`` has none (``xtuner convert pth_to_hf`` builds on meta), or
     only rounded ones.
     """
     own = dict(part.named_parameters())
-    require_weights(name, {key: own[key] for key in own if is_adapter_key(key)})
+    _require_weights(name, {key: own[key] for key in own if is_adapter_key(key)})
     if _is_as_exact(part, dtype):
         whole = copy.deepcopy(part)
         remove_adapters(whole)
@@ -253,21 +274,20 @@ def merged(name: str, part: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) 
     vanished = 0
     for layer, weight in merged_weights(part, whole):
         # At once: all of them in fp32 would need twice the memory.
-        weight, lost = as_written(f"{layer}.weight", weight, dtype)
+        weight, lost = _as_written(f"{layer}.weight", weight, dtype)
         vanished += lost
         whole.get_submodule(layer).weight = nn.Parameter(weight, requires_grad=False)
-    warn_of(vanished)
+    _warn_of(vanished)
     return whole
 
 
-def has_weights(part: nn.Module) -> bool:
-    """Whether nothing but adapters, if at all, is on the meta device."""
-    return not any(
-        value.is_meta for key, value in part.named_parameters() if not is_adapter_key(key)
-    )
+def _has_weights(part: nn.Module) -> bool:
+    """Return True if nothing but adapters, if at all, is on the meta device."""
+    own = part.named_parameters()
+    return not any(value.is_meta for key, value in own if not is_adapter_key(key))
 
 
-def require_weights(name: str, weights: Mapping[str, torch.Tensor]) -> None:
+def _require_weights(name: str, weights: Mapping[str, torch.Tensor]) -> None:
     missing = [key for key, value in weights.items() if value.is_meta]
     if missing:
         raise GMAIError(
@@ -287,9 +307,9 @@ def convert_dtype(part: Any, dtype: torch.dtype) -> None:
     vanished = 0
     for name, parameter in part.named_parameters():
         # Also what has that dtype already: a merge may have gone beyond its range.
-        parameter.data, lost = as_written(name, parameter.data, dtype)
+        parameter.data, lost = _as_written(name, parameter.data, dtype)
         vanished += lost
-    warn_of(vanished)
+    _warn_of(vanished)
     own_storage(part)
 
 
@@ -307,25 +327,18 @@ def own_storage(part: nn.Module) -> None:
 
 
 def check_shard_size(max_shard_size: str | int) -> None:
-    """Whether ``save_pretrained`` can take a size, asked before anything is read or written.
-
-    Raises:
-        GMAIError: it is not a number above 0 with its unit.
-    """
-    size = max_shard_size
-    if isinstance(size, str):
-        try:
-            size = parse_size_to_int(size)
-        except ValueError:
-            size = 0
-    if size <= 0:
-        raise GMAIError(
-            f"--max-shard-size must be a number above 0 with its unit (KB, MB, GB or TB), such as 2GB; "
-            f"got {max_shard_size!r}"
-        )
+    """Refuse a size that ``save_pretrained`` can't take, before anything is read or written."""
+    with suppress(ValueError):
+        size = max_shard_size
+        if (parse_size_to_int(size) if isinstance(size, str) else size) > 0:
+            return
+    raise GMAIError(
+        f"--max-shard-size must be a number above 0 with its unit (KB, MB, GB or TB), such as 2GB; "
+        f"got {max_shard_size!r}"
+    )
 
 
-def warn_of(vanished: int) -> None:
+def _warn_of(vanished: int) -> None:
     if vanished:
         print_log(
             f"{vanished} weights are too small for fp16 and become 0; --fp32 keeps them (import_model: "
@@ -335,12 +348,8 @@ def warn_of(vanished: int) -> None:
         )
 
 
-def as_written(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-    """A weight in ``dtype``, and how many of its values became 0.
-
-    Raises:
-        GMAIError: it is beyond the range of fp16, or not a number.
-    """
+def _as_written(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+    """Return a weight in ``dtype``, and how many of its values became 0."""
     if not torch.isfinite(weight).all():
         raise GMAIError(
             f"{name} has values that are no numbers (NaN or infinite). Take another checkpoint"

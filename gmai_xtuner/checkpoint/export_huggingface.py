@@ -19,11 +19,12 @@ once (nothing is cut off, but the image is stretched unless it is square).
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -34,11 +35,11 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.checkpoint.card import Provenance, provenance_of, write_model_card
 from gmai_xtuner.checkpoint.export import (
     all_parts,
     check_shard_size,
@@ -46,19 +47,74 @@ from gmai_xtuner.checkpoint.export import (
     export_dtype,
     export_settings,
     new_folder,
+    without_dynamic_rope,
+    write_json,
 )
-from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
+from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE, plain_weights
 from gmai_xtuner.checkpoint.tokenizer_files import plain_tokenizer
 from gmai_xtuner.core.config import image_processor_config, tokenizer_config
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.templates import environment
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
-from gmai_xtuner.model.costs import describe_parts, folder_bytes, size
+from gmai_xtuner.model.costs import cache_bytes, describe_parts, folder_bytes, size
+from gmai_xtuner.model.internlm2 import as_dtype
 from gmai_xtuner.model.llava import num_image_tokens
+from gmai_xtuner.model.lora import adapter_layers
 
 VOCABULARY_MULTIPLE = 64
-PROJECTOR_NAMES = {"model.0.": "linear_1.", "model.2.": "linear_2."}
+_NOT_EXPORTED = (
+    "_name_or_path",
+    "name_or_path",
+    "gmai_attention",
+    "auto_map",
+    "transformers_version",
+)
+
+
+class Provenance(NamedTuple):
+    """Where a model comes from, for its card.
+
+    Args:
+        stage: name of the stage, for the title.
+        trained: what that stage trained.
+        llm: folder or hub name of the language model's base.
+        vision: the same of the vision tower.
+    """
+
+    stage: str
+    trained: str
+    llm: str
+    vision: str
+
+    @classmethod
+    def of(cls, model: Any, cfg: Mapping[str, Any]) -> Provenance:
+        """Return the provenance of a stage, by its config and its ``GMAILLaVAModel``."""
+        trained = ["projector"]
+        for part, frozen, name in (
+            (model.visual_encoder, model.freeze_visual_encoder, "vision tower"),
+            (model.llm, model.freeze_llm, "language model"),
+        ):
+            if adapter_layers(part):
+                trained.append(f"{name} (LoRA, merged)")
+            elif not frozen:
+                trained.append(name)
+        return cls(
+            stage=str(cfg["train_dataloader"]["dataset"].get("stage", "stage unknown")),
+            trained=", ".join(trained),
+            llm=str(cfg["model"]["llm"]["pretrained_model_name_or_path"]),
+            vision=str(cfg["model"]["visual_encoder"]["pretrained_model_name_or_path"]),
+        )
+
+
+def _shown(base: str) -> str:
+    """Return a hub name as it is; of a folder its last part, since a card is passed on and paths are not."""
+    return f"`{base}`" if _is_hub_name(base) else f"`{Path(base).name}` (a folder)"
+
+
+def _is_hub_name(base: str) -> bool:
+    return base.count("/") == 1 and not Path(base).exists() and not base.startswith((".", "~"))
 
 
 def save_huggingface_layout(
@@ -98,7 +154,7 @@ def save_huggingface_layout(
                 mode=settings["image_mode"],
             ),
             settings=settings,
-            provenance=provenance_of(model, cfg),
+            provenance=Provenance.of(model, cfg),
             dtype=dtype,
             max_shard_size=save_kwargs.get("max_shard_size", "2GB"),
         )
@@ -153,23 +209,20 @@ def write_llava(
         convert_dtype(part, dtype)
     config = llava_config(text, vision, tokenizer, dtype)
     config.vision_feature_layer = settings["visual_select_layer"]
-    llava = _assembled(config, llava_state(parts, config))
+    states = {name: part.state_dict() for name, part in parts.items()}
+    states["llm"] = _grown_state(parts["llm"], config.text_config.vocab_size)
+    with init_empty_weights():
+        llava = LlavaForConditionalGeneration(config)
+    llava.load_state_dict(plain_weights(states), strict=True, assign=True)
+    llava.tie_weights()
     llava.generation_config = _generation(parts["llm"], tokenizer, template, config)
     llava.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
     _write_config(folder, config)
     tokenizer.save_pretrained(folder)
     _write_processor(folder, transform, tokenizer, config)
-    _write_json(folder / SETTINGS_FILE, settings)
+    write_json(folder / SETTINGS_FILE, settings)
     costs = describe_parts(parts)
-    write_model_card(
-        folder,
-        provenance=provenance,
-        costs=costs,
-        settings=settings,
-        dtype=dtype,
-        config=config,
-        mean_colour=transform.mean_colour,
-    )
+    _write_card(folder, provenance, costs, settings, config, transform)
     print_log(
         f"The whole model as {type(llava).__name__}, vocabulary {config.text_config.vocab_size:,}:\n{costs}\n"
         f"{size(folder_bytes(folder))} on disk",
@@ -178,35 +231,60 @@ def write_llava(
     )
 
 
+def _write_card(
+    folder: Path,
+    provenance: Provenance,
+    costs: str,
+    settings: Mapping[str, Any],
+    config: LlavaConfig,
+    transform: ImageTransform,
+) -> None:
+    """Write the model card: what it is, what it takes, how to use it, what it is not for."""
+    tokens, vision = settings["max_length"], config.vision_config
+    dtype = as_dtype(config.torch_dtype)
+    templates = environment("gmai_xtuner.checkpoint", keep_trailing_newline=True)
+    card = templates.get_template("card.md.j2").render(
+        bases=[base for base in (provenance.llm, provenance.vision) if _is_hub_name(base)],
+        stage=provenance.stage,
+        trained=provenance.trained,
+        llm=_shown(provenance.llm),
+        vision=_shown(provenance.vision),
+        dtype=str(dtype).removeprefix("torch."),
+        image_tokens=config.image_seq_length,
+        side=vision.image_size,
+        vocabulary=config.text_config.vocab_size,
+        image_id=config.image_token_index,
+        max_length=tokens,
+        template=settings["prompt_template"],
+        add_bos=settings["add_bos"],
+        costs=costs,
+        on_disk=size(folder_bytes(folder)),
+        cache=size(cache_bytes(config.text_config, tokens=tokens, dtype=dtype)),
+        pads=transform.mode == "pad",
+        colour=transform.mean_colour,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def llava_config(
     text: LlamaConfig,
     vision: CLIPVisionConfig,
     tokenizer: PreTrainedTokenizerFast,
     dtype: torch.dtype,
 ) -> LlavaConfig:
-    """The configuration of the whole, with a vocabulary that has a place for ``<image>``."""
-    text_values = text.to_dict()
-    vision_values = vision.to_dict()
+    """Return the configuration of the whole, with a vocabulary that has a place for ``<image>``."""
+    text_values, vision_values = text.to_dict(), vision.to_dict()
     for values in (text_values, vision_values):
-        for key in (
-            "_name_or_path",
-            "name_or_path",
-            "gmai_attention",
-            "auto_map",
-            "transformers_version",
-        ):
+        for key in _NOT_EXPORTED:
             values.pop(key, None)
         values["torch_dtype"] = dtype
-    scaling = text_values.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) == "dynamic":
-        # The identity up to the positions of the config, but some servers apply it at every length.
-        text_values["rope_scaling"] = None
     vocabulary = max(text.vocab_size, len(tokenizer))
     if vocabulary > text.vocab_size:
         vocabulary = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     text_values |= {
         "vocab_size": vocabulary,
         "use_cache": True,
+        "rope_scaling": without_dynamic_rope(text.rope_scaling),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -217,29 +295,17 @@ def llava_config(
         text_config=text_values,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_image_tokens(vision),
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-2,
-        multimodal_projector_bias=True,
         tie_word_embeddings=text.tie_word_embeddings,
         pad_token_id=tokenizer.pad_token_id,
         torch_dtype=dtype,
     )
 
 
-def llava_state(parts: Mapping[str, Any], config: LlavaConfig) -> dict[str, torch.Tensor]:
-    """The weights under LLaVA's names, embedding and head grown to the vocabulary."""
-    state: dict[str, torch.Tensor] = {}
-    for key, value in parts["llm"].state_dict().items():
-        if key in ("model.embed_tokens.weight", "lm_head.weight"):
-            value = grown(value, config.text_config.vocab_size)
-        state[f"language_model.{key}"] = value
-    for key, value in parts["visual_encoder"].state_dict().items():
-        state[f"vision_tower.{key}"] = value
-    for key, value in parts["projector"].state_dict().items():
-        old = next(name for name in PROJECTOR_NAMES if key.startswith(name))
-        state[f"multi_modal_projector.{PROJECTOR_NAMES[old]}{key.removeprefix(old)}"] = value
-    return state
+def _grown_state(llm: Any, rows: int) -> dict[str, torch.Tensor]:
+    """Return the language model's weights, embedding and head grown to the vocabulary."""
+    state = llm.state_dict()
+    heads = {"model.embed_tokens.weight", "lm_head.weight"} & state.keys()
+    return {**state, **{key: grown(state[key], rows) for key in heads}}
 
 
 def grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
@@ -250,24 +316,13 @@ def grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([matrix, mean.expand(rows - matrix.shape[0], -1)])
 
 
-def _assembled(
-    config: LlavaConfig, state: Mapping[str, torch.Tensor]
-) -> LlavaForConditionalGeneration:
-    with init_empty_weights():
-        llava = LlavaForConditionalGeneration(config)
-    llava.load_state_dict(state, strict=True, assign=True)
-    llava.tie_weights()
-    return llava
-
-
 def _generation(
     llm: Any, tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, config: LlavaConfig
 ) -> GenerationConfig:
-    stop = [tokenizer.eos_token_id]
+    theirs = llm.generation_config.eos_token_id
+    stop = [tokenizer.eos_token_id, *(theirs if isinstance(theirs, list) else [theirs])]
     if template.suffix_is_eos:
         stop.append(tokenizer.convert_tokens_to_ids(template.suffix))
-    theirs = llm.generation_config.eos_token_id
-    stop += theirs if isinstance(theirs, list) else [theirs]
     ids = sorted({token for token in stop if token is not None})
     never = {config.image_token_index, *range(len(tokenizer), config.text_config.vocab_size)}
     return GenerationConfig(
@@ -283,50 +338,25 @@ def _write_config(folder: Path, config: LlavaConfig) -> None:
     """Say each field; versions and servers differ in their defaults."""
     file = folder / "config.json"
     written = json.loads(file.read_text(encoding="utf-8"))
-    for key in (
-        "image_token_index",
-        "image_seq_length",
-        "projector_hidden_act",
-        "vision_feature_select_strategy",
-        "vision_feature_layer",
-        "multimodal_projector_bias",
-        "tie_word_embeddings",
-    ):
-        written[key] = getattr(config, key)
-    text, vision = config.text_config, config.vision_config
-    for part in (written["text_config"], written["vision_config"]):
-        part.pop("_attn_implementation_autoset", None)
-    written["text_config"] |= {
-        "model_type": "llama",
-        **{
-            key: getattr(text, key)
-            for key in (
-                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
-                "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-                "attention_bias", "mlp_bias", "tie_word_embeddings",
-            )
-        },
-    }  # fmt: skip
-    written["vision_config"] |= {
-        "model_type": "clip_vision_model",
-        **{
-            key: getattr(vision, key)
-            for key in (
-                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "image_size", "patch_size", "projection_dim", "hidden_act", "layer_norm_eps",
-                "num_channels",
-            )
-        },
-    }  # fmt: skip
-    _write_json(file, written)
+    written |= {**_fields(config), "tie_word_embeddings": config.tie_word_embeddings}
+    for name, kind in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
+        written[name] |= {"model_type": kind, **_fields(getattr(config, name))}
+        written[name].pop("_attn_implementation_autoset", None)
+    write_json(file, written)
+
+
+def _fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the values of all arguments of a configuration but those that are configurations."""
+    names = inspect.signature(type(config).__init__).parameters
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return {k: v for k, v in values.items() if not isinstance(v, PretrainedConfig)}
 
 
 def _write_processor(
     folder: Path, transform: ImageTransform, tokenizer: PreTrainedTokenizerFast, config: LlavaConfig
 ) -> None:
     square = {"height": transform.image_size, "width": transform.image_size}
-    _write_json(
+    write_json(
         folder / "preprocessor_config.json",
         {
             # No image_processor_type: see the module's text.
@@ -345,7 +375,7 @@ def _write_processor(
             "image_std": list(transform.std),
         },
     )
-    _write_json(
+    write_json(
         folder / "processor_config.json",
         {
             "processor_class": "LlavaProcessor",
@@ -358,10 +388,5 @@ def _write_processor(
     template = tokenizer.chat_template
     assert isinstance(template, str)
     # The processor of 4.48 reads the first, newer ones the second, tokenizers their own config.
-    _write_json(folder / "chat_template.json", {"chat_template": template})
+    write_json(folder / "chat_template.json", {"chat_template": template})
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

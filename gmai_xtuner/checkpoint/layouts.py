@@ -26,9 +26,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,20 +46,29 @@ SETTINGS = {
 
 
 ADAPTERS = ("llm_adapter", "visual_encoder_adapter")
-PARTS = ("llm", "visual_encoder", "projector")
-_PLAIN = (
-    (r"(model\.)?vision_tower\.(vision_model\.)?", "visual_encoder", "vision_model."),
-    (r"(model\.)?multi_modal_projector\.linear_1\.", "projector", "model.0."),
-    (r"(model\.)?multi_modal_projector\.linear_2\.", "projector", "model.2."),
-    (r"language_model\.(?=model\.|lm_head\.|output\.)", "llm", ""),
-    (r"model\.language_model\.(?=embed_tokens|tok_embeddings|layers|norm)", "llm", "model."),
-    (r"(?=lm_head\.)", "llm", ""),
+PLAIN_NAMES = (
+    ("llm", "", "language_model."),
+    ("visual_encoder", "", "vision_tower."),
+    ("projector", "model.0.", "multi_modal_projector.linear_1."),
+    ("projector", "model.2.", "multi_modal_projector.linear_2."),
 )
-_ORIGINAL = (
-    (r"model\.vision_tower\.vision_tower\.vision_model\.", "visual_encoder", "vision_model."),
-    (r"model\.mm_projector\.(?=\d+\.)", "projector", "model."),
-    (r"(?=model\.(embed_tokens|layers|norm)\.|lm_head\.)", "llm", ""),
-)
+"""Part, how its plain names begin, and how those of the ``plain`` layout do; as we write them."""
+_RULES = {
+    "plain": (
+        (r"(model\.)?vision_tower\.(vision_model\.)?", "visual_encoder", "vision_model."),
+        (r"(model\.)?multi_modal_projector\.linear_1\.", "projector", "model.0."),
+        (r"(model\.)?multi_modal_projector\.linear_2\.", "projector", "model.2."),
+        (r"language_model\.(?=model\.|lm_head\.|output\.)", "llm", ""),
+        (r"model\.language_model\.(?=embed_tokens|tok_embeddings|layers|norm)", "llm", "model."),
+        (r"(?=lm_head\.)", "llm", ""),
+    ),
+    "original": (
+        (r"model\.vision_tower\.vision_tower\.vision_model\.", "visual_encoder", "vision_model."),
+        (r"model\.mm_projector\.(?=\d+\.)", "projector", "model."),
+        (r"(?=model\.(embed_tokens|layers|norm)\.|lm_head\.)", "llm", ""),
+    ),
+}
+"""Layout -> how names begin there, the part they belong to, and how their plain names begin."""
 #: Buffers of early checkpoints, computed anew.
 _IGNORED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 #: What ``InternLM2Config`` means where a nested ``text_config`` leaves a size out, as transformers does with
@@ -74,34 +82,131 @@ INTERNLM2_DEFAULTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Projector:
+class Projector(NamedTuple):
     """How an image feature becomes an embedding: ``depth`` linear layers with an activation between."""
 
-    depth: int
-    hidden_act: str
-    bias: bool
+    depth: int = 2
+    hidden_act: str = "gelu"
+    bias: bool = True
+
+
+class Export:
+    """A folder of exported weights in one of the layouts; weights are read when they are asked for.
+
+    Args:
+        folder: the folder.
+
+    ``layout`` is ``xtuner``, ``plain`` or ``original``; ``None`` for what is no export.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        file = self.folder / "config.json"
+        self.config = read_json(file) if file.is_file() else {}
+        self.layout = "xtuner" if is_xtuner_layout(folder) else layout_of(self.config)
+
+    @property
+    def projector(self) -> Projector:
+        """Form of the projector.
+
+        Raises:
+            ModelLoadError: its description is missing or damaged, or it is no chain of linear layers.
+        """
+        if self.layout == "xtuner":
+            own = read_json(self.folder / "projector" / "config.json")
+            return Projector(**{key: own[key] for key in Projector._fields if key in own})
+        if self.layout == "plain":
+            return Projector(
+                hidden_act=self.config.get("projector_hidden_act", "gelu"),
+                bias=self.config.get("multimodal_projector_bias", True),
+            )
+        kind = str(self.config.get("mm_projector_type"))
+        match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+        if kind != "linear" and match is None:
+            raise ModelLoadError(
+                f"{self.folder}: mm_projector_type {kind!r} is not supported; supported are 'linear' and "
+                "'mlp<N>x_gelu'"
+            )
+        return Projector(depth=int(match[1]) if match else 1)
+
+    @property
+    def select_layer(self) -> int | None:
+        """The tower's hidden state that the projector reads; ``None``: the folder does not say.
+
+        Raises:
+            ModelLoadError: no number, several layers, or the class token as well.
+        """
+        if self.layout == "xtuner":
+            file = self.folder / SETTINGS_FILE
+            if not file.is_file():
+                told = re.search(r"\bvisual_select_layer\s*=\s*(-?\d+)", self.xtuner_config)
+                return int(told[1]) if told else None
+            layer = read_json(file).get("visual_select_layer")
+            if layer is not None and not isinstance(layer, int):
+                raise ModelLoadError(
+                    f"{file}: visual_select_layer must be a whole number, such as -2; got {layer!r}"
+                )
+            return layer
+        get = self.config.get
+        layer = get("vision_feature_layer", get("mm_vision_select_layer", -2))
+        strategy = get("vision_feature_select_strategy", "default")
+        features = get("mm_vision_select_feature", "patch")
+        if not isinstance(layer, int) or strategy != "default" or features != "patch":
+            raise ModelLoadError(
+                f"{self.folder}: only one layer's patch tokens are supported (vision_feature_layer a number, "
+                f"vision_feature_select_strategy 'default'), got {layer!r} and {strategy!r}"
+            )
+        return layer
+
+    @property
+    def xtuner_config(self) -> str:
+        """The config that xtuner's converter puts beside an export, as text: it is code, and not run."""
+        file = self.folder / "xtuner_config.py"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    def weights(self, part: str) -> dict[str, torch.Tensor]:
+        """Return the weights of a part under plain names; empty where the folder has none.
+
+        Raises:
+            ModelLoadError: a file is missing or damaged, a weight belongs to no part, or there is no
+                projector.
+        """
+        if self.layout == "xtuner":
+            own = self.folder / part
+            return read_state_dict(own) if own.is_dir() else {}
+        found = split_weights(self.folder, str(self.layout))[part]
+        if part == "projector" and not found:
+            raise ModelLoadError(f"{self.folder} has no weights of the projector. Finish the copy")
+        return found
+
+
+def is_xtuner_layout(folder: str | Path) -> bool:
+    """Return True for a folder in xtuner's LLaVA layout: ``projector/`` and what else was trained."""
+    return (Path(folder) / "projector" / "config.json").is_file()
 
 
 def is_llava(folder: str | Path) -> bool:
-    """Whether a folder holds a whole LLaVA in one of the layouts."""
-    file = Path(folder) / "config.json"
-    return file.is_file() and layout_of(read_json(file)) is not None
+    """Return True for a folder that holds a whole LLaVA in one of the layouts."""
+    return Export(folder).layout in _RULES
 
 
-def split_weights(
-    weights: Mapping[str, torch.Tensor], layout: str, *, source: str
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights by part, under plain names; a part may be empty.
+def is_export(folder: str | Path) -> bool:
+    """Return True for a folder of exported weights, in xtuner's layout or as a whole LLaVA."""
+    return Export(folder).layout is not None
+
+
+def split_weights(folder: Path, layout: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Read the weights of a whole LLaVA by part, under plain names; a part may be empty.
 
     Raises:
         ModelLoadError: a weight that belongs to no part.
     """
-    rules = _PLAIN if layout == "plain" else _ORIGINAL
-    parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in PARTS}
+    parts: dict[str, dict[str, torch.Tensor]] = {
+        part: {} for part in ("llm", "visual_encoder", "projector")
+    }
     strange = []
-    for key, value in weights.items():
-        for pattern, part, replacement in rules:
+    for key, value in read_state_dict(folder).items():
+        for pattern, part, replacement in _RULES[layout]:
             if found := re.match(pattern, key):
                 name = replacement + key[found.end() :]
                 if not name.endswith(_IGNORED):
@@ -111,16 +216,26 @@ def split_weights(
             strange.append(key)
     if strange:
         raise ModelLoadError(
-            f"{source} has {len(strange)} weights that a LLaVA of this layout does not have: "
+            f"{folder} has {len(strange)} weights that a LLaVA of this layout does not have: "
             f"{shorten(sorted(strange), limit=4)}. Take config and weights from the same checkpoint"
         )
     return parts
 
 
+def plain_weights(parts: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the weights of all parts under the names of the ``plain`` layout."""
+    return {
+        theirs + key.removeprefix(ours): value
+        for part, ours, theirs in PLAIN_NAMES
+        for key, value in parts[part].items()
+        if key.startswith(ours)
+    }
+
+
 def text_model(
     directory: Path, *, weights: bool = True
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and weights of the language model of a folder, be it that alone or a LLaVA.
+    """Read configuration and weights of the language model of a folder, be it that alone or a LLaVA.
 
     Args:
         directory: the folder.
@@ -134,114 +249,44 @@ def text_model(
     if layout is None:
         return with_rope(raw), read_state_dict(directory) if weights else {}
     if layout == "plain":
-        text = dict(raw["text_config"])
-        text.setdefault("model_type", "llama")
+        text = {"model_type": "llama", **raw["text_config"]}
         if text["model_type"] == "internlm2":
             text = {**INTERNLM2_DEFAULTS, **text}
         if text.get("torch_dtype") is None and text.get("dtype") is None:
             text["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype")
     else:
         text = {**raw, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    part = _part(directory, layout, "llm") if weights else {}
-    return with_rope(text), part
+    return with_rope(text), split_weights(directory, layout)["llm"] if weights else {}
 
 
-def vision_model(
-    directory: Path, *, weights: bool = True
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read configuration and weights of the vision tower of a LLaVA.
+def vision_model(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read configuration and weights of the vision tower of a folder, be it a CLIP or a LLaVA.
 
     Raises:
         ModelLoadError: a file is missing or damaged, or the folder has no tower of its own.
     """
     config = vision_config(directory)
-    return config, _part(directory, "plain", "visual_encoder") if weights else {}
-
-
-def tower_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Weights of the vision tower that a LLaVA brings along; empty where it uses its base's."""
-    layout = layout_of(read_json(directory / "config.json"))
-    return _part(directory, layout, "visual_encoder") if layout else {}
-
-
-def projector_model(directory: Path) -> tuple[Projector, dict[str, torch.Tensor]]:
-    """Form and weights of a LLaVA's projector.
-
-    Raises:
-        ModelLoadError: a file is missing or damaged, or it is no chain of linear layers.
-    """
-    raw = read_json(directory / "config.json")
-    layout = layout_of(raw)
-    if layout == "plain":
-        form = Projector(
-            depth=2,
-            hidden_act=raw.get("projector_hidden_act", "gelu"),
-            bias=raw.get("multimodal_projector_bias", True),
-        )
-    else:
-        kind = str(raw.get("mm_projector_type"))
-        match = re.fullmatch(r"mlp(\d+)x_gelu", kind)
-        if kind != "linear" and match is None:
-            raise ModelLoadError(
-                f"{directory}: mm_projector_type {kind!r} is not supported; supported are 'linear' and "
-                "'mlp<N>x_gelu'"
-            )
-        form = Projector(depth=int(match[1]) if match else 1, hidden_act="gelu", bias=True)
-    weights = _part(directory, str(layout), "projector")
-    if not weights:
-        raise ModelLoadError(f"{directory} has no weights of the projector. Finish the copy")
-    return form, weights
-
-
-def select_layer(config: Mapping[str, Any], *, source: str) -> int:
-    """The tower's hidden state that the projector reads.
-
-    Raises:
-        ModelLoadError: several layers, or the class token as well.
-    """
-    layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
-    strategy = config.get("vision_feature_select_strategy", "default")
-    features = config.get("mm_vision_select_feature", "patch")
-    if not isinstance(layer, int) or strategy != "default" or features != "patch":
-        raise ModelLoadError(
-            f"{source}: only one layer's patch tokens are supported (vision_feature_layer a number, "
-            f"vision_feature_select_strategy 'default'), got {layer!r} and {strategy!r}"
-        )
-    return layer
+    if not is_llava(directory):
+        return config, read_state_dict(directory)
+    return config, split_weights(directory, "plain")["visual_encoder"]
 
 
 def with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_parameters`` of transformers 5 as ``rope_theta`` and ``rope_scaling``, which 4.48 reads.
+    """Write ``rope_parameters`` of transformers 5 as ``rope_theta`` and ``rope_scaling``, which 4.48 reads.
 
     Left as it is, 4.48 would take the default base of 10,000 without a word.
     """
     values = dict(config)
-    rope = values.pop("rope_parameters", None)
-    if rope:
-        rope = dict(rope)
-        if (theta := rope.pop("rope_theta", None)) is not None:
-            values["rope_theta"] = theta
-        if rope.get("rope_type", "default") != "default":
-            values["rope_scaling"] = rope
+    rope = dict(values.pop("rope_parameters", None) or {})
+    if (theta := rope.pop("rope_theta", None)) is not None:
+        values["rope_theta"] = theta
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = rope
     return values
 
 
-def _part(directory: Path, layout: str, part: str) -> dict[str, torch.Tensor]:
-    return split_weights(read_state_dict(directory), layout, source=str(directory))[part]
-
-
-def is_xtuner_layout(folder: str | Path) -> bool:
-    """Whether a folder is in xtuner's LLaVA layout: ``projector/`` and what else was trained."""
-    return (Path(folder) / "projector" / "config.json").is_file()
-
-
-def is_export(folder: str | Path) -> bool:
-    """Whether a folder holds exported weights, in xtuner's layout or as a whole LLaVA."""
-    return is_xtuner_layout(folder) or is_llava(folder)
-
-
 def read_export(folder: str | Path, model: Any) -> dict[str, torch.Tensor]:
-    """Projector and vision tower of an export, as a checkpoint has them.
+    """Read projector and vision tower of an export, as a checkpoint has them.
 
     Args:
         folder: the export.
@@ -251,98 +296,32 @@ def read_export(folder: str | Path, model: Any) -> dict[str, torch.Tensor]:
         ModelLoadError: the folder has a language model that the config does not take, adapters that are
             not merged, or a projector that reads another layer of the tower or is of another form.
     """
-    folder = Path(folder)
-    check_language_model(folder, str(model.llm.name_or_path))
-    state: dict[str, torch.Tensor] = {}
-    if is_xtuner_layout(folder):
-        for name in ADAPTERS:
-            if (folder / name).exists():
-                raise ModelLoadError(
-                    f"{str(folder)!r} has {name}/, which is not merged. Write a folder with everything "
-                    f"merged first: python -m gmai_xtuner.import_model {folder} OUT"
-                )
-        _check_layer(xtuner_select_layer(folder), folder, model)
-        _check_form(xtuner_projector(folder), folder, model)
-        for part in ("projector", "visual_encoder"):
-            if (folder / part).is_dir():
-                weights = read_state_dict(folder / part)
-                state.update({f"{part}.{key}": value for key, value in weights.items()})
-        return state
-    _check_layer(select_layer(read_json(folder / "config.json"), source=str(folder)), folder, model)
-    form, weights = projector_model(folder)
-    _check_form(form, folder, model)
-    state.update({f"projector.{key}": value for key, value in weights.items()})
-    state.update({f"visual_encoder.{key}": value for key, value in tower_weights(folder).items()})
-    return state
-
-
-def xtuner_projector(folder: str | Path) -> Projector:
-    """Form of the projector of a folder in xtuner's layout.
-
-    Raises:
-        ModelLoadError: its config.json is missing or damaged.
-    """
-    own = read_json(Path(folder) / "projector" / "config.json")
-    return Projector(
-        depth=own.get("depth", 2),
-        hidden_act=own.get("hidden_act", "gelu"),
-        bias=own.get("bias", True),
-    )
-
-
-def xtuner_select_layer(folder: str | Path) -> int | None:
-    """The tower's hidden state that the projector of a folder in xtuner's layout reads; None: not said.
-
-    Raises:
-        ModelLoadError: what the folder says is no number.
-    """
-    file = Path(folder) / SETTINGS_FILE
-    if file.is_file():
-        layer = read_json(file).get("visual_select_layer")
-        if layer is not None and not isinstance(layer, int):
+    export, base = Export(folder), str(model.llm.name_or_path)
+    if export.config and Path(base).resolve() != export.folder.resolve():
+        raise ModelLoadError(
+            f"{folder} is an export with its own language model, but the config takes the one of "
+            f"{base!r}. Name the export as the base too: GMAI_LLM={folder}"
+        )
+    for name in ADAPTERS if export.layout == "xtuner" else ():
+        if (export.folder / name).exists():
             raise ModelLoadError(
-                f"{file}: visual_select_layer must be a whole number, such as -2; got {layer!r}"
+                f"{str(folder)!r} has {name}/, which is not merged. Write a folder with everything "
+                f"merged first: python -m gmai_xtuner.import_model {folder} OUT"
             )
-        return layer
-    named = re.search(r"\bvisual_select_layer\s*=\s*(-?\d+)", xtuner_config(folder))
-    return int(named[1]) if named else None
-
-
-def xtuner_config(folder: str | Path) -> str:
-    """The config that xtuner's converter puts beside an export, as text: it is code, and not run."""
-    file = Path(folder) / "xtuner_config.py"
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
-
-
-def _check_layer(layer: int | None, folder: Path, model: Any) -> None:
+    layer = export.select_layer
     if layer is not None and layer != model.visual_select_layer:
         raise ModelLoadError(
             f"the projector of {str(folder)!r} reads layer {layer} of the vision tower, the config says "
             f"{model.visual_select_layer}. Set model.visual_select_layer={layer}"
         )
-
-
-def _check_form(form: Projector, folder: Path, model: Any) -> None:
-    own = model.projector.config
-    if (form.depth, form.hidden_act, form.bias) != (own.depth, own.hidden_act, own.bias):
+    form, own = export.projector, model.projector.config
+    if form != (own.depth, own.hidden_act, own.bias):
         raise ModelLoadError(
             f"the projector of {str(folder)!r} has depth {form.depth}, {form.hidden_act}, bias {form.bias}; "
             f"the config's has depth {own.depth}, {own.hidden_act}, bias {own.bias}"
         )
-
-
-def check_language_model(folder: Path, name: str) -> None:
-    """Whether a config takes the language model that an export has.
-
-    Args:
-        folder: the export.
-        name: the base that the config takes.
-
-    Raises:
-        ModelLoadError: it takes another one.
-    """
-    if (folder / "config.json").is_file() and Path(name).resolve() != folder.resolve():
-        raise ModelLoadError(
-            f"{folder} is an export with its own language model, but the config takes the one of "
-            f"{name!r}. Name the export as the base too: GMAI_LLM={folder}"
-        )
+    return {
+        f"{part}.{key}": value
+        for part in ("projector", "visual_encoder")
+        for key, value in export.weights(part).items()
+    }

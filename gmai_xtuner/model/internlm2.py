@@ -48,6 +48,9 @@ REQUIRED_KEYS = (
 )
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def raise_on_keys(missing: list[str], unexpected: list[str], where: str) -> None:
     if not missing and not unexpected:
         return

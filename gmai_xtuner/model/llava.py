@@ -161,6 +161,10 @@ class LLaVA(BaseModel):
     def init_weights(self) -> None:
         """Weights come from the checkpoints; mmengine must not initialise them again."""
 
+    def parts(self) -> dict[str, Any]:
+        """Return the parts by name, in the order in which an image passes them."""
+        return {name: getattr(self, name) for name in ("visual_encoder", "projector", "llm")}
+
     @property
     def image_size(self) -> int:
         return self.visual_encoder.config.image_size

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gmai_xtuner.checkpoint.bases import NOT_VISION
-from gmai_xtuner.checkpoint.layouts import is_export, is_llava, text_model, vision_model
+from gmai_xtuner.checkpoint.layouts import is_export, text_model, vision_model
 from gmai_xtuner.checkpoint.llava import check_no_language_model, without_prefix
 from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
@@ -24,7 +24,6 @@ from gmai_xtuner.checkpoint.training import (
     resolve_checkpoint,
     what_is_wrong,
 )
-from gmai_xtuner.checkpoint.weights import read_state_dict
 from gmai_xtuner.core.config import accumulation
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import has_weights, resolve_directory
@@ -129,7 +128,7 @@ def _check_llm(folder: Path, model: nn.Module) -> None:
 
 
 def _check_tower(folder: Path, model: nn.Module) -> None:
-    there = vision_model(folder)[1] if is_llava(folder) else read_state_dict(folder)
+    there = vision_model(folder)[1]
     wanted = {plain_key(name) for name, _ in model.named_parameters() if not is_adapter_key(name)}
     raise_on_keys(
         sorted(wanted - there.keys()),

@@ -544,6 +544,6 @@ def test_a_failure_while_writing_leaves_nothing(plain_stage3, tmp_path, monkeypa
     def fail(*args, **kwargs):
         raise GMAIError("the disk is full")
 
-    monkeypatch.setattr("gmai_xtuner.checkpoint.export_huggingface.write_model_card", fail)
+    monkeypatch.setattr("gmai_xtuner.checkpoint.export_huggingface._write_card", fail)
     refused(model, cfg, tmp_path / "out", "the disk is full")
     assert not (tmp_path / "out").exists()

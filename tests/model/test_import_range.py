@@ -69,7 +69,7 @@ def test_what_is_no_number_is_refused_in_its_own_dtype_too(release, tmp_path, ca
 
 def test_what_becomes_0_is_counted(release, tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr("gmai_xtuner.checkpoint.export.warn_of", counted.append)
+    monkeypatch.setattr("gmai_xtuner.checkpoint.export._warn_of", counted.append)
     folder = with_value(release, tmp_path / "release", "projector", 1e-9)
     assert main([str(folder), str(tmp_path / "out")]) == 0
     assert counted[-1] == 3
@@ -79,7 +79,7 @@ def test_a_shard_size_that_is_none_is_refused_before_the_model_is_read(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
-        "gmai_xtuner.loading.load_with_settings", None
+        "gmai_xtuner.loading.load_model", None
     )  # to call it would be an error
     assert main([str(tmp_path), str(tmp_path / "out"), "--max-shard-size", "nonsense"]) == 1
     told = capsys.readouterr().err
@@ -91,6 +91,6 @@ def test_errors_of_files_are_one_line_too(tmp_path, capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gmai_xtuner.loading.load_with_settings", full)
+    monkeypatch.setattr("gmai_xtuner.loading.load_model", full)
     assert main([str(tmp_path), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
