@@ -72,7 +72,7 @@ def test_what_becomes_0_is_counted(release, tmp_path, monkeypatch):
     monkeypatch.setattr("gmai_xtuner.checkpoint.export._warn_of", counted.append)
     folder = with_value(release, tmp_path / "release", "projector", 1e-9)
     assert main([str(folder), str(tmp_path / "out")]) == 0
-    assert counted[-1] == 3
+    assert 3 in counted
 
 
 def test_a_shard_size_that_is_none_is_refused_before_the_model_is_read(
