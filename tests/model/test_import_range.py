@@ -78,9 +78,7 @@ def test_what_becomes_0_is_counted(release, tmp_path, monkeypatch):
 def test_a_shard_size_that_is_none_is_refused_before_the_model_is_read(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        "gmai_xtuner.loading.load_model", None
-    )  # to call it would be an error
+    monkeypatch.setattr("gmai_xtuner.loading.load_model", None)  # to call it would be an error
     assert main([str(tmp_path), str(tmp_path / "out"), "--max-shard-size", "nonsense"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: --max-shard-size must be")
