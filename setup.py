@@ -143,6 +143,7 @@ setup(
             "*.sql",
             "forms/*.yaml",
             "writers/*.j2",
+            "writers/*.sql",
             "output/*.j2",
             "output/*.js",
             "contamination/*.j2",

@@ -15,27 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.contamination.compare import Overlap
+from data_tools.contamination.compare import CorpusImage, Overlap
 from data_tools.contamination.images import LEVELS
 from gmai_xtuner.core.errors import CorpusError
 
 NEAR_COLUMNS = (
-    "decision",
-    "relation",
-    "bits",
-    "benchmark_picture",
-    "questions",
-    "dataset",
-    "image",
-    "excluded_by_mixture",
+    *("decision", "relation", "bits", "benchmark_picture", "questions"),
+    *("dataset", "image", "excluded_by_mixture"),
 )
 """Columns of ``near.tsv``; people's files have these names."""
-
 EXCLUDE, KEEP = "exclude", "keep"
 SAME_PIXELS = "same pixels"
 
-Decisions = dict[tuple[str, str, str], str]
-"""Decisions of a person: (benchmark's image, dataset, image) -> ``exclude`` or ``keep``."""
+PairKey = tuple[str, str, str]
+"""Benchmark's image, dataset, image: by which people's decisions are kept."""
+Decisions = dict[PairKey, str]
+"""Decisions of a person: ``exclude`` or ``keep``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +38,42 @@ class Pair:
     """Two images that are to be looked at.
 
     Args:
-        theirs, ours: images of the benchmark and of the corpus, by number.
+        theirs: number of the benchmark's image; ``picture`` its name.
+        ours: the corpus' image.
         relation: ``same pixels``, ``looks the same``, or ``same case`` if only the names are alike;
             ``looks the same, same case`` for both.
         bits: by which the perceptual hashes differ; None: not known to be near.
     """
 
     theirs: int
-    ours: int
+    picture: str
+    ours: CorpusImage
     relation: str
     bits: int | None
+
+    @property
+    def key(self) -> PairKey:
+        return self.picture, self.ours.dataset, self.ours.name
 
 
 def pairs(overlap: Overlap) -> list[Pair]:
     """Return all pairs, the surest first: same pixels, then those of one case, then by distance."""
     cases = {(theirs, ours) for theirs, images in overlap.same_case.items() for ours in images}
-    exact = [
-        Pair(theirs, ours, SAME_PIXELS, 0)
+    exact = {
+        (theirs, ours): (SAME_PIXELS, 0)
         for theirs, images in sorted(overlap.matches.exact.items())
         for ours in images
-    ]
-    near = []
-    for one in overlap.matches.near:
-        also = ", same case" if (one.theirs, one.ours) in cases else ""
-        near.append(Pair(one.theirs, one.ours, f"looks the same{also}", one.distance))
-    near.sort(key=lambda pair: ("case" not in pair.relation, pair.bits))
-    cases -= {(pair.theirs, pair.ours) for pair in (*exact, *near)}
-    return [*exact, *near, *(Pair(*case, "same case", None) for case in sorted(cases))]
+    }
+    near = [((one.theirs, one.ours), one.distance) for one in overlap.matches.near]
+    near.sort(key=lambda one: (one[0] not in cases, one[1]))
+    found: list[tuple[tuple[int, int], tuple[str, int | None]]] = [*exact.items()]
+    for both, bits in near:
+        also = ", same case" if both in cases else ""
+        found.append((both, (f"looks the same{also}", bits)))
+    cases -= {both for both, _ in found}
+    found += [(both, ("same case", None)) for both in sorted(cases)]
+    names = [image.name for image in overlap.benchmark.images]
+    return [Pair(n, names[n], overlap.image(ours), *how) for (n, ours), how in found]
 
 
 def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> dict[str, Any]:
@@ -91,8 +95,8 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
             "left_out_by_the_mixture": overlap.excluded,
             "no_conversation": sum(corpus.refused.values()),
             "refused_by_reason": dict(sorted(corpus.refused.items())),
-            "pictures": overlap.corpus_images,
-            "distinct_pictures": overlap.distinct_images,
+            "pictures": len(overlap.names),
+            "distinct_pictures": overlap.distinct_images(),
             "pictures_by_state": overlap.corpus_states,
             "files_passed_over": corpus.passed_over,
         },
@@ -153,7 +157,7 @@ def images_not_compared(overlap: Overlap) -> str:
         )
     if not overlap.benchmark_states.get("read"):
         return "no image of the benchmark could be read"
-    if not overlap.corpus_images:
+    if not overlap.names:
         return "the corpus names no image"
     if not overlap.corpus_states.get("read"):
         return "no image of the corpus could be read; is image_root right?"
@@ -217,8 +221,7 @@ class ExcludeList:
 
     def text(self, *, title: str) -> str:
         """Return the list as ``exclude`` of a mixture takes it."""
-        lines = [f"# {title}"]
-        now = ""
+        lines, now = [f"# {title}"], ""
         entries = [(dataset, "image", name) for dataset, name in self.images]
         entries += [(dataset, "id", name) for dataset, name in self.ids]
         for dataset, kind, name in sorted(entries):
@@ -236,40 +239,30 @@ def _quoted(name: str) -> str:
     return name
 
 
-def _key(overlap: Overlap, pair: Pair) -> tuple[str, str, str]:
-    image = overlap.images[pair.ours]
-    return overlap.benchmark.images[pair.theirs].name, image.dataset, image.name
-
-
 def exclude_list(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -> ExcludeList:
     """List what is certain: the same pixels; conversations that are a question without an image, word for
     word with its answer; and whatever a person has decided on. What only looks alike is for eyes.
 
     One ``exclude`` is enough to leave an image out. An image of the same pixels is taken back if all its
     pairs are ``keep``: that it is no copy of one image says nothing of another."""
-    keys = [_key(overlap, pair) for pair in listed]
-    certain = {
-        key[1:] for pair, key in zip(listed, keys, strict=True) if pair.relation == SAME_PIXELS
-    }
-    not_all_kept = {key[1:] for key in keys if decisions.get(key) != KEEP}
+    certain = {pair.key[1:] for pair in listed if pair.relation == SAME_PIXELS}
+    not_all_kept = {pair.key[1:] for pair in listed if decisions.get(pair.key) != KEEP}
     excluded = {key[1:] for key, decision in decisions.items() if decision == EXCLUDE}
     decided = len(excluded - certain)
     images = (certain & not_all_kept) | excluded
     undecided = sum(
         pair.relation != SAME_PIXELS
-        and key not in decisions
-        and key[1:] not in images
-        and not overlap.images[pair.ours].is_excluded
-        for pair, key in zip(listed, keys, strict=True)
+        and pair.key not in decisions
+        and pair.key[1:] not in images
+        and not pair.ours.is_excluded
+        for pair in listed
     )
     datasets = overlap.corpus.datasets
     ids = {(datasets[number].name, name) for number, name in overlap.questions.whole}
     left_images = {(dataset.name, name) for dataset in datasets for name in dataset.excluded.images}
     left_ids = {(dataset.name, name) for dataset in datasets for name in dataset.excluded.ids}
     fresh = len(images - left_images) + len(ids - left_ids)
-    if (
-        not overlap.corpus.is_mixture
-    ):  # its datasets are called after files, which a mixture doesn't know
+    if not overlap.corpus.is_mixture:  # datasets are called after files, which no mixture knows
         images, ids = ({("", name) for _, name in names} for names in (images, ids))
     return ExcludeList(tuple(sorted(images)), tuple(sorted(ids)), decided, fresh, undecided)
 
@@ -280,41 +273,36 @@ def read_decisions(path: Path) -> Decisions:
     Raises:
         CorpusError: another word stands there, a column or cell is missing, or it isn't UTF-8.
     """
+    found: Decisions = {}
+    if not path.is_file():
+        return found
     try:
-        return _read_decisions(path) if path.is_file() else {}
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{path} is not UTF-8 ({error}); it holds your decisions. Save it as UTF-8 with tabs."
         ) from error
-
-
-def _read_decisions(path: Path) -> Decisions:
-    found: Decisions = {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        missing = {"decision", "benchmark_picture", "dataset", "image"} - set(
-            reader.fieldnames or ()
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
+    missing = {"decision", "benchmark_picture", "dataset", "image"} - set(reader.fieldnames or ())
+    if missing:
+        raise CorpusError(
+            f"{path} lacks the column(s) {', '.join(sorted(missing))}; it holds your decisions. Restore it, "
+            "or move it away to begin anew."
         )
-        if missing:
+    for number, row in enumerate(reader, 2):
+        decision = (row["decision"] or "").strip().lower()
+        if decision not in ("", EXCLUDE, KEEP):
             raise CorpusError(
-                f"{path} lacks the column(s) {', '.join(sorted(missing))}; it holds your decisions. Restore "
-                "it, or move it away to begin anew."
+                f"{path}, line {number}: the decision must be {EXCLUDE}, {KEEP} or empty, got "
+                f"{row['decision']!r}."
             )
-        for number, row in enumerate(reader, 2):
-            decision = (row["decision"] or "").strip().lower()
-            if decision not in ("", EXCLUDE, KEEP):
-                raise CorpusError(
-                    f"{path}, line {number}: the decision must be {EXCLUDE}, {KEEP} or empty, got "
-                    f"{row['decision']!r}."
-                )
-            key = (row["benchmark_picture"], row["dataset"], row["image"])
-            if decision and None in key:
-                raise CorpusError(
-                    f"{path}, line {number}: {decision} of what? Cells are missing; columns are separated by "
-                    "tabs."
-                )
-            if decision and found.get(key) != EXCLUDE:
-                found[key] = decision
+        key = (row["benchmark_picture"], row["dataset"], row["image"])
+        if decision and None in key:
+            raise CorpusError(
+                f"{path}, line {number}: {decision} of what? Cells are missing; tabs separate columns."
+            )
+        if decision and found.get(key) != EXCLUDE:
+            found[key] = decision
     return found
 
 
@@ -322,28 +310,18 @@ def near_table(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions) -
     """Return ``near.tsv``: pairs to look at, then those of the same pixels; with the decisions made so far,
     also those on pairs no longer there."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
-    writer.writerow(NEAR_COLUMNS)
+    table = csv.writer(buffer, delimiter="\t", lineterminator="\n")
+    table.writerow(NEAR_COLUMNS)
     asked = Counter(number for item in overlap.benchmark.items for number in item.images)
-    written = set()
+    gone = dict(decisions)
     for pair in sorted(listed, key=lambda one: one.relation == SAME_PIXELS):
-        image = overlap.images[pair.ours]
-        key = _key(overlap, pair)
-        written.add(key)
-        writer.writerow(
-            [
-                decisions.get(key, ""),
-                pair.relation,
-                "" if pair.bits is None else pair.bits,
-                key[0],
-                asked[pair.theirs],
-                *key[1:],
-                "yes" if image.is_excluded else "",
-            ]
-        )
-    for key, decision in decisions.items():
-        if key not in written:
-            writer.writerow([decision, "not found this time", "", key[0], "", *key[1:], ""])
+        picture, *image = pair.key
+        left_out = "yes" if pair.ours.is_excluded else ""
+        row = [pair.relation, pair.bits, picture, asked[pair.theirs], *image, left_out]
+        table.writerow([decisions.get(pair.key, ""), *row])
+        gone.pop(pair.key, None)
+    for (picture, *image), decision in gone.items():
+        table.writerow([decision, "not found this time", "", picture, "", *image, ""])
     return buffer.getvalue()
 
 

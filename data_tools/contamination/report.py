@@ -119,31 +119,35 @@ def write(folder: Path, overlap: Overlap, cache: HashCache) -> dict[str, Any]:
         numbers[side]["seen_from_here"] = seen_from(folder, path)
     whole = {
         **numbers,
-        "pairs": [_pair(overlap, pair) for pair in listed[:LISTED]],
+        "pairs": [
+            {
+                "relation": pair.relation,
+                "bits": pair.bits,
+                **dict(zip(("benchmark_picture", "dataset", "image"), pair.key, strict=True)),
+                "excluded_by_mixture": pair.ours.is_excluded,
+            }
+            for pair in listed[:LISTED]
+        ],
         "question_hits": questions,
         "unreadable": overlap.problems,
     }
+    markdown = _rendered(
+        "report.md.j2",
+        corpus=overlap.corpus.path.name,
+        benchmark=overlap.benchmark.path.name,
+        n=numbers,
+        pairs=whole["pairs"][:PAIRS],
+        questions=questions[:QUESTIONS],
+    )
     for name, text in (
         (MARK, json.dumps(whole, ensure_ascii=False, indent=1) + "\n"),
         ("near.tsv", findings.near_table(overlap, listed, decisions)),
         ("exclude.txt", exclude.text(title=title)),
-        ("report.md", _markdown(overlap, numbers, whole["pairs"], questions)),
+        ("report.md", markdown),
         ("report.html", _page(overlap, numbers, listed, questions, exclude, cache)),
     ):
         replace_text(folder / name, text.encode("utf-8", "backslashreplace"))
     return numbers
-
-
-def _pair(overlap: Overlap, pair: Pair) -> dict[str, Any]:
-    image = overlap.images[pair.ours]
-    return {
-        "relation": pair.relation,
-        "bits": pair.bits,
-        "benchmark_picture": overlap.benchmark.images[pair.theirs].name,
-        "dataset": image.dataset,
-        "image": image.name,
-        "excluded_by_mixture": image.is_excluded,
-    }
 
 
 def _page(
@@ -157,7 +161,7 @@ def _page(
     excluded = {name for _, name in exclude.images}
     shown = []
     for pair in listed[:PAIRS]:
-        theirs, ours = overlap.benchmark.images[pair.theirs], overlap.images[pair.ours]
+        theirs, ours = overlap.benchmark.images[pair.theirs], pair.ours
         small = cache.small(theirs.key) if theirs.key else _small(theirs.path)
         now = "in exclude.txt" if ours.name in excluded else ""
         shown.append(
@@ -178,23 +182,6 @@ def _page(
         more_pairs=len(listed) - len(shown),
         questions=questions[:QUESTIONS],
         more_questions=max(0, len(questions) - QUESTIONS),
-    )
-
-
-def _markdown(
-    overlap: Overlap,
-    numbers: dict[str, Any],
-    pairs: Sequence[dict[str, Any]],
-    questions: Sequence[dict[str, Any]],
-) -> str:
-    """Return the numbers and the first of the hits."""
-    return _rendered(
-        "report.md.j2",
-        corpus=overlap.corpus.path.name,
-        benchmark=overlap.benchmark.path.name,
-        n=numbers,
-        pairs=pairs[:PAIRS],
-        questions=questions[:QUESTIONS],
     )
 
 

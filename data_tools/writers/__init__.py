@@ -25,7 +25,7 @@ def prompts_of(job: Job, *, grounded: bool) -> Prompts:
 def model_writer(
     job: Job, *, grounded: bool, folder: Path | None = None
 ) -> OpenAIWriter | OpenAIBatchWriter:
-    """Return the job's writer.
+    """Return the writer of a job that asks a model.
 
     Args:
         job: its writer is not the template writer.
@@ -35,24 +35,23 @@ def model_writer(
     # They need the libraries of the API.
     from data_tools.writers.openai_batch import OpenAIBatchWriter
     from data_tools.writers.openai_writer import OpenAIWriter
-    from data_tools.writers.options import OpenAIBatchOptions, OpenAIOptions
+    from data_tools.writers.options import OpenAIBatchOptions, TemplateOptions
 
     options = job.writer
-    assert isinstance(options, OpenAIOptions)
-    prompts, folder = prompts_of(job, grounded=grounded), folder or job.output
+    assert not isinstance(options, TemplateOptions)
+    prompts, folder, name = (
+        prompts_of(job, grounded=grounded),
+        folder or job.output,
+        str(job.output),
+    )
     if isinstance(options, OpenAIBatchOptions):
-        return OpenAIBatchWriter(options, prompts, folder=folder, job=str(job.output))
-    return OpenAIWriter(options, prompts, folder=folder, job=str(job.output))
+        return OpenAIBatchWriter(options, prompts, folder=folder, job=name)
+    return OpenAIWriter(options, prompts, folder=folder, job=name)
 
 
 def check_key(job: Job) -> None:
-    """Look for the key of the job's server.
+    """Raise an `EndpointError` if the environment lacks the key of the job's server."""
+    from data_tools.writers.options import TemplateOptions
 
-    Raises:
-        EndpointError: the environment has none.
-    """
-    from data_tools.writers.openai_writer import key_of
-    from data_tools.writers.options import OpenAIOptions
-
-    assert isinstance(job.writer, OpenAIOptions)
-    key_of(job.writer)
+    assert not isinstance(job.writer, TemplateOptions)
+    job.writer.key()

@@ -1,30 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The questions about an item, in their order, and what their answers make of it; no network here.
+"""The questions about an item, in their order, what their answers make of it, and what they may cost.
 
-`write` is a generator that yields questions and is sent the answers. The same one serves the writer that
-waits for an answer and the Batch API, where an answer may come in another run of the command: given the same
-answers, it asks the same questions.
+`ModelWriter.questions` is a generator that yields requests and is sent the answers. The same one serves the
+writer that waits for an answer and the Batch API, where an answer may come in another run of the command:
+given the same answers, it asks the same questions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import platformdirs
 
 from data_tools.checks import check_translation
 from data_tools.items import Conversation, Item, Problem, SourceContext
 from data_tools.records import Record
-from data_tools.writers.ledger import Reply
+from data_tools.writers.ledger import Expense, Ledger, Reply
+from data_tools.writers.options import OpenAIOptions
+from data_tools.writers.prompts import Prompt, Prompts
+from data_tools.writers.request import Request, expense
 from gmai_xtuner.core.errors import CorpusError
-
-if TYPE_CHECKING:
-    from data_tools.writers.prompts import Prompt, Prompts
+from gmai_xtuner.core.http import ServerFault
 
 REFUSED = "refused"
 """`Reply.finish` of a request that the server doesn't take; its text is the reason. It is not asked again."""
+_SPOILT = {
+    "length": Problem("answer cut at its greatest length", "Write a shorter answer."),
+    "content_filter": Problem("answer held back by the server's content filter"),
+    "no choice": Problem("answer without a choice"),
+    "no text": Problem("answer that no UTF-8 can hold"),
+}
+"""`Reply.finish` -> why an answer isn't read."""
+
+O = TypeVar("O", bound=OpenAIOptions)  # noqa: E741
 
 
 class CleanStop(CorpusError):
@@ -79,20 +92,6 @@ class Outcome:
     requests: int = 0
     cached: int = 0
 
-    def counting(self, replies: Sequence[Reply]) -> Outcome:
-        """Return the outcome with the counts of these replies added."""
-        asked = [reply for reply in replies if reply.new]
-        return dataclasses.replace(
-            self,
-            attempts=self.attempts + len(replies),
-            prompt_tokens=self.prompt_tokens + sum(reply.prompt_tokens for reply in asked),
-            completion_tokens=self.completion_tokens
-            + sum(reply.completion_tokens for reply in asked),
-            dollars=self.dollars + sum(reply.dollars for reply in asked),
-            requests=self.requests + len(asked),
-            cached=self.cached + len(replies) - len(asked),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -114,85 +113,119 @@ class Estimate:
     dollars_at_most: float
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A question: ``attempt`` counts from 0 and is part of its key in the ledger."""
-
-    item: Item
-    prompt: Prompt
-    attempt: int
+Questions = Generator[Request, Reply, Outcome]
 
 
-Asking = Generator[Ask, Reply, Outcome]
+def step(questions: Questions, said: Reply | ServerFault | None = None) -> Request | Outcome:
+    """Send what the server said, nothing at first; return the next question, or the outcome."""
+    try:
+        if said is None:
+            return next(questions)
+        return questions.send(said) if isinstance(said, Reply) else questions.throw(said)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
 
 
-def write(task: Task, prompts: Prompts, *, retries: int, translate: bool) -> Asking:
-    """Ask for the task's conversation until it passes the checks, ``retries`` times again at most.
+class ModelWriter(Generic[O]):
+    """What the writers that ask a model have in common.
 
     Args:
-        task: what is to be written.
+        options: of the job.
         prompts: writes the prompts and judges the answers.
-        retries: of each step.
-        translate: write Chinese items in English first and have them translated.
+        folder: the corpus; ``prompt.image`` is a path below it.
+        job: whose expenses these are, over all runs; the same in every run.
     """
-    item, record, context = task.item, task.record, task.context
-    replies: list[Reply] = []
 
-    def direct(item: Item) -> Asking:
-        return _until_right(
-            item,
-            retries,
-            replies,
-            lambda problems: prompts.build(item, record, context, problems=problems),
-            lambda text: prompts.read_answer(text, item, record),
-            lambda made: prompts.check(made, item, record, context),
+    def __init__(self, options: O, prompts: Prompts, *, folder: Path, job: str) -> None:
+        self.options, self.prompts, self.folder, self.job = options, prompts, folder, job
+
+    def ledger(self) -> Ledger:
+        """Open the ledger for a run of this job: its ``cache``, else that of all jobs of the user."""
+        path = self.options.cache or platformdirs.user_cache_path("gmai_xtuner") / "answers.sqlite"
+        return Ledger(path, job=self.job)
+
+    def questions(self, task: Task) -> Questions:
+        """Ask for the task's conversation until it passes the checks, ``retries`` times again at most."""
+        item, replies = task.item, list[Reply]()
+        translate = item.language != "en" and self.options.chinese == "translate"
+        first = dataclasses.replace(item, language="en") if translate else item
+        outcome = yield from self._until_right(task, first, None, replies)
+        if translate and outcome.conversation is not None:
+            outcome = yield from self._until_right(task, item, outcome.conversation, replies)
+        new = [reply for reply in replies if reply.new]
+        return dataclasses.replace(
+            outcome,
+            item=item,
+            attempts=len(replies),
+            prompt_tokens=sum(reply.cost.prompt_tokens for reply in new),
+            completion_tokens=sum(reply.cost.completion_tokens for reply in new),
+            dollars=sum(reply.cost.dollars for reply in new),
+            requests=len(new),
+            # The next run finds those of an undecided item again.
+            cached=0 if outcome.pending else len(replies) - len(new),
         )
 
-    if item.language == "en" or not translate:
-        return (yield from direct(item)).counting(replies)
-    first = yield from direct(dataclasses.replace(item, language="en"))
-    original = first.conversation
-    if original is None:
-        return dataclasses.replace(first, item=item).counting(replies)
-    second = yield from _until_right(
-        item,
-        retries,
-        replies,
-        lambda problems: prompts.translate(original, item, record, context, problems=problems),
-        lambda text: prompts.read_answer(text, item, record),
-        lambda made: [
-            *prompts.check(made, item, record, context),
-            *check_translation(made, original, context),
-        ],
-    )
-    return second.counting(replies)
+    def _until_right(
+        self, task: Task, item: Item, original: Conversation | None, replies: list[Reply]
+    ) -> Questions:
+        """Ask for an item, or for the translation of ``original``."""
+        prompts, record, context = self.prompts, task.record, task.context
+        problems: list[Problem] = []
+        for attempt in range(self.options.retries + 1):
+            if original is None:
+                prompt = prompts.build(item, record, context, problems=problems)
+            else:
+                prompt = prompts.translate(original, item, record, context, problems=problems)
+            try:
+                reply = yield Request.of(item, prompt, attempt, record, self.options, self.folder)
+            except ServerFault as fault:
+                problem = Problem(fault.reason, fault.detail)
+                return Outcome(item, None, (problem,), shown(prompt), pending=True)
+            replies.append(reply)
+            found = spoilt(reply) or prompts.read_answer(reply.text, item, record)
+            if isinstance(found, Problem):
+                problems = [found]
+            else:
+                problems = prompts.check(found, item, record, context)
+                if original is not None:
+                    problems = [*problems, *check_translation(found, original, context)]
+            if not problems or reply.finish == REFUSED:
+                break
+        answer = reply.refusal if reply.finish == REFUSED else reply.text or reply.refusal
+        conversation = None if problems or isinstance(found, Problem) else found
+        return Outcome(item, conversation, tuple(problems), shown(prompt), answer)
 
+    def estimate(self, tasks: Iterable[Task]) -> Estimate:
+        """Return what these tasks would cost, without a request. Needs no key.
 
-def _until_right(
-    item: Item,
-    retries: int,
-    replies: list[Reply],
-    build: Callable[[Sequence[Problem]], Prompt],
-    read: Callable[[str], Conversation | Problem],
-    check: Callable[[Conversation], list[Problem]],
-) -> Asking:
-    problems: list[Problem] = []
-    for attempt in range(retries + 1):
-        prompt = build(problems)
-        reply = yield Ask(item, prompt, attempt)
-        replies.append(reply)
-        found = spoilt(reply) or read(reply.text)
-        conversation = None if isinstance(found, Problem) else found
-        problems = [found] if isinstance(found, Problem) else check(found)
-        if not problems or reply.finish == REFUSED:
-            break
-    return Outcome(
-        item,
-        None if problems else conversation,
-        tuple(problems),
-        shown(prompt),
-        reply.refusal if reply.finish == REFUSED else reply.text or reply.refusal,
-    )
+        Raises:
+            CorpusError: an image or the ledger can't be read.
+        """
+        options = self.options
+        requests = cached = 0
+        at_most = Expense()
+        seen: set[str] = set()
+        with self.ledger() as ledger:
+            for task in tasks:
+                questions = self.questions(task)
+                found = step(questions)
+                while isinstance(found, Request) and (reply := ledger.answer(found.key)):
+                    cached += 1
+                    found = step(questions, reply)
+                if isinstance(found, Outcome) or found.key in seen:
+                    continue
+                seen.add(found.key)
+                # A translation is a second request, about as large as the first.
+                steps = 2 if options.chinese == "translate" and found.item != task.item else 1
+                requests += steps
+                at_most = at_most.plus(found.at_most, times=steps)
+            shares = ledger.shares(options.model) or (1.0, 1.0)
+        tokens = (
+            round(at_most.prompt_tokens * shares[0]),
+            round(at_most.completion_tokens * shares[1]),
+        )
+        dollars = expense(*tokens, options).dollars
+        return Estimate(requests, cached, *tokens, dollars, at_most.dollars)
 
 
 def spoilt(reply: Reply) -> Problem | None:
@@ -201,21 +234,54 @@ def spoilt(reply: Reply) -> Problem | None:
         return Problem(reply.text, reply.refusal)
     if reply.refusal:
         return Problem("the model refused", reply.refusal[:300])
-    match reply.finish:
-        case "length":
-            return Problem("answer cut at its greatest length", "Write a shorter answer.")
-        case "content_filter":
-            return Problem("answer held back by the server's content filter")
-        case "no choice":
-            return Problem("answer without a choice")
-        case "no text":
-            return Problem("answer that no UTF-8 can hold")
-    if not reply.text.strip():
-        return Problem("empty answer")
-    return None
+    return _SPOILT.get(reply.finish) or (None if reply.text.strip() else Problem("empty answer"))
 
 
 def shown(prompt: Prompt) -> str:
     """Return the prompt as text, for the report."""
     picture = f"[picture {prompt.image}{', box drawn in' if prompt.box_image else ''}]\n"
     return f"{prompt.system}\n\n{picture if prompt.image else ''}{prompt.user}"
+
+
+class Account:
+    """What a job has spent and what its requests under way can still cost.
+
+    Args:
+        options: with the budget over all runs.
+        spent: by earlier runs.
+    """
+
+    def __init__(self, options: OpenAIOptions, spent: Expense) -> None:
+        self.budget, self.spent, self.reserved = options.budget, spent, Expense()
+
+    def fits(self, at_most: Expense) -> bool:
+        """Return whether the budget bears ``at_most`` besides what is spent and reserved."""
+        total = self.spent.plus(self.reserved).plus(at_most)
+        dollars, tokens = self.budget.dollars, self.budget.tokens
+        # Sums of many small floats: a billionth of a dollar is no overdraft.
+        return (dollars is None or total.dollars <= dollars + 1e-9) and (
+            tokens is None or total.tokens <= tokens
+        )
+
+    def reserve(self, at_most: Expense) -> None:
+        self.reserved = self.reserved.plus(at_most)
+
+    def settle(self, at_most: Expense, actual: Expense) -> None:
+        """Replace what was reserved as ``at_most`` by what it has cost."""
+        self.reserved = self.reserved.plus(at_most, times=-1)
+        self.spent = self.spent.plus(actual)
+
+    def reached(self, at_most: Expense) -> BudgetReached:
+        """Return the error that says that a request doesn't fit."""
+        budget, spent, open_ = self.budget, self.spent, self.reserved
+        bounds = [f"{budget.tokens:,} tokens"] if budget.tokens is not None else []
+        bounds += [f"${budget.dollars:,.2f}"] if budget.dollars is not None else []
+        under_way = (
+            f", {open_.tokens:,} tokens, ${open_.dollars:,.4f} under way" if open_.tokens else ""
+        )
+        return BudgetReached(
+            f"the budget of {' and '.join(bounds)} is reached: {spent.tokens:,} tokens, "
+            f"${spent.dollars:,.4f} spent by this job over all of its runs{under_way}, and the next request "
+            f"can cost {at_most.tokens:,} tokens, ${at_most.dollars:,.4f}. Nothing is lost: raise "
+            "writer.budget and run the job again to go on."
+        )

@@ -5,7 +5,7 @@
 ```
 tasks -> answers in the ledger judged -> Outcome
          a batch under way asks it    -> waits for a later run (or for `wait` minutes)
-         neither                      -> shard.jsonl -> ledger: prepared -> file: uploaded -> batch: submitted
+         neither                      -> ledger: prepared -> shard.jsonl -> file: uploaded -> batch: submitted
 ```
 Each arrow to the right of a shard is written down before the next is taken. A run that finds a shard half-way
 looks at the server for its file, by name, and its batch, by metadata, before it does anything twice.
@@ -16,26 +16,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pickle
 import tempfile
 import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from data_tools.writers import asking
-from data_tools.writers.asking import BatchesPending, BudgetReached, Outcome, Task
-from data_tools.writers.ledger import Account, Expense, Ledger, Reply, Shard
-from data_tools.writers.openai_writer import ModelWriter, key_of
+from data_tools.writers.asking import (
+    REFUSED,
+    Account,
+    BatchesPending,
+    BudgetReached,
+    ModelWriter,
+    Outcome,
+    Task,
+    step,
+)
+from data_tools.writers.ledger import Expense, Ledger, Reply, Shard
 from data_tools.writers.options import OpenAIBatchOptions
 from data_tools.writers.request import Request, Traits, reason_of, reply_of
 from gmai_xtuner.core.errors import CorpusError, EndpointError
+from gmai_xtuner.core.files import remove_left_behind, replace_text
 from gmai_xtuner.core.http import NO_KEY, RequestRefused, error_of
 
 SHARD = "gmai_xtuner_shard"  # the name of the metadata by which a batch is found again
-ABANDONED = 86_400  # seconds after which a file that belongs to no shard is deleted
 ENDED = ("completed", "expired", "cancelled", "failed")
 # A batch that isn't taken because others are under way; it is to be tried again, and nothing else is wrong.
 QUEUE_FULL = ("token_limit_exceeded", "request_limit_exceeded", "batch_limit_exceeded")
@@ -60,18 +66,18 @@ class OpenAIBatchWriter(ModelWriter[OpenAIBatchOptions]):
             waiting = yield from run.walk(iter(tasks))
             try:
                 while waiting.count:
-                    if not run.collect():
-                        if not run.shards:
-                            break
-                        if time.monotonic() >= until:
-                            raise BatchesPending(
-                                f"{waiting.count:,} conversations wait for {len(run.shards)} batches at "
-                                f"{self.options.base_url}; run the job again to collect them."
-                            )
-                        time.sleep(min(self.options.poll, max(0.0, until - time.monotonic())))
+                    if run.collect():
+                        with contextlib.closing(waiting) as before:
+                            waiting = yield from run.walk(before.tasks())
                         continue
-                    with contextlib.closing(waiting) as before:
-                        waiting = yield from run.walk(before.tasks())
+                    if not run.shards:
+                        break
+                    if time.monotonic() >= until:
+                        raise BatchesPending(
+                            f"{waiting.count:,} conversations wait for {len(run.shards)} batches at "
+                            f"{self.options.base_url}; run the job again to collect them."
+                        )
+                    time.sleep(min(self.options.poll, max(0.0, until - time.monotonic())))
                 if run.over_budget is not None:
                     raise run.over_budget
                 if waiting.count:
@@ -88,49 +94,49 @@ class _Run:
 
     def __init__(self, writer: OpenAIBatchWriter, ledger: Ledger) -> None:
         self.writer, self.options, self.ledger = writer, writer.options, ledger
-        self.traits = Traits.of(
-            self.options, ledger.traits(self.options.base_url, self.options.model)
-        )
+        self.at = (self.options.base_url, self.options.model)
+        self.traits = Traits.of(self.options, ledger.traits(*self.at))
         self.server = _Server(self.options)
         self.refused: dict[str, Reply] = {}
         self.new: set[str] = set()
-        self.learnt: dict[str, str] = {}
         self.over_budget: BudgetReached | None = None
         self.folder = ledger.path.with_name(ledger.path.name + ".shards")
         self.folder.mkdir(exist_ok=True)
-        self._resume()
+        for shard in ledger.shards(self.options.base_url):
+            if shard.state != "submitted" and not ledger.is_alive(shard.run):
+                self._resume(shard)
         self.shards = ledger.shards(self.options.base_url)
 
-    def _resume(self) -> None:
-        """Bring shards that a killed run left half-way to where they are in the ledger's eyes."""
-        known = self.ledger.all_shards()
-        for file in self.folder.glob("*.jsonl"):
-            # One that isn't in the ledger is being written by another run, or was when that was killed.
-            if file.stem not in known and time.time() - file.stat().st_mtime > ABANDONED:
-                file.unlink(missing_ok=True)
-        for shard in self.ledger.shards(self.options.base_url):
-            if shard.state == "submitted" or self.ledger.is_alive(shard.run):
-                continue
-            batch_id = self.server.find_batch(shard.id)
-            file_id = shard.file_id or self.server.find_file(f"{shard.id}.jsonl")
-            if batch_id is not None:
-                self.ledger.set_shard(
-                    shard.id, "submitted", file_id=file_id or "", batch_id=batch_id
-                )
-                (self.folder / f"{shard.id}.jsonl").unlink(missing_ok=True)
-            elif file_id is not None or (self.folder / f"{shard.id}.jsonl").is_file():
-                self._submit(shard.id, file_id)
-            else:
-                self.ledger.drop_shard(shard.id)
+    def _file(self, shard: str) -> Path:
+        return self.folder / f"{shard}.jsonl"
+
+    def _resume(self, shard: Shard) -> None:
+        """Bring a shard that a killed run left half-way to where it is in the ledger's eyes."""
+        path = self._file(shard.id)
+        remove_left_behind(path)
+        batch_id = self.server.find_batch(shard.id)
+        file_id = shard.file_id or self.server.find_file(path.name)
+        if batch_id is not None or file_id is not None or path.is_file():
+            self._submit(shard.id, file_id, batch_id)
+        else:
+            self.ledger.drop_shard(shard.id)
+
+    def _submit(self, shard: str, file_id: str | None = None, batch_id: str | None = None) -> None:
+        path = self._file(shard)
+        if batch_id is None:
+            file_id = file_id or self.server.upload(path)
+            self.ledger.set_shard(shard, "uploaded", file_id=file_id)
+            batch_id = self.server.create(file_id, shard)
+        self.ledger.set_shard(shard, "submitted", file_id=file_id or "", batch_id=batch_id)
+        path.unlink(missing_ok=True)
 
     def walk(self, tasks: Iterator[Task]) -> Generator[Outcome, None, _Spool]:
         """Judge what is answered and submit what nobody asks yet; returns the tasks that wait."""
-        account = Account(self.options.budget, self.ledger.spent().total)
+        account = Account(self.options, self.ledger.spent())
         account.reserve(self.ledger.reserved_in_shards())
         self.over_budget = None
-        self.traits = Traits.of(self.options, dataclasses.asdict(self.traits) | self.learnt)
         waiting = _Spool()
-        shard = _ShardFile(self.folder)
+        data, keys = bytearray(), dict[str, Expense]()
         try:
             for task in tasks:
                 found = self._advance(task)
@@ -138,12 +144,12 @@ class _Run:
                     yield found
                     continue
                 waiting.add(task)
-                if found.key in shard.keys or self._asked(found.key):
+                if found.key in keys or self.ledger.under_way(found.key):
                     continue
                 if self._full() or self.over_budget is not None:
                     continue
                 if not account.fits(found.at_most):
-                    self.over_budget = self._budget_reached(account, found.at_most)
+                    self.over_budget = account.reached(found.at_most)
                     continue
                 line = self._line(found)
                 if len(line) > self.options.max_bytes:
@@ -152,73 +158,58 @@ class _Run:
                         f"{self.options.max_bytes:,}; make writer.image.longest_side smaller"
                     )
                 if (
-                    len(shard.keys) == self.options.max_requests
-                    or shard.size + len(line) > self.options.max_bytes
+                    len(keys) == self.options.max_requests
+                    or len(data) + len(line) > self.options.max_bytes
                 ):
-                    self._send(shard)
-                    shard = _ShardFile(self.folder)
+                    self._send(data, keys)
+                    data, keys = bytearray(), {}
                     if self._full():
                         continue
                 account.reserve(found.at_most)
-                shard.add(found.key, line, found.at_most)
-            if shard.keys:
-                self._send(shard)
+                data += line
+                keys[found.key] = found.at_most
+            if keys:
+                self._send(data, keys)
         except BaseException:
             waiting.close()
             raise
-        finally:
-            shard.discard()
         return waiting
 
     def _advance(self, task: Task) -> Outcome | Request:
         """As far as the ledger's answers take it: the outcome, or the question that has no answer yet."""
-        asked = self.writer.asking(task)
-        ask = next(asked)
-        while True:
-            made = self.writer.request(ask, task)
-            reply = self.ledger.answer(made.key) or self.refused.get(made.key)
+        questions = self.writer.questions(task)
+        found = step(questions)
+        while isinstance(found, Request):
+            reply = self.ledger.answer(found.key) or self.refused.get(found.key)
             if reply is None:
-                return made
-            if made.key in self.new:
-                self.new.discard(made.key)
+                break
+            if found.key in self.new:
+                self.new.discard(found.key)
                 reply = dataclasses.replace(reply, new=True)
-            try:
-                ask = asked.send(reply)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-
-    def _asked(self, key: str) -> bool:
-        return self.ledger.in_shard(key) or self.ledger.under_way(key)
+            found = step(questions, reply)
+        return found
 
     def _full(self) -> bool:
         most = self.options.max_batches
         return most is not None and len(self.shards) >= most
 
     def _line(self, made: Request) -> bytes:
-        request = {
+        body = made.body(self.traits)
+        line = {
             "custom_id": made.key,
             "method": "POST",
             "url": "/v1/chat/completions",
-            "body": made.body(self.traits),
+            "body": body,
         }
-        return json.dumps(request, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    def _send(self, shard: _ShardFile) -> None:
-        """Close a shard, write it down, and submit it."""
-        shard.finish()
-        self.ledger.add_shard(shard.id, self.options.base_url, shard.keys.items())
-        shard.kept = True
-        self._submit(shard.id, None)
+    def _send(self, data: bytearray, keys: Mapping[str, Expense]) -> None:
+        """Write a shard down, and submit it."""
+        shard = uuid.uuid4().hex
+        self.ledger.add_shard(shard, self.options.base_url, keys.items())
+        replace_text(self._file(shard), data)
+        self._submit(shard)
         self.shards = self.ledger.shards(self.options.base_url)
-
-    def _submit(self, shard: str, file_id: str | None) -> None:
-        path = self.folder / f"{shard}.jsonl"
-        if file_id is None:
-            file_id = self.server.upload(path)
-        self.ledger.set_shard(shard, "uploaded", file_id=file_id)
-        batch_id = self.server.create(file_id, shard)
-        self.ledger.set_shard(shard, "submitted", file_id=file_id, batch_id=batch_id)
-        path.unlink(missing_ok=True)
 
     def collect(self) -> int:
         """Take the answers of all batches that have ended; returns how many have."""
@@ -228,6 +219,7 @@ class _Run:
             if batch["status"] in ENDED:
                 ended += self._collect(shard, batch)
         self.shards = self.ledger.shards(self.options.base_url)
+        self.traits = Traits.of(self.options, self.ledger.traits(*self.at))
         return ended
 
     def _collect(self, shard: Shard, batch: Mapping[str, Any]) -> bool:
@@ -264,26 +256,15 @@ class _Run:
             return
         status, body = response.get("status_code"), response.get("body") or {}
         if status == 200 and isinstance(body.get("choices"), list):
-            at_most = keys[key]
-            reply = reply_of(body, self.options, at_most, discount=self.options.discount)
-            self.ledger.settle(key, self.options.model, reply, at_most)
+            reply = reply_of(body, self.options, keys[key])
+            self.ledger.settle(key, self.options.model, reply, keys[key])
             self.new.add(key)
         elif status in (400, 413, 422):
             refusal = RequestRefused(status, *error_of(body))
             if lesson := self.traits.lesson(refusal, self.options):
-                self.ledger.remember(self.options.base_url, self.options.model, **lesson)
-                self.learnt |= lesson
+                self.ledger.remember(*self.at, lesson)
             else:
-                detail = refusal.message[:500]
-                self.refused[key] = Reply(reason_of(refusal), asking.REFUSED, detail)
-
-    def _budget_reached(self, account: Account, at_most: Expense) -> BudgetReached:
-        return BudgetReached(
-            f"the budget of the job doesn't bear another request of up to {at_most.tokens:,} tokens, "
-            f"${at_most.dollars:,.4f}: {account.spent.tokens:,} tokens, ${account.spent.dollars:,.4f} are "
-            f"spent over all of its runs and batches under way can cost {account.reserved.tokens:,} tokens, "
-            f"${account.reserved.dollars:,.4f}. Nothing is lost: raise writer.budget and run the job again."
-        )
+                self.refused[key] = Reply(reason_of(refusal), REFUSED, refusal.message[:500])
 
 
 class _Server:
@@ -293,7 +274,7 @@ class _Server:
         import openai
 
         self.options = options
-        self._key = key_of(options)
+        self._key = options.key()
         self._errors = openai.APIError
         self.client = openai.OpenAI(
             api_key=self._key or NO_KEY,
@@ -320,17 +301,13 @@ class _Server:
     def find_batch(self, shard: str) -> str | None:
         """Return a shard's batch among all that the account has."""
         with self._or_stop("the batches can't be listed"):
-            for batch in self.client.batches.list(limit=100):
-                if (batch.metadata or {}).get(SHARD) == shard:
-                    return batch.id
-        return None
+            listed = self.client.batches.list(limit=100)
+            return next((b.id for b in listed if (b.metadata or {}).get(SHARD) == shard), None)
 
     def find_file(self, name: str) -> str | None:
         with self._or_stop("the files can't be listed"):
-            for file in self.client.files.list(purpose="batch"):
-                if file.filename == name:
-                    return file.id
-        return None
+            listed = self.client.files.list(purpose="batch")
+            return next((file.id for file in listed if file.filename == name), None)
 
     def upload(self, path: Path) -> str:
         with self._or_stop("a batch file can't be uploaded"), path.open("rb") as stream:
@@ -376,44 +353,13 @@ class _Server:
                 yield values
 
 
-class _ShardFile:
-    """A batch file that is being written; it exists once it has a line."""
-
-    def __init__(self, folder: Path) -> None:
-        self.id = uuid.uuid4().hex
-        self.path = folder / f"{self.id}.jsonl"
-        self.keys: dict[str, Expense] = {}
-        self.size = 0
-        self.kept = False
-        self._stream: IO[bytes] | None = None
-
-    def add(self, key: str, line: bytes, at_most: Expense) -> None:
-        self._stream = self._stream or self.path.open("wb")
-        self._stream.write(line)
-        self.keys[key] = at_most
-        self.size += len(line)
-
-    def finish(self) -> None:
-        """Put it on the disk, to stay there."""
-        assert self._stream is not None
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-
-    def discard(self) -> None:
-        """Delete it, unless a batch is made of it."""
-        if self._stream is not None:
-            self._stream.close()
-        if not self.kept:
-            self.path.unlink(missing_ok=True)
-
-
 class _Spool:
     """Tasks that wait, in a temporary file: there may be a million."""
 
     def __init__(self) -> None:
         self.count = 0
         self._stream = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self.close = self._stream.close
 
     def add(self, task: Task) -> None:
         pickle.dump(task, self._stream)
@@ -422,6 +368,3 @@ class _Spool:
     def tasks(self) -> Iterator[Task]:
         self._stream.seek(0)
         return (pickle.load(self._stream) for _ in range(self.count))
-
-    def close(self) -> None:
-        self._stream.close()

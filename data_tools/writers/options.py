@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from data_tools.options import Options
+from gmai_xtuner.core.http import key_of
 
 
 class TemplateOptions(Options):
@@ -166,18 +167,10 @@ class OpenAIOptions(Options):
     @field_validator("parameters")
     @classmethod
     def _are_free(cls, value: dict[str, Any]) -> dict[str, Any]:
-        own = {
-            "model": "model",
-            "messages": "",
-            "temperature": "temperature",
-            "top_p": "top_p",
-            "seed": "seeded",
-            "max_tokens": "max_tokens_name",
-            "max_completion_tokens": "max_tokens_name",
-            "response_format": "structured",
-            "stream": "",
-            "n": "",
-        }
+        own = dict.fromkeys(("messages", "stream", "n"), "")
+        own |= {name: name for name in ("model", "temperature", "top_p")}
+        own |= dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_tokens_name")
+        own |= {"seed": "seeded", "response_format": "structured"}
         for name in value:
             if name in own:
                 instead = f"; its option is {own[name]}" if own[name] else ""
@@ -196,6 +189,14 @@ class OpenAIOptions(Options):
                 "million tokens"
             )
         return self
+
+    def key(self) -> str | None:
+        """Return the key in the environment; None for a server that needs none.
+
+        Raises:
+            EndpointError: there is none.
+        """
+        return None if self.key_variable is None else key_of(self.key_variable)
 
 
 class OpenAIBatchOptions(OpenAIOptions):

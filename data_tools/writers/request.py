@@ -22,10 +22,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from data_tools.items import Item
 from data_tools.records import Box, Record
-from data_tools.writers.asking import Ask
 from data_tools.writers.ledger import Expense, Reply
-from data_tools.writers.options import ImageOptions, OpenAIBatchOptions, OpenAIOptions, Price
+from data_tools.writers.options import ImageOptions, OpenAIOptions
+from data_tools.writers.prompts import Prompt
 from gmai_xtuner.core.errors import CorpusError, ImageError, is_unicode
 from gmai_xtuner.core.http import RequestRefused, first_message
 from gmai_xtuner.core.imaging.images import opened
@@ -40,6 +41,7 @@ TOO_LONG = ("context_length_exceeded", "maximum context length", "max_model_len"
 
 AS_IT_IS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 """First bytes of files that are sent unchanged -> media type; other formats are encoded anew."""
+REFUSED_REQUEST = "request refused by the server"
 BOX_COLOUR = (255, 0, 0)
 # Tokens that a chat template adds to a message and to a request; OpenAI's cookbook counts 3 and 3
 # ("How to count tokens with tiktoken"), open models' templates up to about 10.
@@ -57,18 +59,14 @@ class Traits:
     @classmethod
     def of(cls, options: OpenAIOptions, known: Mapping[str, str]) -> Traits:
         """Take the job's own word first, then what the ledger knows, then the best."""
-        structured: str = options.structured
-        name: str = options.max_tokens_name
-        if structured == "auto":
-            structured = known.get("structured", STRUCTURES[0])
-        if name == "auto":
-            name = known.get("max_tokens_name", MAX_TOKENS_NAMES[0])
-        return cls(structured, name)
+        best = {"structured": STRUCTURES[0], "max_tokens_name": MAX_TOKENS_NAMES[0], **known}
+        own = {name: str(getattr(options, name)) for name in ("structured", "max_tokens_name")}
+        return cls(**{name: best[name] if said == "auto" else said for name, said in own.items()})
 
     def lesson(self, refusal: RequestRefused, options: OpenAIOptions) -> dict[str, str]:
         """Return the traits that a refusal teaches; empty: these were not at fault."""
         text = f"{refusal.code} {refusal.message}".lower()
-        if _filtered(text) or _too_long(text):
+        if reason_of(refusal) != REFUSED_REQUEST:
             return {}
         if (
             self.structured != STRUCTURES[-1]
@@ -77,7 +75,7 @@ class Traits:
         ):
             return {"structured": STRUCTURES[STRUCTURES.index(self.structured) + 1]}
         if options.max_tokens_name == "auto" and self.max_tokens_name in text:
-            other = next(name for name in MAX_TOKENS_NAMES if name != self.max_tokens_name)
+            (other,) = set(MAX_TOKENS_NAMES) - {self.max_tokens_name}
             return {"max_tokens_name": other}
         return {}
 
@@ -85,17 +83,9 @@ class Traits:
 def reason_of(refusal: RequestRefused) -> str:
     """Return why a request was refused, in words that are the same for all of the kind."""
     text = f"{refusal.code} {refusal.message}".lower()
-    if _filtered(text):
+    if any(word in text for word in CONTENT_FILTER):
         return "request held back by the server's content filter"
-    return "prompt too long for the model" if _too_long(text) else "request refused by the server"
-
-
-def _filtered(text: str) -> bool:
-    return any(word in text for word in CONTENT_FILTER)
-
-
-def _too_long(text: str) -> bool:
-    return any(word in text for word in TOO_LONG)
+    return "prompt too long for the model" if any(w in text for w in TOO_LONG) else REFUSED_REQUEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,29 +185,39 @@ class Request:
 
     key: str
     at_most: Expense
-    ask: Ask
+    item: Item
+    prompt: Prompt
     image: AttachedImage | None
     options: OpenAIOptions = field(repr=False)
 
     @classmethod
-    def of(cls, ask: Ask, record: Record, options: OpenAIOptions, folder: Path) -> Request:
-        """Make the request that asks ``ask``; images lie below ``folder``.
+    def of(
+        cls,
+        item: Item,
+        prompt: Prompt,
+        attempt: int,
+        record: Record,
+        options: OpenAIOptions,
+        folder: Path,
+    ) -> Request:
+        """Make the ``attempt``-th request (from 0) about an item; images lie below ``folder``.
 
         Raises:
             CorpusError: the image can't be read.
         """
-        prompt = ask.prompt
         image, image_tokens = None, 0
         if prompt.image is not None:
-            focus = ask.item.focus
-            box = record.labels[focus].box if prompt.box_image and focus is not None else None
+            box = (
+                record.labels[item.focus].box
+                if prompt.box_image and item.focus is not None
+                else None
+            )
             path = folder / prompt.image
             stat = path.stat() if path.is_file() else None
             digest = _digest(path, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0)
             image = AttachedImage(path, record.width, record.height, box, digest)
-            image_tokens = options.image.tokens.count(
-                *image.size(options.image), detail=options.image.detail
-            )
+            size, detail = image.size(options.image), options.image.detail
+            image_tokens = options.image.tokens.count(*size, detail=detail)
         described = {
             "version": 1,
             "model": options.model,
@@ -226,16 +226,14 @@ class Request:
             "image": image.identity(options.image) if image else None,
             "schema": prompt.schema,
             "max_tokens": prompt.max_tokens,
-            "parameters": _sampling(options, ask),
-            "attempt": ask.attempt,
+            "parameters": _sampling(options, item),
+            "attempt": attempt,
         }
         text = json.dumps(described, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         schema = json.dumps(prompt.schema) if prompt.schema is not None else ""
         tokens = text_tokens(prompt.system, prompt.user, schema) + image_tokens
-        discount = options.discount if isinstance(options, OpenAIBatchOptions) else 1.0
-        at_most = expense(tokens, prompt.max_tokens, options.price, discount=discount)
-        return cls(key, at_most, ask, image, options)
+        return cls(key, expense(tokens, prompt.max_tokens, options), item, prompt, image, options)
 
     def body(self, traits: Traits) -> dict[str, Any]:
         """Return the body as JSON values; reads and encodes the image.
@@ -243,7 +241,7 @@ class Request:
         Raises:
             CorpusError: the image can't be read.
         """
-        prompt, options = self.ask.prompt, self.options
+        prompt, options = self.prompt, self.options
         system = prompt.system
         if prompt.schema is not None and traits.structured != "json_schema":
             schema = json.dumps(prompt.schema, ensure_ascii=False, sort_keys=True)
@@ -264,7 +262,7 @@ class Request:
                 {"role": "user", "content": content},
             ],
             traits.max_tokens_name: prompt.max_tokens,
-            **_sampling(options, self.ask),
+            **_sampling(options, self.item),
         }
         if prompt.schema is not None and traits.structured == "json_schema":
             form = {"name": "answer", "schema": prompt.schema, "strict": True}
@@ -274,38 +272,31 @@ class Request:
         return body
 
 
-def _sampling(options: OpenAIOptions, ask: Ask) -> dict[str, Any]:
+def _sampling(options: OpenAIOptions, item: Item) -> dict[str, Any]:
     values: dict[str, Any] = {
         "temperature": options.temperature,
         "top_p": options.top_p,
-        "seed": ask.item.seed % 2**31 if options.seeded else None,
+        "seed": item.seed % 2**31 if options.seeded else None,
     }
     return {name: value for name, value in values.items() if value is not None} | options.parameters
 
 
-def reply_of(
-    answer: Mapping[str, Any], options: OpenAIOptions, at_most: Expense, *, discount: float = 1.0
-) -> Reply:
+def reply_of(answer: Mapping[str, Any], options: OpenAIOptions, at_most: Expense) -> Reply:
     """Return a Chat Completions answer as a reply, at its most where the server doesn't count tokens."""
     usage = answer.get("usage") or {}
     prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    cost = at_most
     if isinstance(prompt_tokens, int) and isinstance(completion_tokens, int):
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        cost = expense(
-            prompt_tokens, completion_tokens, options.price, cached_tokens=cached, discount=discount
-        )
-    else:
-        cost = at_most
-    spent = (cost.prompt_tokens, cost.completion_tokens, cost.dollars)
+        cost = expense(prompt_tokens, completion_tokens, options, cached_tokens=cached)
     message, finish = first_message(answer)
     if message is None:
-        return Reply("", "no choice", "", *spent)
-    text, refusal = message.get("content"), message.get("refusal")
-    text = text if isinstance(text, str) else ""
-    refusal = refusal if isinstance(refusal, str) else ""
+        return Reply("", "no choice", cost=cost)
+    said = (message.get("content"), message.get("refusal"))
+    text, refusal = (part if isinstance(part, str) else "" for part in said)
     if not is_unicode(text + refusal):
-        return Reply("", "no text", "", *spent)
-    return Reply(text, str(finish), refusal, *spent)
+        return Reply("", "no text", cost=cost)
+    return Reply(text, str(finish), refusal, cost)
 
 
 def text_tokens(*texts: str) -> int:
@@ -323,18 +314,15 @@ def text_tokens(*texts: str) -> int:
 
 
 def expense(
-    prompt_tokens: int,
-    completion_tokens: int,
-    price: Price | None,
-    *,
-    cached_tokens: int = 0,
-    discount: float = 1.0,
+    prompt_tokens: int, completion_tokens: int, options: OpenAIOptions, *, cached_tokens: int = 0
 ) -> Expense:
     """Return the cost of one request; ``cached_tokens`` of the prompt may have their own price."""
+    price = options.price
     if price is None:
         return Expense(prompt_tokens, completion_tokens)
     cached_price = price.input if price.cached_input is None else price.cached_input
     cached_tokens = min(max(cached_tokens, 0), prompt_tokens)
     dollars = (prompt_tokens - cached_tokens) * price.input + cached_tokens * cached_price
     dollars += completion_tokens * price.output
+    discount = getattr(options, "discount", 1.0)  # of a batch
     return Expense(prompt_tokens, completion_tokens, dollars * discount / 1_000_000)

@@ -82,7 +82,9 @@ def staged(target: Path, *, durable: bool = True) -> Iterator[Path]:
         directory_to_disk(target.parent)
 
 
-def replace_text(file: Path, text: str | bytes, *, durable: bool = True, mode: int = 0o666) -> None:
+def replace_text(
+    file: Path, text: str | bytes | bytearray, *, durable: bool = True, mode: int = 0o666
+) -> None:
     """Write a file, UTF-8, so that a reader sees the old or the new one, never a part.
 
     Args:

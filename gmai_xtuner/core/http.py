@@ -58,7 +58,7 @@ def key_of(variable: str | None) -> str | None:
     if (variable and not key) or not (key.isascii() and key.isprintable() and len(key.split()) < 2):
         raise EndpointError(
             f"the environment variable {variable or DEFAULT_KEY} holds no key: set it to one word of ASCII, "
-            "or name another"
+            "or name another (or none, for a server that needs none)"
         )
     return key or None
 

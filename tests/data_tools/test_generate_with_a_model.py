@@ -185,7 +185,7 @@ def test_a_missing_key_is_told_before_anything_is_read(job, run, tmp_path, monke
         done = run(job(server))
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
-        told = "error: the environment variable KEY_OF_THE_TEST is empty or not set"
+        told = "error: the environment variable KEY_OF_THE_TEST holds no key"
         assert line.startswith(told)
         assert not server.requests
     assert not (tmp_path / "out").exists()

@@ -135,4 +135,4 @@ def writer(folder: Path, url: str, *, prompts: Any = None, **more: Any) -> OpenA
 def spent(folder: Path, job: str = "job") -> Expense:
     """What a job has spent over all of its runs."""
     with Ledger(folder / "cache" / "answers.sqlite", job=job) as ledger:
-        return ledger.spent().total
+        return ledger.spent()

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.writers import asking
-from data_tools.writers.ledger import Ledger
+from data_tools.writers.asking import step
 from data_tools.writers.request import Request, Traits
 from tests.api_server import ApiServer, completion, error, name_of, user_text
 from tests.data_tools.writers import killed_run
-from tests.data_tools.writers.stand_ins import Prompts, options, tasks, write_images
+from tests.data_tools.writers.stand_ins import Prompts, tasks, write_images, writer
 
 pytestmark = pytest.mark.slow
 
@@ -41,19 +40,16 @@ def script(body: dict, number: int):
 def names(folder: Path, url: str) -> dict[str, str]:
     """The server's name of every payload that was answered -> the ledger's."""
     found, traits = {}, Traits("json_schema", "max_completion_tokens")
-    with Ledger(folder / "cache" / "answers.sqlite", job="look") as ledger:
+    made = writer(folder, url, prompts=Prompts(images=True), job="look")
+    with made.ledger() as ledger:
         for task in tasks(TASKS, images=7):
-            steps = asking.write(task, Prompts(images=True), retries=2, translate=False)
-            ask = next(steps)
-            try:
-                while True:
-                    made = Request.of(ask, task.record, options(folder, url), folder)
-                    found[name_of(made.body(traits)) + str(ask.attempt)] = made.key
-                    reply = ledger.answer(made.key)
-                    assert reply is not None
-                    ask = steps.send(reply)
-            except StopIteration:
-                pass
+            questions = made.questions(task)
+            asked = step(questions)
+            while isinstance(asked, Request):
+                found[name_of(asked.body(traits)) + str(len(found))] = asked.key
+                reply = ledger.answer(asked.key)
+                assert reply is not None
+                asked = step(questions, reply)
     return found
 
 

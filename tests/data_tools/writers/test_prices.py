@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from data_tools.writers.ledger import Account, Expense
-from data_tools.writers.options import Budget, ImageTokens, Price
+from data_tools.writers.asking import Account
+from data_tools.writers.ledger import Expense
+from data_tools.writers.options import ImageTokens, OpenAIBatchOptions, OpenAIOptions
 from data_tools.writers.request import expense, text_tokens
 
 
@@ -65,7 +66,7 @@ def test_texts_are_counted_too_high_rather_than_too_low(text, tokens):
 
 
 def test_an_expense_by_hand():
-    price = Price(input=2.5, output=10, cached_input=1.25)
+    price = OpenAIOptions(model="m", price={"input": 2.5, "output": 10, "cached_input": 1.25})
     assert expense(1000, 100, price).dollars == pytest.approx(0.0025 + 0.001)
     assert expense(1000, 100, price, cached_tokens=400).dollars == pytest.approx(
         600 * 2.5e-6 + 400 * 1.25e-6 + 100 * 10e-6
@@ -73,25 +74,31 @@ def test_an_expense_by_hand():
     assert expense(1000, 100, price, cached_tokens=5000).dollars == pytest.approx(
         0.00125 + 0.001
     )  # no more than there are
-    assert expense(1000, 100, price, discount=0.5).dollars == pytest.approx(0.00175)
-    assert expense(1000, 100, None) == Expense(1000, 100, 0.0)
+    batch = OpenAIBatchOptions(model="m", price=price.price)
+    assert expense(1000, 100, batch).dollars == pytest.approx(0.00175)
+    assert expense(1000, 100, OpenAIOptions(model="m")) == Expense(1000, 100, 0.0)
+
+
+def account(spent: Expense, **budget: float) -> Account:
+    price = {"input": 1, "output": 1}
+    return Account(OpenAIOptions(model="m", price=price, budget=budget), spent)
 
 
 def test_an_account_reserves_before_and_settles_after():
-    account = Account(Budget(tokens=100), Expense(50, 0))
-    assert account.fits(Expense(30, 20))
-    assert not account.fits(Expense(30, 21))
-    account.reserve(Expense(30, 10))
-    assert not account.fits(Expense(6, 5))
-    account.settle(Expense(30, 10), Expense(20, 5))
-    assert (account.spent, account.reserved) == (Expense(70, 5), Expense())
-    assert account.fits(Expense(25, 0))
+    found = account(Expense(50, 0), tokens=100)
+    assert found.fits(Expense(30, 20))
+    assert not found.fits(Expense(30, 21))
+    found.reserve(Expense(30, 10))
+    assert not found.fits(Expense(6, 5))
+    found.settle(Expense(30, 10), Expense(20, 5))
+    assert (found.spent, found.reserved) == (Expense(70, 5), Expense())
+    assert found.fits(Expense(25, 0))
 
 
 def test_a_budget_of_many_small_sums_isnt_overdrawn_by_rounding():
-    account = Account(Budget(dollars=1.0), Expense())
+    found = account(Expense(), dollars=1.0)
     for _ in range(9):
-        account.reserve(Expense(1, 1, 0.1))
-        account.settle(Expense(1, 1, 0.1), Expense(1, 1, 0.1))
-    assert account.fits(Expense(1, 1, 0.1))
-    assert not account.fits(Expense(1, 1, 0.1001))
+        found.reserve(Expense(1, 1, 0.1))
+        found.settle(Expense(1, 1, 0.1), Expense(1, 1, 0.1))
+    assert found.fits(Expense(1, 1, 0.1))
+    assert not found.fits(Expense(1, 1, 0.1001))
