@@ -22,7 +22,8 @@ CORPUS = [
     "scipy>=1.11",
     # requests to a model; 3.0 is the first with httpx2
     "openai>=3.0",
-    "aiohttp>=3.10",
+    # 3.12 is the first that lets the guard of what is sent see each socket
+    "aiohttp>=3.12",
     "anyio>=4.5",
     # readers
     "av>=13",
@@ -67,7 +68,7 @@ LIGER = ["liger-kernel>=0.5.10,<0.8"]
 SERVE = ["msgspec>=0.19", "starlette>=0.40", "uvicorn>=0.30"]
 # `python -m gmai_xtuner.evaluate`: models behind a server and judges, pages, GMAI-MMBench's submission file.
 EVALUATE = [
-    "aiohttp>=3.10",
+    "aiohttp>=3.12",
     "anyio>=4.5",
     "jinja2>=3.1",
     # METEOR, ROUGE-L and BLEU of reports
@@ -126,6 +127,7 @@ setup(
         "gmai_xtuner.configs": ["_base_/*.py", "variants/*.py", "mixtures/*.yaml"],
         "gmai_xtuner": [
             "checkpoint/*.j2",
+            "core/*.yaml",
             "demo/*.css",
             "demo/*.yaml",
             "train/deepspeed/*.json",

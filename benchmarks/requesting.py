@@ -32,6 +32,7 @@ from data_tools.writers.asking import Task
 from data_tools.writers.openai_writer import OpenAIWriter
 from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.prompts import Prompts
+from gmai_xtuner.core.agreements import Origin
 
 CAPTION = (
     "A light microscopy image of one cell with a round nucleus. The cytoplasm is pale and finely granular, "
@@ -149,6 +150,7 @@ def main() -> None:
             Prompts(CheckOptions(), taxonomy.load(), grounded=True),
             folder=folder,
             job="benchmark",
+            origins={"bench": Origin("the source bench")},
         )
         # Libraries are imported and connections made before the clock starts.
         warm = arguments.in_flight * 5

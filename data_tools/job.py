@@ -28,6 +28,7 @@ from data_tools.readers import SourceOptions
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
 from data_tools.writers.options import TemplateOptions, WriterOptions
+from gmai_xtuner.core.agreements import Agreement
 from gmai_xtuner.core.errors import CorpusError, JobError
 from gmai_xtuner.core.yaml_lines import Document, Place
 
@@ -50,6 +51,7 @@ class OutputOptions(Options):
             don't matter. Default: all.
         refuse: leave out sources whose licence makes one of these demands; ``agreement`` is a licence
             that is granted to a person, ``unknown`` one that isn't recognised.
+        publishable: leave out every source that may not be published, so that the folder may be passed on.
         examples: how many conversations the report shows; as many rejected ones at most.
     """
 
@@ -59,6 +61,7 @@ class OutputOptions(Options):
     prompts: bool = False
     licences: tuple[str, ...] | None = None
     refuse: tuple[Demand, ...] = ()
+    publishable: bool = False
     examples: int = Field(default=24, ge=0, le=200)
 
 
@@ -74,6 +77,7 @@ class Job(Options):
         engine: ``processes`` of this machine or ``ray``.
         workers: default: the cores of this machine, or of the cluster.
         sources: in the order in which they are in the corpus.
+        agreements: licences and agreements beside the built-in ones, see ``core/agreements.yaml``.
         make: how many conversations of which form.
         writer: who writes them.
         checks: what an answer must pass.
@@ -88,6 +92,7 @@ class Job(Options):
     engine: str = "processes"
     workers: int | None = Field(default=None, ge=1)
     sources: tuple[SourceOptions, ...]
+    agreements: tuple[Agreement, ...] = ()
     make: MakeOptions = MakeOptions.model_validate({})
     writer: WriterOptions = Field(default_factory=TemplateOptions)
     checks: CheckOptions = CheckOptions.model_validate({})

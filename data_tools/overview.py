@@ -22,6 +22,7 @@ from data_tools.pipeline import (
     Result,
     Selection,
     check_writer,
+    kept_sources,
     source_context,
 )
 from data_tools.readers import SourceOptions
@@ -50,6 +51,7 @@ def dry_run(job: Job, selection: Selection) -> dict[str, Any]:
         CorpusError: a source can't be read.
     """
     check_writer(job, selection)
+    writers.check_sending(job, kept_sources(job, selection.sources(job)))
     taxonomy = worker_taxonomy(job.taxonomy)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

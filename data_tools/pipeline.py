@@ -40,7 +40,7 @@ from data_tools.items import FORMS, SourceContext
 from data_tools.job import Job, fingerprint
 from data_tools.output import review
 from data_tools.output.build import build, recover
-from data_tools.output.licences import refusal
+from data_tools.output.licences import refused_sources
 from data_tools.progress import Bar
 from data_tools.readers import SourceOptions
 from data_tools.records import Drop, Unit
@@ -58,7 +58,10 @@ _TASK_SECONDS = 0.1
 _MOST_UNITS = 64
 
 # What neither the records nor the answers depend on.
-_NOT_OF_RECORDS = ("root", "links", "codes_are_names", "synonyms", "chinese", "negatives")
+_NOT_OF_RECORDS = (
+    *("root", "links", "codes_are_names", "synonyms", "chinese", "negatives"),
+    "may_be_sent_to",
+)
 _NOT_OF_ANSWERS = (
     "name",
     "key_variable",
@@ -129,6 +132,7 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
     progress = progress or Bar(quiet=True)
     chosen = selection.sources(job)
     check_writer(job, selection)
+    writers.check_sending(job, kept_sources(job, chosen))
     if job.writer.name != "template" and not (job.output / WORK / STATE).exists():
         writers.check_key(job)  # before hours of reading; a later run may have nothing left to ask
     with lock(job.output), Store(job.output / WORK / STATE) as store:
@@ -148,8 +152,8 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
                     break
             refused = _refused(chosen, ids, store)
             for source in chosen:
-                allowed = refusal(source.licence, job.corpus) is None  # else nothing is paid for it
-                if allowed and source.name not in refused:
+                # Nothing is paid for a source that the corpus leaves out.
+                if source in kept_sources(job, chosen) and source.name not in refused:
                     _make(job, source, ids[source.name], store, executor, selection, progress)
         stopped = None if refused else _write(job, store, selection, progress)
         progress.stage("building the corpus")
@@ -161,6 +165,12 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
         if refused:
             raise CorpusError("\n".join(refused.values()))
         return Result(summary, store.count_pending(), stopped)
+
+
+def kept_sources(job: Job, sources: Iterable[SourceOptions]) -> list[SourceOptions]:
+    """Return the sources that the job's rules on licences keep."""
+    refused = refused_sources(job)
+    return [source for source in sources if source.name not in refused]
 
 
 def write_review(job: Job, count: int) -> Path:

@@ -37,6 +37,7 @@ from gmai_xtuner.core.hamming import close_pairs
 
 if TYPE_CHECKING:
     from data_tools.job import Job
+    from data_tools.records import Record
     from data_tools.store import Kept, Store
 
 
@@ -55,25 +56,32 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
         CorpusError: a text isn't valid Unicode, or a stored image is missing.
     """
     options = job.corpus
-    refusal = cache(lambda licence: licences.refusal(licence, options))
+    names = {source.name: licences.names_of(source) for source in job.sources}
     tally, errors = Tally(), review.ErrorRate(folder)
     accepted, rejected = report.Chosen(), report.Chosen()
 
+    @cache
+    def refused(source: str, licence: str) -> str | None:
+        return licences.refusal(licence, options, names.get(source, (source,)), job.agreements)
+
+    def refusal(record: Record) -> str | None:
+        return refused(record.provenance.source, record.provenance.licence)
+
     def allowed(kepts: Iterable[Kept]) -> Iterator[Kept]:
-        return (kept for kept in kepts if refusal(kept.record.provenance.licence) is None)
+        return (kept for kept in kepts if refusal(kept.record) is None)
 
     with replacing(folder) as new:
         with files.CorpusFiles(new) as corpus:
             groups = SplitBuilder(options.held_out, seed=job.seed)
             for record in store.records():
-                if why := refusal(record.provenance.licence):
+                if why := refusal(record):
                     tally.left_out(record, why)
                 else:
                     tally.record(record)
                     groups.add(record.provenance.group, record.image)
                     corpus["records.jsonl"].write(record.to_json())
             first = groups.first_rows()
-            kept_records = (r for r in store.records() if refusal(r.provenance.licence) is None)
+            kept_records = (r for r in store.records() if refusal(r) is None)
             images = (folder / record.image for record in compress(kept_records, first))
             alike = None if options.near_duplicates is None else _alike(job, images, first)
             split = groups.split(alike or ())

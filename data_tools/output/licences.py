@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Demands of a licence, read off its name, and the sources that a job keeps because of them.
+"""Demands of a licence, read off its name, and what a job keeps, sends and publishes because of them.
 
 Only the name is looked at, as the job states it. Nothing here is legal advice: a licence that isn't
 recognised is called unknown, never free.
@@ -9,11 +9,15 @@ recognised is called unknown, never free.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gmai_xtuner.core.agreements import Agreement, Origin, agreement_of, plain_host, simplified
+
 if TYPE_CHECKING:
-    from data_tools.job import OutputOptions
+    from data_tools.job import Job, OutputOptions
+    from data_tools.readers import SourceOptions
 
 DEMANDS = {
     "attribution": "name the authors and the licence with every copy",
@@ -83,7 +87,7 @@ class Licence:
 
 def read(name: str) -> Licence:
     """Return what is known of a licence by its name, such as ``"CC BY-NC-SA 4.0"``."""
-    simple = _simplified(name)
+    simple = simplified(name)
     for words, part in _WORDS.items():
         simple = re.sub(rf"\b{words}\b", part, simple)
     if match := _CREATIVE_COMMONS.fullmatch(simple):
@@ -94,22 +98,76 @@ def read(name: str) -> Licence:
             hub_name if hub_name in _HUB_NAMES else "cc",
             tuple(demand for part, demand in _PARTS.items() if part in parts),
         )
-    simple = _simplified(name)
+    simple = simplified(name)
     for pattern, hub_name, demands in _FIXED:
         if re.fullmatch(f"(?:{pattern}){_VERSION}", simple):
             return Licence(name, hub_name, demands)
     return Licence(name, "other", ("unknown",))
 
 
-def refusal(name: str, options: OutputOptions) -> str | None:
-    """Return why the job leaves out a source under this licence, or None if it is kept."""
+def refusal(
+    licence: str, options: OutputOptions, names: Sequence[str] = (), own: Sequence[Agreement] = ()
+) -> str | None:
+    """Return why the job leaves out a source under this licence, or None if it is kept.
+
+    Args:
+        licence: as it is stated.
+        options: of the job.
+        names: of the set.
+        own: agreements of the job.
+    """
     allowed = options.licences
-    if allowed is not None and _simplified(name) not in {_simplified(one) for one in allowed}:
+    if allowed is not None and simplified(licence) not in {simplified(one) for one in allowed}:
         return "licence is not in the job's list"
-    refused = [demand for demand in read(name).demands if demand in options.refuse]
-    return f"licence is refused: {', '.join(refused)}" if refused else None
+    refused = [demand for demand in read(licence).demands if demand in options.refuse]
+    if refused:
+        return f"licence is refused: {', '.join(refused)}"
+    if options.publishable and restriction(licence, names, own, publish=True):
+        return "may not be published"
+    return None
 
 
-def _simplified(name: str) -> str:
-    """Return lower-case words and numbers: "CC-BY-NC 4.0" and "cc by nc 4.0" are the same."""
-    return " ".join(re.findall(r"[a-z]+|\d+", name.casefold()))
+def restriction(
+    licence: str, names: Sequence[str], own: Sequence[Agreement] = (), *, publish: bool
+) -> str:
+    """Return why content may not be published, or not be sent to third parties; empty if it may.
+
+    A licence that neither the table of agreements nor `read` knows forbids both.
+
+    Args:
+        licence: as it is stated.
+        names: of the set.
+        own: agreements of the job.
+        publish: ask for publishing what is made of it; else for sending it.
+    """
+    agreement = agreement_of(licence, names, own)
+    if agreement is not None:
+        free = agreement.publish if publish else agreement.third_parties
+        read_on = f" (read on {agreement.read}: {agreement.text})" if agreement.read else ""
+        return "" if free else f"{agreement.name}{read_on}"
+    closed = ("agreement", "unknown", *(("no-derivatives",) if publish else ()))
+    found = [DEMANDS[demand] for demand in read(licence).demands if demand in closed]
+    return f"the licence {licence!r}: {found[0]}" if found else ""
+
+
+def names_of(source: SourceOptions) -> tuple[str, ...]:
+    """Return the names by which the table may know a set."""
+    return (source.name, source.dataset, source.url)
+
+
+def origin(source: SourceOptions, own: Sequence[Agreement] = ()) -> Origin:
+    """Return where the content of a source may go."""
+    return Origin(
+        f"the source {source.name}",
+        restriction(source.licence, names_of(source), own, publish=False),
+        frozenset(plain_host(one.host) for one in source.may_be_sent_to),
+    )
+
+
+def refused_sources(job: Job) -> dict[str, str]:
+    """Return why the job leaves out whole sources, by their names."""
+    found = {
+        source.name: refusal(source.licence, job.corpus, names_of(source), job.agreements)
+        for source in job.sources
+    }
+    return {name: reason for name, reason in found.items() if reason}

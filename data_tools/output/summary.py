@@ -14,6 +14,7 @@ key                       what it holds
                           there already), and the number by ``form``, ``kind`` (of perception),
                           ``turns`` (questions asked of dialogues), ``language``
 ``sources``               source of this run -> ``dataset``, ``licence``, ``url``, ``records``, ``held_out``,
+                          ``not_published`` (why what is made of it may not be; empty if it may),
                           ``conversations``, ``rejected``, ``acceptance``, ``reasons`` (of rejection ->
                           count), ``labels`` (the commonest: name -> records), ``funnel``
 ``sources.*.funnel``      rows of ``stage``, ``reason``, ``count``; reason ``""`` is what came through
@@ -211,6 +212,9 @@ class Tally:
                 "dataset": source.dataset or name,
                 "licence": source.licence,
                 "url": source.url,
+                "not_published": licences.restriction(
+                    source.licence, licences.names_of(source), job.agreements, publish=True
+                ),
                 "records": self._total("licence", name),
                 "held_out": self._total("records held out", name),
                 "conversations": accepted["count"],

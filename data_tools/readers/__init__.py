@@ -13,6 +13,7 @@ their sources again. A new format is one such file, its line in `READERS` and it
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -22,6 +23,7 @@ from pydantic import Field, field_validator
 from data_tools.options import Options
 from data_tools.preprocess.rules import Rules, preset
 from data_tools.records import Drops, Sample, Unit
+from gmai_xtuner.core.agreements import plain_host
 
 READERS = {
     "image_folder": "data_tools.readers.image_folder",
@@ -41,6 +43,28 @@ READERS = {
 }
 
 
+class Permission(Options):
+    """A host that may have the content of a source although its licence forbids third parties.
+
+    Args:
+        host: its name or address, without port and path.
+        retention: for how long it keeps what it is sent, in the words of its contract.
+        evidence: what says so, and that it may: a contract, an approval, with its date.
+    """
+
+    host: str
+    retention: str = Field(min_length=1)
+    evidence: str = Field(min_length=1)
+
+    @field_validator("host")
+    @classmethod
+    def _is_a_host(cls, value: str) -> str:
+        name = plain_host(value)
+        if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f]*:[0-9a-f:]+", name):
+            raise ValueError(f"expected a host's name or address alone, got {value!r}")
+        return name
+
+
 class SourceOptions(Options):
     """One entry of ``sources``; each reader adds its own keys.
 
@@ -52,6 +76,8 @@ class SourceOptions(Options):
             git-annex, DVC or a hub's cache; relative to the job file.
         dataset: title of the published set; default ``name``.
         licence: of the images, as the set states it. Required: a corpus without it can't be passed on.
+        may_be_sent_to: hosts beside this machine that may have its content although the licence, by the
+            table of agreements, forbids third parties or isn't known; one `Permission` or a list.
         url: where the set can be had.
         modality: of the taxonomy; may be left out where the files know it.
         department: of the taxonomy; ``None`` as a text is its nineteenth value.
@@ -82,6 +108,7 @@ class SourceOptions(Options):
     links: tuple[Path, ...] = ()
     dataset: str = ""
     licence: str = Field(min_length=1)
+    may_be_sent_to: tuple[Permission, ...] = ()
     url: str = ""
     modality: str | None = None
     department: str | None = None
@@ -101,6 +128,11 @@ class SourceOptions(Options):
     def roots(self) -> tuple[Path, ...]:
         """The folders that files may really lie in."""
         return (self.root, *self.links)
+
+    @field_validator("may_be_sent_to", mode="before")
+    @classmethod
+    def _is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, dict) else value
 
     @field_validator("clean")
     @classmethod

@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_tools.output import licences
+
 if TYPE_CHECKING:
     from data_tools.job import Job
+    from data_tools.readers import SourceOptions
     from data_tools.writers.openai_batch import OpenAIBatchWriter
     from data_tools.writers.openai_writer import OpenAIWriter
     from data_tools.writers.prompts import Prompts
@@ -44,9 +48,24 @@ def model_writer(
         folder or job.output,
         str(job.output),
     )
+    origins = {source.name: licences.origin(source, job.agreements) for source in job.sources}
     if isinstance(options, OpenAIBatchOptions):
-        return OpenAIBatchWriter(options, prompts, folder=folder, job=name)
-    return OpenAIWriter(options, prompts, folder=folder, job=name)
+        return OpenAIBatchWriter(options, prompts, folder=folder, job=name, origins=origins)
+    return OpenAIWriter(options, prompts, folder=folder, job=name, origins=origins)
+
+
+def check_sending(job: Job, sources: Iterable[SourceOptions]) -> None:
+    """Check that what these sources hold may go to the server of the job's writer, before any is read.
+
+    Raises:
+        EndpointError: one of them may not; the first is named, with what to do.
+    """
+    url = getattr(job.writer, "base_url", None)
+    origins = [licences.origin(source, job.agreements) for source in sources]
+    if url is not None and any(origin.forbidden for origin in origins):
+        from gmai_xtuner.core.sending import Guard
+
+        Guard(url).check(origins)
 
 
 def check_key(job: Job) -> None:

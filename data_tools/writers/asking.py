@@ -10,7 +10,7 @@ given the same answers, it asks the same questions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -24,6 +24,7 @@ from data_tools.writers.ledger import Expense, Ledger, Reply
 from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.prompts import Prompt, Prompts
 from data_tools.writers.request import Request, expense
+from gmai_xtuner.core.agreements import Origin
 from gmai_xtuner.core.errors import CorpusError
 from gmai_xtuner.core.http import ServerFault
 
@@ -134,10 +135,20 @@ class ModelWriter(Generic[O]):
         prompts: writes the prompts and judges the answers.
         folder: the corpus; ``prompt.image`` is a path below it.
         job: whose expenses these are, over all runs; the same in every run.
+        origins: name of a source -> where its content may go.
     """
 
-    def __init__(self, options: O, prompts: Prompts, *, folder: Path, job: str) -> None:
+    def __init__(
+        self,
+        options: O,
+        prompts: Prompts,
+        *,
+        folder: Path,
+        job: str,
+        origins: Mapping[str, Origin],
+    ) -> None:
         self.options, self.prompts, self.folder, self.job = options, prompts, folder, job
+        self.origins = origins
 
     def ledger(self) -> Ledger:
         """Open the ledger for a run of this job: its ``cache``, else that of all jobs of the user."""

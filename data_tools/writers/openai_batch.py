@@ -8,7 +8,8 @@ tasks -> answers in the ledger judged -> Outcome
          neither                      -> ledger: prepared -> shard.jsonl -> file: uploaded -> batch: submitted
 ```
 Each arrow to the right of a shard is written down before the next is taken. A run that finds a shard half-way
-looks at the server for its file, by name, and its batch, by metadata, before it does anything twice.
+looks at the server for its file, by name, and its batch, by metadata, before it does anything twice. A file
+that has not left this machine is made anew by a later run, whose sources may be under other rules.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from data_tools.writers.asking import (
 from data_tools.writers.ledger import Expense, Ledger, Reply, Shard
 from data_tools.writers.options import OpenAIBatchOptions
 from data_tools.writers.request import Request, Traits, reason_of, reply_of
+from gmai_xtuner.core.agreements import Origin
 from gmai_xtuner.core.errors import CorpusError, EndpointError
 from gmai_xtuner.core.files import remove_left_behind, replace_text
 from gmai_xtuner.core.http import NO_KEY, RequestRefused, error_of
@@ -116,19 +118,18 @@ class _Run:
         remove_left_behind(path)
         batch_id = self.server.find_batch(shard.id)
         file_id = shard.file_id or self.server.find_file(path.name)
-        if batch_id is not None or file_id is not None or path.is_file():
-            self._submit(shard.id, file_id, batch_id)
+        if batch_id is not None or file_id is not None:
+            self._submit(shard.id, file_id or "", batch_id)
         else:
             self.ledger.drop_shard(shard.id)
+            path.unlink(missing_ok=True)
 
-    def _submit(self, shard: str, file_id: str | None = None, batch_id: str | None = None) -> None:
-        path = self._file(shard)
+    def _submit(self, shard: str, file_id: str, batch_id: str | None = None) -> None:
         if batch_id is None:
-            file_id = file_id or self.server.upload(path)
             self.ledger.set_shard(shard, "uploaded", file_id=file_id)
             batch_id = self.server.create(file_id, shard)
-        self.ledger.set_shard(shard, "submitted", file_id=file_id or "", batch_id=batch_id)
-        path.unlink(missing_ok=True)
+        self.ledger.set_shard(shard, "submitted", file_id=file_id, batch_id=batch_id)
+        self._file(shard).unlink(missing_ok=True)
 
     def walk(self, tasks: Iterator[Task]) -> Generator[Outcome, None, _Spool]:
         """Judge what is answered and submit what nobody asks yet; returns the tasks that wait."""
@@ -136,7 +137,7 @@ class _Run:
         account.reserve(self.ledger.reserved_in_shards())
         self.over_budget = None
         waiting = _Spool()
-        data, keys = bytearray(), dict[str, Expense]()
+        data, keys, origins = bytearray(), dict[str, Expense](), set[Origin]()
         try:
             for task in tasks:
                 found = self._advance(task)
@@ -161,15 +162,16 @@ class _Run:
                     len(keys) == self.options.max_requests
                     or len(data) + len(line) > self.options.max_bytes
                 ):
-                    self._send(data, keys)
-                    data, keys = bytearray(), {}
+                    self._send(data, keys, origins)
+                    data, keys, origins = bytearray(), {}, set()
                     if self._full():
                         continue
                 account.reserve(found.at_most)
                 data += line
                 keys[found.key] = found.at_most
+                origins.add(self.writer.origins[found.source])
             if keys:
-                self._send(data, keys)
+                self._send(data, keys, origins)
         except BaseException:
             waiting.close()
             raise
@@ -203,12 +205,14 @@ class _Run:
         }
         return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    def _send(self, data: bytearray, keys: Mapping[str, Expense]) -> None:
+    def _send(
+        self, data: bytearray, keys: Mapping[str, Expense], origins: Iterable[Origin]
+    ) -> None:
         """Write a shard down, and submit it."""
         shard = uuid.uuid4().hex
         self.ledger.add_shard(shard, self.options.base_url, keys.items())
         replace_text(self._file(shard), data)
-        self._submit(shard)
+        self._submit(shard, self.server.upload(self._file(shard), origins))
         self.shards = self.ledger.shards(self.options.base_url)
 
     def collect(self) -> int:
@@ -273,7 +277,10 @@ class _Server:
     def __init__(self, options: OpenAIBatchOptions) -> None:
         import openai
 
+        from gmai_xtuner.core.sending import Guard
+
         self.options = options
+        self._guard = Guard(options.base_url)
         self._key = options.key()
         self._errors = openai.APIError
         self.client = openai.OpenAI(
@@ -281,13 +288,15 @@ class _Server:
             base_url=options.base_url,
             timeout=max(options.timeout, 600),
             max_retries=options.server_retries,
+            http_client=self._guard.client(),
         )
 
     @contextlib.contextmanager
-    def _or_stop(self, what: str) -> Iterator[None]:
-        """Turn errors of the client and of parsing into one that says what could not be done."""
+    def _or_stop(self, what: str, origins: Iterable[Origin] = ()) -> Iterator[None]:
+        """Turn errors into one that says what could not be done; content goes out of ``origins`` alone."""
         try:
-            yield
+            with self._guard.carrying(origins):
+                yield
         except EndpointError:
             raise
         except (self._errors, ValueError) as error:
@@ -309,8 +318,8 @@ class _Server:
             listed = self.client.files.list(purpose="batch")
             return next((file.id for file in listed if file.filename == name), None)
 
-    def upload(self, path: Path) -> str:
-        with self._or_stop("a batch file can't be uploaded"), path.open("rb") as stream:
+    def upload(self, path: Path, origins: Iterable[Origin]) -> str:
+        with self._or_stop("a batch file can't be uploaded", origins), path.open("rb") as stream:
             return self.client.files.create(file=(path.name, stream), purpose="batch").id
 
     def create(self, file_id: str, shard: str) -> str:

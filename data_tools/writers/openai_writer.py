@@ -303,7 +303,7 @@ class _Run:
             await self._sleep(max(self.requests_pace.take(), self.tokens_pace.take(tokens)))
             # What a failure means for the others is settled before the slot is free for the next.
             try:
-                answer = await self.server.complete(body)
+                answer = await self.server.complete(body, [self.writer.origins[made.source]])
             except ServerFault as fault:
                 if fault.throttled:
                     self.concurrency.lower(seen)

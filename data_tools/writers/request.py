@@ -189,6 +189,7 @@ class Request:
     prompt: Prompt
     image: AttachedImage | None
     options: OpenAIOptions = field(repr=False)
+    source: str
 
     @classmethod
     def of(
@@ -229,11 +230,14 @@ class Request:
             "parameters": _sampling(options, item),
             "attempt": attempt,
         }
+        source = record.provenance.source
         text = json.dumps(described, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         schema = json.dumps(prompt.schema) if prompt.schema is not None else ""
         tokens = text_tokens(prompt.system, prompt.user, schema) + image_tokens
-        return cls(key, expense(tokens, prompt.max_tokens, options), item, prompt, image, options)
+        return cls(
+            key, expense(tokens, prompt.max_tokens, options), item, prompt, image, options, source
+        )
 
     def body(self, traits: Traits) -> dict[str, Any]:
         """Return the body as JSON values; reads and encodes the image.

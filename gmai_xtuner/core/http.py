@@ -24,6 +24,7 @@ from datetime import UTC
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gmai_xtuner.core.agreements import Origin
 from gmai_xtuner.core.errors import EndpointError
 
 if TYPE_CHECKING:
@@ -113,37 +114,44 @@ class ChatServer:
     ) -> None:
         import openai
 
+        from gmai_xtuner.core.sending import Guard
+
         self.url, self.model, self.timeout = url, model, timeout
+        self._guard = Guard(url)
         self._key, self._key_variable = key and key.strip(), key_variable
         self._client = openai.AsyncOpenAI(
             api_key=self._key or NO_KEY,
             base_url=url,
             max_retries=0,
             timeout=timeout,
-            # A third of httpx' processor time: see benchmarks/README.md.
-            http_client=openai.DefaultAioHttpClient(),
+            http_client=self._guard.async_client(),
         )
 
     async def close(self) -> None:
         await self._client.close()
 
-    async def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def complete(self, body: Mapping[str, Any], origins: Iterable[Origin]) -> dict[str, Any]:
         """Send one request and return its answer, which has a list of ``choices``.
+
+        Args:
+            body: of the request.
+            origins: the sources of all that it holds.
 
         Raises:
             ServerFault: it may be sent again.
             RequestRefused: it need not be sent again.
-            EndpointError: nothing need be sent again.
+            EndpointError: nothing need be sent again, or an origin may not be sent there.
         """
         import httpx2
         import openai
 
         try:
             # The client's own time-out starts anew with each piece of the answer.
-            async with asyncio.timeout(self.timeout):
-                response = await self._client.post(
-                    "/chat/completions", cast_to=httpx2.Response, body=dict(body)
-                )
+            with self._guard.carrying(origins):
+                async with asyncio.timeout(self.timeout):
+                    response = await self._client.post(
+                        "/chat/completions", cast_to=httpx2.Response, body=dict(body)
+                    )
         except openai.APIStatusError as error:
             response = error.response
             raise self._refusal(response.status_code, response.headers, response.content) from error

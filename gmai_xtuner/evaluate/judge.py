@@ -39,10 +39,17 @@ def judge_name(judge: Answerer) -> str:
     return f"judge:{judge.name}/{PROMPT_VERSION}"
 
 
-def judge_jobs(scored: Sequence[Scored]) -> dict[int, Job]:
-    """Return what a judge is asked: place among the scored -> job."""
+def judge_jobs(scored: Sequence[Scored], benchmark: str) -> dict[int, Job]:
+    """Return what a judge is asked about a benchmark of these names: place among the scored -> job."""
     return {
-        place: Job(one.question.id, _prompt(one), (), _LONGEST, f"judge/{PROMPT_VERSION}")
+        place: Job(
+            one.question.id,
+            _prompt(one),
+            (),
+            _LONGEST,
+            f"judge/{PROMPT_VERSION}",
+            benchmark=benchmark,
+        )
         for place, one in enumerate(scored)
         if is_open(one)
     }

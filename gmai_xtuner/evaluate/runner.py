@@ -174,7 +174,12 @@ def ask(
             for asked in prepared.asked:
                 controls = controls_of(asked, benchmark.questions)
                 everything += [control.asked for control in controls.values()]
-        jobs = (job for asked in everything for _, job in asked.jobs())
+        whose_questions = benchmark.known_as
+        jobs = (
+            replace(job, benchmark=whose_questions)
+            for asked in everything
+            for _, job in asked.jobs()
+        )
         return Answers(store, *answer_all(jobs, answerer, store, world=world))
     stored = read_identity(folder)
     if stored is None:
@@ -381,7 +386,7 @@ def _score(
         rescored = [replace(one, score=new) for one, new in zip(scored, scores, strict=True)]
         yield result(scorer, rescored)
     if judge is not None:
-        judged, unclear = _judge(asked, scored, judge, options)
+        judged, unclear = _judge(asked, benchmark, scored, judge, options)
         findings = odd | ({"no_verdict": unclear} if unclear else {})
         name = f"{protocol.scorer}+{judging.judge_name(judge)}"
         yield result(name, judged, findings=findings)
@@ -393,7 +398,11 @@ def _example(one: Scored) -> str:
 
 
 def _judge(
-    asked: Asked, scored: Sequence[Scored], judge: Answerer, options: Options
+    asked: Asked,
+    benchmark: Benchmark,
+    scored: Sequence[Scored],
+    judge: Answerer,
+    options: Options,
 ) -> tuple[list[Scored], int]:
     """Let a model judge what the rules leave open; replies are kept, and those without a verdict counted.
 
@@ -403,7 +412,7 @@ def _judge(
     version = judging.PROMPT_VERSION
     folder = options.out / _file_name(f"judge-{judge.name}-{version}")
     store = AnswerStore(folder, Identity("judge", f"prompt {version}", judge.model, judge.name, {}))
-    jobs = judging.judge_jobs(scored)
+    jobs = judging.judge_jobs(scored, benchmark.known_as)
     replies, failed = answer_all(jobs.values(), judge, store, world=World())
     if failed:
         first = next(iter(failed.values()))

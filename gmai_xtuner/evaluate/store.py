@@ -50,6 +50,7 @@ class Job:
         max_new_tokens: length of the answer at the most.
         protocol: ``name/version`` of the protocol that asks.
         labels: how an answer may begin, e.g. the options' letters: their probabilities are of interest.
+        benchmark: its names; they decide whether an endpoint may be asked.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Job:
     max_new_tokens: int
     protocol: str
     labels: tuple[str, ...] = ()
+    benchmark: str = ""
 
     @property
     def key(self) -> AnswerKey:

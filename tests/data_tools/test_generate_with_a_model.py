@@ -189,3 +189,50 @@ def test_a_missing_key_is_told_before_anything_is_read(job, run, tmp_path, monke
         assert line.startswith(told)
         assert not server.requests
     assert not (tmp_path / "out").exists()
+
+
+CLOSED = {"licence": "PhysioNet Credentialed Health Data License 1.5.0"}
+ELSEWHERE = "http://203.0.113.7:9/v1"  # of RFC 5737: no machine of anyone's
+
+
+@pytest.mark.parametrize("name", ["openai", "openai_batch"])
+@pytest.mark.parametrize("command", [(), ("--dry-run",)])
+def test_a_closed_source_is_refused_before_it_is_read(
+    classes, make_job, run, tmp_path, name, command
+):
+    writer = {"name": name, "model": "m", "base_url": ELSEWHERE, "key_variable": None}
+    done = run(make_job(CLOSED, writer=writer), *command)
+    assert done.returncode == 1
+    assert "the source tissue may not be sent to 203.0.113.7: PhysioNet" in done.stderr
+    assert not (tmp_path / "out").exists()
+    unknown = run(make_job({"licence": "ask Anna"}, writer=writer))
+    assert "the licence 'ask Anna': the terms are not known" in unknown.stderr
+    kept_out = run(make_job(CLOSED, writer=writer, corpus={"publishable": True}), *command)
+    assert "may not be sent" not in kept_out.stderr
+
+
+def test_a_closed_source_is_written_here_and_not_published(classes, make_job, run, tmp_path):
+    with ApiServer(answer=answer) as server:
+        writer = {"name": "openai", "model": "m", "base_url": server.url, "key_variable": None,
+                  "cache": str(tmp_path / "answers.sqlite"), "structured": "json_object"}  # fmt: skip
+        path = make_job(CLOSED, make=MAKE, writer=writer)
+        assert run(path).returncode == 0
+        assert server.requests
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "**What is made of tissue may not be published or passed on**: PhysioNet" in card
+        assert "may not be published" in (tmp_path / "out" / "report.html").read_text()
+        # The answers are in the cache, and the job goes on elsewhere: it is refused all the same.
+        writer["base_url"] = ELSEWHERE
+        assert "may not be sent" in run(make_job(CLOSED, make=MAKE, writer=writer)).stderr
+        writer["base_url"] = server.url
+        done = run(make_job(CLOSED, make=MAKE, writer=writer, corpus={"publishable": True}))
+        assert done.returncode == 0
+        assert not lines(tmp_path / "out", "caption")
+
+
+def test_an_agreement_of_the_job_is_checked(classes, make_job, run):
+    ours = {"name": "Ours", "third_parties": True, "publish": False, "licences": ["ask anna"]}
+    assert run(make_job({"licence": "ask Anna"}, agreements=[ours])).returncode == 0
+    done = run(make_job({}, agreements=[ours | {"third_partys": 1}, {"name": "x"}]))
+    assert "agreements[0].third_partys" in done.stderr
+    assert "agreements[1]" in done.stderr

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gmai_xtuner.core.agreements import benchmark_origin
 from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError, is_unicode
 from gmai_xtuner.core.http import (
     DEFAULT_KEY,
@@ -125,7 +126,7 @@ class _Run:
             if logprobs:
                 more |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             try:
-                text, ended, shares = await self._request(content, more, job.labels)
+                text, ended, shares = await self._request(content, more, job)
             except RequestRefused as error:
                 # Newer models of OpenAI take the other name alone, and say so.
                 if length_name == "max_tokens" and "max_completion_tokens" in error.message:
@@ -151,13 +152,13 @@ class _Run:
             return Given(job, text, seconds, ended=ended, probabilities=shares)
 
     async def _request(
-        self, content: list[dict[str, Any]], options: dict[str, Any], labels: Sequence[str]
+        self, content: list[dict[str, Any]], options: dict[str, Any], job: Job
     ) -> tuple[str, str, dict[str, float] | None]:
         if self.options.temperature is not None:
             options = {**options, "temperature": self.options.temperature}
         messages = [{"role": "user", "content": content}]
         body = {"model": self.options.model, "messages": messages, **options}
-        reply = await self.server.complete(body)
+        reply = await self.server.complete(body, [benchmark_origin(job.benchmark)])
         message, ended = first_message(reply)
         if message is None:
             raise ServerFault("an answer without a choice")
@@ -165,7 +166,7 @@ class _Run:
         said, refusal = message_text(message), message.get("refusal")
         if not said and isinstance(refusal, str):
             said, ended = refusal.strip(), "refusal"
-        return self.server.redacted(said), ended, label_shares(reply, labels)
+        return self.server.redacted(said), ended, label_shares(reply, job.labels)
 
     def _refused(self, job: Job, error: RequestRefused) -> Given:
         self.refused += 1

@@ -74,6 +74,11 @@ class Benchmark:
         """Return reason -> number of problems, the most frequent first."""
         return dict(Counter(problem.reason for problem in self.problems).most_common())
 
+    @property
+    def known_as(self) -> str:
+        """The names by which it may be known: its own, and those of its files."""
+        return " ".join((self.name, self.variant, *self.hashes()))
+
     def hashes(self) -> dict[str, str]:
         """Return the sha256 of each annotation file by its name; files of one name (MMMU's) are numbered."""
         found: dict[str, str] = {}

@@ -130,6 +130,7 @@ def job(sources: Mapping[str, Mapping[str, Any]] | None = None, **corpus: Any) -
             for name, values in sources.items()
         ],
         corpus=OutputOptions(**corpus),
+        agreements=(),
     )
 
 

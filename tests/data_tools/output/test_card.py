@@ -81,7 +81,10 @@ def test_the_card_says_what_someone_must_know(built):
     assert "**Restricted:**" in body
     assert "no commercial use" in body
     assert "python data_tools/generate.py demo.yaml" in body
-    assert "| blood | [Blood Cells](https://example.org/blood) | MIT | 60 | 420 | 100.0% |" in body
+    assert (
+        "| blood | [Blood Cells](https://example.org/blood) | MIT | yes | 60 | 420 | 100.0% |"
+        in body
+    )
     for figure in re.findall(r"!\[[^]]*\]\(([^)]+)\)", body):
         assert (built / figure).is_file()
 
@@ -107,7 +110,8 @@ def test_hostile_names_stay_text(tmp_path):
     assert "\n## e" not in body
     assert "](http://evil" not in body
     row = next(line for line in body.splitlines() if line.startswith("| blood "))
-    assert len(re.findall(r"(?<!\\)\|", row)) == 7
+    assert len(re.findall(r"(?<!\\)\|", row)) == 8
+    assert "may not be published or passed on" in body
 
 
 @pytest.mark.parametrize(

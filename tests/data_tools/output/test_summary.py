@@ -97,6 +97,7 @@ def test_each_source_has_its_own_counts(counted):
         "dataset": "Chests",
         "licence": "CC BY-SA 4.0",
         "url": "",
+        "not_published": "",
         "records": 2,
         "held_out": 0,
         "conversations": 1,

@@ -19,12 +19,14 @@ from data_tools.writers.asking import Task
 from data_tools.writers.ledger import Expense, Ledger
 from data_tools.writers.openai_writer import OpenAIWriter
 from data_tools.writers.options import OpenAIOptions
+from gmai_xtuner.core.agreements import Origin
 
 AT_MOST = 37 + 48 + 40 + 50
 """The upper bound of a request below, by hand: "Be exact." 9 bytes, "item0" 5 and the schema's 119 as JSON;
 37 of them are digits and marks, the other 96 count half; 10 for each of three texts and the request; 50 for
 the answer."""
 CONTEXT = SourceContext("toy", "Toy", ("cell",))
+ORIGINS = {"toy": Origin("the source toy")}
 SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "string"}},
@@ -129,7 +131,9 @@ def options(folder: Path, url: str, **more: Any) -> OpenAIOptions:
 
 def writer(folder: Path, url: str, *, prompts: Any = None, **more: Any) -> OpenAIWriter:
     job = more.pop("job", "job")
-    return OpenAIWriter(options(folder, url, **more), prompts or Prompts(), folder=folder, job=job)
+    return OpenAIWriter(
+        options(folder, url, **more), prompts or Prompts(), folder=folder, job=job, origins=ORIGINS
+    )
 
 
 def spent(folder: Path, job: str = "job") -> Expense:

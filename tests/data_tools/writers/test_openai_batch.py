@@ -13,16 +13,29 @@ from data_tools.items import Problem
 from data_tools.writers.asking import BatchesPending, BudgetReached, Outcome
 from data_tools.writers.openai_batch import OpenAIBatchWriter
 from data_tools.writers.options import OpenAIBatchOptions
+from gmai_xtuner.core.agreements import Origin
 from gmai_xtuner.core.errors import CorpusError, EndpointError
 from tests.api_server import Act, completion, error, user_text
-from tests.data_tools.writers.stand_ins import AT_MOST, Prompts, options, spent, tasks, write_images
+from tests.data_tools.writers.stand_ins import (
+    AT_MOST,
+    ORIGINS,
+    Prompts,
+    options,
+    spent,
+    tasks,
+    write_images,
+)
 
 
 def writer(folder: Path, url: str, *, prompts: Any = None, **more: Any) -> OpenAIBatchWriter:
     job = more.pop("job", "job")
     values = options(folder, url).model_dump() | {"name": "openai_batch", "poll": 0.01} | more
     return OpenAIBatchWriter(
-        OpenAIBatchOptions(**values), prompts or Prompts(), folder=folder, job=job
+        OpenAIBatchOptions(**values),
+        prompts or Prompts(),
+        folder=folder,
+        job=job,
+        origins=ORIGINS,
     )
 
 
@@ -257,6 +270,23 @@ def test_no_shard_is_submitted_twice_after_a_kill(serve, tmp_path, monkeypatch, 
     uploads = [name for name, data in server.files.values() if data and "file_id" not in name]
     assert len(uploads) == 1
     assert leftovers(tmp_path) == (0, 0, [])
+
+
+def test_a_file_of_a_killed_run_is_not_sent_once_that_is_forbidden(serve, tmp_path, monkeypatch):
+    from data_tools.writers import openai_batch
+    from gmai_xtuner.core import sending
+
+    server = serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(openai_batch._Server, "upload", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(writer(tmp_path, server.url))
+    monkeypatch.setattr(sending, "_is_loopback", lambda address: False)  # as if it were elsewhere
+    monkeypatch.setitem(ORIGINS, "toy", Origin("the source toy", "an agreement"))
+    outcomes, stop = run(writer(tmp_path, server.url))
+    assert outcomes == []
+    assert "the source toy may not be sent to" in str(stop)
+    assert not server.files
 
 
 def test_a_batch_whose_answer_was_lost_is_found(serve, tmp_path):
