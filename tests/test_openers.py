@@ -64,7 +64,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.rows",),  # numbers and texts alone
     # By content: forms and tables that travel with the package.
     "yaml.safe_load": (
-        *("data_tools.forms.language", "data_tools.lexicon", "gmai_xtuner.evaluate.paper_tables"),
+        *("data_tools.forms.language", "data_tools.lexicon", "gmai_xtuner.evaluate.tables"),
         *(
             "gmai_xtuner.evaluate.scoring",
             "gmai_xtuner.demo.i18n",
