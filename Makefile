@@ -1,5 +1,6 @@
 # make quickstart    environment, tiny bases, real images, three stages, held-out questions
 # make test          all tests (make test-fast leaves out those that train)
+# make env-engines   vLLM and llama.cpp on the CPU (3.5 GB), for the tests that ask them what we export
 # make check         lint, format, types, licences and advisories of what is installed
 # make gpu-check     what must hold on a GPU before days are spent on one; tiny on the CPU
 # make fuzz          100,000 mutated files and requests; a few of them are in make test
@@ -12,10 +13,10 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-newest quickstart test test-fast gpu-check fuzz check advisories format license clean
+.PHONY: help env env-newest env-engines quickstart test test-fast gpu-check fuzz check advisories format license clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 env: $(VENV)/.installed
 
@@ -27,6 +28,10 @@ $(VENV)/.installed: setup.py constraints.txt
 # The newest transformers beside the main environment, for the tests of what is exported.
 env-newest: env
 	$(BIN)/python -m tests.newest_transformers
+
+# The engines beside it; tests that ask them are skipped where this was not made.
+env-engines: env
+	$(BIN)/python -m tests.engines
 
 quickstart: env
 	$(BIN)/python examples/quickstart/run.py --work-dir work_dirs/quickstart

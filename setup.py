@@ -80,6 +80,8 @@ EVALUATE = [
     "scipy>=1.11",
     "tqdm>=4.66",
 ]
+# The files of llama.cpp, for --save-format gguf; by llama.cpp's authors, and names tensors as it does.
+GGUF = ["gguf>=0.17"]
 DEVELOPMENT = [
     *CORPUS,
     *EVALUATE,
@@ -88,6 +90,7 @@ DEVELOPMENT = [
     *RAY,
     *QUICKSTART,
     *LIGER,
+    *GGUF,
     # an independent reader of windows and segmentations
     "highdicom>=0.27",
     # an independent reader of NRRD and MetaImage
@@ -199,6 +202,7 @@ setup(
         "ray": RAY,
         "quickstart": QUICKSTART,
         "liger": LIGER,
+        "gguf": GGUF,
         "dev": DEVELOPMENT,
     },
 )

@@ -4,7 +4,7 @@
 
 ``python -m gmai_xtuner.import_model RELEASE OUT`` reads every layout that :mod:`gmai_xtuner.loading` does and
 writes xtuner's layout, from which every stage starts and which ``xtuner chat`` reads; with ``--save-format
-huggingface`` a plain LLaVA for transformers and servers.
+huggingface`` a plain LLaVA for transformers and servers, with ``gguf`` the files of llama.cpp.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def import_model(
         llm: base of the language model, where the folder has none.
         vision: base of the vision tower, where the folder has none.
         dtype: torch's name of the precision that is written.
-        save_format: ``xtuner`` or ``huggingface``.
+        save_format: ``xtuner``, ``huggingface`` or ``gguf``.
         max_shard_size: of a file of weights.
         prompt_template: what the folder does not say.
         add_bos: what the folder does not say.
@@ -56,6 +56,8 @@ def import_model(
     """
     import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
     from gmai_xtuner.checkpoint.export import check_new, check_shard_size, new_folder
+    from gmai_xtuner.checkpoint.export_gguf import write_gguf
+    from gmai_xtuner.checkpoint.export_huggingface import Provenance, write_llava
     from gmai_xtuner.loading import AS_STORED, load_model
     from gmai_xtuner.model.internlm2 import as_dtype
 
@@ -71,32 +73,28 @@ def import_model(
         prompt_template=prompt_template,
         add_bos=add_bos,
     )
-    write = _write_llava if save_format == "huggingface" else _write_xtuner
     with new_folder(out) as aside:
-        write(predictor, aside, Path(folder).name, as_dtype(dtype), max_shard_size)
+        if save_format == "xtuner":
+            _write_xtuner(predictor, aside, as_dtype(dtype), max_shard_size)
+        else:
+            write = write_gguf if save_format == "gguf" else write_llava
+            source, model = Path(folder).name, predictor.model
+            write(
+                aside,
+                model.parts,
+                projector_depth=model.projector.config.depth,
+                base_tokenizer=predictor.tokenizer,
+                transform=predictor.transform,
+                settings=predictor.settings,
+                provenance=Provenance(f"imported from {source}", "not known", source, source),
+                dtype=as_dtype(dtype),
+                max_shard_size=max_shard_size,
+            )
     return predictor
 
 
-def _write_llava(
-    predictor: Predictor, aside: Path, source: str, dtype: torch.dtype, max_shard_size: str
-) -> None:
-    from gmai_xtuner.checkpoint.export_huggingface import Provenance, write_llava
-
-    write_llava(
-        aside,
-        predictor.model.parts,
-        projector_depth=predictor.model.projector.config.depth,
-        base_tokenizer=predictor.tokenizer,
-        transform=predictor.transform,
-        settings=predictor.settings,
-        provenance=Provenance(f"imported from {source}", "not known", source, source),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-    )
-
-
 def _write_xtuner(
-    predictor: Predictor, aside: Path, source: str, dtype: torch.dtype, max_shard_size: str
+    predictor: Predictor, aside: Path, dtype: torch.dtype, max_shard_size: str
 ) -> None:
     from transformers import CLIPImageProcessor
 
@@ -129,7 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", help="new or empty folder")
     parser.add_argument("--llm", help="the language model's base, where the folder has none")
     parser.add_argument("--vision", help="the vision tower's base, where the folder has none")
-    parser.add_argument("--save-format", choices=("xtuner", "huggingface"), default="xtuner")
+    parser.add_argument(
+        "--save-format", choices=("xtuner", "huggingface", "gguf"), default="xtuner"
+    )
     add_dtype_argument(parser, default="fp16")
     parser.add_argument("--max-shard-size", default="2GB")
     parser.add_argument("--prompt-template", help="name in xtuner's PROMPT_TEMPLATE")

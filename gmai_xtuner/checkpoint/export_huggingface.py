@@ -23,6 +23,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,13 +118,25 @@ def _is_hub_name(base: str) -> bool:
     return base.count("/") == 1 and not Path(base).exists() and not base.startswith((".", "~"))
 
 
-def save_huggingface_layout(
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A model as an export of the whole has it; ``state`` has LLaVA's names."""
+
+    parts: Mapping[str, Any]
+    config: LlavaConfig
+    state: dict[str, torch.Tensor]
+    tokenizer: PreTrainedTokenizerFast
+    template: ChatTemplate
+
+
+def save_whole_model(
     model: Any,
     cfg: Mapping[str, Any],
     save_dir: str,
     *,
     fp32: bool,
     save_kwargs: Mapping[str, Any],
+    write: Callable[..., None],
 ) -> None:
     """Write the whole model; all of it or nothing.
 
@@ -134,17 +147,18 @@ def save_huggingface_layout(
         save_dir: a new or empty folder.
         fp32: write fp32; otherwise fp16, as xtuner does, or ``export_dtype`` of the config.
         save_kwargs: ``max_shard_size``; weights are always safetensors.
+        write: :func:`write_llava` or :func:`gmai_xtuner.checkpoint.export_gguf.write_gguf`.
 
     Raises:
         GMAIError: the checkpoint lacks weights that the config trains, a weight does not fit into fp16,
-            LLaVA has no place for something, ``max_shard_size`` is no size, or the folder is not empty.
+            the format has no place for something, ``max_shard_size`` is no size, or the folder is not empty.
             Nothing is written then.
     """
     dtype = export_dtype(cfg, fp32=fp32)
     check_shard_size(save_kwargs.get("max_shard_size", "2GB"))
     with new_folder(save_dir) as aside:
         settings = export_settings(model, cfg)
-        write_llava(
+        write(
             aside,
             lambda: all_parts(model, cfg, dtype=dtype),
             projector_depth=model.projector.config.depth,
@@ -159,6 +173,44 @@ def save_huggingface_layout(
             max_shard_size=save_kwargs.get("max_shard_size", "2GB"),
         )
     print_log(f"Saved the whole model to {save_dir}", logger="current", level=logging.INFO)
+
+
+def whole_model(
+    parts_of: Callable[[], Mapping[str, Any]],
+    *,
+    projector_depth: int,
+    base_tokenizer: PreTrainedTokenizerFast,
+    transform: ImageTransform,
+    settings: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> Whole:
+    """Bring the parts into LLaVA's form; arguments as of :func:`write_llava`.
+
+    Raises:
+        GMAIError: LLaVA has no place for something.
+    """
+    if projector_depth != 2:
+        raise GMAIError(
+            f"LLaVA's projector has two linear layers, this model's has {projector_depth}; export in "
+            "xtuner's layout (--save-format xtuner)"
+        )
+    template = ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"])
+    plain_tokenizer(base_tokenizer, template)  # before weights are read, merged and converted
+    parts = parts_of()
+    text, vision = parts["llm"].config, parts["visual_encoder"].config
+    if transform.image_size != vision.image_size:
+        raise GMAIError(
+            f"the image processor makes images of {transform.image_size} pixels, the vision tower takes "
+            f"{vision.image_size}. Take both from the same checkpoint"
+        )
+    tokenizer = plain_tokenizer(base_tokenizer, template, max_length=text.max_position_embeddings)
+    for part in parts.values():
+        convert_dtype(part, dtype)
+    config = llava_config(text, vision, tokenizer, dtype)
+    config.vision_feature_layer = settings["visual_select_layer"]
+    states = {name: part.state_dict() for name, part in parts.items()}
+    states["llm"] = _grown_state(parts["llm"], config.text_config.vocab_size)
+    return Whole(parts, config, plain_weights(states), tokenizer, template)
 
 
 def write_llava(
@@ -190,38 +242,26 @@ def write_llava(
     Raises:
         GMAIError: LLaVA has no place for something.
     """
-    if projector_depth != 2:
-        raise GMAIError(
-            f"LLaVA's projector has two linear layers, this model's has {projector_depth}; export in "
-            "xtuner's layout (--save-format xtuner)"
-        )
-    template = ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"])
-    plain_tokenizer(base_tokenizer, template)  # before weights are read, merged and converted
-    parts = parts_of()
-    text, vision = parts["llm"].config, parts["visual_encoder"].config
-    if transform.image_size != vision.image_size:
-        raise GMAIError(
-            f"the image processor makes images of {transform.image_size} pixels, the vision tower takes "
-            f"{vision.image_size}. Take both from the same checkpoint"
-        )
-    tokenizer = plain_tokenizer(base_tokenizer, template, max_length=text.max_position_embeddings)
-    for part in parts.values():
-        convert_dtype(part, dtype)
-    config = llava_config(text, vision, tokenizer, dtype)
-    config.vision_feature_layer = settings["visual_select_layer"]
-    states = {name: part.state_dict() for name, part in parts.items()}
-    states["llm"] = _grown_state(parts["llm"], config.text_config.vocab_size)
+    whole = whole_model(
+        parts_of,
+        projector_depth=projector_depth,
+        base_tokenizer=base_tokenizer,
+        transform=transform,
+        settings=settings,
+        dtype=dtype,
+    )
+    config, tokenizer = whole.config, whole.tokenizer
     with init_empty_weights():
         llava = LlavaForConditionalGeneration(config)
-    llava.load_state_dict(plain_weights(states), strict=True, assign=True)
+    llava.load_state_dict(whole.state, strict=True, assign=True)
     llava.tie_weights()
-    llava.generation_config = _generation(parts["llm"], tokenizer, template, config)
+    llava.generation_config = _generation(whole.parts["llm"], tokenizer, whole.template, config)
     llava.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
     _write_config(folder, config)
     tokenizer.save_pretrained(folder)
     _write_processor(folder, transform, tokenizer, config)
     write_json(folder / SETTINGS_FILE, settings)
-    costs = describe_parts(parts)
+    costs = describe_parts(whole.parts)
     _write_card(folder, provenance, costs, settings, config, transform)
     print_log(
         f"The whole model as {type(llava).__name__}, vocabulary {config.text_config.vocab_size:,}:\n{costs}\n"

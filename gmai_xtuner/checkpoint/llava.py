@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import nn
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.checkpoint.export import save_xtuner_layout
-from gmai_xtuner.checkpoint.export_huggingface import save_huggingface_layout
+from gmai_xtuner.checkpoint.export_gguf import write_gguf
+from gmai_xtuner.checkpoint.export_huggingface import save_whole_model, write_llava
 from gmai_xtuner.checkpoint.layouts import is_export, read_export
 from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
@@ -111,7 +113,8 @@ def check_same(
 
 SAVE_FORMATS: dict[str, Any] = {
     "xtuner": save_xtuner_layout,
-    "huggingface": save_huggingface_layout,
+    "huggingface": partial(save_whole_model, write=write_llava),
+    "gguf": partial(save_whole_model, write=write_gguf),
 }
 
 
@@ -200,8 +203,9 @@ class GMAILLaVAModel(LLaVA):
             save_dir: a new or empty folder.
             fp32: write fp32; otherwise fp16, or ``export_dtype`` of the config.
             save_pretrained_kwargs: ``max_shard_size`` and ``safe_serialization``.
-            save_format: ``xtuner`` (:mod:`gmai_xtuner.checkpoint.export`) or ``huggingface``
-                (:mod:`gmai_xtuner.checkpoint.export_huggingface`).
+            save_format: ``xtuner`` (:mod:`gmai_xtuner.checkpoint.export`), ``huggingface``
+                (:mod:`gmai_xtuner.checkpoint.export_huggingface`) or ``gguf``
+                (:mod:`gmai_xtuner.checkpoint.export_gguf`).
         """
         if save_format not in SAVE_FORMATS:
             raise GMAIError(
