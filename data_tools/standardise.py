@@ -16,7 +16,6 @@ from data_tools import readers
 from data_tools.lexicon import contradicts
 from data_tools.preprocess.clean import clean_annotations
 from data_tools.preprocess.images import store_image
-from data_tools.preprocess.rules import resolve
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import UNKNOWN, listed
 from data_tools.records import (
@@ -110,7 +109,7 @@ def _record(
     incomplete = _names(source, drops.incomplete)
     with drops.image(where) as lost:
         size = (stored.width, stored.height)
-        rules = resolve(source.clean)
+        rules = source.clean
         found = clean_annotations(annotations, size=size, rules=rules, drops=drops, where=where)
         labels = _distinct(found)
         incomplete |= lost

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_tools.preprocess.rules import Rules
+from data_tools.preprocess import Rules
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.records import NOTHING, Annotation, Box, Drops, Label
 from gmai_xtuner.core.errors import Unusable
@@ -41,20 +41,10 @@ def clean_annotations(
     drops: Drops,
     where: str,
 ) -> list[Label]:
-    """Check boxes and turn masks into boxes.
+    """Check boxes and turn masks into boxes, in the order of the annotations and from top to bottom.
 
     An annotation with both box and mask is one object: its box is checked, its mask gives the area and is
-    not split.
-
-    Args:
-        annotations: of one image.
-        size: its width and height, pixels.
-        rules: what is kept.
-        drops: takes what is left out, of stage ``clean``.
-        where: the image, for the drops.
-
-    Returns:
-        The regions in the order of their annotations, components of a mask from top to bottom.
+    not split. ``size`` is the image's width and height; drops are of stage ``clean``.
     """
     kept: list[Label] = []
     for annotation in annotations:
@@ -82,7 +72,6 @@ class _Cleaning:
     where: str
 
     def drop(self, reason: str, detail: str = "") -> list[Label]:
-        """Count a drop; return no region."""
         label = self.annotation.label
         # The object whose box is cut stays; what has no pixel left was annotated all the same.
         lost = NOTHING if reason == CLIPPED else (label,)
@@ -118,7 +107,7 @@ class _Cleaning:
 
     def components(self, mask: np.ndarray) -> list[Label]:
         rules, pixels = self.rules, self.size[0] * self.size[1]
-        found = components(mask, connectivity=rules.connectivity) if rules.split else whole(mask)
+        found = components(mask, connectivity=rules.connectivity, split=rules.split)
         if not found:
             return self.drop(EMPTY)
         large = []
@@ -143,76 +132,60 @@ class _Cleaning:
         return None
 
 
-def components(mask: np.ndarray, *, connectivity: Literal[4, 8] = 8) -> list[tuple[Box, int]]:
-    """Return half-open box and number of pixels of each connected component, from top to bottom, then left.
-
-    Args:
-        mask: bool ``[H, W]``.
-        connectivity: 8 or 4.
-    """
+def components(
+    mask: np.ndarray, *, connectivity: Literal[4, 8] = 8, split: bool = True
+) -> list[tuple[Box, int]]:
+    """Return half-open box and pixels of each component of bool ``[H, W]``, or of all, from top to bottom."""
     import cv2
 
     if not mask.any():
         return []
     (y1, y2), (x1, x2) = _extent(mask, axis=1), _extent(mask, axis=0)
+    if not split:
+        return [((x1, y1, x2, y2), int(np.count_nonzero(mask)))]
     # Only the part of the image in which something is: masks are mostly background.
     part = np.ascontiguousarray(mask[y1:y2, x1:x2]).view(np.uint8)
     _, _, statistics, _ = cv2.connectedComponentsWithStats(part, connectivity=connectivity)
-    found: list[tuple[Box, int]] = []
-    for left, top, width, height, area in statistics[1:].tolist():  # the first is the background
-        box = (x1 + left, y1 + top, x1 + left + width, y1 + top + height)
-        found.append((box, area))
+    found: list[tuple[Box, int]] = [
+        ((x1 + left, y1 + top, x1 + left + width, y1 + top + height), area)
+        for left, top, width, height, area in statistics[1:].tolist()  # the first is the background
+    ]
     return sorted(found, key=lambda part: (part[0][1], part[0][0], part[0][3], part[0][2], part[1]))
 
 
-def whole(mask: np.ndarray) -> list[tuple[Box, int]]:
-    """Return half-open box and number of pixels of the mask as a whole; nothing for an empty mask."""
-    if not mask.any():
-        return []
-    (y1, y2), (x1, x2) = _extent(mask, axis=1), _extent(mask, axis=0)
-    return [((x1, y1, x2, y2), int(np.count_nonzero(mask)))]
-
-
-def _extent(mask: np.ndarray, *, axis: int) -> tuple[int, int]:
+def _extent(mask: np.ndarray, *, axis: int | tuple[int, int]) -> tuple[int, int]:
     present = np.asarray(mask.any(axis=axis))
     first = int(present.argmax())
     return first, int(len(present) - present[::-1].argmax())
 
 
-# --- volumes --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Component:
-    """``first`` and ``last``: corners of its bounding box in voxels of the map, half-open."""
+    """``box``: in voxels of the map's part that holds anything."""
 
     number: int
-    value: int
     voxels: int
-    first: tuple[int, ...]
-    last: tuple[int, ...]
+    box: tuple[slice, ...]
 
 
 def clean_volume(volume: Volume, rules: Rules, *, drops: Drops, where: str) -> Volume:
     """Return the volume with what the rules leave of its structures.
 
-    Args:
-        volume: in RAS+; its arrays are not changed.
-        rules: `min_voxels`, `min_volume_mm3`, `min_side_mm` and `keep_largest` apply to each 26-connected
-            (or as `connectivity_3d` says) component; `max_background` to the volume, before anything is
-            taken away; `split_left_right` to what is left.
-        drops: takes each component that is left out.
-        where: the volume, for the drops.
-
-    Raises:
-        Unusable: the volume is left out as a whole.
+    `min_voxels`, `min_volume_mm3`, `min_side_mm` and `keep_largest` apply to each component; `max_background`
+    to the volume, before anything is taken away; `split_left_right` to what is left. `Unusable` if the volume
+    is left out as a whole.
     """
     if rules.max_background < 1.0 and volume.structures:
-        share = _background(volume)
+        held = np.zeros(volume.voxels.shape, dtype=bool)
+        for number, layer in enumerate(volume.layers):
+            values = [item.value for item in volume.structures if item.layer == number]
+            held |= np.isin(layer, values)
+        share = 1.0 - float(np.count_nonzero(held)) / held.size
         if share > rules.max_background:
             reason = f"volume of more than {100 * rules.max_background:g} % background"
             raise Unusable(reason, f"{100 * share:.3f} %")
-    if not _any(rules):
+    least = rules.min_voxels or rules.min_volume_mm3 or rules.min_side_mm
+    if not (least or rules.keep_largest or rules.split_left_right):
         return volume
     layers: list[np.ndarray] = []
     structures: list[Structure] = []
@@ -222,25 +195,6 @@ def clean_volume(volume: Volume, rules: Rules, *, drops: Drops, where: str) -> V
         layers.append(cleaned)
         structures += left
     return replace(volume, layers=tuple(layers), structures=tuple(structures))
-
-
-def _any(rules: Rules) -> bool:
-    return bool(
-        rules.min_voxels
-        or rules.min_volume_mm3
-        or rules.min_side_mm
-        or rules.keep_largest
-        or rules.split_left_right
-    )
-
-
-def _background(volume: Volume) -> float:
-    """Return the share of the voxels that no structure holds."""
-    held = np.zeros(volume.voxels.shape, dtype=bool)
-    for number, layer in enumerate(volume.layers):
-        values = [item.value for item in volume.structures if item.layer == number]
-        held |= np.isin(layer, values)
-    return 1.0 - float(np.count_nonzero(held)) / held.size
 
 
 def _clean_layer(
@@ -260,81 +214,52 @@ def _clean_layer(
     numbers = cc3d.connected_components(
         np.ascontiguousarray(part), connectivity=rules.connectivity_3d
     )
+    statistics = cc3d.statistics(numbers)
     by_value: dict[int, list[_Component]] = defaultdict(list)
-    for component in _components(numbers, part):
-        by_value[component.value].append(component)
+    for number in range(1, int(numbers.max()) + 1):
+        own, voxels = statistics["bounding_boxes"][number], statistics["voxel_counts"][number]
+        value = int(part[own][numbers[own] == number][0])
+        by_value[value].append(_Component(number, int(voxels), own))
     names = {item.value: item for item in structures}
     new_value = np.zeros(int(numbers.max()) + 1, dtype=np.uint16)
     left: list[Structure] = []
-    offset = box[0].start
+    middle = (layer.shape[0] - 1) / 2 - box[0].start
     for value, components in sorted(by_value.items()):
-        kept = _kept(names[value].label, components, spacing, rules, drops, where)
-        middle = (layer.shape[0] - 1) / 2 - offset
+        kept: list[_Component] = []
+        for component in sorted(components, key=lambda item: (-item.voxels, item.number)):
+            if not (reason := _too_small(component, spacing, rules, len(kept))):
+                kept.append(component)
+                continue
+            label = names[value].label
+            drops.add(f"component {reason[0]}", where, f"{label}: {reason[1]}", lost=[label])
         sides = _sides(kept, middle) if rules.split_left_right else {}
-        if sides:
-            for side in ("left", "right"):
-                left.append(_of_side(names[value], side, len(left) + 1))
-                for component in kept:
-                    if sides[component.number] == side:
-                        new_value[component.number] = len(left)
-        elif kept:
-            left.append(replace(names[value], value=len(left) + 1))
-            for component in kept:
-                new_value[component.number] = len(left)
+        for side in ("left", "right") if sides else ("",):
+            of_side = [part for part in kept if sides.get(part.number, "") == side]
+            if of_side:
+                attributes = {**names[value].attributes, **({"side": side} if side else {})}
+                left.append(replace(names[value], value=len(left) + 1, attributes=attributes))
+                new_value[[part.number for part in of_side]] = len(left)
     cleaned = np.zeros(layer.shape, dtype=np.uint8 if len(left) < 256 else np.uint16)
     cleaned[box] = new_value[numbers]
     return cleaned, left
 
 
-def _of_side(structure: Structure, side: str, value: int) -> Structure:
-    return replace(structure, value=value, attributes={**structure.attributes, "side": side})
-
-
-def _components(numbers: np.ndarray, part: np.ndarray) -> list[_Component]:
-    import cc3d
-
-    statistics = cc3d.statistics(numbers)
-    found = []
-    for number in range(1, int(numbers.max()) + 1):
-        box = statistics["bounding_boxes"][number]
-        value = int(part[box][numbers[box] == number][0])
-        first, last = tuple(side.start for side in box), tuple(side.stop for side in box)
-        voxels = int(statistics["voxel_counts"][number])
-        found.append(_Component(number, value, voxels, first, last))
-    return found
-
-
-def _kept(
-    label: str,
-    components: list[_Component],
-    spacing: tuple[float, float, float],
-    rules: Rules,
-    drops: Drops,
-    where: str,
-) -> list[_Component]:
-    """Return those large enough, largest first; drop the others."""
-    volume = float(np.prod(spacing))
-    kept: list[_Component] = []
-    for component in sorted(components, key=lambda item: (-item.voxels, item.number)):
-        sides = [
-            (stop - start) * length
-            for start, stop, length in zip(component.first, component.last, spacing, strict=True)
-        ]
-        size = component.voxels * volume
-        if component.voxels < rules.min_voxels:
-            reason, had = f"smaller than {rules.min_voxels} voxels", f"{component.voxels} voxels"
-        elif size < rules.min_volume_mm3:
-            reason, had = f"smaller than {rules.min_volume_mm3:g} mm3", f"{size:.1f} mm3"
-        elif min(sides) < rules.min_side_mm:
-            reason, had = f"with a side under {rules.min_side_mm:g} mm", f"{min(sides):.1f} mm"
-        elif rules.keep_largest and len(kept) >= rules.keep_largest:
-            reason = f"beyond the {rules.keep_largest} largest"
-            had = f"{component.voxels} voxels"
-        else:
-            kept.append(component)
-            continue
-        drops.add(f"component {reason}", where, f"{label}: {had}", lost=[label])
-    return kept
+def _too_small(
+    component: _Component, spacing: tuple[float, float, float], rules: Rules, larger: int
+) -> tuple[str, str] | None:
+    """Return why a component is left out, of which so many larger ones are kept, and what it has."""
+    voxels, size = component.voxels, component.voxels * float(np.prod(spacing))
+    lengths = [side.stop - side.start for side in component.box]
+    shortest = min(count * length for count, length in zip(lengths, spacing, strict=True))
+    if voxels < rules.min_voxels:
+        return f"smaller than {rules.min_voxels} voxels", f"{voxels} voxels"
+    if size < rules.min_volume_mm3:
+        return f"smaller than {rules.min_volume_mm3:g} mm3", f"{size:.1f} mm3"
+    if shortest < rules.min_side_mm:
+        return f"with a side under {rules.min_side_mm:g} mm", f"{shortest:.1f} mm"
+    if rules.keep_largest and larger >= rules.keep_largest:
+        return f"beyond the {rules.keep_largest} largest", f"{voxels} voxels"
+    return None
 
 
 def _sides(components: list[_Component], middle: float) -> dict[int, str]:
@@ -345,9 +270,9 @@ def _sides(components: list[_Component], middle: float) -> dict[int, str]:
     """
     sides = {}
     for component in components:
-        if component.first[0] > middle:
+        if component.box[0].start > middle:
             sides[component.number] = "right"
-        elif component.last[0] - 1 < middle:
+        elif component.box[0].stop - 1 < middle:
             sides[component.number] = "left"
         else:
             return {}
@@ -356,11 +281,7 @@ def _sides(components: list[_Component], middle: float) -> dict[int, str]:
 
 def _bounding_box(layer: np.ndarray) -> tuple[slice, slice, slice] | None:
     """Return the box of everything that is not 0; None if all is."""
-    box = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        held = np.flatnonzero(layer.any(axis=others))
-        if not held.size:
-            return None
-        box.append(slice(int(held[0]), int(held[-1]) + 1))
-    return box[0], box[1], box[2]
+    if not layer.any():
+        return None
+    x, y, z = (slice(*_extent(layer, axis=others)) for others in ((1, 2), (0, 2), (0, 1)))
+    return x, y, z

@@ -37,8 +37,7 @@ class StoredImage:
     """An image of the corpus.
 
     Args:
-        path: below the folder that was given, with ``/``: ``ab/abcdef....png``; the hash of the pixels and,
-            of a file that was kept, of its bytes.
+        path: below the folder, ``ab/abcdef....png``: hash of the pixels and, of a file kept, of its bytes.
         pixels: the hash of the pixels alone.
         width, height: pixels, upright.
         turned: whether EXIF orientation was applied, so that coordinates of the file as stored don't fit.
@@ -54,17 +53,10 @@ class StoredImage:
 def store_image(
     image: Path | np.ndarray, folder: Path, *, max_pixels: int = MAX_PIXELS
 ) -> StoredImage:
-    """Put an image into a folder under the hash of its pixels, unless it is there.
+    """Put an image file, or an array of it, into a folder under the hash of its pixels, unless it is there.
 
-    A reader never sees a part of the file, so several processes may store the same image at once.
-
-    Args:
-        image: image file, or uint8 or deeper ``[H, W]`` or ``[H, W, 3]``.
-        folder: of the images.
-        max_pixels: largest width x height.
-
-    Raises:
-        Unusable: with one of the module's reasons.
+    A reader never sees a part of the file, so several processes may store the same image at once. `Unusable`
+    with one of the module's reasons, or for more than ``max_pixels``.
     """
     data: bytes | None = None
     if isinstance(image, np.ndarray):
@@ -82,10 +74,8 @@ def store_image(
     height, width = pixels.shape[:2]
     name = pixel_hash(pixels)
     # Two files of the same pixels may differ in their bytes: which of them is kept must not be a race.
-    kept = (
-        f"-{hashlib.blake2b(data, digest_size=4).hexdigest()}{decoded.suffix}" if data else ".png"
-    )
-    path = f"{name[:2]}/{name}{kept}"
+    bytes_hash = f"-{hashlib.blake2b(data, digest_size=4).hexdigest()}" if data else ""
+    path = f"{name[:2]}/{name}{bytes_hash}{decoded.suffix if data else '.png'}"
     target = folder / path
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,11 +84,7 @@ def store_image(
 
 
 def read_pixels(image: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the pixels of an image file as the corpus shows them: uint8 ``[H, W]`` or ``[H, W, 3]``.
-
-    Raises:
-        Unusable: as `store_image`, but an image of one grey level is an image.
-    """
+    """Return pixels as the corpus shows them: uint8 ``[H, W]`` or ``[H, W, 3]``, also of one grey level."""
     if isinstance(image, bytes):
         return _decoded(image, "", max_pixels).pixels
     return _decoded(_read_file(image), image.name, max_pixels).pixels
@@ -114,13 +100,11 @@ def pixel_hash(pixels: np.ndarray) -> str:
 
 def _read_file(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise Unusable(TOO_LARGE, f"{path.stat().st_size} bytes")
-        return path.read_bytes()
-    except Unusable:
-        raise
+        if (size := path.stat().st_size) <= MAX_BYTES:
+            return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise Unusable(CANT_READ, f"{type(error).__name__}: {error}"[:200]) from error
+    raise Unusable(TOO_LARGE, f"{size} bytes")
 
 
 def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
@@ -168,8 +152,6 @@ def _png(pixels: np.ndarray) -> bytes:
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
-
-# --- text in files ------------------------------------------------------------------------------
 
 _PNG_CHUNKS = {
     b"IHDR": 13,

@@ -17,27 +17,14 @@ from pydantic import Field
 
 from data_tools.options import Options
 from data_tools.records import Annotation
-from gmai_xtuner.core.imaging.volumes import (
-    AXES,
-    Axis,
-    pixel_spacing,
-    plane,
-    spacing_of,
-    square_size,
-)
+from gmai_xtuner.core.imaging import volumes
+from gmai_xtuner.core.imaging.volumes import AXES, Axis, plane
 from gmai_xtuner.core.imaging.windows import Scale
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """A label: one value of one label map.
-
-    Args:
-        label: as the source has it.
-        layer: index into the volume's ``layers``.
-        value: of its voxels in that layer.
-        attributes: such as ``{"side": "left"}``.
-    """
+    """A label, as the source has it: one value of the label map of this index."""
 
     label: str
     layer: int
@@ -47,10 +34,9 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Voxels, and label maps that an expert drew.
+    """Voxels ``[X, Y, Z]`` in RAS+, finite, and label maps that an expert drew.
 
     Args:
-        voxels: ``[X, Y, Z]`` in RAS+, finite.
         affine: float64 ``[4, 4]``, from voxel indices to millimetres in RAS+.
         layers: integer ``[X, Y, Z]`` each; structures that overlap lie in different layers.
         structures: what the layers' values stand for; a value without a structure is not annotated.
@@ -66,7 +52,7 @@ class Volume:
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Millimetres from voxel to voxel along ``X``, ``Y`` and ``Z``."""
-        return spacing_of(self.affine)
+        return volumes.spacing_of(self.affine)
 
 
 def present(array: np.ndarray) -> list[int]:
@@ -78,21 +64,14 @@ def present(array: np.ndarray) -> list[int]:
 
 def structures_of(layer: np.ndarray, number: int = 0) -> tuple[Structure, ...]:
     """Return a structure for each value but 0, with the value as its label; one slice in memory at a time."""
-    values: set[int] = set()
-    for index in range(layer.shape[2]):
-        values.update(present(layer[:, :, index]))
+    values = set().union(*(present(layer[:, :, index]) for index in range(layer.shape[2])))
     return tuple(Structure(str(value), number, value) for value in sorted(values - {0}))
 
 
 def pack(
     masks: Iterable[tuple[str, np.ndarray, Mapping[str, str]]], shape: tuple[int, ...]
 ) -> tuple[tuple[np.ndarray, ...], tuple[Structure, ...]]:
-    """Put masks that may overlap into as few layers as a first fit finds. A mask without voxels is left out.
-
-    Args:
-        masks: label, bool array of ``shape``, attributes.
-        shape: ``[X, Y, Z]``.
-    """
+    """Put (label, bool mask, attributes) into as few layers as a first fit finds; empty ones are left out."""
     layers: list[np.ndarray] = []
     used: list[int] = []
     structures = []
@@ -112,15 +91,11 @@ def pack(
     return tuple(layers), tuple(structures)
 
 
-# --- slices ---------------------------------------------------------------------------------------
-
-
 class Slicing(Options):
     """Keys of the job: which slices of a volume become images.
 
     Args:
-        axes: SA-Med2D-20M takes all three; its rule on short edges (``min_edge_ratio`` of the cleaning
-            rules) then drops the thin ones.
+        axes: all three by default; the rule on short edges, ``min_edge_ratio``, then drops thin ones.
         keep: ``labelled``: slices that hold a structure; ``all``: also those without one. A volume without
             a label map gives all of its slices.
         every: take each Nth voxel layer, counted from index 0.
@@ -137,21 +112,12 @@ class Slicing(Options):
     at_most_a_volume: int | None = Field(None, ge=1)
     square_pixels: bool = False
 
-    def along(self, axis: Axis) -> Slicing:
-        """Return the same for slices along one axis."""
-        return self.model_copy(update={"axes": (axis,)})
-
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One image of a volume.
+    """One image, uint8 ``[H, W]``, of a volume, with an annotation for each structure that it holds.
 
-    Args:
-        image: uint8 ``[H, W]``.
-        annotations: one each structure that the slice holds, with its mask.
-        axis, index: of the slice.
-        unclear: whether it holds voxels that nobody decided on.
-        stretched: the spacing that the pixels were brought to, millimetres, or None.
+    ``unclear``: it holds voxels that nobody decided on. ``stretched``: the millimetres of its square pixels.
     """
 
     image: np.ndarray
@@ -162,11 +128,13 @@ class Slice:
     stretched: float | None
 
 
-def slices(volume: Volume, scale: Scale, slicing: Slicing) -> Iterator[Slice]:
-    """Yield the chosen slices, axis by axis, one in memory at a time."""
-    for axis in slicing.axes:
-        for index in chosen(volume, axis, slicing):
-            yield take(volume, scale, axis, index, square_pixels=slicing.square_pixels)
+def slices(
+    volume: Volume, scale: Scale, slicing: Slicing, axis: Axis | None = None
+) -> Iterator[Slice]:
+    """Yield the chosen slices, axis by axis or along one alone, one in memory at a time."""
+    for along in slicing.axes if axis is None else (axis,):
+        for index in chosen(volume, along, slicing):
+            yield take(volume, scale, along, index, square_pixels=slicing.square_pixels)
 
 
 def take(
@@ -175,8 +143,8 @@ def take(
     """Return one slice as an image with its masks."""
     image = scale.apply(plane(volume.voxels, axis, index))
     maps = [plane(layer, axis, index) for layer in volume.layers]
-    spacing = pixel_spacing(volume.spacing, axis)
-    square = square_size(image.shape, spacing) if square_pixels else None
+    spacing = volumes.pixel_spacing(volume.spacing, axis)
+    square = volumes.square_size(image.shape, spacing) if square_pixels else None
     if square:
         size = max(1, round(square[0])), max(1, round(square[1]))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
@@ -199,21 +167,13 @@ def chosen(volume: Volume, axis: Axis, slicing: Slicing) -> list[int]:
     wanted = np.zeros(length, dtype=bool)
     wanted[:: slicing.every] = True
     holds = _holds(volume, number) & wanted
-    if slicing.at_most_a_label is not None:
-        held = [_spread(np.flatnonzero(row), slicing.at_most_a_label) for row in holds]
-        labelled = np.unique(np.concatenate([*held, np.zeros(0, dtype=np.int64)]))
-    else:
-        labelled = np.flatnonzero(holds.any(axis=0))
-    if not volume.structures:
-        taken = np.flatnonzero(wanted)
-    elif slicing.keep == "all":
-        bare = np.flatnonzero(wanted & ~holds.any(axis=0))
-        taken = np.union1d(labelled, bare)
-    else:
-        taken = labelled
-    if slicing.at_most_a_volume is not None:
-        taken = _spread(taken, slicing.at_most_a_volume)
-    return [int(index) for index in taken]
+    taken = np.zeros(length, dtype=bool)
+    for row in holds:
+        taken[_spread(np.flatnonzero(row), slicing.at_most_a_label)] = True
+    if slicing.keep == "all" or not volume.structures:
+        taken |= wanted & ~holds.any(axis=0)
+    indices: list[int] = _spread(np.flatnonzero(taken), slicing.at_most_a_volume).tolist()
+    return indices
 
 
 def _holds(volume: Volume, number: int) -> np.ndarray:
@@ -227,9 +187,9 @@ def _holds(volume: Volume, number: int) -> np.ndarray:
     return holds
 
 
-def _spread(indices: np.ndarray, number: int) -> np.ndarray:
+def _spread(indices: np.ndarray, number: int | None) -> np.ndarray:
     """Return at most ``number`` of the indices, the middles of as many equal parts of them."""
-    if len(indices) <= number:
+    if number is None or len(indices) <= number:
         return indices
     places = np.floor((np.arange(number) + 0.5) * len(indices) / number).astype(np.int64)
     return indices[places]

@@ -21,26 +21,15 @@ from typing import Any, ClassVar, Protocol
 from pydantic import Field, field_validator
 
 from data_tools.options import Options
-from data_tools.preprocess.rules import Rules, preset
+from data_tools.preprocess import PRESETS, Rules
 from data_tools.records import Drops, Sample, Unit
 from gmai_xtuner.core.agreements import plain_host
 
-READERS = {
-    "image_folder": "data_tools.readers.image_folder",
-    "table": "data_tools.readers.table",
-    "coco": "data_tools.readers.coco",
-    "voc": "data_tools.readers.voc",
-    "yolo": "data_tools.readers.yolo",
-    "labelme": "data_tools.readers.labelme",
-    "masks": "data_tools.readers.masks",
-    "arrays": "data_tools.readers.arrays",
-    "dicom": "data_tools.readers.dicom",
-    "volume": "data_tools.readers.volume",
-    "decathlon": "data_tools.readers.nnunet",
-    "nnunet": "data_tools.readers.nnunet",
-    "video": "data_tools.readers.video",
-    "slide": "data_tools.readers.slide",
-}
+_MODULES = (
+    *("image_folder", "table", "coco", "voc", "yolo", "labelme", "masks", "arrays", "dicom"),
+    *("volume", "nnunet", "video", "slide"),
+)
+READERS = {name: f"{__name__}.{name}" for name in _MODULES} | {"decathlon": f"{__name__}.nnunet"}
 
 
 class Permission(Options):
@@ -66,39 +55,28 @@ class Permission(Options):
 
 
 class SourceOptions(Options):
-    """One entry of ``sources``; each reader adds its own keys.
+    """One entry of ``sources``; each reader adds its own keys. docs/corpus.md explains them.
 
     Args:
         name: unique in the job; part of ids and file names.
-        root: folder of the set, relative to the job file; ``package:NAME/FOLDER`` lies in an installed
-            Python package. `job.load` makes it absolute.
-        links: folders outside of ``root`` that links below it may lead to, such as the store of
-            git-annex, DVC or a hub's cache; relative to the job file.
-        dataset: title of the published set; default ``name``.
-        licence: of the images, as the set states it. Required: a corpus without it can't be passed on.
+        root: folder of the set; ``package:NAME/FOLDER`` lies in an installed Python package.
+        links: folders outside of ``root`` that links below it may lead to.
+        dataset, licence, url: of the published set; the title's default is ``name``.
         may_be_sent_to: hosts beside this machine that may have its content although the licence, by the
             table of agreements, forbids third parties or isn't known; one `Permission` or a list.
-        url: where the set can be had.
-        modality: of the taxonomy; may be left out where the files know it.
-        department: of the taxonomy; ``None`` as a text is its nineteenth value.
-        clinical_task: of the taxonomy.
+        modality, department, clinical_task: of the taxonomy; ``None`` as a text is a department.
         source_task: default is what the format is made for, `default_source_task`.
-        labels: code or name in the source -> name in the corpus. With this map given, a label that is not in
-            it is left out, and its image is known to show more; an image of which no label is in it is
-            dropped. Null drops the image on purpose, as unclear. Without the map names are taken as they are.
-        codes_are_names: labels that are numbers or numbered words (``7``, ``Segment_1``) are meant as names;
-            else no text is made of them, and the run ends with an error.
-        synonyms: label name -> further names of the same thing.
-        chinese: label name -> Chinese name.
+        labels: code or name in the source -> name in the corpus; null drops the image as unclear. With this
+            map a label that is not in it is left out; without it names are taken as they are.
+        codes_are_names: labels that are numbers or numbered words are meant as names; else an error.
+        synonyms, chinese: label name -> further names of the same thing; its Chinese name.
         attributes: constants of every image of the set.
-        negatives: of which labels all is annotated in every image, so that they may be counted, and denied
-            where there is none: true for all of them, a list of names, false for none. Default: the job's
-            ``make.negatives``, else what the annotations themselves show (see docs/corpus.md).
-        exclusive: groups of labels of which an image has one at most, ``[[benign, malignant]]``; an image
-            with two of them as a whole is dropped.
-        group: regular expression on the path below ``root``; its first group (or the whole match) is
-            the patient, case or slide. Default: what the reader finds, else each image alone.
-        clean: rules for masks and slices, a preset of `preprocess.rules` by name, or rules in full.
+        negatives: of which labels all is annotated in every image: all, a list, or none. Default: the job's
+            ``make.negatives``, else what the annotations themselves show.
+        exclusive: groups of labels of which an image has one at most; an image with two is dropped.
+        group: regular expression on the path; its first group (or the whole match) is the patient, case or
+            slide. Default: what the reader finds, else each image alone.
+        clean: rules for masks and slices, a preset of `data_tools.preprocess` by name, or rules in full.
     """
 
     default_source_task: ClassVar[str] = "2D classification"
@@ -122,24 +100,17 @@ class SourceOptions(Options):
     negatives: bool | tuple[str, ...] | None = None
     exclusive: tuple[tuple[str, ...], ...] = ()
     group: str | None = None
-    clean: str | Rules = "sa-med2d"
-
-    @property
-    def roots(self) -> tuple[Path, ...]:
-        """The folders that files may really lie in."""
-        return (self.root, *self.links)
+    clean: Rules = PRESETS["sa-med2d"]
 
     @field_validator("may_be_sent_to", mode="before")
     @classmethod
     def _is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, dict) else value
 
-    @field_validator("clean")
-    @classmethod
-    def _is_a_preset(cls, value: str | Rules) -> str | Rules:
-        if isinstance(value, str):
-            preset(value)
-        return value
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders that files may really lie in."""
+        return (self.root, *self.links)
 
 
 class Reader(Protocol):
@@ -153,10 +124,5 @@ class Reader(Protocol):
 
 
 def load(name: str) -> Reader:
-    """Return the module of a reader.
-
-    Raises:
-        KeyError: there is no reader of this name.
-        ImportError: a library that it needs is not installed.
-    """
+    """Return the module of a reader; KeyError for an unknown one, ImportError without its library."""
     return importlib.import_module(READERS[name])  # type: ignore[return-value]

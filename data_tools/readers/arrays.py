@@ -20,10 +20,8 @@ before it is read; nothing is unpickled, and no link or external storage of an H
 from __future__ import annotations
 
 import math
-import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,14 +33,16 @@ from pydantic import Field, model_validator
 
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import file_below, listed
-from data_tools.readers.patterns import check_templates, fill, paired, pattern
+from data_tools.readers.patterns import Places, check_templates, fill, paired, pattern
 from data_tools.readers.rows import cell_text
 from data_tools.readers.volume import Window, scale_for
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.dicom import damage_as
+from gmai_xtuner.core.imaging.volume_headers import library_errors
 
 SUFFIXES = (".npz", ".npy", ".h5", ".hdf5", ".tif", ".tiff")
+OTHER_AXES = "array of another number of axes"
 OTHER_LENGTH = "arrays of different lengths"
 UNREADABLE = "array that can't be read"
 TOO_LARGE = "array is too large"
@@ -56,14 +56,12 @@ class Options(SourceOptions):
     Args:
         images: pattern of the files' paths, with ``{group}`` and ``{label}`` as in ``reader: masks``.
         masks: pattern of the files of label maps; default: the images' own file, if ``mask_key`` is given.
-        image_key: name of the array in an NPZ or HDF5 file; default its only one. ``{name}`` in it stands
-            for any text: all arrays that fit are read.
+        image_key: name of the array in an NPZ or HDF5 file, a pattern for several; default its only one.
         mask_key: of label maps ``[N, H, W]``; the value is the label's code, 0 the background.
         label_key: of a code or name for each image, ``[N]``, or of a column of 0 and 1 for each label.
-        group_key: of patient or case of each image, ``[N]``. Default: with ``label_key`` each image is alone,
-            else the file is the group.
-        axes: order of the axes. Default by their number: HW, HWC if the last is 3 or 4 and else NHW, NHWC.
-        window: how deep levels become grey levels, see `reader: volume`; default: each image's own range.
+        group_key: of patient or case, ``[N]``. Default: with ``label_key`` each image, else the file.
+        axes: default by their number: HW, HWC if the last is 3 or 4 and else NHW, NHWC.
+        window: as of `reader: volume`; default: each image's own range.
         max_bytes: of one image, and of an array that has to be held as a whole.
     """
 
@@ -84,18 +82,13 @@ class Options(SourceOptions):
     def _says_what_is_needed(self) -> Options:
         check_templates(*filter(None, (self.images, self.masks)), suffixes=SUFFIXES)
         if not (self.masks or self.mask_key or self.label_key or "{label}" in self.images):
-            raise ValueError(
-                "name the labels: `label_key`, `mask_key`, `masks` or {label} in `images`"
-            )
+            ways = "`label_key`, `mask_key`, `masks` or {label} in `images`"
+            raise ValueError(f"name the labels: {ways}")
         return self
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each file of images.
-
-    Raises:
-        SourceError: no file fits ``images``, or one can be read in two ways.
-    """
+    """Yield a unit for each file of images."""
     for found in paired(options, options.images, [options.masks] if options.masks else []):
         yield Unit(found.path, (found.places, [path for path, _ in found.masks]))
 
@@ -129,19 +122,10 @@ def _image_keys(options: Options, file: ArrayFile) -> list[tuple[str, dict[str, 
 
 
 class _Arrays:
-    """The arrays that belong together.
-
-    Raises:
-        Unusable: one is missing, or they don't fit each other.
-    """
+    """The arrays that belong together; `Unusable` if one is missing, or they don't fit each other."""
 
     def __init__(
-        self,
-        options: Options,
-        file: ArrayFile,
-        mask_file: ArrayFile,
-        key: str,
-        texts: dict[str, str],
+        self, options: Options, file: ArrayFile, mask_file: ArrayFile, key: str, texts: Places
     ) -> None:
         self.options, self.key = options, key
         self.images = _array(file, key)
@@ -150,7 +134,7 @@ class _Arrays:
         default = {2: "HW", 3: "HWC" if coloured else "NHW", 4: "NHWC"}.get(len(shape))
         self.axes = options.axes or default
         if self.axes is None or len(self.axes) != len(shape):
-            raise Unusable("array of another number of axes", f"{key} {list(shape)}; say `axes`")
+            raise Unusable(OTHER_AXES, f"{key} {list(shape)}; say `axes`")
         self.many = self.axes[0] == "N"
         self.count = shape[0] if self.many else 1
         own = options.mask_key and fill(options.mask_key, texts)
@@ -176,11 +160,15 @@ class _Arrays:
 
     def samples(self, name: str, places: dict[str, str], drops: Drops) -> Iterator[Sample]:
         """Yield a sample for each image."""
-        images = self.images.rows() if self.many else iter([self.images.whole()])
-        masks: Iterator[Any] = iter([None] * self.count)
-        if self.masks is not None:
-            masks = self.masks.rows() if self.many else iter([self.masks.whole()])
-        for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
+
+        def each(rows: Rows | None) -> Iterable[Any]:
+            if rows is None:
+                return [None] * self.count
+            return rows.rows() if self.many else [rows.whole()]
+
+        for index, (image, mask) in enumerate(
+            zip(each(self.images), each(self.masks), strict=True)
+        ):
             part: dict[str, int | str] = {"array": self.key} if self.key else {}
             part |= {"index": index} if self.many else {}
             where = "#".join([name, *map(str, part.values())])
@@ -215,13 +203,10 @@ class _Arrays:
     ) -> Iterator[Annotation]:
         if self.labels is not None:
             cells = [cell_text(value) for value in self.labels[index].tolist()]
-            if len(cells) == 1:
-                yield Annotation(cells[0])
-            elif not set(cells) <= {"0", "1", "true", "false"}:
+            if len(cells) > 1 and not set(cells) <= {"0", "1", "true", "false"}:
                 raise Unusable("unclear cell of a label's column", f"{listed(cells)}, not 0 and 1")
-            else:
-                applies = (n for n, cell in enumerate(cells) if cell in ("1", "true"))
-                yield from (Annotation(str(number)) for number in applies)
+            applying = [str(n) for n, cell in enumerate(cells) if cell in ("1", "true")]
+            yield from map(Annotation, cells if len(cells) == 1 else applying)
         if mask is None:
             return
         mask = mask.reshape(mask.shape[:2]) if mask.ndim == 3 and mask.shape[2] == 1 else mask
@@ -234,19 +219,9 @@ class _Arrays:
                 yield Annotation(str(int(value)), mask=mask == value)
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """An array whose rows are read one after the other.
-
-    Args:
-        name: in the file.
-        shape: of the array.
-        rows: yields what lies at each index of the first axis; of an array without axes nothing.
-        whole: returns all of it.
-    """
+    """An array whose ``rows``, one an index of the first axis, are read one by one; or the ``whole``."""
 
     name: str
     shape: tuple[int, ...]
@@ -266,36 +241,15 @@ def _array(file: ArrayFile, key: str) -> Rows:
 
 @contextmanager
 def open_arrays(path: Path, max_bytes: int) -> Iterator[ArrayFile]:
-    """Open a file.
-
-    Args:
-        path: of the file; its suffix is one of `SUFFIXES`.
-        max_bytes: of one row, and of an array that is read as a whole.
-
-    Raises:
-        Unusable: it can't be read, here or inside the block.
-    """
+    """Open a file, or raise `Unusable`; ``max_bytes`` is of a row, and of an array held as a whole."""
     opened = {".npz": _npz, ".npy": _npy, ".h5": _hdf5, ".hdf5": _hdf5}
-    bad = (
-        *(OSError, EOFError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError),
-        *(MemoryError, zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError),
-    )
-    with ExitStack() as stack:
-        try:
-            yield opened.get(path.suffix.lower(), _tiff)(path, max_bytes, stack)
-        except Unusable:
-            raise
-        except bad as error:
-            text = " ".join(str(error).replace(str(path), path.name).split())
-            raise Unusable(UNREADABLE, f"{type(error).__name__}: {text[-300:]}") from error
+    with ExitStack() as stack, library_errors(path, UNREADABLE):
+        yield opened.get(path.suffix.lower(), _tiff)(path, max_bytes, stack)
 
 
 def _check(name: str, size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise Unusable(TOO_LARGE, f"{name}: {size} bytes are more than `max_bytes`, {max_bytes}")
-
-
-# --- NPY and NPZ ----------------------------------------------------------------------------------
 
 
 def _npy(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
@@ -315,23 +269,18 @@ def _npz(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
         length = min(info.file_size, info.compress_size * (_RATIO if packed else 1))
         return _numpy_rows(name, lambda: stack.enter_context(archive.open(info)), length, max_bytes)
 
-    found = {
-        info.filename[:-4]: info for info in archive.infolist() if info.filename[-4:] == ".npy"
-    }
-    return {name: partial(make, info, name) for name, info in found.items()}
+    found = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+    return {info.filename[:-4]: partial(make, info, info.filename[:-4]) for info in found}
 
 
 def _numpy_rows(name: str, open_: Callable[[], Any], length: int, max_bytes: int) -> Rows:
     def opened() -> tuple[Any, tuple[int, ...], bool, np.dtype]:
         stream = open_()
         with damage_as(UNREADABLE):  # numpy hands the header to Python's own parser
-            version = np.lib.format.read_magic(stream)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }.get(version)
+            major, minor = np.lib.format.read_magic(stream)
+            read = getattr(np.lib.format, f"read_array_header_{major}_{minor}", None)
             if read is None:
-                raise Unusable(UNREADABLE, f"{name}: NPY version {version}")
+                raise Unusable(UNREADABLE, f"{name}: NPY version {major}.{minor}")
             return stream, *read(stream)
 
     start, shape, fortran, dtype = opened()
@@ -363,9 +312,6 @@ def _numpy_rows(name: str, open_: Callable[[], Any], length: int, max_bytes: int
             yield np.frombuffer(exactly(stream, step), dtype=dtype).reshape(shape[1:])
 
     return Rows(name, shape, rows, whole)
-
-
-# --- HDF5 -----------------------------------------------------------------------------------------
 
 
 def _hdf5(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
@@ -400,9 +346,6 @@ def _hdf5(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
     return {name: partial(make, name, item) for name, item in sorted(found.items())}
 
 
-# --- TIFF -----------------------------------------------------------------------------------------
-
-
 def _tiff(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
     """Open a TIFF stack: pages of one size, as ImageJ, microscopes and nnU-Net write them."""
     import tifffile
@@ -413,7 +356,7 @@ def _tiff(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
     first: Any = series.keyframe
     if len(pages) > MAX_PAGES or series.axes[1:] not in ("YX", "YXS") or len(pages) != len(series):
         detail = f"axes {series.axes} of {series.shape}; one axis before Y and X is read"
-        raise Unusable("array of another number of axes", detail)
+        raise Unusable(OTHER_AXES, detail)
     _check("a page", math.prod(first.shape) * first.dtype.itemsize, max_bytes)
 
     def rows() -> Iterator[np.ndarray]:

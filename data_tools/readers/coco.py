@@ -8,23 +8,19 @@ Format: cocodataset.org/#format-data; masks by pycocotools.
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from data_tools.readers import SourceOptions
-from data_tools.readers.files import file_of, folder_of, open_sized
-from data_tools.readers.shapes import polygon_mask, run_length_mask, turned, upright_box
+from data_tools.readers import SourceOptions, files
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import Unusable
 
 STRAYS = "annotations without an image"
+UNLISTED = "annotation of an image that isn't listed"
 
 
 class Options(SourceOptions):
@@ -47,15 +43,10 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each entry of ``images`` in the file's order, and one for annotations of none of them.
-
-    Raises:
-        SourceError: the file is no COCO file.
-    """
-    path = file_of(options, options.annotations, key="annotations")
+    """Yield a unit for each entry of ``images`` in the file's order, and one for strays."""
     if options.images:
-        folder_of(options, options.images, key="images")
-    images, found, categories = _load(path, options.name)
+        files.folder_of(options, options.images, key="images")
+    images, found, categories = _load(options)
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     while found:
         entry = found.pop()
@@ -65,71 +56,61 @@ def units(options: Options) -> Iterator[Unit]:
     names = Counter(str(image.get("file_name")) for image in images)
     # An annotation that names no image, or one by another type of id, may be of any.
     texts = {str(key) for key in keys}
-    strays = {key: entries for key, entries in by_image.items() if key not in keys or key is None}
-    lost = sorted({
-        categories.get(_id(entry, "category_id"), "")
-        for key, entries in strays.items()
-        for entry in entries
-        if key is None or str(key) in texts
-    })  # fmt: skip
+    alone = {None, *(by_image.keys() - keys.keys())}
+    strays = [(key, entry) for key in by_image if key in alone for entry in by_image[key]]
+    may_be_any = [entry for key, entry in strays if key is None or str(key) in texts]
+    lost = sorted({categories.get(_id(entry, "category_id"), "") for entry in may_be_any})
     for place, image in enumerate(images):
         key, name = _id(image, "id"), image.get("file_name")
-        entries = by_image.get(key, [])[::-1]
-        used = {_id(entry, "category_id") for entry in entries} & categories.keys()
-        payload: dict[str, Any] = {"image": image, "annotations": entries, "lost": lost}
-        payload["categories"] = {category: categories[category] for category in used}
         # Of two entries each has what the other lacks, and of one id nobody knows which image is meant.
         if key is None or keys[key] > 1:
-            payload = {"drop": ("image without an id of its own", f"id {image.get('id')!r}")}
+            drop = ("image without an id of its own", f"id {image.get('id')!r}")
         elif names[str(name)] > 1:
-            payload = {"drop": ("image listed twice", f"{name} has another id too")}
-        yield Unit(f"images[{place}]" if "drop" in payload else f"{name}#{key}", payload)
+            drop = ("image listed twice", f"{name} has another id too")
+        else:
+            entries = by_image.get(key, [])[::-1]
+            used = {_id(entry, "category_id") for entry in entries} & categories.keys()
+            payload = {"image": image, "annotations": entries, "lost": lost}
+            payload["categories"] = {category: categories[category] for category in used}
+            yield Unit(f"{name}#{key}", payload)
+            continue
+        yield Unit(f"images[{place}]", {"drop": drop})
     if strays:
-        ids = [str(entry.get("image_id")) for entries in strays.values() for entry in entries]
-        yield Unit(STRAYS, {"strays": ids})
+        yield Unit(STRAYS, {"strays": [str(entry.get("image_id")) for _, entry in strays]})
 
 
-def _load(path: Path, source: str) -> tuple[list[Any], list[Any], dict[Any, str]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"Source {source}: {path} is no JSON ({error}).") from error
+def _load(options: Options) -> tuple[list[Any], list[Any], dict[Any, str]]:
+    path = files.file_of(options, options.annotations, key="annotations")
+    content = files.read_json(options, path)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             keys = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise SourceError(
-                f"Source {source}: {path} is no COCO file: it needs the lists `images`, `annotations` and "
-                f"`categories`, `{key}` is missing; there is {keys}."
-            )
+            needs = "it needs the lists `images`, `annotations` and `categories`"
+            missing = f"`{key}` is missing; there is {keys}"
+            raise files.wrong(options, f"{path} is no COCO file: {needs}, {missing}.")
     categories: dict[Any, str] = {}
     for category in content["categories"]:
         number = _id(category, "id")
         name = category.get("name") if isinstance(category, dict) else None
         if number is None or not isinstance(name, str):
-            raise SourceError(
-                f"Source {source}: {path}: category without id or name: {category!r}."
-            )
-        if categories.setdefault(number, name) != name:
-            raise SourceError(
-                f"Source {source}: {path}: category id {number!r} is both "
-                f"{categories[number]!r} and {name!r}."
-            )
+            raise files.wrong(options, f"{path}: category without id or name: {category!r}.")
+        if (known := categories.setdefault(number, name)) != name:
+            problem = f"category id {number!r} is both {known!r} and {name!r}"
+            raise files.wrong(options, f"{path}: {problem}.")
     return content["images"], content["annotations"], categories
 
 
 def _id(entry: Any, key: str) -> int | str | None:
-    """Return an id of an entry, None if there is none."""
     value = entry.get(key) if isinstance(entry, dict) else None
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def _slim(entry: Any, options: Options) -> dict[str, Any]:
     """Return what is used of an annotation: a segmentation is long."""
-    keys = ["id", "image_id", "category_id", "iscrowd"]
-    keys.append("bbox" if options.regions == "boxes" else "segmentation")
     if not isinstance(entry, dict):
         return {}
+    keys = ["id", "image_id", "category_id", "iscrowd"]
+    keys.append("bbox" if options.regions == "boxes" else "segmentation")
     attributes = entry.get("attributes")
     rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
     turn = {"rotation": rotation, "bbox": entry.get("bbox")} if rotation else {}
@@ -143,15 +124,14 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         raise Unusable(*payload["drop"])
     if "strays" in payload:
         for stray in payload["strays"]:
-            reason = "annotation of an image that isn't listed"
-            drops.add(reason, STRAYS, f"image_id {stray}", lost=NOTHING)
+            drops.add(UNLISTED, STRAYS, f"image_id {stray}", lost=NOTHING)
         return
     image = payload["image"]
     name = image.get("file_name")
     if not isinstance(name, str):
         raise Unusable("image without a file name", repr(name))
     path = f"{options.images}/{name}" if options.images else name
-    found, size = open_sized(options, path, (image.get("width"), image.get("height")))
+    found, size = files.open_sized(options, path, (image.get("width"), image.get("height")))
     drops.lose(*payload["lost"])  # counted with the strays
     annotations = []
     for entry in payload["annotations"]:
@@ -159,9 +139,8 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         with drops.annotation(f"{unit.key} annotation {entry.get('id')}", label):
             annotations.append(_annotation(options, entry, payload["categories"], size))
     group = image.get(options.group_key) if options.group_key else None
-    yield replace(
-        found, annotations=tuple(annotations), group=None if group is None else str(group)
-    )
+    group = None if group is None else str(group)
+    yield replace(found, annotations=tuple(annotations), group=group)
 
 
 def _annotation(
@@ -173,25 +152,22 @@ def _annotation(
     if entry.get("iscrowd"):
         raise Unusable("crowd annotation", categories[category])
     # CVAT: `bbox` is the rectangle before it is turned; it has no segmentation, or the same rectangle's.
-    corners = turned(_box(entry.get("bbox")), entry["rotation"]) if "rotation" in entry else None
+    turn = entry.get("rotation")
+    corners = files.turned(_box(entry.get("bbox")), turn) if turn is not None else None
     if options.regions == "boxes":
-        box = upright_box(corners) if corners else _box(entry.get("bbox"))
+        box = files.upright_box(corners) if corners else _box(entry.get("bbox"))
         return Annotation(categories[category], box)
     shape = entry.get("segmentation")
     if corners and (not shape or (isinstance(shape, list) and np.shape(shape[0]) == (8,))):
         shape = [[value for corner in corners for value in corner]]
     if isinstance(shape, list):
-        return Annotation(categories[category], mask=polygon_mask(shape, size, options.clean))
-    return Annotation(categories[category], mask=run_length_mask(shape, size))
+        return Annotation(categories[category], mask=files.polygon_mask(shape, size, options.clean))
+    return Annotation(categories[category], mask=files.run_length_mask(shape, size))
 
 
 def _box(values: Any) -> tuple[float, float, float, float]:
-    numbers = [
-        float(value)
-        for value in (values if isinstance(values, list) else ())
-        if isinstance(value, int | float) and abs(value) < 2**53
-    ]
-    if len(numbers) != 4 or len(values) != 4 or not all(map(math.isfinite, numbers)):
+    four = values if isinstance(values, list) and len(values) == 4 else [None]
+    if not all(isinstance(value, int | float) and abs(value) < 2**53 for value in four):
         raise Unusable("box that can't be read", f"bbox {values!r}"[:200])
-    x, y, width, height = numbers
+    x, y, width, height = map(float, values)
     return (x, y, x + width, y + height)

@@ -17,64 +17,35 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_tools.preprocess.rules import resolve
 from data_tools.preprocess.volumes import Volume, pack
+from data_tools.readers import dicom_headers, volume
 from data_tools.readers.dicom_drawn import Mask, labels_of, masks_of, open_drawn
-from data_tools.readers.dicom_headers import (
-    ATTRIBUTES,
-    DIRECTORY,
-    ENHANCED,
-    SEGMENTATION,
-    STRUCTURE_SET,
-    WHOLE_SLIDE,
-    Attribute,
-    Pseudonyms,
-    attributes_of,
-    copies,
-    groups,
-    modality_of,
-    read_header,
-    sha256_of,
-    targets,
-)
+from data_tools.readers.dicom_headers import ATTRIBUTES, attributes_of, modality_of, read_header
 from data_tools.readers.file_rows import FileRow, RowColumns, read_rows
-from data_tools.readers.files import IMAGE_SUFFIXES, file_of, files, folder_of
-from data_tools.readers.volume import (
-    NO_PIXELS,
-    FileWindow,
-    VolumeOptions,
-    image_of,
-    samples,
-    scale_for,
-    where_of,
-)
+from data_tools.readers.files import IMAGE_SUFFIXES, files, folder_of, table_of
+from data_tools.readers.volume import FileWindow, VolumeOptions
 from data_tools.records import ANYTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging import dicom, dicom_pixels
 from gmai_xtuner.core.imaging.dicom import (
-    DAMAGED,
+    MIXED,
     NO_PICTURE,
-    NO_PICTURES,
-    NOT_DICOM,
     Header,
-    damage_as,
+    Stack,
     frame_headers,
+    is_stack,
     open_dataset,
+    stack_of,
 )
-from gmai_xtuner.core.imaging.dicom_pixels import (
-    COLOUR,
-    GREY,
-    colours,
-    file_scale,
-    intensities,
-    photometric_of,
-)
-from gmai_xtuner.core.imaging.dicom_stacks import MIXED, Stack, is_stack, stack_of
+from gmai_xtuner.core.imaging.dicom_pixels import photometric_of
 from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS
 from gmai_xtuner.core.imaging.volumes import TOO_LARGE, to_ras
 from gmai_xtuner.core.imaging.windows import Scale
@@ -102,23 +73,19 @@ class Options(VolumeOptions):
 
     Args:
         files: which files below ``root``, with ``*`` for any text.
-        table: CSV, TSV, JSON lines or Excel with labels, below ``root`` or beside the job.
-        columns: its columns, see `file_rows.RowColumns`; ``file`` is the column of the key.
-        match: what the key is: the path, or a UID or the patient's number, which stay in this reader. With
-            ``file`` and ``SOPInstanceUID`` a row is about one image, and slices of a series that has
-            such rows are images by themselves, not a volume; with the others it is about every slice.
+        table, columns: labels, see `file_rows.RowColumns`; ``file`` is the column of the key.
+        match: what the key is. With ``file`` and ``SOPInstanceUID`` a row is about one image, and a series
+            that has such rows is no volume; with the others it is about every slice.
         label: ``folder``: the folder that a file lies in is its label.
         volumes: whether series of slices become volumes; else each file is an image.
         segmentations: whether SEG and RTSTRUCT objects are read.
         window: as for volumes, or ``file``: the file's own VOI LUT or window.
         voi: which of the file's windows, by index or by its explanation.
-        every: take each Nth frame of a file of several.
-        at_most: frames of a file, spread evenly over those.
+        every, at_most: take each Nth frame of a file, and so many of them, spread evenly.
         keep: attributes that leave; ``PatientSex`` only if it is named here.
         burned_in: ``keep`` takes images too whose header says that text is burned in.
         anonymous_names: show a keyed hash in place of the path.
-        salt: key of the hashes. Without it one is made of all patients and images of the source, which
-            changes when files are added.
+        salt: key of the hashes; by default it is made of all patients and images of the source.
     """
 
     default_source_task = "2D classification"
@@ -135,7 +102,7 @@ class Options(VolumeOptions):
     voi: int | str = 0
     every: int = Field(1, ge=1)
     at_most: int | None = Field(None, ge=1)
-    keep: tuple[Attribute, ...] = ATTRIBUTES
+    keep: tuple[dicom_headers.Attribute, ...] = ATTRIBUTES
     burned_in: Literal["drop", "keep"] = "drop"
     anonymous_names: bool = True
     salt: str | None = None
@@ -143,153 +110,125 @@ class Options(VolumeOptions):
     @model_validator(mode="after")
     def _group_of_the_header(self) -> Options:
         if self.group is not None and self.anonymous_names:
-            raise ValueError(
-                "`group` looks at the path, which `anonymous_names` hides; leave one of them out (the "
-                "patient of the header is the group by itself)"
-            )
+            advice = "leave one of them out (the patient of the header is the group by itself)"
+            raise ValueError(f"`group` looks at the path, which `anonymous_names` hides; {advice}")
         return self
-
-
-# --- units --------------------------------------------------------------------------------------
 
 
 def units(options: Options) -> Iterator[Unit]:
     """Yield a unit for each series of slices, and for every other file; files that can't be used as well.
 
     Only headers are read. They are held meanwhile, about a kilobyte a file.
-
-    Raises:
-        SourceError: there is no such folder or table.
     """
     folder_of(options, "", key="root")
-    rows = _rows(options)
+    rows: dict[str, list[FileRow]] = {}
+    if options.table is not None:
+        rows = read_rows(options.name, table_of(options, options.table), options.columns)
+    key = attrgetter(_FIELDS[options.match])
     headers: list[Header] = []
     bad: list[tuple[str, Unusable]] = []
     for name in files(options):
         if not fnmatch.fnmatch(name, options.files):
             continue
         try:
-            headers.append(read_header(options.root / name, name))
+            header = read_header(options.root / name, name)
+            headers += [header] if header.sop_class != dicom_headers.DIRECTORY else []
         except Unusable as error:
             bad.append((name, error))
-    names = Pseudonyms.for_source(options.salt, (h for h in headers if h.sop_class != DIRECTORY))
+    secret = dicom_headers.secret_key(options.salt, headers)
+    pseudonym = partial(dicom_headers.pseudonym, secret)
 
     def shown(path: str, suffix: str = ".dcm") -> str:
-        return f"{names.of('file', path)}{suffix}" if options.anonymous_names else path
+        return f"{pseudonym('file', path)}{suffix}" if options.anonymous_names else path
 
     def dropped(path: str, reason: str, detail: str = "", suffix: str = ".dcm") -> Unit:
         return Unit(shown(path, suffix), {"drop": (reason, detail), "path": path})
 
     for name, fault in bad:
         reason, suffix = fault.reason, ".dcm"
-        if reason == NOT_DICOM:
+        if reason == dicom.NOT_DICOM:
             suffix = next((kind for kind in _KINDS if name.lower().endswith(kind)), "")
-            reason = f"{NOT_DICOM} ({suffix or 'of another kind'})"
+            reason = f"{dicom.NOT_DICOM} ({suffix or 'of another kind'})"
         yield dropped(name, reason, fault.detail, suffix)
     segmentations, images = [], []
     for header in headers:
-        if header.sop_class in (*SEGMENTATION, STRUCTURE_SET):
+        if header.sop_class in (*dicom_headers.SEGMENTATION, dicom_headers.STRUCTURE_SET):
             segmentations.append(header)
-        elif header.sop_class == WHOLE_SLIDE:
+        elif header.sop_class == dicom_headers.WHOLE_SLIDE:
             yield dropped(header.path, "whole-slide image", "read it with `reader: slide`")
-        elif header.modality in NO_PICTURES:
+        elif header.modality in dicom.NO_PICTURES:
             yield dropped(header.path, NO_PICTURE, header.modality)
-        elif header.sop_class != DIRECTORY:
+        else:
             images.append(header)
-    drawn: dict[str, list[str]] = defaultdict(list)
-    of_study: dict[str, list[str]] = defaultdict(list)
+    drawn, of_study = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for header in segmentations:
         of_study[header.study or header.patient].append(header.path)
-        if not options.segmentations:
-            yield dropped(header.path, NOT_WANTED)
-            continue
-        found = targets(header, images, options.root)
+        found = dicom_headers.targets(header, images, options.root) if options.segmentations else []
         for uid in found:
             drawn[uid].append(header.path)
-        if not found:
+        if not options.segmentations:
+            yield dropped(header.path, NOT_WANTED)
+        elif not found:
             detail = "what it was drawn on is not below the root, or it doesn't say"
             yield dropped(header.path, ORPHAN, detail)
-    for members in groups(images):
+    for members in dicom_headers.groups(images):
         # A table of images says nothing of their neighbours: their series isn't taken as one.
-        one_by_one = options.match in _OF_AN_IMAGE and any(
-            _key(header, options.match) in rows for header in members
-        )
+        named = any(key(header) in rows for header in members)
+        one_by_one = named and options.match in _OF_AN_IMAGE
         own = drawn[members[0].series]
         study = members[0].study or members[0].patient
         elsewhere = [path for path in of_study[study] if study and path not in own]
         whole = options.volumes and not one_by_one and is_stack(members)
         if whole:
-            again = copies(members, options.root)
+            again = dicom_headers.copies(members, options.root)
             yield from (dropped(header.path, COPY) for header in again)
             members = [header for header in members if header not in again]
         for part in [members] if whole else [[member] for member in members]:
             first = part[0]
             person = first.patient or first.study or first.series or first.path
-            labels = [row for header in part for row in rows.get(_key(header, options.match), ())]
+            labels = [row for header in part for row in rows.get(key(header), ())]
             payload = {
                 "paths": tuple(header.path for header in part),
                 "drawn": tuple(own),
                 "elsewhere": tuple(elsewhere),
                 "rows": tuple(dict.fromkeys((r.label, r.box) for r in labels if not r.problem)),
                 "problems": tuple((row.lost, row.problem) for row in labels if row.problem),
-                "group": names.of("patient", person),
+                "group": pseudonym("patient", person),
             }
             yield Unit(shown(first.path), payload)
 
 
-def _rows(options: Options) -> dict[str, list[FileRow]]:
-    if options.table is None:
-        return {}
-    path = Path(options.table)
-    if not path.is_absolute():
-        path = file_of(options, options.table, key="table")
-    return read_rows(options.name, path, options.columns)
-
-
-def _key(header: Header, match: Key) -> str:
-    return {
-        "file": header.path,
-        "StudyInstanceUID": header.study,
-        "SeriesInstanceUID": header.series,
-        "SOPInstanceUID": header.instance,
-        "PatientID": header.patient,
-    }[match]
-
-
-# --- reading ------------------------------------------------------------------------------------
+_FIELDS: dict[Key, str] = {
+    "file": "path",
+    "StudyInstanceUID": "study",
+    "SeriesInstanceUID": "series",
+    "SOPInstanceUID": "instance",
+    "PatientID": "patient",
+}
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the images of a file or of a series."""
     if "drop" in unit.payload:
         raise Unusable(*unit.payload["drop"])
-    with damage_as(DAMAGED):
+    with dicom.damage_as(dicom.DAMAGED):
         images = _opened(options, unit, drops)
-        first = str(images.data.get("SOPClassUID", ""))
-        enhanced = options.volumes and first in ENHANCED and is_stack(images.planes)
-        is_volume = len(unit.payload["paths"]) > 1 or enhanced
+        sop_class = str(images.data.get("SOPClassUID", ""))
+        enhanced = sop_class in dicom_headers.ENHANCED and is_stack(images.planes)
+        is_volume = len(unit.payload["paths"]) > 1 or (options.volumes and enhanced)
         yield from images.of_volume() if is_volume else images.of_frames()
 
 
 def read_picture(path: Path, *, source_file: str) -> Sample:
-    """Return the image of a DICOM file of one frame, without annotations, for tables of labels.
-
-    Args:
-        path: of the file.
-        source_file: what the sample calls it.
-
-    Raises:
-        Unusable: it holds no image or several, or can't be read.
-    """
-    with damage_as(DAMAGED):
+    """Return the image of a DICOM file of one frame, without annotations, for tables of labels."""
+    with dicom.damage_as(dicom.DAMAGED):
         data = open_dataset(path)
-        if str(data.get("Modality", "")) in NO_PICTURES:
+        if str(data.get("Modality", "")) in dicom.NO_PICTURES:
             raise Unusable(NO_PICTURE, str(data.Modality))
         if (count := len(frame_headers(data))) > 1:
             detail = f"{count} frames; the reader dicom takes them"
             raise Unusable("DICOM file of several frames", detail)
-        if _is_burned_in(data):
-            raise Unusable(BURNED_IN)
+        _refuse_burned_in(data)
         pixels, text = _image(data, 0, window="file", voi=0)
         return Sample(
             pixels,
@@ -300,15 +239,16 @@ def read_picture(path: Path, *, source_file: str) -> Sample:
         )
 
 
-def _is_burned_in(data: Any) -> bool:
-    return str(data.get("BurnedInAnnotation", "")).upper() == "YES"
+def _refuse_burned_in(data: Any) -> None:
+    if str(data.get("BurnedInAnnotation", "")).upper() == "YES":
+        raise Unusable(BURNED_IN)
 
 
 def _image(data: Any, frame: int, *, window: FileWindow, voi: int | str) -> tuple[np.ndarray, str]:
     """Return uint8 ``[H, W]`` or ``[H, W, 3]`` of a frame, and the text for ``Sample.preprocessing``."""
-    if photometric_of(data) in COLOUR:
-        return colours(data, frame)
-    values = intensities(data, frame)
+    if photometric_of(data) in dicom_pixels.COLOUR:
+        return dicom_pixels.colours(data, frame)
+    values = dicom_pixels.intensities(data, frame)
     scale = _scale_of(data, values, frame, window=window, voi=voi)
     return scale.apply(values), scale.text
 
@@ -316,36 +256,17 @@ def _image(data: Any, frame: int, *, window: FileWindow, voi: int | str) -> tupl
 def _scale_of(
     data: Any, values: np.ndarray, frame: int, *, window: FileWindow, voi: int | str
 ) -> Scale:
-    """Return the scale that a job's ``window`` means for a grey image.
-
-    Args:
-        data: whose VOI LUT or window is taken for ``file``; without one that means ``auto``.
-        values: all intensities that ``auto`` and the like look at.
-        frame: whose window is taken.
-        window, voi: see `Options`.
-
-    Raises:
-        Unusable: the file has windows, but not the one that is wanted, or a wrong one.
-    """
-    own = file_scale(data, frame, voi) if window == "file" else None
+    """Return the scale that a job's ``window`` means for a grey image; ``file`` without one is ``auto``."""
+    own = dicom_pixels.file_scale(data, frame, voi) if window == "file" else None
     chosen = "auto" if window == "file" else window
-    scale = own or scale_for(chosen, values, modality=modality_of(data))
+    scale = own or volume.scale_for(chosen, values, modality=modality_of(data))
     white_is_low = photometric_of(data) == "MONOCHROME1"
     return scale.inverted("MONOCHROME1 turned round") if white_is_low else scale
 
 
 @dataclass(frozen=True, slots=True)
 class _Images:
-    """The images of one unit.
-
-    Args:
-        options: of the source.
-        payload: of the unit.
-        data: of the first file.
-        planes: a header for each slice or frame.
-        origin: what all of them have in common.
-        drops: takes what is left out.
-    """
+    """The images of one unit: a header for each (``planes``), and what all have in common (``origin``)."""
 
     options: Options
     payload: Mapping[str, Any]
@@ -357,18 +278,17 @@ class _Images:
     def of_frames(self) -> Iterator[Sample]:
         """Yield an image for each frame, with what was drawn into it."""
         options, planes, count = self.options, self.planes, len(self.planes)
-        taken: Sequence[int] = range(0, count, options.every)
+        taken = np.arange(0, count, options.every)
         if options.at_most is not None and len(taken) > options.at_most:
-            places = np.linspace(0, len(taken) - 1, options.at_most).round().astype(int)
-            taken = [taken[place] for place in places]
+            taken = taken[np.linspace(0, len(taken) - 1, options.at_most).round().astype(int)]
         stack = None
         if planes[0].position and planes[0].orientation and (count == 1 or is_stack(planes)):
             with contextlib.suppress(Unusable):  # frames without a place may be referred to
                 stack = stack_of(planes)
         masks = self._drawn(stack)
         of_frame = {frame: at for at, frame in enumerate(stack.order if stack else range(count))}
-        edge, name = resolve(options.clean).min_edge_ratio, self.origin.source_file
-        for frame in taken:
+        edge, name = options.clean.min_edge_ratio, self.origin.source_file
+        for frame in taken.tolist():
             with self.drops.image(name if count == 1 else f"{name}#{frame}"):
                 pixels, text = _image(self.data, frame, window=options.window, voi=options.voi)
                 height, width = pixels.shape[:2]
@@ -377,15 +297,14 @@ class _Images:
                 held = ((label, mask[of_frame[frame]]) for label, mask in masks)
                 regions = tuple(Annotation(label, mask=mask) for label, mask in held if mask.any())
                 part = {} if count == 1 else {"frame": frame}
-                yield image_of(self.origin, pixels, {"window": text}, regions, **part)
+                yield volume.image_of(self.origin, pixels, {"window": text}, regions, **part)
 
     def of_volume(self) -> Iterator[Sample]:
         """Yield the images that are cut out of slices one behind the other."""
         origin, axis, stack = self.origin, None, stack_of(self.planes)
         array, scale = self._voxels(stack)
         if stack.flaw:
-            axis = stack.axis
-            if axis not in self.options.slices.axes:
+            if (axis := stack.axis) not in self.options.slices.axes:
                 detail = f"{stack.flaw}; its slices lie along {axis}, see `slices.axes`"
                 raise Unusable(FLAWED_CUT, detail)
             notes = {**origin.preprocessing, "slices": stack.flaw}
@@ -393,15 +312,11 @@ class _Images:
         affine, nothing = LPS_TO_RAS @ stack.affine, dict[str, str]()
         turned = [(label, to_ras(mask, affine)[0], nothing) for label, mask in self._drawn(stack)]
         voxels, turned_affine = to_ras(array, affine)
-        volume = Volume(voxels, turned_affine, *pack(turned, voxels.shape))
-        yield from samples(volume, origin, self.options, self.drops, scale=scale, axis=axis)
+        made = Volume(voxels, turned_affine, *pack(turned, voxels.shape))
+        yield from volume.samples(made, origin, self.options, self.drops, scale=scale, axis=axis)
 
     def _voxels(self, stack: Stack) -> tuple[np.ndarray, Scale]:
-        """Return float32 ``[slice, row, column]``, and the middle slice's window, which is that of all.
-
-        Raises:
-            Unusable: a slice can't be read or isn't grey, or there are too many voxels.
-        """
+        """Return float32 ``[slice, row, column]``, and the middle slice's window, which is that of all."""
         options, count, first = self.options, len(stack.planes), stack.planes[0]
         if (voxels := count * first.rows * first.columns) > options.max_voxels:
             raise Unusable(TOO_LARGE, f"{voxels} voxels, {options.max_voxels} allowed")
@@ -409,9 +324,9 @@ class _Images:
         middle, frame = self.data, 0
         for index, plane in enumerate(stack.planes):
             data = open_dataset(options.root / plane.path) if plane.path else self.data
-            if photometric_of(data) not in GREY:
+            if photometric_of(data) not in dicom_pixels.GREY:
                 raise Unusable(COLOURED, f"{count} images")
-            values = intensities(data, plane.frame)
+            values = dicom_pixels.intensities(data, plane.frame)
             if values.shape != array.shape[1:]:
                 raise Unusable(MIXED, f"{count} images")
             array[index] = values
@@ -424,7 +339,7 @@ class _Images:
 
         Labels of what doesn't fit, or is drawn elsewhere, are lost.
         """
-        root, where = self.options.root, where_of(self.origin)
+        root, where = self.options.root, volume.where_of(self.origin)
         masks: list[Mask] = []
         for path in self.payload["drawn"]:
             lost: Iterable[str] = [ANYTHING]
@@ -457,8 +372,8 @@ def _opened(options: Options, unit: Unit, drops: Drops) -> _Images:
     if options.label == "folder":
         said.append(Annotation(paths[0].parent.name))
     data = open_dataset(paths[0])
-    if options.burned_in == "drop" and _is_burned_in(data):
-        raise Unusable(BURNED_IN)
+    if options.burned_in == "drop":
+        _refuse_burned_in(data)
     notes = {}
     for path in drawn:
         with contextlib.suppress(Unusable):  # `_drawn` says so
@@ -469,13 +384,13 @@ def _opened(options: Options, unit: Unit, drops: Drops) -> _Images:
     if len(paths) > 1:
         planes = [read_header(options.root / name, name) for name in payload["paths"]]
     origin = Sample(
-        NO_PIXELS,
+        volume.NO_PIXELS,
         unit.key,
         tuple(said),
         group=payload["group"],
         modality=modality_of(data),
         attributes=attributes_of(data, options.keep),
         preprocessing=notes,
-        sha256=sha256_of([*paths, *drawn]),
+        sha256=dicom_headers.sha256_of([*paths, *drawn]),
     )
     return _Images(options, payload, data, planes, origin, drops)

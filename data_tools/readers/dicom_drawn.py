@@ -22,19 +22,16 @@ import numpy as np
 from data_tools.readers.dicom_headers import SEGMENTATION
 from data_tools.records import ANYTHING, Drops
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging import dicom
 from gmai_xtuner.core.imaging.dicom import (
     Header,
+    Stack,
     damage_as,
-    frame_headers,
     functional_group,
-    harmless,
-    identity,
     numbers,
-    open_dataset,
     quiet,
 )
 from gmai_xtuner.core.imaging.dicom_pixels import decode
-from gmai_xtuner.core.imaging.dicom_stacks import Stack
 
 BAD_SEGMENTATION = "segmentation that can't be read"
 OTHER_GRID = "segmentation on another grid than its images"
@@ -56,62 +53,46 @@ Mask = tuple[str, np.ndarray]
 
 
 def open_drawn(path: Path) -> Any:
-    """Return the data set of a SEG or RTSTRUCT file; the last ones are kept, for all images of a series.
-
-    Raises:
-        Unusable: it can't be read.
-    """
+    """Return the data set of a SEG or RTSTRUCT file; the last ones are kept, for all images of a series."""
     found = path.stat()
-    return _opened(path, found.st_mtime_ns, found.st_size)
-
-
-@lru_cache(maxsize=2)
-def _opened(path: Path, changed: int, size: int) -> Any:
     try:
-        return open_dataset(path)
+        return _opened(path, found.st_mtime_ns, found.st_size)
     except Unusable as error:
         raise Unusable(BAD_SEGMENTATION, error.reason) from error
 
 
-def labels_of(data: Any) -> dict[int, str]:
-    """Return the labels of segments or structures by number; empty for one that is missing or names somebody.
+@lru_cache(maxsize=2)
+def _opened(path: Path, changed: int, size: int) -> Any:
+    return dicom.open_dataset(path)
 
-    Raises:
-        Unusable: they can't be read.
-    """
-    names, found = identity(data), {}
+
+def labels_of(data: Any) -> dict[int, str]:
+    """Return labels of segments or structures by number; "" for one that is missing or names somebody."""
+    names, found = dicom.identity(data), {}
     with damage_as(BAD_SEGMENTATION), quiet():
-        if _is_segmentation(data):
+        if str(data.SOPClassUID) in SEGMENTATION:
             for item in data.SegmentSequence:
-                label = str(item.get("SegmentLabel") or "").strip()
-                if not label:
-                    kind = item.get("SegmentedPropertyTypeCodeSequence")
-                    label = str(kind[0].get("CodeMeaning") or "").strip() if kind else ""
+                kinds = item.get("SegmentedPropertyTypeCodeSequence")
+                meaning = kinds[0].get("CodeMeaning") if kinds else ""
+                label = str(item.get("SegmentLabel") or "").strip() or str(meaning or "").strip()
                 found[int(item.SegmentNumber)] = label
         else:
             for item in data.get("StructureSetROISequence") or []:
                 found[int(item.ROINumber)] = str(item.get("ROIName") or "").strip()
-    return {number: label if harmless(label, names) else "" for number, label in found.items()}
+    return {n: label if dicom.harmless(label, names) else "" for n, label in found.items()}
 
 
 def masks_of(
     data: Any, planes: Sequence[Header], stack: Stack | None, drops: Drops, where: str
 ) -> list[Mask]:
-    """Return the structures of a SEG or RTSTRUCT file on the pixels of images.
+    """Return the structures of a SEG or RTSTRUCT file on the pixels of images, in the order of ``planes``.
 
-    Args:
-        data: of the file.
-        planes: the images, in the order of the masks' first axis.
-        stack: their place, if they have one; its ``planes`` are these.
-        drops: takes what can't be placed, with its label.
-        where: for drops.
-
-    Raises:
-        Unusable: nothing of it can be read.
+    ``stack`` is their place, if they have one. What can't be placed is dropped with its label; `Unusable` if
+    nothing of it can be read.
     """
     labels = labels_of(data)
     with damage_as(BAD_SEGMENTATION), quiet():
-        if _is_segmentation(data):
+        if str(data.SOPClassUID) in SEGMENTATION:
             masks, problems = _segments(data, planes, stack, labels)
         elif stack is None:
             raise Unusable(OTHER_GRID, "images without a place")
@@ -130,34 +111,25 @@ def masks_of(
     return named
 
 
+Sources = set[tuple[str, int | None]]
+"""Instance and frame number (None: all frames) of the images that something refers to."""
 Found = tuple[dict[int, np.ndarray], dict[int, dict[str, str]]]
 """Masks by the number of their structure, and for each structure the reasons for what is left out of it."""
 
 
-def _is_segmentation(data: Any) -> bool:
-    return str(data.SOPClassUID) in SEGMENTATION
-
-
-def _named(sources: set[tuple[str, int | None]], planes: Sequence[Header]) -> list[int]:
+def _named(sources: Sources, planes: Sequence[Header]) -> list[int]:
     """Return the indices of the images that are referred to, by instance and perhaps frame."""
-    return [
-        at
-        for at, plane in enumerate(planes)
-        if sources & {(plane.instance, None), (plane.instance, plane.frame + 1)}
-    ]
+    keys = [{(plane.instance, None), (plane.instance, plane.frame + 1)} for plane in planes]
+    return [at for at, own in enumerate(keys) if sources & own]
 
 
-def _sources(items: Any) -> set[tuple[str, int | None]]:
-    """Return instance and frame number (None: all frames) of each reference of a sequence."""
-    found: set[tuple[str, int | None]] = set()
+def _sources(items: Any) -> Sources:
+    found: Sources = set()
     for item in items or []:
         uid = str(item.get("ReferencedSOPInstanceUID") or "")
         frames = numbers(item, "ReferencedFrameNumber")
         found |= {(uid, int(frame)) for frame in frames} or {(uid, None)}
     return found
-
-
-# --- SEG ----------------------------------------------------------------------------------------
 
 
 def _no_masks(planes: Sequence[Header], numbers: Iterable[int] = ()) -> dict[int, np.ndarray]:
@@ -172,11 +144,10 @@ def _segments(
 ) -> Found:
     kind = str(data.get("SegmentationType") or "")
     top = int((numbers(data, "MaximumFractionalValue") or [1])[0])
-    frames = frame_headers(data)
+    frames = dicom.frame_headers(data)
     if stack is not None and (distance := _distance(data, frames, stack)):
         return {}, {number: {OTHER_GRID: distance} for number in labels}
-    masks = _no_masks(planes, labels)
-    shape = (len(planes), planes[0].rows, planes[0].columns)
+    masks, shape = _no_masks(planes, labels), (len(planes), planes[0].rows, planes[0].columns)
     values: dict[int, list[tuple[tuple[np.ndarray, ...], np.ndarray]]] = defaultdict(list)
     problems: dict[int, dict[str, str]] = defaultdict(dict)
     for frame in frames:
@@ -224,7 +195,7 @@ def _segments(
     return masks, problems
 
 
-def _frame_sources(data: Any, frame: Header) -> set[tuple[str, int | None]]:
+def _frame_sources(data: Any, frame: Header) -> Sources:
     item = functional_group(data, frame.frame, "DerivationImageSequence")
     if item is not None:
         return _sources(item.get("SourceImageSequence"))
@@ -250,18 +221,11 @@ def _distance(data: Any, frames: Sequence[Header], stack: Stack) -> str:
 
 
 def _place(
-    frame: Header,
-    sources: set[tuple[str, int | None]],
-    planes: Sequence[Header],
-    stack: Stack | None,
+    frame: Header, sources: Sources, planes: Sequence[Header], stack: Stack | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return (image, row, column) of a frame's first pixel, and the steps along its rows and columns.
 
-    Returns:
-        None for a frame that lies outside of the images.
-
-    Raises:
-        Unusable: its pixels are not those of an image.
+    None for a frame outside of the images; `Unusable` if its pixels are not those of an image.
     """
     named = _named(sources, planes)
     if stack is None or not (frame.orientation and frame.position and frame.spacing):
@@ -272,15 +236,11 @@ def _place(
         if len(named) > 1 or (frame.rows, frame.columns) != (planes[0].rows, planes[0].columns):
             raise Unusable(OTHER_GRID, f"a frame of {frame.rows} x {frame.columns} without a place")
         return np.array([named[0], 0, 0]), np.array([0, 1, 0]), np.array([0, 0, 1])
-    axes, corner = np.array(frame.orientation), np.array(frame.position)
-    spans = max(1, frame.rows - 1), max(1, frame.columns - 1)
-    ends = [
-        corner,
-        corner + axes[3:] * frame.spacing[0] * spans[0],
-        corner + axes[:3] * frame.spacing[1] * spans[1],
-    ]
-    found = stack.indices(np.array(ends))
-    steps = [(found[1] - found[0]) / spans[0], (found[2] - found[0]) / spans[1]]
+    spans = np.array([0, max(1, frame.rows - 1), max(1, frame.columns - 1)])
+    axes = np.array([*[0] * 3, *frame.orientation[3:], *frame.orientation[:3]]).reshape(3, 3)
+    ends = axes * (spans * (0, *frame.spacing))[:, None]
+    found = stack.indices(np.array(frame.position) + ends)
+    steps = (found[1:] - found[0]) / spans[1:, None]
     if np.ptp(found[:, 0]) < OFF_PIXEL and not -0.5 < found[0, 0] < len(planes) - 0.5:
         return None
     start, down, along = (np.rint(each).astype(int) for each in (found[0], *steps))
@@ -290,9 +250,6 @@ def _place(
     if named and not (down[0] or along[0]) and start[0] not in named:
         raise Unusable(OTHER_GRID, "a frame that refers to another image than it lies in")
     return start, down, along
-
-
-# --- RTSTRUCT -----------------------------------------------------------------------------------
 
 
 def _contours(data: Any, stack: Stack, labels: dict[int, str]) -> Found:
@@ -305,12 +262,10 @@ def _contours(data: Any, stack: Stack, labels: dict[int, str]) -> Found:
         for contour in item.get("ContourSequence") or []:
             seen.add(number)
             try:
-                found = _ring(contour, stack)
+                if (found := _ring(contour, stack)) is not None:
+                    rings[found[0]].append(found[1:])
             except Unusable as error:
                 problems[number][error.reason] = error.detail
-            else:
-                if found is not None:
-                    rings[found[0]].append(found[1:])
         mask = masks[number]
         for at, of_slice in rings.items():
             mask[at] |= _filled(of_slice, mask.shape[1:])
@@ -322,11 +277,8 @@ def _contours(data: Any, stack: Stack, labels: dict[int, str]) -> Found:
 def _ring(contour: Any, stack: Stack) -> tuple[int, np.ndarray, bool] | None:
     """Return a contour's image, its corners ``[N, 2]`` (column, row), and if it is combined by exclusive or.
 
-    Returns:
-        None for a contour that lies outside of the images, or in one that isn't there.
-
-    Raises:
-        Unusable: it bounds no region, is damaged, or lies in no image's plane.
+    None for one outside of the images, or in one that isn't there; `Unusable` if it bounds no region, is
+    damaged, or lies in no image's plane.
     """
     kind = str(contour.get("ContourGeometricType") or "")
     if kind not in CLOSED:

@@ -4,7 +4,7 @@
 
 Only these leave, each only in the form named: the modality's code; ``BodyPartExamined``, ``ViewPosition`` and
 laterality (`ATTRIBUTES`); labels of segments. Names, numbers, dates, places, devices, descriptions, comments,
-UIDs and private elements never do. A patient, series or path is shown as a keyed hash, `Pseudonyms`.
+UIDs and private elements never do. A patient, series or path is shown as a keyed hash, `pseudonym`.
 """
 
 from __future__ import annotations
@@ -13,24 +13,15 @@ import hashlib
 import hmac
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.readers.files import LINK
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.dicom import (
-    DAMAGED,
-    Header,
-    damage_as,
-    harmless,
-    header_of,
-    identity,
-    modality_code,
-    open_dataset,
-)
-from gmai_xtuner.core.imaging.dicom_stacks import alike
+from gmai_xtuner.core.imaging import dicom
+from gmai_xtuner.core.imaging.dicom import Header, alike, open_dataset
 
 Attribute = Literal["BodyPartExamined", "ViewPosition", "Laterality", "PatientSex"]
 ATTRIBUTES: tuple[Attribute, ...] = ("BodyPartExamined", "ViewPosition", "Laterality")
@@ -48,95 +39,76 @@ ENHANCED = (
     "1.2.840.10008.5.1.4.1.1.128.1",  # Legacy Converted Enhanced PET
 )
 
-_SIDES = {"L": "left", "R": "right", "B": "both", "U": ""}
-_SEXES = {"M": "male", "F": "female"}
-_CODE = re.compile(r"[A-Z][A-Z _]{0,15}")
-_VIEW = re.compile(r"[A-Z]{1,5}")
+
+def _body_part(text: str) -> str | None:
+    is_code = re.fullmatch("[A-Z][A-Z _]{0,15}", text)
+    return text.replace("_", " ").lower() if is_code else None
 
 
-class Pseudonyms:
-    """Keyed hashes (HMAC-SHA-256, 64 bits shown) in the place of what would say who the patient is.
+_WORDS: dict[Attribute, tuple[str, Callable[[str], str | None]]] = {
+    "BodyPartExamined": ("body part", _body_part),
+    "ViewPosition": ("view", lambda text: text if re.fullmatch("[A-Z]{1,5}", text) else None),
+    "Laterality": ("side", {"L": "left", "R": "right", "B": "both"}.get),
+    "PatientSex": ("sex", {"M": "male", "F": "female"}.get),
+}
+"""Element -> name of the attribute, and the word for a value; None for one that the standard has not."""
 
-    Args:
-        key: secret. Who has it and a list of patients can tell who is in the corpus.
+
+def secret_key(salt: str | None, headers: Iterable[Header]) -> bytes:
+    """Return the job's salt, or a key that only who has all of the files can compute.
+
+    Who has it and a list of patients can tell who is in the corpus.
     """
+    if salt is not None:
+        return salt.encode()
+    digest = hashlib.sha256()
+    for header in headers:
+        digest.update(f"{header.patient}\0{header.instance}\0".encode("utf-8", "surrogatepass"))
+    return digest.digest()
 
-    def __init__(self, key: bytes) -> None:
-        self._key = key
 
-    def of(self, kind: str, text: str) -> str:
-        """Return 16 hexadecimal digits; the same text gives another pseudonym as another ``kind``."""
-        message = f"{kind}\0{text}".encode("utf-8", "surrogatepass")
-        return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:16]
-
-    @classmethod
-    def for_source(cls, salt: str | None, headers: Iterable[Header]) -> Pseudonyms:
-        """Take the job's salt, or a key that only who has all of the files can compute."""
-        if salt is not None:
-            return cls(salt.encode())
-        digest = hashlib.sha256()
-        for header in headers:
-            digest.update(f"{header.patient}\0{header.instance}\0".encode("utf-8", "surrogatepass"))
-        return cls(digest.digest())
+def pseudonym(key: bytes, kind: str, text: str) -> str:
+    """Return a keyed hash (HMAC-SHA-256) of 16 hexadecimal digits, another one as another ``kind``."""
+    message = f"{kind}\0{text}".encode("utf-8", "surrogatepass")
+    return hmac.new(key, message, hashlib.sha256).hexdigest()[:16]
 
 
 def read_header(path: Path, name: str) -> Header:
-    """Return the header of the file ``path``, which is called ``name`` below the root.
-
-    Raises:
-        Unusable: the file can't be read, or a value is no number where one is expected.
-    """
+    """Return the header of a file, which is called ``name`` below the root, or raise `Unusable`."""
     if path.is_dir():
         raise Unusable(LINK)
-    return header_of(open_dataset(path, header_only=True), name)
+    return dicom.header_of(open_dataset(path, header_only=True), name)
 
 
 def attributes_of(data: Any, wanted: tuple[Attribute, ...]) -> dict[str, str]:
     """Return the wanted attributes in the corpus' words; values that the standard has not are left out."""
-    names = identity(data)
-    found = {}
+    names, found = dicom.identity(data), {}
     for key in wanted:
-        value = data.get(key)
-        if key == "Laterality":
-            value = data.get("ImageLaterality") or value
+        name, words = _WORDS[key]
+        value = (data.get("ImageLaterality") if key == "Laterality" else None) or data.get(key)
         text = "" if value is None else str(value).strip().upper()
-        if not text or not harmless(text, names):
-            continue
-        if key == "BodyPartExamined" and _CODE.fullmatch(text):
-            found["body part"] = text.replace("_", " ").lower()
-        elif key == "ViewPosition" and _VIEW.fullmatch(text):
-            found["view"] = text
-        elif key == "Laterality" and _SIDES.get(text):
-            found["side"] = _SIDES[text]
-        elif key == "PatientSex" and text in _SEXES:
-            found["sex"] = _SEXES[text]
+        if text and dicom.harmless(text, names) and (word := words(text)):
+            found[name] = word
     return found
 
 
 def modality_of(data: Any) -> str | None:
     """Return the code that says how the image was taken; OT (other) and the like don't."""
-    code = modality_code(data)
+    code = dicom.modality_code(data)
     return None if code in ("", "OT", "DOC", "SC") else code
 
 
 def sha256_of(paths: Iterable[Path]) -> str:
     """Return the hash of one file's bytes; of several the hash of their hashes, in their order."""
-    hashes = []
-    for path in paths:
-        found = path.stat()
-        hashes.append(_sha256(path, found.st_mtime_ns, found.st_size))
-    if len(hashes) == 1:
-        return hashes[0].hex()
-    return hashlib.sha256(b"".join(hashes)).hexdigest()
+    stats = ((path, path.stat()) for path in paths)
+    hashes = [_sha256(path, found.st_mtime_ns, found.st_size) for path, found in stats]
+    return (hashes[0] if len(hashes) == 1 else hashlib.sha256(b"".join(hashes)).digest()).hex()
 
 
 @lru_cache(maxsize=64)  # a segmentation is hashed for each image of its series
 def _sha256(path: Path, changed: int, size: int) -> bytes:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
-
-
-# --- series ---------------------------------------------------------------------------------------
 
 
 def groups(images: Sequence[Header]) -> Iterator[list[Header]]:
@@ -147,9 +119,8 @@ def groups(images: Sequence[Header]) -> Iterator[list[Header]]:
         made = series[header.series or header.path, header.rows, header.columns, echo, time]
         own = next((group for group in made if alike(group[0], header)), None)
         if own is None:
-            made.append([header])
-        else:
-            own.append(header)
+            made.append(own := [])
+        own.append(header)
     return (group for made in series.values() for group in made)
 
 
@@ -173,7 +144,7 @@ def targets(header: Header, images: Sequence[Header], root: Path) -> list[str]:
         return named
     referred = set()
     try:
-        with damage_as(DAMAGED):
+        with dicom.damage_as(dicom.DAMAGED):
             waiting = [open_dataset(root / header.path)]
             while waiting:
                 for element in waiting.pop():

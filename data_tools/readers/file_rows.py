@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import Field
 
 from data_tools.options import Options
-from data_tools.readers.rows import FORMATS, cell_text, open_table, words_of
+from data_tools.readers.files import wrong
+from data_tools.readers.rows import FORMATS, cell_text, read_table, words_of
 from data_tools.records import Unit
 from gmai_xtuner.core.errors import SourceError
 
@@ -26,11 +27,6 @@ class CornerColumns(Options):
     y1: str
     x2: str
     y2: str
-
-    @property
-    def used(self) -> list[str]:
-        """x1, y1, x2, y2."""
-        return [self.x1, self.y1, self.x2, self.y2]
 
 
 class RowColumns(Options):
@@ -58,8 +54,7 @@ class FileRow:
         line: of the table, from 1, the header included; of an Excel sheet its row.
         label: "" if the cell is empty.
         box: None without box columns, or with all four cells empty.
-        attributes: those with a text in their cell.
-        cells: of the further columns that the reader asked for.
+        attributes, cells: those with a text in their cell; further columns that the reader asked for.
         problem: why the row can't be used, or "".
         words: labels of other rows that stand in cells of the box, see `rows.words_of`.
     """
@@ -83,46 +78,41 @@ def read_rows(
 ) -> dict[str, list[FileRow]]:
     """Return for each file name, as the table has it, its rows in the table's order.
 
-    Args:
-        source: name in the job, for the errors' text.
-        table: tab-separated, JSONL or Excel by its suffix, else CSV.
-        columns: of the table.
-        extra: further columns that must be there; kept as text in `FileRow.cells`.
-
-    Raises:
-        SourceError: the table or one of its rows can't be read, or a column is missing.
+    The table is tab-separated, JSONL or Excel by its suffix, else CSV; ``extra`` columns are kept as text. A
+    SourceError if it or one of its rows can't be read, or a column is missing.
     """
-    corners = columns.box.used if columns.box else []
+    corners = list(columns.box.model_dump().values()) if columns.box else []
     named = [columns.file, columns.label, *corners, *columns.attributes, *extra]
-    used = list(dict.fromkeys(named))
     found: dict[str, list[FileRow]] = defaultdict(list)
     suffix = table.suffix.lower()
     form = "csv" if suffix == ".txt" else FORMATS.get(suffix, "csv")
-    with open_table(table, source=source, form=form) as opened:
-        for row in opened.rows(used, strict=True):
-            shown = f"{opened.shown} line {row.line}"
-            if row.problem:
-                raise SourceError(f"{shown}: {row.problem}. Correct the row.")
-            cells = {name: cell_text(cell) for name, cell in row.cells.items()}
-            name = cells[columns.file]
-            if not name:
-                raise SourceError(
-                    f"{shown}: the cell of {columns.file!r} is empty; every row names its file."
-                )
-            texts = [cells[name] for name in corners]
-            box, problem = _box(texts)
-            attributes = {new: cells[old] for old, new in columns.attributes.items() if cells[old]}
-            others = {name: cells[name] for name in extra}
-            label = sys.intern(cells[columns.label])
-            found[name].append(
-                FileRow(row.line, label, box, attributes, others, problem, tuple(words_of(texts)))
-            )
+    named = list(dict.fromkeys(named))
+    for row in read_table(table, named, source=source, form=form, strict=True):
+        shown = f"Source {source}: {table} line {row.line}"
+        if row.problem:
+            raise SourceError(f"{shown}: {row.problem}. Correct the row.")
+        cells = {name: cell_text(cell) for name, cell in row.cells.items()}
+        name = cells[columns.file]
+        if not name:
+            problem = f"the cell of {columns.file!r} is empty"
+            raise SourceError(f"{shown}: {problem}; every row names its file.")
+        texts = [cells[name] for name in corners]
+        box, problem = _box(texts)
+        made = FileRow(
+            row.line,
+            sys.intern(cells[columns.label]),
+            box,
+            {new: cells[old] for old, new in columns.attributes.items() if cells[old]},
+            {name: cells[name] for name in extra},
+            problem,
+            tuple(words_of(texts)),
+        )
+        found[name].append(made)
     # Other words may be anything, such as a name.
     labels = {kept.label for rows in found.values() for kept in rows}
-    return {
-        name: [replace(kept, words=tuple(labels.intersection(kept.words))) for kept in rows]
-        for name, rows in found.items()
-    }
+    for rows in found.values():
+        rows[:] = (replace(kept, words=tuple(labels.intersection(kept.words))) for kept in rows)
+    return found
 
 
 def units_of(
@@ -130,41 +120,25 @@ def units_of(
     suffixes: Sequence[str],
     what: str,
     *,
-    mask: str | None = None,
     extra: Sequence[str],
     chosen: Callable[[Path, list[str]], list[str]] = lambda _, names: names,
 ) -> Iterator[Unit]:
     """Yield a unit for each file that fits ``options.files``, with its rows of ``options.table``, if any.
 
-    Args:
-        options: of the reader.
-        suffixes: of its files.
-        what: name of such a file in errors.
-        mask: pattern of files that belong to others, see `beside`; they are no units of their own.
-        extra: further columns of the table.
-        chosen: returns which of the files below the root stand for themselves.
-
-    Raises:
-        SourceError: there is no such file, or the table can't be read.
+    ``chosen`` returns which of the files below the root are units of their own; ``what`` names them in
+    errors.
     """
     root: Path = options.root
     fitting = (path for path in root.glob(options.files) if path.suffix.lower() in suffixes)
-    found = chosen(
-        root, sorted(path.relative_to(root).as_posix() for path in fitting if path.is_file())
-    )
-    if mask is not None:
-        masks = {beside(name, mask) for name in found}
-        found = [name for name in found if name not in masks]
+    names = sorted(path.relative_to(root).as_posix() for path in fitting if path.is_file())
+    found = chosen(root, names)
     if not found:
-        raise SourceError(
-            f"Source {options.name}: no {what} below {root} fits {options.files!r}; looked for "
-            f"{', '.join(suffixes)}"
-        )
+        problem = f"no {what} below {root} fits {options.files!r}"
+        raise wrong(options, f"{problem}; looked for {', '.join(suffixes)}")
     if options.table is None:
-        yield from (Unit(name) for name in found)
+        yield from map(Unit, found)
     else:
-        table = root / options.table
-        rows = read_rows(options.name, table, options.columns, extra=extra)
+        rows = read_rows(options.name, root / options.table, options.columns, extra=extra)
         yield from match_files(rows, found)
 
 
@@ -173,9 +147,6 @@ def match_files(rows: Mapping[str, Iterable[FileRow]], files: Sequence[str]) -> 
 
     A name fits a file by its path, else by its file name, else by its file name without suffix; a short
     name that several files have fits none of them: to each its rows are rows that can't be used.
-
-    Args:
-        files: paths below the root, sorted.
     """
     by_path = set(files)
     short: dict[str, set[str]] = defaultdict(set)
@@ -192,10 +163,9 @@ def match_files(rows: Mapping[str, Iterable[FileRow]], files: Sequence[str]) -> 
             of_file[next(iter(fitting))].extend(of_name)
         else:
             unknown.append(shown)
+            bad = [replace(row, problem=f"{shown!r} fits several") for row in of_name]
             for path in fitting:
-                of_file[path] += [
-                    replace(row, problem=f"{shown!r} fits several") for row in of_name
-                ]
+                of_file[path] += bad
     for path in files:
         yield Unit(path, tuple(of_file.get(path, ())))
     yield from (Unit(shown) for shown in sorted(unknown))

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from data_tools.readers import SourceOptions
-from data_tools.readers.files import LINK, files, folder_of, is_image, open_image
+from data_tools.readers.files import LINK, files, folder_of, is_image, open_image, wrong
 from data_tools.records import Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import Unusable
 
 
 class Options(SourceOptions):
@@ -32,11 +32,7 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each file below the folders.
-
-    Raises:
-        SourceError: a folder is missing, or there is no class folder in any.
-    """
+    """Yield a unit for each file below the folders."""
     for folder in options.folders:
         folder_of(options, folder, key="folders")
     if not any(
@@ -44,10 +40,8 @@ def units(options: Options) -> Iterator[Unit]:
         for folder in options.folders
         for entry in (options.root / folder).iterdir()
     ):
-        raise SourceError(
-            f"Source {options.name}: {str(options.root)!r} holds no folder, where one for each class is "
-            "expected. Correct `root` or `folders`, or use another reader."
-        )
+        problem = f"{str(options.root)!r} holds no folder, where one for each class is expected"
+        raise wrong(options, f"{problem}. Correct `root` or `folders`, or use another reader.")
     for number, folder in enumerate(options.folders):
         for name in files(options, folder.strip("/")):
             yield Unit(name, number)

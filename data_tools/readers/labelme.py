@@ -18,9 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from data_tools.readers import SourceOptions
-from data_tools.readers.files import annotation_files, open_sized, read_annotation_file
-from data_tools.readers.shapes import numbers, polygon_mask, upright_box
+from data_tools.readers import SourceOptions, files
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.images import decode_pixels
@@ -44,18 +42,14 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each JSON file.
-
-    Raises:
-        SourceError: the folder is missing, or there is no JSON file in it.
-    """
-    yield from map(Unit, annotation_files(options, options.annotations, ".json"))
+    """Yield a unit for each JSON file."""
+    yield from map(Unit, files.annotation_files(options, options.annotations, ".json"))
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the image of one JSON file with its shapes; a flag that is set is a label of the whole image."""
     try:
-        content = json.loads(read_annotation_file(options, unit.key, BAD))
+        content = json.loads(files.read_annotation_file(options, unit.key, BAD))
     except (ValueError, RecursionError) as error:
         raise Unusable(BAD, type(error).__name__) from error
     shapes = content.get("shapes") if isinstance(content, dict) else None
@@ -64,10 +58,9 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         raise Unusable("JSON without `shapes` and `imagePath`", "not written by labelme?")
     path = posixpath.normpath(posixpath.join(posixpath.dirname(unit.key), name.replace("\\", "/")))
     stated = (content.get("imageWidth"), content.get("imageHeight"))
-    found, size = open_sized(options, path, stated)
-    flags = content.get("flags")
-    flags = flags.items() if isinstance(flags, dict) else ()
-    annotations = [Annotation(key) for key, is_set in flags if is_set is True]
+    found, size = files.open_sized(options, path, stated)
+    flags = content.get("flags") if isinstance(content.get("flags"), dict) else {}
+    annotations = [Annotation(key) for key, is_set in flags.items() if is_set is True]
     for number, shape in enumerate(shapes):
         shape = shape if isinstance(shape, dict) else {}
         label = shape.get("label")
@@ -85,7 +78,7 @@ def _annotation(
     kind = shape.get("shape_type", "polygon")
     points = _points(shape.get("points"))
     if kind == "rectangle" and len(points) in (2, 4):  # other tools write all corners
-        return Annotation(label, upright_box(points))
+        return Annotation(label, files.upright_box(points))
     if kind == "mask" and len(points) == 2:
         return Annotation(label, mask=_mask(shape.get("mask"), points[0], size))
     if kind == "circle" and len(points) == 2:
@@ -96,16 +89,15 @@ def _annotation(
     elif kind not in ("polygon", "rotated_rectangle", "oriented_rectangle"):
         raise Unusable("shape that is no region", f"{kind} of {len(points)} points"[:200])
     if options.regions == "boxes":
-        return Annotation(label, upright_box(points))
+        return Annotation(label, files.upright_box(points))
     flat = [value for point in points for value in point]
-    return Annotation(label, mask=polygon_mask([flat], size, options.clean))
+    return Annotation(label, mask=files.polygon_mask([flat], size, options.clean))
 
 
 def _points(values: Any) -> list[tuple[float, float]]:
     try:
-        return [
-            (place["x"], place["y"]) for x, y in values for place in [numbers({"x": x, "y": y})]
-        ] or [(0.0, 0.0)]
+        found = [files.numbers({"x": x, "y": y}) for x, y in values]
+        return [(place["x"], place["y"]) for place in found] or [(0.0, 0.0)]
     except (TypeError, ValueError) as error:
         raise Unusable("polygon that can't be read", str(error)[:200]) from error
 

@@ -23,17 +23,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_tools.readers import SourceOptions
-from data_tools.readers.files import below, file_below, file_of, folder_of, open_sized, size_of
-from data_tools.readers.patterns import (
-    Patterns,
-    Places,
-    check_templates,
-    one_reading,
-    paired,
-    pattern,
-    place_names,
-)
+from data_tools.readers import SourceOptions, files, patterns
+from data_tools.readers.files import below, file_below, file_of, folder_of, open_sized
+from data_tools.readers.patterns import Patterns, Places, one_reading, paired, place_names
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
 from gmai_xtuner.core.imaging.images import opened
@@ -46,11 +38,9 @@ class Options(SourceOptions):
     """Keys of ``reader: masks``.
 
     Args:
-        images: pattern of the images' paths. ``{name}`` holds no ``/``, ``{name:path}`` may;
-            ``{group}`` is patient, case or slide.
-        masks: pattern or patterns of the masks' paths, with the image's pieces and further ones. With
-            ``map`` it is matched to the paths in the map, to find ``{label}``.
-        map: JSON file ``{picture: [masks]}``, instead of ``images``.
+        images: pattern of the images' paths; ``{group}`` is patient, case or slide.
+        masks: pattern or patterns of the masks' paths, with the image's pieces and further ones.
+        map: JSON file ``{picture: [masks]}``, instead of ``images``; ``masks`` then finds ``{label}``.
         classes: JSON file ``{class: id}`` or ``{dataset: {class: id}}``: ``{label}`` is an id, ``{dataset}``
             a piece of the mask's path.
         kind: ``binary``; ``indexed``: the value is the label's code; ``colours``: see there.
@@ -79,30 +69,24 @@ class Options(SourceOptions):
             raise ValueError("either `images` and `masks`, or `map`")
         if self.images is not None and not self.masks:
             raise ValueError("`masks`, the pattern of the masks' paths, is missing")
-        check_templates(self.images or "", *self.masks)
+        patterns.check_templates(self.images or "", *self.masks)
         named = all("label" in place_names(template) for template in self.masks)
         if self.kind == "binary" and self.label is None and not (self.masks and named):
             raise ValueError("binary masks need `label`, or {label} in the pattern `masks`")
         if self.kind != "binary" and (self.label is not None or self.foreground is not None):
             raise ValueError("`label` and `foreground` are of `kind: binary`")
         if isinstance(self.foreground, str) and not _RANGE.fullmatch(self.foreground):
-            raise ValueError(
-                f"`foreground` is values or a range such as '>127', got {self.foreground!r}"
-            )
+            known = "values or a range such as '>127'"
+            raise ValueError(f"`foreground` is {known}, got {self.foreground!r}")
         if (self.kind == "colours") != bool(self.colours):
             raise ValueError("`colours` is the map of `kind: colours`")
-        for colour in self.colours:
-            if not _COLOUR.fullmatch(colour):
-                raise ValueError(f"a colour is written #rrggbb, got {colour!r}")
+        if wrong := [colour for colour in self.colours if not _COLOUR.fullmatch(colour)]:
+            raise ValueError(f"a colour is written #rrggbb, got {wrong[0]!r}")
         return self
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each image, with its masks' paths if a map has them.
-
-    Raises:
-        SourceError: no image fits the pattern, or the map can't be read.
-    """
+    """Yield a unit for each image, with its masks' paths if a map has them."""
     folder_of(options, "", key="root")
     if options.classes is not None:
         _classes(file_of(options, options.classes, key="classes"))
@@ -125,21 +109,18 @@ def _mapped(options: Options, name: str) -> Iterator[Unit]:
     """Yield the map's entries one after the other: that of SA-Med2D-20M has gigabytes."""
     import ijson
 
-    path = file_of(options, name, key="map")
-    count = 0
+    path, empty = file_of(options, name, key="map"), True
     with path.open("rb") as file:
         try:
             for image, masks in ijson.kvitems(file, ""):
-                count += 1
+                empty = False
                 yield Unit(image, masks)
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            raise SourceError(
-                f"Source {options.name}: {path} is no JSON ({str(error).splitlines()[0]})."
-            ) from error
-    if count == 0:
-        raise SourceError(
-            f"Source {options.name}: {path} is no map from pictures to their masks, or it is empty."
-        )
+            problem = f"is no JSON ({str(error).splitlines()[0]})"
+            raise files.wrong(options, f"{path} {problem}.") from error
+    if empty:
+        problem = "is no map from pictures to their masks, or it is empty"
+        raise files.wrong(options, f"{path} {problem}.")
 
 
 @lru_cache(maxsize=8)
@@ -154,12 +135,8 @@ def _classes(path: Path) -> dict[str, Any]:
             for dataset, table in tables.items()
         }
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(
-            f"{path} is no map {{class: id}} or {{dataset: {{class: id}}}} ({error})."
-        ) from error
-
-
-# --- reading ------------------------------------------------------------------------------------
+        expected = "{class: id} or {dataset: {class: id}}"
+        raise SourceError(f"{path} is no map {expected} ({error}).") from error
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
@@ -187,14 +164,13 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 
 def _of_map(options: Options, unit: Unit) -> tuple[Places, list[tuple[str, Places]]]:
-    """Return the placeholders of the image; path and placeholders of each mask of the map."""
     names = [unit.payload] if isinstance(unit.payload, str) else unit.payload
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise Unusable("masks that are no list of paths", repr(unit.payload)[:200])
     places: Places = {}
     found = []
     for name in dict.fromkeys(names):
-        fits = (pattern(template).readings(name) for template in options.masks)
+        fits = (patterns.pattern(template).readings(name) for template in options.masks)
         readings = next((of_one for of_one in fits if of_one), [])
         texts = one_reading(readings, _codes(options), path=name, key="masks", source=options.name)
         if options.masks and texts is None:
@@ -209,7 +185,7 @@ def _annotations(
     options: Options, name: str, texts: dict[str, str], size: tuple[int, int]
 ) -> list[Annotation]:
     path = file_below(options, name, "no such mask file")
-    stated = size_of(path)
+    stated = files.size_of(path)
     if stated != size:
         sizes = f"{stated[0]} x {stated[1]}, the image {size[0]} x {size[1]}"
         raise Unusable("mask of another size than its image", f"{name}: {sizes}")
@@ -219,9 +195,8 @@ def _annotations(
         label = options.label or _label(options, texts, name)
         return [Annotation(label, mask=mask)] if mask.any() else []
     present = np.unique(values).tolist()
-    named: dict[int, str | None]
     if options.kind == "indexed":
-        named = {
+        named: dict[int, str | None] = {
             value: _label(options, texts | {"label": str(value)}, name)
             for value in present
             if value not in options.background
@@ -274,18 +249,13 @@ def _foreground(
     values: np.ndarray, foreground: int | tuple[int, ...] | str | None, name: str
 ) -> np.ndarray:
     if isinstance(foreground, str):
-        match = _RANGE.fullmatch(foreground)
-        assert match is not None
-        edge = int(match[2])
-        return values > edge if match[1] == ">" else values < edge
+        edge = int(foreground[1:])
+        return values > edge if foreground[0] == ">" else values < edge
     if foreground is not None:
-        wanted = (foreground,) if isinstance(foreground, int) else foreground
-        return np.isin(values, wanted)
-    present = np.unique(values)
+        return np.isin(values, foreground)
+    present = np.unique(values).tolist()
     if len(present) > 2 or (len(present) == 2 and present[0] != 0):
-        shown = ", ".join(str(value) for value in present[:8])
-        raise Unusable(
-            "binary mask with several values",
-            f"{name}: {shown}{', ...' if len(present) > 8 else ''}; say `foreground` or `kind: indexed`",
-        )
+        shown = files.listed(list(map(str, present)), at_most=8)
+        detail = f"{name}: {shown}; say `foreground` or `kind: indexed`"
+        raise Unusable("binary mask with several values", detail)
     return values != 0

@@ -22,15 +22,14 @@ and is not read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from data_tools.preprocess.volumes import Structure, Volume
-from data_tools.readers.files import file_below, file_of, folder_of
+from data_tools.readers.files import file_below, file_of, folder_of, read_json, wrong
 from data_tools.readers.volume import EMPTY, NO_PIXELS, VolumeOptions, maps_on, samples
 from data_tools.records import ANYTHING, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
@@ -58,8 +57,6 @@ class Options(VolumeOptions):
     reader: Literal["nnunet", "decathlon"]
     channels: tuple[str | int, ...] | None = Field(None, min_length=1)
 
-
-# --- dataset.json ---------------------------------------------------------------------------------
 
 Value = Annotated[StrictInt, Field(ge=0)]
 Names = Annotated[dict[int, str], Field(min_length=1)]
@@ -99,14 +96,9 @@ Form = TypeVar("Form", bound=_File)
 
 
 def _read_json(options: Options, form: type[Form]) -> Form:
-    """Return the set's ``dataset.json``.
-
-    Raises:
-        SourceError: there is none, or it is not of this form.
-    """
-    path = file_of(options, "dataset.json", key="root")
+    """Return the set's ``dataset.json``."""
+    content = read_json(options, file_of(options, "dataset.json", key="root"))
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
         return form.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -114,27 +106,16 @@ def _read_json(options: Options, form: type[Form]) -> Form:
         is_of_v1 = isinstance(content, dict) and "modality" in content
         other = "decathlon" if is_of_v1 else "nnunet"
         hint = "" if options.reader == other else f". Is it a set for `reader: {other}`?"
-        raise _wrong(
-            options, where, f"{first['msg']}, got {first['input']!r}"[:300] + hint
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"Source {options.name}: {path} is no JSON ({error}).") from error
+        problem = f"{first['msg']}, got {first['input']!r}"[:300]
+        raise _wrong(options, where, problem + hint) from None
 
 
 def _wrong(options: Options, key: str, problem: str) -> SourceError:
-    path = options.root / "dataset.json"
-    return SourceError(f"Source {options.name}: {path}: `{key}`: {problem}")
-
-
-# --- units ----------------------------------------------------------------------------------------
+    return wrong(options, f"{options.root / 'dataset.json'}: `{key}`: {problem}")
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each case: of nnU-Net sorted, of the Decathlon in the order of ``training``.
-
-    Raises:
-        SourceError: ``dataset.json`` is missing, not of this form, or of a two-dimensional set.
-    """
+    """Yield a unit for each case: of nnU-Net sorted, of the Decathlon in the order of ``training``."""
     yield from (_decathlon if options.reader == "decathlon" else _nnunet)(options)
 
 
@@ -162,7 +143,8 @@ def _nnunet(options: Options) -> Iterator[Unit]:
         if len(case.images) != count:
             raise _wrong(options, f"dataset.{name}.images", f"{count} paths are expected")
         images = [(content.channel_names[number], case.images[number], None) for number in channels]
-        yield _unit(name, images, case.label, labels, ignored[0] if ignored else None)
+        payload = {"images": images, "label": case.label, "labels": labels}
+        yield Unit(name, {**payload, "ignored": ignored[0] if ignored else None})
 
 
 def _cases(options: Options, ending: str, channels: int) -> dict[str, _Case]:
@@ -173,7 +155,7 @@ def _cases(options: Options, ending: str, channels: int) -> dict[str, _Case]:
             if path.name.endswith(last) and not path.name.startswith("."):
                 names.add(path.name.removesuffix(last))
     if not names:
-        raise SourceError(f"Source {options.name}: no *{ending} in {options.root / 'labelsTr'}.")
+        raise wrong(options, f"no *{ending} in {options.root / 'labelsTr'}.")
     return {
         name: _Case(
             images=[f"imagesTr/{name}_{number:04d}{ending}" for number in range(channels)],
@@ -196,51 +178,28 @@ def _decathlon(options: Options) -> Iterator[Unit]:
             raise _wrong(options, f"training.{number}", f"{case.image!r} was named before")
         seen.add(case.image)
         images = [(names[at], case.image, at if len(names) > 1 else None) for at in channels]
-        yield _unit(case.image, images, case.label, labels, None)
-
-
-def _unit(
-    key: str,
-    images: Sequence[tuple[str, str, int | None]],
-    label: str,
-    labels: Mapping[str, tuple[int, ...]],
-    ignored: int | None,
-) -> Unit:
-    """Return the unit of a case.
-
-    Args:
-        key: names the case, and is its group.
-        images: of each wanted channel its name, the path below the root, the index along the fourth axis.
-        label: path of the label map below the root.
-        labels: name -> the values that it is made of. With more than one value it is a region.
-        ignored: value of voxels that nobody decided on.
-    """
-    return Unit(key, {"images": images, "label": label, "labels": labels, "ignored": ignored})
+        payload = {"images": images, "label": case.label, "labels": labels}
+        yield Unit(case.image, {**payload, "ignored": None})
 
 
 def _chosen_channels(options: Options, names: Mapping[int, str]) -> list[int]:
-    """Return the numbers of the wanted channels.
-
-    Raises:
-        SourceError: the job names one that the set hasn't.
-    """
+    """Return the numbers of the wanted channels."""
     numbers = {str(number): number for number in names}
     numbers |= {name.casefold(): number for number, name in names.items()}
     wanted = sorted(names) if options.channels is None else options.channels
     for name in wanted:
         if str(name).casefold() not in numbers:
             known = ", ".join(f"{number} ({name})" for number, name in sorted(names.items()))
-            raise SourceError(
-                f"Source {options.name}: `channels` names {name!r}; dataset.json has {known}."
-            )
+            raise wrong(options, f"`channels` names {name!r}; dataset.json has {known}.")
     return [numbers[str(name).casefold()] for name in wanted]
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
-    """Yield the slices of each wanted channel of a case."""
+    """Yield the slices of each wanted channel of a case.
+
+    A unit has of each channel its name, path and index along the fourth axis, the path of the label map, the
+    values that each label is made of (several: a region), and the value of voxels that nobody decided on.
+    """
     payload = unit.payload
     for shown, name, index in payload["images"]:
         with drops.image(name):
@@ -248,10 +207,8 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
             grid = load(path, channel=index, max_voxels=options.max_voxels, within=options.roots)
             labels = payload["labels"]
             found = maps_on(grid, options, payload["label"], drops, channel=index, labels=labels)
-            if len(found.layers) > 1:
-                raise Unusable(
-                    "label map of several layers", f"{len(found.layers)}; one is expected"
-                )
+            if (count := len(found.layers)) > 1:
+                raise Unusable("label map of several layers", f"{count}; one is expected")
             modality = CHANNEL_MODALITIES.get(shown.casefold())
             named = modality == "MR" and shown.casefold() not in ("mr", "mri")
             origin = Sample(

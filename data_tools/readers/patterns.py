@@ -22,11 +22,12 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 from data_tools.readers import SourceOptions
-from data_tools.readers.files import files, folder_of, listed
+from data_tools.readers.files import files, folder_of, listed, wrong
 from gmai_xtuner.core.errors import SourceError
 
 _PLACE = re.compile(r"\{([^{}/:]+)(?::(path|0?\d*d))?\}")
 _MOST_READINGS = 64
+_SAID = ("label", "group", "dataset")  # pieces of a path that are told of the image itself
 
 Places = dict[str, str]
 """Name of a placeholder -> its text in a path."""
@@ -38,11 +39,7 @@ def place_names(template: str) -> list[str]:
 
 
 def fill(template: str, known: Mapping[str, str]) -> str:
-    """Return the pattern with the known placeholders filled in.
-
-    Raises:
-        ValueError: a text is no whole number where the pattern pads one.
-    """
+    """Return the pattern with known placeholders filled in; ValueError for no number where it is padded."""
 
     def text(match: re.Match[str]) -> str:
         if match[1] not in known:
@@ -51,12 +48,6 @@ def fill(template: str, known: Mapping[str, str]) -> str:
         return value if match[2] in (None, "path") else format(int(value), match[2])
 
     return _PLACE.sub(text, template)
-
-
-@lru_cache(maxsize=256)
-def pattern(template: str) -> Pattern:
-    """Return the pattern of a text."""
-    return Pattern(template)
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class Pattern:
 
     @cached_property
     def _end(self) -> str:
-        """Expression of the text behind the last placeholder; the suffix in any letter case."""
+        """Return the expression behind the last placeholder; the suffix in any letter case."""
         last = _PLACE.split(self.template)[-1]
         stem, dot, suffix = last[last.rfind("/") + 1 :].partition(".")
         folders = last[: last.rfind("/") + 1]
@@ -133,41 +124,33 @@ class Pattern:
                 yield from self._walk(rest[length:], number + 1, places | {name: value})
 
 
+@lru_cache(maxsize=256)
+def pattern(template: str) -> Pattern:
+    """Return the pattern of a text."""
+    return Pattern(template)
+
+
 def one_reading(
     readings: Sequence[Places], labels: Collection[str] | None, *, path: str, key: str, source: str
 ) -> Places | None:
     """Return the one way in which a path is read; None if no reading is left.
 
-    Args:
-        readings: that come into question.
-        labels: codes or names that the job knows; with them a reading must have one of these.
-        path, key, source: for the error's text.
-
-    Raises:
-        SourceError: the path can be read in two ways.
+    With ``labels``, codes or names that the job knows, a reading must have one of these. A SourceError if the
+    path of the job's ``key`` can be read in two ways.
     """
     if len(readings) > 1 and labels is not None:
         readings = [reading for reading in readings if reading.get("label") in labels] or readings
     if len(readings) < 2:
         return readings[0] if readings else None
-    shown = " or ".join(
-        ", ".join(f"{name} {text!r}" for name, text in reading.items()) for reading in readings[:2]
-    )
-    raise SourceError(
-        f"Source {source}: `{key}` can be read in more than one way: {path!r} may be {shown}. Name the "
-        "labels in `labels`, or put another sign than these hold between the placeholders."
-    )
+    ways = (", ".join(f"{name} {text!r}" for name, text in one.items()) for one in readings[:2])
+    problem = f"can be read in more than one way: {path!r} may be {' or '.join(ways)}"
+    advice = "or put another sign than these hold between the placeholders"
+    raise SourceError(f"Source {source}: `{key}` {problem}. Name the labels in `labels`, {advice}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """An image with the files that belong to it.
-
-    Args:
-        path: below the root.
-        places: of its pattern.
-        masks: path and places of each file; sorted by pattern and path.
-    """
+    """An image's path below the root and the places of its pattern; path and places of each of its masks."""
 
     path: str
     places: Places
@@ -181,11 +164,7 @@ Patterns = Annotated[
 
 
 def check_templates(*templates: str, suffixes: tuple[str, ...] = ()) -> None:
-    """Refuse a pattern that leads out of the root, or ends in none of the suffixes, if there are any.
-
-    Raises:
-        ValueError: the text names the pattern.
-    """
+    """Refuse a pattern that leads out of the root, or ends in none of the suffixes, if there are any."""
     for template in templates:
         if template.startswith("/") or ".." in template.split("/"):
             raise ValueError(f"the pattern {template!r} leads out of the root")
@@ -202,21 +181,15 @@ def paired(
 ) -> Iterator[Paired]:
     """Yield the images that fit a pattern, each with the files that its other patterns find.
 
-    Args:
-        source: of the job.
-        images, masks: patterns. A path that fits both is of the one with more fixed text.
-        labels: see `one_reading`; default: those of the job.
-
-    Raises:
-        SourceError: no file fits, or one can be read in two ways.
+    A path that fits both is of the one with more fixed text; ``labels`` as of `one_reading`, by default those
+    of the job. A SourceError if no file fits, or one can be read in two ways.
     """
     labels = source.labels if labels is None else labels
     own = pattern(images)
     others = [pattern(template) for template in masks]
     folder = "/".join(images.split("{")[0].split("/")[:-1])
     folder_of(source, folder, key="images")
-    empty = True
-    seen: list[str] = []
+    empty, seen = True, list[str]()
     for name in files(source, folder):
         if not _is_of(own, name, others):
             seen += [name] if len(seen) < 3 else []
@@ -235,10 +208,8 @@ def paired(
         ]
         yield Paired(name, places or {}, found)
     if empty:
-        raise SourceError(
-            f"Source {source.name}: no file below {str(source.root / folder)!r} fits `images: {images}`; "
-            f"there are {listed(seen)}."
-        )
+        problem = f"no file below {str(source.root / folder)!r} fits `images: {images}`"
+        raise wrong(source, f"{problem}; there are {listed(seen)}.")
 
 
 def _is_of(own: Pattern, name: str, others: Sequence[Pattern]) -> bool:
@@ -249,12 +220,9 @@ def _is_of(own: Pattern, name: str, others: Sequence[Pattern]) -> bool:
 
 def _meaning(places: Places, masks: Sequence[str]) -> tuple[str, ...]:
     """Return all that a reading of an image's path decides."""
-    said = [places.get(name, "") for name in ("label", "group", "dataset")]
-    return (*said, *(fill(template, _without_label(places)) for template in masks))
-
-
-def _without_label(places: Places) -> Places:
-    return {name: text for name, text in places.items() if name != "label"}
+    said = [places.get(name, "") for name in _SAID]
+    known = {name: text for name, text in places.items() if name != "label"}
+    return (*said, *(fill(template, known) for template in masks))
 
 
 def _own_reading(
@@ -267,13 +235,12 @@ def _own_reading(
 ) -> Places | None:
     """Return the places of an image's mask; None if the mask is another image's."""
     shared = [name for name in place_names(masks.template) if name in known]
-    said = ("label", "group", "dataset")
     meant: dict[tuple[str, ...], Places] = {}
     for reading in masks.readings(path):
         is_own = all(reading[name] == known[name] for name in shared)
         image = fill(images.template, known | reading)
         if is_own or (os.path.isfile(source.root / image) and _is_of(images, image, [masks])):
-            key = tuple(reading.get(name, "") for name in (*shared, *said))
+            key = tuple(reading.get(name, "") for name in (*shared, *_SAID))
             meant.setdefault(key, reading)
     found = one_reading(list(meant.values()), labels, path=path, key="masks", source=source.name)
     if found is None or any(found[name] != known[name] for name in shared):

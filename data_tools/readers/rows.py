@@ -19,8 +19,9 @@ import pickle
 import tempfile
 from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,27 +33,25 @@ from gmai_xtuner.core.errors import SourceError
 Format = Literal["csv", "tsv", "jsonl", "excel"]
 FORMATS: dict[str, Format] = {
     ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".txt": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".xlsx": "excel",
-    ".xlsm": "excel",
+    **dict.fromkeys((".tsv", ".tab", ".txt"), "tsv"),
+    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+    **dict.fromkeys((".xlsx", ".xlsm"), "excel"),
 }
 MAX_LINE = 16 * 2**20
 MAX_WIDE = 256 * 2**20  # of a file in UTF-16 or UTF-32, whose lines aren't bounded
 MAX_SHEETS = 2**28  # of what an Excel file unpacks to
 
 
+Parsed = Generator[tuple[int, Any], None, None]
+"""Line, and its cells (of JSONL by their names), or what is wrong with them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row's cells of the columns that are used.
 
-    Args:
-        line: of the file, from 1, where the row begins; of an Excel sheet its row.
-        cells: column -> cell; of a row with a ``problem`` as far as they can be told.
-        problem: reason for which the row can't be used, or "".
+    ``line`` is of the file, from 1, where the row begins; of an Excel sheet its row. Of a row with a
+    ``problem``, the reason for which it can't be used, there are the cells that can be told.
     """
 
     line: int
@@ -60,99 +59,33 @@ class Row:
     problem: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """An open table, to be gone through once. Made by `open_table`.
-
-    Args:
-        shown: name in error texts: source and path.
-        columns: of the header; None for a JSONL.
-        parsed: line, and cells, or what is wrong with them.
-    """
-
-    shown: str
-    columns: list[str] | None
-    parsed: Iterator[tuple[int, list[Any] | dict[str, Any] | str]]
-
-    def rows(self, used: Sequence[str], *, strict: bool = False) -> Iterator[Row]:
-        """Yield the rows that are not empty.
-
-        Args:
-            used: the columns whose cells are wanted.
-            strict: whether each object of a JSONL must have them all; else a missing one is None.
-
-        Raises:
-            SourceError: a column is missing, or there is no row.
-        """
-        if self.columns is not None:
-            self._check(used, self.columns)
-        places = {name: self.columns.index(name) for name in used} if self.columns else {}
-        seen: dict[str, None] = {}
-        empty = True
-        for line, cells in self.parsed:
-            empty = False
-            if isinstance(cells, str):
-                yield Row(line, {}, cells)
-            elif isinstance(cells, dict):
-                seen.update(dict.fromkeys(cells))
-                if strict:
-                    self._check(used, list(cells))
-                yield Row(line, {name: cells.get(name) for name in used})
-            elif len(cells) != len(self.columns or ()):
-                told = {name: cells[at] for name, at in places.items() if at < len(cells)}
-                yield Row(line, told, "row with another number of cells than the header")
-            else:
-                yield Row(line, {name: cells[at] for name, at in places.items()})
-        if empty:
-            raise SourceError(f"{self.shown} has no row.")
-        if self.columns is None:
-            self._check(used, list(seen))
-
-    def _check(self, used: Sequence[str], there: Sequence[str]) -> None:
-        missing = [name for name in used if name not in there]
-        if missing:
-            hints = []
-            for name in missing:
-                alike = near(name, there)
-                hints.append(f"{name!r}" + (f" (did you mean {listed(alike)}?)" if alike else ""))
-            other = [sign for sign in ";\t|," if len(there) == 1 and sign in there[0]]
-            remedy = f" It is one column: say `delimiter: {other[0]!r}`." if other else ""
-            raise SourceError(
-                f"{self.shown} has no column {', '.join(hints)}. There are {listed(there)}.{remedy}"
-            )
-        for name in used:
-            if (count := there.count(name)) > 1:
-                raise SourceError(f"{self.shown} has {count} columns {name!r}.")
-
-
-@contextmanager
-def open_table(
+def read_table(
     path: Path,
+    used: Sequence[str],
     *,
     source: str,
     form: Format | None = None,
     encoding: str = "utf-8",
     delimiter: str | None = None,
     sheet: str | None = None,
-) -> Iterator[Table]:
-    """Open a table.
+    strict: bool = False,
+) -> Iterator[Row]:
+    """Yield the rows of a table that are not empty.
 
     Args:
         path: of the file.
+        used: columns whose cells are wanted. In a JSONL a missing one is None, but an error with ``strict``.
         source: name in the job, for error texts.
         form: default by suffix.
-        encoding: of a text.
-        delimiter: of a CSV; default a comma, of a TSV a tab.
-        sheet: of an Excel file; default the first.
+        encoding, delimiter, sheet: default UTF-8, a comma (of a TSV a tab), the first.
 
     Raises:
-        SourceError: it can't be read, or its form is unknown.
+        SourceError: it can't be read, a column is missing, or there is no row.
     """
     shown = f"Source {source}: {path}"
     form = form or FORMATS.get(path.suffix.lower())
     if form is None:
         raise SourceError(f"{shown}: the suffix is none of {', '.join(FORMATS)}. Say `format`.")
-    parsed: Generator[tuple[int, Any], None, None]
     if form == "excel":
         parsed = _excel(path, shown, sheet)
     elif form == "jsonl":
@@ -160,20 +93,53 @@ def open_table(
     else:
         parsed = _csv(path, shown, encoding, delimiter or ("\t" if form == "tsv" else ","))
     with closing(parsed):
-        header = None
+        columns, places = list[str](), dict[str, int]()
         if form != "jsonl":
-            line, cells = next(parsed, (0, None))
-            if cells is None:
+            line, header = next(parsed, (0, None))
+            if header is None:
                 raise SourceError(f"{shown} is empty. A header of column names is expected.")
+            if isinstance(header, str):
+                raise SourceError(f"{shown} line {line}: {header}.")
+            columns = [cell_text(cell) for cell in header]
+            _check_columns(shown, used, columns)
+            places = {name: columns.index(name) for name in used}
+        seen, empty = dict[str, None](), True
+        for line, cells in parsed:
+            empty = False
             if isinstance(cells, str):
-                raise SourceError(f"{shown} line {line}: {cells}.")
-            header = [cell_text(cell) for cell in cells]
-        yield Table(shown, header, parsed)
+                yield Row(line, {}, cells)
+            elif isinstance(cells, dict):
+                seen.update(dict.fromkeys(cells))
+                if strict:
+                    _check_columns(shown, used, list(cells))
+                yield Row(line, {name: cells.get(name) for name in used})
+            else:
+                told = {name: cells[at] for name, at in places.items() if at < len(cells)}
+                is_whole = len(cells) == len(columns)
+                problem = "" if is_whole else "row with another number of cells than the header"
+                yield Row(line, told, problem)
+        if empty:
+            raise SourceError(f"{shown} has no row.")
+        if form == "jsonl":
+            _check_columns(shown, used, list(seen))
 
 
-def _csv(
-    path: Path, shown: str, encoding: str, delimiter: str
-) -> Generator[tuple[int, list[str] | str], None, None]:
+def _check_columns(shown: str, used: Sequence[str], there: Sequence[str]) -> None:
+    hints = []
+    for name in (name for name in used if name not in there):
+        alike = near(name, there)
+        hints.append(f"{name!r}" + (f" (did you mean {listed(alike)}?)" if alike else ""))
+    if hints:
+        other = [sign for sign in ";\t|," if len(there) == 1 and sign in there[0]]
+        remedy = f" It is one column: say `delimiter: {other[0]!r}`." if other else ""
+        problem = f"has no column {', '.join(hints)}. There are {listed(there)}"
+        raise SourceError(f"{shown} {problem}.{remedy}")
+    for name in used:
+        if (count := there.count(name)) > 1:
+            raise SourceError(f"{shown} has {count} columns {name!r}.")
+
+
+def _csv(path: Path, shown: str, encoding: str, delimiter: str) -> Parsed:
     reader = csv.reader(_lines(path, shown, encoding), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
@@ -183,19 +149,16 @@ def _csv(
             return
         except csv.Error as error:
             if "limit" in str(error) or "unexpected end" in str(error):
-                raise SourceError(
-                    f"{shown} line {line}: a cell begins with a quote that is not closed, or is larger than "
-                    f"{csv.field_size_limit()} characters ({error}). Correct the row."
-                ) from error
+                cause = "a cell begins with a quote that is not closed, or is larger than"
+                cause += f" {csv.field_size_limit()} characters ({error})"
+                raise SourceError(f"{shown} line {line}: {cause}. Correct the row.") from error
             yield line, "row that can't be read"
-            continue
-        if cells:
-            yield line, cells
+        else:
+            if cells:
+                yield line, cells
 
 
-def _jsonl(
-    path: Path, shown: str, encoding: str
-) -> Generator[tuple[int, dict[str, Any] | str], None, None]:
+def _jsonl(path: Path, shown: str, encoding: str) -> Parsed:
     for line, text in enumerate(_lines(path, shown, encoding), 1):
         if not text.strip():
             continue
@@ -206,9 +169,7 @@ def _jsonl(
         yield line, content if isinstance(content, dict) else "row that is no JSON object"
 
 
-def _excel(
-    path: Path, shown: str, sheet: str | None
-) -> Generator[tuple[int, list[Any]], None, None]:
+def _excel(path: Path, shown: str, sheet: str | None) -> Parsed:
     import zipfile
 
     import openpyxl
@@ -222,9 +183,8 @@ def _excel(
             if packed - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
                 raise SourceError(f"{shown} is packed as no Excel file is; save it anew.")
             if sum(info.file_size for info in members) > MAX_SHEETS:
-                raise SourceError(
-                    f"{shown} unpacks to more than {MAX_SHEETS} bytes; save it as CSV."
-                )
+                problem = f"unpacks to more than {MAX_SHEETS} bytes"
+                raise SourceError(f"{shown} {problem}; save it as CSV.")
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except SourceError:
         raise
@@ -232,9 +192,8 @@ def _excel(
         raise SourceError(f"{shown} is no Excel file ({error}).") from error
     with closing(book):
         if sheet is not None and sheet not in book.sheetnames:
-            raise SourceError(
-                f"{shown} has no sheet {sheet!r}; there are {listed(book.sheetnames)}."
-            )
+            there = listed(book.sheetnames)
+            raise SourceError(f"{shown} has no sheet {sheet!r}; there are {there}.")
         width = None
         rows = book[sheet or book.sheetnames[0]].iter_rows(values_only=True)
         for number, cells in enumerate(rows, 1):
@@ -244,32 +203,25 @@ def _excel(
 
 
 def _lines(path: Path, shown: str, encoding: str) -> Iterator[str]:
-    """Yield the lines of a text with their ends.
-
-    Raises:
-        SourceError: the file or its encoding can't be read, or a line is too long.
-    """
+    """Yield the lines of a text with their ends."""
     try:
         codec = codecs.lookup(encoding).name.removesuffix("-sig")
+        file = path.open("rb")
     except LookupError as error:
         raise SourceError(f"{shown}: {encoding!r} is no encoding that Python knows.") from error
-    try:
-        file = path.open("rb")
     except OSError as error:
         raise SourceError(f"{shown} can't be read: {error.strerror}.") from error
     with file:
         if codec.startswith(("utf-16", "utf-32")):
             try:
                 if path.stat().st_size > MAX_WIDE:
-                    raise SourceError(
-                        f"{shown}: {codec} of more than {MAX_WIDE} bytes; save it as UTF-8."
-                    )
+                    problem = f"{codec} of more than {MAX_WIDE} bytes"
+                    raise SourceError(f"{shown}: {problem}; save it as UTF-8.")
                 with codecs.getreader(encoding)(file) as text:
                     yield from text
             except UnicodeError as error:
-                raise SourceError(
-                    f"{shown} is not {encoding} ({error}). Correct `encoding`."
-                ) from error
+                problem = f"is not {encoding} ({error})"
+                raise SourceError(f"{shown} {problem}. Correct `encoding`.") from error
             return
         begin = number = 0
         while data := file.readline(MAX_LINE + 1):
@@ -279,10 +231,9 @@ def _lines(path: Path, shown: str, encoding: str) -> Iterator[str]:
             try:
                 line = data.decode(codec)
             except UnicodeDecodeError as error:
-                raise SourceError(
-                    f"{shown} line {number}: byte {begin + error.start} (0x{data[error.start]:02x}) is not "
-                    f"{codec}. Name the table's `encoding`, such as `cp1252`, or save it as UTF-8."
-                ) from error
+                byte = f"byte {begin + error.start} (0x{data[error.start]:02x}) is not {codec}"
+                advice = "Name the table's `encoding`, such as `cp1252`, or save it as UTF-8."
+                raise SourceError(f"{shown} line {number}: {byte}. {advice}") from error
             if number == 1 and data.startswith(codecs.BOM_UTF8):
                 line = data[3:].decode(codec)
             begin += len(data)
@@ -306,55 +257,37 @@ def cell_text(cell: Any) -> str:
 
 
 def grouped(
-    table: Table,
-    used: Sequence[str],
-    *,
-    key: Callable[[Row], str],
-    wanted: Callable[[Row], bool],
+    rows: Iterable[Row], *, key: Callable[[Row], str], wanted: Callable[[Row], bool]
 ) -> Iterator[list[Row]]:
-    """Yield the rows of each key together, keys in the order in which they come first.
+    """Yield the rows of each ``key`` together, keys in the order in which they come first.
 
-    The very first list, which may be empty, are the rows of which nobody knows the key: they have none, or
-    have a problem and a key that no good row has.
-
-    Args:
-        table: open.
-        used: columns.
-        key: of a row, such as its image's name; "" if it can't be told.
-        wanted: whether a row without a problem is taken at all.
-
-    Raises:
-        SourceError: a column is missing, or there is no row.
+    The very first list, which may be empty, are the rows of which nobody knows the key: they have "", or a
+    problem and a key that no good row has. A row without a problem is taken if it is ``wanted``.
     """
     begins, hashes, bad = array("q"), array("Q"), array("b")
     stray = _hash("")
     with tempfile.TemporaryFile() as file:
-        for row in table.rows(used):
+        for row in rows:
             if row.problem or wanted(row):
                 begins.append(file.tell())
                 hashes.append(_hash(key(row)))
                 bad.append(bool(row.problem))
-                pickle.dump((row.line, row.cells, row.problem), file)
+                pickle.dump(row, file)
 
         def load(number: int) -> Row:
             file.seek(begins[number])
-            return Row(*pickle.load(file))
+            return pickle.load(file)  # type: ignore[no-any-return]
 
         keys, is_bad = np.frombuffer(hashes, dtype=np.uint64), np.frombuffer(bad, dtype=bool)
         good = np.unique(keys[~is_bad])
         alone = (keys == stray) | (is_bad & ~np.isin(keys, good))
         yield [load(number) for number in np.flatnonzero(alone).tolist()]
-        rows = np.flatnonzero(~alone)
-        _, index, inverse = np.unique(keys[rows], return_index=True, return_inverse=True)
+        others = np.flatnonzero(~alone)
+        _, index, inverse = np.unique(keys[others], return_index=True, return_inverse=True)
         first = index[inverse]  # of each row, the first row with its key
-        together: list[Row] = []
-        for number in np.argsort(first, kind="stable").tolist():
-            if first[number] == number and together:
-                yield together
-                together = []
-            together.append(load(rows[number]))
-        if together:
-            yield together
+        order = np.argsort(first, kind="stable")
+        for _, numbers in groupby(order.tolist(), key=first.__getitem__):
+            yield [load(others[number]) for number in numbers]
 
 
 def _hash(text: str) -> int:

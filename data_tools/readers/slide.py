@@ -8,25 +8,25 @@ folder or of a table), the table's rows, outlines drawn on the slide, or a mask 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import compress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.readers import SourceOptions
-from data_tools.readers.file_rows import FileRow, RowColumns, units_of
+from data_tools.readers.file_rows import FileRow, RowColumns, beside, units_of
 from data_tools.readers.files import file_below
+from data_tools.readers.slide_files import Scale, SlideFile, open_slide, tissue_map, to_uint8
+from data_tools.readers.slide_labels import Tile, labeller_of
 from data_tools.records import NOTHING, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
-
-if TYPE_CHECKING:
-    from data_tools.readers.slide_files import Scale, SlideFile
-    from data_tools.readers.slide_labels import Tile
 
 SUFFIXES = (
     *(".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif"),
@@ -35,10 +35,9 @@ SUFFIXES = (
 
 
 class SlideColumns(RowColumns):
-    """The columns of a table; those of `RowColumns`, and:
+    """The columns of a table; those of `RowColumns`, and the tile's upper left corner.
 
-    Args:
-        x, y: full-resolution pixels of the tile's upper left corner; without them a row is of the slide.
+    It is in full-resolution pixels; without it a row is of the slide.
     """
 
     x: str | None = None
@@ -58,29 +57,21 @@ class Options(SourceOptions):
 
     Args:
         files: pattern of the slides below ``root``.
-        tile: side of a tile in pixels of the corpus' image.
-        stride: pixels between two tiles' corners; default ``tile``.
-        level: of the pyramid, 0 is the full resolution. Or
-        microns_per_pixel: of the corpus' image. Or
-        magnification: of the objective, such as 20. The nearest finer level is read and made smaller; a
-            slide that is coarser than asked for is left out.
+        tile, stride: side of a tile and step between two, pixels of the corpus' image.
+        level, microns_per_pixel, magnification: the resolution by one of them; the nearest finer level is
+            read and made smaller, and a slide that is coarser is left out.
         slide_microns_per_pixel, slide_magnification: of the full resolution, for files that don't say.
         min_tissue: share of a tile that must be tissue.
         background: ``light`` (stained sections) or ``dark`` (fluorescence).
-        tissue_level: of 0..255; pixels of a higher saturation (on light) or brightness (on dark) are tissue.
-        max_tiles: at most so many a slide, drawn evenly at random; the choice depends on the slide's path.
-        table: CSV, TSV, JSONL or Excel, relative to the job file or below the root, with labels of slides
-            or, with ``x`` and ``y``, of tiles; then those tiles are read, whatever tissue they hold. Without
-            table, regions and mask the folder that a slide lies in is its label.
-        columns: see `SlideColumns`.
-        regions: file of outlines, from the slide's folder, ``{stem}.geojson`` or ``{stem}.xml``.
-        exclude: classes of outlines that are cut out of all others.
-        mask: label map of the same field, ``{stem}_mask.tif``; its values are the labels. Its size may
-            differ if the shape is the same.
-        mask_background: value of the mask that is no label.
+        tissue_level: 0..255; a higher saturation (on light) or brightness (on dark) is tissue.
+        max_tiles: at most so many a slide, drawn at random; the choice depends on the slide's path.
+        table, columns: labels of slides or, with ``x`` and ``y``, of tiles; then those tiles are read.
+            Without table, regions and mask the folder that a slide lies in is its label.
+        regions, exclude: outlines beside the slide, ``{stem}.geojson`` or ``{stem}.xml``; classes of them
+            that are cut out of all others.
+        mask, mask_background: label map of the same field, ``{stem}_mask.tif``; its value that is no label.
         regions_as: ``boxes``: each region in a tile is one finding with its box. ``tile``: the label of the
             whole tile, where one class covers ``min_region`` of it; a tile with less of it is left out.
-        min_region: see ``regions_as``.
         outside: label of tiles without any region; null leaves them out.
     """
 
@@ -117,32 +108,22 @@ class Options(SourceOptions):
             raise ValueError("labels come from one of table, regions and mask; give one of them")
         for pattern in (self.regions, self.mask):
             if pattern is not None and "{stem}" not in pattern:
-                raise ValueError(
-                    f"{pattern!r} is the same for every slide; write {{stem}} for its name"
-                )
+                advice = "write {stem} for its name"
+                raise ValueError(f"{pattern!r} is the same for every slide; {advice}")
         if self.exclude and not self.regions:
             raise ValueError("'exclude' names classes of 'regions'; there are none")
         return self
 
-    @property
-    def step(self) -> int:
-        """Pixels of the corpus' image between two tiles."""
-        return self.stride or self.tile
-
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each slide; the payload are its rows of the table, or None without a table.
-
-    Raises:
-        SourceError: no slide, or a table that can't be read.
-    """
+    """Yield a unit for each slide; the payload are its rows of the table, or None without a table."""
     extra = [name for name in (options.columns.x, options.columns.y) if name]
-    what: dict[str, Any] = {"mask": options.mask, "extra": extra, "chosen": _one_a_series}
-    yield from units_of(options, SUFFIXES, "slide", **what)
+    chosen = partial(_chosen, options.mask)
+    yield from units_of(options, SUFFIXES, "slide", extra=extra, chosen=chosen)
 
 
-def _one_a_series(root: Path, names: list[str]) -> list[str]:
-    """Return the files, of a DICOM slide the largest of its series: OpenSlide finds the others beside it."""
+def _chosen(mask: str | None, root: Path, names: list[str]) -> list[str]:
+    """Return files that are no masks, of a DICOM slide the largest of its series: OpenSlide finds others."""
     from data_tools.readers.dicom_headers import WHOLE_SLIDE
     from gmai_xtuner.core.imaging.dicom import header_of, open_dataset
 
@@ -157,30 +138,29 @@ def _one_a_series(root: Path, names: list[str]) -> list[str]:
             series = (PurePosixPath(name).parent, header.series)
             found = ((root / name).stat().st_size, name)
             largest[series] = max(found, largest.get(series, found))
-    return sorted([*kept, *(name for _, name in largest.values())])
+    slides = sorted([*kept, *(name for _, name in largest.values())])
+    masks = [] if mask is None else [beside(name, mask) for name in slides]
+    return [name for name in slides if name not in masks]
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the tiles of one slide."""
-    from data_tools.readers import slide_files, slide_labels
-
     rows: tuple[FileRow, ...] = unit.payload or ()
     if options.table is not None and unit.payload is None:
         raise Unusable("slide of the table not found")
     path = file_below(options, unit.key, "slide can't be read")
     if options.table is not None and not rows:
         raise Unusable("slide without a row in the table")
-    with contextlib.ExitStack() as stack:
-        slide = stack.enter_context(contextlib.closing(slide_files.open_slide(path)))
+    with ExitStack() as stack:
+        slide = stack.enter_context(closing(open_slide(path)))
         scale = scale_of(options, slide)
-        labels_of = slide_labels.labeller_of(options, unit.key, rows, slide, drops, stack)
-        tiles: dict[tuple[int, int], list[FileRow]] = (
-            _listed(options, unit.key, rows, drops)
-            if options.columns.x
-            else {corner: [] for corner in _grid(options, unit.key, slide, scale, drops)}
-        )
+        labels_of = labeller_of(options, unit.key, rows, slide, drops, stack)
+        if options.columns.x:
+            tiles = _listed(options, unit.key, rows, drops)
+        else:
+            tiles = dict.fromkeys(_grid(options, unit.key, slide, scale, drops), ())
         for (x, y), own in tiles.items():
-            tile = slide_labels.Tile(f"{unit.key} x {x} y {y}", x, y, scale, tuple(own))
+            tile = Tile(f"{unit.key} x {x} y {y}", x, y, scale, own)
             with drops.image(tile.where):
                 pixels, notes = _pixels(options, slide, tile)
                 yield Sample(
@@ -195,8 +175,6 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 def _pixels(options: Options, slide: SlideFile, tile: Tile) -> tuple[np.ndarray, dict[str, str]]:
     """Return a tile's pixels as the corpus has them, and how they were read."""
-    from data_tools.readers.slide_files import to_uint8
-
     scale = tile.scale
     level = slide.levels[scale.level]
     left, top = round(tile.x / level.downsample), round(tile.y / level.downsample)
@@ -213,17 +191,8 @@ def _pixels(options: Options, slide: SlideFile, tile: Tile) -> tuple[np.ndarray,
     return np.asarray(image), notes
 
 
-# --- scale and places -----------------------------------------------------------------------------
-
-
 def scale_of(options: Options, slide: SlideFile) -> Scale:
-    """Return how tiles of a slide are read.
-
-    Raises:
-        Unusable: the slide doesn't say its scale, or is too coarse.
-    """
-    from data_tools.readers.slide_files import Scale
-
+    """Return how tiles of a slide are read; `Unusable` if it doesn't say its scale, or is too coarse."""
     levels = slide.levels
     microns = options.slide_microns_per_pixel or slide.microns_per_pixel
     power = options.slide_magnification or slide.magnification
@@ -241,9 +210,8 @@ def scale_of(options: Options, slide: SlideFile) -> Scale:
     if full is None:
         raise Unusable(f"slide doesn't say its {what}", f"set slide_{key} or level")
     if full < 0.99:
-        raise Unusable(
-            "slide is coarser than asked for", f"it would be enlarged {1 / full:.3g} times"
-        )
+        detail = f"it would be enlarged {1 / full:.3g} times"
+        raise Unusable("slide is coarser than asked for", detail)
     # One percent of slack: pyramids' scales are rounded to whole pixels.
     level = max(i for i, entry in enumerate(levels) if i == 0 or entry.downsample <= full * 1.01)
     return Scale(level, max(1, round(options.tile * full / levels[level].downsample)), full)
@@ -253,7 +221,7 @@ def _grid(
     options: Options, key: str, slide: SlideFile, scale: Scale, drops: Drops
 ) -> list[tuple[int, int]]:
     """Return the corners of tiles with enough tissue, row by row; the others are dropped."""
-    side, step = options.tile * scale.full, options.step * scale.full
+    side, step = options.tile * scale.full, (options.stride or options.tile) * scale.full
     width, height = slide.levels[0].width, slide.levels[0].height
     if width < side or height < side:
         detail = f"{width} x {height} pixels, tile {side:g}"
@@ -265,14 +233,11 @@ def _grid(
     corners = [(x, y) for y in rows for x in columns]
     if options.min_tissue > 0:
         shares = _tissue_shares(options, slide, corners, side)
-        kept = []
-        for corner, share in zip(corners, shares, strict=True):
-            if share >= options.min_tissue:
-                kept.append(corner)
-            else:
-                where = f"{key} x {corner[0]} y {corner[1]}"
-                drops.add("tile with too little tissue", where, lost=NOTHING)
-        corners = kept
+        for (x, y), share in zip(corners, shares, strict=True):
+            if share < options.min_tissue:
+                drops.add("tile with too little tissue", f"{key} x {x} y {y}", lost=NOTHING)
+        enough = [share >= options.min_tissue for share in shares]
+        corners = list(compress(corners, enough))
     if options.max_tiles is not None and len(corners) > options.max_tiles:
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
         chosen = np.random.default_rng(seed).permutation(len(corners))[: options.max_tiles]
@@ -283,12 +248,7 @@ def _grid(
 def _tissue_shares(
     options: Options, slide: SlideFile, corners: Sequence[tuple[int, int]], side: float
 ) -> list[float]:
-    """Return for each tile the share of it that is tissue."""
-    from data_tools.readers.slide_files import tissue_map
-
-    tissue, factor = tissue_map(
-        slide, background=options.background, level_above=options.tissue_level
-    )
+    tissue, factor = tissue_map(slide, options.background, options.tissue_level)
     # summed[y, x]: tissue pixels above and to the left
     summed = np.pad(tissue.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
     shares = []
@@ -303,22 +263,18 @@ def _tissue_shares(
 
 def _listed(
     options: Options, key: str, rows: Sequence[FileRow], drops: Drops
-) -> dict[tuple[int, int], list[FileRow]]:
-    """Return the table's tiles, each once with all of its rows.
-
-    A row that can't be read may be about any tile of the slide: its label is lost in all of them.
-    """
-    tiles: dict[tuple[int, int], list[FileRow]] = {}
+) -> dict[tuple[int, int], tuple[FileRow, ...]]:
+    """Return the table's tiles, each once with all of its rows."""
+    tiles: dict[tuple[int, int], tuple[FileRow, ...]] = {}
     for row in rows:
         x, y = (row.cells[str(column)] for column in (options.columns.x, options.columns.y))
-        problem = row.problem
-        try:
-            corner = int(float(x)), int(float(y))
-        except (ValueError, OverflowError):
-            problem = f"x, y are {x!r}, {y!r}, not two numbers"
-        if problem:
-            detail = f"line {row.line} of the table: {problem}"
-            drops.add("row of the table can't be read", key, detail, lost=row.lost)
-        else:
-            tiles.setdefault(corner, []).append(row)
+        with drops.annotation(key, *row.lost):  # it may be about any tile: lost in all of them
+            try:
+                corner, problem = (int(float(x)), int(float(y))), row.problem
+            except (ValueError, OverflowError):
+                problem = f"x, y are {x!r}, {y!r}, not two numbers"
+            if problem:
+                detail = f"line {row.line} of the table: {problem}"
+                raise Unusable("row of the table can't be read", detail)
+            tiles[corner] = (*tiles.get(corner, ()), row)
     return tiles

@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -52,28 +52,8 @@ class Scale:
     full: float
 
 
-class SlideFile(Protocol):
-    """An open slide. ``levels`` begin with the full resolution.
-
-    ``microns_per_pixel`` and ``magnification`` are of the full resolution, None if the file doesn't say.
-    """
-
-    levels: tuple[Level, ...]
-    microns_per_pixel: float | None
-    magnification: float | None
-
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """``[H, W]`` or ``[H, W, 3]``; ``x`` and ``y`` in pixels of the level; all of it inside the level."""
-
-    def close(self) -> None: ...
-
-
-def open_slide(path: Path) -> SlideFile:
-    """Return the file, opened by whichever library knows it.
-
-    Raises:
-        Unusable: neither does, or the file is damaged.
-    """
+def open_slide(path: Path) -> _Scanner | TiffSlide:
+    """Return the file, opened by whichever library knows it; `Unusable` if neither does."""
     import openslide
 
     try:
@@ -133,13 +113,11 @@ class TiffSlide:
         series = self._tiff.series[0]
         self._pages = [level.keyframe for level in series.levels]
         first = self._pages[0]
-        if first.imagedepth != 1 or (
-            len(series.pages) > 1 and series.axes not in ("YX", "YXS", "SYX")
-        ):
+        is_plane = len(series.pages) == 1 or series.axes in ("YX", "YXS", "SYX")
+        if first.imagedepth != 1 or not is_plane:
             self._tiff.close()
-            raise Unusable(
-                "slide is a stack", f"axes {series.axes} of {series.shape}; one plane is read"
-            )
+            detail = f"axes {series.axes} of {series.shape}; one plane is read"
+            raise Unusable("slide is a stack", detail)
         if not values and first.colormap is None and first.dtype not in _SHOWN_TYPES:
             self._tiff.close()
             raise Unusable("slide of an unsupported kind", f"{first.dtype}; 8 and 16 bit are read")
@@ -164,21 +142,20 @@ class TiffSlide:
         columns = page.tilewidth if page.is_tiled else page.imagewidth
         if rows * columns > MAX_READ:
             raise Unusable("part of the slide is too large", f"tiles of {columns} x {rows} pixels")
-        across = math.ceil(page.imagewidth / columns)
-        down = math.ceil(page.imagelength / rows)
-        for plane in range(planes):
-            for row in range(y // rows, (y + height - 1) // rows + 1):
-                for column in range(x // columns, (x + width - 1) // columns + 1):
-                    index = (plane * down + row) * across + column
-                    tile = self._tile(level, index)
-                    if tile is None:
-                        continue  # a sparse file leaves out empty tiles
-                    _paste(out[plane], tile, x - column * columns, y - row * rows)
+        across, down = math.ceil(page.imagewidth / columns), math.ceil(page.imagelength / rows)
+        for plane, row, column in itertools.product(
+            range(planes),
+            range(y // rows, (y + height - 1) // rows + 1),
+            range(x // columns, (x + width - 1) // columns + 1),
+        ):
+            tile = self._tile(level, (plane * down + row) * across + column)
+            if tile is not None:  # a sparse file leaves out empty tiles
+                _paste(out[plane], tile, x - column * columns, y - row * rows)
         pixels = np.concatenate(list(out), axis=-1) if planes > 1 else out[0]
         return pixels[:, :, 0] if self._values else self._shown(pixels, page)
 
     def _tile(self, level: int, index: int) -> np.ndarray | None:
-        """``[h, w, samples]``; the last ones stay, since neighbours share strips and tiles."""
+        """Return ``[h, w, samples]``; the last ones stay, since neighbours share strips and tiles."""
         if (level, index) in self._decoded:
             self._decoded.move_to_end((level, index))
             return self._decoded[level, index]
@@ -202,7 +179,7 @@ class TiffSlide:
 
     @staticmethod
     def _shown(pixels: np.ndarray, page: Any) -> np.ndarray:
-        """As ``[H, W]`` or ``[H, W, 3]`` with black as zero."""
+        """Return ``[H, W]`` or ``[H, W, 3]`` with black as zero."""
         if page.colormap is not None:
             return (page.colormap[:, pixels[:, :, 0]].transpose(1, 2, 0) >> 8).astype(np.uint8)
         if pixels.dtype == bool:
@@ -212,7 +189,7 @@ class TiffSlide:
         return pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, 0]
 
     def values_problem(self) -> str:
-        """Why the pixels can't be the values of a label map, or ""."""
+        """Return why the pixels can't be the values of a label map, or ""."""
         page = self._pages[0]
         if page.colormap is None and page.samplesperpixel > 1:
             return f"{page.samplesperpixel} channels; expected one value a pixel"
@@ -247,7 +224,7 @@ def _positive(text: object) -> float | None:
 
 
 def _ome_microns(tiff: Any) -> float | None:
-    """``PhysicalSizeX`` of the first image of OME-XML."""
+    """Return ``PhysicalSizeX`` of the first image of OME-XML."""
     if not tiff.ome_metadata:
         return None
     from xml.etree import ElementTree
@@ -256,14 +233,12 @@ def _ome_microns(tiff: Any) -> float | None:
         root = ElementTree.fromstring(tiff.ome_metadata)
     except ElementTree.ParseError:
         return None
-    for element in root.iter():
-        if element.tag.rpartition("}")[2] == "Pixels":
-            size = _positive(element.get("PhysicalSizeX"))
-            scale = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3}.get(
-                element.get("PhysicalSizeXUnit", "µm")
-            )
-            return size * scale if size and scale else None
-    return None
+    pixels = root.find(".//{*}Pixels")
+    if pixels is None:
+        return None
+    size, unit = _positive(pixels.get("PhysicalSizeX")), pixels.get("PhysicalSizeXUnit", "µm")
+    scale = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3}.get(unit)
+    return size * scale if size and scale else None
 
 
 def _tiff_microns(page: Any) -> float | None:
@@ -277,20 +252,24 @@ def _tiff_microns(page: Any) -> float | None:
     return microns if microns < 25.0 else None
 
 
+SlideFile = _Scanner | TiffSlide
+"""An open slide, to be closed.
+
+``levels`` begin with the full resolution, of which are ``microns_per_pixel`` and ``magnification``, None if
+the file doesn't say. ``read`` returns ``[H, W]`` or ``[H, W, 3]`` of a part inside of a level, in its pixels.
+"""
+
+
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
     """Return 16 bit by its high byte: one scale for the whole slide, so that tiles stay comparable."""
     return pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
 
 
-# --- tissue ---------------------------------------------------------------------------------------
-
 OVERVIEW_SIDE = 2048  # pixels of the longer side of the overview, at most
 BLOCK = 2048  # pixels of the blocks in which a level is read for it
 
 
-def tissue_map(
-    slide: SlideFile, *, background: Literal["light", "dark"], level_above: int
-) -> tuple[np.ndarray, float]:
+def tissue_map(slide: SlideFile, background: str, level_above: int) -> tuple[np.ndarray, float]:
     """Return the tissue of an overview, bool ``[H, W]``, and full-resolution pixels along one of its pixels.
 
     The coarsest level that is large enough is read block by block and averaged; with blocks of whole
@@ -301,9 +280,8 @@ def tissue_map(
     number = max(i for i, level in enumerate(slide.levels) if i == 0 or level.downsample <= wanted)
     level = slide.levels[number]
     factor = max(1, math.ceil(wanted / level.downsample))
-    tissue = np.zeros(
-        (math.ceil(level.height / factor), math.ceil(level.width / factor)), dtype=bool
-    )
+    shape = math.ceil(level.height / factor), math.ceil(level.width / factor)
+    tissue = np.zeros(shape, dtype=bool)
     side = BLOCK // factor * factor or factor
     for y, x in itertools.product(range(0, level.height, side), range(0, level.width, side)):
         width, height = min(side, level.width - x), min(side, level.height - y)
@@ -322,7 +300,7 @@ def tissue_map(
 
 
 def _averaged(pixels: np.ndarray, factor: int) -> np.ndarray:
-    """float32 ``[h, w, channels]``: means of ``factor`` x ``factor`` pixels, of fewer at the edges."""
+    """Return float32 ``[h, w, channels]``: means of ``factor`` x ``factor`` pixels, of fewer at the edges."""
     values = pixels if pixels.ndim == 3 else pixels[:, :, None]
     rows = np.arange(0, values.shape[0], factor)
     columns = np.arange(0, values.shape[1], factor)

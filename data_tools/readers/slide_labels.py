@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,21 +31,13 @@ if TYPE_CHECKING:
     from data_tools.readers.slide import Options
 
 BAD_REGIONS = "regions of the slide can't be read"
-
-
+NOT_THERE = "slide without its regions"
 NO_REGION = "mark on the slide that encloses nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A tile that is to be read.
-
-    Args:
-        where: for drops.
-        x, y: full-resolution pixels of its upper left corner.
-        scale: of the slide.
-        rows: of the table, its own.
-    """
+    """A tile that is to be read: its corner in full-resolution pixels, and its own rows of the table."""
 
     where: str
     x: int
@@ -66,37 +58,29 @@ def labeller_of(
     drops: Drops,
     stack: ExitStack,
 ) -> Labeller:
-    """Return what labels the tiles of a slide.
+    """Return what labels the tiles of a slide, ``key``, of which ``rows`` are; ``stack`` closes its mask.
 
-    Args:
-        options: of the source.
-        key: path of the slide below the root.
-        rows: of the table that name it.
-        slide: open.
-        drops: takes marks on the slide that enclose nothing.
-        stack: closes the slide's mask.
-
-    Raises:
-        Unusable: outlines or mask can't be read, or don't fit the slide.
+    Marks on the slide that enclose nothing are dropped. `Unusable` if outlines or mask can't be read, or
+    don't fit the slide.
     """
     if options.mask is not None:
-        mask = _open_mask(_beside(options, key, options.mask), slide)
-        stack.callback(mask.close)
+        path = file_below(options, beside(key, options.mask), NOT_THERE)
+        mask = stack.enter_context(closing(TiffSlide(path, values=True)))
+        _check_mask(mask, slide)
         return partial(_of_mask, options, slide, mask)
     if options.regions is not None:
-        outlines = read_outlines(_beside(options, key, options.regions))
+        outlines = read_outlines(file_below(options, beside(key, options.regions), NOT_THERE))
         for mark in (outline for outline in outlines if not outline.rings):
             drops.add(NO_REGION, key, mark.label, lost=[mark.label])
         return partial(_of_outlines, options, [outline for outline in outlines if outline.rings])
-    whole = annotations_of(rows)
-    if options.table is None and (folder := folder_name(key)):
-        whole = [Annotation(folder)]
-    return lambda tile, _: annotations_of(tile.rows) if options.columns.x else whole
+    folder = folder_name(key) if options.table is None else None
 
+    def of_rows(tile: Tile, _: Drops) -> list[Annotation]:
+        own = tile.rows if options.columns.x else rows
+        said = [Annotation(r.label, r.box, attributes=r.attributes) for r in own if r.label]
+        return [Annotation(folder)] if folder else said
 
-def annotations_of(rows: Sequence[FileRow]) -> list[Annotation]:
-    """Return what rows of a table say, without those whose label is empty."""
-    return [Annotation(r.label, r.box, attributes=r.attributes) for r in rows if r.label]
+    return of_rows
 
 
 def _of_outlines(
@@ -109,9 +93,8 @@ def _of_outlines(
         if mask is None or outline.negative or outline.label in options.exclude:
             continue
         for other, cut in drawn:
-            if cut is not None and (
-                other.label in options.exclude or (other.negative and other.label == outline.label)
-            ):
+            is_negative = other.negative and other.label == outline.label
+            if cut is not None and (is_negative or other.label in options.exclude):
                 mask = mask & ~cut
         masks.append((outline.label, mask))
     if hidden := [label for label, mask in masks if not mask.any()]:
@@ -137,7 +120,6 @@ def _of_mask(
 def _of_masks(
     options: Options, masks: Sequence[tuple[str, np.ndarray]], tile: Tile, drops: Drops
 ) -> list[Annotation]:
-    """Return the regions of a tile as the job wants them."""
     if not masks:
         if not options.outside:
             raise Unusable("tile without a region")
@@ -146,7 +128,7 @@ def _of_masks(
         return [Annotation(label, mask=mask) for label, mask in masks]
     covered: dict[str, np.ndarray] = {}
     for label, mask in masks:
-        covered[label] = covered[label] | mask if label in covered else mask
+        covered[label] = covered.get(label, False) | mask
     names = [name for name, mask in covered.items() if mask.mean() >= options.min_region]
     if not names:
         raise Unusable("tile with too little of a region")
@@ -155,27 +137,22 @@ def _of_masks(
     return [Annotation(name) for name in names]
 
 
-def _beside(options: Options, key: str, pattern: str) -> Path:
-    return file_below(options, beside(key, pattern), "slide without its regions")
-
-
-def _open_mask(path: Path, slide: SlideFile) -> SlideFile:
-    mask = TiffSlide(path, values=True)
+def _check_mask(mask: TiffSlide, slide: SlideFile) -> None:
     own, full = mask.levels[0], slide.levels[0]
     across, down = full.width / own.width, full.height / own.height
-    reason, detail = "mask of the slide isn't a label map", mask.values_problem()
+    if problem := mask.values_problem():
+        raise Unusable("mask of the slide isn't a label map", problem)
     # A smaller mask was rounded to whole pixels: at most one is missing along a side.
-    if not detail and (abs(full.height - own.height * across) > max(across, 1) or across < 0.99):
+    if abs(full.height - own.height * across) > max(across, 1) or across < 0.99:
         sizes = f"{own.width} x {own.height} for {full.width} x {full.height}"
-        reason, detail = "mask doesn't fit the slide", f"{sizes}: factors {across:.4g}, {down:.4g}"
-    if detail:
-        mask.close()
-        raise Unusable(reason, detail)
-    return mask
+        detail = f"{sizes}: factors {across:.4g}, {down:.4g}"
+        raise Unusable("mask doesn't fit the slide", detail)
 
 
-# --- outlines -------------------------------------------------------------------------------------
-
+_BAD = (
+    *(OSError, ElementTree.ParseError, ValueError, KeyError, TypeError),
+    *(AttributeError, RecursionError),
+)
 Ring = np.ndarray
 """float64 ``[points, 2]``: x, y."""
 
@@ -184,42 +161,31 @@ Ring = np.ndarray
 class Outline:
     """One closed region.
 
-    Args:
-        label: class, group or name that it was given; "" without one.
-        rings: the outer ring, then the holes in it; none of a point, a line or an arrow.
-        negative: it is cut out of the other regions of its label.
+    ``rings`` are the outer one, then the holes in it; none of a point, a line or an arrow. A ``negative`` one
+    is cut out of the other regions of its label.
     """
 
     label: str
     rings: tuple[Ring, ...] = ()
     negative: bool = False
 
-    @property
-    def box(self) -> tuple[float, float, float, float]:
-        """x1, y1, x2, y2 of the outer ring."""
-        low, high = self.rings[0].min(axis=0), self.rings[0].max(axis=0)
-        return float(low[0]), float(low[1]), float(high[0]), float(high[1])
-
     def mask(self, x: float, y: float, scale: float, size: tuple[int, int]) -> np.ndarray | None:
-        """bool ``[H, W]`` of the part in a tile, None where it doesn't touch it.
+        """Return bool ``[H, W]`` of the part in a tile of width and height, None where it doesn't touch it.
 
-        Args:
-            x, y: the tile's corner in full-resolution pixels.
-            scale: full-resolution pixels along one of the tile's.
-            size: ``(width, height)`` of the tile.
+        The corner ``x``, ``y``, and ``scale`` along one of the tile's pixels, are full-resolution pixels.
         """
-        x1, y1, x2, y2 = self.box
-        if x2 < x or y2 < y or x1 > x + size[0] * scale or y1 > y + size[1] * scale:
-            return None
         rings = [(ring - (x, y)) / scale for ring in self.rings]
+        low, high = rings[0].min(axis=0), rings[0].max(axis=0)
+        if (high < 0).any() or (low > size).any():
+            return None
         mask = _filled(rings, size)
         # A region so small that it has no pixel is in the tile all the same.
-        inside = x <= x1 and y <= y1 and x2 <= x + size[0] * scale and y2 <= y + size[1] * scale
+        inside = (low >= 0).all() and (high <= size).all()
         return mask if inside or mask.any() else None
 
 
 def _filled(rings: Sequence[Ring], size: tuple[int, int]) -> np.ndarray:
-    """bool ``[H, W]``: pixels whose middle lies inside of an odd number of rings.
+    """Return bool ``[H, W]``: pixels whose middle lies inside of an odd number of rings.
 
     Every edge that crosses the middle of a pixel row flips what lies to the right of the crossing; edges
     outside of the tile cost next to nothing, however long they are.
@@ -242,11 +208,7 @@ def _filled(rings: Sequence[Ring], size: tuple[int, int]) -> np.ndarray:
 
 
 def read_outlines(path: Path) -> list[Outline]:
-    """Return every outline of a file, in its order.
-
-    Raises:
-        Unusable: not such a file, or an outline that is none.
-    """
+    """Return every outline of a file, in its order, or raise `Unusable`."""
     try:
         if path.suffix.lower() == ".xml":
             root = ElementTree.parse(path).getroot()
@@ -254,10 +216,7 @@ def read_outlines(path: Path) -> list[Outline]:
                 raise ValueError("no element at all")
             return list(_xml(root))
         return list(_geojson(json.loads(path.read_text(encoding="utf-8"))))
-    except (
-        *(OSError, ElementTree.ParseError, ValueError),
-        *(KeyError, TypeError, AttributeError, RecursionError),
-    ) as error:
+    except _BAD as error:
         raise Unusable(BAD_REGIONS, f"{type(error).__name__}: {error}") from error
 
 

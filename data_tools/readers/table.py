@@ -15,22 +15,19 @@ Rows of one image are one sample, wherever in the table they are (see `rows`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from data_tools.options import Options as Section
-from data_tools.readers import SourceOptions
-from data_tools.readers.files import file_of, listed, open_image, size_of
-from data_tools.readers.patterns import fill, place_names
-from data_tools.readers.rows import Format, Row, cell_text, grouped, open_table, words_of
-from data_tools.readers.shapes import numbers
+from data_tools.readers import SourceOptions, files
+from data_tools.readers.patterns import Patterns, fill, place_names
+from data_tools.readers.rows import Format, Row, cell_text, grouped, read_table, words_of
 from data_tools.records import ANYTHING, NOTHING, Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import Unusable
 
 Part = Literal["x1", "y1", "x2", "y2", "cx", "cy", "width", "height"]
 IMAGES_A_UNIT = 32
@@ -44,13 +41,11 @@ class BoxColumns(Section):
 
     Args:
         x1, y1, x2, y2: left, upper, right and lower edge.
-        cx, cy: centre.
-        width, height: size.
+        cx, cy, width, height: centre and size.
         column: the one column; a list, or a text of numbers with anything between them.
         order: what the four numbers of ``column`` are.
         unit: ``pixels``, or ``fractions`` of the image's width and height.
-        last_pixel_inside: ``x2`` and ``y2`` name the last pixel of the box, so that its width is
-            ``x2 - x1 + 1``.
+        last_pixel_inside: ``x2`` and ``y2`` name the last pixel of the box: its width is ``x2 - x1 + 1``.
     """
 
     x1: str | None = None
@@ -76,10 +71,8 @@ class BoxColumns(Section):
         for parts in _AXES:
             here = given & set(parts)
             if len(here) != 2 or (parts[2] in here and parts[3] not in here):
-                raise ValueError(
-                    f"a box needs two of {', '.join(parts)} that fix it, "
-                    f"got {', '.join(sorted(here)) or 'none'}"
-                )
+                got = ", ".join(sorted(here)) or "none"
+                raise ValueError(f"a box needs two of {', '.join(parts)} that fix it, got {got}")
         if self.last_pixel_inside and not {"x2", "y2"} <= given:
             raise ValueError("`last_pixel_inside` is about x2 and y2")
         return self
@@ -91,8 +84,12 @@ class BoxColumns(Section):
 
     @property
     def used(self) -> list[str]:
-        """Every column that is needed."""
         return [self.column] if self.column is not None else list(self.columns.values())
+
+
+def _by_their_names(columns: object) -> object:
+    """Return a list of columns as the map from each to its own name as the label."""
+    return {name: name for name in columns} if isinstance(columns, list | tuple) else columns
 
 
 class Options(SourceOptions):
@@ -100,14 +97,10 @@ class Options(SourceOptions):
 
     Args:
         table: the file, relative to the job file or below the root.
-        format: default by suffix.
-        encoding: of a text table.
-        delimiter: default a comma, of a TSV a tab.
-        sheet: of an Excel file; default the first.
+        format, encoding, delimiter, sheet: default by suffix, UTF-8, a comma (of a TSV a tab), the first.
         image: column with the image's path, or a pattern of columns such as ``png/{image ID:03d}.png``.
         image_folder, image_suffix: put before and behind it.
-        label: column or columns with a label each.
-        label_separator: between the labels of one cell, such as ``|``.
+        label, label_separator: column or columns of labels; sign between those of one cell, such as ``|``.
         one_hot: columns that say whether a label applies; a list, or a map from column to label.
         positive, negative: cells of such a column. Any other cell is unclear and drops the image.
         nothing: label of an image to which no ``one_hot`` column applies; default: it has none.
@@ -115,12 +108,9 @@ class Options(SourceOptions):
         box: where a row has its box; a row whose cells of it are all missing speaks of the whole image.
         row_is: ``picture``: one row an image, two that differ drop it; ``finding``: each row adds to the
             image. Default: ``finding`` with ``box``, else ``picture``.
-        attribute_columns: column -> name of the image's attribute.
-        finding_columns: column -> name of the finding's attribute.
-        attribute_values: name of an attribute -> its codes -> words, ``{sex: {m: male, f: female}}``. A code
-            that isn't among them drops the row.
-        group_column: patient, case or slide.
-        modality_column: of the taxonomy, or a DICOM code.
+        attribute_columns, finding_columns: column -> name of the image's, or the finding's, attribute.
+        attribute_values: name of an attribute -> its codes -> words; a code not among them drops the row.
+        group_column, modality_column: patient, case or slide; of the taxonomy, or a DICOM code.
         split_column, splits: only rows with one of these values are read.
     """
 
@@ -135,9 +125,9 @@ class Options(SourceOptions):
     image: str = Field(min_length=1)
     image_folder: str = ""
     image_suffix: str = ""
-    label: str | tuple[str, ...] = ()
+    label: Patterns = ()
     label_separator: str | None = Field(default=None, min_length=1)
-    one_hot: dict[str, str] | tuple[str, ...] = ()
+    one_hot: Annotated[dict[str, str], BeforeValidator(_by_their_names)] = Field(default={})
     positive: tuple[str, ...] = ("1", "1.0", "true", "True", "TRUE", "yes")
     negative: tuple[str, ...] = ("0", "0.0", "false", "False", "FALSE", "no")
     nothing: str | None = None
@@ -160,32 +150,19 @@ class Options(SourceOptions):
             raise ValueError("`split_column` and `splits` belong together")
         names = {*self.attribute_columns.values(), *self.finding_columns.values()}
         if strange := sorted(set(self.attribute_values) - names):
-            raise ValueError(
-                f"`attribute_values` is about attributes that no column gives: {', '.join(strange)}; "
-                f"there are {', '.join(sorted(names)) or 'none'}"
-            )
+            problem = "`attribute_values` is about attributes that no column gives"
+            there = ", ".join(sorted(names)) or "none"
+            raise ValueError(f"{problem}: {', '.join(strange)}; there are {there}")
         if self.nothing is not None and not self.one_hot:
             raise ValueError("`nothing` is about `one_hot` columns")
         return self
 
     @property
-    def label_columns(self) -> tuple[str, ...]:
-        return (self.label,) if isinstance(self.label, str) else self.label
-
-    @property
-    def one_hot_labels(self) -> dict[str, str]:
-        """Column -> label."""
-        if isinstance(self.one_hot, dict):
-            return self.one_hot
-        return {column: column for column in self.one_hot}
-
-    @property
     def used(self) -> list[str]:
-        """Every column that is needed, each once."""
         columns = [
             *(place_names(self.image) or [self.image]),
-            *self.label_columns,
-            *self.one_hot_labels,
+            *self.label,
+            *self.one_hot,
             *(self.box.used if self.box else ()),
             *self.attribute_columns,
             *self.finding_columns,
@@ -196,18 +173,8 @@ class Options(SourceOptions):
         return list(dict.fromkeys(name for name in columns if name is not None))
 
 
-# --- units --------------------------------------------------------------------------------------
-
-
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for every few images, with their rows.
-
-    Raises:
-        SourceError: the table can't be read, lacks a column, or has no row of the splits.
-    """
-    path = Path(options.table)
-    if not path.is_absolute():  # `job.load` makes a path absolute that is relative to the job file
-        path = file_of(options, options.table, key="table")
+    """Yield a unit for every few images, with their rows."""
     splits: dict[str, None] = {}
 
     def wanted(row: Row) -> bool:
@@ -218,34 +185,22 @@ def units(options: Options) -> Iterator[Unit]:
             splits[split] = None
         return split in options.splits
 
-    with open_table(
-        path,
-        source=options.name,
-        form=options.format,
-        encoding=options.encoding,
-        delimiter=options.delimiter,
-        sheet=options.sheet,
-    ) as table:
-        found = grouped(
-            table, options.used, key=lambda row: _image_name(options, row), wanted=wanted
-        )
-        strays = next(found)
+    path = files.table_of(options, options.table)
+    keys = {"encoding": options.encoding, "delimiter": options.delimiter, "sheet": options.sheet}
+    said: dict[str, Any] = {"form": options.format, "source": options.name, **keys}
+    rows = read_table(path, options.used, **said)
+    found = grouped(rows, key=lambda row: _image_name(options, row), wanted=wanted)
+    strays = next(found)
+    batch = list(islice(found, IMAGES_A_UNIT))
+    if unseen := [split for split in options.splits if split not in splits]:
+        problem = f"no row has {files.listed(unseen)} in column {options.split_column!r}"
+        raise files.wrong(options, f"{path}: {problem}; there are {files.listed(list(splits))}.")
+    if strays:
+        yield Unit(f"{options.table}{STRAYS}", (False, strays))
+    while batch:
+        together = [row for image in batch for row in image]
+        yield Unit(f"{options.table}#{together[0].line}", (bool(strays), together))
         batch = list(islice(found, IMAGES_A_UNIT))
-        if unseen := [split for split in options.splits if split not in splits]:
-            raise SourceError(
-                f"{table.shown}: no row has {listed(unseen)} in column {options.split_column!r}; there "
-                f"are {listed(list(splits))}."
-            )
-        if strays:
-            yield Unit(f"{options.table}{STRAYS}", (False, _plain(strays)))
-        while batch:
-            rows = _plain(row for image in batch for row in image)
-            yield Unit(f"{options.table}#{rows[0][0]}", (bool(strays), rows))
-            batch = list(islice(found, IMAGES_A_UNIT))
-
-
-def _plain(rows: Iterable[Row]) -> tuple[tuple[int, dict[str, Any], str], ...]:
-    return tuple((row.line, row.cells, row.problem) for row in rows)
 
 
 def _image_name(options: Options, row: Row) -> str:
@@ -264,30 +219,27 @@ def _image_name(options: Options, row: Row) -> str:
     return name + options.image_suffix
 
 
-# --- samples ------------------------------------------------------------------------------------
-
-
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the images of a unit, each with what its rows say."""
     with_strays, rows = unit.payload
     by_image: dict[str, list[Row]] = {}
-    for row in (Row(*values) for values in rows):
+    for row in rows:
         by_image.setdefault(_image_name(options, row), []).append(row)
     if unit.key.endswith(STRAYS):
-        for row in (row for of_image in by_image.values() for row in of_image):
+        for row in rows:
             drops.add(row.problem or "no image name", f"{options.table} line {row.line}")
         return
     if with_strays:
         drops.lose(ANYTHING)  # counted with the strays
     for name, of_image in by_image.items():
         with drops.image(f"{options.table} line {of_image[0].line}"):
-            yield from _image(options, open_image(options, name), of_image, drops)
+            yield from _image(options, files.open_image(options, name), of_image, drops)
 
 
 def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -> Iterator[Sample]:
     """Yield the image with what its rows say; nothing if one of them is unclear or contradicts another."""
     fractions = options.box is not None and options.box.unit == "fractions"
-    size = size_of(found) if fractions else (1, 1)
+    size = files.size_of(found) if fractions else (1, 1)
     mode = options.row_is or ("finding" if options.box else "picture")
     seen: list[tuple[Annotation, ...]] = []
     about: _Facts | None = None
@@ -325,18 +277,14 @@ def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -
         group=group or found.group,
         modality=modality or found.modality,
         attributes={**found.attributes, **dict(attributes)},
-        examined=tuple(options.one_hot_labels.values()),  # each has its cell, or the image falls
+        examined=tuple(options.one_hot.values()),  # each has its cell, or the image falls
     )
 
 
 def _parsed(
     options: Options, row: Row, size: tuple[int, int], drops: Drops, where: str
 ) -> tuple[tuple[Annotation, ...], _Facts] | None:
-    """Return findings and facts of a row; None if it was dropped.
-
-    Raises:
-        Unusable: a cell may mean anything, so that the image as a whole is of no use.
-    """
+    """Return findings and facts of a row, None if it was dropped; `Unusable` if the image falls with it."""
     labels = list(dict.fromkeys(_labels(options, row)))
     cells = [row.cells[column] for column in options.box.used] if options.box else []
     lost = [*labels, *words_of(cells)] if labels else []
@@ -355,38 +303,36 @@ _Facts = tuple[str | None, str | None, tuple[tuple[str, str], ...]]
 
 
 def _facts(options: Options, row: Row) -> _Facts:
-    def cell(column: str | None) -> str | None:
-        text = cell_text(row.cells[column]) if column else ""
-        return None if text in options.missing else text
-
-    if options.group_column and cell(options.group_column) is None:
+    group, modality = (
+        text if column and (text := cell_text(row.cells[column])) not in options.missing else None
+        for column in (options.group_column, options.modality_column)
+    )
+    if options.group_column and group is None:
         raise Unusable("no group", f"column {options.group_column!r} is empty")
-    attributes = tuple(_attributes(options, row, options.attribute_columns).items())
-    return cell(options.group_column), cell(options.modality_column), attributes
+    return group, modality, tuple(_attributes(options, row, options.attribute_columns).items())
 
 
 def _attributes(options: Options, row: Row, columns: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for column, name in columns.items():
         text = cell_text(row.cells[column])
-        words = options.attribute_values.get(name)
-        if text in options.missing:
-            continue
-        if words is not None and text not in words:
+        words = options.attribute_values.get(name, {text: text})
+        if text not in options.missing and text not in words:
             raise Unusable("unknown value of an attribute", f"{name} is {text!r}")
-        found[name] = text if words is None else words[text]
+        if text not in options.missing:
+            found[name] = words[text]
     return found
 
 
 def _labels(options: Options, row: Row) -> Iterator[str]:
-    for column in options.label_columns:
+    for column in options.label:
         cell = row.cells[column]
         parts = cell if isinstance(cell, list) else [cell]
         if options.label_separator and isinstance(cell, str):
             parts = cell.split(options.label_separator)
         yield from (text for part in parts if (text := cell_text(part)) not in options.missing)
     applies = False
-    for column, label in options.one_hot_labels.items():
+    for column, label in options.one_hot.items():
         text = cell_text(row.cells[column])
         if text in options.positive:
             applies = True
@@ -407,16 +353,13 @@ def _box(
     if empty:
         raise Unusable("incomplete box", f"column {', '.join(empty)} is empty")
     try:
-        parts = numbers(_parts(columns, row))
+        parts = files.numbers(_parts(columns, row))
     except ValueError as error:
         raise Unusable("box that can't be read", str(error)) from error
     if columns.unit == "fractions":
         if any(abs(value) > 1 + 1e-4 for value in parts.values()):
             raise Unusable("fraction below 0 or above 1", str(parts))
-        parts = {
-            part: value * size[part in ("y1", "y2", "cy", "height")]
-            for part, value in parts.items()
-        }
+        parts = {part: value * size[part in _AXES[1]] for part, value in parts.items()}
     (x1, x2), (y1, y2) = (_edges(parts, *axis) for axis in _AXES)
     last = int(columns.last_pixel_inside)
     return (x1, y1, x2 + last, y2 + last)

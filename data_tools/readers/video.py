@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from PIL import Image
@@ -21,23 +21,21 @@ from pydantic import Field, model_validator
 from data_tools.readers import SourceOptions
 from data_tools.readers.file_rows import FileRow, RowColumns, folder_name, units_of
 from data_tools.readers.files import file_below
+from data_tools.readers.video_frames import Timeline, frames_at, scene_starts, timeline
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
-
-if TYPE_CHECKING:
-    from data_tools.readers.video_frames import Timeline
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".ts", ".gif")
 THUMBNAIL_SIDE = 32  # pixels of the grey thumbnail by which frames are told apart
 
 
 class VideoColumns(RowColumns):
-    """The columns of a table; those of `RowColumns`, and:
+    """The columns of a table; those of `RowColumns`, and the frame that a row is about.
 
     Args:
-        frame: the frame's number, the first is 0 (`first_frame` says otherwise).
-        seconds: the frame's time instead, ``83.5`` or ``1:23.5``; the frame that is on the screen then.
-        until: end of the interval that begins at ``frame`` or ``seconds``, in the same unit, exclusive.
+        frame: its number, the first is 0 (`first_frame` says otherwise); or
+        seconds: its time, ``83.5`` or ``1:23.5``; the frame that is on the screen then.
+        until: end of the interval that begins there, in the same unit, exclusive.
     """
 
     frame: str | None = None
@@ -65,18 +63,14 @@ class Options(SourceOptions):
         files: pattern of the videos below ``root``.
         pick: ``every`` so many seconds; ``evenly`` so many a video, each in the middle of its share;
             ``scenes``, the middle frame of every scene; ``table``, the frames that the table names.
-        seconds: between two frames of ``every``.
-        count: frames a video of ``evenly``.
+        seconds, count: of ``every`` and ``evenly``.
         scene_change: score of a new scene, 0 to 1; FFmpeg's documentation advises 0.3 to 0.4.
         max_frames: at most so many frames a video, spread evenly over those picked.
         skip_start, skip_end: seconds left out at both ends, for title frames.
-        crop: ``[x1, y1, x2, y2]`` in pixels of the frame, half-open: what is left is thrown away, as
-            names and times that the device burns into the image's edge. Boxes move along.
-        min_difference: a frame whose grey thumbnail (32 x 32) differs from one that was kept by fewer grey
-            levels on average is left out; frames that a table names are all kept. 0 keeps everything.
-        table: CSV, TSV, JSONL or Excel with labels, relative to the job file or below the root; without it,
-            the folder that a video lies in is its label.
-        columns: see `VideoColumns`.
+        crop: ``[x1, y1, x2, y2]`` in pixels, half-open; the rest, with burned-in names, is thrown away.
+        min_difference: a frame whose grey thumbnail differs from one that was kept by fewer grey levels on
+            average is left out, unless a table names it. 0 keeps everything.
+        table, columns: labels; without it, the folder that a video lies in is its label.
         first_frame: number of the first frame in the table, 0 or 1.
     """
 
@@ -100,27 +94,18 @@ class Options(SourceOptions):
     @model_validator(mode="after")
     def _fits_together(self) -> Options:
         if self.pick == "table" and not (self.table and self.columns.of_frames):
-            raise ValueError(
-                "'pick: table' takes the frames that a table names: give 'table', and in 'columns' the "
-                "column 'frame' or 'seconds'"
-            )
+            needed = "give 'table', and in 'columns' the column 'frame' or 'seconds'"
+            raise ValueError(f"'pick: table' takes the frames that a table names: {needed}")
         if self.pick == "table" and self.columns.until:
-            raise ValueError(
-                "'until' gives intervals, and 'pick: table' single frames: pick 'every'"
-            )
-        if self.crop and not (
-            0 <= self.crop[0] < self.crop[2] and 0 <= self.crop[1] < self.crop[3]
-        ):
+            raise ValueError("'until' gives intervals, 'pick: table' single frames: pick 'every'")
+        x1, y1, x2, y2 = self.crop or (0, 0, 1, 1)
+        if not (0 <= x1 < x2 and 0 <= y1 < y2):
             raise ValueError(f"crop is [x1, y1, x2, y2] with x1 < x2 and y1 < y2, got {self.crop}")
         return self
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each video; the payload are its rows of the table, or None without a table.
-
-    Raises:
-        SourceError: no video, or a table that can't be read.
-    """
+    """Yield a unit for each video; the payload are its rows of the table, or None without a table."""
     columns = options.columns
     extra = [name for name in (columns.frame, columns.seconds, columns.until) if name]
     yield from units_of(options, SUFFIXES, "video", extra=extra)
@@ -128,12 +113,10 @@ def units(options: Options) -> Iterator[Unit]:
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the picked frames of one video."""
-    from data_tools.readers import video_frames
-
     if options.table is not None and unit.payload is None:
         raise Unusable("video of the table not found")
     path = file_below(options, unit.key, "video can't be read")
-    line = video_frames.timeline(path)
+    line = timeline(path)
     spans: list[_Span] = []
     for row in unit.payload or ():
         # Which frames a row that can't be read was about can't be known: it may be any.
@@ -145,13 +128,14 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     if not numbers:
         raise Unusable("video without a frame to pick", f"{line.end:.2f} s long")
     seen: list[np.ndarray] = []
-    for frame in video_frames.frames_at(path, line, numbers):
+    for frame in frames_at(path, line, numbers):
         with drops.image(f"{unit.key} frame {frame.number}"):
             if frame.pixels is None:
                 raise Unusable("frame can't be decoded")
             pixels = _cropped(frame.pixels, options.crop)
             if options.pick != "table" and options.min_difference:
-                thumbnail = _thumbnail(pixels)
+                grey, size = Image.fromarray(pixels).convert("L"), (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+                thumbnail = np.asarray(grey.resize(size, Image.Resampling.BOX), dtype=np.float32)
                 if any(np.abs(thumbnail - other).mean() < options.min_difference for other in seen):
                     raise Unusable("frame nearly the same as another")
                 seen.append(thumbnail)
@@ -178,11 +162,7 @@ class _Span:
 
 
 def _span(row: FileRow, options: Options, line: Timeline) -> _Span:
-    """Return the frames of a row of the table.
-
-    Raises:
-        Unusable: the row can't be read, or names none.
-    """
+    """Return the frames of a row of the table; `Unusable` if it can't be read, or names none."""
     columns, where, count = options.columns, f"line {row.line} of the table", len(line.pts)
     if row.problem:
         raise Unusable("row of the table can't be read", f"{where}: {row.problem}")
@@ -231,11 +211,9 @@ def _number_at(seconds: float, line: Timeline, *, end: bool) -> int:
 
 def _picked(options: Options, path: Path, line: Timeline, spans: Sequence[_Span]) -> list[int]:
     """Return the frames to take, ascending."""
-    from data_tools.readers import video_frames
-
     seconds = line.seconds
-    first = int(np.searchsorted(seconds, options.skip_start))
-    end = int(np.searchsorted(seconds, line.end - options.skip_end, side="left"))
+    ends = [options.skip_start, line.end - options.skip_end]
+    first, end = np.searchsorted(seconds, ends).tolist()
     if options.pick == "table":
         numbers = sorted({span.first for span in spans})
     elif options.pick == "every":
@@ -244,7 +222,7 @@ def _picked(options: Options, path: Path, line: Timeline, spans: Sequence[_Span]
     elif options.pick == "evenly":
         numbers = _evenly(range(first, end), options.count)
     else:
-        starts = [first, *video_frames.scene_starts(path, line, options.scene_change), end]
+        starts = [first, *scene_starts(path, line, options.scene_change), end]
         starts = sorted({start for start in starts if first <= start <= end})
         numbers = [(a + b - 1) // 2 for a, b in itertools.pairwise(starts)]
     numbers = [number for number in numbers if first <= number < end]
@@ -267,22 +245,15 @@ def _annotations(
         return (Annotation(folder),) if folder else ()
     left, top = options.crop[:2] if options.crop else (0, 0)
     found = []
-    for span in spans:
-        row = span.row
-        if span.first <= number < span.end and row.label:
-            box = row.box
-            if box is not None:
-                box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-            found.append(Annotation(row.label, box, attributes=row.attributes))
+    for row in (span.row for span in spans if span.first <= number < span.end and span.row.label):
+        box = row.box
+        if box is not None:
+            box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+        found.append(Annotation(row.label, box, attributes=row.attributes))
     return tuple(found)
 
 
 def _cropped(pixels: np.ndarray, crop: tuple[int, int, int, int] | None) -> np.ndarray:
-    """Return what lies in the crop.
-
-    Raises:
-        Unusable: a part of the crop lies outside the frame.
-    """
     if crop is None:
         return pixels
     x1, y1, x2, y2 = crop
@@ -290,13 +261,3 @@ def _cropped(pixels: np.ndarray, crop: tuple[int, int, int, int] | None) -> np.n
     if x2 > width or y2 > height:
         raise Unusable("crop outside the frame", f"the frame has {width} x {height} pixels")
     return np.ascontiguousarray(pixels[y1:y2, x1:x2])
-
-
-def _thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """Return float32 ``[32, 32]`` of grey levels."""
-    small = (
-        Image.fromarray(pixels)
-        .convert("L")
-        .resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
-    )
-    return np.asarray(small, dtype=np.float32)

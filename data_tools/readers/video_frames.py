@@ -71,18 +71,17 @@ class Frame:
 def timeline(path: Path) -> Timeline:
     """Return the packets' time stamps; reads the file once and decodes nothing.
 
-    Raises:
-        Unusable: the file isn't a video, is cut off before its first frame, or its frames are too large.
+    `Unusable` if it isn't a video, is cut off before its first frame, or its frames are too large.
     """
     with _open(path) as container:
         stream = _stream(container, path)
-        pts: list[int] = []
-        keyframes: list[int] = []
+        pts, keyframes = list[int](), list[int]()
         ascending, usable = True, True
         for packet in _packets(container, stream):
+            if not packet.size or packet.is_discard:  # it becomes no frame
+                continue
             stamp = packet.pts
-            if stamp is None:
-                usable = False
+            usable = usable and stamp is not None
             ascending = ascending and (stamp is None or not pts or stamp > pts[-1])
             pts.append(-1 if stamp is None else stamp)
             if packet.is_keyframe and stamp is not None:
@@ -101,9 +100,8 @@ def timeline(path: Path) -> Timeline:
             return Timeline(stamps, starts, stream.time_base)
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
-            raise Unusable(
-                "video without times", "neither time stamps nor a frame rate in the file"
-            )
+            detail = "neither time stamps nor a frame rate in the file"
+            raise Unusable("video without times", detail)
         numbers = np.arange(len(pts), dtype=np.int64)
         return Timeline(numbers, numbers[:1], 1 / Fraction(rate), by_counting=True)
 
@@ -143,22 +141,17 @@ def scene_starts(path: Path, line: Timeline, threshold: float) -> list[int]:
     absolute difference to the frame before, or its change if that is smaller, of 100; here of grey
     thumbnails. So a steady pan is no change of scene, and a cut is one.
     """
-    starts = [0]
-    before: np.ndarray | None = None
-    before_difference = 0.0
+    starts, before, before_difference = [0], None, 0.0
     with _open(path) as container:
-        stream = _stream(container, path)
-        for stamp, frame in _decode(container, stream, line):
+        for stamp, frame in _decode(container, _stream(container, path), line):
             small = frame.reformat(width=SCENE_SIDE, height=SCENE_SIDE, format="gray").to_ndarray()
             grey = small.astype(np.float32)
-            if before is not None:
-                difference = float(np.abs(grey - before).mean()) * 100.0 / 256.0
-                score = min(difference, abs(difference - before_difference)) / 100.0
-                before_difference = difference
-                number = int(np.searchsorted(line.pts, stamp))
-                if score > threshold and starts[-1] < number < len(line.pts):
-                    starts.append(number)
-            before = grey
+            difference = float(np.abs(grey - (grey if before is None else before)).mean()) / 2.56
+            score = min(difference, abs(difference - before_difference)) / 100.0
+            number = int(np.searchsorted(line.pts, stamp))
+            if score > threshold and starts[-1] < number < len(line.pts):
+                starts.append(number)
+            before, before_difference = grey, difference
     return starts
 
 
@@ -166,11 +159,13 @@ def _open(path: Path) -> Any:
     try:
         return av.open(str(path), metadata_errors="replace")
     except (av.error.FFmpegError, OSError) as error:
-        raise Unusable("video can't be read", _text(error)) from error
+        # FFmpeg's own words, without the path that it repeats.
+        text = str(getattr(error, "strerror", None) or error)
+        raise Unusable("video can't be read", text or type(error).__name__) from error
 
 
 def _stream(container: Any, path: Path) -> Any:
-    """The first stream of moving images; one thread, because every video has its own process."""
+    """Return the first stream of moving images; one thread, because every video has its own process."""
     streams = [s for s in container.streams.video if s.codec_context is not None]
     if not streams:
         raise Unusable("video without frames", f"no stream of pictures in {path.name}")
@@ -183,7 +178,7 @@ def _stream(container: Any, path: Path) -> Any:
 
 
 def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Packets that become a frame; a file that is cut off ends where it was cut."""
+    """Yield packets; a file that is cut off ends where it was cut."""
     packets = container.demux(stream)
     while True:
         try:
@@ -192,21 +187,13 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
             return
         if packet is None:
             return
-        if packet.size and not packet.is_discard:
-            yield packet
+        yield packet
 
 
 def _decode(container: Any, stream: Any, line: Timeline) -> Iterator[tuple[int, Any]]:
-    """``(pts, frame)`` from where the container stands; a damaged packet costs its own frames only."""
+    """Yield ``(pts, frame)`` from where the container stands; a damaged packet costs its own frames only."""
     count = 0
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.error.FFmpegError:
-            packet = None
-        if packet is None:
-            return
+    for packet in _packets(container, stream):
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
@@ -235,15 +222,17 @@ def _seek(
 
 
 def _pixels(frame: Any) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
-    turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame)))
+
+
+def _turns(frame: Any) -> int:
+    return round(getattr(frame, "rotation", 0) / 90) % 4
 
 
 def _notes(frame: Any, stream: Any) -> dict[str, str]:
     """What is particular to the geometry, for the provenance."""
     notes = {}
-    if turns := round(getattr(frame, "rotation", 0) / 90) % 4:
+    if turns := _turns(frame):
         notes["rotated"] = f"{90 * turns} degrees counterclockwise"
     aspect = stream.sample_aspect_ratio
     if aspect and aspect != 1:
@@ -251,8 +240,3 @@ def _notes(frame: Any, stream: Any) -> dict[str, str]:
     if frame.interlaced_frame:
         notes["interlaced"] = "yes"
     return notes
-
-
-def _text(error: Exception) -> str:
-    """FFmpeg's own words, without the path that it repeats."""
-    return str(getattr(error, "strerror", None) or error) or type(error).__name__

@@ -14,19 +14,11 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 from xml.etree.ElementTree import Element, ParseError
 
-from data_tools.readers import SourceOptions
-from data_tools.readers.files import (
-    IMAGE_SUFFIXES,
-    annotation_files,
-    file_of,
-    folder_of,
-    open_sized,
-    read_annotation_file,
-)
-from data_tools.readers.shapes import numbers, turned, upright_box
+from data_tools.readers import SourceOptions, files
 from data_tools.records import Annotation, Drops, Sample, Unit
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import Unusable
 
+_MARKS = ("difficult", "truncated", "occluded")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -34,10 +26,8 @@ class Options(SourceOptions):
     """Keys of ``reader: voc``.
 
     Args:
-        annotations: folder of the XML files.
-        images: folder of the images.
-        splits: lists below ``split_folder`` of the images to read, without ``.txt``; default all.
-        split_folder: of the lists.
+        annotations, images: folders of the XML files and of the images.
+        splits, split_folder: lists of the images to read, without ``.txt``, and their folder; default all.
         image_by: ``filename``, the element of that name, or ``stem``, the XML file's own name.
         corners: ``edges``: ``xmax - xmin`` is the width; ``pixels``: counted from 1, the last pixel
             belongs to the box, as in the VOC sets themselves.
@@ -57,26 +47,20 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each XML file, or for each line of the split lists.
-
-    Raises:
-        SourceError: a folder or a list is missing, or there is no XML file.
-    """
-    folder_of(options, options.images, key="images")
-    names = annotation_files(options, options.annotations, ".xml")
+    """Yield a unit for each XML file, or for each line of the split lists."""
+    files.folder_of(options, options.images, key="images")
+    names = files.annotation_files(options, options.annotations, ".xml")
     yield from map(Unit, _names_of_splits(options) if options.splits else names)
 
 
 def _names_of_splits(options: Options) -> dict[str, None]:
     names: dict[str, None] = {}
     for split in options.splits:
-        path = file_of(options, f"{options.split_folder}/{split}.txt", key="splits")
+        path = files.file_of(options, f"{options.split_folder}/{split}.txt", key="splits")
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise SourceError(
-                f"Source {options.name}: {path} is no UTF-8 text ({error})."
-            ) from error
+            raise files.wrong(options, f"{path} is no UTF-8 text ({error}).") from error
         # Lists of a class have a second column, 1 or -1.
         stems = (line.split()[0] for line in lines if line.strip())
         names |= dict.fromkeys(f"{options.annotations}/{stem}.xml" for stem in stems)
@@ -86,12 +70,13 @@ def _names_of_splits(options: Options) -> dict[str, None]:
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the image of one XML file with its objects as boxes."""
     tree = _parse(options, unit.key)
-    by_stem = options.image_by == "stem"
-    name = _by_stem(options, unit.key) if by_stem else (tree.findtext("filename") or "").strip()
+    name = (tree.findtext("filename") or "").strip()
+    if options.image_by == "stem":
+        name = _by_stem(options, unit.key)
     if not name:
         raise Unusable("XML without a needed element", "<filename> is missing or empty")
     stated = [tree.findtext(f"size/{side}") for side in ("width", "height")]
-    found, _ = open_sized(options, f"{options.images}/{name}", stated)
+    found, _ = files.open_sized(options, f"{options.images}/{name}", stated)
     annotations = []
     for number, thing in enumerate(tree.findall("object")):
         label = (thing.findtext("name") or "").strip()
@@ -104,7 +89,7 @@ def _parse(options: Options, name: str) -> Element:
     import defusedxml
     from defusedxml import ElementTree
 
-    data = read_annotation_file(options, name, "XML can't be read")
+    data = files.read_annotation_file(options, name, "XML can't be read")
     try:
         tree: Any = ElementTree.fromstring(data, forbid_dtd=True)
     except defusedxml.DefusedXmlException as error:
@@ -118,7 +103,7 @@ def _parse(options: Options, name: str) -> Element:
 
 def _by_stem(options: Options, name: str) -> str:
     stem = name[len(options.annotations) :].strip("/")[: -len(".xml")]
-    for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
+    for suffix in (*files.IMAGE_SUFFIXES, *map(str.upper, files.IMAGE_SUFFIXES)):
         if os.path.isfile(options.root / options.images / (stem + suffix)):
             return stem + suffix
     return stem
@@ -127,15 +112,11 @@ def _by_stem(options: Options, name: str) -> str:
 def _object(options: Options, thing: Element, label: str) -> Annotation:
     if not label:
         raise Unusable("no label", "<object> without <name>")
-    marks = {
-        mark: "yes"
-        for mark in ("difficult", "truncated", "occluded")
-        if (thing.findtext(mark) or "0").strip() == "1"
-    }
+    marks = {mark: "yes" for mark in _MARKS if (thing.findtext(mark) or "0").strip() == "1"}
     if "difficult" in marks and not options.difficult:
         raise Unusable("object marked difficult", label)
     try:
-        corners = numbers({key: thing.findtext(f"bndbox/{key}") for key in _CORNERS})
+        corners = files.numbers({key: thing.findtext(f"bndbox/{key}") for key in _CORNERS})
     except ValueError as error:
         raise Unusable("box that can't be read", f"{label}: {error}") from error
     x1, y1, x2, y2 = (corners[key] for key in _CORNERS)
@@ -143,6 +124,7 @@ def _object(options: Options, thing: Element, label: str) -> Annotation:
         x1, y1 = x1 - 1, y1 - 1
     box = (x1, y1, x2, y2)
     for attribute in thing.iterfind("attributes/attribute"):
-        if attribute.findtext("name") == "rotation":  # CVAT: of the rectangle before it is turned
-            box = upright_box(turned(box, attribute.findtext("value")))
+        # CVAT: of the rectangle before it is turned.
+        if attribute.findtext("name") == "rotation":
+            box = files.upright_box(files.turned(box, attribute.findtext("value")))
     return Annotation(label, box, attributes=marks)

@@ -17,32 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from data_tools.options import Options as Section
 from data_tools.preprocess.clean import clean_volume
-from data_tools.preprocess.rules import resolve
 from data_tools.preprocess.volumes import Slicing, Structure, Volume, pack, slices, structures_of
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import UNKNOWN, file_below, listed
 from data_tools.readers.patterns import Patterns, Places, check_templates, paired
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging import windows
+from gmai_xtuner.core.imaging import volumes, windows
 from gmai_xtuner.core.imaging.volume_headers import SUFFIXES
-from gmai_xtuner.core.imaging.volumes import (
-    AXES,
-    PLANES,
-    Axis,
-    Grid,
-    LabelMap,
-    load,
-    load_labels,
-    on_grid,
-)
+from gmai_xtuner.core.imaging.volumes import AXES, PLANES, Axis, Grid, LabelMap
 from gmai_xtuner.core.imaging.windows import Scale
 
 PART = "label map of a part of its volume: what lies outside of it isn't known"
@@ -59,24 +49,10 @@ class LevelAndWidth(Section):
     width: float = Field(gt=0)
 
 
-class Range(Section):
-    """``{low: -160, high: 240}``; in a job also ``[-160, 240]``."""
-
-    low: float
-    high: float
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_pair(cls, value: object) -> object:
-        if isinstance(value, list | tuple) and len(value) == 2:
-            return {"low": value[0], "high": value[1]}
-        return value
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"a window runs from low to high, not from {self.low} to {self.high}")
-        return self
+def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
+    if not ends[0] < ends[1]:
+        raise ValueError(f"a window runs from low to high, not from {ends[0]} to {ends[1]}")
+    return ends
 
 
 Window = (
@@ -84,7 +60,7 @@ Window = (
     | Literal["biomedparse abdomen", "biomedparse lung", "biomedparse pelvis"]
     | Literal["biomedparse liver", "biomedparse colon", "biomedparse pancreas"]
     | LevelAndWidth
-    | Range
+    | Annotated[tuple[float, float], AfterValidator(_ordered)]
 )
 FileWindow = Literal["file"] | Window
 """As `Window`; ``file`` is the file's own VOI LUT or window, without one ``auto``."""
@@ -96,7 +72,7 @@ class VolumeOptions(SourceOptions):
     Args:
         slices: which become images, see `preprocess.volumes.Slicing`.
         window: how intensities become grey levels, see `gmai_xtuner.core.imaging.windows`.
-        max_voxels: a file that declares more is dropped before it is read. The default is 4 GiB of float32.
+        max_voxels: a file that declares more is dropped before it is read; the default is 4 GiB of float32.
     """
 
     default_source_task: ClassVar[str] = "3D segmentation"
@@ -110,12 +86,10 @@ class Options(VolumeOptions):
     """Keys of ``reader: volume``.
 
     Args:
-        images: pattern of the volumes' paths. ``{name}`` holds no ``/``, ``{name:path}`` may; ``{group}``
-            is the patient; ``{label}`` is said of the volume's images as a whole.
+        images: pattern of the volumes' paths; ``{group}`` is the patient, ``{label}`` is said of all images.
         masks: pattern or patterns of the label maps' paths, with the volume's pieces. With ``{label}`` a
             file is one structure, whatever its values are; without it the value is the label's code.
-        channel: index along the fourth axis (time, sequence), of volume and label map. A volume of four axes
-            without it is dropped.
+        channel: index along the fourth axis (time, sequence), of volume and label map.
     """
 
     reader: Literal["volume"]
@@ -130,11 +104,7 @@ class Options(VolumeOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each volume, with the places of its path and those of its label maps.
-
-    Raises:
-        SourceError: no file fits ``images``, or one can be read in two ways.
-    """
+    """Yield a unit for each volume, with the places of its path and those of its label maps."""
     for found in paired(options, options.images, options.masks):
         yield Unit(found.path, (found.places, found.masks))
 
@@ -144,12 +114,8 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     places, masks = unit.payload
     if options.masks and not masks:
         raise Unusable("image without a mask")
-    grid = load(
-        file_below(options, unit.key),
-        channel=options.channel,
-        max_voxels=options.max_voxels,
-        within=options.roots,
-    )
+    limits: dict[str, Any] = {"max_voxels": options.max_voxels, "within": options.roots}
+    grid = volumes.load(file_below(options, unit.key), channel=options.channel, **limits)
     volume, notes = _labelled(options, grid, masks, drops)
     # Somebody looked for these in all of the volume; an empty file stands for none.
     named = {texts["label"] for _, texts in masks if texts.get("label")}
@@ -177,26 +143,16 @@ def maps_on(
     channel: int | None = None,
     labels: Iterable[str] = (),
 ) -> LabelMap:
-    """Return the label maps of a file on the volume's grid.
+    """Return the label maps of a file on the volume's grid, or raise `Unusable`.
 
-    A map that was cut out of the volume says nothing of the rest, unless 3D Slicer cut it.
-
-    Args:
-        grid: of the volume.
-        options: of the source.
-        name: of the file.
-        drops: takes what a cut-out map doesn't show.
-        channel: that was taken of the volume.
-        labels: of which the file tells; default: the values in it.
-
-    Raises:
-        Unusable: it can't be read, or lies on another grid.
+    A map that was cut out of the volume says nothing of the rest, unless 3D Slicer cut it: its ``labels`` (by
+    default the values in it) are lost. ``channel`` is the one that was taken of the volume.
     """
     path = file_below(options, name, "no such mask file")
     limits: dict[str, Any] = {"max_voxels": options.max_voxels, "within": options.roots}
     try:
-        found = load_labels(path, channel=channel, channels=grid.channels, **limits)
-        layers = tuple(on_grid(layer, found.affine, grid) for layer in found.layers)
+        found = volumes.load_labels(path, channel=channel, channels=grid.channels, **limits)
+        layers = tuple(volumes.on_grid(layer, found.affine, grid) for layer in found.layers)
     except Unusable as bad:
         reason = "mask" + bad.reason.removeprefix("volume")
         shown = reason if bad.reason.startswith("volume") else bad.reason
@@ -234,17 +190,12 @@ def _labelled(
     return Volume(grid.array, grid.affine, (*layers, *packed), tuple(structures)), notes
 
 
-# --- what all readers of volumes share ------------------------------------------------------------
-
-
 def scale_for(window: Window, voxels: np.ndarray, *, modality: str | None) -> Scale:
     """Return the scale of a job's ``window``, see `windows.scale_for`."""
-    plain: str | tuple[float, float] | windows.Window
     if isinstance(window, LevelAndWidth):
         plain = windows.Window(window.level, window.width)
-    else:
-        plain = (window.low, window.high) if isinstance(window, Range) else window
-    return windows.scale_for(plain, voxels, modality=modality)
+        return windows.scale_for(plain, voxels, modality=modality)
+    return windows.scale_for(window, voxels, modality=modality)
 
 
 def where_of(origin: Sample) -> str:
@@ -259,15 +210,9 @@ def image_of(
     annotations: tuple[Annotation, ...],
     **part: int | str,
 ) -> Sample:
-    """Return one image's sample.
+    """Return one uint8 image's sample, with what was done, its annotations and its part beside ``origin``'s.
 
-    Args:
-        origin: what all images of the file have in common. Without ``examined`` a label is known where an
-            image holds it, and nowhere else.
-        image: uint8.
-        done: preprocessing of this image.
-        annotations: beside those of the whole.
-        part: further pieces of it.
+    Without ``origin.examined`` a label is known where an image holds it, and nowhere else.
     """
     return replace(
         origin,
@@ -290,17 +235,11 @@ def samples(
 ) -> Iterator[Sample]:
     """Yield the volume's slices after the three-dimensional rules; one image in memory at a time.
 
-    Args:
-        volume: with its label maps.
-        origin: of all of its samples, see `image_of`; its annotations are said of each image as a whole.
-        options: of the source.
-        drops: takes what is left out. Which slices a component that is left out reaches isn't known: its
-            label is lost in all of them.
-        scale: instead of what ``options.window`` says.
-        axis: the only one along which it may be cut.
+    ``origin`` has what all have in common; its annotations are said of each image as a whole. Which slices a
+    component that is left out reaches isn't known: its label is lost in all of them. ``scale`` goes before
+    ``options.window``; along another ``axis`` than this it may not be cut.
     """
-    rules, where = resolve(options.clean), where_of(origin)
-    slicing = options.slices if axis is None else options.slices.along(axis)
+    rules, where = options.clean, where_of(origin)
     with drops.image(where):
         if volume.layers and not volume.structures:
             raise Unusable(EMPTY)
@@ -310,21 +249,20 @@ def samples(
             return
         modality = options.modality or origin.modality
         scale = scale or scale_for(options.window, cleaned.voxels, modality=modality)
-        for cut in slices(cleaned, scale, slicing):
+        for cut in slices(cleaned, scale, options.slices, axis):
             with drops.image(f"{where}#{cut.axis}{cut.index}"):
                 height, width = cut.image.shape
                 if cut.unclear:
                     raise Unusable(UNCLEAR)
                 if min(height, width) < rules.min_edge_ratio * max(height, width):
-                    share = f"{rules.min_edge_ratio:g} of the long one"
-                    reason = f"slice with a short edge under {share}"
+                    reason = "slice with a short edge under"
+                    reason += f" {rules.min_edge_ratio:g} of the long one"
                     raise Unusable(reason, f"{width} x {height}")
                 done = {"window": scale.text, "orientation": f"{PLANES[cut.axis]}, from RAS+"}
                 if cut.stretched is not None:
                     done["pixels"] = f"square, {cut.stretched:g} mm"
-                yield image_of(
-                    origin, cut.image, done, cut.annotations, axis=cut.axis, slice=cut.index
-                )
+                part = {"axis": cut.axis, "slice": cut.index}
+                yield image_of(origin, cut.image, done, cut.annotations, **part)
 
 
 def _known(volume: Volume, options: VolumeOptions, drops: Drops, where: str) -> Volume:

@@ -15,16 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar, Literal
 
-from data_tools.readers import SourceOptions
-from data_tools.readers.files import (
-    file_of,
-    files,
-    folder_of,
-    is_image,
-    open_sized,
-    read_annotation_file,
-)
-from data_tools.readers.shapes import numbers, polygon_mask, upright_box
+from data_tools.readers import SourceOptions, files
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import SourceError, Unusable
 from gmai_xtuner.core.yaml_lines import Document
@@ -36,8 +27,7 @@ class Options(SourceOptions):
     """Keys of ``reader: yolo``.
 
     Args:
-        names: class names in the order of their numbers, or the file that has them: a ``data.yaml`` with
-            ``names``, or a text file of one name a line.
+        names: in the order of their numbers, or the file that has them: a ``data.yaml``, or a name a line.
         format: ``boxes`` (class, centre, size), ``polygons`` (class, corners) or ``oriented`` (class, four
             corners of a turned box; its upright box is taken).
         folders: folders to read, such as ``[images/train]``; default the root.
@@ -56,26 +46,20 @@ class Options(SourceOptions):
 
 
 def units(options: Options) -> Iterator[Unit]:
-    """Yield a unit for each image, with the class names; further ones for label files that have no image.
-
-    Raises:
-        SourceError: a folder or the names are missing, or there is no image.
-    """
+    """Yield a unit for each image, with the class names; further ones for label files without one."""
     names = _names(options)
     empty = True
     for folder in options.folders:
-        folder_of(options, folder, key="folders")
-        for name in files(options, folder.strip("/")):
-            if is_image(name) and _label_file(options, name) is not None:
+        files.folder_of(options, folder, key="folders")
+        for name in files.files(options, folder.strip("/")):
+            if files.is_image(name) and _label_file(options, name) is not None:
                 empty = False
                 yield Unit(name, names)
         if options.images:
             yield from _lonely_labels(options, folder.strip("/"))
     if empty:
-        raise SourceError(
-            f"Source {options.name}: no picture in a folder {options.images!r} below {str(options.root)!r}. "
-            "Correct `folders` and `images`."
-        )
+        where = f"in a folder {options.images!r} below {str(options.root)!r}"
+        raise files.wrong(options, f"no picture {where}. Correct `folders` and `images`.")
 
 
 def _lonely_labels(options: Options, folder: str) -> Iterator[Unit]:
@@ -83,7 +67,7 @@ def _lonely_labels(options: Options, folder: str) -> Iterator[Unit]:
     exchanged = _exchanged(folder, options.images, options.annotations)
     if exchanged is not None and not os.path.isdir(options.root / exchanged):
         return
-    for name in files(options, folder if exchanged is None else exchanged):
+    for name in files.files(options, folder if exchanged is None else exchanged):
         above, _, own = name.rpartition("/")
         images = _exchanged(above, options.annotations, options.images)
         if images is None or not own.endswith(".txt"):
@@ -104,30 +88,27 @@ def _exchanged(folder: str, old: str, new: str) -> str | None:
 @lru_cache(maxsize=2)
 def _stems(folder: str) -> frozenset[str]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return frozenset(name.rsplit(".", 1)[0] for name in names if is_image(name))
+    return frozenset(name.rsplit(".", 1)[0] for name in names if files.is_image(name))
 
 
 def _names(options: Options) -> tuple[str, ...]:
     if not isinstance(options.names, str):
         return options.names
-    path = file_of(options, options.names, key="names")
+    path = files.file_of(options, options.names, key="names")
     if path.suffix.lower() in (".yaml", ".yml"):
         content = Document(path, what="file of names", error=SourceError, as_text=True).data
     else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
+        try:  # an empty line has its number, too
+            text = path.read_text(encoding="utf-8-sig").rstrip()
         except (OSError, UnicodeDecodeError) as error:
-            raise SourceError(f"Source {options.name}: {path} can't be read: {error}.") from error
-        # An empty line has its number, too.
-        return tuple(line.strip() for line in text.rstrip().splitlines())
+            raise files.wrong(options, f"{path} can't be read: {error}.") from error
+        return tuple(line.strip() for line in text.splitlines())
     found = content.get("names") if isinstance(content, dict) else None
     if isinstance(found, dict) and set(found) == set(map(str, range(len(found)))):
         found = [found[str(number)] for number in range(len(found))]
     if isinstance(found, list) and all(isinstance(name, str) for name in found):
         return tuple(found)
-    raise SourceError(
-        f"Source {options.name}: {path} has no `names`, a list or a map from 0, 1, 2 ... to names."
-    )
+    raise files.wrong(options, f"{path} has no `names`, a list or a map from 0, 1, 2 ... to names.")
 
 
 def _label_file(options: Options, image: str) -> str | None:
@@ -147,11 +128,11 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         raise Unusable("label file without an image")
     unreadable = "label file that can't be read"
     try:
-        data = read_annotation_file(options, str(_label_file(options, unit.key)), unreadable)
+        data = files.read_annotation_file(options, str(_label_file(options, unit.key)), unreadable)
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise Unusable(unreadable, f"{type(error).__name__}: {error}") from error
-    found, size = open_sized(options, unit.key)
+    found, size = files.open_sized(options, unit.key)
     annotations: list[Annotation] = []
     seen: set[tuple[str, ...]] = set()
     for number, line in enumerate(lines, start=1):
@@ -161,9 +142,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
             drops.add("duplicate row", where, line[:200], lost=NOTHING)
         elif number_of_class:
             seen.add(parts)
-            with drops.annotation(
-                where, *names
-            ):  # of a line that can't be read, the class isn't known
+            with drops.annotation(where, *names):  # its class isn't known, if it can't be read
                 label = _label(options, number_of_class, len(values), names)
                 with drops.annotation(where, label):
                     annotations.append(_annotation(options, label, values, size))
@@ -171,13 +150,10 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 
 def _label(options: Options, number: str, count: int, names: tuple[str, ...]) -> str:
-    """Return the label of a line with ``count`` values behind its class."""
     fits = {"boxes": count == 4, "polygons": count >= 6 and count % 2 == 0, "oriented": count == 8}
     if not fits[options.format]:
-        raise Unusable(
-            "line of another format",
-            f"{count} values behind the class, in a file of {options.format}",
-        )
+        detail = f"{count} values behind the class, in a file of {options.format}"
+        raise Unusable("line of another format", detail)
     plain = number.isascii() and number.isdigit() and len(number) < 10
     if not plain or int(number) >= len(names):
         raise Unusable("unknown class id", f"{number[:20]!r}, there are {len(names)} classes")
@@ -190,7 +166,8 @@ def _annotation(
     options: Options, label: str, texts: list[str], size: tuple[int, int]
 ) -> Annotation:
     try:
-        values = list(numbers({f"value {n}": text for n, text in enumerate(texts, 1)}).values())
+        named = {f"value {n}": text for n, text in enumerate(texts, 1)}
+        values = list(files.numbers(named).values())
     except ValueError as error:
         raise Unusable("box that can't be read", str(error)) from error
     if min(values) < -_EDGE or max(values) > 1 + _EDGE:
@@ -200,5 +177,6 @@ def _annotation(
         cx, cy, width, height = pixels
         return Annotation(label, (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2))
     if options.format == "oriented":
-        return Annotation(label, upright_box(list(zip(pixels[::2], pixels[1::2], strict=True))))
-    return Annotation(label, mask=polygon_mask([pixels], size, options.clean))
+        corners = list(zip(pixels[::2], pixels[1::2], strict=True))
+        return Annotation(label, files.upright_box(corners))
+    return Annotation(label, mask=files.polygon_mask([pixels], size, options.clean))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.images import open_rgb
-from gmai_xtuner.core.imaging.volumes import is_nifti
+from gmai_xtuner.core.imaging.volume_headers import is_nifti
 from gmai_xtuner.demo.i18n import Language, PageError
 from gmai_xtuner.demo.medical_files import open_dicom, open_nifti
 from gmai_xtuner.demo.studies import Limits, Study, photograph

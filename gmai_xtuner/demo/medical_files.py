@@ -17,9 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gmai_xtuner.core.errors import GMAIError, Unusable
-from gmai_xtuner.core.imaging import dicom, dicom_pixels, dicom_stacks, volumes
+from gmai_xtuner.core.imaging import dicom, dicom_pixels, volume_headers, volumes
 from gmai_xtuner.core.imaging.dicom import Header
-from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS
 from gmai_xtuner.core.imaging.windows import PRESETS, Window, foreground_window
 from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.studies import Facts, Frames, Limits, Study, Volume
@@ -33,12 +32,12 @@ _MESSAGES = {
     dicom.NO_PICTURE: ("no_picture", "kind"),
     dicom_pixels.UNKNOWN_COLOURS: ("photometric", "name"),
     **dict.fromkeys(dicom_pixels.BAD_PIXELS, ("pixels", "")),
-    volumes.NO_GREY_LEVELS: ("nifti_type", "type"),
-    volumes.FEW_AXES: ("nifti_axes", "shape"),
-    volumes.MANY_AXES: ("nifti_axes", "shape"),
+    volume_headers.NO_GREY_LEVELS: ("nifti_type", "type"),
+    volume_headers.FEW_AXES: ("nifti_axes", "shape"),
+    volume_headers.MANY_AXES: ("nifti_axes", "shape"),
     volumes.NO_ORIENTATION: ("no_directions", ""),
 }
-_NO_STACK = (dicom_stacks.MIXED, dicom_stacks.TWICE, dicom_stacks.NO_SPACING)
+_NO_STACK = (dicom.MIXED, dicom.TWICE, dicom.NO_SPACING)
 
 
 @contextmanager
@@ -183,7 +182,7 @@ def _volume(group: list[Image], limits: Limits) -> Volume:
     if any(dicom_pixels.photometric_of(data) not in dicom_pixels.GREY for _, data in group):
         raise _NoStack
     try:
-        stack = dicom_stacks.stack_of(headers)
+        stack = dicom.stack_of(headers)
     except Unusable as error:
         if error.reason in _NO_STACK:
             raise _NoStack from error
@@ -191,7 +190,7 @@ def _volume(group: list[Image], limits: Limits) -> Volume:
     slices = [group[at][1] for at in stack.order]
     middle = slices[count // 2]
     values = np.stack([_intensities(data, 0) for data in slices])
-    turned, ras = volumes.to_ras(values[..., None], LPS_TO_RAS @ stack.affine)
+    turned, ras = volumes.to_ras(values[..., None], volume_headers.LPS_TO_RAS @ stack.affine)
     own = _own_window(middle, 0)
     modality = dicom.modality_code(middle)
     size = f"{first.columns} × {first.rows} × {count}"
@@ -241,11 +240,11 @@ def open_nifti(path: Path, limits: Limits) -> Volume:
         PageError: it is damaged, too large, too large with square pixels, or holds no grey levels.
     """
     with _said():
-        file = volumes.VolumeFile(path)
+        file = volume_headers.open_volume(path)
         shape = file.grid
         voxels = int(np.prod(shape, dtype=object))
         limits.check(width=shape[0], height=shape[1], voxels=voxels)
-        grid = file.intensities(None)
+        grid = volumes.intensities(file, None)
     notes = [] if file.oriented else ["no_orientation"]
     if "not finite" in grid.notes:
         notes.append("not_finite")

@@ -14,7 +14,8 @@ from pydicom.data import get_testdata_file
 from data_tools.preprocess.volumes import Volume as CorpusVolume
 from data_tools.preprocess.volumes import take
 from gmai_xtuner.core.imaging.dicom import is_dicom
-from gmai_xtuner.core.imaging.volumes import is_nifti, load
+from gmai_xtuner.core.imaging.volume_headers import is_nifti
+from gmai_xtuner.core.imaging.volumes import load
 from gmai_xtuner.core.imaging.windows import Window, scale_for
 from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.medical_files import open_dicom, open_nifti

@@ -359,10 +359,9 @@ def _tables() -> dict[str, bytes]:
 
 
 def _table(folder: Path, name: str) -> object:
-    from data_tools.readers.rows import open_table
+    from data_tools.readers.rows import read_table
 
-    with open_table(folder / name, source="s") as table:
-        return list(table.rows(["file", "label"]))
+    return list(read_table(folder / name, ["file", "label"], source="s"))
 
 
 # --- evaluation -----------------------------------------------------------------------------------

@@ -40,16 +40,14 @@ Result = TypeVar("Result")
 def run_bounded(
     function: Callable[..., Result], *args: Any, memory: int = MEMORY, seconds: int = SECONDS
 ) -> Result:
-    """Return ``function(*args)``, computed in a worker process.
+    """Return ``function(*args)``, computed in a worker process; all of it is pickled.
 
     Args:
-        function: of a module; it, its arguments and its result are pickled.
-        args: its arguments.
         memory: bytes that the call may add to what the worker holds.
         seconds: of computing.
 
     Raises:
-        GMAIError: what the function raises of this family, such as `Unusable`.
+        GMAIError: what the function raises of this family.
         Unusable: it raises anything else (`FAILED`), or the worker dies or is stopped (`DIED`).
     """
     if _Worker.is_here:
@@ -64,16 +62,7 @@ def iterate_bounded(
     memory: int = MEMORY,
     seconds: int = SECONDS,
 ) -> Iterator[Result]:
-    """Yield what the generator ``function(*args)`` yields in a worker process, as it is asked for.
-
-    Args:
-        function: of a module, whose call gives a generator.
-        args, memory: as in `run_bounded`.
-        seconds: of computing for each item.
-
-    Raises:
-        GMAIError: as `run_bounded`, where the generator raises.
-    """
+    """Yield what the generator ``function(*args)`` yields, as `run_bounded`; the seconds are of each item."""
     yield from (function(*args) if _Worker.is_here else _results(function, args, memory, seconds))
 
 
@@ -189,28 +178,23 @@ def _serve(descriptor: int) -> None:
 def _limit_memory(memory: int | None) -> None:
     """Bound what this process may allocate beside what it holds; None lifts the bound."""
     if sys.platform.startswith("linux"):
-        import resource
-
         with open("/proc/self/statm") as file:
-            held = int(file.read().split()[0]) * resource.getpagesize()
-        _limit(resource.RLIMIT_CORE, 0)
-        _limit(resource.RLIMIT_AS, None if memory is None else held + memory)
+            held = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        _limit("CORE", 0)
+        _limit("AS", None if memory is None else held + memory)
 
 
 def _limit_seconds(seconds: int | None) -> None:
     """Bound what this process may compute from now on; None lifts the bound."""
     if sys.platform.startswith("linux"):
-        import resource
-
-        spent = int(time.process_time()) + 1
-        _limit(resource.RLIMIT_CPU, None if seconds is None else spent + seconds)
+        _limit("CPU", None if seconds is None else int(time.process_time()) + 1 + seconds)
 
 
-def _limit(kind: int, wanted: int | None) -> None:
+def _limit(name: str, wanted: int | None) -> None:
     import resource
 
+    kind = getattr(resource, f"RLIMIT_{name}")
     hard = resource.getrlimit(kind)[1]
-    soft = (
-        hard if wanted is None else wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    )
+    wanted = hard if wanted is None else wanted
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(kind, (soft, hard))

@@ -27,15 +27,7 @@ _MAX_STRIP = 2**31
 
 
 def find_damage(content: bytes, image: Image.Image) -> str:
-    """Look for damage that decoding leaves unsaid.
-
-    Args:
-        content: the whole file.
-        image: the opened file; a TIFF's tags are read, no pixels.
-
-    Returns:
-        What is wrong; empty if nothing was found.
-    """
+    """Return what decoding an opened file leaves unsaid of its whole ``content``; empty if nothing."""
     if image.format in ("JPEG", "MPO"):
         return _jpeg(content)
     if image.format == "PNG":
@@ -74,15 +66,13 @@ def _tiff(content: bytes, image: Any) -> str:
     compression, tables = tags.get(259, 1), tags.get(347, b"")
     offsets = tags.get(273) or tags.get(324) or ()
     counts = tags.get(279) or tags.get(325) or ()
-    for number, (offset, count) in enumerate(zip(offsets, counts, strict=False)):
+    if compression not in (*_DEFLATE, _JPEG_IN_TIFF):
+        return ""
+    for number, (offset, count) in enumerate(zip(offsets, counts, strict=False), 1):
         strip = content[offset : offset + count]
-        problem = ""
-        if compression in _DEFLATE:
-            problem = _deflated(strip)
-        elif compression == _JPEG_IN_TIFF:
-            problem = _jpeg(tables[:-2] + strip[2:] if tables else strip)
-        if problem:
-            return f"strip or tile {number + 1}: {problem}"
+        whole = tables[:-2] + strip[2:] if tables else strip
+        if problem := _deflated(strip) if compression in _DEFLATE else _jpeg(whole):
+            return f"strip or tile {number}: {problem}"
     return ""
 
 

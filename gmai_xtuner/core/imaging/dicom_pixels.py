@@ -22,17 +22,9 @@ from typing import Any
 import numpy as np
 
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.imaging import dicom
 from gmai_xtuner.core.imaging.bounded import MEMORY, run_bounded
-from gmai_xtuner.core.imaging.dicom import (
-    NO_PICTURE,
-    PIXELS,
-    WRONG_VALUES,
-    damage_as,
-    functional_group,
-    modality_code,
-    numbers,
-    quiet,
-)
+from gmai_xtuner.core.imaging.dicom import PIXELS, damage_as, functional_group, numbers, quiet
 from gmai_xtuner.core.imaging.images import MAX_PIXELS
 from gmai_xtuner.core.imaging.windows import Scale, Window
 
@@ -51,26 +43,20 @@ _OTHER_COLOURS = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "
 """DICOM's other names; any other text may be what somebody typed, and is not repeated."""
 
 
-@damage_as(WRONG_VALUES)
+@damage_as(dicom.WRONG_VALUES)
 def photometric_of(data: Any) -> str:
-    """Return the photometric interpretation, one of `GREY` and `COLOUR`.
-
-    Raises:
-        Unusable: it is another one.
-    """
+    """Return the photometric interpretation, one of `GREY` and `COLOUR`; `Unusable` for another."""
     found = str(data.get("PhotometricInterpretation", ""))
     if found not in GREY + COLOUR:
         raise Unusable(UNKNOWN_COLOURS, found if found in _OTHER_COLOURS else "")
     return found
 
 
-@damage_as(WRONG_VALUES)
+@damage_as(dicom.WRONG_VALUES)
 def has_pixels(data: Any) -> bool:
     """Return True for a data set with pixels of any type."""
     return any(key in data for key in PIXELS)
 
-
-# --- decoding -----------------------------------------------------------------------------------
 
 _ELEMENTS = (
     *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
@@ -83,26 +69,23 @@ _YBR = ("YBR_FULL", "YBR_FULL_422")
 def decode(data: Any, frame: int = 0) -> np.ndarray:
     """Return one frame as stored, ``[H, W]`` or RGB ``[H, W, 3]``.
 
-    Raises:
-        Unusable: there are no pixels, too few or too many, no decoder takes them, or they contradict the
-            header.
+    `Unusable` if pixels are missing or too many, contradict the header, or no decoder takes them.
     """
     from pydicom.encaps import get_frame
     from pydicom.pixels import convert_color_space
 
     if not has_pixels(data):
-        raise Unusable(NO_PICTURE, modality_code(data))
+        raise Unusable(dicom.NO_PICTURE, dicom.modality_code(data))
     with damage_as(CANT_DECODE, data), quiet():
         if int(data.Rows) * int(data.Columns) > MAX_PIXELS:
             raise Unusable(CANT_DECODE, f"{data.Rows} x {data.Columns} pixels")
         syntax = data.file_meta.TransferSyntaxUID
         if syntax.is_encapsulated:
             offsets = data.get("ExtendedOffsetTable"), data.get("ExtendedOffsetTableLengths")
+            extended: Any = offsets if all(offsets) else None
+            count = int(data.get("NumberOfFrames") or 1)
             coded = get_frame(
-                data.PixelData,
-                frame,
-                number_of_frames=int(data.get("NumberOfFrames") or 1),
-                extended_offsets=offsets if all(offsets) else None,  # type: ignore[arg-type]
+                data.PixelData, frame, number_of_frames=count, extended_offsets=extended
             )
             header = {key: data[key].value for key in _ELEMENTS if key in data}
             samples = int(data.Rows) * int(data.Columns) * int(data.get("SamplesPerPixel") or 1)
@@ -118,7 +101,7 @@ def decode(data: Any, frame: int = 0) -> np.ndarray:
 
 
 def _decompressed(syntax: str, header: dict[str, Any], coded: bytes) -> tuple[np.ndarray, str]:
-    """Return a frame as the first decoder that takes it gives it, and its colour space; runs in a worker."""
+    """Return a frame as the first decoder that takes it gives it, and its colour space; in a worker."""
     from pydicom import Dataset
     from pydicom.dataset import FileMetaDataset
     from pydicom.encaps import encapsulate
@@ -213,17 +196,11 @@ def _check_planes(stored: np.ndarray, planar: int) -> None:
         raise Unusable(CONTRADICTION, f"PlanarConfiguration {planar}; the other one fits")
 
 
-# --- intensities and colours --------------------------------------------------------------------
-
-
-@damage_as(WRONG_VALUES)
+@damage_as(dicom.WRONG_VALUES)
 def intensities(data: Any, frame: int = 0) -> np.ndarray:
     """Return ``[H, W]`` in the unit of the modality (Hounsfield for CT).
 
     Padding is set to what is shown black: the smallest value, the largest of MONOCHROME1.
-
-    Raises:
-        Unusable: it can't be decoded, or its rescale can't be applied.
     """
     stored = decode(data, frame)
     if stored.ndim != 2:
@@ -235,11 +212,11 @@ def intensities(data: Any, frame: int = 0) -> np.ndarray:
         else:
             source = data if own is None else own
             slope, intercept = numbers(source, "RescaleSlope"), numbers(source, "RescaleIntercept")
+            if slope[:1] == [0]:
+                raise Unusable(NO_MODALITY_LUT, "a slope of 0")
             values = stored
             if slope or intercept:
                 values = stored * (slope or [1.0])[0] + (intercept or [0.0])[0]
-            if slope and slope[0] == 0:
-                raise Unusable(NO_MODALITY_LUT, "a slope of 0")
     if not np.isfinite(values).all():
         raise Unusable(NO_MODALITY_LUT, "it gives infinite values")
     padding = _padding(data, stored)
@@ -252,11 +229,8 @@ def intensities(data: Any, frame: int = 0) -> np.ndarray:
 
 def _padding(data: Any, stored: np.ndarray) -> np.ndarray | None:
     """Return where stored values are no measurement, after ``PixelPaddingValue`` and its range."""
-    ends = [
-        end
-        for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")
-        if isinstance(end := data.get(key), int)
-    ]
+    both = (data.get(f"PixelPadding{name}") for name in ("Value", "RangeLimit"))
+    ends = [end for end in both if isinstance(end, int)]
     if not ends or "PixelPaddingValue" not in data or stored.dtype.kind == "f":
         return None
     # Written without the sign that the pixels have, 63536 means -2000.
@@ -266,13 +240,9 @@ def _padding(data: Any, stored: np.ndarray) -> np.ndarray | None:
     return (stored >= min(ends)) & (stored <= max(ends))
 
 
-@damage_as(WRONG_VALUES)
+@damage_as(dicom.WRONG_VALUES)
 def colours(data: Any, frame: int = 0) -> tuple[np.ndarray, str]:
-    """Return uint8 RGB ``[H, W, 3]`` of a frame, and what was done.
-
-    Raises:
-        Unusable: it can't be decoded, or its palette can't be applied.
-    """
+    """Return uint8 RGB ``[H, W, 3]`` of a frame, and what was done."""
     from pydicom.pixels import apply_color_lut
 
     stored = decode(data, frame)
@@ -289,26 +259,16 @@ def colours(data: Any, frame: int = 0) -> tuple[np.ndarray, str]:
     return high_byte, text or f"high byte of {bits} bits"
 
 
-# --- the file's own look-up tables and windows --------------------------------------------------
-
-
-@damage_as(WRONG_VALUES)
+@damage_as(dicom.WRONG_VALUES)
 def file_scale(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
     """Return the scale of a frame's VOI LUT, or without one of its window; None without either.
 
-    Args:
-        data: the data set.
-        frame: from 0.
-        voi: which of several; an index, or a text of the explanations.
-
-    Raises:
-        Unusable: there is none like ``voi``, or it can't be applied.
+    ``voi`` says which of several, by index or explanation; `Unusable` if there is none such, or it can't be
+    applied.
     """
-    table = file_table(data, frame, voi)
-    if table is not None:
+    if (table := file_table(data, frame, voi)) is not None:
         return table
-    window = file_window(data, frame, voi)
-    if window is None:
+    if (window := file_window(data, frame, voi)) is None:
         return None
     text = f"the file's window W {window.width:g} L {window.center:g}, {window.function}"
     if _voi_of(data, frame).get("VOILUTSequence"):
@@ -316,7 +276,7 @@ def file_scale(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
     return Scale(window.apply, text)
 
 
-@damage_as(WRONG_VALUES)
+@damage_as(dicom.WRONG_VALUES)
 def file_window(data: Any, frame: int = 0, voi: int | str = 0) -> Window | None:
     """Return a frame's window; see `file_scale`.
 
@@ -340,7 +300,7 @@ def file_window(data: Any, frame: int = 0, voi: int | str = 0) -> Window | None:
         raise Unusable(NO_WINDOW, str(error)) from error
 
 
-@damage_as(WRONG_VALUES)
+@damage_as(dicom.WRONG_VALUES)
 def file_table(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
     """Return a frame's VOI LUT; None too for one that can't be applied beside a window; see `file_scale`."""
     source = _voi_of(data, frame)
@@ -381,11 +341,8 @@ def _look_up(item: Any, data: Any) -> tuple[Callable[[np.ndarray], np.ndarray], 
     if len(table) != count or int(table.max()) >= 2**bits:
         raise Unusable(NO_LUT, f"{len(table)} entries, {count} of {bits} bits are declared")
     # The descriptor's second value has the sign of what is looked up, which its type may not show.
-    negative = (
-        int(data.get("PixelRepresentation") or 0)
-        or min(numbers(data, "RescaleIntercept") or [0]) < 0
-    )
-    if first >= 2**15 and negative:
+    signed = int(data.get("PixelRepresentation") or 0)
+    if first >= 2**15 and (signed or min(numbers(data, "RescaleIntercept") or [0]) < 0):
         first -= 2**16
 
     def look_up(values: np.ndarray) -> np.ndarray:

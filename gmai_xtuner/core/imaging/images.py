@@ -92,30 +92,27 @@ def open_rgb(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Args:
         path: PNG, JPEG, TIFF, BMP, WebP, GIF, JPEG 2000 or PNM file.
         max_pixels: largest width x height; read from the header, before any pixel is decoded.
-            Pillow's global limit is neither used nor changed.
 
     Raises:
         ImageError: reason ``missing_image``, ``damaged_image``, ``enormous_image`` or
             ``unsupported_image``; without dataset and record, which the caller adds with ``at``.
     """
     with opened(path, max_pixels=max_pixels) as image:
-        return _decode(image, path).image.convert("RGB")
+        return _decode(image, path)[0].convert("RGB")
 
 
 def decode_rgb(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the bytes of an image file as :func:`open_rgb` does; errors call it ``name``."""
     with opened(content, name, max_pixels=max_pixels) as image:
-        return _decode(image, name).image.convert("RGB")
+        return _decode(image, name)[0].convert("RGB")
 
 
 class DecodedPixels(NamedTuple):
-    """The pixels of an image file as training shows them.
+    """The pixels of an image file as training shows them, uint8 ``[H, W]`` or ``[H, W, 3]``.
 
-    Args:
-        pixels: uint8 ``[H, W]`` or ``[H, W, 3]``; grey stays grey.
-        turned: True if an EXIF orientation was applied: coordinates in the stored file don't fit.
-        suffix: ``.png`` or ``.jpg`` if every viewer shows the file's own coded pixels like this (8-bit
-            grey or RGB, upright, opaque, one frame), else empty.
+    ``turned``: an EXIF orientation was applied, so that coordinates in the stored file don't fit. ``suffix``:
+    ``.png`` or ``.jpg`` if every viewer shows the file's own coded pixels like this (8-bit grey or RGB,
+    upright, opaque, one frame), else empty.
     """
 
     pixels: np.ndarray
@@ -129,8 +126,7 @@ def decode_pixels(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) ->
     Damage that decoders pass over is looked for too, see `gmai_xtuner.core.imaging.damage`.
     """
     with opened(content, name, max_pixels=max_pixels) as image:
-        found = _decode(image, name, whole=content)
-        shown = found.image
+        shown, turned, suffix = _decode(image, name, whole=content)
         if shown.mode == "1":
             shown = shown.convert("L")
         elif shown.mode not in ("L", "RGB"):
@@ -139,17 +135,14 @@ def decode_pixels(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) ->
             red, green, blue = shown.split()
             if is_palette and red.tobytes() == green.tobytes() == blue.tobytes():
                 shown = red
-        return DecodedPixels(np.asarray(shown), found.turned, found.suffix)
+        return DecodedPixels(np.asarray(shown), turned, suffix)
 
 
 class ReducedImage(NamedTuple):
-    """An image that may have been decoded at a fraction of its size.
+    """An RGB image that may have been decoded at a fraction, 1 / ``by``, of its whole upright ``size``.
 
-    Args:
-        image: RGB; pixel ``i`` stands for the pixels ``i * by`` to ``(i + 1) * by - 1`` of the file, of
-            which the last may lie beyond its edge.
-        size: width and height of the whole image, upright.
-        by: 1, 2, 4 or 8.
+    Pixel ``i`` stands for the pixels ``i * by`` to ``(i + 1) * by - 1`` of the file, of which the last may
+    lie beyond its edge.
     """
 
     image: Image.Image
@@ -163,12 +156,8 @@ def open_reduced(
     """Decode like :func:`open_rgb`, but a large JPEG at 1/2, 1/4 or 1/8, which spares most of the work.
 
     libjpeg leaves out the high frequencies of each block of 8 x 8 pixels. Only upright grey and colour
-    JPEG is reduced; CMYK, an EXIF rotation and every other format come whole.
-
-    Args:
-        path: see :func:`open_rgb`.
-        enough: pixels that the longer and the shorter edge keep at least.
-        max_pixels: see :func:`open_rgb`; compared with the whole size.
+    JPEG is reduced; CMYK, an EXIF rotation and every other format come whole. ``enough`` pixels are kept of
+    the longer and the shorter edge at least; ``max_pixels`` is of the whole size.
     """
     with opened(path, max_pixels=max_pixels) as image:
         size = image.size
@@ -177,30 +166,20 @@ def open_reduced(
         upright_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
         if by > 1 and upright_jpeg and _orientation(image) == 1:
             image.draft(None, (size[0] // by, size[1] // by))
-            return ReducedImage(_decode(image, path).image.convert("RGB"), size, by)
-        rgb = _decode(image, path).image.convert("RGB")
+            return ReducedImage(_decode(image, path)[0].convert("RGB"), size, by)
+        rgb = _decode(image, path)[0].convert("RGB")
         return ReducedImage(rgb, rgb.size, 1)
 
 
 def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> None:
-    """Find a bad image without keeping it.
+    """Find a bad image without keeping it, or raise ImageError as :func:`open_rgb`.
 
-    Args:
-        path: the file.
-        level: ``"exists"`` looks at the directory entry only; ``"header"`` reads size, mode and the
-            format's end mark (a file without one is decoded whole); ``"decode"`` decodes, and looks for
-            damage that decoders pass over.
-        max_pixels: see :func:`open_rgb`; used by ``"header"`` and ``"decode"``.
-
-    Raises:
-        ImageError: as :func:`open_rgb` (``"exists"``: ``missing_image`` only).
+    ``level`` ``"exists"`` looks at the directory entry only; ``"header"`` reads size, mode and the format's
+    end mark (a file without one is decoded whole); ``"decode"`` decodes, and looks for damage that decoders
+    pass over.
     """
     if level == "exists":
-        try:
-            found = os.path.isfile(path)
-        except ValueError:  # a NUL in the name
-            found = False
-        if not found:
+        if not os.path.isfile(path):  # False too for a name that no file can have
             raise _missing(path, "no such file")
     elif level == "header":
         with opened(path, max_pixels=max_pixels) as image:
@@ -214,10 +193,11 @@ def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> 
         raise ValueError(f'level must be "exists", "header" or "decode", got {level!r}.')
 
 
-# --- opening ------------------------------------------------------------------------------------
-
-
+_UNSUPPORTED = "unsupported_image"
 _SMALLER = "Cut it into tiles or shrink it."
+_AGAIN = "Copy the file again from its source."
+_AS_RGB = "Save it as 8 bit RGB."
+_ONE_FILE = "Save the {} that the text speaks of as a file of its own."
 
 
 def _error(name: PathLike, problem: str, reason: str, remedy: str | None = None) -> ImageError:
@@ -237,11 +217,8 @@ def _meant(path: str) -> str | None:
         return None
     slashes = path.replace("\\", "/")
     home = os.path.expanduser(slashes[slashes.find("~") :]) if "/~/" in f"/{slashes}" else slashes
-    for spelling in dict.fromkeys((path, slashes, home, unquote(home))):
-        found = _in_letter_case(spelling)
-        if found is not None:
-            return found
-    return None
+    found = map(_in_letter_case, dict.fromkeys((path, slashes, home, unquote(home))))
+    return next((path for path in found if path is not None), None)
 
 
 def _in_letter_case(path: str) -> str | None:
@@ -275,49 +252,39 @@ def _plain(name: str) -> str:
 def opened(
     source: PathLike | bytes, name: str = "", *, max_pixels: int = MAX_PIXELS
 ) -> Iterator[Image.Image]:
-    """Open an image within the bounds, for whoever needs its header or its pixels as they are stored.
+    """Open an image, a file or bytes called ``name``, within the bounds; for header or pixels as stored.
 
-    Errors of decoding inside the block become ImageErrors too.
-
-    Args:
-        source: a file, or the bytes of one.
-        name: what errors call bytes.
-        max_pixels: see :func:`open_rgb`.
-
-    Raises:
-        ImageError: as :func:`open_rgb`.
+    Errors of decoding inside the block become ImageErrors too, as of :func:`open_rgb`.
     """
+    shown: PathLike = name
     if isinstance(source, bytes):
-        with _parsed(io.BytesIO(source), name, max_pixels=max_pixels) as image:
-            yield image
-        return
-    try:
-        file = open(source, "rb")  # noqa: SIM115
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _missing(source, str(error)) from error
-    with file, _parsed(file, source, max_pixels=max_pixels) as image:
+        file: BinaryIO = io.BytesIO(source)
+    else:
+        try:
+            file, shown = open(source, "rb"), source  # noqa: SIM115
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise _missing(source, str(error)) from error
+    with file, _documented_errors(shown):
+        image = _read_header(file, shown)
+        if problem := _problem(image, max_pixels):
+            raise _error(shown, *problem)
         yield image
 
 
 @contextmanager
-def _parsed(file: BinaryIO, name: PathLike, *, max_pixels: int) -> Iterator[Image.Image]:
+def _documented_errors(name: PathLike) -> Iterator[None]:
     try:
-        image = _read_header(file, name)
-        _check_header(image, name, max_pixels=max_pixels)
-        yield image
+        yield
     except GMAIError:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:  # the first: a huge frame of a GIF
         why = str(error) or "there is not enough memory to decode it"
         raise _error(name, f"is too large: {why}", "enormous_image", _SMALLER) from error
     except _DECODE_ERRORS as error:
-        raise _error(
-            name,
-            "is damaged, or of a kind that can't be decoded "
-            f"({type(error).__name__}: {_QUOTED.sub('', str(error)).strip()[:200]})",
-            "damaged_image",
-            "Copy the file again from its source, or save it anew as PNG or JPEG.",
-        ) from error
+        why = f"{type(error).__name__}: {_QUOTED.sub('', str(error)).strip()[:200]}"
+        problem = f"is damaged, or of a kind that can't be decoded ({why})"
+        remedy = f"{_AGAIN[:-1]}, or save it anew as PNG or JPEG."
+        raise _error(name, problem, "damaged_image", remedy) from error
 
 
 def _read_header(file: BinaryIO, name: PathLike) -> Image.Image:
@@ -337,55 +304,46 @@ def _read_header(file: BinaryIO, name: PathLike) -> Image.Image:
                     raise
                 problem = f"is a {kind} whose kind of pixel can't be decoded"
                 remedy = "Save it as 8 or 16 bit integers or 32 bit floats."
-                raise _error(name, problem, "unsupported_image", remedy) from error
+                raise _error(name, problem, _UNSUPPORTED, remedy) from error
     if not prefix:
-        remedy = "Copy the file again from its source."
-        raise _error(name, "is empty (0 bytes)", "damaged_image", remedy)
-    raise _error(
-        name,
-        f"is in none of the formats {', '.join(_FORMATS)}",
-        "unsupported_image",
-        "Convert it to PNG; volumes and DICOM go through the corpus builder.",
-    )
+        raise _error(name, "is empty (0 bytes)", "damaged_image", _AGAIN)
+    problem = f"is in none of the formats {', '.join(_FORMATS)}"
+    remedy = "Convert it to PNG; volumes and DICOM go through the corpus builder."
+    raise _error(name, problem, _UNSUPPORTED, remedy)
 
 
-def _check_header(image: Image.Image, name: PathLike, *, max_pixels: int) -> None:
+def _problem(image: Image.Image, max_pixels: int) -> tuple[str, str, str | None] | None:
+    """Return what speaks against decoding an opened image, with its reason and remedy."""
     width, height = image.size
-    if width < 1 or height < 1:
-        raise _error(name, f"has no pixels ({width} x {height})", "damaged_image")
+    size, large = f"{width} x {height}", "enormous_image"
+    if min(image.size) < 1:
+        return f"has no pixels ({size})", "damaged_image", None
     if width * height > max_pixels:
-        problem = f"has {width} x {height} = {width * height} pixels, the limit is {max_pixels}"
-        remedy = f"{_SMALLER[:-1]}, or raise max_pixels."
-        raise _error(name, problem, "enormous_image", remedy)
+        problem = f"has {size} = {width * height} pixels, the limit is {max_pixels}"
+        return problem, large, f"{_SMALLER[:-1]}, or raise max_pixels."
     if max(image.size) > MAX_SIDE or max(image.size) > MAX_RATIO * min(image.size):
         limits = f"the limits are {MAX_SIDE} a side, and {MAX_RATIO} times the other"
-        problem = f"has {width} x {height} pixels; {limits}"
-        raise _error(name, problem, "enormous_image", _SMALLER)
+        return f"has {size} pixels; {limits}", large, _SMALLER
     if image.info.get("progressive") and (scans := _whole(image).count(b"\xff\xda")) > MAX_SCANS:
-        problem = f"is a JPEG of {scans} scans, the limit is {MAX_SCANS}"
-        raise _error(name, problem, "enormous_image", "Save it anew.")
+        return f"is a JPEG of {scans} scans, the limit is {MAX_SCANS}", large, "Save it anew."
     if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
-        remedy = "Save the frame that the text speaks of as a file of its own."
-        raise _error(name, f"is a moving {image.format}", "unsupported_image", remedy)
+        return f"is a moving {image.format}", _UNSUPPORTED, _ONE_FILE.format("frame")
     if image.mode not in _SHALLOW + _DEEP_GREY:
-        problem = f"has the colour mode {image.mode}"
-        raise _error(name, problem, "unsupported_image", "Save it as 8 bit RGB.")
+        return f"has the colour mode {image.mode}", _UNSUPPORTED, _AS_RGB
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        return
+        return None
     bits: Any = image.tag_v2.get(258, (1,))
     if image.tag_v2.get(284) == 2 and max(bits if isinstance(bits, tuple) else (bits,)) > 8:
         # Pillow 13 and OpenCV 5 both read these planes as noise, without an error.
         problem = f"is a TIFF with a separate plane of {bits} bits for each channel"
         remedy = "Save it with interleaved channels (PlanarConfiguration 1), or as PNG."
-        raise _error(name, problem, "unsupported_image", remedy)
+        return problem, _UNSUPPORTED, remedy
     tile = image.tag_v2.get(322, 1) * image.tag_v2.get(323, 1)
     if tile > max(_MAX_TILE, 4 * width * height):
-        problem = f"is a TIFF of {width} x {height} pixels in tiles of {tile}"
-        raise _error(name, problem, "enormous_image", "Save it anew.")
-    if _is_stack(image, name):
-        problem = f"is a TIFF stack of several pages of {width} x {height} pixels"
-        remedy = "Save the page that the text speaks of as a file of its own."
-        raise _error(name, problem, "unsupported_image", remedy)
+        return f"is a TIFF of {size} pixels in tiles of {tile}", large, "Save it anew."
+    if pages := _pages(image):
+        return f"is a TIFF {pages}", _UNSUPPORTED, _ONE_FILE.format("page")
+    return None
 
 
 def _whole(image: Any) -> bytes:
@@ -397,21 +355,20 @@ def _whole(image: Any) -> bytes:
     return content
 
 
-def _is_stack(image: TiffImagePlugin.TiffImageFile, name: PathLike) -> bool:
-    """Return True if a further page is neither thumbnail nor mask and has the size of the first."""
-    size = image.size
+def _pages(image: TiffImagePlugin.TiffImageFile) -> str:
+    """Return what is wrong with the further pages: they are no thumbnail or mask, or too many; else ""."""
+    width, height = size = image.size
     try:
         for page in range(1, MAX_PAGES):  # n_frames would read the headers of all pages
             image.seek(page)
             reduced_or_mask = image.tag_v2.get(254, 0) & 0b101
             if image.size == size and not reduced_or_mask:
-                return True
+                return f"stack of several pages of {width} x {height} pixels"
     except EOFError:  # no more pages
-        return False
+        return ""
     finally:
         image.seek(0)
-    remedy = "Save the page that the text speaks of as a file of its own."
-    raise _error(name, f"is a TIFF of {MAX_PAGES} or more pages", "unsupported_image", remedy)
+    return f"of {MAX_PAGES} or more pages"
 
 
 def _reaches_its_end(image: Any) -> bool:
@@ -439,19 +396,13 @@ def _reaches_its_end(image: Any) -> bool:
     return False
 
 
-# --- pixels -------------------------------------------------------------------------------------
+def _decode(
+    image: Image.Image, name: PathLike, *, whole: bytes | None = None
+) -> tuple[Image.Image, bool, str]:
+    """Return the image upright, 8-bit and opaque, of any mode, and the rest of `DecodedPixels`.
 
-
-class _Decoded(NamedTuple):
-    """``image`` is upright, 8-bit and opaque, of any mode; the rest as in `DecodedPixels`."""
-
-    image: Image.Image
-    turned: bool
-    suffix: str
-
-
-def _decode(image: Image.Image, name: PathLike, *, whole: bytes | None = None) -> _Decoded:
-    """Decode an image; with ``whole``, the file's content, also look for what decoders pass over."""
+    With ``whole``, the file's content, what decoders pass over is looked for too.
+    """
     is_16_bit_colour = (
         image.format in ("PNG", "TIFF")
         and image.mode in ("RGB", "RGBA", "RGBX", "LA")
@@ -467,8 +418,7 @@ def _decode(image: Image.Image, name: PathLike, *, whole: bytes | None = None) -
     image.load()
     damage = find_damage(whole, image) if whole is not None else ""
     if damage:
-        remedy = "Copy the file again from its source."
-        raise _error(name, f"is damaged ({damage})", "damaged_image", remedy)
+        raise _error(name, f"is damaged ({damage})", "damaged_image", _AGAIN)
     suffix = {"PNG": ".png", "JPEG": ".jpg"}.get(image.format or "", "")
     if image.mode in _DEEP_GREY:
         shown = Image.fromarray(_deep_grey(image, name, white_is_zero=white_is_zero))
@@ -484,7 +434,7 @@ def _decode(image: Image.Image, name: PathLike, *, whole: bytes | None = None) -
         if orientation != 1:
             shown = shown.transpose(_UPRIGHT[orientation])
     turned = orientation != 1
-    return _Decoded(shown, turned, "" if turned else suffix)
+    return shown, turned, "" if turned else suffix
 
 
 def _orientation(image: Image.Image) -> int:
@@ -514,7 +464,7 @@ def _deep_grey(image: Image.Image, name: PathLike, *, white_is_zero: bool) -> np
         grey = to_8_bits(levels, visible=visible)
     except ValueError as error:
         remedy = "Save it anew with finite values."
-        raise _error(name, str(error), "unsupported_image", remedy) from error
+        raise _error(name, str(error), _UNSUPPORTED, remedy) from error
     if white_is_zero:
         grey = 255 - grey
     return grey if visible is None else np.where(visible, grey, np.uint8(0))
@@ -529,8 +479,7 @@ def _deep_colour(image: Image.Image, name: PathLike, file: BinaryIO | None) -> I
     if high - low >= _HALF_OF_16_BITS >> 8 and not names_a_colour:
         return _over_black(high_bytes)
     if names_a_colour or (len(extrema) == 4 and extrema[3] != (255, 255)):
-        problem = "is 16 bit colour with transparency"
-        raise _error(name, problem, "unsupported_image", "Save it as 8 bit RGB.")
+        raise _error(name, "is 16 bit colour with transparency", _UNSUPPORTED, _AS_RGB)
     import cv2
 
     levels = None
@@ -540,22 +489,14 @@ def _deep_colour(image: Image.Image, name: PathLike, file: BinaryIO | None) -> I
         levels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if levels is None or levels.dtype != np.uint16 or levels.shape[:2] != image.size[::-1]:
         problem = "is 16 bit colour of a kind that can't be decoded"
-        raise _error(name, problem, "unsupported_image", "Save it as 8 bit RGB.")
+        raise _error(name, problem, _UNSUPPORTED, _AS_RGB)
     if levels.ndim == 3:
         levels = np.ascontiguousarray(levels[:, :, 2::-1])
     return Image.fromarray(to_8_bits(levels))
 
 
 def to_8_bits(levels: np.ndarray, *, visible: np.ndarray | None = None) -> np.ndarray:
-    """Scale deep levels to uint8 of the same shape, by the rule in the module's docstring.
-
-    Args:
-        levels: integers or floats.
-        visible: mask of the pixels that count for the window; default all.
-
-    Raises:
-        ValueError: NaN or infinity.
-    """
+    """Scale deep levels to uint8 by the module's rule, by ``visible`` ones; ValueError for NaN."""
     if levels.dtype.kind == "f" and not np.isfinite(levels).all():
         raise ValueError("holds NaN or infinite values")
     shown = levels if visible is None or not visible.any() else levels[visible]

@@ -3,7 +3,7 @@
 """Headers of volume files: NIfTI, Analyze and MGH by nibabel, NRRD by pynrrd, MetaImage by MetaIO's rules.
 
 A library sees the bytes of a header and nothing else: this module opens every file itself. So a header can't
-lead to a file outside the folders that the caller allows, and `Header.voxels` reads no more than the header
+lead to a file outside the folders that the caller allows, and `VolumeFile.array` reads no more than it
 promises, after comparing that with the length of the file.
 
 ``I``, ``J``, ``K`` are the axes as stored, the first runs fastest; ``C`` counts channels.
@@ -17,9 +17,12 @@ import io
 import math
 import os
 import re
+import struct
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -36,6 +39,8 @@ SUFFIXES = (*NIFTI_SUFFIXES, ".mgz", ".mgh", ".nrrd", ".nhdr", ".mha", ".mhd")
 UNREADABLE = "volume can't be read"
 OUTSIDE = "path outside the source"
 NO_GREY_LEVELS = "voxels that are no grey levels"
+FEW_AXES = "volume of less than two axes"
+MANY_AXES = "volume of more than four axes"
 MAX_HEADER = 2**20
 MAX_GAP = 2**26  # bytes between header and voxels: NIfTI's extensions
 
@@ -54,12 +59,11 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """A volume's header.
+class VolumeFile:
+    """A volume whose header is read; its voxels are read by `array`.
 
     Args:
-        shape: lengths of the axes as stored.
-        dtype: of the numbers as stored.
+        shape, dtype: lengths of the axes, and kind of the numbers, as stored.
         affine: ``[4, 4]``, from indices to RAS+ millimetres.
         oriented: whether the file says how the volume lies in the body.
         path: of the voxels.
@@ -82,38 +86,69 @@ class Header:
     slope: float = 1.0
     inter: float = 0.0
     channel_axis: int | None = None
-    segments: tuple[Segment, ...] = field(default=())
+    segments: tuple[Segment, ...] = ()
 
-    def voxels(self, first: int = 0, count: int | None = None) -> np.ndarray:
-        """Return ``count`` stored numbers from the ``first``, flat; default all.
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """``(I, J, K, C)``; a flat image has one slice. `Unusable` for more axes, or one of no length."""
+        shape = list(self.shape)
+        if self.channel_axis is not None:
+            shape.append(shape.pop(self.channel_axis))
+        if len(shape) < 2 or min(shape) < 1:
+            raise Unusable(FEW_AXES, size_text(self.shape))
+        i, j, k = (*shape, 1)[:3]
+        rest = [length for length in shape[3:] if length != 1]
+        if len(rest) > 1:
+            raise Unusable(MANY_AXES, size_text(self.shape))
+        return i, j, k, rest[0] if rest else 1
 
-        Raises:
-            Unusable: the file is shorter than its header says.
-        """
-        total = math.prod(self.shape)
-        count = total - first if count is None else count
-        size = self.dtype.itemsize
-        length = self.path.stat().st_size
-        needed = max(self.offset, 0) + total * size
+    def array(self, channel: int | None) -> np.ndarray:
+        """Return ``[I, J, K]`` of one channel, ``[I, J, K, C]`` for None, or raise `Unusable`."""
+        from nibabel.volumeutils import apply_read_scaling
+
+        *spatial, count = self.grid
+        with library_errors(self.path):
+            if self.channel_axis is not None:
+                whole = self._voxels(0, math.prod(self.shape)).reshape(self.shape, order="F")
+                data = np.moveaxis(whole, self.channel_axis, -1)
+                data = data if channel is None else data[..., channel]
+            else:
+                first, shape = (0, [*spatial, count]) if channel is None else (channel, spatial)
+                size = math.prod(spatial)
+                data = self._voxels(first * size, math.prod(shape)).reshape(shape, order="F")
+            data = data.astype(data.dtype.newbyteorder("="), copy=False)
+            if self.slope == 1 and self.inter == 0:
+                return data
+            return np.asarray(apply_read_scaling(data, self.slope, self.inter), dtype=np.float32)
+
+    def _voxels(self, first: int, count: int) -> np.ndarray:
+        """Return ``count`` stored numbers from the ``first``, flat."""
+        size, length = self.dtype.itemsize, self.path.stat().st_size
+        total = math.prod(self.shape) * size
+        needed = max(self.offset, 0) + total
         if needed > (length - self.packed_at) * _RATIOS[self.packing]:
             raise Unusable(UNREADABLE, f"the header promises {needed} bytes, the file has {length}")
         out = np.empty(count, dtype=self.dtype)
         with self.path.open("rb") as file:
-            start = length - total * size if self.offset < 0 else self.offset
-            _read_exactly(_unpacked(file, self), start + first * size, out.view(np.uint8).data)
+            start = length - total if self.offset < 0 else self.offset
+            stream = self._unpacked(file, needed)
+            _read_exactly(stream, start + first * size, out.view(np.uint8).data)
         return out
 
+    def _unpacked(self, file: BinaryIO, needed: int) -> Any:
+        file.seek(self.packed_at)
+        if self.packing == "gzip":
+            return gzip.GzipFile(fileobj=file)
+        if self.packing == "bzip2":
+            return bz2.BZ2File(file)
+        if self.packing == "zlib":
+            return io.BytesIO(zlib.decompressobj().decompress(file.read(), needed))
+        return file
 
-def _unpacked(file: BinaryIO, header: Header) -> Any:
-    file.seek(header.packed_at)
-    if header.packing == "gzip":
-        return gzip.GzipFile(fileobj=file)
-    if header.packing == "bzip2":
-        return bz2.BZ2File(file)
-    if header.packing == "zlib":
-        promised = header.offset + math.prod(header.shape) * header.dtype.itemsize
-        return io.BytesIO(zlib.decompressobj().decompress(file.read(), promised))
-    return file
+
+def size_text(shape: Sequence[int]) -> str:
+    """Return ``4 x 5 x 6``."""
+    return " x ".join(map(str, shape))
 
 
 def _read_exactly(stream: Any, start: int, out: memoryview) -> None:
@@ -122,45 +157,67 @@ def _read_exactly(stream: Any, start: int, out: memoryview) -> None:
     while done < len(out):
         read = stream.readinto(out[done : done + 2**24])
         if not read:
-            raise Unusable(
-                UNREADABLE, f"the file ends {len(out) - done} bytes before its voxels do"
-            )
+            missing = len(out) - done
+            raise Unusable(UNREADABLE, f"the file ends {missing} bytes before its voxels do")
         done += read
 
 
-def read_header(path: Path, within: Sequence[Path] = ()) -> Header:
-    """Read the header of a volume.
+def open_volume(path: Path, within: Sequence[Path] = ()) -> VolumeFile:
+    """Read the header of a volume. A ``.img`` stands for the ``.hdr`` beside it.
 
-    Args:
-        path: of the file. A ``.img`` stands for the ``.hdr`` beside it.
-        within: folders that the voxels' own file may lie in; default: that of the header.
-
-    Raises:
-        Unusable: it is no volume, its voxels are no numbers or lie elsewhere.
-        OSError, ValueError, ...: the libraries' own errors, see `volumes`.
+    The voxels' own file may lie ``within`` these folders; default: that of the header. `Unusable` if it lies
+    elsewhere, or the file is no volume, damaged, or of no numbers.
     """
-    allowed = tuple(os.path.realpath(folder) for folder in within or (path.parent,))
-    name = path.name.lower()
-    if name.endswith(".img"):
-        path = _beside(path, path.with_suffix(".hdr").name, allowed)
+    with library_errors(path):
+        allowed = tuple(os.path.realpath(folder) for folder in within or (path.parent,))
+        name = path.name.lower()
+        if name.endswith(".img"):
+            path = _beside(path, path.with_suffix(".hdr").name, allowed)
+        head, packed = _beginning(path, MAX_HEADER)
+        if head.startswith(b"NRRD"):
+            found = _nrrd(path, head, allowed)
+        elif name.endswith((".mha", ".mhd")):
+            found = _meta_image(path, head, allowed)
+        else:
+            found = _by_nibabel(path, head, "gzip" if packed else "", allowed)
+    if found.dtype.kind not in "iufb":
+        raise Unusable(NO_GREY_LEVELS, str(found.dtype)[:60])
+    return found
+
+
+def _beginning(path: Path, count: int) -> tuple[bytes, bool]:
+    """Return the first bytes of a file, and whether they are packed by gzip."""
     with path.open("rb") as file:
-        start = file.read(4)
-        packed = start[:2] == b"\x1f\x8b"
+        packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
-        head = (gzip.GzipFile(fileobj=file) if packed else file).read(MAX_HEADER)
-    if head.startswith(b"NRRD"):
-        return _nrrd(path, head, allowed)
-    if name.endswith((".mha", ".mhd")):
-        return _meta_image(path, head, allowed)
-    return _by_nibabel(path, head, "gzip" if packed else "", allowed)
+        return (gzip.GzipFile(fileobj=file) if packed else file).read(count), packed
+
+
+@contextmanager
+def library_errors(path: Path, reason: str = UNREADABLE) -> Iterator[None]:
+    """Turn what a library raises for a bad file into `Unusable`, without its folder."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+    from nibabel.wrapstruct import WrapStructError
+    from nrrd import NRRDError
+
+    bad = (
+        *(ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError, NRRDError, zlib.error),
+        *(OSError, EOFError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError),
+        *(zipfile.BadZipFile, struct.error),
+        MemoryError,  # a header that promises more than there is
+    )
+    try:
+        yield
+    except Unusable:
+        raise
+    except bad as error:
+        text = " ".join(str(error).replace(str(path), path.name).split())
+        raise Unusable(reason, f"{type(error).__name__}: {text[-300:]}") from error
 
 
 def _beside(header: Path, name: str, allowed: Sequence[str]) -> Path:
-    """Return the file that a header names.
-
-    Raises:
-        Unusable: it isn't there, or not in one of the allowed folders.
-    """
+    """Return the file that a header names; `Unusable` if it isn't there, or not in an allowed folder."""
     if os.path.isabs(name) or ".." in re.split(r"[/\\]", name) or "\0" in name:
         raise Unusable(OUTSIDE, f"the header takes its voxels from {name[:200]!r}")
     path = header.parent / name
@@ -172,45 +229,48 @@ def _beside(header: Path, name: str, allowed: Sequence[str]) -> Path:
     return path
 
 
-# --- NIfTI, Analyze, MGH --------------------------------------------------------------------------
+# Where the magic bytes stand, they themselves, and nibabel's class.
+_NIFTI = (
+    *((344, b"n+1\0", "Nifti1Image"), (4, b"n+2\0", "Nifti2Image")),
+    *((344, b"ni1\0", "Nifti1Pair"), (4, b"ni2\0", "Nifti2Pair")),
+)
 
 
-def is_nifti_start(start: bytes) -> bool:
-    """Return True if a file that begins so (348 bytes) is NIfTI in one file."""
-    return start[344:348] == b"n+1\0" or start[4:8] == b"n+2\0"
+def _nifti_class(head: bytes) -> str:
+    return next((name for at, magic, name in _NIFTI if head[at : at + 4] == magic), "")
 
 
-def _by_nibabel(path: Path, head: bytes, packing: Packing, allowed: Sequence[str]) -> Header:
+def is_nifti(path: Path) -> bool:
+    """Return True for NIfTI in one file, plain or in gzip, by its content."""
+    try:
+        return _nifti_class(_beginning(path, 348)[0]).endswith("Image")
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+def _by_nibabel(path: Path, head: bytes, packing: Packing, allowed: Sequence[str]) -> VolumeFile:
     import nibabel
 
-    image: Any
-    if is_nifti_start(head):
-        image = nibabel.Nifti2Image if head[4:8] == b"n+2\0" else nibabel.Nifti1Image
-    elif head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
-        image = nibabel.Nifti2Pair if head[4:8] == b"ni2\0" else nibabel.Nifti1Pair
-    elif path.name.lower().endswith((".mgh", ".mgz")):
-        image = nibabel.MGHImage
-    elif path.suffix.lower() == ".hdr":
-        image = nibabel.Spm99AnalyzeImage
-    else:
-        raise Unusable(UNREADABLE, "neither NIfTI, MGH, NRRD nor MetaImage")
-    kind = image.header_class
+    name, suffix = _nifti_class(head), path.suffix.lower()
+    if not name:
+        others = {".mgh": "MGHImage", ".mgz": "MGHImage", ".hdr": "Spm99AnalyzeImage"}
+        if not (name := others.get(suffix, "")):
+            raise Unusable(UNREADABLE, "neither NIfTI, MGH, NRRD nor MetaImage")
+    kind = getattr(nibabel, name).header_class
     header = kind(head[: kind.template_dtype.itemsize])
     dtype = header.get_data_dtype()
-    shape = tuple(int(length) for length in header.get_data_shape())
     if dtype.fields is not None:
         raise Unusable(NO_GREY_LEVELS, str(dtype)[:60])
-    if path.suffix.lower() == ".hdr" or head[344:347] == b"ni1" or head[4:7] == b"ni2":
+    if suffix == ".hdr" or name.endswith("Pair"):
         path = _beside(path, path.with_suffix(".img").name, allowed)
-        with path.open("rb") as file:
-            packing = "gzip" if file.read(2) == b"\x1f\x8b" else ""
+        packing = "gzip" if _beginning(path, 0)[1] else ""
     offset = int(header.get_data_offset())
     if not 0 <= offset <= MAX_GAP:
         raise Unusable(UNREADABLE, f"the voxels are said to begin at byte {offset}")
     slope, inter = getattr(header, "get_slope_inter", lambda: (None, None))()
     codes = [header[key] for key in ("sform_code", "qform_code") if key in header]
-    return Header(
-        shape,
+    return VolumeFile(
+        tuple(int(length) for length in header.get_data_shape()),
         dtype,
         np.asarray(header.get_best_affine(), dtype=np.float64),
         any(map(int, codes)) if codes else path.suffix.lower() != ".img",
@@ -222,38 +282,12 @@ def _by_nibabel(path: Path, head: bytes, packing: Packing, allowed: Sequence[str
     )
 
 
-# --- NRRD -----------------------------------------------------------------------------------------
-
-_NRRD_TYPES = {
-    "char": "i1",
-    "int8": "i1",
-    "short": "i2",
-    "int16": "i2",
-    "int": "i4",
-    "int32": "i4",
-    "longlong": "i8",
-    "int64": "i8",
-    "float": "f4",
-    "double": "f8",
-}
-_NRRD_PACKINGS: Mapping[str, Packing] = {
-    "raw": "",
-    "gzip": "gzip",
-    "gz": "gzip",
-    "bzip2": "bzip2",
-    "bz2": "bzip2",
-}
-
-
-def _nrrd(path: Path, head: bytes, allowed: Sequence[str]) -> Header:
+def _nrrd(path: Path, head: bytes, allowed: Sequence[str]) -> VolumeFile:
     """Read NRRD's header (teem.sourceforge.net/nrrd/format.html)."""
     import nrrd
 
     stream = io.BytesIO(head)
-    try:
-        values = nrrd.read_header(iter(stream.readline, b""))
-    except nrrd.NRRDError as error:
-        raise ValueError(str(error)) from error
+    values = nrrd.read_header(iter(stream.readline, b""))
     end = stream.tell()
     named = values.get("data file", values.get("datafile"))
     if named is None:
@@ -263,22 +297,17 @@ def _nrrd(path: Path, head: bytes, allowed: Sequence[str]) -> Header:
     else:
         data, end = _beside(path, _single(str(named)), allowed), 0
     encoding = str(values["encoding"]).lower()
+    packing: Any = {"raw": "", "gz": "gzip", "bz2": "bzip2"}.get(encoding, encoding)
     skipped = int(values.get("byte skip", values.get("byteskip", 0)))
     lines = int(values.get("line skip", values.get("lineskip", 0)))
-    if (
-        encoding not in _NRRD_PACKINGS
-        or lines
-        or skipped < -1
-        or (skipped < 0 and encoding != "raw")
-    ):
+    if packing not in ("", "gzip", "bzip2") or lines or skipped < (0 if packing else -1):
         problem = f"encoding {encoding!r} with line skip {lines} and byte skip {skipped}"
         raise Unusable(UNREADABLE, f"{problem}; raw, gzip and bzip2 are read")
-    packing = _NRRD_PACKINGS[encoding]
     shape = tuple(int(size) for size in values["sizes"])
     affine, channel_axis, oriented = _nrrd_geometry(values, len(shape))
-    return Header(
+    return VolumeFile(
         shape,
-        _nrrd_type(str(values["type"]), str(values.get("endian", ""))),
+        nrrd.reader._determine_datatype(values),
         affine,
         oriented,
         data,
@@ -288,18 +317,6 @@ def _nrrd(path: Path, head: bytes, allowed: Sequence[str]) -> Header:
         channel_axis=channel_axis,
         segments=tuple(_segments(values)),
     )
-
-
-def _nrrd_type(name: str, endian: str) -> np.dtype:
-    plain = name.replace("unsigned ", "u").replace("signed ", "").replace("long long", "longlong")
-    plain = plain.removesuffix(" int").removesuffix("_t")
-    code = _NRRD_TYPES.get(plain.removeprefix("u"), "")
-    if not code:
-        raise Unusable(NO_GREY_LEVELS, name[:60])
-    if code[1] != "1" and endian not in ("little", "big"):
-        raise Unusable(UNREADABLE, "the header has no `endian`")
-    code = code.replace("i", "u") if plain.startswith("u") else code
-    return np.dtype((">" if endian == "big" else "<") + code)
 
 
 def _nrrd_geometry(values: Mapping[str, Any], axes: int) -> tuple[np.ndarray, int | None, bool]:
@@ -336,23 +353,16 @@ def _single(named: str) -> str:
     return named
 
 
-# --- MetaImage ------------------------------------------------------------------------------------
-
+_SIGNED = {"CHAR": "i1", "SHORT": "i2", "INT": "i4", "LONG_LONG": "i8"}
 _META_TYPES = {
-    "MET_CHAR": "i1",
-    "MET_UCHAR": "u1",
-    "MET_SHORT": "i2",
-    "MET_USHORT": "u2",
-    "MET_INT": "i4",
-    "MET_UINT": "u4",
-    "MET_LONG_LONG": "i8",
-    "MET_ULONG_LONG": "u8",
-    "MET_FLOAT": "f4",
-    "MET_DOUBLE": "f8",
+    "FLOAT": "f4",
+    "DOUBLE": "f8",
+    **_SIGNED,
+    **{f"U{name}": code.replace("i", "u") for name, code in _SIGNED.items()},
 }
 
 
-def _meta_image(path: Path, head: bytes, allowed: Sequence[str]) -> Header:
+def _meta_image(path: Path, head: bytes, allowed: Sequence[str]) -> VolumeFile:
     """Read MetaImage's header (itk.org/Wiki/ITK/MetaIO/Documentation); its last field names the voxels."""
     stream = io.BytesIO(head)
     values: dict[str, str] = {}
@@ -374,7 +384,8 @@ def _meta_image(path: Path, head: bytes, allowed: Sequence[str]) -> Header:
     skipped = int(values.get("HeaderSize", 0))
     if values.get("BinaryData", "True").upper() != "TRUE" or (compressed and skipped):
         raise Unusable(UNREADABLE, "BinaryData = False, or HeaderSize of packed voxels")
-    code = _META_TYPES.get(values["ElementType"].removesuffix("_ARRAY"), "")
+    kind = values["ElementType"].removeprefix("MET_").removesuffix("_ARRAY")
+    code = _META_TYPES.get(kind, "")
     if not code:
         raise Unusable(NO_GREY_LEVELS, values["ElementType"][:60])
     big = values.get("BinaryDataByteOrderMSB", values.get("ElementByteOrderMSB", "False"))
@@ -385,17 +396,14 @@ def _meta_image(path: Path, head: bytes, allowed: Sequence[str]) -> Header:
     matrix = numbers("TransformMatrix", "Rotation", "Orientation")
     oriented = matrix is not None and count >= 3
     if matrix is not None and oriented:
-        spacing, origin = (
-            numbers("ElementSpacing", "ElementSize"),
-            numbers("Offset", "Position", "Origin"),
-        )
+        spacing = numbers("ElementSpacing", "ElementSize")
+        origin = numbers("Offset", "Position", "Origin")
         # Each row is the direction of one axis.
-        lps[:3, :3] = matrix.reshape(count, count)[:3, :3].T * (
-            1.0 if spacing is None else spacing[:3]
-        )
+        lps[:3, :3] = matrix.reshape(count, count)[:3, :3].T
+        lps[:3, :3] *= 1.0 if spacing is None else spacing[:3]
         lps[:3, 3] = 0.0 if origin is None else origin[:3]
     begin = end if local else 0
-    return Header(
+    return VolumeFile(
         (channels, *shape) if channels > 1 else shape,
         np.dtype((">" if big.upper() == "TRUE" else "<") + code),
         LPS_TO_RAS @ lps,

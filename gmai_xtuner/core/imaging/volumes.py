@@ -22,10 +22,8 @@ from its low end: ``z`` 0 is the slice nearest the feet.
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,36 +31,20 @@ from typing import Literal
 import numpy as np
 
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.volume_headers import (
-    NO_GREY_LEVELS,
-    UNREADABLE,
-    Segment,
-    is_nifti_start,
-    read_header,
-)
+from gmai_xtuner.core.imaging.volume_headers import Segment, VolumeFile, open_volume, size_text
 
 TOO_LARGE = "volume is too large"
-FEW_AXES = "volume of less than two axes"
-MANY_AXES = "volume of more than four axes"
 NO_ORIENTATION = "volume without a usable orientation"
 OTHER_GRID = "mask on another grid than its volume"
+OFF_GRID = 0.1  # of the smallest spacing
 ROUNDED = 0.05  # labels may lie so far from whole numbers: the rounding of a stored slope
 
 
-# --- geometry -----------------------------------------------------------------------------------
-
-
 def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Permute and flip axes so that they run nearest to Right, Anterior, Superior; a view, not a copy.
+    """Turn ``[I, J, K(, C)]`` so that its axes run nearest to Right, Anterior, Superior; a view, not a copy.
 
-    This is what `nibabel.as_closest_canonical` does, for arrays of any origin.
-
-    Args:
-        array: ``[I, J, K]`` or ``[I, J, K, C]``.
-        affine: ``[4, 4]``, from indices to RAS+ millimetres.
-
-    Raises:
-        Unusable: the affine is not invertible or not finite.
+    This is what `nibabel.as_closest_canonical` does, for arrays of any origin. An affine ``[4, 4]``, from
+    indices to RAS+ millimetres, that can't be inverted is `Unusable`.
     """
     from nibabel import orientations
 
@@ -82,45 +64,29 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return float(x), float(y), float(z)
 
 
-def on_grid(
-    labels: np.ndarray, affine: np.ndarray, grid: Grid, *, tolerance: float = 0.1
-) -> np.ndarray:
-    """Return a label map on a volume's grid: as it is, or laid into it where it was cut out of it.
+def on_grid(labels: np.ndarray, affine: np.ndarray, grid: Grid) -> np.ndarray:
+    """Return a label map in RAS+ on a volume's grid: as it is, or laid into it where it was cut out of it.
 
-    Args:
-        labels: ``[x, y, z]`` in RAS+; a part of the grid, moved by whole voxels.
-        affine: of ``labels``.
-        grid: of the volume.
-        tolerance: how far any corner may lie from its place, in voxels of the smallest spacing.
-
-    Raises:
-        Unusable: the grids are not the same.
+    `Unusable` if a corner lies off by more than `OFF_GRID` of the smallest spacing, or outside.
     """
     shape, spacing = grid.array.shape[:3], np.array(spacing_of(grid.affine))
+    own = size_text(labels.shape)
     corners = np.array([[*at, 1.0] for at in np.ndindex(2, 2, 2)])
     corners[:, :3] *= np.array(labels.shape) - 1
     found = (corners @ (np.linalg.inv(grid.affine) @ affine).T)[:, :3]
     shift = np.rint(found[0]).astype(int)
     distance = np.linalg.norm((found - corners[:, :3] - shift) * spacing, axis=1).max()
-    if distance > tolerance * spacing.min():
+    if distance > OFF_GRID * spacing.min():
         difference = f"corners lie up to {distance:.3g} mm apart, voxels are {spacing.min():.3g} mm"
-        raise Unusable(OTHER_GRID, f"{_size(labels.shape)} against {_size(shape)}; {difference}")
+        raise Unusable(OTHER_GRID, f"{own} against {size_text(shape)}; {difference}")
     if (shift < 0).any() or (shift + labels.shape > shape).any():
-        raise Unusable(
-            OTHER_GRID, f"{_size(labels.shape)} voxels from {shift.tolist()} in {_size(shape)}"
-        )
+        raise Unusable(OTHER_GRID, f"{own} voxels from {shift.tolist()} in {size_text(shape)}")
     if labels.shape == shape:
         return labels
     whole = np.zeros(shape, dtype=labels.dtype)
     whole[tuple(slice(at, at + n) for at, n in zip(shift, labels.shape, strict=True))] = labels
     return whole
 
-
-def _size(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(length) for length in shape)
-
-
-# --- slices -------------------------------------------------------------------------------------
 
 Axis = Literal["x", "y", "z"]
 AXES: tuple[Axis, ...] = ("x", "y", "z")
@@ -145,12 +111,7 @@ def pixel_spacing(spacing: tuple[float, float, float], axis: Axis) -> tuple[floa
 def square_size(shape: tuple[int, ...], spacing: tuple[float, float]) -> tuple[float, float] | None:
     """Return width and height with square pixels of the finer spacing, not yet rounded.
 
-    Args:
-        shape: ``(H, W)``.
-        spacing: see `pixel_spacing`.
-
-    Returns:
-        None if the pixels are square within 1 %.
+    None if the pixels of ``[H, W]`` are square within 1 %.
     """
     fine = min(spacing)
     if max(spacing) <= fine * 1.01:
@@ -158,19 +119,12 @@ def square_size(shape: tuple[int, ...], spacing: tuple[float, float]) -> tuple[f
     return shape[1] * spacing[1] / fine, shape[0] * spacing[0] / fine
 
 
-# --- loading ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """An array with its place in the body.
+    """An array ``[X, Y, Z]`` or ``[X, Y, Z, C]`` with its place in the body, ``[4, 4]`` to RAS+ millimetres.
 
-    Args:
-        array: ``[X, Y, Z]`` or ``[X, Y, Z, C]``; a view of what was read.
-        affine: ``[4, 4]``, to RAS+ millimetres.
-        notes: what is to be kept in ``Sample.preprocessing``.
-        channels: of the file.
-        flat: whether it was stored with two axes.
+    ``notes`` are kept in ``Sample.preprocessing``; ``channels`` are those of the file; ``flat``: it was
+    stored with two axes.
     """
 
     array: np.ndarray
@@ -182,13 +136,9 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class LabelMap:
-    """Label maps of one file.
+    """Label maps of one file, unsigned ``[X, Y, Z]`` each; more than one where structures overlap.
 
-    Args:
-        layers: unsigned ``[X, Y, Z]`` each; more than one where structures overlap.
-        affine: ``[4, 4]``, to RAS+ millimetres.
-        segments: names of the values, where the file has them (3D Slicer).
-        notes: as `Grid.notes`.
+    ``segments`` are the names of the values, where the file has them (3D Slicer); the rest as of `Grid`.
     """
 
     layers: tuple[np.ndarray, ...]
@@ -200,16 +150,13 @@ class LabelMap:
 def load(
     path: Path, *, channel: int | None = None, max_voxels: int, within: Sequence[Path] = ()
 ) -> Grid:
-    """Return the finite intensities of a volume, ``[X, Y, Z]``.
+    """Return the finite intensities of a volume, ``[X, Y, Z]``, or raise `Unusable`.
 
     Args:
         path: of the file.
         channel: index along the fourth axis, if there is one.
         max_voxels: a file that declares more is refused before it is read.
         within: folders that a file of voxels, which a header names, may lie in; default: the header's.
-
-    Raises:
-        Unusable: the reason says why.
     """
     file = _checked(path, max_voxels, within)
     count = file.grid[3]
@@ -217,7 +164,7 @@ def load(
         raise Unusable("volume of several channels", f"{count}; say `channel` in the job")
     if channel is not None and not 0 <= channel < count:
         raise Unusable("no such channel", f"{channel}; there are {count}, from 0")
-    return file.intensities(channel or 0)
+    return intensities(file, channel or 0)
 
 
 def load_labels(
@@ -230,14 +177,8 @@ def load_labels(
 ) -> LabelMap:
     """Return the label maps of a file: whole numbers from 0, in the smallest unsigned type.
 
-    A fourth axis holds 3D Slicer's layers, or the same channels as the volume's.
-
-    Args:
-        path, max_voxels, within: see `load`.
-        channel, channels: which one of how many was taken of the volume.
-
-    Raises:
-        Unusable: as `load`, and for fractions and negative numbers.
+    A fourth axis holds 3D Slicer's layers, or the same ``channels`` as the volume's, of which ``channel`` was
+    taken. Else as `load`; fractions and negative numbers are `Unusable`.
     """
     file = _checked(path, max_voxels, within)
     layers: Sequence[int] = (0,)
@@ -245,10 +186,9 @@ def load_labels(
         layers = range(file.grid[3])
     elif file.grid[3] > 1:
         if channel is None or file.grid[3] != channels:
-            detail = (
-                f"{file.grid[3]} beside a volume of {channels}; save each as a file, with {{label}}"
-            )
-            raise Unusable("volume of several channels", f"{detail} in the pattern `masks`")
+            advice = "save each as a file, with {label} in the pattern `masks`"
+            detail = f"{file.grid[3]} beside a volume of {channels}; {advice}"
+            raise Unusable("volume of several channels", detail)
         layers = (channel,)
     notes: dict[str, str] = {}
     found = []
@@ -271,142 +211,32 @@ def load_labels(
 
 
 def _checked(path: Path, max_voxels: int, within: Sequence[Path]) -> VolumeFile:
-    file = VolumeFile(path, within)
+    file = open_volume(path, within)
     if not file.oriented:
-        detail = (
-            "the header doesn't say where left and right are (sform, qform, space, TransformMatrix)"
-        )
+        problem = "the header doesn't say where left and right are"
+        detail = f"{problem} (sform, qform, space, TransformMatrix)"
         raise Unusable("volume without an orientation", detail)
-    *spatial, _ = file.grid
-    if int(np.prod(spatial, dtype=object)) > max_voxels:
-        size = _size(tuple(spatial))
-        raise Unusable(TOO_LARGE, f"{size} are more than `max_voxels`, {max_voxels}")
+    spatial = file.grid[:3]
+    if math.prod(spatial) > max_voxels:
+        raise Unusable(TOO_LARGE, f"{size_text(spatial)} are more than `max_voxels`, {max_voxels}")
     return file
 
 
-def is_nifti(path: Path) -> bool:
-    """Return True for NIfTI in one file, plain or in gzip, by its content."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(348)
-        if start[:2] == b"\x1f\x8b":
-            with gzip.open(path) as unpacked:
-                start = unpacked.read(348)
-    except (OSError, EOFError, zlib.error):
-        return False
-    return is_nifti_start(start)
+def intensities(file: VolumeFile, channel: int | None) -> Grid:
+    """Return one or all channels in RAS+; what is not finite becomes the smallest value, with a note."""
+    from nibabel.orientations import aff2axcodes
 
-
-class VolumeFile:
-    """A volume whose header is read; its voxels are read by `array` and `intensities`.
-
-    ``shape`` is as stored, ``affine`` leads to RAS+, ``oriented`` is False if the file does not say how the
-    volume lies in the body; ``segments`` are those of 3D Slicer.
-
-    Args:
-        path: of the file.
-        within: folders that a file of voxels, which a header names, may lie in; default: the header's.
-
-    Raises:
-        Unusable: the header can't be read, or its voxels are no numbers.
-    """
-
-    def __init__(self, path: Path, within: Sequence[Path] = ()) -> None:
-        self._path = path
-        with _library_errors(path):
-            self._header = header = read_header(path, within)
-        self.shape, self.affine, self.oriented = header.shape, header.affine, header.oriented
-        self.segments = header.segments
-        if header.dtype.kind not in "iufb":
-            raise Unusable(NO_GREY_LEVELS, str(header.dtype)[:60])
-
-    @property
-    def grid(self) -> tuple[int, int, int, int]:
-        """``(I, J, K, C)``; a flat image has one slice.
-
-        Raises:
-            Unusable: there are more axes, or an axis of no length.
-        """
-        shape = list(self.shape)
-        if self._header.channel_axis is not None:
-            shape = [*_without(shape, self._header.channel_axis), shape[self._header.channel_axis]]
-        if len(shape) < 2 or min(shape) < 1:
-            raise Unusable(FEW_AXES, _size(self.shape))
-        i, j, k = (*shape, 1)[:3]
-        rest = [length for length in shape[3:] if length != 1]
-        if len(rest) > 1:
-            raise Unusable(MANY_AXES, _size(self.shape))
-        return i, j, k, rest[0] if rest else 1
-
-    def array(self, channel: int | None) -> np.ndarray:
-        """Return ``[I, J, K]`` of one channel, ``[I, J, K, C]`` for None."""
-        with _library_errors(self._path):
-            return self._array(channel)
-
-    def _array(self, channel: int | None) -> np.ndarray:
-        from nibabel.volumeutils import apply_read_scaling
-
-        header = self._header
-        *spatial, count = self.grid
-        size = int(np.prod(spatial, dtype=object))
-        if header.channel_axis is None and channel is not None:
-            data = header.voxels(channel * size, size).reshape(spatial, order="F")
-        else:
-            data = header.voxels().reshape(self.shape, order="F")
-            if header.channel_axis is None:
-                data = data.reshape((*spatial, count), order="F")
-            else:
-                data = np.moveaxis(data, header.channel_axis, -1)
-            data = data if channel is None else data[..., channel]
-        data = data.astype(data.dtype.newbyteorder("="), copy=False)
-        if header.slope == 1 and header.inter == 0:
-            return data
-        return np.asarray(apply_read_scaling(data, header.slope, header.inter), dtype=np.float32)
-
-    def intensities(self, channel: int | None) -> Grid:
-        """Return one or all channels in RAS+; what is not finite becomes the smallest value, with a note.
-
-        Raises:
-            Unusable: no voxel is finite, or the file can't be read.
-        """
-        from nibabel.orientations import aff2axcodes
-
-        array = self.array(channel)
-        notes = {}
-        if array.dtype.kind == "f":
-            array = array.astype(np.float32, copy=False)
-            bad = ~np.isfinite(array)
-            count = int(np.count_nonzero(bad))
-            if count == bad.size:
-                raise Unusable("volume without a finite voxel")
-            if count:
-                array = np.where(bad, array[~bad].min(), array)
-                notes["not finite"] = f"{count} voxels set to the smallest value"
-        array, affine = to_ras(array, self.affine)
-        notes["stored as"] = "".join(str(code) for code in aff2axcodes(self.affine))
-        return Grid(array, affine, notes, self.grid[3], len(self.shape) == 2)
-
-
-def _without(values: Sequence[int], at: int) -> list[int]:
-    return [value for number, value in enumerate(values) if number != at]
-
-
-@contextmanager
-def _library_errors(path: Path) -> Iterator[None]:
-    """Turn what the libraries raise for a bad file into Unusable, without its folder."""
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError, HeaderTypeError
-    from nibabel.wrapstruct import WrapStructError
-
-    bad = (
-        *(ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError, zlib.error),
-        *(OSError, EOFError, ValueError, RuntimeError, ArithmeticError, LookupError, TypeError),
-        MemoryError,  # a header that promises more than there is
-    )
-    try:
-        yield
-    except Unusable:
-        raise
-    except bad as error:
-        text = " ".join(str(error).replace(str(path), path.name).split())
-        raise Unusable(UNREADABLE, f"{type(error).__name__}: {text[-300:]}") from error
+    array = file.array(channel)
+    notes = {}
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32, copy=False)
+        bad = ~np.isfinite(array)
+        count = int(np.count_nonzero(bad))
+        if count == bad.size:
+            raise Unusable("volume without a finite voxel")
+        if count:
+            array = np.where(bad, array[~bad].min(), array)
+            notes["not finite"] = f"{count} voxels set to the smallest value"
+    array, affine = to_ras(array, file.affine)
+    notes["stored as"] = "".join(str(code) for code in aff2axcodes(file.affine))
+    return Grid(array, affine, notes, file.grid[3], len(file.shape) == 2)

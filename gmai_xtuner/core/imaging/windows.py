@@ -42,15 +42,10 @@ CT_NAMES = ("ct", "computed tomography", "ct scan")
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A window as viewers and DICOM (PS3.3 C.11.2.1.2) have it.
+    """A window as viewers and DICOM (PS3.3 C.11.2.1.2) have it: centre and width in the intensities' unit.
 
-    Args:
-        center: the grey in the middle, in the unit of the intensities.
-        width: from black to white, above 0.
-        function: of the DICOM standard; ``LINEAR`` has its half a unit's shift, ``LINEAR_EXACT`` has none.
-
-    Raises:
-        ValueError: a centre or width that can't be applied, or an unknown function.
+    Of the standard's functions ``LINEAR`` has its half a unit's shift, ``LINEAR_EXACT`` has none. A
+    ValueError for what can't be applied.
     """
 
     center: float
@@ -63,10 +58,8 @@ class Window:
         least = 1.0 if self.function == "LINEAR" else 0.0
         finite = np.isfinite(self.center) and np.isfinite(self.width)
         if not finite or self.width < least or self.width <= 0:
-            raise ValueError(
-                f"a window needs a finite centre and a width above {least:g}, "
-                f"got W {self.width:g} L {self.center:g}"
-            )
+            needs = f"a window needs a finite centre and a width above {least:g}"
+            raise ValueError(f"{needs}, got W {self.width:g} L {self.center:g}")
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """Return uint8 of the shape of ``values``, rounded half up."""
@@ -96,12 +89,7 @@ PRESETS: dict[str, Window] = {
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How intensities become grey levels.
-
-    Args:
-        apply: intensities ``[H, W]`` of any number type -> uint8 ``[H, W]``.
-        text: what it does, for ``Sample.preprocessing``.
-    """
+    """How intensities become grey levels: ``[H, W]`` -> uint8 ``[H, W]``, and what it does as a text."""
 
     apply: Callable[[np.ndarray], np.ndarray]
     text: str
@@ -122,27 +110,20 @@ def linear(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.floor(np.clip(share, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
-def is_ct(modality: str | None) -> bool:
-    """Return True for a name or DICOM code of computed tomography."""
-    return (modality or "").strip().lower() in CT_NAMES
-
-
 def scale_for(
     window: str | tuple[float, float] | Window, voxels: np.ndarray, *, modality: str | None
 ) -> Scale:
-    """Return the scale of one volume, or of one image.
+    """Return the scale of one volume, or of one image, by all of its finite ``voxels``.
 
-    Args:
-        window: a name of the module, the two ends of a window, or its level and width.
-        voxels: all of its intensities, finite.
-        modality: decides what ``auto`` is.
+    ``window`` is a name of the module (``modality`` decides what ``auto`` is), the two ends, or a `Window`.
     """
     if isinstance(window, Window):
         return Scale(window.apply, f"window W {window.width:g} L {window.center:g}")
     if isinstance(window, tuple):
         return _line(*window, "window")
     if window == "auto":
-        window = "soft tissue" if is_ct(modality) else "percentile"
+        is_ct = (modality or "").strip().lower() in CT_NAMES
+        window = "soft tissue" if is_ct else "percentile"
     if window == "slice":
         return Scale(_own_range, "min-max of the slice")
     if window == "volume":
@@ -157,12 +138,9 @@ def scale_for(
 
 
 def foreground_window(values: np.ndarray) -> Window:
-    """Return ``percentile`` as a window that a user can move.
+    """Return ``percentile`` of all (finite) intensities as a window that a user can move.
 
     Where all of the foreground is one value, as in a mask, the window reaches down to the smallest one.
-
-    Args:
-        values: all intensities of an image or a volume, finite.
     """
     # Percentiles of a few million voxels don't change what is seen; all of a large volume take seconds.
     flat = values.reshape(-1)

@@ -16,7 +16,7 @@ from pydicom.data import get_testdata_file
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.dicom import header_of, is_dicom, open_dataset
+from gmai_xtuner.core.imaging.dicom import header_of, is_dicom, open_dataset, stack_of
 from gmai_xtuner.core.imaging.dicom_pixels import (
     COLOUR,
     colours,
@@ -25,7 +25,6 @@ from gmai_xtuner.core.imaging.dicom_pixels import (
     intensities,
     photometric_of,
 )
-from gmai_xtuner.core.imaging.dicom_stacks import stack_of
 from gmai_xtuner.core.imaging.windows import Window
 from tests import medical_files as made
 

@@ -14,8 +14,8 @@ import pytest
 import SimpleITK
 
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS
-from gmai_xtuner.core.imaging.volumes import Grid, VolumeFile, load, load_labels, on_grid
+from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS, open_volume
+from gmai_xtuner.core.imaging.volumes import Grid, load, load_labels, on_grid
 
 AFFINE = np.array([[0, -2.0, 0, 1], [1, 0, 0, 2], [0, 0, 3, 3], [0, 0, 0, 1]])
 LIMIT = 10**6
@@ -42,7 +42,7 @@ def test_nrrd_and_metaimage_are_read_as_itk_reads_them(tmp_path, suffix, compres
     image.SetSpacing((1, 2, 3))
     image.SetOrigin((5, 6, 7))
     SimpleITK.WriteImage(image, str(tmp_path / f"a.{suffix}"), compressed)
-    found = VolumeFile(tmp_path / f"a.{suffix}")
+    found = open_volume(tmp_path / f"a.{suffix}")
     expected = np.eye(4)
     expected[:3, :3], expected[:3, 3] = turn * (1, 2, 3), (5, 6, 7)
     assert np.allclose(found.affine, LPS_TO_RAS @ expected, atol=1e-6)
@@ -58,7 +58,7 @@ def test_nifti_pairs_and_mgh_are_read_as_nibabel_reads_them(tmp_path, suffix, dt
     array = voxels(5, 6, 7, dtype=dtype)
     kinds.get(suffix, nibabel.Nifti1Image)(array, AFFINE).to_filename(tmp_path / f"a.{suffix}")
     for name in (f"a.{suffix}", *(["a.img"] if suffix == "hdr" else [])):
-        found = VolumeFile(tmp_path / name)
+        found = open_volume(tmp_path / name)
         assert found.oriented
         assert np.allclose(found.affine, AFFINE, atol=1e-5)
         assert np.array_equal(found.array(0), array)
@@ -69,11 +69,11 @@ def test_scaled_numbers_and_one_of_several_channels(tmp_path):
     image.set_data_dtype(np.int16)
     image.to_filename(tmp_path / "a.nii.gz")
     expected = np.asarray(nibabel.load(tmp_path / "a.nii.gz").dataobj).astype(np.float32)
-    assert np.array_equal(VolumeFile(tmp_path / "a.nii.gz").array(0), expected)
+    assert np.array_equal(open_volume(tmp_path / "a.nii.gz").array(0), expected)
     array = voxels(5, 6, 7, 3)
     nibabel.Nifti1Image(array, AFFINE).to_filename(tmp_path / "b.nii")
-    assert np.array_equal(VolumeFile(tmp_path / "b.nii").array(1), array[..., 1])
-    assert np.array_equal(VolumeFile(tmp_path / "b.nii").array(None), array)
+    assert np.array_equal(open_volume(tmp_path / "b.nii").array(1), array[..., 1])
+    assert np.array_equal(open_volume(tmp_path / "b.nii").array(None), array)
 
 
 def test_a_flat_image_and_labels_off_by_the_rounding_of_a_slope(tmp_path):

@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 from skimage.measure import label as skimage_label
 from skimage.measure import regionprops
 
+from data_tools.preprocess import PRESETS, Rules
 from data_tools.preprocess.clean import clean_annotations, components
-from data_tools.preprocess.rules import PRESETS, Rules
 from data_tools.records import Annotation, Drops, Label
 
 NONE = PRESETS["none"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from data_tools.preprocess.rules import PRESETS, Rules, resolve
+from data_tools.preprocess import PRESETS, Rules
 from data_tools.readers import image_folder
 
 
@@ -42,7 +42,7 @@ def test_a_preset_can_be_changed_in_places():
 @pytest.mark.parametrize("clean", ["sa-med", {"preset": "sa-med"}, {"min_area": 3}])
 def test_a_source_names_its_rules(clean, tmp_path):
     keys = {"name": "a", "licence": "x", "reader": "image_folder", "root": tmp_path}
-    assert resolve(image_folder.Options(**keys).clean) == PRESETS["sa-med2d"]
+    assert image_folder.Options(**keys).clean == PRESETS["sa-med2d"]
     with pytest.raises(
         ValidationError, match=r"is no preset; there are none, sa-med2d|Extra inputs"
     ):

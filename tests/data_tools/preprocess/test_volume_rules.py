@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_tools.preprocess import PRESETS, Rules
 from data_tools.preprocess.clean import clean_volume
-from data_tools.preprocess.rules import Rules, preset
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.records import Drops
 
@@ -39,7 +39,7 @@ def left(of: Volume, **rules) -> tuple[int, list[str]]:
 
 def test_no_rule_changes_nothing():
     of = volume()
-    assert cleaned(of, preset("none")) == (of, [], set())
+    assert cleaned(of, PRESETS["none"]) == (of, [], set())
 
 
 def test_few_voxels():

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_tools.preprocess import Rules
 from data_tools.preprocess.clean import clean_annotations
-from data_tools.preprocess.rules import resolve
 from data_tools.records import Drop, Drops, Label, Sample
 
 
@@ -70,7 +70,7 @@ def regions_of(
 ) -> tuple[list[Label], list[str]]:
     """Regions of a sample, and the reasons for those that the rules drop."""
     drops = Drops()
-    chosen = resolve(rules)
+    chosen = Rules.model_validate(rules)
     found = clean_annotations(sample.annotations, size=size, rules=chosen, drops=drops, where="")
     return found, [drop.reason for drop in drops.found]
 

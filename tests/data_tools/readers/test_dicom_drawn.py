@@ -319,8 +319,7 @@ def test_the_segments_of_a_real_file_are_those_that_highdicom_reads(shared_data)
 
     from data_tools.readers.dicom_drawn import masks_of, open_drawn
     from data_tools.records import Drops
-    from gmai_xtuner.core.imaging.dicom import header_of, open_dataset
-    from gmai_xtuner.core.imaging.dicom_stacks import stack_of
+    from gmai_xtuner.core.imaging.dicom import header_of, open_dataset, stack_of
 
     folder = shared_data / "dicom_samples/dicomdirtests/77654033/CT2"
     stack = stack_of([header_of(open_dataset(path)) for path in sorted(folder.iterdir())])

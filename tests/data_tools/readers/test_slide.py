@@ -519,4 +519,4 @@ def test_a_dicom_slide_is_its_largest_file_and_others_are_none(tmp_path, monkeyp
         "header_of",
         lambda _, name: SimpleNamespace(sop_class=found[name][0], series=found[name][1]),
     )
-    assert slide._one_a_series(tmp_path, list(found)) == ["a/level.dcm", "b/level.dcm", "b/x.svs"]
+    assert slide._chosen(None, tmp_path, list(found)) == ["a/level.dcm", "b/level.dcm", "b/x.svs"]

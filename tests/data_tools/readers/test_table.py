@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_tools.readers import rows, table
-from data_tools.readers.rows import grouped, open_table
+from data_tools.readers.rows import grouped, read_table
 from data_tools.records import Sample
 from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import boxes, incomplete, options, read_all, reasons, write_image
@@ -90,10 +90,8 @@ def test_rows_come_together_in_the_order_of_their_first(tmp_path_factory, keys):
     path = tmp_path_factory.mktemp("t") / "t.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["k", "n"], *([key, f"{n}\nü,"] for n, key in enumerate(keys))])
-    with open_table(path, source="s") as opened:
-        strays, *found = grouped(
-            opened, ["n", "k"], key=lambda row: row.cells["k"], wanted=lambda row: True
-        )
+    opened = read_table(path, ["n", "k"], source="s")
+    strays, *found = grouped(opened, key=lambda row: row.cells["k"], wanted=lambda row: True)
     assert strays == []
     expected = {key: [n for n, other in enumerate(keys) if other == key] for key in keys}
     assert [[int(row.cells["n"].split("\n")[0]) for row in rows] for rows in found] == list(
