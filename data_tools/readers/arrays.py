@@ -2,17 +2,6 @@
 
 """Arrays in files: NPZ and NPY, HDF5, TIFF stacks; one image each or many along the first axis.
 
-    images: "{name}.npz"                       # MedMNIST
-    image_key: "{split}_images"
-    label_key: "{split}_labels"
-
-    images: "npz/{case}.npz"                   # MedSAM
-    image_key: imgs
-    mask_key: gts
-
-    images: "imgs/{case}.npy"                  # or a file for each
-    masks: "gts/{case}.npy"
-
 ``N`` counts images, ``H`` and ``W`` are height and width, ``C`` counts colours. What a file claims is bounded
 before it is read; nothing is unpickled, and no link or external storage of an HDF5 file is followed.
 """

@@ -2,13 +2,6 @@
 
 """A table of labels: CSV, TSV, JSONL or Excel. The job says which column holds what.
 
-    reader: table
-    table: labels.csv
-    image: png/{image_id}.png      # a pattern of columns, or a column's name
-    label: finding
-    box: {x1: xmin, y1: ymin, x2: xmax, y2: ymax}
-    group_column: patient_id
-
 Rows of one image are one sample, wherever in the table they are (see `rows`).
 """
 

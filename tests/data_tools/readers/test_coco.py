@@ -100,8 +100,7 @@ def test_a_bad_image_is_counted(tmp_path, image, reason):
 
 
 @pytest.mark.parametrize(
-    ("again", "reason"),
-    [({}, "image without an id of its own"), ({"id": 4}, "image listed twice")],
+    ("again", "reason"), [({}, "image without an id of its own"), ({"id": 4}, "image listed twice")]
 )
 def test_of_an_image_listed_twice_each_entry_has_what_the_other_lacks(tmp_path, again, reason):
     write(tmp_path, entry(), images=[IMAGE, IMAGE | again])

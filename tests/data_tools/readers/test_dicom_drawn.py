@@ -230,10 +230,7 @@ def test_a_series_is_incomplete_for_what_is_drawn_on_another_of_its_study(tmp_pa
     samples, drops, lacking = read_units(dicom, chosen)
     assert {
         bool(sample.annotations): labels for sample, labels in zip(samples, lacking, strict=True)
-    } == {
-        True: (),
-        False: ("tumour",),
-    }
+    } == {True: (), False: ("tumour",)}
     assert [drop.reason for drop in drops] == ["segmentation of other images of the study"]
 
 
@@ -326,8 +323,7 @@ def test_the_segments_of_a_real_file_are_those_that_highdicom_reads(shared_data)
     for path in sorted((shared_data / "dicom_seg_highdicom").glob("seg_image_ct*.dcm")):
         data = open_drawn(path)
         theirs = highdicom.seg.Segmentation.from_dataset(data).get_pixels_by_source_instance(
-            [plane.instance for plane in stack.planes],
-            assert_missing_frames_are_empty=True,
+            [plane.instance for plane in stack.planes], assert_missing_frames_are_empty=True
         )
         ours = masks_of(data, stack.planes, stack, drops := Drops(), "")
         assert not drops.found

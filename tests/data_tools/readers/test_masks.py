@@ -10,13 +10,7 @@ from pydantic import ValidationError
 
 from data_tools.readers import masks
 from gmai_xtuner.core.errors import SourceError
-from tests.data_tools.readers.sets import (
-    options,
-    read_all,
-    reasons,
-    write_image,
-    write_mask,
-)
+from tests.data_tools.readers.sets import options, read_all, reasons, write_image, write_mask
 
 PAIR = {"images": "i/{n}.png", "masks": "m/{n}.png"}
 

@@ -420,15 +420,6 @@ def test_broken_slides_are_counted_and_the_others_come(tmp_path: Path) -> None:
     ]
 
 
-def test_a_link_out_of_the_source_is_not_followed(tmp_path: Path) -> None:
-    write_pyramid(tmp_path / "secret/a.tif", field(64, 64))
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root/b.tif").symlink_to(tmp_path / "secret/a.tif")
-    samples, drops = read(tmp_path / "root")
-    assert not samples
-    assert [drop.reason for drop in drops] == ["path outside the source"]
-
-
 def test_files_of_outlines_that_are_none(tmp_path: Path) -> None:
     texts = {
         "a.geojson": "{",

@@ -322,22 +322,6 @@ def test_damage_in_the_middle_costs_only_the_frames_there(tmp_path: Path) -> Non
     ]
 
 
-def test_a_link_out_of_the_source_is_not_followed(tmp_path: Path) -> None:
-    write_video(tmp_path / "secret/a.mp4", [picture(n) for n in range(12)])
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root/b.mp4").symlink_to(tmp_path / "secret/a.mp4")
-    (tmp_path / "labels.csv").write_text("file,label\n../secret/a.mp4,x\n")
-    samples, drops = read(tmp_path / "root")
-    assert not samples
-    assert [drop.reason for drop in drops] == ["path outside the source"]
-    samples, drops = read(tmp_path / "root", table=tmp_path / "labels.csv")
-    assert not samples
-    assert [drop.reason for drop in drops] == [
-        "path outside the source",
-        "video of the table not found",
-    ]
-
-
 def test_a_source_that_is_wrong_as_a_whole_stops_the_job(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no video below .* fits"):
         list(video.units(options(tmp_path)))

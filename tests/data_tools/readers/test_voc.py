@@ -6,13 +6,7 @@ import pytest
 
 from data_tools.readers import voc
 from gmai_xtuner.core.errors import SourceError
-from tests.data_tools.readers.sets import (
-    boxes,
-    incomplete,
-    read_all,
-    reasons,
-    write_image,
-)
+from tests.data_tools.readers.sets import boxes, incomplete, read_all, reasons, write_image
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin>
 <ymin>3</ymin><xmax>20</xmax><ymax>25</ymax></bndbox></object>"""

@@ -361,9 +361,7 @@ def test_decathlon(tmp_path, sign):
     content = {
         "modality": {"0": "CT"},
         "labels": {"0": "background", "1": "liver", "2": "cancer"},
-        "training": [
-            {key: f".{sign}{key}sTr{sign}case1.nii.gz" for key in ("image", "label")},
-        ],
+        "training": [{key: f".{sign}{key}sTr{sign}case1.nii.gz" for key in ("image", "label")}],
     }
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     of = nnunet.Options(reader="decathlon", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
