@@ -80,7 +80,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_part_is_what_an_ordinary_reader_cuts_out(tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_a_part_is_what_an_ordinary_reader_cuts_out(tmp_path, layout):
     pixels = field(300, 200)
     layout = dict(layout)
     bigtiff = layout.pop("bigtiff", False)
@@ -99,9 +99,7 @@ def test_a_part_is_what_an_ordinary_reader_cuts_out(tmp_path: Path, layout: dict
     opened.close()
 
 
-def test_only_the_tiles_that_are_needed_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_tiles_that_are_needed_are_read(tmp_path, monkeypatch):
     write_pyramid(tmp_path / "a.tif", field(640, 640))
     opened = slide_files.open_slide(tmp_path / "a.tif")
     read_tiles = []
@@ -119,7 +117,7 @@ def test_only_the_tiles_that_are_needed_are_read(
     opened.close()
 
 
-def test_the_grid_covers_the_tissue_and_counts_the_rest(tmp_path: Path) -> None:
+def test_the_grid_covers_the_tissue_and_counts_the_rest(tmp_path):
     pixels = np.full((200, 300, 3), 245, dtype=np.uint8)  # glass
     pixels[:, :128] = field(128, 200)  # the two left columns of tiles are tissue
     pixels[64:128, 128:160] = (200, 60, 120)  # half of the tile at 128, 64
@@ -131,7 +129,7 @@ def test_the_grid_covers_the_tissue_and_counts_the_rest(tmp_path: Path) -> None:
     assert {drop.reason for drop in drops} == {"tile with too little tissue"}
     for sample in samples:
         x, y = corners([sample])[0]
-        assert np.array_equal(sample.image, pixels[y : y + 64, x : x + 64])  # type: ignore[arg-type]
+        assert np.array_equal(sample.image, pixels[y : y + 64, x : x + 64])
         assert labels(sample) == ["normal"]
         assert sample.group == sample.source_file == "normal/a.tif"
     samples, _ = read(tmp_path, min_tissue=0.51)
@@ -141,36 +139,36 @@ def test_the_grid_covers_the_tissue_and_counts_the_rest(tmp_path: Path) -> None:
     assert not drops
 
 
-def test_fluorescence_is_bright_on_dark(tmp_path: Path) -> None:
+def test_fluorescence_is_bright_on_dark(tmp_path):
     pixels = np.zeros((64, 128), dtype=np.uint16)
     pixels[:, 64:] = 40_000
     tifffile.imwrite(tmp_path / "a.tif", pixels, tile=(64, 64), photometric="minisblack")
     (sample,), drops = read(tmp_path, background="dark")
     assert corners([sample]) == [(64, 0)]
-    assert np.array_equal(sample.image, np.full((64, 64), 40_000 >> 8))  # type: ignore[arg-type]
+    assert np.array_equal(sample.image, np.full((64, 64), 40_000 >> 8))
     assert len(drops) == 1
 
 
-def test_scales_are_read_from_the_level_that_has_them(tmp_path: Path) -> None:
+def test_scales_are_read_from_the_level_that_has_them(tmp_path):
     pixels = field(512, 512)
     write_pyramid(tmp_path / "a.tif", pixels, microns=0.5)
     keys = {"min_tissue": 0}
     (first, *_), _ = read(tmp_path, level=1, **keys)
-    assert np.array_equal(first.image, pixels[:128:2, :128:2])  # type: ignore[arg-type]
+    assert np.array_equal(first.image, pixels[:128:2, :128:2])
     samples, _ = read(tmp_path, microns_per_pixel=2.0, **keys)
     assert corners(samples) == [(0, 0), (256, 0), (0, 256), (256, 256)]
-    assert np.array_equal(samples[3].image, pixels[256::4, 256::4])  # type: ignore[arg-type]
+    assert np.array_equal(samples[3].image, pixels[256::4, 256::4])
     assert samples[3].preprocessing["level"] == "2"
     assert samples[3].preprocessing["microns a pixel"] == "2"
     # 0.75 lies between the levels: the finer one, 96 pixels of it, is made smaller.
     (first, *_), _ = read(tmp_path, microns_per_pixel=0.75, **keys)
     expected = Image.fromarray(pixels[:96, :96]).resize((64, 64), Image.Resampling.LANCZOS)
-    assert np.array_equal(first.image, np.asarray(expected))  # type: ignore[arg-type]
+    assert np.array_equal(first.image, np.asarray(expected))
     (first, *_), _ = read(tmp_path, magnification=10, slide_magnification=20, **keys)
-    assert np.array_equal(first.image, pixels[:128:2, :128:2])  # type: ignore[arg-type]
+    assert np.array_equal(first.image, pixels[:128:2, :128:2])
 
 
-def test_scales_that_a_slide_does_not_have_are_counted(tmp_path: Path) -> None:
+def test_scales_that_a_slide_does_not_have_are_counted(tmp_path):
     write_pyramid(tmp_path / "a.tif", field(256, 256), microns=None)
     reasons = []
     for keys in (
@@ -192,7 +190,7 @@ def test_scales_that_a_slide_does_not_have_are_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_ome_tiff_and_a_pyramid_in_it_say_their_scale(tmp_path: Path) -> None:
+def test_ome_tiff_and_a_pyramid_in_it_say_their_scale(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as tiff:
         pixels = field(256, 128)
         metadata = {"axes": "YXS", "PhysicalSizeX": 250.0, "PhysicalSizeXUnit": "nm"}
@@ -204,7 +202,7 @@ def test_ome_tiff_and_a_pyramid_in_it_say_their_scale(tmp_path: Path) -> None:
     opened.close()
 
 
-def test_a_scanners_file_is_read_by_openslide(tmp_path: Path) -> None:
+def test_a_scanners_file_is_read_by_openslide(tmp_path):
     pixels = field(256, 128)
     description = "Aperio Image Library v10\r\n256x128 (64x64)|AppMag = 20|MPP = 0.4990"
     with tifffile.TiffWriter(tmp_path / "a.svs") as tiff:
@@ -218,10 +216,10 @@ def test_a_scanners_file_is_read_by_openslide(tmp_path: Path) -> None:
     opened.close()
     samples, _ = read(tmp_path, magnification=10, min_tissue=0)
     assert corners(samples) == [(0, 0), (128, 0)]
-    assert np.array_equal(samples[1].image, pixels[::2, 128::2])  # type: ignore[arg-type]
+    assert np.array_equal(samples[1].image, pixels[::2, 128::2])
 
 
-def test_at_most_so_many_tiles_and_always_the_same(tmp_path: Path) -> None:
+def test_at_most_so_many_tiles_and_always_the_same(tmp_path):
     write_pyramid(tmp_path / "a.tif", field(640, 640))
     first, _ = read(tmp_path, max_tiles=10)
     again, _ = read(tmp_path, max_tiles=10)
@@ -233,7 +231,7 @@ def test_at_most_so_many_tiles_and_always_the_same(tmp_path: Path) -> None:
     assert corners(first) != corners(every)[:10]
 
 
-def test_a_table_of_tiles(tmp_path: Path) -> None:
+def test_a_table_of_tiles(tmp_path):
     pixels = field(256, 256)
     write_pyramid(tmp_path / "slides/a.tif", pixels)
     (tmp_path / "t.csv").write_text(
@@ -249,7 +247,7 @@ def test_a_table_of_tiles(tmp_path: Path) -> None:
     samples, drops = read(tmp_path / "slides", table=tmp_path / "t.csv", columns=columns)
     assert sorted(corners(samples)) == [(10, 20), (192, 192)]
     found = dict(zip(corners(samples), samples, strict=True))
-    assert np.array_equal(found[10, 20].image, pixels[20:84, 10:74])  # type: ignore[arg-type]
+    assert np.array_equal(found[10, 20].image, pixels[20:84, 10:74])
     assert [(a.label, a.box) for a in found[10, 20].annotations] == [
         ("tumour", (1, 2, 30, 40)),
         ("vessel", (5, 5, 9, 9)),
@@ -262,7 +260,7 @@ def test_a_table_of_tiles(tmp_path: Path) -> None:
     ]
 
 
-def test_the_slides_class_from_a_table(tmp_path: Path) -> None:
+def test_the_slides_class_from_a_table(tmp_path):
     for name in ("a", "b"):
         write_pyramid(tmp_path / f"{name}.tif", field(64, 64))
     (tmp_path / "t.csv").write_text("file,label\na,adenocarcinoma\n")
@@ -305,7 +303,7 @@ def write_asap(path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["geojson", "xml"])
-def test_outlines_become_masks_of_the_tiles(tmp_path: Path, suffix: str) -> None:
+def test_outlines_become_masks_of_the_tiles(tmp_path, suffix):
     write_pyramid(tmp_path / "a.tif", field(192, 64))
     (write_geojson if suffix == "geojson" else write_asap)(tmp_path / f"a.{suffix}")
     samples, drops = read(
@@ -324,7 +322,7 @@ def test_outlines_become_masks_of_the_tiles(tmp_path: Path, suffix: str) -> None
         assert np.array_equal(annotation.mask, whole[:, x : x + 64])
 
 
-def test_outlines_are_filled_like_an_independent_library_does() -> None:
+def test_outlines_are_filled_like_an_independent_library_does():
     from skimage.draw import polygon2mask
 
     generator = np.random.default_rng(0)
@@ -340,7 +338,7 @@ def test_outlines_are_filled_like_an_independent_library_does() -> None:
     assert touched > 30
 
 
-def test_tiles_labelled_by_the_region_that_covers_them(tmp_path: Path) -> None:
+def test_tiles_labelled_by_the_region_that_covers_them(tmp_path):
     write_pyramid(tmp_path / "a.tif", field(256, 64))
     box = [[0, 0], [70, 0], [70, 64], [0, 64], [0, 0]]
     geometry = {"type": "Polygon", "coordinates": [box]}
@@ -361,7 +359,7 @@ def test_tiles_labelled_by_the_region_that_covers_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("smaller", [1, 2, 4])
-def test_a_mask_of_the_slide_gives_the_regions_of_a_tile(tmp_path: Path, smaller: int) -> None:
+def test_a_mask_of_the_slide_gives_the_regions_of_a_tile(tmp_path, smaller):
     write_pyramid(tmp_path / "a.tif", field(256, 128))
     values = np.zeros((128, 256), dtype=np.uint8)
     values[32:96, 96:160] = 2
@@ -374,13 +372,13 @@ def test_a_mask_of_the_slide_gives_the_regions_of_a_tile(tmp_path: Path, smaller
         tile = values[y : y + 64, x : x + 64]
         assert labels(sample) == [str(value) for value in np.unique(tile) if value]
         for annotation in sample.annotations:
-            assert np.array_equal(annotation.mask, tile == int(annotation.label))  # type: ignore[arg-type]
+            assert np.array_equal(annotation.mask, tile == int(annotation.label))
     (sample, _), _ = read(tmp_path, mask="{stem}_mask.tif", level=1)
     assert labels(sample) == ["1", "2"]
-    assert np.array_equal(sample.annotations[1].mask, values[::2, :128:2] == 2)  # type: ignore[arg-type]
+    assert np.array_equal(sample.annotations[1].mask, values[::2, :128:2] == 2)
 
 
-def test_masks_that_are_none_are_counted(tmp_path: Path) -> None:
+def test_masks_that_are_none_are_counted(tmp_path):
     for name in ("a", "b", "c"):
         write_pyramid(tmp_path / f"{name}.tif", field(128, 128))
     tifffile.imwrite(tmp_path / "a_mask.tif", np.zeros((128, 200), dtype=np.uint8))
@@ -394,7 +392,7 @@ def test_masks_that_are_none_are_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_broken_slides_are_counted_and_the_others_come(tmp_path: Path) -> None:
+def test_broken_slides_are_counted_and_the_others_come(tmp_path):
     good = write_pyramid(tmp_path / "x/b.tif", field(128, 128)).read_bytes()
     (tmp_path / "x/a.tif").write_bytes(b"not a slide")
     (tmp_path / "x/c.svs").write_bytes(b"")
@@ -403,7 +401,7 @@ def test_broken_slides_are_counted_and_the_others_come(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "x/e.tif").read_bytes())
     with tifffile.TiffFile(tmp_path / "x/e.tif") as tiff:
         page = tiff.pages[0]
-        offset, count = page.dataoffsets[1], page.databytecounts[1]  # type: ignore[union-attr]
+        offset, count = page.dataoffsets[1], page.databytecounts[1]
     data[offset : offset + count] = bytes(count)
     (tmp_path / "x/e.tif").write_bytes(data)
     tifffile.imwrite(tmp_path / "x/f.tif", np.zeros((128, 128), dtype=np.float32))
@@ -420,7 +418,7 @@ def test_broken_slides_are_counted_and_the_others_come(tmp_path: Path) -> None:
     ]
 
 
-def test_files_of_outlines_that_are_none(tmp_path: Path) -> None:
+def test_files_of_outlines_that_are_none(tmp_path):
     texts = {
         "a.geojson": "{",
         "c.geojson": '[{"geometry": {"type": "Polygon", "coordinates": [[[1, 2], [3, 4]]]}}]',
@@ -472,7 +470,7 @@ def test_marks_that_enclose_nothing_are_lost_and_negative_regions_cut_out(
     assert (drop.reason, lacking) == ("mark on the slide that encloses nothing", [("cell",)])
 
 
-def test_a_source_without_slides_stops_the_job(tmp_path: Path) -> None:
+def test_a_source_without_slides_stops_the_job(tmp_path):
     with pytest.raises(SourceError, match=r"no slide below .* fits"):
         list(slide.units(options(tmp_path)))
 
@@ -488,9 +486,7 @@ def test_a_source_without_slides_stops_the_job(tmp_path: Path) -> None:
         ({"columns": {"box": {"x1": "a", "y1": "b", "x2": "c", "y2": "d"}}}, "boxes are of tiles"),
     ],
 )
-def test_keys_that_contradict_each_other_are_errors(
-    tmp_path: Path, keys: dict[str, Any], text: str
-) -> None:
+def test_keys_that_contradict_each_other_are_errors(tmp_path, keys, text):
     with pytest.raises(ValidationError, match=text):
         options(tmp_path, **keys)
 
