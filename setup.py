@@ -146,11 +146,13 @@ setup(
         "data_tools": [
             "*.yaml",
             "*.sql",
+            "checks/*.yaml",
             "forms/*.yaml",
             "writers/*.j2",
             "writers/*.sql",
             "output/*.j2",
             "output/*.js",
+            "output/*.yaml",
             "contamination/*.j2",
         ],
     },

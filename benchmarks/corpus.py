@@ -166,9 +166,9 @@ def measure(
     from PIL import Image
 
     from data_tools import pipeline
-    from data_tools.forms.options import MakeOptions
+    from data_tools.command import Bar
     from data_tools.job import Job
-    from data_tools.progress import Bar
+    from data_tools.options import MakeOptions
 
     shutil.rmtree(folder, ignore_errors=True)
     picture = folder / "images" / "00" / "picture.png"

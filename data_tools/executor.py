@@ -18,7 +18,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from pathlib import Path
@@ -62,9 +63,47 @@ class Executor:
         """
         yield from map(function, inputs)
 
+    def close(self) -> None:
+        """End the workers."""
 
-class _Windowed(Executor):
-    """Keeps `IN_FLIGHT` tasks per worker in flight; a subclass submits, awaits and cancels one."""
+
+@contextmanager
+def open_executor(name: str, workers: int | None = None) -> Iterator[Executor]:
+    """Start an executor and end it.
+
+    Args:
+        name: one of `ENGINES`.
+        workers: processes; default: the cores that this process may use, or the cluster's. One worker of
+            ``processes`` is this process itself.
+
+    Raises:
+        CorpusError: Ray is not installed, or its cluster can't be reached.
+    """
+    if name == "ray":
+        with _ray(workers) as cluster:
+            yield cluster
+        return
+    if name != "processes":
+        raise CorpusError(f"engine {name!r} is unknown; there are {' and '.join(ENGINES)}.")
+    workers = workers or cores()
+    with closing(Processes(workers) if workers > 1 else Executor()) as executor:
+        yield executor
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class Processes(Executor):
+    """A pool of processes. They are spawned, not forked: libraries with threads don't survive a fork.
+
+    `IN_FLIGHT` tasks per worker are in flight. When a worker dies, all of them are lost with the pool and
+    done again one by one.
+    """
+
+    _pool: ProcessPoolExecutor | None = None
 
     def map(
         self,
@@ -88,70 +127,8 @@ class _Windowed(Executor):
                 self._cancel(handle)
 
     def _submitter(self, function: Function) -> Function:
-        raise NotImplementedError
-
-    def _next(self, function: Function, flight: Flight, died: Function | None) -> Iterator[Any]:
-        """Take tasks off the front of ``flight`` and yield their results."""
-        raise NotImplementedError
-
-    def _cancel(self, handle: Any) -> None:
-        raise NotImplementedError
-
-
-@contextmanager
-def open_executor(name: str, workers: int | None = None) -> Iterator[Executor]:
-    """Start an executor and end it.
-
-    Args:
-        name: one of `ENGINES`.
-        workers: processes; default: the cores that this process may use, or the cluster's. One worker of
-            ``processes`` is this process itself.
-
-    Raises:
-        CorpusError: Ray is not installed, or its cluster can't be reached.
-    """
-    if name == "ray":
-        with _ray(workers) as cluster:
-            yield cluster
-        return
-    if name != "processes":
-        raise CorpusError(f"engine {name!r} is unknown; there are {' and '.join(ENGINES)}.")
-    workers = workers or cores()
-    if workers == 1:
-        yield Executor()
-        return
-    pool = Processes(workers)
-    try:
-        yield pool
-    finally:
-        pool.close()
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-class Processes(_Windowed):
-    """A pool of processes. They are spawned, not forked: libraries with threads don't survive a fork.
-
-    When a worker dies, all tasks in flight are lost with the pool, and are done again one by one.
-    """
-
-    _pool: ProcessPoolExecutor | None = None
-
-    def _submitter(self, function: Function) -> Function:
-        def submit(task: Any) -> Future[Any]:
-            try:
-                return self._start(function, task)
-            except BrokenProcessPool as error:  # found when the one before it is waited for
-                future: Future[Any] = Future()
-                future.set_exception(error)
-                return future
-
-        return submit
+        """Return what starts a task and gives its handle."""
+        return partial(self._start, function)
 
     def _start(self, function: Function, task: Any) -> Future[Any]:
         with _blocked_ctrl_c():
@@ -159,34 +136,38 @@ class Processes(_Windowed):
                 self._pool = ProcessPoolExecutor(
                     self.workers, mp_context=get_context("spawn"), initializer=_start_worker
                 )
-            return self._pool.submit(function, task)
+            try:
+                return self._pool.submit(function, task)
+            except BrokenProcessPool as error:  # found when the one before it is waited for
+                failed: Future[Any] = Future()
+                failed.set_exception(error)
+                return failed
 
     def _next(self, function: Function, flight: Flight, died: Function | None) -> Iterator[Any]:
+        """Take tasks off the front of ``flight`` and yield their results."""
         try:
             result = flight[0][1].result()
         except BrokenProcessPool:
-            yield from self._one_by_one(function, [task for task, _ in flight], died)
+            self.close()
+            for task, _ in flight:
+                yield self._alone(function, task, died)
             flight.clear()
         else:
             flight.popleft()
             yield result
 
-    def _one_by_one(
-        self, function: Function, tasks: list[Any], died: Function | None
-    ) -> Iterator[Any]:
-        self.close()
-        for task in tasks:
-            try:
-                yield self._start(function, task).result()
-            except BrokenProcessPool as error:
-                self.close()
-                if died is None:
-                    raise CorpusError(
-                        "a worker process died, twice in the same task. It was killed for memory (see "
-                        "the system's log; fewer `workers` need less) or a library crashed. "
-                        "The same command goes on where it stopped."
-                    ) from error
-                yield died(task)
+    def _alone(self, function: Function, task: Any, died: Function | None) -> Any:
+        try:
+            return self._start(function, task).result()
+        except BrokenProcessPool as error:
+            self.close()
+            if died is not None:
+                return died(task)
+            raise CorpusError(
+                "a worker process died, twice in the same task. It was killed for memory (see "
+                "the system's log; fewer `workers` need less) or a library crashed. "
+                "The same command goes on where it stopped."
+            ) from error
 
     def _cancel(self, handle: Future[Any]) -> None:
         handle.cancel()
@@ -264,7 +245,7 @@ def _ray(workers: int | None) -> Iterator[Executor]:
             ray.shutdown()
 
 
-class Ray(_Windowed):
+class Ray(Processes):
     """Tasks of a Ray cluster. Sources and output have to lie on storage that all machines share.
 
     Ray itself does a task again whose worker died, `max_retries` times.

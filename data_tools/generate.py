@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import DONE, exit_status
+from data_tools.command import DONE, exit_status, number
 
 STOPPED = 3
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_argument("--stats", action="store_true", help="show what the output holds so far")
     verbs.add_argument(
         "--review",
-        type=_count,
+        type=number(int, 1),
         metavar="N",
         help="write a blinded page, review.html, of about N conversations that people judge",
     )
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take in what review.html saved; card and report then state the error rate",
     )
     parser.add_argument(
-        "--limit", type=_count, metavar="N", help="at most N records of each source"
+        "--limit", type=number(int, 1), metavar="N", help="at most N records of each source"
     )
     parser.add_argument(
         "--only", action="append", default=[], metavar="SOURCE", help="this source; can be repeated"
@@ -72,32 +72,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
-    return number
-
-
 def _run(options: argparse.Namespace) -> int:
     # Not at the top: --help must not wait for them.
     from data_tools import job as jobs
     from data_tools import overview, pipeline
+    from data_tools.command import Bar
     from data_tools.output import review
-    from data_tools.progress import Bar
 
     job = jobs.load(options.job, output=options.output)
     selection = pipeline.Selection(
         limit=options.limit, only=tuple(options.only), grounded=not options.without_annotations
     )
-    if options.dry_run:
-        found = overview.dry_run(job, selection)
-        _print(found, overview.dry_run_text(found), options)
-        return DONE
-    if options.stats:
-        found = overview.stats(job, selection)
-        _print(found, overview.stats_text(found), options)
-        return DONE
+    for verb, look in (("dry_run", overview.dry_run), ("stats", overview.stats)):
+        if getattr(options, verb):
+            found = look(job, selection)
+            _print(found, overview.as_text(found, f"{verb}.j2"), options)
+            return DONE
     if options.review:
         page = pipeline.write_review(job, options.review)
         _print({"review": str(page)}, f"to be judged in a browser: {page}", options)
@@ -107,17 +97,14 @@ def _run(options: argparse.Namespace) -> int:
     with Bar() as bar:
         result = pipeline.run(job, selection, progress=bar)
     _print(result.summary, overview.summary_text(result, job), options)
-    if result.stopped is not None:
-        print(f"stopped: {result.stopped}", file=sys.stderr)
-        return STOPPED
-    if result.pending:
-        print(
-            f"{result.pending} conversations could not be written for faults of the server; the same command "
-            "tries them again",
-            file=sys.stderr,
-        )
-        return STOPPED
-    return DONE
+    if result.stopped is None and not result.pending:
+        return DONE
+    pending = (
+        f"{result.pending} conversations could not be written for faults of the server; the same command "
+        "tries them again"
+    )
+    print(pending if result.stopped is None else f"stopped: {result.stopped}", file=sys.stderr)
+    return STOPPED
 
 
 def _print(values: Mapping[str, Any], text: str, options: argparse.Namespace) -> None:

@@ -17,13 +17,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from data_tools import readers
-from data_tools.checks import CheckOptions
-from data_tools.executor import ENGINES
-from data_tools.forms.options import MakeOptions
-from data_tools.options import Options
+from data_tools.options import CheckOptions, MakeOptions, Options, OutputOptions
 from data_tools.readers import SourceOptions
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
@@ -32,37 +30,7 @@ from gmai_xtuner.core.agreements import Agreement
 from gmai_xtuner.core.errors import CorpusError, JobError
 from gmai_xtuner.core.yaml_lines import Document, Place
 
-Demand = Literal[
-    "attribution", "share-alike", "non-commercial", "no-derivatives", "agreement", "unknown"
-]
-
-
-class OutputOptions(Options):
-    """The section ``corpus``: what the output folder holds beside the conversations.
-
-    Args:
-        held_out: share of the patients, cases, videos, slides or single images that is written to
-            ``held_out/`` and is in no training file; 0 holds out nothing.
-        near_duplicates: images whose 64-bit perceptual hashes differ in at most so many bits are put on
-            the same side; every image is then decoded once. Default: identical images only.
-        parquet: write each conversation file as Parquet too, beside the JSONL file.
-        prompts: write ``prompts.jsonl``: the exact prompt and answer of each conversation that a model wrote.
-        licences: keep sources under these licences only, as the job names them; case, spaces and hyphens
-            don't matter. Default: all.
-        refuse: leave out sources whose licence makes one of these demands; ``agreement`` is a licence
-            that is granted to a person, ``unknown`` one that isn't recognised.
-        publishable: leave out every source that may not be published, so that the folder may be passed on.
-        examples: how many conversations the report shows; as many rejected ones at most.
-    """
-
-    held_out: float = Field(default=0.05, ge=0, le=0.5)
-    near_duplicates: int | None = Field(default=None, ge=0, le=4)
-    parquet: bool = False
-    prompts: bool = False
-    licences: tuple[str, ...] | None = None
-    refuse: tuple[Demand, ...] = ()
-    publishable: bool = False
-    examples: int = Field(default=24, ge=0, le=200)
+_MEANT = Path(__file__).with_name("other_words.yaml")
 
 
 class Job(Options):
@@ -89,7 +57,7 @@ class Job(Options):
     title: str = "Corpus"
     seed: int = Field(default=0, ge=0)
     taxonomy: Path | None = None
-    engine: str = "processes"
+    engine: Literal["processes", "ray"] = "processes"
     workers: int | None = Field(default=None, ge=1)
     sources: tuple[SourceOptions, ...]
     agreements: tuple[Agreement, ...] = ()
@@ -118,19 +86,18 @@ def load(path: Path, *, output: Path | None = None) -> Job:
     if output is not None:
         data["output"] = str(output.absolute())
     problems = _Problems(document)
-    made = _sources(data, problems, path.parent)
+    made = _sources(data, problems)
     sources = tuple(made.values())
-    extended = _below(data, "taxonomy", path.parent, problems)
-    _below(data, "output", path.parent, problems)
+    extended = _below(data, "taxonomy", problems)
+    _below(data, "output", problems)
     if isinstance(data.get("writer"), dict):
         data["writer"] = dict(data["writer"])
-        _below(data["writer"], "cache", path.parent, problems, ("writer",))
+        _below(data["writer"], "cache", problems, ("writer",))
     if "path" in data:
         problems.add(("path",), _unknown("path", Job))
     job = _validated(Job, data | {"path": path.absolute(), "sources": sources}, (), problems)
-    if job is not None and job.engine not in ENGINES:
-        problems.add(("engine",), f"expected {' or '.join(ENGINES)}, got {job.engine!r}")
-    _check_output(job, sources, data, problems)
+    if job is not None:
+        _check_output(job, problems)
     if extended is None or os.path.isfile(extended):
         _check_terms(made, load_taxonomy(extended), problems)
     else:
@@ -155,6 +122,7 @@ class _Problems:
 
     def __init__(self, document: Document) -> None:
         self._document = document
+        self.folder = document.path.parent  # what paths are relative to
         self._found: set[tuple[int, str]] = set()
 
     def add(self, place: Place, text: str) -> None:
@@ -253,39 +221,15 @@ def _unknown(key: str, owner: type[BaseModel]) -> str:
     return f"unknown key{nearest(key, known)}"
 
 
-_MEANT = {
-    "labels": "classes categories mapping label_map class_map names class_names",
-    "label": "class category finding diagnosis target",
-    "root": "path folder dir directory data data_dir",
-    "reader": "type kind format loader",
-    "licence": "license terms rights",
-    "delimiter": "separator sep",
-    "table": "csv file excel sheet_file labels_file",
-    "image": "image_column filename file_name path_column",
-    "box": "bbox boxes bounding_box",
-    "group_column": "patient patient_id subject case_id patient_column",
-    "split_column": "split subset fold",
-    "chinese": "zh translations translation",
-    "masks": "mask segmentation segmentations seg label_maps",
-    "images": "image volumes volume pictures",
-    "annotations": "annotation json annotation_file",
-    "channel": "sequence time_point modality_index frame",
-    "links": "follow_links symlinks allow_links linked",
-    "negatives": "complete exhaustive absent",
-    "held_out": "validation test_share val",
-}
-"""Key -> other words for what it says."""
-
-
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return ``; did you mean 'licence'?``, or the names there are."""
     lower = {name.lower(): name for name in known}
-    for key, words in _MEANT.items():
-        if key in known and word.lower() in words.split():
-            return f"; did you mean {key!r}?"
+    # key -> other words for what it says
+    meant: dict[str, list[str]] = yaml.safe_load(_MEANT.read_text(encoding="utf-8"))
+    found = [key for key, words in meant.items() if key in known and word.lower() in words]
     close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {lower[close[0]]!r}?"
+    if found or close:
+        return f"; did you mean {found[0] if found else lower[close[0]]!r}?"
     return f"; there are {', '.join(sorted(known))}"
 
 
@@ -297,9 +241,7 @@ def _kind(value: Any) -> str:
 # --- sources --------------------------------------------------------------------------------------
 
 
-def _sources(
-    data: Mapping[str, Any], problems: _Problems, folder: Path
-) -> dict[int, SourceOptions]:
+def _sources(data: Mapping[str, Any], problems: _Problems) -> dict[int, SourceOptions]:
     """Return the sources by their place in the list."""
     entries = data.get("sources")
     if not isinstance(entries, list) or not entries:
@@ -313,7 +255,7 @@ def _sources(
         if not isinstance(entry, dict):
             problems.add(place, f"expected the keys of a source, got {_kind(entry)}")
             continue
-        source = _source(dict(entry), place, problems, folder)
+        source = _source(dict(entry), place, problems)
         if source is not None:
             made[number] = source
         name = entry.get("name")
@@ -325,9 +267,7 @@ def _sources(
     return made
 
 
-def _source(
-    entry: dict[str, Any], place: Place, problems: _Problems, folder: Path
-) -> SourceOptions | None:
+def _source(entry: dict[str, Any], place: Place, problems: _Problems) -> SourceOptions | None:
     reader = entry.get("reader")
     if not isinstance(reader, str) or reader not in readers.READERS:
         known = list(readers.READERS)
@@ -345,21 +285,11 @@ def _source(
             "pip install 'gmai-xtuner[data]'",
         )
         return None
-    root = entry.get("root")
-    if isinstance(root, str):
-        try:
-            entry["root"] = str(_root(root, folder))
-        except ValueError as error:
-            problems.add((*place, "root"), str(error))
-        else:
-            _table(entry, Path(entry["root"]), folder)
-    given = entry.get("links")
-    links = given if isinstance(given, list) else []
-    for number, link in enumerate(links):
-        try:
-            links[number] = str(_root(str(link), folder))
-        except ValueError as error:
-            problems.add((*place, "links", number), str(error))
+    if isinstance(entry.get("root"), str) and _found(entry, "root", place, problems):
+        _table(entry, Path(entry["root"]), problems.folder)
+    if isinstance(links := entry.get("links"), list):
+        for number in range(len(links)):
+            _found(links, number, (*place, "links"), problems)
     source = _validated(options, entry, place, problems)
     if source is not None and source.group is not None:
         try:
@@ -371,55 +301,43 @@ def _source(
 
 # Readers that take whatever lies below the root: they would read the corpus' own images.
 _WALKING = (
-    "arrays",
-    "labelme",
-    "image_folder",
-    "dicom",
-    "video",
-    "slide",
-    "masks",
-    "volume",
-    "yolo",
+    *("arrays", "labelme", "image_folder", "dicom", "video", "slide", "masks", "volume", "yolo"),
 )
 
 
-def _check_output(
-    job: Job | None,
-    sources: Sequence[SourceOptions],
-    data: Mapping[str, Any],
-    problems: _Problems,
-) -> None:
+def _check_output(job: Job, problems: _Problems) -> None:
     """Keep output and data apart: what is in the output is replaced, and what no record needs deleted."""
-    if job is None:
-        return
     output = job.output.resolve()
-    for source in sources:
-        try:
-            root = source.root.resolve()
-        except ValueError:  # a NUL, which the reader refuses
-            continue
-        if root.is_relative_to(output):
-            problems.add(
-                ("output",),
-                f"{output} holds the data of the source {source.name!r} ({root}), and a run deletes what "
-                "isn't its own in the output; name another folder",
-            )
-        elif output.is_relative_to(root) and getattr(source, "reader", "") in _WALKING:
-            problems.add(
-                ("output",),
-                f"{output} lies below the root of the source {source.name!r} ({root}), so the next run would "
-                "read its own pictures as data; name a folder outside it",
-            )
+    for source in job.sources:
+        with suppress(ValueError):  # a NUL, which the reader refuses
+            root, told = source.root.resolve(), ""
+            if root.is_relative_to(output):
+                told = (
+                    f"{output} holds the data of the source {source.name!r} ({root}), and a run deletes "
+                    "what isn't its own in the output; name another folder"
+                )
+            elif output.is_relative_to(root) and getattr(source, "reader", "") in _WALKING:
+                told = (
+                    f"{output} lies below the root of the source {source.name!r} ({root}), so the next run "
+                    "would read its own pictures as data; name a folder outside it"
+                )
+            if told:
+                problems.add(("output",), told)
 
 
-def _root(text: str, folder: Path) -> Path:
-    if text.startswith("package:"):
-        root = _package_folder(text)
-    else:
-        root = _absolute(text, folder)
-    if not os.path.exists(root):
-        raise ValueError(f"there is no folder {root}")
-    return root
+def _found(values: Any, key: Any, place: Place, problems: _Problems) -> bool:
+    """Put the absolute path of a folder in its place; False if it isn't there."""
+    text = str(values[key])
+    try:
+        is_package = text.startswith("package:")
+        root = _package_folder(text) if is_package else _absolute(text, problems.folder)
+        if not os.path.exists(root):
+            raise ValueError(f"there is no folder {root}")
+    except ValueError as error:
+        problems.add((*place, key), str(error))
+        return False
+    values[key] = str(root)
+    return True
 
 
 def _table(entry: dict[str, Any], root: Path, folder: Path) -> None:
@@ -462,48 +380,41 @@ def _package_folder(text: str) -> Path:
     return root
 
 
-def _below(
-    data: dict[str, Any], key: str, folder: Path, problems: _Problems, place: Place = ()
-) -> Path | None:
+def _below(data: dict[str, Any], key: str, problems: _Problems, place: Place = ()) -> Path | None:
     """Make a relative path absolute."""
     value = data.get(key)
     if not isinstance(value, str) or not value:
         return None
     try:
-        path = _absolute(value, folder)
+        path = _absolute(value, problems.folder)
     except ValueError as error:
         problems.add((*place, key), str(error))
-        data[key] = str(folder.absolute())
+        data[key] = str(problems.folder.absolute())
         return None
     data[key] = str(path)
     return path
 
 
 def _check_terms(
-    sources: Mapping[int, SourceOptions], taxonomy: Taxonomy, problems: _Problems
+    made: Mapping[int, SourceOptions], taxonomy: Taxonomy, problems: _Problems
 ) -> None:
-    for number, source in sources.items():
+    kinds = {
+        "modality": "modalities",
+        "department": "departments",
+        "clinical_task": "clinical_tasks",
+    }
+    for number, source in made.items():
         place: Place = ("sources", number)
         if source.department is None:
-            names = ", ".join(taxonomy.departments)
-            problems.add(
-                place,
-                f"department is missing; name one, or None for a set of no department ({names})",
-            )
-        checks = {
-            "modality": taxonomy.modality,
-            "department": taxonomy.department,
-            "clinical_task": taxonomy.task,
-        }
-        for key, check in checks.items():
-            value = getattr(source, key)
-            if value is not None:
+            names = ", ".join(taxonomy.names("departments"))
+            told = "department is missing; name one, or None for a set of no department"
+            problems.add(place, f"{told} ({names})")
+        for key, kind in kinds.items():
+            if (value := getattr(source, key)) is not None:
                 try:
-                    check(value)
+                    taxonomy.find(kind, value)
                 except CorpusError as error:
                     problems.add((*place, key), str(error).rstrip("."))
-        task = source.source_task
-        if task is not None and task not in taxonomy.source_tasks:
-            problems.add(
-                (*place, "source_task"), f"no task {task!r}{nearest(task, taxonomy.source_tasks)}"
-            )
+        task, tasks = source.source_task, taxonomy.names("source_tasks")
+        if task is not None and task not in tasks:
+            problems.add((*place, "source_task"), f"no task {task!r}{nearest(task, tasks)}")

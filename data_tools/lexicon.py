@@ -20,25 +20,13 @@ DENIALS = ("no", "without")
 SIDES = ("left", "right")
 _ONES = frozenset((*SIDES, "first", "second", "third", "fourth", "fifth"))
 _DETERMINERS = frozenset(("the", "a", "an", "no", "any", "this", "other", "unspecified"))
-NORMAL = frozenset(("normal", "healthy", "unremarkable", "negative"))
+_WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+NORMAL = frozenset(_WORDS["normal"])
 """Labels that say of an image as a whole that nothing is wrong in it."""
-ADJECTIVES = NORMAL | {
-    "abnormal",
-    "benign",
-    "malignant",
-    "mild",
-    "moderate",
-    "other",
-    "positive",
-    "severe",
-}
+ADJECTIVES = NORMAL.union(_WORDS["adjectives"])
 """Labels that are no nouns: an image is classified as one, and doesn't show one."""
 SIDE_KEYS = ("side", "laterality")
 """Attributes whose value is a side of the body."""
-_ANY_FINDING = frozenset((
-    "finding", "abnormality", "abnormalitie", "anomaly", "disease", "pathology", "lesion", "change",
-    "abnormal finding", "significant finding", "acute finding", "abnormality detected"
-))  # fmt: skip
 _ENGLISH = inflect.engine()
 _SINGULAR_ENDS = ("ss", "us", "is", "as", "ascites")
 """Of words that inflect takes for plurals: uterus, pelvis, pancreas."""
@@ -79,11 +67,10 @@ class Noun:
 @cache
 def _entries() -> dict[tuple[str, ...], Noun]:
     """Return the words of each entry, in both numbers, with what they are."""
-    content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    for singular, plural in content["plurals"].items():
+    for singular, plural in _WORDS["plurals"].items():
         _ENGLISH.defnoun(singular, plural)
     found: dict[tuple[str, ...], Noun] = {}
-    for kind, rows in content["kinds"].items():
+    for kind, rows in _WORDS["kinds"].items():
         for name in (name for row in rows for name in (row if isinstance(row, list) else [row])):
             found[tuple(plural_of(name).split())] = Noun(kind, True, name)
             found[tuple(name.split())] = Noun(kind, name in ("forceps", "scissors"), name)
@@ -175,7 +162,7 @@ def contradicts(label: str, other: str) -> bool:
     words, others = label.lower().split(), other.lower().split()
     if words[0] in DENIALS:
         denied = " ".join(words[1:]).removesuffix("s")
-        if denied in _ANY_FINDING or not denied:
+        if denied in _WORDS["any_finding"] or not denied:
             return not says_nothing(other) and other.lower() not in NORMAL
         return other == ANYTHING or (others[0] not in DENIALS and denied in other.lower())
     if label.lower() not in NORMAL or says_nothing(other) or others[0] in NORMAL:

@@ -1,13 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all sections of a job have in common: unknown keys are errors, values never change."""
+"""The sections of a job but for its sources and writer; unknown keys are errors, values never change."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Options(BaseModel):
     """A section of the job file. `job.load` turns pydantic's errors into errors with lines."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+# Kind of visual perception -> weight in the draw. Modality and department are the same for all of a source
+# and soon learnt, so they come less often.
+PERCEPTION_KINDS: Mapping[str, float] = {
+    "classification": 1.0,
+    "detection": 1.0,
+    "localisation": 1.0,
+    "region": 1.0,
+    "yes_no": 1.0,
+    "multiple_choice": 1.0,
+    "counting": 0.5,
+    "modality": 0.25,
+    "department": 0.25,
+}
+
+
+class MakeOptions(Options):
+    """How many conversations are made of a record.
+
+    A number with a fraction means as many for every record and one more for that share of the records:
+    ``0.5`` is every second record, ``2.25`` two for each and a third for every fourth. Which records these
+    are follows from the job's seed and the record's id.
+
+    Args:
+        caption: captions of the image as a whole.
+        region_caption: captions of one region each; a record without regions has none.
+        instruction: free instructions with their answers.
+        dialogue: conversations of several turns about the image.
+        perception: questions that the labels alone answer; a record has at most one of each kind.
+        text_single: a question without an image.
+        text_multi: a conversation of several turns without an image.
+        chinese: share of the conversations that are in Chinese, 0 to 1. Conversations about labels
+            without a Chinese name are in English whatever the share is.
+        perception_kinds: kinds that may be drawn, or kinds with their weights; default `PERCEPTION_KINDS`.
+        dialogue_turns: fewest and most questions in a conversation of several turns; a record of which
+            less is known has fewer.
+        negatives: of sources that don't say it themselves: true if all of every label is annotated in every
+            image, false if it isn't. Without it a label is counted, or denied, where the annotations show
+            that somebody has looked for it.
+        max_regions: region captions of one record at most.
+        max_boxes: boxes that an answer lists at most. A question with more boxes in its answer isn't made.
+    """
+
+    caption: float = Field(1.0, ge=0, le=10)
+    region_caption: float = Field(1.0, ge=0, le=100)
+    instruction: float = Field(0.5, ge=0, le=10)
+    dialogue: float = Field(0.5, ge=0, le=10)
+    perception: float = Field(2.0, ge=0, le=10)
+    text_single: float = Field(0.2, ge=0, le=10)
+    text_multi: float = Field(0.2, ge=0, le=10)
+    chinese: float = Field(0.2, ge=0, le=1)
+    perception_kinds: dict[str, float] = Field(default_factory=lambda: dict(PERCEPTION_KINDS))
+    dialogue_turns: tuple[int, int] = (2, 4)
+    negatives: bool | None = None
+    max_regions: int = Field(4, ge=1)
+    max_boxes: int = Field(20, ge=1)
+
+    @field_validator("perception_kinds", mode="before")
+    @classmethod
+    def _weights(cls, value: Any) -> Any:
+        """A list of kinds stands for equal weights."""
+        return dict.fromkeys(value, 1.0) if isinstance(value, list | tuple) else value
+
+    @field_validator("perception_kinds")
+    @classmethod
+    def _known(cls, value: dict[str, float]) -> dict[str, float]:
+        for kind, weight in value.items():
+            if kind not in PERCEPTION_KINDS:
+                raise ValueError(
+                    f"{kind!r} is no kind of perception; known are {', '.join(PERCEPTION_KINDS)}"
+                )
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"the weight of {kind} must be 0 or more, got {weight}")
+        return value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> MakeOptions:
+        fewest, most = self.dialogue_turns
+        if not 2 <= fewest <= most <= 10:
+            raise ValueError(
+                "dialogue_turns must be the fewest and the most questions, from 2 to 10, "
+                f"got [{fewest}, {most}]"
+            )
+        if self.perception and not any(self.perception_kinds.values()):
+            raise ValueError(
+                "perception_kinds leaves nothing to draw: name a kind, or set perception: 0"
+            )
+        return self
+
+
+class CheckOptions(Options):
+    """The section ``checks``: bounds of an accepted conversation.
+
+    Lengths are in words; a Chinese character counts as one.
+
+    Args:
+        agreement: the label or a synonym is named, and no other label of the set is claimed.
+        modality: no other modality is claimed.
+        side: left and right are not contradicted where the annotation has a side.
+        figures: numbers of regions, and sizes, are not contradicted.
+        boxes: coordinates in an answer are those of the record.
+        leaks: an answer doesn't speak of the annotation that it was given.
+        min_words: of all answers of a caption or a text form together.
+        max_words: of one answer.
+        language_share: of the letters of all answers, at least so many are of the item's language.
+        allowed_phrases: phrases that would count as a leak or a refusal, and don't for this corpus.
+        further_leaks: phrases that count as a leak as well.
+    """
+
+    agreement: bool = True
+    modality: bool = True
+    side: bool = True
+    figures: bool = True
+    boxes: bool = True
+    leaks: bool = True
+    min_words: int = Field(4, ge=1)
+    max_words: int = Field(400, ge=1)
+    language_share: float = Field(0.5, ge=0, le=1)
+    allowed_phrases: tuple[str, ...] = ()
+    further_leaks: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _sensible(self) -> CheckOptions:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words is {self.min_words} and max_words {self.max_words}")
+        return self
+
+
+Demand = Literal[
+    "attribution", "share-alike", "non-commercial", "no-derivatives", "agreement", "unknown"
+]
+
+
+class OutputOptions(Options):
+    """The section ``corpus``: what the output folder holds beside the conversations.
+
+    Args:
+        held_out: share of the patients, cases, videos, slides or single images that is written to
+            ``held_out/`` and is in no training file; 0 holds out nothing.
+        near_duplicates: images whose 64-bit perceptual hashes differ in at most so many bits are put on
+            the same side; every image is then decoded once. Default: identical images only.
+        parquet: write each conversation file as Parquet too, beside the JSONL file.
+        prompts: write ``prompts.jsonl``: the exact prompt and answer of each conversation that a model wrote.
+        licences: keep sources under these licences only, as the job names them; case, spaces and hyphens
+            don't matter. Default: all.
+        refuse: leave out sources whose licence makes one of these demands; ``agreement`` is a licence
+            that is granted to a person, ``unknown`` one that isn't recognised.
+        publishable: leave out every source that may not be published, so that the folder may be passed on.
+        examples: how many conversations the report shows; as many rejected ones at most.
+    """
+
+    held_out: float = Field(default=0.05, ge=0, le=0.5)
+    near_duplicates: int | None = Field(default=None, ge=0, le=4)
+    parquet: bool = False
+    prompts: bool = False
+    licences: tuple[str, ...] | None = None
+    refuse: tuple[Demand, ...] = ()
+    publishable: bool = False
+    examples: int = Field(default=24, ge=0, le=200)

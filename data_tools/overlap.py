@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import DONE, exit_status
-from gmai_xtuner.core.errors import CorpusError
+from data_tools.command import DONE, exit_status, number
 
 LEAKS = 3
 
@@ -50,11 +49,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder of its own; default overlap/NAME-OF-BENCHMARK",
     )
     parser.add_argument(
-        "--distance", type=_distance, default=8, metavar="BITS", help="0 to 16; default 8"
+        "--distance", type=number(int, 0, 16), default=8, metavar="BITS", help="0 to 16; default 8"
     )
     parser.add_argument(
         "--jaccard",
-        type=_share,
+        type=number(float, 0.001, 1),
         default=0.5,
         metavar="J",
         help="questions are near from here on; 0.5",
@@ -80,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where its images are, if not beside it",
     )
     parser.add_argument("--cache", type=Path, metavar="FILE", help="of hashes, for all comparisons")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: all cores")
+    parser.add_argument(
+        "--workers", type=number(int, 1), metavar="N", help="processes; default: all cores"
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -95,20 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _distance(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 16:
-        raise argparse.ArgumentTypeError(f"expected 0 to 16, got {number}")
-    return number
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"expected more than 0, at most 1, got {share}")
-    return share
-
-
 def _condition(text: str) -> tuple[str, str]:
     column, equals, pattern = text.partition("=")
     if not equals or not column:
@@ -120,14 +107,12 @@ def _run(options: argparse.Namespace) -> int:
     # Not at the top: --help must not wait for them.
     import platformdirs
 
+    from data_tools.command import Bar
     from data_tools.contamination import compare, report
     from data_tools.contamination.benchmark import Benchmark
     from data_tools.contamination.corpus import open_corpus
     from data_tools.contamination.hashing import open_cache
-    from data_tools.progress import Bar
 
-    if options.workers is not None and options.workers < 1:
-        raise CorpusError(f"--workers must be 1 or more, got {options.workers}.")
     corpus = open_corpus(options.corpus, image_root=options.image_root)
     folder = options.output or report.default_folder(options.benchmark)
     report.check_folder(folder, options.corpus, options.benchmark)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 import tempfile
 from collections import Counter
@@ -15,7 +16,8 @@ from typing import Any
 
 from data_tools import forms, readers, writers
 from data_tools.job import Job
-from data_tools.output.summary import as_text
+from data_tools.output import summary, templates
+from data_tools.output.files import turns_of
 from data_tools.pipeline import (
     STATE,
     WORK,
@@ -26,9 +28,9 @@ from data_tools.pipeline import (
     source_context,
 )
 from data_tools.readers import SourceOptions
-from data_tools.records import Drop, Record, Unit
+from data_tools.records import Drop, Record, Unit, by_reason
 from data_tools.standardise import read_unit
-from data_tools.store import FunnelRow, Store, Vocabulary
+from data_tools.store import Store, Vocabulary
 from data_tools.taxonomy import Taxonomy
 from data_tools.worker import BY_TEMPLATE, worker_taxonomy
 from data_tools.writers.asking import Estimate, Task
@@ -55,17 +57,15 @@ def dry_run(job: Job, selection: Selection) -> dict[str, Any]:
     taxonomy = worker_taxonomy(job.taxonomy)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sources, tasks, examples = [], [], []
-        for source in selection.sources(job):
-            row, found = _look(job, source, selection, folder, taxonomy)
-            sources.append(row)
-            tasks.append((row, found))
+        found = [
+            _look(job, source, selection, folder, taxonomy) for source in selection.sources(job)
+        ]
         estimate = None
         if job.writer.name != "template":
-            estimate = _estimate(job, selection, folder, tasks)
-        pool = [task for _, found in tasks for task in _for_writer(job, found)]
-        for task in _spread(pool, EXAMPLES):
-            examples.append(_example(job, task, selection, taxonomy))
+            estimate = _estimate(job, selection, folder, found)
+        pool = [task for _, tasks in found for task in _for_writer(job, tasks)]
+        examples = [_example(job, task, selection, taxonomy) for task in _spread(pool)]
+        sources = [row for row, _ in found]
     return {
         "job": str(job.path),
         "output": str(job.output),
@@ -112,8 +112,13 @@ def _look(
         "conversations": round(expected * for_each),
         "labels": list(found.names[:50]),
         "drops": [
-            {"stage": stage, "reason": reason, "count": number, "example": example}
-            for (stage, reason), (number, example) in _reasons(drops).items()
+            {
+                "stage": stage,
+                "reason": reason,
+                "count": number,
+                "example": f"{first.where}: {first.detail}",
+            }
+            for (stage, reason), (number, first) in by_reason(drops).items()
         ],
     }
     return row, items
@@ -121,25 +126,10 @@ def _look(
 
 def _sample(units: Iterable[Unit], seed: int) -> tuple[int, list[Unit]]:
     """Return how many units there are, and a few of them in their order, drawn evenly."""
-    rng = random.Random(seed)
-    drawn: list[tuple[float, int, Unit]] = []
-    count = 0
-    for place, unit in enumerate(units):
-        count += 1
-        entry = (rng.random(), place, unit)
-        if len(drawn) < UNITS_READ:
-            heapq.heappush(drawn, entry)
-        elif entry[0] > drawn[0][0]:
-            heapq.heapreplace(drawn, entry)
-    return count, [unit for _, _, unit in sorted(drawn, key=lambda entry: entry[1])]
-
-
-def _reasons(drops: Iterable[Drop]) -> dict[tuple[str, str], tuple[int, str]]:
-    found: dict[tuple[str, str], tuple[int, str]] = {}
-    for drop in drops:
-        number, example = found.get((drop.stage, drop.reason), (0, f"{drop.where}: {drop.detail}"))
-        found[drop.stage, drop.reason] = number + 1, example
-    return found
+    rng, places = random.Random(seed), itertools.count()
+    numbered = ((rng.random(), place, unit) for unit, place in zip(units, places, strict=False))
+    drawn = heapq.nlargest(UNITS_READ, numbered)
+    return next(places), [unit for _, _, unit in sorted(drawn, key=lambda entry: entry[1])]
 
 
 def _for_writer(job: Job, tasks: list[Task]) -> list[Task]:
@@ -148,14 +138,13 @@ def _for_writer(job: Job, tasks: list[Task]) -> list[Task]:
     return [task for task in tasks if task.item.form not in BY_TEMPLATE]
 
 
-def _spread(tasks: list[Task], count: int) -> list[Task]:
-    """Choose tasks of different forms as far as there are."""
+def _spread(tasks: list[Task]) -> list[Task]:
+    """Choose a few tasks, of different forms as far as there are."""
     by_form: dict[str, Task] = {}
     for task in tasks:
         by_form.setdefault(task.item.form, task)
-    chosen = list(by_form.values())[:count]
-    rest = [task for task in tasks if task not in chosen]
-    return chosen + rest[: count - len(chosen)]
+    first = list(by_form.values())
+    return [*first, *(task for task in tasks if task not in first)][:EXAMPLES]
 
 
 def _estimate(
@@ -182,48 +171,10 @@ def _example(job: Job, task: Task, selection: Selection, taxonomy: Taxonomy) -> 
     shown: dict[str, Any] = {"id": item.id, "form": item.form, "language": item.language}
     if job.writer.name == "template":
         made = forms.write(item, task.record, task.context, taxonomy)
-        shown["conversation"] = [{"from": turn.speaker, "value": turn.text} for turn in made]
-        return shown
+        return shown | {"conversation": turns_of(made)}
     prompts = writers.prompts_of(job, grounded=selection.grounded)
     prompt = prompts.build(item, task.record, task.context)
-    shown |= {"system": prompt.system, "user": prompt.user, "image": prompt.image}
-    return shown
-
-
-def dry_run_text(found: Mapping[str, Any]) -> str:
-    """Return the same as text for people."""
-    lines = []
-    for row in found["sources"]:
-        lines.append(
-            f"{row['name']} ({row['reader']}): {row['units']:,} units, {row['units_read']} read: "
-            f"about {row['records']:,} records, {row['conversations']:,} conversations"
-        )
-        if row["labels"]:
-            lines.append(f"  labels seen: {', '.join(row['labels'])}")
-        lines += [
-            f"  left out, {drop['stage']}: {drop['count']} x {drop['reason']} (such as {drop['example']})"
-            for drop in row["drops"]
-        ]
-    lines.append(
-        f"in all about {found['records']:,} records, {found['conversations']:,} conversations, "
-        f"by the writer {found['writer']}"
-    )
-    estimate = found["estimate"]
-    if estimate is not None:
-        lines.append(
-            f"about {estimate['requests']:,} requests ({estimate['cached']:,} answers are in the cache), "
-            f"{estimate['prompt_tokens']:,} + {estimate['completion_tokens']:,} tokens, "
-            f"${estimate['dollars']:,.2f}, at most ${estimate['dollars_at_most']:,.2f} without retries"
-        )
-    for example in found["examples"]:
-        lines += ["", f"--- {example['form']}, {example['language']}: {example['id']}"]
-        if "conversation" in example:
-            lines += [f"{turn['from']}: {turn['value']}" for turn in example["conversation"]]
-        else:
-            lines += [f"system: {example['system']}", f"user: {example['user']}"]
-            if example["image"]:
-                lines.append(f"image: {example['image']}")
-    return "\n".join(lines)
+    return shown | {"system": prompt.system, "user": prompt.user, "image": prompt.image}
 
 
 def stats(job: Job, selection: Selection) -> dict[str, Any]:
@@ -247,48 +198,13 @@ def stats(job: Job, selection: Selection) -> dict[str, Any]:
         }
 
 
-def stats_text(found: Mapping[str, Any]) -> str:
-    """Return the same as text for people."""
-    lines = funnel_lines([FunnelRow(**row) for row in found["funnel"]])
-    lines.append("")
-    for row in found["forms"]:
-        lines.append(
-            f"{row['form']} ({row['language']}): {row['accepted']:,} accepted, {row['rejected']:,} rejected, "
-            f"{row['pending']:,} to be written"
-        )
-    usage = found["usage"]
-    lines.append(
-        f"{usage['requests']:,} requests, {usage['cached']:,} answers from the cache, "
-        f"{usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens, ${usage['dollars']:,.2f}, "
-        f"{usage['seconds']:,.0f} seconds in all runs"
-    )
-    return "\n".join(lines)
-
-
-def funnel_lines(rows: Iterable[FunnelRow]) -> list[str]:
-    """Return a line for each source and stage, with the reasons below it."""
-    words = {
-        "read": "samples read",
-        "clean": "regions kept",
-        "record": "records",
-        "write": "conversations written",
-        "check": "conversations accepted",
-    }
-    lines = []
-    source = None
-    for row in rows:
-        if row.source != source:
-            source = row.source
-            lines.append(f"{source}:")
-        if row.reason:
-            lines.append(f"    {row.count:,} left out: {row.reason}")
-        else:
-            lines.append(f"  {row.count:,} {words[row.stage]}")
-    return lines
+def as_text(found: Mapping[str, Any], template: str) -> str:
+    """Return what `dry_run` or `stats` found as text for people, by ``dry_run.j2`` or ``stats.j2``."""
+    return templates().get_template(f"output/{template}").render(found).rstrip("\n")
 
 
 def summary_text(result: Result, job: Job) -> str:
     """Return the text at the end of a run."""
     output = job.output.resolve()  # without the `..` of a path relative to the job
     places = [f"corpus: {output}", f"report: {output / 'report.html'}"]
-    return "\n".join([as_text(result.summary), "", *places])
+    return "\n".join([summary.as_text(result.summary), "", *places])

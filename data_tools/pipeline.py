@@ -14,39 +14,36 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import os
 import pickle
 import re
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_tools import readers, refusals, standardise, writers
+from data_tools import readers, standardise, writers
 from data_tools.checks import CHECK_VERSION
+from data_tools.command import Bar
 from data_tools.executor import Executor, open_executor
-from data_tools.fingerprints import unit_fingerprint
 from data_tools.forms import FORM_VERSIONS
-from data_tools.forms.options import MakeOptions
 from data_tools.items import FORMS, SourceContext
 from data_tools.job import Job, fingerprint
 from data_tools.output import review
 from data_tools.output.build import build, recover
 from data_tools.output.licences import refused_sources
-from data_tools.progress import Bar
 from data_tools.readers import SourceOptions
-from data_tools.records import Drop, Unit
-from data_tools.standardise import IMAGES
-from data_tools.store import Store, StoredRecord, StoredUnit, Vocabulary
-from data_tools.worker import Recipe, make, read_units, worker_taxonomy
+from data_tools.readers.files import listed
+from data_tools.records import Drop, Unit, by_reason
+from data_tools.standardise import IMAGES, UnitResult
+from data_tools.store import Store, StoredRecord, Vocabulary
+from data_tools.worker import Recipe, make, read_units, unit_fingerprint, worker_taxonomy
 from data_tools.writers.asking import CleanStop, Outcome, Task
 from gmai_xtuner.core.errors import CorpusError, JobError
 
@@ -56,31 +53,25 @@ STATE = "state.sqlite"
 _TASK_SECONDS = 0.1
 """Units are put together until a task takes about as long, so that handing it over costs little."""
 _MOST_UNITS = 64
+_COMMIT_SECONDS = 0.5  # of a model's answers
 
 # What neither the records nor the answers depend on.
-_NOT_OF_RECORDS = (
-    *("root", "links", "codes_are_names", "synonyms", "chinese", "negatives"),
-    "may_be_sent_to",
+_NOT_OF_RECORDS = ("root", "links", "codes_are_names", "synonyms", "chinese", "negatives",
+                   "may_be_sent_to")  # fmt: skip
+_NOT_OF_ANSWERS = ("name", "key_variable", "in_flight", "requests_a_minute", "tokens_a_minute", "timeout",
+                   "server_retries", "patience", "price", "budget", "cache", "discount", "max_requests",
+                   "max_bytes", "max_batches", "wait", "poll")  # fmt: skip
+
+# Labels that are a number, or a numbered word that says nothing: ``7``, ``Segment_1``.
+_CODE = re.compile(
+    r"(?:(?:label|class|category|segment|structure|region|object|mask|roi|id|value|code)[\s_.#-]*)?"
+    r"[-+]?\d+(?:[.,]\d+)?",
+    re.IGNORECASE,
 )
-_NOT_OF_ANSWERS = (
-    "name",
-    "key_variable",
-    "in_flight",
-    "requests_a_minute",
-    "tokens_a_minute",
-    "timeout",
-    "server_retries",
-    "patience",
-    "price",
-    "budget",
-    "cache",
-    "discount",
-    "max_requests",
-    "max_bytes",
-    "max_batches",
-    "wait",
-    "poll",
-)
+_MOST_REASONS = 5
+
+# What `store_image` writes, whole or aside; anything else in the folder is somebody's and stays.
+_STORED = re.compile(r"/[0-9a-f]{2}/\.?[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +117,14 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
     """Do what is left to do of a job, and build its corpus.
 
     Raises:
-        CorpusError: it can't be done, or a source is refused as a whole (see `refusals`); what was done is
-            kept.
+        CorpusError: it can't be done, or a source is refused as a whole, since it has no record or labels
+            that are no names; what was done is kept.
     """
     progress = progress or Bar(quiet=True)
     chosen = selection.sources(job)
     check_writer(job, selection)
-    writers.check_sending(job, kept_sources(job, chosen))
+    kept = kept_sources(job, chosen)
+    writers.check_sending(job, kept)
     if job.writer.name != "template" and not (job.output / WORK / STATE).exists():
         writers.check_key(job)  # before hours of reading; a later run may have nothing left to ask
     with lock(job.output), Store(job.output / WORK / STATE) as store:
@@ -141,21 +133,19 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
             [(source.name, _depends(source, job)) for source in job.sources],
             only=[source.name for source in chosen],
         )
-        ids = {name: source for source, name in store.sources()}
         with open_executor(job.engine, job.workers) as executor:
+            work = _Run(job, selection, store, executor, progress)
             for _ in range(2):
                 for source in chosen:
-                    reading = _Reading(job, source, ids[source.name], store, executor, progress)
-                    reading.run(selection.limit)
+                    work.read(source)
                 # An image that somebody took away is made again by reading its unit again.
                 if not _compare_images(store, job.output / IMAGES):
                     break
-            refused = _refused(chosen, ids, store)
-            for source in chosen:
-                # Nothing is paid for a source that the corpus leaves out.
-                if source in kept_sources(job, chosen) and source.name not in refused:
-                    _make(job, source, ids[source.name], store, executor, selection, progress)
-        stopped = None if refused else _write(job, store, selection, progress)
+            refused = {s.name: text for s in chosen if (text := work.refusal(s))}
+            for source in kept:  # nothing is paid for what the corpus leaves out
+                if source.name not in refused:
+                    work.make(source)
+        stopped = None if refused else work.ask_model()
         progress.stage("building the corpus")
         summary = build(store, job, job.output)
         # Only now: until here the corpus of the run before was the one that is there.
@@ -178,18 +168,6 @@ def write_review(job: Job, count: int) -> Path:
     with lock(job.output), Store(job.output / WORK / STATE) as store:
         store.choose([source.name for source in job.sources])
         return review.write(store, job.output, title=job.title, count=count)
-
-
-def _refused(
-    sources: Sequence[SourceOptions], ids: Mapping[str, int], store: Store
-) -> dict[str, str]:
-    """Return why sources are refused as a whole, by their names."""
-    found = {}
-    for source in sources:
-        drops = (drop for name, drop in store.drops() if name == source.name)
-        if reason := refusals.refusal(source, store.vocabulary(ids[source.name]).names, drops):
-            found[source.name] = reason
-    return found
 
 
 @contextmanager
@@ -245,9 +223,6 @@ def _check_is_ours(output: Path) -> None:
         )
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 def _depends(source: SourceOptions, job: Job) -> str:
     """Return everything that a source's records depend on, but for its files."""
     module = readers.load(source.reader)  # type: ignore[attr-defined]
@@ -256,152 +231,22 @@ def _depends(source: SourceOptions, job: Job) -> str:
     return f"{fingerprint(source, without=_NOT_OF_RECORDS)} {versions} {terms}"
 
 
-class _Placed(NamedTuple):
-    """A unit and its place in the source."""
-
-    place: int
-    unit: Unit
-
-
-class _Reading:
-    """Reads those units of a source that are new or have changed."""
-
-    def __init__(
-        self,
-        job: Job,
-        source: SourceOptions,
-        number: int,
-        store: Store,
-        executor: Executor,
-        progress: Bar,
-    ) -> None:
-        self.source, self.number, self.store = source, number, store
-        self.executor, self.progress = executor, progress
-        self.function = partial(read_units, source, job.output, job.taxonomy)
-        self.size = 1  # units of a task
-        self.known: deque[tuple[int, int]] = deque()  # id and place of units that are read already
-
-    def run(self, limit: int | None) -> None:
-        """Read until the limit of records is reached, and arrange what is there in the corpus."""
-        self.progress.stage(f"reading {self.source.name}")
-        self.store.begin_order()
-        found: set[bytes] = set()
-        with closing(self._units()) as units:
-            for unit, place in units:
-                self.store.order([(unit, place)])
-                if limit is not None:
-                    found.update(self.store.duplicate_keys(unit))
-                    if len(found) >= limit:
-                        break
-        self.store.arrange(self.number, limit=limit)
-
-    def _units(self) -> Generator[tuple[int, int], None, None]:
-        """Yield id and place of each unit, in their order; those that are new are read."""
-        with closing(self._read(self._batches())) as results:
-            for (place, unit), result in results:
-                yield from self._known_before(place)
-                row = self.store.add_unit(self.number, unit.key, result)
-                self.progress.advance(records=len(result.records))
-                yield row, place
-        yield from self._known_before(float("inf"))
-
-    def _known_before(self, place: float) -> Iterator[tuple[int, int]]:
-        while self.known and self.known[0][1] < place:
-            yield self.known.popleft()
-
-    def _batches(self) -> Iterator[list[_Placed]]:
-        """Yield what is to be read, some units together; those that are read already go to ``known``."""
-        waiting: list[_Placed] = []
-        module = readers.load(self.source.reader)  # type: ignore[attr-defined]
-        for place, unit in enumerate(module.units(self.source)):
-            known = self.store.known_unit(self.number, unit.key)
-            if known is not None and known[1] == unit_fingerprint(self.source.root, unit, known[2]):
-                self.known.append((known[0], place))
-                continue
-            waiting.append(_Placed(place, unit))
-            if len(waiting) >= self.size:
-                yield waiting
-                waiting = []
-        if waiting:
-            yield waiting
-
-    def _read(
-        self, batches: Iterable[list[_Placed]]
-    ) -> Generator[tuple[_Placed, StoredUnit], None, None]:
-        """Yield unit by unit. Where a worker dies over several, each is tried alone to find the one."""
-        flight: deque[list[_Placed]] = deque()
-
-        def tasks() -> Iterator[list[Unit]]:
-            for batch in batches:
-                flight.append(batch)
-                yield [placed.unit for placed in batch]
-
-        results = self.executor.map(self.function, tasks(), died=lambda _: None)
-        with closing(results):
-            for read in results:
-                batch = flight.popleft()
-                if read is not None:
-                    units, seconds = read
-                    self._adapt_size(seconds, len(batch))
-                    yield from zip(batch, units, strict=True)
-                elif len(batch) > 1:
-                    yield from self._read([placed] for placed in batch)
-                else:
-                    detail = "a library crashed, or the system ended the process for its memory"
-                    drop = Drop("read", "the reading process died", batch[0].unit.key, detail)
-                    yield batch[0], StoredUnit(b"died", drops=(drop,), samples=1)
-
-    def _adapt_size(self, seconds: float, count: int) -> None:
-        """Let a task grow until it takes long enough; that changes no result."""
-        if seconds < _TASK_SECONDS / 2:
-            self.size = min(max(self.size, 2 * count), _MOST_UNITS)
-        elif seconds > 2 * _TASK_SECONDS:
-            self.size = max(1, count // 2)
-
-
-# What `store_image` writes, whole or aside; anything else in the folder is somebody's and stays.
-_STORED = re.compile(r"/[0-9a-f]{2}/\.?[0-9a-f]{32}")
+def _hash(*parts: Any) -> bytes:
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _compare_images(store: Store, folder: Path, *, delete: bool = False) -> bool:
-    """Compare the images of records with those that are stored.
-
-    Units whose images are missing become unread.
-
-    Args:
-        store: of the job.
-        folder: of the images.
-        delete: remove those that no record refers to.
-
-    Returns:
-        True if images were missing.
-    """
-    both = heapq.merge(
-        ((name, "wanted") for name in store.images()),
-        ((name, "stored") for name in _stored_images(folder)),
+    """Make units unread whose images are missing, and return whether there were any."""
+    stored = (
+        f"{folder.name}/{shard.name}/{file.name}"
+        for shard in (os.scandir(folder) if folder.is_dir() else ())
+        if shard.is_dir()
+        for file in os.scandir(shard)
     )
-    missing: list[str] = []
-    for name, pairs in groupby(both, key=lambda pair: pair[0]):
-        sides = {side for _, side in pairs}
-        if sides == {"wanted"}:
-            missing.append(name)
-        elif sides == {"stored"} and delete and _STORED.search(name):
-            (folder.parent / name).unlink(missing_ok=True)
-    for name in missing:
-        store.forget_image(name)
-    return bool(missing)
-
-
-def _stored_images(folder: Path) -> Iterator[str]:
-    """Yield the path below the corpus of every file in its folder of images, sorted as text."""
-    if not folder.is_dir():
-        return
-    for shard in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
-        for name in sorted(entry.name for entry in os.scandir(folder / shard)):
-            yield f"{folder.name}/{shard}/{name}"
-
-
-# --- making ---------------------------------------------------------------------------------------
+    missing, strays = store.compare_images(stored)
+    for name in filter(_STORED.search, strays if delete else ()):
+        (folder.parent / name).unlink(missing_ok=True)
+    return missing
 
 
 def source_context(job: Job, source: SourceOptions, found: Vocabulary) -> SourceContext:
@@ -427,12 +272,6 @@ def source_context(job: Job, source: SourceOptions, found: Vocabulary) -> Source
     )
 
 
-def versions_of_text(make: MakeOptions) -> dict[str, int]:
-    """Return the versions of everything that decides on the text of the forms that are made."""
-    versions = {form: FORM_VERSIONS[form] for form in FORMS if getattr(make, form)}
-    return versions | {"checks": CHECK_VERSION}
-
-
 def recipe_of(job: Job, context: SourceContext, *, grounded: bool) -> Recipe:
     """Return how a source's conversations are made."""
     answers = None
@@ -451,50 +290,6 @@ def recipe_of(job: Job, context: SourceContext, *, grounded: bool) -> Recipe:
     return Recipe(job.make, job.checks, job.seed, job.taxonomy, context, answers)
 
 
-def _hash(*parts: Any) -> bytes:
-    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _make(
-    job: Job,
-    source: SourceOptions,
-    number: int,
-    store: Store,
-    executor: Executor,
-    selection: Selection,
-    progress: Bar,
-) -> None:
-    """Make the conversations of a source's records that were not made in this very way."""
-    context = source_context(job, source, store.vocabulary(number))
-    recipe = recipe_of(job, context, grounded=selection.grounded)
-    made = _hash(
-        fingerprint(recipe.make),
-        fingerprint(job.checks),
-        job.seed,
-        context,
-        recipe.answers,
-        worker_taxonomy(job.taxonomy).kinds,
-        versions_of_text(recipe.make),
-    ).hex()
-    progress.stage(f"making {source.name}", total=store.count_to_make(number, made))
-    flight: deque[list[StoredRecord]] = deque()
-
-    def chunks() -> Iterator[list[StoredRecord]]:
-        for records in store.to_make(number, made):
-            flight.append(records)
-            yield records
-
-    for items in executor.map(partial(make, pickle.dumps(recipe)), chunks()):
-        records = flight.popleft()
-        store.add_made(number, made, zip(records, items, strict=True))
-        progress.advance(len(records))
-
-
-# --- a model's answers ----------------------------------------------------------------------------
-
-_COMMIT_SECONDS = 0.5
-
-
 def check_writer(job: Job, selection: Selection) -> None:
     """Without annotations only a model can write: a template has nothing else to write from.
 
@@ -508,42 +303,181 @@ def check_writer(job: Job, selection: Selection) -> None:
         )
 
 
-def _write(job: Job, store: Store, selection: Selection, progress: Bar) -> CorpusError | None:
-    """Have pending items written. What stops the writer cleanly is returned."""
-    total = store.count_pending()
-    if not total or job.writer.name == "template":
+class _Run:
+    """The steps of a run, a source at a time."""
+
+    def __init__(
+        self, job: Job, selection: Selection, store: Store, executor: Executor, progress: Bar
+    ) -> None:
+        self.job, self.selection, self.store = job, selection, store
+        self.executor, self.progress = executor, progress
+        self.ids = {name: source for source, name in store.sources()}
+
+    # --- reading: a place is a unit's number in its source ----------------------------------------
+
+    def read(self, source: SourceOptions) -> None:
+        """Read units that are new or have changed, up to the limit of records, and arrange what is there."""
+        number, limit = self.ids[source.name], self.selection.limit
+        self.progress.stage(f"reading {source.name}")
+        self.store.begin_order()
+        found: set[bytes] = set()
+        with closing(self._units(source, number)) as units:
+            for unit, place in units:
+                self.store.order([(unit, place)])
+                if limit is not None:
+                    found.update(self.store.duplicate_keys(unit))
+                    if len(found) >= limit:
+                        break
+        self.store.arrange(number, limit=limit)
+
+    def _units(self, source: SourceOptions, number: int) -> Generator[tuple[int, int], None, None]:
+        """Yield id and place of each unit, in their order; those that are new are read."""
+        known: deque[tuple[int, int]] = deque()
+        size = [1]  # units of a task
+        function = partial(read_units, source, self.job.output, self.job.taxonomy)
+
+        def batches() -> Iterator[list[tuple[int, Unit]]]:
+            """Yield what is to be read, some units together; those that are read already go to ``known``."""
+            waiting: list[tuple[int, Unit]] = []
+            module = readers.load(source.reader)  # type: ignore[attr-defined]
+            for place, unit in enumerate(module.units(source)):
+                before = self.store.known_unit(number, unit.key)
+                if before and before[1] == unit_fingerprint(source.root, unit, before[2]):
+                    known.append((before[0], place))
+                    continue
+                waiting.append((place, unit))
+                if len(waiting) >= size[0]:
+                    yield waiting
+                    waiting = []
+            if waiting:
+                yield waiting
+
+        with closing(self._results(function, batches(), size)) as results:
+            for place, unit, result in results:
+                while known and known[0][1] < place:
+                    yield known.popleft()
+                row = self.store.add_unit(number, unit.key, result)
+                self.progress.advance(records=len(result.stored))
+                yield row, place
+        yield from known
+
+    def _results(
+        self, function: Any, batches: Iterable[list[tuple[int, Unit]]], size: list[int]
+    ) -> Generator[tuple[int, Unit, UnitResult], None, None]:
+        """Yield unit by unit. Where a worker dies over several, each is tried alone to find the one.
+
+        Tasks grow in ``size`` until they take long enough; that changes no result.
+        """
+        flight: deque[list[tuple[int, Unit]]] = deque()
+
+        def tasks() -> Iterator[list[Unit]]:
+            for batch in batches:
+                flight.append(batch)
+                yield [unit for _, unit in batch]
+
+        with closing(self.executor.map(function, tasks(), died=lambda _: None)) as results:
+            for read in results:
+                batch = flight.popleft()
+                if read is not None:
+                    units, seconds = read
+                    if seconds < _TASK_SECONDS / 2:
+                        size[0] = min(max(size[0], 2 * len(batch)), _MOST_UNITS)
+                    elif seconds > 2 * _TASK_SECONDS:
+                        size[0] = max(1, len(batch) // 2)
+                    yield from ((*placed, unit) for placed, unit in zip(batch, units, strict=True))
+                elif len(batch) > 1:
+                    yield from self._results(function, ([placed] for placed in batch), size)
+                else:
+                    detail = "a library crashed, or the system ended the process for its memory"
+                    drop = Drop("read", "the reading process died", batch[0][1].key, detail)
+                    yield (*batch[0], UnitResult(drops=(drop,), samples=1, fingerprint=b"died"))
+
+    def refusal(self, source: SourceOptions) -> str | None:
+        """Return why nothing is said of a source that was read; None if nothing speaks against it."""
+        labels = self.store.vocabulary(self.ids[source.name]).names
+        codes = [label for label in labels if _CODE.fullmatch(label)]
+        if codes and not source.codes_are_names:
+            return (
+                f"source {source.name!r} has labels that are no names: {listed(codes, at_most=60)}. Its "
+                "records are kept, but no text is made of them. Say what they are, "
+                f"`labels: {{{codes[0]!r}: ...}}`, or that they are meant so, `codes_are_names: true`."
+            )
+        if labels:
+            return None
+        found = by_reason(drop for name, drop in self.store.drops() if name == source.name)
+        shown = "; ".join(
+            f"{reason} ({count}, such as {': '.join(filter(None, (first.where, first.detail)))})"
+            for (_, reason), (count, first) in list(found.items())[:_MOST_REASONS]
+        )
+        why = "Nothing was read from it: correct `root` and the patterns of its files."
+        return f"source {source.name!r} has no record. {f'All was left out: {shown}.' if shown else why}"
+
+    # --- conversations ----------------------------------------------------------------------------
+
+    def _context(self, source: SourceOptions) -> SourceContext:
+        return source_context(self.job, source, self.store.vocabulary(self.ids[source.name]))
+
+    def make(self, source: SourceOptions) -> None:
+        """Make the conversations of a source's records that were not made in this very way."""
+        job, number = self.job, self.ids[source.name]
+        recipe = recipe_of(job, self._context(source), grounded=self.selection.grounded)
+        versions = {form: FORM_VERSIONS[form] for form in FORMS if getattr(job.make, form)}
+        made = _hash(
+            fingerprint(recipe.make),
+            fingerprint(job.checks),
+            job.seed,
+            recipe.context,
+            recipe.answers,
+            worker_taxonomy(job.taxonomy).kinds,
+            versions | {"checks": CHECK_VERSION},
+        ).hex()
+        total = self.store.count_to_make(number, made)
+        self.progress.stage(f"making {source.name}", total=total)
+        flight: deque[list[StoredRecord]] = deque()
+
+        def chunks() -> Iterator[list[StoredRecord]]:
+            for records in self.store.to_make(number, made):
+                flight.append(records)
+                yield records
+
+        for items in self.executor.map(partial(make, pickle.dumps(recipe)), chunks()):
+            records = flight.popleft()
+            self.store.add_made(made, zip(records, items, strict=True))
+            self.progress.advance(len(records))
+
+    def ask_model(self) -> CorpusError | None:
+        """Have pending items written. What stops the writer cleanly is returned."""
+        job, store = self.job, self.store
+        total = store.count_pending()
+        if not total or job.writer.name == "template":
+            return None
+        contexts = {s.name: self._context(s) for s in job.sources if s.name in self.ids}
+        writer = writers.model_writer(job, grounded=self.selection.grounded)
+        rows: dict[str, int] = {}
+        answered: list[tuple[int, Outcome]] = []
+
+        def tasks() -> Iterator[Task]:
+            for kept in store.pending():
+                rows[kept.item.id] = kept.row
+                yield Task(kept.item, kept.record, contexts[kept.record.provenance.source])
+
+        def keep() -> None:
+            with store.transaction():
+                for row, outcome in answered:
+                    store.add_outcome(row, outcome)
+            answered.clear()
+
+        self.progress.stage("asking the model", total=total)
+        last = time.monotonic()
+        try:
+            for outcome in writer.write(tasks()):
+                answered.append((rows.pop(outcome.item.id), outcome))
+                self.progress.advance(dollars=outcome.dollars)
+                if time.monotonic() - last > _COMMIT_SECONDS:
+                    keep()
+                    last = time.monotonic()
+        except CleanStop as stop:
+            return stop
+        finally:
+            keep()
         return None
-    options = {source.name: source for source in job.sources}
-    contexts = {
-        name: source_context(job, options[name], store.vocabulary(number))
-        for number, name in store.sources()
-    }
-    writer = writers.model_writer(job, grounded=selection.grounded)
-    rows: dict[str, int] = {}
-    answered: list[tuple[int, Outcome]] = []
-
-    def tasks() -> Iterator[Task]:
-        for kept in store.pending():
-            rows[kept.item.id] = kept.row
-            yield Task(kept.item, kept.record, contexts[kept.record.provenance.source])
-
-    def keep() -> None:
-        with store.transaction():
-            for row, outcome in answered:
-                store.add_outcome(row, outcome)
-        answered.clear()
-
-    progress.stage("asking the model", total=total)
-    last = time.monotonic()
-    try:
-        for outcome in writer.write(tasks()):
-            answered.append((rows.pop(outcome.item.id), outcome))
-            progress.advance(dollars=outcome.dollars)
-            if time.monotonic() - last > _COMMIT_SECONDS:
-                keep()
-                last = time.monotonic()
-    except CleanStop as stop:
-        return stop
-    finally:
-        keep()
-    return None

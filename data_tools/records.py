@@ -118,6 +118,15 @@ class Drop:
     detail: str = ""
 
 
+def by_reason(drops: Iterable[Drop]) -> dict[tuple[str, str], tuple[int, Drop]]:
+    """Return how often something was left out for each stage and reason, and the first of it."""
+    found: dict[tuple[str, str], tuple[int, Drop]] = {}
+    for drop in drops:
+        count, first = found.get((drop.stage, drop.reason), (0, drop))
+        found[drop.stage, drop.reason] = count + 1, first
+    return found
+
+
 class Drops:
     """Everything that is left out of a unit, and the labels of which its images lack annotations.
 
@@ -299,25 +308,6 @@ class Record:
             "label": list(self.names),
             "bbox": [list(label.box) for label in self.labels if label.box] or None,
         }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Record:
-        """Invert `to_json`; ``label`` and ``bbox`` are derived and not read."""
-        labels = tuple(
-            Label(
-                label["name"],
-                tuple(label["box"]) if label.get("box") else None,
-                label.get("area"),
-                label.get("attributes", {}),
-            )
-            for label in values["labels"]
-        )
-        own = {
-            key: value for key, value in values.items() if key not in ("label", "bbox", "labels")
-        }
-        for key in ("incomplete", "examined"):
-            own[key] = tuple(values.get(key, ()))
-        return cls(**own | {"labels": labels, "provenance": Provenance(**values["provenance"])})
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data_tools import readers
 from data_tools.lexicon import contradicts
@@ -29,6 +30,7 @@ from data_tools.records import (
     Sample,
     Unit,
 )
+from data_tools.store import StoredRecord
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
 
@@ -53,12 +55,17 @@ class UnitResult:
         records, drops: in the order in which they were read.
         samples: how many images and annotations the reader gave or dropped.
         files: below the root, that samples come from; a change of one makes the unit be read again.
+        fingerprint, stored, regions: given on the way from a worker to the store, which takes ``stored`` for
+            the records: what changes if a file of the unit does, and how many labels have a box.
     """
 
-    records: tuple[Record, ...]
-    drops: tuple[Drop, ...]
+    records: tuple[Record, ...] = ()
+    drops: tuple[Drop, ...] = ()
     samples: int = 0
     files: tuple[str, ...] = ()
+    fingerprint: bytes = b""
+    stored: tuple[StoredRecord, ...] = ()
+    regions: int = 0
 
 
 def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxonomy) -> UnitResult:
@@ -116,7 +123,7 @@ def _record(
     if not labels:
         raise Unusable("no label left by the rules")
     _check_contradictions(source, labels, incomplete)
-    task = source.source_task or _task(source, sample, labels)
+    task, clinical = source.source_task or _task(source, sample, labels), source.clinical_task
     attributes = dict(sample.attributes) | dict(source.attributes)
     for text in (group, *attributes, *map(str, (*attributes.values(), *sample.part.values()))):
         if not is_unicode(text):
@@ -127,8 +134,8 @@ def _record(
         width=stored.width,
         height=stored.height,
         modality=modality,
-        department=taxonomy.department(source.department or "None"),
-        clinical_task=taxonomy.task(source.clinical_task) if source.clinical_task else None,
+        department=taxonomy.find("departments", source.department or "None"),
+        clinical_task=taxonomy.find("clinical_tasks", clinical) if clinical else None,
         source_task=task,
         labels=tuple(labels),
         attributes=attributes,
@@ -185,7 +192,7 @@ def _modality(source: SourceOptions, sample: Sample, taxonomy: Taxonomy) -> str:
     if not modality:
         raise Unusable("no modality", "neither the job nor the file names it")
     try:
-        return taxonomy.modality(modality)
+        return taxonomy.find("modalities", modality)
     except CorpusError as error:
         raise Unusable("unknown modality", str(error)) from error
 
@@ -193,18 +200,13 @@ def _modality(source: SourceOptions, sample: Sample, taxonomy: Taxonomy) -> str:
 def _group(source: SourceOptions, sample: Sample) -> str:
     # A reader that hides the path has used it for the group; a pattern has nothing to look at.
     if source.group is not None and not sample.sha256:
-        match = _pattern(source.group).search(sample.source_file)
+        match = re.search(source.group, sample.source_file)
         found = match and (match.group(1) if match.re.groups else match.group(0))
         if not found:
             raise Unusable("path without the job's `group`", f"{source.group!r} doesn't match")
         return found
     # Slices and frames of one file belong together whether or not the reader says so.
     return sample.group or sample.source_file
-
-
-@lru_cache(maxsize=256)
-def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile(text)
 
 
 def _names(source: SourceOptions, labels: Iterable[str]) -> set[str]:
@@ -243,14 +245,11 @@ def _task(source: SourceOptions, sample: Sample, labels: list[Label]) -> str:
 
 def _distinct(labels: list[Label]) -> list[Label]:
     """Return the labels without repetitions of the very same finding, in their order."""
-    kept: list[Label] = []
-    seen = set()
+    kept: dict[Any, Label] = {}
     for label in labels:
-        key = (label.name, label.box, label.area, tuple(sorted(label.attributes.items())))
-        if key not in seen:
-            seen.add(key)
-            kept.append(label)
-    return kept
+        attributes = tuple(sorted(label.attributes.items()))
+        kept.setdefault((label.name, label.box, label.area, attributes), label)
+    return list(kept.values())
 
 
 # --- names and hashes -----------------------------------------------------------------------------
@@ -315,12 +314,8 @@ def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
 def _folder_sha256(path: str, mtime_ns: int) -> str:
     """Return the hash of a folder's files, names and contents, sorted."""
     digest = hashlib.sha256()
-    for file in _files(Path(path)):
+    for file in sorted(file for file in Path(path).iterdir() if file.is_file()):
         digest.update(f"{file.name}\0".encode("utf-8", "surrogatepass"))
         state = file.stat()
         digest.update(_file_sha256(str(file), state.st_size, state.st_mtime_ns).encode())
     return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.iterdir() if path.is_file())

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -33,6 +34,7 @@ from data_tools.records import Drop, Record
 from gmai_xtuner.core.errors import CorpusError
 
 if TYPE_CHECKING:
+    from data_tools.standardise import UnitResult
     from data_tools.writers.asking import Outcome
 
 VERSION = 2
@@ -43,15 +45,6 @@ ACCEPTED, REJECTED, PENDING = 0, 1, 2
 
 _SCHEMA = Path(__file__).with_suffix(".sql")
 _ARRANGE = Path(__file__).with_name("arrange.sql")
-
-
-class _Name(msgspec.Struct):
-    name: str
-    box: list[int] | None = None
-
-
-class _Names(msgspec.Struct):
-    labels: list[_Name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +60,7 @@ class Vocabulary:
     one_class: bool
 
     @classmethod
-    def of(cls, records: Iterable[Record | _Names]) -> Vocabulary:
+    def of(cls, records: Iterable[Record]) -> Vocabulary:
         """Collect it."""
         names: set[str] = set()
         one_class = True
@@ -81,14 +74,7 @@ encode = msgspec.json.Encoder().encode
 _decode_record = msgspec.json.Decoder(Record).decode
 _decode_conversation = msgspec.json.Decoder(Conversation).decode
 _decode_problems = msgspec.json.Decoder(tuple[Problem, ...]).decode
-_decode_labels = msgspec.json.Decoder(_Names).decode
 _decode_files = msgspec.json.Decoder(list[str]).decode
-
-
-def decode_record(body: bytes, id: str) -> Record:
-    """Return the record of a JSON body under this id."""
-    record = _decode_record(body)
-    return record if record.id == id else replace(record, id=id)
 
 
 class StoredRecord(msgspec.Struct):
@@ -100,8 +86,6 @@ class StoredRecord(msgspec.Struct):
         duplicate_key: the same for records of the same pixels and the same labels.
         image: the record's.
         row: of the store; 0 before it is stored.
-        number: in its source, counted from 1 over the records that are in the corpus.
-        has_items: conversations of it were made before, with something else.
     """
 
     id: str
@@ -109,31 +93,11 @@ class StoredRecord(msgspec.Struct):
     duplicate_key: bytes = b""
     image: str = ""
     row: int = 0
-    number: int = 0
-    has_items: bool = False
 
     @property
     def record(self) -> Record:
-        return decode_record(self.body, self.id)
-
-
-class StoredUnit(msgspec.Struct):
-    """The outcome of reading a unit, on its way from a worker to the store.
-
-    Args:
-        fingerprint: changes if a file of the unit changes.
-        records, drops: in the order in which they were read.
-        samples: how many the reader gave, dropped or not.
-        regions: how many labels of the records have a box.
-        files: below the root, that samples come from.
-    """
-
-    fingerprint: bytes
-    records: list[StoredRecord] = []
-    drops: tuple[Drop, ...] = ()
-    samples: int = 0
-    regions: int = 0
-    files: tuple[str, ...] = ()
+        record = _decode_record(self.body)
+        return record if record.id == self.id else replace(record, id=self.id)
 
 
 class ItemRow(msgspec.Struct):
@@ -209,6 +173,22 @@ class Usage:
     completion_tokens: int = 0
     dollars: float = 0.0
     seconds: float = 0.0
+
+
+_ITEMS = "FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 WHERE c.source = :source AND i.state ="
+_LOST = f"""
+SELECT stage, reason, count(*) FROM corpus_drops WHERE source = :source GROUP BY 1, 2
+UNION ALL SELECT stage, reason, count(*) FROM drops WHERE unit = -:source GROUP BY 1, 2
+UNION ALL SELECT 'check', coalesce(json_extract(CAST(i.problems AS TEXT), '$[0].reason'), 'no conversation'),
+    count(*) {_ITEMS} 1 GROUP BY 2
+UNION ALL SELECT 'write', 'pending', count(*) {_ITEMS} 2 GROUP BY 1
+ORDER BY 3 DESC, 2
+"""
+_CAME_THROUGH = """
+SELECT total(samples), total(regions), (SELECT count(*) FROM corpus WHERE source = :source),
+    (SELECT total(items) FROM corpus WHERE source = :source)
+FROM units WHERE source = :source AND place IS NOT NULL
+"""
 
 
 class Store:
@@ -334,7 +314,7 @@ class Store:
         row = self._rows(query, source, _valid(key)).fetchone()
         return row and (row["id"], row["fingerprint"], _decode_files(row["files"]))
 
-    def add_unit(self, source: int, key: str, result: StoredUnit) -> int:
+    def add_unit(self, source: int, key: str, result: UnitResult) -> int:
         """Keep what became of a unit and return its id; an older reading of it is forgotten."""
         key = _valid(key)
         with self.transaction():
@@ -348,7 +328,7 @@ class Store:
             self._insert(
                 "records",
                 ("unit", "name", "duplicate_key", "image", "body"),
-                [(unit, r.id, r.duplicate_key, r.image, r.body) for r in result.records],
+                [(unit, r.id, r.duplicate_key, r.image, r.body) for r in result.stored],
             )
             self._insert(
                 "drops",
@@ -434,16 +414,25 @@ class Store:
             change = "UPDATE corpus SET final = ? WHERE source = ? AND number = ?"
             self._rows(change, f"{name}~{copy}", source, number)
 
-    def images(self) -> Iterator[str]:
-        """Yield every image that a record of any source refers to, sorted, once each."""
-        for (image,) in self._rows("SELECT DISTINCT image FROM records ORDER BY image"):
-            yield image
+    def compare_images(self, stored: Iterable[str]) -> tuple[bool, list[str]]:
+        """Compare the images that records of any source refer to with those that are stored.
 
-    def forget_image(self, image: str) -> None:
-        """Forget the units whose records refer to an image that is no longer there."""
-        query = "DELETE FROM units WHERE id IN (SELECT unit FROM records WHERE image = ?)"
+        Units whose images are missing are forgotten.
+
+        Returns:
+            Whether images were missing, and the stored ones that no record refers to.
+        """
         with self.transaction():
-            self._rows(query, image)
+            self._rows("CREATE TEMP TABLE stored (image TEXT PRIMARY KEY) WITHOUT ROWID")
+            self._insert("stored", ["image"], ((image,) for image in stored))
+            missing = self._rows(
+                "DELETE FROM units WHERE id IN "
+                "(SELECT unit FROM records WHERE image NOT IN (SELECT image FROM stored))"
+            ).rowcount
+            strays = self._rows("SELECT image FROM stored EXCEPT SELECT image FROM records")
+            found = [image for (image,) in strays]
+            self._rows("DROP TABLE temp.stored")
+        return missing > 0, found
 
     # --- conversations ----------------------------------------------------------------------------
 
@@ -456,49 +445,39 @@ class Store:
         """Yield the records whose items were made with something else than ``made``, some at a time."""
         last = 0
         while rows := self._rows(
-            "SELECT id, body, row, number, EXISTS (SELECT 1 FROM items i WHERE i.id "
-            "BETWEEN row * 4096 AND row * 4096 + 4095) AS has_items FROM corpus_records "
+            "SELECT id, body, row, number FROM corpus_records "
             "WHERE source = ? AND number > ? AND made IS NOT ? ORDER BY number LIMIT ?",
             *(source, last, made, chunk),
         ).fetchall():
             last = rows[-1]["number"]
-            yield [StoredRecord(**dict(row)) for row in rows]
+            yield [StoredRecord(row["id"], row["body"], row=row["row"]) for row in rows]
 
     def add_made(
-        self, source: int, made: str, records: Iterable[tuple[StoredRecord, Sequence[ItemRow]]]
+        self, made: str, records: Iterable[tuple[StoredRecord, Sequence[ItemRow]]]
     ) -> None:
         """Keep the items of records. A model's answer stays if its key is the same as before."""
         with self.transaction():
-            rows: list[ItemRow] = []
-            marks = []
             for record, items in records:
                 if len(items) > MAX_ITEMS:
-                    problem = f"more than {MAX_ITEMS} conversations of one record; make fewer."
-                    raise CorpusError(problem)
-                if record.has_items:
-                    answers = self._take_answers(record.row)
-                    for item in items:
-                        found = answers.get(item.key) if item.state == PENDING else None
-                        for name, value in (found or {}).items():
-                            setattr(item, name, value)
-                rows += items
-                marks.append((made, len(items), source, record.number))
-            self._insert("items", ItemRow.__struct_fields__, map(msgspec.structs.astuple, rows))
-            self._db.executemany(
-                "UPDATE corpus SET made = ?, items = ? WHERE source = ? AND number = ?", marks
-            )
-
-    def _take_answers(self, record: int) -> dict[bytes | None, dict[str, Any]]:
-        """Remove the items of a record and return the answers among them by their key."""
-        own = record * MAX_ITEMS, record * MAX_ITEMS + MAX_ITEMS - 1
-        rows = self._rows("SELECT * FROM items WHERE id BETWEEN ? AND ?", *own).fetchall()
-        self._rows("DELETE FROM items WHERE id BETWEEN ? AND ?", *own)
-        names = ("key", "state", "conversation", "problems", "prompt", "answer")
-        return {
-            row["key"]: {name: row[name] for name in names}
-            for row in rows
-            if row["key"] is not None and row["state"] != PENDING
-        }
+                    raise CorpusError(
+                        f"more than {MAX_ITEMS} conversations of one record; make fewer."
+                    )
+                first = record.row * MAX_ITEMS
+                old = self._rows(
+                    "DELETE FROM items WHERE id BETWEEN ? AND ? "
+                    "RETURNING key, state, conversation, problems, prompt, answer",
+                    *(first, first + MAX_ITEMS - 1),
+                )
+                answers = {row["key"]: row for row in old if row["state"] != PENDING}
+                for item in items:
+                    if item.state == PENDING and (found := answers.get(item.key)):
+                        for name in found.keys():  # noqa: SIM118 - a row of SQLite is no mapping
+                            setattr(item, name, found[name])
+                self._insert(
+                    "items", ItemRow.__struct_fields__, map(msgspec.structs.astuple, items)
+                )
+                change = "UPDATE corpus SET made = ?, items = ? WHERE record = ?"
+                self._rows(change, made, len(items), record.row)
 
     def pending(self) -> Iterator[Kept]:
         """Yield the items that a model is to write. The store may be written to while they are read."""
@@ -514,14 +493,7 @@ class Store:
 
     def count_pending(self) -> int:
         """Count the conversations of the corpus that a model is to write."""
-        return sum(self._count_pending(source) for source, _ in self.sources())
-
-    def _count_pending(self, source: int) -> int:
-        query = (
-            "SELECT count(*) FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 "
-            "WHERE i.state = 2 AND c.source = ?"
-        )
-        return int(self._value(query, source))
+        return sum(row.count for row in self.funnel() if row.reason == "pending")
 
     def add_outcome(self, row: int, outcome: Outcome) -> None:
         """Keep what came back for a pending item, and what it cost."""
@@ -543,13 +515,13 @@ class Store:
 
     # --- what the output is built from ------------------------------------------------------------
 
-    def records(self) -> Iterator[Record]:
-        """Yield the records in the corpus' order."""
-        for source, _ in self.sources():
-            for id, body in self._rows(
-                "SELECT id, body FROM corpus_records WHERE source = ? ORDER BY number", source
-            ):
-                yield decode_record(body, id)
+    def records(self, source: int | None = None) -> Iterator[Record]:
+        """Yield the records in the corpus' order, of one source or of all."""
+        query = "SELECT id, body FROM corpus_records WHERE source = ? ORDER BY number"
+        for number, _ in self.sources():
+            if source in (None, number):
+                for id, body in self._rows(query, number):
+                    yield StoredRecord(id, body).record
 
     def accepted(self) -> Iterator[Kept]:
         """Yield the accepted conversations in the corpus' order."""
@@ -576,46 +548,25 @@ class Store:
 
     def funnel(self) -> list[FunnelRow]:
         """Count what came through every stage of every source, and what was lost by its reason."""
-        return [row for source, name in self.sources() for row in self._funnel(source, name)]
-
-    def _funnel(self, source: int, name: str) -> Iterator[FunnelRow]:
-        units = self._rows(
-            "SELECT total(samples) AS samples, total(regions) AS regions FROM units "
-            "WHERE source = ? AND place IS NOT NULL",
-            source,
-        ).fetchone()
-        made = self._rows(
-            "SELECT count(*) AS records, total(items) AS items FROM corpus WHERE source = ?", source
-        ).fetchone()
-        lost = self._rows(
-            "SELECT stage, reason, count(*) AS count FROM corpus_drops WHERE source = ? GROUP BY 1, 2 "
-            "UNION ALL SELECT stage, reason, count(*) FROM drops WHERE unit = ? GROUP BY 1, 2 "
-            "UNION ALL SELECT 'check', coalesce(json_extract(CAST(i.problems AS TEXT), '$[0].reason'), "
-            "'no conversation'), count(*) FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 "
-            "WHERE i.state = 1 AND c.source = ? GROUP BY 2 ORDER BY 3 DESC, 2",
-            source,
-            -source,
-            source,
-        ).fetchall()
-        reasons = [(row["stage"], row["reason"], row["count"]) for row in lost]
-        if pending := self._count_pending(source):
-            reasons.append(("write", "pending", pending))
-
-        def lost_in(stage: str) -> int:
-            return sum(count for its, _, count in reasons if its == stage)
-
-        written = made["items"] - pending
-        for stage, count in (
-            ("read", units["samples"] - lost_in("read")),
-            ("clean", units["regions"]),
-            ("record", made["records"]),
-            ("write", written),
-            ("check", written - lost_in("check")),
-        ):
-            yield FunnelRow(name, stage, "", int(count))
-            for its, reason, number in reasons:
-                if its == stage:
-                    yield FunnelRow(name, stage, reason, number)
+        found = []
+        for source, name in self.sources():
+            values = {"source": source}
+            lost = self._db.execute(_LOST, values).fetchall()
+            samples, regions, records, items = self._db.execute(_CAME_THROUGH, values).fetchone()
+            count_lost = Counter[str]()
+            for stage, _, count in lost:
+                count_lost[stage] += count
+            written = items - count_lost["write"]
+            for stage, count in (
+                ("read", samples - count_lost["read"]),
+                ("clean", regions),
+                ("record", records),
+                ("write", written),
+                ("check", written - count_lost["check"]),
+            ):
+                found.append(FunnelRow(name, stage, "", int(count)))
+                found += [FunnelRow(name, *row) for row in lost if row[0] == stage]
+        return found
 
     def forms(self) -> list[dict[str, Any]]:
         """Return rows of ``form``, ``language``, and how many are ``accepted``, ``rejected``, ``pending``."""
@@ -634,8 +585,7 @@ class Store:
 
     def vocabulary(self, source: int) -> Vocabulary:
         """Return the labels of a source's records in the corpus."""
-        rows = self._rows("SELECT body FROM corpus_records WHERE source = ?", source)
-        return Vocabulary.of(_decode_labels(body) for (body,) in rows)
+        return Vocabulary.of(self.records(source))
 
 
 def _kept(rows: Iterable[sqlite3.Row]) -> Iterator[Kept]:
@@ -643,7 +593,7 @@ def _kept(rows: Iterable[sqlite3.Row]) -> Iterator[Kept]:
     last, record = None, None
     for row in rows:
         if record is None or row["record"] != last:
-            last, record = row["record"], decode_record(row["body"], row["record_id"])
+            last, record = row["record"], StoredRecord(row["record_id"], row["body"]).record
         conversation, problems = row["conversation"], row["problems"]
         own = {name: row[name] for name in ("form", "language", "kind", "focus", "seed")}
         yield Kept(

@@ -18,13 +18,13 @@ from typing import Any
 from gmai_xtuner.core.errors import CorpusError
 from gmai_xtuner.core.yaml_lines import Document, Section
 
-KINDS = ("modalities", "departments", "clinical_tasks", "source_tasks")
-_SINGULAR = {
+KINDS = {
     "modalities": "modality",
     "departments": "department",
     "clinical_tasks": "clinical task",
     "source_tasks": "source task",
 }
+"""Kind of terms -> what one of them is called; a source task is what a set was annotated for."""
 _LISTS = ("synonyms", "chinese_synonyms", "codes")
 _FIELDS = (*_LISTS, "chinese")
 _BUILT_IN = Path(__file__).with_name("taxonomy.yaml")
@@ -48,6 +48,12 @@ class Terms:
     chinese_synonyms: tuple[str, ...] = ()
     codes: tuple[str, ...] = ()
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """All that it is called, once each."""
+        own = (self.name, *self.synonyms, *self.codes, self.chinese, *self.chinese_synonyms)
+        return tuple(dict.fromkeys(filter(None, own)))
+
 
 @dataclass(frozen=True)
 class Taxonomy:
@@ -55,44 +61,29 @@ class Taxonomy:
 
     kinds: Mapping[str, tuple[Terms, ...]]
 
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """Names of all modalities."""
-        return self._names("modalities")
+    def names(self, kind: str) -> tuple[str, ...]:
+        """Return the names of all terms of a kind, in their order."""
+        return tuple(terms.name for terms in self.kinds[kind])
 
-    @property
-    def departments(self) -> tuple[str, ...]:
-        """Names of all departments, ``"None"`` last unless a job's file adds to them."""
-        return self._names("departments")
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of all clinical tasks."""
-        return self._names("clinical_tasks")
-
-    @property
-    def source_tasks(self) -> tuple[str, ...]:
-        """What a set was annotated for: ``"2D classification"`` and the like."""
-        return self._names("source_tasks")
-
-    def modality(self, text: str) -> str:
-        """The modality with this name, synonym or DICOM code, in any case.
+    def find(self, kind: str, text: str) -> str:
+        """Return the name of the term with this name, synonym or DICOM code, in any case.
 
         Raises:
             CorpusError: there is none; with the nearest names.
         """
-        return self._find("modalities", text)
-
-    def department(self, text: str) -> str:
-        """The department with this name or synonym. Raises as `modality` does."""
-        return self._find("departments", text)
-
-    def task(self, text: str) -> str:
-        """The clinical task with this name or abbreviation. Raises as `modality` does."""
-        return self._find("clinical_tasks", text)
+        names = self._by_any_name[kind]
+        if found := names.get(_key(text)):
+            return found
+        near = difflib.get_close_matches(_key(text), names, n=3)
+        candidates = list(dict.fromkeys(names[key] for key in near)) or self.names(kind)
+        hint = "Did you mean" if near else "Known are"
+        raise CorpusError(
+            f"there is no {KINDS[kind]} {text!r}. {hint} {', '.join(candidates)}? "
+            "A file named under 'taxonomy' in the job can add terms."
+        )
 
     def terms(self, name: str) -> Terms:
-        """What a modality, department or task of this very name is called.
+        """Return what a modality, department or task of this very name is called.
 
         Raises:
             KeyError: no term has this name.
@@ -105,33 +96,14 @@ class Taxonomy:
 
     @cached_property
     def _by_any_name(self) -> dict[str, dict[str, str]]:
-        found: dict[str, dict[str, str]] = {}
-        for kind in KINDS:
-            names = found[kind] = {}
-            for terms in self.kinds[kind]:
-                for name in _all_names(terms):
-                    names[_key(name)] = terms.name
-        return found
-
-    def _names(self, kind: str) -> tuple[str, ...]:
-        return tuple(terms.name for terms in self.kinds[kind])
-
-    def _find(self, kind: str, text: str) -> str:
-        names = self._by_any_name[kind]
-        name = names.get(_key(text))
-        if name is not None:
-            return name
-        near = difflib.get_close_matches(_key(text), names, n=3)
-        candidates = list(dict.fromkeys(names[key] for key in near)) or list(self._names(kind))
-        hint = "Did you mean" if near else "Known are"
-        raise CorpusError(
-            f"there is no {_SINGULAR[kind]} {text!r}. {hint} {', '.join(candidates)}? "
-            "A file named under 'taxonomy' in the job can add terms."
-        )
+        return {
+            kind: {_key(name): terms.name for terms in of_kind for name in terms.all_names}
+            for kind, of_kind in self.kinds.items()
+        }
 
 
 def load(extra: Path | None = None) -> Taxonomy:
-    """The built-in vocabulary, extended by a job's file.
+    """Return the built-in vocabulary, extended by a job's file.
 
     Args:
         extra: YAML in the form of ``taxonomy.yaml``. A name that is there already gains synonyms, codes
@@ -147,11 +119,11 @@ def load(extra: Path | None = None) -> Taxonomy:
         for kind, name, values, line in _entries(path):
             before = kinds[kind].get(name, Terms(name))
             terms = kinds[kind][name] = _merged(before, values, f"{path}:{line}")
-            for other in _all_names(terms):
+            for other in terms.all_names:
                 owner = taken[kind].setdefault(_key(other), name)
                 if owner != name:
                     raise CorpusError(
-                        f"{path}:{line}: {other!r} already names the {_SINGULAR[kind]} "
+                        f"{path}:{line}: {other!r} already names the {KINDS[kind]} "
                         f"{owner!r}. Leave it out of {name!r}."
                     )
     return Taxonomy({kind: tuple(terms.values()) for kind, terms in kinds.items()})
@@ -191,15 +163,6 @@ def _merged(before: Terms, values: Mapping[str, Any], where: str) -> Terms:
         key: tuple(dict.fromkeys([*getattr(before, key), *values.get(key, [])])) for key in _LISTS
     }
     return Terms(before.name, chinese=values.get("chinese", before.chinese), **lists)
-
-
-def _all_names(terms: Terms) -> tuple[str, ...]:
-    chinese = (terms.chinese,) if terms.chinese else ()
-    return tuple(
-        dict.fromkeys(
-            [terms.name, *terms.synonyms, *terms.codes, *chinese, *terms.chinese_synonyms]
-        )
-    )
 
 
 def _key(name: str) -> str:

@@ -64,12 +64,10 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.rows",),  # numbers and texts alone
     # By content: forms and tables that travel with the package.
     "yaml.safe_load": (
-        *("data_tools.forms.language", "data_tools.lexicon", "gmai_xtuner.evaluate.tables"),
-        *(
-            "gmai_xtuner.evaluate.scoring",
-            "gmai_xtuner.demo.i18n",
-            "gmai_xtuner.train.deepspeed_settings",
-        ),
+        *("data_tools.checks.terms", "data_tools.forms.language", "data_tools.job"),
+        *("data_tools.lexicon", "data_tools.output.licences", "gmai_xtuner.evaluate.tables"),
+        *("gmai_xtuner.evaluate.scoring", "gmai_xtuner.demo.i18n"),
+        "gmai_xtuner.train.deepspeed_settings",
     ),
 }
 """What opens a file -> modules, or packages of them, that may use it; they bound it or know the file."""

@@ -5,26 +5,22 @@
 Every check is a generator of `Problem`s. They find what can be found by words: that the label is named, and
 that no other label of the set, modality, side or box is claimed. They don't understand the text;
 `tests/data_tools/checks` measures on hard sentences how often they are wrong.
+
+Here are those that read no annotation: is it a conversation in the item's language that neither refuses nor
+speaks of its instructions?
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from functools import lru_cache
 
 from data_tools.checks.claims import LabelFinder, ModalityFinder, agreement, boxes, modality, side
-from data_tools.checks.figures import counts, perceived, sizes
-from data_tools.checks.terms import said
-from data_tools.checks.translation import translation
-from data_tools.checks.wording import (
-    CheckOptions,
-    language,
-    leaks,
-    length,
-    refusal,
-    repetition,
-    turns,
-)
-from data_tools.items import Conversation, Item, Problem, SourceContext
+from data_tools.checks.figures import counts, perceived, sizes, translation
+from data_tools.checks.terms import WORDS, Said, said
+from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Item, Problem, SourceContext
+from data_tools.options import CheckOptions
 from data_tools.records import Record
 from data_tools.taxonomy import Taxonomy
 
@@ -32,6 +28,16 @@ __all__ = ["CHECK_VERSION", "CheckOptions", "check", "check_translation"]
 
 CHECK_VERSION = 2
 """Raise it with any change of what the checks accept: conversations are then checked anew."""
+
+_CHINESE = re.compile(r"[\u3400-\u9fff]")
+_LETTERS = re.compile(r"[A-Za-z]+|[\u3400-\u9fff]")
+_SENTENCE = re.compile(r"[^.。!！?？\n]{24,}[.。!！?？\n]")
+# Forms whose answers are sentences; of perception a letter may be enough.
+_SENTENCES = ("caption", "region_caption", "instruction", "dialogue", *TEXT_FORMS)
+LEAKS, REFUSALS = tuple(WORDS["leaks"]), tuple(WORDS["refusals"])
+# A text without Chinese has none of the Chinese phrases; most texts have none.
+_ENGLISH_LEAKS = tuple(filter(str.isascii, LEAKS))
+_ENGLISH_REFUSALS = tuple(filter(str.isascii, REFUSALS))
 
 
 def check(
@@ -117,3 +123,91 @@ def _labels(context: _Same) -> LabelFinder:
 def _modalities(taxonomy: _Same) -> ModalityFinder:
     assert isinstance(taxonomy.of, Taxonomy)
     return ModalityFinder(taxonomy.of)
+
+
+def turns(conversation: Conversation, item: Item) -> Iterator[Problem]:
+    """Want human and gpt in turn, nothing empty, one image mark at the head or none in a text form."""
+    if not conversation or len(conversation) % 2:
+        yield Problem("turns don't alternate", f"{len(conversation)} turns; give an answer to each")
+        return
+    for number, turn in enumerate(conversation):
+        if turn.speaker != ("human", "gpt")[number % 2]:
+            yield Problem("turns don't alternate", f"turn {number + 1} is of {turn.speaker!r}")
+            return
+        if not turn.text.strip() or turn.text.strip() == IMAGE:
+            yield Problem("empty turn", f"turn {number + 1} says nothing")
+    marks = sum(turn.text.count(IMAGE) for turn in conversation)
+    expected = 0 if item.form in TEXT_FORMS else 1
+    if marks != expected:
+        yield Problem("wrong number of image marks", f"{marks} of {IMAGE} instead of {expected}")
+    elif expected and not conversation[0].text.startswith(IMAGE):
+        yield Problem("image mark isn't first", f"{IMAGE} stands in the middle of a turn")
+
+
+def length(what: Said, item: Item, options: CheckOptions) -> Iterator[Problem]:
+    """Want lengths within the bounds; Chinese characters count as words."""
+    numbers = [_number_of_words(answer) for answer in what.answers]
+    if item.form in _SENTENCES and sum(numbers) < options.min_words:
+        yield Problem(
+            "answer too short", f"{sum(numbers)} words, at least {options.min_words} wanted"
+        )
+    if max(numbers, default=0) > options.max_words:
+        yield Problem(
+            "answer too long", f"{max(numbers)} words, at most {options.max_words} wanted"
+        )
+
+
+def language(what: Said, item: Item, options: CheckOptions) -> Iterator[Problem]:
+    """Want the item's language; a name or an option letter in another is none of it."""
+    if what.text.isascii() and (item.language == "en" or item.form == "perception"):
+        return
+    letters = _LETTERS.findall(what.text)
+    if not letters or (item.form == "perception" and len(letters) < 4):
+        return
+    chinese = sum(1 for letter in letters if letter >= "\u3400") / len(letters)
+    share = chinese if item.language == "zh" else 1 - chinese
+    if share < options.language_share:
+        name = {"en": "English", "zh": "Chinese"}[item.language]
+        yield Problem("wrong language", f"only {share:.0%} of it is {name}; write {name}")
+
+
+def repetition(what: Said) -> Iterator[Problem]:
+    """Want no sentence twice within one answer."""
+    for answer in what.answers:
+        if len(answer) < 48:
+            continue
+        sentences = [sentence.strip().lower() for sentence in _SENTENCE.findall(answer)]
+        if len(set(sentences)) < len(sentences):
+            again = next(sentence for sentence in sentences if sentences.count(sentence) > 1)
+            yield Problem("sentence repeated", again[:120])
+            return
+
+
+def _number_of_words(text: str) -> int:
+    if text.isascii():
+        return text.count(" ") + 1
+    return len(_CHINESE.findall(text)) + len(_CHINESE.sub(" ", text).split())
+
+
+def leaks(what: Said, options: CheckOptions) -> Iterator[Problem]:
+    """Yield phrases that speak of the annotation."""
+    phrases = (_ENGLISH_LEAKS if what.plain.isascii() else LEAKS) + options.further_leaks
+    if phrase := _first(phrases, what.plain, options):
+        yield Problem("speaks of the annotation", f"it says {phrase!r}; don't mention it")
+
+
+def refusal(what: Said, options: CheckOptions) -> Iterator[Problem]:
+    """Yield phrases of a model that won't answer."""
+    if phrase := _first(
+        _ENGLISH_REFUSALS if what.plain.isascii() else REFUSALS, what.plain, options
+    ):
+        yield Problem("the model refused", f"it says {phrase!r}")
+
+
+def _first(phrases: tuple[str, ...], text: str, options: CheckOptions) -> str | None:
+    """Return the first phrase that is in a text and not in one that is allowed."""
+    allowed = [other.lower() for other in options.allowed_phrases]
+    for phrase in map(str.lower, phrases):
+        if phrase in text and not any(phrase in other for other in allowed):
+            return phrase
+    return None

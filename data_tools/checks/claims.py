@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from data_tools.checks.terms import Hit, Said, TermFinder, plain, words_of
+from data_tools.checks.terms import WORDS, Hit, Said, TermFinder, words_of
 from data_tools.forms.coordinates import read_boxes, write_box
 from data_tools.items import Item, Problem, SourceContext
 from data_tools.lexicon import SIDE_KEYS, spoken
@@ -16,15 +16,7 @@ from data_tools.taxonomy import Taxonomy
 
 # --- labels ---------------------------------------------------------------------------------------
 
-# A label that is an everyday adjective is a claim about the image only before one of these words, or where
-# nothing follows that it could describe: "a normal chest radiograph" against "a normal heart size".
-_ADJECTIVES = frozenset(
-    ("normal", "healthy", "abnormal", "positive", "negative", "other", "background")
-)
-_WHOLE = frozenset((
-    "image", "picture", "scan", "study", "examination", "radiograph", "x", "ct", "mri", "mr", "chest",
-    "fundus", "retina", "film", "slide", "view", "case", "and", "or", "without", "with", "for", "as"
-))  # fmt: skip
+_ADJECTIVES, _WHOLE = frozenset(WORDS["adjectives"]), frozenset(WORDS["whole"])
 _NAMING = ("caption", "region_caption", "instruction", "dialogue", "text_single", "text_multi")
 
 
@@ -110,37 +102,8 @@ def agreement(what: Said, item: Item, record: Record, finder: LabelFinder) -> It
 
 # --- modality -------------------------------------------------------------------------------------
 
-# What an image of a modality may be called besides: a wider name, or one that says as much. Not the other way
-# round: a mammogram is a radiograph, a radiograph is no mammogram.
-ALSO = {
-    "Mammography": ("X-ray",), "Fluoroscopy": ("X-ray",), "Dental X-ray": ("X-ray",),
-    "Bone densitometry": ("X-ray",), "Angiography": ("X-ray", "CT", "MR"), "CT": ("Angiography",),
-    "MR": ("Angiography",), "Pathology": ("Microscopy", "Cytology"),
-    "Microscopy": ("Pathology", "Cytology"), "Cytology": ("Microscopy", "Pathology"),
-    "Electron microscopy": ("Microscopy",), "Fluorescence microscopy": ("Microscopy",),
-    "Echocardiography": ("Ultrasound",), "Colonoscopy": ("Endoscopy",),
-    "Laparoscopy": ("Endoscopy",), "Bronchoscopy": ("Endoscopy",),
-    "Surgical video": ("Endoscopy", "Laparoscopy"),
-    "Fluorescein angiography": ("Fundus photography", "Angiography"),
-    "Infrared reflectance imaging": ("Fundus photography",), "Dermoscopy": ("Clinical photography",),
-    "Slit-lamp photography": ("Clinical photography",), "PET": ("CT",),
-    "SPECT": ("CT", "Scintigraphy"),
-}  # fmt: skip
 _BESIDE = ("CT", "MR", "PET", "SPECT")
-# Names that are everyday words of anatomy and of the work: "gastric fundus", "histology is needed".
-_AMBIGUOUS = frozenset(
-    ("fundus", "histology", "smear", "photograph", "surgical scene", "照片", "涂片", "透视")
-)
-# A sentence with one of these speaks of another examination, not of the image.
-_ELSEWHERE = frozenset((
-    "recommend", "recommended", "recommends", "suggest", "suggested", "follow", "followup", "correlate",
-    "correlation", "correlated", "compare", "compared", "comparison", "prior", "previous", "further",
-    "additional", "confirm", "confirmed", "confirmation", "could", "may", "might", "would", "should",
-    "biopsy", "consider", "considered", "need", "needed", "often", "usually", "typically", "such", "other",
-    "alternatively", "subsequent", "if", "complementary", "modalities"
-))  # fmt: skip
-_ELSEWHERE_ZH = ("建议", "进一步", "对比", "比较", "复查", "结合", "必要时", "可考虑", "其他",
-                 "既往", "可行", "通常", "也可")  # fmt: skip
+_AMBIGUOUS, _ELSEWHERE = frozenset(WORDS["ambiguous"]), frozenset(WORDS["elsewhere"])
 
 
 class ModalityFinder:
@@ -148,13 +111,15 @@ class ModalityFinder:
 
     def __init__(self, taxonomy: Taxonomy) -> None:
         terms: dict[str, str] = {}
-        for name in taxonomy.modalities:
+        for name in taxonomy.names("modalities"):
             known = taxonomy.terms(name)
             for other in (name, *known.synonyms, known.chinese, *known.chinese_synonyms):
                 if other and other.lower() not in _AMBIGUOUS:
                     terms.setdefault(other, name)
         self._finder = TermFinder(terms)
-        self.compatible = {name: {name, *ALSO.get(name, ())} for name in taxonomy.modalities}
+        self.compatible = {
+            name: {name, *WORDS["also"].get(name, ())} for name in taxonomy.names("modalities")
+        }
 
     def claims(self, what: Said) -> Iterator[str]:
         """Yield the modalities that are said of the image itself."""
@@ -165,7 +130,7 @@ class ModalityFinder:
         else:
             for hit in self._finder.find_chinese(what.text):
                 sentence = _sentence_around(what.text, hit.start)
-                if not hit.denied and not any(word in sentence for word in _ELSEWHERE_ZH):
+                if not hit.denied and not any(word in sentence for word in WORDS["elsewhere_zh"]):
                     yield hit.meaning
 
 
@@ -201,21 +166,10 @@ def _sentence_around(text: str, at: int) -> str:
 
 # --- side of the body -----------------------------------------------------------------------------
 
-_SIDES = {
-    "left": "left", "l": "left", "左": "left", "左侧": "left",
-    "right": "right", "r": "right", "右": "right", "右侧": "right",
-}  # fmt: skip
-_POSITION_BEFORE = frozenset((
-    "upper", "lower", "top", "bottom", "center", "centre", "middle", "far", "viewer", "reader", "mid",
-    "to"
-))  # fmt: skip
-_POSITION_BETWEEN = _POSITION_BEFORE.union(
-    ("left", "right", "and", "or", "side", "hand", "of", "the", "central", "most", ",")
-)
-_PICTURE = frozenset((
-    "image", "picture", "frame", "photograph", "photo", "field", "view", "figure", "tile", "crop", "slide",
-    "corner", "edge", "border", "margin", "half", "third", "quadrant", "part", "portion", "region", "area"
-))  # fmt: skip
+_SIDES = dict.fromkeys(("left", "l", "左", "左侧"), "left")
+_SIDES |= dict.fromkeys(("right", "r", "右", "右侧"), "right")
+_POSITION_BEFORE = frozenset(WORDS["position_before"])
+_POSITION_BETWEEN = _POSITION_BEFORE.union(WORDS["position_between"])
 _POSITION_ZH = re.compile(
     r"(?:图像|图片|画面|影像|视野|图中|图)的?[中最偏]?[上下]?[左右][上下]?[侧边方半部角]*|[左右][上下](?:[方角部]|象限)?|[上下中][左右]"
 )
@@ -238,12 +192,12 @@ def side(what: Said, item: Item, record: Record, finder: LabelFinder) -> Iterato
         return
     (right_one,) = known
     wrong = _OPPOSITE[right_one]
-    named = {finder_mirror for name in record.names if (finder_mirror := mirror(name)) != name}
+    named = {mirror(name) for name in record.names if mirror(name) != name}
     every: set[str] = set()
     for clause in re.split(r"[.;!?\n。；！？，]", what.text):
         said = sides_of(clause)
         every |= said
-        part = Said((clause,), clause, plain(clause), words_of(clause), what.chinese)
+        part = Said.of(clause, chinese=what.chinese)
         hits = {hit.meaning for hit in finder.find(part) if not hit.denied} - named
         if said == {wrong} and (hits or _OF_THE_IMAGE.search(part.plain)):
             yield Problem("side contradicted", f"it says {wrong}; it is {right_one}")
@@ -268,7 +222,7 @@ def _is_body(words: list[str], at: int) -> bool:
     if at and (words[at - 1] in _POSITION_BEFORE or words[at - 2 : at] == ["to", "the"]):
         return False
     for word in words[at + 1 : at + 9]:
-        if word.removesuffix("s") in _PICTURE:
+        if word.removesuffix("s") in WORDS["image"]:
             return False
         if word not in _POSITION_BETWEEN:
             break

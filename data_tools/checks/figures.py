@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Are the numbers and sizes that an answer gives those of the annotation?"""
+"""Are numbers and sizes those of the annotation, and does a translation keep what was said?"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 from data_tools.checks.claims import LabelFinder
-from data_tools.checks.terms import Hit, Said, plain, words_of
+from data_tools.checks.terms import Hit, Said, words_of
 from data_tools.items import Conversation, Item, Problem
 from data_tools.records import ANYTHING, Label, Record
 
-_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBERS = {word: number for number, word in enumerate(_WORDS, 1)}
-_NUMBERS_ZH = {sign: number for number, sign in enumerate("一二三四五六七八九十", 1)} | {"两": 2}
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: number for number, word in enumerate(_WORDS)}
+_NUMBERS_ZH = {sign: number for number, sign in enumerate("零一二三四五六七八九十")} | {"两": 2}
 _NUMBER_ZH = r"(\d+|[一二两三四五六七八九十])\s*[个处枚颗块条根把只片团节]"
 _BEFORE_ZH = re.compile(_NUMBER_ZH + r"(?:的?[^\d，。；、！？\n的]{0,5}的?)$")
 _AFTER_ZH = re.compile(r"(?:区域)?(?:[，,]?共|有|约|数为)*\s*" + _NUMBER_ZH)
@@ -58,7 +59,7 @@ def _number(what: Said, hit: Hit) -> int | None:
     at = hit.start - 1
     for _ in range(4):
         word = words[at] if at >= 0 else "."
-        number = int(word) if word.isdigit() and len(word) < 4 else _NUMBERS.get(word)
+        number = int(word) if word.isdigit() and len(word) < 4 else _NUMBERS.get(word) or None
         if number is not None:
             before = words[at - 1] if at else ""
             is_of = word == "one" and words[at + 1] == "of"
@@ -142,10 +143,7 @@ def perceived(
 
     def named(text: str) -> set[str]:
         chinese = item.language == "zh"
-        return {
-            hit.meaning
-            for hit in finder.find(Said((text,), text, plain(text), words_of(text), chinese))
-        }
+        return {hit.meaning for hit in finder.find(Said.of(text, chinese=chinese))}
 
     if item.kind in ("detection", "counting", "localisation") and item.focus is not None:
         if record.labels[item.focus].name not in (found := named(question)) and found:
@@ -157,3 +155,55 @@ def perceived(
         options = dict(line.split(". ", 1) for line in question.splitlines() if line[1:3] == ". ")
         if options and not named(options.get(answer, "")) & own:
             yield Problem("wrong answer", f"{answer} is none of {', '.join(sorted(own))}")
+
+
+# --- translations ---------------------------------------------------------------------------------
+
+_FIGURES = re.compile(r"\d+(?:[.,]\d+)*")
+_POLARITY_EN = re.compile(r"^\s*(yes|no)\b", re.IGNORECASE)
+_POLARITY_ZH = re.compile(r"^\s*(?:(?P<no>不|否|没有|无|未)|(?P<yes>是|有|对|能|可以))")
+# Numbers that English has words for and Chinese writes as digits, and the other way round.
+_COUNTED_ZH = re.compile(r"([零一二两三四五六七八九十])(?=[个处枚颗只条块例张])")
+
+
+def translation(
+    conversation: Conversation, original: Conversation, finder: LabelFinder
+) -> Iterator[Problem]:
+    """Yield what the Chinese ``conversation`` lost or changed of the English ``original``."""
+    if len(conversation) != len(original):
+        yield Problem("translation has other turns", f"{len(conversation)}, not {len(original)}")
+        return
+    for number, (made, first) in enumerate(zip(conversation, original, strict=True), 1):
+        before, after = _numbers_en(first.text), _numbers_zh(made.text)
+        if before != after:
+            lost = sorted((before - after).elements())
+            added = sorted((after - before).elements())
+            yield Problem(
+                "translation changes a number",
+                f"turn {number}: lost {', '.join(lost) or 'none'}, added {', '.join(added) or 'none'}",
+            )
+            return
+        labels_before = _labels(finder, first.text, chinese=False)
+        labels_after = _labels(finder, made.text, chinese=True)
+        if labels_before != labels_after:
+            differ = ", ".join(sorted({name for name, _ in labels_before ^ labels_after}))
+            yield Problem("translation changes a finding", f"turn {number}: {differ}")
+            return
+        english, chinese = _POLARITY_EN.match(first.text), _POLARITY_ZH.match(made.text)
+        if english and chinese and (english[1].lower() == "yes") != bool(chinese["yes"]):
+            yield Problem("translation turns yes into no", f"turn {number}")
+            return
+
+
+def _labels(finder: LabelFinder, text: str, *, chinese: bool) -> set[tuple[str, bool]]:
+    return {(hit.meaning, hit.denied) for hit in finder.find(Said.of(text, chinese=chinese))}
+
+
+def _numbers_en(text: str) -> Counter[str]:
+    words = (word for word in words_of(text) if word in _NUMBERS and word != "one")
+    return Counter(_FIGURES.findall(text)) + Counter(str(_NUMBERS[word]) for word in words)
+
+
+def _numbers_zh(text: str) -> Counter[str]:
+    signs = (sign for sign in _COUNTED_ZH.findall(text) if sign != "一")
+    return Counter(_FIGURES.findall(text)) + Counter(str(_NUMBERS_ZH[sign]) for sign in signs)

@@ -17,45 +17,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from data_tools.items import Conversation
 
 _WORDS = re.compile(r"[a-z0-9]+|[.;:!?,()\n]")
 _CJK = re.compile(r"[\u3400-\u9fff]")
 _CLAUSE_ENDS = frozenset(".;:!?,()\n")
-# A denial reaches over a comma in an enumeration ("no cyst, nodule or mass") but over none of these words.
-_TURNS = frozenset((
-    "but", "however", "although", "though", "which", "whereas", "while", "instead", "yet", "except"
-))  # fmt: skip
-_DENIALS = frozenset((
-    "no", "not", "without", "neither", "nor", "unlike", "never", "lacks", "lacking", "excludes", "cannot"
-))  # fmt: skip
-_DENYING_PHRASES = tuple(
-    tuple(phrase.split())
-    for phrase in (
-        "rather than", "instead of", "as opposed to", "in contrast to", "different from", "differs from",
-        "distinct from", "distinguished from", "distinguish it from", "distinguishes it from",
-        "absence of", "free of", "free from", "negative for", "excluding", "rule out", "rules out",
-        "ruled out", "isn t", "aren t", "doesn t", "don t", "wasn t", "mimics", "mimicking", "mimic",
-        "other than", "fails to", "mistaken for", "confused with",
-    )
-)  # fmt: skip
-_DENIED_AFTER = tuple(
-    tuple(phrase.split())
-    for phrase in (
-        "is not", "are not", "was not", "were not", "is absent", "are absent", "is excluded", "was excluded",
-        "are excluded", "was ruled out", "is ruled out", "were ruled out", "has been ruled out",
-        "can be excluded", "can be ruled out", "is unlikely", "are unlikely", "isn t", "aren t",
-        "cannot be seen", "can not be seen", "could not be",
-    )
-)  # fmt: skip
+WORDS: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("words.yaml").read_text(encoding="utf-8")
+)
+"""Words that the checks read by."""
+_TURNS = frozenset(WORDS["turns"])
+_DENIALS = frozenset(WORDS["denials"])
+_DENYING_PHRASES, _DENIED_AFTER, _NOT_DENIALS = (
+    tuple(tuple(phrase.split()) for phrase in WORDS[key])
+    for key in ("denying_phrases", "denied_after", "not_denials")
+)
 # Without any of these words nothing is denied: of each phrase the word that is its own.
 _DENYING_WORDS = _DENIALS.union(
     (next(word for word in phrase if word not in ("in", "as")) for phrase in _DENYING_PHRASES),
     ("absent", "excluded", "ruled", "unlikely", "not", "isn", "aren", "cannot"),
 )
-# What looks like a denial and is none.
-_NOT_DENIALS = (("not", "only"), ("no", "doubt"), ("not", "just"), ("no", "longer"))
 _DENIALS_ZH = re.compile(
     r"未见|未发现|未显示|未累及|没有|无明显|不存在|不是|并非|而非|不同于|区别于|排除|不支持|不符合|不考虑"
     r"|无(?![法论])|非"
@@ -102,17 +88,17 @@ class Said:
     words: list[str]
     chinese: bool
 
+    @classmethod
+    def of(cls, *answers: str, chinese: bool) -> Said:
+        """Read answers in one of the two languages."""
+        text = "\n".join(answers)
+        plain = " ".join(text.lower().replace("’", "'").split())
+        return cls(answers, text, plain, words_of(text), chinese)
+
 
 def said(conversation: Conversation, *, chinese: bool) -> Said:
-    """Read the answers of a conversation in one of the two languages."""
-    answers = tuple(turn.text for turn in conversation if turn.speaker == "gpt")
-    text = "\n".join(answers)
-    return Said(answers, text, plain(text), words_of(text), chinese)
-
-
-def plain(text: str) -> str:
-    """Return a text as phrases are compared: lower case, single spaces, straight apostrophes."""
-    return " ".join(text.lower().replace("’", "'").split())
+    """Read the answers of a conversation."""
+    return Said.of(*(turn.text for turn in conversation if turn.speaker == "gpt"), chinese=chinese)
 
 
 class TermFinder:

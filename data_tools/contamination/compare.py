@@ -9,13 +9,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.command import Bar
 from data_tools.contamination.benchmark import RECOGNISED, Benchmark
 from data_tools.contamination.corpus import Corpus
 from data_tools.contamination.hashing import HashCache, ImageSource
 from data_tools.contamination.images import Hashes, Matches, by_case, case_of, compare
 from data_tools.contamination.questions import Questions
 from data_tools.executor import open_executor
-from data_tools.progress import Bar
 from gmai_xtuner.core.errors import CorpusError
 
 _PROBLEMS = 10_000

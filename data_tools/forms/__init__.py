@@ -7,10 +7,10 @@ The template writer asks no model: its sentences come from the annotation alone,
 
 from __future__ import annotations
 
-from data_tools.forms import conversations, perception
+from data_tools.forms import conversations
 from data_tools.forms.language import Teller, language
-from data_tools.forms.options import MakeOptions
 from data_tools.items import FORMS, Conversation, Item, SourceContext
+from data_tools.options import MakeOptions
 from data_tools.records import Record
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.rng import Rng, seed_of
@@ -35,7 +35,7 @@ _WRITERS = {
     "region_caption": conversations.region_caption,
     "instruction": conversations.instruction,
     "dialogue": conversations.dialogue,
-    "perception": perception.perception,
+    "perception": conversations.perception,
     "text_single": conversations.text,
     "text_multi": conversations.text,
 }
@@ -78,13 +78,13 @@ def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int
                 fewest, most = make.dialogue_turns
                 kind = str(fewest + rng.below(most - fewest + 1))
             elif form == "perception":
-                able = perception.kinds(record, context, make, language(code))
+                able = conversations.kinds(record, context, make, language(code))
                 able = [name for name in able if name not in drawn]
                 if not able:
                     break
                 kind = _weighted(able, make, rng)
                 drawn.add(kind)
-                focus = perception.focus_of(kind, record, context, make, rng)
+                focus = conversations.focus_of(kind, record, context, make, rng)
             suffix = kind if form == "perception" else str(at) if at else ""
             item_id = f"{record.id}#{form}{'-' + suffix if suffix else ''}"
             items.append(Item(item_id, form, code, kind, focus, seed_of(item_id, seed)))

@@ -11,69 +11,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 from gmai_xtuner.core.agreements import Agreement, Origin, agreement_of, plain_host, simplified
 
 if TYPE_CHECKING:
-    from data_tools.job import Job, OutputOptions
+    from data_tools.job import Job
+    from data_tools.options import OutputOptions
     from data_tools.readers import SourceOptions
 
-DEMANDS = {
-    "attribution": "name the authors and the licence with every copy",
-    "share-alike": "pass on what is made from it under the same licence only",
-    "non-commercial": "no commercial use",
-    "no-derivatives": "what is made from it may not be passed on",
-    "agreement": "granted to a person who has signed an agreement; may not be passed on",
-    "unknown": "the terms are not known to this tool; read them before the corpus is used or passed on",
-}
-
-# Licences without parts: pattern of the simplified name -> (name on huggingface.co, demands).
-_FIXED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (r"(cc|creative commons)( ?0| zero)( universal| public domain dedication)*", "cc0-1.0", ()),
-    (r"public domain( mark| dedication)?|pddl|us government work", "pddl", ()),
-    (r"mit", "mit", ("attribution",)),
-    (r"apache", "apache-2.0", ("attribution",)),
-    (r"bsd 2( clause)?", "bsd-2-clause", ("attribution",)),
-    (r"bsd( 3( clause)?)?", "bsd-3-clause", ("attribution",)),
-    (r"odc by|open data commons attribution", "odc-by", ("attribution",)),
-    (r"(odc )?odbl|open database", "odbl", ("attribution", "share-alike")),
-    (r"(gnu )?(a|l)?gpl( ?v)?", "gpl", ("attribution", "share-alike")),
-    (r"cdla permissive", "cdla-permissive-2.0", ("attribution",)),
-    (r"cdla sharing", "cdla-sharing-1.0", ("attribution", "share-alike")),
-    (r".*\b(credentialed|restricted|data use agreement|dua)\b.*", "other", ("agreement",)),
-)
+_KNOWN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+DEMANDS: dict[str, str] = _KNOWN["demands"]
 _VERSION = r"( licen[cs]e)?( v| version)?( \d+)*( universal| licen[cs]e)?"
-_PARTS = {"by": "attribution", "sa": "share-alike", "nc": "non-commercial", "nd": "no-derivatives"}
-_WORDS = {
-    "attribution": "by",
-    "sharealike": "sa",
-    "share alike": "sa",
-    "noncommercial": "nc",
-    "non commercial": "nc",
-    "noderivatives": "nd",
-    "noderivs": "nd",
-    "no derivatives": "nd",
-    "creative commons": "cc",
-}
 _CREATIVE_COMMONS = re.compile(
     r"cc((?: (?:by|sa|nc|nd))+)(?: ([1-4])(?: ([05]))?)?"
     r"(?: (?:international|unported|generic|igo|public|licen[cs]e|deed))*"
 )
-# Versions that have a name on huggingface.co; another version of a licence is "cc" there.
-_HUB_NAMES = {
-    "cc-by-2.0",
-    "cc-by-2.5",
-    "cc-by-3.0",
-    "cc-by-4.0",
-    "cc-by-sa-3.0",
-    "cc-by-sa-4.0",
-} | {
-    f"cc-by-{parts}-{version}"
-    for parts in ("nc", "nd", "nc-nd", "nc-sa")
-    for version in ("2.0", "3.0", "4.0")
-    if (parts, version) not in (("nc", "2.0"), ("nd", "2.0"), ("nd", "3.0"), ("nc-nd", "2.0"))
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +44,20 @@ class Licence:
 def read(name: str) -> Licence:
     """Return what is known of a licence by its name, such as ``"CC BY-NC-SA 4.0"``."""
     simple = simplified(name)
-    for words, part in _WORDS.items():
+    for words, part in _KNOWN["words"].items():
         simple = re.sub(rf"\b{words}\b", part, simple)
     if match := _CREATIVE_COMMONS.fullmatch(simple):
         parts = match[1].split()
         hub_name = f"cc-{'-'.join(parts)}-{match[2]}.{match[3] or 0}" if match[2] else "cc"
         return Licence(
             name,
-            hub_name if hub_name in _HUB_NAMES else "cc",
-            tuple(demand for part, demand in _PARTS.items() if part in parts),
+            hub_name if hub_name in _KNOWN["hub_names"] else "cc",
+            tuple(demand for part, demand in _KNOWN["parts"].items() if part in parts),
         )
     simple = simplified(name)
-    for pattern, hub_name, demands in _FIXED:
+    for pattern, hub_name, demands in _KNOWN["fixed"]:
         if re.fullmatch(f"(?:{pattern}){_VERSION}", simple):
-            return Licence(name, hub_name, demands)
+            return Licence(name, hub_name, tuple(demands))
     return Licence(name, "other", ("unknown",))
 
 

@@ -65,13 +65,10 @@ FIGURES = {
 """Distributions of the records."""
 STAGES = ("read", "clean", "record", "write", "check")
 REPEATED = "text that is in the corpus already"
-PENDING = "pending"  # the store's reason for conversations that a later run writes
 NONE = "None"  # how a record without a clinical task is counted
 _LIBRARIES = ("gmai-xtuner", "numpy", "msgspec", "pillow", "pyarrow", "matplotlib")
 _MOST_LABELS = 20
 _DISTINCT_LABELS = 20_000  # a source with free text for labels must not fill the memory
-_FEW = 0.5  # acceptance below it is worth a look
-_LARGE_SET = 0.1  # share of the groups in one linked set that is worth a look
 
 
 class Tally:
@@ -240,66 +237,10 @@ class Tally:
         }
 
 
-def warnings(summary: dict[str, Any]) -> list[str]:
+def warnings(summary: Mapping[str, Any]) -> list[str]:
     """Return sentences on what to look at before using the corpus, and what to do."""
-    found = []
-    conversations, records, split = summary["conversations"], summary["records"], summary["split"]
-    if not conversations["count"]:
-        found.append(
-            "No conversation was accepted, so there is no mixture.yaml. The funnel of each source says where "
-            "they were lost."
-        )
-    elif conversations["held_out"] == conversations["count"]:
-        found.append(
-            f"Every conversation is held out: the {split['groups']} group(s) of patients, cases or pictures "
-            "are too few for a split or hang together, so there is no mixture.yaml. Set corpus.held_out: 0 "
-            "or give the sources a finer group."
-        )
-    elif split["share"] and not records["held_out"]:
-        found.append(
-            f"Nothing is held out: none of the {split['groups']} group(s) fell into the share of "
-            f"{split['share']:g}. Raise corpus.held_out, or hold out a source of its own."
-        )
-    if split["largest"] > 10 and split["largest"] > _LARGE_SET * split["groups"]:
-        found.append(
-            f"{split['largest']:,} of {split['groups']:,} groups hang together by shared or near-identical "
-            "pictures and are all on one side. Look for a picture that stands in for a missing one, or "
-            "lower corpus.near_duplicates."
-        )
-    shared = records["count"] - records["pictures"]
-    if shared:
-        found.append(
-            f"{shared:,} record(s) show the same picture as another record, with other labels or "
-            "attributes (a file that lies in two class folders, say). Their answers may contradict each "
-            "other: look at them."
-        )
-    pending = sum(
-        row["count"]
-        for source in summary["sources"].values()
-        for row in source["funnel"]
-        if row["reason"] == PENDING
-    )
-    if pending:
-        found.append(
-            f"{pending:,} conversations are still to be written. Run the command again to go on."
-        )
-    for name, source in summary["sources"].items():
-        if not source["records"] and name not in summary["left_out"]:
-            found.append(f"Source {name} gave no record. Its funnel says why.")
-        if source["acceptance"] is not None and source["acceptance"] < _FEW:
-            commonest = next(iter(source["reasons"]))
-            found.append(
-                f"Source {name}: {source['acceptance']:.0%} of the answers were accepted; the commonest "
-                f"reason of rejection is: {commonest}."
-            )
-    for row in summary["licences"]:
-        asks = [demand for demand in row["demands"] if demand != "attribution"]
-        if asks:
-            found.append(
-                f"Licence {row['licence']} ({', '.join(row['sources'])}): "
-                f"{'; '.join(licences.DEMANDS[demand] for demand in asks)}."
-            )
-    return found
+    template = templates().get_template("output/warnings.txt.j2")
+    return template.render(summary, demands=licences.DEMANDS).splitlines()
 
 
 def versions() -> dict[str, str]:

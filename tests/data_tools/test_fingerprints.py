@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.fingerprints import unit_fingerprint
 from data_tools.records import Unit
+from data_tools.worker import unit_fingerprint
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def touch(path: Path) -> None:
 def test_it_is_the_same_in_every_process(tmp_path, unit):
     code = (
         "import sys; from pathlib import Path; from data_tools.records import Unit;"
-        "from data_tools.fingerprints import unit_fingerprint; p = Path(sys.argv[1]);"
+        "from data_tools.worker import unit_fingerprint; p = Path(sys.argv[1]);"
         "print(unit_fingerprint(p, Unit('a.png', {'x': {'b', 'a'}, 'f': ('mask.png', 1.5, None)})).hex())"
     )
     here = unit_fingerprint(

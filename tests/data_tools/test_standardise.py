@@ -103,7 +103,7 @@ def test_the_jobs_modality_goes_before_the_files(read):
         read(sample(CAT, modality="MR"), modality=modality).records[0].modality
         for modality in ("CT", None)
     ]
-    assert of == [load().modality("CT"), load().modality("MR")]
+    assert of == [load().find("modalities", "CT"), load().find("modalities", "MR")]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +224,6 @@ def test_labels_of_what_was_left_out_have_the_names_of_the_corpus(read):
     (found,) = read(given, lost=lost, labels={"1": "cat", "2": "dog", "3": "owl"}).records
     assert found.incomplete == ("cat", "dog", "owl", "unknown")
     assert found.names == ("cat",)
-    again = type(found).from_json(found.to_json())
-    assert again == found
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from data_tools.items import Item, Problem, Turn
 from data_tools.records import Drop, Label, Provenance, Record
+from data_tools.standardise import UnitResult
 from data_tools.store import (
     ACCEPTED,
     MAX_ITEMS,
@@ -20,7 +21,6 @@ from data_tools.store import (
     Kept,
     Store,
     StoredRecord,
-    StoredUnit,
     Usage,
     encode,
 )
@@ -38,11 +38,12 @@ def record(name: str, *, label: str = "cat") -> Record:
     )
 
 
-def read(*records: Record, drops: tuple[Drop, ...] = (), duplicates: str = "") -> StoredUnit:
+def read(*records: Record, drops: tuple[Drop, ...] = (), duplicates: str = "") -> UnitResult:
     """What became of a unit; ``duplicates``: a letter each, the same letter for duplicates."""
     keys = [letter.encode() for letter in duplicates] or [r.id.encode() for r in records]
-    made = [StoredRecord(r.id, encode(r), k, r.image) for r, k in zip(records, keys, strict=True)]
-    return StoredUnit(b"fingerprint", made, drops, len(records) + len(drops), len(records))
+    made = (StoredRecord(r.id, encode(r), k, r.image) for r, k in zip(records, keys, strict=True))
+    samples = len(records) + len(drops)
+    return UnitResult((), drops, samples, (), b"fingerprint", tuple(made), regions=len(records))
 
 
 @pytest.fixture
@@ -70,7 +71,6 @@ def write(store: Store, made: str, *states: int, answers: tuple[bytes, ...] = ()
     for source, _ in store.sources():
         for records in store.to_make(source, made):
             store.add_made(
-                source,
                 made,
                 [
                     (stored, [row(stored, at, state, answers) for at, state in enumerate(states)])
@@ -175,10 +175,7 @@ def test_only_records_made_with_something_else_are_made_again(store):
     write(store, "m", ACCEPTED)
     its = number(store)
     assert list(store.to_make(its, "m")) == []
-    assert [stored.has_items for records in store.to_make(its, "n") for stored in records] == [
-        True,
-        True,
-    ]
+    assert [stored.id for records in store.to_make(its, "n") for stored in records] == ["a", "b"]
 
 
 def test_a_record_that_was_read_again_is_made_again(store):

@@ -14,10 +14,10 @@ from gmai_xtuner.core.errors import CorpusError
 
 def test_counts_of_gmai_mmbench():
     taxonomy = load()
-    assert len(taxonomy.departments) == 19
-    assert taxonomy.departments[-1] == "None"
-    assert len(taxonomy.tasks) == 18
-    assert taxonomy.source_tasks == (
+    assert len(taxonomy.names("departments")) == 19
+    assert taxonomy.names("departments")[-1] == "None"
+    assert len(taxonomy.names("clinical_tasks")) == 18
+    assert taxonomy.names("source_tasks") == (
         "2D classification", "2D detection", "2D segmentation", "3D segmentation",
     )  # fmt: skip
 
@@ -28,25 +28,29 @@ def test_counts_of_gmai_mmbench():
      ("OP", "Fundus photography"), ("超声", "Ultrasound"), ("H&E", "Pathology")],
 )  # fmt: skip
 def test_a_modality_goes_by_any_of_its_names(text, name):
-    assert load().modality(text) == name
+    assert load().find("modalities", text) == name
 
 
 def test_the_same_abbreviation_may_name_terms_of_two_kinds():
     taxonomy = load()
-    assert taxonomy.modality("MR") == "MR"
-    assert taxonomy.task("MR") == "Microorganism Recognition"
+    assert taxonomy.find("modalities", "MR") == "MR"
+    assert taxonomy.find("clinical_tasks", "MR") == "Microorganism Recognition"
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(CorpusError, match=r"no modality 'ultrasond'\. Did you mean Ultrasound"):
-        load().modality("ultrasond")
+        load().find("modalities", "ultrasond")
     with pytest.raises(CorpusError, match="Known are Cardiovascular Surgery, Dermatology"):
-        load().department("xyz")
+        load().find("departments", "xyz")
 
 
 def test_every_term_has_a_chinese_name_except_where_it_is_the_same():
     taxonomy = load()
-    for name in (*taxonomy.modalities, *taxonomy.departments, *taxonomy.tasks):
+    for name in (
+        *taxonomy.names("modalities"),
+        *taxonomy.names("departments"),
+        *taxonomy.names("clinical_tasks"),
+    ):
         assert taxonomy.terms(name).chinese, name
 
 
@@ -58,10 +62,10 @@ def test_a_file_adds_terms_and_names(tmp_path):
         encoding="utf-8",
     )
     taxonomy = load(extra)
-    assert taxonomy.modality("Thermogram") == "Thermography"
-    assert taxonomy.modality("cone beam") == "CT"
+    assert taxonomy.find("modalities", "Thermogram") == "Thermography"
+    assert taxonomy.find("modalities", "cone beam") == "CT"
     assert "CAT scan" in taxonomy.terms("CT").synonyms
-    assert "Thermography" not in load().modalities
+    assert "Thermography" not in load().names("modalities")
 
 
 @pytest.mark.parametrize(
@@ -87,4 +91,4 @@ def test_errors_of_a_file_say_where(tmp_path, text, problem):
 
 
 def test_a_worker_gets_a_copy():
-    assert pickle.loads(pickle.dumps(load())).modality("mri") == "MR"
+    assert pickle.loads(pickle.dumps(load())).find("modalities", "mri") == "MR"

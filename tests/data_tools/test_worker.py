@@ -11,9 +11,9 @@ import msgspec
 from data_tools import job as jobs
 from data_tools import pipeline
 from data_tools.checks import CheckOptions
+from data_tools.command import Bar
 from data_tools.forms import FORM_VERSIONS, MakeOptions
 from data_tools.items import Conversation, SourceContext
-from data_tools.progress import Bar
 from data_tools.store import StoredRecord, encode
 from data_tools.worker import Recipe, make
 from tests.data_tools.forms.test_forms import Label, record

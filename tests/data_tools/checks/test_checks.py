@@ -9,9 +9,8 @@ import dataclasses
 import pytest
 
 from data_tools import taxonomy
-from data_tools.checks import CheckOptions, check, check_translation
+from data_tools.checks import LEAKS, REFUSALS, CheckOptions, check, check_translation
 from data_tools.checks.terms import TermFinder, words_of
-from data_tools.checks.wording import LEAKS, REFUSALS
 from data_tools.items import Item, SourceContext, Turn
 from data_tools.records import Label, Provenance, Record
 

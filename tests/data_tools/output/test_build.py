@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +14,6 @@ from data_tools.store import FunnelRow, Usage
 from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.output.fake_store import FakeStore, corpus, draw, job, kept, record, rejected
 
-ROOT = Path(__file__).parents[3]
 ALWAYS = {
     "mixture.yaml",
     "held_out.yaml",
@@ -183,45 +178,6 @@ def test_a_stored_picture_that_is_gone_stops_and_leaves_the_old_corpus(tmp_path)
     with pytest.raises(CorpusError, match=r"blood_\d\.png: a stored image can't be read"):
         build(store, job(), tmp_path)
     assert digests(tmp_path) == before
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.data_tools.output.fake_store import FakeStore, corpus, job
-from data_tools.output.build import build
-folder, stop = Path(sys.argv[1]), int(sys.argv[2])
-
-class Stops(FakeStore):
-    def accepted(self):
-        for number, kept in enumerate(self.all_accepted):
-            if number == stop:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield kept
-
-store = corpus(folder, 30)
-build(Stops(store.all_records, store.all_accepted[:150]), job(held_out=0.3), folder)
-"""
-
-
-def test_kill_9_while_writing_leaves_the_old_corpus_whole(tmp_path):
-    build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path)
-    before = digests(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), "100"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert digests(tmp_path) == before
-    assert (tmp_path / ".work" / "corpus.new").is_dir()
-    build(corpus(tmp_path, 30), job(held_out=0.3), tmp_path)
-    assert digests(tmp_path) == before
-    assert not (tmp_path / ".work" / "corpus.new").exists()
 
 
 def test_a_text_without_a_picture_is_in_the_corpus_once(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from data_tools.output import build as builder
 from data_tools.output import files
 from gmai_xtuner.core.conversation import parse_raw
-from gmai_xtuner.core.mixture import load_mixture, select
+from gmai_xtuner.core.mixture import load_mixture
 from gmai_xtuner.core.records import iter_raw
 from tests.data_tools.output.fake_store import FakeStore, corpus, job
 
@@ -64,13 +64,6 @@ def test_categories_and_ratios_are_those_of_the_papers_table_7(built):
         "demo-corpus-text-single": (TEXT, "high", 0, 0, 1),
         "demo-corpus-text-multi": (TEXT, "high", 0, 0, 1),
     }
-
-
-@pytest.mark.parametrize(("stage", "count"), [("stage1", 3), ("stage2", 3), ("stage3", 5)])
-def test_every_stage_finds_its_datasets(built, stage, count):
-    assert (
-        len(select(load_mixture(built[0] / "mixture.yaml"), stage=stage, quality="high")) == count
-    )
 
 
 def test_a_mixture_without_a_conversation_is_not_written(tmp_path):
