@@ -49,7 +49,9 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "pyarrow.parquet.read_table": (),
     "pandas.read_parquet": (),
     "pandas.read_pickle": (),
-    "openpyxl.load_workbook": ("data_tools.readers.rows",),
+    "openpyxl.load_workbook": (
+        *("data_tools.readers.rows", "gmai_xtuner.evaluate.answerers.stored"),
+    ),
     "torch.load": ("gmai_xtuner.checkpoint.pickles",),
     "torch.jit.load": (),
     "joblib.load": (),

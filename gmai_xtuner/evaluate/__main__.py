@@ -28,7 +28,7 @@ from gmai_xtuner.cli import (
     positive_int,
 )
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.evaluate import compare
+from gmai_xtuner.evaluate import compare, reconcile
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, make_answerer
 from gmai_xtuner.evaluate.benchmarks import NAMES, BenchmarkError, built_in, is_own, survey
 from gmai_xtuner.evaluate.processes import World, world
@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if arguments[:1] == ["compare"]:
                 return _compare(arguments[1:], stdout)
+            if arguments[:1] == ["reconcile"]:
+                return _reconcile(arguments[1:], stdout)
             if arguments[:1] == ["protocols"]:
                 return _list_protocols(stdout)
             return _evaluate(arguments, stdout)
@@ -96,7 +98,7 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
         prepared: list[Prepared] = []
         for target in _targets(options, failures):
             try:
-                needs = not options.score_only
+                needs = not (options.score_only or options.answers)
                 prepared.append(prepare(target, how, require_images=needs, rank=processes.rank))
             except GMAIError as error:
                 failures.append(str(error))
@@ -214,6 +216,21 @@ def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
     return 0
 
 
+def _reconcile(arguments: Sequence[str], stdout: TextIO) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} reconcile",
+        description="Split the differences between the scores of a model into what they come from.",
+    )
+    runs = "the --out of one or several runs; all is compared with the first score of its benchmark"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=runs)
+    parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
+    options = parser.parse_args(arguments)
+    found = reconcile.reconcile(options.runs)
+    text = json.dumps(reconcile.as_json(found), ensure_ascii=False) + "\n"
+    stdout.write(text if options.json else to_markdown([reconcile.table_of(found)]))
+    return 0
+
+
 def _list_protocols(stdout: TextIO) -> int:
     for one in (one for found in built_in().values() for one in found.asked()):
         n = "" if one.expected is None else f", n = {one.expected:,}"
@@ -247,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Ask a model the questions of a benchmark and score its answers by a written protocol. "
-        "Other verbs: compare RUN_A RUN_B; protocols.",
+        "Other verbs: compare RUN_A RUN_B; reconcile RUN ...; protocols.",
     )
     add = parser.add_argument
     models = "an export, a transformers model (folder or hub name), or a name at --endpoint"
@@ -306,6 +323,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--retries", type=int, default=6, help="of one request (default 6)")
     add("--timeout", type=float, default=300.0, help="seconds for one answer (default 300)")
     add("--temperature", type=_temperature, default=0.0, help="default 0; none: not sent")
+    group = parser.add_argument_group("answers that another kit has stored")
+    add = group.add_argument
+    files = "its files (VLMEvalKit, lmms-eval, MMMU, LLaVA); MODEL is a name then"
+    add("--answers", nargs="+", default=(), metavar="FILE", help=files)
+    columns = "columns of the question's id and of the answer, of any other file"
+    add("--answer-columns", nargs=2, metavar=("ID", "ANSWER"), help=columns)
     group = parser.add_argument_group("a judge of free answers")
     add = group.add_argument
     add("--judge", metavar="URL", help="base URL of an OpenAI-compatible server")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Who answers: an export of ours, any transformers image-text model, any OpenAI-compatible endpoint."""
+"""Who answers: an export of ours, any transformers image-text model, any endpoint, or stored answers."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ class ModelOptions:
         moved_from: address that the endpoint had when its stored answers were given.
         timeout: seconds that an answer may take.
         temperature: sent to the server; None: not sent, for models that refuse it.
+        answers: files of answers that another kit has stored; then ``model`` is a name alone.
+        answer_columns: their columns of the question's id and of the answer; None: those of a known kit.
         logprobs: ask the server how likely the first tokens were, where an answer has labels.
     """
 
@@ -68,6 +70,8 @@ class ModelOptions:
     retries: int = 6
     timeout: float = 300.0
     temperature: float | None = 0.0
+    answers: tuple[str, ...] = ()
+    answer_columns: tuple[str, str] | None = None
     logprobs: bool = False
 
     @property
@@ -86,6 +90,10 @@ def make_answerer(options: ModelOptions, *, cache: Path, local_rank: int = 0) ->
     Raises:
         GMAIError: it can't be loaded; says why.
     """
+    if options.answers:
+        from gmai_xtuner.evaluate.answerers.stored import StoredAnswers
+
+        return StoredAnswers(options)
     if options.endpoint is not None:
         from gmai_xtuner.evaluate.answerers.endpoint import EndpointAnswerer
 

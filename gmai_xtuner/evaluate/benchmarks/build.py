@@ -174,7 +174,9 @@ class _Reader:
         """Take a record's question, unless it can't be asked: then note why."""
         column = str(self.layout.answer)
         try:
-            question = record.question(record.images(by_index, folders))
+            question = record.question(
+                record.images(by_index, folders), without_images=not self.require_images
+            )
         except _Fault as fault:
             self.problem(fault.reason, record.id, fault.detail, column=fault.column)
             return
@@ -319,8 +321,12 @@ class _Record:
             return "\n".join(map(str, value))
         return "" if value is None else str(value)
 
-    def question(self, images: Mapping[int, ImageSource]) -> Question:
-        """Return the question; a :class:`_Fault` where it has none."""
+    def question(self, images: Mapping[int, ImageSource], *, without_images: bool) -> Question:
+        """Return the question; a :class:`_Fault` where it has none.
+
+        Args:
+            without_images: leave marks such as ``<image 2>`` in its texts where it has no images.
+        """
         layout = self.layout
         lettered = self._options()
         if any(re.search(one, self.text(text)) for text, one in layout.open.items()):
@@ -337,7 +343,10 @@ class _Record:
         if layout.hint and (hint := self.text(layout.hint)):
             text = f"Hint: {hint}\n{text}"
         texts = (text.strip() if layout.strip else text, *lettered.values())
-        (text, *options), sources = _mark_images(texts, images)
+        sources: tuple[ImageSource, ...] = ()
+        if images or not without_images:
+            texts, sources = _mark_images(texts, images)
+        text, *options = texts
         answers, letter = self._answers(lettered)
         if letter:
             answers = (options[list(lettered).index(letter)],)
@@ -368,6 +377,8 @@ class _Record:
         elif isinstance(raw := self.get(column), Mapping):
             letters = [letter for letter, text in raw.items() if text is not None]
             texts = [str(raw[letter]) for letter in letters]
+        elif raw is None and layout.no_options != "error":
+            return {}
         else:
             texts = list(_parsed(raw, "bad_options", column))
         if len(texts) > len(LETTERS) or not set(letters) <= set(LETTERS):

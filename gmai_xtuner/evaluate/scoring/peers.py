@@ -42,8 +42,9 @@ from gmai_xtuner.evaluate.scoring.text import TABLES
 
 
 def _score_first(question: Question, letter: str | None) -> Score:
-    """Compare with the one letter that the kits know: the first of gold options that read the same."""
-    right = letter is not None and letter == min(question.gold_letters(), default="")
+    """Compare with the file's one letter, as the kits do, though another option may read the same."""
+    gold = question.gold_letter or min(question.gold_letters(), default="")
+    right = letter is not None and letter == gold
     return Score(float(right), letter)
 
 

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Answers that another kit has stored: nothing is asked, they are scored like any model's."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.core.imaging.bounded import run_bounded
+from gmai_xtuner.evaluate.benchmarks.rows import read_rows
+from gmai_xtuner.evaluate.fingerprint import hash_text
+from gmai_xtuner.evaluate.store import Given, Job
+
+if TYPE_CHECKING:
+    from gmai_xtuner.evaluate.answerers import ModelOptions
+
+_IMAGE_OR_SPACE = re.compile(r"<image(?: ?\d+)?>|\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """Columns of a kit's files; ``doc.id`` is a value within another.
+
+    Args:
+        ids: columns of the question's id, of which the first that the file has counts.
+        answer: column of the answer as the model gave it, before any reading.
+        question: column of the question's words, empty if there is none.
+    """
+
+    name: str
+    ids: tuple[str, ...]
+    answer: str
+    question: str = ""
+
+
+KITS = (
+    Kit(
+        "lmms-eval",
+        ("doc.id", "doc.question_id", "doc.qid", "doc.index", "doc_id"),
+        "resps",
+        "doc.question",
+    ),
+    Kit("VLMEvalKit", ("index",), "prediction", "question"),
+    Kit("MMMU", ("id",), "response"),
+    Kit("LLaVA", ("question_id",), "text"),
+)
+"""VLMEvalKit's tables, samples of lmms-eval, ``output.json`` of MMMU, answers of LLaVA's scripts."""
+
+
+class StoredAnswers:
+    """Gives the answers of files, by the ids of the questions.
+
+    Args:
+        options: with ``answers``, the files, and maybe ``answer_columns``; ``model`` is a name alone.
+
+    Raises:
+        EvaluationError: a file can't be read, is no kit's, or answers a question twice in two ways.
+    """
+
+    repeats = True
+
+    def __init__(self, options: ModelOptions) -> None:
+        self.name = options.shown
+        self._answers: dict[str, tuple[str, str]] = {}
+        self._hashes: list[str] = []
+        kits = {self._read(Path(name), options.answer_columns) for name in options.answers}
+        self.model = hash_text(sorted(self._hashes))
+        self.generation: Mapping[str, Any] = {"answers_stored_by": ", ".join(sorted(kits))}
+
+    def answers(
+        self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[list[Given]]:
+        """See :class:`gmai_xtuner.evaluate.answerers.Answerer`.
+
+        Raises:
+            EvaluationError: no question has an answer, or an answer is to other words than the question's.
+        """
+        if jobs and not any(job.id in self._answers for job in jobs):
+            theirs = next(iter(self._answers), "none")
+            raise EvaluationError(
+                f"none of the stored answers has the id of a question: theirs is {theirs!r}, asked is "
+                f"{jobs[0].id!r}. Name the columns: --answer-columns ID ANSWER"
+            )
+        yield [self._given(job) for job in jobs[rank::world_size]]
+
+    def _given(self, job: Job) -> Given:
+        if job.id not in self._answers:
+            return Given(job, None, problem="not_stored", detail="the files have no answer to it")
+        answer, question = self._answers[job.id]
+        if _words(question) not in _words(job.prompt):
+            raise EvaluationError(
+                f"the stored answer to {job.id} is to another question: {question[:80]!r} there, "
+                f"{job.prompt[:80]!r} in the benchmark. Are the files of the same version?"
+            )
+        return Given(job, answer)
+
+    def _read(self, file: Path, columns: tuple[str, str] | None) -> str:
+        records: Sequence[Mapping[str, Any]]
+        if file.suffix.lower() == ".xlsx":
+            records, digest = run_bounded(_sheet, str(file))
+        else:
+            _, rows, source = read_rows(file)
+            records, digest = [row.values for row in rows], source.sha256
+        self._hashes.append(digest)
+        kit = _kit(file, records[0] if records else {}, columns)
+        id_column = next(name for name in kit.ids if _value(records[0], name) is not None)
+        for number, record in enumerate(records, 1):
+            place = f"{file}, record {number}"
+            key, answer = _value(record, id_column), _value(record, kit.answer)
+            while (
+                isinstance(answer, list) and len(answer) == 1
+            ):  # lmms-eval: a list for each request
+                answer = answer[0]
+            answer = "" if answer is None else answer
+            if key is None or isinstance(answer, list | dict):
+                lacks = f"no {id_column}" if key is None else f"several answers in {kit.answer}"
+                raise EvaluationError(f"{place} has {lacks}")
+            found = (str(answer), str(_value(record, kit.question) or ""))
+            if self._answers.setdefault(str(key), found) != found:
+                raise EvaluationError(f"{place}: {key} has been answered before, in another way")
+        return kit.name
+
+
+def _kit(file: Path, record: Mapping[str, Any], columns: tuple[str, str] | None) -> Kit:
+    kits = KITS if columns is None else (Kit("other", (columns[0],), columns[1]),)
+    for kit in kits:
+        if any(_value(record, name) is not None for name in kit.ids) and (
+            _value(record, kit.answer) is not None
+        ):
+            return kit
+    known = "; ".join(f"{one.name}: {' or '.join(one.ids)}, {one.answer}" for one in kits)
+    raise EvaluationError(
+        f"{file} has the columns {', '.join(record) or 'of no record'}, and none of these pairs ({known}). "
+        "Name them: --answer-columns ID ANSWER"
+    )
+
+
+def _value(record: Mapping[str, Any], column: str) -> Any:
+    first, _, rest = column.partition(".")
+    value = record.get(first) if column else None
+    return _value(value, rest) if rest and isinstance(value, Mapping) else None if rest else value
+
+
+def _words(text: str) -> str:
+    return _IMAGE_OR_SPACE.sub("", text)
+
+
+def _sheet(file: str) -> tuple[list[dict[str, Any]], str]:
+    """Read the first sheet of an Excel file; in a process of its own, since it may unpack without end."""
+    import openpyxl
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    try:
+        data = Path(file).read_bytes()
+        book = openpyxl.load_workbook(io.BytesIO(data), read_only=True)
+        head, *rows = book.worksheets[0].iter_rows(values_only=True)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, InvalidFileException) as error:
+        raise EvaluationError(f"{file} can't be read as an Excel sheet: {error}") from error
+    records = [dict(zip(map(str, head), row, strict=False)) for row in rows]
+    return records, hashlib.sha256(data).hexdigest()

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Answers that other kits have stored, and what the differences between scores are made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import openpyxl
+import pytest
+
+from gmai_xtuner.evaluate.__main__ import main
+from gmai_xtuner.evaluate.questions import Question
+from gmai_xtuner.evaluate.scoring import SCORERS
+from tests.evaluate.files import json_file, jsonl_file, tsv_file
+
+WORDS = {"1": "Which colour is the first?", "2": "And the second?", "3": "Third?", "4": "Last?"}
+FIRST = {"1": "A", "2": "B", "3": "A", "4": "a"}  # A is right; VLMEvalKit takes no small letter
+SECOND = {"1": "B", "2": "a", "3": "B"}
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    """Four questions with the options red and blue, of which red is right."""
+    rows = [
+        {"id": name, "question": text, "A": "red", "B": "blue", "answer": "A"}
+        for name, text in WORDS.items()
+    ]
+    jsonl_file(tmp_path / "colours.jsonl", rows)
+    keys = "question: question\nid: id\noptions: [A, B]\nanswer: answer\nanswer_is: letter\n"
+    (tmp_path / "colours.yaml").write_text(f"name: colours\nfiles: colours.jsonl\n{keys}")
+    return tmp_path / "colours.yaml"
+
+
+def vlmevalkit(file, answers):
+    rows = [[name, WORDS[name], text] for name, text in answers.items()]
+    if file.suffix == ".tsv":
+        return tsv_file(file, ["index", "question", "prediction"], rows)
+    book = openpyxl.Workbook()
+    book.active.append(["index", "question", "prediction"])
+    for name, words, text in rows:
+        book.active.append([int(name), words, text])
+    book.save(file)
+    return file
+
+
+def lmms_eval(file, answers):
+    return jsonl_file(
+        file,
+        [
+            {"doc_id": 7, "doc": {"id": name, "question": f"<image 1>\n{WORDS[name]}"}, "resps": [[text]]}
+            for name, text in answers.items()
+        ],
+    )  # fmt: skip
+
+
+def mmmu(file, answers):
+    return json_file(file, [{"id": name, "response": text} for name, text in answers.items()])
+
+
+def llava(file, answers):
+    return jsonl_file(file, [{"question_id": n, "text": text} for n, text in answers.items()])
+
+
+def evaluate(benchmark, out, *files, more=()):
+    files = list(map(str, files))
+    arguments = ["a-model", "--benchmark", str(benchmark), "--out", str(out)]
+    options = ["--report-questions", "0", "--scorer", "vlmevalkit"]
+    return main([*arguments, *options, "--answers", *files, *more])
+
+
+def scores(out):
+    found = {}
+    for file in out.rglob("result.json"):
+        result = json.loads(file.read_text())
+        found[result["scorer"]] = result["averages"]["micro"]["value"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("write", "suffix"),
+    [(vlmevalkit, ".xlsx"), (vlmevalkit, ".tsv"), (lmms_eval, ".jsonl"), (mmmu, ".json"), (llava, ".jsonl")],
+)  # fmt: skip
+def test_answers_of_each_kit_are_scored(write, suffix, benchmark, tmp_path):
+    file = write(tmp_path / f"theirs{suffix}", FIRST)
+    assert evaluate(benchmark, tmp_path / "run", file) == 0
+    assert scores(tmp_path / "run") == {"choice": 0.75, "vlmevalkit": 0.5}
+
+
+def test_several_files_and_columns_of_any_name(benchmark, tmp_path):
+    one, two = (
+        jsonl_file(tmp_path / f"{part}.jsonl", [{"q": n, "said": FIRST[n]} for n in part])
+        for part in ("12", "34")
+    )
+    evaluate(benchmark, tmp_path / "run", one, two, more=["--answer-columns", "q", "said"])
+    assert scores(tmp_path / "run")["choice"] == 0.75
+
+
+def test_a_question_without_a_stored_answer_is_counted(benchmark, tmp_path, capfd):
+    assert evaluate(benchmark, tmp_path / "run", mmmu(tmp_path / "a.json", SECOND)) == 1
+    assert (
+        "1 questions (not_stored 1) without an answer, not in the score" in capfd.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"index": "1", "prediction": "A", "question": "Another?"}], "is to another question"),
+        ([{"id": "x", "response": "A"}], "has the id of a question: theirs is 'x', asked is '"),
+        ([{"key": "1", "response": "A"}], "has the columns key, response, and none of these pairs"),
+        ([{"id": "1", "response": "A"}, {"id": "1", "response": "B"}], "1 has been answered before"),
+        ([{"id": "1", "response": ["A", "B"]}], "record 1 has several answers in response"),
+        ([{"id": "1", "response": "A"}, {"response": "A"}], "record 2 has no id"),
+        ([], "has the columns of no record"),
+    ],
+)  # fmt: skip
+def test_answers_that_fit_no_question_are_refused(rows, said, benchmark, tmp_path, capfd):
+    assert evaluate(benchmark, tmp_path / "run", json_file(tmp_path / "a.json", rows)) == 1
+    assert said in capfd.readouterr().err
+    assert not scores(tmp_path / "run")
+
+
+def test_answers_need_no_images(tmp_path):
+    """Questions of MMMU's example outputs name images that aren't there, and some have no options."""
+    rows = [
+        {
+            "id": "1",
+            "type": "multiple-choice",
+            "choices": {"A": "<image 1>", "B": "2"},
+            "answer": "A",
+        },
+        {"id": "2", "type": "short-answer", "answer": "7"},
+    ]
+    json_file(tmp_path / "q.json", rows)
+    keys = 'question: "{id}"\nid: id\noptions: choices\nno_options: open\nanswer: answer\n'
+    benchmark = tmp_path / "own.yaml"
+    benchmark.write_text(f"name: own\nfiles: q.json\n{keys}answer_is: letter\nscorer: mmmu\n")
+    answers = mmmu(tmp_path / "a.json", {"1": "A", "2": "It is 7."})
+    assert (
+        main(
+            [
+                "m",
+                "--benchmark",
+                str(benchmark),
+                "--out",
+                str(tmp_path / "r"),
+                "--answers",
+                str(answers),
+            ]
+        )
+        == 0
+    )
+    assert scores(tmp_path / "r") == {"mmmu": 1.0}
+
+
+@pytest.mark.parametrize("scorer", ["mmmu", "vlmevalkit", "huatuogpt"])
+def test_kits_compare_letters_though_options_read_the_same(scorer):
+    """Electronics_13 of MMMU's validation part has the same text under A and C; C is its letter."""
+    question = Question("1", "?", options=("x", "y", "x"), answer="x", gold_letter="C")
+    given = [SCORERS[scorer].score(question, letter).value for letter in "ABC"]
+    assert given == [0.0, 0.0, 1.0]
+    assert SCORERS["choice"].score(question, "A").value == 1.0  # what was said is right
+
+
+def test_a_damaged_sheet_is_one_error(benchmark, tmp_path, capfd):
+    file = tmp_path / "a.xlsx"
+    file.write_bytes(b"PK\3\4 no sheet")
+    assert evaluate(benchmark, tmp_path / "run", file) == 1
+    assert f"{file} can't be read as an Excel sheet" in capfd.readouterr().err
+
+
+def test_differences_between_scores_add_up(benchmark, tmp_path, capfd):
+    """Values by hand: 3 of 4 and 2 of 4 right in the first run, 1 of 3 and 0 of 3 in the second."""
+    evaluate(benchmark, tmp_path / "one", mmmu(tmp_path / "1.json", FIRST))
+    evaluate(benchmark, tmp_path / "two", mmmu(tmp_path / "2.json", SECOND))
+    judged = tmp_path / "one" / "judged"
+    shutil.copytree(next((tmp_path / "one").rglob("result.json")).parents[1], judged)
+    for file in list(judged.rglob("result.json")):
+        result = json.loads(file.read_text())
+        if result["scorer"] != "choice":
+            shutil.rmtree(file.parent)
+            continue
+        result["scorer"] = "choice+judge:j/3"
+        result["averages"]["micro"]["value"] = 1.0
+        file.write_text(json.dumps(result))
+        lines = file.with_name("scores.jsonl").read_text().replace('"value": 0.0', '"value": 1.0')
+        file.with_name("scores.jsonl").write_text(lines)
+    capfd.readouterr()
+    assert main(["reconcile", str(tmp_path / "one"), str(tmp_path / "two"), "--json"]) == 0
+    found = {one["second"]: one for one in json.loads(capfd.readouterr().out)}
+    expected = {  # split, judge, prompt, reading against the choice of the first run
+        "one colours-test all vlmevalkit": (0, 0, 0, -1 / 4),
+        "one colours-test all choice+judge:j/3": (0, 1 / 4, 0, 0),
+        "two colours-test all choice": (2 / 3 - 3 / 4, 0, 1 / 3 - 2 / 3, 0),
+        "two colours-test all vlmevalkit": (2 / 3 - 3 / 4, 0, 1 / 3 - 2 / 3, 0 - 1 / 3),
+    }
+    assert set(found) == set(expected)
+    for name, parts in expected.items():
+        told = [found[name][part] for part in ("split", "judge", "prompt", "reading")]
+        assert told == pytest.approx(parts), name
+        assert found[name]["difference"] == pytest.approx(sum(parts)), name
+    assert main(["reconcile", str(tmp_path / "two")]) == 0
+    assert "| two colours-test all vlmevalkit |" in capfd.readouterr().out
+
+
+def test_a_step_that_was_never_scored_is_asked_for(benchmark, tmp_path, capfd):
+    evaluate(benchmark, tmp_path / "one", mmmu(tmp_path / "1.json", FIRST))
+    evaluate(benchmark, tmp_path / "two", mmmu(tmp_path / "2.json", SECOND))
+    for file in list((tmp_path / "two").rglob("result.json")):
+        if json.loads(file.read_text())["scorer"] == "choice":
+            shutil.rmtree(file.parent)
+    assert main(["reconcile", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
+    assert "--score-only --protocol all --scorer choice" in capfd.readouterr().err
