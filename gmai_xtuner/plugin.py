@@ -27,7 +27,6 @@ from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler  # noqa: E40
 from gmai_xtuner.data.tokenization import soft_packing_map_fn  # noqa: E402
 from gmai_xtuner.train import (  # noqa: E402, F401
     benchmarks,
-    best,
     checkpointing,
     hooks,
     nonfinite,

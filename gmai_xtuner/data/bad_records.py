@@ -18,6 +18,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,18 +67,11 @@ class BadRecords(DataError):
     def fields(self) -> dict[str, Any]:
         """Return the arguments that make it again, fit for JSON."""
         names = ("problem", "count", "reasons", "dataset", "record", "remedy")
-        paths = {
-            "listing": str(self.listing),
-            "rest": None if self.rest is None else str(self.rest),
-        }
-        return {name: getattr(self, name) for name in names} | paths
+        rest = None if self.rest is None else str(self.rest)
+        return {**{n: getattr(self, n) for n in names}, "listing": str(self.listing), "rest": rest}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.fields(),)
-
-
-def _rebuild(fields: Mapping[str, Any]) -> BadRecords:
-    return BadRecords(**fields)
+        return partial(BadRecords, **self.fields()), ()
 
 
 class BadList:
@@ -134,15 +128,9 @@ class BadList:
             problem = "\n".join(lines)
             if not self.files:
                 remedy += ". Or leave them out: on_bad_sample='skip' counts and lists them"
+        place: dict[str, Any] = {"dataset": dataset, "record": record, "remedy": remedy}
         return BadRecords(
-            problem,
-            count=self.count,
-            reasons=reasons,
-            listing=listing,
-            rest=rest,
-            dataset=dataset,
-            record=record,
-            remedy=remedy,
+            problem, count=self.count, reasons=reasons, listing=listing, rest=rest, **place
         )
 
 

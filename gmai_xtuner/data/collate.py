@@ -79,9 +79,7 @@ def _weights(owner: Tensor, conversations: int, weighting: str) -> Tensor:
     """float32 ``[M]``; ``owner`` is the conversation of each supervised token."""
     if weighting in ("token", "micro_batch"):
         return torch.ones(len(owner))
+    if weighting not in ("sample", "square"):
+        raise GMAIError(f"unknown weighting {weighting!r}")
     counts = torch.bincount(owner, minlength=conversations).to(torch.float32)[owner]
-    if weighting == "sample":
-        return counts.reciprocal()
-    if weighting == "square":
-        return counts.rsqrt()
-    raise GMAIError(f"unknown weighting {weighting!r}")
+    return counts.reciprocal() if weighting == "sample" else counts.rsqrt()

@@ -273,13 +273,10 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
     def rows(self) -> list[DatasetRow]:
         """Count what the plan has of each dataset."""
         plan = self.plan
-        counts, excluded = plan.counts(), plan.excluded().conversations
-        starts = np.searchsorted(plan.samples[:, 0], np.arange(len(self.caches) + 1))
+        held_out, excluded = plan.held_out_counts().tolist(), plan.excluded().conversations
         rows = []
-        for number, (entry, cache, (held_out, neither)) in enumerate(
-            zip(self.entries, self.caches, plan.held_out_counts().tolist(), strict=True)
-        ):
-            part = counts[starts[number] : starts[number + 1]]
+        for number, part in enumerate(plan.counts_by_dataset()):
+            entry, cache = self.entries[number], self.caches[number]
             skipped = cache.meta["skipped"]
             too_long = skipped.get("over_length", 0)
             rows.append(
@@ -292,8 +289,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
                     bad=sum(skipped.values()) - too_long,
                     too_long=too_long,
                     cut=cache.meta["cut"],
-                    held_out=held_out,
-                    neither=neither,
+                    held_out=held_out[number][0],
+                    neither=held_out[number][1],
                     excluded=excluded[number],
                     conversations=len(part),
                     images=int(part[:, 2].sum()),

@@ -53,16 +53,12 @@ def sides(cache: Path, share: float) -> Sides:
     below = np.uint64(int(share * 2**64))
     side, order = [np.zeros(0, dtype=np.uint8)], [np.zeros(0, dtype=np.uint64)]
     for ids, images, offsets in _hashed_names(cache):
-        held = np.concatenate([[0], np.cumsum(images < below)])
-        held_count = held[offsets[1:]] - held[offsets[:-1]]
-        count = np.diff(offsets)
+        low, high = _extremes(ids, images, offsets)
         part = np.full(len(ids), NEITHER, dtype=np.uint8)
-        part[held_count == 0] = TRAIN
-        part[(held_count == count) & (count > 0)] = HELD_OUT
-        text = count == 0
-        part[text] = np.where(ids[text] < below, HELD_OUT, TRAIN)
-        first = ids.copy()
-        first[~text] = images[offsets[:-1][~text]]
+        part[low >= below] = TRAIN
+        part[high < below] = HELD_OUT
+        first, shown = ids.copy(), np.diff(offsets) > 0
+        first[shown] = images[offsets[:-1][shown]]
         side.append(part)
         order.append(first)
     return Sides(np.concatenate(side), np.concatenate(order))
@@ -100,13 +96,8 @@ def _least_share(
     for cache, mask in zip(caches, excluded, strict=True):
         for ids, images, offsets in _hashed_names(cache, mask):
             names = np.union1d(names, images)
-            count = np.diff(offsets)
-            texts += int((count == 0).sum())
-            owner = np.repeat(np.arange(len(ids)), count)
-            low, high = ids.copy(), ids.copy()
-            low[count > 0], high[count > 0] = np.uint64(2**64 - 1), np.uint64(0)
-            np.minimum.at(low, owner, images)
-            np.maximum.at(high, owner, images)
+            texts += int((np.diff(offsets) == 0).sum())
+            low, high = _extremes(ids, images, offsets)
             if len(ids):
                 first = min(int(high.min()), 2**64 if first is None else first)
                 last = max(int(low.max()), last)
@@ -119,6 +110,18 @@ def _least_share(
     if int(share * 2**64) <= first:  # rounding of the quotient
         share = float(f"{(digits + 1) * step:.2g}")
     return len(names), texts, share if share < 1 and last >= int(share * 2**64) else None
+
+
+def _extremes(
+    ids: np.ndarray, images: np.ndarray, offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the least and the greatest hash of each conversation's images, or twice that of its id."""
+    low, high, shown = ids.copy(), ids.copy(), np.diff(offsets) > 0
+    if shown.any():
+        starts = offsets[:-1][shown]  # images of one end where those of the next begin
+        low[shown] = np.minimum.reduceat(images, starts)
+        high[shown] = np.maximum.reduceat(images, starts)
+    return low, high
 
 
 def _hashed_names(

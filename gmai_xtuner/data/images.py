@@ -85,10 +85,8 @@ class ImageTransform:
         self._table = _normalisation_table(self.mean, self.std)
 
     def __repr__(self) -> str:
-        return (
-            f"ImageTransform({self.image_size}, {self.mean}, {self.std}, mode={self.mode!r}, "
-            f"decoding={self.decoding!r})"
-        )
+        facts = (self.image_size, self.mean, self.std, self.mode, self.decoding)
+        return f"ImageTransform{facts}"
 
     @classmethod
     def from_pretrained(
@@ -139,12 +137,10 @@ class ImageTransform:
         """Return float32 ``[3, S, S]`` of an RGB image of any size (see :func:`open_rgb`)."""
         if image.mode != "RGB":
             raise ValueError(f"expected an image of mode RGB, got {image.mode}. Use open_rgb().")
-        side = (self.image_size, self.image_size)
+        side = self.image_size
         if self.mode == "pad":
-            square = _pad_and_resize(image, self.image_size, colour=self.mean_colour)
-        else:
-            square = image.resize(side, Image.Resampling.BICUBIC)
-        return self._normalised(square)
+            return self._normalised(_pad_and_resize(image, side, colour=self.mean_colour))
+        return self._normalised(image.resize((side, side), Image.Resampling.BICUBIC))
 
     def read(self, path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
         """Return float32 ``[3, S, S]`` of a file, decoded as ``decoding`` says; see :func:`open_rgb`."""
@@ -155,10 +151,10 @@ class ImageTransform:
         reduced = open_reduced(path, enough=enough, max_pixels=max_pixels)
         if reduced.by == 1:
             return self(reduced.image)
+        side, (width, height) = self.image_size, reduced.size
         if self.mode == "pad":
-            square = _pad_and_resize_reduced(reduced, self.image_size, colour=self.mean_colour)
+            square = _pad_and_resize_reduced(reduced, side, colour=self.mean_colour)
         else:
-            side, (width, height) = self.image_size, reduced.size
             box = (0, 0, width / reduced.by, height / reduced.by)
             square = reduced.image.resize((side, side), Image.Resampling.BICUBIC, box=box)
         return self._normalised(square)

@@ -136,10 +136,9 @@ def _plan(
     if balanced is None or _number_of_packs(balanced) >= packs:
         return patterns
     last = len(kinds) - 1  # balanced_fit counts kinds from the shortest
-    return [
-        Pattern([(last - kind, take) for kind, take in pattern.content], pattern.count)
-        for pattern in balanced
-    ]
+    for pattern in balanced:
+        pattern.content = [(last - kind, take) for kind, take in pattern.content]
+    return balanced
 
 
 def _number_of_packs(patterns: list[Pattern]) -> int:

@@ -133,18 +133,18 @@ class DataPlan:
     exclusions: Exclusions | None = None
 
     def __post_init__(self) -> None:
+        self.exclusions = self.exclusions or None
         if not 0 <= self.held_out < 1 or self.split not in ("train", "held_out"):
             raise GMAIError(
                 "held_out must be a share of at least 0 and below 1, and split 'train' or 'held_out', got "
                 f"{self.held_out!r} and {self.split!r}"
             )
-        self.exclusions = self.exclusions or None
         contents = [(cache.folder.name, cache.meta["content"]) for cache in self.caches]
-        ingredients: list[object] = [VERSION, contents, list(self.names), list(self.ratios)]
-        ingredients += [self.seed, self.max_length, self.max_images]
-        ingredients += [self.held_out, self.split, self.at_most]
-        if self.exclusions:
-            ingredients.append(self.exclusions.digest)
+        ingredients = [
+            *(VERSION, contents, list(self.names), list(self.ratios), self.seed, self.max_length),
+            *(self.max_images, self.held_out, self.split, self.at_most),
+            *([self.exclusions.digest] if self.exclusions else []),
+        ]
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:16]
         self.folder = Path(self.cache_dir).absolute() / "plans" / key
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -197,13 +197,8 @@ class DataPlan:
 
     def why_nothing_held_out(self) -> str:
         """Say of how many images the share holds nothing out, and the smallest that does; reads all names."""
-        parts = self.exclusions.datasets if self.exclusions else [None] * len(self.caches)
-        folders = [cache.folder for cache in self.caches]
-        excluded = [
-            _rows_of(part, folder)[0] if part else None
-            for part, folder in zip(parts, folders, strict=True)
-        ]
-        return nothing_held_out(self.held_out, folders, excluded)
+        excluded, _ = self._find_excluded()
+        return nothing_held_out(self.held_out, [cache.folder for cache in self.caches], excluded)
 
     def held_out_counts(self) -> np.ndarray:
         """int64 ``[datasets, 2]``: conversations held out, and with images of both sides."""
@@ -216,27 +211,27 @@ class DataPlan:
         found = json.loads((self.folder / "excluded.json").read_text(encoding="utf-8"))
         return Excluded(tuple(found["conversations"]), found["unknown"], tuple(found["examples"]))
 
-    def _exclude(self) -> list[np.ndarray | None]:
-        """Return bool ``[conversations]`` of each dataset, left out, or ``None`` where nothing is."""
-        if not self.exclusions:
-            return [None] * len(self.caches)
-        masks, found = [], []
-        for cache, exclusion in zip(self.caches, self.exclusions.datasets, strict=True):
-            mask, there = _rows_of(exclusion, cache.folder) if exclusion else (None, exclusion)
-            masks.append(mask)
-            found.append(there)
-        unknown = self.exclusions.unknown(found)
-        content = {
-            "conversations": [0 if mask is None else int(mask.sum()) for mask in masks],
-            "unknown": len(unknown),
-            "examples": unknown[:_EXAMPLES],
-        }
-        replace_text(self.folder / "excluded.json", json.dumps(content))
-        return masks
+    def _find_excluded(self) -> tuple[list[np.ndarray | None], list[Exclusion]]:
+        """Return bool ``[conversations]`` of each dataset, left out, or ``None``; what its lists find."""
+        nothing = Exclusion()
+        parts = self.exclusions.datasets if self.exclusions else [nothing] * len(self.caches)
+        found = [
+            _rows_of(part, cache.folder) if part else (None, nothing)
+            for part, cache in zip(parts, self.caches, strict=True)
+        ]
+        return [mask for mask, _ in found], [there for _, there in found]
 
     def _draw(self) -> np.ndarray:
         parts, counts = [], np.zeros((len(self.caches), 2), dtype=np.int64)
-        excluded = self._exclude()
+        excluded, there = self._find_excluded()
+        if self.exclusions:
+            unknown = self.exclusions.unknown(there)
+            content = {
+                "conversations": [0 if mask is None else int(mask.sum()) for mask in excluded],
+                "unknown": len(unknown),
+                "examples": unknown[:_EXAMPLES],
+            }
+            replace_text(self.folder / "excluded.json", json.dumps(content))
         for number, (cache, name, ratio) in enumerate(
             zip(self.caches, self.names, self.ratios, strict=True)
         ):
@@ -267,15 +262,15 @@ class DataPlan:
             )
         return samples
 
-    def counts(self) -> np.ndarray:
-        """Return int32 ``[samples, 3]``: tokens, supervised tokens, images of each sample."""
+    def counts_by_dataset(self) -> list[np.ndarray]:
+        """Return int32 ``[samples, 3]`` of each dataset: tokens, supervised tokens, images of each sample."""
         dataset, row = self.samples[:, 0], self.samples[:, 1]
-        counts = np.empty((len(self.samples), 3), dtype=np.int32)
-        starts = np.searchsorted(dataset, np.arange(len(self.caches) + 1))
-        for number, cache in enumerate(self.caches):
-            part = slice(starts[number], starts[number + 1])
-            counts[part] = cache.counts[row[part]]
-        return counts
+        rows = np.split(row, np.searchsorted(dataset, np.arange(1, len(self.caches))))
+        return [cache.counts[own] for cache, own in zip(self.caches, rows, strict=True)]
+
+    def counts(self) -> np.ndarray:
+        """Return :meth:`counts_by_dataset` of all, int32 ``[samples, 3]``."""
+        return np.concatenate(self.counts_by_dataset())
 
     def _build_epoch(self, epoch: int) -> np.ndarray:
         """Save the packs of an epoch and return their totals."""

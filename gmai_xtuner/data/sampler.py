@@ -69,8 +69,7 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
             conversation; ``square``: a conversation counts by the square root of its supervised tokens.
             All are normalised over the whole optimiser step, all ranks and micro-batches.
             ``micro_batch``: the plain token mean of each micro-batch, as the authors' code takes it.
-        rank: default: this process's.
-        world_size: default: the number of processes.
+        rank, world_size: default: this process's, and the number of processes.
     """
 
     def __init__(
@@ -149,11 +148,9 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
         start, self._start = self._start, 0
         epoch = self.sampler.epoch
         for micro_batch in range(start, len(self)):
-            own = self._packs(micro_batch)
             # A pack of the same step holds a place where none is left for this rank.
-            yield [PackRef(epoch, pack) for pack in own] or [
-                PackRef(epoch, self._step(micro_batch).start, filler=True)
-            ]
+            filler = PackRef(epoch, self._step(micro_batch).start, filler=True)
+            yield [PackRef(epoch, pack) for pack in self._packs(micro_batch)] or [filler]
 
     def loss_denominator(self, epoch: int, micro_batch: int) -> float:
         """Return what the weighted sum of this rank's losses is divided by, see ``weighting``.

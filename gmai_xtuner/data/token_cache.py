@@ -225,35 +225,25 @@ def file_sha256(path: Path, cache_dir: str | Path) -> str:
     nanosecond time are unchanged is not read again.
     """
     stat = path.stat()
-    name = hashlib.sha256(
-        f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}".encode()
-    ).hexdigest()
-    note = Path(cache_dir) / "hashes" / name
+    what = f"{path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
+    note = Path(cache_dir) / "hashes" / hashlib.sha256(what.encode()).hexdigest()
     note.parent.mkdir(parents=True, exist_ok=True)
-    if not _is_digest(note):
+
+    def known() -> str:
+        return note.read_text() if note.is_file() else ""
+
+    if len(known()) != 64:
         with locked(note.with_suffix(".lock"), f"read {path.name}"):
-            if not _is_digest(note):
+            if len(known()) != 64:
                 with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                replace_text(note, digest)
-    return note.read_text()
-
-
-def _is_digest(note: Path) -> bool:
-    return note.is_file() and note.stat().st_size == 64
+                    replace_text(note, hashlib.file_digest(file, "sha256").hexdigest())
+    return known()
 
 
 def _build(
     job: TokenizeJob, places: Sequence[Path], ingredients: dict[str, Any], num_workers: int | None
 ) -> Path:
-    """Build a cache and return its folder.
-
-    Args:
-        job: what is done with the records.
-        places: where it goes: first if records are bad and left out, last if none is bad.
-        ingredients: for ``meta.json``.
-        num_workers: see :func:`open_cache`.
-    """
+    """Build a cache in the first of ``places`` if bad records are left out, in the last if there are none."""
     entry, raises = job.entry, job.options.on_bad_sample == "raise"
     clean = places[-1]
     partial = staging(clean)
@@ -272,18 +262,18 @@ def _build(
             (partial / BAD_LIST).open("w", encoding="utf-8") as listing,
             tqdm(desc=f"Tokenising {entry.name}", unit=" records", mininterval=1.0) as progress,
         ):
-            for size, chunk in tokenized_chunks(job, num_workers, bad.files):
-                read += size
+            for chunk in tokenized_chunks(job, num_workers, bad.files):
+                read += chunk.read
                 bad.add(chunk.bad, listing)
                 for note in (*chunk.left_out, *chunk.bad):
                     reasons[note["reason"]] += 1
                     skipped.write(json.dumps(note, ensure_ascii=False) + "\n")
-                if chunk.batch is not None and chunk.batch.num_rows:
+                if chunk.batch.num_rows:
                     batch_starts.append(kept)
                     writer.write_batch(chunk.batch)
                     counts.append(chunk.counts)
                     kept += chunk.batch.num_rows
-                progress.update(size)
+                progress.update(chunk.read)
             # No policy leaves out a part of a file of which nobody knows how large it is.
             bad.add([note_of_record("", "", {"": error}) for error in bad.files], listing)
         refused = bool(bad.files) or (raises and bad.count > 0)

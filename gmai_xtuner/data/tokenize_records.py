@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -73,17 +73,18 @@ class CacheOptions:
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows of some records, and notes on records that are cut, too long or bad."""
+    """Rows of some records (``read`` of them), and notes on those that are cut, too long or bad."""
 
-    batch: pa.RecordBatch | None
+    read: int
+    batch: pa.RecordBatch
     counts: np.ndarray
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    bad: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]]
+    bad: list[dict[str, Any]]
 
 
 def tokenized_chunks(
     job: TokenizeJob, num_workers: int | None, broken_files: list[DataError]
-) -> Iterator[tuple[int, Chunk]]:
+) -> Iterator[Chunk]:
     """Yield records in chunks, in order, tokenised in this process or, if there are many, in several.
 
     What is wrong with a file as a whole goes to ``broken_files``; the next file is read all the same.
@@ -94,8 +95,7 @@ def tokenized_chunks(
     chunks = iter(lambda: list(islice(raw, RECORDS_A_CHUNK)), [])
     head = list(islice(chunks, 4))
     if num_workers < 2 or len(head) < 4:
-        for chunk in chain(head, chunks):
-            yield len(chunk), job(chunk)
+        yield from map(job, chain(head, chunks))
         return
     # Forked workers inherit the modules; a spawned one would import torch and xtuner first (8 s each).
     # They inherit the job too: a tokenizer of 92,544 ids takes 1 s to send, a chunk's work 0.1 s.
@@ -106,14 +106,12 @@ def tokenized_chunks(
         initargs=(job,),
     )
     try:
-        waiting: list[tuple[int, Future[Chunk]]] = []
+        waiting: list[Future[Chunk]] = []
         for chunk in chain(head, chunks):
-            waiting.append((len(chunk), pool.submit(_do_job, chunk)))
+            waiting.append(pool.submit(_do_job, chunk))
             if len(waiting) >= 4 * num_workers:
-                size, future = waiting.pop(0)
-                yield size, future.result()
-        for size, future in waiting:
-            yield size, future.result()
+                yield waiting.pop(0).result()
+        yield from (future.result() for future in waiting)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -174,33 +172,29 @@ class TokenizeJob:
             else:
                 conversations.append(conversation)
                 places.append(record.where)
-        kept = []
+        kept, options = [], self.options
         for tokenized, place in zip(self.tokenizer(conversations), places, strict=True):
-            fitted = self._fit(tokenized, place, left_out)
+            fitted = fit(
+                tokenized,
+                max_length=options.max_length,
+                num_image_tokens=options.num_image_tokens,
+                over_length=options.over_length,
+                max_images=options.max_images,
+            )
             if fitted is not None:
                 kept.append(fitted)
-        return Chunk(_record_batch(kept), self._counts(kept), left_out, bad)
-
-    def _fit(
-        self, tokenized: TokenizedConversation, place: str, left_out: list[dict[str, Any]]
-    ) -> TokenizedConversation | None:
-        options = self.options
-        fitted = fit(
-            tokenized,
-            max_length=options.max_length,
-            num_image_tokens=options.num_image_tokens,
-            over_length=options.over_length,
-            max_images=options.max_images,
-        )
-        problem = (
-            f"{tokenized.num_tokens(options.num_image_tokens)} tokens, {len(tokenized.images)} images"
-            f" (a pack holds {options.max_length} and {options.max_images})"
-        )
-        if fitted is not tokenized:
-            reason = "cut" if fitted is not None else "over_length"
-            note = {"id": tokenized.id, "where": place, "reason": reason, "problem": problem}
-            left_out.append(note)
-        return fitted
+            if fitted is not tokenized:
+                reason = "cut" if fitted is not None else "over_length"
+                problem = (
+                    f"{tokenized.num_tokens(options.num_image_tokens)} tokens, {len(tokenized.images)} "
+                    f"images (a pack holds {options.max_length} and {options.max_images})"
+                )
+                note = {"id": tokenized.id, "where": place, "reason": reason, "problem": problem}
+                left_out.append(note)
+        tokens = options.num_image_tokens
+        rows = [(item.num_tokens(tokens), item.num_labels, len(item.images)) for item in kept]
+        counts = np.array(rows, dtype=np.int32).reshape(-1, 3)
+        return Chunk(len(records), _record_batch(kept), counts, left_out, bad)
 
     def _check_images(self, images: Sequence[str]) -> dict[str, DataError]:
         """Return what is wrong by image of a record; under ``""``, with all of them."""
@@ -216,28 +210,18 @@ class TokenizeJob:
             return errors
         for image in dict.fromkeys(images):
             try:
-                check_image(
-                    root / image,
-                    level=self.options.check_images,
-                    max_pixels=self.options.max_pixels,
-                )
+                level, most = self.options.check_images, self.options.max_pixels
+                check_image(root / image, level=level, max_pixels=most)
             except ImageError as error:
                 errors[image] = error
         return errors
 
-    def _counts(self, kept: Sequence[TokenizedConversation]) -> np.ndarray:
-        tokens = self.options.num_image_tokens
-        rows = [(item.num_tokens(tokens), item.num_labels, len(item.images)) for item in kept]
-        return np.array(rows, dtype=np.int32).reshape(-1, 3)
-
 
 def _record_batch(kept: Sequence[TokenizedConversation]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array([item.id for item in kept], pa.string()),
-            pa.array([item.input_ids for item in kept], pa.list_(pa.int32())),
-            pa.array([item.label_spans.reshape(-1) for item in kept], pa.list_(pa.int32())),
-            pa.array([list(item.images) for item in kept], pa.list_(pa.string())),
-        ],
-        schema=SCHEMA,
+    columns = (
+        [item.id for item in kept],
+        [item.input_ids for item in kept],
+        [item.label_spans.reshape(-1) for item in kept],
+        [list(item.images) for item in kept],
     )
+    return pa.RecordBatch.from_arrays(list(map(pa.array, columns, SCHEMA.types)), schema=SCHEMA)

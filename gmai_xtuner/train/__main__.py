@@ -85,16 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(name: str) -> Path:
-    """Return the file of a config.
-
-    Raises:
-        GMAIError: there is none of that name.
-    """
-    found = Path(name if Path(name).is_file() else packaged_names().get(name, ""))
+    """Return the file of a config; refuse an unknown name."""
+    names = packaged_names()
+    found = Path(name if Path(name).is_file() else names.get(name, ""))
     if found.suffix != ".py":
-        known = sorted(
-            n for n, file in packaged_names().items() if file.endswith(".py") and "/" not in n
-        )
+        known = sorted(n for n, file in names.items() if file.endswith(".py") and "/" not in n)
         raise GMAIError(f"there is no config {name!r}. Give a file, or one of {', '.join(known)}")
     return found
 

@@ -86,12 +86,8 @@ def _benchmarks(
     if not found:
         raise GMAIError(f"no benchmark lies under {benchmarks!r}. Known are {', '.join(NAMES)}")
     return {
-        f"{Path(one.name).stem}_{one.variant}": {
-            "benchmark": one.name,
-            "data": one.data,
-            "variant": one.variant,
-        }
-        for one in found
+        f"{Path(name).stem}_{variant}": {"benchmark": name, "data": data, "variant": variant}
+        for name, data, variant in ((one.name, one.data, one.variant) for one in found)
     }
 
 
@@ -289,9 +285,15 @@ def jobs_in_step(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
 
 
 def ask_benchmarks(
-    questions: BenchmarkQuestions, answerer: RankedAnswerer, evaluator: Evaluator
+    questions: BenchmarkQuestions,
+    evaluator: Evaluator,
+    predictor: RankedPredictor,
+    *,
+    batch_size: int,
+    readers: int,
 ) -> dict[str, float]:
-    """Ask all questions and score the answers; all ranks take part."""
+    """Ask all questions and score the answers; all ranks take part. See :class:`RankedAnswerer`."""
+    answerer = RankedAnswerer(predictor, batch_size=batch_size, readers=readers)
     rank, size = get_dist_info()
     for name, asked in questions.asked.items():
         jobs = (job for _, job in asked.jobs())
@@ -331,34 +333,30 @@ class BenchmarkLoop(BaseLoop):
         evaluator: Evaluator | dict[str, Any] | list[Any],
     ) -> None:
         super().__init__(runner, DATASETS.build(dataloader["dataset"]))
-        self.batch_size, self.readers = dataloader["batch_size"], dataloader.get("num_workers", 0)
+        self._asking = {
+            "batch_size": dataloader["batch_size"],
+            "readers": dataloader.get("num_workers", 0),
+        }
         self.evaluator = (
             evaluator if isinstance(evaluator, Evaluator) else runner.build_evaluator(evaluator)
         )
 
     def run(self) -> dict[str, float]:
+        from xtuner.registry import BUILDER
+
         self.runner.call_hook("before_test")
         self.runner.call_hook("before_test_epoch")
         self.runner.model.eval()
-        answerer = RankedAnswerer(
-            self._predictor(), batch_size=self.batch_size, readers=self.readers
+        data = dataset_config(self.runner.cfg)
+        template, add_bos = data.get("prompt_template", "internlm2_chat"), data.get("add_bos", True)
+        mode = data.get("image_mode", "pad")
+        predictor = RankedPredictor(
+            bare_model(self.runner.model),
+            tokenizer=BUILDER.build(data["tokenizer"]),
+            template=ChatTemplate.from_xtuner(template, add_bos=add_bos),
+            transform=ImageTransform.from_pretrained(data["vision"], mode=mode),
         )
-        metrics = ask_benchmarks(self.dataloader, answerer, self.evaluator)
+        metrics = ask_benchmarks(self.dataloader, self.evaluator, predictor, **self._asking)
         self.runner.call_hook("after_test_epoch", metrics=metrics)
         self.runner.call_hook("after_test")
         return metrics
-
-    def _predictor(self) -> RankedPredictor:
-        from xtuner.registry import BUILDER
-
-        data = dataset_config(self.runner.cfg)
-        return RankedPredictor(
-            bare_model(self.runner.model),
-            tokenizer=BUILDER.build(data["tokenizer"]),
-            template=ChatTemplate.from_xtuner(
-                data.get("prompt_template", "internlm2_chat"), add_bos=data.get("add_bos", True)
-            ),
-            transform=ImageTransform.from_pretrained(
-                data["vision"], mode=data.get("image_mode", "pad")
-            ),
-        )

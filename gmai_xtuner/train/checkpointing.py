@@ -226,11 +226,7 @@ def publish(
 
 def _wait_for_all_files(staging: Path, patience: float) -> None:
     deadline = time.monotonic() + patience
-    while True:
-        found = [file.name for file in staging.iterdir()]
-        wrong = files_of_ranks_that_are_wrong(found, get_world_size())
-        if wrong is None:
-            return
+    while wrong := files_of_ranks_that_are_wrong(os.listdir(staging), get_world_size()):
         if time.monotonic() >= deadline:
             raise GMAIError(f"{staging.name} {wrong}, {patience:g} s after all ranks had written")
         time.sleep(1.0)
@@ -305,10 +301,7 @@ def _raised_after_barriers(runner: FlexibleRunner) -> Iterator[None]:
     """Let a rank that can't write take part in DeepSpeed's barriers all the same, and raise after them.
 
     ``DeepSpeedEngine.save_checkpoint`` has barriers between its files and at its end, where the other ranks
-    would wait for this one.
-
-    Args:
-        runner: one without DeepSpeed has no such barriers.
+    would wait for this one. A runner without DeepSpeed has none.
     """
     model = getattr(getattr(runner, "strategy", None), "model", None)
     engine = getattr(model, "checkpoint_engine", None)
@@ -327,12 +320,13 @@ def _raised_after_barriers(runner: FlexibleRunner) -> Iterator[None]:
         return wrapper
 
     writers = [(engine, "makedirs"), (engine, "save"), (model, "_copy_recovery_script")]
-    for owner, name in writers if engine is not None else ():
+    writers = writers if engine is not None else []
+    for owner, name in writers:
         setattr(owner, name, keeping(getattr(owner, name)))
     try:
         yield
     finally:
-        for owner, name in writers if engine is not None else ():
+        for owner, name in writers:
             delattr(owner, name)
     if kept:
         raise kept[0]

@@ -50,7 +50,7 @@ class ProgressHook(Hook):
 
     def _reset(self) -> None:
         self._started = time.perf_counter()
-        self._tokens = self._capacity = self._images = self._samples = self._flops = 0
+        self._counts = dict.fromkeys(("tokens", "capacity", "images", "samples", "flops"), 0)
         self._sums: list[torch.Tensor] = []
 
     def before_train(self, runner: FlexibleRunner) -> None:
@@ -69,12 +69,15 @@ class ProgressHook(Hook):
         outputs: Mapping[str, Any] | None = None,
     ) -> None:
         data = (data_batch or {})["data"]
-        self._tokens += data["num_tokens"]
-        self._capacity += data["capacity"]
-        if data["num_tokens"]:  # else it keeps a rank in step
-            self._images += data["pixel_values"].shape[0]
-            self._samples += len(data["lengths"])
-        self._flops += self._model_flops.of_batch(data)
+        trained = bool(data["num_tokens"])  # else it keeps a rank in step
+        for name, number in (
+            ("tokens", data["num_tokens"]),
+            ("capacity", data["capacity"]),
+            ("images", trained * data["pixel_values"].shape[0]),
+            ("samples", trained * len(data["lengths"])),
+            ("flops", self._model_flops.of_batch(data)),
+        ):
+            self._counts[name] += int(number)
         weighted_sum = runner.train_loop.weighted_sum
         pair = torch.stack([weighted_sum, data["label_weights"].sum().to(weighted_sum)])
         self._sums.append(torch.where(weighted_sum.isfinite(), pair, torch.zeros_like(pair)))
@@ -123,29 +126,21 @@ class ProgressHook(Hook):
         runner.log_processor.window_size = len(self._sums)
         self._first, self._last = loss if math.isnan(self._first) else self._first, loss
         hub.update_scalar("train/loss", loss)
-        hub.update_scalar("train/tokens_per_second", self._tokens / seconds)
-        hub.update_scalar("train/pack_fill", self._tokens / max(1, self._capacity))
-        hub.update_scalar("train/images_per_second", self._images / seconds)
-        hub.update_scalar("train/samples_per_second", self._samples / seconds)
+        counts = self._counts
+        hub.update_scalar("train/pack_fill", counts["tokens"] / max(1, counts["capacity"]))
+        for name in ("tokens", "images", "samples"):
+            hub.update_scalar(f"train/{name}_per_second", counts[name] / seconds)
         if self._peak_flops is not None:
-            hub.update_scalar("train/mfu", self._flops / seconds / self._peak_flops)
+            hub.update_scalar("train/mfu", counts["flops"] / seconds / self._peak_flops)
         self._reset()
 
     def rank_state_dict(self) -> dict[str, Any]:
         """Return the counts since the last value, so that a resumed run shows the same next value."""
-        return {
-            "seconds": time.perf_counter() - self._started,
-            "tokens": int(self._tokens),
-            "capacity": int(self._capacity),
-            "images": int(self._images),
-            "samples": int(self._samples),
-            "flops": int(self._flops),
-            "sums": torch.stack(self._sums).cpu() if self._sums else None,
-        }
+        sums = torch.stack(self._sums).cpu() if self._sums else None
+        return {**self._counts, "seconds": time.perf_counter() - self._started, "sums": sums}
 
     def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
         self._started = time.perf_counter() - state["seconds"]
-        self._tokens, self._capacity = state["tokens"], state["capacity"]
-        self._images, self._flops = state["images"], state["flops"]
-        self._samples = state.get("samples", 0)  # checkpoints of earlier versions have none
+        # Checkpoints of earlier versions have no samples.
+        self._counts = {name: state.get(name, 0) for name in self._counts}
         self._sums = [] if state["sums"] is None else list(state["sums"].to(get_device()))

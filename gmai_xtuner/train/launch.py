@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,15 +16,24 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tqdm import tqdm
+
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.train.keeper import xtuner_above
-from gmai_xtuner.train.screen import Screen
-from gmai_xtuner.train.status import ALIVE, GONE, is_alive, read_status, store_status, stored_status
+from gmai_xtuner.train.status import (
+    ALIVE,
+    GONE,
+    is_alive,
+    owner_now,
+    read_status,
+    store_status,
+    stored_status,
+    xtuner_above,
+)
 
 FAILED, STOPPED = 1, 3
 """Exit statuses of a run that failed, and of one that stopped on request; a signal gives 128 + its number."""
@@ -33,6 +43,17 @@ PATIENCE = 120.0
 """Seconds that a run whose launcher was killed has to write its checkpoint before another start."""
 ONE_SIGNAL = 1.0
 """Seconds in which several signals are one: of the terminal, and of a scheduler that signals each process."""
+LINE_EVERY = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+_ENTRY = re.compile(r"(?:^|  )[\d/]+ [\d:]+ - mmengine - (\w+) - (.*)")
+_PROGRESS = re.compile(r"Iter\(train\)\s*\[\s*(\d+)/(\d+)\]")
+_SHOWN = re.compile(
+    r"Iter\(val\)|Sample answer |No sample answers|Saving checkpoint|\d+ micro-batches and|  held out for"
+)
+_KNOWN_NOISE = re.compile(r"Failed to search registry|\"?(FileClient|HardDiskBackend)\"? ")
+_VALUES = (("loss", "loss"), ("lr", "rate"), ("tokens_per_second", "tokens/s"), ("eta", "eta"))
+_ERRORS = re.compile(r"(?:error: |(?:[\w]+\.)*\w*(?:Error|Exception)\b|KeyboardInterrupt)")
 
 
 def start_xtuner(arguments: Sequence[str], environment: Mapping[str, str], **options: Any) -> Any:
@@ -69,6 +90,64 @@ def _place_of_error(config: str) -> str:
         except SyntaxError as error:
             return f"{config}, line {error.lineno}"
     return f"in a file that {config} names as _base_"
+
+
+class Screen:
+    """Takes each line that a trainer prints and shows what matters: progress, warnings, answers, validation.
+
+    Args:
+        title: of the run.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.error = ""
+        """The last line that named an error."""
+        self._title = title
+        self._bar: tqdm | None = None
+        self._shown_at = 0.0
+        self._shows_rest = False
+
+    def take(self, line: str) -> None:
+        """Take one line, without its end."""
+        if _ERRORS.match(line):
+            self.error = line
+        entry = _ENTRY.match(line)
+        if entry is None:
+            self._shows_rest = self._shows_rest and line.startswith("  ")
+            if self._shows_rest:
+                self.say(line)
+            return
+        level, text = entry.groups()
+        progress = _PROGRESS.match(text)
+        if progress:
+            self._progress(int(progress[1]), int(progress[2]), text)
+        warns = level in ("WARNING", "ERROR") and not _KNOWN_NOISE.match(text)
+        self._shows_rest = warns or bool(_SHOWN.match(text))
+        if self._shows_rest:
+            self.say(f"{level}: {text}" if warns else re.sub(r"\s{2,}", "  ", text.strip()))
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _progress(self, iteration: int, total: int, text: str) -> None:
+        found = dict(re.findall(r"([\w/]+): ((?:\d+ days?, )?\S+)", text))
+        shown = "  ".join(f"{title} {found[name]}" for name, title in _VALUES if name in found)
+        if sys.stdout.isatty():
+            if self._bar is None:
+                layout = "{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}"
+                self._bar = tqdm(total=total, desc=self._title, bar_format=layout, file=sys.stdout)
+            self._bar.update(iteration - self._bar.n)
+            self._bar.set_postfix_str(shown)
+        elif time.monotonic() - self._shown_at >= LINE_EVERY or iteration == total:
+            self._shown_at = time.monotonic()
+            self.say(f"{self._title}  {iteration}/{total}  {shown}")
 
 
 class Launch:
@@ -179,9 +258,8 @@ class Launch:
         return 128 + self._signal if self._signal else STOPPED
 
     def _write(self, status: dict[str, Any]) -> dict[str, Any]:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        base = {"iteration": 0, "of": None, "since": now}
-        own = {"time": now, "host": socket.gethostname(), "process": os.getpid()}
+        own = owner_now()
+        base = {"iteration": 0, "of": None, "since": own["time"]}
         store_status(self.work_dir, {**base, **self._before, **status, **own})
         return status
 

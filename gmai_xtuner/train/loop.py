@@ -146,10 +146,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
             stage = self.runner.cfg.train_dataloader.dataset.get("stage")
             self.runner.message_hub.update_info(STAGE, stage)
             model = self._run()
-            if self._iter >= self._max_iters or self.stopped_early:
-                run.write("finished", self.stop_reason)
-            else:
-                run.write("stopped", self.stop_reason)
+            finished = self._iter >= self._max_iters or self.stopped_early
+            run.write("finished" if finished else "stopped", self.stop_reason)
             return model
 
     @staticmethod
@@ -262,14 +260,11 @@ class PackedTrainLoop(IterBasedTrainLoop):
         hub, now = self.runner.message_hub, self._data_order()
         if self._iter:
             before = hub.get_info(DATA_ORDER)
-            changed = {
-                key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]
-            }
-            if changed:
-                changes = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in changed.items())
+            changes = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+            if changes:
                 raise GMAIError(
-                    f"this run can't go on from iteration {self._iter}: {changes}. Resume with the data "
-                    "and the layout that it began with, or start a new run from its weights "
+                    f"this run can't go on from iteration {self._iter}: {', '.join(changes)}. Resume with "
+                    "the data and the layout that it began with, or start a new run from its weights "
                     "(model.pretrained_pth)"
                 )
             position = (self._iter - 1) % len(self.micro_batches)

@@ -173,15 +173,12 @@ class NonFiniteHook(Hook):
         file = Path(runner.work_dir) / LIST
         if is_main_process():
             with file.open("a", encoding="utf-8") as lines:
-                for row in bad or rows:
-                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in bad or rows)
         ids = [name for row in bad or rows for name in row["ids"]]
         where = ", ".join(f"{row['iteration']} on rank {row['rank']}" for row in bad)
-        cause = (
-            f"the loss of micro-batch {where} is not finite"
-            if bad
-            else "all its losses are finite, but a gradient is not"
-        )
+        cause = "all its losses are finite, but a gradient is not"
+        if bad:
+            cause = f"the loss of micro-batch {where} is not finite"
         more = f" and {len(ids) - IDS_IN_LOG} more" if len(ids) > IDS_IN_LOG else ""
         guard = self._guard
         print_log(

@@ -53,11 +53,9 @@ def tidy_up(work_dir: Path) -> None:
     with raised_on_all_ranks(explain):
         if get_rank() == 0 and work_dir.is_dir():
             # What is whole first: an older one of its name may be among those to go.
-            for left in (
-                *sorted(work_dir.glob(f"*{WRITING}")),
-                *sorted(work_dir.glob(f"*{REMOVING}")),
-            ):
-                _tidy_up_one(left)
+            for ending in (WRITING, REMOVING):
+                for left in sorted(work_dir.glob(f"*{ending}")):
+                    _tidy_up_one(left)
             for probe in work_dir.glob(f"{PROBE}*"):
                 remove(probe)
 
@@ -97,12 +95,12 @@ def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
         return None
     named = runner._resume if isinstance(runner._resume, str) else runner._load_from
     asked = Path(os.path.abspath(named or own))
-    if iteration_of(asked) is not None or asked.is_file():
-        found: Path | None = _named_checkpoint(asked)
-    else:
-        found = _newest_checkpoint(asked)
-        if found is None and asked != own:
-            raise GMAIError(f"there is no whole checkpoint in {asked} to resume from")
+    found, passed_over = _find_checkpoint(asked)
+    for name, wrong in passed_over.items():
+        print_log(f"{asked / name} {wrong}; passed over", "current", logging.WARNING)
+    found = all_gather_object(found)[0]
+    if found is None and asked != own:
+        raise GMAIError(f"there is no whole checkpoint in {asked} to resume from")
     if found is None:
         print_log(f"No checkpoint in {own} yet: beginning at the beginning", logger="current")
         runner._resume, runner._load_from = False, None
@@ -147,21 +145,16 @@ def check_layout(checkpoint: Path, runner: FlexibleRunner) -> None:
         )
 
 
-def _named_checkpoint(checkpoint: Path) -> Path:
-    wrong = what_is_wrong(checkpoint)
-    if wrong:
+def _find_checkpoint(path: Path) -> tuple[Path | None, dict[str, str]]:
+    """Return the checkpoint that was named, or a work dir's newest whole one and what was passed over."""
+    if iteration_of(path) is None and not path.is_file():
+        return newest_whole(path)
+    if wrong := what_is_wrong(path):
         raise GMAIError(
-            f"can't resume from {checkpoint}: it {wrong}. With --resume {checkpoint.parent} the newest "
-            "whole checkpoint is taken"
+            f"can't resume from {path}: it {wrong}. With --resume {path.parent} the newest whole checkpoint "
+            "is taken"
         )
-    return checkpoint
-
-
-def _newest_checkpoint(work_dir: Path) -> Path | None:
-    newest, passed_over = newest_whole(work_dir)
-    for name, wrong in passed_over.items():
-        print_log(f"{work_dir / name} {wrong}; passed over", "current", logging.WARNING)
-    return all_gather_object(newest)[0]
+    return path, {}
 
 
 def seed_of(path: Path) -> int | None:
@@ -173,18 +166,13 @@ def seed_of(path: Path) -> int | None:
     Raises:
         GMAIError: if ``path`` is named like a checkpoint and is not a whole one.
     """
-    if iteration_of(path) is not None or path.is_file():
-        checkpoint: Path | None = _named_checkpoint(path)
-    else:
-        checkpoint, _ = newest_whole(path)
+    checkpoint, _ = _find_checkpoint(path)
     if checkpoint is None:
         return None
-    manifest = read_manifest(checkpoint)
-    if manifest is not None:
+    if (manifest := read_manifest(checkpoint)) is not None:
         return manifest.seed
-    return read_training_state(first_rank_file(checkpoint) or checkpoint, mmap=True)["meta"].get(
-        "seed"
-    )
+    file = first_rank_file(checkpoint) or checkpoint
+    return read_training_state(file, mmap=True)["meta"].get("seed")
 
 
 def rank_file(rank: int) -> str:

@@ -169,17 +169,14 @@ def _held_out_samples(dataset: SoftPackedDataset, count: int) -> list[Sample]:
             continue
         entry, conversation = part.entries[number], part.caches[number][row]
         start, end = conversation.label_spans[0]
-        name = f"{entry.name}/{conversation.id}"
-        samples[number] = Sample(
-            name=name,
-            ids=conversation.input_ids[:start],
-            images=tuple(
-                _open(name, Path(entry.image_root or ".") / image)
-                for image in conversation.images[: _marks(conversation.input_ids[:start])]
-            ),
-            question=_question(dataset, conversation.input_ids[:start]),
-            reference=_text(dataset, conversation.input_ids[start:end]),
+        ids, name = conversation.input_ids[:start], f"{entry.name}/{conversation.id}"
+        shown = conversation.images[: int((ids == IMAGE_TOKEN_INDEX).sum())]
+        pictures = tuple(_open(name, Path(entry.image_root or ".") / image) for image in shown)
+        answer = dataset.tokenizer.decode(
+            conversation.input_ids[start:end], skip_special_tokens=True
         )
+        reference = " ".join(answer.split())
+        samples[number] = Sample(name, ids, pictures, _question(dataset, ids), reference)
     return list(samples.values())
 
 
@@ -200,13 +197,9 @@ def _given_sample(predictor: Predictor, sample: Mapping[str, Any]) -> Sample:
             f"{dict(sample)}"
         )
     name = Path(paths[0]).name if paths else question[:40]
-    return Sample(
-        name=name,
-        ids=predictor.encoder.encode_prompt((Turn("user", text),)),
-        images=tuple(_open(name, Path(path)) for path in paths),
-        question=question,
-        reference=sample.get("answer"),
-    )
+    ids = predictor.encoder.encode_prompt((Turn("user", text),))
+    images = tuple(_open(name, Path(path)) for path in paths)
+    return Sample(name, ids, images, question, sample.get("answer"))
 
 
 def _open(name: str, path: Path) -> Image.Image:
@@ -216,17 +209,9 @@ def _open(name: str, path: Path) -> Image.Image:
         raise GMAIError(f"sample answer {name}: {error}") from error
 
 
-def _marks(ids: np.ndarray) -> int:
-    return int((ids == IMAGE_TOKEN_INDEX).sum())
-
-
 def _question(dataset: SoftPackedDataset, ids: np.ndarray) -> str:
     """The words of a prompt, without what the template puts around them."""
     text = dataset.tokenizer.decode(ids[ids != IMAGE_TOKEN_INDEX])
     for around in (*dataset.template.user.split("{input}"), *dataset.tokenizer.all_special_tokens):
         text = text.replace(around.strip() or " ", " ")
     return " ".join(text.split())
-
-
-def _text(dataset: SoftPackedDataset, ids: np.ndarray) -> str:
-    return " ".join(dataset.tokenizer.decode(ids, skip_special_tokens=True).split())

@@ -112,11 +112,10 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
     """
 
     def before_train(self, runner: FlexibleRunner) -> None:
-        for scheduler in runner.param_schedulers or ():
-            if isinstance(scheduler, WarmupCosineLR):
-                scheduler.set_total_steps(runner.train_loop.total_steps)
-                _log_if_the_rate_is_another(runner, scheduler.base_values)
-                _log_if_small(runner, scheduler)
+        for scheduler in self._schedules(runner):
+            scheduler.set_total_steps(runner.train_loop.total_steps)
+            _log_if_the_rate_is_another(runner, scheduler.base_values)
+            _log_if_small(runner, scheduler)
         self._check(runner)
 
     def before_train_iter(self, runner: FlexibleRunner, *args: Any, **kwargs: Any) -> None:
@@ -133,20 +132,17 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
         for scheduler in runner.param_schedulers or ():
             scheduler.step()
 
-    def _check(self, runner: FlexibleRunner) -> None:
-        """Make sure that the engine steps with the schedule's rate, before the first step and after each.
+    @staticmethod
+    def _schedules(runner: FlexibleRunner) -> list[WarmupCosineLR]:
+        return [one for one in runner.param_schedulers or () if isinstance(one, WarmupCosineLR)]
 
-        Raises:
-            GMAIError: something else sets the rate.
-        """
-        for scheduler in runner.param_schedulers or ():
-            if not isinstance(scheduler, WarmupCosineLR):
-                continue
+    def _check(self, runner: FlexibleRunner) -> None:
+        """Refuse to go on if something else sets the rate, before the first step and after each."""
+        for scheduler in self._schedules(runner):
             name = scheduler.param_name
             rates = [group[name] for group in runner.model.optimizer.param_groups]
-            expected = scheduler._get_value()[
-                : len(rates)
-            ]  # mmengine adds its base settings to several groups
+            # mmengine adds its base settings to several groups
+            expected = scheduler._get_value()[: len(rates)]
             if len(rates) != len(expected) or not all(map(math.isclose, rates, expected)):
                 raise GMAIError(
                     f"step {runner.train_loop.step + 1} has the {name} {rates}, but the schedule of the "
@@ -156,11 +152,7 @@ class OptimizerStepScheduleHook(ParamSchedulerHook):
 
 
 def _log_if_the_rate_is_another(runner: FlexibleRunner, base: list[float]) -> None:
-    """A resumed run goes on with the rates that it began with, whatever the config says by now.
-
-    Raises:
-        GMAIError: a new run does not begin with the config's rates.
-    """
+    """Warn that a resumed run keeps the rates it began with; refuse a new run that has not the config's."""
     optimizer = runner.cfg.get("optim_wrapper", {}).get("optimizer", {})
     rates, default = optimizer.get("lr_by_part") or {}, optimizer.get("lr")
     groups = runner.model.optimizer.param_groups
@@ -170,10 +162,8 @@ def _log_if_the_rate_is_another(runner: FlexibleRunner, base: list[float]) -> No
         for group, own in zip(groups, base, strict=True)
     ]
     if rates:
-        told = ", ".join(
-            f"{group['part']} {rate:g}" for group, rate in zip(groups, base, strict=True)
-        )
-        runner.logger.info(f"Learning rate by part: {told}")
+        told = (f"{group['part']} {rate:g}" for group, rate in zip(groups, base, strict=True))
+        runner.logger.info(f"Learning rate by part: {', '.join(told)}")
     if configured == base:
         return
     shown = [", ".join(f"{rate:g}" for rate in values) for values in (base, configured)]
@@ -192,12 +182,11 @@ def _log_if_the_rate_is_another(runner: FlexibleRunner, base: list[float]) -> No
 def _log_if_small(runner: FlexibleRunner, scheduler: WarmupCosineLR) -> None:
     steps, rate = runner.train_loop.total_steps, max(scheduler.base_values)
     rates = sum(rate * scheduler.factor(step, steps) for step in range(steps))
-    if steps >= LEAST_STEPS and rates >= LEAST_RATES:
-        return
-    runner.logger.warning(
-        f"This run is too small to learn much: {steps} optimiser step{'s' * (steps != 1)}, whose learning "
-        f"rates add up to {rates:.1g} (expected: {LEAST_STEPS} steps and {LEAST_RATES:g} at least). Take the "
-        "config small_data, more epochs (train_cfg.max_epochs), fewer packs a step "
-        "(train_dataloader.batch_size, optim_wrapper.accumulative_counts) or a higher "
-        "optim_wrapper.optimizer.lr"
-    )
+    if steps < LEAST_STEPS or rates < LEAST_RATES:
+        runner.logger.warning(
+            f"This run is too small to learn much: {steps} optimiser step{'s' * (steps != 1)}, whose "
+            f"learning rates add up to {rates:.1g} (expected: {LEAST_STEPS} steps and {LEAST_RATES:g} at "
+            "least). Take the config small_data, more epochs (train_cfg.max_epochs), fewer packs a step "
+            "(train_dataloader.batch_size, optim_wrapper.accumulative_counts) or a higher "
+            "optim_wrapper.optimizer.lr"
+        )

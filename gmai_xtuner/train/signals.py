@@ -23,7 +23,7 @@ import torch
 from mmengine.dist import all_reduce
 from torch.utils.data import DataLoader
 
-from gmai_xtuner.train.keeper import parent_of, xtuner_above
+from gmai_xtuner.train.status import parent_of, xtuner_above
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ONE_CTRL_C = 1.0

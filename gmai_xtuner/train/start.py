@@ -123,11 +123,9 @@ def check_device(llm: Mapping[str, Any]) -> None:
 
 def learning_parts(model: Mapping[str, Any]) -> set[str]:
     """Return the parts of the model, as a config describes it, that learn."""
-    parts = {"projector"}
-    for part in ("llm", "visual_encoder"):
-        if model.get(f"{part}_lora") or not model.get(f"freeze_{part}"):
-            parts.add(part)
-    return parts
+    bases = ("llm", "visual_encoder")
+    learn = {part for part in bases if model.get(f"{part}_lora") or not model.get(f"freeze_{part}")}
+    return {"projector", *learn}
 
 
 def check_something_learns(model: Mapping[str, Any], images: float) -> None:
@@ -152,8 +150,7 @@ def setting_problems(cfg: Any, options: Mapping[str, Any] | None) -> list[str]:
     """Return a sentence for each setting with which a run would be another than its config says."""
     from gmai_xtuner.train.unread import unread_settings
 
-    problems = unread_settings(cfg, options)
-    if problems:
+    if problems := unread_settings(cfg, options):
         return problems
     problems = tracker_problems(cfg)
     wrapper = cfg.optim_wrapper

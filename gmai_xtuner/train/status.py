@@ -3,8 +3,13 @@
 """One owner for each work dir, and a ``status.json`` that is true from the first line of a run to its last.
 
 The process of rank 0 holds a lock on ``run.lock`` in the work dir for as long as it lives; the kernel
-releases it, whatever the process dies of. A second process (:mod:`gmai_xtuner.train.keeper`) sees that
-death, and keeps the time stamp of ``status.json`` young for machines that the lock does not reach.
+releases it, whatever the process dies of.
+
+A second process, the keeper (``python -m gmai_xtuner.train.status WORK_DIR PROCESS``), outlives it. While
+the trainer lives, it renews the time stamp of ``status.json``, for machines the lock does not reach. When the
+trainer has died without a word (``kill -9``, the kernel's lack of memory, a fault in a library), it writes
+``failed``. And when Ctrl-C comes from the terminal, it ends the ``xtuner`` command above, which would
+otherwise kill its trainer after a quarter of a second, before a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,8 @@ LOCK_FILE = "run.lock"
 ALIVE = ("starting", "running")
 HEARTBEAT = 5.0
 """Seconds after which the keeper renews the time stamp of ``status.json``."""
+POLL = 0.2
+"""Seconds between two looks of the keeper at the trainer."""
 LOOK = 4 * HEARTBEAT
 """Seconds for which a run on another machine is watched before it is taken for dead."""
 KEEPER_HEARS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -65,18 +72,22 @@ class Run:
         self.is_owner = rank() == 0
         self.progress: Callable[[], tuple[int, int | None]] = lambda: (0, None)
         """Returns micro-batches trained, and those of the whole run (``None`` while not known)."""
-        self._since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._since = owner_now()["time"]
         self._written = 0.0
         self._lock: int | None = None
         if self.is_owner:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         if not resumes:
-            try:
-                refuse_old_checkpoints(self.work_dir)
-            except GMAIError:
+            from gmai_xtuner.checkpoint.training import checkpoints_in
+
+            if found := checkpoints_in(self.work_dir):
                 self.release()
-                raise
+                raise GMAIError(
+                    f"work dir {self.work_dir} has checkpoints of an earlier run ({found[0].name}, "
+                    f"{len(found)} in all), and --resume was not given. To go on: the same command with "
+                    f"--resume {self.work_dir}. To start anew: another --work-dir, or remove them first"
+                )
         if self.is_owner:
             self.write("starting")
 
@@ -93,18 +104,9 @@ class Run:
                 return
             reason = f"rank {rank()}: {reason}"
         iteration, of = self.progress()
-        status = {
-            "state": state,
-            "iteration": iteration,
-            "of": of,
-            "reason": reason,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "since": self._since,
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-        }
+        status = {"state": state, "iteration": iteration, "of": of, "reason": reason}
         self._written = time.monotonic()
-        store_status(self.work_dir, status)
+        store_status(self.work_dir, {**status, "since": self._since, **owner_now()})
 
     def renew(self, seconds: float = 30.0) -> None:
         """Write ``running`` with the present iteration, unless that was done in the last ``seconds``."""
@@ -149,6 +151,12 @@ class Run:
         self._lock = handle
 
 
+def owner_now() -> dict[str, Any]:
+    """Return the fields of a status that say when and by which process it is written."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"time": now, "host": socket.gethostname(), "process": os.getpid()}
+
+
 def describe_owner(status: dict[str, Any]) -> str:
     """Return who holds a work dir, from its status."""
     if status.get("state") not in ALIVE:
@@ -158,22 +166,6 @@ def describe_owner(status: dict[str, Any]) -> str:
         f"{status.get('since', status.get('time'))} ({status['state']}, iteration "
         f"{status.get('iteration')} of {status.get('of')})"
     )
-
-
-def refuse_old_checkpoints(work_dir: Path) -> None:
-    """Refuse to start anew where a run has left checkpoints, which it would overwrite one by one.
-
-    Raises:
-        GMAIError: there is one.
-    """
-    from gmai_xtuner.checkpoint.training import checkpoints_in
-
-    if found := checkpoints_in(work_dir):
-        raise GMAIError(
-            f"work dir {work_dir} has checkpoints of an earlier run ({found[0].name}, {len(found)} in all), "
-            f"and --resume was not given. To go on: the same command with --resume {work_dir}. To start "
-            "anew: another --work-dir, or remove them first"
-        )
 
 
 # --- the file -----------------------------------------------------------------------------------
@@ -324,13 +316,13 @@ def failure_recorded(work_dir: Path, *, resumes: bool) -> Iterator[Run]:
 
 
 def keep(run: Run) -> None:
-    """Start the process that sees this one die (:mod:`gmai_xtuner.train.keeper`)."""
+    """Start the keeper."""
     if not run.is_owner:
         return
     command = [
         sys.executable,
         "-m",
-        "gmai_xtuner.train.keeper",
+        "gmai_xtuner.train.status",
         str(run.work_dir),
         str(os.getpid()),
     ]
@@ -346,3 +338,78 @@ def keep(run: Run) -> None:
     def end() -> None:
         keeper.kill()
         keeper.wait()
+
+
+# --- the keeper ---------------------------------------------------------------------------------
+
+
+def is_xtuner(process: int) -> bool:
+    """Return whether a process is the ``xtuner`` command."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(os.path.basename(part) == b"xtuner" for part in command[:2])
+
+
+def parent_of(process: int) -> int | None:
+    """Return the parent of a process; ``None`` if the process is not there."""
+    try:
+        # The name, in brackets, may itself hold brackets and blanks.
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1])
+
+
+def xtuner_above(process: int) -> tuple[int, int] | None:
+    """Find the ``xtuner`` command above a process, as (its child, itself).
+
+    It runs the trainer (or torchrun) as a child, and dies of a signal without handing it on. When the child
+    has another parent, ``xtuner`` has gone.
+    """
+    while parent := parent_of(process):
+        if is_xtuner(parent):
+            return process, parent
+        process = parent
+    return None
+
+
+def watch(work_dir: Path, trainer: int, launcher: int) -> None:
+    """Stay until the trainer has gone; interrupt one that has not begun when ``xtuner`` goes.
+
+    Args:
+        work_dir: of the run.
+        trainer: the process to watch, which is this one's parent.
+        launcher: the trainer's parent.
+    """
+
+    def spare_the_trainer(*_: object) -> None:
+        if is_xtuner(launcher):
+            os.kill(launcher, signal.SIGTERM)
+
+    for number in KEEPER_HEARS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            hears = spare_the_trainer if number == signal.SIGINT else signal.SIG_IGN
+            signal.signal(number, hears)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, KEEPER_HEARS)
+    renewed = time.monotonic()
+    command = xtuner_above(trainer)
+    while os.getppid() == trainer:
+        time.sleep(POLL)
+        if command and parent_of(command[0]) != command[1]:
+            command = None
+            if stored_status(work_dir).get("state") == "starting":
+                os.kill(trainer, signal.SIGINT)  # later the trainer looks for itself, at each step
+        if time.monotonic() - renewed >= HEARTBEAT:
+            renewed = time.monotonic()
+            with suppress(OSError):
+                os.utime(work_dir / STATUS_FILE)
+    status = stored_status(work_dir)
+    if status.get("process") == trainer and status.get("state") in ALIVE:
+        store_status(work_dir, {**status, "state": "failed", "reason": GONE})
+
+
+if __name__ == "__main__":
+    watched = int(sys.argv[2])
+    watch(Path(sys.argv[1]), watched, parent_of(watched) or 0)

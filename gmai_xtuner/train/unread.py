@@ -178,10 +178,9 @@ def _is_used(variable: str, text: str) -> bool:
 
 
 def _meant(key: str, place: str, known: Collection[str], index: Mapping[str, str]) -> str:
-    if HABITS.get(key, "").startswith("nothing: "):
-        return f"Remove it: {HABITS[key].removeprefix('nothing: ')}"
-    if key in HABITS:
-        return f"Here it is called {HABITS[key]}"
+    if meant := HABITS.get(key):
+        reason = meant.removeprefix("nothing: ")
+        return f"Here it is called {meant}" if reason == meant else f"Remove it: {reason}"
     prefix = place.removesuffix(key)
     if near := get_close_matches(key, known, n=1):
         return f"Did you mean {prefix}{near[0]}?"

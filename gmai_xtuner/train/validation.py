@@ -3,38 +3,49 @@
 """Validation loss on the held-out part of the mixture, by mmengine's own loop and metric machinery.
 
 Needs no second dataset in the config: ``val_dataloader`` takes the training dataset's held-out part, so
-that length, template and images are the same by construction.
+that length, template and images are the same by construction. What follows from validations: the best
+checkpoint is kept, and a run that no longer improves ends.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, get_rank
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import LOOPS, METRICS
+from mmengine.registry import HOOKS, LOOPS, METRICS
 from mmengine.runner import FlexibleRunner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
 
+from gmai_xtuner.checkpoint.training import checkpoints_in, what_is_wrong
 from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.sampler import MicroBatchSampler
 from gmai_xtuner.train.benchmarks import (
     BenchmarkQuestions,
     BenchmarkScore,
-    RankedAnswerer,
     RankedPredictor,
     ask_benchmarks,
     bare_model,
 )
+from gmai_xtuner.train.checkpointing import StepCheckpointHook
 from gmai_xtuner.train.loop import with_loader_defaults
+from gmai_xtuner.train.on_disk import remove
+from gmai_xtuner.train.resume import tidy_up
 from gmai_xtuner.train.signals import worker_init
+
+FOLDER = "best"
+HISTORY = "validations.json"
 
 
 @LOOPS.register_module()
@@ -75,14 +86,9 @@ class HeldOutLoop(ValLoop):
         benchmark_workers: int = 2,
     ) -> None:
         self.benchmark_interval = benchmark_interval
-        self.benchmarks: _Benchmarks | None = None
-        if benchmarks:
-            self.benchmarks = _Benchmarks(
-                runner,
-                benchmarks,
-                batch_size=benchmark_batch_size,
-                num_workers=benchmark_workers,
-            )
+        self.benchmarks = BenchmarkQuestions(benchmarks) if benchmarks else None
+        self._asking = {"batch_size": benchmark_batch_size, "readers": benchmark_workers}
+        self._scores = Evaluator(BenchmarkScore(prefix="val"))
         dataset = dataloader.get("dataset")
         training = runner.train_loop.dataloader.dataset
         if dataset is None:
@@ -132,7 +138,14 @@ class HeldOutLoop(ValLoop):
                 self.run_iter(idx, batch)
             metrics |= self.evaluator.evaluate(len(self.dataloader.dataset))
         if benchmarks is not None:
-            metrics |= benchmarks.ask()
+            data = self.runner.train_loop.dataloader.dataset
+            predictor = RankedPredictor(
+                bare_model(self.runner.model),
+                tokenizer=data.tokenizer,
+                template=data.template,
+                transform=data.transform,
+            )
+            metrics |= ask_benchmarks(benchmarks, self._scores, predictor, **self._asking)
         self.runner.call_hook("after_val_epoch", metrics=metrics)
         self.runner.call_hook("after_val")
         return metrics
@@ -150,35 +163,6 @@ class HeldOutLoop(ValLoop):
         """Validate one batch, without mmengine's hooks of an iteration: they log the validation before."""
         outputs = self.runner.model.val_step(data_batch)
         self.evaluator.process(data_samples=outputs, data_batch=data_batch)
-
-
-class _Benchmarks:
-    """Benchmarks of a training run, asked with its own tokenizer, template and image path."""
-
-    def __init__(
-        self,
-        runner: FlexibleRunner,
-        benchmarks: str | Mapping[str, Mapping[str, Any]],
-        *,
-        batch_size: int,
-        num_workers: int,
-    ) -> None:
-        self._runner = runner
-        self._questions = BenchmarkQuestions(benchmarks)
-        self._options = {"batch_size": batch_size, "readers": num_workers}
-        self._evaluator = Evaluator(BenchmarkScore(prefix="val"))
-
-    def ask(self) -> dict[str, float]:
-        """All ranks take part."""
-        training = self._runner.train_loop.dataloader.dataset
-        predictor = RankedPredictor(
-            bare_model(self._runner.model),
-            tokenizer=training.tokenizer,
-            template=training.template,
-            transform=training.transform,
-        )
-        answerer = RankedAnswerer(predictor, **self._options)
-        return ask_benchmarks(self._questions, answerer, self._evaluator)
 
 
 @METRICS.register_module()
@@ -208,14 +192,18 @@ class HeldOutLoss(BaseMetric):
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Return the values over all ranks; mmengine would gather all samples and cut them at ``size``."""
-        groups = self._groups()
+        meta = self.dataset_meta or {}
+        groups = dict.fromkeys(meta["datasets"], "")
+        if self.by is not None:
+            kinds = meta["categories"] if self.by == "category" else meta["datasets"]
+            groups = {name: kind or name for name, kind in zip(groups, kinds, strict=True)}
         names = sorted(set(groups.values()))
         table = torch.zeros(len(names), 2, dtype=torch.float64)
         for sample in self.results:
-            dataset = _dataset_of(sample["id"], groups)
-            table[names.index(groups[dataset])] += torch.tensor(
-                [sample["loss"], sample["tokens"]], dtype=torch.float64
-            )
+            # <dataset>/<record>: the longest name that fits, since names may hold a slash.
+            dataset = max((n for n in groups if sample["id"].startswith(f"{n}/")), key=len)
+            numbers = torch.tensor([sample["loss"], sample["tokens"]], dtype=torch.float64)
+            table[names.index(groups[dataset])] += numbers
         self.results.clear()
         all_reduce(table)
         metrics = self.compute_metrics(table.sum(0, keepdim=True).tolist())
@@ -230,19 +218,113 @@ class HeldOutLoss(BaseMetric):
         mean = loss / tokens if tokens else math.nan
         return {"loss": mean, "perplexity": math.exp(mean) if mean < 700 else math.inf}
 
-    def _groups(self) -> dict[str, str]:
-        meta = self.dataset_meta or {}
-        datasets = meta["datasets"]
-        if self.by is None:
-            return dict.fromkeys(datasets, "")
-        if self.by == "dataset":
-            return {name: name for name in datasets}
-        return {
-            name: category or name
-            for name, category in zip(datasets, meta["categories"], strict=True)
-        }
+
+@HOOKS.register_module()
+class BestCheckpointHook(Hook):
+    """Keep the checkpoint of the best validation in ``<work_dir>/best``, and stop when none is better.
+
+    The best one lies beside the checkpoints that a run is resumed from, is written like them (it is whole or
+    absent), and counts for nothing there; it can be converted and started from. ``validations.json`` has
+    the number of each validation by optimiser step, so that a resumed run counts on from where it begins.
+
+    Args:
+        monitor: name of a validation's number, such as ``val/loss`` or ``val/slake/accuracy``.
+        rule: ``less`` or ``greater`` is better; default: ``less`` for a loss or perplexity.
+        keep: keep the best checkpoint.
+        patience: validations without a better number after which the run ends, finished; ``None``: never.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/loss",
+        rule: str | None = None,
+        *,
+        keep: bool = False,
+        patience: int | None = None,
+    ) -> None:
+        if rule not in (None, "less", "greater") or (patience is not None and patience < 1):
+            raise GMAIError(
+                "default_hooks.best: rule must be 'less' or 'greater' and patience at least 1, got "
+                f"{rule!r} and {patience!r}"
+            )
+        lower = rule == "less" or (rule is None and ("loss" in monitor or "perplexity" in monitor))
+        self.monitor, self.keep, self.patience = monitor, keep, patience
+        self._sign = -1.0 if lower else 1.0
+        self._history: dict[int, float] = {}
+
+    def before_train(self, runner: FlexibleRunner) -> None:
+        if not self.keep and self.patience is None:
+            return
+        loop = runner.val_loop
+        if loop is None or (loop.nothing and loop.benchmarks is None):
+            raise GMAIError(
+                f"default_hooks.best watches {self.monitor}, but nothing is validated. Hold images out "
+                "(train_dataloader.dataset.held_out), or set its keep=False and patience=None"
+            )
+        file = Path(runner.work_dir) / HISTORY
+        history = json.loads(file.read_text()) if file.is_file() else {}
+        step = runner.train_loop.step
+        self._history = {int(at): score for at, score in history.items() if int(at) <= step}
+        tidy_up(Path(runner.work_dir) / FOLDER)
+        self._stop_if_patience_is_over(runner)  # a run that had ended so ends again
+
+    def after_val_epoch(
+        self, runner: FlexibleRunner, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        if (not self.keep and self.patience is None) or metrics is None:
+            return
+        if self.monitor not in metrics:
+            if runner.val_loop.benchmarks is not None and not self.monitor.startswith("val/loss"):
+                return  # benchmarks are not asked at every validation
+            raise GMAIError(
+                f"default_hooks.best.monitor={self.monitor!r} is no number of the validation, which has "
+                f"{', '.join(sorted(metrics))}"
+            )
+        step = runner.train_loop.step
+        self._history[step] = float(metrics[self.monitor])
+        if self.keep and self._best() == step:
+            self._write(runner)
+        if get_rank() == 0:
+            replace_text(Path(runner.work_dir) / HISTORY, json.dumps(self._history, indent=1))
+        if self._stop_if_patience_is_over(runner):
+            hook = _checkpoints(runner)
+            if what_is_wrong(Path(hook.out_dir) / hook.filename_tmpl.format(runner.iter)):
+                hook.save_now(runner)
+
+    def _best(self) -> int | None:
+        """Return the step of the best validation; of equal ones the first."""
+        finite = {step: score for step, score in self._history.items() if math.isfinite(score)}
+        return max(finite, key=lambda step: (self._sign * finite[step], -step), default=None)
+
+    def _write(self, runner: FlexibleRunner) -> None:
+        folder = Path(runner.work_dir) / FOLDER
+        written = _checkpoints(runner).write(runner, folder, runner.iter)
+        if get_rank() == 0:
+            for old in checkpoints_in(folder):
+                if old != written:
+                    remove(old)
+        runner.logger.info(
+            f"{self.monitor} is the best so far, {self._history[runner.train_loop.step]:.4f}: {written}"
+        )
+
+    def _stop_if_patience_is_over(self, runner: FlexibleRunner) -> bool:
+        best, loop = self._best(), runner.train_loop
+        later = [step for step in self._history if best is None or step > best]
+        if self.patience is None or len(later) < self.patience or loop.iter >= loop.max_iters:
+            return False
+        told = "" if best is None else f" (best {self._history[best]:.4f} at step {best})"
+        loop.stop_reason = (
+            f"{self.monitor} was not better in the last {len(later)} validations{told}"
+        )
+        loop.stop_training = loop.stopped_early = True
+        runner.logger.info(
+            f"The run ends at step {loop.step} of {loop.total_steps}: {loop.stop_reason}"
+        )
+        return True
 
 
-def _dataset_of(sample: str, datasets: dict[str, str]) -> str:
-    """``<dataset>/<record>`` -> dataset; the longest name that fits, since names may hold a slash."""
-    return max((name for name in datasets if sample.startswith(f"{name}/")), key=len)
+def _checkpoints(runner: FlexibleRunner) -> StepCheckpointHook:
+    for hook in runner.hooks:
+        if isinstance(hook, StepCheckpointHook):
+            return hook
+    raise GMAIError("default_hooks.best needs default_hooks.checkpoint, a StepCheckpointHook")

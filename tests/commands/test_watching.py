@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Validation and sample answers beside a real training on two ranks under ZeRO-3, which does not notice."""
+"""Validation, sample answers and benchmarks beside a real training on two ranks under ZeRO-3.
+
+The training does not notice. ``xtuner test`` asks its checkpoint.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import iteration_of, newest_whole
-from tests.commands.runner import Xtuner, scalars
+from tests.commands.runner import Xtuner, last_checkpoint, scalars
+from tests.evaluate.sets import write_pmc_vqa, write_vqa_rad
 from tests.toy import record, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -48,15 +53,18 @@ def runs(tmp_path_factory, tiny_bases):
         images=[f"{n}.png" for n in range(10)],
         fields={"text": {"category": "General Text"}, "images": {"category": "Pictures"}},
     )
-    xtuner = Xtuner.tiny(
-        tiny_bases,
-        corpus.mixture,
-        folder / "cache",
-    )
+    data = folder / "benchmarks"
+    write_vqa_rad(data / "VQA-RAD")
+    write_pmc_vqa(data / "PMC-VQA")
+    xtuner = Xtuner.tiny(tiny_bases, corpus.mixture, folder / "cache", GMAI_BENCHMARKS=data)
+    # Three questions on two ranks: one is asked twice.
     watched = (
         "train_cfg.val_interval=2",
         "default_hooks.sample_answer.interval=2",
         "default_hooks.best.keep=True",
+        "val_cfg.benchmark_interval=4",
+        f"val_cfg.benchmarks.rad.data={data / 'VQA-RAD'}",
+        "val_cfg.benchmarks.rad.benchmark=vqa_rad",
     )
     alone = (
         "val_dataloader=None",
@@ -64,7 +72,7 @@ def runs(tmp_path_factory, tiny_bases):
         "val_evaluator=None",
         "default_hooks.sample_answer.interval=0",
     )
-    return {
+    return {"xtuner": xtuner} | {
         name: (
             folder / name,
             xtuner.train(
@@ -148,3 +156,31 @@ def test_sample_answers_are_in_the_log_and_in_tensorboard(runs):
     assert "val/loss" in tags["scalars"]
     assert f"sample_answer/{name}/text_summary" in tags["tensors"]
     assert f"sample_answer/{name}/0" in tags["images"]
+    assert "val/rad/accuracy" in tags["scalars"]
+
+
+def test_benchmarks_are_asked_at_their_interval_and_at_the_end(runs):
+    work_dir, printed = runs["watched"]
+    assert "Benchmark rad: 3 of 3 questions of the protocol closed-251/2" in printed
+    rows = [row for row in scalars(work_dir) if "val/rad/accuracy" in row]
+    last = max(trained(work_dir))
+    assert [row["step"] for row in rows] == sorted({*every_second_step(last)[1::2], last})
+    assert all(0 <= row["val/rad/unparsed"] <= 1 for row in rows)
+    assert all(row["val/rad/accuracy"] <= 1 - row["val/rad/unparsed"] for row in rows)
+
+
+def test_xtuner_test_asks_every_benchmark(runs, tmp_path):
+    checkpoint = last_checkpoint(runs["watched"][0])
+    told = runs["xtuner"](
+        *("test", "configs/gmai_vl/stage3_instruct.py", "--checkpoint", checkpoint),
+        *("--work-dir", tmp_path / "tested", "--cfg-options", "model.pretrained_pth=None"),
+        *("test_dataloader.num_workers=0", f"test_evaluator.save={tmp_path / 'answers'}"),
+    )
+    shown = r"Iter\(test\) \[7/7\].*test/pmc_vqa_test_clean/accuracy: [\d.]+ .*test/vqa_rad_test/accuracy"
+    assert re.search(shown, told), told[-3000:]
+    lines = (tmp_path / "answers" / "pmc_vqa_test_clean.jsonl").read_text().splitlines()
+    answers = {line["id"]: line for line in map(json.loads, lines)}
+    assert len(answers) == 4
+    assert answers["0"]["prompt"].startswith("What is figure 0?\nA. thing 0A\n")
+    for line in answers.values():  # a cut answer is none, and is shown all the same
+        assert (line["value"] is None) == (line["ended"] == "length")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from gmai_xtuner.core.errors import DataError, GMAIError, ImageError, MixtureError
+from gmai_xtuner.core.errors import DataError, ImageError, MixtureError
 from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.data.dataset import PackRef, SoftPackedDataset
@@ -122,17 +122,6 @@ def test_a_filler_has_no_supervised_tokens(build, corpus):
     assert (filling["num_tokens"], filling["capacity"]) == (0, 0)
 
 
-def test_epochs_have_other_packs_of_the_same_conversations(build, corpus):
-    dataset = build(corpus.mixture)
-
-    def ids(epoch: int) -> list[str]:
-        refs = [PackRef(epoch, pack) for pack in range(len(dataset))]
-        return [name for ref in refs for name in dataset[ref]["ids"]]
-
-    assert ids(0) != ids(1)
-    assert sorted(ids(0)) == sorted(ids(1))
-
-
 def test_image_that_vanishes_after_the_cache_was_built_is_named(build, corpus):
     dataset = build(corpus.mixture)
     (corpus.images / "b.png").unlink()
@@ -216,22 +205,6 @@ def test_mixture_decides_over_the_config_about_bad_samples(build, make_corpus):
         build(corpus.mixture, on_bad_sample="skip")
 
 
-def test_max_length_must_leave_room_beside_an_image(build, corpus):
-    with pytest.raises(GMAIError, match="max_length 64 leaves no room for text beside the 64"):
-        build(corpus.mixture, max_length=64)
-
-
-def test_unknown_stage_is_an_error(corpus, tokenizer, tiny_bases, tmp_path):
-    with pytest.raises(MixtureError, match="stage must be one of"):
-        SoftPackedDataset(
-            str(corpus.mixture),
-            "stage4",
-            tokenizer=tokenizer,
-            vision=str(tiny_bases / "vision"),
-            cache_dir=str(tmp_path),
-        )
-
-
 def test_a_ratio_that_samples_nothing_is_an_error(build, make_corpus):
     corpus = make_corpus({"toy": RECORDS[3:5]}, fields={"toy": {"ratio": 0.05}})
     with pytest.raises(MixtureError, match=r"no conversation of toy \(ratio 0.05 of 2\)"):
@@ -273,9 +246,3 @@ def test_held_out_part_is_what_training_does_not_see(build, make_corpus, logged)
     assert f"held out for validation: {len(held)} of 60 conversations (share 0.2" in logged[-1]
     assert len(dataset.held_out_part(2).plan.samples) == 2
     assert pickle.loads(pickle.dumps(part)).plan.samples.tolist() == part.plan.samples.tolist()
-
-
-def test_without_a_share_nothing_is_held_out(build, corpus, logged):
-    dataset = build(corpus.mixture)
-    assert dataset.held_out_part() is None
-    assert "held out" not in logged[-1]

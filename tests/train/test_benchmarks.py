@@ -16,7 +16,6 @@ from gmai_xtuner.generate import Answered
 from gmai_xtuner.train.benchmarks import (
     BenchmarkQuestions,
     BenchmarkScore,
-    RankedAnswerer,
     ask_benchmarks,
     jobs_in_step,
 )
@@ -99,10 +98,10 @@ class FakePredictor:
 
 def numbers(questions, say, **options):
     evaluator = Evaluator(BenchmarkScore(**options))
-    answerer = RankedAnswerer(FakePredictor(say), batch_size=2, readers=2)
-    found = ask_benchmarks(questions, answerer, evaluator)
+    predictor = FakePredictor(say)
+    found = ask_benchmarks(questions, evaluator, predictor, batch_size=2, readers=2)
     assert evaluator.metrics[0].results == []
-    return found, answerer.predictor.batches
+    return found, predictor.batches
 
 
 def test_numbers_by_hand(folder, tmp_path):

@@ -14,8 +14,8 @@ from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.train import best, trackers
-from gmai_xtuner.train.best import BestCheckpointHook
+from gmai_xtuner.train import trackers, validation
+from gmai_xtuner.train.validation import BestCheckpointHook
 
 
 class Run:
@@ -35,7 +35,7 @@ class Run:
             write=write, out_dir=str(work_dir), filename_tmpl="iter_{}.pth",
             save_now=lambda runner: self.saved.append(runner.iter),
         )  # fmt: skip
-        monkeypatch.setattr(best, "_checkpoints", lambda _: checkpoints)
+        monkeypatch.setattr(validation, "_checkpoints", lambda _: checkpoints)
         loop = SimpleNamespace(
             step=0, iter=0, max_iters=100, total_steps=50, stop_training=False,
             stopped_early=False, stop_reason="",
@@ -96,7 +96,7 @@ def test_a_resumed_run_counts_on_from_where_it_begins(run, tmp_path):
     assert not second.runner.train_loop.stop_training
     second.validate(3.0)
     assert second.runner.train_loop.stopped_early
-    assert json.loads((tmp_path / best.HISTORY).read_text())["1"] == 2.0
+    assert json.loads((tmp_path / validation.HISTORY).read_text())["1"] == 2.0
     again = run(patience=3)
     again.begin(step=4)  # an ended run that is resumed ends at once
     assert again.runner.train_loop.stopped_early

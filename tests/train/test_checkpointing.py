@@ -32,7 +32,6 @@ from gmai_xtuner.train.checkpointing import (
     check_work_dir_is_shared,
     publish,
     remove,
-    replace_text,
 )
 from gmai_xtuner.train.resume import (
     choose_checkpoint,
@@ -143,19 +142,6 @@ def test_an_old_checkpoint_that_is_half_removed_is_none(tmp_path, monkeypatch):
     remove(checkpoint)
     assert names(tmp_path) == ["iter_4.pth.removing"]
     remove(checkpoint)  # nothing there: nothing to do
-
-
-def test_the_pointer_is_never_half_written(tmp_path, monkeypatch):
-    pointer = tmp_path / "last_checkpoint"
-    replace_text(pointer, "iter_4.pth")
-
-    def full(handle):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        replace_text(pointer, "iter_8.pth")
-    assert pointer.read_text() == "iter_4.pth"
 
 
 class Hub(dict):

@@ -18,7 +18,7 @@ import pytest
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train import launch
 from gmai_xtuner.train.__main__ import main
-from gmai_xtuner.train.screen import Screen
+from gmai_xtuner.train.launch import Screen
 from gmai_xtuner.train.status import GONE, stored_status
 
 XTUNER = """#!{python}
