@@ -36,63 +36,32 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit status: 0 done, 1 error, 3 leaks with --check or undecided pairs with --strict, 130 "
         "stopped by Ctrl-C. Hashes are kept: the same command goes on where it was.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "corpus",
         type=Path,
         help="corpus folder, mixture file, or records (.json, .jsonl, .parquet)",
     )
-    parser.add_argument("benchmark", type=Path, help="folder, or question file")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="a folder of its own; default overlap/NAME-OF-BENCHMARK",
-    )
-    parser.add_argument(
-        "--distance", type=number(int, 0, 16), default=8, metavar="BITS", help="0 to 16; default 8"
-    )
-    parser.add_argument(
-        "--jaccard",
-        type=number(float, 0.001, 1),
-        default=0.5,
-        metavar="J",
-        help="questions are near from here on; 0.5",
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="question files; can be repeated",
-    )
-    parser.add_argument(
-        "--where", action="append", default=[], type=_condition, metavar="COLUMN=PATTERN",
-        help="rows of the question files, such as split=test*; can be repeated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--image-root", type=Path, metavar="DIR", help="of records without a mixture"
-    )
-    parser.add_argument(
-        "--benchmark-images",
-        type=Path,
-        metavar="DIR",
-        help="where its images are, if not beside it",
-    )
-    parser.add_argument("--cache", type=Path, metavar="FILE", help="of hashes, for all comparisons")
-    parser.add_argument(
-        "--workers", type=number(int, 1), metavar="N", help="processes; default: all cores"
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="exit status 3 if the mixture doesn't leave all of exclude.txt out",
-    )
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="as --check, and exit status 3 while pairs of near.tsv are undecided",
-    )
-    parser.add_argument("--json", action="store_true", help="print the numbers as one JSON object")
+    add("benchmark", type=Path, help="folder, or question file")
+    folder = "a folder of its own; default overlap/NAME-OF-BENCHMARK"
+    add("--output", type=Path, metavar="DIR", help=folder)
+    add("--distance", type=number(int, 0, 16), default=8, metavar="BITS", help="0 to 16; default 8")
+    near = "questions are near from here on; 0.5"
+    add("--jaccard", type=number(float, 0.001, 1), default=0.5, metavar="J", help=near)
+    again: dict[str, Any] = {"action": "append", "default": []}
+    add("--only", **again, metavar="PATTERN", help="question files; can be repeated")
+    rows = "rows of the question files, such as split=test*; can be repeated"
+    add("--where", **again, type=_condition, metavar="COLUMN=PATTERN", help=rows)
+    add("--image-root", type=Path, metavar="DIR", help="of records without a mixture")
+    images = "where its images are, if not beside it"
+    add("--benchmark-images", type=Path, metavar="DIR", help=images)
+    add("--cache", type=Path, metavar="FILE", help="of hashes, for all comparisons")
+    add("--workers", type=number(int, 1), metavar="N", help="processes; default: all cores")
+    check = "exit status 3 if the mixture doesn't leave all of exclude.txt out"
+    add("--check", action="store_true", help=check)
+    strict = "as --check, and exit status 3 while pairs of near.tsv are undecided"
+    add("--strict", action="store_true", help=strict)
+    add("--json", action="store_true", help="print the numbers as one JSON object")
     return parser
 
 
@@ -110,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     from data_tools.command import Bar
     from data_tools.contamination import compare, report
     from data_tools.contamination.benchmark import Benchmark
-    from data_tools.contamination.corpus import open_corpus
+    from data_tools.contamination.compare import open_corpus
     from data_tools.contamination.hashing import open_cache
 
     corpus = open_corpus(options.corpus, image_root=options.image_root)

@@ -33,7 +33,7 @@ from data_tools.standardise import read_unit
 from data_tools.store import Store, Vocabulary
 from data_tools.taxonomy import Taxonomy
 from data_tools.worker import BY_TEMPLATE, worker_taxonomy
-from data_tools.writers.asking import Estimate, Task
+from data_tools.writers.asking import Task
 from gmai_xtuner.core.errors import CorpusError
 
 UNITS_READ = 8
@@ -156,9 +156,9 @@ def _estimate(
     for row, found in tasks:
         if not found:
             continue
-        estimate: Estimate = writer.estimate(_for_writer(job, found))
+        estimate = writer.estimate(_for_writer(job, found))
         scale = row["conversations"] / len(found)
-        for name, value in asdict(estimate).items():
+        for name, value in estimate.items():
             total[name] += value * scale
     return {
         name: round(value, 2) if name.startswith("dollars") else round(value)

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,13 @@ class NamedImage:
 
 @dataclass(slots=True)
 class Item:
-    """A question of the benchmark.
+    """A question of the benchmark, from a ``row`` of a ``file``; what it lacks is "".
 
     Args:
-        file, row: where it is.
-        id: its own, or "".
         texts: the question as it may occur: bare, with its options, rephrased.
-        answer: the right one as text, or "".
+        answer: the right one as text.
         images: positions of its images.
-        case: patient or case, or "".
+        case: patient or case.
     """
 
     file: str
@@ -61,19 +60,16 @@ class Item:
         return f"{self.file}, {'id ' + self.id if self.id else f'row {self.row}'}"
 
 
-@dataclass(slots=True)
+@dataclass
 class Benchmark:
     """A benchmark; :meth:`read` fills it.
 
     Args:
-        path: as it was given.
         image_root: where its images are, if not beside it.
         only: patterns of its question files; all if empty.
         where: column -> pattern of the rows that count.
         files: question files, by their names below the folder, with their rows that count.
         passed_over: files that weren't read, with the reason.
-        items: the questions.
-        images: the images.
         not_found: names of images of which there is no file, with what is wrong.
         unnamed: image files that no question names and that aren't compared.
         left_out: rows that ``where`` leaves out.
@@ -94,7 +90,10 @@ class Benchmark:
     notes: list[str] = field(default_factory=list)
     _numbers: dict[str, int] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
-    _below: dict[str, list[str]] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
 
     def read(self) -> Iterator[ImageSource]:
         """Read everything; images are handed on as they come, for those in tables would fill the memory.
@@ -119,12 +118,12 @@ class Benchmark:
             if file.suffix.lower() not in rows.QUESTION_FILES or not file.is_file():
                 continue
             name = file.relative_to(self.path).as_posix()
-            if not self.only or any(
+            if self.only and not any(
                 fnmatchcase(name, p) or fnmatchcase(file.name, p) for p in self.only
             ):
-                found.append(file)
-            else:
                 self.passed_over.append((name, "no pattern of --only fits"))
+            else:
+                found.append(file)
         if self.only and not found:
             raise CorpusError(
                 f"no question file of {self.path} fits --only {', '.join(self.only)}. There are: "
@@ -133,14 +132,14 @@ class Benchmark:
         return found
 
     def _read(self, file: Path) -> Iterator[ImageSource]:
-        name = file.relative_to(self.path).as_posix() if self.path.is_dir() else file.name
+        name = file.relative_to(self.folder).as_posix()
         count, seen, splits, split_column = 0, 0, Counter[str](), ""
-        named: set[str] = set()
+        columns: set[str] = set()
         by_index: dict[str, tuple[int, ...]] = {}
         waiting: list[tuple[Item, str]] = []
         try:
             for seen, raw in enumerate(rows.rows(file), 1):
-                named.update(map(str, raw))
+                columns.update(map(str, raw))
                 cells = rows.by_name(raw)
                 if not self._is_wanted(raw):
                     self.left_out += 1
@@ -151,10 +150,8 @@ class Benchmark:
                 count += 1
                 splits[rows.first(cells, rows.SPLITS)] += 1
                 split_column = split_column or rows.spelling(raw, rows.SPLITS)
-                index = rows.first(cells, rows.IDS)
-                item = Item(
-                    name, seen, index, texts, rows.answer(cells), (), rows.first(cells, rows.CASES)
-                )
+                index, case = (rows.first(cells, names) for names in (rows.IDS, rows.CASES))
+                item = Item(name, seen, index, texts, rows.answer(cells), (), case)
                 numbers: list[int] = []
                 for one in shown:
                     if isinstance(one, str) and one in by_index and not rows.is_image(one):
@@ -184,7 +181,7 @@ class Benchmark:
             self.files[name] = count
             self._look_for_training(name, splits, split_column)
         else:
-            there = f"columns: {', '.join(sorted(named)[:12]) or 'none'}"
+            there = f"columns: {', '.join(sorted(columns)[:12]) or 'none'}"
             self.passed_over.append((name, f"no column of questions or images is known ({there})"))
 
     def _is_wanted(self, cells: Mapping[str, Any]) -> bool:
@@ -227,65 +224,55 @@ class Benchmark:
     ) -> tuple[int | None, list[ImageSource]]:
         """Return the image's position, and the image if it is a new one."""
         if isinstance(one, bytes):
-            key = content_key(one)
-            if key in self._numbers:
-                return self._numbers[key], []
-            number = self._numbers[key] = len(self.images)
-            self.images.append(NamedImage(self._unique(f"{file.name}, row {row}"), None, key))
-            return number, [ImageSource(number, one)]
+            return self._number(one, f"{file.name}, row {row}")
         path, problem = self._find(one, file)
-        if path is None:
-            if one not in self._numbers:
-                self._numbers[one] = -1
-                self.not_found.append((one, problem))
-            return None, []
-        return self._number(path, one)
+        if path is not None:
+            return self._number(path, one)
+        if one not in self._numbers:
+            self._numbers[one] = -1
+            self.not_found.append((one, problem))
+        return None, []
 
-    def _number(self, path: Path, name: str) -> tuple[int, list[ImageSource]]:
-        key = str(path.absolute())
+    def _number(self, source: Path | bytes, name: str) -> tuple[int, list[ImageSource]]:
+        key = str(source.absolute()) if isinstance(source, Path) else content_key(source)
         if key in self._numbers:
             return self._numbers[key], []
         number = self._numbers[key] = len(self.images)
-        self.images.append(NamedImage(self._unique(name), path))
-        return number, [ImageSource(number, path)]
-
-    def _unique(self, name: str) -> str:
-        """Return a name of its own, as ``name (2)``: people decide by names."""
-        found, number = name, 1
-        while found in self._taken:
-            number += 1
-            found = f"{name} ({number})"
-        self._taken.add(found)
-        return found
+        # A name of its own, as ``name (2)``: people decide by names.
+        own, copy = name, 1
+        while own in self._taken:
+            copy += 1
+            own = f"{name} ({copy})"
+        self._taken.add(own)
+        self.images.append(
+            NamedImage(own, source) if isinstance(source, Path) else NamedImage(own, None, key)
+        )
+        return number, [ImageSource(number, source)]
 
     def _find(self, name: str, file: Path) -> tuple[Path | None, str]:
-        folder = self.path if self.path.is_dir() else self.path.parent
-        for root in (self.image_root, folder, file.parent):
+        for root in (self.image_root, self.folder, file.parent):
             if root is not None and (root / name).is_file():
                 return root / name, ""
         tail = posixpath.normpath(name.replace("\\", "/")).lstrip("./")
-        found = self._files_by_name(folder).get(posixpath.basename(tail), [])
+        found = self._files_by_name.get(posixpath.basename(tail), [])
         longest = [one for one in found if one.endswith("/" + tail)] or found
         if len(longest) == 1:
             return Path(longest[0]), ""
         return None, f"{len(longest)} files have this name" if longest else "no such file"
 
-    def _files_by_name(self, folder: Path) -> dict[str, list[str]]:
-        if self._below is None:
-            below = defaultdict(list)
-            for root in dict.fromkeys(one for one in (self.image_root, folder) if one is not None):
-                for path in root.rglob("*"):
-                    if rows.is_image(path.name):
-                        below[path.name].append(path.as_posix())
-            self._below = dict(below)
-        return self._below
+    @cached_property
+    def _files_by_name(self) -> dict[str, list[str]]:
+        below = defaultdict(list)
+        for root in dict.fromkeys(filter(None, (self.image_root, self.folder))):
+            for path in root.rglob("*"):
+                if rows.is_image(path.name):
+                    below[path.name].append(path.as_posix())
+        return dict(below)
 
     def _image_files(self) -> Iterator[ImageSource]:
         """Yield all image files if no question names one; otherwise count the others."""
         named = {one.path.resolve() for one in self.images if one.path is not None}
-        paths = sorted(
-            Path(one) for some in self._files_by_name(self.path).values() for one in some
-        )
+        paths = sorted(Path(one) for some in self._files_by_name.values() for one in some)
         if self.images or self.not_found:
             self.unnamed = sum(path.resolve() not in named for path in paths)
             return

@@ -35,11 +35,9 @@ Decisions = dict[PairKey, str]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two images that are to be looked at.
+    """Two images that are to be looked at: the benchmark's by number and name, the corpus' whole.
 
     Args:
-        theirs: number of the benchmark's image; ``picture`` its name.
-        ours: the corpus' image.
         relation: ``same pixels``, ``looks the same``, or ``same case`` if only the names are alike;
             ``looks the same, same case`` for both.
         bits: by which the perceptual hashes differ; None: not known to be near.
@@ -148,19 +146,20 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
 
 def images_not_compared(overlap: Overlap) -> str:
     """Return why no image could be compared, or ""."""
-    if not overlap.benchmark.images:
-        named = len(overlap.benchmark.not_found)
-        return (
-            f"none of the {named} images that the benchmark names was found; give --benchmark-images"
-            if named
-            else "no image of the benchmark was recognised"
-        )
-    if not overlap.benchmark_states.get("read"):
-        return "no image of the benchmark could be read"
-    if not overlap.names:
-        return "the corpus names no image"
-    if not overlap.corpus_states.get("read"):
-        return "no image of the corpus could be read; is image_root right?"
+    named = len(overlap.benchmark.not_found)
+    if not overlap.benchmark.images and named:
+        return f"none of the {named} images that the benchmark names was found; give --benchmark-images"
+    for there, problem in (
+        (overlap.benchmark.images, "no image of the benchmark was recognised"),
+        (overlap.benchmark_states.get("read"), "no image of the benchmark could be read"),
+        (overlap.names, "the corpus names no image"),
+        (
+            overlap.corpus_states.get("read"),
+            "no image of the corpus could be read; is image_root right?",
+        ),
+    ):
+        if not there:
+            return problem
     return ""
 
 
@@ -174,31 +173,26 @@ def warnings(overlap: Overlap) -> list[str]:
         found.append("Questions were not compared: no column of questions was recognised.")
     elif not overlap.conversations:
         found.append("Questions were not compared: the corpus has no conversation.")
+    counts = []
     for side, states in (
         ("corpus", overlap.corpus_states),
         ("benchmark", overlap.benchmark_states),
     ):
         for state in ("missing", "unreadable", "plain"):
-            if number := states.get(state, 0):
-                state = "of one grey level" if state == "plain" else state
-                found.append(f"{_some(number, 'image')} of the {side}, {state}: not compared.")
-    for number, thing, outcome in (
+            shown = "of one grey level" if state == "plain" else state
+            counts.append((states.get(state, 0), "image", f"of the {side}, {shown}: not compared"))
+    refused = f"of the corpus that training refuses ({corpus.reasons()}): not compared"
+    unnamed = "of the benchmark, named by no question: not compared"
+    counts += [
         (len(benchmark.not_found), "image", "that the benchmark names: not found"),
-        (benchmark.unnamed, "image file", "of the benchmark, named by no question: not compared"),
-        (
-            corpus.refused.total(),
-            "record",
-            f"of the corpus that training refuses ({corpus.reasons()}): not compared",
-        ),
+        (benchmark.unnamed, "image file", unnamed),
+        (corpus.refused.total(), "record", refused),
         (len(corpus.passed_over), "file", "of the corpus passed over"),
-    ):
+    ]
+    for number, thing, outcome in counts:
         if number:
-            found.append(f"{_some(number, thing)} {outcome}.")
+            found.append(f"{number:,} {thing}{'' if number == 1 else 's'} {outcome}.")
     return found
-
-
-def _some(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 # --- names to leave out ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import io
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -42,13 +42,9 @@ OK, UNREADABLE, MISSING, PLAIN = 1, 2, 3, 4
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """The hashes of an image, or why there are none.
+    """The hashes of an image, or the ``problem`` for which there are none.
 
-    Args:
-        state: of the module's.
-        pixels: 16 bytes that say which pixels these are; empty if it can't be read.
-        look: the 64-bit perceptual hash.
-        problem: why it can't be read.
+    ``pixels`` are 16 bytes that say which pixels these are, ``look`` is the 64-bit perceptual hash.
     """
 
     state: int
@@ -133,12 +129,7 @@ class HashCache:
     def hashes(
         self, images: Iterable[ImageSource], executor: Executor
     ) -> Iterator[tuple[int, Hashed]]:
-        """Yield numbers and hashes of images, in no particular order.
-
-        Args:
-            images: read as results are taken.
-            executor: does the decoding.
-        """
+        """Yield numbers and hashes of images, which are read as results are taken, in no particular order."""
         images = iter(images)
         while some := list(islice(images, _AT_ONCE)):
             unknown: list[tuple[ImageSource, _Identity]] = []
@@ -149,43 +140,34 @@ class HashCache:
                     problem = getattr(error, "strerror", None) or str(error)
                     yield image.number, Hashed(MISSING, problem=problem)
                     continue
-                known = self._known(identity)
+                known = self._connection.execute(
+                    f"SELECT state, pixels, look, problem FROM {self._table} "
+                    "WHERE key = ? AND size = ? AND changed = ?",
+                    identity,
+                ).fetchone()
                 if known is None:
                     unknown.append((image, identity))
                 else:
-                    yield image.number, known
+                    state, pixels, look, problem = known
+                    yield image.number, Hashed(state, pixels, look % 2**64, problem)
             yield from self._make(unknown, executor)
             self._connection.commit()
-
-    def _known(self, identity: _Identity) -> Hashed | None:
-        row = self._connection.execute(
-            f"SELECT state, pixels, look, problem FROM {self._table} "
-            "WHERE key = ? AND size = ? AND changed = ?",
-            identity,
-        ).fetchone()
-        if row is None:
-            return None
-        state, pixels, look, problem = row
-        return Hashed(state, pixels, look % 2**64, problem)
 
     def _make(
         self, unknown: Sequence[tuple[ImageSource, _Identity]], executor: Executor
     ) -> Iterator[tuple[int, Hashed]]:
-        chunks = [unknown[at : at + _IN_A_TASK] for at in range(0, len(unknown), _IN_A_TASK)]
-        tasks = [[image.source for image, _ in chunk] for chunk in chunks]
-        for chunk, task, results in zip(
-            chunks, tasks, executor.map(_task, tasks, died=_died_chunk), strict=True
+        sources = [image.source for image, _ in unknown]
+        tasks = [sources[at : at + _IN_A_TASK] for at in range(0, len(sources), _IN_A_TASK)]
+        waiting = iter(unknown)
+        for task, results in zip(
+            tasks, executor.map(_task, tasks, died=lambda _: None), strict=True
         ):
             if results is None:  # one of these has killed its worker: which?
-                results = [
-                    result
-                    for one in task
-                    for result in next(executor.map(_task, [[one]], died=_died))
-                ]
-            for (image, identity), (hashed, small) in zip(chunk, results, strict=True):
-                look = (
-                    hashed.look - 2**64 if hashed.look >= 2**63 else hashed.look
-                )  # SQLite is signed
+                single = (next(executor.map(_task, [[one]], died=_died)) for one in task)
+                results = [result for found in single for result in found]
+            for (hashed, small), (image, identity) in zip(results, waiting, strict=False):
+                # SQLite's integers are signed.
+                look = hashed.look - 2**64 if hashed.look >= 2**63 else hashed.look
                 row = (*identity, hashed.state, hashed.pixels, look, hashed.problem, small)
                 self._connection.execute(
                     f"INSERT OR REPLACE INTO {self._table} VALUES (?,?,?,?,?,?,?,?)", row
@@ -218,33 +200,22 @@ def content_key(data: bytes) -> str:
 
 @contextmanager
 def open_cache(path: Path) -> Iterator[HashCache]:
-    """Open a cache, made if need be; several runs may share it.
+    """Open a cache, made if need be; several runs may share it. What was hashed before an error stays.
 
     Raises:
-        CorpusError: it can't be opened.
+        CorpusError: it can't be opened or used.
     """
-    try:
+    with suppress(OSError):  # SQLite says the same
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=60)
-    except (OSError, sqlite3.Error) as error:
-        raise CorpusError(
-            f"the cache of hashes {path} can't be opened ({error}). Name another file with --cache."
-        ) from error
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        yield HashCache(connection)
-        connection.commit()
-    except sqlite3.DatabaseError as error:
+        with closing(sqlite3.connect(path, timeout=60)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            try:
+                yield HashCache(connection)
+            finally:
+                connection.commit()
+    except sqlite3.Error as error:
         raise CorpusError(
             f"the cache of hashes {path} can't be used ({error}). Remove it, or name another with --cache."
         ) from error
-    finally:
-        # What was hashed before an error or Ctrl-C stays.
-        with suppress(sqlite3.Error):
-            connection.commit()
-        connection.close()
-
-
-def _died_chunk(_: Sequence[Path | bytes]) -> None:
-    return None

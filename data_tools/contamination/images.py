@@ -34,13 +34,6 @@ class Hashes:
         self.look = np.zeros(size, dtype=np.uint64)
         self.pixels = np.zeros((size, 2), dtype=np.uint64)
 
-    @classmethod
-    def of(cls, hashed: Sequence[Hashed]) -> Hashes:
-        made = cls(len(hashed))
-        for number, one in enumerate(hashed):
-            made.put(number, one)
-        return made
-
     def put(self, number: int, hashed: Hashed) -> None:
         self.state[number] = hashed.state
         self.look[number] = hashed.look
@@ -88,11 +81,9 @@ class Matches:
 
 
 def compare(benchmark: Hashes, corpus: Hashes, *, distance: int) -> Matches:
-    """Find the images that are on both sides; those of one grey level are compared with none.
+    """Find the images that are on both sides, or look the same: at most ``distance`` bits apart.
 
-    Args:
-        benchmark, corpus: the sides.
-        distance: bits, up to which images look the same.
+    Those of one grey level are compared with none.
     """
     ours = np.flatnonzero(corpus.state == OK)
     theirs = np.flatnonzero(benchmark.state == OK)
@@ -150,9 +141,8 @@ def _closest(
     At a large distance images of one kind are all near each other; what is held is bounded.
     """
     counts = np.zeros(queries, dtype=np.int64)
-    parts: list[Pairs] = [
-        Pairs(*(np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, np.uint8)))
-    ]
+    kinds = (np.int64, np.int64, np.uint8)
+    parts = [Pairs(*(np.zeros(0, dtype=kind) for kind in kinds))]
     held = 0
     for part in pairs:
         np.add.at(counts, part.query, weights[part.value])
@@ -160,9 +150,7 @@ def _closest(
         held += len(part.query)
         if held > _HELD:
             parts = [_first_few(parts)]
-            held = (
-                len(parts[0].query) // 2
-            )  # so that few queries with many values don't sort each time
+            held = len(parts[0].query) // 2  # or few queries with many values would sort each time
     return _first_few(parts), counts
 
 
@@ -205,16 +193,13 @@ def case_of(name: str) -> str:
 
 def names_case(part: str) -> bool:
     """Return whether two files of this name are likely to be of the same case: letters and digits."""
-    return bool(
-        len(part) >= 6 and re.search(r"\d\d", part) and re.search(r"[^\W\d_]", part)
-    ) or bool(re.fullmatch(r"\d{6,}", part))
+    return re.fullmatch(r"\d{6,}|(?=.*\d\d)(?=.*[^\W\d_]).{6,}", part, re.DOTALL) is not None
 
 
 def by_case(names: Sequence[str], cases: Sequence[str]) -> dict[str, list[int]]:
     """Return case -> images; the case that is named, or that the file's name tells."""
     found: defaultdict[str, list[int]] = defaultdict(list)
     for number, (name, case) in enumerate(zip(names, cases, strict=True)):
-        for key in dict.fromkeys((case.casefold() if names_case(case) else "", case_of(name))):
-            if key:
-                found[key].append(number)
+        for key in {case.casefold() if names_case(case) else "", case_of(name)} - {""}:
+            found[key].append(number)
     return dict(found)

@@ -62,10 +62,8 @@ class TextHits:
     examples: list[Asked] = field(default_factory=list)
 
     def add(self, asked: Asked) -> None:
-        if asked.jaccard == 1:
-            self.equal += 1
-        else:
-            self.near += 1
+        self.equal += asked.jaccard == 1
+        self.near += asked.jaccard != 1
         self.examples.append(asked)
         if len(self.examples) > EXAMPLES:
             self.examples.sort(
@@ -75,11 +73,7 @@ class TextHits:
 
 
 class Questions:
-    """The benchmark's questions, ready to be found.
-
-    Args:
-        items: of the benchmark.
-        threshold: smallest Jaccard index of texts that are near.
+    """The benchmark's questions, ready to be found; ``threshold``: smallest Jaccard index of near texts.
 
     Attributes:
         texts, of_text: normalised texts, and the positions of the items that each belongs to.
@@ -95,8 +89,7 @@ class Questions:
             for text in dict.fromkeys(normalised(text) for text in item.texts):
                 if text:
                     of_text[text].append(number)
-        self.texts = list(of_text)
-        self.of_text = list(of_text.values())
+        self.texts, self.of_text = list(of_text), list(of_text.values())
         self._answers = [
             {normalised(items[number].answer) for number in numbers} - {""}
             for numbers in self.of_text
@@ -110,12 +103,9 @@ class Questions:
     def look_at(
         self, dataset: int, name: str, conversation: Conversation, images: frozenset[int]
     ) -> None:
-        """Note what a conversation has in common with the benchmark.
+        """Note what a conversation of a dataset has in common with the benchmark.
 
-        Args:
-            dataset, name: the conversation's dataset.
-            conversation: of the corpus.
-            images: of the benchmark that are among, or look like, the conversation's.
+        ``images`` are those of the benchmark that are among, or look like, the conversation's.
         """
         turns = [turn.text for turn in conversation.turns if turn.role != "system"]
         is_whole = False
@@ -128,23 +118,26 @@ class Questions:
             for number, jaccard in found:
                 same_answer = answer in self._answers[number]
                 shared = [
-                    item
-                    for item in (self.of_text[number] if images else ())
-                    if images.intersection(self.items[item].images)
+                    place
+                    for place in (self.of_text[number] if images else ())
+                    if images.intersection(self.items[place].images)
                 ]
                 asked = Asked(
                     name, conversation.id, question, reply, jaccard, same_answer, bool(shared)
                 )
                 self.hits.setdefault(number, TextHits()).add(asked)
-                for item in shared:
-                    if item not in self.both or jaccard > self.both[item].jaccard:
-                        self.both[item] = asked
+                for place in shared:
+                    if place not in self.both or jaccard > self.both[place].jaccard:
+                        self.both[place] = asked
                 is_whole |= (
                     jaccard == 1
                     and same_answer
                     and not conversation.images
                     and len(text.split()) >= GRAM
-                    and self._is_item_without_image(number, answer)
+                    and any(
+                        not item.images and normalised(item.answer) == answer
+                        for item in map(self.items.__getitem__, self.of_text[number])
+                    )
                 )
         if is_whole:
             self.whole.append((dataset, conversation.id))
@@ -153,20 +146,13 @@ class Questions:
         found = self._known.get(text)
         if found is None:
             equal = self._index.equal(text)
-            near = self._index.near(text)
             # Other texts may have the same 3-grams in another order: near, but not equal.
-            found = [(number, 1.0) for number in (equal,) if number is not None]
-            found += [(number, min(j, 0.9999)) for number, j in near if number != equal]
+            near = [(n, min(j, 0.9999)) for n, j in self._index.near(text) if n != equal]
+            found = near if equal is None else [(equal, 1.0), *near]
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
             self._known[text] = found
         return found
-
-    def _is_item_without_image(self, text: int, answer: str) -> bool:
-        return any(
-            not self.items[number].images and normalised(self.items[number].answer) == answer
-            for number in self.of_text[text]
-        )
 
     def asked_items(self) -> set[int]:
         """Return the items of which one text at least is asked in the corpus."""
@@ -194,12 +180,7 @@ _Size = TypeVar("_Size", int, np.ndarray)
 
 
 class TextIndex:
-    """Finds the texts that a text is near to.
-
-    Args:
-        texts: normalised, each once.
-        threshold: smallest Jaccard index, above 0.
-    """
+    """Finds the texts that a text is near to; all are normalised, and ``threshold`` is above 0."""
 
     def __init__(self, texts: Sequence[str], *, threshold: float = 0.5) -> None:
         self.texts = list(texts)

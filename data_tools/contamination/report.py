@@ -45,11 +45,7 @@ def seen_from(folder: Path, path: Path) -> str:
 
 
 def check_folder(folder: Path, corpus: Path, benchmark: Path) -> None:
-    """Refuse a folder that another comparison, or something else, has its files in.
-
-    Args:
-        folder: where the result is to go; it need not exist.
-        corpus, benchmark: what is compared.
+    """Refuse a folder, which need not exist, that another comparison or something else has its files in.
 
     Raises:
         CorpusError: no folder, a folder of something else, or of another corpus or benchmark.
@@ -97,10 +93,7 @@ def check_folder(folder: Path, corpus: Path, benchmark: Path) -> None:
 def write(folder: Path, overlap: Overlap, cache: HashCache) -> dict[str, Any]:
     """Write the whole folder, each file whole or not at all, and return the numbers.
 
-    Args:
-        folder: made if need be; decisions in its ``near.tsv`` are read, obeyed and kept.
-        overlap: what was found.
-        cache: has the images that lie in tables.
+    Decisions in its ``near.tsv`` are read, obeyed and kept.
 
     Raises:
         CorpusError: the decisions can't be read.

@@ -56,9 +56,9 @@ def rows(path: Path) -> Iterator[Cells]:
     Raises:
         GMAIError: the file can't be read, with place and reason.
     """
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        yield from _table(path, "\t" if suffix == ".tsv" else ",")
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(suffix := path.suffix.lower())
+    if delimiter:
+        yield from _table(path, delimiter)
     elif suffix == ".json" and is_json_object(path):
         yield from _lists(path)
     else:
@@ -115,8 +115,7 @@ def by_name(cells: Cells) -> dict[str, Any]:
 
 def first(cells: Cells, names: tuple[str, ...]) -> str:
     """Return the first of these cells that isn't empty, as text; "" if there is none."""
-    for name in names:
-        value = cells.get(name)
+    for value in map(cells.get, names):
         if value is not None and not isinstance(value, dict | list | bytes) and str(value).strip():
             return str(value).strip()
     return ""
@@ -124,11 +123,10 @@ def first(cells: Cells, names: tuple[str, ...]) -> str:
 
 def spelling(cells: Cells, names: tuple[str, ...]) -> str:
     """Return the name in the file of the first of these columns that isn't empty; "" if there is none."""
-    for name in names:
-        for own, value in cells.items():
-            if plain(own) == name and value not in (None, ""):
-                return own
-    return ""
+    own = {
+        plain(name): name for name, value in reversed([*cells.items()]) if value not in (None, "")
+    }
+    return next((own[name] for name in names if name in own), "")
 
 
 def questions(cells: Cells) -> list[str]:

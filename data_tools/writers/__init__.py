@@ -29,13 +29,7 @@ def prompts_of(job: Job, *, grounded: bool) -> Prompts:
 def model_writer(
     job: Job, *, grounded: bool, folder: Path | None = None
 ) -> OpenAIWriter | OpenAIBatchWriter:
-    """Return the writer of a job that asks a model.
-
-    Args:
-        job: its writer is not the template writer.
-        grounded: whether prompts hold the annotation, and checks may use it.
-        folder: below which the records' images are; default the corpus.
-    """
+    """Return the writer of a job that asks a model; images lie below ``folder``, or in the corpus."""
     # They need the libraries of the API.
     from data_tools.writers.openai_batch import OpenAIBatchWriter
     from data_tools.writers.openai_writer import OpenAIWriter

@@ -67,17 +67,14 @@ class Outcome:
     """What became of an item.
 
     Args:
-        item: the task's.
         conversation: None if there is none that passed the checks.
         problems: why not; of the last attempt.
         prompt: the last one in full, as text; an image stands as its file's name.
         answer: the model's last, as it came.
         attempts: answers that were judged, from the server or from the ledger.
-        prompt_tokens, completion_tokens, dollars: what this run spent on it; answers that the ledger had
-            cost nothing.
+        prompt_tokens, completion_tokens, dollars: what this run spent on it.
         pending: the server's fault: the item is not decided and belongs into the next run.
-        requests: answers that this run asked of the server.
-        cached: answers that the ledger had.
+        requests, cached: answers that this run asked of the server, and that the ledger had, at no cost.
     """
 
     item: Item
@@ -92,26 +89,6 @@ class Outcome:
     pending: bool = False
     requests: int = 0
     cached: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a job would cost.
-
-    Args:
-        requests: to be sent if every answer passes the checks at once.
-        cached: answers that the ledger has.
-        prompt_tokens, completion_tokens, dollars: as the ledger's earlier answers of this model lead to
-            expect; without any of them equal to ``at_most``.
-        dollars_at_most: every prompt at its upper bound, every answer at its greatest length, no retries.
-    """
-
-    requests: int
-    cached: int
-    prompt_tokens: int
-    completion_tokens: int
-    dollars: float
-    dollars_at_most: float
 
 
 Questions = Generator[Request, Reply, Outcome]
@@ -131,8 +108,6 @@ class ModelWriter(Generic[O]):
     """What the writers that ask a model have in common.
 
     Args:
-        options: of the job.
-        prompts: writes the prompts and judges the answers.
         folder: the corpus; ``prompt.image`` is a path below it.
         job: whose expenses these are, over all runs; the same in every run.
         origins: name of a source -> where its content may go.
@@ -206,8 +181,14 @@ class ModelWriter(Generic[O]):
         conversation = None if problems or isinstance(found, Problem) else found
         return Outcome(item, conversation, tuple(problems), shown(prompt), answer)
 
-    def estimate(self, tasks: Iterable[Task]) -> Estimate:
-        """Return what these tasks would cost, without a request. Needs no key.
+    def estimate(self, tasks: Iterable[Task]) -> dict[str, float]:
+        """Return what these tasks would cost, without a request and without a key.
+
+        Returns:
+            ``requests`` to be sent if every answer passes the checks at once, ``cached`` answers of the
+            ledger, ``prompt_tokens``, ``completion_tokens`` and ``dollars`` as the ledger's earlier answers
+            of this model lead to expect, and ``dollars_at_most``: every prompt at its upper bound, every
+            answer at its greatest length, no retries.
 
         Raises:
             CorpusError: an image or the ledger can't be read.
@@ -231,12 +212,12 @@ class ModelWriter(Generic[O]):
                 requests += steps
                 at_most = at_most.plus(found.at_most, times=steps)
             shares = ledger.shares(options.model) or (1.0, 1.0)
-        tokens = (
-            round(at_most.prompt_tokens * shares[0]),
-            round(at_most.completion_tokens * shares[1]),
+        prompts, answers = (
+            round(most * share) for most, share in zip(at_most[:2], shares, strict=True)
         )
-        dollars = expense(*tokens, options).dollars
-        return Estimate(requests, cached, *tokens, dollars, at_most.dollars)
+        likely = expense(prompts, answers, options)
+        counts = {"requests": requests, "cached": cached, **likely._asdict()}
+        return counts | {"dollars_at_most": at_most.dollars}
 
 
 def spoilt(reply: Reply) -> Problem | None:
@@ -255,12 +236,7 @@ def shown(prompt: Prompt) -> str:
 
 
 class Account:
-    """What a job has spent and what its requests under way can still cost.
-
-    Args:
-        options: with the budget over all runs.
-        spent: by earlier runs.
-    """
+    """What a job has spent, at first by earlier runs, and what its requests under way can still cost."""
 
     def __init__(self, options: OpenAIOptions, spent: Expense) -> None:
         self.budget, self.spent, self.reserved = options.budget, spent, Expense()

@@ -300,8 +300,7 @@ class _Server:
         except EndpointError:
             raise
         except (self._errors, ValueError) as error:
-            said = str(error)
-            said = (said.replace(self._key, "[key]") if self._key else said)[:500]
+            said = (str(error).replace(self._key, "[key]") if self._key else str(error))[:500]
             raise EndpointError(
                 f"{self.options.base_url}: {what}: {said}. Nothing is lost: check the writer's options and "
                 "run the job again."

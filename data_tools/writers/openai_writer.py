@@ -207,13 +207,7 @@ class _Run:
         return None
 
     async def _reply(self, made: Request) -> Reply:
-        """Return the answer from the ledger, else from the server.
-
-        Raises:
-            ServerFault: it failed ``server_retries`` times.
-            _Stopped: the run stops before it was sent.
-            CorpusError: what stops the run.
-        """
+        """Return the answer from the ledger, else from the server."""
         faults = waits = 0
         while True:
             reply = self.ledger.answer(made.key)

@@ -37,14 +37,9 @@ PROMPT_VERSION = 3
 """Raise it with any change of a prompt or of how answers are read: models are then asked anew."""
 MAX_REGIONS = 12
 """Regions of a record that a prompt about the whole image lists; the rest is counted."""
-MAX_TOKENS = {
-    "caption": 400,
-    "region_caption": 300,
-    "instruction": 400,
-    "dialogue": 900,
-    "text_single": 400,
-    "text_multi": 900,
-}
+MAX_TOKENS = dict.fromkeys(("caption", "instruction", "text_single"), 400)
+MAX_TOKENS |= {"region_caption": 300, "dialogue": 900, "text_multi": 900}
+"""Of the answer of each form."""
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -61,12 +56,9 @@ _CAPTION = _object(caption=_TEXT)
 _PAIR = _object(question=_TEXT, answer=_TEXT)
 _TURNS = _object(turns={"type": "array", "items": _PAIR})
 _SCHEMAS = {
-    "caption": _CAPTION,
-    "region_caption": _CAPTION,
-    "instruction": _PAIR,
-    "text_single": _PAIR,
-    "dialogue": _TURNS,
-    "text_multi": _TURNS,
+    **dict.fromkeys(("caption", "region_caption"), _CAPTION),
+    **dict.fromkeys(("instruction", "text_single"), _PAIR),
+    **dict.fromkeys(("dialogue", "text_multi"), _TURNS),
 }
 _Said = Annotated[str, msgspec.Meta(pattern=r"\S")]
 _FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*)\n\s*```\s*$", re.DOTALL)
@@ -74,14 +66,9 @@ _FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*)\n\s*```\s*$", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request.
+    """One request: its messages, the path of its image below the corpus, and the JSON schema of the answer.
 
-    Args:
-        system, user: the messages.
-        image: path of the image below the corpus, or None.
-        box_image: whether the item's region may be drawn into the copy that is sent.
-        schema: JSON schema of the answer.
-        max_tokens: of the answer.
+    ``box_image``: the item's region may be drawn into the copy of the image that is sent.
     """
 
     system: str
@@ -95,10 +82,7 @@ class Prompt:
 class Prompts:
     """Writes the prompts of a job and judges the answers.
 
-    Args:
-        checks: of the job.
-        taxonomy: Chinese names of modality and department.
-        grounded: whether prompts hold the annotation, and checks may use it.
+    ``grounded``: prompts hold the annotation, and checks may use it.
     """
 
     def __init__(self, checks: CheckOptions, taxonomy: Taxonomy, *, grounded: bool) -> None:
@@ -112,13 +96,9 @@ class Prompts:
         *,
         problems: Sequence[Problem] = (),
     ) -> Prompt:
-        """Return the question about an item.
+        """Return the question about an item, in any form but ``perception``, which follows from the labels.
 
-        Args:
-            item: what is to be written; not ``perception``, which follows from the labels.
-            record: what is known.
-            context: of its source.
-            problems: of the answer before, so that it is not given again.
+        ``problems`` are those of the answer before, so that it is not given again.
         """
         if item.form not in _SCHEMAS:
             raise ValueError(f"{item.form!r} is never asked of a model")
@@ -179,11 +159,7 @@ class Prompts:
     def read_answer(self, text: str, item: Item, record: Record) -> Conversation | Problem:
         """Return the conversation in an answer, or why there is none in it. Nothing is guessed.
 
-        Args:
-            text: JSON of the form that was asked for, bare or fenced. A translation comes as turns whatever
-                the item's form is.
-            item: what was asked for.
-            record: whose region the question on a region names.
+        The text is JSON of the form that was asked for, bare or fenced; a translation comes as turns.
         """
         fenced = _FENCE.match(text)
         try:
@@ -208,14 +184,9 @@ class Prompts:
         self, conversation: Conversation, item: Item, record: Record, context: SourceContext
     ) -> list[Problem]:
         """Return what is wrong with a conversation."""
+        grounded = self.grounded
         return check(
-            conversation,
-            item,
-            record,
-            context,
-            self.taxonomy,
-            self.checks,
-            grounded=self.grounded,
+            conversation, item, record, context, self.taxonomy, self.checks, grounded=grounded
         )
 
 

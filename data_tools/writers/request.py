@@ -90,13 +90,9 @@ def reason_of(refusal: RequestRefused) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AttachedImage:
-    """An image to be attached: the stored one, or a copy with the box drawn in.
+    """An image to be attached: the stored one, or a copy, scaled or with the box drawn in.
 
-    Args:
-        path: of the stored file.
-        width, height: of the stored file, pixels.
-        box: to be drawn into the copy, or None.
-        digest: of the file's bytes; two files with the same bytes are the same image.
+    Two files of the same ``digest`` are the same image. Sizes are in pixels.
     """
 
     path: Path
@@ -115,9 +111,12 @@ class AttachedImage:
         described: dict[str, object] = {"sha256": self.digest, "detail": options.detail}
         if self.box is not None:
             described["box"] = list(self.box)
-        if self.box is not None or self.size(options) != (self.width, self.height):
+        if self.is_encoded(options):
             described |= {"size": list(self.size(options)), "quality": options.quality}
         return described
+
+    def is_encoded(self, options: ImageOptions) -> bool:
+        return self.box is not None or self.size(options) != (self.width, self.height)
 
     def url(self, options: ImageOptions) -> str:
         """Return a data URL of the file, encoded anew if it is too large or gets a box.
@@ -131,7 +130,7 @@ class AttachedImage:
                 f"{self.path}: the picture changed while the job was running; run it again"
             )
         kind = next((kind for start, kind in AS_IT_IS.items() if data.startswith(start)), None)
-        if kind is None or self.box is not None or self.size(options) != (self.width, self.height):
+        if kind is None or self.is_encoded(options):
             data, kind = self._encode(data, options)
         return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -151,12 +150,9 @@ class AttachedImage:
             # Around the region, not over its edge: the corners are those of the half-open box.
             corners = (x1 * x - line, y1 * y - line, x2 * x - 1 + line, y2 * y - 1 + line)
             ImageDraw.Draw(image).rectangle(corners, outline=BOX_COLOUR, width=line)
-        stream = io.BytesIO()
-        if options.quality:
-            image.save(stream, "JPEG", quality=options.quality)
-            return stream.getvalue(), "image/jpeg"
-        image.save(stream, "PNG")
-        return stream.getvalue(), "image/png"
+        stream, kind = io.BytesIO(), "jpeg" if options.quality else "png"
+        image.save(stream, kind, quality=options.quality)
+        return stream.getvalue(), f"image/{kind}"
 
 
 def _read(path: Path) -> bytes:
@@ -255,19 +251,11 @@ class Request:
             url: dict[str, Any] = {"url": self.image.url(options.image)}
             if options.image.detail:
                 url["detail"] = options.image.detail
-            content = [
-                {"type": "image_url", "image_url": url},
-                {"type": "text", "text": prompt.user},
-            ]
-        body: dict[str, Any] = {
-            "model": options.model,
-            "messages": [
-                {"role": "system", "content": system},
-                {"role": "user", "content": content},
-            ],
-            traits.max_tokens_name: prompt.max_tokens,
-            **_sampling(options, self.item),
-        }
+            text = {"type": "text", "text": prompt.user}
+            content = [{"type": "image_url", "image_url": url}, text]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        body = {"model": options.model, "messages": messages, **_sampling(options, self.item)}
+        body[traits.max_tokens_name] = prompt.max_tokens
         if prompt.schema is not None and traits.structured == "json_schema":
             form = {"name": "answer", "schema": prompt.schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": form}

@@ -49,11 +49,9 @@ _FILE_NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The text of one side.
+    """The text of one side, ``system``, ``user`` or ``assistant``, as written.
 
-    Args:
-        role: ``"system"``, ``"user"`` or ``"assistant"``.
-        text: as written; ``<image>`` marks, in user turns only, stand at the images' places.
+    ``<image>`` marks, in user turns only, stand at the images' places.
     """
 
     role: str
@@ -78,16 +76,13 @@ class Conversation:
 def parse_raw(
     raw: RawRecord, *, dataset: str, image_root: Path | None = None, images_first: bool = False
 ) -> Conversation:
-    """Read and check one raw record (see :func:`gmai_xtuner.core.records.iter_raw`).
-
-    Args as in :func:`parse_record`.
+    """Read and check one record of :func:`gmai_xtuner.core.records.iter_raw`, as :func:`parse_record` does.
 
     Raises:
         DataError: as :func:`parse_record`; also reasons ``not_utf8`` and ``not_json``.
     """
-    record = raw.decode(dataset=dataset)
     return parse_record(
-        record,
+        raw.decode(dataset=dataset),
         dataset=dataset,
         where=raw.where,
         default_id=raw.default_id,
@@ -138,9 +133,9 @@ def parse_record(
     place = _Place(dataset, where)
     if not isinstance(record, Mapping):
         raise place.error(
+            "not_an_object",
             f"expected an object, got {_kind(record)}",
-            remedy="A list of records belongs in a .json file, an object a line in a .jsonl file.",
-            reason="not_an_object",
+            "A list of records belongs in a .json file, an object a line in a .jsonl file.",
         )
     identifier = _read_id(record, place) or default_id or where
     if record.get("id") is not None or record.get("question_id") is not None:
@@ -152,7 +147,7 @@ def parse_record(
     for number, message in enumerate(messages, start=1):
         turns.append(_read_turn(message, number, inline_images, place))
     _check_order(turns, place)
-    images = _join_images(_listed_images(record, place), inline_images, place)
+    images = _images(record, inline_images, place)
     if not images:
         _check_no_image_is_meant(record, messages, place)
     number_of_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
@@ -164,9 +159,9 @@ def parse_record(
         if not number_of_marks:
             remedy += " Where all belong before the first question, set image_marks: first for the dataset."
         raise place.error(
+            "image_count",
             f"{number_of_marks} {IMAGE_TOKEN} mark(s) in the text, but {len(images)} image(s)",
-            remedy=remedy,
-            reason="image_count",
+            remedy,
         )
     paths = tuple(_relative_path(image, place, image_root) for image in images)
     return Conversation(identifier, tuple(turns), paths)
@@ -187,19 +182,17 @@ def _check_no_image_is_meant(
             if not IMAGE_KEY.search(str(key)) or (holder is record and key in own):
                 continue
             names = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(name, Mapping) or _looks_like_a_file(name) for name in names):
+            if any(
+                isinstance(name, Mapping)
+                or (isinstance(name, str) and (_FILE_NAME.search(name) or _REMOTE.match(name)))
+                for name in names
+            ):
                 raise place.error(
+                    "unread_image_key",
                     f"{key!r} is not read there, and the record has no 'image': it would be trained as text "
                     "alone",
-                    remedy="Give it as the record's 'image', or say that there is none: \"image\": null.",
-                    reason="unread_image_key",
+                    "Give it as the record's 'image', or say that there is none: \"image\": null.",
                 )
-
-
-def _looks_like_a_file(name: object) -> bool:
-    return isinstance(name, str) and (
-        _FILE_NAME.search(name) is not None or _REMOTE.match(name) is not None
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +200,7 @@ class _Place:
     dataset: str
     record: str
 
-    def error(self, problem: str, *, remedy: str, reason: str) -> DataError:
+    def error(self, reason: str, problem: str, remedy: str) -> DataError:
         return DataError(
             problem, dataset=self.dataset, record=self.record, remedy=remedy, reason=reason
         )
@@ -224,13 +217,12 @@ def _read_id(record: Mapping[str, Any], place: _Place) -> str | None:
             continue
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise place.error(
+                "bad_id",
                 f"{key} must be a text or a whole number, got {value!r}",
-                remedy="Correct it, or leave it out.",
-                reason="bad_id",
+                "Correct it, or leave it out.",
             )
-        identifier = str(value)
-        _check_text(identifier, key, place)
-        return identifier
+        _check_text(str(value), key, place)
+        return str(value)
     return None
 
 
@@ -239,22 +231,17 @@ def _find_messages(record: Mapping[str, Any], place: _Place) -> Sequence[object]
     if len(found) != 1:
         keys = ", ".join(map(str, record)) or "none"
         raise place.error(
+            "empty_conversation" if not found else "bad_turn",
             f"expected 'conversations' or 'messages', got {' and '.join(found) or 'neither'} "
             f"(keys: {keys})",
-            remedy="Give the turns under one of the two.",
-            reason="empty_conversation" if not found else "bad_turn",
+            "Give the turns under one of the two.",
         )
     messages = record[found[0]]
     if not isinstance(messages, list | tuple):
-        raise place.error(
-            f"{found[0]} must be a list of turns, got {_kind(messages)}",
-            remedy="Write a list of objects.",
-            reason="bad_turn",
-        )
+        problem = f"{found[0]} must be a list of turns, got {_kind(messages)}"
+        raise place.error("bad_turn", problem, "Write a list of objects.")
     if not messages:
-        raise place.error(
-            f"{found[0]} is empty", remedy="Remove the record.", reason="empty_conversation"
-        )
+        raise place.error("empty_conversation", f"{found[0]} is empty", "Remove the record.")
     return messages
 
 
@@ -262,17 +249,17 @@ def _read_turn(message: object, number: int, images: list[object], place: _Place
     """One turn; images that are parts of the message are appended to ``images``."""
     if not isinstance(message, Mapping):
         raise place.error(
+            "bad_turn",
             f"turn {number} must be an object, got {_kind(message)}",
-            remedy='Write {"from": ..., "value": ...} or {"role": ..., "content": ...}.',
-            reason="bad_turn",
+            'Write {"from": ..., "value": ...} or {"role": ..., "content": ...}.',
         )
     name = message.get("from") if message.get("from") is not None else message.get("role")
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise place.error(
+            "unknown_role",
             f"turn {number} has the unknown role {name!r}",
-            remedy=f"Use one of {', '.join(_ROLES)}.",
-            reason="unknown_role",
+            f"Use one of {', '.join(_ROLES)}.",
         )
     content = message.get("value") if message.get("value") is not None else message.get("content")
     if isinstance(content, str):
@@ -281,49 +268,47 @@ def _read_turn(message: object, number: int, images: list[object], place: _Place
         text = "\n".join(_read_part(part, number, images, place) for part in content)
     else:
         raise place.error(
+            "empty_turn" if content is None else "bad_turn",
             f"turn {number} ({role}) has {_kind(content)} where its text belongs",
-            remedy="Write a text, or a list of text and image parts.",
-            reason="empty_turn" if content is None else "bad_turn",
+            "Write a text, or a list of text and image parts.",
         )
     _check_text(text, f"turn {number}", place)
     if not text.strip():
         raise place.error(
+            "empty_turn",
             f"turn {number} ({role}) is empty",
-            remedy="Write its text, or remove the record.",
-            reason="empty_turn",
+            "Write its text, or remove the record.",
         )
     if role != "user" and IMAGE_TOKEN in text:
         raise place.error(
+            "misplaced_image_mark",
             f"turn {number} has {text.count(IMAGE_TOKEN)} image(s) in the {role}'s text",
-            remedy=f"{IMAGE_TOKEN} belongs in user turns only.",
-            reason="misplaced_image_mark",
+            f"{IMAGE_TOKEN} belongs in user turns only.",
         )
     return Turn(role, text)
 
 
 def _read_part(part: object, number: int, images: list[object], place: _Place) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    if isinstance(part, Mapping) and kind == "image_url":
-        url = part.get("image_url")
+    fields: Mapping[str, Any] = part if isinstance(part, Mapping) else {}
+    kind = fields.get("type")
+    if kind == "text" and isinstance(fields.get("text"), str):
+        return str(fields["text"])
+    if kind == "image_url":
+        url = fields.get("image_url")
         images.append(url.get("url") if isinstance(url, Mapping) else url)
         return IMAGE_TOKEN
-    if isinstance(part, Mapping) and kind == "image":
-        sources = [part[key] for key in ("image", "url", "path") if part.get(key) is not None]
+    if kind == "image":
+        sources = [fields[key] for key in ("image", "url", "path") if fields.get(key) is not None]
         if len(sources) > 1:
-            raise place.error(
-                f"turn {number} has an image part with {len(sources)} sources",
-                remedy="Give one of image, url and path.",
-                reason="bad_image",
-            )
+            problem = f"turn {number} has an image part with {len(sources)} sources"
+            raise place.error("bad_image", problem, "Give one of image, url and path.")
         images.extend(sources)  # none: the file stands in the record's images
         return IMAGE_TOKEN
     raise place.error(
+        "bad_turn",
         f"turn {number} has a part of type {kind!r} that can't be read",
-        remedy='Parts are {"type": "text", "text": ...}, {"type": "image_url", "image_url": ...} '
-        'and {"type": "image", "image": ...}.',
-        reason="bad_turn",
+        'Parts are {"type": "text", "text": ...}, {"type": "image_url", "image_url": ...} and '
+        '{"type": "image", "image": ...}.',
     )
 
 
@@ -331,12 +316,9 @@ def _check_text(text: str, what: str, place: _Place) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise place.error(
-            f"{what} has half a surrogate pair ({text[error.start]!r}) at character "
-            f"{error.start + 1}",
-            remedy="Write the whole character.",
-            reason="bad_text",
-        ) from error
+        half = f"({text[error.start]!r}) at character {error.start + 1}"
+        problem = f"{what} has half a surrogate pair {half}"
+        raise place.error("bad_text", problem, "Write the whole character.") from error
 
 
 def _check_order(turns: Sequence[Turn], place: _Place) -> None:
@@ -345,28 +327,35 @@ def _check_order(turns: Sequence[Turn], place: _Place) -> None:
         expected = "assistant" if (position - first) % 2 else "user"
         if turns[position].role != expected:
             raise place.error(
+                "bad_turn_order",
                 f"turn {position + 1} is the {turns[position].role}'s, expected the {expected}'s",
-                remedy="After an optional system turn, user and assistant take turns.",
-                reason="bad_turn_order",
+                "After an optional system turn, user and assistant take turns.",
             )
     if turns[-1].role != "assistant":
         raise place.error(
+            "bad_turn_order",
             f"the last turn is the {turns[-1].role}'s, so there is no answer to learn",
-            remedy="End with an assistant turn, or remove the record.",
-            reason="bad_turn_order",
+            "End with an assistant turn, or remove the record.",
         )
 
 
-def _listed_images(record: Mapping[str, Any], place: _Place) -> list[object]:
+def _images(record: Mapping[str, Any], inline: list[object], place: _Place) -> list[object]:
+    """Return the record's images: those that it lists, or those inside of its messages."""
     found = [key for key in ("image", "images") if not _is_missing(record.get(key))]
     if len(found) == 2:
-        raise place.error(
-            "has both image and images", remedy="Give one of the two.", reason="bad_image"
-        )
+        raise place.error("bad_image", "has both image and images", "Give one of the two.")
     if not found:
-        return []
+        return inline
     value = record[found[0]]
-    return list(value) if isinstance(value, list | tuple) else [value]
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    if listed and inline:
+        raise place.error(
+            "bad_image",
+            f"{len(listed)} image(s) listed for the record and {len(inline)} inside its messages, so their "
+            "order is not known",
+            "Give all images in one of the two ways.",
+        )
+    return listed or inline
 
 
 def _is_missing(image: object) -> bool:
@@ -374,31 +363,20 @@ def _is_missing(image: object) -> bool:
     return image is None or image == "" or (isinstance(image, float) and math.isnan(image))
 
 
-def _join_images(listed: list[object], inline: list[object], place: _Place) -> list[object]:
-    if listed and inline:
-        raise place.error(
-            f"{len(listed)} image(s) listed for the record and {len(inline)} inside its messages, "
-            "so their order is not known",
-            remedy="Give all images in one of the two ways.",
-            reason="bad_image",
-        )
-    return listed or inline
-
-
 def _relative_path(image: object, place: _Place, root: Path | None) -> str:
     if not isinstance(image, str) or not image.strip() or "\0" in image:
         shown = repr(image) if isinstance(image, str) else _kind(image)
         raise place.error(
+            "bad_image",
             f"an image must be the path of a file, got {shown}",
-            remedy="Write the image to a file and give its path below the image root.",
-            reason="bad_image",
+            "Write the image to a file and give its path below the image root.",
         )
     _check_text(image, "an image path", place)
     if _REMOTE.match(image):
         raise place.error(
+            "remote_image",
             f"image {image[:80]!r} is not a file below the image root",
-            remedy="Download it or decode it to a file, and give its path.",
-            reason="remote_image",
+            "Download it or decode it to a file, and give its path.",
         )
     path = posixpath.normpath(image)
     for start in (root.absolute(), root.resolve()) if root and path.startswith("/") else ():
@@ -407,9 +385,9 @@ def _relative_path(image: object, place: _Place, root: Path | None) -> str:
     is_windows_path = _WINDOWS_ROOT.match(image) or ".." in image.split("\\")
     if path.startswith(("/", "\\")) or path.split("/")[0] == ".." or is_windows_path:
         raise place.error(
+            "path_outside_root",
             f"image path {image!r} leaves the image root",
-            remedy="Give a path relative to image_root in the mixture file, without '..', or an absolute "
+            "Give a path relative to image_root in the mixture file, without '..', or an absolute "
             "one inside of it.",
-            reason="path_outside_root",
         )
     return path

@@ -29,49 +29,12 @@ class DataError(GMAIError):
         remedy: str | None = None,
         reason: str = "bad_record",
     ) -> None:
-        self.problem = problem
-        self.dataset = dataset
-        self.record = record
-        self.remedy = remedy
-        self.reason = reason
-        place = ", ".join(
-            part
-            for part in (
-                f"dataset {dataset!r}" if dataset else "",
-                f"record {record}" if record else "",
-            )
-            if part
-        )
+        self.problem, self.dataset, self.record = problem, dataset, record
+        self.remedy, self.reason = remedy, reason
+        named = (f"dataset {dataset!r}" if dataset else "", f"record {record}" if record else "")
+        place = ", ".join(filter(None, named))
         message = f"{place}: {problem}" if place else problem
-        if remedy:
-            message = f"{message.rstrip('.')}. {remedy}"
-        super().__init__(message)
-
-    def at(self, *, dataset: str | None = None, record: str | None = None) -> DataError:
-        """Return the same error with the place that its raiser could not know.
-
-        Args:
-            dataset: name of the dataset; what is already known stays.
-            record: id, line or position of the record; what is already known stays.
-        """
-        return type(self)(
-            self.problem,
-            dataset=self.dataset or dataset,
-            record=self.record or record,
-            remedy=self.remedy,
-            reason=self.reason,
-        )
-
-    def __reduce__(self):
-        # Exceptions cross process boundaries (cache and data-loader workers) by pickling.
-        return (
-            _rebuild_data_error,
-            (type(self), self.problem, self.dataset, self.record, self.remedy, self.reason),
-        )
-
-
-def _rebuild_data_error(cls, problem, dataset, record, remedy, reason):
-    return cls(problem, dataset=dataset, record=record, remedy=remedy, reason=reason)
+        super().__init__(f"{message.rstrip('.')}. {remedy}" if remedy else message)
 
 
 class ImageError(DataError):
@@ -81,15 +44,12 @@ class ImageError(DataError):
 class Unusable(GMAIError):
     """An image, a volume or an annotation that can't be used; whoever reads many of them leaves it out.
 
-    Args:
-        reason: same text for all of a kind, under which it is counted.
-        detail: what is particular to this one; never who the patient is.
+    It is counted under ``reason``; ``detail`` is particular to this one, and never who the patient is.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason

@@ -25,8 +25,8 @@ import hashlib
 import json
 import posixpath
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -50,12 +50,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """The names that one dataset leaves out.
-
-    Args:
-        ids: of conversations.
-        images: names below the image root.
-    """
+    """The ``ids`` of conversations, and the ``images`` below the image root, that one dataset leaves out."""
 
     ids: frozenset[str] = frozenset()
     images: frozenset[str] = frozenset()
@@ -94,18 +89,15 @@ class Exclusions:
         return _digest([[part.digest for part in self.datasets], strangers])
 
     def unknown(self, found: Sequence[Exclusion]) -> list[str]:
-        """Return the lines that name no conversation, for people, sorted.
+        """Return the lines that name no conversation, for people, sorted; of several datasets none has it.
 
-        A line for several datasets names one if any of them has it.
-
-        Args:
-            found: the names of each dataset's exclusion that it has.
+        ``found`` are the names of each dataset's exclusion that it has.
         """
         return sorted(
             str(line)
             for line, positions in self.lines.items()
             if not any(line in found[position] for position in positions)
-            if line.dataset is None or Named(line.kind, line.value, None) not in self.lines
+            if line.dataset is None or replace(line, dataset=None) not in self.lines
         )
 
 
@@ -133,7 +125,7 @@ def read_exclusions(entries: Sequence[DatasetEntry], *, known: Collection[str]) 
         for line in read_list(path):
             concerned = [n for n in positions if line.dataset in (None, entries[n].name)]
             if line.dataset is None and len(concerned) == 1:
-                line = Named(line.kind, line.value, entries[concerned[0]].name)
+                line = replace(line, dataset=entries[concerned[0]].name)
             if concerned or line.dataset not in known:
                 lines[line].update(concerned)
     datasets = []
@@ -161,12 +153,9 @@ def read_list(path: Path) -> list[Named]:
         raise MixtureError(
             f"the exclude list {path} is not UTF-8 ({error}). Save it as UTF-8."
         ) from error
-    return list(_parse(text.split("\n"), path))
-
-
-def _parse(lines: Iterable[str], path: Path) -> Iterator[Named]:
+    found: list[Named] = []
     dataset: str | None = None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -189,4 +178,6 @@ def _parse(lines: Iterable[str], path: Path) -> Iterator[Named]:
         if key == "dataset":
             dataset = None if value == _ALL else value
         else:
-            yield Named(key, posixpath.normpath(value) if key == "image" else value, dataset)
+            value = posixpath.normpath(value) if key == "image" else value
+            found.append(Named(key, value, dataset))
+    return found

@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the file lock ``path``; while another process has it, say each minute what is waited for.
 
-    Args:
-        path: of the lock file.
-        what: the other process's work, for the log: ``"tokenise train.jsonl"``.
+    ``what`` is the other process's work: ``"tokenise train.jsonl"``.
     """
     lock = FileLock(path)
     while True:
@@ -148,10 +146,8 @@ def is_running(process: int) -> bool:
     """Return whether a process of this machine is there."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
+    except OSError as error:  # or another user's
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

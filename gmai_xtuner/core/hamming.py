@@ -56,21 +56,16 @@ def search(
         return
     if pieces is None:
         pieces = cheapest(len(queries), len(values), distance)
-    yield from (
-        _compare_all(queries, values, distance)
-        if pieces == 0
-        else _look_up(queries, values, distance, pieces)
-    )
+    if pieces == 0:
+        yield from _compare_all(queries, values, distance)
+    else:
+        yield from _look_up(queries, values, distance, pieces)
 
 
 def close_pairs(values: np.ndarray, *, distance: int) -> Iterator[tuple[int, int]]:
-    """Yield positions of hashes of one collection at most ``distance`` bits apart, each pair once.
+    """Yield positions of hashes (uint64 ``[n]``) at most ``distance`` bits apart, each pair once.
 
     Equal hashes are paired as a chain, not each with each: a thousand blank images are 999 pairs.
-
-    Args:
-        values: uint64 ``[n]``.
-        distance: 0 to 64.
     """
     order = np.argsort(values, kind="stable")
     ordered = values[order]
@@ -183,9 +178,8 @@ def _compare_all(queries: np.ndarray, values: np.ndarray, distance: int) -> Iter
             close = np.flatnonzero(bits.ravel() <= distance)
             if len(close):
                 left, right = np.divmod(close, bits.shape[1])
-                found.append(
-                    Pairs(left + row, right + column, bits.ravel()[close].astype(np.uint8))
-                )
+                apart = bits.ravel()[close].astype(np.uint8)
+                found.append(Pairs(left + row, right + column, apart))
         return found
 
     with ThreadPoolExecutor(_threads()) as pool:  # numpy computes outside of the interpreter's lock

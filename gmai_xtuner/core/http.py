@@ -264,8 +264,8 @@ def retry_after(headers: Mapping[str, str], *, now: float | None = None) -> floa
 
     ``retry-after-ms`` is what OpenAI and Azure add. None: not said, or neither number nor date.
     """
-    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
-    for text, unit in ((milliseconds, 1000), (value, 1)):
+    value = headers.get("retry-after")
+    for text, unit in ((headers.get("retry-after-ms"), 1000), (value, 1)):
         try:
             seconds = float(text) / unit if text else -1.0
         except ValueError:
@@ -396,7 +396,6 @@ def each(
 
     Args:
         portal: of the event loop in which the function is called.
-        function: called with each input.
         inputs: read in the caller's thread, as results are taken.
         window: calls under way at once.
     """

@@ -107,13 +107,9 @@ def shorten(names: Sequence[str], *, limit: int = 12) -> str:
 
 def layout_of(config: Mapping[str, Any]) -> str | None:
     """``plain`` or ``original`` by the content of a ``config.json``; None for what is no LLaVA."""
-    if isinstance(config.get("text_config"), dict) and isinstance(
-        config.get("vision_config"), dict
-    ):
+    if all(isinstance(config.get(part), dict) for part in ("text_config", "vision_config")):
         return "plain" if "llava" in str(config.get("model_type")) else None
-    if "mm_hidden_size" in config and "mm_projector_type" in config:
-        return "original"
-    return None
+    return "original" if {"mm_hidden_size", "mm_projector_type"} <= config.keys() else None
 
 
 def vision_config(directory: Path) -> dict[str, Any]:

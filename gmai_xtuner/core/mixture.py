@@ -57,6 +57,12 @@ from gmai_xtuner.core.yaml_lines import Document, Section
 
 STAGES = ("stage1", "stage2", "stage3")
 QUALITIES = ("high", "low")
+_CHOICES = {
+    "quality": QUALITIES,
+    "over_length": ("cut", "drop"),
+    "on_bad_sample": ("raise", "skip"),
+    "image_marks": ("required", "first"),
+}
 
 _SHARED = (
     *("image_root", "category", "quality", "ratio"),
@@ -137,24 +143,30 @@ def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
 
 def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
     """``variants``: the files that this one is a base of, itself not among them."""
-    top = Section(_document(path), title="the mixture")
+    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
+        raise MixtureError(f"{path}: a mixture file ends in .yaml, .yml or .json.")
+    remedy = "Name yours in GMAI_MIXTURE; the default is found from the repository's root."
+    document = Document(path, what="mixture file", error=MixtureError, remedy=remedy)
+    if document.data is None:
+        raise MixtureError(f"{path} is empty. List at least one dataset under 'datasets'.")
+    top = Section(document, title="the mixture")
     # In the authors' form the top level is the datasets, and each of them a mapping.
     is_variant = "base" in top and not isinstance(top.values["base"], dict | list)
     base = Mixture(path, ())
     exclude: tuple[Path, ...] = ()
+    defaults: Section | None = None
+    datasets: Section | None = top
     is_ours = is_variant or "datasets" in top
     if is_ours:
         top.check_keys(("datasets", "defaults", "exclude", *(("base", "without") * is_variant)))
-        defaults = top.section("defaults") if "defaults" in top else None
-        if defaults is not None:
+        datasets = top.section("datasets") if "datasets" in top else None
+        if "defaults" in top:
+            defaults = top.section("defaults")
             defaults.check_keys(_SHARED)
         if is_variant:
             base = _read_base(top, variants, check_files=check_files)
-        if "exclude" in top:
-            exclude = tuple(_files(top, "exclude", check_files=check_files))
-        datasets = top.section("datasets") if "datasets" in top else None
+        exclude = _files(top, "exclude", check_files=check_files)
     else:
-        datasets, defaults = top, None
         near = difflib.get_close_matches("datasets", top.values, n=1)
         if near and "annotations" not in top.section(near[0]):
             raise top.error(
@@ -176,57 +188,41 @@ def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixtu
                 "the base has a dataset of this name", remedy="Rename it, or name it in `without`."
             )
         entries.append(_read_entry(name, section, defaults, check_files=check_files))
-    own = (replace(entry, exclude=_joined(exclude, entry.exclude)) for entry in entries)
-    return Mixture(path, tuple(own), base.without)
-
-
-def _document(path: Path) -> Document:
-    if path.suffix.lower() not in (".yaml", ".yml", ".json"):
-        raise MixtureError(f"{path}: a mixture file ends in .yaml, .yml or .json.")
-    document = Document(
-        path,
-        what="mixture file",
-        error=MixtureError,
-        remedy="Name yours in GMAI_MIXTURE; the default is found from the repository's root.",
+    own = (
+        replace(entry, exclude=tuple(dict.fromkeys((*exclude, *entry.exclude))))
+        for entry in entries
     )
-    if document.data is None:
-        raise MixtureError(f"{path} is empty. List at least one dataset under 'datasets'.")
-    return document
+    return Mixture(path, tuple(own), base.without)
 
 
 def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
     """Read the mixture that this one is a variant of, without what it leaves out."""
-    value = top.scalar("base")
-    if not isinstance(value, str) or not value:
-        raise top.error("base must name a mixture file", remedy="Name one.", key="base")
-    file = _locate(top, value, key="base", must_exist=True)
+    key = "base"
+    value = top.scalar(
+        key, lambda value: isinstance(value, str) and value != "", "the name of a mixture file"
+    )
+    file = _locate(top, value, key=key, must_exist=True)
     family = (*variants, top.document.path.resolve())
     if file.resolve() in family:
         raise top.error(
-            f"base {value!r} is based on this file itself", remedy="Name another.", key="base"
+            f"base {value!r} is based on this file itself", remedy="Name another.", key=key
         )
     base = _load(file, family, check_files=check_files)
-    if "without" not in top:
-        return base
-    patterns = top.texts("without", what="a dataset of the base, or a pattern")
+    names = [entry.name for entry in base.entries]
     left_out: set[str] = set()
-    for pattern in patterns:
-        matching = {entry.name for entry in base.entries if fnmatchcase(entry.name, pattern)}
+    key = "without"
+    for pattern in top.texts(key, what="a dataset of the base, or a pattern") if key in top else ():
+        matching = {name for name in names if fnmatchcase(name, pattern)}
         if not matching:
-            near = difflib.get_close_matches(pattern, [entry.name for entry in base.entries], n=1)
+            near = difflib.get_close_matches(pattern, names, n=1)
             raise top.error(
                 f"without: {pattern!r} is no dataset of {file}",
                 remedy=f"Did you mean {near[0]!r}?" if near else "`*` stands for any characters.",
-                key="without",
+                key=key,
             )
         left_out |= matching
     kept = tuple(entry for entry in base.entries if entry.name not in left_out)
-    names = (entry.name for entry in base.entries if entry.name in left_out)
-    return Mixture(file, kept, (*base.without, *names))
-
-
-def _joined(*parts: tuple[Path, ...]) -> tuple[Path, ...]:
-    return tuple(dict.fromkeys(path for part in parts for path in part))
+    return Mixture(file, kept, (*base.without, *(name for name in names if name in left_out)))
 
 
 def select(
@@ -235,7 +231,6 @@ def select(
     """Return the datasets that a stage trains on, with their ratios, in the file's order.
 
     Args:
-        mixture: see :func:`load_mixture`.
         stage: ``"stage1"``, ``"stage2"`` or ``"stage3"``.
         quality: keep the datasets of this quality only; default all.
 
@@ -266,14 +261,8 @@ def select(
 def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarray:
     """Draw the records of a dataset that are seen: each ``floor(ratio)`` or ``ceil(ratio)`` times.
 
-    2.5 means two whole copies and a random half. The draw depends on seed and name alone, so
+    2.5 means two whole copies and a random half. The draw depends on seed and name of the dataset alone, so
     another dataset in the mixture changes nothing.
-
-    Args:
-        size: number of records.
-        ratio: 0 or more.
-        seed: 0 or more.
-        name: of the dataset.
 
     Returns:
         int64 ``[round(size * ratio)]``, sorted.
@@ -295,11 +284,9 @@ def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarr
 
 
 def _from_authors_form(section: Section, datasets: Section) -> Section:
-    key = "data_augment"
-    if key in section and not isinstance(section.values[key], bool):
-        raise section.error("data_augment must be true or false", remedy="Correct it.", key=key)
-    name = str(section.place[-1])
-    return datasets.section(name, title=section.title, names=_AUTHORS)
+    if "data_augment" in section:
+        section.scalar("data_augment", lambda value: isinstance(value, bool), "true or false")
+    return datasets.section(str(section.place[-1]), title=section.title, names=_AUTHORS)
 
 
 def _read_entry(
@@ -310,58 +297,45 @@ def _read_entry(
         holder = next((part for part in (section, defaults) if part and key in part), None)
         return default if holder is None else read(holder, key)
 
-    annotations = _read_annotations(section, check_files=check_files)
+    if "annotations" not in section:
+        raise section.error("annotations are missing", remedy="Name the file(s) with the records.")
+    annotations = _files(section, "annotations", check_files=check_files, suffixes=SUFFIXES)
+    for file in annotations:
+        if annotations.count(file) > 1:
+            raise section.error(
+                f"{file.name!r} is listed twice",
+                remedy="Raise the ratio instead.",
+                key="annotations",
+            )
+    image_root = partial(_read_image_root, annotations=annotations, check_files=check_files)
     return DatasetEntry(
         name=name,
         annotations=annotations,
-        image_root=field(
-            "image_root",
-            partial(_read_image_root, annotations=annotations, check_files=check_files),
-        ),
+        image_root=field("image_root", image_root),
         category=field("category", _read_text),
-        quality=field("quality", partial(_read_choice, known=QUALITIES)),
+        quality=field("quality", _read_choice),
         ratios=field("ratio", _read_ratios, dict.fromkeys(STAGES, 1.0)),
-        over_length=field("over_length", partial(_read_choice, known=("cut", "drop")), "cut"),
-        on_bad_sample=field("on_bad_sample", partial(_read_choice, known=("raise", "skip"))),
-        size=_read_size(section, "size") if "size" in section else None,
-        exclude=tuple(_files(section, "exclude", check_files=check_files))
-        if "exclude" in section
-        else (),
-        image_marks=field(
-            "image_marks", partial(_read_choice, known=("required", "first")), "required"
-        ),
+        over_length=field("over_length", _read_choice, "cut"),
+        on_bad_sample=field("on_bad_sample", _read_choice),
+        size=section.scalar("size", _is_size, "a number of records") if "size" in section else None,
+        exclude=_files(section, "exclude", check_files=check_files),
+        image_marks=field("image_marks", _read_choice, "required"),
     )
 
 
-def _read_text(section: Section, key: str) -> str | None:
-    value = section.scalar(key)
-    if value is not None and not isinstance(value, str):
-        raise section.error(
-            f"{key} must be a text, got {value!r}", remedy="Put it in quotes.", key=key
-        )
-    return value
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _read_choice(section: Section, key: str, *, known: tuple[str, ...]) -> str:
-    value = section.scalar(key)
-    if value not in known:
-        raise section.error(
-            f"{key} must be one of {', '.join(known)}, got {value!r}",
-            remedy="Correct it, or leave it out.",
-            key=key,
-        )
-    return value
+def _read_text(section: Section, key: str) -> Any:
+    return section.scalar(
+        key, lambda value: isinstance(value, str | None), "a text", remedy="Put it in quotes."
+    )
 
 
-def _read_size(section: Section, key: str) -> int:
-    value = section.scalar(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise section.error(
-            f"the size (length) must be a number of records, got {value!r}",
-            remedy="Correct it, or leave it out.",
-            key=key,
-        )
-    return value
+def _read_choice(section: Section, key: str) -> Any:
+    known = _CHOICES[key]
+    return section.scalar(key, lambda value: value in known, f"one of {', '.join(known)}")
 
 
 def _read_ratios(section: Section, key: str) -> dict[str, float]:
@@ -378,35 +352,19 @@ def _read_ratios(section: Section, key: str) -> dict[str, float]:
 
 
 def _read_ratio(section: Section, key: str) -> float:
-    value = section.scalar(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise section.error(
-            f"a ratio must be a number of 0 or more, got {value!r}",
-            remedy="1 is all records once, 0.05 is 5 %, 2.5 is two and a half times.",
-            key=key,
-        )
-    return float(value)
+    def is_right(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value) and value >= 0
 
-
-def _read_annotations(section: Section, *, check_files: bool) -> tuple[Path, ...]:
-    key = "annotations"
-    if key not in section:
-        raise section.error("annotations are missing", remedy="Name the file(s) with the records.")
-    files = _files(section, key, check_files=check_files, suffixes=SUFFIXES)
-    for file in files:
-        if files.count(file) > 1:
-            raise section.error(
-                f"{file.name!r} is listed twice", remedy="Raise the ratio instead.", key=key
-            )
-    return tuple(files)
+    remedy = "1 is all records once, 0.05 is 5 %, 2.5 is two and a half times."
+    return float(section.scalar(key, is_right, "a number of 0 or more", remedy=remedy))
 
 
 def _files(
     section: Section, key: str, *, check_files: bool, suffixes: tuple[str, ...] = ()
-) -> list[Path]:
+) -> tuple[Path, ...]:
     files = []
-    for value in section.texts(key, what="a file"):
+    for value in section.texts(key, what="a file") if key in section else ():
         if suffixes and Path(value).suffix.lower() not in suffixes:
             raise section.error(
                 f"the file {value!r} has an unknown suffix",
@@ -417,7 +375,7 @@ def _files(
         if check_files and not os.path.isfile(file):
             raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
         files.append(file)
-    return files
+    return tuple(files)
 
 
 def _read_image_root(

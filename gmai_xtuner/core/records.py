@@ -63,21 +63,15 @@ class RawRecord:
         try:
             return json.loads(self.payload.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"not UTF-8 ({error.reason} at byte {error.start + 1} of the record)",
-                dataset=dataset,
-                record=self.where,
-                remedy="Save the file as UTF-8.",
-                reason="not_utf8",
-            ) from error
+            cause: Exception = error
+            problem = f"not UTF-8 ({error.reason} at byte {error.start + 1} of the record)"
+            remedy, reason = "Save the file as UTF-8.", "not_utf8"
         except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-            raise DataError(
-                f"not valid JSON ({error})",
-                dataset=dataset,
-                record=self.where,
-                remedy="Each line must be one whole JSON object.",
-                reason="not_json",
-            ) from error
+            cause, problem = error, f"not valid JSON ({error})"
+            remedy, reason = "Each line must be one whole JSON object.", "not_json"
+        raise DataError(
+            problem, dataset=dataset, record=self.where, remedy=remedy, reason=reason
+        ) from cause
 
 
 def iter_raw(
@@ -130,59 +124,56 @@ def _iter_lines(path: Path, dataset: str | None) -> Iterator[RawRecord]:
 def _iter_json_list(path: Path, dataset: str | None) -> Iterator[RawRecord]:
     """Decode the text once and scan one item after the other; no tree of the whole file."""
     text = _read_text(path, dataset)
-    decoder = json.JSONDecoder()
-
-    def skip_space(position: int) -> int:
-        match = _JSON_SPACE.match(text, position)
-        return position if match is None else match.end()
+    decode = json.JSONDecoder().raw_decode
+    number, line, counted = 0, 1, 0
 
     def broken(what: str, position: int) -> DataError:
-        line = text.count("\n", 0, position) + 1
-        return _file_error(
-            path,
-            f"is not valid JSON: {what} at line {line}, record {number}",
-            "Correct it there; everything behind that place is unread.",
-            dataset,
-            reason="not_json",
-        )
+        found = f"{what} at line {text.count(chr(10), 0, position) + 1}, record {number}"
+        remedy = "Correct it there; everything behind that place is unread."
+        problem = f"is not valid JSON: {found}"
+        return _file_error(path, problem, remedy, dataset, reason="not_json")
 
-    number = 1
-    position = skip_space(0)
-    if position == len(text):
+    def passed(position: int, marks: str, what: str) -> tuple[str, int]:
+        """Pass over spaces and one of the marks."""
+        position = _end_of_space(text, position)
+        mark = text[position : position + 1]
+        if not mark or mark not in marks:
+            raise broken(what, position)
+        return mark, _end_of_space(text, position + len(mark))
+
+    if _end_of_space(text, 0) == len(text):
         return
-    if text[position] == "{":
+    mark, position = passed(0, "[{", "a list was expected")
+    if mark == "{":
         raise _file_error(
             path,
             "holds an object where a list of records was expected",
             "Wrap the records in [ ], or name the file .jsonl if it has one record a line.",
             dataset,
         )
-    if text[position] != "[":
-        raise broken("a list was expected", position)
-    position = skip_space(position + 1)
-    line, counted = 1, 0
-    while text[position : position + 1] != "]" or number > 1:
+    if text[position : position + 1] == "]":
+        mark, position = passed(position, "]", "")
+    while mark in ("[", ","):
+        number += 1
         line, counted = line + text.count("\n", counted, position), position
         try:
-            item, position = decoder.raw_decode(text, position)
+            item, position = decode(text, position)
         except json.JSONDecodeError as error:
             raise broken(error.msg, error.pos) from error
         except RecursionError as error:
             raise broken("objects nested too deeply", position) from error
         except ValueError as error:  # a number of 5,000 digits
             raise broken(str(error), position) from error
-        yield RawRecord(
-            f"{path.name}, record {number} (line {line})", f"{path.name}:{number}", item
-        )
-        number += 1
-        position = skip_space(position)
-        if text[position : position + 1] == "]":
-            break
-        if text[position : position + 1] != ",":
-            raise broken("',' or ']' was expected", position)
-        position = skip_space(position + 1)
-    if (end := skip_space(position + 1)) != len(text):
-        raise broken("text behind the end of the list", end)
+        place = f"{path.name}, record {number} (line {line})"
+        yield RawRecord(place, f"{path.name}:{number}", item)
+        mark, position = passed(position, ",]", "',' or ']' was expected")
+    if position != len(text):
+        raise broken("text behind the end of the list", position)
+
+
+def _end_of_space(text: str, position: int) -> int:
+    match = _JSON_SPACE.match(text, position)
+    return position if match is None else match.end()
 
 
 def _read_text(path: Path, dataset: str | None) -> str:
@@ -247,20 +238,16 @@ def _parquet_rows(
 
 def large_row_group(file: Any, columns: Sequence[str]) -> str:
     """Say which row group of a Parquet file claims more than is read at once, or nothing."""
-    for column in _columns_of(file, columns):
-        if column.num_values > _MAX_VALUES or column.total_uncompressed_size > _MAX_BYTES:
-            size = f"{column.num_values} values, {column.total_uncompressed_size} bytes"
-            return f"has {size}, in one row group of {column.path_in_schema!r}"
-    return ""
-
-
-def _columns_of(file: Any, picked: Sequence[str]) -> Iterator[Any]:
-    """Yield what the footer says of each row group's columns."""
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         for at in range(group.num_columns):
-            if (column := group.column(at)).path_in_schema.split(".")[0] in picked:
-                yield column
+            column = group.column(at)
+            if column.path_in_schema.split(".")[0] in columns and (
+                column.num_values > _MAX_VALUES or column.total_uncompressed_size > _MAX_BYTES
+            ):
+                size = f"{column.num_values} values, {column.total_uncompressed_size} bytes"
+                return f"has {size}, in one row group of {column.path_in_schema!r}"
+    return ""
 
 
 def _file_error(

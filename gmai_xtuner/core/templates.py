@@ -15,10 +15,8 @@ def environment(
     """Return an environment in which a missing value is an error, and tags leave no blank lines behind.
 
     Args:
-        package: dotted name of the package that the templates travel with.
-        folder: below the package.
+        package, folder: dotted name of the package that the templates travel with; a folder below it.
         html: escape every value.
-        options: others of jinja2's ``Environment``.
     """
     return Environment(
         loader=PackageLoader(package, folder),

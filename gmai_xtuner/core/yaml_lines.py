@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,14 +99,11 @@ class Document:
                 )
             text = path.read_text(encoding="utf-8-sig")
         except OSError as problem:
-            reason = problem.strerror or problem
-            raise self._error(
-                f"{path}: the {what} can't be read ({reason}). {remedy}".rstrip()
-            ) from problem
+            said = f"can't be read ({problem.strerror or problem}). {remedy}".rstrip()
+            raise self._error(f"{path}: the {what} {said}") from problem
         except UnicodeDecodeError as problem:
-            raise self._error(
-                f"{path}: the {what} is not UTF-8 ({problem}). Save it as UTF-8."
-            ) from problem
+            said = f"is not UTF-8 ({problem}). Save it as UTF-8."
+            raise self._error(f"{path}: the {what} {said}") from problem
         if path.suffix.lower() != ".json":
             return text
         return _PAIR.sub(lambda pair: json.loads(f'"{pair[0]}"'), text.replace("\t", " "))
@@ -161,12 +158,9 @@ class Document:
 
 
 class Section:
-    """A mapping of a document, whose errors name its lines.
+    """A mapping of a document, whose errors name its lines, the place and its ``title``.
 
     Args:
-        document: the file.
-        place: of the mapping.
-        title: its name in messages.
         names: own name of each key that is read -> its name in the file; default: the keys as they are.
 
     Raises:
@@ -214,20 +208,24 @@ class Section:
                 remedy = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
                 raise self.error(f"unknown key {key!r}", remedy=remedy, key=key)
 
-    def scalar(self, key: str) -> Any:
-        """Return the value of a key, which must be neither mapping nor list."""
-        value = self.values[key]
+    def scalar(
+        self,
+        key: str,
+        is_right: Callable[[Any], bool],
+        expected: str,
+        *,
+        remedy: str = "Correct it, or leave it out.",
+    ) -> Any:
+        """Return the value of a key, neither mapping nor list; ``is_right`` knows what is ``expected``."""
+        value, name = self.values[key], self._names.get(key, key)
         if isinstance(value, dict | list):
-            raise self.error(f"{key} must be one value", remedy="Write key: value.", key=key)
+            raise self.error(f"{name} must be one value", remedy="Write key: value.", key=key)
+        if not is_right(value):
+            raise self.error(f"{name} must be {expected}, got {value!r}", remedy=remedy, key=key)
         return value
 
     def texts(self, key: str, *, what: str) -> list[str]:
-        """Return a text, or a list of texts, that are not empty.
-
-        Args:
-            key: of the value.
-            what: one of them, for messages.
-        """
+        """Return a text, or a list of texts, that are not empty; ``what`` names one of them in messages."""
         value = self.values[key]
         values = value if isinstance(value, list) else [value]
         if not values or not all(isinstance(one, str) and one for one in values):

@@ -111,10 +111,11 @@ def test_what_a_section_asks_of_its_values(tmp_path):
     top = Section(document(tmp_path / "a.yaml", "a: [b, c]\nd: e\nf: [g, '']\nh: {}\n"), title="it")
     assert top.texts("a", what="a name") == ["b", "c"]
     assert top.texts("d", what="a name") == ["e"]
-    assert top.scalar("d") == "e"
+    assert top.scalar("d", lambda value: value == "e", "e") == "e"
     for ask, message in (
         (lambda: top.texts("f", what="a name"), ":3: it: f must be a name or a list"),
-        (lambda: top.scalar("h"), ":4: it: h must be one value"),
+        (lambda: top.scalar("h", bool, "a text"), ":4: it: h must be one value"),
+        (lambda: top.scalar("d", lambda value: value == 3, "3"), ":2: it: d must be 3, got 'e'"),
         (lambda: top.section("d"), ":2: 'd': a mapping was expected"),
         (lambda: top.check_keys(["a", "d", "f", "house"]), ":4: it: unknown key 'h'"),
     ):

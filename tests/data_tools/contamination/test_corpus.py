@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_tools import overlap
-from data_tools.contamination.corpus import Corpus, open_corpus
+from data_tools.contamination.compare import Corpus, open_corpus
 from gmai_xtuner.core.errors import CorpusError, DataError, MixtureError
 from gmai_xtuner.core.exclusion import Exclusion
 from tests.data_tools.contamination.sides import picture, write_lines

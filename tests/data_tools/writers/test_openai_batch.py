@@ -332,4 +332,4 @@ def test_the_other_writers_answers_are_used(serve, tmp_path):
 def test_an_estimate_has_half_the_price(serve, tmp_path):
     price = {"input": 1000.0, "output": 1000.0}
     made = writer(tmp_path, serve().url, price=price)
-    assert made.estimate(tasks(10)).dollars_at_most == pytest.approx(10 * AT_MOST / 2000)
+    assert made.estimate(tasks(10))["dollars_at_most"] == pytest.approx(10 * AT_MOST / 2000)
