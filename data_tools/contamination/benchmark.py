@@ -141,7 +141,8 @@ class Benchmark:
             for seen, raw in enumerate(rows.rows(file), 1):
                 columns.update(map(str, raw))
                 cells = rows.by_name(raw)
-                if not self._is_wanted(raw):
+                wanted = (fnmatchcase(str(raw.get(n, "")), p) for n, p in self.where.items())
+                if not all(wanted):
                     self.left_out += 1
                     continue
                 texts, shown = self._texts(cells), list(rows.images(cells))
@@ -184,11 +185,6 @@ class Benchmark:
             there = f"columns: {', '.join(sorted(columns)[:12]) or 'none'}"
             self.passed_over.append((name, f"no column of questions or images is known ({there})"))
 
-    def _is_wanted(self, cells: Mapping[str, Any]) -> bool:
-        return all(
-            fnmatchcase(str(cells.get(name, "")), value) for name, value in self.where.items()
-        )
-
     @staticmethod
     def _texts(cells: Mapping[str, Any]) -> tuple[str, ...]:
         bare = rows.questions(cells)
@@ -216,8 +212,6 @@ class Benchmark:
                 f"{name} holds several parts ({', '.join(sorted(splits))}). Choose the one that is tested on "
                 f"with --where, such as --where {condition}."
             )
-
-    # --- images ---------------------------------------------------------------------------------
 
     def _resolve(
         self, one: str | bytes, file: Path, row: int

@@ -172,8 +172,6 @@ def _groups(path: Path) -> dict[str, str]:
     return found
 
 
-# --- comparing ---------------------------------------------------------------------------------
-
 _PROBLEMS = 10_000
 _OF_A_CASE = 100
 """Images of the corpus that are named for one of the benchmark; a volume has many slices."""

@@ -81,7 +81,7 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
     items = len(benchmark.items)
     found = set(matches.exact) | set(np.flatnonzero(matches.nearest < 255).tolist())
     with_image = {n for n, item in enumerate(benchmark.items) if found.intersection(item.images)}
-    with_question = questions.asked_items()
+    with_question = {number for text in questions.hits for number in questions.of_text[text]}
     levels = [level for level in LEVELS if level < overlap.distance] + [overlap.distance]
     why = images_not_compared(overlap)
     return {
@@ -193,9 +193,6 @@ def warnings(overlap: Overlap) -> list[str]:
         if number:
             found.append(f"{number:,} {thing}{'' if number == 1 else 's'} {outcome}.")
     return found
-
-
-# --- names to leave out ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

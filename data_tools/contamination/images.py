@@ -176,9 +176,6 @@ def _by_query(pairs: Pairs) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         yield int(pairs.query[start]), pairs.value[start:end], pairs.distance[start:end]
 
 
-# --- names --------------------------------------------------------------------------------------
-
-
 def case_of(name: str) -> str:
     """Return the part of a file name that names its case: the last that is no mere number or word; or "".
 

@@ -154,13 +154,6 @@ class Questions:
             self._known[text] = found
         return found
 
-    def asked_items(self) -> set[int]:
-        """Return the items of which one text at least is asked in the corpus."""
-        return {number for text in self.hits for number in self.of_text[text]}
-
-
-# --- texts --------------------------------------------------------------------------------------
-
 
 def normalised(text: str) -> str:
     """Return a text's words, or characters where words aren't written apart; nothing else of it counts."""

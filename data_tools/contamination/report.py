@@ -87,9 +87,6 @@ def check_folder(folder: Path, corpus: Path, benchmark: Path) -> None:
         ) from error
 
 
-# --- files --------------------------------------------------------------------------------------
-
-
 def write(folder: Path, overlap: Overlap, cache: HashCache) -> dict[str, Any]:
     """Write the whole folder, each file whole or not at all, and return the numbers.
 
@@ -189,9 +186,6 @@ def _small(path: Path | None) -> bytes:
 
 def _url(data: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data).decode() if data else ""
-
-
-# --- texts --------------------------------------------------------------------------------------
 
 
 def as_text(numbers: dict[str, Any], folder: Path) -> str:

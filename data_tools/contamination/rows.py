@@ -96,9 +96,6 @@ def _table(path: Path, delimiter: str) -> Iterator[Cells]:
         csv.field_size_limit(before)
 
 
-# --- columns ------------------------------------------------------------------------------------
-
-
 def plain(name: str) -> str:
     """Return a column's name as it is compared."""
     return re.sub(r"[^a-z0-9]", "", name.lower())

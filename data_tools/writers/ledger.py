@@ -165,8 +165,6 @@ class Ledger:
         self._alive.release()
         (self._locks / self.run).unlink(missing_ok=True)
 
-    # Runs
-
     def _lock_of(self, run: str) -> FileLock:
         return FileLock(str(self._locks / run), thread_local=False)
 
@@ -200,8 +198,6 @@ class Ledger:
             ):
                 self._add(job, Expense(*cost), lost=True, requests=requests)
             self._rows("DELETE FROM under_way WHERE run = ?", run)
-
-    # Answers
 
     def answer(self, key: str) -> Reply | None:
         """Return the answer to a request, whichever job paid for it."""
@@ -281,8 +277,6 @@ class Ledger:
         )
         return (rows[0][0], rows[0][1]) if rows else None
 
-    # Servers
-
     def traits(self, address: str, model: str) -> dict[str, str]:
         """Return what is known of a server, such as ``{"structured": "text"}``."""
         query = "SELECT traits FROM servers WHERE address = ? AND model = ?"
@@ -296,8 +290,6 @@ class Ledger:
             "traits = json_patch(traits, excluded.traits)",
             *(address, model, json.dumps(traits)),
         )
-
-    # Batches
 
     def add_shard(self, shard: str, address: str, keys: Iterable[tuple[str, Expense]]) -> None:
         """Write a batch down with all of its keys before any of it leaves this machine."""

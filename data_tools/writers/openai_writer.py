@@ -328,15 +328,14 @@ class _Run:
     async def _refused(self, refusal: RequestRefused) -> None:
         self.refused += 1
         if self.refused >= REFUSED_AT_FIRST and not self.concurrency.opened:
-            await self._stop_at_server(
-                f"has refused the first {self.refused} requests, the last with: {refusal.message}. "
-                "Check the writer's options."
+            said = (
+                f"has refused the first {self.refused} requests, the last with: {refusal.message}"
             )
+            await self._stop_at_server(f"{said}. Check the writer's options.")
 
     async def _failed(self, fault: ServerFault) -> None:
         """Stop the run if the server has given no answer for too long, or let it wait."""
-        patience = self.options.patience
-        now = time.monotonic()
+        patience, now = self.options.patience, time.monotonic()
         self.failing_since = self.failing_since or now
         silent = now - self.failing_since
         if fault.wait is not None and fault.wait > patience:
@@ -348,6 +347,6 @@ class _Run:
             self.concurrency.pause(fault.wait)
         if silent > patience:
             await self._stop_at_server(
-                f"has given no answer for {silent:,.0f} s, the last failure was: {fault}. Nothing is "
-                "lost: run the job again when the server is well."
+                f"has given no answer for {silent:,.0f} s, the last failure was: {fault}. Nothing is lost: "
+                "run the job again when the server is well."
             )

@@ -262,20 +262,16 @@ class _Answer(msgspec.Struct):
 def _pairs(found: _Answer, item: Item, record: Record) -> list[tuple[str, str]]:
     if found.turns is not None:
         return [(pair.question, pair.answer) for pair in found.turns]
-    if item.form in ("caption", "region_caption"):
-        asked = language(item.language).sentences[f"by_model.{item.form}"]
-        question: str | None = asked[item.seed % len(asked)]
-        if item.focus is not None and question is not None:
-            box = record.labels[item.focus].box
-            assert box is not None
-            question = question.format(box=write_box(box, width=record.width, height=record.height))
-        answer = found.caption
-    elif item.form in ("dialogue", "text_multi"):
-        raise msgspec.ValidationError("the key 'turns' is missing")
-    else:
-        question, answer = found.question, found.answer
-    if question is None or answer is None:
-        raise msgspec.ValidationError(
-            f"expected the keys {', '.join(_SCHEMAS[item.form]['required'])}"
-        )
-    return [(question, answer)]
+    wanted = _SCHEMAS[item.form]["required"]
+    said: list[Any] = [getattr(found, key) for key in wanted]
+    if None in said:
+        raise msgspec.ValidationError(f"expected the key(s) {', '.join(wanted)}")
+    if len(said) == 2:
+        return [(said[0], said[1])]
+    asked = language(item.language).sentences[f"by_model.{item.form}"]
+    question = asked[item.seed % len(asked)]
+    if item.focus is not None:
+        box = record.labels[item.focus].box
+        assert box is not None
+        question = question.format(box=write_box(box, width=record.width, height=record.height))
+    return [(question, said[0])]

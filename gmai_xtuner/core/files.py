@@ -46,9 +46,6 @@ def locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-# --- whole or not there -------------------------------------------------------------------------
-
-
 @contextmanager
 def staged(target: Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a path beside ``target`` to write a file or folder to; it becomes ``target`` at the block's end.
@@ -120,10 +117,9 @@ def remove_left_behind(path: Path) -> None:
 
 
 def keep_first(made: Path, target: Path) -> None:
-    """Rename a finished folder into its place.
+    """Rename a finished folder into its place; the first of two processes with the same content stays.
 
-    On a file system whose locks do not reach other machines a second process may have built the same
-    content meanwhile; whole is whole, the first one stays.
+    The locks of some file systems do not reach other machines.
     """
     try:
         os.replace(made, target)
@@ -149,9 +145,6 @@ def is_running(process: int) -> bool:
     except OSError as error:  # or another user's
         return not isinstance(error, ProcessLookupError)
     return True
-
-
-# --- on disk ------------------------------------------------------------------------------------
 
 
 def to_disk(path: Path) -> None:

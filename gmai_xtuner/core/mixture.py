@@ -180,7 +180,11 @@ def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixtu
         section = datasets.section(name, title=f"dataset {name!r}")
         section.check_keys(_OWN if is_ours else _AUTHORS.values())
         if not is_ours:
-            section = _from_authors_form(section, datasets)
+            if "data_augment" in section:
+                section.scalar(
+                    "data_augment", lambda value: isinstance(value, bool), "true or false"
+                )
+            section = datasets.section(name, title=section.title, names=_AUTHORS)
         if not name.strip():
             raise section.error("the name is empty", remedy="Name the dataset.")
         if any(entry.name == name for entry in base.entries):
@@ -280,15 +284,6 @@ def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarr
     return np.repeat(np.arange(size, dtype=np.int64), times)
 
 
-# --- fields -------------------------------------------------------------------------------------
-
-
-def _from_authors_form(section: Section, datasets: Section) -> Section:
-    if "data_augment" in section:
-        section.scalar("data_augment", lambda value: isinstance(value, bool), "true or false")
-    return datasets.section(str(section.place[-1]), title=section.title, names=_AUTHORS)
-
-
 def _read_entry(
     name: str, section: Section, defaults: Section | None, *, check_files: bool
 ) -> DatasetEntry:
@@ -317,14 +312,12 @@ def _read_entry(
         ratios=field("ratio", _read_ratios, dict.fromkeys(STAGES, 1.0)),
         over_length=field("over_length", _read_choice, "cut"),
         on_bad_sample=field("on_bad_sample", _read_choice),
-        size=section.scalar("size", _is_size, "a number of records") if "size" in section else None,
+        size=section.scalar("size", lambda n: type(n) is int and n >= 0, "a number of records")
+        if "size" in section
+        else None,
         exclude=_files(section, "exclude", check_files=check_files),
         image_marks=field("image_marks", _read_choice, "required"),
     )
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _read_text(section: Section, key: str) -> Any:
@@ -353,8 +346,7 @@ def _read_ratios(section: Section, key: str) -> dict[str, float]:
 
 def _read_ratio(section: Section, key: str) -> float:
     def is_right(value: Any) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value) and value >= 0
+        return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
     remedy = "1 is all records once, 0.05 is 5 %, 2.5 is two and a half times."
     return float(section.scalar(key, is_right, "a number of 0 or more", remedy=remedy))

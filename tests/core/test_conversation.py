@@ -200,12 +200,6 @@ def test_broken_line_names_its_place(payload, reason):
     assert caught.value.record == "x.jsonl, line 3"
 
 
-def test_string_in_a_list_is_no_record():
-    text = json.dumps(llava(("human", "Hi"), ANSWER))
-    with pytest.raises(DataError, match="expected an object, got str"):
-        parse_raw(RawRecord("x.json, record 1", "x.json:1", text), dataset="d")
-
-
 def test_record_without_id_gets_file_and_line(tmp_path):
     record = {key: value for key, value in llava(("human", "Hi"), ANSWER).items() if key != "id"}
     (tmp_path / "t.jsonl").write_text("\n" + json.dumps(record))

@@ -54,20 +54,6 @@ def test_every_way_finds_what_comparing_all_finds(pieces: int, distance: int) ->
     assert found(queries, values, distance=distance, pieces=pieces) == told
 
 
-@given(
-    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8),
-    st.lists(st.lists(st.integers(0, 63), max_size=12, unique=True), max_size=12),
-    st.integers(0, 12),
-    st.sampled_from([0, 3, 4, 7, 16]),
-)
-def test_hashes_of_any_kind(queries, flips, distance, pieces) -> None:
-    values = [
-        queries[n % len(queries)] ^ sum(1 << bit for bit in bits) for n, bits in enumerate(flips)
-    ]
-    asked, there = (np.array(side, dtype=np.uint64) for side in (queries, values))
-    assert found(asked, there, distance=distance, pieces=pieces) == expected(asked, there, distance)
-
-
 def test_candidates_beyond_what_is_held_at_once_are_all_looked_at(monkeypatch) -> None:
     monkeypatch.setattr(hamming, "_CANDIDATES_AT_ONCE", 7)
     monkeypatch.setattr(hamming, "_ROWS", 3)

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from data_tools import overlap
 from tests.toy import record
 
 
@@ -116,3 +117,13 @@ def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def compare(
+    corpus: Path, benchmark: Path, *options: Any, folder: Path | None = None, status: int = 0
+) -> dict[str, Any]:
+    """Run the command and return what ``overlap.json`` says."""
+    folder = folder or benchmark.parent / "overlap"
+    own = ["--output", folder, "--cache", folder.parent / "hashes.sqlite", "--workers", 1]
+    assert overlap.main([str(one) for one in (corpus, benchmark, *own, *options)]) == status
+    return json.loads((folder / "overlap.json").read_text(encoding="utf-8"))

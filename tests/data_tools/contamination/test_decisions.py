@@ -5,16 +5,14 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_tools import overlap
 from data_tools.contamination.findings import read_decisions
 from gmai_xtuner.core.errors import CorpusError
-from tests.data_tools.contamination.sides import picture, write_lines
+from tests.data_tools.contamination.sides import compare, picture, write_lines
 from tests.toy import record
 
 
@@ -47,11 +45,10 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
                 for row in rows:
                     pair = (row["benchmark_picture"], row["image"])
                     writer.writerow(row | {"decision": decisions.get(pair, "")})
-        own = ["--output", str(out), "--cache", str(tmp_path / "h.sqlite"), "--workers", "1"]
-        assert overlap.main([str(mixture), str(tmp_path / "bench"), *own, *options]) == status
+        found = compare(mixture, tmp_path / "bench", *options, folder=out, status=status)
         lines = (out / "exclude.txt").read_text().splitlines()
         names = [line.removeprefix("image: ") for line in lines if line.startswith("image: ")]
-        return names, capsys.readouterr().err, json.loads((out / "overlap.json").read_text())
+        return names, capsys.readouterr().err, found
 
     return once
 

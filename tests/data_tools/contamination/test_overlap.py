@@ -17,7 +17,7 @@ import pytest
 
 from data_tools import overlap
 from data_tools.contamination import hashing
-from tests.data_tools.contamination.sides import write_benchmark, write_corpus
+from tests.data_tools.contamination.sides import compare, write_benchmark, write_corpus
 
 COMMAND = Path(__file__).parents[3] / "data_tools" / "overlap.py"
 
@@ -25,16 +25,6 @@ COMMAND = Path(__file__).parents[3] / "data_tools" / "overlap.py"
 @pytest.fixture
 def sides(tmp_path: Path) -> tuple[Path, Path]:
     return write_corpus(tmp_path / "corpus"), write_benchmark(tmp_path / "bench")
-
-
-def compare(
-    corpus: Path, benchmark: Path, *options: Any, folder: Path | None = None, status: int = 0
-) -> dict[str, Any]:
-    """What ``overlap.json`` says."""
-    folder = folder or benchmark.parent / "overlap"
-    own = ["--output", folder, "--cache", folder.parent / "hashes.sqlite", "--workers", 1]
-    assert overlap.main([str(one) for one in (corpus, benchmark, *own, *options)]) == status
-    return json.loads((folder / "overlap.json").read_text(encoding="utf-8"))
 
 
 def by_image(found: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -283,9 +273,3 @@ def test_the_command_in_processes_of_its_own(sides: tuple[Path, Path], tmp_path:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "exclude.txt", "near.tsv", "overlap.json", "report.html", "report.md",
     ]  # fmt: skip
-    checked = subprocess.run(
-        [sys.executable, "-c", "import sys; from data_tools.contamination import compare, report, findings; "
-         "print([name for name in ('torch', 'mmengine', 'gmai_xtuner.data') if name in sys.modules])"],
-        capture_output=True, text=True, check=True, cwd=COMMAND.parents[1],
-    )  # fmt: skip
-    assert checked.stdout.strip() == "[]"

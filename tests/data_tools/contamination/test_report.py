@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import overlap
-from tests.data_tools.contamination.sides import picture, write_benchmark, write_corpus, write_tsv
+from tests.data_tools.contamination.sides import (
+    as_base64,
+    compare,
+    picture,
+    write_benchmark,
+    write_corpus,
+    write_tsv,
+)
 from tests.data_tools.output.test_report_in_browser import browser, look  # noqa: F401
 
 HOSTILE = '</td><script>document.title="hit"</script><img src=x onerror=alert(1)> | \u202e x'
@@ -30,19 +36,8 @@ def write(tmp_path: Path, *, hostile: bool = False) -> Path:
             {"from": "human", "value": f"{HOSTILE} is here"}, {"from": "gpt", "value": HOSTILE},
         ]}  # fmt: skip
         seen.write_text(seen.read_text() + json.dumps(told) + "\n")
-    out = tmp_path / "out"
-    arguments = [
-        mixture,
-        benchmark,
-        "--output",
-        out,
-        "--cache",
-        tmp_path / "c.sqlite",
-        "--workers",
-        1,
-    ]
-    assert overlap.main([str(one) for one in arguments]) == 0
-    return out
+    compare(mixture, benchmark, folder=tmp_path / "out")
+    return tmp_path / "out"
 
 
 @pytest.mark.slow
@@ -67,16 +62,13 @@ def test_names_and_texts_that_are_html_stay_text(browser, tmp_path):  # noqa: F8
 
 
 def test_pictures_out_of_a_table_are_shown_too(tmp_path: Path) -> None:
-    from tests.data_tools.contamination.sides import as_base64
-
     mixture = write_corpus(tmp_path / "corpus")
     coded = as_base64(tmp_path / "corpus" / "images" / "copy.png")
     write_tsv(
         tmp_path / "b.tsv", [{"index": 0, "image": coded, "question": "What?", "answer": "x"}]
     )
     out = tmp_path / "out"
-    options = ["--output", str(out), "--cache", str(tmp_path / "c.sqlite"), "--workers", "1"]
-    assert overlap.main([str(mixture), str(tmp_path / "b.tsv"), *options]) == 0
+    compare(mixture, tmp_path / "b.tsv", folder=out)
     page = (out / "report.html").read_text(encoding="utf-8")
     assert (
         page.count("data:image/jpeg;base64,") == 4

@@ -363,13 +363,6 @@ def test_the_budget_is_never_exceeded_and_the_next_run_goes_on(serve, tmp_path, 
     assert max(server.payloads.values()) == 1
 
 
-def test_a_budget_of_nothing_sends_nothing(serve, tmp_path):
-    server = serve()
-    with pytest.raises(BudgetReached):
-        list(writer(tmp_path, server.url, budget={"tokens": 0}).write(tasks(10)))
-    assert server.requests == []
-
-
 def test_a_server_that_doesnt_count_is_counted_at_the_most(serve, tmp_path):
     server = serve(lambda body, number: completion('{"answer": "yes"}', usage=None))
     made = writer(tmp_path, server.url)
