@@ -280,7 +280,7 @@ def steps() -> Iterator[Check]:
 def measured_step(name: str, side: Any, data: Any, recomputed: int, liger: bool) -> Iterator[Check]:
     import torch
 
-    from gmai_xtuner.model.flops import ModelFlops, peak_flops
+    from gmai_xtuner.model.costs import ModelFlops, peak_flops
 
     device = next(side.model.parameters()).device
     if on_gpu():

@@ -15,7 +15,7 @@ function, batches of as many conversations as our mean step has, in random order
 config) or grouped by length (``LengthGroupedSampler``, its fine-tuning config), an image of zeros for a
 conversation without one, as its ``LLaVADataset`` gives.
 
-MFU: see :mod:`gmai_xtuner.model.flops`; the same model's work for the same conversations over each side's
+MFU: see :mod:`gmai_xtuner.model.costs`; the same model's work for the same conversations over each side's
 time. Stage 3 of the 7B geometry runs forward and backward only: the optimiser's state fits no single
 card.
 """
@@ -54,8 +54,8 @@ from xtuner.dataset.collate_fns import default_collate_fn
 from xtuner.model import LLaVAModel
 
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
-from gmai_xtuner.model.flops import ModelFlops, peak_flops
-from gmai_xtuner.model.recompute import recompute_first_layers
+from gmai_xtuner.model.costs import ModelFlops, peak_flops
+from gmai_xtuner.model.llava import recompute_first_layers
 
 MICRO_BATCHES = {1: 8, 2: 4, 3: 4}
 """Packs of a micro-batch by stage (Table 8)."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import queue
 import re
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -92,15 +92,11 @@ class Sampling:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
 
     def arguments(self) -> dict[str, Any]:
-        """What ``generate`` takes."""
+        """Return what ``generate`` takes."""
         draws = self.temperature > 0
-        return {
-            "do_sample": draws,
-            "temperature": self.temperature if draws else None,
-            "top_p": self.top_p if draws else None,
-            "top_k": None,
-            "repetition_penalty": self.repetition_penalty,
-        }
+        options = {"temperature": self.temperature, "top_p": self.top_p} if draws else {}
+        defaults = {"temperature": None, "top_p": None, "top_k": None, "do_sample": draws}
+        return defaults | options | {"repetition_penalty": self.repetition_penalty}
 
 
 GREEDY = Sampling()
@@ -127,25 +123,21 @@ class AnswerStream(Iterator[str]):
 
     Args:
         prompt_tokens: length of the prompt, image tokens counted.
+        pieces: given the stream, makes the pieces.
 
     ``new_tokens`` counts what the model has made so far. ``is_cut`` says, when all is read, that the
     answer ended because it had reached its greatest length, and not by itself.
     """
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.new_tokens = 0
-        self.is_cut = False
-        self._pieces: Generator[str, None, None] | None = None
+    def __init__(
+        self, prompt_tokens: int, pieces: Callable[[AnswerStream], Generator[str, None, None]]
+    ) -> None:
+        self.prompt_tokens, self.new_tokens, self.is_cut = prompt_tokens, 0, False
+        self._pieces = pieces(self)
+        self.close = self._pieces.close
 
     def __next__(self) -> str:
-        assert self._pieces is not None
         return next(self._pieces)
-
-    def close(self) -> None:
-        """Stop; what was handed out stays valid."""
-        assert self._pieces is not None
-        self._pieces.close()
 
 
 class Predictor:
@@ -173,6 +165,7 @@ class Predictor:
         self.tokenizer = tokenizer
         self.transform = transform
         self.encoder = ConversationTokenizer.from_pretrained(tokenizer, template)
+        self._image_tokens = num_image_tokens(model.visual_encoder.config)
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         stop = tokenizer.convert_tokens_to_ids(template.suffix) if template.suffix_is_eos else None
         self.stop_ids = [i for i in (stop, tokenizer.eos_token_id) if i is not None]
@@ -183,7 +176,7 @@ class Predictor:
         return self.model.llm.config.max_position_embeddings
 
     def num_tokens(self, prompt: Prompt) -> int:
-        """Length of a prompt, image tokens counted."""
+        """Return the length of a prompt, image tokens counted."""
         return self._length(self.encode(prompt))
 
     def answer(
@@ -270,59 +263,47 @@ class Predictor:
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
     ) -> AnswerStream:
-        """The assistant's next turn in pieces, as they come; joined, what :meth:`generate` returns.
-
-        Closing the iterator stops the model after the token that it is at.
-        """
+        """The assistant's next turn in pieces, as they come; joined, what :meth:`generate` returns."""
         prompt = Prompt(tuple(turns), tuple(images))
         arguments = self._arguments(self.encode(prompt), prompt.images, max_new_tokens)
         arguments |= sampling.arguments()
-        stream = AnswerStream(arguments["inputs_embeds"].shape[1])
-        stream._pieces = self._pieces(arguments, sampling, stream)
-        return stream
+        length = arguments["inputs_embeds"].shape[1]
+        return AnswerStream(length, partial(self._pieces, arguments, sampling))
 
     def _pieces(
         self, arguments: dict[str, Any], sampling: Sampling, stream: AnswerStream
     ) -> Generator[str, None, None]:
-        tokens = _TokenQueue()
-        stop = threading.Event()
-        failure: list[BaseException] = []
+        tokens = _Tokens()
 
+        @torch.no_grad()
         def run() -> None:
             try:
-                with torch.no_grad():
-                    _seed(sampling)
-                    self.model.llm.generate(
-                        **arguments,
-                        streamer=tokens,
-                        stopping_criteria=StoppingCriteriaList([_StopWhen(stop)]),
-                    )
-            except BaseException as error:
-                failure.append(error)
-                tokens.end()
+                _seed(sampling)
+                criteria = StoppingCriteriaList([tokens])
+                self.model.llm.generate(**arguments, stopping_criteria=criteria)
+            finally:
+                tokens.queue.put(None)
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        told, ids = "", []
-        try:
-            for token in tokens:
-                ids.append(token)
-                stream.new_tokens = len(ids)
-                if _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
-                    continue  # what bytes mean is known when all that follow each other are there
-                text = self._decode(ids)
-                if len(text) > len(told) and text.startswith(told):
-                    yield text[len(told) :]
-                    told = text
-            if failure:
-                raise failure[0]
-            stream.is_cut = not ids or ids[-1] not in self.stop_ids
-            whole = self._decode(ids)
-            if len(whole) > len(told):
-                yield whole[len(told) :]
-        finally:
-            stop.set()
-            thread.join()
+        told, ids = "", list[int]()
+        with ThreadPoolExecutor(1) as executor:
+            running = executor.submit(run)
+            try:
+                while (token := tokens.queue.get()) is not None:
+                    ids.append(token)
+                    stream.new_tokens = len(ids)
+                    if _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
+                        continue  # what bytes mean is known when all that follow each other are there
+                    text = self._decode(ids)
+                    if len(text) > len(told) and text.startswith(told):
+                        yield text[len(told) :]
+                        told = text
+                running.result()
+                stream.is_cut = not ids or ids[-1] not in self.stop_ids
+                whole = self._decode(ids)
+                if len(whole) > len(told):
+                    yield whole[len(told) :]
+            finally:
+                tokens.stopped = True
 
     def pixels(self, image: ImageLike) -> torch.Tensor:
         """float32 ``[3, S, S]`` on the CPU: what the model sees of an image, however large that is."""
@@ -368,22 +349,19 @@ class Predictor:
     def _arguments(
         self, ids: np.ndarray, images: Sequence[ImageLike], max_new_tokens: int
     ) -> dict[str, Any]:
-        """What ``generate`` takes for one prompt."""
+        """Return what ``generate`` takes for one prompt."""
         embeds = self._embed_all([ids], [images])
-        ((room, _),) = self._by_room(embeds, max_new_tokens).items()
-        return self._padded(embeds, room)
+        return self._padded(embeds, *self._by_room(embeds, max_new_tokens))
 
     def _embed_all(
         self, prompts: Sequence[np.ndarray], images: Sequence[Sequence[ImageLike]]
     ) -> list[torch.Tensor]:
         """``[T, D]`` of each prompt, every one of which leaves a position to answer at."""
-        limit = self.context_length
-        for ids in prompts:
-            if self._length(ids) >= limit:
-                raise PromptTooLong(self._length(ids), limit)
-        return [
-            self._embed(ids.astype(np.int64), own) for ids, own in zip(prompts, images, strict=True)
-        ]
+        longest = max(map(self._length, prompts), default=0)
+        if longest >= self.context_length:
+            raise PromptTooLong(longest, self.context_length)
+        pairs = zip(prompts, images, strict=True)
+        return [self._embed(ids.astype(np.int64), own) for ids, own in pairs]
 
     def _by_room(self, embeds: Sequence[torch.Tensor], max_new_tokens: int) -> dict[int, list[int]]:
         """Longest answer -> numbers of the prompts that may have it, to be computed together.
@@ -391,11 +369,8 @@ class Predictor:
         In one batch all answers end together, and positions beyond the model's last would change the rotary
         base of every prompt in it.
         """
-        groups: dict[int, list[int]] = {}
-        for number, rows in enumerate(embeds):
-            room = min(max_new_tokens, self.context_length - len(rows))
-            groups.setdefault(room, []).append(number)
-        return groups
+        rooms = [min(max_new_tokens, self.context_length - len(rows)) for rows in embeds]
+        return {room: [n for n, own in enumerate(rooms) if own == room] for room in rooms}
 
     def _padded(self, embeds: Sequence[torch.Tensor], room: int) -> dict[str, Any]:
         """What ``generate`` takes for prompts that all have room for so many new tokens."""
@@ -415,18 +390,14 @@ class Predictor:
         }
 
     def _length(self, ids: np.ndarray) -> int:
-        tokens = num_image_tokens(self.model.visual_encoder.config)
-        return len(ids) + int((ids == IMAGE_TOKEN_INDEX).sum()) * (tokens - 1)
+        return len(ids) + int((ids == IMAGE_TOKEN_INDEX).sum()) * (self._image_tokens - 1)
 
     @torch.no_grad()
     def _embed(self, ids: np.ndarray, images: Sequence[ImageLike]) -> torch.Tensor:
         """``[T, D]`` of one prompt."""
-        device = self.model.llm.device
-        tokens = num_image_tokens(self.model.visual_encoder.config)
-        widened = torch.from_numpy(
-            np.repeat(ids, np.where(ids == IMAGE_TOKEN_INDEX, tokens, 1))
-        ).to(device)
-        size = self.transform.image_size
+        device, size = self.model.llm.device, self.transform.image_size
+        repeats = np.where(ids == IMAGE_TOKEN_INDEX, self._image_tokens, 1)
+        widened = torch.from_numpy(np.repeat(ids, repeats)).to(device)
         pixels = [self.pixels(image) for image in images]
         seen = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size)
         places = torch.nonzero(widened == IMAGE_TOKEN_INDEX).flatten()
@@ -486,27 +457,13 @@ class FirstTokens(LogitsProcessor):
         return [i for i in found if i is not None and i != self._tokenizer.unk_token_id]
 
 
-class _TokenQueue(BaseStreamer):
-    """Hands tokens from the generating thread to the one that reads."""
+class _Tokens(StoppingCriteria):
+    """Hands tokens from the generating thread to the one that reads, which may stop it."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[int | None] = queue.Queue()
-
-    def put(self, value: torch.Tensor) -> None:
-        for token in value.flatten().tolist():
-            self._queue.put(token)
-
-    def end(self) -> None:
-        self._queue.put(None)
-
-    def __iter__(self) -> Iterator[int]:
-        while (token := self._queue.get()) is not None:
-            yield token
-
-
-class _StopWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
+        self.queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.stopped = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device)
+        self.queue.put(int(input_ids[0, -1]))
+        return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument, exit_status
 
@@ -25,27 +25,20 @@ def import_model(
     folder: str | Path,
     out: str | Path,
     *,
-    llm: str | None = None,
-    vision: str | None = None,
     dtype: str = "float16",
     save_format: str = "xtuner",
     max_shard_size: str = "2GB",
-    prompt_template: str | None = None,
-    add_bos: bool | None = None,
+    **load: Any,
 ) -> Predictor:
     """Read a model and write it; all of it or nothing.
 
     Args:
-        folder: see :func:`gmai_xtuner.loading.load_model`, also for ``llm``, ``vision``,
-            ``prompt_template`` and ``add_bos``.
+        folder: see :func:`gmai_xtuner.loading.load_model`.
         out: a new or empty folder.
-        llm: base of the language model, where the folder has none.
-        vision: base of the vision tower, where the folder has none.
         dtype: torch's name of the precision that is written.
         save_format: ``xtuner``, ``huggingface`` or ``gguf``.
         max_shard_size: of a file of weights.
-        prompt_template: what the folder does not say.
-        add_bos: what the folder does not say.
+        load: ``llm``, ``vision``, ``prompt_template`` and ``add_bos`` of ``load_model``.
 
     Returns:
         the model that was written.
@@ -63,16 +56,8 @@ def import_model(
 
     check_new(out)  # before anything is read
     check_shard_size(max_shard_size)
-    predictor = load_model(
-        folder,
-        llm=llm,
-        vision=vision,
-        # Not yet ``dtype``: what does not fit into fp16 would be infinite, or 0, without a word.
-        dtype=AS_STORED,
-        device="cpu",
-        prompt_template=prompt_template,
-        add_bos=add_bos,
-    )
+    # Not yet ``dtype``: what does not fit into fp16 would be infinite, or 0, without a word.
+    predictor = load_model(folder, dtype=AS_STORED, device="cpu", **load)
     with new_folder(out) as aside:
         if save_format == "xtuner":
             _write_xtuner(predictor, aside, as_dtype(dtype), max_shard_size)

@@ -11,7 +11,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 _GIVE_UP_INTERVAL = 0.1
 """Seconds between two looks at whether a waiting client has given up."""
@@ -99,32 +99,25 @@ class InferenceQueue:
             Exception: whatever ``start`` or the iterator raises.
         """
         loop = asyncio.get_running_loop()
-        items: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+        items: asyncio.Queue[str | None] = asyncio.Queue()
         abandoned = threading.Event()
 
-        def hand_on(item: str | BaseException | None) -> None:
+        def hand_on(item: str | None) -> None:
             loop.call_soon_threadsafe(items.put_nowait, item)
 
         def run() -> None:
             try:
-                iterator = start()
-                try:
+                with closing(start()) as iterator:  # type: ignore[type-var]
                     for piece in iterator:
                         if abandoned.is_set() or (stop and stop.is_set()):
                             break
                         hand_on(piece)
-                finally:
-                    if hasattr(iterator, "close"):
-                        iterator.close()
+            finally:
                 hand_on(None)
-            except BaseException as error:  # raised again where it is read
-                hand_on(error)
 
         worker = loop.run_in_executor(self._executor, run)
         try:
             while (item := await items.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
                 yield item
         finally:
             abandoned.set()

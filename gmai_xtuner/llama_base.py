@@ -19,14 +19,14 @@ from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument
 
 
 def write_llama_base(
-    base: str, out: str | Path, *, torch_dtype: str | None = None, max_shard_size: str = "4GB"
+    base: str, out: str | Path, *, dtype: str | None = None, max_shard_size: str = "4GB"
 ) -> None:
     """Write a base in Llama form; all of it or nothing.
 
     Args:
         base: an InternLM2, InternLM2.5 or Llama checkpoint: a folder or a hub name.
         out: a new or empty folder.
-        torch_dtype: e.g. ``"float16"``; None keeps the base's own.
+        dtype: e.g. ``"float16"``; None keeps the base's own.
         max_shard_size: of a weight file.
 
     Raises:
@@ -41,7 +41,7 @@ def write_llama_base(
     from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 
     with new_folder(out) as aside:
-        llm = load_language_model(base, torch_dtype=torch_dtype)
+        llm = load_language_model(base, torch_dtype=dtype)
         load_tokenizer(base).save_pretrained(aside)
         save_language_model(llm, aside, {"max_shard_size": max_shard_size})
     print_log(f"Saved {base} in Llama form to {out}", logger="current", level=logging.INFO)
@@ -54,13 +54,7 @@ def main() -> None:
     add_dtype_argument(parser, unset="the base's own")
     parser.add_argument("--max-shard-size", default="4GB")
     add_allow_pickle(parser)
-    arguments = parser.parse_args()
-    write_llama_base(
-        arguments.base,
-        arguments.out,
-        torch_dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-    )
+    write_llama_base(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

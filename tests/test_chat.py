@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gmai_xtuner.chat.dialogue import Dialogue, DialogueError, open_picture
-from gmai_xtuner.chat.terminal import Terminal
+from gmai_xtuner.chat.dialogue import Dialogue, DialogueError, Terminal, open_picture
 from gmai_xtuner.cli import only_the_report_on_stdout
 from gmai_xtuner.core.conversation import Turn, parse_record
 from gmai_xtuner.generate import PromptTooLong, user_turn
@@ -60,10 +59,10 @@ def say(dialogue: Dialogue, *lines: str) -> tuple[str, str]:
 
 def test_several_turns_with_images_ask_the_model_what_training_would(dialogue, pictures, predictor):
     dialogue.system = "You are a radiologist."
-    dialogue.add_image(pictures[0])
+    dialogue.add_images(pictures[0])
     first = "".join(dialogue.ask("图中显示什么？"))
-    dialogue.add_image(pictures[1])
-    dialogue.add_image(pictures[2])
+    dialogue.add_images(pictures[1])
+    dialogue.add_images(pictures[2])
     second = "".join(dialogue.ask("Is it <image> or <image>?"))
     third = "".join(dialogue.ask("Why?"))
     turns = [Turn("system", "You are a radiologist."), user_turn("图中显示什么？", 1)]
@@ -87,7 +86,7 @@ def test_several_turns_with_images_ask_the_model_what_training_would(dialogue, p
 )
 def test_a_question_that_cant_be_asked_changes_nothing(dialogue, pictures, question, said):
     list(dialogue.ask("Is it CT?"))
-    dialogue.add_image(pictures[0])
+    dialogue.add_images(pictures[0])
     before = list(dialogue.turns), list(dialogue.pictures), list(dialogue.waiting)
     with pytest.raises(DialogueError, match=said):
         dialogue.ask(question)
@@ -105,7 +104,7 @@ def test_a_full_context_is_said_and_undo_makes_room(dialogue, predictor, monkeyp
 
 
 def test_a_model_that_fails_leaves_the_conversation(dialogue, pictures, predictor, monkeypatch):
-    dialogue.add_image(pictures[0])
+    dialogue.add_images(pictures[0])
 
     original, calls = predictor.model.llm.forward, []
 
@@ -125,7 +124,7 @@ def test_a_model_that_fails_leaves_the_conversation(dialogue, pictures, predicto
 
 
 def test_what_was_said_before_ctrl_c_stays(dialogue, pictures):
-    dialogue.add_image(pictures[0])
+    dialogue.add_images(pictures[0])
     pieces = dialogue.ask("What is it?")
     said = next(pieces) + next(pieces)
     pieces.close()
@@ -136,7 +135,7 @@ def test_what_was_said_before_ctrl_c_stays(dialogue, pictures):
 
 def test_an_answer_that_names_the_mark_is_text(dialogue, pictures):
     dialogue.turns = [Turn("user", "Which mark?"), Turn("assistant", "It is <image>.")]
-    dialogue.add_image(pictures[0])
+    dialogue.add_images(pictures[0])
     assert "".join(dialogue.ask("And this?"))
     with pytest.raises(DialogueError, match="belongs in user turns only"):
         dialogue.record()
@@ -198,8 +197,8 @@ def test_images_of_one_command_wait_all_or_none(dialogue, pictures):
 
 def test_a_saved_conversation_is_a_training_record(dialogue, pictures, tmp_path):
     dialogue.system = "Be brief."
-    dialogue.add_image(pictures[0])
-    dialogue.add_image(pictures[1])
+    dialogue.add_images(pictures[0])
+    dialogue.add_images(pictures[1])
     answer = "".join(dialogue.ask("哪一个？"))
     target = tmp_path / "talk.json"
     _, log = say(dialogue, f"/save {target}", f"/save {target}", f"/save {target}.txt")

@@ -95,7 +95,7 @@ def _answer_once(dialogue: Dialogue, options: argparse.Namespace, stdout: TextIO
 
 
 def _talk(dialogue: Dialogue, stdout: TextIO) -> None:
-    from gmai_xtuner.chat.terminal import Terminal
+    from gmai_xtuner.chat.dialogue import Terminal
 
     terminal = Terminal(dialogue, stdout)
     if sys.stdin.isatty():

@@ -34,7 +34,7 @@ from gmai_xtuner.model.internlm2 import (
     raise_on_keys,
 )
 from gmai_xtuner.model.llava import building_on_meta
-from gmai_xtuner.model.quantization import quantization_that_runs
+from gmai_xtuner.model.lora import quantization_that_runs
 
 #: Weights of a whole CLIP that the vision tower has no use for; ``position_ids`` is a buffer.
 NOT_VISION = (
@@ -107,15 +107,6 @@ def load_language_model(
             config, torch_dtype=dtype or torch.float32, attn_implementation=attn_implementation
         )
     else:
-        options = {
-            "torch_dtype": dtype or "auto",
-            "attn_implementation": attn_implementation,
-            "quantization_config": quantization_config,
-            # Parameters take the memory-mapped tensors instead of a second copy; ZeRO-3 has its
-            # own way of not holding the whole model.
-            "low_cpu_mem_usage": None if is_deepspeed_zero3_enabled() else True,
-            "output_loading_info": True,
-        }
         if adapter is not None:
             weights = add_adapter(weights, adapter)
         if model_type == "internlm2":
@@ -124,7 +115,16 @@ def load_language_model(
             check_fit(weights, llama_shapes(config), where=str(directory))
         # Given the weights, transformers opens no file by itself.
         model, info = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=weights, **options
+            None,
+            config=config,
+            state_dict=weights,
+            torch_dtype=dtype or "auto",
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            # Parameters take the memory-mapped tensors instead of a second copy; ZeRO-3 has its
+            # own way of not holding the whole model.
+            low_cpu_mem_usage=None if is_deepspeed_zero3_enabled() else True,
+            output_loading_info=True,
         )
         check_loading_info(info, where=str(directory))
     if (directory / "generation_config.json").is_file():
@@ -203,8 +203,6 @@ def check_loading_info(
     Raises:
         ModelLoadError: names the weights.
     """
-    missing = sorted(info["missing_keys"])
-    unexpected = sorted(
-        key for key in info["unexpected_keys"] if not any(part in key for part in ignored)
-    )
-    raise_on_keys(missing, unexpected, where)
+    left = info["unexpected_keys"]
+    unexpected = sorted(key for key in left if not any(part in key for part in ignored))
+    raise_on_keys(sorted(info["missing_keys"]), unexpected, where)

@@ -38,11 +38,11 @@ from gmai_xtuner.model.internlm2 import DTYPES, as_dtype
 from gmai_xtuner.model.lora import (
     adapter_layers,
     is_adapter_key,
+    is_quantized,
     merged_weights,
     remove_adapters,
     save_adapter,
 )
-from gmai_xtuner.model.quantization import is_quantized
 
 
 def save_xtuner_layout(
@@ -320,9 +320,8 @@ def own_storage(part: nn.Module) -> None:
     whole buffer, and weights that share one are never divided over shards.
     """
     for parameter in part.parameters():
-        if parameter.is_meta:
-            continue
-        if parameter.data.untyped_storage().nbytes() > parameter.nbytes:
+        whole = 0 if parameter.is_meta else parameter.data.untyped_storage().nbytes()
+        if whole > parameter.nbytes:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 

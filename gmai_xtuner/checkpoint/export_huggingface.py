@@ -75,14 +75,7 @@ _NOT_EXPORTED = (
 
 
 class Provenance(NamedTuple):
-    """Where a model comes from, for its card.
-
-    Args:
-        stage: name of the stage, for the title.
-        trained: what that stage trained.
-        llm: folder or hub name of the language model's base.
-        vision: the same of the vision tower.
-    """
+    """Where a model comes from, for its card: stage, what that trained, and both bases."""
 
     stage: str
     trained: str
@@ -140,22 +133,16 @@ def save_whole_model(
 ) -> None:
     """Write the whole model; all of it or nothing.
 
-    Args:
-        model: a ``GMAILLaVAModel``; what its stage trained has weights, other parts have them or are read
-            from their bases.
-        cfg: the stage's config.
-        save_dir: a new or empty folder.
-        fp32: write fp32; otherwise fp16, as xtuner does, or ``export_dtype`` of the config.
-        save_kwargs: ``max_shard_size``; weights are always safetensors.
-        write: :func:`write_llava` or :func:`gmai_xtuner.checkpoint.export_gguf.write_gguf`.
+    Arguments and errors as in :func:`gmai_xtuner.checkpoint.export.save_xtuner_layout`. What the stage has
+    not trained is read from its base; ``save_kwargs`` may have ``max_shard_size``; ``write`` is
+    :func:`write_llava` or :func:`gmai_xtuner.checkpoint.export_gguf.write_gguf`.
 
     Raises:
-        GMAIError: the checkpoint lacks weights that the config trains, a weight does not fit into fp16,
-            the format has no place for something, ``max_shard_size`` is no size, or the folder is not empty.
-            Nothing is written then.
+        GMAIError: also where the format has no place for something.
     """
     dtype = export_dtype(cfg, fp32=fp32)
-    check_shard_size(save_kwargs.get("max_shard_size", "2GB"))
+    max_shard_size = save_kwargs.get("max_shard_size", "2GB")
+    check_shard_size(max_shard_size)
     with new_folder(save_dir) as aside:
         settings = export_settings(model, cfg)
         write(
@@ -170,7 +157,7 @@ def save_whole_model(
             settings=settings,
             provenance=Provenance.of(model, cfg),
             dtype=dtype,
-            max_shard_size=save_kwargs.get("max_shard_size", "2GB"),
+            max_shard_size=max_shard_size,
         )
     print_log(f"Saved the whole model to {save_dir}", logger="current", level=logging.INFO)
 
@@ -396,35 +383,27 @@ def _write_processor(
     folder: Path, transform: ImageTransform, tokenizer: PreTrainedTokenizerFast, config: LlavaConfig
 ) -> None:
     square = {"height": transform.image_size, "width": transform.image_size}
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            # No image_processor_type: see the module's text.
-            "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True,
-            "do_pad": transform.mode == "pad",
-            "do_resize": True,
-            "size": square,
-            "resample": 3,
-            "do_center_crop": False,
-            "crop_size": square,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(transform.mean),
-            "image_std": list(transform.std),
-        },
-    )
-    write_json(
-        folder / "processor_config.json",
-        {
-            "processor_class": "LlavaProcessor",
-            "patch_size": config.vision_config.patch_size,
-            "vision_feature_select_strategy": "default",
-            "num_additional_image_tokens": 1,
-            "image_token": IMAGE_TOKEN,
-        },
-    )
+    image_processor = {  # no image_processor_type: see the module's text
+        "processor_class": "LlavaProcessor",
+        **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True),
+        "do_pad": transform.mode == "pad",
+        "do_center_crop": False,
+        "size": square,
+        "crop_size": square,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+    }
+    write_json(folder / "preprocessor_config.json", image_processor)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "image_token": IMAGE_TOKEN,
+    }
+    write_json(folder / "processor_config.json", processor)
     template = tokenizer.chat_template
     assert isinstance(template, str)
     # The processor of 4.48 reads the first, newer ones the second, tokenizers their own config.

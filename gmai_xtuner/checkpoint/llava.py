@@ -89,16 +89,7 @@ def check_convertible(
 def check_same(
     kept: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], *, source: str
 ) -> None:
-    """A resumed run must stand on the frozen weights that it began with.
-
-    Args:
-        kept: what this run took from its ``pretrained_pth``.
-        saved: what the checkpoint to resume from brings along.
-        source: this run's ``pretrained_pth``, for the message.
-
-    Raises:
-        ModelLoadError: they differ; names the weights.
-    """
+    """Refuse to resume a run on other frozen weights than it has taken from its ``pretrained_pth``."""
     differ = sorted(
         key
         for key in kept.keys() | saved.keys()
@@ -147,19 +138,30 @@ class GMAILLaVAModel(LLaVA):
         pretrained_parts: Sequence[str] = ("projector",),
         **options: Any,
     ) -> None:
-        kept: dict[str, torch.Tensor] = {}
+        self.pretrained_pth, self._required = pretrained_pth, set(pretrained_parts)
+        self._kept: dict[str, torch.Tensor] = {}
+        super().__init__(llm, visual_encoder, **options)
 
-        def start(model: LLaVA) -> tuple[Mapping[str, torch.Tensor], str]:
-            assert pretrained_pth is not None
-            adapters, frozen = _load_weights(model, pretrained_pth, set(pretrained_parts))
-            kept.update(frozen)
-            return adapters, pretrained_pth
-
-        super().__init__(
-            llm, visual_encoder, start=None if pretrained_pth is None else start, **options
-        )
-        self.pretrained_pth = pretrained_pth
-        self._kept = kept
+    def start(self) -> tuple[Mapping[str, torch.Tensor], str]:
+        """Load all but the adapters of ``pretrained_pth``, and keep the frozen weights that no base has."""
+        if (source := self.pretrained_pth) is None:
+            return super().start()
+        state = read_export(source, self) if is_export(source) else load_checkpoint_state(source)
+        base, adapters = split_adapters(state)
+        check_no_language_model(self, base, source=source)
+        with_adapters = {key.split(".", 1)[0] for key in adapters}
+        parts = load_parts(self, base, required=self._required - with_adapters, source=source)
+        loaded = sorted({*parts, *(f"adapters of {part}" for part in with_adapters)})
+        message = f"Loaded {', '.join(loaded)} from {source}"
+        print_log(message, logger="current", level=logging.INFO)
+        if self.freeze_visual_encoder and get_rank() == 0:
+            # Copies: what was read may be views of the whole checkpoint.
+            self._kept = {
+                key: value.detach().clone()
+                for key, value in base.items()
+                if key.startswith("visual_encoder.")
+            }
+        return adapters, source
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """What learns, and the frozen weights that no base has (see the module)."""
@@ -196,17 +198,7 @@ class GMAILLaVAModel(LLaVA):
         save_pretrained_kwargs: Mapping[str, Any] | None = None,
         save_format: str = "xtuner",
     ) -> None:
-        """What ``xtuner convert pth_to_hf`` calls.
-
-        Args:
-            cfg: the stage's config.
-            save_dir: a new or empty folder.
-            fp32: write fp32; otherwise fp16, or ``export_dtype`` of the config.
-            save_pretrained_kwargs: ``max_shard_size`` and ``safe_serialization``.
-            save_format: ``xtuner`` (:mod:`gmai_xtuner.checkpoint.export`), ``huggingface``
-                (:mod:`gmai_xtuner.checkpoint.export_huggingface`) or ``gguf``
-                (:mod:`gmai_xtuner.checkpoint.export_gguf`).
-        """
+        """Write an export in one of :data:`SAVE_FORMATS`; ``xtuner convert pth_to_hf`` calls this."""
         if save_format not in SAVE_FORMATS:
             raise GMAIError(
                 f"--save-format {save_format} is not supported; use {' or '.join(SAVE_FORMATS)}"
@@ -217,39 +209,12 @@ class GMAILLaVAModel(LLaVA):
 
 
 def check_no_language_model(model: Any, base: Mapping[str, Any], *, source: str) -> None:
-    """Check that a stage that trains no language model does not start from a checkpoint that has one.
+    """Refuse to start a stage that trains no language model from a checkpoint that has one.
 
-    Raises:
-        ModelLoadError: it does, and would have to copy it into each of its checkpoints.
+    It would have to copy it into each of its checkpoints.
     """
     if model.freeze_llm and any(key.startswith("llm.") for key in base):
         raise ModelLoadError(
             f"{source} has a whole language model, which this stage does not train. Convert that stage "
             "(xtuner convert pth_to_hf) and name what it exports as the base (GMAI_LLM)"
         )
-
-
-def _load_weights(
-    model: LLaVA, source: str, required: set[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Load all but the adapters of a checkpoint; return those, and the frozen weights that no base has."""
-    state = read_export(source, model) if is_export(source) else load_checkpoint_state(source)
-    base, adapters = split_adapters(state)
-    check_no_language_model(model, base, source=source)
-    with_adapters = {key.split(".", 1)[0] for key in adapters}
-    parts = load_parts(model, base, required=required - with_adapters, source=source)
-    print_log(
-        f"Loaded {', '.join(sorted({*parts, *(f'adapters of {p}' for p in with_adapters)}))} "
-        f"from {source}",
-        logger="current",
-        level=logging.INFO,
-    )
-    kept = {}
-    if model.freeze_visual_encoder and get_rank() == 0:
-        # Copies: what was read may be views of the whole checkpoint.
-        kept = {
-            key: value.detach().clone()
-            for key, value in base.items()
-            if key.startswith("visual_encoder.")
-        }
-    return adapters, kept

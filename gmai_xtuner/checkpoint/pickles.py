@@ -41,7 +41,7 @@ _DAMAGED = (
         RuntimeError,
         MemoryError,
     ),
-    *(ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, OverflowError),
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError),
 )
 """What reading a damaged or hostile file may raise."""
 

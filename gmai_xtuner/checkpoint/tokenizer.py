@@ -18,8 +18,10 @@ has 2,353 such pairs, each of an English and a Chinese piece that can't overlap.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,11 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Values of ModelProto.SentencePiece.Type and TrainerSpec.ModelType in sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE_MODEL = 2
+_DEFAULT_NAMES = (
+    ("unk_token", "<unk>", UNKNOWN),
+    ("bos_token", "<s>", CONTROL),
+    ("eos_token", "</s>", CONTROL),
+)
 ANSWER_START, ANSWER_GOES_ON = r"\A", r"(?=[\s\S])"
 """Between these an export's tokenizer has what opens an answer."""
 
@@ -63,14 +70,11 @@ def load_tokenizer(
     directory = resolve_directory(pretrained_model_name_or_path, weights=False)
     settings = {**_read_settings(directory), "padding_side": padding_side, **kwargs}
     settings.setdefault("clean_up_tokenization_spaces", False)
-    if isinstance(settings.get("extra_special_tokens"), list):
+    if isinstance(extra := settings.get("extra_special_tokens"), list):
         # transformers 5 writes a list under the name that 4.48 has for named ones.
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-        kwargs = {
-            "extra_special_tokens": {},
-            "additional_special_tokens": settings["additional_special_tokens"],
-            **kwargs,
-        }
+        renamed = {"extra_special_tokens": {}, "additional_special_tokens": extra}
+        settings |= renamed
+        kwargs = renamed | kwargs
     if (directory / "tokenizer.json").is_file():
         tokenizer = _load_fast(directory, settings, kwargs)
     elif (directory / "tokenizer.model").is_file():
@@ -100,12 +104,9 @@ def _load_fast(
 ) -> PreTrainedTokenizerFast:
     name = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
     cls = getattr(transformers, f"{name}Fast", PreTrainedTokenizerFast)
-    options = {
-        key: settings[key]
-        for key in ("padding_side", "clean_up_tokenization_spaces", "chat_template")
-        if key in settings
-    }
-    tokenizer = cls.from_pretrained(str(directory), **options, **_without(overrides, options))
+    kept = ("padding_side", "clean_up_tokenization_spaces", "chat_template")
+    options = {key: settings[key] for key in kept if key in settings}
+    tokenizer = cls.from_pretrained(str(directory), **{**overrides, **options})
     tokenizer.init_kwargs.pop("auto_map", None)
     _join_answers(tokenizer)
     if cls is PreTrainedTokenizerFast and {"add_bos_token", "add_eos_token"} & set(settings):
@@ -124,11 +125,9 @@ def _join_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     steps = before.get("pretokenizers", [before]) if before else []
     if not steps or not _is_answer_split(steps[0]):
         return
-    while steps and _is_answer_split(steps[0]):
-        steps = steps[1:]
-    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps} if steps else None
-    if len(steps) == 1:
-        state["pre_tokenizer"] = steps[0]
+    steps = list(itertools.dropwhile(_is_answer_split, steps))
+    whole = {"type": "Sequence", "pretokenizers": steps} if steps else None
+    state["pre_tokenizer"] = steps[0] if len(steps) == 1 else whole
     if normalizer and normalizer["type"] == "Sequence":
         kept = [step for step in normalizer["normalizers"] if not _is_answer_mark(step)]
         state["normalizer"] = kept[0] if len(kept) == 1 else {**normalizer, "normalizers": kept}
@@ -148,10 +147,6 @@ def _is_answer_split(step: Mapping[str, Any]) -> bool:
     )
 
 
-def _without(values: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in taken}
-
-
 def _load_sentencepiece(path: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
@@ -166,25 +161,24 @@ def _load_sentencepiece(path: Path, settings: Mapping[str, Any]) -> PreTrainedTo
     backend = _convert(proto, special, path)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     names = {key: _content(settings[key]) for key in NAMED_TOKENS if settings.get(key)}
-    for key, kind in (("unk_token", UNKNOWN), ("bos_token", CONTROL), ("eos_token", CONTROL)):
-        default = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}[key]
-        if key not in names and any(p.type == kind and p.piece == default for p in proto.pieces):
-            names[key] = default
+    pieces = {(piece.piece, piece.type) for piece in proto.pieces}
+    for key, default, kind in _DEFAULT_NAMES:
+        if (default, kind) in pieces:
+            names.setdefault(key, default)
     additional = [_content(token) for token in settings.get("additional_special_tokens") or ()]
     if homeless := [t for t in [*names.values(), *additional] if t not in vocabulary]:
         raise ModelLoadError(
             f"{path.parent / 'tokenizer_config.json'}: the special tokens {homeless} have no id in "
             "the vocabulary. Give them one in 'added_tokens_decoder', as InternLM2.5 does."
         )
+    kept = ("model_max_length", "chat_template", "clean_up_tokenization_spaces")
+    options = {key: settings[key] for key in kept if settings.get(key) is not None}
+    if additional:
+        options["additional_special_tokens"] = additional
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **names,
-        **({"additional_special_tokens": additional} if additional else {}),
-        **{
-            key: settings[key]
-            for key in ("model_max_length", "chat_template", "clean_up_tokenization_spaces")
-            if settings.get(key) is not None
-        },
+        **options,
         padding_side=settings["padding_side"],
         add_bos_token=bool(settings.get("add_bos_token", True)),
         add_eos_token=bool(settings.get("add_eos_token", False)),
@@ -194,16 +188,11 @@ def _load_sentencepiece(path: Path, settings: Mapping[str, Any]) -> PreTrainedTo
 
 
 def _added_token(token: Mapping[str, Any] | str) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token, normalized=False, special=True)
-    return AddedToken(
-        token["content"],
-        lstrip=token.get("lstrip", False),
-        rstrip=token.get("rstrip", False),
-        single_word=token.get("single_word", False),
-        normalized=token.get("normalized", False),
-        special=token.get("special", True),
-    )
+    flags = {"normalized": False, "special": True}
+    if not isinstance(token, str):
+        known = ("lstrip", "rstrip", "single_word", "normalized", "special")
+        flags |= {key: token[key] for key in known if key in token}
+    return AddedToken(_content(token), **flags)
 
 
 def _content(token: Mapping[str, Any] | str) -> str:
@@ -242,12 +231,9 @@ def _convert(proto: Any, special: Mapping[int, AddedToken], path: Path) -> Token
         special: id -> special token. An id within the proto renames its piece; the ids beyond it
             must follow on without a gap.
     """
-    names = [piece.piece for piece in proto.pieces]
-    for index, token in special.items():
-        if index < len(names):
-            names[index] = token.content
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+    renamed = {index: token.content for index, token in special.items()}
+    names = [renamed.get(index, piece.piece) for index, piece in enumerate(proto.pieces)]
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ModelLoadError(f"{path}: pieces that occur twice: {twice}.")
     unknown = [index for index, piece in enumerate(proto.pieces) if piece.type == UNKNOWN]
     backend = Tokenizer(
@@ -278,7 +264,7 @@ def _convert(proto: Any, special: Mapping[int, AddedToken], path: Path) -> Token
     return backend
 
 
-def _splits(name: str, known: set[str]) -> Iterator[tuple[str, str]]:
+def _splits(name: str, known: Container[str]) -> Iterator[tuple[str, str]]:
     for cut in range(1, len(name)):
         if name[:cut] in known and name[cut:] in known:
             yield name[:cut], name[cut:]
@@ -295,11 +281,10 @@ def _merges(proto: Any, special: Mapping[int, AddedToken]) -> list[tuple[str, st
         for index, piece in enumerate(proto.pieces)
         if piece.type == NORMAL and index not in special
     }
-    known = set(scores)
     merges = [
         (-score, -len(left), left, right)
         for name, score in scores.items()
-        for left, right in _splits(name, known)
+        for left, right in _splits(name, scores)
     ]
     return [(left, right) for _, _, left, right in sorted(merges)]
 

@@ -14,6 +14,7 @@ Three things differ from the base's tokenizer:
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -96,10 +97,9 @@ def _around(text: str, mark: str) -> tuple[str, str]:
 
 
 def split_opening(after: str) -> tuple[str, str]:
-    """What follows a user's text: (the end of that turn, the beginning of the assistant's)."""
-    places = [after.rfind(header) for header in _HEADERS]
-    place = max(places)
-    return (after[:place], after[place:]) if place >= 0 else ("", after)
+    """Split what follows a user's text: (the end of that turn, the beginning of the assistant's)."""
+    place = max(0, *(after.rfind(header) for header in _HEADERS))
+    return after[:place], after[place:]
 
 
 def _quoted(text: str) -> str:
@@ -167,12 +167,10 @@ def _split_before_answers(backend: Tokenizer, template: ChatTemplate) -> None:
     tail = opening[max(ends, default=0) :]
     if not tail:
         return
-    normalizer = backend.normalizer
-    if normalizer is not None:
+    if (normalizer := backend.normalizer) is not None:
         tail = normalizer.normalize_str(tail)
         # Encoded apart, an answer begins with what the normaliser puts before a text ("▁" in Llama 2).
-        prefix = normalizer.normalize_str("x").removesuffix("x")
-        if prefix:
+        if prefix := normalizer.normalize_str("x").removesuffix("x"):
             opened = normalizers.Replace(
                 Regex(f"{ANSWER_START}{_escaped(tail)}{ANSWER_GOES_ON}"), tail + prefix
             )
@@ -198,10 +196,10 @@ def differing_prompts(
         text = prompt_text(tokenizer, turns)
         found = tokenizer(text).input_ids
         if found != expected:
-            place = next(
-                (n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
-                min(len(found), len(expected)),
+            same = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(found, expected, strict=False)
             )
+            place = len(list(same))
             differ[turns] = (
                 f"the prompt {text!r} has other ids than in training from token {place} on: "
                 f"{tokenizer.convert_ids_to_tokens(found[place : place + 4])} instead of "
@@ -228,6 +226,6 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, training: ConversationTokeniz
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> str:
-    """A prompt as the chat template writes it."""
+    """Return a prompt as the chat template writes it."""
     messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -105,9 +105,7 @@ def _what_is_wrong_without_manifest(checkpoint: Path) -> str | None:
     states = sorted(checkpoint.glob("*_states.pt"))
     if not any(file.name.endswith("_model_states.pt") for file in states):
         return "is incomplete: it has no *_model_states.pt"
-    ranks = sorted(
-        int(match[1]) for file in states if (match := _OPTIMIZER_SHARD.search(file.name))
-    )
+    ranks = _ranks(_OPTIMIZER_SHARD, [file.name for file in states])
     if ranks != list(range(len(ranks))):
         return f"is incomplete: it has the optimiser's shards of ranks {ranks} only"
     for file in states:
@@ -117,18 +115,16 @@ def _what_is_wrong_without_manifest(checkpoint: Path) -> str | None:
     return None
 
 
+def _ranks(pattern: re.Pattern[str], names: Iterable[str]) -> list[int]:
+    return sorted(int(match[1]) for name in names if (match := pattern.search(name)))
+
+
 def files_of_ranks_that_are_wrong(names: Collection[str], world_size: int) -> str | None:
-    """What is wrong with the files that every rank writes, in words that go after the folder's name.
+    """Say what is wrong with the files that every rank writes, in words that go after the folder's name.
 
-    Each rank writes ``rank_<r>.pt``, under ZeRO (all stages, offloaded or not, and bf16 without ZeRO) its
-    shard of the optimiser, and under ZeRO-3 its shard of the weights.
-
-    Args:
-        names: of the files in the folder.
-        world_size: ranks that wrote.
-
-    Returns:
-        ``None`` if each has one file of every kind that is there at all, and no other rank has.
+    Each of ``world_size`` ranks writes ``rank_<r>.pt``, under ZeRO (all stages, offloaded or not, and bf16
+    without ZeRO) its shard of the optimiser, and under ZeRO-3 its shard of the weights. ``None`` if each has
+    one file of every kind that is there at all, and no other rank has.
     """
     if not any(name.endswith("_model_states.pt") for name in names):
         return "is incomplete: it has no *_model_states.pt"
@@ -138,7 +134,7 @@ def files_of_ranks_that_are_wrong(names: Collection[str], world_size: int) -> st
         ("the weights' shards (zero_pp_rank_*_model_states.pt)", _WEIGHTS_SHARD, False),
     )
     for what, pattern, always in kinds:
-        ranks = sorted(int(match[1]) for name in names if (match := pattern.search(name)))
+        ranks = _ranks(pattern, names)
         if ranks != list(range(world_size)) and (ranks or always):
             return (
                 f"is incomplete: it has {what} of ranks {ranks}, not of the {world_size} that wrote"
@@ -160,16 +156,15 @@ def checkpoints_in(work_dir: Path) -> list[Path]:
     """
     if not work_dir.is_dir():
         return []
-    pointed = pointed_name(work_dir)
+    pointer = work_dir / POINTER
+    # The work dir may have been moved since: the name counts, not the path.
+    pointed = Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
     def age(checkpoint: Path) -> tuple[int, bool, int]:
         return sequence_of(checkpoint), checkpoint.name == pointed, iteration_of(checkpoint) or 0
 
-    return sorted(
-        (child for child in work_dir.iterdir() if iteration_of(child) is not None),
-        key=age,
-        reverse=True,
-    )
+    found = (child for child in work_dir.iterdir() if iteration_of(child) is not None)
+    return sorted(found, key=age, reverse=True)
 
 
 def sequence_of(checkpoint: Path) -> int:
@@ -179,15 +174,6 @@ def sequence_of(checkpoint: Path) -> int:
     except ValueError:
         return 0
     return manifest.sequence if manifest else 0
-
-
-def pointed_name(work_dir: Path) -> str | None:
-    """Name of the checkpoint in ``last_checkpoint``. The work dir may have been moved since: the name counts,
-    not the path."""
-    try:
-        return Path((work_dir / POINTER).read_text().strip()).name
-    except FileNotFoundError:
-        return None
 
 
 def newest_whole(work_dir: Path) -> tuple[Path | None, dict[str, str]]:
@@ -202,11 +188,10 @@ def newest_whole(work_dir: Path) -> tuple[Path | None, dict[str, str]]:
     for checkpoint in checkpoints_in(work_dir):
         if found is not None and (iteration_of(checkpoint) or 0) < (iteration_of(found) or 0):
             continue
-        wrong = what_is_wrong(checkpoint)
-        if wrong is not None:
+        if wrong := what_is_wrong(checkpoint):
             passed_over[checkpoint.name] = wrong
-        elif found is None:
-            found = checkpoint
+        else:
+            found = found or checkpoint
     return found, passed_over
 
 
@@ -305,32 +290,21 @@ def load_parts(
     Raises:
         ModelLoadError: names the unexpected, missing or misshapen keys. Nothing is loaded then.
     """
-    keys = model_keys(model)
-    own = {
-        name: tensor
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if name in keys
-    }
+    full = nn.Module.state_dict(model, keep_vars=True)  # whatever a stage chooses to save
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    own = {name: tensor for name, tensor in tensors if name in full}
     present = {key.split(".", 1)[0] for key in state}
     whole = {key for key in own if key.split(".", 1)[0] in present}
-    _refuse(
-        state.keys() - own.keys(),
-        source,
-        "has {} unexpected keys",
-        "Was it made with another geometry or another config?",
-    )
+    remedy = "Was it made with another geometry or another config?"
+    _refuse(state.keys() - own.keys(), source, "has {} unexpected keys", remedy)
     if absent := set(required) - present:
         raise ModelLoadError(
             f"{source} has no weights of {shorten(sorted(absent))}, which this stage starts from "
             f"(it has {shorten(sorted(present))}). Is it the checkpoint of the right stage?"
         )
     _refuse(whole - state.keys(), source, "lacks {} keys", "Take another checkpoint")
-    _refuse(
-        _misshapen(own, state),
-        source,
-        "does not fit the model in {} weights",
-        "Take the checkpoint of a model of the same geometry",
-    )
+    remedy = "Take the checkpoint of a model of the same geometry"
+    _refuse(_misshapen(own, state), source, "does not fit the model in {} weights", remedy)
     for key, value in state.items():
         _copy(own[key], value)
     return sorted(present)
@@ -357,28 +331,15 @@ def check_trained_state(
     own = dict(model.named_parameters())
     remedy = "Use the config of the stage that made the checkpoint, with the same bases"
     learnt = {name for name, value in own.items() if value.requires_grad}
-    _refuse(
-        learnt - state.keys(),
-        source,
-        f"has no weights for {{}} of {len(learnt)} parameters that this config trains",
-        remedy,
-    )
-    _refuse(
-        state.keys() - own.keys(),
-        source,
-        "has {} weights that this config's model does not have",
-        remedy,
-    )
+    absent, strange = learnt - state.keys(), state.keys() - own.keys()
+    problem = f"has no weights for {{}} of {len(learnt)} parameters that this config trains"
+    _refuse(absent, source, problem, remedy)
+    _refuse(strange, source, "has {} weights that this config's model does not have", remedy)
     lost = state.keys() - learnt - set(brought_along)
     parts = ", ".join(sorted({name.split(".", 1)[0] for name in lost}))
-    _refuse(
-        lost,
-        source,
-        f"has learnt {{}} weights of {parts} that this config does not train, and that would be lost",
-        remedy,
-    )
-    quantised = {name for name, value in own.items() if hasattr(value, "quant_state")}
-    plain = {name: value for name, value in state.items() if name not in quantised}
+    problem = f"has learnt {{}} weights of {parts} that this config does not train, and that would be lost"
+    _refuse(lost, source, problem, remedy)
+    plain = {name: value for name, value in state.items() if not hasattr(own[name], "quant_state")}
     _refuse(_misshapen(own, plain), source, "is of another geometry in {} weights", remedy)
 
 
@@ -397,23 +358,18 @@ def _misshapen(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor
     ]
 
 
-def model_keys(model: nn.Module) -> set[str]:
-    """Names in the full state dict, whatever a stage chooses to save."""
-    return set(nn.Module.state_dict(model, keep_vars=True))
-
-
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Shape of a tensor; of the whole one where ZeRO-3 has partitioned it."""
+    """Return the shape of a tensor; of the whole one where ZeRO-3 has partitioned it."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 @torch.no_grad()
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
-    if hasattr(target, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
-            if torch.distributed.get_rank() == 0:
-                target.copy_(value)
-    else:
+    if not hasattr(target, "ds_id"):
         target.copy_(value)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            target.copy_(value)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -117,6 +118,26 @@ _TENSORS: Mapping[str, Callable[..., Any]] = {
 _TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
 
 
+_REFUSED = """INST OBJ NEWOBJ_EX PERSID DICT FROZENSET EXT1 EXT2 EXT4 NEXT_BUFFER READONLY_BUFFER"""
+
+
+def _adding(
+    name: str,
+    kind: type,
+    target: Callable[[Any], Any] = lambda self: self.metastack[-1][-1],
+    keys: Callable[[list[Any]], list[Any]] = lambda stack: [],
+) -> Callable[[Any], None]:
+    """Return an instruction of Python's unpickler that adds items, to a container of one kind alone."""
+    load = getattr(pickle._Unpickler, name)  # type: ignore[attr-defined]
+
+    def add(self: Any) -> None:
+        _keys(keys(self.stack))
+        _expect(isinstance(target(self), kind), f"items for a {type(target(self)).__name__}")
+        load(self)
+
+    return add
+
+
 class TensorReader(pickle._Unpickler):  # type: ignore[name-defined]
     """Unpickle tensors in dictionaries, lists and tuples.
 
@@ -178,52 +199,19 @@ class TensorReader(pickle._Unpickler):  # type: ignore[name-defined]
             _expect(enough, f"storage {key!r}, which the file does not have in full")
         self.append(self.persistent_load(identity))
 
-    def _list(self, load: Callable[[Any], None], target: Any, *kinds: type) -> None:
-        _expect(isinstance(target, kinds), f"items for a {type(target).__name__}")
-        load(self)
-
-    def load_append(self) -> None:
-        self._list(pickle._Unpickler.load_append, self.stack[-2], list)  # type: ignore[attr-defined]
-
-    def load_appends(self) -> None:
-        self._list(pickle._Unpickler.load_appends, self.metastack[-1][-1], list)  # type: ignore[attr-defined]
-
-    def load_setitem(self) -> None:
-        _keys(self.stack[-2:-1])
-        self._list(pickle._Unpickler.load_setitem, self.stack[-3], dict)  # type: ignore[attr-defined]
-
-    def load_setitems(self) -> None:
-        _keys(self.stack[::2])
-        self._list(pickle._Unpickler.load_setitems, self.metastack[-1][-1], dict)  # type: ignore[attr-defined]
-
-    def load_additems(self) -> None:
-        _keys(self.stack)
-        self._list(pickle._Unpickler.load_additems, self.metastack[-1][-1], set)  # type: ignore[attr-defined]
-
     _REPLACED: ClassVar[Mapping[bytes, Callable[[Any], None]]] = {
         pickle.REDUCE: load_reduce,
         pickle.NEWOBJ: load_reduce,
         pickle.BUILD: load_build,
         pickle.BINPERSID: load_binpersid,
-        pickle.APPEND: load_append,
-        pickle.APPENDS: load_appends,
-        pickle.SETITEM: load_setitem,
-        pickle.SETITEMS: load_setitems,
-        pickle.ADDITEMS: load_additems,
-        **dict.fromkeys(
-            (
-                *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID),
-                *(pickle.DICT, pickle.FROZENSET),
-                *(
-                    pickle.EXT1,
-                    pickle.EXT2,
-                    pickle.EXT4,
-                    pickle.NEXT_BUFFER,
-                    pickle.READONLY_BUFFER,
-                ),
-            ),
-            _refuse,
+        pickle.APPEND: _adding("load_append", list, lambda self: self.stack[-2]),
+        pickle.APPENDS: _adding("load_appends", list),
+        pickle.SETITEM: _adding(
+            "load_setitem", dict, lambda self: self.stack[-3], lambda stack: stack[-2:-1]
         ),
+        pickle.SETITEMS: _adding("load_setitems", dict, keys=lambda stack: stack[::2]),
+        pickle.ADDITEMS: _adding("load_additems", set, keys=lambda stack: stack),
+        **{getattr(pickle, name): _refuse for name in _REFUSED.split()},
     }
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
@@ -231,10 +219,17 @@ class TensorReader(pickle._Unpickler):  # type: ignore[name-defined]
     }
 
 
-def _history_buffer() -> Any:
-    from mmengine.logging.history_buffer import HistoryBuffer
+def _of_package(module: str, name: str, *kinds: type, fixed: tuple[Any, ...] = ()) -> Any:
+    """Return a maker of a package's class, imported when a file names it.
 
-    return HistoryBuffer()
+    A file gives arguments of exactly the given types; without any the class gets the fixed ones.
+    """
+
+    def make(*arguments: Any) -> Any:
+        _expect(tuple(map(type, arguments)) == kinds, f"a {name} of another form")
+        return getattr(importlib.import_module(module), name)(*(arguments or fixed))
+
+    return make
 
 
 def _statistic(owner: Any, name: Any) -> str:
@@ -247,35 +242,6 @@ def _statistic(owner: Any, name: Any) -> str:
         "a call of getattr",
     )
     return name
-
-
-def _config_dict(values: Any) -> Any:
-    from mmengine.config import ConfigDict
-
-    _expect(type(values) is dict, "a configuration of another form")
-    return ConfigDict(values)
-
-
-def _loss_scaler(name: str) -> Callable[[], Any]:
-    def make() -> Any:
-        from deepspeed.runtime.fp16 import loss_scaler
-
-        return getattr(loss_scaler, name)()
-
-    return make
-
-
-def _zero_stage(value: Any) -> Any:
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    _expect(type(value) is int, "a ZeRO stage of another form")
-    return ZeroStageEnum(value)
-
-
-def _fragment_address() -> Any:
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return fragment_address(0, 0)
 
 
 def _default_dict(factory: Any, *values: Any) -> Any:
@@ -306,6 +272,18 @@ def _empty_array(kind: Any, *_: Any) -> np.ndarray:
     return np.empty(0, np.int8)
 
 
+_LOSS_SCALER = "deepspeed.runtime.fp16.loss_scaler"
+_CLASSES: tuple[tuple[str, str, tuple[type, ...], tuple[Any, ...]], ...] = (
+    ("mmengine.logging.history_buffer", "HistoryBuffer", (), ()),
+    ("mmengine.config.config", "ConfigDict", (dict,), ()),
+    (_LOSS_SCALER, "LossScaler", (), ()),
+    (_LOSS_SCALER, "DynamicLossScaler", (), ()),
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum", (int,), ()),
+    ("deepspeed.utils.tensor_fragment", "fragment_address", (), (0, 0)),
+)
+"""Module, class, the types of what a file gives it, and what it gets otherwise."""
+_SCALER = """cur_scale dynamic dtype cur_iter last_overflow_iter scale_factor min_scale scale_window
+delayed_shift cur_hysteresis consecutive_hysteresis raise_error_at_min_scale"""
 _NUMBERS = (int, float, bool, type(None), torch.dtype)
 
 
@@ -318,21 +296,7 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     },
     "deepspeed.utils.tensor_fragment.fragment_address": {"numel": (int,), "start": (int,)},
     **{
-        f"deepspeed.runtime.fp16.loss_scaler.{name}": dict.fromkeys(
-            (
-                *(
-                    "cur_scale",
-                    "dynamic",
-                    "dtype",
-                    "cur_iter",
-                    "last_overflow_iter",
-                    "scale_factor",
-                ),
-                *("min_scale", "scale_window", "delayed_shift", "cur_hysteresis"),
-                *("consecutive_hysteresis", "raise_error_at_min_scale"),
-            ),
-            _NUMBERS,
-        )
+        f"{_LOSS_SCALER}.{name}": dict.fromkeys(_SCALER.split(), _NUMBERS)
         for name in ("LossScaler", "DynamicLossScaler")
     },
 }
@@ -355,12 +319,10 @@ class StateReader(TensorReader):
         "builtins.list": _plain(list),
         "builtins.getattr": _statistic,
         "collections.defaultdict": _default_dict,
-        "mmengine.logging.history_buffer.HistoryBuffer": _history_buffer,
-        "mmengine.config.config.ConfigDict": _config_dict,
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler": _loss_scaler("LossScaler"),
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _loss_scaler("DynamicLossScaler"),
-        "deepspeed.runtime.zero.config.ZeroStageEnum": _zero_stage,
-        "deepspeed.utils.tensor_fragment.fragment_address": _fragment_address,
+        **{
+            f"{module}.{name}": _of_package(module, name, *kinds, fixed=fixed)
+            for module, name, kinds, fixed in _CLASSES
+        },
         "numpy.dtype": _Dtype,
         "numpy.ndarray": _refuse,
         "numpy.core.multiarray.scalar": _scalar,

@@ -111,17 +111,13 @@ def add_adapter(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, 
     adapter = _read(folder)
     layers = sorted({key.split(".lora_")[0] for key in adapter})
     result = dict(weights)
-    strange = [layer for layer in layers if f"{layer}.weight" not in weights]
-    if strange:
+    if strange := [layer for layer in layers if f"{layer}.weight" not in weights]:
         raise ModelLoadError(
             f"{folder} has adapters for {len(strange)} layers that the base does not have: "
             f"{shorten(strange, limit=4)}. Name the base that it was trained on"
         )
     for layer in layers:
-        down, up = (
-            adapter[f"{layer}.lora_A.weight"].float(),
-            adapter[f"{layer}.lora_B.weight"].float(),
-        )
+        down, up = (adapter[f"{layer}.lora_{half}.weight"].float() for half in "AB")
         base = weights[f"{layer}.weight"]
         if (up.shape[0], down.shape[1]) != tuple(base.shape):
             raise ModelLoadError(
@@ -134,14 +130,12 @@ def add_adapter(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, 
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
-    for name in _FILES:
-        if (folder / name).is_file():
-            found = read_weights_file(folder / name)
-            break
-    else:
+    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if file is None:
         raise ModelLoadError(f"{folder} has neither {' nor '.join(_FILES)}. Finish the copy")
     weights = {
-        key.removeprefix(_PREFIX).replace(".default.", "."): value for key, value in found.items()
+        key.removeprefix(_PREFIX).replace(".default.", "."): value
+        for key, value in read_weights_file(file).items()
     }
     layers = {key.split(".lora_")[0] for key in weights}
     wanted = {f"{layer}.lora_{half}.weight" for layer in layers for half in "AB"}

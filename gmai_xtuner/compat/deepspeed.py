@@ -14,6 +14,15 @@ from typing import Any
 import torch
 
 
+def wrap_once(
+    owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Replace a function of ``owner`` by what ``make`` makes of it, unless that has been done."""
+    original = getattr(owner, name)
+    if not hasattr(original, "__wrapped__"):
+        setattr(owner, name, functools.wraps(original)(make(original)))
+
+
 def keep_standard_output_clean() -> None:
     """DeepSpeed's log goes to standard error.
 
@@ -46,19 +55,17 @@ def wait_for_gathered_weights() -> None:
     """
     if torch.cuda.is_available():
         return
-    module: Any = importlib.import_module("deepspeed.comm")
-    original: Callable[..., Any] = module.all_gather_into_tensor
-    if hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
-    def all_gather_into_tensor(*args: Any, **kwargs: Any) -> Any:
-        handle = original(*args, **kwargs)
-        if handle is not None:
-            handle.wait()
-        return handle
+    def waiting(gather: Callable[..., Any]) -> Callable[..., Any]:
+        def all_gather_into_tensor(*args: Any, **kwargs: Any) -> Any:
+            handle = gather(*args, **kwargs)
+            if handle is not None:
+                handle.wait()
+            return handle
 
-    module.all_gather_into_tensor = all_gather_into_tensor
+        return all_gather_into_tensor
+
+    wrap_once(importlib.import_module("deepspeed.comm"), "all_gather_into_tensor", waiting)
 
 
 def keep_gradients_until_reduced() -> None:
@@ -70,12 +77,10 @@ def keep_gradients_until_reduced() -> None:
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
 
-    if not hasattr(Zero.average_tensor, "__wrapped__"):
-        Zero.average_tensor = _kept_until_reduced(Zero.average_tensor)
+    wrap_once(Zero, "average_tensor", _kept_until_reduced)
 
 
 def _kept_until_reduced(average_tensor: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(average_tensor)
     def average_kept_tensor(self: Any, tensor: torch.Tensor) -> None:
         if self.overlap_comm and tensor.is_cuda:
             tensor.record_stream(self.reduction_stream)
@@ -92,15 +97,14 @@ def wait_for_the_stream_of_a_gradient() -> None:
     """
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
 
-    name = "_DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket"
-    if not hasattr(getattr(Zero, name), "__wrapped__"):
-        setattr(Zero, name, _after_the_current_stream(getattr(Zero, name)))
+    wrap_once(
+        Zero, "_DeepSpeedZeroOptimizer_Stage3__add_grad_to_ipg_bucket", _after_the_current_stream
+    )
 
 
 def _after_the_current_stream(add_gradient: Callable[..., None]) -> Callable[..., None]:
     from deepspeed.accelerator import get_accelerator
 
-    @functools.wraps(add_gradient)
     def add_finished_gradient(self: Any, param: torch.Tensor) -> None:
         accelerator = get_accelerator()
         if not accelerator.resolves_data_dependency():
@@ -120,16 +124,14 @@ def accumulate_all_gradients_in_fp32() -> None:
     """
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Zero
 
-    original = Zero.get_flat_partition
-    if hasattr(original, "__wrapped__"):
-        return
+    def in_fp32(get: Callable[..., Any]) -> Callable[..., Any]:
+        def get_flat_partition(self: Any, *args: Any, **kwargs: Any) -> Any:
+            flat = get(self, *args, **kwargs)
+            if isinstance(flat, list):
+                return [part.to(self.gradient_accumulation_dtype) for part in flat]
+            return flat
 
-    @functools.wraps(original)
-    def get_flat_partition(self: Any, *args: Any, **kwargs: Any) -> Any:
-        flat = original(self, *args, **kwargs)
-        if isinstance(flat, list):
-            return [part.to(self.gradient_accumulation_dtype) for part in flat]
-        return flat
+        return get_flat_partition
 
     def accumulate(self: Any, param: torch.Tensor) -> None:
         number = self.get_param_id(param)
@@ -148,5 +150,5 @@ def accumulate_all_gradients_in_fp32() -> None:
             gradient.copy_(total)  # what norm, overflow check and optimiser read
             begun.discard(number)
 
-    Zero.get_flat_partition = get_flat_partition
-    Zero.async_accumulate_grad_in_cpu_via_gpu = accumulate
+    wrap_once(Zero, "get_flat_partition", in_fp32)
+    wrap_once(Zero, "async_accumulate_grad_in_cpu_via_gpu", lambda _: accumulate)

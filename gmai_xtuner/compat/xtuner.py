@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gmai_xtuner.compat.deepspeed import wrap_once
 from gmai_xtuner.core.errors import GMAIError
 
 
@@ -79,18 +80,16 @@ def read_frozen_weights() -> None:
     """
     from xtuner.utils import zero_to_any_dtype
 
-    original = zero_to_any_dtype.get_state_dict_from_zero_checkpoint
-    if hasattr(original, "__wrapped__"):
-        return
+    def make(read: Callable[..., Any]) -> Callable[..., Any]:
+        def with_frozen_weights(checkpoint_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
+            from gmai_xtuner.checkpoint.llava import read_frozen
 
-    @functools.wraps(original)
-    def with_frozen_weights(checkpoint_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-        from gmai_xtuner.checkpoint.llava import read_frozen
+            state = read(checkpoint_dir, tag, *args, **kwargs)
+            return {**state, **read_frozen(Path(checkpoint_dir) / tag)}
 
-        state = original(checkpoint_dir, tag, *args, **kwargs)
-        return {**state, **read_frozen(Path(checkpoint_dir) / tag)}
+        return with_frozen_weights
 
-    zero_to_any_dtype.get_state_dict_from_zero_checkpoint = with_frozen_weights
+    wrap_once(zero_to_any_dtype, "get_state_dict_from_zero_checkpoint", make)
 
 
 def resume_from_a_work_dir() -> None:
@@ -104,10 +103,8 @@ def resume_from_a_work_dir() -> None:
     from xtuner.tools import utils
 
     original: Callable[[str], int | None] = utils.get_seed_from_checkpoint
-    if hasattr(original, "__wrapped__"):
-        return
+    main: Any = sys.modules["__main__"]
 
-    @functools.wraps(original)
     def get_seed_from_checkpoint(path: str) -> int | None:
         from gmai_xtuner.train.resume import seed_of
 
@@ -122,10 +119,9 @@ def resume_from_a_work_dir() -> None:
 
     from gmai_xtuner.train.start import command_config
 
-    main: Any = sys.modules["__main__"]
-    utils.get_seed_from_checkpoint = get_seed_from_checkpoint
+    wrap_once(utils, "get_seed_from_checkpoint", lambda _: get_seed_from_checkpoint)
     if getattr(main, "get_seed_from_checkpoint", None) is original:
-        main.get_seed_from_checkpoint = get_seed_from_checkpoint
+        main.get_seed_from_checkpoint = utils.get_seed_from_checkpoint
 
 
 def check_before_anything_is_built() -> None:
@@ -135,21 +131,22 @@ def check_before_anything_is_built() -> None:
     hands the DeepSpeed file through. Until xtuner checks.
     """
     main: Any = sys.modules["__main__"]
-    if xtuner_tool() != "train" or hasattr(main.check_cfg, "__wrapped__"):
+    if xtuner_tool() != "train":
         return
-    original: Callable[..., None] = main.check_cfg
 
-    @functools.wraps(original)
-    def check_cfg(cfg: Any, args: Any) -> None:
-        from gmai_xtuner.train.start import check
-        from gmai_xtuner.train.trackers import add_trackers
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def check_cfg(cfg: Any, args: Any) -> None:
+            from gmai_xtuner.train.start import check
+            from gmai_xtuner.train.trackers import add_trackers
 
-        settled = check(cfg, options=args.cfg_options, deepspeed=args.deepspeed)
-        add_trackers(cfg, args.work_dir or cfg.get("work_dir") or Path(args.config).stem)
-        main.auto_dtype_of_deepspeed_config = lambda _: settled.settings
-        original(cfg, args)
+            settled = check(cfg, options=args.cfg_options, deepspeed=args.deepspeed)
+            add_trackers(cfg, args.work_dir or cfg.get("work_dir") or Path(args.config).stem)
+            main.auto_dtype_of_deepspeed_config = lambda _: settled.settings
+            original(cfg, args)
 
-    main.check_cfg = check_cfg
+        return check_cfg
+
+    wrap_once(main, "check_cfg", make)
 
 
 def convert_checked_and_exact() -> None:

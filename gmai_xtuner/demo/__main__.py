@@ -49,8 +49,7 @@ def _run(options: argparse.Namespace) -> None:
     from gmai_xtuner.core.addresses import is_loopback, reserved
     from gmai_xtuner.demo.answering import Answering
     from gmai_xtuner.demo.files import examples_of, installed_examples
-    from gmai_xtuner.demo.page import Demo
-    from gmai_xtuner.demo.server import serve
+    from gmai_xtuner.demo.server import Demo, serve
     from gmai_xtuner.demo.studies import MEBIBYTE, Limits
 
     if not is_loopback(options.host) and not options.without_sign_in:

@@ -29,8 +29,7 @@ class Attached:
     Args:
         number: as people count it, from 1, never given twice in a session.
         study: what it is.
-        view: what of it is shown, and goes with the next question.
-        send: whether it goes with the next question.
+        view: what of it is shown, and goes with the next question if ``send`` says so.
         sent: whether the models have this view.
     """
 

@@ -13,10 +13,11 @@ also reach the recomputation in the backward pass.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,19 +75,6 @@ class SequenceBoundaries:
     def total_length(self) -> int:
         return sum(self.lengths)
 
-    @classmethod
-    def from_lengths(
-        cls, lengths: Sequence[int], *, device: torch.device | str = "cpu"
-    ) -> SequenceBoundaries:
-        """Raises:
-        ValueError: if there is no conversation or one without a token.
-        """
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"every conversation needs at least one token, got lengths {lengths}")
-        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        starts[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-        return cls(starts.to(device), tuple(int(length) for length in lengths))
-
 
 def sdpa_loop_attention(
     query: torch.Tensor,
@@ -107,16 +95,11 @@ def sdpa_loop_attention(
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        key = key.repeat_interleave(groups, dim=1)
-        value = value.repeat_interleave(groups, dim=1)
+        key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    split = (one.split(boundaries.lengths, dim=2) for one in (query, key, value))
     pieces = [
         F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-        for q, k, v in zip(
-            query.split(boundaries.lengths, dim=2),
-            key.split(boundaries.lengths, dim=2),
-            value.split(boundaries.lengths, dim=2),
-            strict=True,
-        )
+        for q, k, v in zip(*split, strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
@@ -152,10 +135,15 @@ def varlen_attention(
     return out.unsqueeze(0)
 
 
-_FUNCTIONS: dict[str, AttentionFunction] = {
-    "varlen": varlen_attention,
-    "sdpa_loop": sdpa_loop_attention,
+_FUNCTIONS: dict[str, tuple[AttentionFunction, str]] = {
+    "varlen": (varlen_attention, "PyTorch's variable-length flash kernel"),
+    "sdpa_loop": (sdpa_loop_attention, "one causal SDPA call for each conversation"),
 }
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise GMAIError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -168,8 +156,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         GMAIError: if the name is unknown, or ``varlen`` is asked for where it can't run.
     """
-    if name not in BACKENDS:
-        raise GMAIError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
+    _check_name(name)
     runs = (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
@@ -208,28 +195,21 @@ def boundary_attention_forward(
             f"batch has shape {tuple(query.shape)}"
         )
     backend = choose_backend(module.config.gmai_attention, query.device, query.dtype)
-    _announce(backend, query.device)
+    _announce(backend, query.device.type)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    return _FUNCTIONS[backend](query, key, value, attention_mask, scaling), None
+    attend, _ = _FUNCTIONS[backend]
+    return attend(query, key, value, attention_mask, scaling), None
 
 
-_announced: set[str] = set()
-
-
-def _announce(backend: str, device: torch.device) -> None:
-    if backend not in _announced:
-        _announced.add(backend)
-        names = {
-            "varlen": "PyTorch's variable-length flash kernel",
-            "sdpa_loop": "one causal SDPA call for each conversation",
-        }
-        print_log(
-            f"Attention on {device.type}: {names[backend]} ({backend}); "
-            "conversations of a pack never see each other",
-            logger="current",
-            level=logging.INFO,
-        )
+@functools.cache
+def _announce(backend: str, device: str) -> None:
+    print_log(
+        f"Attention on {device}: {_FUNCTIONS[backend][1]} ({backend}); "
+        "conversations of a pack never see each other",
+        logger="current",
+        level=logging.INFO,
+    )
 
 
 def _update_causal_mask(self: LlamaModel, attention_mask, *args, **kwargs):
@@ -250,8 +230,7 @@ def install_boundary_attention(llm: nn.Module, *, backend: str = "auto") -> None
         GMAIError: if the model is not a ``LlamaForCausalLM`` of the pinned transformers; then nothing
             would keep the conversations of a pack apart, and training must not start.
     """
-    if backend not in BACKENDS:
-        raise GMAIError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    _check_name(backend)
     if not isinstance(llm, LlamaForCausalLM) or not hasattr(LlamaModel, "_update_causal_mask"):
         raise GMAIError(
             f"packed training needs transformers' LlamaForCausalLM (transformers 4.48), got "

@@ -48,6 +48,18 @@ REQUIRED_KEYS = (
 )
 
 
+DEFAULTS = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""What InternLM2 means where its ``config.json`` leaves a key out."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -142,16 +154,8 @@ def llama_config(internlm2_config: Mapping[str, Any]) -> LlamaConfig:
         )
     return LlamaConfig(
         **{key: raw[key] for key in REQUIRED_KEYS},
+        **{key: raw.get(key, default) for key, default in DEFAULTS.items()},
         num_key_value_heads=key_value_heads,
-        hidden_act=raw.get("hidden_act", "silu"),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        initializer_range=raw.get("initializer_range", 0.02),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        use_cache=raw.get("use_cache", True),
-        pad_token_id=raw.get("pad_token_id", 0),
-        bos_token_id=raw.get("bos_token_id", 1),
-        eos_token_id=raw.get("eos_token_id", 2),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
         attention_bias=raw.get("bias", True),
         rope_theta=float(raw.get("rope_theta", 10000)),
         rope_scaling=None if scaling is None else dict(scaling),
@@ -170,18 +174,20 @@ def internlm2_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (width,),
         "output.weight": (vocabulary, width),
     }
+    biases = {"attention.wqkv.bias": (wqkv,), "attention.wo.bias": (width,)}
+    # The order decides the random weights of the tiny bases.
+    layer: dict[str, tuple[int, ...]] = {
+        "attention.wqkv.weight": (wqkv, width),
+        "attention.wo.weight": (width, width),
+        **(biases if config.attention_bias else {}),
+        "feed_forward.w1.weight": (inner, width),
+        "feed_forward.w3.weight": (inner, width),
+        "feed_forward.w2.weight": (width, inner),
+        "attention_norm.weight": (width,),
+        "ffn_norm.weight": (width,),
+    }
     for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        shapes[f"{layer}.attention.wqkv.weight"] = (wqkv, width)
-        shapes[f"{layer}.attention.wo.weight"] = (width, width)
-        if config.attention_bias:
-            shapes[f"{layer}.attention.wqkv.bias"] = (wqkv,)
-            shapes[f"{layer}.attention.wo.bias"] = (width,)
-        shapes[f"{layer}.feed_forward.w1.weight"] = (inner, width)
-        shapes[f"{layer}.feed_forward.w3.weight"] = (inner, width)
-        shapes[f"{layer}.feed_forward.w2.weight"] = (width, inner)
-        shapes[f"{layer}.attention_norm.weight"] = (width,)
-        shapes[f"{layer}.ffn_norm.weight"] = (width,)
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     return shapes
 
 

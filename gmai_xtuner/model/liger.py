@@ -89,12 +89,7 @@ def install_liger(llm: nn.Module) -> None:
     def feed_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(silu_mul.apply(self.gate_proj(x), self.up_proj(x)))
 
-    def rotate(
-        query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rope.apply(query, key, cos, sin)
-
-    attend = _with_global(modeling_llama.LlamaAttention.forward, "apply_rotary_pos_emb", rotate)
+    attend = _with_global(modeling_llama.LlamaAttention.forward, "apply_rotary_pos_emb", rope.apply)
     replacements: dict[type, Any] = {
         modeling_llama.LlamaRMSNorm: normalise,
         modeling_llama.LlamaMLP: feed_forward,

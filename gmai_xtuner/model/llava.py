@@ -8,13 +8,15 @@ vision tower, ``T`` tokens of the flat batch, ``M`` learnt tokens, ``D`` width o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from mmengine.model import BaseModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from xtuner.registry import BUILDER
 
@@ -23,7 +25,6 @@ from gmai_xtuner.model.attention import SequenceBoundaries, install_boundary_att
 from gmai_xtuner.model.liger import install_liger, require_liger
 from gmai_xtuner.model.lora import add_adapters, load_adapters
 from gmai_xtuner.model.loss import install_loss_head
-from gmai_xtuner.model.recompute import recompute, recompute_first_layers, use_reentrant
 
 
 def building_on_meta() -> bool:
@@ -64,6 +65,43 @@ def _prepare_rotary(rotary: Any) -> None:
     rotary._dynamic_frequency_update = update_if_longer
 
 
+def use_reentrant() -> bool:
+    """Which of torch's two implementations to take.
+
+    The newer one compares the tensors that it saves in the forward and in the recomputed pass. ZeRO-3
+    gathers each weight for the moment of its use, so their shapes differ and it raises; weights below
+    ``stage3_param_persistence_threshold`` are never released, which hides this on tiny models. Under
+    ZeRO-3 the older, re-entrant one is right: its only condition, an input that needs a gradient, always
+    holds here, because the projector learns in every stage.
+    """
+    return is_deepspeed_zero3_enabled()
+
+
+def recompute_first_layers(decoder: Any, layers: int) -> None:
+    """Let a Llama decoder with checkpointing recompute its first ``layers`` layers only.
+
+    The last ones keep their activations: the backward pass frees those first, before any layer is
+    recomputed.
+
+    Args:
+        decoder: transformers' ``LlamaModel`` after ``gradient_checkpointing_enable``.
+        layers: 0 to all of its layers.
+
+    Raises:
+        GMAIError: the decoder does not have so many layers.
+    """
+    total = len(decoder.layers)
+    if not 0 <= layers <= total:
+        raise GMAIError(f"recomputed_layers must be 0 to {total}, the model's layers, got {layers}")
+    recomputed = decoder._gradient_checkpointing_func
+
+    def choose(call: Any, *arguments: Any) -> Any:
+        kept = call.__self__.self_attn.layer_idx >= layers
+        return call(*arguments) if kept else recomputed(call, *arguments)
+
+    decoder._gradient_checkpointing_func = choose
+
+
 class LLaVA(BaseModel):
     """Vision tower (layer -2, patch tokens) -> linear, GELU, linear -> language model.
 
@@ -79,8 +117,6 @@ class LLaVA(BaseModel):
         visual_encoder_lora: the same for the vision tower.
         visual_select_layer: hidden state of the tower that is used; -2 is the one before the last.
         projector_depth: linear layers of the projector.
-        start: called with the model before adapters are added, so that it can load weights; returns the
-            adapters to go on with, if any, and where they come from.
         use_activation_checkpointing: recompute activations in the backward pass.
         recomputed_layers: of the language model's layers, how many are recomputed, the first ones; the
             others keep their activations, which is faster where memory allows. Default: all.
@@ -109,7 +145,6 @@ class LLaVA(BaseModel):
         attention: str = "auto",
         loss_chunk_size: int = 2048,
         liger: bool = False,
-        start: Callable[[LLaVA], tuple[Mapping[str, torch.Tensor], str]] | None = None,
     ) -> None:
         super().__init__(data_preprocessor={"type": "BaseDataPreprocessor", "non_blocking": True})
         if liger := liger and not building_on_meta():
@@ -146,7 +181,7 @@ class LLaVA(BaseModel):
         self.visual_encoder.requires_grad_(not self.freeze_visual_encoder)
 
         # First the weights, then the adapters: a checkpoint of a stage without adapters then fits.
-        adapters, source = ({}, "") if start is None else start(self)
+        adapters, source = self.start()
         if llm_lora is not None:
             add_adapters(self.llm, llm_lora, option="llm_lora")
         if visual_encoder_lora is not None:
@@ -157,6 +192,10 @@ class LLaVA(BaseModel):
                 num_layers=self.vision_depth,
             )
         load_adapters(self, adapters, source=source)
+
+    def start(self) -> tuple[Mapping[str, torch.Tensor], str]:
+        """Load weights before adapters are added; return the adapters to go on with, and their source."""
+        return {}, ""
 
     def init_weights(self) -> None:
         """Weights come from the checkpoints; mmengine must not initialise them again."""
@@ -180,17 +219,20 @@ class LLaVA(BaseModel):
         )
         recomputes = learns and self.training and self.use_activation_checkpointing
         with torch.set_grad_enabled(learns):
-            hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(self._vision_dtype)))
+            hidden = tower.pre_layrnorm(
+                tower.embeddings(pixel_values.to(self.visual_encoder.dtype))
+            )
             if recomputes and not hidden.requires_grad:
                 # Under adapters nothing before them learns, and re-entrant checkpointing gives no
                 # gradient to a layer whose input needs none.
                 hidden.requires_grad_()
             for layer in tower.encoder.layers[: self.vision_depth]:
                 if recomputes:
-                    hidden = recompute(layer, hidden, None, None)[0]
+                    hidden = checkpoint(layer, hidden, None, None, use_reentrant=use_reentrant())[0]
                 else:
                     hidden = layer(hidden, None, None)[0]
-        return self.projector(hidden[:, 1:].to(self._projector_dtype))
+        dtype = next(self.projector.parameters()).dtype
+        return self.projector(hidden[:, 1:].to(dtype))
 
     def embed(
         self,
@@ -293,14 +335,6 @@ class LLaVA(BaseModel):
     def vision_depth(self) -> int:
         """Layers of the tower that run."""
         return range(self.visual_encoder.config.num_hidden_layers + 1)[self.visual_select_layer]
-
-    @property
-    def _vision_dtype(self) -> torch.dtype:
-        return self.visual_encoder.dtype
-
-    @property
-    def _projector_dtype(self) -> torch.dtype:
-        return next(self.projector.parameters()).dtype
 
 
 def _build(part: Mapping[str, Any] | nn.Module) -> Any:

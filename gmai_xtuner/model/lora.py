@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""LoRA on the language model and on the vision tower, by peft.
+"""LoRA on the language model and on the vision tower, by peft; QLoRA's 4-bit base weights, by bitsandbytes.
 
 Adapters are injected: the model stays a ``LlamaForCausalLM`` or ``CLIPVisionModel`` whose linear layers
 are peft's, so that attention, loss head, DeepSpeed and generation see no difference. (``PeftModel``, which
 xtuner's ``LLaVAModel`` wraps around it, would move every attribute.) A weight ``...q_proj.weight`` becomes
 ``...q_proj.base_layer.weight``, beside ``...q_proj.lora_A.default.weight`` and ``lora_B``.
 
-LoRA: Hu et al. 2021, arXiv 2106.09685: ``W x + (alpha / r) B A x`` with ``B = 0`` at the start.
+LoRA: Hu et al. 2021, arXiv 2106.09685: ``W x + (alpha / r) B A x`` with ``B = 0`` at the start. QLoRA:
+Dettmers et al. 2023, arXiv 2305.14314.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
@@ -67,18 +70,26 @@ def add_adapters(
     """
     lora = _as_config(config, option)
     linear = linear_layers(part)
+    kinds = sorted({name.rpartition(".")[2] for name in linear})
     if lora.target_modules is None or lora.target_modules == "all-linear":
-        lora.target_modules = sorted({name.rpartition(".")[2] for name in linear})
+        lora.target_modules = kinds
         if num_layers is not None and lora.layers_to_transform is None:
             lora.layers_to_transform = list(range(num_layers))
     elif not isinstance(lora.target_modules, str):
-        _check_targets(lora.target_modules, linear, option)
+        # peft is content if one of them exists: a misspelt layer would go without an adapter, silently.
+        known = [f".{name}" for name in linear]
+        lost = [t for t in lora.target_modules if not any(k.endswith(f".{t}") for k in known)]
+        if lost:
+            raise GMAIError(
+                f"{option}: target_modules {shorten(sorted(lost))} can't have an adapter; the linear layers "
+                f"inside decoder or encoder layers are {shorten(kinds)}"
+            )
     inject_adapter_in_model(lora, part, adapter_name=ADAPTER)
     adapted = adapter_layers(part)
     if strange := sorted(set(adapted) - linear):
         raise GMAIError(
             f"{option}: {shorten(strange)} can't have an adapter; only the linear layers inside decoder "
-            f"or encoder layers can: {shorten(sorted({name.rpartition('.')[2] for name in linear}))}"
+            f"or encoder layers can: {shorten(kinds)}"
         )
     for name, parameter in part.named_parameters():
         parameter.requires_grad_(is_adapter_key(name))
@@ -139,23 +150,12 @@ def _as_config(config: Mapping[str, Any] | LoraConfig, option: str) -> LoraConfi
     return lora
 
 
-def _check_targets(targets: Any, linear: set[str], option: str) -> None:
-    # peft is content if one of them exists: a misspelt layer would go without an adapter, silently.
-    lost = sorted(t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear))
-    if lost:
-        known = sorted({name.rpartition(".")[2] for name in linear})
-        raise GMAIError(
-            f"{option}: target_modules {shorten(lost)} can't have an adapter; the linear layers inside "
-            f"decoder or encoder layers are {shorten(known)}"
-        )
-
-
 def split_adapters(
     state: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A checkpoint's weights of the model without adapters, and those of its adapters."""
+    """Return a checkpoint's weights of the model without adapters, and those of its adapters."""
     adapters = {key: value for key, value in state.items() if is_adapter_key(key)}
-    base = {plain_key(key): value for key, value in state.items() if not is_adapter_key(key)}
+    base = {plain_key(key): value for key, value in state.items() if key not in adapters}
     return base, adapters
 
 
@@ -174,8 +174,10 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, torch.Tensor], *, sou
     """
     own = {name: value for name, value in model.named_parameters() if is_adapter_key(name)}
     for part in sorted({key.split(".", 1)[0] for key in adapters}):
-        theirs = {key: value for key, value in adapters.items() if key.startswith(f"{part}.")}
-        ours = {key: value for key, value in own.items() if key.startswith(f"{part}.")}
+        theirs, ours = (
+            {key: value for key, value in weights.items() if key.startswith(f"{part}.")}
+            for weights in (adapters, own)
+        )
         if not ours:
             raise ModelLoadError(
                 f"{source} has LoRA adapters of {part} ({_describe(theirs)}), but the config has no "
@@ -242,3 +244,58 @@ def save_adapter(part: Any, folder: Path) -> None:
         if is_adapter_key(name)
     }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+# --- 4-bit weights ---
+
+TO_CONVERT = (
+    "To convert a checkpoint, add --cfg-options model.llm.quantization_config=None: "
+    "it is merged into the full-precision base"
+)
+
+
+def quantization_that_runs(config: Mapping[str, Any] | BitsAndBytesConfig) -> BitsAndBytesConfig:
+    """The configuration, once it is clear that this machine can run it. No weight has been read by then.
+
+    Args:
+        config: a ``BitsAndBytesConfig`` or its config ``dict(type="transformers.BitsAndBytesConfig",
+            load_in_4bit=True, ...)``; it is not changed.
+
+    Raises:
+        ModelLoadError: not 4 bit, DeepSpeed ZeRO-3, no CUDA device, or a bitsandbytes that does not
+            run with this torch.
+    """
+    built = BUILDER.build(copy.deepcopy(config)) if isinstance(config, Mapping) else config
+    if not isinstance(built, BitsAndBytesConfig) or not built.load_in_4bit:
+        raise ModelLoadError(
+            "quantization_config must be a transformers.BitsAndBytesConfig with load_in_4bit=True, got "
+            f"{config!r}"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ModelLoadError(
+            "DeepSpeed ZeRO-3 can't partition 4-bit weights. Take --deepspeed zero1 or zero2: what "
+            "learns is small, and the 4-bit base fits on each GPU"
+        )
+    if not torch.cuda.is_available():
+        raise ModelLoadError(f"4-bit weights need an NVIDIA GPU, and there is none. {TO_CONVERT}")
+    _try_bitsandbytes()
+    return built
+
+
+def _try_bitsandbytes() -> None:
+    try:
+        import bitsandbytes as bnb
+
+        bnb.functional.quantize_4bit(torch.zeros(64, device="cuda"), quant_type="nf4")
+    except (ImportError, AttributeError, OSError, RuntimeError, NotImplementedError) as error:
+        raise ModelLoadError(
+            f"bitsandbytes does not run here ({type(error).__name__}: {error}). xtuner 0.2.0 pins "
+            f"bitsandbytes 0.45.0, which has kernels up to CUDA 12.6; this torch {torch.__version__} is "
+            f"built for CUDA {torch.version.cuda}. Install a newer one beside it: "
+            "pip install --no-deps 'bitsandbytes>=0.48'"
+        ) from error
+
+
+def is_quantized(part: nn.Module) -> bool:
+    """Whether a model has 4-bit weights."""
+    return bool(getattr(part, "is_loaded_in_4bit", False))

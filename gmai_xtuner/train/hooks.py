@@ -16,7 +16,7 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner
 
-from gmai_xtuner.model.flops import ModelFlops, device_peak_flops
+from gmai_xtuner.model.costs import ModelFlops, device_peak_flops
 
 
 def is_due(step: int, interval: int, begin: int = 0) -> bool:
@@ -36,7 +36,7 @@ class ProgressHook(Hook):
     wall time including data loading; multiply by the number of GPUs for the run. ``pack_fill``: tokens
     over what the packs could hold. ``grad_norm``: global norm before clipping, of the last step. ``mfu``:
     share of the device's peak that the model's work takes, on devices whose peak is known, see
-    :mod:`gmai_xtuner.model.flops`.
+    :mod:`gmai_xtuner.model.costs`.
 
     Values are made when the logger shows them, each over the micro-batches since the one before, and so are
     mmengine's means of times; in between nothing waits for the device.

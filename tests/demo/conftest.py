@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gmai_xtuner.demo.files import installed_examples
-from gmai_xtuner.demo.medical_files import open_dicom
+from gmai_xtuner.demo.files import installed_examples, open_dicom
 from gmai_xtuner.demo.studies import Limits, first_view
 from tests.demo.teaching import write_export
 

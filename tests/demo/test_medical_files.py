@@ -17,8 +17,8 @@ from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.volume_headers import is_nifti
 from gmai_xtuner.core.imaging.volumes import load
 from gmai_xtuner.core.imaging.windows import Window, scale_for
+from gmai_xtuner.demo.files import open_dicom, open_nifti
 from gmai_xtuner.demo.i18n import PageError
-from gmai_xtuner.demo.medical_files import open_dicom, open_nifti
 from gmai_xtuner.demo.studies import Frames, Limits, View, Volume, first_view
 from tests import medical_files as made
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +37,13 @@ def one_by_one(query, key, value, lengths, scaling):
     return torch.cat(outputs, dim=1).transpose(0, 1).unsqueeze(0)
 
 
+def boundaries_of(lengths, *, device="cpu"):
+    starts = np.cumsum([0, *lengths])
+    return SequenceBoundaries(
+        torch.tensor(starts, dtype=torch.int32, device=device), tuple(lengths)
+    )
+
+
 def random_qkv(total, heads, kv_heads, width, *, seed, dtype=torch.float64, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,7 +66,7 @@ def test_the_loop_equals_each_conversation_on_its_own(lengths, heads, seed):
     weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
     expected_grads = torch.autograd.grad((expected * weight).sum(), qkv)
 
-    got = sdpa_loop_attention(*qkv, SequenceBoundaries.from_lengths(lengths), 0.25)
+    got = sdpa_loop_attention(*qkv, boundaries_of(lengths), 0.25)
     grads = torch.autograd.grad((got * weight).sum(), qkv)
 
     torch.testing.assert_close(got, expected)
@@ -76,7 +84,7 @@ def test_a_conversation_does_not_see_the_one_before():
     changed = F.scaled_dot_product_attention(query, key, other, is_causal=True)
     assert not torch.allclose(plain[:, :, 5:], changed[:, :, 5:])
 
-    boundaries = SequenceBoundaries.from_lengths(lengths)
+    boundaries = boundaries_of(lengths)
     before = sdpa_loop_attention(query, key, value, boundaries, 0.5)
     after = sdpa_loop_attention(query, key, other, boundaries, 0.5)
     assert torch.equal(before[:, 5:], after[:, 5:])
@@ -94,27 +102,12 @@ def test_varlen_kernel_equals_each_conversation_on_its_own(heads, width, public,
     qkv = random_qkv(sum(lengths), *heads, width, seed=1, dtype=torch.bfloat16, device="cuda")
     reference = [tensor.detach().double().requires_grad_() for tensor in qkv]
     expected = one_by_one(*reference, lengths, 0.125)
-    got = varlen_attention(
-        *qkv, SequenceBoundaries.from_lengths(lengths, device="cuda"), 0.125
-    ).double()
+    got = varlen_attention(*qkv, boundaries_of(lengths, device="cuda"), 0.125).double()
     assert (got - expected).norm() / expected.norm() < 1e-2
     grads = torch.autograd.grad(got.square().sum(), qkv)
     expected_grads = torch.autograd.grad(expected.square().sum(), reference)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert (grad.double() - expected_grad).norm() / expected_grad.norm() < 2e-2
-
-
-def test_boundaries_from_lengths():
-    boundaries = SequenceBoundaries.from_lengths([3, 1, 4])
-    assert boundaries.cu_seqlens.tolist() == [0, 3, 4, 8]
-    assert boundaries.cu_seqlens.dtype == torch.int32
-    assert (boundaries.max_length, boundaries.total_length) == (4, 8)
-
-
-@pytest.mark.parametrize("lengths", [[], [3, 0]])
-def test_a_conversation_without_tokens_is_refused(lengths):
-    with pytest.raises(ValueError, match="at least one token"):
-        SequenceBoundaries.from_lengths(lengths)
 
 
 def test_choice_of_the_backend():

@@ -19,8 +19,7 @@ from gmai_xtuner.checkpoint.llava import PREFIX, GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.data.collate import collate_packs
 from gmai_xtuner.loading import load_model
-from gmai_xtuner.model.lora import adapter_layers, is_adapter_key, plain_key
-from gmai_xtuner.model.quantization import is_quantized
+from gmai_xtuner.model.lora import adapter_layers, is_adapter_key, is_quantized, plain_key
 from tests.model.exporting import stage_config
 from tests.model.test_llava import (
     build_model,
@@ -91,8 +90,8 @@ def test_only_adapters_and_projector_learn_and_are_saved(freeze_llm):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_does_not_change_gradients_of_adapters(reentrant, monkeypatch):
-    for module in ("llava", "recompute"):  # re-entrant is what ZeRO-3 gets
-        monkeypatch.setattr(f"gmai_xtuner.model.{module}.use_reentrant", lambda: reentrant)
+    # re-entrant is what ZeRO-3 gets
+    monkeypatch.setattr("gmai_xtuner.model.llava.use_reentrant", lambda: reentrant)
     plain = loss_and_gradients(learn_something(build_model(dtype=torch.float64, **BOTH)), [batch()])
     recomputed = loss_and_gradients(
         learn_something(
@@ -472,7 +471,7 @@ def test_a_bitsandbytes_that_does_not_run_is_told_with_the_remedy(tmp_path, monk
 
 
 def test_four_bit_under_zero3_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("gmai_xtuner.model.quantization.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("gmai_xtuner.model.lora.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ModelLoadError, match="ZeRO-3 can't partition 4-bit weights"):
         load_language_model(str(tmp_path / "nowhere"), quantization_config=FOUR_BIT)
 

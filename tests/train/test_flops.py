@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gmai_xtuner.data.collate import collate_packs
-from gmai_xtuner.model.flops import ModelFlops, Work, peak_flops
+from gmai_xtuner.model.costs import ModelFlops, Work, peak_flops
 from gmai_xtuner.train import hooks
 from gmai_xtuner.train.hooks import ProgressHook
 from tests.model.test_llava import build_model, make_pack
