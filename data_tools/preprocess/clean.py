@@ -63,8 +63,6 @@ def clean_annotations(
 
 @dataclass(frozen=True, slots=True)
 class _Cleaning:
-    """One annotation with what it is held against."""
-
     annotation: Annotation
     size: tuple[int, int]
     rules: Rules
@@ -280,7 +278,6 @@ def _sides(components: list[_Component], middle: float) -> dict[int, str]:
 
 
 def _bounding_box(layer: np.ndarray) -> tuple[slice, slice, slice] | None:
-    """Return the box of everything that is not 0; None if all is."""
     if not layer.any():
         return None
     x, y, z = (slice(*_extent(layer, axis=others)) for others in ((1, 2), (0, 2), (0, 1)))

@@ -108,7 +108,6 @@ def _read_file(path: Path) -> bytes:
 
 
 def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
-    """Decode a file, and name what is wrong with it in the words of the corpus."""
     try:
         return decode_pixels(content, name, max_pixels=max_pixels)
     except ImageError as error:

@@ -30,13 +30,9 @@ SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 DIRECTORY = "1.2.840.10008.1.3.10"
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
-ENHANCED = (
-    "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT
-    "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT
-    "1.2.840.10008.5.1.4.1.1.4.1",  # Enhanced MR
-    "1.2.840.10008.5.1.4.1.1.4.4",  # Legacy Converted Enhanced MR
-    "1.2.840.10008.5.1.4.1.1.130",  # Enhanced PET
-    "1.2.840.10008.5.1.4.1.1.128.1",  # Legacy Converted Enhanced PET
+ENHANCED = tuple(
+    f"1.2.840.10008.5.1.4.1.1.{number}"  # CT, MR and PET, each also as legacy converted
+    for number in ("2.1", "2.2", "4.1", "4.4", "130", "128.1")
 )
 
 

@@ -183,7 +183,6 @@ def beside(path: str, pattern: str) -> str:
 
 
 def _box(cells: Sequence[str]) -> tuple[tuple[float, float, float, float] | None, str]:
-    """Return the box, and what is wrong with it."""
     if not any(cells):
         return None, ""
     try:

@@ -96,7 +96,6 @@ Form = TypeVar("Form", bound=_File)
 
 
 def _read_json(options: Options, form: type[Form]) -> Form:
-    """Return the set's ``dataset.json``."""
     content = read_json(options, file_of(options, "dataset.json", key="root"))
     try:
         return form.model_validate(content)
@@ -183,7 +182,6 @@ def _decathlon(options: Options) -> Iterator[Unit]:
 
 
 def _chosen_channels(options: Options, names: Mapping[int, str]) -> list[int]:
-    """Return the numbers of the wanted channels."""
     numbers = {str(number): number for number in names}
     numbers |= {name.casefold(): number for number, name in names.items()}
     wanted = sorted(names) if options.channels is None else options.channels

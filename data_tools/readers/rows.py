@@ -203,7 +203,6 @@ def _excel(path: Path, shown: str, sheet: str | None) -> Parsed:
 
 
 def _lines(path: Path, shown: str, encoding: str) -> Iterator[str]:
-    """Yield the lines of a text with their ends."""
     try:
         codec = codecs.lookup(encoding).name.removesuffix("-sig")
         file = path.open("rb")

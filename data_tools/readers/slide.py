@@ -154,7 +154,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     with ExitStack() as stack:
         slide = stack.enter_context(closing(open_slide(path)))
         scale = scale_of(options, slide)
-        labels_of = labeller_of(options, unit.key, rows, slide, drops, stack)
+        labels_of = labeller_of(options, unit, slide, drops, stack)
         if options.columns.x:
             tiles = _listed(options, unit.key, rows, drops)
         else:
@@ -174,7 +174,6 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 
 
 def _pixels(options: Options, slide: SlideFile, tile: Tile) -> tuple[np.ndarray, dict[str, str]]:
-    """Return a tile's pixels as the corpus has them, and how they were read."""
     scale = tile.scale
     level = slide.levels[scale.level]
     left, top = round(tile.x / level.downsample), round(tile.y / level.downsample)
@@ -264,7 +263,6 @@ def _tissue_shares(
 def _listed(
     options: Options, key: str, rows: Sequence[FileRow], drops: Drops
 ) -> dict[tuple[int, int], tuple[FileRow, ...]]:
-    """Return the table's tiles, each once with all of its rows."""
     tiles: dict[tuple[int, int], tuple[FileRow, ...]] = {}
     for row in rows:
         x, y = (row.cells[str(column)] for column in (options.columns.x, options.columns.y))

@@ -66,8 +66,6 @@ def open_slide(path: Path) -> _Scanner | TiffSlide:
 
 
 class _Scanner:
-    """A scanner maker's format."""
-
     def __init__(self, path: Path) -> None:
         import openslide
 

@@ -22,7 +22,7 @@ from defusedxml import ElementTree
 from data_tools.readers.file_rows import FileRow, beside, folder_name
 from data_tools.readers.files import file_below
 from data_tools.readers.slide_files import Scale, SlideFile, TiffSlide
-from data_tools.records import Annotation, Drops
+from data_tools.records import Annotation, Drops, Unit
 from gmai_xtuner.core.errors import Unusable
 
 if TYPE_CHECKING:
@@ -51,18 +51,14 @@ Labeller = Callable[[Tile, Drops], list[Annotation]]
 
 
 def labeller_of(
-    options: Options,
-    key: str,
-    rows: Sequence[FileRow],
-    slide: SlideFile,
-    drops: Drops,
-    stack: ExitStack,
+    options: Options, unit: Unit, slide: SlideFile, drops: Drops, stack: ExitStack
 ) -> Labeller:
-    """Return what labels the tiles of a slide, ``key``, of which ``rows`` are; ``stack`` closes its mask.
+    """Return what labels the tiles of a slide, whose rows of a table the unit has; ``stack`` closes its mask.
 
     Marks on the slide that enclose nothing are dropped. `Unusable` if outlines or mask can't be read, or
     don't fit the slide.
     """
+    key = unit.key
     if options.mask is not None:
         path = file_below(options, beside(key, options.mask), NOT_THERE)
         mask = stack.enter_context(closing(TiffSlide(path, values=True)))
@@ -76,7 +72,7 @@ def labeller_of(
     folder = folder_name(key) if options.table is None else None
 
     def of_rows(tile: Tile, _: Drops) -> list[Annotation]:
-        own = tile.rows if options.columns.x else rows
+        own = tile.rows if options.columns.x else unit.payload or ()
         said = [Annotation(r.label, r.box, attributes=r.attributes) for r in own if r.label]
         return [Annotation(folder)] if folder else said
 

@@ -210,7 +210,6 @@ def _number_at(seconds: float, line: Timeline, *, end: bool) -> int:
 
 
 def _picked(options: Options, path: Path, line: Timeline, spans: Sequence[_Span]) -> list[int]:
-    """Return the frames to take, ascending."""
     seconds = line.seconds
     ends = [options.skip_start, line.end - options.skip_end]
     first, end = np.searchsorted(seconds, ends).tolist()
@@ -239,7 +238,6 @@ def _evenly(numbers: Sequence[int], count: int) -> list[int]:
 def _annotations(
     options: Options, key: str, spans: Sequence[_Span], number: int
 ) -> tuple[Annotation, ...]:
-    """Return what the table says of the frame; without a table, the name of the folder."""
     if options.table is None:
         folder = folder_name(key)
         return (Annotation(folder),) if folder else ()

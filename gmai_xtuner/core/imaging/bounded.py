@@ -145,7 +145,6 @@ os.register_at_fork(after_in_child=_idle.clear)
 
 
 def _serve(descriptor: int) -> None:
-    """Answer calls until the caller is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _Worker.is_here = True
     link = Connection(descriptor)

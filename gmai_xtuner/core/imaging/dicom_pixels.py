@@ -129,7 +129,6 @@ def _decompressed(syntax: str, header: dict[str, Any], coded: bytes) -> tuple[np
 
 
 def _native(data: Any, frame: int) -> tuple[np.ndarray, str]:
-    """Return a frame that is not compressed, and its colour space."""
     from pydicom.pixels import as_pixel_options, get_decoder
     from pydicom.pixels.utils import get_expected_length
 

@@ -347,7 +347,6 @@ def _problem(image: Image.Image, max_pixels: int) -> tuple[str, str, str | None]
 
 
 def _whole(image: Any) -> bytes:
-    """Return the content of an opened image's file."""
     position = image.fp.tell()
     image.fp.seek(0)
     content: bytes = image.fp.read()

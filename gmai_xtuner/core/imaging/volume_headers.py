@@ -122,7 +122,6 @@ class VolumeFile:
             return np.asarray(apply_read_scaling(data, self.slope, self.inter), dtype=np.float32)
 
     def _voxels(self, first: int, count: int) -> np.ndarray:
-        """Return ``count`` stored numbers from the ``first``, flat."""
         size, length = self.dtype.itemsize, self.path.stat().st_size
         total = math.prod(self.shape) * size
         needed = max(self.offset, 0) + total
