@@ -28,8 +28,8 @@ from PIL import Image
 from printing import parser, quiet_stdout, show
 
 from gmai_xtuner.core.rng import Rng, seed_of
+from gmai_xtuner.evaluate.answerers import World
 from gmai_xtuner.evaluate.controls import NONE_ABOVE
-from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.questions import ImageSource, open_image
 from gmai_xtuner.evaluate.runner import Options, Target, ask, prepare, score
 from gmai_xtuner.evaluate.store import Given, Job

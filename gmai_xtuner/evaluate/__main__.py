@@ -29,9 +29,8 @@ from gmai_xtuner.cli import (
 )
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.evaluate import compare, reconcile
-from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, make_answerer
+from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, World, make_answerer, world
 from gmai_xtuner.evaluate.benchmarks import NAMES, BenchmarkError, built_in, is_own, survey
-from gmai_xtuner.evaluate.processes import World, world
 from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS
 from gmai_xtuner.evaluate.results import Result, as_json
 from gmai_xtuner.evaluate.runner import (
@@ -64,11 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if arguments[:1] == ["protocols"]:
                 return _list_protocols(stdout)
             return _evaluate(arguments, stdout)
-        except GMAIError as error:
-            print(f"{PROGRAM}: {error}", file=sys.stderr)
-            return 1
-        except OSError as error:
-            print(f"{PROGRAM}: {error}. {_KEPT}", file=sys.stderr)
+        except (GMAIError, OSError) as error:
+            more = f". {_KEPT}" if isinstance(error, OSError) else ""
+            print(f"{PROGRAM}: {error}{more}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"\nStopped. {_KEPT}", file=sys.stderr)
@@ -81,33 +78,26 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
     _check(parser, options)
     options.logprobs = options.controls
     model = ModelOptions(**{one.name: getattr(options, one.name) for one in fields(ModelOptions)})
-    out = options.out or Path("work_dirs") / "evaluation" / model.shown
-    how = Options(
-        out=out,
-        protocols=tuple(options.protocol),
-        scorers=tuple(options.scorer),
-        limit=options.limit,
-        report_questions=options.report_questions,
-        max_new_tokens=options.max_new_tokens,
-        controls=options.controls,
-    )
+    out: Path = options.out or Path("work_dirs") / "evaluation" / model.shown
+    options.out = out
+    how = Options(**{one.name: getattr(options, one.name) for one in fields(Options)})
     results: list[Result] = []
     failures: list[str] = []
     with world() as processes:
         # Every benchmark that can be asked and scored, before a model is loaded.
         prepared: list[Prepared] = []
+        needs = not (options.score_only or options.answers)
         for target in _targets(options, failures):
             try:
-                needs = not (options.score_only or options.answers)
                 prepared.append(prepare(target, how, require_images=needs, rank=processes.rank))
             except GMAIError as error:
                 failures.append(str(error))
         if prepared:
-            answerer = None
-            if not options.score_only:
-                answerer = make_answerer(model, cache=out, local_rank=processes.local_rank)
-            results = _run(prepared, answerer, how, processes, _judge(options, out), failures)
-        return _report(options, out, results, failures, processes, stdout)
+            rank = processes.local_rank
+            asks = not options.score_only
+            answerer = make_answerer(model, cache=out, local_rank=rank) if asks else None
+            results = _run(prepared, answerer, how, processes, _judge(options), failures)
+        return 0 if processes.rank else _report(options, results, failures, stdout)
 
 
 def _run(
@@ -138,17 +128,10 @@ def _run(
 
 
 def _report(
-    options: argparse.Namespace,
-    out: Path,
-    results: Sequence[Result],
-    failures: Sequence[str],
-    processes: World,
-    stdout: TextIO,
+    options: argparse.Namespace, results: Sequence[Result], failures: Sequence[str], stdout: TextIO
 ) -> int:
-    """Write the tables, and failures to standard error, in the first process; return the exit status."""
-    if processes.rank:
-        return 0
-    tables = all_tables(results) if results else []
+    """Write the tables, and failures to standard error; return the exit status."""
+    tables, out = all_tables(results) if results else [], options.out
     if results:
         write_tables(out, tables)
     complete = not failures and all(result.complete for result in results)
@@ -165,12 +148,12 @@ def _report(
         own.setdefault((result.benchmark, result.variant, result.protocol), result)
     unread = [one for one in own.values() if one.unread_share > options.max_unread]
     for result in unread:
-        print(
-            f"{PROGRAM}: {result.benchmark} {result.variant} {result.protocol}: "
+        told = (
             f"{100 * result.unread_share:.1f} % of the answers were cut, empty, refused or not understood, "
-            f"more than --max-unread allows: the score says little. {'; '.join(result.unread)}",
-            file=sys.stderr,
+            f"more than --max-unread allows: the score says little. {'; '.join(result.unread)}"
         )
+        about = f"{result.benchmark} {result.variant} {result.protocol}"
+        print(f"{PROGRAM}: {about}: {told}", file=sys.stderr)
     return 1 if failures else 3 if unread else 0 if complete else 1
 
 
@@ -187,16 +170,16 @@ def _targets(options: argparse.Namespace, failures: list[str]) -> list[Target]:
             f"authors ship, and your own with a column map. {' '.join(found.faults[:3])}".rstrip()
         )
     failures += found.faults
-    return [Target(one.name, one.data, one.variant) for one in found.benchmarks]
+    return list(found.benchmarks)
 
 
-def _judge(options: argparse.Namespace, out: Path) -> Answerer | None:
+def _judge(options: argparse.Namespace) -> Answerer | None:
     if options.judge is None:
         return None
     requests = {name: getattr(options, name) for name in ("in_flight", "retries", "timeout")}
     key, name = options.judge_api_key_env, options.judge_model
     judge = ModelOptions(name, name, endpoint=options.judge, api_key_env=key, **requests)
-    return make_answerer(judge, cache=out)
+    return make_answerer(judge, cache=options.out)
 
 
 def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
@@ -235,10 +218,10 @@ def _list_protocols(stdout: TextIO) -> int:
     for one in (one for found in built_in().values() for one in found.asked()):
         n = "" if one.expected is None else f", n = {one.expected:,}"
         also = f" (also {', '.join(one.also)})" if one.also else ""
-        stdout.write(
-            f"{one.benchmark} {one.variant}: {one.name}/{one.version}{n}, scorer {one.scorer}{also}. "
-            f"{one.description}\n"
+        about = (
+            f"{one.benchmark} {one.variant}: {one.name}/{one.version}{n}, scorer {one.scorer}{also}"
         )
+        stdout.write(f"{about}. {one.description}\n")
     return 0
 
 
@@ -254,7 +237,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(
             f"--benchmark {options.benchmark} needs --data, the folder or file of its questions"
         )
-    if options.benchmark == ALL and options.protocol and options.protocol != [ALL]:
+    if options.benchmark == ALL and options.protocols not in ((), [ALL]):
         parser.error("--benchmark all takes each benchmark's default protocols, or --protocol all")
     if (options.judge is None) != (options.judge_model is None):
         parser.error("--judge and --judge-model belong together")
@@ -269,35 +252,25 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     models = "an export, a transformers model (folder or hub name), or a name at --endpoint"
     add("model", help=models)
-    names = (*NAMES, ALL)
-    add(
-        "--benchmark",
-        required=True,
-        type=_benchmark,
-        metavar="NAME",
-        help=f"{', '.join(names)}; or the file of your own: a column map (YAML), or data with one beside it",
-    )
+    own = "or the file of your own: a column map (YAML), or data with one beside it"
+    names = f"{', '.join((*NAMES, ALL))}; {own}"
+    add("--benchmark", required=True, type=_benchmark, metavar="NAME", help=names)
     add("--data", type=Path, help="the authors' files: a folder, or the annotation file")
     add("--variant", help="part or language, e.g. zh of slake; default: the benchmark's first")
-    several: dict[str, Any] = {"nargs": "+", "default": []}
-    add("--protocol", metavar="P", help="one or several, or all; see the verb protocols", **several)
-    add("--scorer", metavar="S", help="further scorers of the same answers, or all", **several)
+    several: dict[str, Any] = {"nargs": "+", "default": ()}
+    names = "one or several, or all; see the verb protocols"
+    add("--protocol", dest="protocols", metavar="P", help=names, **several)
+    names = "further scorers of the same answers, or all"
+    add("--scorer", dest="scorers", metavar="S", help=names, **several)
     add("--out", type=Path, help="folder of results (default work_dirs/evaluation/<model>)")
-    add(
-        "--max-new-tokens",
-        type=positive_int,
-        metavar="N",
-        help=f"tokens of an answer at the most (default {MAX_NEW_TOKENS}); stored answers are known by it",
-    )
+    tokens = f"tokens of an answer at the most (default {MAX_NEW_TOKENS}); stored answers are known by it"
+    add("--max-new-tokens", type=positive_int, metavar="N", help=tokens)
     unread = "exit with 3 above this share of answers cut, empty, refused or not understood (default 0.1)"
     add("--max-unread", type=float, default=0.1, metavar="SHARE", help=unread)
     add("--limit", type=positive_int, metavar="N", help="the first N questions of each protocol")
-    add(
-        "--score-only", action="store_true", help="score stored answers; nothing is asked or loaded"
-    )
-    controls = (
-        "ask also with blank and other images, options shuffled, none of the above, and negated"
-    )
+    only = "score stored answers; nothing is asked or loaded"
+    add("--score-only", action="store_true", help=only)
+    controls = "ask also with blank and other images, options shuffled, none of the above, negated"
     add("--controls", action="store_true", help=controls)
     add("--json", action="store_true", help="one JSON object on standard output")
     shown = f"questions on the HTML page (default {SHOWN}; 0: no page)"
@@ -333,8 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--judge", metavar="URL", help="base URL of an OpenAI-compatible server")
     add("--judge-model", metavar="NAME")
-    option = "--judge-api-key-env"
-    add_api_key_argument(group, key.format("its"), option=option)
+    add_api_key_argument(group, key.format("its"), option="--judge-api-key-env")
     return parser
 
 

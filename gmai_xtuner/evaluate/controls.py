@@ -25,6 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -61,10 +62,7 @@ class BlankImage:
     """A grey image of the size of another."""
 
     source: ImageSource
-
-    @property
-    def name(self) -> str:
-        return "a blank image"
+    name: ClassVar[str] = "a blank image"
 
     def read(self) -> bytes:
         from PIL import Image
@@ -89,8 +87,7 @@ class Control:
 def controls_of(asked: Asked, questions: Sequence[Question]) -> dict[str, Control]:
     """Return what the controls of a protocol ask, by their names, but for those that have no question.
 
-    Args:
-        questions: all questions of the benchmark, whose images may be exchanged.
+    Images may be exchanged with any of the benchmark's questions.
     """
     donors: dict[int, list[Question]] = {}
     for question in questions:
@@ -100,13 +97,11 @@ def controls_of(asked: Asked, questions: Sequence[Question]) -> dict[str, Contro
         if question.answer is not None:
             for name, control in _controls(question, donors[len(question.images)]):
                 found.setdefault(name, []).append((question.id, control))
-    return {
-        name: Control(
-            replace(asked, questions=tuple(control for _, control in pairs), control=name),
-            tuple(origin for origin, _ in pairs),
-        )
-        for name, pairs in found.items()
-    }
+    controls = {}
+    for name, pairs in found.items():
+        origins, changed = zip(*pairs, strict=True)
+        controls[name] = Control(replace(asked, questions=changed, control=name), origins)
+    return controls
 
 
 def _controls(question: Question, donors: Sequence[Question]) -> Iterator[tuple[str, Question]]:
@@ -123,12 +118,10 @@ def _controls(question: Question, donors: Sequence[Question]) -> Iterator[tuple[
         name = question.id if order == question.options else f"{question.id}#shuffled"
         yield "shuffled", replace(question, id=name, options=order)
         if not any(_NONE_ABOVE.fullmatch(text) for text in question.options):
-            options = tuple(
-                NONE_ABOVE if text == question.answer else text for text in question.options
-            )
             name = f"{question.id}#none_of_the_above"
-            changed = replace(question, id=name, options=options, answer=NONE_ABOVE, answers=())
-            yield "none_of_the_above", changed
+            options = (NONE_ABOVE if text == question.answer else text for text in question.options)
+            changed = replace(question, id=name, options=tuple(options), answers=())
+            yield "none_of_the_above", replace(changed, answer=NONE_ABOVE)
     if (negated := _negated(question)) is not None:
         yield "negated", negated
 
@@ -164,11 +157,8 @@ def measure(
 ) -> tuple[tuple[Measure, ...], tuple[str, ...], Mapping[str, int]]:
     """Return the numbers, the flags, and why questions of the controls have no answer.
 
-    A question counts in a control where both its answers can be scored.
-
-    Args:
-        scored: the questions as they are.
-        failed: what got no answer now, by the question's id.
+    A question counts in a control where both its answers can be scored: that to the question as it is
+    (``scored``), and that to the control's.
     """
     base = {one.question.id: one for one in scored}
     measures: list[Measure] = []
@@ -176,18 +166,14 @@ def measure(
     for name, control in controls.items():
         found, missing = score_all(control.asked, answers)
         unanswered.update(reason_of(question, one, failed) for question, one in missing)
-        origins = {
-            question.id: origin
-            for question, origin in zip(control.asked.questions, control.origins, strict=True)
-        }
-        pairs = [
-            (base[origin], one) for one in found if (origin := origins[one.question.id]) in base
-        ]
+        ids = (question.id for question in control.asked.questions)
+        origins = dict(zip(ids, control.origins, strict=True))
+        originals = (base.get(origins[one.question.id]) for one in found)
+        pairs = [(one, other) for one, other in zip(originals, found, strict=True) if one]
         if pairs:
             measures += _compared(name, pairs)
     measures += _calibration(scored)
-    flags = _flags({one.name: one for one in measures})
-    return tuple(measures), tuple(flags), dict(unanswered)
+    return tuple(measures), tuple(_flags(measures)), dict(unanswered)
 
 
 _SHOWN = {
@@ -205,17 +191,16 @@ def _compared(name: str, pairs: Sequence[tuple[Scored, Scored]]) -> Iterator[Mea
     yield _mean(score, [other for _, other in values])
     test = paired_test(*zip(*values, strict=True))
     yield Measure(less, test.n, test.difference, test.interval, test.p_value)
-    match name:
-        case "blank_image":
-            yield _mean("grounded accuracy", [max(0.0, one - other) for one, other in values])
-        case "shuffled":
-            # An order that is the old one shows nothing of consistency.
-            moved = [pair for pair in pairs if pair[0].question.id != pair[1].question.id]
-            if moved:
-                yield _mean("consistency (options shuffled)", _agreement(moved, _chosen_text))
-            yield from _position_bias(pairs)
-        case "negated":
-            yield _mean("consistency (question negated)", _agreement(pairs, _chosen_polarity))
+    if name == "blank_image":
+        yield _mean("grounded accuracy", [max(0.0, one - other) for one, other in values])
+    if name == "shuffled":
+        # An order that is the old one shows nothing of consistency.
+        moved = [pair for pair in pairs if pair[0].question.id != pair[1].question.id]
+        if moved:
+            yield _mean("consistency (options shuffled)", _agreement(moved, _chosen_text))
+        yield from _position_bias(pairs)
+    if name == "negated":
+        yield _mean("consistency (question negated)", _agreement(pairs, _chosen_polarity))
 
 
 def _mean(name: str, values: Sequence[float]) -> Measure:
@@ -265,14 +250,11 @@ def _position_bias(pairs: Sequence[tuple[Scored, Scored]]) -> Iterator[Measure]:
 
 def _calibration(scored: Sequence[Scored]) -> Iterator[Measure]:
     """Yield how well the probabilities of the chosen options fit the score, where there are any."""
-    found = [
-        (share, one.score.value)
-        for one in scored
-        if one.score.value is not None and (share := _confidence(one)) is not None
-    ]
+    pairs = [(_confidence(one), one.score.value) for one in scored]
+    found = [pair for pair in pairs if None not in pair]
     if not found:
         return
-    sure, right = np.array(found).T
+    sure, right = np.array(found, np.float64).T
     error, interval = calibration_error(sure, right)
     n = len(found)
     yield Measure("calibration error (ECE)", n, error, interval)
@@ -294,22 +276,20 @@ def _confidence(one: Scored) -> float | None:
     return sum(said) if said else None
 
 
-def _flags(measures: Mapping[str, Measure]) -> list[str]:
-    flags = []
-    gain = measures.get("gain over another image") or measures.get("gain over a blank image")
-    if gain and gain.n >= FEWEST and gain.interval and gain.interval.low <= GAIN:
-        flags.append(f"image-blind ({_said(gain)}: that the image helps is not shown)")
-    for flag, name in (
-        ("position-biased", "position bias"),
-        ("overconfident", "confidence less score"),
+def _flags(measures: Sequence[Measure]) -> Iterator[str]:
+    gains = [one for one in measures if one.name.startswith("gain over a")]
+    blind = sorted(gains, key=lambda one: one.name != "gain over another image")[:1]
+    biased = [one for one in measures if one.name.startswith("position bias")]
+    overconfident = [one for one in measures if one.name == "confidence less score"]
+    for flag, found, more in (
+        ("image-blind", blind, ": that the image helps is not shown"),
+        ("position-biased", biased, ""),
+        ("overconfident", overconfident, ""),
     ):
-        one = next((one for key, one in measures.items() if key.startswith(name)), None)
-        if one and one.n >= FEWEST and one.interval and one.interval.low > GAIN:
-            flags.append(f"{flag} ({_said(one)})")
-    return flags
-
-
-def _said(one: Measure) -> str:
-    ends = one.interval
-    interval = f", {100 * ends.low:.1f} to {100 * ends.high:.1f}" if ends else ""
-    return f"{one.name} {100 * one.value:.1f} points{interval}, n = {one.n}"
+        for one in found:
+            ends = one.interval
+            if ends and one.n >= FEWEST and (ends.low <= GAIN) == (found is blind):
+                points = (
+                    f"{100 * one.value:.1f} points, {100 * ends.low:.1f} to {100 * ends.high:.1f}"
+                )
+                yield f"{flag} ({one.name} {points}, n = {one.n}{more})"

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gmai_xtuner.evaluate.answerers import Answerer
-from gmai_xtuner.evaluate.questions import Question, Score
+from gmai_xtuner.evaluate.questions import Score
 from gmai_xtuner.evaluate.results import Scored
 from gmai_xtuner.evaluate.scoring.free_text import is_closed
 from gmai_xtuner.evaluate.scoring.text import clean
@@ -41,15 +41,9 @@ def judge_name(judge: Answerer) -> str:
 
 def judge_jobs(scored: Sequence[Scored], benchmark: str) -> dict[int, Job]:
     """Return what a judge is asked about a benchmark of these names: place among the scored -> job."""
+    kind = {"protocol": f"judge/{PROMPT_VERSION}", "benchmark": benchmark}
     return {
-        place: Job(
-            one.question.id,
-            _prompt(one),
-            (),
-            _LONGEST,
-            f"judge/{PROMPT_VERSION}",
-            benchmark=benchmark,
-        )
+        place: Job(one.question.id, _prompt(one), (), _LONGEST, **kind)
         for place, one in enumerate(scored)
         if is_open(one)
     }
@@ -87,11 +81,8 @@ def verdict_of(reply: str) -> str | None:
 
 
 def _prompt(one: Scored) -> str:
-    question: Question = one.question
+    question = one.question
+    texts = (question.text, str(question.answer), one.answer.answer)
+    text, gold, answer = (text.replace("<image>", "[image]") for text in texts)
     options = "".join(f"{letter}. {text}\n" for letter, text in question.lettered().items())
-    return _PROMPT.format(
-        question=question.text.replace("<image>", "[image]"),
-        options=options,
-        gold=str(question.answer).replace("<image>", "[image]"),
-        answer=one.answer.answer.replace("<image>", "[image]"),
-    )
+    return _PROMPT.format(question=text, options=options, gold=gold, answer=answer)

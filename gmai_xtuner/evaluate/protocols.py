@@ -9,7 +9,7 @@ benchmark's own are in its column map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +27,7 @@ class ProtocolError(GMAIError):
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """A way to make one number of scores.
-
-    Args:
-        kind: ``micro`` is the mean over questions, ``macro`` the mean over the means of groups.
-        over: the key of ``Question.groups`` that a macro average is over; None for micro.
-    """
+    """One number of scores: the mean over questions (``micro``), or over the means of groups (``macro``)."""
 
     kind: Literal["micro", "macro"]
     over: str | None = None
@@ -67,8 +62,6 @@ class Protocol:
 
     Args:
         name: e.g. ``"closed-251"``, unique in its benchmark.
-        version: grows when a question, a prompt or a score changes.
-        variant: the variant of the benchmark that it is for.
         description: whose protocol it is and what it counts.
         expected: number of questions that the authors' files give; None where unknown.
         scorer: name of the scorer whose score is the protocol's.
@@ -100,38 +93,26 @@ class Protocol:
         """Return what is asked: question, options, instruction; ``<image>`` where the authors name an image.
 
         ``llava`` (LLaVA-1.5, MMMU and HuatuoGPT-Vision): question, lines "A. ...", then
-        :data:`LETTER_INSTRUCTION`; without options :data:`SHORT_INSTRUCTION`. ``vlmevalkit``: its default
-        for multiple choice, "Question: ...", "Options:", lines, :data:`VLMEVALKIT_INSTRUCTION`. ``short``:
-        without options, in English or Chinese (``short_zh``). ``none``: no
-        instruction, for questions that are whole requests.
+        :data:`LETTER_INSTRUCTION`; without options :data:`SHORT_INSTRUCTION`, in Chinese for ``short_zh``.
+        ``vlmevalkit``: its default for multiple choice. ``none``: for questions that are whole requests.
         """
-        if self.words == "none" and not question.options:
-            return question.text
-        if not question.options:
-            instruction = SHORT_INSTRUCTION_ZH if self.words == "short_zh" else SHORT_INSTRUCTION
-            return f"{question.text}\n{instruction}"
         options = "\n".join(f"{letter}. {text}" for letter, text in question.lettered().items())
-        if self.words == "vlmevalkit":
+        if self.words == "vlmevalkit" and options:
             return f"Question: {question.text}\nOptions:\n{options}\n{VLMEVALKIT_INSTRUCTION}"
-        if self.words == "none":
-            return f"{question.text}\n{options}"
-        return f"{question.text}\n{options}\n{LETTER_INSTRUCTION}"
+        short = SHORT_INSTRUCTION_ZH if self.words == "short_zh" else SHORT_INSTRUCTION
+        instruction = "" if self.words == "none" else LETTER_INSTRUCTION if options else short
+        return "\n".join(filter(None, (question.text, options, instruction)))
 
     def score(self, question: Question, answer_text: str, *, scorer: str | None = None) -> Score:
         """Score one stored answer, by the protocol's scorer or by another of ``SCORERS``.
 
         Raises:
-            ProtocolError: there is no such scorer, or it can't score this question, e.g. one of letters a
-                question without options.
+            ProtocolError: there is no such scorer, or it is for other questions.
         """
         return self._rule(scorer or self.scorer, [question]).score(question, answer_text)
 
     def check_scorer(self, scorer: str, questions: Iterable[Question]) -> None:
-        """Check, before questions are asked, that their answers can be scored so.
-
-        Raises:
-            ProtocolError: as :meth:`score`, with the first question that can't be.
-        """
+        """Check, before questions are asked, that their answers can be scored so; raises as :meth:`score`."""
         self._rule(scorer, questions)
 
     def _rule(self, name: str, questions: Iterable[Question]) -> Scorer:
@@ -150,18 +131,12 @@ class Protocol:
     def _counts(self, question: Question) -> bool:
         match self.questions:
             case "yes_no":
-                return _polarity(question) is not None
-            case "closed":
-                return is_closed(question)
-            case "open":
-                return not is_closed(question)
+                return polarity(question.answer or "") is not None
+            case "closed" | "open":
+                return is_closed(question) == (self.questions == "closed")
             case "options":
                 return bool(question.options)
         return True
-
-
-def _polarity(question: Question) -> str | None:
-    return None if question.answer is None else polarity(question.answer)
 
 
 @dataclass(frozen=True)
@@ -169,10 +144,8 @@ class Asked:
     """What a protocol asks.
 
     Args:
-        protocol: the protocol.
         questions: those that count, in their order; cut by ``--limit``.
         selected: how many there would be without a limit.
-        max_new_tokens: the longest answer.
         control: name of the control that the questions belong to; empty for the questions as they are.
     """
 
@@ -197,7 +170,7 @@ def labels_of(question: Question) -> tuple[str, ...]:
     """Return how an answer begins that says no more: by a letter of the options, or by yes or no."""
     if question.options:
         return tuple(question.lettered())
-    return ("Yes", "yes", "No", "no", "是", "否") if _polarity(question) else ()
+    return ("Yes", "yes", "No", "no", "是", "否") if polarity(question.answer or "") else ()
 
 
 def ask_for(
@@ -206,11 +179,7 @@ def ask_for(
     limit: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Asked:
-    """Return what a protocol asks of a benchmark.
-
-    Raises:
-        EvaluationError: nothing.
-    """
+    """Return what a protocol asks of a benchmark; an ``EvaluationError`` where that is nothing."""
     selected = protocol.select(questions)
     if not selected:
         raise EvaluationError(
@@ -218,40 +187,3 @@ def ask_for(
             f"{len(questions)} were read"
         )
     return Asked(protocol, selected[:limit], len(selected), max_new_tokens)
-
-
-_CHOICE_ALSO = ("option_letter", "option_text", "vlmevalkit", "huatuogpt")
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How questions of a kind are scored where a protocol says nothing else."""
-
-    scorer: str
-    also: tuple[str, ...]
-    description: str
-
-
-SCORING: Mapping[Questions, Scoring] = {
-    "options": Scoring("choice", _CHOICE_ALSO, "questions with options"),
-    "yes_no": Scoring(
-        "yes_no",
-        ("exact_match", "llava_med"),
-        "questions answered by yes or no, as HuatuoGPT-Vision counts them",
-    ),
-    "closed": Scoring(
-        "closed",
-        ("exact_match", "llava_med"),
-        "questions that the authors call CLOSED, as LLaVA-Med counts them",
-    ),
-    "open": Scoring(
-        "token_recall",
-        ("exact_match", "token_f1", "llava_med"),
-        "questions that are not closed: share of the gold answer's words that were said",
-    ),
-    "all": Scoring(
-        "closed_or_recall",
-        ("closed_or_exact", "closed_or_f1", "token_recall", "exact_match", "llava_med"),
-        "all questions: closed ones right or wrong, open ones by token recall",
-    ),
-}

@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What every benchmark becomes, and what every scorer gives."""
+"""What every benchmark becomes, and what every scorer gives.
+
+Nothing is repaired: what can't be read becomes a :class:`Problem` with a reason, what can't be a benchmark at
+all a :class:`BenchmarkError`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import string
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from gmai_xtuner.core.errors import GMAIError
+
 if TYPE_CHECKING:
     from PIL import Image
+
+    from gmai_xtuner.evaluate import protocols
 
 IMAGE_MARK = "<image>"
 """Where an image belongs in a text."""
@@ -21,23 +30,16 @@ IMAGE_MARK = "<image>"
 
 @runtime_checkable
 class StoredImage(Protocol):
-    """An image inside the benchmark's own file, read when it is asked for.
+    """An image inside the benchmark's own file, named by file and place; hashable, small, and pickled.
 
-    It is hashable, small and can be sent to another process, so that twenty thousand questions
-    hold no pixels.
+    So twenty thousand questions hold no pixels: they are read when they are asked for.
     """
 
     @property
-    def name(self) -> str:
-        """The file and the place in it, for people."""
-        ...
+    def name(self) -> str: ...
 
     def read(self) -> bytes:
-        """Return the encoded image, e.g. a PNG file's bytes.
-
-        Raises:
-            ImageError: the file is gone or changed, or no image stands at that place.
-        """
+        """Return the encoded image; an ``ImageError`` where the file is gone or changed, or none is there."""
         ...
 
 
@@ -51,15 +53,7 @@ def load_image(source: ImageSource) -> Path | bytes:
 
 
 def open_image(source: ImageSource, name: str) -> Image.Image:
-    """Open a question's image as training does.
-
-    Args:
-        source: the image.
-        name: what errors call it where it has no file of its own.
-
-    Raises:
-        ImageError: as :func:`gmai_xtuner.core.imaging.images.open_rgb`.
-    """
+    """Open a question's image as training does; errors call it ``name`` where it has no file of its own."""
     from gmai_xtuner.core.imaging.images import decode_rgb, open_rgb
 
     content = load_image(source)
@@ -72,19 +66,15 @@ class Question:
 
     Args:
         id: unique in its benchmark; the authors' own where they give one.
-        text: the question alone, without options or instruction; ``<image>`` marks where the authors name
-            an image in the text, otherwise none.
+        text: without options or instruction; ``<image>`` marks where the authors name an image in the text.
         images: in the order of the marks in text and options, an image named twice standing twice; all of
             them before the text where there is no mark.
-        options: texts of the choices, in the order of the letters; empty for a question without.
-        answer: gold answer: the text of the right option, or the answer of a question without options;
-            None where the authors keep it.
-        groups: what tables are made over, by the benchmark's own names, e.g.
-            ``{"question_type": "Disease Diagnosis", "modality": "CT"}``.
+        options: texts of the choices, in the order of the letters.
+        answer: the text of the right option, or the gold answer; None where the authors keep it.
+        groups: what tables are made over, e.g. ``{"modality": "CT"}``.
         answers: what counts as right as well, where the authors give several answers.
-        letters: the options' letters where they are not A, B, C ..., e.g. ``"ABD"`` of a file that leaves
-            out C.
-        gold_letter: letter of the right option, needed only where it is an image: such options read the same.
+        letters: the options' letters where they are not A, B, C ..., e.g. ``"ABD"`` of a file without C.
+        gold_letter: of the right option, needed only where it is an image: such options read the same.
     """
 
     id: str
@@ -109,18 +99,80 @@ class Question:
         return frozenset(letter for letter, text in self.lettered().items() if text == self.answer)
 
     def digest(self) -> str:
-        """Hash words, lettered options and gold answers: an id may stand for another question elsewhere.
-
-        Images do not count.
-        """
-        content = [
-            self.text,
-            list(self.lettered().items()),
-            self.answer,
-            list(self.answers),
-            self.gold_letter,
-        ]
+        """Hash words, lettered options and gold answers: an id may stand for another question elsewhere."""
+        options = list(self.lettered().items())
+        content = [self.text, options, self.answer, list(self.answers), self.gold_letter]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+class BenchmarkError(GMAIError):
+    """A benchmark's file can't be read as a whole, or is another benchmark's."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that was read, with the hash of its bytes in hexadecimal, and its size in bytes."""
+
+    path: Path
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question that can't be asked, or not as its authors meant it.
+
+    Args:
+        reason: short stable key under which problems are counted, e.g. ``"missing_image"``.
+        record: id of the question, or its line or position in the file.
+        detail: what was expected and what came, e.g. the name of the missing image.
+        left_out: the question is not among ``Benchmark.questions``.
+    """
+
+    reason: str
+    record: str
+    detail: str
+    left_out: bool = True
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark that has been read; questions and problems stand in the order of the files.
+
+    Args:
+        variant: part or language, e.g. ``"en"`` of SLAKE, ``"test_clean"`` of PMC-VQA.
+        source: every annotation file that was read; image files are not hashed.
+        protocols: the ways to ask and score it.
+    """
+
+    name: str
+    variant: str
+    questions: tuple[Question, ...]
+    source: tuple[SourceFile, ...]
+    problems: tuple[Problem, ...] = ()
+    protocols: tuple[protocols.Protocol, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.variant})"
+
+    @property
+    def known_as(self) -> str:
+        """The names by which it may be known: its own, and those of its files."""
+        return " ".join((self.name, self.variant, *self.hashes()))
+
+    def counted_problems(self) -> Mapping[str, int]:
+        """Return reason -> number of problems, the most frequent first."""
+        return dict(Counter(problem.reason for problem in self.problems).most_common())
+
+    def hashes(self) -> dict[str, str]:
+        """Return the sha256 of each annotation file by its name; files of one name (MMMU's) are numbered."""
+        found: dict[str, str] = {}
+        names: Counter[str] = Counter()
+        for name, digest in sorted((one.path.name, one.sha256) for one in self.source):
+            names[name] += 1
+            found[f"{name} ({names[name]})" if names[name] > 1 else name] = digest
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +181,8 @@ class Score:
 
     Args:
         value: from 0 to 1; None where there is no gold answer.
-        parsed: what the scorer understood, e.g. the letter of an option; None if it understood nothing:
-            then ``value`` is 0 (None without gold) and the answer counts as unparsed, it is never guessed.
+        parsed: what the scorer understood, e.g. the letter of an option; None if nothing: then ``value`` is 0
+            (None without gold), it is never guessed.
     """
 
     value: float | None
@@ -139,12 +191,9 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A named, versioned rule.
+    """A named rule; its version grows when any answer's score changes.
 
     Args:
-        name: as results name it.
-        version: grows when any answer's score changes.
-        description: one line for tables.
         rule: gives the score of an answer; its value is dropped where a question has no gold answer.
         applies: tells whether a question can be scored by it, e.g. only one with options.
     """

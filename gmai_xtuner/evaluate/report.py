@@ -39,11 +39,11 @@ def write_report(
     """Write the page, with ``shown`` of the scored questions, wrong ones first, then those not understood."""
     ordered = sorted(scored, key=lambda one: _RANK[verdict_of(one)])
     items = [_shown(one) for one in ordered[:shown]]
-    counts = Counter(verdict_of(one) for one in scored)
+    counts = Counter(map(verdict_of, scored))
     script = Path(__file__).with_name(SCRIPT).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    templates = environment("gmai_xtuner.evaluate", html=True)
-    page = templates.get_template(TEMPLATE).render(
+    template = environment("gmai_xtuner.evaluate", html=True).get_template(TEMPLATE)
+    page = template.render(
         result=result,
         tables=tables,
         items=items,
@@ -62,13 +62,10 @@ _RANK = {"wrong": 0, "unparsed": 1, "partly": 2, "right": 3, "unscored": 4}
 
 def verdict_of(one: Scored) -> str:
     """Return what became of a question, in a word."""
-    if one.score.value is None:
-        return "unscored"
-    if one.score.parsed is None:
-        return "unparsed"
-    if one.score.value >= 1:
-        return "right"
-    return "partly" if one.score.value > 0 else "wrong"
+    value = one.score.value
+    if value is None or one.score.parsed is None:
+        return "unscored" if value is None else "unparsed"
+    return "right" if value >= 1 else "partly" if value > 0 else "wrong"
 
 
 def _shown(one: Scored) -> dict[str, Any]:

@@ -48,7 +48,6 @@ class Cell:
     Args:
         value: mean score, 0 to 1; None where no question has a gold answer.
         unparsed: share of answers that the scorer did not understand; each counts as wrong.
-        interval: interval of ``value``, by :func:`interval_of`; None where there are too few questions.
     """
 
     n: int
@@ -80,21 +79,17 @@ class Result:
     Args:
         scorer: what scored; with a judge its model and the version of its prompt.
         model_name, model: who answered: name and hash.
-        n: questions scored.
-        selected: questions that the protocol has in the files that were read.
-        expected: and in the authors' files; None where unknown.
+        n, selected, expected: questions scored; of the protocol in the files that were read; in the
+            authors' files, None where unknown.
         limited: ``--limit`` was given.
-        left_out: reason -> questions of the variant that the reader left out; of which protocol
-            they would be can't be told.
-        unanswered: reason -> questions without an answer; see :data:`MODELS_DOING`.
-        findings: what is odd about questions that were asked all the same -> how many.
-        unread: examples of answers that are none or were not understood.
-        controls: what ``--controls`` found.
-        flags: what is to be said of the model by these, a word and the reason each.
-        controls_unanswered: as ``unanswered``, of the controls' questions.
+        left_out: reason -> questions of the variant, of whatever protocol, that the reader left out.
+        unanswered, controls_unanswered: reason -> questions without an answer; see :data:`MODELS_DOING`.
         averages: ``micro`` or ``macro over <group>`` -> number, the headline first.
         groups: key of a group -> its value -> number, in the order of the file.
         source: sha256 of each annotation file by name.
+        findings: what is odd about questions that were asked all the same -> how many.
+        unread: examples of answers that are none or were not understood.
+        controls, flags: what ``--controls`` found, and what is to be said of the model by it.
     """
 
     benchmark: str
@@ -182,9 +177,8 @@ def score_all(
 
 def reason_of(question: Question, answer: Answer | None, failed: Mapping[str, Given]) -> str:
     """Say why a question has no answer: what went wrong now, what came instead, or that it wasn't asked."""
-    if question.id in failed:
-        return failed[question.id].problem
-    return answer.problem if answer is not None else "not_asked"
+    came = failed.get(question.id, answer)
+    return came.problem if came is not None else "not_asked"
 
 
 def summarise(asked: Asked, scored: Sequence[Scored], identity: Identity, **more: Any) -> Result:
@@ -229,11 +223,8 @@ def grouped(scored: Iterable[Scored], key: str) -> dict[str, list[Scored]]:
 
 def cell_of(groups: Sequence[Sequence[Scored]]) -> Cell:
     """Return the mean over the means of groups; of one group, its mean."""
-    values = [
-        part
-        for group in groups
-        if (part := [one.score.value for one in group if one.score.value is not None])
-    ]
+    scores = ([one.score.value for one in group if one.score.value is not None] for group in groups)
+    values = [part for part in scores if part]
     everyone = [one for group in groups for one in group]
     unparsed = sum(one.score.parsed is None for one in everyone)
     return Cell(
@@ -275,25 +266,16 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> Result:
-    """Read a result that :func:`write_result` wrote.
-
-    Raises:
-        EvaluationError: it can't be read.
-    """
+    """Read a result that :func:`write_result` wrote; an ``EvaluationError`` where it can't be read."""
     with _readable(folder):
         return msgspec.json.decode((folder / RESULT_FILE).read_bytes(), type=Result)
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read the scores by question that :func:`write_result` wrote.
-
-    Raises:
-        EvaluationError: they can't be read.
-    """
+    """Read the scores by question that :func:`write_result` wrote; raises as :func:`read_result`."""
     with _readable(folder):
-        # Not splitlines: an answer may hold U+2028, U+2029 or U+0085, which end no line of JSON.
-        lines = (folder / SCORES_FILE).read_text(encoding="utf-8").split("\n")
-        return {line["id"]: line for line in map(json.loads, filter(None, lines))}
+        lines = msgspec.json.Decoder().decode_lines((folder / SCORES_FILE).read_bytes())
+        return {line["id"]: line for line in lines}
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gmai_xtuner.core.errors import EvaluationError, GMAIError
 from gmai_xtuner.evaluate import judge as judging
-from gmai_xtuner.evaluate.answerers import Answerer
+from gmai_xtuner.evaluate.answerers import Answerer, World
 from gmai_xtuner.evaluate.benchmarks import (
     Benchmark,
     BenchmarkError,
@@ -32,7 +32,6 @@ from gmai_xtuner.evaluate.benchmarks import (
     load_benchmark,
 )
 from gmai_xtuner.evaluate.controls import controls_of, measure
-from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS, Asked, Protocol, ProtocolError, ask_for
 from gmai_xtuner.evaluate.questions import Score
 from gmai_xtuner.evaluate.report import write_report
@@ -82,8 +81,7 @@ class Options:
     controls: bool = False
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A benchmark that has been read, and what is to be asked of it."""
 
     benchmark: Benchmark
@@ -95,15 +93,13 @@ def prepare(
 ) -> Prepared:
     """Read a benchmark and find out, before anything is asked, whether it can be asked and scored so.
 
-    Args:
-        rank: of this process; the first logs what is left out.
+    The first process (``rank`` 0) logs what is left out.
 
     Raises:
         GMAIError: the benchmark can't be read, or has no such protocol or scorer; the same in all processes.
     """
-    benchmark = load_benchmark(
-        target.name, target.data, variant=target.variant, require_images=require_images
-    )
+    name, data, variant = target.name, target.data, target.variant
+    benchmark = load_benchmark(name, data, variant=variant, require_images=require_images)
     if benchmark.problems and rank == 0:
         first = benchmark.problems[0]
         told = (benchmark.title, _listed(benchmark.counted_problems()), first.record, first.detail)
@@ -139,11 +135,9 @@ def _other_scorers(protocol: Protocol, options: Options) -> list[str]:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a benchmark's questions were answered.
+    """What a benchmark's questions were answered: the answers, and by their ids those that got none.
 
     Args:
-        by_key: the answers, in the first process.
-        failed: questions that got none, by id.
         longest: tokens that stored answers were allowed, where nothing was asked now.
     """
 
@@ -156,10 +150,7 @@ class Answers:
 def ask(
     prepared: Prepared, answerer: Answerer | None, options: Options, *, world: World
 ) -> Answers:
-    """Ask what has no answer yet, all processes together.
-
-    Args:
-        answerer: who is asked; None: nothing is, stored answers are read.
+    """Ask what has no answer yet, all processes together; without an answerer read stored answers.
 
     Raises:
         GMAIError: it can't go on. In one process alone, maybe: the others then wait for it.
@@ -170,17 +161,12 @@ def ask(
         whose = (answerer.model, answerer.name, dict(answerer.generation), benchmark.hashes())
         store = AnswerStore(folder, Identity(benchmark.name, benchmark.variant, *whose))
         everything = list(prepared.asked)
-        if options.controls:
-            for asked in prepared.asked:
-                controls = controls_of(asked, benchmark.questions)
-                everything += [control.asked for control in controls.values()]
-        whose_questions = benchmark.known_as
-        jobs = (
-            replace(job, benchmark=whose_questions)
-            for asked in everything
-            for _, job in asked.jobs()
-        )
-        return Answers(store, *answer_all(jobs, answerer, store, world=world))
+        for asked in prepared.asked if options.controls else ():
+            controls = controls_of(asked, benchmark.questions)
+            everything += [control.asked for control in controls.values()]
+        names, jobs = benchmark.known_as, (job for one in everything for _, job in one.jobs())
+        named = (replace(job, benchmark=names) for job in jobs)
+        return Answers(store, *answer_all(named, answerer, store, world=world))
     stored = read_identity(folder)
     if stored is None:
         raise EvaluationError(
@@ -199,13 +185,10 @@ def ask(
 def answer_all(
     jobs: Iterable[Job], answerer: Answerer, store: AnswerStore | None = None, *, world: World
 ) -> tuple[dict[AnswerKey, Answer], dict[str, Given]]:
-    """Ask what has no answer yet.
+    """Ask what has no answer yet; of jobs of the same words one.
 
     All processes take part. What a process has yielded is on disk; a stop loses the batches under way.
-
-    Args:
-        jobs: what is asked; of jobs of the same words one is asked.
-        store: takes the answers; None: they are kept in memory alone.
+    Without a store answers are kept in memory alone.
 
     Returns:
         answers by their keys, those stored before among them; of a store in the first process alone. And
@@ -226,11 +209,8 @@ def answer_all(
             stack.enter_context(store.locked())
             store.create()
             known = store.read()
-        pending = [
-            job
-            for key, job in wanted.items()
-            if key not in known or (known[key].problem and not answerer.repeats)
-        ]
+        settled = {key for key, one in known.items() if not one.problem or answerer.repeats}
+        pending = [job for key, job in wanted.items() if key not in settled]
         if store is not None:
             pending = world.from_first(pending)
         progress = stack.enter_context(_progress(store, len(pending), len(wanted), world))
@@ -282,13 +262,10 @@ def score(
     world: World,
     judge: Answerer | None = None,
 ) -> list[Result]:
-    """Score and write, in the first process; the others wait, also where it fails.
+    """Score and write, in the first process; the others wait, also where it fails, and get no result.
 
     Args:
         judge: judges what rules leave open, see :mod:`gmai_xtuner.evaluate.judge`.
-
-    Returns:
-        a result for each protocol and scorer; none in other processes than the first.
 
     Raises:
         GMAIError: it can't be scored; in the first process alone.
@@ -404,11 +381,7 @@ def _judge(
     judge: Answerer,
     options: Options,
 ) -> tuple[list[Scored], int]:
-    """Let a model judge what the rules leave open; replies are kept, and those without a verdict counted.
-
-    Raises:
-        EvaluationError: the judge can't be asked, or has refused some of the answers.
-    """
+    """Let a model judge what the rules leave open; replies are kept, and those without a verdict counted."""
     version = judging.PROMPT_VERSION
     folder = options.out / _file_name(f"judge-{judge.name}-{version}")
     store = AnswerStore(folder, Identity("judge", f"prompt {version}", judge.model, judge.name, {}))
@@ -430,10 +403,8 @@ def _submit(store: AnswerStore, benchmark: Benchmark, scored: Sequence[Scored]) 
     """Write the file that the authors of GMAI-MMBench evaluate, once all of TEST has an answer."""
     from gmai_xtuner.evaluate.benchmarks.submission import write_submission
 
-    answers, name = (
-        {one.question.id: one.answer.answer for one in scored},
-        store.identity.model_name,
-    )
+    answers = {one.question.id: one.answer.answer for one in scored}
+    name = store.identity.model_name
     try:
         file = write_submission(store.folder, name, benchmark=benchmark, answers=answers)
     except BenchmarkError as error:

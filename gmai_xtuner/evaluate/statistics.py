@@ -34,16 +34,10 @@ class Interval:
 def interval_of(groups: Sequence[Sequence[float] | np.ndarray]) -> Interval | None:
     """Return the interval of the mean over the means of groups: the bootstrap's, or the exact one.
 
-    Where all scores are 1, or all 0, every resample is the same and the bootstrap gives a point, as if the
-    score were certain. There Clopper and Pearson's interval is taken: after ``n`` right answers of ``n`` it
-    reaches from (alpha / 2)^(1 / n) to 1, after none from 0 to 1 - (alpha / 2)^(1 / n). Over several groups
-    it is the mean of theirs, which is wider than it must be.
-
-    Args:
-        groups: the scores of each group; none empty.
-
-    Returns:
-        None where a group has fewer than two questions.
+    Where all scores are 1, or all 0, the bootstrap gives a point, as if the score were certain. There Clopper
+    and Pearson's interval is taken: after ``n`` right answers of ``n`` from (alpha / 2)^(1 / n) to 1, after
+    none from 0 to 1 - (alpha / 2)^(1 / n); over several groups the mean of theirs, which is wider than it
+    must be. None where a group has fewer than two questions.
     """
     found = bootstrap(groups)
     values = {float(value) for group in groups for value in group}
@@ -61,23 +55,14 @@ def _unseen(n: int) -> float:
 def bootstrap(groups: Sequence[Sequence[float] | np.ndarray]) -> Interval | None:
     """Return the percentile interval of the mean over the means of groups, drawn over questions.
 
-    The questions of each group are drawn with replacement, so many as there are. How often each different
-    value is drawn is multinomial, so it is that what is drawn: the same distribution, and 89,000 questions of
-    two values cost as much as ten. The same numbers give the same interval.
-
-    Args:
-        groups: the scores of each group; none empty.
-
-    Returns:
-        None where a group has fewer than two questions: nothing can be said.
+    The questions of each group are drawn with replacement, so many as there are: how often each different
+    value is drawn is multinomial. The same numbers give the same interval; None as :func:`interval_of`.
     """
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
     if not arrays or min(len(array) for array in arrays) < 2:
         return None
-    generator = np.random.default_rng(SEED)
-    means = np.zeros(RESAMPLES)
-    for array in arrays:
-        means += _resampled_means(array, generator)
+    rng = np.random.default_rng(SEED)
+    means = np.sum([_resampled_means(array, rng) for array in arrays], axis=0)
     return _ends(means / len(arrays))
 
 
@@ -87,15 +72,12 @@ def _ends(resampled: np.ndarray) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _resampled_means(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return ``[R]`` means of ``n`` values drawn with replacement."""
     unique, counts = np.unique(values, return_counts=True)
-    shares = counts / len(values)
-    means = [
-        generator.multinomial(len(values), shares, size=size) @ unique
-        for size in _blocks(len(unique))
-    ]
-    return np.concatenate(means) / len(values)
+    n, shares = len(values), counts / len(values)
+    sums = [rng.multinomial(n, shares, size=size) @ unique for size in _blocks(len(unique))]
+    return np.concatenate(sums) / n
 
 
 def _blocks(width: int) -> Iterator[int]:
@@ -110,13 +92,10 @@ class PairedTest:
 
     Args:
         method: ``mcnemar`` (exact) where all scores are 0 or 1, else ``permutation``.
-        n: questions that both have answered.
         difference: mean of the first less that of the second.
         interval: of the difference, by :func:`bootstrap`; where right and wrong answers differ in no
             question, or in all of them the same way, by Clopper and Pearson's bound on the others.
-        p_value: two-sided.
-        first_better: questions that the first scores higher.
-        second_better: and the second.
+        first_better, second_better: questions that the first scores higher, or the second.
     """
 
     method: Literal["mcnemar", "permutation"]
@@ -129,11 +108,7 @@ class PairedTest:
 
 
 def paired_test(first: Iterable[float], second: Iterable[float]) -> PairedTest:
-    """Compare two runs' scores of the same questions, in the same order.
-
-    Raises:
-        ValueError: different numbers of scores, or none.
-    """
+    """Compare two runs' scores of the same questions; a ``ValueError`` where they are no pairs, or none."""
     one, two = np.asarray(list(first), np.float64), np.asarray(list(second), np.float64)
     if one.shape != two.shape or not len(one):
         raise ValueError(f"a paired test needs pairs, got {len(one)} and {len(two)} scores")
@@ -158,10 +133,7 @@ def paired_test(first: Iterable[float], second: Iterable[float]) -> PairedTest:
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """Return the exact two-sided p-value of McNemar's test, which is a binomial test.
-
-    The arguments count the questions that only the first run, or only the second, has right.
-    """
+    """Return the exact two-sided p-value of McNemar's test, from what only one of the runs has right."""
     from scipy.special import bdtr  # scipy.stats alone takes a second to import
 
     total, fewer = first_only + second_only, min(first_only, second_only)
@@ -171,8 +143,8 @@ def mcnemar(first_only: int, second_only: int) -> float:
 def permutation(differences: np.ndarray) -> float:
     """Return the two-sided p-value of the paired permutation test: random signs of the differences ``[n]``.
 
-    Of each different size the number of positive signs is binomial, so it is that what is drawn. The outcome
-    itself counts as one of the draws, so that p is never 0.
+    Of each different size the number of positive signs is binomial. The outcome itself counts as one of the
+    draws, so that p is never 0.
     """
     sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
     if not len(sizes):
@@ -193,11 +165,8 @@ def calibration_error(
     """Return the expected calibration error and its bootstrap interval, which leans upwards in small samples.
 
     The mean over ``bins`` equally wide bins, weighted by their questions, of |confidence - score| (Guo and
-    others, "On Calibration of Modern Neural Networks", 2017). Confidences count in hundredths.
-
-    Args:
-        confidence: ``[n]``, 0 to 1.
-        right: ``[n]`` scores, 0 to 1.
+    others, "On Calibration of Modern Neural Networks", 2017). Confidences ``[n]`` count in hundredths; scores
+    ``[n]`` are from 0 to 1.
     """
     pairs = np.stack([np.round(confidence, 2), right], axis=1)
     unique, counts = np.unique(pairs, axis=0, return_counts=True)
@@ -214,9 +183,6 @@ def area_under_risk_coverage(confidence: np.ndarray, right: np.ndarray) -> float
     """Return the mean share of wrong answers among the ``k`` surest, over every ``k``; 0 is best.
 
     Equally sure answers count with their mean, so that their order does not matter.
-
-    Args:
-        confidence, right: as :func:`calibration_error`'s.
     """
     _, place = np.unique(-confidence, return_inverse=True)
     means = np.bincount(place, 1 - right) / np.bincount(place)

@@ -46,7 +46,6 @@ class Job:
     Args:
         id: of the question.
         prompt: what is asked; without ``<image>`` marks the images come first.
-        images: files, bytes of files, or images inside another file.
         max_new_tokens: length of the answer at the most.
         protocol: ``name/version`` of the protocol that asks.
         labels: how an answer may begin, e.g. the options' letters: their probabilities are of interest.
@@ -68,23 +67,15 @@ class Job:
 
 
 def split_at_images(prompt: str, number: int) -> list[str | None]:
-    """Split a prompt into texts and, as None, images in their order; without marks the images come first.
-
-    Raises:
-        ValueError: marks and images differ in number.
-    """
+    """Split a prompt into texts and, as None, images in their order; a ``ValueError`` if marks don't fit."""
     marks = prompt.count(IMAGE_TOKEN)
     if not marks:
         return [*[None] * number, prompt]
     if marks != number:
         raise ValueError(f"{marks} {IMAGE_TOKEN} marks in the prompt, but {number} images")
-    parts: list[str | None] = []
-    for position, text in enumerate(prompt.split(IMAGE_TOKEN)):
-        if position:
-            parts.append(None)
-        if text.strip():
-            parts.append(text.strip("\n"))
-    return parts
+    first, *others = prompt.split(IMAGE_TOKEN)
+    parts = [first, *(part for text in others for part in (None, text))]
+    return [part and part.strip("\n") for part in parts if part is None or part.strip()]
 
 
 def sorted_jobs(jobs: Sequence[Job]) -> list[Job]:
@@ -98,7 +89,7 @@ class Given:
 
     Args:
         text: the answer in full; None if there is none.
-        seconds: the job's share of the time of its batch, or of its request.
+        seconds: its share of the time of its batch, or of its request.
         problem: short stable key where there is no answer, e.g. ``"damaged_image"``.
         detail: what went wrong, with the file or the server's words.
         ended: the server's ``finish_reason``; ``length`` where the answer was cut.
@@ -120,9 +111,8 @@ class Identity:
     """What all answers of a store have in common.
 
     Args:
-        model: its hash.
-        model_name: as it was given; for people.
-        generation: what decides an answer besides the prompt, e.g. the longest answer and the precision.
+        model, model_name: its hash, and how it was given, for people.
+        generation: what decides an answer besides the prompt, e.g. the precision.
         source: sha256 of each annotation file by name.
     """
 
@@ -139,9 +129,7 @@ class Answer:
     """One answer as it was given, and as it is stored; see :class:`Job` and :class:`Given`.
 
     Args:
-        prompt: what was asked, in full.
-        answer: what the model said, in full.
-        model: hash of the model.
+        model: its hash.
         generation: settings, with ``max_new_tokens``.
     """
 
@@ -163,13 +151,10 @@ class Answer:
     @classmethod
     def of(cls, given: Given, *, model: str, generation: Mapping[str, Any]) -> Answer:
         """Record the answer that a model gave to a job."""
-        job, text = given.job, given.text or ""
+        job, ended = given.job, given.problem or given.ended
+        said = (job.id, job.prompt, given.text or "", given.seconds, model, job.protocol)
         generation = {**generation, "max_new_tokens": job.max_new_tokens}
-        ended = given.problem or given.ended
-        return cls(
-            *(job.id, job.prompt, text, given.seconds, model, job.protocol),
-            *(generation, ended, given.probabilities),
-        )
+        return cls(*said, generation, ended, given.probabilities)
 
     @property
     def key(self) -> AnswerKey:
@@ -189,10 +174,8 @@ class AnswerStore:
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
-        self.folder = folder
-        self.identity = identity
-        stored = read_identity(folder)
-        if stored is not None:
+        self.folder, self.identity = folder, identity
+        if (stored := read_identity(folder)) is not None:
             _check_same(folder, stored, identity)
 
     def create(self) -> None:
@@ -200,26 +183,21 @@ class AnswerStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         if read_identity(self.folder) is None:
             content = {"format": FORMAT, **asdict(self.identity)}
-            replace_text(
-                self.folder / RUN_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            )
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            replace_text(self.folder / RUN_FILE, f"{text}\n")
 
     def read(self) -> dict[AnswerKey, Answer]:
         """Return every whole answer by its key."""
         found: dict[AnswerKey, Answer] = {}
         decoder = msgspec.json.Decoder(Answer)
+        unreadable = (ValueError, TypeError, LookupError, OverflowError, msgspec.MsgspecError)
         for file in sorted(self.folder.glob("answers-*.jsonl")):
-            for number, line in enumerate(_whole_lines(file), 1):
+            whole, _, _ = file.read_bytes().rpartition(b"\n")
+            for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
                 try:
                     answer = decoder.decode(line)
                     key = answer.key
-                except (
-                    ValueError,
-                    TypeError,
-                    LookupError,
-                    OverflowError,
-                    msgspec.MsgspecError,
-                ) as error:
+                except unreadable as error:
                     raise EvaluationError(
                         f"{file}, line {number} is not an answer ({error}). Remove the line, and the same "
                         "command asks that question again"
@@ -269,11 +247,7 @@ class AnswerStore:
 
 
 def read_identity(folder: Path) -> Identity | None:
-    """Return whose answers a folder holds; None where there are none.
-
-    Raises:
-        EvaluationError: the file that says so can't be read.
-    """
+    """Return whose answers a folder holds; None where there are none, an error where it can't be read."""
     file = folder / RUN_FILE
     if not file.exists():
         if any(folder.glob("answers-*.jsonl")):
@@ -295,20 +269,11 @@ def read_identity(folder: Path) -> Identity | None:
 
 def _cut_torn_line(file: Path) -> None:
     """Cut off what follows the last line's end: the part of a line that a killed process has written."""
-    if not file.exists():
-        return
-    content = file.read_bytes()
+    content = file.read_bytes() if file.exists() else b""
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        log.warning(
-            "%s: %d bytes of an answer cut off by a stop are left out", file, len(content) - whole
-        )
+    if torn := len(content) - whole:
+        log.warning("%s: %d bytes of an answer cut off by a stop are left out", file, torn)
         os.truncate(file, whole)
-
-
-def _whole_lines(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as handle:
-        yield from (line for line in handle if line.endswith(b"\n"))
 
 
 def _check_same(folder: Path, stored: Identity, now: Identity) -> None:

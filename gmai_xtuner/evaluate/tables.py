@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import yaml
 
 from gmai_xtuner.core.files import replace_text
@@ -153,65 +152,21 @@ def _shown(cell: Cell | None, decimals: int = 2) -> tuple[str, str, str, str]:
 # In the shape of the paper's tables
 
 
-class Column(msgspec.Struct, frozen=True):
-    """A column of a paper's table.
-
-    Args:
-        short: its heading.
-        name: value of the table's group that it is about; None for an average.
-        average: ``micro``, ``macro``, or ``printed`` for a number of the paper that can't be made again.
-        mean: the mean of the columns before it.
-        benchmark, variant: what it is about, where not the whole table is.
-    """
-
-    short: str
-    name: str | None = None
-    average: str | None = None
-    mean: bool = False
-    benchmark: str | None = None
-    variant: str | None = None
-
-
-class PaperTable(msgspec.Struct, frozen=True):
-    """One table of the paper.
-
-    Args:
-        printed_as: its numbers in the paper's versions.
-        columns: in the paper's order, those that we add at the end.
-        rows: model -> cells as printed; None where the paper has no such cell.
-        notes: what a reader must know to compare.
-        decimals: of its percentages.
-        benchmark, variant, group: what the columns are groups of; None for a table over benchmarks.
-    """
-
-    title: str
-    printed_as: str
-    columns: tuple[Column, ...]
-    rows: Mapping[str, tuple[str | None, ...]]
-    notes: tuple[str, ...]
-    decimals: int
-    benchmark: str | None = None
-    variant: str | None = None
-    group: str | None = None
-
-    def fits(self, result: Result) -> bool:
-        """Tell whether a result belongs into the table."""
-        if self.benchmark is None:
-            found = (result.benchmark, result.variant)
-            return any((one.benchmark, one.variant) == found for one in self.columns)
-        return self.benchmark == result.benchmark and self.variant in (None, result.variant)
-
-
 @cache
-def _paper() -> tuple[str, Mapping[str, PaperTable]]:
-    """Return what the numbers are quoted from, and the tables by their keys."""
+def paper_tables() -> Mapping[str, Any]:
+    """Return the paper's tables by their keys, as ``paper_rows.yaml`` says what they are."""
     content: dict[str, Any] = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
-    return content.pop("source"), msgspec.convert(content, dict[str, PaperTable])
+    source = content.pop("source")
+    return {key: {"source": source, **table} for key, table in content.items()}
 
 
-def paper_tables() -> Mapping[str, PaperTable]:
-    """Return the paper's tables by their keys."""
-    return _paper()[1]
+def _fits(paper: Mapping[str, Any], result: Result) -> bool:
+    about = [paper] if "benchmark" in paper else paper["columns"]
+    return any(
+        one.get("benchmark") == result.benchmark
+        and one.get("variant", result.variant) == result.variant
+        for one in about
+    )
 
 
 def tables_like_the_papers(results: Sequence[Result]) -> list[Table]:
@@ -223,45 +178,41 @@ def tables_like_the_papers(results: Sequence[Result]) -> list[Table]:
     """
     tables = []
     for key, paper in paper_tables().items():
-        fitting = [result for result in results if paper.fits(result)]
+        fitting = [result for result in results if _fits(paper, result)]
         if not fitting:
             continue
-        rows = [
-            Row(f"{name} ({QUOTED})", tuple(cell or NONE for cell in cells), QUOTED)
-            for name, cells in paper.rows.items()
-        ]
-        notes = [" ".join(note.split()) for note in paper.notes]
-        if paper.benchmark is None:
+        quoted = {name: tuple(cell or NONE for cell in row) for name, row in paper["rows"].items()}
+        rows = [Row(f"{name} ({QUOTED})", cells, QUOTED) for name, cells in quoted.items()]
+        notes = [f"Rows marked {QUOTED} are the paper's ({paper['source']}), not measured here."]
+        notes += [" ".join(note.split()) for note in paper["notes"]]
+        if "benchmark" not in paper:
             rows += _rows_over_benchmarks(paper, fitting, notes)
-        else:
-            for result in fitting:
-                rows += _rows_over_groups(paper, result, notes, several=len(fitting) > 1)
-        title = f"{paper.title}, in the shape of {paper.printed_as} of the GMAI-VL paper"
-        head = ("model", *(column.short for column in paper.columns))
-        first = f"Rows marked {QUOTED} are the paper's ({_paper()[0]}), not measured here."
-        tables.append(
-            Table(f"paper_{key}", title, head, tuple(rows), (first, *dict.fromkeys(notes)))
-        )
+        for result in fitting if "benchmark" in paper else ():
+            rows += _rows_over_groups(paper, result, notes, several=len(fitting) > 1)
+        title = f"{paper['title']}, in the shape of {paper['printed_as']} of the GMAI-VL paper"
+        head = ("model", *(column["short"] for column in paper["columns"]))
+        tables.append(Table(f"paper_{key}", title, head, tuple(rows), tuple(dict.fromkeys(notes))))
     return tables
 
 
 def _rows_over_benchmarks(
-    paper: PaperTable, results: Sequence[Result], notes: list[str]
+    paper: Mapping[str, Any], results: Sequence[Result], notes: list[str]
 ) -> list[Row]:
     """Return our row: the first result of each column's benchmark, and the mean if there are all."""
     first = {(one.benchmark, one.variant): one for one in reversed(results)}
     cells: list[Cell | None] = []
-    for column in paper.columns:
-        result = first.get((str(column.benchmark), str(column.variant)))
+    for column in paper["columns"]:
+        if "mean" in column:
+            continue
+        result = first.get((column["benchmark"], column["variant"]))
+        cells.append(result.headline if result else None)
         if result:
             average = f"{next(iter(result.averages))} average"
-            notes.append(f"{column.short} of {_origin(result)}, {average}{_problems(result)}.")
-        if not column.mean:
-            cells.append(result.headline if result else None)
+            notes.append(f"{column['short']} of {_origin(result)}, {average}{_problems(result)}.")
     values = [cell.value for cell in cells if cell is not None and cell.value is not None]
     mean = sum(values) / len(values) if len(values) == len(cells) else None
-    last = (percent(mean, paper.decimals), NONE, NONE, NONE)
-    return _below(results[0].model_name, cells, paper.decimals, last)
+    last = (percent(mean, paper["decimals"]), NONE, NONE, NONE)
+    return _below(results[0].model_name, cells, paper["decimals"], last)
 
 
 def _origin(result: Result, variant: str = "") -> str:
@@ -273,12 +224,12 @@ def _problems(result: Result) -> str:
 
 
 def _rows_over_groups(
-    paper: PaperTable, result: Result, notes: list[str], *, several: bool
+    paper: Mapping[str, Any], result: Result, notes: list[str], *, several: bool
 ) -> list[Row]:
     """Return our row: a cell for each group that the paper has a column of."""
-    found = result.groups.get(str(paper.group), {})
+    found = result.groups.get(paper["group"], {})
     groups = {_same(name): cell for name, cell in found.items()}
-    known = {_same(column.name) for column in paper.columns if column.name}
+    known = {_same(column["name"]) for column in paper["columns"] if "name" in column}
     if other := [name for name in found if _same(name) not in known]:
         notes.append(f"Not among the paper's columns, but in the averages: {', '.join(other)}.")
     notes.append(f"{_origin(result, f'{result.variant}, protocol ')}{_problems(result)}.")
@@ -286,13 +237,13 @@ def _rows_over_groups(
     averages = {name.split()[0]: cell for name, cell in [*result.averages.items()][::-1]}
     cells = [
         None
-        if column.variant not in (None, result.variant)
-        else groups.get(_same(column.name))
-        if column.name is not None
-        else averages.get(str(column.average))
-        for column in paper.columns
+        if one.get("variant", result.variant) != result.variant
+        else groups.get(_same(one["name"]))
+        if "name" in one
+        else averages.get(one["average"])
+        for one in paper["columns"]
     ]
-    return _below(label, cells, paper.decimals)
+    return _below(label, cells, paper["decimals"])
 
 
 def _below(
@@ -307,9 +258,9 @@ def _below(
     ]
 
 
-def _same(name: str | None) -> str:
+def _same(name: str) -> str:
     """Compare names: the authors' files and papers write the same name with blanks, underscores or dashes."""
-    return re.sub(r"[\W_]+", "", name or "").casefold()
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 # Outputs

@@ -29,9 +29,9 @@ from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.tokenization import ChatTemplate
+from gmai_xtuner.evaluate.answerers import World
 from gmai_xtuner.evaluate.answerers.local import read_ahead
 from gmai_xtuner.evaluate.benchmarks import NAMES, find_benchmarks, is_own
-from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import Asked
 from gmai_xtuner.evaluate.questions import Question
 from gmai_xtuner.evaluate.results import Scored, average_of, score_all

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from gmai_xtuner.evaluate.answerers import ModelOptions
+from gmai_xtuner.evaluate.answerers import ModelOptions, World
 from gmai_xtuner.evaluate.answerers.endpoint import EndpointAnswerer, label_shares
 from gmai_xtuner.evaluate.benchmarks import load_benchmark
 from gmai_xtuner.evaluate.controls import NONE_ABOVE, controls_of, measure
-from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import ask_for
 from gmai_xtuner.evaluate.questions import Question, open_image
 from gmai_xtuner.evaluate.results import Scored, read_result

@@ -11,9 +11,9 @@ import shutil
 import pytest
 
 from gmai_xtuner.core.errors import EvaluationError
-from gmai_xtuner.evaluate import fingerprint
+from gmai_xtuner.evaluate import answerers as fingerprint
+from gmai_xtuner.evaluate.answerers import hash_files
 from gmai_xtuner.evaluate.answerers.local import bases_of
-from gmai_xtuner.evaluate.fingerprint import hash_files
 
 
 @pytest.fixture

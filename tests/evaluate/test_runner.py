@@ -11,11 +11,11 @@ import pytest
 from openpyxl import load_workbook
 
 from gmai_xtuner.core.errors import EvaluationError
-from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, SourceFile
+from gmai_xtuner.evaluate.answerers import World
 from gmai_xtuner.evaluate.compare import as_text, compare_runs
 from gmai_xtuner.evaluate.judge import verdict_of
-from gmai_xtuner.evaluate.processes import World
 from gmai_xtuner.evaluate.protocols import ProtocolError
+from gmai_xtuner.evaluate.questions import Benchmark, SourceFile
 from gmai_xtuner.evaluate.runner import ALL, Options, Target, ask, prepare, score
 from tests.evaluate.files import gmai_test_part
 from tests.evaluate.sets import FakeAnswerer, draw, write_omnimedvqa, write_pmc_vqa, write_vqa_rad

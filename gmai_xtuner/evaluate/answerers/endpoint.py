@@ -31,7 +31,7 @@ from gmai_xtuner.core.http import (
     message_text,
 )
 from gmai_xtuner.core.imaging.images import opened
-from gmai_xtuner.evaluate.fingerprint import hash_text
+from gmai_xtuner.evaluate.answerers import hash_text
 from gmai_xtuner.evaluate.questions import ImageSource, load_image, open_image
 from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs, split_at_images
 
@@ -49,14 +49,7 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class EndpointAnswerer:
-    """Asks a server.
-
-    Args:
-        options: with ``endpoint``; ``model`` is its name there.
-
-    Raises:
-        EvaluationError: the packages that ask are not installed.
-    """
+    """Asks the server of ``options.endpoint``; an ``EvaluationError`` where packages for that are missing."""
 
     repeats = False
 
@@ -154,11 +147,13 @@ class _Run:
     async def _request(
         self, content: list[dict[str, Any]], options: dict[str, Any], job: Job
     ) -> tuple[str, str, dict[str, float] | None]:
+        body: dict[str, Any] = {
+            "model": self.options.model,
+            "messages": [{"role": "user", "content": content}],
+        }
         if self.options.temperature is not None:
-            options = {**options, "temperature": self.options.temperature}
-        messages = [{"role": "user", "content": content}]
-        body = {"model": self.options.model, "messages": messages, **options}
-        reply = await self.server.complete(body, [benchmark_origin(job.benchmark)])
+            body["temperature"] = self.options.temperature
+        reply = await self.server.complete(body | options, [benchmark_origin(job.benchmark)])
         message, ended = first_message(reply)
         if message is None:
             raise ServerFault("an answer without a choice")
@@ -192,8 +187,7 @@ class _Run:
 def label_shares(reply: Mapping[str, Any], labels: Sequence[str]) -> dict[str, float] | None:
     """Return label -> its share of the labels' probability, by the reply's ``logprobs`` of its first token.
 
-    Returns:
-        None where there are none, or where the first token is no label.
+    None where there are none, or where the first token is no label.
     """
     try:
         first = reply["choices"][0]["logprobs"]["content"][0]
@@ -212,17 +206,9 @@ def label_shares(reply: Mapping[str, Any], labels: Sequence[str]) -> dict[str, f
 
 
 def _content(job: Job) -> list[dict[str, Any]]:
-    """The parts of a user's message.
-
-    Raises:
-        ImageError: an image can't be read.
-    """
-    urls = iter(
-        [
-            data_url(source, f"image {number} of question {job.id}")
-            for number, source in enumerate(job.images, 1)
-        ]
-    )
+    """Return the parts of a user's message; an ``ImageError`` where an image can't be read."""
+    places = enumerate(job.images, 1)
+    urls = iter([data_url(source, f"image {n} of question {job.id}") for n, source in places])
     return [
         {"type": "image_url", "image_url": {"url": next(urls)}}
         if part is None
@@ -232,19 +218,15 @@ def _content(job: Job) -> list[dict[str, Any]]:
 
 
 def data_url(source: ImageSource, name: str) -> str:
-    """The image that our own models see, without loss: a plain JPEG as it is, anything else as PNG.
-
-    Raises:
-        ImageError: it can't be read.
-    """
+    """Return the image that our own models see, without loss: a plain JPEG as it is, anything else as PNG."""
     content = load_image(source)
-    picture = open_image(content, name)
-    content = content if isinstance(content, bytes) else content.read_bytes()
-    if _is_plain_jpeg(content):
-        return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"
-    out = io.BytesIO()
-    picture.save(out, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    image = open_image(content, name)
+    content, kind = content if isinstance(content, bytes) else content.read_bytes(), "jpeg"
+    if not _is_plain_jpeg(content):
+        out, kind = io.BytesIO(), "png"
+        image.save(out, "PNG")
+        content = out.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _is_plain_jpeg(content: bytes) -> bool:

@@ -21,8 +21,7 @@ from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE, is_xtuner_layout
 from gmai_xtuner.checkpoint.weights import adapter_base
 from gmai_xtuner.core.errors import EvaluationError, ImageError, ModelLoadError
 from gmai_xtuner.core.hub import layout_of, pickle_allowed, read_json
-from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions
-from gmai_xtuner.evaluate.fingerprint import hash_files
+from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, hash_files
 from gmai_xtuner.evaluate.questions import open_image
 from gmai_xtuner.evaluate.store import Given, Job, sorted_jobs, split_at_images
 from gmai_xtuner.generate import Answered, FirstTokens, Predictor, Prompt, user_turn
@@ -70,9 +69,7 @@ class LocalAnswerer(ABC):
     def __init__(
         self, *, name: str, model: str, generation: Mapping[str, Any], batch_size: int
     ) -> None:
-        self.name = name
-        self.model = model
-        self.generation = generation
+        self.name, self.model, self.generation = name, model, generation
         self.batch_size = batch_size
         self._asked = self._failed = 0
 
@@ -91,32 +88,29 @@ class LocalAnswerer(ABC):
 
     def _answer(self, batch: Sequence[Job], images: Sequence[Images | ImageError]) -> list[Given]:
         start = time.monotonic()
-        pairs = list(zip(batch, images, strict=True))
-        given = [
-            Given(job, None, 0.0, own.reason, str(own))
-            for job, own in pairs
-            if isinstance(own, ImageError)
-        ]
-        ready = [(job, own) for job, own in pairs if not isinstance(own, ImageError)]
+        given: list[Given] = []
+        ready: list[tuple[Job, Images]] = []
+        for job, own in zip(batch, images, strict=True):
+            if isinstance(own, ImageError):
+                given.append(Given(job, None, 0.0, own.reason, str(own)))
+            else:
+                ready.append((job, own))
         found = self._texts(ready)
-        self._check(found)
         share = round((time.monotonic() - start) / max(1, len(ready)), 4)
-        return given + [
-            Given(job, None, 0.0, "cannot_be_asked", str(one))
-            if isinstance(one, ValueError)
-            else Given(job, one.text, share, "", "", "length" if one.is_cut else "stop", one.shares)
-            for (job, _), one in zip(ready, found, strict=True)
-        ]
-
-    def _check(self, texts: Sequence[Answered | ValueError]) -> None:
-        """Where no question at all can be asked, it is not the questions that are wrong."""
-        errors = [text for text in texts if isinstance(text, ValueError)]
-        self._asked += len(texts) - len(errors)
-        self._failed += len(errors)
-        if errors and not self._asked and self._failed >= _FIRST_FAILED:
+        for (job, _), one in zip(ready, found, strict=True):
+            if isinstance(one, ValueError):
+                self._failed += 1
+                given.append(Given(job, None, 0.0, "cannot_be_asked", str(one)))
+            else:
+                self._asked += 1
+                ended = "length" if one.is_cut else "stop"
+                given.append(Given(job, one.text, share, "", "", ended, one.shares))
+        if not self._asked and self._failed >= _FIRST_FAILED:
+            # it is not the questions that are wrong
             raise EvaluationError(
-                f"{self.name} could be asked none of the first {self._failed} questions: {errors[-1]}"
-            ) from errors[-1]
+                f"{self.name} could be asked none of the first {self._failed} questions: {given[-1].detail}"
+            )
+        return given
 
     def _texts(self, ready: Sequence[tuple[Job, Images]]) -> Sequence[Answered | ValueError]:
         """Answers; where one question can't be asked, e.g. since it is too long, the others still are."""
@@ -170,23 +164,16 @@ class ExportAnswerer(LocalAnswerer):
     def generate(
         self, jobs: Sequence[Job], images: Sequence[Images], max_new_tokens: int
     ) -> list[Answered]:
-        return self.predictor.answer_batch(
-            [
-                Prompt((user_turn(job.prompt, len(own)),), tuple(own))
-                for job, own in zip(jobs, images, strict=True)
-            ],
-            max_new_tokens=max_new_tokens,
-            labels=[job.labels for job in jobs],
-        )
+        pairs = zip(jobs, images, strict=True)
+        prompts = [Prompt((user_turn(job.prompt, len(own)),), tuple(own)) for job, own in pairs]
+        labels = [job.labels for job in jobs]
+        return self.predictor.answer_batch(prompts, max_new_tokens=max_new_tokens, labels=labels)
 
 
 class HubAnswerer(LocalAnswerer):
-    """Asks a transformers model by its own processor and chat template.
+    """Asks a transformers model by its own processor and chat template; a ``ModelLoadError`` without one.
 
     It pads on the left, so that a batch answers as its questions do alone.
-
-    Raises:
-        ModelLoadError: no chat template.
     """
 
     def __init__(
@@ -204,8 +191,7 @@ class HubAnswerer(LocalAnswerer):
             "processor": type(processor).__name__,
         }
         super().__init__(name=name, model=digest, generation=generation, batch_size=batch_size)
-        self._model = model.eval()
-        self._processor = processor
+        self._model, self._processor = model.eval(), processor
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -215,49 +201,36 @@ class HubAnswerer(LocalAnswerer):
     def generate(
         self, jobs: Sequence[Job], images: Sequence[Images], max_new_tokens: int
     ) -> list[Answered]:
-        texts = [
-            self._processor.apply_chat_template(
-                [{"role": "user", "content": _content(job.prompt, len(own))}],
-                add_generation_prompt=True,
-            )
-            for job, own in zip(jobs, images, strict=True)
-        ]
-        inputs = self._processor(
-            text=texts, images=self._arrange(images), padding=True, return_tensors="pt"
-        ).to(self._model.device)
+        contents = (_content(job.prompt, len(own)) for job, own in zip(jobs, images, strict=True))
+        turns = ([{"role": "user", "content": content}] for content in contents)
+        ask, tokenizer = self._processor.apply_chat_template, self._processor.tokenizer
+        texts = [ask(turn, add_generation_prompt=True) for turn in turns]
+        pixels: list[Any] | None = [list(own) for own in images] if images[0] else None
+        if pixels and not self._nested:
+            pixels = list(itertools.chain.from_iterable(pixels))
+        inputs = self._processor(text=texts, images=pixels, padding=True, return_tensors="pt")
+        inputs = inputs.to(self._model.device)
         for key, value in inputs.items():
             if torch.is_floating_point(value):
                 inputs[key] = value.to(self._model.dtype)
-        first = FirstTokens(self._processor.tokenizer)
+        first = FirstTokens(tokenizer)
         output = self._model.generate(
             **inputs,
             logits_processor=LogitsProcessorList([first]),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=self._processor.tokenizer.pad_token_id,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),
+            pad_token_id=tokenizer.pad_token_id,
         )
         new = output[:, inputs["input_ids"].shape[1] :]
         stop = self._model.generation_config.eos_token_id
         stops = set(stop) if isinstance(stop, list) else {stop}
-        said = self._processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [
-            Answered(
-                text.strip(),
-                len(ids) >= max_new_tokens and not stops & set(ids.tolist()),
-                first.shares(row, job.labels),
-            )
-            for row, (job, text, ids) in enumerate(zip(jobs, said, new, strict=True))
-        ]
-
-    def _arrange(self, images: Sequence[Images]) -> list[Any] | None:
-        if not images[0]:
-            return None
-        if self._nested:
-            return [list(own) for own in images]
-        return [image for own in images for image in own]
+        found = []
+        for row, (job, ids) in enumerate(zip(jobs, new, strict=True)):
+            is_cut = len(ids) >= max_new_tokens and not stops & set(ids.tolist())
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            found.append(Answered(text, is_cut, first.shares(row, job.labels)))
+        return found
 
 
 def _content(prompt: str, number: int) -> list[dict[str, str]]:
@@ -270,31 +243,22 @@ def _content(prompt: str, number: int) -> list[dict[str, str]]:
 def load_local(options: ModelOptions, *, cache: Path, local_rank: int = 0) -> Answerer:
     """Load an export of ours, or a model of transformers; no code that comes with either is run.
 
-    Arguments as of :func:`~gmai_xtuner.evaluate.answerers.make_answerer`.
-
-    Raises:
-        EvaluationError: bases are named for a model that is no export.
-        ModelLoadError: it can't be loaded; names the model and the reason.
+    Arguments and errors as of :func:`~gmai_xtuner.evaluate.answerers.make_answerer`.
     """
     default = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     device = torch.device(options.device or default)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    if _is_ours(options):
+    folder = Path(options.model)
+    looks_ours = (folder / "projector").is_dir() or (folder / SETTINGS_FILE).is_file()
+    if options.loader == "ours" or (options.loader == "auto" and looks_ours):
         return _load_export(options, dtype, device, cache)
     if options.llm or options.vision:
         raise EvaluationError(
             f"--llm and --vision belong to exports of this project; {options.model!r} is none"
         )
     return _load_from_hub(options, dtype, device, cache)
-
-
-def _is_ours(options: ModelOptions) -> bool:
-    if options.loader != "auto":
-        return options.loader == "ours"
-    folder = Path(options.model)
-    return (folder / "projector").is_dir() or (folder / SETTINGS_FILE).is_file()
 
 
 def _load_export(

@@ -12,13 +12,15 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from gmai_xtuner.evaluate.benchmarks.build import read_files
 from gmai_xtuner.evaluate.benchmarks.maps import NAMES, Layout, Map, built_in, read_map
-from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, BenchmarkError
 from gmai_xtuner.evaluate.benchmarks.rows import SUFFIXES, lowered, read_columns
 from gmai_xtuner.evaluate.protocols import Protocol, ProtocolError
+from gmai_xtuner.evaluate.questions import Benchmark, BenchmarkError
 
 __all__ = ["NAMES", "Benchmark", "BenchmarkError", "built_in", "load_benchmark"]
 
@@ -36,23 +38,15 @@ class Target:
     variant: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What lies under a folder.
-
-    Args:
-        benchmarks: each variant once.
-        faults: files of questions that can't be asked, and why.
-        notes: what else was passed over.
-    """
+class Survey(NamedTuple):
+    """What lies under a folder: each variant, files of questions that can't be asked, and other files."""
 
     benchmarks: tuple[Target, ...]
     faults: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
+class _Fit(NamedTuple):
     """The benchmark and the layout of a file, and the variants that it is."""
 
     found: Map
@@ -113,9 +107,6 @@ def survey(folder: Path) -> Survey:
 
     Where both the authors' files and a table of VLMEvalKit lie there, the authors' files are taken, and of
     several copies the first by name. Of the HuatuoGPT-Vision collection the whole is named, not its parts.
-
-    Raises:
-        BenchmarkError: the folder does not exist.
     """
     if not Path(folder).is_dir():
         raise BenchmarkError(f"{str(folder)!r} is no folder.")
@@ -233,7 +224,7 @@ def _own_benchmarks(folder: Path) -> tuple[list[Target], list[str], set[Path]]:
 def _has_questions(path: Path) -> bool:
     """Tell whether a file holds questions that are no other part of a known benchmark."""
     columns = set(read_columns(path))
-    layouts = [one for found in built_in().values() for one in found.layouts if not one.base64]
+    layouts = (one for found in built_in().values() for one in found.layouts if not one.base64)
     known = any(one.header and columns >= set(one.header) for one in layouts)
     return "question" in {name.lower() for name in columns} and not known
 
@@ -254,19 +245,13 @@ def _fits(
 
 
 def recognise(path: Path) -> _Fit | None:
-    """Return the benchmark that a file belongs to; None where it is of none that is known.
-
-    Raises:
-        BenchmarkError: it can't be read.
-    """
-    columns: dict[tuple[str, ...], tuple[str, ...]] = {(): read_columns(path)}
+    """Return the benchmark that a file belongs to; None where it is of none, an error if it can't be read."""
+    read = cache(lambda at: read_columns(path, at))
+    read(())
     for found in built_in().values():
         for layout in found.layouts:
-            if layout.suffixes and path.suffix.lower() not in layout.suffixes:
-                continue
-            if layout.at not in columns:
-                columns[layout.at] = read_columns(path, layout.at)
-            if variants := _variants(path, columns[layout.at], found, layout):
+            may_fit = not layout.suffixes or path.suffix.lower() in layout.suffixes
+            if may_fit and (variants := _variants(path, read(layout.at), found, layout)):
                 return _Fit(found, layout, variants)
     return None
 
@@ -319,12 +304,7 @@ def _single_file(found: Map, path: Path, variant: str | None) -> tuple[Layout, s
 
 
 def _in_folder(found: Map, folder: Path, variant: str) -> tuple[Layout, Sequence[Path]]:
-    """Return the layout and the files of a variant in a folder.
-
-    Raises:
-        BenchmarkError: there are none, or several copies, or one of which a file can't be read, or beside
-            which something else lies where a folder must hold nothing else.
-    """
+    """Return the layout and the files of a variant in a folder, which must hold one copy, whole."""
     fits: dict[Path, Layout] = {}
     others: dict[Path, _Fit | BenchmarkError | None] = {}
     for path, fit in _fits(folder):
@@ -365,11 +345,7 @@ def _place(path: Path, layout: Layout) -> Path:
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...], *, depth: int = 4) -> Iterator[Path]:
-    """Yield files under a folder, by name; image folders are not entered.
-
-    Raises:
-        BenchmarkError: the folder can't be listed.
-    """
+    """Yield files under a folder, by name; image folders are not entered."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:

@@ -17,17 +17,23 @@ from typing import Any
 
 from gmai_xtuner.core.errors import is_unicode
 from gmai_xtuner.evaluate.benchmarks.maps import PLACES, Group, Layout, Map, table_columns
-from gmai_xtuner.evaluate.benchmarks.reading import (
-    Benchmark,
-    BenchmarkError,
-    Problem,
-    SourceFile,
+from gmai_xtuner.evaluate.benchmarks.rows import (
+    Row,
     UnreadableOptions,
+    lowered,
     parse_list,
+    read_rows,
     short,
 )
-from gmai_xtuner.evaluate.benchmarks.rows import Row, lowered, read_rows
-from gmai_xtuner.evaluate.questions import IMAGE_MARK, ImageSource, Question
+from gmai_xtuner.evaluate.questions import (
+    IMAGE_MARK,
+    Benchmark,
+    BenchmarkError,
+    ImageSource,
+    Problem,
+    Question,
+    SourceFile,
+)
 
 LETTERS = string.ascii_uppercase
 _NUMBERED_MARK = re.compile(r"<image (\d+)>")
@@ -488,9 +494,8 @@ class _Record:
     def _groups(self, answers: Sequence[str]) -> dict[str, str]:
         found = {}
         for name, one in self.layout.groups.items():
-            columns = (
-                one if isinstance(one, tuple) else (one.text if isinstance(one, Group) else one,)
-            )
+            text = one.text if isinstance(one, Group) else one
+            columns = (text,) if isinstance(text, str) else text
             text = next((text for column in columns if (text := self.text(column).strip())), "")
             if isinstance(one, Group):
                 match = re.search(one.match, text) if one.match else None

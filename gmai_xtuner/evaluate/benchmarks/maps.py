@@ -10,35 +10,28 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.yaml_lines import Document
-from gmai_xtuner.evaluate.benchmarks.reading import BenchmarkError
 from gmai_xtuner.evaluate.protocols import (
     MICRO,
-    SCORING,
     VERSION,
     Average,
     Protocol,
     Questions,
     Words,
 )
+from gmai_xtuner.evaluate.questions import BenchmarkError
 
 FOLDER = Path(__file__).with_name("maps")
 Texts = tuple[str, ...]
+AnswerIs = Literal["letter", "index0", "index1", "text", "exact", "letter_or_text"]
 
 
 class _Keys(BaseModel):
@@ -90,9 +83,7 @@ class Layout(_Keys):
     open: Mapping[str, str] = Field(default_factory=dict)
     no_options: Literal["error", "open", "left_out"] = "error"
     answer: str | None = None
-    answer_is: Literal["letter", "index0", "index1", "text", "exact", "letter_or_text"] | None = (
-        None
-    )
+    answer_is: AnswerIs | None = None
     answer_text: str = ""
     unknown: Texts = ()
     several: bool = False
@@ -115,15 +106,9 @@ class Layout(_Keys):
             return {name: name for name in value}
         if not isinstance(value, Mapping):
             return value
-        single = info.field_name != "groups"
-        return {
-            key: (one,)
-            if single and isinstance(one, str)
-            else tuple(one)
-            if isinstance(one, list)
-            else one
-            for key, one in value.items()
-        }
+        short: Any = str if info.field_name != "groups" else ()
+        value = {key: (one,) if isinstance(one, short) else one for key, one in value.items()}
+        return {key: tuple(one) if isinstance(one, list) else one for key, one in value.items()}
 
     @property
     def has_options(self) -> bool:
@@ -131,21 +116,16 @@ class Layout(_Keys):
 
     def columns(self) -> dict[str, str]:
         """Return each column that the layout must find -> the key that names it."""
-        texts = [
-            (key, str(getattr(self, key) or ""))
-            for key in ("id", "question", "hint", "answer", "answer_text", "base64")
-        ]
-        for key in ("images", "where", "open", "options"):
-            several = getattr(self, key) if key != "options" or self.options != "A-Z" else ""
-            texts += [(key, one) for one in ((several,) if isinstance(several, str) else several)]
-        for group in self.groups.values():
-            one = group.text if isinstance(group, Group) else group
-            texts += [("groups", part) for part in (one if isinstance(one, tuple) else (one,))]
+        keys = ("id", "question", "hint", "answer", "answer_text", "base64")
+        named = [(key, getattr(self, key)) for key in (*keys, "images", "where", "open", "options")]
+        groups = (one.text if isinstance(one, Group) else one for one in self.groups.values())
+        named += [("groups", one) for one in groups]
         found: dict[str, str] = {}
-        for key, text in texts:
-            for name in re.findall(r"\{([^{}]+)\}", text) if "{" in text else [text]:
-                if name and name not in PLACES:
-                    found.setdefault(name, key)
+        for key, one in named:
+            for text in (one,) if isinstance(one, str) else one or ():
+                for name in re.findall(r"\{([^{}]+)\}", text) if "{" in text else [text]:
+                    if name and name not in (*PLACES, "A-Z"):
+                        found.setdefault(name, key)
         return found
 
 
@@ -186,22 +166,18 @@ class Map(_Keys):
 
     def asked(self) -> tuple[Protocol, ...]:
         """Return the protocols."""
-        return tuple(self._protocol(keys) for keys in self.protocols or self._defaults())
-
-    def _defaults(self) -> Sequence[ProtocolKeys]:
-        kind: Questions = "all"
-        if all(
-            one.has_options and not one.open and one.no_options != "open" for one in self.layouts
-        ):
-            kind = "options"
-        return [
-            ProtocolKeys(name="all", variant=one, expected=self.expected, questions=kind)
-            for one in self.variants
-        ]
+        if self.protocols:
+            return tuple(map(self._protocol, self.protocols))
+        is_open = (
+            not one.has_options or one.open or one.no_options == "open" for one in self.layouts
+        )
+        keys: dict[str, Any] = {"name": "all", "expected": self.expected}
+        keys["questions"] = "all" if any(is_open) else "options"
+        protocols = (ProtocolKeys(variant=one, **keys) for one in self.variants)
+        return tuple(map(self._protocol, protocols))
 
     def _protocol(self, keys: ProtocolKeys) -> Protocol:
-        default = SCORING[keys.questions]
-        scorer = keys.scorer or self.scorer or default.scorer
+        default = kinds()[keys.questions]
         macro = self.macro if keys.macro is None else keys.macro
         table = keys.table if keys.table is not None else self.table or macro
         return Protocol(
@@ -209,10 +185,10 @@ class Map(_Keys):
             version=VERSION,
             benchmark=self.name,
             variant=keys.variant or self.variants[0],
-            description=keys.about or (default.description if self.protocols else self.about),
+            description=keys.about or (default["about"] if self.protocols else self.about),
             expected=keys.expected,
-            scorer=scorer,
-            also=keys.also if keys.also is not None else default.also,
+            scorer=keys.scorer or self.scorer or default["scorer"],
+            also=tuple(default["also"] if keys.also is None else keys.also),
             averages=(MICRO, *(Average("macro", over) for over in macro)),
             table=table or tuple(self.layouts[0].groups),
             questions=keys.questions,
@@ -235,6 +211,13 @@ NAMES = tuple(sorted(path.stem for path in FOLDER.glob("[a-z]*.yaml")))
 
 
 @cache
+def kinds() -> Mapping[str, Any]:
+    """Return kind of questions -> how they are scored where a protocol says nothing else."""
+    path = FOLDER / "_kinds.yaml"
+    return cast("dict[str, Any]", Document(path, what="table of kinds", error=BenchmarkError).data)
+
+
+@cache
 def table_columns() -> Mapping[str, str]:
     """Return the columns that a table of VLMEvalKit may have."""
     return built_in()["vqa_rad"].layouts[-1].columns()
@@ -252,8 +235,8 @@ def read_map(path: Path) -> Map:
     content = dict(document.data)
     flat = "layouts" not in content
     if flat:  # of one layout its keys stand at the top
-        keys = [key for key in content if key in Layout.model_fields or key == "like"]
-        content["layouts"] = [{key: content.pop(key) for key in keys if key != "variants"}]
+        keys = {*Layout.model_fields, "like"} - {"variants"}
+        content["layouts"] = [{key: content.pop(key) for key in [*content] if key in keys}]
     if isinstance(content["layouts"], list):
         content["layouts"] = [_with_base(document, one) for one in content["layouts"]]
     try:
@@ -284,9 +267,7 @@ def _with_base(document: Document, layout: Any) -> Any:
 def _fault(document: Document, error: ValidationError, flat: bool) -> GMAIError:
     """Say what pydantic found first, with its line."""
     problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    place = (
-        tuple(problem["loc"])[2:] if flat and "layouts" in problem["loc"] else tuple(problem["loc"])
-    )
+    place = problem["loc"][2:] if flat and "layouts" in problem["loc"] else problem["loc"]
     key = str(place[-1])
     text = f"{key}: {problem['msg']}, got {problem['input']!r}."
     if problem["type"] == "missing":
@@ -306,10 +287,8 @@ def _check(document: Document, found: Map, layout: Layout, place: tuple[str | in
         raise document.fault((*place, key), text)
 
     if bool(layout.question) == bool(layout.request):
-        refuse(
-            "question",
-            "the key question must name the column of the text, or request give the words.",
-        )
+        told = "the key question must name the column of the text, or request give the words."
+        refuse("question", told)
     if layout.has_options and layout.answer is not None and layout.answer_is is None:
         refuse(
             "answer",
@@ -327,15 +306,11 @@ def _check(document: Document, found: Map, layout: Layout, place: tuple[str | in
             refuse("where", f"{pattern!r} is no regular expression ({error}).")
     groups = {"answer_type", *layout.groups}
     for protocol in found.asked():
-        if unknown := [
-            name for name in protocol.table if name not in groups and len(found.layouts) == 1
-        ]:
-            refuse(
-                "groups",
-                f"macro and table need the group {unknown[0]!r}, which groups does not name.",
-            )
+        unknown = [name for name in protocol.table if name not in groups]
+        if unknown and len(found.layouts) == 1:
+            told = f"macro and table need the group {unknown[0]!r}, which groups does not name."
+            refuse("groups", told)
         if protocol.variant not in found.variants:
-            refuse(
-                "variants", f"the protocol {protocol.name} is of no variant: {protocol.variant!r}."
-            )
+            told = f"the protocol {protocol.name} is of no variant: {protocol.variant!r}."
+            refuse("variants", told)
         protocol.check_scorer(protocol.scorer, ())

@@ -2,13 +2,13 @@
 
 """Rows of the files that benchmarks come in: JSON, JSON lines, TSV, CSV, Parquet, and PathVQA's pickle.
 
-Images that stand in a file stay there until they are asked for: a table of twenty thousand rows is 6 GB. One
-pass over it gives texts, SHA-256 and the places of the images; pandas would hold the images, and read "None"
-and "NA", which are answers here, as missing.
+Images that stand in a file stay there until they are asked for: a table of twenty thousand rows is 6 GB.
+pandas would hold them, and read "None" and "NA", which are answers here, as missing.
 """
 
 from __future__ import annotations
 
+import ast
 import base64
 import csv
 import hashlib
@@ -28,13 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.bounded import iterate_bounded, run_bounded
 from gmai_xtuner.core.records import large_row_group
-from gmai_xtuner.evaluate.benchmarks.reading import (
-    BenchmarkError,
-    SourceFile,
-    UnreadableOptions,
-    parse_list,
-)
-from gmai_xtuner.evaluate.questions import ImageSource
+from gmai_xtuner.evaluate.questions import BenchmarkError, ImageSource, SourceFile
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -65,6 +59,39 @@ class Row:
 
 Rows = tuple[tuple[str, ...], list[Row], SourceFile]
 """Columns, rows, and the file with its hash."""
+
+
+class UnreadableOptions(ValueError):
+    """An option list that can't be parsed."""
+
+
+def parse_list(value: object) -> tuple[str, ...]:
+    """Return a list, or the text of one as Python writes it, as texts; an empty text is an empty list.
+
+    Only literals are read, nothing is evaluated.
+
+    Raises:
+        UnreadableOptions: it is neither.
+    """
+    parsed = value
+    if isinstance(value, str):
+        if not value.strip():
+            return ()
+        try:
+            parsed = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise UnreadableOptions(f"{short(value)} is no list ({error})") from error
+    if not isinstance(parsed, list | tuple):
+        raise UnreadableOptions(f"a list was expected, {short(value)} came")
+    if not all(isinstance(item, str | int | float) for item in parsed):
+        raise UnreadableOptions(f"a list of texts was expected, {short(value)} came")
+    return tuple(str(item) for item in parsed)
+
+
+def short(value: object) -> str:
+    """Return what a message shows of a value."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def read_columns(path: Path, at: Sequence[str] = ()) -> tuple[str, ...]:

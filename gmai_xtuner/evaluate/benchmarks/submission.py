@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gmai_xtuner.core.files import staged
-from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, BenchmarkError
 from gmai_xtuner.evaluate.benchmarks.rows import lowered, read_rows
+from gmai_xtuner.evaluate.questions import Benchmark, BenchmarkError
 
 TEST_PARTS = 11
 IMAGE = "image"
@@ -28,12 +28,10 @@ _UNSAFE_NAME = re.compile(r"[^\w.-]+")
 def write_submission(
     folder: Path, model: str, *, benchmark: Benchmark, answers: Mapping[str, str]
 ) -> Path:
-    """Write ``<model>_GMAI-MMBench_TEST.xlsx``.
+    """Write ``<model>_GMAI-MMBench_TEST.xlsx`` into a folder, which is made.
 
     Args:
-        folder: takes the file; it is made.
-        model: its name, as it is to stand on the leaderboard; other signs than letters, digits, dots and
-            hyphens become a hyphen in the file's name.
+        model: its name, as it is to stand on the leaderboard.
         benchmark: what :func:`load_benchmark` gave for the variant test; its files are read once more.
         answers: id of a question -> the model's words.
 
@@ -52,7 +50,6 @@ def write_submission(
         for cell in cells:
             cell.data_type = "s"  # "=A" is an answer, no formula
         sheet.append(cells)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_UNSAFE_NAME.sub('-', model).strip('-')}_GMAI-MMBench_TEST.xlsx"
     with staged(target) as partial:
@@ -106,12 +103,10 @@ def _check(benchmark: Benchmark, answers: Mapping[str, str]) -> None:
 
 def _cell(value: str, index: str) -> str:
     """Return a text that Excel can hold, unchanged; raises ``BenchmarkError`` where it can't."""
-    found = _UNWRITABLE.search(value)
-    if found or len(value) > _CELL_LIMIT:
-        problem = (
-            f"the control character {found[0]!r} can't stand in an Excel file"
-            if found
-            else (f"{len(value)} signs, an Excel cell holds {_CELL_LIMIT}")
-        )
-        raise BenchmarkError(f"index {index}: {problem}.")
+    if found := _UNWRITABLE.search(value):
+        told = f"the control character {found[0]!r} can't stand in an Excel file"
+        raise BenchmarkError(f"index {index}: {told}.")
+    if len(value) > _CELL_LIMIT:
+        told = f"{len(value)} signs, an Excel cell holds {_CELL_LIMIT}"
+        raise BenchmarkError(f"index {index}: {told}.")
     return value

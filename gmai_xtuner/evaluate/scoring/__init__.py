@@ -10,18 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
-from gmai_xtuner.evaluate.scoring.choice import CHOICE, OPTION_LETTER, OPTION_TEXT
-from gmai_xtuner.evaluate.scoring.free_text import (
-    BLEU,
-    CLOSED,
-    EXACT_MATCH,
-    METEOR,
-    ROUGE_L,
-    TOKEN_F1,
-    TOKEN_RECALL,
-    YES_NO,
-)
-from gmai_xtuner.evaluate.scoring.peers import HUATUOGPT, LLAVA_MED, MMMU, VLMEVALKIT
+from gmai_xtuner.evaluate.scoring import choice, peers
+from gmai_xtuner.evaluate.scoring import free_text as free
 from gmai_xtuner.evaluate.scoring.text import plain, without_thoughts
 
 
@@ -29,9 +19,9 @@ def _closed_or(name: str, words: str, open_scorer: Scorer) -> Scorer:
     """Score sets with several kinds of questions, each kind by its own scorer."""
 
     def score(question: Question, answer: str) -> Score:
-        scorers = (CHOICE, CLOSED, open_scorer)
+        scorers = (choice.CHOICE, free.CLOSED, open_scorer)
         scorer = next(one for one in scorers if one.applies(question))
-        if scorer is MMMU:  # its rule knows neither thoughts nor the sign U+2212
+        if scorer is peers.MMMU:  # its rule knows neither thoughts nor the sign U+2212
             answer = without_thoughts(plain(answer))
         return scorer.score(question, answer)
 
@@ -39,28 +29,15 @@ def _closed_or(name: str, words: str, open_scorer: Scorer) -> Scorer:
     return Scorer(f"closed_or_{name}", 2, description, score)
 
 
-SCORERS: Mapping[str, Scorer] = {
-    scorer.name: scorer
-    for scorer in (
-        CHOICE,
-        OPTION_LETTER,
-        OPTION_TEXT,
-        YES_NO,
-        CLOSED,
-        EXACT_MATCH,
-        TOKEN_RECALL,
-        TOKEN_F1,
-        _closed_or("recall", "token recall", TOKEN_RECALL),
-        _closed_or("f1", "token F1", TOKEN_F1),
-        _closed_or("exact", "exact match", EXACT_MATCH),
-        _closed_or("mmmu", "MMMU's rule for open questions", MMMU),
-        VLMEVALKIT,
-        HUATUOGPT,
-        LLAVA_MED,
-        MMMU,
-        ROUGE_L,
-        BLEU,
-        METEOR,
-    )
-}
+_ALL = (
+    *(choice.CHOICE, choice.OPTION_LETTER, choice.OPTION_TEXT),
+    *(free.YES_NO, free.CLOSED, free.EXACT_MATCH, free.TOKEN_RECALL, free.TOKEN_F1),
+    _closed_or("recall", "token recall", free.TOKEN_RECALL),
+    _closed_or("f1", "token F1", free.TOKEN_F1),
+    _closed_or("exact", "exact match", free.EXACT_MATCH),
+    _closed_or("mmmu", "MMMU's rule for open questions", peers.MMMU),
+    *(peers.VLMEVALKIT, peers.HUATUOGPT, peers.LLAVA_MED, peers.MMMU),
+    *(free.ROUGE_L, free.BLEU, free.METEOR),
+)
+SCORERS: Mapping[str, Scorer] = {scorer.name: scorer for scorer in _ALL}
 """Scorers by name."""

@@ -57,13 +57,10 @@ SHORT = 40
 
 RULES = patterns("choice")
 DECLARATIONS = patterns("declarations")
+CUES = {name: cue.pattern.removeprefix("(?i)") for name, cue in DECLARATIONS.items()}
 """Name -> what declares the answer that follows at once."""
-_DECLARED = {
-    name: re.compile(
-        f"(?:{cue.pattern.removeprefix('(?i)')})\\s*{RULES['filler'].pattern}", re.IGNORECASE
-    )
-    for name, cue in DECLARATIONS.items()
-}
+_FILLER = RULES["filler"].pattern
+_DECLARED = {name: re.compile(rf"(?i)(?:{cue})\s*{_FILLER}") for name, cue in CUES.items()}
 _CUE_WORDS: Mapping[str, Sequence[str]] = TABLES["cue_words"]
 _FOR_LETTERS_ALONE = {"choice: on its line", "answer B", "choose"}
 _LETTER_PATTERNS = [
@@ -186,10 +183,10 @@ def _by_steps(reading: Reading) -> str | None:
         found = step(reading)
         if found is not None and (found or step is _leading):
             return next(iter(found)) if len(found) == 1 else None
-    if reading.refused and (
-        despite := [*MENTION_RULES["despite"].finditer(reading.text, reading.refused.end())]
-    ):
-        rest = reading.text[despite[0].end() :].strip(" ,")
+    refused = reading.refused
+    despite = refused and MENTION_RULES["despite"].search(reading.text, refused.end())
+    if despite:
+        rest = reading.text[despite.end() :].strip(" ,")
         after = Reading(rest, reading.options, reading.letters, reading.texts)
         if not MENTION_RULES["refusal"].search(rest):
             found = _declared(after)
@@ -243,10 +240,9 @@ def _leading(reading: Reading) -> Found | None:
 
 def _is_list(reading: Reading) -> bool:
     """Tell whether an answer lists the options, or walks through them."""
-    letters = [
-        one for by in ("line", "inline") for one in RULES[f"{by}_letter"].findall(reading.text)
-    ]
-    found = {letter.upper() for letter in letters} & set(reading.options)
+    rules = (RULES["line_letter"], RULES["inline_letter"])
+    letters = {one.upper() for rule in rules for one in rule.findall(reading.text)}
+    found = letters & set(reading.options)
     return len(found) > 2 or len(found) == len(reading.options)
 
 
@@ -272,9 +268,8 @@ Declared = tuple[int, Found]
 
 def _declared(reading: Reading) -> Found | None:
     """Read what is declared; of contradicting declarations the last, if it says that it is final."""
-    found = sorted(
-        [*_declared_letters(reading), *_declared_texts(reading)], key=lambda declared: declared[0]
-    )
+    found = [*_declared_letters(reading), *_declared_texts(reading)]
+    found.sort(key=lambda declared: declared[0])
     keys = _keys(found)
     if len(keys) > 1 and len(found[-1][1]) == 1:
         begin = max((place for place, one in found if not one & found[-1][1]), default=0)
@@ -301,14 +296,10 @@ def _is_claimed(text: str, cue: int, end: int) -> bool:
 def _declared_letters(reading: Reading) -> list[Declared]:
     if not reading.letters:
         return []
-    text = reading.text
-    found = [
-        (start, letter)
-        for _, start, end in reading.cues
-        if (letter := RULES["letter"].match(text, end))
-    ]
+    text, result = reading.text, []
+    cued = ((start, RULES["letter"].match(text, end)) for _, start, end in reading.cues)
+    found = [(start, match) for start, match in cued if match]
     found += [(match.start(1), match) for one in _LETTER_PATTERNS for match in one.finditer(text)]
-    result = []
     for start, match in found:
         keys = _meant(match[1], text[: match.start(1)], text[match.end(1) :], reading)
         if keys and _is_claimed(text, start, match.end()):
@@ -319,11 +310,8 @@ def _declared_letters(reading: Reading) -> list[Declared]:
 def _meant(said: str, before: str, after: str, reading: Reading) -> Found:
     """Return the letters that a declared letter means: none, one, or several where it contradicts itself."""
     letter = reading.known(said)
-    if (
-        letter is None
-        or RULES["negated_before"].search(before)
-        or RULES["negated_after"].match(after)
-    ):
+    denied = RULES["negated_before"].search(before) or RULES["negated_after"].match(after)
+    if letter is None or denied:
         return set()
     if said.islower() and not RULES["letter_ends"].match(after):
         return set()  # "the answer is a liver"

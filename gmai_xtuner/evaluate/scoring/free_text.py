@@ -12,7 +12,7 @@ from typing import Any
 
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
-from gmai_xtuner.evaluate.scoring.choice import DECLARATIONS
+from gmai_xtuner.evaluate.scoring.choice import CUES
 from gmai_xtuner.evaluate.scoring.mentions import affirmed, mentions, polarity, yes_or_no
 from gmai_xtuner.evaluate.scoring.text import (
     Words,
@@ -27,17 +27,10 @@ from gmai_xtuner.evaluate.scoring.text import (
 
 RULES = patterns("free_text")
 _SMALL = frozenset(
-    {"a", "an", "the", "this", "that", "is", "are", "in", "of", "it", "its", "on", "to", "image"}
+    ["a", "an", "the", "this", "that", "is", "are", "in", "of", "it", "its", "on", "to", "image"]
 )
-_DECLARED = re.compile(
-    "(?:"
-    + "|".join(
-        DECLARATIONS[name].pattern.removeprefix("(?i)")
-        for name in ("the answer is", "answer:", "答案是")
-    )
-    + r")\s*(.+?)\s*(?:$|\n)",
-    re.IGNORECASE,
-)
+_CUES = "|".join(CUES[name] for name in ("the answer is", "answer:", "答案是"))
+_DECLARED = re.compile(rf"(?i)(?:{_CUES})\s*(.+?)\s*(?:$|\n)")
 
 
 def is_closed(question: Question) -> bool:
@@ -91,9 +84,7 @@ def _closed(question: Question, answer: str) -> Score:
         return Score(float(bool(said)), parsed)
     offers = alternatives(question.text)
     meant = [offer for offer in offers if set(gold) <= set(offer) or set(offer) <= set(gold)]
-    if (
-        len(meant) != 1
-    ):  # the question does not offer the gold answer: only the same words are right
+    if len(meant) != 1:  # the gold answer is not offered: only the same words are right
         return Score(0.0, parsed)
     chosen = _chosen(text, offers)
     if len(chosen) != 1:
@@ -119,10 +110,8 @@ def _chosen(text: str, offers: list[Words]) -> set[Words]:
     return found
 
 
-def _golds(question: Question) -> list[Words]:
-    """Return the words of every gold answer."""
-    answers = () if question.answer is None else (question.answer, *question.answers)
-    return [words(text) for text in answers]
+def _golds(question: Question) -> tuple[str, ...]:
+    return () if question.answer is None else (question.answer, *question.answers)
 
 
 def recall(said: Words, gold: Words) -> float:
@@ -140,7 +129,7 @@ def f1(said: Words, gold: Words) -> float:
 def _by(measure: Callable[[Words, Words], float]) -> Callable[[Question, str], Score]:
     def score(question: Question, answer: str) -> Score:
         said = words(clean(answer))
-        best = max((measure(said, gold) for gold in _golds(question)), default=None)
+        best = max((measure(said, words(gold)) for gold in _golds(question)), default=None)
         return Score(best, " ".join(said) or None)
 
     return score
@@ -154,8 +143,8 @@ def _exact(question: Question, answer: str) -> Score:
     """
     text = clean(answer)
     declared = [match[1].rstrip(".。") for match in _DECLARED.finditer(text)]
-    golds = () if question.answer is None else (question.answer, *question.answers)
-    right = any(_is_gold(one, gold) for one in (text, *declared[-1:]) for gold in golds)
+    said = (text, *declared[-1:])
+    right = any(_is_gold(one, gold) for one in said for gold in _golds(question))
     return Score(float(right), " ".join(words(text)) or None)
 
 
@@ -173,31 +162,21 @@ def _is_gold(said: str, gold: str) -> bool:
     return same_quantity(said, gold) or (len(numbers) == 1 and same_quantity(numbers[0], gold))
 
 
-YES_NO = Scorer(
-    "yes_no",
-    2,
-    "yes or no as the answer's first word or declared",
-    _yes_no,
-    lambda question: (
-        not question.options and (question.answer is None or polarity(question.answer) is not None)
-    ),
-)
+def _asks_yes_or_no(question: Question) -> bool:
+    said = question.answer
+    return not question.options and (said is None or polarity(said) is not None)
+
+
+_FIRST = "yes or no as the answer's first word or declared"
+YES_NO = Scorer("yes_no", 2, _FIRST, _yes_no, _asks_yes_or_no)
 CLOSED = Scorer(
-    "closed",
-    2,
-    "yes or no, or the alternative of the question that the answer names",
-    _closed,
+    *("closed", 2, "yes or no, or the alternative of the question that the answer names", _closed),
     lambda question: not question.options and is_closed(question),
 )
-EXACT_MATCH = Scorer(
-    "exact_match",
-    2,
-    "the gold answer's words in their order, without articles, case and punctuation",
-    _exact,
-)
-TOKEN_RECALL = Scorer(
-    "token_recall", 2, "share of the gold answer's words that were said", _by(recall)
-)
+_WORDS = "the gold answer's words in their order, without articles, case and punctuation"
+EXACT_MATCH = Scorer("exact_match", 2, _WORDS, _exact)
+_SHARE = "share of the gold answer's words that were said"
+TOKEN_RECALL = Scorer("token_recall", 2, _SHARE, _by(recall))
 TOKEN_F1 = Scorer("token_f1", 2, "F1 over the words of answer and gold answer", _by(f1))
 
 

@@ -33,10 +33,8 @@ RULES = patterns("mentions", chinese=CHINESE)
 BEFORE = patterns("before", chinese=CHINESE)
 AFTER = patterns("after", chinese=CHINESE, other=OTHER)
 
-_BEFORE_TERM = frozenset("是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、")
-_AFTER_TERM = frozenset(
-    "的了吗嗎吧呢和或与與是在里中上内內可被较較更最为為未也均都应應及选選项項、"
-)
+_BEFORE_TERM = "是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、"
+_AFTER_TERM = "的了吗嗎吧呢和或与與是在里中上内內可被较較更最为為未也均都应應及选選项項、"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +49,22 @@ class Mention(Generic[Key]):
 def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Mention[Key]]:
     """Return where the things are named as whole words, the longest name where several overlap.
 
-    Args:
-        text: the answer, cleaned.
-        names: thing -> the names that it goes by, each as the words of :func:`~.text.stems`.
+    ``names`` are thing -> the names that it goes by, each as the words of :func:`~.text.stems`.
     """
     said, placed = _placed(text)
-    found = [
+    places = (
         Mention(key, placed[first][0], placed[first + len(name) - 1][1])
         for key, all_names in names.items()
         for name in all_names
         for first in find(name, said)
-        if _is_whole(text, placed[first][0], placed[first + len(name) - 1][1])
-    ]
-    return [
-        one
-        for one in found
-        if not any(
-            other.start <= one.start
-            and one.end <= other.end
-            and other.end - other.start > one.end - one.start
-            for other in found
-        )
-    ]
+    )
+    found = [one for one in places if _is_whole(text, one.start, one.end)]
+
+    def within(one: Mention[Key], other: Mention[Key]) -> bool:
+        is_longer = other.end - other.start > one.end - one.start
+        return is_longer and other.start <= one.start and one.end <= other.end
+
+    return [one for one in found if not any(within(one, other) for other in found)]
 
 
 @lru_cache(maxsize=16)  # the steps look for mentions in the same text
@@ -85,15 +77,13 @@ def _placed(text: str) -> tuple[list[str], list[tuple[int, int]]]:
 def _is_whole(text: str, start: int, end: int) -> bool:
     """Chinese has no spaces: a term must not go on in a neighbouring sign, but for small words."""
 
-    def goes_on(inside: str, outside: str, small: frozenset[str]) -> bool:
-        return bool(
-            RULES["chinese_sign"].match(inside) and RULES["chinese_sign"].match(outside)
-        ) and (outside not in small)
+    def goes_on(inside: str, outside: str, small: str) -> bool:
+        is_chinese = all(map(RULES["chinese_sign"].match, (inside, outside)))
+        return is_chinese and outside not in small
 
     before, after = text[start - 1 : start] if start else "", text[end : end + 1]
-    return not (
-        goes_on(text[start], before, _BEFORE_TERM) or goes_on(text[end - 1], after, _AFTER_TERM)
-    )
+    goes_back = goes_on(text[start], before, _BEFORE_TERM)
+    return not (goes_back or goes_on(text[end - 1], after, _AFTER_TERM))
 
 
 def affirmed(text: str, found: Sequence[Mention[Key]]) -> set[Key]:
@@ -105,16 +95,12 @@ def affirmed(text: str, found: Sequence[Mention[Key]]) -> set[Key]:
 def cancelled_by(text: str, one: Mention[Key], others: Sequence[Mention[Key]] = ()) -> str | None:
     """Return the name of the rule by which a mention is not meant; None where it is.
 
-    Args:
-        text: the answer, cleaned.
-        one: the mention.
-        others: all mentions; their own words ("No pneumonia" as an option) deny nothing else.
+    The own words of all ``others`` ("No pneumonia" as an option) deny nothing else.
     """
     ends = [0, *(match.end() for match in RULES["sentence_end"].finditer(text))]
     begin = max(end for end in ends if end <= one.start)
-    stop = next(
-        (match.start() for match in RULES["sentence_end"].finditer(text, one.end)), len(text)
-    )
+    sentence_end = RULES["sentence_end"].search(text, one.end)
+    stop = sentence_end.start() if sentence_end else len(text)
     if text[stop : stop + 1] in ("?", "？"):
         return "question"
     sentence = _masked(text, begin, one.start, others)
@@ -147,9 +133,8 @@ def _masked(text: str, start: int, end: int, others: Sequence[Mention[Key]]) -> 
 YES = "yes"
 NO = "no"
 _POLARITY = {word: said for said, words in TABLES["polarity"].items() for word in words}
-_WHOLE = _POLARITY | {
-    word: said for said, words in TABLES["whole_answer"].items() for word in words
-}
+_ALONE = {word: said for said, words in TABLES["whole_answer"].items() for word in words}
+_WHOLE = _POLARITY | _ALONE
 """One word that is the whole answer; not what a gold answer of "true" would mean."""
 _CHINESE_WORDS = sorted((word for word in _POLARITY if not word.isascii()), key=len, reverse=True)
 YES_NO = patterns("yes_no", words="|".join(_CHINESE_WORDS))
@@ -183,11 +168,10 @@ def yes_or_no(answer: str, question: str = "") -> str | None:
 
 def _said(text: str) -> set[str]:
     found = [YES_NO["first"].match(text), *YES_NO["declared"].finditer(text)]
-    found += [
-        match
-        for match in YES_NO["within"].finditer(text)
-        if not BEFORE["condition"].search(text[: match.start(1)].rpartition(".")[2])
-    ]
+    within = (
+        (one, text[: one.start(1)].rpartition(".")[2]) for one in YES_NO["within"].finditer(text)
+    )
+    found += [one for one, before in within if not BEFORE["condition"].search(before)]
     said = {match[1].lower() for match in found if match}
     chinese = (YES_NO["chinese_first"].match(text), *YES_NO["chinese_declared"].finditer(text))
     return said | {_POLARITY[match[1]] for match in chinese if match}
@@ -197,20 +181,15 @@ def _restated(text: str, question: str) -> str | None:
     """Read one sentence that says of all the question's words that it is so, or that it is not."""
     asked = set(stems(question)) - _SMALL
     sentences = [part for part in YES_NO["sentence"].split(text) if part.strip()]
-    if not (
-        asked and sentences and YES_NO["asks"].match(question) and YES_NO["stated"].match(text)
-    ):
+    asks = YES_NO["asks"].match(question) and YES_NO["stated"].match(text)
+    if not (asked and sentences and asks):
         return None
     first = sentences[0]
     denials = [match[0].lower() for match in YES_NO["denies"].finditer(first)]
     stated = [word for word in stems(first) if word not in _SMALL]
     fits = asked <= set(stated) and len(stated) <= len(asked) + 3 + len(denials)
-    if (
-        not fits
-        or len(sentences) > 2
-        or YES_NO["hedge"].search(text)
-        or RULES["refusal"].search(text)
-    ):
+    unsure = YES_NO["hedge"].search(text) or RULES["refusal"].search(text)
+    if not fits or unsure or len(sentences) > 2:
         return None
     if len(denials) > 1 or any(word in asked for word in stems(" ".join(denials))):
         return None

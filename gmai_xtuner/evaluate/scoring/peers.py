@@ -2,8 +2,8 @@
 
 """The rules of other evaluation kits, for comparison with the scores that they publish.
 
-Each is written anew from what the kit's code does at one commit. What a kit gives to a judge, to a random
-choice or to an exception is "not understood" here.
+Each is written anew from the kit's code at one commit. What a kit gives to a judge, to a random choice or to
+an exception is "not understood" here.
 
 ``vlmevalkit``, ``can_infer`` without judge and random choice:
 https://github.com/open-compass/VLMEvalKit/blob/e8e78f05f3080fe28154f2130321f17951c3be94/vlmeval/utils/matching_util.py
@@ -34,11 +34,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring.choice import has_options
 from gmai_xtuner.evaluate.scoring.free_text import is_closed
-from gmai_xtuner.evaluate.scoring.text import TABLES
+from gmai_xtuner.evaluate.scoring.text import NUMBER_WORDS, TABLES
 
 
 def _score_first(question: Question, letter: str | None) -> Score:
@@ -46,6 +47,13 @@ def _score_first(question: Question, letter: str | None) -> Score:
     gold = question.gold_letter or min(question.gold_letters(), default="")
     right = letter is not None and letter == gold
     return Score(float(right), letter)
+
+
+def _letter_scorer(
+    name: str, description: str, read: Callable[[str, dict[str, str]], str | None]
+) -> Scorer:
+    rule = lambda question, answer: _score_first(question, read(answer, question.lettered()))  # noqa: E731
+    return Scorer(name, 1, description, rule, has_options)
 
 
 # VLMEvalKit
@@ -91,12 +99,8 @@ def _inferred_text(answer: str, options: dict[str, str]) -> str | None:
     return present[0] if len(present) == 1 else None
 
 
-VLMEVALKIT = Scorer(
-    "vlmevalkit",
-    1,
-    "the rules of VLMEvalKit's can_infer, without judge and random choice",
-    lambda question, answer: _score_first(question, infer(answer, question.lettered())),
-    has_options,
+VLMEVALKIT = _letter_scorer(
+    "vlmevalkit", "the rules of VLMEvalKit's can_infer, without judge and random choice", infer
 )
 
 
@@ -111,12 +115,10 @@ def first_letter(answer: str) -> str | None:
     return match[1] if match else None
 
 
-HUATUOGPT = Scorer(
+HUATUOGPT = _letter_scorer(
     "huatuogpt",
-    1,
     "the rule of HuatuoGPT-Vision's scorer: the first letter that stands alone",
-    lambda question, answer: _score_first(question, first_letter(answer)),
-    has_options,
+    lambda answer, _: first_letter(answer),
 )
 
 
@@ -147,7 +149,7 @@ def parse_choice(answer: str, options: dict[str, str]) -> str | None:
 
 def parse_open(answer: str) -> set[str | float]:
     """Return the texts and numbers that their parser finds in an answer to an open question."""
-    # the answer is in lower case by then, so their split before a capital never happens
+    # in lower case their split before a capital never happens
     parts = answer.strip().strip(".").lower().split("\n")
     found: list[str] = []
     for number, part in enumerate(parts, start=1):
@@ -186,9 +188,8 @@ def _score_mmmu(question: Question, answer: str) -> Score:
     return Score(float(right), " | ".join(sorted(str(one) for one in said)) or None)
 
 
-MMMU = Scorer(
-    "mmmu", 1, "the rules of MMMU's own evaluation, without its random choice", _score_mmmu
-)
+_OWN = "the rules of MMMU's own evaluation, without its random choice"
+MMMU = Scorer("mmmu", 1, _OWN, _score_mmmu)
 
 
 # LLaVA-Med
@@ -196,9 +197,7 @@ MMMU = Scorer(
 _PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_NUMBER_WORDS = {"none": "0"} | {
-    word: str(number) for number, word in enumerate(TABLES["small_numbers"][:11])
-}
+_NUMBER_WORDS = {"none": "0", **dict(list(NUMBER_WORDS.items())[:11])}
 _CONTRACTIONS = {word.replace("'", ""): word for word in TABLES["contracted"].split()}
 _PERIODS_AT_ONCE = re.UNICODE.value  # they pass the flag as the count of `sub`
 
@@ -217,9 +216,8 @@ def _normalise_word(text: str) -> str:
 
 def open_recall(answer: str, gold: str) -> float:
     """Do as their ``recall``: hits of gold words in the answer, over these and the gold words it lacks."""
-    said, expected = (
-        Counter(_normalise_word(_normalise_word(text.lower())).split()) for text in (answer, gold)
-    )
+    twice = (_normalise_word(_normalise_word(text.lower())) for text in (answer, gold))
+    said, expected = (Counter(text.split()) for text in twice)
     hit = sum(said[word] for word in said if word in expected)
     missed = sum(count for word, count in expected.items() if word not in said)
     return hit / (hit + missed) if said and expected and hit else 0.0

@@ -14,16 +14,15 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 Words = tuple[str, ...]
-TABLES: dict[str, Any] = yaml.safe_load(
-    Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8")
-)
+_FILE = Path(__file__).with_name("rules.yaml")
+TABLES: dict[str, Any] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
 """The sections of ``rules.yaml``."""
 
 
@@ -51,9 +50,8 @@ def patterns(section: str, **fragments: str) -> dict[str, re.Pattern[str]]:
 _THOUGHTS = TABLES["thoughts"]
 _OPENED = re.compile("|".join(_THOUGHTS), re.IGNORECASE)
 _CLOSED = re.compile("|".join(_THOUGHTS.values()), re.IGNORECASE)
-_WHOLE_THOUGHT = re.compile(
-    "|".join(map("{0[0]}.*?{0[1]}".format, _THOUGHTS.items())), re.DOTALL | re.IGNORECASE
-)
+_WHOLE = "|".join(f"{opening}.*?{closing}" for opening, closing in _THOUGHTS.items())
+_WHOLE_THOUGHT = re.compile(_WHOLE, re.DOTALL | re.IGNORECASE)
 _ANSWER_KEYS = TABLES["answer_keys"]
 _AROUND = patterns("around", keys="|".join(_ANSWER_KEYS))
 _LATEX = [(re.compile(pattern), plainly) for pattern, plainly in TABLES["latex"].items()]
@@ -65,10 +63,9 @@ def plain(text: str) -> str:
     """Return a text with the plain form of each sign: dashes, quotes, full width, fractions, spaces."""
     if text.isascii():
         return text
-    text = _AROUND["superscript"].sub(
-        lambda match: "^" + unicodedata.normalize("NFKC", match[0]), text
-    )
-    text = unicodedata.normalize("NFKC", _AROUND["mixed_fraction"].sub(" ", text)).translate(_SIGNS)
+    plainly = partial(unicodedata.normalize, "NFKC")
+    text = _AROUND["superscript"].sub(lambda match: f"^{plainly(match[0])}", text)
+    text = plainly(_AROUND["mixed_fraction"].sub(" ", text)).translate(_SIGNS)
     return _AROUND["dash"].sub(_dash, text)
 
 
@@ -172,9 +169,8 @@ CHINESE = "㐀-鿿豈-﫿"
 # its own, other letters are not (3rd, 2D). Words are split at hyphens. A Chinese sign is a word.
 _PATTERNS = patterns("words", chinese=CHINESE)
 _ARTICLES = frozenset({"a", "an", "the"})
-_SAME_WORD = TABLES["same_word"] | {
-    word: str(number) for number, word in enumerate(TABLES["small_numbers"])
-}
+NUMBER_WORDS = {word: str(number) for number, word in enumerate(TABLES["small_numbers"])}
+_SAME_WORD = TABLES["same_word"] | NUMBER_WORDS
 _PHRASES = [(re.compile(pattern), sign) for pattern, sign in TABLES["phrases"].items()]
 _SPELLING = [(re.compile(pattern), letters) for pattern, letters in TABLES["spelling"].items()]
 _UNIT_NAMES = TABLES["unit_names"]

@@ -13,8 +13,7 @@ import pytest
 
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.evaluate.benchmarks import BenchmarkError, load_benchmark
-from gmai_xtuner.evaluate.benchmarks.reading import Benchmark, Problem
-from gmai_xtuner.evaluate.questions import Question, load_image
+from gmai_xtuner.evaluate.questions import Benchmark, Problem, Question, load_image
 from tests.evaluate.files import (
     SUBJECTS,
     csv_file,

@@ -13,8 +13,7 @@ import pytest
 
 from gmai_xtuner.evaluate.benchmarks import BenchmarkError, load_benchmark, survey
 from gmai_xtuner.evaluate.benchmarks.maps import PLACES, Layout, Map, ProtocolKeys
-from gmai_xtuner.evaluate.benchmarks.reading import Benchmark
-from gmai_xtuner.evaluate.questions import load_image
+from gmai_xtuner.evaluate.questions import Benchmark, load_image
 from tests.evaluate.files import (
     base64_png,
     csv_file,
