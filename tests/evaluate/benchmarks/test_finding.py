@@ -36,8 +36,10 @@ from tests.evaluate.files import (
 from tests.evaluate.sets import write_vqa_rad
 
 
-def write_all(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One question or two of each benchmark, as somebody's folder of downloads has them."""
+    folder = tmp_path_factory.mktemp("downloads")
     json_file(folder / "VQA-RAD" / "VQA_RAD Dataset Public.json", [vqa_rad_record(0)])
     image_file(folder / "VQA-RAD" / "VQA_RAD Image Folder" / "synpic54610.jpg")
     json_file(folder / "Slake1.0" / "test.json", [slake_record(1), slake_record(2, "zh")])
@@ -71,12 +73,12 @@ def write_all(folder: Path) -> None:
     json_file(folder / "notes.json", {"not": "a list"})
     (folder / "readme.csv").write_text("a,b\n")
     (folder / "broken.parquet").write_bytes(b"no")
+    return folder
 
 
-def test_everything_in_one_folder(tmp_path: Path) -> None:
-    write_all(tmp_path)
-    found = find_benchmarks(tmp_path)
-    places = [(one.name, one.variant, str(one.data.relative_to(tmp_path))) for one in found]
+def test_everything_in_one_folder(everything: Path) -> None:
+    found = find_benchmarks(everything)
+    places = [(one.name, one.variant, str(one.data.relative_to(everything))) for one in found]
     assert places == [
         ("gmai_mmbench", "val", "GMAI/GMAI_mm_bench_VAL.tsv"),
         ("gmai_mmbench", "test", "GMAI"),
@@ -116,31 +118,26 @@ def test_everything_in_one_folder(tmp_path: Path) -> None:
         ("slake", "absent.json", "does not exist"),
     ],
 )
-def test_a_file_of_another_benchmark(tmp_path: Path, name: str, file: str, message: str) -> None:
-    write_all(tmp_path)
+def test_a_file_of_another_benchmark(everything: Path, name: str, file: str, message: str) -> None:
     with pytest.raises(BenchmarkError, match=message):
-        load_benchmark(name, tmp_path / file)
+        load_benchmark(name, everything / file)
 
 
-def test_a_folder_of_another_benchmark(tmp_path: Path) -> None:
-    write_all(tmp_path)
-    header = ("index", "image", "question", "A", "B", "answer")
-    tsv_file(
-        tmp_path / "LMUData" / "MedXpertQA_MM.tsv",
-        header,
-        [["0", base64_png(1), "?", "a", "b", "A"]],
-    )
-    with pytest.raises(
-        BenchmarkError, match=r"known .* A benchmark of your own needs a column map"
+def test_a_folder_of_another_benchmark(everything: Path, tmp_path: Path) -> None:
+    row = {"index": "0", "image": base64_png(1), "question": "?", "A": "a", "B": "b", "answer": "A"}
+    path = tsv_file(tmp_path / "MedXpertQA_MM.tsv", [*row], [[*row.values()]])
+    for name, place, variant, told in (
+        ("pmc_vqa", path, None, r"known .* A benchmark of your own needs a column map"),
+        (
+            "vqa_rad",
+            everything / "Slake1.0",
+            None,
+            r"in .* There is: .*test.json' is a file of slake",
+        ),
+        ("pmc_vqa", everything, "test_2", "nothing of pmc_vqa test_2"),
     ):
-        load_benchmark("pmc_vqa", tmp_path / "LMUData" / "MedXpertQA_MM.tsv")
-    with pytest.raises(
-        BenchmarkError,
-        match=r"nothing of vqa_rad test in .* There is: .*test.json' is a file of slake",
-    ):
-        load_benchmark("vqa_rad", tmp_path / "Slake1.0")
-    with pytest.raises(BenchmarkError, match="nothing of pmc_vqa test_2"):
-        load_benchmark("pmc_vqa", tmp_path, variant="test_2")
+        with pytest.raises(BenchmarkError, match=told):
+            load_benchmark(name, place, variant=variant)
 
 
 def test_wrong_names() -> None:
