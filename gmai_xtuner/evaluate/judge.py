@@ -41,9 +41,9 @@ def judge_name(judge: Answerer) -> str:
 
 def judge_jobs(scored: Sequence[Scored], benchmark: str) -> dict[int, Job]:
     """Return what a judge is asked about a benchmark of these names: place among the scored -> job."""
-    kind = {"protocol": f"judge/{PROMPT_VERSION}", "benchmark": benchmark}
+    protocol = f"judge/{PROMPT_VERSION}"
     return {
-        place: Job(one.question.id, _prompt(one), (), _LONGEST, **kind)
+        place: Job(one.question.id, _prompt(one), (), _LONGEST, protocol, benchmark=benchmark)
         for place, one in enumerate(scored)
         if is_open(one)
     }
