@@ -100,9 +100,8 @@ def group_tables(result: Result) -> list[Table]:
     for key, cells in result.groups.items():
         rows = [row(name or "(none given)", cell, "group") for name, cell in cells.items()]
         rows += [row(name, cell) for name, cell in result.averages.items()]
-        about = (
-            f"{result.benchmark} {result.variant} by {key}: {_protocol(result)}, {result.scorer}"
-        )
+        scored = f"{_protocol(result)}, {result.scorer}"
+        about = f"{result.benchmark} {result.variant} by {key}: {scored}"
         head = (key, "n", "score %", "95 % interval", "unparsed %")
         name = re.sub(r"[\W_]+", "_", key).strip("_").lower()
         notes = tuple(f"{problem}." for problem in result.problems)

@@ -168,6 +168,11 @@ def test_all_18_columns_of_gmai_mmbench_in_the_papers_order():
     assert gpt.cells[:3] == ("53.53", "53.96", "38.32")
 
 
+def test_each_row_of_the_paper_has_a_cell_for_each_column():
+    for table in paper_tables().values():
+        assert {len(cells) for cells in table["rows"].values()} == {len(table["columns"])}
+
+
 def test_a_group_that_the_paper_does_not_have_is_told():
     answers = [scored(0, 1.0, **{"clinical VQA task": "Teeth"})]
     (table,) = tables_like_the_papers([result(find_protocol("gmai_mmbench"), answers)])

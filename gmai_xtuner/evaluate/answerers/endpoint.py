@@ -67,12 +67,9 @@ class EndpointAnswerer:
         self.key = key_of(options.api_key_env)
         # What stands behind a server can't be hashed: its name at its address is all there is.
         known_as = (options.moved_from or self.url).rstrip("/")
-        self.model = hash_text({"endpoint": known_as, "model": options.model})
-        self.generation: Mapping[str, Any] = {
-            "endpoint": known_as,
-            "model": options.model,
-            "temperature": options.temperature,
-        }
+        identity = {"endpoint": known_as, "model": options.model}
+        self.model = hash_text(identity)
+        self.generation: Mapping[str, Any] = identity | {"temperature": options.temperature}
 
     def answers(
         self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
@@ -209,11 +206,12 @@ def _content(job: Job) -> list[dict[str, Any]]:
     """Return the parts of a user's message; an ``ImageError`` where an image can't be read."""
     places = enumerate(job.images, 1)
     urls = iter([data_url(source, f"image {n} of question {job.id}") for n, source in places])
+    parts = split_at_images(job.prompt, len(job.images))
     return [
         {"type": "image_url", "image_url": {"url": next(urls)}}
-        if part is None
-        else {"type": "text", "text": part}
-        for part in split_at_images(job.prompt, len(job.images))
+        if one is None
+        else {"type": "text", "text": one}
+        for one in parts
     ]
 
 

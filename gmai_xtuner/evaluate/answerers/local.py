@@ -144,10 +144,8 @@ class LocalAnswerer(ABC):
 
 def _open_images(job: Job) -> Images | ImageError:
     try:
-        return [
-            open_image(source, f"image {number} of question {job.id}")
-            for number, source in enumerate(job.images, 1)
-        ]
+        places = enumerate(job.images, 1)
+        return [open_image(source, f"image {n} of question {job.id}") for n, source in places]
     except ImageError as error:
         return error
 
@@ -234,10 +232,8 @@ class HubAnswerer(LocalAnswerer):
 
 
 def _content(prompt: str, number: int) -> list[dict[str, str]]:
-    return [
-        {"type": "image"} if part is None else {"type": "text", "text": part}
-        for part in split_at_images(prompt, number)
-    ]
+    parts = split_at_images(prompt, number)
+    return [{"type": "image"} if one is None else {"type": "text", "text": one} for one in parts]
 
 
 def load_local(options: ModelOptions, *, cache: Path, local_rank: int = 0) -> Answerer:
@@ -255,9 +251,8 @@ def load_local(options: ModelOptions, *, cache: Path, local_rank: int = 0) -> An
     if options.loader == "ours" or (options.loader == "auto" and looks_ours):
         return _load_export(options, dtype, device, cache)
     if options.llm or options.vision:
-        raise EvaluationError(
-            f"--llm and --vision belong to exports of this project; {options.model!r} is none"
-        )
+        told = f"--llm and --vision belong to exports of this project; {options.model!r} is none"
+        raise EvaluationError(told)
     return _load_from_hub(options, dtype, device, cache)
 
 

@@ -83,10 +83,9 @@ def load_benchmark(
     """
     found = _map_of(name)
     own = name not in NAMES
-    if variant is not None and variant not in found.variants:
-        raise BenchmarkError(
-            f"{found.name} has no variant {variant!r}. There are {', '.join(found.variants)}."
-        )
+    if variant not in (None, *found.variants):
+        there = ", ".join(found.variants)
+        raise BenchmarkError(f"{found.name} has no variant {variant!r}. There are {there}.")
     if not own and (data is None or not data.exists()):
         where = "Its files are needed" if data is None else f"{str(data)!r} does not exist"
         raise BenchmarkError(f"{where}: {name} is {found.files}.")
@@ -151,10 +150,8 @@ def choose_protocol(
             return one
     listed = ", ".join(f"{one.name} ({one.variant})" for one in protocols)
     wanted = f"protocol {name!r}" if name else "protocol"
-    of_variant = f" for the variant {variant!r}" if variant else ""
-    raise ProtocolError(
-        f"{protocols[0].benchmark} has no {wanted}{of_variant}. There are {listed}."
-    )
+    wanted += f" for the variant {variant!r}" if variant else ""
+    raise ProtocolError(f"{protocols[0].benchmark} has no {wanted}. There are {listed}.")
 
 
 # A user's own benchmark

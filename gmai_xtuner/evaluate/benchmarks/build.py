@@ -154,9 +154,8 @@ class _Reader:
     def read(self, path: Path) -> SourceFile:
         """Read a file's questions; raises as :func:`read_files`."""
         layout = self.layout
-        columns, rows, source = read_rows(
-            path, images=layout.images, base64_images=layout.base64, at=layout.at
-        )
+        images, base64, at = layout.images, layout.base64, layout.at
+        columns, rows, source = read_rows(path, images=images, base64_images=base64, at=at)
         if layout.lower:
             columns = tuple(map(lowered, columns))
             lower = ({lowered(name): one for name, one in row.values.items()} for row in rows)
@@ -440,9 +439,8 @@ class _Record:
             if said.rstrip(":.") in letters:
                 return said.rstrip(":.")
             hint = "; it is the text of one: answer_is: text?" if said in by_text else ""
-            told = (
-                f"the letter of an option ({', '.join(letters)}) was expected, {said!r} came{hint}"
-            )
+            wanted = f"the letter of an option ({', '.join(letters)})"
+            told = f"{wanted} was expected, {said!r} came{hint}"
             raise _Fault("bad_answer", str(self.layout.answer), told)
         if how in ("index0", "index1"):
             first = int(how[-1])
@@ -450,9 +448,8 @@ class _Record:
             if first <= number < first + len(letters):
                 self.index = number
                 return letters[number - first]
-            told = (
-                f"a number from {first} to {first + len(letters) - 1} was expected, {said!r} came"
-            )
+            wanted = f"a number from {first} to {first + len(letters) - 1}"
+            told = f"{wanted} was expected, {said!r} came"
             raise _Fault("bad_answer", str(self.layout.answer), told)
         if how == "letter_or_text" and said in letters:
             if by_text.get(said, said) != said:

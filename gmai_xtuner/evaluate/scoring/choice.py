@@ -248,19 +248,14 @@ def _is_list(reading: Reading) -> bool:
 
 def _leading_letters(rest: str, options: Mapping[str, str]) -> Found:
     """Return the letters that begin further lines ("A. yes\\nB. no"), or follow at once ("A, B and C")."""
-    found = set()
-    for line in rest.split("\n"):
-        line = line.strip()
+    found: Found = set()
+    for line in map(str.strip, rest.split("\n")):
         match = RULES["leading"].match(line) or RULES["alone"].fullmatch(line)
         letter = next((group for group in match.groups()[:3] if group), "") if match else ""
         if len(letter) == 1 and letter.isupper() and letter in options:
             found.add(letter)
-    together = re.match(
-        r"(?:and\s+|or\s+|&\s*|和|或)?\(?([A-Z])\b(?:[),.]|\s+(?:and|or)\b|$)", rest
-    )
-    if together and together[1] in options:
-        found.add(together[1])
-    return found
+    together = RULES["together"].match(rest)
+    return found | ({together[1]} & set(options) if together else set())
 
 
 Declared = tuple[int, Found]
@@ -355,8 +350,8 @@ def _begins_with(rest: str, reading: Reading) -> Found:
     first = [one for one in all_mentions if one.start <= start <= one.end]
     if not first or cancelled_by(rest, first[0], all_mentions):
         return set()
-    joined = re.compile(r"[\s,]*(?:and|or|/|,|和|或|、)\s*(?:the\s+|an?\s+)?")
-    others = [one for one in all_mentions if joined.fullmatch(rest[first[0].end : one.start])]
+    joined = RULES["joined_text"].fullmatch
+    others = [one for one in all_mentions if joined(rest[first[0].end : one.start])]
     return _same({one.key for one in (*first, *others)}, reading.options)
 
 

@@ -136,11 +136,7 @@ def _by(measure: Callable[[Words, Words], float]) -> Callable[[Question, str], S
 
 
 def _exact(question: Question, answer: str) -> Score:
-    """Score 1 if the answer, or what it declares ("the answer is X"), is a gold answer word by word.
-
-    A number is right where it is the same number, written in another way or with its unit; a single letter
-    also where it is labelled ("structure A").
-    """
+    """Score 1 if the answer, or what it declares ("the answer is X"), is a gold answer word by word."""
     text = clean(answer)
     declared = [match[1].rstrip(".。") for match in _DECLARED.finditer(text)]
     said = (text, *declared[-1:])
@@ -149,6 +145,7 @@ def _exact(question: Question, answer: str) -> Score:
 
 
 def _is_gold(said: str, gold: str) -> bool:
+    """Compare words; numbers however written; a single letter also where labelled ("structure A")."""
     if stems(gold) and stems(said) == stems(gold):
         return True
     if len(gold.strip()) == 1 and gold.strip().isalpha():
