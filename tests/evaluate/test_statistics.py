@@ -55,11 +55,6 @@ def test_the_interval_of_a_macro_average_draws_within_each_group(many):
     assert pooled.high - pooled.low < 0.06 < found.high - found.low
 
 
-def test_the_same_numbers_give_the_same_interval():
-    values = np.random.default_rng(0).random(50)
-    assert bootstrap([values]) == bootstrap([values])
-
-
 def test_nothing_is_said_of_one_question_and_all_right_is_a_point():
     assert bootstrap([[1.0]]) is None
     assert bootstrap([[1.0, 1.0], [0.0]]) is None

@@ -33,13 +33,7 @@ from tests.evaluate.files import (
 )
 
 CLEAN = (
-    "Figure_path",
-    "Question",
-    "Answer",
-    "Choice A",
-    "Choice B",
-    " Choice C",
-    " Choice D",
+    *("Figure_path", "Question", "Answer", "Choice A", "Choice B", " Choice C", " Choice D"),
     "Answer_label",
 )
 
@@ -131,11 +125,8 @@ def test_omnimedvqa(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "OmniMedVQA"):
         benchmark = load_benchmark("omnimedvqa", folder)
         first, second, third, fourth, again, chest = benchmark.questions
-        assert (first.images, first.answer, first.gold_letters()) == (
-            (image,),
-            "Fundus imaging",
-            {"D"},
-        )
+        assert (first.images, first.answer) == ((image,), "Fundus imaging")
+        assert first.gold_letters() == {"D"}
         assert (second.options, second.answer) == (("No", "Yes"), "Yes")  # but for the case
         assert (third.letters, third.gold_letters()) == ("ABD", {"D"})
         assert (fourth.answer, fourth.gold_letters()) == ("OCT", frozenset())
@@ -179,13 +170,7 @@ def test_the_huatuogpt_collection(tmp_path: Path) -> None:
     assert mmmu.images == (one, two, one)
     assert mmmu.gold_letters() == {"A"}
     assert (wrong.id, wrong.gold_letters()) == ("4", frozenset())
-    reasons = [
-        "bad_options",
-        "answer_not_an_option",
-        "no_options",
-        "missing_image",
-        "missing_image",
-    ]
+    reasons = ["bad_options", "answer_not_an_option", "no_options", *["missing_image"] * 2]
     assert [one[:2] for one in told(benchmark)] == list(zip(reasons, "34567", strict=True))
     part = load_benchmark("huatuo", tmp_path, variant="MMMU_Medical_Validation")
     assert part.questions == (mmmu,)
@@ -234,10 +219,7 @@ def test_pmc_vqa(tmp_path: Path) -> None:
         "PMC1_F1.jpg",
         "A cap,\ntion",
         "What?",
-        " A:x",
-        " B:y",
-        " C:z",
-        " D:w",
+        *(" A:x", " B:y", " C:z", " D:w"),
         "C",
         "test",
     ]
@@ -251,12 +233,9 @@ def test_pmc_vqa(tmp_path: Path) -> None:
 
 def write_mmmu(folder: Path) -> None:
     """Two questions a subject; in Pharmacy what is special."""
+    compare = {"question": "Compare <image 2> with <image 1>.", "answer": "B"}
     special: list[dict[str, Any]] = [
-        {
-            "question": "Compare <image 2> with <image 1>.",
-            "options": "['<image 1>', '<image 2>']",
-            "answer": "B",
-        },
+        {**compare, "options": "['<image 1>', '<image 2>']"},
         {"options": "[]", "question_type": "open", "answer": "2"},
         {"options": "[]", "question_type": "open", "answer": "['RCC', 'renal cell carcinoma']"},
         {"options": "['a', 'b'"},
@@ -399,14 +378,8 @@ def test_medxpertqa(tmp_path: Path) -> None:
 
 
 MEDMCQA = {
-    "id": "q",
-    "question": "Q?",
-    "opa": "a",
-    "opb": "b",
-    "opc": "c",
-    "opd": "d",
-    "subject_name": "ENT",
-    "choice_type": "single",
+    **{"id": "q", "question": "Q?", "subject_name": "ENT", "choice_type": "single"},
+    **{f"op{letter}": letter for letter in "abcd"},
 }
 MEDQA = {
     "question": "Q?",
@@ -436,12 +409,8 @@ def test_text_alone(tmp_path: Path, name: str, file: str, rows: list[Any], answe
 
 
 def test_pubmedqa_asks_the_test_part(tmp_path: Path) -> None:
-    record = {
-        "QUESTION": "Does it?",
-        "CONTEXTS": ["One.", "Two."],
-        "LABELS": [],
-        "final_decision": "maybe",
-    }
+    record = {"QUESTION": "Does it?", "CONTEXTS": ["One.", "Two."], "LABELS": []}
+    record["final_decision"] = "maybe"
     json_file(tmp_path / "ori_pqal.json", {"1": record, "2": record})
     with pytest.raises(BenchmarkError, match=r"test_ground_truth.json', whose keys say which"):
         load_benchmark("pubmedqa", tmp_path)
@@ -454,13 +423,8 @@ def test_pubmedqa_asks_the_test_part(tmp_path: Path) -> None:
 
 def test_medframeqa_and_iu_xray_have_several_images(tmp_path: Path) -> None:
     row = {
-        "question_id": "f1",
-        "question": "Q?",
-        "options": ["x", "y"],
-        "correct_answer": "B",
-        "system": "s",
-        "organ": "o",
-        "modality": "CT",
+        **{"question_id": "f1", "question": "Q?", "options": ["x", "y"], "correct_answer": "B"},
+        **{"system": "s", "organ": "o", "modality": "CT"},
     }
     frames = {"image_1": stored(1), "image_2": stored(2), "image_3": None}
     parquet_file(tmp_path / "data" / "test-00000-of-00001.parquet", [{**row, **frames}])
@@ -468,15 +432,11 @@ def test_medframeqa_and_iu_xray_have_several_images(tmp_path: Path) -> None:
     assert question.answer == "y"
     assert [load_image(image) for image in question.images] == [png(1), png(2)]
 
-    study = {
-        "id": "CXR1",
-        "report": "No effusion.",
-        "image_path": ["CXR1/0.png", "CXR1/1.png"],
-        "split": "test",
-    }
+    paths = ["CXR1/0.png", "CXR1/1.png"]
+    study = {"id": "CXR1", "report": "No effusion.", "image_path": paths, "split": "test"}
     folder = tmp_path / "iu_xray"
     json_file(folder / "annotation.json", {"train": [{**study, "split": "train"}], "test": [study]})
-    images = tuple(image_file(folder / "images" / name) for name in study["image_path"])
+    images = tuple(image_file(folder / "images" / name) for name in paths)
     (question,) = load_benchmark("iu_xray", folder).questions
     assert (question.images, question.answer) == (images, "No effusion.")
     protocol = find_protocol("iu_xray")
