@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.core.imaging.bounded import run_bounded
-from gmai_xtuner.evaluate.benchmarks.rows import read_rows
 from gmai_xtuner.evaluate.answerers import hash_text
+from gmai_xtuner.evaluate.benchmarks.rows import read_rows
 from gmai_xtuner.evaluate.store import Given, Job
 
 if TYPE_CHECKING:

@@ -378,7 +378,10 @@ def test_medxpertqa(tmp_path: Path) -> None:
 
 
 MEDMCQA = {
-    **{"id": "q", "question": "Q?", "subject_name": "ENT", "choice_type": "single"},
+    "id": "q",
+    "question": "Q?",
+    "subject_name": "ENT",
+    "choice_type": "single",
     **{f"op{letter}": letter for letter in "abcd"},
 }
 MEDQA = {
@@ -423,8 +426,13 @@ def test_pubmedqa_asks_the_test_part(tmp_path: Path) -> None:
 
 def test_medframeqa_and_iu_xray_have_several_images(tmp_path: Path) -> None:
     row = {
-        **{"question_id": "f1", "question": "Q?", "options": ["x", "y"], "correct_answer": "B"},
-        **{"system": "s", "organ": "o", "modality": "CT"},
+        "question_id": "f1",
+        "question": "Q?",
+        "options": ["x", "y"],
+        "correct_answer": "B",
+        "system": "s",
+        "organ": "o",
+        "modality": "CT",
     }
     frames = {"image_1": stored(1), "image_2": stored(2), "image_3": None}
     parquet_file(tmp_path / "data" / "test-00000-of-00001.parquet", [{**row, **frames}])
