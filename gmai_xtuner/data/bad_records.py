@@ -99,14 +99,7 @@ class BadList:
             listing.write(json.dumps(note, ensure_ascii=False) + "\n")
 
     def error(self, dataset: str, *, read: int, folder: Path, kept: int) -> BadRecords:
-        """Return one error for all of them.
-
-        Args:
-            dataset: its name.
-            read: records that were read.
-            folder: where the list and the rest will lie.
-            kept: records of the rest.
-        """
+        """Return one error for all bad records of the ``read`` ones; ``kept`` others will lie in ``folder``."""
         reasons = dict(self.reasons.most_common())
         listing, rest = folder / BAD_LIST, folder if kept else None
         remedy = ". ".join(self.remedies)

@@ -70,8 +70,7 @@ def nothing_held_out(
     """Say of how many images a share holds none out, and the smallest share that does.
 
     Args:
-        share: that holds nothing out.
-        caches: folders of the token caches.
+        share, caches: that holds nothing out of these folders of token caches.
         excluded: bool ``[conversations]`` of each cache, what its list leaves out, or ``None``.
     """
     images, texts, least = _least_share(caches, excluded)

@@ -93,11 +93,7 @@ class _NothingToPlan(Exception):
 class SurveyedDataset(SoftPackedDataset):
     """The training dataset, but what is missing or bad is noted, and the rest planned.
 
-    Args:
-        survey: takes the notes.
-        findings: take what can't be noted for a dataset.
-        cache_dir: for token caches and plans.
-        arguments: of :class:`SoftPackedDataset`.
+    ``survey`` takes the notes, ``findings`` what can't be noted for a dataset.
     """
 
     def __init__(
@@ -169,9 +165,7 @@ def _folders(cache_dir: str, kind: str) -> set[str]:
 def plan_data(run: RunConfig, findings: Findings) -> tuple[SurveyedDataset | None, Survey]:
     """Open or build the token caches and plan the first epoch, as training will.
 
-    Args:
-        run: the run.
-        findings: take what makes the run fail and is no single dataset's fault.
+    What makes the run fail and is no single dataset's fault goes to the findings.
 
     Returns:
         the dataset, or ``None`` if nothing can be planned, and the notes.

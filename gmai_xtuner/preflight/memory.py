@@ -89,11 +89,9 @@ def quantises_to_4_bit(config: Mapping[str, Any]) -> bool:
 
 
 def count_parameters(model: nn.Module, *, llm_in_4_bit: bool = False) -> dict[str, PartCount]:
-    """Parameters of each part, which is a direct child of the model that has any.
+    """Count the parameters of each part, which is a direct child of the model that has any.
 
-    Args:
-        model: on any device.
-        llm_in_4_bit: bitsandbytes quantises the linear layers of ``llm``, all but the head.
+    With ``llm_in_4_bit`` bitsandbytes quantises the linear layers of ``llm``, all but the head.
     """
     counts: dict[str, PartCount] = {}
     seen: set[int] = set()

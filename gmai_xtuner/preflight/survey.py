@@ -97,9 +97,7 @@ def look_at(
     """Look at everything.
 
     Args:
-        run: the run.
-        gpu_memory: of one GPU, GiB.
-        throughput: useful tokens a second on one GPU, for the hours.
+        run, gpu_memory, throughput: see :class:`Preflight`.
         decode_images: decode every image of the mixture.
         need_weights: whether it is a failure if base weights or the stage before are not here.
     """

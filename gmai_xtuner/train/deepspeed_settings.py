@@ -67,11 +67,7 @@ class Settled:
 
 
 def read(name: str, cfg: Mapping[str, Any]) -> Settled:
-    """Read the file that ``--deepspeed NAME`` means and settle it.
-
-    Args:
-        name: of the file.
-        cfg: the training config.
+    """Read the file that ``--deepspeed NAME`` means and settle it beside a training config.
 
     Raises:
         GMAIError: no such file, or it is not one JSON object.
@@ -101,13 +97,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def settle(name: str, content: Mapping[str, Any], cfg: Mapping[str, Any]) -> Settled:
-    """Decide each key of a DeepSpeed file.
-
-    Args:
-        name: of the file, for the sentences.
-        content: of the file; stays as it is.
-        cfg: the training config.
-    """
+    """Decide each key of a DeepSpeed file, which stays as it is, beside a training config."""
     settled = Settled(name)
     for key, value in content.items():
         if key in CONFIG_DECIDES:

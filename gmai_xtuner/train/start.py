@@ -129,11 +129,7 @@ def learning_parts(model: Mapping[str, Any]) -> set[str]:
 
 
 def check_something_learns(model: Mapping[str, Any], images: float) -> None:
-    """Check that an epoch has an image, where nothing learns from text.
-
-    Args:
-        model: of the config.
-        images: of all packs of an epoch.
+    """Check that an epoch has images, where nothing learns from text.
 
     Raises:
         GMAIError: only the vision path learns, and it never sees an image.

@@ -376,12 +376,9 @@ def xtuner_above(process: int) -> tuple[int, int] | None:
 
 
 def watch(work_dir: Path, trainer: int, launcher: int) -> None:
-    """Stay until the trainer has gone; interrupt one that has not begun when ``xtuner`` goes.
+    """Stay until the trainer, this process's parent and the launcher's child, has gone.
 
-    Args:
-        work_dir: of the run.
-        trainer: the process to watch, which is this one's parent.
-        launcher: the trainer's parent.
+    One that has not begun when ``xtuner`` goes is interrupted.
     """
 
     def spare_the_trainer(*_: object) -> None:

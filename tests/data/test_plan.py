@@ -85,10 +85,6 @@ def test_a_further_dataset_leaves_the_samples_of_the_others(tmp_path):
     assert drawn(first, "one") == drawn(two, "one")  # its number is another, its name decides
 
 
-def test_seed_draws_other_samples(tmp_path):
-    assert drawn(toy_plan(tmp_path), "two") != drawn(toy_plan(tmp_path, seed=1), "two")
-
-
 def test_totals_are_those_of_the_packs(tmp_path):
     plan = toy_plan(tmp_path)
     epoch = plan.epoch(1)

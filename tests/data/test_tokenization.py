@@ -351,13 +351,6 @@ def test_cut_conversation_equals_the_shorter_one(by_character, two_rounds):
     assert (fitted.images, fitted.turn_ends) == (shorter.images, shorter.turn_ends)
 
 
-def test_drop_gives_a_conversation_up_that_cut_would_shorten(two_rounds):
-    assert fit(two_rounds, max_length=61, num_image_tokens=4, over_length="cut") is not None
-    assert fit(two_rounds, max_length=61, num_image_tokens=4, over_length="drop") is None
-    whole = fit(two_rounds, max_length=62, num_image_tokens=4, over_length="drop")
-    assert whole is two_rounds
-
-
 def test_too_many_images_are_cut_with_their_turns(by_character):
     tokenized = one(by_character, "<image>", "CT.", "<image><image>", "Yes", images=("a", "b", "c"))
     options = {"max_length": 10_000, "num_image_tokens": 4}
