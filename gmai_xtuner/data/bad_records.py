@@ -99,7 +99,7 @@ class BadList:
             listing.write(json.dumps(note, ensure_ascii=False) + "\n")
 
     def error(self, dataset: str, *, read: int, folder: Path, kept: int) -> BadRecords:
-        """Return one error for all bad records of the ``read`` ones; ``kept`` others will lie in ``folder``."""
+        """Return one error for all bad ones of ``read`` records; ``kept`` others will lie in ``folder``."""
         reasons = dict(self.reasons.most_common())
         listing, rest = folder / BAD_LIST, folder if kept else None
         remedy = ". ".join(self.remedies)
