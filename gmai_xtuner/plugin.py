@@ -18,24 +18,20 @@ compat.apply()
 from mmengine.logging import MMLogger  # noqa: E402
 from xtuner.registry import MAP_FUNC  # noqa: E402
 
-from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower  # noqa: E402
-from gmai_xtuner.checkpoint.llava import GMAILLaVAModel  # noqa: E402
-from gmai_xtuner.checkpoint.tokenizer import load_tokenizer  # noqa: E402
-from gmai_xtuner.data.collate import collate_packs  # noqa: E402
-from gmai_xtuner.data.dataset import SoftPackedDataset  # noqa: E402
-from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler  # noqa: E402
+from gmai_xtuner.checkpoint import bases, llava, tokenizer  # noqa: E402, F401
+from gmai_xtuner.data import collate, dataset, sampler  # noqa: E402, F401
 from gmai_xtuner.data.tokenization import soft_packing_map_fn  # noqa: E402
 from gmai_xtuner.train import (  # noqa: E402, F401
     benchmarks,
     checkpointing,
     hooks,
+    loop,
     nonfinite,
     sample_answer,
+    schedule,
     trackers,
     validation,
 )
-from gmai_xtuner.train.loop import PackedTrainLoop  # noqa: E402
-from gmai_xtuner.train.schedule import WarmupCosineLR  # noqa: E402
 
 
 class _ToTrainingLog(logging.Handler):
@@ -64,17 +60,3 @@ def _forward_package_log() -> None:
 _forward_package_log()
 if "soft_packing_map_fn" not in MAP_FUNC:
     MAP_FUNC.register_module(module=soft_packing_map_fn, name="soft_packing_map_fn")
-
-__all__ = [
-    "GMAILLaVAModel",
-    "MicroBatchSampler",
-    "PackSampler",
-    "PackedTrainLoop",
-    "SoftPackedDataset",
-    "WarmupCosineLR",
-    "collate_packs",
-    "load_language_model",
-    "load_tokenizer",
-    "load_vision_tower",
-    "soft_packing_map_fn",
-]
