@@ -1,5 +1,6 @@
 # make quickstart    environment, tiny bases, real images, three stages, held-out questions
 # make test          all tests (make test-fast leaves out those that train)
+# make real          the same with SmolLM2-135M as the language model, about an hour on two idle cores
 # make env-engines   vLLM and llama.cpp on the CPU (3.5 GB), for the tests that ask them what we export
 # make check         lint, format, types, licences and advisories of what is installed
 # make gpu-check     what must hold on a GPU before days are spent on one; tiny on the CPU
@@ -13,10 +14,10 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-newest env-engines quickstart test test-fast gpu-check fuzz check advisories format license clean
+.PHONY: help env env-newest env-engines quickstart real test test-fast gpu-check fuzz check advisories format license clean
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 env: $(VENV)/.installed
 
@@ -35,6 +36,9 @@ env-engines: env
 
 quickstart: env
 	$(BIN)/python examples/quickstart/run.py --work-dir work_dirs/quickstart
+
+real: env
+	$(BIN)/python examples/real/run.py --work-dir work_dirs/real
 
 test: env env-newest
 	$(PYTEST)

@@ -154,6 +154,12 @@ class ConversationTokenizer:
                 f"the tokenizer {tokenizer.name_or_path!r} has no bos or eos token, which the prompt "
                 "template needs. Choose another prompt_template, or add_bos=False"
             )
+        if template.add_bos and template.user.startswith(tokenizer.bos_token):
+            raise GMAIError(
+                f"the bos token of {tokenizer.name_or_path!r}, {tokenizer.bos_token!r}, is what each turn of "
+                "this prompt template begins with: prompts would begin with it twice. Set "
+                "train_dataloader.dataset.add_bos=False"
+            )
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
