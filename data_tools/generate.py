@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     from data_tools import job as jobs
     from data_tools import overview, pipeline
     from data_tools.command import Bar
-    from data_tools.output import review
+    from data_tools.output import review, summary
 
     job = jobs.load(options.job, output=options.output)
     selection = pipeline.Selection(
@@ -96,7 +96,9 @@ def _run(options: argparse.Namespace) -> int:
         review.take(job.output, options.verdicts)
     with Bar() as bar:
         result = pipeline.run(job, selection, progress=bar)
-    _print(result.summary, overview.summary_text(result, job), options)
+    output = job.output.resolve()  # without the `..` of a path relative to the job
+    places = f"corpus: {output}\nreport: {output / 'report.html'}"
+    _print(result.summary, f"{summary.as_text(result.summary)}\n\n{places}", options)
     if result.stopped is None and not result.pending:
         return DONE
     pending = (

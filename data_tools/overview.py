@@ -16,12 +16,11 @@ from typing import Any
 
 from data_tools import forms, readers, writers
 from data_tools.job import Job
-from data_tools.output import summary, templates
+from data_tools.output import templates
 from data_tools.output.files import turns_of
 from data_tools.pipeline import (
     STATE,
     WORK,
-    Result,
     Selection,
     check_writer,
     kept_sources,
@@ -201,10 +200,3 @@ def stats(job: Job, selection: Selection) -> dict[str, Any]:
 def as_text(found: Mapping[str, Any], template: str) -> str:
     """Return what `dry_run` or `stats` found as text for people, by ``dry_run.j2`` or ``stats.j2``."""
     return templates().get_template(f"output/{template}").render(found).rstrip("\n")
-
-
-def summary_text(result: Result, job: Job) -> str:
-    """Return the text at the end of a run."""
-    output = job.output.resolve()  # without the `..` of a path relative to the job
-    places = [f"corpus: {output}", f"report: {output / 'report.html'}"]
-    return "\n".join([summary.as_text(result.summary), "", *places])

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ def unit_fingerprint(root: Path, unit: Unit, files: Iterable[str] = ()) -> bytes
 
 
 def _add(digest: Any, root: Path, value: Any) -> None:
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    elif isinstance(value, BaseModel):
+        value = value.model_dump()
     if isinstance(value, str | os.PathLike):
         text = os.fspath(value)
         if isinstance(value, os.PathLike):  # a set that was moved as a whole is the same set
@@ -120,23 +125,14 @@ def _add(digest: Any, root: Path, value: Any) -> None:
         digest.update(
             f"a{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
         )
-    elif isinstance(value, Mapping):
-        digest.update(f"m{len(value)}".encode())
-        for key, item in value.items():
-            _add(digest, root, key)
+    elif isinstance(value, Mapping | list | tuple):
+        digest.update(f"{'m' if isinstance(value, Mapping) else 'l'}{len(value)}".encode())
+        for item in chain(*value.items()) if isinstance(value, Mapping) else value:
             _add(digest, root, item)
-    elif isinstance(value, list | tuple):
-        digest.update(f"l{len(value)}".encode())
-        for item in value:
-            _add(digest, root, item)
-    elif isinstance(value, set | frozenset):
-        _add(digest, root, sorted(value))
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             _add(digest, root, field.name)
             _add(digest, root, getattr(value, field.name))
-    elif isinstance(value, BaseModel):
-        _add(digest, root, value.model_dump())
     else:
         raise TypeError(f"a unit's payload holds a {type(value).__name__}; expected plain values")
 

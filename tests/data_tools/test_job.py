@@ -88,7 +88,7 @@ def test_all_mistakes_are_told_at_once_with_their_lines(write):
         (("licence: MIT", "licence: 2024"), 6, "got 2024; put it in quotes"),
         (("output: out", "output: out\nwriter: {name: opena}"), 2, "template"),
         (("output: out", "output: out\nwriter: {name: openai, modle: m}"), 2, "'model'"),
-        (("output: out", "output: out\nengine: threads"), 2, "expected processes or ray"),
+        (("output: out", "output: out\nengine: threads"), 2, "'processes' or 'ray'"),
         (("output: out", "output: out\ntaxonomy: none.yaml"), 2, "there is no file"),
         (("output: out", "output: out\nworkers: 0"), 2, "workers"),
         (("output: out", "path: x\noutput: out"), 1, "path: unknown key"),
