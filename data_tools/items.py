@@ -48,9 +48,9 @@ class Item:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SourceContext:
-    """Facts of the set that a record comes from; the same for all of its records.
+    """Facts of the set that a record comes from; the same object for all of its records.
 
     Args:
         source: its name in the job.

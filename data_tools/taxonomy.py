@@ -55,7 +55,7 @@ class Terms:
         return tuple(dict.fromkeys(filter(None, own)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Taxonomy:
     """All terms by kind, in their order; immutable, small, can be pickled."""
 

@@ -74,7 +74,7 @@ def check(
         problems += leaks(what, options)
     if not grounded:
         return problems
-    finder = _labels(_Same(context))
+    finder = _labels(context)
     if options.agreement:
         problems += agreement(what, item, record, finder)
         if item.form == "perception":
@@ -83,7 +83,7 @@ def check(
         problems += counts(what, item, record, finder)
         problems += sizes(what, item, record, finder)
     if options.modality:
-        problems += modality(what, record, _modalities(_Same(taxonomy)))
+        problems += modality(what, record, _modalities(taxonomy))
     if options.side:
         problems += side(what, item, record, finder)
     if options.boxes:
@@ -95,34 +95,12 @@ def check_translation(
     conversation: Conversation, original: Conversation, context: SourceContext
 ) -> list[Problem]:
     """Return what a Chinese translation lost or changed of the English original."""
-    return list(translation(conversation, original, _labels(_Same(context))))
+    return list(translation(conversation, original, _labels(context)))
 
 
-class _Same:
-    """Makes an object that holds a mapping a cache key, by identity; keeps it alive meanwhile."""
-
-    __slots__ = ("of",)
-
-    def __init__(self, of: object) -> None:
-        self.of = of
-
-    def __hash__(self) -> int:
-        return id(self.of)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.of is other.of
-
-
-@lru_cache(maxsize=64)
-def _labels(context: _Same) -> LabelFinder:
-    assert isinstance(context.of, SourceContext)
-    return LabelFinder(context.of)
-
-
-@lru_cache(maxsize=4)
-def _modalities(taxonomy: _Same) -> ModalityFinder:
-    assert isinstance(taxonomy.of, Taxonomy)
-    return ModalityFinder(taxonomy.of)
+# What is derived from a vocabulary is kept for as long as it is the same object.
+_labels = lru_cache(maxsize=64)(LabelFinder)
+_modalities = lru_cache(maxsize=4)(ModalityFinder)
 
 
 def turns(conversation: Conversation, item: Item) -> Iterator[Problem]:
