@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 
 from data_tools.forms.coordinates import thirds
-from data_tools.forms.language import Language, Teller, about_image, without_image
+from data_tools.forms.language import Language, Teller, exchange
 from data_tools.items import Conversation, SourceContext
 from data_tools.lexicon import noun, spoken
 from data_tools.options import MakeOptions
@@ -24,10 +24,9 @@ _NOTES = ("difficult",)
 
 def caption(teller: Teller) -> Conversation:
     """Say kind of image, attributes, findings and where they lie."""
-    return about_image(
-        teller.say("caption.ask"),
-        teller.joined(teller.what(), *teller.attributes(), teller.findings()),
-    )
+    question = teller.say("caption.ask")
+    answer = teller.joined(teller.what(), *teller.attributes(), teller.findings())
+    return exchange((question, answer))
 
 
 def region_caption(teller: Teller) -> Conversation:
@@ -47,7 +46,7 @@ def region_caption(teller: Teller) -> Conversation:
         across=_percent(box[2] - box[0], teller.record.width),
         down=_percent(box[3] - box[1], teller.record.height),
     )
-    return about_image(question, teller.joined(shows, *attributes, spans))
+    return exchange((question, teller.joined(shows, *attributes, spans)))
 
 
 def _percent(part: int, whole: int) -> str:
@@ -77,7 +76,7 @@ def instruction(teller: Teller) -> Conversation:
             question = teller.say("instruction.department")
             belongs = teller.say("instruction.belongs", department=teller.department())
             answer = teller.joined(belongs, teller.what(), teller.findings())
-    return about_image(question, answer)
+    return exchange((question, answer))
 
 
 def dialogue(teller: Teller) -> Conversation:
@@ -97,10 +96,7 @@ def dialogue(teller: Teller) -> Conversation:
         concerns = say("dialogue.concerns", department=teller.department())
         more.append((say("dialogue.department"), concerns))
     more.append((say("dialogue.sum"), teller.joined(what, teller.findings())))
-    turns = [*about_image(*first)]
-    for pair in more[: max(least, int(teller.item.kind or "3") - 1)]:
-        turns += without_image(*pair)
-    return tuple(turns)
+    return exchange(first, *more[: max(least, int(teller.item.kind or "3") - 1)])
 
 
 def _kind(teller: Teller) -> str:
@@ -150,16 +146,15 @@ def text(teller: Teller) -> Conversation:
             able.append("synonym")
         asked = teller.rng.pick(able)
         answer = f"read_is.{kind}" if asked == "read" else f"{asked}_is"
-        return without_image(say(f"text.{asked}", **facts), say(f"text.{answer}", **facts))
+        pair = say(f"text.{asked}", **facts), say(f"text.{answer}", **facts)
+        return exchange(pair, image=False)
     more = [(say("text.asks"), teller.found("dialogue"))]
     if has_department:
         more.append((say("text.concerned"), say("text.concerned_is", **facts)))
     if facts["chinese"]:
         more.append((say("text.term", **facts), say("text.term_is", **facts)))
-    turns = [*without_image(say("text.quote", **facts), say("text.modality_is", **facts))]
-    for pair in more[: max(1, int(item.kind or "3") - 1)]:
-        turns += without_image(*pair)
-    return tuple(turns)
+    first = say("text.quote", **facts), say("text.modality_is", **facts)
+    return exchange(first, *more[: max(1, int(item.kind or "3") - 1)], image=False)
 
 
 # --- perception -----------------------------------------------------------------------------------
@@ -250,7 +245,7 @@ def perception(teller: Teller) -> Conversation:
             pair = _multiple_choice(teller)
         case _:
             pair = _about_region(teller)
-    return about_image(*pair)
+    return exchange(pair)
 
 
 def _about_region(teller: Teller) -> tuple[str, str]:

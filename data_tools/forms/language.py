@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from data_tools.forms.coordinates import place_of, write_box
-from data_tools.items import IMAGE, Item, SourceContext, Turn
+from data_tools.items import IMAGE, Conversation, Item, SourceContext, Turn
 from data_tools.lexicon import (
     ADJECTIVES,
     SIDE_KEYS,
@@ -424,11 +424,10 @@ class Teller:
         return self.say(key, attribute=Word(name), value=value)
 
 
-def about_image(question: str, answer: str) -> tuple[Turn, Turn]:
-    """Return a question on the image with its answer."""
-    return Turn("human", f"{IMAGE}\n{question}"), Turn("gpt", answer)
-
-
-def without_image(question: str, answer: str) -> tuple[Turn, Turn]:
-    """Return a further question, or one without an image."""
-    return Turn("human", question), Turn("gpt", answer)
+def exchange(*pairs: tuple[str, str], image: bool = True) -> Conversation:
+    """Return questions with their answers, the first of them on the image."""
+    turns: list[Turn] = []
+    for question, answer in pairs:
+        mark = f"{IMAGE}\n" if image and not turns else ""
+        turns += [Turn("human", f"{mark}{question}"), Turn("gpt", answer)]
+    return tuple(turns)
