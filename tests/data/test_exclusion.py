@@ -10,7 +10,6 @@ import pytest
 
 from gmai_xtuner.core.errors import MixtureError
 from gmai_xtuner.core.exclusion import Exclusion
-from gmai_xtuner.data import dataset as dataset_module
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.plan import _rows_of
 from tests.data.test_held_out import write_cache
@@ -60,13 +59,11 @@ ALL = sorted([f"chest/{one['id']}" for one in CHEST] + [f"brain/{one['id']}" for
 
 
 def test_exactly_the_listed_conversations_are_left_out_and_nothing_is_tokenised_again(
-    build, corpus: Corpus, tmp_path: Path, monkeypatch
+    build, corpus: Corpus, tmp_path: Path, logged: list[str]
 ) -> None:
-    lines: list[str] = []
-    monkeypatch.setattr(dataset_module, "print_log", lambda message, **_: lines.append(message))
     before = build(corpus.mixture)
     assert trained_on(before) == ALL
-    assert "exclude" not in lines[-1]
+    assert "exclude" not in logged[-1]
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tokens").rglob("*")}
     exclude(corpus, "dataset: chest\nid: c3\nimage: 1.png\ndataset: *\nid: 7\nid: nobody\n")
     after = build(corpus.mixture)
@@ -77,11 +74,11 @@ def test_exactly_the_listed_conversations_are_left_out_and_nothing_is_tokenised_
     }
     assert after.plan.folder != before.plan.folder
     assert after.plan.excluded().conversations == (4, 1)
-    assert "chest: 8 conversations x 1, 4 of them excluded" in lines[-1]
-    assert "excluded by the mixture's lists: 5 of 15 conversations" in lines[-1]
+    assert "chest: 8 conversations x 1, 4 of them excluded" in logged[-1]
+    assert "excluded by the mixture's lists: 5 of 15 conversations" in logged[-1]
     assert (
         "warning: 1 line(s) of the exclude lists name nothing that this stage has: id: nobody"
-        in lines[-1]
+        in logged[-1]
     )
     assert build(corpus.mixture).plan.folder == after.plan.folder
 

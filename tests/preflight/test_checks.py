@@ -16,13 +16,6 @@ from gmai_xtuner.preflight.report import as_json, as_text
 from tests.preflight.test_data import SMALL, problems
 
 
-def test_an_accumulation_of_the_sampler_must_agree(preflight, corpus):
-    twice = {**SMALL, "train_dataloader.batch_sampler.accumulative_counts": 4}
-    found = preflight(corpus.mixture, options=twice)
-    assert "optim_wrapper.accumulative_counts is 2, but" in problems(found)
-    assert "is 4. Leave the second out" in problems(found)
-
-
 def test_base_without_weights(preflight, corpus, true_bases):
     found = preflight(corpus.mixture, bases=true_bases)
     assert "llm: " in problems(found)
@@ -103,19 +96,6 @@ def test_the_stage_before_fits(preflight, corpus, stage_1):
 def test_the_stage_before_that_does_not_fit(preflight, corpus, stage_1, parts, change, told):
     stage_1(*parts, change=change)
     assert told in problems(preflight(corpus.mixture, "stage2_deep", options=SMALL))
-
-
-def test_disk_must_hold_the_checkpoints_that_are_kept(preflight, corpus, monkeypatch):
-    usage = namedtuple("usage", "free")
-    found = preflight(corpus.mixture, options=SMALL)
-    trainable = sum(part.trainable for part in found.counts.values())
-    size = trainable * 14
-    many = {**SMALL, "default_hooks.checkpoint.interval": 1}
-    for free, fails in ((3 * size, False), (3 * size - 1, True)):
-        monkeypatch.setattr(checks.shutil, "disk_usage", lambda _, free=free: usage(free))
-        found = preflight(corpus.mixture, options=many)
-        assert found.disk["at_a_time"] == 3  # two are kept, one is being written
-        assert ("GiB free, but holds 3 x about" in problems(found)) is fails
 
 
 @pytest.mark.parametrize(
