@@ -17,7 +17,7 @@ from typing import Any
 from gmai_xtuner.cli import positive_int
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text
-from gmai_xtuner.train.launch import FAILED, Launch, start_xtuner
+from gmai_xtuner.train.launch import FAILED, STOPPED, Launch, start_xtuner
 from gmai_xtuner.train.names import packaged_names
 from gmai_xtuner.train.status import stored_status
 
@@ -204,9 +204,9 @@ def _evaluate(model: Path, out: Path, benchmarks: Path | None) -> int:
     if benchmarks is None:
         return 0
     program = [sys.executable, "-m", "gmai_xtuner.evaluate", str(model), "--benchmark", "all"]
-    return subprocess.run(
-        [*program, "--data", str(benchmarks), "--out", str(out)], check=False
-    ).returncode
+    ended = subprocess.run([*program, "--data", str(benchmarks), "--out", str(out)], check=False)
+    # Its 3, too many answers that are none, would be taken for a run that was stopped.
+    return FAILED if ended.returncode == STOPPED else ended.returncode
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -170,6 +171,19 @@ def test_all_goes_on_where_it_ended_and_repeats_nothing(xtuner, tmp_path, capsys
     command[-1] = "stage2.lr=4"
     assert run() == (1, [])
     assert "w/stage2 was begun with other settings (settings: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("evaluation", "then"), [(0, 0), (1, 1), (3, 1), (130, 130)])
+def test_all_ends_as_the_evaluation_does_but_for_the_status_of_a_stop(
+    evaluation, then, xtuner, monkeypatch
+):
+    xtuner[0]("finish")
+    ended = SimpleNamespace(returncode=evaluation)
+    asked: list = []
+    run = lambda program, check: asked.append(program[-4:]) or ended  # noqa: E731
+    monkeypatch.setattr("gmai_xtuner.train.__main__.subprocess.run", run)
+    assert main(["all", "--work-dir", "w", "--benchmarks", "b"]) == then
+    assert asked == [["--data", "b", "--out", "w/evaluation"]]
 
 
 def test_a_stage_of_all_gets_its_own_settings_the_stage_before_and_resumes(xtuner):
