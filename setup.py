@@ -93,6 +93,8 @@ DEVELOPMENT = [
     *GGUF,
     # an independent reader of windows and segmentations
     "highdicom>=0.27",
+    # accepts the Croissant description of a corpus
+    "mlcroissant>=1.1",
     # an independent reader of NRRD and MetaImage
     "SimpleITK>=2.4",
     "hypothesis>=6.100",
@@ -151,6 +153,7 @@ setup(
             "writers/*.j2",
             "writers/*.sql",
             "output/*.j2",
+            "output/*.json",
             "output/*.js",
             "output/*.yaml",
             "contamination/*.j2",

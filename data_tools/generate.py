@@ -23,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: an error, said in one message. 3: stopped cleanly before the end, by the budget or because
     batches are under way; the same command goes on. 130: Ctrl-C; the same command goes on.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.job is None) is (options.verify is None):
+        parser.error("give either a job file or --verify DIR")
     return exit_status(partial(_run, options))
 
 
@@ -34,12 +37,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Stopped at any moment, the same command goes on where it was. Exit status: 0 done, 1 error, "
         "3 stopped by the budget or waiting for batches, 130 stopped by Ctrl-C.",
     )
-    parser.add_argument("job", type=Path, metavar="JOB.yaml")
+    parser.add_argument("job", type=Path, nargs="?", metavar="JOB.yaml")
     verbs = parser.add_mutually_exclusive_group()
     verbs.add_argument(
         "--dry-run",
         action="store_true",
         help="count, estimate the cost and show three examples; asks nothing, writes nothing",
+    )
+    verbs.add_argument(
+        "--verify",
+        type=Path,
+        metavar="DIR",
+        help="without a job: hold a corpus against its manifest; exit status 1 if anything differs",
     )
     verbs.add_argument("--stats", action="store_true", help="show what the output holds so far")
     verbs.add_argument(
@@ -73,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.verify is not None:
+        return _verify(options)
     # Not at the top: --help must not wait for them.
     from data_tools import job as jobs
     from data_tools import overview, pipeline
@@ -107,6 +118,20 @@ def _run(options: argparse.Namespace) -> int:
     )
     print(pending if result.stopped is None else f"stopped: {result.stopped}", file=sys.stderr)
     return STOPPED
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from data_tools.output import manifest
+
+    counts, differences = manifest.verify(options.verify)
+    found = list(differences)
+    told = "; ".join(f"{count:,} {name}" for name, count in counts.items())
+    _print(
+        counts | {"differences": found},
+        "\n".join(found) or f"{told}: all as the manifest says",
+        options,
+    )
+    return 1 if found else DONE
 
 
 def _print(values: Mapping[str, Any], text: str, options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from data_tools import forms, readers, writers
 from data_tools.job import Job
 from data_tools.output import templates
 from data_tools.output.files import turns_of
+from data_tools.output.licences import publishable_part
 from data_tools.pipeline import (
     STATE,
     WORK,
@@ -51,6 +52,7 @@ def dry_run(job: Job, selection: Selection) -> dict[str, Any]:
     Raises:
         CorpusError: a source can't be read.
     """
+    job = publishable_part(job)
     check_writer(job, selection)
     writers.check_sending(job, kept_sources(job, selection.sources(job)))
     taxonomy = worker_taxonomy(job.taxonomy)

@@ -37,7 +37,7 @@ from data_tools.items import FORMS, SourceContext
 from data_tools.job import Job, fingerprint
 from data_tools.output import review
 from data_tools.output.build import build, recover
-from data_tools.output.licences import refused_sources
+from data_tools.output.licences import publishable_part, refusal
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import listed
 from data_tools.records import Drop, Unit, by_reason
@@ -120,7 +120,7 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
         CorpusError: it can't be done, or a source is refused as a whole, since it has no record or labels
             that are no names; what was done is kept.
     """
-    progress = progress or Bar(quiet=True)
+    progress, job = progress or Bar(quiet=True), publishable_part(job)
     chosen = selection.sources(job)
     check_writer(job, selection)
     kept = kept_sources(job, chosen)
@@ -159,8 +159,7 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
 
 def kept_sources(job: Job, sources: Iterable[SourceOptions]) -> list[SourceOptions]:
     """Return the sources that the job's rules on licences keep."""
-    refused = refused_sources(job)
-    return [source for source in sources if source.name not in refused]
+    return [source for source in sources if refusal(source.licence, job.corpus) is None]
 
 
 def write_review(job: Job, count: int) -> Path:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_tools.items import TEXT_FORMS
-from data_tools.output import card, files, licences, report, review
+from data_tools.output import card, files, licences, manifest, report, review
 from data_tools.output.splits import Split, SplitBuilder, hashes
 from data_tools.output.summary import Tally
 from gmai_xtuner.core.files import directory_to_disk, replace_text, to_disk
@@ -37,7 +37,6 @@ from gmai_xtuner.core.hamming import close_pairs
 
 if TYPE_CHECKING:
     from data_tools.job import Job
-    from data_tools.records import Record
     from data_tools.store import Kept, Store
 
 
@@ -56,44 +55,37 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
         CorpusError: a text isn't valid Unicode, or a stored image is missing.
     """
     options = job.corpus
-    names = {source.name: licences.names_of(source) for source in job.sources}
+    refusal = cache(lambda licence: licences.refusal(licence, options))
     tally, errors = Tally(), review.ErrorRate(folder)
     accepted, rejected = report.Chosen(), report.Chosen()
 
-    @cache
-    def refused(source: str, licence: str) -> str | None:
-        return licences.refusal(licence, options, names.get(source, (source,)), job.agreements)
-
-    def refusal(record: Record) -> str | None:
-        return refused(record.provenance.source, record.provenance.licence)
-
     def allowed(kepts: Iterable[Kept]) -> Iterator[Kept]:
-        return (kept for kept in kepts if refusal(kept.record) is None)
+        return (kept for kept in kepts if refusal(kept.record.provenance.licence) is None)
 
     with replacing(folder) as new:
-        with files.CorpusFiles(new) as corpus:
+        with files.CorpusFiles(new) as corpus, manifest.Manifest(new, folder, job) as rows:
             groups = SplitBuilder(options.held_out, seed=job.seed)
             for record in store.records():
-                if why := refusal(record):
+                if why := refusal(record.provenance.licence):
                     tally.left_out(record, why)
                 else:
                     tally.record(record)
                     groups.add(record.provenance.group, record.image)
                     corpus["records.jsonl"].write(record.to_json())
             first = groups.first_rows()
-            kept_records = (r for r in store.records() if refusal(r) is None)
+            kept_records = (r for r in store.records() if refusal(r.provenance.licence) is None)
             images = (folder / record.image for record in compress(kept_records, first))
             alike = None if options.near_duplicates is None else _alike(job, images, first)
             split = groups.split(alike or ())
             tally.held_out(groups.held_out(split))
             for kept, held_out in _sides(allowed(store.accepted()), split, tally):
-                corpus.write(kept, held_out=held_out)
+                line = corpus.write(kept, held_out=held_out)
+                rows.add(kept, line, held_out=held_out, verdict=errors.add(kept))
                 tally.conversation(kept, held_out=held_out)
-                errors.add(kept)
                 accepted.add(kept, (kept.record.provenance.source, kept.item.form))
                 if options.prompts and kept.prompt:
-                    line = {"id": kept.item.id, "prompt": kept.prompt, "answer": kept.answer}
-                    corpus["prompts.jsonl"].write(line)
+                    asked = {"id": kept.item.id, "prompt": kept.prompt, "answer": kept.answer}
+                    corpus["prompts.jsonl"].write(asked)
             for kept in allowed(store.rejected()):
                 corpus["rejected.jsonl"].write(files.rejected_line(kept))
                 tally.rejected(kept)
@@ -113,6 +105,7 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
         summary["review"] = errors.summary()
         files.write_mixtures(new, title=job.title, files=corpus.contents())
         card.write(new, summary, job)
+        manifest.write_croissant(new, summary)
         report.write(
             new,
             summary,

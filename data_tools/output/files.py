@@ -95,18 +95,20 @@ class JsonLines:
         self.path, self.lines, self.bytes, self.digest = path, 0, 0, sha256()
         self.file = open(path, "wb", buffering=_BUFFER)  # noqa: SIM115
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, values: Mapping[str, Any]) -> bytes:
+        """Write a line and return it, without its end."""
         try:
-            line = _encode(values) + b"\n"
+            line = _encode(values)
         except (UnicodeEncodeError, TypeError) as error:
             raise CorpusError(
                 f"{self.path.name}: {values.get('id')!r} can't be written as JSON ({error}). A name or a "
                 "text in it isn't valid Unicode; rename the file or correct the label in the source."
             ) from error
-        self.file.write(line)
-        self.digest.update(line)
+        self.file.write(line + b"\n")
+        self.digest.update(line + b"\n")
         self.lines += 1
-        self.bytes += len(line)
+        self.bytes += len(line) + 1
+        return line
 
 
 class CorpusFiles(dict[str, JsonLines]):
@@ -130,10 +132,10 @@ class CorpusFiles(dict[str, JsonLines]):
         for file in self.values():
             file.file.close()
 
-    def write(self, kept: Kept, *, held_out: bool) -> None:
-        """Write an accepted conversation to the file of its form and side."""
+    def write(self, kept: Kept, *, held_out: bool) -> bytes:
+        """Write an accepted conversation to the file of its form and side; return its line."""
         name = FILES[kept.item.form]
-        self[f"{HELD_OUT}/{name}" if held_out else name].write(conversation_line(kept))
+        return self[f"{HELD_OUT}/{name}" if held_out else name].write(conversation_line(kept))
 
     def contents(self) -> dict[str, dict[str, Any]]:
         """Return ``lines``, ``bytes`` and ``sha256`` of each file; final after the ``with`` block."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from gmai_xtuner.core.agreements import Agreement, Origin, agreement_of, plain_host, simplified
+from gmai_xtuner.core.errors import CorpusError
 
 if TYPE_CHECKING:
     from data_tools.job import Job
@@ -61,16 +62,12 @@ def read(name: str) -> Licence:
     return Licence(name, "other", ("unknown",))
 
 
-def refusal(
-    licence: str, options: OutputOptions, names: Sequence[str] = (), own: Sequence[Agreement] = ()
-) -> str | None:
+def refusal(licence: str, options: OutputOptions) -> str | None:
     """Return why the job leaves out a source under this licence, or None if it is kept.
 
     Args:
         licence: as it is stated.
         options: of the job.
-        names: of the set.
-        own: agreements of the job.
     """
     allowed = options.licences
     if allowed is not None and simplified(licence) not in {simplified(one) for one in allowed}:
@@ -78,8 +75,6 @@ def refusal(
     refused = [demand for demand in read(licence).demands if demand in options.refuse]
     if refused:
         return f"licence is refused: {', '.join(refused)}"
-    if options.publishable and restriction(licence, names, own, publish=True):
-        return "may not be published"
     return None
 
 
@@ -120,10 +115,22 @@ def origin(source: SourceOptions, own: Sequence[Agreement] = ()) -> Origin:
     )
 
 
-def refused_sources(job: Job) -> dict[str, str]:
-    """Return why the job leaves out whole sources, by their names."""
-    found = {
-        source.name: refusal(source.licence, job.corpus, names_of(source), job.agreements)
+def publishable_part(job: Job) -> Job:
+    """Return the job without the sources that may not be published, if it asks for that.
+
+    Nothing of them is read then, and what an earlier run has left of them in the output is forgotten.
+
+    Raises:
+        CorpusError: none is left.
+    """
+    if not job.corpus.publishable:
+        return job
+    reasons = {
+        source.name: restriction(source.licence, names_of(source), job.agreements, publish=True)
         for source in job.sources
     }
-    return {name: reason for name, reason in found.items() if reason}
+    kept = tuple(source for source in job.sources if not reasons[source.name])
+    if not kept:
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise CorpusError(f"{job.path}: corpus.publishable leaves no source: {told}.")
+    return job.model_copy(update={"sources": kept})

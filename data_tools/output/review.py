@@ -155,13 +155,15 @@ class ErrorRate:
         self._sizes: Counter[Any] = Counter()
         self._found: defaultdict[Any, Counter[str]] = defaultdict(Counter)
 
-    def add(self, kept: Kept) -> None:
-        """Take one conversation of the corpus."""
-        if self._verdicts:
-            of = stratum(kept)
-            self._sizes[of] += 1
-            if verdict := self._verdicts.get(key_of(kept)):
-                self._found[of][verdict] += 1
+    def add(self, kept: Kept) -> str | None:
+        """Take one conversation of the corpus; return what was judged of it."""
+        if not self._verdicts:
+            return None
+        of = stratum(kept)
+        self._sizes[of] += 1
+        if verdict := self._verdicts.get(key_of(kept)):
+            self._found[of][verdict] += 1
+        return verdict
 
     def summary(self) -> dict[str, Any] | None:
         """Return the error rate with its 95 % interval; None without a verdict.

@@ -198,8 +198,8 @@ def test_a_closed_source_is_refused_before_it_is_read(
     assert not (tmp_path / "out").exists()
     unknown = run(make_job({"licence": "ask Anna"}, writer=writer))
     assert "the licence 'ask Anna': the terms are not known" in unknown.stderr
-    kept_out = run(make_job(CLOSED, writer=writer, corpus={"publishable": True}), *command)
-    assert "may not be sent" not in kept_out.stderr
+    none = run(make_job(CLOSED, writer=writer, corpus={"publishable": True}), *command)
+    assert "corpus.publishable leaves no source: tissue: PhysioNet" in none.stderr
 
 
 def test_a_closed_source_is_written_here_and_not_published(classes, make_job, run, tmp_path):
@@ -215,10 +215,16 @@ def test_a_closed_source_is_written_here_and_not_published(classes, make_job, ru
         # The answers are in the cache, and the job goes on elsewhere: it is refused all the same.
         writer["base_url"] = ELSEWHERE
         assert "may not be sent" in run(make_job(CLOSED, make=MAKE, writer=writer)).stderr
-        writer["base_url"] = server.url
-        done = run(make_job(CLOSED, make=MAKE, writer=writer, corpus={"publishable": True}))
-        assert done.returncode == 0
-        assert not lines(tmp_path / "out", "caption")
+        open_one = {"name": "other", "labels": {"TUM": "tumour"}}
+        both = make_job(CLOSED, open_one, make=MAKE, corpus={"publishable": True})
+        assert run(both).returncode == 0
+        found = lines(tmp_path / "out", "records") + lines(tmp_path / "out", "dropped")
+        assert {one.get("source") or one["provenance"]["source"] for one in found} == {"other"}
+        stored = {
+            path.name for path in (tmp_path / "out" / "images").rglob("*.*") if path.is_file()
+        }
+        assert stored == {Path(one["image"]).name for one in lines(tmp_path / "out", "records")}
+        assert b"tissue" not in (tmp_path / "out" / "summary.json").read_bytes()
 
 
 def test_an_agreement_of_the_job_is_checked(classes, make_job, run):

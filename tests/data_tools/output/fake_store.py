@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_tools.checks import CheckOptions
 from data_tools.items import FORMS, TEXT_FORMS, Item, Problem, Turn
 from data_tools.job import OutputOptions
 from data_tools.records import Drop, Label, Provenance, Record
@@ -131,6 +132,7 @@ def job(sources: Mapping[str, Mapping[str, Any]] | None = None, **corpus: Any) -
         ],
         corpus=OutputOptions(**corpus),
         agreements=(),
+        checks=CheckOptions(),
     )
 
 

@@ -46,7 +46,7 @@ def test_the_same_store_gives_the_same_bytes(tmp_path):
         build(store, job(held_out=0.2, parquet=True), tmp_path / name)
     one, other = digests(tmp_path / "a"), digests(tmp_path / "b")
     assert one == other
-    assert len([name for name in one if name.endswith(".parquet")]) == 10
+    assert len([name for name in one if name.endswith(".parquet")]) == 11
     assert {"README.md", "figures/modality.png", "held_out/caption.jsonl"} < set(one)
 
 

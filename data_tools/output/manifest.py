@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""``manifest.parquet``, a row a conversation, with everything that is known of its origin; and its proof.
+
+What isn't known is null. `verify` holds the rows against the files: every conversation and every image of
+the folder by its hash, in both directions. ``croissant.json`` describes the folder in Croissant 1.1 with the
+fields of its RAI extension (mlcommons.org/croissant).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_tools.items import FILES, TEXT_FORMS
+from data_tools.output import licences
+from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
+from data_tools.writers.prompts import PROMPT_VERSION
+from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.records import iter_raw
+
+if TYPE_CHECKING:
+    from data_tools.job import Job
+    from data_tools.store import Kept
+
+NAME = "manifest.parquet"
+CROISSANT = "croissant.json"
+_ROWS = 20_000
+_TEXT = (
+    *("id", "file", "sha256", "image", "image_sha256", "form", "language", "source", "dataset"),
+    *(
+        "dataset_version",
+        "licence",
+        "source_file",
+        "source_sha256",
+        "part",
+        "deidentification_method",
+    ),
+    *("writer", "model", "model_version", "review_verdict"),
+)
+_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in _TEXT),
+        ("box", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.string())),
+        ("checks", pa.list_(pa.string())),
+        ("prompt_version", pa.int32()),
+        ("may_be_published", pa.bool_()),
+    ]
+)
+_CHECKS = ("agreement", "modality", "side", "boxes", "figures", "leaks")
+_CONTEXT = Path(__file__).with_name("croissant_context.json")
+
+
+class Manifest:
+    """The manifest while the corpus is written; a context manager.
+
+    Args:
+        folder: where it is written.
+        images: the corpus folder, below which the images are.
+        job: its sources, writer and checks.
+    """
+
+    def __init__(self, folder: Path, images: Path, job: Job) -> None:
+        self._images, self._job = images, job
+        self._writer = pq.ParquetWriter(folder / NAME, _SCHEMA, compression="zstd")
+        self._rows: list[dict[str, Any]] = []
+        self._hash = lru_cache(4096)(_file_hash)
+        self._published = {
+            source.name: not licences.restriction(
+                source.licence, licences.names_of(source), job.agreements, publish=True
+            )
+            for source in job.sources
+        }
+
+    def __enter__(self) -> Manifest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+
+    def add(self, kept: Kept, line: bytes, *, held_out: bool, verdict: str | None) -> None:
+        """Add the row of a conversation that was written as ``line``."""
+        item, record, job = kept.item, kept.record, self._job
+        origin, name = record.provenance, FILES[item.form]
+        shows = item.form not in TEXT_FORMS
+        focus = None if item.focus is None else record.labels[item.focus]
+        self._rows.append(
+            {
+                "id": item.id,
+                "file": f"{HELD_OUT}/{name}" if held_out else name,
+                "sha256": hashlib.sha256(line).hexdigest(),
+                "image": record.image if shows else None,
+                "image_sha256": self._hash(self._images / record.image) if shows else None,
+                "form": item.form,
+                "language": item.language,
+                "source": origin.source,
+                "dataset": origin.dataset,
+                "licence": origin.licence,
+                "source_file": origin.file,
+                "source_sha256": origin.sha256,
+                "part": json.dumps(dict(origin.part)) if origin.part else None,
+                "writer": job.writer.name if kept.prompt else "template",
+                "model": getattr(job.writer, "model", None) if kept.prompt else None,
+                "review_verdict": verdict,
+                "box": None if focus is None or focus.box is None else list(focus.box),
+                "labels": list(record.names if focus is None else (focus.name,)),
+                "checks": [check for check in _CHECKS if getattr(job.checks, check)],
+                "prompt_version": PROMPT_VERSION if kept.prompt else None,
+                "may_be_published": self._published.get(origin.source),
+            }
+        )
+        if len(self._rows) == _ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=_SCHEMA))
+            self._rows.clear()
+
+
+def verify(folder: Path) -> tuple[dict[str, int], Iterator[str]]:
+    """Hold the manifest against the conversations and images of a corpus, in both directions.
+
+    Returns:
+        the number of conversations and images that the manifest names, and every difference.
+
+    Raises:
+        CorpusError: there is no manifest, or it can't be read.
+    """
+    if not (folder / NAME).is_file():
+        raise CorpusError(
+            f"{folder} has no {NAME}: it is no corpus, or one of an older version. Run its job again"
+        )
+    conversations: dict[bytes, bytes] = {}
+    images: dict[str, str] = {}
+    problems: list[str] = []
+    empty = pq.read_metadata(folder / NAME).num_rows == 0
+    for raw in () if empty else iter_raw(folder / NAME, columns=None):
+        row: Any = raw.decode()
+        key = _key(row["file"], row["id"])
+        if key in conversations:
+            problems.append(f"{NAME}: {row['file']} {row['id']} has two rows")
+        conversations[key] = bytes.fromhex(row["sha256"])
+        if (
+            row["image"] is not None
+            and images.setdefault(row["image"], row["image_sha256"]) != row["image_sha256"]
+        ):
+            problems.append(f"{NAME}: {row['image']} has two hashes")
+    counts = {"conversations": len(conversations), "images": len(images)}
+    return counts, _differences(folder, conversations, images, problems)
+
+
+def _differences(
+    folder: Path, conversations: dict[bytes, bytes], images: dict[str, str], problems: list[str]
+) -> Iterator[str]:
+    yield from problems
+    for name in (*CONVERSATION_FILES, *(f"{HELD_OUT}/{name}" for name in CONVERSATION_FILES)):
+        for place, line in _lines(folder / name):
+            try:
+                identity = str(json.loads(line)["id"])
+            except (ValueError, TypeError, KeyError):
+                yield f"{name}:{place}: no conversation"
+                continue
+            digest = conversations.pop(_key(name, identity), None)
+            if digest is None:
+                yield f"{name}:{place}: {identity} is not in the manifest, or is there twice"
+            elif digest != hashlib.sha256(line).digest():
+                yield f"{name}:{place}: {identity} differs from the manifest"
+    if conversations:
+        # Only hashes are kept of the rows: the second reading names those that are left.
+        for raw in iter_raw(folder / NAME, columns=None):
+            row: Any = raw.decode()
+            if _key(row["file"], row["id"]) in conversations:
+                yield f"{row['file']}: {row['id']} of the manifest is missing"
+    recorded = {str(json.loads(line)["image"]) for _, line in _lines(folder / "records.jsonl")}
+    for root, _, files in os.walk(folder / "images"):
+        for file in files:
+            name = (Path(root) / file).relative_to(folder).as_posix()
+            known = images.pop(name, None)
+            if known is None and name not in recorded:
+                yield f"{name}: neither in the manifest nor in records.jsonl"
+            elif known is not None and known != _file_hash(folder / name):
+                yield f"{name}: differs from the manifest"
+            recorded.discard(name)
+    for name in sorted(images.keys() | recorded):
+        yield f"{name}: missing"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of each line of a file; of none that isn't there."""
+    if path.is_file():
+        with path.open("rb") as lines:
+            yield from ((number, line.rstrip(b"\n")) for number, line in enumerate(lines, 1))
+
+
+def _key(file: str, identity: str) -> bytes:
+    text = f"{file}\0{identity}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CorpusError(f"{path}: a stored image can't be read ({error})") from error
+
+
+def write_croissant(folder: Path, summary: dict[str, Any]) -> None:
+    """Write ``croissant.json``, after all files that it names."""
+    digests = {name: file["sha256"] for name, file in summary["files"].items()}
+    digests[NAME] = _file_hash(folder / NAME)
+    synthetic = summary["writer"]["name"] != "template"
+    closed = [name for name, source in summary["sources"].items() if source["not_published"]]
+    files = [
+        {
+            "@type": "cr:FileObject",
+            "@id": name,
+            "name": name,
+            "contentUrl": name,
+            "encodingFormat": "application/x-parquet" if name == NAME else "application/jsonlines",
+            "sha256": digest,
+        }
+        for name, digest in digests.items()
+    ]
+    fields = [
+        {
+            "@type": "cr:Field",
+            "@id": f"conversations/{name}",
+            "name": name,
+            "dataType": "sc:Boolean" if name == "may_be_published" else "sc:Text",
+            "source": {"fileObject": {"@id": NAME}, "extract": {"column": name}},
+        }
+        for name in (
+            "id",
+            "file",
+            "sha256",
+            "image",
+            "image_sha256",
+            "source",
+            "licence",
+            "may_be_published",
+        )
+    ]
+    values = {
+        "@context": json.loads(_CONTEXT.read_text(encoding="utf-8")),
+        "@type": "sc:Dataset",
+        "name": summary["title"],
+        "description": f"{summary['conversations']['count']} conversations about "
+        f"{summary['records']['pictures']} medical images, made from experts' annotations.",
+        "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
+        "license": sorted({row["licence"] for row in summary["licences"]}),
+        "distribution": files,
+        "recordSet": [
+            {"@type": "cr:RecordSet", "@id": "conversations", "name": "conversations", "field": fields}
+        ],
+        "rai:dataCollection": "Images and annotations of: "
+        + "; ".join(source["dataset"] for source in summary["sources"].values()),
+        "rai:dataAnnotationProtocol": "Labels and regions are those of the sources' experts. Texts were "
+        + ("written by a model or made" if synthetic else "made")
+        + " from them by templates, and checked against them.",
+        "rai:dataLimitations": "Not for clinical use. What annotators were not asked for is neither said "
+        "nor denied.",
+        "rai:dataBiases": "Distributions are those of the sources, not of any clinic's patients.",
+        "rai:personalSensitiveInformation": "Medical images. Text burned into the pixels was not looked for. "
+        + (f"May not be published: {', '.join(closed)}." if closed else ""),
+        "rai:dataUseCases": "Training and evaluating vision-language models in research.",
+    }  # fmt: skip
+    text = json.dumps(values, ensure_ascii=False, indent=1)
+    (folder / CROISSANT).write_text(f"{text}\n", encoding="utf-8")
