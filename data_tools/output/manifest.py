@@ -144,7 +144,13 @@ def verify(folder: Path) -> tuple[dict[str, int], Iterator[str]]:
     conversations: dict[bytes, bytes] = {}
     images: dict[str, str] = {}
     problems: list[str] = []
-    empty = pq.read_metadata(folder / NAME).num_rows == 0
+    try:
+        metadata = pq.read_metadata(folder / NAME)
+    except (OSError, pa.ArrowException) as error:
+        raise CorpusError(f"{folder / NAME}: not a readable Parquet file ({error})") from error
+    empty = metadata.num_rows == 0
+    if lacking := set(_SCHEMA.names) - set(metadata.schema.to_arrow_schema().names):
+        raise CorpusError(f"{folder / NAME} lacks the columns {', '.join(sorted(lacking))}")
     for raw in () if empty else iter_raw(folder / NAME, columns=None):
         row: Any = raw.decode()
         key = _key(row["file"], row["id"])
@@ -182,7 +188,12 @@ def _differences(
             row: Any = raw.decode()
             if _key(row["file"], row["id"]) in conversations:
                 yield f"{row['file']}: {row['id']} of the manifest is missing"
-    recorded = {str(json.loads(line)["image"]) for _, line in _lines(folder / "records.jsonl")}
+    recorded = set()
+    for place, line in _lines(folder / "records.jsonl"):
+        try:
+            recorded.add(str(json.loads(line)["image"]))
+        except (ValueError, TypeError, KeyError):
+            yield f"records.jsonl:{place}: no record"
     for root, _, files in os.walk(folder / "images"):
         for file in files:
             name = (Path(root) / file).relative_to(folder).as_posix()

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -37,6 +38,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (edit("caption.jsonl", lambda lines: lines[1:]), "of the manifest is missing"),
     "added": (edit("percept.jsonl", lambda x: [*x, '{"id": "new"}']), "not in the manifest"),
     "twice": (edit("percept.jsonl", lambda lines: [*lines, lines[0]]), "is there twice"),
+    "record": (edit("records.jsonl", lambda lines: [*lines, "[]"]), "no record"),
     "broken": (edit("instruct.jsonl", lambda lines: [*lines, "{"]), "no conversation"),
     "image changed": (lambda f: images(f)[0].write_bytes(b"x"), "differs from the manifest"),
     "image missing": (lambda f: images(f)[0].unlink(), "missing"),
@@ -83,6 +85,12 @@ def test_a_row_says_what_is_known_and_null_for_the_rest(built):
 def test_a_folder_without_a_manifest_is_one_error(tmp_path, capsys):
     assert main(["--verify", str(tmp_path)]) == 1
     assert "has no manifest.parquet" in capsys.readouterr().err
+    (tmp_path / "manifest.parquet").write_bytes(b"PAR1 cut")
+    assert main(["--verify", str(tmp_path)]) == 1
+    assert "not a readable Parquet file" in capsys.readouterr().err
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "manifest.parquet")
+    assert main(["--verify", str(tmp_path)]) == 1
+    assert "lacks the columns" in capsys.readouterr().err
 
 
 def test_mlcroissant_accepts_and_reads_it(built):
