@@ -1,6 +1,6 @@
 # make quickstart    environment, tiny bases, real images, three stages, held-out questions
+# make real          the same with SmolLM2-135M as the language model; not yet run to its end
 # make test          all tests (make test-fast leaves out those that train)
-# make real          the same with SmolLM2-135M as the language model, about an hour on two idle cores
 # make env-engines   vLLM and llama.cpp on the CPU (3.5 GB), for the tests that ask them what we export
 # make check         lint, format, types, licences and advisories of what is installed
 # make gpu-check     what must hold on a GPU before days are spent on one; tiny on the CPU
