@@ -2,5 +2,5 @@
 
 """From labelled medical image sets to an image-text corpus; ``python data_tools/generate.py JOB.yaml``.
 
-Imports nothing that needs torch, and nothing of ``gmai_xtuner``: the two meet in files only.
+Imports nothing that needs torch, and of ``gmai_xtuner`` only ``core``.
 """

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""``python -m gmai_xtuner.evaluate MODEL --benchmark NAME --data PATH``, and ``... compare RUN_A RUN_B``.
+"""``python -m gmai_xtuner.evaluate MODEL --benchmark NAME --data PATH``: ask, score and tabulate.
 
-A benchmark that can't be read, asked or scored does not stop the others.
+Other verbs: ``compare RUN_A RUN_B``, ``reconcile RUN ...``, ``protocols``. A benchmark that can't be read,
+asked or scored does not stop the others.
 
 Exit status: 0 if every question that was to be asked has an answer and a score; 1 if not, or if it
 failed; 2 if the command line can't be understood; 3 if more answers than ``--max-unread`` allows were cut,

@@ -2,8 +2,8 @@
 
 """What a model takes: parameters and memory of its parts, and the operations of a training step (MFU).
 
-Shapes: ``T`` tokens of the flat batch, ``M`` learnt tokens, ``L`` tokens of one conversation, ``N`` images
-of ``P`` patch tokens, ``C`` width of the vision tower.
+Shapes: ``T`` tokens of the flat batch, ``M`` supervised tokens, ``L`` tokens of one conversation, ``N``
+images of ``P`` patch tokens, ``C`` width of the vision tower.
 
 What is counted (one multiply-add is 2 FLOPs, as everywhere):
 
@@ -101,7 +101,7 @@ class ModelFlops:
 
     Args:
         token: the language model's layers, for each token.
-        learnt_token: the head, for each learnt token.
+        learnt_token: the head, for each supervised token.
         pair: the language model's attention, for each pair of a query and a key.
         image: vision tower and projector, for each image.
     """

@@ -9,7 +9,8 @@ the rotary embedding of each ``LlamaAttention``. Parameters and their names stay
 What is not:
 
 * Liger's fused cross entropy: it has one normalisation for all tokens, ours has a weight for each
-  (:mod:`gmai_xtuner.model.loss`), which ``sample`` and ``square`` need, and it runs on learnt tokens only;
+  (:mod:`gmai_xtuner.model.loss`), which ``sample`` and ``square`` need, and it runs on supervised tokens
+  only;
 * layer norms of the vision tower: PyTorch's own is one fused kernel already.
 
 Source: Liger-Kernel (Hsu et al. 2024, arXiv 2410.10989), ``liger_kernel.ops``.

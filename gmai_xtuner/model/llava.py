@@ -3,7 +3,7 @@
 """The GMAI-VL model: CLIP vision tower, MLP projector, InternLM2.5 as Llama.
 
 Shapes: ``N`` images, ``P`` patch tokens of an image (576 at 336 px and patch 14), ``C`` width of the
-vision tower, ``T`` tokens of the flat batch, ``M`` learnt tokens, ``D`` width of the language model.
+vision tower, ``T`` tokens of the flat batch, ``M`` supervised tokens, ``D`` width of the language model.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ class LLaVA(BaseModel):
                 batch's own weights).
             mode: ``loss`` -> ``{"loss": scalar to learn from, "weighted_sum": sum of weights * CE}``;
                 ``tensor`` -> logits ``[1, T, V]``; ``predict`` -> for each conversation its ``id``, the
-                sum of ``loss`` over its learnt tokens (CE, unweighted) and their number, ``tokens``.
+                sum of ``loss`` over its supervised tokens (CE, unweighted) and their number, ``tokens``.
         """
         hidden = self._hidden_states(data)
         if mode == "loss":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Cross entropy over the learnt tokens of a flat batch, without all of its logits.
+"""Cross entropy over the supervised tokens of a flat batch, without all of its logits.
 
-Shapes: ``M`` learnt tokens, ``D`` width of the language model, ``V`` vocabulary.
+Shapes: ``M`` supervised tokens, ``D`` width of the language model, ``V`` vocabulary.
 
 The language-model head runs only on tokens that learn (image and user tokens need no logits), a chunk at
 a time, and each chunk's gradients are taken at once, so that ``chunk_size * V`` logits exist at the most.
@@ -81,7 +81,7 @@ def weighted_cross_entropy(
     """Sum of ``weights * CE``.
 
     Args:
-        hidden: ``[M, D]`` hidden states at the positions *before* each learnt token.
+        hidden: ``[M, D]`` hidden states at the positions *before* each supervised token.
         weight: ``[V, D]`` of the language-model head.
         targets: int64 ``[M]``.
         weights: float32 ``[M]``; what each token counts.
