@@ -7,7 +7,9 @@ in a fixed order) and ``read(options, unit, drops)`` (the samples of one unit). 
 out it raises `Unusable` inside `drops.image` or `drops.annotation`, or calls ``drops.add(...,
 lost=labels)``; where it names no labels, any may be lost. A drop that concerns images of other units is
 marked there by `drops.lose`. Where a module has a ``VERSION``, a new number makes finished jobs read
-their sources again. A new format is one such file, its line in `READERS` and its test.
+their sources again. A new format is one such file, its name in `_MODULES` (which makes `READERS`), a job in
+``examples/jobs`` and its test. A new kind of volume file needs no reader: `open_volume` of
+`core.imaging.volume_headers` reads its header, and `SUFFIXES` there lets the readers of volumes take it.
 """
 
 from __future__ import annotations
