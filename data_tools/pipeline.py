@@ -74,6 +74,20 @@ _MOST_REASONS = 5
 _STORED = re.compile(r"/[0-9a-f]{2}/\.?[0-9a-f]{32}")
 
 
+@dataclass(slots=True)
+class _TaskSize:
+    """How many units a task of reading holds; it follows the time that tasks take, and changes no result."""
+
+    units: int = 1
+
+    def adapt(self, units: int, seconds: float) -> None:
+        """Take into account that a task of so many units took so long."""
+        if seconds < _TASK_SECONDS / 2:
+            self.units = min(max(self.units, 2 * units), _MOST_UNITS)
+        elif seconds > 2 * _TASK_SECONDS:
+            self.units = max(1, units // 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The part of a job that is run.
@@ -139,7 +153,7 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
                 for source in chosen:
                     work.read(source)
                 # An image that somebody took away is made again by reading its unit again.
-                if not _compare_images(store, job.output / IMAGES):
+                if not _forget_units_without_images(store, job.output / IMAGES):
                     break
             refused = {s.name: text for s in chosen if (text := work.refusal(s))}
             for source in kept:  # nothing is paid for what the corpus leaves out
@@ -149,9 +163,9 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
         progress.stage("building the corpus")
         summary = build(store, job, job.output)
         # Only now: until here the corpus of the run before was the one that is there.
-        _compare_images(store, job.output / IMAGES, delete=True)
+        _forget_units_without_images(store, job.output / IMAGES, delete_strays=True)
         with store.transaction():
-            pass  # keeps the seconds
+            pass  # each transaction adds the time since the one before to the job's seconds
         if refused:
             raise CorpusError("\n".join(refused.values()))
         return Result(summary, store.count_pending(), stopped)
@@ -234,8 +248,16 @@ def _hash(*parts: Any) -> bytes:
     return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _compare_images(store: Store, folder: Path, *, delete: bool = False) -> bool:
-    """Make units unread whose images are missing, and return whether there were any."""
+def _forget_units_without_images(
+    store: Store, folder: Path, *, delete_strays: bool = False
+) -> bool:
+    """Make units unread whose images are missing, and return whether there were any.
+
+    Args:
+        store: of the job.
+        folder: of the images.
+        delete_strays: delete the images, too, that no record refers to.
+    """
     stored = (
         f"{folder.name}/{shard.name}/{file.name}"
         for shard in (os.scandir(folder) if folder.is_dir() else ())
@@ -243,7 +265,7 @@ def _compare_images(store: Store, folder: Path, *, delete: bool = False) -> bool
         for file in os.scandir(shard)
     )
     missing, strays = store.compare_images(stored)
-    for name in filter(_STORED.search, strays if delete else ()):
+    for name in filter(_STORED.search, strays if delete_strays else ()):
         (folder.parent / name).unlink(missing_ok=True)
     return missing
 
@@ -332,7 +354,7 @@ class _Run:
     def _units(self, source: SourceOptions, number: int) -> Generator[tuple[int, int], None, None]:
         """Yield id and place of each unit, in their order; those that are new are read."""
         known: deque[tuple[int, int]] = deque()
-        size = [1]  # units of a task
+        size = _TaskSize()
         function = partial(read_units, source, self.job.output, self.job.taxonomy)
 
         def batches() -> Iterator[list[tuple[int, Unit]]]:
@@ -345,7 +367,7 @@ class _Run:
                     known.append((before[0], place))
                     continue
                 waiting.append((place, unit))
-                if len(waiting) >= size[0]:
+                if len(waiting) >= size.units:
                     yield waiting
                     waiting = []
             if waiting:
@@ -361,13 +383,13 @@ class _Run:
         yield from known
 
     def _results(
-        self, function: Any, batches: Iterable[list[tuple[int, Unit]]], size: list[int]
+        self, function: Any, batches: Iterable[list[tuple[int, Unit]]], size: _TaskSize
     ) -> Generator[tuple[int, Unit, UnitResult], None, None]:
         """Yield unit by unit. Where a worker dies over several, each is tried alone to find the one.
 
-        Tasks grow in ``size`` until they take long enough; that changes no result.
+        ``size`` is told how long each task took.
         """
-        flight: deque[list[tuple[int, Unit]]] = deque()
+        flight: deque[list[tuple[int, Unit]]] = deque()  # handed over, oldest first
 
         def tasks() -> Iterator[list[Unit]]:
             for batch in batches:
@@ -379,10 +401,7 @@ class _Run:
                 batch = flight.popleft()
                 if read is not None:
                     units, seconds = read
-                    if seconds < _TASK_SECONDS / 2:
-                        size[0] = min(max(size[0], 2 * len(batch)), _MOST_UNITS)
-                    elif seconds > 2 * _TASK_SECONDS:
-                        size[0] = max(1, len(batch) // 2)
+                    size.adapt(len(batch), seconds)
                     yield from ((*placed, unit) for placed, unit in zip(batch, units, strict=True))
                 elif len(batch) > 1:
                     yield from self._results(function, ([placed] for placed in batch), size)

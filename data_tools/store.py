@@ -10,10 +10,15 @@
     corpus    which records are in it, under which number   follows from the order of job, source and unit,
               and id; what their items were made with       never from the order in which work came in
     items     a conversation: accepted, rejected, pending   id = record x 4096 + place in the record
-    drops     what was left out: stage, reason              unit: of the unit, or minus the source
+    drops     what was left out: stage, reason              unit: its id; or the source's id, negative, of
+                                                            what `Store.arrange` leaves out of the corpus
+
+``corpus_records``, ``corpus_items``, ``corpus_drops`` and ``conversations`` are views (store.sql).
 
 The id of a forgotten row is never given again (AUTOINCREMENT): items would pass to another record.
-A unit is done if its row is there; a record's items are done if ``made`` names what they were made with.
+A unit is done if its row is there. A record's items are done if ``corpus.made``, a hash of all that they were
+made with, is that of the run. ``corpus.final`` is the id of a record whose own one an earlier record has
+(``~2``), else null.
 """
 
 from __future__ import annotations
@@ -130,7 +135,7 @@ class ItemRow(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A conversation that was made, with all that led to it.
+    """A conversation as the store has it, accepted or not, with all that led to it.
 
     Args:
         item: what was to be made.
@@ -242,7 +247,10 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit all or nothing; a transaction inside another belongs to it."""
+        """Commit all or nothing; a transaction inside another belongs to it.
+
+        Each adds the wall clock since the one before to the job's seconds (`Usage.seconds`).
+        """
         if self._depth:
             yield
             return
@@ -352,7 +360,7 @@ class Store:
         return [key for (key,) in self._rows(query, unit)]
 
     def begin_order(self) -> None:
-        """Forget the order of units that `order` has been given."""
+        """Begin anew to say the order of a source's units: what `order` was told before is forgotten."""
         self._rows("CREATE TEMP TABLE IF NOT EXISTS seen (unit INTEGER PRIMARY KEY, place INTEGER)")
         self._rows("DELETE FROM seen")
 

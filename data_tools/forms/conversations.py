@@ -192,17 +192,21 @@ def kinds(
 
 
 def absent(record: Record, context: SourceContext, language: Language) -> list[str]:
-    """Return labels of the set that this image is known to lack, and that aren't part of one that it has."""
+    """Return labels of the set that this image is known to lack, and that aren't part of one that it has.
+
+    `SourceContext.known_in` says what was looked for in the image; `pipeline.source_context` what the job
+    (``negatives``) and the readers (``examined``) have to say in that.
+    """
     known = context.known_in(record)
     own = (*record.names, *record.incomplete)
-    words = [set(name.lower().split()) for name in own]
+    own_words = [set(name.lower().split()) for name in own]
     return [
         name
         for name in context.vocabulary
         if name in known
         and name not in own
         and language.can_name(name, context)
-        and not any(_overlap(set(name.lower().split()), known) for known in words)
+        and not any(_overlap(set(name.lower().split()), words) for words in own_words)
     ]
 
 
@@ -314,6 +318,7 @@ def _counts(record: Record) -> Counter[str]:
 
 
 def _overlap(words: set[str], other: set[str]) -> bool:
+    """Tell whether one name has all the words of the other: "left lung" and "lung"."""
     return words <= other or other <= words
 
 

@@ -169,6 +169,9 @@ class Teller:
     Args:
         item: gives language, focus and seed.
         record, context, taxonomy: what is known and what it is called.
+
+    Attributes:
+        known: labels of which all is annotated in this image: they may be counted, or denied.
     """
 
     __slots__ = ("context", "item", "known", "language", "record", "rng", "taxonomy")
@@ -214,7 +217,10 @@ class Teller:
         return Word(self._described(self.subject if subject else "")[0])
 
     def _described(self, subject: str) -> tuple[str, tuple[str, ...]]:
-        """Return what the image is called, and the attributes that this says."""
+        """Return what the image is called, and the attributes that this says.
+
+        A part of the body that is known goes before ``subject``, a label.
+        """
         language, record = self.language, self.record
         given = record.attributes
         kind = language.images.get(record.modality) or language.image.format(
@@ -224,13 +230,13 @@ class Teller:
         about = view or language.planes.get(str(record.provenance.part.get("axis")), "")
         said = ["view"] if view else []
         key, side = self._side()
-        part = self._part_of_body(self._body())
-        if part:
+        if found := self._part_of_body(self._body()):
+            part, english = found
             said.append("body part")
-            if side and noun(part[1]).kind == "anatomy_of_many":
+            if side and noun(english).kind == "anatomy_of_many":
                 said.append(key)
-                part = language.described["side"].format(side=side, part=part[0]), f"left {part[1]}"
-            of = part[0] if language.translated else indefinite(part[0])
+                part = language.described["side"].format(side=side, part=part)
+            of = part if language.translated else indefinite(part)
             return language.described["of"].format(about=about, kind=kind, part=of), tuple(said)
         if subject:
             of = self.name(subject)
@@ -300,9 +306,10 @@ class Teller:
         return self.say(f"{key}.{how}", **self.things(label), **values)
 
     def things(self, label: str) -> dict[str, object]:
-        """Return the fields of a sentence about a label's regions.
+        """Return the values for the placeholders of a sentence about a label's regions.
 
-        Boxes of things that count are those things, "nine red blood cells"; all else has regions.
+        A box of what can be counted is one of it, "nine red blood cells" (``things`` of `Language.regions`);
+        a mask of it is a region (``counted``), and so is each box or mask of all else (``mass``).
         """
         found, of_label = noun(label), [one for one in self.record.labels if one.name == label]
         count = sum(one.box is not None for one in of_label)

@@ -7,7 +7,8 @@ answers   key -> answer      asked once, by whichever job; key: `request.Request
 under_way key -> run, job    written before a request is sent, with the most that it can cost
 spent     job                tokens and dollars over all runs; "lost": of requests whose answer never came
 servers   address, model     what the server was found not to understand
-shards, shard_keys           batches, written before anything of them leaves this machine
+shards, shard_keys           batches (of OpenAI's batch API) and the requests in them, written before
+                             anything of them leaves this machine
 ```
 
 A run holds a file lock as long as it lives. What it left ``under_way`` when it was killed is found by the
@@ -76,7 +77,7 @@ class Reply:
 
 
 class Shard(NamedTuple):
-    """A batch. ``state`` is ``prepared``, ``uploaded`` or ``submitted``."""
+    """A batch. ``state`` is ``prepared``, ``uploaded`` or ``submitted``; ``run`` has made it."""
 
     id: str
     run: str
@@ -103,12 +104,12 @@ class Ledger:
         self._lock = threading.RLock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._locks = path.with_name(path.name + ".runs")
-            self._locks.mkdir(exist_ok=True)
-            self._alive = self._lock_of(self.run)
+            self._lock_folder = path.with_name(path.name + ".runs")
+            self._lock_folder.mkdir(exist_ok=True)
+            self._own_lock = self._lock_of(self.run)
             # Under one lock, or another run could bury this one between its file and the lock on it.
             with FileLock(str(path) + ".lock"):
-                self._alive.acquire()
+                self._own_lock.acquire()
                 self._connection = self._connect()
                 self._prepare()
                 # Looking an answer up doesn't wait for another thread's write to reach the disk.
@@ -162,11 +163,11 @@ class Ledger:
         with self._lock:
             self._connection.close()
             self._reader.close()
-        self._alive.release()
-        (self._locks / self.run).unlink(missing_ok=True)
+        self._own_lock.release()
+        (self._lock_folder / self.run).unlink(missing_ok=True)
 
     def _lock_of(self, run: str) -> FileLock:
-        return FileLock(str(self._locks / run), thread_local=False)
+        return FileLock(str(self._lock_folder / run), thread_local=False)
 
     def is_alive(self, run: str) -> bool:
         """Return whether the process of a run is still there."""
@@ -184,7 +185,7 @@ class Ledger:
         for (run,) in self._rows("SELECT DISTINCT run FROM under_way"):
             if not self.is_alive(run):
                 self.bury(run)
-        for file in self._locks.iterdir():
+        for file in self._lock_folder.iterdir():
             if file.name != self.run and not self.is_alive(file.name):
                 file.unlink(missing_ok=True)
 
