@@ -65,6 +65,7 @@ _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _SHALLOW = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", *_TRANSPARENT)
 _HALF_OF_16_BITS = 2**15
+_TAG = ExifTags.Base  # TIFF's own tags are among them
 
 # What Pillow's decoders raise on damaged files (found by flipping and cutting bytes).
 _DECODE_ERRORS = (
@@ -126,7 +127,7 @@ def decode_pixels(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) ->
     Damage that decoders pass over is looked for too, see `gmai_xtuner.core.imaging.damage`.
     """
     with opened(content, name, max_pixels=max_pixels) as image:
-        shown, turned, suffix = _decode(image, name, whole=content)
+        shown, turned, suffix = _decode(image, name, content=content)
         if shown.mode == "1":
             shown = shown.convert("L")
         elif shown.mode not in ("L", "RGB"):
@@ -188,7 +189,7 @@ def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> 
                 _decode(image, path)
     elif level == "decode":
         with opened(path, max_pixels=max_pixels) as image:
-            _decode(image, path, whole=_whole(image))
+            _decode(image, path, content=_file_content(image))
     else:
         raise ValueError(f'level must be "exists", "header" or "decode", got {level!r}.')
 
@@ -206,12 +207,12 @@ def _error(name: PathLike, problem: str, reason: str, remedy: str | None = None)
 
 def _missing(path: PathLike, why: str) -> ImageError:
     remedy = "Check image_root in the mixture file, or drop the record."
-    if (meant := _meant(os.fspath(path))) is not None:
+    if (meant := _similar_file(os.fspath(path))) is not None:
         remedy = f"Did you mean {meant!r}? Names are taken letter by letter. Otherwise: {remedy}"
     return _error(path, f"can't be opened ({why})", "missing_image", remedy)
 
 
-def _meant(path: str) -> str | None:
+def _similar_file(path: str) -> str | None:
     """Return the file that a misspelt path may mean: ``\\``, ``%20``, ``~``, blanks at ends, letter case."""
     if "\0" in path or os.path.exists(path):
         return None
@@ -324,7 +325,10 @@ def _problem(image: Image.Image, max_pixels: int) -> tuple[str, str, str | None]
     if max(image.size) > MAX_SIDE or max(image.size) > MAX_RATIO * min(image.size):
         limits = f"the limits are {MAX_SIDE} a side, and {MAX_RATIO} times the other"
         return f"has {size} pixels; {limits}", large, _SMALLER
-    if image.info.get("progressive") and (scans := _whole(image).count(b"\xff\xda")) > MAX_SCANS:
+    if (
+        image.info.get("progressive")
+        and (scans := _file_content(image).count(b"\xff\xda")) > MAX_SCANS
+    ):
         return f"is a JPEG of {scans} scans, the limit is {MAX_SCANS}", large, "Save it anew."
     if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
         return f"is a moving {image.format}", _UNSUPPORTED, _ONE_FILE.format("frame")
@@ -332,13 +336,16 @@ def _problem(image: Image.Image, max_pixels: int) -> tuple[str, str, str | None]
         return f"has the colour mode {image.mode}", _UNSUPPORTED, _AS_RGB
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
-    bits: Any = image.tag_v2.get(258, (1,))
-    if image.tag_v2.get(284) == 2 and max(bits if isinstance(bits, tuple) else (bits,)) > 8:
+    bits: Any = image.tag_v2.get(_TAG.BitsPerSample, (1,))
+    if (
+        image.tag_v2.get(_TAG.PlanarConfiguration) == 2
+        and max(bits if isinstance(bits, tuple) else (bits,)) > 8
+    ):
         # Pillow 13 and OpenCV 5 both read these planes as noise, without an error.
         problem = f"is a TIFF with a separate plane of {bits} bits for each channel"
         remedy = "Save it with interleaved channels (PlanarConfiguration 1), or as PNG."
         return problem, _UNSUPPORTED, remedy
-    tile = image.tag_v2.get(322, 1) * image.tag_v2.get(323, 1)
+    tile = image.tag_v2.get(_TAG.TileWidth, 1) * image.tag_v2.get(_TAG.TileLength, 1)
     if tile > max(_MAX_TILE, 4 * width * height):
         return f"is a TIFF of {size} pixels in tiles of {tile}", large, "Save it anew."
     if pages := _pages(image):
@@ -346,7 +353,8 @@ def _problem(image: Image.Image, max_pixels: int) -> tuple[str, str, str | None]
     return None
 
 
-def _whole(image: Any) -> bytes:
+def _file_content(image: Any) -> bytes:
+    """Return the bytes of an opened image's file, which stays where it was."""
     position = image.fp.tell()
     image.fp.seek(0)
     content: bytes = image.fp.read()
@@ -360,7 +368,7 @@ def _pages(image: TiffImagePlugin.TiffImageFile) -> str:
     try:
         for page in range(1, MAX_PAGES):  # n_frames would read the headers of all pages
             image.seek(page)
-            reduced_or_mask = image.tag_v2.get(254, 0) & 0b101
+            reduced_or_mask = image.tag_v2.get(_TAG.NewSubfileType, 0) & 0b101
             if image.size == size and not reduced_or_mask:
                 return f"stack of several pages of {width} x {height} pixels"
     except EOFError:  # no more pages
@@ -387,8 +395,9 @@ def _reaches_its_end(image: Any) -> bool:
     if image.format == "WEBP":
         return int.from_bytes(start[4:8], "little") + 8 <= size
     if image.format == "TIFF":
-        offsets = image.tag_v2.get(273) or image.tag_v2.get(324) or ()
-        counts = image.tag_v2.get(279) or image.tag_v2.get(325) or ()
+        tags = image.tag_v2
+        offsets = tags.get(_TAG.StripOffsets) or tags.get(_TAG.TileOffsets) or ()
+        counts = tags.get(_TAG.StripByteCounts) or tags.get(_TAG.TileByteCounts) or ()
         return len(offsets) == len(counts) > 0 and all(
             offset + count <= size for offset, count in zip(offsets, counts, strict=True)
         )
@@ -396,18 +405,18 @@ def _reaches_its_end(image: Any) -> bool:
 
 
 def _decode(
-    image: Image.Image, name: PathLike, *, whole: bytes | None = None
+    image: Image.Image, name: PathLike, *, content: bytes | None = None
 ) -> tuple[Image.Image, bool, str]:
     """Return the image upright, 8-bit and opaque, of any mode, and the rest of `DecodedPixels`.
 
-    With ``whole``, the file's content, what decoders pass over is looked for too.
+    With the file's ``content``, damage that decoders pass over is looked for too.
     """
     is_16_bit_colour = (
         image.format in ("PNG", "TIFF")
         and image.mode in ("RGB", "RGBA", "RGBX", "LA")
         and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     )
-    white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+    white_is_zero = image.format == "TIFF" and image.tag_v2.get(_TAG.PhotometricInterpretation) == 0  # type: ignore[attr-defined]
     file = getattr(image, "fp", None)
     # Pillow turns a TIFF while it loads it, and forgets that it did.
     orientation = _orientation(image) if image.format == "TIFF" else None
@@ -415,7 +424,7 @@ def _decode(
         # What Pillow would do itself, but for its own limit, which max_pixels may exceed.
         image.im = Image.core.new(image.mode, getattr(image, "_tile_size", image.size))
     image.load()
-    damage = find_damage(whole, image) if whole is not None else ""
+    damage = find_damage(content, image) if content is not None else ""
     if damage:
         raise _error(name, f"is damaged ({damage})", "damaged_image", _AGAIN)
     suffix = {"PNG": ".png", "JPEG": ".jpg"}.get(image.format or "", "")

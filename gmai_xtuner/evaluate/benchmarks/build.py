@@ -37,10 +37,14 @@ from gmai_xtuner.evaluate.questions import (
 
 LETTERS = string.ascii_uppercase
 _NUMBERED_MARK = re.compile(r"<image (\d+)>")
-_PART = re.compile(r"(.*)_part_?(\d+)()$|(.*)-(\d+)-of-(\d+)\b", re.IGNORECASE)
+_PART = re.compile(
+    r"(?P<name>.*)_part_?(?P<part>\d+)$|(?P<shards_name>.*)-(?P<shard>\d+)-of-(?P<shards>\d+)\b",
+    re.IGNORECASE,
+)
+"""``name_part_1``, counted from 1, or the hub's ``name-00000-of-00004``."""
 _MANY = 20
 """Answers after which an index that never occurs is told."""
-_FAULTS = frozenset(
+_OWN_IS_REFUSED_FOR = frozenset(
     {
         *("no_question", "no_answer", "no_options", "one_option", "bad_options", "bad_answer"),
         *("bad_image_path", "answer_disagrees", "ambiguous_answer", "answer_not_an_option"),
@@ -128,8 +132,9 @@ class _Reader:
         self.roots = tuple(os.path.abspath(one).rstrip("/") + "/" for one in dict.fromkeys(roots))
         self.questions: dict[str, Question] = {}
         self.problems: list[Problem] = []
-        self.counted = self.rows = 0
-        self.place = ""
+        self.counted = 0  # questions of this variant, asked or left out
+        self.rows = 0  # of all files so far
+        self.place = ""  # of the row that is being read, for messages
         self.repeated: Counter[str] = Counter()
         self.groups: set[tuple[str, str]] = set()
         self.numbers_of_options: Counter[int] = Counter()
@@ -144,7 +149,7 @@ class _Reader:
         self, reason: str, record: str, detail: str, *, left_out: bool = True, column: str = ""
     ) -> None:
         """Note what is wrong with a record; a ``BenchmarkError`` where the file is refused for it."""
-        if self.strict and reason in _FAULTS:
+        if self.strict and reason in _OWN_IS_REFUSED_FOR:
             where = f", column {column!r}" if column else ""
             raise BenchmarkError(
                 f"{self.place}{where} (question {record}): {detail}. Correct the file or its column map."
@@ -191,7 +196,7 @@ class _Reader:
         self.numbers_of_options[len(question.options)] += 1
         if record.index is not None:
             self.indices[record.index] += 1
-        if (why := next(self._faults(question), None)) is not None:
+        if (why := next(self._why_not_asked(question), None)) is not None:
             name = ascii(question.id) if why[0] == "not_text" else question.id
             self.problem(why[0], name, why[1])
             return
@@ -207,7 +212,7 @@ class _Reader:
             self.problem("answer_not_an_option", question.id, told, left_out=False)
         self.questions[question.id] = question
 
-    def _faults(self, question: Question) -> Iterator[tuple[str, str]]:
+    def _why_not_asked(self, question: Question) -> Iterator[tuple[str, str]]:
         """Yield why a question can't be asked: the key that it is counted under, and a sentence."""
         texts = (question.text, *question.options)
         files = [image for image in question.images if isinstance(image, Path)]
@@ -243,8 +248,10 @@ class _Reader:
         layout = self.layout
         parts: dict[tuple[str, int, int], set[int]] = {}
         for match in filter(None, (_PART.match(path.stem) for path in self.paths)):
-            first, number = (1, match[2]) if match[2] else (0, match[5])
-            key = (match[1] or match[4], first, int(match[6] or layout.num_parts))
+            if match["part"]:
+                key, number = (match["name"], 1, layout.num_parts), match["part"]
+            else:
+                key, number = (match["shards_name"], 0, int(match["shards"])), match["shard"]
             parts.setdefault(key, set()).add(int(number))
         for (name, first, total), there in parts.items():
             for part in sorted(set(range(first, first + total)) - there):
@@ -498,7 +505,8 @@ class _Record:
                 match = re.search(one.match, text) if one.match else None
                 text = match[0] if match else text
                 if one.yes_no and answers:
-                    text = one.yes_no[answers[0].lower() not in ("yes", "no")]
+                    is_yes_no = answers[0].lower() in ("yes", "no")
+                    text = one.yes_no[0] if is_yes_no else one.yes_no[1]
             if text:
                 found[name] = text
         return found

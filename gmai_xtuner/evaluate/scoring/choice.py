@@ -63,6 +63,7 @@ _FILLER = RULES["filler"].pattern
 _DECLARED = {name: re.compile(rf"(?i)(?:{cue})\s*{_FILLER}") for name, cue in CUES.items()}
 _CUE_WORDS: Mapping[str, Sequence[str]] = TABLES["cue_words"]
 _FOR_LETTERS_ALONE = {"choice: on its line", "answer B", "choose"}
+"""Keys of ``declarations`` in rules.yaml behind which a letter is read, and no text."""
 _LETTER_PATTERNS = [
     RULES[name] for name in ("it_is_letter", "correct_letter", "correct_chinese", "not_a_but_b")
 ]
@@ -125,7 +126,7 @@ class Reading:
             }
         if not found and len(said) < 6 and any(sign.isdigit() for sign in text):
             found = {one for one, option in self.options.items() if same_quantity(text, option)}
-        return _same(found, self.options)
+        return _one_of_equals(found, self.options)
 
     def verbatim(self, text: str) -> Found:
         """Return the letters of the options that a text is, but for spaces, a last full stop, and case."""
@@ -133,12 +134,12 @@ class Reading:
             said = same(_bare(text))
             found = {one for one, name in self.options.items() if same(_bare(name)) == said}
             if said and found:
-                return _same(found, self.options)
+                return _one_of_equals(found, self.options)
         return set()
 
     def mentioned(self, text: str) -> Found:
         """Return the letters of the options whose text is named, and not denied."""
-        return _same(affirmed(text, mentions(text, self.names)), self.options)
+        return _one_of_equals(affirmed(text, mentions(text, self.names)), self.options)
 
     def known(self, letter: str) -> str | None:
         return letter.upper() if letter.upper() in self.options else None
@@ -218,7 +219,7 @@ def _leading(reading: Reading) -> Found | None:
         said, rest = match[1] or match[2] or match[3], match[4]
     line, _, below = rest.partition("\n")
     letter = reading.known(said) if match or len(said) == 1 else None
-    if letter is None or not (match or letter in reading.words_of(line)) or _is_list(reading):
+    if letter is None or not (match or letter in reading.words_of(line)) or _lists_options(reading):
         return None
     first, *after = RULES["sentence"].split(line, maxsplit=1)
     for part, behind in ((line, below), (first, "\n".join([*after, below]))):
@@ -238,7 +239,7 @@ def _leading(reading: Reading) -> Found | None:
     return {letter} if others <= {letter} else set()
 
 
-def _is_list(reading: Reading) -> bool:
+def _lists_options(reading: Reading) -> bool:
     """Tell whether an answer lists the options, or walks through them."""
     rules = (RULES["line_letter"], RULES["inline_letter"])
     letters = {one.upper() for rule in rules for one in rule.findall(reading.text)}
@@ -352,7 +353,7 @@ def _begins_with(rest: str, reading: Reading) -> Found:
         return set()
     joined = RULES["joined_text"].fullmatch
     others = [one for one in all_mentions if joined(rest[first[0].end : one.start])]
-    return _same({one.key for one in (*first, *others)}, reading.options)
+    return _one_of_equals({one.key for one in (*first, *others)}, reading.options)
 
 
 def _last_line(reading: Reading) -> Found | None:
@@ -363,7 +364,7 @@ def _last_line(reading: Reading) -> Found | None:
     alone = RULES["alone"].fullmatch(line) if reading.letters else None
     if alone and (letter := reading.known(alone[1])):
         return {letter}
-    if _is_list(reading):
+    if _lists_options(reading):
         return None
     if found := reading.words_of(line):
         return found
@@ -399,12 +400,15 @@ def _first_sentence(reading: Reading) -> Found | None:
 
 
 def _yes_no(reading: Reading) -> Found | None:
-    """Where yes and no are the options: "No mass is seen" chooses neither."""
+    """Where yes and no are the options: "No mass is seen" chooses neither.
+
+    Both letters, which is "not understood", if nothing is said: no later step is to guess.
+    """
     polar = {option.strip().casefold(): letter for letter, option in reading.options.items()}
     if not reading.texts or len(reading.options) != 2 or set(polar) != {YES, NO}:
         return None
     said = yes_or_no(reading.text)
-    return {polar[said]} if said else {YES, NO}
+    return {polar[said]} if said else set(polar.values())
 
 
 def _mentioned(reading: Reading) -> Found | None:
@@ -427,10 +431,11 @@ STEPS: tuple[Callable[[Reading], Found | None], ...] = (
     _yes_no,
     _mentioned,
 )
-"""The steps in their order; an empty set or None: the next one is tried."""
+"""The steps in their order. None or an empty set: the next one is tried. But an empty set of `_leading` means
+a letter that contradicts what follows it, and the answer is not understood."""
 
 
-def _same(letters: set[str], options: Mapping[str, str]) -> Found:
+def _one_of_equals(letters: set[str], options: Mapping[str, str]) -> Found:
     """Reduce letters whose options read the same to one: either is right or wrong with the other."""
     return {min(letters)} if len({options[letter] for letter in letters}) == 1 else letters
 
@@ -440,9 +445,9 @@ def has_options(question: Question) -> bool:
     return bool(question.options)
 
 
-def _scorer(name: str, description: str, **read: bool) -> Scorer:
+def _scorer(name: str, description: str, **may_read: bool) -> Scorer:
     def score(question: Question, answer: str) -> Score:
-        letter = choose(question, answer, **read)
+        letter = choose(question, answer, **may_read)
         return Score(float(letter is not None and letter in question.gold_letters()), letter)
 
     return Scorer(name, 2, description, score, has_options)
