@@ -80,7 +80,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        # Comparisons with NaN are false.
+        # Written as "is within", not as "is outside": comparisons with NaN are false, so it is refused.
         ranges = {
             "temperature": ("0, or 1e-6 to 100", 1e-6 <= (self.temperature or 1) <= 100),
             "top_p": ("1e-6 to 1", 1e-6 <= self.top_p <= 1),
@@ -284,7 +284,7 @@ class Predictor:
             finally:
                 tokens.queue.put(None)
 
-        told, ids = "", list[int]()
+        given, ids = "", list[int]()
         with ThreadPoolExecutor(1) as executor:
             running = executor.submit(run)
             try:
@@ -294,14 +294,14 @@ class Predictor:
                     if _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token) or ""):
                         continue  # what bytes mean is known when all that follow each other are there
                     text = self._decode(ids)
-                    if len(text) > len(told) and text.startswith(told):
-                        yield text[len(told) :]
-                        told = text
+                    if len(text) > len(given) and text.startswith(given):
+                        yield text[len(given) :]
+                        given = text
                 running.result()
                 stream.is_cut = not ids or ids[-1] not in self.stop_ids
                 whole = self._decode(ids)
-                if len(whole) > len(told):
-                    yield whole[len(told) :]
+                if len(whole) > len(given):
+                    yield whole[len(given) :]
             finally:
                 tokens.stopped = True
 
@@ -351,7 +351,8 @@ class Predictor:
     ) -> dict[str, Any]:
         """Return what ``generate`` takes for one prompt."""
         embeds = self._embed_all([ids], [images])
-        return self._padded(embeds, *self._by_room(embeds, max_new_tokens))
+        (room,) = self._by_room(embeds, max_new_tokens)
+        return self._padded(embeds, room)
 
     def _embed_all(
         self, prompts: Sequence[np.ndarray], images: Sequence[Sequence[ImageLike]]
@@ -364,7 +365,7 @@ class Predictor:
         return [self._embed(ids.astype(np.int64), own) for ids, own in pairs]
 
     def _by_room(self, embeds: Sequence[torch.Tensor], max_new_tokens: int) -> dict[int, list[int]]:
-        """Longest answer -> numbers of the prompts that may have it, to be computed together.
+        """Return tokens of the longest answer -> the prompts that have room for it, computed together.
 
         In one batch all answers end together, and positions beyond the model's last would change the rotary
         base of every prompt in it.

@@ -27,9 +27,13 @@ from dataclasses import dataclass
 import numpy as np
 
 _ITERATIONS = 80
+"""Steps of iterative scaling at most."""
 _CLOSE_ENOUGH = 1e-3
+"""Share of the wanted uses by which the expected ones may differ, at which scaling ends."""
 _MOVES = 50_000
+"""Conversations that are put into packs one by one; of more, several are put together."""
 _LARGEST_TABLE = 2**24
+"""Numbers in a table of ``Z`` for all kinds, at most: 128 MiB."""
 
 
 # What a chain of packs holds: (the chain before, the kind put on it), or None for an empty pack.
@@ -67,7 +71,7 @@ def balanced_fit(
     packs = _OpenPacks(max_length, number_of_packs)
     tables = np.empty((len(lengths), max_length + 1))
     _sums(lengths, weights, max_length, tables=tables)
-    granule = max(1, int(counts.sum()) // _MOVES)
+    granule = max(1, int(counts.sum()) // _MOVES)  # conversations that are put together
     for kind in range(len(lengths) - 1, -1, -1):
         length, left = int(lengths[kind]), int(counts[kind])
         moves = _proportions(packs.open, tables[kind], float(weights[kind]), length)
@@ -113,7 +117,7 @@ def _weights(
     wanted = counts * (max_length / tokens)  # of each kind in a pack, if packs were full
     weights = counts / int(counts.sum())
     best: tuple[float, np.ndarray, np.ndarray] | None = None  # error, weights, expected / wanted
-    roots = 1  # a step is the ratio to the power of 1/2, 1/4, ...: a larger one may swing
+    halvings = 1  # a step is the ratio to the power of 1/2, 1/4, ...: a larger one may swing
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for _ in range(_ITERATIONS):
             expected = _expected_uses(lengths, weights, _sums(lengths, weights, max_length))
@@ -123,14 +127,14 @@ def _weights(
                 error = math.fsum(np.abs(expected - wanted).tolist()) / math.fsum(wanted.tolist())
             if best is None or error < best[0]:
                 best = error, weights, expected
-            else:
-                roots += 1
+            else:  # the step was too large: back to the best, and from there with half of the exponent
+                halvings += 1
                 error, weights, expected = best
                 ratio = wanted / expected
             if not error > _CLOSE_ENOUGH or error == math.inf:
                 break
             step = np.clip(ratio, 1 / 16, 16)
-            for _ in range(roots):
+            for _ in range(halvings):
                 step = np.sqrt(step)
             weights = weights * step
     assert best is not None

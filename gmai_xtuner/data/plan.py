@@ -4,7 +4,8 @@
 
 A plan is a folder ``<cache_dir>/plans/<key>/``::
 
-    held-out.npy            int64 [datasets, 2]: conversations held out, and on neither side
+    held-out.npy            int64 [datasets, 2]: conversations held out, and those left out of both splits,
+                            since they have images of both
     excluded.json           conversations of each dataset that a list leaves out, and lines of the lists of
                             which no conversation is
     samples.npy             uint32 [samples, 2]: dataset, row in its token cache (after sampling by ratio)
@@ -107,7 +108,7 @@ class DataPlan:
         max_images: images of a pack.
         cache_dir: where plans are kept.
         held_out: share of the images (and of the conversations without one) that is kept for
-            validation, see the module; it is taken before the sampling by ratio.
+            validation, see :mod:`gmai_xtuner.data.held_out`; it is taken before the sampling by ratio.
         split: ``train``, or ``held_out`` for a plan of what the other does not train on: each
             conversation once, whatever the ratios.
         at_most: conversations of a dataset in the ``held_out`` split; default: all.
@@ -212,20 +213,25 @@ class DataPlan:
         return Excluded(tuple(found["conversations"]), found["unknown"], tuple(found["examples"]))
 
     def _find_excluded(self) -> tuple[list[np.ndarray | None], list[Exclusion]]:
-        """Return bool ``[conversations]`` of each dataset, left out, or ``None``; what its lists find."""
+        """Return what is left out of each dataset, and what its exclude lists name that is there.
+
+        Returns:
+            bool ``[conversations]`` of each dataset, ``None`` without a list; and the ids and images found.
+        """
         nothing = Exclusion()
         parts = self.exclusions.datasets if self.exclusions else [nothing] * len(self.caches)
         found = [
             _rows_of(part, cache.folder) if part else (None, nothing)
             for part, cache in zip(parts, self.caches, strict=True)
         ]
-        return [mask for mask, _ in found], [there for _, there in found]
+        return [mask for mask, _ in found], [in_use for _, in_use in found]
 
     def _draw(self) -> np.ndarray:
+        """Return the samples; save how many conversations are held out, and how many excluded."""
         parts, counts = [], np.zeros((len(self.caches), 2), dtype=np.int64)
-        excluded, there = self._find_excluded()
+        excluded, in_use = self._find_excluded()
         if self.exclusions:
-            unknown = self.exclusions.unknown(there)
+            unknown = self.exclusions.unknown(in_use)
             content = {
                 "conversations": [0 if mask is None else int(mask.sum()) for mask in excluded],
                 "unknown": len(unknown),
@@ -310,8 +316,8 @@ def _rows_of(exclusion: Exclusion, cache: Path) -> tuple[np.ndarray, Exclusion]:
     Returns:
         bool ``[conversations]``, and the ids and images of the exclusion that a conversation has.
     """
-    names = (pa.array(sorted(names), pa.string()) for names in (exclusion.ids, exclusion.images))
-    ids, images = names
+    ids = pa.array(sorted(exclusion.ids), pa.string())
+    images = pa.array(sorted(exclusion.images), pa.string())
     found_ids: set[str] = set()
     found_images: set[str] = set()
     parts = [np.zeros(0, dtype=bool)]
@@ -323,6 +329,7 @@ def _rows_of(exclusion: Exclusion, cache: Path) -> tuple[np.ndarray, Exclusion]:
         by_image = pc.is_in(shown.values, value_set=images)
         found_ids.update(own.filter(by_id).to_pylist())
         found_images.update(shown.values.filter(by_image).to_pylist())
+        # Images on the list before each: where that number rises within a conversation, it has one.
         before = np.concatenate([[0], np.cumsum(by_image.to_numpy(zero_copy_only=False))])
         offsets = shown.offsets.to_numpy()
         has_image = before[offsets[1:]] > before[offsets[:-1]]

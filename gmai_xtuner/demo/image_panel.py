@@ -51,7 +51,7 @@ class ImagePanel(Panel):
         self._picture: Any = None
         self._wanted: View | None = None
         self._rendering = False
-        self._sent_changed: Callable[[], None] = lambda: None
+        self._refresh_checkbox: Callable[[], None] = lambda: None
 
     def draw(self) -> None:
         """Draw everything in the language of now."""
@@ -87,7 +87,7 @@ class ImagePanel(Panel):
     def draw_images(self) -> None:
         """Draw the tray and the chosen image."""
         session = self.session
-        self._sent_changed = lambda: None
+        self._refresh_checkbox = lambda: None
         self._tray.clear()
         with self._tray:
             if not session.tray:
@@ -104,7 +104,7 @@ class ImagePanel(Panel):
 
     def sent_changed(self) -> None:
         """Show what goes with the next question, which has changed."""
-        self._sent_changed()
+        self._refresh_checkbox()
 
     # --- the chosen image ---
 
@@ -128,18 +128,18 @@ class ImagePanel(Panel):
 
         def set_send(event: events.ValueChangeEventArguments) -> None:
             one.send = event.value
-            sent_changed()
+            refresh_checkbox()
 
         send = ui.checkbox("", value=one.send, on_change=set_send).props("data-testid=send")
 
-        def sent_changed() -> None:
+        def refresh_checkbox() -> None:
             send.text = self.say(
                 "will_send" if one.send else "was_sent" if one.sent else "not_sent"
             )
             send.value = one.send
 
-        sent_changed()
-        self._sent_changed = sent_changed
+        refresh_checkbox()
+        self._refresh_checkbox = refresh_checkbox
 
     def _draw_choices(self, one: Attached, study: Study) -> None:
         axis = one.view.axis

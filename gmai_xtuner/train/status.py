@@ -316,7 +316,7 @@ def failure_recorded(work_dir: Path, *, resumes: bool) -> Iterator[Run]:
 
 
 def keep(run: Run) -> None:
-    """Start the keeper."""
+    """Start the keeper, the process that outlives this one; see the module."""
     if not run.is_owner:
         return
     command = [
@@ -382,6 +382,7 @@ def watch(work_dir: Path, trainer: int, launcher: int) -> None:
     """
 
     def spare_the_trainer(*_: object) -> None:
+        """End ``xtuner`` before it kills the trainer, which is to write its checkpoint first."""
         if is_xtuner(launcher):
             os.kill(launcher, signal.SIGTERM)
 
