@@ -611,6 +611,17 @@ def test_the_config_of_a_checkpoint_is_not_handed_on(tmp_path):
     assert module.torch.load(str(tmp_path / "iter_3.pth"))["meta"] == {"iter": 3}
 
 
+def refused(program: bytes, folder: Path, says: str) -> None:
+    """Put a pickle program into a checkpoint, and expect that it is not carried out."""
+    file = folder / "x.pth"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + program + pickle.STOP)
+        archive.writestr("x/byteorder", "little")
+        archive.writestr("x/version", "3\n")
+    with pytest.raises(ModelLoadError, match=says):
+        read_training_state(file)
+
+
 DEEP = b"".join([pickle.EMPTY_TUPLE, *[pickle.TUPLE1] * 3000])
 
 
@@ -627,13 +638,26 @@ DEEP = b"".join([pickle.EMPTY_TUPLE, *[pickle.TUPLE1] * 3000])
     ],
 )
 def test_keys_that_take_for_ever_to_hash_are_refused(program, tmp_path):
-    file = tmp_path / "x.pth"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("x/data.pkl", b"\x80\x02" + program + pickle.STOP)
-        archive.writestr("x/byteorder", "little")
-        archive.writestr("x/version", "3\n")
-    with pytest.raises(ModelLoadError, match=r"a key of another form|an instruction that torch"):
-        read_training_state(file)
+    refused(program, tmp_path, r"a key of another form|an instruction that torch")
+
+
+HISTORY = of("mmengine.logging.history_buffer", "HistoryBuffer")
+BUFFER = call(HISTORY)
+SCALER = of("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        (BUFFER + pickle.NONE + pickle.APPEND, "items for a HistoryBuffer"),
+        (BUFFER + pickle.MARK + pickle.NONE + pickle.APPENDS, "items for a HistoryBuffer"),
+        (BUFFER + text("max_length") + pickle.NONE + pickle.SETITEM, "items for a HistoryBuffer"),
+        (call(HISTORY, text("x")), "HistoryBuffer of another form"),
+        (call(SCALER, pickle.EMPTY_LIST), "LossScaler of another form"),
+    ],
+)
+def test_a_packages_class_is_neither_filled_nor_called_as_a_file_likes(program, says, tmp_path):
+    refused(program, tmp_path, says)
 
 
 def test_every_foreign_module_that_opens_a_checkpoint_is_known():
