@@ -30,6 +30,7 @@ _CUDA = "required by PyTorch on a GPU: free to use, and none of it is passed on"
 LICENCES: dict[str, str] = {
     "connected-components-3d": "LGPL: called as a library, not changed, not passed on",
     "openslide-bin": "LGPL: OpenSlide itself, called as a library, not changed, not passed on",
+    "mlcroissant": "Apache-2.0 by LICENSE.md of its repository, mlcommons/croissant; for tests alone",
     "pycocotools": "its FreeBSD licence is the BSD licence of two clauses",
     "cuda-*": _CUDA,
     "nvidia-*": _CUDA,
