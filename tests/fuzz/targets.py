@@ -277,7 +277,7 @@ def _request(folder: Path, name: str) -> object:
 
     try:
         asked = read_request((folder / name).read_bytes())
-        asked.sampling(), asked.stops(), asked.new_tokens(default=4, limit=8)
+        asked.sampling(), asked.stops(), asked.new_tokens(limit=8)
         return asked.prompt(Limits(pixels=10**6), lambda image: torch.zeros(1))
     except ApiError as error:
         return json.dumps(error.body()).encode()
