@@ -142,7 +142,6 @@ setup(
             "evaluate/*.yaml",
             "evaluate/benchmarks/maps/*.yaml",
             "evaluate/scoring/*.yaml",
-            "*.txt",
             "py.typed",
         ],
         "data_tools": [
@@ -155,7 +154,6 @@ setup(
             "output/*.j2",
             "output/*.json",
             "output/*.js",
-            "output/*.yaml",
             "contamination/*.j2",
         ],
     },

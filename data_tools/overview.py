@@ -16,9 +16,9 @@ from typing import Any
 
 from data_tools import forms, readers, writers
 from data_tools.job import Job
+from data_tools.licences import publishable_part
 from data_tools.output import templates
 from data_tools.output.files import turns_of
-from data_tools.output.licences import publishable_part
 from data_tools.pipeline import (
     STATE,
     WORK,

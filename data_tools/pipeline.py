@@ -35,9 +35,9 @@ from data_tools.executor import Executor, open_executor
 from data_tools.forms import FORM_VERSIONS
 from data_tools.items import FORMS, SourceContext
 from data_tools.job import Job, fingerprint
+from data_tools.licences import publishable_part, refusal
 from data_tools.output import review
 from data_tools.output.build import build, recover
-from data_tools.output.licences import publishable_part, refusal
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import listed
 from data_tools.records import Drop, Unit, by_reason

@@ -67,7 +67,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     # By content: forms and tables that travel with the package.
     "yaml.safe_load": (
         *("data_tools.checks.terms", "data_tools.forms.language", "data_tools.job"),
-        *("data_tools.lexicon", "data_tools.output.licences", "gmai_xtuner.evaluate.tables"),
+        *("data_tools.lexicon", "data_tools.licences", "gmai_xtuner.evaluate.tables"),
         *("gmai_xtuner.evaluate.scoring", "gmai_xtuner.demo.i18n"),
         "gmai_xtuner.train.deepspeed_settings",
     ),

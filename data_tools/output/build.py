@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_tools import licences
 from data_tools.items import TEXT_FORMS
-from data_tools.output import card, files, licences, manifest, report, review
+from data_tools.output import card, files, manifest, report, review
 from data_tools.output.splits import Split, SplitBuilder, hashes
 from data_tools.output.summary import Tally
 from gmai_xtuner.core.files import directory_to_disk, replace_text, to_disk

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from data_tools.output import licences, short, templates
+from data_tools import licences
+from data_tools.output import short, templates
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
 from data_tools.output.summary import FIGURES
 

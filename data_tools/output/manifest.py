@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools import licences
 from data_tools.items import FILES, TEXT_FORMS
-from data_tools.output import licences
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
 from data_tools.writers.prompts import PROMPT_VERSION
 from gmai_xtuner.core.errors import CorpusError

@@ -17,8 +17,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools import licences
 from data_tools.items import TEXT_FORMS
-from data_tools.output import licences, stored_image, templates
+from data_tools.output import stored_image, templates
 from data_tools.output.summary import FIGURES
 from data_tools.records import Label
 

@@ -47,7 +47,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_tools.output import licences, templates
+from data_tools import licences
+from data_tools.output import templates
 from data_tools.output.files import reason
 from data_tools.output.splits import Split
 from data_tools.records import Record

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_tools.output import licences
+from data_tools import licences
 
 if TYPE_CHECKING:
     from data_tools.job import Job

@@ -135,10 +135,10 @@ class GMAILLaVAModel(LLaVA):
         visual_encoder: Mapping[str, Any] | nn.Module,
         *,
         pretrained_pth: str | None = None,
-        pretrained_parts: Sequence[str] = ("projector",),
+        pretrained_parts: Sequence[str] | None = ("projector",),
         **options: Any,
     ) -> None:
-        self.pretrained_pth, self._required = pretrained_pth, set(pretrained_parts)
+        self.pretrained_pth, self._required = pretrained_pth, set(pretrained_parts or ())
         self._kept: dict[str, torch.Tensor] = {}
         super().__init__(llm, visual_encoder, **options)
 

@@ -147,7 +147,7 @@ def check_stage_before(run: RunConfig, model: Any, findings: Findings) -> None:
             return
         base, adapters = split_adapters(checkpoint_shapes(resolve_checkpoint(source)))
         check_no_language_model(model, base, source=str(source))
-        required = set(run.cfg.model.get("pretrained_parts", ("projector",)))
+        required = set(run.cfg.model.get("pretrained_parts", ("projector",)) or ())
         plain = {key: v for key, v in run.cfg.model.items() if not key.endswith("_lora")}
         bare = build_on_meta(plain) if len(plain) < len(run.cfg.model) else model
         adapted = {key.split(".", 1)[0] for key in adapters}

@@ -641,17 +641,20 @@ def test_keys_that_take_for_ever_to_hash_are_refused(program, tmp_path):
     refused(program, tmp_path, r"a key of another form|an instruction that torch")
 
 
-HISTORY = of("mmengine.logging.history_buffer", "HistoryBuffer")
-BUFFER = call(HISTORY)
+HISTORY = of(*BUFFER)
+EMPTY_HISTORY = call(HISTORY)
 SCALER = of("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
 
 
 @pytest.mark.parametrize(
     ("program", "says"),
     [
-        (BUFFER + pickle.NONE + pickle.APPEND, "items for a HistoryBuffer"),
-        (BUFFER + pickle.MARK + pickle.NONE + pickle.APPENDS, "items for a HistoryBuffer"),
-        (BUFFER + text("max_length") + pickle.NONE + pickle.SETITEM, "items for a HistoryBuffer"),
+        (EMPTY_HISTORY + pickle.NONE + pickle.APPEND, "items for a HistoryBuffer"),
+        (EMPTY_HISTORY + pickle.MARK + pickle.NONE + pickle.APPENDS, "items for a HistoryBuffer"),
+        (
+            EMPTY_HISTORY + text("max_length") + pickle.NONE + pickle.SETITEM,
+            "items for a HistoryBuffer",
+        ),
         (call(HISTORY, text("x")), "HistoryBuffer of another form"),
         (call(SCALER, pickle.EMPTY_LIST), "LossScaler of another form"),
     ],

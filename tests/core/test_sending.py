@@ -16,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 
-from data_tools.output import licences
+from data_tools import licences
 from data_tools.readers.image_folder import Options as Folder
 from gmai_xtuner.core.agreements import Agreement, Origin, agreement_of, benchmark_origin
 from gmai_xtuner.core.errors import EndpointError

@@ -508,13 +508,12 @@ def test_damage_inside_is_found(tmp_path, name, options, found, silent):
     assert passed_over >= silent, "the plain decoder finds this damage too"
 
 
-def test_error_takes_its_place_from_the_caller(tmp_path):
-    error = refused(tmp_path / "a.png").at(dataset="d", record="r1")
-    assert isinstance(error, ImageError)
+def test_error_says_which_image_and_why_also_in_another_process(tmp_path):
+    error = refused(tmp_path / "a.png")
     assert isinstance(error, DataError)
-    assert str(error).startswith("dataset 'd', record r1: image ")
     assert error.reason == "missing_image"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert pickle.loads(pickle.dumps(error)).reason == error.reason
 
 
 def test_unknown_level(tmp_path):

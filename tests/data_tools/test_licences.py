@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from data_tools.job import OutputOptions
-from data_tools.output.licences import DEMANDS, read, refusal
+from data_tools.licences import DEMANDS, read, refusal
 
 
 @pytest.mark.parametrize(
