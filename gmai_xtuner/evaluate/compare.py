@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from gmai_xtuner.core.errors import EvaluationError
-from gmai_xtuner.evaluate.results import RESULT_FILE, SCORES_FILE, Result, read_result, read_scores
+from gmai_xtuner.evaluate.results import RESULT_FILE, Result, read_result, read_scores
 from gmai_xtuner.evaluate.statistics import PairedTest, paired_test
 from gmai_xtuner.evaluate.tables import NONE, Row, Table, percent, to_markdown
 
 _KEY = ("benchmark", "variant", "protocol", "version", "scorer")
 ResultKey = tuple[Any, ...]
 """A result's fields of these names."""
+Found = tuple[Path, Result]
+"""A result with the folder that it lies in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,8 @@ def compare_runs(first: Path, second: Path, *, common: bool = False) -> list[Com
     return [_compare(one[key], two[key], common=common) for key in shared]
 
 
-def results_in(folder: Path) -> dict[ResultKey, Path]:
-    """Return every result under a folder by benchmark, variant, protocol, version and scorer.
+def results_in(folder: Path) -> dict[ResultKey, Found]:
+    """Return every result under a folder, and its own folder, by the fields that tell results apart.
 
     Raises:
         EvaluationError: there is none.
@@ -70,19 +72,20 @@ def results_in(folder: Path) -> dict[ResultKey, Path]:
     files = sorted(folder.rglob(RESULT_FILE))
     if not files:
         raise EvaluationError(f"no {RESULT_FILE} in or under {folder}: is it the --out of a run?")
-    return {_key(read_result(file.parent)): file.parent for file in files}
+    found = [(file.parent, read_result(file.parent)) for file in files]
+    return {_key(result): (place, result) for place, result in found}
 
 
 def _key(result: Result) -> ResultKey:
     return tuple(getattr(result, name) for name in _KEY)
 
 
-def _names(results: Mapping[ResultKey, Path]) -> str:
+def _names(results: Mapping[ResultKey, Found]) -> str:
     return ", ".join("{}-{} {}/{} {}".format(*key) for key in results)
 
 
-def _compare(first: Path, second: Path, *, common: bool) -> Comparison:
-    one, two = read_result(first), read_result(second)
+def _compare(left: Found, right: Found, *, common: bool) -> Comparison:
+    (first, one), (second, two) = left, right
     scores = [read_scores(first), read_scores(second)]
     both = [name for name in scores[0] if name in scores[1]]
     only_first, only_second = (len(found) - len(both) for found in scores)
@@ -92,12 +95,6 @@ def _compare(first: Path, second: Path, *, common: bool) -> Comparison:
             f"{others} {only_first} are only in the first, {only_second} only in the second, {len(both)} in "
             "both. --common compares those in both"
         )
-    for folder, found in zip((first, second), scores, strict=True):
-        if any("question" not in found[name] for name in both):
-            raise EvaluationError(
-                f"{folder / SCORES_FILE} does not say which questions its ids stand for: an earlier version "
-                "has written it. Score its answers again (--score-only)"
-            )
     pairs = [(scores[0][name], scores[1][name]) for name in both]
     different = [a["id"] for a, b in pairs if a["question"] != b["question"]]
     if different:

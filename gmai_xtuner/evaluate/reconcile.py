@@ -21,7 +21,7 @@ from typing import Any
 
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.evaluate.compare import results_in
-from gmai_xtuner.evaluate.results import Result, read_result, read_scores
+from gmai_xtuner.evaluate.results import Result, read_scores
 from gmai_xtuner.evaluate.tables import Row, Table, percent
 
 PARTS = ("average", "split", "judge", "prompt", "reading")
@@ -29,11 +29,17 @@ PARTS = ("average", "split", "judge", "prompt", "reading")
 
 @dataclass(frozen=True)
 class Side:
-    """One score of a run; ``values`` are the scores of its questions by id, without those that have none."""
+    """One score of a run.
+
+    Args:
+        values: scores of its questions by id, without those that have none.
+        answers: what was answered to these.
+    """
 
     run: Path
     result: Result
     values: Mapping[str, float]
+    answers: Mapping[str, str]
 
     @property
     def rule(self) -> str:
@@ -76,10 +82,9 @@ def reconcile(runs: Collection[Path]) -> list[Difference]:
     sides: dict[tuple[str, str], list[Side]] = {}
     words: dict[tuple[str, str, str], str] = {}
     for run in runs:
-        for folder in results_in(run).values():
-            result = read_result(folder)
+        for folder, result in results_in(run).values():
             key = (result.benchmark, result.variant)
-            values = {}
+            values, answers = {}, {}
             for name, line in read_scores(folder).items():
                 if words.setdefault((*key, name), line["question"]) != line["question"]:
                     raise EvaluationError(
@@ -87,9 +92,9 @@ def reconcile(runs: Collection[Path]) -> list[Difference]:
                         "earlier result. Were the runs made on different files?"
                     )
                 if line["value"] is not None:
-                    values[name] = float(line["value"])
+                    values[name], answers[name] = float(line["value"]), line["answer"]
             if values:
-                sides.setdefault(key, []).append(Side(run, result, values))
+                sides.setdefault(key, []).append(Side(run, result, values, answers))
     if not any(len(found) > 1 for found in sides.values()):
         raise EvaluationError("one score alone can't be compared. Score the answers by other rules, too: "
                               "--score-only --scorer all")  # fmt: skip
@@ -101,7 +106,7 @@ def _difference(first: Side, second: Side, all_of_it: Collection[Side]) -> Diffe
     if not common:
         raise EvaluationError(f"{_name(first)} and {_name(second)} have no question in common")
 
-    def step(side: Side, rule: str, common: Collection[str] = common) -> float:
+    def step(side: Side, rule: str) -> float:
         """Return the mean of the answers of a side by a rule without a judge."""
         for one in all_of_it:
             same = (one.run, one.result.protocol) == (side.run, side.result.protocol)
@@ -118,7 +123,7 @@ def _difference(first: Side, second: Side, all_of_it: Collection[Side]) -> Diffe
         )
 
     own = [step(side, side.rule) for side in (first, second)]
-    same_answers = (first.run, first.result.protocol) == (second.run, second.result.protocol)
+    same_answers = all(first.answers[name] == second.answers[name] for name in common)
     crossed = own[0] if same_answers else step(second, first.rule)
     signs = ((first, 1), (second, -1))
     parts = {

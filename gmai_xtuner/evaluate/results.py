@@ -275,7 +275,14 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     """Read the scores by question that :func:`write_result` wrote; raises as :func:`read_result`."""
     with _readable(folder):
         lines = msgspec.json.Decoder().decode_lines((folder / SCORES_FILE).read_bytes())
-        return {line["id"]: line for line in lines}
+        found = {line["id"]: line for line in lines}
+        asked = all("question" in line for line in found.values())
+    if not asked:
+        raise EvaluationError(
+            f"{folder / SCORES_FILE} does not say which questions its ids stand for: an earlier version "
+            "has written it. Score its answers again (--score-only)"
+        )
+    return found
 
 
 @contextmanager

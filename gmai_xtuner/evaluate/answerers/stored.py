@@ -70,10 +70,10 @@ class StoredAnswers:
     def __init__(self, options: ModelOptions) -> None:
         self.name = options.shown
         self._answers: dict[str, tuple[str, str]] = {}
-        self._hashes: list[str] = []
-        kits = {self._read(Path(name), options.answer_columns) for name in options.answers}
-        self.model = hash_text(sorted(self._hashes))
-        self.generation: Mapping[str, Any] = {"answers_stored_by": ", ".join(sorted(kits))}
+        read = [self._read(Path(name), options.answer_columns) for name in options.answers]
+        kits, digests = zip(*read, strict=True)
+        self.model = hash_text(sorted(digests))
+        self.generation: Mapping[str, Any] = {"answers_stored_by": ", ".join(sorted(set(kits)))}
 
     def answers(
         self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
@@ -102,22 +102,20 @@ class StoredAnswers:
             )
         return Given(job, answer)
 
-    def _read(self, file: Path, columns: tuple[str, str] | None) -> str:
+    def _read(self, file: Path, columns: tuple[str, str] | None) -> tuple[str, str]:
+        """Take a file's answers; return the name of its kit and the file's hash."""
         records: Sequence[Mapping[str, Any]]
         if file.suffix.lower() == ".xlsx":
             records, digest = run_bounded(_sheet, str(file))
         else:
             _, rows, source = read_rows(file)
             records, digest = [row.values for row in rows], source.sha256
-        self._hashes.append(digest)
-        kit = _kit(file, records[0] if records else {}, columns)
-        id_column = next(name for name in kit.ids if _value(records[0], name) is not None)
+        kit, id_column = _kit(file, records, columns)
         for number, record in enumerate(records, 1):
             place = f"{file}, record {number}"
             key, answer = _value(record, id_column), _value(record, kit.answer)
-            while (
-                isinstance(answer, list) and len(answer) == 1
-            ):  # lmms-eval: a list for each request
+            # lmms-eval: a list for each request.
+            while isinstance(answer, list) and len(answer) == 1:
                 answer = answer[0]
             answer = "" if answer is None else answer
             if key is None or isinstance(answer, list | dict):
@@ -126,19 +124,23 @@ class StoredAnswers:
             found = (str(answer), str(_value(record, kit.question) or ""))
             if self._answers.setdefault(str(key), found) != found:
                 raise EvaluationError(f"{place}: {key} has been answered before, in another way")
-        return kit.name
+        return kit.name, digest
 
 
-def _kit(file: Path, record: Mapping[str, Any], columns: tuple[str, str] | None) -> Kit:
+def _kit(
+    file: Path, records: Sequence[Mapping[str, Any]], columns: tuple[str, str] | None
+) -> tuple[Kit, str]:
+    """Return whose file it is, and its column of ids, by the first record that has both and an answer."""
     kits = KITS if columns is None else (Kit("other", (columns[0],), columns[1]),)
     for kit in kits:
-        if any(_value(record, name) is not None for name in kit.ids) and (
-            _value(record, kit.answer) is not None
-        ):
-            return kit
+        for record in records:
+            for name in kit.ids if _value(record, kit.answer) is not None else ():
+                if _value(record, name) is not None:
+                    return kit, name
     known = "; ".join(f"{one.name}: {' or '.join(one.ids)}, {one.answer}" for one in kits)
+    found = ", ".join(records[0]) if records else "of no record"
     raise EvaluationError(
-        f"{file} has the columns {', '.join(record) or 'of no record'}, and none of these pairs ({known}). "
+        f"{file} has the columns {found}, and none of these pairs ({known}). "
         "Name them: --answer-columns ID ANSWER"
     )
 

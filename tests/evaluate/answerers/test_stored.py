@@ -213,3 +213,36 @@ def test_a_step_that_was_never_scored_is_asked_for(benchmark, tmp_path, capfd):
             shutil.rmtree(file.parent)
     assert main(["reconcile", str(tmp_path / "one"), str(tmp_path / "two")]) == 1
     assert "--score-only --protocol all --scorer choice" in capfd.readouterr().err
+
+
+def test_answers_that_protocols_share_need_no_rules_in_common(benchmark, tmp_path, capfd):
+    """Two protocols that ask in the same words differ in the questions and the reading alone."""
+    protocols = (
+        "protocols:\n- {name: all, questions: all, scorer: closed_or_recall}\n"
+        "- {name: options, questions: options, scorer: choice}\n"
+    )
+    benchmark.write_text(benchmark.read_text() + protocols)
+    file = mmmu(tmp_path / "1.json", FIRST)
+    arguments = ["m", "--benchmark", str(benchmark), "--out", str(tmp_path / "one")]
+    assert main([*arguments, "--protocol", "all", "--answers", str(file)]) == 0
+    capfd.readouterr()
+    assert main(["reconcile", str(tmp_path / "one"), "--json"]) == 0
+    (found,) = json.loads(capfd.readouterr().out)
+    assert found["second"] == "one colours-test options choice"
+    assert found["difference"] == found["prompt"] == found["reading"] == 0
+
+
+def test_an_empty_first_answer_leaves_the_kit_as_it_is(benchmark, tmp_path):
+    file = vlmevalkit(tmp_path / "a.xlsx", {**FIRST, "1": None})
+    assert evaluate(benchmark, tmp_path / "run", file) == 3  # one of four is empty
+    assert scores(tmp_path / "run")["choice"] == pytest.approx(2 / 3)
+
+
+def test_scores_of_an_earlier_version_are_refused(benchmark, tmp_path, capfd):
+    evaluate(benchmark, tmp_path / "one", mmmu(tmp_path / "1.json", FIRST))
+    for file in (tmp_path / "one").rglob("scores.jsonl"):
+        file.write_text(file.read_text().replace('"question":', '"asked":'))
+    for arguments in (["reconcile", "one"], ["compare", "one", "one"]):
+        verb, *runs = arguments
+        assert main([verb, *(str(tmp_path / run) for run in runs)]) == 1
+        assert "does not say which questions its ids stand for" in capfd.readouterr().err
