@@ -40,7 +40,7 @@ def own_the_command() -> None:
     from gmai_xtuner.train import start, status
 
     tool = xtuner_tool()
-    if tool is None or sys.excepthook is not sys.__excepthook__:
+    if tool is None or sys.excepthook not in (sys.__excepthook__, status.record_failed_start):
         return
     plainly = os.environ.get("GMAI_TRACEBACK", "0") == "0"
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import os
 import re
@@ -29,6 +28,7 @@ from gmai_xtuner.train.status import (
     GONE,
     is_alive,
     owner_now,
+    place_of_syntax_error,
     read_status,
     store_status,
     stored_status,
@@ -81,15 +81,6 @@ def start_xtuner(arguments: Sequence[str], environment: Mapping[str, str], **opt
 
 def _path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-
-
-def _place_of_error(config: str) -> str:
-    with suppress(OSError):
-        try:
-            ast.parse(Path(config).read_text(encoding="utf-8"))
-        except SyntaxError as error:
-            return f"{config}, line {error.lineno}"
-    return f"in a file that {config} names as _base_"
 
 
 class Screen:
@@ -241,7 +232,7 @@ class Launch:
                 self._screen.error.removeprefix("error: ") or "xtuner ended before the run began"
             )
             if reason.startswith(("SyntaxError", "IndentationError", "TabError")):
-                reason += f" ({_place_of_error(self._arguments[1])})"  # mmengine does not say it
+                reason += f" ({place_of_syntax_error(self._arguments[1])})"  # mmengine does not say it
             status = {"state": "failed", "reason": reason}
             # A start that the trainer refuses leaves the status of who owns the work dir.
             refused = self._screen.error.startswith("error: ")

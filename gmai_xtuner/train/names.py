@@ -6,6 +6,8 @@ xtuner knows the files of its own folder alone (``xtuner.configs.cfgs_name_path`
 what it imports before it looks there, torch has: ``import torch`` calls the entry points of the group
 ``torch.backends``. Ours, :func:`wait_for_xtuner`, loads nothing; it only waits for ``import xtuner.configs``.
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns it off: then paths work, and names don't.
+
+From then on ``xtuner train`` also says in ``status.json`` what it fails of before the plugin is imported.
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ def packaged_names() -> dict[str, str]:
 
 def wait_for_xtuner() -> None:
     """Register the names when, and only if, this process imports ``xtuner.configs``."""
+    main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    if main.parts[-3:] == ("xtuner", "tools", "train.py"):
+        from gmai_xtuner.train.status import record_failed_start
+
+        sys.excepthook = record_failed_start
     if not any(isinstance(finder, _AfterXtunerConfigs) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterXtunerConfigs())
 

@@ -14,6 +14,7 @@ otherwise kill its trainer after a quarter of a second, before a checkpoint is w
 
 from __future__ import annotations
 
+import ast
 import atexit
 import errno
 import fcntl
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from gmai_xtuner.core.errors import GMAIError
@@ -281,6 +283,16 @@ def in_plain_words(error: BaseException) -> str:
     return own if meaning is None else f"{meaning}. {own}"
 
 
+def place_of_syntax_error(config: str) -> str:
+    """Return where a config file is no Python, which mmengine does not say."""
+    with suppress(OSError):
+        try:
+            ast.parse(Path(config).read_text(encoding="utf-8"))
+        except SyntaxError as error:
+            return f"{config}, line {error.lineno}"
+    return f"in a file that {config} names as _base_"
+
+
 # --- the run of this process --------------------------------------------------------------------
 
 _current: Run | None = None
@@ -302,6 +314,37 @@ def record_failure(error: BaseException) -> None:
     """Write into the status of this process's run, if it has one, that it ended by an error."""
     if _current is not None:
         _current.failed(error)
+
+
+def record_failed_start(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """``sys.excepthook`` of ``xtuner train`` until the plugin sets its own: no run has begun yet.
+
+    The config can't be read, an import fails, an option is none. An earlier run that has finished, or that
+    lives, keeps its status; so does the work dir of a config that can't be one of this package's.
+    """
+    sys.__excepthook__(kind, error, trace)
+    words, in_settings = [], False
+    for word in sys.argv:  # --cfg-options itself may be what is wrong
+        in_settings = word == "--cfg-options" or (in_settings and not word.startswith("--"))
+        words += [] if in_settings else [word]
+    sys.argv = words
+    arguments = sys.modules["__main__"].parse_args()
+    config = Path(arguments.config)
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "gmai"
+    work_dir = Path(arguments.work_dir or Path("work_dirs", config.stem))
+    foreign = not ("gmai" in text or "_base_" in text)
+    if rank() or foreign or read_status(work_dir).get("state") in ("finished", *ALIVE):
+        return
+    reason = in_plain_words(error)
+    if isinstance(error, SyntaxError):
+        reason += f" ({place_of_syntax_error(arguments.config)})"
+    work_dir.mkdir(parents=True, exist_ok=True)
+    status = {"state": "failed", "iteration": 0, "of": None, "reason": reason}
+    own = owner_now()
+    store_status(work_dir, {**status, "since": own["time"], **own})
+    print(f"error: {reason}", file=sys.stderr)
 
 
 @contextmanager

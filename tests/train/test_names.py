@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -95,3 +96,9 @@ def test_the_installed_package_brings_its_configs_to_the_plain_xtuner_commands(t
     assert Path(mixture).is_relative_to(package)
     assert len(load_mixture(Path(mixture), check_files=False).entries) == 47
     run(sys.executable, "-m", "gmai_xtuner.tiny_bases", "T")
+    (empty / "mine.py").write_text("# of gmai\nmodel = dict(\n")
+    run("xtuner", "train", "mine.py", "--deepspeed", "zero2")
+    status = json.loads((empty / "work_dirs" / "mine" / "status.json").read_text())
+    assert (status["state"], status["iteration"]) == ("failed", 0)
+    assert "'(' was never closed" in status["reason"]
+    assert status["reason"].endswith("(mine.py, line 2)")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
@@ -219,6 +220,43 @@ def test_errors_in_plain_words(error, words):
     told = in_plain_words(error)
     assert words in told
     assert not str(error).strip("'") or str(error) in told or "nibabel" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "before", "reason"),
+    [
+        ('_base_ = ["stage1_shallow.py"]\na = (\n', [], None, "syntax (mine.py, line 2)"),
+        ("x = 1  # gmai\n", ["--cfg-options", "a", "--seed", "1"], "failed", "_base_"),
+        (None, [], None, "_base_"),
+        ("model = (\n", [], None, None),
+        ("# gmai\nmodel = (\n", [], "finished", None),
+        ("# gmai\nmodel = (\n", [], "running", None),
+    ],
+)
+def test_a_start_before_the_plugin_that_fails_says_so(
+    text, options, before, reason, tmp_path, monkeypatch, capsys
+):
+    def parse_args() -> argparse.Namespace:
+        assert "a" not in sys.argv  # what is wrong in --cfg-options is not read again
+        return argparse.Namespace(config="mine.py", work_dir="w")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "mine.py", *options])
+    monkeypatch.setattr(sys.modules["__main__"], "parse_args", parse_args, raising=False)
+    if text is not None:
+        Path("mine.py").write_text(text)
+    if before is not None:
+        Path("w").mkdir()
+        store_status(Path("w"), {"state": before, "iteration": 9, **status.owner_now()})
+    stored = stored_status(Path("w"))
+    status.record_failed_start(SyntaxError, SyntaxError("syntax"), None)
+    if reason is None:
+        assert stored_status(Path("w")) == stored
+    else:
+        now = stored_status(Path("w"))
+        assert (now["state"], now["iteration"]) == ("failed", 0)
+        assert reason in now["reason"]
+        assert f"error: {now['reason']}" in capsys.readouterr().err
 
 
 def test_the_keeper_ends_with_a_trainer_that_ends(tmp_path):
