@@ -232,7 +232,9 @@ class Launch:
                 self._screen.error.removeprefix("error: ") or "xtuner ended before the run began"
             )
             if reason.startswith(("SyntaxError", "IndentationError", "TabError")):
-                reason += f" ({place_of_syntax_error(self._arguments[1])})"  # mmengine does not say it
+                reason += (
+                    f" ({place_of_syntax_error(self._arguments[1])})"  # mmengine does not say it
+                )
             status = {"state": "failed", "reason": reason}
             # A start that the trainer refuses leaves the status of who owns the work dir.
             refused = self._screen.error.startswith("error: ")
