@@ -34,11 +34,7 @@ def number(
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """Return what ``run`` returns, `FAILED` after an error, which is printed, or `INTERRUPTED`.
-
-    Args:
-        run: the command, which keeps what it has done.
-    """
+    """Return what ``run`` returns, `FAILED` after an error, which is printed, or `INTERRUPTED`."""
     try:
         return run()
     except GMAIError as error:
@@ -59,11 +55,7 @@ def exit_status(run: Callable[[], int]) -> int:
 
 
 class Bar:
-    """Shows one bar for each stage, with the cost where there is one; in a log file, a line in ten seconds.
-
-    Args:
-        quiet: show nothing.
-    """
+    """Shows one bar a stage, with the cost if there is one; in a log file, a line in ten seconds."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet

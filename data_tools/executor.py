@@ -38,11 +38,7 @@ Flight = deque[tuple[Any, Any]]  # inputs with the handles of their tasks
 
 
 class Executor:
-    """Runs a function over many inputs; this one does it in its own process.
-
-    Args:
-        workers: how many inputs are worked on at a time.
-    """
+    """Runs a function over inputs, ``workers`` of them at a time; this one does it in its own process."""
 
     def __init__(self, workers: int = 1) -> None:
         self.workers = workers
@@ -69,15 +65,10 @@ class Executor:
 
 @contextmanager
 def open_executor(name: str, workers: int | None = None) -> Iterator[Executor]:
-    """Start an executor and end it.
+    """Start an executor, one of `ENGINES`, and end it; a `CorpusError` without Ray or its cluster.
 
-    Args:
-        name: one of `ENGINES`.
-        workers: processes; default: the cores that this process may use, or the cluster's. One worker of
-            ``processes`` is this process itself.
-
-    Raises:
-        CorpusError: Ray is not installed, or its cluster can't be reached.
+    ``workers`` by default are the cores that this process may use, or the cluster's. One worker of
+    ``processes`` is this process itself.
     """
     if name == "ray":
         with _ray(workers) as cluster:

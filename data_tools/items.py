@@ -52,14 +52,9 @@ class Item:
 class SourceContext:
     """Facts of the set that a record comes from; the same object for all of its records.
 
-    Args:
-        source: its name in the job.
-        dataset: its title.
-        vocabulary: every label name that the set uses, sorted: what a wrong answer could claim.
-        synonyms: label name -> further names that mean the same.
-        chinese: label name -> its Chinese name, as far as known.
-        known: labels of which all is annotated in every image.
-        by_image: whether an image's own ``examined`` counts too.
+    ``vocabulary``, sorted, is every label name of the set: what a wrong answer could claim. ``synonyms`` and
+    ``chinese`` are further names of labels. Of ``known`` labels all is annotated in every image;
+    ``by_image``: an image's own ``examined`` counts too.
     """
 
     source: str

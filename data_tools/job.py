@@ -34,23 +34,7 @@ _MEANT = Path(__file__).with_name("other_words.yaml")
 
 
 class Job(Options):
-    """A whole job file.
-
-    Args:
-        path: of the file.
-        output: folder of the corpus.
-        title: of the corpus, for its card.
-        seed: of every random choice.
-        taxonomy: file that extends the built-in vocabulary.
-        engine: ``processes`` of this machine or ``ray``.
-        workers: default: the cores of this machine, or of the cluster.
-        sources: in the order in which they are in the corpus.
-        agreements: licences and agreements beside the built-in ones, see ``core/agreements.yaml``.
-        make: how many conversations of which form.
-        writer: who writes them.
-        checks: what an answer must pass.
-        corpus: what the output folder holds.
-    """
+    """A whole job file; docs/corpus.md explains its keys."""
 
     path: Path
     output: Path
@@ -351,11 +335,7 @@ def _table(entry: dict[str, Any], root: Path, folder: Path) -> None:
 
 
 def _absolute(text: str, folder: Path) -> Path:
-    """Return a path that is relative to the job's folder.
-
-    Raises:
-        ValueError: no file can have this name.
-    """
+    """Return a path that is relative to the job's folder; a `ValueError` if no file can have this name."""
     try:
         path = folder.absolute() / Path(text).expanduser()
     except RuntimeError as error:  # ~ of a user that isn't there

@@ -36,12 +36,10 @@ _SINGULAR_ENDS = ("ss", "us", "is", "as", "ascites")
 class Noun:
     """What is known of a label's words.
 
-    Args:
-        kind: ``anatomy``, ``anatomy_of_many``, ``anatomy_mass``, ``cell``, ``organism``, ``instrument``,
-            ``finding`` (one that counts), ``view``, or "" for all else.
-        is_plural: whether the label itself is a plural, such as "vertebrae".
-        singular: the entry of ``lexicon.yaml`` that it is, such as "lymph node"; empty without one.
-        is_one: whether there is one of it at most: its words hold a side or a number ("left kidney").
+    ``kind`` is ``anatomy``, ``anatomy_of_many``, ``anatomy_mass``, ``cell``, ``organism``, ``instrument``,
+    ``finding`` (one that counts), ``view``, or "" for all else. ``singular`` is the entry of
+    ``lexicon.yaml``, if any. ``is_one``: there is one of it at most, as its words hold a side or a number
+    ("left kidney").
     """
 
     kind: str

@@ -63,12 +63,7 @@ def read(name: str) -> Licence:
 
 
 def refusal(licence: str, options: OutputOptions) -> str | None:
-    """Return why the job leaves out a source under this licence, or None if it is kept.
-
-    Args:
-        licence: as it is stated.
-        options: of the job.
-    """
+    """Return why the job leaves out a source under a licence, as it is stated, or None if it is kept."""
     allowed = options.licences
     if allowed is not None and simplified(licence) not in {simplified(one) for one in allowed}:
         return "licence is not in the job's list"
@@ -81,15 +76,9 @@ def refusal(licence: str, options: OutputOptions) -> str | None:
 def restriction(
     licence: str, names: Sequence[str], own: Sequence[Agreement] = (), *, publish: bool
 ) -> str:
-    """Return why content may not be published, or not be sent to third parties; empty if it may.
+    """Return why content may not be sent to third parties, or with ``publish`` not be published; else "".
 
-    A licence that neither the table of agreements nor `read` knows forbids both.
-
-    Args:
-        licence: as it is stated.
-        names: of the set.
-        own: agreements of the job.
-        publish: ask for publishing what is made of it; else for sending it.
+    A licence that neither the table of agreements (with the job's ``own``) nor `read` knows forbids both.
     """
     agreement = agreement_of(licence, names, own)
     if agreement is not None:
@@ -106,8 +95,8 @@ def names_of(source: SourceOptions) -> tuple[str, ...]:
     return (source.name, source.dataset, source.url)
 
 
-def origin(source: SourceOptions, own: Sequence[Agreement] = ()) -> Origin:
-    """Return where the content of a source may go."""
+def permission_to_send(source: SourceOptions, own: Sequence[Agreement] = ()) -> Origin:
+    """Return where the content of a source may be sent."""
     return Origin(
         f"the source {source.name}",
         restriction(source.licence, names_of(source), own, publish=False),
@@ -118,10 +107,8 @@ def origin(source: SourceOptions, own: Sequence[Agreement] = ()) -> Origin:
 def publishable_part(job: Job) -> Job:
     """Return the job without the sources that may not be published, if it asks for that.
 
-    Nothing of them is read then, and what an earlier run has left of them in the output is forgotten.
-
-    Raises:
-        CorpusError: none is left.
+    Nothing of them is read then, and what an earlier run has left of them in the output is forgotten. A
+    `CorpusError` if none is left.
     """
     if not job.corpus.publishable:
         return job

@@ -106,22 +106,11 @@ class MakeOptions(Options):
 
 
 class CheckOptions(Options):
-    """The section ``checks``: bounds of an accepted conversation.
+    """The section ``checks``: bounds of an accepted conversation; docs/corpus.md explains them.
 
-    Lengths are in words; a Chinese character counts as one.
-
-    Args:
-        agreement: the label or a synonym is named, and no other label of the set is claimed.
-        modality: no other modality is claimed.
-        side: left and right are not contradicted where the annotation has a side.
-        figures: numbers of regions, and sizes, are not contradicted.
-        boxes: coordinates in an answer are those of the record.
-        leaks: an answer doesn't speak of the annotation that it was given.
-        min_words: of all answers of a caption or a text form together.
-        max_words: of one answer.
-        language_share: of the letters of all answers, at least so many are of the item's language.
-        allowed_phrases: phrases that would count as a leak or a refusal, and don't for this corpus.
-        further_leaks: phrases that count as a leak as well.
+    Lengths are in words, a Chinese character counts as one: ``min_words`` of all answers of a caption or a
+    text form together, ``max_words`` of one answer. ``allowed_phrases`` would count as a leak or a refusal,
+    ``further_leaks`` do as well.
     """
 
     agreement: bool = True
@@ -149,22 +138,7 @@ Demand = Literal[
 
 
 class OutputOptions(Options):
-    """The section ``corpus``: what the output folder holds beside the conversations.
-
-    Args:
-        held_out: share of the patients, cases, videos, slides or single images that is written to
-            ``held_out/`` and is in no training file; 0 holds out nothing.
-        near_duplicates: images whose 64-bit perceptual hashes differ in at most so many bits are put on
-            the same side; every image is then decoded once. Default: identical images only.
-        parquet: write each conversation file as Parquet too, beside the JSONL file.
-        prompts: write ``prompts.jsonl``: the exact prompt and answer of each conversation that a model wrote.
-        licences: keep sources under these licences only, as the job names them; case, spaces and hyphens
-            don't matter. Default: all.
-        refuse: leave out sources whose licence makes one of these demands; ``agreement`` is a licence
-            that is granted to a person, ``unknown`` one that isn't recognised.
-        publishable: leave out every source that may not be published, so that the folder may be passed on.
-        examples: how many conversations the report shows; as many rejected ones at most.
-    """
+    """The section ``corpus``: what the output folder holds; docs/corpus.md explains its keys."""
 
     held_out: float = Field(default=0.05, ge=0, le=0.5)
     near_duplicates: int | None = Field(default=None, ge=0, le=4)

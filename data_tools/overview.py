@@ -181,8 +181,7 @@ def _example(job: Job, task: Task, selection: Selection, taxonomy: Taxonomy) -> 
 def stats(job: Job, selection: Selection) -> dict[str, Any]:
     """Return ``funnel``, ``forms``, ``usage`` and ``pending`` of what was made so far.
 
-    Raises:
-        CorpusError: nothing was made yet.
+    A `CorpusError` if nothing was made yet.
     """
     selection.sources(job)
     path = job.output / WORK / STATE

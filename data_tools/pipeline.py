@@ -90,12 +90,9 @@ class _TaskSize:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The part of a job that is run.
+    """The part of a job that is run: ``only`` these sources (empty: all), ``limit`` records of each at most.
 
-    Args:
-        limit: records of each source at most.
-        only: names of the sources; empty: all.
-        grounded: False: nothing of the annotation is in a prompt (the paper's ablation).
+    ``grounded`` False: nothing of the annotation is in a prompt (the paper's ablation).
     """
 
     limit: int | None = None
@@ -114,12 +111,9 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a run ended.
+    """How a run ended: the values of ``summary.json``, and conversations that a later run is to write.
 
-    Args:
-        summary: of the corpus, as in ``summary.json``.
-        pending: conversations that a later run is to write.
-        stopped: why it ended before its end; None: it is complete.
+    ``stopped`` says why it ended before its end; None: it is complete.
     """
 
     summary: dict[str, Any]
@@ -130,9 +124,8 @@ class Result:
 def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Result:
     """Do what is left to do of a job, and build its corpus.
 
-    Raises:
-        CorpusError: it can't be done, or a source is refused as a whole, since it has no record or labels
-            that are no names; what was done is kept.
+    A `CorpusError` if it can't be done, or a source is refused as a whole, since it has no record or labels
+    that are no names; what was done is kept.
     """
     progress, job = progress or Bar(quiet=True), publishable_part(job)
     chosen = selection.sources(job)
@@ -187,8 +180,7 @@ def write_review(job: Job, count: int) -> Path:
 def lock(output: Path) -> Iterator[None]:
     """One run at a time in an output folder; the system takes the lock back from a run that was killed.
 
-    Raises:
-        CorpusError: another run has it, or the folder can't be written to.
+    A `CorpusError` if another run has it, or the folder can't be written to.
     """
     file = output / WORK / "lock"
     _check_is_ours(output)
@@ -251,13 +243,7 @@ def _hash(*parts: Any) -> bytes:
 def _forget_units_without_images(
     store: Store, folder: Path, *, delete_strays: bool = False
 ) -> bool:
-    """Make units unread whose images are missing, and return whether there were any.
-
-    Args:
-        store: of the job.
-        folder: of the images.
-        delete_strays: delete the images, too, that no record refers to.
-    """
+    """Make units unread whose images are missing, and return whether there were any."""
     stored = (
         f"{folder.name}/{shard.name}/{file.name}"
         for shard in (os.scandir(folder) if folder.is_dir() else ())
@@ -314,8 +300,7 @@ def recipe_of(job: Job, context: SourceContext, *, grounded: bool) -> Recipe:
 def check_writer(job: Job, selection: Selection) -> None:
     """Without annotations only a model can write: a template has nothing else to write from.
 
-    Raises:
-        CorpusError: the job's writer is the template writer.
+    A `CorpusError` if the job's writer is the template writer.
     """
     if not selection.grounded and job.writer.name == "template":
         raise CorpusError(

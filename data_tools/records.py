@@ -240,18 +240,11 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Origin of a record.
+    """Origin of a record: its source of the job, with title, licence and address of the published set.
 
-    Args:
-        source: name of the source in the job.
-        dataset: title of the published set.
-        licence: as the job states it.
-        url: where the set can be had; may be empty.
-        file: path below the source's root.
-        sha256: of that file's bytes, hexadecimal.
-        part: slice, frame or tile, see `Sample`.
-        group: unit of the split; unique over all sources, begins with ``source/``.
-        preprocessing: see `Sample`.
+    ``file`` is the path below the source's root, ``sha256`` of its bytes, hexadecimal; ``part`` and
+    ``preprocessing`` as of `Sample`; ``group`` is the unit of the split, begins with ``source/`` and is
+    unique.
     """
 
     source: str

@@ -33,6 +33,7 @@ from data_tools.records import (
 from data_tools.store import StoredRecord
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
+from gmai_xtuner.core.files import sha256_of_file
 
 VERSION = 3
 """A new number makes finished jobs read their sources again."""
@@ -69,14 +70,7 @@ class UnitResult:
 
 
 def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxonomy) -> UnitResult:
-    """Read a unit, clean its annotations, store its images, make its records.
-
-    Args:
-        source: its entry of the job.
-        unit: of the source's reader.
-        folder: of the corpus; images go to ``images`` below it.
-        taxonomy: of the job.
-    """
+    """Read a unit, clean its annotations, store its images below ``folder``, the corpus, make its records."""
     reader = readers.load(source.reader)  # type: ignore[attr-defined]
     records: list[Record] = []
     drops = Drops()
@@ -295,27 +289,19 @@ def _sha256(source: SourceOptions, sample: Sample) -> str:
         return sample.sha256
     path = source.root / sample.source_file
     try:
-        state = path.stat()
+        if path.is_dir():
+            return _folder_sha256(path, path.stat().st_mtime_ns)
+        return sha256_of_file(path)
     except (OSError, ValueError) as error:
         detail = getattr(error, "strerror", None) or str(error)
         raise Unusable("source file can't be read", detail) from error
-    if path.is_dir():
-        return _folder_sha256(str(path), state.st_mtime_ns)
-    return _file_sha256(str(path), state.st_size, state.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _folder_sha256(path: str, mtime_ns: int) -> str:
+def _folder_sha256(path: Path, changed: int) -> str:
     """Return the hash of a folder's files, names and contents, sorted."""
     digest = hashlib.sha256()
-    for file in sorted(file for file in Path(path).iterdir() if file.is_file()):
+    for file in sorted(file for file in path.iterdir() if file.is_file()):
         digest.update(f"{file.name}\0".encode("utf-8", "surrogatepass"))
-        state = file.stat()
-        digest.update(_file_sha256(str(file), state.st_size, state.st_mtime_ns).encode())
+        digest.update(sha256_of_file(file).encode())
     return digest.hexdigest()

@@ -54,11 +54,9 @@ _ARRANGE = Path(__file__).with_name("arrange.sql")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The labels of a source's records.
+    """The sorted label names of a source's records.
 
-    Args:
-        names: sorted.
-        one_class: whether each record has exactly one label, of the image as a whole.
+    ``one_class``: each record has exactly one label, of the image as a whole.
     """
 
     names: tuple[str, ...]
@@ -83,14 +81,10 @@ _decode_files = msgspec.json.Decoder(list[str]).decode
 
 
 class StoredRecord(msgspec.Struct):
-    """A record on its way between the workers and the store.
+    """A record, as JSON in ``body``, on its way between the workers and the store.
 
-    Args:
-        id: the record's, which may differ from the one in ``body`` where two had the same.
-        body: JSON of the `Record`.
-        duplicate_key: the same for records of the same pixels and the same labels.
-        image: the record's.
-        row: of the store; 0 before it is stored.
+    ``id`` may differ from the one in ``body`` where two had the same; ``duplicate_key`` is equal for the same
+    pixels and labels; ``row`` is of the store, 0 before it is stored.
     """
 
     id: str
@@ -134,16 +128,11 @@ class ItemRow(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredConversation:
     """A conversation as the store has it, accepted or not, with all that led to it.
 
-    Args:
-        item: what was to be made.
-        record: of what.
-        conversation: None if the writer gave none that can be read.
-        problems: why it was set aside; empty if it was accepted.
-        prompt, answer: of a model; empty for a template's.
-        row: of the store.
+    ``conversation`` is None if the writer gave none that can be read; ``problems`` say why it was rejected;
+    ``prompt`` and ``answer`` are a model's, empty for a template's; ``row`` is the store's.
     """
 
     item: Item
@@ -180,13 +169,16 @@ class Usage:
     seconds: float = 0.0
 
 
-_ITEMS = "FROM items i CROSS JOIN corpus c ON c.record = i.id / 4096 WHERE c.source = :source AND i.state ="
+_ITEMS_IN_STATE = (
+    f"FROM items i CROSS JOIN corpus c ON c.record = i.id / {MAX_ITEMS} "
+    "WHERE c.source = :source AND i.state = "
+)
 _LOST = f"""
 SELECT stage, reason, count(*) FROM corpus_drops WHERE source = :source GROUP BY 1, 2
 UNION ALL SELECT stage, reason, count(*) FROM drops WHERE unit = -:source GROUP BY 1, 2
 UNION ALL SELECT 'check', coalesce(json_extract(CAST(i.problems AS TEXT), '$[0].reason'), 'no conversation'),
-    count(*) {_ITEMS} 1 GROUP BY 2
-UNION ALL SELECT 'write', 'pending', count(*) {_ITEMS} 2 GROUP BY 1
+    count(*) {_ITEMS_IN_STATE}{REJECTED} GROUP BY 2
+UNION ALL SELECT 'write', 'pending', count(*) {_ITEMS_IN_STATE}{PENDING} GROUP BY 1
 ORDER BY 3 DESC, 2
 """
 _CAME_THROUGH = """
@@ -197,14 +189,7 @@ FROM units WHERE source = :source AND place IS NOT NULL
 
 
 class Store:
-    """The database.
-
-    Args:
-        path: of the file; made if it isn't there.
-
-    Raises:
-        CorpusError: it is not a database of this tool, or damaged, or of another version.
-    """
+    """The database in a file, made if need be; a `CorpusError` for a damaged one, or one of another kind."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -369,14 +354,10 @@ class Store:
         self._db.executemany("INSERT INTO seen VALUES (?, ?)", units)
 
     def arrange(self, source: int, *, limit: int | None = None) -> None:
-        """Decide which records of a source are in the corpus, under which numbers and ids.
+        """Decide which records of a source are in the corpus, ``limit`` at most, under which numbers and ids.
 
         Units without a place are forgotten, or with a limit put aside. Of records with the same pixels and
         labels the first is kept. Ids that are there twice get a ``~2``.
-
-        Args:
-            source: its id.
-            limit: records at most.
         """
         with self.transaction():
             if limit is None:
@@ -487,12 +468,12 @@ class Store:
                 change = "UPDATE corpus SET made = ?, items = ? WHERE record = ?"
                 self._rows(change, made, len(items), record.row)
 
-    def pending(self) -> Iterator[Kept]:
+    def pending(self) -> Iterator[StoredConversation]:
         """Yield the items that a model is to write. The store may be written to while they are read."""
         for source, _ in self.sources():
             number, last = 0, -1
             while rows := self._rows(
-                "SELECT * FROM conversations WHERE source = ? AND state = 2 AND number >= ? "
+                f"SELECT * FROM conversations WHERE source = ? AND state = {PENDING} AND number >= ? "
                 "AND (number > ? OR id > ?) ORDER BY number, id LIMIT 100",
                 *(source, number, number, last),
             ).fetchall():
@@ -531,18 +512,20 @@ class Store:
                 for id, body in self._rows(query, number):
                     yield StoredRecord(id, body).record
 
-    def accepted(self) -> Iterator[Kept]:
+    def accepted(self) -> Iterator[StoredConversation]:
         """Yield the accepted conversations in the corpus' order."""
         return self._in_state(ACCEPTED)
 
-    def rejected(self) -> Iterator[Kept]:
+    def rejected(self) -> Iterator[StoredConversation]:
         """Yield the conversations that were set aside, in the corpus' order."""
         return self._in_state(REJECTED)
 
-    def _in_state(self, state: int) -> Iterator[Kept]:
-        query = "SELECT * FROM conversations WHERE source = ? AND state = %d ORDER BY number, id"
+    def _in_state(self, state: int) -> Iterator[StoredConversation]:
+        query = (
+            f"SELECT * FROM conversations WHERE source = ? AND state = {state} ORDER BY number, id"
+        )
         for source, _ in self.sources():
-            yield from _kept(self._rows(query % state, source))
+            yield from _kept(self._rows(query, source))
 
     def drops(self) -> Iterator[tuple[str, Drop]]:
         """Yield name of the source and what was left out before a conversation was to be made of it."""
@@ -579,8 +562,8 @@ class Store:
     def forms(self) -> list[dict[str, Any]]:
         """Return rows of ``form``, ``language``, and how many are ``accepted``, ``rejected``, ``pending``."""
         rows = self._rows(
-            "SELECT form, language, sum(state = 0) AS accepted, sum(state = 1) AS rejected, "
-            "sum(state = 2) AS pending FROM corpus_items "
+            f"SELECT form, language, sum(state = {ACCEPTED}) AS accepted, "
+            f"sum(state = {REJECTED}) AS rejected, sum(state = {PENDING}) AS pending FROM corpus_items "
             "WHERE source IN (SELECT value FROM json_each(?)) GROUP BY 1, 2 ORDER BY 1, 2",
             encode([source for source, _ in self.sources()]).decode(),
         )
@@ -596,7 +579,7 @@ class Store:
         return Vocabulary.of(self.records(source))
 
 
-def _kept(rows: Iterable[sqlite3.Row]) -> Iterator[Kept]:
+def _kept(rows: Iterable[sqlite3.Row]) -> Iterator[StoredConversation]:
     """Decode rows of the view ``conversations``; a record's rows follow each other."""
     last, record = None, None
     for row in rows:
@@ -604,7 +587,7 @@ def _kept(rows: Iterable[sqlite3.Row]) -> Iterator[Kept]:
             last, record = row["record"], StoredRecord(row["record_id"], row["body"]).record
         conversation, problems = row["conversation"], row["problems"]
         own = {name: row[name] for name in ("form", "language", "kind", "focus", "seed")}
-        yield Kept(
+        yield StoredConversation(
             Item(id=record.id + row["suffix"], **own),
             record,
             None if conversation is None else _decode_conversation(conversation),

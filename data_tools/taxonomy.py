@@ -32,15 +32,7 @@ _BUILT_IN = Path(__file__).with_name("taxonomy.yaml")
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """One term and what else it is called.
-
-    Args:
-        name: as it stands in records.
-        synonyms: further English names.
-        chinese: its Chinese name; empty if none is known.
-        chinese_synonyms: further Chinese names.
-        codes: of DICOM, (0008,0060) for modalities.
-    """
+    """One term by its name in records, and what else it is called; ``codes`` are DICOM's, as (0008,0060)."""
 
     name: str
     synonyms: tuple[str, ...] = ()
@@ -68,8 +60,7 @@ class Taxonomy:
     def find(self, kind: str, text: str) -> str:
         """Return the name of the term with this name, synonym or DICOM code, in any case.
 
-        Raises:
-            CorpusError: there is none; with the nearest names.
+        A `CorpusError` with the nearest names if there is none.
         """
         names = self._by_any_name[kind]
         if found := names.get(_key(text)):
@@ -85,8 +76,7 @@ class Taxonomy:
     def terms(self, name: str) -> Terms:
         """Return what a modality, department or task of this very name is called.
 
-        Raises:
-            KeyError: no term has this name.
+        A `KeyError` if no term has this name.
         """
         return self._by_name[name]
 

@@ -58,13 +58,7 @@ def worker_taxonomy(extra: Path | None) -> Taxonomy:
 def read_units(
     source: SourceOptions, folder: Path, taxonomy: Path | None, units: list[Unit]
 ) -> tuple[list[UnitResult], float]:
-    """Read units of a source.
-
-    Args:
-        source: its entry of the job.
-        folder: of the corpus.
-        taxonomy: the job's file, which extends the built-in one.
-        units: in the order of the source.
+    """Read units of a source for the corpus in ``folder``, with the job's file that extends the taxonomy.
 
     Returns:
         What became of each unit, and the seconds that all of them took.
@@ -92,10 +86,8 @@ def unit_fingerprint(root: Path, unit: Unit, files: Iterable[str] = ()) -> bytes
     """Return 16 bytes that change if the unit's payload, a file that it names or one of ``files`` changes.
 
     A file counts as named if a text or path anywhere in key or payload is its path, absolute or below the
-    root. Its size and time of change are looked at, not its bytes; a folder's are those of its entries.
-
-    Raises:
-        TypeError: the payload holds something else than plain values.
+    root. Its size and time of change are looked at, not its bytes; a folder's are those of its entries. A
+    `TypeError` if the payload holds something else than plain values.
     """
     digest = hashlib.blake2b(digest_size=16)
     _add(digest, root, unit.key)
@@ -154,12 +146,8 @@ def _add_file(digest: Any, path: str) -> None:
 class Recipe:
     """How the conversations of a source are made; the same for all of its records.
 
-    Args:
-        make, checks, seed: of the job.
-        taxonomy: file that extends the built-in one.
-        context: of the source.
-        answers: with a model as writer, hash of everything of the job that its answers depend on; None: all
-            is written by the template writer.
+    ``taxonomy`` is the file that extends the built-in one. ``answers``, with a model as writer, is the hash
+    of everything of the job that its answers depend on; None: all is written by the template writer.
     """
 
     make: MakeOptions
@@ -171,15 +159,10 @@ class Recipe:
 
 
 def make(packed: bytes, records: list[StoredRecord]) -> list[list[ItemRow]]:
-    """Make the items of some records.
+    """Return the items of each of some records.
 
-    Args:
-        packed: pickled `Recipe`. A worker unpacks it once: what the checks derive from a vocabulary is kept
-            for as long as the object is the same.
-        records: as they are in the store.
-
-    Returns:
-        The items of each record.
+    ``packed`` is a pickled `Recipe`. A worker unpacks it once: what the checks derive from a vocabulary is
+    kept for as long as the object is the same.
     """
     recipe = _unpacked(packed)
     taxonomy = worker_taxonomy(recipe.taxonomy)

@@ -326,7 +326,7 @@ class Predictor:
 
     # Not inference_mode: weights that ZeRO-3 gathers inside could not be trained afterwards.
     @torch.no_grad()
-    def go_on(
+    def continue_prompt(
         self,
         ids: np.ndarray,
         images: Sequence[ImageLike],

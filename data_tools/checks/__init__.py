@@ -52,15 +52,8 @@ def check(
 ) -> list[Problem]:
     """Return what is wrong with a conversation; empty if it is accepted.
 
-    Args:
-        conversation: as it would go into the corpus.
-        item: what was asked for.
-        record: what is known of the image.
-        context: of the record's source.
-        taxonomy: the job's.
-        options: which checks, and their bounds.
-        grounded: False for answers that were asked for without the annotation: then only the checks that
-            need none decide, so that the two corpora of the comparison differ in nothing else.
+    ``grounded`` is False for answers that were asked for without the annotation: then only the checks that
+    need none decide, so that the two corpora of the comparison differ in nothing else.
     """
     problems = list(turns(conversation, item))
     if problems:

@@ -72,14 +72,10 @@ def is_chinese(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A conversation as the checks read it: the answers, split into words once.
+    """A conversation as the checks read it: the texts of its answers, split into words once.
 
-    Args:
-        answers: their texts.
-        text: all of them.
-        plain: the text in lower case, with single spaces and straight apostrophes.
-        words: the text's `words_of`.
-        chinese: whether it is to be read as Chinese.
+    ``plain`` is all of the text in lower case, with single spaces and straight apostrophes; ``words`` are its
+    `words_of`; ``chinese`` says how it is to be read.
     """
 
     answers: tuple[str, ...]
@@ -102,11 +98,7 @@ def said(conversation: Conversation, *, chinese: bool) -> Said:
 
 
 class TermFinder:
-    """Finds the terms of a vocabulary.
-
-    Args:
-        terms: spoken form -> what it means.
-    """
+    """Finds the terms of a vocabulary: spoken form -> what it means."""
 
     def __init__(self, terms: Mapping[str, str]) -> None:
         self._by_first: dict[str, list[tuple[tuple[str, ...], str]]] = {}

@@ -40,11 +40,8 @@ class NamedImage:
 class Item:
     """A question of the benchmark, from a ``row`` of a ``file``; what it lacks is "".
 
-    Args:
-        texts: the question as it may occur: bare, with its options, rephrased.
-        answer: the right one as text.
-        images: positions of its images.
-        case: patient or case.
+    ``texts`` are the question as it may occur (bare, with its options, rephrased), ``answer`` the right one
+    as text, ``images`` positions of its images, ``case`` the patient or case.
     """
 
     file: str
@@ -64,16 +61,9 @@ class Item:
 class Benchmark:
     """A benchmark; :meth:`read` fills it.
 
-    Args:
-        image_root: where its images are, if not beside it.
-        only: patterns of its question files; all if empty.
-        where: column -> pattern of the rows that count.
-        files: question files, by their names below the folder, with their rows that count.
-        passed_over: files that weren't read, with the reason.
-        not_found: names of images of which there is no file, with what is wrong.
-        unnamed: image files that no question names and that aren't compared.
-        left_out: rows that ``where`` leaves out.
-        notes: what a person should know of the reading.
+    ``only`` are patterns of its question files (empty: all), ``where`` column -> pattern of the rows that
+    count; ``left_out`` rows don't. ``files`` are names of question files with their rows; ``passed_over`` and
+    ``not_found`` names with what is wrong; ``unnamed`` image files are named by no question.
     """
 
     path: Path
@@ -98,8 +88,7 @@ class Benchmark:
     def read(self) -> Iterator[ImageSource]:
         """Read everything; images are handed on as they come, for those in tables would fill the memory.
 
-        Raises:
-            GMAIError: nothing is there, or a question file is damaged.
+        A `GMAIError` if nothing is there, or a question file is damaged.
         """
         if not self.path.exists():
             raise CorpusError(f"{self.path} does not exist. Name a benchmark's folder or file.")

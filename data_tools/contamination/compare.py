@@ -48,13 +48,11 @@ class Dataset:
 
 @dataclass(slots=True)
 class Corpus:
-    """A corpus that is found, not yet read.
+    """A corpus that is found, not yet read; ``kind`` says, for people, what ``path`` was taken for.
 
-    Args:
-        kind: what ``path`` was taken for, for people.
-        groups: image name -> patient, case, video or slide, of a corpus folder of ours.
-        refused: reason -> number of records that training refuses, once all are read.
-        passed_over: files that weren't read, with the reason.
+    ``groups``, of a corpus folder of ours: image name -> patient, case, video or slide. ``refused``: reason
+    -> records that training refuses, once all are read; ``passed_over``: files that weren't read, with the
+    reason.
     """
 
     path: Path
@@ -75,8 +73,7 @@ class Corpus:
     def conversations(self) -> Iterator[tuple[int, Conversation]]:
         """Yield position of the dataset and conversation; records that training refuses are counted.
 
-        Raises:
-            DataError: a file can't be read.
+        A `DataError` if a file can't be read.
         """
         self.refused.clear()
         for number, dataset in enumerate(self.datasets):
@@ -98,15 +95,9 @@ class Corpus:
 
 
 def open_corpus(path: Path, *, image_root: Path | None = None) -> Corpus:
-    """Find out what a path holds.
+    """Find out what a folder or file holds; a ``GMAIError`` if nothing could be read.
 
-    Args:
-        path: folder or file.
-        image_root: folder that image names are relative to, for records without a mixture; default: the
-            folder, or the file's.
-
-    Raises:
-        GMAIError: nothing there that could be read.
+    ``image_root`` is what image names are relative to for records without a mixture; default: their folder.
     """
     if not path.exists():
         raise CorpusError(
@@ -191,13 +182,10 @@ class CorpusImage:
 class Overlap:
     """All that two sides have in common.
 
-    Args:
-        distance, threshold: of `run`.
-        benchmark_states, corpus_states: images by what could be read.
-        problems: images that can't be read: side, name, why.
-        conversations: of the corpus; ``excluded`` of them are left out by the mixture's lists already.
-        names: the corpus' images by number: position of the dataset, name in its records.
-        same_case: images of the benchmark -> images of the corpus that bear the name of the same case.
+    States count images by what could be read, ``problems`` name those that can't be: side, name, why.
+    ``excluded`` of the conversations are left out by the mixture's lists already. ``names`` are the corpus'
+    images: position of the dataset, name in its records. ``same_case``: images of the benchmark -> those of
+    the corpus of one case.
     """
 
     corpus: Corpus
@@ -241,14 +229,9 @@ def run(
 ) -> Overlap:
     """Compare a corpus with a benchmark that is not yet read.
 
-    Args:
-        distance: bits, up to which images look the same.
-        threshold: Jaccard index, from which questions are near.
-        workers: processes that decode; default: all cores.
-
-    Raises:
-        GMAIError: nothing of the benchmark is recognised, training refuses the whole corpus, or a file
-            can't be read.
+    Images look the same up to ``distance`` bits, questions are near from ``threshold`` (Jaccard index) on. A
+    `GMAIError` if nothing of the benchmark is recognised, training refuses the whole corpus, or a file can't
+    be read.
     """
     begun = time.monotonic()
     with open_executor("processes", workers) as executor:

@@ -18,6 +18,7 @@ import numpy as np
 from data_tools.contamination.compare import CorpusImage, Overlap
 from data_tools.contamination.images import LEVELS
 from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.templates import environment
 
 NEAR_COLUMNS = (
     *("decision", "relation", "bits", "benchmark_picture", "questions"),
@@ -37,10 +38,8 @@ Decisions = dict[PairKey, str]
 class Pair:
     """Two images that are to be looked at: the benchmark's by number and name, the corpus' whole.
 
-    Args:
-        relation: ``same pixels``, ``looks the same``, or ``same case`` if only the names are alike;
-            ``looks the same, same case`` for both.
-        bits: by which the perceptual hashes differ; None: not known to be near.
+    ``relation`` is ``same pixels``, ``looks the same``, ``same case`` if only the names are alike, or ``looks
+    the same, same case``; ``bits`` how far the hashes differ, None: not known to be near.
     """
 
     theirs: int
@@ -84,7 +83,7 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
     with_question = {number for text in questions.hits for number in questions.of_text[text]}
     levels = [level for level in LEVELS if level < overlap.distance] + [overlap.distance]
     why = images_not_compared(overlap)
-    return {
+    values: dict[str, Any] = {
         "corpus": {
             "path": str(corpus.path),
             "taken_for": corpus.kind,
@@ -139,9 +138,11 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
             "by_decision": exclude.decided,
             "not_in_the_mixture_yet": exclude.fresh,
         },
-        "warnings": warnings(overlap),
+        "warnings": [],
         "seconds": round(overlap.seconds, 1),
     }
+    values["warnings"] = _warnings(values, benchmark.notes)
+    return values
 
 
 def images_not_compared(overlap: Overlap) -> str:
@@ -163,36 +164,11 @@ def images_not_compared(overlap: Overlap) -> str:
     return ""
 
 
-def warnings(overlap: Overlap) -> list[str]:
+def _warnings(summary: dict[str, Any], notes: Sequence[str]) -> list[str]:
     """Return what keeps the result from being the whole truth."""
-    corpus, benchmark = overlap.corpus, overlap.benchmark
-    found = list(benchmark.notes)
-    if why := images_not_compared(overlap):
-        found.append(f"Images were not compared: {why}.")
-    if not overlap.questions.texts:
-        found.append("Questions were not compared: no column of questions was recognised.")
-    elif not overlap.conversations:
-        found.append("Questions were not compared: the corpus has no conversation.")
-    counts = []
-    for side, states in (
-        ("corpus", overlap.corpus_states),
-        ("benchmark", overlap.benchmark_states),
-    ):
-        for state in ("missing", "unreadable", "plain"):
-            shown = "of one grey level" if state == "plain" else state
-            counts.append((states.get(state, 0), "image", f"of the {side}, {shown}: not compared"))
-    refused = f"of the corpus that training refuses ({corpus.reasons()}): not compared"
-    unnamed = "of the benchmark, named by no question: not compared"
-    counts += [
-        (len(benchmark.not_found), "image", "that the benchmark names: not found"),
-        (benchmark.unnamed, "image file", unnamed),
-        (corpus.refused.total(), "record", refused),
-        (len(corpus.passed_over), "file", "of the corpus passed over"),
-    ]
-    for number, thing, outcome in counts:
-        if number:
-            found.append(f"{number:,} {thing}{'' if number == 1 else 's'} {outcome}.")
-    return found
+    plain = environment("data_tools.contamination")
+    text = plain.get_template("warnings.txt.j2").render(n=summary)
+    return [*notes, *filter(None, text.splitlines())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,8 +237,7 @@ def exclude_list(overlap: Overlap, listed: Sequence[Pair], decisions: Decisions)
 def read_decisions(path: Path) -> Decisions:
     """Read the decisions in ``near.tsv``; of two rows of one pair ``exclude`` wins.
 
-    Raises:
-        CorpusError: another word stands there, a column or cell is missing, or it isn't UTF-8.
+    A `CorpusError` if another word stands there, a column or cell is missing, or it isn't UTF-8.
     """
     found: Decisions = {}
     if not path.is_file():

@@ -87,11 +87,7 @@ def _is_grey(pixels: np.ndarray) -> bool:
 
 
 def thumbnail(source: Path | bytes, *, side: int = THUMBNAIL) -> bytes:
-    """Return a small JPEG to look at.
-
-    Raises:
-        Unusable: it can't be read.
-    """
+    """Return a small JPEG to look at; `Unusable` if it can't be read."""
     image = Image.fromarray(read_pixels(source))
     image.thumbnail((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -202,8 +198,7 @@ def content_key(data: bytes) -> str:
 def open_cache(path: Path) -> Iterator[HashCache]:
     """Open a cache, made if need be; several runs may share it. What was hashed before an error stays.
 
-    Raises:
-        CorpusError: it can't be opened or used.
+    A `CorpusError` if it can't be opened or used.
     """
     with suppress(OSError):  # SQLite says the same
         path.parent.mkdir(parents=True, exist_ok=True)

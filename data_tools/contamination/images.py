@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -23,11 +23,7 @@ _HELD = 4_000_000  # pairs
 
 
 class Hashes:
-    """Hashes of a side's images, 25 bytes each.
-
-    Args:
-        size: number of images.
-    """
+    """Hashes of the images of a side, 25 bytes each."""
 
     def __init__(self, size: int) -> None:
         self.state = np.zeros(size, dtype=np.uint8)
@@ -58,11 +54,8 @@ class Near:
 class Matches:
     """Images of the benchmark that are in the corpus; made by `compare`.
 
-    Args:
-        exact: images of the benchmark -> those of the corpus with the same pixels.
-        near: the closest of the others, by distance.
-        nearest: distance of each image of the benchmark to the closest one of the corpus; 255: none.
-        count: how many of the corpus are near it, the same ones not counted.
+    ``exact`` leads to images of the corpus with the same pixels, ``near`` are the closest of the others. Of
+    each image of the benchmark ``nearest`` is the least distance (255: none), ``count`` how many are near it.
     """
 
     exact: dict[int, list[int]]
@@ -85,51 +78,38 @@ def compare(benchmark: Hashes, corpus: Hashes, *, distance: int) -> Matches:
 
     Those of one grey level are compared with none.
     """
-    ours = np.flatnonzero(corpus.state == OK)
-    theirs = np.flatnonzero(benchmark.state == OK)
-    exact = _exact(benchmark.pixels[theirs], corpus.pixels[ours], theirs, ours)
+    ours, theirs = (np.flatnonzero(side.state == OK) for side in (corpus, benchmark))
+    of_pixels: defaultdict[bytes, list[int]] = defaultdict(list)
+    may_be_same = np.isin(corpus.pixels[ours, 0], benchmark.pixels[theirs, 0])
+    for image in ours[may_be_same].tolist():
+        of_pixels[corpus.pixels[image].tobytes()].append(image)
+    same = {n: of_pixels.get(benchmark.pixels[n].tobytes(), []) for n in theirs.tolist()}
     # Equal hashes are looked for once: a corpus may hold an image a thousand times.
-    looks, asked = (np.unique(side) for side in (corpus.look[ours], benchmark.look[theirs]))
-    by_look = ours[np.argsort(corpus.look[ours], kind="stable")]
-    starts = np.searchsorted(corpus.look[by_look], looks)
-    ends = np.append(starts[1:], len(by_look))
-    by_question = theirs[np.argsort(benchmark.look[theirs], kind="stable")]
-    first = np.searchsorted(benchmark.look[by_question], asked)
-    last = np.append(first[1:], len(by_question))
-    nearest = np.full(len(benchmark.state), 255, dtype=np.uint8)
-    count = np.zeros(len(benchmark.state), dtype=np.int64)
-    near: list[Near] = []
-    pairs, counts = _closest(
-        search(asked, looks, distance=distance), len(asked), weights=ends - starts
-    )
-    for query, values, distances in _by_query(pairs):
-        for number in by_question[first[query] : last[query]].tolist():
-            same = set(exact.get(number, ()))
-            listed = 0
-            count[number] = counts[query] - len(same)
-            for value, bits in zip(values.tolist(), distances.tolist(), strict=True):
-                nearest[number] = min(nearest[number], bits)
-                for image in by_look[starts[value] : ends[value]][: CLOSEST + len(same)].tolist():
-                    if image not in same and listed < CLOSEST:
-                        near.append(Near(number, image, bits))
-                        listed += 1
-    near.sort(key=lambda one: (one.distance, one.theirs, one.ours))
-    return Matches(exact, near, nearest, count)
+    looks, copies = np.unique(corpus.look[ours], return_counts=True)
+    asked = np.unique(benchmark.look[theirs])
+    pairs, counts = _closest(search(asked, looks, distance=distance), len(asked), weights=copies)
+    having = _by_look(corpus, ours, looks[pairs.value])
+    asking = _by_look(benchmark, theirs, asked[pairs.query])
+    found = Matches.none(len(benchmark.state))
+    found.exact = {number: images for number, images in same.items() if images}
+    listed = Counter[int]()
+    for query, value, bits in zip(*(part.tolist() for part in pairs), strict=True):
+        for number in asking[int(asked[query])]:
+            copied = set(same[number])
+            found.count[number] = counts[query] - len(copied)
+            found.nearest[number] = min(found.nearest[number], bits)
+            for image in having[int(looks[value])][: CLOSEST + len(copied)]:
+                if image not in copied and listed[number] < CLOSEST:
+                    found.near.append(Near(number, image, bits))
+                    listed[number] += 1
+    found.near.sort(key=lambda one: (one.distance, one.theirs, one.ours))
+    return found
 
 
-def _exact(
-    benchmark: np.ndarray, corpus: np.ndarray, theirs: np.ndarray, ours: np.ndarray
-) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    order = np.argsort(corpus[:, 0], kind="stable")
-    keys = corpus[order, 0]
-    left = np.searchsorted(keys, benchmark[:, 0], side="left")
-    right = np.searchsorted(keys, benchmark[:, 0], side="right")
-    for row in np.flatnonzero(right > left).tolist():
-        candidates = order[left[row] : right[row]]
-        same = candidates[corpus[candidates, 1] == benchmark[row, 1]]
-        if len(same):
-            found[int(theirs[row])] = sorted(ours[same].tolist())
+def _by_look(side: Hashes, numbers: np.ndarray, wanted: np.ndarray) -> dict[int, list[int]]:
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for number in numbers[np.isin(side.look[numbers], wanted)].tolist():
+        found[int(side.look[number])].append(number)
     return found
 
 
@@ -141,8 +121,7 @@ def _closest(
     At a large distance images of one kind are all near each other; what is held is bounded.
     """
     counts = np.zeros(queries, dtype=np.int64)
-    kinds = (np.int64, np.int64, np.uint8)
-    parts = [Pairs(*(np.zeros(0, dtype=kind) for kind in kinds))]
+    parts = [Pairs(*(np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, np.uint8)))]
     held = 0
     for part in pairs:
         np.add.at(counts, part.query, weights[part.value])
@@ -155,25 +134,12 @@ def _closest(
 
 
 def _first_few(parts: Sequence[Pairs]) -> Pairs:
-    query, value, distance = (
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("query", "value", "distance")
-    )
+    query, value, distance = map(np.concatenate, zip(*parts, strict=True))
     order = np.lexsort((value, distance, query))
-    query, value, distance = query[order], value[order], distance[order]
+    query = query[order]
     # One more than are listed: the first may be the same pixels.
-    place = np.arange(len(query)) - np.searchsorted(query, query)
-    kept = place <= CLOSEST
-    return Pairs(query[kept], value[kept], distance[kept])
-
-
-def _by_query(pairs: Pairs) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    if not len(pairs.query):
-        return
-    starts = np.flatnonzero(np.append(True, np.diff(pairs.query) != 0))
-    ends = np.append(starts[1:], len(pairs.query))
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        yield int(pairs.query[start]), pairs.value[start:end], pairs.distance[start:end]
+    kept = np.arange(len(query)) - np.searchsorted(query, query) <= CLOSEST
+    return Pairs(query[kept], value[order][kept], distance[order][kept])
 
 
 def case_of(name: str) -> str:

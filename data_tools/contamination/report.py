@@ -47,8 +47,7 @@ def seen_from(folder: Path, path: Path) -> str:
 def check_folder(folder: Path, corpus: Path, benchmark: Path) -> None:
     """Refuse a folder, which need not exist, that another comparison or something else has its files in.
 
-    Raises:
-        CorpusError: no folder, a folder of something else, or of another corpus or benchmark.
+    A `CorpusError` for no folder, a folder of something else, or of another corpus or benchmark.
     """
     remedy = "Give another folder with --output."
     if not folder.exists():
@@ -90,10 +89,7 @@ def check_folder(folder: Path, corpus: Path, benchmark: Path) -> None:
 def write(folder: Path, overlap: Overlap, cache: HashCache) -> dict[str, Any]:
     """Write the whole folder, each file whole or not at all, and return the numbers.
 
-    Decisions in its ``near.tsv`` are read, obeyed and kept.
-
-    Raises:
-        CorpusError: the decisions can't be read.
+    Decisions in its ``near.tsv`` are read, obeyed and kept. A `CorpusError` if the decisions can't be read.
     """
     decisions = findings.read_decisions(folder / "near.tsv")
     listed = findings.pairs(overlap)

@@ -49,14 +49,8 @@ def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
 def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int) -> list[Item]:
     """Return the items of a record, in the order of `items.FORMS`.
 
-    They depend on the arguments alone, and each item's own seed on its id and ``seed``: a record more or less
-    elsewhere changes nothing here.
-
-    Args:
-        record: what they are made of.
-        context: of its source.
-        make: how many of each form.
-        seed: of the job.
+    They depend on the arguments alone, and each item's own seed on its id and the job's ``seed``: a record
+    more or less elsewhere changes nothing here.
     """
     rng = Rng(seed_of(record.id, seed))
     can_be_chinese = all(name in context.chinese for name in record.names)

@@ -90,8 +90,8 @@ def dialogue(teller: Teller) -> Conversation:
         question = say("dialogue.where", where=teller.counted("where", label))
         more.append((question, teller.located(label, boxes)))
         if len(boxes) > 1 and label in teller.known:  # of one it is said already
-            things = teller.things(label)
-            more.append((say("dialogue.many", **things), say("dialogue.count", **things)))
+            values = teller.placeholders(label)
+            more.append((say("dialogue.many", **values), say("dialogue.count", **values)))
     if record.department != "None":
         concerns = say("dialogue.concerns", department=teller.department())
         more.append((say("dialogue.department"), concerns))
@@ -261,7 +261,7 @@ def _about_region(teller: Teller) -> tuple[str, str]:
     one = kind == "detection" and len(same) == 1 and noun(label.name).is_anatomy
     question = teller.say(
         f"perception.{kind}{'_of_one' if one else ''}",
-        **teller.things(label.name),
+        **teller.placeholders(label.name),
         box=teller.box(box),
     )
     match kind:

@@ -78,8 +78,7 @@ def _lopsided(first: float, last: float) -> int:
 def read_boxes(text: str, *, width: int, height: int) -> list[Box]:
     """Return all boxes of a text in their order, in pixels. The inverse of `write_box`.
 
-    Raises:
-        ValueError: four numbers in brackets that are no box: beyond 1000, or not in ascending order.
+    A `ValueError` for four numbers in brackets that are no box: beyond 1000, or not in ascending order.
     """
     boxes = []
     for match in _BOX.finditer(text):

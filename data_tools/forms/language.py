@@ -166,12 +166,7 @@ def _flat(values: Any, key: str = "") -> Iterator[tuple[str, str | tuple[str, ..
 class Teller:
     """Says what a record holds, in the item's language and with the item's seed.
 
-    Args:
-        item: gives language, focus and seed.
-        record, context, taxonomy: what is known and what it is called.
-
-    Attributes:
-        known: labels of which all is annotated in this image: they may be counted, or denied.
+    ``known`` are labels of which all is annotated in this image: they may be counted, or denied.
     """
 
     __slots__ = ("context", "item", "known", "language", "record", "rng", "taxonomy")
@@ -209,11 +204,7 @@ class Teller:
         return self._term(self.record.department)
 
     def image(self, *, subject: bool = True) -> Word:
-        """Return what the image is called: `axial CT image of the abdomen`, `mammogram of the left breast`.
-
-        Args:
-            subject: name the only label too, if it is what is shown: `MR image of the head`.
-        """
+        """Return what the image is called, with ``subject`` by its only label too: `MR image of the head`."""
         return Word(self._described(self.subject if subject else "")[0])
 
     def _described(self, subject: str) -> tuple[str, tuple[str, ...]]:
@@ -303,9 +294,9 @@ class Teller:
         # What a region shows says nothing of others; "where is it" asks for all of them.
         if label not in self.known and (how == "several" or key == "where"):
             how = "some"
-        return self.say(f"{key}.{how}", **self.things(label), **values)
+        return self.say(f"{key}.{how}", **self.placeholders(label), **values)
 
-    def things(self, label: str) -> dict[str, object]:
+    def placeholders(self, label: str) -> dict[str, object]:
         """Return the values for the placeholders of a sentence about a label's regions.
 
         A box of what can be counted is one of it, "nine red blood cells" (``things`` of `Language.regions`);
@@ -381,7 +372,9 @@ class Teller:
 
     def shown(self, labels: Sequence[str]) -> Word:
         """Name labels as what an image shows: `the spleen, a kidney and platelets`."""
-        return Word(self.language.listed([str(self.things(label)["some"]) for label in labels]))
+        return Word(
+            self.language.listed([str(self.placeholders(label)["some"]) for label in labels])
+        )
 
     def found(self, form: str) -> str:
         """Name all labels, in the words of a form."""
@@ -399,7 +392,7 @@ class Teller:
         else:
             how = "one" if len(boxes) == 1 else "many" if many else "several"
         places = self.language.where(boxes, *size)
-        return self.say(f"located.{how}", **self.things(label), places=places)
+        return self.say(f"located.{how}", **self.placeholders(label), places=places)
 
     def findings(self) -> str:
         """Say everything but what `what` has said."""

@@ -102,11 +102,7 @@ def link(text: str, url: str) -> str:
 
 @contextmanager
 def stored_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image of the corpus.
-
-    Raises:
-        CorpusError: it can't be read.
-    """
+    """Open an image of the corpus; a `CorpusError` if it can't be read."""
     try:
         with opened(path) as image:
             yield image

@@ -24,43 +24,33 @@ from functools import cache
 from hashlib import blake2b
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data_tools import licences
 from data_tools.items import TEXT_FORMS
+from data_tools.job import Job
 from data_tools.output import card, files, manifest, report, review
 from data_tools.output.splits import Split, SplitBuilder, hashes
 from data_tools.output.summary import Tally
+from data_tools.store import Store, StoredConversation
 from gmai_xtuner.core.files import directory_to_disk, replace_text, to_disk
 from gmai_xtuner.core.hamming import close_pairs
-
-if TYPE_CHECKING:
-    from data_tools.job import Job
-    from data_tools.store import Kept, Store
 
 
 def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
     """Make the corpus folder of what the store holds; an older corpus in it is replaced as a whole.
 
-    Args:
-        store: records and conversations of a finished job.
-        job: its title, seed, sources and section ``corpus``.
-        folder: the corpus folder, where the images already are.
-
-    Returns:
-        The values of ``summary.json``, see `summary`.
-
-    Raises:
-        CorpusError: a text isn't valid Unicode, or a stored image is missing.
+    ``folder`` has the images already. Returns the values of ``summary.json``, see `summary`. A `CorpusError`
+    if a text isn't valid Unicode, or a stored image is missing.
     """
     options = job.corpus
     refusal = cache(lambda licence: licences.refusal(licence, options))
     tally, errors = Tally(), review.ErrorRate(folder)
     accepted, rejected = report.Chosen(), report.Chosen()
 
-    def allowed(kepts: Iterable[Kept]) -> Iterator[Kept]:
+    def allowed(kepts: Iterable[StoredConversation]) -> Iterator[StoredConversation]:
         return (kept for kept in kepts if refusal(kept.record.provenance.licence) is None)
 
     with replacing(folder) as new:
@@ -128,7 +118,9 @@ def _alike(job: Job, images: Iterable[Path], first: np.ndarray) -> list[tuple[in
     return [(int(rows[one]), int(rows[other])) for one, other in pairs]
 
 
-def _sides(kepts: Iterable[Kept], split: Split, tally: Tally) -> Iterator[tuple[Kept, bool]]:
+def _sides(
+    kepts: Iterable[StoredConversation], split: Split, tally: Tally
+) -> Iterator[tuple[StoredConversation, bool]]:
     """Yield each conversation, and whether it is held out.
 
     Without its image a text is the same for many records: on one side, and once.

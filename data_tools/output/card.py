@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from data_tools import licences
+from data_tools.job import Job
 from data_tools.output import short, templates
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
 from data_tools.output.summary import FIGURES
-
-if TYPE_CHECKING:
-    from data_tools.job import Job
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"),
           (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))  # fmt: skip

@@ -22,16 +22,14 @@ from collections.abc import Mapping
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import yaml
 
 from data_tools.items import FILES, TEXT_FORMS, Conversation
+from data_tools.store import StoredConversation
 from gmai_xtuner.core.errors import CorpusError
-
-if TYPE_CHECKING:
-    from data_tools.store import Kept
 
 CATEGORIES = {
     "caption.jsonl": "Medical Captioning",
@@ -54,7 +52,7 @@ def turns_of(conversation: Conversation | None) -> list[dict[str, str]]:
     return [{"from": turn.speaker, "value": turn.text} for turn in conversation or ()]
 
 
-def conversation_line(kept: Kept) -> dict[str, Any]:
+def conversation_line(kept: StoredConversation) -> dict[str, Any]:
     """Return the line of an accepted conversation."""
     record = kept.record
     image = {"image": record.image, "width": record.width, "height": record.height}
@@ -65,7 +63,7 @@ def conversation_line(kept: Kept) -> dict[str, Any]:
     }
 
 
-def rejected_line(kept: Kept) -> dict[str, Any]:
+def rejected_line(kept: StoredConversation) -> dict[str, Any]:
     """Return the line of a conversation that was set aside, with the reason and its record."""
     item = kept.item
     return {
@@ -82,7 +80,7 @@ def rejected_line(kept: Kept) -> dict[str, Any]:
     }
 
 
-def reason(kept: Kept) -> str:
+def reason(kept: StoredConversation) -> str:
     """Return the first reason why a conversation was set aside."""
     return kept.problems[0].reason if kept.problems else "no conversation"
 
@@ -132,7 +130,7 @@ class CorpusFiles(dict[str, JsonLines]):
         for file in self.values():
             file.file.close()
 
-    def write(self, kept: Kept, *, held_out: bool) -> bytes:
+    def write(self, kept: StoredConversation, *, held_out: bool) -> bytes:
         """Write an accepted conversation to the file of its form and side; return its line."""
         name = FILES[kept.item.form]
         return self[f"{HELD_OUT}/{name}" if held_out else name].write(conversation_line(kept))
@@ -166,14 +164,10 @@ class CorpusFiles(dict[str, JsonLines]):
 
 
 def write_mixtures(folder: Path, *, title: str, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write ``mixture.yaml`` of the training files and ``held_out.yaml`` of the held-out ones.
+    """Write ``mixture.yaml`` of the training files, and ``held_out.yaml`` of the others, into ``folder``.
 
-    Args:
-        folder: where the corpus is being written.
-        title: of the corpus; dataset names begin with it, so that several corpora can be put into one
-            mixture.
-        files: as `CorpusFiles.contents` returns them; only these are listed, and a mixture without any isn't
-            written.
+    Names of datasets begin with the corpus' title, so that several corpora can be put into one mixture. Only
+    ``files``, as of `CorpusFiles.contents`, are listed; a mixture without any isn't written.
     """
     short = "-".join(re.findall(r"\w+", title.lower())) or "corpus"
     for name, prefix, what in (

@@ -13,23 +13,21 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools import licences
 from data_tools.items import FILES, TEXT_FORMS
+from data_tools.job import Job
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
+from data_tools.store import StoredConversation
 from data_tools.writers.prompts import PROMPT_VERSION
 from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.files import sha256_of_file
 from gmai_xtuner.core.records import iter_raw
-
-if TYPE_CHECKING:
-    from data_tools.job import Job
-    from data_tools.store import Kept
 
 NAME = "manifest.parquet"
 CROISSANT = "croissant.json"
@@ -57,23 +55,19 @@ _SCHEMA = pa.schema(
     ]
 )
 _CHECKS = ("agreement", "modality", "side", "boxes", "figures", "leaks")
-_CONTEXT = Path(__file__).with_name("croissant_context.json")
+_CROISSANT = Path(__file__).with_name(CROISSANT)
 
 
 class Manifest:
-    """The manifest while the corpus is written; a context manager.
+    """The manifest while the corpus is written into ``folder``; a context manager.
 
-    Args:
-        folder: where it is written.
-        images: the corpus folder, below which the images are.
-        job: its sources, writer and checks.
+    ``images`` is the corpus folder, below which the images are.
     """
 
     def __init__(self, folder: Path, images: Path, job: Job) -> None:
         self._images, self._job = images, job
         self._writer = pq.ParquetWriter(folder / NAME, _SCHEMA, compression="zstd")
         self._rows: list[dict[str, Any]] = []
-        self._hash = lru_cache(4096)(_file_hash)
         self._published = {
             source.name: not licences.restriction(
                 source.licence, licences.names_of(source), job.agreements, publish=True
@@ -88,7 +82,9 @@ class Manifest:
         self._flush()
         self._writer.close()
 
-    def add(self, kept: Kept, line: bytes, *, held_out: bool, verdict: str | None) -> None:
+    def add(
+        self, kept: StoredConversation, line: bytes, *, held_out: bool, verdict: str | None
+    ) -> None:
         """Add the row of a conversation that was written as ``line``."""
         item, record, job = kept.item, kept.record, self._job
         origin, name = record.provenance, FILES[item.form]
@@ -100,7 +96,7 @@ class Manifest:
                 "file": f"{HELD_OUT}/{name}" if held_out else name,
                 "sha256": hashlib.sha256(line).hexdigest(),
                 "image": record.image if shows else None,
-                "image_sha256": self._hash(self._images / record.image) if shows else None,
+                "image_sha256": _file_hash(self._images / record.image) if shows else None,
                 "form": item.form,
                 "language": item.language,
                 "source": origin.source,
@@ -221,8 +217,7 @@ def _key(file: str, identity: str) -> bytes:
 
 def _file_hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise CorpusError(f"{path}: a stored image can't be read ({error})") from error
 
@@ -231,9 +226,15 @@ def write_croissant(folder: Path, summary: dict[str, Any]) -> None:
     """Write ``croissant.json``, after all files that it names."""
     digests = {name: file["sha256"] for name, file in summary["files"].items()}
     digests[NAME] = _file_hash(folder / NAME)
-    synthetic = summary["writer"]["name"] != "template"
     closed = [name for name, source in summary["sources"].items() if source["not_published"]]
-    files = [
+    values = json.loads(_CROISSANT.read_text(encoding="utf-8"))
+    values["name"] = summary["title"]
+    values["description"] = (
+        f"{summary['conversations']['count']} conversations about {summary['records']['pictures']} medical "
+        "images, made from experts' annotations."
+    )
+    values["license"] = sorted({row["licence"] for row in summary["licences"]})
+    values["distribution"] = [
         {
             "@type": "cr:FileObject",
             "@id": name,
@@ -244,48 +245,13 @@ def write_croissant(folder: Path, summary: dict[str, Any]) -> None:
         }
         for name, digest in digests.items()
     ]
-    fields = [
-        {
-            "@type": "cr:Field",
-            "@id": f"conversations/{name}",
-            "name": name,
-            "dataType": "sc:Boolean" if name == "may_be_published" else "sc:Text",
-            "source": {"fileObject": {"@id": NAME}, "extract": {"column": name}},
-        }
-        for name in (
-            "id",
-            "file",
-            "sha256",
-            "image",
-            "image_sha256",
-            "source",
-            "licence",
-            "may_be_published",
-        )
-    ]
-    values = {
-        "@context": json.loads(_CONTEXT.read_text(encoding="utf-8")),
-        "@type": "sc:Dataset",
-        "name": summary["title"],
-        "description": f"{summary['conversations']['count']} conversations about "
-        f"{summary['records']['pictures']} medical images, made from experts' annotations.",
-        "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
-        "license": sorted({row["licence"] for row in summary["licences"]}),
-        "distribution": files,
-        "recordSet": [
-            {"@type": "cr:RecordSet", "@id": "conversations", "name": "conversations", "field": fields}
-        ],
-        "rai:dataCollection": "Images and annotations of: "
-        + "; ".join(source["dataset"] for source in summary["sources"].values()),
-        "rai:dataAnnotationProtocol": "Labels and regions are those of the sources' experts. Texts were "
-        + ("written by a model or made" if synthetic else "made")
-        + " from them by templates, and checked against them.",
-        "rai:dataLimitations": "Not for clinical use. What annotators were not asked for is neither said "
-        "nor denied.",
-        "rai:dataBiases": "Distributions are those of the sources, not of any clinic's patients.",
-        "rai:personalSensitiveInformation": "Medical images. Text burned into the pixels was not looked for. "
-        + (f"May not be published: {', '.join(closed)}." if closed else ""),
-        "rai:dataUseCases": "Training and evaluating vision-language models in research.",
-    }  # fmt: skip
+    datasets = (source["dataset"] for source in summary["sources"].values())
+    values["rai:dataCollection"] += "; ".join(datasets)
+    if summary["writer"]["name"] != "template":
+        told = values["rai:dataAnnotationProtocol"]
+        by_model = told.replace("were made", "were written by a model or made")
+        values["rai:dataAnnotationProtocol"] = by_model
+    if closed:
+        values["rai:personalSensitiveInformation"] += f"May not be published: {', '.join(closed)}."
     text = json.dumps(values, ensure_ascii=False, indent=1)
     (folder / CROISSANT).write_text(f"{text}\n", encoding="utf-8")

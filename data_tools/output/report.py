@@ -15,16 +15,14 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_tools import licences
 from data_tools.items import TEXT_FORMS
 from data_tools.output import stored_image, templates
 from data_tools.output.summary import FIGURES
 from data_tools.records import Label
-
-if TYPE_CHECKING:
-    from data_tools.store import Kept
+from data_tools.store import StoredConversation
 
 _STAGES = {
     "read": "read",
@@ -43,18 +41,13 @@ def write(
     summary: Mapping[str, Any],
     *,
     images: Path,
-    accepted: Sequence[Kept],
-    rejected: Sequence[Kept],
+    accepted: Sequence[StoredConversation],
+    rejected: Sequence[StoredConversation],
     job: str,
 ) -> None:
-    """Write ``report.html``.
+    """Write ``report.html`` into ``folder``, with these conversations in this order.
 
-    Args:
-        folder: where the corpus is being written.
-        summary: as `summary.Tally` returns it.
-        images: the corpus folder, which holds the stored images.
-        accepted, rejected: conversations to show, in this order.
-        job: name of the job file.
+    ``images`` is the corpus folder with the stored images, ``job`` the name of the job file.
     """
     made = templates(html=True)
     made.filters["clip"] = clipped
@@ -100,26 +93,25 @@ def funnel(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Chosen:
-    """Takes every conversation in turn and keeps few, chosen by the job's seed.
+    """Takes every conversation in turn and keeps few of a source and form, chosen by the job's seed.
 
     Memory is bounded by the number of keys, of sources times forms or reasons.
-
-    Args:
-        each: how many of one source and form.
     """
 
     def __init__(self, *, each: int = 2) -> None:
         self._each = each
-        self._kept: defaultdict[Hashable, list[tuple[int, str, Kept]]] = defaultdict(list)
+        self._kept: defaultdict[Hashable, list[tuple[int, str, StoredConversation]]] = defaultdict(
+            list
+        )
 
-    def add(self, kept: Kept, key: Hashable) -> None:
+    def add(self, kept: StoredConversation, key: Hashable) -> None:
         """Take one conversation; of each ``key`` those of lowest rank are kept."""
         rank = (kept.item.seed * _SPREAD) & 0xFFFFFFFFFFFFFFFF
         best = self._kept[key]
         push = heapq.heappush if len(best) < self._each else heapq.heappushpop
         push(best, (-rank, kept.item.id, kept))
 
-    def spread(self, at_most: int) -> list[Kept]:
+    def spread(self, at_most: int) -> list[StoredConversation]:
         """Return at most so many, the first of each key before the second of any."""
         ranked = sorted(
             (sorted(best, reverse=True) for best in self._kept.values()),
@@ -129,7 +121,7 @@ class Chosen:
         return found[:at_most]
 
 
-def regions(kept: Kept) -> list[tuple[Label, bool]]:
+def regions(kept: StoredConversation) -> list[tuple[Label, bool]]:
     """Return the labels with a box, and whether the text is about them; these first."""
     boxed = [
         (label, at == kept.item.focus) for at, label in enumerate(kept.record.labels) if label.box
@@ -137,7 +129,7 @@ def regions(kept: Kept) -> list[tuple[Label, bool]]:
     return [] if kept.item.form in TEXT_FORMS else sorted(boxed, key=lambda pair: not pair[1])
 
 
-def thumbnail(folder: Path, kept: Kept) -> str:
+def thumbnail(folder: Path, kept: StoredConversation) -> str:
     """Return the stored image, reduced, as a ``data:`` address of at most about 60 KB; "" for text alone."""
     if kept.item.form in TEXT_FORMS:
         return ""

@@ -17,7 +17,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -25,11 +25,9 @@ from data_tools.forms.coordinates import SCALE, read_boxes
 from data_tools.items import TEXT_FORMS
 from data_tools.output import templates
 from data_tools.output.report import thumbnail
+from data_tools.store import Store, StoredConversation
 from gmai_xtuner.core.errors import CorpusError
 from gmai_xtuner.core.files import replace_text
-
-if TYPE_CHECKING:
-    from data_tools.store import Kept, Store
 
 VERDICTS = ".work/verdicts.json"
 WHAT = ("finding or organ", "side", "place", "number", "modality", "size", "wording", "other")
@@ -53,19 +51,19 @@ class VerdictFile(msgspec.Struct, forbid_unknown_fields=True):
     verdicts: list[Verdict]
 
 
-def stratum(kept: Kept) -> tuple[str, str, str, str]:
+def stratum(kept: StoredConversation) -> tuple[str, str, str, str]:
     """Return form, modality, language and source."""
     record = kept.record
     return kept.item.form, record.modality, kept.item.language, record.provenance.source
 
 
-def key_of(kept: Kept) -> str:
+def key_of(kept: StoredConversation) -> str:
     """Return what a conversation is called on the page; another one once its text changes."""
     texts = [turn.text for turn in kept.conversation or ()]
     return hashlib.blake2b("\0".join([kept.item.id, *texts]).encode(), digest_size=12).hexdigest()
 
 
-def sample(store: Store, count: int) -> list[Kept]:
+def sample(store: Store, count: int) -> list[StoredConversation]:
     """Return about ``count`` accepted conversations: one of each stratum, the rest by their sizes."""
     sizes: Counter[Any] = Counter()
     best: defaultdict[Any, list[Any]] = defaultdict(list)
@@ -86,11 +84,7 @@ def sample(store: Store, count: int) -> list[Kept]:
 
 
 def write(store: Store, folder: Path, *, title: str, count: int) -> Path:
-    """Write ``review.html`` into the corpus folder.
-
-    Raises:
-        CorpusError: the store has no conversation.
-    """
+    """Write ``review.html`` into the corpus folder; a `CorpusError` if the store has no conversation."""
     chosen = sample(store, count)
     if not chosen:
         raise CorpusError(f"{folder}: there is nothing to review yet; run the job first.")
@@ -108,7 +102,7 @@ def write(store: Store, folder: Path, *, title: str, count: int) -> Path:
     return folder / "review.html"
 
 
-def _entry(kept: Kept, folder: Path) -> dict[str, Any]:
+def _entry(kept: StoredConversation, folder: Path) -> dict[str, Any]:
     turns = kept.conversation or ()
     text = "" if kept.item.form in TEXT_FORMS else "\n".join(turn.text for turn in turns)
     return {
@@ -155,7 +149,7 @@ class ErrorRate:
         self._sizes: Counter[Any] = Counter()
         self._found: defaultdict[Any, Counter[str]] = defaultdict(Counter)
 
-    def add(self, kept: Kept) -> str | None:
+    def add(self, kept: StoredConversation) -> str | None:
         """Take one conversation of the corpus; return what was judged of it."""
         if not self._verdicts:
             return None

@@ -66,12 +66,7 @@ class Split:
 
 
 class SplitBuilder:
-    """Takes every record once; then `split` decides.
-
-    Args:
-        share: of the groups to hold out, 0 to 0.5.
-        seed: the job's.
-    """
+    """Takes every record once; then `split` decides which ``share`` of the groups, 0 to 0.5, is held out."""
 
     def __init__(self, share: float, *, seed: int) -> None:
         self._below = int(share * 2**64)
@@ -97,11 +92,7 @@ class SplitBuilder:
         return (groups < np.uint64(split.below)) | np.isin(groups, moved)
 
     def split(self, alike: Iterable[tuple[int, int]] = ()) -> Split:
-        """Decide the sides of the groups.
-
-        Args:
-            alike: pairs of record numbers, in the order of `add`, whose images are near-identical.
-        """
+        """Decide the sides of the groups; ``alike`` are pairs of records with near-identical images."""
         names, group = np.unique(np.asarray(self._groups), return_inverse=True)
         images, image = np.unique(np.asarray(self._images), return_inverse=True)
         one, other = np.array([*alike], dtype=np.int64).reshape(-1, 2).T
@@ -125,8 +116,7 @@ class SplitBuilder:
 def perceptual_hash(path: Path) -> int:
     """Return 64 bits of an image file; an image of one grey level has the hash 0.
 
-    Raises:
-        CorpusError: the image can't be read.
+    A `CorpusError` if the image can't be read.
     """
     with stored_image(path) as image:
         image.draft("L", (4 * _SIDE, 4 * _SIDE))

@@ -43,19 +43,17 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data_tools import licences
+from data_tools.job import Job
 from data_tools.output import templates
 from data_tools.output.files import reason
 from data_tools.output.splits import Split
 from data_tools.records import Record
-
-if TYPE_CHECKING:
-    from data_tools.job import Job
-    from data_tools.store import Kept, Store
+from data_tools.store import Store, StoredConversation
 
 FIGURES = {
     "modality": "Modality",
@@ -102,18 +100,18 @@ class Tally:
         for source, count in zip(self._sources, counts.tolist(), strict=False):
             self._counts["records held out"][source, ""] = count
 
-    def conversation(self, kept: Kept, *, held_out: bool) -> None:
+    def conversation(self, kept: StoredConversation, *, held_out: bool) -> None:
         source, item = kept.record.provenance.source, kept.item
         for kind in ("form", "kind", "language"):
             self._counts[kind][source, getattr(item, kind)] += 1
         if held_out:
             self._counts["held out"][source, ""] += 1
 
-    def repeated(self, kept: Kept) -> None:
+    def repeated(self, kept: StoredConversation) -> None:
         """Count a text without an image that is in the corpus already."""
         self._counts["repeated"][kept.record.provenance.source, ""] += 1
 
-    def rejected(self, kept: Kept) -> None:
+    def rejected(self, kept: StoredConversation) -> None:
         self._counts["rejected"][kept.record.provenance.source, reason(kept)] += 1
 
     def _by(self, kind: str, source: str | None = None) -> dict[str, int]:

@@ -59,26 +59,8 @@ class Permission(Options):
 class SourceOptions(Options):
     """One entry of ``sources``; each reader adds its own keys. docs/corpus.md explains them.
 
-    Args:
-        name: unique in the job; part of ids and file names.
-        root: folder of the set; ``package:NAME/FOLDER`` lies in an installed Python package.
-        links: folders outside of ``root`` that links below it may lead to.
-        dataset, licence, url: of the published set; the title's default is ``name``.
-        may_be_sent_to: hosts beside this machine that may have its content although the licence, by the
-            table of agreements, forbids third parties or isn't known; one `Permission` or a list.
-        modality, department, clinical_task: of the taxonomy; ``None`` as a text is a department.
-        source_task: default is what the format is made for, `default_source_task`.
-        labels: code or name in the source -> name in the corpus; null drops the image as unclear. With this
-            map a label that is not in it is left out; without it names are taken as they are.
-        codes_are_names: labels that are numbers or numbered words are meant as names; else an error.
-        synonyms, chinese: label name -> further names of the same thing; its Chinese name.
-        attributes: constants of every image of the set.
-        negatives: of which labels all is annotated in every image: all, a list, or none. Default: the job's
-            ``make.negatives``, else what the annotations themselves show.
-        exclusive: groups of labels of which an image has one at most; an image with two is dropped.
-        group: regular expression on the path; its first group (or the whole match) is the patient, case or
-            slide. Default: what the reader finds, else each image alone.
-        clean: rules for masks and slices, a preset of `data_tools.preprocess` by name, or rules in full.
+    Without ``labels`` names are taken as they are; without ``group`` the reader knows the patient, or each
+    image stands alone; without ``negatives`` the job's ``make.negatives`` holds, or what annotations show.
     """
 
     default_source_task: ClassVar[str] = "2D classification"

@@ -40,18 +40,10 @@ _RATIO = 1100  # zlib packs at most 1032 bytes into one
 
 
 class Options(SourceOptions):
-    """Keys of ``reader: arrays``.
+    """Keys of ``reader: arrays``; docs/corpus.md explains them.
 
-    Args:
-        images: pattern of the files' paths, with ``{group}`` and ``{label}`` as in ``reader: masks``.
-        masks: pattern of the files of label maps; default: the images' own file, if ``mask_key`` is given.
-        image_key: name of the array in an NPZ or HDF5 file, a pattern for several; default its only one.
-        mask_key: of label maps ``[N, H, W]``; the value is the label's code, 0 the background.
-        label_key: of a code or name for each image, ``[N]``, or of a column of 0 and 1 for each label.
-        group_key: of patient or case, ``[N]``. Default: with ``label_key`` each image, else the file.
-        axes: default by their number: HW, HWC if the last is 3 or 4 and else NHW, NHWC.
-        window: as of `reader: volume`; default: each image's own range.
-        max_bytes: of one image, and of an array that has to be held as a whole.
+    Without ``window`` each image has its own range; ``max_bytes`` is of one image, and of an array that has
+    to be held as a whole.
     """
 
     default_source_task: ClassVar[str] = "2D classification"

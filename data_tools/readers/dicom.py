@@ -69,24 +69,7 @@ _KINDS = (
 
 
 class Options(VolumeOptions):
-    """Keys of ``reader: dicom``.
-
-    Args:
-        files: which files below ``root``, with ``*`` for any text.
-        table, columns: labels, see `file_rows.RowColumns`; ``file`` is the column of the key.
-        match: what the key is. With ``file`` and ``SOPInstanceUID`` a row is about one image, and a series
-            that has such rows is no volume; with the others it is about every slice.
-        label: ``folder``: the folder that a file lies in is its label.
-        volumes: whether series of slices become volumes; else each file is an image.
-        segmentations: whether SEG and RTSTRUCT objects are read.
-        window: as for volumes, or ``file``: the file's own VOI LUT or window.
-        voi: which of the file's windows, by index or by its explanation.
-        every, at_most: take each Nth frame of a file, and so many of them, spread evenly.
-        keep: attributes that leave; ``PatientSex`` only if it is named here.
-        burned_in: ``keep`` takes images too whose header says that text is burned in.
-        anonymous_names: show a keyed hash in place of the path.
-        salt: key of the hashes; by default it is made of all patients and images of the source.
-    """
+    """Keys of ``reader: dicom``; docs/corpus.md explains them."""
 
     default_source_task = "2D classification"
 

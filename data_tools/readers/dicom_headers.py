@@ -14,12 +14,12 @@ import hmac
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.readers.files import LINK
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.files import sha256_of_file
 from gmai_xtuner.core.imaging import dicom
 from gmai_xtuner.core.imaging.dicom import Header, alike, open_dataset
 
@@ -96,15 +96,8 @@ def modality_of(data: Any) -> str | None:
 
 def sha256_of(paths: Iterable[Path]) -> str:
     """Return the hash of one file's bytes; of several the hash of their hashes, in their order."""
-    stats = ((path, path.stat()) for path in paths)
-    hashes = [_sha256(path, found.st_mtime_ns, found.st_size) for path, found in stats]
+    hashes = [bytes.fromhex(sha256_of_file(path)) for path in paths]
     return (hashes[0] if len(hashes) == 1 else hashlib.sha256(b"".join(hashes)).digest()).hex()
-
-
-@lru_cache(maxsize=64)  # a segmentation is hashed for each image of its series
-def _sha256(path: Path, changed: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def groups(images: Sequence[Header]) -> Iterator[list[Header]]:

@@ -43,10 +43,9 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 
 
 def below(source: SourceOptions, name: str) -> Path:
-    """Return the path of ``name``, with ``/`` or Windows' ``\\``, below the root; the file need not exist.
+    """Return the path of ``name``, with ``/`` or Windows' ``\``, below the root; the file need not exist.
 
-    Raises:
-        ValueError: the name is empty, absolute, goes up, or leads out of root and ``links`` through a link.
+    A `ValueError` if the name is empty, absolute, goes up, or leads out of root and ``links`` through a link.
     """
     text = name.replace("\\", "/")
     if not text.strip() or "\0" in text:

@@ -53,27 +53,7 @@ class SlideColumns(RowColumns):
 
 
 class Options(SourceOptions):
-    """Keys of ``reader: slide``.
-
-    Args:
-        files: pattern of the slides below ``root``.
-        tile, stride: side of a tile and step between two, pixels of the corpus' image.
-        level, microns_per_pixel, magnification: the resolution by one of them; the nearest finer level is
-            read and made smaller, and a slide that is coarser is left out.
-        slide_microns_per_pixel, slide_magnification: of the full resolution, for files that don't say.
-        min_tissue: share of a tile that must be tissue.
-        background: ``light`` (stained sections) or ``dark`` (fluorescence).
-        tissue_level: 0..255; a higher saturation (on light) or brightness (on dark) is tissue.
-        max_tiles: at most so many a slide, drawn at random; the choice depends on the slide's path.
-        table, columns: labels of slides or, with ``x`` and ``y``, of tiles; then those tiles are read.
-            Without table, regions and mask the folder that a slide lies in is its label.
-        regions, exclude: outlines beside the slide, ``{stem}.geojson`` or ``{stem}.xml``; classes of them
-            that are cut out of all others.
-        mask, mask_background: label map of the same field, ``{stem}_mask.tif``; its value that is no label.
-        regions_as: ``boxes``: each region in a tile is one finding with its box. ``tile``: the label of the
-            whole tile, where one class covers ``min_region`` of it; a tile with less of it is left out.
-        outside: label of tiles without any region; null leaves them out.
-    """
+    """Keys of ``reader: slide``; docs/corpus.md explains them."""
 
     default_source_task: ClassVar[str] = "2D classification"
 

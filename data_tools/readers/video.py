@@ -57,22 +57,7 @@ class VideoColumns(RowColumns):
 
 
 class Options(SourceOptions):
-    """Keys of ``reader: video``.
-
-    Args:
-        files: pattern of the videos below ``root``.
-        pick: ``every`` so many seconds; ``evenly`` so many a video, each in the middle of its share;
-            ``scenes``, the middle frame of every scene; ``table``, the frames that the table names.
-        seconds, count: of ``every`` and ``evenly``.
-        scene_change: score of a new scene, 0 to 1; FFmpeg's documentation advises 0.3 to 0.4.
-        max_frames: at most so many frames a video, spread evenly over those picked.
-        skip_start, skip_end: seconds left out at both ends, for title frames.
-        crop: ``[x1, y1, x2, y2]`` in pixels, half-open; the rest, with burned-in names, is thrown away.
-        min_difference: a frame whose grey thumbnail differs from one that was kept by fewer grey levels on
-            average is left out, unless a table names it. 0 keeps everything.
-        table, columns: labels; without it, the folder that a video lies in is its label.
-        first_frame: number of the first frame in the table, 0 or 1.
-    """
+    """Keys of ``reader: video``; docs/corpus.md explains them."""
 
     default_source_task: ClassVar[str] = "2D classification"
 

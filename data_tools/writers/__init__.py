@@ -42,7 +42,9 @@ def model_writer(
         folder or job.output,
         str(job.output),
     )
-    origins = {source.name: licences.origin(source, job.agreements) for source in job.sources}
+    origins = {
+        source.name: licences.permission_to_send(source, job.agreements) for source in job.sources
+    }
     if isinstance(options, OpenAIBatchOptions):
         return OpenAIBatchWriter(options, prompts, folder=folder, job=name, origins=origins)
     return OpenAIWriter(options, prompts, folder=folder, job=name, origins=origins)
@@ -51,11 +53,10 @@ def model_writer(
 def check_sending(job: Job, sources: Iterable[SourceOptions]) -> None:
     """Check that what these sources hold may go to the server of the job's writer, before any is read.
 
-    Raises:
-        EndpointError: one of them may not; the first is named, with what to do.
+    An `EndpointError` if one of them may not; the first is named, with what to do.
     """
     url = getattr(job.writer, "base_url", None)
-    origins = [licences.origin(source, job.agreements) for source in sources]
+    origins = [licences.permission_to_send(source, job.agreements) for source in sources]
     if url is not None and any(origin.forbidden for origin in origins):
         from gmai_xtuner.core.sending import Guard
 

@@ -66,15 +66,10 @@ class Task:
 class Outcome:
     """What became of an item.
 
-    Args:
-        conversation: None if there is none that passed the checks.
-        problems: why not; of the last attempt.
-        prompt: the last one in full, as text; an image stands as its file's name.
-        answer: the model's last, as it came.
-        attempts: answers that were judged, from the server or from the ledger.
-        prompt_tokens, completion_tokens, dollars: what this run spent on it.
-        pending: the server's fault: the item is not decided and belongs into the next run.
-        requests, cached: answers that this run asked of the server, and that the ledger had, at no cost.
+    ``problems`` of the last attempt say why there is no conversation. ``prompt`` is the last one as text,
+    ``answer`` the model's last as it came, ``attempts`` the answers that were judged. Tokens, ``dollars`` and
+    ``requests`` are what this run asked of the server, ``cached`` what the ledger had. ``pending``: the
+    server's fault; the item is not decided and belongs into the next run.
     """
 
     item: Item
@@ -107,10 +102,8 @@ def step(questions: Questions, said: Reply | ServerFault | None = None) -> Reque
 class ModelWriter(Generic[O]):
     """What the writers that ask a model have in common.
 
-    Args:
-        folder: the corpus; ``prompt.image`` is a path below it.
-        job: whose expenses these are, over all runs; the same in every run.
-        origins: name of a source -> where its content may go.
+    ``folder`` is the corpus, below which images lie; ``job`` whose expenses these are, the same in every run;
+    ``origins`` say where the content of each source may go.
     """
 
     def __init__(

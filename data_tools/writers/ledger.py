@@ -61,12 +61,8 @@ class Expense(NamedTuple):
 class Reply:
     """One answer of the model, as the ledger keeps it.
 
-    Args:
-        text: of the first choice; empty if it has none.
-        finish: the API's ``finish_reason``; ``"no choice"`` for an answer without choices.
-        refusal: the API's own field for it.
-        cost: as the server counted it.
-        new: asked of the server by this run.
+    ``text`` is the first choice's; ``finish`` the API's ``finish_reason``, ``"no choice"`` without choices;
+    ``refusal`` the API's own field; ``cost`` as the server counted it; ``new``: asked by this run.
     """
 
     text: str

@@ -193,8 +193,7 @@ class OpenAIOptions(Options):
     def key(self) -> str | None:
         """Return the key in the environment; None for a server that needs none.
 
-        Raises:
-            EndpointError: there is none.
+        An `EndpointError` if there is none.
         """
         return None if self.key_variable is None else key_of(self.key_variable)
 

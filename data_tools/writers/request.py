@@ -121,8 +121,7 @@ class AttachedImage:
     def url(self, options: ImageOptions) -> str:
         """Return a data URL of the file, encoded anew if it is too large or gets a box.
 
-        Raises:
-            CorpusError: the file can't be read or is not the one that was hashed.
+        A `CorpusError` if the file can't be read or is not the one that was hashed.
         """
         data = _read(self.path)
         if hashlib.sha256(data).hexdigest() != self.digest:
@@ -199,8 +198,7 @@ class Request:
     ) -> Request:
         """Make the ``attempt``-th request (from 0) about an item; images lie below ``folder``.
 
-        Raises:
-            CorpusError: the image can't be read.
+        A `CorpusError` if the image can't be read.
         """
         image, image_tokens = None, 0
         if prompt.image is not None:
@@ -238,8 +236,7 @@ class Request:
     def body(self, traits: Traits) -> dict[str, Any]:
         """Return the body as JSON values; reads and encodes the image.
 
-        Raises:
-            CorpusError: the image can't be read.
+        A `CorpusError` if the image can't be read.
         """
         prompt, options = self.prompt, self.options
         system = prompt.system

@@ -111,11 +111,7 @@ def impatient_protocol() -> type[asyncio.Protocol]:
 
 @contextmanager
 def reserved(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that has the address, and does not listen yet.
-
-    Raises:
-        GMAIError: the address can't be had.
-    """
+    """A socket that has the address, and does not listen yet; a ``GMAIError`` if the address can't be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         own = socket.socket(family, socket.SOCK_STREAM)

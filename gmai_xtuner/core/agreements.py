@@ -22,17 +22,12 @@ _TABLE = Path(__file__).with_name("agreements.yaml")
 
 @dataclass(frozen=True)
 class Agreement:
-    """One licence or agreement.
+    """One licence or agreement, by its name for messages, the card and the report.
 
-    Args:
-        name: for messages, the card and the report.
-        third_parties: content under it may be sent to hosts of others.
-        publish: what is made of it may be passed on.
-        licences: regular expressions on a licence's name, see `simplified`.
-        datasets: names of sets that are under it whatever licence is stated.
-        text: what it says of third parties.
-        url: where the text was read.
-        read: on which date; None: it could not be read.
+    ``third_parties``: content may be sent to hosts of others; ``publish``: what is made of it may be passed
+    on. ``licences`` are regular expressions on a licence's name, see `simplified`; ``datasets`` sets that are
+    under it whatever licence is stated. ``text``, at ``url``, is what it says; ``read`` on which date, None:
+    it couldn't be.
     """
 
     name: str
@@ -81,12 +76,9 @@ def table() -> tuple[Agreement, ...]:
 def agreement_of(
     licence: str, names: Sequence[str], own: Sequence[Agreement] = ()
 ) -> Agreement | None:
-    """Return the agreement that counts for a set; None: no entry of the table covers it.
+    """Return the agreement that counts for a set, built-in or of a job; None: no entry covers it.
 
-    Args:
-        licence: as it is stated; may be empty.
-        names: of the set: its title, its name in the job, its address.
-        own: entries of a job beside the built-in ones.
+    ``licence`` as it is stated, or ""; ``names`` are the set's title, its name in the job, its address.
     """
     found = [one for one in (*table(), *own) if one.covers(licence, names)]
     found.sort(key=lambda one: (one.third_parties, one.publish))

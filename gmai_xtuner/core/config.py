@@ -45,10 +45,8 @@ def dataset_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def accumulation(cfg: Mapping[str, Any]) -> int:
     """Return the micro-batches of an optimiser step.
 
-    ``xtuner train`` moves ``optim_wrapper.accumulative_counts`` to the DeepSpeed strategy before it starts.
-
-    Raises:
-        GMAIError: the batch sampler names another number than the optimiser wrapper.
+    ``xtuner train`` moves ``optim_wrapper.accumulative_counts`` to the DeepSpeed strategy before it starts. A
+    ``GMAIError`` if the batch sampler names another number than the optimiser wrapper.
     """
     named = cfg["optim_wrapper"].get("accumulative_counts", 1)
     counts = int((cfg.get("strategy") or {}).get("gradient_accumulation_steps", named))
@@ -65,8 +63,7 @@ def accumulation(cfg: Mapping[str, Any]) -> int:
 def train_dataloader_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``train_dataloader`` with the values that stand elsewhere in the config.
 
-    Raises:
-        GMAIError: the accumulation is named twice, and differently; the model names no base.
+    A ``GMAIError`` if the accumulation is named twice, and differently, or the model names no base.
     """
     loader = dict(cfg["train_dataloader"])
     loader["dataset"] = dataset_config(cfg)

@@ -107,14 +107,9 @@ def _digest(content: list) -> str:
 
 
 def read_exclusions(entries: Sequence[DatasetEntry], *, known: Collection[str]) -> Exclusions:
-    """Read the lists of a stage's datasets.
+    """Read the lists of a stage's datasets; a MixtureError with file and line.
 
-    Args:
-        entries: the datasets.
-        known: names of all datasets of the mixture, also of those that the stage leaves out.
-
-    Raises:
-        MixtureError: a list can't be read, or a line isn't one of the module's.
+    ``known`` are the names of all datasets of the mixture, also of those that the stage leaves out.
     """
     given: defaultdict[Path, list[int]] = defaultdict(list)
     for position, entry in enumerate(entries):

@@ -12,6 +12,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -82,15 +83,27 @@ def replace_text(
 ) -> None:
     """Write a file, UTF-8, so that a reader sees the old or the new one, never a part.
 
-    Args:
-        file, durable: see :func:`staged`.
-        text: the whole content.
-        mode: permissions, less those that the process's umask takes.
+    ``durable`` as of :func:`staged`; ``mode``: permissions, less those that the process's umask takes.
     """
     data = text.encode("utf-8") if isinstance(text, str) else text
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     with staged(file, durable=durable) as partial, open(os.open(partial, flags, mode), "wb") as out:
         out.write(data)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal; those of the files asked for last are kept.
+
+    A file whose size and time of change are the same is not read again.
+    """
+    state = path.stat()
+    return _sha256(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def staging(path: Path) -> Path:

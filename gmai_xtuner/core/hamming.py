@@ -14,9 +14,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,7 @@ _CANDIDATES_AT_ONCE = 2**21
 _ROWS, _COLUMNS = 64, 8192  # of a block that is compared whole: 4 MB
 
 
-@dataclass(frozen=True, slots=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Positions of queries and values that are close.
 
     ``query`` and ``value`` int64, ``distance`` uint8, all ``[pairs]``.

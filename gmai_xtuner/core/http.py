@@ -49,11 +49,8 @@ Result = TypeVar("Result")
 def key_of(variable: str | None) -> str | None:
     """Return the key that an environment variable holds, without spaces and line ends around it.
 
-    Args:
-        variable: its name; None: :data:`DEFAULT_KEY`, which may be unset.
-
-    Raises:
-        EndpointError: the named variable is not set, or no header can carry what it holds.
+    Without a ``variable`` it is that of :data:`DEFAULT_KEY`, which may be unset. An ``EndpointError`` if the
+    named variable is not set, or no header can carry what it holds.
     """
     key = os.environ.get(variable or DEFAULT_KEY, "").strip()
     if (variable and not key) or not (key.isascii() and key.isprintable() and len(key.split()) < 2):
@@ -68,12 +65,8 @@ def key_of(variable: str | None) -> str | None:
 class ServerFault(Exception):
     """The server failed; the same request may succeed later.
 
-    Args:
-        reason: the same words for all faults of the kind.
-        detail: what came.
-        wait: seconds that the server asks to wait.
-        billed: whether the request may have cost something.
-        throttled: the server has too much to do, the request itself has not failed.
+    ``reason`` is the same for all faults of the kind, ``detail`` what came, ``wait`` the seconds that the
+    server asks for. ``billed``: it may have cost something. ``throttled``: the server has too much to do.
     """
 
     reason: str
@@ -101,12 +94,9 @@ class RequestRefused(Exception):
 class ChatServer:
     """A Chat Completions server; to be made and used in one event loop.
 
-    Args:
-        url: of the API, such as ``http://localhost:8000/v1``.
-        model: as the server names it; for messages.
-        key: sent as bearer token and kept out of every message; None: the server needs none.
-        key_variable: environment variable that the key comes from; for messages.
-        timeout: seconds that a request may take from its first byte to its last.
+    ``url`` is of the API, such as ``http://localhost:8000/v1``. The ``key`` is sent as bearer token and kept
+    out of every message; None: the server needs none. A request may take ``timeout`` seconds to its last
+    byte.
     """
 
     def __init__(
@@ -131,11 +121,7 @@ class ChatServer:
         await self._client.close()
 
     async def complete(self, body: Mapping[str, Any], origins: Iterable[Origin]) -> dict[str, Any]:
-        """Send one request and return its answer, which has a list of ``choices``.
-
-        Args:
-            body: of the request.
-            origins: the sources of all that it holds.
+        """Send one request, return its answer, which has ``choices``; ``origins`` are of all that it holds.
 
         Raises:
             ServerFault: it may be sent again.
@@ -295,11 +281,7 @@ class Pace:
 
     Packages with token buckets let a whole minute's worth through at once and then go on at the full rate, so
     that the first minute has twice of what a server allows; and what a request was estimated at can't be
-    given back when its true size is known.
-
-    Args:
-        rate: a minute; None: no limit.
-        clock: seconds, for tests.
+    given back when its true size is known. Without a rate there is no limit.
     """
 
     def __init__(self, rate: float | None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -322,13 +304,10 @@ class Pace:
 class Concurrency:
     """The number of requests that may be under way: additive increase, multiplicative decrease.
 
-    Begins with one, so that a wrong key or an unknown model shows in one request, and opens with the first
-    answer. A 429 takes it to seven tenths, once for all requests that were under way together; each answer
-    raises it by its share of one.
-
-    Args:
-        limit: at most.
-        check: called from time to time while a slot is waited for; raises if it need not be any more.
+    Begins with one, so that a wrong key or an unknown model shows in one request, and opens to ``limit`` with
+    the first answer. A 429 takes it to seven tenths, once for all requests that were under way together; each
+    answer raises it by its share of one. ``check`` is called while a slot is waited for; it raises if it need
+    not be.
     """
 
     def __init__(self, limit: int, *, check: Callable[[], None] = lambda: None) -> None:
@@ -392,12 +371,10 @@ def each(
     *,
     window: int,
 ) -> Iterator[Result]:
-    """Yield the function's results as they come; its first error ends the iteration.
+    """Yield the function's results as they come, ``window`` calls under way at once; its first error ends it.
 
-    Args:
-        portal: of the event loop in which the function is called.
-        inputs: read in the caller's thread, as results are taken.
-        window: calls under way at once.
+    The function runs in the event loop of ``portal``; inputs are read in the caller's thread, as results are
+    taken.
     """
     found: queue.SimpleQueue[Future[Result]] = queue.SimpleQueue()
     waiting, under_way = iter(inputs), 0

@@ -33,8 +33,7 @@ def pickle_allowed() -> bool:
 def check_pickle_allowed(name: str) -> None:
     """Refuse weights in a pickle file unless the user has asked for them.
 
-    Raises:
-        ModelLoadError: the user has not.
+    A ``ModelLoadError`` if the user has not.
     """
     if not pickle_allowed():
         raise ModelLoadError(
@@ -83,8 +82,7 @@ def has_weights(directory: Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
-    Raises:
-        ModelLoadError: the file is missing, not UTF-8, not JSON, or not an object.
+    A ``ModelLoadError`` if the file is missing, not UTF-8, not JSON, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -115,8 +113,7 @@ def layout_of(config: Mapping[str, Any]) -> str | None:
 def vision_config(directory: Path) -> dict[str, Any]:
     """Read the configuration of the CLIP tower of a CLIP or of a whole LLaVA.
 
-    Raises:
-        ModelLoadError: the file is missing or damaged, or says nothing about a tower of CLIP.
+    A ``ModelLoadError`` if the file is missing or damaged, or says nothing about a tower of CLIP.
     """
     raw = read_json(directory / "config.json")
     layout = layout_of(raw)

@@ -55,8 +55,7 @@ class RawRecord:
     def decode(self, *, dataset: str | None = None) -> object:
         """Return the record's object.
 
-        Raises:
-            DataError: the line isn't one (reasons ``not_utf8``, ``not_json``).
+        A ``DataError`` if the line isn't one (reasons ``not_utf8``, ``not_json``).
         """
         if not isinstance(self.payload, bytes):
             return self.payload

@@ -57,8 +57,7 @@ class Guard:
     def check(self, origins: Iterable[Origin]) -> None:
         """Check that content of these origins may go to this server.
 
-        Raises:
-            EndpointError: one of them may not.
+        An ``EndpointError`` if one of them may not.
         """
         for origin in origins:
             for host in self.hosts if origin.forbidden and not self.local else ():
@@ -74,8 +73,7 @@ class Guard:
     def carrying(self, origins: Iterable[Origin]) -> Iterator[None]:
         """Let the requests within carry content of these origins; of none: no content at all.
 
-        Raises:
-            EndpointError: one of them may not be sent to this server.
+        An ``EndpointError`` if one of them may not be sent to this server.
         """
         cargo = tuple(origins)
         self.check(cargo)

@@ -23,15 +23,10 @@ Found = tuple[Path, Result]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One protocol and scorer that both runs have.
+    """One protocol and scorer that both runs have, tested over the questions that both have scored.
 
-    Args:
-        first, second: the results.
-        test: over the questions that both have scored.
-        only_first, only_second: questions that the other lacks.
-        unanswered: questions of both that one of them gave no answer to, whatever the reason.
-        means: mean scores over the questions compared, of the first and the second.
-        unparsed: shares of their answers that were not understood.
+    ``only_first`` and ``only_second`` are questions that the other lacks, ``unanswered`` those of both that
+    one gave no answer to; ``means`` are the scores compared, ``unparsed`` shares of answers not understood.
     """
 
     first: Result
@@ -66,8 +61,7 @@ def compare_runs(first: Path, second: Path, *, common: bool = False) -> list[Com
 def results_in(folder: Path) -> dict[ResultKey, Found]:
     """Return every result under a folder, and its own folder, by the fields that tell results apart.
 
-    Raises:
-        EvaluationError: there is none.
+    An ``EvaluationError`` if there is none.
     """
     files = sorted(folder.rglob(RESULT_FILE))
     if not files:

@@ -60,16 +60,9 @@ VLMEVALKIT_INSTRUCTION = "Please select the correct answer from the options abov
 class Protocol:
     """One way to ask and score one benchmark.
 
-    Args:
-        name: e.g. ``"closed-251"``, unique in its benchmark.
-        description: whose protocol it is and what it counts.
-        expected: number of questions that the authors' files give; None where unknown.
-        scorer: name of the scorer whose score is the protocol's.
-        also: names of further scorers that the same stored answers can be scored by.
-        averages: the first is the headline.
-        table: keys of ``Question.groups`` that the tables are over.
-        questions: which questions count.
-        words: the words of the prompt.
+    ``name`` is unique in its benchmark, ``expected`` the number of questions in the authors' files (None:
+    unknown). ``scorer`` gives the protocol's score; ``also`` are others for the same answers. The first of
+    ``averages`` is the headline; ``table`` are the keys of ``Question.groups`` that tables are over.
     """
 
     name: str
@@ -106,8 +99,7 @@ class Protocol:
     def score(self, question: Question, answer_text: str, *, scorer: str | None = None) -> Score:
         """Score one stored answer, by the protocol's scorer or by another of ``SCORERS``.
 
-        Raises:
-            ProtocolError: there is no such scorer, or it is for other questions.
+        A ``ProtocolError`` if there is no such scorer, or it is for other questions.
         """
         return self._rule(scorer or self.scorer, [question]).score(question, answer_text)
 

@@ -75,9 +75,8 @@ class Difference:
 def reconcile(runs: Collection[Path]) -> list[Difference]:
     """Compare every score under the folders of runs with the first score of the same benchmark and variant.
 
-    Raises:
-        EvaluationError: there is none, two have no question in common, questions of one id differ, or a step
-            between two can't be made, since these answers were never read by those rules.
+    An ``EvaluationError`` if there is none, two have no question in common, questions of one id differ, or a
+    step between two can't be made, since these answers were never read by those rules.
     """
     sides: dict[tuple[str, str], list[Side]] = {}
     words: dict[tuple[str, str, str], str] = {}

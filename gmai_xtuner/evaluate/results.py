@@ -74,22 +74,15 @@ class Measure:
 
 @dataclass(frozen=True)
 class Result:
-    """One model, one benchmark, one protocol, one scorer.
+    """One model, one benchmark, one protocol, one scorer (with a judge its model and its prompt's version).
 
-    Args:
-        scorer: what scored; with a judge its model and the version of its prompt.
-        model_name, model: who answered: name and hash.
-        n, selected, expected: questions scored; of the protocol in the files that were read; in the
-            authors' files, None where unknown.
-        limited: ``--limit`` was given.
-        left_out: reason -> questions of the variant, of whatever protocol, that the reader left out.
-        unanswered, controls_unanswered: reason -> questions without an answer; see :data:`MODELS_DOING`.
-        averages: ``micro`` or ``macro over <group>`` -> number, the headline first.
-        groups: key of a group -> its value -> number, in the order of the file.
-        source: sha256 of each annotation file by name.
-        findings: what is odd about questions that were asked all the same -> how many.
-        unread: examples of answers that are none or were not understood.
-        controls, flags: what ``--controls`` found, and what is to be said of the model by it.
+    ``model_name`` and ``model`` (a hash) have answered. ``n`` questions were scored, ``selected`` are the
+    protocol's in the files, ``expected`` in the authors' (None: unknown); ``limited`` by ``--limit``.
+    ``left_out``, ``unanswered`` and ``controls_unanswered`` count questions by reason, see
+    :data:`MODELS_DOING`; ``findings`` what is odd about others. ``averages``: ``micro`` or ``macro over
+    <group>`` -> number, the headline first; ``groups``: key -> value -> number, as the file has them.
+    ``source``: sha256 of each annotation file. ``unread`` are examples of answers that are none or not
+    understood; ``controls`` and ``flags`` what ``--controls`` found.
     """
 
     benchmark: str

@@ -65,11 +65,8 @@ _EXAMPLES = 3
 class Options:
     """How benchmarks are asked and scored: the command's options of the same names.
 
-    Args:
-        out: folder of answers and results.
-        protocols: none: the default of each variant; ``all``: every one of the variant.
-        scorers: ``all``: those that the protocol names.
-        max_new_tokens: None: of stored answers their own, else the default.
+    Without ``protocols`` each variant has its default. Without ``max_new_tokens`` stored answers have their
+    own.
     """
 
     out: Path
@@ -93,10 +90,8 @@ def prepare(
 ) -> Prepared:
     """Read a benchmark and find out, before anything is asked, whether it can be asked and scored so.
 
-    The first process (``rank`` 0) logs what is left out.
-
-    Raises:
-        GMAIError: the benchmark can't be read, or has no such protocol or scorer; the same in all processes.
+    The first process (``rank`` 0) logs what is left out. A ``GMAIError`` if the benchmark can't be read, or
+    has no such protocol or scorer; the same in all processes.
     """
     name, data, variant = target.name, target.data, target.variant
     benchmark = load_benchmark(name, data, variant=variant, require_images=require_images)
@@ -152,8 +147,7 @@ def ask(
 ) -> Answers:
     """Ask what has no answer yet, all processes together; without an answerer read stored answers.
 
-    Raises:
-        GMAIError: it can't go on. In one process alone, maybe: the others then wait for it.
+    A ``GMAIError`` if it can't go on. In one process alone, maybe: the others then wait for it.
     """
     benchmark = prepared.benchmark
     folder = options.out / f"{benchmark.name}-{benchmark.variant}"

@@ -128,9 +128,7 @@ class Identity:
 class Answer:
     """One answer as it was given, and as it is stored; see :class:`Job` and :class:`Given`.
 
-    Args:
-        model: its hash.
-        generation: settings, with ``max_new_tokens``.
+    ``model`` is its hash; ``generation`` are the settings, with ``max_new_tokens``.
     """
 
     id: str
@@ -168,9 +166,8 @@ def _key(question: str, prompt: str, max_new_tokens: int) -> AnswerKey:
 class AnswerStore:
     """Stored answers of one model to one benchmark, in a folder that is made where it does not exist.
 
-    Raises:
-        EvaluationError: the folder holds answers of another model, benchmark or other settings, or a line in
-            it is damaged; says what differs.
+    An ``EvaluationError`` if the folder holds answers of another model, benchmark or other settings, or a
+    line in it is damaged; says what differs.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:

@@ -119,7 +119,7 @@ class SampleAnswerHook(Hook):
         runner.model.eval()
         with preserved_random_state():
             for sample in self._ready:
-                answer = self._predictor.go_on(
+                answer = self._predictor.continue_prompt(
                     sample.ids,
                     sample.images,
                     max_new_tokens=self.max_new_tokens,

@@ -55,7 +55,7 @@ def source(licence: str, **more: Any) -> Folder:
 )
 def test_what_may_be_sent_and_published(licence, names, sent, published):
     made = source(licence, **names)
-    assert (licences.origin(made).forbidden == "") is sent
+    assert (licences.permission_to_send(made).forbidden == "") is sent
     known_as = licences.names_of(made)
     assert (licences.restriction(licence, known_as, publish=True) == "") is published
 
@@ -64,7 +64,7 @@ def test_a_job_extends_the_table_and_what_forbids_counts():
     ours = Agreement(
         "Ours", True, False, licences=("ask anna",), text="May be sent.", read="2026-01-01"
     )
-    assert licences.origin(source("Ask Anna"), [ours]).forbidden == ""
+    assert licences.permission_to_send(source("Ask Anna"), [ours]).forbidden == ""
     assert "Ours" in licences.restriction("ask anna", [], [ours], publish=True)
     lax = Agreement("Lax", True, True, licences=(".*",))
     found = agreement_of("PhysioNet Credentialed", [], [lax])
@@ -99,9 +99,9 @@ def test_a_host_is_judged_by_its_addresses(host, local):
 def test_a_named_host_may_have_it_in_any_spelling_and_no_other():
     made = source("MIT", dataset="eICU", may_be_sent_to={
         "host": "[2001:DB8:0::1]", "retention": "none", "evidence": "contract of 2026-02-01"})  # fmt: skip
-    Guard("https://[2001:db8::1]/v1").check([licences.origin(made)])
+    Guard("https://[2001:db8::1]/v1").check([licences.permission_to_send(made)])
     with pytest.raises(EndpointError):
-        Guard("https://[2001:db8::2]/v1").check([licences.origin(made)])
+        Guard("https://[2001:db8::2]/v1").check([licences.permission_to_send(made)])
     for wrong in ("https://x/v1", "x:80", "", "*.org"):
         with pytest.raises(ValueError, match="host"):
             source("MIT", may_be_sent_to={"host": wrong, "retention": "none", "evidence": "e"})

@@ -18,8 +18,8 @@ from data_tools.store import (
     REJECTED,
     FunnelRow,
     ItemRow,
-    Kept,
     Store,
+    StoredConversation,
     StoredRecord,
     Usage,
     encode,
@@ -165,7 +165,7 @@ def test_conversations_come_in_the_corpus_order_with_their_records(store):
     turns = (Turn("human", "?"), Turn("gpt", "!"))
     accepted = list(store.accepted())
     assert [kept.item.id for kept in accepted] == ["a#0", "a#2", "b#0", "b#2"]
-    made = Kept(Item("a#0", "caption", "en", "", None, 7), record("a"), turns)
+    made = StoredConversation(Item("a#0", "caption", "en", "", None, 7), record("a"), turns)
     assert replace(accepted[0], row=0) == made
     assert [kept.problems for kept in store.rejected()] == [(Problem("too short", "1"),)] * 2
 

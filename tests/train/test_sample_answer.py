@@ -79,7 +79,9 @@ def go(hook: SampleAnswerHook, runner) -> None:
 
 def test_only_the_first_rank_opens_a_visual_backend(runner, monkeypatch):
     asked = []
-    monkeypatch.setattr(Predictor, "go_on", lambda self, *args, **kwargs: asked.append(args) or "x")
+    monkeypatch.setattr(
+        Predictor, "continue_prompt", lambda self, *args, **kwargs: asked.append(args) or "x"
+    )
     monkeypatch.setattr(sample_answer, "is_main_process", lambda: False)
     runner.visualizer._vis_backends = None  # looking into it raises
     go(SampleAnswerHook(interval=2, max_new_tokens=4), runner)
@@ -141,7 +143,7 @@ def test_training_does_not_notice(runner, model, monkeypatch):
         torch.rand(3), np.random.rand(3)
         return ""
 
-    monkeypatch.setattr(sample_answer.Predictor, "go_on", draw_and_answer)
+    monkeypatch.setattr(sample_answer.Predictor, "continue_prompt", draw_and_answer)
     torch.manual_seed(0)
     np.random.seed(0)
     expected = torch.rand(2), np.random.rand(2)

@@ -42,9 +42,7 @@ def run_bounded(
 ) -> Result:
     """Return ``function(*args)``, computed in a worker process; all of it is pickled.
 
-    Args:
-        memory: bytes that the call may add to what the worker holds.
-        seconds: of computing.
+    ``memory`` are bytes beside what the worker holds, ``seconds`` those of computing.
 
     Raises:
         GMAIError: what the function raises of this family.

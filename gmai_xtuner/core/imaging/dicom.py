@@ -98,8 +98,7 @@ def is_dicom(path: Path) -> bool:
 def open_dataset(path: Path, *, header_only: bool = False) -> Any:
     """Return a file's data set, with ``header_only`` no more than `header_of` needs.
 
-    Raises:
-        Unusable: it is no DICOM file, is damaged, unpacks to too much, or can't be opened.
+    `Unusable` if it is no DICOM file, is damaged, unpacks to too much, or can't be opened.
     """
     import pydicom
 

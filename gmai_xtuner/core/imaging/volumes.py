@@ -152,11 +152,9 @@ def load(
 ) -> Grid:
     """Return the finite intensities of a volume, ``[X, Y, Z]``, or raise `Unusable`.
 
-    Args:
-        path: of the file.
-        channel: index along the fourth axis, if there is one.
-        max_voxels: a file that declares more is refused before it is read.
-        within: folders that a file of voxels, which a header names, may lie in; default: the header's.
+    ``channel`` is the index along a fourth axis. A file that declares more than ``max_voxels`` is refused
+    before it is read. A file of voxels, which a header names, may lie ``within`` these folders; default: the
+    header's.
     """
     file = _checked(path, max_voxels, within)
     count = file.grid[3]

@@ -46,8 +46,7 @@ class Answerer(Protocol):
     ) -> Iterator[list[Given]]:
         """Yield answers as they come, in any order, each once; of this process's share of the jobs.
 
-        Raises:
-            EvaluationError: it can't go on; what was yielded before stands.
+        An ``EvaluationError`` if it can't go on; what was yielded before stands.
         """
         ...
 
@@ -93,14 +92,9 @@ class ModelOptions:
 
 
 def make_answerer(options: ModelOptions, *, cache: Path, local_rank: int = 0) -> Answerer:
-    """Load the model, or get ready to ask the endpoint.
+    """Load the model, or get ready to ask the endpoint; a ``GMAIError`` says why it can't be.
 
-    Args:
-        cache: folder where hashes of weights are remembered.
-        local_rank: this process's GPU.
-
-    Raises:
-        GMAIError: it can't be loaded; says why.
+    Hashes of weights are remembered in the folder ``cache``; ``local_rank`` is this process's GPU.
     """
     if options.answers:
         from gmai_xtuner.evaluate.answerers.stored import StoredAnswers

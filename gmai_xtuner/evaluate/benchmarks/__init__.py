@@ -142,8 +142,7 @@ def choose_protocol(
 ) -> Protocol:
     """Return a protocol of a benchmark by its name; the variant's first where None.
 
-    Raises:
-        ProtocolError: there is none; the message lists those there are.
+    A ``ProtocolError`` if there is none; the message lists those there are.
     """
     for one in protocols:
         if name in (None, one.name) and variant in (None, one.variant):

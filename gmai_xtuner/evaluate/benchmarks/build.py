@@ -437,8 +437,7 @@ class _Record:
     def _letter(self, said: str, text: str, lettered: Mapping[str, str]) -> str:
         """Return the letter that the answer means; empty for a text that is no option.
 
-        Raises:
-            _Fault: it is not in the form that ``answer_is`` says.
+        A ``_Fault`` if it is not in the form that ``answer_is`` says.
         """
         how, letters = self.layout.answer_is, list(lettered)
         by_text = {option: letter for letter, option in reversed([*lettered.items()])}

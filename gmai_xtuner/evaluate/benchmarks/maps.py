@@ -226,8 +226,7 @@ def table_columns() -> Mapping[str, str]:
 def read_map(path: Path) -> Map:
     """Read a column map.
 
-    Raises:
-        BenchmarkError: it can't be read, or a key or value is wrong; names the line and the nearest key.
+    A ``BenchmarkError`` if it can't be read, or a key or value is wrong; names the line and the nearest key.
     """
     document = Document(path, what="column map", error=BenchmarkError)
     if not isinstance(document.data, dict):

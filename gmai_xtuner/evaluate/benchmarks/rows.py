@@ -68,10 +68,7 @@ class UnreadableOptions(ValueError):
 def parse_list(value: object) -> tuple[str, ...]:
     """Return a list, or the text of one as Python writes it, as texts; an empty text is an empty list.
 
-    Only literals are read, nothing is evaluated.
-
-    Raises:
-        UnreadableOptions: it is neither.
+    Only literals are read, nothing is evaluated. An ``UnreadableOptions`` if it is neither.
     """
     parsed = value
     if isinstance(value, str):
@@ -97,11 +94,7 @@ def short(value: object) -> str:
 def read_columns(path: Path, at: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the columns of a file, or the fields of its first record, without reading it whole.
 
-    Args:
-        at: keys that lead to the records of a JSON file.
-
-    Raises:
-        BenchmarkError: it can't be read.
+    ``at`` are keys that lead to the records of a JSON file. A ``BenchmarkError`` if it can't be read.
     """
     suffix = path.suffix.lower()
     with _readable(path):
@@ -242,13 +235,10 @@ def _unpickled(path: Path, data: bytes) -> _Records:
 
 @dataclass(frozen=True, slots=True)
 class Base64Image:
-    """An image as base64 text in a field of a TSV or CSV file.
+    """An image, one ``item`` of a list, as base64 text in a ``column`` of a TSV or CSV file, both from 0.
 
-    Args:
-        offset, length: of the row, in bytes.
-        column: number of the field, from 0.
-        item: its place in a list of images.
-        file_size: of the file when it was indexed, in bytes; another size now means another file.
+    ``offset`` and ``length`` in bytes are the row's; another ``file_size`` than the indexed one means another
+    file.
     """
 
     path: Path
@@ -366,9 +356,7 @@ def _read_delimited(path: Path, base64_images: str) -> Rows:
 class ParquetImage:
     """An image in a column of a Parquet file: bytes, or the struct of bytes and path that the hub writes.
 
-    Args:
-        row: of the row group.
-        item: its place where the column holds lists of images.
+    ``row`` is of the row group; ``item`` its place where the column holds lists of images.
     """
 
     path: Path

@@ -62,8 +62,10 @@ CUES = {name: cue.pattern.removeprefix("(?i)") for name, cue in DECLARATIONS.ite
 _FILLER = RULES["filler"].pattern
 _DECLARED = {name: re.compile(rf"(?i)(?:{cue})\s*{_FILLER}") for name, cue in CUES.items()}
 _CUE_WORDS: Mapping[str, Sequence[str]] = TABLES["cue_words"]
+_CHOOSES_ZH = "选"
 _FOR_LETTERS_ALONE = {"choice: on its line", "answer B", "choose"}
-"""Keys of ``declarations`` in rules.yaml behind which a letter is read, and no text."""
+"""Keys of ``declarations`` in rules.yaml behind which a letter is read, and no text; behind `_CHOOSES_ZH` the
+text of an option is read, and not one that is only mentioned."""
 _LETTER_PATTERNS = [
     RULES[name] for name in ("it_is_letter", "correct_letter", "correct_chinese", "not_a_but_b")
 ]
@@ -155,8 +157,7 @@ def choose(
 ) -> str | None:
     """Return the letter of the option that an answer chooses; None where it is not understood.
 
-    Args:
-        letters, texts: read the options' letters, or their texts.
+    ``letters`` and ``texts`` say whether the options' letters, and their texts, are read.
     """
     options = question.lettered()
     text = clean(answer)
@@ -336,7 +337,7 @@ def _declared_texts(reading: Reading) -> list[Declared]:
             continue
         rest = RULES["sentence"].split(text[end:].lstrip("\n"), maxsplit=1)[0]
         keys = reading.words_of(rest.strip(" \"'()")) or _begins_with(rest, reading)
-        if not keys and name != "选":
+        if not keys and name != _CHOOSES_ZH:
             keys = reading.mentioned(rest)
         if keys and _is_claimed(text, start, end):
             found.append((start, keys))

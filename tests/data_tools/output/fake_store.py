@@ -19,14 +19,14 @@ from data_tools.checks import CheckOptions
 from data_tools.items import FORMS, TEXT_FORMS, Item, Problem, Turn
 from data_tools.job import OutputOptions
 from data_tools.records import Drop, Label, Provenance, Record
-from data_tools.store import FunnelRow, Kept, Usage
+from data_tools.store import FunnelRow, StoredConversation, Usage
 
 
 @dataclass
 class FakeStore:
     all_records: list[Record]
-    all_accepted: list[Kept]
-    all_rejected: list[Kept] = field(default_factory=list)
+    all_accepted: list[StoredConversation]
+    all_rejected: list[StoredConversation] = field(default_factory=list)
     rows: list[FunnelRow] = field(default_factory=list)
     left_out: list[tuple[str, Drop]] = field(default_factory=list)
     used: Usage = field(default_factory=Usage)
@@ -34,10 +34,10 @@ class FakeStore:
     def records(self) -> Iterator[Record]:
         return iter(self.all_records)
 
-    def accepted(self) -> Iterator[Kept]:
+    def accepted(self) -> Iterator[StoredConversation]:
         return iter(self.all_accepted)
 
-    def rejected(self) -> Iterator[Kept]:
+    def rejected(self) -> Iterator[StoredConversation]:
         return iter(self.all_rejected)
 
     def drops(self) -> Iterator[tuple[str, Drop]]:
@@ -91,7 +91,9 @@ def item(of: Record, form: str = "caption", *, language: str = "en", **changes: 
     return Item(**{"id": name, "form": form, "language": language, "seed": seed} | changes)
 
 
-def kept(of: Record, form: str = "caption", *, answer: str | None = None, **changes: Any) -> Kept:
+def kept(
+    of: Record, form: str = "caption", *, answer: str | None = None, **changes: Any
+) -> StoredConversation:
     """An accepted conversation of a record."""
     mark = "" if form in TEXT_FORMS else "<image>\n"
     own = "" if mark else f" Of {of.provenance.file}."  # a text that others have too is left out
@@ -99,11 +101,13 @@ def kept(of: Record, form: str = "caption", *, answer: str | None = None, **chan
     turns = [Turn("human", f"{mark}What is seen?"), Turn("gpt", text)]
     if form in ("dialogue", "text_multi"):
         turns += [Turn("human", "And how many?"), Turn("gpt", f"{len(of.labels)}.")]
-    return Kept(item(of, form, **changes), of, tuple(turns))
+    return StoredConversation(item(of, form, **changes), of, tuple(turns))
 
 
-def rejected(of: Record, reason: str, *, detail: str = "", answer: str = "I can't help.") -> Kept:
-    return Kept(
+def rejected(
+    of: Record, reason: str, *, detail: str = "", answer: str = "I can't help."
+) -> StoredConversation:
+    return StoredConversation(
         item(of, "instruction"), of, None, (Problem(reason, detail),), "Describe it.", answer
     )
 

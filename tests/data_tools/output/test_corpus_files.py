@@ -10,7 +10,7 @@ import pytest
 from data_tools.items import FORMS, Problem
 from data_tools.output.files import CorpusFiles, conversation_line, rejected_line
 from data_tools.records import Label
-from data_tools.store import Kept
+from data_tools.store import StoredConversation
 from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.output.fake_store import item, kept, record, rejected
 
@@ -106,7 +106,10 @@ def test_a_rejected_answer_keeps_reason_record_prompt_and_answer():
 def test_a_rejected_conversation_that_could_be_read_is_kept_beside_the_answer():
     one = kept(record())
     line = rejected_line(
-        Kept(item(one.record), one.record, one.conversation, (Problem("too short"),))
+        StoredConversation(item(one.record), one.record, one.conversation, (Problem("too short"),))
     )
     assert line["conversations"] == conversation_line(one)["conversations"]
-    assert rejected_line(Kept(item(one.record), one.record, None))["reason"] == "no conversation"
+    assert (
+        rejected_line(StoredConversation(item(one.record), one.record, None))["reason"]
+        == "no conversation"
+    )

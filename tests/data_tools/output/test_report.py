@@ -17,7 +17,7 @@ from data_tools.output import report, size
 from data_tools.output.build import build
 from data_tools.output.report import Chosen, thumbnail
 from data_tools.records import Label
-from data_tools.store import FunnelRow, Kept
+from data_tools.store import FunnelRow, StoredConversation
 from tests.data_tools.output.fake_store import (
     FakeStore,
     corpus,
@@ -72,9 +72,9 @@ def hostile_corpus(folder: Path) -> tuple[FakeStore, object]:
         [one],
         [
             kept(one, answer=HOSTILE),
-            Kept(item(one, "dialogue"), one, kept(one).conversation, (), HOSTILE, ""),
+            StoredConversation(item(one, "dialogue"), one, kept(one).conversation, (), HOSTILE, ""),
         ],
-        [Kept(item(one, "instruction"), one, None, (problem,), HOSTILE, HOSTILE)],
+        [StoredConversation(item(one, "instruction"), one, None, (problem,), HOSTILE, HOSTILE)],
         [FunnelRow("blood", "read", HOSTILE, 3)],
     )
     demo = job(
