@@ -79,9 +79,7 @@ def go(hook: SampleAnswerHook, runner) -> None:
 
 def test_only_the_first_rank_opens_a_visual_backend(runner, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        Predictor, "continue_prompt", lambda self, *args, **kwargs: asked.append(args) or "x"
-    )
+    monkeypatch.setattr(Predictor, "continue_prompt", lambda *args, **_: asked.append(args) or "x")
     monkeypatch.setattr(sample_answer, "is_main_process", lambda: False)
     runner.visualizer._vis_backends = None  # looking into it raises
     go(SampleAnswerHook(interval=2, max_new_tokens=4), runner)

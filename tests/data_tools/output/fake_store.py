@@ -91,9 +91,7 @@ def item(of: Record, form: str = "caption", *, language: str = "en", **changes: 
     return Item(**{"id": name, "form": form, "language": language, "seed": seed} | changes)
 
 
-def kept(
-    of: Record, form: str = "caption", *, answer: str | None = None, **changes: Any
-) -> StoredConversation:
+def kept(of: Record, form: str = "caption", *, answer: str | None = None, **changes: Any):
     """An accepted conversation of a record."""
     mark = "" if form in TEXT_FORMS else "<image>\n"
     own = "" if mark else f" Of {of.provenance.file}."  # a text that others have too is left out
@@ -104,9 +102,7 @@ def kept(
     return StoredConversation(item(of, form, **changes), of, tuple(turns))
 
 
-def rejected(
-    of: Record, reason: str, *, detail: str = "", answer: str = "I can't help."
-) -> StoredConversation:
+def rejected(of: Record, reason: str, *, detail: str = "", answer: str = "I can't help."):
     return StoredConversation(
         item(of, "instruction"), of, None, (Problem(reason, detail),), "Describe it.", answer
     )

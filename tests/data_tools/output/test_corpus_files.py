@@ -105,11 +105,8 @@ def test_a_rejected_answer_keeps_reason_record_prompt_and_answer():
 
 def test_a_rejected_conversation_that_could_be_read_is_kept_beside_the_answer():
     one = kept(record())
-    line = rejected_line(
-        StoredConversation(item(one.record), one.record, one.conversation, (Problem("too short"),))
-    )
+    what = item(one.record), one.record
+    line = rejected_line(StoredConversation(*what, one.conversation, (Problem("too short"),)))
     assert line["conversations"] == conversation_line(one)["conversations"]
-    assert (
-        rejected_line(StoredConversation(item(one.record), one.record, None))["reason"]
-        == "no conversation"
-    )
+    line = rejected_line(StoredConversation(*what, None))
+    assert line["reason"] == "no conversation"
