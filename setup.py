@@ -16,7 +16,6 @@ CORPUS = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "msgspec>=0.19",
-    "platformdirs>=4",
     "pydantic>=2.9",
     # sets of groups that share an image
     "scipy>=1.11",
@@ -191,6 +190,8 @@ setup(
         # LoRA; tried with 0.14, 0.15 and 0.21. xtuner brings it without an upper bound.
         "peft>=0.14,<0.22",
         "pillow>=10.4",
+        # where the user's caches lie, of the indexes of archives too
+        "platformdirs>=4",
         "pyarrow>=16",
         "PyYAML>=6.0",
         "sentencepiece>=0.2",

@@ -38,10 +38,10 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "bz2.BZ2File": (IMAGING,),
     "bz2.open": (),
     "zipfile.ZipFile": (
-        "gmai_xtuner.checkpoint.pickles",
+        *("gmai_xtuner.checkpoint.pickles", "gmai_xtuner.core.archives"),
         *("data_tools.readers.arrays", "data_tools.readers.rows"),
     ),
-    "tarfile.open": (),
+    "tarfile.open": ("gmai_xtuner.core.archives",),
     "shutil.unpack_archive": (),
     "pyarrow.parquet.ParquetFile": (
         *("gmai_xtuner.core.records", "gmai_xtuner.evaluate.benchmarks.rows"),

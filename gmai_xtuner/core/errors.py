@@ -41,6 +41,10 @@ class ImageError(DataError):
     """An image can't be opened, is too large, or is damaged."""
 
 
+class ArchiveError(GMAIError):
+    """An archive of images can't be read as a whole, or is another one than was indexed."""
+
+
 class Unusable(GMAIError):
     """An image, a volume or an annotation that can't be used; whoever reads many of them leaves it out.
 

@@ -9,6 +9,7 @@ A mixture file (YAML or JSON) lists datasets by name::
       quickstart-train:
         annotations: train.jsonl          # or a list of files
         image_root: images                # leave out for text alone; "" is the annotations' folder
+        # or images: scans.zip            # an archive, or a pattern of them; see ``core.archives``
         category: Medical Instruction
         quality: high                     # or low
         ratio: {stage1: 1, stage2: 1, stage3: 0.5}   # or one number for all stages; default 1
@@ -51,7 +52,9 @@ from typing import Any
 
 import numpy as np
 
-from gmai_xtuner.core.errors import MixtureError
+from gmai_xtuner.core.archives import SUFFIXES as ARCHIVES
+from gmai_xtuner.core.archives import archives_of, open_archives
+from gmai_xtuner.core.errors import ArchiveError, MixtureError
 from gmai_xtuner.core.records import SUFFIXES
 from gmai_xtuner.core.yaml_lines import Document, Section
 
@@ -65,7 +68,7 @@ _CHOICES = {
 }
 
 _SHARED = (
-    *("image_root", "category", "quality", "ratio"),
+    *("image_root", "images", "category", "quality", "ratio"),
     *("over_length", "on_bad_sample", "image_marks"),
 )
 _OWN = ("annotations", *_SHARED, "size", "exclude")
@@ -85,7 +88,8 @@ class DatasetEntry:
     Args:
         name: unique in its mixture.
         annotations: files that ``core.records.iter_raw`` reads.
-        image_root: folder that image paths are relative to; None for text alone.
+        image_root: folder, archive or pattern of archives that image paths are relative to; None for text
+            alone.
         category: free text, such as Table 7's.
         quality: ``"high"``, ``"low"`` or None.
         ratios: stage name -> how often each record is seen.
@@ -302,11 +306,19 @@ def _read_entry(
                 remedy="Raise the ratio instead.",
                 key="annotations",
             )
-    image_root = partial(_read_image_root, annotations=annotations, check_files=check_files)
+    for holder in (section, defaults):
+        if holder and "image_root" in holder and "images" in holder:
+            raise holder.error("has image_root and images", remedy="Give one.", key="images")
+    is_archive = "images" in section or (
+        "image_root" not in section and defaults is not None and "images" in defaults
+    )
+    read_root = _read_archives if is_archive else partial(_read_image_root, annotations=annotations)
     return DatasetEntry(
         name=name,
         annotations=annotations,
-        image_root=field("image_root", image_root),
+        image_root=field(
+            "images" if is_archive else "image_root", partial(read_root, check_files=check_files)
+        ),
         category=field("category", _read_text),
         quality=field("quality", _read_choice),
         ratios=field("ratio", _read_ratios, dict.fromkeys(STAGES, 1.0)),
@@ -387,10 +399,29 @@ def _read_image_root(
         return folders.pop()
     folder = _locate(section, value, key=key, must_exist=check_files)
     if check_files and not os.path.isdir(folder):
-        raise section.error(
-            f"image root {str(folder)!r} is not a folder", remedy="Name a folder.", key=key
-        )
+        remedy = "Name a folder; an archive is named by `images`."
+        raise section.error(f"image root {str(folder)!r} is not a folder", remedy=remedy, key=key)
     return folder
+
+
+def _read_archives(section: Section, key: str, *, check_files: bool) -> Path:
+    """Return the path or pattern of the archives that ``images`` names, of which all can be read."""
+    value = section.scalar(key, lambda value: isinstance(value, str) and value != "", "an archive")
+    candidates = [section.document.path.parent / value, Path.cwd() / value]
+    try:
+        root = next((one for one in candidates if archives_of(one)), None)
+        if not check_files:
+            return root or candidates[0]
+        if root is not None:
+            open_archives(root)
+            return root
+    except ArchiveError as error:
+        raise section.error(str(error).rstrip("."), remedy="Correct `images`.", key=key) from error
+    remedy = f"Name a file, or a pattern of files, of {', '.join(ARCHIVES)}."
+    looked = " and ".join(dict.fromkeys(repr(str(candidate)) for candidate in candidates))
+    raise section.error(
+        f"images: no archive is there (looked for {looked})", remedy=remedy, key=key
+    )
 
 
 def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path:

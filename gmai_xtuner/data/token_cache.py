@@ -38,6 +38,7 @@ import pyarrow as pa
 from mmengine.logging import print_log
 from tqdm import tqdm
 
+from gmai_xtuner.core.archives import open_archives
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.core.files import (
     delete,
@@ -131,10 +132,12 @@ def open_cache(
         BadRecords: all bad records, with ``on_bad_sample="raise"``.
         DataError: an annotation file that can't be read, or a dataset without a usable record.
     """
+    archives = open_archives(entry.image_root) if entry.image_root else None
     ingredients = {
         "format": FORMAT_VERSION,
         "annotations": [file_sha256(path, cache_dir) for path in entry.annotations],
         "image_root": str(entry.image_root.resolve()) if entry.image_root else None,
+        **({"images": archives.identity} if archives else {}),
         "tokenizer": tokenizer.fingerprint,
         "options": asdict(replace(options, on_bad_sample="raise")),
         # Not named where it is the default: caches from before there was a choice stay.

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from gmai_xtuner.core.archives import open_archives
 from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.core.imaging.images import check_image
+from gmai_xtuner.core.imaging.images import MAX_PIXELS, check_image
 from gmai_xtuner.data.dataset import SoftPackedDataset
 
 IMAGES_A_CHUNK = 16
@@ -85,6 +86,11 @@ def find_missing(roots: Sequence[_Root]) -> list[BadImage]:
     """Images that are not there. A folder is listed once, which spares a request for each image."""
     missing: list[BadImage] = []
     for root in roots:
+        if open_archives(root.folder) is not None:
+            found = _problems("exists", MAX_PIXELS, root.folder, root.images.to_pylist())
+            owners = root.owners([image for image, _, _ in found])
+            missing += [BadImage(name, *one) for name, one in zip(owners, found, strict=True)]
+            continue
         folders: dict[str, list[str]] = {}
         for image in root.images.to_pylist():
             folders.setdefault(os.path.dirname(image), []).append(image)
@@ -130,7 +136,7 @@ def decode_all(
     with tqdm(total=total, desc="Decoding", unit=" images") as progress:
         for root in roots:
             found: list[_Problem] = []
-            decode = partial(_decode, root.folder, max_pixels)
+            decode = partial(_problems, "decode", max_pixels, root.folder)
             for size, problems in _in_processes(decode, root.images, workers):
                 progress.update(size)
                 found += problems
@@ -175,11 +181,11 @@ def _alone(decode: Callable[[Sequence[str]], list[_Problem]], image: str) -> lis
         return [(image, "damaged_image", f"{image!r}: the process that decoded it was killed")]
 
 
-def _decode(folder: Path, max_pixels: int, images: Sequence[str]) -> list[_Problem]:
+def _problems(level: str, max_pixels: int, folder: Path, images: Sequence[str]) -> list[_Problem]:
     problems = []
     for image in images:
         try:
-            check_image(folder / image, level="decode", max_pixels=max_pixels)
+            check_image(folder / image, level=level, max_pixels=max_pixels)
         except ImageError as error:
             problems.append((image, error.reason, error.problem))
     return problems

@@ -187,9 +187,16 @@ def test_missing_files_may_be_left_unchecked(folder):
         ("annotations: none.jsonl", "does not exist"),
         ("annotations: a.jsonl, image_root: none", "does not exist"),
         ("annotations: a.jsonl, image_root: b.json", "is not a folder"),
+        ("annotations: a.jsonl, images: x.zip", "no archive is there (looked for"),
+        ("annotations: a.jsonl, images: b.json", "no archive is there (looked for"),
+        ("annotations: a.jsonl, images: 'bad*.zip'", "no whole zip archive"),
+        ("annotations: a.jsonl, images: ['bad.zip']", "images must be one value"),
+        ("annotations: a.jsonl, image_root: images, images: bad.zip", "has image_root and images"),
     ],
 )
-def test_bad_field_names_line_and_dataset(folder, fields, words):
+def test_bad_field_names_line_and_dataset(folder, fields, words, monkeypatch):
+    (folder / "bad.zip").write_text("no archive")
+    monkeypatch.setenv("GMAI_CACHE", str(folder / "cache"))
     message = refused(folder, f"datasets:\n  d: {{{fields}}}\n")
     assert words in message
     assert ":2: " in message

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +99,20 @@ def test_pixels_are_the_transformed_images_in_the_order_of_the_marks(build, corp
     assert "b.png" in paths
     expected = torch.stack([transform(open_rgb(corpus.images / path)) for path in paths])
     assert torch.equal(item["pixel_values"], expected)
+
+
+def test_images_in_an_archive_are_those_of_the_folder(build, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("GMAI_CACHE", str(tmp_path / "cache"))
+    loose = read_all(build(corpus.mixture))
+    file = Path(shutil.make_archive(str(corpus.folder / "images"), "zip", corpus.images))
+    mixture = corpus.mixture.read_text()
+    corpus.mixture.write_text(mixture.replace("image_root: images", "images: images.zip"))
+    packed = build(corpus.mixture, check_images="decode")
+    assert all(map(same, loose, read_all(packed)))
+    # Another image: other content under the same name is another cache.
+    (corpus.images / "a.png").write_bytes((corpus.images / "b.png").read_bytes())
+    shutil.make_archive(str(file.with_suffix("")), "zip", corpus.images)
+    assert build(corpus.mixture).caches[0].folder != packed.caches[0].folder
 
 
 def test_image_mode_reaches_the_transform(build, corpus):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,10 +78,16 @@ def test_a_folder_or_a_dead_link_is_no_image(root: _Root):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_images_come_in_order_and_once(root: _Root, workers):
+@pytest.mark.parametrize("archive", ["", "zip", "tar"])
+def test_bad_images_come_in_order_and_once(root: _Root, workers, archive, monkeypatch):
     (root.folder / "d2" / "23.png").write_bytes(b"no image")
     (root.folder / "d1" / "1.png").unlink()
     Image.new("RGB", (50, 50)).save(root.folder / "d0" / "36.png")
+    if archive:
+        monkeypatch.setenv("GMAI_CACHE", str(root.folder))
+        file = shutil.make_archive(str(root.folder.with_suffix("")), archive, root.folder)
+        root = replace(root, folder=Path(file))
+    assert [image.image for image in find_missing([root])] == ["d1/1.png"]
     bad = decode_all([root], max_pixels=2000, num_workers=workers)
     assert [(image.image, image.dataset, image.reason) for image in bad] == [
         ("d1/1.png", "first", "missing_image"),

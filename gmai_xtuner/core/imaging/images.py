@@ -21,7 +21,8 @@
   frame the text speaks of is not ours to guess.
 
 What a header asks for is bounded before any of it is done: pixels, sides, their ratio, pages, scans and
-the tiles of a TIFF. Nothing is opened by the name that a file or a client gives.
+the tiles of a TIFF. Nothing is opened by the name that a file or a client gives. A path may lead into an
+archive, see `gmai_xtuner.core.archives`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
+from gmai_xtuner.core.archives import locate, read_member
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.imaging.damage import find_damage
 
@@ -181,7 +183,9 @@ def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> 
     """
     if level == "exists":
         if not os.path.isfile(path):  # False too for a name that no file can have
-            raise _missing(path, "no such file")
+            if (found := locate(path)) is None:
+                raise _missing(path, "no such file")
+            found[0].check(found[1], os.fspath(path))
     elif level == "header":
         with opened(path, max_pixels=max_pixels) as image:
             # A float may be NaN anywhere; everything else shows in header and end mark.
@@ -261,10 +265,13 @@ def opened(
     if isinstance(source, bytes):
         file: BinaryIO = io.BytesIO(source)
     else:
+        shown = source
         try:
-            file, shown = open(source, "rb"), source  # noqa: SIM115
+            file = open(source, "rb")  # noqa: SIM115
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise _missing(source, str(error)) from error
+            if (content := read_member(source)) is None:
+                raise _missing(source, str(error)) from error
+            file = io.BytesIO(content)
     with file, _documented_errors(shown):
         image = _read_header(file, shown)
         if problem := _problem(image, max_pixels):

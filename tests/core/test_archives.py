@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gmai_xtuner.core import archives
+from gmai_xtuner.core.archives import open_archives, read_member
+from gmai_xtuner.core.errors import ArchiveError, ImageError
+from gmai_xtuner.core.imaging.images import check_image, open_rgb
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GMAI_CACHE", str(tmp_path / "cache"))
+
+
+def png(level: int, side: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((side, side), level, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pack(path: Path, members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> Path:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, content in members:
+                archive.writestr(name, content)
+    else:
+        with tarfile.open(path, "w") as archive:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+MEMBERS = [("a/1.png", png(1)), ("a/2.png", png(2)), ("ünï/3.png", png(3))]
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_path_leads_into_an_archive(tmp_path, suffix, method):
+    archive = pack(tmp_path / f"scans{suffix}", MEMBERS, method)
+    for name, content in MEMBERS:
+        assert read_member(archive / name) == content
+    assert open_rgb(archive / "ünï/3.png").getpixel((0, 0)) == (3, 3, 3)
+    for level in ("exists", "header", "decode"):
+        check_image(archive / "a/1.png", level=level)
+        with pytest.raises(ImageError) as missing:
+            check_image(archive / "a/4.png", level=level)
+        assert missing.value.reason == "missing_image"
+    assert read_member(tmp_path / "folder" / "a.png") is None
+
+
+def test_the_name_is_in_one_of_several_shards(tmp_path):
+    pack(tmp_path / "s-0.tar", [("./1.png", png(1)), ("same.png", png(2))])
+    pack(tmp_path / "s-1.tar", [("3.png", png(3)), ("same.png", png(4))])
+    root = tmp_path / "s-*.tar"
+    assert read_member(root / "1.png") == png(1)
+    assert read_member(root / "3.png") == png(3)
+    with pytest.raises(ImageError, match=r"2 times: in '.*s-0\.tar' and '.*s-1\.tar'"):
+        read_member(root / "same.png")
+    assert read_member(root / "s-1.tar/same.png") == png(4)
+    (tmp_path / "s-notes.tar").mkdir()
+    (tmp_path / "s-x.tar.txt").write_text("")
+    assert len(open_archives(root).parts) == 2
+
+
+def test_the_identity_is_that_of_the_content(tmp_path):
+    first = open_archives(pack(tmp_path / "a.zip", MEMBERS)).identity
+    again = open_archives(pack(tmp_path / "b.zip", MEMBERS[::-1])).identity
+    other = open_archives(pack(tmp_path / "c.zip", [*MEMBERS[:2], ("ünï/3.png", png(9))])).identity
+    assert first == again != other
+
+
+def write_two_of_one_name(path):
+    with pytest.warns(UserWarning, match="Duplicate") if path.suffix == ".zip" else nullcontext():
+        pack(path, [("a.png", png(1)), ("a.png", png(1))])
+
+
+def cut_to(length):
+    def cut(path):
+        path.write_bytes(pack(path, MEMBERS).read_bytes()[:length])
+
+    return cut
+
+
+def joined(path):
+    whole = pack(path, MEMBERS).read_bytes()
+    path.write_bytes(whole + pack(path, [("b.png", png(2))]).read_bytes())
+
+
+def shared_bytes(path):
+    """Let two entries of the central directory name the same member's bytes."""
+    whole = bytearray(pack(path, [("aa.png", png(1)), ("ab.png", png(1))]).read_bytes())
+    second = whole.rindex(b"PK\1\2")
+    whole[second + 42 : second + 46] = (0).to_bytes(4, "little")
+    path.write_bytes(whole)
+
+
+FAULTS = [
+    (".zip", cut_to(150), "no whole zip archive"),
+    (".zip", cut_to(-30), "no whole zip archive"),
+    *((".tar", cut_to(length), "no whole tar archive") for length in (1100, 1550, 2048, 3100)),
+    (".tar", joined, "goes on behind its end"),
+    (".zip", lambda path: path.write_bytes(b""), "no whole zip archive"),
+    (".zip", write_two_of_one_name, "two members have this name"),
+    (".tar", write_two_of_one_name, "two members have this name"),
+    (".zip", lambda path: pack(path, [("a/../../b.png", png(1))]), "leads out"),
+    (".tar", lambda path: pack(path, [("/etc/b.png", png(1))]), "leads out"),
+    (".zip", lambda path: pack(path, [("C:\\b.png", png(1))]), "leads out"),
+    (".zip", shared_bytes, "shares its bytes"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "write", "told"), FAULTS, ids=range(len(FAULTS)))
+def test_a_bad_archive_is_one_clear_error(tmp_path, suffix, write, told):
+    path = tmp_path / f"bad{suffix}"
+    write(path)
+    with pytest.raises(ArchiveError, match=told) as raised:
+        open_archives(path)
+    assert str(path) in str(raised.value)
+
+
+def lie(path, size):
+    """Change the size that the central directory states for the one member."""
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"PK\1\2")
+    whole[at + 24 : at + 28] = size.to_bytes(4, "little")
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("stated", "reason", "told"),
+    [
+        (2**31, "enormous_image", "the limit is"),
+        (1000, "damaged_image", "unpacks to more than the archive says"),
+        (10**6 + 1, "damaged_image", "length or checksum"),
+    ],
+)
+def test_a_member_unpacks_to_no_more_than_it_says(tmp_path, stated, reason, told):
+    path = pack(tmp_path / "bomb.zip", [("a.png", bytes(10**6))], zipfile.ZIP_DEFLATED)
+    lie(path, stated)
+    with pytest.raises(ImageError, match=told) as raised:
+        read_member(path / "a.png")
+    assert raised.value.reason == reason
+
+
+def test_a_changed_byte_is_found_by_the_checksum(tmp_path):
+    path = pack(tmp_path / "scans.zip", MEMBERS)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"IDAT") + 5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ImageError, match="checksum"):
+        read_member(path / "a/1.png")
+
+
+def test_a_member_packed_by_a_method_that_is_not_read(tmp_path):
+    path = pack(tmp_path / "scans.zip", MEMBERS, zipfile.ZIP_LZMA)
+    with pytest.raises(ImageError) as raised:
+        read_member(path / "a/1.png")
+    assert raised.value.reason == "unsupported_image"
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_an_archive_that_changes_while_it_is_used_is_refused(tmp_path, suffix):
+    path = pack(tmp_path / f"scans{suffix}", MEMBERS)
+    assert read_member(path / "a/1.png") == png(1)
+    pack(path, [("a/1.png", png(7, side=64))])
+    with pytest.raises(ArchiveError, match="has changed since its index was made"):
+        read_member(path / "a/1.png")
+    open_archives(path)  # a new start lists it anew
+    assert read_member(path / "a/1.png") == png(7, side=64)
+
+
+def test_the_index_is_read_from_the_cache(tmp_path, monkeypatch):
+    path = pack(tmp_path / "scans.zip", MEMBERS)
+    open_archives(path)
+    monkeypatch.setattr(archives, "make_index", None)
+    assert len(open_archives(path)) == 3
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(TypeError):  # another time of change: it would be listed anew
+        open_archives(path)
+
+
+def test_a_damaged_index_is_one_clear_error(tmp_path):
+    index = open_archives(pack(tmp_path / "scans.zip", MEMBERS))
+    file = tmp_path / "all.images"
+    index.write(file)
+    assert read_member(file / "a/1.png") == png(1)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ArchiveError, match="no index of images"):
+        open_archives(file)
