@@ -106,8 +106,7 @@ def add_device_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def add_limits(
-    parser: argparse._ActionsContainer,
-    *limits: tuple[str, Callable[[str], float], float, str],
+    parser: argparse._ActionsContainer, *limits: tuple[str, Callable[[str], float], float, str]
 ) -> None:
     """Add options that take a number: their name, type, default and what the number is of."""
     for option, kind, default, what in limits:

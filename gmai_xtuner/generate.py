@@ -205,11 +205,7 @@ class Predictor:
         return self.generate_batch(prompts, max_new_tokens=max_new_tokens, sampling=sampling)[0]
 
     def generate_batch(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 256, sampling: Sampling = GREEDY
     ) -> list[str]:
         """Do as :meth:`answer_batch`; return the texts alone."""
         found = self.answer_batch(prompts, max_new_tokens=max_new_tokens, sampling=sampling)

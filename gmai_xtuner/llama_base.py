@@ -12,7 +12,6 @@ themselves: ``xtuner convert merge``, ``PeftModel``, servers that load adapters.
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 from gmai_xtuner.cli import add_allow_pickle, add_dtype_argument
@@ -33,18 +32,17 @@ def write_llama_base(
         GMAIError: the folder is not empty, or the base can't be read.
     """
     # Here, so that --help answers at once.
-    from mmengine.logging import print_log
-
     import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
     from gmai_xtuner.checkpoint.bases import load_language_model
     from gmai_xtuner.checkpoint.export import new_folder, save_language_model
     from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+    from gmai_xtuner.data.log import info
 
     with new_folder(out) as aside:
         llm = load_language_model(base, torch_dtype=dtype)
         load_tokenizer(base).save_pretrained(aside)
         save_language_model(llm, aside, {"max_shard_size": max_shard_size})
-    print_log(f"Saved {base} in Llama form to {out}", logger="current", level=logging.INFO)
+    info(f"Saved {base} in Llama form to {out}")
 
 
 def main() -> None:

@@ -10,14 +10,12 @@ told in the log and can be said by ``prompt_template`` and ``add_bos``.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from mmengine.logging import print_log
 from transformers import PreTrainedTokenizerFast
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
@@ -36,16 +34,13 @@ from gmai_xtuner.checkpoint.weights import adapter_base
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import read_json, shorten
 from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor
 from gmai_xtuner.model.costs import cache_bytes, describe_parts, size
 from gmai_xtuner.model.llava import num_image_tokens
 
-TEMPLATES = {
-    "<|im_end|>": "internlm2_chat",
-    "<|eot_id|>": "llama3_chat",
-    "<|end|>": "phi3_chat",
-}
+TEMPLATES = {"<|im_end|>": "internlm2_chat", "<|eot_id|>": "llama3_chat", "<|end|>": "phi3_chat"}
 """A special token of the tokenizer, and the template that it speaks for."""
 OTHERWISE = "vicuna"
 XTUNERS_LAYER = -2
@@ -113,10 +108,7 @@ def load_model(
     model = GMAILLaVAModel(
         llm=load_language_model(sources.llm, torch_dtype=dtype, adapter=sources.llm_adapter),
         visual_encoder=load_vision_tower(
-            sources.vision,
-            torch_dtype=dtype,
-            adapter=sources.vision_adapter,
-            trained=sources.tower,
+            sources.vision, torch_dtype=dtype, adapter=sources.vision_adapter, trained=sources.tower
         ),
         visual_select_layer=settings["visual_select_layer"],
         use_activation_checkpointing=False,
@@ -190,7 +182,7 @@ def _base_of(adapter: Path | None, base: str | None, *, option: str) -> str | No
             f"{adapter} does not say which base it was trained on; name it with --{option} in "
             f"the shell, {option}=... in Python"
         )
-    print_log(f"{adapter} goes on {named}, as it says", logger="current", level=logging.INFO)
+    info(f"{adapter} goes on {named}, as it says")
     return named
 
 
@@ -277,10 +269,8 @@ def _settings(export: Export, tokenizer: PreTrainedTokenizerFast) -> dict[str, A
         # The authors' code trains on messages without <s>.
         text = export.config.get("text_config", {})
         settings["add_bos"] = text.get("model_type") != "internlm2"
-    print_log(
+    warn(
         f"{export.folder} does not say how prompts were written; taken are prompt_template="
-        f"{settings['prompt_template']!r} and add_bos={settings['add_bos']}",
-        logger="current",
-        level=logging.WARNING,
+        f"{settings['prompt_template']!r} and add_bos={settings['add_bos']}"
     )
     return settings

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +23,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
-from mmengine.logging import print_log
 from safetensors import SafetensorError
 from torch import nn
 from xtuner.registry import BUILDER
@@ -33,6 +31,7 @@ from gmai_xtuner.checkpoint.layouts import SETTINGS, SETTINGS_FILE
 from gmai_xtuner.core.config import image_processor_config, tokenizer_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import staged
+from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.model.costs import describe_parts
 from gmai_xtuner.model.internlm2 import DTYPES, as_dtype
 from gmai_xtuner.model.lora import (
@@ -46,12 +45,7 @@ from gmai_xtuner.model.lora import (
 
 
 def save_xtuner_layout(
-    model: Any,
-    cfg: Mapping[str, Any],
-    save_dir: str,
-    *,
-    fp32: bool,
-    save_kwargs: dict[str, Any],
+    model: Any, cfg: Mapping[str, Any], save_dir: str, *, fp32: bool, save_kwargs: dict[str, Any]
 ) -> None:
     """Write the trained parts; all of them or nothing.
 
@@ -82,11 +76,9 @@ def save_xtuner_layout(
         for name in ("llm", "visual_encoder"):
             if adapter_layers(getattr(model, name)):
                 save_adapter(getattr(model, name), aside / "adapters" / name)
-    print_log(
+    info(
         f"Saved {', '.join(sorted(parts))} to {save_dir}\n"
-        + describe_parts(parts, folder=Path(save_dir)),
-        logger="current",
-        level=logging.INFO,
+        + describe_parts(parts, folder=Path(save_dir))
     )
 
 
@@ -339,11 +331,9 @@ def check_shard_size(max_shard_size: str | int) -> None:
 
 def _warn_of(vanished: int) -> None:
     if vanished:
-        print_log(
+        warn(
             f"{vanished} weights are too small for fp16 and become 0; --fp32 keeps them (import_model: "
-            "--dtype float32)",
-            logger="current",
-            level=logging.WARNING,
+            "--dtype float32)"
         )
 
 

@@ -14,14 +14,12 @@ and key weights are reordered. What it computes otherwise than training did stan
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from transformers import LlavaConfig, PreTrainedTokenizerFast
 
 from gmai_xtuner.checkpoint.export_huggingface import Whole, whole_model
@@ -29,6 +27,7 @@ from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
 from gmai_xtuner.checkpoint.tokenizer import WORD_MARK
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.log import warn
 
 PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 ACTIVATIONS = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
@@ -79,12 +78,10 @@ def write_gguf(
     vision = gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
     _describe_vision(vision, whole.config, model["transform"])
     _write(vision, _vision_names(whole), whole.state, kind, whole.config)
-    print_log(
+    warn(
         "llama.cpp has, since May 2025, put CLIP's class token behind the patches and not before them "
         "(https://github.com/ggml-org/llama.cpp/issues/25814): it answers texts as training did, but sees "
-        "images otherwise. Ask it questions that you know the answers to before you use it with images",
-        logger="current",
-        level=logging.WARNING,
+        "images otherwise. Ask it questions that you know the answers to before you use it with images"
     )
     settings = json.dumps(model["settings"], indent=2) + "\n"
     (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")

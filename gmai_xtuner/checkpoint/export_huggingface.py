@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from mmengine.logging import print_log
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -58,6 +56,7 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.templates import environment
 from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.log import info
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.model.costs import cache_bytes, describe_parts, folder_bytes, size
 from gmai_xtuner.model.internlm2 import as_dtype
@@ -159,7 +158,7 @@ def save_whole_model(
             dtype=dtype,
             max_shard_size=max_shard_size,
         )
-    print_log(f"Saved the whole model to {save_dir}", logger="current", level=logging.INFO)
+    info(f"Saved the whole model to {save_dir}")
 
 
 def whole_model(
@@ -250,11 +249,9 @@ def write_llava(
     write_json(folder / SETTINGS_FILE, settings)
     costs = describe_parts(whole.parts)
     _write_card(folder, provenance, costs, settings, config, transform)
-    print_log(
+    info(
         f"The whole model as {type(llava).__name__}, vocabulary {config.text_config.vocab_size:,}:\n{costs}\n"
-        f"{size(folder_bytes(folder))} on disk",
-        logger="current",
-        level=logging.INFO,
+        f"{size(folder_bytes(folder))} on disk"
     )
 
 

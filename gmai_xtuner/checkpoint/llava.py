@@ -11,7 +11,6 @@ frozen parameters from what it saves, by name; therefore these have a prefix the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from mmengine.config import ConfigDict
 from mmengine.dist import get_rank
-from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 from xtuner.registry import BUILDER
@@ -40,6 +38,7 @@ from gmai_xtuner.checkpoint.training import (
 )
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import shorten
+from gmai_xtuner.data.log import info
 from gmai_xtuner.model.llava import LLaVA
 from gmai_xtuner.model.lora import plain_key, split_adapters
 
@@ -153,7 +152,7 @@ class GMAILLaVAModel(LLaVA):
         parts = load_parts(self, base, required=self._required - with_adapters, source=source)
         loaded = sorted({*parts, *(f"adapters of {part}" for part in with_adapters)})
         message = f"Loaded {', '.join(loaded)} from {source}"
-        print_log(message, logger="current", level=logging.INFO)
+        info(message)
         if self.freeze_visual_encoder and get_rank() == 0:
             # Copies: what was read may be views of the whole checkpoint.
             self._kept = {

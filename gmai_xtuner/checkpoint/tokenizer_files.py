@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mmengine.logging import print_log
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +29,7 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.templates import environment
+from gmai_xtuner.data.log import warn
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
 
 PAD_TOKEN = "<pad>"
@@ -217,11 +216,9 @@ def _check_ids(tokenizer: PreTrainedTokenizerFast, training: ConversationTokeniz
                 "layout (--save-format xtuner)"
             )
     if differ:
-        print_log(
+        warn(
             "with this tokenizer and prompt_template, earlier answers of a conversation have other ids at "
-            f"their border than in training; single questions have the same. E.g. {min(differ.values())}",
-            logger="current",
-            level=logging.WARNING,
+            f"their border than in training; single questions have the same. E.g. {min(differ.values())}"
         )
 
 

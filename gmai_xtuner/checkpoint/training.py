@@ -12,7 +12,6 @@ A later stage loads their weights part by part, strictly.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
@@ -20,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from mmengine.logging import print_log
 from torch import nn
 
 from gmai_xtuner.checkpoint.pickles import install_safe_reader, read_training_state
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import shorten
+from gmai_xtuner.data.log import warn
 
 MANIFEST = "manifest.json"
 POINTER = "last_checkpoint"
@@ -220,7 +219,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         )
     newest, passed_over = newest_whole(path)
     for name, wrong in passed_over.items():
-        print_log(f"{path / name} {wrong}; passed over", logger="current", level=logging.WARNING)
+        warn(f"{path / name} {wrong}; passed over")
     if newest is None:
         broken = f" that is whole: {', '.join(passed_over)} can't be used" if passed_over else ""
         raise ModelLoadError(
@@ -267,11 +266,7 @@ def load_checkpoint_state(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_parts(
-    model: nn.Module,
-    state: Mapping[str, torch.Tensor],
-    *,
-    required: Iterable[str],
-    source: str,
+    model: nn.Module, state: Mapping[str, torch.Tensor], *, required: Iterable[str], source: str
 ) -> list[str]:
     """Load whole parts (``llm``, ``visual_encoder``, ``projector``) of a model, strictly.
 

@@ -84,11 +84,7 @@ def balanced_fit(
 
 
 def _sums(
-    lengths: np.ndarray,
-    weights: np.ndarray,
-    max_length: int,
-    *,
-    tables: np.ndarray | None = None,
+    lengths: np.ndarray, weights: np.ndarray, max_length: int, *, tables: np.ndarray | None = None
 ) -> np.ndarray:
     """``Z`` of the module, float64 ``[C + 1]``; a token left empty has the weight 1/2.
 

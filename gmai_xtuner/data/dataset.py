@@ -5,14 +5,12 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -25,13 +23,10 @@ from gmai_xtuner.core.hub import image_tokens
 from gmai_xtuner.core.imaging.images import MAX_PIXELS
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
 from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.log import info
 from gmai_xtuner.data.plan import DataPlan, unknown_lines
 from gmai_xtuner.data.token_cache import OpenCache, TokenCache, open_cache, open_caches
-from gmai_xtuner.data.tokenization import (
-    ChatTemplate,
-    ConversationTokenizer,
-    TokenizedConversation,
-)
+from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer, TokenizedConversation
 from gmai_xtuner.data.tokenize_records import CacheOptions
 
 
@@ -335,10 +330,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
                     f"{row.cut} are cut: {cache.folder / 'skipped.jsonl'}"
                 )
         tokens, images = (sum(getattr(row, name) for row in rows) for name in ("tokens", "images"))
-        print_log(
+        info(
             f"{stage}: {len(plan.samples)} conversations, {images} images, {tokens} tokens in {packs} "
             f"packs of {self.max_length}, {tokens / (packs * self.max_length):.1%} full\n"
-            + "\n".join(lines),
-            logger="current",
-            level=logging.INFO,
+            + "\n".join(lines)
         )

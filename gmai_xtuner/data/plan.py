@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, lru_cache
@@ -32,13 +31,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from mmengine.logging import print_log
 
 from gmai_xtuner.core.errors import GMAIError, MixtureError
 from gmai_xtuner.core.exclusion import Exclusion, Exclusions
 from gmai_xtuner.core.files import locked, replace_text, staged
 from gmai_xtuner.core.mixture import sample_indices
 from gmai_xtuner.data.held_out import EXCLUDED, HELD_OUT, NEITHER, TRAIN, nothing_held_out, sides
+from gmai_xtuner.data.log import warn
 from gmai_xtuner.data.packing import Packs, pack
 from gmai_xtuner.data.token_cache import TokenCache
 
@@ -161,11 +160,7 @@ class DataPlan:
                     if file.suffix in (".npy", ".json"):
                         file.unlink()
             if cut:
-                print_log(
-                    f"{self.folder}: {', '.join(cut)} cut off or damaged. The plan is made anew",
-                    "current",
-                    logging.WARNING,
-                )
+                warn(f"{self.folder}: {', '.join(cut)} cut off or damaged. The plan is made anew")
 
     @cached_property
     def samples(self) -> np.ndarray:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import shutil
 import time
@@ -35,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from mmengine.logging import print_log
 from tqdm import tqdm
 
 from gmai_xtuner.core.archives import open_archives
@@ -57,13 +55,9 @@ from gmai_xtuner.data.bad_records import (
     note_of_record,
     raise_again_if_found_since,
 )
+from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.tokenization import ConversationTokenizer, TokenizedConversation
-from gmai_xtuner.data.tokenize_records import (
-    SCHEMA,
-    CacheOptions,
-    TokenizeJob,
-    tokenized_chunks,
-)
+from gmai_xtuner.data.tokenize_records import SCHEMA, CacheOptions, TokenizeJob, tokenized_chunks
 
 FORMAT_VERSION = 3
 """Raised when the same records would give other rows; 3: keys such as ``image_path`` are asked about."""
@@ -175,7 +169,7 @@ def _first_folder(places: Sequence[Path], *, remove_cut_off: bool = False) -> Pa
             return place
         if not remove_cut_off:
             return None
-        print_log(f"{problem}. The cache is built anew", "current", logging.WARNING)
+        warn(f"{problem}. The cache is built anew")
         delete(place)
     return None
 
@@ -314,12 +308,10 @@ def _build(
     keep_first(partial, folder)
     shutil.rmtree(bad_folder(clean), ignore_errors=True)
     left_out = ", ".join(f"{number} {reason}" for reason, number in meta["skipped"].items())
-    print_log(
+    info(
         f"Tokenised {entry.name}: {kept} of {read} records kept, {meta['cut']} cut between turns, "
         f"left out: {left_out or 'none'} ({folder})"
         # Images are not part of the key: the cache would not see that they have been mended.
-        + (f"; after mending images, remove {folder}" if bad.count else ""),
-        logger="current",
-        level=logging.INFO,
+        + (f"; after mending images, remove {folder}" if bad.count else "")
     )
     return folder

@@ -167,11 +167,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    demo: Demo,
-    *,
-    own: socket.socket,
-    names: Sequence[str],
-    ready: Callable[[], None],
+    demo: Demo, *, own: socket.socket, names: Sequence[str], ready: Callable[[], None]
 ) -> None:
     """Serve until a signal ends it.
 
@@ -196,10 +192,7 @@ def serve(
     # A visitor's file names could be in a web server's log; only what goes wrong here is written.
     logging.getLogger("uvicorn.access").disabled = True
     guarded = Guard(
-        application,
-        upload_bytes=demo.limits.upload_bytes,
-        loopback=is_loopback(host),
-        names=names,
+        application, upload_bytes=demo.limits.upload_bytes, loopback=is_loopback(host), names=names
     )
     config = uvicorn.Config(
         guarded,
@@ -242,12 +235,7 @@ class Guard:
     """
 
     def __init__(
-        self,
-        application: ASGIApp,
-        *,
-        upload_bytes: int,
-        loopback: bool,
-        names: Sequence[str] = (),
+        self, application: ASGIApp, *, upload_bytes: int, loopback: bool, names: Sequence[str] = ()
     ) -> None:
         self._application = application
         self._limit = upload_bytes + MULTIPART_OVERHEAD

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, LlamaModel
@@ -31,6 +29,7 @@ from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.log import info
 
 
 def _public_varlen() -> Callable[..., Any] | None:
@@ -204,11 +203,9 @@ def boundary_attention_forward(
 
 @functools.cache
 def _announce(backend: str, device: str) -> None:
-    print_log(
+    info(
         f"Attention on {device}: {_FUNCTIONS[backend][1]} ({backend}); "
-        "conversations of a pack never see each other",
-        logger="current",
-        level=logging.INFO,
+        "conversations of a pack never see each other"
     )
 
 

@@ -218,11 +218,7 @@ def _image(model: Any) -> Work:
 
 # --- parameters and memory ---
 
-LABELS = {
-    "visual_encoder": "vision tower",
-    "projector": "projector",
-    "llm": "language model",
-}
+LABELS = {"visual_encoder": "vision tower", "projector": "projector", "llm": "language model"}
 """Parts in the order in which an image passes them."""
 
 

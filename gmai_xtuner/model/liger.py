@@ -19,16 +19,15 @@ Source: Liger-Kernel (Hsu et al. 2024, arXiv 2410.10989), ``liger_kernel.ops``.
 from __future__ import annotations
 
 import importlib
-import logging
 import types
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from torch import nn
 from transformers.models.llama import modeling_llama
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.log import info
 
 _INSTALL = 'pip install "gmai-xtuner[liger]"'
 
@@ -99,11 +98,7 @@ def install_liger(llm: nn.Module) -> None:
     for module in llm.modules():
         if type(module) in replacements:
             module.forward = types.MethodType(replacements[type(module)], module)
-    print_log(
-        "Liger kernels: RMSNorm, rotary embedding and SwiGLU of the language model",
-        logger="current",
-        level=logging.INFO,
-    )
+    info("Liger kernels: RMSNorm, rotary embedding and SwiGLU of the language model")
 
 
 def _with_global(function: Any, name: str, value: Any) -> types.FunctionType:

@@ -235,10 +235,7 @@ class LLaVA(BaseModel):
         return self.projector(hidden[:, 1:].to(dtype))
 
     def embed(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        image_positions: torch.Tensor,
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_positions: torch.Tensor
     ) -> torch.Tensor:
         """Token embeddings with the image features written into their places.
 

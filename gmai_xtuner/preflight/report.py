@@ -199,7 +199,7 @@ def _memory(result: Preflight) -> list[str]:
                 "optimiser step",
                 memory.step,
                 "its temporaries; activations and buffers are free then",
-            ),
+            )
         ],
         "gradient sum": [
             ("DeepSpeed's buffers", memory.buffers, "buckets"),

@@ -9,7 +9,6 @@ the model in training, whose ranks must generate in step, and whose answers are 
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.dist import all_gather_object, get_dist_info, is_main_process
 from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS, LOOPS, METRICS
 from mmengine.runner.base_loop import BaseLoop
 
@@ -28,6 +26,7 @@ from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.evaluate.answerers import World
 from gmai_xtuner.evaluate.answerers.local import read_ahead
@@ -110,11 +109,9 @@ def _prepare(name: str, options: Mapping[str, Any], limit: int | None) -> Asked:
         rank=get_dist_info()[0],
     )
     (asked,) = prepared.asked
-    print_log(
+    info(
         f"Benchmark {name}: {len(asked.questions)} of {asked.selected} questions of the protocol "
-        f"{asked.name}",
-        logger="current",
-        level=logging.INFO,
+        f"{asked.name}"
     )
     return asked
 
@@ -268,7 +265,7 @@ class RankedAnswerer:
             )
             for own in images:
                 if isinstance(own, ImageError):
-                    print_log(str(own), "current", logging.WARNING)
+                    warn(str(own))
             yield [
                 Given(job, one.text, ended="length" if one.is_cut else "stop")
                 if one is not None
@@ -302,7 +299,7 @@ def ask_benchmarks(
         reasons = Counter(answer.problem if answer else "cannot_be_asked" for _, answer in missing)
         if reasons:
             told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-            print_log(f"Benchmark {name}: no answer to {told}", "current", logging.WARNING)
+            warn(f"Benchmark {name}: no answer to {told}")
         evaluator.process(data_samples=[BenchmarkAnswers(name, asked, scored, missing)])
     return evaluator.evaluate(len(questions))
 

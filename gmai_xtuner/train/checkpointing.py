@@ -11,7 +11,6 @@ checkpoint where it was.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import shutil
 import time
@@ -24,7 +23,6 @@ import torch
 from mmengine.dist import all_gather_object, barrier, get_rank, get_world_size
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner
 
@@ -38,6 +36,7 @@ from gmai_xtuner.checkpoint.training import (
 )
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text, to_disk
+from gmai_xtuner.data.log import warn
 from gmai_xtuner.train.hooks import is_due
 from gmai_xtuner.train.on_disk import (
     PROBE,
@@ -237,11 +236,7 @@ def _point_to(checkpoint: Path, pointer: Path) -> None:
     try:
         replace_text(pointer, str(checkpoint))
     except OSError as error:
-        print_log(
-            f"{checkpoint} is whole, but {pointer} could not be written: {error}",
-            logger="current",
-            level=logging.WARNING,
-        )
+        warn(f"{checkpoint} is whole, but {pointer} could not be written: {error}")
 
 
 def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:

@@ -152,11 +152,7 @@ class Launch:
     """
 
     def __init__(
-        self,
-        title: str,
-        arguments: Sequence[str],
-        work_dir: Path,
-        environment: Mapping[str, str],
+        self, title: str, arguments: Sequence[str], work_dir: Path, environment: Mapping[str, str]
     ) -> None:
         self.work_dir = work_dir
         self.log = work_dir / f"train_{datetime.now():%Y%m%d_%H%M%S}_{os.getpid()}.log"

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object
-from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop
 from mmengine.runner.base_loop import BaseLoop
@@ -22,13 +20,10 @@ from torch.utils.data import DataLoader
 from gmai_xtuner.checkpoint.training import STAGE
 from gmai_xtuner.core.config import train_dataloader_config
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.sampler import MicroBatchSampler
 from gmai_xtuner.train.hooks import is_due
-from gmai_xtuner.train.resume import (
-    choose_checkpoint,
-    preserved_random_state,
-    restore_rank_state,
-)
+from gmai_xtuner.train.resume import choose_checkpoint, preserved_random_state, restore_rank_state
 from gmai_xtuner.train.schedule import set_rates_by_part
 from gmai_xtuner.train.signals import guard_workers
 from gmai_xtuner.train.start import NO_DEEPSPEED, check_something_learns
@@ -118,11 +113,9 @@ class PackedTrainLoop(IterBasedTrainLoop):
         self.optim_wrapper: Any = None
         """Stands in for the runner's where a hook has put something, see ``train/nonfinite.py``."""
         self.runner.visualizer.dataset_meta = self.dataloader.dataset.metainfo
-        print_log(
+        info(
             f"{len(sampler)} micro-batches and {sampler.steps} optimiser steps an epoch; "
-            f"training {self._max_iters} micro-batches, {self.total_steps} steps",
-            logger="current",
-            level=logging.INFO,
+            f"training {self._max_iters} micro-batches, {self.total_steps} steps"
         )
 
     @property
@@ -166,10 +159,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
         if self.resumed_from is not None:
             restore_rank_state(self.runner, self.resumed_from)
         if self._iter >= self._max_iters:
-            print_log(
-                f"Nothing to train: iteration {self._iter} of {self._max_iters} is reached",
-                logger="current",
-            )
+            info(f"Nothing to train: iteration {self._iter} of {self._max_iters} is reached")
         if self._status is not None:
             self._status.write("running")  # now that requests to stop are heard
         while self._iter < self._max_iters and not self.stop_training:
@@ -275,11 +265,9 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 )
             length = hub.get_info(LENGTH, self._max_iters)
             if length != self._max_iters:
-                print_log(
+                warn(
                     f"The run was {length} micro-batches long when it was stopped, and is {self._max_iters} "
-                    "now: the learning rate follows the new length from here on",
-                    logger="current",
-                    level=logging.WARNING,
+                    "now: the learning rate follows the new length from here on"
                 )
         hub.update_info(DATA_ORDER, now)
         hub.update_info(LENGTH, self._max_iters)

@@ -13,7 +13,6 @@ sets that flag; nothing of DeepSpeed is replaced.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from typing import Any
 import torch
 from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.hooks import Hook
-from mmengine.logging import MessageHub, print_log
+from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
 from mmengine.runner import FlexibleRunner
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.log import warn
 from gmai_xtuner.train.checkpointing import StepCheckpointHook
 
 COUNTS = "gmai_skipped_steps"
@@ -181,13 +181,11 @@ class NonFiniteHook(Hook):
             cause = f"the loss of micro-batch {where} is not finite"
         more = f" and {len(ids) - IDS_IN_LOG} more" if len(ids) > IDS_IN_LOG else ""
         guard = self._guard
-        print_log(
+        warn(
             f"Optimiser step skipped at iteration {runner.iter + 1}: {cause}. Nothing has changed in the "
             f"weights and the optimiser; {guard.total} skipped in total, {guard.in_a_row} in a row. "
             "Micro-batches that are not finite are left out of the logged loss. Samples: "
-            f"{', '.join(ids[:IDS_IN_LOG])}{more}; all in {file}",
-            logger="current",
-            level=logging.WARNING,
+            f"{', '.join(ids[:IDS_IN_LOG])}{more}; all in {file}"
         )
 
     def after_train(self, runner: FlexibleRunner) -> None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import re
 import shutil
@@ -14,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.dist import all_gather_object
-from mmengine.logging import print_log
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import directory_to_disk
+from gmai_xtuner.data.log import warn
 
 WRITING = ".writing"
 REMOVING = ".removing"
@@ -137,8 +136,4 @@ def _delete(path: Path) -> None:
 
 
 def _warn_of(path: Path, error: OSError) -> None:
-    print_log(
-        f"{path} is no longer needed and can't be removed: {error}. The next start tries again",
-        logger="current",
-        level=logging.WARNING,
-    )
+    warn(f"{path} is no longer needed and can't be removed: {error}. The next start tries again")

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
-from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner
 
 from gmai_xtuner.checkpoint.pickles import read_training_state
@@ -28,6 +26,7 @@ from gmai_xtuner.checkpoint.training import (
     what_is_wrong,
 )
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.train.on_disk import (
     PROBE,
     REMOVING,
@@ -67,9 +66,9 @@ def _tidy_up_one(left: Path) -> None:
     whole = left.suffix == WRITING and (left / MANIFEST).is_file() and not what_is_wrong(left)
     if whole:
         put_in_place(left, final)
-        print_log(f"{left.name} was whole: it is {final.name} now", logger="current")
+        info(f"{left.name} was whole: it is {final.name} now")
     elif remove(left):
-        print_log(f"Removed {left.name}, which a stopped run has left", logger="current")
+        info(f"Removed {left.name}, which a stopped run has left")
 
 
 def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
@@ -97,16 +96,16 @@ def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
     asked = Path(os.path.abspath(named or own))
     found, passed_over = _find_checkpoint(asked)
     for name, wrong in passed_over.items():
-        print_log(f"{asked / name} {wrong}; passed over", "current", logging.WARNING)
+        warn(f"{asked / name} {wrong}; passed over")
     found = all_gather_object(found)[0]
     if found is None and asked != own:
         raise GMAIError(f"there is no whole checkpoint in {asked} to resume from")
     if found is None:
-        print_log(f"No checkpoint in {own} yet: beginning at the beginning", logger="current")
+        info(f"No checkpoint in {own} yet: beginning at the beginning")
         runner._resume, runner._load_from = False, None
     else:
         check_layout(found, runner)
-        print_log(f"Going on from {found}", logger="current")
+        info(f"Going on from {found}")
         runner._resume, runner._load_from = True, str(found)
     return found
 
@@ -194,10 +193,8 @@ def restore_rank_state(runner: FlexibleRunner, checkpoint: Path) -> None:
     """Put back :func:`rank_state`, right before the first iteration of a resumed run."""
     file = checkpoint / rank_file(get_rank())
     if not file.is_file():
-        print_log(
-            f"{checkpoint} has no {file.name}: random numbers (dropout) go on other than they would have",
-            logger="current",
-            level=logging.WARNING,
+        warn(
+            f"{checkpoint} has no {file.name}: random numbers (dropout) go on other than they would have"
         )
         return
     state = read_training_state(file)

@@ -10,7 +10,6 @@ checkpoint is kept, and a run that no longer improves ends.
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,7 +20,6 @@ import torch
 from mmengine.dist import all_reduce, get_rank
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS, LOOPS, METRICS
 from mmengine.runner import FlexibleRunner, ValLoop
 from mmengine.runner.base_loop import BaseLoop
@@ -30,6 +28,7 @@ from gmai_xtuner.checkpoint.training import checkpoints_in, what_is_wrong
 from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.sampler import MicroBatchSampler
 from gmai_xtuner.train.benchmarks import (
     BenchmarkQuestions,
@@ -100,11 +99,7 @@ class HeldOutLoop(ValLoop):
         if self.nothing:
             BaseLoop.__init__(self, runner, runner.train_loop.dataloader)
             share = training.plan.why_nothing_held_out() if training.plan.held_out else "0"
-            print_log(
-                f"No validation: nothing is held out (train_dataloader.dataset.held_out={share})",
-                logger="current",
-                level=logging.WARNING,
-            )
+            warn(f"No validation: nothing is held out (train_dataloader.dataset.held_out={share})")
             return
         meta = runner.visualizer.dataset_meta
         super().__init__(
@@ -119,10 +114,8 @@ class HeldOutLoop(ValLoop):
             )
         self.dataloader.worker_init_fn = partial(worker_init, then=self.dataloader.worker_init_fn)
         plan = self.dataloader.dataset.plan
-        print_log(
-            f"Validation: {len(plan.samples)} held-out conversations in {len(self.dataloader.dataset)} packs",
-            logger="current",
-            level=logging.INFO,
+        info(
+            f"Validation: {len(plan.samples)} held-out conversations in {len(self.dataloader.dataset)} packs"
         )
 
     def run(self) -> dict[str, float]:

@@ -70,7 +70,7 @@ def build(
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a dataset says of itself."""
     lines: list[str] = []
-    monkeypatch.setattr(dataset_module, "print_log", lambda message, **_: lines.append(message))
+    monkeypatch.setattr(dataset_module, "info", lines.append)
     return lines
 
 

@@ -59,7 +59,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_a_cache_of_which_a_file_is_cut_off_is_built_anew(corpus, cached, monkeypatch, name, share):
     told: list[str] = []
-    monkeypatch.setattr(token_cache, "print_log", lambda text, *_, **__: told.append(text))
+    monkeypatch.setattr(token_cache, "warn", told.append)
     first = cached(corpus)
     whole = files_of(first.folder)
     (first.folder / name).write_bytes(whole[name][: int(share * len(whole[name]))])

@@ -46,8 +46,13 @@ from tests.model.test_checkpoint_folder import write_checkpoint
 @pytest.fixture
 def told(monkeypatch):
     lines: list[str] = []
-    for module in (checkpointing, on_disk, resume):
-        monkeypatch.setattr(module, "print_log", lambda text, *args, **kwargs: lines.append(text))
+    for module, name in (
+        (checkpointing, "warn"),
+        (on_disk, "warn"),
+        (resume, "warn"),
+        (resume, "info"),
+    ):
+        monkeypatch.setattr(module, name, lines.append)
     return lines
 
 

@@ -137,7 +137,7 @@ def test_a_resumed_run_with_another_setting_is_refused_and_the_setting_named():
 
 def test_a_resumed_run_of_another_length_says_so(monkeypatch):
     told = []
-    monkeypatch.setattr(loop_module, "print_log", lambda text, **_: told.append(text))
+    monkeypatch.setattr(loop_module, "warn", told.append)
     order = {"plan": "a"}
     info = {loop_module.DATA_ORDER: order, loop_module.LENGTH: 10}
     resumed_loop(order, info, _iter=4)._check_resumed_order()

@@ -242,7 +242,7 @@ class Checkpoints(StepCheckpointHook):
 def step(tmp_path, monkeypatch):
     """Call it for one optimiser step of two micro-batches; ``said`` and ``asked`` are its traces."""
     said: list[str] = []
-    monkeypatch.setattr(nonfinite, "print_log", lambda message, **_: said.append(message))
+    monkeypatch.setattr(nonfinite, "warn", said.append)
     checkpoints = Checkpoints()
     runner = SimpleNamespace(iter=0, work_dir=str(tmp_path), hooks=[checkpoints])
 

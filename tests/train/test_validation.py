@@ -172,7 +172,7 @@ def build_dataloader(config, **_) -> DataLoader:
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr(validation, "print_log", lambda message, **_: lines.append(message))
+    monkeypatch.setattr(validation, "warn", lines.append)
     return lines
 
 
