@@ -50,7 +50,7 @@ def import_model(
     import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
     from gmai_xtuner.checkpoint.export import check_new, check_shard_size, new_folder
     from gmai_xtuner.checkpoint.export_gguf import write_gguf
-    from gmai_xtuner.checkpoint.export_huggingface import Provenance, write_llava
+    from gmai_xtuner.checkpoint.export_huggingface import Provenance, Source, write_llava
     from gmai_xtuner.loading import AS_STORED, load_model
     from gmai_xtuner.model.internlm2 import as_dtype
 
@@ -63,18 +63,18 @@ def import_model(
             _write_xtuner(predictor, aside, as_dtype(dtype), max_shard_size)
         else:
             write = write_gguf if save_format == "gguf" else write_llava
-            source, model = Path(folder).name, predictor.model
-            write(
-                aside,
+            name, model = Path(folder).name, predictor.model
+            source = Source(
                 model.parts,
-                projector_depth=model.projector.config.depth,
-                base_tokenizer=predictor.tokenizer,
-                transform=predictor.transform,
-                settings=predictor.settings,
-                provenance=Provenance(f"imported from {source}", "not known", source, source),
-                dtype=as_dtype(dtype),
-                max_shard_size=max_shard_size,
+                model.projector.config.depth,
+                predictor.tokenizer,
+                predictor.transform,
+                predictor.settings,
+                Provenance(f"imported from {name}", "not known", name, name),
+                as_dtype(dtype),
+                max_shard_size,
             )
+            write(aside, source)
     return predictor
 
 

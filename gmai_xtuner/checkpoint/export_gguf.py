@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlavaConfig, PreTrainedTokenizerFast
 
-from gmai_xtuner.checkpoint.export_huggingface import Whole, whole_model
+from gmai_xtuner.checkpoint.export import write_json
+from gmai_xtuner.checkpoint.export_huggingface import Source, Whole, whole_model
 from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
 from gmai_xtuner.checkpoint.tokenizer import WORD_MARK
 from gmai_xtuner.core.errors import GMAIError
@@ -45,16 +46,8 @@ SPLITS: tuple[tuple[str, list[Mapping[str, Any]]], ...] = (
 """llama.cpp's name of how words are split, and what the steps of ``tokenizer.json`` say then."""
 
 
-def write_gguf(
-    folder: Path, parts_of: Callable[[], Mapping[str, Any]], *, max_shard_size: str, **model: Any
-) -> None:
-    """Write both files and ``gmai_vl.json``.
-
-    Args:
-        folder: an empty folder; see :func:`gmai_xtuner.checkpoint.export.new_folder`.
-        parts_of: see :func:`~gmai_xtuner.checkpoint.export_huggingface.write_llava`, whose arguments
-            ``model`` has.
-        max_shard_size: not used: each file is one piece.
+def write_gguf(folder: Path, source: Source) -> None:
+    """Write both files, each in one piece, and ``gmai_vl.json`` into an empty folder.
 
     Raises:
         GMAIError: the package ``gguf`` is missing, or llama.cpp has no place for something.
@@ -65,26 +58,24 @@ def write_gguf(
         raise GMAIError(
             "--save-format gguf needs the package gguf: pip install 'gmai-xtuner[gguf]'"
         ) from error
-    _vocabulary_kind(model["base_tokenizer"])  # before weights are read, merged and converted
-    model.pop("provenance")
-    whole = whole_model(parts_of, **model)
+    _vocabulary_kind(source.tokenizer)  # before weights are read, merged and converted
+    whole = whole_model(source)
     _check(whole.config)
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    kind = gguf.GGMLQuantizationType[kinds[model["dtype"]]]
+    kind = gguf.GGMLQuantizationType[kinds[source.dtype]]
     text = gguf.GGUFWriter(folder / "model.gguf", "llama")
     _describe_text(text, whole.config.text_config)
-    _add_vocabulary(text, model["base_tokenizer"], whole)
+    _add_vocabulary(text, source.tokenizer, whole)
     _write(text, _text_names(whole), whole.state, kind, whole.config)
     vision = gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
-    _describe_vision(vision, whole.config, model["transform"])
+    _describe_vision(vision, whole.config, source.transform)
     _write(vision, _vision_names(whole), whole.state, kind, whole.config)
     warn(
         "llama.cpp has, since May 2025, put CLIP's class token behind the patches and not before them "
         "(https://github.com/ggml-org/llama.cpp/issues/25814): it answers texts as training did, but sees "
         "images otherwise. Ask it questions that you know the answers to before you use it with images"
     )
-    settings = json.dumps(model["settings"], indent=2) + "\n"
-    (folder / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+    write_json(folder / SETTINGS_FILE, source.settings)
 
 
 def _check(config: LlavaConfig) -> None:

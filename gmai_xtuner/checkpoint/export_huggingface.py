@@ -22,7 +22,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,8 +109,32 @@ def _is_hub_name(base: str) -> bool:
     return base.count("/") == 1 and not Path(base).exists() and not base.startswith((".", "~"))
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
+class Source(NamedTuple):
+    """A model that is to be written as a whole.
+
+    Args:
+        parts: gives ``llm``, ``visual_encoder`` and ``projector`` as plain models, once all else is known
+            to fit. They are turned into ``dtype``.
+        projector_depth: linear layers of the projector.
+        tokenizer: the language model's.
+        transform: image to pixels, as in training.
+        settings: as in ``gmai_vl.json``.
+        provenance: for the model card.
+        dtype: of the weights.
+        max_shard_size: of a file of weights, e.g. ``"2GB"``.
+    """
+
+    parts: Callable[[], Mapping[str, Any]]
+    projector_depth: int
+    tokenizer: PreTrainedTokenizerFast
+    transform: ImageTransform
+    settings: Mapping[str, Any]
+    provenance: Provenance
+    dtype: torch.dtype
+    max_shard_size: str
+
+
+class Whole(NamedTuple):
     """A model as an export of the whole has it; ``state`` has LLaVA's names."""
 
     parts: Mapping[str, Any]
@@ -128,7 +151,7 @@ def save_whole_model(
     *,
     fp32: bool,
     save_kwargs: Mapping[str, Any],
-    write: Callable[..., None],
+    write: Callable[[Path, Source], None],
 ) -> None:
     """Write the whole model; all of it or nothing.
 
@@ -144,128 +167,83 @@ def save_whole_model(
     check_shard_size(max_shard_size)
     with new_folder(save_dir) as aside:
         settings = export_settings(model, cfg)
-        write(
-            aside,
+        tower = image_processor_config(cfg)["pretrained_model_name_or_path"]
+        source = Source(
             lambda: all_parts(model, cfg, dtype=dtype),
-            projector_depth=model.projector.config.depth,
-            base_tokenizer=BUILDER.build(tokenizer_config(cfg)),
-            transform=ImageTransform.from_pretrained(
-                image_processor_config(cfg)["pretrained_model_name_or_path"],
-                mode=settings["image_mode"],
-            ),
-            settings=settings,
-            provenance=Provenance.of(model, cfg),
-            dtype=dtype,
-            max_shard_size=max_shard_size,
+            model.projector.config.depth,
+            BUILDER.build(tokenizer_config(cfg)),
+            ImageTransform.from_pretrained(tower, mode=settings["image_mode"]),
+            settings,
+            Provenance.of(model, cfg),
+            dtype,
+            max_shard_size,
         )
+        write(aside, source)
     info(f"Saved the whole model to {save_dir}")
 
 
-def whole_model(
-    parts_of: Callable[[], Mapping[str, Any]],
-    *,
-    projector_depth: int,
-    base_tokenizer: PreTrainedTokenizerFast,
-    transform: ImageTransform,
-    settings: Mapping[str, Any],
-    dtype: torch.dtype,
-) -> Whole:
-    """Bring the parts into LLaVA's form; arguments as of :func:`write_llava`.
+def whole_model(source: Source) -> Whole:
+    """Bring the parts into LLaVA's form.
 
     Raises:
         GMAIError: LLaVA has no place for something.
     """
-    if projector_depth != 2:
+    if source.projector_depth != 2:
         raise GMAIError(
-            f"LLaVA's projector has two linear layers, this model's has {projector_depth}; export in "
+            f"LLaVA's projector has two linear layers, this model's has {source.projector_depth}; export in "
             "xtuner's layout (--save-format xtuner)"
         )
+    settings, side = source.settings, source.transform.image_size
     template = ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"])
-    plain_tokenizer(base_tokenizer, template)  # before weights are read, merged and converted
-    parts = parts_of()
+    plain_tokenizer(source.tokenizer, template)  # before weights are read, merged and converted
+    parts = source.parts()
     text, vision = parts["llm"].config, parts["visual_encoder"].config
-    if transform.image_size != vision.image_size:
+    if side != vision.image_size:
         raise GMAIError(
-            f"the image processor makes images of {transform.image_size} pixels, the vision tower takes "
+            f"the image processor makes images of {side} pixels, the vision tower takes "
             f"{vision.image_size}. Take both from the same checkpoint"
         )
-    tokenizer = plain_tokenizer(base_tokenizer, template, max_length=text.max_position_embeddings)
+    positions = text.max_position_embeddings
+    tokenizer = plain_tokenizer(source.tokenizer, template, max_length=positions)
     for part in parts.values():
-        convert_dtype(part, dtype)
-    config = llava_config(text, vision, tokenizer, dtype)
+        convert_dtype(part, source.dtype)
+    config = llava_config(text, vision, tokenizer, source.dtype)
     config.vision_feature_layer = settings["visual_select_layer"]
     states = {name: part.state_dict() for name, part in parts.items()}
     states["llm"] = _grown_state(parts["llm"], config.text_config.vocab_size)
     return Whole(parts, config, plain_weights(states), tokenizer, template)
 
 
-def write_llava(
-    folder: Path,
-    parts_of: Callable[[], Mapping[str, Any]],
-    *,
-    projector_depth: int,
-    base_tokenizer: PreTrainedTokenizerFast,
-    transform: ImageTransform,
-    settings: Mapping[str, Any],
-    provenance: Provenance,
-    dtype: torch.dtype,
-    max_shard_size: str,
-) -> None:
-    """Write every file of the folder.
-
-    Args:
-        folder: an empty folder; see :func:`gmai_xtuner.checkpoint.export.new_folder`.
-        parts_of: gives ``llm``, ``visual_encoder`` and ``projector`` as plain models, once all else is known
-            to fit. They are turned into ``dtype``.
-        projector_depth: linear layers of the projector.
-        base_tokenizer: the language model's tokenizer.
-        transform: image to pixels, as in training.
-        settings: as in ``gmai_vl.json``.
-        provenance: for the model card.
-        dtype: of the weights.
-        max_shard_size: of a file of weights, e.g. ``"2GB"``.
+def write_llava(folder: Path, source: Source) -> None:
+    """Write every file of the folder, which is empty.
 
     Raises:
         GMAIError: LLaVA has no place for something.
     """
-    whole = whole_model(
-        parts_of,
-        projector_depth=projector_depth,
-        base_tokenizer=base_tokenizer,
-        transform=transform,
-        settings=settings,
-        dtype=dtype,
-    )
+    whole = whole_model(source)
     config, tokenizer = whole.config, whole.tokenizer
     with init_empty_weights():
         llava = LlavaForConditionalGeneration(config)
     llava.load_state_dict(whole.state, strict=True, assign=True)
     llava.tie_weights()
     llava.generation_config = _generation(whole.parts["llm"], tokenizer, whole.template, config)
-    llava.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+    llava.save_pretrained(folder, safe_serialization=True, max_shard_size=source.max_shard_size)
     _write_config(folder, config)
     tokenizer.save_pretrained(folder)
-    _write_processor(folder, transform, tokenizer, config)
-    write_json(folder / SETTINGS_FILE, settings)
+    _write_processor(folder, source.transform, tokenizer, config)
+    write_json(folder / SETTINGS_FILE, source.settings)
     costs = describe_parts(whole.parts)
-    _write_card(folder, provenance, costs, settings, config, transform)
+    _write_card(folder, source, costs, config)
     info(
-        f"The whole model as {type(llava).__name__}, vocabulary {config.text_config.vocab_size:,}:\n{costs}\n"
-        f"{size(folder_bytes(folder))} on disk"
+        f"The whole model as {type(llava).__name__}, vocabulary {config.text_config.vocab_size:,}:\n"
+        f"{costs}\n{size(folder_bytes(folder))} on disk"
     )
 
 
-def _write_card(
-    folder: Path,
-    provenance: Provenance,
-    costs: str,
-    settings: Mapping[str, Any],
-    config: LlavaConfig,
-    transform: ImageTransform,
-) -> None:
+def _write_card(folder: Path, source: Source, costs: str, config: LlavaConfig) -> None:
     """Write the model card: what it is, what it takes, how to use it, what it is not for."""
-    tokens, vision = settings["max_length"], config.vision_config
-    dtype = as_dtype(config.torch_dtype)
+    provenance, settings = source.provenance, source.settings
+    tokens, dtype = settings["max_length"], as_dtype(config.torch_dtype)
     templates = environment("gmai_xtuner.checkpoint", keep_trailing_newline=True)
     card = templates.get_template("card.md.j2").render(
         bases=[base for base in (provenance.llm, provenance.vision) if _is_hub_name(base)],
@@ -275,7 +253,7 @@ def _write_card(
         vision=_shown(provenance.vision),
         dtype=str(dtype).removeprefix("torch."),
         image_tokens=config.image_seq_length,
-        side=vision.image_size,
+        side=config.vision_config.image_size,
         vocabulary=config.text_config.vocab_size,
         image_id=config.image_token_index,
         max_length=tokens,
@@ -284,8 +262,8 @@ def _write_card(
         costs=costs,
         on_disk=size(folder_bytes(folder)),
         cache=size(cache_bytes(config.text_config, tokens=tokens, dtype=dtype)),
-        pads=transform.mode == "pad",
-        colour=transform.mean_colour,
+        pads=source.transform.mode == "pad",
+        colour=source.transform.mean_colour,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
