@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmengine.dist import all_gather_object
 from PIL import Image
 from transformers import (
     LogitsProcessor,
@@ -219,6 +220,7 @@ class Predictor:
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
         labels: Sequence[Sequence[str]] = (),
+        synced_gpus: bool = False,
     ) -> list[Answered]:
         """The assistant's next turn for each of ``B`` prompts, computed together.
 
@@ -230,6 +232,7 @@ class Predictor:
 
         Args:
             labels: of each prompt, how its answer may begin; see :class:`FirstTokens`.
+            synced_gpus: every rank runs as many passes as the longest of them, as ZeRO-3 needs.
         """
         if not prompts:
             return []
@@ -237,15 +240,20 @@ class Predictor:
             [self.encode(prompt) for prompt in prompts], [prompt.images for prompt in prompts]
         )
         answers = [Answered("", True)] * len(prompts)
+        groups = list(self._by_room(embeds, max_new_tokens).items())
+        if synced_gpus:
+            # A rank with fewer groups than another makes a token that nobody reads.
+            groups += [(1, [])] * (max(all_gather_object(len(groups))) - len(groups))
         _seed(sampling)
-        for room, numbers in self._by_room(embeds, max_new_tokens).items():
+        for room, numbers in groups:
             first = FirstTokens(self.tokenizer)
             output = self.model.llm.generate(
-                **self._padded([embeds[number] for number in numbers], room),
+                **self._padded([embeds[number] for number in numbers] or embeds[:1], room),
                 **sampling.arguments(),
                 logits_processor=LogitsProcessorList([first]),
+                synced_gpus=synced_gpus,
             )
-            for row, (number, ids) in enumerate(zip(numbers, output, strict=True)):
+            for row, (number, ids) in enumerate(zip(numbers, output, strict=False)):
                 is_cut = not set(self.stop_ids) & set(ids.tolist())
                 shares = first.shares(row, labels[number]) if labels else None
                 answers[number] = Answered(self._decode(ids), is_cut, shares)
@@ -330,11 +338,7 @@ class Predictor:
         max_new_tokens: int = 256,
         synced_gpus: bool = False,
     ) -> str:
-        """What follows a tokenised prompt with one placeholder an image, greedily.
-
-        Args:
-            synced_gpus: every rank runs as many passes as the longest of them, as ZeRO-3 needs.
-        """
+        """What follows a tokenised prompt with one placeholder an image, greedily."""
         arguments = self._arguments(ids, images, max_new_tokens)
         arguments |= GREEDY.arguments()
         return self._decode(self.model.llm.generate(**arguments, synced_gpus=synced_gpus)[0])

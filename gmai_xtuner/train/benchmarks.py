@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from mmengine.dist import all_gather_object, get_dist_info, is_main_process
+from mmengine.dist import get_dist_info, is_main_process
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.registry import DATASETS, LOOPS, METRICS
 from mmengine.runner.base_loop import BaseLoop
@@ -36,7 +36,7 @@ from gmai_xtuner.evaluate.questions import Question
 from gmai_xtuner.evaluate.results import Scored, average_of, score_all
 from gmai_xtuner.evaluate.runner import Options, Target, answer_all, prepare
 from gmai_xtuner.evaluate.store import Answer, Given, Job, sorted_jobs
-from gmai_xtuner.generate import GREEDY, Answered, Predictor, Prompt, user_turn
+from gmai_xtuner.generate import Answered, Predictor, Prompt, user_turn
 
 OPTIONS = ("benchmark", "data", "variant", "protocol", "limit", "max_new_tokens")
 
@@ -85,8 +85,12 @@ def _benchmarks(
     if not found:
         raise GMAIError(f"no benchmark lies under {benchmarks!r}. Known are {', '.join(NAMES)}")
     return {
-        f"{Path(name).stem}_{variant}": {"benchmark": name, "data": data, "variant": variant}
-        for name, data, variant in ((one.name, one.data, one.variant) for one in found)
+        f"{Path(one.name).stem}_{one.variant}": {
+            "benchmark": one.name,
+            "data": one.data,
+            "variant": one.variant,
+        }
+        for one in found
     }
 
 
@@ -190,43 +194,30 @@ _IN_STEP = Prompt((user_turn("?", 0),))
 """Asked in the place of what can't be asked, and not counted."""
 
 
-class RankedPredictor(Predictor):
-    """Answers of all ranks together: under ZeRO-3 each holds a part of the weights."""
+def answers_in_step(
+    predictor: Predictor, prompts: Sequence[Prompt | None], *, max_new_tokens: int, synced: bool
+) -> list[Answered | None]:
+    """Return greedy answers of all ranks together: under ZeRO-3 each holds a part of the weights.
 
-    @torch.no_grad()
-    def answers(
-        self, prompts: Sequence[Prompt | None], *, max_new_tokens: int, synced: bool
-    ) -> list[Answered | None]:
-        """Greedy answers, each with whether it was cut; None for what can't be asked.
+    Args:
+        predictor: the model.
+        prompts: equally many on every rank; None stands for one that only keeps the rank in step.
+        max_new_tokens: the longest answer.
+        synced: every rank runs as many passes as the longest of them.
 
-        Args:
-            prompts: equally many on every rank; None stands for one that only keeps the rank in step.
-            max_new_tokens: the longest answer.
-            synced: every rank runs as many passes as the longest of them.
-        """
-        filled = [prompt or _IN_STEP for prompt in prompts]
-        encoded = [self.encode(prompt) for prompt in filled]
-        too_long = [self._length(ids) >= self.context_length for ids in encoded]
-        # A rank that raised alone would leave the others waiting.
-        for number in (number for number, long in enumerate(too_long) if long):
-            filled[number], encoded[number] = _IN_STEP, self.encode(_IN_STEP)
-        embeds = self._embed_all(encoded, [prompt.images for prompt in filled])
-        groups = list(self._by_room(embeds, max_new_tokens).items())
-        if synced:
-            # Ranks generate equally often; one with fewer groups makes a token that nobody reads.
-            most = max(all_gather_object(len(groups)))
-            groups += [(1, [])] * (most - len(groups))
-        answers: list[Answered | None] = [None] * len(prompts)
-        for room, numbers in groups:
-            rows = [embeds[number] for number in numbers] or embeds[:1]
-            output = self.model.llm.generate(
-                **self._padded(rows, room), **GREEDY.arguments(), synced_gpus=synced
-            )
-            for number, ids in zip(numbers, output, strict=False):
-                if prompts[number] is not None and not too_long[number]:
-                    is_cut = not set(self.stop_ids) & set(ids.tolist())
-                    answers[number] = Answered(self._decode(ids), is_cut)
-        return answers
+    Returns:
+        None for what can't be asked: a rank that raised alone would leave the others waiting.
+    """
+
+    def fits(prompt: Prompt) -> bool:
+        with suppress(ValueError):
+            return predictor.num_tokens(prompt) < predictor.context_length
+        return False
+
+    own = [prompt if prompt and fits(prompt) else None for prompt in prompts]
+    filled = [prompt or _IN_STEP for prompt in own]
+    found = predictor.answer_batch(filled, max_new_tokens=max_new_tokens, synced_gpus=synced)
+    return [answer if prompt else None for prompt, answer in zip(own, found, strict=True)]
 
 
 class RankedAnswerer:
@@ -245,7 +236,7 @@ class RankedAnswerer:
     repeats = True
     generation: Mapping[str, Any] = {"decoding": "greedy"}
 
-    def __init__(self, predictor: RankedPredictor, *, batch_size: int, readers: int) -> None:
+    def __init__(self, predictor: Predictor, *, batch_size: int, readers: int) -> None:
         self.predictor, self.batch_size, self.readers = predictor, batch_size, max(1, readers)
 
     def answers(
@@ -260,9 +251,8 @@ class RankedAnswerer:
                 else Prompt((user_turn(job.prompt, len(own)),), tuple(own))
                 for job, own in zip(batch, images, strict=True)
             ]
-            said = self.predictor.answers(
-                prompts, max_new_tokens=batch[0].max_new_tokens, synced=world_size > 1
-            )
+            length, synced = batch[0].max_new_tokens, world_size > 1
+            said = answers_in_step(self.predictor, prompts, max_new_tokens=length, synced=synced)
             for own in images:
                 if isinstance(own, ImageError):
                     warn(str(own))
@@ -284,7 +274,7 @@ def jobs_in_step(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
 def ask_benchmarks(
     questions: BenchmarkQuestions,
     evaluator: Evaluator,
-    predictor: RankedPredictor,
+    predictor: Predictor,
     *,
     batch_size: int,
     readers: int,
@@ -347,7 +337,7 @@ class BenchmarkLoop(BaseLoop):
         data = dataset_config(self.runner.cfg)
         template, add_bos = data.get("prompt_template", "internlm2_chat"), data.get("add_bos", True)
         mode = data.get("image_mode", "pad")
-        predictor = RankedPredictor(
+        predictor = Predictor(
             bare_model(self.runner.model),
             tokenizer=BUILDER.build(data["tokenizer"]),
             template=ChatTemplate.from_xtuner(template, add_bos=add_bos),

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +65,15 @@ class StepCheckpointHook(CheckpointHook):
 
     stop: StopRequest
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._not_removed: list[int] = []
-
     def before_train(self, runner: FlexibleRunner) -> None:
-        outdated = self._outdated_at_start(runner)
+        # mmengine would remove by this list; what is too many in the folder goes after a save.
+        runner.message_hub.runtime_info.pop("keep_ckpt_ids", None)
         super().before_train(runner)
         if not isinstance(self.file_backend, LocalBackend):
             raise GMAIError(
                 f"checkpoints are staged and renamed; that needs a file system, not {self.out_dir}"
             )
         check_work_dir_is_shared(Path(self.out_dir))
-        self._remove(outdated)
         self.stop = StopRequest(Path(runner.work_dir) / STOP_FILE)
         if get_rank() == 0 and self.stop.stop_file.exists():
             self.stop.stop_file.unlink()
@@ -111,30 +107,23 @@ class StepCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(
         self, runner: FlexibleRunner, step: int, meta: dict[str, Any]
     ) -> None:
-        """Save as mmengine does, but staged first, and remove the old checkpoint last."""
-        self.last_ckpt = str(Path(self.out_dir) / self.filename_tmpl.format(step))
+        """Save as mmengine does, but staged first, and remove the old checkpoints last."""
+        folder = Path(self.out_dir)
+        self.last_ckpt = str(folder / self.filename_tmpl.format(step))
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        outdated = self._count_in(runner, step)
-        final = self.write(runner, Path(self.out_dir), step)
+        final = self.write(runner, folder, step)
         if get_rank() == 0:
             _point_to(final, Path(runner.work_dir) / POINTER)
-        self._remove(outdated)
+            if self.max_keep_ckpts > 0:
+                for old in checkpoints_in(folder)[self.max_keep_ckpts :]:
+                    remove(old)
 
     def save_now(self, runner: FlexibleRunner) -> None:
         """Save between two iterations, where mmengine's own would count the next one already."""
         self._save_checkpoint_with_step(runner, runner.iter, {})
 
     def write(self, runner: FlexibleRunner, folder: Path, step: int) -> Path:
-        """Write a checkpoint into a folder, staged and published. To be called by all ranks.
-
-        Args:
-            runner: of the run.
-            folder: where it goes.
-            step: iteration, for its name.
-
-        Returns:
-            the checkpoint.
-        """
+        """Write the checkpoint of iteration ``step`` into a folder, staged and published; by all ranks."""
         final = folder / self.filename_tmpl.format(step)
         staging = final.with_name(final.name + WRITING)
         with raised_on_all_ranks(functools.partial(_could_not_be_written, final)):
@@ -155,49 +144,17 @@ class StepCheckpointHook(CheckpointHook):
         publish(staging, final, iteration=step, seed=runner.seed)
         return final
 
-    def _remove(self, outdated: list[int]) -> None:
-        """Remove old checkpoints; the list of kept ones goes on naming those that can't be renamed."""
-        if get_rank() == 0:
-            self._not_removed = [
-                old
-                for old in outdated
-                if not remove(Path(self.out_dir) / self.filename_tmpl.format(old))
-            ]
-
-    def _outdated_at_start(self, runner: FlexibleRunner) -> list[int]:
-        """Take out of the list of kept checkpoints what is too many; mmengine's removal may raise."""
-        if self.max_keep_ckpts <= 0 or "keep_ckpt_ids" not in runner.message_hub.runtime_info:
-            return []
-        kept = runner.message_hub.get_info("keep_ckpt_ids")
-        runner.message_hub.update_info("keep_ckpt_ids", kept[-self.max_keep_ckpts :])
-        return kept[: -self.max_keep_ckpts]
-
-    def _count_in(self, runner: FlexibleRunner, step: int) -> list[int]:
-        """Enter ``step`` in the list of kept checkpoints and say which are now too many.
-
-        The checkpoint itself still lists those: should the run die before they are removed, they are when
-        the run goes on (:meth:`before_train`).
-        """
-        if self.max_keep_ckpts <= 0:
-            return []
-        listed = [*self._not_removed, *self.keep_ckpt_ids]
-        kept = [number for number in dict.fromkeys(listed) if number != step] + [step]
-        runner.message_hub.update_info("keep_ckpt_ids", list(kept))
-        self.keep_ckpt_ids.clear()
-        self.keep_ckpt_ids.extend(kept)  # holds max_keep_ckpts, the newest
-        return kept[: -self.max_keep_ckpts]
-
 
 def publish(
     staging: Path, final: Path, *, iteration: int, seed: int | None, patience: float = 60.0
 ) -> None:
-    """Give what all ranks have written its name. To be called by all ranks.
+    """Give the folder (or file) that all ranks have written its name. To be called by all ranks.
+
+    An older checkpoint of that name goes.
 
     Args:
-        staging: the folder (or file) that was written.
-        final: its name from now on. An older checkpoint of that name goes.
-        iteration: micro-batches trained.
-        seed: seed of the run.
+        staging, final: its name until and from now.
+        iteration, seed: see :class:`~gmai_xtuner.checkpoint.training.Manifest`.
         patience: seconds that a network file system may take to show rank 0 what the others wrote.
 
     Raises:
@@ -242,11 +199,8 @@ def _point_to(checkpoint: Path, pointer: Path) -> None:
 def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
     """Make sure that all ranks write into one folder that suits checkpoints. To be called by all ranks.
 
-    Every rank writes its shard; a checkpoint is whole where all of them are, and DeepSpeed reads all of them.
-
-    Args:
-        folder: where checkpoints are written.
-        patience: seconds that a network file system may take to show a new file.
+    Every rank writes its shard, and DeepSpeed reads all of them. A network file system may take ``patience``
+    seconds to show a new file.
 
     Raises:
         GMAIError: names the ranks that do not see what rank 0 writes, or what the file system refuses.
@@ -258,8 +212,7 @@ def check_work_dir_is_shared(folder: Path, *, patience: float = 30.0) -> None:
             "and renamed. Give a --work-dir where that can be done"
         )
 
-    token = all_gather_object(f"{PROBE}{os.getpid()}-{time.time_ns()}")[0]
-    probe = folder / token
+    probe = folder / all_gather_object(f"{PROBE}{os.getpid()}-{time.time_ns()}")[0]
     with raised_on_all_ranks(explain):
         if get_rank() == 0:
             staging = probe.with_name(probe.name + WRITING)
@@ -315,14 +268,11 @@ def _raised_after_barriers(runner: FlexibleRunner) -> Iterator[None]:
         return wrapper
 
     writers = [(engine, "makedirs"), (engine, "save"), (model, "_copy_recovery_script")]
-    writers = writers if engine is not None else []
-    for owner, name in writers:
-        setattr(owner, name, keeping(getattr(owner, name)))
-    try:
+    with ExitStack() as stack:
+        for owner, name in writers if engine is not None else ():
+            setattr(owner, name, keeping(getattr(owner, name)))
+            stack.callback(delattr, owner, name)
         yield
-    finally:
-        for owner, name in writers:
-            delattr(owner, name)
     if kept:
         raise kept[0]
 

@@ -41,13 +41,10 @@ REFUSED: dict[str, str] = _TABLES["refused"] | dict.fromkeys(
 
 @dataclass(slots=True)
 class Settled:
-    """A DeepSpeed file beside a config.
+    """A DeepSpeed file beside a config: what DeepSpeed is given.
 
-    Args:
-        name: of the file, as given on the command line.
-        settings: what DeepSpeed is given.
-        overruled: a sentence each about keys whose value is not taken.
-        refused: a sentence each about keys with which no run starts.
+    ``overruled`` has a sentence for each key whose value is not taken, ``refused`` for each with which no run
+    starts.
     """
 
     name: str
@@ -56,11 +53,7 @@ class Settled:
     refused: list[str] = field(default_factory=list)
 
     def require(self) -> Settled:
-        """Return itself.
-
-        Raises:
-            GMAIError: a key is refused; names all of them.
-        """
+        """Return itself; raise ``GMAIError`` if a key is refused, and name all of them."""
         if self.refused:
             raise GMAIError(f"DeepSpeed file {self.name}: " + ". ".join(self.refused))
         return self

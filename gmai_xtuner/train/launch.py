@@ -62,7 +62,7 @@ def start_xtuner(arguments: Sequence[str], environment: Mapping[str, str], **opt
     Raises:
         GMAIError: it is not installed.
     """
-    path = _path()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     program = shutil.which("xtuner", path=path)
     if program is None:
         raise GMAIError(f"the command xtuner is not in {path}: pip install xtuner==0.2.0")
@@ -84,11 +84,7 @@ def _path() -> str:
 
 
 class Screen:
-    """Takes each line that a trainer prints and shows what matters: progress, warnings, answers, validation.
-
-    Args:
-        title: of the run.
-    """
+    """Takes each line that a trainer prints; shows progress, warnings, answers and validation."""
 
     def __init__(self, title: str) -> None:
         self.error = ""
@@ -102,15 +98,13 @@ class Screen:
         """Take one line, without its end."""
         if _ERRORS.match(line):
             self.error = line
-        entry = _ENTRY.match(line)
-        if entry is None:
+        if (entry := _ENTRY.match(line)) is None:
             self._shows_rest = self._shows_rest and line.startswith("  ")
             if self._shows_rest:
                 self.say(line)
             return
         level, text = entry.groups()
-        progress = _PROGRESS.match(text)
-        if progress:
+        if progress := _PROGRESS.match(text):
             self._progress(int(progress[1]), int(progress[2]), text)
         warns = level in ("WARNING", "ERROR") and not _KNOWN_NOISE.match(text)
         self._shows_rest = warns or bool(_SHOWN.match(text))
@@ -142,12 +136,12 @@ class Screen:
 
 
 class Launch:
-    """One run of ``xtuner train``.
+    """One run of ``xtuner train``, whose output goes to ``train_<time>.log`` in the work dir.
 
     Args:
         title: of the run, for the screen.
         arguments: what follows ``xtuner train``, with ``--work-dir``.
-        work_dir: of the run; the output of ``xtuner`` goes to a file ``train_<time>.log`` there.
+        work_dir: the same.
         environment: additional variables.
     """
 

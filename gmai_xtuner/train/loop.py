@@ -56,7 +56,6 @@ class PackedTrainLoop(IterBasedTrainLoop):
             (:mod:`gmai_xtuner.core.config`).
         max_iters: micro-batches to train; rounded up to the end of an optimiser step.
         max_epochs: or epochs; may be a fraction.
-        val_begin: optimiser step of the first validation.
         val_interval: optimiser steps from one validation to the next; the run ends with one.
 
     Raises:
@@ -72,7 +71,6 @@ class PackedTrainLoop(IterBasedTrainLoop):
         max_iters: int | None = None,
         max_epochs: float | None = None,
         *,
-        val_begin: int = 1,
         val_interval: int = 125,
     ) -> None:
         if not isinstance(runner, FlexibleRunner):
@@ -104,7 +102,6 @@ class PackedTrainLoop(IterBasedTrainLoop):
         """Optimiser steps made."""
         self.step_end = False
         """Whether the optimiser steps after the current micro-batch."""
-        self.val_begin = val_begin
         self.val_interval = val_interval
         self.stop_training = False
         self.stop_reason = ""
@@ -145,7 +142,6 @@ class PackedTrainLoop(IterBasedTrainLoop):
 
     @staticmethod
     def _recorded(runner: FlexibleRunner) -> AbstractContextManager[Run]:
-        """Hold the work dir for a block; a failure goes into its ``status.json``."""
         return failure_recorded(Path(runner.work_dir), resumes=bool(runner._resume))
 
     def _run(self) -> Any:
@@ -208,7 +204,7 @@ class PackedTrainLoop(IterBasedTrainLoop):
 
     def _validate(self) -> None:
         due = is_due(self.step, self.val_interval) or self._iter == self._max_iters
-        if due and self.step >= self.val_begin and self.runner.val_loop is not None:
+        if due and self.runner.val_loop is not None:
             with preserved_random_state():
                 self.runner.val_loop.run()
 

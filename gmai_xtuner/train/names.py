@@ -73,9 +73,6 @@ def register(configs: ModuleType | None = None) -> None:
 
     A name of ours wins over a file of xtuner's. A ``_base_`` that is not beside its config is looked for in
     :data:`CONFIGS`: what ``xtuner copy-cfg`` copies is one file, and its bases stay where they are.
-
-    Args:
-        configs: ``xtuner.configs``; imported if not given.
     """
     if configs is None:
         import xtuner.configs as configs  # type: ignore[no-redef]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce, is_main_process
+from mmengine.dist import all_gather_object, all_reduce, get_rank, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.registry import HOOKS
@@ -129,8 +129,7 @@ class NonFiniteHook(Hook):
             raise GMAIError(
                 f"max_in_a_row and max_total must be at least 0, got {max_in_a_row} and {max_total}"
             )
-        self.max_in_a_row = max_in_a_row
-        self.max_total = max_total
+        self.max_in_a_row, self.max_total = max_in_a_row, max_total
         self._seen: list[tuple[int, list[str]]] = []
         self._too_many = ""
 
@@ -160,15 +159,12 @@ class NonFiniteHook(Hook):
         self._seen.clear()
 
     def _log_skipped(self, runner: FlexibleRunner) -> None:
+        rank, guard = get_rank(), self._guard
         mine = [
-            {"iteration": iteration, "loss_finite": not bad, "ids": ids}
-            for (iteration, ids), bad in zip(self._seen, self._guard.bad_losses, strict=True)
+            {"rank": rank, "iteration": iteration, "loss_finite": not bad, "ids": ids}
+            for (iteration, ids), bad in zip(self._seen, guard.bad_losses, strict=True)
         ]
-        rows = [
-            {"rank": rank, **row}
-            for rank, part in enumerate(all_gather_object(mine))
-            for row in part
-        ]
+        rows = [row for part in all_gather_object(mine) for row in part]
         bad = [row for row in rows if not row["loss_finite"]]
         file = Path(runner.work_dir) / LIST
         if is_main_process():
@@ -180,7 +176,6 @@ class NonFiniteHook(Hook):
         if bad:
             cause = f"the loss of micro-batch {where} is not finite"
         more = f" and {len(ids) - IDS_IN_LOG} more" if len(ids) > IDS_IN_LOG else ""
-        guard = self._guard
         warn(
             f"Optimiser step skipped at iteration {runner.iter + 1}: {cause}. Nothing has changed in the "
             f"weights and the optimiser; {guard.total} skipped in total, {guard.in_a_row} in a row. "

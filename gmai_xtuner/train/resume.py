@@ -46,10 +46,8 @@ def tidy_up(work_dir: Path) -> None:
         GMAIError: on all ranks, if the folder can't be read or a whole checkpoint can't be given its name.
     """
 
-    def explain(problem: str) -> str:
-        return f"can't tidy up {work_dir} after a stopped run: {problem}"
-
-    with raised_on_all_ranks(explain):
+    message = f"can't tidy up {work_dir} after a stopped run: {{}}"
+    with raised_on_all_ranks(message.format):
         if get_rank() == 0 and work_dir.is_dir():
             # What is whole first: an older one of its name may be among those to go.
             for ending in (WRITING, REMOVING):
@@ -159,11 +157,7 @@ def _find_checkpoint(path: Path) -> tuple[Path | None, dict[str, str]]:
 def seed_of(path: Path) -> int | None:
     """Return the seed of the run that wrote a checkpoint, or the newest whole one of a work dir.
 
-    Returns:
-        the seed; ``None`` if a work dir has no checkpoint or the checkpoint does not say.
-
-    Raises:
-        GMAIError: if ``path`` is named like a checkpoint and is not a whole one.
+    ``None`` if there is none, or it does not say; a ``GMAIError`` if what was named is no whole one.
     """
     checkpoint, _ = _find_checkpoint(path)
     if checkpoint is None:

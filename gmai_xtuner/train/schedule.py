@@ -80,8 +80,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
                 f"warmup_ratio must be in [0, 1) and eta_min_ratio in [0, 1], got {warmup_ratio}, "
                 f"{eta_min_ratio}"
             )
-        self.warmup_ratio = warmup_ratio
-        self.eta_min_ratio = eta_min_ratio
+        self.warmup_ratio, self.eta_min_ratio = warmup_ratio, eta_min_ratio
         super().__init__(optimizer, *args, **kwargs)
 
     def factor(self, step: int, total: int) -> float:

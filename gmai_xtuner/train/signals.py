@@ -34,13 +34,10 @@ _FILE, _LAUNCHER, _ASKED = 1001, 1002, 1003
 
 
 class StopRequest:
-    """Hears requests to stop.
+    """Hears requests to stop; the signal handler only takes a note: what a rank does is interrupted nowhere.
 
-    The signal handler only takes a note: what a rank does is interrupted nowhere.
-
-    Args:
-        stop_file: where a user may put an (empty) file instead of sending a signal. Launchers give their
-            processes a fixed time after a signal (torchrun 30 seconds); after a file there is no such end.
+    Instead of sending a signal a user may put an (empty) ``stop_file`` there. Launchers give their processes
+    a fixed time after a signal (torchrun 30 seconds); after a file there is no such end.
     """
 
     def __init__(self, stop_file: Path) -> None:
@@ -66,11 +63,7 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def ask(self, reason: str) -> None:
-        """Stop at the end of the step; one rank is enough.
-
-        Args:
-            reason: completes "stopped because ...".
-        """
+        """Stop at the end of the step, "because" of the reason; one rank is enough."""
         self._asked = reason
 
     def agreed(self) -> str | None:
@@ -80,13 +73,13 @@ class StopRequest:
         code = int(own)
         if not code:
             return None
-        if code == _ASKED:
-            return self._asked or "another rank asked for it"
-        if code == _FILE:
-            return f"there is a file {self.stop_file}"
-        if code == _LAUNCHER:
-            return "the xtuner command that started this run has gone"
-        return "Ctrl-C came" if code == signal.SIGINT else f"{signal.Signals(code).name} came"
+        reasons = {
+            _ASKED: self._asked or "another rank asked for it",
+            _FILE: f"there is a file {self.stop_file}",
+            _LAUNCHER: "the xtuner command that started this run has gone",
+            signal.SIGINT: "Ctrl-C came",
+        }
+        return reasons.get(code) or f"{signal.Signals(code).name} came"
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -124,11 +117,7 @@ def worker_init(worker_id: int, *, then: Callable[[int], None] | None = None) ->
 
     A scheduler signals every process of a job. A worker that died of it would take the trainer along before
     its checkpoint. So a worker takes ``SIGTERM`` from its trainer alone (that is how the data loader ends
-    workers) and ignores ``SIGINT`` and ``SIGUSR1``.
-
-    Args:
-        worker_id: index of the worker.
-        then: what the data loader would have called.
+    workers) and ignores ``SIGINT`` and ``SIGUSR1``. ``then`` is what the data loader would have called.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 def begin(arguments: Any) -> None:
     """Take the work dir that the command names, or its config; ``status.json`` says ``starting`` from now on.
 
-    Args:
-        arguments: of ``xtuner train``, parsed.
-
     Raises:
         GMAIError: another run has it, or it has checkpoints and ``--resume`` was not given.
     """
@@ -45,7 +42,7 @@ def begin(arguments: Any) -> None:
     named = arguments.work_dir or cfg.get("work_dir")
     work_dir = Path(named or os.path.join("work_dirs", Path(arguments.config).stem))
     resumes = arguments.resume is not None or bool(cfg.get("resume"))
-    status.keep(status.claim(work_dir, resumes=resumes))
+    status.start_keeper(status.claim(work_dir, resumes=resumes))
 
 
 def command_config(arguments: Any) -> Mapping[str, Any]:
@@ -66,15 +63,12 @@ def command_config(arguments: Any) -> Mapping[str, Any]:
 
 
 def check(cfg: Any, *, options: Mapping[str, Any] | None, deepspeed: str | None) -> Settled:
-    """Check every setting of a run.
+    """Check every setting of a run; return what DeepSpeed is given, and log what is overruled of its file.
 
     Args:
         cfg: the training config, overrides merged.
         options: the overrides, ``--cfg-options``.
         deepspeed: ``--deepspeed``.
-
-    Returns:
-        what DeepSpeed is given; what of its file is overruled has been logged.
 
     Raises:
         GMAIError: something is read by nothing, refused or contradicts itself; names all of it.
@@ -93,8 +87,7 @@ def check(cfg: Any, *, options: Mapping[str, Any] | None, deepspeed: str | None)
 def check_device(llm: Mapping[str, Any]) -> None:
     """Refuse to train a large model on the CPU, which torch falls back to without a word.
 
-    Args:
-        llm: config of the language model; of its base only ``config.json`` is read.
+    Of the language model's base only ``config.json`` is read.
 
     Raises:
         GMAIError: it has more than :data:`MOST_WEIGHTS_WITHOUT_GPU` weights, torch sees no GPU, and

@@ -58,11 +58,7 @@ def rank() -> int:
 
 
 class Run:
-    """A run's hold on its work dir.
-
-    Args:
-        work_dir: of the run; is made.
-        resumes: whether the run may go on from what is there.
+    """A run's hold on its work dir, which is made; ``resumes`` says that it may go on from what is there.
 
     Raises:
         GMAIError: another run holds the work dir, or an earlier one has left checkpoints there and
@@ -96,10 +92,8 @@ class Run:
     def write(self, state: str, reason: str = "") -> None:
         """Replace ``status.json``; rank 0 does it, and any rank that fails.
 
-        Args:
-            state: ``starting`` (reads data, builds the model), ``running``, ``stopped`` (on request),
-                ``finished`` or ``failed``.
-            reason: why it stopped or failed.
+        ``state`` is ``starting`` (reads data, builds the model), ``running``, ``stopped`` (on request),
+        ``finished`` or ``failed``; ``reason`` why it stopped or failed.
         """
         if not self.is_owner:
             if state != "failed" or stored_status(self.work_dir).get("state") not in ALIVE:
@@ -299,11 +293,7 @@ _current: Run | None = None
 
 
 def claim(work_dir: Path, *, resumes: bool) -> Run:
-    """Return this process's hold on a work dir; take it if it has none.
-
-    Raises:
-        GMAIError: see :class:`Run`.
-    """
+    """Return this process's hold on a work dir; take it if it has none (errors: see :class:`Run`)."""
     global _current
     if _current is None or _current.work_dir != Path(os.path.abspath(work_dir)):
         _current = Run(work_dir, resumes=resumes)
@@ -358,17 +348,11 @@ def failure_recorded(work_dir: Path, *, resumes: bool) -> Iterator[Run]:
         raise
 
 
-def keep(run: Run) -> None:
+def start_keeper(run: Run) -> None:
     """Start the keeper, the process that outlives this one; see the module."""
     if not run.is_owner:
         return
-    command = [
-        sys.executable,
-        "-m",
-        "gmai_xtuner.train.status",
-        str(run.work_dir),
-        str(os.getpid()),
-    ]
+    command = [sys.executable, "-m", __name__, str(run.work_dir), str(os.getpid())]
     nowhere = subprocess.DEVNULL
     # Until it hears signals as it should, it hears none: it inherits the mask.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, KEEPER_HEARS)
@@ -388,21 +372,18 @@ def keep(run: Run) -> None:
 
 def is_xtuner(process: int) -> bool:
     """Return whether a process is the ``xtuner`` command."""
-    try:
+    with suppress(OSError):
         command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return any(os.path.basename(part) == b"xtuner" for part in command[:2])
+        return any(os.path.basename(part) == b"xtuner" for part in command[:2])
+    return False
 
 
 def parent_of(process: int) -> int | None:
     """Return the parent of a process; ``None`` if the process is not there."""
-    try:
+    with suppress(OSError):
         # The name, in brackets, may itself hold brackets and blanks.
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields[1])
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
 
 
 def xtuner_above(process: int) -> tuple[int, int] | None:

@@ -30,10 +30,10 @@ from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.sampler import MicroBatchSampler
+from gmai_xtuner.generate import Predictor
 from gmai_xtuner.train.benchmarks import (
     BenchmarkQuestions,
     BenchmarkScore,
-    RankedPredictor,
     ask_benchmarks,
     bare_model,
 )
@@ -132,7 +132,7 @@ class HeldOutLoop(ValLoop):
             metrics |= self.evaluator.evaluate(len(self.dataloader.dataset))
         if benchmarks is not None:
             data = self.runner.train_loop.dataloader.dataset
-            predictor = RankedPredictor(
+            predictor = Predictor(
                 bare_model(self.runner.model),
                 tokenizer=data.tokenizer,
                 template=data.template,

@@ -90,7 +90,7 @@ def test_steps_validations_and_denominators_of_a_run():
     loader.batch_sampler = batch_sampler
     loop = bare_loop(
         _runner=runner, dataloader=loader, _iter=2, _max_iters=10, step=0, step_end=False,
-        val_begin=1, val_interval=2, stop_training=False, optim_wrapper=None, resumed_from=None,
+        val_interval=2, stop_training=False, optim_wrapper=None, resumed_from=None,
         _check_ranks_agree=lambda: None, _check_resumed_order=lambda: None,
     )  # fmt: skip
     runner.loop = loop

@@ -34,7 +34,7 @@ from gmai_xtuner.train import status
 run = status.Run(Path(sys.argv[1]), resumes=True)
 run.progress = lambda: (12, 300)
 run.write("running")
-status.keep(run)
+status.start_keeper(run)
 print("ready", flush=True)
 time.sleep(60)
 """

@@ -172,7 +172,8 @@ def build_dataloader(config, **_) -> DataLoader:
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr(validation, "warn", lines.append)
+    for name in ("info", "warn"):
+        monkeypatch.setattr(validation, name, lines.append)
     return lines
 
 
