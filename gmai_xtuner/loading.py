@@ -32,7 +32,7 @@ from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.checkpoint.training import first_rank_file
 from gmai_xtuner.checkpoint.weights import adapter_base
 from gmai_xtuner.core.errors import ModelLoadError
-from gmai_xtuner.core.hub import read_json, shorten
+from gmai_xtuner.core.hub import read_json
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.tokenization import ChatTemplate
@@ -131,12 +131,11 @@ def describe(predictor: Predictor) -> str:
     """What a loaded model takes: parameters, dtype and memory of its parts, and how it is asked."""
     model = predictor.model
     config, template = model.llm.config, predictor.encoder.template
-    tokens = 2048
-    cache = cache_bytes(config, tokens=tokens, dtype=model.llm.dtype)
+    cache = cache_bytes(config, tokens=2048, dtype=model.llm.dtype)
     pads = "padded to a square" if predictor.transform.mode == "pad" else "resized"
     return (
         f"{describe_parts(model.parts())}\n"
-        f"on {model.llm.device}; a conversation of {tokens:,} tokens adds {size(cache)}\n"
+        f"on {model.llm.device}; a conversation of 2,048 tokens adds {size(cache)}\n"
         f"an image: {num_image_tokens(model.visual_encoder.config)} tokens, {model.image_size} x "
         f"{model.image_size} pixels, {pads}; at most {config.max_position_embeddings:,} tokens; "
         f"prompts {'begin with' if template.add_bos else 'have no'} <s>"
@@ -217,9 +216,8 @@ def _what_it_is_instead(export: Export) -> str:
             f"{str(folder)!r} holds checkpoints of training. Export one first: "
             "xtuner convert pth_to_hf CONFIG CHECKPOINT FOLDER"
         )
-    kind = ""
-    if export.config:
-        kind = f"; its config.json says model_type {export.config.get('model_type')!r}"
+    named = export.config.get("model_type")
+    kind = f"; its config.json says model_type {named!r}" if export.config else ""
     return (
         f"{str(folder)!r} is neither in xtuner's layout (it has no projector/) nor a whole LLaVA "
         f"(config.json with text_config and vision_config, or with mm_hidden_size){kind}. "
@@ -236,19 +234,13 @@ def _projector(
         **export.projector._asdict(),
     )
     projector = ProjectorModel(config)
-    own = projector.state_dict()
-    wrong = sorted(set(own) ^ set(weights))
-    wrong += [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    if wrong:
+    try:
+        projector.load_state_dict(weights)
+    except RuntimeError as error:  # names missing, unexpected and misshapen weights
         raise ModelLoadError(
             f"the projector of {str(export.folder)!r} does not fit between this vision tower and this "
-            f"language model: {shorten(wrong, limit=4)}. Are these the bases that it was trained with?"
-        )
-    projector.load_state_dict(weights)
+            f"language model: {' '.join(str(error).split())}. Are these the bases that it was trained with?"
+        ) from error
     return projector
 
 

@@ -45,7 +45,6 @@ NOT_VISION = (
     "vision_model.embeddings.position_ids",
 )
 
-
 AS_STORED: Final = "as stored"
 """As a dtype: what the weights have, whatever the config says, so that loading rounds nothing."""
 
@@ -131,8 +130,7 @@ def load_language_model(
         model.generation_config = GenerationConfig.from_pretrained(directory)
     if quantization_config is None:
         model.config.torch_dtype = model.dtype
-    model.config.name_or_path = str(pretrained_model_name_or_path)
-    model.name_or_path = str(pretrained_model_name_or_path)
+    model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
     return model
 
 
@@ -198,10 +196,7 @@ def check_loading_info(
 ) -> None:
     """Check that every weight found its place, by what ``output_loading_info=True`` returns.
 
-    A left-over weight whose name has one of ``ignored`` in it is allowed.
-
-    Raises:
-        ModelLoadError: names the weights.
+    A left-over weight whose name has one of ``ignored`` in it is allowed; others are a ``ModelLoadError``.
     """
     left = info["unexpected_keys"]
     unexpected = sorted(key for key in left if not any(part in key for part in ignored))

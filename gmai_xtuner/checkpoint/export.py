@@ -96,8 +96,7 @@ def write_xtuner(
         folder: see :func:`new_folder`.
         parts: ``projector``, and ``llm`` and ``visual_encoder`` where they are not the bases'.
         processors: of ``llm`` and ``visual_encoder``.
-        settings: what ``gmai_vl.json`` is to say.
-        save_kwargs: of ``save_pretrained``.
+        settings: what ``gmai_vl.json`` is to say; further arguments are of ``save_pretrained``.
     """
     for name, part in parts.items():
         own_storage(part)
@@ -175,8 +174,7 @@ def check_new(target: str | Path) -> Path:
 def new_folder(target: str | Path) -> Iterator[Path]:
     """Give a folder to write into, renamed to ``target`` when all is there; removed if anything fails.
 
-    Raises:
-        GMAIError: ``target`` is a file, or a folder that is not empty; or it can't be written.
+    A target that is a file, is not empty or can't be written is a ``GMAIError``.
     """
     target = check_new(target)
     try:
@@ -208,19 +206,18 @@ def trained_parts(model: Any, cfg: Mapping[str, Any], *, dtype: torch.dtype) -> 
     Raises:
         GMAIError: the checkpoint lacks weights of a part that the config trains.
     """
-    learnt = {
-        "llm": not model.freeze_llm,
-        # A frozen tower that has weights here came out of the checkpoint, so no base has it.
-        "visual_encoder": not model.freeze_visual_encoder or _has_weights(model.visual_encoder),
-    }
-    parts: dict[str, Any] = {}
-    for name, whole in learnt.items():
+    # A frozen tower that has weights here came out of the checkpoint, so no base has it.
+    tower_is_own = not model.freeze_visual_encoder or _has_weights(model.visual_encoder)
+    parts: dict[str, Any] = {"projector": model.projector}
+    for name, is_own, kind in (
+        ("llm", not model.freeze_llm, dtype),
+        ("visual_encoder", tower_is_own, torch.float32),
+    ):
         part = getattr(model, name)
         if adapter_layers(part):
-            parts[name] = _merged(name, part, cfg, dtype if name == "llm" else torch.float32)
-        elif whole:
+            parts[name] = _merged(name, part, cfg, kind)
+        elif is_own:
             parts[name] = part
-    parts["projector"] = model.projector
     for name, part in parts.items():
         _require_weights(name, dict(part.named_parameters()))
     return parts
@@ -291,10 +288,8 @@ def _require_weights(name: str, weights: Mapping[str, torch.Tensor]) -> None:
 def convert_dtype(part: Any, dtype: torch.dtype) -> None:
     """Turn all weights of a part into ``dtype``; none is a view of something larger then.
 
-    Buffers stay as they are: those of Llama and CLIP are not written, and rotary frequencies need fp32.
-
-    Raises:
-        GMAIError: a weight is beyond the range of fp16, or not a number.
+    Buffers stay as they are: those of Llama and CLIP are not written, and rotary frequencies need fp32. A
+    weight beyond the range of fp16, or that is no number, is a ``GMAIError``.
     """
     vanished = 0
     for name, parameter in part.named_parameters():

@@ -63,13 +63,13 @@ from gmai_xtuner.model.llava import num_image_tokens
 from gmai_xtuner.model.lora import adapter_layers
 
 VOCABULARY_MULTIPLE = 64
-_NOT_EXPORTED = (
+_NOT_EXPORTED = [
     "_name_or_path",
     "name_or_path",
     "gmai_attention",
     "auto_map",
     "transformers_version",
-)
+]
 
 
 class Provenance(NamedTuple):

@@ -43,8 +43,6 @@ SETTINGS = {
     "max_length": 2048,
 }
 """What inference must do as training did, with the defaults of the dataset."""
-
-
 ADAPTERS = ("llm_adapter", "visual_encoder_adapter")
 PLAIN_NAMES = (
     ("llm", "", "language_model."),
@@ -92,9 +90,6 @@ class Projector(NamedTuple):
 
 class Export:
     """A folder of exported weights in one of the layouts; weights are read when they are asked for.
-
-    Args:
-        folder: the folder.
 
     ``layout`` is ``xtuner``, ``plain`` or ``original``; ``None`` for what is no export.
     """
@@ -235,14 +230,9 @@ def plain_weights(parts: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, 
 def text_model(
     directory: Path, *, weights: bool = True
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read configuration and weights of the language model of a folder, be it that alone or a LLaVA.
+    """Read configuration and, if asked for, weights of a folder's language model, alone or in a LLaVA.
 
-    Args:
-        directory: the folder.
-        weights: read them; otherwise they are empty.
-
-    Raises:
-        ModelLoadError: a file is missing or damaged.
+    A file that is missing or damaged is a ``ModelLoadError``.
     """
     raw = read_json(directory / "config.json")
     layout = layout_of(raw)
@@ -286,11 +276,7 @@ def with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_export(folder: str | Path, model: Any) -> dict[str, torch.Tensor]:
-    """Read projector and vision tower of an export, as a checkpoint has them.
-
-    Args:
-        folder: the export.
-        model: the ``GMAILLaVAModel`` that is to start from it.
+    """Read projector and vision tower of an export, as the checkpoint that ``model`` starts from has them.
 
     Raises:
         ModelLoadError: the folder has a language model that the config does not take, adapters that are

@@ -63,16 +63,10 @@ def read_frozen(checkpoint: Path) -> dict[str, torch.Tensor]:
 def check_convertible(
     model: nn.Module, state: Mapping[str, torch.Tensor], path: str, cfg: Mapping[str, Any]
 ) -> None:
-    """Check that a config's model takes all that a checkpoint has learnt, before anything is exported.
+    """Check that the model of ``cfg`` takes all that a checkpoint has learnt, before anything is exported.
 
-    Args:
-        model: built from the config.
-        state: of the checkpoint.
-        path: of the checkpoint or its work dir.
-        cfg: the config.
-
-    Raises:
-        ModelLoadError: it is the config of another stage, or of another geometry.
+    ``path`` is of the checkpoint, whose content ``state`` is, or of its work dir. The config of another
+    stage, or of another geometry, is a ``ModelLoadError``.
     """
     checkpoint = resolve_checkpoint(path)
     # A single file does not say what it has not trained; of that, the tower is exported in any case.

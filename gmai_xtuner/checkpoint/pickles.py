@@ -35,9 +35,9 @@ _LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _DAMAGED = (
     *(
         pickle.UnpicklingError,
-        EOFError,
         zipfile.BadZipFile,
         struct.error,
+        EOFError,
         RuntimeError,
         MemoryError,
     ),
@@ -67,10 +67,7 @@ def read_training_state(
 ) -> dict[str, Any]:
     """Read a checkpoint of training: mmengine's ``.pth``, DeepSpeed's ``*_states.pt``, our ``rank_*.pt``.
 
-    Args:
-        path: a local file.
-        map_location: as in ``torch.load``.
-        mmap: map the tensors instead of reading them.
+    ``map_location`` is as in ``torch.load``; ``mmap`` maps the tensors instead of reading them.
 
     Raises:
         ModelLoadError: the file is damaged, or asks for what such a checkpoint does not have.

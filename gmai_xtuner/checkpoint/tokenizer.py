@@ -40,11 +40,11 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Values of ModelProto.SentencePiece.Type and TrainerSpec.ModelType in sentencepiece_model.proto.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE_MODEL = 2
-_DEFAULT_NAMES = (
-    ("unk_token", "<unk>", UNKNOWN),
-    ("bos_token", "<s>", CONTROL),
-    ("eos_token", "</s>", CONTROL),
-)
+_DEFAULT_NAMES = {
+    "unk_token": ("<unk>", UNKNOWN),
+    "bos_token": ("<s>", CONTROL),
+    "eos_token": ("</s>", CONTROL),
+}
 ANSWER_START, ANSWER_GOES_ON = r"\A", r"(?=[\s\S])"
 """Between these an export's tokenizer has what opens an answer."""
 
@@ -115,11 +115,7 @@ def _load_fast(
 
 
 def _join_answers(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Take out what a plain LLaVA export put in (:mod:`gmai_xtuner.checkpoint.tokenizer_files`).
-
-    There it splits what opens an answer from the answer. Our code encodes the two apart by itself, and
-    without the split it can remember words.
-    """
+    """Take out the split before answers of a plain LLaVA export: our code encodes them apart by itself."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     normalizer, before = state["normalizer"], state["pre_tokenizer"]
     steps = before.get("pretokenizers", [before]) if before else []
@@ -162,9 +158,9 @@ def _load_sentencepiece(path: Path, settings: Mapping[str, Any]) -> PreTrainedTo
     vocabulary = backend.get_vocab(with_added_tokens=True)
     names = {key: _content(settings[key]) for key in NAMED_TOKENS if settings.get(key)}
     pieces = {(piece.piece, piece.type) for piece in proto.pieces}
-    for key, default, kind in _DEFAULT_NAMES:
-        if (default, kind) in pieces:
-            names.setdefault(key, default)
+    for key, piece in _DEFAULT_NAMES.items():
+        if piece in pieces:
+            names.setdefault(key, piece[0])
     additional = [_content(token) for token in settings.get("additional_special_tokens") or ()]
     if homeless := [t for t in [*names.values(), *additional] if t not in vocabulary]:
         raise ModelLoadError(
@@ -226,10 +222,7 @@ def _check_convertible(proto: Any, path: Path) -> None:
 def _convert(proto: Any, special: Mapping[int, AddedToken], path: Path) -> Tokenizer:
     """Sentencepiece BPE to a ``tokenizers.Tokenizer`` with the same ids.
 
-    Args:
-        proto: the sentencepiece ``ModelProto``.
-        special: id -> special token. An id within the proto renames its piece; the ids beyond it
-            must follow on without a gap.
+    An id of a special token within the proto renames its piece; the ids beyond must follow on without a gap.
     """
     renamed = {index: token.content for index, token in special.items()}
     names = [renamed.get(index, piece.piece) for index, piece in enumerate(proto.pieces)]

@@ -113,12 +113,7 @@ def _with_round(text: str) -> str:
 def plain_tokenizer(
     base: PreTrainedTokenizerFast, template: ChatTemplate, *, max_length: int = 2048
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of the folder; ``base`` is not changed.
-
-    Args:
-        base: the language model's tokenizer.
-        template: how turns become text.
-        max_length: positions of the language model.
+    """The tokenizer of the folder; ``base``, the language model's, is not changed.
 
     Raises:
         GMAIError: questions by its chat template have other ids than in training. For earlier answers of a
@@ -128,8 +123,7 @@ def plain_tokenizer(
     backend.no_padding()
     backend.no_truncation()
     backend.add_special_tokens([_special(IMAGE_TOKEN)])
-    pad = base.pad_token
-    if pad is None:
+    if (pad := base.pad_token) is None:
         pad = PAD_TOKEN
         backend.add_special_tokens([_special(PAD_TOKEN)])
     _split_before_answers(backend, template)

@@ -176,11 +176,9 @@ def sequence_of(checkpoint: Path) -> int:
 
 
 def newest_whole(work_dir: Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest whole checkpoint of a work dir.
+    """Return the newest whole checkpoint of a work dir, if any, and what is wrong with others, by name.
 
-    Returns:
-        the checkpoint or ``None``, and those that were passed over, newer ones or of a higher iteration:
-        name -> what is wrong.
+    The others are newer, or of a higher iteration, and passed over.
     """
     found: Path | None = None
     passed_over: dict[str, str] = {}
@@ -195,20 +193,16 @@ def newest_whole(work_dir: Path) -> tuple[Path | None, dict[str, str]]:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that ``path`` means.
+    """Return the ``.pth`` file or DeepSpeed directory that ``path`` names, or a work dir's newest whole one.
 
-    Args:
-        path: a ``.pth`` file, a DeepSpeed checkpoint directory, or a work dir, whose newest whole
-            checkpoint is meant (:func:`newest_whole`); broken ones
-            that are newer are named in a warning.
+    Broken ones that are newer are named in a warning.
 
     Raises:
         ModelLoadError: if there is none, or the one that was named is not whole; says what is wrong.
     """
     path = Path(path)
     if path.is_file() or iteration_of(path) is not None or first_rank_file(path):
-        wrong = what_is_wrong(path)
-        if wrong:
+        if wrong := what_is_wrong(path):
             raise ModelLoadError(f"checkpoint {str(path)!r} {wrong}. Take another one")
         return path
     if not path.is_dir():
@@ -234,15 +228,7 @@ def first_rank_file(checkpoint: Path) -> Path | None:
 
 
 def check_stage(checkpoint: Path, stage: str) -> None:
-    """Check that a run of this stage wrote a checkpoint, where the checkpoint says which did.
-
-    Args:
-        checkpoint: a ``.pth`` file or DeepSpeed directory.
-        stage: of the config that is to be used with it.
-
-    Raises:
-        ModelLoadError: another stage wrote it.
-    """
+    """Raise ``ModelLoadError`` if a checkpoint says that another stage wrote it than that of the config."""
     file = first_rank_file(checkpoint)
     state = read_training_state(file, mmap=True) if file else {}
     learnt = (state.get("message_hub") or {}).get("runtime_info", {}).get(STAGE, stage)

@@ -8,6 +8,7 @@ import importlib
 import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -15,13 +16,12 @@ import torch
 from torch.storage import TypedStorage
 
 
+@dataclass(frozen=True, slots=True)
 class _Maker:
     """Stand for a class or function that a file names; only the reader calls it."""
 
-    __slots__ = ("make", "name")
-
-    def __init__(self, name: str, make: Callable[..., Any]) -> None:
-        self.name, self.make = name, make
+    name: str
+    make: Callable[..., Any]
 
 
 def _refuse(reader: Any) -> NoReturn:
@@ -113,15 +113,11 @@ _TENSORS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
 }
-
-
 _TENSOR_TYPES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
+_REFUSED = "INST OBJ NEWOBJ_EX PERSID DICT FROZENSET EXT1 EXT2 EXT4 NEXT_BUFFER READONLY_BUFFER"
 
 
-_REFUSED = """INST OBJ NEWOBJ_EX PERSID DICT FROZENSET EXT1 EXT2 EXT4 NEXT_BUFFER READONLY_BUFFER"""
-
-
-def _adding(
+def _checked_addition(
     name: str,
     kind: type,
     target: Callable[[Any], Any] = lambda self: self.metastack[-1][-1],
@@ -204,13 +200,13 @@ class TensorReader(pickle._Unpickler):  # type: ignore[name-defined]
         pickle.NEWOBJ: load_reduce,
         pickle.BUILD: load_build,
         pickle.BINPERSID: load_binpersid,
-        pickle.APPEND: _adding("load_append", list, lambda self: self.stack[-2]),
-        pickle.APPENDS: _adding("load_appends", list),
-        pickle.SETITEM: _adding(
+        pickle.APPEND: _checked_addition("load_append", list, lambda self: self.stack[-2]),
+        pickle.APPENDS: _checked_addition("load_appends", list),
+        pickle.SETITEM: _checked_addition(
             "load_setitem", dict, lambda self: self.stack[-3], lambda stack: stack[-2:-1]
         ),
-        pickle.SETITEMS: _adding("load_setitems", dict, keys=lambda stack: stack[::2]),
-        pickle.ADDITEMS: _adding("load_additems", set, keys=lambda stack: stack),
+        pickle.SETITEMS: _checked_addition("load_setitems", dict, keys=lambda stack: stack[::2]),
+        pickle.ADDITEMS: _checked_addition("load_additems", set, keys=lambda stack: stack),
         **{getattr(pickle, name): _refuse for name in _REFUSED.split()},
     }
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
@@ -285,8 +281,6 @@ _CLASSES: tuple[tuple[str, str, tuple[type, ...], tuple[Any, ...]], ...] = (
 _SCALER = """cur_scale dynamic dtype cur_iter last_overflow_iter scale_factor min_scale scale_window
 delayed_shift cur_hysteresis consecutive_hysteresis raise_error_at_min_scale"""
 _NUMBERS = (int, float, bool, type(None), torch.dtype)
-
-
 _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "mmengine.logging.history_buffer.HistoryBuffer": {
         "max_length": (int,),

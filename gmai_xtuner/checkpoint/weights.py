@@ -69,8 +69,7 @@ def _read_shards(directory: Path, index: Path) -> dict[str, torch.Tensor]:
 def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
     """Read one file of weights, memory-mapped.
 
-    Raises:
-        ModelLoadError: it is cut short or damaged, or a pickle that the user has not asked for.
+    One that is cut short or damaged, or a pickle that the user has not asked for, is a ``ModelLoadError``.
     """
     if path.suffix != ".safetensors":
         check_pickle_allowed(str(path))

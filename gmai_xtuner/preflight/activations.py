@@ -63,8 +63,7 @@ class Activations:
 class LiveMemory(TorchDispatchMode):
     """Count the storages that operators make inside the block, until they are freed: ``live``, ``peak``.
 
-    Args:
-        before: tensors that exist already and are not counted.
+    Tensors that exist ``before`` are not counted.
     """
 
     def __init__(self, before: Any = ()) -> None:
@@ -81,15 +80,13 @@ class LiveMemory(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self._add(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known[key] = weakref.finalize(storage, self._free, key, size)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
         return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known[key] = weakref.finalize(storage, self._free, key, size)
-            self.live += size
-            self.peak = max(self.peak, self.live)
 
     def _free(self, key: int, size: int) -> None:
         self._known.pop(key, None)
@@ -97,11 +94,9 @@ class LiveMemory(TorchDispatchMode):
 
 
 def count_activations(model: Any, batch: MicroBatch) -> Activations:
-    """Run one micro-batch of a model on fake tensors; its own weights become fake ones of the batch's dtype.
+    """Run one micro-batch of a ``GMAILLaVAModel`` on the meta device on fake tensors.
 
-    Args:
-        model: a :class:`gmai_xtuner.checkpoint.llava.GMAILLaVAModel` on the meta device.
-        batch: its size.
+    Its own weights become fake ones of the batch's dtype.
     """
     with _linear_layers(batch.partitioned), FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model, batch.dtype)

@@ -158,11 +158,8 @@ def check_stage_before(run: RunConfig, model: Any, findings: Findings) -> None:
 def checkpoint_shapes(path: Path) -> dict[str, torch.Tensor]:
     """Return names and shapes of what a checkpoint trained, on the meta device.
 
-    Args:
-        path: a ``.pth`` file, or a DeepSpeed directory, whose first rank's file has the shapes of all.
-
-    Raises:
-        ModelLoadError: it can't be read.
+    Of a DeepSpeed directory the first rank's file has the shapes of all. A file that can't be read is a
+    ``ModelLoadError``.
     """
     file = first_rank_file(path) or path
     try:
@@ -192,10 +189,9 @@ def check_disk(
     resumed; the one being written needs its room in any case.
 
     Args:
-        run: the run.
+        run, findings: what is checked, and what takes the faults.
         counts: parameters by part; trained ones are kept in bf16 and fp32, with the optimiser's moments.
         iterations: of the run; ``None`` if it is not known.
-        findings: take what is wrong.
         elsewhere: the run is planned for another machine: too little room here is a warning.
 
     Returns:
@@ -204,7 +200,7 @@ def check_disk(
     trained = sum(part.trainable for part in counts.values())
     size = trained * (2 + 4 + moment_bytes(run.optimizer))
     hooks = run.cfg.get("default_hooks", {})
-    hook = hooks.get("checkpoint", {}) or {}
+    hook = hooks.get("checkpoint") or {}
     keep, interval = hook.get("max_keep_ckpts", -1), hook.get("interval", -1)
     written = 1
     if iterations is not None and interval > 0:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gmai_xtuner.core.archives import is_root
-from gmai_xtuner.core.errors import DataError, ModelLoadError
+from gmai_xtuner.core.errors import DataError, GMAIError, ModelLoadError
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
 from gmai_xtuner.data.bad_records import BadRecords
 from gmai_xtuner.data.dataset import SoftPackedDataset
@@ -36,13 +36,9 @@ class MissingDataset:
 
 @dataclass(frozen=True, slots=True)
 class BadDataset:
-    """Bad records of a dataset.
+    """Bad records of a dataset: how many for each reason (a short key), and the JSON Lines file with them.
 
-    Args:
-        name: of the dataset.
-        reasons: short key -> how many.
-        listing: JSON Lines file with all of them (among others, where they were left out).
-        refused: training stops because of them; otherwise it leaves them out.
+    Training stops because of them (``refused``), or leaves them out, and then the file lists others too.
     """
 
     name: str
@@ -68,8 +64,7 @@ class Survey:
     """What came to light while the data were planned.
 
     Args:
-        missing: datasets that are not there.
-        bad: datasets with bad records, by name.
+        missing, bad: datasets that are not there, and those with bad records, by name.
         unusable: whether there are datasets of which no record can be used.
         built: those whose token cache was not there and now is.
         plans_before: names of the plan folders that were there before this process made one.
@@ -164,24 +159,19 @@ def _folders(cache_dir: str, kind: str) -> set[str]:
 
 
 def plan_data(run: RunConfig, findings: Findings) -> tuple[SurveyedDataset | None, Survey]:
-    """Open or build the token caches and plan the first epoch, as training will.
+    """Open or build the token caches and plan the first epoch, as training will; ``None`` if nothing can be.
 
     What makes the run fail and is no single dataset's fault goes to the findings.
-
-    Returns:
-        the dataset, or ``None`` if nothing can be planned, and the notes.
     """
     survey, arguments = Survey(), run.dataset
     kind = arguments.pop("type", None)
-    if kind not in ("SoftPackedDataset", SoftPackedDataset):
-        findings.fail("data", f"train_dataloader.dataset is a {kind}, not a SoftPackedDataset")
-        return None, survey
-    try:
-        inspect.signature(SoftPackedDataset).bind(**arguments)
-    except TypeError as error:
-        findings.fail("data", f"train_dataloader.dataset: {error}")
-        return None, survey
     with findings.catch("data"), suppress(_NothingToPlan):
+        if kind not in ("SoftPackedDataset", SoftPackedDataset):
+            raise GMAIError(f"train_dataloader.dataset is a {kind}, not a SoftPackedDataset")
+        try:
+            inspect.signature(SoftPackedDataset).bind(**arguments)
+        except TypeError as error:
+            raise GMAIError(f"train_dataloader.dataset: {error}") from error
         dataset = SurveyedDataset(survey=survey, findings=findings, **arguments)
         dataset.plan.epoch(0)
         return dataset, survey

@@ -51,12 +51,8 @@ BYTES_IN_4_BIT = 0.5 + 4 / 64
 class PartCount:
     """Parameters of one part of the model.
 
-    Args:
-        total: all.
-        trainable: those that the optimiser moves.
-        in_4_bit: those that a 4-bit base (QLoRA) keeps quantised.
-        own_bytes: bytes of all in the types that the config gives them.
-        largest_trainable: elements of the largest trainable tensor.
+    ``in_4_bit`` are those that a 4-bit base (QLoRA) keeps quantised, ``own_bytes`` what all take in the types
+    that the config gives them, ``largest_trainable`` the elements of the largest trainable tensor.
     """
 
     total: int
@@ -71,9 +67,6 @@ def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
 
     ``pretrained_pth`` is left out (see :mod:`gmai_xtuner.preflight.checks`), and a quantised base is
     built as what it was before.
-
-    Raises:
-        GMAIError: whatever the model raises for its config.
     """
     model = {key: value for key, value in config.items() if key != "pretrained_pth"}
     if "quantization_config" in model.get("llm", {}):
@@ -134,8 +127,7 @@ class Memory:
         gradients: at the end of a backward pass: of the micro-batch, and the step's sum so far.
         optimizer: fp32 weights and moments.
         buffers: of DeepSpeed: buckets for gradients, gathered weights.
-        activations: see :mod:`gmai_xtuner.preflight.activations`.
-        summing: what is added in the place of activations while gradients are summed.
+        summing: what is added in the place of ``activations`` while gradients are summed.
         step: what the optimiser's step needs in the place of activations and buckets.
         host: in host memory, for each GPU.
     """
@@ -194,15 +186,9 @@ def estimate_memory(
     moment_bytes: int,
     activations: Activations,
 ) -> Memory:
-    """See the module.
+    """Compute what the module says, for ``n`` ``gpus`` and a step of ``accumulation`` micro-batches.
 
-    Args:
-        counts: parameters by part.
-        zero: the DeepSpeed file.
-        gpus: ``n``.
-        accumulation: micro-batches of a step.
-        moment_bytes: what the optimiser keeps for each weight beside its fp32 copy; 8 for AdamW.
-        activations: of one micro-batch.
+    ``moment_bytes`` is what the optimiser keeps for each weight beside its fp32 copy; 8 for AdamW.
     """
     trainable = sum(part.trainable for part in counts.values())
     share, several = -(-trainable // gpus), accumulation > 1
@@ -251,11 +237,7 @@ def _value_bytes(zero: ZeroSettings) -> int:
 def moment_bytes(optimizer: str) -> int:
     """What an optimiser of this name keeps for each weight, its fp32 copy not counted."""
     name = optimizer.rpartition(".")[2].lower()
-    if "8bit" in name:
-        return 2
-    if "sgd" in name or "lion" in name:
-        return 4
-    return 8
+    return 2 if "8bit" in name else 4 if "sgd" in name or "lion" in name else 8
 
 
 def _weight_bytes(part: PartCount, zero: ZeroSettings) -> int:

@@ -29,13 +29,9 @@ IMAGES_A_CHUNK = 16
 
 @dataclass(frozen=True, slots=True)
 class BadImage:
-    """An image that training could not read.
+    """An image, as the record gives its path, that training could not read.
 
-    Args:
-        dataset: name in the mixture.
-        image: path as the record gives it, relative to the image root.
-        reason: ``missing_image``, ``damaged_image``, ``enormous_image`` or ``unsupported_image``.
-        problem: what is wrong, in words.
+    ``reason`` is ``missing_image``, ``damaged_image``, ``enormous_image`` or ``unsupported_image``.
     """
 
     dataset: str

@@ -193,21 +193,13 @@ def _memory(result: Preflight) -> list[str]:
     if memory is None:
         return []
     activations = memory.activations
+    temporaries = "its temporaries; activations and buffers are free then"
+    on_the_way = "a micro-batch's, on the way to the sum; activations are free then"
     at_the_moment = {
-        "optimiser step": [
-            (
-                "optimiser step",
-                memory.step,
-                "its temporaries; activations and buffers are free then",
-            )
-        ],
+        "optimiser step": [("optimiser step", memory.step, temporaries)],
         "gradient sum": [
             ("DeepSpeed's buffers", memory.buffers, "buckets"),
-            (
-                "gradient sum",
-                memory.summing,
-                "a micro-batch's, on the way to the sum; activations are free then",
-            ),
+            ("gradient sum", memory.summing, on_the_way),
         ],
         activations.moment: [
             ("DeepSpeed's buffers", memory.buffers, "buckets, gathered weights"),

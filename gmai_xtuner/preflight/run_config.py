@@ -29,12 +29,9 @@ class UsageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing to know.
+    """One thing to know about a part of the run, e.g. ``data``.
 
-    Args:
-        level: ``fail`` (the run would stop), ``warn`` (it would run, perhaps not as meant) or ``note``.
-        about: the part of the run, e.g. ``data``.
-        text: what was expected, what is there, and what to do.
+    ``level`` is ``fail`` (the run would stop), ``warn`` (it would run, perhaps not as meant) or ``note``.
     """
 
     level: str
@@ -117,8 +114,7 @@ class RunConfig:
 
     Args:
         path: the config file.
-        cfg: its content, ``--cfg-options`` merged.
-        options: ``--cfg-options``.
+        cfg: its content, with the ``--cfg-options`` merged that ``options`` are.
         deepspeed: the DeepSpeed file, settled beside the config as training does.
         zero: what of it decides about memory.
         gpus: of all machines together.
@@ -135,7 +131,6 @@ class RunConfig:
 
     @property
     def dataset(self) -> dict[str, Any]:
-        """Arguments of the training dataset."""
         return dataset_config(self.cfg)
 
     @property
@@ -150,7 +145,6 @@ class RunConfig:
 
     @property
     def optimizer(self) -> str:
-        """Name of the optimiser."""
         return str(self.cfg.optim_wrapper.get("optimizer", {}).get("type", "AdamW"))
 
     @property
@@ -167,14 +161,7 @@ def load_run(
     options: Mapping[str, Any] | None = None,
     work_dir: str | None = None,
 ) -> RunConfig:
-    """Read a config and a DeepSpeed file as ``xtuner train`` does.
-
-    Args:
-        config: a file, or a name that xtuner knows.
-        deepspeed: one of our names (``zero2``), one of xtuner's, or a file.
-        gpus: of all machines together.
-        options: ``--cfg-options``.
-        work_dir: as for ``xtuner train``; default: the config's own, else ``work_dirs/<its name>``.
+    """Read a config and a DeepSpeed file as ``xtuner train`` does, whose arguments these are.
 
     Raises:
         UsageError: a file that is not there or can't be read.

@@ -41,17 +41,14 @@ class Preflight:
     """What was found. ``None`` where something could not be found out.
 
     Args:
-        run: the run.
+        run, findings: the run, what makes it fail, and what else to know about it.
         gpu_memory: of one GPU, GiB.
         throughput: useful tokens a second on one GPU.
-        findings: what makes the run fail, and what else to know.
         counts: parameters by part.
-        summary: the data plan in numbers.
-        survey: datasets that are missing or have bad records.
+        summary, survey: the data plan in numbers; datasets that are missing or have bad records.
         bad_images: images that are missing or, if all were decoded, bad.
         decoded: images that were decoded; 0 if that was not asked for.
-        memory: of one GPU.
-        disk: checkpoints and free space.
+        memory, disk: of one GPU; checkpoints and free space.
     """
 
     run: RunConfig
@@ -94,13 +91,7 @@ def look_at(
     decode_images: bool = False,
     need_weights: bool = True,
 ) -> Preflight:
-    """Look at everything.
-
-    Args:
-        run, gpu_memory, throughput: see :class:`Preflight`.
-        decode_images: decode every image of the mixture.
-        need_weights: whether it is a failure if base weights or the stage before are not here.
-    """
+    """Look at everything; without ``need_weights`` neither at base weights nor at the stage before."""
     result = Preflight(run, gpu_memory, throughput)
     findings = result.findings
     checks.check_options(run, findings)

@@ -62,7 +62,7 @@ def start_xtuner(arguments: Sequence[str], environment: Mapping[str, str], **opt
     Raises:
         GMAIError: it is not installed.
     """
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    path = _path()
     program = shutil.which("xtuner", path=path)
     if program is None:
         raise GMAIError(f"the command xtuner is not in {path}: pip install xtuner==0.2.0")
