@@ -22,11 +22,7 @@ __all__ = ["GMAILLaVAModel", "SoftPackedDataset", "load_model"]  # noqa: F822 (r
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first asked for (PEP 562).
-
-    Raises:
-        AttributeError: this package has no such name.
-    """
+    """Load a public name when it is first asked for (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.import_module("gmai_xtuner.plugin")

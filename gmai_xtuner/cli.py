@@ -21,11 +21,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def positive_int(text: str) -> int:
-    """Parse a whole number above 0, as ``type`` of an argument.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is something else.
-    """
+    """Parse a whole number above 0, as ``type`` of an argument."""
     with suppress(ValueError):
         if (value := int(text)) > 0:
             return value
@@ -33,11 +29,7 @@ def positive_int(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """Parse a finite number above 0, as ``type`` of an argument.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is something else.
-    """
+    """Parse a finite number above 0, as ``type`` of an argument."""
     with suppress(ValueError):
         if 0 < (value := float(text)) < float("inf"):
             return value
@@ -45,11 +37,7 @@ def positive_number(text: str) -> float:
 
 
 def dtype_name(text: str) -> str:
-    """Parse ``bf16``, ``fp16``, ``fp32`` or torch's long name of one of them; return the long name.
-
-    Raises:
-        argparse.ArgumentTypeError: the text is something else.
-    """
+    """Parse ``bf16``, ``fp16``, ``fp32`` or torch's long name of one of them; return the long name."""
     name = DTYPES.get(text, text)
     if name not in DTYPES.values():
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, got {text!r}")
@@ -137,11 +125,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_from_arguments(options: argparse.Namespace) -> Predictor:
-    """Load the model that the options of :func:`add_model_arguments` name.
-
-    Raises:
-        ModelLoadError: as :func:`gmai_xtuner.loading.load_model`.
-    """
+    """Load the model that the options of :func:`add_model_arguments` name, by ``load_model``."""
     import torch
 
     from gmai_xtuner.loading import load_model
@@ -158,11 +142,9 @@ def load_from_arguments(options: argparse.Namespace) -> Predictor:
 
 
 def exit_status(command: Callable[[], int | None], *, interrupted: int = 130) -> int:
-    """Run a command; print an error that needs no traceback.
+    """Run a command, which returns its exit status or ``None``; print an error that needs no traceback.
 
-    Args:
-        command: returns its exit status, ``None`` for 0.
-        interrupted: exit status after Ctrl-C.
+    ``interrupted`` is the exit status after Ctrl-C.
     """
     try:
         return command() or 0

@@ -104,12 +104,7 @@ GREEDY = Sampling()
 
 
 class PromptTooLong(GMAIError):
-    """A prompt leaves the model no position to answer at.
-
-    Args:
-        length: tokens of the prompt, image tokens counted; it may have more.
-        limit: positions that the model has.
-    """
+    """A prompt of ``length`` tokens or more leaves a model of ``limit`` positions none to answer at."""
 
     def __init__(self, length: int, limit: int) -> None:
         self.length, self.limit = length, limit
@@ -122,12 +117,8 @@ class PromptTooLong(GMAIError):
 class AnswerStream(Iterator[str]):
     """An answer in pieces, as they come; closing it stops the model after the token that it is at.
 
-    Args:
-        prompt_tokens: length of the prompt, image tokens counted.
-        pieces: given the stream, makes the pieces.
-
-    ``new_tokens`` counts what the model has made so far. ``is_cut`` says, when all is read, that the
-    answer ended because it had reached its greatest length, and not by itself.
+    ``prompt_tokens`` counts the prompt with its image tokens, ``new_tokens`` what the model has made so far.
+    ``is_cut`` says, when all is read, that the answer ended at its greatest length, and not by itself.
     """
 
     def __init__(
@@ -422,11 +413,7 @@ def _seed(sampling: Sampling) -> None:
 
 
 class FirstTokens(LogitsProcessor):
-    """Keeps the scores of the answers' first tokens; changes none.
-
-    Args:
-        tokenizer: of the model.
-    """
+    """Keeps the scores of the answers' first tokens; changes none."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -440,8 +427,7 @@ class FirstTokens(LogitsProcessor):
     def shares(self, row: int, labels: Sequence[str]) -> dict[str, float] | None:
         """Return label -> its share of the labels' probability as the first token of an answer.
 
-        Returns:
-            None where the likeliest token is no label: then the answer says it in other words.
+        None where the likeliest token is no label: then the answer says it in other words.
         """
         assert self._scores is not None
         ids = {label: self._ids(label) for label in labels}

@@ -22,11 +22,7 @@ class QueueFull(Exception):
 
 
 class InferenceQueue:
-    """Let one answer at a time be computed.
-
-    Args:
-        max_waiting: answers that may wait for the one that is computed; more are turned away.
-    """
+    """Let one answer at a time be computed; more than ``max_waiting`` others are turned away."""
 
     def __init__(self, *, max_waiting: int) -> None:
         self._max_waiting = max_waiting
@@ -50,14 +46,9 @@ class InferenceQueue:
         on_position: Callable[[int], None] | None = None,
         give_up: threading.Event | None = None,
     ) -> AsyncIterator[bool]:
-        """Wait for one's turn and hold it.
+        """Wait for one's turn and hold it; yield whether it is, or ``give_up`` was set first.
 
-        Args:
-            on_position: called with the number of answers ahead, whenever it changes.
-            give_up: ends the waiting.
-
-        Yields:
-            Whether it is one's turn; False: ``give_up`` was set first.
+        ``on_position`` is called with the number of answers ahead, whenever it changes.
 
         Raises:
             QueueFull: too many wait.
@@ -88,15 +79,8 @@ class InferenceQueue:
     ) -> AsyncIterator[str]:
         """Yield what a blocking iterator yields, computed in the model's thread.
 
-        It ends early when ``stop`` is set, and the iterator is closed in any case before this returns, so
-        that nothing computes on.
-
-        Args:
-            start: makes the iterator; called in the thread.
-            stop: ends it after the piece that is being computed.
-
-        Raises:
-            Exception: whatever ``start`` or the iterator raises.
+        ``start`` makes the iterator, in that thread. It ends early, after the piece that is being computed,
+        when ``stop`` is set, and is closed in any case before this returns, so that nothing computes on.
         """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[str | None] = asyncio.Queue()

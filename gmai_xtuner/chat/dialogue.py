@@ -41,13 +41,7 @@ class Picture:
 
 @dataclass
 class Dialogue:
-    """Questions and answers in turn.
-
-    Args:
-        predictor: who answers.
-        system: system turn, if any.
-        max_new_tokens: length of an answer at the most.
-        sampling: how tokens are chosen; default: the likeliest.
+    """Questions and answers in turn, with a ``system`` turn, if any.
 
     ``waiting`` are the images that go with the next question. A question that fails, whatever the reason,
     leaves everything as it was.
@@ -64,11 +58,7 @@ class Dialogue:
     _saved: set[Path] = field(default_factory=set)
 
     def add_images(self, *paths: str | Path) -> list[Picture]:
-        """Open images for the next question, all or none.
-
-        Raises:
-            DialogueError: one can't be opened; says what to do.
-        """
+        """Open images for the next question, all or none (errors: :func:`open_picture`)."""
         pictures = [open_picture(path) for path in paths]
         self.waiting += pictures
         return pictures
@@ -138,11 +128,7 @@ class Dialogue:
         self.turns, self.pictures, self.waiting = [], [], []
 
     def undo(self) -> str:
-        """Take the last question and answer back; the question. Its images wait again.
-
-        Raises:
-            DialogueError: nothing was said yet.
-        """
+        """Take the last question and answer back; return the question, whose images wait again."""
         if not self.turns:
             raise DialogueError("nothing was asked yet")
         question = self.turns[-2].text
@@ -192,10 +178,8 @@ class Dialogue:
         if os.path.lexists(target) and target not in self._saved:
             raise DialogueError(f"{str(target)!r} exists already. Give another name")
         record = self.record()
-        if target.suffix == ".json":
-            text = json.dumps([record], ensure_ascii=False, indent=1) + "\n"
-        else:
-            text = json.dumps(record, ensure_ascii=False) + "\n"
+        content, indent = ([record], 1) if target.suffix == ".json" else (record, None)
+        text = json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
         try:
             replace_text(target, text, mode=0o600)  # it may speak of a patient
         except OSError as error:
@@ -257,13 +241,9 @@ where an image belongs, otherwise images come first. Ctrl-C stops an answer: wha
 
 
 class Terminal:
-    """Reads questions and commands until the end.
+    """Reads questions and commands until the end; answers go to ``out``, everything else to ``log``.
 
-    Args:
-        dialogue: the conversation.
-        out: where answers go.
-        log: where everything else goes.
-        read: a line for a prompt; raises ``EOFError`` at the end. Default: the terminal's.
+    ``read`` gives a line for a prompt and raises ``EOFError`` at the end; default: the terminal's.
     """
 
     def __init__(

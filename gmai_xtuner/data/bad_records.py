@@ -128,12 +128,9 @@ class BadList:
 
 
 def note_of_record(record: str, where: str, errors: Mapping[str, DataError]) -> dict[str, Any]:
-    """Return the line of the lists about a bad record.
+    """Return the line of the lists about a bad record: its id, perhaps with its place behind it, and its place.
 
-    Args:
-        record: its id, with its place behind it or not.
-        where: its place in its file.
-        errors: what is wrong, by image, or under ``""`` with the record itself.
+    ``errors`` say what is wrong, by image, or under ``""`` with the record itself.
     """
     first = next(iter(errors.values()))
     note: dict[str, Any] = {
@@ -167,14 +164,9 @@ def leave_for_inspection(partial: Path, error: BadRecords) -> None:
 
 
 def raise_again_if_found_since(asked: float, folder: Path) -> None:
-    """Spare the ranks that waited for a build to find the same bad records again, one after the other.
+    """Raise the ``BadRecords`` that another process has found since this one ``asked`` (began to wait).
 
-    Args:
-        asked: when this process began to wait, seconds since the epoch.
-        folder: see :func:`bad_folder`.
-
-    Raises:
-        BadRecords: another process has found them since.
+    So the ranks that waited for a build don't find the same ones again, one after the other.
     """
     note = folder / "error.json"
     if note.is_file() and note.stat().st_mtime >= asked:

@@ -20,8 +20,9 @@ Shapes of balanced fit: ``C`` max_length, ``K`` kinds, ascending in length.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,11 +89,7 @@ def _sums(
 ) -> np.ndarray:
     """``Z`` of the module, float64 ``[C + 1]``; a token left empty has the weight 1/2.
 
-    Args:
-        lengths: int ``[K]``.
-        weights: float64 ``[K]``.
-        max_length: tokens of a pack.
-        tables: float64 ``[K, C + 1]``, filled with ``Z`` for the lengths up to and with each kind.
+    ``tables``, float64 ``[K, C + 1]``, is filled with ``Z`` for the lengths up to and with each kind.
     """
     sums = np.ldexp(1.0, -np.arange(max_length + 1))
     for kind, (length, weight) in enumerate(zip(lengths.tolist(), weights.tolist(), strict=True)):
@@ -225,12 +222,11 @@ class _OpenPacks:
     def patterns(self) -> list[Pattern]:
         """Everything that is not empty."""
         found = []
-        for chains in self._chains.values():
-            for chain, packs in chains:
-                content: dict[int, int] = {}
-                while chain is not None:
-                    chain, kind = chain
-                    content[kind] = content.get(kind, 0) + 1
-                if content:
-                    found.append(Pattern(list(content.items()), packs))
+        for chain, packs in itertools.chain.from_iterable(self._chains.values()):
+            content: Counter[int] = Counter()
+            while chain is not None:
+                chain, kind = chain
+                content[kind] += 1
+            if content:
+                found.append(Pattern(list(content.items()), packs))
         return found

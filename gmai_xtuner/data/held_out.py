@@ -43,12 +43,9 @@ class Sides:
 
 
 def sides(cache: Path, share: float) -> Sides:
-    """Return the sides of a token cache's conversations.
+    """Return the sides of a token cache's conversations, for a share of the images between 0 and 1.
 
-    Args:
-        cache: folder of the cache; ids and image names are read, tokens are not (about a second for a
-            million conversations).
-        share: of the images, between 0 and 1.
+    Ids and image names are read, tokens are not: about a second for a million conversations.
     """
     below = np.uint64(int(share * 2**64))
     side, order = [np.zeros(0, dtype=np.uint8)], [np.zeros(0, dtype=np.uint64)]
@@ -69,9 +66,7 @@ def nothing_held_out(
 ) -> str:
     """Say of how many images a share holds none out, and the smallest share that does.
 
-    Args:
-        share, caches: that holds nothing out of these folders of token caches.
-        excluded: bool ``[conversations]`` of each cache, what its list leaves out, or ``None``.
+    ``excluded`` is bool ``[conversations]`` of each cache, what its list leaves out, or ``None``.
     """
     images, texts, least = _least_share(caches, excluded)
     of = [f"{images} image{'s'[images == 1 :]}"] if images or not texts else []

@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 DECODINGS = ("full", "scaled")
 
 _PROCESSOR_FILE = "processor_config.json"
-
 _KEPT = 2
 """Pixels that a JPEG decoded at a fraction keeps for one pixel of the result."""
-
-
 _LONG = 4
 """Longer edge by shorter edge from which on padding would be most of the work."""
 
@@ -94,10 +91,7 @@ class ImageTransform:
     ) -> ImageTransform:
         """Make the transform that the ``preprocessor_config.json`` of a vision tower describes.
 
-        Args:
-            path: model folder, the JSON file itself, or a name on the hub.
-            mode: see the class.
-            decoding: see the class.
+        ``path`` is a model folder, the JSON file itself, or a name on the hub.
 
         Raises:
             ModelLoadError: the file is missing, or describes what this transform can't do
@@ -217,13 +211,7 @@ def _pad_and_resize(
 def _resize_padded(
     pixels: np.ndarray, length: int, side: int, *, colour: tuple[int, ...]
 ) -> tuple[int, np.ndarray]:
-    """Pad axis 0 on both sides to ``length`` and resize it to ``side`` as Pillow does, bit for bit.
-
-    Args:
-        pixels: uint8 ``[n, m, 3]``.
-        length: pixels of axis 0 with the padding.
-        side: pixels of the result.
-        colour: of the padding.
+    """Pad axis 0 of uint8 ``[n, m, 3]`` to ``length`` and resize it to ``side`` as Pillow does, bit for bit.
 
     Returns:
         First row of the result that the image reaches, and those rows, uint8 ``[k, m, 3]``; the others have

@@ -69,12 +69,9 @@ class EpochPlan:
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
-    """The count of what the exclude lists leave out of a plan.
+    """The count of what the exclude lists leave out of each dataset's token cache.
 
-    Args:
-        conversations: of each dataset's token cache.
-        unknown: lines of the lists of which the stage has no conversation.
-        examples: some of these lines.
+    ``unknown``: lines of the lists of which the stage has no conversation; ``examples``: some of them.
     """
 
     conversations: tuple[int, ...]
@@ -208,11 +205,7 @@ class DataPlan:
         return Excluded(tuple(found["conversations"]), found["unknown"], tuple(found["examples"]))
 
     def _find_excluded(self) -> tuple[list[np.ndarray | None], list[Exclusion]]:
-        """Return what is left out of each dataset, and what its exclude lists name that is there.
-
-        Returns:
-            bool ``[conversations]`` of each dataset, ``None`` without a list; and the ids and images found.
-        """
+        """Return :func:`_rows_of` each dataset (``None`` without a list), and what of its lists is there."""
         nothing = Exclusion()
         parts = self.exclusions.datasets if self.exclusions else [nothing] * len(self.caches)
         found = [
@@ -306,11 +299,7 @@ class DataPlan:
 
 
 def _rows_of(exclusion: Exclusion, cache: Path) -> tuple[np.ndarray, Exclusion]:
-    """Find the conversations of a token cache that are left out; ids and image names are read, tokens not.
-
-    Returns:
-        bool ``[conversations]``, and the ids and images of the exclusion that a conversation has.
-    """
+    """Return bool ``[conversations]`` of a token cache, what is left out, and the part of the list in use."""
     ids = pa.array(sorted(exclusion.ids), pa.string())
     images = pa.array(sorted(exclusion.images), pa.string())
     found_ids: set[str] = set()

@@ -320,13 +320,11 @@ def soft_packing_map_fn(
     num_image_tokens: int,
     dataset: str = "map_fn",
 ) -> dict[str, Any]:
-    """Turn one record into what soft packing needs of it, as a map function of xtuner's kind.
+    """Turn one record of LLaVA's, GMAI-VL's or OpenAI's form into what soft packing needs, for ``MAP_FUNC``.
 
     Args:
-        example: a record in LLaVA / GMAI-VL or OpenAI form.
-        tokenizer: a fast tokenizer.
-        prompt_template: name in ``xtuner.utils.PROMPT_TEMPLATE``.
-        add_bos: see :class:`ChatTemplate`.
+        example, tokenizer: the record, and a fast tokenizer.
+        prompt_template: name in ``xtuner.utils.PROMPT_TEMPLATE``; ``add_bos``: see :class:`ChatTemplate`.
         num_image_tokens: tokens that one image takes in the sequence.
         dataset: name for error messages.
 

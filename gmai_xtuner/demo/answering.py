@@ -40,11 +40,7 @@ class LoadedModel:
         )
 
     def tokens(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> int:
-        """Return the length of a prompt with its images.
-
-        Raises:
-            PageError: marks and images differ in number.
-        """
+        """Return the length of a prompt with its images; ``PageError`` if marks are not as many."""
         try:
             return self.predictor.num_tokens(Prompt(tuple(turns), tuple(images)))
         except PromptTooLong as error:
@@ -63,23 +59,14 @@ def counted(number: int) -> str:
 
 
 class Answering:
-    """Answer exchanges with all models, one after the other.
-
-    Args:
-        models: one or two.
-        max_waiting: questions that may wait.
-    """
+    """Answer exchanges with all models (one or two), one after the other; ``max_waiting`` may wait."""
 
     def __init__(self, models: Sequence[LoadedModel], *, max_waiting: int) -> None:
         self.models = tuple(models)
         self._queue = InferenceQueue(max_waiting=max_waiting)
 
     def check(self, session: Session, exchange: Exchange) -> None:
-        """Check that every model can take the exchange.
-
-        Raises:
-            PageError: it is too long, or a setting is out of its range.
-        """
+        """Raise ``PageError`` if the exchange is too long for a model, or a setting out of its range."""
         session.settings.checked()
         for number, model in enumerate(self.models):
             count = model.tokens(*session.history(number, exchange))
@@ -91,12 +78,9 @@ class Answering:
     async def answer(
         self, session: Session, exchange: Exchange, changed: Callable[[int], None]
     ) -> None:
-        """Fill in the exchange's answers.
+        """Fill in the answers of an exchange of the session, whose ``stop`` ends waiting and writing.
 
-        Args:
-            session: with the exchange already in it; its ``stop`` ends waiting and writing.
-            exchange: which.
-            changed: called with a model's number whenever its answer has changed.
+        ``changed`` is called with a model's number whenever its answer has changed.
         """
 
         def change_all(**values: Any) -> None:

@@ -32,12 +32,9 @@ _ASCII = str.maketrans("，、（）【】［］－", ",,()[][]-")
 
 
 class Box(NamedTuple):
-    """A box that can be drawn.
+    """A box that can be drawn: x1, y1, x2, y2 in pixels within the image, and what the answer says.
 
-    Args:
-        corners: x1, y1, x2, y2 in pixels of the image, within it.
-        text: as the answer has it.
-        clipped: whether a part lay outside the image.
+    ``clipped``: a part lay outside the image.
     """
 
     corners: tuple[float, float, float, float]
@@ -61,13 +58,7 @@ class Boxes(NamedTuple):
 
 
 def read_boxes(text: str, *, width: int, height: int, unit: Unit | None = None) -> Boxes:
-    """The boxes of an answer on an image.
-
-    Args:
-        text: the answer.
-        width, height: of the image, in pixels.
-        unit: of the numbers; None finds it out.
-    """
+    """Return the boxes of an answer on an image of this size in pixels; ``unit`` None finds it out."""
     found = []
     for match in _BOX.finditer(text.translate(_ASCII)):
         numbers = [group for group in match.groups() if group is not None]
@@ -115,13 +106,10 @@ def _unit_of(numbers: Sequence[str], *, longest: int) -> Unit:
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box], *, least_side: int = 512) -> Image.Image:
-    """A copy of the image with numbered boxes.
+    """Return a copy of an RGB image with numbered boxes.
 
-    Args:
-        image: RGB.
-        boxes: in its pixels.
-        least_side: smaller images are enlarged by a whole factor, as far as it fits into so many pixels, else
-            a line hides what it is drawn around.
+    An image smaller than ``least_side`` is enlarged by a whole factor, as far as it fits into so many pixels,
+    else a line hides what it is drawn around.
     """
     factor = max(1, least_side // max(image.size))
     size = (image.width * factor, image.height * factor)

@@ -37,14 +37,7 @@ _STEPS = {
 
 
 class ChatPanel(Panel):
-    """Draws the conversation and asks.
-
-    Args:
-        session: of the visitor.
-        memory: of all visitors.
-        answering: who answers.
-        images_sent: called when images went along, or are to go again.
-    """
+    """Draws the conversation and asks; calls ``images_sent`` when images went along, or are to go again."""
 
     def __init__(
         self,

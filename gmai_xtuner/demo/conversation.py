@@ -56,15 +56,9 @@ class Shown:
 
 @dataclass
 class Answer:
-    """What one model says.
+    """What one model says so far; a failed one is not part of the conversation.
 
-    Args:
-        text: so far.
-        state: ``failed``: the text is not part of the conversation.
-        ahead: questions before this one while it waits.
-        failure: why it failed.
-        seconds: that the model took.
-        is_cut: whether it ended because it had reached its greatest length.
+    ``ahead``: questions before this one while it waits; ``is_cut``: it ended at its greatest length.
     """
 
     text: str = ""
@@ -119,11 +113,7 @@ class Settings:
     }
 
     def checked(self) -> Sampling:
-        """As the model takes it.
-
-        Raises:
-            PageError: a value that is missing or out of its range.
-        """
+        """As the model takes it; a value that is missing or out of its range is a ``PageError``."""
         for name, (low, high) in self.RANGES.items():
             value = getattr(self, name)
             empty = value is None
@@ -135,13 +125,7 @@ class Settings:
 
 @dataclass
 class Session:
-    """All of one visitor.
-
-    Args:
-        models: how many answer.
-        limits: what may be brought.
-        language: of the interface.
-    """
+    """All of one visitor, to whom so many ``models`` answer."""
 
     models: int
     limits: Limits
@@ -157,11 +141,7 @@ class Session:
     _numbers: itertools.count = field(default_factory=lambda: itertools.count(1))
 
     def attach(self, study: Study) -> Attached:
-        """Put an image into the tray and choose it.
-
-        Raises:
-            PageError: the tray is full.
-        """
+        """Put an image into the tray and choose it; a full tray is a ``PageError``."""
         if len(self.tray) >= self.limits.images:
             raise PageError("too_many_images", limit=self.limits.images)
         attached = Attached(next(self._numbers), study, first_view(study))

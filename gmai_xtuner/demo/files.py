@@ -30,24 +30,14 @@ _MOST_EXAMPLES = 24
 
 
 class Opened(NamedTuple):
-    """The outcome of one or several files.
-
-    Args:
-        name: of the file, as its owner calls it: for messages to him, never to be kept.
-        study: what it is, or why it can't be opened.
-    """
+    """The outcome of one or several files; their owner's name for it is for messages, never to be kept."""
 
     name: str
     study: Study | PageError
 
 
 def open_files(files: Sequence[tuple[str, Path]], limits: Limits) -> list[Opened]:
-    """Open what came in one upload; DICOM files of one series become one volume.
-
-    Args:
-        files: names, and where their bytes lie; they stay as they are.
-        limits: what is refused.
-    """
+    """Open what came in one upload (names, and where bytes lie); DICOM files of a series become a volume."""
     found = [(name, path) for name, path in files if dicom.is_dicom(path)]
     opened = [
         Opened(name, _open_one(path, limits)) for name, path in files if not dicom.is_dicom(path)
@@ -111,11 +101,7 @@ def installed_examples() -> list[Example]:
 
 
 def examples_of(folder: str | Path) -> list[Example]:
-    """Return every file of a folder, by name.
-
-    Raises:
-        GMAIError: it is no folder, it is empty, or it holds too many files.
-    """
+    """Return every file of a folder, by name; none or too many are a ``GMAIError``."""
     folder = Path(folder)
     if not folder.is_dir():
         raise GMAIError(f"--examples {str(folder)!r} is no folder. Give one with a few image files")
@@ -170,12 +156,7 @@ def _attempt(read: Callable[..., _Found], *arguments: Any) -> _Found | PageError
 def open_dicom(paths: Sequence[Path], limits: Limits) -> list[Study | PageError]:
     """Open files that came together: a series with places becomes a volume, others stay alone.
 
-    Args:
-        paths: in the order in which they came.
-        limits: of pixels and voxels.
-
-    Returns:
-        Studies in the order of their first file; an error in the place of what can't be opened.
+    Studies are in the order of their first file; an error is in the place of what can't be opened.
     """
     groups: dict[object, list[Image] | PageError] = {}
     for number, path in enumerate(paths):
@@ -247,11 +228,7 @@ def _frames(image: Image, limits: Limits) -> Frames:
 
 
 def _pages(group: list[Image], limits: Limits) -> Frames:
-    """Return images of one series that are no stack, such as radial slices, by their number.
-
-    Raises:
-        _NoStack: they differ in size or kind.
-    """
+    """Return images of one series that are no stack, such as radial slices, by their number."""
     group = sorted(group, key=lambda image: image[0].number)
     first, count = group[0][0], len(group)
     voxels = count * first.rows * first.columns
@@ -273,12 +250,7 @@ def _pages(group: list[Image], limits: Limits) -> Frames:
 
 
 def _volume(group: list[Image], limits: Limits) -> Volume:
-    """Return slices of one series in RAS+.
-
-    Raises:
-        _NoStack: they differ in size or direction, or two lie at one place.
-        PageError: there are too many pixels or voxels.
-    """
+    """Return slices of one series in RAS+, which have one size and direction, and no two one place."""
     headers = [header for header, _ in group]
     first, count = headers[0], len(headers)
     voxels = count * first.rows * first.columns
@@ -313,12 +285,10 @@ def _volume(group: list[Image], limits: Limits) -> Volume:
 def _intensities(data: Any, frame: int) -> np.ndarray:
     """Return ``[H, W]``; whole numbers as int16, a quarter of the memory of pydicom's float64."""
     values = dicom_pixels.intensities(data, frame)
-    if values.dtype.kind == "f":
-        low, high = values.min(), values.max()
-        if low >= -32768 and high <= 32767 and (values == np.rint(values)).all():
-            return values.astype(np.int16)
-        return values.astype(np.float32)
-    return values
+    if values.dtype.kind != "f":
+        return values
+    fits = values.min() >= -32768 and values.max() <= 32767
+    return values.astype(np.int16 if fits and (values == np.rint(values)).all() else np.float32)
 
 
 def _own_window(data: Any, frame: int) -> Window | None:
@@ -340,8 +310,7 @@ def _default_window(data: Any, values: np.ndarray) -> Window:
 def open_nifti(path: Path, limits: Limits) -> Volume:
     """Open a NIfTI file; a fourth axis becomes channels.
 
-    Raises:
-        PageError: it is damaged, too large, too large with square pixels, or holds no grey levels.
+    One that is damaged, too large (with square pixels), or holds no grey levels is a ``PageError``.
     """
     with _said():
         file = volume_headers.open_volume(path)

@@ -39,12 +39,7 @@ PRESETS = tuple(Preset(**task) for task in _FILE["tasks"])
 
 
 class PageError(GMAIError):
-    """A message to a visitor of the page.
-
-    Args:
-        key: of `ERRORS`.
-        values: what is filled in.
-    """
+    """A message to a visitor of the page: a key of `ERRORS`, and the values that are filled in."""
 
     def __init__(self, key: str, **values: Any) -> None:
         self.key, self.values = key, values

@@ -29,14 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class ImagePanel(Panel):
-    """Draws the tray and the chosen image.
-
-    Args:
-        session: of the visitor.
-        memory: of all visitors.
-        examples: to pick from.
-        opening: how many uploads are decoded at once, of all visitors.
-    """
+    """Draws the tray and the chosen image; ``opening`` bounds the uploads that are decoded at once."""
 
     def __init__(
         self,

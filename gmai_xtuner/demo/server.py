@@ -68,14 +68,7 @@ STYLE = Path(__file__).with_name("style.css")
 
 
 class Demo:
-    """What all visitors share.
-
-    Args:
-        answering: the models.
-        limits: of uploads.
-        examples: to pick from.
-        language: that a page begins with.
-    """
+    """What all visitors share; a page begins with this ``language``."""
 
     def __init__(
         self,
@@ -172,9 +165,8 @@ def serve(
     """Serve until a signal ends it.
 
     Args:
-        demo: what is served.
+        demo, names: what is served, and by which names, see `Guard`.
         own: see `gmai_xtuner.core.addresses.reserved`.
-        names: see `Guard`.
         ready: called when the page can be visited.
     """
     host = str(own.getsockname()[0])
@@ -266,9 +258,7 @@ class Guard:
         if length.isascii() and length.isdigit() and int(length) > self._limit:
             await too_large(scope, receive, send)
             return
-        arrived = 0
-        began = False
-        more = True
+        arrived, began, more = 0, False, True
 
         async def counted() -> Message:
             nonlocal arrived, more

@@ -46,11 +46,7 @@ class Limits:
     waiting: int = 32
 
     def check(self, *, width: int, height: int, voxels: int) -> None:
-        """Check a file's sizes before its pixels are read.
-
-        Raises:
-            PageError: more than allowed, or none.
-        """
+        """Check a file's sizes before its pixels are read: more than allowed, or none, is a ``PageError``."""
         if width < 1 or height < 1 or voxels < 1:
             raise PageError("damaged")
         if width * height > self.pixels:
@@ -67,11 +63,7 @@ class Memory:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> None:
-        """Count bytes in.
-
-        Raises:
-            PageError: they don't fit; nothing is counted then.
-        """
+        """Count bytes in; if they don't fit, raise ``PageError`` and count nothing."""
         with self._lock:
             if self.used + count > self._limit:
                 raise PageError("memory_full")
@@ -115,11 +107,8 @@ class View:
 class Facts:
     """What may be shown of a file: nothing that says who the patient is.
 
-    Args:
-        kind: ``picture``, ``DICOM`` or ``NIfTI``.
-        modality: DICOM's code, or empty.
-        size: lengths of the axes, for people.
-        notes: keys of `words`, such as ``no_orientation``.
+    ``kind`` is ``picture``, ``DICOM`` or ``NIfTI``, ``modality`` DICOM's code, or empty; ``notes`` are keys
+    of `words`, such as ``no_orientation``.
     """
 
     kind: str
@@ -241,11 +230,7 @@ class Volume(_Study):
         return square_size(shape, pixel_spacing(self.spacing, axis)) or shape[::-1]
 
     def checked(self, limits: Limits) -> Volume:
-        """Return itself, if every slice can be shown: a wrong spacing asks for images of any size.
-
-        Raises:
-            PageError: with square pixels, slices along an axis would be too large.
-        """
+        """Return itself, if every slice can be shown: a wrong spacing asks for images of any size."""
         for width, height in map(self._size, self.axes):
             if width * height > limits.pixels:
                 raise PageError(

@@ -39,13 +39,7 @@ def image_element(url: str, *, about: str, name: str) -> ui.element:
 
 
 class Panel:
-    """A side of the page, with messages that stay until they are put away.
-
-    Args:
-        session: of the visitor.
-        memory: of all visitors.
-        notice: the messages' name for tests.
-    """
+    """A side of the page, with messages (``notice`` to tests) that stay until they are put away."""
 
     def __init__(self, session: Session, memory: Memory, *, notice: str) -> None:
         self.session, self.memory = session, memory

@@ -84,13 +84,8 @@ def sdpa_loop_attention(
 ) -> torch.Tensor:
     """One causal ``scaled_dot_product_attention`` for each conversation. Works on every device.
 
-    Args:
-        query: ``[1, H, T, D]``.
-        key: ``[1, K, T, D]`` with ``K`` dividing ``H``.
-        value: ``[1, K, T, D]``.
-
-    Returns:
-        ``[1, T, H, D]``.
+    ``query`` is ``[1, H, T, D]``, ``key`` and ``value`` ``[1, K, T, D]`` with ``K`` dividing ``H``, the
+    result ``[1, T, H, D]``.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -146,14 +141,10 @@ def _check_name(name: str) -> None:
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for this device and dtype.
+    """Return the backend of :data:`BACKENDS` for this device and dtype.
 
-    Args:
-        name: one of :data:`BACKENDS`; ``auto`` takes the variable-length kernel where it runs and the
-            loop of SDPA calls everywhere else. Both keep conversations apart exactly.
-
-    Raises:
-        GMAIError: if the name is unknown, or ``varlen`` is asked for where it can't run.
+    ``auto`` takes the variable-length kernel where it runs and the loop of SDPA calls everywhere else. Both
+    keep conversations apart exactly. Asking for ``varlen`` where it can't run is a ``GMAIError``.
     """
     _check_name(name)
     runs = (
@@ -166,9 +157,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
             "attention='varlen' needs an NVIDIA GPU of compute capability 8.0 or newer and fp16 or "
             f"bf16, got {device.type} and {dtype}. Use attention='auto'"
         )
-    if name == "auto":
-        return "varlen" if runs else "sdpa_loop"
-    return name
+    return ("varlen" if runs else "sdpa_loop") if name == "auto" else name
 
 
 def boundary_attention_forward(

@@ -113,11 +113,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: Any) -> ModelFlops:
-        """Of a :class:`gmai_xtuner.checkpoint.llava.GMAILLaVAModel`, as it is frozen now.
-
-        Reads only sizes and ``requires_grad``: the model may be on the meta device or partitioned by
-        ZeRO-3.
-        """
+        """Of a ``GMAILLaVAModel`` as it is frozen now, be it on the meta device or partitioned by ZeRO-3."""
         llm, config = model.llm, model.llm.config
         head_width = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
@@ -248,12 +244,9 @@ def _numbers(weight: Any) -> int:
 
 
 def cache_bytes(config: Any, *, tokens: int, dtype: torch.dtype) -> int:
-    """Memory of keys and values of one conversation.
+    """Memory of keys and values of a conversation of ``tokens``, image tokens counted.
 
-    Args:
-        config: of the language model.
-        tokens: length of the conversation, image tokens counted.
-        dtype: of the model.
+    ``config`` and ``dtype`` are the language model's.
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens

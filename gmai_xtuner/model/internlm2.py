@@ -46,8 +46,6 @@ REQUIRED_KEYS = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-
-
 DEFAULTS = {
     "hidden_act": "silu",
     "max_position_embeddings": 2048,

@@ -78,17 +78,10 @@ def use_reentrant() -> bool:
 
 
 def recompute_first_layers(decoder: Any, layers: int) -> None:
-    """Let a Llama decoder with checkpointing recompute its first ``layers`` layers only.
+    """Let a ``LlamaModel`` with gradient checkpointing recompute its first ``layers`` layers only.
 
     The last ones keep their activations: the backward pass frees those first, before any layer is
-    recomputed.
-
-    Args:
-        decoder: transformers' ``LlamaModel`` after ``gradient_checkpointing_enable``.
-        layers: 0 to all of its layers.
-
-    Raises:
-        GMAIError: the decoder does not have so many layers.
+    recomputed. More layers than the decoder has are a ``GMAIError``.
     """
     total = len(decoder.layers)
     if not 0 <= layers <= total:
@@ -182,15 +175,12 @@ class LLaVA(BaseModel):
 
         # First the weights, then the adapters: a checkpoint of a stage without adapters then fits.
         adapters, source = self.start()
-        if llm_lora is not None:
-            add_adapters(self.llm, llm_lora, option="llm_lora")
-        if visual_encoder_lora is not None:
-            add_adapters(
-                self.visual_encoder,
-                visual_encoder_lora,
-                option="visual_encoder_lora",
-                num_layers=self.vision_depth,
-            )
+        for part, lora, layers in (
+            ("llm", llm_lora, None),
+            ("visual_encoder", visual_encoder_lora, self.vision_depth),
+        ):
+            if lora is not None:
+                add_adapters(getattr(self, part), lora, option=f"{part}_lora", num_layers=layers)
         load_adapters(self, adapters, source=source)
 
     def start(self) -> tuple[Mapping[str, torch.Tensor], str]:

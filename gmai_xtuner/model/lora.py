@@ -125,10 +125,9 @@ def plain_key(key: str) -> str:
 
 
 def _as_config(config: Mapping[str, Any] | LoraConfig, option: str) -> LoraConfig:
-    if isinstance(config, Mapping):
-        lora = BUILDER.build(copy.deepcopy(config))
-    else:
-        lora = copy.deepcopy(config)
+    lora = copy.deepcopy(config)
+    if isinstance(lora, Mapping):
+        lora = BUILDER.build(lora)
     if type(lora) is not LoraConfig:
         raise GMAIError(f"{option} must be a peft.LoraConfig, got {type(lora).__name__}")
     if lora.init_lora_weights not in SUPPORTED_STARTS:
@@ -163,10 +162,8 @@ def split_adapters(
 def load_adapters(model: nn.Module, adapters: Mapping[str, torch.Tensor], *, source: str) -> None:
     """Continue with the adapters of a checkpoint: all of a part, or none.
 
-    Args:
-        model: its direct children are the parts; adapters are in place.
-        adapters: keys ``<part>.<layer>.lora_A.default.weight``; may be empty.
-        source: where they come from, for messages.
+    The model's direct children are the parts, and have adapters; keys are
+    ``<part>.<layer>.lora_A.default.weight``; ``source`` says where they come from.
 
     Raises:
         ModelLoadError: another rank, other layers, or a part that has no adapters here. Nothing is
@@ -206,15 +203,7 @@ def _describe(adapters: Mapping[str, torch.Tensor]) -> str:
 
 @torch.no_grad()
 def merged_weights(part: nn.Module, base: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """``W + scale * B A`` of every layer with an adapter, in fp32, one after the other.
-
-    Args:
-        part: the model with adapters.
-        base: the same model without, from which ``W`` is taken.
-
-    Yields:
-        name of the layer and its merged weight.
-    """
+    """Yield each layer with an adapter and its ``W + scale * B A`` in fp32; ``W`` is that of ``base``."""
     for name, layer in adapter_layers(part).items():
         weight: Any = base.get_submodule(name).weight
         # fp32: a bf16 sum would round most of what the adapter says away.
@@ -256,10 +245,6 @@ TO_CONVERT = (
 
 def quantization_that_runs(config: Mapping[str, Any] | BitsAndBytesConfig) -> BitsAndBytesConfig:
     """The configuration, once it is clear that this machine can run it. No weight has been read by then.
-
-    Args:
-        config: a ``BitsAndBytesConfig`` or its config ``dict(type="transformers.BitsAndBytesConfig",
-            load_in_4bit=True, ...)``; it is not changed.
 
     Raises:
         ModelLoadError: not 4 bit, DeepSpeed ZeRO-3, no CUDA device, or a bitsandbytes that does not

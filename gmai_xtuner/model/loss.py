@@ -100,10 +100,7 @@ def weighted_cross_entropy(
 def token_losses(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, chunk_size: int = 2048
 ) -> torch.Tensor:
-    """Cross entropy of each token, float32 ``[M]``, to look at and not to learn from.
-
-    Args as in :func:`weighted_cross_entropy`.
-    """
+    """Cross entropy of each token, float32 ``[M]``, to look at and not to learn from."""
     pieces = [
         F.cross_entropy(F.linear(part, weight).float(), target, reduction="none")
         for part, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)

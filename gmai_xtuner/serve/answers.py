@@ -40,23 +40,14 @@ class End(NamedTuple):
 
 
 class Answers:
-    """Compute the answers of one model.
-
-    Args:
-        predictor: the model.
-        max_waiting: requests that may wait for the one that is computed; more are turned away.
-    """
+    """Compute the answers of one model; more than ``max_waiting`` requests are turned away."""
 
     def __init__(self, predictor: Predictor, *, max_waiting: int) -> None:
         self.predictor = predictor
         self.queue = InferenceQueue(max_waiting=max_waiting)
 
     def check_room(self) -> None:
-        """Refuse when too many requests wait.
-
-        Raises:
-            ApiError: 503, with ``Retry-After``.
-        """
+        """Refuse when too many requests wait: ``ApiError`` 503, with ``Retry-After``."""
         if self.queue.is_full:
             raise self._full()
 
@@ -64,11 +55,7 @@ class Answers:
         return busy(f"{self.queue.length} requests are computed or wait, this server's limit")
 
     def check_length(self, prompt: Prompt) -> None:
-        """Refuse a prompt that leaves the model no position to answer at.
-
-        Raises:
-            ApiError: 400.
-        """
+        """Refuse a prompt that leaves the model no position to answer at: ``ApiError`` 400."""
         try:
             length, limit = self.predictor.num_tokens(prompt), self.predictor.context_length
             if length >= limit:
@@ -113,11 +100,7 @@ class Answers:
 
 
 class StopTexts:
-    """Hand text on up to the first stop text, and hold back what may become one.
-
-    Args:
-        texts: none of them empty.
-    """
+    """Hand text on up to the first of the stop texts (none empty), and hold back what may become one."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = tuple(texts)
