@@ -128,7 +128,7 @@ class BadList:
 
 
 def note_of_record(record: str, where: str, errors: Mapping[str, DataError]) -> dict[str, Any]:
-    """Return the line of the lists about a bad record: its id, perhaps with its place behind it, and its place.
+    """Return the line of the lists about a bad record of this id (perhaps with its place behind) and place.
 
     ``errors`` say what is wrong, by image, or under ``""`` with the record itself.
     """
