@@ -61,14 +61,10 @@ def add_dtype_argument(
 
 
 def add_api_key_argument(
-    parser: argparse._ActionsContainer,
-    help: str,
-    *,
-    option: str = "--api-key-env",
-    default: str | None = None,
+    parser: argparse._ActionsContainer, help: str, *, option: str = "--api-key-env"
 ) -> None:
     """Add ``--api-key-env NAME``: the environment variable that holds a key, never the key itself."""
-    parser.add_argument(option, metavar="NAME", default=default, help=help)
+    parser.add_argument(option, metavar="NAME", help=help)
 
 
 class _AllowPickle(argparse.Action):
@@ -78,13 +74,9 @@ class _AllowPickle(argparse.Action):
 
 def add_allow_pickle(parser: argparse._ActionsContainer) -> None:
     """Add ``--allow-pickle``, which holds for the process and those it starts."""
-    parser.add_argument(
-        "--allow-pickle",
-        action=_AllowPickle,
-        nargs=0,
-        default=argparse.SUPPRESS,
-        help="also read weights that are a pickle (pytorch_model.bin); tensors alone, nothing is run",
-    )
+    text = "also read weights that are a pickle (pytorch_model.bin); tensors alone, nothing is run"
+    kept = argparse.SUPPRESS
+    parser.add_argument("--allow-pickle", action=_AllowPickle, nargs=0, default=kept, help=text)
 
 
 def add_device_arguments(parser: argparse._ActionsContainer) -> None:
@@ -106,21 +98,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``MODEL`` and the options that say how it is loaded."""
     parser.add_argument("model", metavar="MODEL", help="folder with the weights of a trained model")
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--llm", help="the language model's base, for an export of stage 1 or 2, which has none"
-    )
-    group.add_argument("--vision", help="the vision tower's base, for an export of stage 1")
+    add, either = group.add_argument, argparse.BooleanOptionalAction
+    add("--llm", help="the language model's base, for an export of stage 1 or 2, which has none")
+    add("--vision", help="the vision tower's base, for an export of stage 1")
     add_device_arguments(group)
-    group.add_argument(
-        "--prompt-template",
-        metavar="NAME",
-        help="xtuner's, such as internlm2_chat (default: what the folder says)",
-    )
-    group.add_argument(
-        "--add-bos",
-        action=argparse.BooleanOptionalAction,
-        help="begin prompts with <s> (default: what the folder says)",
-    )
+    text = "xtuner's, such as internlm2_chat (default: what the folder says)"
+    add("--prompt-template", metavar="NAME", help=text)
+    add("--add-bos", action=either, help="begin prompts with <s> (default: what the folder says)")
     add_allow_pickle(group)
 
 

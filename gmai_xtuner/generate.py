@@ -177,31 +177,19 @@ class Predictor:
         images: Sequence[ImageLike] = (),
         *,
         system: str | None = None,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
+        **options: Any,
     ) -> str:
-        """Answer one question; without ``<image>`` marks the images come first, as in training."""
+        """Answer one question; without ``<image>`` marks the images come first, as in training.
+
+        Options are those of :meth:`answer_batch`, here and of :meth:`generate`.
+        """
         turns = (*([Turn("system", system)] if system else []), user_turn(question, len(images)))
-        return self.generate(turns, images, max_new_tokens=max_new_tokens, sampling=sampling)
+        return self.generate(turns, images, **options)
 
-    def generate(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence[ImageLike],
-        *,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-    ) -> str:
+    def generate(self, turns: Sequence[Turn], images: Sequence[ImageLike], **options: Any) -> str:
         """The assistant's next turn."""
-        prompts = [Prompt(tuple(turns), tuple(images))]
-        return self.generate_batch(prompts, max_new_tokens=max_new_tokens, sampling=sampling)[0]
-
-    def generate_batch(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 256, sampling: Sampling = GREEDY
-    ) -> list[str]:
-        """Do as :meth:`answer_batch`; return the texts alone."""
-        found = self.answer_batch(prompts, max_new_tokens=max_new_tokens, sampling=sampling)
-        return [one.text for one in found]
+        (found,) = self.answer_batch([Prompt(tuple(turns), tuple(images))], **options)
+        return found.text
 
     @torch.no_grad()
     def answer_batch(

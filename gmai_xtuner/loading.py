@@ -162,46 +162,33 @@ def _llava_sources(export: Export, llm: str | None, vision: str | None) -> _Sour
 
 def _xtuner_sources(export: Export, llm: str | None, vision: str | None) -> _Sources:
     folder, tower = export.folder, export.folder / "visual_encoder"
-    adapters = [folder / name if (folder / name).is_dir() else None for name in ADAPTERS]
-    llm = _base_of(adapters[0], llm, option="llm")
-    vision = _base_of(adapters[1], vision, option="vision")
-    llm = _part(folder, folder / "config.json", llm, "language model", "llm")
-    vision = _part(tower, tower, vision, "vision tower", "vision")
-    if llm is None or vision is None:
-        raise ModelLoadError(_name_the_bases(folder, llm, vision))
-    return _Sources(llm, vision, adapters[0], adapters[1])
-
-
-def _base_of(adapter: Path | None, base: str | None, *, option: str) -> str | None:
-    if adapter is None or base is not None:
-        return base
-    named = adapter_base(adapter)
-    if not named:
+    bases, missing, adapters = [], [], [folder / name for name in ADAPTERS]
+    for what, option, base, adapter, inside, proof in (
+        ("language model", "llm", llm, adapters[0], folder, folder / "config.json"),
+        ("vision tower", "vision", vision, adapters[1], tower, tower),
+    ):
+        if base is None and adapter.is_dir():
+            base = adapter_base(adapter)
+            if not base:
+                raise ModelLoadError(
+                    f"{adapter} does not say which base it was trained on; name it with --{option} in "
+                    f"the shell, {option}=... in Python"
+                )
+            info(f"{adapter} goes on {base}, as it says")
+        if proof.exists() and base is not None:
+            raise ModelLoadError(f"the export has its own {what}; leave {option} out")
+        bases.append(str(inside) if proof.exists() else base or "")
+        missing += [] if bases[-1] else [(what, option)]
+    if missing:
+        shell = " ".join(f"--{option} BASE" for _, option in missing)
+        python = ", ".join(f"{option}=..." for _, option in missing)
         raise ModelLoadError(
-            f"{adapter} does not say which base it was trained on; name it with --{option} in "
-            f"the shell, {option}=... in Python"
+            f"the export {str(folder)!r} has no {' and no '.join(what for what, _ in missing)}: its stage "
+            f"did not train {'it' if len(missing) == 1 else 'them'}. Name what it was trained on, a folder "
+            f"or a hub name: {shell} in the shell, {python} in Python"
         )
-    info(f"{adapter} goes on {named}, as it says")
-    return named
-
-
-def _part(inside: Path, proof: Path, base: str | None, what: str, option: str) -> str | None:
-    """Where a part is: in the export, or its base; None: it must be named."""
-    if proof.exists() and base is not None:
-        raise ModelLoadError(f"the export has its own {what}; leave {option} out")
-    return str(inside) if proof.exists() else base
-
-
-def _name_the_bases(folder: Path, llm: str | None, vision: str | None) -> str:
-    parts = (("language model", "llm", llm), ("vision tower", "vision", vision))
-    missing = [(what, option) for what, option, base in parts if base is None]
-    shell = " ".join(f"--{option} BASE" for _, option in missing)
-    python = ", ".join(f"{option}=..." for _, option in missing)
-    return (
-        f"the export {str(folder)!r} has no {' and no '.join(what for what, _ in missing)}: its stage did "
-        f"not train {'it' if len(missing) == 1 else 'them'}. Name what it was trained on, a folder or a "
-        f"hub name: {shell} in the shell, {python} in Python"
-    )
+    on_llm, on_vision = (adapter if adapter.is_dir() else None for adapter in adapters)
+    return _Sources(bases[0], bases[1], on_llm, on_vision)
 
 
 def _what_it_is_instead(export: Export) -> str:

@@ -37,13 +37,17 @@ def prompts() -> list[Prompt]:
     ]
 
 
+def texts(predictor, prompts, **options):
+    return [one.text for one in predictor.answer_batch(prompts, **options)]
+
+
 def test_a_batch_gives_the_answers_of_one_prompt_at_a_time(predictor, prompts):
     alone = [
         predictor.generate(prompt.turns, prompt.images, max_new_tokens=LENGTH) for prompt in prompts
     ]
     assert len(set(alone)) > 1, "the model must tell the prompts apart, or this shows nothing"
-    assert predictor.generate_batch(prompts, max_new_tokens=LENGTH) == alone
-    assert predictor.generate_batch(prompts[::-1], max_new_tokens=LENGTH) == alone[::-1]
+    assert texts(predictor, prompts, max_new_tokens=LENGTH) == alone
+    assert texts(predictor, prompts[::-1], max_new_tokens=LENGTH) == alone[::-1]
 
 
 def test_an_answer_in_pieces_is_the_whole_answer(predictor, prompts):
@@ -99,7 +103,7 @@ def test_marks_and_images_must_agree(predictor):
 
 
 def test_no_prompt_gives_no_answer(predictor):
-    assert predictor.generate_batch([]) == []
+    assert texts(predictor, []) == []
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_a_prompt_fits_into_the_positions_of_the_model(predictor, prompts, monke
     with pytest.raises(PromptTooLong, match=rf"{length} tokens.*{length} positions"):
         predictor.stream(text.turns, (), max_new_tokens=10)
     with pytest.raises(PromptTooLong):
-        predictor.generate_batch([text])
+        texts(predictor, [text])
 
 
 def test_a_long_neighbour_cuts_no_answer(predictor, prompts, monkeypatch):
@@ -155,7 +159,7 @@ def test_a_long_neighbour_cuts_no_answer(predictor, prompts, monkeypatch):
     monkeypatch.setattr(predictor.model.llm.config, "max_position_embeddings", limit)
     two_tokens = predictor.generate(long.turns, long.images, max_new_tokens=LENGTH)
     assert two_tokens == predictor.generate(long.turns, long.images, max_new_tokens=2)
-    asked = predictor.generate_batch([short, long, short], max_new_tokens=LENGTH)
+    asked = texts(predictor, [short, long, short], max_new_tokens=LENGTH)
     assert asked == [alone, two_tokens, alone]
 
 

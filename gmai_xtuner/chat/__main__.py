@@ -111,31 +111,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk to a trained model about images, in English or Chinese. Not for clinical use.",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--image",
-        action="append",
-        default=[],
-        metavar="X",
-        help="PNG, JPEG, TIFF, ...; shown with the first question; may be given several times",
-    )
-    parser.add_argument(
-        "--question", metavar="TEXT", help="answer this and leave; - reads it from standard input"
-    )
-    parser.add_argument("--json", action="store_true", help="with --question: one JSON object")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    add = parser.add_argument
+    text = "PNG, JPEG, TIFF, ...; shown with the first question; may be given several times"
+    add("--image", action="append", default=[], metavar="X", help=text)
+    text = "answer this and leave; - reads it from standard input"
+    add("--question", metavar="TEXT", help=text)
+    add("--json", action="store_true", help="with --question: one JSON object")
+    add("--system", metavar="TEXT", help="system prompt")
     group = parser.add_argument_group("answers")
     add_limits(group, ("--max-new-tokens", positive_int, 512, "at most"))
-    group.add_argument(
-        "--temperature", type=float, default=0.0, help="0, the default: the likeliest token"
-    )
-    group.add_argument("--top-p", type=float, default=1.0, help="with a temperature (default 1)")
-    group.add_argument("--seed", type=int, help="of the draw; the same one gives the same answer")
-    group.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="over 1: fewer repetitions (default 1)",
-    )
+    add = group.add_argument
+    add("--temperature", type=float, default=0.0, help="0, the default: the likeliest token")
+    add("--top-p", type=float, default=1.0, help="with a temperature (default 1)")
+    add("--seed", type=int, help="of the draw; the same one gives the same answer")
+    text = "over 1: fewer repetitions (default 1)"
+    add("--repetition-penalty", type=float, default=1.0, help=text)
     return parser
 
 

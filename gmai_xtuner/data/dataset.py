@@ -299,8 +299,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         packs, excluded = len(self), plan.excluded()
         lines = [
             f"  {row.name}: {row.kept} conversations x {row.ratio:g}"
-            + (f" ({row.category})" if row.category else "")
-            + (f", {row.excluded} of them excluded" if row.excluded else "")
+            + f" ({row.category})" * bool(row.category)
+            + f", {row.excluded} of them excluded" * bool(row.excluded)
             + f", {row.held_out} {'' if row.excluded else 'of them '}held out" * bool(row.held_out)
             for row in rows
         ]

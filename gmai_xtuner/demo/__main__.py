@@ -119,18 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     add_allow_pickle(parser)
     add("--host", default="127.0.0.1", help="address to serve (default: this machine only)")
     add("--port", type=int, default=7860, help="0 takes a free one (default 7860)")
-    add(
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="name by which a proxy on this machine is visited; can be repeated",
-    )
-    add(
-        "--without-sign-in",
-        action="store_true",
-        help="let everyone who reaches --host use the page; a proxy in front can ask for a password",
-    )
+    text = "name by which a proxy on this machine is visited; can be repeated"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=text)
+    text = "let everyone who reaches --host use the page; a proxy in front can ask for a password"
+    add("--without-sign-in", action="store_true", help=text)
     add_limits(
         parser,
         ("--max-upload-mb", positive_number, 256, "MiB of one upload"),

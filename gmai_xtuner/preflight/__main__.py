@@ -73,36 +73,21 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m gmai_xtuner.preflight",
         description="What a run will be, and whether it would fail, before a GPU is queued for.",
     )
-    parser.add_argument("config", help="configs/gmai_vl/*.py, or a child of one")
-    parser.add_argument(
-        "--gpus", type=positive_int, default=1, help="of all machines together (default 1)"
-    )
-    parser.add_argument(
-        "--deepspeed", default="zero2", help="as for xtuner train: a name or a file (default zero2)"
-    )
-    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE", help="as for xtuner train")
-    parser.add_argument("--work-dir", help="as for xtuner train")
+    add = parser.add_argument
+    add("config", help="configs/gmai_vl/*.py, or a child of one")
+    add("--gpus", type=positive_int, default=1, help="of all machines together (default 1)")
+    add("--deepspeed", default="zero2", help="as for xtuner train: name or file (default zero2)")
+    add("--cfg-options", nargs="+", metavar="KEY=VALUE", help="as for xtuner train")
+    add("--work-dir", help="as for xtuner train")
     add_allow_pickle(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--images", action="store_true", help="decode every image of the mixture")
-    parser.add_argument(
-        "--throughput",
-        type=positive_number,
-        metavar="TOKENS",
-        help="tokens a second on one GPU, as the log's tokens_per_second: gives the hours",
-    )
-    parser.add_argument(
-        "--gpu-memory",
-        type=positive_number,
-        default=80.0,
-        metavar="GIB",
-        help="of one GPU (default 80)",
-    )
-    parser.add_argument(
-        "--without-weights",
-        action="store_true",
-        help="plan on a machine that has neither the bases' weights nor the stage before",
-    )
+    add("--json", action="store_true", help="one JSON object on standard output")
+    add("--images", action="store_true", help="decode every image of the mixture")
+    text = "tokens a second on one GPU, as the log's tokens_per_second: gives the hours"
+    add("--throughput", type=positive_number, metavar="TOKENS", help=text)
+    text = "of one GPU (default 80)"
+    add("--gpu-memory", type=positive_number, default=80.0, metavar="GIB", help=text)
+    text = "plan on a machine that has neither the bases' weights nor the stage before"
+    add("--without-weights", action="store_true", help=text)
     return parser
 
 

@@ -59,22 +59,14 @@ def _parser() -> argparse.ArgumentParser:
         "failed, 3 stopped by a file `stop`, 130 by Ctrl-C, 143 by SIGTERM.",
     )
     add = parser.add_argument
-    add(
-        "stage",
-        metavar="STAGE|all",
-        help="stage1_shallow, stage2_deep, ..., or a config file; or all",
-    )
-    add(
-        "settings",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="overrides of the config (--cfg-options); of `all`, stage1.KEY=VALUE is for one stage",
-    )
+    text = "stage1_shallow, stage2_deep, ..., or a config file; or all"
+    add("stage", metavar="STAGE|all", help=text)
+    text = "overrides of the config (--cfg-options); of `all`, stage1.KEY=VALUE is for one stage"
+    add("settings", nargs="*", metavar="KEY=VALUE", help=text)
     add("--work-dir", type=Path, help="default work_dirs/STAGE; of `all`, the folder of everything")
     add("--deepspeed", default="zero2", metavar="NAME", help="default zero2")
-    add(
-        "--resume", action="store_true", help="go on from the newest checkpoint (`all` always does)"
-    )
+    text = "go on from the newest checkpoint (`all` always does)"
+    add("--resume", action="store_true", help=text)
     add("--nproc", type=positive_int, metavar="N", help="GPUs of this machine (default 1)")
     add("--seed", type=int)
     group = parser.add_argument_group("all: three stages, a converted model, an evaluation")
