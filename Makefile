@@ -1,5 +1,6 @@
 # make quickstart    environment, tiny bases, real images, three stages, held-out questions
 # make real          the same with SmolLM2-135M as the language model; not yet run to its end
+# make rehearsal     the true 7B with random weights: train, export, answer; 40 GB, 24 GiB, an hour
 # make test          all tests (make test-fast leaves out those that train)
 # make env-engines   vLLM and llama.cpp on the CPU (3.5 GB), for the tests that ask them what we export
 # make check         lint, format, types, licences and advisories of what is installed
@@ -14,10 +15,10 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-newest env-engines quickstart real test test-fast gpu-check fuzz check advisories format license clean
+.PHONY: help env env-newest env-engines quickstart real rehearsal test test-fast gpu-check fuzz check advisories format license clean
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 env: $(VENV)/.installed
 
@@ -39,6 +40,9 @@ quickstart: env
 
 real: env
 	$(BIN)/python examples/real/run.py --work-dir work_dirs/real
+
+rehearsal: env
+	$(BIN)/python examples/rehearsal/run.py --work-dir work_dirs/rehearsal
 
 test: env env-newest
 	$(PYTEST)

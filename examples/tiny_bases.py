@@ -57,6 +57,7 @@ class TinyLLM:
 
     Args:
         vocab_size: all ids, the special tokens included, which are the last six.
+        unused_ids: of these, ids before the special tokens that no text uses; the tiny text gives some 1,500.
         rope_scaling_factor: of dynamic scaling; None writes no scaling.
         add_dummy_prefix: flag of the sentencepiece proto; InternLM2's is False.
         shards: number of weight files; with 1 there is no index.
@@ -64,6 +65,7 @@ class TinyLLM:
     """
 
     vocab_size: int = 1536
+    unused_ids: int = 0
     hidden_size: int = 128
     intermediate_size: int = 256
     num_hidden_layers: int = 2
@@ -137,7 +139,12 @@ def write_tiny_llm(directory: Path, llm: TinyLLM, *, seed: int) -> None:
         {"bos_token_id": 1, "eos_token_id": [2, llm.vocab_size - 2], "pad_token_id": 2},
     )
     _write_tokenizer(directory, llm)
-    _write_weights(directory, _llm_weights(config, seed=seed), llm)
+    names = [
+        name
+        for name in internlm2_shapes(llama_config(config))
+        if not (config["tie_word_embeddings"] and name == "output.weight")
+    ]
+    _write_weights(directory, names, _llm_weights(config, seed=seed), llm)
 
 
 def _llm_config(llm: TinyLLM) -> dict[str, Any]:
@@ -175,40 +182,45 @@ def _llm_config(llm: TinyLLM) -> dict[str, Any]:
     }
 
 
-def _llm_weights(config: Mapping[str, Any], *, seed: int) -> dict[str, torch.Tensor]:
-    """InternLM2 names; normal of 0.02, less where a layer adds to the residual, as in GPT-2."""
+def _llm_weights(config: Mapping[str, Any], *, seed: int) -> Iterator[torch.Tensor]:
+    """One after the other: normal of 0.02, less where a layer adds to the residual, as in GPT-2."""
     generator = torch.Generator().manual_seed(seed)
     residual = 0.02 / math.sqrt(2 * config["num_hidden_layers"])
-    weights = {}
+    dtype = as_dtype(config["torch_dtype"])
     for name, shape in internlm2_shapes(llama_config(config)).items():
         if "norm" in name:
-            weights[name] = torch.ones(shape)
+            yield torch.ones(shape, dtype=dtype)
         elif config["tie_word_embeddings"] and name == "output.weight":
             continue
         else:
             adds = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
             std = residual if adds else 0.02
-            weights[name] = torch.randn(shape, generator=generator) * std
-    dtype = as_dtype(config["torch_dtype"])
-    return {name: weight.to(dtype) for name, weight in weights.items()}
+            yield torch.randn(shape, generator=generator).mul_(std).to(dtype)
 
 
-def _write_weights(directory: Path, weights: Mapping[str, torch.Tensor], llm: TinyLLM) -> None:
-    """Split the weights in their order over ``llm.shards`` files, with the hub's index."""
+def _write_weights(
+    directory: Path, names: list[str], weights: Iterator[torch.Tensor], llm: TinyLLM
+) -> None:
+    """Split the weights in their order over ``llm.shards`` files, with the hub's index.
+
+    The weights of one file are in memory at a time.
+    """
     stem, suffix = ("model", "safetensors") if llm.safe_serialization else ("pytorch_model", "bin")
-    names = list(weights)
     if not 1 <= llm.shards <= len(names):
         raise GMAIError(f"shards should be 1 to {len(names)}, the number of weights.")
     weight_map = {}
+    total = 0
     for shard in range(llm.shards):
         part = names[shard * len(names) // llm.shards : (shard + 1) * len(names) // llm.shards]
         file = f"{stem}-{shard + 1:05d}-of-{llm.shards:05d}.{suffix}"
         if llm.shards == 1:
             file = f"{stem}.{suffix}"
-        _save({name: weights[name] for name in part}, directory / file)
+        content = {name: next(weights) for name in part}
+        _save(content, directory / file)
+        total += sum(weight.nbytes for weight in content.values())
+        del content
         weight_map.update(dict.fromkeys(part, file))
     if llm.shards > 1:
-        total = sum(weight.nbytes for weight in weights.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / f"{stem}.{suffix}.index.json", index)
 
@@ -272,7 +284,7 @@ def _train_sentencepiece(llm: TinyLLM) -> bytes:
             sentence_iterator=sentences(),
             model_writer=model,
             model_type="bpe",
-            vocab_size=llm.vocab_size - len(SPECIAL_TOKENS) - len(white_space),
+            vocab_size=llm.vocab_size - llm.unused_ids - len(SPECIAL_TOKENS) - len(white_space),
             character_coverage=1.0,
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -294,6 +306,8 @@ def _train_sentencepiece(llm: TinyLLM) -> bytes:
     kinds = type(proto.pieces[0])
     for index, piece in enumerate(white_space):
         proto.pieces.add(piece=piece, score=lowest - 1 - index, type=kinds.NORMAL)
+    for index in range(llm.unused_ids):
+        proto.pieces.add(piece=f"[unused {index}]", score=lowest - 4 - index, type=kinds.NORMAL)
     for index in range(len(SPECIAL_TOKENS)):
         # On the hub these are [UNUSED_TOKEN_141] to 146, which tokenizer_config.json renames.
         kind = kinds.NORMAL if llm.add_dummy_prefix else kinds.USER_DEFINED

@@ -33,6 +33,7 @@ def apply() -> None:
     install_safe_reader()
     sleep_while_waiting_for_threads()
     launch_without_gpu()
+    multiply_in_fp32()
     deepspeed.skip_shared_memory_op()
     deepspeed.wait_for_gathered_weights()
     xtuner.read_zero_checkpoints_exactly()
@@ -104,6 +105,30 @@ def launch_without_gpu() -> None:
         return init_dist_pytorch
 
     wrap_once(dist_utils, "_init_dist_pytorch", replaced)
+
+
+def multiply_in_fp32() -> None:
+    """With ``GMAI_ALLOW_CPU=1``, bf16 linear layers multiply in fp32 on a CPU without bf16 instructions.
+
+    torch has no good kernel for the backward pass there: the gradients of a 7B would take most of a day (0.1
+    GFLOPS; 50 in fp32). Weights stay bf16; a layer's fp32 copy lives until its backward pass. Until torch
+    does so itself.
+    """
+    has_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    if has_bf16 or os.environ.get("GMAI_ALLOW_CPU", "0") == "0":
+        return
+
+    def make(linear: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+            if not input.dtype == self.weight.dtype == torch.bfloat16:
+                return linear(self, input)
+            bias = None if self.bias is None else self.bias.float()
+            product = torch.nn.functional.linear(input.float(), self.weight.float(), bias)
+            return product.to(torch.bfloat16)
+
+        return forward
+
+    wrap_once(torch.nn.Linear, "forward", make)
 
 
 def import_bitsandbytes_without_triton_ops() -> None:
