@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import gmai_xtuner.plugin  # noqa: F401
 from examples.tiny_bases import write_tiny_bases
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.generate import Predictor
+from tests.browser import chromium
 from tests.toy import Corpus, write_corpus
 
 # How long an example takes says something about the machine, not about the code; and the same examples every
@@ -95,3 +94,10 @@ def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
         return write_corpus(tmp_path / f"corpus{number}", datasets, **options)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; the test is skipped where none is installed."""
+    with chromium() as running:
+        yield running

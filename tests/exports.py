@@ -2,8 +2,6 @@
 
 """Exports of a tiny model that tells its prompts apart, without training: by the code of ``convert``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

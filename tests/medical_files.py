@@ -2,8 +2,6 @@
 
 """Medical files of a few pixels, written as their formats say."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 """The conversation, its commands, and the command as a person and as a script run it."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

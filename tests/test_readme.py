@@ -2,8 +2,6 @@
 
 """What the README and the docs point at exists."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 
 """The server, asked by OpenAI's own client over real HTTP."""
 
-from __future__ import annotations
-
 import base64
 import importlib
 import io

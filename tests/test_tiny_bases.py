@@ -2,8 +2,6 @@
 
 """The tiny bases: hub layout, reproducible bytes, and weights that can learn."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

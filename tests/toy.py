@@ -2,8 +2,6 @@
 
 """Small corpora for the tests: a few conversations, synthetic pictures and a mixture file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -2,22 +2,22 @@
 
 """The benchmarks run, at a tiny size, and print what they promise. Their figures mean nothing here."""
 
-from __future__ import annotations
-
+import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import warm
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,16 @@ def run(script: str, work_dir: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(line)
 
 
+def load(name: str) -> ModuleType:
+    """A benchmark's module."""
+    specification = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
 def test_packing(work_dir):
     result = run("packing.py", work_dir, "--samples", "4000", "--peer-samples", "1000")
     assert result["samples"] == 4000
@@ -46,6 +56,7 @@ def test_packing(work_dir):
     assert "trl_seconds" in result
 
 
+@pytest.mark.slow
 def test_tokenizing(work_dir):
     result = run("tokenizing.py", work_dir, "--samples", "3000", "--peer-samples", "150")
     assert result["same_ids"] is True
@@ -53,6 +64,7 @@ def test_tokenizing(work_dir):
     assert result["ratio"] == pytest.approx(result["ours_per_second"] / result["xtuner_per_second"])
 
 
+@pytest.mark.slow
 def test_startup(work_dir):
     result = run("startup.py", work_dir, "--samples", "2000", "--peer-samples", "150")
     assert result["conversations"] <= result["samples"] == 2000
@@ -62,12 +74,14 @@ def test_startup(work_dir):
     assert result["xtuner_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_damage(work_dir):
     result = run("damage.py", work_dir, "--tries", "2", "--pictures", "1", "--side", "120")
     assert {row["format"] for row in result["rows"]} >= {"JPEG", "PNG", "WebP"}
     assert all(row["decode"] <= row["careful"] <= 1 for row in result["rows"])
 
 
+@pytest.mark.slow
 def test_attacks():
     command = [sys.executable, str(BENCHMARKS / "attacks.py"), "--only", "15 MiB of wrong items"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -77,28 +91,30 @@ def test_attacks():
     assert row["GiB"] < 1
 
 
-def test_gpu_check(tmp_path):
-    """The groups that are quick on a CPU; `make gpu-check` runs all."""
-    groups = ["environment", "padded", "checkpoints", "command"]
+@pytest.mark.slow
+def test_gpu_check(tmp_path, monkeypatch, capfd):
+    """The groups that are quick on a CPU; `make gpu-check` runs all, each in a process of its own."""
+    checks = load("gpu_check")
+
+    def child(*arguments, seconds, **more):
+        command = arguments if Path(arguments[0]).name == "xtuner" else ("python", *arguments)
+        environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), **more}
+        return warm.run(command, environment=environment, timeout=seconds)
+
+    monkeypatch.setattr(checks, "child", child)
+    groups = ["environment", "padded", "checkpoints"]
     out = tmp_path / "checks.json"
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "gpu_check.py"),
-        "--out",
-        str(out),
-        "--only",
-        *groups,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(out), "--only", *groups])
+    assert checks.main() == 0, capfd.readouterr().out
     found = {(one["group"], one["name"]): one for one in json.loads(out.read_text())}
     assert [*dict.fromkeys(group for group, _ in found)] == groups
     assert found["padded", "left-padded batch of four"]["verdict"] == "PASS"
     assert found["checkpoints", "resumed"]["verdict"] == "PASS"
-    waits = found["command", "host waits of a micro-batch"]
-    assert "stage_1_and_2.py" in waits["measured"]
+    waits = {one.name: one for one in checks.command()}["host waits of a micro-batch"]
+    assert "stage_1_and_2.py" in waits.measured
 
 
+@pytest.mark.slow
 def test_images(work_dir):
     result = run("images.py", work_dir, "--samples", "1", "--seconds", "0.1")
     assert result["identical"] is True
@@ -109,6 +125,7 @@ def test_images(work_dir):
     assert kinds["512x512 PNG"]["scaled_max_levels"] == 0
 
 
+@pytest.mark.slow
 def test_overlap(work_dir):
     result = run(
         "overlap.py", work_dir, "--pictures", "2", "--values", "20000", "--queries", "500",
@@ -121,3 +138,102 @@ def test_overlap(work_dir):
     assert result["datasketch_recall"] is None or result["datasketch_recall"] <= 1
     assert all(row["ours_per_second"] > 0 for row in result["pictures"])
     assert result["from_cache_per_second"] > result["all_cores_per_second"] > 0
+
+
+# The corpus builder
+
+
+@pytest.mark.slow
+def test_a_corpus_of_made_up_records(tmp_path):
+    result = run("corpus.py", tmp_path, "--records", "2000")
+    assert (result["records"], result["conversations"], result["rejected"]) == (2000, 2000, 0)
+    assert set(result["seconds_by_stage"]) == {"reading", "making", "building"}
+    assert result["records_per_second_template"] > result["records_per_second"] > 0
+    assert result["peak_memory_mib"] <= result["peak_memory_all_mib"]
+
+
+@pytest.mark.slow
+def test_requests_to_a_server_on_loopback(tmp_path):
+    few = ("--requests", "200", "--in-flight", "16", "--latency", "0.05", "--images", "20")
+    result = run("requesting.py", tmp_path, *few)
+    assert result["requests"] == 200 - 5 * 16
+    assert result["most_in_flight_at_server"] <= 16
+    assert 0 < result["share_of_ideal"] <= 1
+    assert result["from_the_ledger_a_second"] > 0
+
+
+def test_planted_faults_are_caught_and_true_texts_pass(tmp_path):
+    result = run("planted_faults.py", tmp_path, "--records", "12")
+    assert result["planted"] > 500
+    assert result["caught_share"] >= 0.95
+    assert result["stopped_share"] <= 0.02
+    assert {kind.split()[0] for kind in result["kinds"]} == {
+        "organ",
+        "side",
+        "count",
+        "modality",
+        "size",
+    }
+
+
+# The training step
+
+KEYS = {
+    *("geometry", "stage", "device", "torch", "useful_tokens_per_second", "mfu", "ratio", "fill"),
+    *("xtuner_useful_tokens_per_second", "xtuner_mfu", "peak_memory_gib", "seconds_per_step"),
+    *("padding_share", "recomputed_layers", "loss", "xtuner_loss", "optimiser"),
+}
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return load("random_batches")
+
+
+@pytest.fixture(scope="module")
+def drawn(batches):
+    return batches.draw_conversations(200, vocabulary=1472, max_length=2048, seed=0)
+
+
+@pytest.mark.slow
+def test_the_command_says_everything_in_one_json_object():
+    done = warm.run(
+        [
+            *(sys.executable, BENCHMARKS / "train_step.py", "--json", "--steps", "1"),
+            *("--micro-batch", "1", "--max-length", "640", "--stage", "2"),
+            *("--dtype", "bfloat16", "--xtuner-order", "shuffled"),
+        ],
+        environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result.keys() >= KEYS
+    assert result["device"] == "cpu"
+    assert result["mfu"] is None
+    assert result["ratio"] == pytest.approx(
+        result["useful_tokens_per_second"] / result["xtuner_useful_tokens_per_second"]
+    )
+    assert result["loss"] == pytest.approx(result["xtuner_loss"], rel=1e-2)
+    assert result["loss"] == pytest.approx(math.log(1472), rel=0.05)
+    assert 0 < result["fill"] <= 1
+
+
+def test_both_sides_train_the_same_conversations(drawn, batches):
+    conversations, packs = batches.fill_packs(drawn, 8, 2048)
+    assert len(packs) == 8
+    assert sorted(np.concatenate(packs)) == list(range(len(conversations)))
+    tokens = sum(conversation.length for conversation in conversations)
+    learnt = sum(int((c.labels[1:] != -100).sum()) for c in conversations)
+
+    ours = [batch["data"] for batch in batches.our_batches(conversations, packs, 4, 2048)]
+    assert [len(ours), sum(data["num_tokens"] for data in ours)] == [2, tokens]
+    assert sum(len(data["label_targets"]) for data in ours) == learnt
+    for order in ("shuffled", "grouped"):
+        theirs = batches.xtuner_batches(conversations, 5, order)
+        assert sum(batch.tokens for batch in theirs) == tokens
+        instances = [instance for batch in theirs for instance in batch.instances]
+        assert len(instances) == len(conversations)
+        labels = np.concatenate([np.array(instance["labels"])[1:] for instance in instances])
+        assert int((labels != -100).sum()) == learnt
+        images = sum(bool(instance["pixel_values"].any()) for instance in instances)
+        assert images == sum(len(data["pixel_values"]) for data in ours)

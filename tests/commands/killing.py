@@ -5,8 +5,6 @@
 A test's config imports this module. ``GMAI_TEST_KILL`` says when, as ``moment:iteration:rank[:signal]``.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -2,8 +2,6 @@
 
 """``transformers serve`` by its real command, on a free port of this machine until it is left."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import time
@@ -30,10 +28,7 @@ def transformers_serve(model: Path) -> Iterator[openai.OpenAI]:
 
 @contextmanager
 def _serving(
-    command: Sequence[str],
-    *,
-    environment: dict[str, str] | None = None,
-    folder: Path | None = None,
+    command: Sequence[str], *, environment: dict[str, str] | None = None, folder: Path | None = None
 ) -> Iterator[str]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -2,8 +2,6 @@
 
 """``xtuner convert pth_to_hf`` itself: exact, and refused before anything is written."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file

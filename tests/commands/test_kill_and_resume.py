@@ -5,8 +5,6 @@
 To the bit, in fp32, on two ranks, with dropout from torch's generator.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

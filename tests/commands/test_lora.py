@@ -2,8 +2,6 @@
 
 """LoRA by the real commands: train stage 3 with adapters, resume, convert, ask, merge."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from unittest.mock import patch
@@ -58,10 +56,7 @@ def run(tmp_path_factory, tiny_bases):
         folder / "corpus", {"numbers": records}, images=[f"{number}.png" for number in range(16)]
     )
     xtuner = Xtuner.tiny(
-        tiny_bases,
-        corpus.mixture,
-        folder / "cache",
-        GMAI_STAGE2=folder / "stage2",
+        tiny_bases, corpus.mixture, folder / "cache", GMAI_STAGE2=folder / "stage2"
     )
     # From nothing: only that the tower moves away from its base matters here.
     xtuner.train("stage2_deep", folder / "stage2", *SHORT, "model.pretrained_pth=None")

@@ -7,8 +7,6 @@ step, then stops where two in a row are too many, and is resumed; it ends with t
 optimiser never saw these three steps.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

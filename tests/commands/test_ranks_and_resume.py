@@ -5,8 +5,6 @@
 In fp32, so that a difference is a defect and not rounding.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +45,7 @@ def sparse(tmp_path_factory, tiny_bases):
     corpus = write_corpus(
         folder / "corpus", {"sparse": records}, images=[f"{n}.png" for n in range(0, 24, 6)]
     )
-    xtuner = Xtuner.tiny(
-        tiny_bases,
-        corpus.mixture,
-        folder / "cache",
-    )
+    xtuner = Xtuner.tiny(tiny_bases, corpus.mixture, folder / "cache")
     xtuner.train("stage1_shallow", folder / "stage1", *EACH, *layout(2, 2), deepspeed=FP32)
     return folder, xtuner
 

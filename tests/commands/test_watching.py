@@ -5,8 +5,6 @@
 The training does not notice. ``xtuner test`` asks its checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

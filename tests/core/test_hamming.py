@@ -2,8 +2,6 @@
 
 """The search against comparing all with all, by Python's own integers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import asyncio
 import email.utils
 import time
@@ -11,6 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmai_xtuner.core.http import Concurrency, Pace, back_off, retry_after
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
 class Clock:
@@ -51,23 +52,7 @@ def test_what_wasnt_needed_is_given_back():
     assert pace.take(1) == pytest.approx(5.0)
 
 
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"retry-after": "20"}, 20.0),
-        ({"retry-after": "1.5"}, 1.5),
-        ({"retry-after-ms": "250", "retry-after": "20"}, 0.25),
-        ({"retry-after-ms": "soon", "retry-after": "20"}, 20.0),
-        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 60.0),
-        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 -0000"}, 60.0),
-        ({"retry-after": "Wed, 21 Oct 2015 07:26:00 GMT"}, 0.0),
-        ({"retry-after": "-5"}, None),
-        ({"retry-after": "nan"}, None),
-        ({"retry-after": "inf"}, None),
-        ({"retry-after": "later"}, None),
-    ],
-)
+@pytest.mark.parametrize(("headers", "seconds"), TABLES["retry_after"])
 def test_retry_after(headers, seconds):
     now = email.utils.parsedate_to_datetime("Wed, 21 Oct 2015 07:27:00 GMT").timestamp()
     assert retry_after(headers, now=now) == seconds

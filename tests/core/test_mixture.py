@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import json
 import pickle
 from fractions import Fraction
@@ -14,63 +12,13 @@ from hypothesis import strategies as st
 
 from gmai_xtuner.core.errors import MixtureError
 from gmai_xtuner.core.mixture import load_mixture, sample_indices, select
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 TEMPLATE = ROOT / "configs" / "gmai_vl" / "mixtures" / "gmai_vl_5_5m.yaml"
-
-# Table 7, row by row: category, dataset, size, ratio in stages 1 and 2, ratio in stage 3.
-# fmt: off
-TABLE_7 = [
-    ('General Captioning', 'ALLaVA', 468000, 1.0, 0.5),
-    ('General Captioning', 'ShareGPT4V', 102000, 1.0, 0.5),
-    ('Medical Captioning', 'GMAI-MM-Caption-1.7M', 1700000, 1.0, 1.0),
-    ('Medical Captioning', 'PubMedVision (captioning)', 1300000, 1.0, 1.0),
-    ('Medical Captioning', 'MedICaT', 173000, 1.0, 0.05),
-    ('Medical Captioning', 'MPx-Single', 31000, 1.0, 0.05),
-    ('Medical Captioning', 'PMC-OA', 1300000, 1.0, 0.05),
-    ('Medical Captioning', 'QUILT-1M', 643000, 1.0, 0.05),
-    ('Medical Captioning', 'Retina Image Bank', 22000, 1.0, 0.05),
-    ('Report Generation', 'CheXpertPlus', 223000, 1.0, 0.3),
-    ('Report Generation', 'MIMIC-CXR', 486000, 1.0, 0.3),
-    ('Report Generation', 'OpenI', 7000, 1.0, 0.3),
-    ('General Instruction', 'GeoQA+', 72000, 1.0, 0.75),
-    ('General Instruction', 'AI2D', 12000, 1.0, 0.75),
-    ('General Instruction', 'SynthDoG', 29000, 1.0, 0.75),
-    ('General Instruction', 'ChartQA', 18000, 1.0, 0.75),
-    ('General Instruction', 'MMChemExam', 219000, 1.0, 0.75),
-    ('General Instruction', 'LLaVA-Instruct-150K', 157000, 1.0, 0.75),
-    ('General Instruction', 'DVQA', 200000, 1.0, 0.75),
-    ('General Instruction', 'DocVQA', 10000, 1.0, 0.75),
-    ('Medical Instruction', 'GMAI-MM-Percept-1.3M', 1300000, 1.0, 1.0),
-    ('Medical Instruction', 'GMAI-MM-Instruct-0.9M', 900000, 1.0, 1.0),
-    ('Medical Instruction', 'PubMedVision (instruction)', 1280000, 1.0, 1.0),
-    ('Medical Instruction', 'LLaVA-Med-60k', 56000, 1.0, 1.0),
-    ('Medical Instruction', 'PMC-Inline', 288000, 1.0, 0.1),
-    ('Medical Instruction', 'VQA-Med-2019', 3200, 1.0, 0.1),
-    ('Medical Instruction', 'Medical-Diff-VQA', 260000, 1.0, 0.1),
-    ('Medical Instruction', 'PathVQA', 2600, 1.0, 0.1),
-    ('Medical Instruction', 'PMC-CaseReport', 109000, 1.0, 0.1),
-    ('Medical Instruction', 'PMC-VQA', 251000, 1.0, 0.1),
-    ('Medical Instruction', 'ROCOV2', 60000, 1.0, 0.1),
-    ('Medical Instruction', 'SLAKE', 600, 1.0, 0.1),
-    ('Medical Instruction', 'VQA-RAD', 300, 1.0, 0.1),
-    ('General Text', 'blossom_orca', 20000, 0.0, 1.0),
-    ('General Text', 'COIG-CQIA', 14800, 0.0, 1.0),
-    ('General Text', 'Cosmopedia-100k', 33000, 0.0, 1.0),
-    ('General Text', 'ShareGPT4V (text)', 26000, 0.0, 1.0),
-    ('General Text', 'Orca-Math', 379000, 0.0, 1.0),
-    ('General Text', 'Leetcode', 1700, 0.0, 1.0),
-    ('General Text', 'LogiQA', 12700, 0.0, 1.0),
-    ('General Text', 'Lima', 83000, 0.0, 1.0),
-    ('General Text', 'Open Hermes 2.5', 200000, 0.0, 1.0),
-    ('General Text', 'Firefly', 189000, 0.0, 1.0),
-    ('General Text', 'UltraChat', 189000, 0.0, 1.0),
-    ('General Text', 'Alpaca-Instruct-52K', 49000, 0.0, 1.0),
-    ('Medical Text', 'GMAI-Text-Single-1M', 1000000, 0.0, 1.0),
-    ('Medical Text', 'GMAI-Text-Multi-0.6M', 649000, 0.0, 1.0),
-]
-# fmt: on
 
 
 @pytest.fixture
@@ -160,40 +108,7 @@ def test_missing_files_may_be_left_unchecked(folder):
     assert entry.image_root == folder / "none"
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ("ratio: 1", "annotations are missing"),
-        ("annotations: a.jsonl, ratoi: 1", "unknown key 'ratoi'. Did you mean 'ratio'?"),
-        ("annotations: a.jsonl, zzz: 1", "unknown key 'zzz'. Known: annotations"),
-        ("annotations: a.jsonl, ratio: -0.5", "ratio must be a number of 0 or more, got -0.5"),
-        ("annotations: a.jsonl, ratio: .nan", "got nan"),
-        ("annotations: a.jsonl, ratio: .inf", "got inf"),
-        ("annotations: a.jsonl, ratio: half", "got 'half'"),
-        ("annotations: a.jsonl, ratio: true", "got True"),
-        ("annotations: a.jsonl, ratio: [1]", "ratio must be one value"),
-        ("annotations: a.jsonl, ratio: {stage1: 1, stage2: 1}", "stage3 is missing"),
-        ("annotations: a.jsonl, ratio: {stage4: 1}", "unknown key 'stage4'. Did you mean 'stage"),
-        ("annotations: a.jsonl, ratio: {stage1: 1, stage2: 1, stage3: -1}", "got -1"),
-        ("annotations: a.jsonl, quality: medium", "quality must be one of high, low"),
-        ("annotations: a.jsonl, over_length: trim", "over_length must be one of cut, drop"),
-        ("annotations: a.jsonl, on_bad_sample: ignore", "must be one of raise, skip"),
-        ("annotations: a.jsonl, category: 3", "category must be a text"),
-        ("annotations: a.jsonl, size: many", "size must be a number of records, got 'many'"),
-        ("annotations: [a.jsonl, a.jsonl]", "listed twice"),
-        ("annotations: []", "must be a file or a list"),
-        ("annotations: 3", "must be a file or a list"),
-        ("annotations: a.csv", "unknown suffix"),
-        ("annotations: none.jsonl", "does not exist"),
-        ("annotations: a.jsonl, image_root: none", "does not exist"),
-        ("annotations: a.jsonl, image_root: b.json", "is not a folder"),
-        ("annotations: a.jsonl, images: x.zip", "no archive is there (looked for"),
-        ("annotations: a.jsonl, images: b.json", "no archive is there (looked for"),
-        ("annotations: a.jsonl, images: 'bad*.zip'", "no whole zip archive"),
-        ("annotations: a.jsonl, images: ['bad.zip']", "images must be one value"),
-        ("annotations: a.jsonl, image_root: images, images: bad.zip", "has image_root and images"),
-    ],
-)
+@pytest.mark.parametrize(("fields", "words"), TABLES["bad_field_names_line_and_dataset"])
 def test_bad_field_names_line_and_dataset(folder, fields, words, monkeypatch):
     (folder / "bad.zip").write_text("no archive")
     monkeypatch.setenv("GMAI_CACHE", str(folder / "cache"))
@@ -203,27 +118,7 @@ def test_bad_field_names_line_and_dataset(folder, fields, words, monkeypatch):
     assert "dataset 'd'" in message
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "is empty"),
-        ("- a\n", ":1: the mixture: a mapping was expected"),
-        ("datasets: {}\n", "no dataset is listed"),
-        ("datasets:\n", "a mapping was expected"),
-        ("datasets:\n  d: a.jsonl\n", ":2: dataset 'd': a mapping"),
-        (
-            "datasets:\n  d: {}\n  e: {}\n  d: {}\n",
-            ":4: the key 'd' is there twice, first in line 2.",
-        ),
-        ("datasets:\n  '': {annotations: a.jsonl}\n", "name is empty"),
-        ("dataset:\n  d: {annotations: a.jsonl}\n", "Did you mean 'datasets'?"),
-        ("datasets:\n  d: {annotations: a.jsonl}\nseed: 1\n", ":3: the mixture: unknown key"),
-        ("defaults: {size: 3}\ndatasets:\n  d: {annotations: a.jsonl}\n", "unknown key 'size'"),
-        ("defaults: {ratio: -1}\ndatasets:\n  d: {annotations: a.jsonl}\n", ":1: "),
-        ("datasets:\n  d: [\n", "not valid YAML"),
-        ("datasets:\n\td: 1\n", ":2: not valid YAML"),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), TABLES["bad_mixture_is_one_clear_error"])
 def test_bad_mixture_is_one_clear_error(folder, text, words):
     assert words in refused(folder, text)
 
@@ -378,8 +273,8 @@ def test_sample_refuses_nonsense(arguments):
 
 def test_template_is_table_7_row_by_row():
     entries = load_mixture(TEMPLATE, check_files=False).entries
-    found = [(e.category, e.name, e.size, e.ratios["stage1"], e.ratios["stage3"]) for e in entries]
-    assert found == TABLE_7
+    found = [[e.category, e.name, e.size, e.ratios["stage1"], e.ratios["stage3"]] for e in entries]
+    assert found == TABLES["TABLE_7"]
     assert len(found) == 47
     assert all(entry.ratios["stage1"] == entry.ratios["stage2"] for entry in entries)
     assert len({entry.name for entry in entries}) == 47
@@ -444,15 +339,7 @@ def test_a_variant_may_add_datasets_and_exclude_from_all(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("base: base/mixture.yaml\nwithout: [gen-x]\n", r":2: .*'gen-x' is no dataset of .*Did you"),
-        ("base: base/mixture.yaml\nwithout: [x*]\n", r"`\*` stands for any characters"),
-        ("base: variant.yaml\n", r":1: .*is based on this file itself"),
-        ("base: nothing.yaml\n", r"base 'nothing.yaml' does not exist"),
-        ("base: base/mixture.yaml\ndatasets: {real: {annotations: own.jsonl}}\n", "the base has a dataset"),
-        ("base: base/mixture.yaml\nwithut: [real]\n", "Did you mean 'without'"),
-        ("datasets: {own: {annotations: own.jsonl}}\nwithout: [own]\n", "unknown key 'without'"),
-    ],
+    TABLES["variants_that_cannot_be_are_refused"],
 )  # fmt: skip
 def test_variants_that_cannot_be_are_refused(tmp_path, text, message):
     with pytest.raises(MixtureError, match=message):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import json
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmai_xtuner.core import records
-from gmai_xtuner.core.conversation import parse_raw
+from gmai_xtuner.core.conversation import Conversation, Turn, parse_raw, parse_record
 from gmai_xtuner.core.errors import DataError
-from gmai_xtuner.core.records import iter_raw
+from gmai_xtuner.core.records import RawRecord, iter_raw
 
 
 def record(number: int) -> dict:
@@ -171,3 +170,285 @@ def test_list_scanner_agrees_with_json(tmp_path_factory, values, indent):
     path = tmp_path_factory.getbasetemp() / "scan.json"
     path.write_text(json.dumps(values, indent=indent), encoding="utf-8")
     assert [raw.payload for raw in iter_raw(path)] == values
+
+
+# --- conversations ---
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def llava(*turns, **fields):
+    return {"id": "r1", "conversations": [{"from": a, "value": b} for a, b in turns], **fields}
+
+
+def openai(*turns, **fields):
+    return {"id": "r1", "messages": [{"role": a, "content": b} for a, b in turns], **fields}
+
+
+def parse(record):
+    return parse_record(record, dataset="d", where="line 12")
+
+
+def refused(record) -> DataError:
+    with pytest.raises(DataError) as caught:
+        parse(record)
+    assert caught.value.dataset == "d"
+    assert "line 12" in caught.value.record
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_llava_form_becomes_turns_and_images_word_for_word():
+    record = llava(
+        ("human", "<image>\nWhat is seen? "),
+        ("gpt", "肺炎。"),
+        ("human", "Sure?"),
+        ("gpt", "Yes."),
+        image="a/b.png",
+        width=10,
+        height=10,
+    )
+    assert parse(record) == Conversation(
+        "r1",
+        (
+            Turn("user", "<image>\nWhat is seen? "),
+            Turn("assistant", "肺炎。"),
+            Turn("user", "Sure?"),
+            Turn("assistant", "Yes."),
+        ),
+        ("a/b.png",),
+    )
+
+
+def test_openai_parts_and_llava_marks_give_the_same_conversation():
+    expected = Conversation(
+        "r1",
+        (
+            Turn("system", "Be brief."),
+            Turn("user", "<image>\nand\n<image>\nDiffer?"),
+            Turn("assistant", "Yes."),
+        ),
+        ("a.png", "b.png"),
+    )
+    parts = [
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "text", "text": "and"},
+        {"type": "image", "path": "b.png"},
+        {"type": "text", "text": "Differ?"},
+    ]
+    system, answer = ("system", "Be brief."), ("assistant", "Yes.")
+    assert parse(openai(system, ("user", parts), answer)) == expected
+    question = ("user", "<image>\nand\n<image>\nDiffer?")
+    assert parse(openai(system, question, answer, images=["a.png", "b.png"])) == expected
+    assert parse(llava(system, question, ("gpt", "Yes."), image=["a.png", "b.png"])) == expected
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": "a.png"},
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "url": "a.png", "image": None},  # as Parquet fills missing keys
+    ],
+)
+def test_every_spelling_of_an_image_part(part):
+    conversation = parse(openai(("user", [part]), ("assistant", "An eye.")))
+    assert conversation.images == ("a.png",)
+    assert conversation.turns[0].text == "<image>"
+
+
+def test_image_part_without_source_takes_the_listed_image():
+    record = openai(("user", [{"type": "image"}]), ("assistant", "An eye."), images=["a.png"])
+    assert parse(record).images == ("a.png",)
+
+
+def test_text_alone_and_null_image():
+    for missing in (None, "", float("nan")):
+        assert parse(llava(("human", "Hi"), ("gpt", "Hello"), image=missing)).images == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"id": "x"}, "x"),
+        ({"id": 7}, "7"),
+        ({"id": 0}, "0"),
+        ({"id": None, "question_id": "q"}, "q"),
+        ({"id": None}, "line 12"),
+    ],
+)
+def test_ids(fields, expected):
+    assert parse(llava(("human", "Hi"), ("gpt", "Hello"), **fields)).id == expected
+
+
+ANSWER = ("gpt", "Yes.")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "words"),
+    [
+        ([1], "not_an_object", "list"),
+        ({"id": "r1"}, "empty_conversation", "neither"),
+        ({"id": "r1", "conversations": [], "image": None}, "empty_conversation", "empty"),
+        ({"conversations": "Hi"}, "bad_turn", "list of turns"),
+        ({**llava(("human", "Hi"), ANSWER), "messages": []}, "bad_turn", "conversations and"),
+        (llava(("doctor", "Hi"), ANSWER), "unknown_role", "'doctor'"),
+        (llava((["human"], "Hi"), ANSWER), "unknown_role", "human"),
+        (llava(("human", "Hi")), "bad_turn_order", "no answer"),
+        (llava(("human", "Hi"), ("human", "Hi"), ANSWER), "bad_turn_order", "turn 2"),
+        (llava(("gpt", "Hi"), ("human", "Hi"), ANSWER), "bad_turn_order", "turn 1"),
+        (llava(("system", "Be brief.")), "bad_turn_order", "no answer"),
+        (llava(("human", "Hi"), ANSWER, ("system", "x"), ANSWER), "bad_turn_order", "turn 3"),
+        (llava(("human", "Hi"), ("gpt", " \n")), "empty_turn", "turn 2"),
+        (llava(("human", ""), ANSWER), "empty_turn", "turn 1"),
+        (llava(("human", None), ANSWER), "empty_turn", "null"),
+        (llava(("human", 3), ANSWER), "bad_turn", "int"),
+        (openai(("user", [{"type": "audio"}]), ("assistant", "a")), "bad_turn", "'audio'"),
+        (llava(("human", "Hi"), ("gpt", "<image> Yes"), image="a"), "misplaced_image_mark", "2"),
+        (llava(("human", "<image><image>"), ANSWER, image="a.png"), "image_count", "2 <image>"),
+        (llava(("human", "Hi"), ANSWER, image="a.png"), "image_count", "0 <image>"),
+        (llava(("human", "<image>"), ANSWER), "image_count", "0 image(s)"),
+        (llava(("human", "<image>"), ANSWER, image=" "), "bad_image", "' '"),
+        (llava(("human", "<image>"), ANSWER, image=""), "image_count", "0 image(s)"),
+        (llava(("human", "<image>"), ANSWER, image=[None]), "bad_image", "null"),
+        (llava(("human", "<image>"), ANSWER, image={"bytes": "x"}), "bad_image", "dict"),
+        (llava(("human", "<image>"), ANSWER, image="a\0b"), "bad_image", "\\x00"),
+        (llava(("human", "<image>"), ANSWER, image="a", images=["a"]), "bad_image", "both"),
+        (llava(("human", "<image>"), ANSWER, image="http://x/a.png"), "remote_image", "http"),
+        (llava(("human", "<image>"), ANSWER, image="data:image/png;base64,"), "remote_image", ""),
+        (llava(("human", "<image>"), ANSWER, image="/etc/a.png"), "path_outside_root", "/etc"),
+        (llava(("human", "<image>"), ANSWER, image="../a.png"), "path_outside_root", ".."),
+        (llava(("human", "<image>"), ANSWER, image="a/../../b.png"), "path_outside_root", "leaves"),
+        (llava(("human", "<image>"), ANSWER, image="C:\\a.png"), "path_outside_root", "leaves"),
+        (llava(("human", "<image>"), ANSWER, image="..\\a.png"), "path_outside_root", "leaves"),
+        (llava(("human", "Hi \ud83d"), ANSWER), "bad_text", "character 4"),
+        (llava(("human", "Hi"), ANSWER, id=True), "bad_id", "True"),
+        (llava(("human", "Hi"), ANSWER, id=""), "bad_id", "''"),
+    ],
+)  # fmt: skip
+def test_bad_record_is_one_clear_error(record, reason, words):
+    error = refused(record)
+    assert error.reason == reason
+    assert words in str(error)
+
+
+def test_count_error_has_both_numbers_and_the_id():
+    error = refused(llava(("human", "<image><image><image>"), ANSWER, image=["a", "b"]))
+    assert str(error) == (
+        "dataset 'd', record r1 (line 12): 3 <image> mark(s) in the text, but 2 image(s). "
+        "Write one <image> for each image, where it belongs."
+    )
+
+
+def test_images_listed_and_inside_messages_are_ambiguous():
+    part = {"type": "image_url", "image_url": "a.png"}
+    error = refused(openai(("user", [part]), ("assistant", "x"), images=["b.png"]))
+    assert error.reason == "bad_image"
+
+
+def test_path_that_stays_inside_its_root_is_kept_normalised():
+    record = llava(("human", "<image>"), ANSWER, image="./a/../2d#cls/b c.png")
+    assert parse(record).images == ("2d#cls/b c.png",)
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"), [(b'{"a": "\xff"}', "not_utf8"), (b'{"a": 1', "not_json")]
+)
+def test_broken_line_names_its_place(payload, reason):
+    with pytest.raises(DataError) as caught:
+        parse_raw(RawRecord("x.jsonl, line 3", "x.jsonl:3", payload), dataset="d")
+    assert caught.value.reason == reason
+    assert caught.value.record == "x.jsonl, line 3"
+
+
+def test_record_without_id_gets_file_and_line(tmp_path):
+    record = {key: value for key, value in llava(("human", "Hi"), ANSWER).items() if key != "id"}
+    (tmp_path / "t.jsonl").write_text("\n" + json.dumps(record))
+    (raw,) = iter_raw(tmp_path / "t.jsonl")
+    assert parse_raw(raw, dataset="d").id == "t.jsonl:2"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared sample data")
+def test_authors_sample_reads():
+    path = SHARED / "gmai_vl_samples" / "examples" / "example_data.json"
+    (raw,) = iter_raw(path, dataset="FILE1")
+    conversation = parse_raw(raw, dataset="FILE1")
+    assert conversation.id == "2d#cls#histopathology#crc100k#images#NORM#example.tif"
+    assert conversation.images == ("example.tif",)
+    assert [turn.role for turn in conversation.turns] == ["user", "assistant"]
+    assert conversation.turns[0].text.startswith("<image>\nCould you kindly")
+
+
+def test_an_absolute_path_inside_the_root_is_one_below_it(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scans")
+    record = llava(("human", "<image>?"), ANSWER, image=str(tmp_path / "scans" / "x" / "a.png"))
+    for root in ("scans", "link"):  # also where the root is a link to the folder that is named
+        found = parse_record(record, dataset="d", where="1", image_root=tmp_path / root)
+        assert found.images == ("x/a.png",)
+    with pytest.raises(DataError, match="or an absolute one inside of it"):
+        parse_record(record, dataset="d", where="1", image_root=tmp_path / "scan")
+
+
+def test_images_of_a_text_without_marks_stand_first_where_the_mixture_says_so():
+    system, turns = ("system", "Be brief."), (("human", "Differ?"), ANSWER)
+    record = llava(system, *turns, image=["a.png", "b.png"])
+    with pytest.raises(DataError, match="image_marks: first"):
+        parse(record)
+    found = parse_record(record, dataset="d", where="1", images_first=True)
+    assert [turn.text for turn in found.turns] == [
+        "Be brief.",
+        "<image>\n<image>\nDiffer?",
+        ANSWER[1],
+    ]
+    one_mark = llava(("human", "<image> and?"), ANSWER, image=["a.png", "b.png"])
+    with pytest.raises(DataError, match=r"1 <image> mark\(s\) in the text, but 2"):
+        parse_record(one_mark, dataset="d", where="1", images_first=True)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"image_path": "a.png"},
+        {"img": ["a/b.JPEG"]},
+        {"imageFile": "x.nii.gz"},
+        {"inputImages": ["https://x.org/1"]},
+        {"picture": {"bytes": "AAAA"}},
+        {"image": "", "image_path": "a.png"},
+    ],
+)
+def test_a_key_that_looks_like_the_images_is_asked_about(extra):
+    with pytest.raises(DataError, match="would be trained as text alone") as caught:
+        parse(llava(("human", "What?"), ANSWER, **extra))
+    assert caught.value.reason == "unread_image_key"
+    assert parse(llava(("human", "What?"), ANSWER, **{**extra, "image": None})).images == ()
+
+
+def test_an_image_beside_the_text_of_a_turn_is_asked_about():
+    record = llava(("human", "What?"), ANSWER)
+    record["conversations"][0]["image"] = "a.png"
+    with pytest.raises(DataError, match="'image' is not read there"):
+        parse(record)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"image_id": "17"},
+        {"num_images": 2},
+        {"imagery": "a.png"},
+        {"image_path": None},
+        {"source": "a.png"},
+    ],
+)
+def test_other_keys_are_left_alone(extra):
+    assert parse(llava(("human", "What?"), ANSWER, **extra)).images == ()
+
+
+def test_a_column_of_a_table_that_looks_like_the_images_is_asked_about(tmp_path):
+    turns = llava(("human", "What?"), ANSWER)["conversations"]
+    table = pa.table({"conversations": [turns], "image_path": ["a.png"], "size": [3]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    (raw,) = iter_raw(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="'image_path' is not read there"):
+        parse_raw(raw, dataset="d")

@@ -2,8 +2,6 @@
 
 """Content of a source that forbids third parties never leaves this machine: asserted where bytes leave."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import asyncio.selector_events
@@ -23,7 +21,10 @@ from gmai_xtuner.core.errors import EndpointError
 from gmai_xtuner.core.http import ChatServer, ServerFault
 from gmai_xtuner.core.sending import Guard
 from tests.api_server import Act, ApiServer
+from tests.tables import tables
 from tests.test_imports import modules
+
+TABLES = tables(__file__)
 
 CLOSED = Origin("the source cxr", "an agreement")
 FREE = Origin("the source cells")
@@ -37,21 +38,7 @@ def source(licence: str, **more: Any) -> Folder:
 
 
 @pytest.mark.parametrize(
-    ("licence", "names", "sent", "published"),
-    [
-        ("CC BY 4.0", {}, True, True),
-        ("CC BY-NC 4.0", {}, True, True),
-        ("CC BY-ND 4.0", {}, True, False),
-        ("No known copyright restrictions", {}, True, True),
-        ("PhysioNet Credentialed Health Data License 1.5.0", {}, False, False),
-        ("CC BY 4.0", {"dataset": "MIMIC-CXR-JPG v2.1"}, False, False),  # mistaken in the job
-        ("CC BY 4.0", {"url": "https://physionet.org/content/mimic-cxr/2.1.0/"}, False, False),
-        ("Stanford University Dataset Research Use Agreement", {}, False, False),
-        ("MIT", {"dataset": "CheXpert Plus"}, False, False),
-        ("MIT", {"dataset": "QUILT-1M"}, False, False),
-        ("internal use only", {}, False, False),
-        ("ask Anna", {}, False, False),  # unknown: the safe reading
-    ],
+    ("licence", "names", "sent", "published"), TABLES["what_may_be_sent_and_published"]
 )
 def test_what_may_be_sent_and_published(licence, names, sent, published):
     made = source(licence, **names)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
 from gmai_xtuner.core import yaml_lines
 from gmai_xtuner.core.errors import CorpusError, MixtureError
+from gmai_xtuner.core.templates import environment
 from gmai_xtuner.core.yaml_lines import Document, Section
 
 
@@ -122,3 +122,22 @@ def test_what_a_section_asks_of_its_values(tmp_path):
         with pytest.raises(ValueError) as caught:
             ask()
         assert message in str(caught.value)
+
+
+# --- Templates: a missing value is an error, values of pages are escaped, tags leave no lines ---
+
+
+def test_a_missing_value_is_an_error():
+    with pytest.raises(UndefinedError, match="count"):
+        environment("gmai_xtuner").from_string("{{ count }}").render()
+
+
+@pytest.mark.parametrize(("html", "shown"), [(True, "&lt;b&gt;"), (False, "<b>")])
+def test_values_are_escaped_in_pages_alone(html, shown):
+    template = environment("gmai_xtuner", html=html).from_string("{{ text }}")
+    assert template.render(text="<b>") == shown
+
+
+def test_tags_leave_no_lines():
+    text = "a\n  {% if true %}\nb\n  {% endif %}\nc"
+    assert environment("gmai_xtuner").from_string(text).render() == "a\nb\nc"

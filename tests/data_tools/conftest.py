@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+
+from data_tools.generate import main
 
 COMMAND = Path(__file__).parents[2] / "data_tools" / "generate.py"
 
@@ -63,12 +66,12 @@ def command(*arguments: Any) -> list[str]:
     return [sys.executable, str(COMMAND), *map(str, arguments)]
 
 
-def generate(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end."""
-    options.setdefault("env", os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, check=False, timeout=300, **options
-    )
+def generate(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main([str(one) for one in arguments])
+    return subprocess.CompletedProcess([], status, out.getvalue(), err.getvalue())
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -2,8 +2,6 @@
 
 """The whole command against a server on loopback: prompts, checks, retries, budget, ablation, batches."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

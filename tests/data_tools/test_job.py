@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 from data_tools import job as jobs
 from gmai_xtuner.core.errors import JobError
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 HEAD = """\
 output: out
@@ -71,30 +72,7 @@ def test_all_mistakes_are_told_at_once_with_their_lines(write):
     ]
 
 
-@pytest.mark.parametrize(
-    ("change", "line", "part"),
-    [
-        (("reader: image_folder", "reader: image_foldr"), 4, "did you mean 'image_folder'?"),
-        (("    reader: image_folder\n", ""), 3, "reader is missing; there are image_folder, table"),
-        (("root: classes", "root: clases"), 5, "there is no folder"),
-        (("root: classes", "root: package:no_such_package/data"), 5, "no installed Python package"),
-        (("root: classes", "root: package:yaml/../numpy"), 5, "leaves the package"),
-        (("Microscopy", "Microscopie"), 7, "Microscopie"),
-        (("    department: Hematology\n", ""), 3, "department is missing"),
-        (("licence: MIT", "licence: MIT\n    group: '('"), 7, "not a regular expression"),
-        (("licence: MIT", "licence: MIT\n    class_map: {a: b}"), 7, "did you mean 'labels'?"),
-        (("licence: MIT", "licence: MIT\n    links: [nowhere]"), 7, "there is no folder"),
-        (("licence: MIT", "licence: MIT\n    source_task: 2D detektion"), 7, "'2D detection'"),
-        (("licence: MIT", "licence: 2024"), 6, "got 2024; put it in quotes"),
-        (("output: out", "output: out\nwriter: {name: opena}"), 2, "template"),
-        (("output: out", "output: out\nwriter: {name: openai, modle: m}"), 2, "'model'"),
-        (("output: out", "output: out\nengine: threads"), 2, "'processes' or 'ray'"),
-        (("output: out", "output: out\ntaxonomy: none.yaml"), 2, "there is no file"),
-        (("output: out", "output: out\nworkers: 0"), 2, "workers"),
-        (("output: out", "path: x\noutput: out"), 1, "path: unknown key"),
-        (("output: out\n", ""), 1, "output: this key is missing"),
-    ],
-)
+@pytest.mark.parametrize(("change", "line", "part"), TABLES["a_mistake_is_told_with_its_line"])
 def test_a_mistake_is_told_with_its_line(write, change, line, part):
     found = errors(write(HEAD.replace(*change)))
     assert any(text.startswith(f"{line}: ") and part in text for text in found), found

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.items import Item, Problem, Turn
-from data_tools.records import Drop, Label, Provenance, Record
+from data_tools.records import ANYTHING, NOTHING, Drop, Drops, Label, Provenance, Record
 from data_tools.standardise import UnitResult
 from data_tools.store import (
     ACCEPTED,
@@ -25,7 +23,7 @@ from data_tools.store import (
     encode,
 )
 from data_tools.writers.asking import Outcome
-from gmai_xtuner.core.errors import CorpusError
+from gmai_xtuner.core.errors import CorpusError, Unusable
 
 
 def record(name: str, *, label: str = "cat") -> Record:
@@ -293,3 +291,47 @@ def test_a_state_of_another_version_or_of_another_tool(tmp_path):
         db.execute("CREATE TABLE t (x)")
     with pytest.raises(CorpusError, match="not a database of this tool"):
         Store(tmp_path / "b.sqlite")
+
+
+def test_an_annotation_that_falls_is_lost_in_the_images_of_its_scope():
+    drops = Drops()
+    seen = []
+    with drops.annotation("table line 2", "cyst"):
+        raise Unusable("row that can't be read", "x")
+    for name in ("a", "b"):
+        with drops.image(name):
+            with drops.annotation(f"{name} object 1", "polyp"):
+                if name == "a":
+                    raise Unusable("box of no size")
+            drops.add("duplicate row", name, lost=NOTHING)
+            seen.append(sorted(drops.incomplete))
+    assert seen == [["cyst", "polyp"], ["cyst"]]
+    assert drops.incomplete == {"cyst"}
+    assert drops.found == [
+        Drop("read", "row that can't be read", "table line 2", "x"),
+        Drop("read", "box of no size", "a object 1"),
+        Drop("read", "duplicate row", "a"),
+        Drop("read", "duplicate row", "b"),
+    ]
+
+
+def test_outside_of_an_annotation_the_image_falls_and_the_next_is_whole():
+    drops = Drops()
+    with drops.image("a", stage="record") as lost:
+        drops.add("crowd annotation", "a", lost=["cell"])
+        assert lost == {"cell"}
+        raise Unusable("image is truncated", "half")
+    with drops.image("b"):
+        assert drops.incomplete == set()
+    assert drops.found[-1] == Drop("record", "image is truncated", "a", "half")
+
+
+@pytest.mark.parametrize("lost", [{}, {"lost": [""]}, {"lost": [" "]}])
+def test_what_falls_without_a_name_may_be_anything(lost):
+    drops = Drops()
+    drops.add("row that can't be read", "line 2", **lost)
+    assert drops.incomplete == {ANYTHING}
+    drops = Drops()
+    with drops.annotation("line 2"):
+        raise Unusable("row that can't be read")
+    assert drops.incomplete == {ANYTHING}

@@ -2,14 +2,16 @@
 
 """The vocabulary and its extension by a user."""
 
-from __future__ import annotations
-
 import pickle
 
 import pytest
 
+from data_tools.lexicon import contradicts, noun, number_word, plural_of, with_article
 from data_tools.taxonomy import load
 from gmai_xtuner.core.errors import CorpusError
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
 def test_counts_of_gmai_mmbench():
@@ -70,16 +72,7 @@ def test_a_file_adds_terms_and_names(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [
-        ("modalities:\n  Thermography:\n    synonyms: [MRI]\n", ":2: 'MRI' already names"),
-        ("modality: {}\n", ":1: the taxonomy: unknown key 'modality'"),
-        ("modalities:\n  A: {synonym: [b]}\n", ":2: 'A': unknown key 'synonym'"),
-        ("modalities:\n  A: {synonyms: b}\n", ":2: 'A': synonyms must be a list of texts"),
-        ("modalities:\n  A: text\n", ":2: 'A': a mapping of"),
-        ("modalities: [A]\n", ":1: modalities: a mapping was expected"),
-        ("modalities:\n  A: {}\n  A: {}\n", ":3: the key 'A' is there twice"),
-        ("modalities: {\n", ":2: not valid YAML"),
-    ],
+    TABLES["errors_of_a_file_say_where"],
 )  # fmt: skip
 def test_errors_of_a_file_say_where(tmp_path, text, problem):
     extra = tmp_path / "terms.yaml"
@@ -92,3 +85,38 @@ def test_errors_of_a_file_say_where(tmp_path, text, problem):
 
 def test_a_worker_gets_a_copy():
     assert pickle.loads(pickle.dumps(load())).find("modalities", "mri") == "MR"
+
+
+# --- What kind of thing a label names, and which labels deny others ---
+
+
+@pytest.mark.parametrize(
+    ("label", "kind", "is_plural"), TABLES["a_label_is_what_its_last_words_name"]
+)
+def test_a_label_is_what_its_last_words_name(label, kind, is_plural):
+    assert (noun(label).kind, noun(label).is_plural) == (kind, is_plural)
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [("platelet", "platelets"), ("left kidney", "left kidneys"), ("mass", "masses"), ("gyrus", "gyri"),
+     ("metastasis", "metastases"), ("drusen", "drusen"), ("biopsy forceps", "biopsy forceps")],
+)  # fmt: skip
+def test_plurals(one, many):
+    noun(one)  # the lexicon's own plurals are read with it
+    assert plural_of(one) == many
+
+
+def test_articles_and_numbers():
+    words = "CT image, MR image, X-ray image, OCT image, ultrasound image, uterus, unilateral x"
+    assert ", ".join(map(with_article, words.split(", "))) == (
+        "a CT image, an MR image, an X-ray image, an OCT image, an ultrasound image, a uterus, a unilateral x"
+    )
+    assert [number_word(number) for number in (2, 9, 10, 23)] == ["two", "nine", "ten", "23"]
+
+
+@pytest.mark.parametrize(
+    ("label", "other", "against"), TABLES["which_labels_cannot_be_true_together"]
+)
+def test_which_labels_cannot_be_true_together(label, other, against):
+    assert contradicts(label, other) is against

@@ -1,38 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The page's elements, by what they are called in ``data-testid``, in a real Chromium."""
+"""The page's elements, by what they are called in ``data-testid``."""
 
-from __future__ import annotations
-
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    # no name but this machine's is looked up, so that nothing could be loaded from elsewhere
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
 WAIT = 60_000
 """Milliseconds for what takes a moment on two busy cores."""
-
-
-@contextmanager
-def chromium() -> Iterator[Browser]:
-    """A headless browser that is installed; the test is skipped where none is."""
-    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is installed")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
-        yield running
-        running.close()
 
 
 def at(page: Page, name: str) -> Locator:

@@ -2,8 +2,6 @@
 
 """Two small models that know some answers by heart, and the picture they know them for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -2,8 +2,6 @@
 
 """Models that know a few answers by heart, as exports: what the page shows must come from somewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

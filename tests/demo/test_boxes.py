@@ -2,34 +2,22 @@
 
 """Boxes of answers: what is read, in which unit, what is drawn and what is said of the rest."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_tools.forms.coordinates import write_box
 from gmai_xtuner.demo.boxes import MAX_BOXES, Box, draw_boxes, read_boxes
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
 def corners(text, width=200, height=100, unit=None):
     return [box.corners for box in read_boxes(text, width=width, height=height, unit=unit).drawn]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "It lies at [100, 200, 500, 1000].",
-        "[100,200,500,1000]",
-        "The mass (100, 200, 500, 1000) is round.",
-        "<box>(100,200),(500,1000)</box>",
-        "[[100, 200, 500, 1000]]",
-        '{"bbox_2d": [100, 200, 500, 1000], "label": "mass"}',
-        "[100, 200], [500, 1000]",
-        "病变位于【100，200，500，1000】。",
-        "病变位于（100、200、500、1000）。",
-    ],
-)
+@pytest.mark.parametrize("text", TABLES["forms_of_one_box"])
 def test_forms_of_one_box(text):
     found = read_boxes(text, width=200, height=100)
     assert [box.corners for box in found.drawn] == [(20, 20, 100, 100)]

@@ -2,8 +2,6 @@
 
 """Which turns and images each model gets."""
 
-from __future__ import annotations
-
 import pytest
 from PIL import Image
 

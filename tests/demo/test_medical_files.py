@@ -2,8 +2,6 @@
 
 """DICOM and NIfTI as studies: orientation, windows, frames, series, and what is refused."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -46,10 +44,7 @@ def test_monochrome1_is_turned_round(tmp_path):
     turned = one(
         made.save(
             made.dicom(
-                values,
-                PhotometricInterpretation="MONOCHROME1",
-                WindowCenter=500,
-                WindowWidth=1001,
+                values, PhotometricInterpretation="MONOCHROME1", WindowCenter=500, WindowWidth=1001
             ),
             tmp_path / "b",
         )

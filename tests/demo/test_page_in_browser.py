@@ -2,8 +2,6 @@
 
 """The page as a visitor meets it: the real command, a real browser, small models."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re
@@ -19,13 +17,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from gmai_xtuner.demo.boxes import Box, draw_boxes
 from gmai_xtuner.demo.i18n import PRESETS
 from gmai_xtuner.loading import load_model
 from tests import medical_files as made
-from tests.demo.browsing import WAIT, ask, at, chromium, done, upload
+from tests.demo.browsing import WAIT, ask, at, done, upload
 from tests.demo.conftest import BOX, CT_EXAMPLE, ENDLESS, NO_BOX, WHERE
 
 pytestmark = pytest.mark.slow
@@ -72,12 +70,6 @@ def served(models, tmp_path_factory) -> Iterator[Served]:
     assert server.returncode == 0
     assert "Traceback" not in log.read_text()
     assert [path.name for path in folder.iterdir()] == ["log"], "the page writes nothing"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture

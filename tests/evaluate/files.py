@@ -2,8 +2,6 @@
 
 """Small benchmarks in the files their authors ship."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import io
@@ -41,42 +39,40 @@ def base64_png(grey: int) -> str:
     return base64.b64encode(png(grey)).decode()
 
 
+def _written(path: Path, content: bytes) -> Path:
+    """Write a file with its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
 def image_file(path: Path, grey: int = 0) -> Path:
     """Write an image with its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(grey))
-    return path
+    return _written(path, png(grey))
 
 
 def json_file(path: Path, records: object) -> Path:
     """Write a JSON file with its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    return path
+    return _written(path, json.dumps(records, ensure_ascii=False).encode())
 
 
 def jsonl_file(path: Path, records: Sequence[object]) -> Path:
     """Write a file of JSON lines with its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-    return path
+    return _written(path, "".join(json.dumps(one) + "\n" for one in records).encode())
 
 
-def csv_file(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
+def csv_file(
+    path: Path, header: Sequence[str], rows: Sequence[Sequence[str]], **dialect: Any
+) -> Path:
     """Write a CSV file with its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
+    text = io.StringIO()
+    csv.writer(text, **dialect).writerows([header, *rows])
+    return _written(path, text.getvalue().encode())
 
 
 def tsv_file(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Path:
     """Write a table as pandas does: quoted where tab, quote or line end stands in it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerows([header, *rows])
-    return path
+    return csv_file(path, header, rows, delimiter="\t", lineterminator="\n")
 
 
 def parquet_file(path: Path, rows: Sequence[dict[str, Any]], *, row_group_size: int = 2) -> Path:
@@ -86,114 +82,38 @@ def parquet_file(path: Path, rows: Sequence[dict[str, Any]], *, row_group_size: 
     return path
 
 
+RECORDS = json.loads((Path(__file__).parent / "records.json").read_text(encoding="utf-8"))
+"""One record of each benchmark, as its authors ship it."""
+
+
 def vqa_rad_record(qid: int, phrase_type: str = "test_freeform", **changes: Any) -> dict[str, Any]:
-    return {
-        "qid": qid,
-        "phrase_type": phrase_type,
-        "qid_linked_id": "03f451ca-de62-4617-9679-e836026a7642",
-        "image_case_url": "https://medpix.nlm.nih.gov/case?id=48e1dd0e",
-        "image_name": "synpic54610.jpg",
-        "image_organ": "HEAD",
-        "evaluation": "not evaluated",
-        "question": "Are regions of the brain infarcted?",
-        "question_rephrase": "NULL",
-        "question_relation": "NULL",
-        "question_frame": "NULL",
-        "question_type": "PRES",
-        "answer": "Yes",
-        "answer_type": "CLOSED",
-        **changes,
-    }
+    return {**RECORDS["VQA-RAD"], "qid": qid, "phrase_type": phrase_type, **changes}
 
 
 def slake_record(qid: int, lang: str = "en", **changes: Any) -> dict[str, Any]:
-    return {
-        "img_id": 1,
-        "img_name": "xmlab1/source.jpg",
-        "question": "What modality is used to take this image?",
-        "answer": "MRI",
-        "q_lang": lang,
-        "location": "Abdomen",
-        "modality": "MRI",
-        "answer_type": "OPEN",
-        "base_type": "vqa",
-        "content_type": "Modality",
-        "triple": ["vhead", "_", "_"],
-        "qid": qid,
-        **changes,
-    }
+    return {**RECORDS["SLAKE"], "qid": qid, "q_lang": lang, **changes}
 
 
 def omnimedvqa_record(question_id: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "dataset": "ACRIMA",
-        "question_id": question_id,
-        "question_type": "Modality Recognition",
-        "question": "What imaging technique was employed?",
-        "gt_answer": "Fundus imaging",
-        "image_path": "Images/ACRIMA/Im553_g_ACRIMA.png",
-        "option_A": "PET scan",
-        "option_B": "CT scan",
-        "option_C": "Blood test",
-        "option_D": "Fundus imaging",
-        "modality_type": "Fundus Photography",
-        **changes,
-    }
+    return {**RECORDS["OmniMedVQA"], "question_id": question_id, **changes}
 
 
 def medxpertqa_record(identifier: str, **changes: Any) -> dict[str, Any]:
-    return {
-        "id": identifier,
-        "question": "What is it?\nAnswer Choices: (A) option A (B) option B",
-        "options": {letter: f"option {letter}" for letter in "ABCDE"},
-        "label": "B",
-        "images": [f"{identifier}-a.jpeg"],
-        "medical_task": "Diagnosis",
-        "body_system": "Skeletal",
-        "question_type": "Reasoning",
-        **changes,
-    }
+    own = {"id": identifier, "images": [f"{identifier}-a.jpeg"]}
+    return {**RECORDS["MedXpertQA"], **own, **changes}
 
 
 def huatuo_record(**changes: Any) -> dict[str, Any]:
-    return {
-        "question": "Is there a fracture?",
-        "options": ["yes", "no"],
-        "answer": "no",
-        "image": ["images/synpic1.jpg"],
-        "dataset": "VQA-RAD_test",
-        "subset": "",
-        "question_type": "closed",
-        **changes,
-    }
+    return {**RECORDS["HuatuoGPT-Vision"], **changes}
 
 
-GMAI_HEADER = (
-    *("index", "image", "question", "A", "B", "C", "D", "E", "answer", "category"),
-    *("clinical VQA task", "department", "perceptual granularity", "modality"),
-)
+GMAI_HEADER = tuple(RECORDS["GMAI-MMBench"])
 
 
 def gmai_row(index: int, grey: int = 0, **changes: str) -> list[str]:
     """A row in the order of :data:`GMAI_HEADER`."""
-    values = {
-        "index": str(index),
-        "image": base64_png(grey),
-        "question": "Which disease does this image show?",
-        "A": "MR",
-        "B": "MR angiography",
-        "C": "None",
-        "D": "NA",
-        "E": "",
-        "answer": "B",
-        "category": "MR angiography",
-        "clinical VQA task": "Disease Diagnosis",
-        "department": "Ophthalmology",
-        "perceptual granularity": "Image level",
-        "modality": "Fundus photography",
-        **changes,
-    }
-    return [values[name] for name in GMAI_HEADER]
+    own = {"index": str(index), "image": base64_png(grey)}
+    return list({**RECORDS["GMAI-MMBench"], **own, **changes}.values())
 
 
 def gmai_test_part(folder: Path, part: int, *indices: int, **changes: str) -> Path:
@@ -207,29 +127,15 @@ def gmai_test_part(folder: Path, part: int, *indices: int, **changes: str) -> Pa
 
 
 SUBJECTS = (
-    "Basic_Medical_Science",
-    "Clinical_Medicine",
-    "Diagnostics_and_Laboratory_Medicine",
-    "Pharmacy",
-    "Public_Health",
+    *("Basic_Medical_Science", "Clinical_Medicine", "Diagnostics_and_Laboratory_Medicine"),
+    *("Pharmacy", "Public_Health"),
 )
 
 
 def mmmu_row(part: str, subject: str, number: int, **changes: Any) -> dict[str, Any]:
     """A row of the hub's Parquet files."""
-    return {
-        "id": f"{part}_{subject}_{number}",
-        "question": "<image 1> What is shown?",
-        "options": "['Liver', 'Lung', \"Crohn's disease\", 'None']",
-        "explanation": "",
-        **{f"image_{place}": None for place in range(1, 8)},
-        "img_type": "['Pathological Images']",
-        "answer": "C",
-        "topic_difficulty": "Easy",
-        "question_type": "multiple-choice",
-        "subfield": "Pathology",
-        **changes,
-    }
+    images = {f"image_{place}": None for place in range(1, 8)}
+    return {**RECORDS["MMMU"], **images, "id": f"{part}_{subject}_{number}", **changes}
 
 
 def stored(grey: int) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 """Tiny benchmarks in their authors' formats, and stand-ins for the model that answers them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 

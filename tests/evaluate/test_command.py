@@ -2,8 +2,6 @@
 
 """The command as a user runs it: on a tiny export, killed, on two processes, against a server, compared."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -19,6 +17,9 @@ import pytest
 from gmai_xtuner.evaluate.__main__ import main
 from tests.api_server import ApiServer, error, user_text
 from tests.evaluate.sets import write_omnimedvqa, write_pmc_vqa, write_vqa_rad
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENAI_API_KEY": "top-secret"}
@@ -228,23 +229,7 @@ def test_the_benchmark_is_read_before_a_model_is_loaded(tmp_path, capfd):
     assert told.out == ""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--benchmark", "slake", "--variant", "fr"], "--variant fr: slake has en, zh"),
-        (["--benchmark", "all", "--variant", "en"], "--variant needs one --benchmark"),
-        (
-            ["--benchmark", "all", "--protocol", "x"],
-            "--benchmark all takes each benchmark's default",
-        ),
-        (
-            ["--benchmark", "vqa_rad", "--judge", "http://x"],
-            "--judge and --judge-model belong together",
-        ),
-        (["--benchmark", "imagenet"], "no benchmark is called 'imagenet'"),
-        (["--benchmark", "vqa_rad", "--limit", "0"], "must be above 0"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "told"), TABLES["a_command_line_that_cannot_be_understood"])
 def test_a_command_line_that_cannot_be_understood(arguments, told, capfd):
     with pytest.raises(SystemExit) as caught:
         run("m", "--data", "x", *arguments)

@@ -2,8 +2,6 @@
 
 """Questions asked in other ways: what is asked, what is shared, and numbers worked out by hand."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 """What each protocol asks, of which questions, and how it scores."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

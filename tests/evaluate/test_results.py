@@ -2,8 +2,6 @@
 
 """Numbers of tables worked out by hand."""
 
-from __future__ import annotations
-
 import csv
 import io
 from dataclasses import replace

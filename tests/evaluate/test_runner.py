@@ -2,20 +2,21 @@
 
 """Asking, resuming, scoring again, judging and comparing, with a stand-in that answers by a rule."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from openpyxl import load_workbook
+from PIL import Image
 
-from gmai_xtuner.core.errors import EvaluationError
+from gmai_xtuner.core.errors import EvaluationError, ImageError
+from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.evaluate.answerers import World
 from gmai_xtuner.evaluate.compare import as_text, compare_runs
 from gmai_xtuner.evaluate.judge import verdict_of
 from gmai_xtuner.evaluate.protocols import ProtocolError
-from gmai_xtuner.evaluate.questions import Benchmark, SourceFile
+from gmai_xtuner.evaluate.questions import Benchmark, SourceFile, open_image
 from gmai_xtuner.evaluate.runner import ALL, Options, Target, ask, prepare, score
 from tests.evaluate.files import gmai_test_part
 from tests.evaluate.sets import FakeAnswerer, draw, write_omnimedvqa, write_pmc_vqa, write_vqa_rad
@@ -356,3 +357,39 @@ def test_all_protocols_pass_over_those_without_a_question(rad, tmp_path, caplog)
     assert "nothing of them is answered: open-179/2" in caplog.text
     results = run(rad, None, tmp_path / "c", protocols=(ALL,), scorers=("yes_no",))
     assert {one.protocol for one in results} == {"closed-251", "closed-272"}
+
+
+# --- An image inside another file is read as one that lies in a file of its own ---
+
+
+RGB = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+DEEP = (np.arange(120, dtype=np.uint16).reshape(12, 10) * 500).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "a.jpg", "a.tif", "a.bmp", "a.webp", "a.gif", "deep.png", "turned.jpg"]
+)
+def test_bytes_give_the_image_of_the_file(tmp_path, name):
+    exif = Image.Exif()
+    if name == "turned.jpg":
+        exif[0x0112] = 6
+    Image.fromarray(DEEP if name == "deep.png" else RGB).save(tmp_path / name, exif=exif)
+    expected = np.asarray(open_rgb(tmp_path / name))
+    assert expected.shape[:2] == ((10, 12) if name == "turned.jpg" else (12, 10))
+    for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+        assert (np.asarray(open_image(source, "x")) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "damaged_image"),
+        (b"GIF?", "unsupported_image"),
+        (b"\x89PNG\r\n\x1a\n", "damaged_image"),
+    ],
+)
+def test_errors_name_the_image_not_its_bytes(content, reason):
+    with pytest.raises(ImageError) as caught:
+        open_image(content, "image 2 of question q7")
+    assert caught.value.reason == reason
+    assert "image 'image 2 of question q7'" in str(caught.value)

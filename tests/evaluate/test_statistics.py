@@ -2,8 +2,6 @@
 
 """Intervals against scipy and closed forms, tests against values worked out by hand."""
 
-from __future__ import annotations
-
 import math
 import time
 
@@ -12,12 +10,7 @@ import pytest
 from scipy import stats
 
 from gmai_xtuner.evaluate import statistics
-from gmai_xtuner.evaluate.statistics import (
-    bootstrap,
-    interval_of,
-    mcnemar,
-    paired_test,
-)
+from gmai_xtuner.evaluate.statistics import bootstrap, interval_of, mcnemar, paired_test
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 """The ablation from its data to the paired test, by the real commands, too short to learn anything."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys
@@ -74,7 +72,7 @@ def test_from_pictures_to_the_paired_test(
     monkeypatch.chdir(tmp_path)
     work = tmp_path / "work"
     sizes = ["--pictures", "16", "--public", "16", "--questions", "16", "--limit", "12"]
-    status = ablation.main(["--work-dir", str(work), "--iterations", "40", *sizes])
+    status = ablation.main(["--work-dir", str(work), "--iterations", "20", *sizes])
     assert status == 0, capsys.readouterr().err[-4000:]
 
     mixtures = {name: load_mixture(work / "data" / f"{name}.yaml") for name in ("with", "without")}

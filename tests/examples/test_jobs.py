@@ -2,8 +2,6 @@
 
 """Every example job runs, and its corpus holds what its data holds."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections import Counter
@@ -136,10 +134,7 @@ def test_a_volumes_boxes_are_those_of_its_label_map(
 
 
 COUNTS: dict[str, tuple[int, dict[tuple[str, bool], int]]] = {
-    "image_folder": (
-        12,
-        {("FHL2-positive tissue", False): 8, ("FHL2-negative tissue", False): 4},
-    ),
+    "image_folder": (12, {("FHL2-positive tissue", False): 8, ("FHL2-negative tissue", False): 4}),
     # 30 frames in one second, one every fifth of it
     "video": (5, {("heart", False): 5}),
     "table": (

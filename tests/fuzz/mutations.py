@@ -2,8 +2,6 @@
 
 """Valid files -> damaged and hostile ones, by steps that hypothesis can draw and make smaller."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -5,8 +5,6 @@
 Opening may raise `GMAIError` and, of the server, `ApiError`: those are documented. Anything else is a fault.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import json

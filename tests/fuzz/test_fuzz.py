@@ -2,8 +2,6 @@
 
 """Mutated files of every format: documented errors alone, at small cost; `make fuzz` tries more."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

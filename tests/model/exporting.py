@@ -2,8 +2,6 @@
 
 """Models with something to say, from the tiny bases and the shipped configs, without training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Run by ``test_liger.py`` in a process of its own: ``python -m tests.model.liger_parity cpu|cuda``.
+"""Run by ``test_loss.py`` in a process of its own: ``python -m tests.model.liger_parity cpu|cuda``.
 
 With Liger's kernels and without: same loss and gradients. On the CPU through Triton's interpreter
 (``TRITON_INTERPRET=1``), with two gaps filled: it lacks CUDA's own ``rsqrt``, and its loop counters are

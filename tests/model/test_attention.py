@@ -2,8 +2,6 @@
 
 """Every backend against the plain definition: each conversation on its own."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

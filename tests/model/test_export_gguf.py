@@ -2,8 +2,6 @@
 
 """What vLLM and llama.cpp make of our exports: the same greedy answers, in fp32."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

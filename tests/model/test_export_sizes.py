@@ -2,13 +2,15 @@
 
 """Exported files hold the weights and nothing else, whatever buffer the checkpoint's tensors lie in."""
 
-from __future__ import annotations
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gmai_xtuner.core.errors import GMAIError
-from tests.model.exporting import stage_config, trained_model
+from gmai_xtuner.import_model import main
+from tests.model.exporting import export, stage_config, trained_model
 
 WEIGHTS = ("*.bin", "*.safetensors")
 KIB = 1024
@@ -94,3 +96,87 @@ def test_a_shard_size_that_is_none_is_refused_before_anything_is_written(
             save_pretrained_kwargs={"max_shard_size": size},
         )
     assert not any(tmp_path.iterdir())
+
+
+# --- An import writes what was stored, or says what does not fit; options are read before the model is ---
+
+
+NAMES = {
+    "llm": "language_model.model.norm.weight",
+    "visual_encoder": "vision_tower.vision_model.post_layernorm.weight",
+    "projector": "multi_modal_projector.linear_1.bias",
+}
+
+
+@pytest.fixture(scope="module")
+def release(tiny_bases, tmp_path_factory):
+    """A whole LLaVA in fp32."""
+    cfg = stage_config(tiny_bases, "stage3_instruct")
+    return export(trained_model(cfg), cfg, tmp_path_factory.mktemp("release") / "whole")
+
+
+def with_value(release, folder, part, value):
+    shutil.copytree(release, folder)
+    weights = load_file(folder / "model.safetensors")
+    changed = weights[NAMES[part]].clone()
+    changed[:3] = value
+    save_file({**weights, NAMES[part]: changed}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", list(NAMES))
+@pytest.mark.parametrize("save_format", ["xtuner", "huggingface"])
+def test_what_is_beyond_fp16_is_refused_and_fp32_keeps_it(
+    release, tmp_path, capsys, part, save_format
+):
+    folder = with_value(release, tmp_path / "release", part, 1e5)
+    arguments = [str(folder), str(tmp_path / "out"), "--save-format", save_format]
+    assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "beyond the range of fp16" in told
+    assert "import_model with --dtype float32" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["release"]
+    if part == "projector":
+        assert main([*arguments, "--dtype", "float32"]) == 0
+        values = torch.cat(
+            [
+                tensor.flatten()
+                for file in (tmp_path / "out").rglob("*.safetensors")
+                for tensor in load_file(file).values()
+            ]
+        )
+        assert values.dtype == torch.float32
+        assert int((values == 1e5).sum()) == 3
+
+
+def test_what_is_no_number_is_refused_in_its_own_dtype_too(release, tmp_path, capsys):
+    folder = with_value(release, tmp_path / "release", "projector", float("inf"))
+    assert main([str(folder), str(tmp_path / "out"), "--dtype", "float32"]) == 1
+    assert "no numbers (NaN or infinite)" in capsys.readouterr().err
+
+
+def test_what_becomes_0_is_counted(release, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr("gmai_xtuner.checkpoint.export._warn_of", counted.append)
+    folder = with_value(release, tmp_path / "release", "projector", 1e-9)
+    assert main([str(folder), str(tmp_path / "out")]) == 0
+    assert 3 in counted
+
+
+def test_a_shard_size_that_is_none_is_refused_before_the_model_is_read(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("gmai_xtuner.loading.load_model", None)  # to call it would be an error
+    assert main([str(tmp_path), str(tmp_path / "out"), "--max-shard-size", "nonsense"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: --max-shard-size must be")
+    assert "'nonsense'" in told
+
+
+def test_errors_of_files_are_one_line_too(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gmai_xtuner.loading.load_model", full)
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"

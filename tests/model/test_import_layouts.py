@@ -2,8 +2,6 @@
 
 """Released and foreign folders give the logits of code that we did not write, in chat and in training."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from types import SimpleNamespace

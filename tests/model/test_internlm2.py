@@ -2,8 +2,6 @@
 
 """InternLM2 checkpoints through LlamaForCausalLM, against xtuner's own InternLM2 modeling."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

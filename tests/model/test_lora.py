@@ -2,8 +2,6 @@
 
 """LoRA: what learns, that it changes nothing before it has learnt, and that merging changes nothing after."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

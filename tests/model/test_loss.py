@@ -2,15 +2,25 @@
 
 """The chunked loss against torch's own cross entropy."""
 
-from __future__ import annotations
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama import modeling_llama
 
+from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.model import liger
 from gmai_xtuner.model.loss import install_loss_head, weighted_cross_entropy
 from tests.model.test_llava import build_model, loss_and_gradients, make_batch, make_pack
 
@@ -71,10 +81,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time(chunk_size):
 @pytest.mark.parametrize("weighting", ["token", "sample", "square"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_chunked_equals_plain_for_every_weighting_through_the_model(weighting, dtype):
-    packs = [
-        make_pack((1, 3, 14), (0, 5, 2)),
-        make_pack((2, 4, 9), seed=1),
-    ]
+    packs = [make_pack((1, 3, 14), (0, 5, 2)), make_pack((2, 4, 9), seed=1)]
     model = build_model(dtype=dtype, loss_chunk_size=4)
     batch = make_batch(*packs, denominator=11.0, weighting=weighting)
     data = batch["data"]
@@ -144,3 +151,207 @@ def test_the_head_gives_logits_or_the_loss():
     torch.testing.assert_close(head(hidden, targets, weights), expected)
     with pytest.raises(ValueError, match="bias"):
         install_loss_head(torch.nn.Linear(2, 2))
+
+
+# --- How many of the language model's layers are recomputed: the same gradients, other work ---
+
+
+def test_kept_layers_are_the_last_and_are_not_run_again():
+    batch = collate_packs([make_pack((1, 3, 4), (0, 5, 2))])
+    runs, flops = {}, {}
+    for layers in (0, 1, 2, None):
+        model = build_model(use_activation_checkpointing=True, recomputed_layers=layers)
+        runs[layers] = calls = [0, 0]
+        for index, layer in enumerate(model.llm.model.layers):
+            layer.register_forward_pre_hook(
+                lambda *_, index=index, calls=calls: calls.__setitem__(index, calls[index] + 1)
+            )
+        with FlopCounterMode(display=False) as counter:
+            model(**batch)["loss"].backward()
+        flops[layers] = counter.get_total_flops()
+    assert runs == {0: [1, 1], 1: [2, 1], 2: [2, 2], None: [2, 2]}
+    assert flops[0] < flops[1] < flops[2] == flops[None]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("layers", [1, None])
+def test_gradients_stay_the_same(layers, reentrant, monkeypatch):
+    # re-entrant is what ZeRO-3 gets
+    monkeypatch.setattr("gmai_xtuner.model.llava.use_reentrant", lambda: reentrant)
+    batch = collate_packs([make_pack((1, 3, 4), (2, 5, 2))])
+    expected = loss_and_gradients(build_model(dtype=torch.float64), [batch])
+    model = build_model(
+        dtype=torch.float64,
+        use_activation_checkpointing=True,
+        recomputed_layers=layers,
+        loss_chunk_size=2,
+    )
+    got = loss_and_gradients(model, [batch])
+    assert got[0] == pytest.approx(expected[0], rel=1e-6)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("layers", [-1, 3])
+def test_a_number_of_layers_that_the_model_lacks_is_refused(layers):
+    with pytest.raises(GMAIError, match=rf"must be 0 to 2, .* got {layers}"):
+        build_model(use_activation_checkpointing=True, recomputed_layers=layers)
+
+
+# --- The forward and backward pass never need a value from the device, for which the host would wait ---
+
+
+LEARNING = {
+    "stage 1": {"freeze_llm": True, "freeze_visual_encoder": True},
+    "stage 2": {"freeze_llm": True},
+    "stage 3": {},
+}
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense,  # item(), bool(), int(), float()
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.unique_dim,
+    aten.equal,
+    aten.is_nonzero,
+    aten.bincount,
+    aten.repeat_interleave,  # with a tensor of counts
+}
+
+
+class Waited(Exception):
+    pass
+
+
+class NeverWait(TorchDispatchMode):
+    """On the CPU, raise where a CUDA tensor would make the host wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func.overloadpacket is aten.index and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in tree_leaves(args[1])
+        )
+        if func.overloadpacket in WAITS or masks:
+            raise Waited(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _no_direct_reading(monkeypatch):
+    """These two read memory without asking the dispatcher."""
+
+    def refuse(*_):
+        raise Waited
+
+    monkeypatch.setattr(torch.Tensor, "tolist", refuse)
+    monkeypatch.setattr(torch.Tensor, "numpy", refuse)
+
+
+@pytest.mark.usefixtures("_no_direct_reading")
+@pytest.mark.parametrize("stage", LEARNING)
+@pytest.mark.parametrize("recomputed_layers", [0, 1, None])
+@pytest.mark.parametrize("packs", [((2, 3, 4), (0, 5, 2)), ((0, 4, 3), (0, 2, 2))])
+def test_forward_and_backward_need_no_value_from_the_device(stage, recomputed_layers, packs):
+    model = build_model(
+        use_activation_checkpointing=True,
+        recomputed_layers=recomputed_layers,
+        loss_chunk_size=3,
+        **LEARNING[stage],
+    )
+    batch = collate_packs([make_pack(*packs)])
+    with NeverWait():
+        model(**batch)["loss"].backward()
+    assert sum(parameter.grad is not None for parameter in model.parameters()) >= 4
+
+
+@pytest.mark.usefixtures("_no_direct_reading")
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.tolist(),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_a_wait_is_noticed(wait):
+    with NeverWait(), pytest.raises(Waited):
+        wait(torch.ones(3))
+
+
+# --- Liger's kernels: parity with transformers' own code, and errors before weights are read ---
+
+
+needs_liger = pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("triton") is None,
+    reason="needs the extra 'liger' (liger-kernel and triton)",
+)
+
+
+def run_parity(device: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.model.liger_parity", device],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith("parity")
+
+
+@needs_liger
+@pytest.mark.slow
+def test_same_loss_and_gradients_as_transformers_through_tritons_interpreter():
+    run_parity("cpu", TRITON_INTERPRET="1")
+
+
+@needs_liger
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_same_loss_and_gradients_as_transformers_on_cuda():
+    run_parity("cuda")
+
+
+def test_without_a_gpu_the_error_comes_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    nowhere = {"type": "gmai_xtuner.checkpoint.bases.load_language_model"}
+    with pytest.raises(GMAIError, match=r"liger=True needs a CUDA device.*liger=False"):
+        GMAILLaVAModel(nowhere, nowhere, liger=True)
+
+
+def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    for name in list(sys.modules):
+        if name.startswith("liger_kernel."):
+            monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(GMAIError, match=r"liger-kernel .*gmai-xtuner\[liger\]"):
+        liger.require_liger()
+
+
+def test_a_model_on_the_meta_device_needs_no_kernels(monkeypatch):
+    """``xtuner convert pth_to_hf`` builds the model of the config on machines without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with init_empty_weights():
+        model = build_model(liger=True)
+    assert model.llm.lm_head.weight.device.type == "meta"
+
+
+def test_other_models_are_refused():
+    with pytest.raises(GMAIError, match="got Linear"):
+        liger.install_liger(torch.nn.Linear(2, 2))
+    model = build_model()
+    model.llm.config.hidden_act = "gelu"
+    with pytest.raises(GMAIError, match="with gelu"):
+        liger.install_liger(model.llm)
+
+
+def test_another_transformers_is_noticed():
+    with pytest.raises(GMAIError, match=r"transformers 4\.48"):
+        liger._with_global(modeling_llama.LlamaAttention.forward, "rotate_half", None)

@@ -2,8 +2,6 @@
 
 """An export in xtuner's layout is checked as a LLaVA is before a stage starts from its projector."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
@@ -13,6 +11,9 @@ from gmai_xtuner.checkpoint.layouts import read_export
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.loading import load_model
 from tests.model.exporting import export, stage_config, trained_model
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +35,7 @@ def test_what_fits_is_read(stage1):
     ]
 
 
-@pytest.mark.parametrize(
-    ("file", "change", "match"),
-    [
-        (
-            "gmai_vl.json",
-            {"visual_select_layer": -1},
-            r"reads layer -1 .* says -2\. Set model\.vis",
-        ),
-        ("gmai_vl.json", {"visual_select_layer": "last"}, "must be a whole number.*'last'"),
-        ("projector/config.json", {"hidden_act": "relu"}, "depth 2, relu, bias True; the config's"),
-        ("projector/config.json", {"depth": 3}, "has depth 3, gelu"),
-        ("projector/config.json", {"bias": False}, "bias False; the config's"),
-    ],
-)
+@pytest.mark.parametrize(("file", "change", "match"), TABLES["another_layer_or_form_is_refused"])
 def test_another_layer_or_form_is_refused(stage1, file, change, match):
     model, folder = stage1
     file = folder / file

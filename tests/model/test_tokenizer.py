@@ -2,8 +2,6 @@
 
 """The native tokenizer against sentencepiece's own processor."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -18,29 +16,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from examples.tiny_bases import SPECIAL_TOKENS, TinyLLM, write_tiny_llm
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.core.errors import ModelLoadError
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 SPECIAL = ("<unk>", "<s>", "</s>", *SPECIAL_TOKENS)
-TEXTS = (
-    "",
-    " ",
-    "   ",
-    "The CT scan of the lung shows a nodule, 12.5 mm across.",
-    "胸部X光片显示肺炎,未见胸腔积液。",
-    "Mixed 中文 and English,糖尿病 retinopathy。",
-    "emoji 🩺🫁 and a family 👨‍👩‍👧‍👦, flag 🇨🇳",
-    "  leading, trailing and   many spaces   ",
-    "\n\nline\r\nbreaks\n",
-    "\ttab\tand\x0bvertical\x0cform feed",
-    "control \x01\x07\x1b\x7f\x85 characters",
-    "no-break\u00a0space, ideographic\u3000space, thin\u2009space, zero\u200bwidth, \ufeffBOM",
-    "עברית ואנגלית, العربية \u202ertl\u202c",
-    "e\u0301 combining a\u0308\u0323 n\u0303, fullwidth ＡＢＣ, ligature ﬁ, ½, ²",
-    "word mark ▁ and ▁▁ in the text",
-    "<0x0A> looks like a byte, [UNK] and <pad> like special tokens",
-    "龘𠮷 rare characters \U0010ffff \ufffd",
-    "CamelCase snake_case 1234567890 3.14e-10 https://example.org/?a=b&c=d",
-)
+TEXTS = TABLES["TEXTS"]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "dummy-prefix"])

@@ -2,39 +2,16 @@
 
 """Base folders that hold a ``config.json`` each and no weights."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
 
-INTERNLM2_5_7B = {
-    "model_type": "internlm2",
-    "vocab_size": 92544,
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "bias": False,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000,
-    "rope_scaling": {"type": "dynamic", "factor": 2.0},
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-CLIP_VIT_L_14_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-    "torch_dtype": "float32",
-}
+from tests.tables import tables
+
+TABLES = tables(__file__)
+
+INTERNLM2_5_7B = TABLES["INTERNLM2_5_7B"]
+CLIP_VIT_L_14_336 = TABLES["CLIP_VIT_L_14_336"]
 
 
 def write_true_geometry(folder: Path, *, tiny: Path | None = None) -> None:

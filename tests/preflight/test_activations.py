@@ -2,8 +2,6 @@
 
 """The count of activations against counts made by hand and by another program."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -14,12 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
-from gmai_xtuner.preflight.activations import (
-    Activations,
-    LiveMemory,
-    MicroBatch,
-    count_activations,
-)
+from gmai_xtuner.preflight.activations import Activations, LiveMemory, MicroBatch, count_activations
 from tests.preflight.bases import CLIP_VIT_L_14_336, INTERNLM2_5_7B
 
 LLM = {
@@ -43,12 +36,7 @@ GIB = 2**30
 
 
 def count(
-    stage: int,
-    batch: MicroBatch,
-    *,
-    llm: dict | None = None,
-    vision: dict | None = None,
-    **options,
+    stage: int, batch: MicroBatch, *, llm: dict | None = None, vision: dict | None = None, **options
 ) -> Activations:
     freeze_llm, freeze_vision = STAGES[stage]
     with init_empty_weights():

@@ -2,20 +2,29 @@
 
 """DeepSpeed adds up the gradients of a step, all of them, and in fp32, under the files we ship."""
 
-from __future__ import annotations
-
 import importlib
 import json
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
+import numpy as np
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 import gmai_xtuner
+from gmai_xtuner.checkpoint.training import first_rank_file
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train.loop import rendezvous_alone
+from gmai_xtuner.train.resume import (
+    check_layout,
+    preserved_random_state,
+    random_state,
+    set_random_state,
+)
 
 SIZE = 48
 
@@ -89,3 +98,87 @@ def test_gradients_are_exchanged_in_fp32(name, exchange, monkeypatch):
     monkeypatch.setattr(exchange, spy)
     error_of_a_step(name, 1)
     assert dtypes == {torch.float32}
+
+
+# --- Random generators come back to where they were ---
+
+
+def draw() -> tuple:
+    dropped = torch.nn.functional.dropout(torch.ones(64), 0.5)
+    return random.random(), np.random.rand(), np.random.randn(), tuple(dropped.tolist())
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with preserved_random_state():
+        random.seed(1)
+        np.random.seed(2)
+        torch.manual_seed(3)
+        np.random.randn()  # leaves a second normal number in numpy's store
+        yield
+
+
+def test_every_generator_draws_the_same_again_after_a_round_through_a_file(tmp_path):
+    torch.save(random_state(), tmp_path / "state.pt")
+    first = draw()
+    assert draw() != first
+    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == first
+
+
+def test_what_validation_draws_is_not_noticed():
+    state = random_state()
+    first = draw()
+    set_random_state(state)
+    with preserved_random_state():
+        draw()
+    assert draw() == first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_draws_the_same_again():
+    state = random_state()
+    first = torch.rand(8, device="cuda")
+    set_random_state(state)
+    assert torch.equal(torch.rand(8, device="cuda"), first)
+
+
+def test_a_state_with_cuda_is_taken_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    set_random_state({**random_state(), "cuda": torch.zeros(16, dtype=torch.uint8)})
+
+
+def state_of(folder, world_size: int, stage: int, bf16: bool) -> None:
+    settings = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
+    state = {"dp_world_size": world_size, "ds_config": settings}
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ((1, 2, True), None),
+        ((4, 2, True), "GPUs: 4 -> 1. "),
+        ((1, 3, True), "ZeRO stage: 3 -> 2. "),
+        ((4, 2, False), "GPUs: 4 -> 1, bf16: False -> True. "),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_refused_before_it_is_loaded(tmp_path, written, told):
+    config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    runner = SimpleNamespace(strategy=SimpleNamespace(config=config))
+    state_of(tmp_path / "iter_2.pth", *written)
+    if told is None:
+        check_layout(tmp_path / "iter_2.pth", runner)
+    else:
+        with pytest.raises(GMAIError, match=f"can't go on from .*iter_2.pth: {told}Resume with"):
+            check_layout(tmp_path / "iter_2.pth", runner)
+
+
+def test_what_all_ranks_share_is_read_from_the_first(tmp_path):
+    assert first_rank_file(tmp_path) is None
+    for rank in (11, 2, 0, 1):
+        (tmp_path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
+    assert first_rank_file(tmp_path).name == "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    assert first_rank_file(tmp_path / "epoch_1.pth") is None

@@ -2,8 +2,6 @@
 
 """The best checkpoint and the end of a run that no longer improves; trackers by one option."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

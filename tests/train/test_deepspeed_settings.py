@@ -2,8 +2,6 @@
 
 """What becomes of each key of a DeepSpeed file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

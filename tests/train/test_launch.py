@@ -2,8 +2,6 @@
 
 """``gmai-train`` over a stand-in for ``xtuner`` that does in no time what a run does."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -2,8 +2,6 @@
 
 """The names of configs in the plain ``xtuner`` commands, and the folder they have in a wheel."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

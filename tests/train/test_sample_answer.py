@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +13,10 @@ from gmai_xtuner.generate import Predictor
 from gmai_xtuner.train import sample_answer
 from gmai_xtuner.train.hooks import ProgressHook
 from gmai_xtuner.train.sample_answer import SampleAnswerHook
+from tests.tables import tables
 from tests.toy import record
+
+TABLES = tables(__file__)
 
 
 @pytest.fixture
@@ -215,19 +216,7 @@ def test_nothing_held_out_is_told_once(runner):
 
 
 @pytest.mark.parametrize(
-    ("sample", "message"),
-    [
-        (
-            {"image": "nowhere.png", "question": "What?"},
-            r"sample answer nowhere.png: .*nowhere.png",
-        ),
-        ({"image": "a.png"}, "needs a question"),
-        (
-            {"question": "What?", "picture": "a.png"},
-            "needs a question, and may have image and answer",
-        ),
-        ({"question": "<image> and <image>", "image": "a.png"}, "2 <image> marks, but 1 images"),
-    ],
+    ("sample", "message"), TABLES["samples_that_cannot_be_asked_stop_the_run_at_its_start"]
 )
 def test_samples_that_cannot_be_asked_stop_the_run_at_its_start(runner, sample, message):
     with pytest.raises(GMAIError, match=message):

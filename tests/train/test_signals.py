@@ -2,8 +2,6 @@
 
 """Requests to stop: who hears them, and who does not die of them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -2,18 +2,23 @@
 
 """Settings that nothing reads, and what is meant by them."""
 
-from __future__ import annotations
-
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train import start
 from gmai_xtuner.train.deepspeed_settings import HABITS
 from gmai_xtuner.train.start import check_something_learns, setting_problems
 from gmai_xtuner.train.unread import arguments_of, unread_settings
+from tests.preflight.bases import INTERNLM2_5_7B
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 FOLDER = Path(__file__).parents[2] / "configs" / "gmai_vl"
 SHIPPED = sorted(
@@ -38,38 +43,7 @@ def test_no_false_alarm_on_a_shipped_config(name):
 
 
 @pytest.mark.parametrize(
-    ("option", "meant"),
-    [
-        ("train_dataloader.batchsize", "train_dataloader.batch_size"),
-        ("train_dataloader.dataset.max_lenght", "train_dataloader.dataset.max_length"),
-        ("val_dataloader.num_worker", "val_dataloader.num_workers"),
-        ("train_dataloader.batch_sampler.weight", "train_dataloader.batch_sampler.weighting"),
-        ("train_dataloader.sampler.sed", "train_dataloader.sampler.seed"),
-        ("train_dataloader.collate_fn.wieghting", "train_dataloader.collate_fn.weighting"),
-        ("train_cfg.max_epoch", "train_cfg.max_epochs"),
-        ("val_cfg.at_mots", "val_cfg.at_most"),
-        ("optim_wrapper.accumulative_count", "optim_wrapper.accumulative_counts"),
-        ("optim_wrapper.optimizer.weight_decya", "optim_wrapper.optimizer.weight_decay"),
-        ("optim_wrapper.clip_grad.maxnorm", "optim_wrapper.clip_grad.max_norm"),
-        ("param_scheduler.warmup_ration", "param_scheduler.warmup_ratio"),
-        ("default_hooks.nonfinite.max_in_row", "default_hooks.nonfinite.max_in_a_row"),
-        ("default_hooks.chekpoint.interval", "default_hooks.checkpoint"),
-        ("model.freeze_lm", "model.freeze_llm"),
-        ("model.llm.torch_dtyp", "model.llm.torch_dtype"),
-        ("visualizer.vis_backend", "visualizer.vis_backends"),
-        ("visualizer.vis_backends.0.savedir", "visualizer.vis_backends.0.save_dir"),
-        ("log_processor.windowsize", "log_processor.window_size"),
-        ("env_cfg.mp_cfg.start_method", "env_cfg.mp_cfg.mp_start_method"),
-        ("randomness.sed", "randomness.seed"),
-        ("optim_wraper.accumulative_counts", "optim_wrapper"),
-        ("train_dataloder.batch_size", "train_dataloader"),
-        ("work_dirs", "work_dir"),
-        # the right name at the wrong level
-        ("max_length", "train_dataloader.dataset.max_length"),
-        ("freeze_llm", "model.freeze_llm"),
-        ("train_dataloader.held_out", "train_dataloader.dataset.held_out"),
-        ("train_cfg.interval", "train_cfg.val_interval"),
-    ],
+    ("option", "meant"), TABLES["a_key_that_nothing_reads_is_named_with_the_nearest_right_name"]
 )
 def test_a_key_that_nothing_reads_is_named_with_the_nearest_right_name(option, meant):
     [told] = problems(**{option: 1})
@@ -176,3 +150,39 @@ def test_text_alone_teaches_a_frozen_language_model_nothing(model, images, stops
             check_something_learns(model, images)
     else:
         check_something_learns(model, images)
+
+
+# --- A large model does not begin to train on the CPU by accident ---
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """Config of a language model of InternLM2.5-7B's size, whose weights are not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("GMAI_ALLOW_CPU", raising=False)
+    (tmp_path / "config.json").write_text(json.dumps(INTERNLM2_5_7B))
+    return {
+        "type": "gmai_xtuner.checkpoint.bases.load_language_model",
+        "pretrained_model_name_or_path": str(tmp_path),
+    }
+
+
+def test_a_large_model_without_a_gpu_names_driver_and_wheel(large, tmp_path, monkeypatch):
+    driver = tmp_path / "version"
+    monkeypatch.setattr(start, "DRIVER_FILE", driver)
+    with pytest.raises(
+        GMAIError, match=r"7\.7 billion weights: no NVIDIA driver.*GMAI_ALLOW_CPU=1"
+    ):
+        start.check_device(large)
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n")
+    with pytest.raises(GMAIError, match=r"the NVIDIA driver is 535\.183.*driver 580 or newer"):
+        start.check_device(large)
+
+
+def test_it_trains_there_when_asked(large, monkeypatch):
+    monkeypatch.setenv("GMAI_ALLOW_CPU", "1")
+    start.check_device(large)
+
+
+def test_a_small_model_trains_on_the_cpu(large, tiny_bases):
+    start.check_device(large | {"pretrained_model_name_or_path": str(tiny_bases / "llm")})

@@ -2,8 +2,6 @@
 
 """DICOM pixels by hand and against pydicom, and the order of slices."""
 
-from __future__ import annotations
-
 import io
 import time
 from pathlib import Path

@@ -2,21 +2,25 @@
 
 """Files of every kind -> 8-bit images: what is decoded, how, and what is refused."""
 
-from __future__ import annotations
-
+import os
 import pickle
 import struct
+import time
 import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from gmai_xtuner.core.errors import DataError, ImageError
+from gmai_xtuner.core.errors import DataError, GMAIError, ImageError, Unusable
 from gmai_xtuner.core.imaging import images as image_files
+from gmai_xtuner.core.imaging.bounded import DIED, FAILED, iterate_bounded, run_bounded
 from gmai_xtuner.core.imaging.images import check_image, decode_pixels, decode_rgb, open_rgb
+from gmai_xtuner.core.records import iter_raw
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared sample data")
@@ -543,3 +547,97 @@ def test_a_misspelt_path_is_told_the_file_that_is_there(tmp_path, monkeypatch, n
 def test_a_path_that_nothing_is_like_is_told_no_other(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert "Did you mean" not in str(refused(tmp_path / "b.png", level="exists"))
+
+
+# --- A worker process that dies, hangs or takes too much costs its own call, and no other ---
+
+
+def double(values):
+    return values * 2
+
+
+def where():
+    return os.getpid()
+
+
+def abort():
+    os.abort()
+
+
+def spin():
+    while True:
+        pass
+
+
+def allocate():
+    return len(bytearray(2**29))
+
+
+def refuse():
+    raise Unusable("a reason", "a detail")
+
+
+def panic():
+    raise SystemExit("pyo3 panics are no Exception either")
+
+
+def test_results_come_from_another_process_that_is_used_again():
+    assert run_bounded(double, np.arange(3)).tolist() == [0, 2, 4]
+    first = run_bounded(where)
+    assert first != os.getpid()
+    assert run_bounded(where) == first
+
+
+@pytest.mark.parametrize(
+    ("function", "limits", "reason"),
+    [
+        (abort, {}, DIED),
+        (spin, {"seconds": 1}, DIED),
+        (allocate, {"memory": 2**28}, FAILED),
+        (refuse, {}, "a reason"),
+        (panic, {}, FAILED),
+    ],
+)
+def test_a_bad_call_has_a_reason_and_the_next_one_is_answered(function, limits, reason):
+    started = time.monotonic()
+    with pytest.raises(Unusable) as caught:
+        run_bounded(function, **limits)
+    assert caught.value.reason == reason
+    assert time.monotonic() - started < 10
+    assert run_bounded(double, 2) == 4
+
+
+def test_memory_that_is_allowed_is_given():
+    assert run_bounded(allocate) == 2**29
+
+
+def count(end, *, then=None):
+    yield from range(end)
+    if then is not None:
+        then()
+
+
+def count_and_abort(end):
+    yield from count(end, then=abort)
+
+
+def test_what_a_generator_yields_comes_as_it_is_asked_for():
+    assert list(iterate_bounded(count, 1000)) == list(range(1000))
+    first = iterate_bounded(count, 10**9)
+    assert [next(first), next(first)] == [0, 1]
+    first.close()  # its worker does not answer the next call
+    assert run_bounded(double, 3) == 6
+    last = iterate_bounded(count_and_abort, 2)
+    assert [next(last), next(last)] == [0, 1]
+    with pytest.raises(Unusable, match=DIED):
+        next(last)
+
+
+def test_a_parquet_of_one_long_text_many_times_is_a_documented_error(tmp_path):
+    values = pa.DictionaryArray.from_arrays(np.zeros(2**16, np.int8), ["x" * 10**7])
+    schema = pa.schema([("conversations", values.type)])
+    with pq.ParquetWriter(tmp_path / "bomb.parquet", schema, compression="zstd") as writer:
+        writer.write_table(pa.table([values], schema=schema))
+    assert (tmp_path / "bomb.parquet").stat().st_size < 10**5
+    with pytest.raises(GMAIError, match="Parquet"):
+        list(iter_raw(tmp_path / "bomb.parquet"))

@@ -8,8 +8,6 @@ first run and is only counted.
 """
 # ruff: noqa: E501 (a sentence stays in one line)
 
-from __future__ import annotations
-
 LABEL, OTHER, DENIED = "label not named", "another label claimed", "label denied"
 MODALITY, SIDE = "another modality claimed", "side contradicted"
 

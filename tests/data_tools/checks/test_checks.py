@@ -2,8 +2,6 @@
 
 """Each check by itself, on the smallest conversation that shows it."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

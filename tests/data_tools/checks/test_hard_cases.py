@@ -2,8 +2,6 @@
 
 """How often the checks are right on sentences that are hard to judge."""
 
-from __future__ import annotations
-
 import pytest
 
 from data_tools import taxonomy

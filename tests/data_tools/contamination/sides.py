@@ -2,8 +2,6 @@
 
 """A corpus and a benchmark with known overlaps."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import json

@@ -2,8 +2,6 @@
 
 """Benchmarks in the shapes that their authors ship, read without knowing which they are."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 """Decisions are about pairs, the list about images: `keep` of one pair takes no other pair's leak back."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 
 """Hashes of images, and what is kept of them."""
 
-from __future__ import annotations
-
 import io
 import os
 import sqlite3

@@ -2,8 +2,6 @@
 
 """The command on a corpus and a benchmark whose overlap is known."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

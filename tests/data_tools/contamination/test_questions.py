@@ -2,8 +2,6 @@
 
 """Nearness of questions, with values computed by hand, and what is noted of a conversation."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

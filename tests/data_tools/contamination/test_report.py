@@ -2,14 +2,13 @@
 
 """The page in a real browser, and texts that try to break it."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.browser import look
 from tests.data_tools.contamination.sides import (
     as_base64,
     compare,
@@ -18,7 +17,6 @@ from tests.data_tools.contamination.sides import (
     write_corpus,
     write_tsv,
 )
-from tests.data_tools.output.test_report_in_browser import browser, look  # noqa: F401
 
 HOSTILE = '</td><script>document.title="hit"</script><img src=x onerror=alert(1)> | \u202e x'
 
@@ -42,8 +40,8 @@ def write(tmp_path: Path, *, hostile: bool = False) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
-def test_pairs_stand_side_by_side_on_wide_and_narrow_screens(browser, tmp_path, dark):  # noqa: F811
-    for found in look(browser, write(tmp_path), dark=dark):
+def test_pairs_stand_side_by_side_on_wide_and_narrow_screens(browser, tmp_path, dark):
+    for found in look(browser, write(tmp_path) / "report.html", dark=dark):
         assert (found["overflow"], found["outside"], found["strange"]) == (0, 0, 0)
         assert found["links"]
         assert found["dark"] == dark
@@ -53,11 +51,11 @@ def test_pairs_stand_side_by_side_on_wide_and_narrow_screens(browser, tmp_path, 
 
 
 @pytest.mark.slow
-def test_names_and_texts_that_are_html_stay_text(browser, tmp_path):  # noqa: F811
+def test_names_and_texts_that_are_html_stay_text(browser, tmp_path):
     out = write(tmp_path, hostile=True)
-    for found in look(browser, out, dark=False):
+    for found in look(browser, out / "report.html"):
         assert (found["overflow"], found["outside"], found["strange"]) == (0, 0, 0)
-        assert found["attacked"] == "look"
+        assert found["title"] != "hit"
     assert "<script>document" not in (out / "report.md").read_text(encoding="utf-8")
 
 

@@ -2,8 +2,6 @@
 
 """A store in memory, with the methods that the output reads, and records to fill it with."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Iterator, Mapping

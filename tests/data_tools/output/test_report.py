@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import base64
 import io
 import re
@@ -18,6 +16,7 @@ from data_tools.output.build import build
 from data_tools.output.report import Chosen, thumbnail
 from data_tools.records import Label
 from data_tools.store import FunnelRow, StoredConversation
+from tests.browser import look
 from tests.data_tools.output.fake_store import (
     FakeStore,
     corpus,
@@ -166,11 +165,7 @@ def test_examples_are_spread_over_sources_and_forms_and_chosen_by_their_seed():
     assert (
         sorted(keys[:3])
         == sorted(keys[3:])
-        == [
-            ("large", "caption"),
-            ("small", "caption"),
-            ("small", "dialogue"),
-        ]
+        == [("large", "caption"), ("small", "caption"), ("small", "dialogue")]
     )
     assert len(chosen.spread(4)) == 4
     assert chosen.spread(0) == []
@@ -230,3 +225,37 @@ def test_a_stage_shows_what_came_through_and_what_did_not():
 )
 def test_sizes(count, text):
     assert size(count) == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_report_on_wide_and_narrow_screens(browser, tmp_path, dark):
+    store = corpus(tmp_path, 12)
+    store.all_accepted.append(kept(store.all_records[0], "region_caption", focus=1, id="focus"))
+    store.all_rejected = [
+        rejected(one, "another label of the set is claimed") for one in store.all_records
+    ]
+    build(store, job(held_out=0.2), tmp_path)
+    wide, narrow = look(browser, tmp_path / "report.html", dark=dark)
+    assert (wide["width"] > 1_200, narrow["width"] < 400) == (True, True)
+    for found in (wide, narrow):
+        assert (found["overflow"], found["outside"], found["strange"]) == (0, 0, 0)
+        assert found["links"]
+        assert found["dark"] == dark
+        assert found["texts"] > 150
+        assert found["contrast"] >= 4.5  # WCAG AA
+        assert len(found["pictures"]) >= 10
+        assert set(found["pictures"]) == {64}
+        expected = {(2 / 64, 3 / 48, 20 / 64, 30 / 48), (30 / 64, 10 / 48, 40 / 64, 20 / 48)}
+        for box in found["boxes"]:
+            near = [max(abs(a - b) for a, b in zip(box, one, strict=True)) for one in expected]
+            assert min(near) < 0.02  # half of a line's width
+        assert len(found["boxes"]) == 2 * len(found["pictures"])
+
+
+@pytest.mark.slow
+def test_a_hostile_report_breaks_neither_the_page_nor_its_layout(browser, tmp_path):
+    build(*hostile_corpus(tmp_path), tmp_path)
+    for found in look(browser, tmp_path / "report.html"):
+        assert (found["overflow"], found["outside"], found["strange"]) == (0, 0, 0)
+        assert set(found["pictures"]) == {64}

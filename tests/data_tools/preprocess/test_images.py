@@ -2,8 +2,6 @@
 
 """Images that are put into a corpus: what is kept byte for byte, what is written anew, what is refused."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import struct

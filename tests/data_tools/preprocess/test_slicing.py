@@ -2,8 +2,6 @@
 
 """Which slices are taken, and how they are turned."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from data_tools.preprocess.volumes import Slicing, Structure, Volume, slices

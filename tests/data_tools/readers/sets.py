@@ -2,8 +2,6 @@
 
 """Small sets written by tests, and what a reader makes of them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from types import ModuleType

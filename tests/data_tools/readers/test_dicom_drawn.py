@@ -2,8 +2,6 @@
 
 """SEG and RTSTRUCT on the images' own pixels, and what is lost where they don't fit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -2,8 +2,6 @@
 
 """Slides are written here: the value of a pixel says where it is."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 """Videos are written here; frame ``n`` shows the bits of ``n`` as eight blocks, black or white."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 """Volumes with label maps: boxes against scikit-image on the raw array, orientation, pairing, bad files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

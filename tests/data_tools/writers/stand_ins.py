@@ -2,8 +2,6 @@
 
 """Prompts, checks, records and tasks as small as they can be, for tests of the request loop."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from pathlib import Path
@@ -31,11 +29,7 @@ def writer(folder: Path, url: str, *, prompts: Any = None, **more: Any) -> OpenA
     job = more.pop("job", "job")
     values = options(folder, url).model_dump() | {"name": "openai_batch", "poll": 0.01} | more
     return OpenAIBatchWriter(
-        OpenAIBatchOptions(**values),
-        prompts or Prompts(),
-        folder=folder,
-        job=job,
-        origins=ORIGINS,
+        OpenAIBatchOptions(**values), prompts or Prompts(), folder=folder, job=job, origins=ORIGINS
     )
 
 

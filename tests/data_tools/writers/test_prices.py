@@ -1,30 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from data_tools.writers.asking import Account
 from data_tools.writers.ledger import Expense
-from data_tools.writers.options import ImageTokens, OpenAIBatchOptions, OpenAIOptions
+from data_tools.writers.options import ImageTokens, OpenAIBatchOptions, OpenAIOptions, WriterOptions
 from data_tools.writers.request import expense, text_tokens
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "detail", "tokens"),
-    [
-        # The three examples of OpenAI's guide.
-        (1024, 1024, "high", 765),
-        (2048, 4096, "high", 1105),
-        (4096, 8192, "low", 85),
-        # By hand: one tile; 513 pixels are two; the shortest side of a small picture isn't scaled up.
-        (512, 512, "high", 255),
-        (513, 512, "high", 425),
-        (224, 224, None, 255),
-        (768, 768, "auto", 765),
-        (8, 6, None, 255),
-    ],
-)
+@pytest.mark.parametrize(("width", "height", "detail", "tokens"), TABLES["tiles"])
 def test_tiles(width, height, detail, tokens):
     assert ImageTokens().count(width, height, detail=detail) == tokens
 
@@ -48,18 +36,7 @@ def test_a_constant():
 
 
 @pytest.mark.parametrize(
-    ("text", "tokens"),
-    [
-        # Counted with InternLM2's vocabulary of 92,544 pieces.
-        ("The chest X-ray shows an enlarged heart and small pleural effusions on both sides.", 19),
-        ("这张胸部X光片显示心脏增大,双侧少量胸腔积液。", 17),
-        (
-            '{"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"], '
-            '"additionalProperties": false}',
-            31,
-        ),
-        ("x1=120, y1=45, x2=310, y2=288", 19),
-    ],
+    ("text", "tokens"), TABLES["texts_are_counted_too_high_rather_than_too_low"]
 )
 def test_texts_are_counted_too_high_rather_than_too_low(text, tokens):
     assert tokens <= text_tokens(text) - 20 <= 2.6 * tokens
@@ -102,3 +79,21 @@ def test_a_budget_of_many_small_sums_isnt_overdrawn_by_rounding():
         found.settle(Expense(1, 1, 0.1), Expense(1, 1, 0.1))
     assert found.fits(Expense(1, 1, 0.1))
     assert not found.fits(Expense(1, 1, 0.1001))
+
+
+# --- options ---
+
+
+read = TypeAdapter(WriterOptions).validate_python
+
+
+def test_the_name_says_which():
+    assert read({"name": "template"}).name == "template"
+    assert type(read({"name": "openai", "model": "m"})) is OpenAIOptions
+    assert type(read({"name": "openai_batch", "model": "m"})) is OpenAIBatchOptions
+
+
+@pytest.mark.parametrize(("values", "message"), TABLES["what_makes_no_sense_is_refused"])
+def test_what_makes_no_sense_is_refused(values, message):
+    with pytest.raises(ValidationError, match=f"(?s){message}"):
+        read(values)

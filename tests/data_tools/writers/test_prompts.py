@@ -2,8 +2,6 @@
 
 """What a model is told, and what is made of its answers."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -2,8 +2,6 @@
 
 """A real server that answers, is busy, breaks, refuses, cuts connections and comes back."""
 
-from __future__ import annotations
-
 import base64
 import time
 from email.utils import formatdate

@@ -2,8 +2,6 @@
 
 """Batches give the answers of one question at a time, for our exports and for transformers' own models."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -2,8 +2,6 @@
 
 """Answers that other kits have stored, and what the differences between scores are made of."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -2,8 +2,6 @@
 
 """Each built-in column map, on small files in its authors' layout."""
 
-from __future__ import annotations
-
 import pickle
 from collections import OrderedDict
 from pathlib import Path

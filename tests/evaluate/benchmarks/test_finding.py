@@ -2,18 +2,11 @@
 
 """Which benchmark a file is, and what is said of the wrong one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
-from gmai_xtuner.evaluate.benchmarks import (
-    BenchmarkError,
-    find_benchmarks,
-    load_benchmark,
-    survey,
-)
+from gmai_xtuner.evaluate.benchmarks import BenchmarkError, find_benchmarks, load_benchmark, survey
 from tests.evaluate.benchmarks.test_authors_files import CLEAN
 from tests.evaluate.files import (
     GMAI_HEADER,
@@ -34,6 +27,9 @@ from tests.evaluate.files import (
     vqa_rad_record,
 )
 from tests.evaluate.sets import write_vqa_rad
+from tests.tables import tables
+
+TABLES = tables(__file__)
 
 
 @pytest.fixture(scope="module")
@@ -97,27 +93,7 @@ def test_everything_in_one_folder(everything: Path) -> None:
     assert counts == [1, 2, 1, 10, 2, 1, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "message"),
-    [
-        ("slake", "VQA-RAD/VQA_RAD Dataset Public.json", "is a file of vqa_rad test .*phrase_type"),
-        ("vqa_rad", "Slake1.0/test.json", "is a file of slake en/zh"),
-        ("slake", "PMC-VQA/test_clean.csv", "is a file of pmc_vqa test_clean"),
-        ("omnimedvqa", "GMAI/GMAI_mm_bench_VAL.tsv", "is a file of gmai_mmbench val"),
-        ("gmai_mmbench", "LMUData/SLAKE.tsv", "is a file of slake en"),
-        ("path_vqa", "MMMU/Pharmacy/validation-00000-of-00001.parquet", "is a file of mmmu_health"),
-        (
-            "mmmu_health",
-            "MMMU/Art/validation-00000-of-00001.parquet",
-            "is no file of a benchmark that is",
-        ),
-        ("huatuo", "notes.json", "is no file of a benchmark"),
-        ("path_vqa", "broken.parquet", "is no file of a benchmark"),
-        ("pmc_vqa", "readme.csv", r"no file of a benchmark that is known \(its fields are a, b\)"),
-        ("slake", "Slake1.0/train.json", "is no file of a benchmark that is known"),
-        ("slake", "absent.json", "does not exist"),
-    ],
-)
+@pytest.mark.parametrize(("name", "file", "message"), TABLES["a_file_of_another_benchmark"])
 def test_a_file_of_another_benchmark(everything: Path, name: str, file: str, message: str) -> None:
     with pytest.raises(BenchmarkError, match=message):
         load_benchmark(name, everything / file)

@@ -2,8 +2,6 @@
 
 """A benchmark of one's own: a column map, and no code."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

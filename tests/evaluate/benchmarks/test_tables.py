@@ -2,8 +2,6 @@
 
 """GMAI-MMBench and the tables of VLMEvalKit: images stay in the file until they are asked for."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import sys
@@ -253,10 +251,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
         (b"index\timage\tquestion\n0\t1\n", "line 2: 2 fields, the header has 3"),
         (b'index\timage\tquestion\n0\t1\t"open\n', "line 2: unexpected end of data"),
         (b"index\timage\tquestion\n0\t1\t\xff\n", "line 2: not UTF-8"),
-        (
-            b"index\tquestion\n0\t1\n",
-            "has no column 'image'",
-        ),
+        (b"index\tquestion\n0\t1\n", "has no column 'image'"),
     ],
 )
 def test_broken_tables(tmp_path: Path, content: bytes, message: str) -> None:
