@@ -13,7 +13,7 @@ TABLES = tables(__file__)
 @pytest.mark.parametrize(("name", "hub_name", "demands"), TABLES["what_a_name_says"])
 def test_what_a_name_says(name, hub_name, demands):
     licence = read(name)
-    assert (licence.hub_name, licence.demands) == (hub_name, demands)
+    assert (licence.hub_name, [*licence.demands]) == (hub_name, demands)
     assert set(licence.demands) <= set(DEMANDS)
 
 
