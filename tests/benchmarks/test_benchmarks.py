@@ -200,7 +200,7 @@ def test_the_command_says_everything_in_one_json_object():
     done = warm.run(
         [
             *(sys.executable, BENCHMARKS / "train_step.py", "--json", "--steps", "1"),
-            *("--micro-batch", "1", "--max-length", "640", "--stage", "2"),
+            *("--micro-batch", "1", "--max-length", "1024", "--stage", "2"),
             *("--dtype", "bfloat16", "--xtuner-order", "shuffled"),
         ],
         environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
