@@ -38,10 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files in the order in which ``-n`` deals them out: first the longest, then by number of tests.
 
-    Otherwise the longest, one test of four minutes, would be the last, and the other processes would wait.
+    Otherwise the longest, one test of two minutes, would be the last, and the other processes would wait.
     """
     tests = Counter(item.path for item in items)
-    longest = ("data_tools", "test_kill.py")
+    longest = ("examples", "test_ablation.py")
     items.sort(key=lambda item: (item.path.parts[-2:] != longest, -tests[item.path]))
 
 

@@ -14,7 +14,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import pytest
 from PIL import Image
 from scipy import ndimage
 
@@ -161,54 +160,3 @@ def test_every_pixel_format_is_stored(shared_data: Path, tmp_path: Path) -> None
             assert picture.size == (record.width, record.height)
             assert picture.size in {(256, 256), (278, 266)}
     assert all("image" not in reason or "no" in reason for reason in reasons)
-
-
-def test_the_spleen_has_the_boxes_of_its_label_map(shared_data: Path, tmp_path: Path) -> None:
-    import nibabel
-
-    pytest.importorskip("data_tools.readers.volume")
-    root = shared_data / "spleen_ct_nifti"
-    records, _ = read(
-        root,
-        tmp_path,
-        "volume",
-        images="sub-{case}/ct/sub-{case}_ct.nii.gz",
-        masks="derivatives/labels/sub-{case}/ct/sub-{case}_ct_seg-manual.nii.gz",
-        labels={"1": "spleen"},
-        modality="CT",
-        slices={"axes": ["z"]},
-    )
-    path = next(root.rglob("*seg-manual.nii.gz"))
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_filename(path))
-    volume = np.asarray(image.dataobj) == 1
-    # Radiologists' view of an axial slice: the patient's right on the left, front on top.
-    expected = {
-        z: boxes_of(volume[::-1, ::-1, z].T)
-        for z in range(volume.shape[2])
-        if boxes_of(volume[::-1, ::-1, z].T)
-    }
-    assert len(expected) > 5
-    found = {int(record.provenance.part["slice"]): boxes_in(record, "spleen") for record in records}
-    assert found == expected
-
-
-def test_the_authors_own_sample_pictures(shared_data: Path, tmp_path: Path) -> None:
-    root = shared_data / "gmai_vl_samples"
-    modality = {
-        "chest_xray": "X-ray", "abdomen_ct": "CT", "MR": "MR", "retina": "Fundus photography",
-        "endoscopy": "Endoscopy", "pathology": "Pathology", "dermoscopy": "Dermoscopy",
-    }  # fmt: skip
-    table = tmp_path / "kinds.csv"
-    rows = [f"{name},{kind},{kind}\n" for name, kind in modality.items()]
-    table.write_text("name,kind,modality\n" + "".join(rows), encoding="utf-8")
-    records, reasons = read(
-        root,
-        tmp_path / "corpus",
-        "table",
-        table=str(table),
-        image="demo/gmai_vl_demo/sample_assets/{name}.png",
-        label="kind",
-        modality_column="modality",
-    )
-    assert not reasons
-    assert Counter(record.modality for record in records) == Counter(modality.values())
