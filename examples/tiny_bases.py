@@ -26,7 +26,16 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)
 from gmai_xtuner.core.errors import GMAIError
@@ -89,6 +98,7 @@ class TinyVision:
     Args:
         whole: write the whole CLIP with its text tower, as ``openai/clip-vit-large-patch14-336``.
         safe_serialization: safetensors, or ``pytorch_model.bin``.
+        siglip: SigLIP, as ``google/medsiglip-448``, and not CLIP.
     """
 
     image_size: int = 336
@@ -99,6 +109,7 @@ class TinyVision:
     num_attention_heads: int = 4
     whole: bool = False
     safe_serialization: bool = True
+    siglip: bool = False
 
 
 def write_tiny_bases(
@@ -317,7 +328,7 @@ def _train_sentencepiece(llm: TinyLLM) -> bytes:
 
 
 def write_tiny_vision(directory: Path, vision: TinyVision, *, seed: int) -> None:
-    """Write a CLIP checkpoint, whole or its vision part, with its image processor."""
+    """Write a CLIP or SigLIP checkpoint, whole or its vision part, with its image processor."""
     sizes = {
         "hidden_size": vision.hidden_size,
         "intermediate_size": vision.intermediate_size,
@@ -340,13 +351,27 @@ def write_tiny_vision(directory: Path, vision: TinyVision, *, seed: int) -> None
                 "bos_token_id": 62,
                 "eos_token_id": 63,
             }
-            model = CLIPModel(
-                CLIPConfig(text_config=text, vision_config=sizes, projection_dim=vision.hidden_size)
-            )
+            if vision.siglip:
+                model = SiglipModel(SiglipConfig(text_config=text, vision_config=sizes))
+            else:
+                width = vision.hidden_size
+                both = CLIPConfig(text_config=text, vision_config=sizes, projection_dim=width)
+                model = CLIPModel(both)
+        elif vision.siglip:
+            model = SiglipVisionModel(SiglipVisionConfig(**sizes))
         else:
             model = CLIPVisionModel(CLIPVisionConfig(**sizes))
         _spread_embeddings(model.vision_model.embeddings)
     model.save_pretrained(directory, safe_serialization=vision.safe_serialization)
+    if vision.siglip:
+        halves, side = [0.5, 0.5, 0.5], {"height": vision.image_size, "width": vision.image_size}
+        flags = dict.fromkeys(("do_normalize", "do_rescale", "do_resize"), True)
+        kind = {"image_processor_type": "SiglipImageProcessor", "resample": 3, "size": side}
+        _write_json(
+            directory / "preprocessor_config.json",
+            {**flags, **kind, "image_mean": halves, "image_std": halves, "rescale_factor": 1 / 255},
+        )
+        return
     _write_json(
         directory / "preprocessor_config.json",
         {

@@ -81,23 +81,15 @@ def import_model(
 def _write_xtuner(
     predictor: Predictor, aside: Path, dtype: torch.dtype, max_shard_size: str
 ) -> None:
-    from transformers import CLIPImageProcessor
-
     from gmai_xtuner.checkpoint.export import convert_dtype, write_xtuner
 
-    parts, transform = predictor.model.parts(), predictor.transform
+    parts = predictor.model.parts()
     for part in parts.values():
         convert_dtype(part, dtype)
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": transform.image_size},
-        crop_size={"height": transform.image_size, "width": transform.image_size},
-        image_mean=list(transform.mean),
-        image_std=list(transform.std),
-    )
     write_xtuner(
         aside,
         parts,
-        {"llm": predictor.tokenizer, "visual_encoder": processor},
+        {"llm": predictor.tokenizer, "visual_encoder": predictor.transform.processor()},
         settings=predictor.settings,
         max_shard_size=max_shard_size,
     )

@@ -112,11 +112,11 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
     }
 
 
-def write_bases(folder: Path, *, layers: int, tiny: bool) -> None:
+def write_bases(folder: Path, *, layers: int, tiny: bool, siglip: bool) -> None:
     """Write both bases, one file of weights in memory at a time."""
     import tiny_bases
 
-    llm, vision = tiny_bases.TinyLLM(torch_dtype="bfloat16"), tiny_bases.TinyVision()
+    llm, vision = tiny_bases.TinyLLM(torch_dtype="bfloat16"), tiny_bases.TinyVision(siglip=siglip)
     if not tiny:
         llm = replace(
             llm, vocab_size=92544, unused_ids=92544 - 1536, hidden_size=4096, intermediate_size=14336,
@@ -199,7 +199,7 @@ def steps_of(work_dir: Path, options: argparse.Namespace) -> list[tuple[str, lis
         "--layers",
         str(options.layers),
     ]
-    bases = [*me, "--only-bases", *(["--tiny"] if options.tiny else [])]
+    bases = [*me, "--only-bases", *(f"--{name}" for name in ("tiny", "siglip") if getattr(options, name))]
     image = str(work_dir / "corpus" / "images" / "one.png")
     answer = ["python", "-c", ANSWER, str(work_dir / "huggingface"), image, QUESTION]
     return [
@@ -304,12 +304,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tiny", action="store_true", help="the tiny bases' width, to test this script"
     )
+    parser.add_argument("--siglip", action="store_true", help="a tower in SigLIP's layout")
     parser.add_argument("--only-bases", action="store_true", help="write the bases and end")
     options = parser.parse_args(arguments)
     work_dir = options.work_dir.resolve()
     os.chdir(quickstart.ROOT)
     if options.only_bases:
-        write_bases(work_dir / "bases", layers=options.layers, tiny=options.tiny)
+        write_bases(work_dir / "bases", layers=options.layers, tiny=options.tiny, siglip=options.siglip)
         return 0
     try:
         wrong = rehearse(work_dir, options)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Load the bases: InternLM2, InternLM2.5 or Llama as the language model, CLIP as the vision tower."""
+"""Load the bases: InternLM2, InternLM2.5 or Llama as the language model, CLIP or SigLIP as the tower."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -36,12 +38,13 @@ from gmai_xtuner.model.internlm2 import (
 from gmai_xtuner.model.llava import building_on_meta
 from gmai_xtuner.model.lora import quantization_that_runs
 
-#: Weights of a whole CLIP that the vision tower has no use for; ``position_ids`` is a buffer.
+#: Weights of a whole CLIP or SigLIP that the vision tower has no use for; ``position_ids`` is a buffer.
 NOT_VISION = (
     "text_model.",
     "text_projection.",
     "visual_projection.",
     "logit_scale",
+    "logit_bias",
     "vision_model.embeddings.position_ids",
 )
 
@@ -140,8 +143,8 @@ def load_vision_tower(
     torch_dtype: str | torch.dtype | None = None,
     adapter: Path | None = None,
     trained: Mapping[str, torch.Tensor] | None = None,
-) -> CLIPVisionModel:
-    """Load the vision tower of a CLIP checkpoint or of a whole LLaVA model.
+) -> CLIPVisionModel | SiglipVisionModel:
+    """Load the vision tower of a CLIP or SigLIP checkpoint (MedSigLIP is one) or of a whole LLaVA model.
 
     Under ``accelerate.init_empty_weights`` only the structure is built and no weight is read.
 
@@ -153,15 +156,18 @@ def load_vision_tower(
         trained: weights that replace the checkpoint's, all of them.
 
     Raises:
-        ModelLoadError: no CLIP, a missing or damaged file, a weight that is missing, of the wrong
-            shape, or left over though it belongs to the vision part. The message names it.
+        ModelLoadError: neither CLIP nor SigLIP, a missing or damaged file, a weight that is missing, of the
+            wrong shape, or left over though it belongs to the vision part. The message names it.
     """
     on_meta = building_on_meta()
     directory = resolve_directory(pretrained_model_name_or_path, weights=not on_meta)
-    config = CLIPVisionConfig.from_dict(vision_config(directory))
+    raw = vision_config(directory)
+    is_siglip = raw["model_type"] == "siglip_vision_model"
+    kind: Any = SiglipVisionModel if is_siglip else CLIPVisionModel
+    config = (SiglipVisionConfig if is_siglip else CLIPVisionConfig).from_dict(raw)
     dtype = None if torch_dtype in (None, "auto", AS_STORED) else as_dtype(torch_dtype)
     if on_meta:
-        return CLIPVisionModel._from_config(config, torch_dtype=dtype or config.torch_dtype)
+        return kind._from_config(config, torch_dtype=dtype or config.torch_dtype)
     # Missing and damaged files, with our messages; nothing is copied.
     weights = vision_model(directory)[1] if trained is None else dict(trained)
     if torch_dtype == AS_STORED:
@@ -172,7 +178,7 @@ def load_vision_tower(
         dtype = next(iter(weights.values())).dtype
     try:
         # Given the weights, transformers opens no file by itself.
-        model, info = CLIPVisionModel.from_pretrained(
+        model, info = kind.from_pretrained(
             None,
             config=config,
             state_dict=dict(weights),

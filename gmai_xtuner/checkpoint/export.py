@@ -31,6 +31,7 @@ from gmai_xtuner.checkpoint.layouts import SETTINGS, SETTINGS_FILE
 from gmai_xtuner.core.config import image_processor_config, tokenizer_config
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import staged
+from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.model.costs import describe_parts
 from gmai_xtuner.model.internlm2 import DTYPES, as_dtype
@@ -71,7 +72,8 @@ def save_xtuner_layout(
             convert_dtype(parts["llm"], dtype)
             processors["llm"] = BUILDER.build(tokenizer_config(cfg))
         if "visual_encoder" in parts:
-            processors["visual_encoder"] = BUILDER.build(image_processor_config(cfg))
+            source = image_processor_config(cfg)["pretrained_model_name_or_path"]
+            processors["visual_encoder"] = ImageTransform.from_pretrained(source).processor()
         write_xtuner(aside, parts, processors, settings=export_settings(model, cfg), **save_kwargs)
         for name in ("llm", "visual_encoder"):
             if adapter_layers(getattr(model, name)):

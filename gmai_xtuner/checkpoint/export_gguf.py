@@ -29,6 +29,7 @@ from gmai_xtuner.checkpoint.tokenizer import WORD_MARK
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.log import warn
+from gmai_xtuner.model.llava import num_class_tokens
 
 PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 ACTIVATIONS = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True}
@@ -81,6 +82,7 @@ def write_gguf(folder: Path, source: Source) -> None:
 def _check(config: LlavaConfig) -> None:
     text, vision = config.text_config, config.vision_config
     for what, found, fits in (
+        ("a vision tower", vision.model_type, num_class_tokens(vision) == 1),
         ("rope_scaling of the language model", text.rope_scaling, not text.rope_scaling),
         ("hidden_act of the language model", text.hidden_act, text.hidden_act == "silu"),
         ("hidden_act of the vision tower", vision.hidden_act, vision.hidden_act in ACTIVATIONS),

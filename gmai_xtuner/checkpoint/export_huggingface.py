@@ -35,6 +35,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 from xtuner.registry import BUILDER
 
@@ -59,7 +60,7 @@ from gmai_xtuner.data.log import info
 from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.model.costs import cache_bytes, describe_parts, folder_bytes, size
 from gmai_xtuner.model.internlm2 import as_dtype
-from gmai_xtuner.model.llava import num_image_tokens
+from gmai_xtuner.model.llava import num_class_tokens, num_image_tokens
 from gmai_xtuner.model.lora import adapter_layers
 
 VOCABULARY_MULTIPLE = 64
@@ -254,6 +255,7 @@ def _write_card(folder: Path, source: Source, costs: str, config: LlavaConfig) -
         dtype=str(dtype).removeprefix("torch."),
         image_tokens=config.image_seq_length,
         side=config.vision_config.image_size,
+        tower="CLIP" if num_class_tokens(config.vision_config) else "SigLIP",
         vocabulary=config.text_config.vocab_size,
         image_id=config.image_token_index,
         max_length=tokens,
@@ -270,7 +272,7 @@ def _write_card(folder: Path, source: Source, costs: str, config: LlavaConfig) -
 
 def llava_config(
     text: LlamaConfig,
-    vision: CLIPVisionConfig,
+    vision: CLIPVisionConfig | SiglipVisionConfig,
     tokenizer: PreTrainedTokenizerFast,
     dtype: torch.dtype,
 ) -> LlavaConfig:
@@ -297,6 +299,7 @@ def llava_config(
         text_config=text_values,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=num_image_tokens(vision),
+        vision_feature_select_strategy="default" if num_class_tokens(vision) else "full",
         tie_word_embeddings=text.tie_word_embeddings,
         pad_token_id=tokenizer.pad_token_id,
         torch_dtype=dtype,
@@ -341,7 +344,10 @@ def _write_config(folder: Path, config: LlavaConfig) -> None:
     file = folder / "config.json"
     written = json.loads(file.read_text(encoding="utf-8"))
     written |= {**_fields(config), "tie_word_embeddings": config.tie_word_embeddings}
-    for name, kind in (("text_config", "llama"), ("vision_config", "clip_vision_model")):
+    for name, kind in (
+        ("text_config", "llama"),
+        ("vision_config", config.vision_config.model_type),
+    ):
         written[name] |= {"model_type": kind, **_fields(getattr(config, name))}
         written[name].pop("_attn_implementation_autoset", None)
     write_json(file, written)
@@ -374,8 +380,8 @@ def _write_processor(
     processor = {
         "processor_class": "LlavaProcessor",
         "patch_size": config.vision_config.patch_size,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": num_class_tokens(config.vision_config),
         "image_token": IMAGE_TOKEN,
     }
     write_json(folder / "processor_config.json", processor)

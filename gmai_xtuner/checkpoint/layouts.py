@@ -14,8 +14,8 @@ layout         told by ``config.json``                                 names of 
                                                                        ``model.mm_projector.``
 =============  ======================================================  ============================
 
-Plain names are those of ``LlamaForCausalLM`` (or of InternLM2), ``CLIPVisionModel`` and xtuner's
-``ProjectorModel``. Tensors stay memory-mapped: a part that is not asked for is not read.
+Plain names are those of ``LlamaForCausalLM`` (or of InternLM2), ``CLIPVisionModel`` (or SigLIP's) and
+xtuner's ``ProjectorModel``. Tensors stay memory-mapped: a part that is not asked for is not read.
 
 A stage starts from an exported folder (``model.pretrained_pth``, ``GMAI_STAGE1``, ``GMAI_STAGE2``) in one
 of these layouts or in xtuner's. Projector and vision tower are loaded from it; the language model is a base,
@@ -145,11 +145,13 @@ class Export:
         get = self.config.get
         layer = get("vision_feature_layer", get("mm_vision_select_layer", -2))
         strategy = get("vision_feature_select_strategy", "default")
+        kind = get("vision_config", {}).get("model_type")
+        wanted = "full" if kind == "siglip_vision_model" else "default"  # SigLIP has no class token
         features = get("mm_vision_select_feature", "patch")
-        if not isinstance(layer, int) or strategy != "default" or features != "patch":
+        if not isinstance(layer, int) or strategy != wanted or features != "patch":
             raise ModelLoadError(
                 f"{self.folder}: only one layer's patch tokens are supported (vision_feature_layer a number, "
-                f"vision_feature_select_strategy 'default'), got {layer!r} and {strategy!r}"
+                f"vision_feature_select_strategy {wanted!r}), got {layer!r} and {strategy!r}"
             )
         return layer
 
@@ -250,7 +252,7 @@ def text_model(
 
 
 def vision_model(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read configuration and weights of the vision tower of a folder, be it a CLIP or a LLaVA.
+    """Read configuration and weights of the vision tower of a folder, be it a CLIP, a SigLIP or a LLaVA.
 
     Raises:
         ModelLoadError: a file is missing or damaged, or the folder has no tower of its own.

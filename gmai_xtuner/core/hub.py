@@ -110,10 +110,14 @@ def layout_of(config: Mapping[str, Any]) -> str | None:
     return "original" if {"mm_hidden_size", "mm_projector_type"} <= config.keys() else None
 
 
-def vision_config(directory: Path) -> dict[str, Any]:
-    """Read the configuration of the CLIP tower of a CLIP or of a whole LLaVA.
+VISION_TOWERS = {"clip_vision_model": (224, 32), "siglip_vision_model": (224, 16)}
+"""Kinds of towers, with the pixels of an image and of a patch where a configuration leaves them out."""
 
-    A ``ModelLoadError`` if the file is missing or damaged, or says nothing about a tower of CLIP.
+
+def vision_config(directory: Path) -> dict[str, Any]:
+    """Read the configuration of the vision tower of a CLIP, a SigLIP or a whole LLaVA.
+
+    A ``ModelLoadError`` if the file is missing or damaged, or says nothing about such a tower.
     """
     raw = read_json(directory / "config.json")
     layout = layout_of(raw)
@@ -122,12 +126,13 @@ def vision_config(directory: Path) -> dict[str, Any]:
             f"{directory} has no configuration of its vision tower; it was trained with "
             f"{raw.get('mm_vision_tower')!r}. Name that one (GMAI_VISION, or vision=...)"
         )
-    nested = raw.get("vision_config") if layout or raw.get("model_type") == "clip" else None
-    config = raw if nested is None else {"model_type": "clip_vision_model", **nested}
-    if config.get("model_type") != "clip_vision_model":
+    whole = raw.get("model_type") if raw.get("model_type") in ("clip", "siglip") else "clip"
+    nested = raw.get("vision_config") if layout or raw.get("model_type") == whole else None
+    config = raw if nested is None else {"model_type": f"{whole}_vision_model", **nested}
+    if config.get("model_type") not in VISION_TOWERS:
         raise ModelLoadError(
             f"{directory / 'config.json'}: model_type {config.get('model_type')!r} is not supported "
-            "as the vision tower; supported are 'clip' and 'clip_vision_model'."
+            "as the vision tower; supported are 'clip', 'siglip' and their vision_model."
         )
     return config
 
@@ -141,4 +146,5 @@ def image_tokens(name: str) -> int:
         ModelLoadError: as :func:`vision_config`.
     """
     config = vision_config(resolve_directory(name, weights=False))
-    return (config.get("image_size", 224) // config.get("patch_size", 32)) ** 2
+    side, patch = VISION_TOWERS[config["model_type"]]
+    return (config.get("image_size", side) // config.get("patch_size", patch)) ** 2

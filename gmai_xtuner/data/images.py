@@ -127,6 +127,17 @@ class ImageTransform:
         except KeyError as error:
             raise ModelLoadError(f"{file}: {error} is missing.") from error
 
+    def processor(self) -> Any:
+        """Return the image processor of transformers whose file says what this transform does."""
+        from transformers import CLIPImageProcessor
+
+        return CLIPImageProcessor(
+            size={"shortest_edge": self.image_size},
+            crop_size={"height": self.image_size, "width": self.image_size},
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+        )
+
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return float32 ``[3, S, S]`` of an RGB image of any size (see :func:`open_rgb`)."""
         if image.mode != "RGB":

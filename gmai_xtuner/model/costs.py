@@ -193,13 +193,13 @@ def _image(model: Any) -> Work:
     """Patch convolution, the layers up to the selected hidden state, and the projector."""
     config, vision = model.visual_encoder.config, model.visual_encoder.vision_model
     patches = (config.image_size // config.patch_size) ** 2
-    tokens = patches + 1  # the class token
+    tokens = vision.embeddings.num_positions  # with the class token, where there is one
     layers = vision.encoder.layers[: range(config.num_hidden_layers + 1)[model.visual_select_layer]]
     convolution = vision.embeddings.patch_embedding
     kernel = convolution.in_channels * config.patch_size**2 * convolution.out_channels
     work = Work(kernel, 0, kernel if convolution.weight.requires_grad else 0) * patches
 
-    flows = _learns(vision.embeddings) or _learns(vision.pre_layrnorm)
+    flows = _learns(vision.embeddings)  # or neither these nor CLIP's first norm
     for layer in layers:
         flows = flows or _learns(layer)
         work += _linears(layer, flows=flows) * tokens

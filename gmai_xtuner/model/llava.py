@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The GMAI-VL model: CLIP vision tower, MLP projector, InternLM2.5 as Llama.
+"""The GMAI-VL model: CLIP (or SigLIP) vision tower, MLP projector, InternLM2.5 as Llama.
 
 Shapes: ``N`` images, ``P`` patch tokens of an image (576 at 336 px and patch 14), ``C`` width of the
 vision tower, ``T`` tokens of the flat batch, ``M`` supervised tokens, ``D`` width of the language model.
@@ -15,7 +15,7 @@ import torch
 from mmengine.model import BaseModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from xtuner.registry import BUILDER
@@ -36,7 +36,12 @@ def building_on_meta() -> bool:
     return torch.nn.Linear(1, 1).weight.device.type == "meta"
 
 
-def num_image_tokens(vision_config: CLIPVisionConfig) -> int:
+def num_class_tokens(vision_config: CLIPVisionConfig | SiglipVisionConfig) -> int:
+    """Tokens before the patches that the projector does not read: 1 in CLIP, none in SigLIP."""
+    return int(vision_config.model_type == "clip_vision_model")
+
+
+def num_image_tokens(vision_config: CLIPVisionConfig | SiglipVisionConfig) -> int:
     """Patch tokens of one image, without the class token: 576 for ViT-L/14 at 336 pixels."""
     return (vision_config.image_size // vision_config.patch_size) ** 2
 
@@ -209,9 +214,9 @@ class LLaVA(BaseModel):
         )
         recomputes = learns and self.training and self.use_activation_checkpointing
         with torch.set_grad_enabled(learns):
-            hidden = tower.pre_layrnorm(
-                tower.embeddings(pixel_values.to(self.visual_encoder.dtype))
-            )
+            hidden = tower.embeddings(pixel_values.to(self.visual_encoder.dtype))
+            if hasattr(tower, "pre_layrnorm"):  # of CLIP
+                hidden = tower.pre_layrnorm(hidden)
             if recomputes and not hidden.requires_grad:
                 # Under adapters nothing before them learns, and re-entrant checkpointing gives no
                 # gradient to a layer whose input needs none.
@@ -222,7 +227,7 @@ class LLaVA(BaseModel):
                 else:
                     hidden = layer(hidden, None, None)[0]
         dtype = next(self.projector.parameters()).dtype
-        return self.projector(hidden[:, 1:].to(dtype))
+        return self.projector(hidden[:, num_class_tokens(self.visual_encoder.config) :].to(dtype))
 
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_positions: torch.Tensor

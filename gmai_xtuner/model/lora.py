@@ -2,7 +2,7 @@
 
 """LoRA on the language model and on the vision tower, by peft; QLoRA's 4-bit base weights, by bitsandbytes.
 
-Adapters are injected: the model stays a ``LlamaForCausalLM`` or ``CLIPVisionModel`` whose linear layers
+Adapters are injected: the model stays a ``LlamaForCausalLM`` or transformers' tower, whose linear layers
 are peft's, so that attention, loss head, DeepSpeed and generation see no difference. (``PeftModel``, which
 xtuner's ``LLaVAModel`` wraps around it, would move every attribute.) A weight ``...q_proj.weight`` becomes
 ``...q_proj.base_layer.weight``, beside ``...q_proj.lora_A.default.weight`` and ``lora_B``.

@@ -18,9 +18,10 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "rehearsal" / "run.py"
 
 
 @pytest.mark.slow
-def test_every_step_runs_and_is_measured(tmp_path):
+@pytest.mark.parametrize("tower", [[], ["--siglip"]], ids=["clip", "siglip"])
+def test_every_step_runs_and_is_measured(tmp_path, tower):
     work_dir = tmp_path / "rehearsal"
-    command = [sys.executable, str(SCRIPT), "--tiny", "--work-dir", str(work_dir)]
+    command = [sys.executable, str(SCRIPT), "--tiny", "--work-dir", str(work_dir), *tower]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((work_dir / "report.json").read_text())

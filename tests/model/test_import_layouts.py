@@ -538,7 +538,7 @@ def missing_shard(folder):
         (configured(vision_feature_layer=[-2, -1]), r"one layer's patch tokens.*\[-2, -1\]"),
         (configured(vision_feature_select_strategy="full"), "got -1 and 'full'"),
         (configured(text_config__model_type="qwen2"), "model_type 'qwen2' is not supported"),
-        (configured(vision_config__model_type="siglip_vision_model"), "'siglip_vision_model'"),
+        (configured(vision_config__model_type="dinov2"), "'dinov2'"),
     ],
 )  # fmt: skip
 def test_a_folder_whose_parts_do_not_belong_together_is_refused(plain, tmp_path, change, match):

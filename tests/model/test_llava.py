@@ -366,6 +366,6 @@ def test_another_model_and_a_damaged_file_are_errors(tmp_path):
     with pytest.raises(ModelLoadError, match=r"model\.safetensors can't be read"):
         load_vision_tower(directory)
     config = tmp_path / "vision" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "siglip"}))
-    with pytest.raises(ModelLoadError, match="'siglip' is not supported"):
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "dinov2"}))
+    with pytest.raises(ModelLoadError, match="'dinov2' is not supported"):
         load_vision_tower(directory)
