@@ -199,7 +199,11 @@ def steps_of(work_dir: Path, options: argparse.Namespace) -> list[tuple[str, lis
         "--layers",
         str(options.layers),
     ]
-    bases = [*me, "--only-bases", *(f"--{name}" for name in ("tiny", "siglip") if getattr(options, name))]
+    bases = [
+        *me,
+        "--only-bases",
+        *(f"--{name}" for name in ("tiny", "siglip") if getattr(options, name)),
+    ]
     image = str(work_dir / "corpus" / "images" / "one.png")
     answer = ["python", "-c", ANSWER, str(work_dir / "huggingface"), image, QUESTION]
     return [
@@ -310,7 +314,9 @@ def main(arguments: list[str] | None = None) -> int:
     work_dir = options.work_dir.resolve()
     os.chdir(quickstart.ROOT)
     if options.only_bases:
-        write_bases(work_dir / "bases", layers=options.layers, tiny=options.tiny, siglip=options.siglip)
+        write_bases(
+            work_dir / "bases", layers=options.layers, tiny=options.tiny, siglip=options.siglip
+        )
         return 0
     try:
         wrong = rehearse(work_dir, options)
