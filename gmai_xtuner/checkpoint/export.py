@@ -265,10 +265,10 @@ def _merged(name: str, part: Any, cfg: Mapping[str, Any], dtype: torch.dtype) ->
     vanished = 0
     for layer, weight in merged_weights(part, whole):
         # At once: all of them in fp32 would need twice the memory.
-        weight, lost = _as_written(f"{layer}.weight", weight, dtype)
+        weight, lost = as_written(f"{layer}.weight", weight, dtype)
         vanished += lost
         whole.get_submodule(layer).weight = nn.Parameter(weight, requires_grad=False)
-    _warn_of(vanished)
+    warn_of(vanished)
     return whole
 
 
@@ -296,9 +296,9 @@ def convert_dtype(part: Any, dtype: torch.dtype) -> None:
     vanished = 0
     for name, parameter in part.named_parameters():
         # Also what has that dtype already: a merge may have gone beyond its range.
-        parameter.data, lost = _as_written(name, parameter.data, dtype)
+        parameter.data, lost = as_written(name, parameter.data, dtype)
         vanished += lost
-    _warn_of(vanished)
+    warn_of(vanished)
     own_storage(part)
 
 
@@ -326,7 +326,7 @@ def check_shard_size(max_shard_size: str | int) -> None:
     )
 
 
-def _warn_of(vanished: int) -> None:
+def warn_of(vanished: int) -> None:
     if vanished:
         warn(
             f"{vanished} weights are too small for fp16 and become 0; --fp32 keeps them (import_model: "
@@ -334,7 +334,7 @@ def _warn_of(vanished: int) -> None:
         )
 
 
-def _as_written(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+def as_written(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
     """Return a weight in ``dtype``, and how many of its values became 0."""
     if not torch.isfinite(weight).all():
         raise GMAIError(

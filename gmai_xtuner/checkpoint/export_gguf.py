@@ -14,6 +14,7 @@ and key weights are reordered. What it computes otherwise than training did stan
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, PreTrainedTokenizerFast
 
-from gmai_xtuner.checkpoint.export import write_json
+from gmai_xtuner.checkpoint.export import warn_of, write_json
 from gmai_xtuner.checkpoint.export_huggingface import Source, Whole, whole_model
 from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
 from gmai_xtuner.checkpoint.tokenizer import WORD_MARK
@@ -67,10 +68,10 @@ def write_gguf(folder: Path, source: Source) -> None:
     text = gguf.GGUFWriter(folder / "model.gguf", "llama")
     _describe_text(text, whole.config.text_config)
     _add_vocabulary(text, source.tokenizer, whole)
-    _write(text, _text_names(whole), whole.state, kind, whole.config)
+    _write(text, _text_names(whole), whole, kind)
     vision = gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
     _describe_vision(vision, whole.config, source.transform)
-    _write(vision, _vision_names(whole), whole.state, kind, whole.config)
+    _write(vision, _vision_names(whole), whole, kind)
     warn(
         "llama.cpp has, since May 2025, put CLIP's class token behind the patches and not before them "
         "(https://github.com/ggml-org/llama.cpp/issues/25814): it answers texts as training did, but sees "
@@ -145,7 +146,7 @@ def _text_names(whole: Whole) -> dict[str, str]:
     config = whole.config.text_config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     found = {}
-    for key in whole.state:
+    for key in whole.stored:
         plain = key.removeprefix("language_model.")
         tied = plain == "lm_head.weight" and config.tie_word_embeddings
         if plain != key and not tied:
@@ -162,7 +163,7 @@ def _vision_names(whole: Whole) -> dict[str, str]:
     layers = _layers(whole.config)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
     found = {}
-    for key in whole.state:
+    for key in whole.stored:
         if key.startswith("multi_modal_projector."):
             _, layer, suffix = key.split(".")
             found[f"{PROJECTOR[layer]}.{suffix}"] = key
@@ -176,36 +177,40 @@ def _vision_names(whole: Whole) -> dict[str, str]:
 def _write(
     writer: Any,
     names: Mapping[str, str],
-    state: Mapping[str, torch.Tensor],
+    whole: Whole,
     kind: Any,
-    config: LlavaConfig,
 ) -> None:
     import gguf
 
     full = gguf.GGMLQuantizationType.F32
     # As llama.cpp has it: vectors, and what pixels and places become, always in full precision.
     kinds = {
-        name: full if state[key].ndim == 1 or name.startswith(("v.patch", "v.position")) else kind
+        name: full
+        if len(whole.shape(key)) == 1 or name.startswith(("v.patch", "v.position"))
+        else kind
         for name, key in names.items()
     }
     writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[kind.name])
     for name, key in names.items():
-        size = state[key].numel() * (4 if kinds[name] == full else 2)
-        shape = tuple(state[key].shape)
+        shape = tuple(whole.shape(key))
+        size = math.prod(shape) * (4 if kinds[name] == full else 2)
         writer.add_tensor_info(name, shape, torch.empty(0).numpy().dtype, size, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    text = config.text_config
+    text = whole.config.text_config
+    vanished = 0
     heads = {"q": text.num_attention_heads, "k": text.num_key_value_heads}
     for name, key in names.items():
-        tensor = state[key].detach().float()
+        tensor, lost = whole.weight(key)
+        tensor, vanished = tensor.float(), vanished + lost
         if rotated := re.search(r"^blk.*attn_([qk])\.", name):
             parts = tensor.reshape(heads[rotated[1]], 2, -1, *tensor.shape[1:])
             tensor = parts.transpose(1, 2).reshape(tensor.shape)
         data = gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name])
         writer.write_tensor_data(data)
     writer.close()
+    warn_of(vanished)
 
 
 def _vocabulary_kind(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str, bool]:

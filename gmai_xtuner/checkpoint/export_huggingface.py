@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -41,11 +43,12 @@ from xtuner.registry import BUILDER
 
 from gmai_xtuner.checkpoint.export import (
     all_parts,
+    as_written,
     check_shard_size,
-    convert_dtype,
     export_dtype,
     export_settings,
     new_folder,
+    warn_of,
     without_dynamic_rope,
     write_json,
 )
@@ -64,6 +67,7 @@ from gmai_xtuner.model.llava import num_class_tokens, num_image_tokens
 from gmai_xtuner.model.lora import adapter_layers
 
 VOCABULARY_MULTIPLE = 64
+_GROWN = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 _NOT_EXPORTED = [
     "_name_or_path",
     "name_or_path",
@@ -136,13 +140,27 @@ class Source(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """A model as an export of the whole has it; ``state`` has LLaVA's names."""
+    """A model as an export of the whole has it; ``stored`` has LLaVA's names, and weights as they were read.
+
+    Each is converted when it is written: a copy of the whole would need as much memory as the model.
+    """
 
     parts: Mapping[str, Any]
     config: LlavaConfig
-    state: dict[str, torch.Tensor]
+    stored: dict[str, torch.Tensor]
     tokenizer: PreTrainedTokenizerFast
     template: ChatTemplate
+    dtype: torch.dtype
+
+    def shape(self, key: str) -> torch.Size:
+        """Return the shape that a weight is written in."""
+        rows = (self.config.text_config.vocab_size,) if key in _GROWN else ()
+        return torch.Size([*rows, *self.stored[key].shape[len(rows) :]])
+
+    def weight(self, key: str) -> tuple[torch.Tensor, int]:
+        """Return a weight as it is written, and how many of its values became 0."""
+        weight, vanished = as_written(key, self.stored[key].detach(), self.dtype)
+        return grown(weight, self.shape(key)[0]).contiguous(), vanished
 
 
 def save_whole_model(
@@ -206,13 +224,13 @@ def whole_model(source: Source) -> Whole:
         )
     positions = text.max_position_embeddings
     tokenizer = plain_tokenizer(source.tokenizer, template, max_length=positions)
-    for part in parts.values():
-        convert_dtype(part, source.dtype)
     config = llava_config(text, vision, tokenizer, source.dtype)
     config.vision_feature_layer = settings["visual_select_layer"]
     states = {name: part.state_dict() for name, part in parts.items()}
-    states["llm"] = _grown_state(parts["llm"], config.text_config.vocab_size)
-    return Whole(parts, config, plain_weights(states), tokenizer, template)
+    stored = plain_weights(states)
+    if config.tie_word_embeddings:
+        del stored[_GROWN[1]]
+    return Whole(parts, config, stored, tokenizer, template, source.dtype)
 
 
 def write_llava(folder: Path, source: Source) -> None:
@@ -225,20 +243,44 @@ def write_llava(folder: Path, source: Source) -> None:
     config, tokenizer = whole.config, whole.tokenizer
     with init_empty_weights():
         llava = LlavaForConditionalGeneration(config)
-    llava.load_state_dict(whole.state, strict=True, assign=True)
-    llava.tie_weights()
-    llava.generation_config = _generation(whole.parts["llm"], tokenizer, whole.template, config)
-    llava.save_pretrained(folder, safe_serialization=True, max_shard_size=source.max_shard_size)
+    expected = {key: value.shape for key, value in llava.state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected[_GROWN[1]]
+    assert expected == {key: whole.shape(key) for key in whole.stored}
+    _write_weights(folder, whole, source.max_shard_size)
+    config.architectures = [type(llava).__name__]
+    config.save_pretrained(folder)
+    generation = _generation(whole.parts["llm"], tokenizer, whole.template, config)
+    generation.save_pretrained(folder)
     _write_config(folder, config)
     tokenizer.save_pretrained(folder)
     _write_processor(folder, source.transform, tokenizer, config)
     write_json(folder / SETTINGS_FILE, source.settings)
-    costs = describe_parts(whole.parts)
+    costs = describe_parts(whole.parts, dtype=whole.dtype)
     _write_card(folder, source, costs, config)
     info(
         f"The whole model as {type(llava).__name__}, vocabulary {config.text_config.vocab_size:,}:\n"
         f"{costs}\n{size(folder_bytes(folder))} on disk"
     )
+
+
+def _write_weights(folder: Path, whole: Whole, max_shard_size: str) -> None:
+    """Write the weights in files of the hub's names, one file in memory at a time."""
+    sizes = {
+        key: torch.empty(whole.shape(key), dtype=whole.dtype, device="meta") for key in whole.stored
+    }
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    vanished = 0
+    for file, keys in plan.filename_to_tensors.items():
+        shard = {}
+        for key in keys:
+            shard[key], lost = whole.weight(key)
+            vanished += lost
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    warn_of(vanished)
 
 
 def _write_card(folder: Path, source: Source, costs: str, config: LlavaConfig) -> None:
@@ -304,13 +346,6 @@ def llava_config(
         pad_token_id=tokenizer.pad_token_id,
         torch_dtype=dtype,
     )
-
-
-def _grown_state(llm: Any, rows: int) -> dict[str, torch.Tensor]:
-    """Return the language model's weights, embedding and head grown to the vocabulary."""
-    state = llm.state_dict()
-    heads = {"model.embed_tokens.weight", "lm_head.weight"} & state.keys()
-    return {**state, **{key: grown(state[key], rows) for key in heads}}
 
 
 def grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:

@@ -253,9 +253,20 @@ def cache_bytes(config: Any, *, tokens: int, dtype: torch.dtype) -> int:
     return values * torch.empty(0, dtype=dtype).element_size()
 
 
-def describe_parts(parts: Mapping[str, nn.Module], *, folder: Path | None = None) -> str:
-    """Return a table: a line a part, their sum, and what the folder with them takes on disk."""
+def describe_parts(
+    parts: Mapping[str, nn.Module], *, folder: Path | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """Return a table: a line a part, their sum, and what the folder with them takes on disk.
+
+    ``dtype`` is what they are written in, where that isn't theirs.
+    """
     costs = {LABELS[name]: part_cost(parts[name]) for name in LABELS if name in parts}
+    if dtype is not None:
+        shown = (str(dtype).removeprefix("torch."),)
+        costs = {
+            name: PartCost(cost.parameters, shown, cost.parameters * dtype.itemsize)
+            for name, cost in costs.items()
+        }
     parameters = sum(cost.parameters for cost in costs.values())
     costs["all"] = PartCost(parameters, (), sum(cost.bytes for cost in costs.values()))
     lines = [f"{'':14}  {'parameters':>14}  {'dtype':<9}  {'memory':>10}"]

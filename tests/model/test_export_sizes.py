@@ -3,11 +3,13 @@
 """Exported files hold the weights and nothing else, whatever buffer the checkpoint's tensors lie in."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gmai_xtuner.checkpoint.export import as_written
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.import_model import main
 from tests.model.exporting import export, stage_config, trained_model
@@ -74,6 +76,32 @@ def test_the_whole_llava_is_divided_over_shards_too(tiny_bases, tmp_path):
     files = written(tmp_path / "out")
     assert len(files) >= 4
     assert all(file.stat().st_size < 1_500_000 + 32 * KIB for file in files)
+
+
+def test_the_whole_llava_is_converted_file_by_file(stage1, tmp_path, monkeypatch):
+    """No second copy of the model: at the 7B's size there would be no memory for it."""
+    model, cfg = stage1
+    alive: list[weakref.ref] = []
+    most = [0]
+
+    def converted(name, weight, dtype):
+        result = as_written(name, weight, dtype)
+        alive.append(weakref.ref(result[0]))
+        most[0] = max(most[0], sum(one.nbytes for ref in alive if (one := ref()) is not None))
+        return result
+
+    monkeypatch.setattr("gmai_xtuner.checkpoint.export_huggingface.as_written", converted)
+    model.to_hf(
+        cfg=cfg,
+        save_dir=str(tmp_path / "out"),
+        save_format="huggingface",
+        save_pretrained_kwargs={"max_shard_size": "500KB"},
+    )
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    largest = max(file.stat().st_size for file in written(tmp_path / "out"))
+    assert (
+        0 < most[0] <= 2 * largest < sum(file.stat().st_size for file in written(tmp_path / "out"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +183,13 @@ def test_what_is_no_number_is_refused_in_its_own_dtype_too(release, tmp_path, ca
     assert "no numbers (NaN or infinite)" in capsys.readouterr().err
 
 
-def test_what_becomes_0_is_counted(release, tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_format", ["xtuner", "huggingface", "gguf"])
+def test_what_becomes_0_is_counted(release, tmp_path, monkeypatch, save_format):
     counted = []
-    monkeypatch.setattr("gmai_xtuner.checkpoint.export._warn_of", counted.append)
+    for module in ("export", "export_huggingface", "export_gguf"):
+        monkeypatch.setattr(f"gmai_xtuner.checkpoint.{module}.warn_of", counted.append)
     folder = with_value(release, tmp_path / "release", "projector", 1e-9)
-    assert main([str(folder), str(tmp_path / "out")]) == 0
+    assert main([str(folder), str(tmp_path / "out"), "--save-format", save_format]) == 0
     assert 3 in counted
 
 
