@@ -138,10 +138,7 @@ class Predictor:
     What takes a prompt raises, before anything is computed, ``ValueError`` where marks and images differ in
     number and :class:`PromptTooLong` where no position is left to answer at.
 
-    Args:
-        model: in evaluation mode on its device.
-        template: how turns become text; the one of training.
-        transform: image to pixels; the one of training.
+    The model is on its device; template and image transform are those of training.
     """
 
     def __init__(

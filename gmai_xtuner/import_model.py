@@ -33,15 +33,11 @@ def import_model(
     """Read a model and write it; all of it or nothing.
 
     Args:
-        folder: see :func:`gmai_xtuner.loading.load_model`.
+        folder, load: see :func:`gmai_xtuner.loading.load_model`, but for its ``dtype`` and ``device``.
         out: a new or empty folder.
         dtype: torch's name of the precision that is written.
         save_format: ``xtuner``, ``huggingface`` or ``gguf``.
         max_shard_size: of a file of weights.
-        load: ``llm``, ``vision``, ``prompt_template`` and ``add_bos`` of ``load_model``.
-
-    Returns:
-        the model that was written.
 
     Raises:
         GMAIError: it can't be read, a weight does not fit into fp16, ``max_shard_size`` is no size, or

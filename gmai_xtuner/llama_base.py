@@ -22,14 +22,8 @@ def write_llama_base(
 ) -> None:
     """Write a base in Llama form; all of it or nothing.
 
-    Args:
-        base: an InternLM2, InternLM2.5 or Llama checkpoint: a folder or a hub name.
-        out: a new or empty folder.
-        dtype: e.g. ``"float16"``; None keeps the base's own.
-        max_shard_size: of a weight file.
-
-    Raises:
-        GMAIError: the folder is not empty, or the base can't be read.
+    ``base`` is an InternLM2, InternLM2.5 or Llama checkpoint, a folder or a hub name, ``out`` a new or empty
+    folder; a ``dtype`` of None keeps the base's own.
     """
     # Here, so that --help answers at once.
     import gmai_xtuner.plugin  # noqa: F401  (makes xtuner and torch work together)

@@ -62,7 +62,6 @@ def load_language_model(
     pretrained_model_name_or_path: str,
     *,
     torch_dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
     quantization_config: Any = None,
     adapter: Path | None = None,
 ) -> LlamaForCausalLM:
@@ -77,8 +76,6 @@ def load_language_model(
         pretrained_model_name_or_path: a folder in the hub's layout, or a hub name.
         torch_dtype: e.g. ``"bfloat16"``; None keeps the checkpoint's own, :data:`AS_STORED` what its
             weights have.
-        attn_implementation: a key of transformers' ``ALL_ATTENTION_FUNCTIONS``, ``"eager"`` or
-            ``"sdpa"``; None lets transformers choose.
         quantization_config: 4-bit weights for QLoRA: a ``BitsAndBytesConfig`` or its config
             ``dict(type="transformers.BitsAndBytesConfig", ...)``. Each weight is quantised as it is read,
             so the GPU never holds the model in full precision. On meta it is left out of account: what
@@ -105,9 +102,7 @@ def load_language_model(
     if torch_dtype not in (None, "auto", AS_STORED):
         dtype = as_dtype(torch_dtype)
     if on_meta:
-        model = LlamaForCausalLM._from_config(
-            config, torch_dtype=dtype or torch.float32, attn_implementation=attn_implementation
-        )
+        model = LlamaForCausalLM._from_config(config, torch_dtype=dtype or torch.float32)
     else:
         if adapter is not None:
             weights = add_adapter(weights, adapter)
@@ -121,7 +116,6 @@ def load_language_model(
             config=config,
             state_dict=weights,
             torch_dtype=dtype or "auto",
-            attn_implementation=attn_implementation,
             quantization_config=quantization_config,
             # Parameters take the memory-mapped tensors instead of a second copy; ZeRO-3 has its
             # own way of not holding the whole model.

@@ -121,10 +121,8 @@ class Source(NamedTuple):
         parts: gives ``llm``, ``visual_encoder`` and ``projector`` as plain models, once all else is known
             to fit. They are turned into ``dtype``.
         projector_depth: linear layers of the projector.
-        tokenizer: the language model's.
-        transform: image to pixels, as in training.
-        settings: as in ``gmai_vl.json``.
-        provenance: for the model card.
+        tokenizer, transform: the language model's; image to pixels, as in training.
+        settings, provenance: as in ``gmai_vl.json``; for the model card.
         dtype: of the weights.
         max_shard_size: of a file of weights, e.g. ``"2GB"``.
     """

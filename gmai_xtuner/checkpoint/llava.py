@@ -108,14 +108,12 @@ class GMAILLaVAModel(LLaVA):
     """:class:`~gmai_xtuner.model.llava.LLaVA` with its life on disk.
 
     Args:
-        llm: as for ``LLaVA``.
-        visual_encoder: as for ``LLaVA``.
+        llm, visual_encoder, options: as for ``LLaVA``.
         pretrained_pth: file, DeepSpeed directory or work dir of the stage before, or of a run with the
             same adapters, which are continued; or a folder of exported weights, in xtuner's layout or a
             whole LLaVA (:mod:`gmai_xtuner.checkpoint.layouts`).
         pretrained_parts: parts that ``pretrained_pth`` must contain; a checkpoint of an earlier stage
             than the one meant is refused.
-        options: further arguments of ``LLaVA``.
 
     Raises:
         ModelLoadError: a checkpoint does not fit; names the keys.

@@ -259,14 +259,8 @@ def load_parts(
     A stage saves only what it trained, so a checkpoint may lack a part; but a part that is there must
     be there whole, and nothing may be left over.
 
-    Args:
-        model: the model; its direct children are the parts.
-        state: keys ``<part>.<name>``.
-        required: parts that the checkpoint must have.
-        source: where ``state`` comes from, for the messages.
-
-    Returns:
-        names of the parts that were loaded.
+    The model's direct children are the parts; keys are ``<part>.<name>``; the ``required`` parts must be
+    there. ``source`` says in messages where the state comes from. Returns the names of what was loaded.
 
     Raises:
         ModelLoadError: names the unexpected, missing or misshapen keys. Nothing is loaded then.
@@ -300,11 +294,8 @@ def check_trained_state(
 ) -> None:
     """Check that a checkpoint is one of the config that a model was built from; by names and shapes.
 
-    Args:
-        model: on any device; what its stage trains requires gradients.
-        state: the checkpoint, names as in the model.
-        source: where it comes from, for the messages.
-        brought_along: names of what the checkpoint has without having trained it.
+    The model is on any device; what its stage trains requires gradients. ``brought_along`` names what the
+    checkpoint has without having trained it.
 
     Raises:
         ModelLoadError: names the missing, unexpected or misshapen keys.

@@ -92,9 +92,7 @@ def adapter_base(folder: Path) -> str | None:
 def add_adapter(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
     """``W + alpha / r * B A`` for every matrix that the adapter has; in fp32, rounded once.
 
-    Args:
-        weights: of the base, under its own names; not changed.
-        folder: ``adapter_config.json`` and ``adapter_model``.
+    Weights of the base have its own names; the folder holds ``adapter_config.json`` and ``adapter_model``.
 
     Raises:
         ModelLoadError: another kind of adapter, or one of another base; names the weights.

@@ -31,13 +31,7 @@ from gmai_xtuner.data.tokenize_records import CacheOptions
 
 
 class PackRef(NamedTuple):
-    """Which pack is asked for.
-
-    Args:
-        epoch: the epoch in whose plan it lies.
-        pack: its index in that plan.
-        filler: it only keeps a rank in step and is not trained on.
-    """
+    """Which pack is asked for: its index in an epoch's plan; a filler only keeps a rank in step."""
 
     epoch: int
     pack: int
@@ -191,11 +185,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
     def held_out_part(self, at_most: int | None = None) -> SoftPackedDataset | None:
         """Return the conversations kept for validation, each once, with the same caches and images.
 
-        Args:
-            at_most: conversations of a dataset; default: all.
-
-        Returns:
-            ``None`` where nothing is held out.
+        ``at_most`` of a dataset; ``None`` where nothing is held out.
         """
         part = copy.copy(self)
         part.plan = self.plan.held_out_plan(at_most)
@@ -244,11 +234,8 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
 
     def _widen(self, conversation: TokenizedConversation) -> tuple[np.ndarray, np.ndarray]:
         ids = conversation.input_ids.astype(np.int64)
-        labels = conversation.labels.astype(np.int64)
-        if conversation.images:
-            times = np.where(ids == IMAGE_TOKEN_INDEX, self.num_image_tokens, 1)
-            ids, labels = np.repeat(ids, times), np.repeat(labels, times)
-        return ids, labels
+        times = np.where(ids == IMAGE_TOKEN_INDEX, self.num_image_tokens, 1)
+        return np.repeat(ids, times), np.repeat(conversation.labels.astype(np.int64), times)
 
     def _pixels(self, dataset: int, conversation: TokenizedConversation, path: str) -> torch.Tensor:
         entry = self.entries[dataset]

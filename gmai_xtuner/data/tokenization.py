@@ -122,13 +122,8 @@ class _Piece(NamedTuple):
 class ConversationTokenizer:
     """Batched tokenising of conversations with a fast tokenizer.
 
-    Args:
-        tokenizer: the Rust tokenizer (``PreTrainedTokenizerFast.backend_tokenizer``).
-        template: how turns become text.
-        bos_token_id: id of ``<s>``.
-        eos_token_id: id of ``</s>``, used where the template's suffix is not itself the end.
-
-    Free of torch, so that cache workers stay small.
+    ``tokenizer`` is the Rust one (``PreTrainedTokenizerFast.backend_tokenizer``); ``</s>`` is used where the
+    template's suffix is not itself the end. Free of torch, so that cache workers stay small.
     """
 
     def __init__(
@@ -272,17 +267,10 @@ def fit(
     over_length: str,
     max_images: int | None = None,
 ) -> TokenizedConversation | None:
-    """Cut a conversation between turns so that it fits, or give it up.
+    """Return a conversation if it fits into a pack, a shorter one, or ``None`` if nothing fits.
 
-    Args:
-        tokenized: the whole conversation.
-        max_length: tokens of a pack, image tokens counted.
-        num_image_tokens: tokens of one image.
-        over_length: ``cut`` keeps as many whole turns from the beginning as fit; ``drop`` keeps none.
-        max_images: images of a pack.
-
-    Returns:
-        the conversation itself if it fits, a shorter one, or ``None`` if nothing fits.
+    ``over_length`` ``cut`` keeps as many whole turns from the beginning as fit, ``drop`` none. ``max_length``
+    counts image tokens, ``num_image_tokens`` for an image.
     """
 
     def fits(ids: int, images: int) -> bool:

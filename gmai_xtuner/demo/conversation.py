@@ -24,13 +24,10 @@ State = Literal["waiting", "writing", "done", "stopped", "failed"]
 
 @dataclass
 class Attached:
-    """An image in the tray.
+    """An image in the tray, with a number from 1 that is never given twice in a session.
 
-    Args:
-        number: as people count it, from 1, never given twice in a session.
-        study: what it is.
-        view: what of it is shown, and goes with the next question if ``send`` says so.
-        sent: whether the models have this view.
+    The view is what is shown of it, and goes with the next question if ``send`` says so; ``sent``: the models
+    have it.
     """
 
     number: int

@@ -44,7 +44,8 @@ class ImagePanel(Panel):
         self._picture: Any = None
         self._wanted: View | None = None
         self._rendering = False
-        self._refresh_checkbox: Callable[[], None] = lambda: None
+        self.refresh_checkbox: Callable[[], None] = lambda: None
+        """Shows what goes with the next question."""
 
     def draw(self) -> None:
         """Draw everything in the language of now."""
@@ -80,7 +81,7 @@ class ImagePanel(Panel):
     def draw_images(self) -> None:
         """Draw the tray and the chosen image."""
         session = self.session
-        self._refresh_checkbox = lambda: None
+        self.refresh_checkbox = lambda: None
         self._tray.clear()
         with self._tray:
             if not session.tray:
@@ -94,10 +95,6 @@ class ImagePanel(Panel):
         if session.chosen is not None:
             with self._viewer:
                 self._draw_viewer(session.image(session.chosen))
-
-    def sent_changed(self) -> None:
-        """Show what goes with the next question, which has changed."""
-        self._refresh_checkbox()
 
     # --- the chosen image ---
 
@@ -132,7 +129,7 @@ class ImagePanel(Panel):
             send.value = one.send
 
         refresh_checkbox()
-        self._refresh_checkbox = refresh_checkbox
+        self.refresh_checkbox = refresh_checkbox
 
     def _draw_choices(self, one: Attached, study: Study) -> None:
         axis = one.view.axis
@@ -238,7 +235,7 @@ class ImagePanel(Panel):
 
     def _show(self, one: Attached, **changes: Any) -> None:
         one.turn_to(replace(one.view, **changes))
-        self.sent_changed()
+        self.refresh_checkbox()
         self._wanted = one.view
         if not self._rendering:
             self._rendering = True

@@ -92,9 +92,8 @@ class Demo:
         ui.colors(primary="#0b6e75", negative="#b3261e")
         ui.add_css(STYLE.read_text(encoding="utf-8"))
         images = ImagePanel(session, self.memory, examples=self.examples, opening=self.opening)
-        chat = ChatPanel(
-            session, self.memory, answering=self.answering, images_sent=images.sent_changed
-        )
+        sent = lambda: images.refresh_checkbox()  # noqa: E731 (another one for each image)
+        chat = ChatPanel(session, self.memory, answering=self.answering, images_sent=sent)
         body = ui.element("div").classes("demo")
 
         def speak(event: Any) -> None:
@@ -162,12 +161,9 @@ class _Server(uvicorn.Server):
 def serve(
     demo: Demo, *, own: socket.socket, names: Sequence[str], ready: Callable[[], None]
 ) -> None:
-    """Serve until a signal ends it.
+    """Serve by a reserved socket, and by these names (see `Guard`), until a signal ends it.
 
-    Args:
-        demo, names: what is served, and by which names, see `Guard`.
-        own: see `gmai_xtuner.core.addresses.reserved`.
-        ready: called when the page can be visited.
+    ``ready`` is called when the page can be visited.
     """
     host = str(own.getsockname()[0])
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -217,13 +213,9 @@ def _temporary_folder() -> Iterator[None]:
 
 
 class Guard:
-    """Refuse what does not belong to this page, and bound what is uploaded.
+    """Refuse what does not belong to this page, and bound what is uploaded with one request.
 
-    Args:
-        application: what is guarded.
-        upload_bytes: files of one request.
-        loopback: whether only this machine is served.
-        names: by which a proxy on this machine is visited; taken as if they were its own.
+    ``loopback``: only this machine is served; by ``names`` a proxy on it is visited, taken as if its own.
     """
 
     def __init__(

@@ -121,12 +121,8 @@ class Facts:
 class _Study:
     """What frames and volumes share.
 
-    Args:
-        values: intensities or colours.
-        facts: what may be shown of the file.
-        inverted: MONOCHROME1: the smallest value is white.
-        own_window: the default window is the file's.
-        hounsfield: windows in Hounsfield units make sense.
+    ``inverted``: MONOCHROME1, the smallest value is white; ``own_window``: the default window is the file's;
+    ``hounsfield``: windows in Hounsfield units make sense.
     """
 
     values: np.ndarray

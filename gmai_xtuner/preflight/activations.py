@@ -30,13 +30,8 @@ from gmai_xtuner.model.llava import num_image_tokens
 class MicroBatch:
     """What one GPU takes at a time.
 
-    Args:
-        packs: packs, of ``max_length`` tokens each.
-        max_length: tokens of a pack.
-        supervised: supervised tokens of all packs.
-        images: images of all packs.
-        dtype: in which the engine trains.
-        partitioned: ZeRO-3, whose own linear layers keep their input where the weight is frozen, too.
+    ``supervised`` tokens and ``images`` are of all packs, of ``max_length`` tokens each. ``partitioned``:
+    ZeRO-3, whose own linear layers keep their input where the weight is frozen, too.
     """
 
     packs: int

@@ -202,9 +202,7 @@ def check_disk(
     hooks = run.cfg.get("default_hooks", {})
     hook = hooks.get("checkpoint") or {}
     keep, interval = hook.get("max_keep_ckpts", -1), hook.get("interval", -1)
-    written = 1
-    if iterations is not None and interval > 0:
-        written = max(1, math.ceil(iterations / interval))
+    written = max(1, math.ceil((iterations or 0) / interval)) if interval > 0 else 1
     kept = _at_a_time(keep, written) + bool((hooks.get("best") or {}).get("keep"))
     folders = (run.work_dir.absolute(), *run.work_dir.absolute().parents)
     free = shutil.disk_usage(next(folder for folder in folders if folder.is_dir())).free
@@ -219,11 +217,11 @@ def check_disk(
             why = f"max_keep_ckpts {keep}, and one being written"
         else:
             why = f"all that the run writes; max_keep_ckpts {keep}"
+        at_a_time = {number: _at_a_time(number, written) for number in range(1, kept)}
         fewer = [
             number
-            for number in range(1, kept)
-            if _at_a_time(number, written) < kept
-            and max(size, _at_a_time(number, written) * size - taken) <= free
+            for number, many in at_a_time.items()
+            if many < kept and max(size, many * size - taken) <= free
         ]
         option = "default_hooks.checkpoint.max_keep_ckpts"
         remedy = f", or --cfg-options {option}={fewer[-1]}" if fewer else ""

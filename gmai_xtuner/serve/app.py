@@ -38,14 +38,12 @@ class Server:
     """The application around one model.
 
     Args:
-        predictor: the model.
-        name: what clients call it.
+        predictor, name: the model, and what clients call it.
         key: what clients must show, if anything.
         only_loopback_names: whether requests under any other name, or from a page of another site, are
             refused: for a server without a key that only this machine reaches.
-        limits: of a request.
+        limits, max_waiting: of a request, and of those that may wait for the one that is computed.
         max_new_tokens: what a request may ask for; one that doesn't say gets 512 at the most.
-        max_waiting: requests that may wait for the one that is computed.
         timeout: seconds in which a request must arrive, and then be read and its images decoded.
     """
 

@@ -304,13 +304,7 @@ def _check_order(turns: list[Turn]) -> None:
 def image_of(url: str, param: str, limits: Limits) -> Image.Image:
     """Decode the image in a data URL, as training does; nothing is fetched, no file is opened.
 
-    Args:
-        url: ``data:image/png;base64,...``.
-        param: the field, for errors.
-        limits: see there.
-
-    Raises:
-        ApiError: another address, no base64, no image, or a too large one.
+    Another address, no base64, no image, or a too large one is an ``ApiError`` about ``param``.
     """
 
     def refused(message: str, code: str) -> ApiError:

@@ -112,11 +112,8 @@ def _launch(
 def train_all(options: argparse.Namespace) -> int:
     """Train three stages, convert and evaluate; what is there already is not made again.
 
-    Returns:
-        the exit status of the step that did not finish, 0 if all did.
-
-    Raises:
-        GMAIError: the folder was begun with other settings; a conversion left no model.
+    Returns the exit status of the step that did not finish, 0 if all did. A folder that was begun with other
+    settings, or a conversion that left no model, is a ``GMAIError``.
     """
     folder = options.work_dir or Path("work_dirs", "gmai_vl")
     folder.mkdir(parents=True, exist_ok=True)

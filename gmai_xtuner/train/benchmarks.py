@@ -43,16 +43,13 @@ OPTIONS = ("benchmark", "data", "variant", "protocol", "limit", "max_new_tokens"
 
 @DATASETS.register_module()
 class BenchmarkQuestions:
-    """The questions of one or several benchmarks.
+    """The questions of one or several benchmarks; ``asked`` has them by the name that their numbers get.
 
     Args:
         benchmarks: a folder, for every benchmark in it by its default protocol; or name -> options:
             ``data`` (folder or file), and ``benchmark`` (default: the name), ``variant``, ``protocol``,
             ``limit``, ``max_new_tokens``.
         limit: questions of each at the most; default: all.
-
-    Attributes:
-        asked: name of a benchmark, as its numbers get it -> what is asked.
 
     Raises:
         GMAIError: an unknown option, nothing to ask, or a benchmark that can't be read.
@@ -199,14 +196,8 @@ def answers_in_step(
 ) -> list[Answered | None]:
     """Return greedy answers of all ranks together: under ZeRO-3 each holds a part of the weights.
 
-    Args:
-        predictor: the model.
-        prompts: equally many on every rank; None stands for one that only keeps the rank in step.
-        max_new_tokens: the longest answer.
-        synced: every rank runs as many passes as the longest of them.
-
-    Returns:
-        None for what can't be asked: a rank that raised alone would leave the others waiting.
+    There are equally many prompts on every rank; None stands for one that only keeps the rank in step. An
+    answer is None for what can't be asked: a rank that raised alone would leave the others waiting.
     """
 
     def fits(prompt: Prompt) -> bool:
@@ -224,12 +215,7 @@ class RankedAnswerer:
     """Asks the model in training; every rank asks equally often, in batches of equal sizes.
 
     Under ZeRO-3 all ranks must generate as often. Where the questions don't come out even, some are asked
-    twice, and count once.
-
-    Args:
-        predictor: the model.
-        batch_size: questions that a rank asks together.
-        readers: threads that read images; the next batch's are read meanwhile.
+    twice, and count once. ``readers`` are threads that read images, those of the next batch meanwhile.
     """
 
     name = model = "model in training"
@@ -305,12 +291,8 @@ def bare_model(model: Any) -> GMAILLaVAModel:
 class BenchmarkLoop(BaseLoop):
     """The loop of ``xtuner test``: benchmarks, asked as the model was trained.
 
-    Tokenizer, template and image path are those of ``train_dataloader.dataset`` in the config.
-
-    Args:
-        runner: mmengine's.
-        dataloader: ``dataset=dict(type="BenchmarkQuestions", ...)``, ``batch_size``, ``num_workers``.
-        evaluator: with :class:`BenchmarkScore`.
+    Tokenizer, template and image path are those of ``train_dataloader.dataset`` in the config. ``dataloader``
+    has ``dataset=dict(type="BenchmarkQuestions", ...)``, ``batch_size`` and ``num_workers``.
     """
 
     def __init__(

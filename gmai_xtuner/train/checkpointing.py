@@ -145,6 +145,14 @@ class StepCheckpointHook(CheckpointHook):
         return final
 
 
+def checkpoint_hook(runner: FlexibleRunner, who: str) -> StepCheckpointHook:
+    """Return the run's; ``GMAIError`` if there is none, and who needs it."""
+    for hook in runner.hooks:
+        if isinstance(hook, StepCheckpointHook):
+            return hook
+    raise GMAIError(f"{who} needs default_hooks.checkpoint, a StepCheckpointHook")
+
+
 def publish(
     staging: Path, final: Path, *, iteration: int, seed: int | None, patience: float = 60.0
 ) -> None:

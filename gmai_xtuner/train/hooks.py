@@ -62,13 +62,9 @@ class ProgressHook(Hook):
         self._reset()
 
     def after_train_iter(
-        self,
-        runner: FlexibleRunner,
-        batch_idx: int,
-        data_batch: Mapping[str, Any] | None = None,
-        outputs: Mapping[str, Any] | None = None,
+        self, runner: FlexibleRunner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        data = (data_batch or {})["data"]
+        data = data_batch["data"]
         trained = bool(data["num_tokens"])  # else it keeps a rank in step
         for name, number in (
             ("tokens", data["num_tokens"]),
@@ -105,16 +101,10 @@ class ProgressHook(Hook):
         return batch_idx + 1 == length and (not self._logger.ignore_last or length <= interval)
 
     def before_val(self, runner: FlexibleRunner) -> None:
-        self.pause()
-
-    def after_val(self, runner: FlexibleRunner) -> None:
-        self.go_on()
-
-    def pause(self) -> None:
         """Stop the clock: validation and sample answers are no training time."""
         self._paused = time.perf_counter()
 
-    def go_on(self) -> None:
+    def after_val(self, runner: FlexibleRunner) -> None:
         self._started += time.perf_counter() - self._paused
 
     def _publish(self, runner: FlexibleRunner) -> None:

@@ -138,11 +138,7 @@ class Screen:
 class Launch:
     """One run of ``xtuner train``, whose output goes to ``train_<time>.log`` in the work dir.
 
-    Args:
-        title: of the run, for the screen.
-        arguments: what follows ``xtuner train``, with ``--work-dir``.
-        work_dir: the same.
-        environment: additional variables.
+    ``arguments`` are what follows ``xtuner train``, with ``--work-dir``; ``environment`` adds variables.
     """
 
     def __init__(

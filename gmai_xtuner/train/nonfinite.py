@@ -13,7 +13,6 @@ sets that flag; nothing of DeepSpeed is replaced.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from mmengine.runner import FlexibleRunner
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.log import warn
-from gmai_xtuner.train.checkpointing import StepCheckpointHook
+from gmai_xtuner.train.checkpointing import checkpoint_hook
 
 COUNTS = "gmai_skipped_steps"
 """Where a checkpoint's message hub keeps the number of skipped steps, in total and in a row."""
@@ -46,9 +45,8 @@ class StepGuard:
     rank. Per micro-batch nothing waits for the device; per optimiser step there is one wait more, and two
     all-reduces of one number (DeepSpeed's own ``check_overflow``, and the losses').
 
-    Args:
-        optim_wrapper: mmengine's ``DeepSpeedOptimWrapper``, after DeepSpeed has started.
-        message_hub: keeps the counts, also over a resume, and hands them to the log.
+    ``optim_wrapper`` is mmengine's ``DeepSpeedOptimWrapper``, after DeepSpeed has started; ``message_hub``
+    keeps the counts, also over a resume, and hands them to the log.
 
     Raises:
         GMAIError: DeepSpeed runs without ZeRO, where a step can't be left out.
@@ -134,28 +132,23 @@ class NonFiniteHook(Hook):
         self._too_many = ""
 
     def before_train(self, runner: FlexibleRunner) -> None:
-        if not any(isinstance(hook, StepCheckpointHook) for hook in runner.hooks):
-            raise GMAIError(
-                "NonFiniteHook stops a run with a checkpoint, and needs a StepCheckpointHook"
-            )
+        self._checkpoints = checkpoint_hook(
+            runner, "NonFiniteHook stops a run with a checkpoint, and"
+        )
         self._guard = StepGuard(runner.optim_wrapper, runner.message_hub)
         runner.train_loop.optim_wrapper = self._guard
         self._seen.clear()
 
     def after_train_iter(
-        self,
-        runner: FlexibleRunner,
-        batch_idx: int,
-        data_batch: Mapping[str, Any] | None = None,
-        outputs: Mapping[str, Any] | None = None,
+        self, runner: FlexibleRunner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        self._seen.append((runner.iter + 1, (data_batch or {})["data"]["ids"]))
+        self._seen.append((runner.iter + 1, data_batch["data"]["ids"]))
 
     def after_step(self, runner: FlexibleRunner) -> None:
         if self._guard.skipped:
             self._log_skipped(runner)
             if self._guard.total > self.max_total or self._guard.in_a_row > self.max_in_a_row:
-                self._stop(runner)
+                self._stop()
         self._seen.clear()
 
     def _log_skipped(self, runner: FlexibleRunner) -> None:
@@ -193,11 +186,10 @@ class NonFiniteHook(Hook):
                 "these were to be expected"
             )
 
-    def _stop(self, runner: FlexibleRunner) -> None:
+    def _stop(self) -> None:
         self._too_many = (
             f"{self._guard.in_a_row} optimiser steps in a row and {self._guard.total} in total were not "
             "finite"
         )
         # It comes next, and writes the checkpoint; the error follows when the loop has ended in good order.
-        checkpoint = next(hook for hook in runner.hooks if isinstance(hook, StepCheckpointHook))
-        checkpoint.stop.ask(self._too_many)
+        self._checkpoints.stop.ask(self._too_many)

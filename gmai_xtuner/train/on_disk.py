@@ -40,10 +40,7 @@ def raised_on_all_ranks(explain: Callable[[str], str]) -> Iterator[None]:
     """Let every rank raise at the end of the block if one can't write in it. To be entered by all ranks.
 
     A rank that raises alone would leave the others in their next collective until that times out. In the
-    block no rank may wait for another.
-
-    Args:
-        explain: makes the message out of ``"rank 3: [Errno 28] No space left on device"``.
+    block no rank may wait for another. ``explain`` makes the message out of ``"rank 3: [Errno 28] ..."``.
 
     Raises:
         GMAIError: a rank had a ``GMAIError`` or one that :func:`is_write_error` knows; any other is raised
@@ -82,12 +79,9 @@ def put_in_place(staging: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Remove a checkpoint; one that is half removed is never taken for a checkpoint.
+    """Remove a checkpoint, half of which is never taken for one; return whether nothing of that name is left.
 
     What the file system does not let go is warned of and stays, as ``*.removing`` if it can be renamed.
-
-    Returns:
-        whether nothing of that name is left.
     """
     if path.name.endswith(REMOVING):
         return _delete_or_warn(path)

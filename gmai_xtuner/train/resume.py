@@ -76,11 +76,7 @@ def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
     resume=True`` mean the newest whole one of a work dir; if that is the run's own and has none yet, the run
     begins at the beginning, so that one command can be given again and again.
 
-    Args:
-        runner: before it has loaded anything; its settings are made plain: a path or nothing.
-
-    Returns:
-        the checkpoint; ``None`` if the run begins at the beginning.
+    The runner has loaded nothing yet; its settings are made plain: a path or nothing.
 
     Raises:
         GMAIError: the checkpoint that was named is not whole or of another layout, or another work dir has

@@ -115,7 +115,7 @@ class SampleAnswerHook(Hook):
     def _answer(self, runner: FlexibleRunner) -> None:
         progress = [hook for hook in runner.hooks if isinstance(hook, ProgressHook)]
         for hook in progress:
-            hook.pause()
+            hook.before_val(runner)
         runner.model.eval()
         with preserved_random_state():
             for sample in self._ready:
@@ -128,7 +128,7 @@ class SampleAnswerHook(Hook):
                 _log_answer(runner, sample, answer)
         runner.model.train()
         for hook in progress:
-            hook.go_on()
+            hook.after_val(runner)
 
 
 def _log_answer(runner: FlexibleRunner, sample: Sample, answer: str) -> None:

@@ -65,10 +65,7 @@ def command_config(arguments: Any) -> Mapping[str, Any]:
 def check(cfg: Any, *, options: Mapping[str, Any] | None, deepspeed: str | None) -> Settled:
     """Check every setting of a run; return what DeepSpeed is given, and log what is overruled of its file.
 
-    Args:
-        cfg: the training config, overrides merged.
-        options: the overrides, ``--cfg-options``.
-        deepspeed: ``--deepspeed``.
+    The overrides, ``options``, are merged into ``cfg`` already.
 
     Raises:
         GMAIError: something is read by nothing, refused or contradicts itself; names all of it.

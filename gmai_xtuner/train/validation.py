@@ -37,7 +37,7 @@ from gmai_xtuner.train.benchmarks import (
     ask_benchmarks,
     bare_model,
 )
-from gmai_xtuner.train.checkpointing import StepCheckpointHook
+from gmai_xtuner.train.checkpointing import checkpoint_hook
 from gmai_xtuner.train.loop import with_loader_defaults
 from gmai_xtuner.train.on_disk import remove
 from gmai_xtuner.train.resume import tidy_up
@@ -66,8 +66,6 @@ class HeldOutLoop(ValLoop):
             ``val/<benchmark>/accuracy`` is their protocol's score.
         benchmark_interval: optimiser steps from one asking to the next, at the validation that follows; the
             run ends with one. Default: at every validation.
-        benchmark_batch_size: questions that a rank asks together.
-        benchmark_workers: threads of each rank that read their images.
 
     Raises:
         GMAIError: a batch sampler that would repeat packs or leave some out; a benchmark that can't be read.
@@ -81,12 +79,9 @@ class HeldOutLoop(ValLoop):
         at_most: int | None = 100,
         benchmarks: str | Mapping[str, Mapping[str, Any]] | None = None,
         benchmark_interval: int | None = None,
-        benchmark_batch_size: int = 8,
-        benchmark_workers: int = 2,
     ) -> None:
         self.benchmark_interval = benchmark_interval
         self.benchmarks = BenchmarkQuestions(benchmarks) if benchmarks else None
-        self._asking = {"batch_size": benchmark_batch_size, "readers": benchmark_workers}
         self._scores = Evaluator(BenchmarkScore(prefix="val"))
         dataset = dataloader.get("dataset")
         training = runner.train_loop.dataloader.dataset
@@ -138,7 +133,7 @@ class HeldOutLoop(ValLoop):
                 template=data.template,
                 transform=data.transform,
             )
-            metrics |= ask_benchmarks(benchmarks, self._scores, predictor, **self._asking)
+            metrics |= ask_benchmarks(benchmarks, self._scores, predictor, batch_size=8, readers=2)
         self.runner.call_hook("after_val_epoch", metrics=metrics)
         self.runner.call_hook("after_val")
         return metrics
@@ -280,7 +275,7 @@ class BestCheckpointHook(Hook):
         if get_rank() == 0:
             replace_text(Path(runner.work_dir) / HISTORY, json.dumps(self._history, indent=1))
         if self._stop_if_patience_is_over(runner):
-            hook = _checkpoints(runner)
+            hook = checkpoint_hook(runner, "default_hooks.best")
             if what_is_wrong(Path(hook.out_dir) / hook.filename_tmpl.format(runner.iter)):
                 hook.save_now(runner)
 
@@ -291,7 +286,8 @@ class BestCheckpointHook(Hook):
 
     def _write(self, runner: FlexibleRunner) -> None:
         folder = Path(runner.work_dir) / FOLDER
-        written = _checkpoints(runner).write(runner, folder, runner.iter)
+        hook = checkpoint_hook(runner, "default_hooks.best")
+        written = hook.write(runner, folder, runner.iter)
         if get_rank() == 0:
             for old in checkpoints_in(folder):
                 if old != written:
@@ -314,10 +310,3 @@ class BestCheckpointHook(Hook):
             f"The run ends at step {loop.step} of {loop.total_steps}: {loop.stop_reason}"
         )
         return True
-
-
-def _checkpoints(runner: FlexibleRunner) -> StepCheckpointHook:
-    for hook in runner.hooks:
-        if isinstance(hook, StepCheckpointHook):
-            return hook
-    raise GMAIError("default_hooks.best needs default_hooks.checkpoint, a StepCheckpointHook")
