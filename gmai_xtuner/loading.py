@@ -102,8 +102,8 @@ def load_model(
     )
     tokenizer = load_tokenizer(str(folder) if has_tokenizer else sources.llm)
     settings = _settings(export, tokenizer)
-    said = {"prompt_template": prompt_template, "add_bos": add_bos}
-    settings |= {name: value for name, value in said.items() if value is not None}
+    given = {"prompt_template": prompt_template, "add_bos": add_bos}
+    settings |= {name: value for name, value in given.items() if value is not None}
     settings["visual_select_layer"] = XTUNERS_LAYER if layer is None else layer
     model = GMAILLaVAModel(
         llm=load_language_model(sources.llm, torch_dtype=dtype, adapter=sources.llm_adapter),

@@ -68,9 +68,9 @@ def _run(options: argparse.Namespace) -> None:
 def _answer_once(dialogue: Dialogue, options: argparse.Namespace, stdout: TextIO) -> None:
     question = sys.stdin.read().rstrip("\n") if options.question == "-" else options.question
     began = time.monotonic()
-    said = ""
+    text = ""
     for piece in dialogue.ask(question):
-        said += piece
+        text += piece
         if not options.json:
             stdout.write(piece)
             stdout.flush()
@@ -81,7 +81,7 @@ def _answer_once(dialogue: Dialogue, options: argparse.Namespace, stdout: TextIO
             "model": options.model,
             "question": question,
             "images": options.image,
-            "answer": said,
+            "answer": text,
             "prompt_tokens": stream.prompt_tokens,
             "new_tokens": stream.new_tokens,
             "cut": stream.is_cut,

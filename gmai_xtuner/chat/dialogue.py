@@ -85,21 +85,21 @@ class Dialogue:
         return self._pieces(stream, turn)
 
     def _pieces(self, stream: AnswerStream, turn: Turn) -> Iterator[str]:
-        said = ""
+        answer = ""
         try:
             for piece in stream:
-                said += piece
+                answer += piece
                 yield piece
         except (KeyboardInterrupt, GeneratorExit):
-            self._keep(turn, said)
+            self._keep(turn, answer)
             raise
         finally:
             stream.close()
-        self._keep(turn, said)
+        self._keep(turn, answer)
 
-    def _keep(self, turn: Turn, said: str) -> None:
-        if said.strip():  # without an answer the question was not asked
-            self.turns += [turn, Turn("assistant", said.strip())]
+    def _keep(self, turn: Turn, text: str) -> None:
+        if text.strip():  # without an answer the question was not asked
+            self.turns += [turn, Turn("assistant", text.strip())]
             self.pictures += self.waiting
             self.waiting = []
 

@@ -134,8 +134,8 @@ class Export:
         if self.layout == "xtuner":
             file = self.folder / SETTINGS_FILE
             if not file.is_file():
-                told = re.search(r"\bvisual_select_layer\s*=\s*(-?\d+)", self.xtuner_config)
-                return int(told[1]) if told else None
+                match = re.search(r"\bvisual_select_layer\s*=\s*(-?\d+)", self.xtuner_config)
+                return int(match[1]) if match else None
             layer = read_json(file).get("visual_select_layer")
             if layer is not None and not isinstance(layer, int):
                 raise ModelLoadError(

@@ -318,8 +318,8 @@ def check_trained_state(
 def _refuse(names: Iterable[str], source: str, problem: str, remedy: str) -> None:
     """Raise ``ModelLoadError`` about these names, if there are any; ``{}`` in ``problem`` is their number."""
     if found := sorted(names):
-        told = f"{source} {problem.format(len(found))}"
-        raise ModelLoadError(f"{told}: {shorten(found, limit=4)}. {remedy}")
+        message = f"{source} {problem.format(len(found))}"
+        raise ModelLoadError(f"{message}: {shorten(found, limit=4)}. {remedy}")
 
 
 def _misshapen(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:

@@ -47,9 +47,9 @@ def check_options(run: RunConfig, findings: Findings) -> None:
     with findings.catch("config"):
         accumulation(run.cfg)
     if rates := run.cfg.optim_wrapper.optimizer.get("lr_by_part"):
-        told = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
+        by_part = ", ".join(f"{part} {rate:g}" for part, rate in rates.items())
         rest = f"{run.cfg.optim_wrapper.optimizer.get('lr')} for all else"
-        findings.note("config", f"learning rate by part: {told}; {rest}")
+        findings.note("config", f"learning rate by part: {by_part}; {rest}")
     loop = run.cfg.train_cfg.get("type")
     if loop != "PackedTrainLoop":
         findings.fail("config", f"train_cfg.type is {loop!r}, not 'PackedTrainLoop'")
@@ -128,11 +128,11 @@ def _check_llm(folder: Path, model: nn.Module) -> None:
 
 
 def _check_tower(folder: Path, model: nn.Module) -> None:
-    there = vision_model(folder)[1]
+    stored = vision_model(folder)[1]
     wanted = {plain_key(name) for name, _ in model.named_parameters() if not is_adapter_key(name)}
     raise_on_keys(
-        sorted(wanted - there.keys()),
-        sorted(name for name in there.keys() - wanted if not name.startswith(NOT_VISION)),
+        sorted(wanted - stored.keys()),
+        sorted(name for name in stored.keys() - wanted if not name.startswith(NOT_VISION)),
         str(folder),
     )
 
@@ -206,11 +206,11 @@ def check_disk(
     kept = _at_a_time(keep, written) + bool((hooks.get("best") or {}).get("keep"))
     folders = (run.work_dir.absolute(), *run.work_dir.absolute().parents)
     free = shutil.disk_usage(next(folder for folder in folders if folder.is_dir())).free
-    there = [path for path in checkpoints_in(run.work_dir) if what_is_wrong(path) is None]
-    files = (file for path in there for file in (path, *path.rglob("*")) if file.is_file())
+    whole = [path for path in checkpoints_in(run.work_dir) if what_is_wrong(path) is None]
+    files = (file for path in whole for file in (path, *path.rglob("*")) if file.is_file())
     taken = sum(file.stat().st_size for file in files)
     if max(size, kept * size - taken) > free:
-        already = f", and has {taken / GIB:.1f} GiB of them" if there else ""
+        already = f", and has {taken / GIB:.1f} GiB of them" if whole else ""
         if iterations is None:
             why = "at least: how many the run writes is not known"
         elif keep >= 1 and kept > keep:

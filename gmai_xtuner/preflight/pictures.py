@@ -107,10 +107,10 @@ def find_missing(roots: Sequence[_Root]) -> list[BadImage]:
 def _absent(folder: Path, images: Iterable[str]) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            there = {entry.name for entry in entries if entry.is_file()}
+            present = {entry.name for entry in entries if entry.is_file()}
     except OSError:
-        there = set()
-    return [image for image in images if os.path.basename(image) not in there]
+        present = set()
+    return [image for image in images if os.path.basename(image) not in present]
 
 
 def decode_all(

@@ -161,8 +161,10 @@ def _data(result: Preflight) -> list[str]:
         ("learnt tokens", f"{data.learnt_tokens:,}", share),
     ]
     if built := result.survey.built:
-        told = ", ".join(built[:5]) + (", ..." if len(built) > 5 else "")
-        facts.append(("token caches built", str(len(built)), f"training starts with them: {told}"))
+        names_built = ", ".join(built[:5]) + (", ..." if len(built) > 5 else "")
+        facts.append(
+            ("token caches built", str(len(built)), f"training starts with them: {names_built}")
+        )
     return ["Data", *_table(rows, "<>"), "", *_table(facts)]
 
 
@@ -182,9 +184,9 @@ def _run(result: Preflight) -> list[str]:
         speed = f"at {result.throughput:g} tokens a second on each GPU"
         rows.append(("hours", f"{result.hours:,.1f}", speed))
     if disk:
-        told = f"GiB, {disk['at_a_time']} at a time in {result.run.work_dir}"
+        place = f"GiB, {disk['at_a_time']} at a time in {result.run.work_dir}"
         free = f"({disk['free_gib']:,.0f} GiB free)"
-        rows.append(("checkpoint", f"{disk['checkpoint_gib']:.1f}", f"{told} {free}"))
+        rows.append(("checkpoint", f"{disk['checkpoint_gib']:.1f}", f"{place} {free}"))
     return ["Run", *_table(rows)]
 
 
@@ -225,11 +227,11 @@ def _missing(result: Preflight) -> list[str]:
     lines: list[str] = []
     if datasets := result.survey.missing:
         lines.append(f"Missing datasets: {len(datasets)}")
-        told = [
+        rows = [
             (one.name, one.paths[0] + f" and {len(one.paths) - 1} more" * (len(one.paths) > 1))
             for one in datasets
         ]
-        lines += [*_table(told[:IN_TEXT], "<"), *_and_more(len(datasets) - IN_TEXT)]
+        lines += [*_table(rows[:IN_TEXT], "<"), *_and_more(len(datasets) - IN_TEXT)]
     remedies: dict[str, None] = {}
     for bad in result.survey.bad.values():
         word = "Bad records" if bad.refused else "Records left out"

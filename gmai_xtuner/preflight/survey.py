@@ -139,8 +139,8 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
             + ". Put their files where the mixture file says, or set their ratio to 0",
         )
     for bad in survey.bad.values():
-        told = ", ".join(f"{count} {reason}" for reason, count in bad.reasons.items())
-        counted = f"bad records, {bad.count} ({told})"
+        in_words = ", ".join(f"{count} {reason}" for reason, count in bad.reasons.items())
+        counted = f"bad records, {bad.count} ({in_words})"
         if bad.refused:
             remedy = f"Mend them, or leave them out with {SKIP}. All of them: {bad.listing}"
             findings.fail("data", f"{bad.name} has {counted}. {remedy}")
@@ -165,10 +165,10 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
         lost = sum(image.reason == "missing_image" for image in result.bad_images)
         damaged = len(result.bad_images) - lost
         kinds = [("not there", lost), ("damaged or of a kind that can't be read", damaged)]
-        told = "; ".join(f"images that are {kind}: {count}" for kind, count in kinds if count)
+        in_words = "; ".join(f"images that are {kind}: {count}" for kind, count in kinds if count)
         findings.fail(
             "images",
-            f"{told}. Mend them; or let training leave out their records: {SKIP} "
+            f"{in_words}. Mend them; or let training leave out their records: {SKIP} "
             f"train_dataloader.dataset.check_images={'decode' if damaged else 'header'} "
             "and a new cache (remove those of these datasets from the cache folder)",
         )

@@ -223,8 +223,8 @@ class ChatRequest(_Strict):
                 if role != "user":
                     raise ApiError(f"images belong in user messages, not the {role}'s", param=param)
                 if len(images) == limits.images:
-                    told = f"more than {limits.images} images, which is this server's limit"
-                    raise ApiError(told, code="too_many_images", param=param)
+                    message_text = f"more than {limits.images} images, which is this server's limit"
+                    raise ApiError(message_text, code="too_many_images", param=param)
                 images.append(pixels(image_of(part.image_url.url, param, limits)))
                 texts.append(IMAGE_TOKEN)
             text = "\n".join(texts)

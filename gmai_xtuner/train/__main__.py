@@ -183,8 +183,12 @@ def _convert(
         start_xtuner(arguments, environment, stdout=file).wait()
     if not (model / "config.json").is_file():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["nothing"]
-        raise GMAIError(f"{model} could not be written: {said[-1].removeprefix('error: ')} ({log})")
+        last_words = (
+            [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["nothing"]
+        )
+        raise GMAIError(
+            f"{model} could not be written: {last_words[-1].removeprefix('error: ')} ({log})"
+        )
 
 
 def _evaluate(model: Path, out: Path, benchmarks: Path | None) -> int:

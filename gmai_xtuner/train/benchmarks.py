@@ -238,7 +238,9 @@ class RankedAnswerer:
                 for job, own in zip(batch, images, strict=True)
             ]
             length, synced = batch[0].max_new_tokens, world_size > 1
-            said = answers_in_step(self.predictor, prompts, max_new_tokens=length, synced=synced)
+            answered = answers_in_step(
+                self.predictor, prompts, max_new_tokens=length, synced=synced
+            )
             for own in images:
                 if isinstance(own, ImageError):
                     warn(str(own))
@@ -246,7 +248,7 @@ class RankedAnswerer:
                 Given(job, one.text, ended="length" if one.is_cut else "stop")
                 if one is not None
                 else Given(job, None, problem="cannot_be_asked")
-                for job, one in zip(batch, said, strict=True)
+                for job, one in zip(batch, answered, strict=True)
             ]
 
 
@@ -274,8 +276,8 @@ def ask_benchmarks(
         scored, missing = score_all(asked, answers)
         reasons = Counter(answer.problem if answer else "cannot_be_asked" for _, answer in missing)
         if reasons:
-            told = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-            warn(f"Benchmark {name}: no answer to {told}")
+            counted = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+            warn(f"Benchmark {name}: no answer to {counted}")
         evaluator.process(data_samples=[BenchmarkAnswers(name, asked, scored, missing)])
     return evaluator.evaluate(len(questions))
 

@@ -244,13 +244,13 @@ class Launch:
 
     def _wait_for_an_orphan(self) -> None:
         """Let a run whose ``xtuner`` was killed come to the end of its step and give the work dir back."""
-        end, said = time.monotonic() + PATIENCE, False
+        end, announced = time.monotonic() + PATIENCE, False
         while time.monotonic() < end:
             status = stored_status(self.work_dir)
             here = status.get("host") == socket.gethostname() and status.get("state") in ALIVE
             if not here or not is_alive(status) or xtuner_above(int(status["process"])):
                 return
-            if not said:
+            if not announced:
                 print(f"process {status['process']} is ending the run that was killed", flush=True)
-            said = True
+            announced = True
             time.sleep(0.5)

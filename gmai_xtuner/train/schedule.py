@@ -161,8 +161,8 @@ def _log_if_the_rate_is_another(runner: FlexibleRunner, base: list[float]) -> No
         for group, own in zip(groups, base, strict=True)
     ]
     if rates:
-        told = (f"{group['part']} {rate:g}" for group, rate in zip(groups, base, strict=True))
-        runner.logger.info(f"Learning rate by part: {', '.join(told)}")
+        parts = (f"{group['part']} {rate:g}" for group, rate in zip(groups, base, strict=True))
+        runner.logger.info(f"Learning rate by part: {', '.join(parts)}")
     if configured == base:
         return
     shown = [", ".join(f"{rate:g}" for rate in values) for values in (base, configured)]

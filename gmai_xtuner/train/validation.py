@@ -301,9 +301,9 @@ class BestCheckpointHook(Hook):
         later = [step for step in self._history if best is None or step > best]
         if self.patience is None or len(later) < self.patience or loop.iter >= loop.max_iters:
             return False
-        told = "" if best is None else f" (best {self._history[best]:.4f} at step {best})"
+        best_so_far = "" if best is None else f" (best {self._history[best]:.4f} at step {best})"
         loop.stop_reason = (
-            f"{self.monitor} was not better in the last {len(later)} validations{told}"
+            f"{self.monitor} was not better in the last {len(later)} validations{best_so_far}"
         )
         loop.stop_training = loop.stopped_early = True
         runner.logger.info(
