@@ -134,6 +134,7 @@ setup(
             "core/*.yaml",
             "demo/*.css",
             "demo/*.yaml",
+            "preflight/*.j2",
             "train/deepspeed/*.json",
             "train/*.yaml",
             "evaluate/*.j2",

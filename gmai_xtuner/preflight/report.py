@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from typing import Any
 
+from gmai_xtuner.core.templates import environment
 from gmai_xtuner.preflight.memory import ALLOWANCE, GIB
-from gmai_xtuner.preflight.run_config import FAIL, NOTE, WARN
 from gmai_xtuner.preflight.survey import SKIP, Preflight
 
 IN_JSON = 10_000
@@ -102,193 +104,47 @@ def _shorten(items: Iterable[Any], limit: int) -> tuple[list[Any], int]:
 
 def as_text(result: Preflight) -> str:
     """Return the page; it ends with the verdict."""
-    sections = (_head, _parameters, _data, _run, _memory, _missing, _problems, _verdict)
-    texts = ("\n".join(section(result)).strip("\n") for section in sections)
-    return "\n\n".join(text for text in texts if text) + "\n"
+    kinds = ("records", "bad", "too_long", "cut", "held_out", "neither", "excluded")
+    rows = result.summary.datasets if result.summary else []
+    templates = environment("gmai_xtuner.preflight")
+    shorten = partial(textwrap.shorten, width=40, placeholder="...")
+    templates.filters |= {"table": _table, "wrap": _wrap, "shorten": shorten}
+    text = templates.get_template("report.txt.j2").render(
+        result=result,
+        # What concerns no dataset of this mixture only takes room.
+        columns=[k for k in kinds if k == "records" or any(getattr(row, k) for row in rows)],
+        remedies=_remedies(result),
+        n="{:,}".format,
+        gib=lambda number, digits=2: f"{number / GIB:.{digits}f}",
+        allowance=ALLOWANCE,
+        most=IN_TEXT,
+        first=_shorten,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n") + "\n"
 
 
-def _head(result: Preflight) -> list[str]:
-    run = result.run
-    gpus = "1 GPU" if run.gpus == 1 else f"{run.gpus} GPUs"
-    micro_batch = "1 pack" if run.batch_size == 1 else f"{run.batch_size} packs"
-    return [
-        f"{run.path}",
-        f"{gpus}, --deepspeed {run.zero.name} (ZeRO-{run.zero.stage}, {run.zero.precision}); "
-        f"{micro_batch} of {run.max_length} tokens a micro-batch, {run.accumulation} micro-batches a step",
-    ]
-
-
-def _table(rows: Sequence[Sequence[str]], align: str = "<><") -> list[str]:
-    """Return rows as aligned lines; the last sign of ``align`` holds for all columns behind it, too."""
+def _table(text: str, align: str = "<><") -> str:
+    """Align lines of cells; the last sign of ``align`` holds for all columns behind it, too."""
+    lines = text.strip("\n").split("\n")
+    rows = [[cell.strip() for cell in line.split("¦", lines[0].count("¦"))] for line in lines]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     signs = align.ljust(len(widths), align[-1])
-    return [("  " + "  ".join(map("{:{}{}}".format, row, signs, widths))).rstrip() for row in rows]
+    texts = ("  ".join(map("{:{}{}}".format, row, signs, widths)) for row in rows)
+    return "".join(f"  {one}".rstrip() + "\n" for one in texts)
 
 
-def _parameters(result: Preflight) -> list[str]:
-    if result.counts is None:
-        return ["Model: could not be built"]
-    rows = [(name, part.total, part.trainable) for name, part in result.counts.items()]
-    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    texts = [(name, f"{total:,}", f"{trainable:,}") for name, total, trainable in rows]
-    return ["Model", *_table([("", "parameters", "trainable"), *texts], "<>")]
-
-
-def _data(result: Preflight) -> list[str]:
-    data = result.summary
-    if data is None:
-        return ["Data: could not be planned"]
-    # What concerns no dataset of this mixture only takes room.
-    names = [
-        name
-        for name in ("records", "bad", "too_long", "cut", "held_out", "neither", "excluded")
-        if name == "records" or any(getattr(row, name) for row in data.datasets)
-    ]
-    titles = [name.replace("_", " ") for name in names]
-    rows = [["", *titles, "ratio", "conversations", "images", "tokens"]]
-    for row in data.datasets:
-        name = textwrap.shorten(row.name, 40, placeholder="...")
-        counted = [f"{getattr(row, name):,}" for name in names]
-        counts = (row.conversations, row.images, row.tokens)
-        rows.append([name, *counted, f"{row.ratio:g}", *(f"{n:,}" for n in counts)])
-    totals = (f"{number:,}" for number in (data.conversations, data.images, data.tokens))
-    rows.append(["an epoch", *[""] * (len(names) + 1), *totals])
-    most = f"on average, {data.images_per_pack_max} at the most"
-    share = f"{data.learnt_tokens / data.tokens:.1%} of all"
-    facts = [
-        ("packs", f"{data.packs:,}", f"{data.fill:.1%} full"),
-        ("images a pack", f"{data.images_per_pack_mean:.2f}", most),
-        ("learnt tokens", f"{data.learnt_tokens:,}", share),
-    ]
-    if built := result.survey.built:
-        names_built = ", ".join(built[:5]) + (", ..." if len(built) > 5 else "")
-        facts.append(
-            ("token caches built", str(len(built)), f"training starts with them: {names_built}")
-        )
-    return ["Data", *_table(rows, "<>"), "", *_table(facts)]
-
-
-def _run(result: Preflight) -> list[str]:
-    data, disk = result.summary, result.disk
-    if data is None:
-        return []
-    of_a_step = f"an epoch, {data.packs_per_step} packs each"
-    rows = [
-        ("iterations", f"{data.iterations_per_epoch:,}", "an epoch: micro-batches on each GPU"),
-        ("optimiser steps", f"{data.steps_per_epoch:,}", of_a_step),
-    ]
-    if abs(data.epochs - 1) > 1e-9:
-        in_all = f"{data.iterations:,} iterations, {data.steps:,} steps in all"
-        rows.append(("epochs", f"{data.epochs:g}", in_all))
-    if result.hours is not None:
-        speed = f"at {result.throughput:g} tokens a second on each GPU"
-        rows.append(("hours", f"{result.hours:,.1f}", speed))
-    if disk:
-        place = f"GiB, {disk['at_a_time']} at a time in {result.run.work_dir}"
-        free = f"({disk['free_gib']:,.0f} GiB free)"
-        rows.append(("checkpoint", f"{disk['checkpoint_gib']:.1f}", f"{place} {free}"))
-    return ["Run", *_table(rows)]
-
-
-def _memory(result: Preflight) -> list[str]:
-    memory = result.memory
-    if memory is None:
-        return []
-    activations = memory.activations
-    temporaries = "its temporaries; activations and buffers are free then"
-    on_the_way = "a micro-batch's, on the way to the sum; activations are free then"
-    at_the_moment = {
-        "optimiser step": [("optimiser step", memory.step, temporaries)],
-        "gradient sum": [
-            ("DeepSpeed's buffers", memory.buffers, "buckets"),
-            ("gradient sum", memory.summing, on_the_way),
-        ],
-        activations.moment: [
-            ("DeepSpeed's buffers", memory.buffers, "buckets, gathered weights"),
-            ("activations, kept", activations.kept, "from the forward to the backward pass"),
-            ("activations, peak", activations.peak, f"highest moment: {activations.moment}"),
-        ],
-    }
-    rows = [
-        ("weights", memory.weights, ""),
-        ("gradients", memory.gradients, ""),
-        ("optimiser", memory.optimizer, "fp32 weights and moments"),
-        *at_the_moment[memory.moment],
-        ("allowance", ALLOWANCE, "CUDA context, NCCL, fragments"),
-        ("total", memory.total, f"of {result.gpu_memory:g} GiB"),
-    ]
-    lines = _table([[name, f"{number / GIB:.2f}", told] for name, number, told in rows])
-    if memory.host:
-        lines.append(f"  and {memory.host / GIB:.1f} GiB of host memory for each GPU")
-    return ["Memory of one GPU, GiB (an estimate)", *lines]
-
-
-def _missing(result: Preflight) -> list[str]:
-    lines: list[str] = []
-    if datasets := result.survey.missing:
-        lines.append(f"Missing datasets: {len(datasets)}")
-        rows = [
-            (one.name, one.paths[0] + f" and {len(one.paths) - 1} more" * (len(one.paths) > 1))
-            for one in datasets
-        ]
-        lines += [*_table(rows[:IN_TEXT], "<"), *_and_more(len(datasets) - IN_TEXT)]
-    remedies: dict[str, None] = {}
-    for bad in result.survey.bad.values():
-        word = "Bad records" if bad.refused else "Records left out"
-        lines += ["", f"{word} of {bad.name}: {bad.count}, listed in {bad.listing}"]
-        notes, left_out = _shorten(bad.notes(), IN_TEXT)
-        lines += [
-            f"  {note['where'] or 'the file'}: {note['problem']} ({note['reason']})"
-            for note in notes
-        ]
-        lines += _and_more(left_out)
-        told_of = (note["remedy"] for note in islice(bad.notes(), IN_JSON))
-        remedies |= dict.fromkeys(" ".join(text.split()).rstrip(".") for text in told_of if text)
-    if any(bad.refused for bad in result.survey.bad.values()):
-        remedies[f"Or leave them out of the training: {SKIP}"] = None
-    if remedies:
-        lines += ["", "What to do about bad records"]
-        for text in list(remedies)[: IN_TEXT - 1] + list(remedies)[IN_TEXT - 1 :][-1:]:
-            lines += _wrap(text)
-    if result.bad_images:
-        lines += ["", f"Bad images: {len(result.bad_images)}"]
-        lines += [
-            # Without the path that stands before what is wrong.
-            f"  {image.dataset}  {image.image}: {image.problem.rpartition(chr(39) + ' ')[2]}"
-            for image in result.bad_images[:IN_TEXT]
-        ]
-        lines += _and_more(len(result.bad_images) - IN_TEXT)
-    return lines
-
-
-def _and_more(number: int) -> list[str]:
-    return [f"  ... and {number} more (all in --json)"] if number > 0 else []
-
-
-def _problems(result: Preflight) -> list[str]:
-    lines: list[str] = []
-    for level, word in ((FAIL, "Would fail"), (WARN, "Look at"), (NOTE, "Note")):
-        if found := result.findings.of(level):
-            lines += ["", word]
-        for finding in found:
-            lines += _wrap(f"{finding.about}: {' '.join(finding.text.split())}")
-    return lines
-
-
-def _wrap(text: str) -> list[str]:
+def _wrap(text: str) -> str:
     wrapper = textwrap.TextWrapper(WIDTH, "  ", "    ", break_long_words=False)
     wrapper.break_on_hyphens = False
-    return wrapper.wrap(text)
+    return wrapper.fill(" ".join(text.split()))
 
 
-def _verdict(result: Preflight) -> list[str]:
-    fails, warnings = result.findings.of(FAIL), result.findings.of(WARN)
-    if fails:
-        about = dict.fromkeys(finding.about for finding in fails)
-        return [f"Verdict: this run would fail ({', '.join(about)})."]
-    if warnings:
-        things = "one thing" if len(warnings) == 1 else f"{len(warnings)} things"
-        return [f"Verdict: this run would start, with {things} to look at."]
-    images = "images are there (--images decodes them)"
-    checked = "every image was decoded" if result.decoded else images
-    return [f"Verdict: nothing was found that would stop this run; {checked}."]
+def _remedies(result: Preflight) -> list[str]:
+    """Return the first of what can be done about bad records, and the last, to leave them out."""
+    found: dict[str, None] = {}
+    for bad in result.survey.bad.values():
+        remedies = (note["remedy"] for note in islice(bad.notes(), IN_JSON))
+        found |= dict.fromkeys(" ".join(text.split()).rstrip(".") for text in remedies if text)
+    if any(bad.refused for bad in result.survey.bad.values()):
+        found[f"Or leave them out of the training: {SKIP}"] = None
+    return list(found)[: IN_TEXT - 1] + list(found)[IN_TEXT - 1 :][-1:]
