@@ -132,6 +132,7 @@ setup(
         "gmai_xtuner": [
             "checkpoint/*.j2",
             "core/*.yaml",
+            "data/*.j2",
             "demo/*.css",
             "demo/*.yaml",
             "preflight/*.j2",

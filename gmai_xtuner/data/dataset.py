@@ -22,6 +22,7 @@ from gmai_xtuner.core.exclusion import read_exclusions
 from gmai_xtuner.core.hub import image_tokens
 from gmai_xtuner.core.imaging.images import MAX_PIXELS
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
+from gmai_xtuner.core.templates import environment
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.log import info
 from gmai_xtuner.data.plan import DataPlan, unknown_lines
@@ -282,43 +283,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         return rows
 
     def _log_summary(self, stage: str) -> None:
-        rows, plan = self.rows(), self.plan
-        packs, excluded = len(self), plan.excluded()
-        lines = [
-            f"  {row.name}: {row.kept} conversations x {row.ratio:g}"
-            + f" ({row.category})" * bool(row.category)
-            + f", {row.excluded} of them excluded" * bool(row.excluded)
-            + f", {row.held_out} {'' if row.excluded else 'of them '}held out" * bool(row.held_out)
-            for row in rows
-        ]
-        kept = sum(row.kept for row in rows)
-        if plan.exclusions:
-            gone = sum(excluded.conversations)
-            lines.append(f"  excluded by the mixture's lists: {gone} of {kept} conversations")
-        if excluded.unknown:
-            lines.append(f"  warning: {unknown_lines(excluded)}")
-        if plan.held_out:
-            both = sum(row.neither for row in rows)
-            lines.append(
-                f"  held out for validation: {sum(row.held_out for row in rows)} of {kept} "
-                f"conversations (share {plan.held_out:g} of the images)"
-                + (f"; {both} have images of both sides" if both else "")
-            )
-        for row, entry, cache in zip(rows, self.entries, self.caches, strict=True):
-            if entry.size not in (None, row.records):
-                lines.append(
-                    f"  note: the mixture says {entry.size} records for {row.name}, its files hold "
-                    f"{row.records}"
-                )
-            if cache.meta["skipped"] or row.cut:
-                skipped = ", ".join(f"{n} {reason}" for reason, n in cache.meta["skipped"].items())
-                lines.append(
-                    f"  note: {row.name} lacks {skipped or 'none'} of {row.records} records, "
-                    f"{row.cut} are cut: {cache.folder / 'skipped.jsonl'}"
-                )
-        tokens, images = (sum(getattr(row, name) for row in rows) for name in ("tokens", "images"))
-        info(
-            f"{stage}: {len(plan.samples)} conversations, {images} images, {tokens} tokens in {packs} "
-            f"packs of {self.max_length}, {tokens / (packs * self.max_length):.1%} full\n"
-            + "\n".join(lines)
-        )
+        template = environment("gmai_xtuner.data").get_template("summary.txt.j2")
+        rows, excluded = self.rows(), self.plan.excluded()
+        more = {"excluded": excluded, "unknown_lines": unknown_lines}
+        info(template.render(stage=stage, dataset=self, rows=rows, **more).rstrip())
