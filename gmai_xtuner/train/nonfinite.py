@@ -132,9 +132,7 @@ class NonFiniteHook(Hook):
         self._too_many = ""
 
     def before_train(self, runner: FlexibleRunner) -> None:
-        self._checkpoints = checkpoint_hook(
-            runner, "NonFiniteHook stops a run with a checkpoint, and"
-        )
+        checkpoint_hook(runner, "NonFiniteHook stops a run with a checkpoint, and")
         self._guard = StepGuard(runner.optim_wrapper, runner.message_hub)
         runner.train_loop.optim_wrapper = self._guard
         self._seen.clear()
@@ -148,7 +146,7 @@ class NonFiniteHook(Hook):
         if self._guard.skipped:
             self._log_skipped(runner)
             if self._guard.total > self.max_total or self._guard.in_a_row > self.max_in_a_row:
-                self._stop()
+                self._stop(runner)
         self._seen.clear()
 
     def _log_skipped(self, runner: FlexibleRunner) -> None:
@@ -186,10 +184,10 @@ class NonFiniteHook(Hook):
                 "these were to be expected"
             )
 
-    def _stop(self) -> None:
+    def _stop(self, runner: FlexibleRunner) -> None:
         self._too_many = (
             f"{self._guard.in_a_row} optimiser steps in a row and {self._guard.total} in total were not "
             "finite"
         )
         # It comes next, and writes the checkpoint; the error follows when the loop has ended in good order.
-        self._checkpoints.stop.ask(self._too_many)
+        checkpoint_hook(runner, "NonFiniteHook").stop.ask(self._too_many)
