@@ -309,7 +309,7 @@ def test_past_a_bound_the_run_stops_with_a_checkpoint_and_an_error(step, counts,
 
 
 def test_a_stop_needs_somebody_who_writes_the_checkpoint():
-    with pytest.raises(GMAIError, match="needs .*StepCheckpointHook"):
+    with pytest.raises(GMAIError, match=r"needs .*StepCheckpointHook"):
         NonFiniteHook().before_train(SimpleNamespace(hooks=[]))
 
 
