@@ -69,20 +69,17 @@ print("ANSWER", new)
 
 
 def memory_of_tree(process: psutil.Process) -> tuple[int, int]:
-    """Return private and resident bytes of a process and its children."""
+    """Return private and resident bytes of a process and its children; what they share counts once."""
     private = resident = 0
     for one in [process, *process.children(recursive=True)]:
         try:
-            text = Path(f"/proc/{one.pid}/status").read_text(encoding="utf-8")
+            text = Path(f"/proc/{one.pid}/smaps_rollup").read_text(encoding="utf-8")
         except OSError:  # it has ended
             continue
-        sizes = {
-            key: int(value.split()[0]) * 1024
-            for key, value in (line.split(":", 1) for line in text.splitlines())
-            if key in ("RssAnon", "RssFile", "RssShmem")
-        }
-        private += sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0)
-        resident += sum(sizes.values())
+        fields = (line.split() for line in text.splitlines()[1:])
+        sizes = {words[0]: int(words[1]) * 1024 for words in fields}
+        private += sizes["Pss_Anon:"] + sizes["Pss_Shmem:"]
+        resident += sizes["Pss:"]
     return private, resident
 
 
@@ -91,7 +88,7 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
     peak, over = [0, 0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.2):
+        while not over.wait(0.5):
             for child in psutil.Process().children():
                 seen = memory_of_tree(child)
                 peak[:] = [max(pair) for pair in zip(peak, seen, strict=True)]
