@@ -46,6 +46,8 @@ CORPUS = [
     "h5py>=3.11",
     "tifffile>=2024.5",
 ]
+# `text_in_pixels` finds burned-in text; the wheel holds its models (PP-OCRv4, Apache-2.0).
+OCR = ["rapidocr-onnxruntime>=1.4.4"]
 # The page `python -m gmai_xtuner.demo`: NiceGUI brings all of its scripts and fonts along (gradio 6 caps
 # Pillow below 13, and needs a huggingface_hub that transformers 4.48 does not take). The rest opens DICOM and
 # NIfTI.
@@ -90,6 +92,7 @@ DEVELOPMENT = [
     *QUICKSTART,
     *LIGER,
     *GGUF,
+    *OCR,
     # an independent reader of windows and segmentations
     "highdicom>=0.27",
     # accepts the Croissant description of a corpus
@@ -150,6 +153,7 @@ setup(
             "*.sql",
             "checks/*.yaml",
             "forms/*.yaml",
+            "readers/*.tsv",
             "writers/*.j2",
             "writers/*.sql",
             "output/*.j2",
@@ -209,6 +213,7 @@ setup(
         "quickstart": QUICKSTART,
         "liger": LIGER,
         "gguf": GGUF,
+        "ocr": OCR,
         "dev": DEVELOPMENT,
     },
 )

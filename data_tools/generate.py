@@ -50,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="without a job: hold a corpus against its manifest; exit status 1 if anything differs",
     )
+    verbs.add_argument(
+        "--names",
+        action="store_true",
+        help="list source, neutral name and path of each file; for the eyes of who has the data",
+    )
     verbs.add_argument("--stats", action="store_true", help="show what the output holds so far")
     verbs.add_argument(
         "--review",
@@ -99,6 +104,10 @@ def _run(options: argparse.Namespace) -> int:
             found = look(job, selection)
             _print(found, overview.as_text(found, f"{verb}.j2"), options)
             return DONE
+    if options.names:
+        listed = list(pipeline.neutral_names(job, selection))
+        _print({"names": listed}, "\n".join(map("\t".join, listed)), options)
+        return DONE
     if options.review:
         page = pipeline.write_review(job, options.review)
         _print({"review": str(page)}, f"to be judged in a browser: {page}", options)

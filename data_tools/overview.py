@@ -27,6 +27,7 @@ from data_tools.pipeline import (
     kept_sources,
     source_context,
 )
+from data_tools.privacy import neutral_errors
 from data_tools.readers import SourceOptions
 from data_tools.records import Drop, Record, Unit, by_reason
 from data_tools.standardise import read_unit
@@ -83,12 +84,14 @@ def _look(
     job: Job, source: SourceOptions, selection: Selection, folder: Path, taxonomy: Taxonomy
 ) -> tuple[dict[str, Any], list[Task]]:
     module = readers.load(source.reader)  # type: ignore[attr-defined]
-    units, chosen = _sample(module.units(source), job.seed)
+    with neutral_errors(source):
+        units, chosen = _sample(module.units(source), job.seed)
     records: list[Record] = []
     drops: list[Drop] = []
     count = 0
     for unit in chosen:
-        result = read_unit(source, unit, folder=folder, taxonomy=taxonomy)
+        with neutral_errors(source):
+            result = read_unit(source, unit, folder=folder, taxonomy=taxonomy)
         count += len(result.records)
         records += result.records[:_RECORDS_OF_A_UNIT]
         drops += result.drops

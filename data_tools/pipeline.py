@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ from data_tools.job import Job, fingerprint
 from data_tools.licences import publishable_part, refusal
 from data_tools.output import review
 from data_tools.output.build import build, recover
+from data_tools.privacy import Names, neutral_errors, salted
 from data_tools.readers import SourceOptions
-from data_tools.readers.files import listed
+from data_tools.readers.files import files, listed
 from data_tools.records import Drop, Unit, by_reason
 from data_tools.standardise import IMAGES, UnitResult
 from data_tools.store import Store, StoredRecord, Vocabulary
@@ -136,6 +137,9 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
         writers.check_key(job)  # before hours of reading; a later run may have nothing left to ask
     with lock(job.output), Store(job.output / WORK / STATE) as store:
         recover(job.output)
+        job = _salted(job, store)
+        chosen = selection.sources(job)
+        kept = kept_sources(job, chosen)
         store.open_sources(
             [(source.name, _depends(source, job)) for source in job.sources],
             only=[source.name for source in chosen],
@@ -167,6 +171,26 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
 def kept_sources(job: Job, sources: Iterable[SourceOptions]) -> list[SourceOptions]:
     """Return the sources that the job's rules on licences keep."""
     return [source for source in sources if refusal(source.licence, job.corpus) is None]
+
+
+def _salted(job: Job, store: Store) -> Job:
+    """Return the job with the salts of its names; those made of files stay while the state does."""
+    sources = map(salted, job.sources)
+    kept = tuple(
+        s.model_copy(update={"salt": store.remember(f"salt {s.name}", s.salt)}) if s.salt else s
+        for s in sources
+    )
+    return job.model_copy(update={"sources": kept})
+
+
+def neutral_names(job: Job, selection: Selection) -> Iterator[tuple[str, str, str]]:
+    """Yield source, neutral name and path of each file, for the eyes of who has the data."""
+    if (job.output / WORK / STATE).is_file():
+        with Store(job.output / WORK / STATE) as store:
+            job = _salted(job, store)
+    for source in map(salted, selection.sources(job)):
+        names = Names(source)
+        yield from ((source.name, names.file(path), path) for path in files(source))
 
 
 def write_review(job: Job, count: int) -> Path:
@@ -327,7 +351,7 @@ class _Run:
         self.progress.stage(f"reading {source.name}")
         self.store.begin_order()
         found: set[bytes] = set()
-        with closing(self._units(source, number)) as units:
+        with neutral_errors(source), closing(self._units(source, number)) as units:
             for unit, place in units:
                 self.store.order([(unit, place)])
                 if limit is not None:
@@ -339,7 +363,7 @@ class _Run:
     def _units(self, source: SourceOptions, number: int) -> Generator[tuple[int, int], None, None]:
         """Yield id and place of each unit, in their order; those that are new are read."""
         known: deque[tuple[int, int]] = deque()
-        size = _TaskSize()
+        size, names = _TaskSize(), Names(source)
         function = partial(read_units, source, self.job.output, self.job.taxonomy)
 
         def batches() -> Iterator[list[tuple[int, Unit]]]:
@@ -347,8 +371,9 @@ class _Run:
             waiting: list[tuple[int, Unit]] = []
             module = readers.load(source.reader)  # type: ignore[attr-defined]
             for place, unit in enumerate(module.units(source)):
-                before = self.store.known_unit(number, unit.key)
-                if before and before[1] == unit_fingerprint(source.root, unit, before[2]):
+                before = self.store.known_unit(number, names.file(unit.key))
+                own = names.sealed(unit.key, before[2]) if before else ()
+                if before and before[1] == unit_fingerprint(source.root, unit, own):
                     known.append((before[0], place))
                     continue
                 waiting.append((place, unit))
@@ -360,9 +385,10 @@ class _Run:
 
         with closing(self._results(function, batches(), size)) as results:
             for place, unit, result in results:
+                key, sealed = names.file(unit.key), names.sealed(unit.key, result.files)
                 while known and known[0][1] < place:
                     yield known.popleft()
-                row = self.store.add_unit(number, unit.key, result)
+                row = self.store.add_unit(number, key, replace(result, files=sealed))
                 self.progress.advance(records=len(result.stored))
                 yield row, place
         yield from known
@@ -392,7 +418,8 @@ class _Run:
                     yield from self._results(function, ([placed] for placed in batch), size)
                 else:
                     detail = "a library crashed, or the system ended the process for its memory"
-                    drop = Drop("read", "the reading process died", batch[0][1].key, detail)
+                    where = Names(function.args[0]).file(batch[0][1].key)
+                    drop = Drop("read", "the reading process died", where, detail)
                     yield (*batch[0], UnitResult(drops=(drop,), samples=1, fingerprint=b"died"))
 
     def refusal(self, source: SourceOptions) -> str | None:

@@ -70,7 +70,8 @@ class Sample:
     Args:
         image: path of an ordinary image file, kept as it is if it can be, or uint8 ``[H, W]`` or
             ``[H, W, 3]``.
-        source_file: path below the source's root, with ``/``, of the file that the image comes from.
+        source_file: path below the source's root, with ``/``, of the file that the image comes from; it and
+            ``group`` leave by neutral names, see `privacy`.
         annotations: those of the image as a whole have neither box nor mask. Without any the image is
             dropped with that reason.
         part: position in the file, such as ``{"axis": "z", "slice": 40}``, ``{"frame": 12}``; in the order
@@ -82,8 +83,7 @@ class Sample:
             ``{"window": "W 400 L 40", "orientation": "RAS"}``; kept with the record.
         examined: labels that the source has looked for in this image: all of each is annotated, or there is
             none. Of every other label only what is annotated is known. `ANYTHING`: all labels of the source.
-        sha256: of what the image was read from, where ``source_file`` is no path because the path would
-            say who the patient is; ``group`` is final then, too. Else empty: it is computed from the file.
+        sha256: of what the image was read from, if that is more than ``source_file``; else it is computed.
     """
 
     image: Path | np.ndarray
@@ -242,7 +242,7 @@ class Label:
 class Provenance:
     """Origin of a record: its source of the job, with title, licence and address of the published set.
 
-    ``file`` is the path below the source's root, ``sha256`` of its bytes, hexadecimal; ``part`` and
+    ``file`` is the path below the source's root or its neutral name, ``sha256`` of its bytes, hexadecimal; ``part`` and
     ``preprocessing`` as of `Sample`; ``group`` is the unit of the split, begins with ``source/`` and is
     unique.
     """

@@ -13,15 +13,20 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from data_tools import readers
 from data_tools.lexicon import contradicts
+from data_tools.preprocess.burned_in import BURNED_IN, NOTE, find_text, without_edges
 from data_tools.preprocess.clean import clean_annotations
-from data_tools.preprocess.images import store_image
+from data_tools.preprocess.images import read_decoded, store_image
+from data_tools.privacy import Names, salted, texts_in
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import UNKNOWN, listed
 from data_tools.records import (
     ANYTHING,
     Annotation,
+    Box,
     Drop,
     Drops,
     Label,
@@ -35,7 +40,7 @@ from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
 from gmai_xtuner.core.files import sha256_of_file
 
-VERSION = 3
+VERSION = 4
 """A new number makes finished jobs read their sources again."""
 
 IMAGES = "images"
@@ -55,7 +60,8 @@ class UnitResult:
     Args:
         records, drops: in the order in which they were read.
         samples: how many images and annotations the reader gave or dropped.
-        files: below the root, that samples come from; a change of one makes the unit be read again.
+        files: below the root, that samples come from; a change of one makes the unit be read again. They
+            have their own names: `Names.sealed` before they are kept.
         fingerprint, stored, regions: given on the way from a worker to the store, which takes ``stored`` for
             the records: what changes if a file of the unit does, and how many labels have a box.
     """
@@ -72,6 +78,7 @@ class UnitResult:
 def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxonomy) -> UnitResult:
     """Read a unit, clean its annotations, store its images below ``folder``, the corpus, make its records."""
     reader = readers.load(source.reader)  # type: ignore[attr-defined]
+    names = Names(salted(source))
     records: list[Record] = []
     drops = Drops()
     samples = 0
@@ -84,9 +91,12 @@ def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxo
                 if not is_unicode(sample.source_file):
                     raise Unusable("file name is not valid Unicode")
                 files[sample.source_file] = None
-                records.append(_record(source, sample, drops, where, folder, taxonomy))
+                records.append(_record(source, sample, drops, where, folder, taxonomy, names))
     samples += sum(drop.stage == "read" for drop in drops.found)
-    return UnitResult(tuple(records), tuple(drops.found), samples, tuple(files))
+    paths = (unit.key, *files, *texts_in(unit.payload))
+    labels = {name for record in records for name in (*record.names, *record.incomplete)}
+    told = names.drops(drops.found, paths, labels)
+    return UnitResult(tuple(records), tuple(told), samples, tuple(files))
 
 
 def _record(
@@ -96,10 +106,13 @@ def _record(
     where: str,
     folder: Path,
     taxonomy: Taxonomy,
+    names: Names,
 ) -> Record:
     annotations = _named(source, sample, drops, where)
     modality = _modality(source, sample, taxonomy)
     group = _group(source, sample)
+    if source.text_in_pixels != "keep":
+        sample, annotations = _without_text(source, sample, annotations, drops, where)
     stored = store_image(sample.image, folder / IMAGES)
     if stored.turned and any(a.box is not None or a.mask is not None for a in annotations):
         raise Unusable(
@@ -122,8 +135,10 @@ def _record(
     for text in (group, *attributes, *map(str, (*attributes.values(), *sample.part.values()))):
         if not is_unicode(text):
             raise Unusable("text that no UTF-8 can hold", ascii(text))
+    part = {key: names.text(v) if isinstance(v, str) else v for key, v in sample.part.items()}
+    file = names.file(sample.source_file)
     return Record(
-        id=_id(source, sample, modality, task),
+        id=_id(source, file, part, modality, task),
         image=f"{IMAGES}/{stored.path}",
         width=stored.width,
         height=stored.height,
@@ -138,14 +153,14 @@ def _record(
             dataset=source.dataset or source.name,
             licence=source.licence,
             url=source.url,
-            file=sample.source_file,
+            file=file,
             sha256=sha256,
-            part=dict(sample.part),
-            group=f"{source.name}/{group}",
-            preprocessing=dict(sample.preprocessing),
+            part=part,
+            group=f"{source.name}/{names.group(group)}",
+            preprocessing={key: names.text(text) for key, text in sample.preprocessing.items()},
         ),
-        incomplete=tuple(sorted(incomplete)),
-        examined=tuple(sorted(_names(source, sample.examined))),
+        incomplete=_told(source, incomplete),
+        examined=_told(source, _names(source, sample.examined)),
     )
 
 
@@ -180,6 +195,48 @@ def _named(source: SourceOptions, sample: Sample, drops: Drops, where: str) -> l
     return named
 
 
+def _without_text(
+    source: SourceOptions, sample: Sample, annotations: list[Annotation], drops: Drops, where: str
+) -> tuple[Sample, list[Annotation]]:
+    """Look for text in the pixels, and do what ``text_in_pixels`` says; `Unusable` if the image falls."""
+    pixels, turned = sample.image, False
+    if isinstance(pixels, Path):
+        pixels, turned, _ = read_decoded(pixels)
+    found, note = find_text(pixels), "none found"
+    if found and source.text_in_pixels == "flag":
+        note = f"found in {len(found)} places"
+    elif found:
+        height, width = pixels.shape[:2]
+        rest = without_edges(found, width, height) if source.text_in_pixels == "crop" else None
+        if rest is None or turned:
+            raise Unusable(BURNED_IN, f"{len(found)} places in {width} x {height}")
+        x1, y1, x2, y2 = rest
+        pixels, note = np.ascontiguousarray(pixels[y1:y2, x1:x2]), f"edges cut off, {rest} is left"
+        if find_text(pixels):
+            raise Unusable(BURNED_IN, "also beside the edges")
+        cut = [_cut(annotation, rest) for annotation in annotations]
+        for before, after in zip(annotations, cut, strict=True):
+            if after is None:
+                drops.add(
+                    "region cut off with burned-in text", where, lost=[before.label], stage="clean"
+                )
+        sample, annotations = replace(sample, image=pixels), [one for one in cut if one is not None]
+    return replace(sample, preprocessing={**sample.preprocessing, NOTE: note}), annotations
+
+
+def _cut(annotation: Annotation, rest: Box) -> Annotation | None:
+    """Return an annotation of the image that is cut to ``rest``; None if nothing of it is left."""
+    left, top, right, bottom = rest
+    if annotation.mask is not None:
+        mask = annotation.mask[top:bottom, left:right]
+        return replace(annotation, mask=mask) if mask.any() else None
+    if annotation.box is None:
+        return annotation
+    x1, y1, x2, y2 = annotation.box
+    box = (max(x1, left) - left, max(y1, top) - top, min(x2, right) - left, min(y2, bottom) - top)
+    return replace(annotation, box=box) if box[0] < box[2] and box[1] < box[3] else None
+
+
 def _modality(source: SourceOptions, sample: Sample, taxonomy: Taxonomy) -> str:
     """The job's word goes before the file's."""
     modality = source.modality or sample.modality
@@ -192,8 +249,7 @@ def _modality(source: SourceOptions, sample: Sample, taxonomy: Taxonomy) -> str:
 
 
 def _group(source: SourceOptions, sample: Sample) -> str:
-    # A reader that hides the path has used it for the group; a pattern has nothing to look at.
-    if source.group is not None and not sample.sha256:
+    if source.group is not None:
         match = re.search(source.group, sample.source_file)
         found = match and (match.group(1) if match.re.groups else match.group(0))
         if not found:
@@ -208,6 +264,14 @@ def _names(source: SourceOptions, labels: Iterable[str]) -> set[str]:
     own = source.labels
     named = (label if own is None else own.get(label, label) for label in map(str.strip, labels))
     return {name.strip() for name in named if name and name.strip()}
+
+
+def _told(source: SourceOptions, names: Iterable[str]) -> tuple[str, ...]:
+    """Return names for the record: one that the job's ``labels`` lack may be anything, even a person's."""
+    if source.labels is not None and source.anonymous_names:
+        known = {ANYTHING, *((name or "").strip() for name in source.labels.values())}
+        names = {name if name in known else UNKNOWN for name in names}
+    return tuple(sorted(names))
 
 
 def _check_contradictions(source: SourceOptions, labels: list[Label], incomplete: set[str]) -> None:
@@ -259,13 +323,15 @@ def part_slug(part: Mapping[str, int | str]) -> str:
     return "_".join(f"{v:04d}" if isinstance(v, int) else slug(v) for v in part.values())
 
 
-def _id(source: SourceOptions, sample: Sample, modality: str, task: str) -> str:
+def _id(
+    source: SourceOptions, file: str, parts: Mapping[str, int | str], modality: str, task: str
+) -> str:
     """Unique if a file's part is; the store makes the rest unique."""
     dimension, kind = _DIMENSION_AND_TASK[task]
-    path = [part.replace("%", "%25").replace("#", "%23") for part in sample.source_file.split("/")]
+    path = [part.replace("%", "%25").replace("#", "%23") for part in file.split("/")]
     names = [dimension, kind, slug(modality), source.name, *path]
-    if sample.part:
-        names.append(part_slug(sample.part))
+    if parts:
+        names.append(part_slug(parts))
     return "#".join(names)
 
 

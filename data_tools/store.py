@@ -261,6 +261,12 @@ class Store:
             amount,
         )
 
+    def remember(self, key: str, value: str) -> str:
+        """Keep a text under a key unless there is one, and return what is kept."""
+        with self.transaction():
+            self._rows("INSERT OR IGNORE INTO meta VALUES (?, ?)", key, value)
+        return str(self._value("SELECT value FROM meta WHERE key = ?", key))
+
     def _rows(self, query: str, *values: Any) -> sqlite3.Cursor:
         """Execute a statement; rows come as they are taken, and their columns have names."""
         return self._db.execute(query, values)

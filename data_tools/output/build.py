@@ -96,7 +96,7 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
         summary["review"] = errors.summary()
         files.write_mixtures(new, title=job.title, files=corpus.contents())
         card.write(new, summary, job)
-        manifest.write_croissant(new, summary)
+        manifest.write_croissant(new, summary, job)
         report.write(
             new,
             summary,

@@ -10,6 +10,7 @@ bars lie, so that 38 long names are as legible as two.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from data_tools.job import Job
 from data_tools.output import short, templates
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
 from data_tools.output.summary import FIGURES
+from data_tools.privacy import method_of
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"),
           (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))  # fmt: skip
@@ -38,7 +40,9 @@ _CHINESE = (
 
 def write(folder: Path, summary: dict[str, Any], job: Job) -> None:
     """Write ``README.md`` and its figures. Made again, they are the same bytes."""
-    made = templates()
+    made, methods = templates(), defaultdict[str, list[str]](list)
+    for source in (source for source in job.sources if source.name in summary["sources"]):
+        methods[method_of(source)[0]].append(source.name)
     made.filters["figure"] = _figure
     text = made.get_template("output/card.md.j2").render(
         summary=summary,
@@ -47,6 +51,7 @@ def write(folder: Path, summary: dict[str, Any], job: Job) -> None:
         demands=licences.DEMANDS,
         asked={demand for row in summary["licences"] for demand in row["demands"]},
         figures=FIGURES,
+        methods=methods,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     for key, title in FIGURES.items():

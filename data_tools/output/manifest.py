@@ -23,6 +23,7 @@ from data_tools import licences
 from data_tools.items import FILES, TEXT_FORMS
 from data_tools.job import Job
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
+from data_tools.privacy import method_of
 from data_tools.store import StoredConversation
 from data_tools.writers.prompts import PROMPT_VERSION
 from gmai_xtuner.core.errors import CorpusError
@@ -50,6 +51,7 @@ _SCHEMA = pa.schema(
         ("box", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.string())),
         ("checks", pa.list_(pa.string())),
+        ("deidentification_codes", pa.list_(pa.string())),
         ("prompt_version", pa.int32()),
         ("may_be_published", pa.bool_()),
     ]
@@ -68,6 +70,7 @@ class Manifest:
         self._images, self._job = images, job
         self._writer = pq.ParquetWriter(folder / NAME, _SCHEMA, compression="zstd")
         self._rows: list[dict[str, Any]] = []
+        self._deidentified = {source.name: method_of(source) for source in job.sources}
         self._published = {
             source.name: not licences.restriction(
                 source.licence, licences.names_of(source), job.agreements, publish=True
@@ -90,6 +93,7 @@ class Manifest:
         origin, name = record.provenance, FILES[item.form]
         shows = item.form not in TEXT_FORMS
         focus = None if item.focus is None else record.labels[item.focus]
+        method, codes = self._deidentified.get(origin.source, (None, None))
         self._rows.append(
             {
                 "id": item.id,
@@ -105,6 +109,8 @@ class Manifest:
                 "source_file": origin.file,
                 "source_sha256": origin.sha256,
                 "part": json.dumps(dict(origin.part)) if origin.part else None,
+                "deidentification_method": method,
+                "deidentification_codes": codes,
                 "writer": job.writer.name if kept.prompt else "template",
                 "model": getattr(job.writer, "model", None) if kept.prompt else None,
                 "review_verdict": verdict,
@@ -222,8 +228,9 @@ def _file_hash(path: Path) -> str:
         raise CorpusError(f"{path}: a stored image can't be read ({error})") from error
 
 
-def write_croissant(folder: Path, summary: dict[str, Any]) -> None:
+def write_croissant(folder: Path, summary: dict[str, Any], job: Job) -> None:
     """Write ``croissant.json``, after all files that it names."""
+    methods = {s.name: method_of(s)[0] for s in job.sources if s.name in summary["sources"]}
     digests = {name: file["sha256"] for name, file in summary["files"].items()}
     digests[NAME] = _file_hash(folder / NAME)
     closed = [name for name, source in summary["sources"].items() if source["not_published"]]
@@ -251,7 +258,9 @@ def write_croissant(folder: Path, summary: dict[str, Any]) -> None:
         told = values["rai:dataAnnotationProtocol"]
         by_model = told.replace("were made", "were written by a model or made")
         values["rai:dataAnnotationProtocol"] = by_model
+    each = (f"{name}: {method}." for name, method in sorted(methods.items()))
+    values["rai:personalSensitiveInformation"] += " ".join(each)
     if closed:
-        values["rai:personalSensitiveInformation"] += f"May not be published: {', '.join(closed)}."
+        values["rai:personalSensitiveInformation"] += f" May not be published: {', '.join(closed)}."
     text = json.dumps(values, ensure_ascii=False, indent=1)
     (folder / CROISSANT).write_text(f"{text}\n", encoding="utf-8")

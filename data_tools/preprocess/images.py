@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,9 +87,14 @@ def store_image(
 
 def read_pixels(image: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return pixels as the corpus shows them: uint8 ``[H, W]`` or ``[H, W, 3]``, also of one grey level."""
+    return read_decoded(image, max_pixels=max_pixels).pixels
+
+
+def read_decoded(image: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedPixels:
+    """Return pixels as the corpus shows them, and whether EXIF has turned them."""
     if isinstance(image, bytes):
-        return _decoded(image, "", max_pixels).pixels
-    return _decoded(_read_file(image), image.name, max_pixels).pixels
+        return _decoded(image, "", max_pixels)
+    return _decoded(_read_file(image), image.name, max_pixels)
 
 
 def pixel_hash(pixels: np.ndarray) -> str:
@@ -166,7 +173,7 @@ _PNG_CHUNKS = {
 
 def _png_without_text(data: bytes) -> bytes | None:
     """Return the file with the chunks that make the image; None if it can't be followed."""
-    parts, at = [data[:8]], 8
+    parts, at, pixels = [data[:8]], 8, b""
     while at + 12 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
         kind, end = data[at + 4 : at + 8], at + 12 + length
@@ -174,10 +181,25 @@ def _png_without_text(data: bytes) -> bytes | None:
             return None
         if kind in _PNG_CHUNKS and _PNG_CHUNKS[kind] in (length, None):
             parts.append(data[at:end])
+            pixels += data[at + 8 : end - 4] if kind == b"IDAT" else b""
         at = end
         if kind == b"IEND":
-            return b"".join(parts)
+            return b"".join(parts) if _is_pixels_alone(parts[1], pixels) else None
     return None
+
+
+def _is_pixels_alone(header: bytes, packed: bytes) -> bool:
+    """Tell whether the compressed data of an 8-bit PNG hold its rows and nothing behind them."""
+    width, height, depth, colours, *_, interlaced = struct.unpack(">IIBBBBB", header[8:21])
+    channels = {0: 1, 2: 3}.get(colours, 0)
+    size = height * (1 + width * channels)
+    unpack = zlib.decompressobj()
+    try:
+        unpacked = len(unpack.decompress(packed, size + 1))
+    except zlib.error:
+        return False
+    whole = unpack.eof and not unpack.unused_data and unpacked == size
+    return whole and depth == 8 and channels > 0 and not interlaced
 
 
 _JPEG_SEGMENTS = (*range(0xC0, 0xD0), *range(0xDA, 0xDE))

@@ -18,7 +18,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, field_validator
 
@@ -85,6 +85,9 @@ class SourceOptions(Options):
     exclusive: tuple[tuple[str, ...], ...] = ()
     group: str | None = None
     clean: Rules = PRESETS["sa-med2d"]
+    text_in_pixels: Literal["keep", "flag", "crop", "drop"] = "keep"
+    anonymous_names: bool = True
+    salt: str | None = None
 
     @field_validator("may_be_sent_to", mode="before")
     @classmethod

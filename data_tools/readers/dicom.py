@@ -6,8 +6,8 @@ A series whose files are slices becomes a volume, which is cut into images as NI
 gives one image a frame. Segmentations are found by the series or images that they refer to. Other images of
 the study, and those that a segmentation doesn't fit, are incomplete for its labels.
 
-Nothing that says who the patient is leaves this reader: see `dicom_headers` for what does. Files are often
-named by patients, so the path is shown as a keyed hash too unless the job says ``anonymous_names: false``.
+Nothing of a header that says who the patient is leaves this reader but the name of the group, which
+`data_tools.privacy` hides as it does the path: see `dicom_headers` for what does.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import fnmatch
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from data_tools.preprocess.burned_in import BURNED_IN
 from data_tools.preprocess.volumes import Volume, pack
+from data_tools.privacy import suffix
 from data_tools.readers import dicom_headers, volume
 from data_tools.readers.dicom_drawn import Mask, labels_of, masks_of, open_drawn
 from data_tools.readers.dicom_headers import ATTRIBUTES, attributes_of, modality_of, read_header
 from data_tools.readers.file_rows import FileRow, RowColumns, read_rows
-from data_tools.readers.files import IMAGE_SUFFIXES, files, folder_of, table_of
+from data_tools.readers.files import files, folder_of, table_of
 from data_tools.readers.volume import FileWindow, VolumeOptions
 from data_tools.records import ANYTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
@@ -54,18 +55,11 @@ ORPHAN = "segmentation without its series"
 ELSEWHERE = "segmentation of other images of the study"
 NOT_WANTED = "segmentation that the job leaves out"
 COPY = "copy of a file of the same series"
-BURNED_IN = "text burned into the picture"
 BOX_OF_SERIES = "box of the table for a whole series"
 FLAWED_CUT = "uneven or tilted series cut across its slices"
 COLOURED = "series of colour pictures"
 Key = Literal["file", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"]
 _OF_AN_IMAGE = ("file", "SOPInstanceUID")
-_KINDS = (
-    *(".json", ".jsonl", ".txt", ".csv", ".tsv", ".xlsx", ".xml", ".md", ".pdf", ".html", ".zip"),
-    *(".nrrd", ".nhdr", ".nii", ".nii.gz", ".mha", ".mhd", ".npz", ".npy", ".mp4", ".dcm"),
-    *IMAGE_SUFFIXES,
-)
-"""Suffixes that may be told of a file that is no DICOM; any other end of a name may be somebody's."""
 
 
 class Options(VolumeOptions):
@@ -87,15 +81,6 @@ class Options(VolumeOptions):
     at_most: int | None = Field(None, ge=1)
     keep: tuple[dicom_headers.Attribute, ...] = ATTRIBUTES
     burned_in: Literal["drop", "keep"] = "drop"
-    anonymous_names: bool = True
-    salt: str | None = None
-
-    @model_validator(mode="after")
-    def _group_of_the_header(self) -> Options:
-        if self.group is not None and self.anonymous_names:
-            advice = "leave one of them out (the patient of the header is the group by itself)"
-            raise ValueError(f"`group` looks at the path, which `anonymous_names` hides; {advice}")
-        return self
 
 
 def units(options: Options) -> Iterator[Unit]:
@@ -118,21 +103,15 @@ def units(options: Options) -> Iterator[Unit]:
             headers += [header] if header.sop_class != dicom_headers.DIRECTORY else []
         except Unusable as error:
             bad.append((name, error))
-    secret = dicom_headers.secret_key(options.salt, headers)
-    pseudonym = partial(dicom_headers.pseudonym, secret)
 
-    def shown(path: str, suffix: str = ".dcm") -> str:
-        return f"{pseudonym('file', path)}{suffix}" if options.anonymous_names else path
-
-    def dropped(path: str, reason: str, detail: str = "", suffix: str = ".dcm") -> Unit:
-        return Unit(shown(path, suffix), {"drop": (reason, detail), "path": path})
+    def dropped(path: str, reason: str, detail: str = "") -> Unit:
+        return Unit(path, {"drop": (reason, detail)})
 
     for name, fault in bad:
-        reason, suffix = fault.reason, ".dcm"
+        reason = fault.reason
         if reason == dicom.NOT_DICOM:
-            suffix = next((kind for kind in _KINDS if name.lower().endswith(kind)), "")
-            reason = f"{dicom.NOT_DICOM} ({suffix or 'of another kind'})"
-        yield dropped(name, reason, fault.detail, suffix)
+            reason = f"{dicom.NOT_DICOM} ({suffix(name) or 'of another kind'})"
+        yield dropped(name, reason, fault.detail)
     segmentations, images = [], []
     for header in headers:
         if header.sop_class in (*dicom_headers.SEGMENTATION, dicom_headers.STRUCTURE_SET):
@@ -176,9 +155,9 @@ def units(options: Options) -> Iterator[Unit]:
                 "elsewhere": tuple(elsewhere),
                 "rows": tuple(dict.fromkeys((r.label, r.box) for r in labels if not r.problem)),
                 "problems": tuple((row.lost, row.problem) for row in labels if row.problem),
-                "group": pseudonym("patient", person),
+                "group": person,
             }
-            yield Unit(shown(first.path), payload)
+            yield Unit(first.path, payload)
 
 
 _FIELDS: dict[Key, str] = {

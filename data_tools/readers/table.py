@@ -280,7 +280,8 @@ def _parsed(
     """Return findings and facts of a row, None if it was dropped; `Unusable` if the image falls with it."""
     labels = list(dict.fromkeys(_labels(options, row)))
     cells = [row.cells[column] for column in options.box.used] if options.box else []
-    lost = [*labels, *words_of(cells)] if labels else []
+    # In a shifted row one of the words is its label; which of them is not ours to tell.
+    lost = [*labels, *([ANYTHING] if words_of(cells) else [])] if labels else []
     with drops.annotation(where, *lost):
         box = _box(options.box, options, row, size) if options.box else None
         if not labels:

@@ -198,6 +198,7 @@ def check_questions(reader: str, seed: int) -> Counter[str]:
         root = Path(folder)
         truth, keys = SETS[reader](rng, root)
         base = {"name": "s", "licence": "x", "reader": reader, "root": root, "department": "None"}
+        base["anonymous_names"] = False
         defaults = {"modality": "CT", "clean": "none"}
         module = readers.load(reader)
         options = module.Options.model_validate(base | defaults | keys)

@@ -27,6 +27,7 @@ CUT = 100 / 256**2  # of the picture's area, SA-Med2D-20M
 def read(root: Path, folder: Path, reader: str, **keys: Any) -> tuple[list[Record], Counter[str]]:
     """Records of a source, and how often each reason left something out."""
     base = {"name": reader, "reader": reader, "root": root, "licence": "MIT", "department": "None"}
+    base["anonymous_names"] = False
     module = readers.load(reader)
     options = module.Options.model_validate(base | keys)
     terms = taxonomy.load()

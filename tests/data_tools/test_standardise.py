@@ -40,7 +40,8 @@ def read(tmp_path: Path, monkeypatch):
         monkeypatch.setitem(readers.READERS, "given", "given")
         (tmp_path / "root" / "a").mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / "a" / "b.png").write_bytes(b"source")
-        values = {"licence": "MIT", "modality": "CT", "department": "None"} | options
+        values = {"licence": "MIT", "modality": "CT", "department": "None"}
+        values |= {"anonymous_names": False} | options
         source = Options(name="set", root=tmp_path / "root", **values)
         return read_unit(source, Unit("u"), folder=tmp_path / "out", taxonomy=load())
 
