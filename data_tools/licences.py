@@ -95,13 +95,48 @@ def names_of(source: SourceOptions) -> tuple[str, ...]:
     return (source.name, source.dataset, source.url)
 
 
-def permission_to_send(source: SourceOptions, own: Sequence[Agreement] = ()) -> Origin:
-    """Return where the content of a source may be sent."""
+def permission_to_send(
+    source: SourceOptions, own: Sequence[Agreement] = (), licence: str = ""
+) -> Origin:
+    """Return where the content of a source may go, or that of a record under a ``licence`` of its own."""
+    licence = licence or source.licence
     return Origin(
-        f"the source {source.name}",
-        restriction(source.licence, names_of(source), own, publish=False),
+        f"the source {source.name}" + (f" under {licence!r}" if licence != source.licence else ""),
+        restriction(licence, names_of(source), own, publish=False),
         frozenset(plain_host(one.host) for one in source.may_be_sent_to),
     )
+
+
+class Origins(dict[tuple[str, str], Origin]):
+    """Source and licence of a record -> where its content may go."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self._job, self._sources = job, {source.name: source for source in job.sources}
+
+    def __missing__(self, key: tuple[str, str]) -> Origin:
+        made = self[key] = permission_to_send(self._sources[key[0]], self._job.agreements, key[1])
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a job says of a record whose licence is its own: the rules that hold for sources."""
+
+    options: OutputOptions
+    agreements: tuple[Agreement, ...]
+
+    def refusal(self, licence: str, source: SourceOptions) -> str | None:
+        """Return why the job leaves out a record of the source, or None if it is kept."""
+        found = refusal(licence, self.options)
+        if found is None and self.options.publishable:
+            found = restriction(licence, names_of(source), self.agreements, publish=True) or None
+        return found
+
+
+def terms_of(job: Job) -> Terms:
+    """Return the terms of a job."""
+    return Terms(job.corpus, tuple(job.agreements))
 
 
 def publishable_part(job: Job) -> Job:

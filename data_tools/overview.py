@@ -16,7 +16,7 @@ from typing import Any
 
 from data_tools import forms, readers, writers
 from data_tools.job import Job
-from data_tools.licences import publishable_part
+from data_tools.licences import publishable_part, terms_of
 from data_tools.output import templates
 from data_tools.output.files import turns_of
 from data_tools.pipeline import (
@@ -91,7 +91,7 @@ def _look(
     count = 0
     for unit in chosen:
         with neutral_errors(source):
-            result = read_unit(source, unit, folder=folder, taxonomy=taxonomy)
+            result = read_unit(source, unit, folder=folder, taxonomy=taxonomy, terms=terms_of(job))
         count += len(result.records)
         records += result.records[:_RECORDS_OF_A_UNIT]
         drops += result.drops

@@ -35,7 +35,7 @@ from data_tools.executor import Executor, open_executor
 from data_tools.forms import FORM_VERSIONS
 from data_tools.items import FORMS, SourceContext
 from data_tools.job import Job, fingerprint
-from data_tools.licences import publishable_part, refusal
+from data_tools.licences import publishable_part, refusal, terms_of
 from data_tools.output import review
 from data_tools.output.build import build, recover
 from data_tools.privacy import Names, neutral_errors, salted
@@ -59,9 +59,9 @@ _COMMIT_SECONDS = 0.5  # of a model's answers
 # What neither the records nor the answers depend on.
 _NOT_OF_RECORDS = ("root", "links", "codes_are_names", "synonyms", "chinese", "negatives",
                    "may_be_sent_to")  # fmt: skip
-_NOT_OF_ANSWERS = ("name", "key_variable", "in_flight", "requests_a_minute", "tokens_a_minute", "timeout",
-                   "server_retries", "patience", "price", "budget", "cache", "discount", "max_requests",
-                   "max_bytes", "max_batches", "wait", "poll")  # fmt: skip
+_NOT_OF_ANSWERS = ("name", "terms", "key_variable", "in_flight", "requests_a_minute", "tokens_a_minute",
+                   "timeout", "server_retries", "patience", "price", "budget", "cache", "discount",
+                   "max_requests", "max_bytes", "max_batches", "wait", "poll")  # fmt: skip
 
 # Labels that are a number, or a numbered word that says nothing: ``7``, ``Segment_1``.
 _CODE = re.compile(
@@ -257,6 +257,9 @@ def _depends(source: SourceOptions, job: Job) -> str:
     module = readers.load(source.reader)  # type: ignore[attr-defined]
     versions = (standardise.VERSION, getattr(module, "VERSION", 1))
     terms = "" if job.taxonomy is None else _hash(worker_taxonomy(job.taxonomy).kinds).hex()
+    if getattr(source, "licence_column", None):  # what may not be published is not read
+        own = (job.corpus.licences, job.corpus.refuse, job.corpus.publishable, job.agreements)
+        terms += _hash(own).hex()
     return f"{fingerprint(source, without=_NOT_OF_RECORDS)} {versions} {terms}"
 
 
@@ -364,7 +367,8 @@ class _Run:
         """Yield id and place of each unit, in their order; those that are new are read."""
         known: deque[tuple[int, int]] = deque()
         size, names = _TaskSize(), Names(source)
-        function = partial(read_units, source, self.job.output, self.job.taxonomy)
+        own = (self.job.output, self.job.taxonomy, terms_of(self.job))
+        function = partial(read_units, source, *own)
 
         def batches() -> Iterator[list[tuple[int, Unit]]]:
             """Yield what is to be read, some units together; those that are read already go to ``known``."""
@@ -372,8 +376,8 @@ class _Run:
             module = readers.load(source.reader)  # type: ignore[attr-defined]
             for place, unit in enumerate(module.units(source)):
                 before = self.store.known_unit(number, names.file(unit.key))
-                own = names.sealed(unit.key, before[2]) if before else ()
-                if before and before[1] == unit_fingerprint(source.root, unit, own):
+                kept = names.sealed(unit.key, before[2]) if before else ()
+                if before and before[1] == unit_fingerprint(source.root, unit, kept):
                     known.append((before[0], place))
                     continue
                 waiting.append((place, unit))

@@ -78,6 +78,7 @@ class Sample:
             in which it is to appear in ids.
         group: patient, case, video or slide: never on both sides of a split. None: the image alone.
         modality: when the file knows it better than the job; a name of the taxonomy or a DICOM code.
+        licence: of this image where it differs from the source's; else empty.
         attributes: of the image as a whole, from an allow-list: never who the patient is.
         preprocessing: what was done to the grey levels and geometry, such as
             ``{"window": "W 400 L 40", "orientation": "RAS"}``; kept with the record.
@@ -92,6 +93,7 @@ class Sample:
     part: Mapping[str, int | str] = field(default_factory=dict)
     group: str | None = None
     modality: str | None = None
+    licence: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
     preprocessing: Mapping[str, str] = field(default_factory=dict)
     examined: tuple[str, ...] = ()
@@ -242,9 +244,9 @@ class Label:
 class Provenance:
     """Origin of a record: its source of the job, with title, licence and address of the published set.
 
-    ``file`` is the path below the source's root or its neutral name, ``sha256`` of its bytes, hexadecimal; ``part`` and
-    ``preprocessing`` as of `Sample`; ``group`` is the unit of the split, begins with ``source/`` and is
-    unique.
+    ``file`` is the path below the source's root or its neutral name, ``sha256`` of its bytes, hexadecimal;
+    ``part`` and ``preprocessing`` as of `Sample`; ``group`` is the unit of the split, begins with
+    ``source/`` and is unique. The licence may be one that a table names for this image.
     """
 
     source: str

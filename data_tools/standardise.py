@@ -17,6 +17,7 @@ import numpy as np
 
 from data_tools import readers
 from data_tools.lexicon import contradicts
+from data_tools.licences import Terms
 from data_tools.preprocess.burned_in import BURNED_IN, NOTE, find_text, without_edges
 from data_tools.preprocess.clean import clean_annotations
 from data_tools.preprocess.images import read_decoded, store_image
@@ -75,8 +76,18 @@ class UnitResult:
     regions: int = 0
 
 
-def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxonomy) -> UnitResult:
-    """Read a unit, clean its annotations, store its images below ``folder``, the corpus, make its records."""
+def read_unit(
+    source: SourceOptions,
+    unit: Unit,
+    *,
+    folder: Path,
+    taxonomy: Taxonomy,
+    terms: Terms | None = None,
+) -> UnitResult:
+    """Read a unit, clean its annotations, store its images below ``folder``, the corpus, make its records.
+
+    ``terms`` hold for samples under a licence of their own.
+    """
     reader = readers.load(source.reader)  # type: ignore[attr-defined]
     names = Names(salted(source))
     records: list[Record] = []
@@ -91,6 +102,8 @@ def read_unit(source: SourceOptions, unit: Unit, *, folder: Path, taxonomy: Taxo
                 if not is_unicode(sample.source_file):
                     raise Unusable("file name is not valid Unicode")
                 files[sample.source_file] = None
+                if sample.licence and terms and (why := terms.refusal(sample.licence, source)):
+                    raise Unusable("licence of the record is not for this corpus", why)
                 records.append(_record(source, sample, drops, where, folder, taxonomy, names))
     samples += sum(drop.stage == "read" for drop in drops.found)
     paths = (unit.key, *files, *texts_in(unit.payload))
@@ -151,7 +164,7 @@ def _record(
         provenance=Provenance(
             source=source.name,
             dataset=source.dataset or source.name,
-            licence=source.licence,
+            licence=sample.licence or source.licence,
             url=source.url,
             file=file,
             sha256=sha256,

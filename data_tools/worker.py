@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from data_tools import forms
 from data_tools.checks import CheckOptions, check
 from data_tools.items import Conversation, Item, SourceContext
+from data_tools.licences import Terms
 from data_tools.options import MakeOptions
 from data_tools.readers import SourceOptions
 from data_tools.records import Record, Unit
@@ -56,7 +57,11 @@ def worker_taxonomy(extra: Path | None) -> Taxonomy:
 
 
 def read_units(
-    source: SourceOptions, folder: Path, taxonomy: Path | None, units: list[Unit]
+    source: SourceOptions,
+    folder: Path,
+    taxonomy: Path | None,
+    terms: Terms | None,
+    units: list[Unit],
 ) -> tuple[list[UnitResult], float]:
     """Read units of a source for the corpus in ``folder``, with the job's file that extends the taxonomy.
 
@@ -64,10 +69,10 @@ def read_units(
         What became of each unit, and the seconds that all of them took.
     """
     started = time.perf_counter()
-    terms = worker_taxonomy(taxonomy)
+    known = worker_taxonomy(taxonomy)
     results = []
     for unit in units:
-        result = read_unit(source, unit, folder=folder, taxonomy=terms)
+        result = read_unit(source, unit, folder=folder, taxonomy=known, terms=terms)
         results.append(
             replace(
                 result,

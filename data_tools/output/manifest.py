@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,14 @@ class Manifest:
         self._writer = pq.ParquetWriter(folder / NAME, _SCHEMA, compression="zstd")
         self._rows: list[dict[str, Any]] = []
         self._deidentified = {source.name: method_of(source) for source in job.sources}
-        self._published = {
-            source.name: not licences.restriction(
-                source.licence, licences.names_of(source), job.agreements, publish=True
+        sources = {source.name: source for source in job.sources}
+        self._published = cache(
+            lambda name, licence: (
+                not licences.restriction(
+                    licence, licences.names_of(sources[name]), job.agreements, publish=True
+                )
             )
-            for source in job.sources
-        }
+        )
 
     def __enter__(self) -> Manifest:
         return self
@@ -118,7 +121,7 @@ class Manifest:
                 "labels": list(record.names if focus is None else (focus.name,)),
                 "checks": [check for check in _CHECKS if getattr(job.checks, check)],
                 "prompt_version": PROMPT_VERSION if kept.prompt else None,
-                "may_be_published": self._published.get(origin.source),
+                "may_be_published": self._published(origin.source, origin.licence),
             }
         )
         if len(self._rows) == _ROWS:

@@ -208,8 +208,16 @@ class Tally:
                 "dataset": source.dataset or name,
                 "licence": source.licence,
                 "url": source.url,
-                "not_published": licences.restriction(
-                    source.licence, licences.names_of(source), job.agreements, publish=True
+                "not_published": "; ".join(
+                    dict.fromkeys(
+                        why
+                        for licence in self._by("licence", name) or (source.licence,)
+                        if (
+                            why := licences.restriction(
+                                licence, licences.names_of(source), job.agreements, publish=True
+                            )
+                        )
+                    )
                 ),
                 "records": self._total("licence", name),
                 "held_out": self._total("records held out", name),

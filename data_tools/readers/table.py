@@ -104,6 +104,8 @@ class Options(SourceOptions):
         attribute_columns, finding_columns: column -> name of the image's, or the finding's, attribute.
         attribute_values: name of an attribute -> its codes -> words; a code not among them drops the row.
         group_column, modality_column: patient, case or slide; of the taxonomy, or a DICOM code.
+        licence_column: the licence of each image, which counts instead of the source's; a missing cell is
+            under the source's.
         split_column, splits: only rows with one of these values are read.
     """
 
@@ -132,6 +134,7 @@ class Options(SourceOptions):
     attribute_values: dict[str, dict[str, str]] = Field(default={})
     group_column: str | None = None
     modality_column: str | None = None
+    licence_column: str | None = None
     split_column: str | None = None
     splits: tuple[str, ...] = ()
 
@@ -161,6 +164,7 @@ class Options(SourceOptions):
             *self.finding_columns,
             self.group_column,
             self.modality_column,
+            self.licence_column,
             self.split_column,
         ]
         return list(dict.fromkeys(name for name in columns if name is not None))
@@ -263,12 +267,13 @@ def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -
             return
     if about is None:
         return  # every row was dropped with its reason
-    group, modality, attributes = about
+    group, modality, licence, attributes = about
     yield replace(
         found,
         annotations=tuple(finding for findings in seen for finding in findings),
         group=group or found.group,
         modality=modality or found.modality,
+        licence=licence or "",
         attributes={**found.attributes, **dict(attributes)},
         examined=tuple(options.one_hot.values()),  # each has its cell, or the image falls
     )
@@ -292,18 +297,23 @@ def _parsed(
     return None
 
 
-_Facts = tuple[str | None, str | None, tuple[tuple[str, str], ...]]
-"""Group, modality and attributes of the image."""
+_Facts = tuple[str | None, str | None, str | None, tuple[tuple[str, str], ...]]
+"""Group, modality, licence and attributes of the image."""
 
 
 def _facts(options: Options, row: Row) -> _Facts:
-    group, modality = (
+    group, modality, licence = (
         text if column and (text := cell_text(row.cells[column])) not in options.missing else None
-        for column in (options.group_column, options.modality_column)
+        for column in (options.group_column, options.modality_column, options.licence_column)
     )
     if options.group_column and group is None:
         raise Unusable("no group", f"column {options.group_column!r} is empty")
-    return group, modality, tuple(_attributes(options, row, options.attribute_columns).items())
+    return (
+        group,
+        modality,
+        licence,
+        tuple(_attributes(options, row, options.attribute_columns).items()),
+    )
 
 
 def _attributes(options: Options, row: Row, columns: Mapping[str, str]) -> dict[str, str]:

@@ -42,9 +42,7 @@ def model_writer(
         folder or job.output,
         str(job.output),
     )
-    origins = {
-        source.name: licences.permission_to_send(source, job.agreements) for source in job.sources
-    }
+    origins = licences.Origins(job)
     if isinstance(options, OpenAIBatchOptions):
         return OpenAIBatchWriter(options, prompts, folder=folder, job=name, origins=origins)
     return OpenAIWriter(options, prompts, folder=folder, job=name, origins=origins)

@@ -103,7 +103,7 @@ class ModelWriter(Generic[O]):
     """What the writers that ask a model have in common.
 
     ``folder`` is the corpus, below which images lie; ``job`` whose expenses these are, the same in every run;
-    ``origins`` say where the content of each source may go.
+    ``origins`` say where the content of a source under a licence may go.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ModelWriter(Generic[O]):
         *,
         folder: Path,
         job: str,
-        origins: Mapping[str, Origin],
+        origins: Mapping[tuple[str, str], Origin],
     ) -> None:
         self.options, self.prompts, self.folder, self.job = options, prompts, folder, job
         self.origins = origins

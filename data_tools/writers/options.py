@@ -103,6 +103,7 @@ class OpenAIOptions(Options):
 
     Args:
         model: as the server names it.
+        terms: of the model's licence or provider for what it writes; the card quotes them.
         base_url: of the API, such as ``http://localhost:8000/v1``; default OpenAI's.
         key_variable: environment variable that holds the key. The key itself is never in the job, the
             ledger or a message. null: the server needs none.
@@ -131,6 +132,7 @@ class OpenAIOptions(Options):
 
     name: Literal["openai"] = "openai"
     model: str = Field(min_length=1)
+    terms: str = ""
     base_url: str = "https://api.openai.com/v1"
     key_variable: str | None = Field(default="OPENAI_API_KEY", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     temperature: float | None = Field(default=None, ge=0, le=2)

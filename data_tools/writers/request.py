@@ -184,7 +184,7 @@ class Request:
     prompt: Prompt
     image: AttachedImage | None
     options: OpenAIOptions = field(repr=False)
-    source: str
+    source: tuple[str, str]
 
     @classmethod
     def of(
@@ -224,7 +224,7 @@ class Request:
             "parameters": _sampling(options, item),
             "attempt": attempt,
         }
-        source = record.provenance.source
+        source = record.provenance.source, record.provenance.licence
         text = json.dumps(described, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         schema = json.dumps(prompt.schema) if prompt.schema is not None else ""

@@ -24,7 +24,7 @@ AT_MOST = 37 + 48 + 40 + 50
 37 of them are digits and marks, the other 96 count half; 10 for each of three texts and the request; 50 for
 the answer."""
 CONTEXT = SourceContext("toy", "Toy", ("cell",))
-ORIGINS = {"toy": Origin("the source toy")}
+ORIGINS = {("toy", "MIT"): Origin("the source toy")}
 SCHEMA = {
     "type": "object",
     "properties": {"answer": {"type": "string"}},
