@@ -48,10 +48,8 @@ class InferenceQueue:
     ) -> AsyncIterator[bool]:
         """Wait for one's turn and hold it; yield whether it is, or ``give_up`` was set first.
 
-        ``on_position`` is called with the number of answers ahead, whenever it changes.
-
-        Raises:
-            QueueFull: too many wait.
+        ``on_position`` is called with the number of answers ahead, whenever it changes. Too many that wait
+        are ``QueueFull``.
         """
         if self.is_full:
             raise QueueFull

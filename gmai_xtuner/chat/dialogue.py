@@ -143,8 +143,7 @@ class Dialogue:
 
         ``image_root`` is the folder below which all images lie, for the mixture file.
 
-        Raises:
-            DialogueError: there is no answer yet, or it can't be a record.
+        Before the first answer, or where it can't be a record, it is a ``DialogueError``.
         """
         if not self.turns:
             raise DialogueError("there is no answer to save yet")
@@ -167,10 +166,7 @@ class Dialogue:
     def save(self, path: str | Path) -> Path:
         """Write :meth:`record`: a list with one record (.json), or a line (.jsonl). The whole path.
 
-        A file that this conversation wrote earlier is replaced, any other never.
-
-        Raises:
-            DialogueError: the name, or the place, can't be used.
+        A file that this conversation wrote earlier is replaced, any other never (``DialogueError``).
         """
         target = _whole(path)
         if target.suffix not in (".json", ".jsonl"):

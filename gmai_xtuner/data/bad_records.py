@@ -38,9 +38,7 @@ class BadRecords(DataError):
         listing: JSON Lines file with all of them.
         rest: folder of a ``TokenCache`` of the good records, for looking at, not for training; ``None``
             if there is none.
-        dataset: its name.
-        record: the only one.
-        remedy: what the user can do.
+        dataset, record, remedy: its name, the only record, and what the user can do.
     """
 
     def __init__(

@@ -34,10 +34,8 @@ class WordCache:
     reads the table and refuses every tokenizer for which the proof does not hold; a text with two spaces in a
     row, or with a space behind a character that such a merge begins with, is tokenised whole.
 
-    Args:
-        tokenizer: one for which :meth:`of` says that it may.
-        glued: characters behind which a space does not part words.
-        unknown: id whose runs the tokenizer fuses, or ``None``; a text with it is tokenised whole.
+    ``glued`` are characters behind which a space does not part words; a text with the ``unknown`` id, whose
+    runs the tokenizer fuses, is tokenised whole.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, glued: str, unknown: int | None) -> None:

@@ -87,14 +87,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A choice of one image of a study.
+    """A choice of one image of a study: axis (None for a single image), index, channel (of a fourth axis).
 
-    Args:
-        axis: one of the study's, None for a single image.
-        index: along the axis, from 0.
-        channel: of a volume with a fourth axis, from 0.
-        window: for studies with intensities; ``file`` is what the file itself says: its look-up table or
-            window, or the default without any.
+    The window, for studies with intensities, may be ``file``, what the file itself says: its look-up table or
+    window, or the default without any.
     """
 
     axis: Axis | None = None

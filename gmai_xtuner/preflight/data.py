@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -176,15 +175,6 @@ def plan_data(run: RunConfig, findings: Findings) -> tuple[SurveyedDataset | Non
         dataset.plan.epoch(0)
         return dataset, survey
     return None, survey
-
-
-def forget_plan(dataset: SoftPackedDataset, survey: Survey) -> None:
-    """Remove a plan that this run will never ask for, because a part of the data was missing.
-
-    One that was there before stays: a running job, whose mixture has no more than that part, reads it.
-    """
-    if dataset.plan.folder.name not in survey.plans_before:
-        shutil.rmtree(dataset.plan.folder, ignore_errors=True)
 
 
 class DataSummary:

@@ -112,13 +112,9 @@ class ZeroSettings:
 class RunConfig:
     """A run before it begins.
 
-    Args:
-        path: the config file.
-        cfg: its content, with the ``--cfg-options`` merged that ``options`` are.
-        deepspeed: the DeepSpeed file, settled beside the config as training does.
-        zero: what of it decides about memory.
-        gpus: of all machines together.
-        work_dir: where checkpoints go.
+    The ``--cfg-options``, ``options``, are merged into the content of the config file; the DeepSpeed file is
+    settled beside it as training does, and ``zero`` is what of it decides about memory. ``gpus`` are those of
+    all machines together.
     """
 
     path: Path

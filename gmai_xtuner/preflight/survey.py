@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -151,8 +152,9 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
     with findings.catch("data"):
         result.summary = data.DataSummary(run, dataset)
         checks.check_data(run, result.summary, dataset.plan, findings)
-    if survey.incomplete:
-        data.forget_plan(dataset, survey)
+    if survey.incomplete and dataset.plan.folder.name not in survey.plans_before:
+        # This run will never ask for it. One that was there before stays: a running job may read it.
+        shutil.rmtree(dataset.plan.folder, ignore_errors=True)
     roots = pictures.list_images(dataset)
     if decode_images:
         result.bad_images = pictures.decode_all(
