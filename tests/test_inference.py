@@ -2,8 +2,6 @@
 
 """One answer, several together, and an answer in pieces are the same answer."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image

@@ -2,8 +2,6 @@
 
 """A plain LLaVA folder says in stock transformers, old and new, what the trained model says."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

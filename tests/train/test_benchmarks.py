@@ -2,8 +2,6 @@
 
 """Benchmarks in mmengine's terms: which rank asks what, and numbers by hand."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from types import SimpleNamespace

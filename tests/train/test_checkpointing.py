@@ -2,8 +2,6 @@
 
 """Writing aside, naming, tidying up and choosing; real runs that are killed are in ``tests/commands``."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -2,8 +2,6 @@
 
 """The loop's refusals, without training; what it trains is in ``tests/commands``."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -2,8 +2,6 @@
 
 """In training, what can't be asked keeps a rank in step with the others and changes no answer."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from PIL import Image

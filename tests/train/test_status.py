@@ -2,8 +2,6 @@
 
 """Who owns a work dir, and what its ``status.json`` says whatever happens."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os

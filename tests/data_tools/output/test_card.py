@@ -149,12 +149,6 @@ def test_a_bar_for_each_name_as_long_as_its_count(tmp_path, count):
     assert found / found[0] == pytest.approx(expected, abs=0.02)
 
 
-def test_the_same_counts_give_the_same_bytes(tmp_path):
-    for name in ("a.png", "b.png"):
-        draw(tmp_path / name, {"CT": 3, "MR": 1}, title="Modality")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
 def test_a_hostile_name_is_drawn_as_text_and_nothing_is_printed(tmp_path, caplog):
     counts = {r"$\frac{$": 2, "a\x00b\nc": 1, "x" * 500: 1, "眼底": 1, "\U00012000": 1}
     with caplog.at_level(logging.WARNING), warnings.catch_warnings():
