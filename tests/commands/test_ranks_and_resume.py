@@ -158,7 +158,9 @@ def test_a_resumed_run_equals_one_never_stopped(sparse):
     assert np.mean(list(whole.values())) == pytest.approx(np.log(1536), abs=0.3)
 
     resumed_from = run / "iter_4.pth"
-    printed = xtuner.train("stage1_shallow", run, *options, deepspeed=FP32, resume=resumed_from)
+    printed = xtuner.train(
+        "stage1_shallow", run, *options, *saved, deepspeed=FP32, resume=resumed_from
+    )
     resumed = {row["step"]: row["loss"] for row in scalars(run) if "loss" in row}
     assert (min(resumed), max(resumed)) == (5, 10), "a resumed run begins with the next batch"
     assert "Advance dataloader" not in printed
