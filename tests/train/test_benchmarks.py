@@ -150,11 +150,7 @@ def test_a_damaged_image_is_counted_and_does_not_stop_the_training(folder):
 
 @pytest.mark.parametrize(
     ("interval", "expected"),
-    [
-        (None, [500, 1000, 1500, 2000, 2200]),
-        (1000, [1000, 2000, 2200]),
-        (1500, [1500, 2200]),
-    ],
+    [(None, [500, 1000, 1500, 2000, 2200]), (1000, [1000, 2000, 2200]), (1500, [1500, 2200])],
 )
 def test_benchmarks_are_asked_at_the_validation_after_each_multiple_and_at_the_end(
     interval, expected

@@ -207,12 +207,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_whole(tmp_path):
 def test_a_full_disk_says_so_and_leaves_the_older_checkpoints(tmp_path, error):
     with pytest.raises(GMAIError, match=r"iter_12\.pth could not be written, .* GiB are free"):
         write(tmp_path, [4, 8, 12], fails=error)
-    assert names(tmp_path) == [
-        "iter_12.pth.writing",
-        "iter_4.pth",
-        "iter_8.pth",
-        "last_checkpoint",
-    ]
+    assert names(tmp_path) == ["iter_12.pth.writing", "iter_4.pth", "iter_8.pth", "last_checkpoint"]
     assert newest_whole(tmp_path)[0].name == "iter_8.pth"
 
 
