@@ -2,9 +2,10 @@
 
 """Disk full, read-only folder, kill -9, a clock set back and two writers -> what is lost, and how it is said.
 
-Each injection is a process of its own that builds a small corpus, stores answers of an evaluation, or exports
-weights, into a small file system in memory (Linux, as root). Afterwards the same command runs without the
-fault, and its files must be those of a run that was never disturbed.
+Each injection is a process of its own that builds a small corpus, stores answers of an evaluation, exports
+weights, trains a tiny model or converts it, into a small file system in memory (Linux, as root). Afterwards the
+same command runs without the fault, and its files must be those of a run that was never disturbed; of a training,
+the weights that its last checkpoint holds.
 """
 
 from __future__ import annotations
@@ -85,10 +86,68 @@ def export(folder: Path) -> int:
     return 0
 
 
+PREPARED = Path(tempfile.gettempdir(), f"faults-{os.getpid()}")
+"""Tiny bases, a corpus and a trained stage, made once."""
+LATE = "import os, time\nnow = time.time\ntime.time = lambda: now() - float(os.environ['SECONDS_LATE'])\n"
+TRAINING = ["--deepspeed", "zero2", "--resume", "train_dataloader.num_workers=0", "train_dataloader.batch_size=2",
+            "train_dataloader.dataset.max_length=160", "train_cfg.max_epochs=None", "train_cfg.max_iters=12",
+            "train_dataloader.dataset.held_out=0", "default_hooks.checkpoint.interval=4",
+            "default_hooks.sample_answer.interval=0", "optim_wrapper.accumulative_counts=1"]  # fmt: skip
+
+
+def program(*command: str | Path) -> int:
+    """Run a command of the project as users do, with the clock of this process."""
+    late = getattr(time.time, "seconds_late", 0.0)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(PREPARED / "late")] * bool(late) + [str(REPOSITORY)]),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "SECONDS_LATE": str(late),
+        "GMAI_LLM": str(PREPARED / "llm"),
+        "GMAI_VISION": str(PREPARED / "vision"),
+        "GMAI_MIXTURE": str(PREPARED / "corpus" / "mixture.yaml"),
+        "GMAI_CACHE": str(PREPARED / "cache"),
+    }
+    return subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment).returncode
+
+
+def training(folder: Path) -> int:
+    """Train the projector for twelve steps, with three checkpoints."""
+    command = [sys.executable, "-m", "gmai_xtuner.train", "stage1_shallow"]
+    return program(*command, "--work-dir", folder / "run", *TRAINING)
+
+
+def conversion(folder: Path) -> int:
+    """Convert what :func:`training` has made; ``xtuner`` exits with 0, and the model tells."""
+    model = folder / "model"
+    if not (model / "config.json").is_file():
+        config = "configs/gmai_vl/stage1_shallow.py"
+        command = ["xtuner", "convert", "pth_to_hf", config, PREPARED / "run", model]
+        program(*command, "--save-format", "huggingface")
+    return int(not (model / "config.json").is_file())
+
+
+def prepare() -> None:
+    from examples.tiny_bases import write_tiny_bases
+    from tests.toy import record, write_corpus
+
+    names = [f"{number}.png" for number in range(8)]
+    records = [record(name, "<image>\nWhich?", name, image=name) for name in names]
+    write_corpus(PREPARED / "corpus", {"toy": records}, images=names)
+    write_tiny_bases(PREPARED)
+    (PREPARED / "late").mkdir()
+    (PREPARED / "late" / "sitecustomize.py").write_text(LATE)
+    if training(PREPARED):
+        raise SystemExit("training fails undisturbed")
+
+
 COMMANDS: dict[str, Callable[[Path], int]] = {
     "corpus": corpus,
     "evaluation": evaluation,
     "export": export,
+    "training": training,
+    "conversion": conversion,
 }
 
 
@@ -106,6 +165,7 @@ def forked(command: Callable[[Path], int], folder: Path, *, ago: float = 0.0) ->
         if ago:
             now = time.time
             time.time = lambda: now() - ago
+            time.time.seconds_late = ago  # type: ignore[attr-defined]
         status = _said(command, folder)
     finally:
         os._exit(status)
@@ -133,8 +193,17 @@ def ended(process: int, said: Path) -> tuple[int, str]:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Hash of each file that a user has; answers in any order."""
+    """Hash of each file that a user has; answers in any order; of a training, of each weight at its end."""
     found = {}
+    if (folder / "run").is_dir():
+        from gmai_xtuner.checkpoint.training import load_checkpoint_state
+
+        newest = Path((folder / "run" / "last_checkpoint").read_text())
+        weights = load_checkpoint_state(newest)
+        return {newest.name: ""} | {
+            name: hashlib.sha256(value.detach().float().numpy().tobytes()).hexdigest()
+            for name, value in weights.items()
+        }
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -160,13 +229,15 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
-LARGE = 64 * 1024
+LARGE = 512 * 1024
+SPACE: dict[Callable[[Path], int], int] = {}
+"""KiB that an undisturbed run of a command leaves on the disk."""
 
 
 def disk_full(
     command: Callable[[Path], int], folder: Path, rng: random.Random, seconds: float
 ) -> Any:
-    remount(folder, f"size={rng.choice((4, 8, 16, 32, 48, 64, 96, 128, 192, 256))}k")
+    remount(folder, f"size={max(4, int(SPACE[command] * rng.uniform(0.02, 1)))}k")
     outcome = ended(*forked(command, folder))
     remount(folder, f"size={LARGE}k")
     return outcome
@@ -191,8 +262,12 @@ def read_only(
 def killed(command: Callable[[Path], int], folder: Path, rng: random.Random, seconds: float) -> Any:
     process, said = forked(command, folder)
     time.sleep(rng.uniform(0, seconds))
+    from gmai_xtuner.train.status import stored_status
+
+    trainer = stored_status(folder / "run").get("process")
+    victim = trainer if trainer and rng.random() < 0.5 else process
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
     return ended(process, said)
 
 
@@ -243,12 +318,14 @@ def inject(
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--tries", type=int, default=8, help="of each command and fault")
+    options.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     args = options.parse_args()
     sys.path.insert(0, str(REPOSITORY))
     from data_tools import overview, pipeline  # noqa: F401 - once, before the copies are made
 
     rng, rows = random.Random(args.seed), []
-    for command in COMMANDS:
+    prepare()
+    for command in args.only:
         with file_system(LARGE) as folder:
             began = time.monotonic()
             status, text = ended(*forked(COMMANDS[command], folder))
@@ -256,6 +333,7 @@ def main() -> None:
             if status:
                 raise SystemExit(f"{command} fails undisturbed: {text}")
             whole = content(folder)
+            SPACE[COMMANDS[command]] = shutil.disk_usage(folder).used // 1024
         for fault in FAULTS:
             found = [inject(command, fault, whole, seconds, rng) for _ in range(args.tries)]
             counted = collections.Counter(one["said"] for one in found if one["said"])
@@ -273,6 +351,7 @@ def main() -> None:
             for one in found:
                 if one["lost"] or one["traceback"]:
                     print(command, fault, one, file=sys.stderr)
+    shutil.rmtree(PREPARED)
     show({"injections": sum(row["tries"] for row in rows), "rows": rows}, as_json=args.json)
 
 

@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="generate.py",
         description="From labelled medical image sets to an image-text corpus, as a job file says.",
         epilog="Stopped at any moment, the same command goes on where it was. Exit status: 0 done, 1 error, "

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="overlap.py",
         description="Images and questions that a training corpus shares with a benchmark: a report to look "
         "at, and a list that the mixture's `exclude` takes.",

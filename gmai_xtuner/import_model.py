@@ -93,6 +93,7 @@ def _write_xtuner(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m gmai_xtuner.import_model",
         description=__doc__.splitlines()[0] if __doc__ else None,
     )

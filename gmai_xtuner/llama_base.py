@@ -40,7 +40,9 @@ def write_llama_base(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("base", help="folder or hub name of the InternLM2 base")
     parser.add_argument("out", help="new or empty folder")
     add_dtype_argument(parser, unset="the base's own")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m gmai_xtuner.tiny_bases",
         description="Write tiny random base models in the hub's layouts: DIR/llm and DIR/vision.",
     )

@@ -219,3 +219,11 @@ def test_import_registers_sends_the_log_on_and_does_nothing_else(tmp_path):
     assert done.stdout.strip().endswith("registered")
     assert "before a run" in done.stdout + done.stderr
     assert (tmp_path / "run.log").read_text().count("INFO - Waiting for a lock") == 1
+
+
+@pytest.mark.parametrize("package", ["gmai_xtuner", "data_tools"])
+def test_no_command_takes_the_beginning_of_an_option_for_the_option(package):
+    """``--prompt TEXT`` would be ``--prompt-template``, until an option is added that it also begins."""
+    for file in (ROOT / package).rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("ArgumentParser(") == text.count("allow_abbrev=False"), file

@@ -107,6 +107,7 @@ def _talk(dialogue: Dialogue, stdout: TextIO) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m gmai_xtuner.chat",
         description="Talk to a trained model about images, in English or Chinese. Not for clinical use.",
     )

@@ -185,7 +185,10 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             folder.mkdir()
             yield folder
             _readable(folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        of_system = "(os error " in str(error)  # in Exception itself, as tokenizers raises it
+        if not of_system and not isinstance(error, (OSError, SafetensorError)):
+            raise
         raise GMAIError(
             f"{str(target)!r} can't be written ({error}), and nothing is left of it. Make room, or choose "
             "another folder"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.util
 import inspect
@@ -17,6 +18,9 @@ import torch
 
 from gmai_xtuner.compat.deepspeed import wrap_once
 from gmai_xtuner.core.errors import GMAIError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors that say what to do by themselves, without a traceback."""
 
 
 def xtuner_tool() -> str | None:
@@ -46,12 +50,10 @@ def own_the_command() -> None:
 
     def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         status.record_failure(error)
-        if isinstance(error, GMAIError) and plainly:
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        of_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if not plainly or not (isinstance(error, GMAIError) or of_disk):
             sys.__excepthook__(kind, error, trace)
-            if not isinstance(error, GMAIError):
-                print(f"error: {status.in_plain_words(error)}", file=sys.stderr)
+        print(f"error: {status.in_plain_words(error)}", file=sys.stderr)
 
     sys.excepthook = tell
     if tool == "train":

@@ -105,6 +105,7 @@ def _models(options: argparse.Namespace) -> list[LoadedModel]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m gmai_xtuner.demo",
         description="A page to try one model, or two side by side. Not for clinical use.",
     )

@@ -185,6 +185,7 @@ def _judge(options: argparse.Namespace) -> Answerer | None:
 
 def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog=f"{PROGRAM} compare",
         description="Is one run better than another on the same questions, or is it chance?",
     )
@@ -202,6 +203,7 @@ def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
 
 def _reconcile(arguments: Sequence[str], stdout: TextIO) -> int:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog=f"{PROGRAM} reconcile",
         description="Split the differences between the scores of a model into what they come from.",
     )
@@ -246,6 +248,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog=PROGRAM,
         description="Ask a model the questions of a benchmark and score its answers by a written protocol. "
         "Other verbs: compare RUN_A RUN_B; reconcile RUN ...; protocols.",

@@ -70,6 +70,7 @@ def _overrides(parser: argparse.ArgumentParser, pairs: Sequence[str] | None) -> 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m gmai_xtuner.preflight",
         description="What a run will be, and whether it would fail, before a GPU is queued for.",
     )

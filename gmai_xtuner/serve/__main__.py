@@ -93,6 +93,7 @@ def _serve(options: argparse.Namespace, key: str | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="python -m gmai_xtuner.serve",
         description="Serve a trained model by the OpenAI API (/v1/chat/completions, with images as data "
         "URLs). Images are read as in training. Not for clinical use.",

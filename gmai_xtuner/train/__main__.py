@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         prog="gmai-train",
         description="Train by `xtuner train`, show one screen of it, and exit with 0 only if it finished: 1 "
         "failed, 3 stopped by a file `stop`, 130 by Ctrl-C, 143 by SIGTERM.",

@@ -249,7 +249,7 @@ _MEANINGS = (
     ),
     (
         r"No space left on device|Disk quota exceeded|inline_container\.cc|iostream error",
-        "the disk is full: make room, and give the same command with --resume",
+        "the disk is full: make room, and give the same command again (to train, with --resume)",
     ),
     (r"No module named", "a package is missing from this environment: pip install it"),
     (

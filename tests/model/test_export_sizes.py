@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gmai_xtuner.checkpoint.export import as_written
+from gmai_xtuner.checkpoint.export import as_written, new_folder
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.import_model import main
 from tests.model.exporting import export, stage_config, trained_model
@@ -210,3 +210,23 @@ def test_errors_of_files_are_one_line_too(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("gmai_xtuner.loading.load_model", full)
     assert main([str(tmp_path), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(28, "No space left on device"), GMAIError),
+        (Exception("No space left on device (os error 28)"), GMAIError),  # tokenizers'
+        (KeyError("layer"), KeyError),
+    ],
+)
+def test_an_export_that_fails_leaves_nothing_and_says_what_can_be_done(tmp_path, error, kind):
+    def half_written() -> None:
+        with new_folder(tmp_path / "model") as folder:
+            (folder / "weights").write_bytes(b"half")
+            raise error
+
+    with pytest.raises(kind) as caught:
+        half_written()
+    assert kind is KeyError or "No space left" in str(caught.value)
+    assert not list(tmp_path.iterdir())
