@@ -3,9 +3,9 @@
 """Disk full, read-only folder, kill -9, a clock set back and two writers -> what is lost, and how it is said.
 
 Each injection is a process of its own that builds a small corpus, stores answers of an evaluation, exports
-weights, trains a tiny model or converts it, into a small file system in memory (Linux, as root). Afterwards the
-same command runs without the fault, and its files must be those of a run that was never disturbed; of a training,
-the weights that its last checkpoint holds.
+weights, trains a tiny model or converts it, into a small file system in memory (Linux, as root). Afterwards
+the same command runs without the fault, and its files must be those of a run that was never disturbed; of a
+training, the weights that its last checkpoint holds.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def export(folder: Path) -> int:
 PREPARED = Path(tempfile.gettempdir(), f"faults-{os.getpid()}")
 """Tiny bases, a corpus and a trained stage, made once."""
 LATE = "import os, time\nnow = time.time\ntime.time = lambda: now() - float(os.environ['SECONDS_LATE'])\n"
-TRAINING = ["--deepspeed", "zero2", "--resume", "train_dataloader.num_workers=0", "train_dataloader.batch_size=2",
-            "train_dataloader.dataset.max_length=160", "train_cfg.max_epochs=None", "train_cfg.max_iters=12",
+TRAINING = ["--deepspeed", "zero2", "--resume", "train_dataloader.num_workers=0",
+            "train_dataloader.batch_size=2", "train_dataloader.dataset.max_length=160",
+            "train_cfg.max_epochs=None", "train_cfg.max_iters=12",
             "train_dataloader.dataset.held_out=0", "default_hooks.checkpoint.interval=4",
             "default_hooks.sample_answer.interval=0", "optim_wrapper.accumulative_counts=1"]  # fmt: skip
 
