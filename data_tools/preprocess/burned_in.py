@@ -3,7 +3,7 @@
 """Text that is burned into the pixels, and what of an image is left without the edges that hold it.
 
 It is looked for with RapidOCR, whose package holds its models (PP-OCRv4, Apache-2.0): nothing is downloaded.
-How much of it is found stands in docs/corpus.md, by ``benchmarks/burned_in_text.py``.
+``benchmarks/burned_in_text.py`` measures how much of it is found.
 """
 
 from __future__ import annotations
