@@ -114,7 +114,7 @@ def job(sources: Mapping[str, Mapping[str, Any]] | None = None, **corpus: Any) -
         title="Demo corpus",
         seed=0,
         workers=2,
-        writer=SimpleNamespace(name="template"),
+        writer=SimpleNamespace(name="template", terms=""),
         sources=[
             SimpleNamespace(
                 **{
@@ -123,6 +123,8 @@ def job(sources: Mapping[str, Mapping[str, Any]] | None = None, **corpus: Any) -
                     "dataset": "Blood Cells",
                     "licence": "MIT",
                     "url": "https://example.org/blood",
+                    "anonymous_names": False,
+                    "text_in_pixels": "keep",
                 }
                 | dict(values)
             )

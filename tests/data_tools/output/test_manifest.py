@@ -83,7 +83,7 @@ def test_a_row_says_what_is_known_and_null_for_the_rest(built):
     assert "agreement" in row["checks"]
     for name in ("dataset_version", "model", "model_version", "prompt_version", "review_verdict"):
         assert row[name] is None
-    assert row["deidentification_method"] is None
+    assert row["deidentification_method"] == "pixels alone; names of files kept"
     assert all((row["image"] is None) == row["form"].startswith("text_") for row in rows)
 
 
