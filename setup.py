@@ -166,6 +166,7 @@ setup(
         "console_scripts": [
             "gmai-generate = data_tools.generate:main",
             "gmai-overlap = data_tools.overlap:main",
+            "gmai-import = data_tools.import_gmai:main",
             "gmai-preflight = gmai_xtuner.preflight.__main__:main",
             "gmai-evaluate = gmai_xtuner.evaluate.__main__:main",
             "gmai-chat = gmai_xtuner.chat.__main__:main",

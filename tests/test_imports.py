@@ -145,7 +145,7 @@ COMMANDS = (
         "llama_base",
         "tiny_bases",
     ),
-    *("data_tools.generate", "data_tools.overlap"),
+    *("data_tools.generate", "data_tools.overlap", "data_tools.import_gmai"),
 )
 
 

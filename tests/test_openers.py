@@ -60,7 +60,9 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "yaml.full_load": (),
     # Below: only files and messages that the project has written itself.
     "numpy.load": ("gmai_xtuner.data",),
-    "pyarrow.ipc.open_file": ("gmai_xtuner.data", "gmai_xtuner.preflight.pictures"),
+    "pyarrow.ipc.open_file": (
+        *("gmai_xtuner.data", "gmai_xtuner.preflight.pictures", "gmai_xtuner.core.archives"),
+    ),
     "pickle.load": ("data_tools.readers.rows", "data_tools.writers.openai_batch"),
     "pickle.loads": ("data_tools.worker",),
     "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.rows",),  # numbers and texts alone

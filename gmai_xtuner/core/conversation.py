@@ -227,7 +227,8 @@ def _read_id(record: Mapping[str, Any], place: _Place) -> str | None:
 
 
 def _find_messages(record: Mapping[str, Any], place: _Place) -> Sequence[object]:
-    found = [key for key in ("conversations", "messages") if record.get(key) is not None]
+    known = ("conversations", "messages", "conversatons")  # the last one is LLaVA-Med's
+    found = [key for key in known if record.get(key) is not None]
     if len(found) != 1:
         keys = ", ".join(map(str, record)) or "none"
         raise place.error(

@@ -88,8 +88,7 @@ class DatasetEntry:
     Args:
         name: unique in its mixture.
         annotations: files that ``core.records.iter_raw`` reads.
-        image_root: folder, archive or pattern of archives that image paths are relative to; None for text
-            alone.
+        image_root: folder, archive or pattern of archives of the images; None for text alone.
         category: free text, such as Table 7's.
         quality: ``"high"``, ``"low"`` or None.
         ratios: stage name -> how often each record is seen.
@@ -306,19 +305,15 @@ def _read_entry(
                 remedy="Raise the ratio instead.",
                 key="annotations",
             )
-    for holder in (section, defaults):
-        if holder and "image_root" in holder and "images" in holder:
-            raise holder.error("has image_root and images", remedy="Give one.", key="images")
-    is_archive = "images" in section or (
-        "image_root" not in section and defaults is not None and "images" in defaults
-    )
-    read_root = _read_archives if is_archive else partial(_read_image_root, annotations=annotations)
+    if "images" in section and "image_root" in section:
+        raise section.error("has image_root and images", remedy="Give one.", key="images")
+    image_root = partial(_read_image_root, annotations=annotations, check_files=check_files)
+    holder = section if defaults is None or "image_root" in section else defaults
+    root = "images" if "images" in section or "images" in holder else "image_root"
     return DatasetEntry(
         name=name,
         annotations=annotations,
-        image_root=field(
-            "images" if is_archive else "image_root", partial(read_root, check_files=check_files)
-        ),
+        image_root=field(root, image_root),
         category=field("category", _read_text),
         quality=field("quality", _read_choice),
         ratios=field("ratio", _read_ratios, dict.fromkeys(STAGES, 1.0)),
@@ -398,37 +393,21 @@ def _read_image_root(
             )
         return folders.pop()
     folder = _locate(section, value, key=key, must_exist=check_files)
-    if check_files and not os.path.isdir(folder):
-        remedy = "Name a folder; an archive is named by `images`."
-        raise section.error(f"image root {str(folder)!r} is not a folder", remedy=remedy, key=key)
-    return folder
-
-
-def _read_archives(section: Section, key: str, *, check_files: bool) -> Path:
-    """Return the path or pattern of the archives that ``images`` names, of which all can be read."""
-    value = section.scalar(key, lambda value: isinstance(value, str) and value != "", "an archive")
-    candidates = [section.document.path.parent / value, Path.cwd() / value]
     try:
-        root = next((one for one in candidates if archives_of(one)), None)
-        if not check_files:
-            return root or candidates[0]
-        if root is not None:
-            open_archives(root)
-            return root
+        if check_files and not os.path.isdir(folder) and open_archives(folder) is None:
+            problem = f"image root {str(folder)!r} is not a folder"
+            remedy = f"Name a folder, an archive ({', '.join(ARCHIVES)}) or a pattern of archives."
+            raise section.error(problem, remedy=remedy, key=key)
     except ArchiveError as error:
-        raise section.error(str(error).rstrip("."), remedy="Correct `images`.", key=key) from error
-    remedy = f"Name a file, or a pattern of files, of {', '.join(ARCHIVES)}."
-    looked = " and ".join(dict.fromkeys(repr(str(candidate)) for candidate in candidates))
-    raise section.error(
-        f"images: no archive is there (looked for {looked})", remedy=remedy, key=key
-    )
+        raise section.error(str(error).rstrip("."), remedy=f"Correct {key}.", key=key) from error
+    return folder
 
 
 def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path:
     """Return a path as it stands, below the mixture file's folder, or below the working directory."""
     candidates = [section.document.path.parent / value, Path.cwd() / value]
     for candidate in candidates:
-        if os.path.exists(candidate):
+        if os.path.exists(candidate) or archives_of(candidate):
             return candidate
     if must_exist:
         looked = " and ".join(dict.fromkeys(repr(str(candidate)) for candidate in candidates))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gmai_xtuner.core.archives import is_root
+from gmai_xtuner.core.archives import archives_of
 from gmai_xtuner.core.errors import DataError, GMAIError, ModelLoadError
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
 from gmai_xtuner.data.bad_records import BadRecords
@@ -112,7 +112,8 @@ class SurveyedDataset(SoftPackedDataset):
         everything = select(load_mixture(mixture, check_files=False), stage=stage, quality=quality)
         for entry, ratio in everything:
             paths = [str(path) for path in entry.annotations if not path.is_file()]
-            if entry.image_root is not None and not is_root(entry.image_root):
+            root = entry.image_root
+            if root is not None and not (root.is_dir() or archives_of(root)):
                 paths.append(str(entry.image_root))
             if paths:
                 survey.missing.append(MissingDataset(entry.name, tuple(paths)))

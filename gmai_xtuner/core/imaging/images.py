@@ -21,8 +21,7 @@
   frame the text speaks of is not ours to guess.
 
 What a header asks for is bounded before any of it is done: pixels, sides, their ratio, pages, scans and
-the tiles of a TIFF. Nothing is opened by the name that a file or a client gives. A path may lead into an
-archive, see `gmai_xtuner.core.archives`.
+the tiles of a TIFF. Nothing is opened by a name that a file or client gives. Paths may lead into archives.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
-from gmai_xtuner.core.archives import locate, read_member
+from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.imaging.damage import find_damage
 
@@ -269,9 +268,9 @@ def opened(
         try:
             file = open(source, "rb")  # noqa: SIM115
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            if (content := read_member(source)) is None:
+            if (found := locate(source)) is None:
                 raise _missing(source, str(error)) from error
-            file = io.BytesIO(content)
+            file = io.BytesIO(found[0].content(found[1], os.fspath(source)))
     with file, _documented_errors(shown):
         image = _read_header(file, shown)
         if problem := _problem(image, max_pixels):
