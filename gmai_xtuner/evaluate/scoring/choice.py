@@ -9,7 +9,8 @@ options ends with "not understood":
 2. ``leading``: it begins with a letter set apart: ``B. Liver``, ``B: the liver``, ``B because ...``; then
    ``whole``: it has the words of an option and no others;
 3. ``declared``: it declares a letter or a text (:data:`DECLARATIONS`): ``the answer is (B)``, ``答案是B``;
-4. ``last_line``: its last line is a letter or an option's text;
+4. ``bare``: a sentence has a letter and only words that say that it is the answer: ``Most likely B.``; then
+   ``last_line``: its last line is a letter or an option's text;
 5. ``named``: it names a letter in brackets or after "option";
 6. ``first_sentence``: its first sentence is the text of an option;
 7. ``yes_no``: where the options are yes and no, by the rules of ``yes_no``;
@@ -36,6 +37,7 @@ from gmai_xtuner.evaluate.scoring.mentions import (
     Mention,
     affirmed,
     cancelled_by,
+    is_asserted,
     mentions,
     yes_or_no,
 )
@@ -66,9 +68,8 @@ _CHOOSES_ZH = "选"
 _FOR_LETTERS_ALONE = {"choice: on its line", "answer B", "choose"}
 """Keys of ``declarations`` in rules.yaml behind which a letter is read, and no text; behind `_CHOOSES_ZH` the
 text of an option is read, and not one that is only mentioned."""
-_LETTER_PATTERNS = [
-    RULES[name] for name in ("it_is_letter", "correct_letter", "correct_chinese", "not_a_but_b")
-]
+_OF_LETTERS = "it_is_letter correct_letter correct_chinese not_a_but_b preferred ticked"
+_LETTER_PATTERNS = [RULES[name] for name in _OF_LETTERS.split()]
 
 Found = set[str]
 
@@ -126,15 +127,18 @@ class Reading:
             found = {
                 one for one, (name,) in self.names.items() if joined and "".join(name) == joined
             }
-        if not found and len(said) < 6 and any(sign.isdigit() for sign in text):
+        if not found:  # "type 1 diabetes mellitus"
+            turned = {said[start:] + said[:start] for start in range(1, len(said))}
+            found = {one for one, (name,) in self.names.items() if name in turned}
+        if not found and len(said) < 6:
             found = {one for one, option in self.options.items() if same_quantity(text, option)}
         return _one_of_equals(found, self.options)
 
     def verbatim(self, text: str) -> Found:
         """Return the letters of the options that a text is, but for spaces, a last full stop, and case."""
         for same in (str.strip, str.casefold):
-            said = same(_bare(text))
-            found = {one for one, name in self.options.items() if same(_bare(name)) == said}
+            said = same(_plainly(text))
+            found = {one for one, name in self.options.items() if same(_plainly(name)) == said}
             if said and found:
                 return _one_of_equals(found, self.options)
         return set()
@@ -148,7 +152,7 @@ class Reading:
 
 
 @lru_cache(maxsize=1 << 12)
-def _bare(text: str) -> str:
+def _plainly(text: str) -> str:
     return plain(text).strip().rstrip(".。").strip()
 
 
@@ -245,7 +249,8 @@ def _lists_options(reading: Reading) -> bool:
     rules = (RULES["line_letter"], RULES["inline_letter"])
     letters = {one.upper() for rule in rules for one in rule.findall(reading.text)}
     found = letters & set(reading.options)
-    return len(found) > 2 or len(found) == len(reading.options)
+    weighed = set(RULES["weighed"].findall(reading.text)) & set(reading.options)
+    return len(found) > 2 or len(found) == len(reading.options) or len(weighed) > 1
 
 
 def _leading_letters(rest: str, options: Mapping[str, str]) -> Found:
@@ -257,7 +262,7 @@ def _leading_letters(rest: str, options: Mapping[str, str]) -> Found:
         if len(letter) == 1 and letter.isupper() and letter in options:
             found.add(letter)
     together = RULES["together"].match(rest)
-    return found | ({together[1]} & set(options) if together else set())
+    return found | ({together[1].upper()} & set(options) if together else set())
 
 
 Declared = tuple[int, Found]
@@ -277,6 +282,12 @@ def _declared(reading: Reading) -> Found | None:
 
 def _keys(found: Sequence[Declared]) -> Found:
     return {key for _, keys in found for key in keys}
+
+
+def _bare(reading: Reading) -> Found | None:
+    """Read sentences of nothing but a letter and words that say that it is the answer."""
+    found = RULES["bare"].finditer(reading.text) if reading.letters else ()
+    return {letter for match in found if (letter := reading.known(match[1]))}
 
 
 def _is_claimed(text: str, cue: int, end: int) -> bool:
@@ -390,7 +401,10 @@ def _named(reading: Reading) -> Found | None:
         or RULES["negated_after"].match(text[one.end :])
         or cancelled_by(text, one, places)
     }
-    return {one.key for one in places} - denied
+    found = {one.key for one in places} - denied
+    texts = reading.mentioned(text)
+    contradicts = found and texts and not texts & found  # "the lung (option A)"
+    return found | texts if contradicts else found
 
 
 def _first_sentence(reading: Reading) -> Found | None:
@@ -415,10 +429,16 @@ def _yes_no(reading: Reading) -> Found | None:
 def _mentioned(reading: Reading) -> Found | None:
     if not reading.texts or reading.refused:
         return None
-    if len(reading.text.split()) <= SHORT:
-        return reading.mentioned(reading.text)
-    tail = RULES["tail_sentence"].search(reading.text)
-    return reading.mentioned(tail[1]) if tail and RULES["concludes"].search(tail[1]) else None
+    text = reading.text
+    if len(text.split()) > SHORT:
+        tail = RULES["tail_sentence"].search(text)
+        if tail is None or not RULES["concludes"].search(tail[1]):
+            return None
+        text = tail[1]
+    found = reading.mentioned(text)
+    places = mentions(text, reading.names)
+    is_stated = any(one.key in found and is_asserted(text, one) for one in places)
+    return found if is_stated else None
 
 
 STEPS: tuple[Callable[[Reading], Found | None], ...] = (
@@ -426,6 +446,7 @@ STEPS: tuple[Callable[[Reading], Found | None], ...] = (
     _leading,
     _whole,
     _declared,
+    _bare,
     _last_line,
     _named,
     _first_sentence,

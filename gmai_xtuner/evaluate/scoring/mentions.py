@@ -9,6 +9,7 @@ pneumonia", "less likely than pneumonia" and "is it pneumonia?" choose nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,10 +32,11 @@ OTHER = "§"
 """Stands for another mention in the words around one."""
 RULES = patterns("mentions", chinese=CHINESE)
 BEFORE = patterns("before", chinese=CHINESE)
+ASSERTED = patterns("asserted", chinese=CHINESE)
 AFTER = patterns("after", chinese=CHINESE, other=OTHER)
 
-_BEFORE_TERM = "是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、"
-_AFTER_TERM = "的了吗嗎吧呢和或与與是在里中上内內可被较較更最为為未也均都应應及选選项項、"
+_BEFORE_TERM = "合是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、"
+_AFTER_TERM = "表影改的了吗嗎吧呢和或与與是在里中上内內可被较較更最为為未也均都应應及选選项項、"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +51,20 @@ class Mention(Generic[Key]):
 def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Mention[Key]]:
     """Return where the things are named as whole words, the longest name where several overlap.
 
-    ``names`` are thing -> the names that it goes by, each as the words of :func:`~.text.stems`.
+    Where the words around a name belong to a longer name ("diabetes mellitus" of "diabetes" and "diabetes
+    mellitus type 1"), that one is named, too. ``names`` are thing -> the names that it goes by, each as the
+    words of :func:`~.text.stems`.
     """
     said, placed = _placed(text)
-    places = (
-        Mention(key, placed[first][0], placed[first + len(name) - 1][1])
-        for key, all_names in names.items()
-        for name in all_names
-        for first in find(name, said)
-    )
+    places = []
+    for key, all_names in names.items():
+        for name in all_names:
+            for first in find(name, said):
+                last = first + len(name)
+                span = placed[first][0], placed[last - 1][1]
+                around = (said[first - 1] if first else "", said[last] if last < len(said) else "")
+                longer = _going_on(name, around, names)
+                places += [Mention(one, *span) for one in (key, *longer)]
     found = [one for one in places if _is_whole(text, one.start, one.end)]
 
     def within(one: Mention[Key], other: Mention[Key]) -> bool:
@@ -65,6 +72,21 @@ def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Me
         return is_longer and other.start <= one.start and one.end <= other.end
 
     return [one for one in found if not any(within(one, other) for other in found)]
+
+
+def _going_on(
+    name: Sequence[str], around: tuple[str, str], names: Mapping[Key, Iterable[Sequence[str]]]
+) -> set[Key]:
+    """Return the things of a longer name with this one in it and one of the words around it."""
+    return {
+        key
+        for key, longer_names in names.items()
+        for longer in longer_names
+        if len(longer) > len(name)
+        for first in find(name, longer)
+        if (first and longer[first - 1] == around[0])
+        or (first + len(name) < len(longer) and longer[first + len(name)] == around[1])
+    }
 
 
 @lru_cache(maxsize=16)  # the steps look for mentions in the same text
@@ -97,25 +119,45 @@ def cancelled_by(text: str, one: Mention[Key], others: Sequence[Mention[Key]] = 
 
     The own words of all ``others`` ("No pneumonia" as an option) deny nothing else.
     """
-    ends = [0, *(match.end() for match in RULES["sentence_end"].finditer(text))]
-    begin = max(end for end in ends if end <= one.start)
-    sentence_end = RULES["sentence_end"].search(text, one.end)
-    stop = sentence_end.start() if sentence_end else len(text)
-    if text[stop : stop + 1] in ("?", "？"):
+    sentence, rest, is_asked = _sentence(text, one, others)
+    if is_asked:
         return "question"
-    sentence = _masked(text, begin, one.start, others)
+    if RULES["head_noun"].match(text, one.end):
+        return "head noun"
     if RULES["supposed"].match(sentence):
         return "condition"
-    before = RULES["clause"].split(sentence)[-1]
-    after = RULES["clause"].split(_masked(text, one.end, stop, others))[0]
+    before, after = RULES["clause"].split(sentence)[-1], RULES["clause"].split(rest)[0]
     for rules, context in ((BEFORE, before), (AFTER, after)):
         if context.strip():
             for name, rule in rules.items():
                 if rule.search(context):
                     return name
-    if AFTER["verdict"].match(_masked(text, one.end, stop, others)):
-        return "verdict"
-    return None
+    return "verdict" if AFTER["verdict"].match(rest) else None
+
+
+def _sentence(
+    text: str, one: Mention[Key], others: Sequence[Mention[Key]]
+) -> tuple[str, str, bool]:
+    """Return what stands before and behind a mention in its sentence, and whether that is a question."""
+    ends = [0, *(match.end() for match in RULES["sentence_end"].finditer(text))]
+    begin = max(end for end in ends if end <= one.start)
+    sentence_end = RULES["sentence_end"].search(text, one.end)
+    stop = sentence_end.start() if sentence_end else len(text)
+    before, behind = _masked(text, begin, one.start, others), _masked(text, one.end, stop, others)
+    return before, behind, text[stop : stop + 1] in ("?", "？")
+
+
+def is_asserted(text: str, one: Mention[Key]) -> bool:
+    """Tell whether a mention is a statement by itself, no word in a sentence about something else."""
+    if ASSERTED["chinese"].search(text):
+        return True
+    sentence, rest, _ = _sentence(text, one, ())
+    before, after = RULES["clause"].split(sentence)[-1], RULES["clause"].split(rest)[0]
+    label = ASSERTED["label"].search(text[: one.start])  # "B. Lung" alone, not one of a list
+    is_own = label is None or (label[1] == one.key and not rest.strip(" ."))
+    return is_own and all(
+        ASSERTED[side].search(part) for side, part in (("before", before), ("after", after))
+    )
 
 
 def _masked(text: str, start: int, end: int, others: Sequence[Mention[Key]]) -> str:
@@ -134,10 +176,12 @@ YES = "yes"
 NO = "no"
 _POLARITY = {word: said for said, words in TABLES["polarity"].items() for word in words}
 _ALONE = {word: said for said, words in TABLES["whole_answer"].items() for word in words}
+_FINDINGS = {word: said for said, words in TABLES["whole_finding"].items() for word in words}
+_FINDING_WORDS = frozenset(stems(" ".join(_FINDINGS)))
 _WHOLE = _POLARITY | _ALONE
 """One word that is the whole answer; not what a gold answer of "true" would mean."""
 _CHINESE_WORDS = sorted((word for word in _POLARITY if not word.isascii()), key=len, reverse=True)
-YES_NO = patterns("yes_no", words="|".join(_CHINESE_WORDS))
+YES_NO = patterns("yes_no", chinese=CHINESE, words="|".join(_CHINESE_WORDS))
 _SMALL = frozenset(
     stems(
         "is are was were do does did has have had can could there this that it any in of on to image picture "
@@ -157,6 +201,8 @@ def yes_or_no(answer: str, question: str = "") -> str | None:
     whole = text.strip(" .。!,;:()[]\"'").lower()
     if whole in _WHOLE:
         return _WHOLE[whole]
+    if whole in _FINDINGS:
+        return _FINDINGS[whole] if YES_NO["asks"].match(question) else None
     open_text = YES_NO["either"].sub("§", text)
     said = _said(open_text)
     if len(said) > 1 and (last := [*YES_NO["corrected"].finditer(open_text)]):
@@ -179,15 +225,22 @@ def _said(text: str) -> set[str]:
 
 def _restated(text: str, question: str) -> str | None:
     """Read one sentence that says of all the question's words that it is so, or that it is not."""
+    finding = YES_NO["chinese_finding"].fullmatch(text.rstrip("。."))
+    if finding and finding[2] in question:
+        is_plain = not re.search("没|沒|无|無|不|未", re.sub("有没有|是不是", "", question))
+        return (NO if finding[1] else YES) if is_plain else None
     asked = set(stems(question)) - _SMALL
     sentences = [part for part in YES_NO["sentence"].split(text) if part.strip()]
-    asks = YES_NO["asks"].match(question) and YES_NO["stated"].match(text)
-    if not (asked and sentences and asks):
+    if not (asked and sentences and YES_NO["asks"].match(question)):
         return None
     first = sentences[0]
     denials = [match[0].lower() for match in YES_NO["denies"].finditer(first)]
     stated = [word for word in stems(first) if word not in _SMALL]
+    if not YES_NO["stated"].match(text) and not set(stated) <= asked | _FINDING_WORDS:
+        return None
     fits = asked <= set(stated) and len(stated) <= len(asked) + 3 + len(denials)
+    if stated[:1] == [NO] and len(asked) < 4 and set(stated[1:]) & asked:  # "No effusion."
+        fits = fits or set(stated[1:]) <= asked
     unsure = YES_NO["hedge"].search(text) or RULES["refusal"].search(text)
     if not fits or unsure or len(sentences) > 2:
         return None

@@ -13,8 +13,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache, partial
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ _WHOLE = "|".join(f"{opening}.*?{closing}" for opening, closing in _THOUGHTS.ite
 _WHOLE_THOUGHT = re.compile(_WHOLE, re.DOTALL | re.IGNORECASE)
 _ANSWER_KEYS = TABLES["answer_keys"]
 _AROUND = patterns("around", keys="|".join(_ANSWER_KEYS))
+_JSON = json.JSONDecoder()
 _LATEX = [(re.compile(pattern), plainly) for pattern, plainly in TABLES["latex"].items()]
 _BULLETS = " •·✅✔☑👉➡→\ufe0f"
 _SIGNS = str.maketrans({sign: text for text, signs in TABLES["signs"].items() for sign in signs})
@@ -65,7 +68,8 @@ def plain(text: str) -> str:
         return text
     plainly = partial(unicodedata.normalize, "NFKC")
     text = _AROUND["superscript"].sub(lambda match: f"^{plainly(match[0])}", text)
-    text = plainly(_AROUND["mixed_fraction"].sub(" ", text)).translate(_SIGNS)
+    text = re.sub(r"\u2212\s+(?=[\d.])", "-", _AROUND["mixed_fraction"].sub(" ", text))
+    text = plainly(text).translate(_SIGNS)
     return _AROUND["dash"].sub(_dash, text)
 
 
@@ -89,8 +93,8 @@ def without_thoughts(text: str) -> str:
             text = text[: opened.start()]
         if (end := _AROUND["end_token"].search(text)) and text[: end.start()].strip():
             text = text[: end.start()]
-        return _AROUND["end_token"].sub("", text)
-    return text
+        text = _AROUND["end_token"].sub("", text)
+    return own[1] if (own := _AROUND["goes_on"].match(text)) else text
 
 
 def clean(answer: str) -> str:
@@ -98,49 +102,74 @@ def clean(answer: str) -> str:
     text = without_thoughts(plain(answer)).strip()
     if len(text) < 3:
         return text
-    if "<" in text:
+    if "<" in text or "[/" in text:
         if tagged := _AROUND["answer_tag"].findall(text):
             text = tagged[-1]
         text = _AROUND["html"].sub(lambda match: "\n" if "br" in match[0].lower() else "", text)
     if "{" in text:
         text = _boxed(text)
-        if "{" in text:
-            text = _from_json(text)
+    if "{" in text or text.startswith(("[", "```")):
+        text = _from_json(text)
     if "\\" in text or "$" in text or "^" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
     if any(sign in text for sign in "*_`#>"):
         text = _AROUND["emphasis"].sub("", text)
-    text = text.strip().lstrip(_BULLETS)
+    text = numerals(_AROUND["bullet"].sub("", text)).strip().lstrip(_BULLETS)
     return text[1:-1].strip() if _AROUND["quoted"].fullmatch(text) else text
 
 
 def _boxed(text: str) -> str:
-    r"""Return the content of the last ``\boxed{}``; the text itself without one."""
-    *_, last = [None, *_AROUND["box"].finditer(text)]
-    if last is None:
+    r"""Return the content of the last ``\boxed{}`` that is not denied; the text itself without one.
+
+    Boxes that are joined by "or" are returned together.
+    """
+    found: list[tuple[int, int, str]] = []
+    for opened in _AROUND["box"].finditer(text):
+        depth, end = 1, opened.end()
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        if not _AROUND["box_denied"].match(text, end):
+            found.append((opened.start(), end, text[opened.end() : end - (not depth)].strip()))
+    if not found:
         return text
-    depth = 1
-    for end in range(last.end(), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if not depth:
-            return text[last.end() : end].strip()
-    return text[last.end() :].strip()
+    *_, (start, _, content) = found
+    joined = len(found) > 1 and _AROUND["box_joined"].fullmatch(text[found[-2][1] : start])
+    return f"{found[-2][2]} or {content}" if joined and found[-2][2] != content else content
 
 
 def _from_json(text: str) -> str:
-    """Return the answer field of a JSON object; the text itself where there is none."""
-    fenced = _AROUND["fenced"].findall(text)
-    inner = fenced[-1] if fenced else text[text.find("{") : text.rfind("}") + 1]
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(inner)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+    """Return the answer field of the last JSON value that has one; the text itself where there is none.
+
+    Values without a word between them are returned together.
+    """
+    found: list[str] = []
+    end = 0
+    for opened in re.finditer(r"[{\[]", text):
+        if opened.start() < end:
             continue
-        found = _answer_of(value)
-        return text if found is None else found
+        value, stop = _json_at(text, opened.start())
+        if stop and (said := _answer_of(value)) is not None:
+            apart = re.search(r"\w", text[end : opened.start()])
+            found = [said] if apart else [*found, said]
+        end = max(end, stop)
+    if found:
+        return " or ".join(dict.fromkeys(found))
     fields = _AROUND["answer_field"].findall(text)
     return "".join(fields[-1]) if fields else text
+
+
+def _json_at(text: str, start: int) -> tuple[Any, int]:
+    """Return the object or list that begins at a place, of JSON or Python, and its end; 0 where none does."""
+    with suppress(ValueError, RecursionError):
+        return _JSON.raw_decode(text, start)
+    end = text.rfind("}" if text[start] == "{" else "]") + 1
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        value = ast.literal_eval(text[start:end])
+        if isinstance(value, dict | list):
+            return value, end
+    return None, 0
 
 
 def _answer_of(value: Any) -> str | None:
@@ -150,7 +179,7 @@ def _answer_of(value: Any) -> str | None:
         return found[0] if len(found) == 1 else ""
     if not isinstance(value, dict):
         return None if value is None else str(value)
-    fields = {str(name).strip().lower().replace(" ", "_"): one for name, one in value.items()}
+    fields = {_AROUND["word_break"].sub("_", str(name)).lower(): one for name, one in value.items()}
     for key in _ANSWER_KEYS:
         if key in fields:
             return _answer_of(fields[key]) or ""
@@ -159,7 +188,9 @@ def _answer_of(value: Any) -> str | None:
         return chosen[0] if len(chosen) == 1 else ""
     if len(value) == 1 and len(name := str(next(iter(value)))) == 1:  # {"B": "Lung"}
         return f"{name}. {value[name]}"
-    return None
+    within = [_answer_of(one) for one in value.values() if isinstance(one, dict)]
+    found = [one for one in within if one is not None]
+    return found[0] if len(found) == 1 else None
 
 
 # Words
@@ -171,9 +202,12 @@ _PATTERNS = patterns("words", chinese=CHINESE)
 _ARTICLES = frozenset({"a", "an", "the"})
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(TABLES["small_numbers"])}
 _SAME_WORD = TABLES["same_word"] | NUMBER_WORDS
-_PHRASES = [(re.compile(pattern), sign) for pattern, sign in TABLES["phrases"].items()]
+_PHRASES = [
+    (re.compile(pattern, re.IGNORECASE), sign) for pattern, sign in TABLES["phrases"].items()
+]
 _SPELLING = [(re.compile(pattern), letters) for pattern, letters in TABLES["spelling"].items()]
 _UNIT_NAMES = TABLES["unit_names"]
+_UNIT_SIZES: dict[str, tuple[str, float]] = TABLES["unit_sizes"]
 
 
 def spans(text: str) -> Iterator[tuple[str, int, int]]:
@@ -182,8 +216,42 @@ def spans(text: str) -> Iterator[tuple[str, int, int]]:
         word = match[0]
         if word[0].isdigit() or word[0] in "-.":
             word = _number_word(word)
-        if word not in _ARTICLES:
+        if word not in _ARTICLES or (word == "a" and _is_label(text, match.start(), match.end())):
             yield _SAME_WORD.get(word, word), match.start(), match.end()
+
+
+def _is_label(text: str, start: int, end: int) -> bool:
+    """Tell "vitamin A" and "is it A?" from "a mass"."""
+    behind = text[end:].lstrip()
+    labelled = _PATTERNS["labels"].search(text[:start].lower())
+    return labelled is not None or not behind[:1].isalnum()
+
+
+def numerals(text: str) -> str:
+    """Return a text with its numbers, ranges and bounds in figures: "minus five", "between 2 and 4"."""
+    text = _PATTERNS["counted"].sub(_counted, text)
+    if "per cent" in text or "percent" in text or any(map(str.isdigit, text)):
+        for pattern, replacement in _PHRASES:
+            text = pattern.sub(replacement, text)
+    return text
+
+
+def _counted(match: re.Match[str]) -> str:
+    """Read "minus two thousand and five"; a small number alone stays a word."""
+    sign = "-" if match["sign"] else ""
+    said = re.findall(r"[a-z]+", match["number"].lower())
+    if len(said) == 1 and said[0] not in {**TABLES["tens"], **TABLES["scales"]} and not sign:
+        return match[0]
+    total = part = 0
+    for word in said:
+        scale = TABLES["scales"].get(word)
+        if scale == 100:
+            part = max(part, 1) * scale
+        elif scale:
+            total, part = total + max(part, 1) * scale, 0
+        elif word not in ("and", "a"):
+            part += TABLES["tens"].get(word) or int(NUMBER_WORDS[word])
+    return f"{sign}{total + part}"
 
 
 def _number_word(word: str) -> str:
@@ -200,10 +268,7 @@ def _number_word(word: str) -> str:
 
 def words(text: str) -> Words:
     """Return the words of :func:`spans`; articles alone stay, for "A" is an answer."""
-    text = plain(text).lower()
-    if "per cent" in text or " than " in text or any(map(str.isdigit, text)):
-        for pattern, replacement in _PHRASES:
-            text = pattern.sub(replacement, text)
+    text = numerals(plain(text).lower())
     return tuple(word for word, _, _ in spans(text)) or tuple(_PATTERNS["word"].findall(text))
 
 
@@ -238,10 +303,11 @@ def find(needle: Sequence[str], haystack: Sequence[str]) -> list[int]:
 def quantity(text: str) -> tuple[float, str] | None:
     """Return the number that a text is, and its unit: ``"1/2"``, ``".5 mg"``, ``"50 percent"``, ``"2e3"``.
 
-    A percentage is a share of 1. None for anything else, e.g. a text with two numbers.
+    None for anything else, e.g. a text with two numbers.
     """
-    text = re.sub(r"\bper ?cent\b", "%", plain(text).lower()).strip().rstrip(".。")
-    text = re.sub(r"^- (?=[\d.])", "-", text)
+    text = numerals(plain(text).lower()).strip().rstrip(".。")
+    text = re.sub(r"^(?:one |a )(?=half|third|quarter)", "", re.sub(r"^- (?=[\d.])", "-", text))
+    text = re.sub(r"(?<=\d) (?=\d{3}\b)", "", TABLES["parts"].get(text, text))
     text = " ".join(_SAME_WORD.get(word, word) for word in text.split())
     match = _PATTERNS["quantity"].fullmatch(text)
     if match is None or (match["whole"] and not match["below"]):
@@ -254,13 +320,21 @@ def quantity(text: str) -> tuple[float, str] | None:
         value += float(match["whole"] or 0)
     except (ValueError, OverflowError, ZeroDivisionError):
         return None
-    unit = match["unit"]
-    return (value / 100, "") if unit == "%" else (value, stem(unit))
+    return value, stem(match["unit"])
 
 
 def same_quantity(said: str, gold: str) -> bool:
-    """Tell whether two texts are the same number; a unit that both have must be the same."""
+    """Tell whether two texts are the same number, in whatever units; one unit may be left out."""
     one, two = quantity(said), quantity(gold)
-    if one is None or two is None or (one[1] and two[1] and one[1] != two[1]):
+    if one is None or two is None:
         return False
-    return abs(one[0] - two[0]) <= 1e-9 * max(abs(one[0]), abs(two[0]))
+    (a, unit), (b, other) = one, two
+    if unit != other and unit and other:
+        (kind, factor), (other_kind, other_factor) = (
+            _UNIT_SIZES.get(name, (name, 1.0)) for name in (unit, other)
+        )
+        return kind == other_kind and isclose(a * factor, b * other_factor)
+    if "%" in (unit, other) and unit != other:  # 50 % is 0.5; "75" where 75 % is meant
+        share, plainly = (a, b) if unit == "%" else (b, a)
+        return isclose(share / 100, plainly) or (abs(plainly) > 1 and isclose(share, plainly))
+    return isclose(a, b)
