@@ -211,7 +211,7 @@ class Tally:
                 "not_published": "; ".join(
                     dict.fromkeys(
                         why
-                        for licence in self._by("licence", name) or (source.licence,)
+                        for licence in (source.licence, *self._by("licence", name))
                         if (
                             why := licences.restriction(
                                 licence, licences.names_of(source), job.agreements, publish=True
