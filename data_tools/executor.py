@@ -50,12 +50,10 @@ class Executor:
         *,
         died: Callable[[Input], Output] | None = None,
     ) -> Generator[Output, None, None]:
-        """Yield the function's results in the order of the inputs.
+        """Yield the function's results in the order of the inputs, which are read as results are taken.
 
-        Args:
-            function: a module's function, or a `functools.partial` of one: it is pickled.
-            inputs: read as results are taken.
-            died: gives the result of an input whose worker dies; default is an error.
+        The function, a module's or a `functools.partial` of one, is pickled. ``died`` gives the result of an
+        input whose worker dies; default is an error.
         """
         yield from map(function, inputs)
 

@@ -38,52 +38,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Stopped at any moment, the same command goes on where it was. Exit status: 0 done, 1 error, "
         "3 stopped by the budget or waiting for batches, 130 stopped by Ctrl-C.",
     )
-    parser.add_argument("job", type=Path, nargs="?", metavar="JOB.yaml")
-    verbs = parser.add_mutually_exclusive_group()
-    verbs.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="count, estimate the cost and show three examples; asks nothing, writes nothing",
-    )
-    verbs.add_argument(
-        "--verify",
-        type=Path,
-        metavar="DIR",
-        help="without a job: hold a corpus against its manifest; exit status 1 if anything differs",
-    )
-    verbs.add_argument(
-        "--names",
-        action="store_true",
-        help="list source, neutral name and path of each file; for the eyes of who has the data",
-    )
-    verbs.add_argument("--stats", action="store_true", help="show what the output holds so far")
-    verbs.add_argument(
-        "--review",
-        type=number(int, 1),
-        metavar="N",
-        help="write a blinded page, review.html, of about N conversations that people judge",
-    )
-    parser.add_argument(
-        "--verdicts",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="take in what review.html saved; card and report then state the error rate",
-    )
-    parser.add_argument(
-        "--limit", type=number(int, 1), metavar="N", help="at most N records of each source"
-    )
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="SOURCE", help="this source; can be repeated"
-    )
-    parser.add_argument(
-        "--without-annotations",
-        action="store_true",
-        help="nothing of the annotation goes into a prompt, to measure what annotations are worth",
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="instead of the job's output")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add = parser.add_argument
+    add("job", type=Path, nargs="?", metavar="JOB.yaml")
+    verb = parser.add_mutually_exclusive_group().add_argument
+    dry = "count, estimate the cost and show three examples; asks nothing, writes nothing"
+    verb("--dry-run", action="store_true", help=dry)
+    held = "without a job: hold a corpus against its manifest; exit status 1 if anything differs"
+    verb("--verify", type=Path, metavar="DIR", help=held)
+    names = "list source, neutral name and path of each file; for the eyes of who has the data"
+    verb("--names", action="store_true", help=names)
+    verb("--stats", action="store_true", help="show what the output holds so far")
+    page = "write a blinded page, review.html, of about N conversations that people judge"
+    verb("--review", type=number(int, 1), metavar="N", help=page)
+    saved = "take in what review.html saved; card and report then state the error rate"
+    add("--verdicts", type=Path, nargs="+", default=[], metavar="FILE", help=saved)
+    add("--limit", type=number(int, 1), metavar="N", help="at most N records of each source")
+    only = "this source; can be repeated"
+    add("--only", action="append", default=[], metavar="SOURCE", help=only)
+    without = "nothing of the annotation goes into a prompt, to measure what annotations are worth"
+    add("--without-annotations", action="store_true", help=without)
+    add("--output", type=Path, metavar="DIR", help="instead of the job's output")
+    add("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
 
@@ -136,11 +111,8 @@ def _verify(options: argparse.Namespace) -> int:
     counts, differences = manifest.verify(options.verify)
     found = list(differences)
     told = "; ".join(f"{count:,} {name}" for name, count in counts.items())
-    _print(
-        counts | {"differences": found},
-        "\n".join(found) or f"{told}: all as the manifest says",
-        options,
-    )
+    shown = "\n".join(found) or f"{told}: all as the manifest says"
+    _print(counts | {"differences": found}, shown, options)
     return 1 if found else DONE
 
 

@@ -28,16 +28,12 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A conversation to be made.
+    """A conversation to be made; ``id`` is the record's with what is made of it: ``<record id>#caption``.
 
-    Args:
-        id: the record's id and what is made of it: ``<record id>#caption``; unique.
-        form: one of `FORMS`.
-        language: ``"en"`` or ``"zh"``.
-        kind: of perception: ``classification``, ``detection``, ``yes_no``, ``multiple_choice``, ...;
-            of ``dialogue`` and ``text_multi``: the number of questions; else "".
-        focus: index into the record's labels of the region that it is about; None: the whole image.
-        seed: of every random choice in writing it; depends on the job's seed and on ``id`` alone.
+    ``kind`` is ``classification``, ``detection``, ``yes_no``, ``multiple_choice``, ... of perception, the
+    number of questions of ``dialogue`` and ``text_multi``, else "". ``focus`` is the index of the record's
+    label that it is about, None: the whole image. ``seed``, of every random choice in writing it, depends on
+    the job's seed and ``id`` alone.
     """
 
     id: str
@@ -76,6 +72,15 @@ class SourceContext:
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """A conversation that is to be written, with everything that is known."""
+
+    item: Item
+    record: Record
+    context: SourceContext
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """``speaker`` is ``"human"`` or ``"gpt"``, as in LLaVA's files."""
 
@@ -88,11 +93,9 @@ Conversation = tuple[Turn, ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A reason why a conversation is not accepted.
+    """A reason why a conversation is not accepted, in the same words for all of the kind.
 
-    Args:
-        reason: the same words for all of the kind, counted in the report.
-        detail: what is particular to this one; handed to the model when it is asked again.
+    ``detail`` is particular to this one; it is handed to the model when it is asked again.
     """
 
     reason: str

@@ -52,14 +52,10 @@ class Job(Options):
 
 
 def load(path: Path, *, output: Path | None = None) -> Job:
-    """Read and check a job file.
+    """Read and check a job file; relative paths in it are relative to its folder.
 
-    Args:
-        path: of the file. Relative paths in it are relative to its folder.
-        output: stands for the file's ``output``; relative to the current folder.
-
-    Raises:
-        JobError: the file can't be read or has mistakes; one line each, ``file:line: where: what``.
+    ``output`` stands for the file's own; relative to the current folder. A `JobError` has all mistakes, one
+    line each, ``file:line: where: what``.
     """
     document = Document(path, what="job file", error=JobError)
     data = document.data
@@ -378,11 +374,8 @@ def _below(data: dict[str, Any], key: str, problems: _Problems, place: Place = (
 def _check_terms(
     made: Mapping[int, SourceOptions], taxonomy: Taxonomy, problems: _Problems
 ) -> None:
-    kinds = {
-        "modality": "modalities",
-        "department": "departments",
-        "clinical_task": "clinical_tasks",
-    }
+    kinds = {"modality": "modalities", "department": "departments"}
+    kinds |= {"clinical_task": "clinical_tasks"}
     for number, source in made.items():
         place: Place = ("sources", number)
         if source.department is None:

@@ -112,14 +112,12 @@ def definite(words: str) -> str:
 
 @lru_cache(maxsize=4096)
 def indefinite(label: str, *, several: bool = False) -> str:
-    """Return what an image shows, in a form that says no more than the label.
+    """Return what an image shows, as it is spoken, in a form that says no more than the label.
+
+    With ``several``, two or more of it, a noun that counts has its plural.
 
     >>> [indefinite(label) for label in ("spleen", "kidney", "left kidney", "platelet", "edema")]
     ['the spleen', 'a kidney', 'the left kidney', 'a platelet', 'edema']
-
-    Args:
-        label: as it is spoken.
-        several: whether there are two or more of it; only a noun that counts has a plural.
     """
     found = noun(label)
     first = label.split(" ", 1)[0].lower()

@@ -32,30 +32,10 @@ PERCEPTION_KINDS: Mapping[str, float] = {
 
 
 class MakeOptions(Options):
-    """How many conversations are made of a record.
+    """The section ``make``: how many conversations are made of a record; docs/corpus.md explains its keys.
 
-    A number with a fraction means as many for every record and one more for that share of the records:
-    ``0.5`` is every second record, ``2.25`` two for each and a third for every fourth. Which records these
-    are follows from the job's seed and the record's id.
-
-    Args:
-        caption: captions of the image as a whole.
-        region_caption: captions of one region each; a record without regions has none.
-        instruction: free instructions with their answers.
-        dialogue: conversations of several turns about the image.
-        perception: questions that the labels alone answer; a record has at most one of each kind.
-        text_single: a question without an image.
-        text_multi: a conversation of several turns without an image.
-        chinese: share of the conversations that are in Chinese, 0 to 1. Conversations about labels
-            without a Chinese name are in English whatever the share is.
-        perception_kinds: kinds that may be drawn, or kinds with their weights; default `PERCEPTION_KINDS`.
-        dialogue_turns: fewest and most questions in a conversation of several turns; a record of which
-            less is known has fewer.
-        negatives: of sources that don't say it themselves: true if all of every label is annotated in every
-            image, false if it isn't. Without it a label is counted, or denied, where the annotations show
-            that somebody has looked for it.
-        max_regions: region captions of one record at most.
-        max_boxes: boxes that an answer lists at most. A question with more boxes in its answer isn't made.
+    Of a number with a fraction the fraction is the share of the records that have one more. Which these are
+    follows from the job's seed and the record's id.
     """
 
     caption: float = Field(1.0, ge=0, le=10)

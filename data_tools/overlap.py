@@ -38,11 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         "stopped by Ctrl-C. Hashes are kept: the same command goes on where it was.",
     )
     add = parser.add_argument
-    add(
-        "corpus",
-        type=Path,
-        help="corpus folder, mixture file, or records (.json, .jsonl, .parquet)",
-    )
+    corpus = "corpus folder, mixture file, or records (.json, .jsonl, .parquet)"
+    add("corpus", type=Path, help=corpus)
     add("benchmark", type=Path, help="folder, or question file")
     folder = "a folder of its own; default overlap/NAME-OF-BENCHMARK"
     add("--output", type=Path, metavar="DIR", help=folder)

@@ -15,18 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools import forms, readers, writers
+from data_tools.items import Task
 from data_tools.job import Job
 from data_tools.licences import publishable_part, terms_of
 from data_tools.output import templates
 from data_tools.output.files import turns_of
-from data_tools.pipeline import (
-    STATE,
-    WORK,
-    Selection,
-    check_writer,
-    kept_sources,
-    source_context,
-)
+from data_tools.pipeline import STATE, WORK, Selection, check_writer, kept_sources, source_context
 from data_tools.privacy import neutral_errors
 from data_tools.readers import SourceOptions
 from data_tools.records import Drop, Record, Unit, by_reason
@@ -34,7 +28,6 @@ from data_tools.standardise import read_unit
 from data_tools.store import Store, Vocabulary
 from data_tools.taxonomy import Taxonomy
 from data_tools.worker import BY_TEMPLATE, worker_taxonomy
-from data_tools.writers.asking import Task
 from gmai_xtuner.core.errors import CorpusError
 
 UNITS_READ = 8
@@ -46,12 +39,9 @@ EXAMPLES = 3
 def dry_run(job: Job, selection: Selection) -> dict[str, Any]:
     """Read a few units of each source, away from the output; count and estimate the rest from them.
 
-    Returns:
-        ``sources`` (units, units_read, records, conversations: the last two estimated for the whole source
-        or the limit), ``drops`` of what was read, ``estimate`` of the cost or None, ``examples``.
-
-    Raises:
-        CorpusError: a source can't be read.
+    Returns ``sources`` (with records and conversations estimated for the whole source or the limit),
+    ``drops`` of what was read, ``estimate`` of the cost or None, ``examples``. A `CorpusError` if a source
+    can't be read.
     """
     job = publishable_part(job)
     check_writer(job, selection)
@@ -164,20 +154,16 @@ def _estimate(
         scale = row["conversations"] / len(found)
         for name, value in estimate.items():
             total[name] += value * scale
-    return {
-        name: round(value, 2) if name.startswith("dollars") else round(value)
-        for name, value in total.items()
-    }
+    digits = {name: 2 if name.startswith("dollars") else None for name in total}
+    return {name: round(value, digits[name]) for name, value in total.items()}
 
 
 def _example(job: Job, task: Task, selection: Selection, taxonomy: Taxonomy) -> dict[str, Any]:
     item = task.item
     shown: dict[str, Any] = {"id": item.id, "form": item.form, "language": item.language}
     if job.writer.name == "template":
-        made = forms.write(item, task.record, task.context, taxonomy)
-        return shown | {"conversation": turns_of(made)}
-    prompts = writers.prompts_of(job, grounded=selection.grounded)
-    prompt = prompts.build(item, task.record, task.context)
+        return shown | {"conversation": turns_of(forms.write(task, taxonomy))}
+    prompt = writers.prompts_of(job, grounded=selection.grounded).build(task)
     return shown | {"system": prompt.system, "user": prompt.user, "image": prompt.image}
 
 

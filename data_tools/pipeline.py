@@ -33,7 +33,7 @@ from data_tools.checks import CHECK_VERSION
 from data_tools.command import Bar
 from data_tools.executor import Executor, open_executor
 from data_tools.forms import FORM_VERSIONS
-from data_tools.items import FORMS, SourceContext
+from data_tools.items import FORMS, SourceContext, Task
 from data_tools.job import Job, fingerprint
 from data_tools.licences import publishable_part, refusal, terms_of
 from data_tools.output import review
@@ -45,7 +45,7 @@ from data_tools.records import Drop, Unit, by_reason
 from data_tools.standardise import IMAGES, UnitResult
 from data_tools.store import Store, StoredRecord, Vocabulary
 from data_tools.worker import Recipe, make, read_units, unit_fingerprint, worker_taxonomy
-from data_tools.writers.asking import CleanStop, Outcome, Task
+from data_tools.writers.asking import CleanStop, Outcome
 from gmai_xtuner.core.errors import CorpusError, JobError
 
 WORK = ".work"
@@ -284,12 +284,10 @@ def _forget_units_without_images(
 
 
 def source_context(job: Job, source: SourceOptions, found: Vocabulary) -> SourceContext:
-    """Return what is known of a source whose records have these labels.
+    """Return what is known of a source whose records have the labels ``found``.
 
-    Args:
-        job: says which labels are annotated in every image, if the source doesn't.
-        source: of the job.
-        found: in its records. Where each is of one class, the class is known of every image.
+    The job says which labels are annotated in every image, if the source doesn't. Where each record is of one
+    class, the class is known of every image.
     """
     said = job.make.negatives if source.negatives is None else source.negatives
     everywhere = found.one_class if said is None else said

@@ -37,9 +37,8 @@ NOTHING = ()
 class Unit:
     """The piece of a source that one process reads at once: an image file, a series, a volume, a video.
 
-    Args:
-        key: unique in its source and the same in every run, such as the file's path below the root.
-        payload: what the reader needs to read it; small, and can be pickled.
+    ``key`` is unique in its source and the same in every run, such as the file's path below the root;
+    ``payload`` what the reader needs to read it: small, and can be pickled.
     """
 
     key: str
@@ -48,13 +47,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One expert statement about an image or a region of it.
+    """One expert statement about an image or a region of it; ``label`` is a name or code of the source.
 
-    Args:
-        label: name or code as the source has it; the job's ``labels`` turn it into a name.
-        box: ``(x1, y1, x2, y2)`` in pixels, half-open, as the source has it (it may be wrong), or None.
-        mask: bool ``[H, W]`` of the region or None. `preprocess.clean` makes boxes of it.
-        attributes: further findings in the source's words, such as ``{"side": "left", "severity": "mild"}``.
+    ``box`` is ``(x1, y1, x2, y2)`` in pixels, half-open, as the source has it (it may be wrong), ``mask``
+    bool ``[H, W]`` of the region, of which `preprocess.clean` makes boxes. ``attributes`` are further
+    findings in the source's words, such as ``{"side": "left", "severity": "mild"}``.
     """
 
     label: str
@@ -107,11 +104,9 @@ class Sample:
 class Drop:
     """An image or annotation that was left out, counted under its reason.
 
-    Args:
-        stage: ``read`` (by the reader), ``clean`` (a region, by the rules) or ``record``.
-        reason: same text for all of the kind, such as ``"mask smaller than 0.153 % of the image"``.
-        where: file below the root and part.
-        detail: what is particular to this one.
+    ``stage`` is ``read`` (by the reader), ``clean`` (a region, by the rules) or ``record``; ``reason`` the
+    same text for all of the kind; ``where`` file below the root and part; ``detail`` is particular to this
+    one.
     """
 
     stage: str
@@ -222,12 +217,9 @@ def _fields(made: Any) -> dict[str, Any]:
 class Label:
     """One finding.
 
-    Args:
-        name: in English, lower case unless a name or an abbreviation.
-        box: ``(x1, y1, x2, y2)`` in pixels of the stored image, half-open (``x2 - x1`` is the width), or
-            None if it is said of the image as a whole.
-        area: pixels of the region's mask; None without a mask.
-        attributes: such as ``{"side": "left"}``.
+    ``name`` is English, lower case unless a name or an abbreviation. ``box`` is ``(x1, y1, x2, y2)`` in
+    pixels of the stored image, half-open (``x2 - x1`` is the width), None of the image as a whole; ``area``
+    pixels of its mask, if any.
     """
 
     name: str
@@ -264,20 +256,15 @@ class Provenance:
 class Record:
     """One image with everything that is known of it.
 
-    Args:
-        id: in the authors' form ``2d#cls#histopathology#crc100k#images#NORM#example.tif``; unique.
-        image: path of the stored image below the corpus folder, ``images/...``.
-        width, height: of the stored image, pixels.
-        modality, department, clinical_task: names of the taxonomy; the task may be None.
-        source_task: ``"2D classification"``, ``"2D detection"``, ``"2D segmentation"`` or
-            ``"3D segmentation"``.
-        labels: at least one.
-        attributes: of the image as a whole, such as ``{"body part": "chest", "view": "AP"}``.
-        provenance: see `Provenance`.
-        incomplete: labels of which the source has more in this image than ``labels``: regions that the
-            rules or a fault left out. So they can't be counted, and none of them is absent. `ANYTHING`
-            stands for all.
-        examined: labels that the source has looked for in this image, see `Sample`.
+    ``id`` has the authors' form ``2d#cls#histopathology#crc100k#images#NORM#example.tif`` and is unique;
+    ``image`` is the path below the corpus folder; width and height are pixels. ``modality``, ``department``
+    and ``clinical_task`` are names of the taxonomy; the task may be None. ``attributes`` are of the image as
+    a whole, such as ``{"body part": "chest", "view": "AP"}``.
+
+    ``incomplete`` are labels of which the source has more in this image than ``labels``, of which there is
+    one at least: regions that the rules or a fault left out. So they can't be counted, and none of them is
+    absent. `ANYTHING` stands for all. ``examined``: labels that the source has looked for in this image, see
+    `Sample`.
     """
 
     id: str

@@ -56,15 +56,12 @@ _DIMENSION_AND_TASK = {
 
 @dataclass(frozen=True, slots=True)
 class UnitResult:
-    """The outcome of reading a unit.
+    """The outcome of reading a unit, in the order in which it was read.
 
-    Args:
-        records, drops: in the order in which they were read.
-        samples: how many images and annotations the reader gave or dropped.
-        files: below the root, that samples come from; a change of one makes the unit be read again. They
-            have their own names: `Names.sealed` before they are kept.
-        fingerprint, stored, regions: given on the way from a worker to the store, which takes ``stored`` for
-            the records: what changes if a file of the unit does, and how many labels have a box.
+    ``samples`` counts images and annotations that the reader gave or dropped. ``files``, below the root, are
+    what samples come from, have their own names: `Names.sealed` before they are kept. On the way from a
+    worker to the store ``stored`` stands for the records; ``fingerprint`` changes if a file of the unit does,
+    ``regions`` counts labels with a box.
     """
 
     records: tuple[Record, ...] = ()

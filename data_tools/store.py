@@ -1,24 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The state of a job: one SQLite database, written by one process, consistent after any stop.
+"""The state of a job: one SQLite database, written by one process, consistent after any stop; see store.sql.
 
-::
-
-    sources   name, what its records depend on              a changed source is read again
-    units     key, place in the source, fingerprint         committed with its records and drops
-    records   as they were read
-    corpus    which records are in it, under which number   follows from the order of job, source and unit,
-              and id; what their items were made with       never from the order in which work came in
-    items     a conversation: accepted, rejected, pending   id = record x 4096 + place in the record
-    drops     what was left out: stage, reason              unit: its id; or the source's id, negative, of
-                                                            what `Store.arrange` leaves out of the corpus
-
-``corpus_records``, ``corpus_items``, ``corpus_drops`` and ``conversations`` are views (store.sql).
-
-The id of a forgotten row is never given again (AUTOINCREMENT): items would pass to another record.
 A unit is done if its row is there. A record's items are done if ``corpus.made``, a hash of all that they were
-made with, is that of the run. ``corpus.final`` is the id of a record whose own one an earlier record has
-(``~2``), else null.
+made with, is that of the run.
 """
 
 from __future__ import annotations
@@ -102,14 +87,9 @@ class StoredRecord(msgspec.Struct):
 class ItemRow(msgspec.Struct):
     """A planned conversation as a row of ``items``; but for one that a model is to write, it is written.
 
-    Args:
-        id: the record's row x `MAX_ITEMS` + its place among the record's conversations.
-        state: `ACCEPTED`, `REJECTED` or `PENDING`.
-        suffix: the item's id without the record's.
-        form, language, kind, focus, seed: of the `Item`.
-        key: hash of everything that a model's answer depends on; None for the template writer.
-        conversation, problems: JSON.
-        prompt, answer: of a model.
+    ``id`` is the record's row x `MAX_ITEMS` + its place in the record, ``suffix`` the item's id without the
+    record's. ``key`` hashes everything that a model's answer depends on; None for the template writer.
+    Conversation and problems are JSON, prompt and answer a model's.
     """
 
     id: int
@@ -278,13 +258,10 @@ class Store:
     # --- sources and units ------------------------------------------------------------------------
 
     def open_sources(self, depends: Sequence[tuple[str, str]], *, only: Iterable[str] = ()) -> None:
-        """Say which sources the job has, in their order.
+        """Say which sources the job has, in their order, and ``only`` which of them the corpus is to hold.
 
-        What was read of a source that is no longer there, or that depends on something else, is forgotten.
-
-        Args:
-            depends: name and hash of everything that a source's records depend on, but for its files.
-            only: names of the sources that the corpus is to hold; default all.
+        ``depends`` are name and hash of everything that a source's records depend on, but for its files. What
+        was read of a source that is no longer there, or that depends on something else, is forgotten.
         """
         new = dict(depends)
         with self.transaction():

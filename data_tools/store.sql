@@ -1,26 +1,34 @@
 -- Tables of a job's state, see store.py. A record has 4096 possible items.
+-- The id of a forgotten row is never given again (AUTOINCREMENT): items would pass to another record.
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+-- depends: a hash of what its records depend on. A changed source is read again.
 CREATE TABLE sources (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, place INTEGER NOT NULL,
     depends TEXT NOT NULL, arranged TEXT);
+-- Committed with its records and drops.
 CREATE TABLE units (
     id INTEGER PRIMARY KEY AUTOINCREMENT, source INTEGER NOT NULL, place INTEGER, key TEXT NOT NULL,
     fingerprint BLOB NOT NULL, files BLOB NOT NULL, samples INTEGER NOT NULL,
     regions INTEGER NOT NULL, UNIQUE (source, key));
+-- As they were read.
 CREATE TABLE records (
     id INTEGER PRIMARY KEY AUTOINCREMENT, unit INTEGER NOT NULL, name TEXT NOT NULL,
     duplicate_key BLOB NOT NULL, image TEXT NOT NULL, body BLOB NOT NULL);
 CREATE INDEX records_unit ON records (unit);
+-- Which records are in it, and under which number and id: that follows from the order of job, source and unit,
+-- never from the order in which work came in. final: the id of a record whose own one an earlier record has (~2).
 CREATE TABLE corpus (
     source INTEGER NOT NULL, number INTEGER NOT NULL, record INTEGER NOT NULL, final TEXT, made TEXT,
     items INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (source, number)) WITHOUT ROWID;
 CREATE UNIQUE INDEX corpus_record ON corpus (record);
+-- A conversation: accepted, rejected or pending. id = record x 4096 + place in the record.
 CREATE TABLE items (
     id INTEGER PRIMARY KEY, state INTEGER NOT NULL, suffix TEXT NOT NULL, form TEXT NOT NULL,
     language TEXT NOT NULL, kind TEXT NOT NULL, focus INTEGER, seed INTEGER NOT NULL,
     key BLOB, conversation BLOB, problems BLOB, prompt TEXT, answer TEXT);
 CREATE INDEX items_rejected ON items (id) WHERE state = 1;
 CREATE INDEX items_pending ON items (id) WHERE state = 2;
+-- What was left out. unit: its id, or the source's id, negative, of what Store.arrange leaves out of the corpus.
 CREATE TABLE drops (unit INTEGER NOT NULL, stage TEXT NOT NULL, reason TEXT NOT NULL,
     "where" TEXT NOT NULL, detail TEXT NOT NULL);
 CREATE INDEX drops_unit ON drops (unit);

@@ -93,15 +93,11 @@ class Taxonomy:
 
 
 def load(extra: Path | None = None) -> Taxonomy:
-    """Return the built-in vocabulary, extended by a job's file.
+    """Return the built-in vocabulary, extended by a job's file in the form of ``taxonomy.yaml``.
 
-    Args:
-        extra: YAML in the form of ``taxonomy.yaml``. A name that is there already gains synonyms, codes
-            and Chinese names (its ``chinese`` is replaced); any other is a new term.
-
-    Raises:
-        CorpusError: the file can't be read, has another form, or gives one name to two terms of a kind;
-            with file and line.
+    A name that is there already gains synonyms, codes and Chinese names (its ``chinese`` is replaced); any
+    other is a new term. A `CorpusError`, with file and line, if the file can't be read, has another form, or
+    gives one name to two terms of a kind.
     """
     kinds: dict[str, dict[str, Terms]] = {kind: {} for kind in KINDS}
     taken: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
@@ -130,7 +126,7 @@ def _entries(path: Path) -> Iterable[tuple[str, str, dict[str, Any], int]]:
         terms = top.section(kind, title=kind)
         for name, fields in terms.values.items():
             if not name.strip():
-                raise terms.error("a name is empty", remedy="Write name: value.", key=name)
+                raise terms.error("a name is empty", "Write name: value.", key=name)
             if not isinstance(fields, dict | None):
                 raise document.fault(
                     (kind, name),

@@ -24,21 +24,13 @@ from pydantic import BaseModel
 
 from data_tools import forms
 from data_tools.checks import CheckOptions, check
-from data_tools.items import Conversation, Item, SourceContext
+from data_tools.items import Conversation, Item, SourceContext, Task
 from data_tools.licences import Terms
 from data_tools.options import MakeOptions
 from data_tools.readers import SourceOptions
 from data_tools.records import Record, Unit
 from data_tools.standardise import UnitResult, duplicate_key, read_unit
-from data_tools.store import (
-    ACCEPTED,
-    MAX_ITEMS,
-    PENDING,
-    REJECTED,
-    ItemRow,
-    StoredRecord,
-    encode,
-)
+from data_tools.store import ACCEPTED, MAX_ITEMS, PENDING, REJECTED, ItemRow, StoredRecord, encode
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
 from gmai_xtuner.core.rng import seed_of
@@ -190,10 +182,10 @@ def _make_one(recipe: Recipe, stored: StoredRecord, taxonomy: Taxonomy) -> list[
             made = _row(row, PENDING, item, record)
             made.key = _answer_key(recipe.answers, item, record)
             rows.append(made)
-        elif written := _by_template(recipe, item, record, taxonomy, said):
-            item, conversation = written
-            problems = check(conversation, item, record, recipe.context, taxonomy, recipe.checks)
-            made = _row(row, REJECTED if problems else ACCEPTED, item, record)
+        elif written := _by_template(recipe, Task(item, record, recipe.context), taxonomy, said):
+            task, conversation = written
+            problems = check(conversation, task, taxonomy, recipe.checks)
+            made = _row(row, REJECTED if problems else ACCEPTED, task.item, record)
             made.conversation = encode(conversation)
             made.problems = encode(problems) if problems else None
             rows.append(made)
@@ -201,19 +193,20 @@ def _make_one(recipe: Recipe, stored: StoredRecord, taxonomy: Taxonomy) -> list[
 
 
 def _by_template(
-    recipe: Recipe, item: Item, record: Record, taxonomy: Taxonomy, said: set[Conversation]
-) -> tuple[Item, Conversation] | None:
-    """Write the item in words that the record's other conversations don't have; None if there are none."""
-    conversation = forms.write(item, record, recipe.context, taxonomy)
+    recipe: Recipe, task: Task, taxonomy: Taxonomy, said: set[Conversation]
+) -> tuple[Task, Conversation] | None:
+    """Write the task in words that the record's other conversations don't have; None if there are none."""
+    item, conversation = task.item, forms.write(task, taxonomy)
     for attempt in range(1, _ATTEMPTS):
         if conversation not in said:
             break
-        item = replace(item, seed=seed_of(f"{item.id} {attempt}", recipe.seed))
-        conversation = forms.write(item, record, recipe.context, taxonomy)
+        seed = seed_of(f"{item.id} {attempt}", recipe.seed)
+        task = replace(task, item=replace(item, seed=seed))
+        conversation = forms.write(task, taxonomy)
     if conversation in said:
         return None
     said.add(conversation)
-    return item, conversation
+    return task, conversation
 
 
 def _row(row: int, state: int, item: Item, record: Record) -> ItemRow:

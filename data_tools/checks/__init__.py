@@ -19,9 +19,8 @@ from functools import lru_cache
 from data_tools.checks.claims import LabelFinder, ModalityFinder, agreement, boxes, modality, side
 from data_tools.checks.figures import counts, perceived, sizes, translation
 from data_tools.checks.terms import WORDS, Said, said
-from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Item, Problem, SourceContext
+from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Item, Problem, SourceContext, Task
 from data_tools.options import CheckOptions
-from data_tools.records import Record
 from data_tools.taxonomy import Taxonomy
 
 __all__ = ["CHECK_VERSION", "CheckOptions", "check", "check_translation"]
@@ -42,9 +41,7 @@ _ENGLISH_REFUSALS = tuple(filter(str.isascii, REFUSALS))
 
 def check(
     conversation: Conversation,
-    item: Item,
-    record: Record,
-    context: SourceContext,
+    task: Task,
     taxonomy: Taxonomy,
     options: CheckOptions,
     *,
@@ -55,6 +52,7 @@ def check(
     ``grounded`` is False for answers that were asked for without the annotation: then only the checks that
     need none decide, so that the two corpora of the comparison differ in nothing else.
     """
+    item, record = task.item, task.record
     problems = list(turns(conversation, item))
     if problems:
         return problems
@@ -67,7 +65,7 @@ def check(
         problems += leaks(what, options)
     if not grounded:
         return problems
-    finder = _labels(context)
+    finder = _labels(task.context)
     if options.agreement:
         problems += agreement(what, item, record, finder)
         if item.form == "perception":
@@ -169,9 +167,8 @@ def leaks(what: Said, options: CheckOptions) -> Iterator[Problem]:
 
 def refusal(what: Said, options: CheckOptions) -> Iterator[Problem]:
     """Yield phrases of a model that won't answer."""
-    if phrase := _first(
-        _ENGLISH_REFUSALS if what.plain.isascii() else REFUSALS, what.plain, options
-    ):
+    phrases = _ENGLISH_REFUSALS if what.plain.isascii() else REFUSALS
+    if phrase := _first(phrases, what.plain, options):
         yield Problem("the model refused", f"it says {phrase!r}")
 
 

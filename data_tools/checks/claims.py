@@ -21,11 +21,7 @@ _NAMING = ("caption", "region_caption", "instruction", "dialogue", "text_single"
 
 
 class LabelFinder:
-    """Finds the labels of a set in all their names.
-
-    Args:
-        context: of the set; its vocabulary, synonyms and Chinese names.
-    """
+    """Finds the labels of a set in all their names: vocabulary, synonyms, Chinese names."""
 
     def __init__(self, context: SourceContext) -> None:
         terms: dict[str, str] = {}
@@ -94,10 +90,8 @@ def agreement(what: Said, item: Item, record: Record, finder: LabelFinder) -> It
         if not any(finder.covers(label, name) for label in own)
     )
     if foreign:
-        yield Problem(
-            "another label claimed",
-            f"it claims {', '.join(foreign)}, which is not among the findings",
-        )
+        told = f"it claims {', '.join(foreign)}, which is not among the findings"
+        yield Problem("another label claimed", told)
 
 
 # --- modality -------------------------------------------------------------------------------------

@@ -24,10 +24,8 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:%|percent|per cent)")
 _LENGTH = re.compile(r"(\d+(?:[.,]\d+)?)\s*(?:mm|cm|millimet|centimet|毫米|厘米|公分)(?![a-z]*\d)")
 _WIDTH, _HEIGHT = re.compile(r"width|wide|宽"), re.compile(r"height|tall|high|高")
 _LARGE, _SMALL = ("large", "huge", "giant", "big"), ("small", "tiny", "minute", "little")
-_LARGE_ZH, _SMALL_ZH = (
-    re.compile("(?:巨大|较大|很大|大)的?$"),
-    re.compile("(?:微小|较小|很小|小)的?$"),
-)
+_LARGE_ZH = re.compile("(?:巨大|较大|很大|大)的?$")
+_SMALL_ZH = re.compile("(?:微小|较小|很小|小)的?$")
 
 
 def counts(what: Said, item: Item, record: Record, finder: LabelFinder) -> Iterator[Problem]:

@@ -180,10 +180,8 @@ def _numbers(word: str) -> Iterable[str]:
 def _denied(words: list[str], start: int, end: int) -> bool:
     after = tuple(words[end : end + 4])
     for phrase in _DENIED_AFTER:
-        if after[: len(phrase)] == phrase and after[len(phrase) :][:1] not in (
-            ("only",),
-            ("just",),
-        ):
+        begins, rest = after[: len(phrase)] == phrase, after[len(phrase) :]
+        if begins and rest[:1] not in (("only",), ("just",)):
             return True
     at = start - 1
     while at >= 0:
@@ -200,10 +198,8 @@ def _denied(words: list[str], start: int, end: int) -> bool:
                 return True
         else:
             for phrase in _DENYING_PHRASES:
-                if (
-                    phrase[-1] == word
-                    and tuple(words[max(0, at - len(phrase) + 1) : at + 1]) == phrase
-                ):
+                first = max(0, at - len(phrase) + 1)
+                if phrase[-1] == word and tuple(words[first : at + 1]) == phrase:
                     return True
         at -= 1
     return False

@@ -155,9 +155,8 @@ class HashCache:
         sources = [image.source for image, _ in unknown]
         tasks = [sources[at : at + _IN_A_TASK] for at in range(0, len(sources), _IN_A_TASK)]
         waiting = iter(unknown)
-        for task, results in zip(
-            tasks, executor.map(_task, tasks, died=lambda _: None), strict=True
-        ):
+        made = executor.map(_task, tasks, died=lambda _: None)
+        for task, results in zip(tasks, made, strict=True):
             if results is None:  # one of these has killed its worker: which?
                 single = (next(executor.map(_task, [[one]], died=_died)) for one in task)
                 results = [result for found in single for result in found]

@@ -57,15 +57,12 @@ def check_folder(folder: Path, corpus: Path, benchmark: Path) -> None:
     mark = folder / MARK
     if not mark.is_file():
         # near.tsv alone: decisions that were carried over. Hidden: of a run that was killed.
-        others = sorted(
-            path.name
-            for path in folder.iterdir()
-            if path.name != "near.tsv" and not path.name.startswith(".")
-        )
+        names = sorted({path.name for path in folder.iterdir()} - {"near.tsv"})
+        others = [name for name in names if not name.startswith(".")]
         if others:
-            names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            told = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             raise CorpusError(
-                f"--output {folder} is not empty and no folder of a comparison ({names}). {remedy}"
+                f"--output {folder} is not empty and no folder of a comparison ({told}). {remedy}"
             )
         return
     try:

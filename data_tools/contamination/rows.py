@@ -48,13 +48,10 @@ Cells = Mapping[str, Any]
 
 
 def rows(path: Path) -> Iterator[Cells]:
-    """Yield the rows of a question file; what is no row of columns is an empty one.
+    """Yield the rows of a question file, of `QUESTION_FILES`; what is no row of columns is an empty one.
 
-    Args:
-        path: of `QUESTION_FILES`; of a JSON object (``{"data": [...]}``, ``{"SLAKE": [...]}``) its lists.
-
-    Raises:
-        GMAIError: the file can't be read, with place and reason.
+    Of a JSON object (``{"data": [...]}``, ``{"SLAKE": [...]}``) these are its lists. A `GMAIError` if it
+    can't be read.
     """
     delimiter = {".csv": ",", ".tsv": "\t"}.get(suffix := path.suffix.lower())
     if delimiter:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from data_tools.forms import conversations
 from data_tools.forms.language import Teller, language
-from data_tools.items import FORMS, Conversation, Item, SourceContext
+from data_tools.items import FORMS, Conversation, Item, SourceContext, Task
 from data_tools.options import MakeOptions
 from data_tools.records import Record
 from data_tools.taxonomy import Taxonomy
@@ -17,15 +17,7 @@ from gmai_xtuner.core.rng import Rng, seed_of
 
 __all__ = ["FORM_VERSIONS", "MakeOptions", "plan", "write"]
 
-FORM_VERSIONS = {
-    "caption": 4,
-    "region_caption": 4,
-    "instruction": 4,
-    "dialogue": 4,
-    "perception": 4,
-    "text_single": 4,
-    "text_multi": 4,
-}
+FORM_VERSIONS = dict.fromkeys(FORMS, 4)
 """Version of each form: raise it with any change of its sentences or of what they say.
 
 Conversations of an older version are written anew by the next run of a job; those of the same version stay.
@@ -41,9 +33,9 @@ _WRITERS = {
 }
 
 
-def write(item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy) -> Conversation:
-    """Write the conversation that an item asks for from the annotation; always the same one."""
-    return _WRITERS[item.form](Teller(item, record, context, taxonomy))
+def write(task: Task, taxonomy: Taxonomy) -> Conversation:
+    """Write the conversation that a task asks for from the annotation; always the same one."""
+    return _WRITERS[task.item.form](Teller(task, taxonomy))
 
 
 def plan(record: Record, context: SourceContext, make: MakeOptions, *, seed: int) -> list[Item]:

@@ -104,13 +104,8 @@ def _kind(teller: Teller) -> str:
     return KINDS[teller.topic(teller.record.names)] if teller.whole() else "things"
 
 
-KINDS = {
-    "nothing": "findings",
-    "findings": "findings",
-    "things": "things",
-    "view": "class",
-    "class": "class",
-}
+KINDS = {"nothing": "findings", "view": "class"}
+KINDS |= {kind: kind for kind in ("findings", "things", "class")}
 """Topic of labels (`language.Teller.topic`) -> what is asked for."""
 
 
@@ -136,11 +131,7 @@ def text(teller: Teller) -> Conversation:
     has_department = record.department != "None"
     about = "department_class" if kind == "class" else "department"
     if item.form == "text_single":
-        able = [
-            "read",
-            *([about] if has_department else []),
-            *(["term"] if facts["chinese"] else []),
-        ]
+        able = ["read"] + [about] * has_department + ["term"] * bool(facts["chinese"])
         if synonyms := teller.context.synonyms.get(label):
             facts["synonym"] = teller.rng.pick(synonyms)
             able.append("synonym")

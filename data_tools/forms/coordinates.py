@@ -87,12 +87,6 @@ def read_boxes(text: str, *, width: int, height: int) -> list[Box]:
             raise ValueError(
                 f"{match[0]} is no box: expected [x1, y1, x2, y2] with x1 < x2 and y1 < y2, 0 to {SCALE}"
             )
-        boxes.append(
-            (
-                -(-x1 * width // SCALE),
-                -(-y1 * height // SCALE),
-                x2 * width // SCALE,
-                y2 * height // SCALE,
-            )
-        )
+        left, top = -(-x1 * width // SCALE), -(-y1 * height // SCALE)
+        boxes.append((left, top, x2 * width // SCALE, y2 * height // SCALE))
     return boxes

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from data_tools.forms.coordinates import place_of, write_box
-from data_tools.items import IMAGE, Conversation, Item, SourceContext, Turn
+from data_tools.items import IMAGE, Conversation, SourceContext, Task, Turn
 from data_tools.lexicon import (
     ADJECTIVES,
     SIDE_KEYS,
@@ -31,7 +31,7 @@ from data_tools.lexicon import (
     spoken,
     with_article,
 )
-from data_tools.records import Box, Label, Record
+from data_tools.records import Box, Label
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.rng import Rng
 
@@ -171,13 +171,11 @@ class Teller:
 
     __slots__ = ("context", "item", "known", "language", "record", "rng", "taxonomy")
 
-    def __init__(
-        self, item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
-    ) -> None:
-        self.item, self.record, self.context, self.taxonomy = item, record, context, taxonomy
-        self.language = language(item.language)
-        self.rng = Rng(item.seed)
-        self.known = context.known_in(record)
+    def __init__(self, task: Task, taxonomy: Taxonomy) -> None:
+        self.item, self.record, self.context = task.item, task.record, task.context
+        self.taxonomy, self.language = taxonomy, language(self.item.language)
+        self.rng = Rng(self.item.seed)
+        self.known = self.context.known_in(self.record)
 
     def say(self, key: str, **values: object) -> str:
         """Return a sentence; one of several wordings is drawn."""

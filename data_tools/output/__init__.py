@@ -25,11 +25,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&-])")
 
 
 def templates(*, html: bool = False) -> Environment:
-    """Return the environment of this package's templates.
-
-    Args:
-        html: escape all values, and show what is invisible in them.
-    """
+    """Return the environment of the templates; ``html``: escape values, show what is invisible in them."""
     made = environment(
         "data_tools",
         html=html,

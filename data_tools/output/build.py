@@ -151,8 +151,7 @@ _INSTALLED = "corpus.json"
 def replacing(folder: Path) -> Iterator[Path]:
     """Give an empty folder for the new corpus, which takes the old one's place if the block ends well.
 
-    Args:
-        folder: of the corpus; images and ``.work`` in it are left alone.
+    Images and ``.work`` in the corpus folder are left alone.
     """
     work = folder / WORK
     work.mkdir(parents=True, exist_ok=True)

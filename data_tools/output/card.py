@@ -29,13 +29,8 @@ _BLUE = "#0072B2"  # of Okabe and Ito's palette
 _GREY = "#444444"
 _ROW = 0.3  # inches a bar
 _LONGEST_NAME = 60
-_CHINESE = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "Microsoft YaHei",
-)
+_CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC",
+            "Microsoft YaHei")  # fmt: skip
 
 
 def write(folder: Path, summary: dict[str, Any], job: Job) -> None:

@@ -3,14 +3,8 @@
 """The corpus' JSON Lines and Parquet files, written a few megabytes at a time, and its mixture files.
 
 A conversation is a line in LLaVA's form, as GMAI-VL's own data has it (uni-medical/GMAI-VL,
-examples/example_data.json)::
-
-    {"id": ..., "image": "images/...", "width": 640, "height": 480,
-     "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}
-
-Text without an image has neither ``image`` nor ``width`` and ``height``.
-
-A training takes the corpus by ``mixture.yaml``, an evaluation by ``held_out.yaml``. Categories and ratios are
+examples/example_data.json); text without an image has neither ``image`` nor ``width`` and ``height``. A
+training takes the corpus by ``mixture.yaml``, an evaluation by ``held_out.yaml``. Categories and ratios are
 those of the paper's own sub-datasets (GMAI-VL, arXiv 2411.14522, table 7): text without an image is seen in
 stage 3 only.
 """

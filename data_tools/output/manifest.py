@@ -136,11 +136,8 @@ class Manifest:
 def verify(folder: Path) -> tuple[dict[str, int], Iterator[str]]:
     """Hold the manifest against the conversations and images of a corpus, in both directions.
 
-    Returns:
-        the number of conversations and images that the manifest names, and every difference.
-
-    Raises:
-        CorpusError: there is no manifest, or it can't be read.
+    Returns the number of conversations and images that the manifest names, and every difference. A
+    `CorpusError` if there is no manifest, or it can't be read.
     """
     if not (folder / NAME).is_file():
         raise CorpusError(
@@ -162,10 +159,8 @@ def verify(folder: Path) -> tuple[dict[str, int], Iterator[str]]:
         if key in conversations:
             problems.append(f"{NAME}: {row['file']} {row['id']} has two rows")
         conversations[key] = bytes.fromhex(row["sha256"])
-        if (
-            row["image"] is not None
-            and images.setdefault(row["image"], row["image_sha256"]) != row["image_sha256"]
-        ):
+        image, digest = row["image"], row["image_sha256"]
+        if image is not None and images.setdefault(image, digest) != digest:
             problems.append(f"{NAME}: {row['image']} has two hashes")
     counts = {"conversations": len(conversations), "images": len(images)}
     return counts, _differences(folder, conversations, images, problems)

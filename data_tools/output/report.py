@@ -76,9 +76,8 @@ def funnel(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         of = list(of_stage)
         drops = [row for row in of if row["reason"]]
         total, dropped = (sum(row["count"] for row in some) for some in (of, drops))
-        if (
-            total or stage != "clean"
-        ):  # sets of classes have no regions: a nought would look like a loss
+        # Sets of classes have no regions: a nought would look like a loss.
+        if total or stage != "clean":
             stages.append(
                 {
                     "title": _STAGES[stage],

@@ -90,15 +90,10 @@ def write(store: Store, folder: Path, *, title: str, count: int) -> Path:
         raise CorpusError(f"{folder}: there is nothing to review yet; run the job first.")
     script = Path(__file__).with_name("review.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = (
-        templates(html=True)
-        .get_template("output/review.html.j2")
-        .render(
-            title=title, entries=[_entry(kept, folder) for kept in chosen], what=WHAT, digest=digest
-        )
-        .replace("/*script*/", script)
-    )
-    replace_text(folder / "review.html", page)
+    entries = [_entry(kept, folder) for kept in chosen]
+    template = templates(html=True).get_template("output/review.html.j2")
+    page = template.render(title=title, entries=entries, what=WHAT, digest=digest)
+    replace_text(folder / "review.html", page.replace("/*script*/", script))
     return folder / "review.html"
 
 
@@ -116,11 +111,8 @@ def _entry(kept: StoredConversation, folder: Path) -> dict[str, Any]:
 def take(folder: Path, files: list[Path]) -> int:
     """Add the verdicts of files to those of the corpus; of two on one text the stricter counts.
 
-    Returns:
-        How many texts have a verdict now.
-
-    Raises:
-        CorpusError: a file can't be read, or is none that the page saves.
+    Returns how many texts have a verdict now. A `CorpusError` if a file can't be read, or is none that the
+    page saves.
     """
     found = _known(folder)
     for file in files:

@@ -2,37 +2,8 @@
 
 """``summary.json``: the numbers of a corpus, from the source files to the conversations.
 
-========================  ==========================================================================
-key                       what it holds
-========================  ==========================================================================
-``title``, ``seed``       of the job
-``writer``                ``name``; ``model`` if there is one
-``records``               ``count``, ``pictures`` (distinct), ``held_out``, and the number of records by
-                          ``modality``, ``source_task``, ``department``, ``clinical_task``
-``conversations``         ``count``, ``held_out``, ``rejected``, ``acceptance`` (accepted by accepted and
-                          rejected; null without either), ``repeated`` (texts without an image that were
-                          there already), and the number by ``form``, ``kind`` (of perception),
-                          ``turns`` (questions asked of dialogues), ``language``
-``sources``               source of this run -> ``dataset``, ``licence``, ``url``, ``records``, ``held_out``,
-                          ``not_published`` (why what is made of it may not be; empty if it may),
-                          ``conversations``, ``rejected``, ``acceptance``, ``reasons`` (of rejection ->
-                          count), ``labels`` (the commonest: name -> records), ``funnel``
-``sources.*.funnel``      rows of ``stage``, ``reason``, ``count``; reason ``""`` is what came through
-``left_out``              source -> ``reason``, ``records``: not in the corpus because of its licence
-``licences``              rows of ``licence``, ``demands``, ``sources``, ``records``
-``files``                 file -> ``lines``, ``bytes``, ``sha256``
-``split``                 ``share`` asked for, ``groups``, ``linked`` and ``largest`` (see `splits.Split`),
-                          ``near_duplicates`` (pairs; null if they weren't looked for)
-``usage``                 ``requests``, ``cached``, ``prompt_tokens``, ``completion_tokens``, ``dollars``,
-                          ``seconds``
-``versions``              of this tool, Python and the libraries that decide on what is written
-``review``                ``judged``, ``wrong``, ``unclear``, ``outdated``, ``error_rate``, ``low``, ``high``,
-                          see `review.ErrorRate`; null before anybody has judged a text
-``warnings``              sentences: what someone should look at before using the corpus
-========================  ==========================================================================
-
-``usage`` and ``versions`` are in no other file than this one and ``report.html``: the rest of the folder is
-the same, byte for byte, whenever it is made.
+docs/corpus.md explains its keys. ``usage`` and ``versions`` are in no other file than this one and
+``report.html``: the rest of the folder is the same, byte for byte, whenever it is made.
 """
 
 from __future__ import annotations
@@ -135,10 +106,9 @@ class Tally:
         near_duplicates: int | None,
         files: dict[str, dict[str, Any]],
     ) -> dict[str, Any]:
-        """Return the values of ``summary.json``, see the module."""
-        model = getattr(
-            job.writer, "model", None
-        )  # other settings may hold addresses that are nobody's business
+        """Return the values of ``summary.json``; docs/corpus.md explains them."""
+        # Other settings may hold addresses that are nobody's business.
+        model = getattr(job.writer, "model", None)
         kinds = self._by("kind")
         values: dict[str, Any] = {
             "title": job.title,
@@ -271,9 +241,5 @@ def _funnel_order(row: Mapping[str, Any]) -> tuple[int, int, str]:
 
 def as_text(summary: Mapping[str, Any]) -> str:
     """Return the values of ``summary.json`` as text, at most 100 characters a line but for warnings."""
-    return (
-        templates()
-        .get_template("output/summary.txt.j2")
-        .render(summary, figures=FIGURES)
-        .rstrip("\n")
-    )
+    template = templates().get_template("output/summary.txt.j2")
+    return template.render(summary, figures=FIGURES).rstrip("\n")

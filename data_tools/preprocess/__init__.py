@@ -16,20 +16,9 @@ from data_tools.options import Options
 
 
 class Rules(Options):
-    """Rules for masks and what they lie in. A rule that is 0, 1 or None in its default removes nothing.
+    """Rules for masks and what they lie in; docs/corpus.md explains them.
 
-    Args:
-        preset: the preset that the other values start from.
-        split: a mask becomes one region for each connected component; else one region in all.
-        connectivity, connectivity_3d: of pixels, 8 (with diagonal neighbours) or 4; of voxels, 26, 18 or 6.
-        min_area_share, min_area_pixels: smallest region, as a share of the image, in pixels.
-        keep_largest: so many components of a label at most, the largest.
-        clip_boxes: a box that reaches over the image's edge is cut there and counted; else it is dropped.
-        min_edge_ratio: of a volume's slices, short edge over long edge.
-        min_voxels, min_volume_mm3, min_side_mm: smallest component of a volume's label; shortest side of its
-            bounding box.
-        max_background: largest share of a volume's voxels that belongs to no label.
-        split_left_right: a label whose components lie on both sides of the body becomes two.
+    A rule that is 0, 1 or None in its default removes nothing.
     """
 
     preset: str | None = None

@@ -36,13 +36,11 @@ ONE_LEVEL = "picture of one grey level"
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image of the corpus.
+    """An image of the corpus, upright.
 
-    Args:
-        path: below the folder, ``ab/abcdef....png``: hash of the pixels and, of a file kept, of its bytes.
-        pixels: the hash of the pixels alone.
-        width, height: pixels, upright.
-        turned: whether EXIF orientation was applied, so that coordinates of the file as stored don't fit.
+    ``path`` below the folder, ``ab/abcdef....png``, is the hash of the pixels and, of a file kept, of its
+    bytes; ``pixels`` the first of these. ``turned``: EXIF orientation was applied, so that coordinates of the
+    file don't fit.
     """
 
     path: str
@@ -159,15 +157,8 @@ def _png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-_PNG_CHUNKS = {
-    b"IHDR": 13,
-    b"IDAT": None,
-    b"IEND": 0,
-    b"gAMA": 4,
-    b"cHRM": 32,
-    b"sRGB": 1,
-    b"pHYs": 9,
-}
+_PNG_CHUNKS: dict[bytes, int | None] = {b"IHDR": 13, b"IDAT": None, b"IEND": 0}
+_PNG_CHUNKS |= {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9}
 """Chunks that make an image of grey or RGB, and the length that they have."""
 
 

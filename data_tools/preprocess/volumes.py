@@ -36,11 +36,9 @@ class Structure:
 class Volume:
     """Voxels ``[X, Y, Z]`` in RAS+, finite, and label maps that an expert drew.
 
-    Args:
-        affine: float64 ``[4, 4]``, from voxel indices to millimetres in RAS+.
-        layers: integer ``[X, Y, Z]`` each; structures that overlap lie in different layers.
-        structures: what the layers' values stand for; a value without a structure is not annotated.
-        unclear: bool ``[X, Y, Z]``: voxels that nobody decided on; a slice that holds one is dropped.
+    ``affine`` is float64 ``[4, 4]``, from voxel indices to millimetres in RAS+; ``layers`` integer ``[X, Y,
+    Z]`` each: structures that overlap lie in different ones. A value without a structure is not annotated.
+    ``unclear`` are bool ``[X, Y, Z]``: voxels that nobody decided on; a slice that holds one is dropped.
     """
 
     voxels: np.ndarray
@@ -92,18 +90,7 @@ def pack(
 
 
 class Slicing(Options):
-    """Keys of the job: which slices of a volume become images.
-
-    Args:
-        axes: all three by default; the rule on short edges, ``min_edge_ratio``, then drops thin ones.
-        keep: ``labelled``: slices that hold a structure; ``all``: also those without one. A volume without
-            a label map gives all of its slices.
-        every: take each Nth voxel layer, counted from index 0.
-        at_most_a_label: slices of each structure on each axis, spread evenly over those that hold it.
-        at_most_a_volume: slices of each axis, spread evenly over those that are left.
-        square_pixels: stretch images of unequal spacing to the finer of the two (bilinear; label maps by
-            nearest neighbour on the same grid), so that shapes are as in the body.
-    """
+    """Keys of the job: which slices of a volume become images; docs/corpus.md explains them."""
 
     axes: tuple[Axis, ...] = Field(AXES, min_length=1)
     keep: Literal["labelled", "all"] = "labelled"

@@ -2,14 +2,9 @@
 
 """Readers by name. A module is imported when a job uses it: one that reads DICOM needs pydicom, others don't.
 
-A reader is a module with ``Options`` (its keys in the job), ``units(options)`` (what there is to read,
-in a fixed order) and ``read(options, unit, drops)`` (the samples of one unit). For all that it leaves
-out it raises `Unusable` inside `drops.image` or `drops.annotation`, or calls ``drops.add(...,
-lost=labels)``; where it names no labels, any may be lost. A drop that concerns images of other units is
-marked there by `drops.lose`. Where a module has a ``VERSION``, a new number makes finished jobs read
-their sources again. A new format is one such file, its name in `_MODULES` (which makes `READERS`), a job in
-``examples/jobs`` and its test. A new kind of volume file needs no reader: `open_volume` of
-`core.imaging.volume_headers` reads its header, and `SUFFIXES` there lets the readers of volumes take it.
+docs/corpus.md says what a reader is made of. Where it names no ``lost`` labels, any may be lost; a drop that
+concerns images of other units is marked there by `drops.lose`. Where a module has a ``VERSION``, a new number
+makes finished jobs read their sources again.
 """
 
 from __future__ import annotations
@@ -37,10 +32,9 @@ READERS = {name: f"{__name__}.{name}" for name in _MODULES} | {"decathlon": f"{_
 class Permission(Options):
     """A host that may have the content of a source although its licence forbids third parties.
 
-    Args:
-        host: its name or address, without port and path.
-        retention: for how long it keeps what it is sent, in the words of its contract.
-        evidence: what says so, and that it may: a contract, an approval, with its date.
+    ``host`` is a name or address without port and path; ``retention`` for how long it keeps what it is sent,
+    in the words of its contract; ``evidence`` says so, and that it may: a contract, an approval, with its
+    date.
     """
 
     host: str

@@ -26,11 +26,9 @@ UNLISTED = "annotation of an image that isn't listed"
 class Options(SourceOptions):
     """Keys of ``reader: coco``.
 
-    Args:
-        annotations: the JSON file.
-        images: folder that ``file_name`` is below; default the root.
-        regions: ``boxes`` takes ``bbox``; ``masks`` takes ``segmentation``, and cleaning makes boxes of it.
-        group_key: key of an entry of ``images`` that tells patient or case, such as ``patient_id``.
+    ``annotations`` is the JSON file, ``images`` the folder that ``file_name`` is below, by default the root.
+    ``regions: boxes`` takes ``bbox``; ``masks`` takes ``segmentation``, and cleaning makes boxes of it.
+    ``group_key`` of an entry of ``images`` tells patient or case.
     """
 
     default_source_task: ClassVar[str] = "2D detection"

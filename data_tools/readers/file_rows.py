@@ -32,12 +32,9 @@ class CornerColumns(Options):
 class RowColumns(Options):
     """The columns of a table.
 
-    Args:
-        file: path below the source's root, file name, or file name without its suffix.
-        label: the label; an empty cell: nothing is known.
-        box: ``{x1: ..., y1: ..., x2: ..., y2: ...}``; without it, or where the four cells are empty, a label
-            is of the whole.
-        attributes: column -> name of the attribute that its cells are.
+    ``file`` holds a path below the source's root, a file name, or one without suffix. An empty cell of
+    ``label``: nothing is known. Without ``box``, or where its four cells are empty, a label is of the whole.
+    ``attributes``: column -> name of the attribute that its cells are.
     """
 
     file: str = "file"
@@ -50,13 +47,10 @@ class RowColumns(Options):
 class FileRow:
     """A row that names a video, a slide or a series.
 
-    Args:
-        line: of the table, from 1, the header included; of an Excel sheet its row.
-        label: "" if the cell is empty.
-        box: None without box columns, or with all four cells empty.
-        attributes, cells: those with a text in their cell; further columns that the reader asked for.
-        problem: why the row can't be used, or "".
-        words: labels of other rows that stand in cells of the box, see `rows.words_of`.
+    ``line`` counts from 1, the header included; of an Excel sheet it is the row. ``label`` is "" for an empty
+    cell, ``box`` None without one. ``attributes`` have a text in their cell; ``cells`` are further columns
+    that the reader asked for. ``problem`` says why the row can't be used. ``words`` are labels of other rows
+    that stand in cells of the box, see `rows.words_of`.
     """
 
     line: int

@@ -17,11 +17,8 @@ from gmai_xtuner.core.errors import Unusable
 class Options(SourceOptions):
     """Keys of ``reader: image_folder``.
 
-    Args:
-        folders: folders below the root that hold the class folders, such as ``[train, val]``; default the
-            root itself.
-        label_from: the folder that names the class: ``first``, right below ``folders``, or ``last``, the one
-            that the image lies in.
+    ``folders`` below the root, such as ``[train, val]``, hold the class folders; default the root itself. The
+    class is named by the ``first`` folder below them, or by the ``last``, the one that the image lies in.
     """
 
     default_source_task: ClassVar[str] = "2D classification"

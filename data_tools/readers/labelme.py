@@ -29,9 +29,8 @@ BAD = "JSON of labelme that can't be read"
 class Options(SourceOptions):
     """Keys of ``reader: labelme``.
 
-    Args:
-        annotations: folder of the JSON files; default the root. ``imagePath`` is relative to its JSON file.
-        regions: ``masks`` takes shapes as they are drawn; ``boxes`` the upright boxes around them.
+    JSON files lie in ``annotations``, by default the root; ``imagePath`` is relative to them. ``regions:
+    masks`` takes shapes as they are drawn, ``boxes`` the upright boxes around them.
     """
 
     default_source_task: ClassVar[str] = "2D segmentation"

@@ -2,12 +2,8 @@
 
 """Images with mask files: binary, numbered, in colours, one file or several for each image.
 
-Masks are found by a pattern over the image's path,
-
-    images: "{place:path}/{name}_SEM.png"
-    masks: "derivatives/labels/{place}/{name}_SEM_seg-{label}-manual.png"
-
-or by a JSON map from image to masks, as SA-Med2D-20M has it. ``{label}`` is the label's code.
+Masks are found by a pattern over the image's path, or by a JSON map from image to masks, as SA-Med2D-20M has
+it. ``{label}`` is the label's code.
 """
 
 from __future__ import annotations
@@ -35,20 +31,7 @@ _COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
 
 
 class Options(SourceOptions):
-    """Keys of ``reader: masks``.
-
-    Args:
-        images: pattern of the images' paths; ``{group}`` is patient, case or slide.
-        masks: pattern or patterns of the masks' paths, with the image's pieces and further ones.
-        map: JSON file ``{picture: [masks]}``, instead of ``images``; ``masks`` then finds ``{label}``.
-        classes: JSON file ``{class: id}`` or ``{dataset: {class: id}}``: ``{label}`` is an id, ``{dataset}``
-            a piece of the mask's path.
-        kind: ``binary``; ``indexed``: the value is the label's code; ``colours``: see there.
-        label: of binary masks without ``{label}``.
-        foreground: of binary masks: values, or ``">127"``. Default: the one value besides 0.
-        background: values of indexed masks that are no label.
-        colours: ``#rrggbb`` -> label; null is background. A colour that is not listed drops the image.
-    """
+    """Keys of ``reader: masks``; docs/corpus.md explains them."""
 
     default_source_task: ClassVar[str] = "2D segmentation"
 

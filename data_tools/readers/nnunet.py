@@ -2,22 +2,12 @@
 
 """Sets with a ``dataset.json``: nnU-Net v2 (``reader: nnunet``) and the Medical Segmentation Decathlon.
 
-nnU-Net has ``imagesTr/CASE_0000.nii.gz`` for each channel and ``labelsTr/CASE.nii.gz``:
-
-    {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "ignore": 2},
-     "file_ending": ".nii.gz"}
-
-Region-based labels, ``"whole tumor": [1, 2, 3]``, are regions here as well: they overlap, and each gives its
-own masks. ``ignore`` marks voxels that nobody decided on; slices that hold one are dropped. Sets with a
-``dataset`` table name their files there. Two-dimensional sets (.png, .tif) are for ``reader: masks``.
-
-The Decathlon (``reader: decathlon``), and nnU-Net v1, list the cases, whose channels lie in one file:
-
-    {"modality": {"0": "FLAIR", "1": "T1w"}, "labels": {"0": "background", "1": "edema"},
-     "training": [{"image": "./imagesTr/BRATS_001.nii.gz", "label": "./labelsTr/BRATS_001.nii.gz"}]}
-
-Labels have the names of ``dataset.json``; the job's ``labels`` rename those. The ``test`` list has no labels
-and is not read.
+nnU-Net v2 has ``imagesTr/CASE_0000.nii.gz`` for each channel and ``labelsTr/CASE.nii.gz``, or names its files
+in a ``dataset`` table. Region-based labels, ``"whole tumor": [1, 2, 3]``, are regions here as well: they
+overlap, and each gives its own masks. ``ignore`` marks voxels that nobody decided on; slices that hold one
+are dropped. Two-dimensional sets (.png, .tif) are for ``reader: masks``. The Decathlon (``reader:
+decathlon``), and nnU-Net v1, list the cases under ``training``, whose channels lie in one file; the ``test``
+list isn't read.
 """
 
 from __future__ import annotations
@@ -48,11 +38,7 @@ CHANNEL_MODALITIES = {
 
 
 class Options(VolumeOptions):
-    """Keys of ``reader: nnunet`` and ``reader: decathlon``.
-
-    Args:
-        channels: names (or numbers) of the channels that images are made of. Default: all.
-    """
+    """Keys of ``reader: nnunet`` and ``decathlon``: ``channels`` by name or number; default: all."""
 
     reader: Literal["nnunet", "decathlon"]
     channels: tuple[str | int, ...] | None = Field(None, min_length=1)

@@ -70,17 +70,13 @@ def read_table(
     sheet: str | None = None,
     strict: bool = False,
 ) -> Iterator[Row]:
-    """Yield the rows of a table that are not empty.
+    """Yield the rows of a table that are not empty, with the cells of the columns in ``used``.
 
-    Args:
-        path: of the file.
-        used: columns whose cells are wanted. In a JSONL a missing one is None, but an error with ``strict``.
-        source: name in the job, for error texts.
-        form: default by suffix.
-        encoding, delimiter, sheet: default UTF-8, a comma (of a TSV a tab), the first.
+    In a JSONL a missing one is None, but an error with ``strict``. Form is by suffix, encoding UTF-8, the
+    delimiter a comma (of a TSV a tab), the sheet the first, unless they are said; ``source`` is named in
+    errors.
 
-    Raises:
-        SourceError: it can't be read, a column is missing, or there is no row.
+    A `SourceError` if it can't be read, a column is missing, or there is no row.
     """
     shown = f"Source {source}: {path}"
     form = form or FORMATS.get(path.suffix.lower())

@@ -30,16 +30,7 @@ _AXES = (("x1", "x2", "cx", "width"), ("y1", "y2", "cy", "height"))
 
 
 class BoxColumns(Section):
-    """Where a row has its box: a column for each number, or one column with four.
-
-    Args:
-        x1, y1, x2, y2: left, upper, right and lower edge.
-        cx, cy, width, height: centre and size.
-        column: the one column; a list, or a text of numbers with anything between them.
-        order: what the four numbers of ``column`` are.
-        unit: ``pixels``, or ``fractions`` of the image's width and height.
-        last_pixel_inside: ``x2`` and ``y2`` name the last pixel of the box: its width is ``x2 - x1 + 1``.
-    """
+    """Where a row has its box: a column for each number, or one column with four; see docs/corpus.md."""
 
     x1: str | None = None
     y1: str | None = None
@@ -86,28 +77,7 @@ def _by_their_names(columns: object) -> object:
 
 
 class Options(SourceOptions):
-    """Keys of ``reader: table``.
-
-    Args:
-        table: the file, relative to the job file or below the root.
-        format, encoding, delimiter, sheet: default by suffix, UTF-8, a comma (of a TSV a tab), the first.
-        image: column with the image's path, or a pattern of columns such as ``png/{image ID:03d}.png``.
-        image_folder, image_suffix: put before and behind it.
-        label, label_separator: column or columns of labels; sign between those of one cell, such as ``|``.
-        one_hot: columns that say whether a label applies; a list, or a map from column to label.
-        positive, negative: cells of such a column. Any other cell is unclear and drops the image.
-        nothing: label of an image to which no ``one_hot`` column applies; default: it has none.
-        missing: cells that stand for nothing.
-        box: where a row has its box; a row whose cells of it are all missing speaks of the whole image.
-        row_is: ``picture``: one row an image, two that differ drop it; ``finding``: each row adds to the
-            image. Default: ``finding`` with ``box``, else ``picture``.
-        attribute_columns, finding_columns: column -> name of the image's, or the finding's, attribute.
-        attribute_values: name of an attribute -> its codes -> words; a code not among them drops the row.
-        group_column, modality_column: patient, case or slide; of the taxonomy, or a DICOM code.
-        licence_column: the licence of each image, which counts instead of the source's; a missing cell is
-            under the source's.
-        split_column, splits: only rows with one of these values are read.
-    """
+    """Keys of ``reader: table``; docs/corpus.md explains them."""
 
     default_source_task: ClassVar[str] = "2D classification"
 

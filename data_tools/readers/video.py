@@ -32,10 +32,9 @@ THUMBNAIL_SIDE = 32  # pixels of the grey thumbnail by which frames are told apa
 class VideoColumns(RowColumns):
     """The columns of a table; those of `RowColumns`, and the frame that a row is about.
 
-    Args:
-        frame: its number, the first is 0 (`first_frame` says otherwise); or
-        seconds: its time, ``83.5`` or ``1:23.5``; the frame that is on the screen then.
-        until: end of the interval that begins there, in the same unit, exclusive.
+    ``frame`` is its number from 0 (`first_frame` says otherwise); or ``seconds`` its time, ``83.5`` or
+    ``1:23.5``: the frame on the screen then. ``until`` ends the interval that begins there, in the same unit,
+    exclusive.
     """
 
     frame: str | None = None

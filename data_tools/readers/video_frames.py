@@ -33,12 +33,9 @@ SCENE_SIDE = 64  # pixels of the thumbnail by which scenes are told apart
 class Timeline:
     """The frames of a video in the order in which they are shown.
 
-    Args:
-        pts: int64 ``[frames]``, strictly ascending, in units of ``time_base``.
-        keyframes: int64, sorted: the ``pts`` at which decoding can start.
-        time_base: seconds of one unit.
-        by_counting: the file has no usable time stamps; ``pts`` are the frames' numbers, and a frame is
-            found by decoding all before it.
+    ``pts`` are int64 ``[frames]``, strictly ascending, in units of ``time_base`` seconds; at ``keyframes``,
+    sorted, decoding can start. ``by_counting``: the file has no usable time stamps; ``pts`` are the frames'
+    numbers, and a frame is found by decoding all before it.
     """
 
     pts: np.ndarray

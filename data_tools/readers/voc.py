@@ -23,16 +23,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Options(SourceOptions):
-    """Keys of ``reader: voc``.
-
-    Args:
-        annotations, images: folders of the XML files and of the images.
-        splits, split_folder: lists of the images to read, without ``.txt``, and their folder; default all.
-        image_by: ``filename``, the element of that name, or ``stem``, the XML file's own name.
-        corners: ``edges``: ``xmax - xmin`` is the width; ``pixels``: counted from 1, the last pixel
-            belongs to the box, as in the VOC sets themselves.
-        difficult: whether objects marked so are kept; they are counted else.
-    """
+    """Keys of ``reader: voc``; docs/corpus.md explains them."""
 
     default_source_task: ClassVar[str] = "2D detection"
 

@@ -2,14 +2,8 @@
 
 """Volumes with label maps: NIfTI, NRRD and MetaImage, one of them paired with the other by patterns.
 
-    images: "{case}/ct.nii.gz"
-    masks: "{case}/segmentation.nii.gz"            # the value is the label's code
-    masks: "{case}/segmentations/{label}.nii.gz"   # or a binary file for each label, as TotalSegmentator has
-
 The volume is turned to RAS+, cleaned by the three-dimensional rules, and cut into images. A label map must
-lie on the volume's grid, or be cut out of it; corners more than a tenth of a voxel away drop the case. Of a
-segmentation by 3D Slicer the segments' names are the labels.
-
+lie on the volume's grid, or be cut out of it; corners more than a tenth of a voxel away drop the case.
 `VolumeOptions`, `maps_on` and `samples` serve the other readers of volumes too.
 """
 
@@ -67,12 +61,9 @@ FileWindow = Literal["file"] | Window
 
 
 class VolumeOptions(SourceOptions):
-    """Keys of every reader of volumes.
+    """Keys of every reader of volumes; see `preprocess.volumes.Slicing` and `core.imaging.windows`.
 
-    Args:
-        slices: which become images, see `preprocess.volumes.Slicing`.
-        window: how intensities become grey levels, see `gmai_xtuner.core.imaging.windows`.
-        max_voxels: a file that declares more is dropped before it is read; the default is 4 GiB of float32.
+    A file that declares more than ``max_voxels``, by default 4 GiB of float32, is dropped before it is read.
     """
 
     default_source_task: ClassVar[str] = "3D segmentation"
@@ -83,14 +74,7 @@ class VolumeOptions(SourceOptions):
 
 
 class Options(VolumeOptions):
-    """Keys of ``reader: volume``.
-
-    Args:
-        images: pattern of the volumes' paths; ``{group}`` is the patient, ``{label}`` is said of all images.
-        masks: pattern or patterns of the label maps' paths, with the volume's pieces. With ``{label}`` a
-            file is one structure, whatever its values are; without it the value is the label's code.
-        channel: index along the fourth axis (time, sequence), of volume and label map.
-    """
+    """Keys of ``reader: volume``; docs/corpus.md explains them."""
 
     reader: Literal["volume"]
     images: str

@@ -24,16 +24,7 @@ _EDGE = 1e-4  # fractions are written with five or six digits
 
 
 class Options(SourceOptions):
-    """Keys of ``reader: yolo``.
-
-    Args:
-        names: in the order of their numbers, or the file that has them: a ``data.yaml``, or a name a line.
-        format: ``boxes`` (class, centre, size), ``polygons`` (class, corners) or ``oriented`` (class, four
-            corners of a turned box; its upright box is taken).
-        folders: folders to read, such as ``[images/train]``; default the root.
-        images, annotations: names of the two folders that stand for each other. ``images: ""``: a label file
-            lies beside its image.
-    """
+    """Keys of ``reader: yolo``; docs/corpus.md explains them."""
 
     default_source_task: ClassVar[str] = "2D detection"
 

@@ -37,11 +37,8 @@ def model_writer(
 
     options = job.writer
     assert not isinstance(options, TemplateOptions)
-    prompts, folder, name = (
-        prompts_of(job, grounded=grounded),
-        folder or job.output,
-        str(job.output),
-    )
+    prompts = prompts_of(job, grounded=grounded)
+    folder, name = folder or job.output, str(job.output)
     origins = licences.Origins(job)
     if isinstance(options, OpenAIBatchOptions):
         return OpenAIBatchWriter(options, prompts, folder=folder, job=name, origins=origins)

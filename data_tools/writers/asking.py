@@ -18,8 +18,7 @@ from typing import Generic, TypeVar
 import platformdirs
 
 from data_tools.checks import check_translation
-from data_tools.items import Conversation, Item, Problem, SourceContext
-from data_tools.records import Record
+from data_tools.items import Conversation, Item, Problem, Task
 from data_tools.writers.ledger import Expense, Ledger, Reply
 from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.prompts import Prompt, Prompts
@@ -51,15 +50,6 @@ class BudgetReached(CleanStop):
 
 class BatchesPending(CleanStop):
     """Batches are under way; a later run of the same job collects them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A conversation that is to be written, with everything that is known."""
-
-    item: Item
-    record: Record
-    context: SourceContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +117,10 @@ class ModelWriter(Generic[O]):
         """Ask for the task's conversation until it passes the checks, ``retries`` times again at most."""
         item, replies = task.item, list[Reply]()
         translate = item.language != "en" and self.options.chinese == "translate"
-        first = dataclasses.replace(item, language="en") if translate else item
-        outcome = yield from self._until_right(task, first, None, replies)
+        english = dataclasses.replace(task, item=dataclasses.replace(item, language="en"))
+        outcome = yield from self._until_right(english if translate else task, None, replies)
         if translate and outcome.conversation is not None:
-            outcome = yield from self._until_right(task, item, outcome.conversation, replies)
+            outcome = yield from self._until_right(task, outcome.conversation, replies)
         new = [reply for reply in replies if reply.new]
         return dataclasses.replace(
             outcome,
@@ -145,29 +135,29 @@ class ModelWriter(Generic[O]):
         )
 
     def _until_right(
-        self, task: Task, item: Item, original: Conversation | None, replies: list[Reply]
+        self, task: Task, original: Conversation | None, replies: list[Reply]
     ) -> Questions:
         """Ask for an item, or for the translation of ``original``."""
-        prompts, record, context = self.prompts, task.record, task.context
+        prompts, item = self.prompts, task.item
         problems: list[Problem] = []
         for attempt in range(self.options.retries + 1):
             if original is None:
-                prompt = prompts.build(item, record, context, problems=problems)
+                prompt = prompts.build(task, problems=problems)
             else:
-                prompt = prompts.translate(original, item, record, context, problems=problems)
+                prompt = prompts.translate(original, task, problems=problems)
             try:
-                reply = yield Request.of(item, prompt, attempt, record, self.options, self.folder)
+                reply = yield Request.of(task, prompt, attempt, self.options, self.folder)
             except ServerFault as fault:
                 problem = Problem(fault.reason, fault.detail)
                 return Outcome(item, None, (problem,), shown(prompt), pending=True)
             replies.append(reply)
-            found = spoilt(reply) or prompts.read_answer(reply.text, item, record)
+            found = spoilt(reply) or prompts.read_answer(reply.text, task)
             if isinstance(found, Problem):
                 problems = [found]
             else:
-                problems = prompts.check(found, item, record, context)
+                problems = prompts.check(found, task)
                 if original is not None:
-                    problems = [*problems, *check_translation(found, original, context)]
+                    problems = [*problems, *check_translation(found, original, task.context)]
             if not problems or reply.finish == REFUSED:
                 break
         answer = reply.refusal if reply.finish == REFUSED else reply.text or reply.refusal
@@ -177,14 +167,10 @@ class ModelWriter(Generic[O]):
     def estimate(self, tasks: Iterable[Task]) -> dict[str, float]:
         """Return what these tasks would cost, without a request and without a key.
 
-        Returns:
-            ``requests`` to be sent if every answer passes the checks at once, ``cached`` answers of the
-            ledger, ``prompt_tokens``, ``completion_tokens`` and ``dollars`` as the ledger's earlier answers
-            of this model lead to expect, and ``dollars_at_most``: every prompt at its upper bound, every
-            answer at its greatest length, no retries.
-
-        Raises:
-            CorpusError: an image or the ledger can't be read.
+        ``requests`` are to be sent if every answer passes the checks at once, ``cached`` answers are the
+        ledger's. Tokens and ``dollars`` are as its earlier answers of this model lead to expect;
+        ``dollars_at_most`` has every prompt at its upper bound, every answer at its greatest length, no
+        retries. A `CorpusError` if an image or the ledger can't be read.
         """
         options = self.options
         requests = cached = 0

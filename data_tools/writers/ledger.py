@@ -2,19 +2,10 @@
 
 """The ledger: every answer that was paid for, and what each job has spent. One SQLite file for all jobs.
 
-```
-answers   key -> answer      asked once, by whichever job; key: `request.Request.key`
-under_way key -> run, job    written before a request is sent, with the most that it can cost
-spent     job                tokens and dollars over all runs; "lost": of requests whose answer never came
-servers   address, model     what the server was found not to understand
-shards, shard_keys           batches (of OpenAI's batch API) and the requests in them, written before
-                             anything of them leaves this machine
-```
-
-A run holds a file lock as long as it lives. What it left ``under_way`` when it was killed is found by the
-next run, which counts it as spent at its most, because the server may bill it, and asks again.
-Answers are on the disk before anyone sees them (``synchronous=FULL``, many in one transaction). Neither
-prompts nor images nor keys are in the file.
+Its tables are in ledger.sql. A run holds a file lock as long as it lives. What it left ``under_way`` when it
+was killed is found by the next run, which counts it as spent at its most, because the server may bill it, and
+asks again. Answers are on the disk before anyone sees them (``synchronous=FULL``, many in one transaction).
+Neither prompts nor images nor keys are in the file.
 """
 
 from __future__ import annotations
@@ -85,13 +76,9 @@ class Shard(NamedTuple):
 class Ledger:
     """Open the ledger for one run of one job; a context manager. Methods may be called from any thread.
 
-    Args:
-        path: of the file; made with its folders if it is not there. A local disk: SQLite's log for several
-            processes doesn't work over a network.
-        job: whose expenses these are; the same in every run, such as the corpus folder's path.
-
-    Raises:
-        CorpusError: it can't be opened.
+    Its file is made if need be, on a local disk: SQLite's log for several processes doesn't work over a
+    network. ``job`` is whose expenses these are, the same in every run. A `CorpusError` if it can't be
+    opened.
     """
 
     def __init__(self, path: Path, *, job: str) -> None:

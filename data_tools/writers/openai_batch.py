@@ -25,16 +25,8 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_tools.writers.asking import (
-    REFUSED,
-    Account,
-    BatchesPending,
-    BudgetReached,
-    ModelWriter,
-    Outcome,
-    Task,
-    step,
-)
+from data_tools.items import Task
+from data_tools.writers import asking
 from data_tools.writers.ledger import Expense, Ledger, Reply, Shard
 from data_tools.writers.options import OpenAIBatchOptions
 from data_tools.writers.request import Request, Traits, reason_of, reply_of
@@ -49,10 +41,10 @@ ENDED = ("completed", "expired", "cancelled", "failed")
 QUEUE_FULL = ("token_limit_exceeded", "request_limit_exceeded", "batch_limit_exceeded")
 
 
-class OpenAIBatchWriter(ModelWriter[OpenAIBatchOptions]):
+class OpenAIBatchWriter(asking.ModelWriter[OpenAIBatchOptions]):
     """Writes conversations by the Batch API."""
 
-    def write(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
+    def write(self, tasks: Iterable[Task]) -> Iterator[asking.Outcome]:
         """Yield the outcomes of the tasks whose answers are there; submit what is missing.
 
         Raises:
@@ -75,7 +67,7 @@ class OpenAIBatchWriter(ModelWriter[OpenAIBatchOptions]):
                     if not run.shards:
                         break
                     if time.monotonic() >= until:
-                        raise BatchesPending(
+                        raise asking.BatchesPending(
                             f"{waiting.count:,} conversations wait for {len(run.shards)} batches at "
                             f"{self.options.base_url}; run the job again to collect them."
                         )
@@ -83,7 +75,7 @@ class OpenAIBatchWriter(ModelWriter[OpenAIBatchOptions]):
                 if run.over_budget is not None:
                     raise run.over_budget
                 if waiting.count:
-                    raise BatchesPending(
+                    raise asking.BatchesPending(
                         f"{waiting.count:,} conversations wait: the server has no room for their batches "
                         "now, or another job asks the same. Run the job again later."
                     )
@@ -101,7 +93,7 @@ class _Run:
         self.server = _Server(self.options)
         self.refused: dict[str, Reply] = {}
         self.new: set[str] = set()
-        self.over_budget: BudgetReached | None = None
+        self.over_budget: asking.BudgetReached | None = None
         self.folder = ledger.path.with_name(ledger.path.name + ".shards")
         self.folder.mkdir(exist_ok=True)
         for shard in ledger.shards(self.options.base_url):
@@ -131,9 +123,9 @@ class _Run:
         self.ledger.set_shard(shard, "submitted", file_id=file_id, batch_id=batch_id)
         self._file(shard).unlink(missing_ok=True)
 
-    def walk(self, tasks: Iterator[Task]) -> Generator[Outcome, None, _Spool]:
+    def walk(self, tasks: Iterator[Task]) -> Generator[asking.Outcome, None, _Spool]:
         """Judge what is answered and submit what nobody asks yet; returns the tasks that wait."""
-        account = Account(self.options, self.ledger.spent())
+        account = asking.Account(self.options, self.ledger.spent())
         account.reserve(self.ledger.reserved_in_shards())
         self.over_budget = None
         waiting = _Spool()
@@ -141,7 +133,7 @@ class _Run:
         try:
             for task in tasks:
                 found = self._advance(task)
-                if isinstance(found, Outcome):
+                if isinstance(found, asking.Outcome):
                     yield found
                     continue
                 waiting.add(task)
@@ -158,10 +150,8 @@ class _Run:
                         f"{task.item.id}: the request has {len(line):,} bytes, a batch may have "
                         f"{self.options.max_bytes:,}; make writer.image.longest_side smaller"
                     )
-                if (
-                    len(keys) == self.options.max_requests
-                    or len(data) + len(line) > self.options.max_bytes
-                ):
+                longer = len(data) + len(line)
+                if len(keys) == self.options.max_requests or longer > self.options.max_bytes:
                     self._send(data, keys, origins)
                     data, keys, origins = bytearray(), {}, set()
                     if self._full():
@@ -177,10 +167,10 @@ class _Run:
             raise
         return waiting
 
-    def _advance(self, task: Task) -> Outcome | Request:
+    def _advance(self, task: Task) -> asking.Outcome | Request:
         """As far as the ledger's answers take it: the outcome, or the question that has no answer yet."""
         questions = self.writer.questions(task)
-        found = step(questions)
+        found = asking.step(questions)
         while isinstance(found, Request):
             reply = self.ledger.answer(found.key) or self.refused.get(found.key)
             if reply is None:
@@ -188,7 +178,7 @@ class _Run:
             if found.key in self.new:
                 self.new.discard(found.key)
                 reply = dataclasses.replace(reply, new=True)
-            found = step(questions, reply)
+            found = asking.step(questions, reply)
         return found
 
     def _full(self) -> bool:
@@ -196,13 +186,8 @@ class _Run:
         return most is not None and len(self.shards) >= most
 
     def _line(self, made: Request) -> bytes:
-        body = made.body(self.traits)
-        line = {
-            "custom_id": made.key,
-            "method": "POST",
-            "url": "/v1/chat/completions",
-            "body": body,
-        }
+        line: dict[str, Any] = {"custom_id": made.key, "method": "POST"}
+        line |= {"url": "/v1/chat/completions", "body": made.body(self.traits)}
         return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
     def _send(
@@ -268,7 +253,7 @@ class _Run:
             if lesson := self.traits.lesson(refusal, self.options):
                 self.ledger.remember(*self.at, lesson)
             else:
-                self.refused[key] = Reply(reason_of(refusal), REFUSED, refusal.message[:500])
+                self.refused[key] = Reply(reason_of(refusal), asking.REFUSED, refusal.message[:500])
 
 
 class _Server:

@@ -23,20 +23,13 @@ from typing import Any, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
-from data_tools.writers.asking import REFUSED, Account, ModelWriter, Outcome, Task, step
+from data_tools.items import Task
+from data_tools.writers.asking import REFUSED, Account, ModelWriter, Outcome, step
 from data_tools.writers.ledger import Expense, Ledger, Reply
 from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.request import Request, Traits, reason_of, reply_of
+from gmai_xtuner.core import http
 from gmai_xtuner.core.errors import CorpusError, EndpointError
-from gmai_xtuner.core.http import (
-    ChatServer,
-    Concurrency,
-    Pace,
-    RequestRefused,
-    ServerFault,
-    back_off,
-    each,
-)
 
 REFUSED_AT_FIRST = 5
 """Requests without a single answer after which the job, not the item, is at fault."""
@@ -76,7 +69,7 @@ class OpenAIWriter(ModelWriter[OpenAIOptions]):
             run = portal.call(_Run, self, ledger)
             wanted = takewhile(lambda _: run.stopped is None, tasks)
             try:
-                for outcome in each(portal, run.write, wanted, window=window):
+                for outcome in http.each(portal, run.write, wanted, window=window):
                     if outcome is not None:
                         yield outcome
             finally:
@@ -92,7 +85,7 @@ class _Run:
         options = writer.options
         self.writer, self.options, self.ledger = writer, options, ledger
         self.stopped: CorpusError | None = None
-        self.server = ChatServer(
+        self.server = http.ChatServer(
             options.base_url,
             model=options.model,
             key=options.key(),
@@ -101,9 +94,9 @@ class _Run:
         )
         self.traits = Traits.of(options, ledger.traits(options.base_url, options.model))
         self.account = Account(options, ledger.spent())
-        self.concurrency = Concurrency(options.in_flight, check=self._check)
-        self.requests_pace = Pace(options.requests_a_minute)
-        self.tokens_pace = Pace(options.tokens_a_minute)
+        self.concurrency = http.Concurrency(options.in_flight, check=self._check)
+        self.requests_pace = http.Pace(options.requests_a_minute)
+        self.tokens_pace = http.Pace(options.tokens_a_minute)
         # Some more than are in flight are ready to go, so that no slot waits for the ledger or an image.
         self.ready = asyncio.Semaphore(options.in_flight + options.in_flight // 4 + 1)
         self.settled = asyncio.Condition()
@@ -189,8 +182,8 @@ class _Run:
             found = await self._in_thread(step, questions)
             while isinstance(found, Request):
                 try:
-                    said: Reply | ServerFault = await self._reply(found)
-                except ServerFault as fault:
+                    said: Reply | http.ServerFault = await self._reply(found)
+                except http.ServerFault as fault:
                     said = fault
                 found = await self._in_thread(step, questions, said)
             return found
@@ -223,9 +216,9 @@ class _Run:
                 wait = OTHER_RUN_SECONDS
             except _Learnt:
                 continue
-            except RequestRefused as refusal:
+            except http.RequestRefused as refusal:
                 return Reply(reason_of(refusal), REFUSED, refusal.message)
-            except ServerFault as fault:
+            except http.ServerFault as fault:
                 faults += not fault.throttled
                 waits += 1
                 if faults > self.options.server_retries:
@@ -236,7 +229,7 @@ class _Run:
                         ) from fault
                     raise
                 # What the server asks for holds for all requests, see Concurrency.pause.
-                wait = back_off(waits - 1) if fault.wait is None else 0.0
+                wait = http.back_off(waits - 1) if fault.wait is None else 0.0
             finally:
                 self.asked.pop(made.key).set()
             await self._sleep(wait)
@@ -261,7 +254,7 @@ class _Run:
                     actual = reply.cost
                     values = made.key, self.options.model, reply, made.at_most
                     await self._commit(partial(self.ledger.settle, *values))
-                except ServerFault as fault:
+                except http.ServerFault as fault:
                     if fault.billed:
                         actual = lost = made.at_most
                     raise
@@ -298,12 +291,12 @@ class _Run:
             # What a failure means for the others is settled before the slot is free for the next.
             try:
                 answer = await self.server.complete(body, [self.writer.origins[made.source]])
-            except ServerFault as fault:
+            except http.ServerFault as fault:
                 if fault.throttled:
                     self.concurrency.lower(seen)
                 await self._failed(fault)
                 raise
-            except RequestRefused as refusal:
+            except http.RequestRefused as refusal:
                 if lesson := traits.lesson(refusal, self.options):
                     self._learn(lesson)
                     raise _Learnt from refusal
@@ -325,7 +318,7 @@ class _Run:
             self.traits = new
             self.ledger.remember(self.options.base_url, self.options.model, lesson)
 
-    async def _refused(self, refusal: RequestRefused) -> None:
+    async def _refused(self, refusal: http.RequestRefused) -> None:
         self.refused += 1
         if self.refused >= REFUSED_AT_FIRST and not self.concurrency.opened:
             said = (
@@ -333,7 +326,7 @@ class _Run:
             )
             await self._stop_at_server(f"{said}. Check the writer's options.")
 
-    async def _failed(self, fault: ServerFault) -> None:
+    async def _failed(self, fault: http.ServerFault) -> None:
         """Stop the run if the server has given no answer for too long, or let it wait."""
         patience, now = self.options.patience, time.monotonic()
         self.failing_since = self.failing_since or now

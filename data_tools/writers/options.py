@@ -41,17 +41,7 @@ class Budget(Options):
 
 
 class ImageTokens(Options):
-    """The number of tokens of an image.
-
-    Args:
-        by: ``tiles`` as OpenAI counts gpt-4o, gpt-4.1 and their like, ``patches`` as it counts the mini and
-            nano models since gpt-4.1 and o4-mini, ``constant`` for other servers.
-        base, tile: tokens of an image and of each of its tiles: 85 and 170 for gpt-4o and gpt-4.1,
-            75 and 150 for o1 and o3, 2833 and 5667 for gpt-4o-mini. With ``detail: low`` only the base.
-        multiplier: of patches: 1.62 for gpt-4.1-mini, 2.46 for gpt-4.1-nano, 1.72 for o4-mini.
-        max_patches: a larger image is scaled down to so many.
-        constant: for ``constant``.
-    """
+    """The number of tokens of an image, as its server counts them; docs/corpus.md explains the keys."""
 
     by: Literal["tiles", "patches", "constant"] = "tiles"
     base: int = Field(default=85, ge=0)
@@ -82,15 +72,7 @@ class ImageTokens(Options):
 
 
 class ImageOptions(Options):
-    """How an image is attached.
-
-    Args:
-        longest_side: pixels. A larger image is scaled down to it; one that fits and is a PNG or JPEG
-            goes as its file's bytes.
-        quality: of JPEG, for images that are scaled or have the box drawn in; 0: PNG, without loss.
-        detail: as the API names it; None: not sent, for servers that don't know it.
-        tokens: what an image is counted at before the server's own count is known.
-    """
+    """How an image is attached; docs/corpus.md explains the keys."""
 
     longest_side: int = Field(default=1024, ge=32)
     quality: int = Field(default=90, ge=0, le=95)
@@ -101,33 +83,7 @@ class ImageOptions(Options):
 class OpenAIOptions(Options):
     """Any server that speaks the Chat Completions API, asked one conversation at a time.
 
-    Args:
-        model: as the server names it.
-        terms: of the model's licence or provider for what it writes; the card quotes them.
-        base_url: of the API, such as ``http://localhost:8000/v1``; default OpenAI's.
-        key_variable: environment variable that holds the key. The key itself is never in the job, the
-            ledger or a message. null: the server needs none.
-        temperature, top_p: sent if given.
-        parameters: further keys of the request's body, such as ``{reasoning_effort: low}``.
-        max_tokens_name: what the server calls the bound on the answer's length; ``auto`` begins with
-            ``max_completion_tokens`` and remembers a server that refuses it.
-        structured: how the answer's form is asked for; ``auto`` begins with a JSON schema and remembers
-            a server that refuses it.
-        seeded: send each item's seed. Without it two items with the same question and image share
-            one answer.
-        chinese: ``direct`` asks for Chinese at once, ``translate`` for English and then its translation.
-        image: see `ImageOptions`.
-        retries: how often an answer that fails a check is asked for again, with the reason.
-        in_flight: requests under way at once, at most. Fewer after a 429, more again after answers.
-        requests_a_minute, tokens_a_minute: of the account.
-        timeout: seconds that one request may take from its first byte to its last.
-        server_retries: how often a request is sent again that the server failed; then its item is kept for
-            the next run. A 429 doesn't count: it is waited for.
-        patience: seconds without any answer after which the job stops, and the longest wait that a server
-            may ask for.
-        price: dollars a million tokens; required for a budget in dollars.
-        budget: see `Budget`.
-        cache: SQLite file of answers and expenses, shared between jobs; default in the user's cache folder.
+    docs/corpus.md explains the keys. The key itself is never in the job, the ledger or a message.
     """
 
     name: Literal["openai"] = "openai"
@@ -201,15 +157,7 @@ class OpenAIOptions(Options):
 
 
 class OpenAIBatchOptions(OpenAIOptions):
-    """The Batch API: submitted, polled and collected, if need be across several runs of the command.
-
-    Args:
-        discount: share of the price that a batch costs.
-        max_requests, max_bytes: of one batch file. The API's bounds are 50,000 and 200 MB.
-        max_batches: under way at once; None: as many as there are.
-        wait: minutes that a run waits for batches before it stops; the next run goes on from there.
-        poll: seconds between two looks at the batches.
-    """
+    """The Batch API: submitted, polled and collected, if need be across several runs of the command."""
 
     name: Literal["openai_batch"] = "openai_batch"  # type: ignore[assignment]
     discount: float = Field(default=0.5, gt=0, le=1)

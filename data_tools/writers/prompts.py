@@ -28,8 +28,8 @@ from jinja2 import Template
 from data_tools.checks import CheckOptions, check
 from data_tools.forms.coordinates import write_box
 from data_tools.forms.language import language
-from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Item, Problem, SourceContext, Turn
-from data_tools.records import Label, Record
+from data_tools.items import IMAGE, TEXT_FORMS, Conversation, Problem, Task, Turn
+from data_tools.records import Label
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.templates import environment
 
@@ -43,12 +43,8 @@ MAX_TOKENS |= {"region_caption": 300, "dialogue": 900, "text_multi": 900}
 
 
 def _object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+    made = {"type": "object", "properties": properties}
+    return made | {"required": list(properties), "additionalProperties": False}
 
 
 _TEXT = {"type": "string"}
@@ -88,22 +84,16 @@ class Prompts:
     def __init__(self, checks: CheckOptions, taxonomy: Taxonomy, *, grounded: bool) -> None:
         self.checks, self.taxonomy, self.grounded = checks, taxonomy, grounded
 
-    def build(
-        self,
-        item: Item,
-        record: Record,
-        context: SourceContext,
-        *,
-        problems: Sequence[Problem] = (),
-    ) -> Prompt:
+    def build(self, task: Task, *, problems: Sequence[Problem] = ()) -> Prompt:
         """Return the question about an item, in any form but ``perception``, which follows from the labels.
 
         ``problems`` are those of the answer before, so that it is not given again.
         """
+        item, record = task.item, task.record
         if item.form not in _SCHEMAS:
             raise ValueError(f"{item.form!r} is never asked of a model")
         text_only = item.form in TEXT_FORMS
-        facts = _Facts(item, record, context, self.taxonomy)
+        facts = _Facts(task, self.taxonomy)
         user = _template("ask").render(
             form=item.form,
             language=item.language,
@@ -125,21 +115,16 @@ class Prompts:
         )
 
     def translate(
-        self,
-        conversation: Conversation,
-        item: Item,
-        record: Record,
-        context: SourceContext,
-        *,
-        problems: Sequence[Problem] = (),
+        self, conversation: Conversation, task: Task, *, problems: Sequence[Problem] = ()
     ) -> Prompt:
         """Return the question for a translation of ``conversation`` into the item's language."""
         turns = [
             {"question": ask.text.removeprefix(f"{IMAGE}\n"), "answer": answer.text}
             for ask, answer in zip(conversation[::2], conversation[1::2], strict=True)
         ]
+        record, chinese = task.record, task.context.chinese
         modality = self.taxonomy.terms(record.modality).chinese
-        terms = {name: context.chinese[name] for name in record.names if name in context.chinese}
+        terms = {name: chinese[name] for name in record.names if name in chinese}
         if modality:
             terms[record.modality] = modality
         return Prompt(
@@ -153,10 +138,10 @@ class Prompts:
             None,
             False,
             _TURNS,
-            2 * MAX_TOKENS[item.form],
+            2 * MAX_TOKENS[task.item.form],
         )
 
-    def read_answer(self, text: str, item: Item, record: Record) -> Conversation | Problem:
+    def read_answer(self, text: str, task: Task) -> Conversation | Problem:
         """Return the conversation in an answer, or why there is none in it. Nothing is guessed.
 
         The text is JSON of the form that was asked for, bare or fenced; a translation comes as turns.
@@ -164,7 +149,7 @@ class Prompts:
         fenced = _FENCE.match(text)
         try:
             answer = msgspec.json.decode(fenced[1] if fenced else text, type=_Answer)
-            pairs = _pairs(answer, item, record)
+            pairs = _pairs(answer, task)
         except msgspec.ValidationError as error:
             return Problem("answer has another form", str(error))
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
@@ -176,18 +161,13 @@ class Prompts:
         ]
         if any(IMAGE in turn.text for turn in turns):
             return Problem("answer has an image mark", f"{IMAGE} isn't to be written")
-        if item.form not in TEXT_FORMS:
+        if task.item.form not in TEXT_FORMS:
             turns[0] = Turn("human", f"{IMAGE}\n{turns[0].text}")
         return tuple(turns)
 
-    def check(
-        self, conversation: Conversation, item: Item, record: Record, context: SourceContext
-    ) -> list[Problem]:
+    def check(self, conversation: Conversation, task: Task) -> list[Problem]:
         """Return what is wrong with a conversation."""
-        grounded = self.grounded
-        return check(
-            conversation, item, record, context, self.taxonomy, self.checks, grounded=grounded
-        )
+        return check(conversation, task, self.taxonomy, self.checks, grounded=self.grounded)
 
 
 @lru_cache
@@ -198,11 +178,9 @@ def _template(name: str) -> Template:
 class _Facts:
     """The annotation, in the words of the item's language where it has them."""
 
-    def __init__(
-        self, item: Item, record: Record, context: SourceContext, taxonomy: Taxonomy
-    ) -> None:
-        self.item, self.record, self.context, self.taxonomy = item, record, context, taxonomy
-        self.translated = language(item.language).translated
+    def __init__(self, task: Task, taxonomy: Taxonomy) -> None:
+        self.item, self.record, self.context = task.item, task.record, task.context
+        self.taxonomy, self.translated = taxonomy, language(task.item.language).translated
 
     def all(self) -> dict[str, Any]:
         record = self.record
@@ -259,9 +237,10 @@ class _Answer(msgspec.Struct):
     answer: _Said | None = None
 
 
-def _pairs(found: _Answer, item: Item, record: Record) -> list[tuple[str, str]]:
+def _pairs(found: _Answer, task: Task) -> list[tuple[str, str]]:
     if found.turns is not None:
         return [(pair.question, pair.answer) for pair in found.turns]
+    item, record = task.item, task.record
     wanted = _SCHEMAS[item.form]["required"]
     said: list[Any] = [getattr(found, key) for key in wanted]
     if None in said:

@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from data_tools.items import Item
-from data_tools.records import Box, Record
+from data_tools.items import Item, Task
+from data_tools.records import Box
 from data_tools.writers.ledger import Expense, Reply
 from data_tools.writers.options import ImageOptions, OpenAIOptions
 from data_tools.writers.prompts import Prompt
@@ -188,25 +188,17 @@ class Request:
 
     @classmethod
     def of(
-        cls,
-        item: Item,
-        prompt: Prompt,
-        attempt: int,
-        record: Record,
-        options: OpenAIOptions,
-        folder: Path,
+        cls, task: Task, prompt: Prompt, attempt: int, options: OpenAIOptions, folder: Path
     ) -> Request:
         """Make the ``attempt``-th request (from 0) about an item; images lie below ``folder``.
 
         A `CorpusError` if the image can't be read.
         """
+        item, record = task.item, task.record
         image, image_tokens = None, 0
         if prompt.image is not None:
-            box = (
-                record.labels[item.focus].box
-                if prompt.box_image and item.focus is not None
-                else None
-            )
+            focus = item.focus if prompt.box_image else None
+            box = record.labels[focus].box if focus is not None else None
             path = folder / prompt.image
             stat = path.stat() if path.is_file() else None
             digest = _digest(path, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0)

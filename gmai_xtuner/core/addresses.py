@@ -41,12 +41,8 @@ def is_asked_at_home(
 ) -> bool:
     """Tell whether a request is for this server, by its ``Host``, and of its own page, by its ``Origin``.
 
-    Any web site could point its own name at 127.0.0.1, or ask through the browser of whoever visits it.
-
-    Args:
-        headers: of the request, names in small letters.
-        loopback_only: refuse any ``Host`` but loopback and ``names``.
-        names: by which a proxy on this machine is visited.
+    Any web site could point its own name at 127.0.0.1, or ask through the browser of whoever visits it. With
+    ``loopback_only`` any ``Host`` but loopback and ``names``, by which a proxy here is visited, is refused.
     """
     host = headers.get("host", "")
     name = name_of(f"//{host}")

@@ -50,12 +50,9 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source of content that is to be sent.
+    """The source of content that is to be sent, named as in ``source 'chest'``.
 
-    Args:
-        name: for messages: ``source 'chest'``.
-        forbidden: why no third party may have it; empty: anyone may.
-        hosts: names and addresses that may have it all the same, besides this machine.
+    ``forbidden`` is why no third party may have it (empty: anyone may), but for ``hosts`` and this machine.
     """
 
     name: str

@@ -1,22 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Record -> Conversation: two spellings of the same thing become one, checked.
+"""Record -> Conversation: the two forms of docs/data.md, LLaVA's and OpenAI's, become one, checked.
 
-LLaVA / GMAI-VL form::
-
-    {"id": ..., "image": "a.png" | ["a.png", "b.png"] | null,
-     "conversations": [{"from": "human", "value": "<image>\\n..."},
-                       {"from": "gpt", "value": "..."}]}
-
-OpenAI form; an image is a part of a message, or a mark in its text with top-level ``images``::
-
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}},
-                                               {"type": "text", "text": "..."}]},
-                  {"role": "assistant", "content": "..."}]}
-
-The parts of one message are joined with a line break, an image being ``<image>``, as the authors'
-code does (uni-medical/GMAI-VL, chat messages). Other keys of a record are not read. Nothing is
-mended: a record is right, or a DataError says what is wrong, where, and what to do.
+The parts of one message are joined with a line break, an image being ``<image>``, as the authors' code does
+(uni-medical/GMAI-VL, chat messages). Other keys of a record are not read. Nothing is mended: a record is
+right, or a DataError says what is wrong, where, and what to do.
 """
 
 from __future__ import annotations
@@ -33,13 +21,8 @@ from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.core.records import IMAGE_KEY, RawRecord
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+_ROLES = {"system": "system", "user": "user", "human": "user"}
+_ROLES |= {"assistant": "assistant", "gpt": "assistant"}
 _REMOTE = re.compile(r"(data:|[A-Za-z][A-Za-z0-9+.-]*://)")
 _WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]")
 _FILE_NAME = re.compile(
@@ -62,10 +45,8 @@ class Turn:
 class Conversation:
     """A checked conversation: ``[system] (user assistant)+``.
 
-    Args:
-        id: the record's own, or ``"<file>:<line or position>"``.
-        turns: in order.
-        images: paths relative to the image root, with ``/``, one an ``<image>`` mark, in order.
+    ``id`` is the record's own, or ``"<file>:<line or position>"``; ``images`` are paths relative to the image
+    root, with ``/``, one an ``<image>`` mark, in order.
     """
 
     id: str
@@ -114,15 +95,11 @@ def parse_record(
     image_root: Path | None = None,
     images_first: bool = False,
 ) -> Conversation:
-    """Check one record of either form.
+    """Check one record of either form; ``where`` is its place for people, e.g. ``"line 12"``.
 
-    Args:
-        record: the decoded object.
-        dataset: name of the dataset, for errors.
-        where: place for people, e.g. ``"line 12"``.
-        default_id: id of a record without ``id`` and ``question_id``; default ``where``.
-        image_root: an absolute path inside of it is taken as one relative to it.
-        images_first: the images of a record whose text has no ``<image>`` stand before its first question.
+    ``default_id``, by default ``where``, is for a record without ``id`` and ``question_id``. An absolute
+    image path inside of ``image_root`` is taken as one relative to it. With ``images_first`` the images of a
+    record whose text has no ``<image>`` stand before its first question.
 
     Raises:
         DataError: reasons ``not_an_object``, ``bad_id``, ``bad_turn``, ``unknown_role``,
@@ -158,11 +135,8 @@ def parse_record(
         remedy = f"Write one {IMAGE_TOKEN} for each image, where it belongs."
         if not number_of_marks:
             remedy += " Where all belong before the first question, set image_marks: first for the dataset."
-        raise place.error(
-            "image_count",
-            f"{number_of_marks} {IMAGE_TOKEN} mark(s) in the text, but {len(images)} image(s)",
-            remedy,
-        )
+        told = f"{number_of_marks} {IMAGE_TOKEN} mark(s) in the text, but {len(images)} image(s)"
+        raise place.error("image_count", told, remedy)
     paths = tuple(_relative_path(image, place, image_root) for image in images)
     return Conversation(identifier, tuple(turns), paths)
 
@@ -216,11 +190,8 @@ def _read_id(record: Mapping[str, Any], place: _Place) -> str | None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise place.error(
-                "bad_id",
-                f"{key} must be a text or a whole number, got {value!r}",
-                "Correct it, or leave it out.",
-            )
+            told = f"{key} must be a text or a whole number, got {value!r}"
+            raise place.error("bad_id", told, "Correct it, or leave it out.")
         _check_text(str(value), key, place)
         return str(value)
     return None
@@ -257,11 +228,8 @@ def _read_turn(message: object, number: int, images: list[object], place: _Place
     name = message.get("from") if message.get("from") is not None else message.get("role")
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise place.error(
-            "unknown_role",
-            f"turn {number} has the unknown role {name!r}",
-            f"Use one of {', '.join(_ROLES)}.",
-        )
+        told, remedy = f"turn {number} has the unknown role {name!r}", ", ".join(_ROLES)
+        raise place.error("unknown_role", told, f"Use one of {remedy}.")
     content = message.get("value") if message.get("value") is not None else message.get("content")
     if isinstance(content, str):
         text = content
@@ -275,11 +243,8 @@ def _read_turn(message: object, number: int, images: list[object], place: _Place
         )
     _check_text(text, f"turn {number}", place)
     if not text.strip():
-        raise place.error(
-            "empty_turn",
-            f"turn {number} ({role}) is empty",
-            "Write its text, or remove the record.",
-        )
+        remedy = "Write its text, or remove the record."
+        raise place.error("empty_turn", f"turn {number} ({role}) is empty", remedy)
     if role != "user" and IMAGE_TOKEN in text:
         raise place.error(
             "misplaced_image_mark",

@@ -10,14 +10,10 @@ class GMAIError(ValueError):
 
 
 class DataError(GMAIError):
-    """One record of one dataset can't be used.
+    """One record of one dataset can't be used: what was expected, what came, where, and what to do.
 
-    Args:
-        problem: what was expected and what came.
-        dataset: name of the dataset in the mixture file.
-        record: id of the record, or its line or position in the file.
-        remedy: what the user can do.
-        reason: short stable key under which skipped records are counted, e.g. ``"missing_image"``.
+    ``record`` is its id, or its line or position in the file; ``reason`` a short stable key under which
+    skipped records are counted, e.g. ``"missing_image"``.
     """
 
     def __init__(

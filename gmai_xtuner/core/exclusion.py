@@ -1,22 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Conversations that a mixture leaves out by name, read from its ``exclude`` lists.
+"""Conversations that a mixture leaves out by name, by its ``exclude`` lists; docs/data.md explains them.
 
-A list is a text file, written by hand or by ``data_tools/overlap.py``::
-
-    # images that are in a benchmark
-    image: scans/0001.png
-    dataset: chest-x-rays
-    id: 4711
-    id: "with a quote\" and a line\\nbreak"
-
-``id`` leaves out the conversation of that id, ``image`` every conversation with that image, named as in
-the records: below the image root. What stands before the first ``dataset`` line concerns every dataset
-that the list is given to, what stands behind one that dataset alone; ``dataset: *`` goes back. A value
-that begins with a quotation mark is a JSON text. Blank lines and lines that begin with ``#`` say nothing.
-
-Rows are left out when a plan draws its samples, so another list makes nothing be tokenised again, and the
-draw of all other conversations stays as it was.
+A list is written by hand or by ``data_tools/overlap.py``. Rows are left out when a plan draws its samples, so
+another list makes nothing be tokenised again, and the draw of all other conversations stays as it was.
 """
 
 from __future__ import annotations
@@ -69,11 +56,9 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class Exclusions:
-    """The names that the datasets of a stage leave out. Made by :func:`read_exclusions`.
+    """The names that the datasets of a stage leave out, in their order. Made by :func:`read_exclusions`.
 
-    Args:
-        datasets: one each, in their order.
-        lines: line -> positions of the datasets that it concerns; none if the mixture lacks its dataset.
+    ``lines``: line -> positions of the datasets that it concerns; none if the mixture lacks its dataset.
     """
 
     datasets: tuple[Exclusion, ...]

@@ -52,16 +52,8 @@ def staged(target: Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a path beside ``target`` to write a file or folder to; it becomes ``target`` at the block's end.
 
     A file that is there is replaced; so is an empty folder. If the block or the renaming fails, nothing is
-    left of it.
-
-    Args:
-        target: the final name, in a folder that exists.
-        durable: wait until everything is on disk, so that a power cut undoes nothing, and remove what killed
-            processes have left of earlier attempts. A false value serves many small files that can be made
-            anew.
-
-    Raises:
-        OSError: the file system refuses.
+    left of it. ``durable`` waits until everything is on disk, so that a power cut undoes nothing, and removes
+    what killed processes have left of earlier attempts; False serves many small files that can be made anew.
     """
     if durable:
         remove_left_behind(target)

@@ -45,11 +45,8 @@ def search(
 ) -> Iterator[Pairs]:
     """Yield all pairs at most ``distance`` bits apart, each once, in no particular order, some at a time.
 
-    Args:
-        queries: uint64 ``[q]``.
-        values: uint64 ``[n]``; the larger of the two, better without repetitions.
-        distance: 0 to 64.
-        pieces: into how many to cut; 0 compares all with all; default: whatever is cheapest.
+    ``queries`` and ``values`` are uint64 ``[n]``, the values the longer ones, better without repetitions.
+    They are cut into so many ``pieces``; 0 compares all with all; default: whatever is cheapest.
     """
     if not len(queries) or not len(values):
         return

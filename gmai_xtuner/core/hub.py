@@ -44,15 +44,11 @@ def check_pickle_allowed(name: str) -> None:
 
 
 def resolve_directory(name: str, *, weights: bool) -> Path:
-    """Find the folder of a checkpoint.
+    """Find the folder of a checkpoint, by itself or as a hub repository: ``internlm/internlm2_5-7b-chat``.
 
-    Args:
-        name: a folder, or the name of a hub repository such as ``internlm/internlm2_5-7b-chat``.
-            The hub's offline switches (``HF_HUB_OFFLINE``) are honoured: the cache then answers.
-        weights: whether the weight files are wanted too, safetensors rather than bin.
-
-    Raises:
-        ModelLoadError: ``name`` is neither a folder nor a repository that can be reached.
+    The hub's offline switches (``HF_HUB_OFFLINE``) are honoured: the cache then answers. ``weights``: the
+    weight files are wanted too, safetensors rather than bin. A ``ModelLoadError`` if it is neither a folder
+    nor can be reached.
     """
     directory = Path(name).expanduser()
     if directory.is_dir():

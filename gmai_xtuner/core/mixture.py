@@ -1,40 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Mixture file -> datasets with their ratios, and seeded sampling.
+"""Mixture file (YAML or JSON) -> datasets with their ratios, and seeded sampling.
 
-A mixture file (YAML or JSON) lists datasets by name::
-
-    defaults: {quality: high}             # optional: fields shared by all datasets
-    datasets:
-      quickstart-train:
-        annotations: train.jsonl          # or a list of files
-        image_root: images                # leave out for text alone; "" is the annotations' folder
-        # or images: scans.zip            # an archive, or a pattern of them; see ``core.archives``
-        category: Medical Instruction
-        quality: high                     # or low
-        ratio: {stage1: 1, stage2: 1, stage3: 0.5}   # or one number for all stages; default 1
-        over_length: cut                  # or drop; default cut
-        on_bad_sample: skip               # or raise; default: what the config says
-        image_marks: required             # or first: images of a text without <image> stand first
-        size: 1200                        # informative
-        exclude: overlap/slake/exclude.txt   # or a list of files; see ``core.exclusion``
-    exclude: other.txt                    # optional: for all datasets, beside their own
-
-A variant of another mixture names it, what it lacks, and what it has besides::
-
-    base: gmai_vl_5_5m.yaml               # in either form; its paths are relative to it
-    without: [GMAI-MM-*]                  # its datasets that are left out, by name or pattern
-    datasets: {}                          # further ones, as above; may be left out
-
-The authors' form is read too (uni-medical/GMAI-VL, examples/example_list.json, whose trailing comma
-is good YAML)::
-
-    {"NAME": {"image_dir": "", "annotations": "data.json", "sample_ratio": 1.0, "length": 38276,
-              "data_augment": true}}
-
-There ``length`` becomes ``size``; ``data_augment`` must be true or false and changes nothing, as
-the paper trains without augmentation. Relative paths are looked up in the mixture file's folder,
-then in the working directory.
+docs/data.md explains both forms, ours and the authors' (uni-medical/GMAI-VL, examples/example_list.json).
+Relative paths are looked up in the mixture file's folder, then in the working directory.
 """
 
 from __future__ import annotations
@@ -83,21 +52,11 @@ _AUTHORS = {  # our key -> the authors'
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One dataset of a mixture.
+    """One dataset of a mixture; docs/data.md says what its fields mean in the file.
 
-    Args:
-        name: unique in its mixture.
-        annotations: files that ``core.records.iter_raw`` reads.
-        image_root: folder, archive or pattern of archives of the images; None for text alone.
-        category: free text, such as Table 7's.
-        quality: ``"high"``, ``"low"`` or None.
-        ratios: stage name -> how often each record is seen.
-        over_length: what happens to a conversation longer than a sequence, ``"cut"`` or ``"drop"``.
-        on_bad_sample: ``"raise"``, ``"skip"``, or None for the config's choice.
-        size: number of records that the file states; informative.
-        exclude: lists of what is left out, the whole mixture's first; see ``core.exclusion``.
-        image_marks: ``"required"``: a record with images has their ``<image>`` marks; ``"first"``: the images
-            of one without any mark stand before its first question.
+    ``image_root`` is a folder, archive or pattern of these, None for text alone; ``ratios``: stage name
+    -> how often each record is seen; ``on_bad_sample`` None leaves the choice to the config; ``size`` is
+    what the file states; ``exclude`` begins with the whole mixture's.
     """
 
     name: str
@@ -172,11 +131,9 @@ def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixtu
     else:
         near = difflib.get_close_matches("datasets", top.values, n=1)
         if near and "annotations" not in top.section(near[0]):
-            raise top.error(
-                f"unknown key {near[0]!r}", remedy="Did you mean 'datasets'?", key=near[0]
-            )
+            raise top.error(f"unknown key {near[0]!r}", "Did you mean 'datasets'?", key=near[0])
     if datasets is not None and not datasets.values and not base.entries:
-        raise datasets.error("no dataset is listed", remedy="List at least one.")
+        raise datasets.error("no dataset is listed", "List at least one.")
     entries = list(base.entries)
     for name in datasets.values if datasets is not None else ():
         assert datasets is not None
@@ -189,10 +146,10 @@ def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixtu
                 )
             section = datasets.section(name, title=section.title, names=_AUTHORS)
         if not name.strip():
-            raise section.error("the name is empty", remedy="Name the dataset.")
+            raise section.error("the name is empty", "Name the dataset.")
         if any(entry.name == name for entry in base.entries):
             raise section.error(
-                "the base has a dataset of this name", remedy="Rename it, or name it in `without`."
+                "the base has a dataset of this name", "Rename it, or name it in `without`."
             )
         entries.append(_read_entry(name, section, defaults, check_files=check_files))
     own = (
@@ -211,9 +168,7 @@ def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -
     file = _locate(top, value, key=key, must_exist=True)
     family = (*variants, top.document.path.resolve())
     if file.resolve() in family:
-        raise top.error(
-            f"base {value!r} is based on this file itself", remedy="Name another.", key=key
-        )
+        raise top.error(f"base {value!r} is based on this file itself", "Name another.", key=key)
     base = _load(file, family, check_files=check_files)
     names = [entry.name for entry in base.entries]
     left_out: set[str] = set()
@@ -224,7 +179,7 @@ def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -
             near = difflib.get_close_matches(pattern, names, n=1)
             raise top.error(
                 f"without: {pattern!r} is no dataset of {file}",
-                remedy=f"Did you mean {near[0]!r}?" if near else "`*` stands for any characters.",
+                f"Did you mean {near[0]!r}?" if near else "`*` stands for any characters.",
                 key=key,
             )
         left_out |= matching
@@ -235,15 +190,10 @@ def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -
 def select(
     mixture: Mixture, *, stage: str, quality: str | None = None
 ) -> list[tuple[DatasetEntry, float]]:
-    """Return the datasets that a stage trains on, with their ratios, in the file's order.
+    """Return the datasets that a stage trains on, of one ``quality`` or of all, with their ratios, in order.
 
-    Args:
-        stage: ``"stage1"``, ``"stage2"`` or ``"stage3"``.
-        quality: keep the datasets of this quality only; default all.
-
-    Raises:
-        MixtureError: unknown stage or quality, a dataset without the quality that is asked for, or
-            no dataset left.
+    A ``MixtureError`` for an unknown stage or quality, a dataset without the quality that is asked for, or if
+    no dataset is left.
     """
     for what, value, known in (("stage", stage, STAGES), ("quality", quality, QUALITIES)):
         if value not in known and not (what == "quality" and value is None):
@@ -296,14 +246,12 @@ def _read_entry(
         return default if holder is None else read(holder, key)
 
     if "annotations" not in section:
-        raise section.error("annotations are missing", remedy="Name the file(s) with the records.")
+        raise section.error("annotations are missing", "Name the file(s) with the records.")
     annotations = _files(section, "annotations", check_files=check_files, suffixes=SUFFIXES)
     for file in annotations:
         if annotations.count(file) > 1:
             raise section.error(
-                f"{file.name!r} is listed twice",
-                remedy="Raise the ratio instead.",
-                key="annotations",
+                f"{file.name!r} is listed twice", "Raise the ratio instead.", key="annotations"
             )
     if "images" in section and "image_root" in section:
         raise section.error("has image_root and images", remedy="Give one.", key="images")
@@ -345,9 +293,7 @@ def _read_ratios(section: Section, key: str) -> dict[str, float]:
     stages.check_keys(STAGES)
     for stage in STAGES:
         if stage not in stages:
-            raise stages.error(
-                f"{stage} is missing", remedy="Give all three stages; 0 leaves one out."
-            )
+            raise stages.error(f"{stage} is missing", "Give all three stages; 0 leaves one out.")
     return {stage: _read_ratio(stages, stage) for stage in STAGES}
 
 
@@ -365,14 +311,11 @@ def _files(
     files = []
     for value in section.texts(key, what="a file") if key in section else ():
         if suffixes and Path(value).suffix.lower() not in suffixes:
-            raise section.error(
-                f"the file {value!r} has an unknown suffix",
-                remedy=f"Use one of {', '.join(suffixes)}.",
-                key=key,
-            )
+            remedy = f"Use one of {', '.join(suffixes)}."
+            raise section.error(f"the file {value!r} has an unknown suffix", remedy, key=key)
         file = _locate(section, value, key=key, must_exist=check_files)
         if check_files and not os.path.isfile(file):
-            raise section.error(f"{str(file)!r} is not a file", remedy="Name a file.", key=key)
+            raise section.error(f"{str(file)!r} is not a file", "Name a file.", key=key)
         files.append(file)
     return tuple(files)
 
@@ -386,11 +329,8 @@ def _read_image_root(
     if value == "":
         folders = {file.parent for file in annotations}
         if len(folders) > 1:
-            raise section.error(
-                "an empty image root means the annotations' folder, but they lie in several",
-                remedy="Name the folder.",
-                key=key,
-            )
+            told = "an empty image root means the annotations' folder, but they lie in several"
+            raise section.error(told, "Name the folder.", key=key)
         return folders.pop()
     folder = _locate(section, value, key=key, must_exist=check_files)
     try:
@@ -411,9 +351,6 @@ def _locate(section: Section, value: str, *, key: str, must_exist: bool) -> Path
             return candidate
     if must_exist:
         looked = " and ".join(dict.fromkeys(repr(str(candidate)) for candidate in candidates))
-        raise section.error(
-            f"{key} {value!r} does not exist (looked for {looked})",
-            remedy="Give a path relative to the mixture file.",
-            key=key,
-        )
+        told = f"{key} {value!r} does not exist (looked for {looked})"
+        raise section.error(told, "Give a path relative to the mixture file.", key=key)
     return candidates[0]

@@ -42,10 +42,8 @@ _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 class RawRecord:
     """One record as it lies in its file; cheap to send to another process.
 
-    Args:
-        where: place for people, e.g. ``"train.jsonl, line 12"``.
-        default_id: id of a record that has none, e.g. ``"train.jsonl:12"``.
-        payload: the line's bytes (JSONL), or the decoded object (JSON list, Parquet).
+    ``where`` is its place for people, ``"train.jsonl, line 12"``; ``default_id`` for one without an id;
+    ``payload`` the line's bytes (JSONL), or the decoded object (JSON list, Parquet).
     """
 
     where: str
@@ -78,10 +76,7 @@ def iter_raw(
 ) -> Iterator[RawRecord]:
     """Yield the records of one annotation file in their order; blank lines are passed over.
 
-    Args:
-        path: ``.json``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file.
-        dataset: name of the dataset, for errors.
-        columns: of a Parquet file of conversations; None for all of any file.
+    ``columns`` are those of a Parquet file of conversations; None for all of any file.
 
     Raises:
         DataError: the file as a whole can't be read (reason ``bad_annotation_file``). What is wrong

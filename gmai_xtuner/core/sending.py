@@ -31,14 +31,10 @@ _CARGO: ContextVar[tuple[Origin, ...] | None] = ContextVar("cargo", default=None
 
 
 class Guard:
-    """Lets out to one server only what may be sent there.
+    """Lets out to the server of a URL only what may be sent there.
 
-    Args:
-        url: of the API.
-
-    Attributes:
-        local: every address that the host has is of this machine alone.
-        hosts: that see what is sent: the server's, and a proxy's that the environment names for it.
+    ``local``: every address that the host has is of this machine alone. ``hosts`` see what is sent: the
+    server's, and a proxy's that the environment names for it.
     """
 
     def __init__(self, url: str) -> None:

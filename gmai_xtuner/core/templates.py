@@ -14,9 +14,7 @@ def environment(
 ) -> Environment:
     """Return an environment in which a missing value is an error, and tags leave no blank lines behind.
 
-    Args:
-        package, folder: dotted name of the package that the templates travel with; a folder below it.
-        html: escape every value.
+    ``package`` is what the templates travel with; with ``html`` every value is escaped.
     """
     return Environment(
         loader=PackageLoader(package, folder),

@@ -37,16 +37,12 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten t
 class Document:
     """A file's values: dictionaries, lists and scalars as YAML types them; ``data`` is None if it is empty.
 
-    Args:
-        path: of the file; of a ``.json`` file tabs are read as spaces, which YAML wants.
-        as_text: keep scalars as they are written, so that a class called ``no`` is no False.
-        what: name of such files in messages, e.g. ``"job file"``.
-        error: class of the errors.
-        remedy: what to do if the file can't be opened.
+    ``as_text`` keeps scalars as they are written, so that a class called ``no`` is no False. Of a ``.json``
+    file tabs are read as spaces, which YAML wants. ``what`` names such files in messages, of the class
+    ``error``; ``remedy`` is for one that can't be opened.
 
-    Raises:
-        GMAIError: of the class ``error``: the file can't be read, is too large, or isn't YAML; tags, merge
-            keys and aliases of themselves are refused.
+    An error if the file can't be read, is too large, or isn't YAML; tags, merge keys and aliases of
+    themselves are refused.
     """
 
     def __init__(
@@ -160,11 +156,8 @@ class Document:
 class Section:
     """A mapping of a document, whose errors name its lines, the place and its ``title``.
 
-    Args:
-        names: own name of each key that is read -> its name in the file; default: the keys as they are.
-
-    Raises:
-        GMAIError: there is no mapping, or a value behind the own names isn't known.
+    ``names``: own name of each key that is read -> its name in the file; default: the keys as they are. An
+    error of the document's class if there is no mapping.
     """
 
     def __init__(
@@ -180,14 +173,14 @@ class Section:
         for part in place:
             content = content[part]
         if not isinstance(content, dict):
-            raise self.error("a mapping was expected", remedy="Write key: value.")
+            raise self.error("a mapping was expected", "Write key: value.")
         self._names = names or {key: key for key in content}
         self.values = {own: content[key] for own, key in self._names.items() if key in content}
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
-    def error(self, problem: str, *, remedy: str, key: str | None = None) -> GMAIError:
+    def error(self, problem: str, remedy: str, *, key: str | None = None) -> GMAIError:
         """Return an error that names the file, the line (of the key, if given) and the section."""
         place = self.place if key is None else (*self.place, self._names.get(key, key))
         return self.document.fault(place, f"{self.title}: {problem}. {remedy}")
@@ -206,7 +199,7 @@ class Section:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 remedy = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-                raise self.error(f"unknown key {key!r}", remedy=remedy, key=key)
+                raise self.error(f"unknown key {key!r}", remedy, key=key)
 
     def scalar(
         self,
@@ -219,9 +212,9 @@ class Section:
         """Return the value of a key, neither mapping nor list; ``is_right`` knows what is ``expected``."""
         value, name = self.values[key], self._names.get(key, key)
         if isinstance(value, dict | list):
-            raise self.error(f"{name} must be one value", remedy="Write key: value.", key=key)
+            raise self.error(f"{name} must be one value", "Write key: value.", key=key)
         if not is_right(value):
-            raise self.error(f"{name} must be {expected}, got {value!r}", remedy=remedy, key=key)
+            raise self.error(f"{name} must be {expected}, got {value!r}", remedy, key=key)
         return value
 
     def texts(self, key: str, *, what: str) -> list[str]:
@@ -229,9 +222,6 @@ class Section:
         value = self.values[key]
         values = value if isinstance(value, list) else [value]
         if not values or not all(isinstance(one, str) and one for one in values):
-            raise self.error(
-                f"{key} must be {what} or a list of such, got {values!r}",
-                remedy="Write a name, or several in brackets.",
-                key=key,
-            )
+            told = f"{key} must be {what} or a list of such, got {values!r}"
+            raise self.error(told, "Write a name, or several in brackets.", key=key)
         return values

@@ -29,22 +29,11 @@ from gmai_xtuner.cli import (
     positive_int,
 )
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.evaluate import compare, reconcile
+from gmai_xtuner.evaluate import compare, reconcile, runner
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, World, make_answerer, world
 from gmai_xtuner.evaluate.benchmarks import NAMES, BenchmarkError, built_in, is_own, survey
 from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS
 from gmai_xtuner.evaluate.results import Result, as_json
-from gmai_xtuner.evaluate.runner import (
-    ALL,
-    SHOWN,
-    Options,
-    Prepared,
-    Target,
-    all_tables,
-    ask,
-    prepare,
-    score,
-)
 from gmai_xtuner.evaluate.tables import to_markdown, write_tables
 
 PROGRAM = "python -m gmai_xtuner.evaluate"
@@ -81,16 +70,18 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
     model = ModelOptions(**{one.name: getattr(options, one.name) for one in fields(ModelOptions)})
     out: Path = options.out or Path("work_dirs") / "evaluation" / model.shown
     options.out = out
-    how = Options(**{one.name: getattr(options, one.name) for one in fields(Options)})
+    how = runner.Options(**{one.name: getattr(options, one.name) for one in fields(runner.Options)})
     results: list[Result] = []
     failures: list[str] = []
     with world() as processes:
         # Every benchmark that can be asked and scored, before a model is loaded.
-        prepared: list[Prepared] = []
+        prepared: list[runner.Prepared] = []
         needs = not (options.score_only or options.answers)
         for target in _targets(options, failures):
             try:
-                prepared.append(prepare(target, how, require_images=needs, rank=processes.rank))
+                prepared.append(
+                    runner.prepare(target, how, require_images=needs, rank=processes.rank)
+                )
             except GMAIError as error:
                 failures.append(str(error))
         if prepared:
@@ -102,9 +93,9 @@ def _evaluate(arguments: Sequence[str], stdout: TextIO) -> int:
 
 
 def _run(
-    prepared: Sequence[Prepared],
+    prepared: Sequence[runner.Prepared],
     answerer: Answerer | None,
-    options: Options,
+    options: runner.Options,
     processes: World,
     judge: Answerer | None,
     failures: list[str],
@@ -113,7 +104,7 @@ def _run(
     results: list[Result] = []
     for one in prepared:
         try:
-            answers = ask(one, answerer, options, world=processes)
+            answers = runner.ask(one, answerer, options, world=processes)
         except GMAIError as error:
             if processes.rank:
                 raise
@@ -122,7 +113,7 @@ def _run(
                 break  # the others may wait within this benchmark: they end with this process
             continue
         try:
-            results += score(one, answers, options, world=processes, judge=judge)
+            results += runner.score(one, answers, options, world=processes, judge=judge)
         except GMAIError as error:
             failures.append(str(error))
     return results
@@ -132,7 +123,7 @@ def _report(
     options: argparse.Namespace, results: Sequence[Result], failures: Sequence[str], stdout: TextIO
 ) -> int:
     """Write the tables, and failures to standard error; return the exit status."""
-    tables, out = all_tables(results) if results else [], options.out
+    tables, out = runner.all_tables(results) if results else [], options.out
     if results:
         write_tables(out, tables)
     complete = not failures and all(result.complete for result in results)
@@ -158,10 +149,10 @@ def _report(
     return 1 if failures else 3 if unread else 0 if complete else 1
 
 
-def _targets(options: argparse.Namespace, failures: list[str]) -> list[Target]:
+def _targets(options: argparse.Namespace, failures: list[str]) -> list[runner.Target]:
     """Return what is asked; of a folder all that lies there, and add what can't be asked to the failures."""
-    if options.benchmark != ALL:
-        return [Target(options.benchmark, options.data, options.variant)]
+    if options.benchmark != runner.ALL:
+        return [runner.Target(options.benchmark, options.data, options.variant)]
     found = survey(options.data)
     for note in found.notes:
         logging.warning("%s", note)
@@ -230,7 +221,7 @@ def _list_protocols(stdout: TextIO) -> int:
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.variant is not None:
-        if options.benchmark == ALL:
+        if options.benchmark == runner.ALL:
             parser.error("--variant needs one --benchmark")
         found = built_in().get(options.benchmark)
         if found and options.variant not in found.variants:
@@ -240,7 +231,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(
             f"--benchmark {options.benchmark} needs --data, the folder or file of its questions"
         )
-    if options.benchmark == ALL and options.protocols not in ((), [ALL]):
+    if options.benchmark == runner.ALL and options.protocols not in ((), [runner.ALL]):
         parser.error("--benchmark all takes each benchmark's default protocols, or --protocol all")
     if (options.judge is None) != (options.judge_model is None):
         parser.error("--judge and --judge-model belong together")
@@ -257,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     models = "an export, a transformers model (folder or hub name), or a name at --endpoint"
     add("model", help=models)
     own = "or the file of your own: a column map (YAML), or data with one beside it"
-    names = f"{', '.join((*NAMES, ALL))}; {own}"
+    names = f"{', '.join((*NAMES, runner.ALL))}; {own}"
     add("--benchmark", required=True, type=_benchmark, metavar="NAME", help=names)
     add("--data", type=Path, help="the authors' files: a folder, or the annotation file")
     add("--variant", help="part or language, e.g. zh of slake; default: the benchmark's first")
@@ -277,8 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     controls = "ask also with blank and other images, options shuffled, none of the above, negated"
     add("--controls", action="store_true", help=controls)
     add("--json", action="store_true", help="one JSON object on standard output")
-    shown = f"questions on the HTML page (default {SHOWN}; 0: no page)"
-    add("--report-questions", type=int, default=SHOWN, metavar="N", help=shown)
+    shown = f"questions on the HTML page (default {runner.SHOWN}; 0: no page)"
+    add("--report-questions", type=int, default=runner.SHOWN, metavar="N", help=shown)
     group = parser.add_argument_group("a model in this process")
     add = group.add_argument
     add("--batch-size", type=positive_int, default=16, help="questions asked together (default 16)")
@@ -315,9 +306,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _benchmark(text: str) -> str:
-    if text not in (*NAMES, ALL) and not is_own(text):
+    if text not in (*NAMES, runner.ALL) and not is_own(text):
         raise argparse.ArgumentTypeError(
-            f"no benchmark is called {text!r}: {', '.join((*NAMES, ALL))}, or the file of your own"
+            f"no benchmark is called {text!r}: {', '.join((*NAMES, runner.ALL))}, or the file of your own"
         )
     return text
 

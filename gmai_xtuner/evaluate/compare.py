@@ -42,12 +42,9 @@ class Comparison:
 def compare_runs(first: Path, second: Path, *, common: bool = False) -> list[Comparison]:
     """Compare what two runs have in common, by the folders of their ``--out``, or of one result in it.
 
-    Args:
-        common: compare the questions that both have, where they are not the same.
-
-    Raises:
-        EvaluationError: nothing in common, or different questions, or questions of one id that differ in
-            words, options or gold answer.
+    ``common`` compares the questions that both have, where they are not the same. An ``EvaluationError`` for
+    nothing in common, different questions, or questions of one id that differ in words, options or gold
+    answer.
     """
     one, two = results_in(first), results_in(second)
     shared = [key for key in one if key in two]

@@ -2,20 +2,9 @@
 
 """Did the model look, and does its score hold? The same questions, asked again in five other ways.
 
-``blank_image``: grey images of the same sizes. ``other_image``: the images of another question. ``shuffled``:
-the options in a random order, every order as likely. ``none_of_the_above``: that in the place of the right
-option. ``negated``: of questions answered by yes or no, whether "no" is the right answer. What can't be asked
-so (no image, options that are images, no gold answer) is left out of that control. All draws depend on the
-question's id alone, so that a run that goes on asks the same.
-
-Flags, where there are :data:`FEWEST` pairs of answers or more; all intervals are of 95 %:
-
-- image-blind: the lower end of the gain over another question's image (over a blank one, where no image can
-  be exchanged) is not above :data:`GAIN`: it isn't shown that the image helps;
-- position-biased: the letter that stands out most in the answers to the questions as they are is chosen more
-  often than its share after shuffling, by more than :data:`GAIN` at the lower end;
-- overconfident: the mean probability of the chosen options less the score is above :data:`GAIN` at its lower
-  end.
+docs/evaluation.md explains the controls and their flags, which need :data:`FEWEST` pairs of answers or more;
+all intervals are of 95 %. What can't be asked so (no image, options that are images, no gold answer) is left
+out of that control. All draws depend on the question's id alone, so that a run that goes on asks the same.
 """
 
 from __future__ import annotations

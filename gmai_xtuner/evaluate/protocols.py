@@ -133,12 +133,10 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a protocol asks.
+    """What a protocol asks: the questions that count, in their order, cut by ``--limit``.
 
-    Args:
-        questions: those that count, in their order; cut by ``--limit``.
-        selected: how many there would be without a limit.
-        control: name of the control that the questions belong to; empty for the questions as they are.
+    ``selected`` is how many there would be without a limit; ``control`` the name of the control that they
+    belong to.
     """
 
     protocol: Protocol

@@ -62,19 +62,14 @@ def open_image(source: ImageSource, name: str) -> Image.Image:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question.
+    """One question, by an id that is unique in its benchmark.
 
-    Args:
-        id: unique in its benchmark; the authors' own where they give one.
-        text: without options or instruction; ``<image>`` marks where the authors name an image in the text.
-        images: in the order of the marks in text and options, an image named twice standing twice; all of
-            them before the text where there is no mark.
-        options: texts of the choices, in the order of the letters.
-        answer: the text of the right option, or the gold answer; None where the authors keep it.
-        groups: what tables are made over, e.g. ``{"modality": "CT"}``.
-        answers: what counts as right as well, where the authors give several answers.
-        letters: the options' letters where they are not A, B, C ..., e.g. ``"ABD"`` of a file without C.
-        gold_letter: of the right option, needed only where it is an image: such options read the same.
+    ``text`` is without options or instruction, with ``<image>`` marks where the authors name an image.
+    ``images`` are in the order of the marks in text and options, an image named twice standing twice; all of
+    them before the text where there is no mark. ``answer`` is the text of the right option, or the gold
+    answer; None where the authors keep it; ``answers`` count as right as well. ``groups``, e.g.
+    ``{"modality": "CT"}``, are what tables are made over. ``letters`` are the options' where they are not A,
+    B, C ..., ``gold_letter`` is needed only where the right option is an image: such options read the same.
     """
 
     id: str
@@ -122,11 +117,9 @@ class SourceFile:
 class Problem:
     """A question that can't be asked, or not as its authors meant it.
 
-    Args:
-        reason: short stable key under which problems are counted, e.g. ``"missing_image"``.
-        record: id of the question, or its line or position in the file.
-        detail: what was expected and what came, e.g. the name of the missing image.
-        left_out: the question is not among ``Benchmark.questions``.
+    ``reason`` is a short stable key under which problems are counted, ``record`` the question's id, or its
+    place in the file, ``detail`` what was expected and what came. ``left_out``: it is not among
+    ``Benchmark.questions``.
     """
 
     reason: str
@@ -139,10 +132,8 @@ class Problem:
 class Benchmark:
     """A benchmark that has been read; questions and problems stand in the order of the files.
 
-    Args:
-        variant: part or language, e.g. ``"en"`` of SLAKE, ``"test_clean"`` of PMC-VQA.
-        source: every annotation file that was read; image files are not hashed.
-        protocols: the ways to ask and score it.
+    ``variant`` is its part or language, e.g. ``"en"`` of SLAKE; ``source`` every annotation file; images are
+    not hashed.
     """
 
     name: str
@@ -177,12 +168,10 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one answer is worth.
+    """What one answer is worth, from 0 to 1; None where there is no gold answer.
 
-    Args:
-        value: from 0 to 1; None where there is no gold answer.
-        parsed: what the scorer understood, e.g. the letter of an option; None if nothing: then ``value`` is 0
-            (None without gold), it is never guessed.
+    ``parsed`` is what the scorer understood, e.g. the letter of an option; None if nothing: then ``value`` is
+    0 (None without gold), it is never guessed.
     """
 
     value: float | None
@@ -193,9 +182,8 @@ class Score:
 class Scorer:
     """A named rule; its version grows when any answer's score changes.
 
-    Args:
-        rule: gives the score of an answer; its value is dropped where a question has no gold answer.
-        applies: tells whether a question can be scored by it, e.g. only one with options.
+    ``rule`` gives the score of an answer; its value is dropped where a question has no gold answer.
+    ``applies`` tells whether a question can be scored by it, e.g. only one with options.
     """
 
     name: str

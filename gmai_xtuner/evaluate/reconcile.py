@@ -109,12 +109,8 @@ def _difference(first: Side, second: Side, all_of_it: Collection[Side]) -> Diffe
         """Return the mean of the answers of a side by a rule without a judge."""
         for one in all_of_it:
             same = (one.run, one.result.protocol) == (side.run, side.result.protocol)
-            if (
-                same
-                and one.rule == rule
-                and not one.judge
-                and all(name in one.values for name in common)
-            ):
+            whole = all(name in one.values for name in common)
+            if same and one.rule == rule and not one.judge and whole:
                 return one.mean(common)
         raise EvaluationError(
             f"{_name(side)}: its answers were not read by the rules of {rule}. Do so: --score-only "

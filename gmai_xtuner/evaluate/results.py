@@ -60,9 +60,8 @@ class Cell:
 class Measure:
     """A number of the controls or of the calibration, over ``n`` questions or pairs of answers.
 
-    Args:
-        value: from 0 to 1, or a difference of two such.
-        p_value: two-sided, of a difference of two paired scores; None for others.
+    ``value`` is from 0 to 1, or a difference of two such; ``p_value`` two-sided, of a difference of paired
+    scores.
     """
 
     name: str

@@ -132,8 +132,7 @@ def _other_scorers(protocol: Protocol, options: Options) -> list[str]:
 class Answers:
     """What a benchmark's questions were answered: the answers, and by their ids those that got none.
 
-    Args:
-        longest: tokens that stored answers were allowed, where nothing was asked now.
+    ``longest`` are tokens that stored answers were allowed, where nothing was asked now.
     """
 
     store: AnswerStore
@@ -182,14 +181,12 @@ def answer_all(
     """Ask what has no answer yet; of jobs of the same words one.
 
     All processes take part. What a process has yielded is on disk; a stop loses the batches under way.
-    Without a store answers are kept in memory alone.
+    Without a store answers are kept in memory alone. An ``EvaluationError`` if another run writes to the
+    store, or the answerer can't go on.
 
     Returns:
         answers by their keys, those stored before among them; of a store in the first process alone. And
         the jobs that got none, by the id of their question, in all processes.
-
-    Raises:
-        EvaluationError: another run writes to the store, or the answerer can't go on.
     """
     wanted: dict[AnswerKey, Job] = {}
     for job in jobs:
@@ -293,11 +290,7 @@ def _answered(parts: Sequence[Asked], answers: Answers, options: Options) -> lis
 
 
 def _score(
-    asked: Asked,
-    benchmark: Benchmark,
-    answers: Answers,
-    options: Options,
-    judge: Answerer | None,
+    asked: Asked, benchmark: Benchmark, answers: Answers, options: Options, judge: Answerer | None
 ) -> Iterator[Result]:
     """Score by the protocol's scorer, by others, and by a judge; write each result."""
     protocol, store, failed = asked.protocol, answers.store, answers.failed
@@ -369,11 +362,7 @@ def _example(one: Scored) -> str:
 
 
 def _judge(
-    asked: Asked,
-    benchmark: Benchmark,
-    scored: Sequence[Scored],
-    judge: Answerer,
-    options: Options,
+    asked: Asked, benchmark: Benchmark, scored: Sequence[Scored], judge: Answerer, options: Options
 ) -> tuple[list[Scored], int]:
     """Let a model judge what the rules leave open; replies are kept, and those without a verdict counted."""
     version = judging.PROMPT_VERSION

@@ -90,12 +90,10 @@ def _blocks(width: int) -> Iterator[int]:
 class PairedTest:
     """Two runs on the same questions.
 
-    Args:
-        method: ``mcnemar`` (exact) where all scores are 0 or 1, else ``permutation``.
-        difference: mean of the first less that of the second.
-        interval: of the difference, by :func:`bootstrap`; where right and wrong answers differ in no
-            question, or in all of them the same way, by Clopper and Pearson's bound on the others.
-        first_better, second_better: questions that the first scores higher, or the second.
+    ``method`` is ``mcnemar`` (exact) where all scores are 0 or 1, else ``permutation``. ``difference`` is the
+    mean of the first less that of the second, ``interval`` its by :func:`bootstrap`; where right and wrong
+    answers differ in no question, or in all of them the same way, by Clopper and Pearson's bound on the
+    others.
     """
 
     method: Literal["mcnemar", "permutation"]

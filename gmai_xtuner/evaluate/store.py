@@ -43,13 +43,9 @@ _NO_ANSWER = {
 class Job:
     """One question that is to be asked.
 
-    Args:
-        id: of the question.
-        prompt: what is asked; without ``<image>`` marks the images come first.
-        max_new_tokens: length of the answer at the most.
-        protocol: ``name/version`` of the protocol that asks.
-        labels: how an answer may begin, e.g. the options' letters: their probabilities are of interest.
-        benchmark: its names; they decide whether an endpoint may be asked.
+    Without ``<image>`` marks in the prompt the images come first. ``protocol`` is its ``name/version``;
+    ``labels`` are how an answer may begin, e.g. the options' letters: their probabilities are of interest.
+    The names of its ``benchmark`` decide whether an endpoint may be asked.
     """
 
     id: str
@@ -87,14 +83,11 @@ def sorted_jobs(jobs: Sequence[Job]) -> list[Job]:
 class Given:
     """What became of a job.
 
-    Args:
-        text: the answer in full; None if there is none.
-        seconds: its share of the time of its batch, or of its request.
-        problem: short stable key where there is no answer, e.g. ``"damaged_image"``.
-        detail: what went wrong, with the file or the server's words.
-        ended: the server's ``finish_reason``; ``length`` where the answer was cut.
-        probabilities: label -> its share of the labels' probability as the answer's first token; None where
-            the answer does not begin with a label.
+    ``text`` is the answer in full; None if there is none: ``problem`` is a short stable key then, e.g.
+    ``"damaged_image"``, ``detail`` what went wrong. ``seconds`` are its share of its batch, or of its
+    request; ``ended`` is the server's ``finish_reason``, ``length`` where the answer was cut.
+    ``probabilities``: label -> its share of the labels' probability as the answer's first token; None where
+    the answer does not begin with a label.
     """
 
     job: Job
@@ -110,10 +103,8 @@ class Given:
 class Identity:
     """What all answers of a store have in common.
 
-    Args:
-        model, model_name: its hash, and how it was given, for people.
-        generation: what decides an answer besides the prompt, e.g. the precision.
-        source: sha256 of each annotation file by name.
+    ``model`` is its hash, ``model_name`` how it was given; ``generation`` what decides an answer besides the
+    prompt, e.g. the precision; ``source`` the sha256 of each annotation file by name.
     """
 
     benchmark: str

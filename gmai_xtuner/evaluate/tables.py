@@ -41,12 +41,10 @@ _LATEX_TAGS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table.
+    """A line of a table: all cells but the first, as shown.
 
-    Args:
-        cells: all but the first, as shown.
-        kind: ``quoted`` from a paper, ``score`` of ours, ``group`` for one of many, or what stands below a
-            score: ``interval``, ``n``, ``unparsed``.
+    ``kind`` is ``quoted`` from a paper, ``score`` of ours, ``group`` for one of many, or what stands below a
+    score: ``interval``, ``n``, ``unparsed``.
     """
 
     label: str
@@ -161,19 +159,15 @@ def paper_tables() -> Mapping[str, Any]:
 
 def _fits(paper: Mapping[str, Any], result: Result) -> bool:
     about = [paper] if "benchmark" in paper else paper["columns"]
-    return any(
-        one.get("benchmark") == result.benchmark
-        and one.get("variant", result.variant) == result.variant
-        for one in about
-    )
+    shown = [(one.get("benchmark"), one.get("variant", result.variant)) for one in about]
+    return (result.benchmark, result.variant) in shown
 
 
 def tables_like_the_papers(results: Sequence[Result]) -> list[Table]:
-    """Return the paper's tables that the results have something to put in.
+    """Return the paper's tables that the results of one model have something to put in.
 
-    Args:
-        results: of one model; of several protocols of a benchmark that fit a table each gives its own rows,
-            in the table over benchmarks the first counts.
+    Of several protocols of a benchmark that fit a table each gives its own rows; in the table over benchmarks
+    the first counts.
     """
     tables = []
     for key, paper in paper_tables().items():

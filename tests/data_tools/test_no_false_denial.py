@@ -25,7 +25,7 @@ from PIL import Image
 
 from data_tools import forms, readers, taxonomy
 from data_tools.forms import MakeOptions
-from data_tools.items import SourceContext
+from data_tools.items import SourceContext, Task
 from data_tools.standardise import read_unit
 
 TAXONOMY = taxonomy.load()
@@ -208,7 +208,7 @@ def check_questions(reader: str, seed: int) -> Counter[str]:
             for record in read_unit(options, unit, folder=root / "out", taxonomy=TAXONOMY).records:
                 inside = truth[key_of(record)]
                 for item in forms.plan(record, context, MAKE, seed=seed):
-                    made = forms.write(item, record, context, TAXONOMY)
+                    made = forms.write(Task(item, record, context), TAXONOMY)
                     question, answer = made[0].text, made[1].text
                     named = {label for label in LABELS if label in question}
                     asked[item.kind] += 1

@@ -2,26 +2,11 @@
 
 """Image file -> 8-bit image, or an ImageError; the one rule for training, the corpus builder and the page.
 
-* **8-bit grey, palette, 1-bit, CMYK, RGB**: Pillow's own conversion, the same image as
-  ``Image.open(path).convert("RGB")``, which xtuner uses.
-* **16-bit grey and colour**: scaled, never clipped. A file whose values span half of the 16 bits or
-  more keeps its high byte, so it equals its 8-bit duplicate. A narrower file holds 10, 12 or 14 bit
-  values of a scanner (perhaps with an offset, such as Hounsfield units + 32768): the window from
-  its own smallest to its own largest value becomes 0..255, as a viewer shows it. Colour shares
-  one window over the three channels, so the hue stays.
-* **32-bit integers and floats**: the same window. NaN or infinity is refused.
-* **TIFF with white as zero** (PhotometricInterpretation 0): turned to black as zero, at any depth.
-* **Alpha**: opaque alpha is dropped. Real transparency lies over black, the ground of radiographs,
-  CT and MR, and the value that most writers leave in invisible pixels, where
-  ``convert("RGB")`` shows it too.
-* **EXIF orientation** is applied: a photograph's text says "left" of what a viewer shows. (Pillow
-  does so for TIFF in any case; xtuner does not for JPEG and PNG.)
-* **Several pages or frames**: the first page of a TIFF whose other pages are thumbnails, masks or of
-  another size. A TIFF stack of equal pages and a moving GIF, WebP or PNG are refused: which slice or
-  frame the text speaks of is not ours to guess.
-
-What a header asks for is bounded before any of it is done: pixels, sides, their ratio, pages, scans and
-the tiles of a TIFF. Nothing is opened by a name that a file or client gives. Paths may lead into archives.
+docs/data.md (Images) says what becomes of each kind. Grey, palettes, CMYK and RGB of 8 bits are the same as
+by ``Image.open(path).convert("RGB")``, which xtuner uses; it does not apply the EXIF orientation of JPEG and
+PNG. What a header asks for is bounded before any of it is done: pixels, sides, their ratio, pages, scans and
+the tiles of a TIFF. Nothing is opened by the name that a file or a client gives. Paths
+may lead into archives.
 """
 
 from __future__ import annotations
@@ -89,11 +74,9 @@ _UPRIGHT = {
 
 
 def open_rgb(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file to RGB as a radiologist would expect to see it (see the module).
+    """Decode an image file to RGB as a radiologist would expect to see it (see docs/data.md).
 
-    Args:
-        path: PNG, JPEG, TIFF, BMP, WebP, GIF, JPEG 2000 or PNM file.
-        max_pixels: largest width x height; read from the header, before any pixel is decoded.
+    ``max_pixels`` is the largest width x height; read from the header, before any pixel is decoded.
 
     Raises:
         ImageError: reason ``missing_image``, ``damaged_image``, ``enormous_image`` or
@@ -417,38 +400,40 @@ def _decode(
 
     With the file's ``content``, damage that decoders pass over is looked for too.
     """
-    is_16_bit_colour = (
-        image.format in ("PNG", "TIFF")
-        and image.mode in ("RGB", "RGBA", "RGBX", "LA")
-        and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    )
-    white_is_zero = image.format == "TIFF" and image.tag_v2.get(_TAG.PhotometricInterpretation) == 0  # type: ignore[attr-defined]
-    file = getattr(image, "fp", None)
-    # Pillow turns a TIFF while it loads it, and forgets that it did.
-    orientation = _orientation(image) if image.format == "TIFF" else None
+    # What is asked before loading, after which Pillow has forgotten it.
+    has_16_bit_colour, file = _has_16_bit_colour(image), getattr(image, "fp", None)
+    turned = _orientation(image) != 1
+    _load(image)
+    damage = find_damage(content, image) if content is not None else ""
+    if damage:
+        raise _error(name, f"is damaged ({damage})", "damaged_image", _AGAIN)
+    if image.mode in _DEEP_GREY:
+        shown = Image.fromarray(_deep_grey(image, name))
+    else:
+        shown = _deep_colour(image, name, file) if has_16_bit_colour else _over_black(image)
+    suffix = "" if turned else _kept_suffix(image, shown)
+    # Pillow turns a TIFF while it loads it.
+    if turned and image.format != "TIFF":
+        shown = shown.transpose(_UPRIGHT[_orientation(image)])
+    return shown, turned, suffix
+
+
+def _has_16_bit_colour(image: Image.Image) -> bool:
+    may_have = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA", "RGBX", "LA")
+    return may_have and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _load(image: Image.Image) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         # What Pillow would do itself, but for its own limit, which max_pixels may exceed.
         image.im = Image.core.new(image.mode, getattr(image, "_tile_size", image.size))
     image.load()
-    damage = find_damage(content, image) if content is not None else ""
-    if damage:
-        raise _error(name, f"is damaged ({damage})", "damaged_image", _AGAIN)
-    suffix = {"PNG": ".png", "JPEG": ".jpg"}.get(image.format or "", "")
-    if image.mode in _DEEP_GREY:
-        shown = Image.fromarray(_deep_grey(image, name, white_is_zero=white_is_zero))
-    elif is_16_bit_colour:
-        shown = _deep_colour(image, name, file)
-    else:
-        shown = _over_black(image)
-    is_plain = shown is image and image.mode in ("L", "RGB")
-    if not is_plain or (suffix and getattr(image, "n_frames", 1) > 1):
-        suffix = ""
-    if orientation is None:
-        orientation = _orientation(image)
-        if orientation != 1:
-            shown = shown.transpose(_UPRIGHT[orientation])
-    turned = orientation != 1
-    return shown, turned, "" if turned else suffix
+
+
+def _kept_suffix(image: Image.Image, shown: Image.Image) -> str:
+    """Return ``.png`` or ``.jpg`` if every viewer shows the file's own pixels as ``shown``, else ""."""
+    is_plain = shown is image and image.mode in ("L", "RGB") and getattr(image, "n_frames", 1) == 1
+    return {"PNG": ".png", "JPEG": ".jpg"}.get(image.format or "", "") if is_plain else ""
 
 
 def _orientation(image: Image.Image) -> int:
@@ -470,7 +455,9 @@ def _over_black(image: Image.Image) -> Image.Image:
     return rgba.getchannel("R") if image.mode in ("L", "LA", "La") else rgba.convert("RGB")
 
 
-def _deep_grey(image: Image.Image, name: PathLike, *, white_is_zero: bool) -> np.ndarray:
+def _deep_grey(image: Any, name: PathLike) -> np.ndarray:
+    is_tiff = image.format == "TIFF"
+    white_is_zero = is_tiff and image.tag_v2.get(_TAG.PhotometricInterpretation) == 0
     levels = np.asarray(image)
     transparent = image.info.get("transparency")
     visible = levels != transparent if isinstance(transparent, int) else None

@@ -60,19 +60,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class VolumeFile:
-    """A volume whose header is read; its voxels are read by `array`.
+    """A volume whose header is read; its voxels, in ``path``, are read by `array`.
 
-    Args:
-        shape, dtype: lengths of the axes, and kind of the numbers, as stored.
-        affine: ``[4, 4]``, from indices to RAS+ millimetres.
-        oriented: whether the file says how the volume lies in the body.
-        path: of the voxels.
-        offset: of the first voxel in the file, of a packed file in what it unpacks to; -1: the voxels end
-            where the file ends.
-        packing: of the voxels; ``zlib`` and ``bzip2`` begin at ``packed_at``.
-        slope, inter: what is stored is multiplied by and added.
-        channel_axis: axis of ``shape`` that counts channels, if it isn't behind the spatial ones.
-        segments: of 3D Slicer.
+    ``shape`` and ``dtype`` are as stored; ``affine`` ``[4, 4]`` leads from indices to RAS+ millimetres;
+    ``oriented``: the file says how the volume lies in the body. ``offset`` is of the first voxel in the file,
+    of a packed file in what it unpacks to; -1: the voxels end where the file ends. ``packing`` ``zlib`` and
+    ``bzip2`` begin at ``packed_at``. What is stored is multiplied by ``slope``, and ``inter`` added.
+    ``channel_axis`` of ``shape`` counts channels, if it isn't behind the spatial ones. ``segments`` are 3D
+    Slicer's.
     """
 
     shape: tuple[int, ...]

@@ -53,17 +53,10 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which model, and how it runs: the command's options of the same names.
+    """Which model, and how it runs: the options of the same names, which the command's ``--help`` explains.
 
-    Args:
-        model: folder or hub name; of an endpoint the model's name there.
-        loader: ``auto`` looks for what our exports have.
-        dtype: torch's name; None: bf16 on a GPU, fp32 on the CPU.
-        timeout: seconds that an answer may take.
-        temperature: sent to the server; None: not sent, for models that refuse it.
-        answers: files of answers that another kit has stored; then ``model`` is a name alone.
-        answer_columns: their columns of the question's id and of the answer; None: those of a known kit.
-        logprobs: ask the server how likely the first tokens were, where an answer has labels.
+    With ``answers`` the ``model`` is a name alone; a ``temperature`` of None isn't sent: not all take it.
+    ``logprobs`` asks the server how likely the first tokens were, where an answer has labels.
     """
 
     model: str
@@ -169,14 +162,11 @@ def world() -> Iterator[World]:
 
 
 def hash_files(folders: Mapping[str, Path], *, cache: Path | None = None) -> str:
-    """Return ``sha256:...`` over every file of the folders a model is loaded from.
+    """Return ``sha256:...`` over every file of the folders (part -> folder or file) a model is loaded from.
 
     Names and contents count, dates and places do not: a copy has the same hash. Images, notes and hidden
-    files are left out. A file whose size and modification time are those of an earlier run is not read again.
-
-    Args:
-        folders: part -> folder or file; an ``EvaluationError`` where one has no file.
-        cache: folder in which hashes of files are remembered; None: every file is read.
+    files are left out. With a ``cache`` folder a file whose size and modification time are those of an
+    earlier run is not read again. An ``EvaluationError`` if a part has no file.
     """
     if cache is None:
         return _hash_files(folders, {})

@@ -17,19 +17,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gmai_xtuner.core import http
 from gmai_xtuner.core.agreements import benchmark_origin
 from gmai_xtuner.core.errors import EndpointError, EvaluationError, ImageError, is_unicode
-from gmai_xtuner.core.http import (
-    DEFAULT_KEY,
-    ChatServer,
-    RequestRefused,
-    ServerFault,
-    back_off,
-    each,
-    first_message,
-    key_of,
-    message_text,
-)
 from gmai_xtuner.core.imaging.images import opened
 from gmai_xtuner.evaluate.answerers import hash_text
 from gmai_xtuner.evaluate.questions import ImageSource, load_image, open_image
@@ -64,7 +54,7 @@ class EndpointAnswerer:
         self._options = options
         self.name = options.shown
         self.url = str(options.endpoint).rstrip("/")
-        self.key = key_of(options.api_key_env)
+        self.key = http.key_of(options.api_key_env)
         # What stands behind a server can't be hashed: its name at its address is all there is.
         known_as = (options.moved_from or self.url).rstrip("/")
         identity = {"endpoint": known_as, "model": options.model}
@@ -84,7 +74,7 @@ class EndpointAnswerer:
         with start_blocking_portal() as portal:
             run = portal.call(_Run, self._options, self.url, self.key)
             try:
-                for given in each(portal, run.ask, sorted_jobs(jobs), window=window):
+                for given in http.each(portal, run.ask, sorted_jobs(jobs), window=window):
                     yield [given]
             except EndpointError as error:
                 raise EvaluationError(str(error)) from error
@@ -95,8 +85,8 @@ class EndpointAnswerer:
 class _Run:
     def __init__(self, options: ModelOptions, url: str, key: str | None) -> None:
         self.options = options
-        shown = options.api_key_env or DEFAULT_KEY
-        self.server = ChatServer(
+        shown = options.api_key_env or http.DEFAULT_KEY
+        self.server = http.ChatServer(
             url, model=options.model, key=key, key_variable=shown, timeout=options.timeout
         )
         self.answered = self.refused = self.given_up = 0
@@ -117,7 +107,7 @@ class _Run:
                 more |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             try:
                 text, ended, shares = await self._request(content, more, job)
-            except RequestRefused as error:
+            except http.RequestRefused as error:
                 # Newer models of OpenAI take the other name alone, and say so.
                 if length_name == "max_tokens" and "max_completion_tokens" in error.message:
                     self.length_name = "max_completion_tokens"
@@ -126,11 +116,11 @@ class _Run:
                     self.asks_logprobs = False
                     continue
                 return self._refused(job, error)
-            except ServerFault as fault:
+            except http.ServerFault as fault:
                 failures += 1
                 if failures > self.options.retries:
                     return self._gave_up(job, fault)
-                wait = back_off(failures - 1) if fault.wait is None else fault.wait
+                wait = http.back_off(failures - 1) if fault.wait is None else fault.wait
                 await asyncio.sleep(min(wait, LONGEST_WAIT))
                 continue
             self.answered += 1
@@ -151,16 +141,16 @@ class _Run:
         if self.options.temperature is not None:
             body["temperature"] = self.options.temperature
         reply = await self.server.complete(body | options, [benchmark_origin(job.benchmark)])
-        message, ended = first_message(reply)
+        message, ended = http.first_message(reply)
         if message is None:
-            raise ServerFault("an answer without a choice")
+            raise http.ServerFault("an answer without a choice")
         # ``reasoning_content`` holds thoughts, which are no answer
-        said, refusal = message_text(message), message.get("refusal")
+        said, refusal = http.message_text(message), message.get("refusal")
         if not said and isinstance(refusal, str):
             said, ended = refusal.strip(), "refusal"
         return self.server.redacted(said), ended, label_shares(reply, job.labels)
 
-    def _refused(self, job: Job, error: RequestRefused) -> Given:
+    def _refused(self, job: Job, error: http.RequestRefused) -> Given:
         self.refused += 1
         if not self.answered and self.refused >= FIRST_REFUSED:
             raise EvaluationError(
@@ -170,7 +160,7 @@ class _Run:
             )
         return Given(job, None, 0.0, "refused_by_server", str(error))
 
-    def _gave_up(self, job: Job, fault: ServerFault) -> Given:
+    def _gave_up(self, job: Job, fault: http.ServerFault) -> Given:
         self.given_up += 1
         if self.given_up >= GIVEN_UP or not self.answered:
             raise EvaluationError(

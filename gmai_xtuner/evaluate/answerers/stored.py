@@ -29,10 +29,8 @@ _IMAGE_OR_SPACE = re.compile(r"<image(?: ?\d+)?>|\s+")
 class Kit:
     """Columns of a kit's files; ``doc.id`` is a value within another.
 
-    Args:
-        ids: columns of the question's id, of which the first that the file has counts.
-        answer: column of the answer as the model gave it, before any reading.
-        question: column of the question's words, empty if there is none.
+    Of ``ids`` the first that the file has counts. ``answer`` is as the model gave it, before any reading;
+    ``question`` the question's words, empty if there is none.
     """
 
     name: str

@@ -63,23 +63,16 @@ def is_own(name: str) -> bool:
 
 
 def load_benchmark(
-    name: str,
-    data: Path | None = None,
-    *,
-    variant: str | None = None,
-    require_images: bool = True,
+    name: str, data: Path | None = None, *, variant: str | None = None, require_images: bool = True
 ) -> Benchmark:
-    """Read one benchmark.
+    """Read one benchmark: one of :data:`NAMES`, or a user's own by its column map, or data with a map beside.
 
-    Args:
-        name: one of :data:`NAMES`; or the path of a column map, or of data with a map of its name beside.
-        data: the folder of the authors' files, or the annotation file; None: the files that an own map names.
-        variant: the benchmark's first where None, or the one that a single file is.
-        require_images: leave out and count questions whose image file is missing; False looks for no image.
+    ``data`` is the folder of the authors' files, or the annotation file; None: the files that an own map
+    names. ``variant`` is by default the benchmark's first, or the one that a single file is.
+    ``require_images`` leaves out and counts questions whose image file is missing; False looks for no image.
 
-    Raises:
-        BenchmarkError: nothing of that benchmark at that place, a file of another benchmark, or a file
-            that can't be read; the message names it.
+    A ``BenchmarkError`` if nothing of that benchmark is there, a file is another benchmark's or can't be
+    read.
     """
     found = _map_of(name)
     own = name not in NAMES

@@ -74,13 +74,9 @@ def read_files(
 ) -> Benchmark:
     """Read the questions of files in one layout.
 
-    Args:
-        paths: in their order.
-        require_images: leave out questions whose image is missing.
-        strict: refuse files with rows that can't be right, as a user's own benchmark is.
-
-    Raises:
-        BenchmarkError: a file can't be read, is another than the map says, or no question can be asked.
+    ``require_images`` leaves out questions whose image is missing; ``strict`` refuses files with rows that
+    can't be right, as a user's own benchmark is. A ``BenchmarkError`` if a file can't be read, is another
+    than the map says, or no question can be asked.
     """
     reader = _Reader(layout, variant, paths, require_images=require_images, strict=strict)
     source = [reader.read(path) for path in paths]
@@ -300,14 +296,10 @@ class _Reader:
 
 
 class _Record:
-    """A row and what its layout makes of it.
+    """A row and what its layout makes of it; templates know ``places`` besides the columns.
 
-    Args:
-        places: what templates know besides the columns.
-
-    Attributes:
-        notes: what is odd about the gold answer, and the key that it is counted under.
-        index: of the right option, where the file has a number.
+    ``notes`` say what is odd about the gold answer, after the key that it is counted under; ``index`` is of
+    the right option, where the file has a number.
     """
 
     def __init__(self, layout: Layout, row: Row, places: Mapping[str, str]) -> None:

@@ -19,14 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.yaml_lines import Document
-from gmai_xtuner.evaluate.protocols import (
-    MICRO,
-    VERSION,
-    Average,
-    Protocol,
-    Questions,
-    Words,
-)
+from gmai_xtuner.evaluate.protocols import MICRO, VERSION, Average, Protocol, Questions, Words
 from gmai_xtuner.evaluate.questions import BenchmarkError
 
 FOLDER = Path(__file__).with_name("maps")

@@ -46,9 +46,8 @@ _SHORT = 64
 class Row:
     """One row: column -> value, and column -> images that stand in the file.
 
-    Args:
-        place: where it stands, for people: ``line 7``, ``record 3``.
-        image_of: of a table, the index of the row whose image this row has.
+    ``place`` is for people: ``line 7``; ``image_of`` the index of the row of a table whose image this row
+    has.
     """
 
     place: str
@@ -111,16 +110,11 @@ def read_columns(path: Path, at: Sequence[str] = ()) -> tuple[str, ...]:
 def read_rows(
     path: Path, *, images: Sequence[str] = (), base64_images: str = "", at: Sequence[str] = ()
 ) -> Rows:
-    """Read a file.
+    """Read a file, of JSON the records behind the keys ``at``.
 
-    Args:
-        images: columns of a Parquet file that may hold images; those that hold texts are values.
-        base64_images: column of a TSV or CSV file that holds images as base64 text, a list of such, or the
-            index of the row that has the image.
-        at: keys that lead to the records of a JSON file.
-
-    Raises:
-        BenchmarkError: it can't be read, with the line that is wrong.
+    ``images`` are columns of a Parquet file that may hold images; those that hold texts are values.
+    ``base64_images`` is the column of a TSV or CSV file that holds images as base64 text, a list of such, or
+    the index of the row that has the image. A ``BenchmarkError`` names the line that is wrong.
     """
     suffix = path.suffix.lower()
     with _readable(path):

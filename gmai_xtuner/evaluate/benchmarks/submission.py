@@ -30,14 +30,9 @@ def write_submission(
 ) -> Path:
     """Write ``<model>_GMAI-MMBench_TEST.xlsx`` into a folder, which is made.
 
-    Args:
-        model: its name, as it is to stand on the leaderboard.
-        benchmark: what :func:`load_benchmark` gave for the variant test; its files are read once more.
-        answers: id of a question -> the model's words.
-
-    Raises:
-        BenchmarkError: it is another benchmark, a part of TEST or an answer is missing, an answer can't stand
-            in an Excel cell, or the files have changed.
+    The files of ``benchmark``, the variant test, are read once more; ``answers``: id of a question -> the
+    model's words. A ``BenchmarkError`` if it is another benchmark, a part of TEST or an answer is missing, an
+    answer can't stand in an Excel cell, or the files have changed.
     """
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell

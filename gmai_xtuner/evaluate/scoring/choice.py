@@ -41,9 +41,7 @@ from gmai_xtuner.evaluate.scoring.mentions import (
     mentions,
     yes_or_no,
 )
-from gmai_xtuner.evaluate.scoring.mentions import (
-    RULES as MENTION_RULES,
-)
+from gmai_xtuner.evaluate.scoring.mentions import RULES as MENTION_RULES
 from gmai_xtuner.evaluate.scoring.text import (
     TABLES,
     Words,

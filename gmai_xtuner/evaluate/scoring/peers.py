@@ -2,32 +2,9 @@
 
 """The rules of other evaluation kits, for comparison with the scores that they publish.
 
-Each is written anew from the kit's code at one commit. What a kit gives to a judge, to a random choice or to
-an exception is "not understood" here.
-
-``vlmevalkit``, ``can_infer`` without judge and random choice:
-https://github.com/open-compass/VLMEvalKit/blob/e8e78f05f3080fe28154f2130321f17951c3be94/vlmeval/utils/matching_util.py
-A lower-case letter is none; a letter counts only among the last four words; an option text counts as a
-substring, so "12" names 2 and "MR angiography" names both MR and MR angiography; a letter of the options as a
-word anywhere ("A large mass") is a choice if it is the only one; refusals are "Z", no option and wrong.
-
-``huatuogpt``, ``match_choice3`` and ``test_mmlu``:
-https://github.com/FreedomIntelligence/HuatuoGPT-Vision/blob/f699d88d4d1eeb9f3e62fdb2da4e297bdacb67f0/scorer.py
-The first letter from A to N, of either case, that stands alone is the answer, but for an "a" before a space
-(an article). It is compared with the upper-case gold letter, so a lower-case letter is wrong, and so is the
-"I" of "I think it is B". Without such a letter their scorer raises and aborts the run.
-
-``mmmu``, ``parse_multi_choice_response``, ``parse_open_response`` and ``eval_open``:
-https://github.com/MMMU-Benchmark/MMMU/blob/bb0b95a945998d91dfef37e969e07d49d1139438/mmmu/utils/eval_utils.py
-Multiple choice: "(B)" anywhere, else " B " between spaces, else, in an answer of more than five words, an
-option text as a substring; of several the last. Open: a gold text within the part of the answer behind "is",
-"so", "answer" and the like, or an equal number.
-
-``llava_med``, ``run_eval.py`` and ``eval_metrics``:
-https://github.com/microsoft/LLaVA-Med/blob/b9a98a736d2ef05bcf5ff345be6403fb3a664eaf/llava/eval/run_eval.py
-Closed: right if the answer has "yes" or "no" anywhere, even within a word ("normal"), and has the gold answer
-as a substring, so that "Lung" is right only beside a "yes" or "no". Open: recall in which a repeated word
-counts each time, so that "lung lung lung" has 3/4 of "left lung"; our ``token_recall`` counts it once.
+Each is written anew from the kit's code at the commit that docs/benchmarks.md (Scorers) links, which says
+where they differ from ours. What a kit gives to a judge, to a random choice or to an exception is "not
+understood" here.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from data_tools import taxonomy
 from data_tools.checks import LEAKS, REFUSALS, CheckOptions, check, check_translation
 from data_tools.checks.terms import TermFinder, words_of
-from data_tools.items import Item, SourceContext, Turn
+from data_tools.items import Item, SourceContext, Task, Turn
 from data_tools.records import Label, Provenance, Record
 
 TAXONOMY = taxonomy.load()
@@ -30,9 +30,8 @@ def reasons(
     *texts, form="caption", language="en", focus=None, options=None, grounded=True, record=RECORD
 ):
     turns = tuple(Turn(("human", "gpt")[at % 2], text) for at, text in enumerate(texts))
-    item = Item(f"{RECORD.id}#{form}", form, language, focus=focus)
-    options = options or CheckOptions()
-    problems = check(turns, item, record, CONTEXT, TAXONOMY, options, grounded=grounded)
+    task = Task(Item(f"{RECORD.id}#{form}", form, language, focus=focus), record, CONTEXT)
+    problems = check(turns, task, TAXONOMY, options or CheckOptions(), grounded=grounded)
     return [problem.reason for problem in problems]
 
 

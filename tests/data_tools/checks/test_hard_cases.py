@@ -6,7 +6,7 @@ import pytest
 
 from data_tools import taxonomy
 from data_tools.checks import CheckOptions, check
-from data_tools.items import Item, SourceContext, Turn
+from data_tools.items import Item, SourceContext, Task, Turn
 from data_tools.records import Label, Provenance, Record
 from tests.data_tools.checks.hard_cases import CHINESE, HELD_ASIDE, SYNONYMS, TUNED
 
@@ -26,7 +26,7 @@ def verdicts(case) -> list[str]:
     named = {name: CHINESE[name] for name in vocabulary if name in CHINESE}
     context = SourceContext("set", "Set", tuple(sorted(vocabulary)), used, named)
     conversation = (Turn("human", "<image>\nDescribe it."), Turn("gpt", sentence))
-    problems = check(conversation, item, record, context, TAXONOMY, CheckOptions())
+    problems = check(conversation, Task(item, record, context), TAXONOMY, CheckOptions())
     return [problem.reason for problem in problems]
 
 

@@ -19,7 +19,7 @@ from data_tools.forms import FORM_VERSIONS, MakeOptions, plan, write
 from data_tools.forms.conversations import absent
 from data_tools.forms.coordinates import read_boxes, write_box
 from data_tools.forms.language import Teller, Word, language
-from data_tools.items import FORMS, IMAGE, TEXT_FORMS, Item, SourceContext
+from data_tools.items import FORMS, IMAGE, TEXT_FORMS, Item, SourceContext, Task
 from data_tools.records import Label, Provenance, Record
 
 TAXONOMY = taxonomy.load()
@@ -48,7 +48,7 @@ def record(
 
 def conversations(of, make=EVERYTHING, context=CONTEXT, seed=0):
     for item in plan(of, context, make, seed=seed):
-        yield item, write(item, of, context, TAXONOMY)
+        yield item, write(Task(item, of, context), TAXONOMY)
 
 
 boxes = st.builds(
@@ -77,7 +77,7 @@ records = st.builds(
 @given(records, st.integers(0, 5))
 def test_the_checks_accept_every_template(of, seed):
     for item, made in conversations(of, seed=seed):
-        problems = check(made, item, of, CONTEXT, TAXONOMY, CheckOptions())
+        problems = check(made, Task(item, of, CONTEXT), TAXONOMY, CheckOptions())
         assert not problems, (item, made, problems)
 
 
@@ -85,7 +85,8 @@ def test_a_label_is_named_where_the_side_is_of_another_organ():
     one = Label("spleen", None)
     of = record(one, name="2d#cls#1", modality="Fundus photography", attributes={"side": "left"})
     for item, made in conversations(of, seed=0):
-        assert not check(made, item, of, CONTEXT, TAXONOMY, CheckOptions()), (item, made)
+        task = Task(item, of, CONTEXT)
+        assert not check(made, task, TAXONOMY, CheckOptions()), (item, made)
 
 
 @settings(max_examples=100)
@@ -390,8 +391,8 @@ def test_an_image_is_called_by_its_plane_view_side_and_part(
     of = record(Label("edema"), modality=modality, attributes=attributes)
     of = replace(of, provenance=replace(of.provenance, part=part))
     for code, said in (("en", english), ("zh", chinese)):
-        teller = Teller(Item(f"{of.id}#caption", "caption", code), of, CONTEXT, TAXONOMY)
-        assert teller.image() == said
+        task = Task(Item(f"{of.id}#caption", "caption", code), of, CONTEXT)
+        assert Teller(task, TAXONOMY).image() == said
 
 
 def test_chinese_counts_things_in_their_own_measures():
@@ -475,10 +476,8 @@ def test_articles_of_regions():
 )
 def test_organs_and_cells_are_shown_findings_found_and_classes_named(label, task, said):
     of = record(Label(label), task=task)
-    tellers = (
-        Teller(Item(of.id, "caption", "en", seed=n), of, CONTEXT, TAXONOMY) for n in range(30)
-    )
-    assert {teller.classified([label]) for teller in tellers} == said
+    tasks = (Task(Item(of.id, "caption", "en", seed=n), of, CONTEXT) for n in range(30))
+    assert {Teller(task, TAXONOMY).classified([label]) for task in tasks} == said
 
 
 def test_the_only_organ_is_named_by_what_the_image_is_called():
@@ -499,8 +498,8 @@ def test_no_finding_is_no_finding():
     for seed in range(60):
         for item, made in conversations(record(Label("no finding")), context=context, seed=seed):
             texts |= {turn.text for turn in made}
-            of = record(Label("no finding"))
-            assert not check(made, item, of, context, TAXONOMY, CheckOptions())
+            task = Task(item, record(Label("no finding")), context)
+            assert not check(made, task, TAXONOMY, CheckOptions())
     told = " ".join(texts)
     assert "It shows no finding." in told
     for words in (

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_tools.items import Conversation, Item, Problem, SourceContext, Turn
+from data_tools.items import Conversation, Item, Problem, SourceContext, Task, Turn
 from data_tools.records import Label, Provenance, Record
-from data_tools.writers.asking import Task
 from data_tools.writers.ledger import Expense, Ledger
 from data_tools.writers.openai_writer import OpenAIWriter
 from data_tools.writers.options import OpenAIOptions
@@ -49,40 +48,25 @@ class Prompts:
     def __init__(self, *, images: bool = False, box: bool = False, max_tokens: int = 50) -> None:
         self.images, self.box, self.max_tokens = images, box, max_tokens
 
-    def build(
-        self,
-        item: Item,
-        record: Record,
-        context: SourceContext,
-        *,
-        problems: Sequence[Problem] = (),
-    ) -> Prompt:
+    def build(self, task: Task, *, problems: Sequence[Problem] = ()) -> Prompt:
         reasons = "".join(f" Not again: {problem.reason}." for problem in problems)
-        image = record.image if self.images else None
+        image = task.record.image if self.images else None
         return Prompt(
-            "Be exact.", f"{item.id}{reasons}", image, self.box, max_tokens=self.max_tokens
+            "Be exact.", f"{task.item.id}{reasons}", image, self.box, max_tokens=self.max_tokens
         )
 
     def translate(
-        self,
-        conversation: Conversation,
-        item: Item,
-        record: Record,
-        context: SourceContext,
-        *,
-        problems: Sequence[Problem] = (),
+        self, conversation: Conversation, task: Task, *, problems: Sequence[Problem] = ()
     ) -> Prompt:
         return Prompt("Translate.", f"zh {conversation[-1].text}")
 
-    def read_answer(self, text: str, item: Item, record: Record) -> Conversation | Problem:
+    def read_answer(self, text: str, task: Task) -> Conversation | Problem:
         try:
             return (Turn("human", "What is it?"), Turn("gpt", json.loads(text)["answer"]))
         except (ValueError, KeyError, TypeError) as error:
             return Problem("not the JSON that was asked for", str(error))
 
-    def check(
-        self, conversation: Conversation, item: Item, record: Record, context: SourceContext
-    ) -> list[Problem]:
+    def check(self, conversation: Conversation, task: Task) -> list[Problem]:
         return [Problem("bad label")] if "wrong" in conversation[-1].text else []
 
     def check_translation(

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from data_tools.items import Problem
-from data_tools.writers import openai_writer
 from data_tools.writers.asking import BudgetReached, Outcome
 from data_tools.writers.ledger import Expense, Ledger, Reply
+from gmai_xtuner.core import http
 from gmai_xtuner.core.errors import CorpusError, EndpointError
 from tests.api_server import Act, completion, error, user_text
 from tests.data_tools.writers.stand_ins import (
@@ -32,7 +32,7 @@ from tests.data_tools.writers.stand_ins import (
 
 @pytest.fixture(autouse=True)
 def _quick_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_writer, "back_off", lambda attempt: 0.01)
+    monkeypatch.setattr(http, "back_off", lambda attempt: 0.01)
 
 
 def by_id(outcomes: list[Outcome]) -> dict[str, Outcome]:
@@ -177,7 +177,7 @@ def test_the_servers_faults_are_asked_again(serve, tmp_path, fault, reason, bill
 def test_429_is_waited_for_and_fewer_are_sent(serve, tmp_path, monkeypatch, header, seconds):
     """Half a second in which the server takes nothing, more often than server_retries."""
     lowered = []
-    monkeypatch.setattr(openai_writer.Concurrency, "lower", lambda _, seen: lowered.append(seen))
+    monkeypatch.setattr(http.Concurrency, "lower", lambda _, seen: lowered.append(seen))
     end = [0.0]
 
     def script(body: dict, number: int) -> Any:
@@ -510,7 +510,7 @@ def test_options_reach_the_body(serve, tmp_path):
 
 
 def test_the_stand_ins_bound_is_what_the_tests_say(tmp_path):
-    text = "Be exact.item0" + json.dumps(Prompts().build(next(tasks(1)).item, None, None).schema)
+    text = "Be exact.item0" + json.dumps(Prompts().build(next(tasks(1))).schema)
     marks = sum(not letter.isalpha() and letter != " " for letter in text)
     assert (len(text), marks) == (133, 37)
     assert options(tmp_path, "http://x/v1").budget.tokens is None

@@ -82,10 +82,10 @@ def test_keys_say_all_that_an_answer_depends_on(tmp_path):
     def key(
         file: str = "images/0.png", attempt: int = 0, box: bool = False, size=(8, 6), **more
     ) -> str:
-        of = record("r", file, size)
-        prompt = Prompts(images=True, box=box).build(task.item, of, task.context)
+        of = dataclasses.replace(task, record=record("r", file, size))
+        prompt = Prompts(images=True, box=box).build(of)
         values = options(tmp_path, "http://x/v1", **more)
-        return Request.of(task.item, prompt, attempt, of, values, tmp_path).key
+        return Request.of(of, prompt, attempt, values, tmp_path).key
 
     assert key() == key("images/copy.png")
     assert key() == key(base_url="http://other/v1", structured="text", in_flight=3)
@@ -109,12 +109,12 @@ def test_keys_say_all_that_an_answer_depends_on(tmp_path):
 def test_the_box_is_the_items_focus(tmp_path):
     write_images(tmp_path)
     task = next(tasks(1))
-    prompt = Prompts(images=True, box=True).build(task.item, task.record, task.context)
+    prompt = Prompts(images=True, box=True).build(task)
     values = options(tmp_path, "http://x/v1")
-    made = Request.of(task.item, prompt, 0, task.record, values, tmp_path)
+    made = Request.of(task, prompt, 0, values, tmp_path)
     assert made.image.box == (1, 1, 5, 4)
-    whole = dataclasses.replace(task.item, focus=None)
-    assert Request.of(whole, prompt, 0, task.record, values, tmp_path).image.box is None
+    whole = dataclasses.replace(task, item=dataclasses.replace(task.item, focus=None))
+    assert Request.of(whole, prompt, 0, values, tmp_path).image.box is None
     body = made.body(Traits("json_object", "max_tokens"))
     assert (body["response_format"], body["max_tokens"]) == ({"type": "json_object"}, 50)
     assert "fits this JSON schema" in body["messages"][0]["content"]

@@ -8,7 +8,7 @@ import pytest
 
 from data_tools import taxonomy
 from data_tools.checks import CheckOptions
-from data_tools.items import FORMS, Item, Problem, SourceContext, Turn
+from data_tools.items import FORMS, Item, Problem, SourceContext, Task, Turn
 from data_tools.records import Label, Provenance, Record
 from data_tools.writers.prompts import Prompts
 
@@ -33,13 +33,13 @@ read_answer = PROMPTS[True].read_answer
 ASKED_OF_A_MODEL = [form for form in FORMS if form != "perception"]
 
 
-def item(form, language="en", focus=None, seed=0):
-    focus = 0 if form == "region_caption" else focus
-    return Item(f"{RECORD.id}#{form}", form, language, focus=focus, seed=seed)
+def task(form, language="en", record=RECORD, kind=""):
+    focus = 0 if form == "region_caption" else None
+    return Task(Item(f"{RECORD.id}#{form}", form, language, kind, focus), record, CONTEXT)
 
 
 def prompt(form, *, grounded=True, language="en", problems=()):
-    return PROMPTS[grounded].build(item(form, language), RECORD, CONTEXT, problems=problems)
+    return PROMPTS[grounded].build(task(form, language), problems=problems)
 
 
 @pytest.mark.parametrize("form", ASKED_OF_A_MODEL)
@@ -89,7 +89,7 @@ def test_many_regions_are_counted():
     record = Record(
         **{name: getattr(RECORD, name) for name in RECORD.__slots__} | {"labels": labels}
     )
-    user = PROMPTS[True].build(item("caption"), record, CONTEXT).user
+    user = PROMPTS[True].build(task("caption", record=record)).user
     assert user.count("- region: ") == 12
     assert "30 of platelet" in user
 
@@ -99,17 +99,17 @@ def test_a_model_is_told_of_what_was_left_out(count):
     labels = tuple(Label("platelet", (i, 0, i + 1, 1)) for i in range(count))
     fields = {name: getattr(RECORD, name) for name in RECORD.__slots__}
     record = Record(**fields | {"labels": labels, "incomplete": ("platelet",)})
-    user = PROMPTS[True].build(item("caption"), record, CONTEXT).user
+    user = PROMPTS[True].build(task("caption", record=record)).user
     assert "never say how many" in user
     assert "30 of platelet" not in user
-    region = PROMPTS[True].build(item("region_caption"), record, CONTEXT).user
+    region = PROMPTS[True].build(task("region_caption", record=record)).user
     assert "how many" not in region
 
 
 def test_a_caption_is_read_bare_and_fenced():
     text = json.dumps({"caption": "A platelet."})
     for answer in (text, f"```json\n{text}\n```"):
-        conversation = read_answer(answer, item("caption"), RECORD)
+        conversation = read_answer(answer, task("caption"))
         assert conversation == (
             Turn("human", "<image>\nDescribe this image."),
             Turn("gpt", "A platelet."),
@@ -118,20 +118,19 @@ def test_a_caption_is_read_bare_and_fenced():
 
 def test_a_dialogue_is_read_in_its_order():
     turns = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
-    conversation = read_answer(json.dumps({"turns": turns}), item("dialogue"), RECORD)
+    conversation = read_answer(json.dumps({"turns": turns}), task("dialogue"))
     assert [turn.text for turn in conversation] == ["<image>\nq0", "a0", "q1", "a1", "q2", "a2"]
-    assert read_answer(json.dumps({"turns": turns}), item("text_multi"), RECORD)[0].text == "q0"
+    assert read_answer(json.dumps({"turns": turns}), task("text_multi"))[0].text == "q0"
 
 
 def test_the_region_comes_into_the_question():
-    conversation = read_answer('{"caption": "A platelet."}', item("region_caption"), RECORD)
+    conversation = read_answer('{"caption": "A platelet."}', task("region_caption"))
     asked = "<image>\nDescribe the region [100, 100, 200, 200] of this image."
     assert conversation == (Turn("human", asked), Turn("gpt", "A platelet."))
 
 
 def test_as_many_turns_as_the_item_says():
-    five = Item(f"{RECORD.id}#dialogue", "dialogue", "en", kind="5")
-    assert "of 5 questions" in PROMPTS[True].build(five, RECORD, CONTEXT).user
+    assert "of 5 questions" in PROMPTS[True].build(task("dialogue", kind="5")).user
 
 
 @pytest.mark.parametrize(
@@ -155,16 +154,16 @@ def test_as_many_turns_as_the_item_says():
     ],
 )
 def test_nothing_is_guessed(form, answer, reason):
-    assert read_answer(answer, item(form), RECORD).reason == reason
+    assert read_answer(answer, task(form)).reason == reason
 
 
 def test_a_translation_is_asked_with_the_terms_and_read_as_turns():
     english = (Turn("human", "<image>\nDescribe."), Turn("gpt", "A platelet."))
-    asked = PROMPTS[True].translate(english, item("caption", "zh"), RECORD, CONTEXT)
+    asked = PROMPTS[True].translate(english, task("caption", "zh"))
     assert "- platelet: 血小板" in asked.user
     assert "- Microscopy: 显微镜" in asked.user
     assert '{"turns": [{"question": "Describe.", "answer": "A platelet."}]}' in asked.user
     made = read_answer(
-        '{"turns": [{"question": "描述。", "answer": "血小板。"}]}', item("caption", "zh"), RECORD
+        '{"turns": [{"question": "描述。", "answer": "血小板。"}]}', task("caption", "zh")
     )
     assert made == (Turn("human", "<image>\n描述。"), Turn("gpt", "血小板。"))
