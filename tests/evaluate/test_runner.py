@@ -95,7 +95,14 @@ def test_stored_answers_are_scored_by_several_scorers_without_asking(pmc, tmp_pa
     run(pmc, FakeAnswerer(always("b")), tmp_path)
     results = run(pmc, None, tmp_path, scorers=(ALL,))
     by = {one.scorer: one.headline for one in results}
-    assert set(by) == {"choice", "option_letter", "option_text", "vlmevalkit", "huatuogpt"}
+    assert set(by) == {
+        "choice",
+        "option_letter",
+        "option_text",
+        "vlmevalkit",
+        "huatuogpt",
+        "medevalkit",
+    }
     # A lower-case letter: VLMEvalKit's rule does not understand it, HuatuoGPT-Vision's calls it wrong.
     assert (by["choice"].value, by["vlmevalkit"].unparsed) == (0.25, 1)
     assert (by["huatuogpt"].value, by["huatuogpt"].unparsed) == (0.0, 0.0)

@@ -37,6 +37,7 @@ _ALL = (
     _closed_or("exact", "exact match", free.EXACT_MATCH),
     _closed_or("mmmu", "MMMU's rule for open questions", peers.MMMU),
     *(peers.VLMEVALKIT, peers.HUATUOGPT, peers.LLAVA_MED, peers.MMMU),
+    *(peers.MEDEVALKIT, peers.LMMS_EVAL),
     *(free.ROUGE_L, free.BLEU, free.METEOR),
 )
 SCORERS: Mapping[str, Scorer] = {scorer.name: scorer for scorer in _ALL}

@@ -10,8 +10,10 @@ understood" here.
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
 
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring.choice import has_options
@@ -216,3 +218,129 @@ LLAVA_MED = Scorer(
     _score_llava_med,
     lambda question: not question.options,
 )
+
+
+# MedEvalKit
+
+_ANSWER_MARKS = (
+    *("**answer**:", "**answer**", "*answer*:", "**answer:**", "answer is", "answer:", "答案:"),
+    *("final answer", "final answer is"),
+)
+
+
+def _boxed(text: str) -> str:
+    """Return what stands in the last box, "None" where there is none, as their package does."""
+    depth, (_, box, content) = 0, text.rpartition("\\boxed{")
+    for place, sign in enumerate(content if box else ""):
+        depth += {"{": 1, "}": -1}.get(sign, 0)
+        if depth < 0:
+            return content[:place].strip()
+    return "None"
+
+
+def _tagged(text: str) -> str:
+    parts = re.findall("<answer>(.*?)</answer>", text, re.DOTALL)
+    return " ".join(parts).strip() or text
+
+
+def _behind_marks(text: str) -> str:
+    text = text.lower()
+    if "boxed" in text:
+        text = _boxed(text)
+    elif "<answer>" in text:
+        text = _tagged(text)
+    for mark in _ANSWER_MARKS:
+        text = text.rpartition(mark)[2]
+    return text
+
+
+def most_similar(answer: str, options: Mapping[str, str]) -> str:
+    """Return the letter that their ``judge_multi_choice`` takes; it takes one of any answer."""
+    by_letter = {letter.lower(): option.lower() for letter, option in options.items()}
+    text = answer.lower()
+    first, last = text.split("\n\n")[0], text.split("\n\n")[-1].split(".")[0]
+    text = first if first in by_letter else last if last in by_letter else text
+    text = _behind_marks(text).strip().replace("\n", "")
+    said = text.split(".")[0].split(":")[-1]
+    if said in by_letter:
+        return said.upper()
+    likeness = {
+        letter: float(option == said) * 2 or SequenceMatcher(None, option, text).ratio()
+        for letter, option in by_letter.items()
+    }
+    return max(likeness, key=lambda letter: likeness[letter]).upper()
+
+
+def _score_medevalkit(question: Question, answer: str) -> Score:
+    if question.options:
+        return _score_first(question, most_similar(answer, question.lettered()))
+    if question.answer is None:
+        return Score(None, answer or None)
+    is_slake = "content_type" in question.groups  # its gold answers keep their case there
+    gold, polar = question.answer, question.answer
+    if not is_slake:
+        gold = polar = gold.lower().strip()
+    said = _boxed(answer)
+    said = said if said != "None" else _tagged(answer) if "<answer>" in answer else answer
+    said = _behind_marks(said if is_slake else said.lower().strip())
+    closed = (
+        question.groups.get("answer_type", "") != "OPEN" if is_slake else polar in ("yes", "no")
+    )
+    if not closed:
+        return Score(float(said == gold.lower()), said or None)
+    said = said.replace("\n", "").replace(".", "")
+    if polar not in ("yes", "no"):
+        return Score(float(said == gold.lower()), said or None)
+    one_of_both = ("yes" in said) != ("no" in said)
+    return Score(float(one_of_both and gold in said), said if one_of_both else None)
+
+
+MEDEVALKIT = Scorer(
+    "medevalkit", 1, "the rules of MedEvalKit, without its judge", _score_medevalkit
+)
+
+
+# lmms-eval
+
+_PUNCTUATION_OF_BOTH = (
+    string.punctuation
+    + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～、，。；：《》？【】（）"
+)
+_TO_SPACES = str.maketrans(dict.fromkeys(_PUNCTUATION_OF_BOTH, " "))
+_SAME_AS = {word: said for said, words in TABLES["lmms_eval"].items() for word in words}
+
+
+def parse_lmms_choice(answer: str, options: Mapping[str, str]) -> str | None:
+    """Return the letter that lmms-eval's parser of MMMU takes; None where it takes a random one."""
+    for sign in (",", ".", "!", "?", ";", ":", "'"):
+        answer = answer.strip(sign)
+    text = f" {answer} "
+    forms: Sequence[tuple[str, str]] = (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
+    for form, placed in forms:
+        if found := [one for one in options if form.format(one) in text]:
+            return max(found, key=lambda one: text.rfind(placed.format(one)))
+    lower = text.lower()
+    named = [one for one, option in options.items() if option.lower() in lower]
+    if len(text.split()) > 5 and named:
+        return max(named, key=lambda one: lower.rfind(options[one].lower()))
+    return None
+
+
+def _plain_words(text: str) -> str:
+    text = re.sub(r"\([^)]*\)|（[^）]*）", " ", text.strip().lower())
+    text = " ".join(text.translate(_TO_SPACES).split())
+    return _SAME_AS.get(text, text)
+
+
+def _score_lmms_eval(question: Question, answer: str) -> Score:
+    if question.options:
+        return _score_first(question, parse_lmms_choice(answer, question.lettered()))
+    if "answer_type" not in question.groups:
+        return _score_mmmu(question, answer)
+    said = _plain_words(answer)
+    right = None if question.answer is None else float(said == _plain_words(question.answer))
+    return Score(right, said or None)
+
+
+_LMMS = "the rules of lmms-eval's MMMU and SLAKE, without its random choice"
+LMMS_EVAL = Scorer("lmms_eval", 1, _LMMS, _score_lmms_eval)

@@ -275,6 +275,7 @@ def words(text: str) -> Words:
 @lru_cache(maxsize=1 << 14)
 def stem(word: str) -> str:
     """Return a word without what differs between British, American, singular and plural."""
+    word = word.removesuffix("'s")  # Hodgkin's, Crohn's
     if len(word) > 3 and word.isalpha():
         for pattern, replacement in _SPELLING:
             word = pattern.sub(replacement, word)
@@ -300,6 +301,7 @@ def find(needle: Sequence[str], haystack: Sequence[str]) -> list[int]:
 # Numbers
 
 
+@lru_cache(maxsize=1 << 12)
 def quantity(text: str) -> tuple[float, str] | None:
     """Return the number that a text is, and its unit: ``"1/2"``, ``".5 mg"``, ``"50 percent"``, ``"2e3"``.
 
