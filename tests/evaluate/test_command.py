@@ -170,7 +170,7 @@ def test_an_endpoint_is_asked_scored_again_and_compared(data, tmp_path, capfd):
     # The server is gone: nothing is asked.
     assert run(*good, "--score-only", "--scorer", "all", "--json") == 0
     summary = json.loads(capfd.readouterr().out)
-    assert len(summary["results"]) == 5
+    assert len(summary["results"]) == 6
     assert run("compare", tmp_path / "good", tmp_path / "bad", "--json") == 0
     (found,) = json.loads(capfd.readouterr().out)
     assert (found["n"], found["difference"], found["first_better"]) == (40, 0.75, 30)

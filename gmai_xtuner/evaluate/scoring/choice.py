@@ -470,7 +470,7 @@ def _scorer(name: str, description: str, **may_read: bool) -> Scorer:
         letter = choose(question, answer, **may_read)
         return Score(float(letter is not None and letter in question.gold_letters()), letter)
 
-    return Scorer(name, 2, description, score, has_options)
+    return Scorer(name, 3, description, score, has_options)
 
 
 CHOICE = _scorer(

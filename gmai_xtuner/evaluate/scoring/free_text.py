@@ -165,16 +165,16 @@ def _asks_yes_or_no(question: Question) -> bool:
 
 
 _FIRST = "yes or no as the answer's first word or declared"
-YES_NO = Scorer("yes_no", 2, _FIRST, _yes_no, _asks_yes_or_no)
+YES_NO = Scorer("yes_no", 3, _FIRST, _yes_no, _asks_yes_or_no)
 CLOSED = Scorer(
-    *("closed", 2, "yes or no, or the alternative of the question that the answer names", _closed),
+    *("closed", 3, "yes or no, or the alternative of the question that the answer names", _closed),
     lambda question: not question.options and is_closed(question),
 )
 _WORDS = "the gold answer's words in their order, without articles, case and punctuation"
-EXACT_MATCH = Scorer("exact_match", 2, _WORDS, _exact)
+EXACT_MATCH = Scorer("exact_match", 3, _WORDS, _exact)
 _SHARE = "share of the gold answer's words that were said"
-TOKEN_RECALL = Scorer("token_recall", 2, _SHARE, _by(recall))
-TOKEN_F1 = Scorer("token_f1", 2, "F1 over the words of answer and gold answer", _by(f1))
+TOKEN_RECALL = Scorer("token_recall", 3, _SHARE, _by(recall))
+TOKEN_F1 = Scorer("token_f1", 3, "F1 over the words of answer and gold answer", _by(f1))
 
 
 # Reports against a reference report, by well-kept packages

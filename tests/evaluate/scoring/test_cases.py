@@ -223,3 +223,24 @@ def test_the_rules_agree_with_a_reader(half: int) -> None:
     assert len(found) > 1000
     assert len(wrong) <= 0.005 * len(found), "\n".join(map(str, wrong))
     assert len(unread) <= 0.05 * readable, "\n".join(map(str, unread))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "asked", "answer", "expected"),
+    [
+        ("medevalkit", question(ORGANS, "Lung"), "**Answer**: lung", Score(1.0, "B")),
+        ("medevalkit", question(ORGANS, "Lung"), "\\boxed{C}", Score(0.0, "C")),
+        # Its judge apart, nothing is unparsed: of the four, Spleen is the most similar to this.
+        ("medevalkit", question(ORGANS, "Lung"), "speechless", Score(0.0, "D")),
+        ("medevalkit", question(gold="No"), "Normal", Score(1.0, "normal")),
+        ("medevalkit", question(gold="No"), "Yes and no", Score(0.0, None)),
+        ("lmms_eval", question(ORGANS, "Liver"), "Vitamin A helps", Score(1.0, "A")),
+        ("lmms_eval", question(ORGANS, "Lung"), "(B), not (C)", Score(0.0, "C")),
+        ("lmms_eval", question(ORGANS, "Lung"), "it is in the upper left lung", Score(1.0, "B")),
+        ("lmms_eval", question(ORGANS, "Lung"), "lung", Score(0.0, None)),
+        ("lmms_eval", question(gold="Yes", kind="CLOSED"), "Yeah.", Score(1.0, "yes")),
+        ("lmms_eval", question(gold="X-Ray", kind="OPEN"), "xray (chest)", Score(1.0, "xray")),
+    ],
+)
+def test_medevalkit_and_lmms_eval(scorer: str, asked: Question, answer: str, expected: Score):
+    assert score(scorer, asked, answer) == expected
