@@ -7,6 +7,7 @@ The words are data, ``lexicon.yaml``; their numbers (vertebra, vertebrae) are th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -28,6 +29,8 @@ ADJECTIVES = NORMAL.union(_WORDS["adjectives"])
 SIDE_KEYS = ("side", "laterality")
 """Attributes whose value is a side of the body."""
 _ENGLISH = inflect.engine()
+_SIGNS = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # each may be a word
+_A_WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 _SINGULAR_ENDS = ("ss", "us", "is", "as", "ascites")
 """Of words that inflect takes for plurals: uterus, pelvis, pancreas."""
 
@@ -145,9 +148,34 @@ def number_word(number: int) -> str:
     return str(_ENGLISH.number_to_words(str(number), threshold=10))
 
 
+@lru_cache(maxsize=2**15)
+def words_of(label: str) -> frozenset[str]:
+    """Return the words of a label in the singular, of Chinese and the like each sign.
+
+    One that has all the words of another may be a part of it, or a kind of it: ``kidney_left`` and "kidneys".
+    """
+    words = _A_WORD.findall(label.lower())
+    return frozenset(_ENGLISH.singular_noun(word) or word for word in words)
+
+
 def says_nothing(label: str) -> bool:
     """Return whether a label says that there is nothing, as `no finding` does."""
-    return label.split(" ", 1)[0].lower() in DENIALS
+    return label.replace("_", " ").split(" ", 1)[0].lower() in DENIALS
+
+
+def _denied(label: str) -> str | None:
+    """Return what a label denies, "" if it is everything; None if it denies nothing."""
+    plain = re.sub(r"[\W_]+", " ", label.lower()).strip()
+    found = next(filter(None, (re.fullmatch(each, plain) for each in _WORDS["denials"])), None)
+    return None if found is None else found[1].strip().removesuffix("s")
+
+
+def is_normal(label: str) -> bool:
+    """Return whether a label says of an image, or of what it shows, that nothing is wrong: "normal chest"."""
+    first, *others = re.split(r"[\W_]+", label.lower())
+    rest = " ".join(others)
+    of_it = not rest or noun(rest).is_anatomy or others[-1] in _WORDS["examinations"]
+    return (first in NORMAL and of_it) or label.lower().startswith(tuple(_WORDS["normal_signs"]))
 
 
 def contradicts(label: str, other: str) -> bool:
@@ -155,12 +183,12 @@ def contradicts(label: str, other: str) -> bool:
 
     "No finding" denies all, "no nodule" nodules, "normal" every finding; `ANYTHING` is whatever is unknown.
     """
-    words, others = label.lower().split(), other.lower().split()
-    if words[0] in DENIALS:
-        denied = " ".join(words[1:]).removesuffix("s")
-        if denied in _WORDS["any_finding"] or not denied:
-            return not says_nothing(other) and other.lower() not in NORMAL
-        return other == ANYTHING or (others[0] not in DENIALS and denied in other.lower())
-    if label.lower() not in NORMAL or says_nothing(other) or others[0] in NORMAL:
+    denied, others = _denied(label), _denied(other)
+    if denied is not None:
+        if not denied or denied in _WORDS["any_finding"]:
+            return others is None and not is_normal(other)
+        plain = re.sub(r"[\W_]+", " ", other.lower())
+        return other == ANYTHING or (others is None and denied in plain)
+    if not is_normal(label) or others is not None or is_normal(other):
         return False
     return other == ANYTHING or not (noun(other).is_anatomy or noun(other).kind in ("cell", "view"))

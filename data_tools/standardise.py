@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import readers
-from data_tools.lexicon import contradicts
+from data_tools.lexicon import SIDE_KEYS, SIDES, contradicts, says_nothing, words_of
 from data_tools.licences import Terms
 from data_tools.preprocess.burned_in import BURNED_IN, NOTE, find_text, without_edges
 from data_tools.preprocess.clean import clean_annotations
@@ -142,6 +143,7 @@ def _record(
     _check_contradictions(source, labels, incomplete)
     task, clinical = source.source_task or _task(source, sample, labels), source.clinical_task
     attributes = dict(sample.attributes) | dict(source.attributes)
+    _check_sides(labels, attributes)
     for text in (group, *attributes, *map(str, (*attributes.values(), *sample.part.values()))):
         if not is_unicode(text):
             raise Unusable("text that no UTF-8 can hold", ascii(text))
@@ -181,6 +183,7 @@ def _named(source: SourceOptions, sample: Sample, drops: Drops, where: str) -> l
     labels = None if source.labels is None else {k.strip(): v for k, v in source.labels.items()}
     named = []
     unknown: dict[str, None] = {}
+    codes: dict[str, set[str]] = defaultdict(set)
     for annotation in sample.annotations:
         label = code = annotation.label.strip()
         if labels is not None and code not in labels:
@@ -196,7 +199,10 @@ def _named(source: SourceOptions, sample: Sample, drops: Drops, where: str) -> l
             map(is_unicode, (label, *annotation.attributes, *annotation.attributes.values()))
         ):
             raise Unusable("label that no UTF-8 can hold", ascii(label))
+        codes[label].add(code)
         named.append(replace(annotation, label=label))
+    if not source.masks_are_objects:
+        named = _merged(named, {label for label, of in codes.items() if len(of) > 1})
     if unknown:
         detail = f"{listed(list(unknown), at_most=200)} not in the job's `labels`"
         if not named:
@@ -247,6 +253,18 @@ def _cut(annotation: Annotation, rest: Box) -> Annotation | None:
     return replace(annotation, box=box) if box[0] < box[2] and box[1] < box[3] else None
 
 
+def _merged(annotations: list[Annotation], labels: set[str]) -> list[Annotation]:
+    """Make one map of what several codes of a label map are together: whole and core are one tumour."""
+    found: dict[Any, Annotation] = {}
+    for number, one in enumerate(annotations):
+        is_map = one.label in labels and one.mask is not None and one.box is None
+        key = (one.label, *sorted(one.attributes.items())) if is_map else number
+        if key in found:
+            one = replace(one, mask=found[key].mask | one.mask)
+        found[key] = one
+    return list(found.values())
+
+
 def _modality(source: SourceOptions, sample: Sample, taxonomy: Taxonomy) -> str:
     """The job's word goes before the file's."""
     modality = source.modality or sample.modality
@@ -287,6 +305,10 @@ def _told(source: SourceOptions, names: Iterable[str]) -> tuple[str, ...]:
 def _check_contradictions(source: SourceOptions, labels: list[Label], incomplete: set[str]) -> None:
     """Raise `Unusable` if one label of an image says that there is nothing of another, or excludes it."""
     whole = dict.fromkeys(label.name for label in labels if label.box is None)
+    for label in labels:
+        if label.box is not None and says_nothing(label.name):
+            detail = f"{label.name!r} at {list(label.box)}; leave the cells of its box empty"
+            raise Unusable("box that is said to show nothing", detail)
     all_of_it = [*dict.fromkeys(label.name for label in labels), *sorted(incomplete)]
     for name in whole:
         others = [other for other in all_of_it if other != name]
@@ -297,6 +319,14 @@ def _check_contradictions(source: SourceOptions, labels: list[Label], incomplete
     for group in source.exclusive:
         if len(both := [name for name in whole if name in group]) > 1:
             raise Unusable("labels that contradict each other", " and ".join(map(repr, both)))
+
+
+def _check_sides(labels: list[Label], attributes: Mapping[str, str]) -> None:
+    """Raise `Unusable` if a label names the side of the body that its image isn't of."""
+    for side in {attributes.get(key, "").lower() for key in SIDE_KEYS}.intersection(SIDES):
+        for label in labels:
+            if words_of(label.name).intersection(SIDES) - {side}:
+                raise Unusable("labels that contradict each other", f"{label.name!r}, {side} side")
 
 
 def _task(source: SourceOptions, sample: Sample, labels: list[Label]) -> str:

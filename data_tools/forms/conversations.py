@@ -13,7 +13,7 @@ from collections import Counter
 from data_tools.forms.coordinates import thirds
 from data_tools.forms.language import Language, Teller, exchange
 from data_tools.items import Conversation, SourceContext
-from data_tools.lexicon import noun, spoken
+from data_tools.lexicon import noun, spoken, words_of
 from data_tools.options import MakeOptions
 from data_tools.records import Box, Record
 from gmai_xtuner.core.rng import Rng
@@ -190,14 +190,14 @@ def absent(record: Record, context: SourceContext, language: Language) -> list[s
     """
     known = context.known_in(record)
     own = (*record.names, *record.incomplete)
-    own_words = [set(name.lower().split()) for name in own]
+    own_words = [words_of(name) for name in own]
     return [
         name
         for name in context.vocabulary
         if name in known
         and name not in own
         and language.can_name(name, context)
-        and not any(_overlap(set(name.lower().split()), words) for words in own_words)
+        and not any(_overlap(words_of(name), words) for words in own_words)
     ]
 
 
@@ -289,9 +289,8 @@ def _multiple_choice(teller: Teller) -> tuple[str, str]:
     others = absent(teller.record, teller.context, teller.language)
     choices: list[str] = []
     for name in teller.rng.sample(others, len(others)):
-        words = set(name.lower().split())
         # Of two names one of which holds the other's words both could be right.
-        if not any(_overlap(words, set(other.lower().split())) for other in choices):
+        if not any(_overlap(words_of(name), words_of(other)) for other in choices):
             choices.append(name)
     del choices[len(LETTERS) - 1 :]
     at = teller.rng.below(len(choices) + 1)
@@ -308,7 +307,7 @@ def _counts(record: Record) -> Counter[str]:
     return Counter(label.name for label in record.labels if label.box is not None)
 
 
-def _overlap(words: set[str], other: set[str]) -> bool:
+def _overlap(words: frozenset[str], other: frozenset[str]) -> bool:
     """Tell whether one name has all the words of the other: "left lung" and "lung"."""
     return words <= other or other <= words
 

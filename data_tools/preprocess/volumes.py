@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,10 +116,10 @@ class Slice:
 
 
 def slices(
-    volume: Volume, scale: Scale, slicing: Slicing, axis: Axis | None = None
+    volume: Volume, scale: Scale, slicing: Slicing, axes: Sequence[Axis] = ()
 ) -> Iterator[Slice]:
-    """Yield the chosen slices, axis by axis or along one alone, one in memory at a time."""
-    for along in slicing.axes if axis is None else (axis,):
+    """Yield the chosen slices, axis by axis (default: the job's), one in memory at a time."""
+    for along in axes or slicing.axes:
         for index in chosen(volume, along, slicing):
             yield take(volume, scale, along, index, square_pixels=slicing.square_pixels)
 

@@ -58,6 +58,8 @@ class SourceOptions(Options):
     """
 
     default_source_task: ClassVar[str] = "2D classification"
+    masks_are_objects: ClassVar[bool] = False
+    """Whether each mask is an object of its own; else those of one label are one map."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     root: Path

@@ -338,6 +338,8 @@ def _tiff(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
     if len(pages) > MAX_PAGES or series.axes[1:] not in ("YX", "YXS") or len(pages) != len(series):
         detail = f"axes {series.axes} of {series.shape}; one axis before Y and X is read"
         raise Unusable(OTHER_AXES, detail)
+    if int(first.photometric) == 0:
+        raise Unusable(UNREADABLE, "it stores white as 0; save it with 0 as black")
     _check("a page", math.prod(first.shape) * first.dtype.itemsize, max_bytes)
 
     def rows() -> Iterator[np.ndarray]:

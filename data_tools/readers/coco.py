@@ -31,6 +31,7 @@ class Options(SourceOptions):
     ``group_key`` of an entry of ``images`` tells patient or case.
     """
 
+    masks_are_objects: ClassVar[bool] = True
     default_source_task: ClassVar[str] = "2D detection"
 
     reader: Literal["coco"]
@@ -107,7 +108,7 @@ def _slim(entry: Any, options: Options) -> dict[str, Any]:
     """Return what is used of an annotation: a segmentation is long."""
     if not isinstance(entry, dict):
         return {}
-    keys = ["id", "image_id", "category_id", "iscrowd"]
+    keys = ["id", "image_id", "category_id", "iscrowd", "ignore"]
     keys.append("bbox" if options.regions == "boxes" else "segmentation")
     attributes = entry.get("attributes")
     rotation = attributes.get("rotation") if isinstance(attributes, dict) else None
@@ -147,7 +148,7 @@ def _annotation(
     category = _id(entry, "category_id")
     if category not in categories:
         raise Unusable("unknown class id", f"category_id {entry.get('category_id')!r}")
-    if entry.get("iscrowd"):
+    if entry.get("iscrowd") or entry.get("ignore"):
         raise Unusable("crowd annotation", categories[category])
     # CVAT: `bbox` is the rectangle before it is turned; it has no segmentation, or the same rectangle's.
     turn = entry.get("rotation")

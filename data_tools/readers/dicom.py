@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from data_tools.readers.dicom_drawn import Mask, labels_of, masks_of, open_drawn
 from data_tools.readers.dicom_headers import ATTRIBUTES, attributes_of, modality_of, read_header
 from data_tools.readers.file_rows import FileRow, RowColumns, read_rows
 from data_tools.readers.files import files, folder_of, table_of
-from data_tools.readers.volume import FileWindow, VolumeOptions
+from data_tools.readers.volume import FLAWED_CUT, FileWindow, VolumeOptions
 from data_tools.records import ANYTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging import dicom, dicom_pixels
@@ -56,7 +57,6 @@ ELSEWHERE = "segmentation of other images of the study"
 NOT_WANTED = "segmentation that the job leaves out"
 COPY = "copy of a file of the same series"
 BOX_OF_SERIES = "box of the table for a whole series"
-FLAWED_CUT = "uneven or tilted series cut across its slices"
 COLOURED = "series of colour pictures"
 Key = Literal["file", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"]
 _OF_AN_IMAGE = ("file", "SOPInstanceUID")
@@ -122,6 +122,11 @@ def units(options: Options) -> Iterator[Unit]:
             yield dropped(header.path, NO_PICTURE, header.modality)
         else:
             images.append(header)
+    if options.match == "file":
+        rows = {posixpath.normpath(name.replace("\\", "/")): of for name, of in rows.items()}
+    of_images = {key(header) for header in images}
+    for name in (name for name in rows if name not in of_images):
+        yield dropped(name, "row of the table without an image", f"line {rows[name][0].line}", "")
     drawn, of_study = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for header in segmentations:
         of_study[header.study or header.patient].append(header.path)

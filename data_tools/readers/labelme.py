@@ -19,11 +19,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from data_tools.readers import SourceOptions, files
-from data_tools.records import Annotation, Drops, Sample, Unit
+from data_tools.records import ANYTHING, NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.images import decode_pixels
 
 BAD = "JSON of labelme that can't be read"
+_RESERVED = {"__ignore__": (ANYTHING,), "_background_": NOTHING}
+"""labelme's own labels (labelme2voc.py) -> what may be lost with them."""
 
 
 class Options(SourceOptions):
@@ -33,6 +35,7 @@ class Options(SourceOptions):
     masks`` takes shapes as they are drawn, ``boxes`` the upright boxes around them.
     """
 
+    masks_are_objects: ClassVar[bool] = True
     default_source_task: ClassVar[str] = "2D segmentation"
 
     reader: Literal["labelme"]
@@ -64,7 +67,11 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         shape = shape if isinstance(shape, dict) else {}
         label = shape.get("label")
         label = label.strip() if isinstance(label, str) else ""
-        with drops.annotation(f"{unit.key} shape {number}", label):
+        where = f"{unit.key} shape {number}"
+        if label in _RESERVED:
+            drops.add("shape whose label labelme reserves", where, label, lost=_RESERVED[label])
+            continue
+        with drops.annotation(where, label):
             if not label:
                 raise Unusable("no label", "a shape without a name")
             annotations.append(_annotation(options, shape, label, size))
@@ -85,7 +92,7 @@ def _annotation(
         radius = math.dist((x, y), edge)
         angles = np.linspace(0, 2 * math.pi, 90, endpoint=False).tolist()
         points = [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
-    elif kind not in ("polygon", "rotated_rectangle", "oriented_rectangle"):
+    elif kind not in ("polygon", "rotated_rectangle", "oriented_rectangle", "rotation"):
         raise Unusable("shape that is no region", f"{kind} of {len(points)} points"[:200])
     if options.regions == "boxes":
         return Annotation(label, files.upright_box(points))

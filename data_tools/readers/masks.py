@@ -24,7 +24,7 @@ from data_tools.readers.files import below, file_below, file_of, folder_of, open
 from data_tools.readers.patterns import Patterns, Places, one_reading, paired, place_names
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
-from gmai_xtuner.core.imaging.images import opened
+from gmai_xtuner.core.imaging.images import opened, orientation_of
 
 _RANGE = re.compile(r"([<>])\s*(-?\d+)")
 _COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
@@ -172,7 +172,7 @@ def _annotations(
     if stated != size:
         sizes = f"{stated[0]} x {stated[1]}, the image {size[0]} x {size[1]}"
         raise Unusable("mask of another size than its image", f"{name}: {sizes}")
-    values = _values(path, name, colours=options.kind == "colours")
+    values = _values(path, name, options)
     if options.kind == "binary":
         mask = _foreground(values, options.foreground, name)
         label = options.label or _label(options, texts, name)
@@ -206,12 +206,28 @@ def _label(options: Options, texts: dict[str, str], name: str) -> str:
     return table[int(code)]
 
 
-def _values(path: Path, name: str, *, colours: bool) -> np.ndarray:
+def _two_readings(image: Any, options: Options) -> str:
+    """Return why what is stored isn't what is shown, so that nobody knows which of both is meant; or ""."""
+    if orientation_of(image) != 1:
+        return "it is turned by EXIF"
+    if image.format == "TIFF" and image.mode != "1" and image.tag_v2.get(262) == 0:
+        return "it stores white as 0"
+    image.load()
+    if image.mode in ("RGBA", "LA", "PA") and image.getchannel("A").getextrema() != (255, 255):
+        return "it is transparent in part"
+    shown = (image.getpalette() or [])[:3] if image.mode == "P" else []
+    if any(shown) and options.kind == "binary" and options.foreground is None:
+        return f"its palette shows 0 as {shown}; say `foreground`"
+    return ""
+
+
+def _values(path: Path, name: str, options: Options) -> np.ndarray:
     """Return integers ``[H, W]``: palette numbers or grey levels as stored, or ``0xrrggbb``."""
     try:
         with opened(path) as image:
-            image.load()
-            if colours:
+            if problem := _two_readings(image, options):
+                raise Unusable("mask that can be read in two ways", f"{name}: {problem}")
+            if options.kind == "colours":
                 rgb = np.asarray(image.convert("RGB")).astype(np.int32)
                 return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
             if image.mode in ("RGB", "RGBA", "LA"):

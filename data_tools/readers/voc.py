@@ -73,6 +73,9 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         label = (thing.findtext("name") or "").strip()
         with drops.annotation(f"{unit.key} object {number}", label):
             annotations.append(_object(options, thing, label))
+        for part in thing.iterfind("part"):
+            name = (part.findtext("name") or "").strip()
+            drops.add("part of an object", f"{unit.key} object {number}", name, lost=[name])
     yield replace(found, annotations=tuple(annotations))
 
 

@@ -30,6 +30,7 @@ from gmai_xtuner.core.imaging.volumes import AXES, PLANES, Axis, Grid, LabelMap
 from gmai_xtuner.core.imaging.windows import Scale
 
 PART = "label map of a part of its volume: what lies outside of it isn't known"
+FLAWED_CUT = "uneven, tilted or sheared series cut across its slices"
 UNCLEAR = "slice with voxels marked as ignored"
 EMPTY = "empty label map"
 NO_PIXELS = np.zeros((0, 0), dtype=np.uint8)
@@ -113,9 +114,12 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         preprocessing=grid.notes | notes,
         examined=tuple(sorted(named | {item.label for item in volume.structures})),
     )
-    # A flat file is one image, whichever way it lies.
+    # A flat file is one image, whichever way it lies: its plane isn't known.
     axis = AXES[grid.array.shape.index(1)] if grid.flat else None
-    yield from samples(volume, origin, options, drops, axis=axis)
+    for sample in samples(volume, origin, options, drops, axis=axis):
+        done = {k: text for k, text in sample.preprocessing.items() if k != "orientation"}
+        flat = replace(sample, part=origin.part, preprocessing=done)
+        yield flat if grid.flat else sample
 
 
 def maps_on(
@@ -231,9 +235,16 @@ def samples(
         cleaned = clean_volume(volume, rules, drops=drops, where=where)
         if volume.structures and not cleaned.structures:
             return
+        axes = options.slices.axes if axis is None else (axis,)
+        upright = [each for each in axes if not volumes.is_sheared(volume.affine, each)]
+        if not upright:
+            detail = (
+                f"its axes form no right angles; cut along {', '.join(axes)}, see `slices.axes`"
+            )
+            raise Unusable(FLAWED_CUT, detail)
         modality = options.modality or origin.modality
         scale = scale or scale_for(options.window, cleaned.voxels, modality=modality)
-        for cut in slices(cleaned, scale, options.slices, axis):
+        for cut in slices(cleaned, scale, options.slices, upright):
             with drops.image(f"{where}#{cut.axis}{cut.index}"):
                 height, width = cut.image.shape
                 if cut.unclear:

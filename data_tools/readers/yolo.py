@@ -26,6 +26,7 @@ _EDGE = 1e-4  # fractions are written with five or six digits
 class Options(SourceOptions):
     """Keys of ``reader: yolo``; docs/corpus.md explains them."""
 
+    masks_are_objects: ClassVar[bool] = True
     default_source_task: ClassVar[str] = "2D detection"
 
     reader: Literal["yolo"]

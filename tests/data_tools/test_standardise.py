@@ -250,3 +250,30 @@ def test_no_finding_beside_boxes_is_a_contradiction(read):
     assert not read(sample(Annotation("No finding"), box)).records
     (found,) = read(sample(box, examined=("red blood cell", "*"))).records
     assert found.examined == ("*", "red blood cell")
+
+
+def test_codes_of_one_label_are_one_region_but_objects_stay(read, monkeypatch):
+    whole = np.zeros((60, 80), dtype=bool)
+    whole[10:50, 10:60] = True
+    core = np.zeros_like(whole)
+    core[20:30, 20:40] = True
+    given = sample(Annotation("1", mask=whole & ~core), Annotation("2", mask=core))
+    labels = {"1": "tumour", "2": "tumour"}
+    (record,) = read(given, labels=labels).records
+    assert [(label.box, label.area) for label in record.labels] == [((10, 10, 60, 50), 2000)]
+    monkeypatch.setattr(Options, "masks_are_objects", True)
+    (record,) = read(given, labels=labels).records
+    assert len(record.labels) == 2
+
+
+@pytest.mark.parametrize(
+    ("annotation", "reason"),
+    [
+        (Annotation("No finding", (0, 0, 1, 1)), "box that is said to show nothing"),
+        (Annotation("left breast"), "labels that contradict each other"),
+        (Annotation("kidney_left", (1, 1, 20, 20)), "labels that contradict each other"),
+    ],
+)
+def test_a_statement_that_contradicts_itself_or_the_side_is_dropped(read, annotation, reason):
+    given = sample(annotation, Annotation("right breast"), attributes={"side": "right"})
+    assert reasons(read(given)) == [("record", reason)]

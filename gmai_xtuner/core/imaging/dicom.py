@@ -380,7 +380,13 @@ def stack_of(headers: Sequence[Header]) -> Stack:
     distances = np.diff(heights[order])
     spacing = float(np.median(distances)) if len(headers) > 1 else 1.0
     if spacing <= 0 or distances.min(initial=np.inf) < 1e-3 * spacing:
-        raise Unusable(TWICE, f"{count}; name one echo or time point per series")
+        same = len(headers) - len({header.instance for header in headers})
+        why = (
+            f"{same} say that they are the same as another"
+            if same
+            else "not told apart by the header"
+        )
+        raise Unusable(TWICE, f"{count}; {why}")
     shift = places - places[order[0]]
     shift -= np.outer(shift @ normal, normal)
     flaw, most = "", max(0.5 * min(first.spacing), 0.01 * np.ptp(heights))

@@ -73,6 +73,7 @@ def decode(data: Any, frame: int = 0) -> np.ndarray:
     """
     from pydicom.encaps import get_frame
     from pydicom.pixels import convert_color_space
+    from pydicom.pixels.utils import get_j2k_parameters
 
     if not has_pixels(data):
         raise Unusable(dicom.NO_PICTURE, dicom.modality_code(data))
@@ -88,6 +89,9 @@ def decode(data: Any, frame: int = 0) -> np.ndarray:
                 data.PixelData, frame, number_of_frames=count, extended_offsets=extended
             )
             header = {key: data[key].value for key in _ELEMENTS if key in data}
+            signed = get_j2k_parameters(coded).get("is_signed")
+            if signed and header.get("PixelRepresentation") == 0:
+                raise Unusable(CONTRADICTION, "values with a sign, PixelRepresentation 0")
             samples = int(data.Rows) * int(data.Columns) * int(data.get("SamplesPerPixel") or 1)
             memory = min(MEMORY, 2**28 + 40 * samples)
             stored, space = run_bounded(_decompressed, str(syntax), header, coded, memory=memory)

@@ -149,7 +149,7 @@ def open_reduced(
         by = min(max(size) // enough[0], min(size) // enough[1])
         by = next((step for step in (8, 4, 2) if step <= by), 1)
         upright_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
-        if by > 1 and upright_jpeg and _orientation(image) == 1:
+        if by > 1 and upright_jpeg and orientation_of(image) == 1:
             image.draft(None, (size[0] // by, size[1] // by))
             return ReducedImage(_decode(image, path)[0].convert("RGB"), size, by)
         rgb = _decode(image, path)[0].convert("RGB")
@@ -402,7 +402,7 @@ def _decode(
     """
     # What is asked before loading, after which Pillow has forgotten it.
     has_16_bit_colour, file = _has_16_bit_colour(image), getattr(image, "fp", None)
-    turned = _orientation(image) != 1
+    turned = orientation_of(image) != 1
     _load(image)
     damage = find_damage(content, image) if content is not None else ""
     if damage:
@@ -414,7 +414,7 @@ def _decode(
     suffix = "" if turned else _kept_suffix(image, shown)
     # Pillow turns a TIFF while it loads it.
     if turned and image.format != "TIFF":
-        shown = shown.transpose(_UPRIGHT[_orientation(image)])
+        shown = shown.transpose(_UPRIGHT[orientation_of(image)])
     return shown, turned, suffix
 
 
@@ -436,7 +436,7 @@ def _kept_suffix(image: Image.Image, shown: Image.Image) -> str:
     return {"PNG": ".png", "JPEG": ".jpg"}.get(image.format or "", "") if is_plain else ""
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Return EXIF's 1 to 8; 1, which is upright, if the file says nothing that can be parsed."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -321,6 +321,10 @@ def _nrrd_geometry(values: Mapping[str, Any], axes: int) -> tuple[np.ndarray, in
     directions = np.asarray(values.get("space directions", np.full((axes, 3), np.nan)), dtype=float)
     spatial = [axis for axis in range(axes) if np.isfinite(directions[axis]).all()]
     others = [axis for axis in range(axes) if axis not in spatial]
+    if axes == 2 and not letters and directions.shape == (2, 2) and len(spatial) == 2:
+        affine[:2, :2] = directions.T  # flat: shown as stored
+        affine[:2, 3] = np.asarray(values.get("space origin", (0, 0)), dtype=float)
+        return LPS_TO_RAS @ affine, None, True
     if letters not in ("lps", "ras", "las") or len(spatial) != 3 or directions.shape[1] != 3:
         return affine, None, False
     if len(others) > 1:
@@ -388,14 +392,15 @@ def _meta_image(path: Path, head: bytes, allowed: Sequence[str]) -> VolumeFile:
     lps = np.eye(4)
     count = int(values["NDims"])
     matrix = numbers("TransformMatrix", "Rotation", "Orientation")
-    oriented = matrix is not None and count >= 3
+    oriented = matrix is not None and count >= 2
     if matrix is not None and oriented:
+        space = min(count, 3)  # what is flat has neither left nor right: it is shown as stored
         spacing = numbers("ElementSpacing", "ElementSize")
         origin = numbers("Offset", "Position", "Origin")
         # Each row is the direction of one axis.
-        lps[:3, :3] = matrix.reshape(count, count)[:3, :3].T
-        lps[:3, :3] *= 1.0 if spacing is None else spacing[:3]
-        lps[:3, 3] = 0.0 if origin is None else origin[:3]
+        lps[:space, :space] = matrix.reshape(count, count)[:space, :space].T
+        lps[:space, :space] *= 1.0 if spacing is None else spacing[:space]
+        lps[:space, 3] = 0.0 if origin is None else origin[:space]
     begin = end if local else 0
     return VolumeFile(
         (channels, *shape) if channels > 1 else shape,

@@ -37,6 +37,7 @@ TOO_LARGE = "volume is too large"
 NO_ORIENTATION = "volume without a usable orientation"
 OTHER_GRID = "mask on another grid than its volume"
 OFF_GRID = 0.1  # of the smallest spacing
+SHEARED = 0.02  # of the cosine: two pixels in a hundred
 ROUNDED = 0.05  # labels may lie so far from whole numbers: the rounding of a stored slope
 
 
@@ -106,6 +107,13 @@ def pixel_spacing(spacing: tuple[float, float, float], axis: Axis) -> tuple[floa
     """Return millimetres from row to row and from column to column of an axis' slices."""
     x, y, z = spacing
     return {"x": (z, y), "y": (z, x), "z": (y, x)}[axis]
+
+
+def is_sheared(affine: np.ndarray, axis: Axis) -> bool:
+    """Return whether a cut across an axis is distorted: its rows and columns form no right angle."""
+    rows, columns = (affine[:3, at] for at in range(3) if AXES[at] != axis)
+    cosine = rows @ columns / (np.linalg.norm(rows) * np.linalg.norm(columns))
+    return bool(abs(cosine) > SHEARED)
 
 
 def square_size(shape: tuple[int, ...], spacing: tuple[float, float]) -> tuple[float, float] | None:

@@ -153,3 +153,9 @@ def test_a_row_may_not_be_larger_than_the_job_says(tmp_path):
 def test_options_that_say_too_little(tmp_path, keys):
     with pytest.raises(ValidationError):
         options(arrays, tmp_path, **keys)
+
+
+def test_a_stack_whose_white_is_0_is_not_shown_inverted(tmp_path):
+    tifffile.imwrite(tmp_path / "liver_1.tif", IMAGES, photometric="miniswhite")
+    samples, drops = read_all(arrays, tmp_path, images="{label}_{n:d}.tif")
+    assert (samples, reasons(drops)) == ([], {"array that can't be read": 1})

@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
+from pydicom.uid import JPEG2000Lossless
 
 from data_tools.readers import dicom, volume
 from data_tools.records import Drop, Sample
@@ -386,3 +387,29 @@ def test_a_changed_type_of_a_value_drops_its_file_alone(tmp_path):
     dropped, sample = read(options(tmp_path))
     assert isinstance(sample, Sample)
     assert isinstance(dropped, Drop)
+
+
+def test_a_row_of_the_table_without_an_image_is_counted(tmp_path):
+    for name in "ab":
+        save(tmp_path / f"x/{name}.dcm", dataset(stack()[ord(name) - 97]))
+    rows = ["file,label", "x\\a.dcm,mass", "./x/b.dcm,cyst", f"{NAME}.dcm,nodule"]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    found = read(options(tmp_path, files="*.dcm", table="t.csv"))
+    assert sorted(one.annotations[0].label for one in found if isinstance(one, Sample)) == [
+        "cyst",
+        "mass",
+    ]
+    (drop,) = (one for one in found if isinstance(one, Drop))
+    assert (drop.reason, drop.detail) == ("row of the table without an image", "line 4")
+    assert NAME not in drop.where
+
+
+def test_a_sign_that_pixels_have_and_their_header_denies_drops_the_picture(tmp_path):
+    data = made.dicom(np.linspace(-500, 500, 64).reshape(8, 8).astype(np.int16))
+    data.compress(JPEG2000Lossless)
+    save(tmp_path / "a.dcm", data)
+    assert only(read(options(tmp_path)))
+    data.PixelRepresentation = 0
+    save(tmp_path / "a.dcm", data)
+    (drop,) = read(options(tmp_path))
+    assert drop.reason == "pixel data that contradict their header"

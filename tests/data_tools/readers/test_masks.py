@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_tools.readers import masks
 from tests.data_tools.readers.sets import read_all, reasons, write_image, write_mask
@@ -107,3 +108,29 @@ def test_bad_masks_drop_their_pictures_and_the_others_are_read(tmp_path):
         "text.png": "image can't be read",
         "alone.png": "image without a mask",
     }
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("fault", ["alpha", "palette", "turned", "white is 0"])
+def test_a_mask_that_can_be_read_in_two_ways_drops_its_picture(tmp_path, fault, suffix):
+    values = np.asarray(square(), dtype=np.uint8)
+    write_image(tmp_path / "i/a.png")
+    image, keys = Image.fromarray(values), {}
+    if fault == "alpha":
+        image = Image.merge("RGBA", [image.point(lambda _: 255)] * 3 + [image])
+    elif fault == "palette":
+        image = Image.fromarray((values == 0).astype(np.uint8))
+        image.putpalette([255, 255, 255, 0, 0, 0])
+    elif fault == "turned":
+        exif = Image.Exif()
+        exif[274] = 3
+        keys = {"exif": exif} if suffix == ".png" else {"tiffinfo": {274: 3}}
+    elif suffix == ".tif":
+        keys = {"tiffinfo": {262: 0}}
+    else:
+        return
+    (tmp_path / "m").mkdir()
+    image.save(tmp_path / f"m/a{suffix}", **keys)
+    pair = {"images": "i/{n}.png", "masks": f"m/{{n}}{suffix}", "label": "cell"}
+    samples, drops = read_all(masks, tmp_path, **pair)
+    assert (samples, reasons(drops)) == ([], {"mask that can be read in two ways": 1})

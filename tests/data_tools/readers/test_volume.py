@@ -332,7 +332,7 @@ def test_a_flat_nifti_is_one_picture(tmp_path):
     save(tmp_path / "a_ct.nii.gz", voxels[:, :, 4], np.eye(4))
     save(tmp_path / "a_seg.nii.gz", labels[:, :, 4], np.eye(4))
     (sample,) = samples_of(read(options(tmp_path)))
-    assert sample.part == {"axis": "z", "slice": 0}
+    assert sample.part == {}  # nobody knows its plane
     assert boxes_of(sample, "1") == expected_boxes(shown(labels, "z", 4), 1)
 
 
@@ -389,3 +389,27 @@ def test_nnunet_regions_overlap_and_ignored_voxels_drop_their_slices(tmp_path):
         masks = {item.label: item.mask for item in sample.annotations}
         assert np.array_equal(masks["whole"], np.isin(plane, (1, 2)))
         assert np.array_equal(masks.get("core", np.zeros_like(plane, bool)), plane == 2)
+
+
+def test_nothing_is_cut_across_the_slices_of_a_sheared_volume(tmp_path):
+    """As dcm2niix and others store a tilted gantry: the third axis leans towards the second."""
+    voxels, labels = head()
+    affine = np.eye(4)
+    affine[1, 2] = 0.36
+    save(tmp_path / "a_ct.nii.gz", voxels, affine)
+    save(tmp_path / "a_seg.nii.gz", labels, affine)
+    found = samples_of(read(options(tmp_path)))
+    assert {sample.part["axis"] for sample in found} == {"y", "z"}  # no shear in either
+    samples, drops = read(options(tmp_path, slices={"axes": ["x"]}))
+    assert (samples, [drop.reason for drop in drops]) == ([], [volume.FLAWED_CUT])
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha", ".nrrd"])
+def test_a_flat_file_is_shown_as_stored_and_no_plane_is_claimed(tmp_path, suffix):
+    voxels, labels = (array[:, :, 4] for array in head())
+    for name, array in (("ct", voxels), ("seg", labels)):
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), tmp_path / f"a_{name}{suffix}")
+    keys = {"images": f"{{case}}_ct{suffix}", "masks": f"{{case}}_seg{suffix}"}
+    (sample,) = samples_of(read(options(tmp_path, **keys)))
+    assert (sample.part, "orientation" in sample.preprocessing) == ({}, False)
+    assert boxes_of(sample, "1") == expected_boxes(labels, 1)
