@@ -68,6 +68,12 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._close()
 
+    def note(self, text: str) -> None:
+        """Say something between two stages."""
+        self._close()
+        if not self._quiet:
+            print(text, file=sys.stderr)
+
     def stage(self, name: str, *, total: int | None = None) -> None:
         """Begin a stage of ``total`` steps; None: unknown."""
         self._close()

@@ -452,7 +452,14 @@ class _Run:
     def make(self, source: SourceOptions) -> None:
         """Make the conversations of a source's records that were not made in this very way."""
         job, number = self.job, self.ids[source.name]
-        recipe = recipe_of(job, self._context(source), grounded=self.selection.grounded)
+        found = self.store.vocabulary(number)
+        unnamed = [name for name in found.names if name not in source.chinese]
+        if job.make.chinese and unnamed:
+            shown = (f"{name!r} ({found.records[name] / found.count:.0%})" for name in unnamed)
+            told = f"no Chinese name in `chinese`, so only English of their records: {', '.join(shown)}"
+            self.progress.note(f"source {source.name!r}, {told}")
+        context = source_context(job, source, found)
+        recipe = recipe_of(job, context, grounded=self.selection.grounded)
         versions = {form: FORM_VERSIONS[form] for form in FORMS if getattr(job.make, form)}
         made = _hash(
             fingerprint(recipe.make),

@@ -140,10 +140,10 @@ def _record(
         incomplete |= lost
     if not labels:
         raise Unusable("no label left by the rules")
-    _check_contradictions(source, labels, incomplete)
     task, clinical = source.source_task or _task(source, sample, labels), source.clinical_task
     attributes = dict(sample.attributes) | dict(source.attributes)
-    _check_sides(labels, attributes)
+    sides = {attributes.get(key, "").lower() for key in SIDE_KEYS}.intersection(SIDES)
+    _check_contradictions(source, labels, incomplete, sides)
     for text in (group, *attributes, *map(str, (*attributes.values(), *sample.part.values()))):
         if not is_unicode(text):
             raise Unusable("text that no UTF-8 can hold", ascii(text))
@@ -302,13 +302,17 @@ def _told(source: SourceOptions, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _check_contradictions(source: SourceOptions, labels: list[Label], incomplete: set[str]) -> None:
-    """Raise `Unusable` if one label of an image says that there is nothing of another, or excludes it."""
+def _check_contradictions(
+    source: SourceOptions, labels: list[Label], incomplete: set[str], sides: set[str]
+) -> None:
+    """Raise `Unusable` if a label denies or excludes another, or itself, or isn't of the image's side."""
     whole = dict.fromkeys(label.name for label in labels if label.box is None)
     for label in labels:
         if label.box is not None and says_nothing(label.name):
             detail = f"{label.name!r} at {list(label.box)}; leave the cells of its box empty"
             raise Unusable("box that is said to show nothing", detail)
+        if sides and words_of(label.name).intersection(SIDES) - sides:
+            raise Unusable("labels that contradict each other", f"{label.name!r}, side {sides}")
     all_of_it = [*dict.fromkeys(label.name for label in labels), *sorted(incomplete)]
     for name in whole:
         others = [other for other in all_of_it if other != name]
@@ -319,14 +323,6 @@ def _check_contradictions(source: SourceOptions, labels: list[Label], incomplete
     for group in source.exclusive:
         if len(both := [name for name in whole if name in group]) > 1:
             raise Unusable("labels that contradict each other", " and ".join(map(repr, both)))
-
-
-def _check_sides(labels: list[Label], attributes: Mapping[str, str]) -> None:
-    """Raise `Unusable` if a label names the side of the body that its image isn't of."""
-    for side in {attributes.get(key, "").lower() for key in SIDE_KEYS}.intersection(SIDES):
-        for label in labels:
-            if words_of(label.name).intersection(SIDES) - {side}:
-                raise Unusable("labels that contradict each other", f"{label.name!r}, {side} side")
 
 
 def _task(source: SourceOptions, sample: Sample, labels: list[Label]) -> str:

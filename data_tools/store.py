@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -39,23 +39,26 @@ _ARRANGE = Path(__file__).with_name("arrange.sql")
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The sorted label names of a source's records.
+    """The label names of a source's records, sorted, and how many of ``count`` records have each.
 
     ``one_class``: each record has exactly one label, of the image as a whole.
     """
 
     names: tuple[str, ...]
     one_class: bool
+    records: Mapping[str, int]
+    count: int
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Vocabulary:
         """Collect it."""
-        names: set[str] = set()
-        one_class = True
+        found: Counter[str] = Counter()
+        one_class, count = True, 0
         for record in records:
-            names.update(label.name for label in record.labels)
+            count += 1
+            found.update({label.name for label in record.labels})
             one_class &= len(record.labels) == 1 and record.labels[0].box is None
-        return cls(tuple(sorted(names)), one_class)
+        return cls(tuple(sorted(found)), one_class, found, count)
 
 
 encode = msgspec.json.Encoder().encode

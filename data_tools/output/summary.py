@@ -23,7 +23,7 @@ from data_tools.job import Job
 from data_tools.output import templates
 from data_tools.output.files import reason
 from data_tools.output.splits import Split
-from data_tools.records import Record
+from data_tools.records import ANYTHING, Record
 from data_tools.store import Store, StoredConversation
 
 FIGURES = {
@@ -37,7 +37,6 @@ STAGES = ("read", "clean", "record", "write", "check")
 REPEATED = "text that is in the corpus already"
 NONE = "None"  # how a record without a clinical task is counted
 _LIBRARIES = ("gmai-xtuner", "numpy", "msgspec", "pillow", "pyarrow", "matplotlib")
-_MOST_LABELS = 20
 _DISTINCT_LABELS = 20_000  # a source with free text for labels must not fill the memory
 
 
@@ -60,6 +59,12 @@ class Tally:
         for kind in FIGURES:
             self._counts[kind][source, getattr(record, kind) or NONE] += 1
         self._source_of.append(self._sources.setdefault(source, len(self._sources)))
+        counts, boxed = self._counts, any(label.box for label in record.labels)
+        asked = 5 if boxed else 2  # yes or no, choice; also all, where and how many of a region
+        counts["not examined"][source, ""] += 0 if record.examined else asked
+        counts["unclear"][source, ""] += asked if ANYTHING in record.incomplete else 0
+        counts["any"][source, ""] += asked
+        counts["several"][source, ""] += boxed or len(record.labels) > 1
         labels = self._labels[source]
         for name in {label.name for label in record.labels}:
             if name in labels or len(labels) < _DISTINCT_LABELS:
@@ -174,7 +179,12 @@ class Tally:
                 funnel[name].append({"stage": "check", "reason": REPEATED, "count": repeated})
             accepted = self._accepted_and_rejected(name)
             labels = _ordered(self._labels.get(name, Counter()))
+            said = job.make.negatives if source.negatives is None else source.negatives
+            # As `SourceContext.known_in` has it: what the job says, or else what the annotations show.
+            known = said or (said is None and not self._total("several", name))
+            why = "unclear" if known else "any" if said is not None else "not examined"
             sources[name] = {
+                "unasked": max(self._total(why, name), self._total("unclear", name)),
                 "dataset": source.dataset or name,
                 "licence": source.licence,
                 "url": source.url,
@@ -195,7 +205,7 @@ class Tally:
                 "rejected": accepted["rejected"],
                 "acceptance": accepted["acceptance"],
                 "reasons": self._by("rejected", name),
-                "labels": dict(list(labels.items())[:_MOST_LABELS]),
+                "labels": labels,
                 "funnel": sorted(funnel[name], key=_funnel_order),
             }
         return sources

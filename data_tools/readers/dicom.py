@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field
@@ -127,6 +127,9 @@ def units(options: Options) -> Iterator[Unit]:
     of_images = {key(header) for header in images}
     for name in (name for name in rows if name not in of_images):
         yield dropped(name, "row of the table without an image", f"line {rows[name][0].line}", "")
+    of_series = defaultdict[str, set[str]](set)
+    for header in images:
+        of_series[header.series].add(header.instance)
     drawn, of_study = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for header in segmentations:
         of_study[header.study or header.patient].append(header.path)
@@ -154,10 +157,12 @@ def units(options: Options) -> Iterator[Unit]:
             first = part[0]
             person = first.patient or first.study or first.series or first.path
             labels = [row for header in part for row in rows.get(key(header), ())]
+            others = of_series[first.series] - {h.instance for h in part} if whole else ()
             payload = {
                 "paths": tuple(header.path for header in part),
                 "drawn": tuple(own),
                 "elsewhere": tuple(elsewhere),
+                "siblings": tuple(sorted(others)),
                 "rows": tuple(dict.fromkeys((r.label, r.box) for r in labels if not r.problem)),
                 "problems": tuple((row.lost, row.problem) for row in labels if row.problem),
                 "group": person,
@@ -165,13 +170,7 @@ def units(options: Options) -> Iterator[Unit]:
             yield Unit(first.path, payload)
 
 
-_FIELDS: dict[Key, str] = {
-    "file": "path",
-    "StudyInstanceUID": "study",
-    "SeriesInstanceUID": "series",
-    "SOPInstanceUID": "instance",
-    "PatientID": "patient",
-}
+_FIELDS = dict(zip(get_args(Key), ("path", "study", "series", "instance", "patient"), strict=True))
 
 
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
@@ -268,7 +267,8 @@ class _Images:
 
     def of_volume(self) -> Iterator[Sample]:
         """Yield the images that are cut out of slices one behind the other."""
-        origin, axis, stack = self.origin, None, stack_of(self.planes)
+        siblings = frozenset(self.payload["siblings"])
+        origin, axis, stack = self.origin, None, replace(stack_of(self.planes), siblings=siblings)
         array, scale = self._voxels(stack)
         if stack.flaw:
             if (axis := stack.axis) not in self.options.slices.axes:

@@ -35,6 +35,7 @@ from gmai_xtuner.core.imaging.dicom_pixels import decode
 
 BAD_SEGMENTATION = "segmentation that can't be read"
 OTHER_GRID = "segmentation on another grid than its images"
+OTHER_TIME = "segmentation of another time point or echo of the series"
 FAINT = "segmentation of fractions under one half"
 NO_REGION = "contour that bounds no region"
 NO_CONTOURS = "structure without contours"
@@ -117,10 +118,16 @@ Found = tuple[dict[int, np.ndarray], dict[int, dict[str, str]]]
 """Masks by the number of their structure, and for each structure the reasons for what is left out of it."""
 
 
-def _named(sources: Sources, planes: Sequence[Header]) -> list[int]:
-    """Return the indices of the images that are referred to, by instance and perhaps frame."""
+def _named(sources: Sources, planes: Sequence[Header], stack: Stack | None) -> list[int]:
+    """Return the indices of the images that are referred to, by instance and perhaps frame.
+
+    `Unusable` for what was drawn on another time point or echo of the same series.
+    """
     keys = [{(plane.instance, None), (plane.instance, plane.frame + 1)} for plane in planes]
-    return [at for at, own in enumerate(keys) if sources & own]
+    found = [at for at, own in enumerate(keys) if sources & own]
+    if stack and not found and not stack.siblings.isdisjoint(uid for uid, _ in sources):
+        raise Unusable(OTHER_TIME)
+    return found
 
 
 def _sources(items: Any) -> Sources:
@@ -227,7 +234,7 @@ def _place(
 
     None for a frame outside of the images; `Unusable` if its pixels are not those of an image.
     """
-    named = _named(sources, planes)
+    named = _named(sources, planes, stack)
     if stack is None or not (frame.orientation and frame.position and frame.spacing):
         if not sources:
             raise Unusable(OTHER_GRID, "a frame with neither a place nor a reference")
@@ -290,7 +297,7 @@ def _ring(contour: Any, stack: Stack) -> tuple[int, np.ndarray, bool] | None:
         raise Unusable(NO_REGION, f"{len(values) // 3} points")
     indices = stack.indices(np.array(values).reshape(-1, 3))
     sources = _sources(contour.get("ContourImageSequence"))
-    named = _named(sources, stack.planes)
+    named = _named(sources, stack.planes, stack)
     place = float(indices[:, 0].mean())
     at = round(place)
     if not -0.5 < place < len(stack.planes) - 0.5:

@@ -165,11 +165,6 @@ def match_files(rows: Mapping[str, Iterable[FileRow]], files: Sequence[str]) -> 
     yield from (Unit(shown) for shown in sorted(unknown))
 
 
-def folder_name(path: str) -> str | None:
-    """Return the name of the folder that a file lies in; None for one in the source's root itself."""
-    return PurePosixPath(path).parent.name or None
-
-
 def beside(path: str, pattern: str) -> str:
     """Return the path below the root of the file that belongs to another, such as a slide's mask."""
     own = PurePosixPath(path)

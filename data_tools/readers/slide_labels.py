@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from defusedxml import ElementTree
 
-from data_tools.readers.file_rows import FileRow, beside, folder_name
+from data_tools.readers.file_rows import FileRow, beside
 from data_tools.readers.files import file_below
 from data_tools.readers.slide_files import Scale, SlideFile, TiffSlide
 from data_tools.records import Annotation, Drops, Unit
@@ -69,7 +69,7 @@ def labeller_of(
         for mark in (outline for outline in outlines if not outline.rings):
             drops.add(NO_REGION, key, mark.label, lost=[mark.label])
         return partial(_of_outlines, options, [outline for outline in outlines if outline.rings])
-    folder = folder_name(key) if options.table is None else None
+    folder = Path(key).parent.name if options.table is None else None
 
     def of_rows(tile: Tile, _: Drops) -> list[Annotation]:
         own = tile.rows if options.columns.x else unit.payload or ()

@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from data_tools.readers import SourceOptions
-from data_tools.readers.file_rows import FileRow, RowColumns, folder_name, units_of
+from data_tools.readers.file_rows import FileRow, RowColumns, units_of
 from data_tools.readers.files import file_below
 from data_tools.readers.video_frames import Timeline, frames_at, scene_starts, timeline
 from data_tools.records import Annotation, Drops, Sample, Unit
@@ -223,7 +223,7 @@ def _annotations(
     options: Options, key: str, spans: Sequence[_Span], number: int
 ) -> tuple[Annotation, ...]:
     if options.table is None:
-        folder = folder_name(key)
+        folder = Path(key).parent.name
         return (Annotation(folder),) if folder else ()
     left, top = options.crop[:2] if options.crop else (0, 0)
     found = []

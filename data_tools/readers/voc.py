@@ -74,8 +74,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         with drops.annotation(f"{unit.key} object {number}", label):
             annotations.append(_object(options, thing, label))
         for part in thing.iterfind("part"):
-            name = (part.findtext("name") or "").strip()
-            drops.add("part of an object", f"{unit.key} object {number}", name, lost=[name])
+            drops.add("part of an object", unit.key, lost=[part.findtext("name") or ""])
     yield replace(found, annotations=tuple(annotations))
 
 

@@ -296,13 +296,15 @@ class Stack:
 
     ``order`` are the indices of the headers along their normal, ``planes`` they in that order; ``affine``
     leads from (slice, row, column) to LPS millimetres, without the slices' shift in their plane; ``flaw``
-    says why nothing can be cut across the slices.
+    says why nothing can be cut across the slices; ``siblings`` are instances of the same series that lie in
+    another stack, such as another time point.
     """
 
     order: tuple[int, ...]
     planes: tuple[Header, ...]
     affine: np.ndarray
     flaw: str
+    siblings: frozenset[str] = frozenset()
 
     @property
     def axis(self) -> Axis:
@@ -381,11 +383,8 @@ def stack_of(headers: Sequence[Header]) -> Stack:
     spacing = float(np.median(distances)) if len(headers) > 1 else 1.0
     if spacing <= 0 or distances.min(initial=np.inf) < 1e-3 * spacing:
         same = len(headers) - len({header.instance for header in headers})
-        why = (
-            f"{same} say that they are the same as another"
-            if same
-            else "not told apart by the header"
-        )
+        why = "time points, phases or b-values; make a series of each"
+        why = f"{same} say that they are the same as another" if same else why
         raise Unusable(TWICE, f"{count}; {why}")
     shift = places - places[order[0]]
     shift -= np.outer(shift @ normal, normal)

@@ -309,6 +309,24 @@ def test_contours_of_uneven_slices_lie_on_their_own(tmp_path):
     assert (list(masks), reasons, lost) == ([("lesion", 4), ("lesion", 5)], [], set())
 
 
+@pytest.mark.parametrize("how", ["contour", "segment"])
+def test_what_is_drawn_on_one_time_point_is_not_put_on_another(tmp_path, how):
+    first, second = (axial(TemporalPositionIdentifier=time) for time in (1, 2))
+    uid = second[2].SOPInstanceUID
+    drawn = made.structure_set({"tumour": [square(4, *INNER, on=uid)]})
+    if how == "segment":
+        drawn = made.seg([(1, region())], places=[at(4)], refer_to=[uid])
+    for number, data in enumerate([*first, *second, drawn]):
+        made.save(data, tmp_path / f"{number}.dcm")
+    keys = {"slices": {"axes": ["z"], "keep": "all"}, "window": "slice"}
+    samples, drops, lacking = read_units(dicom, options(tmp_path, **keys))
+    found = [(len(one.annotations), lost) for one, lost in zip(samples, lacking, strict=True)]
+    assert sorted(found) == [*[(0, ())] * 3, *[(0, ("tumour",))] * 4, (1, ())]
+    assert [drop.reason for drop in drops] == [
+        "segmentation of another time point or echo of the series"
+    ]
+
+
 def test_the_segments_of_a_real_file_are_those_that_highdicom_reads(shared_data):
     import highdicom
 
