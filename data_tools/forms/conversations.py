@@ -167,12 +167,12 @@ def kinds(
         able.append("region")
         # "Every", "how many" and "where" ask for all regions of a label.
         known = context.known_in(record)
-        complete = [count for name, count in counts.items() if name in known]
-        if complete:
-            able.append("counting")
-        if any(count <= options.max_boxes for count in complete):
+        complete = {name: count for name, count in counts.items() if name in known}
+        if any(noun(name).kind != "anatomy" for name in complete):
+            able.append("counting")  # but not of what a body has once
+        if any(count <= options.max_boxes for count in complete.values()):
             able.append("detection")
-        if 1 in complete:
+        if 1 in complete.values():
             able.append("localisation")
     if absent(record, context, language):
         able += ["yes_no", "multiple_choice"]
@@ -213,6 +213,7 @@ def focus_of(
         for at, label in enumerate(record.labels)
         if label.box is not None
         and (kind == "region" or label.name in known)
+        and (kind != "counting" or noun(label.name).kind != "anatomy")
         and (kind != "localisation" or counts[label.name] == 1)
         and (kind != "detection" or counts[label.name] <= options.max_boxes)
     ]

@@ -35,7 +35,6 @@ from gmai_xtuner.core.imaging.dicom_pixels import decode
 
 BAD_SEGMENTATION = "segmentation that can't be read"
 OTHER_GRID = "segmentation on another grid than its images"
-OTHER_TIME = "segmentation of another time point or echo of the series"
 FAINT = "segmentation of fractions under one half"
 NO_REGION = "contour that bounds no region"
 NO_CONTOURS = "structure without contours"
@@ -126,7 +125,7 @@ def _named(sources: Sources, planes: Sequence[Header], stack: Stack | None) -> l
     keys = [{(plane.instance, None), (plane.instance, plane.frame + 1)} for plane in planes]
     found = [at for at, own in enumerate(keys) if sources & own]
     if stack and not found and not stack.siblings.isdisjoint(uid for uid, _ in sources):
-        raise Unusable(OTHER_TIME)
+        raise Unusable("segmentation of another time point or echo of the series")
     return found
 
 
