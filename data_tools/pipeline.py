@@ -455,9 +455,9 @@ class _Run:
         found = self.store.vocabulary(number)
         unnamed = [name for name in found.names if name not in source.chinese]
         if job.make.chinese and unnamed:
-            shown = (f"{name!r} ({found.records[name] / found.count:.0%})" for name in unnamed)
-            told = f"no Chinese name in `chinese`, so only English of their records: {', '.join(shown)}"
-            self.progress.note(f"source {source.name!r}, {told}")
+            share = [f"{name!r} ({found.records[name] / found.count:.0%})" for name in unnamed[:40]]
+            told = f"{len(unnamed)} labels without a name in `chinese`, whose records are in English alone"
+            self.progress.note(f"source {source.name!r}: {told}: {', '.join(share)}")
         context = source_context(job, source, found)
         recipe = recipe_of(job, context, grounded=self.selection.grounded)
         versions = {form: FORM_VERSIONS[form] for form in FORMS if getattr(job.make, form)}

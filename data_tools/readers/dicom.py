@@ -123,7 +123,9 @@ def units(options: Options) -> Iterator[Unit]:
         else:
             images.append(header)
     if options.match == "file":
-        rows = {posixpath.normpath(name.replace("\\", "/")): of for name, of in rows.items()}
+        named, rows = rows, {}
+        for name, of in named.items():
+            rows.setdefault(posixpath.normpath(name.replace("\\", "/")), []).extend(of)
     of_images = {key(header) for header in images}
     for name in (name for name in rows if name not in of_images):
         yield dropped(name, "row of the table without an image", f"line {rows[name][0].line}", "")

@@ -238,10 +238,7 @@ def samples(
         axes = options.slices.axes if axis is None else (axis,)
         upright = [each for each in axes if not volumes.is_sheared(volume.affine, each)]
         if not upright:
-            detail = (
-                f"its axes form no right angles; cut along {', '.join(axes)}, see `slices.axes`"
-            )
-            raise Unusable(FLAWED_CUT, detail)
+            raise Unusable(FLAWED_CUT, f"no right angles; see `slices.axes`, {', '.join(axes)}")
         modality = options.modality or origin.modality
         scale = scale or scale_for(options.window, cleaned.voxels, modality=modality)
         for cut in slices(cleaned, scale, options.slices, upright):
