@@ -30,7 +30,7 @@ from gmai_xtuner.core.imaging.volumes import AXES, PLANES, Axis, Grid, LabelMap
 from gmai_xtuner.core.imaging.windows import Scale
 
 PART = "label map of a part of its volume: what lies outside of it isn't known"
-FLAWED_CUT = "uneven, tilted or sheared series cut across its slices"
+FLAWED_CUT = "uneven or tilted series cut across its slices"
 UNCLEAR = "slice with voxels marked as ignored"
 EMPTY = "empty label map"
 NO_PIXELS = np.zeros((0, 0), dtype=np.uint8)

@@ -18,6 +18,7 @@ from data_tools.job import _models
 from data_tools.readers import SourceOptions
 
 PAGE = Path(__file__).parents[2] / "docs/readers.md"
+CORPUS = PAGE.with_name("corpus.md").read_text(encoding="utf-8")
 HEAD = """# Every key of every reader
 
 Made from the options' own definitions; [corpus.md](corpus.md#sources) says how they work together.
@@ -45,13 +46,14 @@ def section(title: str, options: type[BaseModel], without: type[BaseModel]) -> I
     told = meanings(options)
     for key, field in own.items():
         default = field.get_default(call_default_factory=True)
-        shown = (
-            f"`{default!r}`"
-            if default is None or isinstance(default, str | int | float | tuple | dict)
-            else ""
-        )
+        known = default is None or isinstance(default, str | int | float | tuple | dict)
+        shown = f"`{default!r}`" if known else "see below"
         shown = "required" if default is PydanticUndefined else shown
-        yield f"| `{key}` | {shown} | {told[key]} |".replace("None", "none").replace("|`", r"\|`")
+        assert key in told or f"`{key}" in CORPUS or f"`{key}:" in CORPUS or f"{key}:" in CORPUS, (
+            key
+        )
+        meaning = told.get(key, "see [corpus.md](corpus.md#sources)").replace("|", r"\|")
+        yield f"| `{key}` | {shown} | {meaning} |"
 
 
 def page() -> str:

@@ -125,10 +125,8 @@ def test_a_mask_that_can_be_read_in_two_ways_drops_its_picture(tmp_path, fault, 
         exif = Image.Exif()
         exif[274] = 3
         keys = {"exif": exif} if suffix == ".png" else {"tiffinfo": {274: 3}}
-    elif suffix == ".tif":
-        keys = {"tiffinfo": {262: 0}}
     else:
-        return
+        suffix, keys = ".tif", {"tiffinfo": {262: 0}}
     (tmp_path / "m").mkdir()
     image.save(tmp_path / f"m/a{suffix}", **keys)
     pair = {"images": "i/{n}.png", "masks": f"m/{{n}}{suffix}", "label": "cell"}
