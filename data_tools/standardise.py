@@ -259,8 +259,9 @@ def _merged(annotations: list[Annotation], labels: set[str]) -> list[Annotation]
     for number, one in enumerate(annotations):
         is_map = one.label in labels and one.mask is not None and one.box is None
         key = (one.label, *sorted(one.attributes.items())) if is_map else number
-        if key in found:
-            one = replace(one, mask=found[key].mask | one.mask)
+        before = found[key].mask if key in found else None
+        if before is not None and one.mask is not None:
+            one = replace(one, mask=before | one.mask)
         found[key] = one
     return list(found.values())
 

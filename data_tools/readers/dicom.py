@@ -123,8 +123,8 @@ def units(options: Options) -> Iterator[Unit]:
         else:
             images.append(header)
     if options.match == "file":
-        named, rows = rows, {}
-        for name, of in named.items():
+        stated, rows = rows, {}
+        for name, of in stated.items():
             rows.setdefault(posixpath.normpath(name.replace("\\", "/")), []).extend(of)
     of_images = {key(header) for header in images}
     for name in (name for name in rows if name not in of_images):
