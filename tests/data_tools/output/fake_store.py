@@ -115,6 +115,7 @@ def job(sources: Mapping[str, Mapping[str, Any]] | None = None, **corpus: Any) -
         seed=0,
         workers=2,
         writer=SimpleNamespace(name="template", terms=""),
+        make=SimpleNamespace(negatives=None),
         sources=[
             SimpleNamespace(
                 **{
@@ -125,6 +126,7 @@ def job(sources: Mapping[str, Mapping[str, Any]] | None = None, **corpus: Any) -
                     "url": "https://example.org/blood",
                     "anonymous_names": False,
                     "text_in_pixels": "keep",
+                    "negatives": True,
                 }
                 | dict(values)
             )

@@ -18,7 +18,7 @@ from tests.tables import tables
 TABLES = tables(__file__)
 SOURCES = {
     "blood": {},
-    "chest": {"dataset": "Chests", "licence": "CC BY-SA 4.0", "url": ""},
+    "chest": {"dataset": "Chests", "licence": "CC BY-SA 4.0", "url": "", "negatives": False},
     "nothing": {"dataset": ""},
     "not asked for": {},
 }
