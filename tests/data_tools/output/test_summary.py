@@ -143,7 +143,7 @@ def test_lines_for_a_terminal(counted):
     )
     assert f"  {'read: no annotation':<62}{2:>12}" in found
     assert f"  Microscopy                                 4   66.7%  {'#' * 30}" in found
-    assert found[-4:] == [f"  - {text}" for text in counted["warnings"]]
+    assert found[-5:] == [f"  - {text}" for text in counted["warnings"]]
 
 
 def test_a_hostile_name_cannot_move_the_terminals_cursor(counted):
