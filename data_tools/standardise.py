@@ -42,7 +42,7 @@ from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
 from gmai_xtuner.core.files import sha256_of_file
 
-VERSION = 4
+VERSION = 5
 """A new number makes finished jobs read their sources again."""
 
 IMAGES = "images"
