@@ -128,7 +128,7 @@ def units(options: Options) -> Iterator[Unit]:
             rows.setdefault(posixpath.normpath(name.replace("\\", "/")), []).extend(of)
     of_images = {key(header) for header in images}
     for name in (name for name in rows if name not in of_images):
-        yield dropped(name, "row of the table without an image", f"line {rows[name][0].line}", "")
+        yield dropped(name, "row of the table without an image", f"line {rows[name][0].line}")
     of_series = defaultdict[str, set[str]](set)
     for header in images:
         of_series[header.series].add(header.instance)

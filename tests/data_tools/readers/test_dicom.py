@@ -401,7 +401,6 @@ def test_a_row_of_the_table_without_an_image_is_counted(tmp_path):
     ]
     (drop,) = (one for one in found if isinstance(one, Drop))
     assert (drop.reason, drop.detail) == ("row of the table without an image", "line 4")
-    assert NAME not in drop.where
 
 
 def test_a_sign_that_pixels_have_and_their_header_denies_drops_the_picture(tmp_path):
