@@ -13,14 +13,14 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_tools.options import Options
 from data_tools.preprocess import PRESETS, Rules
 from data_tools.records import Drops, Sample, Unit
-from gmai_xtuner.core.agreements import plain_host
+from gmai_xtuner.core.agreements import agreement_of, plain_host
 
 _MODULES = (
     *("image_folder", "table", "coco", "voc", "yolo", "labelme", "masks", "arrays", "dicom"),
@@ -55,11 +55,14 @@ class SourceOptions(Options):
 
     Without ``labels`` names are taken as they are; without ``group`` the reader knows the patient, or each
     image stands alone; without ``negatives`` the job's ``make.negatives`` holds, or what annotations show.
+    By default names are anonymous where they may be patients': DICOM, and sets that an agreement closes.
     """
 
     default_source_task: ClassVar[str] = "2D classification"
     masks_are_objects: ClassVar[bool] = False
     """Whether each mask is an object of its own; else those of one label are one map."""
+    names_patients: ClassVar[bool] = False
+    """Whether names of files may be patients' names, so that they are hidden by default."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     root: Path
@@ -82,13 +85,21 @@ class SourceOptions(Options):
     group: str | None = None
     clean: Rules = PRESETS["sa-med2d"]
     text_in_pixels: Literal["keep", "flag", "crop", "drop"] = "keep"
-    anonymous_names: bool = True
+    anonymous_names: bool | None = None
     salt: str | None = None
 
     @field_validator("may_be_sent_to", mode="before")
     @classmethod
     def _is_a_list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _settle_names(self) -> Self:
+        if self.anonymous_names is None:
+            agreement = agreement_of(self.licence, (self.name, self.dataset, self.url))
+            closed = agreement is not None and not agreement.third_parties
+            object.__setattr__(self, "anonymous_names", self.names_patients or closed)
+        return self
 
     @property
     def roots(self) -> tuple[Path, ...]:

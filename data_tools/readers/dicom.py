@@ -66,6 +66,7 @@ class Options(VolumeOptions):
     """Keys of ``reader: dicom``; docs/corpus.md explains them."""
 
     default_source_task = "2D classification"
+    names_patients = True
 
     reader: Literal["dicom"]
     files: str = "*"

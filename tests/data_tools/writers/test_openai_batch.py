@@ -276,7 +276,7 @@ def test_a_file_of_a_killed_run_is_not_sent_once_that_is_forbidden(serve, tmp_pa
         with pytest.raises(Killed):
             run(writer(tmp_path, server.url))
     monkeypatch.setattr(sending, "_is_loopback", lambda address: False)  # as if it were elsewhere
-    monkeypatch.setitem(ORIGINS, "toy", Origin("the source toy", "an agreement"))
+    monkeypatch.setitem(ORIGINS, ("toy", "MIT"), Origin("the source toy", "an agreement"))
     outcomes, stop = run(writer(tmp_path, server.url))
     assert outcomes == []
     assert "the source toy may not be sent to" in str(stop)
