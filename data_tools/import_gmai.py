@@ -38,6 +38,7 @@ _AT_ONCE = 50_000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 written, 1 an error, 3 something is missing or wrong."""
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,
         description="GMAI-VL-5.5M, PubMedVision or LLaVA-Med, as downloaded -> a mixture file. "
         "Exit status: 0 written, 1 error, 3 something is missing or wrong, see faults.jsonl."
     )
