@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description="GMAI-VL-5.5M, PubMedVision or LLaVA-Med, as downloaded -> a mixture file. "
-        "Exit status: 0 written, 1 error, 3 something is missing or wrong, see faults.jsonl."
+        "Exit status: 0 written, 1 error, 3 something is missing or wrong, see faults.jsonl.",
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="the downloaded folder")
