@@ -309,7 +309,8 @@ def _check_contradictions(
     """Raise `Unusable` if a label denies or excludes another, or itself, or isn't of the image's side."""
     whole = dict.fromkeys(label.name for label in labels if label.box is None)
     for label in labels:
-        if label.box is not None and says_nothing(label.name):
+        # "no" beside "yes" is a class, not a denial.
+        if label.box is not None and says_nothing(label.name) and label.name.lower() != "no":
             detail = f"{label.name!r} at {list(label.box)}; leave the cells of its box empty"
             raise Unusable("box that is said to show nothing", detail)
         if sides and words_of(label.name).intersection(SIDES) - sides:

@@ -277,3 +277,10 @@ def test_codes_of_one_label_are_one_region_but_objects_stay(read, monkeypatch):
 def test_a_statement_that_contradicts_itself_or_the_side_is_dropped(read, annotation, reason):
     given = sample(annotation, Annotation("right breast"), attributes={"side": "right"})
     assert reasons(read(given)) == [("record", reason)]
+
+
+def test_no_and_yes_are_classes_with_boxes(read):
+    (record,) = read(
+        sample(Annotation("no", (1, 1, 20, 20)), Annotation("yes", (5, 5, 9, 9)))
+    ).records
+    assert [label.name for label in record.labels] == ["no", "yes"]
