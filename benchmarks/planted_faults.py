@@ -25,7 +25,7 @@ from data_tools import taxonomy
 from data_tools.checks import CheckOptions, check
 from data_tools.checks.claims import mirror
 from data_tools.forms import MakeOptions, plan, write
-from data_tools.items import Conversation, Item, SourceContext, Turn
+from data_tools.items import Conversation, Item, SourceContext, Task, Turn
 from data_tools.records import Label, Provenance, Record
 from gmai_xtuner.core.rng import Rng
 
@@ -103,7 +103,7 @@ def records(count: int) -> Iterator[Record]:
 def texts(record: Record) -> Iterator[tuple[str, Item, Conversation]]:
     """Yield true texts: origin, item, conversation."""
     for item in plan(record, CONTEXT, MAKE, seed=1):
-        yield "template", item, write(item, record, CONTEXT, TAXONOMY)
+        yield "template", item, write(Task(item, record, CONTEXT), TAXONOMY)
     first = record.labels[0]
     assert first.box
     of = [label.box for label in record.labels if label.name == first.name]
@@ -206,7 +206,7 @@ def main() -> None:
             for origin, item, text in texts(record):
                 key = origin, item.language
                 true[key] += 1
-                if problems := check(text, item, record, CONTEXT, TAXONOMY, CheckOptions()):
+                if problems := check(text, Task(item, record, CONTEXT), TAXONOMY, CheckOptions()):
                     stopped[key] += 1
                     missed.setdefault(
                         f"stopped, {origin}, {item.language}: {problems[0].reason}", text[-1].text
@@ -216,7 +216,7 @@ def main() -> None:
                     if wrong == text:
                         continue
                     planted[kind, item.language] += 1
-                    if check(wrong, item, record, CONTEXT, TAXONOMY, CheckOptions()):
+                    if check(wrong, Task(item, record, CONTEXT), TAXONOMY, CheckOptions()):
                         caught[kind, item.language] += 1
                     else:
                         missed.setdefault(

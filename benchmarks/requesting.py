@@ -150,7 +150,7 @@ def main() -> None:
             Prompts(CheckOptions(), taxonomy.load(), grounded=True),
             folder=folder,
             job="benchmark",
-            origins={"bench": Origin("the source bench")},
+            origins={("bench", "CC0"): Origin("the source bench")},
         )
         # Libraries are imported and connections made before the clock starts.
         warm = arguments.in_flight * 5

@@ -115,7 +115,8 @@ class StepCheckpointHook(CheckpointHook):
         if get_rank() == 0:
             _point_to(final, Path(runner.work_dir) / POINTER)
             if self.max_keep_ckpts > 0:
-                for old in checkpoints_in(folder)[self.max_keep_ckpts :]:
+                written = filter(sequence_of, checkpoints_in(folder))  # by runs, not copied there
+                for old in list(written)[self.max_keep_ckpts :]:
                     remove(old)
 
     def save_now(self, runner: FlexibleRunner) -> None:

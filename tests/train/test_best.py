@@ -33,7 +33,7 @@ class Run:
             write=write, out_dir=str(work_dir), filename_tmpl="iter_{}.pth",
             save_now=lambda runner: self.saved.append(runner.iter),
         )  # fmt: skip
-        monkeypatch.setattr(validation, "_checkpoints", lambda _: checkpoints)
+        monkeypatch.setattr(validation, "checkpoint_hook", lambda *_: checkpoints)
         loop = SimpleNamespace(
             step=0, iter=0, max_iters=100, total_steps=50, stop_training=False,
             stopped_early=False, stop_reason="",

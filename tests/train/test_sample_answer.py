@@ -190,8 +190,8 @@ def test_weights_can_be_trained_after_an_answer(runner, model, monkeypatch):
 
 def test_answering_is_no_training_time(runner, monkeypatch):
     calls: list[str] = []
-    monkeypatch.setattr(ProgressHook, "pause", lambda self: calls.append("pause"))
-    monkeypatch.setattr(ProgressHook, "go_on", lambda self: calls.append("go on"))
+    monkeypatch.setattr(ProgressHook, "before_val", lambda *_: calls.append("pause"))
+    monkeypatch.setattr(ProgressHook, "after_val", lambda *_: calls.append("go on"))
     go(SampleAnswerHook(interval=6, max_new_tokens=2), runner)
     assert calls == ["pause", "go on"]
 

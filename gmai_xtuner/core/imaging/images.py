@@ -402,8 +402,11 @@ def _decode(
     """
     # What is asked before loading, after which Pillow has forgotten it.
     has_16_bit_colour, file = _has_16_bit_colour(image), getattr(image, "fp", None)
-    turned = orientation_of(image) != 1
+    # Pillow turns a TIFF while it loads it, and forgets that it did.
+    is_tiff = image.format == "TIFF"
+    before = orientation_of(image) if is_tiff else 1
     _load(image)
+    orientation = before if is_tiff else orientation_of(image)
     damage = find_damage(content, image) if content is not None else ""
     if damage:
         raise _error(name, f"is damaged ({damage})", "damaged_image", _AGAIN)
@@ -411,11 +414,9 @@ def _decode(
         shown = Image.fromarray(_deep_grey(image, name))
     else:
         shown = _deep_colour(image, name, file) if has_16_bit_colour else _over_black(image)
-    suffix = "" if turned else _kept_suffix(image, shown)
-    # Pillow turns a TIFF while it loads it.
-    if turned and image.format != "TIFF":
-        shown = shown.transpose(_UPRIGHT[orientation_of(image)])
-    return shown, turned, suffix
+    if orientation == 1:
+        return shown, False, _kept_suffix(image, shown)
+    return shown if is_tiff else shown.transpose(_UPRIGHT[orientation]), True, ""
 
 
 def _has_16_bit_colour(image: Image.Image) -> bool:
@@ -438,6 +439,10 @@ def _kept_suffix(image: Image.Image, shown: Image.Image) -> str:
 
 def orientation_of(image: Image.Image) -> int:
     """Return EXIF's 1 to 8; 1, which is upright, if the file says nothing that can be parsed."""
+    if (
+        image.format == "PNG"
+    ):  # whose EXIF may stand behind the pixels; damage of these is not to be lost here
+        image.load()
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DECODE_ERRORS:

@@ -641,3 +641,14 @@ def test_a_parquet_of_one_long_text_many_times_is_a_documented_error(tmp_path):
     assert (tmp_path / "bomb.parquet").stat().st_size < 10**5
     with pytest.raises(GMAIError, match="Parquet"):
         list(iter_raw(tmp_path / "bomb.parquet"))
+
+
+def test_the_damage_of_a_png_is_not_lost_when_its_orientation_is_asked_for_first(tmp_path):
+    path = tmp_path / "a.png"
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(OSError, match="broken|decod|data"), Image.open(path) as image:
+        image_files.orientation_of(image)
