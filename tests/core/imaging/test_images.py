@@ -650,5 +650,5 @@ def test_the_damage_of_a_png_is_not_lost_when_its_orientation_is_asked_for_first
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
-    with pytest.raises(OSError, match="broken|decod|data"), Image.open(path) as image:
+    with pytest.raises(OSError, match=r"broken|decod|data"), Image.open(path) as image:
         image_files.orientation_of(image)
