@@ -210,6 +210,8 @@ class Launch:
 
     def _ended(self) -> int:
         status = self._own_status()
+        if status.get("state") in ALIVE:  # ours has ended: of a run that began meanwhile
+            status = {}
         if self._signal and (not status or status.get("reason") == GONE):
             reason = f"{signal.Signals(self._signal).name} came, and it ended at once, without a checkpoint"
             status = self._write({**status, "state": "stopped", "reason": reason})

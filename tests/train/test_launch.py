@@ -36,13 +36,16 @@ if arguments[0] == "convert":
     sys.exit(print("error: another geometry"))
 work = Path(arguments[arguments.index("--work-dir") + 1])
 
-def say(state, reason=""):
-    status = {{"state": state, "reason": reason, "iteration": 7, "process": os.getpid()}}
+def say(state, reason="", process=os.getpid()):
+    status = {{"state": state, "reason": reason, "iteration": 7, "process": process}}
     status |= {{"host": socket.gethostname(), "since": str(time.time()), "time": "t"}}
     (work / "status.json").write_text(json.dumps(status))
 
 if fake == "syntax":
     sys.exit(print("Traceback\\n  File x\\nSyntaxError: in config x.py: '(' was never closed"))
+if fake == "other":  # another run begins in the same moment
+    say("running", process=os.getppid())
+    sys.exit(print("error: work dir belongs to another run"))
 if fake == "refuse":
     sys.exit(print("error: work dir belongs to another run"))
 say("running")
@@ -122,6 +125,13 @@ def test_a_start_that_never_began_leaves_a_status_that_is_of_use(before, then, x
     xtuner[0](then)
     assert main(["stage1_shallow", "--work-dir", "w"]) == 1
     assert stored_status(tmp_path / "w") == status
+
+
+def test_a_run_that_began_in_the_same_moment_is_not_taken_for_ones_own(xtuner, tmp_path, capsys):
+    xtuner[0]("other")
+    assert main(["stage1_shallow", "--work-dir", "w"]) == 1
+    assert "failed: work dir belongs to another run" in capsys.readouterr().out
+    assert stored_status(tmp_path / "w")["state"] == "running"
 
 
 @pytest.mark.parametrize(("does", "times"), [("wait", 1), ("deaf", 2)])
