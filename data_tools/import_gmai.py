@@ -8,6 +8,7 @@ Nothing is unpacked: ``OUTPUT/gmai.images`` says where each image is whose whole
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -15,24 +16,39 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from tempfile import TemporaryDirectory
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from data_tools.command import DONE, Bar, exit_status
 from gmai_xtuner.core import archives
 from gmai_xtuner.core.agreements import agreement_of
-from gmai_xtuner.core.archives import COLUMNS, FOLDER, UNREADABLE, Index, Part, digests
+from gmai_xtuner.core.archives import COLUMNS, FOLDER, UNREADABLE, Index, Part, cached, digests
 from gmai_xtuner.core.conversation import parse_raw
 from gmai_xtuner.core.errors import CorpusError, DataError
-from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.core.files import replace_text, staged
 from gmai_xtuner.core.records import iter_raw
 from gmai_xtuner.core.yaml_lines import Document
 
 _SKIPPED = 5
 """Parts of ``images/2d/cls/ct/SOURCE/a/b.png`` before the path in a user's own copy."""
-_AT_ONCE = 50_000
+_COPY = "*"
+"""Stands for the start of names that a user's own copy of a source leaves out."""
+_AT_ONCE = 200_000
+_BUCKETS = 64
+_HALVES = ("high", "low")
+_ROW = np.dtype(list(COLUMNS.items()))
+_NO_NAME = digests([""])[0]
+_CODE = (__file__, inspect.getfile(parse_raw), inspect.getfile(iter_raw))
+_RULES = blake2b(b"".join(Path(file).read_bytes() for file in _CODE)).hexdigest()
+"""Stands for how records are read: with other code they are read anew."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,19 +78,25 @@ def _pair(text: str) -> list[str]:
     return text.split("=", 1)
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """An index, what stands before its names in records, and the source that it is of (empty: any)."""
 
-    index: Index
+    members: Index
     prefix: str = ""
     source: str = ""
 
     def name_of(self, image: str) -> str:
         """Return the name under which an image may be there; empty if it may not."""
-        if self.source:
-            return image.split("/", _SKIPPED)[-1] if _source_of(image) == self.source else ""
-        return image.removeprefix(self.prefix) if image.startswith(self.prefix) else ""
+        if self.source and _source_of(image) != self.source:
+            return ""
+        return _name_behind(image, _COPY if self.source else self.prefix)
+
+
+def _name_behind(image: str, start: str) -> str:
+    """Return a name without its start, of which `_COPY` is a source's; empty if it has another."""
+    if start == _COPY:
+        return image.split("/", _SKIPPED)[-1] if _source_of(image) else ""
+    return image.removeprefix(start) if image.startswith(start) else ""
 
 
 def _source_of(image: str) -> str:
@@ -96,6 +118,10 @@ def _run(options: argparse.Namespace) -> int:
     for name, fields in kind["datasets"].items():
         if paths := sorted(map(str, folder.glob(fields["annotations"]))):
             files[name] = paths
+    if not files:
+        wanted = ", ".join(fields["annotations"] for fields in kind["datasets"].values())
+        problem = f"looks like {kind['about']}, but has no annotation file"
+        raise CorpusError(f"{folder} {problem} ({wanted}). Download them too.")
     with Bar() as bar:
         places = list(_places(kind, folder, options.images))
         plan = _Plan(kind, places, bar).write(files, output)
@@ -143,37 +169,107 @@ def _index_of(root: Path, *, skip: int) -> Index:
     return Index.of_members(list(parts), columns)
 
 
+class _Records:
+    """The images and the faults of an annotation file's records, read once and kept in the cache as columns.
+
+    A row is an image or a fault. ``high0``, ``low0`` and so on stand for the image's name behind each start.
+    """
+
+    def __init__(self, dataset: str, path: str, kind: Mapping[str, Any], bar: Bar) -> None:
+        self.dataset, self.path, self.bar = dataset, path, bar
+        self.images_first = kind["datasets"][dataset].get("image_marks") == "first"
+        self.starts = list(dict.fromkeys(("", *kind["prefixes"], _COPY)))
+        self.count = 0
+        known = [_RULES, Part.of(path), dataset, self.images_first, self.starts]
+        file = cached("records/*.parquet", known, self._write, f"read {path}")
+        self.file = pq.ParquetFile(file)
+        self.count = int(self.file.metadata.metadata[b"records"])
+
+    def _write(self, file: Path) -> None:
+        texts = {name: pa.string() for name in ("source", "name", "fault")}
+        halves = {f"{half}{n}": pa.uint64() for n in range(len(self.starts)) for half in _HALVES}
+        schema = pa.schema({"line": pa.int64(), **texts, **halves})
+        with (
+            staged(file) as partial,
+            pq.ParquetWriter(
+                partial,
+                schema,
+                use_dictionary=["source"],
+                compression={name: "zstd" if name in texts else "none" for name in schema.names},
+            ) as out,
+        ):
+            each = self._rows()
+            while rows := list(islice(each, _AT_ONCE)):
+                line, name, fault = zip(*rows, strict=True)
+                source = [_source_of(one or "") for one in name]
+                columns: dict[str, Any] = {
+                    "line": line,
+                    "source": source,
+                    "name": name,
+                    "fault": fault,
+                }
+                for n, start in enumerate(self.starts):
+                    found = digests(_name_behind(one or "", start) for one in name)
+                    columns |= {f"{half}{n}": found[:, at] for at, half in enumerate(_HALVES)}
+                out.write_table(pa.table(columns, schema))
+            out.add_key_value_metadata({"records": str(self.count)})
+
+    def _rows(self) -> Iterator[tuple[int, str | None, str | None]]:
+        """Check records as training does; yield line, image and fault."""
+        self.bar.stage(os.path.basename(self.path))
+        for raw in iter_raw(self.path, dataset=self.dataset):
+            self.bar.advance()
+            self.count += 1
+            line = int(raw.default_id.rpartition(":")[2])
+            try:
+                found = parse_raw(raw, dataset=self.dataset, images_first=self.images_first)
+            except DataError as error:
+                fault = {"reason": error.reason, "problem": str(error)}
+                yield line, None, json.dumps(fault)
+                continue
+            yield from ((line, name, None) for name in found.images)
+            ending = f"/{found.id.replace('#', '/')}"
+            if "#" in found.id and not any(f"/{name}".endswith(ending) for name in found.images):
+                problem = f"the id {found.id!r} names none of the record's images {found.images}"
+                fault = {"reason": "wrong_id", "problem": problem, "id": found.id}
+                yield line, None, json.dumps(fault)
+
+
 @dataclass
 class _Plan:
-    """Links images to files in one pass over the records, and writes down what is missing or wrong."""
+    """Links images to files, and writes down what is missing or wrong."""
 
     kind: Mapping[str, Any]
     places: Sequence[_Place]
     bar: Bar
-    linked: list[dict[str, np.ndarray]] = field(default_factory=list)
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
 
     def write(self, files: Mapping[str, Sequence[str]], output: Path) -> dict[str, Any]:
         """Write the index of images, the faults and the ids that are to be left out; return the numbers."""
         numbers: dict[str, Any] = {"records": {}, "images": {}}
-        with open(output / "faults.jsonl", "w") as faults, open(output / "exclude.txt", "w") as ids:
-            for index in {id(place.index): place.index for place in self.places}.values():
+        with (
+            open(output / "faults.jsonl", "w") as faults,
+            open(output / "exclude.txt", "w") as ids,
+            TemporaryDirectory(dir=output) as spool,
+        ):
+            linked = _Linked(Path(spool))
+            for index in {id(place.members): place.members for place in self.places}.values():
                 for fault in index.faults:
                     self._tell(faults, fault._asdict())
             for name, paths in files.items():
-                counts = [self._read(name, path, faults, ids) for path in paths]
-                numbers["records"][name], numbers["images"][name] = np.sum(counts, axis=0).tolist()
-        columns = {name: np.concatenate([one[name] for one in self.linked]) for name in COLUMNS}
-        # An image of several records is linked once.
-        pairs = np.stack([columns["high"], columns["low"]], axis=1)
-        once = np.unique(pairs, axis=0, return_index=True)[1]
-        parts = [part for place in self.places for part in place.index.parts]
-        index = Index(parts, {name: column[once] for name, column in columns.items()})
-        index.write(output / "gmai.images")
+                numbers["records"][name] = numbers["images"][name] = 0
+                for path in paths:
+                    records = _Records(name, path, self.kind, self.bar)
+                    numbers["records"][name] += records.count
+                    for group in range(records.file.num_row_groups):
+                        numbers["images"][name] += self._link(records, group, linked, faults, ids)
+            parts = [part for place in self.places for part in place.members.parts]
+            index = linked.index(parts)
+            index.write(output / "gmai.images")
+            numbers["linked files"] = len(index.columns["part"])
         self.sources.pop("", None)
-        found = {"linked files": len(once), "faults": dict(self.faults), "sources": self.sources}
-        return numbers | found
+        return numbers | {"faults": dict(self.faults), "sources": self.sources}
 
     def _tell(self, faults: IO[str], fault: dict[str, Any]) -> None:
         source, reason = _source_of(fault.get("image", "")), fault["reason"]
@@ -185,65 +281,90 @@ class _Plan:
         fault |= {"source": source, "licence": self.sources[source]["licence"]}
         faults.write(json.dumps(fault) + "\n")
 
-    def _read(self, dataset: str, path: str, faults: IO[str], ids: IO[str]) -> tuple[int, int]:
-        """Check records as training does, and link their images; return how many of both there are."""
-        self.bar.stage(os.path.basename(path))
-        images_first = self.kind["datasets"][dataset].get("image_marks") == "first"
-        records = total = 0
-        images = list[tuple[str, int]]()
-        for raw in iter_raw(path, dataset=dataset):
-            records += 1
-            self.bar.advance()
-            line = int(raw.default_id.rpartition(":")[2])
-            where = {"dataset": dataset, "file": path, "line": line}
-            try:
-                found = parse_raw(raw, dataset=dataset, images_first=images_first)
-            except DataError as error:
-                self._tell(faults, where | {"reason": error.reason, "problem": str(error)})
-                continue
-            total += len(found.images)
-            images += [(name, line) for name in found.images]
-            ending = f"/{found.id.replace('#', '/')}"
-            if "#" in found.id and not any(f"/{name}".endswith(ending) for name in found.images):
-                problem = f"the id {found.id!r} names none of the record's images {found.images}"
-                self._tell(faults, where | {"reason": "wrong_id", "problem": problem})
-                ids.write(f"dataset: {dataset}\nid: {json.dumps(found.id)}\n")
-            if len(images) >= _AT_ONCE:
-                self._link(images, where, faults)
-                images = []
-        self._link(images, {"dataset": dataset, "file": path}, faults)
-        return records, total
-
-    def _link(self, images: Sequence[Any], where: Mapping[str, Any], faults: IO[str]) -> None:
-        """Keep where the images are that are there once, and write down the others."""
-        count, offset = np.zeros(len(images), np.int64), 0
-        columns = {name: np.zeros(len(images), kind) for name, kind in COLUMNS.items()}
+    def _link(
+        self, records: _Records, group: int, linked: _Linked, faults: IO[str], ids: IO[str]
+    ) -> int:
+        """Keep where the images are that are there once, write down the faults; return how many images."""
+        names = [name for name in records.file.schema_arrow.names if name != "name"]
+        table = records.file.read_row_group(group, names, use_threads=False)
+        where = {"dataset": records.dataset, "file": records.path}
+        is_image = table["fault"].is_null().to_numpy()
+        for row in np.flatnonzero(~is_image).tolist():
+            fault = json.loads(table["fault"][row].as_py())
+            if name := fault.pop("id", None):
+                ids.write(f"dataset: {records.dataset}\nid: {json.dumps(name)}\n")
+            self._tell(faults, {**where, "line": table["line"][row].as_py(), **fault})
+        keys = [
+            np.stack([table[f"{half}{n}"].to_numpy()[is_image] for half in _HALVES], axis=1)
+            for n in range(len(records.starts))
+        ]
+        count, offset = np.zeros(len(keys[0]), np.int64), 0
+        rows = np.zeros(len(count), _ROW)
         for place in self.places:
-            names = [place.name_of(name) for name, _ in images]
-            at = np.array([number for number, name in enumerate(names) if name], np.int64)
-            row, found = place.index.find(digests(filter(None, names)))
+            wanted = keys[records.starts.index(_COPY if place.source else place.prefix)]
+            at = np.flatnonzero((wanted != _NO_NAME).any(axis=1))
+            if place.source:
+                own = pc.equal(table["source"], place.source).to_numpy()[is_image]
+                at = at[own[at]]
+            place_rows, found = place.members.find(wanted[at])
             count[at] += found
-            at, row = at[found > 0], row[found > 0]
-            for name, values in columns.items():
-                values[at] = place.index.columns[name][row]
-            columns["part"][at] += np.uint32(offset)
-            offset += len(place.index.parts)
-        columns["high"], columns["low"] = digests(name for name, _ in images).T
-        good = (count == 1) & (columns["kind"] != UNREADABLE)
-        self.linked.append({name: values[good] for name, values in columns.items()})
-        for number in np.flatnonzero(~good).tolist():
-            (name, line), times = images[number], int(count[number])
-            holders = {x for one in self.places for x in one.index.holders(one.name_of(name))}
-            told = " and ".join(sorted(holders))
-            reason, problem = (
-                "ambiguous_image",
-                f"it is there {times} times, or can't be unpacked: in {told}",
-            )
-            if times == 0:
-                reason, problem = "missing_image", "it is in none of the archives and folders"
-            self._tell(
-                faults, {**where, "line": line, "image": name, "reason": reason, "problem": problem}
-            )
+            at, place_rows = at[found > 0], place_rows[found > 0]
+            for name, values in place.members.columns.items():
+                rows[name][at] = values[place_rows]
+            rows["part"][at] += np.uint32(offset)
+            offset += len(place.members.parts)
+        rows["high"], rows["low"] = keys[0].T
+        good = (count == 1) & (rows["kind"] != UNREADABLE)
+        linked.add(rows[good])
+        bad = np.flatnonzero(is_image)[~good]
+        images = records.file.read_row_group(group, ["name"])["name"].take(bad) if len(bad) else []
+        for image, line, times in zip(images, table["line"].take(bad), count[~good], strict=True):
+            fault = self._missing(image.as_py(), int(times))
+            self._tell(faults, {**where, "line": line.as_py(), **fault})
+        return len(count)
+
+    def _missing(self, image: str, times: int) -> dict[str, Any]:
+        if not times:
+            problem = "it is in none of the archives and folders"
+            return {"image": image, "reason": "missing_image", "problem": problem}
+        told = {holder for one in self.places for holder in one.members.holders(one.name_of(image))}
+        problem = (
+            f"it is there {times} times, or can't be unpacked: in {' and '.join(sorted(told))}"
+        )
+        return {"image": image, "reason": "ambiguous_image", "problem": problem}
+
+
+class _Linked:
+    """Rows of an index, sorted on disk: files of rows whose digests begin alike, then a file a column."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.total = folder, 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Append rows in any order."""
+        rows = rows[np.argsort(rows["high"])]
+        ends = np.searchsorted(rows["high"], np.arange(1, _BUCKETS, dtype="<u8") << np.uint64(58))
+        for number, part in enumerate(np.split(rows, ends)):
+            with open(self.folder / f"{number}.rows", "ab") as file:
+                file.write(part.tobytes())
+        self.total += len(rows)
+
+    def index(self, parts: Sequence[Part]) -> Index:
+        """Return the index of the rows, of equal ones the first."""
+        at, shape = 0, max(1, self.total)
+        columns = {
+            name: np.memmap(self.folder / name, kind, "w+", shape=shape)
+            for name, kind in COLUMNS.items()
+        }
+        for number in range(_BUCKETS if self.total else 0):
+            rows = np.fromfile(self.folder / f"{number}.rows", _ROW)
+            rows = rows[np.lexsort((rows["low"], rows["high"]))]
+            is_other = (np.diff(rows["high"]) != 0) | (np.diff(rows["low"]) != 0)
+            rows = rows[np.concatenate([np.ones(min(1, len(rows)), bool), is_other])]
+            for name, column in columns.items():
+                column[at : at + len(rows)] = rows[name]
+            at += len(rows)
+        return Index(parts, {name: column[:at] for name, column in columns.items()})
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "shutil.unpack_archive": (),
     "pyarrow.parquet.ParquetFile": (
         *("gmai_xtuner.core.records", "gmai_xtuner.evaluate.benchmarks.rows"),
+        "data_tools.import_gmai",  # what it has written itself
     ),
     "pyarrow.parquet.read_table": (),
     "pandas.read_parquet": (),

@@ -19,7 +19,7 @@ import tarfile
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -128,7 +128,9 @@ class Index:
         """Return for digests ``[N, 2]`` the first row that has each, and how many have it (0: none)."""
         mine, rest = self.columns["high"], self.columns["low"]
         high, low = np.ascontiguousarray(wanted[:, 0]), wanted[:, 1]
-        first, last = np.searchsorted(mine, high), len(mine) - 1
+        order, last = np.argsort(high), len(mine) - 1
+        first = np.zeros(len(high), np.int64)
+        first[order] = np.searchsorted(mine, high[order])  # ten times as fast in order
         if last < 0:
             return first, np.zeros_like(first)
         at, after = np.minimum(first, last), np.minimum(first + 1, last)
@@ -339,21 +341,31 @@ def open_archives(root: str | os.PathLike[str]) -> Index | None:
 
 def cached_index(archives: Sequence[str]) -> Index:
     """Return the index of archives from the cache; make it and keep it there if need be."""
-    import platformdirs
-
     try:
         known = [1, *map(Part.of, archives)]
     except OSError as error:
         raise ArchiveError(f"archive {error.filename!r} can't be opened ({error})") from error
+    what = f"list {len(archives)} archives"
+    make = lambda file: make_index(archives).write(file)  # noqa: E731
+    return Index.read(cached(f"archives/*{INDEX_SUFFIX}", known, make, what))
+
+
+def cached(pattern: str, known: object, make: Callable[[Path], None], what: str) -> Path:
+    """Return a file of the cache, whose name has the hash of all that it depends on; make it if need be.
+
+    ``what`` is the work of ``make``, see `gmai_xtuner.core.files.locked`.
+    """
+    import platformdirs
+
     key = blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
     cache = Path(os.environ.get("GMAI_CACHE") or platformdirs.user_cache_path("gmai_xtuner"))
-    file = cache / "archives" / f"{key}{INDEX_SUFFIX}"
+    file = cache / pattern.replace("*", key)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(file.with_suffix(".lock"), f"list {len(archives)} archives"):
+        with locked(file.with_suffix(".lock"), what):
             if not file.is_file():
-                make_index(archives).write(file)
-    return Index.read(file)
+                make(file)
+    return file
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[Index, str] | None:

@@ -164,3 +164,33 @@ def test_every_planted_fault_is_found_and_nothing_is_linked_wrongly(tmp_path, ca
     assert len(images) > 1900
     assert all(shown == (n % 256, 2 + n // 256) for n, shown in images.items())
     assert not images.keys() & {n for reason, n in planted if reason.endswith("_image")}
+
+
+def test_records_are_read_once_and_linked_anew_each_time(tmp_path, capsys, monkeypatch):
+    mirror = Mirror(tmp_path, 30, 20)
+    mirror.lines[OPEN][3] = b"{"
+    mirror.members[1] = mirror.members[1][1:]
+    mirror.write()
+    (mirror.copy / "away").mkdir()
+    lost = (mirror.copy / "files").rename(tmp_path / "lost")
+    assert mirror.run() == 3
+    assert len(mirror.faults()) == 22
+
+    lost.rename(mirror.copy / "files")  # what was missing is found without reading a record again
+    with monkeypatch.context() as patched:
+        patched.delattr("data_tools.import_gmai.parse_raw")
+        assert mirror.run("--leave-out") == 0
+    reasons = [(fault["reason"], fault["line"]) for fault in mirror.faults()]
+    assert reasons == [("not_json", 4), ("missing_image", 2)]
+    assert len(mirror.linked()) == 28 + 20
+
+    file = mirror.folder / OPEN / "annotations" / CAPTIONS
+    file.write_bytes(file.read_bytes().replace(b"\n{\n", b"\n" + line(mirror.open[3]) + b"\n"))
+    mirror.run()
+    assert [fault["reason"] for fault in mirror.faults()] == ["missing_image"]
+
+
+def test_a_set_without_its_annotations_is_one_clear_error(tmp_path, capsys):
+    (tmp_path / OPEN / "annotations").mkdir(parents=True)
+    assert main([str(tmp_path)]) == 1
+    assert "has no annotation file" in capsys.readouterr().err
