@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -193,6 +194,28 @@ def ended(process: int, said: Path) -> tuple[int, str]:
     return status, text
 
 
+def descendants(process: int) -> list[int]:
+    """Return a process and everything that it has started, in whatever group or session it is."""
+    found = [process]
+    for one in found:
+        with contextlib.suppress(OSError):
+            found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+    return found
+
+
+def settle(seconds: float = 120) -> None:
+    """Wait until nothing runs that a command has left behind, which this process has inherited."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            if time.monotonic() > end:
+                for one in descendants(os.getpid())[1:]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(one, signal.SIGKILL)
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.05)
+
+
 def content(folder: Path) -> dict[str, str]:
     """Hash of each file that a user has; answers in any order; of a training, of each weight at its end."""
     found = {}
@@ -250,8 +273,11 @@ def read_only(
     if rng.random() < 0.5:  # in the middle of it
         process, said = forked(command, folder)
         time.sleep(rng.uniform(0, seconds))
-        with contextlib.suppress(subprocess.CalledProcessError):  # a file is open for writing
-            remount(folder, "ro")
+        command_line = ["mount", "-o", "remount,ro", folder]
+        for _ in range(100):  # as soon as no file is open for writing
+            if subprocess.run(command_line, stderr=subprocess.DEVNULL).returncode == 0:
+                break
+            time.sleep(0.02)
         outcome = ended(process, said)
     else:
         remount(folder, "ro")
@@ -266,10 +292,12 @@ def killed(command: Callable[[Path], int], folder: Path, rng: random.Random, sec
     from gmai_xtuner.train.status import stored_status
 
     trainer = stored_status(folder / "run").get("process")
-    victim = trainer if trainer and rng.random() < 0.5 else process
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(victim, signal.SIGKILL)
-    return ended(process, said)
+    for victim in [trainer] if trainer and rng.random() < 0.5 else descendants(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+    outcome = ended(process, said)
+    settle()
+    return outcome
 
 
 def clock_back(
@@ -304,6 +332,7 @@ def inject(
     """Disturb a run, let it go on, and compare."""
     with file_system(LARGE) as folder:
         status, text = FAULTS[fault](COMMANDS[command], folder, rng, seconds)
+        settle()
         again, said = ended(*forked(COMMANDS[command], folder))
         same = content(folder) == whole
     last = text.strip().splitlines()[-1:] if status > 0 else []
@@ -325,7 +354,10 @@ def main() -> None:
     from data_tools import overview, pipeline  # noqa: F401 - once, before the copies are made
 
     rng, rows = random.Random(args.seed), []
-    prepare()
+    # Orphans become children of this process, which can wait for them: PR_SET_CHILD_SUBREAPER.
+    ctypes.CDLL(None).prctl(36, 1)
+    if {"training", "conversion"} & set(args.only):
+        prepare()
     for command in args.only:
         with file_system(LARGE) as folder:
             began = time.monotonic()
@@ -352,7 +384,7 @@ def main() -> None:
             for one in found:
                 if one["lost"] or one["traceback"]:
                     print(command, fault, one, file=sys.stderr)
-    shutil.rmtree(PREPARED)
+    shutil.rmtree(PREPARED, ignore_errors=True)
     show({"injections": sum(row["tries"] for row in rows), "rows": rows}, as_json=args.json)
 
 

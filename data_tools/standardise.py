@@ -86,17 +86,20 @@ def read_unit(
 
     ``terms`` hold for samples under a licence of their own.
     """
-    reader = readers.load(source.reader)  # type: ignore[attr-defined]
     names = Names(salted(source))
     records: list[Record] = []
     drops = Drops()
     samples = 0
     files: dict[str, None] = {}
     with drops.image(unit.key):
-        for sample in reader.read(source, unit, drops):
+        for sample, left_out, incomplete in readers.samples(source, unit):
+            drops.found += left_out
+            if sample is None:
+                continue
             samples += 1
             where = _where(sample)
             with drops.image(where, stage="record"):
+                drops.lose(*incomplete)
                 if not is_unicode(sample.source_file):
                     raise Unusable("file name is not valid Unicode")
                 files[sample.source_file] = None

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import gmai_xtuner.plugin  # noqa: F401
 from examples.tiny_bases import write_tiny_bases
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
+from gmai_xtuner.core.imaging import bounded
 from gmai_xtuner.generate import Predictor
 from tests.browser import chromium
 from tests.toy import Corpus, write_corpus
@@ -43,6 +44,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Counter(item.path for item in items)
     longest = ("examples", "test_ablation.py")
     items.sort(key=lambda item: (item.path.parts[-2:] != longest, -tests[item.path]))
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """Puts code in the place of a library, for the processes that untrusted files are opened in."""
+
+    def plant(library: str, code: str) -> None:
+        (tmp_path / "planted").mkdir()
+        (tmp_path / "planted" / f"{library}.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path / "planted")
+
+    bounded._stop_workers()
+    yield plant
+    bounded._stop_workers()
 
 
 @pytest.fixture(scope="session")

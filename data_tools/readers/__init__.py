@@ -19,8 +19,9 @@ from pydantic import Field, field_validator, model_validator
 
 from data_tools.options import Options
 from data_tools.preprocess import PRESETS, Rules
-from data_tools.records import Drops, Sample, Unit
+from data_tools.records import Drop, Drops, Sample, Unit
 from gmai_xtuner.core.agreements import agreement_of, plain_host
+from gmai_xtuner.core.imaging.bounded import iterate_bounded
 
 _MODULES = (
     *("image_folder", "table", "coco", "voc", "yolo", "labelme", "masks", "arrays", "dicom"),
@@ -63,6 +64,9 @@ class SourceOptions(Options):
     """Whether each mask is an object of its own; else those of one label are one map."""
     names_patients: ClassVar[bool] = False
     """Whether names of files may be patients' names, so that they are hidden by default."""
+
+    native_memory: ClassVar[int] = 0
+    """Bytes for native libraries that read whole files, in a process of their own; 0: there is none."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     root: Path
@@ -120,3 +124,30 @@ class Reader(Protocol):
 def load(name: str) -> Reader:
     """Return the module of a reader; KeyError for an unknown one, ImportError without its library."""
     return importlib.import_module(READERS[name])  # type: ignore[return-value]
+
+
+_SECONDS = 120
+"""Of computing that native libraries may take for one image, and one more for each MiB of its file."""
+_Read = tuple[Sample | None, list[Drop], set[str]]
+"""A sample or the end, what was left out since the one before, and the labels that are lost in it."""
+
+
+def samples(source: SourceOptions, unit: Unit) -> Iterator[_Read]:
+    """Read a unit, in a process of its own if native libraries read the whole file."""
+    if not (memory := source.native_memory):
+        return _read(source, unit)
+    memory += 2 * getattr(source, "max_bytes", 0)
+    try:
+        size = (source.root / unit.key).stat().st_size
+    except (OSError, ValueError):
+        size = 0
+    return iterate_bounded(_read, source, unit, memory=memory, seconds=_SECONDS + size // 2**20)
+
+
+def _read(source: SourceOptions, unit: Unit) -> Iterator[_Read]:
+    reader, drops, told = load(source.reader), Drops(), 0  # type: ignore[attr-defined]
+    with drops.image(unit.key):
+        for sample in reader.read(source, unit, drops):
+            yield sample, drops.found[told:], drops.incomplete
+            told = len(drops.found)
+    yield None, drops.found[told:], set()

@@ -47,6 +47,7 @@ class Options(SourceOptions):
     """
 
     default_source_task: ClassVar[str] = "2D classification"
+    native_memory: ClassVar[int] = 2**32
 
     reader: Literal["arrays"]
     images: str

@@ -56,6 +56,7 @@ class Options(SourceOptions):
     """Keys of ``reader: slide``; docs/corpus.md explains them."""
 
     default_source_task: ClassVar[str] = "2D classification"
+    native_memory: ClassVar[int] = 2**32
 
     reader: Literal["slide"]
     files: str = "**/*"

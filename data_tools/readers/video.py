@@ -59,6 +59,7 @@ class Options(SourceOptions):
     """Keys of ``reader: video``; docs/corpus.md explains them."""
 
     default_source_task: ClassVar[str] = "2D classification"
+    native_memory: ClassVar[int] = 2**32
 
     reader: Literal["video"]
     files: str = "**/*"

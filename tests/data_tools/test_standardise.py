@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from data_tools import readers
-from data_tools.readers import SourceOptions
+from data_tools.readers import SourceOptions, arrays, slide, video
 from data_tools.records import Annotation, Drop, Drops, Sample, Unit
 from data_tools.standardise import UnitResult, duplicate_key, part_slug, read_unit, slug
 from data_tools.taxonomy import load
+from gmai_xtuner.core.imaging.bounded import DIED
+from tests.data_tools.readers.sets import options
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)
 
@@ -284,3 +286,44 @@ def test_no_and_yes_are_classes_with_boxes(read):
         sample(Annotation("no", (1, 1, 20, 20)), Annotation("yes", (5, 5, 9, 9)))
     ).records
     assert [label.name for label in record.labels] == ["no", "yes"]
+
+
+ABORT = "import os; os.abort()"
+
+
+@pytest.mark.parametrize(
+    ("reader", "library", "file", "keys", "code", "reason"),
+    [
+        (arrays, "h5py", "a/b.h5", {"images": "{label}/{case}.h5"}, ABORT, DIED),
+        (arrays, "tifffile", "a/b.tif", {"images": "{label}/{case}.tif"}, "bytearray(2**36)", "MemoryError"),
+        (slide, "openslide", "a/b.svs", {}, ABORT, DIED),
+        (video, "av", "a/b.mp4", {}, ABORT, DIED),
+    ],
+)  # fmt: skip
+def test_a_library_that_dies_or_allocates_costs_one_file(
+    tmp_path, planted, reader, library, file, keys, code, reason
+):
+    planted(library, code)
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / file).write_bytes(b"odd")
+    chosen = options(reader, tmp_path / "root", modality="CT", **keys)
+    (unit,) = reader.units(chosen)
+    result = read_unit(chosen, unit, folder=tmp_path / "out", taxonomy=load())
+    (drop,) = result.drops
+    assert (result.records, drop.where) == ((), file)
+    assert reason in f"{drop.reason}: {drop.detail}"
+
+
+def test_what_a_process_of_its_own_leaves_out_is_told(tmp_path):
+    pixels = np.stack([NOISE, NOISE // 2, NOISE // 3])
+    masks = np.zeros_like(pixels)
+    masks[0, 9:30, 9:30] = masks[2, 5:40, 5:40] = 1
+    (tmp_path / "root").mkdir()
+    np.savez(tmp_path / "root" / "a.npz", imgs=pixels, gts=masks)
+    keys = {"images": "{case}.npz", "image_key": "imgs", "mask_key": "gts", "labels": {"1": "liver"}}
+    chosen = options(arrays, tmp_path / "root", modality="CT", **keys)
+    (unit,) = arrays.units(chosen)
+    result = read_unit(chosen, unit, folder=tmp_path / "out", taxonomy=load())
+    assert [record.provenance.part["index"] for record in result.records] == [0, 2]
+    assert reasons(result) == [("record", "no label")]
+    assert result.samples == 3

@@ -5,8 +5,8 @@
 docs/data.md (Images) says what becomes of each kind. Grey, palettes, CMYK and RGB of 8 bits are the same as
 by ``Image.open(path).convert("RGB")``, which xtuner uses; it does not apply the EXIF orientation of JPEG and
 PNG. What a header asks for is bounded before any of it is done: pixels, sides, their ratio, pages, scans and
-the tiles of a TIFF. Nothing is opened by the name that a file or a client gives. Paths
-may lead into archives.
+the tiles of a TIFF. TIFF and JPEG 2000 are decoded in a process of their own. Nothing is opened by the name
+that a file or a client gives. Paths may lead into archives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from gmai_xtuner.core.archives import locate
-from gmai_xtuner.core.errors import GMAIError, ImageError
+from gmai_xtuner.core.errors import GMAIError, ImageError, Unusable
+from gmai_xtuner.core.imaging.bounded import run_bounded
 from gmai_xtuner.core.imaging.damage import find_damage
 
 PathLike = str | os.PathLike[str]
@@ -46,6 +47,8 @@ MAX_SCANS = 100
 _MAX_TILE = 2**24
 """Pixels that a tile of a TIFF may always have, however small the image is."""
 
+_APART = ("TIFF", "JPEG2000")
+"""Formats whose libraries abort or allocate by what a header claims, in time and memory out of proportion."""
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM")
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -393,13 +396,34 @@ def _reaches_its_end(image: Any) -> bool:
     return False
 
 
-def _decode(
-    image: Image.Image, name: PathLike, *, content: bytes | None = None
-) -> tuple[Image.Image, bool, str]:
+_Decoded = tuple[Image.Image, bool, str]
+
+
+def _decode(image: Image.Image, name: PathLike, *, content: bytes | None = None) -> _Decoded:
     """Return the image upright, 8-bit and opaque, of any mode, and the rest of `DecodedPixels`.
 
     With the file's ``content``, damage that decoders pass over is looked for too.
     """
+    if image.format not in _APART:
+        return _decode_here(image, name, content)
+    memory = min(2**32, 2**28 + 40 * image.width * image.height)
+    whole, look = content or _file_content(image), content is not None
+    try:
+        return run_bounded(_decode_again, whole, str(name), look, memory=memory, seconds=60)
+    except Unusable as error:
+        raise _error(name, f"is damaged ({error})", "damaged_image", _AGAIN) from error
+
+
+def _decode_again(whole: bytes, name: str, look: bool) -> _Decoded:
+    """Decode the bytes of a file whose header is within the bounds, in a worker."""
+    with opened(whole, name, max_pixels=2**63) as image:
+        shown, turned, suffix = _decode_here(image, name, whole if look else None)
+    plain = shown.copy()
+    plain.info = {}
+    return plain, turned, suffix
+
+
+def _decode_here(image: Image.Image, name: PathLike, content: bytes | None) -> _Decoded:
     # What is asked before loading, after which Pillow has forgotten it.
     has_16_bit_colour, file = _has_16_bit_colour(image), getattr(image, "fp", None)
     # Pillow turns a TIFF while it loads it, and forgets that it did.

@@ -21,6 +21,9 @@ from gmai_xtuner.core.imaging import images as image_files
 from gmai_xtuner.core.imaging.bounded import DIED, FAILED, iterate_bounded, run_bounded
 from gmai_xtuner.core.imaging.images import check_image, decode_pixels, decode_rgb, open_rgb
 from gmai_xtuner.core.records import iter_raw
+from gmai_xtuner.demo.files import open_files
+from gmai_xtuner.demo.i18n import PageError
+from gmai_xtuner.demo.studies import Limits
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared sample data")
@@ -631,6 +634,15 @@ def test_what_a_generator_yields_comes_as_it_is_asked_for():
     assert [next(last), next(last)] == [0, 1]
     with pytest.raises(Unusable, match=DIED):
         next(last)
+
+
+def test_a_tiff_that_ends_its_decoder_costs_one_file_in_training_and_page(tmp_path, planted):
+    levels = np.stack([GREY_12, GREY_12 // 2, GREY_12 // 4], axis=-1)  # OpenCV's, in the worker
+    cv2.imwrite(str(tmp_path / "a.tif"), levels)
+    planted("cv2", "import os; os.abort()")
+    assert DIED in str(refused(tmp_path / "a.tif"))
+    (one,) = open_files([("a", tmp_path / "a.tif")], Limits())
+    assert isinstance(one.study, PageError)
 
 
 def test_a_parquet_of_one_long_text_many_times_is_a_documented_error(tmp_path):
