@@ -320,7 +320,12 @@ def test_what_a_process_of_its_own_leaves_out_is_told(tmp_path):
     masks[0, 9:30, 9:30] = masks[2, 5:40, 5:40] = 1
     (tmp_path / "root").mkdir()
     np.savez(tmp_path / "root" / "a.npz", imgs=pixels, gts=masks)
-    keys = {"images": "{case}.npz", "image_key": "imgs", "mask_key": "gts", "labels": {"1": "liver"}}
+    keys = {
+        "images": "{case}.npz",
+        "image_key": "imgs",
+        "mask_key": "gts",
+        "labels": {"1": "liver"},
+    }
     chosen = options(arrays, tmp_path / "root", modality="CT", **keys)
     (unit,) = arrays.units(chosen)
     result = read_unit(chosen, unit, folder=tmp_path / "out", taxonomy=load())
