@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""DICOM: single images, cine loops, series as volumes, with labels from a table, from SEG or from RTSTRUCT.
+"""DICOM: single images, cine loops, series as volumes, labelled by a table, SEG, RTSTRUCT or label maps.
 
 A series whose files are slices becomes a volume, which is cut into images as NIfTI is; every other file
 gives one image a frame. Segmentations are found by the series or images that they refer to. Other images of
-the study, and those that a segmentation doesn't fit, are incomplete for its labels.
+the study, and those that a segmentation doesn't fit, are incomplete for its labels. Label maps in other
+formats (NRRD, NIfTI) are found by patterns, and must lie on the grid of their series.
 
 Nothing of a header that says who the patient is leaves this reader but the name of the group, which
 `data_tools.privacy` hides as it does the path: see `dicom_headers` for what does.
@@ -23,16 +24,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_tools.preprocess.burned_in import BURNED_IN
 from data_tools.preprocess.volumes import Volume, pack
 from data_tools.privacy import suffix
-from data_tools.readers import dicom_headers, volume
+from data_tools.readers import dicom_headers, patterns, volume
 from data_tools.readers.dicom_drawn import Mask, labels_of, masks_of, open_drawn
 from data_tools.readers.dicom_headers import ATTRIBUTES, attributes_of, modality_of, read_header
 from data_tools.readers.file_rows import FileRow, RowColumns, read_rows
 from data_tools.readers.files import files, folder_of, table_of
+from data_tools.readers.patterns import Patterns, Places, check_templates, place_names
 from data_tools.readers.volume import FLAWED_CUT, FileWindow, VolumeOptions
 from data_tools.records import ANYTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
@@ -48,8 +50,8 @@ from gmai_xtuner.core.imaging.dicom import (
     stack_of,
 )
 from gmai_xtuner.core.imaging.dicom_pixels import photometric_of
-from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS
-from gmai_xtuner.core.imaging.volumes import TOO_LARGE, to_ras
+from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS, SUFFIXES
+from gmai_xtuner.core.imaging.volumes import OFF_GRID, OTHER_GRID, TOO_LARGE, Grid, to_ras
 from gmai_xtuner.core.imaging.windows import Scale
 
 ORPHAN = "segmentation without its series"
@@ -58,8 +60,11 @@ NOT_WANTED = "segmentation that the job leaves out"
 COPY = "copy of a file of the same series"
 BOX_OF_SERIES = "box of the table for a whole series"
 COLOURED = "series of colour pictures"
+NO_MAP = "series without its label map"
+MAP_OF_SEVERAL = "label map of several series on one grid"
 Key = Literal["file", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "PatientID"]
 _OF_AN_IMAGE = ("file", "SOPInstanceUID")
+_OF_A_SERIES = ("StudyInstanceUID", "SeriesInstanceUID", "PatientID")
 
 
 class Options(VolumeOptions):
@@ -76,12 +81,26 @@ class Options(VolumeOptions):
     label: Literal["folder"] | None = None
     volumes: bool = True
     segmentations: bool = True
+    series: str = "{case:path}"
+    masks: Patterns = ()
     window: FileWindow = "file"  # type: ignore[assignment]
     voi: int | str = 0
     every: int = Field(1, ge=1)
     at_most: int | None = Field(None, ge=1)
     keep: tuple[dicom_headers.Attribute, ...] = ATTRIBUTES
     burned_in: Literal["drop", "keep"] = "drop"
+
+    @model_validator(mode="after")
+    def _patterns(self) -> Options:
+        check_templates(self.series)
+        check_templates(*self.masks, suffixes=SUFFIXES)
+        known = {"label", *place_names(self.series), *_OF_A_SERIES}
+        if unknown := {name for each in self.masks for name in place_names(each)} - known:
+            expected = f"those of `series`, UIDs and `label` are known: {sorted(known)}"
+            raise ValueError(f"names in `masks` without a meaning: {sorted(unknown)}; {expected}")
+        if self.masks and not self.volumes:
+            raise ValueError("`masks` lie on volumes: expected `volumes: true`")
+        return self
 
 
 def units(options: Options) -> Iterator[Unit]:
@@ -108,11 +127,6 @@ def units(options: Options) -> Iterator[Unit]:
     def dropped(path: str, reason: str, detail: str = "") -> Unit:
         return Unit(path, {"drop": (reason, detail)})
 
-    for name, fault in bad:
-        reason = fault.reason
-        if reason == dicom.NOT_DICOM:
-            reason = f"{dicom.NOT_DICOM} ({suffix(name) or 'of another kind'})"
-        yield dropped(name, reason, fault.detail)
     segmentations, images = [], []
     for header in headers:
         if header.sop_class in (*dicom_headers.SEGMENTATION, dicom_headers.STRUCTURE_SET):
@@ -123,6 +137,18 @@ def units(options: Options) -> Iterator[Unit]:
             yield dropped(header.path, NO_PICTURE, header.modality)
         else:
             images.append(header)
+    stacks = list(dicom_headers.groups(images))
+    owners = defaultdict[str, list[list[Header]]](list)
+    for members in stacks:
+        for path, _ in _maps_of(options, members[0]):
+            owners[path].append(members)
+    for name, fault in bad:
+        if name in owners:
+            continue
+        reason = fault.reason
+        if reason == dicom.NOT_DICOM:
+            reason = f"{dicom.NOT_DICOM} ({suffix(name) or 'of another kind'})"
+        yield dropped(name, reason, fault.detail)
     if options.match == "file":
         stated, rows = rows, {}
         for name, of in stated.items():
@@ -144,7 +170,10 @@ def units(options: Options) -> Iterator[Unit]:
         elif not found:
             detail = "what it was drawn on is not below the root, or it doesn't say"
             yield dropped(header.path, ORPHAN, detail)
-    for members in dicom_headers.groups(images):
+    for members in stacks:
+        maps = _maps_of(options, members[0])
+        rivals = {path: [one for one in owners[path] if one is not members] for path, _ in maps}
+        shared = [path for path in rivals if any(_may_lie_on(members, one) for one in rivals[path])]
         # A table of images says nothing of their neighbours: their series isn't taken as one.
         named = any(key(header) in rows for header in members)
         one_by_one = named and options.match in _OF_AN_IMAGE
@@ -165,12 +194,36 @@ def units(options: Options) -> Iterator[Unit]:
                 "paths": tuple(header.path for header in part),
                 "drawn": tuple(own),
                 "elsewhere": tuple(elsewhere),
+                "masks": maps,
+                "shared": shared,
                 "siblings": tuple(sorted(others)),
                 "rows": tuple(dict.fromkeys((r.label, r.box) for r in labels if not r.problem)),
                 "problems": tuple((row.lost, row.problem) for row in labels if row.problem),
                 "group": person,
             }
             yield Unit(first.path, payload)
+
+
+def _maps_of(options: Options, header: Header) -> list[tuple[str, Places]]:
+    """Return the label maps of a series: patterns know its UIDs, the patient, and its folder's pieces."""
+    if not options.masks:
+        return []
+    folder = posixpath.dirname(header.path)
+    readings = patterns.pattern(options.series).readings(folder)
+    known = patterns.one_reading(readings, None, path=folder, key="series", source=options.name)
+    found = (known or {}) | {
+        key: text for key in _OF_A_SERIES if (text := getattr(header, _FIELDS[key]))
+    }
+    told = [one for one in options.masks if {*place_names(one)} <= {"label", *found}]
+    return patterns.masks_of(options, told, found)
+
+
+def _may_lie_on(one: Sequence[Header], other: Sequence[Header]) -> bool:
+    """Return whether two series may have one grid; that of an enhanced file isn't known from its header."""
+    if any(each[0].sop_class in dicom_headers.ENHANCED for each in (one, other)):
+        return True
+    places = ({tuple(np.round(h.position, 1)) for h in each if h.position} for each in (one, other))
+    return not next(places).isdisjoint(next(places))
 
 
 _FIELDS = dict(zip(get_args(Key), ("path", "study", "series", "instance", "patient"), strict=True))
@@ -255,6 +308,8 @@ class _Images:
             with contextlib.suppress(Unusable):  # frames without a place may be referred to
                 stack = stack_of(planes)
         masks = self._drawn(stack)
+        if self.options.masks:
+            self.drops.add(NO_MAP, self.origin.source_file, "images that are no volume")
         of_frame = {frame: at for at, frame in enumerate(stack.order if stack else range(count))}
         edge, name = options.clean.min_edge_ratio, self.origin.source_file
         for frame in taken.tolist():
@@ -283,7 +338,38 @@ class _Images:
         turned = [(label, to_ras(mask, affine)[0], nothing) for label, mask in self._drawn(stack)]
         voxels, turned_affine = to_ras(array, affine)
         made = Volume(voxels, turned_affine, *pack(turned, voxels.shape))
+        if self.options.masks:
+            made, origin = self._mapped(made, origin, stack)
         yield from volume.samples(made, origin, self.options, self.drops, scale=scale, axis=axis)
+
+    def _mapped(self, drawn: Volume, origin: Sample, stack: Stack) -> tuple[Volume, Sample]:
+        """Return the volume with the label maps of the series too; all are lost if one doesn't fit."""
+        masks = self.payload["masks"]
+        where, grid = volume.where_of(origin), Grid(drawn.voxels, drawn.affine)
+        try:
+            if not masks:
+                raise Unusable(NO_MAP)
+            if self.payload["shared"]:
+                raise Unusable(MAP_OF_SEVERAL, "say in `series` which of them it was drawn on")
+            even = np.linspace(stack.heights[0], stack.heights[-1], len(stack.planes))
+            off = np.abs(stack.heights - even).max() / (even[1] - even[0])
+            if stack.flaw or off > OFF_GRID:
+                detail = f"{stack.flaw or 'uneven distances'}, up to {off:.2f} slices"
+                raise Unusable(OTHER_GRID, f"a map of even slices on {detail}")
+            mapped, notes = volume.labelled(grid, self.options, masks, self.drops)
+        except Unusable as error:
+            if not (origin.annotations or drawn.structures):
+                raise
+            self.drops.add(error.reason, where, error.detail)
+            return drawn, origin
+        first = len(drawn.layers)
+        added = (replace(item, layer=item.layer + first) for item in mapped.structures)
+        structures = (*drawn.structures, *added)
+        made = replace(drawn, layers=drawn.layers + mapped.layers, structures=structures)
+        examined = volume.examined_in(mapped, masks)
+        return made, replace(
+            origin, preprocessing={**origin.preprocessing, **notes}, examined=examined
+        )
 
     def _voxels(self, stack: Stack) -> tuple[np.ndarray, Scale]:
         """Return float32 ``[slice, row, column]``, and the middle slice's window, which is that of all."""
@@ -334,6 +420,7 @@ def _opened(options: Options, unit: Unit, drops: Drops) -> _Images:
     for lost, problem in payload["problems"]:
         drops.add("row of the table that can't be used", unit.key, problem, lost=lost)
     paths, drawn = ([options.root / path for path in payload[key]] for key in ("paths", "drawn"))
+    maps = [options.root / path for path, _ in payload["masks"]]
     said = [Annotation(label, box) for label, box in payload["rows"] if label]
     if len(paths) > 1 and (boxed := [item.label for item in said if item.box is not None]):
         # Its slices are turned and perhaps cut another way: the box isn't where it was.
@@ -361,6 +448,6 @@ def _opened(options: Options, unit: Unit, drops: Drops) -> _Images:
         modality=modality_of(data),
         attributes=attributes_of(data, options.keep),
         preprocessing=notes,
-        sha256=dicom_headers.sha256_of([*paths, *drawn]),
+        sha256=dicom_headers.sha256_of([*paths, *drawn, *maps]),
     )
     return _Images(options, payload, data, planes, origin, drops)

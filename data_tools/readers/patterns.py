@@ -212,6 +212,19 @@ def paired(
         raise wrong(source, f"{problem}; there are {listed(seen)}.")
 
 
+def masks_of(
+    source: SourceOptions, masks: Sequence[str], known: Places
+) -> list[tuple[str, Places]]:
+    """Return the files that patterns find, whose ``known`` places are filled in, each with all places."""
+    found = []
+    for template in masks:
+        for path in _matching(source.root, pattern(template), known):
+            readings = pattern(fill(template, known)).readings(path)
+            told = one_reading(readings, source.labels, path=path, key="masks", source=source.name)
+            found.append((path, known | (told or {})))
+    return found
+
+
 def _is_of(own: Pattern, name: str, others: Sequence[Pattern]) -> bool:
     return own.match(name) is not None and not any(
         other.literal >= own.literal and other.match(name) is not None for other in others

@@ -4,7 +4,7 @@
 
 The volume is turned to RAS+, cleaned by the three-dimensional rules, and cut into images. A label map must
 lie on the volume's grid, or be cut out of it; corners more than a tenth of a voxel away drop the case.
-`VolumeOptions`, `maps_on` and `samples` serve the other readers of volumes too.
+`VolumeOptions`, `labelled`, `maps_on` and `samples` serve the other readers of volumes too.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         raise Unusable("image without a mask")
     limits: dict[str, Any] = {"max_voxels": options.max_voxels, "within": options.roots}
     grid = volumes.load(file_below(options, unit.key), channel=options.channel, **limits)
-    volume, notes = _labelled(options, grid, masks, drops)
-    # Somebody looked for these in all of the volume; an empty file stands for none.
-    named = {texts["label"] for _, texts in masks if texts.get("label")}
+    volume, notes = labelled(grid, options, masks, drops, channel=options.channel)
     label = places.get("label")
     origin = Sample(
         NO_PIXELS,
@@ -112,7 +110,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         part={} if options.channel is None else {"channel": options.channel},
         group=places.get("group"),
         preprocessing=grid.notes | notes,
-        examined=tuple(sorted(named | {item.label for item in volume.structures})),
+        examined=examined_in(volume, masks),
     )
     # A flat file is one image, whichever way it lies: its plane isn't known.
     axis = AXES[grid.array.shape.index(1)] if grid.flat else None
@@ -151,9 +149,15 @@ def maps_on(
     return replace(found, layers=layers)
 
 
-def _labelled(
-    options: Options, grid: Grid, masks: list[tuple[str, Places]], drops: Drops
+def labelled(
+    grid: Grid,
+    options: VolumeOptions,
+    masks: list[tuple[str, Places]],
+    drops: Drops,
+    *,
+    channel: int | None = None,
 ) -> tuple[Volume, dict[str, str]]:
+    """Return the volume with the label maps of files, and notes on these; `Unusable` if all are empty."""
     layers: list[np.ndarray] = []
     structures: list[Structure] = []
     binary: list[tuple[str, np.ndarray, dict[str, str]]] = []
@@ -161,7 +165,7 @@ def _labelled(
     for name, places in masks:
         label = places.get("label")
         named = [label] if label else []
-        found = maps_on(grid, options, name, drops, channel=options.channel, labels=named)
+        found = maps_on(grid, options, name, drops, channel=channel, labels=named)
         notes |= found.notes
         if label:
             binary.append((label, np.any([layer > 0 for layer in found.layers], axis=0), {}))
@@ -176,6 +180,12 @@ def _labelled(
     if masks and not structures:
         raise Unusable(EMPTY, f"{len(masks)} files")
     return Volume(grid.array, grid.affine, (*layers, *packed), tuple(structures)), notes
+
+
+def examined_in(volume: Volume, masks: list[tuple[str, Places]]) -> tuple[str, ...]:
+    """Return the labels that somebody looked for in all of a volume; an empty file stands for none."""
+    named = {texts["label"] for _, texts in masks if texts.get("label")}
+    return tuple(sorted(named | {item.label for item in volume.structures}))
 
 
 def scale_for(window: Window, voxels: np.ndarray, *, modality: str | None) -> Scale:

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 import av
 import nibabel
+import nrrd
 import numpy as np
 import pydicom
 import skimage
@@ -210,6 +211,35 @@ def write_volume(folder: Path) -> None:
     _write_case(folder / "head.nii.gz", folder / "head_label.nii.gz", 0)
 
 
+def write_dicom(folder: Path) -> None:
+    """The volume as a DICOM series, and its label map as 3D Slicer saves one."""
+    image, head = brain()
+    values = np.clip(np.asarray(image.dataobj[..., 0]), 0, 2**15 - 1).astype(np.uint16)
+    lps = np.diag([-1, -1, 1, 1]) @ image.affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    (folder / "head" / "mr").mkdir(parents=True, exist_ok=True)
+    for number in range(values.shape[2]):
+        data = pydicom.Dataset()
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        data.SOPClassUID, data.Modality = pydicom.uid.MRImageStorage, "MR"
+        data.SOPInstanceUID = f"1.2.826.0.1.3680043.8.498.{number + 1}"
+        data.StudyInstanceUID = data.SeriesInstanceUID = "1.2.826.0.1.3680043.8.498"
+        data.ImageOrientationPatient = [f"{x:.10g}" for x in (lps[:3, :2] / spacing[:2]).T.ravel()]
+        data.ImagePositionPatient = [f"{x:.10g}" for x in (lps @ (0, 0, number, 1))[:3]]
+        data.PixelSpacing = [f"{x:.10g}" for x in spacing[[1, 0]]]
+        data.Columns, data.Rows = values.shape[:2]
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated, data.BitsStored, data.HighBit = 16, 16, 15
+        data.PixelRepresentation, data.InstanceNumber = 0, number + 1
+        data.PixelData = np.ascontiguousarray(values[..., number].T).tobytes()
+        path = folder / "head" / "mr" / f"{number:03d}.dcm"
+        data.save_as(path, enforce_file_format=True)
+    header = {"space": "left-posterior-superior", "space directions": lps[:3, :3].T}
+    header |= {"space origin": lps[:3, 3], "Segment0_Name": "head", "Segment0_LabelValue": "1"}
+    nrrd.write(str(folder / "head" / "head.seg.nrrd"), head, header | {"Segment0_Layer": "0"})
+
+
 def write_decathlon(folder: Path) -> None:
     """The layout of the Medical Segmentation Decathlon."""
     names = ["head_000.nii.gz", "head_001.nii.gz"]
@@ -287,6 +317,7 @@ WRITERS = {
     "labelme": write_labelme,
     "arrays": write_arrays,
     "volume": write_volume,
+    "dicom": write_dicom,
     "decathlon": write_decathlon,
     "nnunet": write_nnunet,
     "video": write_video,

@@ -4,6 +4,7 @@
 
 from pathlib import Path
 
+import nrrd
 import numpy as np
 import pytest
 from pydicom.dataset import Dataset
@@ -46,12 +47,12 @@ def at(place: float, x: float = -10, y: float = -20, **others) -> dict:
     return {"ImagePositionPatient": [x, y, place], **others}
 
 
-def found_in(root: Path, slices, *drawn, **keys):
+def found_in(root: Path, images, *drawn, _root=None, **keys):
     """Masks by label and slice, the reasons of drops, and the labels that are lost."""
-    for number, data in enumerate([*slices, *drawn]):
+    for number, data in enumerate([*images, *drawn]):
         made.save(data, root / f"{number}.dcm")
     chosen = {"slices": {"axes": ["z"], "keep": "all"}, "window": "slice"} | keys
-    samples, drops, lacking = read_units(dicom, options(root, **chosen))
+    samples, drops, lacking = read_units(dicom, options(_root or root, **chosen))
     masks = {
         (item.label, sample.part.get("slice", 0)): item.mask
         for sample in samples
@@ -346,3 +347,136 @@ def test_the_segments_of_a_real_file_are_those_that_highdicom_reads(shared_data)
         assert any(mask.any() for _, mask in ours)
         for at, (_, mask) in enumerate(ours):
             assert np.array_equal(mask, theirs[..., at] > 0)
+
+
+# --- label maps in other formats ---
+
+
+def tilted() -> list[Dataset]:
+    """Slices on an oblique grid, rows to the left and columns backwards, numbered from above."""
+    turned = [np.cos(0.2), np.sin(0.2), 0, -np.sin(0.2), np.cos(0.2), 0]
+    slices = axial(orientation=turned)
+    return slices[::-1]
+
+
+def nrrd_map(
+    path: Path, values: np.ndarray, directions, origin, space="left-posterior-superior", **header
+):
+    """``values``: ``[i, j, k]``; directions are those of its axes."""
+    known = {
+        "space": space,
+        "space directions": np.asarray(directions, float),
+        "space origin": origin,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nrrd.write(str(path), values, known | header)
+
+
+def as_map(slices: list[Dataset], at: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Voxels ``[column, row, slice]`` with `region` in one slice, LPS directions and origin of the series."""
+    slices = sorted(slices, key=lambda data: float(data.ImagePositionPatient[2]))
+    values = np.zeros((6, 8, len(slices)), np.uint8)
+    values[..., at] = region().T
+    axes = np.array(slices[0].ImageOrientationPatient, float)
+    return values, np.stack([axes[:3], axes[3:], [0, 0, 2]]), np.array([-10.0, -20, 0])
+
+
+def flipped(values, directions, origin, axis):
+    """The same voxels, stored the other way along one axis."""
+    end = origin + directions[axis] * (values.shape[axis] - 1)
+    turned = directions.copy()
+    turned[axis] *= -1
+    return np.flip(values, axis), turned, end
+
+
+def in_ras(values, directions, origin):
+    return values, directions * (-1, -1, 1), origin * (-1, -1, 1), "right-anterior-superior"
+
+
+def save_nifti(path: Path, values, directions, origin):
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = (directions * (-1, -1, 1)).T, origin * (-1, -1, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.nifti(path, values, affine)
+
+
+SLICER = {"Segment0_Name": "tumour", "Segment0_LabelValue": "1", "Segment0_Layer": "0"}
+MAPS = {
+    "labels": {"1": "tumour", "tumour": "tumour"},
+    "masks": "a/seg.nrrd",
+    "slices": {"axes": ["z"], "keep": "all"},
+}
+MAPS_OF_A_SERIES = {
+    "as it is": lambda path, *m: nrrd_map(path, *m),
+    "slices reversed": lambda path, *m: nrrd_map(path, *flipped(*m, 2)),
+    "rows reversed": lambda path, *m: nrrd_map(path, *flipped(*m, 1)),
+    "RAS": lambda path, *m: nrrd_map(path, *in_ras(*flipped(*m, 0))),
+    "axes permuted": lambda path, v, d, o: nrrd_map(path, v.transpose(2, 0, 1), d[[2, 0, 1]], o),
+    "cropped by 3D Slicer": lambda path, v, d, o: nrrd_map(
+        path, v[1:, 2:, 1:3], d, o + [1, 2, 1] @ d, **SLICER
+    ),
+    "layered": lambda path, v, d, o: nrrd_map(
+        path, np.stack([v, 0 * v]), [[np.nan] * 3, *d], o, kinds=["list", *["domain"] * 3], **SLICER
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slices", [axial, tilted])
+@pytest.mark.parametrize("how", MAPS_OF_A_SERIES)
+def test_a_label_map_lies_on_the_slice_that_it_was_drawn_in(tmp_path, how, slices):
+    made_of = slices()
+    (tmp_path / "a").mkdir()
+    MAPS_OF_A_SERIES[how](tmp_path / "a/seg.nrrd", *as_map(made_of))
+    masks, reasons, lost = found_in(tmp_path / "a", made_of, _root=tmp_path, **MAPS)
+    assert next(iter(masks.values())).sum() == 6
+    assert {key[1] for key in masks} == {2}
+    if slices is axial:
+        assert np.array_equal(next(iter(masks.values())), EXPECTED)
+    assert (reasons, lost) == ([], set())
+
+
+def shift(values, directions, origin, by):
+    return values, directions, origin + by
+
+
+DRIFT = (0, 2.15, 4.3, 6.45, 8.4, 10.3, 12.2, 14.1)
+LOST_MAPS = {
+    "half a slice off": (lambda *m: shift(*m, (0, 0, 1)), axial, {}, dicom.OTHER_GRID),
+    "a voxel outside": (lambda *m: shift(*m, (0, 1, 0)), axial, {}, dicom.OTHER_GRID),
+    "other spacing": (lambda v, d, o: (v, d * (1, 1, 1.5), o), axial, {}, dicom.OTHER_GRID),
+    "drifting slices": (None, lambda: axial(DRIFT), {}, dicom.OTHER_GRID),
+    "time points": (
+        None,
+        lambda: [s for time in (1, 2) for s in axial(TemporalPositionIdentifier=time)],
+        {},
+        dicom.MAP_OF_SEVERAL,
+    ),
+    "two series": (None, lambda: [*axial(), *axial(series="1.2.4")], {}, dicom.MAP_OF_SEVERAL),
+    "of another case": (None, axial, {"masks": "b/seg.nrrd"}, dicom.NO_MAP),
+    "a case that isn't known": (
+        None,
+        axial,
+        {"masks": "{case}/seg.nrrd", "series": "x/{case}"},
+        dicom.NO_MAP,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", LOST_MAPS)
+@pytest.mark.parametrize("save", [nrrd_map, save_nifti])
+def test_a_label_map_that_may_be_of_other_slices_is_lost_with_all_labels(tmp_path, how, save):
+    change, slices, keys, reason = LOST_MAPS[how]
+    made_of, suffix = slices(), "nrrd" if save is nrrd_map else "nii.gz"
+    found = as_map(made_of if how == "drifting slices" else made_of[:4])
+    if how == "drifting slices":
+        found = found[0], np.diag([1, 1, DRIFT[-1] / 7]), found[2]
+    (tmp_path / "a").mkdir()
+    save(tmp_path / f"a/seg.{suffix}", *(change(*found) if change else found))
+    keys = {**MAPS, **keys}
+    keys["masks"] = keys["masks"].replace("nrrd", suffix)
+    masks, reasons, lost = found_in(
+        tmp_path / "a", made_of, _root=tmp_path, label="folder", **keys | {"labels": None}
+    )
+    assert all(label == "a" for label, _ in masks)
+    assert reason in reasons
+    assert lost == {ANYTHING}
