@@ -88,7 +88,7 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
     peak, over = [0, 0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.5):
+        while not over.wait(2):
             for child in psutil.Process().children():
                 seen = memory_of_tree(child)
                 peak[:] = [max(pair) for pair in zip(peak, seen, strict=True)]
