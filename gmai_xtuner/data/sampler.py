@@ -124,17 +124,27 @@ class MicroBatchSampler(Sampler[list[PackRef]]):
         epochs, left = divmod(iterations, len(self))
         return epochs * self.steps + left // self.accumulative_counts
 
+    def iterations_at(self, steps: int) -> int:
+        """Return how many micro-batches a run has trained when it has made so many optimiser steps."""
+        epochs, left = divmod(steps, self.steps)
+        return epochs * len(self) + left * self.accumulative_counts
+
     def run_length(self, max_epochs: float | None, max_iters: int | None) -> int:
         """Return the micro-batches of a run, rounded up to the end of an optimiser step.
+
+        So many epochs are as many optimiser steps on any number of ranks.
 
         Raises:
             GMAIError: not exactly one of the two lengths is given.
         """
         if (max_iters is None) == (max_epochs is None):
             raise GMAIError("train_cfg needs either max_iters or max_epochs")
-        iterations = (
-            math.ceil(max_epochs * len(self)) if max_epochs is not None else int(max_iters or 0)
-        )
+        if max_epochs is not None:
+            whole, packs = divmod(
+                math.ceil(round(max_epochs * len(self.sampler), 6)), len(self.sampler)
+            )
+            return self.iterations_at(whole * self.steps + -(-packs // self.packs_per_step))
+        iterations = int(max_iters or 0)
         while not self.step_ends((iterations - 1) % len(self)):
             iterations += 1
         return iterations

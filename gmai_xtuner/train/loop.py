@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ DATA_ORDER = "gmai_data_order"
 LENGTH = "gmai_length"
 """Where it keeps the length of the run in micro-batches."""
 
+LAYOUT = ("world_size", "batch_size", "accumulative_counts")
+"""What of the order of the data may change when a run is resumed, as long as a step has as many packs."""
+
 
 @LOOPS.register_module()
 class PackedTrainLoop(IterBasedTrainLoop):
@@ -47,8 +50,8 @@ class PackedTrainLoop(IterBasedTrainLoop):
     Differs from ``xtuner.engine.runner.TrainLoop``: the optimiser also steps on the short last window of an
     epoch; a run finds the newest whole checkpoint by itself where it is asked to resume
     (:func:`~gmai_xtuner.train.resume.choose_checkpoint`); a resumed run reads nothing that it has
-    trained on already; it refuses to go on with other data or another layout than it began with, or if ranks
-    see different data; training never ends in the middle of a step.
+    trained on already, on whatever number of ranks; it refuses to go on with other data or other packs a step
+    than it began with, or if ranks see different data; training never ends in the middle of a step.
 
     Args:
         runner: xtuner's runner; DeepSpeed is required, it keeps the gradients of a step.
@@ -147,12 +150,12 @@ class PackedTrainLoop(IterBasedTrainLoop):
     def _run(self) -> Any:
         self._check_accumulation()
         self._check_ranks_agree()
-        self._check_resumed_order()
+        moved = self._check_resumed_order()
         self.step = self.micro_batches.steps_after(self._iter)
         self.runner.call_hook("before_train")
         self.runner.call_hook("before_train_epoch")
         batches = self._batches()
-        if self.resumed_from is not None:
+        if self.resumed_from is not None and not moved:
             restore_rank_state(self.runner, self.resumed_from)
         if self._iter >= self._max_iters:
             info(f"Nothing to train: iteration {self._iter} of {self._max_iters} is reached")
@@ -242,31 +245,68 @@ class PackedTrainLoop(IterBasedTrainLoop):
                 "share one GMAI_CACHE, or remove the caches and start again"
             )
 
-    def _check_resumed_order(self) -> None:
+    def _check_resumed_order(self) -> bool:
+        """Check that a resumed run has the data it began with; find its iteration in another layout.
+
+        Returns whether the layout is another.
+        """
         hub, now = self.runner.message_hub, self._data_order()
+        moved = False
         if self._iter:
             before = hub.get_info(DATA_ORDER)
-            changes = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
-            if changes:
-                raise GMAIError(
-                    f"this run can't go on from iteration {self._iter}: {', '.join(changes)}. Resume with "
-                    "the data and the layout that it began with, or start a new run from its weights "
-                    "(model.pretrained_pth)"
-                )
-            position = (self._iter - 1) % len(self.micro_batches)
-            if not self.micro_batches.step_ends(position):
+            changed = {
+                k: f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v
+            }
+            moved = not changed.keys().isdisjoint(LAYOUT)
+            old = self._micro_batches_of(before) if moved else self.micro_batches
+            self._refuse_other_data(changed, old)
+            if not old.step_ends((self._iter - 1) % len(old)):
                 raise GMAIError(
                     f"the checkpoint of iteration {self._iter} lies inside an optimiser step, whose "
                     "gradients it does not hold. Take one that StepCheckpointHook has written"
                 )
-            length = hub.get_info(LENGTH, self._max_iters)
-            if length != self._max_iters:
+            length = hub.get_info(LENGTH)
+            steps = self.total_steps if length is None else old.steps_after(length)
+            if steps != self.total_steps:
                 warn(
-                    f"The run was {length} micro-batches long when it was stopped, and is {self._max_iters} "
-                    "now: the learning rate follows the new length from here on"
+                    f"The run was {steps} optimiser steps long when it was stopped, and is "
+                    f"{self.total_steps} now: the learning rate follows the new length from here on"
+                )
+            if moved:
+                step, was = old.steps_after(self._iter), self._iter
+                self._iter = self.micro_batches.iterations_at(step)
+                info(
+                    f"{', '.join(changed.values())}: step {step}, iteration {was} until now, is iteration "
+                    f"{self._iter} from here on. Random numbers (dropout) go on other than they would have"
                 )
         hub.update_info(DATA_ORDER, now)
         hub.update_info(LENGTH, self._max_iters)
+        return moved
+
+    def _micro_batches_of(self, order: Mapping[str, Any]) -> MicroBatchSampler:
+        """Return the micro-batches of the layout that a checkpoint was written in."""
+        world, size, count = (order[key] for key in LAYOUT)
+        return MicroBatchSampler(
+            self.micro_batches.sampler, size, accumulative_counts=count, rank=0, world_size=world
+        )
+
+    def _refuse_other_data(self, changed: Mapping[str, str], old: MicroBatchSampler) -> None:
+        now = self.micro_batches
+        reasons = [text for key, text in changed.items() if key not in LAYOUT]
+        remedy = "Resume with the data that it began with"
+        if old.packs_per_step != now.packs_per_step:
+            reasons.append(
+                f"packs of an optimiser step: {old.packs_per_step} -> {now.packs_per_step}"
+            )
+            remedy += " and as many packs a step (GPUs x batch_size x accumulative_counts)"
+        elif now.weighting == "micro_batch":
+            reasons.extend(text for key, text in changed.items() if key in LAYOUT)
+            remedy += ", and with its layout, on which the weighting micro_batch depends"
+        if reasons:
+            raise GMAIError(
+                f"this run can't go on from iteration {self._iter}: {', '.join(reasons)}. {remedy}, or start "
+                "a new run from its weights (model.pretrained_pth)"
+            )
 
 
 def with_loader_defaults(dataloader: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from gmai_xtuner.checkpoint.training import (
 )
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.log import info, warn
+from gmai_xtuner.train.elastic import read_in_another_layout
 from gmai_xtuner.train.on_disk import (
     PROBE,
     REMOVING,
@@ -79,7 +80,7 @@ def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
     The runner has loaded nothing yet; its settings are made plain: a path or nothing.
 
     Raises:
-        GMAIError: the checkpoint that was named is not whole or of another layout, or another work dir has
+        GMAIError: the checkpoint that was named is not whole or of another precision, or another work dir has
             none.
     """
     own = Path(os.path.abspath(runner.work_dir))
@@ -98,44 +99,55 @@ def choose_checkpoint(runner: FlexibleRunner) -> Path | None:
         info(f"No checkpoint in {own} yet: beginning at the beginning")
         runner._resume, runner._load_from = False, None
     else:
-        check_layout(found, runner)
+        if changed := check_layout(found, runner):
+            info(f"{found} is divided anew: {changed}")
+            resume = runner.strategy.resume
+
+            def resume_in_another_layout(*args: Any, **kwargs: Any) -> Any:
+                with read_in_another_layout(runner.strategy.model.model, found):
+                    return resume(*args, **kwargs)
+
+            runner.strategy.resume = resume_in_another_layout
         info(f"Going on from {found}")
         runner._resume, runner._load_from = True, str(found)
     return found
 
 
-def check_layout(checkpoint: Path, runner: FlexibleRunner) -> None:
-    """Check that a checkpoint's shards are those of this run's ranks, ZeRO stage and precision.
+def check_layout(checkpoint: Path, runner: FlexibleRunner) -> str:
+    """Say how a checkpoint's ranks and ZeRO stage differ from those of this run; empty if they don't.
 
     Raises:
-        GMAIError: they are not; DeepSpeed would say so in its own way, when all weights are loaded.
+        GMAIError: its precision or its groups of parameters are others, which nothing can bring together.
     """
     file = first_rank_file(checkpoint)
     if file is None:
-        return
+        return ""
     state = read_training_state(file, mmap=True)
-    before, now = state.get("ds_config") or {}, runner.strategy.config
-    pairs = {
-        "GPUs": (state.get("dp_world_size"), get_world_size()),
-        "ZeRO stage": tuple(c.get("zero_optimization", {}).get("stage", 0) for c in (before, now)),
-        "bf16": tuple(bool(c.get("bf16", {}).get("enabled")) for c in (before, now)),
-    }
-    schedules = state.get("param_schedulers") or []
-    if schedules and "base_values" in schedules[0]:
-        pairs["learning rates by part"] = (
-            len(schedules[0]["base_values"]) > 1,
-            bool(runner.cfg.optim_wrapper.optimizer.get("lr_by_part")),
-        )
-    changed = [
-        f"{name}: {old} -> {new}"
-        for name, (old, new) in pairs.items()
-        if old not in (None, new) and (before or name == "GPUs")
-    ]
-    if changed:
+    before, now = state.get("ds_config"), runner.strategy.config
+    if not before:
+        return ""
+    fixed = {"bf16": tuple(bool(c.get("bf16", {}).get("enabled")) for c in (before, now))}
+    schedules = state.get("param_schedulers") or [{}]
+    if rates := schedules[0].get("base_values"):
+        asked = bool(runner.cfg.optim_wrapper.optimizer.get("lr_by_part"))
+        fixed["learning rates by part"] = (len(rates) > 1, asked)
+    if changed := _changes(fixed):
         raise GMAIError(
-            f"this run can't go on from {checkpoint}: {', '.join(changed)}. Resume with as many GPUs and the "
-            "--deepspeed that it began with, or start a new run from its weights (model.pretrained_pth)"
+            f"this run can't go on from {checkpoint}: {changed}. Resume with the --deepspeed and the config "
+            "that it began with, or start a new run from its weights (model.pretrained_pth)"
         )
+    return _changes(
+        {
+            "GPUs": (state.get("dp_world_size"), get_world_size()),
+            "ZeRO stage": tuple(
+                c.get("zero_optimization", {}).get("stage", 0) for c in (before, now)
+            ),
+        }
+    )
+
+
+def _changes(pairs: Mapping[str, tuple[Any, ...]]) -> str:
+    return ", ".join(f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new)
 
 
 def _find_checkpoint(path: Path) -> tuple[Path | None, dict[str, str]]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Hooks for runs that are killed at an exact moment, and whose losses depend on random numbers.
+"""Hooks for runs that are killed at an exact moment, draw random numbers, or write down their samples.
 
 A test's config imports this module. ``GMAI_TEST_KILL`` says when, as ``moment:iteration:rank[:signal]``.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -27,6 +28,26 @@ class DropoutHook(Hook):
         runner.model.module.projector.register_forward_hook(
             lambda module, inputs, output: torch.nn.functional.dropout(output, 0.2)
         )
+
+
+@HOOKS.register_module()
+class SeenHook(Hook):
+    """Writes down which samples each rank trains in which optimiser step, before the step is made."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        row = [runner.train_loop.step + 1, data_batch["data"]["ids"]]
+        with Path(runner.log_dir, f"seen-{get_rank()}.jsonl").open("a") as file:
+            print(json.dumps(row), file=file)
+
+
+def samples_of_steps(work_dir: Path) -> dict[int, list[str]]:
+    """Return the samples of each step; of a step made again after a kill, those of the last time."""
+    found: dict[int, list[str]] = {}
+    for run in sorted({file.parent for file in work_dir.glob("*/seen-*.jsonl")}):
+        rows = [json.loads(line) for file in run.glob("seen-*") for line in file.open()]
+        for made in {step for step, _ in rows}:
+            found[made] = sorted(name for step, ids in rows if step == made for name in ids)
+    return found
 
 
 @HOOKS.register_module()

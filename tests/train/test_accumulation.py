@@ -18,6 +18,7 @@ from torch import nn
 import gmai_xtuner
 from gmai_xtuner.checkpoint.training import first_rank_file
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.train.elastic import SavedOptimizer
 from gmai_xtuner.train.loop import rendezvous_alone
 from gmai_xtuner.train.resume import (
     check_layout,
@@ -159,21 +160,59 @@ def state_of(folder, world_size: int, stage: int, bf16: bool) -> None:
 @pytest.mark.parametrize(
     ("written", "told"),
     [
-        ((1, 2, True), None),
-        ((4, 2, True), "GPUs: 4 -> 1. "),
-        ((1, 3, True), "ZeRO stage: 3 -> 2. "),
-        ((4, 2, False), "GPUs: 4 -> 1, bf16: False -> True. "),
+        ((1, 2, True), ""),
+        ((4, 2, True), "GPUs: 4 -> 1"),
+        ((4, 3, True), "GPUs: 4 -> 1, ZeRO stage: 3 -> 2"),
     ],
 )
-def test_a_checkpoint_of_another_layout_is_refused_before_it_is_loaded(tmp_path, written, told):
+def test_another_layout_is_named_and_another_precision_refused(tmp_path, written, told):
     config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
     runner = SimpleNamespace(strategy=SimpleNamespace(config=config))
     state_of(tmp_path / "iter_2.pth", *written)
-    if told is None:
+    assert check_layout(tmp_path / "iter_2.pth", runner) == told
+    config["bf16"]["enabled"] = False
+    with pytest.raises(
+        GMAIError, match=r"can't go on from .*iter_2.pth: bf16: True -> False\. Resume"
+    ):
         check_layout(tmp_path / "iter_2.pth", runner)
-    else:
-        with pytest.raises(GMAIError, match=f"can't go on from .*iter_2.pth: {told}Resume with"):
-            check_layout(tmp_path / "iter_2.pth", runner)
+
+
+WEIGHTS = torch.arange(1.0, 10)
+"""Of a parameter ``a`` of five elements and ``b`` of four."""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_parameters_are_read_wherever_two_ranks_have_their_parts(tmp_path, stage):
+    if stage == 2:  # end to end, the last rank's part padded in the moments
+        parts, names = (
+            [WEIGHTS[:6], WEIGHTS[6:]],
+            ("single_partition_of_fp32_groups", "base_optimizer_state"),
+        )
+        padded = [parts[0], torch.cat([parts[1], torch.zeros(3)])]
+    else:  # half of each: 1 2 3 | 4 5 -, then 6 7 | 8 9
+        parts = padded = [torch.tensor([1.0, 2, 3, 6, 7]), torch.tensor([4.0, 5, 0, 8, 9])]
+        names = ("fp32_flat_groups", "optimizer_state_dict")
+    for rank, (part, moment) in enumerate(zip(parts, padded, strict=True)):
+        state = {0: {"step": torch.tensor(7.0), "exp_avg": -moment}}
+        shard = {names[0]: [part], names[1]: {"state": state, "param_groups": [{"lr": 0.5}]}}
+        file = tmp_path / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": shard}, file)
+    zero = {"zero_optimization": {"stage": stage}}
+    shared = {"ds_config": zero, "ds_version": "0", "dp_world_size": 2}
+    shapes = [{"a": torch.Size([5]), "b": torch.Size([2, 2])}]
+    torch.save({**shared, "param_shapes": shapes}, tmp_path / "mp_rank_00_model_states.pt")
+    saved = SavedOptimizer(tmp_path)
+    assert saved.alike == {"step": 7.0}
+    assert saved.keys == ["fp32", "exp_avg"]
+    pieces = [("a", 1, 5), (None, 0, 2), ("b", 0, 3)]
+    assert saved.read("fp32", pieces).tolist() == [2, 3, 4, 5, 0, 0, 6, 7, 8]
+    assert saved.read("exp_avg", [("b", 1, 4)]).tolist() == [-7, -8, -9]
+    with pytest.raises(GMAIError, match="has not trained c, which this config trains"):
+        saved.read("fp32", [("c", 0, 1)])
+    zero["zero_optimization"]["round_robin_gradients"] = True
+    torch.save({**shared, "param_shapes": shapes}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(GMAIError, match="round_robin_gradients"):
+        SavedOptimizer(tmp_path)
 
 
 def test_what_all_ranks_share_is_read_from_the_first(tmp_path):

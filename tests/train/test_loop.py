@@ -14,22 +14,18 @@ from mmengine.logging import MessageHub
 from mmengine.runner import LogProcessor
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.data.sampler import MicroBatchSampler
 from gmai_xtuner.train import loop as loop_module
 from gmai_xtuner.train.hooks import ProgressHook
 from gmai_xtuner.train.loop import PackedTrainLoop, with_loader_defaults
 from gmai_xtuner.train.schedule import OptimizerStepScheduleHook, WarmupCosineLR
 
 
-class Sampler:
-    """Five micro-batches an epoch in steps of two: the last step is short."""
-
-    accumulative_counts = 2
-
-    def __len__(self) -> int:
-        return 5
-
-    def step_ends(self, micro_batch: int) -> bool:
-        return micro_batch in (1, 3, 4)
+def five_packs(packs: int = 5, count: int = 2, world: int = 1, **options) -> MicroBatchSampler:
+    """By default five micro-batches an epoch in steps of two: the last step is short."""
+    return MicroBatchSampler(
+        range(packs), 1, accumulative_counts=count, rank=0, world_size=world, **options
+    )
 
 
 def bare_loop(**attributes) -> PackedTrainLoop:
@@ -51,7 +47,7 @@ def test_ranks_that_see_other_data_are_named(monkeypatch):
 def test_the_engine_must_sum_as_many_micro_batches_as_the_sampler_normalises_for():
     model = SimpleNamespace(gradient_accumulation_steps=lambda: 4)
     loop = bare_loop(
-        _runner=SimpleNamespace(model=model), dataloader=SimpleNamespace(batch_sampler=Sampler())
+        _runner=SimpleNamespace(model=model), dataloader=SimpleNamespace(batch_sampler=five_packs())
     )
     with pytest.raises(GMAIError, match=r"sums 4 micro-batches a step, but the batch sampler 2"):
         loop._check_accumulation()
@@ -84,8 +80,7 @@ class Recorder:
 def test_steps_validations_and_denominators_of_a_run():
     """Two epochs of five micro-batches in steps of two; a validation every second step and at the end."""
     runner, positions = Recorder(), []
-    batch_sampler = Sampler()
-    batch_sampler.steps_after = lambda iterations: iterations // 5 * 3 + iterations % 5 // 2
+    batch_sampler = five_packs()
     batch_sampler.set_position = lambda epoch, start: positions.append((epoch, start))
     batch_sampler.loss_denominator = lambda epoch, position: 10 * epoch + position
 
@@ -114,15 +109,16 @@ def test_steps_validations_and_denominators_of_a_run():
 
 
 def resumed_loop(
-    order: dict[str, object], info: dict[str, object], **attributes
+    order: dict[str, object], info: dict[str, object], sampler=None, **attributes
 ) -> PackedTrainLoop:
-    hub = SimpleNamespace(get_info=info.get, update_info=info.__setitem__)
+    hub = SimpleNamespace(
+        get_info=lambda key, default=None: info.get(key, default), update_info=info.__setitem__
+    )
     return bare_loop(
         _runner=SimpleNamespace(message_hub=hub),
-        dataloader=SimpleNamespace(batch_sampler=Sampler()),
+        dataloader=SimpleNamespace(batch_sampler=sampler or five_packs()),
         _data_order=lambda: order,
-        _max_iters=10,
-        **attributes,
+        **{"_max_iters": 10, **attributes},
     )
 
 
@@ -132,13 +128,54 @@ def test_a_checkpoint_from_inside_a_step_is_refused():
     with pytest.raises(GMAIError, match="inside an optimiser step"):
         loop._check_resumed_order()
     loop._iter = 4
-    loop._check_resumed_order()
+    assert not loop._check_resumed_order()
 
 
-def test_a_resumed_run_with_another_setting_is_refused_and_the_setting_named():
-    before = {"held_out": 0.2, "plan": "a"}
-    loop = resumed_loop({"held_out": 0.1, "plan": "b"}, {loop_module.DATA_ORDER: before}, _iter=4)
-    with pytest.raises(GMAIError, match=r"iteration 4: held_out: 0\.2 -> 0\.1, plan: a -> b"):
+def layout(world: int, count: int) -> dict[str, object]:
+    return {"plan": "a", "world_size": world, "batch_size": 1, "accumulative_counts": count}
+
+
+@pytest.mark.parametrize(
+    ("before", "iteration", "after"),
+    # 22 packs in steps of four: five whole steps and one of two packs an epoch.
+    [
+        ((1, 4), 8, 4), ((1, 4), 22, 11), ((1, 4), 22 + 4, 11 + 2), ((4, 1), 3, 6), ((4, 1), 6 + 1, 11 + 2),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_finds_its_step_in_another_layout(before, iteration, after):
+    info = {
+        loop_module.DATA_ORDER: layout(*before),
+        loop_module.LENGTH: 44 if before == (1, 4) else 12,
+    }
+    loop = resumed_loop(layout(2, 2), info, five_packs(22, 2, 2), _iter=iteration, _max_iters=22)
+    assert loop._check_resumed_order()
+    assert loop._iter == after
+    assert info == {loop_module.DATA_ORDER: layout(2, 2), loop_module.LENGTH: 22}
+
+
+@pytest.mark.parametrize(
+    ("now", "sampler", "told"),
+    [
+        (
+            {"plan": "b", "held_out": 0.1},
+            five_packs(),
+            r"plan: a -> b, held_out: None -> 0\.1\. Resume with the data",
+        ),
+        (
+            layout(2, 4),
+            five_packs(22, 4, 2),
+            r"packs of an optimiser step: 4 -> 8\. .*GPUs x batch_size",
+        ),
+        (
+            layout(2, 2),
+            five_packs(22, 2, 2, weighting="micro_batch"),
+            "world_size: 1 -> 2, accumulative_counts: 4 -> 2. .*on which the weighting micro_batch depends",
+        ),
+    ],
+)
+def test_a_resumed_run_with_other_data_or_another_step_is_refused(now, sampler, told):
+    loop = resumed_loop(now, {loop_module.DATA_ORDER: layout(1, 4)}, sampler, _iter=8)
+    with pytest.raises(GMAIError, match=f"iteration 8: {told}"):
         loop._check_resumed_order()
 
 
@@ -151,7 +188,7 @@ def test_a_resumed_run_of_another_length_says_so(monkeypatch):
     assert told == []
     info[loop_module.LENGTH] = 20
     resumed_loop(order, info, _iter=4)._check_resumed_order()
-    assert "was 20 micro-batches long when it was stopped, and is 10 now" in told[0]
+    assert "was 12 optimiser steps long when it was stopped, and is 6 now" in told[0]
     assert info[loop_module.LENGTH] == 10
 
 
