@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,8 @@ def load_optimizer(engine: Any, saved: SavedOptimizer) -> None:
         {key: saved.read(key, pieces) for key in saved.keys} for pieces in own_pieces(engine, rank)
     ]
     weights = [flat.pop(WEIGHTS) for flat in flats]
-    state = {number: {**saved.alike, **flat} for number, flat in enumerate(flats)}
+    # Each its own number of steps: torch counts it up in place.
+    state = {number: {**deepcopy(saved.alike), **flat} for number, flat in enumerate(flats)}
     base = {"state": state, "param_groups": groups}
     layout = {"single_partition_of_fp32_groups": weights, "base_optimizer_state": base}
     if by_parameter:
