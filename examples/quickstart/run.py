@@ -173,6 +173,16 @@ def run_step(name: str, command: Sequence[str], work_dir: Path) -> None:
         raise StepError(f"{name}: {error}{log_tail(log)}") from error
 
 
+def write_corpus(work_dir: Path) -> None:
+    """Write the corpus, unless an earlier run wrote all of it."""
+    corpus = work_dir / "corpus"
+    if (corpus / "mixture.yaml").is_file():  # its last file
+        return
+    if corpus.exists():
+        shutil.rmtree(corpus)
+    run_step("corpus", ["python", "examples/quickstart/corpus.py", str(corpus)], work_dir)
+
+
 def run(work_dir: Path) -> dict:
     """All steps; returns the report.
 
@@ -183,8 +193,7 @@ def run(work_dir: Path) -> dict:
 
     claim(work_dir)
     run_step("bases", ["python", "-m", "gmai_xtuner.tiny_bases", str(work_dir / "bases")], work_dir)
-    corpus = str(work_dir / "corpus")
-    run_step("corpus", ["python", "examples/quickstart/corpus.py", corpus], work_dir)
+    write_corpus(work_dir)
     command = train_command(work_dir)
     show(command)
     # Its output is left alone: in a terminal it draws a bar.

@@ -317,6 +317,23 @@ def test_a_command_that_is_not_there_says_what_to_run(tmp_path):
         run.run_command(["no-such-tool"], tmp_path / "x.log", environment={"PATH": str(tmp_path)})
 
 
+def test_a_corpus_is_written_anew_only_if_it_is_not_whole(monkeypatch, tmp_path):
+    corpus = tmp_path / "corpus"
+
+    def write(name, command, work_dir):
+        assert not corpus.exists()
+        corpus.mkdir()
+        (corpus / "train.jsonl").write_text(name)
+
+    monkeypatch.setattr(run, "run_step", write)
+    for _ in range(2):  # the first one is stopped before the last file
+        run.write_corpus(tmp_path)
+    (corpus / "mixture.yaml").touch()
+    monkeypatch.setattr(run, "run_step", None)
+    run.write_corpus(tmp_path)
+    assert (corpus / "train.jsonl").read_text() == "corpus"
+
+
 def test_children_find_this_python_first_and_no_hub(tmp_path):
     environment = run.child_environment(tmp_path)
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
