@@ -333,10 +333,12 @@ def _tiff(path: Path, max_bytes: int, stack: ExitStack) -> ArrayFile:
     import tifffile
 
     tiff = stack.enter_context(tifffile.TiffFile(path))
+    if (count := len(tiff.pages)) > MAX_PAGES:
+        raise Unusable(TOO_LARGE, f"{count} pages; up to {MAX_PAGES} are read")
     series = tiff.series[0]
     pages: list[Any] = list(series.pages)
     first: Any = series.keyframe
-    if len(pages) > MAX_PAGES or series.axes[1:] not in ("YX", "YXS") or len(pages) != len(series):
+    if series.axes[1:] not in ("YX", "YXS") or len(pages) != len(series):
         detail = f"axes {series.axes} of {series.shape}; one axis before Y and X is read"
         raise Unusable(OTHER_AXES, detail)
     if int(first.photometric) == 0:

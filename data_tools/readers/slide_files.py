@@ -26,6 +26,7 @@ from gmai_xtuner.core.imaging.dicom import damage_as
 
 MAX_READ = 2**28  # pixels that one call reads at most: 16384 x 16384
 MAX_PIXELS = 2**36  # of a slide
+MAX_PAGES = 1_000  # levels, label, overview, thumbnails
 KEPT_BYTES = 2**26  # of decoded tiles and strips
 UNREADABLE, UNREADABLE_PART = "slide can't be read", "part of the slide can't be read"
 _SHOWN_TYPES = (np.dtype(bool), np.dtype(np.uint8), np.dtype(np.uint16))
@@ -108,6 +109,8 @@ class TiffSlide:
     def __init__(self, path: Path, *, values: bool = False) -> None:
         self._values = values
         self._tiff = tifffile.TiffFile(path)
+        if (count := len(self._tiff.pages)) > MAX_PAGES:
+            raise Unusable(UNREADABLE, f"{count} pages; up to {MAX_PAGES} are read")
         series = self._tiff.series[0]
         self._pages = [level.keyframe for level in series.levels]
         first = self._pages[0]

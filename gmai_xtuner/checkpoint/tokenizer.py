@@ -32,7 +32,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, proc
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import read_json, resolve_directory
 
 WORD_MARK = "▁"
@@ -75,15 +75,23 @@ def load_tokenizer(
         renamed = {"extra_special_tokens": {}, "additional_special_tokens": extra}
         settings |= renamed
         kwargs = renamed | kwargs
-    if (directory / "tokenizer.json").is_file():
-        tokenizer = _load_fast(directory, settings, kwargs)
-    elif (directory / "tokenizer.model").is_file():
-        tokenizer = _load_sentencepiece(directory / "tokenizer.model", settings)
-    else:
+    try:
+        if (directory / "tokenizer.json").is_file():
+            tokenizer = _load_fast(directory, settings, kwargs)
+        elif (directory / "tokenizer.model").is_file():
+            tokenizer = _load_sentencepiece(directory / "tokenizer.model", settings)
+        else:
+            raise ModelLoadError(
+                f"{directory} has neither tokenizer.json nor tokenizer.model. Copy one of them from "
+                "the checkpoint on the hub."
+            )
+    except GMAIError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower class
         raise ModelLoadError(
-            f"{directory} has neither tokenizer.json nor tokenizer.model. Copy one of them from "
-            "the checkpoint on the hub."
-        )
+            f"the tokenizer in {directory} can't be read ({type(error).__name__}: {str(error)[:200]}). "
+            "Copy its files again from the checkpoint on the hub."
+        ) from error
     tokenizer.name_or_path = str(pretrained_model_name_or_path)
     return tokenizer
 

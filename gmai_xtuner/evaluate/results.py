@@ -281,5 +281,5 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError, KeyError, TypeError, msgspec.MsgspecError) as error:
         raise EvaluationError(f"the result in {folder} can't be read: {error}") from error

@@ -111,6 +111,8 @@ class Server:
             raise ApiError(f"the content type must be application/json, got {kind!r}", status=415)
         # What runs in a thread can't be stopped: it keeps its place among the two until it is done.
         preparing = asyncio.ensure_future(self._prepare(await self._body(request)))
+        # What is wrong with a request that nobody waits for any more is no error of the server.
+        preparing.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             asked, job = await asyncio.wait_for(asyncio.shield(preparing), self._timeout)
         except TimeoutError as error:

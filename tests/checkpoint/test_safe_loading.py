@@ -27,13 +27,18 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging.history_buffer import HistoryBuffer
 
+from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
 from gmai_xtuner.checkpoint.llava import read_frozen
 from gmai_xtuner.checkpoint.pickles import FOREIGN_READERS, read_training_state, read_weights
+from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.checkpoint.training import load_checkpoint_state
 from gmai_xtuner.checkpoint.weights import add_adapter, read_state_dict
 from gmai_xtuner.cli import add_model_arguments
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import resolve_directory
+from gmai_xtuner.data.images import ImageTransform
+from gmai_xtuner.evaluate.answerers import ModelOptions
+from gmai_xtuner.evaluate.answerers.local import load_local
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.preflight.checks import checkpoint_shapes
 from gmai_xtuner.train.resume import random_state, restore_rank_state, seed_of, set_random_state
@@ -373,6 +378,52 @@ def test_no_gadget_runs(opener, corpus, tmp_path, monkeypatch):
         reached += "Nothing in it was run" in str(caught.value)
         assert not os.path.lexists(marker), f"{name} ran"
     assert reached >= 40
+
+
+CUSTOM = {
+    "model_type": "custom",
+    "architectures": ["Custom"],
+    "tokenizer_class": "Custom",
+    "processor_class": "Custom",
+    "image_processor_type": "Custom",
+    "auto_map": {
+        **{f"Auto{name}": "custom.Custom" for name in ("Config", "Model", "Processor", "ImageProcessor")},
+        **dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), "custom.Custom"),
+        "AutoTokenizer": ["custom.Custom", "custom.Custom"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder: load_local(ModelOptions(str(folder), loader="transformers"), cache=folder),
+        lambda folder: load_model(folder),
+        lambda folder: load_tokenizer(str(folder), trust_remote_code=True),
+        lambda folder: load_language_model(str(folder)),
+        lambda folder: load_vision_tower(str(folder)),
+        ImageTransform.from_pretrained,
+    ],
+    ids=["transformers", "a model", "tokenizer", "language model", "vision tower", "images"],
+)
+@pytest.mark.parametrize("model_type", ["custom", "llama", "llava"])
+def test_code_that_comes_with_a_model_does_not_run_even_for_who_would_say_yes(
+    tmp_path, monkeypatch, read, model_type
+):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for name in (
+        "config",
+        "tokenizer_config",
+        "processor_config",
+        "preprocessor_config",
+        "tokenizer",
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(CUSTOM | {"model_type": model_type}))
+    ran = f"open({str(tmp_path / 'it-ran')!r}, 'w').close()"
+    (tmp_path / "custom.py").write_text(f"{ran}\nclass Custom: pass\n")
+    with pytest.raises(GMAIError):
+        read(tmp_path)
+    assert not (tmp_path / "it-ran").exists()
 
 
 def training_state() -> dict[str, Any]:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from inspect import isgenerator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -68,7 +69,7 @@ def _results(
     function: Callable[..., Any], args: tuple[Any, ...], memory: int, seconds: int
 ) -> Iterator[Any]:
     """Yield all items of a generator, or the one result of another function."""
-    worker, is_over = _idle.pop() if _idle else _Worker(), False
+    worker, is_over = _living_worker(), False
     try:
         worker.send((function, args, memory, seconds))
         while not is_over:
@@ -121,6 +122,9 @@ class _Worker:
             raise Unusable(DIED) from error
         raise Unusable(DIED, f"no answer within {timeout:g} s")
 
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self) -> None:
         self._link.close()
         if self._owner != os.getpid():  # a generator that a fork has copied
@@ -130,6 +134,16 @@ class _Worker:
 
 
 _idle: list[_Worker] = []
+
+
+def _living_worker() -> _Worker:
+    """Return an idle worker, or a new one: the system may have ended those that wait, for their memory."""
+    with suppress(IndexError):  # another thread has taken the last one
+        while _idle:
+            if (worker := _idle.pop()).lives():
+                return worker
+            worker.stop()
+    return _Worker()
 
 
 @atexit.register

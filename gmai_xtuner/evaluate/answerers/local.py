@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import LogitsProcessorList
 
 from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE, is_xtuner_layout
@@ -270,6 +271,13 @@ def _load_export(
     return ExportAnswerer(predictor, name=options.shown, model=model, batch_size=size)
 
 
+_CANT_LOAD = (
+    *(OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, RuntimeError),
+    SafetensorError,
+)
+"""What transformers raises for a folder that is no model, or a damaged one."""
+
+
 def _load_from_hub(
     options: ModelOptions, dtype: torch.dtype | None, device: torch.device, cache: Path
 ) -> HubAnswerer:
@@ -278,15 +286,18 @@ def _load_from_hub(
 
     name = options.model
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    safe: dict[str, Any] = {
+        "trust_remote_code": False
+    }  # without it transformers would ask the user
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, torch_dtype=dtype, use_safetensors=None if pickle_allowed() else True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        processor = AutoProcessor.from_pretrained(name, **safe)
+        safe["use_safetensors"] = None if pickle_allowed() else True
+        model = AutoModelForImageTextToText.from_pretrained(name, torch_dtype=dtype, **safe)
+    except _CANT_LOAD as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelLoadError(
             f"{name!r} is neither an export of this project nor an image-text model that transformers "
-            f"{transformers.__version__} loads ({str(error).splitlines()[0]}). A newer model is served "
+            f"{transformers.__version__} loads ({why}). A newer model is served "
             f"in an environment of its own (vllm serve {name}) and asked by --endpoint "
             "http://localhost:8000/v1; don't upgrade transformers here, xtuner needs this version"
         ) from error

@@ -4,6 +4,7 @@
 
 import os
 import pickle
+import signal
 import struct
 import time
 import zlib
@@ -589,6 +590,11 @@ def test_results_come_from_another_process_that_is_used_again():
     first = run_bounded(where)
     assert first != os.getpid()
     assert run_bounded(where) == first
+    os.kill(
+        first, signal.SIGKILL
+    )  # the system, for its memory: the next file is a good one all the same
+    time.sleep(0.2)
+    assert run_bounded(where) != first
 
 
 @pytest.mark.parametrize(
