@@ -50,7 +50,9 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     raise NotImplementedError("`read_unit` below stands for reading pictures")
 
 
-def read_unit(source: Options, unit: Unit, *, folder: Path, taxonomy: Any, terms: Any) -> Any:
+def read_unit(
+    source: Options, unit: Unit, *, folder: Path, taxonomy: Any, terms: Any, names: Any
+) -> Any:
     """As `standardise.read_unit`, without images."""
     first, count = unit.payload
     made = []

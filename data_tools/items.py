@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from data_tools.lexicon import kinds_among
 from data_tools.records import ANYTHING, Record
 
 # Form -> the corpus file that it goes to. The paper's sub-datasets: GMAI-MM-Caption, -Instruct, -Percept,
@@ -62,13 +63,24 @@ class SourceContext:
     by_image: bool = True
 
     def known_in(self, record: Record) -> frozenset[str]:
-        """Return the labels of which all in an image is annotated: they may be counted, or denied."""
+        """Return the labels of which all in an image is annotated: they may be counted, or denied.
+
+        A name of which another one is a kind, that is there or may be, is not among them.
+        """
         if ANYTHING in record.incomplete:
             return frozenset()
         examined = record.examined if self.by_image else ()
         if ANYTHING in examined:
             examined = self.vocabulary
-        return frozenset((*self.known, *examined)).difference(record.incomplete)
+        known = frozenset((*self.known, *examined)).difference(record.incomplete)
+        there = {*record.names, *record.incomplete}
+        for name, kinds in kinds_among(self.vocabulary).items():
+            if kinds & there or not kinds <= known:
+                known -= {name}
+        # What is said of an image as a whole may be of other regions than those with a box.
+        return known - {label.name for label in record.labels if label.box is None}.intersection(
+            label.name for label in record.labels if label.box is not None
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ def _entries() -> dict[tuple[str, ...], Noun]:
     for kind, rows in _WORDS["kinds"].items():
         for name in (name for row in rows for name in (row if isinstance(row, list) else [row])):
             found[tuple(plural_of(name).split())] = Noun(kind, True, name)
-            found[tuple(name.split())] = Noun(kind, name in ("forceps", "scissors"), name)
+            found[tuple(name.split())] = Noun(kind, name in _WORDS["always_plural"], name)
     return found
 
 
@@ -158,9 +158,30 @@ def words_of(label: str) -> frozenset[str]:
     return frozenset(_ENGLISH.singular_noun(word) or word for word in words)
 
 
+@lru_cache(maxsize=64)
+def kinds_among(labels: tuple[str, ...]) -> dict[str, frozenset[str]]:
+    """Return the labels of which others are kinds, or other spellings, with these: polyp, adenomatous polyp.
+
+    A kind has all of its words and the same last one, so that a kidney tumour is no kidney.
+    """
+    found: dict[str, set[str]] = {}
+    words = {label: words_of(label) for label in labels}
+    heads = {label: _A_WORD.findall(spoken(label.split(",")[0]).lower())[-1:] for label in labels}
+    by_head: dict[frozenset[str], list[str]] = {}
+    for label, head in heads.items():
+        by_head.setdefault(words_of(" ".join(head)), []).append(label)
+    for alike in by_head.values():
+        for label in alike:
+            for other in alike:
+                if other != label and words[other] >= words[label]:
+                    found.setdefault(label, set()).add(other)
+    return {label: frozenset(others) for label, others in found.items()}
+
+
 def says_nothing(label: str) -> bool:
-    """Return whether a label says that there is nothing, as `no finding` does."""
-    return label.replace("_", " ").split(" ", 1)[0].lower() in DENIALS
+    """Return whether a label says that there is nothing, as `no finding` does; "no" alone is a class."""
+    words = label.replace("_", " ").lower().split()
+    return len(words) > 1 and words[0] in DENIALS
 
 
 def _denied(label: str) -> str | None:

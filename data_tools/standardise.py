@@ -81,12 +81,13 @@ def read_unit(
     folder: Path,
     taxonomy: Taxonomy,
     terms: Terms | None = None,
+    names: Names | None = None,
 ) -> UnitResult:
     """Read a unit, clean its annotations, store its images below ``folder``, the corpus, make its records.
 
-    ``terms`` hold for samples under a licence of their own.
+    ``terms`` hold for samples under a licence of their own; ``names`` are the source's, if they are made.
     """
-    names = Names(salted(source))
+    names = names or Names(salted(source))
     records: list[Record] = []
     drops = Drops()
     samples = 0
@@ -312,8 +313,7 @@ def _check_contradictions(
     """Raise `Unusable` if a label denies or excludes another, or itself, or isn't of the image's side."""
     whole = dict.fromkeys(label.name for label in labels if label.box is None)
     for label in labels:
-        # "no" beside "yes" is a class, not a denial.
-        if label.box is not None and says_nothing(label.name) and label.name.lower() != "no":
+        if label.box is not None and says_nothing(label.name):
             detail = f"{label.name!r} at {list(label.box)}; leave the cells of its box empty"
             raise Unusable("box that is said to show nothing", detail)
         if sides and words_of(label.name).intersection(SIDES) - sides:

@@ -27,6 +27,7 @@ from data_tools.checks import CheckOptions, check
 from data_tools.items import Conversation, Item, SourceContext, Task
 from data_tools.licences import Terms
 from data_tools.options import MakeOptions
+from data_tools.privacy import Names, salted
 from data_tools.readers import SourceOptions
 from data_tools.records import Record, Unit
 from data_tools.standardise import UnitResult, duplicate_key, read_unit
@@ -61,10 +62,10 @@ def read_units(
         What became of each unit, and the seconds that all of them took.
     """
     started = time.perf_counter()
-    known = worker_taxonomy(taxonomy)
+    known, names = worker_taxonomy(taxonomy), Names(salted(source))
     results = []
     for unit in units:
-        result = read_unit(source, unit, folder=folder, taxonomy=known, terms=terms)
+        result = read_unit(source, unit, folder=folder, taxonomy=known, terms=terms, names=names)
         results.append(
             replace(
                 result,

@@ -13,7 +13,7 @@ from collections import Counter
 from data_tools.forms.coordinates import thirds
 from data_tools.forms.language import Language, Teller, exchange
 from data_tools.items import Conversation, SourceContext
-from data_tools.lexicon import noun, spoken, words_of
+from data_tools.lexicon import ADJECTIVES, noun, spoken, words_of
 from data_tools.options import MakeOptions
 from data_tools.records import Box, Record
 from gmai_xtuner.core.rng import Rng
@@ -168,8 +168,8 @@ def kinds(
         # "Every", "how many" and "where" ask for all regions of a label.
         known = context.known_in(record)
         complete = {name: count for name, count in counts.items() if name in known}
-        if any(noun(name).kind != "anatomy" for name in complete):
-            able.append("counting")  # but not of what a body has once
+        if any(_countable(name) for name in complete):
+            able.append("counting")
         if any(count <= options.max_boxes for count in complete.values()):
             able.append("detection")
         if 1 in complete.values():
@@ -213,7 +213,7 @@ def focus_of(
         for at, label in enumerate(record.labels)
         if label.box is not None
         and (kind == "region" or label.name in known)
-        and (kind != "counting" or noun(label.name).kind != "anatomy")
+        and (kind != "counting" or _countable(label.name))
         and (kind != "localisation" or counts[label.name] == 1)
         and (kind != "detection" or counts[label.name] <= options.max_boxes)
     ]
@@ -276,8 +276,10 @@ def _yes_no(teller: Teller) -> tuple[str, str]:
     others = absent(teller.record, teller.context, teller.language)
     label = teller.rng.pick((whole or teller.record.names) if yes else others)
     topic = teller.topic((label,))
-    # Of a set of regions with images of none: "any no finding" is no question.
-    if topic == "things" or (not whole and label.lower().split(" ", 1)[0] not in _OF_ALL):
+    # Of a set of regions with images of none: "any no finding" is no question, nor is "any malignant".
+    words = label.lower().split()
+    named = words[0] not in _OF_ALL and words[-1] not in ADJECTIVES
+    if topic == "things" or (not whole and named):
         key = "perception.is_there"
     else:
         key = f"perception.is_{'finding' if topic == 'findings' else 'class'}"
@@ -301,6 +303,12 @@ def _multiple_choice(teller: Teller) -> tuple[str, str]:
     ]
     question = teller.say("perception.multiple_choice")
     return "\n".join([question, *lines, teller.say("perception.letter")]), LETTERS[at]
+
+
+def _countable(label: str) -> bool:
+    """Return whether one may ask how many: not of what there is one of, nor of "the ribs" as one map."""
+    found = noun(label)
+    return found.kind != "anatomy" and not (found.is_anatomy and (found.is_plural or found.is_one))
 
 
 def _counts(record: Record) -> Counter[str]:

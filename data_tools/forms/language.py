@@ -224,6 +224,7 @@ class Teller:
             said.append("body part")
             if side and noun(english).kind == "anatomy_of_many":
                 said.append(key)
+                side = side[:1] if len(part) == 1 else side  # 左眼, but 左侧股骨
                 part = language.described["side"].format(side=side, part=part)
             of = part if language.translated else indefinite(part)
             return language.described["of"].format(about=about, kind=kind, part=of), tuple(said)

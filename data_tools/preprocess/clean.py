@@ -29,6 +29,7 @@ NOT_FINITE = "box with a coordinate that is no number"
 CLIPPED = "box cut at the image's edge"
 """Counted like a drop, but the box stays; only with ``clip_boxes``."""
 EMPTY = "empty mask"
+IN_FRACTIONS = "box inside of one pixel, as fractions of an image's size are"
 OTHER_SIZE = "mask of another size than its image"
 BEYOND_LARGEST = "component beyond the largest that are kept"
 
@@ -83,6 +84,8 @@ class _Cleaning:
         shown = f" {tuple(box)} in {self.size[0]} x {self.size[1]}"
         if not all(math.isfinite(value) for value in box):
             return self.drop(NOT_FINITE, shown)
+        if max(map(abs, box)) <= 1:
+            return self.drop(IN_FRACTIONS, shown)
         x1, y1, x2, y2 = (math.floor(value + 0.5) for value in box)
         if x2 < x1 or y2 < y1:
             return self.drop(SWAPPED, shown)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from data_tools.preprocess.clean import components
 from data_tools.readers import SourceOptions, files
 from data_tools.records import ANYTHING, NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, Unusable
@@ -63,6 +64,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     found, size = files.open_sized(options, path, stated)
     flags = content.get("flags") if isinstance(content.get("flags"), dict) else {}
     annotations = [Annotation(key) for key, is_set in flags.items() if is_set is True]
+    objects: dict[Any, list[Annotation]] = {}
     for number, shape in enumerate(shapes):
         shape = shape if isinstance(shape, dict) else {}
         label = shape.get("label")
@@ -74,8 +76,24 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
         with drops.annotation(where, label):
             if not label:
                 raise Unusable("no label", "a shape without a name")
-            annotations.append(_annotation(options, shape, label, size))
+            piece = _annotation(options, shape, label, size)
+            group = shape.get("group_id")  # shapes of one label and group are one object
+            key = number if group is None else (label, str(group))
+            objects.setdefault(key, []).append(piece)
+    annotations += map(_joined, objects.values())
     yield replace(found, annotations=tuple(annotations))
+
+
+def _joined(pieces: list[Annotation]) -> Annotation:
+    """Return one object, drawn as several shapes; its box keeps cleaning from splitting it."""
+    masks = [piece.mask for piece in pieces if piece.mask is not None]
+    boxes = [piece.box for piece in pieces if piece.box is not None]
+    boxes += [box for mask in masks for box, _ in components(mask, split=False)]
+    if len(pieces) == 1 or not boxes:
+        return pieces[0]
+    box = files.upright_box([corner for x1, y1, x2, y2 in boxes for corner in ((x1, y1), (x2, y2))])
+    whole = np.any(masks, axis=0) if len(masks) == len(pieces) else None
+    return replace(pieces[0], box=box, mask=whole)
 
 
 def _annotation(

@@ -96,10 +96,12 @@ def _parse(options: Options, name: str) -> Element:
 
 def _by_stem(options: Options, name: str) -> str:
     stem = name[len(options.annotations) :].strip("/")[: -len(".xml")]
-    for suffix in (*files.IMAGE_SUFFIXES, *map(str.upper, files.IMAGE_SUFFIXES)):
-        if os.path.isfile(options.root / options.images / (stem + suffix)):
-            return stem + suffix
-    return stem
+    suffixes = (*files.IMAGE_SUFFIXES, *map(str.upper, files.IMAGE_SUFFIXES))
+    paths = (options.root / options.images / (stem + suffix) for suffix in suffixes)
+    found = [path for path in paths if os.path.isfile(path)]
+    if any(not os.path.samefile(found[0], other) for other in found):
+        raise Unusable("XML of several images", files.listed([path.name for path in found]))
+    return stem + found[0].suffix if found else stem
 
 
 def _object(options: Options, thing: Element, label: str) -> Annotation:

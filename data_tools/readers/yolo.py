@@ -10,6 +10,7 @@ the task and can't be seen from them (nine are four corners or an oriented box):
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -78,9 +79,9 @@ def _exchanged(folder: str, old: str, new: str) -> str | None:
 
 
 @lru_cache(maxsize=2)
-def _stems(folder: str) -> frozenset[str]:
+def _stems(folder: str) -> Counter[str]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return frozenset(name.rsplit(".", 1)[0] for name in names if files.is_image(name))
+    return Counter(name.rsplit(".", 1)[0] for name in names if files.is_image(name))
 
 
 def _names(options: Options) -> tuple[str, ...]:
@@ -118,6 +119,9 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     names: tuple[str, ...] | None = unit.payload
     if names is None:
         raise Unusable("label file without an image")
+    folder, _, own = unit.key.rpartition("/")
+    if _stems(str(options.root / folder))[own.rsplit(".", 1)[0]] > 1:
+        raise Unusable("label file of several images", "images differ in their suffix alone")
     unreadable = "label file that can't be read"
     try:
         data = files.read_annotation_file(options, str(_label_file(options, unit.key)), unreadable)

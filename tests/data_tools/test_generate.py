@@ -235,6 +235,7 @@ def test_a_source_without_a_record_or_without_names_is_an_error(classes, make_jo
     """The other source is made as ever; labels that are codes are in records and in no text."""
     for path in classes.iterdir():
         shutil.copytree(path, tmp_path / "second" / f"Segment_{len(path.name)}")
+        shutil.copytree(path, tmp_path / "second" / "None", dirs_exist_ok=True)
     shutil.copytree(classes, tmp_path / "third")
     for path in (tmp_path / "third").rglob("*.png"):
         path.write_bytes(b"")
@@ -247,7 +248,14 @@ def test_a_source_without_a_record_or_without_names_is_an_error(classes, make_jo
     assert made.returncode == 1
     assert "Traceback" not in made.stderr
     last = made.stderr[made.stderr.index("error: ") :]
-    for part in ("'codes'", "Segment_", "codes_are_names", "'empty' has no record", "(6, such as "):
+    for part in (
+        "'codes'",
+        "Segment_",
+        "'None'",
+        "codes_are_names",
+        "'empty' has no record",
+        "(6, such as ",
+    ):
         assert part in last
     out = tmp_path / "out"
     assert {record["provenance"]["source"] for record in records(out)} == {"tissue", "codes"}

@@ -13,10 +13,12 @@ import os
 import random
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import nibabel
+import nrrd
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -27,13 +29,31 @@ from data_tools import forms, readers, taxonomy
 from data_tools.forms import MakeOptions
 from data_tools.items import SourceContext, Task
 from data_tools.standardise import read_unit
+from tests import medical_files
 
 TAXONOMY = taxonomy.load()
 LABELS = ("cyst", "polyp", "ulcer")
+THEMES: tuple[dict[str, str], ...] = (
+    {},
+    {"cyst": "adenomatous polyp"},
+    {"polyp": "kidney", "cyst": "left kidney"},
+    {"ulcer": "Cyst"},
+)
+"""Names that stand for the set's labels: kinds, parts and other spellings of each other."""
+KINDS = {
+    "polyp": {"adenomatous polyp"},
+    "kidney": {"left kidney"},
+    "Cyst": {"cyst"},
+    "cyst": {"Cyst"},
+}
+CHINESE = {
+    "cyst": "囊肿", "polyp": "息肉", "ulcer": "溃疡", "adenomatous polyp": "腺瘤性息肉",
+    "kidney": "肾脏", "left kidney": "左肾",
+}  # fmt: skip
 SIDE = 24
 MAKE = MakeOptions(
     caption=0, region_caption=0, instruction=0, dialogue=2, perception=9, text_single=0, text_multi=0,
-    chinese=0, dialogue_turns=(9, 9),
+    chinese=0.3, dialogue_turns=(9, 9),
 )  # fmt: skip
 Truth = dict[str, Counter[str]]
 """Image -> label -> number of its regions."""
@@ -175,7 +195,94 @@ def volume_set(rng: random.Random, root: Path) -> tuple[Truth, dict[str, Any]]:
     return truth, keys | {"slices": {"axes": ["z"], "keep": "all"}, "modality": "MR"}
 
 
+def labelme_set(rng: random.Random, root: Path) -> tuple[Truth, dict[str, Any]]:
+    """Shapes of which some are no regions, or lie outside; a region of two shapes is one by its group."""
+    truth, objects = draw_set(rng, root)
+    for name, of in objects.items():
+        shapes: list[dict[str, Any]] = []
+        for group, (label, (x1, y1, x2, y2)) in enumerate(of):
+            parts = [[x1, y1, x2, y2]]
+            if rng.random() < 0.3 and x2 - x1 > 3:
+                parts = [[x1, y1, x1 + 1, y2], [x2 - 1, y1, x2, y2]]
+            for a, b, c, d in parts:
+                shape = {"label": label, "points": [[a, b], [c, d]], "shape_type": "rectangle"}
+                shapes.append({**shape, "group_id": group if len(parts) > 1 else None})
+        for _ in range(rng.randint(0, 2)):
+            damage = [
+                {"shape_type": "point"},
+                {"points": [[0, 0], [99, 99]]},
+                {"label": ""},
+                {"points": None},
+            ]
+            rng.choice(shapes).update(rng.choice(damage))
+        content = {"shapes": shapes, "imagePath": f"images/{name}", "flags": {}}
+        (root / f"{name[:-4]}.json").write_text(json.dumps(content))
+    return truth, {"regions": "boxes", "negatives": True}
+
+
+def voc_set(rng: random.Random, root: Path) -> tuple[Truth, dict[str, Any]]:
+    """Objects without a name, with swapped corners, difficult ones that are left out, parts of objects."""
+    truth, objects = draw_set(rng, root)
+    (root / "xml").mkdir()
+    for name, of in objects.items():
+        text = ""
+        for label, box in of:
+            said, difficult, part = label, 0, ""
+            match rng.randint(0, 9):
+                case 0:
+                    said = ""
+                case 1:
+                    box = [box[2], box[1], box[0], box[3]]
+                case 2:
+                    difficult = 1
+                case 3:
+                    said, part = LABELS[0], f"<part><name>{label}</name></part>"
+            sides = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+            corners = "".join(f"<{key}>{value}</{key}>" for key, value in sides)
+            if part:  # the part is what is drawn; its object isn't there
+                truth[name][LABELS[0]] += 1
+            text += f"<object><name>{said}</name><difficult>{difficult}</difficult>{part}"
+            text += f"<bndbox>{corners}</bndbox></object>"
+        xml = f"<annotation><filename>{name}</filename>{text}</annotation>"
+        (root / "xml" / f"{name[:-4]}.xml").write_text(xml)
+    return truth, {"annotations": "xml", "images": "images", "difficult": False, "negatives": True}
+
+
+def dicom_set(rng: random.Random, root: Path) -> tuple[Truth, dict[str, Any]]:
+    """Series of two cases; label maps are cut out, shifted, missing, or lack a label."""
+    truth: Truth = {}
+    for case in ("a", "b"):
+        (root / case).mkdir()
+        labels = np.zeros((SIDE, SIDE, 4), np.uint8)
+        for x, y in ((1, 1), (13, 1), (1, 13)):
+            first = rng.randint(0, 2)
+            labels[x : x + 8, y : y + 8, first : rng.randint(first + 1, 4)] = rng.randint(1, 3)
+        for index in range(4):
+            noise = np.random.default_rng(index).integers(-900, 900, (SIDE, SIDE)).astype(np.int16)
+            data = medical_files.dicom(noise, series=f"1.{ord(case)}", position=(0, 0, index))
+            medical_files.save(data, root / case / f"{index}.dcm")
+            found = {LABELS[value - 1] for value in np.unique(labels[..., index]) if value}
+            truth[f"{case}#{index}"] = Counter(found)
+        if rng.random() < 0.3:
+            labels[labels == rng.randint(1, 3)] = 0
+        first = rng.choice([0, 0, 0, 1, 2])
+        origin = [0, 0, first + rng.choice([0, 0, 0, 0.5])]
+        header = {
+            "space": "left-posterior-superior",
+            "space directions": np.eye(3),
+            "space origin": origin,
+        }
+        if rng.random() < 0.9:
+            nrrd.write(str(root / case / "m.nrrd"), labels[..., first:], header)
+    codes = {str(number): label for number, label in enumerate(LABELS, 1)}
+    keys = {"masks": "{case}/m.nrrd", "labels": codes, "slices": {"axes": ["z"], "keep": "all"}}
+    return truth, keys
+
+
 SETS = {
+    "labelme": labelme_set,
+    "voc": voc_set,
+    "dicom": dicom_set,
     "table": table_set,
     "coco": coco_set,
     "yolo": yolo_set,
@@ -187,7 +294,19 @@ SETS = {
 def key_of(record: Any) -> str:
     part = record.provenance.part
     name = Path(record.provenance.file)
-    return f"{name.stem}#{part['slice']}" if part else name.name
+    case = name.parent.name or name.stem  # of a series its folder
+    return f"{case}#{part['slice']}" if part else name.name
+
+
+def named_in(text: str, names: Iterable[str]) -> set[str]:
+    """Labels that a text names, in either language; "polyp" isn't named by "adenomatous polyp"."""
+    found = set()
+    said = [(word, name) for name in names for word in (name, CHINESE.get(name)) if word]
+    for word, name in sorted(said, key=lambda pair: -len(pair[0])):
+        if word in text:
+            found.add(name)
+            text = text.replace(word, "")
+    return found
 
 
 def check_questions(reader: str, seed: int) -> Counter[str]:
@@ -197,30 +316,41 @@ def check_questions(reader: str, seed: int) -> Counter[str]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         truth, keys = SETS[reader](rng, root)
+        theme = dict(zip(LABELS, LABELS, strict=True)) | rng.choice(THEMES)
+        names = tuple(sorted(theme.values()))
+        codes = keys.get("labels", {label: label for label in LABELS})
+        keys["labels"] = {code: theme[label] for code, label in codes.items()}
         base = {"name": "s", "licence": "x", "reader": reader, "root": root, "department": "None"}
         base["anonymous_names"] = False
         defaults = {"modality": "CT", "clean": "none"}
         module = readers.load(reader)
         options = module.Options.model_validate(base | defaults | keys)
-        said = LABELS if options.negatives else ()
-        context = SourceContext("s", "S", LABELS, known=said, by_image=not said)
+        said = names if options.negatives else ()
+        context = SourceContext("s", "S", names, chinese=CHINESE, known=said, by_image=not said)
         for unit in module.units(options):
             for record in read_unit(options, unit, folder=root / "out", taxonomy=TAXONOMY).records:
-                inside = truth[key_of(record)]
+                own = {theme[label]: count for label, count in truth[key_of(record)].items()}
+                inside = Counter(
+                    {n: sum(own.get(k, 0) for k in {n} | KINDS.get(n, set())) for n in names}
+                )
+                inside = +inside
                 for item in forms.plan(record, context, MAKE, seed=seed):
                     made = forms.write(Task(item, record, context), TAXONOMY)
                     question, answer = made[0].text, made[1].text
-                    named = {label for label in LABELS if label in question}
+                    named = named_in(question, names)
                     asked[item.kind] += 1
-                    if item.kind == "yes_no" and answer.startswith("No"):
+                    if item.kind == "yes_no" and answer in ("No", "否"):
                         assert not named & set(inside), (record, question)
                     elif item.kind == "multiple_choice":
                         wrong = [line for line in question.splitlines() if line[1:3] == ". "]
                         wrong = [line[3:] for line in wrong if line[0] != answer]
-                        assert not set(wrong) & set(inside), (record, question)
-                    elif item.kind == "counting" and reader != "volume":
+                        assert not named_in("|".join(wrong), names) & set(inside), (
+                            record,
+                            question,
+                        )
+                    elif item.kind == "counting" and reader not in ("volume", "dicom"):
                         assert [inside[label] for label in named] == [int(answer)], (record, made)
-                    elif item.kind == "detection" and reader != "volume":
+                    elif item.kind == "detection" and reader not in ("volume", "dicom"):
                         assert [inside[label] for label in named] == [answer.count("[")], (
                             record,
                             made,

@@ -21,7 +21,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -258,6 +258,10 @@ def _by_nibabel(path: Path, head: bytes, packing: Packing, allowed: Sequence[str
     if suffix == ".hdr" or name.endswith("Pair"):
         path = _beside(path, path.with_suffix(".img").name, allowed)
         packing = "gzip" if _beginning(path, 0)[1] else ""
+    affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    if name.startswith("Nifti"):
+        affine[:3] *= {"meter": 1000, "micron": 0.001}.get(header.get_xyzt_units()[0], 1)
+        _refuse_two_orientations(header)
     offset = int(header.get_data_offset())
     if not 0 <= offset <= MAX_GAP:
         raise Unusable(UNREADABLE, f"the voxels are said to begin at byte {offset}")
@@ -266,7 +270,7 @@ def _by_nibabel(path: Path, head: bytes, packing: Packing, allowed: Sequence[str
     return VolumeFile(
         tuple(int(length) for length in header.get_data_shape()),
         dtype,
-        np.asarray(header.get_best_affine(), dtype=np.float64),
+        affine,
         any(map(int, codes)) if codes else path.suffix.lower() != ".img",
         path,
         offset,
@@ -274,6 +278,21 @@ def _by_nibabel(path: Path, head: bytes, packing: Packing, allowed: Sequence[str
         slope=1.0 if slope is None else float(slope),
         inter=0.0 if inter is None else float(inter),
     )
+
+
+def _refuse_two_orientations(header: Any) -> None:
+    """Raise `Unusable` if sform and qform turn the voxels differently: readers take one or the other."""
+    from nibabel import aff2axcodes
+    from nibabel.spatialimages import HeaderDataError
+
+    codes = set()
+    for form in (header.get_sform, header.get_qform):
+        with suppress(HeaderDataError, ValueError):  # a form that can't be read isn't taken
+            affine, code = form(coded=True)
+            codes |= {aff2axcodes(affine)} if code > 0 else set()
+    if len(codes) > 1 and not any(None in code for code in codes):
+        shown = " and ".join(sorted("".join(code) for code in codes))
+        raise Unusable("volume whose sform and qform contradict each other", shown)
 
 
 def _nrrd(path: Path, head: bytes, allowed: Sequence[str]) -> VolumeFile:

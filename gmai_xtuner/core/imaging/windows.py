@@ -122,7 +122,8 @@ def scale_for(
     if isinstance(window, tuple):
         return _line(*window, "window")
     if window == "auto":
-        is_ct = (modality or "").strip().lower() in CT_NAMES
+        # Air is -1000 HU: without a value below 0 they are no Hounsfield units.
+        is_ct = (modality or "").strip().lower() in CT_NAMES and voxels.min() < 0
         window = "soft tissue" if is_ct else "percentile"
     if window == "slice":
         return Scale(_own_range, "min-max of the slice")

@@ -77,6 +77,17 @@ def test_scaled_numbers_and_one_of_several_channels(tmp_path):
     assert np.array_equal(open_volume(tmp_path / "b.nii").array(None), array)
 
 
+def test_units_of_lengths_and_two_orientations(tmp_path):
+    image = nibabel.Nifti1Image(voxels(5, 6, 7), np.diag([50, 50, 100, 1.0]))
+    image.header.set_xyzt_units("micron")
+    image.to_filename(tmp_path / "a.nii")
+    assert np.allclose(open_volume(tmp_path / "a.nii").affine, np.diag([0.05, 0.05, 0.1, 1]))
+    image.set_qform(np.diag([-50, 50, 100, 1.0]), 1)
+    image.to_filename(tmp_path / "b.nii")
+    with pytest.raises(Unusable, match="contradict"):
+        open_volume(tmp_path / "b.nii")
+
+
 def test_a_flat_image_and_labels_off_by_the_rounding_of_a_slope(tmp_path):
     labels = np.zeros((8, 6), dtype=np.uint8)
     labels[2:4, 1:3], labels[5:7, 2:5] = 128, 255
@@ -275,6 +286,8 @@ def test_auto_is_soft_tissue_for_ct_alone():
     assert levels("auto", "CT") == levels("soft tissue")
     assert levels("auto", "computed tomography") == levels("soft tissue")
     assert levels("auto", "MR") == levels("percentile", "MR")
+    # stored values without the rescale that makes Hounsfield units of them
+    assert scale_for("auto", VALUES + 1024, modality="CT").text.startswith("percentiles")
 
 
 def test_percentiles_look_at_the_foreground():

@@ -219,6 +219,29 @@ def test_only_what_somebody_looked_for_is_denied_or_counted(known, examined, by_
     }
 
 
+@pytest.mark.parametrize(
+    ("names", "of", "known"),
+    [
+        (("polyp", "adenomatous polyp"), {"polyp"}, {"polyp", "adenomatous polyp"}),
+        (("polyp", "adenomatous polyp"), {"polyp", "adenomatous polyp"}, {"adenomatous polyp"}),
+        (("Cyst", "cyst", "ulcer"), {"Cyst", "cyst"}, {"ulcer"}),
+        (("kidney", "kidney tumour"), {"kidney", "kidney tumour"}, {"kidney", "kidney tumour"}),
+        (("左肾", "肾"), {"左肾", "肾"}, {"左肾"}),
+    ],
+)
+def test_what_is_of_a_kind_counts_as_that_kind_too(names, of, known):
+    context = SourceContext("toy", "Toy", tuple(sorted(names)), known=names)
+    held = record(*(Label(name, (0, 0, 9, 9)) for name in sorted(of)))
+    assert context.known_in(held) == known
+    lacks = replace(context, known=("polyp",))  # nobody looked for adenomatous ones
+    assert not {"polyp", "adenomatous polyp"} <= {*names} or not lacks.known_in(held)
+
+
+def test_a_label_of_the_whole_image_may_be_another_region_than_those_with_a_box():
+    held = record(Label("edema", (0, 0, 9, 9)), Label("edema"))
+    assert "edema" not in replace(CONTEXT, known=VOCABULARY).known_in(held)
+
+
 def test_of_a_set_of_one_label_nothing_is_denied():
     lonely = SourceContext("toy", "Toy", ("edema",), known=("edema",))
     items = plan(record(Label("edema")), lonely, MakeOptions(perception=9), seed=0)
@@ -346,7 +369,7 @@ def test_a_changed_sentence_raises_the_version_of_its_form(form):
         for item, made in conversations(of, seed=number):
             if item.form == form:
                 digest.update(repr((item.language, made)).encode())
-    version = 4 if form in ("caption", "instruction", "dialogue") else 5
+    version = 5 if form in ("caption", "instruction", "dialogue") else 6
     assert (FORM_VERSIONS[form], digest.hexdigest()[:16]) == (version, DIGESTS[form])
 
 

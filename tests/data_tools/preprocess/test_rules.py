@@ -194,6 +194,7 @@ def test_sa_med2d_keeps_what_has_100_of_65536_pixels(side, kept):
     [
         ((5, 5, 5, 9), "box of no size"),
         ((5.2, 5, 5.3, 9), "box of no size"),
+        ((0.1, 0.2, 0.6, 0.9), "box inside of one pixel, as fractions of an image's size are"),
         ((9, 5, 5, 9), "box with swapped corners"),
         ((5, 9, 9, 5), "box with swapped corners"),
         ((-2, 0, 5, 5), "box outside the image"),

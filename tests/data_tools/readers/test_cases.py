@@ -71,7 +71,7 @@ def coco(root: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 def voc(root: Path, given: dict[str, Any]) -> dict[str, Any]:
     for name, keys in given.items():
-        if name == "files":
+        if name in ("files", "images"):
             continue
         more = TURNED.format(keys["rotation"]) if "rotation" in keys else ""
         known = {"label": "cell", "difficult": 0, "x1": 2, "more": more}
