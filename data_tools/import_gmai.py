@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -42,10 +42,8 @@ _SKIPPED = 5
 _COPY = "*"
 """Stands for the start of names that a user's own copy of a source leaves out."""
 _AT_ONCE = 200_000
-_BUCKETS = 64
 _HALVES = ("high", "low")
 _ROW = np.dtype(list(COLUMNS.items()))
-_NO_NAME = digests([""])[0]
 _CODE = (__file__, inspect.getfile(parse_raw), inspect.getfile(iter_raw))
 _RULES = blake2b(b"".join(Path(file).read_bytes() for file in _CODE)).hexdigest()
 """Stands for how records are read: with other code they are read anew."""
@@ -120,8 +118,7 @@ def _run(options: argparse.Namespace) -> int:
             files[name] = paths
     if not files:
         wanted = ", ".join(fields["annotations"] for fields in kind["datasets"].values())
-        problem = f"looks like {kind['about']}, but has no annotation file"
-        raise CorpusError(f"{folder} {problem} ({wanted}). Download them too.")
+        raise CorpusError(f"{folder} has no annotation file of {kind['about']} ({wanted}).")
     with Bar() as bar:
         places = list(_places(kind, folder, options.images))
         plan = _Plan(kind, places, bar).write(files, output)
@@ -251,9 +248,8 @@ class _Plan:
         with (
             open(output / "faults.jsonl", "w") as faults,
             open(output / "exclude.txt", "w") as ids,
-            TemporaryDirectory(dir=output) as spool,
+            TemporaryFile(dir=output) as linked,
         ):
-            linked = _Linked(Path(spool))
             for index in {id(place.members): place.members for place in self.places}.values():
                 for fault in index.faults:
                     self._tell(faults, fault._asdict())
@@ -265,7 +261,7 @@ class _Plan:
                     for group in range(records.file.num_row_groups):
                         numbers["images"][name] += self._link(records, group, linked, faults, ids)
             parts = [part for place in self.places for part in place.members.parts]
-            index = linked.index(parts)
+            index = _index_of_rows(linked, parts)
             index.write(output / "gmai.images")
             numbers["linked files"] = len(index.columns["part"])
         self.sources.pop("", None)
@@ -282,7 +278,7 @@ class _Plan:
         faults.write(json.dumps(fault) + "\n")
 
     def _link(
-        self, records: _Records, group: int, linked: _Linked, faults: IO[str], ids: IO[str]
+        self, records: _Records, group: int, linked: IO[bytes], faults: IO[str], ids: IO[str]
     ) -> int:
         """Keep where the images are that are there once, write down the faults; return how many images."""
         names = [name for name in records.file.schema_arrow.names if name != "name"]
@@ -302,7 +298,7 @@ class _Plan:
         rows = np.zeros(len(count), _ROW)
         for place in self.places:
             wanted = keys[records.starts.index(_COPY if place.source else place.prefix)]
-            at = np.flatnonzero((wanted != _NO_NAME).any(axis=1))
+            at = np.flatnonzero((wanted != digests([""])).any(axis=1))
             if place.source:
                 own = pc.equal(table["source"], place.source).to_numpy()[is_image]
                 at = at[own[at]]
@@ -315,7 +311,7 @@ class _Plan:
             offset += len(place.members.parts)
         rows["high"], rows["low"] = keys[0].T
         good = (count == 1) & (rows["kind"] != UNREADABLE)
-        linked.add(rows[good])
+        linked.write(rows[good].tobytes())
         bad = np.flatnonzero(is_image)[~good]
         images = records.file.read_row_group(group, ["name"])["name"].take(bad) if len(bad) else []
         for image, line, times in zip(images, table["line"].take(bad), count[~good], strict=True):
@@ -329,42 +325,19 @@ class _Plan:
             return {"image": image, "reason": "missing_image", "problem": problem}
         told = {holder for one in self.places for holder in one.members.holders(one.name_of(image))}
         problem = (
-            f"it is there {times} times, or can't be unpacked: in {' and '.join(sorted(told))}"
+            f"it is there {times} times, or packed in another way: {' and '.join(sorted(told))}"
         )
         return {"image": image, "reason": "ambiguous_image", "problem": problem}
 
 
-class _Linked:
-    """Rows of an index, sorted on disk: files of rows whose digests begin alike, then a file a column."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.total = folder, 0
-
-    def add(self, rows: np.ndarray) -> None:
-        """Append rows in any order."""
-        rows = rows[np.argsort(rows["high"])]
-        ends = np.searchsorted(rows["high"], np.arange(1, _BUCKETS, dtype="<u8") << np.uint64(58))
-        for number, part in enumerate(np.split(rows, ends)):
-            with open(self.folder / f"{number}.rows", "ab") as file:
-                file.write(part.tobytes())
-        self.total += len(rows)
-
-    def index(self, parts: Sequence[Part]) -> Index:
-        """Return the index of the rows, of equal ones the first."""
-        at, shape = 0, max(1, self.total)
-        columns = {
-            name: np.memmap(self.folder / name, kind, "w+", shape=shape)
-            for name, kind in COLUMNS.items()
-        }
-        for number in range(_BUCKETS if self.total else 0):
-            rows = np.fromfile(self.folder / f"{number}.rows", _ROW)
-            rows = rows[np.lexsort((rows["low"], rows["high"]))]
-            is_other = (np.diff(rows["high"]) != 0) | (np.diff(rows["low"]) != 0)
-            rows = rows[np.concatenate([np.ones(min(1, len(rows)), bool), is_other])]
-            for name, column in columns.items():
-                column[at : at + len(rows)] = rows[name]
-            at += len(rows)
-        return Index(parts, {name: column[:at] for name, column in columns.items()})
+def _index_of_rows(file: IO[bytes], parts: Sequence[Part]) -> Index:
+    """Sort the rows that were written to a file; of equal ones, an image of several records, one stays."""
+    rows = np.memmap(file, _ROW, "r") if file.tell() else np.zeros(0, _ROW)
+    order = np.lexsort((rows["low"], rows["high"]))
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = np.any([np.diff(rows[half][order]) != 0 for half in _HALVES], axis=0)
+    order = order[is_first]
+    return Index(parts, {name: rows[name][order] for name in COLUMNS})
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from data_tools.records import (
 )
 from data_tools.store import StoredRecord
 from data_tools.taxonomy import Taxonomy
+from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
 from gmai_xtuner.core.files import sha256_of_file
 
@@ -398,6 +399,8 @@ def _sha256(source: SourceOptions, sample: Sample) -> str:
     try:
         if path.is_dir():
             return _folder_sha256(path, path.stat().st_mtime_ns)
+        if not path.exists() and (found := locate(path)):
+            return hashlib.sha256(found[0].content(found[1], sample.source_file)).hexdigest()
         return sha256_of_file(path)
     except (OSError, ValueError) as error:
         detail = getattr(error, "strerror", None) or str(error)

@@ -34,6 +34,7 @@ from data_tools.standardise import UnitResult, duplicate_key, read_unit
 from data_tools.store import ACCEPTED, MAX_ITEMS, PENDING, REJECTED, ItemRow, StoredRecord, encode
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
+from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.rng import seed_of
 
 BY_TEMPLATE = ("perception",)
@@ -129,6 +130,9 @@ def _add(digest: Any, root: Path, value: Any) -> None:
 
 def _add_file(digest: Any, path: str) -> None:
     try:
+        if not os.path.exists(path) and (found := locate(path)):
+            digest.update(repr(found[0].parts).encode())
+            return
         state = os.stat(path)
         digest.update(f"f{state.st_size},{state.st_mtime_ns}".encode())
         if os.path.isdir(path):

@@ -38,13 +38,13 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "bz2.BZ2File": (IMAGING,),
     "bz2.open": (),
     "zipfile.ZipFile": (
-        *("gmai_xtuner.checkpoint.pickles", "gmai_xtuner.core.archives"),
+        *("gmai_xtuner.checkpoint.pickles", "gmai_xtuner.core.members"),
         *("data_tools.readers.arrays", "data_tools.readers.rows"),
     ),
-    "tarfile.open": ("gmai_xtuner.core.archives",),
+    "tarfile.open": ("gmai_xtuner.core.members",),
     "shutil.unpack_archive": (),
     "pyarrow.parquet.ParquetFile": (
-        *("gmai_xtuner.core.records", "gmai_xtuner.evaluate.benchmarks.rows"),
+        *("gmai_xtuner.core", "gmai_xtuner.evaluate.benchmarks.rows"),
         "data_tools.import_gmai",  # what it has written itself
     ),
     "pyarrow.parquet.read_table": (),
@@ -62,7 +62,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     # Below: only files and messages that the project has written itself.
     "numpy.load": ("gmai_xtuner.data",),
     "pyarrow.ipc.open_file": (
-        *("gmai_xtuner.data", "gmai_xtuner.preflight.pictures", "gmai_xtuner.core.archives"),
+        *("gmai_xtuner.data", "gmai_xtuner.preflight.pictures", "gmai_xtuner.core"),
     ),
     "pickle.load": ("data_tools.readers.rows", "data_tools.writers.openai_batch"),
     "pickle.loads": ("data_tools.worker",),

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.core.imaging.images import MAX_PIXELS, DecodedPixels, decode_pixels, to_8_bits
@@ -105,8 +106,12 @@ def pixel_hash(pixels: np.ndarray) -> str:
 
 def _read_file(path: Path) -> bytes:
     try:
+        if not path.exists() and (found := locate(path)):
+            return found[0].content(found[1], path.name)
         if (size := path.stat().st_size) <= MAX_BYTES:
             return path.read_bytes()
+    except ImageError as error:
+        raise unusable(error, path.name) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise Unusable(CANT_READ, f"{type(error).__name__}: {error}"[:200]) from error
     raise Unusable(TOO_LARGE, f"{size} bytes")

@@ -24,6 +24,7 @@ from data_tools.preprocess import Rules
 from data_tools.preprocess.images import unusable
 from data_tools.readers import SourceOptions
 from data_tools.records import Sample
+from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
 from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.images import opened
@@ -115,6 +116,8 @@ def file_below(source: SourceOptions, name: str, missing: str = MISSING) -> Path
         except ValueError as error:
             raise Unusable(OUTSIDE, str(error)) from error
         if os.path.isfile(path):  # False too for a name that no file can have
+            return path
+        if (found := locate(path)) and found[0].rows(found[1]):
             return path
     raise Unusable(missing, name)
 

@@ -2,24 +2,24 @@
 
 """Images where they lie in archives: a path that goes on below a file, ``scans.zip/ct/1.png``.
 
-The root of such a path is a zip or an uncompressed tar file (WebDataset), a pattern (``shards/*.tar``)
-or a ``.images`` file, which `Index.write` has made. In ``shards/*.tar/0001.png`` the name must be in one
-shard alone; ``shards/*.tar/train-7.tar/0001.png`` says which.
+The root of such a path is a container (`gmai_xtuner.core.members`: zip, tar, Parquet, Arrow), a pattern
+(``shards/*.tar``) or a ``.images`` file, which `Index.write` has made. In ``shards/*.tar/0001.png`` the name
+must be in one shard alone; ``shards/*.tar/train-7.tar/0001.png`` says which. The last name of a path may also
+be the image itself, see `DATA_URL`.
 """
 
 from __future__ import annotations
 
+import base64
 import glob
 import json
 import mmap
 import os
 import re
 import struct
-import tarfile
-import zipfile
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
@@ -27,22 +27,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gmai_xtuner.core import members
+from gmai_xtuner.core.constants import DATA_URL
 from gmai_xtuner.core.errors import ArchiveError, ImageError
 from gmai_xtuner.core.files import locked, staged
+from gmai_xtuner.core.members import FOLDER, MEMBERS, UNREADABLE
 
 INDEX_SUFFIX = ".images"
-MAX_MEMBER = (
-    2**30
-)  # bytes of an unpacked member; the largest image that is decoded has half of that
-
-STORED, DEFLATED, TAR, FOLDER, UNREADABLE = range(5)
-"""Kinds of members: of a zip file as it is or packed, of a tar file, a loose file, packed in another way."""
+MAX_MEMBER = 2**30  # bytes of an unpacked member; the largest image that is decoded has half
 
 _LONG = ("high", "low", "offset", "packed", "size")
 COLUMNS = {**dict.fromkeys(_LONG, "<u8"), "part": "<u4", "check": "<u4", "kind": "<u1"}
 _OUTSIDE = re.compile(r"[/\\]|.:|(.*[/\\])?\.\.([/\\]|$)", re.DOTALL)
-_NO_ARCHIVE = (zipfile.BadZipFile, tarfile.TarError, struct.error, OSError, ValueError)
-_BAD_ARCHIVE = (*_NO_ARCHIVE, RuntimeError, OverflowError, EOFError)
 
 
 class Part(NamedTuple):
@@ -171,13 +167,16 @@ class Index:
             try:
                 return Path(part.path, name.split("/", part.skip)[part.skip]).read_bytes()
             except (OSError, IndexError) as error:
-                raise _error(
-                    shown, f"is gone ({error})", "missing_image", "Copy it anew."
-                ) from error
+                told = f"is gone ({error})"
+                raise _error(shown, told, "missing_image", "Copy it anew.") from error
         if row["kind"] == UNREADABLE:
             remedy = "Pack it by deflate or not at all, without a password."
             raise _error(shown, "is packed in a way that is not read", "unsupported_image", remedy)
-        content, problem = self._unpacked(row, self.bytes_of(row["part"]))
+        data = self.bytes_of(row["part"])
+        if row["kind"] == members.ROW:
+            content, problem = members.content_of_row(part.path, row["offset"])
+        else:
+            content, problem = self._unpacked(row, data)
         if problem:
             remedy = f"Copy {part.path} again from its source."
             raise _error(shown, f"is damaged ({problem})", "damaged_image", remedy)
@@ -200,14 +199,14 @@ class Index:
     def _unpacked(row: Mapping[str, int], data: mmap.mmap) -> tuple[bytes, str]:
         """Return a member's content, or what is wrong with it."""
         start, size = row["offset"], row["size"]
-        if row["kind"] != TAR:
+        if row["kind"] != members.PLAIN:
             if data[start : start + 4] != b"PK\3\4" or len(data) < start + 30:
                 return b"", "no member begins where the archive says"
             start += 30 + sum(struct.unpack_from("<26xHH", data, start))
         content = data[start : start + row["packed"]]
         if len(content) != row["packed"]:
             return b"", "the archive is cut off"
-        if row["kind"] == DEFLATED:
+        if row["kind"] == members.DEFLATED:
             unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
             try:
                 content = unpacking.decompress(content, size + 1)
@@ -215,7 +214,9 @@ class Index:
                 return b"", str(error)
             if len(content) > size:
                 return b"", "it unpacks to more than the archive says"
-        if len(content) != size or (row["kind"] != TAR and zlib.crc32(content) != row["check"]):
+        if len(content) != size or (
+            row["kind"] != members.PLAIN and zlib.crc32(content) != row["check"]
+        ):
             return b"", "its length or checksum is not what the archive says"
         return content, ""
 
@@ -238,34 +239,6 @@ def _error(shown: str, problem: str, reason: str, remedy: str) -> ImageError:
     return ImageError(f"image {shown!r} {problem}", remedy=remedy, reason=reason)
 
 
-def _members_of_zip(path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    methods = {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            kind = UNREADABLE if info.flag_bits & 1 else methods.get(info.compress_type, UNREADABLE)
-            place = (kind, info.header_offset, info.compress_size, info.file_size, info.CRC)
-            if not info.is_dir():
-                yield info.filename, place
-
-
-def _members_of_tar(path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    with tarfile.open(path, "r:") as archive, open(path, "rb") as file:
-        while (info := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
-            if info.isreg() and not info.issparse():
-                check = zlib.crc32(f"{info.mtime}/{info.chksum}".encode())
-                yield info.name, (TAR, info.offset_data, info.size, info.size, check)
-            elif not info.isdir():
-                yield info.name, (UNREADABLE, 0, 0, 0, 0)
-        file.seek(archive.offset)
-        if len(end := file.read(512)) < 512 or any(end):
-            raise ValueError(f"it is cut off or damaged at byte {archive.offset}")
-        while block := file.read(2**20):
-            if any(block):
-                raise ValueError("it goes on behind its end, as two tar files that were joined")
-
-
-MEMBERS = {".zip": _members_of_zip, ".tar": _members_of_tar}
 SUFFIXES = (*MEMBERS, INDEX_SUFFIX)
 
 
@@ -280,7 +253,7 @@ def make_index(archives: Sequence[str]) -> Index:
             for name, place in MEMBERS[Path(path).suffix.lower()](path):
                 names.append(name.removeprefix("./"))
                 places.extend(place)
-        except _BAD_ARCHIVE as error:
+        except members.ERRORS as error:
             names, places = [], array("Q")
             problem = f"it is no whole {Path(path).suffix[1:]} archive ({error}). Copy it again."
             faults.append(Fault(path, "", "unreadable_archive", problem))
@@ -342,7 +315,7 @@ def open_archives(root: str | os.PathLike[str]) -> Index | None:
 def cached_index(archives: Sequence[str]) -> Index:
     """Return the index of archives from the cache; make it and keep it there if need be."""
     try:
-        known = [1, *map(Part.of, archives)]
+        known = [2, *map(Part.of, archives)]
     except OSError as error:
         raise ArchiveError(f"archive {error.filename!r} can't be opened ({error})") from error
     what = f"list {len(archives)} archives"
@@ -368,9 +341,21 @@ def cached(pattern: str, known: object, make: Callable[[Path], None], what: str)
     return file
 
 
+class _InTheName(Index):
+    """An image that is its own name, behind `DATA_URL`."""
+
+    def rows(self, name: str) -> list[int]:
+        return [0]
+
+    def content(self, name: str, shown: str) -> bytes:
+        return base64.urlsafe_b64decode(name)
+
+
 def locate(path: str | os.PathLike[str]) -> tuple[Index, str] | None:
     """Return the archives that a path leads into, and the name there; None if it leads into none."""
     text = os.fspath(path)
+    if (name := os.path.basename(text)).startswith(DATA_URL):
+        return _InTheName([], {}), name.removeprefix(DATA_URL)
     above = [os.path.dirname(text)]
     while (folder := os.path.dirname(above[-1])) != above[-1]:
         above.append(folder)

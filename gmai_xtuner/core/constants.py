@@ -12,3 +12,6 @@ IMAGE_TOKEN_INDEX = -200
 
 IGNORE_INDEX = -100
 """Label of a token that is not supervised."""
+
+DATA_URL = "data:;base64,"
+"""Begins a name that is an image itself, in the alphabet of base64 for URLs: it has no slash."""

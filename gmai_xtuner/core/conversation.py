@@ -9,6 +9,7 @@ right, or a DataError says what is wrong, where, and what to do.
 
 from __future__ import annotations
 
+import base64
 import math
 import posixpath
 import re
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gmai_xtuner.core.constants import IMAGE_TOKEN
+from gmai_xtuner.core.constants import DATA_URL, IMAGE_TOKEN
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.core.records import IMAGE_KEY, RawRecord
 
@@ -46,7 +47,8 @@ class Conversation:
     """A checked conversation: ``[system] (user assistant)+``.
 
     ``id`` is the record's own, or ``"<file>:<line or position>"``; ``images`` are paths relative to the image
-    root, with ``/``, one an ``<image>`` mark, in order.
+    root, with ``/``, one an ``<image>`` mark, in order;
+    of a ``data:`` URL `DATA_URL` and its content.
     """
 
     id: str
@@ -338,6 +340,8 @@ def _relative_path(image: object, place: _Place, root: Path | None) -> str:
             "Write the image to a file and give its path below the image root.",
         )
     _check_text(image, "an image path", place)
+    if image.startswith("data:"):
+        return _of_data_url(image, place)
     if _REMOTE.match(image):
         raise place.error(
             "remote_image",
@@ -357,3 +361,15 @@ def _relative_path(image: object, place: _Place, root: Path | None) -> str:
             "one inside of it.",
         )
     return path
+
+
+def _of_data_url(url: str, place: _Place) -> str:
+    head, _, encoded = url.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("it has no base64")
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError as error:
+        told = f"image {url[:40]!r}... is no image in base64 ({error})"
+        raise place.error("bad_image", told, "Write data:image/png;base64,...") from error
+    return DATA_URL + base64.urlsafe_b64encode(content).decode()

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from gmai_xtuner.core.errors import DataError, Unusable
 from gmai_xtuner.core.imaging.bounded import iterate_bounded
+from gmai_xtuner.core.members import MAX_COLUMN, image_columns, large_row_group, parquet_names
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 """File names that :func:`iter_raw` reads."""
@@ -31,9 +33,6 @@ IMAGE_KEY = re.compile(
 """Keys and columns that are named like one that holds images: ``image_path``, ``img``, ``inputImages``."""
 
 _PARQUET_ROWS = 512
-_MAX_VALUES = 2**24
-_MAX_BYTES = 2**31
-"""Of a column in a row group: two kilobytes can hold a thousand million equal values."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -191,7 +190,7 @@ def _iter_parquet(
     try:
         number = 0
         batches = iterate_bounded(
-            _parquet_rows, path, dataset, columns, memory=_MAX_BYTES, seconds=60
+            _parquet_rows, path, dataset, columns, memory=MAX_COLUMN, seconds=60
         )
         for rows in batches:
             for row in rows:
@@ -226,22 +225,16 @@ def _parquet_rows(
             )
         if problem := large_row_group(file, picked):
             raise _file_error(path, problem, "Write it anew with smaller row groups.", dataset)
+        here = [] if columns is None else image_columns(file.schema_arrow)
+        embedded = {name for name in here if name in ("image", "images")}
+        members = {name: iter(parquet_names(file, name)) for name in embedded}
+        picked = [f"{name}.path" if name in embedded else name for name in picked]
         for batch in file.iter_batches(_PARQUET_ROWS, columns=picked, use_threads=False):
-            yield batch.to_pylist()
-
-
-def large_row_group(file: Any, columns: Sequence[str]) -> str:
-    """Say which row group of a Parquet file claims more than is read at once, or nothing."""
-    for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        for at in range(group.num_columns):
-            column = group.column(at)
-            if column.path_in_schema.split(".")[0] in columns and (
-                column.num_values > _MAX_VALUES or column.total_uncompressed_size > _MAX_BYTES
-            ):
-                size = f"{column.num_values} values, {column.total_uncompressed_size} bytes"
-                return f"has {size}, in one row group of {column.path_in_schema!r}"
-    return ""
+            rows = batch.to_pylist()
+            for row, name in product(rows, embedded):
+                own = next(members[name])
+                row[name] = f"{path.name}/{own}" if own else None
+            yield rows
 
 
 def _file_error(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -240,9 +241,9 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
 
     def _pixels(self, dataset: int, conversation: TokenizedConversation, path: str) -> torch.Tensor:
         entry = self.entries[dataset]
-        assert entry.image_root is not None, "the cache refuses images without an image root"
         try:
-            return self.transform.read(entry.image_root / path, max_pixels=self.max_pixels)
+            file = os.path.join(entry.image_root or "", path)
+            return self.transform.read(file, max_pixels=self.max_pixels)
         except ImageError as error:
             raise ImageError(
                 error.problem,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gmai_xtuner.core.constants import DATA_URL
 from gmai_xtuner.core.conversation import parse_raw
 from gmai_xtuner.core.errors import DataError, GMAIError, ImageError
 from gmai_xtuner.core.imaging.images import check_image
@@ -201,7 +202,7 @@ class TokenizeJob:
         if not images:
             return {}
         root = self.entry.image_root
-        if root is None:
+        if root is None and not all(image.startswith(DATA_URL) for image in images):
             problem = f"has {len(images)} images, but the dataset has no image_root"
             remedy = "Add image_root to the dataset in the mixture file"
             return {"": DataError(problem, remedy=remedy, reason="no_image_root")}
@@ -211,7 +212,7 @@ class TokenizeJob:
         for image in dict.fromkeys(images):
             try:
                 level, most = self.options.check_images, self.options.max_pixels
-                check_image(root / image, level=level, max_pixels=most)
+                check_image(os.path.join(root or "", image), level=level, max_pixels=most)
             except ImageError as error:
                 errors[image] = error
         return errors

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from gmai_xtuner.core.archives import open_archives
+from gmai_xtuner.core.constants import DATA_URL
 from gmai_xtuner.core.errors import ImageError
 from gmai_xtuner.core.imaging.images import MAX_PIXELS, check_image
 from gmai_xtuner.data.dataset import SoftPackedDataset
@@ -110,6 +111,7 @@ def _absent(folder: Path, images: Iterable[str]) -> list[str]:
             present = {entry.name for entry in entries if entry.is_file()}
     except OSError:
         present = set()
+    images = (image for image in images if not image.startswith(DATA_URL))
     return [image for image in images if os.path.basename(image) not in present]
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import base64
 import io
 import tarfile
 import zipfile
@@ -7,12 +8,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from gmai_xtuner.core.archives import locate, open_archives
-from gmai_xtuner.core.errors import ArchiveError, ImageError
-from gmai_xtuner.core.imaging.images import check_image
+from gmai_xtuner.core.conversation import parse_raw, parse_record
+from gmai_xtuner.core.errors import ArchiveError, DataError, ImageError
+from gmai_xtuner.core.imaging.images import check_image, open_rgb
+from gmai_xtuner.core.records import iter_raw
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +50,20 @@ def pack(path: Path, members: list[tuple[str, bytes]], method: int = zipfile.ZIP
     return path
 
 
+def pack_rows(path: Path, members: list[tuple[str, bytes]], *, rows: int = 2) -> Path:
+    """Write a column of images as `datasets` does: Parquet, or Arrow as a stream or a file."""
+    images = pa.array([{"bytes": data, "path": name} for name, data in members], IMAGE)
+    table = pa.table({"image": images, "id": list(map(str, range(len(images))))})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=rows)
+    else:
+        opener = pa.ipc.new_file if path.stem == "file" else pa.ipc.new_stream
+        with opener(str(path), table.schema) as out:
+            out.write_table(table, max_chunksize=rows)
+    return path
+
+
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 MEMBERS = [("a/1.png", png(1)), ("a/2.png", png(2)), ("ünï/3.png", png(3))]
 
 
@@ -59,6 +78,19 @@ def test_a_path_leads_into_an_archive(tmp_path, suffix, method):
         with pytest.raises(ImageError) as missing:
             check_image(archive / "a/4.png", level=level)
         assert missing.value.reason == "missing_image"
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "file.arrow", "stream.arrow"])
+def test_a_path_leads_into_a_column_of_images(tmp_path, name):
+    path = pack_rows(tmp_path / name, MEMBERS)
+    for member, content in MEMBERS:
+        assert read_member(path / member) == content
+    assert read_member(tmp_path / "*.*" / name / "a/2.png") == png(2)
+    check_image(path / "a/1.png", level="decode")
+    with pytest.raises(ImageError, match="no archive has such a member"):
+        check_image(path / "a/4.png", level="exists")
+    same = pack_rows(tmp_path / f"same-{name}", [("0.png", data) for _, data in MEMBERS])
+    assert [read_member(same / str(row)) for row in range(3)] == [data for _, data in MEMBERS]
 
 
 def test_the_name_is_in_one_of_several_shards(tmp_path):
@@ -96,6 +128,17 @@ def shared_bytes(path):
     path.write_bytes(whole)
 
 
+def cut_rows(path):
+    path.write_bytes(pack_rows(path, MEMBERS).read_bytes()[:-300])
+
+
+def compressed(path):
+    batch = pq.read_table(pack_rows(path.with_suffix(".parquet"), MEMBERS))
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(str(path), batch.schema, options=options) as out:
+        out.write_table(batch)
+
+
 FAULTS = [
     (".zip", cut_to(150), "no whole zip archive"),
     (".zip", cut_to(-30), "no whole zip archive"),
@@ -107,6 +150,11 @@ FAULTS = [
     (".tar", lambda path: pack(path, [("/etc/b.png", png(1))]), "leads out"),
     (".zip", lambda path: pack(path, [("C:\\b.png", png(1))]), "leads out"),
     (".zip", shared_bytes, "shares its bytes"),
+    (".parquet", cut_rows, "no whole parquet archive"),
+    (".arrow", cut_rows, "no whole arrow archive"),
+    (".parquet", lambda path: pq.write_table(pa.table({"x": [1]}), path), "0 columns of images"),
+    (".parquet", lambda path: pack_rows(path, [("../b.png", b"")]), "leads out"),
+    (".arrow", compressed, "compressed"),
 ]
 
 
@@ -139,12 +187,41 @@ def test_a_member_is_what_the_archive_says_and_no_more(tmp_path, method, place, 
     assert raised.value.reason == reason
 
 
-@pytest.mark.parametrize("suffix", [".zip", ".tar"])
-def test_an_archive_that_changes_while_it_is_used_is_refused(tmp_path, suffix):
-    path = pack(tmp_path / f"scans{suffix}", MEMBERS)
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("a.zip", pack), ("a.tar", pack), ("a.parquet", pack_rows), ("a.arrow", pack_rows)],
+)
+def test_an_archive_that_changes_while_it_is_used_is_refused(tmp_path, name, pack):
+    path = pack(tmp_path / name, MEMBERS)
     assert read_member(path / "a/1.png") == png(1)
+    path.unlink()  # what is mapped stays what it was
     pack(path, [("a/1.png", png(7, side=64))])
     with pytest.raises(ArchiveError, match="has changed since its index was made"):
         read_member(path / "a/1.png")
     open_archives(path)  # a new start lists it anew
     assert read_member(path / "a/1.png") == png(7, side=64)
+
+
+def test_an_image_may_be_its_own_name(tmp_path):
+    url = "data:image/png;base64," + base64.b64encode(png(200)).decode()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    record = {"image": url, "conversations": turns}
+    (image,) = parse_record(record, dataset="d", where="1").images
+    for root in (tmp_path, Path()):
+        assert open_rgb(root / image).getpixel((0, 0)) == (200, 200, 200)
+        check_image(root / image, level="exists")
+    for wrong in (url[:-1], url.replace(";base64", "")):
+        with pytest.raises(DataError, match="no image in base64") as raised:
+            parse_record({**record, "image": wrong}, dataset="d", where="1")
+        assert len(str(raised.value)) < 300
+
+
+def test_records_and_images_lie_in_one_file(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    text = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    images = [{"bytes": png(level), "path": None} for level in (1, 2)]
+    table = {"image": pa.array([*images, None], IMAGE), "conversations": [turns, turns, text]}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    found = [parse_raw(raw, dataset="d").images for raw in iter_raw(tmp_path / "x.parquet")]
+    assert found == [("x.parquet/0",), ("x.parquet/1",), ()]
+    assert read_member(tmp_path / "*.parquet" / found[1][0]) == png(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 
 from data_tools import readers
-from data_tools.readers import SourceOptions, arrays, slide, video
+from data_tools.readers import SourceOptions, arrays, slide, table, video
 from data_tools.records import Annotation, Drop, Drops, Sample, Unit
 from data_tools.standardise import UnitResult, duplicate_key, part_slug, read_unit, slug
 from data_tools.taxonomy import load
+from data_tools.worker import unit_fingerprint
+from gmai_xtuner.core.archives import open_archives
 from gmai_xtuner.core.imaging.bounded import DIED
-from tests.data_tools.readers.sets import options
+from tests.core.test_archives import pack
+from tests.data_tools.readers.sets import options, write_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 80), dtype=np.uint8)
 
@@ -332,3 +336,33 @@ def test_what_a_process_of_its_own_leaves_out_is_told(tmp_path):
     assert [record.provenance.part["index"] for record in result.records] == [0, 2]
     assert reasons(result) == [("record", "no label")]
     assert result.samples == 3
+
+
+def test_an_image_may_lie_in_an_archive(tmp_path, monkeypatch):
+    monkeypatch.setenv("GMAI_CACHE", str(tmp_path / "cache"))
+    content = write_image(tmp_path / "a.png").read_bytes()
+    chosen = options(
+        *(table, tmp_path / "root"),
+        table="t.csv",
+        image="f",
+        label="l",
+        modality="CT",
+        department="None",
+        anonymous_names=False,
+    )
+    chosen.root.mkdir()
+    (chosen.root / "t.csv").write_text("f,l\nscans.zip/ct/1.png,cat\nscans.zip/ct/2.png,cat\n")
+    pack(chosen.root / "scans.zip", [("ct/1.png", content)])
+    (unit,) = table.units(chosen)
+    found = read_unit(chosen, unit, folder=tmp_path / "out", taxonomy=load())
+    (record,) = found.records
+    assert (record.width, record.height) == (40, 30)
+    assert record.provenance.file == "scans.zip/ct/1.png"
+    assert record.provenance.sha256 == hashlib.sha256(content).hexdigest()
+    assert [drop.reason for drop in found.drops] == ["no such image file"]
+
+    before = unit_fingerprint(chosen.root, unit, found.files)
+    assert unit_fingerprint(chosen.root, unit, found.files) == before
+    pack(chosen.root / "scans.zip", [("ct/1.png", content), ("ct/2.png", content)])
+    open_archives(chosen.root / "scans.zip")  # as a new run does
+    assert unit_fingerprint(chosen.root, unit, found.files) != before

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 
 from gmai_xtuner.core.archives import locate
+from gmai_xtuner.core.constants import DATA_URL
 from gmai_xtuner.core.errors import GMAIError, ImageError, Unusable
 from gmai_xtuner.core.imaging.bounded import run_bounded
 from gmai_xtuner.core.imaging.damage import find_damage
@@ -250,13 +251,14 @@ def opened(
     if isinstance(source, bytes):
         file: BinaryIO = io.BytesIO(source)
     else:
-        shown = source
+        text = os.fspath(source)
+        shown = text if (at := text.find(DATA_URL)) < 0 else text[at : at + 40]
         try:
             file = open(source, "rb")  # noqa: SIM115
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             if (found := locate(source)) is None:
                 raise _missing(source, str(error)) from error
-            file = io.BytesIO(found[0].content(found[1], os.fspath(source)))
+            file = io.BytesIO(found[0].content(found[1], text))
     with file, _documented_errors(shown):
         image = _read_header(file, shown)
         if problem := _problem(image, max_pixels):

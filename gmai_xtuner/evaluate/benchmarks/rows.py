@@ -21,13 +21,12 @@ import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from gmai_xtuner.core.errors import ImageError, Unusable
-from gmai_xtuner.core.imaging.bounded import iterate_bounded, run_bounded
-from gmai_xtuner.core.records import large_row_group
+from gmai_xtuner.core.imaging.bounded import iterate_bounded
+from gmai_xtuner.core.members import group_column, large_row_group
 from gmai_xtuner.evaluate.questions import BenchmarkError, ImageSource, SourceFile
 
 if TYPE_CHECKING:
@@ -369,7 +368,7 @@ class ParquetImage:
         try:
             state = os.stat(self.path)
             key = (str(self.path), state.st_mtime_ns, state.st_size, self.row_group, self.column)
-            value = _column(*key)[self.row].as_py()
+            value = group_column(*key)[self.row].as_py()
             value = value if self.item is None else value[self.item]
         except (OSError, IndexError, pa.ArrowException, Unusable) as error:
             raise _image_error(self.name, f"can't be read ({error})") from error
@@ -377,21 +376,6 @@ class ParquetImage:
         if not isinstance(data, bytes):
             raise _image_error(self.name, "no image stands there")
         return data
-
-
-@lru_cache(maxsize=2)  # questions are asked in their order, and a row group is read as a whole
-def _column(path: str, changed: int, size: int, row_group: int, column: str) -> Any:
-    """Read one column of one row group; time and size are there for the cache alone."""
-    return run_bounded(_read_column, path, row_group, column, memory=_MEMORY, seconds=60)
-
-
-def _read_column(path: str, row_group: int, column: str) -> Any:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        if problem := large_row_group(file, [column]):
-            raise Unusable(problem)
-        return file.read_row_group(row_group, columns=[column], use_threads=False).column(0)
 
 
 @contextmanager
