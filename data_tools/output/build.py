@@ -84,7 +84,7 @@ def build(store: Store, job: Job, folder: Path) -> dict[str, Any]:
             for source, drop in store.drops():
                 corpus["dropped.jsonl"].write({"source": source, **asdict(drop)})
         if options.parquet:
-            corpus.write_parquet()
+            corpus.write_parquet(folder)
         summary = tally.summary(
             store,
             job,

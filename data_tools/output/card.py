@@ -42,7 +42,7 @@ def write(folder: Path, summary: dict[str, Any], job: Job) -> None:
     text = made.get_template("output/card.md.j2").render(
         summary=summary,
         job=job,
-        front=yaml.safe_dump(front_matter(summary), sort_keys=False, allow_unicode=True),
+        front=yaml.safe_dump(front_matter(summary, job), sort_keys=False, allow_unicode=True),
         demands=licences.DEMANDS,
         asked={demand for row in summary["licences"] for demand in row["demands"]},
         figures=FIGURES,
@@ -58,14 +58,14 @@ def _figure(title: str) -> str:
     return f"figures/{title.lower().replace(' ', '_')}.png"
 
 
-def front_matter(summary: dict[str, Any]) -> dict[str, Any]:
+def front_matter(summary: dict[str, Any], job: Job) -> dict[str, Any]:
     """Return the card's metadata as huggingface.co reads it."""
     names = sorted({licences.read(row["licence"]).hub_name for row in summary["licences"]})
     count = summary["conversations"]["count"]
-    configs = []
+    configs, end = [], "-*.parquet" if job.corpus.parquet else ".jsonl"
     for file in CONVERSATION_FILES:
         parts = [
-            {"split": split, "path": prefix + file}
+            {"split": split, "path": prefix + Path(file).stem + end}
             for split, prefix in (("train", ""), ("test", f"{HELD_OUT}/"))
             if prefix + file in summary["files"]
         ]

@@ -11,10 +11,11 @@ stage 3 only.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ HELD_OUT = "held_out"
 _ORDER = ("records.jsonl", *CONVERSATION_FILES, *(f"{HELD_OUT}/{name}" for name in CONVERSATION_FILES),
           "rejected.jsonl", "dropped.jsonl", "prompts.jsonl")  # fmt: skip
 _BUFFER = 1 << 20  # bytes
-_PARQUET_ROWS = 20_000
+_ROW_GROUP = 100  # as `datasets` writes images, so that one can be read without many others
+_SHARD = 10_000  # conversations of a Parquet file
 _encode = msgspec.json.Encoder().encode
 
 
@@ -137,24 +139,29 @@ class CorpusFiles(dict[str, JsonLines]):
             if (file := self.get(name))
         }
 
-    def write_parquet(self) -> None:
-        """Write each file of conversations as Parquet too, after the ``with`` block."""
+    def write_parquet(self, images: Path) -> None:
+        """Write conversations as Parquet too, with what lies below ``images``; after the ``with`` block."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        image = [("image", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+        stored = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        image = [("image", stored), ("width", pa.int32()), ("height", pa.int32())]
         turn = pa.struct([("from", pa.string()), ("value", pa.string())])
+        feature = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})
         for path in (file.path for file in self.values() if file.path.name in CONVERSATION_FILES):
             own = [] if path.name.startswith("text_") else image
             schema = pa.schema([("id", pa.string()), *own, ("conversations", pa.list_(turn))])
-            with (
-                open(path, "rb") as lines,
-                pq.ParquetWriter(
-                    path.with_suffix(".parquet"), schema, compression="zstd"
-                ) as writer,
-            ):
-                while rows := list(map(msgspec.json.decode, islice(lines, _PARQUET_ROWS))):
-                    writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            schema = schema.with_metadata({"huggingface": feature} if own else None)
+            with open(path, "rb") as lines:
+                for number, first in enumerate(lines):
+                    shard = path.with_name(f"{path.stem}-{number:05}.parquet")
+                    rows = chain([first], islice(lines, _SHARD - 1))
+                    with pq.ParquetWriter(shard, schema, compression="zstd") as writer:
+                        while some := list(map(msgspec.json.decode, islice(rows, _ROW_GROUP))):
+                            for row in some if own else ():
+                                content = (images / row["image"]).read_bytes()
+                                row["image"] = {"bytes": content, "path": row["image"]}
+                            writer.write_table(pa.Table.from_pylist(some, schema=schema))
 
 
 def write_mixtures(folder: Path, *, title: str, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -36,15 +36,8 @@ CROISSANT = "croissant.json"
 _ROWS = 20_000
 _TEXT = (
     *("id", "file", "sha256", "image", "image_sha256", "form", "language", "source", "dataset"),
-    *(
-        "dataset_version",
-        "licence",
-        "source_file",
-        "source_sha256",
-        "part",
-        "deidentification_method",
-    ),
-    *("writer", "model", "model_version", "review_verdict"),
+    *("dataset_version", "licence", "source_file", "source_sha256", "part"),
+    *("deidentification_method", "writer", "model", "model_version", "review_verdict"),
 )
 _SCHEMA = pa.schema(
     [

@@ -237,3 +237,10 @@ def test_both_sides_train_the_same_conversations(drawn, batches):
         assert int((labels != -100).sum()) == learnt
         images = sum(bool(instance["pixel_values"].any()) for instance in instances)
         assert images == sum(len(data["pixel_values"]) for data in ours)
+
+
+def test_containers_give_the_same_images(work_dir):
+    found = run("containers.py", work_dir, "--images", "6", "--side", "32", "--rounds", "1")
+    assert {"loose files", "zip", "tar", "arrow", "parquet"} < found["containers"].keys()
+    rows = found["containers"].values()
+    assert all("skipped" in row or row["decode_per_second"] > 0 for row in rows)

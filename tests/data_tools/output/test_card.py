@@ -157,3 +157,12 @@ def test_a_hostile_name_is_drawn_as_text_and_nothing_is_printed(tmp_path, caplog
     assert not caplog.records
     assert len(bars(tmp_path / "a.png")) == 5
     assert Image.open(tmp_path / "a.png").width == 1_080
+
+
+def test_the_datasets_library_gives_images_of_a_corpus_in_parquet(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    build(corpus(tmp_path / "made", 30), job(held_out=0.2, parquet=True), tmp_path / "made")
+    found = datasets.load_dataset(str(tmp_path / "made"), "caption", cache_dir=str(tmp_path / "c"))
+    assert set(found) == {"train", "test"}
+    row = found["train"][0]
+    assert row["image"].size == (row["width"], row["height"])

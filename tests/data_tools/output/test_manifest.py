@@ -213,12 +213,16 @@ def test_a_record_says_what_is_known_of_it_with_its_names_and_boxes(tmp_path):
     assert second["bbox"] is None
 
 
-def test_forms_and_sides_go_to_their_files(tmp_path):
-    with CorpusFiles(tmp_path) as files:
+def test_forms_and_sides_go_to_their_files(tmp_path, monkeypatch):
+    with CorpusFiles(tmp_path / "corpus") as files:
         for number, form in enumerate(FORMS):
             files.write(kept(record(number), form), held_out=False)
-        files.write(kept(record(9), "perception"), held_out=True)
-    files.write_parquet()
+            image = tmp_path / record(number).image
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(b"image %d" % number)
+        files.write(kept(record(0), "perception"), held_out=True)
+    monkeypatch.setattr("data_tools.output.files._SHARD", 1)
+    files.write_parquet(tmp_path)
     lines = {name: file["lines"] for name, file in files.contents().items()}
     assert lines == {
         "caption.jsonl": 2,
@@ -228,12 +232,15 @@ def test_forms_and_sides_go_to_their_files(tmp_path):
         "text_multi.jsonl": 1,
         "held_out/percept.jsonl": 1,
     }
-    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
-    assert names == set(lines) | {name.replace("jsonl", "parquet") for name in lines}
-    for name in lines:
-        path = tmp_path / name
+    for name, count in lines.items():
+        path = tmp_path / "corpus" / name
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-        assert pq.read_table(path.with_suffix(".parquet")).to_pylist() == rows
+        for row in (row for row in rows if "image" in row):
+            content = (tmp_path / row["image"]).read_bytes()
+            row["image"] = {"bytes": content, "path": row["image"]}
+        shards = sorted(path.parent.glob(f"{path.stem}-*.parquet"))
+        assert [row for one in shards for row in pq.read_table(one).to_pylist()] == rows
+        assert len(shards) == count
 
 
 def test_odd_texts_come_back_as_they_were(tmp_path):
