@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gmai_xtuner.core import records
+from gmai_xtuner.core import members
 from gmai_xtuner.core.conversation import Conversation, Turn, parse_raw, parse_record
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.core.records import RawRecord, iter_raw
@@ -116,12 +116,12 @@ def test_hopeless_file_is_one_clear_error(tmp_path, name, data, reason, words):
 
 
 def test_a_parquet_file_of_countless_values_is_refused_by_what_it_claims(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_MAX_VALUES", 1_000)
+    monkeypatch.setattr(members, "_MAX_VALUES", 1_000)
     table = pa.table({"conversations": ["x"] * 1_001, "other": [1] * 1_001})
     pq.write_table(table, tmp_path / "a.parquet")
     with pq.ParquetFile(tmp_path / "a.parquet") as file:
-        assert "1001 values" in records.large_row_group(file, ["conversations"])
-        assert not records.large_row_group(file, ["none"])
+        assert "1001 values" in members.large_row_group(file, ["conversations"])
+        assert not members.large_row_group(file, ["none"])
 
 
 def test_missing_file(tmp_path):
