@@ -360,6 +360,7 @@ def predicted_gib(side: Any, data: dict[str, Any], recomputed: int) -> float:
 COUNTER = '''
 import json, os, traceback, warnings
 import torch
+from deepspeed.accelerator import get_accelerator
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -374,27 +375,39 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
-            frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename]
-            self.places.append(f"{frames[-2].filename.split('site-packages/')[-1]}:{frames[-2].lineno}")
+            self.note()
         return function(*args, **(kwargs or {}))
+
+    def note(self, *_):
+        frames = traceback.extract_stack()
+        if any("/torch/optim/" in f.filename for f in frames):
+            return  # AdamW's number of steps lies on the host
+        caller = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__][-1]
+        self.places.append(f"{caller.filename.split('site-packages/')[-1]}:{caller.lineno}")
 
 
 @HOOKS.register_module()
 class HostWaitHook(Hook):
-    """Looks at the fourth micro-batch, from before its data move to the device until its hooks are done."""
+    """Looks at the third micro-batch and at the fourth, which ends the step, from before its data move to the
+    device until its hooks are done."""
 
     priority = "LOWEST"
 
+    def before_train(self, runner):
+        self.found = []
+
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == 3:
+        if runner.iter in (2, 3):
             self.reads = Reads()
+            type(get_accelerator()).synchronize = self.reads.note
             self.reads.__enter__()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if runner.iter == 3:
+        if runner.iter in (2, 3):
             self.reads.__exit__(None, None, None)
+            self.found.append(self.reads.places)
             with open(os.environ["GMAI_HOST_WAITS"], "w") as file:
-                json.dump(self.reads.places, file)
+                json.dump(self.found, file)
 '''
 
 
@@ -433,13 +446,16 @@ def command() -> Iterator[Check]:
             )
             return
         places = json.loads(out.read_text())
-        yield judged(
-            "host waits of a micro-batch",
-            not places,
-            f"{len(places)}: {', '.join(places)}",
-            "0",
-            otherwise="WARN",
-        )
+        for what, found, most in zip(
+            ("a micro-batch", "the end of a step"), places, (0, 2), strict=True
+        ):
+            yield judged(
+                f"host waits of {what}",
+                len(found) <= most,
+                f"{len(found)}: {', '.join(found)}",
+                f"{most} at most",
+                otherwise="WARN",
+            )
 
 
 def tiny_corpus(folder: Path) -> Path:

@@ -41,7 +41,8 @@ def collate_packs(
     Returns:
         ``{"data": ...}`` as :meth:`gmai_xtuner.checkpoint.llava.GMAILLaVAModel.forward` takes it: besides
         the fields in the module's drawing ``lengths`` (S ints), ``pixel_values`` ``[N, 3, H, W]``,
-        ``image_positions`` int64 ``[N * P]``, ``label_weights`` float32 ``[M]``, ``num_tokens``,
+        ``image_positions`` int64 ``[N * P]``, ``label_weights`` float32 ``[M]``, their sum
+        ``label_weight`` (float: made here, the trainer need not wait for the device), ``num_tokens``,
         ``capacity`` (tokens the packs could hold), ``ids``. The training loop adds ``loss_denominator``.
     """
     input_ids = torch.cat([pack["input_ids"] for pack in packs])
@@ -57,6 +58,7 @@ def collate_packs(
     # A conversation's first token must not be predicted from the end of the one before.
     labels[starts[:-1]] = IGNORE_INDEX
     supervised = torch.nonzero(labels != IGNORE_INDEX).flatten()
+    weights = _weights(owner[supervised], len(lengths), weighting)
     return {
         "data": {
             "input_ids": input_ids.unsqueeze(0),
@@ -67,7 +69,8 @@ def collate_packs(
             "image_positions": torch.nonzero(input_ids == IMAGE_TOKEN_INDEX).flatten(),
             "label_positions": supervised - 1,
             "label_targets": labels[supervised],
-            "label_weights": _weights(owner[supervised], len(lengths), weighting),
+            "label_weights": weights,
+            "label_weight": float(weights.sum()),
             "num_tokens": sum(pack["num_tokens"] for pack in packs),
             "capacity": sum(pack["capacity"] for pack in packs),
             "ids": [name for pack in packs for name in pack["ids"]],

@@ -40,14 +40,24 @@ _TERA = 1e12
 #: the first match counts, so variants stand before the plain name. From NVIDIA's data sheets: H100
 #: (SXM 1,979, PCIe 1,513, NVL 1,671 TFLOPS sparse), H200 (SXM 1,979, NVL 1,671), A100 (312 dense),
 #: H20 (148 dense), L40S (733 sparse), L40 (362 sparse), L4 (242 sparse), A40 (149.7 dense), A30 (165
-#: dense), B200 (4,500 sparse). H100 PCIe reports itself as "H100 PCIe" or "H100 80GB HBM2e".
+#: dense), B200 and B300 (4,500 sparse), GB200 and GB300 (5,000 sparse), L20 (119.5 dense), A10 (125 dense),
+#: A10G (70 dense, AWS), RTX A6000 (309.7 sparse), GeForce 3090 and 4090 (71 and 165.2 dense with fp32
+#: accumulation; whitepapers of GA102 and AD102; their Ti, D and laptop variants differ).
+#: H100 PCIe reports itself as "H100 PCIe" or "H100 80GB HBM2e".
 _PEAKS: tuple[tuple[str, float], ...] = (
     (r"H100 NVL|H200 NVL", 835 * _TERA),
     (r"H100.*(PCIe|HBM2e)|H800 PCIe", 756 * _TERA),
     (r"GH200|H100|H200|H800", 989 * _TERA),
     (r"A100|A800", 312 * _TERA),
     (r"H20", 148 * _TERA),
-    (r"B200", 2250 * _TERA),
+    (r"GB200|GB300", 2500 * _TERA),
+    (r"B200|B300", 2250 * _TERA),
+    (r"RTX A6000", 154.8 * _TERA),
+    (r"RTX 4090(?! D| Laptop)", 165.2 * _TERA),
+    (r"RTX 3090(?! Ti)", 71 * _TERA),
+    (r"L20", 119.5 * _TERA),
+    (r"A10G", 70 * _TERA),
+    (r"A10", 125 * _TERA),
     (r"L40S", 366 * _TERA),
     (r"L40", 181 * _TERA),
     (r"L4", 121 * _TERA),

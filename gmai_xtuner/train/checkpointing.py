@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object, barrier, get_rank, get_world_size
+from mmengine.dist import all_gather_object, barrier, broadcast, get_rank, get_world_size
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
@@ -55,6 +55,9 @@ class StepCheckpointHook(CheckpointHook):
     """Writes checkpoints at the end of an optimiser step, when no gradients are under way.
 
     Takes the options of mmengine's ``CheckpointHook``; ``interval`` and ``save_begin`` count optimiser steps.
+    ``every_minutes``: one is also written at the end of a step when the last, or the start, is so many
+    minutes ago by the clock of rank 0; default 0, never.
+
     At the end of every step the ranks also agree whether to stop (:mod:`gmai_xtuner.train.signals`); if so,
     they write a checkpoint, unless this step has one, and end the run in good order.
 
@@ -64,6 +67,14 @@ class StepCheckpointHook(CheckpointHook):
     """
 
     stop: StopRequest
+
+    def __init__(self, *args: Any, every_minutes: float = 0, **kwargs: Any) -> None:
+        if every_minutes < 0:
+            raise GMAIError(
+                f"default_hooks.checkpoint.every_minutes must be above 0, or 0 for never, got {every_minutes}"
+            )
+        super().__init__(*args, **kwargs)
+        self.every_minutes = every_minutes
 
     def before_train(self, runner: FlexibleRunner) -> None:
         # mmengine would remove by this list; what is too many in the folder goes after a save.
@@ -79,6 +90,7 @@ class StepCheckpointHook(CheckpointHook):
             self.stop.stop_file.unlink()
             runner.logger.warning(f"Removed {self.stop.stop_file}: it was there before this run")
         self.stop.install()
+        self._written = time.monotonic()
 
     def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: mmengine's would count micro-batches."""
@@ -87,6 +99,10 @@ class StepCheckpointHook(CheckpointHook):
         reason = self.stop.agreed()
         last = self.is_last_train_iter(runner)
         due = is_due(runner.train_loop.step, self.interval, self.save_begin)
+        if self.every_minutes:
+            late = torch.tensor([time.monotonic() - self._written >= 60 * self.every_minutes]).int()
+            broadcast(late)
+            due = due or bool(late)
         if due or reason or (self.save_last and last):
             runner.logger.info(f"Saving checkpoint at {runner.iter + 1} iterations")
             self._save_checkpoint(runner)
@@ -118,6 +134,7 @@ class StepCheckpointHook(CheckpointHook):
                 written = filter(sequence_of, checkpoints_in(folder))  # by runs, not copied there
                 for old in list(written)[self.max_keep_ckpts :]:
                     remove(old)
+        self._written = time.monotonic()
 
     def save_now(self, runner: FlexibleRunner) -> None:
         """Save between two iterations, where mmengine's own would count the next one already."""

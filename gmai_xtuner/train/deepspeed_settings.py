@@ -110,6 +110,8 @@ def settle(name: str, content: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set
             settled.refused.append(f"DeepSpeed reads no {key!r}. {meant}")
     for key in CONFIG_DECIDES:
         settled.settings[key] = "auto"
+    # DeepSpeed would wait for the device twice a micro-batch, for a line that it never prints.
+    settled.settings.setdefault("timers", {"throughput": {"enabled": False}})
     _settle_precision(settled, content)
     _check_values(settled)
     return settled

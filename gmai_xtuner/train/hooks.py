@@ -46,6 +46,7 @@ class ProgressHook(Hook):
 
     def __init__(self) -> None:
         self._from_the_start, self._first, self._last = True, math.nan, math.nan
+        self._norm: Any = None
         self._reset()
 
     def _reset(self) -> None:
@@ -75,12 +76,11 @@ class ProgressHook(Hook):
         ):
             self._counts[name] += int(number)
         weighted_sum = runner.train_loop.weighted_sum
-        pair = torch.stack([weighted_sum, data["label_weights"].sum().to(weighted_sum)])
+        weights = torch.full_like(weighted_sum, data["label_weight"])
+        pair = torch.stack([weighted_sum, weights])
         self._sums.append(torch.where(weighted_sum.isfinite(), pair, torch.zeros_like(pair)))
         if runner.train_loop.step_end:
-            norm = runner.model.get_global_grad_norm()
-            if norm is not None:
-                runner.message_hub.update_scalar("train/grad_norm", float(norm))
+            self._norm = runner.model.get_global_grad_norm()
         if self._is_shown(runner, batch_idx) or self.is_last_train_iter(runner):
             self._publish(runner)
 
@@ -116,6 +116,8 @@ class ProgressHook(Hook):
         runner.log_processor.window_size = len(self._sums)
         self._first, self._last = loss if math.isnan(self._first) else self._first, loss
         hub.update_scalar("train/loss", loss)
+        if self._norm is not None:
+            hub.update_scalar("train/grad_norm", float(self._norm))
         counts = self._counts
         hub.update_scalar("train/pack_fill", counts["tokens"] / max(1, counts["capacity"]))
         for name in ("tokens", "images", "samples"):
@@ -127,10 +129,13 @@ class ProgressHook(Hook):
     def rank_state_dict(self) -> dict[str, Any]:
         """Return the counts since the last value, so that a resumed run shows the same next value."""
         sums = torch.stack(self._sums).cpu() if self._sums else None
-        return {**self._counts, "seconds": time.perf_counter() - self._started, "sums": sums}
+        norm = None if self._norm is None else float(self._norm)
+        seconds = time.perf_counter() - self._started
+        return {**self._counts, "seconds": seconds, "sums": sums, "norm": norm}
 
     def load_rank_state_dict(self, state: Mapping[str, Any]) -> None:
         self._started = time.perf_counter() - state["seconds"]
-        # Checkpoints of earlier versions have no samples.
+        # Checkpoints of earlier versions have no samples and no norm.
+        self._norm = state.get("norm")
         self._counts = {name: state.get(name, 0) for name in self._counts}
         self._sums = [] if state["sums"] is None else list(state["sums"].to(get_device()))

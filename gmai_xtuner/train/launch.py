@@ -55,6 +55,9 @@ _KNOWN_NOISE = re.compile(r"Failed to search registry|\"?(FileClient|HardDiskBac
 _VALUES = (("loss", "loss"), ("lr", "rate"), ("tokens_per_second", "tokens/s"), ("eta", "eta"))
 _ERRORS = re.compile(r"(?:error: |(?:[\w]+\.)*\w*(?:Error|Exception)\b|KeyboardInterrupt)")
 
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Unless the user has set it: packs differ in images and lengths, which leaves fixed segments in pieces."""
+
 
 def start_xtuner(arguments: Sequence[str], environment: Mapping[str, str], **options: Any) -> Any:
     """Start ``xtuner``, which ends when this process does; it starts the first ``python`` of its ``PATH``.
@@ -69,7 +72,7 @@ def start_xtuner(arguments: Sequence[str], environment: Mapping[str, str], **opt
     libc = ctypes.CDLL(None)
     return subprocess.Popen(
         [program, *arguments],
-        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **environment},
+        env={**ALLOCATOR, **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **environment},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,7 +2,8 @@
 
 """Hooks for runs that are killed at an exact moment, draw random numbers, or write down their samples.
 
-A test's config imports this module. ``GMAI_TEST_KILL`` says when, as ``moment:iteration:rank[:signal]``.
+A test's config imports this module. ``GMAI_TEST_KILL`` says when, as ``moment:iteration:rank[:signal]``;
+``+3`` is the third iteration of this start.
 """
 
 import json
@@ -60,7 +61,8 @@ class KillHook(Hook):
 
     def before_train(self, runner) -> None:
         moment, iteration, rank, *name = os.environ.get("GMAI_TEST_KILL", "none:0:0").split(":")
-        self.moment, self.iteration, self.number = moment, int(iteration), signal.SIGKILL
+        self.moment, self.number = moment, signal.SIGKILL
+        self.iteration = int(iteration) + (runner.iter if iteration.startswith("+") else 0)
         if name:
             self.number = signal.Signals[name[0]]
         if get_rank() != int(rank):

@@ -196,6 +196,30 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_whole(tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_12.pth")
 
 
+def test_a_checkpoint_is_also_due_by_the_clock(tmp_path, monkeypatch):
+    """Every second step or after ten minutes; steps end at these minutes since the start."""
+    saved, minutes = [], [0.0]
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: 60 * minutes[-1])
+    hook, run = hook_and_runner(tmp_path)
+    hook.interval, hook.every_minutes, hook._written = 2, 10, 0.0
+    hook.stop = SimpleNamespace(agreed=lambda: None)
+    hook.is_last_train_iter = lambda _: False
+    run.logger, run.iter = SimpleNamespace(info=lambda _: None), 0
+
+    def save(_):
+        saved.append(minutes[-1])
+        hook._save_checkpoint_with_step(run, run.train_loop.step, {})
+
+    hook._save_checkpoint = save
+    for step, end in enumerate((9.0, 9.5, 19.4, 20.0, 30.0, 31.0, 40.9, 41.0), 1):
+        run.train_loop.step = step
+        minutes.append(end)
+        hook.after_step(run)
+    assert saved == [9.5, 20.0, 30.0, 31.0, 41.0]
+    with pytest.raises(GMAIError, match="every_minutes must be above 0, or 0 for never, got -1"):
+        StepCheckpointHook(every_minutes=-1)
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -37,7 +37,8 @@ def settled(**content):
 def test_shipped_files_say_nothing_that_is_not_honoured(name):
     found = read(name, CONFIG)
     assert (found.overruled, found.refused) == ([], [])
-    assert found.settings == json.loads(Path(packaged_names()[name]).read_text())
+    shipped = json.loads(Path(packaged_names()[name]).read_text())
+    assert found.settings == {**shipped, "timers": {"throughput": {"enabled": False}}}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_what_would_mislead_is_refused_with_the_remedy(content, remedy):
 def test_a_section_that_is_off_asks_for_nothing():
     found = settled(fp16={"enabled": False}, wandb={"enabled": False}, elasticity={})
     assert (found.overruled, found.refused) == ([], [])
-    assert found.settings.keys() == {"bf16", *CONFIG_DECIDES}
+    assert found.settings.keys() == {"bf16", "timers", *CONFIG_DECIDES}
 
 
 @pytest.mark.parametrize("content", [{"bf16": {"enabled": "auto"}}, {"fp16": {"enabled": "auto"}}])

@@ -244,7 +244,7 @@ class Run:
             "lengths": [2, 3],
             "capacity": 8,
             "pixel_values": torch.zeros(0),
-            "label_weights": torch.ones(tokens),
+            "label_weight": float(tokens),
         }
         self.hook.after_train_iter(self.runner, number, {"data": data})
         self.hub.update_scalar("train/time", float(number))

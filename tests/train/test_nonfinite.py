@@ -334,7 +334,7 @@ def test_the_logged_loss_leaves_out_what_is_not_finite(monkeypatch):
             "num_tokens": 5,
             "capacity": 8,
             "pixel_values": torch.zeros(0),
-            "label_weights": torch.ones(3),
+            "label_weight": 3.0,
             "lengths": [5],
         }
         hook.after_train_iter(runner, 0, {"data": data})
