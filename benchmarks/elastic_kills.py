@@ -33,7 +33,7 @@ OPTIONS = (
     "train_dataloader.dataset.max_length=160", "train_dataloader.num_workers=0", "model.pretrained_pth=None",
     "model.llm.torch_dtype=float32", "optim_wrapper.optimizer.lr=1e-3", "optim_wrapper.optimizer.eps=1e-4",
     f"train_cfg.max_epochs={EPOCHS}", "default_hooks.checkpoint.interval=1",
-    "default_hooks.sample_answer.interval=0",
+    "default_hooks.sample_answer.interval=0", "optim_wrapper.optimizer.lr_by_part.projector=2e-3",
 )  # fmt: skip
 
 
