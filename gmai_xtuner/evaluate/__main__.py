@@ -2,8 +2,8 @@
 
 """``python -m gmai_xtuner.evaluate MODEL --benchmark NAME --data PATH``: ask, score and tabulate.
 
-Other verbs: ``compare RUN_A RUN_B``, ``reconcile RUN ...``, ``protocols``. A benchmark that can't be read,
-asked or scored does not stop the others.
+Other verbs: ``compare RUN_A RUN_B``, ``reconcile RUN ...``, ``export RUN``, ``protocols``. A benchmark that
+can't be read, asked or scored does not stop the others.
 
 Exit status: 0 if every question that was to be asked has an answer and a score; 1 if not, or if it
 failed; 2 if the command line can't be understood; 3 if more answers than ``--max-unread`` allows were cut,
@@ -29,9 +29,10 @@ from gmai_xtuner.cli import (
     positive_int,
 )
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.evaluate import compare, reconcile, runner
+from gmai_xtuner.evaluate import compare, runner
 from gmai_xtuner.evaluate.answerers import Answerer, ModelOptions, World, make_answerer, world
 from gmai_xtuner.evaluate.benchmarks import NAMES, BenchmarkError, built_in, is_own, survey
+from gmai_xtuner.evaluate.export import FORMATS, export
 from gmai_xtuner.evaluate.protocols import MAX_NEW_TOKENS
 from gmai_xtuner.evaluate.results import Result, as_json
 from gmai_xtuner.evaluate.tables import to_markdown, write_tables
@@ -46,12 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with only_the_report_on_stdout() as stdout:
         try:
-            if arguments[:1] == ["compare"]:
-                return _compare(arguments[1:], stdout)
-            if arguments[:1] == ["reconcile"]:
-                return _reconcile(arguments[1:], stdout)
-            if arguments[:1] == ["protocols"]:
-                return _list_protocols(stdout)
+            if verb := _VERBS.get(next(iter(arguments), "")):
+                return verb(arguments[1:], stdout)
             return _evaluate(arguments, stdout)
         except (GMAIError, OSError) as error:
             more = f". {_KEPT}" if isinstance(error, OSError) else ""
@@ -175,11 +172,7 @@ def _judge(options: argparse.Namespace) -> Answerer | None:
 
 
 def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog=f"{PROGRAM} compare",
-        description="Is one run better than another on the same questions, or is it chance?",
-    )
+    parser = _verb("compare", "Is one run better than another, or is it chance?")
     add = parser.add_argument
     add("first", type=Path, metavar="RUN_A", help="the --out of a run, or a result in it")
     add("second", type=Path, metavar="RUN_B")
@@ -193,22 +186,35 @@ def _compare(arguments: Sequence[str], stdout: TextIO) -> int:
 
 
 def _reconcile(arguments: Sequence[str], stdout: TextIO) -> int:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        prog=f"{PROGRAM} reconcile",
-        description="Split the differences between the scores of a model into what they come from.",
-    )
+    parser = _verb("reconcile", "Split the differences between scores into their causes.")
     runs = "the --out of one or several runs; all is compared with the first score of its benchmark"
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=runs)
     parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
     options = parser.parse_args(arguments)
-    found = reconcile.reconcile(options.runs)
-    text = json.dumps(reconcile.as_json(found), ensure_ascii=False) + "\n"
-    stdout.write(text if options.json else to_markdown([reconcile.table_of(found)]))
+    found = compare.reconcile(options.runs)
+    text = json.dumps(compare.differences_as_json(found), ensure_ascii=False) + "\n"
+    stdout.write(text if options.json else to_markdown([compare.table_of(found)]))
     return 0
 
 
-def _list_protocols(stdout: TextIO) -> int:
+def _export(arguments: Sequence[str], stdout: TextIO) -> int:
+    parser = _verb("export", "Write a result in a format of the hub or of another kit.")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="the folder of a result, or a run that has one")
+    add("--format", dest="how", required=True, choices=[*FORMATS])
+    add("--out", type=Path, metavar="FILE", help="default: in the result's folder")
+    add("--dataset", metavar="ID", help="eval_results: the benchmark's repository on the hub")
+    add("--task", default="", metavar="ID", help="eval_results: its task there (default: default)")
+    options = vars(parser.parse_args(arguments))
+    stdout.write(f"{export(options.pop('run'), options.pop('how'), **options)}\n")
+    return 0
+
+
+def _verb(name: str, about: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(allow_abbrev=False, prog=f"{PROGRAM} {name}", description=about)
+
+
+def _list_protocols(_: Sequence[str], stdout: TextIO) -> int:
     for one in (one for found in built_in().values() for one in found.asked()):
         n = "" if one.expected is None else f", n = {one.expected:,}"
         also = f" (also {', '.join(one.also)})" if one.also else ""
@@ -217,6 +223,14 @@ def _list_protocols(stdout: TextIO) -> int:
         )
         stdout.write(f"{about}. {one.description}\n")
     return 0
+
+
+_VERBS = {
+    "compare": _compare,
+    "reconcile": _reconcile,
+    "export": _export,
+    "protocols": _list_protocols,
+}
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -242,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         prog=PROGRAM,
         description="Ask a model the questions of a benchmark and score its answers by a written protocol. "
-        "Other verbs: compare RUN_A RUN_B; reconcile RUN ...; protocols.",
+        "Other verbs: compare RUN_A RUN_B; reconcile RUN ...; export RUN; protocols.",
     )
     add = parser.add_argument
     models = "an export, a transformers model (folder or hub name), or a name at --endpoint"

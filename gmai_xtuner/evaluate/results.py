@@ -43,11 +43,9 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A number of a table, over ``n`` questions.
+    """A number of a table: the mean score of ``n`` questions, 0 to 1; None where none has a gold answer.
 
-    Args:
-        value: mean score, 0 to 1; None where no question has a gold answer.
-        unparsed: share of answers that the scorer did not understand; each counts as wrong.
+    ``unparsed`` is the share of answers that the scorer did not understand; each counts as wrong.
     """
 
     n: int
@@ -151,10 +149,9 @@ class Result:
 def score_all(
     asked: Asked, answers: Mapping[AnswerKey, Answer]
 ) -> tuple[list[Scored], list[tuple[Question, Answer | None]]]:
-    """Score what has an answer to exactly the protocol's prompt.
+    """Score what has an answer to exactly the protocol's prompt, in the questions' order.
 
-    Returns:
-        scored questions in their order; and those without an answer, with what came instead, if anything.
+    Also returns the questions without an answer, with what came instead, if anything.
     """
     scored: list[Scored] = []
     missing: list[tuple[Question, Answer | None]] = []

@@ -184,9 +184,8 @@ def answer_all(
     Without a store answers are kept in memory alone. An ``EvaluationError`` if another run writes to the
     store, or the answerer can't go on.
 
-    Returns:
-        answers by their keys, those stored before among them; of a store in the first process alone. And
-        the jobs that got none, by the id of their question, in all processes.
+    Returns answers by their keys, also those stored before, of a store in the first process alone; and the
+    jobs that got none, by the id of their question, in all processes.
     """
     wanted: dict[AnswerKey, Job] = {}
     for job in jobs:
@@ -255,11 +254,7 @@ def score(
 ) -> list[Result]:
     """Score and write, in the first process; the others wait, also where it fails, and get no result.
 
-    Args:
-        judge: judges what rules leave open, see :mod:`gmai_xtuner.evaluate.judge`.
-
-    Raises:
-        GMAIError: it can't be scored; in the first process alone.
+    A ``GMAIError``, in the first process alone, if it can't be scored.
     """
     benchmark, failed = prepared.benchmark, answers.failed
     results: list[Result] = []

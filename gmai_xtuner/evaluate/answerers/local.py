@@ -59,10 +59,9 @@ def read_ahead(
 
 
 class LocalAnswerer(ABC):
-    """Asks in batches of jobs of like length; reads the next batch's images meanwhile.
+    """Asks in batches of jobs of like length, halved for good where one does not fit into the GPU.
 
-    Args:
-        batch_size: jobs asked together; halved for good where a batch does not fit into the GPU.
+    The next batch's images are read meanwhile.
     """
 
     repeats = True

@@ -56,11 +56,7 @@ KITS = (
 class StoredAnswers:
     """Gives the answers of files, by the ids of the questions.
 
-    Args:
-        options: with ``answers``, the files, and maybe ``answer_columns``; ``model`` is a name alone.
-
-    Raises:
-        EvaluationError: a file can't be read, is no kit's, or answers a question twice in two ways.
+    An ``EvaluationError`` if a file can't be read, is no kit's, or answers a question twice in two ways.
     """
 
     repeats = True
@@ -76,11 +72,7 @@ class StoredAnswers:
     def answers(
         self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
     ) -> Iterator[list[Given]]:
-        """See :class:`gmai_xtuner.evaluate.answerers.Answerer`.
-
-        Raises:
-            EvaluationError: no question has an answer, or an answer is to other words than the question's.
-        """
+        """Give them; an ``EvaluationError`` where none fits, or one is to other words than the question's."""
         if jobs and not any(job.id in self._answers for job in jobs):
             theirs = next(iter(self._answers), "none")
             raise EvaluationError(

@@ -328,8 +328,7 @@ class _Record:
     def question(self, images: Mapping[int, ImageSource], *, without_images: bool) -> Question:
         """Return the question; a :class:`_Fault` where it has none.
 
-        Args:
-            without_images: leave marks such as ``<image 2>`` in its texts where it has no images.
+        ``without_images`` leaves marks such as ``<image 2>`` in its texts where it has no images.
         """
         layout = self.layout
         lettered = self._options()

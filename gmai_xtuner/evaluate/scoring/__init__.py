@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gmai_xtuner.evaluate.questions import Question, Score, Scorer
-from gmai_xtuner.evaluate.scoring import choice, peers
+from gmai_xtuner.evaluate.scoring import boxes, choice, peers
 from gmai_xtuner.evaluate.scoring import free_text as free
 from gmai_xtuner.evaluate.scoring.text import plain, without_thoughts
 
@@ -26,7 +26,7 @@ def _closed_or(name: str, words: str, open_scorer: Scorer) -> Scorer:
         return scorer.score(question, answer)
 
     description = f"choice or closed where the question is that, {words} otherwise"
-    return Scorer(f"closed_or_{name}", 3, description, score)
+    return Scorer(f"closed_or_{name}", 4, description, score)
 
 
 _ALL = (
@@ -39,6 +39,7 @@ _ALL = (
     *(peers.VLMEVALKIT, peers.HUATUOGPT, peers.LLAVA_MED, peers.MMMU),
     *(peers.MEDEVALKIT, peers.LMMS_EVAL),
     *(free.ROUGE_L, free.BLEU, free.METEOR),
+    *boxes.BOXES,
 )
 SCORERS: Mapping[str, Scorer] = {scorer.name: scorer for scorer in _ALL}
 """Scorers by name."""

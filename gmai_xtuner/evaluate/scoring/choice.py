@@ -74,12 +74,9 @@ Found = set[str]
 
 @dataclass
 class Reading:
-    """An answer, cleaned, and what it may choose.
+    """An answer, cleaned, and what it may choose: ``options``, by their ``letters`` and ``texts``.
 
-    Args:
-        text: the answer.
-        options: letter -> text; empty for an option that is an image: its letter alone names it.
-        letters, texts: what may be read.
+    The text of an option that is an image is empty: its letter alone names it.
     """
 
     text: str
@@ -116,10 +113,13 @@ class Reading:
         """Return the letters of the options whose words a text is; case decides between equal ones."""
         if not self.texts or not text.strip():
             return set()
-        if exact := self.verbatim(text):
+        if (exact := self.verbatim(text)) or RULES["asked"].fullmatch(text):
             return exact
         said = stems(text)
         found = {letter for letter, (name,) in self.names.items() if said and name == said}
+        if not found:  # "B and A" for "A and B"
+            parts = _joined(said)
+            found = {one for one, (name,) in self.names.items() if parts and _joined(name) == parts}
         if not found:
             joined = "".join(said)
             found = {
@@ -147,6 +147,11 @@ class Reading:
 
     def known(self, letter: str) -> str | None:
         return letter.upper() if letter.upper() in self.options else None
+
+
+def _joined(said: Words) -> frozenset[str]:
+    parts = " ".join(said).removeprefix("both ").replace(" plus ", " and ").split(" and ")
+    return frozenset(parts) if len(parts) > 1 else frozenset()
 
 
 @lru_cache(maxsize=1 << 12)
@@ -189,6 +194,8 @@ def _by_steps(reading: Reading) -> str | None:
             return next(iter(found)) if len(found) == 1 else None
     refused = reading.refused
     despite = refused and MENTION_RULES["despite"].search(reading.text, refused.end())
+    if refused and MENTION_RULES["concedes"].search(reading.text[: refused.start()]):
+        despite = re.compile(",").search(reading.text, refused.end())  # "While I can't ..., it is"
     if despite:
         rest = reading.text[despite.end() :].strip(" ,")
         after = Reading(rest, reading.options, reading.letters, reading.texts)
@@ -373,7 +380,8 @@ def _last_line(reading: Reading) -> Found | None:
         return None
     alone = RULES["alone"].fullmatch(line) if reading.letters else None
     if alone and (letter := reading.known(alone[1])):
-        return {letter}
+        above = (RULES["alone"].fullmatch(one.strip()) for one in head.strip().split("\n"))
+        return {letter} | {one[1].upper() for one in above if one}  # "A.\nB.\nC." lists
     if _lists_options(reading):
         return None
     if found := reading.words_of(line):
@@ -470,7 +478,7 @@ def _scorer(name: str, description: str, **may_read: bool) -> Scorer:
         letter = choose(question, answer, **may_read)
         return Score(float(letter is not None and letter in question.gold_letters()), letter)
 
-    return Scorer(name, 3, description, score, has_options)
+    return Scorer(name, 4, description, score, has_options)
 
 
 CHOICE = _scorer(

@@ -15,8 +15,10 @@ from gmai_xtuner.evaluate.questions import Question, Score, Scorer
 from gmai_xtuner.evaluate.scoring.choice import CUES
 from gmai_xtuner.evaluate.scoring.mentions import affirmed, mentions, polarity, yes_or_no
 from gmai_xtuner.evaluate.scoring.text import (
+    TABLES,
     Words,
     clean,
+    numerals,
     patterns,
     plain,
     quantity,
@@ -26,9 +28,7 @@ from gmai_xtuner.evaluate.scoring.text import (
 )
 
 RULES = patterns("free_text")
-_SMALL = frozenset(
-    ["a", "an", "the", "this", "that", "is", "are", "in", "of", "it", "its", "on", "to", "image"]
-)
+_SMALL = frozenset(TABLES["small_words"])
 _CUES = "|".join(CUES[name] for name in ("the answer is", "answer:", "答案是"))
 _DECLARED = re.compile(rf"(?i)(?:{_CUES})\s*(.+?)\s*(?:$|\n)")
 
@@ -139,14 +139,14 @@ def _exact(question: Question, answer: str) -> Score:
     """Score 1 if the answer, or what it declares ("the answer is X"), is a gold answer word by word."""
     text = clean(answer)
     declared = [match[1].rstrip(".。") for match in _DECLARED.finditer(text)]
-    said = (text, *declared[-1:])
+    said = () if text.startswith("?") else (text, *declared[-1:])
     right = any(_is_gold(one, gold) for one in said for gold in _golds(question))
     return Score(float(right), " ".join(words(text)) or None)
 
 
 def _is_gold(said: str, gold: str) -> bool:
     """Compare words; numbers however written; a single letter also where labelled ("structure A")."""
-    if stems(gold) and stems(said) == stems(gold):
+    if stems(gold) and stems(gold) in (stems(said), stems(RULES["placed"].sub("", said, count=1))):
         return True
     if len(gold.strip()) == 1 and gold.strip().isalpha():
         label = RULES["labelled"].fullmatch(said.strip())
@@ -165,16 +165,16 @@ def _asks_yes_or_no(question: Question) -> bool:
 
 
 _FIRST = "yes or no as the answer's first word or declared"
-YES_NO = Scorer("yes_no", 3, _FIRST, _yes_no, _asks_yes_or_no)
+YES_NO = Scorer("yes_no", 4, _FIRST, _yes_no, _asks_yes_or_no)
 CLOSED = Scorer(
-    *("closed", 3, "yes or no, or the alternative of the question that the answer names", _closed),
+    *("closed", 4, "yes or no, or the alternative of the question that the answer names", _closed),
     lambda question: not question.options and is_closed(question),
 )
 _WORDS = "the gold answer's words in their order, without articles, case and punctuation"
-EXACT_MATCH = Scorer("exact_match", 3, _WORDS, _exact)
+EXACT_MATCH = Scorer("exact_match", 4, _WORDS, _exact)
 _SHARE = "share of the gold answer's words that were said"
-TOKEN_RECALL = Scorer("token_recall", 3, _SHARE, _by(recall))
-TOKEN_F1 = Scorer("token_f1", 3, "F1 over the words of answer and gold answer", _by(f1))
+TOKEN_RECALL = Scorer("token_recall", 4, _SHARE, _by(recall))
+TOKEN_F1 = Scorer("token_f1", 4, "F1 over the words of answer and gold answer", _by(f1))
 
 
 # Reports against a reference report, by well-kept packages
@@ -214,10 +214,10 @@ def _report_scorer(name: str, description: str) -> Scorer:
     def score(question: Question, answer: str) -> Score:
         said = clean(answer).strip()
         golds = (question.answer or "", *question.answers)
-        best = max(_measure(name)(said, gold) for gold in golds) if said else 0.0
+        best = max(_measure(name)(said, numerals(plain(gold))) for gold in golds) if said else 0.0
         return Score(min(1.0, max(0.0, best)), said or None)
 
-    return Scorer(name, 1, description, score, lambda question: not question.options)
+    return Scorer(name, 2, description, score, lambda question: not question.options)
 
 
 ROUGE_L = _report_scorer("rouge_l", "ROUGE-L's F measure, with stems (rouge-score)")

@@ -13,6 +13,8 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
+from operator import eq
 from typing import Generic, TypeVar
 
 from gmai_xtuner.evaluate.scoring.text import (
@@ -27,6 +29,7 @@ from gmai_xtuner.evaluate.scoring.text import (
 )
 
 Key = TypeVar("Key", bound=Hashable)
+Names = Mapping[Key, Iterable[Sequence[str]]]
 
 OTHER = "§"
 """Stands for another mention in the words around one."""
@@ -35,7 +38,7 @@ BEFORE = patterns("before", chinese=CHINESE)
 ASSERTED = patterns("asserted", chinese=CHINESE)
 AFTER = patterns("after", chinese=CHINESE, other=OTHER)
 
-_BEFORE_TERM = "合是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、"
+_BEFORE_TERM = "侧側合是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、"
 _AFTER_TERM = "表影改的了吗嗎吧呢和或与與是在里中上内內可被较較更最为為未也均都应應及选選项項、"
 
 
@@ -48,7 +51,7 @@ class Mention(Generic[Key]):
     end: int
 
 
-def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Mention[Key]]:
+def mentions(text: str, names: Names[Key]) -> list[Mention[Key]]:
     """Return where the things are named as whole words, the longest name where several overlap.
 
     Where the words around a name belong to a longer name ("diabetes mellitus" of "diabetes" and "diabetes
@@ -63,8 +66,9 @@ def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Me
                 last = first + len(name)
                 span = placed[first][0], placed[last - 1][1]
                 around = (said[first - 1] if first else "", said[last] if last < len(said) else "")
-                longer = _going_on(name, around, names)
+                longer = _going_on(name, around, names, text[: span[0]])
                 places += [Mention(one, *span) for one in (key, *longer)]
+                places += _elided(text, name, span, names)
     found = [one for one in places if _is_whole(text, one.start, one.end)]
 
     def within(one: Mention[Key], other: Mention[Key]) -> bool:
@@ -75,18 +79,43 @@ def mentions(text: str, names: Mapping[Key, Iterable[Sequence[str]]]) -> list[Me
 
 
 def _going_on(
-    name: Sequence[str], around: tuple[str, str], names: Mapping[Key, Iterable[Sequence[str]]]
+    name: Sequence[str], around: tuple[str, str], names: Names[Key], before: str
 ) -> set[Key]:
-    """Return the things of a longer name with this one in it and one of the words around it."""
+    """Return the things of a longer name with this one in it, and a word around it, or another kind."""
+    subtype = RULES["subtype"].search(before)
     return {
         key
         for key, longer_names in names.items()
         for longer in longer_names
         if len(longer) > len(name)
         for first in find(name, longer)
-        if (first and longer[first - 1] == around[0])
+        if (first and (longer[first - 1] == around[0] or subtype))
         or (first + len(name) < len(longer) and longer[first + len(name)] == around[1])
     }
+
+
+def _elided(
+    text: str, name: Sequence[str], span: tuple[int, int], names: Names[Key]
+) -> list[Mention[Key]]:
+    """Return names joined to one that has their common words: "anterior and lateral wall", "type 1 or 2"."""
+    found: list[Mention[Key]] = []
+    words, placed = _placed(text)
+    for step in (-1, 1):  # common words at the end, at the beginning
+        places = []
+        for one, other in ((one, other) for one, all_names in names.items() for other in all_names):
+            common = sum(takewhile(bool, map(eq, name[::step], other[::step])))
+            if 0 < common < min(len(name), len(other)):
+                rest = other[::step][common:][::step]
+                for first in find(rest, words):
+                    last = first + len(rest) - 1
+                    places.append(Mention(one, placed[first][0], placed[last][1]))
+        start, end = span
+        for place in sorted(places, key=lambda place: step * place.start):
+            gap = text[place.end : start] if step < 0 else text[end : place.start]
+            if gap.strip() and RULES["joiner"].fullmatch(gap):
+                found.append(place)
+                start, end = place.start, place.end
+    return found
 
 
 @lru_cache(maxsize=16)  # the steps look for mentions in the same text
@@ -122,11 +151,17 @@ def cancelled_by(text: str, one: Mention[Key], others: Sequence[Mention[Key]] = 
     sentence, rest, is_asked = _sentence(text, one, others)
     if is_asked:
         return "question"
+    if text[one.start : one.end].lower() == "normal" and (
+        RULES["part_is"].search(sentence) or RULES["part_of"].match(text, one.end)
+    ):
+        return "part"
     if RULES["head_noun"].match(text, one.end):
         return "head noun"
     if RULES["supposed"].match(sentence):
         return "condition"
     before, after = RULES["clause"].split(sentence)[-1], RULES["clause"].split(rest)[0]
+    if not before.strip() and BEFORE["queried"].search(text[: one.start]):
+        return "queried"
     for rules, context in ((BEFORE, before), (AFTER, after)):
         if context.strip():
             for name, rule in rules.items():
@@ -154,7 +189,7 @@ def is_asserted(text: str, one: Mention[Key]) -> bool:
     sentence, rest, _ = _sentence(text, one, ())
     before, after = RULES["clause"].split(sentence)[-1], RULES["clause"].split(rest)[0]
     label = ASSERTED["label"].search(text[: one.start])  # "B. Lung" alone, not one of a list
-    is_own = label is None or (label[1] == one.key and not rest.strip(" ."))
+    is_own = label is None or (label[1] == one.key and rest.strip(" .:-").lower() in ("", YES))
     return is_own and all(
         ASSERTED[side].search(part) for side, part in (("before", before), ("after", after))
     )
@@ -217,7 +252,11 @@ def _said(text: str) -> set[str]:
     within = (
         (one, text[: one.start(1)].rpartition(".")[2]) for one in YES_NO["within"].finditer(text)
     )
-    found += [one for one, before in within if not BEFORE["condition"].search(before)]
+    found += [
+        one
+        for one, before in within
+        if not (BEFORE["condition"].search(before) or RULES["supposed"].match(before))
+    ]
     said = {match[1].lower() for match in found if match}
     chinese = (YES_NO["chinese_first"].match(text), *YES_NO["chinese_declared"].finditer(text))
     return said | {_POLARITY[match[1]] for match in chinese if match}
@@ -229,13 +268,18 @@ def _restated(text: str, question: str) -> str | None:
     if finding and finding[2] in question:
         is_plain = not re.search("没|沒|无|無|不|未", re.sub("有没有|是不是", "", question))
         return (NO if finding[1] else YES) if is_plain else None
-    asked = set(stems(question)) - _SMALL
+    asked = set() if text.startswith("?") else set(stems(question)) - _SMALL
     sentences = [part for part in YES_NO["sentence"].split(text) if part.strip()]
     if not (asked and sentences and YES_NO["asks"].match(question)):
         return None
     first = sentences[0]
     denials = [match[0].lower() for match in YES_NO["denies"].finditer(first)]
     stated = [word for word in stems(first) if word not in _SMALL]
+    stated += ["with"] if "without" in stated else []
+    order = [word for word in stems(question) if word in asked]
+    said = set(stated) - {"not", "without", NO}
+    if len(sentences) == 1 and len(first.split()) < 4 and set(order[-1:]) <= said <= asked:
+        return NO if denials else YES  # "not enlarged"
     if not YES_NO["stated"].match(text) and not set(stated) <= asked | _FINDING_WORDS:
         return None
     fits = asked <= set(stated) and len(stated) <= len(asked) + 3 + len(denials)

@@ -198,7 +198,7 @@ def _answer_of(value: Any) -> str | None:
 CHINESE = "㐀-鿿豈-﫿"
 # A number keeps its sign, point, fraction, exponent and range; a unit that is written onto it is a word of
 # its own, other letters are not (3rd, 2D). Words are split at hyphens. A Chinese sign is a word.
-_PATTERNS = patterns("words", chinese=CHINESE)
+_PATTERNS = patterns("words", chinese=CHINESE, part="|".join(TABLES["parts"]))
 _ARTICLES = frozenset({"a", "an", "the"})
 NUMBER_WORDS = {word: str(number) for number, word in enumerate(TABLES["small_numbers"])}
 _SAME_WORD = TABLES["same_word"] | NUMBER_WORDS
@@ -229,8 +229,8 @@ def _is_label(text: str, start: int, end: int) -> bool:
 
 def numerals(text: str) -> str:
     """Return a text with its numbers, ranges and bounds in figures: "minus five", "between 2 and 4"."""
-    text = _PATTERNS["counted"].sub(_counted, text)
-    if "per cent" in text or "percent" in text or any(map(str.isdigit, text)):
+    text = _PATTERNS["fraction"].sub(_fraction, _PATTERNS["counted"].sub(_counted, text))
+    if "per cent" in text or "percent" in text or " than " in text or any(map(str.isdigit, text)):
         for pattern, replacement in _PHRASES:
             text = pattern.sub(replacement, text)
     return text
@@ -252,6 +252,12 @@ def _counted(match: re.Match[str]) -> str:
         elif word not in ("and", "a"):
             part += TABLES["tens"].get(word) or int(NUMBER_WORDS[word])
     return f"{sign}{total + part}"
+
+
+def _fraction(match: re.Match[str]) -> str:
+    below = match["below"] or match["among"] or match["part"].lower()
+    numbers = (match["above"] or "1", str(TABLES["parts"].get(below, below)))
+    return "/".join(NUMBER_WORDS.get(one.lower(), one) for one in numbers)
 
 
 def _number_word(word: str) -> str:
@@ -308,8 +314,9 @@ def quantity(text: str) -> tuple[float, str] | None:
     None for anything else, e.g. a text with two numbers.
     """
     text = numerals(plain(text).lower()).strip().rstrip(".。")
-    text = re.sub(r"^(?:one |a )(?=half|third|quarter)", "", re.sub(r"^- (?=[\d.])", "-", text))
-    text = re.sub(r"(?<=\d) (?=\d{3}\b)", "", TABLES["parts"].get(text, text))
+    text = re.sub(r"^- (?=[\d.])", "-", text).removeprefix("a ")
+    text = f"1/{TABLES['parts'][text]}" if text in TABLES["parts"] else text
+    text = re.sub(r"(?<=\d) (?=\d{3}\b)", "", re.sub(r"^10\^\{?([+-]?\d+)\}?$", r"1e\1", text))
     text = " ".join(_SAME_WORD.get(word, word) for word in text.split())
     match = _PATTERNS["quantity"].fullmatch(text)
     if match is None or (match["whole"] and not match["below"]):

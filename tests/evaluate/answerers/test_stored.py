@@ -7,6 +7,7 @@ import shutil
 
 import openpyxl
 import pytest
+import yaml
 
 from gmai_xtuner.evaluate.__main__ import main
 from gmai_xtuner.evaluate.questions import Question
@@ -100,6 +101,53 @@ def test_a_question_without_a_stored_answer_is_counted(benchmark, tmp_path, capf
     assert (
         "1 questions (not_stored 1) without an answer, not in the score" in capfd.readouterr().out
     )
+
+
+def test_a_result_is_exported_to_other_kits(benchmark, tmp_path, capfd):
+    """Inspect's log was read once by inspect_ai 0.3.285, the hub's file by huggingface_hub 2.4.0."""
+
+    def export(how, *more, folder):
+        return main(["export", str(folder), "--format", how, *more])
+
+    run = tmp_path / "run"
+    evaluate(benchmark, run, mmmu(tmp_path / "a.json", FIRST))
+    assert export("inspect", folder=run) == 1
+    assert "has 2 results. Export one of them" in capfd.readouterr().err
+    (folder,) = {one.parent for one in run.rglob("result.json") if '"choice"' in one.read_text()}
+
+    assert export("lmms-eval", "--out", str(tmp_path / "s.jsonl"), folder=folder) == 0
+    evaluate(benchmark, tmp_path / "again", tmp_path / "s.jsonl")
+    assert scores(tmp_path / "again") == scores(run)
+
+    assert export("inspect", folder=folder) == 0
+    log = json.loads((folder / "inspect.json").read_text())
+    assert log["results"]["scores"][0]["metrics"]["micro"]["value"] == 0.75
+    last = log["samples"][-1]
+    assert (last["choices"], last["target"], last["output"]["completion"]) == (
+        ["red", "blue"],
+        ["A"],
+        "a",
+    )
+    assert last["scores"] == {"choice": {"value": 1.0, "answer": "A"}}
+
+    assert export("eval_results", folder=folder) == 1
+    assert "name it (--dataset OWNER/NAME" in capfd.readouterr().err
+    assert export("eval_results", "--dataset", "me/colours", folder=folder) == 0
+    (entry,) = yaml.safe_load((folder / "eval_results.yaml").read_text())
+    assert (entry["dataset"], entry["value"]) == ({"id": "me/colours", "task_id": "default"}, 75.0)
+    assert "n = 4" in entry["notes"]
+
+
+def test_a_part_of_a_benchmark_is_not_published_as_its_score(benchmark, tmp_path, capfd):
+    evaluate(benchmark, tmp_path / "run", mmmu(tmp_path / "a.json", SECOND))
+    (folder,) = {
+        one.parent
+        for one in (tmp_path / "run").rglob("result.json")
+        if '"choice"' in one.read_text()
+    }
+    assert main(["export", str(folder), "--format", "eval_results", "--dataset", "me/colours"]) == 1
+    assert "is no score of colours as a whole: 1 questions (not_stored 1)" in capfd.readouterr().err
+    assert not (folder / "eval_results.yaml").exists()
 
 
 @pytest.mark.parametrize(
