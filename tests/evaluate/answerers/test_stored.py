@@ -123,11 +123,8 @@ def test_a_result_is_exported_to_other_kits(benchmark, tmp_path, capfd):
     log = json.loads((folder / "inspect.json").read_text())
     assert log["results"]["scores"][0]["metrics"]["micro"]["value"] == 0.75
     last = log["samples"][-1]
-    assert (last["choices"], last["target"], last["output"]["completion"]) == (
-        ["red", "blue"],
-        ["A"],
-        "a",
-    )
+    said = (last["choices"], last["target"], last["output"]["completion"])
+    assert said == (["red", "blue"], "A", "a")
     assert last["scores"] == {"choice": {"value": 1.0, "answer": "A"}}
 
     assert export("eval_results", folder=folder) == 1
