@@ -14,7 +14,7 @@ import torch
 from xtuner.dataset.samplers.length_grouped import get_length_grouped_indices
 
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import collate_packs
 from gmai_xtuner.data.packing import pack
 
 IMAGE_SIZE, IMAGE_TOKENS = 336, 576

@@ -82,8 +82,7 @@ def open_ours(folder: Path, work_dir: Path) -> dict[str, Any]:
     import torch  # noqa: F401
     from torch.utils.data import DataLoader
 
-    from gmai_xtuner.data.collate import collate_packs
-    from gmai_xtuner.data.dataset import SoftPackedDataset
+    from gmai_xtuner.data.dataset import SoftPackedDataset, collate_packs
     from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 
     tokenizer = load_tokenizer(None, work_dir)

@@ -19,7 +19,7 @@ from mmengine.logging import MMLogger  # noqa: E402
 from xtuner.registry import MAP_FUNC  # noqa: E402
 
 from gmai_xtuner.checkpoint import bases, llava, tokenizer  # noqa: E402, F401
-from gmai_xtuner.data import collate, dataset, sampler  # noqa: E402, F401
+from gmai_xtuner.data import dataset, sampler  # noqa: E402, F401
 from gmai_xtuner.data.tokenization import soft_packing_map_fn  # noqa: E402
 from gmai_xtuner.train import (  # noqa: E402, F401
     benchmarks,
@@ -29,7 +29,7 @@ from gmai_xtuner.train import (  # noqa: E402, F401
     nonfinite,
     sample_answer,
     schedule,
-    trackers,
+    start,
     validation,
 )
 

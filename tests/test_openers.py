@@ -38,7 +38,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "bz2.BZ2File": (IMAGING,),
     "bz2.open": (),
     "zipfile.ZipFile": (
-        *("gmai_xtuner.checkpoint.pickles", "gmai_xtuner.core.members"),
+        *("gmai_xtuner.checkpoint.weights", "gmai_xtuner.core.members"),
         *("data_tools.readers.arrays", "data_tools.readers.rows"),
     ),
     "tarfile.open": ("gmai_xtuner.core.members",),
@@ -53,7 +53,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "openpyxl.load_workbook": (
         *("data_tools.readers.rows", "gmai_xtuner.evaluate.answerers.stored"),
     ),
-    "torch.load": ("gmai_xtuner.checkpoint.pickles",),
+    "torch.load": ("gmai_xtuner.checkpoint.weights",),
     "torch.jit.load": (),
     "joblib.load": (),
     "yaml.load": (),
@@ -72,7 +72,7 @@ OPENERS: dict[str, tuple[str, ...]] = {
         *("data_tools.checks.terms", "data_tools.forms.language", "data_tools.job"),
         *("data_tools.lexicon", "data_tools.licences", "gmai_xtuner.evaluate.tables"),
         *("gmai_xtuner.evaluate.scoring", "gmai_xtuner.demo.i18n"),
-        "gmai_xtuner.train.deepspeed_settings",
+        "gmai_xtuner.train.settings",
     ),
 }
 """What opens a file -> modules, or packages of them, that may use it; they bound it or know the file."""

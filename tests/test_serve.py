@@ -33,8 +33,7 @@ from gmai_xtuner.core.addresses import impatient_protocol
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.generate import Predictor, user_turn
 from gmai_xtuner.serve import app
-from gmai_xtuner.serve.answers import StopTexts
-from gmai_xtuner.serve.app import Server
+from gmai_xtuner.serve.app import Server, StopTexts
 from gmai_xtuner.serve.protocol import ApiError, Limits
 from tests.commands.runner import ROOT
 

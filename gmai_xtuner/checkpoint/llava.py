@@ -27,7 +27,6 @@ from gmai_xtuner.checkpoint.export import save_xtuner_layout
 from gmai_xtuner.checkpoint.export_gguf import write_gguf
 from gmai_xtuner.checkpoint.export_huggingface import save_whole_model, write_llava
 from gmai_xtuner.checkpoint.layouts import is_export, read_export
-from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
     check_stage,
     check_trained_state,
@@ -36,6 +35,7 @@ from gmai_xtuner.checkpoint.training import (
     load_parts,
     resolve_checkpoint,
 )
+from gmai_xtuner.checkpoint.weights import read_training_state
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import shorten
 from gmai_xtuner.data.log import info

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gmai_xtuner.checkpoint.pickles import install_safe_reader, read_training_state
+from gmai_xtuner.checkpoint.weights import install_safe_reader, read_training_state
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import shorten
 from gmai_xtuner.data.log import warn

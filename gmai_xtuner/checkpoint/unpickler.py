@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Unpicklers that call nothing but their own makers; see :mod:`gmai_xtuner.checkpoint.pickles`."""
+"""Unpicklers that call nothing but their own makers; see :mod:`gmai_xtuner.checkpoint.weights`."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from gmai_xtuner.checkpoint.pickles import install_safe_reader
+from gmai_xtuner.checkpoint.weights import install_safe_reader
 from gmai_xtuner.compat import deepspeed, xtuner
 from gmai_xtuner.compat.deepspeed import wrap_once
 from gmai_xtuner.train import names

@@ -138,8 +138,7 @@ def check_before_anything_is_built() -> None:
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def check_cfg(cfg: Any, args: Any) -> None:
-            from gmai_xtuner.train.start import check
-            from gmai_xtuner.train.trackers import add_trackers
+            from gmai_xtuner.train.start import add_trackers, check
 
             settled = check(cfg, options=args.cfg_options, deepspeed=args.deepspeed)
             add_trackers(cfg, args.work_dir or cfg.get("work_dir") or Path(args.config).stem)

@@ -47,17 +47,20 @@ from gmai_xtuner.core.files import (
     staging,
 )
 from gmai_xtuner.core.mixture import DatasetEntry
-from gmai_xtuner.data.bad_records import (
+from gmai_xtuner.data.log import info, warn
+from gmai_xtuner.data.tokenization import ConversationTokenizer, TokenizedConversation
+from gmai_xtuner.data.tokenize_records import (
     BAD_LIST,
+    SCHEMA,
     BadList,
+    CacheOptions,
+    TokenizeJob,
     bad_folder,
     leave_for_inspection,
     note_of_record,
     raise_again_if_found_since,
+    tokenized_chunks,
 )
-from gmai_xtuner.data.log import info, warn
-from gmai_xtuner.data.tokenization import ConversationTokenizer, TokenizedConversation
-from gmai_xtuner.data.tokenize_records import SCHEMA, CacheOptions, TokenizeJob, tokenized_chunks
 
 FORMAT_VERSION = 3
 """Raised when the same records would give other rows; 3: keys such as ``image_path`` are asked about."""

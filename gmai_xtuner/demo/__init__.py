@@ -2,7 +2,7 @@
 
 """A page to try a model in a browser: ``python -m gmai_xtuner.demo MODEL [MODEL_B]``.
 
-What is opened and with how much memory (`files`, `studies`), what is asked (`conversation`), who answers
-(`answering`), what is drawn (`boxes`), what is shown (`image_panel`, `chat_panel`, `widgets`, `i18n`), and
+What is opened and with how much memory (`files`, `studies`), what is asked and who answers
+(`conversation`), what is drawn (`boxes`), what is shown (`image_panel`, `chat_panel`, `widgets`, `i18n`), and
 the page itself and who may come in (`server`).
 """

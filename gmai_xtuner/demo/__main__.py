@@ -28,7 +28,7 @@ from gmai_xtuner.cli import (
 from gmai_xtuner.core.errors import GMAIError
 
 if TYPE_CHECKING:
-    from gmai_xtuner.demo.answering import LoadedModel
+    from gmai_xtuner.demo.conversation import LoadedModel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace) -> None:
             f'the page needs the extra "demo" ({error}). Install it: pip install -e ".[demo]"'
         ) from error
     from gmai_xtuner.core.addresses import is_loopback, reserved
-    from gmai_xtuner.demo.answering import Answering
+    from gmai_xtuner.demo.conversation import Answering
     from gmai_xtuner.demo.files import examples_of, installed_examples
     from gmai_xtuner.demo.server import Demo, serve
     from gmai_xtuner.demo.studies import MEBIBYTE, Limits
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace) -> list[LoadedModel]:
-    from gmai_xtuner.demo.answering import LoadedModel
+    from gmai_xtuner.demo.conversation import LoadedModel
 
     asked = [(options.model, options.llm, options.vision)]
     if options.model_b:

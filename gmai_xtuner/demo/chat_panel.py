@@ -13,9 +13,8 @@ from typing import cast
 from nicegui import background_tasks, ui
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
-from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.boxes import UNITS, draw_boxes, read_boxes
-from gmai_xtuner.demo.conversation import Answer, Exchange, Session
+from gmai_xtuner.demo.conversation import Answer, Answering, Exchange, Session
 from gmai_xtuner.demo.i18n import PRESETS, PageError
 from gmai_xtuner.demo.studies import Memory
 from gmai_xtuner.demo.widgets import Panel, chips, data_url, image_element

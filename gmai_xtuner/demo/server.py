@@ -37,9 +37,8 @@ from gmai_xtuner.core.addresses import (
     is_loopback,
 )
 from gmai_xtuner.core.files import delete, remove_left_behind, staging
-from gmai_xtuner.demo.answering import Answering
 from gmai_xtuner.demo.chat_panel import ChatPanel
-from gmai_xtuner.demo.conversation import Session
+from gmai_xtuner.demo.conversation import Answering, Session
 from gmai_xtuner.demo.files import Example
 from gmai_xtuner.demo.i18n import BANNER, LANGUAGES, Language, say
 from gmai_xtuner.demo.image_panel import ImagePanel

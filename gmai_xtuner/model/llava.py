@@ -268,7 +268,7 @@ class LLaVA(BaseModel):
     def forward(
         self, data: Mapping[str, Any], data_samples: object = None, mode: str = "loss"
     ) -> dict[str, torch.Tensor] | torch.Tensor | list[dict[str, Any]]:
-        """One flat batch, as made by :func:`gmai_xtuner.data.collate.collate_packs`.
+        """One flat batch, as made by :func:`gmai_xtuner.data.dataset.collate_packs`.
 
         Args:
             data: ``input_ids`` and ``position_ids`` int64 ``[1, T]``, ``cu_seqlens`` int32 ``[S + 1]``,

@@ -16,7 +16,6 @@ from torch import nn
 from gmai_xtuner.checkpoint.bases import NOT_VISION
 from gmai_xtuner.checkpoint.layouts import is_export, text_model, vision_model
 from gmai_xtuner.checkpoint.llava import check_no_language_model, without_prefix
-from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
     checkpoints_in,
     first_rank_file,
@@ -24,6 +23,7 @@ from gmai_xtuner.checkpoint.training import (
     resolve_checkpoint,
     what_is_wrong,
 )
+from gmai_xtuner.checkpoint.weights import read_training_state
 from gmai_xtuner.core.config import accumulation
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import has_weights, resolve_directory

@@ -17,11 +17,11 @@ import numpy as np
 from gmai_xtuner.core.archives import archives_of
 from gmai_xtuner.core.errors import DataError, GMAIError, ModelLoadError
 from gmai_xtuner.core.mixture import DatasetEntry, load_mixture, select
-from gmai_xtuner.data.bad_records import BadRecords
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 from gmai_xtuner.data.token_cache import OpenCache, TokenCache
+from gmai_xtuner.data.tokenize_records import BadRecords
 from gmai_xtuner.preflight.run_config import Findings, RunConfig
 
 

@@ -18,7 +18,7 @@ from mmengine.config import Config
 
 from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.train.deepspeed_settings import Settled, read
+from gmai_xtuner.train.settings import Settled, read
 
 FAIL, WARN, NOTE = "fail", "warn", "note"
 

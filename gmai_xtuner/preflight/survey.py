@@ -29,7 +29,7 @@ from gmai_xtuner.preflight.memory import (
 )
 from gmai_xtuner.preflight.pictures import BadImage
 from gmai_xtuner.preflight.run_config import Findings, RunConfig, ZeroSettings
-from gmai_xtuner.train.deepspeed_settings import read
+from gmai_xtuner.train.settings import read
 
 ALTERNATIVES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 """DeepSpeed files that are tried where the memory does not suffice."""

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from mmengine.dist import get_rank
 
-from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import first_rank_file
+from gmai_xtuner.checkpoint.weights import read_training_state
 from gmai_xtuner.core.errors import GMAIError
 
 WEIGHTS = "fp32"

@@ -16,7 +16,6 @@ import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.runner import FlexibleRunner
 
-from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import (
     MANIFEST,
     first_rank_file,
@@ -25,6 +24,7 @@ from gmai_xtuner.checkpoint.training import (
     read_manifest,
     what_is_wrong,
 )
+from gmai_xtuner.checkpoint.weights import read_training_state
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.train.elastic import read_in_another_layout

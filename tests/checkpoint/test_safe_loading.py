@@ -29,10 +29,15 @@ from mmengine.logging.history_buffer import HistoryBuffer
 
 from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
 from gmai_xtuner.checkpoint.llava import read_frozen
-from gmai_xtuner.checkpoint.pickles import FOREIGN_READERS, read_training_state, read_weights
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.checkpoint.training import load_checkpoint_state
-from gmai_xtuner.checkpoint.weights import add_adapter, read_state_dict
+from gmai_xtuner.checkpoint.weights import (
+    FOREIGN_READERS,
+    add_adapter,
+    read_state_dict,
+    read_training_state,
+    read_weights,
+)
 from gmai_xtuner.cli import add_model_arguments
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.core.hub import resolve_directory

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gmai_xtuner.checkpoint.pickles import read_training_state
 from gmai_xtuner.checkpoint.training import iteration_of, newest_whole
+from gmai_xtuner.checkpoint.weights import read_training_state
 from tests.commands.runner import Xtuner, last_checkpoint, scalars
 from tests.evaluate.sets import write_pmc_vqa, write_vqa_rad
 from tests.toy import record, write_corpus

@@ -17,9 +17,9 @@ from gmai_xtuner.core.constants import IGNORE_INDEX
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.core.mixture import load_mixture
 from gmai_xtuner.data import token_cache
-from gmai_xtuner.data.bad_records import BadRecords
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.token_cache import TokenCache
+from gmai_xtuner.data.tokenize_records import BadRecords
 from tests.data.conftest import OPTIONS
 from tests.toy import Corpus, record
 

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import DataError, ImageError, MixtureError
 from gmai_xtuner.core.imaging.images import open_rgb
-from gmai_xtuner.data.collate import collate_packs
-from gmai_xtuner.data.dataset import PackRef, SoftPackedDataset
+from gmai_xtuner.data.dataset import PackRef, SoftPackedDataset, collate_packs
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 from tests.toy import record

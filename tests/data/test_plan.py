@@ -15,7 +15,7 @@ import torch
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data import plan as plan_module
-from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import collate_packs
 from gmai_xtuner.data.plan import TOTALS, DataPlan, _open_epoch
 from tests.data.conftest import run_at_once
 from tests.data.test_held_out import write_cache

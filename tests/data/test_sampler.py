@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from gmai_xtuner.core.constants import IGNORE_INDEX
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.data.collate import collate_packs
-from gmai_xtuner.data.dataset import PackRef
+from gmai_xtuner.data.dataset import PackRef, collate_packs
 from gmai_xtuner.data.packing import Packs
 from gmai_xtuner.data.plan import EpochPlan
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from gmai_xtuner.core.imaging.images import open_rgb
-from gmai_xtuner.demo.answering import Answering, LoadedModel, counted
-from gmai_xtuner.demo.conversation import Session
+from gmai_xtuner.demo.conversation import Answering, LoadedModel, Session, counted
 from gmai_xtuner.demo.files import open_files
 from gmai_xtuner.demo.i18n import ERRORS, WORDS, PageError
 from gmai_xtuner.demo.studies import Limits, Memory, View, Volume, photograph

@@ -137,7 +137,7 @@ def _records(folder: Path, name: str) -> object:
 
 
 def _deepspeed(folder: Path, name: str) -> object:
-    from gmai_xtuner.train.deepspeed_settings import read
+    from gmai_xtuner.train.settings import read
 
     return read(str(folder / name), CONFIG).require()
 
@@ -159,7 +159,7 @@ def _weights() -> dict[str, bytes]:
 
 
 def _pickle(folder: Path, name: str) -> object:
-    from gmai_xtuner.checkpoint.pickles import read_training_state, read_weights
+    from gmai_xtuner.checkpoint.weights import read_training_state, read_weights
 
     return (read_weights if name == "w.bin" else read_training_state)(folder / name)
 

@@ -21,7 +21,7 @@ from transformers import (
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 from gmai_xtuner.checkpoint.export_huggingface import llava_config
-from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import collate_packs
 from gmai_xtuner.model.costs import (
     ModelFlops,
     Work,

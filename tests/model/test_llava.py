@@ -16,7 +16,7 @@ from gmai_xtuner.checkpoint.bases import load_vision_tower
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
-from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import collate_packs
 from gmai_xtuner.model.llava import ImageFeatureMismatch, num_image_tokens
 
 IMAGE_SIZE, PATCHES, VOCABULARY = 28, 4, 50

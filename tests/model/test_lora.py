@@ -15,7 +15,7 @@ from xtuner.registry import BUILDER
 from gmai_xtuner.checkpoint.bases import load_language_model
 from gmai_xtuner.checkpoint.llava import PREFIX, GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
-from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import collate_packs
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.model.lora import adapter_layers, is_adapter_key, is_quantized, plain_key
 from tests.model.exporting import stage_config

@@ -19,7 +19,7 @@ from transformers.models.llama import modeling_llama
 
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.data.collate import collate_packs
+from gmai_xtuner.data.dataset import collate_packs
 from gmai_xtuner.model import liger
 from gmai_xtuner.model.loss import install_loss_head, weighted_cross_entropy
 from tests.model.test_llava import build_model, loss_and_gradients, make_batch, make_pack

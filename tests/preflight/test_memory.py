@@ -16,8 +16,8 @@ from gmai_xtuner.preflight.memory import (
     moment_bytes,
 )
 from gmai_xtuner.preflight.run_config import ZeroSettings
-from gmai_xtuner.train.deepspeed_settings import read
 from gmai_xtuner.train.names import DEEPSPEED_NAMES
+from gmai_xtuner.train.settings import read
 
 W, T = 8_000_000_000, 4_000_000_000
 COUNTS = {"llm": PartCount(W, T, 0, 2 * W, 100_000_000)}

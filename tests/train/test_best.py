@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.train import trackers, validation
+from gmai_xtuner.train import start, validation
 from gmai_xtuner.train.validation import BestCheckpointHook
 
 
@@ -115,7 +115,7 @@ def test_what_can_not_be_watched_is_refused(run):
 def test_trackers_are_added_by_one_option():
     shown = {"vis_backends": [{"type": "LocalVisBackend"}]}
     cfg = Config({"report_to": "mlflow, wandb", "visualizer": shown})
-    trackers.add_trackers(cfg, "work_dirs/mine")
+    start.add_trackers(cfg, "work_dirs/mine")
     local, mlflow, wandb = cfg.visualizer.vis_backends
     assert local["type"] == "LocalVisBackend"
     assert mlflow["run_name"] == wandb["init_kwargs"]["name"] == "mine"
@@ -140,8 +140,8 @@ def test_a_tracker_that_cannot_be_used_is_said_before_the_run(
     named, installed, problem, monkeypatch
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: installed or None)
-    problems = trackers.tracker_problems({"report_to": named})
+    monkeypatch.setattr(start.importlib.util, "find_spec", lambda name: installed or None)
+    problems = start.tracker_problems({"report_to": named})
     assert len(problems) == bool(problem)
     assert not problem or problem in problems[0]
 
@@ -149,7 +149,7 @@ def test_a_tracker_that_cannot_be_used_is_said_before_the_run(
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_no_image_leaves_for_a_tracker(name, tmp_path):
     cfg = Config({"report_to": name, "visualizer": {"vis_backends": []}})
-    trackers.add_trackers(cfg, "w")
+    start.add_trackers(cfg, "w")
     backend = VISBACKENDS.build({**cfg.visualizer.vis_backends[0], "save_dir": str(tmp_path)})
     backend.add_image("sample", None)  # a backend that took it would import its package
     assert not hasattr(backend, f"_{name}")

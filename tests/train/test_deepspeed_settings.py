@@ -9,7 +9,8 @@ import pytest
 from deepspeed.runtime import constants
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.train.deepspeed_settings import (
+from gmai_xtuner.train.names import DEEPSPEED_NAMES, packaged_names
+from gmai_xtuner.train.settings import (
     CONFIG_DECIDES,
     DROPPED,
     HONOURED,
@@ -17,7 +18,6 @@ from gmai_xtuner.train.deepspeed_settings import (
     read,
     settle,
 )
-from gmai_xtuner.train.names import DEEPSPEED_NAMES, packaged_names
 
 CONFIG = {
     "train_dataloader": {"batch_size": 8},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gmai_xtuner.train.deepspeed_settings import CONFIG_DECIDES, DROPPED, HABITS, HONOURED, REFUSED
+from gmai_xtuner.train.settings import CONFIG_DECIDES, DROPPED, HABITS, HONOURED, REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Settings of other programs

@@ -12,9 +12,8 @@ from mmengine.hooks import Hook
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.train import start
-from gmai_xtuner.train.deepspeed_settings import HABITS
+from gmai_xtuner.train.settings import HABITS, arguments_of, unread_settings
 from gmai_xtuner.train.start import check_something_learns, setting_problems
-from gmai_xtuner.train.unread import arguments_of, unread_settings
 from tests.preflight.bases import INTERNLM2_5_7B
 from tests.tables import tables
 

@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.data.collate import collate_packs
-from gmai_xtuner.data.dataset import SoftPackedDataset
+from gmai_xtuner.data.dataset import SoftPackedDataset, collate_packs
 from gmai_xtuner.data.sampler import MicroBatchSampler, PackSampler
 from gmai_xtuner.train import validation
 from gmai_xtuner.train.validation import HeldOutLoop, HeldOutLoss
