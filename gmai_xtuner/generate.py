@@ -47,10 +47,14 @@ ImageLike = str | Path | Image.Image | torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Turns up to where the assistant is to answer, and the images of their ``<image>`` marks, in order."""
+    """Turns up to where the assistant is to answer, and the images of their ``<image>`` marks, in order.
+
+    ``ids`` in the place of turns are those of a prompt that is tokenised, with one placeholder an image.
+    """
 
     turns: tuple[Turn, ...]
     images: tuple[ImageLike, ...] = ()
+    ids: np.ndarray | None = None
 
 
 class Answered(NamedTuple):
@@ -188,6 +192,7 @@ class Predictor:
         (found,) = self.answer_batch([Prompt(tuple(turns), tuple(images))], **options)
         return found.text
 
+    # Not inference_mode: weights that ZeRO-3 gathers inside could not be trained afterwards.
     @torch.no_grad()
     def answer_batch(
         self,
@@ -212,9 +217,7 @@ class Predictor:
         """
         if not prompts:
             return []
-        embeds = self._embed_all(
-            [self.encode(prompt) for prompt in prompts], [prompt.images for prompt in prompts]
-        )
+        embeds = self._embed_all(prompts)
         answers = [Answered("", True)] * len(prompts)
         groups = list(self._by_room(embeds, max_new_tokens).items())
         if synced_gpus:
@@ -244,11 +247,10 @@ class Predictor:
         sampling: Sampling = GREEDY,
     ) -> AnswerStream:
         """The assistant's next turn in pieces, as they come; joined, what :meth:`generate` returns."""
-        prompt = Prompt(tuple(turns), tuple(images))
-        arguments = self._arguments(self.encode(prompt), prompt.images, max_new_tokens)
-        arguments |= sampling.arguments()
-        length = arguments["inputs_embeds"].shape[1]
-        return AnswerStream(length, partial(self._pieces, arguments, sampling))
+        embeds = self._embed_all([Prompt(tuple(turns), tuple(images))])
+        (room,) = self._by_room(embeds, max_new_tokens)
+        arguments = self._padded(embeds, room) | sampling.arguments()
+        return AnswerStream(len(embeds[0]), partial(self._pieces, arguments, sampling))
 
     def _pieces(
         self, arguments: dict[str, Any], sampling: Sampling, stream: AnswerStream
@@ -291,6 +293,8 @@ class Predictor:
 
     def encode(self, prompt: Prompt) -> np.ndarray:
         """int32 ids of a prompt, one placeholder an image; a text too long for any tokens isn't tokenised."""
+        if prompt.ids is not None:
+            return prompt.ids
         length = sum(len(turn.text) for turn in prompt.turns)
         if length > self._longest_token * self.context_length:
             raise PromptTooLong(-(-length // self._longest_token), self.context_length)
@@ -304,41 +308,17 @@ class Predictor:
             )
         return self.encoder.encode_prompt(prompt.turns)
 
-    # Not inference_mode: weights that ZeRO-3 gathers inside could not be trained afterwards.
-    @torch.no_grad()
-    def continue_prompt(
-        self,
-        ids: np.ndarray,
-        images: Sequence[ImageLike],
-        *,
-        max_new_tokens: int = 256,
-        synced_gpus: bool = False,
-    ) -> str:
-        """What follows a tokenised prompt with one placeholder an image, greedily."""
-        arguments = self._arguments(ids, images, max_new_tokens)
-        arguments |= GREEDY.arguments()
-        return self._decode(self.model.llm.generate(**arguments, synced_gpus=synced_gpus)[0])
-
     def _decode(self, ids: Any) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def _arguments(
-        self, ids: np.ndarray, images: Sequence[ImageLike], max_new_tokens: int
-    ) -> dict[str, Any]:
-        """Return what ``generate`` takes for one prompt."""
-        embeds = self._embed_all([ids], [images])
-        (room,) = self._by_room(embeds, max_new_tokens)
-        return self._padded(embeds, room)
-
-    def _embed_all(
-        self, prompts: Sequence[np.ndarray], images: Sequence[Sequence[ImageLike]]
-    ) -> list[torch.Tensor]:
+    def _embed_all(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         """``[T, D]`` of each prompt, every one of which leaves a position to answer at."""
-        longest = max(map(self._length, prompts), default=0)
+        encoded = [self.encode(prompt) for prompt in prompts]
+        longest = max(map(self._length, encoded))
         if longest >= self.context_length:
             raise PromptTooLong(longest, self.context_length)
-        pairs = zip(prompts, images, strict=True)
-        return [self._embed(ids.astype(np.int64), own) for ids, own in pairs]
+        pairs = zip(encoded, prompts, strict=True)
+        return [self._embed(ids.astype(np.int64), prompt.images) for ids, prompt in pairs]
 
     def _by_room(self, embeds: Sequence[torch.Tensor], max_new_tokens: int) -> dict[int, list[int]]:
         """Return tokens of the longest answer -> the prompts that have room for it, computed together.

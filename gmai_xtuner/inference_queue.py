@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
+from typing import TypeVar
 
 _GIVE_UP_INTERVAL = 0.1
 """Seconds between two looks at whether a waiting client has given up."""
+
+
+Stream = TypeVar("Stream", bound=Iterator[str])
 
 
 class QueueFull(Exception):
@@ -72,13 +76,17 @@ class InferenceQueue:
             for waiting in self._tickets:
                 waiting.set()
 
+    async def start(self, make: Callable[[], Stream]) -> Stream:
+        """Make a stream of pieces in the model's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, make)
+
     async def pieces(
-        self, start: Callable[[], Iterator[str]], stop: threading.Event | None = None
-    ) -> AsyncIterator[str]:
+        self, stream: Iterator[str], stop: threading.Event | None = None
+    ) -> AsyncGenerator[str, None]:
         """Yield what a blocking iterator yields, computed in the model's thread.
 
-        ``start`` makes the iterator, in that thread. It ends early, after the piece that is being computed,
-        when ``stop`` is set, and is closed in any case before this returns, so that nothing computes on.
+        It ends early, after the piece that is being computed, when ``stop`` is set, and is closed in any case
+        before this returns, so that nothing computes on.
         """
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[str | None] = asyncio.Queue()
@@ -89,7 +97,7 @@ class InferenceQueue:
 
         def run() -> None:
             try:
-                with closing(start()) as iterator:  # type: ignore[type-var]
+                with closing(stream) as iterator:  # type: ignore[type-var]
                     for piece in iterator:
                         if abandoned.is_set() or (stop and stop.is_set()):
                             break

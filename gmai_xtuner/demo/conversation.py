@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.demo.boxes import Unit
 from gmai_xtuner.demo.i18n import Language, PageError
 from gmai_xtuner.demo.studies import Limits, Study, View, first_view
-from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, PromptTooLong, Sampling, user_turn
+from gmai_xtuner.generate import Predictor, Prompt, PromptTooLong, Sampling, user_turn
 from gmai_xtuner.inference_queue import InferenceQueue, QueueFull
 from gmai_xtuner.model.costs import part_cost, size
 
@@ -323,18 +324,13 @@ class Answering:
         changed(number)
         history, predictor = session.history(number, exchange), self.models[number].predictor
         begin = time.monotonic()
-        streams: list[AnswerStream] = []
-
-        def start() -> AnswerStream:
-            streams.append(predictor.stream(*history, **ask))
-            return streams[0]
-
         try:
-            async for piece in self._queue.pieces(start, session.stop):
+            stream = await self._queue.start(partial(predictor.stream, *history, **ask))
+            async for piece in self._queue.pieces(stream, session.stop):
                 answer.text += piece
                 changed(number)
             answer.state = "stopped" if session.stop.is_set() else "done"
-            answer.is_cut = answer.state == "done" and streams[0].is_cut
+            answer.is_cut = answer.state == "done" and stream.is_cut
         except Exception as error:  # whatever it was, the next visitor's question is to be answered
             _LOG.exception("the model failed")
             no_memory = isinstance(error, torch.cuda.OutOfMemoryError)

@@ -10,8 +10,9 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gmai_xtuner.core.addresses import is_asked_at_home
-from gmai_xtuner.generate import AnswerStream, Predictor, Prompt, PromptTooLong, Sampling
+from gmai_xtuner.generate import Predictor, Prompt, PromptTooLong, Sampling
 from gmai_xtuner.inference_queue import InferenceQueue, QueueFull
 from gmai_xtuner.serve.protocol import ApiError, ChatRequest, Limits, busy, read_request
 
@@ -32,6 +33,32 @@ log = logging.getLogger(__name__)
 
 _BODIES_AT_ONCE = 4
 """Requests of the largest size that may arrive at the same time."""
+
+
+class Job(NamedTuple):
+    """What is asked of the model."""
+
+    prompt: Prompt
+    max_new_tokens: int
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+
+
+class End(NamedTuple):
+    """How an answer ended: ``"stop"``, or ``"length"`` at its greatest length."""
+
+    finish_reason: str
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """As the API has it."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.new_tokens,
+            "total_tokens": self.prompt_tokens + self.new_tokens,
+        }
 
 
 class Server:
@@ -61,7 +88,7 @@ class Server:
     ) -> None:
         self.name, self._key = name, key
         self.limits, self.max_new_tokens = limits or Limits(), max_new_tokens
-        self.answers = Answers(predictor, max_waiting=max_waiting)
+        self.predictor, self.queue = predictor, InferenceQueue(max_waiting=max_waiting)
         self._described = {
             "id": name,
             "object": "model",
@@ -93,7 +120,7 @@ class Server:
         try:
             yield
         finally:
-            self.answers.queue.close()
+            self.queue.close()
 
     async def _models(self, request: Request) -> Response:
         self._check_key(request)
@@ -120,7 +147,7 @@ class Server:
                 f"the request could not be read within {self._timeout:g} s: the server has much to do, or "
                 "its images are too large"
             ) from error
-        self.answers.check_room()
+        self._check_room()
         shared = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -142,12 +169,16 @@ class Server:
     def _read(self, body: bytes) -> tuple[ChatRequest, Job]:
         asked = read_request(body)
         self._check_name(asked.model)
-        self.answers.check_room()
+        self._check_room()
         sampling, stops = asked.sampling(), asked.stops()  # before any image is decoded
         length = asked.new_tokens(limit=self.max_new_tokens)
         try:
-            prompt = asked.prompt(self.limits, self.answers.predictor.pixels)
-            self.answers.check_length(prompt)
+            prompt = asked.prompt(self.limits, self.predictor.pixels)
+            tokens, limit = self.predictor.num_tokens(prompt), self.predictor.context_length
+            if tokens >= limit:
+                raise PromptTooLong(tokens, limit)
+        except PromptTooLong as error:
+            raise ApiError(str(error), code="context_length_exceeded", param="messages") from error
         except MemoryError as error:
             raise ApiError(
                 "there is not enough memory for these images: send fewer or smaller ones",
@@ -173,9 +204,45 @@ class Server:
         whole = {"object": "chat.completion", "choices": [choice], "usage": end.usage}
         return JSONResponse(shared | whole)
 
+    async def _events(self, job: Job) -> AsyncIterator[str | End]:
+        """Yield the answer as it comes, and how it ended.
+
+        Closing the iterator takes a waiting job out, and stops the model after the token that it is at. A
+        model that failed, or too many requests that wait, is an ``ApiError``.
+        """
+        stops, (turns, images) = StopTexts(job.stops), (job.prompt.turns, job.prompt.images)
+        options = {"max_new_tokens": job.max_new_tokens, "sampling": job.sampling}
+        try:
+            async with self.queue.turn():
+                stream = await self.queue.start(
+                    partial(self.predictor.stream, turns, images, **options)
+                )
+                async with aclosing(self.queue.pieces(stream)) as pieces:
+                    async for piece in pieces:
+                        if text := stops.add(piece):
+                            yield text
+                        if stops.found:
+                            break
+        except QueueFull as error:
+            raise self._full() from error
+        except Exception as error:
+            raise ApiError(f"the model failed: {error}", status=500, code="model_failed") from error
+        if text := stops.rest():
+            yield text
+        reason = "length" if stream.is_cut and not stops.found else "stop"
+        yield End(reason, stream.prompt_tokens, stream.new_tokens)
+
+    def _check_room(self) -> None:
+        """Refuse when too many requests wait: 503, with ``Retry-After``."""
+        if self.queue.is_full:
+            raise self._full()
+
+    def _full(self) -> ApiError:
+        return busy(f"{self.queue.length} requests are computed or wait, this server's limit")
+
     async def _collect(self, job: Job) -> tuple[str, End]:
         text = ""
-        async with aclosing(self.answers.events(job)) as events:  # type: ignore[type-var]
+        async with aclosing(self._events(job)) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, End):
                     return text, event
@@ -190,7 +257,7 @@ class Server:
 
         async def compute() -> None:
             try:
-                async with aclosing(self.answers.events(job)) as found:  # type: ignore[type-var]
+                async with aclosing(self._events(job)) as found:  # type: ignore[type-var]
                     async for event in found:
                         events.put_nowait(event)
             except ApiError as error:
@@ -304,95 +371,6 @@ class OnlyLoopbackNames:
             code="host_not_allowed",
         )
         await JSONResponse(error.body(), status_code=error.status)(scope, receive, send)
-
-
-# --- the answer to a request ---
-
-
-class Job(NamedTuple):
-    """What is asked of the model."""
-
-    prompt: Prompt
-    max_new_tokens: int
-    sampling: Sampling
-    stops: tuple[str, ...] = ()
-
-
-class End(NamedTuple):
-    """How an answer ended: ``"stop"``, or ``"length"`` at its greatest length."""
-
-    finish_reason: str
-    prompt_tokens: int
-    new_tokens: int
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """As the API has it."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.new_tokens,
-            "total_tokens": self.prompt_tokens + self.new_tokens,
-        }
-
-
-class Answers:
-    """Compute the answers of one model; more than ``max_waiting`` requests are turned away."""
-
-    def __init__(self, predictor: Predictor, *, max_waiting: int) -> None:
-        self.predictor = predictor
-        self.queue = InferenceQueue(max_waiting=max_waiting)
-
-    def check_room(self) -> None:
-        """Refuse when too many requests wait: ``ApiError`` 503, with ``Retry-After``."""
-        if self.queue.is_full:
-            raise self._full()
-
-    def _full(self) -> ApiError:
-        return busy(f"{self.queue.length} requests are computed or wait, this server's limit")
-
-    def check_length(self, prompt: Prompt) -> None:
-        """Refuse a prompt that leaves the model no position to answer at: ``ApiError`` 400."""
-        try:
-            length, limit = self.predictor.num_tokens(prompt), self.predictor.context_length
-            if length >= limit:
-                raise PromptTooLong(length, limit)
-        except PromptTooLong as error:
-            raise ApiError(str(error), code="context_length_exceeded", param="messages") from error
-
-    async def events(self, job: Job) -> AsyncIterator[str | End]:
-        """Yield the answer as it comes, and how it ended.
-
-        Closing the iterator takes a waiting job out, and stops the model after the token that it is at.
-
-        Raises:
-            ApiError: the model failed, or too many requests wait.
-        """
-        stops, streams = StopTexts(job.stops), list[AnswerStream]()
-
-        def start() -> Iterator[str]:
-            turns, images = job.prompt.turns, job.prompt.images
-            options = {"max_new_tokens": job.max_new_tokens, "sampling": job.sampling}
-            streams.append(self.predictor.stream(turns, images, **options))  # type: ignore[arg-type]
-            return streams[0]
-
-        try:
-            async with (
-                self.queue.turn(),
-                aclosing(self.queue.pieces(start)) as pieces,  # type: ignore[type-var]
-            ):
-                async for piece in pieces:
-                    if text := stops.add(piece):
-                        yield text
-                    if stops.found:
-                        break
-        except QueueFull as error:
-            raise self._full() from error
-        except Exception as error:
-            raise ApiError(f"the model failed: {error}", status=500, code="model_failed") from error
-        if text := stops.rest():
-            yield text
-        reason = "length" if streams[0].is_cut and not stops.found else "stop"
-        yield End(reason, streams[0].prompt_tokens, streams[0].new_tokens)
 
 
 class StopTexts:

@@ -25,6 +25,7 @@ from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.config import dataset_config
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.images import ImageTransform
 from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.tokenization import ChatTemplate
@@ -287,6 +288,12 @@ def bare_model(model: Any) -> GMAILLaVAModel:
     while not isinstance(model, GMAILLaVAModel):
         model = model.module
     return model
+
+
+def predictor_of(model: GMAILLaVAModel, data: SoftPackedDataset) -> Predictor:
+    """Return a model in training as one that is asked, with the tokenizer and images of its data."""
+    parts = {"tokenizer": data.tokenizer, "template": data.template, "transform": data.transform}
+    return Predictor(model, **parts)
 
 
 @LOOPS.register_module()

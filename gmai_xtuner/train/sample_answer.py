@@ -22,7 +22,8 @@ from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.data.dataset import SoftPackedDataset
-from gmai_xtuner.generate import Predictor
+from gmai_xtuner.generate import Predictor, Prompt
+from gmai_xtuner.train.benchmarks import predictor_of
 from gmai_xtuner.train.hooks import ProgressHook, is_due
 from gmai_xtuner.train.resume import preserved_random_state
 
@@ -84,12 +85,7 @@ class SampleAnswerHook(Hook):
             return
         dataset: SoftPackedDataset = runner.train_loop.dataloader.dataset
         with preserved_random_state():
-            self._predictor = Predictor(
-                runner.model.module,
-                tokenizer=dataset.tokenizer,
-                template=dataset.template,
-                transform=dataset.transform,
-            )
+            self._predictor = predictor_of(runner.model.module, dataset)
         runner.model.train()
         self._ready = (
             _held_out_samples(dataset, self.count)
@@ -119,13 +115,12 @@ class SampleAnswerHook(Hook):
         runner.model.eval()
         with preserved_random_state():
             for sample in self._ready:
-                answer = self._predictor.continue_prompt(
-                    sample.ids,
-                    sample.images,
+                (answer,) = self._predictor.answer_batch(
+                    [Prompt((), sample.images, sample.ids)],
                     max_new_tokens=self.max_new_tokens,
                     synced_gpus=get_world_size() > 1,
                 )
-                _log_answer(runner, sample, answer)
+                _log_answer(runner, sample, answer.text)
         runner.model.train()
         for hook in progress:
             hook.after_val(runner)

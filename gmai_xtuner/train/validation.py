@@ -30,12 +30,12 @@ from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.data.log import info, warn
 from gmai_xtuner.data.sampler import MicroBatchSampler
-from gmai_xtuner.generate import Predictor
 from gmai_xtuner.train.benchmarks import (
     BenchmarkQuestions,
     BenchmarkScore,
     ask_benchmarks,
     bare_model,
+    predictor_of,
 )
 from gmai_xtuner.train.checkpointing import checkpoint_hook
 from gmai_xtuner.train.loop import with_loader_defaults
@@ -127,12 +127,7 @@ class HeldOutLoop(ValLoop):
             metrics |= self.evaluator.evaluate(len(self.dataloader.dataset))
         if benchmarks is not None:
             data = self.runner.train_loop.dataloader.dataset
-            predictor = Predictor(
-                bare_model(self.runner.model),
-                tokenizer=data.tokenizer,
-                template=data.template,
-                transform=data.transform,
-            )
+            predictor = predictor_of(bare_model(self.runner.model), data)
             metrics |= ask_benchmarks(benchmarks, self._scores, predictor, batch_size=8, readers=2)
         self.runner.call_hook("after_val_epoch", metrics=metrics)
         self.runner.call_hook("after_val")

@@ -199,7 +199,7 @@ def test_an_iterator_in_a_thread_is_closed_when_nobody_reads_on():
 
     async def read_two() -> list[str]:
         read = []
-        reader = InferenceQueue(max_waiting=0).pieces(pieces)
+        reader = InferenceQueue(max_waiting=0).pieces(pieces())
         async for piece in reader:
             read.append(piece)
             if len(read) == 2:

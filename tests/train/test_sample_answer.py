@@ -9,7 +9,7 @@ from PIL import Image
 
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.generate import Predictor
+from gmai_xtuner.generate import Answered, Predictor
 from gmai_xtuner.train import sample_answer
 from gmai_xtuner.train.hooks import ProgressHook
 from gmai_xtuner.train.sample_answer import SampleAnswerHook
@@ -80,7 +80,8 @@ def go(hook: SampleAnswerHook, runner) -> None:
 
 def test_only_the_first_rank_opens_a_visual_backend(runner, monkeypatch):
     asked = []
-    monkeypatch.setattr(Predictor, "continue_prompt", lambda *args, **_: asked.append(args) or "x")
+    answer = lambda *args, **_: asked.append(args) or [Answered("x", False)]  # noqa: E731
+    monkeypatch.setattr(Predictor, "answer_batch", answer)
     monkeypatch.setattr(sample_answer, "is_main_process", lambda: False)
     runner.visualizer._vis_backends = None  # looking into it raises
     go(SampleAnswerHook(interval=2, max_new_tokens=4), runner)
@@ -136,13 +137,13 @@ def test_answer_is_what_the_predictor_would_give(runner, model, corpus):
 
 
 def test_training_does_not_notice(runner, model, monkeypatch):
-    def draw_and_answer(self, *_, **__) -> str:
+    def draw_and_answer(self, *_, **__) -> list[Answered]:
         assert not model.training
         assert not any(module.training for module in model.modules())
         torch.rand(3), np.random.rand(3)
-        return ""
+        return [Answered("", False)]
 
-    monkeypatch.setattr(sample_answer.Predictor, "continue_prompt", draw_and_answer)
+    monkeypatch.setattr(Predictor, "answer_batch", draw_and_answer)
     torch.manual_seed(0)
     np.random.seed(0)
     expected = torch.rand(2), np.random.rand(2)
