@@ -17,22 +17,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bin", action="store_true", help="pytorch_model*.bin, not safetensors")
-    parser.add_argument("--shards", type=int, default=2, help="weight files of the language model")
     parser.add_argument("--bfloat16", action="store_true", help="language model in bfloat16")
-    parser.add_argument("--vision-whole", action="store_true", help="CLIP with its text tower")
     options = parser.parse_args(arguments)
     # After the options, since it imports torch: --help answers at once.
     here = Path(__file__).parent  # a wheel carries the file along, see setup.py
     folder = next(f for f in (here / "examples", here.parent / "examples") if f.is_dir())
     tiny = runpy.run_path(str(folder / "tiny_bases.py"))
-    llm = tiny["TinyLLM"](
-        shards=options.shards,
-        safe_serialization=not options.bin,
-        torch_dtype="bfloat16" if options.bfloat16 else "float32",
-    )
-    vision = tiny["TinyVision"](whole=options.vision_whole, safe_serialization=not options.bin)
-    tiny["write_tiny_bases"](options.directory, seed=options.seed, llm=llm, vision=vision)
+    llm = tiny["TinyLLM"](torch_dtype="bfloat16" if options.bfloat16 else "float32")
+    tiny["write_tiny_bases"](options.directory, seed=options.seed, llm=llm)
     print(f"wrote {options.directory / 'llm'} and {options.directory / 'vision'}")
 
 

@@ -128,13 +128,10 @@ def test_vision_loads_whole_or_alone(tmp_path, whole, safe_serialization, monkey
     assert processor.size == {"shortest_edge": 336}
 
 
-def test_command_writes_bin_shards_and_whole_clip(tmp_path, capsys):
-    main([str(tmp_path), "--seed", "2", "--bin", "--shards", "3", "--vision-whole"])
-    names = sorted(path.name for path in (tmp_path / "llm").glob("pytorch_model*"))
-    assert names == [f"pytorch_model-{i:05d}-of-00003.bin" for i in (1, 2, 3)] + [
-        "pytorch_model.bin.index.json"
-    ]
-    assert (tmp_path / "vision" / "pytorch_model.bin").is_file()
+def test_the_command_writes_both_bases(tmp_path, capsys):
+    main([str(tmp_path), "--seed", "2", "--bfloat16"])
+    assert load_language_model(str(tmp_path / "llm")).dtype == torch.bfloat16
+    assert (tmp_path / "vision" / "model.safetensors").is_file()
     assert "wrote" in capsys.readouterr().out
 
 

@@ -64,7 +64,6 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
             :class:`OptimizerStepScheduleHook` puts it right before training.
         warmup_ratio: share of the run in which the rate rises from ``1 / warm-up steps`` of the base
             rate to the base rate.
-        eta_min_ratio: last rate as a share of the base rate.
     """
 
     def __init__(
@@ -72,15 +71,11 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         optimizer: Any,
         *args: Any,
         warmup_ratio: float = 0.03,
-        eta_min_ratio: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= warmup_ratio < 1 or not 0 <= eta_min_ratio <= 1:
-            raise ValueError(
-                f"warmup_ratio must be in [0, 1) and eta_min_ratio in [0, 1], got {warmup_ratio}, "
-                f"{eta_min_ratio}"
-            )
-        self.warmup_ratio, self.eta_min_ratio = warmup_ratio, eta_min_ratio
+        if not 0 <= warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must be at least 0 and below 1, got {warmup_ratio}")
+        self.warmup_ratio = warmup_ratio
         super().__init__(optimizer, *args, **kwargs)
 
     def factor(self, step: int, total: int) -> float:
@@ -89,8 +84,7 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         if step < warmup:
             return (step + 1) / warmup
         progress = (step - warmup) / max(1, total - warmup)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return self.eta_min_ratio + (1.0 - self.eta_min_ratio) * cosine
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
     def set_total_steps(self, total: int) -> None:
         """Say how many optimiser steps the run has; takes effect at once."""
