@@ -20,7 +20,6 @@ import io
 import math
 import os
 import pickle
-import struct
 import types
 import zipfile
 from collections.abc import Mapping
@@ -170,18 +169,6 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
 
 _ZIP_START = b"PK\x03\x04"
 _LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
-_DAMAGED = (
-    *(
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        struct.error,
-        EOFError,
-        RuntimeError,
-        MemoryError,
-    ),
-    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError),
-)
-"""What reading a damaged or hostile file may raise."""
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -246,7 +233,9 @@ def _read(path: Path, reader: type[TensorReader], *, map_location: Any, mmap: bo
             load=lambda file, **options: unpickler(file, **options).load(),
         )
         return torch.load(source, map_location, module, weights_only=False, mmap=mmap)
-    except _DAMAGED as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes of it
         raise ModelLoadError(
             f"{path} can't be read ({type(error).__name__}: {error}). Nothing in it was run. "
             "If it is your own checkpoint, it is damaged: copy it again"

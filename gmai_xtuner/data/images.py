@@ -7,7 +7,6 @@ Shapes: ``S`` side of the square that the vision tower takes (336), ``3`` channe
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.hub import read_json, resolve_directory
 from gmai_xtuner.core.imaging.images import MAX_PIXELS, ReducedImage, open_reduced, open_rgb
 
 if TYPE_CHECKING:
@@ -81,10 +81,6 @@ class ImageTransform:
         self.mean_colour = tuple(int(value * 255) for value in self.mean)
         self._table = _normalisation_table(self.mean, self.std)
 
-    def __repr__(self) -> str:
-        facts = (self.image_size, self.mean, self.std, self.mode, self.decoding)
-        return f"ImageTransform{facts}"
-
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, mode: str = "pad", decoding: str = "full"
@@ -98,10 +94,7 @@ class ImageTransform:
                 (crop that differs from the resize or is not square, other than bicubic, ...).
         """
         file = _find_preprocessor_config(path)
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelLoadError(f"{file} can't be read as JSON: {error}") from error
+        config = read_json(file)
         if file.name == _PROCESSOR_FILE:
             config = config.get("image_processor") or {}
         size = _square_side(config.get("size"), key="size", file=file)
@@ -298,27 +291,17 @@ def _pad_and_resize_reduced(
 
 
 def _find_preprocessor_config(path: str | Path) -> Path:
-    name = "preprocessor_config.json"
-    local = Path(path)
-    if local.is_dir():
-        # transformers 5 writes all processors of a model into one file.
-        together = local / _PROCESSOR_FILE
-        local = local / name
-        if not local.is_file() and together.is_file():
-            return together
-    if local.is_file():
-        return local
-    if local.name == name or Path(path).exists():
-        raise ModelLoadError(
-            f"{local} does not exist. Copy the image processor's file beside the vision tower."
-        )
-    from transformers.utils import cached_file
-
-    try:
-        return Path(cached_file(str(path), name))
-    except OSError as error:
-        problem = f"{path} is no folder, and has no {name} on the hub: {error}"
-        raise ModelLoadError(problem) from error
+    if Path(path).is_file():
+        return Path(path)
+    folder = resolve_directory(str(path), weights=False)
+    own = folder / "preprocessor_config.json"
+    # transformers 5 writes all processors of a model into one file.
+    for file in (own, folder / _PROCESSOR_FILE):
+        if file.is_file():
+            return file
+    raise ModelLoadError(
+        f"{own} does not exist. Copy the image processor's file beside the vision tower."
+    )
 
 
 def _square_side(size: Any, *, key: str, file: Path) -> int:

@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +92,14 @@ class Work:
     weight_gradient: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.forward + other.forward,
-            self.input_gradient + other.input_gradient,
-            self.weight_gradient + other.weight_gradient,
-        )
+        return Work(*map(add, astuple(self), astuple(other)))
 
     def __mul__(self, times: int) -> Work:
-        return Work(self.forward * times, self.input_gradient * times, self.weight_gradient * times)
+        return Work(*(part * times for part in astuple(self)))
 
     @property
     def flops(self) -> int:
-        return 2 * (self.forward + self.input_gradient + self.weight_gradient)
+        return 2 * sum(astuple(self))
 
 
 @dataclass(frozen=True, slots=True)

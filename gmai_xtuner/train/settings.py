@@ -193,15 +193,20 @@ def _meant(key: str, place: str, known: Collection[str], index: Mapping[str, str
         reason = meant.removeprefix("nothing: ")
         return f"Here it is called {meant}" if reason == meant else f"Remove it: {reason}"
     prefix = place.removesuffix(key)
-    if near := get_close_matches(key, known, n=1):
-        return f"Did you mean {prefix}{near[0]}?"
+    if near := _nearest(key, {name: prefix + name for name in known}):
+        return near
     if key in index:
         return f"Did you mean {index[key]}?"
     if prefix:
         return f"Known are {', '.join(sorted(known))}"
-    if near := get_close_matches(key, index, n=1, cutoff=0.8):
-        return f"Did you mean {index[near[0]]}?"
-    return "Remove it, or override the setting that it was meant for"
+    otherwise = "Remove it, or override the setting that it was meant for"
+    return _nearest(key, index, cutoff=0.8) or otherwise
+
+
+def _nearest(name: str, known: Mapping[str, Any], *, cutoff: float = 0.6) -> str:
+    """Ask whether the known name that is most like this one was meant; empty if none is like it."""
+    near = get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"Did you mean {known[near[0]]}?" if near else ""
 
 
 def _builds_nothing(
@@ -211,15 +216,13 @@ def _builds_nothing(
         kind = section.get("type")
         if path and isinstance(kind, str) and _called(kind) is None:
             names = {name for one in _REGISTRIES for name in one.module_dict}
-            near = get_close_matches(kind, names, n=1)
-            meant = f". Did you mean {near[0]}?" if near else ""
-            yield f"{path}.type: nothing is called {kind!r}{meant}"
+            near = _nearest(kind, {name: name for name in names})
+            yield f"{path}.type: nothing is called {kind!r}. {near}".removesuffix(". ")
         hook = path.removeprefix("default_hooks.")
         if path == f"default_hooks.{hook}" and "." not in hook and "type" not in section:
             named = [p.rpartition(".")[2] for p, *_ in sections if p.startswith("default_hooks.")]
-            near = get_close_matches(hook, set(named) - {hook}, n=1)
-            meant = f"Did you mean default_hooks.{near[0]}?" if near else "Give it a type"
-            yield f"nothing reads {path}. {meant}"
+            known = {name: f"default_hooks.{name}" for name in named if name != hook}
+            yield f"nothing reads {path}. {_nearest(hook, known) or 'Give it a type'}"
 
 
 # --- DeepSpeed files ---
@@ -308,9 +311,10 @@ def settle(name: str, content: Mapping[str, Any], cfg: Mapping[str, Any]) -> Set
         elif key in HONOURED:
             settled.settings[key] = _without_auto(settled, key, value)
         elif key not in DROPPED:
-            near = get_close_matches(key, [*HONOURED, *CONFIG_DECIDES, *DROPPED], n=1)
-            meant = f"Did you mean {near[0]!r}?" if near else "Remove it"
-            settled.refused.append(f"DeepSpeed reads no {key!r}. {meant}")
+            known = {name: repr(name) for name in (*HONOURED, *CONFIG_DECIDES, *DROPPED)}
+            settled.refused.append(
+                f"DeepSpeed reads no {key!r}. {_nearest(key, known) or 'Remove it'}"
+            )
     for key in CONFIG_DECIDES:
         settled.settings[key] = "auto"
     # DeepSpeed would wait for the device twice a micro-batch, for a line that it never prints.
