@@ -189,6 +189,18 @@ def test_limit_and_only(classes, make_job, tmp_path):
     assert resumed == files_of(tmp_path / "fresh")
 
 
+def test_a_limit_counts_units_read_before_in_their_places(classes, make_job, tmp_path):
+    job = make_job({})
+    done(job)
+    draw(classes / "NORM" / "image 2.png", 101)
+    draw(classes / "TUM" / "zz.png", 102)
+    done(job, "--limit", "2")
+    done(job, "--limit", "2", "--output", tmp_path / "fresh")
+    assert records(tmp_path / "out") == records(tmp_path / "fresh")
+    files = [record["provenance"]["file"] for record in records(tmp_path / "out")]
+    assert files == ["NORM/image 1.png", "NORM/image 2.png"]
+
+
 def test_a_dry_run_writes_nothing_and_shows_three_examples(classes, make_job, tmp_path):
     made = done(make_job({}), "--dry-run", "--json")
     found = json.loads(made.stdout)

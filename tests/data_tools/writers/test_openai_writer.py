@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from data_tools.items import Problem
+from data_tools.writers import openai_writer
 from data_tools.writers.asking import BudgetReached, Outcome
 from data_tools.writers.ledger import Expense, Ledger, Reply
 from gmai_xtuner.core import http
@@ -557,6 +558,25 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert ledger.spent() == Expense(110, 55, 0.75)
     # Only the lock of a run that lives is left.
     assert list((tmp_path / "answers.sqlite.runs").iterdir()) == []
+
+
+def test_a_run_that_dies_while_another_waits_for_it_is_buried(serve, tmp_path, monkeypatch):
+    """The run that has waited asks, and the other job bears what may have been spent."""
+    claim, tries = Ledger.claim, []
+
+    def claim_after_a_run_that_died(self: Ledger, key: str, at_most: Expense) -> str | None:
+        if not tries:
+            self._rows("INSERT INTO under_way VALUES (?, 'dead', 'other', ?, ?, ?)", key, *at_most)
+        tries.append(at_most)
+        assert len(tries) < 9, "it is waited for"
+        return claim(self, key, at_most)
+
+    monkeypatch.setattr(openai_writer, "OTHER_RUN_SECONDS", 0.01)
+    monkeypatch.setattr(Ledger, "claim", claim_after_a_run_that_died)
+    (outcome,) = writer(tmp_path, serve().url).write(tasks(1))
+    assert outcome.conversation[-1].text == "It is item0."
+    assert spent(tmp_path, "other") == tries[0]
+    assert open_rows(tmp_path) == set()
 
 
 def test_a_living_runs_claim_stands(tmp_path):
