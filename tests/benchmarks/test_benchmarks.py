@@ -205,7 +205,7 @@ def test_the_command_says_everything_in_one_json_object():
         [
             *(sys.executable, BENCHMARKS / "train_step.py", "--json", "--steps", "1"),
             *("--micro-batch", "1", "--max-length", "1024", "--stage", "2"),
-            *("--dtype", "bfloat16", "--xtuner-order", "shuffled"),
+            *("--xtuner-order", "shuffled"),
         ],
         environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
@@ -217,7 +217,7 @@ def test_the_command_says_everything_in_one_json_object():
     assert result["ratio"] == pytest.approx(
         result["useful_tokens_per_second"] / result["xtuner_useful_tokens_per_second"]
     )
-    assert result["loss"] == pytest.approx(result["xtuner_loss"], rel=1e-2)
+    assert result["loss"] == pytest.approx(result["xtuner_loss"], rel=1e-4)
     assert result["loss"] == pytest.approx(math.log(1472), rel=0.05)
     assert 0 < result["fill"] <= 1
 

@@ -31,6 +31,8 @@ class Xtuner:
             # xtuner starts the `python` that it finds first.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
+            # Linear layers in bf16 multiply in fp32, where the CPU has no bf16 instructions.
+            "GMAI_ALLOW_CPU": "1",
             **{key: str(value) for key, value in environment.items()},
         }
 
@@ -98,6 +100,14 @@ class Xtuner:
         )
         assert (out / "projector").is_dir(), output[-4000:]
         return output
+
+    def chat(self, export: Path, image: Path, question: str, length: int) -> str:
+        """What xtuner's own chat prints when it is asked once, greedily."""
+        return self(
+            "chat", export, "--llava", export, "--image", image, "--torch-dtype", "fp32",
+            "--prompt-template", "internlm2_chat", "--temperature", "0",
+            "--max-new-tokens", str(length), stdin=f"{question}\n\nEXIT\n\n",
+        )  # fmt: skip
 
 
 def scalars(work_dir: Path) -> list[dict[str, float]]:

@@ -2,46 +2,20 @@
 
 """The ablation from its data to the paired test, by the real commands, too short to learn anything."""
 
-import importlib.util
 import json
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from run import ROOT, StepError
+from run import StepError
 
 from gmai_xtuner.core.mixture import load_mixture
-from tests import warm
-
-ABLATION = Path(__file__).resolve().parents[2] / "examples" / "ablation"
-
-
-def load(name: str) -> ModuleType:
-    """A script of the ablation, under a name of its own: the quickstart has a ``run.py`` too."""
-    specification = importlib.util.spec_from_file_location(
-        f"ablation_{name}", ABLATION / f"{name}.py"
-    )
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+from tests.examples.forks import in_a_fork, load
 
 
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
-    return load("run")
-
-
-def in_a_fork(command: Sequence[str], log: Path, *, environment: Mapping[str, str]) -> None:
-    """The quickstart's ``run_command``."""
-    done = warm.run(command, environment=environment, folder=ROOT, merged=True)
-    log.write_text(done.stdout)
-    if done.returncode:
-        raise StepError(f"ended with code {done.returncode}")
+    return load("ablation")
 
 
 def test_the_two_trainings_are_the_same_command(ablation: ModuleType, tmp_path: Path) -> None:
@@ -68,6 +42,7 @@ def test_from_pictures_to_the_paired_test(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GMAI_ALLOW_CPU", "1")  # bf16 is slow where the CPU has no such instructions
     monkeypatch.setattr(ablation.quickstart, "run_command", in_a_fork)
     monkeypatch.chdir(tmp_path)
     work = tmp_path / "work"

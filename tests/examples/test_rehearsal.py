@@ -5,25 +5,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from gmai_xtuner import compat
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "rehearsal" / "run.py"
+from tests.examples.forks import in_a_fork, load
 
 
 @pytest.mark.slow
-def test_every_step_runs_and_is_measured(tmp_path):
+def test_every_step_runs_and_is_measured(tmp_path, monkeypatch, capsys):
     """With a SigLIP, of which no other test trains: CLIP's stages are in tests/commands."""
     work_dir = tmp_path / "rehearsal"
-    command = [sys.executable, str(SCRIPT), "--tiny", "--work-dir", str(work_dir), "--siglip"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    rehearsal = load("rehearsal")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(rehearsal.quickstart, "run_command", in_a_fork)
+    monkeypatch.chdir(tmp_path)
+    status = rehearsal.main(["--tiny", "--work-dir", str(work_dir), "--siglip"])
+    assert status == 0, capsys.readouterr().err[-4000:]
     report = json.loads((work_dir / "report.json").read_text())
     assert len(report) == 8
     assert all(one["private_gib"] > 0.1 for one in report.values())

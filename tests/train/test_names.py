@@ -57,16 +57,8 @@ def test_the_installed_package_brings_its_configs_to_the_plain_xtuner_commands(t
     package, empty = tmp_path / "package", tmp_path / "empty"
     package.mkdir()
     empty.mkdir()
-    build = [
-        "setup.py",
-        "-q",
-        "build",
-        "--build-base",
-        str(tmp_path / "build"),
-        "--build-lib",
-        str(package),
-    ]
-    build += ["egg_info", "--egg-base", str(package)]
+    build = ["setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    build += ["--build-lib", str(package), "egg_info", "--egg-base", str(package)]
     subprocess.run([sys.executable, *build], cwd=ROOT, check=True)
     folder = str(Path(sys.executable).parent)
     environment = {
@@ -81,7 +73,6 @@ def test_the_installed_package_brings_its_configs_to_the_plain_xtuner_commands(t
         options = {"cwd": empty, "env": environment, "text": True, "stdout": subprocess.PIPE}
         return subprocess.run(command, check=True, **options).stdout
 
-    assert "gmai_vl/stage1_shallow\n" in run("xtuner", "list-cfg", "-p", "gmai")
     run("xtuner", "copy-cfg", "stage1_shallow", ".")
     # As xtuner/tools/train.py does: mmengine first, then the names, then the file.
     code = (
