@@ -270,7 +270,7 @@ def test_one_question_gives_the_answer_alone(export, pictures, predictor):
 
 @pytest.mark.slow
 def test_one_question_as_json_from_standard_input(export, pictures, predictor):
-    sampling = (
+    sampling = [
         "--temperature",
         "1.5",
         "--top-p",
@@ -279,7 +279,7 @@ def test_one_question_as_json_from_standard_input(export, pictures, predictor):
         "3",
         "--repetition-penalty",
         "1.1",
-    )
+    ]
     done = chat(
         export, "--image", pictures[0], "--image", pictures[1], "--question", "-", "--json", "--system", "S",
         "--max-new-tokens", "5", *sampling, stdin="<image>和<image>？\n",

@@ -77,7 +77,8 @@ def client(predictor) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def picture(number: int, size: tuple[int, int] = (30, 40)) -> Image.Image:
+def picture(number: int, size: tuple[int, int] | None = None) -> Image.Image:
+    size = size or ((30, 40), (50, 20))[number % 2]  # neither is square
     noise = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 

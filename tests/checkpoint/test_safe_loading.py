@@ -576,35 +576,20 @@ def test_the_config_of_a_checkpoint_is_not_handed_on(tmp_path):
     assert module.torch.load(str(tmp_path / "iter_3.pth"))["meta"] == {"iter": 3}
 
 
-def refused(body: bytes, folder: Path, says: str) -> None:
-    """Put a pickle program into a checkpoint, and expect that it is not carried out."""
-    (folder / "x.pth").write_bytes(in_zip(body))
-    with pytest.raises(ModelLoadError, match=says):
-        read_training_state(folder / "x.pth")
-
-
 DEEP = b"".join([pickle.EMPTY_TUPLE, *[pickle.TUPLE1] * 3000])
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        pickle.EMPTY_DICT + DEEP + pickle.NONE + pickle.SETITEM,
-        pickle.EMPTY_DICT + marked(DEEP, None, end=pickle.SETITEMS),
-        marked(DEEP, None, end=pickle.DICT),
-        call(of("builtins.set"), marked(DEEP, end=pickle.LIST)),
-        call(ORDERED, marked((DEEP, None), end=pickle.LIST)),
-        pickle.EMPTY_SET + marked(DEEP, end=pickle.ADDITEMS),
-        marked(DEEP, end=pickle.FROZENSET),
-    ],
-)
-def test_keys_that_take_for_ever_to_hash_are_refused(program, tmp_path):
-    refused(program, tmp_path, r"a key of another form|an instruction that torch")
+"""A key that takes for ever to hash."""
 
 
 @pytest.mark.parametrize(
     ("program", "says"),
     [
+        (pickle.EMPTY_DICT + DEEP + pickle.NONE + pickle.SETITEM, "a key of another form"),
+        (pickle.EMPTY_DICT + marked(DEEP, None, end=pickle.SETITEMS), "a key of another form"),
+        (marked(DEEP, None, end=pickle.DICT), "an instruction that torch"),
+        (call(of("builtins.set"), marked(DEEP, end=pickle.LIST)), "key of another|instruction"),
+        (call(ORDERED, marked((DEEP, None), end=pickle.LIST)), "key of another|instruction"),
+        (pickle.EMPTY_SET + marked(DEEP, end=pickle.ADDITEMS), "a key of another form"),
+        (marked(DEEP, end=pickle.FROZENSET), "an instruction that torch"),
         (call(BUFFER) + pickle.NONE + pickle.APPEND, "items for a HistoryBuffer"),
         (call(BUFFER) + marked(None, end=pickle.APPENDS), "items for a HistoryBuffer"),
         (call(BUFFER) + value("a") + pickle.NONE + pickle.SETITEM, "items for a HistoryBuffer"),
@@ -612,8 +597,12 @@ def test_keys_that_take_for_ever_to_hash_are_refused(program, tmp_path):
         (call(of(SCALER + "LossScaler"), []), "LossScaler of another form"),
     ],
 )
-def test_a_packages_class_is_neither_filled_nor_called_as_a_file_likes(program, says, tmp_path):
-    refused(program, tmp_path, says)
+def test_no_endless_key_is_hashed_and_no_packages_class_filled_or_called_as_a_file_likes(
+    program, says, tmp_path
+):
+    (tmp_path / "x.pth").write_bytes(in_zip(program))
+    with pytest.raises(ModelLoadError, match=says):
+        read_training_state(tmp_path / "x.pth")
 
 
 def test_every_foreign_module_that_opens_a_checkpoint_is_known():

@@ -12,15 +12,12 @@ from mmengine.config import Config
 from transformers import AutoTokenizer, LlamaForCausalLM
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.checkpoint.training import load_checkpoint_state
-from gmai_xtuner.data.images import ImageTransform
-from gmai_xtuner.data.tokenization import ChatTemplate
-from gmai_xtuner.generate import Predictor
 from gmai_xtuner.llama_base import write_llama_base
 from gmai_xtuner.loading import load_model
 from gmai_xtuner.model.lora import adapter_layers, is_adapter_key
 from tests.commands.runner import Xtuner, last_checkpoint, scalars
+from tests.model.exporting import predictor_of
 from tests.toy import record, write_corpus
 
 pytestmark = pytest.mark.slow
@@ -104,20 +101,11 @@ def test_same_greedy_answer_unmerged_and_from_the_export_and_in_chat(run, tiny_b
     image = folder / "corpus" / "images" / "0.png"
     model = trained_model(folder)
     assert len(adapter_layers(model.llm)) == 14
-    unmerged = Predictor(
-        model,
-        tokenizer=load_tokenizer(str(tiny_bases / "llm")),
-        template=ChatTemplate.from_xtuner("internlm2_chat", add_bos=True),
-        transform=ImageTransform.from_pretrained(str(tiny_bases / "vision"), mode="pad"),
-    )
+    unmerged = predictor_of(model, tiny_bases)
     answer = unmerged.answer(QUESTION, [image], max_new_tokens=12)
     assert answer
     assert load_model(export).answer(QUESTION, [image], max_new_tokens=12) == answer
-    printed = xtuner(
-        "chat", export, "--llava", export, "--image", image, "--torch-dtype", "fp32",
-        "--prompt-template", "internlm2_chat", "--temperature", "0", "--max-new-tokens", "12",
-        stdin=f"{QUESTION}\n\nEXIT\n\n",
-    )  # fmt: skip
+    printed = xtuner.chat(export, image, QUESTION, 12)
     assert answer in printed
     assert "adapter" not in printed, "an adapter was applied on top of the merged weights"
 

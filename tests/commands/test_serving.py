@@ -7,7 +7,6 @@ of what it does that a hospital should know (docs/serving.md) tells when it no l
 """
 
 import base64
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,8 @@ from gmai_xtuner.loading import load_model
 from tests.commands.serving import transformers_serve
 from tests.data_tools.conftest import draw, generate, source_of
 from tests.exports import write_export
-from tests.test_serve import serving
+from tests.test_serve import CASES as ANSWERS
+from tests.test_serve import picture, serving, user
 
 pytestmark = pytest.mark.slow
 
@@ -57,43 +57,12 @@ def client(exports) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def picture(number: int, size: tuple[int, int] = (30, 40)) -> Image.Image:
-    noise = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
-def part(image: Image.Image) -> dict:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def text(words: str) -> dict:
-    return {"type": "text", "text": words}
-
-
 CASES = {
-    "text": ([{"role": "user", "content": "Is it CT?"}], [user_turn("Is it CT?", 0)], []),
-    "image": (
-        [{"role": "user", "content": [part(picture(0)), text("What is shown?")]}],
-        [user_turn("What is shown?", 1)],
-        [picture(0)],
-    ),
-    "two images, not square": (
-        [
-            {
-                "role": "user",
-                "content": [part(picture(1, (50, 20))), part(picture(2)), text("比较。")],
-            }
-        ],
-        [user_turn("比较。", 2)],
-        [picture(1, (50, 20)), picture(2)],
-    ),
+    **{case: ANSWERS[case] for case in ("text", "image", "two images")},
     "several turns": (
         [
             {"role": "system", "content": "You are a radiologist."},
-            {"role": "user", "content": [part(picture(0)), text("图中显示什么？")]},
+            user(picture(0), "图中显示什么？"),
             {"role": "assistant", "content": "胸部X光片。"},
             {"role": "user", "content": "有气胸吗？"},
         ],
@@ -103,7 +72,7 @@ CASES = {
             Turn("assistant", "胸部X光片。"),
             Turn("user", "有气胸吗？"),
         ],
-        [picture(0)],
+        [0],
     ),
 }
 
@@ -111,7 +80,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_transformers_serve_gives_the_greedy_answer_of_ours(client, exports, predictor, case):
     messages, turns, images = CASES[case]
-    expected = predictor.generate(turns, images, max_new_tokens=LENGTH)
+    expected = predictor.generate(turns, [picture(n) for n in images], max_new_tokens=LENGTH)
     asked = {"model": str(exports[1]), "messages": messages, "max_tokens": LENGTH, "temperature": 0}
     whole = client.chat.completions.create(**asked)
     assert expected
@@ -131,14 +100,24 @@ def readable(answer: str) -> str:
 
 @pytest.mark.parametrize("layout", [0, 1])
 def test_chat_gives_the_same_answer_from_both_layouts(exports, predictor, capfd, tmp_path, layout):
-    paths = [tmp_path / "wide.png", tmp_path / "b.png"]
-    picture(1, (20, 50)).save(paths[0])
+    paths = [tmp_path / "tall.png", tmp_path / "wide.png"]
+    picture(1).save(paths[0])
     picture(2).save(paths[1])
     images = [argument for path in paths for argument in ("--image", str(path))]
     options = ["--question", "比较。", "--max-new-tokens", str(LENGTH)]
     assert chat([str(exports[layout]), *images, *options]) == 0
     expected = predictor.answer("比较。", paths, max_new_tokens=LENGTH)
     assert capfd.readouterr().out == expected + "\n"
+
+
+def about(image: str | Path, words: str = "x") -> list[dict]:
+    """A question about an image at an address."""
+    part = {"type": "image_url", "image_url": {"url": str(image)}}
+    return [{"role": "user", "content": [part, {"type": "text", "text": words}]}]
+
+
+def inline(path: Path, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def test_what_a_hospital_should_know_of_transformers_serve(client, exports, tmp_path):
@@ -151,16 +130,11 @@ def test_what_a_hospital_should_know_of_transformers_serve(client, exports, tmp_
 
     path = tmp_path / "of_the_server.png"
     picture(0).save(path)
-    local = [{"type": "image_url", "image_url": {"url": str(path)}}, text("x")]
-    assert post(messages=[{"role": "user", "content": local}]).status_code == 200, "opens files"
-    broken = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
-    answer = post(messages=[{"role": "user", "content": broken}])
+    assert post(messages=about(path)).status_code == 200, "opens files"
+    answer = post(messages=about("data:image/png;base64,AAAA"))
     assert (answer.status_code, answer.text) == (500, "Internal Server Error")
-    tiff = io.BytesIO()
-    picture(0).save(tiff, "TIFF")
-    url = f"data:image/tiff;base64,{base64.b64encode(tiff.getvalue()).decode()}"
-    sent = [{"type": "image_url", "image_url": {"url": url}}, text("x")]
-    assert post(messages=[{"role": "user", "content": sent}]).status_code == 500, "reads no TIFF"
+    picture(0).save(path, "TIFF")
+    assert post(messages=about(inline(path, "tiff"))).status_code == 500, "reads no TIFF"
     other = post(model="other", messages=[{"role": "user", "content": "x"}])
     assert (other.status_code, "error" in other.json()) == (400, False)
 
@@ -170,11 +144,9 @@ def test_16_bit_images_are_not_scaled_by_transformers_serve(client, exports, pre
     path = tmp_path / "16_bits.png"
     values = np.random.default_rng(0).integers(0, 4096, (40, 40), dtype=np.uint16)
     Image.fromarray(values).save(path)
-    url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, text("What is shown?")]
     answer = client.chat.completions.create(
         model=str(exports[1]),
-        messages=[{"role": "user", "content": content}],
+        messages=about(inline(path, "png"), "What is shown?"),
         max_tokens=LENGTH,
         temperature=0,
     )

@@ -47,16 +47,10 @@ def toy_cache(name: str, size: int, *, seed: int = 0) -> Cache:
 SIZES = {"one": 100, "two": 60, "three": 30, "new": 10}
 
 
-def toy_plan(cache_dir: Path, *, ratios=(2.5, 0.5), seed=0, names=("one", "two")) -> DataPlan:
-    return DataPlan(
-        [toy_cache(name, SIZES[name]) for name in names],
-        names=names,
-        ratios=ratios,
-        seed=seed,
-        max_length=128,
-        max_images=3,
-        cache_dir=cache_dir,
-    )
+def toy_plan(cache_dir: Path, *caches: Cache, names=("one", "two"), **changes) -> DataPlan:
+    fixed = {"seed": 0, "max_length": 128, "max_images": 3, "cache_dir": cache_dir}
+    made = caches or [toy_cache(name, SIZES[name]) for name in names]
+    return DataPlan(made, names=names, **{**fixed, "ratios": (2.5, 0.5), **changes})
 
 
 def drawn(plan: DataPlan, name: str) -> list[int]:
@@ -158,17 +152,9 @@ def test_a_second_plan_opens_the_first_ones_files(tmp_path, monkeypatch):
     "change", ["ratios", "seed", "cache", "max_length", "max_images", "at_most"]
 )
 def test_whatever_the_plan_depends_on_makes_another_one(tmp_path, change):
-    def build(**changes) -> DataPlan:
-        arguments = {
-            "names": ["one"],
-            "ratios": [1.0],
-            "seed": 0,
-            "max_length": 128,
-            "max_images": 3,
-            "cache_dir": tmp_path,
-        }
-        cache = changes.pop("cache", "one-0123")
-        return DataPlan([toy_cache(cache, 100)], **{**arguments, **changes})
+    def build(cache: str = "one-0123", **changes) -> DataPlan:
+        one = {"names": ["one"], "ratios": [1.0]}
+        return toy_plan(tmp_path, toy_cache(cache, 100), **{**one, **changes})
 
     changed = {
         "ratios": [2.0],
@@ -228,15 +214,7 @@ def test_a_cache_that_was_made_anew_with_other_rows_gets_a_new_plan(tmp_path):
     plans = []
     for size in (29, 30):
         cache = toy_cache("same-folder", size)
-        plan = DataPlan(
-            [cache],
-            names=["one"],
-            ratios=[1.0],
-            seed=0,
-            max_length=128,
-            max_images=8,
-            cache_dir=tmp_path,
-        )
+        plan = toy_plan(tmp_path, cache, names=["one"], ratios=[1.0], max_images=8)
         assert plan.epoch(0).total("tokens").sum() == cache.counts[:, 0].sum()
         plans.append(plan.folder)
     assert plans[0] != plans[1]
@@ -252,17 +230,8 @@ def split_cache(folder: Path, name: str, images: int, *, each: int) -> Cache:
 
 
 def split_plan(tmp_path: Path, **changes) -> DataPlan:
-    arguments = {
-        "names": ["one", "two"],
-        "ratios": [2.5, 0.5],
-        "seed": 0,
-        "max_length": 128,
-        "max_images": 3,
-        "cache_dir": tmp_path / "plans",
-        "held_out": 0.1,
-    }
     caches = [split_cache(tmp_path, "one", 100, each=2), split_cache(tmp_path, "two", 150, each=3)]
-    return DataPlan(caches, **{**arguments, **changes})
+    return toy_plan(tmp_path / "plans", *caches, **{"held_out": 0.1, **changes})
 
 
 def images_of(plan: DataPlan) -> set[int]:
@@ -361,13 +330,8 @@ def test_first_label_of_each_conversation_is_masked():
     assert data["label_targets"].tolist() == [11, 12, 13]
     assert data["label_positions"].tolist() == [0, 2, 4]  # each within its own conversation
     assert packs[0]["labels"].tolist() == [1, 11, 2, 12]  # the caller's are left alone
-    assert packs[1]["labels"].tolist() == [3, 13]
-
-
-def test_packs_of_the_caller_are_left_alone_even_a_single_one():
-    alone = pack([1, 11], [1, 11], [2])
-    collate_packs([alone])
-    assert alone["labels"].tolist() == [1, 11]
+    collate_packs(packs[1:])
+    assert packs[1]["labels"].tolist() == [3, 13]  # even of a single one
 
 
 @pytest.mark.parametrize(

@@ -337,41 +337,41 @@ def broken_image(corpus: Corpus, name: str, kind: str) -> None:
 
 
 BAD = {
-    "missing_image": record("bad", "<image>?", "Yes.", image="gone.png"),
-    "image_count": record("bad", "<image> or <image>?", "Yes.", image="a.png"),
-    "empty_conversation": record("bad"),
-    "empty_turn": record("bad", "What?", " "),
-    "path_outside_root": record("bad", "<image>?", "Yes.", image="../a.png"),
-    "unknown_role": {"id": "bad", "conversations": [{"from": "doctor", "value": "What?"}]},
-    "not_utf8": b'{"id": "bad", "conversations": "\xff"}',
-    "not_json": b'{"id": "bad", "conversations": [',
-    "not_an_object": b'["bad"]',
+    "missing_image": (record("bad", "<image>?", "Yes.", image="gone.png"), "Check image_root"),
+    "image_count": (
+        record("bad", "<image> or <image>?", "Yes.", image="a.png"),
+        "Write one <image> for each image",
+    ),
+    "empty_conversation": (record("bad"), "Remove the record"),
+    "empty_turn": (record("bad", "What?", " "), "Write its text"),
+    "path_outside_root": (
+        record("bad", "<image>?", "Yes.", image="../a.png"),
+        "Give a path relative to image_root",
+    ),
+    "unknown_role": (
+        {"id": "bad", "conversations": [{"from": "doctor", "value": "What?"}]},
+        "Use one of system, user, human, assistant, gpt",
+    ),
+    "not_utf8": (b'{"id": "bad", "conversations": "\xff"}', "Save the file as UTF-8"),
+    "not_json": (b'{"id": "bad", "conversations": [', "Each line must be one whole JSON object"),
+    "not_an_object": (b'["bad"]', "an object a line"),
 }
-REMEDIES = {
-    "missing_image": "Check image_root",
-    "image_count": "Write one <image> for each image",
-    "empty_conversation": "Remove the record",
-    "empty_turn": "Write its text",
-    "path_outside_root": "Give a path relative to image_root",
-    "unknown_role": "Use one of system, user, human, assistant, gpt",
-    "not_utf8": "Save the file as UTF-8",
-    "not_json": "Each line must be one whole JSON object",
-    "not_an_object": "an object a line",
-}
+"""Reason -> a bad record, and its remedy."""
 
 
 @pytest.mark.parametrize("reason", BAD)
 def test_raise_names_a_bad_record_with_its_remedy_and_skip_counts_it(make_corpus, cached, reason):
-    corpus = make_corpus({"toy": [*GOOD, BAD[reason]]}, images=IMAGES)
+    bad, remedy = BAD[reason]
+    corpus = make_corpus({"toy": [*GOOD, bad]}, images=IMAGES)
     with pytest.raises(DataError) as caught:
         cached(corpus)
     assert caught.value.reason == reason
     assert caught.value.dataset == "toy"
-    parsed = not isinstance(BAD[reason], bytes)
+    parsed = not isinstance(bad, bytes)
     assert ("bad" if parsed else "toy.jsonl, line 4") in (caught.value.record or "")
     message = str(caught.value)
     assert "'toy'" in message
-    assert REMEDIES[reason] in message
+    assert remedy in message
     # What is left is not where training would look.
     left = [path for path in corpus.folder.parent.glob("cache/tokens/*") if path.is_dir()]
     assert [path.suffix for path in left] == [".bad"]
@@ -419,7 +419,7 @@ def test_image_without_an_image_root_is_found(make_corpus, cached):
 
 
 def test_unchecked_images_may_come_later(make_corpus, cached):
-    corpus = make_corpus({"toy": [BAD["missing_image"]]})
+    corpus = make_corpus({"toy": [BAD["missing_image"][0]]})
     cache = cached(corpus, replace(OPTIONS, check_images="none"))
     assert (cache[0].input_ids == IMAGE_TOKEN_INDEX).sum() == 1
 
@@ -427,14 +427,14 @@ def test_unchecked_images_may_come_later(make_corpus, cached):
 def test_a_whole_chunk_of_bad_records_is_skipped(make_corpus, cached):
     records = many_records(600)
     assert tokenize_records.RECORDS_A_CHUNK == 512
-    corpus = make_corpus({"toy": [BAD["empty_turn"]] * 512 + records})
+    corpus = make_corpus({"toy": [BAD["empty_turn"][0]] * 512 + records})
     cache = cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
     assert cache.meta["skipped"] == {"empty_turn": 512}
     assert [cache[row].id for row in (0, 511, 512, 599)] == ["r0", "r511", "r512", "r599"]
 
 
 def test_a_dataset_without_a_usable_record_is_an_error(make_corpus, cached):
-    corpus = make_corpus({"toy": [BAD["empty_turn"], BAD["not_json"]]})
+    corpus = make_corpus({"toy": [BAD["empty_turn"][0], BAD["not_json"][0]]})
     with pytest.raises(DataError, match=r"none of its 2 records can be used.*toy\.jsonl") as caught:
         cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
     assert "empty_turn" in str(caught.value)

@@ -12,12 +12,10 @@ from PIL import Image
 from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
 from gmai_xtuner.checkpoint.export import save_xtuner_layout
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
-from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
 from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
-from gmai_xtuner.data.images import ImageTransform
-from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.generate import Predictor, Prompt, user_turn
 from gmai_xtuner.model.llava import num_image_tokens
+from tests.model.exporting import predictor_of
 
 Lesson = tuple[str, Image.Image | None, str]
 """A question, the picture that goes with it, and the answer; one that ends with … is taught to go on."""
@@ -59,12 +57,7 @@ def write_export(
 
 
 def _teach(model: GMAILLaVAModel, bases: Path, lessons: Sequence[Lesson], steps: int) -> None:
-    predictor = Predictor(
-        model,
-        tokenizer=load_tokenizer(str(bases / "llm")),
-        template=ChatTemplate.from_xtuner("internlm2_chat"),
-        transform=ImageTransform.from_pretrained(bases / "vision"),
-    )
+    predictor = predictor_of(model, bases)
     if not lessons:
         return
     taught = []

@@ -220,12 +220,21 @@ def refused(capsys, *arguments: str | Path) -> str:
     return errors[0]
 
 
-def test_a_model_that_is_not_there(capsys, tmp_path):
-    assert "there is no folder" in refused(capsys, tmp_path / "nothing")
-
-
-def test_a_folder_that_is_no_model(capsys, tmp_path):
-    assert "can't be loaded" in refused(capsys, tmp_path)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "there is no folder"),
+        (["."], "can't be loaded"),
+        (["MODEL", "nothing"], "nothing"),
+        (["MODEL", "--llm", "x"], "has its own language model"),
+        (["MODEL", "--host", "0.0.0.0"], "asks for no password"),
+        (["MODEL", "--examples", "nothing"], "is no folder"),
+        (["MODEL", "--examples", "."], "holds 0 files"),
+    ],
+)
+def test_what_the_command_refuses(arguments, message, capsys, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *(model if a == "MODEL" else a for a in arguments))
 
 
 def test_a_damaged_model(capsys, tmp_path, model):
@@ -235,14 +244,6 @@ def test_a_damaged_model(capsys, tmp_path, model):
     message = refused(capsys, broken)
     assert "broken" in message
     assert "can't be loaded" in message
-
-
-def test_a_second_model_that_is_not_there(capsys, tmp_path, model):
-    assert "nothing" in refused(capsys, model, tmp_path / "nothing")
-
-
-def test_a_base_that_is_not_wanted(capsys, model):
-    assert "has its own language model" in refused(capsys, model, "--llm", "x")
 
 
 @pytest.mark.slow
@@ -259,16 +260,6 @@ def test_a_real_process_ends_without_a_traceback(tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_another_address_than_loopback_has_to_be_meant(capsys, model):
-    assert "asks for no password" in refused(capsys, model, "--host", "0.0.0.0")
-
-
-def test_examples_that_are_not_there(capsys, tmp_path, model):
-    assert "is no folder" in refused(capsys, model, "--examples", tmp_path / "no")
-    (tmp_path / "empty").mkdir()
-    assert "holds 0 files" in refused(capsys, model, "--examples", tmp_path / "empty")
 
 
 def test_an_address_is_taken_before_the_model_is_loaded_and_not_opened_yet():

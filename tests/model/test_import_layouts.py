@@ -102,9 +102,22 @@ def write(folder, config, weights):
     return folder
 
 
-def copy_files(tiny_bases, folder, *, processor=True):
+def under_other_names(folder, *names):
+    """The weights of a folder; of each name the beginning is replaced."""
+    weights = {}
+    for key, value in load_file(folder / "model.safetensors").items():
+        old, new = next(pair for pair in names if key.startswith(pair[0]))
+        weights[new + key.removeprefix(old)] = value
+    return weights
+
+
+def copy_tokenizer(source, folder):
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(tiny_bases / "llm" / name, folder)
+        shutil.copy(source / name, folder)
+
+
+def copy_files(tiny_bases, folder, *, processor=True):
+    copy_tokenizer(tiny_bases / "llm", folder)
     if processor:
         shutil.copy(tiny_bases / "vision" / "preprocessor_config.json", folder)
     return folder
@@ -209,19 +222,15 @@ def test_names_and_rope_of_newer_transformers_mean_the_same(plain, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     theta = config["text_config"].pop("rope_theta")
     config["text_config"]["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
-    names = (
+    weights = under_other_names(
+        folder,
         ("language_model.model.", "model.language_model."),
         ("language_model.lm_head.", "lm_head."),
         ("vision_tower.vision_model.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
     )
-    weights = {}
-    for key, value in load_file(folder / "model.safetensors").items():
-        old, new = next(pair for pair in names if key.startswith(pair[0]))
-        weights[new + key.removeprefix(old)] = value
     newer = write(tmp_path / "newer", config, weights)
-    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(folder / name, newer)
+    copy_tokenizer(folder, newer)
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     (newer / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
     assert torch.equal(our_logits(load_model(newer)), our_logits(load_model(folder)))
@@ -236,16 +245,13 @@ def test_the_llava_repositorys_own_form(plain, tiny_bases, tmp_path):
         "mm_vision_select_layer": -1, "mm_vision_select_feature": "patch",
         "mm_vision_tower": str(tiny_bases / "vision"),
     }  # fmt: skip
-    names = (
+    weights = under_other_names(
+        folder,
         ("language_model.", ""),
         ("vision_tower.", "model.vision_tower.vision_tower."),
         ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
         ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
     )
-    weights = {}
-    for key, value in load_file(folder / "model.safetensors").items():
-        old, new = next(pair for pair in names if key.startswith(pair[0]))
-        weights[new + key.removeprefix(old)] = value
     with_tower = copy_files(tiny_bases, write(tmp_path / "with", config, weights))
     predictor = load_model(with_tower)
     expected = our_logits(load_model(folder))

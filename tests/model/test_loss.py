@@ -22,7 +22,13 @@ from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.data.dataset import collate_packs
 from gmai_xtuner.model import liger
 from gmai_xtuner.model.loss import install_loss_head, weighted_cross_entropy
-from tests.model.test_llava import build_model, loss_and_gradients, make_batch, make_pack
+from tests.model.test_llava import (
+    ADAPTERS,
+    build_model,
+    loss_and_gradients,
+    make_batch,
+    make_pack,
+)
 
 
 def example(*, requires_grad=True):
@@ -174,14 +180,15 @@ def test_kept_layers_are_the_last_and_are_not_run_again():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("layers", [1, None])
-def test_gradients_stay_the_same(layers, reentrant, monkeypatch):
+@pytest.mark.parametrize(("layers", "adapters"), [(1, {}), (None, {}), (None, ADAPTERS)])
+def test_gradients_stay_the_same(layers, adapters, reentrant, monkeypatch):
     # re-entrant is what ZeRO-3 gets
     monkeypatch.setattr("gmai_xtuner.model.llava.use_reentrant", lambda: reentrant)
     batch = collate_packs([make_pack((1, 3, 4), (2, 5, 2))])
-    expected = loss_and_gradients(build_model(dtype=torch.float64), [batch])
+    expected = loss_and_gradients(build_model(dtype=torch.float64, **adapters), [batch])
     model = build_model(
         dtype=torch.float64,
+        **adapters,
         use_activation_checkpointing=True,
         recomputed_layers=layers,
         loss_chunk_size=2,
