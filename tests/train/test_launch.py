@@ -149,12 +149,13 @@ def test_a_signal_stops_the_trainer_and_a_second_one_ends_it_at_once(
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.4)
 
+    before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=send, daemon=True).start()
     assert main(["stage1_shallow", "--work-dir", "w"]) == 143
     status = stored_status(tmp_path / "w")
     assert status["state"] == "stopped"
     assert ("at once" in status["reason"]) == (does == "deaf")
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_all_goes_on_where_it_ended_and_repeats_nothing(xtuner, tmp_path, capsys):
