@@ -211,12 +211,12 @@ class Server:
         model that failed, or too many requests that wait, is an ``ApiError``.
         """
         stops, (turns, images) = StopTexts(job.stops), (job.prompt.turns, job.prompt.images)
-        options = {"max_new_tokens": job.max_new_tokens, "sampling": job.sampling}
+        start = partial(
+            self.predictor.stream, max_new_tokens=job.max_new_tokens, sampling=job.sampling
+        )
         try:
             async with self.queue.turn():
-                stream = await self.queue.start(
-                    partial(self.predictor.stream, turns, images, **options)
-                )
+                stream = await self.queue.start(partial(start, turns, images))
                 async with aclosing(self.queue.pieces(stream)) as pieces:
                     async for piece in pieces:
                         if text := stops.add(piece):
