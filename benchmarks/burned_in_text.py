@@ -43,7 +43,7 @@ def images(folder: Path | None, at_most: int) -> dict[str, np.ndarray]:
     files = [path for path in below if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
     for path in files[:: max(1, len(files) // at_most)] if files else []:
         try:
-            found[path.name] = read_pixels(path)
+            found[path.name] = read_pixels(path).pixels
         except Unusable:
             continue
     return {

@@ -27,10 +27,10 @@ from printing import parser, quiet_stdout, show
 from data_tools import taxonomy
 from data_tools.checks import CheckOptions
 from data_tools.items import Item, SourceContext
+from data_tools.options import OpenAIOptions
 from data_tools.records import Label, Provenance, Record
 from data_tools.writers.asking import Task
 from data_tools.writers.openai_writer import OpenAIWriter
-from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.prompts import Prompts
 from gmai_xtuner.core.agreements import Origin
 

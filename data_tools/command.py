@@ -91,7 +91,7 @@ class Bar:
             return
         for name, value in facts.items():
             self._sums[name] = self._sums.get(name, 0) + value
-        if self._sums and bar.n + count >= bar.last_print_n + max(bar.miniters or 1, 1):
+        if self._sums:
             bar.set_postfix_str(self._facts(bar.n + count), refresh=False)
         bar.update(count)
 
@@ -108,7 +108,5 @@ class Bar:
 
     def _close(self) -> None:
         if self._bar is not None:
-            if self._sums:
-                self._bar.set_postfix_str(self._facts(self._bar.n), refresh=False)
             self._bar.close()
             self._bar = None

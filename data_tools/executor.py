@@ -27,7 +27,6 @@ from typing import Any, TypeVar
 
 from gmai_xtuner.core.errors import CorpusError
 
-ENGINES = ("processes", "ray")
 IN_FLIGHT = 4
 """Tasks per worker that are under way or wait for their turn to be handed on."""
 
@@ -63,7 +62,7 @@ class Executor:
 
 @contextmanager
 def open_executor(name: str, workers: int | None = None) -> Iterator[Executor]:
-    """Start an executor, one of `ENGINES`, and end it; a `CorpusError` without Ray or its cluster.
+    """Start an executor, ``processes`` or ``ray``, and end it; a `CorpusError` without Ray or its cluster.
 
     ``workers`` by default are the cores that this process may use, or the cluster's. One worker of
     ``processes`` is this process itself.
@@ -72,8 +71,6 @@ def open_executor(name: str, workers: int | None = None) -> Iterator[Executor]:
         with _ray(workers) as cluster:
             yield cluster
         return
-    if name != "processes":
-        raise CorpusError(f"engine {name!r} is unknown; there are {' and '.join(ENGINES)}.")
     workers = workers or cores()
     with closing(Processes(workers) if workers > 1 else Executor()) as executor:
         yield executor

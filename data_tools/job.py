@@ -21,11 +21,17 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from data_tools import readers
-from data_tools.options import CheckOptions, MakeOptions, Options, OutputOptions
+from data_tools.options import (
+    CheckOptions,
+    MakeOptions,
+    Options,
+    OutputOptions,
+    TemplateOptions,
+    WriterOptions,
+)
 from data_tools.readers import SourceOptions
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
-from data_tools.writers.options import TemplateOptions, WriterOptions
 from gmai_xtuner.core.agreements import Agreement
 from gmai_xtuner.core.errors import CorpusError, JobError
 from gmai_xtuner.core.yaml_lines import Document, Place
@@ -68,11 +74,11 @@ def load(path: Path, *, output: Path | None = None) -> Job:
     problems = _Problems(document)
     made = _sources(data, problems)
     sources = tuple(made.values())
-    extended = _below(data, "taxonomy", problems)
-    _below(data, "output", problems)
+    extended = _settle(data, "taxonomy", problems)
+    _settle(data, "output", problems)
     if isinstance(data.get("writer"), dict):
         data["writer"] = dict(data["writer"])
-        _below(data["writer"], "cache", problems, ("writer",))
+        _settle(data["writer"], "cache", problems, ("writer",))
     if "path" in data:
         problems.add(("path",), _unknown("path", Job))
     job = _validated(Job, data | {"path": path.absolute(), "sources": sources}, (), problems)
@@ -265,11 +271,11 @@ def _source(entry: dict[str, Any], place: Place, problems: _Problems) -> SourceO
             "pip install 'gmai-xtuner[data]'",
         )
         return None
-    if isinstance(entry.get("root"), str) and _found(entry, "root", place, problems):
-        _table(entry, Path(entry["root"]), problems.folder)
+    if root := _settle(entry, "root", problems, place, is_there=True):
+        _table(entry, root, problems.folder)
     if isinstance(links := entry.get("links"), list):
         for number in range(len(links)):
-            _found(links, number, (*place, "links"), problems)
+            _settle(links, number, problems, (*place, "links"), is_there=True)
     source = _validated(options, entry, place, problems)
     if source is not None and source.group is not None:
         try:
@@ -296,7 +302,7 @@ def _check_output(job: Job, problems: _Problems) -> None:
                     f"{output} holds the data of the source {source.name!r} ({root}), and a run deletes "
                     "what isn't its own in the output; name another folder"
                 )
-            elif output.is_relative_to(root) and getattr(source, "reader", "") in _WALKING:
+            elif output.is_relative_to(root) and source.reader in _WALKING:
                 told = (
                     f"{output} lies below the root of the source {source.name!r} ({root}), so the next run "
                     "would read its own pictures as data; name a folder outside it"
@@ -305,19 +311,24 @@ def _check_output(job: Job, problems: _Problems) -> None:
                 problems.add(("output",), told)
 
 
-def _found(values: Any, key: Any, place: Place, problems: _Problems) -> bool:
-    """Put the absolute path of a folder in its place; False if it isn't there."""
-    text = str(values[key])
+def _settle(
+    values: Any, key: Any, problems: _Problems, place: Place = (), *, is_there: bool = False
+) -> Path | None:
+    """Make a path absolute; None if there is none, or ``is_there``, a package's perhaps, and it isn't."""
+    text = values.get(key) if isinstance(values, dict) else values[key]
+    if not isinstance(text, str) or not (text or is_there):
+        return None
     try:
-        is_package = text.startswith("package:")
-        root = _package_folder(text) if is_package else _absolute(text, problems.folder)
-        if not os.path.exists(root):
-            raise ValueError(f"there is no folder {root}")
+        is_package = is_there and text.startswith("package:")
+        path = _package_folder(text) if is_package else _absolute(text, problems.folder)
+        if is_there and not os.path.exists(path):
+            raise ValueError(f"there is no folder {path}")
     except ValueError as error:
         problems.add((*place, key), str(error))
-        return False
-    values[key] = str(root)
-    return True
+        values[key] = text if is_there else str(problems.folder.absolute())
+        return None
+    values[key] = str(path)
+    return path
 
 
 def _table(entry: dict[str, Any], root: Path, folder: Path) -> None:
@@ -354,21 +365,6 @@ def _package_folder(text: str) -> Path:
     if not isinstance(root, Path):
         raise ValueError(f"the package {name} is not installed as plain files")
     return root
-
-
-def _below(data: dict[str, Any], key: str, problems: _Problems, place: Place = ()) -> Path | None:
-    """Make a relative path absolute."""
-    value = data.get(key)
-    if not isinstance(value, str) or not value:
-        return None
-    try:
-        path = _absolute(value, problems.folder)
-    except ValueError as error:
-        problems.add((*place, key), str(error))
-        data[key] = str(problems.folder.absolute())
-        return None
-    data[key] = str(path)
-    return path
 
 
 def _check_terms(

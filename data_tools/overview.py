@@ -73,7 +73,7 @@ def dry_run(job: Job, selection: Selection) -> dict[str, Any]:
 def _look(
     job: Job, source: SourceOptions, selection: Selection, folder: Path, taxonomy: Taxonomy
 ) -> tuple[dict[str, Any], list[Task]]:
-    module = readers.load(source.reader)  # type: ignore[attr-defined]
+    module = readers.load(source.reader)
     with neutral_errors(source):
         units, chosen = _sample(module.units(source), job.seed)
     records: list[Record] = []
@@ -98,7 +98,7 @@ def _look(
     for_each = len(items) / len(records) if records else 0
     row = {
         "name": source.name,
-        "reader": source.reader,  # type: ignore[attr-defined]
+        "reader": source.reader,
         "units": units,
         "units_read": len(chosen),
         "records_read": count,

@@ -75,20 +75,6 @@ _MOST_REASONS = 5
 _STORED = re.compile(r"/[0-9a-f]{2}/\.?[0-9a-f]{32}")
 
 
-@dataclass(slots=True)
-class _TaskSize:
-    """How many units a task of reading holds; it follows the time that tasks take, and changes no result."""
-
-    units: int = 1
-
-    def adapt(self, units: int, seconds: float) -> None:
-        """Take into account that a task of so many units took so long."""
-        if seconds < _TASK_SECONDS / 2:
-            self.units = min(max(self.units, 2 * units), _MOST_UNITS)
-        elif seconds > 2 * _TASK_SECONDS:
-            self.units = max(1, units // 2)
-
-
 @dataclass(frozen=True, slots=True)
 class Selection:
     """The part of a job that is run: ``only`` these sources (empty: all), ``limit`` records of each at most.
@@ -134,7 +120,7 @@ def run(job: Job, selection: Selection, *, progress: Bar | None = None) -> Resul
     kept = kept_sources(job, chosen)
     writers.check_sending(job, kept)
     if job.writer.name != "template" and not (job.output / WORK / STATE).exists():
-        writers.check_key(job)  # before hours of reading; a later run may have nothing left to ask
+        job.writer.key()  # before hours of reading; a later run may have nothing left to ask
     with lock(job.output), Store(job.output / WORK / STATE) as store:
         recover(job.output)
         job = _salted(job, store)
@@ -254,7 +240,7 @@ def _check_is_ours(output: Path) -> None:
 
 def _depends(source: SourceOptions, job: Job) -> str:
     """Return everything that a source's records depend on, but for its files."""
-    module = readers.load(source.reader)  # type: ignore[attr-defined]
+    module = readers.load(source.reader)
     versions = (standardise.VERSION, getattr(module, "VERSION", 1))
     terms = "" if job.taxonomy is None else _hash(worker_taxonomy(job.taxonomy).kinds).hex()
     if getattr(source, "licence_column", None):  # what may not be published is not read
@@ -343,6 +329,9 @@ class _Run:
         self.job, self.selection, self.store = job, selection, store
         self.executor, self.progress = executor, progress
         self.ids = {name: source for source, name in store.sources()}
+        self.units_a_task = (
+            1  # of reading; it follows the time that tasks take, and changes no result
+        )
 
     # --- reading: a place is a unit's number in its source ----------------------------------------
 
@@ -364,14 +353,15 @@ class _Run:
     def _units(self, source: SourceOptions, number: int) -> Generator[tuple[int, int], None, None]:
         """Yield id and place of each unit, in their order; those that are new are read."""
         known: deque[tuple[int, int]] = deque()
-        size, names = _TaskSize(), Names(source)
+        names = Names(source)
+        self.units_a_task = 1
         own = (self.job.output, self.job.taxonomy, terms_of(self.job))
         function = partial(read_units, source, *own)
 
         def batches() -> Iterator[list[tuple[int, Unit]]]:
             """Yield what is to be read, some units together; those that are read already go to ``known``."""
             waiting: list[tuple[int, Unit]] = []
-            module = readers.load(source.reader)  # type: ignore[attr-defined]
+            module = readers.load(source.reader)
             for place, unit in enumerate(module.units(source)):
                 before = self.store.known_unit(number, names.file(unit.key))
                 kept = names.sealed(unit.key, before[2]) if before else ()
@@ -379,13 +369,13 @@ class _Run:
                     known.append((before[0], place))
                     continue
                 waiting.append((place, unit))
-                if len(waiting) >= size.units:
+                if len(waiting) >= self.units_a_task:
                     yield waiting
                     waiting = []
             if waiting:
                 yield waiting
 
-        with closing(self._results(function, batches(), size)) as results:
+        with closing(self._results(function, batches())) as results:
             for place, unit, result in results:
                 key, sealed = names.file(unit.key), names.sealed(unit.key, result.files)
                 while known and known[0][1] < place:
@@ -396,12 +386,9 @@ class _Run:
         yield from known
 
     def _results(
-        self, function: Any, batches: Iterable[list[tuple[int, Unit]]], size: _TaskSize
+        self, function: Any, batches: Iterable[list[tuple[int, Unit]]]
     ) -> Generator[tuple[int, Unit, UnitResult], None, None]:
-        """Yield unit by unit. Where a worker dies over several, each is tried alone to find the one.
-
-        ``size`` is told how long each task took.
-        """
+        """Yield unit by unit. Where a worker dies over several, each is tried alone to find the one."""
         flight: deque[list[tuple[int, Unit]]] = deque()  # handed over, oldest first
 
         def tasks() -> Iterator[list[Unit]]:
@@ -414,10 +401,13 @@ class _Run:
                 batch = flight.popleft()
                 if read is not None:
                     units, seconds = read
-                    size.adapt(len(batch), seconds)
+                    if seconds < _TASK_SECONDS / 2:
+                        self.units_a_task = min(max(self.units_a_task, 2 * len(batch)), _MOST_UNITS)
+                    elif seconds > 2 * _TASK_SECONDS:
+                        self.units_a_task = max(1, len(batch) // 2)
                     yield from ((*placed, unit) for placed, unit in zip(batch, units, strict=True))
                 elif len(batch) > 1:
-                    yield from self._results(function, ([placed] for placed in batch), size)
+                    yield from self._results(function, ([placed] for placed in batch))
                 else:
                     detail = "a library crashed, or the system ended the process for its memory"
                     where = Names(function.args[0]).file(batch[0][1].key)

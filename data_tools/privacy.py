@@ -149,7 +149,7 @@ def method_of(source: SourceOptions) -> tuple[str, tuple[str, ...]]:
     names = "keyed hashes for files and groups" if source.anonymous_names else "names of files kept"
     text = source.text_in_pixels
     names += "" if text == "keep" else f"; burned-in text looked for by OCR: {text}"
-    if source.reader != "dicom":  # type: ignore[attr-defined]
+    if source.reader != "dicom":
         return f"pixels alone; {names}", ()
     codes = []
     if source.anonymous_names and (source.labels is not None or not source.segmentations):  # type: ignore[attr-defined]
@@ -183,12 +183,14 @@ def own_words() -> frozenset[str]:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Yield the texts in a unit's payload."""
+    """Yield the texts in a unit's payload; a `TypeError` if it holds something else than plain values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         yield from (text for item in value.values() for text in texts_in(item))
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, list | tuple):
         yield from (text for item in value for text in texts_in(item))
     elif dataclasses.is_dataclass(value):
         yield from texts_in([getattr(value, field.name) for field in dataclasses.fields(value)])
+    elif not isinstance(value, bool | int | float | bytes | None):
+        raise TypeError(f"a unit's payload holds a {type(value).__name__}; expected plain values")

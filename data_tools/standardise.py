@@ -21,7 +21,7 @@ from data_tools.lexicon import SIDE_KEYS, SIDES, contradicts, says_nothing, word
 from data_tools.licences import Terms
 from data_tools.preprocess.burned_in import BURNED_IN, NOTE, find_text, without_edges
 from data_tools.preprocess.clean import clean_annotations
-from data_tools.preprocess.images import read_decoded, store_image
+from data_tools.preprocess.images import read_pixels, store_image
 from data_tools.privacy import Names, salted, texts_in
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import UNKNOWN, listed
@@ -222,7 +222,7 @@ def _without_text(
     """Look for text in the pixels, and do what ``text_in_pixels`` says; `Unusable` if the image falls."""
     pixels, turned = sample.image, False
     if isinstance(pixels, Path):
-        pixels, turned, _ = read_decoded(pixels)
+        pixels, turned, _ = read_pixels(pixels)
     found, note = find_text(pixels), "none found"
     if found and source.text_in_pixels == "flag":
         note = f"found in {len(found)} places"

@@ -7,27 +7,22 @@ Conversations that a model is to write are only planned here; see `pipeline` for
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import pickle
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from pydantic import BaseModel
 
 from data_tools import forms
 from data_tools.checks import CheckOptions, check
 from data_tools.items import Conversation, Item, SourceContext, Task
 from data_tools.licences import Terms
 from data_tools.options import MakeOptions
-from data_tools.privacy import Names, salted
+from data_tools.privacy import Names, salted, texts_in
 from data_tools.readers import SourceOptions
 from data_tools.records import Record, Unit
 from data_tools.standardise import UnitResult, duplicate_key, read_unit
@@ -84,48 +79,17 @@ def read_units(
 def unit_fingerprint(root: Path, unit: Unit, files: Iterable[str] = ()) -> bytes:
     """Return 16 bytes that change if the unit's payload, a file that it names or one of ``files`` changes.
 
-    A file counts as named if a text or path anywhere in key or payload is its path, absolute or below the
-    root. Its size and time of change are looked at, not its bytes; a folder's are those of its entries. A
-    `TypeError` if the payload holds something else than plain values.
+    A file counts as named if a text anywhere in key or payload is its path, absolute or below the root. Its
+    size and time of change are looked at, not its bytes; a folder's are those of its entries. A `TypeError`
+    if the payload holds something else than plain values.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    _add(digest, root, unit.key)
-    _add(digest, root, unit.payload)
-    for name in files:
-        _add(digest, root, name)
-    return digest.digest()
-
-
-def _add(digest: Any, root: Path, value: Any) -> None:
-    if isinstance(value, set | frozenset):
-        value = sorted(value)
-    elif isinstance(value, BaseModel):
-        value = value.model_dump()
-    if isinstance(value, str | os.PathLike):
-        text = os.fspath(value)
-        if isinstance(value, os.PathLike):  # a set that was moved as a whole is the same set
-            text = os.path.relpath(text, root) if os.path.isabs(text) else text
-        digest.update(f"s{text!r}".encode("utf-8", "surrogatepass"))
+    said = (unit.key, unit.payload, *files)
+    texts = list(texts_in(said))
+    digest = hashlib.blake2b(repr(said).encode("utf-8", "surrogatepass"), digest_size=16)
+    for text in texts:
         if 0 < len(text) < _LONGEST_NAME and "\0" not in text and "\n" not in text:
             _add_file(digest, os.path.join(root, text))
-    elif value is None or isinstance(value, bool | int | float | np.generic):
-        digest.update(f"v{value!r}".encode())
-    elif isinstance(value, bytes):
-        digest.update(b"b" + value)
-    elif isinstance(value, np.ndarray):
-        digest.update(
-            f"a{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
-        )
-    elif isinstance(value, Mapping | list | tuple):
-        digest.update(f"{'m' if isinstance(value, Mapping) else 'l'}{len(value)}".encode())
-        for item in chain(*value.items()) if isinstance(value, Mapping) else value:
-            _add(digest, root, item)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            _add(digest, root, field.name)
-            _add(digest, root, getattr(value, field.name))
-    else:
-        raise TypeError(f"a unit's payload holds a {type(value).__name__}; expected plain values")
+    return digest.digest()
 
 
 def _add_file(digest: Any, path: str) -> None:

@@ -35,8 +35,7 @@ _SENTENCE = re.compile(r"[^.。!！?？\n]{24,}[.。!！?？\n]")
 _SENTENCES = ("caption", "region_caption", "instruction", "dialogue", *TEXT_FORMS)
 LEAKS, REFUSALS = tuple(WORDS["leaks"]), tuple(WORDS["refusals"])
 # A text without Chinese has none of the Chinese phrases; most texts have none.
-_ENGLISH_LEAKS = tuple(filter(str.isascii, LEAKS))
-_ENGLISH_REFUSALS = tuple(filter(str.isascii, REFUSALS))
+_ENGLISH = [tuple(filter(str.isascii, phrases)) for phrases in (REFUSALS, LEAKS)]
 
 
 def check(
@@ -60,9 +59,7 @@ def check(
     problems += length(what, item, options)
     problems += language(what, item, options)
     problems += repetition(what)
-    problems += refusal(what, options)
-    if options.leaks:
-        problems += leaks(what, options)
+    problems += phrases(what, options)
     if not grounded:
         return problems
     finder = _labels(task.context)
@@ -158,24 +155,15 @@ def _number_of_words(text: str) -> int:
     return len(_CHINESE.findall(text)) + len(_CHINESE.sub(" ", text).split())
 
 
-def leaks(what: Said, options: CheckOptions) -> Iterator[Problem]:
-    """Yield phrases that speak of the annotation."""
-    phrases = (_ENGLISH_LEAKS if what.plain.isascii() else LEAKS) + options.further_leaks
-    if phrase := _first(phrases, what.plain, options):
-        yield Problem("speaks of the annotation", f"it says {phrase!r}; don't mention it")
-
-
-def refusal(what: Said, options: CheckOptions) -> Iterator[Problem]:
-    """Yield phrases of a model that won't answer."""
-    phrases = _ENGLISH_REFUSALS if what.plain.isascii() else REFUSALS
-    if phrase := _first(phrases, what.plain, options):
-        yield Problem("the model refused", f"it says {phrase!r}")
-
-
-def _first(phrases: tuple[str, ...], text: str, options: CheckOptions) -> str | None:
-    """Return the first phrase that is in a text and not in one that is allowed."""
+def phrases(what: Said, options: CheckOptions) -> Iterator[Problem]:
+    """Yield the first phrase of a model that won't answer, and the first that speaks of the annotation."""
+    refusals, leaks = _ENGLISH if what.plain.isascii() else (REFUSALS, LEAKS)
     allowed = [other.lower() for other in options.allowed_phrases]
-    for phrase in map(str.lower, phrases):
-        if phrase in text and not any(phrase in other for other in allowed):
-            return phrase
-    return None
+    for unwanted, reason, advice in (
+        (refusals, "the model refused", ""),
+        ((*leaks, *options.further_leaks), "speaks of the annotation", "; don't mention it"),
+    ):
+        for phrase in map(str.lower, unwanted if unwanted is refusals or options.leaks else ()):
+            if phrase in what.plain and not any(phrase in other for other in allowed):
+                yield Problem(reason, f"it says {phrase!r}{advice}")
+                break

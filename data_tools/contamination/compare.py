@@ -17,8 +17,15 @@ from pathlib import Path
 
 from data_tools.command import Bar
 from data_tools.contamination.benchmark import RECOGNISED, Benchmark
-from data_tools.contamination.hashing import HashCache, ImageSource
-from data_tools.contamination.images import Hashes, Matches, by_case, case_of, compare
+from data_tools.contamination.hashing import (
+    HashCache,
+    Hashes,
+    ImageSource,
+    Matches,
+    by_case,
+    case_of,
+    compare,
+)
 from data_tools.contamination.questions import Questions
 from data_tools.contamination.rows import is_json_object
 from data_tools.executor import open_executor

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.contamination.compare import CorpusImage, Overlap
-from data_tools.contamination.images import LEVELS
+from data_tools.contamination.hashing import LEVELS
 from gmai_xtuner.core.errors import CorpusError
 from gmai_xtuner.core.templates import environment
 

@@ -51,20 +51,18 @@ class StoredImage:
     turned: bool = False
 
 
-def store_image(
-    image: Path | np.ndarray, folder: Path, *, max_pixels: int = MAX_PIXELS
-) -> StoredImage:
+def store_image(image: Path | np.ndarray, folder: Path) -> StoredImage:
     """Put an image file, or an array of it, into a folder under the hash of its pixels, unless it is there.
 
     A reader never sees a part of the file, so several processes may store the same image at once. `Unusable`
-    with one of the module's reasons, or for more than ``max_pixels``.
+    with one of the module's reasons.
     """
     data: bytes | None = None
     if isinstance(image, np.ndarray):
-        decoded = DecodedPixels(_from_array(image, max_pixels), False, "")
+        decoded = DecodedPixels(_from_array(image), False, "")
     else:
         content = _read_file(image)
-        decoded = _decoded(content, image.name, max_pixels)
+        decoded = _decoded(content, image.name)
         if decoded.suffix:
             strip = _png_without_text if decoded.suffix == ".png" else _jpeg_without_text
             data = strip(content)
@@ -84,16 +82,11 @@ def store_image(
     return StoredImage(path, name, width, height, decoded.turned)
 
 
-def read_pixels(image: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return pixels as the corpus shows them: uint8 ``[H, W]`` or ``[H, W, 3]``, also of one grey level."""
-    return read_decoded(image, max_pixels=max_pixels).pixels
-
-
-def read_decoded(image: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> DecodedPixels:
-    """Return pixels as the corpus shows them, and whether EXIF has turned them."""
-    if isinstance(image, bytes):
-        return _decoded(image, "", max_pixels)
-    return _decoded(_read_file(image), image.name, max_pixels)
+def read_pixels(image: Path | bytes) -> DecodedPixels:
+    """Return pixels as the corpus shows them, also of one grey level, and whether EXIF has turned them."""
+    return (
+        _decoded(image, "") if isinstance(image, bytes) else _decoded(_read_file(image), image.name)
+    )
 
 
 def pixel_hash(pixels: np.ndarray) -> str:
@@ -117,9 +110,9 @@ def _read_file(path: Path) -> bytes:
     raise Unusable(TOO_LARGE, f"{size} bytes")
 
 
-def _decoded(content: bytes, name: str, max_pixels: int) -> DecodedPixels:
+def _decoded(content: bytes, name: str) -> DecodedPixels:
     try:
-        return decode_pixels(content, name, max_pixels=max_pixels)
+        return decode_pixels(content, name)
     except ImageError as error:
         raise unusable(error, name) from error
 
@@ -139,12 +132,12 @@ def unusable(error: ImageError, name: str | Path) -> Unusable:
     return Unusable(reason, detail)
 
 
-def _from_array(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
+def _from_array(pixels: np.ndarray) -> np.ndarray:
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3) or not pixels.size:
         raise Unusable(CANT_READ, f"an array of shape {pixels.shape}")
-    if pixels.shape[0] * pixels.shape[1] > max_pixels:
+    if pixels.shape[0] * pixels.shape[1] > MAX_PIXELS:
         size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
-        raise Unusable(TOO_LARGE, f"{size}, the limit is {max_pixels} in all")
+        raise Unusable(TOO_LARGE, f"{size}, the limit is {MAX_PIXELS} in all")
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * np.uint8(255)
     if pixels.dtype != np.uint8:

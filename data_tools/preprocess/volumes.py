@@ -19,7 +19,7 @@ from data_tools.options import Options
 from data_tools.records import Annotation
 from gmai_xtuner.core.imaging import volumes
 from gmai_xtuner.core.imaging.volumes import AXES, Axis, plane
-from gmai_xtuner.core.imaging.windows import Scale
+from gmai_xtuner.core.imaging.windows import IntensityWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +116,19 @@ class Slice:
 
 
 def slices(
-    volume: Volume, scale: Scale, slicing: Slicing, axes: Sequence[Axis] = ()
+    volume: Volume, window: IntensityWindow, slicing: Slicing, axes: Sequence[Axis] = ()
 ) -> Iterator[Slice]:
     """Yield the chosen slices, axis by axis (default: the job's), one in memory at a time."""
     for along in axes or slicing.axes:
         for index in chosen(volume, along, slicing):
-            yield take(volume, scale, along, index, square_pixels=slicing.square_pixels)
+            yield take(volume, window, along, index, square_pixels=slicing.square_pixels)
 
 
 def take(
-    volume: Volume, scale: Scale, axis: Axis, index: int, *, square_pixels: bool = False
+    volume: Volume, window: IntensityWindow, axis: Axis, index: int, *, square_pixels: bool = False
 ) -> Slice:
     """Return one slice as an image with its masks."""
-    image = scale.apply(plane(volume.voxels, axis, index))
+    image = window.apply(plane(volume.voxels, axis, index))
     maps = [plane(layer, axis, index) for layer in volume.layers]
     spacing = volumes.pixel_spacing(volume.spacing, axis)
     square = volumes.square_size(image.shape, spacing) if square_pixels else None

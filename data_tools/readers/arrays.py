@@ -24,7 +24,7 @@ from data_tools.readers import SourceOptions
 from data_tools.readers.files import file_below, listed
 from data_tools.readers.patterns import Places, check_templates, fill, paired, pattern
 from data_tools.readers.rows import cell_text
-from data_tools.readers.volume import Window, scale_for
+from data_tools.readers.volume import Window, window_for
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.dicom import damage_as
@@ -46,10 +46,8 @@ class Options(SourceOptions):
     to be held as a whole.
     """
 
-    default_source_task: ClassVar[str] = "2D classification"
     native_memory: ClassVar[int] = 2**32
 
-    reader: Literal["arrays"]
     images: str
     masks: str | None = None
     image_key: str | None = None
@@ -177,8 +175,8 @@ class _Arrays:
         if self.options.window is None:
             deep = image.dtype not in (np.uint8, np.bool_)
             return image, {"levels": f"{image.dtype} by their own range"} if deep else {}
-        scale = scale_for(self.options.window, image, modality=self.options.modality)
-        return scale.apply(image), {"window": scale.text}
+        window = window_for(self.options.window, image, modality=self.options.modality)
+        return window.apply(image), {"window": window.text}
 
     def _annotations(
         self, index: int, mask: np.ndarray | None, size: tuple[int, ...]

@@ -34,7 +34,6 @@ class Options(SourceOptions):
     masks_are_objects: ClassVar[bool] = True
     default_source_task: ClassVar[str] = "2D detection"
 
-    reader: Literal["coco"]
     annotations: str
     images: str = ""
     regions: Literal["boxes", "masks"] = "boxes"

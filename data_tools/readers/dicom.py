@@ -39,20 +39,10 @@ from data_tools.readers.volume import FLAWED_CUT, FileWindow, VolumeOptions
 from data_tools.records import ANYTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging import dicom, dicom_pixels
-from gmai_xtuner.core.imaging.dicom import (
-    MIXED,
-    NO_PICTURE,
-    Header,
-    Stack,
-    frame_headers,
-    is_stack,
-    open_dataset,
-    stack_of,
-)
 from gmai_xtuner.core.imaging.dicom_pixels import photometric_of
 from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS, SUFFIXES
 from gmai_xtuner.core.imaging.volumes import OFF_GRID, OTHER_GRID, TOO_LARGE, Grid, to_ras
-from gmai_xtuner.core.imaging.windows import Scale
+from gmai_xtuner.core.imaging.windows import IntensityWindow
 
 ORPHAN = "segmentation without its series"
 ELSEWHERE = "segmentation of other images of the study"
@@ -73,7 +63,6 @@ class Options(VolumeOptions):
     default_source_task = "2D classification"
     names_patients = True
 
-    reader: Literal["dicom"]
     files: str = "*"
     table: str | None = None
     columns: RowColumns = RowColumns()
@@ -113,7 +102,7 @@ def units(options: Options) -> Iterator[Unit]:
     if options.table is not None:
         rows = read_rows(options.name, table_of(options, options.table), options.columns)
     key = attrgetter(_FIELDS[options.match])
-    headers: list[Header] = []
+    headers: list[dicom.Header] = []
     bad: list[tuple[str, Unusable]] = []
     for name in files(options):
         if not fnmatch.fnmatch(name, options.files):
@@ -134,11 +123,11 @@ def units(options: Options) -> Iterator[Unit]:
         elif header.sop_class == dicom_headers.WHOLE_SLIDE:
             yield dropped(header.path, "whole-slide image", "read it with `reader: slide`")
         elif header.modality in dicom.NO_PICTURES:
-            yield dropped(header.path, NO_PICTURE, header.modality)
+            yield dropped(header.path, dicom.NO_PICTURE, header.modality)
         else:
             images.append(header)
     stacks = list(dicom_headers.groups(images))
-    owners = defaultdict[str, list[list[Header]]](list)
+    owners = defaultdict[str, list[list[dicom.Header]]](list)
     for members in stacks:
         for path, _ in _maps_of(options, members[0]):
             owners[path].append(members)
@@ -180,7 +169,7 @@ def units(options: Options) -> Iterator[Unit]:
         own = drawn[members[0].series]
         study = members[0].study or members[0].patient
         elsewhere = [path for path in of_study[study] if study and path not in own]
-        whole = options.volumes and not one_by_one and is_stack(members)
+        whole = options.volumes and not one_by_one and dicom.is_stack(members)
         if whole:
             again = dicom_headers.copies(members, options.root)
             yield from (dropped(header.path, COPY) for header in again)
@@ -204,7 +193,7 @@ def units(options: Options) -> Iterator[Unit]:
             yield Unit(first.path, payload)
 
 
-def _maps_of(options: Options, header: Header) -> list[tuple[str, Places]]:
+def _maps_of(options: Options, header: dicom.Header) -> list[tuple[str, Places]]:
     """Return the label maps of a series: patterns know its UIDs, the patient, and its folder's pieces."""
     if not options.masks:
         return []
@@ -218,7 +207,7 @@ def _maps_of(options: Options, header: Header) -> list[tuple[str, Places]]:
     return patterns.masks_of(options, told, found)
 
 
-def _may_lie_on(one: Sequence[Header], other: Sequence[Header]) -> bool:
+def _may_lie_on(one: Sequence[dicom.Header], other: Sequence[dicom.Header]) -> bool:
     """Return whether two series may have one grid; that of an enhanced file isn't known from its header."""
     if any(each[0].sop_class in dicom_headers.ENHANCED for each in (one, other)):
         return True
@@ -236,7 +225,7 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     with dicom.damage_as(dicom.DAMAGED):
         images = _opened(options, unit, drops)
         sop_class = str(images.data.get("SOPClassUID", ""))
-        enhanced = sop_class in dicom_headers.ENHANCED and is_stack(images.planes)
+        enhanced = sop_class in dicom_headers.ENHANCED and dicom.is_stack(images.planes)
         is_volume = len(unit.payload["paths"]) > 1 or (options.volumes and enhanced)
         yield from images.of_volume() if is_volume else images.of_frames()
 
@@ -244,10 +233,10 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
 def read_picture(path: Path, *, source_file: str) -> Sample:
     """Return the image of a DICOM file of one frame, without annotations, for tables of labels."""
     with dicom.damage_as(dicom.DAMAGED):
-        data = open_dataset(path)
+        data = dicom.open_dataset(path)
         if str(data.get("Modality", "")) in dicom.NO_PICTURES:
-            raise Unusable(NO_PICTURE, str(data.Modality))
-        if (count := len(frame_headers(data))) > 1:
+            raise Unusable(dicom.NO_PICTURE, str(data.Modality))
+        if (count := len(dicom.frame_headers(data))) > 1:
             detail = f"{count} frames; the reader dicom takes them"
             raise Unusable("DICOM file of several frames", detail)
         _refuse_burned_in(data)
@@ -271,19 +260,19 @@ def _image(data: Any, frame: int, *, window: FileWindow, voi: int | str) -> tupl
     if photometric_of(data) in dicom_pixels.COLOUR:
         return dicom_pixels.colours(data, frame)
     values = dicom_pixels.intensities(data, frame)
-    scale = _scale_of(data, values, frame, window=window, voi=voi)
-    return scale.apply(values), scale.text
+    shown = _window_of(data, values, frame, window=window, voi=voi)
+    return shown.apply(values), shown.text
 
 
-def _scale_of(
+def _window_of(
     data: Any, values: np.ndarray, frame: int, *, window: FileWindow, voi: int | str
-) -> Scale:
-    """Return the scale that a job's ``window`` means for a grey image; ``file`` without one is ``auto``."""
-    own = dicom_pixels.file_scale(data, frame, voi) if window == "file" else None
+) -> IntensityWindow:
+    """Return what a job's ``window`` means for a grey image; ``file`` without one is ``auto``."""
+    own = dicom_pixels.file_intensity_window(data, frame, voi) if window == "file" else None
     chosen = "auto" if window == "file" else window
-    scale = own or volume.scale_for(chosen, values, modality=modality_of(data))
+    found = own or volume.window_for(chosen, values, modality=modality_of(data))
     white_is_low = photometric_of(data) == "MONOCHROME1"
-    return scale.inverted("MONOCHROME1 turned round") if white_is_low else scale
+    return found.inverted("MONOCHROME1 turned round") if white_is_low else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +282,7 @@ class _Images:
     options: Options
     payload: Mapping[str, Any]
     data: Any
-    planes: Sequence[Header]
+    planes: Sequence[dicom.Header]
     origin: Sample
     drops: Drops
 
@@ -304,9 +293,9 @@ class _Images:
         if options.at_most is not None and len(taken) > options.at_most:
             taken = taken[np.linspace(0, len(taken) - 1, options.at_most).round().astype(int)]
         stack = None
-        if planes[0].position and planes[0].orientation and (count == 1 or is_stack(planes)):
+        if planes[0].position and planes[0].orientation and (count == 1 or dicom.is_stack(planes)):
             with contextlib.suppress(Unusable):  # frames without a place may be referred to
-                stack = stack_of(planes)
+                stack = dicom.stack_of(planes)
         masks = self._drawn(stack)
         if self.options.masks:
             self.drops.add(NO_MAP, self.origin.source_file, "images that are no volume")
@@ -326,8 +315,12 @@ class _Images:
     def of_volume(self) -> Iterator[Sample]:
         """Yield the images that are cut out of slices one behind the other."""
         siblings = frozenset(self.payload["siblings"])
-        origin, axis, stack = self.origin, None, replace(stack_of(self.planes), siblings=siblings)
-        array, scale = self._voxels(stack)
+        origin, axis, stack = (
+            self.origin,
+            None,
+            replace(dicom.stack_of(self.planes), siblings=siblings),
+        )
+        array, window = self._voxels(stack)
         if stack.flaw:
             if (axis := stack.axis) not in self.options.slices.axes:
                 detail = f"{stack.flaw}; its slices lie along {axis}, see `slices.axes`"
@@ -340,9 +333,9 @@ class _Images:
         made = Volume(voxels, turned_affine, *pack(turned, voxels.shape))
         if self.options.masks:
             made, origin = self._mapped(made, origin, stack)
-        yield from volume.samples(made, origin, self.options, self.drops, scale=scale, axis=axis)
+        yield from volume.samples(made, origin, self.options, self.drops, window=window, axis=axis)
 
-    def _mapped(self, drawn: Volume, origin: Sample, stack: Stack) -> tuple[Volume, Sample]:
+    def _mapped(self, drawn: Volume, origin: Sample, stack: dicom.Stack) -> tuple[Volume, Sample]:
         """Return the volume with the label maps of the series too; all are lost if one doesn't fit."""
         masks = self.payload["masks"]
         where, grid = volume.where_of(origin), Grid(drawn.voxels, drawn.affine)
@@ -371,7 +364,7 @@ class _Images:
             origin, preprocessing={**origin.preprocessing, **notes}, examined=examined
         )
 
-    def _voxels(self, stack: Stack) -> tuple[np.ndarray, Scale]:
+    def _voxels(self, stack: dicom.Stack) -> tuple[np.ndarray, IntensityWindow]:
         """Return float32 ``[slice, row, column]``, and the middle slice's window, which is that of all."""
         options, count, first = self.options, len(stack.planes), stack.planes[0]
         if (voxels := count * first.rows * first.columns) > options.max_voxels:
@@ -379,18 +372,18 @@ class _Images:
         array = np.empty((count, first.rows, first.columns), dtype=np.float32)
         middle, frame = self.data, 0
         for index, plane in enumerate(stack.planes):
-            data = open_dataset(options.root / plane.path) if plane.path else self.data
+            data = dicom.open_dataset(options.root / plane.path) if plane.path else self.data
             if photometric_of(data) not in dicom_pixels.GREY:
                 raise Unusable(COLOURED, f"{count} images")
             values = dicom_pixels.intensities(data, plane.frame)
             if values.shape != array.shape[1:]:
-                raise Unusable(MIXED, f"{count} images")
+                raise Unusable(dicom.MIXED, f"{count} images")
             array[index] = values
             if index == count // 2:
                 middle, frame = data, plane.frame
-        return array, _scale_of(middle, array, frame, window=options.window, voi=options.voi)
+        return array, _window_of(middle, array, frame, window=options.window, voi=options.voi)
 
-    def _drawn(self, stack: Stack | None) -> list[Mask]:
+    def _drawn(self, stack: dicom.Stack | None) -> list[Mask]:
         """Return what was drawn into the images, in the order of the stack, if they have a place.
 
         Labels of what doesn't fit, or is drawn elsewhere, are lost.
@@ -428,7 +421,7 @@ def _opened(options: Options, unit: Unit, drops: Drops) -> _Images:
         said = [item for item in said if item.box is None]
     if options.label == "folder":
         said.append(Annotation(paths[0].parent.name))
-    data = open_dataset(paths[0])
+    data = dicom.open_dataset(paths[0])
     if options.burned_in == "drop":
         _refuse_burned_in(data)
     notes = {}
@@ -437,7 +430,7 @@ def _opened(options: Options, unit: Unit, drops: Drops) -> _Images:
             if open_drawn(path).get("SegmentationType") == "FRACTIONAL":
                 notes["segmentation"] = "fractions from one half up"
     # The places of slices are in the headers, those of frames in one of them.
-    planes = frame_headers(data)
+    planes = dicom.frame_headers(data)
     if len(paths) > 1:
         planes = [read_header(options.root / name, name) for name in payload["paths"]]
     origin = Sample(

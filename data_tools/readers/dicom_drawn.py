@@ -23,14 +23,6 @@ from data_tools.readers.dicom_headers import SEGMENTATION
 from data_tools.records import ANYTHING, Drops
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging import dicom
-from gmai_xtuner.core.imaging.dicom import (
-    Header,
-    Stack,
-    damage_as,
-    functional_group,
-    numbers,
-    quiet,
-)
 from gmai_xtuner.core.imaging.dicom_pixels import decode
 
 BAD_SEGMENTATION = "segmentation that can't be read"
@@ -69,7 +61,7 @@ def _opened(path: Path, changed: int, size: int) -> Any:
 def labels_of(data: Any) -> dict[int, str]:
     """Return labels of segments or structures by number; "" for one that is missing or names somebody."""
     names, found = dicom.identity(data), {}
-    with damage_as(BAD_SEGMENTATION), quiet():
+    with dicom.damage_as(BAD_SEGMENTATION), dicom.quiet():
         if str(data.SOPClassUID) in SEGMENTATION:
             for item in data.SegmentSequence:
                 kinds = item.get("SegmentedPropertyTypeCodeSequence")
@@ -83,7 +75,7 @@ def labels_of(data: Any) -> dict[int, str]:
 
 
 def masks_of(
-    data: Any, planes: Sequence[Header], stack: Stack | None, drops: Drops, where: str
+    data: Any, planes: Sequence[dicom.Header], stack: dicom.Stack | None, drops: Drops, where: str
 ) -> list[Mask]:
     """Return the structures of a SEG or RTSTRUCT file on the pixels of images, in the order of ``planes``.
 
@@ -91,7 +83,7 @@ def masks_of(
     nothing of it can be read.
     """
     labels = labels_of(data)
-    with damage_as(BAD_SEGMENTATION), quiet():
+    with dicom.damage_as(BAD_SEGMENTATION), dicom.quiet():
         if str(data.SOPClassUID) in SEGMENTATION:
             masks, problems = _segments(data, planes, stack, labels)
         elif stack is None:
@@ -117,7 +109,9 @@ Found = tuple[dict[int, np.ndarray], dict[int, dict[str, str]]]
 """Masks by the number of their structure, and for each structure the reasons for what is left out of it."""
 
 
-def _named(sources: Sources, planes: Sequence[Header], stack: Stack | None) -> list[int]:
+def _named(
+    sources: Sources, planes: Sequence[dicom.Header], stack: dicom.Stack | None
+) -> list[int]:
     """Return the indices of the images that are referred to, by instance and perhaps frame.
 
     `Unusable` for what was drawn on another time point or echo of the same series.
@@ -133,12 +127,12 @@ def _sources(items: Any) -> Sources:
     found: Sources = set()
     for item in items or []:
         uid = str(item.get("ReferencedSOPInstanceUID") or "")
-        frames = numbers(item, "ReferencedFrameNumber")
+        frames = dicom.numbers(item, "ReferencedFrameNumber")
         found |= {(uid, int(frame)) for frame in frames} or {(uid, None)}
     return found
 
 
-def _no_masks(planes: Sequence[Header], numbers: Iterable[int] = ()) -> dict[int, np.ndarray]:
+def _no_masks(planes: Sequence[dicom.Header], numbers: Iterable[int] = ()) -> dict[int, np.ndarray]:
     """Return an empty mask for each of the structures; for others it is made when they are asked for."""
     shape = (len(planes), planes[0].rows, planes[0].columns)
     masks: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(shape, dtype=bool))
@@ -146,10 +140,10 @@ def _no_masks(planes: Sequence[Header], numbers: Iterable[int] = ()) -> dict[int
 
 
 def _segments(
-    data: Any, planes: Sequence[Header], stack: Stack | None, labels: dict[int, str]
+    data: Any, planes: Sequence[dicom.Header], stack: dicom.Stack | None, labels: dict[int, str]
 ) -> Found:
     kind = str(data.get("SegmentationType") or "")
-    top = int((numbers(data, "MaximumFractionalValue") or [1])[0])
+    top = int((dicom.numbers(data, "MaximumFractionalValue") or [1])[0])
     frames = dicom.frame_headers(data)
     if stack is not None and (distance := _distance(data, frames, stack)):
         return {}, {number: {OTHER_GRID: distance} for number in labels}
@@ -164,7 +158,7 @@ def _segments(
         if kind == "LABELMAP":
             held = pixels[rows, columns]
         else:
-            item = functional_group(data, frame.frame, "SegmentIdentificationSequence")
+            item = dicom.functional_group(data, frame.frame, "SegmentIdentificationSequence")
             if item is None and len(labels) > 1:
                 raise Unusable(BAD_SEGMENTATION, "a frame without its segment")
             number = next(iter(labels)) if item is None else int(item.ReferencedSegmentNumber)
@@ -201,8 +195,8 @@ def _segments(
     return masks, problems
 
 
-def _frame_sources(data: Any, frame: Header) -> Sources:
-    item = functional_group(data, frame.frame, "DerivationImageSequence")
+def _frame_sources(data: Any, frame: dicom.Header) -> Sources:
+    item = dicom.functional_group(data, frame.frame, "DerivationImageSequence")
     if item is not None:
         return _sources(item.get("SourceImageSequence"))
     if len(series := data.get("ReferencedSeriesSequence") or []) == 1:
@@ -211,11 +205,13 @@ def _frame_sources(data: Any, frame: Header) -> Sources:
     return set()
 
 
-def _distance(data: Any, frames: Sequence[Header], stack: Stack) -> str:
+def _distance(data: Any, frames: Sequence[dicom.Header], stack: dicom.Stack) -> str:
     """Return a text if the segmentation's slices are farther apart than the images; else an empty one."""
     if len(stack.planes) < 2:
         return ""
-    own = numbers(functional_group(data, 0, "PixelMeasuresSequence") or {}, "SpacingBetweenSlices")
+    own = dicom.numbers(
+        dicom.functional_group(data, 0, "PixelMeasuresSequence") or {}, "SpacingBetweenSlices"
+    )
     if not own and not _frame_sources(data, frames[0]):
         first = stack.planes[0]
         normal = np.cross(first.orientation[:3], first.orientation[3:])  # type: ignore[index]
@@ -227,7 +223,7 @@ def _distance(data: Any, frames: Sequence[Header], stack: Stack) -> str:
 
 
 def _place(
-    frame: Header, sources: Sources, planes: Sequence[Header], stack: Stack | None
+    frame: dicom.Header, sources: Sources, planes: Sequence[dicom.Header], stack: dicom.Stack | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Return (image, row, column) of a frame's first pixel, and the steps along its rows and columns.
 
@@ -258,7 +254,7 @@ def _place(
     return start, down, along
 
 
-def _contours(data: Any, stack: Stack, labels: dict[int, str]) -> Found:
+def _contours(data: Any, stack: dicom.Stack, labels: dict[int, str]) -> Found:
     masks = _no_masks(stack.planes)
     problems: dict[int, dict[str, str]] = defaultdict(dict)
     seen = set()
@@ -280,7 +276,7 @@ def _contours(data: Any, stack: Stack, labels: dict[int, str]) -> Found:
     return masks, problems
 
 
-def _ring(contour: Any, stack: Stack) -> tuple[int, np.ndarray, bool] | None:
+def _ring(contour: Any, stack: dicom.Stack) -> tuple[int, np.ndarray, bool] | None:
     """Return a contour's image, its corners ``[N, 2]`` (column, row), and if it is combined by exclusive or.
 
     None for one outside of the images, or in one that isn't there; `Unusable` if it bounds no region, is
@@ -289,7 +285,7 @@ def _ring(contour: Any, stack: Stack) -> tuple[int, np.ndarray, bool] | None:
     kind = str(contour.get("ContourGeometricType") or "")
     if kind not in CLOSED:
         raise Unusable(NO_REGION, kind if kind in OPEN else "an unknown type")
-    values = numbers(contour, "ContourData")
+    values = dicom.numbers(contour, "ContourData")
     if len(values) % 3 or not np.isfinite(values).all():
         raise Unusable(BAD_SEGMENTATION, "ContourData")
     if len(values) < 9:

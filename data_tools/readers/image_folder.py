@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from data_tools.readers import SourceOptions
 from data_tools.readers.files import LINK, files, folder_of, is_image, open_image, wrong
@@ -21,9 +21,6 @@ class Options(SourceOptions):
     class is named by the ``first`` folder below them, or by the ``last``, the one that the image lies in.
     """
 
-    default_source_task: ClassVar[str] = "2D classification"
-
-    reader: Literal["image_folder"]
     folders: tuple[str, ...] = ("",)
     label_from: Literal["first", "last"] = "first"
 

@@ -39,7 +39,6 @@ class Options(SourceOptions):
     masks_are_objects: ClassVar[bool] = True
     default_source_task: ClassVar[str] = "2D segmentation"
 
-    reader: Literal["labelme"]
     annotations: str = ""
     regions: Literal["masks", "boxes"] = "masks"
 

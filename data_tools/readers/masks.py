@@ -35,7 +35,6 @@ class Options(SourceOptions):
 
     default_source_task: ClassVar[str] = "2D segmentation"
 
-    reader: Literal["masks"]
     images: str | None = None
     masks: Patterns = ()
     map: str | None = None

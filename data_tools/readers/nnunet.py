@@ -13,7 +13,7 @@ list isn't read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
@@ -40,7 +40,6 @@ CHANNEL_MODALITIES = {
 class Options(VolumeOptions):
     """Keys of ``reader: nnunet`` and ``decathlon``: ``channels`` by name or number; default: all."""
 
-    reader: Literal["nnunet", "decathlon"]
     channels: tuple[str | int, ...] | None = Field(None, min_length=1)
 
 

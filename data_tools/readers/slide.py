@@ -55,10 +55,8 @@ class SlideColumns(RowColumns):
 class Options(SourceOptions):
     """Keys of ``reader: slide``; docs/corpus.md explains them."""
 
-    default_source_task: ClassVar[str] = "2D classification"
     native_memory: ClassVar[int] = 2**32
 
-    reader: Literal["slide"]
     files: str = "**/*"
     tile: int = Field(default=512, ge=16, le=8192)
     stride: int | None = Field(default=None, ge=1)

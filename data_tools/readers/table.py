@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -79,9 +79,6 @@ def _by_their_names(columns: object) -> object:
 class Options(SourceOptions):
     """Keys of ``reader: table``; docs/corpus.md explains them."""
 
-    default_source_task: ClassVar[str] = "2D classification"
-
-    reader: Literal["table"]
     table: str
     format: Format | None = None
     encoding: str = "utf-8"

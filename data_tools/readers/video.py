@@ -58,10 +58,8 @@ class VideoColumns(RowColumns):
 class Options(SourceOptions):
     """Keys of ``reader: video``; docs/corpus.md explains them."""
 
-    default_source_task: ClassVar[str] = "2D classification"
     native_memory: ClassVar[int] = 2**32
 
-    reader: Literal["video"]
     files: str = "**/*"
     pick: Literal["every", "evenly", "scenes", "table"] = "evenly"
     seconds: float = Field(default=1.0, gt=0)

@@ -27,7 +27,6 @@ class Options(SourceOptions):
 
     default_source_task: ClassVar[str] = "2D detection"
 
-    reader: Literal["voc"]
     annotations: str = "Annotations"
     images: str = "JPEGImages"
     splits: tuple[str, ...] = ()

@@ -27,7 +27,7 @@ from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging import volumes, windows
 from gmai_xtuner.core.imaging.volume_headers import SUFFIXES
 from gmai_xtuner.core.imaging.volumes import AXES, PLANES, Axis, Grid, LabelMap
-from gmai_xtuner.core.imaging.windows import Scale
+from gmai_xtuner.core.imaging.windows import IntensityWindow
 
 PART = "label map of a part of its volume: what lies outside of it isn't known"
 FLAWED_CUT = "uneven or tilted series cut across its slices"
@@ -77,7 +77,6 @@ class VolumeOptions(SourceOptions):
 class Options(VolumeOptions):
     """Keys of ``reader: volume``; docs/corpus.md explains them."""
 
-    reader: Literal["volume"]
     images: str
     masks: Patterns = ()
     channel: int | None = Field(None, ge=0)
@@ -188,12 +187,12 @@ def examined_in(volume: Volume, masks: list[tuple[str, Places]]) -> tuple[str, .
     return tuple(sorted(named | {item.label for item in volume.structures}))
 
 
-def scale_for(window: Window, voxels: np.ndarray, *, modality: str | None) -> Scale:
-    """Return the scale of a job's ``window``, see `windows.scale_for`."""
+def window_for(window: Window, voxels: np.ndarray, *, modality: str | None) -> IntensityWindow:
+    """Return the intensity window that a job's ``window`` means, see `windows.window_for`."""
     if isinstance(window, LevelAndWidth):
         plain = windows.Window(window.level, window.width)
-        return windows.scale_for(plain, voxels, modality=modality)
-    return windows.scale_for(window, voxels, modality=modality)
+        return windows.window_for(plain, voxels, modality=modality)
+    return windows.window_for(window, voxels, modality=modality)
 
 
 def where_of(origin: Sample) -> str:
@@ -228,14 +227,14 @@ def samples(
     options: VolumeOptions,
     drops: Drops,
     *,
-    scale: Scale | None = None,
+    window: IntensityWindow | None = None,
     axis: Axis | None = None,
 ) -> Iterator[Sample]:
     """Yield the volume's slices after the three-dimensional rules; one image in memory at a time.
 
     ``origin`` has what all have in common; its annotations are said of each image as a whole. Which slices a
-    component that is left out reaches isn't known: its label is lost in all of them. ``scale`` goes before
-    ``options.window``; along another ``axis`` than this it may not be cut.
+    component that is left out reaches isn't known: its label is lost in all of them. ``window`` goes
+    before ``options.window``; along another ``axis`` than this it may not be cut.
     """
     rules, where = options.clean, where_of(origin)
     with drops.image(where):
@@ -250,8 +249,8 @@ def samples(
         if not upright:
             raise Unusable(FLAWED_CUT, f"no right angles; see `slices.axes`, {', '.join(axes)}")
         modality = options.modality or origin.modality
-        scale = scale or scale_for(options.window, cleaned.voxels, modality=modality)
-        for cut in slices(cleaned, scale, options.slices, upright):
+        window = window or window_for(options.window, cleaned.voxels, modality=modality)
+        for cut in slices(cleaned, window, options.slices, upright):
             with drops.image(f"{where}#{cut.axis}{cut.index}"):
                 height, width = cut.image.shape
                 if cut.unclear:
@@ -260,7 +259,7 @@ def samples(
                     reason = "slice with a short edge under"
                     reason += f" {rules.min_edge_ratio:g} of the long one"
                     raise Unusable(reason, f"{width} x {height}")
-                done = {"window": scale.text, "orientation": f"{PLANES[cut.axis]}, from RAS+"}
+                done = {"window": window.text, "orientation": f"{PLANES[cut.axis]}, from RAS+"}
                 if cut.stretched is not None:
                     done["pixels"] = f"square, {cut.stretched:g} mm"
                 part = {"axis": cut.axis, "slice": cut.index}

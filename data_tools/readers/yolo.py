@@ -30,7 +30,6 @@ class Options(SourceOptions):
     masks_are_objects: ClassVar[bool] = True
     default_source_task: ClassVar[str] = "2D detection"
 
-    reader: Literal["yolo"]
     names: tuple[str, ...] | str
     format: Literal["boxes", "polygons", "oriented"] = "boxes"
     folders: tuple[str, ...] = ("",)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools import licences
+from data_tools.options import OpenAIBatchOptions, TemplateOptions
 
 if TYPE_CHECKING:
     from data_tools.job import Job
@@ -30,10 +31,9 @@ def model_writer(
     job: Job, *, grounded: bool, folder: Path | None = None
 ) -> OpenAIWriter | OpenAIBatchWriter:
     """Return the writer of a job that asks a model; images lie below ``folder``, or in the corpus."""
-    # They need the libraries of the API.
+    # These need the libraries of the API.
     from data_tools.writers.openai_batch import OpenAIBatchWriter
     from data_tools.writers.openai_writer import OpenAIWriter
-    from data_tools.writers.options import OpenAIBatchOptions, TemplateOptions
 
     options = job.writer
     assert not isinstance(options, TemplateOptions)
@@ -56,11 +56,3 @@ def check_sending(job: Job, sources: Iterable[SourceOptions]) -> None:
         from gmai_xtuner.core.sending import Guard
 
         Guard(url).check(origins)
-
-
-def check_key(job: Job) -> None:
-    """Raise an `EndpointError` if the environment lacks the key of the job's server."""
-    from data_tools.writers.options import TemplateOptions
-
-    assert not isinstance(job.writer, TemplateOptions)
-    job.writer.key()

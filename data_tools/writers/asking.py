@@ -19,8 +19,8 @@ import platformdirs
 
 from data_tools.checks import check_translation
 from data_tools.items import Conversation, Item, Problem, Task
+from data_tools.options import OpenAIOptions
 from data_tools.writers.ledger import Expense, Ledger, Reply
-from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.prompts import Prompt, Prompts
 from data_tools.writers.request import Request, expense
 from gmai_xtuner.core.agreements import Origin

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.items import Task
+from data_tools.options import OpenAIBatchOptions
 from data_tools.writers import asking
 from data_tools.writers.ledger import Expense, Ledger, Reply, Shard
-from data_tools.writers.options import OpenAIBatchOptions
 from data_tools.writers.request import Request, Traits, reason_of, reply_of
 from gmai_xtuner.core.agreements import Origin
 from gmai_xtuner.core.errors import CorpusError, EndpointError

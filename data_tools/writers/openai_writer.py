@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 from anyio.from_thread import start_blocking_portal
 
 from data_tools.items import Task
+from data_tools.options import OpenAIOptions
 from data_tools.writers.asking import REFUSED, Account, ModelWriter, Outcome, step
 from data_tools.writers.ledger import Expense, Ledger, Reply
-from data_tools.writers.options import OpenAIOptions
 from data_tools.writers.request import Request, Traits, reason_of, reply_of
 from gmai_xtuner.core import http
 from gmai_xtuner.core.errors import CorpusError, EndpointError

@@ -14,23 +14,24 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image, ImageDraw
 
 from data_tools.items import Item, Task
+from data_tools.options import ImageOptions, OpenAIOptions
 from data_tools.records import Box
 from data_tools.writers.ledger import Expense, Reply
-from data_tools.writers.options import ImageOptions, OpenAIOptions
 from data_tools.writers.prompts import Prompt
 from gmai_xtuner.core.errors import CorpusError, ImageError, is_unicode
+from gmai_xtuner.core.files import sha256_of_file
 from gmai_xtuner.core.http import RequestRefused, first_message
 from gmai_xtuner.core.imaging.images import opened
 
+T = TypeVar("T")
 STRUCTURES = ("json_schema", "json_object", "text")
 MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens")
 # Words by which servers say that they don't know JSON schemas (OpenAI, Azure, vLLM, llama.cpp, TGI, Ollama).
@@ -123,7 +124,7 @@ class AttachedImage:
 
         A `CorpusError` if the file can't be read or is not the one that was hashed.
         """
-        data = _read(self.path)
+        data = _read(self.path, Path.read_bytes)
         if hashlib.sha256(data).hexdigest() != self.digest:
             raise CorpusError(
                 f"{self.path}: the picture changed while the job was running; run it again"
@@ -154,17 +155,11 @@ class AttachedImage:
         return stream.getvalue(), f"image/{kind}"
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, read: Callable[[Path], T]) -> T:
     try:
-        return path.read_bytes()
+        return read(path)
     except OSError as error:
         raise CorpusError(f"{path}: the stored picture can't be read ({error})") from error
-
-
-@lru_cache(maxsize=1024)
-def _digest(path: Path, modified: int, size: int) -> str:
-    """Hash a file; an image has several items, one after the other."""
-    return hashlib.sha256(_read(path)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +195,9 @@ class Request:
             focus = item.focus if prompt.box_image else None
             box = record.labels[focus].box if focus is not None else None
             path = folder / prompt.image
-            stat = path.stat() if path.is_file() else None
-            digest = _digest(path, stat.st_mtime_ns if stat else 0, stat.st_size if stat else 0)
-            image = AttachedImage(path, record.width, record.height, box, digest)
+            image = AttachedImage(
+                path, record.width, record.height, box, _read(path, sha256_of_file)
+            )
             size, detail = image.size(options.image), options.image.detail
             image_tokens = options.image.tokens.count(*size, detail=detail)
         described = {

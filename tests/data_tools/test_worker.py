@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 
 from data_tools import job as jobs
@@ -110,8 +109,7 @@ def test_answers_are_asked_for_again_for_a_new_version_of_the_prompts_or_checks(
 @dataclass(frozen=True)
 class Payload:
     row: dict[str, str]
-    files: tuple[Path, ...]
-    boxes: np.ndarray
+    files: tuple[str, ...]
 
 
 @pytest.fixture
@@ -119,7 +117,7 @@ def unit(tmp_path: Path) -> Unit:
     (tmp_path / "series").mkdir()
     for name in ("a.png", "mask.png", "series/1.dcm", "seen.png"):
         (tmp_path / name).write_bytes(b"12345")
-    return Unit("a.png", Payload({"x1": "3"}, (tmp_path / "mask.png", Path("series")), np.zeros(2)))
+    return Unit("a.png", Payload({"x1": "3"}, ("mask.png", "series")))
 
 
 def touch(path: Path) -> None:
@@ -130,10 +128,10 @@ def test_it_is_the_same_in_every_process(tmp_path, unit):
     code = (
         "import sys; from pathlib import Path; from data_tools.records import Unit;"
         "from data_tools.worker import unit_fingerprint; p = Path(sys.argv[1]);"
-        "print(unit_fingerprint(p, Unit('a.png', {'x': {'b', 'a'}, 'f': ('mask.png', 1.5, None)})).hex())"
+        "print(unit_fingerprint(p, Unit('a.png', {'x': ['b', 'a'], 'f': ('mask.png', 1.5, None)})).hex())"
     )
     here = unit_fingerprint(
-        tmp_path, Unit("a.png", {"x": {"a", "b"}, "f": ("mask.png", 1.5, None)})
+        tmp_path, Unit("a.png", {"x": ["b", "a"], "f": ("mask.png", 1.5, None)})
     ).hex()
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -170,8 +168,6 @@ def test_what_the_payload_says_counts(tmp_path):
         ["a", "1"],
         [["a"], "1"],
         None,
-        np.zeros(2),
-        np.ones(2),
     ]
     assert len({unit_fingerprint(tmp_path, Unit("k", payload)) for payload in payloads}) == len(
         payloads
@@ -189,8 +185,7 @@ def test_a_set_that_was_moved_is_the_same_set(tmp_path, unit):
     before = unit_fingerprint(tmp_path, unit)
     moved = tmp_path.with_name(f"{tmp_path.name} moved")
     tmp_path.rename(moved)
-    payload = Payload(unit.payload.row, (moved / "mask.png", Path("series")), unit.payload.boxes)
-    assert unit_fingerprint(moved, Unit(unit.key, payload)) == before
+    assert unit_fingerprint(moved, unit) == before
 
 
 def test_a_payload_that_can_not_be_compared_is_refused(tmp_path):

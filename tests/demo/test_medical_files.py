@@ -14,7 +14,7 @@ from data_tools.preprocess.volumes import take
 from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.volume_headers import is_nifti
 from gmai_xtuner.core.imaging.volumes import load
-from gmai_xtuner.core.imaging.windows import Window, scale_for
+from gmai_xtuner.core.imaging.windows import Window, window_for
 from gmai_xtuner.demo.files import open_dicom, open_nifti
 from gmai_xtuner.demo.i18n import PageError
 from gmai_xtuner.demo.studies import Frames, Limits, View, Volume, first_view
@@ -237,7 +237,7 @@ def test_orientation(tmp_path, values, affine, suffix):
 def test_a_real_volume_looks_as_in_the_corpus(shared_data, tmp_path):
     original = next((shared_data / "spleen_ct_nifti").glob("sub-*/ct/*.nii.gz"))
     grid = load(original, max_voxels=10**8)
-    scale = scale_for("soft tissue", grid.array, modality="CT")
+    scale = window_for("soft tissue", grid.array, modality="CT")
     study = open_nifti(Path(shutil.copy(original, tmp_path / "upload")), LIMITS)
     for axis in ("x", "y", "z"):
         index = study.length(axis) // 3

@@ -26,7 +26,7 @@ from gmai_xtuner.core.imaging import dicom
 from gmai_xtuner.core.imaging.bounded import MEMORY, run_bounded
 from gmai_xtuner.core.imaging.dicom import PIXELS, damage_as, functional_group, numbers, quiet
 from gmai_xtuner.core.imaging.images import MAX_PIXELS
-from gmai_xtuner.core.imaging.windows import Scale, Window
+from gmai_xtuner.core.imaging.windows import IntensityWindow, Window
 
 CANT_DECODE = "pixel data can't be read"
 UNKNOWN_COLOURS = "unknown photometric interpretation"
@@ -263,8 +263,8 @@ def colours(data: Any, frame: int = 0) -> tuple[np.ndarray, str]:
 
 
 @damage_as(dicom.WRONG_VALUES)
-def file_scale(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
-    """Return the scale of a frame's VOI LUT, or without one of its window; None without either.
+def file_intensity_window(data: Any, frame: int = 0, voi: int | str = 0) -> IntensityWindow | None:
+    """Return a frame's VOI LUT, or without one its window; None without either.
 
     ``voi`` says which of several, by index or explanation; `Unusable` if there is none such, or it can't be
     applied.
@@ -276,12 +276,12 @@ def file_scale(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
     text = f"the file's window W {window.width:g} L {window.center:g}, {window.function}"
     if _voi_of(data, frame).get("VOILUTSequence"):
         text += ", its VOI LUT can't be applied"
-    return Scale(window.apply, text)
+    return IntensityWindow(window.apply, text)
 
 
 @damage_as(dicom.WRONG_VALUES)
 def file_window(data: Any, frame: int = 0, voi: int | str = 0) -> Window | None:
-    """Return a frame's window; see `file_scale`.
+    """Return a frame's window; see `file_intensity_window`.
 
     ``LINEAR`` has no width below 1 (PS3.3 C.11.2.1.2): such a one is taken for ``LINEAR_EXACT``.
     """
@@ -304,8 +304,8 @@ def file_window(data: Any, frame: int = 0, voi: int | str = 0) -> Window | None:
 
 
 @damage_as(dicom.WRONG_VALUES)
-def file_table(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
-    """Return a frame's VOI LUT; None too for one that can't be applied beside a window; see `file_scale`."""
+def file_table(data: Any, frame: int = 0, voi: int | str = 0) -> IntensityWindow | None:
+    """Return a frame's VOI LUT; None too for one that can't be applied beside a window."""
     source = _voi_of(data, frame)
     if not source.get("VOILUTSequence"):
         return None
@@ -325,7 +325,9 @@ def file_table(data: Any, frame: int = 0, voi: int | str = 0) -> Scale | None:
         return np.floor(look_up(values) / top * 255 + 0.5).astype(np.uint8)
 
     text = "the file's VOI LUT"
-    return Scale(apply, text if used == bits else f"{text}, {used} of its {bits} bits used")
+    return IntensityWindow(
+        apply, text if used == bits else f"{text}, {used} of its {bits} bits used"
+    )
 
 
 def _look_up(item: Any, data: Any) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray, int]:

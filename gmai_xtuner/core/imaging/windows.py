@@ -88,15 +88,15 @@ PRESETS: dict[str, Window] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class IntensityWindow:
     """How intensities become grey levels: ``[H, W]`` -> uint8 ``[H, W]``, and what it does as a text."""
 
     apply: Callable[[np.ndarray], np.ndarray]
     text: str
 
-    def inverted(self, note: str) -> Scale:
-        """Return the scale with black and white exchanged, and ``note`` added to its text."""
-        return Scale(lambda values: 255 - self.apply(values), f"{self.text}, {note}")
+    def inverted(self, note: str) -> IntensityWindow:
+        """Return the window with black and white exchanged, and ``note`` added to its text."""
+        return IntensityWindow(lambda values: 255 - self.apply(values), f"{self.text}, {note}")
 
 
 def linear(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -110,15 +110,15 @@ def linear(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.floor(np.clip(share, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
-def scale_for(
+def window_for(
     window: str | tuple[float, float] | Window, voxels: np.ndarray, *, modality: str | None
-) -> Scale:
-    """Return the scale of one volume, or of one image, by all of its finite ``voxels``.
+) -> IntensityWindow:
+    """Return the intensity window of one volume, or of one image, by all of its finite ``voxels``.
 
     ``window`` is a name of the module (``modality`` decides what ``auto`` is), the two ends, or a `Window`.
     """
     if isinstance(window, Window):
-        return Scale(window.apply, f"window W {window.width:g} L {window.center:g}")
+        return IntensityWindow(window.apply, f"window W {window.width:g} L {window.center:g}")
     if isinstance(window, tuple):
         return _line(*window, "window")
     if window == "auto":
@@ -126,13 +126,13 @@ def scale_for(
         is_ct = (modality or "").strip().lower() in CT_NAMES and voxels.min() < 0
         window = "soft tissue" if is_ct else "percentile"
     if window == "slice":
-        return Scale(_own_range, "min-max of the slice")
+        return IntensityWindow(_own_range, "min-max of the slice")
     if window == "volume":
         return _line(float(voxels.min()), float(voxels.max()), "min-max of the volume,")
     if window == "percentile":
         ends = _foreground(voxels)
         if ends is None:
-            return Scale(_own_range, "one grey level")
+            return IntensityWindow(_own_range, "one grey level")
         text = "percentiles {:g} and {:g} of the foreground,".format(*FOREGROUND)
         return _line(*ends, text)
     return _line(*WINDOWS[window], f"{window} window,")
@@ -164,8 +164,8 @@ def _foreground(values: np.ndarray) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _line(low: float, high: float, text: str) -> Scale:
-    return Scale(lambda values: linear(values, low, high), f"{text} {low:g} to {high:g}")
+def _line(low: float, high: float, text: str) -> IntensityWindow:
+    return IntensityWindow(lambda values: linear(values, low, high), f"{text} {low:g} to {high:g}")
 
 
 def _own_range(values: np.ndarray) -> np.ndarray:

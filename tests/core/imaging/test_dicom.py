@@ -18,7 +18,7 @@ from gmai_xtuner.core.imaging.dicom import header_of, is_dicom, open_dataset, st
 from gmai_xtuner.core.imaging.dicom_pixels import (
     COLOUR,
     colours,
-    file_scale,
+    file_intensity_window,
     file_window,
     intensities,
     photometric_of,
@@ -56,7 +56,7 @@ def test_real_files_are_as_pydicom_applies_their_tables(name):
     expected = apply_modality_lut(stored, data)
     measured = stored != data.get("PixelPaddingValue")
     assert np.array_equal(intensities(data)[measured], expected[measured])
-    scale = file_scale(data)
+    scale = file_intensity_window(data)
     if scale is not None:
         windowed = apply_voi_lut(expected, data)
         low, high = windowed.min(), windowed.max()
@@ -69,7 +69,7 @@ def test_rescale_comes_first_and_padding_is_the_smallest_value():
     values = np.array([[0, 1000, 1040, 1200, -2000]], dtype=np.int16)
     data = made.dicom(values, RescaleSlope=1, RescaleIntercept=-1000, PixelPaddingValue=-2000)
     assert intensities(data).tolist() == [[-1000, 0, 40, 200, -1000]]
-    assert file_scale(data) is None
+    assert file_intensity_window(data) is None
 
 
 def test_frames_have_their_own_rescale_and_window():
@@ -97,7 +97,7 @@ def with_table(descriptor: list[int], table: list[int], **elements) -> pydicom.D
 
 
 def test_a_look_up_table_goes_before_the_window():
-    scale = file_scale(with_table([4, 0, 8], [0, 255, 10, 20]))
+    scale = file_intensity_window(with_table([4, 0, 8], [0, 255, 10, 20]))
     assert scale.text == "the file's VOI LUT"
     assert scale.apply(np.array([[0, 1, 2, 3]])).tolist() == [[0, 255, 10, 20]]
 
@@ -130,17 +130,17 @@ def comma(**elements: str) -> pydicom.Dataset:
     ("look", "reason"),
     [
         (
-            lambda: file_scale(with_table([4, 0, 8], [], WindowWidth=None)),
+            lambda: file_intensity_window(with_table([4, 0, 8], [], WindowWidth=None)),
             "VOI LUT that can't be applied",
         ),
         (
-            lambda: file_scale(
+            lambda: file_intensity_window(
                 made.dicom(np.zeros((1, 1), np.int16), WindowCenter=1, WindowWidth=0)
             ),
             "window that can't be applied",
         ),
         (
-            lambda: file_scale(comma(WindowCenter="40,5", WindowWidth="400")),
+            lambda: file_intensity_window(comma(WindowCenter="40,5", WindowWidth="400")),
             "DICOM header with wrong values",
         ),
         (
@@ -230,12 +230,12 @@ def test_tables_of_a_voi_lut_are_read_by_their_entries(descriptor, table, top):
     first = descriptor[1] - 65536 if descriptor[1] > 32767 else descriptor[1]
     values = np.arange(first, first + len(table))[None]
     expected = np.floor(np.array([table]) / top * 255 + 0.5)
-    assert np.array_equal(file_scale(data).apply(values), expected)
+    assert np.array_equal(file_intensity_window(data).apply(values), expected)
 
 
 @pytest.mark.parametrize(("descriptor", "table"), [([4, 0, 8], [1]), ([4, 0, 8], [1, 2, 3, 999])])
 def test_a_wrong_table_gives_way_to_the_window_beside_it(descriptor, table):
-    scale = file_scale(with_table(descriptor, table))
+    scale = file_intensity_window(with_table(descriptor, table))
     assert scale.text == "the file's window W 4 L 2, LINEAR, its VOI LUT can't be applied"
     assert scale.apply(np.array([[0, 4]])).tolist() == [[0, 255]]
 

@@ -16,7 +16,7 @@ from highdicom.pixels import apply_voi_window
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.volume_headers import LPS_TO_RAS, open_volume
 from gmai_xtuner.core.imaging.volumes import Grid, load, load_labels, on_grid
-from gmai_xtuner.core.imaging.windows import PRESETS, Window, foreground_window, linear, scale_for
+from gmai_xtuner.core.imaging.windows import PRESETS, Window, foreground_window, linear, window_for
 
 AFFINE = np.array([[0, -2.0, 0, 1], [1, 0, 0, 2], [0, 0, 3, 3], [0, 0, 0, 1]])
 LIMIT = 10**6
@@ -265,7 +265,7 @@ VALUES = np.array([[-1000, -160, -159, 40, 240, 3000]], dtype=np.int16)
 
 
 def levels(window, modality="CT", values=VALUES):
-    return scale_for(window, values, modality=modality).apply(values).tolist()
+    return window_for(window, values, modality=modality).apply(values).tolist()
 
 
 def test_a_line_is_rounded_half_up_and_clipped():
@@ -279,7 +279,7 @@ def test_soft_tissue_by_name_level_and_ends():
     for window in ("soft tissue", Window(40, 400), (-160, 240)):
         assert levels(window) == expected
     assert PRESETS["soft_tissue"].apply(VALUES).tolist() == expected
-    assert scale_for(Window(40, 400), VALUES, modality=None).text == "window W 400 L 40"
+    assert window_for(Window(40, 400), VALUES, modality=None).text == "window W 400 L 40"
 
 
 def test_auto_is_soft_tissue_for_ct_alone():
@@ -292,7 +292,7 @@ def test_auto_is_soft_tissue_for_ct_alone():
 
 def test_percentiles_look_at_the_foreground():
     values = np.concatenate([np.zeros(5000), np.arange(1, 1001)]).reshape(100, 60)
-    scale = scale_for("percentile", values, modality="MR")
+    scale = window_for("percentile", values, modality="MR")
     # the 0.5th and 99.5th of 1..1000, linear between ranks
     assert "5.995 to 995.005" in scale.text
     assert scale.apply(np.array([[0, 5.995, 995.005, 1000]])).tolist() == [[0, 0, 255, 255]]
@@ -303,8 +303,8 @@ def test_percentiles_look_at_the_foreground():
 def test_slice_and_volume_differ():
     volume = np.array([[[0, 10], [20, 100]]])
     plane = volume[:, 0]
-    assert scale_for("slice", volume, modality=None).apply(plane).tolist() == [[0, 255]]
-    assert scale_for("volume", volume, modality=None).apply(plane).tolist() == [[0, 26]]
+    assert window_for("slice", volume, modality=None).apply(plane).tolist() == [[0, 255]]
+    assert window_for("volume", volume, modality=None).apply(plane).tolist() == [[0, 26]]
 
 
 def test_a_mask_is_black_and_white():

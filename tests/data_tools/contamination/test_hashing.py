@@ -162,7 +162,7 @@ def test_x_rays_of_real_patients_saved_again(shared_data: Path) -> None:
     ours, theirs = [], []
     for path in paths:
         ours.append(hash_image(path))
-        small = Image.fromarray(read_pixels(path))
+        small = Image.fromarray(read_pixels(path).pixels)
         small.thumbnail((300, 300))
         theirs.append(hash_image(as_bytes(small, "JPEG", quality=70)))
     apart = np.array([[bits(one, other) for other in theirs] for one in ours])

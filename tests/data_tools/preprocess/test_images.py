@@ -146,7 +146,7 @@ def test_everything_else_is_written_as_training_decodes_it(tmp_path, pixels):
         assert found.tolist() == [[0, 128, 255]]
     else:
         assert found.tolist() == [[[200, 100, 50], [0, 0, 0]]]
-    assert np.array_equal(read_pixels(tmp_path / "out" / stored.path), found)
+    assert np.array_equal(read_pixels(tmp_path / "out" / stored.path).pixels, found)
 
 
 def bomb(width: int, height: int) -> bytes:

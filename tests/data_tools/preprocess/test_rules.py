@@ -14,7 +14,7 @@ from data_tools.preprocess.clean import clean_annotations, clean_volume, compone
 from data_tools.preprocess.volumes import Slicing, Structure, Volume, slices
 from data_tools.readers import image_folder
 from data_tools.records import Annotation, Drops, Label
-from gmai_xtuner.core.imaging.windows import Scale
+from gmai_xtuner.core.imaging.windows import IntensityWindow
 
 
 def test_the_presets_numbers():
@@ -284,7 +284,7 @@ def test_labels_of_what_is_dropped_are_named():
 # --- Which slices are taken, and how they are turned ---
 
 
-SCALE = Scale(lambda values: values.astype(np.uint8), "as it is")
+WINDOW = IntensityWindow(lambda values: values.astype(np.uint8), "as it is")
 
 
 def grid(shape=(3, 4, 5), spacing=(1, 1, 1)) -> Volume:
@@ -297,7 +297,7 @@ def grid(shape=(3, 4, 5), spacing=(1, 1, 1)) -> Volume:
 
 
 def taken(of: Volume, **keys) -> list[tuple[str, int]]:
-    return [(item.axis, item.index) for item in slices(of, SCALE, Slicing(**keys))]
+    return [(item.axis, item.index) for item in slices(of, WINDOW, Slicing(**keys))]
 
 
 def test_only_slices_that_hold_something():
@@ -324,7 +324,7 @@ def test_a_volume_without_a_label_map_gives_all():
 
 def test_masks_are_turned_like_the_picture():
     of = grid()
-    for item in slices(of, SCALE, Slicing()):
+    for item in slices(of, WINDOW, Slicing()):
         for annotation in item.annotations:
             value = {"long": 1, "short": 2}[annotation.label]
             held = of.voxels[of.layers[0] == value]
@@ -337,7 +337,7 @@ def test_corners_lie_where_radiologists_look_for_them():
     voxels[0, 1, 1] = 7  # the patient's left (RAS+ grows to the right), front, top
     planes = {
         item.axis: item.image.tolist()
-        for item in slices(Volume(voxels, np.eye(4)), SCALE, Slicing())
+        for item in slices(Volume(voxels, np.eye(4)), WINDOW, Slicing())
         if item.index == {"x": 0, "y": 1, "z": 1}[item.axis]
     }
     assert planes == {
@@ -349,7 +349,7 @@ def test_corners_lie_where_radiologists_look_for_them():
 
 def test_square_pixels():
     of = grid((3, 4, 5), spacing=(1, 2, 1))
-    (item, *_) = slices(of, SCALE, Slicing(axes=["z"], square_pixels=True))
+    (item, *_) = slices(of, WINDOW, Slicing(axes=["z"], square_pixels=True))
     assert item.image.shape == (8, 3)
     assert item.annotations[0].mask.shape == (8, 3)
     assert item.stretched == 1

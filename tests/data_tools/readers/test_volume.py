@@ -13,7 +13,7 @@ from skimage.measure import label as components
 from skimage.measure import regionprops
 
 from data_tools.readers import nnunet, volume
-from data_tools.readers.volume import scale_for
+from data_tools.readers.volume import window_for
 from data_tools.records import Drop, Sample
 from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import read_units, regions_of
@@ -199,7 +199,7 @@ def test_files_that_are_left_out(tmp_path):
 def test_windows_of_a_job(tmp_path):
     values = np.array([[-1000, -160, -159, 40, 240, 3000]], dtype=np.int16)
     for window in ("soft tissue", {"level": 40, "width": 400}, [-160, 240]):
-        scale = scale_for(options(tmp_path, window=window).window, values, modality="CT")
+        scale = window_for(options(tmp_path, window=window).window, values, modality="CT")
         assert scale.apply(values).tolist() == [[0, 0, 1, 128, 255, 255]]
     for window in ({"level": 0, "width": 0}, [2, 1], "bones"):
         with pytest.raises(ValueError, match="window"):

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from data_tools.items import Conversation, Item, Problem, SourceContext, Task, Turn
+from data_tools.options import OpenAIOptions
 from data_tools.records import Label, Provenance, Record
 from data_tools.writers.ledger import Expense, Ledger
 from data_tools.writers.openai_writer import OpenAIWriter
-from data_tools.writers.options import OpenAIOptions
 from gmai_xtuner.core.agreements import Origin
 
 AT_MOST = 37 + 48 + 40 + 50

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from data_tools.items import Problem
+from data_tools.options import OpenAIBatchOptions
 from data_tools.writers.asking import BatchesPending, BudgetReached, Outcome
 from data_tools.writers.openai_batch import OpenAIBatchWriter
-from data_tools.writers.options import OpenAIBatchOptions
 from gmai_xtuner.core.agreements import Origin
 from gmai_xtuner.core.errors import CorpusError, EndpointError
 from tests.api_server import Act, completion, error, user_text

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.writers.options import ImageOptions
+from data_tools.options import ImageOptions
 from data_tools.writers.request import AttachedImage, Request, Traits
 from gmai_xtuner.core.errors import CorpusError
 from tests.data_tools.writers.stand_ins import Prompts, options, record, tasks, write_images

@@ -3,9 +3,9 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from data_tools.options import ImageTokens, OpenAIBatchOptions, OpenAIOptions, WriterOptions
 from data_tools.writers.asking import Account
 from data_tools.writers.ledger import Expense
-from data_tools.writers.options import ImageTokens, OpenAIBatchOptions, OpenAIOptions, WriterOptions
 from data_tools.writers.request import expense, text_tokens
 from tests.tables import tables
 
