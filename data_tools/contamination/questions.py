@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TypeVar
 
 import numpy as np
 
@@ -169,57 +168,35 @@ def grams(text: str) -> frozenset[str]:
     return frozenset(" ".join(parts[at : at + GRAM]) for at in range(len(parts) - GRAM + 1))
 
 
-_Size = TypeVar("_Size", int, np.ndarray)
-
-
 class TextIndex:
     """Finds the texts that a text is near to; all are normalised, and ``threshold`` is above 0."""
 
     def __init__(self, texts: Sequence[str], *, threshold: float = 0.5) -> None:
-        self.texts = list(texts)
         # 0.7 of 10 must be 7, not 7.000000000000001.
         share = Fraction(threshold).limit_denominator(10_000)
         self._above, self._below = share.numerator, share.denominator
-        self._exact = {text: number for number, text in enumerate(self.texts)}
-        self._sets = [grams(text) for text in self.texts]
-        self._often = Counter(gram for one in self._sets for gram in one)
-        self._sizes = np.array([len(one) for one in self._sets], dtype=np.int64)
+        self._exact = {text: number for number, text in enumerate(texts)}
         having: defaultdict[str, list[int]] = defaultdict(list)
-        for number, one in enumerate(self._sets):
-            for gram in self._first(one):
+        sizes = []
+        for number, text in enumerate(texts):
+            sizes.append(len(own := grams(text)))
+            for gram in own:
                 having[gram].append(number)
+        self._sizes = np.array(sizes, dtype=np.int64)
         self._having = {gram: np.array(numbers) for gram, numbers in having.items()}
 
     def near(self, text: str) -> list[tuple[int, float]]:
         """Return the positions of texts near a normalised text, each with its index, nearest first."""
         own = grams(text)
-        first = self._first(own) if own else []
-        lists = [self._having[gram] for gram in first if gram in self._having]
+        lists = [self._having[gram] for gram in own if gram in self._having]
         if not lists:
             return []
-        candidates, shared = np.unique(np.concatenate(lists), return_counts=True)
-        # So many grams must be in both sets. Those among the first of both are counted; of the others no
-        # more can be shared than are left of one of them.
-        sizes = self._sizes[candidates]
-        needed = -(-self._above * (len(own) + sizes) // (self._above + self._below))
-        left = np.maximum(len(own) - len(first), sizes - self._count_of_first(sizes))
-        found = []
-        for number in candidates[shared + left >= needed].tolist():
-            other = self._sets[number]
-            both = len(own & other)
-            together = len(own) + len(other) - both
-            if both * self._below >= self._above * together:
-                found.append((number, both / together))
+        candidates, both = np.unique(np.concatenate(lists), return_counts=True)
+        together = len(own) + self._sizes[candidates] - both
+        close = both * self._below >= self._above * together
+        found = zip(candidates[close].tolist(), (both / together)[close].tolist(), strict=True)
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))
 
     def equal(self, text: str) -> int | None:
         """Return the position of the text that is equal to a normalised text."""
         return self._exact.get(text)
-
-    def _first(self, own: Iterable[str]) -> list[str]:
-        """Return the rarest grams, of which one at least is shared with every near text."""
-        ordered = sorted(own, key=lambda gram: (self._often[gram], gram))
-        return ordered[: self._count_of_first(len(ordered))]
-
-    def _count_of_first(self, size: _Size) -> _Size:
-        return size + 1 - -(-self._above * size // self._below)  # the share needed, rounded up

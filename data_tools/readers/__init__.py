@@ -68,7 +68,7 @@ class SourceOptions(Options):
     native_memory: ClassVar[int] = 0
     """Bytes for native libraries that read whole files, in a process of their own; 0: there is none."""
 
-    reader: str
+    reader: str = ""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     root: Path
     links: tuple[Path, ...] = ()
