@@ -436,9 +436,6 @@ class _Run:
 
     # --- conversations ----------------------------------------------------------------------------
 
-    def _context(self, source: SourceOptions) -> SourceContext:
-        return source_context(self.job, source, self.store.vocabulary(self.ids[source.name]))
-
     def make(self, source: SourceOptions) -> None:
         """Make the conversations of a source's records that were not made in this very way."""
         job, number = self.job, self.ids[source.name]
@@ -480,7 +477,11 @@ class _Run:
         total = store.count_pending()
         if not total or job.writer.name == "template":
             return None
-        contexts = {s.name: self._context(s) for s in job.sources if s.name in self.ids}
+        contexts = {
+            s.name: source_context(job, s, store.vocabulary(self.ids[s.name]))
+            for s in job.sources
+            if s.name in self.ids
+        }
         writer = writers.model_writer(job, grounded=self.selection.grounded)
         rows: dict[str, int] = {}
         answered: list[tuple[int, Outcome]] = []

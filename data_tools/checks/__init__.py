@@ -63,19 +63,16 @@ def check(
     if not grounded:
         return problems
     finder = _labels(task.context)
-    if options.agreement:
-        problems += agreement(what, item, record, finder)
-        if item.form == "perception":
-            problems += perceived(conversation, item, record, finder)
-    if options.figures:
-        problems += counts(what, item, record, finder)
-        problems += sizes(what, item, record, finder)
-    if options.modality:
-        problems += modality(what, record, _modalities(taxonomy))
-    if options.side:
-        problems += side(what, item, record, finder)
-    if options.boxes:
-        problems += boxes(what, item, record)
+    for wanted, found in (
+        (options.agreement, agreement(what, item, record, finder)),
+        (options.agreement, perceived(conversation, item, record, finder)),
+        (options.figures, counts(what, item, record, finder)),
+        (options.figures, sizes(what, item, record, finder)),
+        (options.modality, modality(what, record, _modalities(taxonomy))),
+        (options.side, side(what, item, record, finder)),
+        (options.boxes, boxes(what, item, record)),
+    ):
+        problems += found if wanted else ()
     return problems
 
 

@@ -30,26 +30,20 @@ _SMALL_ZH = re.compile("(?:微小|较小|很小|小)的?$")
 
 def counts(what: Said, item: Item, record: Record, finder: LabelFinder) -> Iterator[Problem]:
     """Yield a number of a label's regions that isn't the annotation's."""
-    there = {name: _boxes(record, name) for name in record.names}
+    there = Counter(label.name for label in record.labels if label.box)
     if item.kind == "counting" and item.focus is not None:
         name = record.labels[item.focus].name
-        if what.text.strip().isdigit() and int(what.text) != len(there[name]):
-            yield Problem(
-                "number contradicted", f"{what.text} of {name}; there are {len(there[name])}"
-            )
+        if what.text.strip().isdigit() and int(what.text) != there[name]:
+            yield Problem("number contradicted", f"{what.text} of {name}; there are {there[name]}")
     for hit in finder.find(what):
-        boxes = there.get(hit.meaning)
+        count = there[hit.meaning]
         number = (_number_zh if what.chinese else _number)(what, hit)
-        if not boxes or number is None or hit.denied or number == len(boxes):
+        if not count or number is None or hit.denied or number == count:
             continue
         if number == 1 and (item.focus is not None or what.chinese):
             continue  # "one nodule" of a region, and 一个 as an article
-        yield Problem("number contradicted", f"{number} of {hit.meaning}; there are {len(boxes)}")
+        yield Problem("number contradicted", f"{number} of {hit.meaning}; there are {count}")
         return
-
-
-def _boxes(record: Record, name: str) -> list[Label]:
-    return [label for label in record.labels if label.name == name and label.box]
 
 
 def _number(what: Said, hit: Hit) -> int | None:
@@ -135,6 +129,8 @@ def perceived(
     conversation: Conversation, item: Item, record: Record, finder: LabelFinder
 ) -> Iterator[Problem]:
     """Yield a question on a label, with an answer in one word, that the annotation answers otherwise."""
+    if item.form != "perception":
+        return
     question, answer = conversation[0].text, conversation[1].text.strip()
     own = set(record.names)
     uncertain = set(record.incomplete) - own

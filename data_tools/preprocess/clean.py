@@ -208,9 +208,9 @@ def _clean_layer(
 ) -> tuple[np.ndarray, list[Structure]]:
     import cc3d
 
-    box = _bounding_box(layer)
-    if box is None:
+    if not layer.any():
         return layer, structures
+    box = tuple(slice(*_extent(layer, axis=others)) for others in ((1, 2), (0, 2), (0, 1)))
     part = np.where(np.isin(layer[box], [item.value for item in structures]), layer[box], 0)
     numbers = cc3d.connected_components(
         np.ascontiguousarray(part), connectivity=rules.connectivity_3d
@@ -278,10 +278,3 @@ def _sides(components: list[_Component], middle: float) -> dict[int, str]:
         else:
             return {}
     return sides if len(set(sides.values())) == 2 else {}
-
-
-def _bounding_box(layer: np.ndarray) -> tuple[slice, slice, slice] | None:
-    if not layer.any():
-        return None
-    x, y, z = (slice(*_extent(layer, axis=others)) for others in ((1, 2), (0, 2), (0, 1)))
-    return x, y, z

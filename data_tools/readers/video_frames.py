@@ -128,7 +128,8 @@ def frames_at(path: Path, line: Timeline, numbers: Sequence[int]) -> Iterator[Fr
                 if position > target:  # the frame just decoded may be the next one that is wanted
                     decoded = _seek(container, stream, line, max(start, 0), target)
                 continue
-            yield Frame(number, _pixels(found), _notes(found, stream))
+            rgb = np.rot90(found.to_ndarray(format="rgb24"), _turns(found))
+            yield Frame(number, np.ascontiguousarray(rgb), _notes(found, stream))
 
 
 def scene_starts(path: Path, line: Timeline, threshold: float) -> list[int]:
@@ -216,10 +217,6 @@ def _seek(
         if start == 0:
             return decoded
         start -= 1
-
-
-def _pixels(frame: Any) -> np.ndarray:
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame)))
 
 
 def _turns(frame: Any) -> int:
