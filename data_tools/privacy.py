@@ -138,13 +138,11 @@ class Names:
 
 
 def method_of(source: SourceOptions) -> tuple[str, tuple[str, ...]]:
-    """Return how what a source gives was de-identified, in DICOM's terms.
+    """Return what ``DeidentificationMethod`` would say of a source, and its codes (PS3.16, CID 7050).
 
-    Returns:
-        what ``DeidentificationMethod`` would say, and the codes of its code sequence (PS3.16, CID 7050):
-        113100 Basic Application Confidentiality Profile, 113101 Clean Pixel Data Option (text is cropped or
-        dropped), 113108 Retain Patient Characteristics Option. Without
-        ``labels`` the names of structures (ROIName) leave as they are: that is not the profile.
+    113100 Basic Application Confidentiality Profile, 113101 Clean Pixel Data Option (text is cropped or
+    dropped), 113108 Retain Patient Characteristics Option. Without ``labels`` the names of structures
+    (ROIName) leave as they are: that is not the profile.
     """
     names = "keyed hashes for files and groups" if source.anonymous_names else "names of files kept"
     text = source.text_in_pixels

@@ -390,12 +390,9 @@ class Store:
             self._rows(change, f"{name}~{copy}", source, number)
 
     def compare_images(self, stored: Iterable[str]) -> tuple[bool, list[str]]:
-        """Compare the images that records of any source refer to with those that are stored.
+        """Forget the units of any source with images that are not stored.
 
-        Units whose images are missing are forgotten.
-
-        Returns:
-            Whether images were missing, and the stored ones that no record refers to.
+        Returns whether there were any, and the stored images that no record refers to.
         """
         with self.transaction():
             self._rows("CREATE TEMP TABLE stored (image TEXT PRIMARY KEY) WITHOUT ROWID")

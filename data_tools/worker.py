@@ -54,8 +54,7 @@ def read_units(
 ) -> tuple[list[UnitResult], float]:
     """Read units of a source for the corpus in ``folder``, with the job's file that extends the taxonomy.
 
-    Returns:
-        What became of each unit, and the seconds that all of them took.
+    Returns what became of each unit, and the seconds that all of them took.
     """
     started = time.perf_counter()
     known, names = worker_taxonomy(taxonomy), Names(salted(source))

@@ -43,8 +43,7 @@ def _engine() -> Any:
 def find_text(pixels: np.ndarray) -> list[Box]:
     """Return the boxes of text, half-open and in pixels, of uint8 ``[H, W]`` or ``[H, W, 3]``.
 
-    Raises:
-        CorpusError: the library isn't installed.
+    A `CorpusError` if the library isn't installed.
     """
     found = []
     height, width = pixels.shape[:2]

@@ -212,11 +212,7 @@ class _Run:
         return ended
 
     def _collect(self, shard: Shard, batch: Mapping[str, Any]) -> bool:
-        """All of its answers and its end are one transaction: a kill leaves all of it or none.
-
-        Returns:
-            False if the server hadn't room for it, so that trying again at once is of no use.
-        """
+        """Take all answers and the end in one transaction; False if the server hadn't room for the batch."""
         with tempfile.TemporaryDirectory() as folder:
             names = [batch[name] for name in ("output_file_id", "error_file_id") if batch.get(name)]
             # All is fetched first: other jobs want to write into the ledger meanwhile.

@@ -57,12 +57,9 @@ class OpenAIWriter(ModelWriter[OpenAIOptions]):
     def write(self, tasks: Iterable[Task]) -> Iterator[Outcome]:
         """Yield the tasks' outcomes as they come; the ledger has every answer before it is seen here.
 
-        Leaving the iteration early waits for the requests in flight, which are paid for.
-
-        Raises:
-            BudgetReached: all in flight has been waited for and yielded.
-            EndpointError: the server refuses every request, or gives no answer to any.
-            CorpusError: an image or the ledger can't be read.
+        Leaving the iteration early waits for the requests in flight, which are paid for. A `BudgetReached`
+        comes after all in flight was yielded; an `EndpointError` if the server refuses every request, or
+        gives no answer to any; a `CorpusError` if an image or the ledger can't be read.
         """
         window = max(4 * self.options.in_flight, 64)
         with self.ledger() as ledger, start_blocking_portal() as portal:

@@ -61,8 +61,7 @@ def parse_raw(
 ) -> Conversation:
     """Read and check one record of :func:`gmai_xtuner.core.records.iter_raw`, as :func:`parse_record` does.
 
-    Raises:
-        DataError: as :func:`parse_record`; also reasons ``not_utf8`` and ``not_json``.
+    Its ``DataError`` may have the reasons ``not_utf8`` and ``not_json`` too.
     """
     return parse_record(
         raw.decode(dataset=dataset),

@@ -117,11 +117,7 @@ def read_exclusions(entries: Sequence[DatasetEntry], *, known: Collection[str]) 
 
 
 def read_list(path: Path) -> list[Named]:
-    """Return the lines of one list.
-
-    Raises:
-        MixtureError: with file and line.
-    """
+    """Return the lines of one list, or raise a MixtureError with file and line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

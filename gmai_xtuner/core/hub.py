@@ -136,10 +136,8 @@ def vision_config(directory: Path) -> dict[str, Any]:
 def image_tokens(name: str) -> int:
     """Return how many patch tokens the tower of a folder or hub name makes of one image.
 
-    576 for ViT-L/14 at 336 pixels; the class token is not counted.
-
-    Raises:
-        ModelLoadError: as :func:`vision_config`.
+    576 for ViT-L/14 at 336 pixels; the class token is not counted. A ``ModelLoadError`` as of
+    :func:`vision_config`.
     """
     config = vision_config(resolve_directory(name, weights=False))
     side, patch = VISION_TOWERS[config["model_type"]]

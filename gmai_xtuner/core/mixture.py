@@ -90,21 +90,15 @@ class Mixture:
         return frozenset(self.without) | {entry.name for entry in self.entries}
 
 
-def load_mixture(path: str | Path, *, check_files: bool = True) -> Mixture:
-    """Read and check a mixture file.
+def load_mixture(
+    path: str | Path, *, check_files: bool = True, variants: tuple[Path, ...] = ()
+) -> Mixture:
+    """Read and check a ``.yaml``, ``.yml`` or ``.json`` file in our or the authors' form.
 
-    Args:
-        path: ``.yaml``, ``.yml`` or ``.json`` file in our or the authors' form.
-        check_files: whether annotation files, image folders and exclude lists must exist.
-
-    Raises:
-        MixtureError: with file, line, dataset and remedy.
+    With ``check_files`` annotation files, image folders and exclude lists must exist; ``variants`` are the
+    files that this one is a base of. A ``MixtureError`` has file, line, dataset and remedy.
     """
-    return _load(Path(path), (), check_files=check_files)
-
-
-def _load(path: Path, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
-    """``variants``: the files that this one is a base of, itself not among them."""
+    path = Path(path)
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         raise MixtureError(f"{path}: a mixture file ends in .yaml, .yml or .json.")
     remedy = "Name yours in GMAI_MIXTURE; the default is found from the repository's root."
@@ -169,7 +163,7 @@ def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -
     family = (*variants, top.document.path.resolve())
     if file.resolve() in family:
         raise top.error(f"base {value!r} is based on this file itself", "Name another.", key=key)
-    base = _load(file, family, check_files=check_files)
+    base = load_mixture(file, check_files=check_files, variants=family)
     names = [entry.name for entry in base.entries]
     left_out: set[str] = set()
     key = "without"
