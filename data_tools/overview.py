@@ -82,7 +82,7 @@ def _look(
     for unit in chosen:
         with neutral_errors(source):
             result = read_unit(source, unit, folder=folder, taxonomy=taxonomy, terms=terms_of(job))
-        count += len(result.records)
+        count += len(result.stored)
         records += result.records[:_RECORDS_OF_A_UNIT]
         drops += result.drops
     found = Vocabulary.of(records)

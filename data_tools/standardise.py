@@ -37,7 +37,7 @@ from data_tools.records import (
     Sample,
     Unit,
 )
-from data_tools.store import StoredRecord
+from data_tools.store import StoredRecord, encode
 from data_tools.taxonomy import Taxonomy
 from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
@@ -61,18 +61,20 @@ class UnitResult:
     """The outcome of reading a unit, in the order in which it was read.
 
     ``samples`` counts images and annotations that the reader gave or dropped. ``files``, below the root, are
-    what samples come from, have their own names: `Names.sealed` before they are kept. On the way from a
-    worker to the store ``stored`` stands for the records; ``fingerprint`` changes if a file of the unit does,
-    ``regions`` counts labels with a box.
+    what samples come from, have their own names: `Names.sealed` before they are kept. ``fingerprint``
+    changes if a file of the unit does, ``regions`` counts labels with a box.
     """
 
-    records: tuple[Record, ...] = ()
     drops: tuple[Drop, ...] = ()
     samples: int = 0
     files: tuple[str, ...] = ()
     fingerprint: bytes = b""
     stored: tuple[StoredRecord, ...] = ()
     regions: int = 0
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        return tuple(one.record for one in self.stored)
 
 
 def read_unit(
@@ -112,7 +114,13 @@ def read_unit(
     paths = (unit.key, *files, *texts_in(unit.payload))
     labels = {name for record in records for name in (*record.names, *record.incomplete)}
     told = names.drops(drops.found, paths, labels)
-    return UnitResult(tuple(records), tuple(told), samples, tuple(files))
+    return UnitResult(
+        drops=tuple(told),
+        samples=samples,
+        files=tuple(files),
+        stored=tuple(StoredRecord(r.id, encode(r), duplicate_key(r), r.image) for r in records),
+        regions=sum(label.box is not None for record in records for label in record.labels),
+    )
 
 
 def _record(

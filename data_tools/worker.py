@@ -25,7 +25,7 @@ from data_tools.options import MakeOptions
 from data_tools.privacy import Names, salted, texts_in
 from data_tools.readers import SourceOptions
 from data_tools.records import Record, Unit
-from data_tools.standardise import UnitResult, duplicate_key, read_unit
+from data_tools.standardise import UnitResult, read_unit
 from data_tools.store import ACCEPTED, MAX_ITEMS, PENDING, REJECTED, ItemRow, StoredRecord, encode
 from data_tools.taxonomy import Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
@@ -61,17 +61,8 @@ def read_units(
     results = []
     for unit in units:
         result = read_unit(source, unit, folder=folder, taxonomy=known, terms=terms, names=names)
-        results.append(
-            replace(
-                result,
-                records=(),
-                fingerprint=unit_fingerprint(source.root, unit, result.files),
-                stored=tuple(
-                    StoredRecord(r.id, encode(r), duplicate_key(r), r.image) for r in result.records
-                ),
-                regions=sum(label.box is not None for r in result.records for label in r.labels),
-            )
-        )
+        fingerprint = unit_fingerprint(source.root, unit, result.files)
+        results.append(replace(result, fingerprint=fingerprint))
     return results, time.perf_counter() - started
 
 

@@ -41,7 +41,7 @@ def read(*records: Record, drops: tuple[Drop, ...] = (), duplicates: str = "") -
     keys = [letter.encode() for letter in duplicates] or [r.id.encode() for r in records]
     made = (StoredRecord(r.id, encode(r), k, r.image) for r, k in zip(records, keys, strict=True))
     samples = len(records) + len(drops)
-    return UnitResult((), drops, samples, (), b"fingerprint", tuple(made), regions=len(records))
+    return UnitResult(drops, samples, (), b"fingerprint", tuple(made), regions=len(records))
 
 
 @pytest.fixture
