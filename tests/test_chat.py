@@ -17,7 +17,8 @@ from PIL import Image
 
 from gmai_xtuner.chat.dialogue import Dialogue, DialogueError, Terminal, open_picture
 from gmai_xtuner.cli import only_the_report_on_stdout
-from gmai_xtuner.core.conversation import Turn, parse_record
+from gmai_xtuner.core.conversation import Turn, parse_raw
+from gmai_xtuner.core.records import RawRecord
 from gmai_xtuner.generate import PromptTooLong, user_turn
 from tests import warm
 from tests.commands.runner import ROOT
@@ -204,7 +205,7 @@ def test_a_saved_conversation_is_a_training_record(dialogue, pictures, tmp_path)
     assert "give a name that ends in .json or .jsonl" in log
     (record,) = json.loads(target.read_text(encoding="utf-8"))
     assert record["image_root"] == str(pictures[0].parent)
-    conversation = parse_record(record, dataset="d", where="1")
+    conversation = parse_raw(RawRecord("1", "", record), dataset="d")
     assert conversation.images == ("left hand.png", "sub/b.png")
     assert conversation.turns == (
         Turn("system", "Be brief."),

@@ -17,10 +17,11 @@ from typing import Any, TextIO
 from PIL import Image
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN
-from gmai_xtuner.core.conversation import Turn, parse_record
+from gmai_xtuner.core.conversation import Turn, parse_raw
 from gmai_xtuner.core.errors import GMAIError, ImageError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.core.imaging.images import open_rgb
+from gmai_xtuner.core.records import RawRecord
 from gmai_xtuner.generate import GREEDY, AnswerStream, Predictor, Sampling, user_turn
 
 VOLUMES = (".dcm", ".dicom", ".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -158,7 +159,7 @@ class Dialogue:
             for turn in (*self._system(), *self.turns)
         ]
         try:
-            parse_record(record, dataset="chat", where="this conversation")
+            parse_raw(RawRecord("this conversation", "", record), dataset="chat")
         except GMAIError as error:
             raise DialogueError(f"the conversation can't be a record: {error}") from error
         return record

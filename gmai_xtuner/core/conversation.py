@@ -56,23 +56,6 @@ class Conversation:
     images: tuple[str, ...]
 
 
-def parse_raw(
-    raw: RawRecord, *, dataset: str, image_root: Path | None = None, images_first: bool = False
-) -> Conversation:
-    """Read and check one record of :func:`gmai_xtuner.core.records.iter_raw`, as :func:`parse_record` does.
-
-    Its ``DataError`` may have the reasons ``not_utf8`` and ``not_json`` too.
-    """
-    return parse_record(
-        raw.decode(dataset=dataset),
-        dataset=dataset,
-        where=raw.where,
-        default_id=raw.default_id,
-        image_root=image_root,
-        images_first=images_first,
-    )
-
-
 def user_texts(record: Mapping[str, Any]) -> list[str]:
     """Return the texts of the user's turns, of a record that may lack the answers, as a benchmark's does."""
     messages = record.get("conversations") or record.get("messages")
@@ -87,37 +70,30 @@ def user_texts(record: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def parse_record(
-    record: object,
-    *,
-    dataset: str,
-    where: str,
-    default_id: str | None = None,
-    image_root: Path | None = None,
-    images_first: bool = False,
+def parse_raw(
+    raw: RawRecord, *, dataset: str, image_root: Path | None = None, images_first: bool = False
 ) -> Conversation:
-    """Check one record of either form; ``where`` is its place for people, e.g. ``"line 12"``.
+    """Read and check one record of either form.
 
-    ``default_id``, by default ``where``, is for a record without ``id`` and ``question_id``. An absolute
-    image path inside of ``image_root`` is taken as one relative to it. With ``images_first`` the images of a
-    record whose text has no ``<image>`` stand before its first question.
+    An absolute image path inside of ``image_root`` is taken as one relative to it. With ``images_first`` the
+    images of a record whose text has no ``<image>`` stand before its first question.
 
     Raises:
-        DataError: reasons ``not_an_object``, ``bad_id``, ``bad_turn``, ``unknown_role``,
-            ``empty_conversation``, ``empty_turn``, ``bad_turn_order``, ``bad_text``,
+        DataError: reasons ``not_utf8``, ``not_json``, ``not_an_object``, ``bad_id``, ``bad_turn``,
+            ``unknown_role``, ``empty_conversation``, ``empty_turn``, ``bad_turn_order``, ``bad_text``,
             ``misplaced_image_mark``, ``image_count``, ``bad_image``, ``remote_image``,
             ``path_outside_root``, ``unread_image_key``.
     """
-    place = _Place(dataset, where)
+    record, place = raw.decode(dataset=dataset), _Place(dataset, raw.where)
     if not isinstance(record, Mapping):
         raise place.error(
             "not_an_object",
             f"expected an object, got {_kind(record)}",
             "A list of records belongs in a .json file, an object a line in a .jsonl file.",
         )
-    identifier = _read_id(record, place) or default_id or where
+    identifier = _read_id(record, place) or raw.default_id or raw.where
     if record.get("id") is not None or record.get("question_id") is not None:
-        place = _Place(dataset, f"{identifier} ({where})")
+        place = _Place(dataset, f"{identifier} ({raw.where})")
 
     messages = _find_messages(record, place)
     turns: list[Turn] = []

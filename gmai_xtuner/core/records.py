@@ -41,7 +41,7 @@ _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 class RawRecord:
     """One record as it lies in its file; cheap to send to another process.
 
-    ``where`` is its place for people, ``"train.jsonl, line 12"``; ``default_id`` for one without an id;
+    ``where`` is its place for people, ``"train.jsonl, line 12"``; ``default_id`` for one without an id ("": ``where``);
     ``payload`` the line's bytes (JSONL), or the decoded object (JSON list, Parquet).
     """
 

@@ -29,8 +29,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from gmai_xtuner.core.conversation import Conversation, Turn, parse_record
+from gmai_xtuner.core.conversation import Conversation, Turn, parse_raw
 from gmai_xtuner.core.errors import DataError, GMAIError
+from gmai_xtuner.core.records import RawRecord
 from gmai_xtuner.data.word_cache import WordCache, encode_whole
 
 
@@ -323,7 +324,7 @@ def soft_packing_map_fn(
     Raises:
         DataError: the record is not a conversation; says why.
     """
-    conversation = parse_record(example, dataset=dataset, where="1")
+    conversation = parse_raw(RawRecord("1", "", example), dataset=dataset)
     template = ChatTemplate.from_xtuner(prompt_template, add_bos=add_bos)
     (tokenized,) = _batched(tokenizer, template, len(tokenizer))([conversation])
     if tokenized.num_labels == 0:

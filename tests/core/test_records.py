@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gmai_xtuner.core import members
-from gmai_xtuner.core.conversation import Conversation, Turn, parse_raw, parse_record
+from gmai_xtuner.core.conversation import Conversation, Turn, parse_raw
 from gmai_xtuner.core.errors import DataError
 from gmai_xtuner.core.records import RawRecord, iter_raw
 
@@ -186,8 +186,8 @@ def openai(*turns, **fields):
     return {"id": "r1", "messages": [{"role": a, "content": b} for a, b in turns], **fields}
 
 
-def parse(record):
-    return parse_record(record, dataset="d", where="line 12")
+def parse(record, **keys):
+    return parse_raw(RawRecord("line 12", "", record), dataset="d", **keys)
 
 
 def refused(record) -> DataError:
@@ -384,10 +384,10 @@ def test_an_absolute_path_inside_the_root_is_one_below_it(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "scans")
     record = llava(("human", "<image>?"), ANSWER, image=str(tmp_path / "scans" / "x" / "a.png"))
     for root in ("scans", "link"):  # also where the root is a link to the folder that is named
-        found = parse_record(record, dataset="d", where="1", image_root=tmp_path / root)
+        found = parse(record, image_root=tmp_path / root)
         assert found.images == ("x/a.png",)
     with pytest.raises(DataError, match="or an absolute one inside of it"):
-        parse_record(record, dataset="d", where="1", image_root=tmp_path / "scan")
+        parse(record, image_root=tmp_path / "scan")
 
 
 def test_images_of_a_text_without_marks_stand_first_where_the_mixture_says_so():
@@ -395,7 +395,7 @@ def test_images_of_a_text_without_marks_stand_first_where_the_mixture_says_so():
     record = llava(system, *turns, image=["a.png", "b.png"])
     with pytest.raises(DataError, match="image_marks: first"):
         parse(record)
-    found = parse_record(record, dataset="d", where="1", images_first=True)
+    found = parse(record, images_first=True)
     assert [turn.text for turn in found.turns] == [
         "Be brief.",
         "<image>\n<image>\nDiffer?",
@@ -403,7 +403,7 @@ def test_images_of_a_text_without_marks_stand_first_where_the_mixture_says_so():
     ]
     one_mark = llava(("human", "<image> and?"), ANSWER, image=["a.png", "b.png"])
     with pytest.raises(DataError, match=r"1 <image> mark\(s\) in the text, but 2"):
-        parse_record(one_mark, dataset="d", where="1", images_first=True)
+        parse(one_mark, images_first=True)
 
 
 @pytest.mark.parametrize(

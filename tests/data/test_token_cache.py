@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
-from gmai_xtuner.core.conversation import parse_record
+from gmai_xtuner.core.conversation import parse_raw
 from gmai_xtuner.core.errors import DataError, GMAIError
-from gmai_xtuner.core.records import iter_raw
+from gmai_xtuner.core.records import RawRecord, iter_raw
 from gmai_xtuner.data import token_cache, tokenize_records
 from gmai_xtuner.data.token_cache import TokenCache, open_cache
 from gmai_xtuner.data.tokenization import ChatTemplate, ConversationTokenizer
@@ -73,7 +73,7 @@ def test_rows_are_the_tokenised_records(corpus, cached, encode):
     cache = cached(corpus)
     assert len(cache) == 3
     for row, item in enumerate(GOOD):
-        (expected,) = encode([parse_record(item, dataset="toy", where=str(row))])
+        (expected,) = encode([parse_raw(RawRecord(str(row), "", item), dataset="toy")])
         assert cache[row].id == expected.id
         assert cache[row].images == expected.images
         assert cache[row].input_ids.tolist() == expected.input_ids.tolist()

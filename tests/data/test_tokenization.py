@@ -17,8 +17,9 @@ from xtuner.registry import MAP_FUNC
 from xtuner.utils import PROMPT_TEMPLATE
 
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from gmai_xtuner.core.conversation import Conversation, Turn, parse_record
+from gmai_xtuner.core.conversation import Conversation, Turn, parse_raw
 from gmai_xtuner.core.errors import DataError, GMAIError
+from gmai_xtuner.core.records import RawRecord
 from gmai_xtuner.data.tokenization import (
     ChatTemplate,
     ConversationTokenizer,
@@ -229,14 +230,14 @@ def test_ids_and_labels_equal_xtuners_llava_dataset(
     assert len(theirs) == len(PARITY_RECORDS)  # it drops none
     encode = ConversationTokenizer.from_pretrained(tokenizer, ChatTemplate.from_xtuner(template))
     for index, item in enumerate(PARITY_RECORDS):
-        (ours,) = encode([parse_record(item, dataset="toy", where=str(index))])
+        (ours,) = encode([parse_raw(RawRecord(str(index), "", item), dataset="toy")])
         assert ours.id == theirs[index]["id"]
         assert ours.input_ids.tolist() == theirs[index]["input_ids"], ours.id
         assert ours.labels.tolist() == theirs[index]["labels"], ours.id
 
 
 def ours(item, encode: ConversationTokenizer):
-    (tokenized,) = encode([parse_record(item, dataset="toy", where="1")])
+    (tokenized,) = encode([parse_raw(RawRecord("1", "", item), dataset="toy")])
     return tokenized
 
 
