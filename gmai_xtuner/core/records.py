@@ -41,8 +41,8 @@ _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 class RawRecord:
     """One record as it lies in its file; cheap to send to another process.
 
-    ``where`` is its place for people, ``"train.jsonl, line 12"``; ``default_id`` for one without an id ("": ``where``);
-    ``payload`` the line's bytes (JSONL), or the decoded object (JSON list, Parquet).
+    ``where`` is its place for people, ``"train.jsonl, line 12"``; ``default_id``, else ``where``, is for one
+    without an id; ``payload`` the line's bytes (JSONL), or the decoded object (JSON list, Parquet).
     """
 
     where: str
