@@ -158,7 +158,10 @@ def _walk(
         if fields:
             owner = fields[0]
         elif candidates:
-            tagged = [made for made in candidates if _has_tag(made, part)]
+            named = ((made, made.model_fields.get("name")) for made in candidates)
+            tagged = [
+                made for made, tag in named if tag and part in typing.get_args(tag.annotation)
+            ]
             candidates = tagged or candidates
             owner = candidates[0]
         if not is_there and not (last and fields):
@@ -170,11 +173,6 @@ def _walk(
         elif isinstance(part, str):
             candidates = []
     return tuple(place), owner
-
-
-def _has_tag(model: type[BaseModel], tag: str | int) -> bool:
-    field = model.model_fields.get("name")
-    return field is not None and tag in typing.get_args(field.annotation)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

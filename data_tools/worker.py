@@ -120,15 +120,12 @@ def make(packed: bytes, records: list[StoredRecord]) -> list[list[ItemRow]]:
     ``packed`` is a pickled `Recipe`. A worker unpacks it once: what the checks derive from a vocabulary is
     kept for as long as the object is the same.
     """
-    recipe = _unpacked(packed)
+    recipe: Recipe = _unpacked(packed)
     taxonomy = worker_taxonomy(recipe.taxonomy)
     return [_make_one(recipe, stored, taxonomy) for stored in records]
 
 
-@lru_cache(maxsize=4)
-def _unpacked(packed: bytes) -> Recipe:
-    recipe: Recipe = pickle.loads(packed)
-    return recipe
+_unpacked = lru_cache(maxsize=4)(pickle.loads)
 
 
 def _make_one(recipe: Recipe, stored: StoredRecord, taxonomy: Taxonomy) -> list[ItemRow]:

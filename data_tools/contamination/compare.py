@@ -73,10 +73,6 @@ class Corpus:
     def is_mixture(self) -> bool:
         return self.kind != "records"
 
-    def reasons(self) -> str:
-        """Return the reasons for which records were refused, with their numbers."""
-        return ", ".join(f"{reason} {number:,}" for reason, number in sorted(self.refused.items()))
-
     def conversations(self) -> Iterator[tuple[int, Conversation]]:
         """Yield position of the dataset and conversation; records that training refuses are counted.
 
@@ -266,8 +262,9 @@ def run(
         progress.stage("records")
         _read_names(result, progress)
         if not result.conversations and corpus.refused:
+            why = ", ".join(f"{reason} {n:,}" for reason, n in sorted(corpus.refused.items()))
             raise CorpusError(
-                f"training refuses every record of {corpus.path} ({corpus.reasons()}), so nothing was "
+                f"training refuses every record of {corpus.path} ({why}), so nothing was "
                 "compared. Correct them first."
             )
 

@@ -141,7 +141,9 @@ def summary(overlap: Overlap, listed: Sequence[Pair], exclude: ExcludeList) -> d
         "warnings": [],
         "seconds": round(overlap.seconds, 1),
     }
-    values["warnings"] = _warnings(values, benchmark.notes)
+    warnings = environment("data_tools.contamination").get_template("warnings.txt.j2")
+    told = warnings.render(n=values).splitlines()
+    values["warnings"] = [*benchmark.notes, *filter(None, told)]
     return values
 
 
@@ -162,13 +164,6 @@ def images_not_compared(overlap: Overlap) -> str:
         if not there:
             return problem
     return ""
-
-
-def _warnings(summary: dict[str, Any], notes: Sequence[str]) -> list[str]:
-    """Return what keeps the result from being the whole truth."""
-    plain = environment("data_tools.contamination")
-    text = plain.get_template("warnings.txt.j2").render(n=summary)
-    return [*notes, *filter(None, text.splitlines())]
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,11 +108,6 @@ def _task(sources: Sequence[Path | bytes]) -> list[tuple[Hashed, bytes]]:
     return found
 
 
-def _died(sources: Sequence[Path | bytes]) -> list[tuple[Hashed, bytes]]:
-    problem = "image can't be read: its decoder crashed"
-    return [(Hashed(UNREADABLE, problem=problem), b"") for _ in sources]
-
-
 class HashCache:
     """An SQLite file of hashes. Made by `open_cache`; a run that is stopped goes on with what is in it."""
 
@@ -161,8 +156,11 @@ class HashCache:
         made = executor.map(_task, tasks, died=lambda _: None)
         for task, results in zip(tasks, made, strict=True):
             if results is None:  # one of these has killed its worker: which?
-                single = (next(executor.map(_task, [[one]], died=_died)) for one in task)
-                results = [result for found in single for result in found]
+                crashed = [
+                    (Hashed(UNREADABLE, problem="image can't be read: its decoder crashed"), b"")
+                ]
+                single = (executor.map(_task, [[one]], died=lambda _: crashed) for one in task)
+                results = [result for found in single for result in next(found)]
             for (hashed, small), (image, identity) in zip(results, waiting, strict=False):
                 # SQLite's integers are signed.
                 look = hashed.look - 2**64 if hashed.look >= 2**63 else hashed.look
