@@ -154,6 +154,7 @@ class HashCache:
         tasks = [sources[at : at + _IN_A_TASK] for at in range(0, len(sources), _IN_A_TASK)]
         waiting = iter(unknown)
         made = executor.map(_task, tasks, died=lambda _: None)
+        crashed = [(Hashed(UNREADABLE, problem="image can't be read: its decoder crashed"), b"")]
         for task, results in zip(tasks, made, strict=True):
             if results is None:  # one of these has killed its worker: which?
                 crashed = [
