@@ -157,9 +157,6 @@ class HashCache:
         crashed = [(Hashed(UNREADABLE, problem="image can't be read: its decoder crashed"), b"")]
         for task, results in zip(tasks, made, strict=True):
             if results is None:  # one of these has killed its worker: which?
-                crashed = [
-                    (Hashed(UNREADABLE, problem="image can't be read: its decoder crashed"), b"")
-                ]
                 single = (executor.map(_task, [[one]], died=lambda _: crashed) for one in task)
                 results = [result for found in single for result in next(found)]
             for (hashed, small), (image, identity) in zip(results, waiting, strict=False):
