@@ -315,11 +315,8 @@ class _Images:
     def of_volume(self) -> Iterator[Sample]:
         """Yield the images that are cut out of slices one behind the other."""
         siblings = frozenset(self.payload["siblings"])
-        origin, axis, stack = (
-            self.origin,
-            None,
-            replace(dicom.stack_of(self.planes), siblings=siblings),
-        )
+        stack = replace(dicom.stack_of(self.planes), siblings=siblings)
+        origin, axis = self.origin, None
         array, window = self._voxels(stack)
         if stack.flaw:
             if (axis := stack.axis) not in self.options.slices.axes:
