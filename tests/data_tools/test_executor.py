@@ -90,11 +90,6 @@ def test_an_error_of_the_function_is_raised():
             next(results)
 
 
-def test_an_unknown_engine():
-    with pytest.raises(CorpusError, match="processes and ray"), open_executor("threads", 1):
-        pass
-
-
 def test_no_worker_outlives_a_parent_that_is_killed():
     code = (
         "import time\n"
