@@ -287,7 +287,7 @@ def test_auto_is_soft_tissue_for_ct_alone():
     assert levels("auto", "computed tomography") == levels("soft tissue")
     assert levels("auto", "MR") == levels("percentile", "MR")
     # stored values without the rescale that makes Hounsfield units of them
-    assert scale_for("auto", VALUES + 1024, modality="CT").text.startswith("percentiles")
+    assert window_for("auto", VALUES + 1024, modality="CT").text.startswith("percentiles")
 
 
 def test_percentiles_look_at_the_foreground():
