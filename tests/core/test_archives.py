@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from gmai_xtuner.core.archives import locate, open_archives
-from gmai_xtuner.core.conversation import parse_raw, parse_record
+from gmai_xtuner.core.conversation import parse_raw
 from gmai_xtuner.core.errors import ArchiveError, DataError, ImageError
 from gmai_xtuner.core.imaging.images import check_image, open_rgb
-from gmai_xtuner.core.records import iter_raw
+from gmai_xtuner.core.records import RawRecord, iter_raw
 
 
 @pytest.fixture(autouse=True)
@@ -206,13 +206,13 @@ def test_an_image_may_be_its_own_name(tmp_path):
     url = "data:image/png;base64," + base64.b64encode(png(200)).decode()
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
     record = {"image": url, "conversations": turns}
-    (image,) = parse_record(record, dataset="d", where="1").images
+    (image,) = parse_raw(RawRecord("1", "", record), dataset="d").images
     for root in (tmp_path, Path()):
         assert open_rgb(root / image).getpixel((0, 0)) == (200, 200, 200)
         check_image(root / image, level="exists")
     for wrong in (url[:-1], url.replace(";base64", "")):
         with pytest.raises(DataError, match="no image in base64") as raised:
-            parse_record({**record, "image": wrong}, dataset="d", where="1")
+            parse_raw(RawRecord("1", "", {**record, "image": wrong}), dataset="d")
         assert len(str(raised.value)) < 300
 
 
