@@ -343,6 +343,8 @@ def _of_data_url(url: str, place: _Place) -> str:
     try:
         if not head.endswith(";base64"):
             raise ValueError("it has no base64")
+        if not encoded:
+            raise ValueError("it is empty")
         content = base64.b64decode(encoded, validate=True)
     except ValueError as error:
         told = f"image {url[:40]!r}... is no image in base64 ({error})"

@@ -316,7 +316,7 @@ ANSWER = ("gpt", "Yes.")
         (llava(("human", "<image>"), ANSWER, image="a\0b"), "bad_image", "\\x00"),
         (llava(("human", "<image>"), ANSWER, image="a", images=["a"]), "bad_image", "both"),
         (llava(("human", "<image>"), ANSWER, image="http://x/a.png"), "remote_image", "http"),
-        (llava(("human", "<image>"), ANSWER, image="data:image/png;base64,"), "remote_image", ""),
+        (llava(("human", "<image>"), ANSWER, image="data:image/png;base64,"), "bad_image", "empty"),
         (llava(("human", "<image>"), ANSWER, image="/etc/a.png"), "path_outside_root", "/etc"),
         (llava(("human", "<image>"), ANSWER, image="../a.png"), "path_outside_root", ".."),
         (llava(("human", "<image>"), ANSWER, image="a/../../b.png"), "path_outside_root", "leaves"),
