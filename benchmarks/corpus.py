@@ -86,7 +86,7 @@ def read_unit(
             provenance,
         )
         made.append(record)
-    return standardise.UnitResult(tuple(made), (), count)
+    return standardise.UnitResult.of(made, samples=count)
 
 
 class Peak:
@@ -240,7 +240,7 @@ def _stand_in_for_pictures() -> None:
 
     worker.read_unit = read_unit  # type: ignore[assignment]
     # All records have the one image; else they would be duplicates.
-    worker.duplicate_key = lambda record: bytes.fromhex(record.provenance.sha256)[-16:]
+    standardise.duplicate_key = lambda record: bytes.fromhex(record.provenance.sha256)[-16:]
 
 
 _stand_in_for_pictures()

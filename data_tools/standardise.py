@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -72,6 +72,13 @@ class UnitResult:
     stored: tuple[StoredRecord, ...] = ()
     regions: int = 0
 
+    @classmethod
+    def of(cls, records: Sequence[Record], **other: Any) -> UnitResult:
+        """Return the result with these records."""
+        stored = tuple(StoredRecord(r.id, encode(r), duplicate_key(r), r.image) for r in records)
+        regions = sum(label.box is not None for record in records for label in record.labels)
+        return cls(stored=stored, regions=regions, **other)
+
     @property
     def records(self) -> tuple[Record, ...]:
         return tuple(one.record for one in self.stored)
@@ -114,13 +121,7 @@ def read_unit(
     paths = (unit.key, *files, *texts_in(unit.payload))
     labels = {name for record in records for name in (*record.names, *record.incomplete)}
     told = names.drops(drops.found, paths, labels)
-    return UnitResult(
-        drops=tuple(told),
-        samples=samples,
-        files=tuple(files),
-        stored=tuple(StoredRecord(r.id, encode(r), duplicate_key(r), r.image) for r in records),
-        regions=sum(label.box is not None for record in records for label in record.labels),
-    )
+    return UnitResult.of(records, drops=tuple(told), samples=samples, files=tuple(files))
 
 
 def _record(

@@ -64,8 +64,8 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "pyarrow.ipc.open_file": (
         *("gmai_xtuner.data", "gmai_xtuner.preflight.pictures", "gmai_xtuner.core"),
     ),
-    "pickle.load": ("data_tools.readers.rows", "data_tools.writers.openai_batch"),
-    "pickle.loads": ("data_tools.worker",),
+    "pickle.load": ("data_tools.writers.openai_batch",),
+    "pickle.loads": ("data_tools.readers.rows", "data_tools.worker"),
     "pickle.Unpickler": ("gmai_xtuner.evaluate.benchmarks.rows",),  # numbers and texts alone
     # By content: forms and tables that travel with the package.
     "yaml.safe_load": (

@@ -88,7 +88,9 @@ def measured(work: Callable[[], Any]) -> dict[str, float]:
     peak, over = [0, 0], threading.Event()
 
     def watch() -> None:
-        while not over.wait(2):
+        pause = 0.1  # longer and longer: it costs a second to look at the 7B's pages
+        while not over.wait(pause):
+            pause = min(2 * pause, 2)
             for child in psutil.Process().children():
                 seen = memory_of_tree(child)
                 peak[:] = [max(pair) for pair in zip(peak, seen, strict=True)]

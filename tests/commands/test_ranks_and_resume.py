@@ -167,13 +167,13 @@ def test_a_resumed_run_equals_one_never_stopped(sparse):
     assert resumed == pytest.approx({k: v for k, v in whole.items() if k > 4}, rel=1e-6)
     assert_same(undisturbed, weights(run), weights(folder / "stage1"))
 
-    # With another layout the same iteration would mean other data.
+    # A step of another size would mean other data.
     refused = xtuner(
         "train", "configs/gmai_vl/stage1_shallow.py", "--deepspeed", FP32,
         "--work-dir", folder / "other", "--resume", resumed_from,
         "--cfg-options", *TINY_RUN, *options, *layout(2, 2),
     )  # fmt: skip
-    assert "can't go on from iteration 4: batch_size: 5 -> 2" in refused
+    assert "can't go on from iteration 4: packs of an optimiser step: 10 -> 4" in refused
     assert not (folder / "other" / "last_checkpoint").exists()
 
 

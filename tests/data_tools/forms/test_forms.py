@@ -412,7 +412,7 @@ def test_a_structure_of_half_the_image_has_no_small_place(box, english, chinese)
          "mediolateral oblique mammogram of the left breast",
          "左侧乳腺内外斜位乳腺X线片"),
         ("Fundus photography", {"laterality": "R"}, {}, "fundus photograph of the right eye",
-         "右侧眼眼底照片"),
+         "右眼眼底照片"),
         ("CT", {"body part": "chest", "side": "left"}, {}, "CT image of the chest", "胸部CT图像"),
         ("CT", {"body part": "bucket"}, {}, "CT image", "CT图像"),
     ],
