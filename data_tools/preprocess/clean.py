@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from data_tools.lexicon import says_nothing
 from data_tools.preprocess import Rules
 from data_tools.preprocess.volumes import Structure, Volume
 from data_tools.records import NOTHING, Annotation, Box, Drops, Label
@@ -84,7 +85,7 @@ class _Cleaning:
         shown = f" {tuple(box)} in {self.size[0]} x {self.size[1]}"
         if not all(math.isfinite(value) for value in box):
             return self.drop(NOT_FINITE, shown)
-        if max(map(abs, box)) <= 1:
+        if max(map(abs, box)) <= 1 and not says_nothing(self.annotation.label):
             return self.drop(IN_FRACTIONS, shown)
         x1, y1, x2, y2 = (math.floor(value + 0.5) for value in box)
         if x2 < x1 or y2 < y1:
