@@ -133,16 +133,19 @@ def indefinite(label: str, *, several: bool = False) -> str:
     return plural_of(label) if several and not found.is_one else with_article(label)
 
 
+@lru_cache(maxsize=4096)
 def plural_of(name: str) -> str:
     """Return the plural of a singular noun, its last word inflected."""
     return str(_ENGLISH.plural_noun(name))
 
 
+@lru_cache(maxsize=4096)
 def with_article(words: str) -> str:
     """Put `a` or `an` before words, by sound: an MR image, an X-ray, a uterus, an ulcer."""
     return str(_ENGLISH.a(words))
 
 
+@lru_cache(maxsize=4096)
 def number_word(number: int) -> str:
     """Return `two` ... `ten`, and figures from there."""
     return str(_ENGLISH.number_to_words(str(number), threshold=10))
