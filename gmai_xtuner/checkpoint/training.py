@@ -266,7 +266,7 @@ def load_parts(
         ModelLoadError: names the unexpected, missing or misshapen keys. Nothing is loaded then.
     """
     full = nn.Module.state_dict(model, keep_vars=True)  # whatever a stage chooses to save
-    tensors = (*model.named_parameters(), *model.named_buffers())
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
     own = {name: tensor for name, tensor in tensors if name in full}
     present = {key.split(".", 1)[0] for key in state}
     whole = {key for key in own if key.split(".", 1)[0] in present}
@@ -300,10 +300,11 @@ def check_trained_state(
     Raises:
         ModelLoadError: names the missing, unexpected or misshapen keys.
     """
-    own = dict(model.named_parameters())
+    own = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has two names
     remedy = "Use the config of the stage that made the checkpoint, with the same bases"
     learnt = {name for name, value in own.items() if value.requires_grad}
-    absent, strange = learnt - state.keys(), state.keys() - own.keys()
+    needed = learnt & dict(model.named_parameters()).keys()
+    absent, strange = needed - state.keys(), state.keys() - own.keys()
     problem = f"has no weights for {{}} of {len(learnt)} parameters that this config trains"
     _refuse(absent, source, problem, remedy)
     _refuse(strange, source, "has {} weights that this config's model does not have", remedy)

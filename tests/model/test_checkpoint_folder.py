@@ -251,6 +251,19 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path):
         load_checkpoint_state(tmp_path / "empty.pth")
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_a_tied_output_matrix_may_stand_under_both_names_in_a_checkpoint(both):
+    model = build_model()
+    model.llm.lm_head.weight = model.llm.model.embed_tokens.weight
+    state = {key: torch.full(value.shape, 2.0) for key, value in model.state_dict().items()}
+    if both:
+        load_parts(model, state, required=["llm"], source="s")
+        assert (model.llm.lm_head.weight == 2).all()
+    else:
+        del state["llm.lm_head.weight"]
+    check_trained_state(model, state, source="s")
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_checkpoint_that_is_not_of_the_config_is_refused_by_names_and_shapes(device):
     """What ``xtuner convert pth_to_hf`` asks before it puts anything into the model."""
