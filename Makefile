@@ -1,5 +1,5 @@
 # make quickstart    environment, tiny bases, real images, three stages, held-out questions
-# make real          the same with SmolLM2-135M as the language model; not yet run to its end
+# make real          the same with SmolLM2-135M as the language model; about an hour
 # make rehearsal     the true 7B with random weights: train, export, answer; 40 GB, 24 GiB, an hour
 # make test          all tests (make test-fast leaves out those that train)
 # make env-engines   vLLM and llama.cpp on the CPU (3.5 GB), for the tests that ask them what we export
