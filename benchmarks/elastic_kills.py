@@ -20,21 +20,10 @@ from typing import Any
 
 from printing import REPOSITORY, parser, show
 
-PACKS, STEP, EPOCHS = 22, 4, 2
+PACKS = 22
 LAYOUTS = [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
 """Ranks, packs of a micro-batch, micro-batches of a step."""
 MOMENTS = ("between", "between", "writing", "renamed")
-CONFIG = f"""
-_base_ = [{str(REPOSITORY / "configs/gmai_vl/stage2_deep.py")!r}]
-custom_imports = dict(imports=["gmai_xtuner.plugin", "tests.commands.killing"])
-custom_hooks = [dict(type="ProgressHook"), dict(type="SeenHook"), dict(type="KillHook")]
-"""
-OPTIONS = (
-    "train_dataloader.dataset.max_length=160", "train_dataloader.num_workers=0", "model.pretrained_pth=None",
-    "model.llm.torch_dtype=float32", "optim_wrapper.optimizer.lr=1e-3", "optim_wrapper.optimizer.eps=1e-4",
-    f"train_cfg.max_epochs={EPOCHS}", "default_hooks.checkpoint.interval=1",
-    "default_hooks.sample_answer.interval=0", "optim_wrapper.optimizer.lr_by_part.projector=2e-3",
-)  # fmt: skip
 
 
 class Runs:
@@ -42,6 +31,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         from examples.tiny_bases import write_tiny_bases
+        from tests.commands.killing import CONFIG
         from tests.toy import record, write_corpus
 
         self.folder = folder
@@ -55,6 +45,7 @@ class Runs:
     def start(
         self, name: str, zero: int, layout: tuple[int, int, int], kill: str = "none:0:0"
     ) -> str:
+        from tests.commands.killing import OPTIONS
         from tests.commands.runner import Xtuner
 
         ranks, size, count = layout

@@ -20,6 +20,19 @@ from mmengine.registry import HOOKS
 
 from gmai_xtuner.train import checkpointing
 
+CONFIG = f"""
+_base_ = [{str(Path(__file__).parents[2] / "configs/gmai_vl/stage2_deep.py")!r}]
+custom_imports = dict(imports=["gmai_xtuner.plugin", "tests.commands.killing"])
+custom_hooks = [dict(type="ProgressHook"), dict(type="SeenHook"), dict(type="KillHook")]
+"""
+"""Of a run that can be killed, whose samples are written down."""
+OPTIONS = (
+    "train_dataloader.dataset.max_length=160", "train_dataloader.num_workers=0", "model.pretrained_pth=None",
+    "model.llm.torch_dtype=float32", "optim_wrapper.optimizer.lr=1e-3", "optim_wrapper.optimizer.eps=1e-4",
+    "train_cfg.max_epochs=2", "default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1",
+    "default_hooks.sample_answer.interval=0", "optim_wrapper.optimizer.lr_by_part.projector=2e-3",
+)  # fmt: skip
+
 
 @HOOKS.register_module()
 class DropoutHook(Hook):

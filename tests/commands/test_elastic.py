@@ -9,23 +9,11 @@ import pytest
 import torch
 
 from gmai_xtuner.checkpoint.training import load_checkpoint_state
-from tests.commands.killing import samples_of_steps
+from tests.commands.killing import CONFIG, OPTIONS, samples_of_steps
 from tests.commands.runner import ROOT, Xtuner
 from tests.toy import record, write_corpus
 
 pytestmark = pytest.mark.slow
-
-CONFIG = f"""
-_base_ = [{str(ROOT / "configs/gmai_vl/stage2_deep.py")!r}]
-custom_imports = dict(imports=["gmai_xtuner.plugin", "tests.commands.killing"])
-custom_hooks = [dict(type="ProgressHook"), dict(type="SeenHook"), dict(type="KillHook")]
-"""
-OPTIONS = (
-    "train_dataloader.dataset.max_length=160", "train_dataloader.num_workers=0", "model.pretrained_pth=None",
-    "model.llm.torch_dtype=float32", "optim_wrapper.optimizer.lr=1e-3", "optim_wrapper.optimizer.eps=1e-4",
-    "train_cfg.max_epochs=2", "default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1",
-    "default_hooks.sample_answer.interval=0", "optim_wrapper.optimizer.lr_by_part.projector=2e-3",
-)  # fmt: skip
 
 
 def norms(work_dir: Path) -> list[float]:
