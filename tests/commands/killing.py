@@ -49,7 +49,9 @@ class SeenHook(Hook):
     """Writes down which samples each rank trains in which optimiser step, before the step is made."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        row = [runner.train_loop.step + 1, data_batch["data"]["ids"]]
+        data = data_batch["data"]
+        # A filler keeps a rank in step and teaches nothing.
+        row = [runner.train_loop.step + 1, data["ids"] if data["num_tokens"] else []]
         with Path(runner.log_dir, f"seen-{get_rank()}.jsonl").open("a") as file:
             print(json.dumps(row), file=file)
 
