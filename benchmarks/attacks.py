@@ -180,7 +180,7 @@ def stack(count: int) -> bytes:
     page = np.zeros((20_000, 20_000), np.uint8)
     with tifffile.TiffWriter(out) as tiff:
         for _ in range(count):
-            tiff.write(page, compression="zlib", contiguous=False, photometric="minisblack")
+            tiff.write(page, compression="zlib", photometric="minisblack", metadata=None)
     return out.getvalue()
 
 

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from printing import REPOSITORY, parser, show
+from printing import REPOSITORY, parser, quiet_stdout, show
 
 PACKS = 22
 LAYOUTS = [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
@@ -100,7 +100,7 @@ def main() -> None:
         "apart": 0.0,
         "resumes": {},
     }
-    with tempfile.TemporaryDirectory() as name:
+    with quiet_stdout(), tempfile.TemporaryDirectory() as name:
         runs = Runs(Path(name))
         runs.start("whole", 2, (1, 1, 4))
         while totals["kills"] < args.kills and time.monotonic() < end:

@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     verb("--stats", action="store_true", help="show what the output holds so far")
     page = "write a blinded page, review.html, of about N conversations that people judge"
     verb("--review", type=number(int, 1), metavar="N", help=page)
+    hub = "upload the finished corpus to this dataset repository of the hub: publishable, as Parquet"
+    verb("--push", metavar="ORG/NAME", help=hub)
+    add("--public", action="store_true", help="with --push: for everybody; a new repository is private")
     saved = "take in what review.html saved; card and report then state the error rate"
     add("--verdicts", type=Path, nargs="+", default=[], metavar="FILE", help=saved)
     add("--limit", type=number(int, 1), metavar="N", help="at most N records of each source")
@@ -69,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
     from data_tools import job as jobs
     from data_tools import overview, pipeline
     from data_tools.command import Bar
-    from data_tools.output import review, summary
+    from data_tools.output import push, review, summary
 
     job = jobs.load(options.job, output=options.output)
     selection = pipeline.Selection(
@@ -87,6 +90,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.review:
         page = pipeline.write_review(job, options.review)
         _print({"review": str(page)}, f"to be judged in a browser: {page}", options)
+        return DONE
+    if options.push:
+        with pipeline.lock(job.output):
+            address = push.push(job, options.push, public=options.public)
+        _print({"commit": address}, f"uploaded: {address}", options)
         return DONE
     if options.verdicts:
         review.take(job.output, options.verdicts)
