@@ -50,9 +50,15 @@ def _parser() -> argparse.ArgumentParser:
     verb("--stats", action="store_true", help="show what the output holds so far")
     page = "write a blinded page, review.html, of about N conversations that people judge"
     verb("--review", type=number(int, 1), metavar="N", help=page)
-    hub = "upload the finished corpus to this dataset repository of the hub: publishable, as Parquet"
+    hub = (
+        "upload the finished corpus to this dataset repository of the hub: publishable, as Parquet"
+    )
     verb("--push", metavar="ORG/NAME", help=hub)
-    add("--public", action="store_true", help="with --push: for everybody; a new repository is private")
+    add(
+        "--public",
+        action="store_true",
+        help="with --push: for everybody; a new repository is private",
+    )
     saved = "take in what review.html saved; card and report then state the error rate"
     add("--verdicts", type=Path, nargs="+", default=[], metavar="FILE", help=saved)
     add("--limit", type=number(int, 1), metavar="N", help="at most N records of each source")

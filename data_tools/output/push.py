@@ -38,7 +38,7 @@ def push(job: Job, repository: str, *, public: bool) -> str:
     """
     # Not at the top: it takes half a second.
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not (job.corpus.publishable and job.corpus.parquet):
         raise CorpusError(

@@ -52,7 +52,9 @@ class Requests(BaseHTTPRequestHandler):
         hub = self.server
         name = "/".join(self.path.split("?")[0].split("/")[3:5])
         if "/tree/" in self.path:
-            self.reply([{"type": "file", "path": path, "size": 1, "oid": "0"} for path in hub.files])
+            self.reply(
+                [{"type": "file", "path": path, "size": 1, "oid": "0"} for path in hub.files]
+            )
         else:
             self.reply({"id": name, "private": hub.private[name], "sha": "0" * 40, "siblings": []})
 
@@ -148,7 +150,11 @@ def test_the_hub_has_the_corpus_and_nothing_else(hub, classes, make_job, tmp_pat
     [
         ({}, {"parquet": True}, "Set corpus: {publishable: true, parquet: true}"),
         ({}, {"publishable": True}, "Set corpus: {publishable: true, parquet: true}"),
-        ({"licence": "ask Anna"}, OPEN, "holds what may not be published: cells: the licence 'ask Anna'"),
+        (
+            {"licence": "ask Anna"},
+            OPEN,
+            "holds what may not be published: cells: the licence 'ask Anna'",
+        ),
         ({"name": "other"}, OPEN, "cells, which is no source of the job"),
     ],
 )
