@@ -17,7 +17,6 @@ from tests.tables import tables
 TABLES = tables(__file__)
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"
 TEMPLATE = ROOT / "configs" / "gmai_vl" / "mixtures" / "gmai_vl_5_5m.yaml"
 
 
@@ -178,14 +177,6 @@ def test_empty_image_root_is_the_annotations_folder(folder):
 )
 def test_authors_form_is_checked_line_by_line(folder, old, new, words):
     assert words in refused(folder, AUTHORS.replace(old, new), name="m.json")
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared sample data")
-def test_authors_own_file_reads_from_their_folder(monkeypatch):
-    monkeypatch.chdir(SHARED / "gmai_vl_samples")
-    (entry,) = load_mixture("examples/example_list.json").entries
-    assert (entry.image_root / "example.tif").is_file()
-    assert entry.size == 38276
 
 
 # --- selection and sampling ---------------------------------------------------------------------

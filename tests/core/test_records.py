@@ -2,7 +2,6 @@
 
 import json
 import tracemalloc
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -173,9 +172,6 @@ def test_list_scanner_agrees_with_json(tmp_path_factory, values, indent):
 
 
 # --- conversations ---
-
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def llava(*turns, **fields):
@@ -350,34 +346,6 @@ def test_images_listed_and_inside_messages_are_ambiguous():
 def test_path_that_stays_inside_its_root_is_kept_normalised():
     record = llava(("human", "<image>"), ANSWER, image="./a/../2d#cls/b c.png")
     assert parse(record).images == ("2d#cls/b c.png",)
-
-
-@pytest.mark.parametrize(
-    ("payload", "reason"), [(b'{"a": "\xff"}', "not_utf8"), (b'{"a": 1', "not_json")]
-)
-def test_broken_line_names_its_place(payload, reason):
-    with pytest.raises(DataError) as caught:
-        parse_raw(RawRecord("x.jsonl, line 3", "x.jsonl:3", payload), dataset="d")
-    assert caught.value.reason == reason
-    assert caught.value.record == "x.jsonl, line 3"
-
-
-def test_record_without_id_gets_file_and_line(tmp_path):
-    record = {key: value for key, value in llava(("human", "Hi"), ANSWER).items() if key != "id"}
-    (tmp_path / "t.jsonl").write_text("\n" + json.dumps(record))
-    (raw,) = iter_raw(tmp_path / "t.jsonl")
-    assert parse_raw(raw, dataset="d").id == "t.jsonl:2"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared sample data")
-def test_authors_sample_reads():
-    path = SHARED / "gmai_vl_samples" / "examples" / "example_data.json"
-    (raw,) = iter_raw(path, dataset="FILE1")
-    conversation = parse_raw(raw, dataset="FILE1")
-    assert conversation.id == "2d#cls#histopathology#crc100k#images#NORM#example.tif"
-    assert conversation.images == ("example.tif",)
-    assert [turn.role for turn in conversation.turns] == ["user", "assistant"]
-    assert conversation.turns[0].text.startswith("<image>\nCould you kindly")
 
 
 def test_an_absolute_path_inside_the_root_is_one_below_it(tmp_path):

@@ -173,15 +173,6 @@ def test_a_damaged_question_file_is_an_error_and_a_settings_file_is_passed_over(
     assert dict(read(tmp_path)[0].passed_over)["config.json"].startswith("no column of questions")
 
 
-def test_slake_itself(shared_data: Path) -> None:
-    benchmark, _ = read(shared_data / "bench_slake_questions", only=["test.json"])
-    assert len(benchmark.items) == 2094
-    assert sum(item.id != "" for item in benchmark.items) == 2094
-    assert (
-        len(benchmark.not_found) == 180
-    )  # pictures that its questions name, none of which is there
-
-
 def test_names_of_columns() -> None:
     assert columns.plain("Figure_path") == columns.plain("figure path") == "figurepath"
     assert columns.options({"choicea": " A:Liver ", "choiceb": "B. Lung"}) == {

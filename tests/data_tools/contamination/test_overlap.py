@@ -3,11 +3,7 @@
 """The command on a corpus and a benchmark whose overlap is known."""
 
 import csv
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,6 @@ import pytest
 from data_tools import overlap
 from data_tools.contamination import hashing
 from tests.data_tools.contamination.sides import compare, write_benchmark, write_corpus
-
-COMMAND = Path(__file__).parents[3] / "data_tools" / "overlap.py"
 
 
 @pytest.fixture
@@ -244,30 +238,3 @@ def test_records_without_a_mixture_give_a_list_without_datasets(
     assert found["pictures"]["same_pixels"] == 2
     lines = (tmp_path / "overlap" / "exclude.txt").read_text(encoding="utf-8").splitlines()
     assert lines[1:] == ["image: copy.png", "image: copy_as_rgb.tif", "image: deep.png"]
-
-
-@pytest.mark.slow
-def test_the_command_in_processes_of_its_own(sides: tuple[Path, Path], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(COMMAND),
-        *map(str, sides),
-        "--output",
-        str(tmp_path / "out"),
-        "--json",
-    ]
-    command += ["--cache", str(tmp_path / "c.sqlite"), "--workers", "2", "--distance", "16"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    numbers = json.loads(done.stdout)
-    assert numbers["pictures"]["same_pixels"] == 2
-    assert list(numbers["pictures"]["within_bits"]) == ["0", "4", "8", "16"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "exclude.txt", "near.tsv", "overlap.json", "report.html", "report.md",
-    ]  # fmt: skip

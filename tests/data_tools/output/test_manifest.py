@@ -243,13 +243,6 @@ def test_forms_and_sides_go_to_their_files(tmp_path, monkeypatch):
         assert len(shards) == count
 
 
-def test_odd_texts_come_back_as_they_were(tmp_path):
-    with CorpusFiles(tmp_path) as files:
-        files.write(kept(record(), answer=ODD), held_out=False)
-    (line,) = (tmp_path / "caption.jsonl").read_bytes().splitlines()
-    assert json.loads(line)["conversations"][1]["value"] == ODD
-
-
 def test_a_text_that_is_no_unicode_is_an_error_that_names_it(tmp_path):
     broken = record(id="2d#det#a\udcff.png")
     with (

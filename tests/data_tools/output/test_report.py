@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_tools.items import Problem
-from data_tools.output import report, size
+from data_tools.output import report
 from data_tools.output.build import build
 from data_tools.output.report import Chosen, thumbnail
 from data_tools.records import Label
@@ -182,24 +182,6 @@ def test_which_examples_are_chosen_does_not_depend_on_their_order():
     assert len(found[0]) == 2
 
 
-def test_long_conversations_are_clipped_with_their_length(tmp_path):
-    one = record()
-    draw(tmp_path, one)
-    build(FakeStore([one], [kept(one, answer="é" * 4_000)]), job(held_out=0), tmp_path)
-    assert f"{'é' * 1_500} … (4,000 characters)" in page(tmp_path).text
-
-
-def test_rejected_answers_are_shown_with_reason_and_prompt(tmp_path):
-    store = corpus(tmp_path, 3)
-    store.all_rejected = [
-        rejected(store.all_records[0], "a refusal", detail="'I can't'", answer="I can't.")
-    ]
-    build(store, job(), tmp_path)
-    text = page(tmp_path).text
-    for part in ("a refusal", "'I can't'", "answer as it came", "Describe it."):
-        assert part in text
-
-
 def test_a_stage_shows_what_came_through_and_what_did_not():
     rows = [
         {"stage": "read", "reason": "", "count": 75},
@@ -217,14 +199,6 @@ def test_a_stage_shows_what_came_through_and_what_did_not():
     assert [stage["title"] for stage in report.funnel(rows)] == ["read"]
     rows.append({"stage": "clean", "reason": "empty mask", "count": 2})
     assert [stage["lost"] for stage in report.funnel(rows)] == [0, 100]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (2_000_000, "2.0 MB"), (10**10, "10.0 GB")],
-)
-def test_sizes(count, text):
-    assert size(count) == text
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 
 from data_tools.output.splits import Split, SplitBuilder, hashes, perceptual_hash
 from gmai_xtuner.core.errors import CorpusError
-from gmai_xtuner.core.hamming import close_pairs
 
 Rows = list[tuple[str, str]]  # group, picture
 rows = st.lists(
@@ -91,18 +89,6 @@ def test_nothing_is_held_out_of_a_share_of_zero():
     assert not any(found.held_out(f"patient{n}") for n in range(50))
 
 
-def test_pictures_are_counted_once():
-    builder = SplitBuilder(0.1, seed=0)
-    for image in ("a", "b", "a", "c", "b"):
-        builder.add("g", image)
-    assert builder.first_rows().tolist() == [True, True, False, True, False]
-
-
-def test_no_record_at_all():
-    found = split([])
-    assert (found.groups, found.linked, found.largest) == (0, 0, 0)
-
-
 def picture(seed: int, side: int = 160) -> Image.Image:
     """Soft blobs, as much alike as medical pictures of different kinds are."""
     low = np.random.default_rng(seed).integers(0, 255, (9, 9), dtype=np.uint8)
@@ -121,15 +107,6 @@ def test_a_picture_that_was_saved_again_or_made_smaller_is_close(tmp_path):
         picture(seed).convert("RGB").save(tmp_path / "d.png")
         first, *others = (perceptual_hash(path) for path in sorted(tmp_path.iterdir()))
         assert max(bits(first, other) for other in others) <= 2
-
-
-def test_different_pictures_are_far_apart(tmp_path):
-    values = []
-    for seed in range(12):
-        picture(seed).save(tmp_path / f"{seed}.png")
-        values.append(perceptual_hash(tmp_path / f"{seed}.png"))
-    apart = [bits(a, b) for n, a in enumerate(values) for b in values[:n]]
-    assert min(apart) > 8
 
 
 def test_a_picture_without_anything_in_it_has_the_hash_zero(tmp_path):
@@ -152,11 +129,3 @@ def test_hashes_keep_the_order_of_the_paths(tmp_path):
     expected = [perceptual_hash(path) for path in paths]
     assert hashes(iter(paths), threads=3).tolist() == expected
     assert hashes([], threads=1).tolist() == []
-
-
-def test_x_rays_of_real_patients(shared_data: Path):
-    """40 chest X-rays of one hospital: at the largest distance allowed, few are linked."""
-    paths = sorted((shared_data / "hannover_cxr").rglob("*.png"))
-    found = list(close_pairs(hashes(paths, threads=2), distance=4))
-    assert len(paths) == 40
-    assert len(found) <= 1

@@ -321,9 +321,3 @@ def test_the_other_writers_answers_are_used(serve, tmp_path):
     list(at_once(tmp_path, server.url).write(tasks(6)))
     run(writer(tmp_path, server.url))
     assert [len(server.lines(batch)) for batch in server.batches.values()] == [4]
-
-
-def test_an_estimate_has_half_the_price(serve, tmp_path):
-    price = {"input": 1000.0, "output": 1000.0}
-    made = writer(tmp_path, serve().url, price=price)
-    assert made.estimate(tasks(10))["dollars_at_most"] == pytest.approx(10 * AT_MOST / 2000)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import email.utils
-import json
 import sqlite3
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from tests.api_server import Act, completion, error, user_text
 from tests.data_tools.writers.stand_ins import (
     AT_MOST,
     Prompts,
-    options,
     spent,
     tasks,
     write_images,
@@ -240,14 +238,6 @@ def test_the_key_goes_to_the_server_and_nowhere_else(serve, tmp_path, monkeypatc
     assert "very-secret-key" not in repr(outcomes) + repr(made.options)
     for file in (tmp_path / "cache").rglob("*"):
         assert file.is_dir() or b"very-secret-key" not in file.read_bytes()
-
-
-def test_a_missing_key_is_said_before_any_request(serve, tmp_path, monkeypatch):
-    monkeypatch.delenv("THE_KEY", raising=False)
-    server = serve()
-    with pytest.raises(EndpointError, match="the environment variable THE_KEY holds no key"):
-        list(writer(tmp_path, server.url, key_variable="THE_KEY").write(tasks(3)))
-    assert server.requests == []
 
 
 def test_a_server_that_isnt_there_is_one_error(tmp_path):
@@ -510,32 +500,7 @@ def test_options_reach_the_body(serve, tmp_path):
     assert len(server.requests) == 2  # another temperature is another question
 
 
-def test_the_stand_ins_bound_is_what_the_tests_say(tmp_path):
-    text = "Be exact.item0" + json.dumps(Prompts().build(next(tasks(1))).schema)
-    marks = sum(not letter.isalpha() and letter != " " for letter in text)
-    assert (len(text), marks) == (133, 37)
-    assert options(tmp_path, "http://x/v1").budget.tokens is None
-
-
 COST = Expense(100, 50, 0.5)
-
-
-def test_an_answer_is_kept_with_its_cost(tmp_path):
-    path = tmp_path / "folder" / "answers.sqlite"
-    reply = Reply("text", "stop", "", Expense(80, 20, 0.25))
-    with Ledger(path, job="a") as ledger:
-        assert ledger.answer("k") is None
-        assert ledger.claim("k", COST) is None
-        ledger.settle("k", "m", reply, COST)
-        assert ledger.answer("k") == reply
-    with Ledger(path, job="b") as ledger:
-        kept = ledger.answer("k")
-        assert (kept, kept.new) == (reply, False)
-        assert ledger.spent() == Expense()
-        assert ledger.shares("m") == (0.8, 0.4)
-        assert ledger.shares("other") is None
-    with Ledger(path, job="a") as ledger:
-        assert ledger.spent() == Expense(80, 20, 0.25)
 
 
 def test_what_a_dead_run_left_is_lost_money_and_free_again(tmp_path):
@@ -608,14 +573,6 @@ def test_a_transaction_is_all_or_nothing(tmp_path):
             half()
         assert ledger.answer("k") is None
         assert ledger.spent() == Expense()
-
-
-def test_what_is_known_of_servers_grows(tmp_path):
-    with Ledger(tmp_path / "answers.sqlite", job="a") as ledger:
-        ledger.remember("u", "m", {"structured": "text"})
-        ledger.remember("u", "m", {"max_tokens_name": "max_tokens"})
-        assert ledger.traits("u", "m") == {"structured": "text", "max_tokens_name": "max_tokens"}
-        assert ledger.traits("u", "other") == {}
 
 
 def test_files_that_are_no_ledger_are_told(tmp_path):
