@@ -68,39 +68,40 @@ def test_reason(texts, reason):
     assert reason in reasons(*texts)
 
 
-def test_coordinates_of_the_record_are_right_and_of_another_region_wrong():
-    assert reasons(ASKED, f"{GOOD} It lies at [100, 100, 200, 200].") == []
-    text = "The platelet lies at [500, 500, 1000, 1000] in this field."
-    form = "region_caption"
-    assert reasons(ASKED, text, form=form, focus=0) == ["coordinates are not the region's"]
-    assert (
-        reasons(
-            ASKED, text.replace("500, 500, 1000, 1000", "100, 100, 200, 200"), form=form, focus=0
-        )
-        == []
-    )
+PLATELET, REGION = (
+    "The platelet lies at [{}] in this field.",
+    {"form": "region_caption", "focus": 0},
+)
+FILLS = "Red blood cells fill this part of the field."
 
 
-def test_a_region_has_to_be_named_itself():
-    text = "Red blood cells fill this part of the field."
-    assert reasons(ASKED, text, form="region_caption", focus=0) == ["label not named"]
-    assert reasons(ASKED, text, form="region_caption", focus=1) == []
-
-
-def test_an_option_letter_is_enough_for_perception_and_a_wrong_one_claims():
-    assert reasons("<image>\nWhich? A. platelet B. white blood cell", "A", form="perception") == []
-    assert reasons("<image>\nIs there a white blood cell?", "No.", form="perception") == []
-    assert reasons("<image>\nWhich cell?", "white blood cell", form="perception") == [
-        "another label claimed"
-    ]
-
-
-def test_text_forms_have_no_image_mark():
-    assert (
-        reasons("What is a platelet?", "A platelet is a small cell fragment.", form="text_single")
-        == []
-    )
-    assert reasons("<image>\nWhat?", GOOD, form="text_single") == ["wrong number of image marks"]
+@pytest.mark.parametrize(
+    ("texts", "keys", "expected"),
+    [
+        ((ASKED, f"{GOOD} It lies at [100, 100, 200, 200]."), {}, []),
+        ((ASKED, PLATELET.format("100, 100, 200, 200")), REGION, []),
+        (
+            (ASKED, PLATELET.format("500, 500, 1000, 1000")),
+            REGION,
+            ["coordinates are not the region's"],
+        ),
+        # a region has to be named itself
+        ((ASKED, FILLS), REGION, ["label not named"]),
+        ((ASKED, FILLS), REGION | {"focus": 1}, []),
+        # an option's letter is enough for perception, and a wrong one claims
+        (("<image>\nWhich? A. platelet B. white blood cell", "A"), {"form": "perception"}, []),
+        (("<image>\nIs there a white blood cell?", "No."), {"form": "perception"}, []),
+        (
+            ("<image>\nWhich cell?", "white blood cell"),
+            {"form": "perception"},
+            ["another label claimed"],
+        ),
+        (("What is a platelet?", "A platelet is a small cell part."), {"form": "text_single"}, []),
+        (("<image>\nWhat?", GOOD), {"form": "text_single"}, ["wrong number of image marks"]),
+    ],
+)
+def test_what_a_form_wants(texts, keys, expected):
+    assert reasons(*texts, **keys) == expected
 
 
 def test_without_the_annotation_only_the_wording_decides():

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from pydantic import ValidationError
 
 from data_tools.readers import slide, slide_files
 from data_tools.readers.slide_labels import Outline, read_outlines
 from data_tools.records import Drop, Sample
-from gmai_xtuner.core.errors import SourceError, Unusable
+from gmai_xtuner.core.errors import Unusable
 from tests.data_tools.readers.sets import read_units
 
 
@@ -466,27 +465,6 @@ def test_marks_that_enclose_nothing_are_lost_and_negative_regions_cut_out(
     (sample,), (drop,), lacking = read_units(slide, options(tmp_path, regions="{stem}" + name[1:]))
     assert [(a.label, a.mask.sum()) for a in sample.annotations] == [("tumour", area)]
     assert (drop.reason, lacking) == ("mark on the slide that encloses nothing", [("cell",)])
-
-
-def test_a_source_without_slides_stops_the_job(tmp_path):
-    with pytest.raises(SourceError, match=r"no slide below .* fits"):
-        list(slide.units(options(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("keys", "text"),
-    [
-        ({"level": 1, "magnification": 20}, "give one of level"),
-        ({"regions": "{stem}.xml", "mask": "{stem}.tif"}, "give one of them"),
-        ({"mask": "mask.tif"}, "the same for every slide"),
-        ({"exclude": ["a"]}, "there are none"),
-        ({"columns": {"x": "x"}}, "both columns"),
-        ({"columns": {"box": {"x1": "a", "y1": "b", "x2": "c", "y2": "d"}}}, "boxes are of tiles"),
-    ],
-)
-def test_keys_that_contradict_each_other_are_errors(tmp_path, keys, text):
-    with pytest.raises(ValidationError, match=text):
-        options(tmp_path, **keys)
 
 
 def test_a_dicom_slide_is_its_largest_file_and_others_are_none(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -137,20 +136,6 @@ def test_a_million_scattered_rows_stay_under_300_mb(tmp_path):
     rows, megabytes = map(int, result.stdout.split())
     assert rows == 1_000_000
     assert megabytes < 300
-
-
-def test_memory_does_not_grow_with_cells(tmp_path):
-    """What stays in memory is 16 bytes a row, however long the rows are."""
-    (tmp_path / "t.csv").write_text(
-        "f,l\n" + "".join(f"{number},{'x' * 2000}\n" for number in range(3000))
-    )
-    chosen = options(table, tmp_path, table="t.csv", image="f", label="l")
-    tracemalloc.start()
-    count = sum(len(unit.payload[1]) for unit in table.units(chosen))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert count == 3000
-    assert peak < 1_500_000  # the cells have 6 MB
 
 
 def test_codes_of_attributes_become_words(tmp_path):

@@ -10,11 +10,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from pydantic import ValidationError
 
 from data_tools.readers import video, video_frames
 from data_tools.records import Drop, Sample
-from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import read_units
 
 WIDTH, HEIGHT = 128, 96
@@ -314,29 +312,3 @@ def test_damage_in_the_middle_costs_only_the_frames_there(tmp_path):
     assert [(drop.reason, drop.where) for drop in drops] == [
         ("frame can't be decoded", "a.avi frame 20")
     ]
-
-
-def test_a_source_that_is_wrong_as_a_whole_stops_the_job(tmp_path):
-    with pytest.raises(SourceError, match=r"no video below .* fits"):
-        list(video.units(options(tmp_path)))
-    write_video(tmp_path / "a.mp4", [picture(1)] * 3)
-    (tmp_path / "t.csv").write_text("name,label\na,x\n")
-    with pytest.raises(SourceError, match=r"t.csv has no column 'file'.*'name', 'label'"):
-        list(video.units(options(tmp_path, table=tmp_path / "t.csv")))
-    with pytest.raises(SourceError, match=r"missing\.csv can't be read"):
-        list(video.units(options(tmp_path, table=tmp_path / "missing.csv")))
-
-
-@pytest.mark.parametrize(
-    ("keys", "text"),
-    [
-        ({"pick": "table"}, "give 'table'"),
-        ({"columns": {"frame": "f", "seconds": "s"}}, "not both"),
-        ({"columns": {"until": "u"}}, "name one"),
-        ({"crop": [5, 5, 5, 9]}, "x1 < x2"),
-        ({"seconds": 0}, "greater than 0"),
-    ],
-)
-def test_keys_that_contradict_each_other_are_errors(tmp_path, keys, text):
-    with pytest.raises(ValidationError, match=text):
-        options(tmp_path, **keys)

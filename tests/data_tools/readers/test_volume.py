@@ -15,7 +15,6 @@ from skimage.measure import regionprops
 from data_tools.readers import nnunet, volume
 from data_tools.readers.volume import window_for
 from data_tools.records import Drop, Sample
-from gmai_xtuner.core.errors import SourceError
 from tests.data_tools.readers.sets import read_units, regions_of
 
 KEYS = {"name": "v", "licence": "MIT", "modality": "CT", "clean": "none"}
@@ -306,34 +305,6 @@ def test_a_file_of_one_label_or_of_a_named_set_that_was_cut_out_says_nothing_of_
     (tmp_path / "dataset.json").write_text(json.dumps(content | {"file_ending": ".nii.gz"}))
     of = nnunet.Options(reader="nnunet", root=tmp_path, slices={"axes": ["z"]}, **KEYS)
     assert set(read_units(nnunet, of)[2]) == {("cyst", "liver")}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"labels": {"background": 0, "liver": "x"}}, "`labels.liver"),
-        ({"labels": {"liver": 1}}, "`labels`: 0 is expected for `background`"),
-        ({"labels": {"background": 0, "liver": [0, 1]}}, "`labels`: 0 is expected"),
-        ({"channel_names": {"1": "CT"}}, "numbers from 0 without gaps"),
-        ({"file_ending": ".png"}, "reader: masks"),
-        ({"channel_names": None, "modality": {"0": "CT"}}, "reader: decathlon"),
-        ({"dataset": {"a": {"images": [], "label": "b"}}}, "1 paths are expected"),
-    ],
-)
-def test_a_dataset_json_that_is_wrong(tmp_path, content, message):
-    whole = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}}
-    (tmp_path / "dataset.json").write_text(json.dumps(whole | {"file_ending": ".nii"} | content))
-    with pytest.raises(SourceError, match=message):
-        list(nnunet.units(nnunet.Options(reader="nnunet", root=tmp_path, **KEYS)))
-
-
-def test_a_flat_nifti_is_one_picture(tmp_path):
-    voxels, labels = head()
-    save(tmp_path / "a_ct.nii.gz", voxels[:, :, 4], np.eye(4))
-    save(tmp_path / "a_seg.nii.gz", labels[:, :, 4], np.eye(4))
-    (sample,) = samples_of(read(options(tmp_path)))
-    assert sample.part == {}  # nobody knows its plane
-    assert boxes_of(sample, "1") == expected_boxes(shown(labels, "z", 4), 1)
 
 
 def test_masks_of_several_channels(tmp_path):
