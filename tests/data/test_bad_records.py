@@ -15,7 +15,6 @@ from PIL import Image
 from data_tools import generate
 from gmai_xtuner.core.constants import IGNORE_INDEX
 from gmai_xtuner.core.errors import DataError
-from gmai_xtuner.core.mixture import load_mixture
 from gmai_xtuner.data import token_cache
 from gmai_xtuner.data.dataset import SoftPackedDataset
 from gmai_xtuner.data.token_cache import TokenCache
@@ -125,11 +124,6 @@ def _picture() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def test_records_too_long_are_not_bad(make_corpus, cached):
-    cache = cached(make_corpus({"toy": [GOOD, TOO_LONG]}))
-    assert cache.meta["skipped"] == {"over_length": 1}
 
 
 # --- one cache for both policies ------------------------------------------------------------------
@@ -265,22 +259,6 @@ def folder(tmp_path_factory) -> Path:
     (folder / "job.yaml").write_text(JOB, encoding="utf-8")
     assert generate.main([str(folder / "job.yaml")]) == 0
     return folder
-
-
-def test_the_mixture_has_every_form_and_nothing_that_is_held_out(folder):
-    corpus = folder / "corpus"
-    entries = load_mixture(corpus / "mixture.yaml").entries
-    assert [entry.name for entry in entries] == [f"two-kinds-of-cells-{form}" for form in FORMS]
-    summary = json.loads((corpus / "summary.json").read_text(encoding="utf-8"))
-    assert summary["records"]["count"] == 40
-    assert 0 < summary["records"]["held_out"] < 40
-
-    def pictures(side: str) -> set[str]:
-        lines = (corpus / side / "caption.jsonl").read_bytes().splitlines()
-        return {json.loads(line)["image"] for line in lines}
-
-    assert len(pictures("")) + len(pictures("held_out")) == 40
-    assert not pictures("") & pictures("held_out")
 
 
 def test_stage_3_plans_the_corpus_as_it_is(folder, tiny_bases, tokenizer):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import pickle
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -105,13 +104,6 @@ def test_totals_are_those_of_the_packs(tmp_path):
     assert epoch.total("images").max() == 3  # the bound binds
 
 
-def test_each_epoch_has_its_own_packs_and_the_same_number(tmp_path):
-    plan = toy_plan(tmp_path)
-    epochs = [plan.epoch(number).packs for number in range(3)]
-    assert len({len(packs) for packs in epochs}) == 1
-    assert len({tuple(packs.items.tolist()) for packs in epochs}) == 3
-
-
 def test_digest_tells_which_conversations_share_a_pack(tmp_path):
     first = toy_plan(tmp_path / "a").epoch(0)
     same, other = toy_plan(tmp_path / "b").epoch(0), toy_plan(tmp_path / "a").epoch(1)
@@ -181,13 +173,6 @@ def test_a_plan_of_which_a_file_is_cut_off_is_made_anew(tmp_path):
         assert (plan.folder / name).read_bytes() == content
 
 
-def test_pickled_plan_reads_the_same_files(tmp_path):
-    plan = toy_plan(tmp_path)
-    copy = pickle.loads(pickle.dumps(plan))
-    assert copy.samples.tolist() == plan.samples.tolist()
-    assert copy.epoch(2).packs.items.tolist() == plan.epoch(2).packs.items.tolist()
-
-
 def test_two_processes_at_once_build_one_plan(tmp_path, monkeypatch):
     builds = tmp_path / "builds"
     builds.mkdir()
@@ -255,11 +240,6 @@ def test_no_image_is_trained_on_and_held_out(tmp_path):
     counts = train.held_out_counts()
     assert counts.tolist() == held.held_out_counts().tolist()
     assert counts.tolist() == [[(held.samples[:, 0] == number).sum(), 0] for number in (0, 1)]
-
-
-def test_held_out_packs_are_planned_like_others(tmp_path):
-    held = split_plan(tmp_path, split="held_out")
-    assert held.epoch(0).total("labels").sum() == 10 * len(held.samples)
 
 
 def test_at_most_bounds_each_dataset(tmp_path):
@@ -365,13 +345,6 @@ def test_images_stand_at_their_placeholders_in_the_order_of_the_packs():
     assert data["image_positions"].tolist() == [1, 2, 9, 10, 11, 12]
     assert data["pixel_values"].shape == (3, 3, 2, 2)
     assert data["pixel_values"][:, 0, 0, 0].tolist() == [1, 3, 3]
-
-
-def test_a_batch_without_supervised_tokens_has_no_label():
-    data = collate_packs([pack([1, 2], [X, X], [2])])["data"]
-    assert data["label_targets"].tolist() == []
-    assert data["label_weights"].tolist() == []
-    assert data["label_positions"].tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -131,13 +131,6 @@ def test_every_pack_is_trained_on_once_and_ranks_agree(run):
     assert np.diff(made).tolist() == ends * 2
 
 
-def test_a_rank_without_packs_gets_a_filler():
-    _, ranks = samplers(5, world=3, batch=1, accumulation=1)
-    last = [list(sampler)[-1] for sampler in ranks]
-    assert [packs_of(batch) for batch in last] == [[3], [4], []]
-    assert [len(batch) for batch in last] == [1, 1, 1]
-
-
 @given(runs(), st.sampled_from(["token", "sample", "square"]), st.integers(0, 2))
 def test_weights_of_a_step_sum_to_one_after_the_engines_means(run, weighting, epoch):
     """DeepSpeed divides by the accumulation, whatever the step holds, and averages over ranks."""
@@ -193,12 +186,6 @@ def test_batch_and_accumulation_trade_against_each_other(packs):
 
     assert steps(1, 8) == steps(2, 4) == steps(8, 1)
     assert steps(1, 8)[0] == set(range(8))
-
-
-def test_epochs_are_asked_of_the_plan():
-    _, (sampler,) = samplers(4, world=1, batch=1, accumulation=4)
-    sampler.sampler.set_epoch(3)
-    assert [(batch[0].epoch, batch[0].pack) for batch in sampler] == [(3, n) for n in range(4)]
 
 
 @pytest.mark.parametrize(("asked", "trained"), [(1, 2), (2, 2), (3, 4), (5, 5), (6, 7), (10, 10)])

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import time
 from dataclasses import replace
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import parse_raw
@@ -326,16 +324,6 @@ def test_drop_leaves_both_out(make_corpus, cached):
 # --- bad input ------------------------------------------------------------------------------------
 
 
-def broken_image(corpus: Corpus, name: str, kind: str) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
-    path = corpus.images / name
-    Image.fromarray(noise).save(path)
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-2000])
-    elif kind == "enormous":
-        Image.fromarray(np.zeros((200, 60, 3), np.uint8)).save(path)
-
-
 BAD = {
     "missing_image": (record("bad", "<image>?", "Yes.", image="gone.png"), "Check image_root"),
     "image_count": (
@@ -384,29 +372,10 @@ def test_raise_names_a_bad_record_with_its_remedy_and_skip_counts_it(make_corpus
     assert ("bad" if parsed else "line 4") in note["id"]
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-@pytest.mark.parametrize(
-    ("kind", "reason"), [("truncated", "damaged_image"), ("enormous", "enormous_image")]
-)
-def test_truncated_and_enormous_images_are_found_by_their_header(
-    make_corpus, cached, suffix, kind, reason
-):
-    name = f"x.{suffix}"
-    bad = record("bad", "<image>?", "Yes.", image=name)
-    corpus = make_corpus({"toy": [*GOOD, bad]}, images=IMAGES)
-    broken_image(corpus, name, "whole")
-    assert len(cached(corpus)) == 4
-    broken_image(corpus, name, kind)
-    assert OPTIONS.check_images == "header"
-    shutil.rmtree(corpus.folder.parent / "cache")  # pictures are no part of the key
+def test_the_bound_on_pixels_reaches_the_check_of_headers(corpus, cached):
     with pytest.raises(DataError) as caught:
-        cached(corpus)
-    assert (caught.value.reason, caught.value.record) == (reason, "bad (toy.jsonl, line 4)")
-    assert caught.value.dataset == "toy"
-    assert name in str(caught.value)
-    assert caught.value.remedy
-    cache = cached(corpus, replace(OPTIONS, on_bad_sample="skip"))
-    assert cache.meta["skipped"] == {reason: 1}
+        cached(corpus, replace(OPTIONS, max_pixels=30 * 40 - 1))
+    assert caught.value.reasons == {"enormous_image": 2}
 
 
 def test_image_without_an_image_root_is_found(make_corpus, cached):

@@ -154,21 +154,6 @@ def test_supervised_tokens_decode_to_the_answers_and_their_ends(by_character, ro
     assert tokenized.labels[0] == IGNORE_INDEX
 
 
-def test_a_batch_equals_one_by_one(encode):
-    batch = [
-        conversation("What is shown?", "A CT scan."),
-        conversation("<image>\n图中显示什么？", "胸部X光片。", images=("a.png",)),
-        conversation("What is shown?", "A CT scan.", "Sure?", "Yes.", system="Be brief."),
-    ]
-    together = encode(batch)
-    for item, alone in zip(batch, together, strict=True):
-        (expected,) = encode([item])
-        assert alone.input_ids.tolist() == expected.input_ids.tolist()
-        assert alone.label_spans.tolist() == expected.label_spans.tolist()
-        assert alone.turn_ends == expected.turn_ends
-    assert encode([]) == []
-
-
 @pytest.mark.parametrize("template", ["internlm2_chat", "vicuna", "chatglm2"])
 @pytest.mark.parametrize(
     ("texts", "images"),
@@ -308,19 +293,6 @@ def test_pickled_tokenizer_gives_the_same_ids_and_fingerprint(encode):
     assert copy.fingerprint == encode.fingerprint
     texts = ("<image>\n图中显示什么？", "Chest X-ray.")
     assert (one(copy, *texts).input_ids == one(encode, *texts).input_ids).all()
-
-
-def test_fingerprint_changes_with_the_template_and_the_vocabulary(tokenizer, encode, tiny_bases):
-    vicuna = ConversationTokenizer.from_pretrained(tokenizer, ChatTemplate.from_xtuner("vicuna"))
-    bare = ChatTemplate.from_xtuner("internlm2_chat", add_bos=False)
-    larger = pickle.loads(pickle.dumps(tokenizer))
-    larger.add_tokens(["glioblastoma"])
-    others = [
-        vicuna,
-        ConversationTokenizer.from_pretrained(tokenizer, bare),
-        ConversationTokenizer.from_pretrained(larger, INTERNLM2),
-    ]
-    assert len({encode.fingerprint, *(other.fingerprint for other in others)}) == 4
 
 
 # --- fit ------------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def test_images_that_training_resized_are_resized_and_bos_is_as_in_training(
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_every_conversation_has_the_ids_of_training(tokenizer, add_bos):
     template = ChatTemplate.from_xtuner("internlm2_chat", add_bos=add_bos)
-    plain = plain_tokenizer(tokenizer, template, max_length=100)
+    plain = plain_tokenizer(tokenizer, template)
     training = ConversationTokenizer.from_pretrained(tokenizer, template)
     generator = np.random.default_rng(0)
     pieces = [
@@ -383,7 +383,7 @@ def test_an_answer_is_split_from_what_opens_it(tokenizer):
     turns = (Turn("user", "Is\nN it?"), Turn("assistant", "No."), Turn("user", "Why?"))
     expected = ConversationTokenizer.from_pretrained(changed, template).encode_prompt(turns)
     assert expected.tolist().count(number) == 1, "in the question it is one piece"
-    plain = plain_tokenizer(changed, template, max_length=100)
+    plain = plain_tokenizer(changed, template)
     assert plain(prompt_text(plain, turns)).input_ids == expected.tolist()
 
 
@@ -443,7 +443,7 @@ def test_a_tokenizer_without_pad_gets_one_and_unknown_roles_are_refused(tokenize
         unk_token="<unk>",
     )
     template = ChatTemplate.from_xtuner("internlm2_chat")
-    plain_tokenizer(base, template, max_length=100).save_pretrained(tmp_path)
+    plain_tokenizer(base, template).save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert (loaded.pad_token, loaded.pad_token_id) == ("<pad>", 1537)
     assert loaded("a<image>b").input_ids.count(1536) == 1
@@ -507,20 +507,6 @@ def test_a_folder_that_is_not_empty_is_refused(plain_stage3, tmp_path):
     refused(model, cfg, tmp_path / "out" / "thesis.txt", "is a file")
 
 
-def test_weights_that_are_no_numbers_or_beyond_fp16_are_refused(plain_stage3, tmp_path):
-    cfg, model = plain_stage3
-    weight = model.projector.model[0].weight
-    kept = weight[0, 0].item()
-    for value, match in ((float("nan"), "no numbers"), (1e6, "beyond the range of fp16")):
-        with torch.no_grad():
-            weight[0, 0] = value
-        refused(
-            model, cfg, tmp_path / "out", rf"model.0.weight has values.*{match}|{match}", fp32=False
-        )
-        with torch.no_grad():
-            weight[0, 0] = kept
-
-
 def test_what_llava_has_no_place_for_is_refused(plain_stage3, tiny_bases, tmp_path):
     cfg, model = plain_stage3
     refused(model, cfg, tmp_path / "out", "use xtuner or huggingface", save_format="official")
@@ -531,14 +517,3 @@ def test_what_llava_has_no_place_for_is_refused(plain_stage3, tiny_bases, tmp_pa
     refused(model, other, tmp_path / "out", "contradict each other")
     other.export_dtype = "int8"
     refused(model, other, tmp_path / "out", "must be float32, float16 or bfloat16")
-
-
-def test_a_failure_while_writing_leaves_nothing(plain_stage3, tmp_path, monkeypatch):
-    cfg, model = plain_stage3
-
-    def fail(*args, **kwargs):
-        raise GMAIError("the disk is full")
-
-    monkeypatch.setattr("gmai_xtuner.checkpoint.export_huggingface._write_card", fail)
-    refused(model, cfg, tmp_path / "out", "the disk is full")
-    assert not (tmp_path / "out").exists()

@@ -2,7 +2,6 @@
 
 """The model: what it computes, what learns, and that conversations of a pack never touch."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.errors import GMAIError, ModelLoadError
 from gmai_xtuner.data.dataset import collate_packs
-from gmai_xtuner.model.llava import ImageFeatureMismatch, num_image_tokens
+from gmai_xtuner.model.llava import ImageFeatureMismatch
 
 IMAGE_SIZE, PATCHES, VOCABULARY = 28, 4, 50
 
@@ -321,14 +320,6 @@ def test_bin_equals_safetensors_even_with_the_hubs_old_buffers(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("image_size", "patch_size", "expected"), [(336, 14, 576), (336, 42, 64), (224, 32, 49)]
-)
-def test_number_of_image_tokens(image_size, patch_size, expected):
-    config = CLIPVisionConfig(image_size=image_size, patch_size=patch_size)
-    assert num_image_tokens(config) == expected
-
-
-@pytest.mark.parametrize(
     ("wanted", "expected"),
     [(None, torch.float32), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16)],
 )
@@ -367,16 +358,4 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     directory = write(tmp_path / "vision", whole=True)
     edit(tmp_path / "vision", change)
     with pytest.raises(ModelLoadError, match=message):
-        load_vision_tower(directory)
-
-
-def test_another_model_and_a_damaged_file_are_errors(tmp_path):
-    directory = write(tmp_path / "vision")
-    weights = tmp_path / "vision" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ModelLoadError, match=r"model\.safetensors can't be read"):
-        load_vision_tower(directory)
-    config = tmp_path / "vision" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "dinov2"}))
-    with pytest.raises(ModelLoadError, match="'dinov2' is not supported"):
         load_vision_tower(directory)

@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.checkpoint.bases import load_language_model
@@ -378,32 +378,6 @@ def test_convert_refuses_a_checkpoint_without_its_adapters(lora_run, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_a_stage_starts_from_an_export_and_names_its_language_model(lora_run, tiny_bases, tmp_path):
-    cfg, model, state = lora_run
-    convert(cfg, state, tmp_path / "export")
-    with pytest.raises(ModelLoadError, match="Name the export as the base too: GMAI_LLM="):
-        BUILDER.build(
-            stage_config(
-                tiny_bases,
-                "stage3_instruct",
-                llm_lora=LLM_LORA,
-                pretrained_pth=str(tmp_path / "export"),
-            )["model"]
-        )
-    following = stage_config(
-        tiny_bases,
-        "stage3_instruct",
-        llm_lora=LLM_LORA,
-        freeze_visual_encoder=True,
-        pretrained_pth=str(tmp_path / "export"),
-        pretrained_parts=["projector", "visual_encoder"],
-    )
-    following["model"]["llm"]["pretrained_model_name_or_path"] = str(tmp_path / "export")
-    torch.testing.assert_close(
-        answers(BUILDER.build(following["model"])), answers(model), rtol=1e-4, atol=2e-5
-    )
-
-
 def test_inference_refuses_adapters_that_it_would_leave_out(lora_run, tmp_path):
     cfg, _, state = lora_run
     convert(cfg, state, tmp_path / "export")
@@ -478,10 +452,3 @@ def test_qlora_learns_on_a_four_bit_base_and_merges_into_the_full_one(tiny_bases
     layer = adapter_layers(model.llm)["model.layers.0.mlp.up_proj"]
     delta = 2.0 * layer.lora_B.default.weight.float() @ layer.lora_A.default.weight.float()
     torch.testing.assert_close(got, full + delta.cpu(), rtol=1e-4, atol=1e-5)
-
-
-def test_the_config_of_four_bit_weights_is_one_of_transformers():
-    built = BUILDER.build(dict(FOUR_BIT))
-    assert isinstance(built, BitsAndBytesConfig)
-    assert built.bnb_4bit_compute_dtype is torch.bfloat16
-    assert built.bnb_4bit_use_double_quant
