@@ -24,7 +24,8 @@ from PIL import Image
 from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.files import replace_text
-from gmai_xtuner.core.imaging.images import MAX_PIXELS, DecodedPixels, decode_pixels, to_8_bits
+from gmai_xtuner.core.imaging.images import MAX_PIXELS, DecodedPixels, decode_pixels
+from gmai_xtuner.core.imaging.windows import to_8_bits
 
 MAX_BYTES = 4 * 2**30
 

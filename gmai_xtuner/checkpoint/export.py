@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,12 @@ def write_xtuner(
         settings: what ``gmai_vl.json`` is to say; further arguments are of ``save_pretrained``.
     """
     for name, part in parts.items():
-        own_storage(part)
+        for parameter in part.parameters():
+            # What DeepSpeed gives back of a checkpoint are views of one flat buffer. torch.save writes a
+            # view's whole buffer, and weights that share one are never divided over shards.
+            size = 0 if parameter.is_meta else parameter.data.untyped_storage().nbytes()
+            if size > parameter.nbytes:
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         target = folder if name == "llm" else folder / name
         if name in processors:
             processors[name].save_pretrained(target)
@@ -265,13 +270,11 @@ def _merged(name: str, part: Any, cfg: Mapping[str, Any], dtype: torch.dtype) ->
         remove_adapters(whole)
     else:
         whole = _base(name, cfg, dtype)
-    vanished = 0
-    for layer, weight in merged_weights(part, whole):
-        # At once: all of them in fp32 would need twice the memory.
-        weight, lost = as_written(f"{layer}.weight", weight, dtype)
-        vanished += lost
-        whole.get_submodule(layer).weight = nn.Parameter(weight, requires_grad=False)
-    warn_of(vanished)
+    with converting(dtype) as convert:
+        for layer, weight in merged_weights(part, whole):
+            # At once: all of them in fp32 would need twice the memory.
+            merged = nn.Parameter(convert(f"{layer}.weight", weight), requires_grad=False)
+            whole.get_submodule(layer).weight = merged
     return whole
 
 
@@ -291,30 +294,15 @@ def _require_weights(name: str, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def convert_dtype(part: Any, dtype: torch.dtype) -> None:
-    """Turn all weights of a part into ``dtype``; none is a view of something larger then.
+    """Turn all weights of a part into ``dtype``.
 
     Buffers stay as they are: those of Llama and CLIP are not written, and rotary frequencies need fp32. A
     weight beyond the range of fp16, or that is no number, is a ``GMAIError``.
     """
-    vanished = 0
-    for name, parameter in part.named_parameters():
-        # Also what has that dtype already: a merge may have gone beyond its range.
-        parameter.data, lost = as_written(name, parameter.data, dtype)
-        vanished += lost
-    warn_of(vanished)
-    own_storage(part)
-
-
-def own_storage(part: nn.Module) -> None:
-    """Give each weight that is a view of a larger tensor memory of its own.
-
-    What DeepSpeed gives back of a checkpoint are views of one flat buffer. ``torch.save`` writes a view's
-    whole buffer, and weights that share one are never divided over shards.
-    """
-    for parameter in part.parameters():
-        whole = 0 if parameter.is_meta else parameter.data.untyped_storage().nbytes()
-        if whole > parameter.nbytes:
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    with converting(dtype) as convert:
+        for name, parameter in part.named_parameters():
+            # Also what has that dtype already: a merge may have gone beyond its range.
+            parameter.data = convert(name, parameter.data)
 
 
 def check_shard_size(max_shard_size: str | int) -> None:
@@ -329,7 +317,18 @@ def check_shard_size(max_shard_size: str | int) -> None:
     )
 
 
-def warn_of(vanished: int) -> None:
+@contextmanager
+def converting(dtype: torch.dtype) -> Iterator[Callable[[str, torch.Tensor], torch.Tensor]]:
+    """Give the function that turns a named weight into ``dtype``; at the end, tell what became 0."""
+    vanished = 0
+
+    def convert(name: str, weight: torch.Tensor) -> torch.Tensor:
+        nonlocal vanished
+        weight, lost = as_written(name, weight, dtype)
+        vanished += lost
+        return weight
+
+    yield convert
     if vanished:
         warn(
             f"{vanished} weights are too small for fp16 and become 0; --fp32 keeps them (import_model: "

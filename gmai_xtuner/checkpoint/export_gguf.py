@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, PreTrainedTokenizerFast
 
-from gmai_xtuner.checkpoint.export import warn_of, write_json
+from gmai_xtuner.checkpoint.export import converting, write_json
 from gmai_xtuner.checkpoint.export_huggingface import Source, Whole, whole_model
 from gmai_xtuner.checkpoint.layouts import SETTINGS_FILE
 from gmai_xtuner.checkpoint.tokenizer import WORD_MARK
@@ -65,13 +65,14 @@ def write_gguf(folder: Path, source: Source) -> None:
     _check(whole.config)
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     kind = gguf.GGMLQuantizationType[kinds[source.dtype]]
+    language, image = _names(whole)
     text = gguf.GGUFWriter(folder / "model.gguf", "llama")
     _describe_text(text, whole.config.text_config)
     _add_vocabulary(text, source.tokenizer, whole)
-    _write(text, _text_names(whole), whole, kind)
+    _write(text, language, whole, kind)
     vision = gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
     _describe_vision(vision, whole.config, source.transform)
-    _write(vision, _vision_names(whole), whole, kind)
+    _write(vision, image, whole, kind)
     warn(
         "llama.cpp has, since May 2025, put CLIP's class token behind the patches and not before them "
         "(https://github.com/ggml-org/llama.cpp/issues/25814): it answers texts as training did, but sees "
@@ -139,47 +140,34 @@ def _layers(config: LlavaConfig) -> int:
     return layer if layer >= 0 else layers + 1 + layer
 
 
-def _text_names(whole: Whole) -> dict[str, str]:
-    """llama.cpp's name -> name in the state."""
+def _names(whole: Whole) -> tuple[dict[str, str], dict[str, str]]:
+    """llama.cpp's name -> name in the state: of the language model; of tower and projector.
+
+    What comes after the layer that the projector reads is left out.
+    """
     import gguf
 
-    config = whole.config.text_config
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    found = {}
+    layers = whole.config.text_config.num_hidden_layers
+    text = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    vision = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, _layers(whole.config))
+    language: dict[str, str] = {}
+    image: dict[str, str] = {}
     for key in whole.stored:
-        plain = key.removeprefix("language_model.")
-        tied = plain == "lm_head.weight" and config.tie_word_embeddings
-        if plain != key and not tied:
-            name = names.get_name(plain, try_suffixes=(".weight", ".bias"))
+        if (plain := key.removeprefix("language_model.")) != key:
+            name = text.get_name(plain, try_suffixes=(".weight", ".bias"))
             assert name is not None, key
-            found[name] = key
-    return found
-
-
-def _vision_names(whole: Whole) -> dict[str, str]:
-    """The same of tower and projector, without what comes after the layer that is read."""
-    import gguf
-
-    layers = _layers(whole.config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
-    found = {}
-    for key in whole.stored:
-        if key.startswith("multi_modal_projector."):
+            language[name] = key
+        elif key.startswith("multi_modal_projector."):
             _, layer, suffix = key.split(".")
-            found[f"{PROJECTOR[layer]}.{suffix}"] = key
-        elif key.startswith("vision_tower.") and ".post_layernorm." not in key:
-            name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+            image[f"{PROJECTOR[layer]}.{suffix}"] = key
+        elif ".post_layernorm." not in key:
+            name = vision.get_name(key, try_suffixes=(".weight", ".bias"))
             if name is not None:  # None: of a later layer
-                found[name] = key
-    return found
+                image[name] = key
+    return language, image
 
 
-def _write(
-    writer: Any,
-    names: Mapping[str, str],
-    whole: Whole,
-    kind: Any,
-) -> None:
+def _write(writer: Any, names: Mapping[str, str], whole: Whole, kind: Any) -> None:
     import gguf
 
     full = gguf.GGMLQuantizationType.F32
@@ -199,18 +187,16 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     text = whole.config.text_config
-    vanished = 0
     heads = {"q": text.num_attention_heads, "k": text.num_key_value_heads}
-    for name, key in names.items():
-        tensor, lost = whole.weight(key)
-        tensor, vanished = tensor.float(), vanished + lost
-        if rotated := re.search(r"^blk.*attn_([qk])\.", name):
-            parts = tensor.reshape(heads[rotated[1]], 2, -1, *tensor.shape[1:])
-            tensor = parts.transpose(1, 2).reshape(tensor.shape)
-        data = gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name])
-        writer.write_tensor_data(data)
+    with converting(whole.dtype) as convert:
+        for name, key in names.items():
+            tensor = whole.weight(key, convert).float()
+            if rotated := re.search(r"^blk.*attn_([qk])\.", name):
+                parts = tensor.reshape(heads[rotated[1]], 2, -1, *tensor.shape[1:])
+                tensor = parts.transpose(1, 2).reshape(tensor.shape)
+            data = gguf.quants.quantize(tensor.contiguous().numpy(), kinds[name])
+            writer.write_tensor_data(data)
     writer.close()
-    warn_of(vanished)
 
 
 def _vocabulary_kind(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str, bool]:

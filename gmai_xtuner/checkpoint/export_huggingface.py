@@ -43,12 +43,11 @@ from xtuner.registry import BUILDER
 
 from gmai_xtuner.checkpoint.export import (
     all_parts,
-    as_written,
     check_shard_size,
+    converting,
     export_dtype,
     export_settings,
     new_folder,
-    warn_of,
     without_dynamic_rope,
     write_json,
 )
@@ -155,10 +154,15 @@ class Whole(NamedTuple):
         rows = (self.config.text_config.vocab_size,) if key in _GROWN else ()
         return torch.Size([*rows, *self.stored[key].shape[len(rows) :]])
 
-    def weight(self, key: str) -> tuple[torch.Tensor, int]:
-        """Return a weight as it is written, and how many of its values became 0."""
-        weight, vanished = as_written(key, self.stored[key].detach(), self.dtype)
-        return grown(weight, self.shape(key)[0]).contiguous(), vanished
+    def weight(
+        self, key: str, convert: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return a weight as it is written; further rows are the mean of the old ones."""
+        weight, rows = convert(key, self.stored[key].detach()), self.shape(key)[0]
+        if rows > weight.shape[0]:
+            mean = weight.mean(dim=0, dtype=torch.float32).to(weight.dtype)
+            weight = torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])
+        return weight.contiguous()
 
 
 def save_whole_model(
@@ -212,7 +216,7 @@ def whole_model(source: Source) -> Whole:
         )
     settings, side = source.settings, source.transform.image_size
     template = ChatTemplate.from_xtuner(settings["prompt_template"], add_bos=settings["add_bos"])
-    plain_tokenizer(source.tokenizer, template)  # before weights are read, merged and converted
+    tokenizer = plain_tokenizer(source.tokenizer, template)  # before weights are read and merged
     parts = source.parts()
     text, vision = parts["llm"].config, parts["visual_encoder"].config
     if side != vision.image_size:
@@ -220,8 +224,7 @@ def whole_model(source: Source) -> Whole:
             f"the image processor makes images of {side} pixels, the vision tower takes "
             f"{vision.image_size}. Take both from the same checkpoint"
         )
-    positions = text.max_position_embeddings
-    tokenizer = plain_tokenizer(source.tokenizer, template, max_length=positions)
+    tokenizer.model_max_length = text.max_position_embeddings
     config = llava_config(text, vision, tokenizer, source.dtype)
     config.vision_feature_layer = settings["visual_select_layer"]
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -268,17 +271,13 @@ def _write_weights(folder: Path, whole: Whole, max_shard_size: str) -> None:
         key: torch.empty(whole.shape(key), dtype=whole.dtype, device="meta") for key in whole.stored
     }
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
-    vanished = 0
-    for file, keys in plan.filename_to_tensors.items():
-        shard = {}
-        for key in keys:
-            shard[key], lost = whole.weight(key)
-            vanished += lost
-        save_file(shard, folder / file, metadata={"format": "pt"})
+    with converting(whole.dtype) as convert:
+        for file, keys in plan.filename_to_tensors.items():
+            shard = {key: whole.weight(key, convert) for key in keys}
+            save_file(shard, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
-    warn_of(vanished)
 
 
 def _write_card(folder: Path, source: Source, costs: str, config: LlavaConfig) -> None:
@@ -344,14 +343,6 @@ def llava_config(
         pad_token_id=tokenizer.pad_token_id,
         torch_dtype=dtype,
     )
-
-
-def grown(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[V, D]`` with further rows, each the mean of the old ones."""
-    if rows == matrix.shape[0]:
-        return matrix
-    mean = matrix.mean(dim=0, dtype=torch.float32).to(matrix.dtype)
-    return torch.cat([matrix, mean.expand(rows - matrix.shape[0], -1)])
 
 
 def _generation(

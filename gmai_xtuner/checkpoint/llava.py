@@ -79,22 +79,6 @@ def check_convertible(
     check_stage(checkpoint, str(cfg["train_dataloader"]["dataset"].get("stage")))
 
 
-def check_same(
-    kept: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], *, source: str
-) -> None:
-    """Refuse to resume a run on other frozen weights than it has taken from its ``pretrained_pth``."""
-    differ = sorted(
-        key
-        for key in kept.keys() | saved.keys()
-        if key not in kept or key not in saved or not torch.equal(kept[key], saved[key])
-    )
-    if differ:
-        raise ModelLoadError(
-            f"the run to resume stands on other frozen weights than pretrained_pth={source!r} has now: "
-            f"{shorten(differ)}. Give the checkpoint that the run was started from"
-        )
-
-
 SAVE_FORMATS: dict[str, Any] = {
     "xtuner": save_xtuner_layout,
     "huggingface": partial(save_whole_model, write=write_llava),
@@ -143,8 +127,7 @@ class GMAILLaVAModel(LLaVA):
         with_adapters = {key.split(".", 1)[0] for key in adapters}
         parts = load_parts(self, base, required=self._required - with_adapters, source=source)
         loaded = sorted({*parts, *(f"adapters of {part}" for part in with_adapters)})
-        message = f"Loaded {', '.join(loaded)} from {source}"
-        info(message)
+        info(f"Loaded {', '.join(loaded)} from {source}")
         if self.freeze_visual_encoder and get_rank() == 0:
             # Copies: what was read may be views of the whole checkpoint.
             self._kept = {
@@ -176,8 +159,15 @@ class GMAILLaVAModel(LLaVA):
             ModelLoadError: this run stands on other frozen weights.
         """
         if get_rank() == 0:
-            frozen = {plain_key(key): value for key, value in without_prefix(state_dict).items()}
-            check_same(self._kept, frozen, source=str(self.pretrained_pth))
+            kept, saved = self._kept, without_prefix(state_dict)
+            saved = {plain_key(key): value for key, value in saved.items()}
+            both = [key for key in kept if key in saved and torch.equal(kept[key], saved[key])]
+            if differ := sorted((kept.keys() | saved.keys()) - set(both)):
+                raise ModelLoadError(
+                    "the run to resume stands on other frozen weights than "
+                    f"pretrained_pth={str(self.pretrained_pth)!r} has now: {shorten(differ)}. Give the "
+                    "checkpoint that the run was started from"
+                )
         rest = {key: value for key, value in state_dict.items() if not key.startswith(PREFIX)}
         return super().load_state_dict(rest, strict=strict, assign=assign)
 

@@ -160,8 +160,13 @@ def _load_sentencepiece(path: Path, settings: Mapping[str, Any]) -> PreTrainedTo
             f"{path} is no sentencepiece model or is cut short. Copy it again."
         ) from error
     _check_convertible(proto, path)
-    decoder = settings.get("added_tokens_decoder") or {}
-    special = {int(index): _added_token(token) for index, token in decoder.items()}
+    special: dict[int, AddedToken] = {}
+    for index, token in (settings.get("added_tokens_decoder") or {}).items():
+        flags = {"normalized": False, "special": True}
+        if not isinstance(token, str):
+            known = ("lstrip", "rstrip", "single_word", "normalized", "special")
+            flags |= {key: token[key] for key in known if key in token}
+        special[int(index)] = AddedToken(_content(token), **flags)
     backend = _convert(proto, special, path)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     names = {key: _content(settings[key]) for key in NAMED_TOKENS if settings.get(key)}
@@ -191,36 +196,26 @@ def _load_sentencepiece(path: Path, settings: Mapping[str, Any]) -> PreTrainedTo
     return tokenizer
 
 
-def _added_token(token: Mapping[str, Any] | str) -> AddedToken:
-    flags = {"normalized": False, "special": True}
-    if not isinstance(token, str):
-        known = ("lstrip", "rstrip", "single_word", "normalized", "special")
-        flags |= {key: token[key] for key in known if key in token}
-    return AddedToken(_content(token), **flags)
-
-
 def _content(token: Mapping[str, Any] | str) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
 def _check_convertible(proto: Any, path: Path) -> None:
     """Refuse what the fast tokenizer could only imitate."""
-    pieces = [piece.piece for piece in proto.pieces if piece.type in (NORMAL, UNUSED)]
-    known = set(pieces)
-    problem = None
-    if not any(piece.type == UNKNOWN for piece in proto.pieces):
-        problem = "it has no unknown piece"
-    elif proto.trainer_spec.model_type != BPE_MODEL:
-        problem = "it is no BPE model"
-    elif proto.trainer_spec.treat_whitespace_as_suffix:
-        problem = "it marks words at their end"
-    elif any(piece.type == UNUSED and any(_splits(piece.piece, known)) for piece in proto.pieces):
-        problem = "it has unused pieces that merges pass through"
-    elif proto.normalizer_spec.add_dummy_prefix and any(
-        piece.type == USER_DEFINED for piece in proto.pieces
-    ):
-        problem = "it has both user-defined pieces and a dummy prefix"
-    if problem:
+    types = {piece.type for piece in proto.pieces}
+    known = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, UNUSED)}
+    unused = (piece.piece for piece in proto.pieces if piece.type == UNUSED)
+    prefix = proto.normalizer_spec.add_dummy_prefix
+    problems = {
+        "it has no unknown piece": UNKNOWN not in types,
+        "it is no BPE model": proto.trainer_spec.model_type != BPE_MODEL,
+        "it marks words at their end": proto.trainer_spec.treat_whitespace_as_suffix,
+        "it has unused pieces that merges pass through": any(
+            any(_splits(name, known)) for name in unused
+        ),
+        "it has both user-defined pieces and a dummy prefix": prefix and USER_DEFINED in types,
+    }
+    if problem := next((text for text, is_so in problems.items() if is_so), None):
         raise ModelLoadError(
             f"{path} can't be converted exactly: {problem}. Save the tokenizer as tokenizer.json "
             "with the model's own code and put that file beside it."
@@ -261,7 +256,10 @@ def _convert(proto: Any, special: Mapping[int, AddedToken], path: Path) -> Token
                 f"{path}: the special token {token.content!r} should have id {index}, but the "
                 f"{len(names)} pieces leave it {given}. Copy tokenizer_config.json again."
             )
-    backend.decoder = _decoder(proto.normalizer_spec)
+    steps = [decoders.Replace(WORD_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.append(decoders.Strip(content=" ", left=1))
+    backend.decoder = decoders.Sequence(steps)
     return backend
 
 
@@ -302,13 +300,6 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", WORD_MARK))
     return normalizers.Sequence(steps)
-
-
-def _decoder(spec: Any) -> decoders.Decoder:
-    steps = [decoders.Replace(WORD_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if spec.add_dummy_prefix:
-        steps.append(decoders.Strip(content=" ", left=1))
-    return decoders.Sequence(steps)
 
 
 def _add_bos_and_eos(tokenizer: PreTrainedTokenizerFast, settings: Mapping[str, Any]) -> None:

@@ -111,7 +111,7 @@ def _with_round(text: str) -> str:
 
 
 def plain_tokenizer(
-    base: PreTrainedTokenizerFast, template: ChatTemplate, *, max_length: int = 2048
+    base: PreTrainedTokenizerFast, template: ChatTemplate
 ) -> PreTrainedTokenizerFast:
     """The tokenizer of the folder; ``base``, the language model's, is not changed.
 
@@ -128,24 +128,31 @@ def plain_tokenizer(
         backend.add_special_tokens([_special(PAD_TOKEN)])
     _split_before_answers(backend, template)
     backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
-    named = {
-        name: value
-        for name in ("bos_token", "eos_token", "unk_token")
-        if (value := getattr(base, name)) is not None
-    }
+    names = ("bos_token", "eos_token", "unk_token")
+    named = {name: value for name in names if (value := getattr(base, name)) is not None}
     further = [token for token in base.additional_special_tokens if token != IMAGE_TOKEN]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **named,
         pad_token=pad,
         additional_special_tokens=[*further, IMAGE_TOKEN],
-        model_max_length=max_length,
         padding_side="left",  # to generate for several prompts at once
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],  # LLaVA takes no token types
         chat_template=chat_template(template),
     )
-    _check_ids(tokenizer, ConversationTokenizer.from_pretrained(base, template))
+    differ = differing_prompts(tokenizer, ConversationTokenizer.from_pretrained(base, template))
+    for turns, where in differ.items():
+        if not any(turn.role == "assistant" for turn in turns):
+            raise GMAIError(
+                f"{where}. This tokenizer can't be exported with this prompt_template; export in xtuner's "
+                "layout (--save-format xtuner)"
+            )
+    if differ:
+        warn(
+            "with this tokenizer and prompt_template, earlier answers of a conversation have other ids at "
+            f"their border than in training; single questions have the same. E.g. {min(differ.values())}"
+        )
     return tokenizer
 
 
@@ -199,21 +206,6 @@ def differing_prompts(
                 f"{tokenizer.convert_ids_to_tokens(expected[place : place + 4])}"
             )
     return differ
-
-
-def _check_ids(tokenizer: PreTrainedTokenizerFast, training: ConversationTokenizer) -> None:
-    differ = differing_prompts(tokenizer, training)
-    for turns, where in differ.items():
-        if not any(turn.role == "assistant" for turn in turns):
-            raise GMAIError(
-                f"{where}. This tokenizer can't be exported with this prompt_template; export in xtuner's "
-                "layout (--save-format xtuner)"
-            )
-    if differ:
-        warn(
-            "with this tokenizer and prompt_template, earlier answers of a conversation have other ids at "
-            f"their border than in training; single questions have the same. E.g. {min(differ.values())}"
-        )
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> str:

@@ -89,18 +89,14 @@ def what_is_wrong(checkpoint: Path) -> str | None:
         manifest = read_manifest(checkpoint)
     except ValueError as error:
         return f"is damaged: {error}"
-    if manifest is None:
-        return _what_is_wrong_without_manifest(checkpoint)
-    for name, size in manifest.files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"is incomplete: {name} is not there"
-        if file.stat().st_size != size:
-            return f"is damaged: {name} has {file.stat().st_size} bytes, not {size}"
-    return None
-
-
-def _what_is_wrong_without_manifest(checkpoint: Path) -> str | None:
+    if manifest is not None:
+        for name, size in manifest.files.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"is incomplete: {name} is not there"
+            if file.stat().st_size != size:
+                return f"is damaged: {name} has {file.stat().st_size} bytes, not {size}"
+        return None
     states = sorted(checkpoint.glob("*_states.pt"))
     if not any(file.name.endswith("_model_states.pt") for file in states):
         return "is incomplete: it has no *_model_states.pt"
@@ -280,8 +276,17 @@ def load_parts(
     _refuse(whole - state.keys(), source, "lacks {} keys", "Take another checkpoint")
     remedy = "Take the checkpoint of a model of the same geometry"
     _refuse(_misshapen(own, state), source, "does not fit the model in {} weights", remedy)
-    for key, value in state.items():
-        _copy(own[key], value)
+    with torch.no_grad():
+        for key, value in state.items():
+            target = own[key]
+            if not hasattr(target, "ds_id"):
+                target.copy_(value)
+                continue
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+                if torch.distributed.get_rank() == 0:
+                    target.copy_(value)
     return sorted(present)
 
 
@@ -324,25 +329,10 @@ def _refuse(names: Iterable[str], source: str, problem: str, remedy: str) -> Non
 
 
 def _misshapen(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    # Where ZeRO-3 has partitioned a tensor, ds_shape is that of the whole one.
+    shapes = {name: tuple(getattr(own[name], "ds_shape", own[name].shape)) for name in state}
     return [
-        f"{name} {tuple(value.shape)} instead of {full_shape(own[name])}"
+        f"{name} {tuple(value.shape)} instead of {shapes[name]}"
         for name, value in state.items()
-        if tuple(value.shape) != full_shape(own[name])
+        if tuple(value.shape) != shapes[name]
     ]
-
-
-def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor; of the whole one where ZeRO-3 has partitioned it."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
-@torch.no_grad()
-def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
-    if not hasattr(target, "ds_id"):
-        target.copy_(value)
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
-        if torch.distributed.get_rank() == 0:
-            target.copy_(value)

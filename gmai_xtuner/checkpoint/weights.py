@@ -134,7 +134,10 @@ def add_adapter(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, 
                 f"{folder}: the adapter of {layer} is for a matrix of {up.shape[0]} x {down.shape[1]}, the "
                 f"base has {tuple(base.shape)}. Name the base that it was trained on"
             )
-        scale = _scale(config, layer, down.shape[0])
+        alpha, rank = config["lora_alpha"], down.shape[0]
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            alpha = value if layer.endswith(pattern) else alpha
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         result[f"{layer}.weight"] = (base.float() + scale * (up @ down)).to(base.dtype)
     return result
 
@@ -154,14 +157,6 @@ def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
             f"{folder} is no whole LoRA adapter: {shorten(wrong, limit=4)} missing or unexpected"
         )
     return weights
-
-
-def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if layer.endswith(pattern):
-            alpha = value
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 # --- files of torch.save ---

@@ -10,10 +10,12 @@ import logging
 import os
 import shutil
 import socket
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 from filelock import FileLock, Timeout
 
@@ -173,3 +175,40 @@ def directory_to_disk(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def similar_file(path: str) -> str | None:
+    """Return the file that a misspelt path may mean: ``\\``, ``%20``, ``~``, blanks at ends, letter case."""
+    if "\0" in path or os.path.exists(path):
+        return None
+    slashes = path.replace("\\", "/")
+    home = os.path.expanduser(slashes[slashes.find("~") :]) if "/~/" in f"/{slashes}" else slashes
+    found = map(_in_letter_case, dict.fromkeys((path, slashes, home, unquote(home))))
+    return next((path for path in found if path is not None), None)
+
+
+def _in_letter_case(path: str) -> str | None:
+    """Return an existing file whose names differ in letter case, Unicode form or blanks at their ends."""
+    there = "/" if os.path.isabs(path) else "."
+    for part in path.split("/"):
+        if part in ("", ".") or os.path.exists(os.path.join(there, part)):
+            there = os.path.join(there, part)
+            continue
+        try:
+            changed = os.stat(there).st_mtime_ns
+            name = _names(there, changed).get(_plain(part))
+        except OSError:
+            return None
+        if name is None:
+            return None
+        there = os.path.join(there, name)
+    return os.path.normpath(there) if os.path.isfile(there) else None
+
+
+@lru_cache(maxsize=16)
+def _names(folder: str, _changed: int) -> dict[str, str]:
+    return {_plain(name): name for name in sorted(os.listdir(folder))}
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip()).casefold()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -202,7 +202,7 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         ``at_most`` of a dataset; ``None`` where nothing is held out.
         """
         part = copy.copy(self)
-        part.plan = self.plan.held_out_plan(at_most)
+        part.plan = replace(self.plan, split="held_out", at_most=at_most)
         return part if len(part.plan.samples) else None
 
     def __len__(self) -> int:
@@ -229,10 +229,12 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
         for sample in self.plan.epoch(epoch).packs[pack]:
             dataset, row = (int(value) for value in self.plan.samples[sample])
             conversation = self.caches[dataset][row]
-            widened_ids, widened_labels = self._widen(conversation)
-            ids.append(widened_ids)
-            labels.append(np.full_like(widened_labels, IGNORE_INDEX) if filler else widened_labels)
-            lengths.append(len(widened_ids))
+            tokens = conversation.input_ids.astype(np.int64)
+            times = np.where(tokens == IMAGE_TOKEN_INDEX, self.num_image_tokens, 1)
+            own = np.repeat(conversation.labels.astype(np.int64), times)
+            ids.append(np.repeat(tokens, times))
+            labels.append(np.full_like(own, IGNORE_INDEX) if filler else own)
+            lengths.append(len(own))
             names.append(f"{self.entries[dataset].name}/{conversation.id}")
             pixels.extend(self._pixels(dataset, conversation, path) for path in conversation.images)
         size = self.transform.image_size
@@ -245,11 +247,6 @@ class SoftPackedDataset(Dataset[dict[str, Any]]):
             "num_tokens": 0 if filler else sum(lengths),
             "capacity": 0 if filler else self.max_length,
         }
-
-    def _widen(self, conversation: TokenizedConversation) -> tuple[np.ndarray, np.ndarray]:
-        ids = conversation.input_ids.astype(np.int64)
-        times = np.where(ids == IMAGE_TOKEN_INDEX, self.num_image_tokens, 1)
-        return np.repeat(ids, times), np.repeat(conversation.labels.astype(np.int64), times)
 
     def _pixels(self, dataset: int, conversation: TokenizedConversation, path: str) -> torch.Tensor:
         entry = self.entries[dataset]

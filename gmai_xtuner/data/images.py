@@ -79,7 +79,10 @@ class ImageTransform:
         self.mode = mode
         self.decoding = decoding
         self.mean_colour = tuple(int(value * 255) for value in self.mean)
-        self._table = _normalisation_table(self.mean, self.std)
+        # What a byte becomes, in transformers' order of operations.
+        levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        centre, spread = (np.array(one, np.float32)[:, None] for one in (self.mean, self.std))
+        self._table = (levels - centre) / spread
 
     @classmethod
     def from_pretrained(
@@ -166,14 +169,6 @@ class ImageTransform:
             # mode="clip" only spares the check of an index that a byte can't miss.
             np.take(self._table[channel], pixels[:, :, channel], out=values[channel], mode="clip")
         return torch.from_numpy(values)
-
-
-def _normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Return float32 ``[3, 256]``: what a byte becomes, in transformers' order of operations."""
-    levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    centre = np.array(mean, dtype=np.float32)[:, None]
-    spread = np.array(std, dtype=np.float32)[:, None]
-    return (levels[None, :] - centre) / spread
 
 
 def _pad_and_resize(

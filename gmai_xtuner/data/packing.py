@@ -94,7 +94,8 @@ def pack(
     _check(lengths, images, max_length, max_images)
     if len(lengths) == 0:
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
-    if max_images is None or _never_binds(lengths, images, max_length, max_images):
+    # A bound that no pack can exceed, whatever is in it, is none: 576 tokens an image, 2,048 a pack.
+    if max_images is None or (images * max_length < lengths * (max_images + 1)).all():
         images, max_images = np.zeros_like(lengths), None
 
     # Longest first; of equal length, most images first.
@@ -110,11 +111,6 @@ def pack(
     firsts = order[starts]
     patterns = _plan(lengths[firsts], images[firsts], counts, max_length, max_images)
     return _draw(patterns, starts, order, rng)
-
-
-def _never_binds(lengths: np.ndarray, images: np.ndarray, max_length: int, max_images: int) -> bool:
-    """Return whether a pack can't hold too many images whatever is in it: 576 tokens each, 2,048 a pack."""
-    return bool((images * max_length < lengths * (max_images + 1)).all())
 
 
 def _plan(

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -166,10 +166,6 @@ class DataPlan:
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "samples"}
-
-    def held_out_plan(self, at_most: int | None = None) -> DataPlan:
-        """Return the plan of what this one holds out; ``at_most`` conversations of a dataset."""
-        return replace(self, split="held_out", at_most=at_most)
 
     def epoch(self, epoch: int) -> EpochPlan:
         """Return the packs of this epoch, planned first if no process has planned them."""

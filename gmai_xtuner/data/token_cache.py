@@ -79,11 +79,8 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
+        return TokenCache, (self.folder,)
 
     def __getitem__(self, row: int) -> TokenizedConversation:
         """Return conversation ``row``; ``IndexError`` beyond the end."""

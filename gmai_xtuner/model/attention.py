@@ -66,14 +66,6 @@ class SequenceBoundaries:
     cu_seqlens: torch.Tensor
     lengths: tuple[int, ...]
 
-    @property
-    def max_length(self) -> int:
-        return max(self.lengths)
-
-    @property
-    def total_length(self) -> int:
-        return sum(self.lengths)
-
 
 def sdpa_loop_attention(
     query: torch.Tensor,
@@ -117,7 +109,7 @@ def varlen_attention(
     q = query[0].transpose(0, 1).contiguous()
     k = key[0].transpose(0, 1).repeat_interleave(groups, dim=1).contiguous()
     v = value[0].transpose(0, 1).repeat_interleave(groups, dim=1).contiguous()
-    starts, longest = boundaries.cu_seqlens, boundaries.max_length
+    starts, longest = boundaries.cu_seqlens, max(boundaries.lengths)
     if _varlen_attn is None:
         out = torch.ops.aten._flash_attention_forward(
             q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scaling
@@ -177,10 +169,10 @@ def boundary_attention_forward(
         )
     if dropout:
         raise GMAIError(f"GMAI-VL trains without attention dropout, got {dropout}")
-    if attention_mask.total_length != query.shape[2] or query.shape[0] != 1:
+    if (total := sum(attention_mask.lengths)) != query.shape[2] or query.shape[0] != 1:
         raise GMAIError(
-            f"boundaries cover {attention_mask.total_length} tokens of one flat sequence, the "
-            f"batch has shape {tuple(query.shape)}"
+            f"boundaries cover {total} tokens of one flat sequence, the batch has shape "
+            f"{tuple(query.shape)}"
         )
     backend = choose_backend(module.config.gmai_attention, query.device, query.dtype)
     _announce(backend, query.device.type)

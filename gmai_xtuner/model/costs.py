@@ -26,7 +26,7 @@ first layer are up to 1.5 times too many, which is below one part in 500 of a st
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from operator import add
 from pathlib import Path
@@ -178,12 +178,9 @@ def _linear(layer: nn.Linear, *, flows: bool) -> Work:
     return Work(size, size if flows else 0, size if layer.weight.requires_grad else 0)
 
 
-def _linears(part: nn.Module | Iterable[nn.Module], *, flows: bool) -> Work:
-    modules = part.modules() if isinstance(part, nn.Module) else part
-    return sum(
-        (_linear(module, flows=flows) for module in modules if isinstance(module, nn.Linear)),
-        Work(),
-    )
+def _linears(part: nn.Module, *, flows: bool) -> Work:
+    layers = (module for module in part.modules() if isinstance(module, nn.Linear))
+    return sum((_linear(layer, flows=flows) for layer in layers), Work())
 
 
 def _attention(width: int, *, flows: bool) -> Work:

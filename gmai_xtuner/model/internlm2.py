@@ -85,7 +85,7 @@ def check_fit(
     """
     raise_on_keys(
         sorted(set(shapes) - set(weights)),
-        sorted(key for key in set(weights) - set(shapes) if not _is_ignored(key)),
+        sorted(key for key in set(weights) - set(shapes) if not key.endswith(IGNORED_SUFFIX)),
         where,
     )
     wrong = [
@@ -198,10 +198,17 @@ def convert_state_dict(
         ModelLoadError: a weight is missing, unexpected or of the wrong shape, or an output matrix
             differs from the embedding it is said to be tied to.
     """
-    weights = {key: value for key, value in state_dict.items() if not _is_ignored(key)}
+    weights = {key: value for key, value in state_dict.items() if not key.endswith(IGNORED_SUFFIX)}
     shapes = internlm2_shapes(config)
     if config.tie_word_embeddings:
-        _check_tied(weights)
+        output, embedding = (
+            weights.get(name) for name in ("output.weight", "model.tok_embeddings.weight")
+        )
+        if output is not None and embedding is not None and not torch.equal(output, embedding):
+            raise ModelLoadError(
+                "config.json ties the output matrix to the embedding, but output.weight differs from "
+                "model.tok_embeddings.weight. Set tie_word_embeddings to false."
+            )
         weights.pop("output.weight", None)
         del shapes["output.weight"]
     check_fit(weights, shapes, where="InternLM2 weights")
@@ -221,30 +228,12 @@ def convert_state_dict(
     return converted
 
 
-def _is_ignored(key: str) -> bool:
-    return key.endswith(IGNORED_SUFFIX)
-
-
-def _check_tied(weights: Mapping[str, torch.Tensor]) -> None:
-    output, embedding = weights.get("output.weight"), weights.get("model.tok_embeddings.weight")
-    if output is not None and embedding is not None and not torch.equal(output, embedding):
-        raise ModelLoadError(
-            "config.json ties the output matrix to the embedding, but output.weight differs from "
-            "model.tok_embeddings.weight. Set tie_word_embeddings to false."
-        )
-
-
-def _split_wqkv(
-    wqkv: torch.Tensor, config: LlamaConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split_wqkv(wqkv: torch.Tensor, config: LlamaConfig) -> list[torch.Tensor]:
     """Weight ``[K * (G + 2) * H, D]`` or bias ``[K * (G + 2) * H]`` to q, k and v."""
     key_value_heads = config.num_key_value_heads
     queries = config.num_attention_heads // key_value_heads
     head = config.hidden_size // config.num_attention_heads
     rest = wqkv.shape[1:]
     grouped = wqkv.reshape(key_value_heads, queries + 2, head, *rest)
-    return (
-        grouped[:, :queries].reshape(-1, *rest).contiguous(),
-        grouped[:, queries].reshape(-1, *rest).contiguous(),
-        grouped[:, queries + 1].reshape(-1, *rest).contiguous(),
-    )
+    parts = (grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1])
+    return [part.reshape(-1, *rest).contiguous() for part in parts]

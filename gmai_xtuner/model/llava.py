@@ -280,7 +280,14 @@ class LLaVA(BaseModel):
                 ``tensor`` -> logits ``[1, T, V]``; ``predict`` -> for each conversation its ``id``, the
                 sum of ``loss`` over its supervised tokens (CE, unweighted) and their number, ``tokens``.
         """
-        hidden = self._hidden_states(data)
+        hidden = self.llm.model(
+            inputs_embeds=self.embed(
+                data["input_ids"], data["pixel_values"], data["image_positions"]
+            ),
+            attention_mask=SequenceBoundaries(data["cu_seqlens"], tuple(data["lengths"])),
+            position_ids=data["position_ids"],
+            use_cache=False,
+        ).last_hidden_state
         if mode == "loss":
             total = self.llm.lm_head(
                 hidden[0, data["label_positions"]],
@@ -313,15 +320,6 @@ class LLaVA(BaseModel):
             {"id": name, "loss": loss, "tokens": count}
             for name, loss, count in zip(data["ids"], sums.tolist(), tokens.tolist(), strict=True)
         ]
-
-    def _hidden_states(self, data: Mapping[str, Any]) -> torch.Tensor:
-        embeds = self.embed(data["input_ids"], data["pixel_values"], data["image_positions"])
-        return self.llm.model(
-            inputs_embeds=embeds,
-            attention_mask=SequenceBoundaries(data["cu_seqlens"], tuple(data["lengths"])),
-            position_ids=data["position_ids"],
-            use_cache=False,
-        ).last_hidden_state
 
     @property
     def vision_depth(self) -> int:

@@ -263,11 +263,6 @@ def quantization_that_runs(config: Mapping[str, Any] | BitsAndBytesConfig) -> Bi
         )
     if not torch.cuda.is_available():
         raise ModelLoadError(f"4-bit weights need an NVIDIA GPU, and there is none. {TO_CONVERT}")
-    _try_bitsandbytes()
-    return built
-
-
-def _try_bitsandbytes() -> None:
     try:
         import bitsandbytes as bnb
 
@@ -279,6 +274,7 @@ def _try_bitsandbytes() -> None:
             f"built for CUDA {torch.version.cuda}. Install a newer one beside it: "
             "pip install --no-deps 'bitsandbytes>=0.48'"
         ) from error
+    return built
 
 
 def is_quantized(part: nn.Module) -> bool:

@@ -96,18 +96,6 @@ def weighted_cross_entropy(
     return _FusedLinearCrossEntropy.apply(hidden, weight, targets, weights, chunk_size)
 
 
-@torch.no_grad()
-def token_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, chunk_size: int = 2048
-) -> torch.Tensor:
-    """Cross entropy of each token, float32 ``[M]``, to look at and not to learn from."""
-    pieces = [
-        F.cross_entropy(F.linear(part, weight).float(), target, reduction="none")
-        for part, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    ]
-    return torch.cat(pieces)
-
-
 def _forward(
     self: nn.Linear,
     hidden: torch.Tensor,
@@ -118,7 +106,10 @@ def _forward(
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
     if weights is None:
-        return token_losses(hidden, self.weight, targets, chunk_size=chunk_size)
+        with torch.no_grad():  # to look at and not to learn from
+            pairs = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+            logits = ((F.linear(part, self.weight).float(), target) for part, target in pairs)
+            return torch.cat([F.cross_entropy(*pair, reduction="none") for pair in logits])
     return weighted_cross_entropy(hidden, self.weight, targets, weights, chunk_size=chunk_size)
 
 

@@ -231,20 +231,19 @@ def frame_headers(data: Any, path: str = "") -> list[Header]:
     # A frame of one bit is possible, none of nothing.
     if header.frames > 8 * max(1, *(len(data.get(key) or b"") for key in PIXELS)):
         raise Unusable(WRONG_VALUES, "NumberOfFrames")
-    return [_frame_header(data, header, frame) for frame in range(header.frames)]
-
-
-def _frame_header(data: Any, header: Header, frame: int) -> Header:
-    found: dict[str, Any] = {"frames": 1, "frame": frame}
-    if header.frames > 1:
-        found["number"] = frame
-    if item := functional_group(data, frame, "PlaneOrientationSequence"):
-        found["orientation"] = _vector(item, "ImageOrientationPatient", 6)
-    if item := functional_group(data, frame, "PlanePositionSequence"):
-        found["position"] = _vector(item, "ImagePositionPatient", 3)
-    if item := functional_group(data, frame, "PixelMeasuresSequence"):
-        found["spacing"] = _spacing(item)
-    return replace(header, **found)
+    headers = []
+    for frame in range(header.frames):
+        found: dict[str, Any] = {"frames": 1, "frame": frame}
+        if header.frames > 1:
+            found["number"] = frame
+        if item := functional_group(data, frame, "PlaneOrientationSequence"):
+            found["orientation"] = _vector(item, "ImageOrientationPatient", 6)
+        if item := functional_group(data, frame, "PlanePositionSequence"):
+            found["position"] = _vector(item, "ImagePositionPatient", 3)
+        if item := functional_group(data, frame, "PixelMeasuresSequence"):
+            found["spacing"] = _spacing(item)
+        headers.append(replace(header, **found))
+    return headers
 
 
 def numbers(source: Any, key: str) -> list[float]:

@@ -15,13 +15,10 @@ import io
 import os
 import re
 import struct
-import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
@@ -29,8 +26,10 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.constants import DATA_URL
 from gmai_xtuner.core.errors import GMAIError, ImageError, Unusable
+from gmai_xtuner.core.files import similar_file
 from gmai_xtuner.core.imaging.bounded import run_bounded
 from gmai_xtuner.core.imaging.damage import find_damage
+from gmai_xtuner.core.imaging.windows import HALF_OF_16_BITS, to_8_bits
 
 PathLike = str | os.PathLike[str]
 
@@ -54,7 +53,6 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM")
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _SHALLOW = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", *_TRANSPARENT)
-_HALF_OF_16_BITS = 2**15
 _TAG = ExifTags.Base  # TIFF's own tags are among them
 
 # What Pillow's decoders raise on damaged files (found by flipping and cutting bytes).
@@ -155,9 +153,10 @@ def open_reduced(
         upright_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
         if by > 1 and upright_jpeg and orientation_of(image) == 1:
             image.draft(None, (size[0] // by, size[1] // by))
-            return ReducedImage(_decode(image, path)[0].convert("RGB"), size, by)
+        else:
+            by = 1
         rgb = _decode(image, path)[0].convert("RGB")
-        return ReducedImage(rgb, rgb.size, 1)
+        return ReducedImage(rgb, rgb.size if by == 1 else size, by)
 
 
 def check_image(path: PathLike, *, level: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -197,46 +196,9 @@ def _error(name: PathLike, problem: str, reason: str, remedy: str | None = None)
 
 def _missing(path: PathLike, why: str) -> ImageError:
     remedy = "Check image_root in the mixture file, or drop the record."
-    if (meant := _similar_file(os.fspath(path))) is not None:
+    if (meant := similar_file(os.fspath(path))) is not None:
         remedy = f"Did you mean {meant!r}? Names are taken letter by letter. Otherwise: {remedy}"
     return _error(path, f"can't be opened ({why})", "missing_image", remedy)
-
-
-def _similar_file(path: str) -> str | None:
-    """Return the file that a misspelt path may mean: ``\\``, ``%20``, ``~``, blanks at ends, letter case."""
-    if "\0" in path or os.path.exists(path):
-        return None
-    slashes = path.replace("\\", "/")
-    home = os.path.expanduser(slashes[slashes.find("~") :]) if "/~/" in f"/{slashes}" else slashes
-    found = map(_in_letter_case, dict.fromkeys((path, slashes, home, unquote(home))))
-    return next((path for path in found if path is not None), None)
-
-
-def _in_letter_case(path: str) -> str | None:
-    """Return an existing file whose names differ in letter case, Unicode form or blanks at their ends."""
-    there = "/" if os.path.isabs(path) else "."
-    for part in path.split("/"):
-        if part in ("", ".") or os.path.exists(os.path.join(there, part)):
-            there = os.path.join(there, part)
-            continue
-        try:
-            changed = os.stat(there).st_mtime_ns
-            name = _names(there, changed).get(_plain(part))
-        except OSError:
-            return None
-        if name is None:
-            return None
-        there = os.path.join(there, name)
-    return os.path.normpath(there) if os.path.isfile(there) else None
-
-
-@lru_cache(maxsize=16)
-def _names(folder: str, _changed: int) -> dict[str, str]:
-    return {_plain(name): name for name in sorted(os.listdir(folder))}
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
 @contextmanager
@@ -380,14 +342,12 @@ def _reaches_its_end(image: Any) -> bool:
     tail = file.read()
     file.seek(0)
     start = file.read(8)
-    if image.format in ("JPEG", "MPO"):
-        return tail.rstrip(b"\0").endswith(b"\xff\xd9")
-    if image.format == "PNG":
-        return b"IEND\xaeB`\x82" in tail
-    if image.format == "GIF":
-        return tail.endswith(b";")
-    if image.format == "WEBP":
-        return int.from_bytes(start[4:8], "little") + 8 <= size
+    ends = {
+        "JPEG": tail.rstrip(b"\0").endswith(b"\xff\xd9"),
+        "PNG": b"IEND\xaeB`\x82" in tail,
+        "GIF": tail.endswith(b";"),
+        "WEBP": int.from_bytes(start[4:8], "little") + 8 <= size,
+    }
     if image.format == "TIFF":
         tags = image.tag_v2
         offsets = tags.get(_TAG.StripOffsets) or tags.get(_TAG.TileOffsets) or ()
@@ -395,7 +355,7 @@ def _reaches_its_end(image: Any) -> bool:
         return len(offsets) == len(counts) > 0 and all(
             offset + count <= size for offset, count in zip(offsets, counts, strict=True)
         )
-    return False
+    return ends.get("JPEG" if image.format == "MPO" else image.format, False)
 
 
 _Decoded = tuple[Image.Image, bool, str]
@@ -425,49 +385,36 @@ def _decode_again(whole: bytes, name: str, look: bool) -> _Decoded:
     return plain, turned, suffix
 
 
-def _decode_here(image: Image.Image, name: PathLike, content: bytes | None) -> _Decoded:
+def _decode_here(image: Any, name: PathLike, content: bytes | None) -> _Decoded:
     # What is asked before loading, after which Pillow has forgotten it.
-    has_16_bit_colour, file = _has_16_bit_colour(image), getattr(image, "fp", None)
+    file, tiles = getattr(image, "fp", None), getattr(image, "tile", ())
+    may_be_deep = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA", "RGBX", "LA")
+    has_16_bit_colour = may_be_deep and any(";16" in str(tile[3]) for tile in tiles)
     # Pillow turns a TIFF while it loads it, and forgets that it did.
     is_tiff = image.format == "TIFF"
     before = orientation_of(image) if is_tiff else 1
-    _load(image)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # What Pillow would do itself, but for its own limit, which max_pixels may exceed.
+        image.im = Image.core.new(image.mode, getattr(image, "_tile_size", image.size))
+    image.load()
     orientation = before if is_tiff else orientation_of(image)
-    damage = find_damage(content, image) if content is not None else ""
-    if damage:
+    if damage := find_damage(content, image) if content is not None else "":
         raise _error(name, f"is damaged ({damage})", "damaged_image", _AGAIN)
     if image.mode in _DEEP_GREY:
         shown = Image.fromarray(_deep_grey(image, name))
     else:
         shown = _deep_colour(image, name, file) if has_16_bit_colour else _over_black(image)
-    if orientation == 1:
-        return shown, False, _kept_suffix(image, shown)
-    return shown if is_tiff else shown.transpose(_UPRIGHT[orientation]), True, ""
-
-
-def _has_16_bit_colour(image: Image.Image) -> bool:
-    may_have = image.format in ("PNG", "TIFF") and image.mode in ("RGB", "RGBA", "RGBX", "LA")
-    return may_have and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-
-
-def _load(image: Image.Image) -> None:
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # What Pillow would do itself, but for its own limit, which max_pixels may exceed.
-        image.im = Image.core.new(image.mode, getattr(image, "_tile_size", image.size))
-    image.load()
-
-
-def _kept_suffix(image: Image.Image, shown: Image.Image) -> str:
-    """Return ``.png`` or ``.jpg`` if every viewer shows the file's own pixels as ``shown``, else ""."""
-    is_plain = shown is image and image.mode in ("L", "RGB") and getattr(image, "n_frames", 1) == 1
-    return {"PNG": ".png", "JPEG": ".jpg"}.get(image.format or "", "") if is_plain else ""
+    if orientation != 1:
+        return shown if is_tiff else shown.transpose(_UPRIGHT[orientation]), True, ""
+    as_stored = shown is image and image.mode in ("L", "RGB") and getattr(image, "n_frames", 1) == 1
+    return shown, False, {"PNG": ".png", "JPEG": ".jpg"}.get(image.format, "") if as_stored else ""
 
 
 def orientation_of(image: Image.Image) -> int:
     """Return EXIF's 1 to 8; 1, which is upright, if the file says nothing that can be parsed."""
     if (
         image.format == "PNG"
-    ):  # whose EXIF may stand behind the pixels; damage of these is not to be lost here
+    ):  # EXIF may stand behind the pixels, whose damage is not to be lost here
         image.load()
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -492,13 +439,12 @@ def _deep_grey(image: Any, name: PathLike) -> np.ndarray:
     levels = np.asarray(image)
     transparent = image.info.get("transparency")
     visible = levels != transparent if isinstance(transparent, int) else None
+    visible = levels != transparent if isinstance(transparent, int) else None
     try:
         grey = to_8_bits(levels, visible=visible)
     except ValueError as error:
-        remedy = "Save it anew with finite values."
-        raise _error(name, str(error), _UNSUPPORTED, remedy) from error
-    if white_is_zero:
-        grey = 255 - grey
+        raise _error(name, str(error), _UNSUPPORTED, "Save it anew with finite values.") from error
+    grey = 255 - grey if white_is_zero else grey
     return grey if visible is None else np.where(visible, grey, np.uint8(0))
 
 
@@ -508,7 +454,7 @@ def _deep_colour(image: Image.Image, name: PathLike, file: BinaryIO | None) -> I
     extrema: Any = high_bytes.getextrema()
     low, high = min(pair[0] for pair in extrema[:3]), max(pair[1] for pair in extrema[:3])
     names_a_colour = "transparency" in image.info
-    if high - low >= _HALF_OF_16_BITS >> 8 and not names_a_colour:
+    if high - low >= HALF_OF_16_BITS >> 8 and not names_a_colour:
         return _over_black(high_bytes)
     if names_a_colour or (len(extrema) == 4 and extrema[3] != (255, 255)):
         raise _error(name, "is 16 bit colour with transparency", _UNSUPPORTED, _AS_RGB)
@@ -525,21 +471,3 @@ def _deep_colour(image: Image.Image, name: PathLike, file: BinaryIO | None) -> I
     if levels.ndim == 3:
         levels = np.ascontiguousarray(levels[:, :, 2::-1])
     return Image.fromarray(to_8_bits(levels))
-
-
-def to_8_bits(levels: np.ndarray, *, visible: np.ndarray | None = None) -> np.ndarray:
-    """Scale deep levels to uint8 by the module's rule, by ``visible`` ones; ValueError for NaN."""
-    if levels.dtype.kind == "f" and not np.isfinite(levels).all():
-        raise ValueError("holds NaN or infinite values")
-    shown = levels if visible is None or not visible.any() else levels[visible]
-    low, high = shown.min().item(), shown.max().item()
-    is_16_bit = levels.dtype.kind != "f" and low >= 0 and high <= 65535
-    if is_16_bit and (high == low or high - low >= _HALF_OF_16_BITS):
-        return (levels.clip(0, 65535) >> 8).astype(np.uint8)
-    if high == low:
-        return np.zeros(levels.shape, dtype=np.uint8)
-    if is_16_bit:  # a table is faster than arithmetic on each pixel
-        table = (np.arange(65536, dtype=np.float64) - low) * (255.0 / (high - low))
-        return np.rint(table).clip(0, 255).astype(np.uint8)[levels.clip(0, 65535)]
-    scaled = (levels.astype(np.float64) - low) * (255.0 / (high - low))
-    return np.rint(scaled).clip(0, 255).astype(np.uint8)

@@ -125,8 +125,17 @@ class VolumeFile:
         out = np.empty(count, dtype=self.dtype)
         with self.path.open("rb") as file:
             start = length - total if self.offset < 0 else self.offset
-            stream = self._unpacked(file, needed)
-            _read_exactly(stream, start + first * size, out.view(np.uint8).data)
+            stream, bytes_ = self._unpacked(file, needed), out.view(np.uint8).data
+            stream.seek(start + first * size)  # packed streams read and throw away
+            done = 0
+            while done < len(bytes_):
+                read = stream.readinto(bytes_[done : done + 2**24])
+                if not read:
+                    missing = len(bytes_) - done
+                    raise Unusable(
+                        UNREADABLE, f"the file ends {missing} bytes before its voxels do"
+                    )
+                done += read
         return out
 
     def _unpacked(self, file: BinaryIO, needed: int) -> Any:
@@ -143,17 +152,6 @@ class VolumeFile:
 def size_text(shape: Sequence[int]) -> str:
     """Return ``4 x 5 x 6``."""
     return " x ".join(map(str, shape))
-
-
-def _read_exactly(stream: Any, start: int, out: memoryview) -> None:
-    stream.seek(start)  # packed streams read and throw away
-    done = 0
-    while done < len(out):
-        read = stream.readinto(out[done : done + 2**24])
-        if not read:
-            missing = len(out) - done
-            raise Unusable(UNREADABLE, f"the file ends {missing} bytes before its voxels do")
-        done += read
 
 
 def open_volume(path: Path, within: Sequence[Path] = ()) -> VolumeFile:

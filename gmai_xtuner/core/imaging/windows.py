@@ -170,3 +170,28 @@ def _line(low: float, high: float, text: str) -> IntensityWindow:
 
 def _own_range(values: np.ndarray) -> np.ndarray:
     return linear(values, float(values.min()), float(values.max()))
+
+
+HALF_OF_16_BITS = 2**15
+
+
+def to_8_bits(levels: np.ndarray, *, visible: np.ndarray | None = None) -> np.ndarray:
+    """Scale the deep levels of an image file to uint8, by the ``visible`` ones (docs/data.md, Images).
+
+    16 bits that use half of their range keep their high byte; others are stretched from the smallest to the
+    largest level. NaN and infinity are a ValueError.
+    """
+    if levels.dtype.kind == "f" and not np.isfinite(levels).all():
+        raise ValueError("holds NaN or infinite values")
+    shown = levels if visible is None or not visible.any() else levels[visible]
+    low, high = shown.min().item(), shown.max().item()
+    is_16_bit = levels.dtype.kind != "f" and low >= 0 and high <= 65535
+    if is_16_bit and (high == low or high - low >= HALF_OF_16_BITS):
+        return (levels.clip(0, 65535) >> 8).astype(np.uint8)
+    if high == low:
+        return np.zeros(levels.shape, dtype=np.uint8)
+    # a table is faster than arithmetic on each pixel
+    source = np.arange(65536) if is_16_bit else levels
+    scaled = (source.astype(np.float64) - low) * (255.0 / (high - low))
+    grey = np.rint(scaled).clip(0, 255).astype(np.uint8)
+    return grey[levels.clip(0, 65535)] if is_16_bit else grey
