@@ -82,19 +82,20 @@ def use_reentrant() -> bool:
     return is_deepspeed_zero3_enabled()
 
 
-def recompute_first_layers(decoder: Any, layers: int) -> None:
-    """Let a ``LlamaModel`` with gradient checkpointing recompute its first ``layers`` layers only.
+def recompute_first_layers(decoder: Any, layers: int | None) -> None:
+    """Let a ``LlamaModel`` with gradient checkpointing recompute its first ``layers`` layers only; None: all.
 
     The last ones keep their activations: the backward pass frees those first, before any layer is
-    recomputed. More layers than the decoder has are a ``GMAIError``.
+    recomputed. ``decoder.recomputed_layers`` is the number, and may be changed.
     """
     total = len(decoder.layers)
-    if not 0 <= layers <= total:
-        raise GMAIError(f"recomputed_layers must be 0 to {total}, the model's layers, got {layers}")
-    recomputed = decoder._gradient_checkpointing_func
+    layers = total if layers is None else min(layers, total)
+    if layers < 0:
+        raise GMAIError(f"recomputed_layers must be 0 or more, got {layers}")
+    recomputed, decoder.recomputed_layers = decoder._gradient_checkpointing_func, layers
 
     def choose(call: Any, *arguments: Any) -> Any:
-        kept = call.__self__.self_attn.layer_idx >= layers
+        kept = call.__self__.self_attn.layer_idx >= decoder.recomputed_layers
         return call(*arguments) if kept else recomputed(call, *arguments)
 
     decoder._gradient_checkpointing_func = choose
@@ -172,8 +173,7 @@ class LLaVA(BaseModel):
             install_liger(self.llm)
         if use_activation_checkpointing:
             self.llm.gradient_checkpointing_enable({"use_reentrant": use_reentrant()})
-            if recomputed_layers is not None:
-                recompute_first_layers(self.llm.model, recomputed_layers)
+            recompute_first_layers(self.llm.model, recomputed_layers)
 
         self.llm.requires_grad_(not self.freeze_llm)
         self.visual_encoder.requires_grad_(not self.freeze_visual_encoder)

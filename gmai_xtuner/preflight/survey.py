@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from gmai_xtuner.model.costs import ModelFlops
 from gmai_xtuner.model.llava import num_image_tokens
 from gmai_xtuner.preflight import checks, data, pictures
-from gmai_xtuner.preflight.activations import MicroBatch, count_activations
+from gmai_xtuner.preflight.activations import Activations, MicroBatch, count_activations
 from gmai_xtuner.preflight.memory import (
     GIB,
     Memory,
@@ -33,6 +35,8 @@ from gmai_xtuner.train.settings import read
 
 ALTERNATIVES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 """DeepSpeed files that are tried where the memory does not suffice."""
+SPARE = 0.05
+"""Share of a GPU's memory that is left free where fewer layers are recomputed: it is an estimate."""
 SKIP = "--cfg-options train_dataloader.dataset.on_bad_sample=skip"
 """Leaves bad records out of the training."""
 
@@ -177,9 +181,15 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
 
 
 def _look_at_memory(result: Preflight, model: Any) -> None:
-    run, activations = result.run, cache(partial(count_activations, model))
+    run, decoder = result.run, model.llm.model
+    now = getattr(decoder, "recomputed_layers", 0)
 
-    def memory(zero: ZeroSettings, packs: int) -> Memory:
+    @cache
+    def activations(batch: MicroBatch, layers: int) -> Activations:
+        decoder.recomputed_layers = layers
+        return count_activations(model, batch)
+
+    def memory(zero: ZeroSettings, packs: int, layers: int = now) -> Memory:
         assert result.counts is not None
         return estimate_memory(
             result.counts,
@@ -187,17 +197,55 @@ def _look_at_memory(result: Preflight, model: Any) -> None:
             gpus=run.gpus,
             accumulation=run.accumulation,
             moment_bytes=moment_bytes(run.optimizer),
-            activations=activations(_fullest(result, model, zero, packs)),
+            activations=activations(_fullest(result, model, zero, packs), layers),
         )
 
     result.memory = memory(run.zero, run.batch_size)
     total = result.memory.total / GIB
+    layers = None
+    if model.use_activation_checkpointing:
+        sizes = partial(memory, run.zero, run.batch_size)
+        layers = _fewest_layers(sizes, len(decoder.layers), (1 - SPARE) * result.gpu_memory * GIB)
+    if layers is None:
+        option = ""
+    else:
+        gib = memory(run.zero, run.batch_size, layers).total / GIB
+        option = f"model.recomputed_layers={layers} ({gib:.0f} GiB)"
     if total > result.gpu_memory:
         result.findings.warn(
             "memory",
             f"{total:.0f} GiB are more than the {result.gpu_memory:g} GiB of a GPU. "
-            + _what_would_fit(result, memory),
+            + _what_would_fit(result, memory, option),
         )
+    elif layers is not None and layers < now:
+        saved = _recomputed_share(
+            model, _fullest(result, model, run.zero, run.batch_size), now, layers
+        )
+        result.findings.note(
+            "memory",
+            f"{option} fits, too, and saves {saved:.0%} of the operations: {now - layers} of "
+            f"{now} layers would not be computed a second time in the backward pass",
+        )
+
+
+def _fewest_layers(size: Callable[[int], Memory], total: int, room: float) -> int | None:
+    """Return how few layers can be recomputed, in ``room`` bytes; None if even all of them don't help."""
+    most, least = size(0).total, size(total).total
+    if least > room:
+        return None
+    # What a layer keeps is the same for each; a peak may hide it.
+    layers = max(0, math.floor(total * (most - room) / max(1, most - least)))
+    while size(layers).total > room:
+        layers += 1
+    return layers
+
+
+def _recomputed_share(model: Any, batch: MicroBatch, now: int, layers: int) -> float:
+    """Return which share of a micro-batch's operations goes, attention between tokens not counted."""
+    flops, tokens = ModelFlops.of(model), batch.packs * batch.max_length
+    work = flops.token * tokens + flops.learnt_token * batch.supervised + flops.image * batch.images
+    layer = 2 * flops.token.forward * tokens / len(model.llm.model.layers)
+    return layer * (now - layers) / (work.flops + layer * now)
 
 
 def _fullest(result: Preflight, model: Any, zero: ZeroSettings, packs: int) -> MicroBatch:
@@ -217,8 +265,10 @@ def _fullest(result: Preflight, model: Any, zero: ZeroSettings, packs: int) -> M
     return MicroBatch(packs, run.max_length, supervised, images, dtype, partitioned)
 
 
-def _what_would_fit(result: Preflight, memory: Callable[[ZeroSettings, int], Memory]) -> str:
-    """Try other DeepSpeed files and smaller micro-batches."""
+def _what_would_fit(
+    result: Preflight, memory: Callable[[ZeroSettings, int], Memory], layers: str
+) -> str:
+    """Try other DeepSpeed files and smaller micro-batches; ``layers`` is an option that fits, or empty."""
     run, counts = result.run, result.counts or {}
     choices = []
     run_kind = (run.zero.stage, run.zero.offloads("optimizer"))
@@ -232,7 +282,8 @@ def _what_would_fit(result: Preflight, memory: Callable[[ZeroSettings, int], Mem
         choices.append((f"batch_size {size} with {factor} x accumulative_counts", run.zero, size))
         size //= 2
     totals = {text: memory(zero, size).total / GIB for text, zero, size in choices}
-    fitting = [f"{text} ({n:.0f} GiB)" for text, n in totals.items() if n <= result.gpu_memory]
+    fitting = [layers] * bool(layers)
+    fitting += [f"{text} ({n:.0f} GiB)" for text, n in totals.items() if n <= result.gpu_memory]
     if fitting:
         texts = ["By the same estimate this would fit: " + "; or ".join(fitting)]
     else:

@@ -44,6 +44,7 @@ class Tally:
     opened: int = 0
     slowest: float = 0.0
     most: int = 0
+    refused: str = ""
 
 
 def peak() -> int:
@@ -75,8 +76,8 @@ def attempt(target: Target, folder: Path, name: str, content: bytes, tally: Tall
     try:
         target.open(folder, name)
         tally.opened += 1
-    except GMAIError:
-        pass
+    except GMAIError as error:
+        tally.refused = str(error)
     finally:
         seconds, more = time.process_time() - began, max(0, peak() - before)
         tally.slowest = max(tally.slowest, seconds)
@@ -96,7 +97,7 @@ def fuzz(target: Target, folder: Path, *, cases: int, start: int | None) -> Tall
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in target.seeds.items():  # a valid file is opened
         attempt(target, folder, name, content, tally)
-        assert tally.opened == tally.cases, f"{name} is refused as it is"
+        assert tally.opened == tally.cases, f"{name} is refused as it is: {tally.refused}"
 
     @settings(
         max_examples=cases,

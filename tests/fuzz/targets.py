@@ -391,7 +391,7 @@ def _benchmarks() -> dict[str, Target]:
         "pmc_vqa": csv.encode(),
     }
     names = folder | {
-        "path_vqa": "test.parquet",
+        "path_vqa": "path-vqa/test.parquet",
         "gmai_mmbench": "GMAI_mm_bench_VAL.tsv",
         "pmc_vqa": "t.csv",
     }

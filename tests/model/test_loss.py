@@ -166,10 +166,11 @@ def test_gradients_stay_the_same(layers, adapters, reentrant, monkeypatch):
         torch.testing.assert_close(got[1][name], gradient, rtol=1e-5, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("layers", [-1, 3])
-def test_a_number_of_layers_that_the_model_lacks_is_refused(layers):
-    with pytest.raises(GMAIError, match=rf"must be 0 to 2, .* got {layers}"):
-        build_model(use_activation_checkpointing=True, recomputed_layers=layers)
+def test_of_few_layers_all_are_recomputed_and_fewer_than_none_is_refused():
+    model = build_model(use_activation_checkpointing=True, recomputed_layers=13)
+    assert model.llm.model.recomputed_layers == 2
+    with pytest.raises(GMAIError, match="must be 0 or more, got -1"):
+        build_model(use_activation_checkpointing=True, recomputed_layers=-1)
 
 
 # --- The forward and backward pass never need a value from the device, for which the host would wait ---

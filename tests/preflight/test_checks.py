@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -16,6 +18,7 @@ from gmai_xtuner.checkpoint.training import Manifest
 from gmai_xtuner.preflight import checks
 from gmai_xtuner.preflight.__main__ import main
 from gmai_xtuner.preflight.report import as_json, as_text
+from gmai_xtuner.preflight.survey import Preflight
 from tests import warm
 from tests.preflight.conftest import ROOT
 from tests.preflight.test_data import SMALL, edit_mixture, problems
@@ -175,6 +178,32 @@ def test_too_little_gpu_memory_comes_with_what_would_fit(preflight, corpus, true
     assert not found.findings.of("fail") or "disk" in problems(found)
     small = preflight(corpus.mixture, gpus=8, gpu_memory=1.0, **run)
     assert "alone would do" in problems(small, "warn")
+
+
+def test_the_fewest_recomputed_layers_that_fit(preflight, corpus, true_bases):
+    """Of a micro-batch of four packs a layer keeps 4 GiB here, see the fixture."""
+
+    def look(gpu_memory: float, **options) -> Preflight:
+        run = {"bases": true_bases, "need_weights": False, "stage": "stage2_deep"}
+        return preflight(corpus.mixture, gpu_memory=gpu_memory, options=options, **run)
+
+    whole = look(80.0)
+    base = whole.memory.total / 2**30 - 4
+    told = problems(whole, "note")
+    layers = math.ceil(33 - (0.95 * 80 - base) / 4)
+    gib = f"{base + 4 * (33 - layers):.0f} GiB"
+    assert f"model.recomputed_layers={layers} ({gib}) fits, too, and saves" in told
+    assert f"{32 - layers} of 32 layers would not" in told
+    # A frozen layer is computed forward, backward, and forward again; tower and head add a little.
+    share = int(re.search(r"saves (\d+)%", told)[1]) / 100
+    assert share == pytest.approx((32 - layers) / 32 / 3, abs=0.015)
+    assert "recomputed_layers=0 (" in problems(look(200.0), "note")
+    assert "recomputed" not in problems(look((base + 7) / 0.95), "note")
+
+    few = {"model.recomputed_layers": 4}
+    assert f"would fit: model.recomputed_layers={layers} ({gib})" in problems(look(80.0, **few), "warn")
+    none = look(80.0, **{"model.use_activation_checkpointing": False})
+    assert "recomputed" not in problems(none, "warn")
 
 
 def test_model_option_that_does_not_exist(preflight, corpus):

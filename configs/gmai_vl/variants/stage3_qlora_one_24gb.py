@@ -23,6 +23,7 @@ model = dict(
             bnb_4bit_compute_dtype="bfloat16",
         ),
     ),
+    recomputed_layers=None,  # all
     loss_chunk_size=512,
     pretrained_pth="{{$GMAI_STAGE2:work_dirs/stage2_one_24gb}}",
 )
