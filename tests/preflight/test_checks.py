@@ -201,7 +201,9 @@ def test_the_fewest_recomputed_layers_that_fit(preflight, corpus, true_bases):
     assert "recomputed" not in problems(look((base + 7) / 0.95), "note")
 
     few = {"model.recomputed_layers": 4}
-    assert f"would fit: model.recomputed_layers={layers} ({gib})" in problems(look(80.0, **few), "warn")
+    assert f"would fit: model.recomputed_layers={layers} ({gib})" in problems(
+        look(80.0, **few), "warn"
+    )
     none = look(80.0, **{"model.use_activation_checkpointing": False})
     assert "recomputed" not in problems(none, "warn")
 
