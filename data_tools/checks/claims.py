@@ -97,7 +97,8 @@ def agreement(what: Said, item: Item, record: Record, finder: LabelFinder) -> It
 # --- modality -------------------------------------------------------------------------------------
 
 _BESIDE = ("CT", "MR", "PET", "SPECT")
-_AMBIGUOUS, _ELSEWHERE = frozenset(WORDS["ambiguous"]), frozenset(WORDS["elsewhere"])
+_AMBIGUOUS = frozenset(WORDS["ambiguous"])
+_ELSEWHERE = (tuple(".!?\n;"), WORDS["elsewhere"]), (tuple("。；！？\n"), WORDS["elsewhere_zh"])
 
 
 class ModalityFinder:
@@ -117,15 +118,17 @@ class ModalityFinder:
 
     def claims(self, what: Said) -> Iterator[str]:
         """Yield the modalities that are said of the image itself."""
-        if not what.chinese:
-            for hit in self._finder.find(what.words):
-                if not hit.denied and not _elsewhere(what.words, hit.start):
-                    yield hit.meaning
-        else:
-            for hit in self._finder.find_chinese(what.text):
-                sentence = _sentence_around(what.text, hit.start)
-                if not hit.denied and not any(word in sentence for word in WORDS["elsewhere_zh"]):
-                    yield hit.meaning
+        said: str | list[str] = what.text if what.chinese else what.words
+        find = self._finder.find_chinese if what.chinese else self._finder.find
+        ends, elsewhere = _ELSEWHERE[what.chinese]
+        for hit in find(said):  # type: ignore[operator]
+            first = last = hit.start
+            while first and said[first - 1] not in ends:
+                first -= 1
+            while last < len(said) and said[last] not in ends:
+                last += 1
+            if not hit.denied and not any(word in said[first:last] for word in elsewhere):
+                yield hit.meaning
 
 
 def modality(what: Said, record: Record, finder: ModalityFinder) -> Iterator[Problem]:
@@ -137,25 +140,6 @@ def modality(what: Said, record: Record, finder: ModalityFinder) -> Iterator[Pro
         if claimed not in compatible:
             yield Problem("another modality claimed", f"it says {claimed}; it is {record.modality}")
             return
-
-
-def _elsewhere(words: list[str], at: int) -> bool:
-    ends = (".", "!", "?", "\n", ";")
-    first = at
-    while first > 0 and words[first - 1] not in ends:
-        first -= 1
-    for word in words[first:]:
-        if word in ends:
-            return False
-        if word in _ELSEWHERE:
-            return True
-    return False
-
-
-def _sentence_around(text: str, at: int) -> str:
-    first = max(text.rfind(mark, 0, at) for mark in "。；！？\n") + 1
-    ends = [end for end in (text.find(mark, at) for mark in "。；！？\n") if end >= 0]
-    return text[first : min(ends, default=len(text))]
 
 
 # --- side of the body -----------------------------------------------------------------------------

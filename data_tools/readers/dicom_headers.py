@@ -36,13 +36,13 @@ ENHANCED = tuple(
 )
 
 
-def _body_part(text: str) -> str | None:
-    is_code = re.fullmatch("[A-Z][A-Z _]{0,15}", text)
-    return text.replace("_", " ").lower() if is_code else None
-
-
 _WORDS: dict[Attribute, tuple[str, Callable[[str], str | None]]] = {
-    "BodyPartExamined": ("body part", _body_part),
+    "BodyPartExamined": (
+        "body part",
+        lambda text: (
+            text.replace("_", " ").lower() if re.fullmatch("[A-Z][A-Z _]{0,15}", text) else None
+        ),
+    ),
     "ViewPosition": ("view", lambda text: text if re.fullmatch("[A-Z]{1,5}", text) else None),
     "Laterality": ("side", {"L": "left", "R": "right", "B": "both"}.get),
     "PatientSex": ("sex", {"M": "male", "F": "female"}.get),

@@ -210,11 +210,9 @@ def _grid(
     )
     corners = [(x, y) for y in rows for x in columns]
     if options.min_tissue > 0:
-        shares = _tissue_shares(options, slide, corners, side)
-        for (x, y), share in zip(corners, shares, strict=True):
-            if share < options.min_tissue:
-                drops.add("tile with too little tissue", f"{key} x {x} y {y}", lost=NOTHING)
-        enough = [share >= options.min_tissue for share in shares]
+        enough = _tissue_shares(options, slide, np.array(corners), side) >= options.min_tissue
+        for x, y in compress(corners, ~enough):
+            drops.add("tile with too little tissue", f"{key} x {x} y {y}", lost=NOTHING)
         corners = list(compress(corners, enough))
     if options.max_tiles is not None and len(corners) > options.max_tiles:
         seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest())
@@ -224,19 +222,17 @@ def _grid(
 
 
 def _tissue_shares(
-    options: Options, slide: SlideFile, corners: Sequence[tuple[int, int]], side: float
-) -> list[float]:
+    options: Options, slide: SlideFile, corners: np.ndarray, side: float
+) -> np.ndarray:
+    """Return the share of tissue, float64 ``[N]``, in the tiles at corners (x, y), ``[N, 2]``."""
     tissue, factor = tissue_map(slide, options.background, options.tissue_level)
     # summed[y, x]: tissue pixels above and to the left
     summed = np.pad(tissue.cumsum(axis=0, dtype=np.int64).cumsum(axis=1), ((1, 0), (1, 0)))
-    shares = []
-    for x, y in corners:
-        x1, y1 = int(x / factor), int(y / factor)
-        x2 = max(x1 + 1, min(tissue.shape[1], round((x + side) / factor)))
-        y2 = max(y1 + 1, min(tissue.shape[0], round((y + side) / factor)))
-        count = summed[y2, x2] - summed[y1, x2] - summed[y2, x1] + summed[y1, x1]
-        shares.append(count / ((x2 - x1) * (y2 - y1)))
-    return shares
+    x1, y1 = first = (corners / factor).astype(np.int64).T
+    end = np.rint((corners + side) / factor).astype(np.int64)
+    x2, y2 = last = np.maximum(first + 1, np.minimum(end, tissue.shape[::-1]).T)
+    count = summed[y2, x2] - summed[y1, x2] - summed[y2, x1] + summed[y1, x1]
+    return count / (last - first).prod(axis=0)
 
 
 def _listed(

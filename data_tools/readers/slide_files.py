@@ -59,11 +59,9 @@ def open_slide(path: Path) -> _Scanner | TiffSlide:
 
     try:
         vendor = openslide.OpenSlide.detect_format(str(path))
-    except openslide.OpenSlideError as error:
+        return TiffSlide(path) if vendor in (None, "generic-tiff") else _Scanner(path)
+    except (openslide.OpenSlideError, OSError) as error:
         raise Unusable(UNREADABLE, str(error)) from error
-    if vendor is not None and vendor != "generic-tiff":
-        return _Scanner(path)
-    return TiffSlide(path)
 
 
 class _Scanner:
@@ -71,10 +69,7 @@ class _Scanner:
         import openslide
 
         self._error = openslide.OpenSlideError
-        try:
-            self._slide = openslide.OpenSlide(str(path))
-        except (openslide.OpenSlideError, OSError) as error:
-            raise Unusable(UNREADABLE, str(error)) from error
+        self._slide = openslide.OpenSlide(str(path))
         sizes = zip(self._slide.level_dimensions, self._slide.level_downsamples, strict=True)
         self.levels = tuple(Level(width, height, float(scale)) for (width, height), scale in sizes)
         properties = self._slide.properties
@@ -122,6 +117,13 @@ class TiffSlide:
         if not values and first.colormap is None and first.dtype not in _SHOWN_TYPES:
             self._tiff.close()
             raise Unusable("slide of an unsupported kind", f"{first.dtype}; 8 and 16 bit are read")
+        several = first.colormap is None and first.samplesperpixel > 1
+        if values and (several or first.dtype is None or first.dtype.kind not in "bui"):
+            self._tiff.close()
+            there = f"{first.samplesperpixel} channels of {first.dtype}"
+            raise Unusable(
+                "mask of the slide isn't a label map", f"{there}; one whole number is read"
+            )
         self.levels = tuple(
             Level(page.imagewidth, page.imagelength, first.imagewidth / page.imagewidth)
             for page in self._pages
@@ -151,7 +153,11 @@ class TiffSlide:
         ):
             tile = self._tile(level, (plane * down + row) * across + column)
             if tile is not None:  # a sparse file leaves out empty tiles
-                _paste(out[plane], tile, x - column * columns, y - row * rows)
+                left, top = x - column * columns, y - row * rows  # of the part, in the tile
+                y1, x1 = max(top, 0), max(left, 0)
+                piece = tile[y1 : top + height, x1 : left + width]
+                down_to, right_to = y1 - top + piece.shape[0], x1 - left + piece.shape[1]
+                out[plane, y1 - top : down_to, x1 - left : right_to] = piece
         pixels = np.concatenate(list(out), axis=-1) if planes > 1 else out[0]
         return pixels[:, :, 0] if self._values else self._shown(pixels, page)
 
@@ -189,24 +195,8 @@ class TiffSlide:
             pixels = np.iinfo(pixels.dtype).max - pixels
         return pixels[:, :, :3] if pixels.shape[2] >= 3 else pixels[:, :, 0]
 
-    def values_problem(self) -> str:
-        """Return why the pixels can't be the values of a label map, or ""."""
-        page = self._pages[0]
-        if page.colormap is None and page.samplesperpixel > 1:
-            return f"{page.samplesperpixel} channels; expected one value a pixel"
-        if page.dtype is None or page.dtype.kind not in "bui":
-            return f"{page.dtype} values; expected whole numbers"
-        return ""
-
     def close(self) -> None:
         self._tiff.close()
-
-
-def _paste(out: np.ndarray, tile: np.ndarray, left: int, top: int) -> None:
-    """Copy the part of a tile that lies in ``out``, whose corner is at (left, top) of the tile."""
-    y1, x1 = max(top, 0), max(left, 0)
-    part = tile[y1 : top + out.shape[0], x1 : left + out.shape[1]]
-    out[y1 - top : y1 - top + part.shape[0], x1 - left : x1 - left + part.shape[1]] = part
 
 
 def _check_read(level: Level, x: int, y: int, width: int, height: int) -> None:

@@ -136,8 +136,6 @@ def _of_masks(
 def _check_mask(mask: TiffSlide, slide: SlideFile) -> None:
     own, full = mask.levels[0], slide.levels[0]
     across, down = full.width / own.width, full.height / own.height
-    if problem := mask.values_problem():
-        raise Unusable("mask of the slide isn't a label map", problem)
     # A smaller mask was rounded to whole pixels: at most one is missing along a side.
     if abs(full.height - own.height * across) > max(across, 1) or across < 0.99:
         sizes = f"{own.width} x {own.height} for {full.width} x {full.height}"

@@ -71,11 +71,6 @@ class BoxColumns(Section):
         return [self.column] if self.column is not None else list(self.columns.values())
 
 
-def _by_their_names(columns: object) -> object:
-    """Return a list of columns as the map from each to its own name as the label."""
-    return {name: name for name in columns} if isinstance(columns, list | tuple) else columns
-
-
 class Options(SourceOptions):
     """Keys of ``reader: table``; docs/corpus.md explains them."""
 
@@ -89,7 +84,12 @@ class Options(SourceOptions):
     image_suffix: str = ""
     label: Patterns = ()
     label_separator: str | None = Field(default=None, min_length=1)
-    one_hot: Annotated[dict[str, str], BeforeValidator(_by_their_names)] = Field(default={})
+    one_hot: Annotated[
+        dict[str, str],
+        BeforeValidator(
+            lambda names: {n: n for n in names} if isinstance(names, list | tuple) else names
+        ),
+    ] = Field(default={})
     positive: tuple[str, ...] = ("1", "1.0", "true", "True", "TRUE", "yes")
     negative: tuple[str, ...] = ("0", "0.0", "false", "False", "FALSE", "no")
     nothing: str | None = None
@@ -206,7 +206,7 @@ def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -
     size = files.size_of(found) if fractions else (1, 1)
     mode = options.row_is or ("finding" if options.box else "picture")
     seen: list[tuple[Annotation, ...]] = []
-    about: _Facts | None = None
+    about: dict[str, Any] | None = None
     for row in rows:
         where = f"{found.source_file}, {options.table} line {row.line}"
         if row.problem:
@@ -234,21 +234,17 @@ def _image(options: Options, found: Sample, rows: Sequence[Row], drops: Drops) -
             return
     if about is None:
         return  # every row was dropped with its reason
-    group, modality, licence, attributes = about
     yield replace(
         found,
         annotations=tuple(finding for findings in seen for finding in findings),
-        group=group or found.group,
-        modality=modality or found.modality,
-        licence=licence or "",
-        attributes={**found.attributes, **dict(attributes)},
         examined=tuple(options.one_hot.values()),  # each has its cell, or the image falls
+        **about | {"attributes": {**found.attributes, **about["attributes"]}},
     )
 
 
 def _parsed(
     options: Options, row: Row, size: tuple[int, int], drops: Drops, where: str
-) -> tuple[tuple[Annotation, ...], _Facts] | None:
+) -> tuple[tuple[Annotation, ...], dict[str, Any]] | None:
     """Return findings and facts of a row, None if it was dropped; `Unusable` if the image falls with it."""
     labels = list(dict.fromkeys(_labels(options, row)))
     cells = [row.cells[column] for column in options.box.used] if options.box else []
@@ -264,23 +260,18 @@ def _parsed(
     return None
 
 
-_Facts = tuple[str | None, str | None, str | None, tuple[tuple[str, str], ...]]
-"""Group, modality, licence and attributes of the image."""
-
-
-def _facts(options: Options, row: Row) -> _Facts:
-    group, modality, licence = (
-        text if column and (text := cell_text(row.cells[column])) not in options.missing else None
-        for column in (options.group_column, options.modality_column, options.licence_column)
-    )
-    if options.group_column and group is None:
+def _facts(options: Options, row: Row) -> dict[str, Any]:
+    """Return what a row says of its image: fields of its sample."""
+    columns = {"group": options.group_column, "modality": options.modality_column}
+    cells = {
+        field: cell_text(row.cells[column])
+        for field, column in (columns | {"licence": options.licence_column}).items()
+        if column
+    }
+    found = {field: text for field, text in cells.items() if text not in options.missing}
+    if options.group_column and "group" not in found:
         raise Unusable("no group", f"column {options.group_column!r} is empty")
-    return (
-        group,
-        modality,
-        licence,
-        tuple(_attributes(options, row, options.attribute_columns).items()),
-    )
+    return found | {"attributes": _attributes(options, row, options.attribute_columns)}
 
 
 def _attributes(options: Options, row: Row, columns: Mapping[str, str]) -> dict[str, str]:

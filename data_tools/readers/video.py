@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -135,13 +134,8 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """The frames that a row of the table speaks of: ``first <= number < end``."""
-
-    first: int
-    end: int
-    row: FileRow
+_Span = tuple[int, int, FileRow]
+"""A row of the table, and the frames that it speaks of: from the first to before the second."""
 
 
 def _span(row: FileRow, options: Options, line: Timeline) -> _Span:
@@ -150,7 +144,7 @@ def _span(row: FileRow, options: Options, line: Timeline) -> _Span:
     if row.problem:
         raise Unusable("row of the table can't be read", f"{where}: {row.problem}")
     if not columns.of_frames:
-        return _Span(0, count, row)
+        return 0, count, row
     texts = [row.cells[name] for name in (columns.frame or columns.seconds, columns.until) if name]
     try:
         if columns.frame:
@@ -166,7 +160,7 @@ def _span(row: FileRow, options: Options, line: Timeline) -> _Span:
         raise Unusable("frame of the table outside the video", detail)
     if end <= first:
         raise Unusable("interval of no length", f"{where}: {texts[0]} to {texts[1]}")
-    return _Span(first, min(end, count), row)
+    return first, min(end, count), row
 
 
 def _seconds(text: str) -> float:
@@ -197,7 +191,7 @@ def _picked(options: Options, path: Path, line: Timeline, spans: Sequence[_Span]
     ends = [options.skip_start, line.end - options.skip_end]
     first, end = np.searchsorted(seconds, ends).tolist()
     if options.pick == "table":
-        numbers = sorted({span.first for span in spans})
+        numbers = sorted({first for first, _, _ in spans})
     elif options.pick == "every":
         times = np.arange(options.skip_start, line.end - options.skip_end, options.seconds)
         numbers = sorted(set(np.searchsorted(seconds, times - 1e-6).tolist()))
@@ -226,10 +220,9 @@ def _annotations(
         return (Annotation(folder),) if folder else ()
     left, top = options.crop[:2] if options.crop else (0, 0)
     found = []
-    for row in (span.row for span in spans if span.first <= number < span.end and span.row.label):
-        box = row.box
-        if box is not None:
-            box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    for row in (row for first, end, row in spans if first <= number < end and row.label):
+        x1, y1, x2, y2 = row.box or (0, 0, 0, 0)
+        box = (x1 - left, y1 - top, x2 - left, y2 - top) if row.box else None
         found.append(Annotation(row.label, box, attributes=row.attributes))
     return tuple(found)
 
