@@ -121,7 +121,7 @@ class ModalityFinder:
         said: str | list[str] = what.text if what.chinese else what.words
         find = self._finder.find_chinese if what.chinese else self._finder.find
         ends, elsewhere = _ELSEWHERE[what.chinese]
-        for hit in find(said):  # type: ignore[operator]
+        for hit in find(said):  # type: ignore[arg-type]
             first = last = hit.start
             while first and said[first - 1] not in ends:
                 first -= 1

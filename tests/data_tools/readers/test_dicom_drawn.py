@@ -47,10 +47,14 @@ def at(place: float, x: float = -10, y: float = -20, **others) -> dict:
     return {"ImagePositionPatient": [x, y, place], **others}
 
 
+def save(root: Path, *objects: Dataset) -> None:
+    for number, data in enumerate(objects):
+        made.save(data, root / f"{number}.dcm")
+
+
 def found_in(root: Path, images, *drawn, _root=None, **keys):
     """Masks by label and slice, the reasons of drops, and the labels that are lost."""
-    for number, data in enumerate([*images, *drawn]):
-        made.save(data, root / f"{number}.dcm")
+    save(root, *images, *drawn)
     chosen = {"slices": {"axes": ["z"], "keep": "all"}, "window": "slice"} | keys
     samples, drops, lacking = read_units(dicom, options(_root or root, **chosen))
     masks = {
@@ -62,6 +66,8 @@ def found_in(root: Path, images, *drawn, _root=None, **keys):
 
 
 # --- SEG ---
+
+FRACTIONS = {"SegmentationType": "FRACTIONAL", "MaximumFractionalValue": 255}
 
 
 @pytest.mark.parametrize(
@@ -84,25 +90,10 @@ def found_in(root: Path, images, *drawn, _root=None, **keys):
         # no place, but a reference; no series, but an image
         lambda s: made.seg([(1, region())], refer_to=[s[2].SOPInstanceUID]),
         lambda s: made.seg([(1, region())], refer_to=[s[2].SOPInstanceUID], of_series=""),
-        lambda s: made.seg(
-            [(1, region(value=1))],
-            labels={1: "tumour"},
-            places=[at(4)],
-            SegmentationType="LABELMAP",
-        ),
-        lambda s: made.seg(
-            [(1, region(value=200))],
-            places=[at(4)],
-            SegmentationType="FRACTIONAL",
-            MaximumFractionalValue=255,
-        ),
+        lambda s: made.seg([(1, region())], places=[at(4)], SegmentationType="LABELMAP"),
+        lambda s: made.seg([(1, region(value=200))], places=[at(4)], **FRACTIONS),
         # written from a binary mask
-        lambda s: made.seg(
-            [(1, region())],
-            places=[at(4)],
-            SegmentationType="FRACTIONAL",
-            MaximumFractionalValue=255,
-        ),
+        lambda s: made.seg([(1, region())], places=[at(4)], **FRACTIONS),
     ],
 )
 def test_a_segment_lies_on_the_pixels_of_its_slice(tmp_path, make):
@@ -115,9 +106,7 @@ def test_a_segment_lies_on_the_pixels_of_its_slice(tmp_path, make):
 
 
 def test_the_threshold_of_fractions_is_said(tmp_path):
-    how = {"SegmentationType": "FRACTIONAL", "MaximumFractionalValue": 255}
-    for number, data in enumerate([*axial(), made.seg([(1, region())], places=[at(4)], **how)]):
-        made.save(data, tmp_path / f"{number}.dcm")
+    save(tmp_path, *axial(), made.seg([(1, region())], places=[at(4)], **FRACTIONS))
     samples, *_ = read_units(dicom, options(tmp_path, slices={"axes": ["z"]}))
     assert {s.preprocessing["segmentation"] for s in samples} == {"fractions from one half up"}
 
@@ -154,12 +143,7 @@ OTHER = "segmentation on another grid than its images"
         (lambda s: made.seg([(1, region())] * 2, places=[at(0), at(4)]), OTHER, "tumour"),
         # probabilities, none of one half
         (
-            lambda s: made.seg(
-                [(1, region(value=80))],
-                places=[at(4)],
-                SegmentationType="FRACTIONAL",
-                MaximumFractionalValue=255,
-            ),
+            lambda s: made.seg([(1, region(value=80))], places=[at(4)], **FRACTIONS),
             "segmentation of fractions under one half",
             "tumour",
         ),
@@ -211,20 +195,15 @@ def test_single_images_have_their_segments(tmp_path, keys):
 
 
 def test_slices_that_are_read_one_by_one_have_their_own_segments_alone(tmp_path):
-    slices = axial()
-    segmentation = made.seg([(1, region())], places=[at(4)])
-    for number, data in enumerate([*slices, segmentation]):
-        made.save(data, tmp_path / f"{number}.dcm")
+    save(tmp_path, *axial(), made.seg([(1, region())], places=[at(4)]))
     samples, drops, _ = read_units(dicom, options(tmp_path, volumes=False))
     assert [len(sample.annotations) for sample in samples] == [0, 0, 1, 0]
     assert not drops
 
 
 def test_a_series_is_incomplete_for_what_is_drawn_on_another_of_its_study(tmp_path):
-    other = axial(series="1.2.4")
     segmentation = made.seg([(1, region())], places=[at(4)], StudyInstanceUID="1.2")
-    for number, data in enumerate([*axial(), *other, segmentation]):
-        made.save(data, tmp_path / f"{number}.dcm")
+    save(tmp_path, *axial(), *axial(series="1.2.4"), segmentation)
     chosen = options(tmp_path, slices={"axes": ["z"]}, window="slice")
     samples, drops, lacking = read_units(dicom, chosen)
     assert {
@@ -244,11 +223,9 @@ def square(place: float, x1: int, y1: int, x2: int, y2: int, **others) -> dict:
 
 def filled(*boxes: tuple[int, int, int, int], hole: tuple[int, int, int, int] | None = None):
     mask = np.zeros((8, 6), bool)
-    for x1, y1, x2, y2 in boxes:
-        mask[y1 : y2 + 1, x1 : x2 + 1] = True
-    if hole:
-        x1, y1, x2, y2 = hole
-        mask[y1 : y2 + 1, x1 : x2 + 1] = False
+    for box in (*boxes, *([hole] if hole else [])):
+        x1, y1, x2, y2 = box
+        mask[y1 : y2 + 1, x1 : x2 + 1] = box != hole
     return mask
 
 
@@ -283,10 +260,7 @@ NO_REGION = "contour that bounds no region"
 @pytest.mark.parametrize(
     ("contours", "reason"),
     [
-        ([square(4, *INNER, kind="OPEN_PLANAR")], NO_REGION),
-        ([square(4, *INNER, kind="OPEN_NONPLANAR")], NO_REGION),
-        ([{"points": [(0, 0, 4)], "kind": "POINT"}], NO_REGION),
-        ([square(4, *INNER, kind="SOMETHING")], NO_REGION),
+        *(([square(4, *INNER, kind=kind)], NO_REGION) for kind in ("OPEN_PLANAR", "POINT", "X")),
         ([square(4, *INNER) | {"points": [(0, 0, 4)]}], NO_REGION),
         ([square(5, *INNER)], OTHER),
         ([square(4, *INNER, on="slice 1")], OTHER),
@@ -317,8 +291,7 @@ def test_what_is_drawn_on_one_time_point_is_not_put_on_another(tmp_path, how):
     drawn = made.structure_set({"tumour": [square(4, *INNER, on=uid)]})
     if how == "segment":
         drawn = made.seg([(1, region())], places=[at(4)], refer_to=[uid])
-    for number, data in enumerate([*first, *second, drawn]):
-        made.save(data, tmp_path / f"{number}.dcm")
+    save(tmp_path, *first, *second, drawn)
     keys = {"slices": {"axes": ["z"], "keep": "all"}, "window": "slice"}
     samples, drops, lacking = read_units(dicom, options(tmp_path, **keys))
     found = [(len(one.annotations), lost) for one, lost in zip(samples, lacking, strict=True)]

@@ -26,9 +26,8 @@ def head(seed: int = 0, shape=(20, 24, 12)) -> tuple[np.ndarray, np.ndarray]:
     voxels = random.normal(0, 300, shape).astype(np.float32)
     labels = np.zeros(shape, dtype=np.uint8)
     labels[2:7, 3:9, 2:10] = 1
-    labels[7:9, 9:12, 4:6] = (
-        1  # touches the first by an edge: one component in RAS+ slices of 8 neighbours
-    )
+    # touches the first by an edge: one component in RAS+ slices of 8 neighbours
+    labels[7:9, 9:12, 4:6] = 1
     labels[12:18, 5:20, 3:8] = 2
     labels[14:15, 22:24, 3] = 2
     return voxels, labels
@@ -53,6 +52,17 @@ def samples_of(found) -> list[Sample]:
     samples, drops = found
     assert drops == []
     return samples
+
+
+def check_the_same(one: list[Sample], other: list[Sample], names: dict[str, str] | None = None):
+    """The images, parts and masks of two sources are one; ``names`` are labels that the other has."""
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert a.part == b.part
+        assert np.array_equal(a.image, b.image)
+        for left, right in zip(a.annotations, b.annotations, strict=True):
+            assert (names or {}).get(left.label, left.label) == right.label
+            assert np.array_equal(left.mask, right.mask)
 
 
 def expected_boxes(plane: np.ndarray, value: int) -> list[tuple[int, ...]]:
@@ -111,13 +121,7 @@ def test_the_same_pictures_whatever_the_order_of_the_axes(tmp_path, axes):
             (tmp_path / folder).mkdir(exist_ok=True)
             image.to_filename(tmp_path / folder / f"a_{name}.nii.gz")
     one, other = (samples_of(read(options(tmp_path / name))) for name in ("ras", "other"))
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert a.part == b.part
-        assert np.array_equal(a.image, b.image)
-        for left, right in zip(a.annotations, b.annotations, strict=True):
-            assert left.label == right.label
-            assert np.array_equal(left.mask, right.mask)
+    check_the_same(one, other)
     assert other[0].preprocessing["stored as"] == axes
 
 
@@ -130,19 +134,12 @@ def test_nrrd_is_its_nifti_twin(tmp_path):
     for name, array in (("ct", voxels), ("seg", labels)):
         image = SimpleITK.GetImageFromArray(array.transpose(2, 1, 0))
         image.SetSpacing((0.8, 0.9, 3.0))
-        image.SetDirection(
-            (-1, 0, 0, 0, -1, 0, 0, 0, 1)
-        )  # LPS axes that run to the right and to the front
+        # LPS axes that run to the right and to the front
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
         SimpleITK.WriteImage(image, str(tmp_path / "nrrd" / f"a_{name}.nrrd"))
     one = samples_of(read(options(tmp_path / "nii")))
     keys = {"images": "{case}_ct.nrrd", "masks": "{case}_seg.nrrd"}
-    other = samples_of(read(options(tmp_path / "nrrd", **keys)))
-    assert len(one) == len(other) > 0
-    for a, b in zip(one, other, strict=True):
-        assert np.array_equal(a.image, b.image)
-        assert [item.label for item in a.annotations] == [item.label for item in b.annotations]
-        for left, right in zip(a.annotations, b.annotations, strict=True):
-            assert np.array_equal(left.mask, right.mask)
+    check_the_same(one, samples_of(read(options(tmp_path / "nrrd", **keys))))
 
 
 def test_the_spleen_of_the_shared_volume(shared_data):
@@ -274,21 +271,12 @@ def test_a_map_that_was_cut_out_and_a_segmentation_by_3d_slicer(tmp_path):
     image = SimpleITK.GetImageFromArray(labels[2:, 3:, 2:].transpose(2, 1, 0))
     image.SetOrigin((-2, -3, 2))
     image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
-    for key, text in {"0_Name": "liver", "0_LabelValue": "1", "1_Name": "tumour"}.items():
-        image.SetMetaData(f"Segment{key}", text)
-    image.SetMetaData("Segment1_LabelValue", "2")
-    image.SetMetaData("Segment0_Layer", "0")
-    image.SetMetaData("Segment1_Layer", "0")
+    for number, name in enumerate(("liver", "tumour")):
+        for key, text in {"Name": name, "LabelValue": str(number + 1), "Layer": "0"}.items():
+            image.SetMetaData(f"Segment{number}_{key}", text)
     SimpleITK.WriteImage(image, str(tmp_path / "a.seg.nrrd"))
     found = samples_of(read(options(tmp_path, masks="{case}.seg.nrrd", slices={"axes": ["z"]})))
-    assert len(found) == len(samples)
-    for one, other in zip(samples, found, strict=True):
-        names = {"1": "liver", "2": "tumour"}
-        assert [names[item.label] for item in one.annotations] == [
-            item.label for item in other.annotations
-        ]
-        for left, right in zip(one.annotations, other.annotations, strict=True):
-            assert np.array_equal(left.mask, right.mask)
+    check_the_same(samples, found, {"1": "liver", "2": "tumour"})
 
 
 def test_a_file_of_one_label_or_of_a_named_set_that_was_cut_out_says_nothing_of_the_rest(tmp_path):
