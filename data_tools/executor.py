@@ -48,13 +48,13 @@ class Executor:
         inputs: Iterable[Input],
         *,
         died: Callable[[Input], Output] | None = None,
-    ) -> Generator[Output, None, None]:
-        """Yield the function's results in the order of the inputs, which are read as results are taken.
+    ) -> Generator[tuple[Input, Output], None, None]:
+        """Yield inputs with the function's results, in their order; inputs are read as results are taken.
 
         The function, a module's or a `functools.partial` of one, is pickled. ``died`` gives the result of an
         input whose worker dies; default is an error.
         """
-        yield from map(function, inputs)
+        yield from ((one, function(one)) for one in inputs)
 
     def close(self) -> None:
         """End the workers."""
@@ -97,7 +97,7 @@ class Processes(Executor):
         inputs: Iterable[Input],
         *,
         died: Callable[[Input], Output] | None = None,
-    ) -> Generator[Output, None, None]:
+    ) -> Generator[tuple[Input, Output], None, None]:
         iterator = iter(inputs)
         flight: deque[tuple[Input, Any]] = deque()
         submit = self._submitter(function)
@@ -130,17 +130,16 @@ class Processes(Executor):
                 return failed
 
     def _next(self, function: Function, flight: Flight, died: Function | None) -> Iterator[Any]:
-        """Take tasks off the front of ``flight`` and yield their results."""
+        """Take tasks off the front of ``flight`` and yield them with their results."""
         try:
             result = flight[0][1].result()
         except BrokenProcessPool:
             self.close()
             for task, _ in flight:
-                yield self._alone(function, task, died)
+                yield task, self._alone(function, task, died)
             flight.clear()
         else:
-            flight.popleft()
-            yield result
+            yield flight.popleft()[0], result
 
     def _alone(self, function: Function, task: Any, died: Function | None) -> Any:
         try:
@@ -257,7 +256,7 @@ class Ray(Processes):
                 raise CorpusError(f"a task of the Ray cluster was lost: {error}") from error
             result = died(task)
         flight.popleft()
-        yield result
+        yield task, result
 
     def _cancel(self, handle: Any) -> None:
         self._ray.cancel(handle, force=False)

@@ -74,13 +74,15 @@ def refusal(licence: str, options: OutputOptions) -> str | None:
 
 
 def restriction(
-    licence: str, names: Sequence[str], own: Sequence[Agreement] = (), *, publish: bool
+    source: SourceOptions, own: Sequence[Agreement] = (), licence: str = "", *, publish: bool
 ) -> str:
-    """Return why content may not be sent to third parties, or with ``publish`` not be published; else "".
+    """Return why a source's content may not go to third parties, or with ``publish`` be published; else "".
 
-    A licence that neither the table of agreements (with the job's ``own``) nor `read` knows forbids both.
+    ``licence`` is a record's own, instead of the source's. One that neither the table of agreements (with the
+    job's ``own``) nor `read` knows forbids both.
     """
-    agreement = agreement_of(licence, names, own)
+    licence = licence or source.licence
+    agreement = agreement_of(licence, (source.name, source.dataset, source.url), own)
     if agreement is not None:
         free = agreement.publish if publish else agreement.third_parties
         read_on = f" (read on {agreement.read}: {agreement.text})" if agreement.read else ""
@@ -90,19 +92,14 @@ def restriction(
     return f"the licence {licence!r}: {found[0]}" if found else ""
 
 
-def names_of(source: SourceOptions) -> tuple[str, ...]:
-    """Return the names by which the table may know a set."""
-    return (source.name, source.dataset, source.url)
-
-
 def permission_to_send(
     source: SourceOptions, own: Sequence[Agreement] = (), licence: str = ""
 ) -> Origin:
     """Return where the content of a source may go, or that of a record under a ``licence`` of its own."""
-    licence = licence or source.licence
+    own_licence = licence not in ("", source.licence)
     return Origin(
-        f"the source {source.name}" + (f" under {licence!r}" if licence != source.licence else ""),
-        restriction(licence, names_of(source), own, publish=False),
+        f"the source {source.name}" + (f" under {licence!r}" if own_licence else ""),
+        restriction(source, own, licence, publish=False),
         frozenset(plain_host(one.host) for one in source.may_be_sent_to),
     )
 
@@ -128,10 +125,9 @@ class Terms:
 
     def refusal(self, licence: str, source: SourceOptions) -> str | None:
         """Return why the job leaves out a record of the source, or None if it is kept."""
-        found = refusal(licence, self.options)
-        if found is None and self.options.publishable:
-            found = restriction(licence, names_of(source), self.agreements, publish=True) or None
-        return found
+        if (found := refusal(licence, self.options)) or not self.options.publishable:
+            return found
+        return restriction(source, self.agreements, licence, publish=True) or None
 
 
 def terms_of(job: Job) -> Terms:
@@ -147,12 +143,9 @@ def publishable_part(job: Job) -> Job:
     """
     if not job.corpus.publishable:
         return job
-    reasons = {
-        source.name: restriction(source.licence, names_of(source), job.agreements, publish=True)
-        for source in job.sources
-    }
-    kept = tuple(source for source in job.sources if not reasons[source.name])
+    reasons = [restriction(source, job.agreements, publish=True) for source in job.sources]
+    kept = tuple(source for source, why in zip(job.sources, reasons, strict=True) if not why)
     if not kept:
-        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        told = "; ".join(f"{s.name}: {why}" for s, why in zip(job.sources, reasons, strict=True))
         raise CorpusError(f"{job.path}: corpus.publishable leaves no source: {told}.")
     return job.model_copy(update={"sources": kept})

@@ -43,7 +43,7 @@ from data_tools.readers import SourceOptions
 from data_tools.readers.files import files, listed
 from data_tools.records import Drop, Unit, by_reason
 from data_tools.standardise import IMAGES, UnitResult
-from data_tools.store import Store, StoredRecord, Vocabulary
+from data_tools.store import Store, Vocabulary
 from data_tools.worker import Recipe, make, read_units, unit_fingerprint, worker_taxonomy
 from data_tools.writers.asking import CleanStop, Outcome
 from gmai_xtuner.core.errors import CorpusError, JobError
@@ -339,16 +339,18 @@ class _Run:
         """Read units that are new or have changed, up to the limit of records, and arrange what is there."""
         number, limit = self.ids[source.name], self.selection.limit
         self.progress.stage(f"reading {source.name}")
-        self.store.begin_order()
         found: set[bytes] = set()
-        with neutral_errors(source), closing(self._units(source, number)) as units:
-            for unit, place in units:
-                self.store.order([(unit, place)])
+
+        def needed() -> Iterator[tuple[int, int]]:
+            for unit in units:
+                yield unit
                 if limit is not None:
-                    found.update(self.store.duplicate_keys(unit))
+                    found.update(self.store.duplicate_keys(unit[0]))
                     if len(found) >= limit:
-                        break
-        self.store.arrange(number, limit=limit)
+                        return
+
+        with neutral_errors(source), closing(self._units(source, number)) as units:
+            self.store.arrange(number, needed(), limit=limit)
 
     def _units(self, source: SourceOptions, number: int) -> Generator[tuple[int, int], None, None]:
         """Yield id and place of each unit, in their order; those that are new are read."""
@@ -389,16 +391,8 @@ class _Run:
         self, function: Any, batches: Iterable[list[tuple[int, Unit]]]
     ) -> Generator[tuple[int, Unit, UnitResult], None, None]:
         """Yield unit by unit. Where a worker dies over several, each is tried alone to find the one."""
-        flight: deque[list[tuple[int, Unit]]] = deque()  # handed over, oldest first
-
-        def tasks() -> Iterator[list[Unit]]:
-            for batch in batches:
-                flight.append(batch)
-                yield [unit for _, unit in batch]
-
-        with closing(self.executor.map(function, tasks(), died=lambda _: None)) as results:
-            for read in results:
-                batch = flight.popleft()
+        with closing(self.executor.map(function, batches, died=lambda _: None)) as results:
+            for batch, read in results:
                 if read is not None:
                     units, seconds = read
                     if seconds < _TASK_SECONDS / 2:
@@ -459,15 +453,8 @@ class _Run:
         ).hex()
         total = self.store.count_to_make(number, made)
         self.progress.stage(f"making {source.name}", total=total)
-        flight: deque[list[StoredRecord]] = deque()
-
-        def chunks() -> Iterator[list[StoredRecord]]:
-            for records in self.store.to_make(number, made):
-                flight.append(records)
-                yield records
-
-        for items in self.executor.map(partial(make, pickle.dumps(recipe)), chunks()):
-            records = flight.popleft()
+        chunks = self.store.to_make(number, made)
+        for records, items in self.executor.map(partial(make, pickle.dumps(recipe)), chunks):
             self.store.add_made(made, zip(records, items, strict=True))
             self.progress.advance(len(records))
 

@@ -330,21 +330,19 @@ class Store:
         query = "SELECT duplicate_key FROM records WHERE unit = ?"
         return [key for (key,) in self._rows(query, unit)]
 
-    def begin_order(self) -> None:
-        """Begin anew to say the order of a source's units: what `order` was told before is forgotten."""
-        self._rows("CREATE TEMP TABLE IF NOT EXISTS seen (unit INTEGER PRIMARY KEY, place INTEGER)")
-        self._rows("DELETE FROM seen")
-
-    def order(self, units: Iterable[tuple[int, int]]) -> None:
-        """Say the place of units in their source."""
-        self._db.executemany("INSERT INTO seen VALUES (?, ?)", units)
-
-    def arrange(self, source: int, *, limit: int | None = None) -> None:
+    def arrange(
+        self, source: int, units: Iterable[tuple[int, int]], *, limit: int | None = None
+    ) -> None:
         """Decide which records of a source are in the corpus, ``limit`` at most, under which numbers and ids.
 
-        Units without a place are forgotten, or with a limit put aside. Of records with the same pixels and
-        labels the first is kept. Ids that are there twice get a ``~2``.
+        ``units`` are ids with their places; they may be added to the store as they are taken. Others are
+        forgotten, or with a limit put aside. Of records with the same pixels and labels the first is kept.
+        Ids that are there twice get a ``~2``.
         """
+        self._rows("CREATE TEMP TABLE IF NOT EXISTS seen (unit INTEGER PRIMARY KEY, place INTEGER)")
+        self._rows("DELETE FROM seen")
+        for unit in units:
+            self._rows("INSERT INTO seen VALUES (?, ?)", *unit)
         with self.transaction():
             if limit is None:
                 unseen = "DELETE FROM units WHERE source = ? AND id NOT IN (SELECT unit FROM seen)"
@@ -495,20 +493,17 @@ class Store:
                 for id, body in self._rows(query, number):
                     yield StoredRecord(id, body).record
 
-    def accepted(self) -> Iterator[StoredConversation]:
-        """Yield the accepted conversations in the corpus' order."""
-        return self._in_state(ACCEPTED)
-
-    def rejected(self) -> Iterator[StoredConversation]:
-        """Yield the conversations that were set aside, in the corpus' order."""
-        return self._in_state(REJECTED)
-
-    def _in_state(self, state: int) -> Iterator[StoredConversation]:
-        query = (
+    def accepted(self, state: int = ACCEPTED) -> Iterator[StoredConversation]:
+        """Yield the accepted conversations, or those in another ``state``, in the corpus' order."""
+        query = (  # the state in words: its index is of these rows alone
             f"SELECT * FROM conversations WHERE source = ? AND state = {state} ORDER BY number, id"
         )
         for source, _ in self.sources():
             yield from _kept(self._rows(query, source))
+
+    def rejected(self) -> Iterator[StoredConversation]:
+        """Yield the conversations that were set aside, in the corpus' order."""
+        return self.accepted(REJECTED)
 
     def drops(self) -> Iterator[tuple[str, Drop]]:
         """Yield name of the source and what was left out before a conversation was to be made of it."""

@@ -50,16 +50,16 @@ def read_units(
     folder: Path,
     taxonomy: Path | None,
     terms: Terms | None,
-    units: list[Unit],
+    units: list[tuple[int, Unit]],
 ) -> tuple[list[UnitResult], float]:
-    """Read units of a source for the corpus in ``folder``, with the job's file that extends the taxonomy.
+    """Read numbered units of a source for the corpus in ``folder``; ``taxonomy`` extends the built-in one.
 
     Returns what became of each unit, and the seconds that all of them took.
     """
     started = time.perf_counter()
     known, names = worker_taxonomy(taxonomy), Names(salted(source))
     results = []
-    for unit in units:
+    for _, unit in units:
         result = read_unit(source, unit, folder=folder, taxonomy=known, terms=terms, names=names)
         fingerprint = unit_fingerprint(source.root, unit, result.files)
         results.append(replace(result, fingerprint=fingerprint))

@@ -22,9 +22,9 @@ from data_tools.contamination.hashing import (
     Hashes,
     ImageSource,
     Matches,
-    by_case,
     case_of,
     compare,
+    names_case,
 )
 from data_tools.contamination.questions import Questions
 from data_tools.contamination.rows import is_json_object
@@ -306,14 +306,17 @@ def _same_case(result: Overlap) -> dict[int, list[int]]:
     for item in benchmark.items:
         for number in item.images:
             cases[number] = cases[number] or item.case
-    known = by_case([image.name for image in benchmark.images], cases)
+    known: defaultdict[str, list[int]] = defaultdict(list)  # the case that is named, or the file's
+    for number, (image, case) in enumerate(zip(benchmark.images, cases, strict=True)):
+        for key in {case.casefold() if names_case(case) else "", case_of(image.name)} - {""}:
+            known[key].append(number)
     found: defaultdict[int, list[int]] = defaultdict(list)
     for number, (_, name) in enumerate(result.names if known else ()):
         group = result.corpus.groups.get(name, "")
         for key in dict.fromkeys((case_of(name), case_of(group))):
-            for image in known.get(key, ()) if key else ():
-                if found[image][-1:] != [number] and len(found[image]) < _OF_A_CASE:
-                    found[image].append(number)
+            for theirs in known.get(key, ()):
+                if found[theirs][-1:] != [number] and len(found[theirs]) < _OF_A_CASE:
+                    found[theirs].append(number)
     return dict(found)
 
 

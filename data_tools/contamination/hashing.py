@@ -70,23 +70,12 @@ def hash_image(source: Path | bytes) -> Hashed:
         pixels = read_pixels(source).pixels
     except Unusable as error:
         return Hashed(UNREADABLE, problem=str(error))
-    if pixels.ndim == 3 and _is_grey(pixels):
+    parts = (pixels[:: max(1, len(pixels) // 8)], pixels)  # all are compared where a few are alike
+    if pixels.ndim == 3 and all((part == part[..., :1]).all() for part in parts):
         pixels = np.ascontiguousarray(pixels[..., 0])
+    plain = all((part == part[:1, :1]).all() for part in parts)
     digest = bytes.fromhex(pixel_hash(pixels))
-    look = perceptual_hash_of(pixels)
-    # All pixels are compared only where a few are alike.
-    few = pixels[:: max(1, len(pixels) // 8)]
-    plain = bool((few == few[:1, :1]).all() and (pixels == pixels[:1, :1]).all())
-    return Hashed(PLAIN if plain else OK, digest, look)
-
-
-def _is_grey(pixels: np.ndarray) -> bool:
-    few = pixels[:: max(1, len(pixels) // 8)]
-    return all(
-        np.array_equal(part[..., 0], part[..., channel])
-        for part in (few, pixels)
-        for channel in (1, 2)
-    )
+    return Hashed(PLAIN if plain else OK, digest, perceptual_hash_of(pixels))
 
 
 def thumbnail(source: Path | bytes) -> bytes:
@@ -155,10 +144,10 @@ class HashCache:
         waiting = iter(unknown)
         made = executor.map(_task, tasks, died=lambda _: None)
         crashed = [(Hashed(UNREADABLE, problem="image can't be read: its decoder crashed"), b"")]
-        for task, results in zip(tasks, made, strict=True):
+        for task, results in made:
             if results is None:  # one of these has killed its worker: which?
                 single = (executor.map(_task, [[one]], died=lambda _: crashed) for one in task)
-                results = [result for found in single for result in next(found)]
+                results = [result for found in single for result in next(found)[1]]
             for (hashed, small), (image, identity) in zip(results, waiting, strict=False):
                 # SQLite's integers are signed.
                 look = hashed.look - 2**64 if hashed.look >= 2**63 else hashed.look
@@ -358,12 +347,3 @@ def case_of(name: str) -> str:
 def names_case(part: str) -> bool:
     """Return whether two files of this name are likely to be of the same case: letters and digits."""
     return re.fullmatch(r"\d{6,}|(?=.*\d\d)(?=.*[^\W\d_]).{6,}", part, re.DOTALL) is not None
-
-
-def by_case(names: Sequence[str], cases: Sequence[str]) -> dict[str, list[int]]:
-    """Return case -> images; the case that is named, or that the file's name tells."""
-    found: defaultdict[str, list[int]] = defaultdict(list)
-    for number, (name, case) in enumerate(zip(names, cases, strict=True)):
-        for key in {case.casefold() if names_case(case) else "", case_of(name)} - {""}:
-            found[key].append(number)
-    return dict(found)

@@ -76,17 +76,26 @@ def _lists(path: Path) -> Iterator[Cells]:
     except ValueError as error:
         raise SourceError(f"{path} is not JSON ({error}).") from error
     for part in content.values():
-        for cells in part if isinstance(part, list) else [part]:
-            if isinstance(cells, dict):
-                yield cells
+        yield from (
+            cells
+            for cells in (part if isinstance(part, list) else [part])
+            if isinstance(cells, dict)
+        )
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Cells]:
     before = csv.field_size_limit(_CELL)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for cells in csv.DictReader(file, delimiter=delimiter):
-                yield {key: value for key, value in cells.items() if key is not None}
+            table = csv.reader(file, delimiter=delimiter, strict=True)
+            header = next(table, [])
+            for cells in filter(None, table):
+                if len(cells) != len(header):
+                    told = f"{len(cells)} cells, the header has {len(header)}"
+                    raise SourceError(
+                        f"{path}, line {table.line_num}: {told}. Quote texts with {delimiter!r}."
+                    )
+                yield dict(zip(header, cells, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{path} can't be read as a table in UTF-8 ({error}).") from error
     finally:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,9 @@ class Manifest:
         self._rows: list[dict[str, Any]] = []
         self._deidentified = {source.name: method_of(source) for source in job.sources}
         sources = {source.name: source for source in job.sources}
+        why_not = partial(licences.restriction, publish=True)
         self._published = cache(
-            lambda name, licence: (
-                not licences.restriction(
-                    licence, licences.names_of(sources[name]), job.agreements, publish=True
-                )
-            )
+            lambda name, licence: not why_not(sources[name], job.agreements, licence)
         )
 
     def __enter__(self) -> Manifest:

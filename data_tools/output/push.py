@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.job import Job
-from data_tools.licences import names_of, restriction
+from data_tools.licences import restriction
 from data_tools.output import manifest
 from data_tools.output.files import CONVERSATION_FILES, HELD_OUT
 from gmai_xtuner.core.errors import CorpusError
@@ -93,7 +93,7 @@ def _restricted(job: Job) -> Iterator[str]:
             yield f"{name}, which is no source of the job"
             continue
         for one in (licence, source.licence):
-            if why := restriction(one, names_of(source), job.agreements, publish=True):
+            if why := restriction(source, job.agreements, one, publish=True):
                 yield f"{name}: {why}"
         if not allowed:
             yield f"{name}, {licence!r}, by the manifest"

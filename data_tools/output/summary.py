@@ -183,22 +183,16 @@ class Tally:
             # As `SourceContext.known_in` has it: what the job says, or else what the annotations show.
             known = said or (said is None and not self._total("several", name))
             why = "unclear" if known else "any" if said is not None else "not examined"
+            reasons = (
+                licences.restriction(source, job.agreements, licence, publish=True)
+                for licence in (source.licence, *self._by("licence", name))
+            )
             sources[name] = {
                 "unasked": max(self._total(why, name), self._total("unclear", name)),
                 "dataset": source.dataset or name,
                 "licence": source.licence,
                 "url": source.url,
-                "not_published": "; ".join(
-                    dict.fromkeys(
-                        why
-                        for licence in (source.licence, *self._by("licence", name))
-                        if (
-                            why := licences.restriction(
-                                licence, licences.names_of(source), job.agreements, publish=True
-                            )
-                        )
-                    )
-                ),
+                "not_published": "; ".join(filter(None, dict.fromkeys(reasons))),
                 "records": self._total("licence", name),
                 "held_out": self._total("records held out", name),
                 "conversations": accepted["count"],

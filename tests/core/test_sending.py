@@ -43,8 +43,7 @@ def source(licence: str, **more: Any) -> Folder:
 def test_what_may_be_sent_and_published(licence, names, sent, published):
     made = source(licence, **names)
     assert (licences.permission_to_send(made).forbidden == "") is sent
-    known_as = licences.names_of(made)
-    assert (licences.restriction(licence, known_as, publish=True) == "") is published
+    assert (licences.restriction(made, publish=True) == "") is published
 
 
 def test_a_job_extends_the_table_and_what_forbids_counts():
@@ -52,7 +51,7 @@ def test_a_job_extends_the_table_and_what_forbids_counts():
         "Ours", True, False, licences=("ask anna",), text="May be sent.", read="2026-01-01"
     )
     assert licences.permission_to_send(source("Ask Anna"), [ours]).forbidden == ""
-    assert "Ours" in licences.restriction("ask anna", [], [ours], publish=True)
+    assert "Ours" in licences.restriction(source("ask anna"), [ours], publish=True)
     lax = Agreement("Lax", True, True, licences=(".*",))
     found = agreement_of("PhysioNet Credentialed", [], [lax])
     assert found is not None

@@ -57,11 +57,9 @@ def number(store: Store, name: str = "set") -> int:
 
 def fill(store: Store, *units, source: str = "set", limit: int | None = None) -> None:
     """Adds units named u0, u1, ... in their order and arranges them."""
-    store.begin_order()
     its = number(store, source)
-    for place, unit in enumerate(units):
-        store.order([(store.add_unit(its, f"u{place}", unit), place)])
-    store.arrange(its, limit=limit)
+    placed = ((store.add_unit(its, f"u{at}", unit), at) for at, unit in enumerate(units))
+    store.arrange(its, placed, limit=limit)
 
 
 def write(store: Store, made: str, *states: int, answers: tuple[bytes, ...] = ()) -> None:
@@ -90,9 +88,7 @@ def test_records_come_back_as_they_were_in_the_order_of_units_not_of_arrival(sto
     its = number(store)
     late = store.add_unit(its, "late", read(b, c))
     early = store.add_unit(its, "early", read(a))
-    store.begin_order()
-    store.order([(early, 0), (late, 1)])
-    store.arrange(its)
+    store.arrange(its, [(early, 0), (late, 1)])
     assert list(store.records()) == [a, b, c]
 
 
@@ -139,9 +135,7 @@ def test_units_without_a_place_are_forgotten_with_all_that_belongs_to_them(store
     write(store, "m", ACCEPTED)
     its = number(store)
     unit, _, _ = store.known_unit(its, "u1")
-    store.begin_order()
-    store.order([(unit, 0)])
-    store.arrange(its)
+    store.arrange(its, [(unit, 0)])
     assert [kept.record.id for kept in store.accepted()] == ["b"]
     assert list(store.drops()) == []
     assert store.known_unit(its, "u0") is None
@@ -192,9 +186,7 @@ def test_a_record_that_was_not_read_again_keeps_its_items_when_others_come(store
     its = number(store)
     unit, _, _ = store.known_unit(its, "u0")
     new = store.add_unit(its, "new", read(record("0")))
-    store.begin_order()
-    store.order([(new, 0), (unit, 1)])
-    store.arrange(its)
+    store.arrange(its, [(new, 0), (unit, 1)])
     assert [stored.id for records in store.to_make(its, "m") for stored in records] == ["0"]
 
 
@@ -238,9 +230,9 @@ def test_the_funnel(store):
     )
     fill(store, read(record("a"), record("b"), record("c"), duplicates="xxy", drops=drops[:2]))
     its = number(store)
-    store.begin_order()
-    store.order([(store.add_unit(its, "u0", read(record("a"), record("c"), drops=drops)), 0)])
-    store.arrange(its)
+    store.arrange(
+        its, [(store.add_unit(its, "u0", read(record("a"), record("c"), drops=drops)), 0)]
+    )
     write(store, "m", ACCEPTED, REJECTED, PENDING)
     assert store.funnel() == [
         FunnelRow("set", "read", "", 3),

@@ -173,6 +173,12 @@ def test_a_damaged_question_file_is_an_error_and_a_settings_file_is_passed_over(
     assert dict(read(tmp_path)[0].passed_over)["config.json"].startswith("no column of questions")
 
 
+def test_a_row_with_another_number_of_cells_is_an_error_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text("question,answer\nWhat?,lung\nIs it left, or right?,left\n")
+    with pytest.raises(CorpusError, match=r"q\.csv, line 3: 3 cells, the header has 2"):
+        read(tmp_path)
+
+
 def test_names_of_columns() -> None:
     assert columns.plain("Figure_path") == columns.plain("figure path") == "figurepath"
     assert columns.options({"choicea": " A:Liver ", "choiceb": "B. Lung"}) == {

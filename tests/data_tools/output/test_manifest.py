@@ -17,7 +17,7 @@ from data_tools.output.files import CorpusFiles, conversation_line, rejected_lin
 from data_tools.records import Label
 from data_tools.store import StoredConversation
 from gmai_xtuner.core.errors import CorpusError
-from tests.data_tools.output.fake_store import item, kept, record, rejected
+from tests.data_tools.output.fake_store import kept, record, rejected
 
 
 @pytest.fixture
@@ -263,12 +263,9 @@ def test_a_rejected_answer_keeps_reason_record_prompt_and_answer():
     assert line["problems"] == (Problem("a refusal", "sorry"),)
     assert line["record"]["id"] == one.id
     assert line["conversations"] == []
-
-
-def test_a_rejected_conversation_that_could_be_read_is_kept_beside_the_answer():
-    one = kept(record())
-    what = item(one.record), one.record
-    line = rejected_line(StoredConversation(*what, one.conversation, (Problem("too short"),)))
-    assert line["conversations"] == conversation_line(one)["conversations"]
-    line = rejected_line(StoredConversation(*what, None))
-    assert line["reason"] == "no conversation"
+    one = kept(one)  # one that could be read is kept beside the answer
+    read = StoredConversation(one.item, one.record, one.conversation, (Problem("too short"),))
+    assert rejected_line(read)["conversations"] == conversation_line(one)["conversations"]
+    assert (
+        rejected_line(StoredConversation(one.item, one.record, None))["reason"] == "no conversation"
+    )

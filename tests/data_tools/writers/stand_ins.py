@@ -4,7 +4,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from data_tools.options import OpenAIOptions
 from data_tools.records import Label, Provenance, Record
 from data_tools.writers.ledger import Expense, Ledger
 from data_tools.writers.openai_writer import OpenAIWriter
+from data_tools.writers.prompts import Prompt
 from gmai_xtuner.core.agreements import Origin
 
 AT_MOST = 37 + 48 + 40 + 50
@@ -32,33 +32,22 @@ SCHEMA = {
 }
 
 
-@dataclass(frozen=True)
-class Prompt:
-    system: str
-    user: str
-    image: str | None = None
-    box_image: bool = False
-    schema: dict[str, Any] | None = field(default_factory=lambda: SCHEMA)
-    max_tokens: int = 50
-
-
 class Prompts:
     """The user's text is the item's id, then the reason of the attempt before. ``wrong`` answers fail."""
 
-    def __init__(self, *, images: bool = False, box: bool = False, max_tokens: int = 50) -> None:
-        self.images, self.box, self.max_tokens = images, box, max_tokens
+    def __init__(self, *, images: bool = False, box: bool = False) -> None:
+        self.images, self.box = images, box
 
     def build(self, task: Task, *, problems: Sequence[Problem] = ()) -> Prompt:
         reasons = "".join(f" Not again: {problem.reason}." for problem in problems)
         image = task.record.image if self.images else None
-        return Prompt(
-            "Be exact.", f"{task.item.id}{reasons}", image, self.box, max_tokens=self.max_tokens
-        )
+        user = f"{task.item.id}{reasons}"
+        return Prompt("Be exact.", user, image, self.box, SCHEMA, max_tokens=50)
 
     def translate(
         self, conversation: Conversation, task: Task, *, problems: Sequence[Problem] = ()
     ) -> Prompt:
-        return Prompt("Translate.", f"zh {conversation[-1].text}")
+        return Prompt("Translate.", f"zh {conversation[-1].text}", None, False, SCHEMA, 50)
 
     def read_answer(self, text: str, task: Task) -> Conversation | Problem:
         try:
@@ -68,11 +57,6 @@ class Prompts:
 
     def check(self, conversation: Conversation, task: Task) -> list[Problem]:
         return [Problem("bad label")] if "wrong" in conversation[-1].text else []
-
-    def check_translation(
-        self, conversation: Conversation, original: Conversation, item: Item, context: SourceContext
-    ) -> list[Problem]:
-        return [] if conversation != original else [Problem("not translated")]
 
 
 def record(name: str = "r", image: str = "images/0.png", size: tuple[int, int] = (8, 6)) -> Record:
