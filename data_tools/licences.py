@@ -130,11 +130,6 @@ class Terms:
         return restriction(source, self.agreements, licence, publish=True) or None
 
 
-def terms_of(job: Job) -> Terms:
-    """Return the terms of a job."""
-    return Terms(job.corpus, tuple(job.agreements))
-
-
 def publishable_part(job: Job) -> Job:
     """Return the job without the sources that may not be published, if it asks for that.
 

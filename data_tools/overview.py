@@ -17,7 +17,7 @@ from typing import Any
 from data_tools import forms, readers, writers
 from data_tools.items import Task
 from data_tools.job import Job
-from data_tools.licences import publishable_part, terms_of
+from data_tools.licences import Terms, publishable_part
 from data_tools.output import templates
 from data_tools.output.files import turns_of
 from data_tools.pipeline import STATE, WORK, Selection, check_writer, kept_sources, source_context
@@ -73,7 +73,7 @@ def dry_run(job: Job, selection: Selection) -> dict[str, Any]:
 def _look(
     job: Job, source: SourceOptions, selection: Selection, folder: Path, taxonomy: Taxonomy
 ) -> tuple[dict[str, Any], list[Task]]:
-    module = readers.load(source.reader)
+    module, terms = readers.load(source.reader), Terms(job.corpus, job.agreements)
     with neutral_errors(source):
         units, chosen = _sample(module.units(source), job.seed)
     records: list[Record] = []
@@ -81,7 +81,7 @@ def _look(
     count = 0
     for unit in chosen:
         with neutral_errors(source):
-            result = read_unit(source, unit, folder=folder, taxonomy=taxonomy, terms=terms_of(job))
+            result = read_unit(source, unit, folder=folder, taxonomy=taxonomy, terms=terms)
         count += len(result.stored)
         records += result.records[:_RECORDS_OF_A_UNIT]
         drops += result.drops

@@ -35,7 +35,7 @@ from data_tools.executor import Executor, open_executor
 from data_tools.forms import FORM_VERSIONS
 from data_tools.items import FORMS, SourceContext, Task
 from data_tools.job import Job, fingerprint
-from data_tools.licences import publishable_part, refusal, terms_of
+from data_tools.licences import Terms, publishable_part, refusal
 from data_tools.output import review
 from data_tools.output.build import build, recover
 from data_tools.privacy import Names, neutral_errors, salted
@@ -357,7 +357,7 @@ class _Run:
         known: deque[tuple[int, int]] = deque()
         names = Names(source)
         self.units_a_task = 1
-        own = (self.job.output, self.job.taxonomy, terms_of(self.job))
+        own = (self.job.output, self.job.taxonomy, Terms(self.job.corpus, self.job.agreements))
         function = partial(read_units, source, *own)
 
         def batches() -> Iterator[list[tuple[int, Unit]]]:

@@ -29,13 +29,31 @@ from gmai_xtuner.core.yaml_lines import Document, Section
 
 STAGES = ("stage1", "stage2", "stage3")
 QUALITIES = ("high", "low")
-_CHOICES = {
-    "quality": QUALITIES,
-    "over_length": ("cut", "drop"),
-    "on_bad_sample": ("raise", "skip"),
-    "image_marks": ("required", "first"),
+_DEFAULTS = {
+    **dict.fromkeys(("category", "quality", "on_bad_sample")),
+    "over_length": "cut",
+    "image_marks": "required",
 }
 
+
+def _one_of(*known: str) -> tuple[Callable[[Any], bool], str]:
+    return known.__contains__, f"one of {', '.join(known)}"
+
+
+_SCALARS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "quality": _one_of(*QUALITIES),
+    "over_length": _one_of("cut", "drop"),
+    "on_bad_sample": _one_of("raise", "skip"),
+    "image_marks": _one_of("required", "first"),
+    "size": (lambda value: type(value) is int and value >= 0, "a number of records"),
+    "base": (lambda value: isinstance(value, str) and value != "", "the name of a mixture file"),
+    "data_augment": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(
+        ("category", "image_root", "images"),
+        (lambda value: isinstance(value, str | None), "a text in quotes"),
+    ),
+}
+"""Key -> what its value must be."""
 _SHARED = (
     *("image_root", "images", "category", "quality", "ratio"),
     *("over_length", "on_bad_sample", "image_marks"),
@@ -135,9 +153,7 @@ def load_mixture(
         section.check_keys(_OWN if is_ours else _AUTHORS.values())
         if not is_ours:
             if "data_augment" in section:
-                section.scalar(
-                    "data_augment", lambda value: isinstance(value, bool), "true or false"
-                )
+                _read_scalar(section, "data_augment")
             section = datasets.section(name, title=section.title, names=_AUTHORS)
         if not name.strip():
             raise section.error("the name is empty", "Name the dataset.")
@@ -156,9 +172,7 @@ def load_mixture(
 def _read_base(top: Section, variants: tuple[Path, ...], *, check_files: bool) -> Mixture:
     """Read the mixture that this one is a variant of, without what it leaves out."""
     key = "base"
-    value = top.scalar(
-        key, lambda value: isinstance(value, str) and value != "", "the name of a mixture file"
-    )
+    value = _read_scalar(top, key)
     file = _locate(top, value, key=key, must_exist=True)
     family = (*variants, top.document.path.resolve())
     if file.resolve() in family:
@@ -234,7 +248,7 @@ def sample_indices(size: int, ratio: float, *, seed: int, name: str) -> np.ndarr
 def _read_entry(
     name: str, section: Section, defaults: Section | None, *, check_files: bool
 ) -> DatasetEntry:
-    def field(key: str, read: Callable[[Section, str], Any], default: Any = None) -> Any:
+    def field(key: str, default: Any = None, *, read: Any = _read_scalar) -> Any:
         """Read a field of the dataset, else of the defaults."""
         holder = next((part for part in (section, defaults) if part and key in part), None)
         return default if holder is None else read(holder, key)
@@ -255,29 +269,16 @@ def _read_entry(
     return DatasetEntry(
         name=name,
         annotations=annotations,
-        image_root=field(root, image_root),
-        category=field("category", _read_text),
-        quality=field("quality", _read_choice),
-        ratios=field("ratio", _read_ratios, dict.fromkeys(STAGES, 1.0)),
-        over_length=field("over_length", _read_choice, "cut"),
-        on_bad_sample=field("on_bad_sample", _read_choice),
-        size=section.scalar("size", lambda n: type(n) is int and n >= 0, "a number of records")
-        if "size" in section
-        else None,
+        image_root=field(root, read=image_root),
+        ratios=field("ratio", dict.fromkeys(STAGES, 1.0), read=_read_ratios),
+        size=_read_scalar(section, "size") if "size" in section else None,
         exclude=_files(section, "exclude", check_files=check_files),
-        image_marks=field("image_marks", _read_choice, "required"),
+        **{key: field(key, default) for key, default in _DEFAULTS.items()},
     )
 
 
-def _read_text(section: Section, key: str) -> Any:
-    return section.scalar(
-        key, lambda value: isinstance(value, str | None), "a text", remedy="Put it in quotes."
-    )
-
-
-def _read_choice(section: Section, key: str) -> Any:
-    known = _CHOICES[key]
-    return section.scalar(key, lambda value: value in known, f"one of {', '.join(known)}")
+def _read_scalar(section: Section, key: str) -> Any:
+    return section.scalar(key, *_SCALARS[key])
 
 
 def _read_ratios(section: Section, key: str) -> dict[str, float]:
@@ -317,7 +318,7 @@ def _files(
 def _read_image_root(
     section: Section, key: str, *, annotations: tuple[Path, ...], check_files: bool
 ) -> Path | None:
-    value = _read_text(section, key)
+    value = _read_scalar(section, key)
     if value is None:
         return None
     if value == "":

@@ -4,6 +4,7 @@
 
 import base64
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ def picture(seed: int, side: int = 96) -> Image.Image:
     """Soft blobs, as much alike as medical pictures of different kinds are."""
     low = np.random.default_rng(seed).integers(0, 255, (9, 9), dtype=np.uint8)
     return Image.fromarray(low).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def as_bytes(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 """Benchmarks in the shapes that their authors ship, read without knowing which they are."""
 
-import io
 import json
 from pathlib import Path
 
@@ -14,18 +13,18 @@ from data_tools.contamination import rows as columns
 from data_tools.contamination.benchmark import Benchmark
 from data_tools.contamination.hashing import ImageSource
 from gmai_xtuner.core.errors import CorpusError, DataError
-from tests.data_tools.contamination.sides import as_base64, picture, write_lines, write_tsv
+from tests.data_tools.contamination.sides import (
+    as_base64,
+    as_bytes,
+    picture,
+    write_lines,
+    write_tsv,
+)
 
 
 def read(path: Path, **options) -> tuple[Benchmark, list[ImageSource]]:
     benchmark = Benchmark(path, **options)
     return benchmark, list(benchmark.read())
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_slake_and_its_training_part(tmp_path: Path) -> None:
@@ -87,8 +86,11 @@ def test_parquet_with_pictures_inside_and_options_as_text(tmp_path: Path) -> Non
         "question": ["See <image 1>?", "And?"],
         "options": ["['T1', 'T2']", "['no', \"it's\"]"],
         "answer": ["A", "B"],
-        "image_1": [{"bytes": png(0), "path": "x.png"}, {"bytes": png(0), "path": "y.png"}],
-        "image_2": [{"bytes": png(1), "path": None}, None],
+        "image_1": [
+            {"bytes": as_bytes(picture(0)), "path": "x.png"},
+            {"bytes": as_bytes(picture(0)), "path": "y.png"},
+        ],
+        "image_2": [{"bytes": as_bytes(picture(1)), "path": None}, None],
     }
     pq.write_table(pa.table(rows), tmp_path / "val.parquet")
     benchmark, pictures = read(tmp_path)

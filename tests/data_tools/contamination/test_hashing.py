@@ -2,7 +2,6 @@
 
 """Hashes of images, and what is kept of them."""
 
-import io
 import os
 import sqlite3
 from collections.abc import Sequence
@@ -26,13 +25,7 @@ from data_tools.contamination.hashing import (
 from data_tools.executor import open_executor
 from data_tools.preprocess.images import read_pixels
 from gmai_xtuner.core.errors import CorpusError
-from tests.data_tools.contamination.sides import picture
-
-
-def as_bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.data_tools.contamination.sides import as_bytes, picture
 
 
 def bits(one: Hashed, other: Hashed) -> int:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data_tools.output.splits import Split, SplitBuilder, hashes, perceptual_hash
 from gmai_xtuner.core.errors import CorpusError
+from tests.data_tools.contamination.sides import picture
 
 Rows = list[tuple[str, str]]  # group, picture
 rows = st.lists(
@@ -89,16 +90,6 @@ def test_nothing_is_held_out_of_a_share_of_zero():
     assert not any(found.held_out(f"patient{n}") for n in range(50))
 
 
-def picture(seed: int, side: int = 160) -> Image.Image:
-    """Soft blobs, as much alike as medical pictures of different kinds are."""
-    low = np.random.default_rng(seed).integers(0, 255, (9, 9), dtype=np.uint8)
-    return Image.fromarray(low).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def bits(one: int, other: int) -> int:
-    return (one ^ other).bit_count()
-
-
 def test_a_picture_that_was_saved_again_or_made_smaller_is_close(tmp_path):
     for seed in range(8):
         picture(seed).save(tmp_path / "a.png")
@@ -106,7 +97,7 @@ def test_a_picture_that_was_saved_again_or_made_smaller_is_close(tmp_path):
         picture(seed).resize((97, 97)).save(tmp_path / "c.png")
         picture(seed).convert("RGB").save(tmp_path / "d.png")
         first, *others = (perceptual_hash(path) for path in sorted(tmp_path.iterdir()))
-        assert max(bits(first, other) for other in others) <= 2
+        assert max((first ^ other).bit_count() for other in others) <= 2
 
 
 def test_a_picture_without_anything_in_it_has_the_hash_zero(tmp_path):
