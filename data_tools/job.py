@@ -30,7 +30,7 @@ from data_tools.options import (
     WriterOptions,
 )
 from data_tools.readers import SourceOptions
-from data_tools.taxonomy import Taxonomy
+from data_tools.taxonomy import KINDS, Taxonomy
 from data_tools.taxonomy import load as load_taxonomy
 from gmai_xtuner.core.agreements import Agreement
 from gmai_xtuner.core.errors import CorpusError, JobError
@@ -254,20 +254,15 @@ def _sources(data: Mapping[str, Any], problems: _Problems) -> dict[int, SourceOp
 def _source(entry: dict[str, Any], place: Place, problems: _Problems) -> SourceOptions | None:
     reader = entry.get("reader")
     if not isinstance(reader, str) or reader not in readers.READERS:
-        known = list(readers.READERS)
-        if reader is None:
-            problems.add(place, f"reader is missing; there are {', '.join(known)}")
-        else:
-            problems.add((*place, "reader"), f"no reader {reader!r}{nearest(str(reader), known)}")
+        missing = f"reader is missing; there are {', '.join(readers.READERS)}"
+        unknown = f"no reader {reader!r}{nearest(str(reader), list(readers.READERS))}"
+        problems.add(*((place, missing) if reader is None else ((*place, "reader"), unknown)))
         return None
     try:
         options = readers.load(reader).Options
     except ImportError as error:
-        problems.add(
-            (*place, "reader"),
-            f"the reader {reader} needs a library that is not installed ({error}); "
-            "pip install 'gmai-xtuner[data]'",
-        )
+        told = f"the reader {reader} needs a library that is not installed ({error})"
+        problems.add((*place, "reader"), f"{told}; pip install 'gmai-xtuner[data]'")
         return None
     if root := _settle(entry, "root", problems, place, is_there=True):
         _table(entry, root, problems.folder)
@@ -294,19 +289,14 @@ def _check_output(job: Job, problems: _Problems) -> None:
     output = job.output.resolve()
     for source in job.sources:
         with suppress(ValueError):  # a NUL, which the reader refuses
-            root, told = source.root.resolve(), ""
+            root = source.root.resolve()
+            of = f"the source {source.name!r} ({root})"
             if root.is_relative_to(output):
-                told = (
-                    f"{output} holds the data of the source {source.name!r} ({root}), and a run deletes "
-                    "what isn't its own in the output; name another folder"
-                )
+                why = "a run deletes what isn't its own in the output; name another folder"
+                problems.add(("output",), f"{output} holds the data of {of}, and {why}")
             elif output.is_relative_to(root) and source.reader in _WALKING:
-                told = (
-                    f"{output} lies below the root of the source {source.name!r} ({root}), so the next run "
-                    "would read its own pictures as data; name a folder outside it"
-                )
-            if told:
-                problems.add(("output",), told)
+                why = "the next run would read its own pictures as data; name a folder outside it"
+                problems.add(("output",), f"{output} lies below the root of {of}, so {why}")
 
 
 def _settle(
@@ -368,15 +358,14 @@ def _package_folder(text: str) -> Path:
 def _check_terms(
     made: Mapping[int, SourceOptions], taxonomy: Taxonomy, problems: _Problems
 ) -> None:
-    kinds = {"modality": "modalities", "department": "departments"}
-    kinds |= {"clinical_task": "clinical_tasks"}
     for number, source in made.items():
         place: Place = ("sources", number)
         if source.department is None:
             names = ", ".join(taxonomy.names("departments"))
             told = "department is missing; name one, or None for a set of no department"
             problems.add(place, f"{told} ({names})")
-        for key, kind in kinds.items():
+        for kind in ("modalities", "departments", "clinical_tasks"):
+            key = KINDS[kind].replace(" ", "_")
             if (value := getattr(source, key)) is not None:
                 try:
                     taxonomy.find(kind, value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from itertools import chain, permutations
 from pathlib import Path
 
 import inflect
@@ -173,11 +174,9 @@ def kinds_among(labels: tuple[str, ...]) -> dict[str, frozenset[str]]:
     by_head: dict[frozenset[str], list[str]] = {}
     for label, head in heads.items():
         by_head.setdefault(words_of(" ".join(head)), []).append(label)
-    for alike in by_head.values():
-        for label in alike:
-            for other in alike:
-                if other != label and words[other] >= words[label]:
-                    found.setdefault(label, set()).add(other)
+    for label, other in chain.from_iterable(permutations(each, 2) for each in by_head.values()):
+        if words[other] >= words[label]:
+            found.setdefault(label, set()).add(other)
     return {label: frozenset(others) for label, others in found.items()}
 
 

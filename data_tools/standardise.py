@@ -108,7 +108,7 @@ def read_unit(
             if sample is None:
                 continue
             samples += 1
-            where = _where(sample)
+            where = "#".join(filter(None, (sample.source_file, part_slug(sample.part))))
             with drops.image(where, stage="record"):
                 drops.lose(*incomplete)
                 if not is_unicode(sample.source_file):
@@ -209,9 +209,8 @@ def _named(source: SourceOptions, sample: Sample, drops: Drops, where: str) -> l
                 raise Unusable("unclear label", f"{code!r} is null in the job's `labels`")
         if not label:
             raise Unusable("no label", "its name is empty")
-        if not all(
-            map(is_unicode, (label, *annotation.attributes, *annotation.attributes.values()))
-        ):
+        texts = (label, *annotation.attributes, *annotation.attributes.values())
+        if not all(map(is_unicode, texts)):
             raise Unusable("label that no UTF-8 can hold", ascii(label))
         codes[label].add(code)
         named.append(replace(annotation, label=label))
@@ -245,11 +244,8 @@ def _without_text(
         if find_text(pixels):
             raise Unusable(BURNED_IN, "also beside the edges")
         cut = [_cut(annotation, rest) for annotation in annotations]
-        for before, after in zip(annotations, cut, strict=True):
-            if after is None:
-                drops.add(
-                    "region cut off with burned-in text", where, lost=[before.label], stage="clean"
-                )
+        for label in (a.label for a, left in zip(annotations, cut, strict=True) if left is None):
+            drops.add("region cut off with burned-in text", where, lost=[label], stage="clean")
         sample, annotations = replace(sample, image=pixels), [one for one in cut if one is not None]
     return replace(sample, preprocessing={**sample.preprocessing, NOTE: note}), annotations
 
@@ -380,14 +376,8 @@ def _id(
     """Unique if a file's part is; the store makes the rest unique."""
     dimension, kind = _DIMENSION_AND_TASK[task]
     path = [part.replace("%", "%25").replace("#", "%23") for part in file.split("/")]
-    names = [dimension, kind, slug(modality), source.name, *path]
-    if parts:
-        names.append(part_slug(parts))
-    return "#".join(names)
-
-
-def _where(sample: Sample) -> str:
-    return f"{sample.source_file}#{part_slug(sample.part)}" if sample.part else sample.source_file
+    names = (dimension, kind, slug(modality), source.name, *path, part_slug(parts))
+    return "#".join(names[: None if parts else -1])
 
 
 def duplicate_key(record: Record) -> bytes:

@@ -109,15 +109,17 @@ def turns(conversation: Conversation, item: Item) -> Iterator[Problem]:
 
 def length(what: Said, item: Item, options: CheckOptions) -> Iterator[Problem]:
     """Want lengths within the bounds; Chinese characters count as words."""
-    numbers = [_number_of_words(answer) for answer in what.answers]
-    if item.form in _SENTENCES and sum(numbers) < options.min_words:
-        yield Problem(
-            "answer too short", f"{sum(numbers)} words, at least {options.min_words} wanted"
-        )
-    if max(numbers, default=0) > options.max_words:
-        yield Problem(
-            "answer too long", f"{max(numbers)} words, at most {options.max_words} wanted"
-        )
+    numbers = [
+        len(_CHINESE.findall(answer)) + len(_CHINESE.sub(" ", answer).split())
+        if not answer.isascii()
+        else answer.count(" ") + 1
+        for answer in what.answers
+    ]
+    least, most = options.min_words, options.max_words
+    if item.form in _SENTENCES and sum(numbers) < least:
+        yield Problem("answer too short", f"{sum(numbers)} words, at least {least} wanted")
+    if max(numbers, default=0) > most:
+        yield Problem("answer too long", f"{max(numbers)} words, at most {most} wanted")
 
 
 def language(what: Said, item: Item, options: CheckOptions) -> Iterator[Problem]:
@@ -144,12 +146,6 @@ def repetition(what: Said) -> Iterator[Problem]:
             again = next(sentence for sentence in sentences if sentences.count(sentence) > 1)
             yield Problem("sentence repeated", again[:120])
             return
-
-
-def _number_of_words(text: str) -> int:
-    if text.isascii():
-        return text.count(" ") + 1
-    return len(_CHINESE.findall(text)) + len(_CHINESE.sub(" ", text).split())
 
 
 def phrases(what: Said, options: CheckOptions) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -150,24 +150,30 @@ def wrong(source: SourceOptions, problem: str) -> SourceError:
 
 def folder_of(source: SourceOptions, folder: str, *, key: str) -> Path:
     """Return the folder below the root that the job's ``key`` names, or raise `SourceError`."""
-    path = _in_job(source, folder or ".", key)
-    if not os.path.isdir(path):
-        here = sorted(entry.name for entry in source.root.iterdir() if entry.is_dir())
-        problem = f"names the folder {folder!r}, which is not below {str(source.root)!r}"
-        raise wrong(source, f"`{key}` {problem}. Folders there: {listed(here)}.")
-    return path
+    return _in_job(source, folder or ".", key, "folder", os.path.isdir)
 
 
 def file_of(source: SourceOptions, name: str, *, key: str) -> Path:
     """Return the file below the root that the job's ``key`` names, or raise `SourceError`."""
-    path = _in_job(source, name, key)
-    if not os.path.isfile(path):
-        folder = path.parent if os.path.isdir(path.parent) else source.root
-        here = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-        shown = listed(near(name.rsplit("/")[-1], here) or here)
-        problem = f"names the file {name!r}, which is not below {str(source.root)!r}"
-        raise wrong(source, f"`{key}` {problem}. Files in {str(folder)!r}: {shown}.")
-    return path
+    return _in_job(source, name, key, "file", os.path.isfile)
+
+
+def _in_job(
+    source: SourceOptions, name: str, key: str, kind: str, is_one: Callable[[Path], bool]
+) -> Path:
+    if not source.root.is_dir():
+        raise wrong(source, f"root {str(source.root)!r} is no folder. Correct `root`.")
+    try:
+        path = below(source, name)
+    except ValueError as error:
+        raise wrong(source, f"`{key}`: {error}.") from error
+    if is_one(path):
+        return path
+    folder = path.parent if kind == "file" and os.path.isdir(path.parent) else source.root
+    here = sorted(entry.name for entry in folder.iterdir() if is_one(entry))
+    shown = listed(near(name.rsplit("/")[-1], here) or here)
+    problem = f"names the {kind} {name!r}, which is not below {str(source.root)!r}"
+    raise wrong(source, f"`{key}` {problem}. There in {str(folder)!r}: {shown}.")
 
 
 def table_of(source: SourceOptions, table: str) -> Path:
@@ -181,15 +187,6 @@ def read_json(source: SourceOptions, path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise wrong(source, f"{path} is no JSON ({error}).") from error
-
-
-def _in_job(source: SourceOptions, name: str, key: str) -> Path:
-    if not source.root.is_dir():
-        raise wrong(source, f"root {str(source.root)!r} is no folder. Correct `root`.")
-    try:
-        return below(source, name)
-    except ValueError as error:
-        raise wrong(source, f"`{key}`: {error}.") from error
 
 
 def near(name: str, names: Iterable[str]) -> list[str]:
