@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-import io
 import zipfile
 
 import h5py
@@ -18,6 +17,11 @@ MASKS[:, 3:9, 4:20], MASKS[2, 10:20, 2:8] = 1, 7
 
 def labels_of(samples):
     return [[annotation.label for annotation in sample.annotations] for sample in samples]
+
+
+def check_dropped(root, reason, **keys):
+    samples, drops = read_all(arrays, root, **keys)
+    assert (samples, list(reasons(drops))) == ([], [reason])
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -56,8 +60,8 @@ def test_medsam_and_the_same_arrays_in_other_files(tmp_path, kind):
     else:
         order = np.asfortranarray if kind == "fortran" else np.ascontiguousarray
         keys = {"images": "imgs/{case}.npy", "masks": "gts/{case}.npy"}
-        np.save(tmp_path / "imgs/c.npy", order(IMAGES))
-        np.save(tmp_path / "gts/c.npy", order(MASKS))
+        for folder, array in (("imgs", IMAGES), ("gts", MASKS)):
+            np.save(tmp_path / folder / "c.npy", order(array))
     samples, drops = read_all(arrays, tmp_path, **keys)
     assert labels_of(samples) == [["1"], ["1"], ["1", "7"], ["1"]]
     for sample, image, mask in zip(samples, IMAGES, MASKS, strict=True):
@@ -93,9 +97,7 @@ def test_deep_levels_axes_and_a_window(tmp_path):
 )
 def test_arrays_that_do_not_fit(tmp_path, parts, reason):
     np.savez(tmp_path / "c.npz", **parts)
-    keys = {"images": "{case}.npz", "image_key": "imgs", "mask_key": "gts"}
-    samples, drops = read_all(arrays, tmp_path, **keys)
-    assert (samples, list(reasons(drops))) == ([], [reason])
+    check_dropped(tmp_path, reason, images="{case}.npz", image_key="imgs", mask_key="gts")
 
 
 def npy(shape: str, data: bytes = b"") -> bytes:
@@ -117,12 +119,10 @@ def npy(shape: str, data: bytes = b"") -> bytes:
 )
 def test_what_a_header_promises_is_held_against_the_file(tmp_path, content):
     (tmp_path / "liver.npy").write_bytes(content)
-    samples, drops = read_all(arrays, tmp_path, images="{label}.npy")
-    assert (samples, reasons(drops)) == ([], {"array that can't be read": 1})
+    check_dropped(tmp_path, "array that can't be read", images="{label}.npy")
     with zipfile.ZipFile(tmp_path / "liver.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", content)
-    samples, drops = read_all(arrays, tmp_path, images="{label}.npz")
-    assert (samples, reasons(drops)) == ([], {"array that can't be read": 1})
+    check_dropped(tmp_path, "array that can't be read", images="{label}.npz")
 
 
 def test_no_hdf5_file_leads_to_another(tmp_path):
@@ -134,19 +134,14 @@ def test_no_hdf5_file_leads_to_another(tmp_path):
         outside = [(str(tmp_path / "secret"), 0, IMAGES.nbytes)]
         file.create_dataset("raw", IMAGES.shape, IMAGES.dtype, external=outside)
     for key, reason in (("link", "no such array"), ("raw", "array that can't be read")):
-        samples, drops = read_all(arrays, tmp_path, images="{label}.h5", image_key=key)
-        assert (samples, reasons(drops)) == ([], {reason: 1})
+        check_dropped(tmp_path, reason, images="{label}.h5", image_key=key)
 
 
 def test_a_row_may_not_be_larger_than_the_job_says(tmp_path):
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, a=np.zeros((2, 2000, 2000), dtype=np.uint8))
-    (tmp_path / "liver.npz").write_bytes(buffer.getvalue())
-    samples, drops = read_all(arrays, tmp_path, images="{label}.npz", max_bytes=10**6)
-    assert (samples, reasons(drops)) == ([], {"array is too large": 1})
+    np.savez_compressed(tmp_path / "liver.npz", a=np.zeros((2, 2000, 2000), dtype=np.uint8))
+    check_dropped(tmp_path, "array is too large", images="{label}.npz", max_bytes=10**6)
 
 
 def test_a_stack_whose_white_is_0_is_not_shown_inverted(tmp_path):
     tifffile.imwrite(tmp_path / "liver_1.tif", IMAGES, photometric="miniswhite")
-    samples, drops = read_all(arrays, tmp_path, images="{label}_{n:d}.tif")
-    assert (samples, reasons(drops)) == ([], {"array that can't be read": 1})
+    check_dropped(tmp_path, "array that can't be read", images="{label}_{n:d}.tif")

@@ -30,13 +30,10 @@ def test_a_link_may_lead_to_another_place_of_the_source_but_not_out(tmp_path):
     (root / "outside.png").symlink_to(other / "a.png")
     (root / "folder").symlink_to(other)
     assert below(source(root), "inside.png").read_bytes() == b"x"
+    assert below(source(root), "a\\b.png") == root / "a/b.png"
     for name in ("outside.png", "folder/a.png"):
         with pytest.raises(ValueError, match="leads out"):
             below(source(root), name)
-
-
-def test_backslashes_separate_folders(tmp_path):
-    assert below(source(tmp_path), "a\\b.png") == tmp_path / "a/b.png"
 
 
 def test_files_come_sorted_without_hidden_ones_and_without_following_links(tmp_path):
@@ -70,13 +67,8 @@ def test_a_link_may_leave_the_root_where_the_job_says_so(tmp_path):
     (root / "folder").symlink_to(store)
     (store / "round").symlink_to(store)
     of = source(root, links=[store])
-    assert list(files(of)) == [
-        "a.png",
-        "annexed.png",
-        "elsewhere.png",
-        "folder/a.png",
-        "folder/round",
-    ]
+    found = ["a.png", "annexed.png", "elsewhere.png", "folder/a.png", "folder/round"]
+    assert list(files(of)) == found
     for name in ("annexed.png", "folder/a.png"):
         assert file_below(of, name) == root / name
         with pytest.raises(ValueError, match="links"):
@@ -129,11 +121,9 @@ def test_files_are_found_by_known_and_unknown_places(tmp_path):
 
 def test_a_path_that_fits_both_patterns_is_of_the_more_exact_one(tmp_path):
     names = "a/ct.nii.gz a/liver.nii.gz a/inferior_vena_cava.nii.gz b/ct.nii.gz b/liver.nii.gz"
+    vein = ("a/inferior_vena_cava.nii.gz", "inferior_vena_cava")
     assert pairs(tmp_path, names, "{case}/ct.nii.gz", "{case}/{label}.nii.gz") == [
-        (
-            "a/ct.nii.gz",
-            [("a/inferior_vena_cava.nii.gz", "inferior_vena_cava"), ("a/liver.nii.gz", "liver")],
-        ),
+        ("a/ct.nii.gz", [vein, ("a/liver.nii.gz", "liver")]),
         ("b/ct.nii.gz", [("b/liver.nii.gz", "liver")]),
     ]
     assert pairs(tmp_path / "m", "a.png a_mask.png", "{n}.png", "{n}_mask.png") == [
@@ -144,11 +134,8 @@ def test_a_path_that_fits_both_patterns_is_of_the_more_exact_one(tmp_path):
 def test_a_mask_name_that_reads_in_two_ways_is_refused_with_both(tmp_path):
     names = "i/a.png m/a_inferior_vena_cava_1.png"
     patterns = ("i/{case}.png", "m/{case}_{label}_{number}.png")
-    with pytest.raises(SourceError) as error:
+    with pytest.raises(SourceError, match=r"`masks`.*label 'inferior'.*'inferior_vena'"):
         pairs(tmp_path, names, *patterns)
-    assert all(
-        text in str(error.value) for text in ("label 'inferior'", "'inferior_vena'", "`masks`")
-    )
     found = [("i/a.png", [("m/a_inferior_vena_cava_1.png", "inferior_vena_cava")])]
     assert pairs(tmp_path, names, *patterns, labels={"inferior_vena_cava", "liver"}) == found
     exact = "m/{case}_{label}_{number:d}.png"

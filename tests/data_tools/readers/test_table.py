@@ -70,22 +70,14 @@ def test_the_same_table_in_every_format(tmp_path):
         sheet.append(row)
     book.save(tmp_path / "t.xlsx")
     keys = {"image": "{f}.png", "label": "l", "box": CORNERS}
-    for name, further in {
-        "t.csv": {},
-        "bom.csv": {},
-        "windows.csv": {"encoding": "cp1252"},
-        "wide.csv": {"encoding": "utf-16"},
-        "t.tsv": {},
-        "semicolon.csv": {"delimiter": ";"},
-        "t.jsonl": {},
-        "t.xlsx": {"sheet": "labels"},
-    }.items():
+    said = {"windows.csv": {"encoding": "cp1252"}, "wide.csv": {"encoding": "utf-16"}}
+    said |= {"semicolon.csv": {"delimiter": ";"}, "t.xlsx": {"sheet": "labels"}}
+    said |= {name: {} for name in ("t.csv", "bom.csv", "t.tsv", "t.jsonl")}
+    for name, further in said.items():
         samples, drops = read_all(table, tmp_path, table=name, **keys, **further)
-        assert [boxes(sample) for sample in samples] == [
-            [("µ", (1, 2, 3, 4))],
-            [("n", (5, 6, 7, 8.5))],
-        ], name
         assert drops == []
+        expected = [[("µ", (1, 2, 3, 4))], [("n", (5, 6, 7, 8.5))]]
+        assert [boxes(sample) for sample in samples] == expected, name
     with pytest.raises(SourceError, match=r"no sheet 'label'; there are 'notes', 'labels'"):
         read_all(table, tmp_path, table="t.xlsx", sheet="label", **keys)
 
@@ -114,9 +106,7 @@ def test_a_folder_of_dicom_files_and_a_table_of_labels(tmp_path, shared_data):
 MILLION = """
 import re, sys
 from pathlib import Path
-from data_tools.readers import rows, table
-from gmai_xtuner.core.errors import SourceError
-from gmai_xtuner.core.errors import SourceError
+from data_tools.readers import table
 options = table.Options(name="s", licence="x", reader="table", root=Path(sys.argv[1]), table="t.csv",
     image="file", label="label", box=dict(x1="x1", y1="y1", x2="x2", y2="y2"))
 print(sum(len(unit.payload[1]) for unit in table.units(options)),

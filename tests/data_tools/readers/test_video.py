@@ -73,6 +73,9 @@ def read(root: Path, **keys: Any) -> tuple[list[Sample], list[Drop]]:
     return samples, drops
 
 
+BOX = {"box": {key: key for key in ("x1", "y1", "x2", "y2")}}
+
+
 def frames(samples: Sequence[Sample]) -> list[int]:
     return [int(sample.part["frame"]) for sample in samples]
 
@@ -93,16 +96,11 @@ def test_every_frame_that_is_asked_for_is_that_frame(tmp_path, suffix, how):
     path = write_video(tmp_path / f"a.{suffix}", [picture(n) for n in range(50)], **how)
     line = video_frames.timeline(path)
     assert len(line.pts) == 50
+    assert line.by_counting == ((suffix, how["codec"]) == ("avi", "libx264"))
     for numbers in ([0, 1, 2], [3, 13, 14, 40], [49], list(range(50))):
         found = list(video_frames.frames_at(path, line, numbers))
         assert [frame.number for frame in found] == numbers
         assert [number_in(frame.pixels) for frame in found] == numbers
-
-
-def test_h264_in_avi_is_the_case_in_which_frames_are_counted(tmp_path):
-    pictures = [picture(n) for n in range(50)]
-    assert video_frames.timeline(write_video(tmp_path / "a.avi", pictures)).by_counting
-    assert not video_frames.timeline(write_video(tmp_path / "a.mp4", pictures)).by_counting
 
 
 def test_a_late_frame_is_found_without_decoding_those_before(tmp_path, monkeypatch):
@@ -190,11 +188,10 @@ def test_the_table_names_frames_with_labels_and_boxes(clip):
     )
     columns = {
         "file": "video", "label": "finding", "frame": "frame",
-        "box": {k: k for k in ("x1", "y1", "x2", "y2")},
-        "attributes": {"grade": "Paris class"},
+        **BOX, "attributes": {"grade": "Paris class"},
     }  # fmt: skip
     keys = {"pick": "table", "table": root.parent / "labels.csv", "columns": columns}
-    samples, drops = read(root, **keys)
+    samples, drops, lacking = read_units(video, options(root, **keys))
     assert frames(samples) == [7, 33]
     first, second = samples
     assert number_in(first.image) == 7
@@ -203,7 +200,6 @@ def test_the_table_names_frames_with_labels_and_boxes(clip):
         ("forceps", (1, 2, 3, 4)),
     ]
     assert first.annotations[0].attributes == {"Paris class": "0-IIa"}
-    lacking = read_units(video, options(root, **keys))[2]
     assert lacking == [("polyp",)] * 2  # of the rows that can't be read
     assert [(a.label, a.box) for a in second.annotations] == [("normal", None)]
     assert sorted(drop.reason for drop in drops) == [
@@ -239,7 +235,7 @@ def test_intervals_label_the_frames_that_are_picked(clip):
 
 def test_a_crop_takes_the_edge_away_and_boxes_move_along(clip):
     root = clip("file,frame,label,x1,y1,x2,y2\na,7,polyp,40,50,60,70\n")
-    columns = {"frame": "frame", "box": {k: k for k in ("x1", "y1", "x2", "y2")}}
+    columns = {"frame": "frame", **BOX}
     keys = {"pick": "table", "table": root.parent / "labels.csv", "columns": columns}
     (plain,), _ = read(root, **keys)
     (sample,), _ = read(root, **keys, crop=[16, 32, 128, 96])
