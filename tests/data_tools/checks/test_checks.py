@@ -122,20 +122,16 @@ def test_each_check_can_be_switched_off(name):
 def test_a_record_of_both_sides_is_not_held_to_one():
     sides = {"side": "left"}, {"side": "right"}
     labels = tuple(Label("platelet", None, None, side) for side in sides)
-    record = dataclasses.replace(RECORD, labels=labels)
-    assert reasons(ASKED, "A platelet of the right side is shown.", record=record) == []
-    record = dataclasses.replace(RECORD, labels=labels[:1])
-    assert reasons(ASKED, "A platelet of the right side is shown.", record=record) == [
-        "side contradicted"
-    ]
+    for known, expected in ((labels, []), (labels[:1], ["side contradicted"])):
+        record = dataclasses.replace(RECORD, labels=known)
+        text = "A platelet of the right side is shown."
+        assert reasons(ASKED, text, record=record) == expected
 
 
 def test_a_term_within_another_english_word_is_none():
     finder = TermFinder({"CT": "CT", "X光": "X-ray"})
-    assert [hit.meaning for hit in finder.find_chinese("行ECT治疗，CTA，CT与X光。")] == [
-        "CT",
-        "X-ray",
-    ]
+    chinese = finder.find_chinese("行ECT治疗，CTA，CT与X光。")
+    assert [hit.meaning for hit in chinese] == ["CT", "X-ray"]
     assert [hit.meaning for hit in finder.find(words_of("An ECT, a CTA, and a CT."))] == ["CT"]
 
 
@@ -147,11 +143,10 @@ def test_every_phrase_is_found_in_its_language(phrase):
 
 
 def test_phrases_can_be_allowed_and_added():
-    text = f"{GOOD} The bounding box is small."
+    text, leak = f"{GOOD} The bounding box is small.", ["speaks of the annotation"]
     assert reasons(ASKED, text, options=CheckOptions(allowed_phrases=("Bounding box",))) == []
-    assert reasons(ASKED, GOOD, options=CheckOptions(further_leaks=("Under the microscope",))) == [
-        "speaks of the annotation"
-    ]
+    more = CheckOptions(further_leaks=("Under the microscope",))
+    assert reasons(ASKED, GOOD, options=more) == leak
 
 
 ENGLISH = (

@@ -51,6 +51,13 @@ def conversations(of, make=EVERYTHING, context=CONTEXT, seed=0):
         yield item, write(Task(item, of, context), TAXONOMY)
 
 
+def said(of, **make):
+    """All texts of some forms in English."""
+    options = MakeOptions(**dict.fromkeys(FORMS, 0) | {"chinese": 0} | make)
+    made = (made for seed in range(120) for _, made in conversations(of, options, seed=seed))
+    return {turn.text for turns in made for turn in turns}
+
+
 boxes = st.builds(
     lambda x, y, w, h: (x, y, min(640, x + w), min(480, y + h)),
     st.integers(0, 639), st.integers(0, 479), st.integers(1, 640), st.integers(1, 480),
@@ -284,16 +291,10 @@ def test_counts_and_places():
 
 def test_a_caption_word_for_word():
     of = record(Label("normal"), Label("nodule", (0, 0, 10, 10)), attributes={"view": "AP"})
-    texts = {
-        made[1].text
-        for number in range(60)
-        for item, made in conversations(of, MakeOptions(chinese=0), seed=number)
-        if item.form == "caption"
-    }
     assert (
         "This is an anteroposterior CT image. It is classified as normal. "
         "A nodule is visible in the upper left part of the image."
-    ) in texts
+    ) in said(of, caption=1)
 
 
 @pytest.mark.parametrize(
@@ -367,9 +368,7 @@ def test_a_changed_sentence_raises_the_version_of_its_form(form):
 
 
 def test_lists_and_places():
-    assert EN.listed(["a"]) == "a"
-    assert EN.listed(["a", "b"]) == "a and b"
-    assert EN.listed(["a", "b", "c"]) == "a, b and c"
+    assert list(map(EN.listed, ("a", "ab", "abc"))) == ["a", "a and b", "a, b and c"]
     right, corner = (600, 200, 640, 280), (0, 470, 10, 480)
     assert EN.where([right], 640, 480) == "the right part of the image"
     assert EN.where([right, corner], 640, 480) == "the right and lower left parts of the image"
@@ -455,27 +454,15 @@ def test_what_was_left_out_is_neither_counted_nor_denied():
 
 
 def test_articles_of_regions():
-    def said(of, **make):
-        none = dict.fromkeys(FORMS, 0) | {"chinese": 0} | make
-        return {
-            turn.text
-            for seed in range(120)
-            for _, made in conversations(of, MakeOptions(**none), seed=seed)
-            for turn in made
-        }
-
     one = said(record(Label("spleen", (0, 0, 64, 48))), region_caption=1)
     assert (
         "This region, in the upper left part of the image, shows the spleen. It spans about 10% of "
         "the image's width and 10% of its height."
     ) in one
-    several = said(
-        record(*[Label("platelet", (at, 0, at + 9, 9)) for at in (0, 20)]), region_caption=1
-    )
+    two = record(*[Label("platelet", (at, 0, at + 9, 9)) for at in (0, 20)])
+    several = said(two, region_caption=1)
     assert any("shows one of the two platelets." in text for text in several)
-    asked = said(
-        record(Label("spleen", (0, 0, 64, 48))), perception=1,
-    )  # fmt: skip
+    asked = said(record(Label("spleen", (0, 0, 64, 48))), perception=1)
     assert {"Does this image show the spleen?", "Where in the image is the spleen?"} <= {
         text.removeprefix("<image>\n") for text in asked
     }
@@ -527,10 +514,5 @@ def test_no_finding_is_no_finding():
             assert not check(made, task, TAXONOMY, CheckOptions())
     told = " ".join(texts)
     assert "It shows no finding." in told
-    for words in (
-        "finding is no finding",
-        "Is no finding",
-        "findings in it: no",
-        "identified in this image: no",
-    ):
-        assert words not in told
+    wrong = ("finding is no finding", "Is no finding", "findings in it: no", "in this image: no")
+    assert not any(words in told for words in wrong)

@@ -66,6 +66,11 @@ def test_comments_and_exif_in_a_jpeg_are_taken_out_and_the_coded_pixels_stay(tmp
     assert data == saved(tmp_path / "plain.jpg", NOISE, quality=90).read_bytes()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+
 def segment(marker: int, body: bytes) -> bytes:
     return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
 
@@ -95,9 +100,8 @@ def test_nothing_but_the_image_stays_in_a_jpeg(tmp_path, progressive):
 def test_no_profile_and_no_text_stays_in_a_png(tmp_path):
     plain = saved(tmp_path / "plain.png", NOISE).read_bytes()
     for kind in (b"iCCP", b"sPLT", b"cHRM", b"pHYs", b"doEs"):
-        body = b"Doe^John" + bytes(40)
-        chunk = struct.pack(">I", 48) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        (tmp_path / "a.png").write_bytes(plain[:33] + chunk + plain[33:])
+        named = chunk(kind, b"Doe^John" + bytes(40))
+        (tmp_path / "a.png").write_bytes(plain[:33] + named + plain[33:])
         stored = store_image(tmp_path / "a.png", tmp_path / "out")
         assert (tmp_path / "out" / stored.path).read_bytes() == plain, kind
 
@@ -136,26 +140,18 @@ def test_exif_rotation_is_applied_and_told(tmp_path, suffix):
         np.array([[-1.0, 0.0, 1.0]]),
         np.array([[[200, 100, 50, 255], [200, 100, 50, 0]]], dtype=np.uint8),
     ],
-    ids=["16 bit", "float array", "transparency"],
 )
 def test_everything_else_is_written_as_training_decodes_it(tmp_path, pixels):
     image = pixels if pixels.dtype.kind == "f" else saved(tmp_path / "a.png", pixels)
     stored = store_image(image, tmp_path / "out")
     found = np.asarray(Image.open(tmp_path / "out" / stored.path))
-    if pixels.ndim == 2:
-        assert found.tolist() == [[0, 128, 255]]
-    else:
-        assert found.tolist() == [[[200, 100, 50], [0, 0, 0]]]
+    expected = [[0, 128, 255]] if pixels.ndim == 2 else [[[200, 100, 50], [0, 0, 0]]]
+    assert found.tolist() == expected
     assert np.array_equal(read_pixels(tmp_path / "out" / stored.path).pixels, found)
 
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG of a few bytes that says it is enormous."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 1000)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
