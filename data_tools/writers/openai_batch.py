@@ -101,12 +101,9 @@ class _Run:
                 self._resume(shard)
         self.shards = ledger.shards(self.options.base_url)
 
-    def _file(self, shard: str) -> Path:
-        return self.folder / f"{shard}.jsonl"
-
     def _resume(self, shard: Shard) -> None:
         """Bring a shard that a killed run left half-way to where it is in the ledger's eyes."""
-        path = self._file(shard.id)
+        path = self.folder / f"{shard.id}.jsonl"
         remove_left_behind(path)
         batch_id = self.server.find_batch(shard.id)
         file_id = shard.file_id or self.server.find_file(path.name)
@@ -121,7 +118,7 @@ class _Run:
             self.ledger.set_shard(shard, "uploaded", file_id=file_id)
             batch_id = self.server.create(file_id, shard)
         self.ledger.set_shard(shard, "submitted", file_id=file_id, batch_id=batch_id)
-        self._file(shard).unlink(missing_ok=True)
+        (self.folder / f"{shard}.jsonl").unlink(missing_ok=True)
 
     def walk(self, tasks: Iterator[Task]) -> Generator[asking.Outcome, None, _Spool]:
         """Judge what is answered and submit what nobody asks yet; returns the tasks that wait."""
@@ -144,7 +141,13 @@ class _Run:
                 if not account.fits(found.at_most):
                     self.over_budget = account.reached(found.at_most)
                     continue
-                line = self._line(found)
+                values: dict[str, Any] = {
+                    "custom_id": found.key,
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                }
+                values["body"] = found.body(self.traits)
+                line = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
                 if len(line) > self.options.max_bytes:
                     raise CorpusError(
                         f"{task.item.id}: the request has {len(line):,} bytes, a batch may have "
@@ -185,19 +188,15 @@ class _Run:
         most = self.options.max_batches
         return most is not None and len(self.shards) >= most
 
-    def _line(self, made: Request) -> bytes:
-        line: dict[str, Any] = {"custom_id": made.key, "method": "POST"}
-        line |= {"url": "/v1/chat/completions", "body": made.body(self.traits)}
-        return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-
     def _send(
         self, data: bytearray, keys: Mapping[str, Expense], origins: Iterable[Origin]
     ) -> None:
         """Write a shard down, and submit it."""
         shard = uuid.uuid4().hex
         self.ledger.add_shard(shard, self.options.base_url, keys.items())
-        replace_text(self._file(shard), data)
-        self._submit(shard, self.server.upload(self._file(shard), origins))
+        path = self.folder / f"{shard}.jsonl"
+        replace_text(path, data)
+        self._submit(shard, self.server.upload(path, origins))
         self.shards = self.ledger.shards(self.options.base_url)
 
     def collect(self) -> int:
