@@ -184,6 +184,7 @@ def test_limit_and_only(classes, make_job, tmp_path):
         ["other", "NORM", "image 1.png"],
         ["other", "NORM", "image 3.png"],
     ]
+    assert funnel(tmp_path / "out")["read", ""] == 2  # no more than are needed
     done(job, "--only", "other")
     assert {r["provenance"]["source"] for r in records(tmp_path / "out")} == {"other"}
     done(job)
