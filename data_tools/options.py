@@ -68,9 +68,8 @@ class MakeOptions(Options):
     def _known(cls, value: dict[str, float]) -> dict[str, float]:
         for kind, weight in value.items():
             if kind not in PERCEPTION_KINDS:
-                raise ValueError(
-                    f"{kind!r} is no kind of perception; known are {', '.join(PERCEPTION_KINDS)}"
-                )
+                known = ", ".join(PERCEPTION_KINDS)
+                raise ValueError(f"{kind!r} is no kind of perception; known are {known}")
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"the weight of {kind} must be 0 or more, got {weight}")
         return value
@@ -79,14 +78,11 @@ class MakeOptions(Options):
     def _sensible(self) -> MakeOptions:
         fewest, most = self.dialogue_turns
         if not 2 <= fewest <= most <= 10:
-            raise ValueError(
-                "dialogue_turns must be the fewest and the most questions, from 2 to 10, "
-                f"got [{fewest}, {most}]"
-            )
+            expected = "the fewest and the most questions, from 2 to 10"
+            raise ValueError(f"dialogue_turns must be {expected}, got [{fewest}, {most}]")
         if self.perception and not any(self.perception_kinds.values()):
-            raise ValueError(
-                "perception_kinds leaves nothing to draw: name a kind, or set perception: 0"
-            )
+            advice = "name a kind, or set perception: 0"
+            raise ValueError(f"perception_kinds leaves nothing to draw: {advice}")
         return self
 
 
@@ -203,6 +199,9 @@ class ImageOptions(Options):
     tokens: ImageTokens = ImageTokens()
 
 
+_IN_VARIABLE = "name an environment variable in key_variable"
+
+
 class OpenAIOptions(Options):
     """Any server that speaks the Chat Completions API, asked one conversation at a time.
 
@@ -240,9 +239,7 @@ class OpenAIOptions(Options):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"expected an address such as http://localhost:8000/v1, got {value!r}")
         if parts.username or parts.password or parts.query:
-            raise ValueError(
-                "the address must not hold a key: name an environment variable in key_variable"
-            )
+            raise ValueError(f"the address must not hold a key: {_IN_VARIABLE}")
         return value.rstrip("/")
 
     @field_validator("parameters")
@@ -257,18 +254,14 @@ class OpenAIOptions(Options):
                 instead = f"; its option is {own[name]}" if own[name] else ""
                 raise ValueError(f"{name} is set by the writer and can't be a parameter{instead}")
             if "key" in name.lower() or "authorization" in name.lower():
-                raise ValueError(
-                    f"{name} looks like a key: name an environment variable in key_variable"
-                )
+                raise ValueError(f"{name} looks like a key: {_IN_VARIABLE}")
         return value
 
     @model_validator(mode="after")
     def _money_has_a_price(self) -> OpenAIOptions:
         if self.budget.dollars is not None and self.price is None:
-            raise ValueError(
-                "a budget in dollars needs the price: add price: {input: ..., output: ...}, dollars a "
-                "million tokens"
-            )
+            advice = "add price: {input: ..., output: ...}, dollars a million tokens"
+            raise ValueError(f"a budget in dollars needs the price: {advice}")
         return self
 
     def key(self) -> str | None:

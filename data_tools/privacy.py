@@ -166,9 +166,8 @@ def neutral_errors(source: SourceOptions) -> Iterator[None]:
         if text == str(error):
             raise
         advice = "a dry run with `anonymous_names: false` shows them"
-        raise SourceError(
-            f"{text} (Names of files and what they say are hidden; {advice}.)"
-        ) from error
+        hidden = f"(Names of files and what they say are hidden; {advice}.)"
+        raise SourceError(f"{text} {hidden}") from error
 
 
 @cache

@@ -108,10 +108,8 @@ def load(extra: Path | None = None) -> Taxonomy:
             for other in terms.all_names:
                 owner = taken[kind].setdefault(_key(other), name)
                 if owner != name:
-                    raise CorpusError(
-                        f"{path}:{line}: {other!r} already names the {KINDS[kind]} "
-                        f"{owner!r}. Leave it out of {name!r}."
-                    )
+                    taken_by = f"{other!r} already names the {KINDS[kind]} {owner!r}"
+                    raise CorpusError(f"{path}:{line}: {taken_by}. Leave it out of {name!r}.")
     return Taxonomy({kind: tuple(terms.values()) for kind, terms in kinds.items()})
 
 
@@ -128,19 +126,16 @@ def _entries(path: Path) -> Iterable[tuple[str, str, dict[str, Any], int]]:
             if not name.strip():
                 raise terms.error("a name is empty", "Write name: value.", key=name)
             if not isinstance(fields, dict | None):
-                raise document.fault(
-                    (kind, name),
-                    f"{name!r}: a mapping of {', '.join(_FIELDS)} was expected. Write {{}} for none.",
-                )
+                expected = f"a mapping of {', '.join(_FIELDS)} was expected. Write {{}} for none."
+                raise document.fault((kind, name), f"{name!r}: {expected}")
             yield kind, name, fields or {}, document.line((kind, name))
 
 
 def _merged(before: Terms, values: Mapping[str, Any], where: str) -> Terms:
     for key, value in values.items():
         if key not in _FIELDS:
-            raise CorpusError(
-                f"{where}: {before.name!r}: unknown key {key!r}. Known: {', '.join(_FIELDS)}."
-            )
+            known = ", ".join(_FIELDS)
+            raise CorpusError(f"{where}: {before.name!r}: unknown key {key!r}. Known: {known}.")
         texts = value if key in _LISTS else [value]
         if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
             form = "a list of texts" if key in _LISTS else "a text"

@@ -85,9 +85,9 @@ def store_image(image: Path | np.ndarray, folder: Path) -> StoredImage:
 
 def read_pixels(image: Path | bytes) -> DecodedPixels:
     """Return pixels as the corpus shows them, also of one grey level, and whether EXIF has turned them."""
-    return (
-        _decoded(image, "") if isinstance(image, bytes) else _decoded(_read_file(image), image.name)
-    )
+    if isinstance(image, bytes):
+        return _decoded(image, "")
+    return _decoded(_read_file(image), image.name)
 
 
 def pixel_hash(pixels: np.ndarray) -> str:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -293,10 +293,7 @@ def _matching(root: Path, other: Pattern, known: Places) -> list[str]:
 
 def _listing(folder: Path, prefix: str) -> Iterator[str]:
     names = _names(str(folder))
-    for name in names[bisect.bisect_left(names, prefix) :]:
-        if not name.startswith(prefix):
-            return
-        yield name
+    return takewhile(lambda n: n.startswith(prefix), names[bisect.bisect_left(names, prefix) :])
 
 
 @lru_cache(maxsize=16)

@@ -190,8 +190,9 @@ def examined_in(volume: Volume, masks: list[tuple[str, Places]]) -> tuple[str, .
 def window_for(window: Window, voxels: np.ndarray, *, modality: str | None) -> IntensityWindow:
     """Return the intensity window that a job's ``window`` means, see `windows.window_for`."""
     if isinstance(window, LevelAndWidth):
-        plain = windows.Window(window.level, window.width)
-        return windows.window_for(plain, voxels, modality=modality)
+        return windows.window_for(
+            windows.Window(window.level, window.width), voxels, modality=modality
+        )
     return windows.window_for(window, voxels, modality=modality)
 
 

@@ -150,11 +150,10 @@ def _label(options: Options, number: str, count: int, names: tuple[str, ...]) ->
         detail = f"{count} values behind the class, in a file of {options.format}"
         raise Unusable("line of another format", detail)
     plain = number.isascii() and number.isdigit() and len(number) < 10
-    if not plain or int(number) >= len(names):
-        raise Unusable("unknown class id", f"{number[:20]!r}, there are {len(names)} classes")
-    if not (label := names[int(number)]):
-        raise Unusable("unknown class id", f"{number!r}: its line in the list of names is empty")
-    return label
+    if not plain or int(number) >= len(names) or not names[int(number)]:
+        there = f"the list of names has {len(names)}, {names.count('')} of them empty"
+        raise Unusable("unknown class id", f"{number[:20]!r}; {there}")
+    return names[int(number)]
 
 
 def _annotation(
