@@ -37,13 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files in the order in which ``-n`` deals them out: first the longest, then by number of tests.
+    """Put files in the order in which ``-n`` deals them out: first those with slow tests, the fullest first.
 
-    Otherwise the longest, one test of two minutes, would be the last, and the other processes would wait.
+    What comes last is short then, and no process waits for another that has a file of minutes.
     """
     tests = Counter(item.path for item in items)
-    longest = ("examples", "test_ablation.py")
-    items.sort(key=lambda item: (item.path.parts[-2:] != longest, -tests[item.path]))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path]))
 
 
 @pytest.fixture

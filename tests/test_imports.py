@@ -8,6 +8,7 @@ Imports for type checking alone load nothing and are not counted.
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -15,6 +16,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "mmengine", "transformers", "deepspeed", "xtuner")
@@ -208,13 +211,9 @@ print("registered")
 
 
 def test_import_registers_sends_the_log_on_and_does_nothing_else(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, str(tmp_path / "run.log")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    (tmp_path / "code.py").write_text(CODE)
+    command = [sys.executable, tmp_path / "code.py", tmp_path / "run.log"]
+    done = warm.run(command, environment=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("registered")
     assert "before a run" in done.stdout + done.stderr

@@ -46,7 +46,7 @@ def run(
     merged: bool = False,
     timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``xtuner ...``, ``python FILE ...`` or ``python -m MODULE ...`` in a fork, without a shell.
+    """Run ``xtuner``, ``torchrun``, ``python FILE`` or ``python -m MODULE`` in a fork, without a shell.
 
     Args:
         command: with its arguments.
@@ -141,6 +141,8 @@ def _serve(request: dict[str, Any]) -> int:
     sys.path[:0] = [request["folder"], *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     np.random.seed()
     program, *arguments = request["command"]
+    if program == "torchrun":
+        return _torchrun(arguments)
     if Path(program).name != "xtuner":
         return _python(arguments)
     from xtuner import entry_point
@@ -156,10 +158,15 @@ def _started_by_xtuner(command: list[str]) -> None:
     program, *arguments = command
     if program == "python":
         os.waitpid(_fork(lambda: _python(arguments)), 0)
-        return
-    options = [part for part in arguments if part.startswith(("--nproc_per_node=", "--nnodes="))]
-    ranks = int(options[1].partition("=")[2])
-    script = arguments[next(i for i, part in enumerate(arguments) if part.endswith(".py")) :]
+    else:
+        _torchrun(arguments)
+
+
+def _torchrun(arguments: list[str]) -> int:
+    """Run the ranks as forks; the last status that is not 0."""
+    (ranks,) = (int(part[17:]) for part in arguments if part.startswith("--nproc_per_node="))
+    starts = (part.endswith(".py") or part == "-m" for part in arguments)
+    script, ended = arguments[[*starts].index(True) :], 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -168,8 +175,10 @@ def _started_by_xtuner(command: list[str]) -> None:
         process, status = os.wait()
         processes.remove(process)
         if status:
+            ended = os.waitstatus_to_exitcode(status)
             for other in processes:
                 os.kill(other, signal.SIGTERM)
+    return ended
 
 
 def _rank(script: list[str], rank: int, ranks: int, port: int) -> int:

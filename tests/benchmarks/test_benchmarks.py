@@ -7,8 +7,8 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,8 +66,14 @@ def test_tokenizing(work_dir):
 
 
 @pytest.mark.slow
-def test_startup(work_dir):
-    result = run("startup.py", work_dir, "--samples", "2000", "--peer-samples", "150")
+def test_startup(work_dir, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    startup = load("startup")
+    monkeypatch.setattr(startup, "in_a_fresh_process", partial(run, "startup.py", work_dir))
+    few = ["--json", "--work-dir", str(work_dir), "--samples", "2000", "--peer-samples", "150"]
+    monkeypatch.setattr(sys, "argv", ["startup.py", *few])
+    startup.main()
+    result = json.loads(capfd.readouterr().out)
     assert result["conversations"] <= result["samples"] == 2000
     assert result["seconds"] > 0
     assert 0 < result["worker_private_gib"] <= result["worker_resident_gib"]
@@ -84,8 +90,8 @@ def test_damage(work_dir):
 
 @pytest.mark.slow
 def test_attacks():
-    command = [sys.executable, str(BENCHMARKS / "attacks.py"), "--only", "15 MiB of wrong items"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, BENCHMARKS / "attacks.py", "--only", "15 MiB of wrong items"]
+    done = warm.run(command, environment=os.environ)
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["outcome"].startswith("ApiError")
     assert row["seconds"] < 10

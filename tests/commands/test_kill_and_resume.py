@@ -101,14 +101,9 @@ def commands(tmp_path_factory, tiny_bases):
 def test_killed_at_any_moment_and_resumed_it_equals_one_never_stopped(commands):
     whole, cut = commands
 
-    # Rank 1 dies between two checkpoints, and torchrun ends rank 0.
-    printed = cut("between:7:1")
-    assert "beginning at the beginning" in printed
-    assert cut.found() == ["iter_4.pth"]
-
-    # Rank 0 dies with half of its optimiser state in the file.
+    # Rank 0 dies with half of its optimiser state in the file (between two checkpoints: test_elastic).
     printed = cut("writing:8:0")
-    assert f"Going on from {cut.work_dir / 'iter_4.pth'}" in printed
+    assert "beginning at the beginning" in printed
     assert cut.found() == ["iter_4.pth", "iter_8.pth.writing"]
     assert cut.pointer() == "iter_4.pth"
 
@@ -137,7 +132,7 @@ def test_killed_at_any_moment_and_resumed_it_equals_one_never_stopped(commands):
     expected = whole.logged()
     assert [row[0] for row in expected] == [3, 6, 9, 12]
     assert len({row[1] for row in expected}) == 4
-    assert [row[0] for row in cut.logged()] == [3, 6, 6, 6, 9, 12]
+    assert [row[0] for row in cut.logged()] == [3, 6, 6, 9, 12]
     assert set(cut.logged()) == set(expected)
     weights, undisturbed = map(load_checkpoint_state, (cut.work_dir, whole.work_dir))
     assert weights.keys() == undisturbed.keys()

@@ -21,6 +21,7 @@ from gmai_xtuner.demo.__main__ import main
 from gmai_xtuner.demo.files import examples_of, installed_examples, open_files
 from gmai_xtuner.demo.server import MULTIPART_OVERHEAD, Guard
 from gmai_xtuner.demo.studies import Limits
+from tests import warm
 from tests.demo.teaching import write_export
 from tests.tables import tables
 
@@ -248,14 +249,8 @@ def test_a_damaged_model(capsys, tmp_path, model):
 
 @pytest.mark.slow
 def test_a_real_process_ends_without_a_traceback(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "gmai_xtuner.demo", str(tmp_path), "--port", "0"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-m", "gmai_xtuner.demo", tmp_path, "--port", "0"]
+    done = warm.run(command, environment=os.environ, folder=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.evaluate.__main__ import main
+from tests import warm
 from tests.api_server import ApiServer, error, user_text
 from tests.evaluate.sets import write_omnimedvqa, write_pmc_vqa, write_vqa_rad
 from tests.tables import tables
@@ -30,16 +31,8 @@ EVALUATE = (sys.executable, "-m", "gmai_xtuner.evaluate")
 
 def evaluate(
     *arguments: str | Path, launcher: tuple[str, ...] = EVALUATE
-) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*launcher, *map(str, arguments)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+) -> subprocess.CompletedProcess[str]:
+    return warm.run([*launcher, *arguments], environment=ENVIRONMENT, folder=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +122,7 @@ def test_a_killed_run_goes_on_where_it_was(whole, data, export, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_questions_and_give_the_same_answers(whole, data, export, tmp_path):
-    torchrun = (
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        *("-m", "gmai_xtuner.evaluate"),
-    )
+    torchrun = ("torchrun", "--nproc_per_node=2", "-m", "gmai_xtuner.evaluate")
     arguments = [export, "--benchmark", "omnimedvqa", "--data", data / "OmniMedVQA", *SHORT]
     done = evaluate(*arguments, "--out", tmp_path, "--batch-size", "4", "--json", launcher=torchrun)
     assert done.returncode == 0, done.stderr[-3000:]

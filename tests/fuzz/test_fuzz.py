@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.fuzz.__main__ import fuzz
 from tests.fuzz.targets import targets
 
-CASES = 60
+CASES = 30
 
 
 def test_each_reader_refuses_mutated_files_with_a_documented_error(

@@ -73,18 +73,19 @@ def test_the_installed_package_brings_its_configs_to_the_plain_xtuner_commands(t
         options = {"cwd": empty, "env": environment, "text": True, "stdout": subprocess.PIPE}
         return subprocess.run(command, check=True, **options).stdout
 
-    run("xtuner", "copy-cfg", "stage1_shallow", ".")
-    # As xtuner/tools/train.py does: mmengine first, then the names, then the file.
+    # The tool behind `xtuner copy-cfg`; then as that behind `xtuner train` reads the file.
     code = (
+        "import runpy, sys\nsys.argv = ['copy-cfg', 'stage1_shallow', '.']\n"
+        "runpy.run_module('xtuner.tools.copy_cfg', run_name='__main__')\n"
         "from mmengine.config import Config\nfrom xtuner.configs import cfgs_name_path as names\n"
+        "import gmai_xtuner.tiny_bases\n"
         "config = Config.fromfile('stage1_shallow_copy.py', import_custom_modules=False)\n"
         "print(names['zero2'], config.train_dataloader.dataset.mixture, sep='\\n')"
     )
-    zero2, mixture = run(sys.executable, "-c", code).splitlines()
+    zero2, mixture = run(sys.executable, "-c", code).splitlines()[-2:]
     assert Path(zero2).is_relative_to(package)
     assert Path(mixture).is_relative_to(package)
     assert len(load_mixture(Path(mixture), check_files=False).entries) == 47
-    run(sys.executable, "-m", "gmai_xtuner.tiny_bases", "T")
     (empty / "mine.py").write_text("# of gmai\nmodel = dict(\n")
     run("xtuner", "train", "mine.py", "--deepspeed", "zero2")
     status = json.loads((empty / "work_dirs" / "mine" / "status.json").read_text())

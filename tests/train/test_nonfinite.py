@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from gmai_xtuner.train import nonfinite
 from gmai_xtuner.train.checkpointing import StepCheckpointHook
 from gmai_xtuner.train.hooks import ProgressHook
 from gmai_xtuner.train.nonfinite import COUNTS, NonFiniteError, NonFiniteHook, StepGuard
+from tests import warm
 
 WORLD = 2
 ACCUMULATION = 2
@@ -143,8 +146,6 @@ def _train(rank: int, engine, guard: StepGuard, *, leave_out: bool) -> dict:
 
 
 def _worker(rank: int, folder: str) -> None:
-    import os
-
     import deepspeed
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
@@ -171,7 +172,9 @@ def _worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_worker, (str(folder),), nprocs=WORLD)
+    command = [sys.executable, "-m", __name__, folder]
+    done = warm.run(command, environment=os.environ, folder=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
@@ -340,3 +343,9 @@ def test_the_logged_loss_leaves_out_what_is_not_finite(monkeypatch):
         hook.after_train_iter(runner, 0, {"data": data})
     hook._publish(runner)
     assert hub.scalars["train/loss"] == 1.5
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(
+        _worker, (sys.argv[1],), nprocs=WORLD, start_method="fork"
+    )

@@ -103,7 +103,7 @@ def test_a_folder_of_dicom_files_and_a_table_of_labels(tmp_path, shared_data):
     assert boxes(sample) == [("phantom", None)]
 
 
-MILLION = """
+MEMORY = """
 import re, sys
 from pathlib import Path
 from data_tools.readers import table
@@ -115,17 +115,17 @@ print(sum(len(unit.payload[1]) for unit in table.units(options)),
 
 
 @pytest.mark.slow
-def test_a_million_scattered_rows_stay_under_300_mb(tmp_path):
+def test_scattered_rows_are_not_held_in_memory(tmp_path):
     with (tmp_path / "t.csv").open("w") as file:
         file.write("file,label,x1,y1,x2,y2\n")
-        for number in range(1_000_000):
-            file.write(f"images/train/case_{number % 500_000:08d}.png,nodule,1,2,30,40\n")
+        for number in range(200_000):
+            file.write(f"images/train/case_{number % 100_000:08d}.png,nodule,1,2,30,40\n")
     result = subprocess.run(
-        [sys.executable, "-c", MILLION, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
     )
     rows, megabytes = map(int, result.stdout.split())
-    assert rows == 1_000_000
-    assert megabytes < 300
+    assert rows == 200_000
+    assert megabytes < 100  # 55 are Python and its packages
 
 
 def test_codes_of_attributes_become_words(tmp_path):
