@@ -235,11 +235,6 @@ def test_categories_and_ratios_are_those_of_the_papers_table_7(built):
     }
 
 
-def test_a_mixture_without_a_conversation_is_not_written(tmp_path):
-    files.write_mixtures(tmp_path, title="T", files={"records.jsonl": {"lines": 5}})
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("title", "name"),
     [
