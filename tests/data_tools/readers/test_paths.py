@@ -52,6 +52,8 @@ def test_a_folder_or_file_that_the_job_names_wrongly(tmp_path):
         file_of(source(tmp_path), "lables.csv", key="table")
     with pytest.raises(SourceError, match=r"`images` names the folder 'image'.*'images'"):
         folder_of(source(tmp_path), "image", key="images")
+    with pytest.raises(SourceError, match=r"`table` names the file 'images'.*'labels.csv'"):
+        file_of(source(tmp_path), "images", key="table")
     with pytest.raises(SourceError, match=r"root .* is no folder"):
         file_of(source(tmp_path / "no"), "a", key="table")
 
