@@ -140,6 +140,36 @@ def test_check_fails_until_the_mixture_leaves_it_out(
     assert found["corpus"]["left_out_by_the_mixture"] == 6
 
 
+def test_training_leaves_out_exactly_these_conversations(
+    sides: tuple[Path, Path], tmp_path: Path, tiny_bases: Path, tokenizer: Any
+) -> None:
+    """The list of the command in the hands of the training's own dataset."""
+    from gmai_xtuner.data.dataset import SoftPackedDataset
+
+    mixture, _ = sides
+
+    def trained_on() -> set[str]:
+        dataset = SoftPackedDataset(
+            str(mixture),
+            "stage3",
+            tokenizer=tokenizer,
+            vision=str(tiny_bases / "vision"),
+            cache_dir=str(tmp_path / "cache"),
+            max_length=256,
+            num_workers=1,
+            on_bad_sample="skip",
+        )
+        return {name for number in range(len(dataset)) for name in dataset[number]["ids"]}
+
+    before = trained_on()
+    compare(*sides)
+    mixture.write_text(mixture.read_text() + "exclude: ../overlap/exclude.txt\n")
+    assert before - trained_on() == {
+        "seen/see-copy.png", "seen/see-copy_as_rgb.tif", "seen/see-deep.png", "seen/leak",
+        "told/word-for-word", "told/中文",
+    }  # fmt: skip
+
+
 def test_a_second_run_decodes_nothing_and_a_changed_file_again(
     sides: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
