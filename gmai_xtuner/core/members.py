@@ -33,7 +33,7 @@ MAX_COLUMN = 2**31
 """Bytes of a column in a row group: two kilobytes can hold a thousand million equal values."""
 ERRORS = (
     *(zipfile.BadZipFile, tarfile.TarError, struct.error, OSError, ValueError),
-    *(RuntimeError, OverflowError, EOFError, KeyError, TypeError),
+    *(RuntimeError, OverflowError, EOFError, LookupError, TypeError),
 )
 """What the libraries raise on damaged files."""
 

@@ -5,15 +5,17 @@
 import io
 import pickle
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from openpyxl import load_workbook
 from PIL import Image
 
-from gmai_xtuner.core.errors import ImageError
-from gmai_xtuner.evaluate.benchmarks import BenchmarkError, load_benchmark
+from gmai_xtuner.core.errors import ImageError, Unusable
+from gmai_xtuner.evaluate.benchmarks import BenchmarkError, load_benchmark, rows
 from gmai_xtuner.evaluate.benchmarks.rows import Base64Image
 from gmai_xtuner.evaluate.benchmarks.submission import write_submission
 from gmai_xtuner.evaluate.questions import StoredImage, load_image
@@ -277,3 +279,18 @@ def test_a_file_that_changes_under_its_images(tmp_path: Path) -> None:
     path.write_bytes(b"#" * size)
     with pytest.raises(ImageError, match="not base64"):
         image.read()
+
+
+def test_columns_of_other_lengths_are_a_damaged_file(monkeypatch):
+    """As pyarrow reads some files of which one bit has changed."""
+
+    class Damaged:
+        num_row_groups = 1
+
+        def read_row_group(self, group: int, columns: list[str], **_: bool) -> pa.Table:
+            return pa.table({columns[0]: ["x"] * (2 if columns == ["question"] else 1)})
+
+    monkeypatch.setattr(rows, "_parquet", lambda path: nullcontext(Damaged()))
+    monkeypatch.setattr(rows, "large_row_group", lambda *_: "")
+    with pytest.raises(Unusable, match="column 'image' has 1 rows, others have 2"):
+        list(rows._groups(Path("x.parquet"), ["question"], ["image"]))
