@@ -451,7 +451,9 @@ def _groups(
             for name in images:  # one at a time: together they may not fit
                 column = file.read_row_group(group, columns=[name], use_threads=False)[0]
                 if len(column) != len(rows):
-                    raise Unusable(f"column {name!r} has {len(column)} rows, others have {len(rows)}")
+                    raise Unusable(
+                        f"column {name!r} has {len(column)} rows, others have {len(rows)}"
+                    )
                 is_list = pa.types.is_list(column.type)
                 counted = pc.list_value_length(column) if is_list else column.is_valid()
                 numbers.append(counted.to_pylist())
