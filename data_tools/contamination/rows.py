@@ -11,14 +11,13 @@ import ast
 import base64
 import binascii
 import csv
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gmai_xtuner.core.errors import SourceError
-from gmai_xtuner.core.records import SUFFIXES, iter_raw
+from gmai_xtuner.core.records import STRICT_JSON, SUFFIXES, iter_raw
 
 QUESTION_FILES = (*SUFFIXES, ".csv", ".tsv")
 
@@ -72,7 +71,7 @@ def is_json_object(path: Path) -> bool:
 
 def _lists(path: Path) -> Iterator[Cells]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = STRICT_JSON.decode(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise SourceError(f"{path} is not JSON ({error}).") from error
     for part in content.values():
@@ -89,6 +88,8 @@ def _table(path: Path, delimiter: str) -> Iterator[Cells]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.reader(file, delimiter=delimiter, strict=True)
             header = next(table, [])
+            if len(set(header)) < len(header):
+                raise SourceError(f"{path} has two columns of one name. Correct its header.")
             for cells in filter(None, table):
                 if len(cells) != len(header):
                     told = f"{len(cells)} cells, the header has {len(header)}"

@@ -9,7 +9,6 @@ polygon's coordinates ask for, and takes four numbers for a box. ``H`` and ``W``
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
@@ -28,6 +27,7 @@ from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
 from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.images import opened
+from gmai_xtuner.core.records import STRICT_JSON
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
@@ -184,7 +184,7 @@ def table_of(source: SourceOptions, table: str) -> Path:
 def read_json(source: SourceOptions, path: Path) -> Any:
     """Return the content of a JSON file that is held as a whole, or raise `SourceError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return STRICT_JSON.decode(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise wrong(source, f"{path} is no JSON ({error}).") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import math
 import posixpath
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from data_tools.readers import SourceOptions, files
 from data_tools.records import ANYTHING, NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.images import decode_pixels
+from gmai_xtuner.core.records import STRICT_JSON
 
 BAD = "JSON of labelme that can't be read"
 _RESERVED = {"__ignore__": (ANYTHING,), "_background_": NOTHING}
@@ -51,7 +51,9 @@ def units(options: Options) -> Iterator[Unit]:
 def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
     """Yield the image of one JSON file with its shapes; a flag that is set is a label of the whole image."""
     try:
-        content = json.loads(files.read_annotation_file(options, unit.key, BAD))
+        content = STRICT_JSON.decode(
+            files.read_annotation_file(options, unit.key, BAD).decode("utf-8-sig")
+        )
     except (ValueError, RecursionError) as error:
         raise Unusable(BAD, type(error).__name__) from error
     shapes = content.get("shapes") if isinstance(content, dict) else None

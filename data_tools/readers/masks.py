@@ -8,7 +8,6 @@ it. ``{label}`` is the label's code.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from data_tools.readers.patterns import Patterns, Places, one_reading, paired, p
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
 from gmai_xtuner.core.imaging.images import opened, orientation_of
+from gmai_xtuner.core.records import STRICT_JSON
 
 _RANGE = re.compile(r"([<>])\s*(-?\d+)")
 _COLOUR = re.compile(r"#([0-9a-fA-F]{6})")
@@ -109,7 +109,7 @@ def _mapped(options: Options, name: str) -> Iterator[Unit]:
 def _classes(path: Path) -> dict[str, Any]:
     """Return ``{dataset: {id: class}}``; with one table for all, ``{"": {id: class}}``."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = STRICT_JSON.decode(path.read_text(encoding="utf-8-sig"))
         nested = all(isinstance(value, dict) for value in content.values())
         tables = content if nested else {"": content}
         return {

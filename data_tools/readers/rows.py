@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import json
 import pickle
 import sqlite3
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from typing import Any, Literal
 
 from data_tools.readers.files import listed, near
 from gmai_xtuner.core.errors import SourceError
+from gmai_xtuner.core.records import STRICT_JSON
 
 Format = Literal["csv", "tsv", "jsonl", "excel"]
 FORMATS: dict[str, Format] = {
@@ -156,7 +156,7 @@ def _jsonl(path: Path, shown: str, encoding: str) -> Parsed:
         if not text.strip():
             continue
         try:
-            content = json.loads(text)
+            content = STRICT_JSON.decode(text)
         except (ValueError, RecursionError):
             content = None
         yield line, content if isinstance(content, dict) else "row that is no JSON object"

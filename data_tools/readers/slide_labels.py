@@ -8,7 +8,6 @@ coordinates are full-resolution pixels; an outline becomes a mask ``[H, W]`` of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from data_tools.readers.files import file_below
 from data_tools.readers.slide_files import Scale, SlideFile, TiffSlide
 from data_tools.records import Annotation, Drops, Unit
 from gmai_xtuner.core.errors import Unusable
+from gmai_xtuner.core.records import STRICT_JSON
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -209,7 +209,7 @@ def read_outlines(path: Path) -> list[Outline]:
             if root is None:
                 raise ValueError("no element at all")
             return list(_xml(root))
-        return list(_geojson(json.loads(path.read_text(encoding="utf-8"))))
+        return list(_geojson(STRICT_JSON.decode(path.read_text(encoding="utf-8"))))
     except _BAD as error:
         raise Unusable(BAD_REGIONS, f"{type(error).__name__}: {error}") from error
 

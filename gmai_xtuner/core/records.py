@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,18 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {key!r} is there twice in one object")
+    return found
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique)
+"""For JSON that people write: a key that is there twice is a ValueError, and not the last one silently."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawRecord:
     """One record as it lies in its file; cheap to send to another process.
@@ -57,7 +70,7 @@ class RawRecord:
         if not isinstance(self.payload, bytes):
             return self.payload
         try:
-            return json.loads(self.payload.decode("utf-8"))
+            return STRICT_JSON.decode(self.payload.decode("utf-8"))
         except UnicodeDecodeError as error:
             cause: Exception = error
             problem = f"not UTF-8 ({error.reason} at byte {error.start + 1} of the record)"
@@ -117,7 +130,7 @@ def _iter_lines(path: Path, dataset: str | None) -> Iterator[RawRecord]:
 def _iter_json_list(path: Path, dataset: str | None) -> Iterator[RawRecord]:
     """Decode the text once and scan one item after the other; no tree of the whole file."""
     text = _read_text(path, dataset)
-    decode = json.JSONDecoder().raw_decode
+    decode = STRICT_JSON.raw_decode
     number, line, counted = 0, 1, 0
 
     def broken(what: str, position: int) -> DataError:

@@ -68,13 +68,20 @@ def compare_runs(first: Path, second: Path, *, common: bool = False) -> list[Com
 def results_in(folder: Path) -> dict[ResultKey, Found]:
     """Return every result under a folder, and its own folder, by the fields that tell results apart.
 
-    An ``EvaluationError`` if there is none.
+    An ``EvaluationError`` if there is none, or two that these don't tell apart.
     """
     files = sorted(folder.rglob(RESULT_FILE))
     if not files:
         raise EvaluationError(f"no {RESULT_FILE} in or under {folder}: is it the --out of a run?")
-    found = [(file.parent, read_result(file.parent)) for file in files]
-    return {_key(result): (place, result) for place, result in found}
+    found: dict[ResultKey, Found] = {}
+    for place in (file.parent for file in files):
+        result = read_result(place)
+        other, _ = found.setdefault(_key(result), (place, result))
+        if other != place:
+            raise EvaluationError(
+                f"{other} and {place} are two results of one benchmark, protocol and scorer. Name one of them"
+            )
+    return found
 
 
 def _key(result: Result) -> ResultKey:

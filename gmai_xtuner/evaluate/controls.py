@@ -104,8 +104,8 @@ def _controls(question: Question, donors: Sequence[Question]) -> Iterator[tuple[
     if question.options and not any(IMAGE_MARK in text for text in question.options):
         order = tuple(rng.sample(question.options, len(question.options)))
         # Options that stand as they stood have an answer already.
-        name = question.id if order == question.options else f"{question.id}#shuffled"
-        yield "shuffled", replace(question, id=name, options=order)
+        moved = replace(question, id=f"{question.id}#shuffled", options=order, gold_letter="")
+        yield "shuffled", question if order == question.options else moved
         if not any(_NONE_ABOVE.fullmatch(text) for text in question.options):
             name = f"{question.id}#none_of_the_above"
             options = (NONE_ABOVE if text == question.answer else text for text in question.options)
@@ -135,7 +135,8 @@ def _negated(question: Question) -> Question | None:
         opposite = others[0]
     text = (_NEGATED_ZH if chinese else _NEGATED).format(question.text)
     name = f"{question.id}#negated"
-    return replace(question, id=name, text=text, answer=opposite, answers=())
+    changed = replace(question, id=name, text=text, answer=opposite)
+    return replace(changed, answers=(), gold_letter="")
 
 
 def measure(

@@ -124,8 +124,7 @@ def _is_answered(line: Mapping[str, Any]) -> bool:
 
 def _target(line: Mapping[str, Any]) -> str:
     """Return the letter of the gold answer; its text without options, and nothing where it is kept."""
-    letters = (letter for letter, text in line["options"].items() if text == line["gold"])
-    return next(letters, line["gold"] or "")
+    return line["target"] or line["gold"] or ""
 
 
 def _sample(place: int, line: Mapping[str, Any]) -> dict[str, Any]:

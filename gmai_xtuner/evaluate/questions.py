@@ -69,7 +69,7 @@ class Question:
     them before the text where there is no mark. ``answer`` is the text of the right option, or the gold
     answer; None where the authors keep it; ``answers`` count as right as well. ``groups``, e.g.
     ``{"modality": "CT"}``, are what tables are made over. ``letters`` are the options' where they are not A,
-    B, C ..., ``gold_letter`` is needed only where the right option is an image: such options read the same.
+    B, C ..., ``gold_letter`` is the file's own; it decides where options read the same, as images do.
     """
 
     id: str
@@ -92,6 +92,11 @@ class Question:
         if self.gold_letter and self.answer is not None and IMAGE_MARK in self.answer:
             return frozenset(self.gold_letter)
         return frozenset(letter for letter, text in self.lettered().items() if text == self.answer)
+
+    @property
+    def target(self) -> str:
+        """The one letter that the file means; empty where it is kept, or there are no options."""
+        return self.gold_letter or min(self.gold_letters(), default="")
 
     def digest(self) -> str:
         """Hash words, lettered options and gold answers: an id may stand for another question elsewhere."""

@@ -245,6 +245,7 @@ def _score_line(one: Scored) -> dict[str, Any]:
         "answer": one.answer.answer,
         "ended": one.answer.ended,
         "gold": question.answer,
+        "target": question.target,
         "groups": dict(question.groups),
     }
 
@@ -265,11 +266,10 @@ def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
     with _readable(folder):
         lines = msgspec.json.Decoder().decode_lines((folder / SCORES_FILE).read_bytes())
         found = {line["id"]: line for line in lines}
-        asked = all("question" in line for line in found.values())
-    if not asked:
+        is_old = not all({"question", "target"} <= line.keys() for line in found.values())
+    if is_old:
         raise EvaluationError(
-            f"{folder / SCORES_FILE} does not say which questions its ids stand for: an earlier version "
-            "has written it. Score its answers again (--score-only)"
+            f"{folder / SCORES_FILE} is of an earlier version. Score its answers again (--score-only)"
         )
     return found
 

@@ -17,9 +17,7 @@ preflight settle a file by :func:`settle` before anything else; the names are th
 from __future__ import annotations
 
 import inspect
-import json
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -33,6 +31,7 @@ from torch.utils.data import DataLoader
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.records import STRICT_JSON
 
 TOP_LEVEL = frozenset(inspect.signature(FlexibleRunner).parameters) - {"cfg", "auto_scale_lr"} | {
     "custom_imports",
@@ -280,19 +279,12 @@ def read(name: str, cfg: Mapping[str, Any]) -> Settled:
             "zero2_offload, zero3_offload or a JSON file"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        content = STRICT_JSON.decode(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise GMAIError(f"DeepSpeed file {name} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise GMAIError(f"DeepSpeed file {name} must hold one JSON object, not a {type(content)}")
     return settle(name, content, cfg)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = sorted(key for key, number in Counter(key for key, _ in pairs).items() if number > 1)
-    if twice:
-        raise ValueError(f"{', '.join(twice)} stands in it more than once")
-    return dict(pairs)
 
 
 def settle(name: str, content: Mapping[str, Any], cfg: Mapping[str, Any]) -> Settled:

@@ -91,6 +91,12 @@ def test_one_broken_line_costs_that_line_only(tmp_path):
         ("a.json", '"x"', "not_json", "a list was expected"),
         ("a.json", '[{"a": 1},\n{"a": }]', "not_json", "line 2, record 2"),
         ("a.json", '[{"a": 1},\n]', "not_json", "line 2, record 2"),
+        (
+            "a.json",
+            '[{"a": 1},\n{"a": {"b": 1, "b": 2}}]',
+            "not_json",
+            "the key 'b' is there twice",
+        ),
         ("a.json", '[{"a": 1}\n{"a": 2}]', "not_json", "line 2"),
         ("a.json", '[{"a": 1}', "not_json", "',' or ']'"),
         ("a.json", "[", "not_json", "line 1"),

@@ -19,6 +19,7 @@ from gmai_xtuner.evaluate.protocols import ask_for
 from gmai_xtuner.evaluate.questions import Question, open_image
 from gmai_xtuner.evaluate.results import Scored, read_result
 from gmai_xtuner.evaluate.runner import Options, Target, ask, prepare, score
+from gmai_xtuner.evaluate.scoring import SCORERS
 from gmai_xtuner.evaluate.statistics import area_under_risk_coverage, calibration_error
 from gmai_xtuner.evaluate.store import Answer, Job
 from gmai_xtuner.generate import FirstTokens
@@ -69,6 +70,20 @@ def test_each_control_changes_one_thing(tmp_path):
     assert new["none_of_the_above"].gold_letters() == {"B"}
     whole = controls_of(ask_for(find_protocol("pmc_vqa"), questions), questions)
     assert whole["other_image"].asked.questions[:2] == controls["other_image"].asked.questions
+
+
+@pytest.mark.parametrize("options", [("yes", "no"), ("liver", "lung", "eye", "ear")])
+def test_the_files_letter_moves_with_its_option(options):
+    """The kits' rules compare with the letter that the file names."""
+    question = Question("q", "Which?", options=options, answer=options[1], gold_letter="B")
+    for name, control in controls_of(
+        ask_for(find_protocol("pmc_vqa"), [question]), [question]
+    ).items():
+        (new,) = control.asked.questions
+        meant = {"none_of_the_above": NONE_ABOVE, "negated": options[0]}.get(name, options[1])
+        assert new.lettered()[new.target] == meant, name
+        scorer = SCORERS["vlmevalkit"]
+        assert scorer.score(new, new.target).value == 1.0, name
 
 
 @pytest.mark.parametrize(

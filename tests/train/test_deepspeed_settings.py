@@ -121,7 +121,7 @@ def test_auto_inside_a_section_is_deepspeeds_default():
     [
         ("{", "can't be read as JSON"),
         ("[]", "must hold one JSON object"),
-        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage stands in it more than once"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "the key 'stage' is there twice"),
     ],
 )
 def test_a_file_that_is_no_settings(tmp_path, text, told):

@@ -158,6 +158,9 @@ class _Reader:
         images, base64, at = layout.images, layout.base64, layout.at
         columns, rows, source = read_rows(path, images=images, base64_images=base64, at=at)
         if layout.lower:
+            if len(set(map(lowered, columns))) < len(columns):
+                told = f"columns of one name but for case or spaces: {', '.join(columns)}"
+                raise BenchmarkError(f"{str(path)!r} has {told}. Rename one.")
             columns = tuple(map(lowered, columns))
             lower = ({lowered(name): one for name, one in row.values.items()} for row in rows)
             rows = [replace(row, values=values) for row, values in zip(rows, lower, strict=True)]

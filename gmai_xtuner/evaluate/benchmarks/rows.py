@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.bounded import iterate_bounded
 from gmai_xtuner.core.members import group_column, large_row_group
+from gmai_xtuner.core.records import STRICT_JSON
 from gmai_xtuner.evaluate.questions import BenchmarkError, ImageSource, SourceFile
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def _parsed(path: Path, data: bytes, at: Sequence[str]) -> _Records:
 
 def _loaded(path: Path, text: str, place: str = "") -> Any:
     try:
-        return json.loads(text)
+        return STRICT_JSON.decode(text)
     except (ValueError, RecursionError) as error:
         raise BenchmarkError(
             f"{str(path)!r}{place} is not valid JSON ({error}). Fetch it again."
@@ -320,6 +321,9 @@ def _read_delimited(path: Path, base64_images: str) -> Rows:
         for line, offset, fields in _fields(path, lines):
             if not columns:
                 columns = [name.strip() for name in fields]
+                if len(set(columns)) < len(columns):
+                    told = "two columns of one name. Correct the header."
+                    raise BenchmarkError(f"{str(path)!r}, line {line}: {told}")
                 stored = next((name for name in columns if lowered(name) == base64_images), "")
                 continue
             if len(fields) != len(columns):

@@ -23,8 +23,7 @@ from gmai_xtuner.evaluate.scoring.text import NUMBER_WORDS, TABLES
 
 def _score_first(question: Question, letter: str | None) -> Score:
     """Compare with the file's one letter, as the kits do, though another option may read the same."""
-    gold = question.gold_letter or min(question.gold_letters(), default="")
-    right = letter is not None and letter == gold
+    right = letter is not None and letter == question.target
     return Score(float(right), letter)
 
 

@@ -179,6 +179,9 @@ def test_a_row_with_another_number_of_cells_is_an_error_with_its_line(tmp_path: 
     (tmp_path / "q.csv").write_text("question,answer\nWhat?,lung\nIs it left, or right?,left\n")
     with pytest.raises(CorpusError, match=r"q\.csv, line 3: 3 cells, the header has 2"):
         read(tmp_path)
+    (tmp_path / "q.csv").write_text("question,answer,answer\nWhat?,lung,liver\n")
+    with pytest.raises(CorpusError, match=r"q\.csv has two columns of one name"):
+        read(tmp_path / "q.csv")
 
 
 def test_names_of_columns() -> None:

@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from gmai_xtuner.evaluate.__main__ import main
-from gmai_xtuner.evaluate.questions import Question
+from gmai_xtuner.evaluate.questions import Question, Score
+from gmai_xtuner.evaluate.results import Scored, _score_line
 from gmai_xtuner.evaluate.scoring import SCORERS
+from gmai_xtuner.evaluate.store import Answer
 from tests.evaluate.files import json_file, jsonl_file, tsv_file
 
 WORDS = {"1": "Which colour is the first?", "2": "And the second?", "3": "Third?", "4": "Last?"}
@@ -113,6 +115,11 @@ def test_a_result_is_exported_to_other_kits(benchmark, tmp_path, capfd):
     evaluate(benchmark, run, mmmu(tmp_path / "a.json", FIRST))
     assert export("inspect", folder=run) == 1
     assert "has 2 results. Export one of them" in capfd.readouterr().err
+    shutil.copytree(run, tmp_path / "models" / "one")
+    shutil.copytree(run, tmp_path / "models" / "other")
+    for arguments in (["export", "--format", "inspect"], ["reconcile"], ["compare", str(run)]):
+        assert main([*arguments, str(tmp_path / "models")]) == 1
+        assert "are two results of one benchmark" in capfd.readouterr().err
     (folder,) = {one.parent for one in run.rglob("result.json") if '"choice"' in one.read_text()}
 
     assert export("lmms-eval", "--out", str(tmp_path / "s.jsonl"), folder=folder) == 0
@@ -281,6 +288,16 @@ def test_an_empty_first_answer_leaves_the_kit_as_it_is(benchmark, tmp_path):
     assert scores(tmp_path / "run")["choice"] == pytest.approx(2 / 3)
 
 
+def test_the_target_of_an_export_is_the_files_letter():
+    pictures = Question("q", "Which?", options=("<image>",) * 3, answer="<image>", gold_letter="B")
+    assert (
+        _score_line(Scored(pictures, Answer("q", "", "B", 0, "", "", {}), Score(1.0, "B")))[
+            "target"
+        ]
+        == "B"
+    )
+
+
 def test_scores_of_an_earlier_version_are_refused(benchmark, tmp_path, capfd):
     evaluate(benchmark, tmp_path / "one", mmmu(tmp_path / "1.json", FIRST))
     for file in (tmp_path / "one").rglob("scores.jsonl"):
@@ -288,4 +305,4 @@ def test_scores_of_an_earlier_version_are_refused(benchmark, tmp_path, capfd):
     for arguments in (["reconcile", "one"], ["compare", "one", "one"]):
         verb, *runs = arguments
         assert main([verb, *(str(tmp_path / run) for run in runs)]) == 1
-        assert "does not say which questions its ids stand for" in capfd.readouterr().err
+        assert "is of an earlier version. Score its answers again" in capfd.readouterr().err

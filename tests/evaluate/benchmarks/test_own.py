@@ -182,6 +182,32 @@ def test_a_row_that_cannot_be_right_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("mine.csv", "id,question,label,label\nq1,?,A,B\n", "two columns of one name"),
+        (
+            "mine.jsonl",
+            '{"id": "q1", "label": "A", "label": "B"}\n',
+            "the key 'label' is there twice",
+        ),
+        (
+            "mine.json",
+            '{"q1": {"label": "A"}, "q1": {"label": "B"}}',
+            "the key 'q1' is there twice",
+        ),
+    ],
+)
+def test_a_column_that_is_there_twice_is_refused(
+    tmp_path: Path, name: str, content: str, told: str
+) -> None:
+    path = write(tmp_path, MAP, [record(1)])
+    (tmp_path / "mine.jsonl").unlink()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BenchmarkError, match=told):
+        load_benchmark(path)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         (MAP + "anser: x\n", r"mine\.yaml:9: unknown key 'anser'\. Did you mean 'answer'\?"),
