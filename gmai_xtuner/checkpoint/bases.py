@@ -31,9 +31,9 @@ from gmai_xtuner.model.internlm2 import (
     check_fit,
     convert_state_dict,
     llama_config,
-    llama_shapes,
     own_dtype,
     raise_on_keys,
+    shapes_of,
 )
 from gmai_xtuner.model.llava import building_on_meta
 from gmai_xtuner.model.lora import quantization_that_runs
@@ -109,7 +109,7 @@ def load_language_model(
         if model_type == "internlm2":
             weights = convert_state_dict(weights, config)
         elif raw.get("quantization_config") is None:
-            check_fit(weights, llama_shapes(config), where=str(directory))
+            check_fit(weights, shapes_of(LlamaForCausalLM, config), where=str(directory))
         # Given the weights, transformers opens no file by itself.
         model, info = LlamaForCausalLM.from_pretrained(
             None,
@@ -122,7 +122,8 @@ def load_language_model(
             low_cpu_mem_usage=None if is_deepspeed_zero3_enabled() else True,
             output_loading_info=True,
         )
-        check_loading_info(info, where=str(directory))
+        unexpected = [key for key in info["unexpected_keys"] if IGNORED_SUFFIX not in key]
+        raise_on_keys(sorted(info["missing_keys"]), sorted(unexpected), str(directory))
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     if quantization_config is None:
@@ -170,34 +171,10 @@ def load_vision_tower(
         weights = add_adapter(weights, adapter)
     if dtype is None and (adapter is not None or trained is not None or is_llava(directory)):
         dtype = next(iter(weights.values())).dtype
-    try:
-        # Given the weights, transformers opens no file by itself.
-        model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(weights),
-            torch_dtype=dtype or "auto",
-            output_loading_info=True,
-        )
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
-        raise ModelLoadError(
-            f"{directory}: the weights don't fit config.json. {error}. "
-            "Take config and weights from the same checkpoint."
-        ) from error
-    check_loading_info(info, where=str(directory), ignored=NOT_VISION)
+    own = {key: value for key, value in weights.items() if not key.startswith(NOT_VISION)}
+    check_fit(own, shapes_of(kind, config), where=str(directory))
+    # Given the weights, transformers opens no file by itself.
+    options = {"state_dict": own, "torch_dtype": dtype or "auto"}
+    model = kind.from_pretrained(None, config=config, **options)
     model.name_or_path = str(pretrained_model_name_or_path)
     return model
-
-
-def check_loading_info(
-    info: Mapping[str, Any], *, where: str, ignored: tuple[str, ...] = (IGNORED_SUFFIX,)
-) -> None:
-    """Check that every weight found its place, by what ``output_loading_info=True`` returns.
-
-    A left-over weight whose name has one of ``ignored`` in it is allowed; others are a ``ModelLoadError``.
-    """
-    left = info["unexpected_keys"]
-    unexpected = sorted(key for key in left if not any(part in key for part in ignored))
-    raise_on_keys(sorted(info["missing_keys"]), unexpected, where)

@@ -258,11 +258,7 @@ def _base(name: str, cfg: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _merged(name: str, part: Any, cfg: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """Return the part as a plain model with its adapters merged; ``part`` keeps them.
-
-    The base's weights are read where ``part`` has none (``xtuner convert pth_to_hf`` builds on meta), or
-    only rounded ones.
-    """
+    """Return the part as a plain model with its adapters merged, on its own weights or its base's."""
     own = dict(part.named_parameters())
     _require_weights(name, {key: own[key] for key in own if is_adapter_key(key)})
     if _is_as_exact(part, dtype):

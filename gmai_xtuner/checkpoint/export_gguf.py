@@ -141,10 +141,7 @@ def _layers(config: LlavaConfig) -> int:
 
 
 def _names(whole: Whole) -> tuple[dict[str, str], dict[str, str]]:
-    """llama.cpp's name -> name in the state: of the language model; of tower and projector.
-
-    What comes after the layer that the projector reads is left out.
-    """
+    """llama.cpp's name -> name in the state: of the language model; of projector and tower."""
     import gguf
 
     layers = whole.config.text_config.num_hidden_layers
@@ -200,11 +197,7 @@ def _write(writer: Any, names: Mapping[str, str], whole: Whole, kind: Any) -> No
 
 
 def _vocabulary_kind(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str, bool]:
-    """llama.cpp's names of a tokenizer and of how it splits words, and whether texts begin with a mark.
-
-    Raises:
-        GMAIError: it is none that llama.cpp is known to imitate exactly.
-    """
+    """llama.cpp's names of a tokenizer and of how it splits words, and whether texts begin with a mark."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer, before = state["model"], state["normalizer"], state["pre_tokenizer"]
     steps = (before or {}).get("pretokenizers", [before] if before else [])

@@ -287,24 +287,19 @@ def _write_card(folder: Path, source: Source, costs: str, config: LlavaConfig) -
     templates = environment("gmai_xtuner.checkpoint", keep_trailing_newline=True)
     card = templates.get_template("card.md.j2").render(
         bases=[base for base in (provenance.llm, provenance.vision) if _is_hub_name(base)],
-        stage=provenance.stage,
-        trained=provenance.trained,
-        llm=_shown(provenance.llm),
-        vision=_shown(provenance.vision),
+        provenance=provenance,
+        settings=settings,
+        shown=_shown,
         dtype=str(dtype).removeprefix("torch."),
         image_tokens=config.image_seq_length,
         side=config.vision_config.image_size,
         tower="CLIP" if num_class_tokens(config.vision_config) else "SigLIP",
         vocabulary=config.text_config.vocab_size,
         image_id=config.image_token_index,
-        max_length=tokens,
-        template=settings["prompt_template"],
-        add_bos=settings["add_bos"],
         costs=costs,
         on_disk=size(folder_bytes(folder)),
         cache=size(cache_bytes(config.text_config, tokens=tokens, dtype=dtype)),
-        pads=source.transform.mode == "pad",
-        colour=source.transform.mean_colour,
+        transform=source.transform,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

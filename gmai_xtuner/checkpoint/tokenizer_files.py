@@ -14,7 +14,6 @@ Three things differ from the base's tokenizer:
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -122,10 +121,9 @@ def plain_tokenizer(
     backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
-    backend.add_special_tokens([_special(IMAGE_TOKEN)])
-    if (pad := base.pad_token) is None:
-        pad = PAD_TOKEN
-        backend.add_special_tokens([_special(PAD_TOKEN)])
+    pad = PAD_TOKEN if base.pad_token is None else base.pad_token
+    for text in (IMAGE_TOKEN, *([PAD_TOKEN] if base.pad_token is None else [])):
+        backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
     _split_before_answers(backend, template)
     backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
     names = ("bos_token", "eos_token", "unk_token")
@@ -154,10 +152,6 @@ def plain_tokenizer(
             f"their border than in training; single questions have the same. E.g. {min(differ.values())}"
         )
     return tokenizer
-
-
-def _special(text: str) -> AddedToken:
-    return AddedToken(text, special=True, normalized=False)
 
 
 def _split_before_answers(backend: Tokenizer, template: ChatTemplate) -> None:
@@ -196,10 +190,9 @@ def differing_prompts(
         text = prompt_text(tokenizer, turns)
         found = tokenizer(text).input_ids
         if found != expected:
-            same = itertools.takewhile(
-                lambda pair: pair[0] == pair[1], zip(found, expected, strict=False)
-            )
-            place = len(list(same))
+            pairs = enumerate(zip(found, expected, strict=False))
+            shorter = min(len(found), len(expected))
+            place = next((at for at, (one, other) in pairs if one != other), shorter)
             differ[turns] = (
                 f"the prompt {text!r} has other ids than in training from token {place} on: "
                 f"{tokenizer.convert_ids_to_tokens(found[place : place + 4])} instead of "

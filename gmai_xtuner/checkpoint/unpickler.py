@@ -216,10 +216,7 @@ class TensorReader(pickle._Unpickler):  # type: ignore[name-defined]
 
 
 def _of_package(module: str, name: str, *kinds: type, fixed: tuple[Any, ...] = ()) -> Any:
-    """Return a maker of a package's class, imported when a file names it.
-
-    A file gives arguments of exactly the given types; without any the class gets the fixed ones.
-    """
+    """Return a maker of a package's class; a file gives these types, or nothing for the fixed arguments."""
 
     def make(*arguments: Any) -> Any:
         _expect(tuple(map(type, arguments)) == kinds, f"a {name} of another form")

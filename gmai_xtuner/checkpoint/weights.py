@@ -20,6 +20,7 @@ import io
 import math
 import os
 import pickle
+import re
 import types
 import zipfile
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ from gmai_xtuner.core.hub import WEIGHT_FILES, check_pickle_allowed, read_json, 
 _PREFIX = "base_model.model."
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _OTHER_FORMS = ("use_dora", "fan_in_fan_out", "modules_to_save", "alora_invocation_tokens")
+_STARTS = (True, False, None, "gaussian", "eva")
+"""``init_lora_weights`` that leave the base as it is; pissa, olora, loftq, ... learn on a rewritten one."""
 
 
 def read_state_dict(directory: Path) -> dict[str, torch.Tensor]:
@@ -112,6 +115,8 @@ def add_adapter(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, 
     """
     config = read_json(folder / "adapter_config.json")
     others = [key for key in _OTHER_FORMS if config.get(key)]
+    if (start := config.get("init_lora_weights")) not in _STARTS:
+        others.append(f"init_lora_weights {start!r}")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or others:
         raise ModelLoadError(
             f"{folder}: only LoRA without biases can be merged, got peft_type "
@@ -134,9 +139,10 @@ def add_adapter(weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, 
                 f"{folder}: the adapter of {layer} is for a matrix of {up.shape[0]} x {down.shape[1]}, the "
                 f"base has {tuple(base.shape)}. Name the base that it was trained on"
             )
-        alpha, rank = config["lora_alpha"], down.shape[0]
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            alpha = value if layer.endswith(pattern) else alpha
+        # As peft matches: the first pattern, a regular expression of whole parts of the name.
+        patterns, rank = config.get("alpha_pattern") or {}, down.shape[0]
+        own = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer))
+        alpha = next(own, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         result[f"{layer}.weight"] = (base.float() + scale * (up @ down)).to(base.dtype)
     return result

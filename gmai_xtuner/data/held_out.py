@@ -68,42 +68,29 @@ def nothing_held_out(
 
     ``excluded`` is bool ``[conversations]`` of each cache, what its list leaves out, or ``None``.
     """
-    images, texts, least = _least_share(caches, excluded)
+    names, texts = np.zeros(0, dtype=np.uint64), 0
+    first, last = 2**64, -1  # of the conversations that may be held out, and may be trained on
+    for cache, mask in zip(caches, excluded, strict=True):
+        for ids, hashed, offsets in _hashed_names(cache, mask):
+            names = np.union1d(names, hashed)
+            texts += int((np.diff(offsets) == 0).sum())
+            low, high = _extremes(ids, hashed, offsets)
+            if len(ids):
+                first, last = min(int(high.min()), first), max(int(low.max()), last)
+    images = len(names)
     of = [f"{images} image{'s'[images == 1 :]}"] if images or not texts else []
     of += [f"{texts} conversation{'s'[texts == 1 :]} without an image"] if texts else []
-    return (
-        f"{share:g} of {' and '.join(of)}; hashes of the names decide, see data/held_out.py. "
-        + (
-            "No share holds something out and leaves something to train on"
-            if least is None
-            else f"The smallest share that holds something out is {least:g}"
-        )
-    )
-
-
-def _least_share(
-    caches: Sequence[Path], excluded: Sequence[np.ndarray | None]
-) -> tuple[int, int, float | None]:
-    """Count images and conversations without one; find the least share (two digits) that holds some out."""
-    names = np.zeros(0, dtype=np.uint64)
-    texts, first, last = 0, None, 0
-    for cache, mask in zip(caches, excluded, strict=True):
-        for ids, images, offsets in _hashed_names(cache, mask):
-            names = np.union1d(names, images)
-            texts += int((np.diff(offsets) == 0).sum())
-            low, high = _extremes(ids, images, offsets)
-            if len(ids):
-                first = min(int(high.min()), 2**64 if first is None else first)
-                last = max(int(low.max()), last)
-    if first is None:
-        return 0, 0, None
-    exact = (first + 1) / 2**64
-    step = 10.0 ** (math.floor(math.log10(exact)) - 1)
-    digits = math.ceil(exact / step)
-    share = float(f"{digits * step:.2g}")
-    if int(share * 2**64) <= first:  # rounding of the quotient
-        share = float(f"{(digits + 1) * step:.2g}")
-    return len(names), texts, share if share < 1 and last >= int(share * 2**64) else None
+    text = f"{share:g} of {' and '.join(of)}; hashes of the names decide, see data/held_out.py. "
+    if first < 2**64:
+        exact = (first + 1) / 2**64
+        step = 10.0 ** (math.floor(math.log10(exact)) - 1)  # two digits, rounded up
+        digits = math.ceil(exact / step)
+        least = float(f"{digits * step:.2g}")
+        if int(least * 2**64) <= first:  # rounding of the quotient
+            least = float(f"{(digits + 1) * step:.2g}")
+        if least < 1 and last >= int(least * 2**64):
+            return f"{text}The smallest share that holds something out is {least:g}"
+    return f"{text}No share holds something out and leaves something to train on"
 
 
 def _extremes(

@@ -28,6 +28,8 @@ DECODINGS = ("full", "scaled")
 _PROCESSOR_FILE = "processor_config.json"
 _KEPT = 2
 """Pixels that a JPEG decoded at a fraction keeps for one pixel of the result."""
+_ROWS_AT_ONCE = 256
+"""Of a tall image, padded to a square's width."""
 _LONG = 4
 """Longer edge by shorter edge from which on padding would be most of the work."""
 
@@ -171,9 +173,7 @@ class ImageTransform:
         return torch.from_numpy(values)
 
 
-def _pad_and_resize(
-    image: Image.Image, side: int, *, colour: tuple[int, ...], rows_at_once: int = 256
-) -> Image.Image:
+def _pad_and_resize(image: Image.Image, side: int, *, colour: tuple[int, ...]) -> Image.Image:
     """Centre on a square of one colour and resize it bicubically, without building the square.
 
     Pillow resizes first along rows, then along columns, with bytes in between. The two passes are
@@ -199,8 +199,8 @@ def _pad_and_resize(
         narrow = Image.fromarray(np.ascontiguousarray(strip.transpose(1, 0, 2)))
         square.paste(narrow.resize((strip.shape[0], side), bicubic), (left, 0))
     else:
-        for top in range(0, height, rows_at_once):
-            bottom = min(top + rows_at_once, height)
+        for top in range(0, height, _ROWS_AT_ONCE):
+            bottom = min(top + _ROWS_AT_ONCE, height)
             rows = Image.new("RGB", (length, bottom - top), colour)
             rows.paste(image.crop((0, top, width, bottom)), ((length - width) // 2, 0))
             square.paste(rows.resize((side, bottom - top), bicubic), (0, top))

@@ -29,7 +29,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -41,12 +40,8 @@ BALANCED_FROM = 1_000
 _ROOM_WORTH_FILLING = 1e-3
 
 
-class Kind(NamedTuple):
-    """``number`` conversations of equal length and number of images."""
-
-    length: int
-    images: int
-    number: int
+Kind = tuple[int, int, int]
+"""Length, number of images, and how many conversations have both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +116,7 @@ def _plan(
     max_images: int | None,
 ) -> list[Pattern]:
     """Patterns over kinds, which come longest first; a function of the kinds alone."""
-    kinds = list(map(Kind, lengths.tolist(), images.tolist(), counts.tolist()))
+    kinds = list(zip(lengths.tolist(), images.tolist(), counts.tolist(), strict=True))
     patterns = best_fit_decreasing(kinds, max_length, max_images)
     packs = _number_of_packs(patterns)
     bound = int((lengths * counts).sum()) / max_length
@@ -196,12 +191,12 @@ def best_fit_decreasing(
     """Return the patterns of best-fit decreasing over kinds, longest first.
 
     A kind goes to the open packs with the least room that suffices. Such packs take as many of it as
-    fit, because a pack that has just taken one has less room than before and so stays the best fit.
+    fit, because a pack that has just taken one has less room than before and so stays the best fit. Without
+    ``max_images`` all kinds have 0 images.
     """
     # Open packs by (room in tokens, room in images) -> patterns. `rooms` is sorted for the best fit.
     open_packs: dict[tuple[int, int], list[Pattern]] = defaultdict(list)
     rooms: list[tuple[int, int]] = []
-    unlimited = max_images is None
     closed: list[Pattern] = []
 
     def put(pattern: Pattern, room: tuple[int, int]) -> None:
@@ -223,23 +218,20 @@ def best_fit_decreasing(
             room = best(length, images)
             if room is None:
                 pattern = Pattern([], number)
-                room = (max_length, 0 if unlimited else int(max_images or 0))
+                room = (max_length, max_images or 0)
             else:
                 pattern = open_packs[room].pop()
                 if not open_packs[room]:
                     del open_packs[room]
                     rooms.pop(bisect_left(rooms, room))
-            each = room[0] // length
-            if images and not unlimited:
-                each = min(each, room[1] // images)
+            each = min(room[0] // length, room[1] // images if images else room[0])
             full, rest = divmod(number, each)
             full = min(full, pattern.count)
             rest = rest if full < pattern.count else 0
-            used_images = 0 if unlimited else images
             for packs, take in ((full, each), (1 if rest else 0, rest)):
                 if packs:
                     filled = Pattern([*pattern.content, (kind, take)], packs)
-                    put(filled, (room[0] - take * length, room[1] - take * used_images))
+                    put(filled, (room[0] - take * length, room[1] - take * images))
                     number -= packs * take
             untouched = pattern.count - full - (1 if rest else 0)
             if untouched and pattern.content:

@@ -250,47 +250,27 @@ ERRORS_SHOWN = 20
 
 
 class BadRecords(DataError):
-    """The bad records of one dataset.
+    """The bad records of one dataset, by ``facts`` that are fit for JSON.
 
-    Args:
-        problem: the only one, or the first of them with their places and where the list of all is.
-        count: how many.
-        reasons: short key of a reason -> how many.
-        listing: JSON Lines file with all of them.
-        rest: folder of a ``TokenCache`` of the good records, for looking at, not for training; ``None``
-            if there is none.
-        dataset, record, remedy: its name, the only record, and what the user can do.
+    ``problem`` is the only one, or the first of them with their places and where the list of all is;
+    ``count`` and ``reasons`` (short key -> how many) their number; ``listing`` the JSON Lines file with all
+    of them; ``rest`` the folder of a ``TokenCache`` of the good records, for looking at, not for training, or
+    ``None``; ``dataset``, ``record`` and ``remedy`` its name, the only record, and what the user can do.
     """
 
-    def __init__(
-        self,
-        problem: str,
-        *,
-        count: int,
-        reasons: Mapping[str, int],
-        listing: str | Path,
-        rest: str | Path | None,
-        dataset: str,
-        record: str | None = None,
-        remedy: str | None = None,
-    ) -> None:
-        reason = next(iter(reasons)) if len(reasons) == 1 else "bad_records"
-        super().__init__(problem, dataset=dataset, record=record, remedy=remedy, reason=reason)
-        if count > 1:  # a list: what to do stands below it, not behind its last line
-            self.args = (f"dataset {dataset!r}: {problem}\n{remedy}",)
-        self.count = count
-        self.reasons = dict(reasons)
-        self.listing = Path(listing)
-        self.rest = None if rest is None else Path(rest)
-
-    def fields(self) -> dict[str, Any]:
-        """Return the arguments that make it again, fit for JSON."""
-        names = ("problem", "count", "reasons", "dataset", "record", "remedy")
-        rest = None if self.rest is None else str(self.rest)
-        return {**{n: getattr(self, n) for n in names}, "listing": str(self.listing), "rest": rest}
+    def __init__(self, **facts: Any) -> None:
+        self.facts = facts
+        self.count, self.reasons = facts["count"], facts["reasons"]
+        self.listing = Path(facts["listing"])
+        self.rest = None if facts["rest"] is None else Path(facts["rest"])
+        reason = next(iter(self.reasons)) if len(self.reasons) == 1 else "bad_records"
+        named = {name: facts[name] for name in ("dataset", "record", "remedy")}
+        super().__init__(facts["problem"], **named, reason=reason)
+        if self.count > 1:  # a list: what to do stands below it, not behind its last line
+            self.args = (f"dataset {self.dataset!r}: {self.problem}\n{self.remedy}",)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(BadRecords, **self.fields()), ()
+        return partial(BadRecords, **self.facts), ()
 
 
 class BadList:
@@ -320,9 +300,7 @@ class BadList:
     def error(self, dataset: str, *, read: int, folder: Path, kept: int) -> BadRecords:
         """Return one error for all bad ones of ``read`` records; ``kept`` others will lie in ``folder``."""
         reasons = dict(self.reasons.most_common())
-        listing, rest = folder / BAD_LIST, folder if kept else None
-        remedy = ". ".join(self.remedies)
-        record = None
+        listing, remedy, record = str(folder / BAD_LIST), ". ".join(self.remedies), None
         if self.count == 1:
             (note,) = self.first
             problem, record = note["problem"], _place(note) or None
@@ -340,9 +318,15 @@ class BadList:
             problem = "\n".join(lines)
             if not self.files:
                 remedy += ". Or leave them out: on_bad_sample='skip' counts and lists them"
-        place: dict[str, Any] = {"dataset": dataset, "record": record, "remedy": remedy}
         return BadRecords(
-            problem, count=self.count, reasons=reasons, listing=listing, rest=rest, **place
+            problem=problem,
+            count=self.count,
+            reasons=reasons,
+            listing=listing,
+            rest=str(folder) if kept else None,
+            dataset=dataset,
+            record=record,
+            remedy=remedy,
         )
 
 
@@ -376,7 +360,7 @@ def bad_folder(cache: Path) -> Path:
 
 def leave_for_inspection(partial: Path, error: BadRecords) -> None:
     """Put a refused build where its error says that it lies."""
-    (partial / "error.json").write_text(json.dumps(error.fields()), encoding="utf-8")
+    (partial / "error.json").write_text(json.dumps(error.facts), encoding="utf-8")
     folder = error.listing.parent
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

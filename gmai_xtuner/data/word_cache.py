@@ -76,7 +76,10 @@ class WordCache:
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as the tokenizer gives them without special tokens."""
-        words = [self._split(text) for text in texts]
+        words = [
+            None if any(mark in text for mark in self._together) else text.split(" ")
+            for text in texts
+        ]
         whole = [text for text, parts in zip(texts, words, strict=True) if parts is None]
         known = dict(zip(whole, self._encode(whole), strict=True))
         long_words = self._learn([parts for parts in words if parts])
@@ -95,9 +98,6 @@ class WordCache:
             self._first.pop(word, None)
             self._later.pop(word, None)
         return found
-
-    def _split(self, text: str) -> list[str] | None:
-        return None if any(mark in text for mark in self._together) else text.split(" ")
 
     def _learn(self, texts: Sequence[list[str]]) -> list[str]:
         """Put every word of these texts into the two caches.

@@ -142,7 +142,6 @@ class ModelFlops:
         learnt_tokens: int,
         images: int,
         causal: bool = True,
-        backward: bool = True,
     ) -> int:
         """FLOPs of a flat batch.
 
@@ -151,16 +150,10 @@ class ModelFlops:
             learnt_tokens: tokens that the loss is taken of.
             images: images of the batch.
             causal: count the pairs that a causal mask leaves; else all ``L * L``.
-            backward: count the gradients too.
         """
         pairs = sum(length * (length + 1) // 2 if causal else length**2 for length in lengths)
-        work = (
-            self.token * sum(lengths)
-            + self.learnt_token * learnt_tokens
-            + self.pair * pairs
-            + self.image * images
-        )
-        return work.flops if backward else 2 * work.forward
+        text = self.token * sum(lengths) + self.learnt_token * learnt_tokens
+        return (text + self.pair * pairs + self.image * images).flops
 
     def of_batch(self, data: Mapping[str, Any]) -> int:
         """FLOPs of a collated micro-batch; none for one that only fills a place on its rank."""

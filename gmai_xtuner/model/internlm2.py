@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import shorten
@@ -100,12 +100,12 @@ def check_fit(
         )
 
 
-def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the Llama checkpoint that ``config`` describes."""
+def shapes_of(kind: Any, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the checkpoint that a config of a model class of transformers describes."""
     with init_empty_weights():
-        state_dict = LlamaForCausalLM(config).state_dict()
-    if config.tie_word_embeddings:
-        del state_dict["lm_head.weight"]
+        state_dict = kind(config).state_dict()
+    if getattr(config, "tie_word_embeddings", False):
+        state_dict.pop("lm_head.weight", None)
     return {key: tuple(value.shape) for key, value in state_dict.items()}
 
 

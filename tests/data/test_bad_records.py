@@ -97,7 +97,7 @@ def test_the_error_crosses_processes_and_files_whole(make_corpus, cached):
         cached(corpus)
     for other in (
         pickle.loads(pickle.dumps(caught.value)),
-        BadRecords(**json.loads(json.dumps(caught.value.fields()))),
+        BadRecords(**json.loads(json.dumps(caught.value.facts))),
     ):
         assert str(other) == str(caught.value)
         assert (other.count, other.listing, other.rest) == (

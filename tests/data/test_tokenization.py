@@ -18,7 +18,7 @@ from xtuner.utils import PROMPT_TEMPLATE
 
 from gmai_xtuner.core.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Conversation, Turn, parse_raw
-from gmai_xtuner.core.errors import DataError, GMAIError
+from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.records import RawRecord
 from gmai_xtuner.data.tokenization import (
     ChatTemplate,
@@ -254,16 +254,6 @@ def test_map_function_sees_tokens_that_are_added_later(tokenizer):
     assert len(after) < len(before)
 
 
-def test_map_function_names_what_is_wrong_with_a_record(tokenizer):
-    with pytest.raises(DataError, match=r"dataset 'mine'.* 1 <image> mark.* but 0 image"):
-        soft_packing_map_fn(
-            record("r", "<image>\nWhat?", "A CT scan."),
-            tokenizer=tokenizer,
-            num_image_tokens=64,
-            dataset="mine",
-        )
-
-
 # --- construction ---------------------------------------------------------------------------------
 
 
@@ -288,40 +278,25 @@ def test_tokenizer_without_bos_is_refused_unless_add_bos_is_off():
     assert len(one(ConversationTokenizer.from_pretrained(base, bare), "Hi?", "CT.").input_ids)
 
 
-def test_pickled_tokenizer_gives_the_same_ids_and_fingerprint(encode):
-    copy = pickle.loads(pickle.dumps(encode))
-    assert copy.fingerprint == encode.fingerprint
-    texts = ("<image>\n图中显示什么？", "Chest X-ray.")
-    assert (one(copy, *texts).input_ids == one(encode, *texts).input_ids).all()
-
-
 # --- fit ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def two_rounds(by_character):
-    """59 ids, one image in round 1; 30 after round 1 (see the test counted by hand)."""
-    return one(by_character, "<image>\nHi?", "CT.", "Sure?", "Yes", images=("a.png",))
-
-
 @pytest.mark.parametrize(
-    ("max_length", "expected_ids"),
-    [(62, 59), (61, 30), (33, 30), (32, None)],  # an image takes 4 tokens: 3 more than its mark
-)
-def test_cut_keeps_the_whole_turns_that_fit(two_rounds, max_length, expected_ids):
-    fitted = fit(two_rounds, max_length=max_length, num_image_tokens=4, over_length="cut")
-    assert (None if fitted is None else len(fitted.input_ids)) == expected_ids
-    if fitted is not None:
-        assert fitted.num_tokens(4) <= max_length
-
-
-def test_cut_conversation_equals_the_shorter_one(by_character, two_rounds):
-    fitted = fit(two_rounds, max_length=40, num_image_tokens=4, over_length="cut")
-    shorter = one(by_character, "<image>\nHi?", "CT.", images=("a.png",))
+    ("max_length", "rounds"), [(62, 2), (61, 1), (33, 1), (32, 0)]
+)  # of 59 and 30 ids; an image takes 4 tokens: 3 more than its mark
+def test_cut_keeps_the_whole_turns_that_fit(by_character, max_length, rounds):
+    texts = ("<image>\nHi?", "CT.", "Sure?", "Yes")
+    both = one(by_character, *texts, images=("a.png",))
+    fitted = fit(both, max_length=max_length, num_image_tokens=4, over_length="cut")
+    if not rounds:
+        assert fitted is None
+        return
+    shorter = one(by_character, *texts[: 2 * rounds], images=("a.png",))
     assert fitted is not None
     assert fitted.input_ids.tolist() == shorter.input_ids.tolist()
     assert fitted.label_spans.tolist() == shorter.label_spans.tolist()
     assert (fitted.images, fitted.turn_ends) == (shorter.images, shorter.turn_ends)
+    assert fitted.num_tokens(4) <= max_length
 
 
 def test_too_many_images_are_cut_with_their_turns(by_character):
@@ -381,30 +356,29 @@ def small(merges: list[tuple[str, str]], letters: str = MARK + "ab.\n", **change
     return Tokenizer.from_str(json.dumps(state))
 
 
-def test_a_merge_over_a_space_keeps_the_words_together():
-    tokenizer = small([(MARK, "a"), (".", MARK + "a")])
-    assert tokenizer.encode("b. a").tokens == ["b", "." + MARK + "a"]  # the case occurs
+@pytest.mark.parametrize(
+    ("tokenizer", "tokens", "texts"),
+    [
+        # a merge over a space; the first text shows that the case occurs
+        (
+            small([(MARK, "a"), (".", MARK + "a")]),
+            ["b", "." + MARK + "a"],
+            ["b. a", "b a. a b", ". .a"],
+        ),
+        (
+            small([(MARK, MARK), (MARK + MARK, "a")]),
+            ["b", MARK + MARK + "a"],
+            ["b  a", "b   a", "  a ", "a  ", " a", " "],
+        ),
+        # unknown characters are fused; not even the mark is known
+        (small([], letters="a"), ["<unk>"], ["z z", "zz a", "a zz", "z"]),
+    ],
+    ids=["merge", "spaces", "unknown"],
+)
+def test_words_that_a_tokenizer_joins_stay_together(tokenizer, tokens, texts):
+    assert tokenizer.encode(texts[0]).tokens == tokens
     cache = WordCache.of(tokenizer)
     assert cache is not None
-    texts = ["b. a", "b a. a b", "b a", ". .a"]
-    assert cache(texts) == whole(tokenizer, texts)
-
-
-def test_runs_of_spaces_stay_together():
-    tokenizer = small([(MARK, MARK), (MARK + MARK, "a")])
-    assert tokenizer.encode("b  a").tokens == ["b", MARK + MARK + "a"]
-    cache = WordCache.of(tokenizer)
-    assert cache is not None
-    texts = ["b  a", "b   a", "  a ", "a  ", " a", " "]
-    assert cache(texts) == whole(tokenizer, texts)
-
-
-def test_unknown_characters_are_fused_as_in_the_whole_text():
-    tokenizer = small([], letters="a")  # not even the mark is known
-    assert tokenizer.encode("z z").tokens == ["<unk>"]
-    cache = WordCache.of(tokenizer)
-    assert cache is not None
-    texts = ["zz a", "a zz", "z z", "z"]
     assert cache(texts) == whole(tokenizer, texts)
 
 

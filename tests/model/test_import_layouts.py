@@ -2,6 +2,7 @@
 
 """Released and foreign folders give the logits of code that we did not write, in chat and in training."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,7 +22,7 @@ from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from gmai_xtuner.checkpoint.bases import load_language_model, load_vision_tower
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.checkpoint.tokenizer import load_tokenizer
-from gmai_xtuner.checkpoint.weights import read_state_dict
+from gmai_xtuner.checkpoint.weights import add_adapter, read_state_dict
 from gmai_xtuner.core.constants import IMAGE_TOKEN_INDEX
 from gmai_xtuner.core.conversation import Turn
 from gmai_xtuner.core.errors import ModelLoadError
@@ -272,8 +273,6 @@ def test_the_llava_repositorys_own_form(plain, tiny_bases, tmp_path):
 @pytest.fixture(scope="module")
 def xtuners(tiny_bases, internlm2, tower, tmp_path_factory):
     """(folder, base, peft's models, projector): QLoRA as in xtuner's llava_internlm2_chat configs."""
-    import copy
-
     root = tmp_path_factory.mktemp("xtuner")
     base = copy_files(tiny_bases, root, processor=False) / "base"
     shutil.copytree(tiny_bases / "llm", base)
@@ -350,6 +349,7 @@ def test_an_adapter_that_says_its_base_needs_no_other(xtuners, tiny_bases, tmp_p
         ({"use_dora": True}, "only LoRA without biases can be merged.*use_dora"),
         ({"bias": "all"}, "only LoRA without biases.*bias 'all'"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
     ],
 )
 def test_other_adapters_are_refused(xtuners, tiny_bases, tmp_path, change, match):
@@ -359,6 +359,20 @@ def test_other_adapters_are_refused(xtuners, tiny_bases, tmp_path, change, match
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ModelLoadError, match=match):
         load_model(tmp_path / "export", llm=str(base), vision=str(tiny_bases / "vision"))
+
+
+def test_scales_by_layer_are_those_of_peft(tmp_path):
+    names = ("proj", "down_proj", "up0")
+    base = nn.ModuleDict({name: nn.Linear(4, 4, bias=False) for name in names})
+    scales = {"proj": 8, r"up\d": 16, "up0": 4}
+    config = LoraConfig(
+        r=2, lora_alpha=2, target_modules=[*names], alpha_pattern=scales, init_lora_weights=False
+    )
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    ours = add_adapter(base.state_dict(), tmp_path)
+    for key, value in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(ours[key], value)
 
 
 def test_an_adapter_of_another_base_or_cut_short_is_refused(xtuners, plain, tiny_bases, tmp_path):
@@ -540,7 +554,7 @@ def missing_shard(folder):
         (without("language_model.model.norm"), r"1 missing \(model\.norm\.weight\)"),
         (renamed("language_model.model.norm.weight", "image_newline"), "does not have: image_newline"),
         (configured(text_config__intermediate_size=256), r"\(192, 128\) instead of \(256, 128\)"),
-        (configured(vision_config__hidden_size=32), "don't fit config.json"),
+        (configured(vision_config__hidden_size=32), "other shapes than config.json says"),
         (configured(vision_feature_layer=[-2, -1]), r"one layer's patch tokens.*\[-2, -1\]"),
         (configured(vision_feature_select_strategy="full"), "got -1 and 'full'"),
         (configured(text_config__model_type="qwen2"), "model_type 'qwen2' is not supported"),

@@ -20,7 +20,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +293,18 @@ def _refuse_two_orientations(header: Any) -> None:
         raise Unusable("volume whose sform and qform contradict each other", shown)
 
 
+_MILLIMETRES = {"mm": 1.0, "cm": 10.0, "m": 1e3, "um": 1e-3, "\u00b5m": 1e-3, "\u03bcm": 1e-3}
+
+
+def _millimetres(units: Iterable[str]) -> float:
+    """Return the unit of lengths in millimetres; where a header names none, it means these."""
+    named = {str(unit).strip() for unit in units} - {"", "?"}
+    if len(named) > 1 or not named <= _MILLIMETRES.keys():
+        text = ", ".join(sorted(named))[:60]
+        raise Unusable(UNREADABLE, f"lengths in {text!r}; mm, cm, m or um for all axes are read")
+    return _MILLIMETRES[named.pop()] if named else 1.0
+
+
 def _nrrd(path: Path, head: bytes, allowed: Sequence[str]) -> VolumeFile:
     """Read NRRD's header (teem.sourceforge.net/nrrd/format.html)."""
     import nrrd
@@ -316,6 +328,7 @@ def _nrrd(path: Path, head: bytes, allowed: Sequence[str]) -> VolumeFile:
         raise Unusable(UNREADABLE, f"{problem}; raw, gzip and bzip2 are read")
     shape = tuple(int(size) for size in values["sizes"])
     affine, channel_axis, oriented = _nrrd_geometry(values, len(shape))
+    affine[:3] *= _millimetres(values.get("space units", ()))
     return VolumeFile(
         shape,
         nrrd.reader._determine_datatype(values),
@@ -418,6 +431,7 @@ def _meta_image(path: Path, head: bytes, allowed: Sequence[str]) -> VolumeFile:
         lps[:space, :space] = matrix.reshape(count, count)[:space, :space].T
         lps[:space, :space] *= 1.0 if spacing is None else spacing[:space]
         lps[:space, 3] = 0.0 if origin is None else origin[:space]
+    lps[:3] *= _millimetres([values.get("DistanceUnits", "")])
     begin = end if local else 0
     return VolumeFile(
         (channels, *shape) if channels > 1 else shape,

@@ -323,25 +323,6 @@ def test_header_check_decodes_where_the_end_mark_is_missing(tmp_path):
     check_image(file, level="header")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp", "gif", "jp2", "ppm"])
-def test_random_damage_raises_nothing_but_image_error(tmp_path, suffix):
-    file = tmp_path / f"a.{suffix}"
-    Image.fromarray(RGB_8).save(file)
-    data = file.read_bytes()
-    generator = np.random.default_rng(0)
-    refusals = 0
-    for _ in range(60):
-        damaged = bytearray(data)
-        for place in generator.integers(0, min(len(data), 200), 3):
-            damaged[place] = generator.integers(0, 256)
-        file.write_bytes(damaged)
-        try:
-            check_image(file, level="decode", max_pixels=1_000_000)
-        except ImageError:
-            refusals += 1
-    assert refusals > 5
-
-
 def test_enormous_image_is_refused_before_decoding(tmp_path, monkeypatch):
     file = write_png(tmp_path / "a.png", np.zeros((2, 2)), bits=8, colour=0)
     data = bytearray(file.read_bytes())
@@ -357,22 +338,14 @@ def test_enormous_image_is_refused_before_decoding(tmp_path, monkeypatch):
 
 
 def test_max_pixels_is_ours_alone(tmp_path, monkeypatch, recwarn):
-    file = tmp_path / "a.png"
-    Image.fromarray(RGB_8).save(file)
-    assert refused(file, max_pixels=48 * 64 - 1).reason == "enormous_image"
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow would refuse over 200
-    with pytest.raises(Image.DecompressionBombError):
-        Image.open(file)
-    assert np.array_equal(np.asarray(open_rgb(file, max_pixels=48 * 64)), RGB_8)
-    assert not [item for item in recwarn if issubclass(item.category, RuntimeWarning)]
-
-
-def test_max_pixels_may_exceed_pillows_limit(tmp_path, monkeypatch, recwarn):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for name, options in (("a.tif", {}), ("b.tif", {"compression": "tiff_lzw"}), ("c.png", {})):
         Image.fromarray(RGB_8).save(tmp_path / name, **options)
-        assert np.array_equal(np.asarray(open_rgb(tmp_path / name)), RGB_8)
+        assert np.array_equal(np.asarray(open_rgb(tmp_path / name, max_pixels=48 * 64)), RGB_8)
+        assert refused(tmp_path / name, max_pixels=48 * 64 - 1).reason == "enormous_image"
     assert not recwarn.list
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "c.png")
 
 
 # --- what costs more than it shows -----------------------------------------------------------

@@ -155,6 +155,18 @@ def test_layers_and_names_of_3d_slicer(tmp_path):
     assert [layer.sum() for layer in found.layers] == [3, 1]
 
 
+def test_units_of_lengths_of_nrrd_and_metaimage(tmp_path):
+    path, cells = tmp_path / "a.nrrd", bytes(8)
+    segmentation(path, "2 2 2", cells, 'space units: "um" "um" "um"')
+    assert np.allclose(open_volume(path).affine, np.diag([-1e-3, -1e-3, 1e-3, 1]))
+    for units in ('"um" "mm" "mm"', '"parsec" "parsec" "parsec"'):
+        segmentation(path, "2 2 2", cells, f"space units: {units}")
+        assert "lengths in" in reason(path)[1]
+    text = META + "DistanceUnits = cm\nElementDataFile = LOCAL\n"
+    (tmp_path / "a.mha").write_bytes(text.encode() + cells)
+    assert np.allclose(open_volume(tmp_path / "a.mha").affine, np.diag([-10, -10, 10, 1]))
+
+
 # --- hostile headers ------------------------------------------------------------------------------
 
 NRRD = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nencoding: raw\nspace: LPS\n"
