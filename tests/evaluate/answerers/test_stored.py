@@ -288,8 +288,9 @@ def test_an_empty_first_answer_leaves_the_kit_as_it_is(benchmark, tmp_path):
     assert scores(tmp_path / "run")["choice"] == pytest.approx(2 / 3)
 
 
-def test_the_target_of_an_export_is_the_files_letter():
-    pictures = Question("q", "Which?", options=("<image>",) * 3, answer="<image>", gold_letter="B")
+@pytest.mark.parametrize("text", ["<image>", "lung"])
+def test_the_target_of_an_export_is_the_files_letter(text):
+    pictures = Question("q", "Which?", options=(text,) * 3, answer=text, gold_letter="B")
     assert (
         _score_line(Scored(pictures, Answer("q", "", "B", 0, "", "", {}), Score(1.0, "B")))[
             "target"
