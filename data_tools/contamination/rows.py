@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gmai_xtuner.core.errors import SourceError
-from gmai_xtuner.core.records import STRICT_JSON, SUFFIXES, iter_raw
+from gmai_xtuner.core.records import SUFFIXES, iter_raw
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 QUESTION_FILES = (*SUFFIXES, ".csv", ".tsv")
 

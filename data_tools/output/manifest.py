@@ -30,6 +30,7 @@ from data_tools.writers.prompts import PROMPT_VERSION
 from gmai_xtuner.core.errors import CorpusError
 from gmai_xtuner.core.files import sha256_of_file
 from gmai_xtuner.core.records import iter_raw
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 NAME = "manifest.parquet"
 CROISSANT = "croissant.json"
@@ -163,7 +164,7 @@ def _differences(
     for name in (*CONVERSATION_FILES, *(f"{HELD_OUT}/{name}" for name in CONVERSATION_FILES)):
         for place, line in _lines(folder / name):
             try:
-                identity = str(json.loads(line)["id"])
+                identity = str(STRICT_JSON.decode(line.decode())["id"])
             except (ValueError, TypeError, KeyError):
                 yield f"{name}:{place}: no conversation"
                 continue
@@ -181,7 +182,7 @@ def _differences(
     recorded = set()
     for place, line in _lines(folder / "records.jsonl"):
         try:
-            recorded.add(str(json.loads(line)["image"]))
+            recorded.add(str(STRICT_JSON.decode(line.decode())["image"]))
         except (ValueError, TypeError, KeyError):
             yield f"records.jsonl:{place}: no record"
     for root, _, files in os.walk(folder / "images"):

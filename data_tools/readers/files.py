@@ -27,7 +27,7 @@ from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
 from gmai_xtuner.core.imaging.dicom import is_dicom
 from gmai_xtuner.core.imaging.images import opened
-from gmai_xtuner.core.records import STRICT_JSON
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"),

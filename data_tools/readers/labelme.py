@@ -22,7 +22,7 @@ from data_tools.readers import SourceOptions, files
 from data_tools.records import ANYTHING, NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.images import decode_pixels
-from gmai_xtuner.core.records import STRICT_JSON
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 BAD = "JSON of labelme that can't be read"
 _RESERVED = {"__ignore__": (ANYTHING,), "_background_": NOTHING}

@@ -24,7 +24,7 @@ from data_tools.readers.patterns import Patterns, Places, one_reading, paired, p
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import ImageError, SourceError, Unusable
 from gmai_xtuner.core.imaging.images import opened, orientation_of
-from gmai_xtuner.core.records import STRICT_JSON
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 _RANGE = re.compile(r"([<>])\s*(-?\d+)")
 _COLOUR = re.compile(r"#([0-9a-fA-F]{6})")

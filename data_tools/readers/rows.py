@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from data_tools.readers.files import listed, near
 from gmai_xtuner.core.errors import SourceError
-from gmai_xtuner.core.records import STRICT_JSON
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 Format = Literal["csv", "tsv", "jsonl", "excel"]
 FORMATS: dict[str, Format] = {

@@ -23,7 +23,7 @@ from data_tools.readers.files import file_below
 from data_tools.readers.slide_files import Scale, SlideFile, TiffSlide
 from data_tools.records import Annotation, Drops, Unit
 from gmai_xtuner.core.errors import Unusable
-from gmai_xtuner.core.records import STRICT_JSON
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

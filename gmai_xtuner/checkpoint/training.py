@@ -24,6 +24,7 @@ from torch import nn
 from gmai_xtuner.checkpoint.weights import install_safe_reader, read_training_state
 from gmai_xtuner.core.errors import ModelLoadError
 from gmai_xtuner.core.hub import shorten
+from gmai_xtuner.core.strict_json import STRICT_JSON
 from gmai_xtuner.data.log import warn
 
 MANIFEST = "manifest.json"
@@ -71,7 +72,7 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return Manifest(**json.loads(text))
+        return Manifest(**STRICT_JSON.decode(text))
     except (ValueError, TypeError) as error:
         raise ValueError(f"its {MANIFEST} can't be read ({error})") from error
 

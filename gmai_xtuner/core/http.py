@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gmai_xtuner.core.agreements import Origin
 from gmai_xtuner.core.errors import EndpointError
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -144,7 +145,7 @@ class ChatServer:
         except (TimeoutError, openai.APIConnectionError) as error:
             raise self._lost(error) from error
         try:
-            values = json.loads(response.content)
+            values = STRICT_JSON.decode(response.content.decode())
             choices = values.get("choices")
             if not isinstance(choices, list) or ("error" in values and not choices):
                 raise ValueError("no list of choices")
@@ -175,7 +176,7 @@ class ChatServer:
     def _refusal(self, status: int, headers: Mapping[str, str], content: bytes) -> Exception:
         """Return the meaning of a status other than 2xx."""
         try:
-            code, message = error_of(json.loads(content))
+            code, message = error_of(STRICT_JSON.decode(content.decode()))
         except ValueError:
             code, message = "", content[:_SAID].decode("utf-8", "replace")
         message = self.clean(message)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from gmai_xtuner.core.errors import ModelLoadError
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 #: Index (sharded) and single-file names, in the order in which they are looked for.
 WEIGHT_FILES = (
@@ -81,12 +81,12 @@ def read_json(path: Path) -> dict[str, Any]:
     A ``ModelLoadError`` if the file is missing, not UTF-8, not JSON, or not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = STRICT_JSON.decode(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelLoadError(
             f"{path} is missing. Give the folder of a whole checkpoint in the hub's layout."
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ModelLoadError(f"{path} is not valid JSON ({error}). Copy it again.") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} should hold a JSON object, not a {type(content).__name__}.")

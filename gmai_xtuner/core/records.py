@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from typing import Any
 from gmai_xtuner.core.errors import DataError, Unusable
 from gmai_xtuner.core.imaging.bounded import iterate_bounded
 from gmai_xtuner.core.members import MAX_COLUMN, image_columns, large_row_group, parquet_names
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 """File names that :func:`iter_raw` reads."""
@@ -36,18 +36,6 @@ IMAGE_KEY = re.compile(
 _PARQUET_ROWS = 512
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {key!r} is there twice in one object")
-    return found
-
-
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=_unique)
-"""For JSON that people write: a key that is there twice is a ValueError, and not the last one silently."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +63,7 @@ class RawRecord:
             cause: Exception = error
             problem = f"not UTF-8 ({error.reason} at byte {error.start + 1} of the record)"
             remedy, reason = "Save the file as UTF-8.", "not_utf8"
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
+        except ValueError as error:  # also a number of 5,000 digits
             cause, problem = error, f"not valid JSON ({error})"
             remedy, reason = "Each line must be one whole JSON object.", "not_json"
         raise DataError(
@@ -166,9 +154,7 @@ def _iter_json_list(path: Path, dataset: str | None) -> Iterator[RawRecord]:
             item, position = decode(text, position)
         except json.JSONDecodeError as error:
             raise broken(error.msg, error.pos) from error
-        except RecursionError as error:
-            raise broken("objects nested too deeply", position) from error
-        except ValueError as error:  # a number of 5,000 digits
+        except ValueError as error:  # also a number of 5,000 digits
             raise broken(str(error), position) from error
         place = f"{path.name}, record {number} (line {line})"
         yield RawRecord(place, f"{path.name}:{number}", item)

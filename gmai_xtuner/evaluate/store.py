@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from gmai_xtuner.core.constants import IMAGE_TOKEN
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.core.files import replace_text
+from gmai_xtuner.core.strict_json import STRICT_JSON
 from gmai_xtuner.evaluate.questions import ImageSource
 
 log = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ def read_identity(folder: Path) -> Identity | None:
             )
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = STRICT_JSON.decode(file.read_text(encoding="utf-8"))
         version = content.pop("format")
         if version != FORMAT:
             raise ValueError(f"its format is {version}, this version reads {FORMAT}")

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from xtuner.registry import BUILDER
 
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.core.records import STRICT_JSON
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 TOP_LEVEL = frozenset(inspect.signature(FlexibleRunner).parameters) - {"cfg", "auto_scale_lr"} | {
     "custom_imports",

@@ -35,6 +35,7 @@ from typing import Any
 
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import is_running, replace_text
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 STATUS_FILE = "status.json"
 """Says how a run ended, for the script that started it: ``xtuner`` exits with 0 whatever happens."""
@@ -170,7 +171,7 @@ def describe_owner(status: dict[str, Any]) -> str:
 def stored_status(work_dir: Path) -> dict[str, Any]:
     """Return what ``status.json`` of a work dir says; nothing if there is none that can be read."""
     try:
-        status = json.loads((work_dir / STATUS_FILE).read_text(encoding="utf-8"))
+        status = STRICT_JSON.decode((work_dir / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}

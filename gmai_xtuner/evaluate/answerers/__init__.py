@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.core.files import locked, replace_text
+from gmai_xtuner.core.strict_json import STRICT_JSON
 from gmai_xtuner.evaluate.store import Given, Job
 
 CACHE_FILE = "model_hash.json"
@@ -221,7 +222,7 @@ def _hash(file: Path, known: dict[str, Any]) -> str:
 
 def _read_cache(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = STRICT_JSON.decode(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # it only saves reading the files again
     return found if isinstance(found, dict) else {}

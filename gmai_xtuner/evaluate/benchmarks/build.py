@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import string
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gmai_xtuner.core.errors import is_unicode
+from gmai_xtuner.core.strict_json import STRICT_JSON
 from gmai_xtuner.evaluate.benchmarks.maps import PLACES, Group, Layout, Map, table_columns
 from gmai_xtuner.evaluate.benchmarks.rows import (
     Row,
@@ -533,7 +533,7 @@ def _mark_images(
 
 def _keys_of(path: Path) -> frozenset[str]:
     try:
-        return frozenset(dict(json.loads(path.read_text(encoding="utf-8-sig"))))
+        return frozenset(dict(STRICT_JSON.decode(path.read_text(encoding="utf-8-sig"))))
     except (OSError, ValueError, TypeError) as error:
         raise BenchmarkError(
             f"{str(path)!r}, whose keys say which questions count, can't be read ({error}). Fetch it."

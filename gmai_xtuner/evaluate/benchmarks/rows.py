@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 from gmai_xtuner.core.errors import ImageError, Unusable
 from gmai_xtuner.core.imaging.bounded import iterate_bounded
 from gmai_xtuner.core.members import group_column, large_row_group
-from gmai_xtuner.core.records import STRICT_JSON
+from gmai_xtuner.core.strict_json import STRICT_JSON
 from gmai_xtuner.evaluate.questions import BenchmarkError, ImageSource, SourceFile
 
 if TYPE_CHECKING:
