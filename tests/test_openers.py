@@ -59,7 +59,18 @@ OPENERS: dict[str, tuple[str, ...]] = {
     "yaml.load": (),
     "yaml.unsafe_load": (),
     "yaml.full_load": (),
-    # Below: only files and messages that the project has written itself.
+    # Below: only files and messages that the project has written itself, or bounded texts.
+    "json.loads": (
+        *("gmai_xtuner.checkpoint", "gmai_xtuner.data", "gmai_xtuner.train"),
+        *("gmai_xtuner.preflight.data", "gmai_xtuner.core.archives", "gmai_xtuner.core.exclusion"),
+        *("gmai_xtuner.core.yaml_lines", "data_tools.contamination.report"),
+        *("data_tools.writers.ledger", "data_tools.import_gmai", "data_tools.output"),
+    ),
+    "json.load": (),
+    "json.JSONDecoder": (
+        *("gmai_xtuner.core.strict_json", "gmai_xtuner.evaluate.scoring.text"),
+        "gmai_xtuner.evaluate.benchmarks.rows",
+    ),
     "numpy.load": ("gmai_xtuner.data",),
     "pyarrow.ipc.open_file": (
         *("gmai_xtuner.data", "gmai_xtuner.preflight.pictures", "gmai_xtuner.core"),

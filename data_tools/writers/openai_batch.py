@@ -34,6 +34,7 @@ from gmai_xtuner.core.agreements import Origin
 from gmai_xtuner.core.errors import CorpusError, EndpointError
 from gmai_xtuner.core.files import remove_left_behind, replace_text
 from gmai_xtuner.core.http import NO_KEY, RequestRefused, error_of
+from gmai_xtuner.core.strict_json import STRICT_JSON
 
 SHARD = "gmai_xtuner_shard"  # the name of the metadata by which a batch is found again
 ENDED = ("completed", "expired", "cancelled", "failed")
@@ -335,7 +336,7 @@ class _Server:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 with self._or_stop(f"line {number} of a batch's output"):
-                    values = json.loads(line)
+                    values = STRICT_JSON.decode(line.decode())
                     if not isinstance(values, dict):
                         raise ValueError("not an object")
                 yield values
