@@ -439,7 +439,6 @@ def _deep_grey(image: Any, name: PathLike) -> np.ndarray:
     levels = np.asarray(image)
     transparent = image.info.get("transparency")
     visible = levels != transparent if isinstance(transparent, int) else None
-    visible = levels != transparent if isinstance(transparent, int) else None
     try:
         grey = to_8_bits(levels, visible=visible)
     except ValueError as error:
