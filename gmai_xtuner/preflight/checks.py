@@ -178,7 +178,7 @@ def checkpoint_shapes(path: Path) -> dict[str, torch.Tensor]:
 def check_disk(
     run: RunConfig,
     counts: Mapping[str, PartCount],
-    iterations: int | None,
+    steps: int | None,
     findings: Findings,
     *,
     elsewhere: bool = False,
@@ -191,7 +191,7 @@ def check_disk(
     Args:
         run, findings: what is checked, and what takes the faults.
         counts: parameters by part; trained ones are kept in bf16 and fp32, with the optimiser's moments.
-        iterations: of the run; ``None`` if it is not known.
+        steps: optimiser steps of the run, which intervals count; ``None`` if they are not known.
         elsewhere: the run is planned for another machine: too little room here is a warning.
 
     Returns:
@@ -202,7 +202,7 @@ def check_disk(
     hooks = run.cfg.get("default_hooks", {})
     hook = hooks.get("checkpoint") or {}
     keep, interval = hook.get("max_keep_ckpts", -1), hook.get("interval", -1)
-    written = max(1, math.ceil((iterations or 0) / interval)) if interval > 0 else 1
+    written = max(1, math.ceil((steps or 0) / interval)) if interval > 0 else 1
     kept = _at_a_time(keep, written) + bool((hooks.get("best") or {}).get("keep"))
     folders = (run.work_dir.absolute(), *run.work_dir.absolute().parents)
     free = shutil.disk_usage(next(folder for folder in folders if folder.is_dir())).free
@@ -211,7 +211,7 @@ def check_disk(
     taken = sum(file.stat().st_size for file in files)
     if max(size, kept * size - taken) > free:
         already = f", and has {taken / GIB:.1f} GiB of them" if whole else ""
-        if iterations is None:
+        if steps is None:
             why = "at least: how many the run writes is not known"
         elif keep >= 1 and kept > keep:
             why = f"max_keep_ckpts {keep}, and one being written"

@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -107,9 +107,9 @@ def look_at(
     _look_at_data(result, decode_images)
     if model is not None and result.counts is not None:
         _look_at_memory(result, model)
-        iterations = result.summary.iterations if result.summary else None
+        steps = result.summary.steps if result.summary else None
         result.disk = checks.check_disk(
-            run, result.counts, iterations, findings, elsewhere=not need_weights
+            run, result.counts, steps, findings, elsewhere=not need_weights
         )
     return result
 
@@ -195,7 +195,7 @@ def _look_at_memory(result: Preflight, model: Any) -> None:
             result.counts,
             zero,
             gpus=run.gpus,
-            accumulation=run.accumulation,
+            accumulation=run.accumulation * run.batch_size // packs,
             moment_bytes=moment_bytes(run.optimizer),
             activations=activations(_fullest(result, model, zero, packs), layers),
         )
@@ -230,14 +230,9 @@ def _look_at_memory(result: Preflight, model: Any) -> None:
 
 def _fewest_layers(size: Callable[[int], Memory], total: int, room: float) -> int | None:
     """Return how few layers can be recomputed, in ``room`` bytes; None if even all of them don't help."""
-    most, least = size(0).total, size(total).total
-    if least > room:
-        return None
-    # What a layer keeps is the same for each; a peak may hide it.
-    layers = max(0, math.floor(total * (most - room) / max(1, most - least)))
-    while size(layers).total > room:
-        layers += 1
-    return layers
+    # More never need more room, but what each saves may be hidden by another moment of the step.
+    layers = bisect_left(range(total + 1), True, key=lambda number: size(number).total <= room)
+    return layers if layers <= total else None
 
 
 def _recomputed_share(model: Any, batch: MicroBatch, now: int, layers: int) -> float:
@@ -276,11 +271,11 @@ def _what_would_fit(
         zero = ZeroSettings.from_dict(name, read(name, run.cfg).settings)
         if (zero.stage, zero.offloads("optimizer")) > run_kind:
             choices.append((f"--deepspeed {name}", zero, run.batch_size))
-    size = run.batch_size // 2
-    while size:
-        factor = run.batch_size // size
-        choices.append((f"batch_size {size} with {factor} x accumulative_counts", run.zero, size))
-        size //= 2
+    for size in range(run.batch_size // 2, 0, -1):
+        factor, rest = divmod(run.batch_size, size)
+        if not rest:  # else a step would have other packs
+            text = f"batch_size {size} with {factor} x accumulative_counts"
+            choices.append((text, run.zero, size))
     totals = {text: memory(zero, size).total / GIB for text, zero, size in choices}
     fitting = [layers] * bool(layers)
     fitting += [f"{text} ({n:.0f} GiB)" for text, n in totals.items() if n <= result.gpu_memory]

@@ -32,7 +32,7 @@ from gmai_xtuner.data.tokenization import ChatTemplate
 from gmai_xtuner.evaluate.answerers import World
 from gmai_xtuner.evaluate.answerers.local import read_ahead
 from gmai_xtuner.evaluate.benchmarks import NAMES, find_benchmarks, is_own
-from gmai_xtuner.evaluate.protocols import Asked
+from gmai_xtuner.evaluate.protocols import Asked, Average
 from gmai_xtuner.evaluate.questions import Question
 from gmai_xtuner.evaluate.results import Scored, average_of, score_all
 from gmai_xtuner.evaluate.runner import Options, Target, answer_all, prepare
@@ -66,6 +66,18 @@ class BenchmarkQuestions:
 
     def __len__(self) -> int:
         return sum(len(asked.questions) for asked in self.asked.values())
+
+    def numbers(self) -> set[str]:
+        """Return every name, without prefix, that :class:`BenchmarkScore` may give a number of these."""
+        return {
+            f"{name}/{key}"
+            for name, asked in self.asked.items()
+            for key in ("accuracy", "unparsed", "unanswered", *map(_key, asked.protocol.averages[1:]))
+        }
+
+
+def _key(average: Average) -> str:
+    return average.name.replace(" ", "_")
 
 
 def _benchmarks(
@@ -163,7 +175,7 @@ class BenchmarkScore(BaseMetric):
             headline, *others = ((one, average_of(scored, one)) for one in asked.protocol.averages)
             found: dict[str, float | None] = {
                 "accuracy": headline[1].value,
-                **{one.name.replace(" ", "_"): cell.value for one, cell in others},
+                **{_key(one): cell.value for one, cell in others},
                 "unparsed": headline[1].unparsed,
                 "unanswered": float(len(missing)) or None,
             }

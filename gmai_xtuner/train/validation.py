@@ -257,11 +257,13 @@ class BestCheckpointHook(Hook):
         if (not self.keep and self.patience is None) or metrics is None:
             return
         if self.monitor not in metrics:
-            if runner.val_loop.benchmarks is not None and not self.monitor.startswith("val/loss"):
+            benchmarks = runner.val_loop.benchmarks
+            known = {f"val/{name}" for name in benchmarks.numbers()} if benchmarks else set()
+            if self.monitor in known:
                 return  # benchmarks are not asked at every validation
             raise GMAIError(
                 f"default_hooks.best.monitor={self.monitor!r} is no number of the validation, which has "
-                f"{', '.join(sorted(metrics))}"
+                f"{', '.join(sorted(known | metrics.keys()))}"
             )
         step = runner.train_loop.step
         self._history[step] = float(metrics[self.monitor])

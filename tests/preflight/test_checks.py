@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.checkpoint.training import Manifest
-from gmai_xtuner.preflight import checks
+from gmai_xtuner.preflight import checks, survey
 from gmai_xtuner.preflight.__main__ import main
 from gmai_xtuner.preflight.report import as_json, as_text
 from gmai_xtuner.preflight.survey import Preflight
@@ -108,21 +109,24 @@ def test_the_stage_before_that_does_not_fit(preflight, corpus, stage_1, parts, c
 
 
 @pytest.mark.parametrize(
-    ("interval", "keep", "room", "number", "why", "lower"),
+    ("summed", "interval", "keep", "room", "number", "why", "lower"),
     [
-        (1, 4, 2, 5, "max_keep_ckpts 4, and one being written", 1),
-        (1, 2, 1, 3, "max_keep_ckpts 2, and one being written", None),
-        (1, -1, 4, 5, "all that the run writes; max_keep_ckpts -1", 3),
-        (10**6, 2, 0, 1, "all that the run writes; max_keep_ckpts 2", None),
+        (1, 1, 4, 2, 5, "max_keep_ckpts 4, and one being written", 1),
+        (1, 1, 2, 1, 3, "max_keep_ckpts 2, and one being written", None),
+        (1, 1, -1, 4, 5, "all that the run writes; max_keep_ckpts -1", 3),
+        (2, 1, -1, 2, 3, "all that the run writes; max_keep_ckpts -1", 1),
+        (1, 10**6, 2, 0, 1, "all that the run writes; max_keep_ckpts 2", None),
     ],
-    ids=["lower", "no-lower-helps", "all-are-kept", "one-alone"],
+    ids=["lower", "no-lower-helps", "all-are-kept", "steps-count", "one-alone"],
 )
 def test_too_little_disk_says_why_and_what_would_help(
-    preflight, corpus, monkeypatch, interval, keep, room, number, why, lower
+    preflight, corpus, monkeypatch, summed, interval, keep, room, number, why, lower
 ):
+    """Of a run of five micro-batches of one epoch."""
     usage = namedtuple("usage", "free")
     hook = "default_hooks.checkpoint"
     options = {**SMALL, f"{hook}.interval": interval, f"{hook}.max_keep_ckpts": keep}
+    options["optim_wrapper.accumulative_counts"] = summed
     size = sum(p.trainable for p in preflight(corpus.mixture, options=options).counts.values()) * 14
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage(room * size))
     told = problems(preflight(corpus.mixture, options=options))
@@ -206,6 +210,30 @@ def test_the_fewest_recomputed_layers_that_fit(preflight, corpus, true_bases):
     )
     none = look(80.0, **{"model.use_activation_checkpointing": False})
     assert "recomputed" not in problems(none, "warn")
+
+
+@pytest.mark.parametrize(("room", "fewest"), [(39, None), (40, 15), (60, 10), (98, 1), (100, 0)])
+def test_the_fewest_layers_are_found_where_another_moment_hides_what_they_save(room, fewest):
+    def size(layers: int) -> SimpleNamespace:
+        return SimpleNamespace(total=max(40, 100 - 4 * layers))
+
+    assert survey._fewest_layers(size, 32, room) == fewest
+
+
+def test_a_smaller_micro_batch_is_summed_up_and_makes_the_same_step(
+    preflight, corpus, true_bases, monkeypatch
+):
+    asked = []
+    estimate = survey.estimate_memory
+    monkeypatch.setattr(
+        survey,
+        "estimate_memory",
+        lambda *a, **given: asked.append(given["accumulation"]) or estimate(*a, **given),
+    )
+    options = {"train_dataloader.batch_size": 6, "optim_wrapper.accumulative_counts": 1}
+    run = {"bases": true_bases, "need_weights": False, "stage": "stage3_instruct"}
+    preflight(corpus.mixture, gpus=8, gpu_memory=1.0, options=options, **run)
+    assert set(asked) == {1, 2, 3, 6}  # not 6 // 4 = 1: that would be another step
 
 
 def test_model_option_that_does_not_exist(preflight, corpus):

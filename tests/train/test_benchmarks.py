@@ -102,6 +102,7 @@ def numbers(questions, say, **options):
     predictor = FakePredictor(say)
     found = ask_benchmarks(questions, evaluator, predictor, batch_size=2, readers=2)
     assert evaluator.metrics[0].results == []
+    assert {name.partition("/")[2] for name in found} <= questions.numbers()
     return found, predictor.batches
 
 

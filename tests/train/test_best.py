@@ -105,6 +105,13 @@ def test_what_can_not_be_watched_is_refused(run):
     made.begin()
     with pytest.raises(GMAIError, match=r"'val/los' is no number .* has val/loss"):
         made.validate(1.0)
+    asked = SimpleNamespace(numbers=lambda: {"slake/accuracy"})
+    made.runner.val_loop.benchmarks = asked
+    made.hook.monitor = "val/slake/accuracy"
+    made.validate(1.0)  # not asked this time
+    made.hook.monitor = "val/slake/acuracy"
+    with pytest.raises(GMAIError, match="'val/slake/acuracy' is no .* val/loss, val/slake/accuracy"):
+        made.validate(1.0)
     made.runner.val_loop = None
     with pytest.raises(GMAIError, match="nothing is validated"):
         made.begin()
