@@ -72,7 +72,12 @@ class BenchmarkQuestions:
         return {
             f"{name}/{key}"
             for name, asked in self.asked.items()
-            for key in ("accuracy", "unparsed", "unanswered", *map(_key, asked.protocol.averages[1:]))
+            for key in (
+                "accuracy",
+                "unparsed",
+                "unanswered",
+                *map(_key, asked.protocol.averages[1:]),
+            )
         }
 
 

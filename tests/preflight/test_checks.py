@@ -230,10 +230,10 @@ def test_a_smaller_micro_batch_is_summed_up_and_makes_the_same_step(
         "estimate_memory",
         lambda *a, **given: asked.append(given["accumulation"]) or estimate(*a, **given),
     )
-    options = {"train_dataloader.batch_size": 6, "optim_wrapper.accumulative_counts": 1}
+    options = {"train_dataloader.batch_size": 10, "optim_wrapper.accumulative_counts": 1}
     run = {"bases": true_bases, "need_weights": False, "stage": "stage3_instruct"}
     preflight(corpus.mixture, gpus=8, gpu_memory=1.0, options=options, **run)
-    assert set(asked) == {1, 2, 3, 6}  # not 6 // 4 = 1: that would be another step
+    assert set(asked) == {1, 2, 5, 10}  # not 10 // 3: three packs make another step
 
 
 def test_model_option_that_does_not_exist(preflight, corpus):

@@ -110,7 +110,9 @@ def test_what_can_not_be_watched_is_refused(run):
     made.hook.monitor = "val/slake/accuracy"
     made.validate(1.0)  # not asked this time
     made.hook.monitor = "val/slake/acuracy"
-    with pytest.raises(GMAIError, match="'val/slake/acuracy' is no .* val/loss, val/slake/accuracy"):
+    with pytest.raises(
+        GMAIError, match=r"'val/slake/acuracy' is no .* val/loss, val/slake/accuracy"
+    ):
         made.validate(1.0)
     made.runner.val_loop = None
     with pytest.raises(GMAIError, match="nothing is validated"):
