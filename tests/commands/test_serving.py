@@ -155,7 +155,9 @@ def test_16_bit_images_are_not_scaled_by_transformers_serve(client, exports, pre
     def ours(image) -> str:
         return predictor.answer("What is shown?", [image], max_new_tokens=LENGTH)
 
-    assert ours(path) == ours(Image.fromarray(np.rint(values * (255 / values.max())).astype(np.uint8)))
+    assert ours(path) == ours(
+        Image.fromarray(np.rint(values * (255 / values.max())).astype(np.uint8))
+    )
     white, high_byte = (
         Image.open(path).convert("RGB"),
         Image.fromarray((values >> 8).astype("uint8")),

@@ -440,7 +440,8 @@ def _stored() -> dict[str, bytes]:
         "result.json": dumped(as_json(result)),
         RUN_FILE: dumped({"format": FORMAT, **IDENTITY}),
         "answers-0.jsonl": dumped(ANSWER) + b"\n",
-        "scores.jsonl": dumped({"id": "1", "question": "0a1b", "target": "A", "value": 1.0}) + b"\n",
+        "scores.jsonl": dumped({"id": "1", "question": "0a1b", "target": "A", "value": 1.0})
+        + b"\n",
     }
 
 
