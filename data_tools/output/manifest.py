@@ -139,7 +139,7 @@ def verify(folder: Path) -> tuple[dict[str, int], Iterator[str]]:
     problems: list[str] = []
     try:
         metadata = pq.read_metadata(folder / NAME)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise CorpusError(f"{folder / NAME}: not a readable Parquet file ({error})") from error
     empty = metadata.num_rows == 0
     if lacking := set(_SCHEMA.names) - set(metadata.schema.to_arrow_schema().names):

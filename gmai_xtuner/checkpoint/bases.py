@@ -172,7 +172,8 @@ def load_vision_tower(
     if dtype is None and (adapter is not None or trained is not None or is_llava(directory)):
         dtype = next(iter(weights.values())).dtype
     own = {key: value for key, value in weights.items() if not key.startswith(NOT_VISION)}
-    check_fit(own, shapes_of(kind, config), where=str(directory))
+    with torch.random.fork_rng(devices=[]):  # a check must not change the projector's first weights
+        check_fit(own, shapes_of(kind, config), where=str(directory))
     # Given the weights, transformers opens no file by itself.
     options = {"state_dict": own, "torch_dtype": dtype or "auto"}
     model = kind.from_pretrained(None, config=config, **options)

@@ -359,3 +359,17 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
     edit(tmp_path / "vision", change)
     with pytest.raises(ModelLoadError, match=message):
         load_vision_tower(directory)
+
+
+def test_checking_a_towers_weights_draws_no_random_numbers(tiny_bases, monkeypatch):
+    """Else a run of one seed begins with another projector than before."""
+
+    def drawn() -> float:
+        torch.manual_seed(0)
+        load_vision_tower(str(tiny_bases / "vision"))
+        return torch.rand(1).item()
+
+    checked = drawn()
+    for name in ("check_fit", "shapes_of"):
+        monkeypatch.setattr(f"gmai_xtuner.checkpoint.bases.{name}", lambda *_, **__: None)
+    assert drawn() == checked

@@ -391,7 +391,7 @@ def _parquet(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as file:
             yield file
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:  # also of a column's name
         raise BenchmarkError(
             f"{str(path)!r} is no readable Parquet file ({error}). Fetch it again; a file of a few lines of "
             "text is a Git LFS pointer."
