@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from huggingface_hub.utils._http import reset_sessions
 
 from data_tools.generate import main
 
@@ -107,10 +108,15 @@ def hub(monkeypatch):
     with Hub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        # Another test of this process may have kept the hub's client off the network.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        reset_sessions()
         monkeypatch.setenv("HF_TOKEN", "hf_none")
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         yield server
         server.shutdown()
+    monkeypatch.undo()
+    reset_sessions()
 
 
 OPEN = {"publishable": True, "parquet": True, "held_out": 0.3}
