@@ -146,24 +146,24 @@ async def slow_head(port: int, rng: random.Random) -> None:
         writer.close()
 
 
-async def half_a_body(port: int, rng: random.Random) -> None:
+async def abandon(port: int, request: bytes, seconds: float) -> None:
+    """Send something, read nothing, and hang up after a while."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(post(b'{"model": ' + b" " * rng.randrange(2**20), length=60 * 2**20))
+        writer.write(request)
         await writer.drain()
-        await asyncio.sleep(rng.uniform(0, 20))
+        await asyncio.sleep(seconds)
     finally:
         writer.transport.abort()
+
+
+async def half_a_body(port: int, rng: random.Random) -> None:
+    body = b'{"model": ' + b" " * rng.randrange(2**20)
+    await abandon(port, post(body, length=60 * 2**20), rng.uniform(0, 20))
 
 
 async def never_reads(port: int, rng: random.Random) -> None:
-    _, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(post(question(stream=True)))
-        await writer.drain()
-        await asyncio.sleep(rng.uniform(1, 30))
-    finally:
-        writer.transport.abort()
+    await abandon(port, post(question(stream=True)), rng.uniform(1, 30))
 
 
 def sends(make: Callable[[random.Random], bytes], *allowed: int) -> Callable[..., Awaitable[None]]:
@@ -243,21 +243,12 @@ def uploads(
 
 async def half_an_upload(port: int, rng: random.Random) -> None:
     place = await place_of_upload(port)
-    _, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(upload(place or "/", rng.randbytes(2**20), length=7 * 2**20)[: 2**20])
-        await writer.drain()
-        await asyncio.sleep(rng.uniform(0, 20))
-    finally:
-        writer.transport.abort()
+    begun = upload(place or "/", rng.randbytes(2**20), length=7 * 2**20)[: 2**20]
+    await abandon(port, begun, rng.uniform(0, 20))
 
 
 async def page_left(port: int, rng: random.Random) -> None:
-    _, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(get("/"))
-    await writer.drain()
-    await asyncio.sleep(rng.uniform(0, 0.2))
-    writer.transport.abort()
+    await abandon(port, get("/"), rng.uniform(0, 0.2))
 
 
 def other_site(rng: random.Random) -> bytes:

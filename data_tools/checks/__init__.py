@@ -109,12 +109,7 @@ def turns(conversation: Conversation, item: Item) -> Iterator[Problem]:
 
 def length(what: Said, item: Item, options: CheckOptions) -> Iterator[Problem]:
     """Want lengths within the bounds; Chinese characters count as words."""
-    numbers = [
-        len(_CHINESE.findall(answer)) + len(_CHINESE.sub(" ", answer).split())
-        if not answer.isascii()
-        else answer.count(" ") + 1
-        for answer in what.answers
-    ]
+    numbers = list(map(_number_of_words, what.answers))
     least, most = options.min_words, options.max_words
     if item.form in _SENTENCES and sum(numbers) < least:
         yield Problem("answer too short", f"{sum(numbers)} words, at least {least} wanted")
@@ -146,6 +141,12 @@ def repetition(what: Said) -> Iterator[Problem]:
             again = next(sentence for sentence in sentences if sentences.count(sentence) > 1)
             yield Problem("sentence repeated", again[:120])
             return
+
+
+def _number_of_words(text: str) -> int:
+    if text.isascii():
+        return text.count(" ") + 1
+    return len(_CHINESE.findall(text)) + len(_CHINESE.sub(" ", text).split())
 
 
 def phrases(what: Said, options: CheckOptions) -> Iterator[Problem]:

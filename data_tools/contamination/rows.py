@@ -76,11 +76,9 @@ def _lists(path: Path) -> Iterator[Cells]:
     except ValueError as error:
         raise SourceError(f"{path} is not JSON ({error}).") from error
     for part in content.values():
-        yield from (
-            cells
-            for cells in (part if isinstance(part, list) else [part])
-            if isinstance(cells, dict)
-        )
+        for cells in part if isinstance(part, list) else [part]:
+            if isinstance(cells, dict):
+                yield cells
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Cells]:
