@@ -26,7 +26,7 @@ def _closed_or(name: str, words: str, open_scorer: Scorer) -> Scorer:
         return scorer.score(question, answer)
 
     description = f"choice or closed where the question is that, {words} otherwise"
-    return Scorer(f"closed_or_{name}", 4, description, score)
+    return Scorer(f"closed_or_{name}", 5, description, score)
 
 
 _ALL = (

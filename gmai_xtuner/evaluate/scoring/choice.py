@@ -45,7 +45,7 @@ from gmai_xtuner.evaluate.scoring.mentions import RULES as MENTION_RULES
 from gmai_xtuner.evaluate.scoring.text import (
     TABLES,
     Words,
-    clean,
+    agreed,
     patterns,
     plain,
     same_quantity,
@@ -149,6 +149,9 @@ class Reading:
         return letter.upper() if letter.upper() in self.options else None
 
 
+Step = Callable[[Reading], Found | None]
+
+
 def _joined(said: Words) -> frozenset[str]:
     parts = " ".join(said).removeprefix("both ").replace(" plus ", " and ").split(" and ")
     return frozenset(parts) if len(parts) > 1 else frozenset()
@@ -166,12 +169,15 @@ def choose(
 
     ``letters`` and ``texts`` say whether the options' letters, and their texts, are read.
     """
-    options = question.lettered()
-    text = clean(answer)
-    if letters and len(text) == 1 and text.upper() in options and text not in options.values():
-        return text.upper()
-    options = {one: "" if IMAGE_MARK in option else option for one, option in options.items()}
-    return read(text, options, letters=letters, texts=texts)
+    given = question.lettered()
+    options = {one: "" if IMAGE_MARK in option else option for one, option in given.items()}
+
+    def chosen(text: str) -> str | None:
+        if letters and len(text) == 1 and text.upper() in given and text not in given.values():
+            return text.upper()
+        return read(text, options, letters=letters, texts=texts)
+
+    return agreed(answer, chosen)
 
 
 def read(
@@ -180,15 +186,19 @@ def read(
     """Return the letter of the option that a cleaned text chooses; arguments as of :func:`choose`."""
     text = (RULES["pardon"].sub("", text) if "if i" in text.lower() else text).strip()
     found = _by_steps(Reading(text, options, letters, texts))
-    if found is None and (corrections := [*RULES["corrected"].finditer(text)]):
-        return _by_steps(Reading(text[corrections[-1].end() :], options, letters, texts))
+    if corrections := [*RULES["corrected"].finditer(text)]:
+        corrected = Reading(text[corrections[-1].end() :], options, letters, texts)
+        last = _by_steps(corrected)
+        if found is None or last in (None, found):
+            return found or last
+        return last if _by_steps(corrected, (_alone, _leading, _declared)) == last else None
     return found
 
 
-def _by_steps(reading: Reading) -> str | None:
+def _by_steps(reading: Reading, steps: Sequence[Step] | None = None) -> str | None:
     if not reading.text.strip():
         return None
-    for step in STEPS:
+    for step in steps or STEPS:
         found = step(reading)
         if found is not None and (found or step is _leading):
             return next(iter(found)) if len(found) == 1 else None
@@ -399,6 +409,7 @@ def _named(reading: Reading) -> Found | None:
         Mention(letter, match.start(), match.end())
         for match in RULES["named_letter"].finditer(text)
         if (letter := match[1] or match[2] or match[3]) in reading.options
+        and not _is_label(reading, letter, match)
     ]
     denied = {
         one.key
@@ -411,6 +422,14 @@ def _named(reading: Reading) -> Found | None:
     texts = reading.mentioned(text)
     contradicts = found and texts and not texts & found  # "the lung (option A)"
     return found | texts if contradicts else found
+
+
+def _is_label(reading: Reading, letter: str, match: re.Match[str]) -> bool:
+    """Tell whether a letter only labels its option's text in a sentence about it: "Lung (B) is for gas"."""
+    own = (one for one in mentions(reading.text, reading.names) if one.key == letter)
+    labelled = [one for one in own if not reading.text[one.end : match.start()].strip()]
+    places = (Mention(letter, one.start, match.end()) for one in labelled)
+    return any(not is_asserted(reading.text, one) for one in places)
 
 
 def _first_sentence(reading: Reading) -> Found | None:
@@ -447,7 +466,7 @@ def _mentioned(reading: Reading) -> Found | None:
     return found if is_stated else None
 
 
-STEPS: tuple[Callable[[Reading], Found | None], ...] = (
+STEPS: tuple[Step, ...] = (
     _alone,
     _leading,
     _whole,
@@ -478,7 +497,7 @@ def _scorer(name: str, description: str, **may_read: bool) -> Scorer:
         letter = choose(question, answer, **may_read)
         return Score(float(letter is not None and letter in question.gold_letters()), letter)
 
-    return Scorer(name, 4, description, score, has_options)
+    return Scorer(name, 5, description, score, has_options)
 
 
 CHOICE = _scorer(

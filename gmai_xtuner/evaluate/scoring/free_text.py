@@ -18,6 +18,7 @@ from gmai_xtuner.evaluate.scoring.text import (
     TABLES,
     Words,
     clean,
+    declared,
     numerals,
     patterns,
     plain,
@@ -137,11 +138,14 @@ def _by(measure: Callable[[Words, Words], float]) -> Callable[[Question, str], S
 
 def _exact(question: Question, answer: str) -> Score:
     """Score 1 if the answer, or what it declares ("the answer is X"), is a gold answer word by word."""
-    text = clean(answer)
-    declared = [match[1].rstrip(".。") for match in _DECLARED.finditer(text)]
-    said = () if text.startswith("?") else (text, *declared[-1:])
-    right = any(_is_gold(one, gold) for one in said for gold in _golds(question))
-    return Score(float(right), " ".join(words(text)) or None)
+
+    def is_right(text: str) -> bool:
+        behind = [match[1].rstrip(".。") for match in _DECLARED.finditer(text)]
+        said = () if text.startswith("?") else (text, *behind[-1:])
+        return any(_is_gold(one, gold) for one in said for gold in _golds(question))
+
+    right = all(map(is_right, declared(answer)))
+    return Score(float(right), " ".join(words(clean(answer))) or None)
 
 
 def _is_gold(said: str, gold: str) -> bool:
@@ -165,16 +169,16 @@ def _asks_yes_or_no(question: Question) -> bool:
 
 
 _FIRST = "yes or no as the answer's first word or declared"
-YES_NO = Scorer("yes_no", 4, _FIRST, _yes_no, _asks_yes_or_no)
+YES_NO = Scorer("yes_no", 5, _FIRST, _yes_no, _asks_yes_or_no)
 CLOSED = Scorer(
-    *("closed", 4, "yes or no, or the alternative of the question that the answer names", _closed),
+    *("closed", 5, "yes or no, or the alternative of the question that the answer names", _closed),
     lambda question: not question.options and is_closed(question),
 )
 _WORDS = "the gold answer's words in their order, without articles, case and punctuation"
-EXACT_MATCH = Scorer("exact_match", 4, _WORDS, _exact)
+EXACT_MATCH = Scorer("exact_match", 5, _WORDS, _exact)
 _SHARE = "share of the gold answer's words that were said"
-TOKEN_RECALL = Scorer("token_recall", 4, _SHARE, _by(recall))
-TOKEN_F1 = Scorer("token_f1", 4, "F1 over the words of answer and gold answer", _by(f1))
+TOKEN_RECALL = Scorer("token_recall", 5, _SHARE, _by(recall))
+TOKEN_F1 = Scorer("token_f1", 5, "F1 over the words of answer and gold answer", _by(f1))
 
 
 # Reports against a reference report, by well-kept packages
@@ -217,7 +221,7 @@ def _report_scorer(name: str, description: str) -> Scorer:
         best = max(_measure(name)(said, numerals(plain(gold))) for gold in golds) if said else 0.0
         return Score(min(1.0, max(0.0, best)), said or None)
 
-    return Scorer(name, 2, description, score, lambda question: not question.options)
+    return Scorer(name, 3, description, score, lambda question: not question.options)
 
 
 ROUGE_L = _report_scorer("rouge_l", "ROUGE-L's F measure, with stems (rouge-score)")

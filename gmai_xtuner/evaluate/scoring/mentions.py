@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 from gmai_xtuner.evaluate.scoring.text import (
     CHINESE,
     TABLES,
-    clean,
+    agreed,
     find,
     patterns,
     spans,
@@ -38,7 +38,9 @@ BEFORE = patterns("before", chinese=CHINESE)
 ASSERTED = patterns("asserted", chinese=CHINESE)
 AFTER = patterns("after", chinese=CHINESE, other=OTHER)
 
-_BEFORE_TERM = "侧側合是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、"
+_BEFORE_TERM = (
+    "行议議予用做侧側合是为為在有选選和或与與不没非无的了示见見像到于属即断斷虑慮似呈患、"
+)
 _AFTER_TERM = "表影改的了吗嗎吧呢和或与與是在里中上内內可被较較更最为為未也均都应應及选選项項、"
 
 
@@ -232,7 +234,10 @@ def yes_or_no(answer: str, question: str = "") -> str | None:
     ("Based on the image, yes, ..."). "There is no effusion" says no where it denies what ``question`` asks
     in the question's own words; alone it does not, since it depends on the question.
     """
-    text = clean(answer)
+    return agreed(answer, lambda text: _yes_or_no(text, question))
+
+
+def _yes_or_no(text: str, question: str) -> str | None:
     whole = text.strip(" .。!,;:()[]\"'").lower()
     if whole in _WHOLE:
         return _WHOLE[whole]
@@ -240,8 +245,10 @@ def yes_or_no(answer: str, question: str = "") -> str | None:
         return _FINDINGS[whole] if YES_NO["asks"].match(question) else None
     open_text = YES_NO["either"].sub("§", text)
     said = _said(open_text)
-    if len(said) > 1 and (last := [*YES_NO["corrected"].finditer(open_text)]):
-        said = _said(open_text[last[-1].end() :].lstrip(" ,:"))
+    if last := [*YES_NO["corrected"].finditer(open_text)]:
+        said = _said(open_text[last[-1].end() :].lstrip(" ,:")) or (
+            said if len(said) == 1 else set()
+        )
     if said:
         return said.pop() if len(said) == 1 else None
     return None if open_text != text else _restated(text, question)

@@ -3,7 +3,8 @@
 """Answer text -> the final answer in plain signs, and its words; and the patterns of ``rules.yaml``.
 
 An answer may come with thoughts, tags, a box, JSON or LaTeX around it. :func:`clean` takes off thoughts and
-end tokens, and returns what is declared to be the answer: the last tag, JSON field or ``\\boxed``.
+end tokens, and returns what is declared to be the answer: the last tag, JSON field or ``\\boxed``. Where one
+sentence, or one object, has different ones, the answer contradicts itself (:func:`agreed`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import ast
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache, partial
 from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 Words = tuple[str, ...]
+T = TypeVar("T")
 _FILE = Path(__file__).with_name("rules.yaml")
 TABLES: dict[str, Any] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
 """The sections of ``rules.yaml``."""
@@ -55,8 +57,7 @@ _CLOSED = re.compile("|".join(_THOUGHTS.values()), re.IGNORECASE)
 _WHOLE = "|".join(f"{opening}.*?{closing}" for opening, closing in _THOUGHTS.items())
 _WHOLE_THOUGHT = re.compile(_WHOLE, re.DOTALL | re.IGNORECASE)
 _ANSWER_KEYS = TABLES["answer_keys"]
-_AROUND = patterns("around", keys="|".join(_ANSWER_KEYS))
-_JSON = json.JSONDecoder()
+_AROUND = patterns("around", keys="|".join(_ANSWER_KEYS + TABLES["more_keys"]))
 _LATEX = [(re.compile(pattern), plainly) for pattern, plainly in TABLES["latex"].items()]
 _BULLETS = " •·✅✔☑👉➡→\ufe0f"
 _SIGNS = str.maketrans({sign: text for text, signs in TABLES["signs"].items() for sign in signs})
@@ -98,18 +99,39 @@ def without_thoughts(text: str) -> str:
 
 
 def clean(answer: str) -> str:
-    """Return what an answer declares to be its answer, or all of it, without thoughts, tags and emphasis."""
+    """Return what an answer declares to be its answer, or all of it, without thoughts, tags and emphasis.
+
+    Different things that are declared are joined by "or".
+    """
+    return " or ".join(declared(answer))
+
+
+def agreed(answer: str, read: Callable[[str], T | None], *, closely: bool = False) -> T | None:
+    """Return what all that an answer declares is read as; None where it contradicts itself.
+
+    Its first declaration must be understood, and with ``closely`` every one.
+    """
+    first, *others = [read(one) for one in declared(answer, briefly=False)]
+    return first if set(others) <= {first, *(() if closely else (None,))} else None
+
+
+def declared(answer: str, *, briefly: bool = True) -> list[str]:
+    """Return the different things that an answer declares to be its answer; all of it where it does not.
+
+    ``briefly``: without what only says more about an answer, such as the field ``diagnosis`` beside it.
+    """
     text = without_thoughts(plain(answer)).strip()
+    found = {one.casefold(): one for one in map(_tidy, reversed(_marked(text, briefly)))}
+    return list(found.values())[::-1]
+
+
+def _tidy(text: str) -> str:
+    """Return a text without HTML, LaTeX, emphasis, bullets and quotes, its numbers in figures."""
+    text = text.strip()
     if len(text) < 3:
         return text
-    if "<" in text or "[/" in text:
-        if tagged := _AROUND["answer_tag"].findall(text):
-            text = tagged[-1]
+    if "<" in text:
         text = _AROUND["html"].sub(lambda match: "\n" if "br" in match[0].lower() else "", text)
-    if "{" in text:
-        text = _boxed(text)
-    if "{" in text or text.startswith(("[", "```")):
-        text = _from_json(text)
     if "\\" in text or "$" in text or "^" in text:
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
@@ -119,45 +141,72 @@ def clean(answer: str) -> str:
     return text[1:-1].strip() if _AROUND["quoted"].fullmatch(text) else text
 
 
-def _boxed(text: str) -> str:
-    r"""Return the content of the last ``\boxed{}`` that is not denied; the text itself without one.
+_Place = tuple[int, int, list[str]]
+"""Start, end and contents of a tag, a box or a JSON value."""
 
-    Boxes that are joined by "or" are returned together.
+
+def _marked(text: str, briefly: bool) -> list[str]:
+    """Return what the last mark holds, and those that one sentence joins to it; the text without a mark.
+
+    What follows a mark and takes it back is returned, too.
     """
-    found: list[tuple[int, int, str]] = []
+    places: list[_Place] = []
+    if "<" in text or "[/" in text:
+        tags = _AROUND["answer_tag"].finditer(text)
+        places += [(one.start(), one.end(), [one[1]]) for one in tags]
+    if "{" in text or text.startswith(("[", "```")):
+        places += [*_boxes(text), *_fields(text, briefly)]
+    said: list[_Place] = []
+    for start, end, contents in sorted(places, key=lambda place: place[0]):
+        is_within = said and start < said[-1][1]
+        denied = _AROUND["mark_denied"].search(text[:start]) or _AROUND["mark_rejected"].match(
+            text, end
+        )
+        if is_within or denied:
+            continue
+        if said and not _AROUND["mark_apart"].search(text[said[-1][1] : start]):
+            contents = said[-1][2] + contents
+        said.append((start, end, contents))
+    if not said:
+        return [text]
+    _, end, contents = said[-1]
+    rest = [text[end:]] if _AROUND["taken_back"].search(text, end) else []
+    return [*(inner for one in contents for inner in _marked(one, briefly)), *rest]
+
+
+def _boxes(text: str) -> Iterator[_Place]:
+    r"""Yield each ``\boxed{}``."""
     for opened in _AROUND["box"].finditer(text):
         depth, end = 1, opened.end()
         while end < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
-        if not _AROUND["box_denied"].match(text, end):
-            found.append((opened.start(), end, text[opened.end() : end - (not depth)].strip()))
-    if not found:
-        return text
-    *_, (start, _, content) = found
-    joined = len(found) > 1 and _AROUND["box_joined"].fullmatch(text[found[-2][1] : start])
-    return f"{found[-2][2]} or {content}" if joined and found[-2][2] != content else content
+        yield opened.start(), end, [text[opened.end() : end - (not depth)].strip()]
 
 
-def _from_json(text: str) -> str:
-    """Return the answer field of the last JSON value that has one; the text itself where there is none.
-
-    Values without a word between them are returned together.
-    """
-    found: list[str] = []
+def _fields(text: str, briefly: bool) -> list[_Place]:
+    """Return each JSON value that has an answer; where none can be read, all answer fields as one place."""
+    found: list[_Place] = []
     end = 0
     for opened in re.finditer(r"[{\[]", text):
-        if opened.start() < end:
+        if opened.start() < end or (
+            opened[0] == "[" and _AROUND["prose"].search(text[: opened.end()])
+        ):
             continue
         value, stop = _json_at(text, opened.start())
-        if stop and (said := _answer_of(value)) is not None:
-            apart = re.search(r"\w", text[end : opened.start()])
-            found = [said] if apart else [*found, said]
+        if stop and (said := _answers_of(value, briefly)):
+            found.append((opened.start(), stop, said))
         end = max(end, stop)
-    if found:
-        return " or ".join(dict.fromkeys(found))
-    fields = _AROUND["answer_field"].findall(text)
-    return "".join(fields[-1]) if fields else text
+    fields = [] if found else [*_AROUND["answer_field"].finditer(text)]
+    said = ["".join(group or "" for group in one.groups()) for one in fields]
+    return [(fields[0].start(), fields[-1].end(), said)] if fields else found
+
+
+class _Object(list[tuple[Any, Any]]):
+    """The fields of an object; a key that is repeated stands twice."""
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_Object)
 
 
 def _json_at(text: str, start: int) -> tuple[Any, int]:
@@ -166,31 +215,45 @@ def _json_at(text: str, start: int) -> tuple[Any, int]:
         return _JSON.raw_decode(text, start)
     end = text.rfind("}" if text[start] == "{" else "]") + 1
     with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        value = ast.literal_eval(text[start:end])
-        if isinstance(value, dict | list):
+        value = _python_value(ast.parse(text[start:end].strip(), mode="eval").body)
+        if isinstance(value, list):
             return value, end
     return None, 0
 
 
-def _answer_of(value: Any) -> str | None:
-    """Return the answer that a JSON value gives; empty where it gives several, None where it has none."""
-    if isinstance(value, list | tuple):
-        found = [_answer_of(one) for one in value]
-        return found[0] if len(found) == 1 else ""
-    if not isinstance(value, dict):
-        return None if value is None else str(value)
-    fields = {_AROUND["word_break"].sub("_", str(name)).lower(): one for name, one in value.items()}
-    for key in _ANSWER_KEYS:
-        if key in fields:
-            return _answer_of(fields[key]) or ""
-    if value and all(isinstance(one, bool) for one in value.values()):  # {"A": false, "B": true}
-        chosen = [str(name) for name, one in value.items() if one]
-        return chosen[0] if len(chosen) == 1 else ""
-    if len(value) == 1 and len(name := str(next(iter(value)))) == 1:  # {"B": "Lung"}
-        return f"{name}. {value[name]}"
-    within = [_answer_of(one) for one in value.values() if isinstance(one, dict)]
-    found = [one for one in within if one is not None]
-    return found[0] if len(found) == 1 else None
+def _python_value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Dict):
+        names = [ast.literal_eval(one) if one else None for one in node.keys]
+        return _Object(zip(names, map(_python_value, node.values), strict=True))
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_python_value(one) for one in node.elts]
+    return ast.literal_eval(node)
+
+
+def _answers_of(value: Any, briefly: bool) -> list[str]:
+    """Return the answers that a JSON value gives, empty texts among them; an empty list where it has none."""
+    if not isinstance(value, _Object):
+        several = value if isinstance(value, list) else []
+        within = [text for one in several for text in _answers_of(one, briefly)]
+        return within or ([] if several or value is None else [str(value)])
+    named = [(_AROUND["word_break"].sub("_", str(name)).lower(), one) for name, one in value]
+    found: list[str] = []
+    for keys in (_ANSWER_KEYS, TABLES["more_keys"]):
+        ordered = [one for key in keys for name, one in named if name == key]
+        if not (briefly and found):
+            found += [text for one in ordered for text in _answers_of(one, briefly) or [""]]
+    if found:
+        return found
+    if value and all(
+        isinstance(one, int) and one in (0, 1) for _, one in value
+    ):  # {"A": false, "B": true}
+        chosen = [str(name) for name, one in value if one]
+        return chosen if len(chosen) == 1 else [""]
+    if len(value) == 1 and len(str(value[0][0])) == 1:  # {"B": "Lung"}
+        return [f"{value[0][0]}. {value[0][1]}"]
+    return [
+        text for _, one in value if isinstance(one, _Object) for text in _answers_of(one, briefly)
+    ]
 
 
 # Words
