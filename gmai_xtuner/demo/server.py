@@ -27,6 +27,7 @@ from fastapi import FastAPI
 from nicegui import Client, ui
 from nicegui import app as nicegui_app
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -275,6 +276,10 @@ class Guard:
 
         try:
             await self._application(scope, counted, with_headers)
+        except (
+            ClientDisconnect
+        ):  # a visitor who left in the middle of an upload is no error of the page
+            pass
         except Exception:
             if arrived <= self._limit:
                 raise

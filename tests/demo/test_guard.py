@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from starlette.requests import Request
 
 from gmai_xtuner.core.addresses import is_loopback, reserved
 from gmai_xtuner.core.errors import GMAIError
@@ -159,6 +160,20 @@ def test_errors_of_the_application_are_not_swallowed():
 
     with pytest.raises(RuntimeError, match="broken"):
         talk(Guard(broken, upload_bytes=10, loopback=True))
+
+
+def test_a_visitor_who_leaves_during_an_upload_is_no_error():
+    came = iter([{"type": "http.request", "body": b"x", "more_body": True}])
+
+    async def receive():
+        return next(came, {"type": "http.disconnect"})
+
+    async def form(scope, receive, send):
+        await Request(scope, receive).body()
+        raise AssertionError("the body was whole")
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"127.0.0.1")]}
+    asyncio.run(Guard(form, upload_bytes=100, loopback=True)(scope, receive, None))
 
 
 def test_loopback_addresses():
