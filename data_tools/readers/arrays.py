@@ -28,6 +28,7 @@ from data_tools.readers.volume import Window, window_for
 from data_tools.records import Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 from gmai_xtuner.core.imaging.dicom import damage_as
+from gmai_xtuner.core.imaging.images import MAX_PIXELS
 from gmai_xtuner.core.imaging.volume_headers import library_errors
 
 SUFFIXES = (".npz", ".npy", ".h5", ".hdf5", ".tif", ".tiff")
@@ -115,6 +116,9 @@ class _Arrays:
         self.axes = options.axes or default
         if self.axes is None or len(self.axes) != len(shape):
             raise Unusable(OTHER_AXES, f"{key} {list(shape)}; say `axes`")
+        height, width = (shape[self.axes.index(axis)] for axis in "HW")
+        if height * width > MAX_PIXELS:  # before any is decoded
+            raise Unusable("image is too large", f"{key} {width} x {height} pixels")
         self.many = self.axes[0] == "N"
         self.count = shape[0] if self.many else 1
         own = options.mask_key and fill(options.mask_key, texts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,18 +52,21 @@ class ImagePanel(Panel):
         """Draw everything in the language of now."""
         language, most = self.session.language, self.session.limits.upload_bytes
         ui.label(self.say("images")).classes("panel-title").props("role=heading aria-level=2")
+        # FastAPI remembers the function behind an upload (fastapi/dependencies/models.py, lru_cache) when
+        # its page has long been closed; it must not keep the visitor's images as well.
+        own = weakref.proxy(self)
         upload = ui.upload(
             label=self.say("drop"),
             multiple=True,
             auto_upload=True,
             max_total_size=most,
-            on_multi_upload=self._uploaded,
-            on_rejected=lambda: self.tell(
+            on_multi_upload=lambda event: own._uploaded(event),
+            on_rejected=lambda: own.tell(
                 PageError("upload_too_large", limit=f"{most / MEBIBYTE:g}")
             ),
         )
         upload.props("flat bordered no-thumbnails data-testid=upload").classes("upload")
-        upload.on("failed", lambda: self.tell(PageError("upload_failed")), args=[])
+        upload.on("failed", lambda: own.tell(PageError("upload_failed")), args=[])
         ui.label(self.say("accepted", limit=max(1, most // MEBIBYTE))).classes("hint")
         if self.examples:
             examples = [(one.name[language], one.path) for one in self.examples]

@@ -176,6 +176,49 @@ def test_a_visitor_who_leaves_during_an_upload_is_no_error():
     asyncio.run(Guard(form, upload_bytes=100, loopback=True)(scope, receive, None))
 
 
+CLOSED_PAGE = """
+import gc, io, re
+from types import SimpleNamespace
+from fastapi import FastAPI
+from nicegui import Client, ui
+from PIL import Image
+from starlette.testclient import TestClient
+from gmai_xtuner.demo.conversation import Answering, Attached
+from gmai_xtuner.demo.server import Demo
+from gmai_xtuner.demo.studies import Limits
+
+model = SimpleNamespace(name="m", facts="a stand-in", predictor=None)
+demo = Demo(Answering([model], max_waiting=1), limits=Limits())
+application = FastAPI()
+ui.page("/")(demo.page)
+ui.run_with(application, show_welcome_message=False)
+picture = io.BytesIO()
+Image.new("L", (32, 32)).save(picture, "PNG")
+with TestClient(application) as visitor:
+    place = re.search(r"/_nicegui/client/[\\w-]+/upload/\\d+", visitor.get("/").text)[0]
+    visitor.post(place, files={"files": ("a.png", picture.getvalue())}).raise_for_status()
+    (session,) = demo._open.values()
+    while not session.tray:
+        visitor.get("/nothing")
+    del session
+
+    def held():
+        gc.collect()
+        return sum(type(one) is Attached for one in gc.get_objects())
+
+    print(held())
+    visitor.portal.call(lambda: [client.delete() for client in list(Client.instances.values())])
+    print(held(), demo.memory.used)
+"""
+
+
+@pytest.mark.slow  # NiceGUI has one application a process
+def test_a_closed_page_leaves_no_image_in_memory():
+    command = [sys.executable, "-c", CLOSED_PAGE]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.stdout.splitlines()[-2:] == ["1", "0 0"], child.stderr
+
+
 def test_loopback_addresses():
     assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))

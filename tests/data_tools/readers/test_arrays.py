@@ -142,6 +142,12 @@ def test_a_row_may_not_be_larger_than_the_job_says(tmp_path):
     check_dropped(tmp_path, "array is too large", images="{label}.npz", max_bytes=10**6)
 
 
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path):
+    with h5py.File(tmp_path / "liver.h5", "w") as file:
+        file.create_dataset("a", (2, 20_000, 20_000), np.uint8, chunks=(1, 1000, 1000))
+    check_dropped(tmp_path, "image is too large", images="{label}.h5")
+
+
 def test_a_stack_whose_white_is_0_is_not_shown_inverted(tmp_path):
     tifffile.imwrite(tmp_path / "liver_1.tif", IMAGES, photometric="miniswhite")
     check_dropped(tmp_path, "array that can't be read", images="{label}_{n:d}.tif")
