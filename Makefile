@@ -5,7 +5,7 @@
 # make env-engines   vLLM and llama.cpp on the CPU (3.5 GB), for the tests that ask them what we export
 # make check         lint, format, types, licences and advisories of what is installed
 # make gpu-check     what must hold on a GPU before days are spent on one; tiny on the CPU
-# make fuzz          100,000 mutated files and requests; a few of them are in make test
+# make fuzz          100,000 mutated files and requests, then guided by branches; a few are in make test
 PYTHON ?= python3
 VENV ?= .venv
 # Tests run in so many processes, a file in one of them; each may train, with about 2 GiB.
@@ -55,6 +55,8 @@ gpu-check: env
 
 fuzz: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases 100000
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.guided --seconds 30
 
 check: env advisories
 	$(BIN)/ruff format --check .
