@@ -111,7 +111,10 @@ def program(*command: str | Path) -> int:
         "GMAI_MIXTURE": str(PREPARED / "corpus" / "mixture.yaml"),
         "GMAI_CACHE": str(PREPARED / "cache"),
     }
-    return subprocess.run(list(map(str, command)), cwd=REPOSITORY, env=environment).returncode
+    # Its own lines are no part of the result.
+    return subprocess.run(
+        list(map(str, command)), cwd=REPOSITORY, env=environment, stdout=sys.stderr.fileno()
+    ).returncode
 
 
 def training(folder: Path) -> int:
