@@ -24,7 +24,7 @@ from gmai_xtuner.evaluate.results import RESULT_FILE, Result, read_result, read_
 from gmai_xtuner.evaluate.statistics import PairedTest, paired_test
 from gmai_xtuner.evaluate.tables import NONE, Row, Table, percent, to_markdown
 
-_KEY = ("benchmark", "variant", "protocol", "version", "scorer")
+_KEY = ("benchmark", "variant", "protocol", "version", "scorer", "scorer_version")
 ResultKey = tuple[Any, ...]
 """A result's fields of these names."""
 Found = tuple[Path, Result]
@@ -60,7 +60,8 @@ def compare_runs(first: Path, second: Path, *, common: bool = False) -> list[Com
     shared = [key for key in one if key in two]
     if not shared:
         raise EvaluationError(
-            f"{first} and {second} have no protocol and scorer in common: {_names(one)} against {_names(two)}"
+            f"{first} and {second} have no protocol and scorer of one version in common: {_names(one)} "
+            f"against {_names(two)}. Stored answers are scored anew by --score-only"
         )
     return [_compare(one[key], two[key], common=common) for key in shared]
 
@@ -89,7 +90,7 @@ def _key(result: Result) -> ResultKey:
 
 
 def _names(results: Mapping[ResultKey, Found]) -> str:
-    return ", ".join("{}-{} {}/{} {}".format(*key) for key in results)
+    return ", ".join("{}-{} {}/{} {}/{}".format(*key) for key in results)
 
 
 def _compare(left: Found, right: Found, *, common: bool) -> Comparison:
@@ -232,9 +233,16 @@ def reconcile(runs: Collection[Path]) -> list[Difference]:
     """
     sides: dict[tuple[str, str], list[Side]] = {}
     words: dict[tuple[str, str, str], str] = {}
+    versions: dict[str, int] = {}
     for run in runs:
         for folder, result in results_in(run).values():
             key = (result.benchmark, result.variant)
+            rule, version = result.scorer.partition("+")[0], result.scorer_version
+            if versions.setdefault(rule, version) != version:
+                raise EvaluationError(
+                    f"{folder} was scored by version {version} of {rule}, an earlier result by version "
+                    f"{versions[rule]}. Score the answers again (--score-only)"
+                )
             values, answers = {}, {}
             for name, line in read_scores(folder).items():
                 if words.setdefault((*key, name), line["question"]) != line["question"]:

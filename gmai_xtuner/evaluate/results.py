@@ -17,6 +17,7 @@ from gmai_xtuner.core.errors import EvaluationError
 from gmai_xtuner.core.files import replace_text
 from gmai_xtuner.evaluate.protocols import Asked, Average
 from gmai_xtuner.evaluate.questions import Question, Score
+from gmai_xtuner.evaluate.scoring import SCORERS
 from gmai_xtuner.evaluate.statistics import Interval, interval_of
 from gmai_xtuner.evaluate.store import Answer, AnswerKey, Given, Identity
 
@@ -79,7 +80,8 @@ class Result:
     :data:`MODELS_DOING`; ``findings`` what is odd about others. ``averages``: ``micro`` or ``macro over
     <group>`` -> number, the headline first; ``groups``: key -> value -> number, as the file has them.
     ``source``: sha256 of each annotation file. ``unread`` are examples of answers that are none or not
-    understood; ``controls`` and ``flags`` what ``--controls`` found.
+    understood; ``controls`` and ``flags`` what ``--controls`` found. ``scorer_version`` is the scorer's; 0:
+    written by an earlier version of this package.
     """
 
     benchmark: str
@@ -105,6 +107,7 @@ class Result:
     controls: tuple[Measure, ...] = ()
     flags: tuple[str, ...] = ()
     controls_unanswered: Mapping[str, int] = field(default_factory=dict)
+    scorer_version: int = 0
 
     @property
     def unread_share(self) -> float:
@@ -170,7 +173,9 @@ def reason_of(question: Question, answer: Answer | None, failed: Mapping[str, Gi
     return came.problem if came is not None else "not_asked"
 
 
-def summarise(asked: Asked, scored: Sequence[Scored], identity: Identity, **more: Any) -> Result:
+def summarise(
+    asked: Asked, scored: Sequence[Scored], identity: Identity, *, scorer: str, **more: Any
+) -> Result:
     """Return the numbers of scored questions; ``more`` are further fields of :class:`Result`."""
     protocol = asked.protocol
     return Result(
@@ -179,6 +184,8 @@ def summarise(asked: Asked, scored: Sequence[Scored], identity: Identity, **more
         protocol=protocol.name,
         version=protocol.version,
         description=protocol.description,
+        scorer=scorer,
+        scorer_version=SCORERS[scorer.partition("+")[0]].version,
         model_name=identity.model_name,
         model=identity.model,
         generation={**identity.generation, "max_new_tokens": asked.max_new_tokens},

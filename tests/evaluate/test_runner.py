@@ -13,11 +13,12 @@ from PIL import Image
 from gmai_xtuner.core.errors import EvaluationError, ImageError
 from gmai_xtuner.core.imaging.images import open_rgb
 from gmai_xtuner.evaluate.answerers import World
-from gmai_xtuner.evaluate.compare import as_text, compare_runs
+from gmai_xtuner.evaluate.compare import as_text, compare_runs, reconcile
 from gmai_xtuner.evaluate.judge import verdict_of
 from gmai_xtuner.evaluate.protocols import ProtocolError
 from gmai_xtuner.evaluate.questions import Benchmark, SourceFile, open_image
 from gmai_xtuner.evaluate.runner import ALL, Options, Target, ask, prepare, score
+from gmai_xtuner.evaluate.scoring import SCORERS
 from tests.evaluate.files import gmai_test_part
 from tests.evaluate.sets import FakeAnswerer, draw, write_omnimedvqa, write_pmc_vqa, write_vqa_rad
 
@@ -307,10 +308,25 @@ def test_questions_of_one_id_that_are_others_are_not_compared(rad, tmp_path):
         compare_runs(tmp_path / "a", tmp_path / "b")
 
 
+def test_scores_by_other_versions_of_a_rule_are_not_compared(rad, tmp_path):
+    for name in "ab":
+        run(rad, FakeAnswerer(always("Yes")), tmp_path / name)
+    (compared,) = compare_runs(tmp_path / "a", tmp_path / "b")
+    version = compared.first.scorer_version
+    assert version == SCORERS[compared.first.scorer].version
+    file = tmp_path / "b" / "vqa_rad-test" / "closed-251" / "result.json"
+    file.write_text(file.read_text().replace(f'"scorer_version": {version}', '"scorer_version": 1'))
+    for read in (compare_runs, lambda *runs: reconcile(runs)):
+        with pytest.raises(
+            EvaluationError, match=f"yes_no/{version} .*--score-only|version 1 of yes_no"
+        ):
+            read(tmp_path / "a", tmp_path / "b")
+
+
 def test_nothing_in_common_and_no_run_are_errors(rad, pmc, tmp_path):
     run(rad, FakeAnswerer(always("Yes")), tmp_path / "a")
     run(pmc, FakeAnswerer(always("A")), tmp_path / "b")
-    with pytest.raises(EvaluationError, match="no protocol and scorer in common"):
+    with pytest.raises(EvaluationError, match="no protocol and scorer of one version in common"):
         compare_runs(tmp_path / "a", tmp_path / "b")
     with pytest.raises(EvaluationError, match=r"no result\.json in or under"):
         compare_runs(tmp_path / "a", tmp_path / "VQA-RAD")

@@ -234,6 +234,42 @@ def test_boxes_overlap(scorer: str, answer: str, iou: float | None) -> None:
     assert (found.parsed is None) == (half.parsed is None) == (iou is None)
 
 
+TWO_BOXES = "[0, 0, 100, 100]\n[200, 0, 300, 100]"
+
+
+@pytest.mark.parametrize(
+    ("answer", "iou", "acc50"),
+    [
+        ("[[200, 0, 300, 100], [0, 0, 100, 100]]", 1, 1),
+        ("[0, 0, 100, 50] and [200, 0, 300, 100]", 3 / 4, 1),
+        ("[0, 0, 100, 40] and [200, 0, 300, 100]", 0.7, 0),
+        ("[0, 0, 100, 100]", 2 / 3, 0),  # one is missing
+        ("[0, 0, 100, 100] [200, 0, 300, 100] [400, 0, 500, 100]", 4 / 5, 0),  # one is too many
+        ("[0, 0, 100, 100] [0, 0, 100, 90]", 1 / 2, 0),  # both upon one: it counts once
+        ("[0, 0, 100, 60] [0, 40, 100, 100]", 2 * 0.6 / 4, 0),
+        ("[0, 0, 100, 100] [200, 0, 300, 0]", None, None),
+        ("nowhere", None, None),
+    ],
+)
+def test_several_boxes_are_matched_one_to_one(answer: str, iou: float, acc50: int) -> None:
+    asked = question((), TWO_BOXES)
+    found, half = (score(f"box_pixels_{one}", asked, answer) for one in ("iou", "acc50"))
+    assert (found.value, half.value) == (pytest.approx(iou or 0), acc50 or 0)
+    assert (found.parsed is None) == (half.parsed is None) == (iou is None)
+
+
+def test_gold_boxes_are_matched_for_the_largest_sum() -> None:
+    """Each box taking its best partner in turn would leave the second without one."""
+    asked = question((), "[0, 0, 10, 10] [0, 4, 10, 14]")
+    found = score("box_pixels_iou", asked, "[0, 2, 10, 12] [0, -1, 10, 1]")
+    assert found.parsed is None  # outside
+    found = score("box_pixels_iou", asked, "[0, 3, 10, 13] [0, 8, 10, 18]")
+    assert found.value == pytest.approx((7 / 13 + 6 / 14) * 2 / 4)
+    assert not SCORERS["box_pixels_iou"].applies(question((), "[0, 0, 10, 10] [0, 4, 10]"))
+    for gold in ("none", "2 nodules: [0, 0, 10, 10], [4, 14, 9]"):
+        assert not SCORERS["box_pixels_iou"].applies(question((), gold))
+
+
 def test_boxes_are_of_the_declared_unit() -> None:
     assert not SCORERS["box_unit_iou"].applies(BOX)  # the gold box is in pixels
     assert not SCORERS["box_1000_pixels_iou"].applies(question((), "100 50 300 150"))  # of no size
