@@ -189,10 +189,21 @@ def read(
     if corrections := [*RULES["corrected"].finditer(text)]:
         corrected = Reading(text[corrections[-1].end() :], options, letters, texts)
         last = _by_steps(corrected)
-        if found is None or last in (None, found):
-            return found or last
+        if found is None or last == found:
+            return last
+        if last is None:
+            return None if _takes_back(corrected, found) else found
         return last if _by_steps(corrected, (_alone, _leading, _declared)) == last else None
     return found
+
+
+def _takes_back(corrected: Reading, chosen: str) -> bool:
+    """Tell whether what follows "wait" names another letter, or denies the chosen one."""
+    for match in RULES["letter_said"].finditer(corrected.text):
+        is_denied = RULES["negated_before"].search(corrected.text[: match.start()])
+        if match[1] in corrected.options and (match[1] != chosen or is_denied):
+            return corrected.letters
+    return False
 
 
 def _by_steps(reading: Reading, steps: Sequence[Step] | None = None) -> str | None:
@@ -409,8 +420,9 @@ def _named(reading: Reading) -> Found | None:
         Mention(letter, match.start(), match.end())
         for match in RULES["named_letter"].finditer(text)
         if (letter := match[1] or match[2] or match[3]) in reading.options
-        and not _is_label(reading, letter, match)
     ]
+    if all(_is_label(reading, one) for one in places):
+        return None
     denied = {
         one.key
         for one in places
@@ -424,11 +436,11 @@ def _named(reading: Reading) -> Found | None:
     return found | texts if contradicts else found
 
 
-def _is_label(reading: Reading, letter: str, match: re.Match[str]) -> bool:
+def _is_label(reading: Reading, letter: Mention[str]) -> bool:
     """Tell whether a letter only labels its option's text in a sentence about it: "Lung (B) is for gas"."""
-    own = (one for one in mentions(reading.text, reading.names) if one.key == letter)
-    labelled = [one for one in own if not reading.text[one.end : match.start()].strip()]
-    places = (Mention(letter, one.start, match.end()) for one in labelled)
+    own = (one for one in mentions(reading.text, reading.names) if one.key == letter.key)
+    labelled = [one for one in own if not reading.text[one.end : letter.start].strip()]
+    places = (Mention(letter.key, one.start, letter.end) for one in labelled)
     return any(not is_asserted(reading.text, one) for one in places)
 
 

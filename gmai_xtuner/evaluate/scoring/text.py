@@ -106,13 +106,17 @@ def clean(answer: str) -> str:
     return " or ".join(declared(answer))
 
 
-def agreed(answer: str, read: Callable[[str], T | None], *, closely: bool = False) -> T | None:
+def agreed(answer: str, read: Callable[[str], T | None]) -> T | None:
     """Return what all that an answer declares is read as; None where it contradicts itself.
 
-    Its first declaration must be understood, and with ``closely`` every one.
+    Each declaration must be understood, but for fields of JSON that only say more about an answer.
     """
-    first, *others = [read(one) for one in declared(answer, briefly=False)]
-    return first if set(others) <= {first, *(() if closely else (None,))} else None
+    said = {read(one) for one in declared(answer)}
+    first = next(iter(said)) if len(said) == 1 else None
+    if first is not None and "{" in answer:
+        more = {read(one) for one in declared(answer, briefly=False)}
+        return first if more <= {first, None} else None
+    return first
 
 
 def declared(answer: str, *, briefly: bool = True) -> list[str]:
@@ -243,7 +247,7 @@ def _answers_of(value: Any, briefly: bool) -> list[str]:
         if not (briefly and found):
             found += [text for one in ordered for text in _answers_of(one, briefly) or [""]]
     if found:
-        return found
+        return list(filter(None, found)) if found[0] else [""]
     if value and all(
         isinstance(one, int) and one in (0, 1) for _, one in value
     ):  # {"A": false, "B": true}
