@@ -111,17 +111,27 @@ _NUMBERS = (
 )
 
 
-def parse_choice(answer: str, options: dict[str, str]) -> str | None:
-    """Return the letter that their parser takes; None where it takes a random one."""
+_FORMS = (("({})", "({})"), (" {} ", " {} "))
+
+
+def parse_choice(
+    answer: str, options: Mapping[str, str], forms: Sequence[tuple[str, str]] = _FORMS
+) -> str | None:
+    """Return the letter that their parser takes; None where it takes a random one.
+
+    A letter counts in the first of ``forms`` that occurs; of several the one that stands last in the form
+    beside it.
+    """
     for sign in (",", ".", "!", "?", ";", ":", "'"):
         answer = answer.strip(sign)
     text = f" {answer} "
-    found = [{one: text.rfind(form.format(one)) for one in options} for form in ("({})", " {} ")]
-    if len(text.split()) > 5:
-        found.append({one: text.lower().rfind(name.lower()) for one, name in options.items()})
-    for places in found:
-        if any(place >= 0 for place in places.values()):
-            return max(places, key=lambda letter: places[letter])
+    for form, placed in forms:
+        if found := [one for one in options if form.format(one) in text]:
+            return max(found, key=lambda one: text.rfind(placed.format(one)))
+    lower = text.lower()
+    named = [one for one, option in options.items() if option.lower() in lower]
+    if len(text.split()) > 5 and named:
+        return max(named, key=lambda one: lower.rfind(options[one].lower()))
     return None
 
 
@@ -309,20 +319,7 @@ _TO_SPACES = str.maketrans(dict.fromkeys(_PUNCTUATION_OF_BOTH, " "))
 _SAME_AS = {word: said for said, words in TABLES["lmms_eval"].items() for word in words}
 
 
-def parse_lmms_choice(answer: str, options: Mapping[str, str]) -> str | None:
-    """Return the letter that lmms-eval's parser of MMMU takes; None where it takes a random one."""
-    for sign in (",", ".", "!", "?", ";", ":", "'"):
-        answer = answer.strip(sign)
-    text = f" {answer} "
-    forms: Sequence[tuple[str, str]] = (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
-    for form, placed in forms:
-        if found := [one for one in options if form.format(one) in text]:
-            return max(found, key=lambda one: text.rfind(placed.format(one)))
-    lower = text.lower()
-    named = [one for one, option in options.items() if option.lower() in lower]
-    if len(text.split()) > 5 and named:
-        return max(named, key=lambda one: lower.rfind(options[one].lower()))
-    return None
+_LMMS_FORMS = (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
 
 
 def _plain_words(text: str) -> str:
@@ -333,7 +330,7 @@ def _plain_words(text: str) -> str:
 
 def _score_lmms_eval(question: Question, answer: str) -> Score:
     if question.options:
-        return _score_first(question, parse_lmms_choice(answer, question.lettered()))
+        return _score_first(question, parse_choice(answer, question.lettered(), _LMMS_FORMS))
     if "answer_type" not in question.groups:
         return _score_mmmu(question, answer)
     said = _plain_words(answer)
