@@ -184,7 +184,7 @@ class Store:
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute("PRAGMA cache_size = -65536")
+            self._db.execute("PRAGMA cache_size = -32768")
             self._db.execute("PRAGMA temp_store = FILE")
             # Pages that change with every chunk are copied out of the log seldom: every 32 MiB of it.
             self._db.execute("PRAGMA wal_autocheckpoint = 8192")

@@ -26,11 +26,8 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from data_tools.output import stored_image
 
@@ -93,6 +90,9 @@ class SplitBuilder:
 
     def split(self, alike: Iterable[tuple[int, int]] = ()) -> Split:
         """Decide the sides of the groups; ``alike`` are pairs of records with near-identical images."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         names, group = np.unique(np.asarray(self._groups), return_inverse=True)
         images, image = np.unique(np.asarray(self._images), return_inverse=True)
         one, other = np.array([*alike], dtype=np.int64).reshape(-1, 2).T
@@ -134,6 +134,8 @@ def perceptual_hash_of(pixels: np.ndarray) -> int:
 
 
 def _signs(small: Image.Image) -> int:
+    import cv2
+
     low = cv2.dct(np.asarray(small, dtype=np.float32))[:_LOW, :_LOW].ravel()
     bits = low > np.median(low[1:])
     bits[0] = False  # the mean grey level, which tells brightness only
