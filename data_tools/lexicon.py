@@ -13,10 +13,15 @@ from functools import cache, lru_cache
 from itertools import chain, permutations
 from pathlib import Path
 
-import inflect
+import typeguard
 import yaml
 
 from data_tools.records import ANYTHING
+
+_typechecked, typeguard.typechecked = typeguard.typechecked, lambda method: method  # type: ignore[assignment]
+import inflect  # noqa: E402 - it would have each of its methods compiled anew with checks, for 1.4 s a process
+
+typeguard.typechecked = _typechecked
 
 DENIALS = ("no", "without")
 SIDES = ("left", "right")
@@ -191,6 +196,11 @@ def _denied(label: str) -> str | None:
     plain = re.sub(r"[\W_]+", " ", label.lower()).strip()
     found = next(filter(None, (re.fullmatch(each, plain) for each in _WORDS["denials"])), None)
     return None if found is None else found[1].strip().removesuffix("s")
+
+
+def bounds_nothing(label: str) -> bool:
+    """Return whether there is no region that a label can name, as of "no finding" and "normal"."""
+    return _denied(label) is not None or label.lower() in NORMAL.union(_WORDS["normal_signs"])
 
 
 def is_normal(label: str) -> bool:
