@@ -211,6 +211,8 @@ def _two_readings(image: Any, options: Options) -> str:
         return "it is turned by EXIF"
     if image.format == "TIFF" and image.mode != "1" and image.tag_v2.get(262) == 0:
         return "it stores white as 0"
+    if image.format == "TIFF" and image.mode == "L" and image.tag_v2.get(339) == (2,):
+        return "its bytes are signed"
     image.load()
     if image.mode in ("RGBA", "LA", "PA") and image.getchannel("A").getextrema() != (255, 255):
         return "it is transparent in part"

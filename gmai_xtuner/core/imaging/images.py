@@ -400,7 +400,8 @@ def _decode_here(image: Any, name: PathLike, content: bytes | None) -> _Decoded:
     orientation = before if is_tiff else orientation_of(image)
     if damage := find_damage(content, image) if content is not None else "":
         raise _error(name, f"is damaged ({damage})", "damaged_image", _AGAIN)
-    if image.mode in _DEEP_GREY:
+    # Signed bytes are unsigned to Pillow.
+    if image.mode in _DEEP_GREY or (is_tiff and image.tag_v2.get(_TAG.SampleFormat) == (2,)):
         shown = Image.fromarray(_deep_grey(image, name))
     else:
         shown = _deep_colour(image, name, file) if has_16_bit_colour else _over_black(image)
@@ -437,6 +438,7 @@ def _deep_grey(image: Any, name: PathLike) -> np.ndarray:
     is_tiff = image.format == "TIFF"
     white_is_zero = is_tiff and image.tag_v2.get(_TAG.PhotometricInterpretation) == 0
     levels = np.asarray(image)
+    levels = levels if image.mode in _DEEP_GREY else levels.view(np.int8)
     transparent = image.info.get("transparency")
     visible = levels != transparent if isinstance(transparent, int) else None
     try:

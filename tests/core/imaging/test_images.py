@@ -209,6 +209,11 @@ def test_every_deep_grey_tiff_is_the_same_picture(tmp_path, array, tags):
     np.testing.assert_allclose(grey(file), GREY_12 * (255 / 4095), atol=0.51)
 
 
+def test_signed_bytes_of_a_tiff_rise_from_the_smallest(tmp_path):
+    levels = np.arange(-128, 128, dtype=np.int8).reshape(8, 32)
+    assert np.array_equal(grey(save_tiff(tmp_path / "a.tif", levels)).ravel(), np.arange(256))
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_narrow_16_bit_colour_shares_one_window(tmp_path, suffix):
     levels = np.stack([GREY_12, GREY_12 // 2, GREY_12 // 4], axis=-1)
