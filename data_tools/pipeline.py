@@ -63,10 +63,10 @@ _NOT_OF_ANSWERS = ("name", "terms", "key_variable", "in_flight", "requests_a_min
                    "timeout", "server_retries", "patience", "price", "budget", "cache", "discount",
                    "max_requests", "max_bytes", "max_batches", "wait", "poll")  # fmt: skip
 
-# Labels that are a number, a numbered word that says nothing, or a program's: ``7``, ``Segment_1``, ``None``.
+# Labels that are a number, a numbered word that says nothing, or an answer: ``7``, ``Segment_1``, ``no``.
 _CODE = re.compile(
     r"(?:(?:label|class|category|segment|structure|region|object|mask|roi|id|value|code)[\s_.#-]*)?"
-    r"[-+]?\d+(?:[.,]\d+)?|none|null|nan|true|false",
+    r"[-+]?\d+(?:[.,]\d+)?|none|null|nan|true|false|yes|no",
     re.IGNORECASE,
 )
 _MOST_REASONS = 5

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import readers
-from data_tools.lexicon import SIDE_KEYS, SIDES, contradicts, says_nothing, words_of
+from data_tools.lexicon import SIDE_KEYS, SIDES, bounds_nothing, contradicts, words_of
 from data_tools.licences import Terms
 from data_tools.preprocess.burned_in import BURNED_IN, NOTE, find_text, without_edges
 from data_tools.preprocess.clean import clean_annotations
@@ -43,7 +43,7 @@ from gmai_xtuner.core.archives import locate
 from gmai_xtuner.core.errors import CorpusError, Unusable, is_unicode
 from gmai_xtuner.core.files import sha256_of_file
 
-VERSION = 5
+VERSION = 6
 """A new number makes finished jobs read their sources again."""
 
 IMAGES = "images"
@@ -319,8 +319,8 @@ def _check_contradictions(
     """Raise `Unusable` if a label denies or excludes another, or itself, or isn't of the image's side."""
     whole = dict.fromkeys(label.name for label in labels if label.box is None)
     for label in labels:
-        if label.box is not None and says_nothing(label.name):
-            detail = f"{label.name!r} at {list(label.box)}; leave the cells of its box empty"
+        if label.box is not None and bounds_nothing(label.name):
+            detail = f"{label.name!r} at {list(label.box)}; give it without a box"
             raise Unusable("box that is said to show nothing", detail)
         if sides and words_of(label.name).intersection(SIDES) - sides:
             raise Unusable("labels that contradict each other", f"{label.name!r}, side {sides}")

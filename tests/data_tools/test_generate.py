@@ -252,6 +252,7 @@ def test_a_source_without_a_record_or_without_names_is_an_error(classes, make_jo
     for path in classes.iterdir():
         shutil.copytree(path, tmp_path / "second" / f"Segment_{len(path.name)}")
         shutil.copytree(path, tmp_path / "second" / "None", dirs_exist_ok=True)
+        shutil.copytree(path, tmp_path / "second" / "yes", dirs_exist_ok=True)
     shutil.copytree(classes, tmp_path / "third")
     for path in (tmp_path / "third").rglob("*.png"):
         path.write_bytes(b"")
@@ -268,6 +269,7 @@ def test_a_source_without_a_record_or_without_names_is_an_error(classes, make_jo
         "'codes'",
         "Segment_",
         "'None'",
+        "'yes'",
         "codes_are_names",
         "'empty' has no record",
         "(6, such as ",

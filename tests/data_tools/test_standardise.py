@@ -265,6 +265,9 @@ def test_codes_of_one_label_are_one_region_but_objects_stay(read, monkeypatch):
     [
         (Annotation("No finding", (1, 1, 20, 20)), "box that is said to show nothing"),
         (Annotation("No finding", (0, 0, 1, 1)), "box that is said to show nothing"),
+        (Annotation("Normal", (1, 1, 20, 20)), "box that is said to show nothing"),
+        (Annotation("negative for tumor", (1, 1, 20, 20)), "box that is said to show nothing"),
+        (Annotation("正常", (1, 1, 20, 20)), "box that is said to show nothing"),
         (Annotation("left breast"), "labels that contradict each other"),
         (Annotation("kidney_left", (1, 1, 20, 20)), "labels that contradict each other"),
     ],
