@@ -200,7 +200,7 @@ def _denied(label: str) -> str | None:
 
 def bounds_nothing(label: str) -> bool:
     """Return whether there is no region that a label can name, as of "no finding" and "normal"."""
-    return _denied(label) is not None or label.lower() in NORMAL.union(_WORDS["normal_signs"])
+    return bool(_denied(label)) or label.lower() in NORMAL.union(_WORDS["normal_signs"])
 
 
 def is_normal(label: str) -> bool:
