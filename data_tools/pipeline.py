@@ -243,7 +243,7 @@ def _depends(source: SourceOptions, job: Job) -> str:
     module = readers.load(source.reader)
     versions = (standardise.VERSION, getattr(module, "VERSION", 1))
     terms = "" if job.taxonomy is None else _hash(worker_taxonomy(job.taxonomy).kinds).hex()
-    if getattr(source, "licence_column", None):  # what may not be published is not read
+    if source.names_licences:  # what may not be published is not read
         own = (job.corpus.licences, job.corpus.refuse, job.corpus.publishable, job.agreements)
         terms += _hash(own).hex()
     return f"{fingerprint(source, without=_NOT_OF_RECORDS)} {versions} {terms}"

@@ -93,6 +93,11 @@ class SourceOptions(Options):
     anonymous_names: bool | None = None
     salt: str | None = None
 
+    @property
+    def names_licences(self) -> bool:
+        """Whether samples may have licences of their own; what a job allows then decides what is read."""
+        return False
+
     @field_validator("may_be_sent_to", mode="before")
     @classmethod
     def _is_a_list(cls, value: Any) -> Any:

@@ -8,6 +8,7 @@ Format: cocodataset.org/#format-data; masks by pycocotools.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +20,9 @@ from data_tools.readers import SourceOptions, files
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
 
+VERSION = 2
 STRAYS = "annotations without an image"
+_CREATIVE_COMMONS = re.compile(r"creativecommons\.org/licenses/([a-z-]+)/(\d\.\d)", re.IGNORECASE)
 UNLISTED = "annotation of an image that isn't listed"
 
 
@@ -28,7 +31,8 @@ class Options(SourceOptions):
 
     ``annotations`` is the JSON file, ``images`` the folder that ``file_name`` is below, by default the root.
     ``regions: boxes`` takes ``bbox``; ``masks`` takes ``segmentation``, and cleaning makes boxes of it.
-    ``group_key`` of an entry of ``images`` tells patient or case.
+    ``group_key`` of an entry of ``images`` tells patient or case. ``image_licences``: an entry's ``license``
+    is its own licence instead of the source's, by name or Creative Commons address in ``licenses``.
     """
 
     masks_are_objects: ClassVar[bool] = True
@@ -38,13 +42,18 @@ class Options(SourceOptions):
     images: str = ""
     regions: Literal["boxes", "masks"] = "boxes"
     group_key: str | None = None
+    image_licences: bool = True
+
+    @property
+    def names_licences(self) -> bool:
+        return self.image_licences
 
 
 def units(options: Options) -> Iterator[Unit]:
     """Yield a unit for each entry of ``images`` in the file's order, and one for strays."""
     if options.images:
         files.folder_of(options, options.images, key="images")
-    images, found, categories = _load(options)
+    images, found, categories, licences = _load(options)
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     while found:
         entry = found.pop()
@@ -65,10 +74,13 @@ def units(options: Options) -> Iterator[Unit]:
             drop = ("image without an id of its own", f"id {image.get('id')!r}")
         elif names[str(name)] > 1:
             drop = ("image listed twice", f"{name} has another id too")
+        elif (licence := _own_licence(options, image, licences)) is None:
+            drop = ("licence of the image isn't listed", f"{name}: license {image['license']!r}")
         else:
             entries = by_image.get(key, [])[::-1]
             used = {_id(entry, "category_id") for entry in entries} & categories.keys()
             payload = {"image": image, "annotations": entries, "lost": lost}
+            payload |= {"licence": licence} if licence else {}
             payload["categories"] = {category: categories[category] for category in used}
             yield Unit(f"{name}#{key}", payload)
             continue
@@ -77,7 +89,7 @@ def units(options: Options) -> Iterator[Unit]:
         yield Unit(STRAYS, {"strays": [str(entry.get("image_id")) for _, entry in strays]})
 
 
-def _load(options: Options) -> tuple[list[Any], list[Any], dict[Any, str]]:
+def _load(options: Options) -> tuple[list[Any], list[Any], dict[Any, str], dict[Any, str]]:
     path = files.file_of(options, options.annotations, key="annotations")
     content = files.read_json(options, path)
     for key in ("images", "annotations", "categories"):
@@ -95,7 +107,30 @@ def _load(options: Options) -> tuple[list[Any], list[Any], dict[Any, str]]:
         if (known := categories.setdefault(number, name)) != name:
             problem = f"category id {number!r} is both {known!r} and {name!r}"
             raise files.wrong(options, f"{path}: {problem}.")
-    return content["images"], content["annotations"], categories
+    licences: dict[Any, str] = {}
+    listed = content.get("licenses") or []
+    for entry in listed if isinstance(listed, list) else [listed]:
+        if (number := _id(entry, "id")) is None:
+            raise files.wrong(options, f"{path}: licence without an id: {entry!r}.")
+        if licences.setdefault(number, name := _licence(entry)) != name:
+            problem = f"licence id {number!r} is both {licences[number]!r} and {name!r}"
+            raise files.wrong(options, f"{path}: {problem}.")
+    return content["images"], content["annotations"], categories, licences
+
+
+def _own_licence(options: Options, image: dict[str, Any], licences: dict[Any, str]) -> str | None:
+    """Return the licence of an entry of ``images``; empty: the source's; None: it isn't listed."""
+    if not options.image_licences or image.get("license") is None:
+        return ""
+    return licences.get(_id(image, "license"))
+
+
+def _licence(entry: dict[str, Any]) -> str:
+    """Return the name of a licence; empty where nothing is said, as in the forms that tools fill in."""
+    url, name = (str(entry.get(key) or "").strip() for key in ("url", "name"))
+    if match := _CREATIVE_COMMONS.search(url):
+        return f"CC {match[1].upper()} {match[2]}"
+    return name or url
 
 
 def _id(entry: Any, key: str) -> int | str | None:
@@ -138,7 +173,8 @@ def read(options: Options, unit: Unit, drops: Drops) -> Iterator[Sample]:
             annotations.append(_annotation(options, entry, payload["categories"], size))
     group = image.get(options.group_key) if options.group_key else None
     group = None if group is None else str(group)
-    yield replace(found, annotations=tuple(annotations), group=group)
+    licence = payload.get("licence", "")
+    yield replace(found, annotations=tuple(annotations), group=group, licence=licence)
 
 
 def _annotation(

@@ -121,6 +121,10 @@ class Options(SourceOptions):
         return self
 
     @property
+    def names_licences(self) -> bool:
+        return self.licence_column is not None
+
+    @property
     def used(self) -> list[str]:
         columns = [
             *(place_names(self.image) or [self.image]),

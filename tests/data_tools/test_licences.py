@@ -72,3 +72,50 @@ def test_the_licence_of_a_record_counts_instead_of_its_source_s(make_job, tmp_pa
         assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == len(kept)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert not summary["sources"][name]["not_published"]
+
+
+def test_the_licence_that_coco_names_for_an_image_counts(make_job, tmp_path):
+    """By its address or name; nothing said is the source's; one that isn't listed drops the image."""
+    licences = [
+        {"id": 1, "name": "Attribution-NonCommercial-NoDerivs License",
+         "url": "http://creativecommons.org/licenses/by-nc-nd/2.0/"},
+        {"id": 2, "name": "unknown", "url": ""},
+        {"id": 3, "name": "", "url": ""},
+    ]  # fmt: skip
+    of_image = {
+        "a": {"license": 1},
+        "b": {"license": 2},
+        "c": {"license": 3},
+        "d": {},
+        "e": {"license": 9},
+    }
+    images, annotations = [], []
+    for number, (name, more) in enumerate(of_image.items(), 1):
+        draw(tmp_path / "set" / f"{name}.png", number)
+        images.append({"id": number, "file_name": f"{name}.png"} | more)
+        box = {"bbox": [4, 4, 20, 20], "category_id": 1}
+        annotations.append({"id": number, "image_id": number} | box)
+    content = {"images": images, "annotations": annotations, "licenses": licences}
+    content["categories"] = [{"id": 1, "name": "polyp"}]
+    (tmp_path / "set" / "coco.json").write_text(json.dumps(content))
+    source = {"reader": "coco", "root": str(tmp_path / "set"), "annotations": "coco.json",
+              "licence": "CC0 1.0"}  # fmt: skip
+    stated = {"a": "CC BY-NC-ND 2.0", "b": "unknown", "c": "CC0 1.0", "d": "CC0 1.0"}
+    name = job.load(make_job(source)).sources[0].name
+    origins = Origins(job.load(make_job(source)))
+    assert [bool(origins[name, one].forbidden) for one in stated.values()] == [False, True] + [
+        False
+    ] * 2
+    for publishable, ignored, kept in (
+        (False, False, "abcd"),
+        (True, False, "cd"),
+        (True, True, "abcde"),
+    ):
+        more = {"image_licences": False} if ignored else {}
+        path = make_job(source | more, corpus={"publishable": publishable, "held_out": 0})
+        assert generate.main([str(path)]) == 0
+        rows = pq.read_table(tmp_path / "out" / manifest.NAME).to_pylist()
+        assert {row["source_file"][0]: row["licence"] for row in rows if row["image"]} == {
+            one: "CC0 1.0" if ignored else stated[one] for one in kept
+        }
+        assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == len(kept)
