@@ -82,6 +82,19 @@ def test_startup(work_dir, monkeypatch, capfd):
 
 
 @pytest.mark.slow
+def test_requesting_at_scale(work_dir):
+    few = ("--scale", "600", "--deaths", "5", "--images", "4", "--side", "64", "--in-flight", "16")
+    result = run("requesting.py", work_dir, *few, "--latency", "0.05")
+    assert (result["requests"], result["deaths"]) == (600, 5)
+    assert result["requests_under_way_at_a_death"] > 0
+    none = ("lost", "undecided", "asked_twice_without_a_death")
+    assert [result[key] for key in none] == [0, 0, 0]
+    assert result["same_as_without_a_server"] is True
+    assert result["of_them_for_answers_that_never_came"] >= 0
+    assert result["spent_tokens"] <= result["budget_tokens"]
+
+
+@pytest.mark.slow
 def test_damage(work_dir):
     result = run("damage.py", work_dir, "--tries", "2", "--pictures", "1", "--side", "120")
     assert {row["format"] for row in result["rows"]} >= {"JPEG", "PNG", "WebP"}
