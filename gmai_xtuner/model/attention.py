@@ -38,11 +38,16 @@ def _public_varlen() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = set(inspect.signature(varlen_attn).parameters)
-    return varlen_attn if {"scale", "window_size"} <= known else None
+    return varlen_attn if _takes(varlen_attn, "scale", "window_size") else None
+
+
+def _takes(function: Callable[..., Any] | None, *names: str) -> bool:
+    return function is not None and set(names) <= set(inspect.signature(function).parameters)
 
 
 _varlen_attn = _public_varlen()
+# torch 2.11 looks at no head; a newer function wants to be told that they are grouped.
+_GROUPED = {"enable_gqa": True} if _takes(_varlen_attn, "enable_gqa") else {}
 
 ATTENTION_NAME = "gmai_boundaries"
 """Name under which the attention function is registered in transformers."""
@@ -103,12 +108,8 @@ def varlen_attention(
     otherwise the operator it is made of, ``aten._flash_attention_forward``. Shapes as in
     :func:`sdpa_loop_attention`.
     """
-    groups = query.shape[1] // key.shape[1]
-    # [1, heads, T, D] -> [T, heads, D]; the key/value heads are repeated so that one contract holds
-    # for every torch (native grouped heads are a later addition to the public function).
-    q = query[0].transpose(0, 1).contiguous()
-    k = key[0].transpose(0, 1).repeat_interleave(groups, dim=1).contiguous()
-    v = value[0].transpose(0, 1).repeat_interleave(groups, dim=1).contiguous()
+    # [1, heads, T, D] -> [T, heads, D]. The kernel reads each key/value head for its group of query heads.
+    q, k, v = (one[0].transpose(0, 1).contiguous() for one in (query, key, value))
     starts, longest = boundaries.cu_seqlens, max(boundaries.lengths)
     if _varlen_attn is None:
         out = torch.ops.aten._flash_attention_forward(
@@ -116,7 +117,16 @@ def varlen_attention(
         )[0]
     else:
         out = _varlen_attn(
-            q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0)
+            q,
+            k,
+            v,
+            starts,
+            starts,
+            longest,
+            longest,
+            scale=scaling,
+            window_size=(-1, 0),
+            **_GROUPED,
         )
     return out.unsqueeze(0)
 
@@ -132,6 +142,14 @@ def _check_name(name: str) -> None:
         raise GMAIError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _varlen_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return capable and dtype in HALF
+
+
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend of :data:`BACKENDS` for this device and dtype.
 
@@ -139,11 +157,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     keep conversations apart exactly. Asking for ``varlen`` where it can't run is a ``GMAIError``.
     """
     _check_name(name)
-    runs = (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    runs = _varlen_runs(device, dtype)
     if name == "varlen" and not runs:
         raise GMAIError(
             "attention='varlen' needs an NVIDIA GPU of compute capability 8.0 or newer and fp16 or "

@@ -1,43 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Memory of one GPU by part: what DeepSpeed keeps there, and what a micro-batch adds. An estimate.
+"""Memory of one GPU over a step of training, counted while DeepSpeed's own engine runs it on fake tensors.
 
-With ``W`` weights, ``t`` of them trainable, ``n`` GPUs, ``b`` = 2 bytes (bf16, fp16) and ``a`` bytes for a
-value of the step's gradient (``grad_accum_dtype``; ``b`` without it)::
-
-    ZeRO stage   weights   gradients            optimiser (fp32 weights and AdamW's two moments)
-    0            b W       b t + 4 t            12 t
-    1            b W       b t + b t/n (*)      12 t/n
-    2            b W       b t/n + a t/n (**)   12 t/n
-    3            b W/n     a t/n                12 t/n
-
-(*) where ``a`` is larger than ``b``: b t + a t, for the sum is not shared.
-(**) this micro-batch's, and, where a step has several, the sum so far.
-
-Offloading moves the optimiser, and with ``offload_param`` the weights, to host memory, where the gradient in
-fp32 that the optimiser reads lies as well, and beside it the sum of the micro-batches.
-
-Three moments; the largest counts. In the backward pass there are activations. At its end, under ZeRO-2, the
-micro-batch's gradients are there once more, as ``a``, before they are added to the sum
-(``independent_gradient_partition_epilogue``). The optimiser's step needs 8 bytes (gradient in fp32, AdamW's
-temporary) for each weight that it steps at a time.
-
-Source: DeepSpeed 0.16.2, ``runtime/zero/stage_1_and_2.py``, ``stage3.py`` and ``bf16_optimizer.py``, with
-:func:`gmai_xtuner.compat.deepspeed.accumulate_all_gradients_in_fp32`; Rajbhandari et al. 2020, arXiv
-1910.02054, figure 1.
+The engine that ``xtuner train`` would start (0.16.2, with the workarounds of
+:mod:`gmai_xtuner.compat.deepspeed`) runs in a process of its own, as the first rank of a fake process group:
+collectives do nothing. What it makes is counted by :class:`gmai_xtuner.preflight.activations.LiveMemory`: on
+the GPU, and where it offloads, in host memory. After a step that only makes the optimiser's moments come the
+first micro-batch of a step, if it has several, and its last. Not counted: kernels' own buffers, what NCCL
+takes, and what a stream that lags behind keeps from being used again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from torch import nn
 from xtuner.registry import BUILDER
 
-from gmai_xtuner.preflight.activations import Activations
+from gmai_xtuner.core.errors import GMAIError
+from gmai_xtuner.core.strict_json import STRICT_JSON
+from gmai_xtuner.preflight.activations import (
+    GPU,
+    LiveMemory,
+    MicroBatch,
+    fake_gpu,
+    flat_batch,
+    make_fake,
+)
 from gmai_xtuner.preflight.run_config import ZeroSettings
 
 GIB = 2**30
@@ -51,15 +51,12 @@ BYTES_IN_4_BIT = 0.5 + 4 / 64
 class PartCount:
     """Parameters of one part of the model.
 
-    ``in_4_bit`` are those that a 4-bit base (QLoRA) keeps quantised, ``own_bytes`` what all take in the types
-    that the config gives them, ``largest_trainable`` the elements of the largest trainable tensor.
+    ``in_4_bit`` are those that a 4-bit base (QLoRA) keeps quantised.
     """
 
     total: int
     trainable: int
     in_4_bit: int
-    own_bytes: int
-    largest_trainable: int
 
 
 def build_on_meta(config: Mapping[str, Any]) -> nn.Module:
@@ -96,13 +93,10 @@ def count_parameters(model: nn.Module, *, llm_in_4_bit: bool = False) -> dict[st
         seen |= own.keys()
         if not parameters:
             continue
-        learns = [parameter.numel() for parameter in parameters if parameter.requires_grad]
         counts[name] = PartCount(
             total=sum(one.numel() for one in parameters),
-            trainable=sum(learns),
+            trainable=sum(one.numel() for one in parameters if one.requires_grad),
             in_4_bit=sum(one.numel() for one in parameters if id(one) in quantised),
-            own_bytes=sum(one.nbytes for one in parameters),
-            largest_trainable=max(learns, default=0),
         )
     return counts
 
@@ -124,52 +118,35 @@ class Memory:
 
     Args:
         weights: of the whole model, or this GPU's share.
-        gradients: at the end of a backward pass: of the micro-batch, and the step's sum so far.
         optimizer: fp32 weights and moments.
-        buffers: of DeepSpeed: buckets for gradients, gathered weights.
-        summing: what is added in the place of ``activations`` while gradients are summed.
-        step: what the optimiser's step needs in the place of activations and buckets.
+        kept: from a forward to its backward pass.
+        peaks: what the highest moment of each part of a step adds to weights and optimiser.
         host: in host memory, for each GPU.
     """
 
     weights: int
-    gradients: int
     optimizer: int
-    buffers: int
-    activations: Activations
-    summing: int
-    step: int
+    kept: int
+    peaks: dict[str, int]
     host: int
 
     @property
     def total(self) -> int:
-        """At the largest of the three moments."""
-        lasting = self.weights + self.gradients + self.optimizer + ALLOWANCE
-        return lasting + max(self._moments.values())
+        """At the highest moment."""
+        return self.weights + self.optimizer + self.peaks[self.moment] + ALLOWANCE
 
     @property
     def moment(self) -> str:
-        """When that is: ``optimiser step``, ``gradient sum``, or the moment of the activations."""
-        return max(self._moments, key=lambda name: self._moments[name])
-
-    @property
-    def _moments(self) -> dict[str, int]:
-        return {
-            self.activations.moment: self.buffers + self.activations.total,
-            "gradient sum": self.buffers + self.summing,
-            "optimiser step": self.step,
-        }
+        """When that is: ``forward pass``, ``backward pass`` or ``optimizer step``."""
+        return max(self.peaks, key=lambda name: self.peaks[name])
 
     def in_gib(self) -> dict[str, float]:
         """Parts and ``total``, rounded to MiB."""
         parts = {
             "weights": self.weights,
-            "gradients": self.gradients,
             "optimizer": self.optimizer,
-            "deepspeed_buffers": self.buffers,
-            "activations": self.activations.total,
-            "gradient_sum": self.summing,
-            "optimizer_step": self.step,
+            **{name.replace(" ", "_"): value for name, value in self.peaks.items()},
+            "activations_kept": self.kept,
             "allowance": ALLOWANCE,
             "total": self.total,
             "host": self.host,
@@ -177,88 +154,188 @@ class Memory:
         return {name: round(value / GIB, 3) for name, value in parts.items()}
 
 
-def estimate_memory(
-    counts: Mapping[str, PartCount],
-    zero: ZeroSettings,
-    *,
-    gpus: int,
-    accumulation: int,
-    moment_bytes: int,
-    activations: Activations,
-) -> Memory:
-    """Compute what the module says, for ``n`` ``gpus`` and a step of ``accumulation`` micro-batches.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of a run.
 
-    ``moment_bytes`` is what the optimiser keeps for each weight beside its fp32 copy; 8 for AdamW.
+    Args:
+        model: its config.
+        zero: the DeepSpeed file.
+        batch: the fullest micro-batch.
+        gpus: of all machines together.
+        accumulation: micro-batches of the step.
+        optimizer: the type's name.
+        in_4_bit: weights that lie on the GPU in 4 bit.
     """
-    trainable = sum(part.trainable for part in counts.values())
-    share, several = -(-trainable // gpus), accumulation > 1
-    weights = sum(_weight_bytes(part, zero) for part in counts.values())
-    states = (4 + moment_bytes) * (share if zero.stage else trainable)
-    # fp32 gradients and AdamW's temporary; stage 3 steps a sub-group at a time.
-    at_a_time = min(share, zero.zero.sub_group_size) if zero.stage == 3 else share
-    step = 8 * (at_a_time if zero.stage else trainable)
-    gradients, summing = _gradients(zero, trainable, share, several=several)
-    if zero.stage == 2 and summing:
-        step -= gradients  # they are gone by then, but for the sum, which becomes one of the two
-    host = 0
-    if zero.offloads("optimizer"):
-        # The sum of the micro-batches is fp32 whatever the file says of stage 1 and 2.
-        summed = zero.grad_accum_bytes if zero.stage == 3 else 4 * several
-        host = states + (4 + summed) * share
-        states, step = 0, 4 * at_a_time
-        if zero.stage > 1:
-            gradients = summing = 0
-    if zero.stage == 3:
-        weights = -(-weights // gpus)
-        if zero.offloads("param"):
-            host, weights = host + weights, 0
-    buffers = _buffers(counts, zero, trainable)
-    return Memory(weights, gradients, states, buffers, activations, summing, step, host)
+
+    model: Mapping[str, Any]
+    zero: ZeroSettings
+    batch: MicroBatch
+    gpus: int
+    accumulation: int
+    optimizer: str
+    in_4_bit: int = 0
 
 
-def _gradients(zero: ZeroSettings, trainable: int, share: int, *, several: bool) -> tuple[int, int]:
-    """Bytes on the GPU at the end of a backward pass, and what is added while they are summed."""
-    a, b = zero.grad_accum_bytes, _value_bytes(zero)
-    if zero.stage == 0:
-        return (b + (4 if b < 4 else 0)) * trainable, 0
-    if zero.stage == 1:
-        return (b + a) * trainable if a > b else b * (trainable + share), 0
-    if zero.stage == 3:
-        return a * share, 0
-    # Where no value changes its type, the sum is made of the gradients themselves.
-    return (b + (a if several else 0)) * share, a * share if a > b else 0
+class CannotCount(GMAIError):
+    """The engine does not run on fake tensors."""
 
 
-def _value_bytes(zero: ZeroSettings) -> int:
-    """``b``: the engine converts the whole model, frozen parts too."""
-    return 4 if zero.precision == "fp32" else 2
+def count_memory(step: Step) -> Memory:
+    """Count a step in a process of its own, for DeepSpeed changes the process that it runs in.
+
+    Raises:
+        CannotCount: the engine does not run; says why.
+    """
+    # On any machine the GPU is one that is not there.
+    alone = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        input=pickle.dumps(step),
+        capture_output=True,
+        env={**os.environ, **alone},
+        check=False,
+    )
+    if ended.returncode:
+        lines = ended.stderr.decode(errors="replace").strip().split("\n")
+        why = lines[-1].removeprefix("[rank0]: ")
+        raise CannotCount(f"a step can't be counted, so that its memory is not known: {why}")
+    return Memory(**STRICT_JSON.decode(ended.stdout.decode()))
+
+
+_PROGRAM = f"""
+import json, pickle, sys
+from dataclasses import asdict
+from gmai_xtuner.cli import only_the_report_on_stdout
+with only_the_report_on_stdout() as stdout:
+    import gmai_xtuner.plugin  # makes xtuner and torch work together
+    from {__name__} import run_engine
+    json.dump(asdict(run_engine(pickle.load(sys.stdin.buffer))), stdout)
+"""
+
+
+def run_engine(step: Step) -> Memory:
+    """Count a step in this process, which is of no other use afterwards."""
+    import deepspeed
+
+    _join_fake_group(step.gpus)
+    model: Any = build_on_meta(step.model)
+    settings = step.zero.settings | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": min(step.accumulation, 2),
+        "gradient_clipping": 1.0,
+    }
+    if step.zero.stage == 3:
+        _recompute_as_under_zero3(model, settings)
+    if step.model.get("liger"):
+        from gmai_xtuner.model.liger import install_liger
+
+        install_liger(model.llm)
+    peaks: dict[str, int] = {}
+
+    def run(part: str, work: Callable[[], Any]) -> Any:
+        gc.collect()
+        memory.peak = memory.live
+        result = work()
+        peaks[part] = max(peaks.get(part, 0), memory.peak)
+        return result
+
+    with fake_gpu(), LiveMemory() as memory:
+        make_fake(model, step.batch.dtype)
+        model._apply = lambda *_, **__: model  # it has its type and its place
+        data = flat_batch(model, step.batch)
+        learns = [one for one in model.parameters() if one.requires_grad]
+        optimizer = _optimizer(step, learns)
+        engine, *_ = deepspeed.initialize(
+            model=model.train(), model_parameters=learns, optimizer=optimizer, config=settings
+        )
+        for last in (True, *[False] * (step.accumulation > 1), True):
+            engine.set_gradient_accumulation_boundary(last)
+            before = memory.live
+            loss = run("forward pass", lambda: engine(data)["loss"])
+            kept = memory.live - before
+            run("backward pass", partial(engine.backward, loss))
+            del loss
+            run("optimizer step", engine.step)
+        weights = _bytes(getattr(one, "ds_tensor", one) for one in model.parameters())
+        states = _bytes(t for key, own in optimizer.state.items() for t in (key, *own.values()))
+    lasting = weights + states
+    saved = int(step.in_4_bit * (2 - BYTES_IN_4_BIT))
+    peaks = {part: peak - lasting for part, peak in peaks.items()}
+    return Memory(weights - saved, states, kept, peaks, memory.host)
+
+
+def _join_fake_group(gpus: int) -> None:
+    import deepspeed
+    from deepspeed.accelerator import cpu_accelerator, set_accelerator
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    class FakeGPU(cpu_accelerator.CPU_Accelerator):
+        """Tells the GPU from the host."""
+
+        def device_name(self, device_index: int | None = None) -> str:
+            return str(GPU)
+
+        def current_device_name(self) -> str:
+            return str(GPU)
+
+        def on_accelerator(self, tensor: torch.Tensor) -> bool:
+            return tensor.device == GPU
+
+    set_accelerator(FakeGPU())
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    deepspeed.init_distributed(dist_backend="fake", verbose=False)
+    # Fake numbers of ranks that are not there can't be compared.
+    for name in ("partitioned_param_coordinator", "partition_parameters"):
+        module = importlib.import_module(f"deepspeed.runtime.zero.{name}")
+        module.assert_ints_same_as_other_ranks = lambda *_: None  # type: ignore[attr-defined]
+
+
+def _recompute_as_under_zero3(model: Any, settings: Mapping[str, Any]) -> None:
+    # Told only now: a model that is built under ZeRO-3 would be partitioned while it has no tensors.
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from gmai_xtuner.model.llava import recompute_first_layers, use_reentrant
+
+    model.zero3 = HfDeepSpeedConfig(dict(settings))  # known as long as it lives
+    if model.use_activation_checkpointing:
+        layers = model.llm.model.recomputed_layers
+        model.llm.gradient_checkpointing_enable({"use_reentrant": use_reentrant()})
+        recompute_first_layers(model.llm.model, layers)
+
+
+def _optimizer(step: Step, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser itself where torch has it, as it runs on a GPU; else one that keeps as much."""
+    name = step.optimizer.rpartition(".")[2]
+    own = getattr(torch.optim, name, None)
+    if own in (torch.optim.AdamW, torch.optim.Adam):
+        # What is on a GPU all at once; torch sees none here.
+        return own(parameters, foreach=not step.zero.offloads("optimizer"))
+    return _Keeps(parameters, {"bytes_each": moment_bytes(name)})
+
+
+class _Keeps(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for one in group["params"]:
+                if one.grad is not None and one not in self.state:
+                    size = group["bytes_each"] * one.numel()
+                    moments = torch.empty(size, dtype=torch.uint8, device=one.device)
+                    self.state[one] = {"moments": moments}
+
+
+def _bytes(tensors: Iterator[Any]) -> int:
+    """Bytes of their storages on the GPU, each counted once."""
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if isinstance(tensor, torch.Tensor) and tensor.device == GPU
+    }
+    return sum(storages.values())
 
 
 def moment_bytes(optimizer: str) -> int:
     """What an optimiser of this name keeps for each weight, its fp32 copy not counted."""
     name = optimizer.rpartition(".")[2].lower()
     return 2 if "8bit" in name else 4 if "sgd" in name or "lion" in name else 8
-
-
-def _weight_bytes(part: PartCount, zero: ZeroSettings) -> int:
-    if zero.precision == "fp32":
-        return part.own_bytes
-    return int(2 * (part.total - part.in_4_bit) + BYTES_IN_4_BIT * part.in_4_bit)
-
-
-def _buffers(counts: Mapping[str, PartCount], zero: ZeroSettings, trainable: int) -> int:
-    """Buckets for gradients, the gradient that autograd is making, and gathered weights."""
-    if not trainable or not zero.stage:
-        return 0
-    b, buckets, bucket = _value_bytes(zero), 0, zero.zero.reduce_bucket_size
-    if zero.zero.contiguous_gradients:
-        buckets = bucket * (2 if zero.zero.overlap_comm and zero.stage < 3 else 1)
-    largest = max(part.largest_trainable for part in counts.values())
-    copied = 0
-    if zero.exchange_bytes != b:  # of what is reduced at a time, in the precision of the exchange
-        copied = zero.exchange_bytes * min(trainable, max(bucket, largest))
-    gathered = 0
-    if zero.stage == 3:
-        live = zero.zero.max_live_parameters + zero.zero.prefetch_bucket_size
-        gathered = min(sum(part.total for part in counts.values()), live)
-    return b * (buckets + largest + gathered) + copied

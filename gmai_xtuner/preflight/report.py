@@ -40,11 +40,6 @@ def as_json(result: Preflight) -> dict[str, Any]:
         "mean": round(data.images_per_pack_mean, 3),
         "max": data.images_per_pack_max,
     }
-    activations = memory and {
-        "kept_gib": round(memory.activations.kept / GIB, 3),
-        "peak_gib": round(memory.activations.peak / GIB, 3),
-        "highest_moment": memory.activations.moment,
-    }
     zero = {"name": run.zero.name, "stage": run.zero.stage, "precision": run.zero.precision}
     of_an_epoch = ("conversations", "images", "tokens", "learnt_tokens", "packs")
     return {
@@ -71,7 +66,7 @@ def as_json(result: Preflight) -> dict[str, Any]:
         "bad_images": [asdict(image) for image in bad_images],
         "bad_images_left_out": bad_left_out,
         "memory_gib": memory and memory.in_gib(),
-        "activations": activations,
+        "highest_moment": memory and memory.moment,
         "gpu_memory_gib": result.gpu_memory,
         "disk": result.disk,
         "problems": [asdict(finding) for finding in result.findings.found],

@@ -11,7 +11,6 @@ from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.config import DtypeEnum
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from mmengine.config import Config
@@ -77,26 +76,21 @@ class ZeroSettings:
     Args:
         name: as given on the command line.
         precision: ``bf16`` or ``fp32``.
-        grad_accum_bytes: of one value of a step's summed gradient (``data_types.grad_accum_dtype``).
-        exchange_bytes: of one value of a gradient that is exchanged (``communication_data_type``).
+        settings: the settled content.
         zero: its ``zero_optimization`` with DeepSpeed's defaults; sizes are in elements.
     """
 
     name: str
     precision: str
-    grad_accum_bytes: int
-    exchange_bytes: int
+    settings: dict[str, Any]
     zero: DeepSpeedZeroConfig
 
     @classmethod
     def from_dict(cls, name: str, config: Mapping[str, Any]) -> ZeroSettings:
-        """Read the settled content of a file; a type that it does not name is that of ``precision``."""
+        """Read the settled content of a file."""
         precision = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
-        summed = (config.get("data_types") or {}).get("grad_accum_dtype") or precision
-        exchanged = config.get("communication_data_type") or precision
-        a, exchange = (DtypeEnum(kind).value.itemsize for kind in (summed, exchanged))
         zero = DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
-        return cls(name, precision, a, exchange, zero)
+        return cls(name, precision, dict(config), zero)
 
     @property
     def stage(self) -> int:

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import shutil
-from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
+from math import ceil
 from typing import Any
 
 import torch
@@ -18,15 +18,16 @@ from torch import nn
 from gmai_xtuner.model.costs import ModelFlops
 from gmai_xtuner.model.llava import num_image_tokens
 from gmai_xtuner.preflight import checks, data, pictures
-from gmai_xtuner.preflight.activations import Activations, MicroBatch, count_activations
+from gmai_xtuner.preflight.activations import MicroBatch
 from gmai_xtuner.preflight.memory import (
     GIB,
+    CannotCount,
     Memory,
     PartCount,
+    Step,
     build_on_meta,
+    count_memory,
     count_parameters,
-    estimate_memory,
-    moment_bytes,
     quantises_to_4_bit,
 )
 from gmai_xtuner.preflight.pictures import BadImage
@@ -36,7 +37,7 @@ from gmai_xtuner.train.settings import read
 ALTERNATIVES = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 """DeepSpeed files that are tried where the memory does not suffice."""
 SPARE = 0.05
-"""Share of a GPU's memory that is left free where fewer layers are recomputed: it is an estimate."""
+"""Share of a GPU's memory that is left free where fewer layers are recomputed: not all can be counted."""
 SKIP = "--cfg-options train_dataloader.dataset.on_bad_sample=skip"
 """Leaves bad records out of the training."""
 
@@ -106,7 +107,10 @@ def look_at(
         checks.check_stage_before(run, model, findings)
     _look_at_data(result, decode_images)
     if model is not None and result.counts is not None:
-        _look_at_memory(result, model)
+        try:
+            _look_at_memory(result, model)
+        except CannotCount as error:
+            findings.warn("memory", str(error))
         steps = result.summary.steps if result.summary else None
         result.disk = checks.check_disk(
             run, result.counts, steps, findings, elsewhere=not need_weights
@@ -181,35 +185,36 @@ def _look_at_data(result: Preflight, decode_images: bool) -> None:
 
 
 def _look_at_memory(result: Preflight, model: Any) -> None:
-    run, decoder = result.run, model.llm.model
-    now = getattr(decoder, "recomputed_layers", 0)
+    run = result.run
+    now = getattr(model.llm.model, "recomputed_layers", 0)
+    counts = result.counts or {}
 
     @cache
-    def activations(batch: MicroBatch, layers: int) -> Activations:
-        decoder.recomputed_layers = layers
-        return count_activations(model, batch)
-
-    def memory(zero: ZeroSettings, packs: int, layers: int = now) -> Memory:
-        assert result.counts is not None
-        return estimate_memory(
-            result.counts,
-            zero,
-            gpus=run.gpus,
-            accumulation=run.accumulation * run.batch_size // packs,
-            moment_bytes=moment_bytes(run.optimizer),
-            activations=activations(_fullest(result, model, zero, packs), layers),
+    def memory(name: str, packs: int, layers: int = now) -> Memory:
+        zero = run.zero if name == run.zero.name else _shipped(name, run)
+        return count_memory(
+            Step(
+                {**run.cfg.model.to_dict(), "recomputed_layers": layers},
+                zero,
+                _fullest(result, model, packs),
+                gpus=run.gpus,
+                accumulation=run.accumulation * run.batch_size // packs,
+                optimizer=run.optimizer,
+                in_4_bit=sum(part.in_4_bit for part in counts.values()),
+            )
         )
 
-    result.memory = memory(run.zero, run.batch_size)
+    result.memory = memory(run.zero.name, run.batch_size)
     total = result.memory.total / GIB
     layers = None
     if model.use_activation_checkpointing:
-        sizes = partial(memory, run.zero, run.batch_size)
-        layers = _fewest_layers(sizes, len(decoder.layers), (1 - SPARE) * result.gpu_memory * GIB)
+        sizes = partial(memory, run.zero.name, run.batch_size)
+        most = len(model.llm.model.layers)
+        layers = _fewest_layers(sizes, most, (1 - SPARE) * result.gpu_memory * GIB)
     if layers is None:
         option = ""
     else:
-        gib = memory(run.zero, run.batch_size, layers).total / GIB
+        gib = memory(run.zero.name, run.batch_size, layers).total / GIB
         option = f"model.recomputed_layers={layers} ({gib:.0f} GiB)"
     if total > result.gpu_memory:
         result.findings.warn(
@@ -218,9 +223,7 @@ def _look_at_memory(result: Preflight, model: Any) -> None:
             + _what_would_fit(result, memory, option),
         )
     elif layers is not None and layers < now:
-        saved = _recomputed_share(
-            model, _fullest(result, model, run.zero, run.batch_size), now, layers
-        )
+        saved = _recomputed_share(model, _fullest(result, model, run.batch_size), now, layers)
         result.findings.note(
             "memory",
             f"{option} fits, too, and saves {saved:.0%} of the operations: {now - layers} of "
@@ -228,11 +231,20 @@ def _look_at_memory(result: Preflight, model: Any) -> None:
         )
 
 
-def _fewest_layers(size: Callable[[int], Memory], total: int, room: float) -> int | None:
-    """Return how few layers can be recomputed, in ``room`` bytes; None if even all of them don't help."""
-    # More never need more room, but what each saves may be hidden by another moment of the step.
-    layers = bisect_left(range(total + 1), True, key=lambda number: size(number).total <= room)
-    return layers if layers <= total else None
+def _fewest_layers(size: Callable[[int], Memory], most: int, room: float) -> int | None:
+    """Return how few of ``most`` layers can be recomputed, in ``room`` bytes; None if all don't help."""
+    none, all_of_them = size(0), size(most)
+    if none.total <= room or all_of_them.total > room:
+        return 0 if none.total <= room else None
+    # Each saves what it need not keep, unless another moment of the step hides it.
+    layers = ceil((none.total - room) * most / (none.kept - all_of_them.kept))
+    while layers < most and size(layers).total > room:
+        layers += 1
+    return min(layers, most)
+
+
+def _shipped(name: str, run: RunConfig) -> ZeroSettings:
+    return ZeroSettings.from_dict(name, read(name, run.cfg).settings)
 
 
 def _recomputed_share(model: Any, batch: MicroBatch, now: int, layers: int) -> float:
@@ -243,7 +255,7 @@ def _recomputed_share(model: Any, batch: MicroBatch, now: int, layers: int) -> f
     return layer * (now - layers) / (work.flops + layer * now)
 
 
-def _fullest(result: Preflight, model: Any, zero: ZeroSettings, packs: int) -> MicroBatch:
+def _fullest(result: Preflight, model: Any, packs: int) -> MicroBatch:
     """Return the fullest micro-batch: the plan's, or, where there is none, what the options allow."""
     run, data = result.run, result.summary
     if data is not None and packs == run.batch_size:
@@ -255,32 +267,30 @@ def _fullest(result: Preflight, model: Any, zero: ZeroSettings, packs: int) -> M
         if data is not None:  # a smaller micro-batch than the plan's
             images = min(images, data.images_per_pack_max * packs)
             supervised = min(supervised, data.learnt_per_micro_batch_max)
-    dtype = torch.float32 if zero.precision == "fp32" else torch.bfloat16
-    partitioned = zero.zero.stage == 3 and zero.zero.memory_efficient_linear
-    return MicroBatch(packs, run.max_length, supervised, images, dtype, partitioned)
+    # DeepSpeed converts the whole model, or leaves each part in the type that the config gives it.
+    dtype = None if run.zero.precision == "fp32" else torch.bfloat16
+    return MicroBatch(packs, run.max_length, supervised, images, dtype)
 
 
-def _what_would_fit(
-    result: Preflight, memory: Callable[[ZeroSettings, int], Memory], layers: str
-) -> str:
+def _what_would_fit(result: Preflight, memory: Callable[[str, int], Memory], layers: str) -> str:
     """Try other DeepSpeed files and smaller micro-batches; ``layers`` is an option that fits, or empty."""
     run, counts = result.run, result.counts or {}
     choices = []
     run_kind = (run.zero.stage, run.zero.offloads("optimizer"))
     for name in ALTERNATIVES:
-        zero = ZeroSettings.from_dict(name, read(name, run.cfg).settings)
+        zero = _shipped(name, run)
         if (zero.stage, zero.offloads("optimizer")) > run_kind:
-            choices.append((f"--deepspeed {name}", zero, run.batch_size))
+            choices.append((f"--deepspeed {name}", name, run.batch_size))
     for size in range(run.batch_size // 2, 0, -1):
         factor, rest = divmod(run.batch_size, size)
         if not rest:  # else a step would have other packs
             text = f"batch_size {size} with {factor} x accumulative_counts"
-            choices.append((text, run.zero, size))
-    totals = {text: memory(zero, size).total / GIB for text, zero, size in choices}
+            choices.append((text, run.zero.name, size))
+    totals = {text: memory(name, size).total / GIB for text, name, size in choices}
     fitting = [layers] * bool(layers)
     fitting += [f"{text} ({n:.0f} GiB)" for text, n in totals.items() if n <= result.gpu_memory]
     if fitting:
-        texts = ["By the same estimate this would fit: " + "; or ".join(fitting)]
+        texts = ["By the same count this would fit: " + "; or ".join(fitting)]
     else:
         texts = ["Neither another DeepSpeed file nor a smaller micro-batch alone would do"]
     if "llm" in counts and counts["llm"].trainable > counts["llm"].total // 2:

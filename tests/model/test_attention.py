@@ -71,6 +71,25 @@ def test_the_loop_equals_each_conversation_on_its_own(lengths, heads, seed):
         torch.testing.assert_close(grad, reference)
 
 
+def test_the_kernel_is_handed_grouped_heads(monkeypatch):
+    lengths, handed = [1, 5, 3], []
+
+    def kernel(query, key, value, *_, scale, **__):
+        handed.append([one.shape for one in (query, key, value)])
+        heads = (one.transpose(0, 1)[None] for one in (query, key, value))
+        return sdpa_loop_attention(*heads, boundaries_of(lengths), scale)[0]
+
+    monkeypatch.setattr("gmai_xtuner.model.attention._varlen_attn", kernel)
+    qkv = random_qkv(9, 4, 2, 8, seed=1)
+    got = varlen_attention(*qkv, boundaries_of(lengths), 0.25)
+    assert handed == [[(9, 4, 8), (9, 2, 8), (9, 2, 8)]]
+    expected = one_by_one(*qkv, lengths, 0.25)
+    torch.testing.assert_close(got, expected)
+    pairs = (torch.autograd.grad(out.square().sum(), qkv) for out in (got, expected))
+    for grad, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(grad, reference)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("public", [True, False], ids=["varlen_attn", "aten"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gmai_xtuner.preflight import survey
-from gmai_xtuner.preflight.activations import Activations
+from gmai_xtuner.preflight.memory import GIB, Memory, Step
 from gmai_xtuner.preflight.run_config import load_run
 from gmai_xtuner.preflight.survey import Preflight, look_at
 from tests.preflight.bases import write_true_geometry
@@ -52,6 +52,7 @@ def preflight(monkeypatch, tiny_bases, tmp_path) -> Callable[..., Preflight]:
         deepspeed: str = "zero2",
         gpus: int = 1,
         options: dict | None = None,
+        count: Callable[[Step], Memory] | None = None,
         **looks,
     ) -> Preflight:
         for name, value in {
@@ -65,11 +66,12 @@ def preflight(monkeypatch, tiny_bases, tmp_path) -> Callable[..., Preflight]:
             monkeypatch.setenv(name, str(value))
 
         # Counting takes seconds, and has tests of its own. A layer that isn't recomputed keeps 1 GiB here.
-        def counted(model, batch):
-            kept = 33 - getattr(model.llm.model, "recomputed_layers", 32)
-            return Activations(kept * batch.packs * 2**30, 2**30, "backward pass")
+        def counted(step: Step) -> Memory:
+            kept = (33 - step.model.get("recomputed_layers", 32)) * step.batch.packs * GIB
+            weights = 16 * GIB // (step.gpus if step.zero.stage == 3 else 1)
+            return Memory(weights, 12 * GIB, kept, {"backward pass": kept + GIB}, 0)
 
-        monkeypatch.setattr(survey, "count_activations", counted)
+        monkeypatch.setattr(survey, "count_memory", count or counted)
         config = load_run(
             str(ROOT / "configs" / "gmai_vl" / f"{stage}.py"),
             deepspeed=deepspeed,

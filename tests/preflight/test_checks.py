@@ -18,6 +18,7 @@ from gmai_xtuner.checkpoint.llava import GMAILLaVAModel
 from gmai_xtuner.checkpoint.training import Manifest
 from gmai_xtuner.preflight import checks, survey
 from gmai_xtuner.preflight.__main__ import main
+from gmai_xtuner.preflight.memory import Memory
 from gmai_xtuner.preflight.report import as_json, as_text
 from gmai_xtuner.preflight.survey import Preflight
 from tests import warm
@@ -215,24 +216,22 @@ def test_the_fewest_recomputed_layers_that_fit(preflight, corpus, true_bases):
 @pytest.mark.parametrize(("room", "fewest"), [(39, None), (40, 15), (60, 10), (98, 1), (100, 0)])
 def test_the_fewest_layers_are_found_where_another_moment_hides_what_they_save(room, fewest):
     def size(layers: int) -> SimpleNamespace:
-        return SimpleNamespace(total=max(40, 100 - 4 * layers))
+        kept = 100 - 4 * layers
+        return SimpleNamespace(total=max(40, kept), kept=kept)
 
     assert survey._fewest_layers(size, 32, room) == fewest
 
 
-def test_a_smaller_micro_batch_is_summed_up_and_makes_the_same_step(
-    preflight, corpus, true_bases, monkeypatch
-):
+def test_a_smaller_micro_batch_is_summed_up_and_makes_the_same_step(preflight, corpus, true_bases):
     asked = []
-    estimate = survey.estimate_memory
-    monkeypatch.setattr(
-        survey,
-        "estimate_memory",
-        lambda *a, **given: asked.append(given["accumulation"]) or estimate(*a, **given),
-    )
+
+    def count(step):
+        asked.append(step.accumulation)
+        return Memory(0, 0, 0, {"backward pass": 2**40}, 0)
+
     options = {"train_dataloader.batch_size": 10, "optim_wrapper.accumulative_counts": 1}
     run = {"bases": true_bases, "need_weights": False, "stage": "stage3_instruct"}
-    preflight(corpus.mixture, gpus=8, gpu_memory=1.0, options=options, **run)
+    preflight(corpus.mixture, gpus=8, gpu_memory=1.0, options=options, count=count, **run)
     assert set(asked) == {1, 2, 5, 10}  # not 10 // 3: three packs make another step
 
 

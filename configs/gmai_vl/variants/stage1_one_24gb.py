@@ -6,8 +6,8 @@
 #
 # 32 GPUs x 8 x 2 = 1 GPU x 2 x 256. Memory, in GB: frozen weights 8.04 G x 2 bytes = 16.1; the projector
 # 0.02 G x 20 = 0.4 (see stage1_one_80gb.py); reduce buckets 0.8; activations of 4,096 tokens about 2.5
-# (inputs of 32 layers 1.1, one layer recomputed 0.8, logits of 512 tokens 0.5). About 19.8, which is
-# 18.4 GiB of the 22.5 to 24 that such cards have.
+# (inputs of 32 layers 1.1, one layer recomputed 0.8, logits of 512 tokens 0.5). About 19.8; the
+# preflight counts 18.1 GiB, without its allowance, of the 22.5 to 24 that such cards have.
 _base_ = ["../stage1_shallow.py"]
 
 model = dict(loss_chunk_size=512)

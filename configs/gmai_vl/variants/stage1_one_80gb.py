@@ -9,10 +9,10 @@
 # when they are summed, x 22 at the step, both without activations); DeepSpeed's reduce buckets 0.8;
 # activations of 16,384 tokens about 9 (inputs of 32 layers 4.3, one layer recomputed 3, logits of 2,048
 # tokens 1.9).
-# About 26 of 80 if all layers are recomputed in the backward pass; 23 of 32 keep their activations instead (76 GiB by
-# the preflight, 2 of it allowance; 23 % fewer operations). On 141 GB none need be recomputed (95 GiB).
+# About 26 of 80 if all layers are recomputed in the backward pass; 25 of 32 keep their activations instead (74 GiB by
+# the preflight, 2 of it allowance; 25 % fewer operations). On 141 GB none need be recomputed (88 GiB).
 _base_ = ["../stage1_shallow.py"]
 
-model = dict(recomputed_layers=9)
+model = dict(recomputed_layers=7)
 optim_wrapper = dict(accumulative_counts=64)
 default_hooks = dict(checkpoint=dict(interval=16))

@@ -7,7 +7,8 @@
 #
 # 32 GPUs x 4 x 4 = 1 GPU x 2 x 256. Memory, in GB: frozen language model 7.74 G x 2 bytes = 15.5; tower and
 # projector 0.32 G x 4 = 1.3 (bf16 weights and gradients); reduce buckets 0.8; activations of 4,096 tokens
-# about 3. About 21, which is 19.2 GiB. In the machine's memory 0.32 G x 20 = 6.5, beside what loading takes.
+# about 3. About 21; the preflight counts 17.6 GiB, without its allowance. In the machine's memory 0.32 G x 20 =
+# 6.5, beside what loading takes.
 _base_ = ["../stage2_deep.py"]
 
 model = dict(

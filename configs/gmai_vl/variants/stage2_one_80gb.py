@@ -6,7 +6,7 @@
 #
 # 32 GPUs x 4 x 4 = 1 GPU x 4 x 128. Memory, in GB: frozen language model 7.74 G x 2 bytes = 15.5; tower and
 # projector 0.32 G x 20 = 6.5 (see stage 1); reduce buckets 1.6; activations of 8,192 tokens about 6.
-# About 30 of 80 if all layers are recomputed in the backward pass; none is (64 GiB by the preflight, 2 of it
+# About 27 of 80 if all layers are recomputed in the backward pass; none is (58 GiB by the preflight, 2 of it
 # allowance; 31 % fewer operations).
 _base_ = ["../stage2_deep.py"]
 

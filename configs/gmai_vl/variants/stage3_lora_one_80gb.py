@@ -7,8 +7,8 @@
 # 32 GPUs x 4 x 4 = 1 GPU x 4 x 128. Training everything needs 8.06 G x 20 bytes = 161 GB. Here, in GB:
 # frozen weights 8.04 G x 2 = 16.1; what learns, 0.38 G (adapters 335.5 M and 27.1 M, projector 21.0 M),
 # x 20 = 7.7 (see stage 1); reduce buckets 1.6; activations of 8,192 tokens about 7.
-# About 33 of 80 if all layers are recomputed in the backward pass; 19 of 32 keep their activations instead (74 GiB by
-# the preflight, 2 of it allowance; 18 % fewer operations). On 141 GB none need be recomputed (104 GiB).
+# About 29 of 80 if all layers are recomputed in the backward pass; 21 of 32 keep their activations instead (74 GiB by
+# the preflight, 2 of it allowance; 20 % fewer operations). On 141 GB none need be recomputed (98 GiB).
 #
 # Adapters: on the language model r 128, alpha 256, the numbers of LLaVA-1.5's LoRA run
 # (github.com/haotian-liu/LLaVA at 200398e, scripts/v1_5/finetune_lora.sh); on the tower r 64, alpha 16, and
@@ -18,7 +18,7 @@
 _base_ = ["../stage3_instruct.py"]
 
 model = dict(
-    recomputed_layers=13,
+    recomputed_layers=11,
     freeze_llm=True,
     freeze_visual_encoder=True,
     llm_lora=dict(

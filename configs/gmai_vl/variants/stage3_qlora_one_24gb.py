@@ -6,7 +6,8 @@
 #
 # 32 GPUs x 4 x 4 = 1 GPU x 2 x 256. Memory, in GB: the decoder's linear layers 6.98 G x 0.516 bytes (NF4 with
 # double quantisation) = 3.6; embedding, norms and head 0.76 G x 2 = 1.5; the tower 0.6; what learns 0.38 G
-# x 20 = 7.7; reduce buckets 1.6; activations of 4,096 tokens about 3.5. About 18.5, which is 17.2 GiB.
+# x 20 = 7.7; reduce buckets 1.6; activations of 4,096 tokens about 3.5. About 18.5;
+# the preflight counts 15.5 GiB, without its allowance.
 #
 # NF4, double quantisation, bf16 computation: QLoRA (arXiv 2305.14314), sections 3 and 4. Learning rate and
 # adapters as in stage3_lora_one_80gb.py. bitsandbytes must fit this torch's CUDA, see docs/lora.md. Convert
