@@ -5,7 +5,8 @@
 A checkpoint grows in ``iter_<N>.pth.writing``. When every rank has written its part and all of it is on
 disk, a manifest is added, the folder is renamed to ``iter_<N>.pth``, the pointer ``last_checkpoint``
 replaced, and only then is an older checkpoint removed. Killed at any moment, a run leaves its last whole
-checkpoint where it was.
+checkpoint where it was. A thread of each rank writes its part (:mod:`gmai_xtuner.train.background`); what
+the ranks do together comes at the end of the first optimiser step that finds all parts written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_gather_object, barrier, broadcast, get_rank, get_world_size
+from mmengine.dist import (
+    all_gather_object,
+    all_reduce,
+    barrier,
+    broadcast,
+    get_rank,
+    get_world_size,
+)
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
@@ -36,7 +44,8 @@ from gmai_xtuner.checkpoint.training import (
 )
 from gmai_xtuner.core.errors import GMAIError
 from gmai_xtuner.core.files import replace_text, to_disk
-from gmai_xtuner.data.log import warn
+from gmai_xtuner.data.log import info, warn
+from gmai_xtuner.train.background import BackgroundWriter
 from gmai_xtuner.train.hooks import is_due
 from gmai_xtuner.train.on_disk import (
     PROBE,
@@ -58,6 +67,9 @@ class StepCheckpointHook(CheckpointHook):
     ``every_minutes``: one is also written at the end of a step when the last, or the start, is so many
     minutes ago by the clock of rank 0; default 0, never.
 
+    ``background``: training waits only while the checkpoint is copied to host memory, which a thread writes;
+    the next checkpoint, and the end of the run, wait until it is whole. ``False``: training waits as long.
+
     At the end of every step the ranks also agree whether to stop (:mod:`gmai_xtuner.train.signals`); if so,
     they write a checkpoint, unless this step has one, and end the run in good order.
 
@@ -68,13 +80,18 @@ class StepCheckpointHook(CheckpointHook):
 
     stop: StopRequest
 
-    def __init__(self, *args: Any, every_minutes: float = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, every_minutes: float = 0, background: bool = True, **kwargs: Any
+    ) -> None:
         if every_minutes < 0:
             raise GMAIError(
                 f"default_hooks.checkpoint.every_minutes must be above 0, or 0 for never, got {every_minutes}"
             )
         super().__init__(*args, **kwargs)
         self.every_minutes = every_minutes
+        self._writer = BackgroundWriter(on=background)
+        self._under_way: Callable[[], None] | None = None
+        """Makes the checkpoint that is being written whole; on all ranks, or none."""
 
     def before_train(self, runner: FlexibleRunner) -> None:
         # mmengine would remove by this list; what is too many in the folder goes after a save.
@@ -97,6 +114,7 @@ class StepCheckpointHook(CheckpointHook):
 
     def after_step(self, runner: FlexibleRunner) -> None:
         reason = self.stop.agreed()
+        self._finish_if_written()
         last = self.is_last_train_iter(runner)
         due = is_due(runner.train_loop.step, self.interval, self.save_begin)
         if self.every_minutes:
@@ -106,6 +124,8 @@ class StepCheckpointHook(CheckpointHook):
         if due or reason or (self.save_last and last):
             runner.logger.info(f"Saving checkpoint at {runner.iter + 1} iterations")
             self._save_checkpoint(runner)
+        if reason:
+            self.finish()
         if reason and get_rank() == 0:
             self.stop.stop_file.unlink(missing_ok=True)
         if reason and not last:
@@ -115,6 +135,10 @@ class StepCheckpointHook(CheckpointHook):
                 f"Stopped after iteration {runner.iter + 1} of {runner.max_iters}, because {reason}. To go "
                 f"on, give the same command with --resume {runner.work_dir}"
             )
+
+    def after_train_epoch(self, runner: FlexibleRunner) -> None:
+        """Finish the last checkpoint, before a hook's ``after_train`` may raise."""
+        self.finish()
 
     def after_train(self, runner: FlexibleRunner) -> None:
         self.stop.restore()
@@ -127,25 +151,38 @@ class StepCheckpointHook(CheckpointHook):
         folder = Path(self.out_dir)
         self.last_ckpt = str(folder / self.filename_tmpl.format(step))
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
-        final = self.write(runner, folder, step)
-        if get_rank() == 0:
-            _point_to(final, Path(runner.work_dir) / POINTER)
-            if self.max_keep_ckpts > 0:
-                written = filter(sequence_of, checkpoints_in(folder))  # by runs, not copied there
-                for old in list(written)[self.max_keep_ckpts :]:
-                    remove(old)
+
+        def then(final: Path) -> None:
+            if get_rank() == 0:
+                _point_to(final, Path(runner.work_dir) / POINTER)
+                if self.max_keep_ckpts > 0:
+                    written = filter(
+                        sequence_of, checkpoints_in(folder)
+                    )  # by runs, not copied there
+                    for old in list(written)[self.max_keep_ckpts :]:
+                        remove(old)
+
+        self.write(runner, folder, step, then)
         self._written = time.monotonic()
 
     def save_now(self, runner: FlexibleRunner) -> None:
         """Save between two iterations, where mmengine's own would count the next one already."""
         self._save_checkpoint_with_step(runner, runner.iter, {})
 
-    def write(self, runner: FlexibleRunner, folder: Path, step: int) -> Path:
-        """Write the checkpoint of iteration ``step`` into a folder, staged and published; by all ranks."""
+    def write(
+        self, runner: FlexibleRunner, folder: Path, step: int, then: Callable[[Path], None]
+    ) -> None:
+        """Begin to write the checkpoint of iteration ``step`` into a folder, staged; by all ranks.
+
+        The one before is finished first. ``then`` is called, on all ranks, with the checkpoint when it has
+        its name: here if it has been written when this returns, or from :meth:`finish`.
+        """
+        self.finish()
         final = folder / self.filename_tmpl.format(step)
         staging = final.with_name(final.name + WRITING)
-        with raised_on_all_ranks(functools.partial(_could_not_be_written, final)):
-            with _raised_after_barriers(runner), _in_iteration(runner, step - 1):
+        explain = functools.partial(_could_not_be_written, final)
+        with raised_on_all_ranks(explain):
+            with _raised_after_barriers(runner, self._writer), _in_iteration(runner, step - 1):
                 runner.save_checkpoint(
                     str(folder),
                     staging.name,
@@ -158,9 +195,34 @@ class StepCheckpointHook(CheckpointHook):
                     **self.args,
                 )
             if staging.is_dir():
-                torch.save(rank_state(runner), staging / rank_file(get_rank()))
-        publish(staging, final, iteration=step, seed=runner.seed)
-        return final
+                self._writer.save(torch.save, rank_state(runner), staging / rank_file(get_rank()))
+
+        def finish() -> None:
+            with raised_on_all_ranks(explain):
+                self._writer.wait()
+            publish(staging, final, iteration=step, seed=runner.seed)
+            info(f"Checkpoint {final} is whole")
+            then(final)
+
+        self._under_way = finish
+        self._finish_if_written()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written, if one is, is whole; by all ranks.
+
+        Raises:
+            GMAIError: on all ranks, if one could not write it.
+        """
+        finish, self._under_way = self._under_way, None
+        if finish is not None:
+            finish()
+
+    def _finish_if_written(self) -> None:
+        if self._under_way is not None:
+            written = torch.tensor([self._writer.is_done()]).int()
+            all_reduce(written, "min")
+            if written:
+                self.finish()
 
 
 def checkpoint_hook(runner: FlexibleRunner, who: str) -> StepCheckpointHook:
@@ -271,11 +333,11 @@ def _in_iteration(runner: FlexibleRunner, iteration: int) -> Iterator[None]:
 
 
 @contextmanager
-def _raised_after_barriers(runner: FlexibleRunner) -> Iterator[None]:
-    """Let a rank that can't write take part in DeepSpeed's barriers all the same, and raise after them.
+def _raised_after_barriers(runner: FlexibleRunner, writer: BackgroundWriter) -> Iterator[None]:
+    """Give DeepSpeed's files to ``writer``; raise what goes wrong here after the barriers between them.
 
     ``DeepSpeedEngine.save_checkpoint`` has barriers between its files and at its end, where the other ranks
-    would wait for this one. A runner without DeepSpeed has none.
+    would wait for one that raises. A runner without DeepSpeed has none.
     """
     model = getattr(getattr(runner, "strategy", None), "model", None)
     engine = getattr(model, "checkpoint_engine", None)
@@ -293,11 +355,16 @@ def _raised_after_barriers(runner: FlexibleRunner) -> Iterator[None]:
 
         return wrapper
 
-    writers = [(engine, "makedirs"), (engine, "save"), (model, "_copy_recovery_script")]
     with ExitStack() as stack:
-        for owner, name in writers if engine is not None else ():
-            setattr(owner, name, keeping(getattr(owner, name)))
-            stack.callback(delattr, owner, name)
+        if model is not None and engine is not None:
+            replaced = (
+                (engine, "makedirs", engine.makedirs),
+                (engine, "save", functools.partial(writer.save, engine.save)),
+                (model, "_copy_recovery_script", model._copy_recovery_script),
+            )
+            for owner, name, write in replaced:
+                setattr(owner, name, keeping(write))
+                stack.callback(delattr, owner, name)
         yield
     if kept:
         raise kept[0]

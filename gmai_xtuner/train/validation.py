@@ -234,6 +234,8 @@ class BestCheckpointHook(Hook):
         self.monitor, self.keep, self.patience = monitor, keep, patience
         self._sign = -1.0 if lower else 1.0
         self._history: dict[int, float] = {}
+        self._unwritten: int | None = None
+        """Step of the best validation whose checkpoint is not whole yet."""
 
     def before_train(self, runner: FlexibleRunner) -> None:
         if not self.keep and self.patience is None:
@@ -269,10 +271,10 @@ class BestCheckpointHook(Hook):
         self._history[step] = float(metrics[self.monitor])
         if self.keep and self._best() == step:
             self._write(runner)
-        if get_rank() == 0:
-            replace_text(Path(runner.work_dir) / HISTORY, json.dumps(self._history, indent=1))
+        self._store_history(runner)
         if self._stop_if_patience_is_over(runner):
             hook = checkpoint_hook(runner, "default_hooks.best")
+            hook.finish()
             if what_is_wrong(Path(hook.out_dir) / hook.filename_tmpl.format(runner.iter)):
                 hook.save_now(runner)
 
@@ -281,17 +283,31 @@ class BestCheckpointHook(Hook):
         finite = {step: score for step, score in self._history.items() if math.isfinite(score)}
         return max(finite, key=lambda step: (self._sign * finite[step], -step), default=None)
 
-    def _write(self, runner: FlexibleRunner) -> None:
-        folder = Path(runner.work_dir) / FOLDER
-        hook = checkpoint_hook(runner, "default_hooks.best")
-        written = hook.write(runner, folder, runner.iter)
+    def _store_history(self, runner: FlexibleRunner) -> None:
         if get_rank() == 0:
-            for old in checkpoints_in(folder):
-                if old != written:
-                    remove(old)
-        runner.logger.info(
-            f"{self.monitor} is the best so far, {self._history[runner.train_loop.step]:.4f}: {written}"
-        )
+            whole = {
+                step: score for step, score in self._history.items() if step != self._unwritten
+            }
+            replace_text(Path(runner.work_dir) / HISTORY, json.dumps(whole, indent=1))
+
+    def _write(self, runner: FlexibleRunner) -> None:
+        folder, step = Path(runner.work_dir) / FOLDER, runner.train_loop.step
+
+        def then(written: Path) -> None:
+            if get_rank() == 0:
+                for old in checkpoints_in(folder):
+                    if old != written:
+                        remove(old)
+            self._unwritten = None
+            self._store_history(runner)
+            runner.logger.info(
+                f"{self.monitor} is the best so far, {self._history[step]:.4f}: {written}"
+            )
+
+        hook = checkpoint_hook(runner, "default_hooks.best")
+        hook.finish()
+        self._unwritten = step
+        hook.write(runner, folder, runner.iter, then)
 
     def _stop_if_patience_is_over(self, runner: FlexibleRunner) -> bool:
         best, loop = self._best(), runner.train_loop

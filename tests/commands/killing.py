@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,7 @@ OPTIONS = (
     "model.llm.torch_dtype=float32", "optim_wrapper.optimizer.lr=1e-3", "optim_wrapper.optimizer.eps=1e-4",
     "train_cfg.max_epochs=2", "default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1",
     "default_hooks.sample_answer.interval=0", "optim_wrapper.optimizer.lr_by_part.projector=2e-3",
+    "default_hooks.checkpoint.background=False",
 )  # fmt: skip
 
 
@@ -71,10 +73,12 @@ class KillHook(Hook):
     """Signals its own process.
 
     Moments: ``between``: before an iteration, away from any checkpoint; ``writing``: half of this rank's
-    optimiser state is in the file; ``renamed``: the checkpoint has its name, the pointer is the old one.
+    optimiser state is in the file, and training has gone on if a thread writes; ``renamed``: the checkpoint
+    has its name, the pointer is the old one.
     """
 
     def before_train(self, runner) -> None:
+        self.goes_on = threading.Event()
         moment, iteration, rank, *name = os.environ.get("GMAI_TEST_KILL", "none:0:0").split(":")
         self.moment, self.number = moment, signal.SIGKILL
         self.iteration = int(iteration) + (runner.iter if iteration.startswith("+") else 0)
@@ -88,6 +92,8 @@ class KillHook(Hook):
             self._kill_before_pointer(runner)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.iter >= self.iteration:
+            self.goes_on.set()
         if self.moment == "between" and runner.iter + 1 == self.iteration:
             self._kill()
 
@@ -105,10 +111,13 @@ class KillHook(Hook):
 
         def half(state, file, *args, **kwargs):
             save(state, file, *args, **kwargs)
-            if runner.iter + 1 >= self.iteration and str(file).endswith("_optim_states.pt"):
-                path = Path(file)
+            path = Path(file)
+            written = int(path.parent.name.removeprefix("iter_").partition(".")[0])
+            if written >= self.iteration and path.name.endswith("_optim_states.pt"):
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-                self._kill()
+                waits = threading.current_thread() is threading.main_thread()
+                if waits or self.goes_on.wait(60):
+                    self._kill()
 
         torch.save = half
 

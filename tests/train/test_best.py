@@ -24,13 +24,23 @@ class Run:
         self.kept: list[int] = []
         self.saved: list[int] = []
 
-        def write(runner, folder, iteration):
-            (folder / f"iter_{iteration}.pth").mkdir(parents=True)
-            self.kept.append(iteration)
-            return folder / f"iter_{iteration}.pth"
+        self.slow = False
+        """Whether a checkpoint is whole only when it is waited for."""
+        self.under_way = lambda: None
+
+        def write(runner, folder, iteration, then):
+            def finish():
+                self.under_way = lambda: None
+                (folder / f"iter_{iteration}.pth").mkdir(parents=True)
+                self.kept.append(iteration)
+                then(folder / f"iter_{iteration}.pth")
+
+            self.under_way = finish
+            if not self.slow:
+                finish()
 
         checkpoints = SimpleNamespace(
-            write=write, out_dir=str(work_dir), filename_tmpl="iter_{}.pth",
+            write=write, finish=lambda: self.under_way(), out_dir=str(work_dir), filename_tmpl="iter_{}.pth",
             save_now=lambda runner: self.saved.append(runner.iter),
         )  # fmt: skip
         monkeypatch.setattr(validation, "checkpoint_hook", lambda *_: checkpoints)
@@ -68,6 +78,22 @@ def test_the_best_is_kept_and_replaces_the_one_before(run, tmp_path):
     assert made.kept == [2, 4, 12]  # neither NaN nor an equal one is better
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["iter_12.pth"]
     assert not made.runner.train_loop.stop_training
+
+
+def test_the_history_knows_a_best_one_when_its_checkpoint_is_whole(run, tmp_path):
+    made = run(keep=True)
+    made.begin()
+    made.validate(3.0)
+    made.slow = True
+    made.validate(2.0, 2.5)
+    file = tmp_path / validation.HISTORY
+    assert json.loads(file.read_text()) == {"1": 3.0, "3": 2.5}
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["iter_2.pth"]
+    made.validate(1.0)  # waits for the one before
+    assert made.kept == [2, 4]
+    made.under_way()
+    assert json.loads(file.read_text()) == {"1": 3.0, "2": 2.0, "3": 2.5, "4": 1.0}
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["iter_8.pth"]
 
 
 def test_a_run_that_no_longer_improves_ends_with_a_checkpoint(run):

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +19,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.logging import MessageHub
+from torch import nn
 from xtuner.tools import utils as xtuner_tools
 
 from gmai_xtuner.checkpoint.training import MANIFEST, newest_whole, what_is_wrong
 from gmai_xtuner.core import files
 from gmai_xtuner.core.errors import GMAIError
-from gmai_xtuner.train import checkpointing, on_disk, resume
+from gmai_xtuner.train import background, checkpointing, on_disk, resume
+from gmai_xtuner.train.background import BackgroundWriter, host_memory
 from gmai_xtuner.train.checkpointing import (
     StepCheckpointHook,
     check_work_dir_is_shared,
@@ -186,6 +189,7 @@ def write(folder, iterations, *, fails=None):
     for iteration in iterations:
         run.fails = fails if iteration == iterations[-1] else None
         hook._save_checkpoint_with_step(run, iteration, {"iter": iteration})
+    hook.finish()
     return run
 
 
@@ -420,9 +424,11 @@ def test_an_old_checkpoint_that_cannot_be_renamed_is_tried_again_each_time(
         write_checkpoint(tmp_path / "iter_4.pth", sequence=1)
         for iteration in (12, 16):
             hook._save_checkpoint_with_step(run, iteration, {"iter": iteration})
+        hook.finish()
         assert names(tmp_path) == ["iter_12.pth", "iter_16.pth", "iter_4.pth", "last_checkpoint"]
         assert [line.split(" is no")[0] for line in told] == [str(tmp_path / "iter_4.pth")] * 2
     hook._save_checkpoint_with_step(run, 20, {"iter": 20})
+    hook.finish()
     assert names(tmp_path) == ["iter_16.pth", "iter_20.pth", "last_checkpoint"]
 
 
@@ -514,6 +520,120 @@ def test_the_manifest_does_not_vouch_for_hidden_files_that_vanish(tmp_path):
     assert what_is_wrong(final) is None
 
 
+@pytest.fixture
+def slow(tmp_path):
+    """A hook, its runner with a state that training changes, and an event that writing waits for."""
+    hook, run = hook_and_runner(tmp_path)
+    state, may_write = {"moment": torch.zeros(3), "step": [0]}, threading.Event()
+
+    def save(state, path):
+        assert may_write.wait(60)
+        torch.save(state, path)
+
+    def save_checkpoint(out_dir, filename, *args, **kwargs):
+        write_checkpoint(tmp_path / filename, ranks=1)
+        engine.checkpoint_engine.save(state, str(tmp_path / filename / "state.pt"))
+        run.seen.append(names(tmp_path))
+
+    # What stands in for a method is deleted afterwards, so these are methods of classes.
+    methods = {"makedirs": print, "save": staticmethod(save), "_copy_recovery_script": print}
+    engine = type("Engine", (), methods)()
+    engine.checkpoint_engine = engine
+    run.strategy, run.save_checkpoint = SimpleNamespace(model=engine), save_checkpoint
+    yield hook, run, state, may_write
+    may_write.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow):
+    hook, run, state, may_write = slow
+    for iteration in (1, 2):
+        publish(*write_aside(tmp_path, iteration), iteration=iteration, seed=0)
+    hook._save_checkpoint_with_step(run, 4, {})
+    state["moment"].add_(1)  # the next step
+    state["step"][0] += 1
+    hook._finish_if_written()
+    assert names(tmp_path) == ["iter_1.pth", "iter_2.pth", "iter_4.pth.writing"]
+    may_write.set()
+    hook._save_checkpoint_with_step(run, 8, {})
+    assert run.seen[-1] == ["iter_2.pth", "iter_4.pth", "iter_8.pth.writing", "last_checkpoint"]
+    hook.after_train_epoch(run)
+    assert names(tmp_path) == ["iter_4.pth", "iter_8.pth", "last_checkpoint"]
+    for iteration, value in ((4, 0), (8, 1)):
+        assert what_is_wrong(tmp_path / f"iter_{iteration}.pth") is None
+        written = torch.load(tmp_path / f"iter_{iteration}.pth" / "state.pt")
+        assert written["moment"].tolist() == [value] * 3
+        assert written["step"] == [value]
+
+
+def test_a_request_to_stop_waits_until_the_checkpoint_is_whole(tmp_path, slow):
+    hook, run, _, may_write = slow
+    hook.stop = SimpleNamespace(agreed=lambda: "SIGTERM came", stop_file=tmp_path / "stop")
+    hook.is_last_train_iter = lambda _: False
+    said, run.iter, run.max_iters, run.train_loop.step = [], 3, 9, 1
+
+    def warned(text):
+        said.append((text, names(tmp_path)))
+
+    run.logger = SimpleNamespace(info=lambda _: may_write.set(), warning=warned)
+    hook.after_step(run)
+    assert run.train_loop.stop_training
+    assert said[0][1] == ["iter_4.pth", "last_checkpoint"]
+
+
+def test_without_room_for_a_copy_training_waits_and_says_so(tmp_path, slow, monkeypatch):
+    hook, run, _, may_write = slow
+    told = []
+    monkeypatch.setattr(background, "warn", told.append)
+    monkeypatch.setattr(background, "host_memory", lambda: (100, 20))
+    may_write.set()
+    hook._save_checkpoint_with_step(run, 4, {})
+    assert names(tmp_path) == ["iter_4.pth", "last_checkpoint"]
+    hook._save_checkpoint_with_step(run, 8, {})
+    assert what_is_wrong(tmp_path / "iter_8.pth") is None
+    assert len(told) == 1
+    assert told[0].startswith(
+        "Training waits from now on while checkpoints are written: for copies"
+    )
+
+
+def test_what_a_thread_writes_of_a_copy_is_the_same_to_the_byte(tmp_path):
+    flat = torch.arange(20.0).bfloat16()
+    weight = nn.Parameter(torch.ones(2, 3))
+    state = {"views": [flat[4:10].view(2, 3).t(), flat, flat], "empty": torch.empty(0)}
+    state |= {"weight": weight, "detached": weight.detach(), "step": torch.tensor(3), "n": [1, "a"]}
+    files = []
+    for on in (False, True, True):
+        writer = BackgroundWriter(on=on)
+        writer.save(torch.save, state, tmp_path / "state.pt")
+        writer.wait()
+        files.append((tmp_path / "state.pt").read_bytes())
+        (tmp_path / "state.pt").unlink()
+    assert files[0] == files[1] == files[2]
+
+
+def test_the_memory_of_copies_is_taken_once(tmp_path, monkeypatch):
+    writer = BackgroundWriter(on=True)
+    for value in (1.0, 2.0):
+        writer.save(torch.save, {"a": torch.full((5,), value)}, tmp_path / "state.pt")
+        writer.wait()
+        assert torch.load(tmp_path / "state.pt")["a"].tolist() == [value] * 5
+        monkeypatch.setattr(background, "host_memory", lambda: (0, 0))
+
+
+def test_free_host_memory_is_that_of_the_tightest_group(tmp_path):
+    assert host_memory(tmp_path) == (0, 0)
+    group = tmp_path / "sys/fs/cgroup/jobs/one"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 900 kB\nPages: 3\n")
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/jobs\n0::/jobs/one\n")
+    for folder, limit in ((group, "max"), (group.parent, "1000")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text("700\n")
+        (folder / "memory.stat").write_text("anon 500\ninactive_file 200\n")
+    assert host_memory(tmp_path) == (1000, 500)
+
+
 class Engine:
     """DeepSpeed's, as far as its barriers and files go."""
 
@@ -525,6 +645,7 @@ class Engine:
         path.mkdir(exist_ok=exist_ok)
 
     def save(self, state, path):
+        assert threading.current_thread() is not threading.main_thread()
         if dist.get_rank() == self.fails_on:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         torch.save(state, path)
@@ -562,6 +683,7 @@ def write_as_rank(rank, folder, fails_on, full_at, answers):
     run.strategy = SimpleNamespace(model=engine)
     try:
         hook._save_checkpoint_with_step(run, 4, {"iter": 4})
+        hook.finish()
         answers.put((rank, "written"))
     except Exception as error:
         answers.put((rank, f"{type(error).__name__} {error}"))
