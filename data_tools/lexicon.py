@@ -34,6 +34,7 @@ ADJECTIVES = NORMAL.union(_WORDS["adjectives"])
 """Labels that are no nouns: an image is classified as one, and doesn't show one."""
 SIDE_KEYS = ("side", "laterality")
 """Attributes whose value is a side of the body."""
+_ALTERED, _PAIRS = frozenset(_WORDS["altered"]), frozenset(_WORDS["pairs"])
 _ENGLISH = inflect.engine()
 _SIGNS = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # each may be a word
 _A_WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
@@ -46,9 +47,9 @@ class Noun:
     """What is known of a label's words.
 
     ``kind`` is ``anatomy``, ``anatomy_of_many``, ``anatomy_mass``, ``cell``, ``organism``, ``instrument``,
-    ``finding`` (one that counts), ``view``, or "" for all else. ``singular`` is the entry of
-    ``lexicon.yaml``, if any. ``is_one``: there is one of it at most, as its words hold a side or a number
-    ("left kidney").
+    ``finding`` (one that counts), ``condition`` (one at most), ``view``, or "" for all else. ``singular``
+    is the entry of ``lexicon.yaml``, if any. ``is_one``: there is one of it at most, as its words hold a side
+    or a number ("left kidney").
     """
 
     kind: str
@@ -68,7 +69,8 @@ class Noun:
     @property
     def counts(self) -> bool:
         """Whether there can be two of it."""
-        return self.kind not in ("", "anatomy", "anatomy_mass", "view") and not self.is_plural
+        single = not self.is_plural or self.singular in _PAIRS
+        return single and self.kind not in ("", "anatomy", "anatomy_mass", "condition", "view")
 
 
 @cache
@@ -80,7 +82,8 @@ def _entries() -> dict[tuple[str, ...], Noun]:
     for kind, rows in _WORDS["kinds"].items():
         for name in (name for row in rows for name in (row if isinstance(row, list) else [row])):
             found[tuple(plural_of(name).split())] = Noun(kind, True, name)
-            found[tuple(name.split())] = Noun(kind, name in _WORDS["always_plural"], name)
+            plural = name in _WORDS["always_plural"] or name in _PAIRS
+            found[tuple(name.split())] = Noun(kind, plural, name)
     return found
 
 
@@ -91,27 +94,46 @@ def noun(label: str) -> Noun:
     >>> noun("head of the pancreas").kind, noun("left vertebrae").is_plural, noun("pneumonia").kind
     ('anatomy', True, '')
     """
-    words = label.lower().replace("_", " ").split()
+    words = spoken(label).lower().split()
     if "of" in words[1:]:
         words = words[: words.index("of", 1)]
-    is_one = not _ONES.isdisjoint(words) or any(c.isdigit() for word in words for c in word)
-    while len(words) > 1 and (words[-1] in SIDES or any(c.isdigit() for c in words[-1])):
-        words.pop()  # "kidney left", "vertebra L1"
+    is_one = not _ONES.isdisjoint(words) or any(map(_has_digit, words))
+    is_numbered = len(words) > 1 and _has_digit(words[-1])
+    while len(words) > 1 and (words[-1] in SIDES or _has_digit(words[-1])):
+        words.pop()  # "rib 9"
     entries = _entries()
     for length in (3, 2, 1):
         if found := entries.get(tuple(words[-length:])):
-            return replace(found, is_one=is_one)
+            if found.is_anatomy and len(words) > length and words[0] in _ALTERED:
+                return replace(found, kind="finding", is_one=found.kind != "anatomy_of_many")
+            return replace(found, is_one=is_one if found.is_anatomy else is_numbered)
     last = words[-1] if words else ""
     singular = _ENGLISH.singular_noun(last) if last.isalpha() else False
     return Noun("", last == f"{singular}s" and not last.endswith(_SINGULAR_ENDS))
 
 
 def spoken(label: str) -> str:
-    """Return a label as one says it: ``kidney_left`` is a left kidney."""
+    """Return a label as one says it.
+
+    >>> spoken("kidney_left"), spoken("rib_left_9"), spoken("vertebrae_L1")
+    ('left kidney', 'left rib 9', 'L1 vertebra')
+    """
     words = label.replace("_", " ").split()
+    code = [words.pop()] if len(words) > 1 and _has_digit(words[-1]) else []
     if len(words) > 1 and words[-1].lower() in SIDES:
         words.insert(0, words.pop().lower())
-    return " ".join(words)
+    if code and code[0][0].isalpha() and words[-1].lower() in ("vertebra", "vertebrae"):
+        return " ".join((*words[:-1], *code, "vertebra"))
+    return " ".join(words + code)
+
+
+def _has_digit(word: str) -> bool:
+    return any(map(str.isdigit, word))
+
+
+def unit(name: str) -> str:
+    """Return what one of a thing is: a pair of forceps."""
+    return f"pair of {name}" if noun(name).singular in _PAIRS else name
 
 
 def definite(words: str) -> str:
@@ -136,6 +158,7 @@ def indefinite(label: str, *, several: bool = False) -> str:
         return with_article(label) if first in NORMAL else f"the {label}"
     if not found.counts:
         return with_article(label) if found.kind == "view" and not found.is_plural else label
+    label = unit(label)
     return plural_of(label) if several and not found.is_one else with_article(label)
 
 

@@ -111,6 +111,9 @@ class ModalityFinder:
             for other in (name, *known.synonyms, known.chinese, *known.chinese_synonyms):
                 if other and other.lower() not in _AMBIGUOUS:
                     terms.setdefault(other, name)
+        for name in taxonomy.names("departments"):  # "Laboratory Medicine and Pathology" is none
+            neutral = filter(None, (name, taxonomy.terms(name).chinese))
+            terms = dict.fromkeys(neutral, "") | terms
         self._finder = TermFinder(terms)
         self.compatible = {
             name: {name, *WORDS["also"].get(name, ())} for name in taxonomy.names("modalities")
@@ -127,7 +130,8 @@ class ModalityFinder:
                 first -= 1
             while last < len(said) and said[last] not in ends:
                 last += 1
-            if not hit.denied and not any(word in said[first:last] for word in elsewhere):
+            here = not any(word in said[first:last] for word in elsewhere)
+            if hit.meaning and not hit.denied and here:
                 yield hit.meaning
 
 

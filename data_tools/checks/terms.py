@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from data_tools.items import Conversation
+from data_tools.lexicon import plural_of
 
 _WORDS = re.compile(r"[a-z0-9]+|[.;:!?,()\n]")
 _CJK = re.compile(r"[\u3400-\u9fff]")
@@ -164,11 +165,7 @@ def _is_whole(text: str, at: int, spoken: str) -> bool:
 
 def _numbers(word: str) -> Iterable[str]:
     """Return a word and its plural forms, English and Latin."""
-    forms = {word, word + "s"}
-    if word.endswith("y"):
-        forms.add(word[:-1] + "ies")
-    if word.endswith(("s", "x", "z", "ch", "sh")):
-        forms.add(word + "es")
+    forms = {word, word + "s", plural_of(word)}
     if word.endswith("s") and not word.endswith("ss") and len(word) > 4:
         forms.add(word[:-1])
     for singular, plural in (("us", "i"), ("is", "es"), ("um", "a"), ("a", "ae"), ("oma", "omata")):

@@ -17,7 +17,7 @@ from gmai_xtuner.core.rng import Rng, seed_of
 
 __all__ = ["FORM_VERSIONS", "MakeOptions", "plan", "write"]
 
-FORM_VERSIONS = dict.fromkeys(FORMS, 6) | dict.fromkeys(("caption", "instruction", "dialogue"), 5)
+FORM_VERSIONS = dict.fromkeys(FORMS, 7) | dict.fromkeys(("caption", "instruction", "dialogue"), 6)
 """Version of each form: raise it with any change of its sentences or of what they say.
 
 Conversations of an older version are written anew by the next run of a job; those of the same version stay.

@@ -9,6 +9,7 @@ answer. `kinds` says which of them a record can answer, `perception` asks one.
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 from data_tools.forms.coordinates import thirds
 from data_tools.forms.language import Language, Teller, exchange
@@ -18,7 +19,7 @@ from data_tools.options import MakeOptions
 from data_tools.records import Box, Record
 from gmai_xtuner.core.rng import Rng
 
-_NOTES = ("difficult",)
+_NOTES = ("difficult", "occluded", "truncated")
 """Attributes of the annotator's work, not of what is seen."""
 
 
@@ -43,14 +44,15 @@ def region_caption(teller: Teller) -> Conversation:
     ]
     spans = teller.say(
         "region_caption.spans",
-        across=_percent(box[2] - box[0], teller.record.width),
-        down=_percent(box[3] - box[1], teller.record.height),
+        across=_share(teller, box[2] - box[0], teller.record.width),
+        down=_share(teller, box[3] - box[1], teller.record.height),
     )
     return exchange((question, teller.joined(shows, *attributes, spans)))
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{max(1, (200 * part + whole) // (2 * whole))}%"
+def _share(teller: Teller, part: int, whole: int) -> str:
+    percent = min(99, max(1, (200 * part + whole) // (2 * whole)))
+    return teller.say(f"share.{'whole' if part == whole else 'part'}", percent=percent)
 
 
 def instruction(teller: Teller) -> Conversation:
@@ -63,10 +65,10 @@ def instruction(teller: Teller) -> Conversation:
         kinds.append("department")
     match teller.rng.pick(kinds):
         case "report":
-            question = teller.say(f"instruction.report.{_kind(teller)}")
+            question = teller.by_topic("instruction.report", _topic(teller))
             answer = teller.joined(teller.what(), *teller.attributes(), teller.findings())
         case "list":
-            question = teller.say(f"instruction.list.{_kind(teller)}")
+            question = teller.by_topic("instruction.list", _topic(teller))
             answer = teller.found("instruction")
         case "where":
             name = teller.rng.pick(list(regions))
@@ -84,7 +86,7 @@ def dialogue(teller: Teller) -> Conversation:
     say, record = teller.say, teller.record
     what = teller.what()
     first = say("dialogue.what"), what
-    more = [(say(f"dialogue.asks.{_kind(teller)}"), teller.found("dialogue"))]
+    more = [(teller.by_topic("dialogue.asks", _topic(teller)), teller.found("dialogue"))]
     least = len(more)
     for label, boxes in teller.regions().items():
         question = say("dialogue.where", where=teller.counted("where", label))
@@ -99,14 +101,9 @@ def dialogue(teller: Teller) -> Conversation:
     return exchange(first, *more[: max(least, int(teller.item.kind or "3") - 1)])
 
 
-def _kind(teller: Teller) -> str:
-    """Return what a question on a record asks for: findings, things or the class."""
-    return KINDS[teller.topic(teller.record.names)] if teller.whole() else "things"
-
-
-KINDS = {"nothing": "findings", "view": "class"}
-KINDS |= {kind: kind for kind in ("findings", "things", "class")}
-"""Topic of labels (`language.Teller.topic`) -> what is asked for."""
+def _topic(teller: Teller) -> str:
+    """Return what a question on a record asks for: of regions they are things that are shown."""
+    return teller.topic(teller.record.names) if teller.whole() else "things"
 
 
 def text(teller: Teller) -> Conversation:
@@ -116,8 +113,8 @@ def text(teller: Teller) -> Conversation:
     where the form is ``text_multi``.
     """
     item, record, say = teller.item, teller.record, teller.say
-    kind = _kind(teller)
-    names = teller.names(record.names) if kind == "class" else teller.shown(record.names)
+    topic = _topic(teller)
+    names = teller.names(record.names) if topic == "class" else teller.shown(record.names)
     label = teller.rng.pick(record.names)
     facts = {
         "image": teller.image(subject=False),
@@ -129,15 +126,15 @@ def text(teller: Teller) -> Conversation:
     }
     facts["report"] = teller.joined(say("what", **facts), teller.found("dialogue"))
     has_department = record.department != "None"
-    about = "department_class" if kind == "class" else "department"
     if item.form == "text_single":
-        able = ["read"] + [about] * has_department + ["term"] * bool(facts["chinese"])
+        able = ["read"] + ["department"] * has_department + ["term"] * bool(facts["chinese"])
         if synonyms := teller.context.synonyms.get(label):
             facts["synonym"] = teller.rng.pick(synonyms)
             able.append("synonym")
         asked = teller.rng.pick(able)
-        answer = f"read_is.{kind}" if asked == "read" else f"{asked}_is"
-        pair = say(f"text.{asked}", **facts), say(f"text.{answer}", **facts)
+        question = say if asked != "department" else partial(teller.by_topic, topic=topic)
+        answer = say if asked in ("term", "synonym") else partial(teller.by_topic, topic=topic)
+        pair = question(f"text.{asked}", **facts), answer(f"text.{asked}_is", **facts)
         return exchange(pair, image=False)
     more = [(say("text.asks"), teller.found("dialogue"))]
     if has_department:
@@ -228,9 +225,9 @@ def perception(teller: Teller) -> Conversation:
     """Ask the question of ``item.kind`` and answer it."""
     match teller.item.kind:
         case "classification":
-            kind = KINDS[teller.topic(teller.whole())]
-            said = teller.shown if kind == "things" else teller.names
-            pair = teller.say(f"perception.classification.{kind}"), str(said(teller.whole()))
+            topic = teller.topic(teller.whole())
+            said = teller.shown if topic == "things" else teller.names
+            pair = teller.by_topic("perception.classification", topic), str(said(teller.whole()))
         case "modality":
             pair = teller.say("perception.modality"), str(teller.modality())
         case "department":
@@ -249,8 +246,9 @@ def _about_region(teller: Teller) -> tuple[str, str]:
     name = teller.name(label.name)
     kind = teller.item.kind
     same = teller.regions()[label.name]
-    # Of an organ that a body has once, "every" is no word.
-    one = kind == "detection" and len(same) == 1 and noun(label.name).is_anatomy
+    # Of what a body has once, "every" is no word.
+    once = noun(label.name).is_anatomy or noun(label.name).kind == "condition"
+    one = kind == "detection" and len(same) == 1 and once
     question = teller.say(
         f"perception.{kind}{'_of_one' if one else ''}",
         **teller.placeholders(label.name),
@@ -278,12 +276,9 @@ def _yes_no(teller: Teller) -> tuple[str, str]:
     topic = teller.topic((label,))
     # Of a set of regions with images of none: "any no finding" is no question, nor is "any malignant".
     words = label.lower().split()
-    named = words[0] not in _OF_ALL and words[-1] not in ADJECTIVES
-    if topic == "things" or (not whole and named):
-        key = "perception.is_there"
-    else:
-        key = f"perception.is_{'finding' if topic == 'findings' else 'class'}"
-    question = teller.say(key, name=teller.name(label))
+    if not whole and words[0] not in _OF_ALL and words[-1] not in ADJECTIVES:
+        topic = "things"
+    question = teller.by_topic("perception.is", topic, name=teller.name(label))
     return question, teller.say("perception.yes" if yes else "perception.no")
 
 
@@ -308,7 +303,8 @@ def _multiple_choice(teller: Teller) -> tuple[str, str]:
 def _countable(label: str) -> bool:
     """Return whether one may ask how many: not of what there is one of, nor of "the ribs" as one map."""
     found = noun(label)
-    return found.kind != "anatomy" and not (found.is_anatomy and (found.is_plural or found.is_one))
+    once = found.is_one or found.kind in ("anatomy", "condition")
+    return not once and not (found.is_anatomy and found.is_plural)
 
 
 def _counts(record: Record) -> Counter[str]:

@@ -29,6 +29,7 @@ from data_tools.lexicon import (
     plural_of,
     says_nothing,
     spoken,
+    unit,
     with_article,
 )
 from data_tools.records import Box, Label
@@ -39,6 +40,9 @@ MAX_ATTRIBUTES = 3
 """Attributes that a caption names; more would be a table."""
 MAX_PLACES = 3
 """Regions of one label whose places are named one by one."""
+KINDS = {"nothing": "findings", "view": "class"}
+KINDS |= {kind: kind for kind in ("findings", "things", "class")}
+"""Topic of labels (`Teller.topic`) -> what is said or asked where a language has nothing for the topic."""
 
 
 def inside(modality: str) -> str:
@@ -310,16 +314,23 @@ class Teller:
         # A lesion's mask may fall into pieces, a cell's doesn't.
         several = count > 1 and counts and (not drawn or found.kind == "cell")
         translated = self.language.translated
-        some = name if translated else Word(indefinite(name, several=several))
-        words = {"one": name, "many": plural_of(name) if how == "things" else name, "some": some}
+        single, some = (
+            name if translated else Word(indefinite(name, several=more))
+            for more in (False, several)
+        )
+        one = Word(unit(name))
+        words = {"one": one, "many": plural_of(one) if how == "things" else name, "some": some}
         region, regions = (text.format(**words) for text in self.language.regions[how])
+        if how == "counted" and count > 1 and not several and not translated:
+            some, several = Word(regions), True  # of how many kidneys, or ribs, isn't known
         number: object = number_word(count)
         if translated:
             number = self.language.two if count == 2 else count
         return {
             "name": name,
             "some": some,
-            "be": "are" if found.is_plural or several else "is",
+            "single": single,
+            "be": "are" if several or (found.is_plural and not found.counts) else "is",
             "is": "are" if found.is_plural else "is",
             "count": Word(number),
             "region": Word(region),
@@ -349,7 +360,8 @@ class Teller:
             return "view"
         named = self.record.clinical_task in (None, "Disease Diagnosis")
         diagnosed = self.record.clinical_task == "Disease Diagnosis"
-        if all((one.kind == "finding" and named) or (not one.kind and diagnosed) for one in nouns):
+        are_named = ("finding", "condition") if named else ()
+        if all(one.kind in are_named or (not one.kind and diagnosed) for one in nouns):
             return "findings"
         return "class"
 
@@ -362,12 +374,17 @@ class Teller:
         if not names:
             return ""
         topic = self.topic(names)
-        by_task = f"classified.{self.record.clinical_task}"
-        if topic == "class" and by_task in self.language.sentences:
-            return self.say(by_task, names=self.names(names))
-        many = topic == "findings" and len(names) > 1
         said = self.names(names) if topic == "class" else self.shown(names)
-        return self.say(f"classified.{'several' if many else topic}", names=said)
+        if topic == "findings" and len(names) > 1:
+            return self.say("classified.several", names=said)
+        return self.by_topic("classified", topic, names=said)
+
+    def by_topic(self, key: str, topic: str, **values: object) -> str:
+        """Say what depends on what labels are, and of a class on the clinical task."""
+        asked = [f"{key}.{name}" for name in (topic, KINDS[topic])]
+        if topic == "class":
+            asked.insert(0, f"{key}.{self.record.clinical_task}")
+        return self.say(next(name for name in asked if name in self.language.sentences), **values)
 
     def shown(self, labels: Sequence[str]) -> Word:
         """Name labels as what an image shows: `the spleen, a kidney and platelets`."""
@@ -395,11 +412,22 @@ class Teller:
 
     def findings(self) -> str:
         """Say everything but what `what` has said."""
-        regions = self.regions()
+        regions, size = self.regions(), (self.record.width, self.record.height)
         whole = [name for name in self.whole() if name not in regions and name != self.subject]
-        return self.joined(
-            self.classified(whole), *(self.located(*region) for region in regions.items())
-        )
+        together: dict[tuple[str, str], list[str]] = {}
+        for label, boxes in regions.items():
+            first, *others = {place_of(box, *size) for box in boxes}
+            alone = others or (len(boxes) > 1 and label in self.known)
+            together.setdefault(("", label) if alone else ("at", first), []).append(label)
+        said = []
+        for first, *others in together.values():
+            if not others:
+                said.append(self.located(first, regions[first]))
+                continue
+            place = self.place(regions[first][0])
+            names = self.shown((first, *others))
+            said.append(self.say("located.together", names=names, places=place))
+        return self.joined(self.classified(whole), *said)
 
     def attributes(self) -> list[str]:
         """Say the attributes of the image that neither its labels nor what it is called say."""

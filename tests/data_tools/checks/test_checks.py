@@ -176,3 +176,16 @@ def test_what_a_translation_may_not_lose(answer, reason):
 def test_a_translation_has_the_same_turns():
     problems = check_translation(ENGLISH[:1], ENGLISH, CONTEXT)
     assert [problem.reason for problem in problems] == ["translation has other turns"]
+
+
+def test_the_name_of_a_department_claims_no_modality():
+    ct = dataclasses.replace(RECORD, modality="CT")
+    told = "A platelet lies near red blood cells. It belongs to {}."
+    for name, wrong in (("Laboratory Medicine and Pathology", False), ("pathology", True)):
+        found = reasons(ASKED, told.format(name), record=ct)
+        assert ("another modality claimed" in found) is wrong
+
+
+def test_an_irregular_plural_names_its_label():
+    (hit,) = TermFinder({"tooth": "tooth"}).find(words_of("Several teeth are visible."))
+    assert hit.meaning == "tooth"
