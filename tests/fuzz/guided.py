@@ -17,7 +17,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.fuzz.__main__ import Tally, attempt, quiet
 from tests.fuzz.mutations import NUMBERS, WORDS
 
 KEPT = Path("work_dirs/fuzz")
@@ -28,9 +27,11 @@ def run(which: str, folder: Path, seconds: int) -> None:
     """Mutate one target's seeds until the time is up, or a fault ends the process."""
     import atheris
 
-    quiet()
     with atheris.instrument_imports(include=["gmai_xtuner", "data_tools"]):
+        from tests.fuzz.__main__ import Tally, attempt, quiet
         from tests.fuzz.targets import targets
+
+        quiet()
 
         target, tally = targets(folder)[which], Tally()
         names = sorted(target.seeds)
