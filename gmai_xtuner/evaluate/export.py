@@ -23,7 +23,11 @@ FORMATS = {
     "lmms-eval": "samples.jsonl",
 }
 """Format -> the name of its file, beside the result where no other is given."""
-_STOPPED = {"length": "max_tokens", "max_tokens": "max_tokens", "content_filter": "content_filter"}
+_STOPPED = {
+    "stop": "stop",
+    **dict.fromkeys(("length", "max_tokens"), "max_tokens"),
+    **dict.fromkeys(("content_filter", "refusal"), "content_filter"),
+}
 
 
 def export(
@@ -55,8 +59,8 @@ def export(
 
 def _entry(folder: Path, result: Result, dataset: str | None, task: str) -> dict[str, Any]:
     value, ends = result.headline.value, result.headline.interval
-    lacks = result.limited or not result.complete or result.expected not in (None, result.selected)
-    if value is None or lacks:
+    lacks = result.limited or result.unanswered or not result.complete
+    if value is None or lacks or result.expected not in (None, result.selected):
         problems = "; ".join(result.problems) or "it has no score"
         raise EvaluationError(f"{folder} is no score of {result.benchmark} as a whole: {problems}")
     if not dataset:
@@ -102,8 +106,7 @@ def _inspect_log(folder: Path, result: Result) -> dict[str, Any]:
 def _inspect_sample(line: Mapping[str, Any], result: Result) -> dict[str, Any]:
     said = {"role": "assistant", "content": line["answer"], "source": "generate"}
     score = {"value": line["value"], "answer": line["parsed"]}
-    ended = "stop" if _is_answered(line) else _STOPPED.get(line["ended"], "unknown")
-    choices = [{"message": said, "stop_reason": ended}]
+    choices = [{"message": said, "stop_reason": _STOPPED.get(line["ended"], "unknown")}]
     return {
         "id": line["id"],
         "epoch": 1,

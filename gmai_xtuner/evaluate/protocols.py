@@ -113,10 +113,12 @@ class Protocol:
         rule = SCORERS[name]
         for question in questions:
             if not rule.applies(question):
+                others = [one for one in (self.scorer, *self.also) if one != name]
+                take = f" Take one of {', '.join(others)}." if others else ""
                 raise ProtocolError(
                     f"the scorer {name} can't score question {question.id} of {self.benchmark} {self.name}: "
-                    f"it is for other questions ({rule.description}). Take one of "
-                    f"{', '.join((self.scorer, *self.also))}."
+                    f"it is for other questions ({rule.description}), or a group that it needs is "
+                    f"missing.{take}"
                 )
         return rule
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from gmai_xtuner.core.errors import EvaluationError, GMAIError
 from gmai_xtuner.evaluate import judge as judging
 from gmai_xtuner.evaluate.answerers import Answerer, World
+from gmai_xtuner.evaluate.answerers.stored import StoredAnswers
 from gmai_xtuner.evaluate.benchmarks import (
     Benchmark,
     BenchmarkError,
@@ -190,6 +191,8 @@ def answer_all(
     wanted: dict[AnswerKey, Job] = {}
     for job in jobs:
         wanted.setdefault(job.key, job)
+    if isinstance(answerer, StoredAnswers):
+        answerer.check({job.id for job in wanted.values()})
     known: dict[AnswerKey, Answer] = {}
     found: list[Answer] = []
     failed: dict[str, Given] = {}

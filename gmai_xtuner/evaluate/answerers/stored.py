@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from gmai_xtuner.evaluate.store import Given, Job
 if TYPE_CHECKING:
     from gmai_xtuner.evaluate.answerers import ModelOptions
 
+_LOG = logging.getLogger(__name__)
 _IMAGE_OR_SPACE = re.compile(r"<image(?: ?\d+)?>|\s+")
 
 
@@ -30,7 +32,7 @@ class Kit:
     """Columns of a kit's files; ``doc.id`` is a value within another.
 
     Of ``ids`` the first that the file has counts. ``answer`` is as the model gave it, before any reading;
-    ``question`` the question's words, empty if there is none.
+    ``question`` the question's words, if not called so.
     """
 
     name: str
@@ -46,7 +48,7 @@ KITS = (
         "resps",
         "doc.question",
     ),
-    Kit("VLMEvalKit", ("index",), "prediction", "question"),
+    Kit("VLMEvalKit", ("index",), "prediction"),
     Kit("MMMU", ("id",), "response"),
     Kit("LLaVA", ("question_id",), "text"),
 )
@@ -63,34 +65,50 @@ class StoredAnswers:
 
     def __init__(self, options: ModelOptions) -> None:
         self.name = options.shown
-        self._answers: dict[str, tuple[str, str]] = {}
+        self._answers: dict[str, tuple[str, str, str]] = {}
         read = [self._read(Path(name), options.answer_columns) for name in options.answers]
         kits, digests = zip(*read, strict=True)
         self.model = hash_text(sorted(digests))
         self.generation: Mapping[str, Any] = {"answers_stored_by": ", ".join(sorted(set(kits)))}
 
+    def check(self, asked: Collection[str]) -> None:
+        """Hold the answers' ids against all that are asked, and tell of answers to no question.
+
+        An ``EvaluationError`` where none fits, or where they count from 0 and the questions from 1: each
+        answer would be the next question's.
+        """
+        others = [one for one in self._answers if one not in asked]
+        if asked and len(others) == len(self._answers):
+            raise EvaluationError(
+                f"none of the stored answers has the id of a question: theirs is "
+                f"{next(iter(others), 'none')!r}, asked is {next(iter(asked))!r}. Give the questions "
+                "these ids (`id` in the column map), or name the column of the answers' own: --answer-columns"
+            )
+        if "0" in others and "1" in asked:
+            raise EvaluationError(
+                "an answer has the id 0, and the questions count from 1: is each answer the next question's? "
+                "Give both the same ids (`id` in the column map)"
+            )
+        if others:
+            told = "%d of %d stored answers are to no question that is asked, such as %r"
+            _LOG.warning(told, len(others), len(self._answers), others[0])
+
     def answers(
         self, jobs: Sequence[Job], *, rank: int = 0, world_size: int = 1
     ) -> Iterator[list[Given]]:
-        """Give them; an ``EvaluationError`` where none fits, or one is to other words than the question's."""
-        if jobs and not any(job.id in self._answers for job in jobs):
-            theirs = next(iter(self._answers), "none")
-            raise EvaluationError(
-                f"none of the stored answers has the id of a question: theirs is {theirs!r}, asked is "
-                f"{jobs[0].id!r}. Name the columns: --answer-columns ID ANSWER"
-            )
+        """Give them; an ``EvaluationError`` where one is to other words than the question's."""
         yield [self._given(job) for job in jobs[rank::world_size]]
 
     def _given(self, job: Job) -> Given:
         if job.id not in self._answers:
             return Given(job, None, problem="not_stored", detail="the files have no answer to it")
-        answer, question = self._answers[job.id]
+        answer, question, ended = self._answers[job.id]
         if _words(question) not in _words(job.prompt):
             raise EvaluationError(
                 f"the stored answer to {job.id} is to another question: {question[:80]!r} there, "
                 f"{job.prompt[:80]!r} in the benchmark. Are the files of the same version?"
             )
-        return Given(job, answer)
+        return Given(job, answer, ended=ended)
 
     def _read(self, file: Path, columns: tuple[str, str] | None) -> tuple[str, str]:
         """Take a file's answers; return the name of its kit and the file's hash."""
@@ -111,7 +129,9 @@ class StoredAnswers:
             if key is None or isinstance(answer, list | dict):
                 lacks = f"no {id_column}" if key is None else f"several answers in {kit.answer}"
                 raise EvaluationError(f"{place} has {lacks}")
-            found = (str(answer), str(_value(record, kit.question) or ""))
+            question = _value(record, kit.question) or record.get("question")
+            ended = record.get("finish_reason") or "unknown"
+            found = (str(answer), str(question or ""), str(ended))
             if self._answers.setdefault(str(key), found) != found:
                 raise EvaluationError(f"{place}: {key} has been answered before, in another way")
         return kit.name, digest
@@ -129,9 +149,9 @@ def _kit(
                     return kit, name
     known = "; ".join(f"{one.name}: {' or '.join(one.ids)}, {one.answer}" for one in kits)
     found = ", ".join(records[0]) if records else "of no record"
+    remedy = "Name them: --answer-columns ID ANSWER" if columns is None else "Both must be there"
     raise EvaluationError(
-        f"{file} has the columns {found}, and none of these pairs ({known}). "
-        "Name them: --answer-columns ID ANSWER"
+        f"{file} has the columns {found}, and none of these pairs ({known}). {remedy}"
     )
 
 

@@ -105,6 +105,44 @@ def test_a_question_without_a_stored_answer_is_counted(benchmark, tmp_path, capf
     )
 
 
+def test_a_second_run_says_the_same(benchmark, tmp_path, capfd):
+    for _ in range(2):
+        assert evaluate(benchmark, tmp_path / "run", mmmu(tmp_path / "a.json", SECOND)) == 1
+        assert "1 questions (not_stored 1)" in capfd.readouterr().out
+
+
+def llava(file, answers, **more):
+    return jsonl_file(file, [{"question_id": n, "text": one, **more} for n, one in answers.items()])
+
+
+def test_answers_to_no_question_are_told(benchmark, tmp_path, caplog):
+    evaluate(benchmark, tmp_path / "run", llava(tmp_path / "a.jsonl", {**FIRST, "zz": "A"}))
+    assert "1 of 5 stored answers are to no question that is asked, such as 'zz'" in caplog.text
+
+
+def test_answers_are_not_taken_for_those_of_the_next_question(benchmark, tmp_path, capfd):
+    shifted = {str(int(n) - 1): one for n, one in FIRST.items()}
+    assert evaluate(benchmark, tmp_path / "run", llava(tmp_path / "a.jsonl", shifted)) == 1
+    assert "an answer has the id 0, and the questions count from 1" in capfd.readouterr().err
+
+
+def test_a_kit_s_words_and_how_an_answer_ended_are_looked_at(benchmark, tmp_path, capfd):
+    file = llava(tmp_path / "a.jsonl", FIRST, question="Another?")
+    assert evaluate(benchmark, tmp_path / "run", file) == 1
+    assert "is to another question" in capfd.readouterr().err
+    cut = llava(tmp_path / "b.jsonl", FIRST, finish_reason="length")
+    assert evaluate(benchmark, tmp_path / "cut", cut) == 3
+    assert "4 questions (cut 4" in capfd.readouterr().out
+
+
+def test_a_score_without_the_empty_answers_is_not_published(benchmark, tmp_path, capfd):
+    file = llava(tmp_path / "a.jsonl", {**FIRST, "1": ""})
+    evaluate(benchmark, tmp_path / "run", file, more=["--scorer", "choice"])
+    to_hub = ["--format", "eval_results", "--dataset", "me/colours"]
+    assert main(["export", str(tmp_path / "run"), *to_hub]) == 1
+    assert "1 questions (empty 1) without an answer" in capfd.readouterr().err
+
+
 def test_a_result_is_exported_to_other_kits(benchmark, tmp_path, capfd):
     """Inspect's log was read once by inspect_ai 0.3.285, the hub's file by huggingface_hub 2.4.0."""
 
