@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import re
+import struct
 import types
 import zipfile
 from collections.abc import Mapping
@@ -245,6 +246,7 @@ def _read(path: Path, reader: type[TensorReader], *, map_location: Any, mmap: bo
 
 def _storage_sizes(path: Path) -> dict[str, int]:
     """Return the size in bytes of each storage in a zip file; refuse what ``torch.save`` does not write."""
+    _check_directory(path)
     # torch.load would hand TorchScript to torch.jit.load; it recognises it by this name.
     if "constants.pkl" in torch._C.PyTorchFileReader(os.fspath(path)).get_all_records():
         raise pickle.UnpicklingError("it is a TorchScript archive")
@@ -258,6 +260,24 @@ def _storage_sizes(path: Path) -> dict[str, int]:
     return {
         name.removeprefix("data/"): size for name, size in sizes.items() if name.startswith("data/")
     }
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a zip file in which PyTorch could find another directory than Python, which is looked at here.
+
+    Both take the one that the last 22 bytes name, but each reads ZIP64's record at another place.
+    """
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(0, length - 98))
+        tail = file.read().rjust(98, b"\0")
+    place, (size, start) = length - 22, struct.unpack("<II", tail[-10:-2])
+    alone = tail[-22:-18] == b"PK\5\6"
+    if tail[-42:-38] == b"PK\6\7":  # where ZIP64's record is; it stands just before
+        place, (size, start) = length - 98, struct.unpack("<QQ", tail[-58:-42])
+        alone &= tail[:4] == b"PK\6\6" and struct.unpack("<Q", tail[-34:-26])[0] == place
+    if not alone or start + size != place:
+        raise pickle.UnpicklingError("its directory is not at its end")
 
 
 FOREIGN_READERS = (

@@ -532,6 +532,21 @@ def test_storages_are_read_within_their_size(tmp_path):
             read_weights(path)
 
 
+def test_a_file_with_two_directories_is_refused(tmp_path):
+    """PyTorch reads ZIP64's record where its locator says, Python just before the locator."""
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(1)}, path)
+    whole = path.read_bytes()
+    for content in (whole[:-34] + bytes(8) + whole[-26:], b"PK\3\4" + whole, whole + b"x"):
+        path.write_bytes(content)
+        with pytest.raises(
+            ModelLoadError, match=r"directory is not at its end|PytorchStreamReader"
+        ):
+            read_weights(path)
+    path.write_bytes(whole)
+    assert read_weights(path)["a"].item() == 1
+
+
 def test_pickled_bases_are_read_only_when_asked_for(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelLoadError, match=r"--allow-pickle.*GMAI_ALLOW_PICKLE=1"):
