@@ -163,27 +163,30 @@ def _jsonl(path: Path, shown: str, encoding: str) -> Parsed:
 
 
 def _excel(path: Path, shown: str, sheet: str | None) -> Parsed:
+    try:
+        yield from _excel_rows(path, shown, sheet)
+    except SourceError:
+        raise
+    except Exception as error:  # whatever openpyxl makes of a damaged file, also at a later row
+        why = f"{type(error).__name__}: {error}"
+        raise SourceError(f"{shown} is no Excel file, or damaged ({why}).") from error
+
+
+def _excel_rows(path: Path, shown: str, sheet: str | None) -> Parsed:
     import zipfile
 
     import openpyxl
-    from openpyxl.utils.exceptions import InvalidFileException
 
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            # Python unpacks bzip2 and LZMA without a bound, and Excel writes neither.
-            packed = {info.compress_type for info in members}
-            if packed - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-                raise SourceError(f"{shown} is packed as no Excel file is; save it anew.")
-            if sum(info.file_size for info in members) > MAX_SHEETS:
-                problem = f"unpacks to more than {MAX_SHEETS} bytes"
-                raise SourceError(f"{shown} {problem}; save it as CSV.")
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except SourceError:
-        raise
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, InvalidFileException) as error:
-        raise SourceError(f"{shown} is no Excel file ({error}).") from error
-    with closing(book):
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        # Python unpacks bzip2 and LZMA without a bound, and Excel writes neither.
+        packed = {info.compress_type for info in members}
+        if packed - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            raise SourceError(f"{shown} is packed as no Excel file is; save it anew.")
+        if sum(info.file_size for info in members) > MAX_SHEETS:
+            problem = f"unpacks to more than {MAX_SHEETS} bytes"
+            raise SourceError(f"{shown} {problem}; save it as CSV.")
+    with closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
         if sheet is not None and sheet not in book.sheetnames:
             there = listed(book.sheetnames)
             raise SourceError(f"{shown} has no sheet {sheet!r}; there are {there}.")

@@ -8,7 +8,6 @@ import hashlib
 import io
 import logging
 import re
-import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,13 +167,13 @@ def _words(text: str) -> str:
 def _sheet(file: str) -> tuple[list[dict[str, Any]], str]:
     """Read the first sheet of an Excel file; in a process of its own, since it may unpack without end."""
     import openpyxl
-    from openpyxl.utils.exceptions import InvalidFileException
 
     try:
         data = Path(file).read_bytes()
         book = openpyxl.load_workbook(io.BytesIO(data), read_only=True)
         head, *rows = book.worksheets[0].iter_rows(values_only=True)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, InvalidFileException) as error:
-        raise EvaluationError(f"{file} can't be read as an Excel sheet: {error}") from error
+    except Exception as error:  # whatever openpyxl makes of a damaged file
+        why = f"{type(error).__name__}: {error}"
+        raise EvaluationError(f"{file} can't be read as an Excel sheet ({why})") from error
     records = [dict(zip(map(str, head), row, strict=False)) for row in rows]
     return records, hashlib.sha256(data).hexdigest()

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import openpyxl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,3 +162,26 @@ def test_a_table_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     for name, keys in (("t.xlsx", {}), ("t.csv", {"encoding": "utf-16"})):
         with pytest.raises(SourceError, match="more than"):
             read_all(table, tmp_path, table=name, image="file", label="y", **keys)
+
+
+@pytest.mark.parametrize(
+    ("member", "content"),
+    [
+        ("docProps/core.xml", None),
+        ("xl/workbook.xml", b"<workbook><sheets/></workbook>"),
+        ("xl/worksheets/sheet1.xml", b"<worksheet><sheetData><row><c r='A1'><v>f</v></c>"),
+    ],
+    ids=["a member that is cut", "no sheet", "rows that end in the middle"],
+)
+def test_a_damaged_excel_file_is_one_error_wherever_it_shows(tmp_path, member, content):
+    book = openpyxl.Workbook()
+    book.active.append(["file", "y"])
+    book.save(tmp_path / "whole.xlsx")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.xlsx") as whole,
+        zipfile.ZipFile(tmp_path / "t.xlsx", "w") as damaged,
+    ):
+        for name in whole.namelist():
+            damaged.writestr(name, whole.read(name) if name != member else content or b"")
+    with pytest.raises(SourceError, match=r"t\.xlsx is no Excel file, or damaged"):
+        list(read_table(tmp_path / "t.xlsx", ["file", "y"], source="s"))
