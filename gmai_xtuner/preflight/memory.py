@@ -198,7 +198,7 @@ def count_memory(step: Step) -> Memory:
     )
     if ended.returncode:
         lines = ended.stderr.decode(errors="replace").strip().split("\n")
-        why = lines[-1].removeprefix("[rank0]: ")
+        why = lines[-1].removeprefix("[rank0]: ") or f"its process ended with {ended.returncode}"
         raise CannotCount(f"a step can't be counted, so that its memory is not known: {why}")
     return Memory(**STRICT_JSON.decode(ended.stdout.decode()))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
@@ -131,6 +132,10 @@ def _look_at_model(result: Preflight) -> nn.Module | None:
     if not sum(part.trainable for part in result.counts.values()):
         result.findings.fail("model", "nothing is trainable: everything is frozen")
         return None
+    if in_4_bit and result.run.zero.stage == 3:
+        problem = "ZeRO-3 can't partition 4-bit weights. Take zero1 or zero2"
+        result.findings.fail("deepspeed", problem)
+        return None
     return model
 
 
@@ -204,13 +209,14 @@ def _look_at_memory(result: Preflight, model: Any) -> None:
             )
         )
 
-    result.memory = memory(run.zero.name, run.batch_size)
+    result.memory = memory(run.zero.name, run.batch_size, now)
     total = result.memory.total / GIB
     layers = None
     if model.use_activation_checkpointing:
         sizes = partial(memory, run.zero.name, run.batch_size)
         most = len(model.llm.model.layers)
-        layers = _fewest_layers(sizes, most, (1 - SPARE) * result.gpu_memory * GIB)
+        with suppress(CannotCount):
+            layers = _fewest_layers(sizes, most, (1 - SPARE) * result.gpu_memory * GIB)
     if layers is None:
         option = ""
     else:
@@ -279,6 +285,8 @@ def _what_would_fit(result: Preflight, memory: Callable[[str, int], Memory], lay
     run_kind = (run.zero.stage, run.zero.offloads("optimizer"))
     for name in ALTERNATIVES:
         zero = _shipped(name, run)
+        if zero.stage == 3 and any(part.in_4_bit for part in counts.values()):
+            continue  # it can't partition them
         if (zero.stage, zero.offloads("optimizer")) > run_kind:
             choices.append((f"--deepspeed {name}", name, run.batch_size))
     for size in range(run.batch_size // 2, 0, -1):
@@ -286,13 +294,20 @@ def _what_would_fit(result: Preflight, memory: Callable[[str, int], Memory], lay
         if not rest:  # else a step would have other packs
             text = f"batch_size {size} with {factor} x accumulative_counts"
             choices.append((text, run.zero.name, size))
-    totals = {text: memory(name, size).total / GIB for text, name, size in choices}
+    totals, unknown = dict[str, float](), []
+    for text, name, size in choices:
+        try:
+            totals[text] = memory(name, size).total / GIB
+        except CannotCount:
+            unknown.append(text)
     fitting = [layers] * bool(layers)
     fitting += [f"{text} ({n:.0f} GiB)" for text, n in totals.items() if n <= result.gpu_memory]
     if fitting:
         texts = ["By the same count this would fit: " + "; or ".join(fitting)]
     else:
         texts = ["Neither another DeepSpeed file nor a smaller micro-batch alone would do"]
+    if unknown:
+        texts.append(f"Not counted: {', '.join(unknown)}")
     if "llm" in counts and counts["llm"].trainable > counts["llm"].total // 2:
         texts.append("LoRA on the language model (model.llm_lora) needs far less")
     return ". ".join(texts)

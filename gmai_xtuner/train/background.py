@@ -93,7 +93,11 @@ class BackgroundWriter:
                     f"{free / GIB:.2f} of {total / GIB:.1f} GiB are free, and a tenth must stay so. "
                     "default_hooks.checkpoint.background=False makes it the rule"
                 )
-            self._free[size].append(torch.empty(size, dtype=torch.uint8, pin_memory=pinned))
+            try:
+                buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            except RuntimeError as error:  # the driver allows less, or too little is left after all
+                raise NoRoomError(f"{size / GIB:.2f} GiB were refused: {error}") from error
+            self._free[size].append(buffer)
         self._used.append(self._free[size].pop())
         return self._used[-1]
 
@@ -135,14 +139,15 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
     not say, there are none.
     """
     total = free = 0
-    with suppress(OSError):
+    with suppress(OSError, ValueError, KeyError):
         lines = (root / "proc/meminfo").read_text().splitlines()
         fields = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
         total, free = 1024 * fields["MemTotal"], 1024 * fields["MemAvailable"]
         own = (root / "proc/self/cgroup").read_text().rpartition("::")[2].strip()
         group = root / f"sys/fs/cgroup{own}"
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # no such group here, or its limit is "max"
+            # no such group here, or its limit is "max"
+            with suppress(OSError, ValueError, KeyError):
                 limit = int((folder / "memory.max").read_text())
                 rows = (folder / "memory.stat").read_text().splitlines()
                 cached = int(dict(row.split() for row in rows)["inactive_file"])

@@ -340,6 +340,9 @@ def _raised_after_barriers(runner: FlexibleRunner, writer: BackgroundWriter) -> 
     would wait for one that raises. A runner without DeepSpeed has none.
     """
     model = getattr(getattr(runner, "strategy", None), "model", None)
+    model = getattr(
+        model, "model", model
+    )  # within mmengine's wrapper: DeepSpeed calls its own methods
     engine = getattr(model, "checkpoint_engine", None)
     kept: list[Exception] = []
 
@@ -361,6 +364,7 @@ def _raised_after_barriers(runner: FlexibleRunner, writer: BackgroundWriter) -> 
                 (engine, "makedirs", engine.makedirs),
                 (engine, "save", functools.partial(writer.save, engine.save)),
                 (model, "_copy_recovery_script", model._copy_recovery_script),
+                (engine, "commit", lambda tag: True),  # it logs that the checkpoint is ready
             )
             for owner, name, write in replaced:
                 setattr(owner, name, keeping(write))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank
+from mmengine.dist import all_gather_object, all_reduce, get_rank
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, LOOPS, METRICS
@@ -275,7 +275,8 @@ class BestCheckpointHook(Hook):
         if self._stop_if_patience_is_over(runner):
             hook = checkpoint_hook(runner, "default_hooks.best")
             hook.finish()
-            if what_is_wrong(Path(hook.out_dir) / hook.filename_tmpl.format(runner.iter)):
+            written = Path(hook.out_dir) / hook.filename_tmpl.format(runner.iter)
+            if all_gather_object(what_is_wrong(written))[0]:  # as the first rank sees it
                 hook.save_now(runner)
 
     def _best(self) -> int | None:
@@ -288,7 +289,11 @@ class BestCheckpointHook(Hook):
             whole = {
                 step: score for step, score in self._history.items() if step != self._unwritten
             }
-            replace_text(Path(runner.work_dir) / HISTORY, json.dumps(whole, indent=1))
+            file = Path(runner.work_dir) / HISTORY
+            try:
+                replace_text(file, json.dumps(whole, indent=1))
+            except OSError as error:  # on this rank alone; the next validation writes it anew
+                warn(f"{file} could not be written: {error}")
 
     def _write(self, runner: FlexibleRunner) -> None:
         folder, step = Path(runner.work_dir) / FOLDER, runner.train_loop.step

@@ -536,7 +536,9 @@ def slow(tmp_path):
         run.seen.append(names(tmp_path))
 
     # What stands in for a method is deleted afterwards, so these are methods of classes.
-    methods = {"makedirs": print, "save": staticmethod(save), "_copy_recovery_script": print}
+    methods = {"save": staticmethod(save)} | dict.fromkeys(
+        ("makedirs", "commit", "_copy_recovery_script"), print
+    )
     engine = type("Engine", (), methods)()
     engine.checkpoint_engine = engine
     run.strategy, run.save_checkpoint = SimpleNamespace(model=engine), save_checkpoint
@@ -637,8 +639,8 @@ def test_free_host_memory_is_that_of_the_tightest_group(tmp_path):
 class Engine:
     """DeepSpeed's, as far as its barriers and files go."""
 
-    def __init__(self, folder, fails_on):
-        self.folder, self.fails_on = folder, fails_on
+    def __init__(self, folder, fails_on, full_at):
+        self.folder, self.fails_on, self.full_at = folder, fails_on, full_at
         self.checkpoint_engine = self
 
     def makedirs(self, path, exist_ok=False):
@@ -646,12 +648,16 @@ class Engine:
 
     def save(self, state, path):
         assert threading.current_thread() is not threading.main_thread()
-        if dist.get_rank() == self.fails_on:
+        if dist.get_rank() == self.fails_on and self.full_at == "save":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         torch.save(state, path)
 
     def _copy_recovery_script(self, folder):
-        pass
+        if self.full_at == "script":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def commit(self, tag):
+        raise AssertionError("says that the checkpoint is ready")
 
     def save_checkpoint(self, folder, filename, *args, **kwargs):
         rank = dist.get_rank()
@@ -663,6 +669,9 @@ class Engine:
         dist.barrier()
         name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         self.save({}, self.folder / filename / name)
+        if rank == 0:
+            self._copy_recovery_script(self.folder / filename)
+        self.checkpoint_engine.commit("tag")
         dist.barrier()
 
 
@@ -675,12 +684,14 @@ def write_as_rank(rank, folder, fails_on, full_at, answers):
         world_size=2,
         timeout=timedelta(seconds=20),
     )
-    engine = Engine(folder, fails_on if full_at == "save" else None)
+    engine = Engine(folder, fails_on, full_at)
     if full_at == "rename" and rank == fails_on:
         on_disk._move_away = refuse_to_move
     hook, run = hook_and_runner(folder)
     run.save_checkpoint = engine.save_checkpoint
-    run.strategy = SimpleNamespace(model=engine)
+    # as mmengine wraps it
+    wrapper = SimpleNamespace(model=engine, checkpoint_engine=engine)
+    run.strategy = SimpleNamespace(model=wrapper)
     try:
         hook._save_checkpoint_with_step(run, 4, {"iter": 4})
         hook.finish()
@@ -694,7 +705,8 @@ def refuse_to_move(path):
 
 
 @pytest.mark.parametrize(
-    ("fails_on", "full_at"), [(None, "save"), (0, "save"), (1, "save"), (0, "rename")]
+    ("fails_on", "full_at"),
+    [(None, "save"), (0, "save"), (1, "save"), (0, "script"), (0, "rename")],
 )
 def test_when_one_rank_cannot_write_all_ranks_say_so_at_once(tmp_path, fails_on, full_at):
     folder = tmp_path / "work"
