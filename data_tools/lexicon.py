@@ -36,6 +36,8 @@ SIDE_KEYS = ("side", "laterality")
 """Attributes whose value is a side of the body."""
 _ALTERED, _PAIRS = frozenset(_WORDS["altered"]), frozenset(_WORDS["pairs"])
 _ENGLISH = inflect.engine()
+for _singular, _plural in _WORDS["plurals"].items():
+    _ENGLISH.defnoun(_singular, _plural)
 _SIGNS = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # each may be a word
 _A_WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 _SINGULAR_ENDS = ("ss", "us", "is", "as", "ascites")
@@ -76,8 +78,6 @@ class Noun:
 @cache
 def _entries() -> dict[tuple[str, ...], Noun]:
     """Return the words of each entry, in both numbers, with what they are."""
-    for singular, plural in _WORDS["plurals"].items():
-        _ENGLISH.defnoun(singular, plural)
     found: dict[tuple[str, ...], Noun] = {}
     for kind, rows in _WORDS["kinds"].items():
         for name in (name for row in rows for name in (row if isinstance(row, list) else [row])):
@@ -105,7 +105,8 @@ def noun(label: str) -> Noun:
     for length in (3, 2, 1):
         if found := entries.get(tuple(words[-length:])):
             if found.is_anatomy and len(words) > length and words[0] in _ALTERED:
-                return replace(found, kind="finding", is_one=found.kind != "anatomy_of_many")
+                one = is_one or found.kind != "anatomy_of_many"
+                return replace(found, kind="finding", is_one=one)
             return replace(found, is_one=is_one if found.is_anatomy else is_numbered)
     last = words[-1] if words else ""
     singular = _ENGLISH.singular_noun(last) if last.isalpha() else False
@@ -165,7 +166,10 @@ def indefinite(label: str, *, several: bool = False) -> str:
 @lru_cache(maxsize=4096)
 def plural_of(name: str) -> str:
     """Return the plural of a singular noun, its last word inflected."""
-    return str(_ENGLISH.plural_noun(name))
+    *before, last = name.split(" ")
+    if "of" in before:
+        return str(_ENGLISH.plural_noun(name))
+    return " ".join((*before, str(_ENGLISH.plural_noun(last))))
 
 
 @lru_cache(maxsize=4096)
@@ -198,7 +202,7 @@ def kinds_among(labels: tuple[str, ...]) -> dict[str, frozenset[str]]:
     """
     found: dict[str, set[str]] = {}
     words = {label: words_of(label) for label in labels}
-    heads = {label: _A_WORD.findall(spoken(label.split(",")[0]).lower())[-1:] for label in labels}
+    heads = {label: _head(label) for label in labels}
     by_head: dict[frozenset[str], list[str]] = {}
     for label, head in heads.items():
         by_head.setdefault(words_of(" ".join(head)), []).append(label)
@@ -206,6 +210,14 @@ def kinds_among(labels: tuple[str, ...]) -> dict[str, frozenset[str]]:
         if words[other] >= words[label]:
             found.setdefault(label, set()).add(other)
     return {label: frozenset(others) for label, others in found.items()}
+
+
+def _head(label: str) -> list[str]:
+    """Return the last word of a label before a number: a tooth 38 is a tooth."""
+    words = spoken(label.split(",")[0]).lower().split()
+    while len(words) > 1 and _has_digit(words[-1]):
+        words.pop()
+    return _A_WORD.findall(" ".join(words))[-1:]
 
 
 def says_nothing(label: str) -> bool:

@@ -165,7 +165,7 @@ def _is_whole(text: str, at: int, spoken: str) -> bool:
 
 def _numbers(word: str) -> Iterable[str]:
     """Return a word and its plural forms, English and Latin."""
-    forms = {word, word + "s", plural_of(word)}
+    forms = {word, word + "s"} | ({plural_of(word)} if len(word) > 2 else set())  # "he": "they"
     if word.endswith("s") and not word.endswith("ss") and len(word) > 4:
         forms.add(word[:-1])
     for singular, plural in (("us", "i"), ("is", "es"), ("um", "a"), ("a", "ae"), ("oma", "omata")):

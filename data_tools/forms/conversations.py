@@ -247,7 +247,8 @@ def _about_region(teller: Teller) -> tuple[str, str]:
     kind = teller.item.kind
     same = teller.regions()[label.name]
     # Of what a body has once, "every" is no word.
-    once = noun(label.name).is_anatomy or noun(label.name).kind == "condition"
+    found = noun(label.name)
+    once = found.is_anatomy or found.is_one or found.kind == "condition"
     one = kind == "detection" and len(same) == 1 and once
     question = teller.say(
         f"perception.{kind}{'_of_one' if one else ''}",

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from data_tools.licences import read as read_licence
 from data_tools.readers import SourceOptions, files
 from data_tools.records import NOTHING, Annotation, Drops, Sample, Unit
 from gmai_xtuner.core.errors import Unusable
@@ -112,6 +113,14 @@ def _load(options: Options) -> tuple[list[Any], list[Any], dict[Any, str], dict[
     for entry in listed if isinstance(listed, list) else [listed]:
         if (number := _id(entry, "id")) is None:
             raise files.wrong(options, f"{path}: licence without an id: {entry!r}.")
+        one, other = (
+            read_licence(text).demands for text in (str(entry.get("name")), _licence(entry))
+        )
+        if one not in (("unknown",), other):
+            problem = (
+                f"licence id {number!r} is {entry['name']!r}, and {_licence(entry)!r} by its url"
+            )
+            raise files.wrong(options, f"{path}: {problem}.")
         if licences.setdefault(number, name := _licence(entry)) != name:
             problem = f"licence id {number!r} is both {licences[number]!r} and {name!r}"
             raise files.wrong(options, f"{path}: {problem}.")

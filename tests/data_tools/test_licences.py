@@ -119,3 +119,14 @@ def test_the_licence_that_coco_names_for_an_image_counts(make_job, tmp_path):
             one: "CC0 1.0" if ignored else stated[one] for one in kept
         }
         assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == len(kept)
+
+
+def test_a_licence_whose_name_and_address_differ_stops(make_job, tmp_path, capfd):
+    by = "https://creativecommons.org/licenses/by/4.0/"
+    content = {"images": [], "annotations": [], "categories": []}
+    content["licenses"] = [{"id": 1, "name": "CC BY-NC 4.0", "url": by}]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "coco.json").write_text(json.dumps(content))
+    source = {"reader": "coco", "root": str(tmp_path / "set"), "annotations": "coco.json"}
+    assert generate.main([str(make_job(source | {"licence": "CC0 1.0"}))]) == 1
+    assert "licence id 1 is 'CC BY-NC 4.0', and 'CC BY 4.0' by its url" in capfd.readouterr().err

@@ -83,7 +83,7 @@ class StoredAnswers:
                 f"{next(iter(others), 'none')!r}, asked is {next(iter(asked))!r}. Give the questions "
                 "these ids (`id` in the column map), or name the column of the answers' own: --answer-columns"
             )
-        if "0" in others and "1" in asked:
+        if "0" in others and set(asked) == {str(number + 1) for number in range(len(asked))}:
             raise EvaluationError(
                 "an answer has the id 0, and the questions count from 1: is each answer the next question's? "
                 "Give both the same ids (`id` in the column map)"

@@ -86,7 +86,7 @@ def _scorer(unit: str, scaled: bool, half: bool) -> Scorer:
             sizes = [float(side) / largest for side in sides]
         numbers = [one / sizes[place % 2] for place, one in enumerate(numbers)]
         found = [tuple(numbers[start : start + 4]) for start in range(0, len(numbers), 4)]
-        return found if all(map(is_of_unit, found)) else []
+        return list(dict.fromkeys(found)) if all(map(is_of_unit, found)) else []
 
     def score(question: Question, answer: str) -> Score:
         found, right = sorted(boxes(answer)), gold(question)

@@ -194,7 +194,8 @@ def _fields(text: str, briefly: bool) -> list[_Place]:
     end = 0
     for opened in re.finditer(r"[{\[]", text):
         if opened.start() < end or (
-            opened[0] == "[" and _AROUND["prose"].search(text[: opened.end()])
+            opened[0] == "["
+            and _AROUND["prose"].search(text, text.rfind("\n", 0, opened.start()) + 1, opened.end())
         ):
             continue
         value, stop = _json_at(text, opened.start())

