@@ -182,6 +182,20 @@ def test_a_4_bit_base_keeps_embedding_norms_and_head(preflight, corpus, true_bas
     assert llm.total - llm.in_4_bit == 2 * 92544 * 4096 + 65 * 4096
 
 
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_zero3_is_neither_taken_nor_offered_for_a_4_bit_base(preflight, corpus, name):
+    found = preflight(
+        corpus.mixture,
+        deepspeed=name,
+        need_weights=False,
+        gpu_memory=1e-6,
+        options={"model.llm.quantization_config": {"type": "x", "load_in_4bit": True}},
+    )
+    said = " ".join(map(str, (*found.findings.of("fail"), *found.findings.of("warn"))))
+    assert ("ZeRO-3 can't partition 4-bit weights" in said) == (name == "zero3")
+    assert "--deepspeed zero3" not in said
+
+
 def test_a_tied_weight_is_counted_once():
     from torch import nn
 
