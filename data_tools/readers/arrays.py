@@ -118,7 +118,7 @@ class _Arrays:
             raise Unusable(OTHER_AXES, f"{key} {list(shape)}; say `axes`")
         height, width = (shape[self.axes.index(axis)] for axis in "HW")
         if height * width > MAX_PIXELS:  # before any is decoded
-            raise Unusable("image is too large", f"{key} {width} x {height} pixels")
+            raise Unusable("image is too large", f"{key} {width} x {height} pixels".strip())
         self.many = self.axes[0] == "N"
         self.count = shape[0] if self.many else 1
         own = options.mask_key and fill(options.mask_key, texts)
