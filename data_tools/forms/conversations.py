@@ -187,15 +187,20 @@ def absent(record: Record, context: SourceContext, language: Language) -> list[s
     """
     known = context.known_in(record)
     own = (*record.names, *record.incomplete)
-    own_words = [words_of(name) for name in own]
+    own_words = [words for name in own for words in _said(name, context)]
     return [
         name
         for name in context.vocabulary
         if name in known
         and name not in own
         and language.can_name(name, context)
-        and not any(_overlap(words_of(name), words) for words in own_words)
+        and not any(_overlap(one, words) for one in _said(name, context) for words in own_words)
     ]
+
+
+def _said(label: str, context: SourceContext) -> list[frozenset[str]]:
+    """Return the words of each name that the job has for a label."""
+    return [words_of(name) for name in (label, *context.synonyms.get(label, ()))]
 
 
 def focus_of(
@@ -287,10 +292,13 @@ def _multiple_choice(teller: Teller) -> tuple[str, str]:
     right = teller.rng.pick(teller.whole() or teller.record.names)
     others = absent(teller.record, teller.context, teller.language)
     choices: list[str] = []
+    taken: list[frozenset[str]] = []
     for name in teller.rng.sample(others, len(others)):
         # Of two names one of which holds the other's words both could be right.
-        if not any(_overlap(words_of(name), words_of(other)) for other in choices):
+        said = _said(name, teller.context)
+        if not any(_overlap(one, other) for one in said for other in taken):
             choices.append(name)
+            taken += said
     del choices[len(LETTERS) - 1 :]
     at = teller.rng.below(len(choices) + 1)
     choices.insert(at, right)

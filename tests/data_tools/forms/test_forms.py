@@ -197,6 +197,14 @@ def test_what_a_picture_lacks_is_never_a_part_of_what_it_has(whole, part):
         assert absent(record(Label(name)), context, EN) == ["mass"]
 
 
+def test_a_further_name_of_a_label_is_not_denied_beside_it():
+    names = ("cardiomegaly", "enlarged heart", "mass")
+    further = {"cardiomegaly": ("enlarged heart",)}
+    context = SourceContext("toy", "Toy", names, further, known=names)
+    assert absent(record(Label("cardiomegaly")), context, EN) == ["mass"]
+    assert absent(record(Label("enlarged heart")), context, EN) == ["mass"]
+
+
 NEED_COMPLETENESS = {"yes_no", "multiple_choice", "counting", "detection", "localisation"}
 
 
