@@ -340,9 +340,8 @@ def _raised_after_barriers(runner: FlexibleRunner, writer: BackgroundWriter) -> 
     would wait for one that raises. A runner without DeepSpeed has none.
     """
     model = getattr(getattr(runner, "strategy", None), "model", None)
-    model = getattr(
-        model, "model", model
-    )  # within mmengine's wrapper: DeepSpeed calls its own methods
+    # within mmengine's wrapper: DeepSpeed calls its own methods
+    model = getattr(model, "model", model)
     engine = getattr(model, "checkpoint_engine", None)
     kept: list[Exception] = []
 
