@@ -113,15 +113,12 @@ def _load(options: Options) -> tuple[list[Any], list[Any], dict[Any, str], dict[
     for entry in listed if isinstance(listed, list) else [listed]:
         if (number := _id(entry, "id")) is None:
             raise files.wrong(options, f"{path}: licence without an id: {entry!r}.")
-        one, other = (
-            read_licence(text).demands for text in (str(entry.get("name")), _licence(entry))
-        )
-        if one not in (("unknown",), other):
-            problem = (
-                f"licence id {number!r} is {entry['name']!r}, and {_licence(entry)!r} by its url"
-            )
+        name = _licence(entry)
+        demands = read_licence(str(entry.get("name"))).demands
+        if demands not in (("unknown",), read_licence(name).demands):
+            problem = f"licence id {number!r} is {entry['name']!r}, and {name!r} by its url"
             raise files.wrong(options, f"{path}: {problem}.")
-        if licences.setdefault(number, name := _licence(entry)) != name:
+        if licences.setdefault(number, name) != name:
             problem = f"licence id {number!r} is both {licences[number]!r} and {name!r}"
             raise files.wrong(options, f"{path}: {problem}.")
     return content["images"], content["annotations"], categories, licences

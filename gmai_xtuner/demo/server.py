@@ -292,10 +292,8 @@ class Guard:
 
         try:
             await self._application(scope, counted, with_headers)
-        except (
-            ClientDisconnect
-        ):  # a visitor who left in the middle of an upload is no error of the page
-            pass
+        except ClientDisconnect:
+            pass  # a visitor who left in the middle of an upload is no error of the page
         except Exception:
             if arrived <= self._limit:
                 raise
